@@ -1,0 +1,1 @@
+"""forge trains large models on machines that can vanish."""

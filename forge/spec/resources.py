@@ -1,0 +1,63 @@
+"""`resources:`, `checkpoint:` and `tracking:` where the run lives and what it leaves behind."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from forge.spec.section import Count, Interval, Section, WholeRange
+from forge.units import Every, Range
+
+
+class ResourcesSpec(Section):
+    """What the run asks of the cluster."""
+
+    workers: WholeRange = Range(low=1, high=1)
+    """Ranks, `4` or `1..4`: as many as the cluster has room for, one GPU (or one CPU) each. Any number
+    works, whether it divides the batch or not."""
+
+    gpu: str = Field("auto", min_length=1)
+    """`auto`: GPUs where the cluster has any, otherwise CPUs; `none`: CPUs; or a GPU's name such as
+    `A100-80GB`, whose memory and peak the plan then uses."""
+
+
+class CheckpointSpec(Section):
+    """Durable copies of the training state."""
+
+    every: Interval = Every(seconds=600.0)
+    """How often; one is written at the end, and on Ctrl-C, in any case."""
+
+    keep: Count = Field(3, ge=1)
+    """How many of the newest are kept."""
+
+    to: str = Field("runs", min_length=1)
+    """The folder under which each run gets its own: `runs/<run_id>/`."""
+
+    @field_validator("to")
+    @classmethod
+    def _is_local(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError("must be a local folder")
+        return value
+
+
+class WandbSpec(Section):
+    """Weights & Biases; the API key is read from the environment (`WANDB_API_KEY`) and nowhere else."""
+
+    project: str = Field("forge", min_length=1)
+    """The W&B project."""
+
+    entity: str | None = None
+    """The W&B team or user; the key's own by default."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """`offline`: recorded under the run's folder, uploaded later by `wandb sync`; `online`: streamed, and
+    recorded offline if the network is away."""
+
+
+class TrackingSpec(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    wandb: WandbSpec = WandbSpec()
+    """One W&B run for the whole job."""
