@@ -14,6 +14,8 @@ pickle, because errors travel between processes.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ForgeError(Exception):
     """The root; caught in one place only, `forge.cli.app`."""
@@ -24,13 +26,16 @@ class ForgeError(Exception):
 class JobFileError(ForgeError):
     """The job file is wrong, and where.
 
+    The message is printable and of bounded length, whatever the file holds; the attributes are whole.
+
     Args:
         problem: one sentence, without the place.
-        path: the file, or None for a value that came from the command line.
+        path: the file; `--set` for a value from the command line; None if there is neither.
         line: 1-based line in the file, if known.
         key: dotted key, `training.zero.stage`.
-        value: what stands there, as written.
+        value: what stands there, as written. Never a secret.
         nearest: the nearest valid key or value, offered as a cure.
+        others: what else is wrong with the same job, in the order of the file.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class JobFileError(ForgeError):
         key: str | None = None,
         value: str | None = None,
         nearest: str | None = None,
+        others: tuple[JobFileError, ...] = (),
     ) -> None:
         self.problem = problem
         self.path = path
@@ -49,29 +55,60 @@ class JobFileError(ForgeError):
         self.key = key
         self.value = value
         self.nearest = nearest
+        self.others = others
         super().__init__(self._message())
 
     def _message(self) -> str:
-        place = self.path or "job"
-        if self.line is not None:
-            place += f":{self.line}"
-        text = f"{place}: "
-        if self.key:
-            text += f"{self.key}: "
-        text += self.problem
-        if self.value is not None:
-            text += f" (got {self.value})"
+        if not self.others:
+            return self._line()
+        listed = self.others[: _MOST_LISTED - 1]
+        lines = [self._line(), _counted(len(self.others)), *(f"  {other._line()}" for other in listed)]
+        if unlisted := len(self.others) - len(listed):
+            lines.append(f"  and {unlisted} more")
+        return "\n".join(lines)
+
+    def _line(self) -> str:
+        text = f"{self._place()}: {printable(self.problem, limit=400)}"
+        if self.value is not None and self.path != "--set":
+            text += f" (got {printable(self.value, limit=60)})"
         if self.nearest:
-            text += f"; did you mean {self.nearest!r}?"
+            text += f"; did you mean '{printable(self.nearest, limit=80)}'?"
         return text
 
+    def _place(self) -> str:
+        key = printable(self.key or "", limit=120)
+        if self.path == "--set":
+            value = "" if self.value is None else printable(self.value, limit=60)
+            return "--set " + (f"{key}={value}" if key and value else key or value)
+        place = printable(self.path or "job", limit=1000)
+        if self.line is not None:
+            place += f":{self.line}"
+        return f"{place}: {key}" if key else place
+
     def __reduce__(self) -> tuple[object, ...]:
-        state = {k: getattr(self, k) for k in ("path", "line", "key", "value", "nearest")}
-        return (_rebuild_job_file_error, (self.problem, state))
+        names = ("path", "line", "key", "value", "nearest", "others")
+        return (_rebuild_job_file_error, (self.problem, {name: getattr(self, name) for name in names}))
 
 
-def _rebuild_job_file_error(problem: str, state: dict[str, object]) -> JobFileError:
-    return JobFileError(problem, **state)  # type: ignore[arg-type]
+_MOST_LISTED = 10
+"""Problems shown of one job; who mends ten reads the next ten."""
+
+
+def printable(text: str, *, limit: int) -> str:
+    """`text` on one line, without a character that could move a terminal's cursor, at most `limit` long."""
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def _counted(num_others: int) -> str:
+    return f"and {num_others} more problem{'s' if num_others > 1 else ''}:"
+
+
+def _rebuild_job_file_error(problem: str, state: dict[str, Any]) -> JobFileError:
+    return JobFileError(problem, **state)
 
 
 class PlanError(ForgeError):

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 _BYTES = {
     "": 1, "b": 1,
@@ -18,7 +19,11 @@ _BYTES = {
 }  # fmt: skip
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_NUMBER = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_NUMBER = re.compile(r"\s*([0-9][0-9_]{,99}(?:\.[0-9]{1,99})?(?:[eE][+-]?[0-9]{1,3})?)\s*([A-Za-z]*)\s*")
+_STEPS = re.compile(r"\s*([0-9][0-9_]{,17})\s*steps?\s*")
+_RANGE = re.compile(r"\s*([0-9]{1,18})\s*(?:\.\.\s*([0-9]{1,18})\s*)?")
+_FRACTION = re.compile(r"\s*([0-9]{0,99}\.?[0-9]{1,99}(?:[eE][+-]?[0-9]{1,3})?)\s*(%?)\s*")
+_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,22 +33,40 @@ class Every:
     steps: int | None = None
     seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError("an interval is a number of steps or a number of seconds")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError("an interval must be at least 1 step")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError("an interval must be longer than zero seconds, and finite")
+
     def __str__(self) -> str:
-        return f"{self.steps} steps" if self.steps is not None else f"{self.seconds:g}s"
+        """As `parse_every` reads it back, to the last digit: `50 steps`, `1 step`, `10m`, `0.5s`."""
+        if self.seconds is None:
+            return f"{self.steps} step{'s' if self.steps != 1 else ''}"
+        for unit, unit_s in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+            if self.seconds % unit_s == 0:
+                return f"{int(self.seconds) // unit_s}{unit}"
+        return f"{self.seconds!r}s"
 
     def is_due(self, *, step: int, seconds_since_last: float) -> bool:
         """Whether the event is due right after `step` (counted from 1)."""
-        if self.steps is not None:
-            return step % self.steps == 0
-        return seconds_since_last >= (self.seconds or math.inf)
+        if self.seconds is not None:
+            return seconds_since_last >= self.seconds
+        return self.steps is not None and step % self.steps == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """A closed range of whole numbers, written `2..16` or `4`."""
+    """A closed range of whole numbers from 1 up, written `2..16` or `4`."""
 
     low: int
     high: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.low <= self.high:
+            raise ValueError("a range must start at 1 or more and not run backwards")
 
     def __str__(self) -> str:
         return str(self.low) if self.low == self.high else f"{self.low}..{self.high}"
@@ -52,67 +75,52 @@ class Range:
         return iter(range(self.low, self.high + 1))
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int | float) -> int:
     """`80GB` → 80·10⁹, `4GiB` → 4·2³⁰; a plain number is bytes."""
     return _whole(text, units=_BYTES, example="80GB or 512MiB")
 
 
-def parse_count(text: str | int) -> int:
+def parse_count(text: str | int | float) -> int:
     """`20M` → 20,000,000; a plain number is itself."""
     return _whole(text, units=_COUNTS, example="20M or 1500")
 
 
 def parse_duration_s(text: str | int | float) -> float:
     """`10m` → 600.0 seconds; a plain number is refused, because its unit would be a guess."""
-    match = _NUMBER.fullmatch(text) if isinstance(text, str) else None
-    if not match or match[2].lower() not in _SECONDS:
-        raise ValueError("not a duration; write it with a unit, like 30s, 10m or 8h")
-    seconds = float(match[1].replace("_", "")) * _SECONDS[match[2].lower()]
-    if not 0 < seconds < math.inf:
-        raise ValueError("a duration must be greater than zero")
-    return seconds
+    return _seconds(text, otherwise="not a duration; write it with a unit, like 30s, 10m or 8h")
 
 
 def parse_every(text: str) -> Every:
     """`50 steps` or `10m`."""
-    if isinstance(text, str) and (match := re.fullmatch(r"\s*([0-9][0-9_]*)\s*steps?\s*", text)):
-        steps = int(match[1].replace("_", ""))
-        if steps < 1:
-            raise ValueError("an interval must be at least 1 step")
-        return Every(steps=steps)
-    try:
-        return Every(seconds=parse_duration_s(text))
-    except ValueError:
-        raise ValueError("not an interval; write it like '50 steps' or '10m'") from None
+    if isinstance(text, str) and (match := _STEPS.fullmatch(text)):
+        return Every(steps=int(match[1].replace("_", "")))
+    return Every(seconds=_seconds(text, otherwise="not an interval; write it like '50 steps' or '10m'"))
 
 
 def parse_range(text: str | int) -> Range:
     """`2..16` or `4`."""
-    match = re.fullmatch(r"\s*([0-9]+)\s*(?:\.\.\s*([0-9]+)\s*)?", text) if isinstance(text, str) else None
     if isinstance(text, int) and not isinstance(text, bool):
-        low = high = text
-    elif match:
-        low, high = int(match[1]), int(match[2] or match[1])
-    else:
+        return Range(low=text, high=text)
+    match = _RANGE.fullmatch(text) if isinstance(text, str) else None
+    if not match:
         raise ValueError("not a range; write it like 4 or 2..16")
-    if low < 1 or high < low:
-        raise ValueError("a range must start at 1 or more and not run backwards")
-    return Range(low=low, high=high)
+    return Range(low=int(match[1]), high=int(match[2] or match[1]))
 
 
 def parse_fraction(text: str | int | float) -> float:
     """`1%` → 0.01; `0.01` → 0.01."""
-    if isinstance(text, str) and (match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", text)):
-        return float(match[1]) / 100
-    try:
-        if isinstance(text, bool):
-            raise ValueError
-        value = float(text)
-    except ValueError:
-        raise ValueError("not a fraction; write it like 1% or 0.01") from None
-    if not math.isfinite(value):
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        if not abs(text) <= _LARGEST:
+            raise ValueError("a fraction must be a finite number")
+        return float(text)
+    match = _FRACTION.fullmatch(text) if isinstance(text, str) else None
+    if not match:
+        raise ValueError("not a fraction; write it like 1% or 0.01")
+    # Divided as a ratio of whole numbers, so that 0.7% is the float nearest to 0.007.
+    value = Fraction(match[1]) / (100 if match[2] else 1)
+    if value > _LARGEST:
         raise ValueError("a fraction must be a finite number")
-    return value
+    return float(value)
 
 
 def format_bytes(size_bytes: float) -> str:
@@ -129,7 +137,7 @@ def format_duration(seconds: float) -> str:
     """`850ms`, `42s`, `3m 05s`, `2h 05m`, `3d 04h`; unknown (nan, inf) is `-`."""
     if not math.isfinite(seconds):
         return "-"
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.0f}ms"
     if seconds < 9.95:
         return f"{seconds:.1f}s".replace(".0s", "s")
@@ -143,16 +151,33 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
 
 
-def _whole(text: str | int, *, units: dict[str, int], example: str) -> int:
-    if isinstance(text, int) and not isinstance(text, bool):
-        return text
-    match = _NUMBER.fullmatch(text) if isinstance(text, str) else None
-    if not match or match[2].lower() not in units:
-        raise ValueError(f"not a number with a known unit; write it like {example}")
-    value = float(match[1].replace("_", "")) * units[match[2].lower()]
-    if not math.isfinite(value) or value != int(value):
+def _whole(text: str | int | float, *, units: dict[str, int], example: str) -> int:
+    if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+        raise ValueError(f"not a number; write it like {example}")
+    if isinstance(text, str):
+        match = _NUMBER.fullmatch(text)
+        if not match or match[2].lower() not in units:
+            raise ValueError(f"not a number with a known unit; write it like {example}")
+        value = Fraction(match[1].replace("_", "")) * units[match[2].lower()]
+    elif not abs(text) <= _LARGEST:  # nan too
+        raise ValueError(f"a number must not be larger than {_LARGEST}")
+    else:
+        value = Fraction(text)
+    if value.denominator != 1:
         raise ValueError(f"not a whole number; write it like {example}")
+    if value > _LARGEST:
+        raise ValueError(f"a number must not be larger than {_LARGEST}")
     return int(value)
+
+
+def _seconds(text: object, *, otherwise: str) -> float:
+    match = _NUMBER.fullmatch(text) if isinstance(text, str) else None
+    if not match or match[2].lower() not in _SECONDS:
+        raise ValueError(otherwise)
+    seconds = float(match[1].replace("_", "")) * _SECONDS[match[2].lower()]
+    if not 0 < seconds < math.inf:
+        raise ValueError("a duration must be greater than zero, and finite")
+    return seconds
 
 
 def _scaled(value: float, *, base: int, names: tuple[str, ...]) -> str:

@@ -39,7 +39,8 @@ class ModelFacts:
     """A network as transformers builds it, counted without allocating its weights.
 
     `num_parameters` counts tied weights once. `num_matmul_parameters` are those that every token is
-    multiplied with: all matrices, without the input embedding unless it is also the output head.
+    multiplied with: all matrices, without embeddings unless they are also the output head, and of a
+    mixture of experts the share that is active. `attention_width` is heads × head dimension.
     """
 
     architecture: str
@@ -51,7 +52,7 @@ class ModelFacts:
     num_layers: int
     hidden_size: int
     intermediate_size: int
-    num_heads: int
+    attention_width: int
     vocab_size: int
     max_seq_len: int | None
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from forge.spec.section import Count, Fraction, Section, Strings
+from forge.spec.section import Count, Fraction, KeyProblem, Section, Strings
 
 
 class TokenizerSpec(Section):
@@ -27,8 +27,9 @@ class TokenizerSpec(Section):
     def _one_origin(self) -> TokenizerSpec:
         if self.train and self.from_pretrained:
             raise ValueError("give either 'train' or 'from_pretrained', not both")
-        if self.from_pretrained and "vocab_size" in self.model_fields_set:
-            raise ValueError("'vocab_size' belongs to a trained tokenizer; a loaded one has its own")
+        # Compared with the default, not asked whether it was written: a plan's copy of the job writes it.
+        if self.from_pretrained and self.vocab_size != type(self).model_fields["vocab_size"].default:
+            raise KeyProblem("vocab_size", "belongs to a trained tokenizer; a loaded one has its own")
         return self
 
 
@@ -66,5 +67,5 @@ class DataSpec(Section):
         if (self.source is None) == (self.files is None):
             raise ValueError("give either 'source' or 'files'")
         if self.files is not None and not (self.files and all(self.files)):
-            raise ValueError("'files' must name at least one file or glob")
+            raise KeyProblem("files", "must name at least one file or glob")
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from forge.spec.data import DataSpec
 from forge.spec.model import ModelSpec
@@ -10,11 +12,13 @@ from forge.spec.resources import CheckpointSpec, ResourcesSpec, TrackingSpec
 from forge.spec.section import Section
 from forge.spec.training import TrainingSpec
 
+_NAME = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+
 
 class JobSpec(Section):
-    """One job file, typed, frozen and strict."""
+    """What is trained, on which text, for how long, and where it runs."""
 
-    name: str = Field(min_length=1, max_length=48, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
+    name: str = Field(max_length=48, json_schema_extra={"pattern": _NAME})
     """Lower-case letters, digits and dashes; the first part of every run's id."""
 
     model: ModelSpec
@@ -34,3 +38,10 @@ class JobSpec(Section):
 
     tracking: TrackingSpec = TrackingSpec()
     """Where metrics go besides `metrics.jsonl`."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_plain(cls, value: str) -> str:
+        if not re.fullmatch(_NAME[1:-1], value):
+            raise ValueError("must be lower-case letters, digits and dashes, such as 'pretrain-stdlib'")
+        return value

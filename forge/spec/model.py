@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
-from forge.spec.section import Section
+from forge.spec.section import KeyProblem, Section
 
 
 class ModelSpec(Section):
@@ -24,6 +24,8 @@ class ModelSpec(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSpec:
+        if "model_type" in self.config_overrides:
+            raise KeyProblem("model_type", "the architecture is named by another key", nearest="architecture")
         if (self.architecture is None) == (self.from_pretrained is None):
             raise ValueError("give either 'architecture' or 'from_pretrained'")
         return self

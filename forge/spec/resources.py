@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from forge.spec.section import Count, Interval, Section, WholeRange
+from forge.spec.section import Interval, Section, WholeRange
 from forge.units import Every, Range
 
 
@@ -28,7 +28,7 @@ class CheckpointSpec(Section):
     every: Interval = Every(seconds=600.0)
     """How often; one is written at the end, and on Ctrl-C, in any case."""
 
-    keep: Count = Field(3, ge=1)
+    keep: int = Field(3, ge=1)
     """How many of the newest are kept."""
 
     to: str = Field("runs", min_length=1)

@@ -2,12 +2,13 @@
 
 Sections are frozen and strict: an unknown key is an error, a string is never silently taken for a
 number. Values with a unit are parsed here, once, by `forge.units`; from here on they are plain
-numbers whose unit ends the name.
+numbers whose unit ends the name. Each type carries its JSON schema; the examples in it are the strings
+that a user may write.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema
 
@@ -22,48 +23,80 @@ class Section(BaseModel):
     )
 
 
-def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+class KeyProblem(ValueError):
+    """Raised by a section's validator that can say which of its keys is to blame.
+
+    Args:
+        key: below the section: `schedule.warmup_steps`.
+        problem: one sentence, without the key.
+        nearest: what to write in its place, if that is clear.
+    """
+
+    def __init__(self, key: str, problem: str, *, nearest: str | None = None) -> None:
+        super().__init__(problem)
+        self.key = key
+        self.nearest = nearest
 
 
-Number = Annotated[float, BeforeValidator(_as_float)]
-"""A float that may be written as a whole number."""
+def _read_interval(value: Any) -> units.Every:
+    return value if isinstance(value, units.Every) else units.parse_every(value)
+
+
+def _read_range(value: Any) -> units.Range:
+    return value if isinstance(value, units.Range) else units.parse_range(value)
+
+
+def _read_whole_or_auto(value: Any) -> Any:
+    # A union would complain once per member; this says it in one sentence.
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError("must be 'auto' or a whole number")
+    return value
+
+
+def _read_strings(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Number = float
+"""Strict mode takes a whole number for a float, but no string and no bool."""
 
 Count = Annotated[
     int,
     BeforeValidator(units.parse_count),
-    WithJsonSchema({"type": ["integer", "string"], "examples": ["20M", 1500]}),
+    WithJsonSchema({"type": ["integer", "string"], "examples": ["20M"]}),
+]
+
+WholeOrAuto = Annotated[
+    Literal["auto"] | int,
+    BeforeValidator(_read_whole_or_auto),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
 ]
 
 Fraction = Annotated[
     float,
     BeforeValidator(units.parse_fraction),
-    WithJsonSchema({"type": ["number", "string"], "examples": ["1%", 0.01]}),
+    WithJsonSchema({"type": ["number", "string"], "examples": ["1%"]}),
 ]
 
 Interval = Annotated[
     units.Every,
-    BeforeValidator(lambda value: value if isinstance(value, units.Every) else units.parse_every(value)),
+    BeforeValidator(_read_interval),
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "examples": ["50 steps", "10m"]}),
 ]
 
 WholeRange = Annotated[
     units.Range,
-    BeforeValidator(lambda value: value if isinstance(value, units.Range) else units.parse_range(value)),
+    BeforeValidator(_read_range),
     PlainSerializer(str),
-    WithJsonSchema({"type": ["integer", "string"], "examples": ["1..2", 4]}),
+    WithJsonSchema({"type": ["integer", "string"], "examples": ["1..2"]}),
 ]
-
-def _as_tuple(value: Any) -> Any:
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
-
 
 Strings = Annotated[
     tuple[str, ...],
-    BeforeValidator(_as_tuple),
+    BeforeValidator(_read_strings),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
 """One string, or a list of them."""

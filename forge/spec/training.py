@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from forge.spec.section import Count, Fraction, Interval, Number, Section
+from forge.spec.section import Count, Fraction, Interval, KeyProblem, Number, Section, WholeOrAuto
 from forge.units import Every
 
 
@@ -80,7 +80,7 @@ class TrainingSpec(Section):
     global_batch_size: Count = Field(32, ge=1)
     """Sequences per optimizer step, the same at every number of workers. DeepSpeed's `train_batch_size`."""
 
-    micro_batch_size: Literal["auto"] | int = Field("auto")
+    micro_batch_size: WholeOrAuto = "auto"
     """Sequences per forward and backward on one worker; the rest of the batch is accumulated. `auto`: the
     largest that the memory estimate allows, at most 8. DeepSpeed's `train_micro_batch_size_per_gpu`."""
 
@@ -119,8 +119,12 @@ class TrainingSpec(Section):
         if sum(length is not None for length in lengths) != 1:
             raise ValueError("give exactly one of 'total_steps', 'total_tokens' and 'epochs'")
         micro = self.micro_batch_size
-        if isinstance(micro, int) and not 1 <= micro <= self.global_batch_size:
-            raise ValueError(f"'micro_batch_size' must lie in 1..{self.global_batch_size}, the global batch")
-        if self.total_steps is not None and self.schedule.warmup_steps > self.total_steps:
-            raise ValueError("'schedule.warmup_steps' is longer than 'total_steps'")
+        if micro != "auto" and not 1 <= micro <= self.global_batch_size:
+            raise KeyProblem("micro_batch_size", f"must lie in 1..{self.global_batch_size}, the global batch")
+        warmup_steps = self.schedule.warmup_steps
+        if self.total_steps is not None and warmup_steps > self.total_steps:
+            raise KeyProblem(
+                "schedule.warmup_steps",
+                f"{warmup_steps} steps of warm-up are more than the {self.total_steps} of 'total_steps'",
+            )
         return self

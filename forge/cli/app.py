@@ -1,0 +1,67 @@
+"""The command `forge`: one module per noun, and the one place where errors become exit codes.
+
+0 done; 2 the user's input; 3 the cluster; 4 the run; 130 interrupted. Nothing heavy is imported before
+a command needs it, so that `forge --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from forge.cli import cluster, doctor, generate, runs, schema, train
+from forge.errors import ForgeError
+
+app = typer.Typer(
+    name="forge",
+    help="Train large models on machines that can vanish.",
+    epilog="Start here:  forge train jobs/pretrain.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("plan")(train.plan)
+app.add_typer(runs.app, name="runs")
+app.command("generate")(generate.generate)
+app.add_typer(cluster.app, name="cluster")
+app.command("doctor")(doctor.doctor)
+app.add_typer(schema.app, name="schema")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print forge's version."),
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        sys.stdout.write(f"forge {version_of('forge-train')}\n")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
+
+
+def main() -> None:
+    """Run the command line; the entry point of `forge`."""
+    try:
+        app()
+    except ForgeError as error:
+        from forge.cli import display
+
+        display.error(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `forge runs list | head -1`.
+        sys.stderr.close()
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""`forge generate`: text from a run's newest checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forge.cli.options import Output, OutputOption, RunArgument, RunsOption
+
+
+def generate(
+    run: RunArgument = "latest",
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=1, help="Choose among this many of the likeliest tokens.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 1,
+    ema: Annotated[bool, typer.Option("--ema", help="Use the averaged weights.")] = False,
+    runs: RunsOption = Path("runs"),
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Continue a prompt with a run's newest checkpoint.
+
+    Example:  forge generate latest --prompt 'def main('
+    """
+    from forge.cli import display
+    from forge.report.runs import find_run
+    from forge.run.sample import sample_text
+
+    folder = find_run(run, root=runs)
+    answer = sample_text(
+        folder,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        ema=ema,
+    )
+    if output is Output.JSON:
+        display.print_json(answer)
+    else:
+        display.print_text(answer["prompt"] + answer["text"])

@@ -1,0 +1,135 @@
+"""`forge runs`: what was trained here, and what is being trained."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forge.cli.options import Output, OutputOption, RunArgument, RunsOption
+
+app = typer.Typer(help="List, show, watch and stop runs.", no_args_is_help=True, rich_markup_mode=None)
+
+_RUNS = Path("runs")
+
+
+@app.command("list")
+def list_(runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None:
+    """List the runs of a folder, newest first.
+
+    Example:  forge runs list -o json
+    """
+    from forge.cli import display
+    from forge.cli.train import summary_record
+    from forge.report.runs import list_runs
+    from forge.units import format_duration
+
+    found = list_runs(runs)
+    if output is Output.JSON:
+        display.print_json([summary_record(run.folder) for run in found])
+        return
+    if not found:
+        display.message(f"no runs in {runs}")
+        display.next_command("forge train jobs/pretrain.yaml", purpose="start one")
+        return
+    rows = []
+    for run in found:
+        evaluated = run.newest("Evaluated", weights="current")
+        perplexity = f"{evaluated['perplexity']:.2f}" if evaluated and evaluated["perplexity"] else "-"
+        loss = run.last.get("train/loss")
+        age = format_duration(max(1.0, time.time() - run.updated))
+        rows.append(
+            [run.run_id, run.status, f"{run.step}/{run.plan.total_steps}"]
+            + [f"{loss:.4f}" if loss is not None else "-", perplexity, f"{age} ago"]
+        )
+    display.table(["run", "status", "#step", "#loss", "#held-out ppl", "#updated"], rows)
+    display.next_command(f"forge runs show {found[0].run_id}", purpose="look at one")
+
+
+@app.command()
+def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None:
+    """Show one run: its curve, its held-out perplexity, its files.
+
+    Example:  forge runs show latest
+    """
+    from forge.cli import display
+    from forge.cli.train import summary_record
+    from forge.report.runs import find_run, read_metrics, read_run
+
+    folder = find_run(run, root=runs)
+    if output is Output.JSON:
+        display.print_json(summary_record(folder))
+        return
+    found = read_run(folder)
+    display.show_plan(found.plan)
+    losses = [record["train/loss"] for record in read_metrics(folder) if record["train/loss"] is not None]
+    display.show_summary(found, losses=losses)
+
+
+@app.command()
+def logs(
+    run: RunArgument = "latest",
+    runs: RunsOption = _RUNS,
+    name: Annotated[str, typer.Option("--file", help="rank-0, rank-1, ..., recorder or run.")] = "rank-0",
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many of the last lines.")] = 50,
+) -> None:
+    """Print the end of a run's log.
+
+    Example:  forge runs logs latest --file run -n 20
+    """
+    from forge.cli import display
+    from forge.errors import RunError
+    from forge.report.runs import find_run
+
+    folder = find_run(run, root=runs) / "logs"
+    path = folder / f"{name}.log"
+    if not path.is_file():
+        there = ", ".join(sorted(log.stem for log in folder.glob("*.log"))) or "none yet"
+        raise RunError(f"{path} does not exist; the logs there are: {there}")
+    with path.open(errors="replace") as file:
+        last = file.readlines()[-lines:]
+    display.print_text("".join(last) or "(empty)")
+
+
+@app.command()
+def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None:
+    """Follow a run that goes on. Ctrl-C leaves it alone.
+
+    Example:  forge runs watch latest
+    """
+    from forge.cli import display
+    from forge.cli.train import conclude
+    from forge.report.runs import carrier_pid, find_run, follow, read_metrics, read_run
+
+    folder = find_run(run, root=runs)
+    pid = carrier_pid(folder)
+    if pid is not None:
+        found, past = read_run(folder), read_metrics(folder)
+        losses = [float("nan") if record["train/loss"] is None else record["train/loss"] for record in past]
+        with display.TrainScreen(found.plan, losses=losses) as screen:
+            for record in follow(folder, pid=pid, past_events=len(found.events), past_steps=len(past)):
+                screen.show(record)
+    conclude(folder, interrupted=False, output=output)
+
+
+@app.command()
+def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
+    """Let a run finish its step, write a checkpoint and stop.
+
+    Example:  forge runs stop latest
+    """
+    from forge.cli import display
+    from forge.report.runs import carrier_pid, find_run
+    from forge.run.submit import request_stop, wait_until_free
+
+    folder = find_run(run, root=runs)
+    pid = carrier_pid(folder)
+    if pid is None:
+        display.message(f"{folder.name} does not run")
+        return
+    request_stop(pid)
+    display.message(f"{folder.name} stops after its current step, with a checkpoint")
+    wait_until_free(folder)
+    display.next_command(f"forge train --resume {folder.name}", purpose="go on")

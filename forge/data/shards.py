@@ -1,0 +1,309 @@
+"""Token shards: how a prepared corpus lies on disk, and how a rank reads it.
+
+    <folder>/index.json              written last; what is here, with sizes and checksums
+             train-00000.tokens …    little-endian token ids, uint16 or uint32, nothing else
+             held_out-00000.tokens …
+             tokenizer/              the Hugging Face layout
+
+In: chunks of token ids, in order. Out: windows of them, memory-mapped. Documents are packed end to end,
+each followed by the end-of-text token; where sequences begin is decided when reading, so one cache
+serves every sequence length. This module needs only numpy: ranks import it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forge.errors import DataError
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+SHARD_TOKENS = 1 << 27
+"""Tokens of a full shard: 256 MiB as uint16, small enough to copy and to check one by one."""
+
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One file of the cache; `name` is relative to its folder, `blake2b` has 16 bytes, in hex."""
+
+    name: str
+    size_bytes: int
+    blake2b: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheIndex:
+    """What a cache holds. `unigram_perplexity` is None where nothing is held out."""
+
+    digest: str
+    dtype: str
+    vocab_size: int
+    eot_id: int
+    num_documents: int
+    num_text_bytes: int
+    unigram_perplexity: float | None
+    train: tuple[FileEntry, ...]
+    held_out: tuple[FileEntry, ...]
+    tokenizer: tuple[FileEntry, ...]
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """Every file but the index itself."""
+        return self.train + self.held_out + self.tokenizer
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files together."""
+        return sum(entry.size_bytes for entry in self.files)
+
+    @property
+    def num_train_tokens(self) -> int:
+        return sum(entry.size_bytes for entry in self.train) // np.dtype(self.dtype).itemsize
+
+    @property
+    def num_held_out_tokens(self) -> int:
+        return sum(entry.size_bytes for entry in self.held_out) // np.dtype(self.dtype).itemsize
+
+
+@dataclass(slots=True, kw_only=True)
+class TokenStream:
+    """Tokens in order over several shards, read as windows; the files are mapped, not loaded.
+
+    Raises: DataError if a shard is missing or has another size than the index says.
+    """
+
+    folder: Path
+    entries: tuple[FileEntry, ...]
+    dtype: str
+    _starts: NDArray[np.int64] = field(init=False, repr=False)
+    _maps: dict[int, NDArray[Any]] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        verify_sizes(self.folder, self.entries)
+        itemsize = np.dtype(self.dtype).itemsize
+        counts = [0] + [entry.size_bytes // itemsize for entry in self.entries]
+        self._starts = np.cumsum(counts, dtype=np.int64)
+
+    def __getstate__(self) -> tuple[Path, tuple[FileEntry, ...], str]:
+        return self.folder, self.entries, self.dtype  # never the mapped tokens
+
+    def __setstate__(self, state: tuple[Path, tuple[FileEntry, ...], str]) -> None:
+        self.folder, self.entries, self.dtype = state
+        self._maps = {}
+        self.__post_init__()
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._starts[-1])
+
+    def num_sequences(self, seq_len: int) -> int:
+        """Windows of `seq_len` predicted tokens that do not overlap: (n - 1) // T, the last needs a label."""
+        return max(0, self.num_tokens - 1) // seq_len
+
+    def read(self, sample_indices: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+        """Window i is tokens [i·T, i·T + T + 1): T inputs, and the same shifted by one as labels.
+
+        Shapes: `sample_indices: int64[B]` → `int64[B, T + 1]`.
+
+        Raises: IndexError if an index is not in [0, num_sequences).
+        """
+        total = self.num_sequences(seq_len)
+        if len(sample_indices) and not 0 <= sample_indices.min() <= sample_indices.max() < total:
+            raise IndexError(f"sequences run from 0 to {total - 1}, asked for {sample_indices.tolist()}")
+        windows = np.empty((len(sample_indices), seq_len + 1), dtype=np.int64)
+        for window, index in zip(windows, sample_indices.tolist(), strict=True):
+            self._fill(window, start=index * seq_len)
+        return windows
+
+    def _fill(self, window: NDArray[np.int64], *, start: int) -> None:
+        filled = 0
+        while filled < len(window):
+            shard = int(np.searchsorted(self._starts, start + filled, side="right")) - 1
+            offset = start + filled - int(self._starts[shard])
+            part = self._shard(shard)[offset : offset + len(window) - filled]
+            window[filled : filled + len(part)] = part
+            filled += len(part)
+
+    def _shard(self, number: int) -> NDArray[Any]:
+        mapped = self._maps.get(number)
+        if mapped is None:
+            path = self.folder / self.entries[number].name
+            mapped = self._maps[number] = np.memmap(path, dtype=self.dtype, mode="r").view(np.ndarray)
+        return mapped
+
+
+class StreamWriter:
+    """Writes one stream as shards of at most `shard_tokens` tokens; each is flushed to the disk when full.
+
+    Raises: OSError from the file system; the caller knows what to say about it.
+    """
+
+    def __init__(self, folder: Path, *, name: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
+        self._folder = folder
+        self._name = name
+        self._shard_bytes = shard_tokens * np.dtype(dtype).itemsize
+        self._entries: list[FileEntry] = []
+        self._file: IO[bytes] | None = None
+        self._hash = new_hash()
+        self._size_bytes = 0
+
+    def append(self, tokens: bytes) -> None:
+        """Token ids as little-endian bytes of the stream's dtype."""
+        view = memoryview(tokens)
+        while view:
+            if self._file is None:
+                self._file = (self._folder / self._shard_name).open("wb")
+            part = view[: self._shard_bytes - self._size_bytes]
+            self._file.write(part)
+            self._hash.update(part)
+            self._size_bytes += len(part)
+            view = view[len(part) :]
+            if self._size_bytes == self._shard_bytes:
+                self._finish_shard()
+
+    def close(self) -> tuple[FileEntry, ...]:
+        """Finish the last shard; the entries of all."""
+        if self._file is not None:
+            self._finish_shard()
+        return tuple(self._entries)
+
+    def abort(self) -> None:
+        """Let go of the open file, whatever became of it."""
+        if self._file is not None:
+            handle, self._file = self._file, None
+            try:
+                handle.close()
+            except OSError:  # a full disk refuses the buffered rest; the error was already raised once
+                return
+
+    @property
+    def _shard_name(self) -> str:
+        return f"{self._name}-{len(self._entries):05d}.tokens"
+
+    def _finish_shard(self) -> None:
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        entry = FileEntry(name=self._shard_name, size_bytes=self._size_bytes, blake2b=self._hash.hexdigest())
+        self._entries.append(entry)
+        self._file, self._hash, self._size_bytes = None, new_hash(), 0
+
+
+def token_dtype(vocab_size: int) -> str:
+    """`<u2` as long as every id fits in 16 bits, else `<u4`."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def new_hash() -> hashlib.blake2b:
+    """The checksum of this format: 128 bits find any accident."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def write_file(folder: Path, *, name: str, content: bytes) -> FileEntry:
+    """Write a small file, flushed to the disk; its entry."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(name=name, size_bytes=len(content), blake2b=_checksum(content))
+
+
+def write_index(folder: Path, *, index: CacheIndex) -> None:
+    """Write `index.json`, with a checksum of its own; call it when all other files are on the disk."""
+    body = asdict(index)
+    content = {"format": FORMAT_VERSION, "blake2b": _checksum(_canonical(body)), **body}
+    write_file(folder, name=INDEX_NAME, content=json.dumps(content, indent=1).encode())
+
+
+def read_index(folder: Path) -> CacheIndex:
+    """Read `index.json` and check that it is what was written.
+
+    Raises: DataError naming the file and what is wrong with it.
+    """
+    path = folder / INDEX_NAME
+    try:
+        content = json.loads(path.read_bytes())
+        version, checksum = content.pop("format"), content.pop("blake2b")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); prepare the corpus again") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} is not the index of a token cache ({error!r}); delete {folder}") from None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path} has format {version}, this forge reads {FORMAT_VERSION}; delete {folder}")
+    if checksum != _checksum(_canonical(content)):
+        raise DataError(f"{path} was changed after it was written: its checksum differs; delete {folder}")
+    for key in ("train", "held_out", "tokenizer"):
+        content[key] = tuple(FileEntry(**entry) for entry in content[key])
+    return CacheIndex(**content)
+
+
+def verify_sizes(folder: Path, entries: tuple[FileEntry, ...]) -> None:
+    """Cheap, done on every opening.
+
+    Raises: DataError naming the file, the size it has and the size it should have.
+    """
+    for entry in entries:
+        path = folder / entry.name
+        try:
+            size_bytes = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{path} is part of the token cache but cannot be read ({error.strerror})") from None
+        if size_bytes != entry.size_bytes:
+            raise DataError(f"{path} has {size_bytes} bytes, the index says {entry.size_bytes}; delete {folder}")
+
+
+def verify(folder: Path, *, index: CacheIndex) -> None:
+    """Read every file and compare its checksum, at about 1 GB/s.
+
+    Raises: DataError naming the file that differs.
+    """
+    verify_sizes(folder, index.files)
+    for entry in index.files:
+        path = folder / entry.name
+        found = hash_file(path)
+        if found != entry.blake2b:
+            raise DataError(f"{path} has checksum {found}, the index says {entry.blake2b}; delete {folder}")
+
+
+def hash_file(path: Path) -> str:
+    """The checksum of a file, read block by block.
+
+    Raises: DataError if it cannot be read.
+    """
+    digest = new_hash()
+    try:
+        for block in _blocks(path):
+            digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            yield block
+
+
+def _checksum(content: bytes) -> str:
+    digest = new_hash()
+    digest.update(content)
+    return digest.hexdigest()
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()

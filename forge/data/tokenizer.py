@@ -1,0 +1,287 @@
+"""Text → token ids: a byte-level BPE trained on the corpus, or a tokenizer that is loaded.
+
+In: texts. Out: little-endian token ids. Most of the time of plain encoding goes into splitting text and
+into words seen a thousand times before. With a GPT-2 style tokenizer the ids of a text are the ids of its
+words one after the other, so here the text is split by Python's own `re` and each word is looked up; only
+new words reach the tokenizer. Every other tokenizer encodes whole texts on all cores.
+
+The end-of-text token marks the end of a document and nothing else: its name inside a text ("<|endoftext|>"
+in the source of a tokenizer, say) is encoded as ordinary characters.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from forge.data.shards import token_dtype
+from forge.errors import DataError
+
+EOT_TOKEN = "<|endoftext|>"
+"""End of text of a trained tokenizer, with id 0; the name GPT-2 gave it."""
+
+_COMMON_EOT_TOKENS = (EOT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "[SEP]")
+"""Asked in this order where the tokenizer's folder does not say: GPT-2, Llama 3, Llama 2 and T5, Gemma,
+DeepSeek, BERT."""
+
+_MAX_WORDS = 1 << 18
+"""Words remembered; about 50 MB. When full, the memory starts anew: frequent words are back at once."""
+
+_MAX_WORD_CHARS = 64
+"""Longer words hardly ever come twice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextTokenizer:
+    """A tokenizer as data: the content of its `tokenizer.json`, and what ends a document.
+
+    `config` is the content of `tokenizer_config.json`, which transformers reads beside it.
+    """
+
+    content: str
+    config: str
+    eot_token: str
+    eot_id: int
+    vocab_size: int
+    """Largest id + 1: the rows an embedding needs."""
+
+    @property
+    def dtype(self) -> str:
+        return token_dtype(self.vocab_size)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
+    """Train a byte-level BPE: GPT-2's word pattern, all 256 bytes, end of text as id 0.
+
+    The same texts give the same tokenizer. A small sample may give fewer than `vocab_size` entries,
+    because pairs seen once are not merged.
+
+    Source: Sennrich et al., arXiv 1508.07909; Radford et al., GPT-2, 2019, section 2.2.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[EOT_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOT_TOKEN,
+        "clean_up_tokenization_spaces": False,
+    }
+    return _described(tokenizer, eot_token=EOT_TOKEN, config=json.dumps(config, indent=2))
+
+
+def load_tokenizer(location: str) -> TextTokenizer:
+    """Load a `tokenizer.json`, or the folder that holds one.
+
+    The end-of-text token is `eos_token` of tokenizer_config.json or special_tokens_map.json, else the
+    first of the common names that the vocabulary has.
+
+    Raises: DataError if there is no such file, it is no tokenizer, or nothing says which token ends a text.
+    """
+    path = Path(location).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise DataError(
+            f"data.tokenizer.from_pretrained: {path} does not exist. Give a tokenizer.json or the folder of one;"
+            f" one from the Hub comes with: hf download ORG/NAME --include 'tokenizer*' --local-dir FOLDER"
+        )
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise DataError(f"data.tokenizer.from_pretrained: {path} is not a tokenizer: {error}") from None
+    config = _read_json(path.with_name("tokenizer_config.json"))
+    eot_token = _eot_token(tokenizer, config=config, folder=path.parent)
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    config["eos_token"] = config.get("eos_token") or eot_token
+    return _described(tokenizer, eot_token=eot_token, config=json.dumps(config, indent=2, ensure_ascii=False))
+
+
+def _described(tokenizer: Tokenizer, *, eot_token: str, config: str) -> TextTokenizer:
+    # What a tokenizer.json may carry for one model's input length or training has no place here.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    content = json.loads(tokenizer.to_str())
+    if content["model"].get("dropout"):
+        content["model"]["dropout"] = None
+    return TextTokenizer(
+        content=json.dumps(content, ensure_ascii=False, indent=2),
+        config=config,
+        eot_token=eot_token,
+        eot_id=tokenizer.token_to_id(eot_token),
+        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+    )
+
+
+def _eot_token(tokenizer: Tokenizer, *, config: dict[str, Any], folder: Path) -> str:
+    for settings in (config, _read_json(folder / "special_tokens_map.json")):
+        named = settings.get("eos_token")
+        token = named.get("content") if isinstance(named, dict) else named
+        if isinstance(token, str):
+            if tokenizer.token_to_id(token) is None:
+                raise DataError(f"{folder}: eos_token {token!r} is not in the vocabulary of tokenizer.json")
+            return token
+    for token in _COMMON_EOT_TOKENS:
+        if tokenizer.token_to_id(token) is not None:
+            return token
+    raise DataError(
+        f"{folder}: nothing says which token ends a text. Put a tokenizer_config.json beside tokenizer.json,"
+        ' like {"eos_token": "<|endoftext|>"}'
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+class Encoder:
+    """Encodes texts, each by itself; no text can contain the end-of-text id.
+
+    Raises: DataError from `encode` if the tokenizer turns ordinary characters into its end-of-text token.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._backend = Tokenizer.from_str(tokenizer.content)
+        self._backend.add_special_tokens([AddedToken(tokenizer.eot_token, special=True, normalized=False)])
+        self._backend.encode_special_tokens = True
+        self._words = _Words(self) if _is_wordwise(json.loads(self._backend.to_str())) else None
+
+    @property
+    def is_wordwise(self) -> bool:
+        """Whether words are remembered, or whole texts encoded."""
+        return self._words is not None
+
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        """The ids of each text, as little-endian bytes of the tokenizer's dtype."""
+        if self._words is not None:
+            split, lookup = _word_pattern().findall, self._words.__getitem__
+            return [b"".join(map(lookup, split(text))) for text in texts]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [self._packed(text, ids=found.ids) for text, found in zip(texts, encodings, strict=True)]
+
+    def encode_word(self, word: str) -> bytes:
+        """The ids of one text, not remembered."""
+        return self._packed(word, ids=self._backend.encode(word, add_special_tokens=False).ids)
+
+    def _packed(self, text: str, *, ids: list[int]) -> bytes:
+        if self._tokenizer.eot_id in ids:
+            ids = self._ids_without_eot(text)
+        return np.array(ids, dtype=self._tokenizer.dtype).tobytes()
+
+    def _ids_without_eot(self, text: str) -> list[int]:
+        """Encode with every occurrence of the token's name torn in two."""
+        token = self._tokenizer.eot_token
+        head, *rest = text.split(token)
+        torn = [head] + [part for after in rest for part in (token[:1], token[1:] + after)]
+        ids = [i for part in torn for i in self._backend.encode(part, add_special_tokens=False).ids]
+        if self._tokenizer.eot_id in ids:
+            raise DataError(
+                f"the tokenizer turns ordinary text into its end-of-text token {token!r} (at {text[:80]!r});"
+                " choose another eos_token, one that text does not spell"
+            )
+        return ids
+
+
+class _Words(dict[str, bytes]):
+    """Word → ids; a word that is not there is encoded."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self._encoder = encoder
+
+    def __missing__(self, word: str) -> bytes:
+        ids = self._encoder.encode_word(word)
+        if len(word) <= _MAX_WORD_CHARS:
+            if len(self) >= _MAX_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+def _is_wordwise(content: dict[str, Any]) -> bool:
+    """Whether the ids of a text are those of its GPT-2 words: nothing but byte-level BPE at work.
+
+    Added tokens that are special are never matched in text (`encode_special_tokens`); others would be.
+    """
+    pre_tokenizer = content["pre_tokenizer"] or {}
+    return (
+        content["model"]["type"] == "BPE"
+        and content["normalizer"] is None
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and pre_tokenizer.get("use_regex", True)
+        and not pre_tokenizer.get("add_prefix_space", True)
+        and all(token["special"] for token in content["added_tokens"])
+    )
+
+
+@cache
+def _word_pattern() -> re.Pattern[str]:
+    r"""GPT-2's pattern for Python's `re`, exact whatever Unicode version either side knows.
+
+        's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+
+    Letters and numbers are spelled out as those characters that had the same category in Unicode 3.2
+    (2002, which Python keeps) as today. Any other character, like an emoji, is in `doubtful`: no word may
+    touch one; the last branch takes it with its surroundings, up to where a visible ASCII character meets
+    an ASCII space or the text ends, as one longer "word" for the tokenizer to split itself. Words must end
+    there in any case, so the ids are the same.
+    """
+    letter, number, space, other, doubtful = _character_classes()
+    return re.compile(
+        rf"'(?:[stmd]|re|ve|ll)"
+        rf"| ?[{letter}]++(?![{doubtful}])"
+        rf"| ?[{number}]++(?![{doubtful}])"
+        rf"| ?[{other}]++(?![{doubtful}])"
+        rf"|[{space}]++\Z"
+        rf"|(?>[{space}]+(?=[{space}]))(?![{space}][{doubtful}])"
+        rf"|[{space}](?![{space}{doubtful}])"
+        r"|(?s:.+?)(?:(?<=[!-~])(?=[\t-\r ])|\Z)"
+    )
+
+
+def _character_classes() -> list[str]:
+    """Letters, numbers, spaces, others, and the characters that Unicode versions disagree about."""
+    then, now = unicodedata.ucd_3_2_0.category, unicodedata.category
+    members: dict[str, list[int]] = {"L": [], "N": [], "space": [], "other": [], "doubtful": []}
+    for code in range(0x10000):
+        category = now(chr(code))
+        if code in _SPACES:
+            members["space"].append(code)
+        elif category != then(chr(code)) or category in ("Cn", "Cs"):
+            members["doubtful"].append(code)
+        else:
+            members[category[0] if category[0] in "LN" else "other"].append(code)
+    members["doubtful"] += range(0x10000, 0x110000)
+    return [_as_ranges(codes) for codes in members.values()]
+
+
+_SPACES = frozenset(b"\t\n\v\f\r \x85\xa0") | {0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
+r"""`\s` of the tokenizer's pattern: White_Space of Unicode. (Python's own `\s` adds 0x1c to 0x1f.)"""
+
+
+def _as_ranges(codes: list[int]) -> str:
+    bounds = [code for code, before in zip(codes, [-2, *codes], strict=False) if code != before + 1]
+    ends = [code for code, after in zip(codes, [*codes[1:], -2], strict=True) if code != after - 1]
+    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in zip(bounds, ends, strict=True))

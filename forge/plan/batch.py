@@ -1,0 +1,67 @@
+"""The global batch, divided: the optimizer sees the same sequences at every world size.
+
+Step t (counted from 1) consumes sample positions `[(t-1)·B, t·B)`. A rank takes a contiguous share of
+them, in micro-batches of one size; where a share is short, the micro-batch is filled up with samples
+of weight zero. So every world size from 1 to B has an answer, divisors of B or not, at the price of
+at most one wasted micro-step per rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from forge.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """How one global batch is carried out at one world size.
+
+    DeepSpeed's identity `train_batch_size = micro · accumulation · world_size` holds for the padded
+    batch; `padding` of its sequences carry no weight.
+    """
+
+    global_batch_size: int
+    world_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+
+    @property
+    def padding(self) -> int:
+        """Sequences of weight zero per step, over all ranks."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size - self.global_batch_size
+
+    def share(self, rank: int) -> tuple[int, int]:
+        """The half-open interval of the step's B positions that `rank` takes: [⌊rB/W⌋, ⌊(r+1)B/W⌋)."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} outside of 0..{self.world_size - 1}")
+        size = self.global_batch_size
+        return rank * size // self.world_size, (rank + 1) * size // self.world_size
+
+
+def plan_batch(global_batch_size: int, *, world_size: int, max_micro_batch_size: int) -> BatchPlan:
+    """Split one global batch over the ranks, so the optimizer sees the same batch at any size.
+
+    Of all micro-batch sizes up to the allowed one, the plan takes the fewest micro-steps and then the
+    smallest micro-batch that still needs no more of them, so that padding is least.
+
+    Args:
+        max_micro_batch_size: what fits into one worker's memory, in sequences; at least 1.
+
+    Raises: PlanError if there are more workers than sequences.
+    """
+    if world_size > global_batch_size:
+        raise PlanError(
+            f"a global batch of {global_batch_size} sequences cannot feed {world_size} workers: "
+            f"{world_size - global_batch_size} of them would have nothing to do; "
+            f"raise training.global_batch_size or lower resources.workers"
+        )
+    largest_share = -(-global_batch_size // world_size)
+    micro = min(max_micro_batch_size, largest_share)
+    accumulation = -(-largest_share // micro)
+    return BatchPlan(
+        global_batch_size=global_batch_size,
+        world_size=world_size,
+        micro_batch_size=-(-largest_share // accumulation),
+        gradient_accumulation_steps=accumulation,
+    )

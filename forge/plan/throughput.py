@@ -1,0 +1,66 @@
+"""Arithmetic per token, and the peaks it is measured against.
+
+MFU is as in PaLM (arXiv 2204.02311, appendix B): the floating-point operations that the forward and
+backward pass require, never counting recomputation, over the peak of the hardware in the same time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from forge.plan.facts import ModelFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """A GPU as its maker's data sheet describes it: dense rates, without sparsity."""
+
+    name: str
+    memory_gib: int
+    bf16_flops: float
+    fp32_flops: float
+    marks: tuple[str, ...]
+    """Words of `torch.cuda.get_device_name()`, lower case, all of which must be in it."""
+
+
+# Source: NVIDIA's data sheets of the SXM or the only variant; dense tensor-core bf16 (fp16 on V100 and T4,
+# which have no bf16), non-tensor fp32, since torch computes fp32 matrix products without TF32 by default.
+GPUS: tuple[Gpu, ...] = (
+    Gpu(name="B200", memory_gib=180, bf16_flops=2250e12, fp32_flops=75e12, marks=("b200",)),
+    Gpu(name="H200", memory_gib=141, bf16_flops=989.5e12, fp32_flops=66.9e12, marks=("h200",)),
+    Gpu(name="H100-NVL", memory_gib=94, bf16_flops=835e12, fp32_flops=60e12, marks=("h100", "nvl")),
+    Gpu(name="H100-PCIe", memory_gib=80, bf16_flops=756e12, fp32_flops=51e12, marks=("h100", "pcie")),
+    Gpu(name="H100-80GB", memory_gib=80, bf16_flops=989.5e12, fp32_flops=66.9e12, marks=("h100",)),
+    Gpu(name="A100-80GB", memory_gib=80, bf16_flops=312e12, fp32_flops=19.5e12, marks=("a100", "80gb")),
+    Gpu(name="A100-40GB", memory_gib=40, bf16_flops=312e12, fp32_flops=19.5e12, marks=("a100",)),
+    Gpu(name="L40S", memory_gib=48, bf16_flops=362e12, fp32_flops=91.6e12, marks=("l40s",)),
+    Gpu(name="A10G", memory_gib=24, bf16_flops=70e12, fp32_flops=35e12, marks=("a10g",)),
+    Gpu(name="A10", memory_gib=24, bf16_flops=125e12, fp32_flops=31.2e12, marks=("a10",)),
+    Gpu(name="L4", memory_gib=24, bf16_flops=121e12, fp32_flops=30.3e12, marks=("l4",)),
+    Gpu(name="RTX-4090", memory_gib=24, bf16_flops=165.2e12, fp32_flops=82.6e12, marks=("4090",)),
+    Gpu(name="V100-32GB", memory_gib=32, bf16_flops=125e12, fp32_flops=15.7e12, marks=("v100", "32gb")),
+    Gpu(name="V100-16GB", memory_gib=16, bf16_flops=125e12, fp32_flops=15.7e12, marks=("v100",)),
+    Gpu(name="T4", memory_gib=16, bf16_flops=65e12, fp32_flops=8.1e12, marks=("t4",)),
+)
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The GPU a user or torch means by `name`; None if it is not in the table."""
+    lowered = name.lower()
+    for gpu in GPUS:
+        if lowered == gpu.name.lower():
+            return gpu
+    words = lowered.replace("-", " ").split()
+    return next((gpu for gpu in GPUS if set(gpu.marks) <= set(words)), None)
+
+
+def flops_per_token(model: ModelFacts, *, seq_len: int) -> int:
+    """Forward and backward: `6·N + 12·L·H·Q·T`.
+
+    N counts the parameters that a token is multiplied with (the input embedding is a look-up), L layers,
+    H·Q the width of all heads, T the sequence length. Attention is counted as if it were not causal,
+    as the paper does.
+
+    Source: PaLM, arXiv 2204.02311, appendix B.
+    """
+    return 6 * model.num_matmul_parameters + 12 * model.num_layers * model.attention_width * seq_len

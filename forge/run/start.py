@@ -1,0 +1,178 @@
+"""The process that carries one run: `python -m forge.run.start RUN_FOLDER [--address ADDRESS]`.
+
+It lives apart from whoever asked for the run, which may go away. It connects to the cluster that is
+up, or starts one inside itself that ends with it; starts the recorder; hands the plan to the engine;
+adds a sample of text; and says how it ended. SIGTERM once: checkpoint, then stop; twice: stop now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from forge.errors import ClusterError, ForgeError, RunError
+from forge.events import Event, RunFailed, RunStarted, RunStopped
+from forge.plan.plan import Plan, plan_from_json
+from forge.run.record import append_event, last_recorded_step
+
+_STOP_REPEAT_S = 1.0
+_SAMPLE_PROMPT = {"python-stdlib": "def "}
+_SAMPLE_TOKENS = 64
+
+
+def main() -> None:
+    """Carry the run of the folder that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m forge.run.start")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--address")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.resolve()
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{folder} is being carried by another process")
+    lock.write(str(os.getpid()))
+    lock.flush()
+    carrier = Carrier(folder, plan=plan_from_json((folder / "plan.json").read_text()), address=arguments.address)
+    sys.exit(carrier.carry())
+
+
+class Carrier:
+    """One run, from connecting to the last event."""
+
+    def __init__(self, folder: Path, *, plan: Plan, address: str | None) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._address = address
+        self._recorder: Any = None
+        self._stop = threading.Event()
+
+    def carry(self) -> int:
+        """Returns: the exit code of the run."""
+        try:
+            self._connect()
+            self._start_recorder()
+            self._train()
+            self._close(exit_code=0)
+            return 0
+        except ForgeError as error:
+            self._fail(error)
+            return error.exit_code
+        except Exception as error:
+            traceback.print_exc()
+            self._fail(RunError(f"{type(error).__name__}: {_first_line(error)}"))
+            return RunError.exit_code
+
+    def _connect(self) -> None:
+        threading.Thread(target=_import_train, daemon=True).start()
+        import ray
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+        if self._address is None:
+            # Ranks sharing cores is slow but right; the smallest world the job allows always has a place.
+            cpus = max(os.cpu_count() or 1, self._plan.job.resources.workers.low)
+            options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 128 * 2**20}
+        try:
+            ray.init(self._address or "local", namespace="forge", **options)
+        except Exception as error:  # Ray raises many unrelated classes here
+            raise ClusterError(f"Ray at {self._address or 'this machine'}: {_first_line(error)}") from error
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _start_recorder(self) -> None:
+        from forge.run.ray_train import RecorderActor
+
+        run_id = self._folder.name
+        self._recorder = RecorderActor.options(name=f"recorder-{run_id}").remote(  # type: ignore[attr-defined]
+            str(self._folder), run_id, self._plan.job.model_dump_json()
+        )
+        self._tell(
+            RunStarted(
+                run_id=run_id,
+                total_steps=self._plan.total_steps,
+                resumed_from_step=last_recorded_step(self._folder),
+            )
+        )
+        threading.Thread(target=self._pass_on_stop, daemon=True).start()
+
+    def _train(self) -> None:
+        import ray
+
+        from forge.run.ray_train import train_on_ray
+
+        if self._stop.is_set():
+            self._tell(RunStopped(step=last_recorded_step(self._folder)))
+            return
+        try:
+            train_on_ray(self._plan, run_folder=self._folder, run_id=self._folder.name, recorder=self._recorder)
+        except ForgeError:
+            raise
+        except Exception as error:
+            failure: RunFailed | None = ray.get(self._recorder.failure.remote())
+            if failure is None:
+                raise RunError(
+                    f"{_first_line(error)}; the logs of the ranks are in {self._folder / 'logs'}"
+                ) from error
+            raise _rebuilt(failure) from error
+
+    def _tell(self, event: Event) -> None:
+        import ray
+
+        ray.get(self._recorder.event.remote(event))
+
+    def _fail(self, error: ForgeError) -> None:
+        failed = RunFailed(error=type(error).__name__, message=str(error))
+        try:
+            self._tell(failed)
+            self._close(exit_code=error.exit_code)
+        except Exception:  # no recorder, or no Ray: this process is then the only writer
+            append_event(self._folder, failed)
+
+    def _close(self, *, exit_code: int) -> None:
+        import ray
+
+        ray.get(self._recorder.close.remote(exit_code))
+        ray.shutdown()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._stop.is_set():
+            os._exit(128 + number)
+        self._stop.set()
+
+    def _pass_on_stop(self) -> None:
+        """Once asked to stop, keep saying so: the recorder may be restarted and forget."""
+        self._stop.wait()
+        while True:
+            self._recorder.request_stop.remote()
+            time.sleep(_STOP_REPEAT_S)
+
+
+def _import_train() -> None:
+    """Import Ray Train (torch, pandas) while Ray's own processes start."""
+    import forge.run.ray_train  # noqa: F401
+
+
+def _rebuilt(failure: RunFailed) -> ForgeError:
+    classes = {cls.__name__: cls for cls in _subclasses(ForgeError)}
+    return classes.get(failure.error, RunError)(failure.message)
+
+
+def _subclasses(root: type[ForgeError]) -> list[type[ForgeError]]:
+    return [root, *(cls for child in root.__subclasses__() for cls in _subclasses(child))]
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+if __name__ == "__main__":
+    main()

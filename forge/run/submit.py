@@ -1,0 +1,120 @@
+"""From a job to a run: resolve the plan, make the run's folder, start the process that carries it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge.cluster.local import find_local
+from forge.data.prepare import PrepareProgress, default_cache_dir, prepare
+from forge.data.tokenizer import loaded_vocabulary
+from forge.errors import RunError
+from forge.plan.facts import CorpusFacts
+from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json, training_digest
+from forge.report.runs import carrier_pid
+from forge.run.facts import hardware, model_facts
+from forge.spec.dump import dump_job
+from forge.spec.load import LoadedJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """A run in progress."""
+
+    folder: Path
+    pid: int
+    """Of the process that carries it."""
+
+
+def resolve(
+    loaded: LoadedJob, *, is_dry_run: bool, on_progress: Callable[[PrepareProgress], None] | None = None
+) -> Plan:
+    """Make the plan of a job: prepare its corpus, count its model, look at the hardware.
+
+    A dry run prepares no corpus, unless the length of the training depends on it.
+
+    Raises: JobFileError, DataError, PlanError.
+    """
+    job = loaded.job
+    corpus: CorpusFacts | None = None
+    if not is_dry_run or job.training.epochs is not None:
+        corpus = prepare(job.data, cache_dir=default_cache_dir(), on_progress=on_progress)
+        vocab_size, eot_id = corpus.vocab_size, corpus.eot_id
+    else:
+        vocab_size, eot_id = loaded_vocabulary(job.data.tokenizer)
+    model = model_facts(loaded, vocab_size=vocab_size, eot_id=eot_id)
+    return make_plan(job, model=model, corpus=corpus, hardware=hardware(job))
+
+
+def create_run(plan: Plan) -> Path:
+    """Make the folder of a new run: `job.yaml`, `plan.json`, the tokenizer.
+
+    Raises: RunError if it cannot be written.
+    """
+    assert plan.corpus is not None, "a run is created from a full plan"
+    root = Path(plan.job.checkpoint.to)
+    folder = root / f"{plan.job.name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    try:
+        (folder / "logs").mkdir(parents=True)
+        shutil.copytree(Path(plan.corpus.folder) / "tokenizer", folder / "tokenizer")
+        (folder / "job.yaml").write_text(dump_job(plan.job))
+        (folder / "plan.json").write_text(plan_to_json(plan))
+    except OSError as error:
+        raise RunError(
+            f"the run's folder {folder} cannot be written: {error.strerror}; set checkpoint.to to a folder you own"
+        ) from error
+    return folder
+
+
+def reopen_run(folder: Path, plan: Plan) -> None:
+    """Give a run that ended early a fresh plan, to be carried on from its newest checkpoint.
+
+    Raises: RunError if the plan would change the loss curve.
+    """
+    before = plan_from_json((folder / "plan.json").read_text())
+    if training_digest(before.job) != training_digest(plan.job):
+        raise RunError(
+            f"{folder.name} cannot be resumed with another model, data or training section: its loss curve would "
+            "no longer be one curve; start a new run instead"
+        )
+    draft = folder / "plan.json.draft"
+    draft.write_text(plan_to_json(plan))
+    draft.replace(folder / "plan.json")
+
+
+def carry(folder: Path) -> Carried:
+    """Start the process that carries a run, apart from this one.
+
+    On the cluster that is up on this machine, else on one of its own that ends with it.
+    """
+    cluster = find_local()
+    command = [sys.executable, "-m", "forge.run.start", str(folder)]
+    if cluster is not None:
+        command += ["--address", cluster.address]
+    with (folder / "logs" / "run.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    return Carried(folder=folder, pid=process.pid)
+
+
+def request_stop(pid: int) -> None:
+    """Ask a run to checkpoint and stop; the second time, to stop at once."""
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+
+
+def wait_until_free(folder: Path) -> None:
+    """Return once no process carries the run any more."""
+    while carrier_pid(folder) is not None:
+        time.sleep(0.1)

@@ -1,0 +1,133 @@
+"""Text from a run's newest checkpoint.
+
+    python -m forge.serve.generate RUN_FOLDER < request.json > answer.json
+
+The weights are put together from the checkpoint's shards into a plain transformers model; no Ray, no
+DeepSpeed. In a process of its own, because the client never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from forge.errors import CheckpointError, ForgeError
+from forge.model.build import build_config, build_model
+from forge.plan.plan import Plan, plan_from_json
+from forge.train.checkpoint import find_checkpoint, read_progress, read_weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """What to write, and how freely."""
+
+    prompt: str
+    max_tokens: int = 128
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    top_k: int = 50
+    seed: int = 1
+    ema: bool = False
+    """Use the averaged weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """What the model wrote after the prompt."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+def generate(run_folder: Path, request: GenerateRequest) -> Generated:
+    """Continue a prompt with a run's newest checkpoint.
+
+    Raises: CheckpointError if there is none that verifies, or it has no averaged weights.
+    """
+    plan = plan_from_json((run_folder / "plan.json").read_text())
+    skipped: list[str] = []
+    folder = find_checkpoint(
+        run_folder / "checkpoints", on_skip=lambda path, why: skipped.append(f"{path.name}: {why}")
+    )
+    if folder is None:
+        why = "; ".join(skipped) or "the run has not written one yet"
+        raise CheckpointError(f"{run_folder} has no checkpoint to generate from ({why})")
+    tokenizer = Tokenizer.from_file(str(run_folder / "tokenizer" / "tokenizer.json"))
+    model = load_model(plan, folder, kind="ema" if request.ema else "master")
+    text = _continue(model, tokenizer, request, max_positions=plan.model.max_seq_len)
+    return Generated(step=read_progress(folder).step, prompt=request.prompt, text=text)
+
+
+def load_model(plan: Plan, checkpoint: Path, *, kind: str = "master") -> PreTrainedModel:
+    """A transformers model with the weights of one checkpoint, ready to be evaluated.
+
+    Raises: CheckpointError if the checkpoint does not hold every parameter of the plan's model.
+    """
+    assert plan.corpus is not None, "a run that has a checkpoint had a corpus"
+    config = build_config(
+        plan.job.model,
+        vocab_size=plan.corpus.vocab_size,
+        seq_len=plan.job.data.seq_len,
+        eot_id=plan.corpus.eot_id,
+    )
+    dtype = torch.bfloat16 if plan.job.training.precision == "bf16" else torch.float32
+    model = build_model(plan.job.model, config, seed=plan.job.training.seed, dtype=dtype)
+    parameters = dict(model.named_parameters())
+    missing = set(parameters)
+    with torch.no_grad():
+        for name, flat in read_weights(checkpoint, kind=kind):
+            if name not in parameters or parameters[name].numel() != flat.numel():
+                raise CheckpointError(f"{checkpoint} does not fit the model of its plan: {name}")
+            parameters[name].copy_(flat.view_as(parameters[name]))
+            missing.discard(name)
+    missing = {name for name in missing if parameters[name].requires_grad}
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint} lacks {len(missing)} parameters of the model, {min(missing)} among them"
+        )
+    return model.eval()
+
+
+@torch.no_grad()
+def _continue(
+    model: PreTrainedModel, tokenizer: Tokenizer, request: GenerateRequest, *, max_positions: int | None
+) -> str:
+    ids = tokenizer.encode(request.prompt, add_special_tokens=False).ids
+    eot = model.config.eos_token_id
+    tokens = torch.tensor([ids or [eot]])
+    if max_positions is not None and tokens.shape[1] + request.max_tokens > max_positions:
+        tokens = tokens[:, -max(1, max_positions - request.max_tokens) :]
+    torch.manual_seed(request.seed)
+    settings = {"do_sample": False}
+    if request.temperature > 0:
+        settings = {"do_sample": True, "temperature": request.temperature, "top_k": request.top_k}
+    out = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=request.max_tokens,
+        pad_token_id=eot,
+        **settings,
+    )
+    text: str = tokenizer.decode(out[0, tokens.shape[1] :].tolist(), skip_special_tokens=True)
+    return text
+
+
+def main() -> None:
+    """Answer one request: `{"generated": {...}}`, or `{"error": ...}` with exit status 2."""
+    request = GenerateRequest(**json.load(sys.stdin))
+    try:
+        answer = {"generated": asdict(generate(Path(sys.argv[1]), request))}
+    except ForgeError as error:
+        answer = {"error": {"class": type(error).__name__, "message": str(error)}}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""A job, written back as the YAML that gives the same job; what was not written is left out."""
+
+from __future__ import annotations
+
+import yaml
+
+from forge.spec.job import JobSpec
+from forge.spec.scalar import resolve
+
+
+def dump_job(job: JobSpec) -> str:
+    """YAML text; `load_job` of it gives an equal job."""
+    body = job.model_dump(mode="json", exclude_unset=True)
+    return yaml.dump(body, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `forge.spec.scalar` would not read as text; PyYAML, of YAML 1.1, leaves `1e3` bare."""
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        is_text = isinstance(resolve(text), str)
+    except ValueError:
+        is_text = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_text else "'")
+
+
+_Dumper.add_representer(str, _text_node)

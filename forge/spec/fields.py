@@ -1,0 +1,60 @@
+"""The tree of a job's keys, read from the types of its sections."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from forge.spec.document import join_key
+from forge.spec.job import JobSpec
+from forge.spec.section import Section
+
+Loc = Sequence[str | int]
+"""A place in a job, as pydantic gives it: keys, and the indices of lists."""
+
+
+def known_sections(section: type[Section] = JobSpec, *, key: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Every section with its dotted key, in the order of the job file; the whole job comes first, as ``."""
+    yield key, section
+    for name, field in section.model_fields.items():
+        for inner in _sections_in(field.annotation):
+            yield from known_sections(inner, key=join_key(key, name))
+
+
+def known_keys() -> Iterator[str]:
+    """Every dotted key of a job but the model's free ones."""
+    return (join_key(key, name) for key, section in known_sections() for name in section.model_fields)
+
+
+def section_at(loc: Loc) -> type[Section] | None:
+    """The type of the section at a place; None if what belongs there is no section."""
+    section: type[Section] = JobSpec
+    for name in loc:
+        field = section.model_fields.get(str(name))
+        inner = next(_sections_in(field.annotation), None) if field else None
+        if inner is None:
+            return None
+        section = inner
+    return section
+
+
+def literal_values(loc: Loc) -> list[str | int]:
+    """The values from which the key at a place must have one; none if it is free."""
+    section = section_at(loc[:-1])
+    field = section.model_fields.get(str(loc[-1])) if section else None
+    if field is None:
+        return []
+    literals = [member for member in _members(field.annotation) if typing.get_origin(member) is Literal]
+    return [value for literal in literals for value in typing.get_args(literal)]
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    return (member for member in _members(annotation) if isinstance(member, type) and issubclass(member, Section))
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """`A | B` → `A`, `B`; anything else is its own only member."""
+    if typing.get_origin(annotation) in (None, Literal):
+        return (annotation,)
+    return typing.get_args(annotation)

@@ -1,0 +1,106 @@
+"""The job file's door: a path and the command line's `--set` go in, a typed job comes out.
+
+Whatever is wrong with the file, or with `--set`, ends in one JobFileError that lists everything found,
+each with its line. The job comes with the map of its lines, for stages that know more than its types do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from forge.errors import JobFileError
+from forge.spec.complaint import complaints
+from forge.spec.document import Node, compose, join_key, read_text
+from forge.spec.job import JobSpec
+from forge.spec.secret import SECRET_PROBLEM, is_secret
+from forge.spec.source import SourceMap, map_source
+
+_MAX_NAMES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedJob:
+    """A job, and where in its file each key stands."""
+
+    job: JobSpec
+    source: SourceMap
+
+
+def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:
+    """Read a job file.
+
+    Args:
+        path: a YAML file.
+        overrides: `training.optimizer.lr=1e-3`, as given to `--set`; the value is YAML, the last one wins.
+
+    Raises: JobFileError with all that is wrong, in the order of the file.
+    """
+    errors: list[JobFileError] = []
+    root = compose(read_text(Path(path)), path=str(path), errors=errors)
+    if root.value is None:
+        raise JobFileError("is empty; a job has at least a name, a model, data and training", path=str(path))
+    if not isinstance(root.value, dict):
+        raise JobFileError("must hold keys, such as 'name:' and 'model:'", path=str(path), line=root.line)
+    for override in overrides:
+        root = _with_override(root, override, errors=errors)
+    source = map_source(root, path=str(path))
+    try:
+        job = JobSpec.model_validate(root.plain())
+    except ValidationError as error:
+        errors += complaints(error, source=source, blamed=errors)
+    if errors:
+        raise _combined(errors)
+    return LoadedJob(job=job, source=source)
+
+
+def _with_override(root: Node, override: str, *, errors: list[JobFileError]) -> Node:
+    """The job with one `--set` carried out; as it was, if that is impossible."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    names = key.split(".")
+    if any(is_secret(name.strip()) for name in names):
+        errors.append(JobFileError(SECRET_PROBLEM, path="--set", key=key))
+    elif not equals or not all(names) or len(names) > _MAX_NAMES:
+        errors.append(
+            JobFileError(
+                "write it as a dotted key and a value: training.optimizer.lr=1e-3", path="--set", value=override
+            )
+        )
+    else:
+        try:
+            return _placed(root, names, compose(text, path="--set", key=key, errors=errors), parent="")
+        except JobFileError as error:
+            errors.append(error)
+    return root
+
+
+def _placed(section: Node, names: Sequence[str], value: Node, *, parent: str) -> Node:
+    """The section with a value set below it; the path to it is made where it is missing."""
+    name, *rest = names
+    children = {} if section.value is None else section.value
+    if not isinstance(children, dict):
+        problem = f"'{parent}' is a value and has no keys below it"
+        raise JobFileError(problem, path="--set", key=join_key(parent, ".".join(names)))
+    if rest:
+        empty = Node(value={}, line=None, text="{...}")
+        value = _placed(children.get(name, empty), rest, value, parent=join_key(parent, name))
+    return replace(section, value={**children, name: value}, text="{...}")
+
+
+def _combined(errors: Sequence[JobFileError]) -> JobFileError:
+    """One error that tells all, in the order of the file, the command line last."""
+    first, *others = sorted(errors, key=lambda error: math.inf if error.line is None else error.line)
+    return JobFileError(
+        first.problem,
+        path=first.path,
+        line=first.line,
+        key=first.key,
+        value=first.value,
+        nearest=first.nearest,
+        others=tuple(others),
+    )

@@ -1,0 +1,204 @@
+"""The door to DeepSpeed: a model, a loss and an optimizer become an engine that takes steps.
+
+The loss of a step is the sum over its real tokens divided by their number over all ranks. Each rank
+scales its part by `world_size / tokens_of_the_step` before DeepSpeed averages over the ranks, so
+ranks with fewer sequences, or with none in a micro-step, change nothing.
+
+Nothing is compiled at run time: the optimizer is torch's own AdamW, and on CPU the shared-memory
+collective that DeepSpeed would build in the background (70 s) is declared unavailable.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from forge.data.batches import MicroBatch
+from forge.model.build import build_config, build_model
+from forge.model.objectives import CausalLm
+from forge.spec.model import ModelSpec
+from forge.spec.training import OptimizerSpec, TrainingSpec
+from forge.train.metrics import peak_memory_gib
+from forge.train.state import TrainState
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    """What rank 0 wishes for this step; after the step every rank holds rank 0's."""
+
+    stop: bool = False
+    save: bool = False
+    evaluate: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One optimizer step as all ranks see it."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    peak_memory_gib: float
+    """Of the rank with the most."""
+    flags: Flags
+
+
+def join_process_group(*, device: torch.device) -> None:
+    """Enter the group that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` name; collective."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        # DeepSpeed compiles this operator on first use where it can; it serves inference only.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=COLLECTIVE_TIMEOUT,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+
+
+class Engine:
+    """A DeepSpeed engine that speaks forge's terms: steps, exact losses, shards of state."""
+
+    def __init__(self, engine: Any, *, training: TrainingSpec) -> None:
+        self._engine = engine
+        self._training = training
+        self.state = TrainState(engine, keep_average=training.ema is not None)
+        self.device: torch.device = engine.device
+
+    def step(self, micro_batches: Iterable[MicroBatch], *, num_tokens: int, lr: float, flags: Flags) -> StepResult:
+        """Forward, backward and update over one global batch; collective.
+
+        Args:
+            num_tokens: predicted tokens of the step over all ranks.
+            lr: the learning rate of this step.
+            flags: rank 0's wishes; ignored on the others.
+        """
+        engine = self._engine
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        engine.train()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            loss = self._loss(batch)
+            loss_sum += loss.detach().double()
+            engine.backward(loss * (engine.dp_world_size / num_tokens), scale_wrt_gas=False)
+            own_norm = self._clip_by_hand() if engine.is_gradient_accumulation_boundary() else None
+            engine.step()
+        if self._training.ema is not None:
+            self.state.update_average(decay=self._training.ema.decay)
+        norm = engine.get_global_grad_norm() if own_norm is None else own_norm
+        return self._agree(loss_sum, float("nan" if norm is None else norm), num_tokens=num_tokens, flags=flags)
+
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
+        """Summed loss and number of predicted tokens over all ranks' batches; collective."""
+        self._engine.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for batch in micro_batches:
+                sums[0] += self._loss(batch).double()
+                sums[1] += int((batch.targets >= 0).sum())
+        dist.all_reduce(sums)
+        self._engine.train()
+        return sums[0].item(), int(sums[1].item())
+
+    def _loss(self, batch: MicroBatch) -> torch.Tensor:
+        tokens = torch.from_numpy(batch.tokens).to(self.device, non_blocking=True)
+        targets = torch.from_numpy(batch.targets).to(self.device, non_blocking=True)
+        loss: torch.Tensor = self._engine(tokens, targets)
+        return loss
+
+    def _clip_by_hand(self) -> float | None:
+        """fp32 under ZeRO 0 is plain torch to DeepSpeed, which clips there without telling the norm."""
+        if self._engine.zero_optimization_stage() > 0 or self._training.precision != "fp32":
+            return None
+        limit = self._training.optimizer.grad_clip or float("inf")
+        return float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
+
+    def _agree(self, loss_sum: torch.Tensor, grad_norm: float, *, num_tokens: int, flags: Flags) -> StepResult:
+        """One all-reduce for the loss, the wishes of rank 0 and every rank's memory, each in its own place."""
+        rank, world_size = self._engine.global_rank, self._engine.dp_world_size
+        wishes = [flags.stop, flags.save, flags.evaluate] if rank == 0 else [False, False, False]
+        memory = [0.0] * world_size
+        memory[rank] = peak_memory_gib(self.device)
+        shared = torch.tensor([0.0, *map(float, wishes), *memory], dtype=torch.float64, device=self.device)
+        shared[0] = loss_sum
+        dist.all_reduce(shared)
+        total, stop, save, evaluate, *peaks = shared.tolist()
+        return StepResult(
+            loss=total / num_tokens,
+            grad_norm=grad_norm,
+            peak_memory_gib=max(peaks),
+            flags=Flags(stop=stop > 0, save=save > 0, evaluate=evaluate > 0),
+        )
+
+
+def build_engine(
+    model_spec: ModelSpec,
+    training: TrainingSpec,
+    *,
+    deepspeed_config: dict[str, Any],
+    vocab_size: int,
+    seq_len: int,
+    eot_id: int,
+    device: torch.device,
+) -> Engine:
+    """Build the network, its loss and its optimizer, and hand them to DeepSpeed; collective.
+
+    Under ZeRO 3 every module is divided as soon as it is built, so no rank ever holds the whole model.
+    """
+    config = build_config(model_spec, vocab_size=vocab_size, seq_len=seq_len, eot_id=eot_id)
+    divided = training.zero.stage == 3
+    construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if divided else nullcontext()
+    model = build_model(
+        model_spec,
+        config,
+        seed=training.seed,
+        dtype=DTYPES[training.precision],
+        construct=construct,
+        gather=_gather if divided else None,
+    )
+    if training.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective = CausalLm(model, chunked=training.cross_entropy == "chunked")
+    optimizer = build_optimizer(objective, training.optimizer, device=device)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=deepspeed_config)
+    return Engine(engine, training=training)
+
+
+def build_optimizer(module: nn.Module, spec: OptimizerSpec, *, device: torch.device) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only, fused where torch can; its rate is 0 until a step sets it."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    # Under ZeRO 3 a divided parameter is empty; its shape is kept beside it.
+    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [
+        {"params": matrices, "weight_decay": spec.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=(spec.beta1, spec.beta2),
+        eps=spec.eps,
+        fused=device.type in ("cuda", "cpu"),
+    )
+
+
+def _gather(parameters: list[nn.Parameter]) -> Any:
+    """Whole parameters while it lasts; what rank 0 wrote is sent to all."""
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

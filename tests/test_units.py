@@ -1,0 +1,169 @@
+"""Numbers as people write them, both ways."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forge import units
+from forge.units import Every, Range
+
+PARSERS: list[Callable[[Any], object]] = [
+    units.parse_bytes,
+    units.parse_count,
+    units.parse_duration_s,
+    units.parse_every,
+    units.parse_range,
+    units.parse_fraction,
+]
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (units.parse_bytes, "80GB", 80 * 10**9),
+        (units.parse_bytes, "4GiB", 4 * 2**30),
+        (units.parse_bytes, " 1.5 kib ", 1536),
+        (units.parse_bytes, 17, 17),
+        (units.parse_count, "20M", 20_000_000),
+        (units.parse_count, "1.5k", 1500),
+        (units.parse_count, "1_000", 1000),
+        (units.parse_count, "2e3", 2000),
+        (units.parse_count, 2e3, 2000),
+        (units.parse_count, "9007199254740993", 2**53 + 1),  # no float on the way
+        (units.parse_duration_s, "10m", 600.0),
+        (units.parse_duration_s, "1.5h", 5400.0),
+        (units.parse_duration_s, "2 d", 172_800.0),
+        (units.parse_every, "50 steps", Every(steps=50)),
+        (units.parse_every, "1 step", Every(steps=1)),
+        (units.parse_every, "10m", Every(seconds=600.0)),
+        (units.parse_range, "2..16", Range(low=2, high=16)),
+        (units.parse_range, "4", Range(low=4, high=4)),
+        (units.parse_range, 4, Range(low=4, high=4)),
+        (units.parse_fraction, "1%", 0.01),
+        (units.parse_fraction, "0.7%", 0.007),
+        (units.parse_fraction, "0.01", 0.01),
+        (units.parse_fraction, 1, 1.0),
+    ],
+)
+def test_what_people_write_is_read(parse: Callable[[Any], object], text: object, value: object) -> None:
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "reason"),
+    [
+        (units.parse_bytes, "80XB", "known unit"),
+        (units.parse_bytes, "1.5", "whole number"),
+        (units.parse_bytes, True, "not a number"),
+        (units.parse_count, None, "not a number"),
+        (units.parse_count, "1e999", "must not be larger"),
+        (units.parse_count, math.nan, "must not be larger"),
+        (units.parse_count, 10**400, "must not be larger"),
+        (units.parse_duration_s, 600, "with a unit"),
+        (units.parse_duration_s, "0s", "greater than zero"),
+        (units.parse_every, "50", "50 steps"),
+        (units.parse_every, "0 steps", "at least 1 step"),
+        (units.parse_range, "16..2", "backwards"),
+        (units.parse_range, "0..2", "start at 1"),
+        (units.parse_range, True, "not a range"),
+        (units.parse_fraction, "many", "1%"),
+        (units.parse_fraction, [1], "1%"),
+        (units.parse_fraction, math.inf, "finite"),
+        (units.parse_fraction, 10**400, "finite"),
+    ],
+)
+def test_what_means_nothing_is_refused_with_a_reason(
+    parse: Callable[[Any], object], text: object, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse(text)
+
+
+@pytest.mark.parametrize("parse", PARSERS)
+@given(
+    value=st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(),
+        st.lists(st.integers(), max_size=2),
+        st.from_regex(r"\A[0-9]{1,50}(\.[0-9]+)?([eE]-?[0-9]{1,9})?( ?[a-zA-Z%]{1,5})?\Z"),
+    )
+)
+def test_parsers_either_answer_or_raise_value_error(parse: Callable[[Any], object], value: object) -> None:
+    try:
+        parsed = parse(value)
+    except ValueError as error:
+        assert len(str(error)) < 120
+    else:
+        assert isinstance(parsed, (Every, Range)) or math.isfinite(parsed)  # type: ignore[arg-type]
+
+
+@given(
+    st.one_of(st.integers(1, 10**17).map(lambda n: Every(steps=n)), st.builds(Every, seconds=st.floats(1e-3, 1e9)))
+)
+def test_an_interval_is_written_as_it_is_read(every: Every) -> None:
+    assert units.parse_every(str(every)) == every
+
+
+@given(st.integers(1, 10**6), st.integers(0, 10**6))
+def test_a_range_is_written_as_it_is_read(low: int, more: int) -> None:
+    assert units.parse_range(str(Range(low=low, high=low + more))) == Range(low=low, high=low + more)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"steps": 1, "seconds": 1.0}, {"steps": 0}, {"seconds": math.inf}])
+def test_an_interval_is_steps_or_seconds(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="interval"):
+        Every(**wrong)
+
+
+def test_an_interval_in_steps_is_due_at_its_multiples() -> None:
+    assert [step for step in range(1, 8) if Every(steps=3).is_due(step=step, seconds_since_last=1e9)] == [3, 6]
+
+
+def test_an_interval_in_seconds_is_due_once_they_have_passed() -> None:
+    every = Every(seconds=10.0)
+    assert [every.is_due(step=1, seconds_since_last=s) for s in (0, 9.9, 10, 11)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (units.format_bytes(0), "0 B"),
+        (units.format_bytes(1023), "1023 B"),
+        (units.format_bytes(1024), "1.00 KiB"),
+        (units.format_bytes(1.35 * 2**30), "1.35 GiB"),
+        (units.format_bytes(2**20 - 1), "1.00 MiB"),
+        (units.format_bytes(math.nan), "-"),
+        (units.format_count(512), "512"),
+        (units.format_count(8.4e6), "8.40M"),
+        (units.format_count(999_999), "1.00M"),
+        (units.format_count(1.6e11), "160B"),
+        (units.format_duration(0.85), "850ms"),
+        (units.format_duration(0.9999), "1s"),
+        (units.format_duration(2.5), "2.5s"),
+        (units.format_duration(42), "42s"),
+        (units.format_duration(59.7), "1m 00s"),
+        (units.format_duration(185), "3m 05s"),
+        (units.format_duration(7500), "2h 05m"),
+        (units.format_duration(3 * 86400 + 4 * 3600), "3d 04h"),
+        (units.format_duration(math.inf), "-"),
+    ],
+)
+def test_numbers_are_written_short_and_true(written: str, expected: str) -> None:
+    assert written == expected
+
+
+@given(st.integers(0, 2**60))
+def test_a_written_size_is_within_half_a_percent(size_bytes: int) -> None:
+    number, unit = units.format_bytes(size_bytes).split()
+    assert float(number) * units.parse_bytes(f"1{unit}" if unit != "PiB" else 2**50) == pytest.approx(
+        size_bytes, rel=5e-3
+    )
