@@ -206,11 +206,15 @@ class TrainScreen:
 
     def _line(self) -> str:
         last = self._last
-        return (
-            f"step {last['step']:>6}/{self._plan.total_steps}  loss {_number(last['train/loss'], '.4f')}  "
-            f"lr {_number(last['train/learning_rate'], '.2e')}  {_number(last['speed/tokens_per_s'], ',.0f')} tokens/s  "
-            f"MFU {_number(last['speed/mfu'], '.2f')}  {self._time_left()} left"
-        )
+        parts = [
+            f"step {last['step']:>6}/{self._plan.total_steps}",
+            f"loss {_number(last['train/loss'], '.4f')}",
+            f"lr {_number(last['train/learning_rate'], '.2e')}",
+            f"{_number(last['speed/tokens_per_s'], ',.0f')} tokens/s",
+            f"MFU {_number(last['speed/mfu'], '.2f')}",
+            f"{self._time_left()} left",
+        ]
+        return "  ".join(parts)
 
     def _panel(self) -> Group:
         width = max(20, _err.width - 2)
@@ -311,7 +315,8 @@ def _plan_facts(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("training", f"{training.precision}, ZeRO {training.zero.stage}, lr {training.optimizer.lr:g} "
          f"({training.schedule.kind}, {training.schedule.warmup_steps} steps of warm-up)"),
-        ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, {format_count(total_flops)}FLOP in all"),
+        ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, "
+         f"{format_count(total_flops)}FLOP in all"),
         ("hardware", _hardware(plan)),
     ]  # fmt: skip
     if corpus:

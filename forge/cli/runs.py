@@ -40,10 +40,9 @@ def list_(runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None
         perplexity = f"{evaluated['perplexity']:.2f}" if evaluated and evaluated["perplexity"] else "-"
         loss = run.last.get("train/loss")
         age = format_duration(max(1.0, time.time() - run.updated))
-        rows.append(
-            [run.run_id, run.status, f"{run.step}/{run.plan.total_steps}"]
-            + [f"{loss:.4f}" if loss is not None else "-", perplexity, f"{age} ago"]
-        )
+        last_loss = f"{loss:.4f}" if loss is not None else "-"
+        progress = f"{run.step}/{run.plan.total_steps}"
+        rows.append([run.run_id, run.status, progress, last_loss, perplexity, f"{age} ago"])
     display.table(["run", "status", "#step", "#loss", "#held-out ppl", "#updated"], rows)
     display.next_command(f"forge runs show {found[0].run_id}", purpose="look at one")
 

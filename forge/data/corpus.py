@@ -50,7 +50,7 @@ in 513 files of CPython 3.11.7, is nearly the same text on every machine with th
 _CODEC_PACKAGES = {".zst": "zstandard", ".zstd": "zstandard", ".lz4": "lz4", ".snappy": "python-snappy"}
 """Compressions that fsspec knows only when another package is there."""
 
-_REMOTE_IDENTITY = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "updated", "mtime", "created")
+_REMOTE_IDENTITY = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "mtime", "created")
 """What the file systems of fsspec call the version of a file."""
 
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)

@@ -116,6 +116,7 @@ def _described(tokenizer: Tokenizer, *, eot_token: str, config: str) -> TextToke
     # What a tokenizer.json may carry for one model's input length or training has no place here.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     content = json.loads(tokenizer.to_str())
     if content["model"].get("dropout"):
         content["model"]["dropout"] = None
@@ -123,8 +124,8 @@ def _described(tokenizer: Tokenizer, *, eot_token: str, config: str) -> TextToke
         content=json.dumps(content, ensure_ascii=False, indent=2),
         config=config,
         eot_token=eot_token,
-        eot_id=tokenizer.token_to_id(eot_token),
-        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+        eot_id=vocabulary[eot_token],
+        vocab_size=max(vocabulary.values()) + 1,
     )
 
 
@@ -246,7 +247,8 @@ def _word_pattern() -> re.Pattern[str]:
     (2002, which Python keeps) as today. Any other character, like an emoji, is in `doubtful`: no word may
     touch one; the last branch takes it with its surroundings, up to where a visible ASCII character meets
     an ASCII space or the text ends, as one longer "word" for the tokenizer to split itself. Words must end
-    there in any case, so the ids are the same.
+    there in any case, so the ids are the same. (A single space that reaches its own branch precedes a word
+    that was refused, and belongs to it.)
     """
     letter, number, space, other, doubtful = _character_classes()
     return re.compile(
@@ -256,7 +258,7 @@ def _word_pattern() -> re.Pattern[str]:
         rf"| ?[{other}]++(?![{doubtful}])"
         rf"|[{space}]++\Z"
         rf"|(?>[{space}]+(?=[{space}]))(?![{space}][{doubtful}])"
-        rf"|[{space}](?![{space}{doubtful}])"
+        rf"|(?! )[{space}](?![{space}{doubtful}])"
         r"|(?s:.+?)(?:(?<=[!-~])(?=[\t-\r ])|\Z)"
     )
 
@@ -277,7 +279,7 @@ def _character_classes() -> list[str]:
     return [_as_ranges(codes) for codes in members.values()]
 
 
-_SPACES = frozenset(b"\t\n\v\f\r \x85\xa0") | {0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
+_SPACES = frozenset(map(ord, "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000")) | set(range(0x2000, 0x200B))
 r"""`\s` of the tokenizer's pattern: White_Space of Unicode. (Python's own `\s` adds 0x1c to 0x1f.)"""
 
 

@@ -28,25 +28,28 @@ _CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
 class CausalLm(nn.Module):
     """A language model that returns its summed loss.
 
+    It begins with the model's own loss; `use_chunks` switches to the chunked one, for models whose
+    logits `has_plain_head` has found to be a linear map of the last hidden state.
+
     Args:
         model: a transformers causal LM.
-        chunked: compute the loss in chunks; falls back to the model's own where it scales or caps its
-            logits, or where its head is not a plain linear map (`chunked` then reads False).
     """
 
-    def __init__(self, model: PreTrainedModel, *, chunked: bool) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.chunked = chunked and _has_plain_head(model)
-        if self.chunked:
-            head = model.get_output_embeddings()
-            head.forward = types.MethodType(_head_forward, head)
+        self.chunked = False
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Sum of the cross entropies of `targets` that are not IGNORED, in fp32.
+
+        Without targets: whether the head is plain, as 1.0 or 0.0. It is asked here because under ZeRO 3
+        weights are whole only while the engine's own forward runs.
 
         Shapes: tokens, targets: int64[B, T], targets[b, t] following tokens[b, t]; returns float32[].
         """
+        if targets is None:
+            return torch.tensor(float(has_plain_head(self.model, tokens)))
         if not self.chunked:
             out = self.model(
                 input_ids=tokens, labels=targets, shift_labels=targets, num_items_in_batch=1, use_cache=False
@@ -57,6 +60,28 @@ class CausalLm(nn.Module):
         # Through the head's own __call__, so that ZeRO 3 gathers its weight.
         summed: Tensor = self.model.get_output_embeddings()(hidden, targets=targets)
         return summed
+
+    def use_chunks(self) -> None:
+        """Compute the loss in chunks from here on."""
+        head = self.model.get_output_embeddings()
+        head.forward = types.MethodType(_head_forward, head)
+        self.chunked = True
+
+
+def has_plain_head(model: PreTrainedModel, tokens: Tensor) -> bool:
+    """Whether logits are a linear map of the base model's last hidden state and nothing more.
+
+    Asked of the model itself, on a few tokens, rather than of a list of architectures: caps, scales and
+    layers between base model and head have too many names to know them all.
+
+    Shapes: tokens: int64[B, T].
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or model.base_model is model:
+        return False
+    logits = model(input_ids=tokens, use_cache=False).logits
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return torch.equal(head(hidden), logits)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -118,23 +143,3 @@ def _head_forward(head: nn.Linear, hidden: Tensor, targets: Tensor | None = None
     )
     return loss
 
-
-def _has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are a linear map of the base model's last hidden state and nothing more.
-
-    Asked of the model itself, on a few tokens, rather than of a list of architectures: caps, scales and
-    extra layers between base model and head have too many names to know them all.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or model.base_model is model:
-        return False
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            tokens = torch.arange(8, device=head.weight.device).unsqueeze(0) % model.config.vocab_size
-            logits = model(input_ids=tokens, use_cache=False).logits
-            hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            return torch.equal(F.linear(hidden, head.weight, head.bias), logits)
-    finally:
-        model.train(was_training)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from forge.data.batches import MicroBatch
 from forge.model.build import build_config, build_model
@@ -163,20 +164,21 @@ def build_engine(
     """
     config = build_config(model_spec, vocab_size=vocab_size, seq_len=seq_len, eot_id=eot_id)
     divided = training.zero.stage == 3
-    construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if divided else nullcontext()
     model = build_model(
         model_spec,
         config,
         seed=training.seed,
         dtype=DTYPES[training.precision],
-        construct=construct,
+        construct=_divide_when_built(deepspeed_config) if divided else None,
         gather=_gather if divided else None,
     )
     if training.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    objective = CausalLm(model, chunked=training.cross_entropy == "chunked")
+    objective = CausalLm(model)
     optimizer = build_optimizer(objective, training.optimizer, device=device)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=deepspeed_config)
+    if training.cross_entropy == "chunked" and _has_plain_head(engine, vocab_size=vocab_size):
+        objective.use_chunks()
     return Engine(engine, training=training)
 
 
@@ -197,6 +199,23 @@ def build_optimizer(module: nn.Module, spec: OptimizerSpec, *, device: torch.dev
         eps=spec.eps,
         fused=device.type in ("cuda", "cpu"),
     )
+
+
+def _has_plain_head(engine: Any, *, vocab_size: int) -> bool:
+    """Ask the model on a few tokens; collective."""
+    engine.eval()
+    tokens = torch.arange(8, device=engine.device).unsqueeze(0) % vocab_size
+    with torch.no_grad():
+        answer = engine(tokens)
+    engine.train()
+    return bool(answer.item())
+
+
+@contextmanager
+def _divide_when_built(deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Modules built meanwhile are divided at once; rotary frequencies are still computed in fp32."""
+    with prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
+        yield
 
 
 def _gather(parameters: list[nn.Parameter]) -> Any:

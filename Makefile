@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine: `make train` and `make test`. `make setup` is their
+# common first part; a second run skips what is done.
+
+PYTHON ?= python3.11
+# The torch to install. The CPU build, exactly as constraints.txt pins it; for NVIDIA GPUs see README.md.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: setup train test check bench clean
+
+setup: .venv/setup-done
+
+.venv/setup-done: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3.11 python3.11-venv"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,bench]"
+	@touch $@
+
+train: setup
+	$(BIN)/forge train jobs/pretrain.yaml
+
+# Everything CI runs: style, types, and all tests that are not soak runs.
+test: check
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: setup
+	for name in data cold_start throughput; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist
