@@ -14,8 +14,6 @@ pickle, because errors travel between processes.
 
 from __future__ import annotations
 
-from typing import Any
-
 
 class ForgeError(Exception):
     """The root; caught in one place only, `forge.cli.app`."""
@@ -56,9 +54,10 @@ class JobFileError(ForgeError):
         self.value = value
         self.nearest = nearest
         self.others = others
-        super().__init__(self._message())
+        # With the problem as the only argument, Exception's own pickling restores the rest from __dict__.
+        super().__init__(problem)
 
-    def _message(self) -> str:
+    def __str__(self) -> str:
         if not self.others:
             return self._line()
         listed = self.others[: _MOST_LISTED - 1]
@@ -85,10 +84,6 @@ class JobFileError(ForgeError):
             place += f":{self.line}"
         return f"{place}: {key}" if key else place
 
-    def __reduce__(self) -> tuple[object, ...]:
-        names = ("path", "line", "key", "value", "nearest", "others")
-        return (_rebuild_job_file_error, (self.problem, {name: getattr(self, name) for name in names}))
-
 
 _MOST_LISTED = 10
 """Problems shown of one job; who mends ten reads the next ten."""
@@ -105,10 +100,6 @@ def printable(text: str, *, limit: int) -> str:
 
 def _counted(num_others: int) -> str:
     return f"and {num_others} more problem{'s' if num_others > 1 else ''}:"
-
-
-def _rebuild_job_file_error(problem: str, state: dict[str, Any]) -> JobFileError:
-    return JobFileError(problem, **state)
 
 
 class PlanError(ForgeError):

@@ -30,7 +30,7 @@ INDEX_NAME = "index.json"
 SHARD_TOKENS = 1 << 27
 """Tokens of a full shard: 256 MiB as uint16, small enough to copy and to check one by one."""
 
-_HASH_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,23 +144,37 @@ class TokenStream:
 
 
 class StreamWriter:
-    """Writes one stream as shards of at most `shard_tokens` tokens; each is flushed to the disk when full.
+    """Writes one stream as shards of at most `shard_tokens` tokens, and counts how often each id occurs.
+
+    A shard is flushed to the disk when full.
 
     Raises: OSError from the file system; the caller knows what to say about it.
     """
 
-    def __init__(self, folder: Path, *, name: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(self, folder: Path, *, name: str, vocab_size: int, shard_tokens: int | None = None) -> None:
+        self.num_tokens = 0
+        self.counts: NDArray[np.int64] = np.zeros(vocab_size, dtype=np.int64)
+        self._dtype = np.dtype(token_dtype(vocab_size))
         self._folder = folder
         self._name = name
-        self._shard_bytes = shard_tokens * np.dtype(dtype).itemsize
+        self._shard_bytes = (shard_tokens or SHARD_TOKENS) * self._dtype.itemsize
         self._entries: list[FileEntry] = []
+        self._buffer = bytearray()
         self._file: IO[bytes] | None = None
         self._hash = new_hash()
         self._size_bytes = 0
 
-    def append(self, tokens: bytes) -> None:
-        """Token ids as little-endian bytes of the stream's dtype."""
-        view = memoryview(tokens)
+    def append(self, ids: bytes) -> None:
+        """Token ids as little-endian bytes of the stream's dtype; nothing is written before a block is full."""
+        self._buffer += ids
+        self.num_tokens += len(ids) // self._dtype.itemsize
+        if len(self._buffer) >= _BLOCK_BYTES:
+            self._write(bytes(self._buffer))
+            self._buffer.clear()
+
+    def _write(self, content: bytes) -> None:
+        self.counts += np.bincount(np.frombuffer(content, dtype=self._dtype), minlength=len(self.counts))
+        view = memoryview(content)
         while view:
             if self._file is None:
                 self._file = (self._folder / self._shard_name).open("wb")
@@ -173,7 +187,9 @@ class StreamWriter:
                 self._finish_shard()
 
     def close(self) -> tuple[FileEntry, ...]:
-        """Finish the last shard; the entries of all."""
+        """Write what is left and finish the last shard; the entries of all."""
+        self._write(bytes(self._buffer))
+        self._buffer.clear()
         if self._file is not None:
             self._finish_shard()
         return tuple(self._entries)
@@ -295,7 +311,7 @@ def hash_file(path: Path) -> str:
 
 def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
+        while block := file.read(_BLOCK_BYTES):
             yield block
 
 

@@ -90,7 +90,7 @@ def activation_bytes(model: ModelFacts, training: TrainingSpec, *, micro_batch_s
     if training.cross_entropy == "plain":
         logits = tokens * model.vocab_size * (2 * width + 8)
     else:
-        logits = 12 * 2**21 + 4 * model.vocab_size * model.hidden_size
+        logits = 12 * min(2**21, tokens * model.vocab_size) + 4 * model.vocab_size * model.hidden_size
     return tokens * layers + logits
 
 

@@ -128,7 +128,7 @@ def plan_from_json(text: str) -> Plan:
             ),
             **body,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"not a plan of forge: {error}") from error
 
 

@@ -5,8 +5,8 @@ import os
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401 (deepspeed.initialize would import it late)
-import transformers.models.gpt2.modeling_gpt2  # noqa: E402
-import transformers.models.llama.modeling_llama  # noqa: E402, F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (deepspeed.initialize would import it late)
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.llama.modeling_llama  # noqa: F401
 
-import forge.train.rank  # noqa: E402, F401
+import forge.train.rank  # noqa: F401

@@ -1,0 +1,118 @@
+"""The plan as a whole: pure, complete, and refusing what cannot be carried out."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from forge.errors import PlanError
+from forge.plan.facts import CorpusFacts, Hardware
+from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json, training_digest
+from tests.support.jobs import CPU, tiny_facts, tiny_job
+
+CORPUS = CorpusFacts(
+    folder="/data", digest="d", vocab_size=128, eot_id=0, seq_len=16, num_documents=3, num_text_bytes=1000,
+    num_train_tokens=1601, num_held_out_tokens=161, num_train_sequences=100, num_held_out_sequences=10,
+    unigram_perplexity=math.nan,
+)  # fmt: skip
+
+
+def plan(corpus: CorpusFacts | None = CORPUS, hardware: Hardware = CPU, **changes: object) -> Plan:
+    return make_plan(tiny_job(**changes), model=tiny_facts(), corpus=corpus, hardware=hardware)
+
+
+def test_equal_input_gives_equal_bytes() -> None:
+    assert plan_to_json(plan()) == plan_to_json(plan())
+
+
+def test_a_plan_survives_json_byte_for_byte() -> None:
+    text = plan_to_json(plan(training__ema={"decay": 0.9}, data__files=["a", "b"], data__source=None))
+    assert plan_to_json(plan_from_json(text)) == text
+
+
+def test_json_has_no_nan() -> None:
+    assert json.loads(plan_to_json(plan()))["corpus"]["unigram_perplexity"] is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format_version": 99}', "null"])
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(PlanError):
+        plan_from_json(text)
+
+
+def test_every_world_size_of_the_job_has_a_part() -> None:
+    made = plan(resources__workers="2..5")
+    assert [world.batch.world_size for world in made.worlds] == [2, 3, 4, 5]
+    assert made.world(3).batch.world_size == 3
+    with pytest.raises(PlanError, match=r"2\.\.5"):
+        made.world(6)
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [({"total_steps": 7}, 7), ({"total_tokens": 12 * 16 * 3 + 1}, 4), ({"epochs": 1}, 9), ({"epochs": 0.1}, 1)],
+)
+def test_lengths_in_steps_tokens_and_epochs_become_whole_steps(length: dict[str, float], steps: int) -> None:
+    changes = {"training__total_steps": None} | {f"training__{key}": value for key, value in length.items()}
+    assert plan(**changes).total_steps == steps
+
+
+def test_epochs_without_a_corpus_are_refused() -> None:
+    with pytest.raises(PlanError, match="prepared"):
+        plan(None, training__total_steps=None, training__epochs=1)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_both_numbers() -> None:
+    with pytest.raises(PlanError, match=r"500 tokens.*128.*372"):
+        plan(replace(CORPUS, vocab_size=500))
+
+
+def test_sequences_longer_than_the_positions_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"32.*16"):
+        plan(data__seq_len=32)
+
+
+def test_auto_micro_batch_shrinks_with_the_memory_and_says_what_does_not_fit() -> None:
+    roomy = plan(hardware=replace(CPU, memory_bytes=10**9)).world(1)
+    tight = plan(hardware=replace(CPU, memory_bytes=10**6)).world(1)
+    hopeless = plan(hardware=replace(CPU, memory_bytes=10**5)).world(1)
+    assert roomy.batch.micro_batch_size > tight.batch.micro_batch_size >= 1
+    assert (roomy.fits, tight.fits, hopeless.fits) == (True, True, False)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeeds_batch_identity_holds_at_every_world_size(stage: int) -> None:
+    for world in plan(training__zero={"stage": stage}, resources__workers="1..12").worlds:
+        config = world.deepspeed
+        product = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+        assert config["train_batch_size"] == product * world.batch.world_size
+        assert config["zero_optimization"]["stage"] == stage
+
+
+def test_model_state_shrinks_with_the_stage_as_in_the_zero_paper() -> None:
+    sizes = [plan(training__zero={"stage": s}).world(4).footprint for s in (0, 1, 2, 3)]
+    parameters = tiny_facts().num_parameters
+    assert sizes[0].state_bytes == 16 * parameters
+    assert sizes[1].optimizer_bytes == sizes[0].optimizer_bytes // 4
+    assert sizes[2].gradients_bytes == sizes[1].gradients_bytes // 4
+    assert sizes[3].weights_bytes == sizes[2].weights_bytes // 4 + 2 * tiny_facts().largest_module_parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same_curve"),
+    [
+        ({"resources__workers": "2"}, True),
+        ({"training__zero": {"stage": 3}}, True),
+        ({"checkpoint": {"every": "7 steps"}}, True),
+        ({"training__optimizer": {"lr": 2e-2}}, False),
+        ({"training__global_batch_size": 6}, False),
+        ({"data__seed": 9}, False),
+    ],
+)
+def test_the_digest_names_what_shapes_the_loss_curve_and_nothing_else(
+    change: dict[str, object], is_same_curve: bool
+) -> None:
+    assert (training_digest(tiny_job(**change)) == training_digest(tiny_job())) is is_same_curve
