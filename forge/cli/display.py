@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from forge.data.prepare import PrepareProgress
 from forge.plan.plan import Plan
 from forge.report.runs import RunSummary
 from forge.units import format_bytes, format_count, format_duration
@@ -89,17 +90,8 @@ def show_plan(plan: Plan, *, to_stderr: bool = False) -> None:
         facts.add_row(name, escape(text))
     console.print(facts)
     worlds = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for column in (
-        "workers",
-        "micro-batch",
-        "accumulation",
-        "padding",
-        "weights",
-        "grads",
-        "optimizer",
-        "~total",
-        "",
-    ):
+    sizes = ("weights", "grads", "optimizer", "~total")
+    for column in ("workers", "micro", "accum.", "padding", *sizes, ""):
         worlds.add_column(column, justify="right")
     for world in plan.worlds:
         batch, need = world.batch, world.footprint
@@ -383,3 +375,43 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class PrepareScreen:
+    """The preparation of a corpus: one line that changes on a terminal, a few lines on a pipe."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._shown_at = 0.0
+
+    def __enter__(self) -> PrepareScreen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stage and sys.stderr.isatty():
+            sys.stderr.write("\r\033[K")
+
+    def show(self, progress: PrepareProgress) -> None:
+        """Show how far it is."""
+        now = time.monotonic()
+        is_new = progress.stage != self._stage
+        if not is_new and now - self._shown_at < 1 / _REFRESH_PER_S:
+            return
+        self._stage, self._shown_at = progress.stage, now
+        text = _PREPARE_STAGES[progress.stage]
+        if progress.stage == "tokens" and progress.num_documents:
+            done = f"{progress.num_documents:,} documents, {format_count(progress.num_tokens)} tokens"
+            text = f"{text}: {done}"
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\033[K{text} …"[: _err.width + 4])
+            sys.stderr.flush()
+        elif is_new:
+            _err.print(text)
+
+
+_PREPARE_STAGES = {
+    "fingerprint": "looking at the corpus",
+    "waiting": "waiting for another process that prepares the same corpus",
+    "tokenizer": "training the tokenizer",
+    "tokens": "turning text into tokens",
+}

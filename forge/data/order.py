@@ -81,9 +81,7 @@ class SampleOrder:
         return values
 
 
-def _network(
-    values: NDArray[np.uint64], *, keys: NDArray[np.uint64], high: int, low: int
-) -> NDArray[np.uint64]:
+def _network(values: NDArray[np.uint64], *, keys: NDArray[np.uint64], high: int, low: int) -> NDArray[np.uint64]:
     """A bijection of [0, high·low): one half is shifted by a keyed function of the other, in turns."""
     size_left, size_right = np.uint64(high), np.uint64(low)
     left, right = np.divmod(values, size_right)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -215,6 +216,91 @@ class StreamWriter:
         entry = FileEntry(name=self._shard_name, size_bytes=self._size_bytes, blake2b=self._hash.hexdigest())
         self._entries.append(entry)
         self._file, self._hash, self._size_bytes = None, new_hash(), 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Held out are the documents whose key is below `key_below`; or, if given, all tokens from `tail_from` on."""
+
+    key_below: int = 0
+    tail_from: int | None = None
+
+
+KEY_SPACE = 1 << 64
+"""Keys of documents are in [0, 2⁶⁴)."""
+
+
+def document_key(content: bytes, *, seed: int) -> int:
+    """The keyed hash that decides on which side a document falls; of a long one, that of its first piece."""
+    digest = hashlib.blake2b(content, digest_size=8, key=seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little")
+
+
+class Packer:
+    """Packs documents end to end into the two streams, each followed by the end-of-text token.
+
+    Raises: OSError from the file system.
+    """
+
+    def __init__(self, folder: Path, *, vocab_size: int, eot_id: int, split: Split, seed: int) -> None:
+        self.train = StreamWriter(folder, name="train", vocab_size=vocab_size)
+        self.held_out = StreamWriter(folder, name="held_out", vocab_size=vocab_size)
+        self.num_documents = 0
+        self.num_text_bytes = 0
+        self.smallest_key = KEY_SPACE
+        self.largest_key = -1
+        self._split = split
+        self._seed = seed
+        self._eot = np.array([eot_id], dtype=token_dtype(vocab_size)).tobytes()
+        self._side = self.train
+
+    @property
+    def num_tokens(self) -> int:
+        return self.train.num_tokens + self.held_out.num_tokens
+
+    def add(self, content: bytes, *, ids: bytes, starts: bool, ends: bool) -> None:
+        """A document or a piece of one: its text in UTF-8, and its ids as bytes of the stream's dtype."""
+        self.num_text_bytes += len(content)
+        if starts:
+            self._start_document(document_key(content, seed=self._seed))
+        if ends:
+            ids += self._eot
+        if self._split.tail_from is None:
+            self._side.append(ids)
+        else:
+            room = max(0, self._split.tail_from - self.train.num_tokens) * len(self._eot)
+            self.train.append(ids[:room])
+            self.held_out.append(ids[room:])
+
+    def close(self) -> None:
+        """Finish both streams."""
+        self.train.close()
+        self.held_out.close()
+
+    def abort(self) -> None:
+        """Let go of open files; harmless after `close`."""
+        self.train.abort()
+        self.held_out.abort()
+
+    def _start_document(self, key: int) -> None:
+        self._side = self.held_out if key < self._split.key_below else self.train
+        self.num_documents += 1
+        self.smallest_key = min(self.smallest_key, key)
+        self.largest_key = max(self.largest_key, key)
+
+
+def unigram_perplexity(train_counts: NDArray[np.int64], *, held_out_counts: NDArray[np.int64]) -> float | None:
+    """exp of the mean negative log likelihood of the held-out tokens under p(v) = (n_v + 1) / (N + V).
+
+    None if nothing is held out. Shapes: both `int64[V]`, occurrences of each token.
+
+    Source: add-one (Laplace) smoothing; Jurafsky & Martin, Speech and Language Processing, 3.6.1.
+    """
+    num_held_out = int(held_out_counts.sum())
+    if num_held_out == 0:
+        return None
+    log_p = np.log((train_counts + 1) / (train_counts.sum() + len(train_counts)))
+    return math.exp(-float(held_out_counts @ log_p) / num_held_out)
 
 
 def token_dtype(vocab_size: int) -> str:

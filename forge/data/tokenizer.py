@@ -279,7 +279,7 @@ def _character_classes() -> list[str]:
     return [_as_ranges(codes) for codes in members.values()]
 
 
-_SPACES = frozenset(map(ord, "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000")) | set(range(0x2000, 0x200B))
+_SPACES = {*map(ord, "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"), *range(0x2000, 0x200B)}
 r"""`\s` of the tokenizer's pattern: White_Space of Unicode. (Python's own `\s` adds 0x1c to 0x1f.)"""
 
 

@@ -34,7 +34,7 @@ def build_config(spec: ModelSpec, *, vocab_size: int, seq_len: int, eot_id: int 
         try:
             return AutoConfig.from_pretrained(spec.from_pretrained, **spec.config_overrides)
         except (OSError, ValueError) as error:
-            raise PlanError(f"model.from_pretrained: {_first_line(error)}") from error
+            raise PlanError(f"model.from_pretrained: {_one_line(error)}") from error
     given = spec.config_overrides
     try:
         base = AutoConfig.for_model(spec.architecture)
@@ -48,7 +48,7 @@ def build_config(spec: ModelSpec, *, vocab_size: int, seq_len: int, eot_id: int 
         }
         return AutoConfig.for_model(spec.architecture, **(derived | given))
     except Exception as error:  # transformers validates with exceptions of several unrelated classes
-        raise PlanError(f"model.architecture {spec.architecture}: {_first_line(error)}") from error
+        raise PlanError(f"model.architecture {spec.architecture}: {_one_line(error)}") from error
 
 
 def build_model(
@@ -131,9 +131,11 @@ def _load_pretrained(folder: str, config: PretrainedConfig, *, dtype: torch.dtyp
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise PlanError(f"model.from_pretrained: {_first_line(error)}") from error
+        raise PlanError(f"model.from_pretrained: {_one_line(error)}") from error
     return model
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _one_line(error: BaseException) -> str:
+    """An exception's text on one line, of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"

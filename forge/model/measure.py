@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +49,9 @@ def measure(spec: ModelSpec, *, vocab_size: int, seq_len: int, eot_id: int | Non
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except ForgeError as error:
-        return Complaint(problem=str(error))
+        blamed = re.search(r"field '(\w+)'", str(error))
+        is_given = blamed is not None and blamed[1] in spec.config_overrides
+        return Complaint(problem=str(error), key=blamed[1] if blamed and is_given else None)
     except Exception as error:  # a config that transformers builds and its model class cannot
         return Complaint(problem=f"transformers cannot build this model: {error}")
     return _count(model, config)
@@ -61,10 +65,13 @@ def _check_keys(spec: ModelSpec) -> Complaint | None:
     if spec.architecture is not None:
         config = AutoConfig.for_model(spec.architecture)
     else:
+        folder = spec.from_pretrained or ""
+        if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
+            return Complaint(problem="there is no such folder", key="from_pretrained")
         try:
-            config = AutoConfig.from_pretrained(spec.from_pretrained)
+            config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            return Complaint(problem=str(error).splitlines()[0], key="from_pretrained")
+            return Complaint(problem=" ".join(str(error).split()), key="from_pretrained")
     known = _config_keys(config)
     for key in spec.config_overrides:
         if key not in known:
@@ -78,8 +85,9 @@ def _config_keys(config: PretrainedConfig) -> set[str]:
     names = set(config.attribute_map)
     for cls in type(config).__mro__:
         names |= set(getattr(cls, "__annotations__", {}))
-        if "__init__" in vars(cls):
-            names |= set(inspect.signature(cls.__init__).parameters)
+        initialiser = vars(cls).get("__init__")
+        if initialiser is not None:
+            names |= set(inspect.signature(initialiser).parameters)
     return {name for name in names if not name.startswith("_")} - {"self", "kwargs", "args"}
 
 

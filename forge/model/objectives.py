@@ -142,4 +142,3 @@ def _head_forward(head: nn.Linear, hidden: Tensor, targets: Tensor | None = None
         hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, targets.reshape(-1)
     )
     return loss
-

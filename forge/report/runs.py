@@ -46,7 +46,8 @@ class RunSummary:
         """The newest event of a kind whose fields have these values."""
         for event in reversed(self.events):
             if event["event"] == kind and all(event.get(key) == value for key, value in fields.items()):
-                return event
+                found: dict[str, Any] = event
+                return found
         return None
 
 

@@ -19,7 +19,7 @@ from ray.train import RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from forge.errors import ClusterError, ForgeError
-from forge.events import Event, RunFailed, RunFinished, RunStopped, StepMetrics
+from forge.events import Event, RunFailed, StepMetrics
 from forge.plan.plan import Plan, plan_from_json
 from forge.run.record import Recorder
 from forge.spec.job import JobSpec
@@ -47,7 +47,6 @@ class RecorderActor:
         self._recorder = Recorder(
             Path(run_folder), run_id=run_id, wandb=job.tracking.wandb, config=job.model_dump(mode="json")
         )
-        self._recorder.connect()
         self._stop = False
 
     def event(self, event: Event) -> bool:
@@ -161,6 +160,8 @@ def train_on_ray(plan: Plan, *, run_folder: Path, run_id: str, recorder: Any) ->
         run_config=RunConfig(name=run_id, storage_path=str(run_folder / ".ray")),
     )
     trainer.fit()
+    # Everything the ranks sent has been answered; ask once more, so that what the driver reads is whole.
+    ray.get(recorder.failure.remote())
 
 
 def _rank_main(config: dict[str, Any]) -> None:
@@ -175,7 +176,7 @@ def _rank_main(config: dict[str, Any]) -> None:
     plan = plan_from_json(assignment.plan_json)
     reporter = ActorReporter(config["recorder"]) if rank == 0 else SilentReporter()
     try:
-        progress = run_rank(
+        run_rank(
             plan,
             Place(
                 rank=rank,
@@ -186,8 +187,6 @@ def _rank_main(config: dict[str, Any]) -> None:
             ),
             reporter,
         )
-        ended = RunFinished if progress.step >= plan.total_steps else RunStopped
-        reporter.event(ended(step=progress.step))
     except ForgeError as error:
         failed = RunFailed(error=type(error).__name__, message=str(error))
         ray.get(config["recorder"].event.remote(failed))

@@ -38,7 +38,7 @@ class Recorder:
     """Writes what a run says of itself. One per run, used by one thread."""
 
     def __init__(self, folder: Path, *, run_id: str, wandb: WandbSpec, config: dict[str, Any]) -> None:
-        """Open the run's files, mending what a crash left; W&B is started by `connect`.
+        """Open the run's files, mending what a crash left.
 
         Raises: OSError if the folder cannot be written.
         """
@@ -47,6 +47,7 @@ class Recorder:
         self._spec = wandb
         self._config = config
         self._tracker: Any = None
+        self._is_connected = False
         self.failure: RunFailed | None = None
         """The first failure that was reported."""
         self._events = _open_whole_lines(folder / EVENTS)
@@ -54,7 +55,11 @@ class Recorder:
         self.last_step = _last_step(folder / METRICS)
 
     def connect(self) -> None:
-        """Start W&B, online or offline as the job says; falls back to offline and says why."""
+        """Start W&B, online or offline as the job says; falls back to offline and says why.
+
+        The first step does it, so that starting W&B does not slow down what comes before.
+        """
+        self._is_connected = True
         if self._spec.mode == "disabled":
             return
         reason = self._connect(self._spec.mode)
@@ -83,6 +88,8 @@ class Recorder:
         if metrics.step <= self.last_step:
             self.event(StepRepeated(step=metrics.step, loss=metrics.loss))
             return
+        if not self._is_connected:
+            self.connect()
         record = metrics.as_record()
         self._write(self._metrics, record | {"time": round(time.time(), 3)})
         self.last_step = metrics.step

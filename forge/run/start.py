@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import ClusterError, ForgeError, RunError
-from forge.events import Event, RunFailed, RunStarted, RunStopped
+from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, SampleGenerated
 from forge.plan.plan import Plan, plan_from_json
 from forge.run.record import append_event, last_recorded_step
 
 _STOP_REPEAT_S = 1.0
-_SAMPLE_PROMPT = {"python-stdlib": "def "}
+_SAMPLE_PROMPTS = {"python-stdlib": "def "}
 _SAMPLE_TOKENS = 64
 
 
@@ -44,7 +44,10 @@ def main() -> None:
     lock.write(str(os.getpid()))
     lock.flush()
     carrier = Carrier(folder, plan=plan_from_json((folder / "plan.json").read_text()), address=arguments.address)
-    sys.exit(carrier.carry())
+    exit_code = carrier.carry()
+    lock.close()  # all is written: whoever waits for the run need not wait for Ray to shut down
+    carrier.disconnect()
+    sys.exit(exit_code)
 
 
 class Carrier:
@@ -63,6 +66,7 @@ class Carrier:
             self._connect()
             self._start_recorder()
             self._train()
+            self._end()
             self._close(exit_code=0)
             return 0
         except ForgeError as error:
@@ -73,6 +77,12 @@ class Carrier:
             self._fail(RunError(f"{type(error).__name__}: {_first_line(error)}"))
             return RunError.exit_code
 
+    def disconnect(self) -> None:
+        """Leave the cluster; one that was started for this run ends here."""
+        import ray
+
+        ray.shutdown()
+
     def _connect(self) -> None:
         threading.Thread(target=_import_train, daemon=True).start()
         import ray
@@ -81,12 +91,13 @@ class Carrier:
         if self._address is None:
             # Ranks sharing cores is slow but right; the smallest world the job allows always has a place.
             cpus = max(os.cpu_count() or 1, self._plan.job.resources.workers.low)
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no machine to be taken
             options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 128 * 2**20}
         try:
             ray.init(self._address or "local", namespace="forge", **options)
         except Exception as error:  # Ray raises many unrelated classes here
             raise ClusterError(f"Ray at {self._address or 'this machine'}: {_first_line(error)}") from error
-        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)  # after Ray has set its own
 
     def _start_recorder(self) -> None:
         from forge.run.ray_train import RecorderActor
@@ -110,7 +121,6 @@ class Carrier:
         from forge.run.ray_train import train_on_ray
 
         if self._stop.is_set():
-            self._tell(RunStopped(step=last_recorded_step(self._folder)))
             return
         try:
             train_on_ray(self._plan, run_folder=self._folder, run_id=self._folder.name, recorder=self._recorder)
@@ -124,24 +134,42 @@ class Carrier:
                 ) from error
             raise _rebuilt(failure) from error
 
-    def _tell(self, event: Event) -> None:
-        import ray
+    def _add_sample(self) -> None:
+        """A few lines of text for whoever watches; not worth failing a run that has finished."""
+        from forge.serve.generate import GenerateRequest, generate
 
-        ray.get(self._recorder.event.remote(event))
+        prompt = _SAMPLE_PROMPTS.get(self._plan.job.data.source or "", "")
+        try:
+            made = generate(self._folder, GenerateRequest(prompt=prompt, max_tokens=_SAMPLE_TOKENS))
+        except Exception:
+            traceback.print_exc()
+            return
+        self._tell(SampleGenerated(step=made.step, prompt=made.prompt, text=made.text))
+
+    def _tell(self, event: Event) -> None:
+        self._recorder.event.remote(event)
 
     def _fail(self, error: ForgeError) -> None:
         failed = RunFailed(error=type(error).__name__, message=str(error))
         try:
-            self._tell(failed)
+            self._tell(failed)  # answered before the close that follows, as an actor keeps the order
             self._close(exit_code=error.exit_code)
         except Exception:  # no recorder, or no Ray: this process is then the only writer
             append_event(self._folder, failed)
+
+    def _end(self) -> None:
+        """Say that the run reached its last step, with a sample of its text, or that it was stopped."""
+        step = last_recorded_step(self._folder)
+        if step < self._plan.total_steps:
+            self._tell(RunStopped(step=step))
+            return
+        self._add_sample()
+        self._tell(RunFinished(step=step))
 
     def _close(self, *, exit_code: int) -> None:
         import ray
 
         ray.get(self._recorder.close.remote(exit_code))
-        ray.shutdown()
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._stop.is_set():

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from forge.cluster.local import find_local
 from forge.data.prepare import PrepareProgress, default_cache_dir, prepare
-from forge.data.tokenizer import loaded_vocabulary
+from forge.data.tokenizer import load_tokenizer
 from forge.errors import RunError
 from forge.plan.facts import CorpusFacts
 from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json, training_digest
 from forge.report.runs import carrier_pid
 from forge.run.facts import hardware, model_facts
+from forge.spec.data import TokenizerSpec
 from forge.spec.dump import dump_job
 from forge.spec.load import LoadedJob
 
@@ -49,7 +50,7 @@ def resolve(
         corpus = prepare(job.data, cache_dir=default_cache_dir(), on_progress=on_progress)
         vocab_size, eot_id = corpus.vocab_size, corpus.eot_id
     else:
-        vocab_size, eot_id = loaded_vocabulary(job.data.tokenizer)
+        vocab_size, eot_id = _announced_vocabulary(job.data.tokenizer)
     model = model_facts(loaded, vocab_size=vocab_size, eot_id=eot_id)
     return make_plan(job, model=model, corpus=corpus, hardware=hardware(job))
 
@@ -118,3 +119,11 @@ def wait_until_free(folder: Path) -> None:
     """Return once no process carries the run any more."""
     while carrier_pid(folder) is not None:
         time.sleep(0.1)
+
+
+def _announced_vocabulary(spec: TokenizerSpec) -> tuple[int, int]:
+    """Vocabulary size and end-of-text id before the corpus is prepared; a trained one keeps id 0 for it."""
+    if spec.from_pretrained is None:
+        return spec.vocab_size, 0
+    tokenizer = load_tokenizer(spec.from_pretrained)
+    return tokenizer.vocab_size, tokenizer.eot_id

@@ -12,6 +12,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -105,7 +106,7 @@ def _continue(
     if max_positions is not None and tokens.shape[1] + request.max_tokens > max_positions:
         tokens = tokens[:, -max(1, max_positions - request.max_tokens) :]
     torch.manual_seed(request.seed)
-    settings = {"do_sample": False}
+    settings: dict[str, Any] = {"do_sample": False}
     if request.temperature > 0:
         settings = {"do_sample": True, "temperature": request.temperature, "top_k": request.top_k}
     out = model.generate(

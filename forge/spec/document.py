@@ -128,7 +128,8 @@ class _Composer:
                 raise self._error("a second document begins here; a job is one", event=self._event, key=key)
         except yaml.YAMLError as error:
             line = None if self._path == "--set" else _syntax_line(error)
-            raise JobFileError(_syntax_problem(error), path=self._path, line=line, key=key or None) from None
+            problem = _syntax_problem(error, text=self._text)
+            raise JobFileError(problem, path=self._path, line=line, key=key or None) from None
         except (ValueError, OverflowError):  # PyYAML's own parser, for "\UFFFFFFFF" and the like
             problem = "is not valid YAML: an escape or a directive has an impossible number"
             raise self._error(problem, event=self._event, key=key) from None
@@ -284,7 +285,10 @@ def _syntax_line(error: yaml.YAMLError) -> int | None:
     return None if mark is None else int(mark.line) + 1
 
 
-def _syntax_problem(error: yaml.YAMLError) -> str:
+def _syntax_problem(error: yaml.YAMLError, *, text: str) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None and text[mark.index - 1 : mark.index + 1] == "${":
+        return "inside {} and [] a ${env:NAME} must be in quotes"
     problem = " ".join(str(getattr(error, "problem", None) or error).split())
     for fragment, sentence in _SYNTAX_PROBLEMS.items():
         if fragment in problem:

@@ -31,7 +31,7 @@ generated from the types in `forge/spec`; it lists every key there is.
 - **YAML 1.2.** Only `true` and `false` are truth values (`no` and `on` are text), and `1e-3` is a number.
   Anchors and aliases work; tags and merge keys (`<<`) do not.
 - **Environment.** `${env:NAME}` is replaced by the environment variable; without quotes the result is read as
-  if it stood in the file, in quotes it is text.
+  if it stood in the file, in quotes it is text. Inside `{}` and `[]` YAML wants the quotes.
 - **Secrets** never stand in the file: it is copied into every run's folder. They come from the environment.
 - **Command line.** `--set training.optimizer.lr=1e-3` changes or adds one key; the value is YAML.
 """

@@ -59,7 +59,8 @@ class EmaSpec(Section):
     """An exponential moving average of the weights, kept in fp32 beside the master weights."""
 
     decay: Number = Field(0.999, gt=0, lt=1)
-    """Weight of the past at each step: `ema ← decay · ema + (1 - decay) · weights`."""
+    """Weight of the past at each step: `ema ← decay · ema + (1 - decay) · weights`; smaller in the first
+    steps, `(1 + step) / (10 + step)`, so that the random first weights are forgotten."""
 
 
 class TrainingSpec(Section):

@@ -81,10 +81,13 @@ class Engine:
         self.state = TrainState(engine, keep_average=training.ema is not None)
         self.device: torch.device = engine.device
 
-    def step(self, micro_batches: Iterable[MicroBatch], *, num_tokens: int, lr: float, flags: Flags) -> StepResult:
+    def step(
+        self, step: int, micro_batches: Iterable[MicroBatch], *, num_tokens: int, lr: float, flags: Flags
+    ) -> StepResult:
         """Forward, backward and update over one global batch; collective.
 
         Args:
+            step: its number, from 1.
             num_tokens: predicted tokens of the step over all ranks.
             lr: the learning rate of this step.
             flags: rank 0's wishes; ignored on the others.
@@ -101,7 +104,7 @@ class Engine:
             own_norm = self._clip_by_hand() if engine.is_gradient_accumulation_boundary() else None
             engine.step()
         if self._training.ema is not None:
-            self.state.update_average(decay=self._training.ema.decay)
+            self.state.update_average(decay=self._training.ema.decay, step=step)
         norm = engine.get_global_grad_norm() if own_norm is None else own_norm
         return self._agree(loss_sum, float("nan" if norm is None else norm), num_tokens=num_tokens, flags=flags)
 

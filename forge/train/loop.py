@@ -62,7 +62,7 @@ def train(
             training.schedule, step=step, total_steps=curriculum.total_steps, peak=training.optimizer.lr
         )
         tokens = curriculum.batches.tokens_per_step
-        result = engine.step(curriculum.batches.of_step(step), num_tokens=tokens, lr=lr, flags=wishes)
+        result = engine.step(step, curriculum.batches.of_step(step), num_tokens=tokens, lr=lr, flags=wishes)
         step_s = time.monotonic() - began
         _require_finite(result.loss, result.grad_norm, step=step, lr=lr, saved_step=saved_step)
         progress = Progress(

@@ -75,8 +75,14 @@ class TrainState:
         return shard.view(self._torch_optimizer.state[shard.owner][kind])
 
     @torch.no_grad()
-    def update_average(self, *, decay: float) -> None:
-        """`ema ← decay · ema + (1 - decay) · master`, on what this rank owns."""
+    def update_average(self, *, decay: float, step: int) -> None:
+        """`ema ← d · ema + (1 - d) · master` on what this rank owns, with `d = min(decay, (1 + t) / (10 + t))`.
+
+        The smaller decay of the first steps t lets the average forget the random weights it began with.
+
+        Source: `num_updates` of TensorFlow's ExponentialMovingAverage.
+        """
+        decay = min(decay, (1 + step) / (10 + step))
         for owner in self._owners:
             self._averages[id(owner)].lerp_(owner.detach(), 1 - decay)
 

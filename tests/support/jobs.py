@@ -60,7 +60,7 @@ def synthetic_corpus(folder: Path, *, num_tokens: int = 4000, num_held_out: int 
         jumps = rng.random(count) < 0.2
         for i in range(1, count):
             tokens[i] = rng.integers(VOCAB) if jumps[i] else (tokens[i - 1] * 5 + 3) % VOCAB
-        writer = StreamWriter(folder, name=name, dtype="<u2", shard_tokens=1500)
+        writer = StreamWriter(folder, name=name, vocab_size=VOCAB, shard_tokens=1500)
         writer.append(tokens.tobytes())
         streams[name] = writer.close()
     index = CacheIndex(

@@ -1,0 +1,54 @@
+"""What every benchmark shares: medians with their ranges, a table on stdout, the figures in a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Repeats of one measurement."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def text(self, form: str = ",.0f") -> str:
+        """`median [lowest .. highest]`."""
+        low, high = min(self.values), max(self.values)
+        return f"{self.median:{form}} [{low:{form}} .. {high:{form}}]"
+
+
+def benchmark_parser(doc: str | None, *, repeats: int = 5) -> argparse.ArgumentParser:
+    """The options of every benchmark: `--json FILE` and `--repeats N`."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    return parser
+
+
+def print_table(title: str, *, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell; the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    print(f"\n{title}")
+    for row in [header, ["-" * width for width in widths], *rows]:
+        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip())
+
+
+def write_json(path: Path | None, *, figures: Mapping[str, object]) -> None:
+    """Write the figures, with the machine they were taken on; nothing without a path."""
+    if path is None:
+        return
+    machine = {"python": platform.python_version(), "system": platform.platform(), "num_cpus": os.cpu_count()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**figures, "machine": machine}, indent=2) + "\n", encoding="utf-8")

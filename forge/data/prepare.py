@@ -1,0 +1,358 @@
+"""Corpus → token cache: built once, believed only when whole.
+
+In: the `data:` section. Out: CorpusFacts, and two token streams for the ranks. A cache lies in
+`<cache_dir>/data/<name>-<digest>`, the digest being that of the text and of every setting that changes
+a token, so nothing is ever out of date: another corpus is another folder. `seq_len` is not among them.
+
+Building happens in a hidden folder beside it, under a file lock, and ends with one rename. Whoever is
+killed on the way leaves a hidden folder that the next one removes; whoever comes second waits and finds
+the work done. A cache that does not verify is named in a warning and built again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from forge.data import corpus, shards
+from forge.data.corpus import Document
+from forge.data.shards import CacheIndex, Packer, Split, TokenStream
+from forge.data.tokenizer import Encoder, TextTokenizer, load_tokenizer, train_tokenizer
+from forge.errors import DataError
+from forge.plan.facts import CorpusFacts
+from forge.spec.data import DataSpec
+from forge.units import format_bytes
+
+TOKENIZER_SAMPLE_CHARS = 1 << 26
+"""Text a tokenizer is trained on: 64 Mi characters; more hardly changes the first 10⁵ merges."""
+
+VERIFY_LIMIT_BYTES = 1 << 30
+"""Caches up to 1 GiB are read and checked whole on each use (a second); of larger ones the sizes only."""
+
+SMALL_CORPUS_CHARS = 1 << 26
+"""Up to here a corpus is read once more, in half a second, to hold out the very share that was asked for."""
+
+_BATCH_CHARS = 1 << 21
+"""Text encoded at once."""
+
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareProgress:
+    """How far the preparation is; the counts belong to the stage `tokens`."""
+
+    stage: Literal["fingerprint", "waiting", "tokenizer", "tokens"]
+    num_documents: int = 0
+    num_text_bytes: int = 0
+    num_tokens: int = 0
+
+
+_Report = Callable[[PrepareProgress], None]
+
+
+def prepare(spec: DataSpec, *, cache_dir: Path, on_progress: _Report | None = None) -> CorpusFacts:
+    """Return the facts of the prepared corpus; build its cache first where there is none.
+
+    Held-out documents are those with the smallest keyed hash of their text: the choice depends on no order
+    and no file name, and exact copies of a document fall on the same side. Their share is one of the text.
+    At least one document is held out and one kept; of a corpus that is one document, the end is held out.
+
+    Raises: DataError if the corpus or the tokenizer cannot be used, the cache cannot be written, or the
+        training tokens do not fill one sequence.
+    """
+    report = on_progress or (lambda _: None)
+    report(PrepareProgress(stage="fingerprint"))
+    loaded = load_tokenizer(spec.tokenizer.from_pretrained) if spec.tokenizer.from_pretrained else None
+    digest = _cache_key(spec, tokenizer=loaded)
+    folder = cache_dir.absolute() / "data" / f"{_corpus_name(spec)}-{digest[:16]}"
+    try:
+        index = _open_cache(folder, digest=digest)
+    except DataError:
+        index = _build_once(spec, folder=folder, digest=digest, tokenizer=loaded, report=report)
+    return _facts(index, folder=folder, seq_len=spec.seq_len)
+
+
+def open_streams(facts: CorpusFacts) -> tuple[TokenStream, TokenStream]:
+    """The train and the held-out tokens; sizes are verified.
+
+    Raises: DataError if the cache is not there, or no longer the one the facts were taken from.
+    """
+    folder = Path(facts.folder)
+    index = shards.read_index(folder)
+    if index.digest != facts.digest:
+        raise DataError(f"{folder} holds the corpus {index.digest}, the plan says {facts.digest}; plan again")
+    return (
+        TokenStream(folder=folder, entries=index.train, dtype=index.dtype),
+        TokenStream(folder=folder, entries=index.held_out, dtype=index.dtype),
+    )
+
+
+def default_cache_dir() -> Path:
+    """`$FORGE_CACHE`, else `$XDG_CACHE_HOME/forge`, else `~/.cache/forge`."""
+    if chosen := os.environ.get("FORGE_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "forge"
+
+
+def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None) -> str:
+    settings = {
+        "format": shards.FORMAT_VERSION,
+        "corpus": corpus.fingerprint(spec),
+        "text_key": spec.text_key,
+        "tokenizer": asdict(tokenizer) if tokenizer else {"train": "bpe", "vocab_size": spec.tokenizer.vocab_size},
+        "held_out": spec.held_out,
+        "seed": spec.seed,
+    }
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _corpus_name(spec: DataSpec) -> str:
+    """A word for people: the source, or the last fixed part of the first pattern."""
+    if spec.files is None:
+        return str(spec.source)
+    fixed = re.split(r"[*?\[]", spec.files[0], maxsplit=1)[0].rstrip("/")
+    word = fixed.rpartition("/")[2].partition(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", word).strip("-")[:40] or "corpus"
+
+
+def _open_cache(folder: Path, *, digest: str) -> CacheIndex:
+    index = shards.read_index(folder)
+    if index.digest != digest:
+        raise DataError(f"{folder} holds another corpus: {index.digest} instead of {digest}")
+    if index.size_bytes <= VERIFY_LIMIT_BYTES:
+        shards.verify(folder, index=index)
+    else:
+        shards.verify_sizes(folder, index.files)
+    return index
+
+
+def _facts(index: CacheIndex, *, folder: Path, seq_len: int) -> CorpusFacts:
+    num_train, num_held_out = index.num_train_tokens, index.num_held_out_tokens
+    if num_train < seq_len + 1:
+        raise DataError(
+            f"the corpus has {num_train} training tokens ({index.num_documents} documents, {num_held_out} tokens"
+            f" held out), but one sequence takes data.seq_len + 1 = {seq_len + 1}. Add text, or set data.seq_len"
+            f" to {num_train - 1} or less"
+        )
+    perplexity = index.unigram_perplexity
+    return CorpusFacts(
+        folder=str(folder),
+        digest=index.digest,
+        vocab_size=index.vocab_size,
+        eot_id=index.eot_id,
+        seq_len=seq_len,
+        num_documents=index.num_documents,
+        num_text_bytes=index.num_text_bytes,
+        num_train_tokens=num_train,
+        num_held_out_tokens=num_held_out,
+        num_train_sequences=(num_train - 1) // seq_len,
+        num_held_out_sequences=max(0, num_held_out - 1) // seq_len,
+        unigram_perplexity=math.nan if perplexity is None else perplexity,
+    )
+
+
+# ---- building, one at a time, all or nothing
+
+
+def _build_once(
+    spec: DataSpec, *, folder: Path, digest: str, tokenizer: TextTokenizer | None, report: _Report
+) -> CacheIndex:
+    """Build under the lock of this cache, unless someone else did while we waited for it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, on_wait=lambda: report(PrepareProgress(stage="waiting"))):
+            if folder.exists():
+                try:
+                    return _open_cache(folder, digest=digest)
+                except DataError as error:
+                    _log.warning("the token cache is damaged and is built again: %s", error)
+            _remove_leftovers(folder)
+            temporary = _hidden(folder, suffix="tmp")
+            try:
+                temporary.mkdir()
+                index = _write_cache(spec, folder=temporary, digest=digest, tokenizer=tokenizer, report=report)
+                shards.write_index(temporary, index=index)
+                _sync_folder(temporary)
+                temporary.rename(folder)
+                _sync_folder(folder.parent)
+            except BaseException:  # Ctrl-C too: nothing half-made stays behind
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            return index
+    except OSError as error:
+        raise _cannot_write(error, folder=folder) from error
+
+
+@contextmanager
+def _locked(folder: Path, *, on_wait: Callable[[], None] | None) -> Iterator[None]:
+    """Hold the lock of a cache; the kernel lets go of it when its holder dies.
+
+    Raises: BlockingIOError if another holds it and there is no `on_wait`.
+    """
+    handle = os.open(_hidden(folder, suffix="lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if on_wait is None:
+                raise
+            on_wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove this cache, damaged as it is, and what dead processes left of any; we hold this one's lock."""
+    temporary = _hidden(folder, suffix="tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if folder.exists():
+        folder.rename(temporary)  # first out of sight, so that a kill leaves no half of it in its place
+        shutil.rmtree(temporary)
+    for other in folder.parent.glob(".*.tmp"):
+        with suppress(BlockingIOError), _locked(other.with_name(other.name[1:-4]), on_wait=None):
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _hidden(folder: Path, *, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}.{suffix}")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(error: OSError, *, folder: Path) -> DataError:
+    cure = "choose another place with the environment variable FORGE_CACHE"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = format_bytes(shutil.disk_usage(folder.parent).free)
+        return DataError(
+            f"{folder}: the disk is full ({error.strerror}); its {free} that are free do not hold the tokens,"
+            f" nothing was kept. Make room, or {cure}"
+        )
+    if error.errno == errno.EFBIG:
+        return DataError(f"{folder}: a shard exceeds the largest file allowed here (see ulimit -f); {cure}")
+    return DataError(f"{folder}: the token cache cannot be written ({error.strerror}: {error.filename}); {cure}")
+
+
+# ---- the tokens themselves
+
+
+def _write_cache(
+    spec: DataSpec, *, folder: Path, digest: str, tokenizer: TextTokenizer | None, report: _Report
+) -> CacheIndex:
+    """Write everything but the index."""
+    if tokenizer is None:
+        report(PrepareProgress(stage="tokenizer"))
+        sample = corpus.iter_sample(spec, max_chars=TOKENIZER_SAMPLE_CHARS)
+        tokenizer = train_tokenizer(sample, vocab_size=spec.tokenizer.vocab_size)
+    packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=_first_split(spec), report=report)
+    second = _second_split(packed, held_out=spec.held_out)
+    if second is not None:
+        for path in folder.glob("*.tokens"):
+            path.unlink()
+        packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=second, report=report)
+    files = {"tokenizer/tokenizer.json": tokenizer.content, "tokenizer/tokenizer_config.json": tokenizer.config}
+    written = [shards.write_file(folder, name=name, content=text.encode()) for name, text in files.items()]
+    _sync_folder(folder / "tokenizer")
+    return CacheIndex(
+        digest=digest,
+        dtype=tokenizer.dtype,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        num_documents=packed.num_documents,
+        num_text_bytes=packed.num_text_bytes,
+        unigram_perplexity=shards.unigram_perplexity(packed.train.counts, held_out_counts=packed.held_out.counts),
+        train=packed.train.close(),
+        held_out=packed.held_out.close(),
+        tokenizer=tuple(written),
+    )
+
+
+def _pack(spec: DataSpec, *, folder: Path, tokenizer: TextTokenizer, split: Split, report: _Report) -> Packer:
+    encoder = Encoder(tokenizer)
+    packer = Packer(folder, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, split=split, seed=spec.seed)
+    try:
+        for batch in _batches(corpus.iter_documents(spec)):
+            encoded = encoder.encode([document.text for document in batch])
+            for document, ids in zip(batch, encoded, strict=True):
+                packer.add(document.text.encode(), ids=ids, starts=document.starts, ends=document.ends)
+            report(
+                PrepareProgress(
+                    stage="tokens",
+                    num_documents=packer.num_documents,
+                    num_text_bytes=packer.num_text_bytes,
+                    num_tokens=packer.num_tokens,
+                )
+            )
+        packer.close()
+    finally:
+        packer.abort()
+    return packer
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    num_chars = 0
+    for document in documents:
+        batch.append(document)
+        num_chars += len(document.text)
+        if num_chars >= _BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _first_split(spec: DataSpec) -> Split:
+    """Documents in the order of their keys until they make up the share, at least one, never all.
+
+    A corpus that is too large to be read twice is split by the keys alone: among many documents those whose
+    key lies in the lowest 1 % are 1 % of the text.
+    """
+    sizes: dict[int, int] = {}
+    total = key = 0
+    for document in corpus.iter_documents(spec) if spec.held_out else ():
+        if document.starts:
+            key = shards.document_key(document.text.encode(), seed=spec.seed)
+        sizes[key] = sizes.get(key, 0) + len(document.text)
+        total += len(document.text)
+        if total > SMALL_CORPUS_CHARS:
+            return Split(key_below=int(spec.held_out * shards.KEY_SPACE))
+    keys = sorted(sizes)
+    wanted = total * spec.held_out
+    for key, following in itertools.pairwise(keys):
+        wanted -= sizes[key]
+        if wanted <= 0 or following == keys[-1]:
+            return Split(key_below=following)
+    return Split()
+
+
+def _second_split(packed: Packer, *, held_out: float) -> Split | None:
+    """Another split where the first left a side empty: one document at least, or the end of the only one."""
+    if held_out == 0 or (packed.train.num_tokens and packed.held_out.num_tokens):
+        return None
+    if packed.smallest_key < packed.largest_key:
+        return Split(key_below=packed.smallest_key + 1)
+    return Split(tail_from=packed.num_tokens - math.ceil(packed.num_tokens * held_out))
