@@ -7,9 +7,7 @@ for the run may go away. `forge.train` knows nothing of either: it is handed its
 from __future__ import annotations
 
 import os
-import sys
 import traceback
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,9 @@ from ray.train import RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from forge.errors import ClusterError, ForgeError
-from forge.events import Event, RunFailed, StepMetrics
+from forge.events import RunFailed
 from forge.plan.plan import Plan, plan_from_json
-from forge.run.record import Recorder
-from forge.spec.job import JobSpec
+from forge.run.reporter import ActorReporter, SilentReporter, write_output_to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,99 +28,6 @@ class Assignment:
 
     run_folder: str
     plan_json: str
-
-
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class RecorderActor:
-    """The run's one writer, where every rank can reach it.
-
-    Ray restarts it if its process dies, and sends again what was not answered; the recorder knows the
-    steps that it has already written.
-    """
-
-    def __init__(self, run_folder: str, run_id: str, job_json: str) -> None:
-        _write_output_to(Path(run_folder) / "logs" / "recorder.log")
-        job = JobSpec.model_validate_json(job_json)
-        self._recorder = Recorder(
-            Path(run_folder), run_id=run_id, wandb=job.tracking.wandb, config=job.model_dump(mode="json")
-        )
-        self._stop = False
-
-    def event(self, event: Event) -> bool:
-        """Write an event. Returns: whether the run was asked to stop."""
-        self._recorder.event(event)
-        return self._stop
-
-    def step(self, metrics: StepMetrics) -> bool:
-        """Write a step. Returns: whether the run was asked to stop."""
-        self._recorder.step(metrics)
-        return self._stop
-
-    def request_stop(self) -> None:
-        """Ask the run to checkpoint and stop; rank 0 hears it in the next answer."""
-        self._stop = True
-
-    def failure(self) -> RunFailed | None:
-        """The first failure that a rank reported."""
-        return self._recorder.failure
-
-    def close(self, exit_code: int) -> None:
-        """Flush and end."""
-        self._recorder.close(exit_code=exit_code)
-
-
-class ActorReporter:
-    """Rank 0's reporter: sends without waiting, and hears in the answers whether to stop."""
-
-    # Answers that may be outstanding; a recorder that is further behind than this is waited for.
-    _MAX_BEHIND = 256
-
-    def __init__(self, recorder: Any) -> None:
-        self._recorder = recorder
-        self._answers: deque[Any] = deque()
-        self._stop = False
-
-    def event(self, event: Event) -> None:
-        """Send an event."""
-        self._answers.append(self._recorder.event.remote(event))
-
-    def step(self, metrics: StepMetrics) -> None:
-        """Send a step."""
-        self._answers.append(self._recorder.step.remote(metrics))
-
-    def should_stop(self) -> bool:
-        """Read the answers that have come."""
-        self._collect(timeout_s=0.0)
-        if len(self._answers) > self._MAX_BEHIND:
-            self._collect(timeout_s=None)
-        return self._stop
-
-    def drain(self) -> None:
-        """Wait until everything is written."""
-        self._collect(timeout_s=None)
-
-    def _collect(self, *, timeout_s: float | None) -> None:
-        if not self._answers:
-            return
-        pending = list(self._answers)
-        ready, _ = ray.wait(pending, num_returns=len(pending), timeout=timeout_s)
-        for answer in ready:
-            self._answers.remove(answer)
-            self._stop = bool(ray.get(answer)) or self._stop
-
-
-class SilentReporter:
-    """For every rank but the first."""
-
-    def event(self, event: Event) -> None:
-        """Say nothing."""
-
-    def step(self, metrics: StepMetrics) -> None:
-        """Say nothing."""
-
-    def should_stop(self) -> bool:
-        """Rank 0 decides."""
-        return False
 
 
 def choose_world_size(plan: Plan) -> int:
@@ -143,13 +47,25 @@ def choose_world_size(plan: Plan) -> int:
     return min(places, wanted.high)
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray's trainer without its placement group cleaner.
+
+    The cleaner is for controllers that outlive their driver; ours never does. It asks Ray's dashboard
+    for the controller's state, and where no dashboard runs, every run ends ten seconds later for it.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+
 def train_on_ray(plan: Plan, *, run_folder: Path, run_id: str, recorder: Any) -> None:
     """Carry the plan out and return when it is done, stopped or failed.
 
     Raises: ForgeError as a rank reported it; ClusterError if the cluster cannot hold the run.
     """
     on_gpu = plan.hardware.device == "cuda"
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _rank_main,
         train_loop_config={
             "assignment": Assignment(run_folder=str(run_folder), plan_json=(run_folder / "plan.json").read_text()),
@@ -171,7 +87,7 @@ def _rank_main(config: dict[str, Any]) -> None:
     assignment: Assignment = config["assignment"]
     context = get_context()
     rank = context.get_world_rank()
-    _write_output_to(Path(assignment.run_folder) / "logs" / f"rank-{rank}.log")
+    write_output_to(Path(assignment.run_folder) / "logs" / f"rank-{rank}.log")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     plan = plan_from_json(assignment.plan_json)
     reporter = ActorReporter(config["recorder"]) if rank == 0 else SilentReporter()
@@ -197,14 +113,3 @@ def _rank_main(config: dict[str, Any]) -> None:
     finally:
         if isinstance(reporter, ActorReporter):
             reporter.drain()
-
-
-def _write_output_to(path: Path) -> None:
-    """Send this process's output, that of native libraries included, to a log of the run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.close(handle)

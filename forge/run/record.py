@@ -88,11 +88,11 @@ class Recorder:
         if metrics.step <= self.last_step:
             self.event(StepRepeated(step=metrics.step, loss=metrics.loss))
             return
-        if not self._is_connected:
-            self.connect()
         record = metrics.as_record()
         self._write(self._metrics, record | {"time": round(time.time(), 3)})
         self.last_step = metrics.step
+        if not self._is_connected:
+            self.connect()
         self._track(record)
 
     def close(self, *, exit_code: int) -> None:

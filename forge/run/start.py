@@ -91,7 +91,6 @@ class Carrier:
         if self._address is None:
             # Ranks sharing cores is slow but right; the smallest world the job allows always has a place.
             cpus = max(os.cpu_count() or 1, self._plan.job.resources.workers.low)
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no machine to be taken
             options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 128 * 2**20}
         try:
             ray.init(self._address or "local", namespace="forge", **options)
@@ -100,7 +99,7 @@ class Carrier:
         signal.signal(signal.SIGTERM, self._on_signal)  # after Ray has set its own
 
     def _start_recorder(self) -> None:
-        from forge.run.ray_train import RecorderActor
+        from forge.run.reporter import RecorderActor
 
         run_id = self._folder.name
         self._recorder = RecorderActor.options(name=f"recorder-{run_id}").remote(  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from torch import nn
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
@@ -59,6 +60,7 @@ class StepResult:
 
 def join_process_group(*, device: torch.device) -> None:
     """Enter the group that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` name; collective."""
+    _import_muon_uncompiled()
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         # DeepSpeed compiles this operator on first use where it can; it serves inference only.
@@ -202,6 +204,19 @@ def build_optimizer(module: nn.Module, spec: OptimizerSpec, *, device: torch.dev
         eps=spec.eps,
         fused=device.type in ("cuda", "cpu"),
     )
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without torch's compiler, which its decorators would load (1.2 s a rank).
+
+    `deepspeed.initialize` imports it to ask whether its optimizer is a Muon; forge's never is.
+    """
+    compile_ = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_
 
 
 def _has_plain_head(engine: Any, *, vocab_size: int) -> bool:

@@ -1,0 +1,123 @@
+"""How news travels from a rank to the run's one writer.
+
+The recorder is an actor, where every rank can reach it; rank 0 holds an ActorReporter. This module
+imports Ray and nothing heavier, because the recorder's process starts while others import torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from forge.events import Event, RunFailed, StepMetrics
+from forge.run.record import Recorder
+from forge.spec.job import JobSpec
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class RecorderActor:
+    """The run's one writer, where every rank can reach it.
+
+    Ray restarts it if its process dies, and sends again what was not answered; the recorder knows the
+    steps that it has already written.
+    """
+
+    def __init__(self, run_folder: str, run_id: str, job_json: str) -> None:
+        write_output_to(Path(run_folder) / "logs" / "recorder.log")
+        job = JobSpec.model_validate_json(job_json)
+        self._recorder = Recorder(
+            Path(run_folder), run_id=run_id, wandb=job.tracking.wandb, config=job.model_dump(mode="json")
+        )
+        self._stop = False
+
+    def event(self, event: Event) -> bool:
+        """Write an event. Returns: whether the run was asked to stop."""
+        self._recorder.event(event)
+        return self._stop
+
+    def step(self, metrics: StepMetrics) -> bool:
+        """Write a step. Returns: whether the run was asked to stop."""
+        self._recorder.step(metrics)
+        return self._stop
+
+    def request_stop(self) -> None:
+        """Ask the run to checkpoint and stop; rank 0 hears it in the next answer."""
+        self._stop = True
+
+    def failure(self) -> RunFailed | None:
+        """The first failure that a rank reported."""
+        return self._recorder.failure
+
+    def close(self, exit_code: int) -> None:
+        """Flush and end."""
+        self._recorder.close(exit_code=exit_code)
+
+
+class ActorReporter:
+    """Rank 0's reporter: sends without waiting, and hears in the answers whether to stop."""
+
+    # Answers that may be outstanding; a recorder that is further behind than this is waited for.
+    _MAX_BEHIND = 256
+
+    def __init__(self, recorder: Any) -> None:
+        self._recorder = recorder
+        self._answers: deque[Any] = deque()
+        self._stop = False
+
+    def event(self, event: Event) -> None:
+        """Send an event."""
+        self._answers.append(self._recorder.event.remote(event))
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Send a step."""
+        self._answers.append(self._recorder.step.remote(metrics))
+
+    def should_stop(self) -> bool:
+        """Read the answers that have come."""
+        self._collect(timeout_s=0.0)
+        if len(self._answers) > self._MAX_BEHIND:
+            self._collect(timeout_s=None)
+        return self._stop
+
+    def drain(self) -> None:
+        """Wait until everything is written."""
+        self._collect(timeout_s=None)
+
+    def _collect(self, *, timeout_s: float | None) -> None:
+        if not self._answers:
+            return
+        pending = list(self._answers)
+        ready, _ = ray.wait(pending, num_returns=len(pending), timeout=timeout_s)
+        for answer in ready:
+            self._answers.remove(answer)
+            self._stop = bool(ray.get(answer)) or self._stop
+
+
+class SilentReporter:
+    """For every rank but the first."""
+
+    def event(self, event: Event) -> None:
+        """Say nothing."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Say nothing."""
+
+    def should_stop(self) -> bool:
+        """Rank 0 decides."""
+        return False
+
+
+def write_output_to(path: Path) -> None:
+    """Send this process's output, that of native libraries included, to a log of the run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
