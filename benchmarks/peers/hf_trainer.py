@@ -52,7 +52,6 @@ def main() -> None:
     torch.set_num_threads(1)
     vocab_size, seq_len, micro = request["vocab_size"], request["seq_len"], request["micro_batch_size"]
     config = AutoConfig.for_model(**request["model"], vocab_size=vocab_size, max_position_embeddings=seq_len)
-    optimizer = {"type": "AdamW", "params": {"lr": request["lr"], "torch_adam": True}}
     settings = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -60,8 +59,10 @@ def main() -> None:
         "bf16": {"enabled": True},
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
-        "optimizer": optimizer,
     }
+    if not request["fused"]:
+        settings["optimizer"] = {"type": "AdamW", "params": {"lr": request["lr"], "torch_adam": True}}
+        settings["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 1}}
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=micro,
@@ -76,6 +77,8 @@ def main() -> None:
         max_grad_norm=1.0,
         ddp_backend="gloo",
         disable_tqdm=True,
+        optim="adamw_torch_fused" if request["fused"] else "adamw_torch",
+        lr_scheduler_type="constant",
     )
     stopwatch = Stopwatch(warm_up=request["warm_up"], steps=request["steps"])
     trainer = Trainer(

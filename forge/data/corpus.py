@@ -258,11 +258,9 @@ def _find_cut(text: str) -> int:
     for pattern in _CUTS:
         # Look at the end first: the last 64 Ki characters nearly always have such a place.
         for start in (PIECE_CHARS - (1 << 16), 0):
-            last = None
-            for last in pattern.finditer(text, max(0, start), PIECE_CHARS + 1):
-                pass
-            if last is not None:
-                return last.end()
+            ends = [found.end() for found in pattern.finditer(text, max(0, start), PIECE_CHARS + 1)]
+            if ends:
+                return ends[-1]
     return PIECE_CHARS
 
 

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,7 +30,7 @@ from typing import Literal
 from forge.data import corpus, shards
 from forge.data.corpus import Document
 from forge.data.shards import CacheIndex, Packer, Split, TokenStream
-from forge.data.tokenizer import Encoder, TextTokenizer, load_tokenizer, train_tokenizer
+from forge.data.tokenizer import TextTokenizer, encode_batches, load_tokenizer, train_tokenizer
 from forge.errors import DataError
 from forge.plan.facts import CorpusFacts
 from forge.spec.data import DataSpec
@@ -45,8 +45,11 @@ VERIFY_LIMIT_BYTES = 1 << 30
 SMALL_CORPUS_CHARS = 1 << 26
 """Up to here a corpus is read once more, in half a second, to hold out the very share that was asked for."""
 
-_BATCH_CHARS = 1 << 21
-"""Text encoded at once."""
+MAX_PROCESSES = 16
+"""Beyond this the one process that reads and writes cannot keep the others fed."""
+
+_BATCH_CHARS = 1 << 20
+"""Text encoded at once; 0.1 s of one process."""
 
 
 _log = logging.getLogger(__name__)
@@ -291,25 +294,30 @@ def _write_cache(
 
 
 def _pack(spec: DataSpec, *, folder: Path, tokenizer: TextTokenizer, split: Split, report: _Report) -> Packer:
-    encoder = Encoder(tokenizer)
     packer = Packer(folder, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, split=split, seed=spec.seed)
-    try:
-        for batch in _batches(corpus.iter_documents(spec)):
-            encoded = encoder.encode([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
-                packer.add(document.text.encode(), ids=ids, starts=document.starts, ends=document.ends)
-            report(
-                PrepareProgress(
-                    stage="tokens",
-                    num_documents=packer.num_documents,
-                    num_text_bytes=packer.num_text_bytes,
-                    num_tokens=packer.num_tokens,
-                )
-            )
-        packer.close()
-    finally:
-        packer.abort()
+    # The encoder is some batches ahead of the packer; tee keeps those in between.
+    batches, ahead = itertools.tee(_batches(corpus.iter_documents(spec)))
+    texts = ([document.text for document in batch] for batch in ahead)
+    num_processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    with closing(encode_batches(texts, tokenizer=tokenizer, num_processes=num_processes)) as encoded:
+        try:
+            for ids_of_batch, batch in zip(encoded, batches, strict=False):
+                for document, ids in zip(batch, ids_of_batch, strict=True):
+                    packer.add(document.text.encode(), ids=ids, starts=document.starts, ends=document.ends)
+                report(_tokens_so_far(packer))
+            packer.close()
+        finally:
+            packer.abort()
     return packer
+
+
+def _tokens_so_far(packer: Packer) -> PrepareProgress:
+    return PrepareProgress(
+        stage="tokens",
+        num_documents=packer.num_documents,
+        num_text_bytes=packer.num_text_bytes,
+        num_tokens=packer.num_tokens,
+    )
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

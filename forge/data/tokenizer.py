@@ -12,13 +12,21 @@ in the source of a tokenizer, say) is encoded as ordinary characters.
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import re
+import subprocess
+import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import IO, Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,6 +43,9 @@ DeepSeek, BERT."""
 
 _MAX_WORDS = 1 << 18
 """Words remembered; about 50 MB. When full, the memory starts anew: frequent words are back at once."""
+
+_HELP_FROM_CHARS = 1 << 24
+"""Three seconds of work for one process; a helper takes half a second to start."""
 
 _MAX_WORD_CHARS = 64
 """Longer words hardly ever come twice."""
@@ -203,6 +214,109 @@ class Encoder:
                 " choose another eos_token, one that text does not spell"
             )
         return ids
+
+
+def encode_batches(
+    batches: Iterable[Sequence[str]], *, tokenizer: TextTokenizer, num_processes: int
+) -> Generator[list[bytes], None, None]:
+    """Encode batch after batch, in order, on this process and helpers; each result as of `Encoder.encode`.
+
+    Helpers start once the corpus has proved large enough to be worth it, and only where words are looked
+    up (Python, one core a process): whole texts are encoded by Rust threads. What nobody has time for is
+    encoded here, so the reader never waits; at most four batches a process are under way.
+
+    Raises: DataError as `Encoder.encode`, or if a helper dies.
+    """
+    encoder = Encoder(tokenizer)
+    num_helpers = num_processes - 1 if encoder.is_wordwise else 0
+    pending: deque[Future[list[bytes]]] = deque()
+    num_chars = 0
+    with ExitStack() as stack:
+        helpers: _Helpers | None = None
+        for texts in batches:
+            num_chars += sum(map(len, texts))
+            if helpers is None and num_helpers and num_chars > _HELP_FROM_CHARS:
+                helpers = stack.enter_context(_Helpers(tokenizer, count=num_helpers))
+            if helpers is not None and sum(not future.done() for future in pending) < 2 * num_helpers:
+                pending.append(helpers.submit(texts))
+            else:
+                pending.append(Future())
+                pending[-1].set_result(encoder.encode(texts))
+            while pending and (pending[0].done() or len(pending) > 4 * num_processes):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class _Helpers:
+    """Processes that encode, each driven by a thread which waits for it.
+
+    They talk over pipes and are started plainly, not by multiprocessing, which would import the caller's
+    main module again. A helper ends when its pipe does: the death of this process leaves no orphan.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, *, count: int) -> None:
+        self._threads = ThreadPoolExecutor(count)
+        self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        command = [sys.executable, "-c", "from forge.data.tokenizer import serve; serve()"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        for _ in range(count):
+            # A session of its own, so that Ctrl-C reaches this process alone.
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+            )
+            self._processes.append(process)
+            self._idle.put(process)
+            pickle.dump(tokenizer, _stdin(process))
+
+    def __enter__(self) -> _Helpers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.communicate()
+
+    def submit(self, texts: Sequence[str]) -> Future[list[bytes]]:
+        return self._threads.submit(self._ask, texts)
+
+    def _ask(self, texts: Sequence[str]) -> list[bytes]:
+        process = self._idle.get()
+        try:
+            pickle.dump(texts, _stdin(process))
+            _stdin(process).flush()
+            assert process.stdout is not None
+            answer = pickle.load(process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            raise DataError(
+                f"a process that encodes text died (exit code {process.wait()}); out of memory?"
+            ) from None
+        self._idle.put(process)
+        if isinstance(answer, DataError):
+            raise answer
+        return list(answer)
+
+
+def serve() -> None:
+    """The life of a helper: a tokenizer, then batches, from stdin; ids to stdout; until stdin ends."""
+    encoder = Encoder(pickle.load(sys.stdin.buffer))
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            texts = pickle.load(sys.stdin.buffer)
+            try:
+                answer: object = encoder.encode(texts)
+            except DataError as error:
+                answer = error
+            pickle.dump(answer, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+
+
+def _stdin(process: subprocess.Popen[bytes]) -> IO[bytes]:
+    assert process.stdin is not None
+    return process.stdin
 
 
 class _Words(dict[str, bytes]):

@@ -124,11 +124,12 @@ def _named(section_key: str) -> str:
 
 
 def _not_a_section(loc: Loc, *, is_empty: bool) -> str:
-    section = section_at(loc)
+    section, parent = section_at(loc), section_at(loc[:-1])
     example = next(iter(section.model_fields)) if section else "key"
-    if is_empty:
-        return f"is empty; give it keys of its own, such as '{example}:', or leave it out"
-    return f"must hold keys of its own, such as '{example}:'"
+    if not is_empty:
+        return f"must hold keys of its own, such as '{example}:'"
+    is_required = parent is not None and parent.model_fields[str(loc[-1])].is_required()
+    return f"is empty; give it keys of its own, such as '{example}:'" + ("" if is_required else ", or leave it out")
 
 
 def _listed(values: Sequence[str | int]) -> str:

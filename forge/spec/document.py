@@ -302,6 +302,10 @@ _SYNTAX_PROBLEMS = {
     "could not find expected ':'": "a ':' is missing after this key",
     "did not find expected key": "a key was expected: the indentation may differ from the lines above, "
     "or a quote or bracket may be open",
+    "expected <block end>": "the indentation differs from the lines above, or a key is missing",
+    "<document start>": "what came before is complete, and this does not belong to it: "
+    "the indentation may differ from the first line's",
+    "found a tab character": "a tab stands here; indent by spaces",
     "did not find expected '-'": "the indentation differs from the list items above",
     "cannot start any token": "a value cannot begin with this character: indent by spaces, not tabs, "
     "and write text with special characters in quotes",

@@ -1,0 +1,175 @@
+"""Training throughput: forge beside bare DeepSpeed and the transformers Trainer, on the same work.
+
+    python -m benchmarks.throughput --json FILE
+
+A small Llama (4 layers of 256, vocabulary 8,192, sequences of 256), 16 sequences a step, bf16, ZeRO 1,
+two workers. forge runs as a user runs it: `forge train` with Ray, recorder, W&B (offline) and screen.
+The peers run under torchrun, with nothing but their loop, and each at two settings of its optimizer:
+DeepSpeed's `torch_adam`, and torch's fused AdamW, which forge uses. Ratios count against the faster.
+
+    forge            defaults: chunked cross entropy
+    forge plain      the transformers model's own loss; the same arithmetic as the peers'
+    bare             a bare DeepSpeed loop
+    trainer          transformers' Trainer with DeepSpeed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+
+WORKERS = 2
+SEQ_LEN = 256
+VOCAB = 8192
+MICRO_BATCH = 8
+WARM_UP = 6
+MODEL = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+CONTENDERS = ("forge", "forge plain", "bare torch_adam", "bare fused", "trainer torch_adam", "trainer fused")
+
+
+def main() -> None:
+    """Run every contender `--repeats` times, in turn."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=30, help="measured steps of each run")
+    options = parser.parse_args()
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory(prefix="forge-bench-") as name:
+        for _ in range(options.repeats):
+            for contender in CONTENDERS:
+                runs[contender].append(run(contender, folder=Path(name), steps=options.steps))
+                print(f"  {contender}: {runs[contender][-1]['tokens_per_s']:,.0f} tokens/s", file=sys.stderr)
+    report(runs, json_path=options.json)
+
+
+def run(contender: str, *, folder: Path, steps: int) -> dict[str, float]:
+    """One run of one contender; at least `tokens_per_s`."""
+    kind, _, variant = contender.partition(" ")
+    if kind == "forge":
+        return run_forge(folder, steps=steps, cross_entropy=variant or "chunked")
+    module = {"bare": "deepspeed_loop", "trainer": "hf_trainer"}[kind]
+    return run_peer(module, steps=steps, is_fused=variant == "fused")
+
+
+def run_forge(folder: Path, *, steps: int, cross_entropy: str) -> dict[str, float]:
+    """`forge train` as a user calls it; measured from the step after the warm-up to the one before the last."""
+    job = {
+        "name": "bench",
+        "model": {"architecture": "llama", **MODEL},
+        "data": {"source": "python-stdlib", "tokenizer": {"vocab_size": VOCAB}, "seq_len": SEQ_LEN},
+        "training": {
+            "total_steps": WARM_UP + steps + 1,
+            "global_batch_size": WORKERS * MICRO_BATCH,
+            "optimizer": {"lr": 1e-3},
+            "zero": {"stage": 1},
+            "cross_entropy": cross_entropy,
+            "evaluate_every": "1000 steps",
+        },
+        "checkpoint": {"every": "1000 steps", "to": str(folder / "runs")},
+        "resources": {"workers": WORKERS, "gpu": "none"},
+        "tracking": {"wandb": {"mode": "offline"}},
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    answer = subprocess.run(
+        [str(Path(sys.executable).with_name("forge")), "train", str(path), "-o", "json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=True,
+        text=True,
+    )
+    run_folder = Path(json.loads(answer.stdout)["folder"])
+    metrics = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (run_folder / "events.jsonl").read_text().splitlines()]
+    # The last step waits for the evaluation after it before it is recorded, so it is left out.
+    first, last = metrics[WARM_UP - 1], metrics[-2]
+    seconds = last["time"] - first["time"]
+    tokens = last["train/tokens"] - first["train/tokens"]
+    peak = next(event["peak_flops"] for event in events if event["event"] == "GenerationFormed")
+    plan = json.loads((run_folder / "plan.json").read_text())
+    rate = tokens / seconds
+    return {
+        "tokens_per_s": rate,
+        "gemm_peak_flops": peak,
+        "mfu": rate * plan["flops_per_token"] / peak,
+        "peak_memory_gib": metrics[-1]["memory/peak_gib"],
+    }
+
+
+def run_peer(module: str, *, steps: int, is_fused: bool) -> dict[str, float]:
+    """A peer under torchrun; its last line is its answer."""
+    request: dict[str, Any] = {
+        "model": {"model_type": "llama", **MODEL},
+        "vocab_size": VOCAB,
+        "seq_len": SEQ_LEN,
+        "micro_batch_size": MICRO_BATCH,
+        "lr": 1e-3,
+        "warm_up": WARM_UP,
+        "steps": steps,
+        "fused": is_fused,
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(WORKERS)]
+    command += ["-m", f"benchmarks.peers.{module}", json.dumps(request)]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True, env=quiet
+    )
+    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def report(runs: dict[str, list[dict[str, float]]], *, json_path: Path | None) -> None:
+    """The table, and the figures."""
+    speeds = {name: Measured(values=tuple(run["tokens_per_s"] for run in of)) for name, of in runs.items()}
+    bare = max(speeds["bare torch_adam"].median, speeds["bare fused"].median)
+    trainer = max(speeds["trainer torch_adam"].median, speeds["trainer fused"].median)
+    figures: dict[str, Any] = {
+        "forge_tokens_per_s": speeds["forge"].median,
+        "forge_plain_tokens_per_s": speeds["forge plain"].median,
+        "bare_deepspeed_tokens_per_s": bare,
+        "hf_trainer_tokens_per_s": trainer,
+        "overhead_ratio": speeds["forge plain"].median / bare,
+        "ratio_vs_bare": speeds["forge"].median / bare,
+        "ratio_vs_bare_torch_adam": speeds["forge"].median / speeds["bare torch_adam"].median,
+        "ratio_vs_hf_trainer": speeds["forge"].median / trainer,
+        "gemm_peak_flops": statistics.median(run["gemm_peak_flops"] for run in runs["forge"]),
+        "mfu": statistics.median(run["mfu"] for run in runs["forge"]),
+        "forge_peak_memory_gib": statistics.median(run["peak_memory_gib"] for run in runs["forge"]),
+        "forge_plain_peak_memory_gib": statistics.median(run["peak_memory_gib"] for run in runs["forge plain"]),
+        "all_tokens_per_s": {name: list(speed.values) for name, speed in speeds.items()},
+    }
+    print_table(
+        "Training throughput, small Llama, bf16, ZeRO 1, two workers",
+        header=["contender", "tokens/s: median [range]", "÷ bare"],
+        rows=[[name, speed.text(), f"{speed.median / bare:.3f}"] for name, speed in speeds.items()],
+    )
+    rows = [
+        ["overhead_ratio (plain ÷ bare)", f"{figures['overhead_ratio']:.3f}", "≥ 0.98"],
+        ["ratio_vs_bare", f"{figures['ratio_vs_bare']:.3f}", "≥ 1.15"],
+        ["ratio_vs_hf_trainer", f"{figures['ratio_vs_hf_trainer']:.3f}", "≥ 1.2"],
+        ["mfu", f"{figures['mfu']:.3f}", "≥ 0.45"],
+        ["gemm_peak_flops", f"{figures['gemm_peak_flops']:.3g}", ""],
+        ["peak memory, chunked / plain (GiB)", f"{figures['forge_peak_memory_gib']:.2f} / "
+         f"{figures['forge_plain_peak_memory_gib']:.2f}", ""],
+    ]  # fmt: skip
+    print_table("Figures", header=["figure", "value", "aim"], rows=rows)
+    write_json(json_path, figures=figures)
+
+
+if __name__ == "__main__":
+    main()
