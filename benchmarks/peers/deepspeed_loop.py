@@ -2,8 +2,9 @@
 
     python -m torch.distributed.run --nproc_per_node 2 -m benchmarks.peers.deepspeed_loop REQUEST
 
-REQUEST is JSON: model, vocab_size, seq_len, micro_batch_size, lr, warm_up, steps, fused. Rank 0 prints
-`{"tokens_per_s": ...}` as its last line. `fused` takes torch's fused AdamW instead of its default one.
+REQUEST is JSON: model, vocab_size, seq_len, micro_batch_size, lr, warm_up, steps, fused, attention. Rank 0
+prints `{"tokens_per_s": ...}` as its last line. `fused` takes torch's fused AdamW instead of its default
+one; `attention` is transformers' `sdpa` (its default) or `eager`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main() -> None:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     vocab_size, seq_len, micro = request["vocab_size"], request["seq_len"], request["micro_batch_size"]
     config = AutoConfig.for_model(**request["model"], vocab_size=vocab_size, max_position_embeddings=seq_len)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=request["attention"])
     settings = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": 1,

@@ -82,7 +82,7 @@ def main() -> None:
     )
     stopwatch = Stopwatch(warm_up=request["warm_up"], steps=request["steps"])
     trainer = Trainer(
-        model=AutoModelForCausalLM.from_config(config),
+        model=AutoModelForCausalLM.from_config(config, attn_implementation=request["attention"]),
         args=arguments,
         train_dataset=Tokens(vocab_size=vocab_size, seq_len=seq_len),
         callbacks=[stopwatch],

@@ -88,6 +88,7 @@ def _config_keys(config: PretrainedConfig) -> set[str]:
         initialiser = vars(cls).get("__init__")
         if initialiser is not None:
             names |= set(inspect.signature(initialiser).parameters)
+    names.add("attn_implementation")
     return {name for name in names if not name.startswith("_")} - {"self", "kwargs", "args"}
 
 
