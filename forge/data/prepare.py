@@ -27,6 +27,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from forge.data import corpus, shards
 from forge.data.corpus import Document
 from forge.data.shards import CacheIndex, Packer, Split, TokenStream
@@ -286,7 +289,7 @@ def _write_cache(
         eot_id=tokenizer.eot_id,
         num_documents=packed.num_documents,
         num_text_bytes=packed.num_text_bytes,
-        unigram_perplexity=shards.unigram_perplexity(packed.train.counts, held_out_counts=packed.held_out.counts),
+        unigram_perplexity=unigram_perplexity(packed.train.counts, held_out_counts=packed.held_out.counts),
         train=packed.train.close(),
         held_out=packed.held_out.close(),
         tokenizer=tuple(written),
@@ -364,3 +367,17 @@ def _second_split(packed: Packer, *, held_out: float) -> Split | None:
     if packed.smallest_key < packed.largest_key:
         return Split(key_below=packed.smallest_key + 1)
     return Split(tail_from=packed.num_tokens - math.ceil(packed.num_tokens * held_out))
+
+
+def unigram_perplexity(train_counts: NDArray[np.int64], *, held_out_counts: NDArray[np.int64]) -> float | None:
+    """exp of the mean negative log likelihood of the held-out tokens under p(v) = (n_v + 1) / (N + V).
+
+    None if nothing is held out. Shapes: both `int64[V]`, occurrences of each token.
+
+    Source: add-one (Laplace) smoothing; Jurafsky & Martin, Speech and Language Processing, 3.6.1.
+    """
+    num_held_out = int(held_out_counts.sum())
+    if num_held_out == 0:
+        return None
+    log_p = np.log((train_counts + 1) / (train_counts.sum() + len(train_counts)))
+    return math.exp(-float(held_out_counts @ log_p) / num_held_out)

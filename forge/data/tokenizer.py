@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -266,9 +266,10 @@ class _Helpers:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
             )
+            assert process.stdin
+            pickle.dump(tokenizer, process.stdin)
             self._processes.append(process)
             self._idle.put(process)
-            pickle.dump(tokenizer, _stdin(process))
 
     def __enter__(self) -> _Helpers:
         return self
@@ -285,10 +286,10 @@ class _Helpers:
 
     def _ask(self, texts: Sequence[str]) -> list[bytes]:
         process = self._idle.get()
+        assert process.stdin and process.stdout
         try:
-            pickle.dump(texts, _stdin(process))
-            _stdin(process).flush()
-            assert process.stdout is not None
+            pickle.dump(texts, process.stdin)
+            process.stdin.flush()
             answer = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
             raise DataError(
@@ -312,11 +313,6 @@ def serve() -> None:
                 answer = error
             pickle.dump(answer, sys.stdout.buffer)
             sys.stdout.buffer.flush()
-
-
-def _stdin(process: subprocess.Popen[bytes]) -> IO[bytes]:
-    assert process.stdin is not None
-    return process.stdin
 
 
 class _Words(dict[str, bytes]):

@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from forge.data.batches import MicroBatch
 from forge.model.build import build_config, build_model
+from forge.model.dropout import SampleDropout, has_dropout
 from forge.model.objectives import CausalLm
 from forge.spec.model import ModelSpec
 from forge.spec.training import OptimizerSpec, TrainingSpec
@@ -80,8 +81,13 @@ def join_process_group(*, device: torch.device) -> None:
 class Engine:
     """A DeepSpeed engine that speaks forge's terms: steps, exact losses, shards of state."""
 
-    def __init__(self, engine: Any, *, training: TrainingSpec) -> None:
+    def __init__(self, engine: Any, *, training: TrainingSpec, dropout: SampleDropout | None = None) -> None:
+        """Args:
+        engine: what `deepspeed.initialize` gave, around a `CausalLm`.
+        dropout: is told of every micro-batch, where the model has any.
+        """
         self._engine = engine
+        self._dropout = dropout
         self._training = training
         self.state = TrainState(engine, keep_average=training.ema is not None)
         self.device: torch.device = engine.device
@@ -103,6 +109,8 @@ class Engine:
         engine.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in micro_batches:
+            if self._dropout is not None:
+                self._dropout.begin(step=step, positions=batch.positions)
             loss = self._loss(batch)
             loss_sum += loss.detach().double()
             engine.backward(loss * (engine.dp_world_size / num_tokens), scale_wrt_gas=False)
@@ -171,7 +179,10 @@ def build_engine(
     Under ZeRO 3 every module is divided as soon as it is built, so no rank ever holds the whole model.
     """
     config = build_config(model_spec, vocab_size=vocab_size, seq_len=seq_len, eot_id=eot_id)
-    if device.type == "cpu" and seq_len <= _PLAIN_ATTENTION_TOKENS and not _chooses_attention(model_spec):
+    drops = has_dropout(config)
+    is_short = device.type == "cpu" and seq_len <= _PLAIN_ATTENTION_TOKENS
+    if drops or (is_short and "attn_implementation" not in model_spec.config_overrides):
+        # Fused attention also draws its dropout from a stream of its own that nobody can place.
         config._attn_implementation = "eager"
     divided = training.zero.stage == 3
     model = build_model(
@@ -189,11 +200,10 @@ def build_engine(
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=deepspeed_config)
     if training.cross_entropy == "chunked" and _has_plain_head(engine, vocab_size=vocab_size):
         objective.use_chunks()
-    return Engine(engine, training=training)
-
-
-def _chooses_attention(spec: ModelSpec) -> bool:
-    return "attn_implementation" in spec.config_overrides
+    dropout = SampleDropout(model, seed=training.seed) if drops else None
+    if dropout is not None:
+        dropout.install()
+    return Engine(engine, training=training, dropout=dropout)
 
 
 def build_optimizer(module: nn.Module, spec: OptimizerSpec, *, device: torch.device) -> torch.optim.AdamW:

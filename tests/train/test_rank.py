@@ -173,5 +173,44 @@ def test_a_gpt2_trains_too_and_its_weights_do_not_depend_on_the_stage(corpus: Co
     assert all(map(math.isfinite, losses[0]))
 
 
+DROPPING = {"architecture": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2,
+            "resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (1, 2), (2, 3), (3, 2)])
+def test_dropout_belongs_to_the_sample_at_any_world_size_and_stage(
+    corpus: CorpusFacts, tmp_path: Path, stage: int, world_size: int
+) -> None:
+    whole = dropping(corpus, tmp_path / "one")
+    found = dropping(corpus, tmp_path / "other", world_size=world_size, training__zero={"stage": stage})
+    assert found.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def test_dropout_does_drop(corpus: CorpusFacts, tmp_path: Path) -> None:
+    kept = DROPPING | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    plain = run_ranks(tiny_plan(corpus, model=kept, training__precision="fp32"), tmp_path / "plain", world_size=1)
+    assert dropping(corpus, tmp_path / "dropped").losses != pytest.approx(plain.losses, rel=1e-3)
+
+
+def test_dropout_is_recomputed_as_it_was_drawn(corpus: CorpusFacts, tmp_path: Path) -> None:
+    whole = dropping(corpus, tmp_path / "whole")
+    recomputed = dropping(corpus, tmp_path / "recomputed", training__activation_checkpointing=True)
+    assert recomputed.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def test_a_run_with_dropout_resumes_bit_for_bit(corpus: CorpusFacts, tmp_path: Path) -> None:
+    whole = dropping(corpus, tmp_path / "whole", world_size=2)
+    first = dropping(corpus, tmp_path / "parts", world_size=2, stop_after=3)
+    second = dropping(corpus, tmp_path / "parts", world_size=2)
+    assert first.losses + second.losses == whole.losses
+
+
+def dropping(
+    corpus: CorpusFacts, folder: Path, *, world_size: int = 1, stop_after: int | None = None, **changes: object
+) -> Recording:
+    plan = tiny_plan(corpus, model=DROPPING, training__precision="fp32", **changes)
+    return run_ranks(plan, folder, world_size=world_size, stop_after=stop_after)
+
+
 def evaluations(recording: Recording) -> list[tuple[str, float]]:
     return [(event.weights, event.loss) for event in recording.events if isinstance(event, Evaluated)]
