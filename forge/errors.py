@@ -4,6 +4,7 @@
     ├── JobFileError      (2)  the job file: file:line, dotted key, value, nearest valid key
     ├── PlanError         (2)  the job is well-formed but cannot be carried out; the arithmetic is in the message
     ├── DataError         (2)  the corpus, the tokenizer or the token cache
+    ├── ArgumentError     (2)  the command line names a run, a folder or a log that is not there or not usable
     ├── CheckpointError   (2)  a checkpoint that is missing, torn or of another model
     ├── ClusterError      (3)  Ray, its nodes, their resources
     └── RunError          (4)  the training itself: a loss that is no number, a rank that died
@@ -112,6 +113,10 @@ class DataError(ForgeError):
 
 class CheckpointError(ForgeError):
     """A checkpoint is missing, torn, or belongs to another model."""
+
+
+class ArgumentError(ForgeError):
+    """What the command line or the job names, a run, a folder, a log, is not there or cannot be used."""
 
 
 class ClusterError(ForgeError):

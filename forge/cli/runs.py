@@ -79,14 +79,14 @@ def logs(
     Example:  forge runs logs latest --file run -n 20
     """
     from forge.cli import display
-    from forge.errors import RunError
+    from forge.errors import ArgumentError
     from forge.report.runs import find_run
 
     folder = find_run(run, root=runs) / "logs"
     path = folder / f"{name}.log"
     if not path.is_file():
         there = ", ".join(sorted(log.stem for log in folder.glob("*.log"))) or "none yet"
-        raise RunError(f"{path} does not exist; the logs there are: {there}")
+        raise ArgumentError(f"{path} does not exist; the logs there are: {there}")
     with path.open(errors="replace") as file:
         last = file.readlines()[-lines:]
     display.print_text("".join(last) or "(empty)")

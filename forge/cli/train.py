@@ -161,7 +161,7 @@ def summary_record(folder: Path) -> dict[str, Any]:
 
 def _resolve(file: Path | None, *, overrides: list[str], resume: str | None) -> tuple[Plan, Path | None]:
     from forge.cli import display
-    from forge.errors import RunError
+    from forge.errors import ArgumentError
     from forge.report.runs import carrier_pid, find_run
     from forge.run.submit import resolve
     from forge.spec.load import load_job
@@ -174,7 +174,9 @@ def _resolve(file: Path | None, *, overrides: list[str], resume: str | None) -> 
         folder = find_run(resume, root=root)
         pid = carrier_pid(folder)
         if pid is not None:
-            raise RunError(f"{folder.name} is still being carried, by process {pid}; watch it: forge runs watch")
+            raise ArgumentError(
+                f"{folder.name} is still being carried, by process {pid}; watch it: forge runs watch"
+            )
     loaded = load_job(file or Path(folder or ".") / "job.yaml", overrides=overrides)
     with display.PrepareScreen() as screen:
         return resolve(loaded, is_dry_run=False, on_progress=screen.show), folder

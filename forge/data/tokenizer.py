@@ -170,6 +170,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 class Encoder:
     """Encodes texts, each by itself; no text can contain the end-of-text id.
 
+    `words` is what it remembers, None where it encodes whole texts.
+
     Raises: DataError from `encode` if the tokenizer turns ordinary characters into its end-of-text token.
     """
 
@@ -178,17 +180,12 @@ class Encoder:
         self._backend = Tokenizer.from_str(tokenizer.content)
         self._backend.add_special_tokens([AddedToken(tokenizer.eot_token, special=True, normalized=False)])
         self._backend.encode_special_tokens = True
-        self._words = _Words(self) if _is_wordwise(json.loads(self._backend.to_str())) else None
-
-    @property
-    def is_wordwise(self) -> bool:
-        """Whether words are remembered, or whole texts encoded."""
-        return self._words is not None
+        self.words = _Words(self) if _is_wordwise(json.loads(self._backend.to_str())) else None
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text, as little-endian bytes of the tokenizer's dtype."""
-        if self._words is not None:
-            split, lookup = _word_pattern().findall, self._words.__getitem__
+        if self.words is not None:
+            split, lookup = _word_pattern().findall, self.words.__getitem__
             return [b"".join(map(lookup, split(text))) for text in texts]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [self._packed(text, ids=found.ids) for text, found in zip(texts, encodings, strict=True)]
@@ -228,7 +225,7 @@ def encode_batches(
     Raises: DataError as `Encoder.encode`, or if a helper dies.
     """
     encoder = Encoder(tokenizer)
-    num_helpers = num_processes - 1 if encoder.is_wordwise else 0
+    num_helpers = num_processes - 1 if encoder.words is not None else 0
     pending: deque[Future[list[bytes]]] = deque()
     num_chars = 0
     with ExitStack() as stack:
@@ -266,10 +263,8 @@ class _Helpers:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
             )
-            assert process.stdin
-            pickle.dump(tokenizer, process.stdin)
             self._processes.append(process)
-            self._idle.put(process)
+            self._threads.submit(self._introduce, process, tokenizer)
 
     def __enter__(self) -> _Helpers:
         return self
@@ -284,6 +279,13 @@ class _Helpers:
     def submit(self, texts: Sequence[str]) -> Future[list[bytes]]:
         return self._threads.submit(self._ask, texts)
 
+    def _introduce(self, process: subprocess.Popen[bytes], tokenizer: TextTokenizer) -> None:
+        assert process.stdin
+        with suppress(OSError):  # whether it lives shows when it is asked
+            pickle.dump(tokenizer, process.stdin)
+            process.stdin.flush()
+        self._idle.put(process)
+
     def _ask(self, texts: Sequence[str]) -> list[bytes]:
         process = self._idle.get()
         assert process.stdin and process.stdout
@@ -292,10 +294,10 @@ class _Helpers:
             process.stdin.flush()
             answer = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
-            raise DataError(
-                f"a process that encodes text died (exit code {process.wait()}); out of memory?"
-            ) from None
-        self._idle.put(process)
+            process.kill()
+            raise DataError(f"a process that encodes text died ({process.wait()}); out of memory?") from None
+        finally:
+            self._idle.put(process)
         if isinstance(answer, DataError):
             raise answer
         return list(answer)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from forge.errors import PlanError, RunError
+from forge.errors import ArgumentError, PlanError
 from forge.plan.plan import Plan, plan_from_json
 
 Status = Literal["running", "finished", "stopped", "failed", "died"]
@@ -54,7 +54,7 @@ class RunSummary:
 def find_run(name: str, *, root: Path) -> Path:
     """A run's folder, by its path, its id, a unique beginning of it, or `latest`.
 
-    Raises: RunError naming what there is instead.
+    Raises: ArgumentError naming what there is instead.
     """
     if (Path(name) / "plan.json").is_file():
         return Path(name)
@@ -67,8 +67,10 @@ def find_run(name: str, *, root: Path) -> Path:
         return found[0]
     known = ", ".join(folder.name for folder in (found or folders)[:5])
     if found:
-        raise RunError(f"{name} could be any of {len(found)} runs: {known}")
-    raise RunError(f"no run {name} under {root}" + (f"; there are {known}" if known else ", which holds no runs"))
+        raise ArgumentError(f"{name} could be any of {len(found)} runs: {known}")
+    raise ArgumentError(
+        f"no run {name} under {root}" + (f"; there are {known}" if known else ", which holds no runs")
+    )
 
 
 def list_runs(root: Path) -> list[RunSummary]:
@@ -77,18 +79,18 @@ def list_runs(root: Path) -> list[RunSummary]:
     for folder in _folders(root):
         try:
             runs.append(read_run(folder))
-        except (RunError, PlanError):
+        except (ArgumentError, PlanError):
             continue
     return runs
 
 
 def read_run(folder: Path) -> RunSummary:
-    """Raises: RunError if the folder holds no run, PlanError if its plan cannot be read."""
+    """Raises: ArgumentError if the folder holds no run, PlanError if its plan cannot be read."""
     try:
         plan = plan_from_json((folder / "plan.json").read_text())
         started = (folder / "plan.json").stat().st_mtime
     except OSError as error:
-        raise RunError(f"{folder} holds no run: {error.strerror}") from error
+        raise ArgumentError(f"{folder} holds no run: {error.strerror}") from error
     events = tuple(_lines(folder / "events.jsonl"))
     metrics = list(_lines(folder / "metrics.jsonl"))
     return RunSummary(

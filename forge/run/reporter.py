@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from forge.errors import RunError
 from forge.events import Event, RunFailed, StepMetrics
 from forge.run.record import Recorder
 from forge.spec.job import JobSpec
@@ -95,7 +96,10 @@ class ActorReporter:
         ready, _ = ray.wait(pending, num_returns=len(pending), timeout=timeout_s)
         for answer in ready:
             self._answers.remove(answer)
-            self._stop = bool(ray.get(answer)) or self._stop
+            try:
+                self._stop = bool(ray.get(answer)) or self._stop
+            except ray.exceptions.RayTaskError as error:
+                raise RunError(f"the run's record cannot be written: {error.cause}") from error
 
 
 class SilentReporter:

@@ -16,7 +16,7 @@ from pathlib import Path
 from forge.cluster.local import find_local
 from forge.data.prepare import PrepareProgress, default_cache_dir, prepare
 from forge.data.tokenizer import load_tokenizer
-from forge.errors import RunError
+from forge.errors import ArgumentError
 from forge.plan.facts import CorpusFacts
 from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json, training_digest
 from forge.report.runs import carrier_pid
@@ -58,7 +58,7 @@ def resolve(
 def create_run(plan: Plan) -> Path:
     """Make the folder of a new run: `job.yaml`, `plan.json`, the tokenizer.
 
-    Raises: RunError if it cannot be written.
+    Raises: ArgumentError if it cannot be written.
     """
     assert plan.corpus is not None, "a run is created from a full plan"
     root = Path(plan.job.checkpoint.to)
@@ -69,7 +69,7 @@ def create_run(plan: Plan) -> Path:
         (folder / "job.yaml").write_text(dump_job(plan.job))
         (folder / "plan.json").write_text(plan_to_json(plan))
     except OSError as error:
-        raise RunError(
+        raise ArgumentError(
             f"the run's folder {folder} cannot be written: {error.strerror}; set checkpoint.to to a folder you own"
         ) from error
     return folder
@@ -78,11 +78,11 @@ def create_run(plan: Plan) -> Path:
 def reopen_run(folder: Path, plan: Plan) -> None:
     """Give a run that ended early a fresh plan, to be carried on from its newest checkpoint.
 
-    Raises: RunError if the plan would change the loss curve.
+    Raises: ArgumentError if the plan would change the loss curve.
     """
     before = plan_from_json((folder / "plan.json").read_text())
     if training_digest(before.job) != training_digest(plan.job):
-        raise RunError(
+        raise ArgumentError(
             f"{folder.name} cannot be resumed with another model, data or training section: its loss curve would "
             "no longer be one curve; start a new run instead"
         )

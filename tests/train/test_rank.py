@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from forge.errors import CheckpointError, RunError
 from forge.events import CheckpointSaved, CheckpointSkipped, Evaluated
 from forge.plan.facts import CorpusFacts
+from forge.train.checkpoint import list_checkpoints, verify_checkpoint
 from tests.support.jobs import tiny_plan
 from tests.support.ranks import Recording, run_ranks
 
@@ -214,3 +217,25 @@ def dropping(
 
 def evaluations(recording: Recording) -> list[tuple[str, float]]:
     return [(event.weights, event.loss) for event in recording.events if isinstance(event, Evaluated)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for one checkpoint of the tiny job, not for two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_is_kept(corpus: CorpusFacts, small_disk: Path) -> None:
+    plan = tiny_plan(corpus, checkpoint={"every": "2 steps", "keep": 3})
+    with pytest.raises(CheckpointError, match=r"could not be written by rank \d.*(No space left|os error 28)"):
+        run_ranks(plan, small_disk, world_size=2)
+    kept = [path.name for path in list_checkpoints(small_disk)]
+    assert kept == ["step-00000002"]
+    assert verify_checkpoint(small_disk / kept[0]) is None
+    assert not list(small_disk.glob(".draft*"))
