@@ -6,7 +6,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: setup train test check bench clean
+.PHONY: setup train test check docs bench clean
 
 setup: .venv/setup-done
 
@@ -28,6 +28,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
+
+# Pages that are generated from the code; a test holds that they are up to date.
+docs: setup
+	$(BIN)/python -m forge.spec.reference > docs/job-file.md
 
 bench: setup
 	for name in data cold_start throughput; do $(BIN)/python -m benchmarks.$$name || exit 1; done

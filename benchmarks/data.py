@@ -85,7 +85,8 @@ def report(
         ],
     )
     print(f"\nratio {ratio:.2f} against {best}")
-    print(f"forge's peak memory: {peak_bytes[1] / 2**20:,.0f} MiB, with 4x the corpus {peak_bytes[4] / 2**20:,.0f} MiB")
+    peaks_mib = [f"{peak_bytes[factor] / 2**20:,.0f} MiB" for factor in (1, 4)]
+    print(f"forge's peak memory: {peaks_mib[0]}, with 4x the corpus {peaks_mib[1]}")
     figures = {
         "forge_tokens_per_s": speed["forge"].median,
         "datasets_tokens_per_s": speed[best].median,

@@ -305,12 +305,11 @@ class _Helpers:
 
 def serve() -> None:
     """The life of a helper: a tokenizer, then batches, from stdin; ids to stdout; until stdin ends."""
-    encoder = Encoder(pickle.load(sys.stdin.buffer))
     with suppress(EOFError, BrokenPipeError):
+        encoder = Encoder(pickle.load(sys.stdin.buffer))
         while True:
-            texts = pickle.load(sys.stdin.buffer)
             try:
-                answer: object = encoder.encode(texts)
+                answer: object = encoder.encode(pickle.load(sys.stdin.buffer))
             except DataError as error:
                 answer = error
             pickle.dump(answer, sys.stdout.buffer)

@@ -192,7 +192,10 @@ def test_a_piece_ends_at_a_line_else_at_a_word_else_anywhere(tmp_path: Path, lin
     assert first.text.endswith(end_of_piece)
 
 
-@given(st.lists(st.sampled_from(["a", "é", "日", "😀", "\n", " ", "\r\n"]), min_size=1, max_size=300), st.integers(3, 9))
+@given(
+    st.lists(st.sampled_from(["a", "é", "日", "😀", "\n", " ", "\r\n"]), min_size=1, max_size=300),
+    st.integers(3, 9),
+)
 def test_pieces_make_up_the_document_whatever_the_blocks(parts: list[str], piece_chars: int) -> None:
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
@@ -282,7 +285,7 @@ def test_a_folder_is_answered_with_the_pattern_for_it(tmp_path: Path) -> None:
 
 
 def test_an_unknown_protocol_is_named() -> None:
-    with pytest.raises(DataError, match="s33://bucket/a.txt cannot be opened: Protocol not known"):
+    with pytest.raises(DataError, match=r"s33://bucket/a\.txt cannot be opened: Protocol not known"):
         texts_of("s33://bucket/a.txt")
 
 
@@ -351,7 +354,9 @@ def test_a_torn_archive_is_named(tmp_path: Path) -> None:
         texts_of(tmp_path / "a.txt.gz")
 
 
-def test_a_compression_without_its_package_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compression_without_its_package_names_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(corpus, "infer_compression", lambda name: None)
     (tmp_path / "a.txt.zst").write_bytes(b"(\xb5/\xfd")
     with pytest.raises(DataError, match="pip install zstandard"):

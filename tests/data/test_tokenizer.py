@@ -116,7 +116,7 @@ def test_transformers_loads_what_is_saved(trained: TextTokenizer, tmp_path: Path
 
 
 def test_the_standard_library_is_encoded_as_the_library_does(encoder: Encoder, backend: Tokenizer) -> None:
-    texts = [document.text for document in iter_documents(STDLIB)][::3]
+    texts = [document.text for document in iter_documents(STDLIB)][::5]
     assert ids_of(encoder, *texts) == [found.ids for found in backend.encode_batch_fast(texts)]
 
 
@@ -132,7 +132,7 @@ def test_any_text_is_encoded_as_the_library_does(encoder: Encoder, backend: Toke
 
 def test_random_awkward_text_is_encoded_as_the_library_does(encoder: Encoder, backend: Tokenizer) -> None:
     chance = random.Random(0)
-    for _ in range(30):
+    for _ in range(10):
         texts = ["".join(chance.choices(AWKWARD, k=chance.randint(0, 40))) for _ in range(1000)]
         assert ids_of(encoder, *texts) == [found.ids for found in backend.encode_batch_fast(texts)]
 
@@ -142,9 +142,9 @@ def test_every_character_is_encoded_as_the_library_does(encoder: Encoder, backen
     # Every character of the plane where scripts live, a sample of the rest, in a neighbourhood of each kind.
     characters = characters[:0x10000] + characters[0x10000::13]
     for pattern in ("a{0}1", "  {0} '{0}x {0}{0}.\n"):
-        for start in range(0, len(characters), 20_000):
-            texts = [pattern.format(character) for character in characters[start : start + 20_000]]
-            assert ids_of(encoder, *texts) == [found.ids for found in backend.encode_batch_fast(texts)]
+        for start in range(0, len(characters), 64):
+            text = "\n".join(map(pattern.format, characters[start : start + 64]))
+            assert ids_of(encoder, text) == [backend.encode(text).ids]
 
 
 def test_memory_of_words_is_bounded_and_changes_nothing(
@@ -215,7 +215,9 @@ def test_a_tokenizer_for_which_any_text_ends_is_refused(tmp_path: Path) -> None:
     ],
     ids=["normalizer", "prefix space", "no pattern", "sequence"],
 )
-def test_a_tokenizer_that_is_not_plain_byte_level_encodes_whole_texts(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_tokenizer_that_is_not_plain_byte_level_encodes_whole_texts(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
     tokenizer = byte_level(EOT_TOKEN)
     for name, value in change.items():
         setattr(tokenizer, name, value)
@@ -261,7 +263,10 @@ def test_a_file_and_its_folder_load_alike(tmp_path: Path) -> None:
         ({"tokenizer_config.json": {"eos_token": "<end>"}}, "<end>"),
         ({"tokenizer_config.json": {"eos_token": {"content": "<end>", "special": True}}}, "<end>"),
         ({"special_tokens_map.json": {"eos_token": "<end>"}}, "<end>"),
-        ({"tokenizer_config.json": {"eos_token": None}, "special_tokens_map.json": {"eos_token": "<end>"}}, "<end>"),
+        (
+            {"tokenizer_config.json": {"eos_token": None}, "special_tokens_map.json": {"eos_token": "<end>"}},
+            "<end>",
+        ),
         ({}, "</s>"),
     ],
 )
@@ -277,7 +282,7 @@ def test_the_end_of_text_is_what_the_folder_says_else_a_common_name(
 
 
 def test_a_tokenizer_without_an_end_of_text_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Put a tokenizer_config.json beside tokenizer.json"):
+    with pytest.raises(DataError, match=r"Put a tokenizer_config\.json beside tokenizer\.json"):
         load_tokenizer(save(byte_level(), tmp_path))
 
 
@@ -345,7 +350,8 @@ def test_helpers_do_not_outlive_a_killed_parent(trained: TextTokenizer, tmp_path
         "from forge.data import tokenizer as t\n"
         "t._HELP_FROM_CHARS = 0\n"
         "batches = (['some words'] * 1000 for _ in iter(int, 1))\n"
-        "for n, _ in enumerate(t.encode_batches(batches, tokenizer=t.load_tokenizer(sys.argv[1]), num_processes=2)):\n"
+        "loaded = t.load_tokenizer(sys.argv[1])\n"
+        "for n, _ in enumerate(t.encode_batches(batches, tokenizer=loaded, num_processes=2)):\n"
         "    n == 50 and print('ready', flush=True)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]

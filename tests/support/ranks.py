@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ class Recording:
 
     steps: list[StepMetrics] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    error: BaseException | None = None
 
     @property
     def losses(self) -> list[float]:
@@ -51,37 +51,44 @@ class RecordingReporter:
 
 def run_ranks(plan: Plan, folder: Path, *, world_size: int, stop_after: int | None = None) -> Recording:
     """Run `forge.train.rank.run_rank` on `world_size` processes; checkpoints go under `folder`."""
+    arguments = (plan_to_json(plan), str(folder), world_size, stop_after)
+    recordings: list[Recording] = on_ranks(_train, *arguments, world_size=world_size)
+    return recordings[0]
+
+
+def on_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
+    """Call `function(rank, *arguments)` on every rank of a fresh process group to be; what they return.
+
+    Raises: what the first rank to fail raised.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.warm"])
     port = _free_port()
     answers: Any = context.Queue()
-    arguments = (plan_to_json(plan), str(folder), world_size, port, stop_after, answers)
-    ranks = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(world_size)]
+    ranks = [
+        context.Process(target=_rank, args=(function, rank, world_size, port, arguments, answers), daemon=True)
+        for rank in range(world_size)
+    ]
     for process in ranks:
         process.start()
+    found: dict[int, Any] = {}
     try:
-        recordings = {}
         deadline = time.monotonic() + _TIMEOUT_S
-        while len(recordings) < world_size:
-            rank, recording = answers.get(timeout=max(0.1, deadline - time.monotonic()))
-            recordings[rank] = recording
-            if recording.error is not None:
-                break
+        while len(found) < world_size:
+            rank, answer, error = answers.get(timeout=max(0.1, deadline - time.monotonic()))
+            if error is not None:
+                raise error
+            found[rank] = answer
     finally:
         for process in ranks:
             process.join(timeout=5)
             process.kill()
-    for recording in recordings.values():
-        if recording.error is not None:
-            raise recording.error
-    return recordings[0]
+    return [found[rank] for rank in range(world_size)]
 
 
 def _rank(
-    rank: int, plan_json: str, folder: str, world_size: int, port: int, stop_after: int | None, answers: Any
+    function: Callable[..., Any], rank: int, world_size: int, port: int, arguments: tuple[Any, ...], answers: Any
 ) -> None:
-    from forge.train.rank import Place, run_rank
-
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -90,17 +97,23 @@ def _rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    reporter = RecordingReporter(stop_after)
-    place = Place(rank=rank, world_size=world_size, local_world_size=8, device="cpu", checkpoints=folder)
     try:
-        run_rank(plan_from_json(plan_json), place, reporter)
+        answers.put((rank, function(rank, *arguments), None))
     except BaseException as error:
-        reporter.recording.error = error
-    answers.put((rank, reporter.recording))
+        answers.put((rank, None, error))
     with contextlib.suppress(Exception):
         import torch.distributed
 
         torch.distributed.destroy_process_group()
+
+
+def _train(rank: int, plan_json: str, folder: str, world_size: int, stop_after: int | None) -> Recording:
+    from forge.train.rank import Place, run_rank
+
+    reporter = RecordingReporter(stop_after)
+    place = Place(rank=rank, world_size=world_size, local_world_size=8, device="cpu", checkpoints=folder)
+    run_rank(plan_from_json(plan_json), place, reporter)
+    return reporter.recording
 
 
 def _free_port() -> int:

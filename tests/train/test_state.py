@@ -1,0 +1,82 @@
+"""Who owns which part of the state, asked of real DeepSpeed engines."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from forge.plan.plan import Plan, plan_from_json, plan_to_json
+from forge.train.state import shards_of
+from tests.support.jobs import VOCAB, tiny_plan
+from tests.support.ranks import on_ranks
+
+STAGES = [0, 1, 2, 3]
+
+
+def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
+    """What one rank has after building: its claims, its state's and its parameters' elements."""
+    from forge.train.engine import build_engine, join_process_group
+
+    plan: Plan = plan_from_json(plan_json)
+    device = torch.device("cpu")
+    join_process_group(device=device)
+    config = plan.world(world_size).deepspeed
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine = build_engine(
+        plan.job.model, plan.job.training, deepspeed_config=config,
+        vocab_size=VOCAB, seq_len=16, eot_id=0, device=device,
+    )  # fmt: skip
+    state = engine.state
+    return {
+        "claims": [(shard.name, shard.start, shard.stop) for shard in state.claims],
+        "kinds": {kind: sum(state.tensor(shard, kind).numel() for shard in state.shards) for kind in state.kinds},
+        "whole_parameters": sum(p.numel() for p in engine._engine.module.parameters()),
+    }
+
+
+def owners(stage: int, world_size: int) -> list[dict[str, Any]]:
+    plan = tiny_plan(None, training__zero={"stage": stage}, training__ema={"decay": 0.9}, resources__workers="1..5")
+    return on_ranks(ownership, plan_to_json(plan), world_size, world_size=world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("stage", STAGES)
+def test_over_all_ranks_every_element_is_claimed_exactly_once(stage: int, world_size: int) -> None:
+    sizes = {
+        name: sum(stop - start for n, start, stop in owners(0, 1)[0]["claims"] if n == name)
+        for name, _, _ in owners(0, 1)[0]["claims"]
+    }
+    claims = sorted(claim for owner in owners(stage, world_size) for claim in owner["claims"])
+    for name, size in sizes.items():
+        intervals = [(start, stop) for n, start, stop in claims if n == name and stop > start]
+        edges = [0, *(stop for _, stop in intervals)]
+        assert [start for start, _ in intervals] == edges[:-1], name
+        assert edges[-1] == size, name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_rank_keeps_more_than_its_share_of_what_zero_divides(stage: int) -> None:
+    whole = owners(0, 1)[0]
+    for owner in owners(stage, 4):
+        for kind, elements in owner["kinds"].items():
+            assert elements <= 1.1 * whole["kinds"][kind] / 4, kind
+
+
+def test_under_zero_3_no_rank_keeps_a_whole_parameter() -> None:
+    assert [owner["whole_parameters"] for owner in owners(3, 2)] == [0, 0]
+    assert owners(2, 2)[0]["whole_parameters"] > 0
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_deepspeed_that_keeps_its_state_elsewhere_is_named_with_its_release(stage: int) -> None:
+    engine = SimpleNamespace(
+        module=torch.nn.Linear(2, 2),
+        optimizer=SimpleNamespace(optimizer=None),
+        global_rank=0,
+        zero_optimization_stage=lambda: stage,
+    )
+    with pytest.raises(RuntimeError, match=r"DeepSpeed \(\d.*\) keeps its optimizer state elsewhere than 0\.19\.8"):
+        shards_of(engine)
