@@ -103,22 +103,22 @@ def list_nodes(cluster: LocalCluster) -> list[dict[str, Any]]:
 
     Raises: ClusterError if the cluster does not answer.
     """
+    require_private_token()
     import ray
-    from ray.util.state import list_nodes as ray_nodes
 
     try:
         ray.init(cluster.address, logging_level=logging.ERROR, log_to_driver=False)
         free = ray.state.available_resources_per_node()
         return [
             {
-                "node_id": node.node_id,
-                "state": node.state.lower(),
-                "ip": node.node_ip,
-                "cpus": node.resources_total.get("CPU", 0.0),
-                "free_cpus": free.get(node.node_id, {}).get("CPU", 0.0),
-                "gpus": node.resources_total.get("GPU", 0.0),
+                "node_id": node["NodeID"],
+                "state": "alive" if node["Alive"] else "dead",
+                "ip": node["NodeManagerAddress"],
+                "cpus": node["Resources"].get("CPU", 0.0),
+                "free_cpus": free.get(node["NodeID"], {}).get("CPU", 0.0),
+                "gpus": node["Resources"].get("GPU", 0.0),
             }
-            for node in ray_nodes()
+            for node in ray.nodes()
         ]
     except Exception as error:  # Ray raises many unrelated classes here
         raise ClusterError(f"the cluster at {cluster.address} does not answer: {error}") from error
@@ -127,7 +127,10 @@ def list_nodes(cluster: LocalCluster) -> list[dict[str, Any]]:
 
 
 def require_private_token() -> None:
-    """Make sure that Ray's token, which guards all its ports, is there and readable by its owner alone."""
+    """Have Ray guard all its ports with its token, and the token readable by its owner alone.
+
+    To be called before Ray is imported: a process that connects to a cluster reads the mode then.
+    """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
     if path.is_file() and path.stat().st_mode & 0o077:

@@ -21,7 +21,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -216,30 +216,30 @@ class Encoder:
 def encode_batches(
     batches: Iterable[Sequence[str]], *, tokenizer: TextTokenizer, num_processes: int
 ) -> Generator[list[bytes], None, None]:
-    """Encode batch after batch, in order, on this process and helpers; each result as of `Encoder.encode`.
+    """Encode batch after batch, in order; each result as of `Encoder.encode`.
 
-    Helpers start once the corpus has proved large enough to be worth it, and only where words are looked
-    up (Python, one core a process): whole texts are encoded by Rust threads. What nobody has time for is
-    encoded here, so the reader never waits; at most four batches a process are under way.
+    Once the corpus has proved large enough to be worth it, `num_processes` helpers take over and this
+    process only reads and writes; at most three batches each are under way. Without helpers where there is
+    one core, or where whole texts are encoded: Rust threads do that on all cores.
 
     Raises: DataError as `Encoder.encode`, or if a helper dies.
     """
     encoder = Encoder(tokenizer)
-    num_helpers = num_processes - 1 if encoder.words is not None else 0
-    pending: deque[Future[list[bytes]]] = deque()
+    may_help = encoder.words is not None and num_processes > 1
     num_chars = 0
-    with ExitStack() as stack:
-        helpers: _Helpers | None = None
-        for texts in batches:
-            num_chars += sum(map(len, texts))
-            if helpers is None and num_helpers and num_chars > _HELP_FROM_CHARS:
-                helpers = stack.enter_context(_Helpers(tokenizer, count=num_helpers))
-            if helpers is not None and sum(not future.done() for future in pending) < 2 * num_helpers:
-                pending.append(helpers.submit(texts))
-            else:
-                pending.append(Future())
-                pending[-1].set_result(encoder.encode(texts))
-            while pending and (pending[0].done() or len(pending) > 4 * num_processes):
+    remaining = iter(batches)
+    for texts in remaining:
+        yield encoder.encode(texts)
+        num_chars += sum(map(len, texts))
+        if may_help and num_chars > _HELP_FROM_CHARS:
+            break
+    else:
+        return
+    pending: deque[Future[list[bytes]]] = deque()
+    with _Helpers(tokenizer, count=num_processes) as helpers:
+        for texts in remaining:
+            pending.append(helpers.submit(texts))
+            if len(pending) > 3 * num_processes:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

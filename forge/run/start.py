@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from forge.cluster.local import require_private_token
 from forge.errors import ClusterError, ForgeError, RunError
 from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, SampleGenerated
 from forge.plan.plan import Plan, plan_from_json
@@ -84,6 +85,7 @@ class Carrier:
         ray.shutdown()
 
     def _connect(self) -> None:
+        require_private_token()
         threading.Thread(target=_import_train, daemon=True).start()
         import ray
 
