@@ -80,3 +80,14 @@ def test_a_deepspeed_that_keeps_its_state_elsewhere_is_named_with_its_release(st
     )
     with pytest.raises(RuntimeError, match=r"DeepSpeed \(\d.*\) keeps its optimizer state elsewhere than 0\.19\.8"):
         shards_of(engine)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_plans_estimate_of_the_state_is_what_a_rank_really_keeps(stage: int) -> None:
+    world_size = 2
+    plan = tiny_plan(None, training__zero={"stage": stage}, training__ema={"decay": 0.9}, resources__workers="1..5")
+    estimate = plan.world(world_size).footprint
+    real = owners(stage, world_size)[0]
+    assert 4 * sum(real["kinds"].values()) == pytest.approx(estimate.optimizer_bytes + estimate.ema_bytes, rel=0.05)
+    if stage < 3:
+        assert 2 * real["whole_parameters"] == pytest.approx(estimate.weights_bytes, rel=0.01)
