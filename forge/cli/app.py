@@ -1,17 +1,20 @@
 """The command `forge`: one module per noun, and the one place where errors become exit codes.
 
-0 done; 2 the user's input; 3 the cluster; 4 the run; 130 interrupted. Nothing heavy is imported before
-a command needs it, so that `forge --help` answers at once.
+0 done; 2 the user's input; 3 the cluster; 4 the run; 130 interrupted; 141 nobody reads what we say.
+Nothing heavy is imported before a command needs it, so that `forge --help` answers at once.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
 from forge.cli import cluster, doctor, generate, runs, schema, train
 from forge.errors import ForgeError
+
+_PIPE_CLOSED = 141
 
 app = typer.Typer(
     name="forge",
@@ -49,18 +52,30 @@ def _root(
 def main() -> None:
     """Run the command line; the entry point of `forge`."""
     try:
+        code = _run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _PIPE_CLOSED
+    if code == _PIPE_CLOSED:
+        # Whoever read our output has gone, as in `forge runs list | head -1`; what is left has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
         app()
     except ForgeError as error:
         from forge.cli import display
 
         display.error(str(error))
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our output has gone, as in `forge runs list | head -1`.
-        sys.stderr.close()
-        sys.exit(141)
+        return train.INTERRUPTED
+    except SystemExit as end:
+        # typer leaves with 1 where a pipe is closed, and nowhere else that forge comes by.
+        return _PIPE_CLOSED if end.code == 1 else int(end.code or 0)
+    return 0
 
 
 if __name__ == "__main__":

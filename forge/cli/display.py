@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,43 +15,42 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from forge.data.prepare import PrepareProgress
 from forge.plan.plan import Plan
+from forge.report.curve import loss_curve
+from forge.report.facts import headline, number, plan_facts, summary_facts
 from forge.report.runs import RunSummary
 from forge.units import format_bytes, format_count, format_duration
 
 _REFRESH_PER_S = 2
 _PLAIN_INTERVAL_S = 5.0
-_BLOCKS = " ▁▂▃▄▅▆▇█"
-_CURVE_ROWS = 5
 
-_out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-_err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+_out = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+_err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 
 
 def message(text: str) -> None:
     """One line of news, to stderr."""
-    _err.print(escape(text))
+    _err.print(Text(text))
 
 
 def warning(text: str) -> None:
     """Something that went wrong and was survived."""
-    _err.print(f"[yellow]! {escape(text)}[/]")
+    _err.print(Text(f"! {text}", style="yellow"))
 
 
 def error(text: str) -> None:
     """The last word of a command that failed."""
-    _err.print(f"[bold red]error:[/] {escape(text)}")
+    _err.print(Text.assemble(("error:", "bold red"), " ", text))
 
 
 def next_command(command: str, *, purpose: str) -> None:
     """The next useful command, in a dim line."""
-    _err.print(f"[dim]{escape(purpose)}: {escape(command)}[/]")
+    _err.print(Text(f"{purpose}: {command}", style="dim"))
 
 
 def print_json(value: Any) -> None:
@@ -62,51 +60,39 @@ def print_json(value: Any) -> None:
 
 def print_text(text: str) -> None:
     """Text as it is, to stdout."""
+    if sys.stdout.isatty():
+        text = _harmless(text)
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table; columns whose name begins with `#` are numbers and stand to the right."""
-    if not sys.stdout.isatty():
-        _plain_table(columns, rows)
-        return
-    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        is_number = column.startswith("#")
-        drawn.add_column(column.lstrip("#"), justify="right" if is_number else "left", overflow="fold")
-    for row in rows:
-        drawn.add_row(*(escape(cell) for cell in row))
-    _out.print(drawn)
+    _print_table(_out, columns, rows)
 
 
 def show_plan(plan: Plan, *, to_stderr: bool = False) -> None:
     """What will happen, before it happens."""
     console = _err if to_stderr else _out
-    console.print(f"[bold]{escape(plan.job.name)}[/]  {escape(_headline(plan))}")
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column()
-    for name, text in _plan_facts(plan):
-        facts.add_row(name, escape(text))
-    console.print(facts)
-    worlds = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    sizes = ("weights", "grads", "optimizer", "~total")
-    for column in ("workers", "micro", "accum.", "padding", *sizes, ""):
-        worlds.add_column(column, justify="right")
+    console.print(Text.assemble((plan.job.name, "bold"), "  ", headline(plan)))
+    _print_facts(console, plan_facts(plan))
+    rows = []
     for world in plan.worlds:
         batch, need = world.batch, world.footprint
-        worlds.add_row(
-            str(batch.world_size),
-            str(batch.micro_batch_size),
-            str(batch.gradient_accumulation_steps),
-            str(batch.padding),
-            format_bytes(need.weights_bytes),
-            format_bytes(need.gradients_bytes),
-            format_bytes(need.optimizer_bytes + need.ema_bytes),
-            format_bytes(need.total_bytes),
-            "[red]does not fit[/]" if world.fits is False else "",
+        rows.append(
+            [
+                str(batch.world_size),
+                str(batch.micro_batch_size),
+                str(batch.gradient_accumulation_steps),
+                str(batch.padding),
+                format_bytes(need.weights_bytes),
+                format_bytes(need.gradients_bytes),
+                format_bytes(need.optimizer_bytes + need.ema_bytes),
+                format_bytes(need.total_bytes),
+                "does not fit" if world.fits is False else "",
+            ]
         )
-    console.print(worlds)
+    columns = ("#workers", "#micro", "#accum.", "#padding", "#weights", "#grads", "#optimizer", "#~total", "")
+    _print_table(console, columns, rows)
 
 
 class TrainScreen:
@@ -126,7 +112,7 @@ class TrainScreen:
         self._last_plain = 0.0
         self._recent: list[tuple[float, int]] = []
         self._live: Live | None = None
-        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        if _err.is_terminal and not _err.is_dumb_terminal:
             self._live = Live(console=_err, auto_refresh=False, transient=True)
 
     def __enter__(self) -> TrainScreen:
@@ -150,12 +136,12 @@ class TrainScreen:
 
     def note(self, text: str) -> None:
         """A line that stays, above the live panel."""
-        _err.print(escape(text))
+        message(text)
 
     def phase(self, text: str) -> None:
         """What the run does while it does not train."""
         if text != self._phase and not self._live:
-            _err.print(escape(text))
+            message(text)
         self._phase = text
 
     def _take_event(self, event: dict[str, Any]) -> None:
@@ -172,7 +158,7 @@ class TrainScreen:
         elif kind == "Evaluated":
             self._held_out = event
             which = "" if event["weights"] == "current" else f" ({event['weights']} weights)"
-            loss, ppl = _number(event["loss"], ".4f"), _number(event["perplexity"], ".2f")
+            loss, ppl = number(event["loss"], ".4f"), number(event["perplexity"], ".2f")
             self.note(f"step {event['step']:>6}  held-out loss {loss}, perplexity {ppl}{which}")
         elif kind == "CheckpointSaved":
             size, seconds = format_bytes(event["size_bytes"]), format_duration(event["seconds"])
@@ -194,16 +180,16 @@ class TrainScreen:
         is_notable = record["step"] in (1, self._plan.total_steps)
         if not self._live and (is_notable or now - self._last_plain >= _PLAIN_INTERVAL_S):
             self._last_plain = now
-            _err.print(self._line())
+            message(self._line())
 
     def _line(self) -> str:
         last = self._last
         parts = [
             f"step {last['step']:>6}/{self._plan.total_steps}",
-            f"loss {_number(last['train/loss'], '.4f')}",
-            f"lr {_number(last['train/learning_rate'], '.2e')}",
-            f"{_number(last['speed/tokens_per_s'], ',.0f')} tokens/s",
-            f"MFU {_number(last['speed/mfu'], '.2f')}",
+            f"loss {number(last['train/loss'], '.4f')}",
+            f"lr {number(last['train/learning_rate'], '.2e')}",
+            f"{number(last['speed/tokens_per_s'], ',.0f')} tokens/s",
+            f"MFU {number(last['speed/mfu'], '.2f')}",
             f"{self._time_left()} left",
         ]
         return "  ".join(parts)
@@ -212,18 +198,20 @@ class TrainScreen:
         width = max(20, _err.width - 2)
         elapsed = format_duration(time.monotonic() - self._began)
         if not self._last:
-            return Group(Text(f"{self._phase} … {elapsed}", style="dim"))
+            return Group(Text(f"{self._phase} … {elapsed}", style="dim", no_wrap=True, overflow="ellipsis"))
         step, total = self._last["step"], self._plan.total_steps
-        bar = ProgressBar(total=total, completed=step, width=max(10, min(40, width - 50)))
         head = Table.grid(padding=(0, 1))
-        head.add_row(Text(f"step {step}/{total}"), bar, Text(f"{elapsed}, {self._time_left()} left", style="dim"))
+        for _ in range(3):
+            head.add_column(no_wrap=True, overflow="ellipsis")
+        bar = [ProgressBar(total=total, completed=step, width=min(40, width - 50))] if width >= 60 else []
+        head.add_row(Text(f"step {step}/{total}"), *bar, Text(f"{elapsed}, {self._time_left()} left", style="dim"))
         last = self._last
         numbers = (
-            f"loss {_number(last['train/loss'], '.4f')}   {_number(last['speed/tokens_per_s'], ',.0f')} tokens/s   "
-            f"MFU {_number(last['speed/mfu'], '.2f')}   lr {_number(last['train/learning_rate'], '.2e')}"
+            f"loss {number(last['train/loss'], '.4f')}   {number(last['speed/tokens_per_s'], ',.0f')} tokens/s   "
+            f"MFU {number(last['speed/mfu'], '.2f')}   lr {number(last['train/learning_rate'], '.2e')}"
         )
         if self._held_out:
-            numbers += f"   held-out ppl {_number(self._held_out['perplexity'], '.1f')}"
+            numbers += f"   held-out ppl {number(self._held_out['perplexity'], '.1f')}"
         lines: list[Any] = [head, Text(numbers, no_wrap=True, overflow="ellipsis")]
         if _err.height >= 12:
             lines += [
@@ -237,124 +225,53 @@ class TrainScreen:
             return "-"
         (first_at, first), (last_at, last) = self._recent[0], self._recent[-1]
         pace = (last_at - first_at) / max(1, last - first)
-        if pace == 0:
-            return "-"
-        return format_duration(pace * (self._plan.total_steps - last))
+        seconds = pace * (self._plan.total_steps - last)
+        return format_duration(seconds) if seconds >= 1 else "0s"
 
 
 def show_summary(run: RunSummary, *, losses: Sequence[float]) -> None:
     """How a run ended, what it reached and where it lies."""
-    corpus = run.plan.corpus
     _out.print()
-    _out.print(f"[bold]{escape(run.run_id)}[/]  {run.status} at step {run.step} of {run.plan.total_steps}")
+    _out.print(Text.assemble((run.run_id, "bold"), f"  {run.status} at step {run.step} of {run.plan.total_steps}"))
     width = min(72, max(20, _out.width - 12))
-    if sys.stdout.isatty() and len(losses) > 1:
+    if _out.is_terminal and len(losses) > 1:
         for row in loss_curve(losses, width=width):
-            _out.print(f"[cyan]{row}[/]")
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, text in _summary_facts(run, unigram=corpus.unigram_perplexity if corpus else math.nan):
-        facts.add_row(name, escape(text))
-    _out.print(facts)
+            _out.print(Text(row, style="cyan", no_wrap=True))
+    _print_facts(_out, summary_facts(run))
     sample = run.newest("SampleGenerated")
     if sample:
         _out.print()
-        _out.print("[dim]a sample of its text[/]")
-        _out.print(f"[bold]{escape(sample['prompt'])}[/]{escape(sample['text'])}")
+        _out.print(Text("a sample of its text", style="dim"))
+        _out.print(Text.assemble((_harmless(sample["prompt"]), "bold"), _harmless(sample["text"])))
 
 
-def loss_curve(losses: Sequence[float], *, width: int, rows: int = _CURVE_ROWS) -> list[str]:
-    """The losses as a small picture of block characters, the largest and smallest at its left.
-
-    Each column is the mean of the steps it stands for.
-    """
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    columns = max(1, width - 9)
-    if not finite:
-        return []
-    count = min(columns, len(finite))
-    means = []
-    for column in range(count):
-        part = finite[column * len(finite) // count : (column + 1) * len(finite) // count]
-        means.append(sum(part) / len(part))
-    low, high = min(means), max(means)
-    span = (high - low) or 1.0
-    levels = [1 + round((value - low) / span * (rows * 8 - 1)) for value in means]
-    picture = []
-    for row in reversed(range(rows)):
-        label = f"{high:8.3f} " if row == rows - 1 else f"{low:8.3f} " if row == 0 else " " * 9
-        picture.append(label + "".join(_BLOCKS[min(8, max(0, level - row * 8))] for level in levels))
-    return picture
+def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
+    if not console.is_terminal:
+        for name, text in facts:
+            console.print(Text(f"{name:<11} {text}"))
+        return
+    drawn = Table.grid(padding=(0, 2))
+    drawn.add_column(style="dim", no_wrap=True)
+    drawn.add_column(overflow="fold")
+    for name, text in facts:
+        drawn.add_row(name, Text(text))
+    console.print(drawn)
 
 
-def _headline(plan: Plan) -> str:
-    return (
-        f"{format_count(plan.model.num_parameters)} parameters, "
-        f"{format_count(plan.total_tokens)} tokens, {plan.total_steps:,} steps"
-    )
+def _print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if not console.is_terminal:
+        _print_plain_table(console, columns, rows)
+        return
+    drawn = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for column in columns:
+        is_number = column.startswith("#")
+        drawn.add_column(column.lstrip("#"), justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    console.print(drawn)
 
 
-def _plan_facts(plan: Plan) -> list[tuple[str, str]]:
-    training, corpus = plan.job.training, plan.corpus
-    total_flops = plan.flops_per_token * plan.total_tokens
-    facts = [
-        ("model", f"{plan.model.class_name}, {plan.model.num_layers} layers of {plan.model.hidden_size}"),
-        (
-            "batch",
-            f"{training.global_batch_size} sequences of {plan.job.data.seq_len} tokens, "
-            f"the same at every number of workers",
-        ),
-        ("training", f"{training.precision}, ZeRO {training.zero.stage}, lr {training.optimizer.lr:g} "
-         f"({training.schedule.kind}, {training.schedule.warmup_steps} steps of warm-up)"),
-        ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, "
-         f"{format_count(total_flops)}FLOP in all"),
-        ("hardware", _hardware(plan)),
-    ]  # fmt: skip
-    if corpus:
-        epochs = plan.total_steps * training.global_batch_size / max(1, corpus.num_train_sequences)
-        facts.insert(1, (
-            "corpus",
-            f"{corpus.num_documents:,} documents, {format_count(corpus.num_train_tokens)} training tokens "
-            f"({epochs:.2f} epochs), {format_count(corpus.num_held_out_tokens)} held out, "
-            f"vocabulary {corpus.vocab_size:,}",
-        ))  # fmt: skip
-    return facts
-
-
-def _hardware(plan: Plan) -> str:
-    hardware = plan.hardware
-    memory = f", {format_bytes(hardware.memory_bytes)} a worker" if hardware.memory_bytes else ""
-    return f"{'GPU' if hardware.device == 'cuda' else 'CPU'} {hardware.name}{memory}"
-
-
-def _summary_facts(run: RunSummary, *, unigram: float) -> list[tuple[str, str]]:
-    facts: list[tuple[str, str]] = []
-    if run.last:
-        facts.append(("loss", f"{_number(run.last['train/loss'], '.4f')} on the last batch"))
-    for weights, name in (("current", "held out"), ("ema", "held out, ema")):
-        evaluated = run.newest("Evaluated", weights=weights)
-        if evaluated:
-            text = f"perplexity {_number(evaluated['perplexity'], '.2f')}"
-            if weights == "current" and math.isfinite(unigram):
-                text += f" (a unigram model of the same tokens has {unigram:.1f})"
-            facts.append((name, text))
-    if run.last:
-        facts.append(
-            ("speed", f"{_number(run.last['speed/tokens_per_s'], ',.0f')} tokens/s, "
-             f"MFU {_number(run.last['speed/mfu'], '.3f')}, {format_duration(run.updated - run.started)} in all")
-        )  # fmt: skip
-    saved = run.newest("CheckpointSaved")
-    if saved:
-        facts.append(("checkpoint", f"{saved['folder']}"))
-    facts.append(("files", f"{run.folder} (metrics.jsonl, events.jsonl, logs, wandb)"))
-    failed = run.newest("RunFailed")
-    if failed and run.status == "failed":
-        facts.append(("failed", failed["message"]))
-    return facts
-
-
-def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_plain_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     names = [column.lstrip("#") for column in columns]
     widths = [max(len(cell) for cell in column) for column in zip(names, *rows, strict=True)]
     for row in (names, *rows):
@@ -362,11 +279,15 @@ def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             cell.rjust(width) if column.startswith("#") else cell.ljust(width)
             for cell, width, column in zip(row, widths, columns, strict=True)
         ]
-        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+        console.print(Text("  ".join(cells).rstrip()))
 
 
-def _number(value: float | None, shape: str) -> str:
-    return "-" if value is None or not math.isfinite(value) else format(value, shape)
+def _harmless(text: str) -> str:
+    """Text that somebody else wrote, without what could command a terminal."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )
 
 
 def _finite(value: Any) -> Any:
@@ -388,7 +309,7 @@ class PrepareScreen:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._stage and sys.stderr.isatty():
+        if self._stage and _err.is_terminal:
             sys.stderr.write("\r\033[K")
 
     def show(self, progress: PrepareProgress) -> None:
@@ -402,11 +323,11 @@ class PrepareScreen:
         if progress.stage == "tokens" and progress.num_documents:
             done = f"{progress.num_documents:,} documents, {format_count(progress.num_tokens)} tokens"
             text = f"{text}: {done}"
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r\033[K{text} …"[: _err.width + 4])
+        if _err.is_terminal:
+            sys.stderr.write("\r\033[K" + f"{text} …"[: _err.width - 1])
             sys.stderr.flush()
         elif is_new:
-            _err.print(text)
+            message(text)
 
 
 _PREPARE_STAGES = {

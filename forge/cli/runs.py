@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from pathlib import Path
 from typing import Annotated
 
@@ -22,13 +23,13 @@ def list_(runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None
     Example:  forge runs list -o json
     """
     from forge.cli import display
-    from forge.cli.train import summary_record
-    from forge.report.runs import list_runs
+    from forge.cli.train import handle
+    from forge.report.runs import list_runs, summary_record
     from forge.units import format_duration
 
     found = list_runs(runs)
     if output is Output.JSON:
-        display.print_json([summary_record(run.folder) for run in found])
+        display.print_json([summary_record(run) for run in found])
         return
     if not found:
         display.message(f"no runs in {runs}")
@@ -44,7 +45,7 @@ def list_(runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None
         progress = f"{run.step}/{run.plan.total_steps}"
         rows.append([run.run_id, run.status, progress, last_loss, perplexity, f"{age} ago"])
     display.table(["run", "status", "#step", "#loss", "#held-out ppl", "#updated"], rows)
-    display.next_command(f"forge runs show {found[0].run_id}", purpose="look at one")
+    display.next_command(f"forge runs show {handle(found[0].folder)}", purpose="look at one")
 
 
 @app.command()
@@ -54,17 +55,19 @@ def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOp
     Example:  forge runs show latest
     """
     from forge.cli import display
-    from forge.cli.train import summary_record
-    from forge.report.runs import find_run, read_metrics, read_run
+    from forge.report.runs import failure_of, find_run, read_metrics, read_run, summary_record
 
     folder = find_run(run, root=runs)
-    if output is Output.JSON:
-        display.print_json(summary_record(folder))
-        return
     found = read_run(folder)
+    if output is Output.JSON:
+        display.print_json(summary_record(found))
+        return
     display.show_plan(found.plan)
     losses = [record["train/loss"] for record in read_metrics(folder) if record["train/loss"] is not None]
     display.show_summary(found, losses=losses)
+    failure = failure_of(found)
+    if failure is not None:
+        display.warning(str(failure))
 
 
 @app.command()
@@ -88,7 +91,7 @@ def logs(
         there = ", ".join(sorted(log.stem for log in folder.glob("*.log"))) or "none yet"
         raise ArgumentError(f"{path} does not exist; the logs there are: {there}")
     with path.open(errors="replace") as file:
-        last = file.readlines()[-lines:]
+        last = deque(file, maxlen=lines)
     display.print_text("".join(last) or "(empty)")
 
 
@@ -120,6 +123,7 @@ def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
     Example:  forge runs stop latest
     """
     from forge.cli import display
+    from forge.cli.train import handle
     from forge.report.runs import carrier_pid, find_run
     from forge.run.submit import request_stop, wait_until_free
 
@@ -131,4 +135,4 @@ def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
     request_stop(pid)
     display.message(f"{folder.name} stops after its current step, with a checkpoint")
     wait_until_free(folder)
-    display.next_command(f"forge train --resume {folder.name}", purpose="go on")
+    display.next_command(f"forge train --resume {handle(folder)}", purpose="go on")

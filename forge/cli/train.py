@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import signal
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forge.cli.options import JobArgument, Output, OutputOption, SetOption
 
 if TYPE_CHECKING:
-    from forge.cli.display import TrainScreen
     from forge.plan.plan import Plan
     from forge.run.submit import Carried
 
 INTERRUPTED = 130
+_STOPPING = (
+    "stopping after this step, with a checkpoint; Ctrl-C again stops now, without one",
+    "stopping now",
+)
 
 
 def train(
@@ -36,14 +41,21 @@ def train(
     Example:  forge train jobs/pretrain.yaml --set training.total_steps=50
     """
     from forge.cli import display
-
-    if dry_run and file is not None:
-        plan(file, overrides=overrides, output=output)
-        return
-    resolved, folder = _resolve(file, overrides=overrides or [], resume=resume)
-    display.show_plan(resolved, to_stderr=output is Output.JSON)
+    from forge.report.runs import read_run, summary_record
     from forge.run.submit import carry, create_run, reopen_run
 
+    if file is None and resume is None:
+        raise typer.BadParameter("give a job file, or --resume RUN", param_hint="FILE")
+    folder = _find_resumable(resume, file=file, overrides=overrides or []) if resume is not None else None
+    if dry_run:
+        plan(file or Path(folder or ".") / "job.yaml", overrides=overrides, output=output)
+        return
+    if folder is not None and read_run(folder).status == "finished":
+        display.message(f"{folder.name} has reached its last step already")
+        conclude(folder, interrupted=False, output=output)
+        return
+    resolved = _resolve(file or Path(folder or ".") / "job.yaml", overrides=overrides or [])
+    display.show_plan(resolved, to_stderr=output is Output.JSON)
     if folder is None:
         folder = create_run(resolved)
     else:
@@ -52,10 +64,12 @@ def train(
     carried = carry(folder)
     display.message(f"run {folder.name} in {folder}")
     if detach:
-        display.next_command(f"forge runs watch {folder.name}", purpose="follow it")
+        if output is Output.JSON:
+            display.print_json(summary_record(read_run(folder)))
+        display.next_command(f"forge runs watch {handle(folder)}", purpose="follow it")
         return
     interrupted = follow_run(carried, resolved, past_events=past_events, past_losses=past_losses)
-    conclude(folder, interrupted=interrupted, output=output)
+    conclude(folder, interrupted=interrupted, output=output, past_events=past_events)
 
 
 def plan(file: JobArgument, overrides: SetOption = None, output: OutputOption = Output.TABLE) -> None:
@@ -69,7 +83,8 @@ def plan(file: JobArgument, overrides: SetOption = None, output: OutputOption = 
     from forge.spec.load import load_job
 
     loaded = load_job(file, overrides=overrides or [])
-    resolved = resolve(loaded, is_dry_run=True, on_progress=display.PrepareScreen().show)
+    with display.PrepareScreen() as screen:
+        resolved = resolve(loaded, is_dry_run=True, on_progress=screen.show)
     if output is Output.JSON:
         display.print_text(plan_to_json(resolved))
         return
@@ -83,103 +98,94 @@ def follow_run(carried: Carried, resolved: Plan, *, past_events: int, past_losse
     from forge.report.runs import follow
     from forge.run.submit import request_stop
 
-    asked = 0
-    with display.TrainScreen(resolved, losses=past_losses) as screen:
+    asked = told = 0
 
-        def on_interrupt(number: int, frame: object) -> None:
-            nonlocal asked
-            asked += 1
-            request_stop(carried.pid)
-            _say_stopping(screen, asked)
+    def on_interrupt(number: int, frame: object) -> None:
+        nonlocal asked
+        asked += 1
+        request_stop(carried.pid)
 
-        before = signal.signal(signal.SIGINT, on_interrupt)
-        try:
+    def on_terminate(number: int, frame: object) -> None:
+        sys.exit(128 + number)  # the run goes on without us; the terminal is put right on the way out
+
+    before = signal.signal(signal.SIGINT, on_interrupt), signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        with display.TrainScreen(resolved, losses=past_losses) as screen:
             for record in follow(
                 carried.folder, pid=carried.pid, past_events=past_events, past_steps=len(past_losses)
             ):
+                # Said here and not by the handler, which may have interrupted the screen in the middle of a line.
+                while told < min(asked, len(_STOPPING)):
+                    screen.note(_STOPPING[told])
+                    told += 1
                 screen.show(record)
-        finally:
-            signal.signal(signal.SIGINT, before)
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
     return asked > 0
 
 
-def conclude(folder: Path, *, interrupted: bool, output: Output) -> None:
-    """Say how a run ended, and leave with its exit code."""
-    from forge import errors
+def conclude(folder: Path, *, interrupted: bool, output: Output, past_events: int = 0) -> None:
+    """Say how a run ended, and leave with its exit code.
+
+    Args:
+        past_events: how many there were before the run was carried on; an end among them is not its end.
+    """
     from forge.cli import display
-    from forge.report.runs import read_metrics, read_run
+    from forge.report.runs import failure_of, read_metrics, read_run, summary_record
     from forge.run.submit import wait_until_free
 
     wait_until_free(folder)
     run = read_run(folder)
+    if past_events and len(run.events) <= past_events:
+        run = replace(run, status="died")
     if output is Output.JSON:
-        display.print_json(summary_record(folder))
+        display.print_json(summary_record(run))
     else:
         losses = [record["train/loss"] for record in read_metrics(folder) if record["train/loss"] is not None]
         display.show_summary(run, losses=losses)
     if run.status == "finished":
-        display.next_command(f"forge generate {run.run_id} --prompt 'import '", purpose="try it")
+        display.next_command(f"forge generate {handle(folder)} --prompt 'import '", purpose="try it")
         return
-    if run.status == "failed":
-        failed = run.newest("RunFailed") or {}
-        display.error(failed.get("message", "the run failed"))
-        kind = getattr(errors, failed.get("error", ""), errors.RunError)
-        code = kind.exit_code
-    else:
-        if run.status == "died":
-            display.error(f"the run's process ended without a word; its log is {folder / 'logs' / 'run.log'}")
-        code = INTERRUPTED if interrupted or run.status == "stopped" else errors.RunError.exit_code
-    if (folder / "checkpoints").is_dir():
-        display.next_command(f"forge train --resume {run.run_id}", purpose="go on")
+    failure, code = failure_of(run), INTERRUPTED
+    if interrupted and run.status == "died":
+        display.message("stopped at once, as asked; what came after the newest checkpoint is lost")
+    elif failure is not None:
+        display.error(str(failure))
+        code = failure.exit_code
+    purpose = "go on" if run.newest("CheckpointSaved") else "try again"
+    display.next_command(f"forge train --resume {handle(folder)}", purpose=purpose)
     raise typer.Exit(code)
 
 
-def summary_record(folder: Path) -> dict[str, Any]:
-    """A run as JSON."""
-    from forge.report.runs import read_run
-
-    run = read_run(folder)
-    evaluated = run.newest("Evaluated", weights="current") or {}
-    averaged = run.newest("Evaluated", weights="ema") or {}
-    saved = run.newest("CheckpointSaved") or {}
-    return {
-        "run_id": run.run_id,
-        "folder": str(run.folder),
-        "status": run.status,
-        "step": run.step,
-        "total_steps": run.plan.total_steps,
-        "started": run.started,
-        "updated": run.updated,
-        "last_step": run.last,
-        "held_out_perplexity": evaluated.get("perplexity"),
-        "held_out_perplexity_ema": averaged.get("perplexity"),
-        "unigram_perplexity": run.plan.corpus.unigram_perplexity if run.plan.corpus else None,
-        "checkpoint": saved.get("folder"),
-        "failure": (run.newest("RunFailed") or {}).get("message") if run.status == "failed" else None,
-    }
+def handle(folder: Path) -> str:
+    """What names a run on the command line: its id, or its folder where it is not under `runs`."""
+    return folder.name if folder.parent == Path("runs") else str(folder)
 
 
-def _resolve(file: Path | None, *, overrides: list[str], resume: str | None) -> tuple[Plan, Path | None]:
-    from forge.cli import display
+def _find_resumable(name: str, *, file: Path | None, overrides: list[str]) -> Path:
     from forge.errors import ArgumentError
     from forge.report.runs import carrier_pid, find_run
+    from forge.spec.load import load_job
+
+    root = Path(load_job(file, overrides=overrides).job.checkpoint.to) if file else Path("runs")
+    folder = find_run(name, root=root)
+    pid = carrier_pid(folder)
+    if pid is not None:
+        raise ArgumentError(
+            f"{folder.name} is still being carried, by process {pid}; watch it: forge runs watch {handle(folder)}"
+        )
+    return folder
+
+
+def _resolve(file: Path, *, overrides: list[str]) -> Plan:
+    from forge.cli import display
     from forge.run.submit import resolve
     from forge.spec.load import load_job
 
-    if resume is None and file is None:
-        raise typer.BadParameter("give a job file, or --resume RUN", param_hint="FILE")
-    folder = None
-    if resume is not None:
-        root = Path(load_job(file, overrides=overrides).job.checkpoint.to) if file else Path("runs")
-        folder = find_run(resume, root=root)
-        pid = carrier_pid(folder)
-        if pid is not None:
-            raise ArgumentError(
-                f"{folder.name} is still being carried, by process {pid}; watch it: forge runs watch"
-            )
-    loaded = load_job(file or Path(folder or ".") / "job.yaml", overrides=overrides)
+    loaded = load_job(file, overrides=overrides)
     with display.PrepareScreen() as screen:
-        return resolve(loaded, is_dry_run=False, on_progress=screen.show), folder
+        return resolve(loaded, is_dry_run=False, on_progress=screen.show)
 
 
 def _past(folder: Path) -> tuple[int, list[float]]:
@@ -188,10 +194,3 @@ def _past(folder: Path) -> tuple[int, list[float]]:
 
     losses = [record["train/loss"] for record in read_metrics(folder)]
     return len(read_run(folder).events), [float("nan") if loss is None else loss for loss in losses]
-
-
-def _say_stopping(screen: TrainScreen, asked: int) -> None:
-    if asked == 1:
-        screen.note("stopping after this step, with a checkpoint; Ctrl-C again stops now, without one")
-    elif asked == 2:
-        screen.note("stopping now")

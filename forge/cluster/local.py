@@ -1,21 +1,26 @@
 """The cluster on this machine: one Ray head, and as many simulated machines as asked for.
 
 Every node is a `ray start --block` in a session of its own, so that the whole of it can be ended by
-its process group and nothing that other users of Ray run here is touched. What was started is written
-down in the state folder; a process is believed to be ours only if its start time still matches.
+its session and nothing that other users of Ray run here is touched. What was started is written down
+in the state folder, from its first instant; a process is believed to be ours only if this is still the
+same boot and its start still matches. Who starts or stops holds a lock, so that two do not mix.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +39,15 @@ class NodeProcess:
     """One node: the process that holds it, named so that a recycled pid is not mistaken for it."""
 
     pid: int
-    started: float
-    """`psutil.Process.create_time`, seconds since the epoch."""
+    started_ticks: int
+    """Since boot, as the kernel counts; unlike a time of day it never moves."""
+    boot_id: str
     num_cpus: int
 
     @property
     def is_alive(self) -> bool:
         """Whether this very process still runs."""
-        try:
-            process = psutil.Process(self.pid)
-            return bool(
-                abs(process.create_time() - self.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-            )
-        except psutil.Error:
-            return False
+        return self.boot_id == _boot_id() and _start_ticks(self.pid) == self.started_ticks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,7 @@ class LocalCluster:
     """A cluster that `start_local` started; the first node is the head."""
 
     address: str
+    """Empty in the state file while the head starts, when only its process is worth knowing."""
     nodes: tuple[NodeProcess, ...]
 
 
@@ -65,7 +66,7 @@ def find_local() -> LocalCluster | None:
         nodes = tuple(NodeProcess(**node) for node in body["nodes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not nodes or not nodes[0].is_alive:
+    if not nodes or not nodes[0].is_alive or not body["address"]:
         return None
     return LocalCluster(address=body["address"], nodes=nodes)
 
@@ -77,25 +78,23 @@ def start_local(*, num_nodes: int = 1, port: int | None = None) -> LocalCluster:
 
     Raises: ClusterError if the port is taken, or Ray does not start.
     """
-    cluster = find_local()
-    if cluster is None:
-        _end_leftovers()
-        port = port or _free_port()
-        _require_free(port)
-        cluster = _start_head(port=port, num_cpus=_cpus_per_node(num_nodes))
-    missing = num_nodes - sum(node.is_alive for node in cluster.nodes)
-    for _ in range(missing):
-        node = _start_node(
-            ["--address", cluster.address], num_cpus=_cpus_per_node(num_nodes), number=len(cluster.nodes)
-        )
-        cluster = LocalCluster(address=cluster.address, nodes=(*cluster.nodes, node))
-        _write_state(cluster)
-    return cluster
+    require_private_token()
+    with _only_one():
+        cluster = find_local()
+        if cluster is None:
+            _end_leftovers()
+            port = port or _free_port()
+            _require_free(port)
+            cluster = _start_head(port=port, num_cpus=_cpus_per_node(num_nodes))
+        for _ in range(num_nodes - sum(node.is_alive for node in cluster.nodes)):
+            cluster = _with_node(cluster, ["--address", cluster.address], num_cpus=_cpus_per_node(num_nodes))
+        return cluster
 
 
 def stop_local() -> int:
     """End every node that was started here. Returns: how many there were."""
-    return _end_leftovers()
+    with _only_one():
+        return _end_leftovers()
 
 
 def list_nodes(cluster: LocalCluster) -> list[dict[str, Any]]:
@@ -130,25 +129,57 @@ def require_private_token() -> None:
     """Have Ray guard all its ports with its token, and the token readable by its owner alone.
 
     To be called before Ray is imported: a process that connects to a cluster reads the mode then.
+
+    Raises: ClusterError if the token cannot be written.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
-    if path.is_file() and path.stat().st_mode & 0o077:
-        path.chmod(0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Ray would make it too, but readable by everyone.
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        if path.is_file() and path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+    except OSError as error:
+        raise ClusterError(f"Ray's token {path} cannot be written: {error.strerror}") from error
 
 
 def _start_head(*, port: int, num_cpus: int) -> LocalCluster:
-    require_private_token()
-    head = _start_node(["--head", "--port", str(port)], num_cpus=num_cpus, number=0)
-    address = f"{_node_ip()}:{port}"
-    cluster = LocalCluster(address=address, nodes=(head,))
-    _write_state(cluster)
-    return cluster
+    return _with_node(
+        LocalCluster(address=f"{_node_ip()}:{port}", nodes=()), ["--head", "--port", str(port)], num_cpus=num_cpus
+    )
 
 
-def _start_node(arguments: list[str], *, num_cpus: int, number: int) -> NodeProcess:
-    """Start one node and wait until Ray says that it runs. Raises: ClusterError with Ray's last words."""
-    log = _state_path().with_name(f"node-{number}.log")
+def _with_node(cluster: LocalCluster, arguments: list[str], *, num_cpus: int) -> LocalCluster:
+    """Start one more node and wait until Ray says that it runs; nothing of it stays if it does not.
+
+    Raises: ClusterError with Ray's last words.
+    """
+    log = _state_path().with_name(f"node-{len(cluster.nodes)}.log")
+    process = _launch(arguments, num_cpus=num_cpus, log=log)
+    ticks = _start_ticks(process.pid)
+    node = NodeProcess(pid=process.pid, started_ticks=ticks or 0, boot_id=_boot_id(), num_cpus=num_cpus)
+    grown = LocalCluster(address=cluster.address, nodes=(*cluster.nodes, node))
+    try:
+        _write_state(grown if cluster.nodes else replace(grown, address=""))
+        _await_start(process, log=log)
+        _write_state(grown)
+    except BaseException:  # Ctrl-C too
+        _end(node)
+        process.wait()
+        if cluster.nodes:
+            _write_state(cluster)
+        else:
+            _state_path().unlink(missing_ok=True)
+        raise
+    return grown
+
+
+def _launch(arguments: list[str], *, num_cpus: int, log: Path) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", *arguments, "--block"),
@@ -158,53 +189,88 @@ def _start_node(arguments: list[str], *, num_cpus: int, number: int) -> NodeProc
     if "--head" not in arguments:
         command = [part for part in command if part not in ("--include-dashboard", "false", "--log-color")]
     with log.open("w") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
-    node = NodeProcess(pid=process.pid, started=psutil.Process(process.pid).create_time(), num_cpus=num_cpus)
+
+
+def _await_start(process: subprocess.Popen[bytes], *, log: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while "Ray runtime started" not in log.read_text():
+    while "Ray runtime started" not in log.read_text(errors="replace"):
         if process.poll() is not None or time.monotonic() > deadline:
-            _end(node)
             raise ClusterError(f"a Ray node did not start: {_last_words(log)}\nIts log is {log}")
         time.sleep(0.1)
-    return node
 
 
 def _end_leftovers() -> int:
-    """End the processes written down in the state file, and forget them."""
+    """End the processes written down in the state file, and forget them. Returns: how many still ran."""
     try:
         nodes = [NodeProcess(**node) for node in json.loads(_state_path().read_text())["nodes"]]
     except (OSError, ValueError, KeyError, TypeError):
         nodes = []
+    count = sum(node.is_alive for node in nodes)
     for node in reversed(nodes):
         _end(node)
     _state_path().unlink(missing_ok=True)
-    return len(nodes)
+    return count
 
 
 def _end(node: NodeProcess) -> None:
-    """End a node's whole family: politely, then not."""
-    try:
-        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-    except psutil.Error:
-        family = []
-    if not node.is_alive:
-        family = []
-    for kind in (signal.SIGTERM, signal.SIGKILL):
-        for process in family:
-            try:
-                process.send_signal(kind)
-            except psutil.Error:
-                continue
-        _, family = psutil.wait_procs(family, timeout=_STOP_TIMEOUT_S)
-    # What Ray started and left its parent is still in the session of `ray start`.
+    """End a node's whole family. A stranger who has its pid by now is left alone.
+
+    Only `ray start` is asked politely and ends the others in the right order: a raylet that is asked
+    after its control store has gone waits ten seconds for an answer.
+    """
+    family = _family(node)
+    if node.is_alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(node.pid, signal.SIGTERM)
+        psutil.wait_procs(family, timeout=_STOP_TIMEOUT_S)
+    left = [process for process in {*family, *_family(node)} if process.is_running()]
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=_STOP_TIMEOUT_S)
+
+
+def _family(node: NodeProcess) -> list[psutil.Process]:
+    """A node's process, what descends from it, and what is left of its session once it has gone."""
+    if node.boot_id != _boot_id() or _start_ticks(node.pid) not in (node.started_ticks, None):
+        return []  # another boot or another process: no pid is given anew while its session has members
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == node.pid:
-                process.kill()
-        except (psutil.Error, OSError):
-            continue
+        with contextlib.suppress(psutil.Error, OSError):
+            started = _start_ticks(process.pid)
+            if os.getsid(process.pid) == node.pid and started is not None and started >= node.started_ticks:
+                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+    return list(found.values())
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process was started, in clock ticks since boot; None if there is no such process, or it has ended."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in ("Z", "X") else int(fields[18])
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@contextlib.contextmanager
+def _only_one() -> Iterator[None]:
+    """Wait until nobody else starts or stops this machine's cluster."""
+    path = _state_path().with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a")
+    except OSError as error:
+        raise ClusterError(f"the state folder {path.parent} cannot be written: {error.strerror}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _write_state(cluster: LocalCluster) -> None:

@@ -19,9 +19,9 @@ import subprocess
 import sys
 import unicodedata
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,8 +44,8 @@ DeepSeek, BERT."""
 _MAX_WORDS = 1 << 18
 """Words remembered; about 50 MB. When full, the memory starts anew: frequent words are back at once."""
 
-_HELP_FROM_CHARS = 1 << 24
-"""Three seconds of work for one process; a helper takes half a second to start."""
+_HELP_FROM_CHARS = 1 << 22
+"""A second of work for one process; a helper takes a third of one to start, and begins with our words."""
 
 _MAX_WORD_CHARS = 64
 """Longer words hardly ever come twice."""
@@ -129,8 +129,7 @@ def _described(tokenizer: Tokenizer, *, eot_token: str, config: str) -> TextToke
     tokenizer.no_padding()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     content = json.loads(tokenizer.to_str())
-    if content["model"].get("dropout"):
-        content["model"]["dropout"] = None
+    content["model"].pop("dropout", None)
     return TextTokenizer(
         content=json.dumps(content, ensure_ascii=False, indent=2),
         config=config,
@@ -170,17 +169,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 class Encoder:
     """Encodes texts, each by itself; no text can contain the end-of-text id.
 
-    `words` is what it remembers, None where it encodes whole texts.
+    `words` is what it remembers; None where it encodes whole texts.
 
     Raises: DataError from `encode` if the tokenizer turns ordinary characters into its end-of-text token.
     """
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, words: Mapping[str, bytes] | None = None) -> None:
         self._tokenizer = tokenizer
         self._backend = Tokenizer.from_str(tokenizer.content)
         self._backend.add_special_tokens([AddedToken(tokenizer.eot_token, special=True, normalized=False)])
         self._backend.encode_special_tokens = True
-        self.words = _Words(self) if _is_wordwise(json.loads(self._backend.to_str())) else None
+        self.words = _Words(self, known=words or {}) if _is_wordwise(json.loads(self._backend.to_str())) else None
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text, as little-endian bytes of the tokenizer's dtype."""
@@ -218,25 +217,22 @@ def encode_batches(
 ) -> Generator[list[bytes], None, None]:
     """Encode batch after batch, in order; each result as of `Encoder.encode`.
 
-    Once the corpus has proved large enough to be worth it, `num_processes` helpers take over and this
-    process only reads and writes; at most three batches each are under way. Without helpers where there is
-    one core, or where whole texts are encoded: Rust threads do that on all cores.
+    Once a corpus has proved large, `num_processes` helpers take over, with at most three batches each under
+    way. There are none on a single core, nor where whole texts are encoded: Rust threads use all cores.
 
     Raises: DataError as `Encoder.encode`, or if a helper dies.
     """
     encoder = Encoder(tokenizer)
-    may_help = encoder.words is not None and num_processes > 1
-    num_chars = 0
-    remaining = iter(batches)
+    num_chars, remaining = 0, iter(batches)
     for texts in remaining:
         yield encoder.encode(texts)
         num_chars += sum(map(len, texts))
-        if may_help and num_chars > _HELP_FROM_CHARS:
+        if num_chars > _HELP_FROM_CHARS and num_processes > 1 and encoder.words is not None:
             break
     else:
         return
     pending: deque[Future[list[bytes]]] = deque()
-    with _Helpers(tokenizer, count=num_processes) as helpers:
+    with closing(_Helpers(tokenizer, words=dict(encoder.words or {}), count=num_processes)) as helpers:
         for texts in remaining:
             pending.append(helpers.submit(texts))
             if len(pending) > 3 * num_processes:
@@ -252,24 +248,27 @@ class _Helpers:
     main module again. A helper ends when its pipe does: the death of this process leaves no orphan.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, *, count: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, words: dict[str, bytes], count: int) -> None:
+        greeting = pickle.dumps((tokenizer, words))
         self._threads = ThreadPoolExecutor(count)
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
         command = [sys.executable, "-c", "from forge.data.tokenizer import serve; serve()"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        for _ in range(count):
-            # A session of its own, so that Ctrl-C reaches this process alone.
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
-            )
-            self._processes.append(process)
-            self._threads.submit(self._introduce, process, tokenizer)
+        try:
+            for _ in range(count):
+                # A session of its own, so that Ctrl-C reaches this process alone.
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+                )
+                self._processes.append(process)
+                self._threads.submit(self._greet, process, greeting)
+        except BaseException:
+            self.close()
+            raise
 
-    def __enter__(self) -> _Helpers:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """End them at once."""
         for process in self._processes:
             process.kill()
         self._threads.shutdown(cancel_futures=True)
@@ -279,10 +278,10 @@ class _Helpers:
     def submit(self, texts: Sequence[str]) -> Future[list[bytes]]:
         return self._threads.submit(self._ask, texts)
 
-    def _introduce(self, process: subprocess.Popen[bytes], tokenizer: TextTokenizer) -> None:
+    def _greet(self, process: subprocess.Popen[bytes], greeting: bytes) -> None:
         assert process.stdin
         with suppress(OSError):  # whether it lives shows when it is asked
-            pickle.dump(tokenizer, process.stdin)
+            process.stdin.write(greeting)
             process.stdin.flush()
         self._idle.put(process)
 
@@ -304,9 +303,10 @@ class _Helpers:
 
 
 def serve() -> None:
-    """The life of a helper: a tokenizer, then batches, from stdin; ids to stdout; until stdin ends."""
-    with suppress(EOFError, BrokenPipeError):
-        encoder = Encoder(pickle.load(sys.stdin.buffer))
+    """The life of a helper: a tokenizer and words, then batches, from stdin; ids to stdout; until stdin ends."""
+    with suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
+        tokenizer, words = pickle.load(sys.stdin.buffer)
+        encoder = Encoder(tokenizer, words=words)
         while True:
             try:
                 answer: object = encoder.encode(pickle.load(sys.stdin.buffer))
@@ -319,8 +319,8 @@ def serve() -> None:
 class _Words(dict[str, bytes]):
     """Word → ids; a word that is not there is encoded."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
+    def __init__(self, encoder: Encoder, *, known: Mapping[str, bytes]) -> None:
+        super().__init__(known)
         self._encoder = encoder
 
     def __missing__(self, word: str) -> bytes:

@@ -1,11 +1,13 @@
 """What a run's folder says about it: how far it came, how it goes, how it ended.
 
 Read from `plan.json`, `events.jsonl` and `metrics.jsonl` alone, so it works on a run that goes on, on
-one that died, and on a folder that was copied from elsewhere.
+one that died, and on a folder that was copied from elsewhere. A line that is no record of ours (torn by
+a crash, spoilt by a disk) is passed over: what can be read is shown.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import time
@@ -14,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from forge.errors import ArgumentError, PlanError
+from forge import errors
+from forge.errors import ArgumentError, ForgeError, PlanError, RunError, printable
 from forge.plan.plan import Plan, plan_from_json
 
 Status = Literal["running", "finished", "stopped", "failed", "died"]
 ENDINGS: dict[str, Status] = {"RunFinished": "finished", "RunStopped": "stopped", "RunFailed": "failed"}
 _POLL_S = 0.2
+# Between taking the lock and writing its pid into it a carrier needs microseconds.
+_PID_PATIENCE_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,20 +61,22 @@ def find_run(name: str, *, root: Path) -> Path:
 
     Raises: ArgumentError naming what there is instead.
     """
-    if (Path(name) / "plan.json").is_file():
-        return Path(name)
+    with contextlib.suppress(OSError):  # a name too long for a path may still be no run's name
+        if name and (Path(name) / "plan.json").is_file():
+            return Path(name)
     folders = _folders(root)
     if name == "latest" and folders:
         return folders[0]
     exact = [folder for folder in folders if folder.name == name]
-    found = exact or [folder for folder in folders if folder.name.startswith(name)]
+    found = exact or [folder for folder in folders if name and folder.name.startswith(name)]
     if len(found) == 1:
         return found[0]
     known = ", ".join(folder.name for folder in (found or folders)[:5])
     if found:
         raise ArgumentError(f"{name} could be any of {len(found)} runs: {known}")
+    shown = printable(name, limit=80)
     raise ArgumentError(
-        f"no run {name} under {root}" + (f"; there are {known}" if known else ", which holds no runs")
+        f"no run '{shown}' under {root}" + (f"; there are {known}" if known else ", which holds no runs")
     )
 
 
@@ -87,12 +94,12 @@ def list_runs(root: Path) -> list[RunSummary]:
 def read_run(folder: Path) -> RunSummary:
     """Raises: ArgumentError if the folder holds no run, PlanError if its plan cannot be read."""
     try:
-        plan = plan_from_json((folder / "plan.json").read_text())
+        plan = plan_from_json((folder / "plan.json").read_text(errors="replace"))
         started = (folder / "plan.json").stat().st_mtime
     except OSError as error:
         raise ArgumentError(f"{folder} holds no run: {error.strerror}") from error
-    events = tuple(_lines(folder / "events.jsonl"))
-    metrics = list(_lines(folder / "metrics.jsonl"))
+    events = tuple(_Tail(folder / "events.jsonl", key="event").read())
+    metrics = read_metrics(folder)
     return RunSummary(
         run_id=folder.name,
         folder=folder,
@@ -105,69 +112,140 @@ def read_run(folder: Path) -> RunSummary:
     )
 
 
+def failure_of(run: RunSummary) -> ForgeError | None:
+    """Why a run failed or died, as the error that ended it; None for one that did neither."""
+    if run.status == "died":
+        return RunError(f"the run's process ended without a word; its log is {run.folder / 'logs' / 'run.log'}")
+    if run.status != "failed":
+        return None
+    failed = run.newest("RunFailed") or {}
+    return error_named(str(failed.get("error")), message=str(failed.get("message")))
+
+
+def error_named(name: str, *, message: str) -> ForgeError:
+    """An error that crossed a process or a file by its class's name; RunError for a name that is not known."""
+    kind = getattr(errors, name, None)
+    return kind(message) if isinstance(kind, type) and issubclass(kind, ForgeError) else RunError(message)
+
+
+def summary_record(run: RunSummary) -> dict[str, Any]:
+    """A run as JSON, apart from its plan."""
+    corpus, failure = run.plan.corpus, failure_of(run)
+    evaluated = run.newest("Evaluated", weights="current") or {}
+    averaged = run.newest("Evaluated", weights="ema") or {}
+    saved = run.newest("CheckpointSaved") or {}
+    return {
+        "run_id": run.run_id,
+        "folder": str(run.folder),
+        "status": run.status,
+        "step": run.step,
+        "total_steps": run.plan.total_steps,
+        "started": run.started,
+        "updated": run.updated,
+        "last_step": run.last,
+        "held_out_perplexity": evaluated.get("perplexity"),
+        "held_out_perplexity_ema": averaged.get("perplexity"),
+        "unigram_perplexity": corpus.unigram_perplexity if corpus else None,
+        "checkpoint": saved.get("folder"),
+        "failure": str(failure) if failure else None,
+    }
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Every step that was recorded."""
-    return list(_lines(folder / "metrics.jsonl"))
+    return _Tail(folder / "metrics.jsonl", key="step").read()
 
 
 def carrier_pid(folder: Path) -> int | None:
-    """The process that carries a run now; None if nobody does."""
+    """The process that carries a run now; None if nobody does.
+
+    Asked with a shared lock, so that two who ask at once do not take each other for a carrier.
+    """
     try:
-        with (folder / ".lock").open("r+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(lock.read() or 0) or None
+        with (folder / ".lock").open() as lock:
+            deadline = time.monotonic() + _PID_PATIENCE_S
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return None
+                except BlockingIOError:
+                    lock.seek(0)
+                    pid = int(lock.read() or 0)
+                # A pid that is not alive is the one before's: the carrier of now has yet to write its own.
+                if pid and (is_alive(pid) or time.monotonic() > deadline):
+                    return pid
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.01)
     except (OSError, ValueError):
-        pass
-    return None
+        return None
 
 
 def follow(folder: Path, *, pid: int, past_events: int = 0, past_steps: int = 0) -> Iterator[dict[str, Any] | None]:
     """News of a run as they are written, events and steps alike, until it has ended or its process is gone.
 
     Yields None when there is nothing new, so that a screen can keep its clock going. Steps are the
-    records without an `event` key.
+    records without an `event` key; all that was recorded before the end is yielded before the end.
 
     Args:
         pid: the process that carries the run.
-        past_events, past_steps: lines that are known already.
+        past_events, past_steps: records that are known already.
     """
-    tails = [_Tail(folder / "metrics.jsonl", past_steps), _Tail(folder / "events.jsonl", past_events)]
+    events = _Tail(folder / "events.jsonl", key="event", skip=past_events)
+    steps = _Tail(folder / "metrics.jsonl", key="step", skip=past_steps)
     gone_since: float | None = None
     while True:
-        records = [record for tail in tails for record in tail.read()]
-        for record in records:
-            yield record
-            if record.get("event") in ENDINGS:
-                return
+        # Events first: a step recorded before the last event is then read too.
+        records = [*events.read(), *steps.read()]
+        yield from sorted(records, key=lambda record: (record.get("event") in ENDINGS, record["time"]))
+        if any(record.get("event") in ENDINGS for record in records):
+            return
         if not records:
             yield None
-            if not _is_alive(pid):
+            if not is_alive(pid):
                 gone_since = gone_since or time.monotonic()
                 if time.monotonic() - gone_since > 2 * _POLL_S:
                     return
             time.sleep(_POLL_S)
 
 
-class _Tail:
-    """New whole lines of a file that grows."""
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that has ended and waits for its parent does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in ("Z", "X")
 
-    def __init__(self, path: Path, skip: int) -> None:
-        self._path, self._offset, self._skip = path, 0, skip
+
+class _Tail:
+    """The records of a file that grows: whole lines that hold a JSON object with `time` and a given key."""
+
+    def __init__(self, path: Path, *, key: str, skip: int = 0) -> None:
+        self._path, self._key, self._skip = path, key, skip
+        self._offset = 0
 
     def read(self) -> list[dict[str, Any]]:
+        """The records that came since the last call."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 text = file.read()
-        except FileNotFoundError:
+        except OSError:
             return []
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
-        lines = whole.splitlines()
-        skipped, self._skip = min(self._skip, len(lines)), max(0, self._skip - len(lines))
-        return [json.loads(line) for line in lines[skipped:]]
+        records = [record for line in whole.splitlines() if (record := self._record(line)) is not None]
+        skipped, self._skip = min(self._skip, len(records)), max(0, self._skip - len(records))
+        return records[skipped:]
+
+    def _record(self, line: bytes) -> dict[str, Any] | None:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return None
+        is_ours = isinstance(record, dict) and isinstance(record.get("time"), (int, float)) and self._key in record
+        return record if is_ours else None
 
 
 def _status(folder: Path, events: tuple[dict[str, Any], ...]) -> Status:
@@ -182,25 +260,13 @@ def _status(folder: Path, events: tuple[dict[str, Any], ...]) -> Status:
 
 
 def _folders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    folders = [path for path in root.iterdir() if (path / "plan.json").is_file()]
-    return sorted(folders, key=lambda path: (path / "plan.json").stat().st_mtime, reverse=True)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Those under `root` that hold a plan, newest first."""
+    changed: dict[Path, float] = {}
     try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
-    except FileNotFoundError:
-        return
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        candidates = list(root.iterdir())
     except OSError:
-        return False
-    return state not in ("Z", "X")
+        return []
+    for path in candidates:
+        with contextlib.suppress(OSError):  # no plan, or deleted just now
+            changed[path] = (path / "plan.json").stat().st_mtime
+    return sorted(changed, key=changed.__getitem__, reverse=True)

@@ -47,16 +47,18 @@ def choose_world_size(plan: Plan) -> int:
     return min(places, wanted.high)
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray's trainer without its placement group cleaner.
+# Callbacks of Ray Train that start an actor each, which no run of forge needs. The cleaner is for
+# controllers that outlive their driver; it asks Ray's dashboard for the controller's state, and where no
+# dashboard runs, every run ends ten seconds later for it. The data sets are Ray Data's.
+_UNUSED_CALLBACKS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 
-    The cleaner is for controllers that outlive their driver; ours never does. It asks Ray's dashboard
-    for the controller's state, and where no dashboard runs, every run ends ten seconds later for it.
-    """
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray's trainer without what forge does not use; each actor less is 0.7 % of a core and a second of start."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()
-        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+        return [callback for callback in callbacks if type(callback).__name__ not in _UNUSED_CALLBACKS]
 
 
 def train_on_ray(plan: Plan, *, run_folder: Path, run_id: str, recorder: Any) -> None:

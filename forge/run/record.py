@@ -8,6 +8,7 @@ where it cannot be reached, the run goes on and records offline.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -32,6 +33,8 @@ EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
 # How long W&B may take to say hello before the run goes on without it.
 _WANDB_INIT_TIMEOUT_S = 20
+# How long it may take to send the rest at the end; what was not sent lies in the run's folder for `wandb sync`.
+_WANDB_FINISH_TIMEOUT_S = 60
 
 
 class Recorder:
@@ -97,12 +100,17 @@ class Recorder:
 
     def close(self, *, exit_code: int) -> None:
         """Flush everything and end the W&B run; a second call does nothing."""
-        if self._tracker is not None:
-            try:
-                self._tracker.finish(exit_code=exit_code)
-            except Exception as error:  # W&B's own background service may be gone
-                self.event(TrackingDegraded(reason=f"W&B did not finish: {error}"))
-            self._tracker = None
+        if self._tracker is None:
+            return
+        import wandb
+
+        try:
+            self._tracker.finish(exit_code=exit_code)
+            # `finish` does not wait for the file; the end of W&B's background service does.
+            wandb.teardown()
+        except Exception as error:  # the service may be gone
+            self.event(TrackingDegraded(reason=f"W&B did not finish: {error}"))
+        self._tracker = None
 
     def _connect(self, mode: str) -> str | None:
         """Start one W&B run; the reason if that failed."""
@@ -122,6 +130,8 @@ class Recorder:
                 mode="online" if mode == "online" else "offline",
                 settings=wandb.Settings(
                     init_timeout=_WANDB_INIT_TIMEOUT_S,
+                    finish_timeout=_WANDB_FINISH_TIMEOUT_S,
+                    finish_timeout_raises=True,
                     console="off",
                     silent=True,
                     disable_git=True,
@@ -132,6 +142,9 @@ class Recorder:
             self._tracker.define_metric("step")
             self._tracker.define_metric("*", step_metric="step")
         except Exception as error:  # whatever W&B raises, and it raises many things, training goes on
+            self._tracker = None
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # its background service still holds the run's id; the next attempt needs it
             return f"W&B could not be started: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         return None
 
@@ -183,10 +196,11 @@ def _end_of_last_line(file: Any) -> int:
 
 
 def _last_step(path: Path) -> int:
+    """Of the last line that holds one: a line that a crash or a disk spoilt is passed over."""
     last = 0
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
-            if line.endswith("\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 last = int(json.loads(line)["step"])
     return last
 

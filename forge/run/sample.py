@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from forge import errors
 from forge.errors import RunError
+from forge.report.runs import error_named
 
 
 def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
@@ -30,6 +30,6 @@ def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise RunError(f"no text could be generated: {lines[-1]}") from None
     if "error" in answer:
-        raise getattr(errors, answer["error"]["class"])(answer["error"]["message"])
+        raise error_named(answer["error"]["class"], message=answer["error"]["message"])
     generated: dict[str, Any] = answer["generated"]
     return generated

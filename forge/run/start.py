@@ -17,15 +17,17 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from forge.cluster.local import require_private_token
 from forge.errors import ClusterError, ForgeError, RunError
 from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, SampleGenerated
 from forge.plan.plan import Plan, plan_from_json
+from forge.report.runs import error_named
 from forge.run.record import append_event, last_recorded_step
 
 _STOP_REPEAT_S = 1.0
+_LOCK_PATIENCE_S = 1.0
 _SAMPLE_PROMPTS = {"python-stdlib": "def "}
 _SAMPLE_TOKENS = 64
 
@@ -37,14 +39,9 @@ def main() -> None:
     parser.add_argument("--address")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"{folder} is being carried by another process")
-    lock.write(str(os.getpid()))
-    lock.flush()
-    carrier = Carrier(folder, plan=plan_from_json((folder / "plan.json").read_text()), address=arguments.address)
+    carrier = Carrier(folder, address=arguments.address)
+    signal.signal(signal.SIGTERM, carrier.on_signal)
+    lock = _take(folder / ".lock")
     exit_code = carrier.carry()
     lock.close()  # all is written: whoever waits for the run need not wait for Ray to shut down
     carrier.disconnect()
@@ -54,21 +51,27 @@ def main() -> None:
 class Carrier:
     """One run, from connecting to the last event."""
 
-    def __init__(self, folder: Path, *, plan: Plan, address: str | None) -> None:
+    _plan: Plan
+
+    def __init__(self, folder: Path, *, address: str | None) -> None:
         self._folder = folder
-        self._plan = plan
         self._address = address
         self._recorder: Any = None
         self._stop = threading.Event()
+        self._is_over = threading.Event()
 
     def carry(self) -> int:
         """Returns: the exit code of the run."""
         try:
+            self._plan = plan_from_json((self._folder / "plan.json").read_text())
             self._connect()
             self._start_recorder()
             self._train()
             self._end()
             self._close(exit_code=0)
+            return 0
+        except SystemExit:  # asked to stop while Ray started, with Ray's own handler in ours' place
+            append_event(self._folder, RunStopped(step=last_recorded_step(self._folder)))
             return 0
         except ForgeError as error:
             self._fail(error)
@@ -78,10 +81,17 @@ class Carrier:
             self._fail(RunError(f"{type(error).__name__}: {_first_line(error)}"))
             return RunError.exit_code
 
+    def on_signal(self, number: int, frame: object) -> None:
+        """Checkpoint and stop; the second time, stop now. Ray's processes end with this one."""
+        if self._stop.is_set():
+            os._exit(128 + number)
+        self._stop.set()
+
     def disconnect(self) -> None:
         """Leave the cluster; one that was started for this run ends here."""
         import ray
 
+        self._is_over.set()
         ray.shutdown()
 
     def _connect(self) -> None:
@@ -93,12 +103,13 @@ class Carrier:
         if self._address is None:
             # Ranks sharing cores is slow but right; the smallest world the job allows always has a place.
             cpus = max(os.cpu_count() or 1, self._plan.job.resources.workers.low)
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
             options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 128 * 2**20}
         try:
             ray.init(self._address or "local", namespace="forge", **options)
         except Exception as error:  # Ray raises many unrelated classes here
             raise ClusterError(f"Ray at {self._address or 'this machine'}: {_first_line(error)}") from error
-        signal.signal(signal.SIGTERM, self._on_signal)  # after Ray has set its own
+        signal.signal(signal.SIGTERM, self.on_signal)  # in the place of Ray's
 
     def _start_recorder(self) -> None:
         from forge.run.reporter import RecorderActor
@@ -133,7 +144,7 @@ class Carrier:
                 raise RunError(
                     f"{_first_line(error)}; the logs of the ranks are in {self._folder / 'logs'}"
                 ) from error
-            raise _rebuilt(failure) from error
+            raise error_named(failure.error, message=failure.message) from error
 
     def _add_sample(self) -> None:
         """A few lines of text for whoever watches; not worth failing a run that has finished."""
@@ -172,31 +183,35 @@ class Carrier:
 
         ray.get(self._recorder.close.remote(exit_code))
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self._stop.is_set():
-            os._exit(128 + number)
-        self._stop.set()
-
     def _pass_on_stop(self) -> None:
         """Once asked to stop, keep saying so: the recorder may be restarted and forget."""
         self._stop.wait()
-        while True:
+        while not self._is_over.is_set():
             self._recorder.request_stop.remote()
-            time.sleep(_STOP_REPEAT_S)
+            self._is_over.wait(_STOP_REPEAT_S)
+
+
+def _take(path: Path) -> TextIO:
+    """The run's lock, with this process's id in it. Whoever asks for the id holds it for an instant."""
+    lock = path.open("a+")
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                sys.exit(f"{path.parent} is being carried by another process")
+            time.sleep(0.02)
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
 
 
 def _import_train() -> None:
     """Import Ray Train (torch, pandas) while Ray's own processes start."""
     import forge.run.ray_train  # noqa: F401
-
-
-def _rebuilt(failure: RunFailed) -> ForgeError:
-    classes = {cls.__name__: cls for cls in _subclasses(ForgeError)}
-    return classes.get(failure.error, RunError)(failure.message)
-
-
-def _subclasses(root: type[ForgeError]) -> list[type[ForgeError]]:
-    return [root, *(cls for child in root.__subclasses__() for cls in _subclasses(child))]
 
 
 def _first_line(error: BaseException) -> str:

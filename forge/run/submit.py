@@ -25,6 +25,8 @@ from forge.spec.data import TokenizerSpec
 from forge.spec.dump import dump_job
 from forge.spec.load import LoadedJob
 
+_POLL_S = 0.05
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Carried:
@@ -69,8 +71,10 @@ def create_run(plan: Plan) -> Path:
         (folder / "job.yaml").write_text(dump_job(plan.job))
         (folder / "plan.json").write_text(plan_to_json(plan))
     except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
         raise ArgumentError(
-            f"the run's folder {folder} cannot be written: {error.strerror}; set checkpoint.to to a folder you own"
+            f"the run's folder {folder} cannot be written: {error.strerror or error}; "
+            "set checkpoint.to to a folder you own"
         ) from error
     return folder
 
@@ -92,9 +96,10 @@ def reopen_run(folder: Path, plan: Plan) -> None:
 
 
 def carry(folder: Path) -> Carried:
-    """Start the process that carries a run, apart from this one.
+    """Start the process that carries a run, apart from this one; return once it has taken the run over.
 
-    On the cluster that is up on this machine, else on one of its own that ends with it.
+    On the cluster that is up on this machine, else on one of its own that ends with it. A process that
+    ends before it takes the run over has said why in `logs/run.log`.
     """
     cluster = find_local()
     command = [sys.executable, "-m", "forge.run.start", str(folder)]
@@ -104,6 +109,12 @@ def carry(folder: Path) -> Carried:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+    try:
+        while carrier_pid(folder) != process.pid and process.poll() is None:
+            time.sleep(_POLL_S)
+    except BaseException:  # Ctrl-C: nobody would know of it
+        process.terminate()
+        raise
     return Carried(folder=folder, pid=process.pid)
 
 
@@ -118,7 +129,7 @@ def request_stop(pid: int) -> None:
 def wait_until_free(folder: Path) -> None:
     """Return once no process carries the run any more."""
     while carrier_pid(folder) is not None:
-        time.sleep(0.1)
+        time.sleep(_POLL_S)
 
 
 def _announced_vocabulary(spec: TokenizerSpec) -> tuple[int, int]:

@@ -103,25 +103,29 @@ def _continue(
     ids = tokenizer.encode(request.prompt, add_special_tokens=False).ids
     eot = model.config.eos_token_id
     tokens = torch.tensor([ids or [eot]])
-    if max_positions is not None and tokens.shape[1] + request.max_tokens > max_positions:
-        tokens = tokens[:, -max(1, max_positions - request.max_tokens) :]
     torch.manual_seed(request.seed)
     settings: dict[str, Any] = {"do_sample": False}
     if request.temperature > 0:
         settings = {"do_sample": True, "temperature": request.temperature, "top_k": request.top_k}
-    out = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=request.max_tokens,
-        pad_token_id=eot,
-        **settings,
-    )
-    text: str = tokenizer.decode(out[0, tokens.shape[1] :].tolist(), skip_special_tokens=True)
+    written: list[int] = []
+    while len(written) < request.max_tokens and eot not in written:
+        room = request.max_tokens - len(written)
+        if max_positions is not None:
+            # Out of positions, the model goes on from the second half of what it sees.
+            if tokens.shape[1] >= max_positions:
+                tokens = tokens[:, -max(1, max_positions // 2) :]
+            room = min(room, max_positions - tokens.shape[1])
+        longer = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=room, pad_token_id=eot, **settings
+        )
+        written += longer[0, tokens.shape[1] :].tolist()
+        tokens = longer
+    text: str = tokenizer.decode(written, skip_special_tokens=True)
     return text
 
 
 def main() -> None:
-    """Answer one request: `{"generated": {...}}`, or `{"error": ...}` with exit status 2."""
+    """Answer one request: `{"generated": {...}}`, or `{"error": {"class": ..., "message": ...}}`."""
     request = GenerateRequest(**json.load(sys.stdin))
     try:
         answer = {"generated": asdict(generate(Path(sys.argv[1]), request))}

@@ -327,6 +327,7 @@ def test_helpers_return_the_same_batches_in_the_same_order(trained: TextTokenize
 def test_a_helper_that_dies_is_an_error_and_not_a_hang(trained: TextTokenizer) -> None:
     encoded = encode_batches(batches_of(10**6), tokenizer=trained, num_processes=2)
     next(encoded)
+    next(encoded)
     os.kill(helpers()[0].pid, signal.SIGKILL)
     with pytest.raises(DataError, match="a process that encodes text died"):
         for _ in encoded:
@@ -337,6 +338,7 @@ def test_a_helper_that_dies_is_an_error_and_not_a_hang(trained: TextTokenizer) -
 @pytest.mark.usefixtures("_early_help")
 def test_helpers_end_with_whoever_loses_interest(trained: TextTokenizer) -> None:
     encoded = encode_batches(batches_of(10**6), tokenizer=trained, num_processes=2)
+    next(encoded)
     next(encoded)
     assert helpers()
     encoded.close()
