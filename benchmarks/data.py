@@ -17,11 +17,18 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from forge.data.corpus import iter_sample
+from forge.data.prepare import TOKENIZER_SAMPLE_CHARS, prepare
+from forge.data.tokenizer import train_tokenizer
+from forge.spec.data import DataSpec, TokenizerSpec
 
 PEERS = ("datasets default", "datasets tuned", "datasets threads")
 
@@ -48,8 +55,7 @@ def main() -> None:
                 runs[one].append(run_child(one, folder=folder))
         large = folder / "large"
         large.mkdir()
-        write_corpus(large / "corpus.jsonl", max_bytes=4 * num_bytes, repeat=True)
-        save_tokenizer(large, copy_of=folder)
+        repeat_corpus(folder, large, times=4)
         memory = {1: runs["forge"], 4: [run_child("forge", folder=large) for _ in range(2)]}
     report(options, num_bytes=num_bytes, runs=runs, memory=memory)
 
@@ -101,39 +107,36 @@ def report(
     write_json(options.json, figures=figures)
 
 
-def write_corpus(path: Path, *, max_bytes: int, repeat: bool = False) -> int:
-    """Python sources as JSON lines; the bytes of text written. `repeat`: again and again until full."""
+def write_corpus(path: Path, *, max_bytes: int) -> int:
+    """Python sources as JSON lines; the bytes of text written."""
     num_bytes = 0
     roots = [Path(sysconfig.get_paths()[key]) for key in ("stdlib", "purelib")]
     with path.open("w", encoding="utf-8") as file:
-        while num_bytes < max_bytes:
-            for source in (found for root in roots for found in sorted(root.rglob("*.py"))):
-                if num_bytes >= max_bytes:
-                    break
-                try:
-                    text = source.read_text(encoding="utf-8")
-                    line = json.dumps({"text": text})
-                    size_bytes = len(text.encode())
-                except (OSError, UnicodeError):
-                    continue
-                if text:
-                    file.write(line + "\n")
-                    num_bytes += size_bytes
-            if not repeat:
+        for source in (found for root in roots for found in sorted(root.rglob("*.py"))):
+            if num_bytes >= max_bytes:
                 break
+            try:
+                text = source.read_text(encoding="utf-8")
+                line = json.dumps({"text": text})
+                size_bytes = len(text.encode())
+            except (OSError, UnicodeError):
+                continue
+            if text:
+                file.write(line + "\n")
+                num_bytes += size_bytes
     return num_bytes
 
 
-def save_tokenizer(folder: Path, *, vocab_size: int = 0, copy_of: Path | None = None) -> None:
-    """Train the tokenizer that all contestants use."""
-    from forge.data.corpus import iter_sample
-    from forge.data.prepare import TOKENIZER_SAMPLE_CHARS
-    from forge.data.tokenizer import train_tokenizer
-    from forge.spec.data import DataSpec
+def repeat_corpus(folder: Path, target: Path, *, times: int) -> None:
+    """The same documents several times over: what grows with it grows with the corpus."""
+    with (target / "corpus.jsonl").open("wb") as file:
+        for _ in range(times):
+            file.write((folder / "corpus.jsonl").read_bytes())
+    (target / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
 
-    if copy_of:
-        (folder / "tokenizer.json").write_bytes((copy_of / "tokenizer.json").read_bytes())
-        return
+
+def save_tokenizer(folder: Path, *, vocab_size: int) -> None:
+    """Train the tokenizer that all contestants use."""
     spec = DataSpec(files=(str(folder / "corpus.jsonl"),))
     tokenizer = train_tokenizer(iter_sample(spec, max_chars=TOKENIZER_SAMPLE_CHARS), vocab_size=vocab_size)
     (folder / "tokenizer.json").write_text(tokenizer.content, encoding="utf-8")
@@ -148,9 +151,6 @@ def run_child(name: str, *, folder: Path) -> dict[str, float]:
 
 
 def run_forge(folder: Path) -> dict[str, float]:
-    from forge.data.prepare import prepare
-    from forge.spec.data import DataSpec, TokenizerSpec
-
     tokenizer = TokenizerSpec(from_pretrained=str(folder / "tokenizer.json"))
     spec = DataSpec(files=(str(folder / "corpus.jsonl"),), tokenizer=tokenizer)
     with tempfile.TemporaryDirectory(dir=folder) as cache, PeakMemory() as memory:
@@ -196,8 +196,6 @@ class PeakMemory:
     """Peak resident memory of this process and its children together, sampled every 20 ms."""
 
     def __enter__(self) -> PeakMemory:
-        import threading
-
         self.peak_bytes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -209,8 +207,6 @@ class PeakMemory:
         self._thread.join()
 
     def _sample(self) -> None:
-        import psutil
-
         me = psutil.Process()
         while not self._stop.wait(0.02):
             total = 0

@@ -104,6 +104,7 @@ def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputO
     from forge.cli import display
     from forge.cli.train import conclude
     from forge.report.runs import carrier_pid, find_run, follow, read_metrics, read_run
+    from forge.run.submit import clear_away
 
     folder = find_run(run, root=runs)
     pid = carrier_pid(folder)
@@ -113,6 +114,7 @@ def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputO
         with display.TrainScreen(found.plan, losses=losses) as screen:
             for record in follow(folder, pid=pid, past_events=len(found.events), past_steps=len(past)):
                 screen.show(record)
+        clear_away(pid)
     conclude(folder, interrupted=False, output=output)
 
 

@@ -96,7 +96,7 @@ def follow_run(carried: Carried, resolved: Plan, *, past_events: int, past_losse
     """Show a run until it ends. Ctrl-C once asks it to stop, twice ends it. Returns: whether it was asked."""
     from forge.cli import display
     from forge.report.runs import follow
-    from forge.run.submit import request_stop
+    from forge.run.submit import clear_away, request_stop
 
     asked = told = 0
 
@@ -122,6 +122,7 @@ def follow_run(carried: Carried, resolved: Plan, *, past_events: int, past_losse
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
+    clear_away(carried.pid)
     return asked > 0
 
 

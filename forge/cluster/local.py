@@ -125,6 +125,16 @@ def list_nodes(cluster: LocalCluster) -> list[dict[str, Any]]:
         ray.shutdown()
 
 
+def session_members(leader: int) -> list[psutil.Process]:
+    """The processes of a session, its leader among them as long as it lives."""
+    members = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == leader:
+                members.append(process)
+    return members
+
+
 def require_private_token() -> None:
     """Have Ray guard all its ports with its token, and the token readable by its owner alone.
 
@@ -237,13 +247,14 @@ def _family(node: NodeProcess) -> list[psutil.Process]:
     """A node's process, what descends from it, and what is left of its session once it has gone."""
     if node.boot_id != _boot_id() or _start_ticks(node.pid) not in (node.started_ticks, None):
         return []  # another boot or another process: no pid is given anew while its session has members
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            started = _start_ticks(process.pid)
-            if os.getsid(process.pid) == node.pid and started is not None and started >= node.started_ticks:
-                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
-    return list(found.values())
+    members = [
+        process for process in session_members(node.pid) if (_start_ticks(process.pid) or 0) >= node.started_ticks
+    ]
+    found = set(members)
+    for process in members:
+        with contextlib.suppress(psutil.Error):
+            found |= set(process.children(recursive=True))
+    return list(found)
 
 
 def _start_ticks(pid: int) -> int | None:

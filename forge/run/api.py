@@ -12,7 +12,7 @@ from typing import Any
 
 from forge.plan.plan import Plan
 from forge.report.runs import RunSummary, failure_of, follow, read_run
-from forge.run.submit import carry, create_run, request_stop, resolve, wait_until_free
+from forge.run.submit import carry, clear_away, create_run, request_stop, resolve, wait_until_free
 from forge.spec import load
 from forge.spec.load import LoadedJob
 
@@ -60,6 +60,8 @@ def train_job(
         request_stop(carried.pid)
         wait_until_free(folder)
         raise
+    finally:
+        clear_away(carried.pid)
     run = read_run(folder)
     failure = failure_of(run)
     if failure is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -13,13 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from forge.cluster.local import find_local
+import psutil
+
+from forge.cluster.local import find_local, session_members
 from forge.data.prepare import PrepareProgress, default_cache_dir, prepare
 from forge.data.tokenizer import load_tokenizer
 from forge.errors import ArgumentError
 from forge.plan.facts import CorpusFacts
 from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json, training_digest
-from forge.report.runs import carrier_pid
+from forge.report.runs import carrier_pid, is_alive
 from forge.run.facts import hardware, model_facts
 from forge.spec.data import TokenizerSpec
 from forge.spec.dump import dump_job
@@ -124,6 +127,18 @@ def request_stop(pid: int) -> None:
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
         return
+
+
+def clear_away(pid: int) -> None:
+    """End what the process that carried a run has left, if it was killed.
+
+    Its ranks end by themselves; Ray's agents would try for a minute to tell someone that the others died.
+    """
+    if is_alive(pid):
+        return
+    for process in session_members(pid):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def wait_until_free(folder: Path) -> None:
