@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -96,7 +97,10 @@ def show_plan(plan: Plan, *, to_stderr: bool = False) -> None:
 
 
 class TrainScreen:
-    """A run while it goes on: a live panel on a terminal, plain lines on a pipe."""
+    """A run while it goes on: a live panel on a terminal, plain lines on a pipe.
+
+    Whoever ends this process by SIGTERM leaves the run alone, and finds the terminal as it was.
+    """
 
     def __init__(self, plan: Plan, *, losses: Sequence[float] = ()) -> None:
         """Args:
@@ -116,6 +120,7 @@ class TrainScreen:
             self._live = Live(console=_err, auto_refresh=False, transient=True)
 
     def __enter__(self) -> TrainScreen:
+        self._on_terminate = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         if self._live:
             self._live.start()
         return self
@@ -123,6 +128,7 @@ class TrainScreen:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
+        signal.signal(signal.SIGTERM, self._on_terminate)
 
     def show(self, record: dict[str, Any] | None) -> None:
         """Take in one record of the run (None: nothing new) and redraw."""

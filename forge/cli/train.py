@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -105,10 +104,7 @@ def follow_run(carried: Carried, resolved: Plan, *, past_events: int, past_losse
         asked += 1
         request_stop(carried.pid)
 
-    def on_terminate(number: int, frame: object) -> None:
-        sys.exit(128 + number)  # the run goes on without us; the terminal is put right on the way out
-
-    before = signal.signal(signal.SIGINT, on_interrupt), signal.signal(signal.SIGTERM, on_terminate)
+    before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         with display.TrainScreen(resolved, losses=past_losses) as screen:
             for record in follow(
@@ -120,8 +116,7 @@ def follow_run(carried: Carried, resolved: Plan, *, past_events: int, past_losse
                     told += 1
                 screen.show(record)
     finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+        signal.signal(signal.SIGINT, before)
     clear_away(carried.pid)
     return asked > 0
 

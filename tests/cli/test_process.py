@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,14 +83,18 @@ def on_terminal(arguments: list[str], *, cwd: Path, env: dict[str, str], columns
         stdin=theirs, stdout=theirs, stderr=theirs,
     )  # fmt: skip
     os.close(theirs)
+    sent = read_to_the_end(ours)
+    return process.wait(), sent.decode()
+
+
+def read_to_the_end(terminal: int) -> bytes:
     sent = b""
     while True:
         try:
-            sent += os.read(ours, 4096)
+            sent += os.read(terminal, 4096)
         except OSError:  # the last writer has closed it
-            break
-    os.close(ours)
-    return process.wait(), sent.decode()
+            os.close(terminal)
+            return sent
 
 
 def test_colours_are_for_terminals_and_no_color_is_respected(home: Path, env: dict[str, str]) -> None:
@@ -138,6 +144,33 @@ def test_a_reader_who_was_never_there_gets_no_traceback_either(home: Path, env: 
     assert b"BrokenPipe" not in process.stderr
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_whoever_stops_watching_leaves_the_run_alone_and_the_terminal_as_it_was(
+    home: Path, env: dict[str, str], number: int, code: int
+) -> None:
+    folder = make_run(home / "runs", "busy", steps=5)
+    with (folder / ".lock").open("w") as lock:  # as the process that carries a run holds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "forge.cli.app", "runs", "watch", "busy"],
+            cwd=home, env=env | {"TERM": "xterm-256color", "COLUMNS": "40", "LINES": "10"},
+            stdin=theirs, stdout=theirs, stderr=theirs,
+        )  # fmt: skip
+        os.close(theirs)
+        sent = b""
+        while b"starting" not in sent:
+            sent += os.read(ours, 4096)
+        process.send_signal(number)
+        sent += read_to_the_end(ours)
+        assert process.wait() == code
+    assert b"Traceback" not in sent
+    hidden, shown = sent.rfind(b"\x1b[?25l"), sent.rfind(b"\x1b[?25h")
+    assert 0 <= hidden < shown
+
+
 def modules_after(code: str, *, cwd: Path, env: dict[str, str]) -> set[str]:
     """What a fresh interpreter has imported once it has run `code`."""
     script = f"import sys\n{code}\nsys.stderr.write('MODULES ' + ' '.join(sys.modules))"
@@ -180,8 +213,6 @@ def test_a_name_that_forge_does_not_have_is_an_attribute_error() -> None:
 
 
 def test_ctrl_c_before_the_run_has_begun_leaves_with_130_and_no_traceback(home: Path, env: dict[str, str]) -> None:
-    import signal
-
     for number in range(400):
         (home / "corpus" / f"more-{number}.txt").write_text(f"word{number} " * 20_000)
     process = subprocess.Popen(
