@@ -36,7 +36,9 @@ PEERS = ("datasets default", "datasets tuned", "datasets threads")
 def main() -> None:
     """Run everything, or, in a child process, one thing."""
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--megabytes", type=int, default=64, help="text of the corpus; memory is taken at 4x too")
+    parser.add_argument(
+        "--megabytes", type=int, default=64, help="text of the corpus; memory is taken at 4x and 8x too"
+    )
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -53,10 +55,10 @@ def main() -> None:
         for _ in range(options.repeats):
             for one in names:
                 runs[one].append(run_child(one, folder=folder))
-        large = folder / "large"
-        large.mkdir()
-        repeat_corpus(folder, large, times=4)
-        memory = {1: runs["forge"], 4: [run_child("forge", folder=large) for _ in range(2)]}
+        memory = {1: runs["forge"]}
+        for times in (4, 8):
+            repeat_corpus(folder, folder / f"x{times}", times=times)
+            memory[times] = [run_child("forge", folder=folder / f"x{times}")]
     report(options, num_bytes=num_bytes, runs=runs, memory=memory)
 
 
@@ -91,8 +93,8 @@ def report(
         ],
     )
     print(f"\nratio {ratio:.2f} against {best}")
-    peaks_mib = [f"{peak_bytes[factor] / 2**20:,.0f} MiB" for factor in (1, 4)]
-    print(f"forge's peak memory: {peaks_mib[0]}, with 4x the corpus {peaks_mib[1]}")
+    peaks = [f"{size_bytes / 2**20:,.0f} MiB with {times}x" for times, size_bytes in peak_bytes.items()]
+    print(f"forge's peak memory: {', '.join(peaks)} the corpus")
     figures = {
         "forge_tokens_per_s": speed["forge"].median,
         "datasets_tokens_per_s": speed[best].median,
@@ -101,6 +103,7 @@ def report(
         "ratio": ratio,
         "peak_rss_bytes": peak_bytes[1],
         "peak_rss_bytes_4x_corpus": peak_bytes[4],
+        "peak_rss_bytes_8x_corpus": peak_bytes[8],
         "corpus_bytes": num_bytes,
         "runs": runs,
     }
@@ -129,6 +132,7 @@ def write_corpus(path: Path, *, max_bytes: int) -> int:
 
 def repeat_corpus(folder: Path, target: Path, *, times: int) -> None:
     """The same documents several times over: what grows with it grows with the corpus."""
+    target.mkdir(exist_ok=True)
     with (target / "corpus.jsonl").open("wb") as file:
         for _ in range(times):
             file.write((folder / "corpus.jsonl").read_bytes())
