@@ -65,8 +65,12 @@ class CheckpointSaved:
 
     step: int
     folder: str
+    """Or the URL."""
     size_bytes: int
     seconds: float
+    """From the end of its step; training went on meanwhile."""
+    stall_s: float
+    """How long training stood still for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

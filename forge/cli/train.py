@@ -164,7 +164,7 @@ def _find_resumable(name: str, *, file: Path | None, overrides: list[str]) -> Pa
     from forge.report.runs import carrier_pid, find_run
     from forge.spec.load import load_job
 
-    root = Path(load_job(file, overrides=overrides).job.checkpoint.to) if file else Path("runs")
+    root = Path(load_job(file, overrides=overrides).job.checkpoint.runs) if file else Path("runs")
     folder = find_run(name, root=root)
     pid = carrier_pid(folder)
     if pid is not None:

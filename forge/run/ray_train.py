@@ -101,7 +101,7 @@ def _rank_main(config: dict[str, Any]) -> None:
                 world_size=context.get_world_size(),
                 local_world_size=context.get_local_world_size(),
                 device=str(get_device()),
-                checkpoints=str(Path(assignment.run_folder) / "checkpoints"),
+                checkpoints=plan.job.checkpoint.url_of(assignment.run_folder),
             ),
             reporter,
         )

@@ -66,7 +66,7 @@ def create_run(plan: Plan) -> Path:
     Raises: ArgumentError if it cannot be written.
     """
     assert plan.corpus is not None, "a run is created from a full plan"
-    root = Path(plan.job.checkpoint.to)
+    root = Path(plan.job.checkpoint.runs)
     folder = root / f"{plan.job.name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     try:
         (folder / "logs").mkdir(parents=True)

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from forge.errors import CheckpointError, ForgeError
 from forge.model.build import build_config, build_model
 from forge.plan.plan import Plan, plan_from_json
-from forge.train.checkpoint import find_checkpoint, read_progress, read_weights
+from forge.serve.weights import read_tensor, require_average
+from forge.train.checkpoint import Checkpoint, find_checkpoint
+from forge.train.storage import open_storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,25 +55,25 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
     Raises: CheckpointError if there is none that verifies, or it has no averaged weights.
     """
     plan = plan_from_json((run_folder / "plan.json").read_text())
+    url = plan.job.checkpoint.url_of(str(run_folder))
     skipped: list[str] = []
-    folder = find_checkpoint(
-        run_folder / "checkpoints", on_skip=lambda path, why: skipped.append(f"{path.name}: {why}")
-    )
-    if folder is None:
+    checkpoint = find_checkpoint(open_storage(url), on_skip=lambda name, why: skipped.append(f"{name}: {why}"))
+    if checkpoint is None:
         why = "; ".join(skipped) or "the run has not written one yet"
         raise CheckpointError(f"{run_folder} has no checkpoint to generate from ({why})")
     tokenizer = Tokenizer.from_file(str(run_folder / "tokenizer" / "tokenizer.json"))
-    model = load_model(plan, folder, kind="ema" if request.ema else "master")
+    model = load_model(plan, checkpoint, ema=request.ema)
     text = _continue(model, tokenizer, request, max_positions=plan.model.max_seq_len)
-    return Generated(step=read_progress(folder).step, prompt=request.prompt, text=text)
+    return Generated(step=checkpoint.progress.step, prompt=request.prompt, text=text)
 
 
-def load_model(plan: Plan, checkpoint: Path, *, kind: str = "master") -> PreTrainedModel:
+def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> PreTrainedModel:
     """A transformers model with the weights of one checkpoint, ready to be evaluated.
 
-    Raises: CheckpointError if the checkpoint does not hold every parameter of the plan's model.
+    Raises: CheckpointError if the checkpoint is of another model than the plan's, or holds no averages.
     """
     assert plan.corpus is not None, "a run that has a checkpoint had a corpus"
+    require_average(checkpoint, ema=ema)
     config = build_config(
         plan.job.model,
         vocab_size=plan.corpus.vocab_size,
@@ -80,19 +82,17 @@ def load_model(plan: Plan, checkpoint: Path, *, kind: str = "master") -> PreTrai
     )
     dtype = torch.bfloat16 if plan.job.training.precision == "bf16" else torch.float32
     model = build_model(plan.job.model, config, seed=plan.job.training.seed, dtype=dtype)
-    parameters = dict(model.named_parameters())
-    missing = set(parameters)
-    with torch.no_grad():
-        for name, flat in read_weights(checkpoint, kind=kind):
-            if name not in parameters or parameters[name].numel() != flat.numel():
-                raise CheckpointError(f"{checkpoint} does not fit the model of its plan: {name}")
-            parameters[name].copy_(flat.view_as(parameters[name]))
-            missing.discard(name)
-    missing = {name for name in missing if parameters[name].requires_grad}
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    missing = {name for name, parameter in model.named_parameters() if name not in checkpoint.shape.parameters}
     if missing:
         raise CheckpointError(
-            f"{checkpoint} lacks {len(missing)} parameters of the model, {min(missing)} among them"
+            f"{checkpoint.url} lacks {len(missing)} parameters of the model, {min(missing)} among them"
         )
+    with torch.no_grad():
+        for name in checkpoint.shape.parameters:
+            if name not in held or held[name].shape != checkpoint.shape.parameters[name].shape:
+                raise CheckpointError(f"{checkpoint.url} does not fit the model of its plan: {name}")
+            held[name].copy_(read_tensor(checkpoint, name, ema=ema))
     return model.eval()
 
 

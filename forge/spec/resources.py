@@ -32,14 +32,34 @@ class CheckpointSpec(Section):
     """How many of the newest are kept."""
 
     to: str = Field("runs", min_length=1)
-    """The folder under which each run gets its own: `runs/<run_id>/`."""
+    """The folder under which each run gets its own: `runs/<run_id>/`. Or a URL that fsspec knows, such as
+    `s3://bucket/runs`, `gs://...` or `abfs://...`: checkpoints then go to `<to>/<run_id>/checkpoints/`, and the
+    rest of the run stays in `runs/<run_id>/`. Credentials are the store's own, from the environment."""
 
     @field_validator("to")
     @classmethod
-    def _is_local(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError("must be a local folder")
+    def _is_plain(cls, value: str) -> str:
+        scheme, separator, place = value.partition("://")
+        if separator and scheme in ("file", "local"):
+            raise ValueError("must be a plain path where it is local, without file://")
+        if separator and (not scheme.isalnum() or not place.strip("/")):
+            raise ValueError("must be a folder, or a URL with a bucket such as s3://bucket/runs")
         return value
+
+    @property
+    def runs(self) -> str:
+        """The local folder that holds the runs' folders."""
+        return "runs" if "://" in self.to else self.to
+
+    def url_of(self, run_folder: str) -> str:
+        """Where a run's checkpoints lie.
+
+        Args:
+            run_folder: the run's own folder, whose last part is its id.
+        """
+        if "://" not in self.to:
+            return f"{run_folder}/checkpoints"
+        return f"{self.to.rstrip('/')}/{run_folder.rstrip('/').rpartition('/')[2]}/checkpoints"
 
 
 class WandbSpec(Section):

@@ -1,45 +1,40 @@
-"""Durable checkpoints: the shards of every rank, in rank-free coordinates, without pickle.
+"""Durable checkpoints: what they look like, whether one is to be believed, and reading any part of one.
 
     checkpoints/step-00001000/
-      part-00003.safetensors   the shards of one rank, keys `kind/start/name`
-      state.json               step, recipe, number of parameters, format version
-      manifest.json            written last: every part with its size and checksum
+      part-00003-1f0c.safetensors   the intervals of one writer, keys `kind/start/name`
+      state.json                    step, tokens, digests, the parameters' shapes, format version
+      manifest.json                 written last: every part with its intervals, size and checksum
 
-Ranks write into a folder under a temporary name; rank 0 writes the manifest, flushes and renames. A
-reader believes only a manifest whose parts are all there with the right sizes and checksums, and walks
-back to the checkpoint before. Loading reads the intervals a rank needs, whoever wrote them.
+A reader believes only a manifest whose parts are all there with the right sizes and checksums, and walks
+back to the checkpoint before. It then reads the ranges it needs, whoever wrote them, at any world size.
+Nothing here knows torch; `docs/checkpoint-format.md` says enough to write a reader in another language.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 from forge.errors import CheckpointError
-from forge.train.state import Shard, TrainState
+from forge.train.interval import ITEM_BYTES, Interval, Layout, Range, layout_from_record, safetensors_header
+from forge.train.storage import Storage
 
-FORMAT_VERSION = 1
-_MANIFEST = "manifest.json"
-_STATE = "state.json"
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+STATE = "state.json"
+# The manifest's own checksum stands at a fixed place, and is taken with zeros there.
+_SEAL = b'{"crc32": "00000000", '
+_SEAL_AT = slice(11, 19)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """All of a run's state that is not a tensor."""
+    """All of a run's state that is not a tensor. Schedule, sample order and dropout follow from the step."""
 
     step: int
     num_tokens: int
@@ -50,233 +45,316 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
-    """A checkpoint as it was written."""
+class Parameter:
+    """One tensor of the model, as the model has it."""
 
-    folder: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """Of the model's own copy, by safetensors' name."""
+    kind: str
+    """`master` (trained), `frozen` or `buffer`: the kind that holds its value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Which tensors a model has; two models with equal shapes can load each other's checkpoints."""
+
+    parameters: Mapping[str, Parameter]
+    tied: Mapping[str, str]
+    """Names that are another parameter's second name."""
+    config: Mapping[str, Any]
+    """The transformers config, so that a checkpoint alone tells its model; empty for any other model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One writer's file."""
+
+    name: str
     size_bytes: int
-    seconds: float
+    crc32: int
+    layout: Layout
+
+    @property
+    def data_start(self) -> int:
+        """The byte at which the first interval begins."""
+        return self.size_bytes - self.layout.size_bytes
 
 
-def save_checkpoint(root: Path, state: TrainState, progress: Progress, *, keep: int) -> Saved:
-    """Write this step's checkpoint and drop the oldest beyond `keep`; collective.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint is made of."""
 
-    Raises: CheckpointError on every rank if any rank could not write its part.
-    """
-    began = time.monotonic()
-    rank = dist.get_rank()
-    final = root / f"step-{progress.step:08d}"
-    draft = root / f".draft-{progress.step:08d}"
-    failure = _attempt(lambda: draft.mkdir(parents=True, exist_ok=True)) if rank == 0 else None
-    _agree_on_success(failure, draft)
-    part = draft / f"part-{rank:05d}.safetensors"
-    failure = _attempt(lambda: _write_part(part, state))
-    parts = _agree_on_success(failure, draft, own=None if failure else _describe(part))
-    failure = _attempt(lambda: _seal(draft, final, progress, parts)) if rank == 0 else None
-    _agree_on_success(failure, draft)
-    if rank == 0:
-        for old in list_checkpoints(root)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    size = sum(part["size_bytes"] for part in parts)
-    return Saved(folder=final, size_bytes=size, seconds=time.monotonic() - began)
+    step: int
+    parts: tuple[Part, ...]
+    state_size_bytes: int
+    state_crc32: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files but the manifest itself."""
+        return self.state_size_bytes + sum(part.size_bytes for part in self.parts)
 
 
-def load_checkpoint(folder: Path, state: TrainState, *, recipe: str, corpus: str) -> Progress:
-    """Fill this rank's shards from a checkpoint that verifies, whatever the world size it was written at.
+class Checkpoint:
+    """A checkpoint that is open for reading; use `open_checkpoint`."""
 
-    Raises: CheckpointError if it is of another recipe, corpus or model.
-    """
-    progress = read_progress(folder)
-    if progress.recipe != recipe:
-        raise CheckpointError(
-            f"{folder} belongs to another job: its model, data or training section differs from this one's; "
-            "start a new run, or resume with the job file the checkpoint was made with"
-        )
-    if progress.corpus != corpus:
-        raise CheckpointError(
-            f"{folder} was trained on another corpus ({progress.corpus[:12]}, now {corpus[:12]}): the text behind "
-            "data: has changed, so the sample order would not be the same"
-        )
-    with ExitStack() as stack:
-        reader = PartReader(folder, stack)
-        for shard in state.shards:
-            for kind in state.kinds:
-                reader.fill(state.tensor(shard, kind), name=shard.name, kind=kind, start=shard.start)
-    state.set_step(progress.step)
-    state.refresh_weights()
-    return progress
+    def __init__(
+        self, storage: Storage, name: str, *, manifest: Manifest, progress: Progress, shape: ModelShape
+    ) -> None:
+        self.name = name
+        self.url = f"{storage.url}/{name}"
+        self.manifest = manifest
+        self.progress = progress
+        self.shape = shape
+        self._storage = storage
+        self._where: dict[tuple[str, str], list[tuple[Interval, str, int]]] = {}
+        for part in manifest.parts:
+            for interval, offset in part.layout.placed():
+                place = (interval, part.name, part.data_start + offset)
+                self._where.setdefault((interval.kind, interval.name), []).append(place)
 
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds it holds of any parameter."""
+        return {kind for kind, _ in self._where}
 
-class PartReader:
-    """Ranged reads over the parts of one checkpoint."""
+    def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
+        """Fill each view with the bytes of its interval; nothing else is read.
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._folder = folder
-        self._where: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
-        self._files = {}
-        for part in sorted(folder.glob("part-*.safetensors")):
-            file = stack.enter_context(safe_open(part, framework="pt"))
-            self._files[part.name] = file
-            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                kind, start, name = key.split("/", 2)
-                stop = int(start) + file.get_slice(key).get_shape()[0]
-                self._where.setdefault((name, kind), []).append((int(start), stop, part.name, key))
-
-    def names(self, kind: str) -> list[str]:
-        """Parameters that are there in `kind`."""
-        return sorted(name for name, its_kind in self._where if its_kind == kind)
-
-    def numel(self, name: str, kind: str) -> int:
-        """Elements of one parameter."""
-        return max(stop for _, stop, _, _ in self._where[name, kind])
-
-    def fill(self, target: Tensor, *, name: str, kind: str, start: int) -> None:
-        """Copy elements `[start, start + len(target))` of a parameter into a flat tensor.
-
-        Raises: CheckpointError if any of them is missing.
+        Raises: CheckpointError if an element is not there, or a file cannot be read.
         """
-        stop, filled = start + target.numel(), 0
-        for low, high, part, key in self._where.get((name, kind), ()):
-            first, last = max(low, start), min(high, stop)
-            if first < last:
-                piece = self._files[part].get_slice(key)[first - low : last - low]
-                target[first - start : last - start].copy_(piece)
-                filled += last - first
-        if filled != target.numel():
+        ranges: dict[str, list[Range]] = {}
+        for interval, view in wanted:
+            found = 0
+            for held, part, offset in self._where.get((interval.kind, interval.name), ()):
+                first, last = max(held.start, interval.start), min(held.stop, interval.stop)
+                if first >= last:
+                    continue
+                if held.dtype != interval.dtype:
+                    raise CheckpointError(
+                        f"{self.url} holds {interval.name} ({interval.kind}) as {held.dtype}, not {interval.dtype}"
+                    )
+                item = ITEM_BYTES[held.dtype]
+                target = view[(first - interval.start) * item : (last - interval.start) * item]
+                ranges.setdefault(part, []).append((offset + (first - held.start) * item, target))
+                found += last - first
+            if found != interval.numel:
+                raise CheckpointError(
+                    f"{self.url} holds {found} of the {interval.numel} elements {interval.start}..{interval.stop} "
+                    f"of {interval.name} ({interval.kind}): it belongs to another model"
+                )
+        for part, entries in ranges.items():
+            try:
+                self._storage.read_into(f"{self.name}/{part}", entries)
+            except (OSError, EOFError) as error:
+                raise CheckpointError(f"{self.url}/{part} cannot be read: {error}") from error
+
+    def value_interval(self, name: str, *, ema: bool = False) -> Interval:
+        """Where the value of a whole parameter or buffer is: the interval to `read`.
+
+        Args:
+            ema: of what is trained, its average.
+        """
+        parameter = self.shape.parameters[name]
+        is_trained = parameter.kind == "master"
+        return Interval(
+            kind="ema" if ema and is_trained else parameter.kind,
+            name=name,
+            start=0,
+            stop=math.prod(parameter.shape),
+            dtype="F32" if is_trained else parameter.dtype,
+        )
+
+    def require_job(self, *, recipe: str, corpus: str, shape: ModelShape) -> None:
+        """Raises: CheckpointError unless it was made by this job's model, data and training."""
+        differences = shape_differences(self.shape, shape)
+        if differences:
             raise CheckpointError(
-                f"{self._folder} holds {filled} of the {target.numel()} elements needed of {name} ({kind}): "
-                "it belongs to another model, or was written by another version of forge"
+                f"{self.url} is of another model: {'; '.join(differences)}. Start a new run, or resume with the "
+                "job file the checkpoint was made with"
+            )
+        if self.progress.recipe != recipe:
+            raise CheckpointError(
+                f"{self.url} belongs to another job: its model, data or training section differs from this one's; "
+                "start a new run, or resume with the job file the checkpoint was made with"
+            )
+        if self.progress.corpus != corpus:
+            raise CheckpointError(
+                f"{self.url} was trained on another corpus ({self.progress.corpus[:12]}, now {corpus[:12]}): the "
+                "text behind data: has changed, so the sample order would not be the same"
             )
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints under `root`, newest first; drafts are not among them."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+def step_name(step: int) -> str:
+    """`step-00001000`: sorts as the steps do."""
+    return f"step-{step:08d}"
 
 
-def find_checkpoint(root: Path, *, on_skip: Callable[[Path, str], None]) -> Path | None:
-    """The newest checkpoint that verifies, walking back past broken ones; None if there is none."""
-    for folder in list_checkpoints(root):
-        problem = verify_checkpoint(folder)
+def part_name(rank: int, *, token: str) -> str:
+    """Unique to one writing: two who write one checkpoint at once on an object store do not mix."""
+    return f"part-{rank:05d}-{token}.safetensors"
+
+
+def list_checkpoints(storage: Storage) -> list[str]:
+    """Names of what claims to be a checkpoint, newest first. Raises: CheckpointError if there is no asking."""
+    try:
+        return [name for name in reversed(storage.names()) if name.startswith("step-")]
+    except OSError as error:
+        raise CheckpointError(f"{storage.url} cannot be listed: {error}") from error
+
+
+def find_checkpoint(storage: Storage, *, on_skip: Callable[[str, str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies, walking back past broken ones; None if there is none.
+
+    Args:
+        on_skip: is told the name of each that does not, and why.
+    """
+    for name in list_checkpoints(storage):
+        problem = verify_checkpoint(storage, name)
         if problem is None:
-            return folder
-        on_skip(folder, problem)
+            return open_checkpoint(storage, name)
+        on_skip(name, problem)
     return None
 
 
-def verify_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: the manifest, then every size, then every checksum."""
+def open_checkpoint(storage: Storage, name: str) -> Checkpoint:
+    """Read a checkpoint's manifest and state. Raises: CheckpointError saying what is wrong with them."""
+    url = f"{storage.url}/{name}"
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        if manifest["format_version"] != FORMAT_VERSION:
-            return f"format version {manifest['format_version']}, this forge reads {FORMAT_VERSION}"
-        for part in manifest["parts"]:
-            path = folder / part["name"]
-            size = path.stat().st_size
-            if size != part["size_bytes"]:
-                return f"{part['name']} has {size} bytes, its manifest says {part['size_bytes']}"
-        for part in manifest["parts"]:
-            if _checksum(folder / part["name"]) != part["blake2b"]:
-                return f"{part['name']} does not match its checksum"
+        manifest = read_manifest(storage, name)
+        text = storage.read(f"{name}/{STATE}")
+        if zlib.crc32(text) != manifest.state_crc32:
+            raise ValueError(f"{STATE} does not match its checksum")
+        body = json.loads(text)
+        parameters = {
+            key: Parameter(shape=tuple(entry["shape"]), dtype=entry["dtype"], kind=entry["kind"])
+            for key, entry in body["parameters"].items()
+        }
+        progress = Progress(**{field.name: body[field.name] for field in dataclasses.fields(Progress)})
     except FileNotFoundError as error:
-        return f"{Path(error.filename or '').name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{_MANIFEST} cannot be read ({error})"
-    return None
+        raise CheckpointError(f"{url}: {_file_of(error)} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{url}: {error}") from error
+    shape = ModelShape(parameters=parameters, tied=body["tied"], config=body["config"])
+    return Checkpoint(storage, name, manifest=manifest, progress=progress, shape=shape)
 
 
-def read_progress(folder: Path) -> Progress:
-    """The part of the state that is no tensor. Raises: CheckpointError."""
+def verify_checkpoint(
+    storage: Storage, name: str, *, with_checksums: bool = True, share: tuple[int, int] = (0, 1)
+) -> str | None:
+    """What is wrong with a checkpoint, or None: the manifest, then every size, then the checksums.
+
+    Args:
+        with_checksums: read every byte; without, sizes alone are compared.
+        share: (r, W): of the checksums only every W-th from the r-th on, so that W ranks divide the reading.
+    """
     try:
-        return Progress(**json.loads((folder / _STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / _STATE} cannot be read: {error}") from error
-
-
-def read_weights(folder: Path, *, kind: str = "master") -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of a checkpoint, flat in fp32, one at a time. Raises: CheckpointError."""
-    try:
-        with ExitStack() as stack:
-            reader = PartReader(folder, stack)
-            names = reader.names(kind)
-            if not names:
-                raise CheckpointError(f"{folder} holds no {kind} weights")
-            for name in names:
-                flat = torch.empty(reader.numel(name, kind), dtype=torch.float32)
-                reader.fill(flat, name=name, kind=kind, start=0)
-                yield name, flat
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
-
-
-def _write_part(path: Path, state: TrainState) -> None:
-    tensors = {
-        _key(shard, kind): state.tensor(shard, kind).cpu().clone()
-        for shard in state.claims
-        for kind in state.kinds
-        if shard.stop > shard.start
-    }
-    save_file(tensors, path)
-    _flush(path)
-
-
-def _key(shard: Shard, kind: str) -> str:
-    return f"{kind}/{shard.start}/{shard.name}"
-
-
-def _seal(draft: Path, final: Path, progress: Progress, parts: list[dict[str, Any]]) -> None:
-    """State, manifest, flush, rename: the checkpoint exists from here on."""
-    _write_json(draft / _STATE, asdict(progress))
-    manifest = {"format_version": FORMAT_VERSION, "parts": [*parts, _describe(draft / _STATE)]}
-    _write_json(draft / _MANIFEST, manifest)
-    _flush(draft)
-    if final.exists():  # the same step, saved again after a resume
-        shutil.rmtree(final)
-    draft.rename(final)
-    _flush(final.parent)
-
-
-def _write_json(path: Path, body: dict[str, Any]) -> None:
-    path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
-    _flush(path)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "size_bytes": path.stat().st_size, "blake2b": _checksum(path)}
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _attempt(action: Callable[[], object]) -> str | None:
-    """Run it; the reason if it failed."""
-    try:
-        action()
-    except (OSError, SafetensorError) as error:
+        manifest = read_manifest(storage, name)
+        sizes = storage.files(name)
+        expected = [(STATE, manifest.state_size_bytes, manifest.state_crc32)]
+        expected += [(part.name, part.size_bytes, part.crc32) for part in manifest.parts]
+        for file, size, _ in expected:
+            if file not in sizes:
+                return f"{file} is missing"
+            if sizes[file] != size:
+                return f"{file} has {sizes[file]} bytes, its manifest says {size}"
+        for file, _, crc in expected[share[0] :: share[1]] if with_checksums else ():
+            if storage.crc32(f"{name}/{file}") != crc:
+                return f"{file} does not match its checksum"
+    except FileNotFoundError as error:
+        return f"{_file_of(error)} is missing"
+    except (OSError, EOFError, ValueError) as error:
         return str(error)
     return None
 
 
-def _agree_on_success(
-    failure: str | None, draft: Path, *, own: dict[str, Any] | None = None
-) -> list[dict[str, Any]]:
-    """Gather every rank's outcome. Raises: CheckpointError on all ranks if one failed."""
-    outcomes: list[tuple[str | None, dict[str, Any] | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (failure, own))
-    reasons = [(rank, reason) for rank, (reason, _) in enumerate(outcomes) if reason]
-    if reasons:
-        if dist.get_rank() == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-        rank, reason = reasons[0]
-        raise CheckpointError(f"checkpoint {draft.parent} could not be written by rank {rank}: {reason}")
-    return [described for _, described in outcomes if described]
+def read_manifest(storage: Storage, name: str) -> Manifest:
+    """Raises: FileNotFoundError, OSError; ValueError saying why it is not to be believed."""
+    text = storage.read(f"{name}/{MANIFEST}")
+    try:
+        body = json.loads(text)
+        version = body["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format version {version}, this forge reads {FORMAT_VERSION}")
+        blank = text[: _SEAL_AT.start] + b"0" * 8 + text[_SEAL_AT.stop :]
+        if int(body["crc32"], 16) != zlib.crc32(blank):
+            raise ValueError(f"{MANIFEST} does not match its checksum")
+        return Manifest(
+            step=body["step"],
+            parts=tuple(
+                Part(
+                    name=part["name"],
+                    size_bytes=part["size_bytes"],
+                    crc32=part["crc32"],
+                    layout=layout_from_record(part["intervals"]),
+                )
+                for part in body["parts"]
+            ),
+            state_size_bytes=body["state"]["size_bytes"],
+            state_crc32=body["state"]["crc32"],
+        )
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
+
+
+def manifest_bytes(step: int, *, parts: Sequence[Part], state: bytes) -> bytes:
+    """`manifest.json`, its own checksum included."""
+    body = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "state": {"name": STATE, "size_bytes": len(state), "crc32": zlib.crc32(state)},
+        "parts": [part_record(part) for part in parts],
+    }
+    blank = _SEAL + json.dumps(body, sort_keys=True).encode()[1:] + b"\n"
+    return blank[: _SEAL_AT.start] + f"{zlib.crc32(blank):08x}".encode() + blank[_SEAL_AT.stop :]
+
+
+def state_bytes(progress: Progress, shape: ModelShape) -> bytes:
+    """`state.json`."""
+    body = {"format_version": FORMAT_VERSION} | dataclasses.asdict(progress)
+    body["parameters"] = {name: dataclasses.asdict(entry) for name, entry in shape.parameters.items()}
+    body |= {"tied": dict(shape.tied), "config": dict(shape.config)}
+    return json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def part_record(part: Part) -> dict[str, Any]:
+    """A part as it stands in the manifest."""
+    return {
+        "name": part.name,
+        "size_bytes": part.size_bytes,
+        "crc32": part.crc32,
+        "data_start": part.data_start,
+        "intervals": part.layout.to_record(),
+    }
+
+
+def part_header(layout: Layout) -> bytes:
+    """What stands before the data of a part: a safetensors header with a flat tensor for each interval."""
+    return safetensors_header({i.key: (i.dtype, (i.numel,)) for i in layout.intervals})
+
+
+def shape_differences(held: ModelShape, wanted: ModelShape, *, most: int = 5) -> list[str]:
+    """How a checkpoint's model differs from the one that is to be loaded, parameter by parameter."""
+    found = []
+    for name in sorted({*held.parameters, *wanted.parameters}):
+        ours, theirs = wanted.parameters.get(name), held.parameters.get(name)
+        if ours is None:
+            found.append(f"it has {name}, which this model has not")
+        elif theirs is None:
+            found.append(f"it has no {name}")
+        elif ours.shape != theirs.shape:
+            found.append(f"{name} is {_shape(theirs)} there and {_shape(ours)} here")
+        elif ours.kind != theirs.kind:
+            found.append(f"{name} is {theirs.kind} there and {ours.kind} here")
+    return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more"]
+
+
+def _shape(parameter: Parameter) -> str:
+    return "×".join(map(str, parameter.shape)) or "a number"
+
+
+def _file_of(error: FileNotFoundError) -> str:
+    """The file's own name: what a person looks for."""
+    name = str(error.filename or error.args[-1] if error.args else error)
+    return name.rstrip("/").rpartition("/")[2]

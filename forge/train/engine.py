@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +48,8 @@ class Flags:
     stop: bool = False
     save: bool = False
     evaluate: bool = False
+    trouble: bool = False
+    """Some rank could not write its part of a checkpoint: any rank's wish, not only the first's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,8 @@ class Engine:
         self._training = training
         self.state = TrainState(engine, keep_average=training.ema is not None)
         self.device: torch.device = engine.device
+        self.before_update: Callable[[], None] = lambda: None
+        """Called before the training state changes."""
 
     def step(
         self, step: int, micro_batches: Iterable[MicroBatch], *, num_tokens: int, lr: float, flags: Flags
@@ -101,7 +105,7 @@ class Engine:
             step: its number, from 1.
             num_tokens: predicted tokens of the step over all ranks.
             lr: the learning rate of this step.
-            flags: rank 0's wishes; ignored on the others.
+            flags: rank 0's wishes; on the others ignored, but for trouble.
         """
         engine = self._engine
         for group in engine.optimizer.param_groups:
@@ -114,7 +118,10 @@ class Engine:
             loss = self._loss(batch)
             loss_sum += loss.detach().double()
             engine.backward(loss * (engine.dp_world_size / num_tokens), scale_wrt_gas=False)
-            own_norm = self._clip_by_hand() if engine.is_gradient_accumulation_boundary() else None
+            own_norm = None
+            if engine.is_gradient_accumulation_boundary():
+                self.before_update()
+                own_norm = self._clip_by_hand()
             engine.step()
         if self._training.ema is not None:
             self.state.update_average(decay=self._training.ema.decay, step=step)
@@ -150,17 +157,18 @@ class Engine:
         """One all-reduce for the loss, the wishes of rank 0 and every rank's memory, each in its own place."""
         rank, world_size = self._engine.global_rank, self._engine.dp_world_size
         wishes = [flags.stop, flags.save, flags.evaluate] if rank == 0 else [False, False, False]
+        wishes.append(flags.trouble)
         memory = [0.0] * world_size
         memory[rank] = peak_memory_gib(self.device)
         shared = torch.tensor([0.0, *map(float, wishes), *memory], dtype=torch.float64, device=self.device)
         shared[0] = loss_sum
         dist.all_reduce(shared)
-        total, stop, save, evaluate, *peaks = shared.tolist()
+        total, stop, save, evaluate, trouble, *peaks = shared.tolist()
         return StepResult(
             loss=total / num_tokens,
             grad_norm=grad_norm,
             peak_memory_gib=max(peaks),
-            flags=Flags(stop=stop > 0, save=save > 0, evaluate=evaluate > 0),
+            flags=Flags(stop=stop > 0, save=save > 0, evaluate=evaluate > 0, trouble=trouble > 0),
         )
 
 

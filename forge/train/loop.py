@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from forge.data.batches import HeldOutBatches, TrainBatches
@@ -15,8 +15,9 @@ from forge.errors import CheckpointError, RunError
 from forge.events import CheckpointFailed, CheckpointSaved, Evaluated, Reporter, StepMetrics, perplexity
 from forge.spec.resources import CheckpointSpec
 from forge.spec.training import TrainingSpec
-from forge.train.checkpoint import Progress, Saved
+from forge.train.checkpoint import Progress
 from forge.train.engine import Engine, Flags
+from forge.train.saving import Outcome, Saved, Saving
 from forge.train.schedule import learning_rate
 
 
@@ -38,7 +39,7 @@ def train(
     curriculum: Curriculum,
     *,
     start: Progress,
-    save: Callable[[Progress], Saved],
+    saving: Saving,
     reporter: Reporter,
 ) -> Progress:
     """Train from `start` to the last step, or until asked to stop; collective.
@@ -50,13 +51,17 @@ def train(
     training = curriculum.training
     progress, saved_step = start, start.step
     saved_at = evaluated_at = time.monotonic()
+    is_save_due = False
     while progress.step < curriculum.total_steps:
         step, began = progress.step + 1, time.monotonic()
         is_last = step == curriculum.total_steps
+        # A checkpoint that is due while another is in the making begins when that one is sealed.
+        is_save_due |= curriculum.checkpoint.every.is_due(step=step, seconds_since_last=began - saved_at)
         wishes = Flags(
             stop=reporter.should_stop(),
-            save=is_last or curriculum.checkpoint.every.is_due(step=step, seconds_since_last=began - saved_at),
+            save=is_last or (is_save_due and not saving.is_busy),
             evaluate=is_last or training.evaluate_every.is_due(step=step, seconds_since_last=began - evaluated_at),
+            trouble=saving.has_failed,
         )
         lr = learning_rate(
             training.schedule, step=step, total_steps=curriculum.total_steps, peak=training.optimizer.lr
@@ -64,7 +69,9 @@ def train(
         tokens = curriculum.batches.tokens_per_step
         result = engine.step(step, curriculum.batches.of_step(step), num_tokens=tokens, lr=lr, flags=wishes)
         step_s = time.monotonic() - began
-        _require_finite(result.loss, result.grad_norm, step=step, lr=lr, saved_step=saved_step)
+        if not _is_finite(result.loss, result.grad_norm):
+            saved_step = _report(saving.finish(), reporter) or saved_step
+            raise _diverged(result.loss, result.grad_norm, step=step, lr=lr, saved_step=saved_step)
         progress = Progress(
             step=step, num_tokens=progress.num_tokens + tokens, recipe=start.recipe, corpus=start.corpus
         )
@@ -87,11 +94,14 @@ def train(
                 held_out_loss=held_out_loss,
             )
         )
-        if result.flags.save or result.flags.stop:
-            must_succeed = is_last or result.flags.stop
-            if _save(save, progress, must_succeed=must_succeed, reporter=reporter):
-                saved_step = step
-            saved_at = time.monotonic()
+        saved_step = _report(saving.outcomes(), reporter) or saved_step
+        if result.flags.trouble:
+            _report(saving.give_up(), reporter)
+        if is_last or result.flags.stop:
+            _save_for_certain(saving, progress, reporter)
+        elif result.flags.save:
+            saving.begin(progress)
+            saved_at, is_save_due = time.monotonic(), False
         if result.flags.stop:
             return progress
     if training.ema is not None and curriculum.held_out.num_sequences:
@@ -119,29 +129,55 @@ def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: st
     return loss
 
 
-def _save(save: Callable[[Progress], Saved], progress: Progress, *, must_succeed: bool, reporter: Reporter) -> bool:
-    """A checkpoint that fails in the middle of a run is reported and survived; the last one must be there."""
-    try:
-        saved = save(progress)
-    except CheckpointError as error:
-        if must_succeed:
-            raise
-        reporter.event(CheckpointFailed(step=progress.step, reason=str(error)))
-        return False
-    reporter.event(
-        CheckpointSaved(
-            step=progress.step, folder=str(saved.folder), size_bytes=saved.size_bytes, seconds=saved.seconds
-        )
-    )
-    return True
+def _save_for_certain(saving: Saving, progress: Progress, reporter: Reporter) -> None:
+    """Save and wait for it, a second time if need be: a saver may be killed at any moment, and is started anew.
+
+    Raises: CheckpointError on every rank if it cannot be written.
+    """
+    for _ in range(2):
+        saving.begin(progress)
+        outcomes = saving.finish()
+        failed = [
+            outcome for outcome in outcomes if not isinstance(outcome, Saved) and outcome.step == progress.step
+        ]
+        _report((outcome for outcome in outcomes if outcome not in failed), reporter)
+        if not failed:
+            return
+    raise CheckpointError(f"the checkpoint of step {progress.step} could not be written by {failed[0].reason}")
 
 
-def _require_finite(loss: float, grad_norm: float, *, step: int, lr: float, saved_step: int) -> None:
-    """Stop at the first step that is no number; the weights are spoilt from here on."""
-    if math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm >= 0:
-        return
+def _report(outcomes: Iterable[Outcome], reporter: Reporter) -> int:
+    """A checkpoint that fails in the middle of a run is reported and survived. Returns: the newest saved, or 0."""
+    newest = 0
+    for outcome in outcomes:
+        if isinstance(outcome, Saved):
+            newest = max(newest, outcome.step)
+            reporter.event(
+                CheckpointSaved(
+                    step=outcome.step,
+                    folder=outcome.folder,
+                    size_bytes=outcome.size_bytes,
+                    seconds=outcome.seconds,
+                    stall_s=outcome.stall_s,
+                )
+            )
+        else:
+            reporter.event(
+                CheckpointFailed(
+                    step=outcome.step, reason=f"the checkpoint could not be written by {outcome.reason}"
+                )
+            )
+    return newest
+
+
+def _is_finite(loss: float, grad_norm: float) -> bool:
+    return math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm >= 0
+
+
+def _diverged(loss: float, grad_norm: float, *, step: int, lr: float, saved_step: int) -> RunError:
+    """The end of a run at the first step that is no number: the weights are spoilt from here on."""
     kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "no checkpoint was written yet"
-    raise RunError(
+    return RunError(
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, at a learning rate of {lr:.3g}; "
         f"{kept}. Lower training.optimizer.lr, raise schedule.warmup_steps, or set optimizer.grad_clip"
     )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,13 +19,17 @@ import torch.distributed as dist
 from forge.data.batches import HeldOutBatches, TrainBatches
 from forge.data.order import SampleOrder
 from forge.data.prepare import open_streams
-from forge.errors import RunError
+from forge.errors import CheckpointError, RunError
 from forge.events import CheckpointSkipped, GenerationFormed, Reporter
 from forge.plan.plan import Plan, training_digest
-from forge.train.checkpoint import Progress, Saved, find_checkpoint, load_checkpoint, save_checkpoint
+from forge.train.checkpoint import Progress, list_checkpoints, open_checkpoint, verify_checkpoint
 from forge.train.engine import DTYPES, Engine, build_engine, join_process_group
 from forge.train.loop import Curriculum, train
 from forge.train.metrics import find_peak
+from forge.train.saving import Saving
+from forge.train.storage import open_storage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +42,7 @@ class Place:
     device: str
     """`cpu` or `cuda:0`."""
     checkpoints: str
-    """Folder of the run's checkpoints, seen by every rank."""
+    """Folder or URL of the run's checkpoints, seen by every rank."""
 
 
 def run_rank(plan: Plan, place: Place, reporter: Reporter) -> Progress:
@@ -66,8 +72,9 @@ def run_rank(plan: Plan, place: Place, reporter: Reporter) -> Progress:
         device=device,
     )
     clock.lap("build")
-    root = Path(place.checkpoints)
-    start = _load_newest(engine, root, plan, reporter)
+    saving = Saving(engine.state, url=place.checkpoints, keep=job.checkpoint.keep)
+    engine.before_update = saving.settle
+    start = _load_newest(engine, place.checkpoints, plan, reporter)
     clock.lap("load")
     peak = find_peak(device, dtype=DTYPES[job.training.precision])
     train_stream, held_out_stream = open_streams(plan.corpus)
@@ -82,9 +89,6 @@ def run_rank(plan: Plan, place: Place, reporter: Reporter) -> Progress:
             seconds=clock.laps,
         )
     )
-
-    def save(progress: Progress) -> Saved:
-        return save_checkpoint(root, engine.state, progress, keep=job.checkpoint.keep)
 
     curriculum = Curriculum(
         training=job.training,
@@ -107,22 +111,50 @@ def run_rank(plan: Plan, place: Place, reporter: Reporter) -> Progress:
         flops_per_token=plan.flops_per_token,
         peak_flops=peak.flops,
     )
-    return train(engine, curriculum, start=start, save=save, reporter=reporter)
+    try:
+        return train(engine, curriculum, start=start, saving=saving, reporter=reporter)
+    finally:
+        saving.close()
 
 
-def _load_newest(engine: Engine, root: Path, plan: Plan, reporter: Reporter) -> Progress:
-    """Every rank loads the checkpoint that rank 0 found; step 0 if there is none."""
+def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Progress:
+    """Load the newest checkpoint that verifies; step 0 if there is none. Collective.
+
+    Every rank reads what it needs and no more; of the checksums each verifies its share.
+    Raises: CheckpointError if it is of another job, or cannot be read.
+    """
     assert plan.corpus is not None
-    found: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        found[0] = find_checkpoint(
-            root, on_skip=lambda folder, why: reporter.event(CheckpointSkipped(folder=str(folder), reason=why))
-        )
-    dist.broadcast_object_list(found, src=0)
-    recipe = training_digest(plan.job)
-    if found[0] is None:
-        return Progress(step=0, num_tokens=0, recipe=recipe, corpus=plan.corpus.digest)
-    return load_checkpoint(found[0], engine.state, recipe=recipe, corpus=plan.corpus.digest)
+    recipe, corpus = training_digest(plan.job), plan.corpus.digest
+    share = dist.get_rank(), dist.get_world_size()
+    storage = open_storage(url)
+    for name in _agreed(lambda: list_checkpoints(storage))[0]:
+        found = _agreed(partial(verify_checkpoint, storage, name, share=share))
+        problem = next((problem for problem in found if problem), None)
+        if problem is not None:
+            reporter.event(CheckpointSkipped(folder=f"{url}/{name}", reason=problem))
+            continue
+        checkpoint = open_checkpoint(storage, name)
+        checkpoint.require_job(recipe=recipe, corpus=corpus, shape=engine.state.shape)
+        _agreed(partial(engine.state.read, checkpoint))
+        engine.state.resume(step=checkpoint.progress.step)
+        return checkpoint.progress
+    return Progress(step=0, num_tokens=0, recipe=recipe, corpus=corpus)
+
+
+def _agreed(attempt: Callable[[], T]) -> list[T]:
+    """Every rank's answer, on every rank; collective. Raises: CheckpointError on all of them if one raised it."""
+    answer: T | None = None
+    failure: str | None = None
+    try:
+        answer = attempt()
+    except CheckpointError as error:
+        failure = str(error)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (answer, failure))
+    for _, reason in every:
+        if reason is not None:
+            raise CheckpointError(reason)
+    return [answer for answer, _ in every]
 
 
 class _Stopwatch:

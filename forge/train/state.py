@@ -1,35 +1,52 @@
 """The training state in coordinates that know nothing of ranks.
 
 A rank owns *shards*: intervals `[start, stop)` of a parameter's flattened elements, each in several
-kinds: `master` (the fp32 weight), `exp_avg`, `exp_avg_sq` (AdamW's moments), `ema`. Whoever saves
-writes what it owns; whoever loads reads what it owns now. How DeepSpeed lays the state out is known
-to this module alone, by names that are not part of its public interface; `shards_of` therefore
-checks that what it found covers every parameter, and says which release it was written for.
+kinds: `master` (the fp32 weight), `exp_avg`, `exp_avg_sq` (AdamW's moments) and `ema` of what is trained;
+`frozen` of a parameter that is not, and `buffer` of a tensor that is no parameter, both as the model has
+them. Whoever saves writes what it claims; whoever loads reads what it owns now. How DeepSpeed lays the
+state out is known to this module alone, by names that are not part of its public interface; `shards_of`
+therefore checks that what it found covers every parameter, and says which release it was written for.
 
     ZeRO 0       bf16: one fp32 tensor per parameter, whole on every rank; fp32: the parameter itself
     ZeRO 1, 2    one flat fp32 vector per parameter group and rank; `_hp_mapping` locates a parameter in it
-    ZeRO 3       one flat fp32 vector per sub-group and rank; `grad_position` locates a parameter in it
+    ZeRO 3       one flat fp32 vector per sub-group and rank; `grad_position` locates a parameter in it;
+                 a frozen parameter's share is its `ds_tensor`
+    offload      the same vectors, in host memory
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+from forge.train.checkpoint import Checkpoint, ModelShape, Parameter
+from forge.train.interval import Interval, pack
+
+TRAINED = ("master", "exp_avg", "exp_avg_sq")
 _KNOWN_RELEASE = "0.19.8"
+# A checkpoint is read into memory of the host this many bytes at a time where the state lies elsewhere.
+_STAGING_BYTES = 64 * 2**20
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+"""What safetensors calls torch's types."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Shard:
     """One interval of one parameter, and where this rank keeps it.
 
-    `owner` is the tensor the optimizer updates; the interval lies in it from `offset` on, and at the
-    same place in every tensor of `owner`'s size (its moments, its average).
+    `owner` is the tensor that holds it: for what is trained the one the optimizer updates; the interval
+    lies in it from `offset` on, and at the same place in every tensor of `owner`'s size (its moments, its
+    average). `constant` names the only kind of a tensor that is not trained.
     """
 
     name: str
@@ -37,14 +54,20 @@ class Shard:
     stop: int
     owner: Tensor
     offset: int
+    constant: str | None = None
 
     def view(self, flat: Tensor) -> Tensor:
         """The interval within a tensor laid out like `owner`; writing to it writes through."""
         return flat.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
 
+    def narrow(self, start: int, stop: int) -> Shard:
+        """The part of it that lies in `[start, stop)`."""
+        start, stop = max(start, self.start), max(min(stop, self.stop), max(start, self.start))
+        return replace(self, start=start, stop=stop, offset=self.offset + start - self.start)
+
 
 class TrainState:
-    """Read and write access to a DeepSpeed engine's optimizer state, shard by shard."""
+    """Read and write access to a DeepSpeed engine's training state, shard by shard."""
 
     def __init__(self, engine: Any, *, keep_average: bool) -> None:
         """Args:
@@ -53,26 +76,83 @@ class TrainState:
         """
         self._engine = engine
         self._torch_optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-        self.shards = shards_of(engine)
+        trained = shards_of(engine)
+        self.shards = trained + list(_constants(engine))
         """What this rank must load: all that it keeps."""
-        self.claims = [_claim(shard, engine) for shard in self.shards] if _is_replicated(engine) else self.shards
+        self.claims = [_claim(shard, engine) for shard in self.shards]
         """What this rank must save: over all ranks, every element once."""
-        self._owners = list({id(shard.owner): shard.owner for shard in self.shards}.values())
+        self._owners = list({id(shard.owner): shard.owner for shard in trained}.values())
         self._reset_moments()
         self._averages = {id(owner): owner.detach().clone() for owner in self._owners} if keep_average else {}
+        held = [(shard, kind) for shard in self.claims for kind in self.kinds_of(shard)]
+        places = {(shard.name, kind): (shard, kind) for shard, kind in held}
+        self.layout = pack(self.interval(shard, kind) for shard, kind in held)
+        """What this rank saves, as it lies in a snapshot."""
+        self._sources = [(*places[interval.name, interval.kind], at) for interval, at in self.layout.placed()]
+        self.shape = shape_of(engine)
+        """The model's tensors; equal on every rank."""
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds this run keeps."""
-        return (*KINDS, "ema") if self._averages else KINDS
+    def device(self) -> torch.device:
+        """Where the ranks compute."""
+        device: torch.device = self._engine.device
+        return device
+
+    def kinds_of(self, shard: Shard) -> tuple[str, ...]:
+        """The kinds this run keeps of a shard."""
+        if shard.constant is not None:
+            return (shard.constant,)
+        return (*TRAINED, "ema") if self._averages else TRAINED
+
+    def interval(self, shard: Shard, kind: str) -> Interval:
+        """A shard in one kind, without its tensor."""
+        dtype = DTYPE_NAMES[self.tensor(shard, kind).dtype]
+        return Interval(kind=kind, name=shard.name, start=shard.start, stop=shard.stop, dtype=dtype)
 
     def tensor(self, shard: Shard, kind: str) -> Tensor:
-        """The flat fp32 elements of one shard in one kind; a view, not a copy."""
-        if kind == "master":
+        """The flat elements of one shard in one kind; a view, not a copy."""
+        if kind == "master" or shard.constant is not None:
             return shard.view(shard.owner)
         if kind == "ema":
             return shard.view(self._averages[id(shard.owner)])
         return shard.view(self._torch_optimizer.state[shard.owner][kind])
+
+    @torch.no_grad()
+    def copy_to(self, memory: memoryview, *, buffers: bool) -> None:
+        """Copy what this rank claims into host memory laid out as `layout`.
+
+        Args:
+            buffers: copy buffers, which a forward pass may change, or all the rest, which only an update does.
+        """
+        for shard, kind, at in self._sources:
+            if (kind == "buffer") == buffers:
+                source = self.tensor(shard, kind)
+                torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=at).copy_(source)
+
+    @torch.no_grad()
+    def read(self, checkpoint: Checkpoint) -> None:
+        """Fill what this rank keeps from a checkpoint of any world size and ZeRO stage; `resume` afterwards.
+
+        Only the ranges that this rank needs are read, straight into its tensors where they lie on the host.
+        Raises: CheckpointError if it is of another model, or cannot be read.
+        """
+        wanted = [
+            (shard, kind) for shard in self.shards for kind in self.kinds_of(shard) if shard.stop > shard.start
+        ]
+        on_host = [pair for pair in wanted if self.tensor(*pair).device.type == "cpu"]
+        checkpoint.read((self.interval(*pair), bytes_of(self.tensor(*pair))) for pair in on_host)
+        for shard, kind in wanted:
+            if self.tensor(shard, kind).device.type != "cpu":
+                self._read_staged(checkpoint, shard, kind)
+
+    def _read_staged(self, checkpoint: Checkpoint, shard: Shard, kind: str) -> None:
+        numel = _STAGING_BYTES // self.tensor(shard, kind).element_size()
+        for start in range(shard.start, shard.stop, numel):
+            piece = shard.narrow(start, start + numel)
+            target = self.tensor(piece, kind)
+            staged = torch.empty(target.shape, dtype=target.dtype)
+            checkpoint.read([(self.interval(piece, kind), bytes_of(staged))])
+            target.copy_(staged)
 
     @torch.no_grad()
     def update_average(self, *, decay: float, step: int) -> None:
@@ -97,10 +177,11 @@ class TrainState:
         self.refresh_weights()
 
     @torch.no_grad()
-    def set_step(self, step: int) -> None:
-        """Tell AdamW how many updates it has made; its bias correction depends on it."""
+    def resume(self, *, step: int) -> None:
+        """Go on from what was read: tell AdamW the number of its updates, and compute the weights; collective."""
         for owner in self._owners:
             self._torch_optimizer.state[owner]["step"].fill_(float(step))
+        self.refresh_weights()
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
@@ -137,11 +218,11 @@ class TrainState:
 
 
 def shards_of(engine: Any) -> list[Shard]:
-    """What this rank owns of each parameter, in the order of `named_parameters`.
+    """What this rank owns of each trained parameter, in the order of `named_parameters`.
 
     Raises: RuntimeError if a release of DeepSpeed keeps its state elsewhere.
     """
-    named = [(name.removeprefix("model."), p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in named_parameters(engine.module) if p.requires_grad]
     stage = engine.zero_optimization_stage()
     try:
         if stage == 3:
@@ -158,15 +239,87 @@ def shards_of(engine: Any) -> list[Shard]:
     return shards
 
 
-def _is_replicated(engine: Any) -> bool:
-    return bool(engine.zero_optimization_stage() == 0)
+def shape_of(engine: Any) -> ModelShape:
+    """Every tensor of the model by its name in transformers; the same on every rank."""
+    module = engine.module
+    parameters = {
+        name: Parameter(
+            shape=tuple(getattr(p, "ds_shape", p.shape)),
+            dtype=DTYPE_NAMES[p.dtype],
+            kind="master" if p.requires_grad else "frozen",
+        )
+        for name, p in named_parameters(module)
+    }
+    for name, buffer in _buffers(module):
+        parameters[name] = Parameter(shape=tuple(buffer.shape), dtype=DTYPE_NAMES[buffer.dtype], kind="buffer")
+    first = {id(p): name for name, p in named_parameters(module)}
+    every = [(_plain(name), p) for name, p in module.named_parameters(remove_duplicate=False)]
+    return ModelShape(
+        parameters=parameters,
+        tied={name: first[id(p)] for name, p in every if first[id(p)] != name},
+        config=_config_of(getattr(module, "model", module)),
+    )
+
+
+def _config_of(model: Any) -> dict[str, Any]:
+    """A transformers model's config as JSON."""
+    if not hasattr(model, "config"):
+        return {}
+    config: dict[str, Any] = json.loads(model.config.to_json_string()) | {"architectures": [type(model).__name__]}
+    return config
+
+
+def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Each once, under the name it has in the transformers model."""
+    return [(_plain(name), parameter) for name, parameter in module.named_parameters()]
+
+
+def _plain(name: str) -> str:
+    """Without the objective that stands around the model."""
+    return name.removeprefix("model.")
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that belong to the state without being parameters, such as a router's bias."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name not in parameters and isinstance(tensor, Tensor):
+            yield _plain(name), tensor
+
+
+def _constants(engine: Any) -> Iterator[Shard]:
+    """What this rank keeps of tensors that are not trained."""
+    divided, rank = engine.zero_optimization_stage() == 3, engine.global_rank
+    named: list[tuple[str, Any]] = list(named_parameters(engine.module))
+    for name, parameter in named:
+        if parameter.requires_grad:
+            continue
+        if divided:
+            start = rank * parameter.partition_numel()
+            stop = min(start + parameter.partition_numel(), parameter.ds_numel)
+            owner = parameter.ds_tensor
+        else:
+            start, stop, owner = 0, parameter.numel(), parameter.data
+        if start < stop:
+            yield Shard(name=name, start=start, stop=stop, owner=owner, offset=0, constant="frozen")
+    for name, buffer in _buffers(engine.module):
+        yield Shard(name=name, start=0, stop=buffer.numel(), owner=buffer, offset=0, constant="buffer")
 
 
 def _claim(shard: Shard, engine: Any) -> Shard:
-    """The W-th part of what every rank has whole."""
-    world, rank, size = engine.dp_world_size, engine.global_rank, shard.stop
-    start, stop = rank * size // world, (rank + 1) * size // world
-    return Shard(name=shard.name, start=start, stop=stop, owner=shard.owner, offset=start)
+    """The part of a shard that this rank saves: all of it, or of what every rank has whole the W-th part."""
+    stage = engine.zero_optimization_stage()
+    if shard.constant == "buffer":  # the ranks may differ; the first one's counts
+        return shard if engine.global_rank == 0 else shard.narrow(0, 0)
+    if stage == 0 or (stage < 3 and shard.constant is not None):
+        world, rank, size = engine.dp_world_size, engine.global_rank, shard.stop
+        return shard.narrow(rank * size // world, (rank + 1) * size // world)
+    return shard
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A host tensor's memory; writing to it writes the tensor. As bytes, since numpy has no bf16."""
+    return memoryview(tensor.detach().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def _whole(engine: Any, named: list[tuple[str, Any]]) -> Iterator[Shard]:

@@ -160,7 +160,10 @@ class TestStatus:
             ([], "died"),
             ([RunStopped(step=3), STARTED], "died"),
             ([FAILED, STARTED, RunFinished(step=6)], "finished"),
-            ([RunFinished(step=3), CheckpointSaved(step=3, folder="x", size_bytes=1, seconds=1.0)], "finished"),
+            (
+                [RunFinished(step=3), CheckpointSaved(step=3, folder="x", size_bytes=1, seconds=1.0, stall_s=0.0)],
+                "finished",
+            ),
         ],
     )
     def test_it_is_how_the_newest_start_ended(self, tmp_path: Path, endings: list[Event], status: str) -> None:

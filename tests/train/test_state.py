@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
-from forge.train.state import shards_of
+from forge.train.state import TRAINED, shards_of
 from tests.support.jobs import VOCAB, tiny_plan
 from tests.support.ranks import on_ranks
 
@@ -32,7 +32,9 @@ def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
     state = engine.state
     return {
         "claims": [(shard.name, shard.start, shard.stop) for shard in state.claims],
-        "kinds": {kind: sum(state.tensor(shard, kind).numel() for shard in state.shards) for kind in state.kinds},
+        "kinds": {
+            kind: sum(state.tensor(shard, kind).numel() for shard in state.shards) for kind in (*TRAINED, "ema")
+        },
         "whole_parameters": sum(p.numel() for p in engine._engine.module.parameters()),
     }
 

@@ -1,0 +1,201 @@
+"""A checkpoint as a Hugging Face folder that `from_pretrained` loads.
+
+    python -m forge.serve.export < request.json > answer.json
+
+The weights stream from the checkpoint's parts into safetensors files, some MiB at a time: the optimizer's
+state is not read, and the model is never in memory. The folder appears when it is complete. In a process
+of its own, because the client never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from forge.errors import ArgumentError, CheckpointError, ForgeError
+from forge.serve.weights import read_pieces, require_average
+from forge.train.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, step_name, verify_checkpoint
+from forge.train.interval import ITEM_BYTES, safetensors_header
+from forge.train.state import bytes_of
+from forge.train.storage import open_storage
+
+_PIECE_NUMEL = 4 * 2**20
+_DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """What to export, and how."""
+
+    url: str
+    """Of the run's checkpoints."""
+    to: str
+    """The folder to be made; it must not be there, or be empty."""
+    step: int | None = None
+    """None: the newest that verifies."""
+    dtype: str = "bf16"
+    """`bf16` or `fp32`, of what is a floating-point number."""
+    ema: bool = False
+    """The averaged weights."""
+    max_shard_bytes: int = 5 * 10**9
+    """Of one file; a single larger tensor has a file of its own."""
+    tokenizer: str | None = None
+    """A folder whose files are copied along."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What was written."""
+
+    folder: str
+    step: int
+    num_parameters: int
+    size_bytes: int
+    num_files: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target:
+    """One tensor as it will stand in its file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    numel: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.numel * ITEM_BYTES[self.dtype]
+
+
+def export(request: ExportRequest) -> Exported:
+    """Write a Hugging Face folder.
+
+    Raises: CheckpointError if there is no such checkpoint, it is broken, of no transformers model, or holds no
+        averages; ArgumentError if the folder is not empty or cannot be written.
+    """
+    checkpoint = _find(request)
+    require_average(checkpoint, ema=request.ema)
+    config = _config(checkpoint, request)
+    to = Path(request.to)
+    draft = to.with_name(f".{to.name}.{os.getpid()}.draft")
+    try:
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise ArgumentError(f"{to} is there already and not empty; name another folder")
+        draft.mkdir(parents=True)
+        files = _files(checkpoint, request)
+        for name, targets in files.items():
+            _write_file(draft / name, targets, checkpoint, request)
+        _write_index(draft, files)
+        config.save_pretrained(draft)
+        GenerationConfig.from_model_config(config).save_pretrained(draft)
+        if request.tokenizer is not None and Path(request.tokenizer).is_dir():
+            shutil.copytree(request.tokenizer, draft, dirs_exist_ok=True)
+        draft.rename(to)  # over an empty folder too
+    except OSError as error:
+        raise ArgumentError(f"{to} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    written = [target for targets in files.values() for target in targets]
+    kinds = checkpoint.shape.parameters
+    return Exported(
+        folder=str(to),
+        step=checkpoint.progress.step,
+        num_parameters=sum(target.numel for target in written if kinds[target.name].kind != "buffer"),
+        size_bytes=sum(target.size_bytes for target in written),
+        num_files=len(files),
+    )
+
+
+def _find(request: ExportRequest) -> Checkpoint:
+    storage = open_storage(request.url)
+    if request.step is not None:
+        name = step_name(request.step)
+        problem = verify_checkpoint(storage, name)
+        if problem is not None:
+            raise CheckpointError(f"{storage.url}/{name}: {problem}")
+        return open_checkpoint(storage, name)
+    skipped: list[str] = []
+    found = find_checkpoint(storage, on_skip=lambda name, why: skipped.append(f"{name}: {why}"))
+    if found is None:
+        raise CheckpointError(
+            f"{storage.url} holds no checkpoint that verifies ({'; '.join(skipped) or 'none at all'})"
+        )
+    return found
+
+
+def _config(checkpoint: Checkpoint, request: ExportRequest) -> PretrainedConfig:
+    body = dict(checkpoint.shape.config)
+    if not body:
+        raise CheckpointError(f"{checkpoint.url} is of no transformers model: it cannot be exported as one")
+    config = AutoConfig.for_model(body.pop("model_type"), **body)
+    config.dtype = _DTYPES[request.dtype][1]
+    return config
+
+
+def _files(checkpoint: Checkpoint, request: ExportRequest) -> dict[str, list[_Target]]:
+    """Tensors in the model's order, in files of at most the size that was asked for, named as transformers does."""
+    groups: list[list[_Target]] = []
+    size = 0
+    for name, parameter in checkpoint.shape.parameters.items():
+        interval = checkpoint.value_interval(name, ema=request.ema)
+        is_float = interval.dtype.startswith(("F", "BF"))
+        dtype = _DTYPES[request.dtype][0] if is_float else interval.dtype
+        target = _Target(name=name, dtype=dtype, shape=parameter.shape, numel=interval.numel)
+        if not groups or size + target.size_bytes > request.max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(target)
+        size += target.size_bytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _write_file(path: Path, targets: list[_Target], checkpoint: Checkpoint, request: ExportRequest) -> None:
+    header = safetensors_header({t.name: (t.dtype, t.shape) for t in targets}, metadata={"format": "pt"})
+    with path.open("wb") as file:
+        file.write(header)
+        for target in targets:
+            for piece in _converted(target, checkpoint, request):
+                file.write(bytes_of(piece))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _converted(target: _Target, checkpoint: Checkpoint, request: ExportRequest) -> Iterator[torch.Tensor]:
+    interval = checkpoint.value_interval(target.name, ema=request.ema)
+    for piece in read_pieces(checkpoint, interval, max_numel=_PIECE_NUMEL):
+        yield piece.to(_DTYPES[request.dtype][1]) if target.dtype != interval.dtype else piece
+
+
+def _write_index(folder: Path, files: dict[str, list[_Target]]) -> None:
+    """Which tensor is in which file; a single file needs none."""
+    if len(files) == 1:
+        return
+    weight_map = {target.name: name for name, targets in files.items() for target in targets}
+    total = sum(target.size_bytes for targets in files.values() for target in targets)
+    body: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    """Answer one request: `{"exported": {...}}`, or `{"error": {"class": ..., "message": ...}}`."""
+    try:
+        answer = {"exported": asdict(export(ExportRequest(**json.load(sys.stdin))))}
+    except ForgeError as error:
+        answer = {"error": {"class": type(error).__name__, "message": str(error)}}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

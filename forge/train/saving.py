@@ -1,0 +1,304 @@
+"""A rank's side of making checkpoints: the copy of its state, and what became of it.
+
+`Saving.begin` returns at once. A thread copies the rank's intervals into shared memory while the next
+forward and backward run, because only an update changes them; `settle` is called before every update
+and waits for whatever is left of the copy. That wait is all that training pays. The saver process makes
+a durable checkpoint of the copy; `outcomes` tells what has become of it.
+
+The loop has one checkpoint in the making at a time: the next that is due begins when the last is sealed.
+Only the last of a run begins at once, in the other slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from forge.train.checkpoint import Progress, state_bytes, step_name
+from forge.train.saver import MEMBERSHIP_DIGITS, SaveOrder
+from forge.train.snapshot import NUM_SLOTS, create_snapshot
+from forge.train.state import TrainState
+
+T = TypeVar("T")
+_POLL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint that is complete."""
+
+    step: int
+    folder: str
+    size_bytes: int
+    seconds: float
+    """From the end of the step to the last flush."""
+    stall_s: float
+    """How long training stood still for it, on this rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveFailed:
+    """A checkpoint that could not be written."""
+
+    step: int
+    reason: str
+
+
+Outcome = Saved | SaveFailed
+
+
+@dataclass(slots=True, kw_only=True)
+class _Making:
+    """A checkpoint in the making, as far as this rank knows."""
+
+    step: int
+    began: float
+    """By the clock that the saver shares."""
+    stall_s: float = 0.0
+    has_part: bool = False
+    sealed: dict[str, Any] | None = None
+    """The first rank alone hears of it."""
+    failure: str | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Sealed, or failed."""
+        return self.sealed is not None or self.failure is not None
+
+
+class Saving:
+    """Makes checkpoints of one rank's state together with its peers; one for each membership."""
+
+    def __init__(self, state: TrainState, *, url: str, keep: int) -> None:
+        """Collective.
+
+        Args:
+            url: where the run's checkpoints go.
+            keep: how many of the newest are kept.
+        """
+        self._state, self._url, self._keep = state, url, keep
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        token: list[str] = [secrets.token_hex(MEMBERSHIP_DIGITS // 2)]
+        dist.broadcast_object_list(token, src=0)
+        self._token, self._num_begun = token[0], 0
+        self._snapshot = create_snapshot(state.layout)
+        self._saver = _SaverProcess(self._snapshot.fd)
+        self._copying: tuple[threading.Thread, _Making] | None = None
+        self._making: dict[str, _Making] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is in the making; only the first rank knows when it is sealed."""
+        return bool(self._making)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank's part of a checkpoint could not be written; tell the others, and `give_up`."""
+        self._listen()
+        return any(making.failure for making in self._making.values())
+
+    def begin(self, progress: Progress) -> None:
+        """Start to make a checkpoint of the state as it is; it must not change before `settle`. Collective."""
+        began, began_at = time.monotonic(), time.time()
+        self.settle()
+        slot = self._num_begun % NUM_SLOTS
+        self._num_begun += 1
+        token = f"{self._token}{self._num_begun:04x}"
+        making = self._making[token] = _Making(step=progress.step, began=began_at)
+        order = SaveOrder(
+            url=self._url,
+            step=progress.step,
+            slot=slot,
+            rank=self._rank,
+            world_size=self._world_size,
+            token=token,
+            keep=self._keep,
+            state=state_bytes(progress, self._state.shape).decode() if self._rank == 0 else "",
+        )
+        self._state.copy_to(self._snapshot.begin(slot), buffers=True)
+        thread = threading.Thread(
+            target=self._copy, args=(making, order, _mark(self._state.device)), name="snapshot", daemon=True
+        )
+        thread.start()
+        self._copying = thread, making
+        making.stall_s += time.monotonic() - began
+
+    def settle(self) -> None:
+        """Return when the state may change: the copy is complete."""
+        if self._copying is None:
+            return
+        began = time.monotonic()
+        (thread, making), self._copying = self._copying, None
+        thread.join()
+        making.stall_s += time.monotonic() - began
+
+    def outcomes(self) -> list[Saved]:
+        """On the first rank: the checkpoints that were sealed since it was asked last."""
+        self._listen()
+        found = []
+        for token, making in list(self._making.items()):
+            if self._rank != 0 and making.has_part and making.failure is None:
+                del self._making[token]  # the rest is the first rank's
+            elif making.sealed is not None:
+                del self._making[token]
+                found.append(self._saved(making))
+        return found
+
+    def give_up(self) -> list[SaveFailed]:
+        """Call off what cannot be finished, as a rank's part failed; collective. Returns: the same everywhere."""
+        reasons = self._gather({token: making.failure for token, making in self._making.items() if making.failure})
+        failed = []
+        for token, reason in reasons.items():
+            making = self._making.pop(token, None)
+            if self._rank == 0 and making is not None:
+                if making.failure is None:
+                    self._saver.send({"abort": token})
+                failed.append(SaveFailed(step=making.step, reason=reason))
+        return self._from_first(failed)
+
+    def finish(self) -> list[Outcome]:
+        """Wait until nothing is in the making any more; collective. Returns: the same on every rank."""
+        self.settle()
+        self._await(lambda: all(making.has_part or making.failure for making in self._making.values()))
+        failed = self.give_up()
+        if self._rank == 0:
+            self._await(lambda: all(making.is_over for making in self._making.values()))
+        return [*failed, *self.give_up(), *self._from_first(self.outcomes())]
+
+    def close(self) -> None:
+        """End the saver process once it has done what it was told, and free the memory."""
+        self.settle()
+        self._saver.close()
+
+    def _copy(self, making: _Making, order: SaveOrder, ready: Any) -> None:
+        try:
+            with _beside(ready):
+                self._state.copy_to(self._snapshot.data(order.slot), buffers=False)
+            self._snapshot.commit(order.slot, step=order.step, state={"step": order.step})
+            self._saver.send(asdict(order))
+        except Exception as error:  # a thread's exceptions are seen by nobody
+            making.failure = f"the state could not be copied: {error}"
+
+    def _listen(self) -> None:
+        for outcome in self._saver.outcomes():
+            making = self._making.get(outcome["token"])
+            if making is None:
+                continue  # called off meanwhile
+            making.has_part = making.has_part or "part" in outcome
+            making.sealed = outcome if "sealed" in outcome else making.sealed
+            making.failure = making.failure or outcome.get("failed")
+        if self._saver.death is not None:
+            for making in self._making.values():
+                if not making.is_over and not (making.has_part and self._rank != 0):
+                    making.failure = self._saver.death
+            self._saver = _SaverProcess(self._snapshot.fd)
+
+    def _await(self, is_so: Callable[[], bool]) -> None:
+        self._listen()
+        while not is_so():
+            time.sleep(_POLL_S)
+            self._listen()
+
+    def _gather(self, own: dict[str, str]) -> dict[str, str]:
+        """The first reason for each token, over all ranks."""
+        every: list[dict[str, str]] = [{} for _ in range(self._world_size)]
+        dist.all_gather_object(every, {token: f"rank {self._rank}: {why}" for token, why in own.items()})
+        return {token: reasons[token] for reasons in reversed(every) for token in reasons}
+
+    def _from_first(self, found: list[T]) -> list[T]:
+        """The first rank's answer, on every rank."""
+        shared = [found]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def _saved(self, making: _Making) -> Saved:
+        assert making.sealed is not None
+        return Saved(
+            step=making.step,
+            folder=f"{self._url}/{step_name(making.step)}",
+            size_bytes=making.sealed["sealed"],
+            seconds=making.sealed["at"] - making.began,
+            stall_s=making.stall_s,
+        )
+
+
+class _SaverProcess:
+    """The process beside this rank that writes its part; see `forge.train.saver`."""
+
+    def __init__(self, snapshot_fd: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "forge.train.saver", str(snapshot_fd)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[snapshot_fd],
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        os.set_blocking(self._stdout.fileno(), False)
+        self._text = b""
+        self._sending = threading.Lock()
+        self.death: str | None = None
+        """How it died, if it did."""
+
+    def send(self, order: dict[str, Any]) -> None:
+        """Give an order; a saver that has died says so in `death`."""
+        with self._sending, contextlib.suppress(BrokenPipeError):
+            self._stdin.write(json.dumps(order).encode() + b"\n")
+            self._stdin.flush()
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """What it has answered since it was asked last; does not wait."""
+        while (piece := self._receive()) not in (None, b""):
+            self._text += piece or b""
+        if piece == b"" and self.death is None:
+            self.death = f"the saver process died ({_ending(self._process.wait())})"
+        *lines, self._text = self._text.split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def close(self) -> None:
+        """No more orders; wait until it has ended."""
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+        self._process.wait()
+        self._stdout.close()
+
+    def _receive(self) -> bytes | None:
+        try:
+            return os.read(self._stdout.fileno(), 2**16)
+        except BlockingIOError:
+            return None
+
+
+def _ending(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
+def _mark(device: torch.device) -> Any:
+    """This moment in the work that was handed to a GPU; None on the host."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def _beside(ready: Any) -> Iterator[None]:
+    """On a GPU, copies begun meanwhile run beside training, after `ready`, and are complete at the end."""
+    if ready is None:
+        yield
+        return
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

@@ -1,0 +1,152 @@
+"""Snapshots: the state of one rank as of a step, in shared memory that outlives the rank.
+
+The memory is anonymous (`memfd`): it has no name that could be left behind, it does not count against the
+size of /dev/shm, and it is gone with the last process that holds it. It says itself what it holds, so
+whoever has the descriptor can read it. Two slots are written in turn; while one is written the other
+stays whole:
+
+    header    magic, number of slots, bytes of the layout, bytes of the data
+    slot 0    step, checksum of the data, length and text of a small JSON (step, tokens, ...)
+    slot 1
+    layout    JSON: the intervals, in the order of their bytes
+    data 0
+    data 1
+
+A writer takes the step away first and writes it last, after the checksum, so a slot that is torn, because
+its writer was killed in the middle, is seen to be so. This module knows no torch: the process that makes
+a checkpoint of a snapshot stays light.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from forge.train.interval import Layout, layout_from_record
+
+NUM_SLOTS = 2
+_MAGIC = b"forgesn1"
+_HEADER = struct.Struct("<8sIIQQ")  # magic, slots, page size, bytes of the layout, bytes of one slot's data
+_SLOT = struct.Struct("<qQI")  # step (0: none), checksum, bytes of the JSON
+_SLOT_BYTES = 4096
+_PAGE = 4096
+_CHUNK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """One whole snapshot."""
+
+    slot: int
+    step: int
+    checksum: int
+    """xxh3_64 of the data."""
+    state: dict[str, Any]
+
+
+class Snapshot:
+    """The shared memory of one rank; use `create_snapshot` or `open_snapshot`."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._memory = mmap.mmap(fd, 0)
+        magic, num_slots, _, layout_bytes, self._data_bytes = _HEADER.unpack_from(self._memory, 0)
+        if magic != _MAGIC or num_slots != NUM_SLOTS:
+            raise ValueError("this memory holds no snapshots of this version of forge")
+        first = _PAGE + NUM_SLOTS * _SLOT_BYTES
+        self.layout: Layout = layout_from_record(json.loads(self._memory[first : first + layout_bytes]))
+        self._data_start = _up(first + layout_bytes)
+
+    def begin(self, slot: int) -> memoryview:
+        """Take the step away from a slot and give its bytes, to be written before `commit`."""
+        _SLOT.pack_into(self._memory, self._slot_start(slot), 0, 0, 0)
+        return self.data(slot)
+
+    def commit(self, slot: int, *, step: int, state: dict[str, Any]) -> None:
+        """Declare a slot whole: checksum first, the step last.
+
+        Raises: ValueError if `state` is more than a few hundred bytes of JSON.
+        """
+        text = json.dumps(state).encode()
+        if step < 1 or len(text) > _SLOT_BYTES - _SLOT.size:
+            raise ValueError(f"a snapshot of step {step} with {len(text)} bytes of JSON")
+        start = self._slot_start(slot)
+        self._memory[start + _SLOT.size : start + _SLOT.size + len(text)] = text
+        checksum = self._checksum(slot)
+        _SLOT.pack_into(self._memory, start, 0, checksum, len(text))
+        # A word of 8 bytes at a page's beginning is written at once: a reader sees the step or no step.
+        struct.pack_into("<q", self._memory, start, step)
+
+    def copies(self) -> list[Copy]:
+        """The slots that are whole by their headers, the newest first."""
+        found = []
+        for slot in range(NUM_SLOTS):
+            start = self._slot_start(slot)
+            step, checksum, num_bytes = _SLOT.unpack_from(self._memory, start)
+            if step > 0:
+                text = self._memory[start + _SLOT.size : start + _SLOT.size + num_bytes]
+                found.append(Copy(slot=slot, step=step, checksum=checksum, state=json.loads(text)))
+        return sorted(found, key=lambda copy: -copy.step)
+
+    def is_intact(self, copy: Copy) -> bool:
+        """Whether a slot still holds this copy, and its bytes are those that were committed."""
+        return copy in self.copies() and self._checksum(copy.slot) == copy.checksum
+
+    def data(self, slot: int) -> memoryview:
+        """The bytes of a slot, laid out as `layout` says; release it before `close`."""
+        start = self._data_start + slot * _up(self._data_bytes)
+        return memoryview(self._memory)[start : start + self._data_bytes]
+
+    def close(self) -> None:
+        """Let go of the memory; it is freed when nobody holds it any more."""
+        self._memory.close()
+        os.close(self.fd)
+
+    def _checksum(self, slot: int) -> int:
+        with self.data(slot) as data:
+            return checksum(data)
+
+    def _slot_start(self, slot: int) -> int:
+        return _PAGE + slot * _SLOT_BYTES
+
+
+def create_snapshot(layout: Layout) -> Snapshot:
+    """Shared memory with room for two copies of a layout; pages are taken when they are first written.
+
+    Raises: OSError if the system gives none.
+    """
+    text = json.dumps(layout.to_record()).encode()
+    data_start = _up(_PAGE + NUM_SLOTS * _SLOT_BYTES + len(text))
+    fd = os.memfd_create("forge-snapshot")  # closed in children that are not handed it
+    try:
+        os.ftruncate(fd, data_start + NUM_SLOTS * _up(layout.size_bytes))
+        os.pwrite(fd, _HEADER.pack(_MAGIC, NUM_SLOTS, _PAGE, len(text), layout.size_bytes), 0)
+        os.pwrite(fd, text, _PAGE + NUM_SLOTS * _SLOT_BYTES)
+        return Snapshot(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def open_snapshot(fd: int) -> Snapshot:
+    """The memory behind a descriptor that was inherited. Raises: ValueError if it holds something else."""
+    return Snapshot(fd)
+
+
+def checksum(data: memoryview) -> int:
+    """xxh3_64, a few MiB at a time so that other threads get their turn."""
+    digest = xxhash.xxh3_64()
+    for start in range(0, len(data), _CHUNK_BYTES):
+        digest.update(data[start : start + _CHUNK_BYTES])
+    return digest.intdigest()
+
+
+def _up(size: int) -> int:
+    """Rounded up to whole pages."""
+    return -(-size // _PAGE) * _PAGE
