@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from forge.cli import cluster, doctor, generate, runs, schema, train
+from forge.cli import checkpoints, cluster, doctor, generate, runs, schema, train
 from forge.errors import ForgeError
 
 _PIPE_CLOSED = 141
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("plan")(train.plan)
 app.add_typer(runs.app, name="runs")
+app.add_typer(checkpoints.app, name="checkpoints")
 app.command("generate")(generate.generate)
 app.add_typer(cluster.app, name="cluster")
 app.command("doctor")(doctor.doctor)

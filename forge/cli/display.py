@@ -88,11 +88,23 @@ def show_plan(plan: Plan, *, to_stderr: bool = False) -> None:
                 format_bytes(need.weights_bytes),
                 format_bytes(need.gradients_bytes),
                 format_bytes(need.optimizer_bytes + need.ema_bytes),
+                format_bytes(need.host_bytes),
                 format_bytes(need.total_bytes),
                 "does not fit" if world.fits is False else "",
             ]
         )
-    columns = ("#workers", "#micro", "#accum.", "#padding", "#weights", "#grads", "#optimizer", "#~total", "")
+    columns = (
+        "#workers",
+        "#micro",
+        "#accum.",
+        "#padding",
+        "#weights",
+        "#grads",
+        "#optimizer",
+        "#snapshot",
+        "#~total",
+        "",
+    )
     _print_table(console, columns, rows)
 
 
@@ -168,7 +180,10 @@ class TrainScreen:
             self.note(f"step {event['step']:>6}  held-out loss {loss}, perplexity {ppl}{which}")
         elif kind == "CheckpointSaved":
             size, seconds = format_bytes(event["size_bytes"]), format_duration(event["seconds"])
-            self.note(f"step {event['step']:>6}  checkpoint of {size} written in {seconds}")
+            waited = format_duration(event["stall_s"])
+            self.note(
+                f"step {event['step']:>6}  checkpoint of {size} written in {seconds}, training waited {waited}"
+            )
         elif kind == "CheckpointFailed":
             warning(f"step {event['step']}: {event['reason']}")
         elif kind == "CheckpointSkipped":

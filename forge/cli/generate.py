@@ -27,7 +27,7 @@ def generate(
     """
     from forge.cli import display
     from forge.report.runs import find_run
-    from forge.run.sample import sample_text
+    from forge.run.errand import sample_text
 
     folder = find_run(run, root=runs)
     answer = sample_text(

@@ -25,13 +25,17 @@ MAX_AUTO_MICRO_BATCH = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes on one worker."""
+    """Bytes of one worker: on its device, and beside that in its machine's memory."""
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     ema_bytes: int
     activations_bytes: int
+    host_bytes: int
+    """The snapshot that checkpoints are made of, and what is offloaded."""
+    is_on_host: bool
+    """Whether the device is the host itself, so that all lies in the same memory."""
 
     @property
     def state_bytes(self) -> int:
@@ -40,12 +44,18 @@ class Footprint:
 
     @property
     def total_bytes(self) -> int:
-        """State and activations."""
-        return self.state_bytes + self.activations_bytes
+        """What the device must hold."""
+        return self.state_bytes + self.activations_bytes + (self.host_bytes if self.is_on_host else 0)
 
 
 def footprint(
-    model: ModelFacts, training: TrainingSpec, *, world_size: int, micro_batch_size: int, seq_len: int
+    model: ModelFacts,
+    training: TrainingSpec,
+    *,
+    world_size: int,
+    micro_batch_size: int,
+    seq_len: int,
+    is_on_host: bool,
 ) -> Footprint:
     """Estimate one worker's memory at one world size."""
     stage = training.zero.stage
@@ -61,12 +71,19 @@ def footprint(
         # The shard, and the largest module while it is gathered for its forward or backward.
         weights = weights // world_size + width * model.largest_module_parameters
     gradients = width * trainable // (world_size if stage >= 2 else 1)
+    optimizer = (master + 8) * trainable // shards
+    ema = 4 * trainable // shards if training.ema else 0
+    # A rank saves its share whatever the stage; of frozen parameters, their own type.
+    snapshot = ((16 if training.ema else 12) * trainable + width * (parameters - trainable)) // world_size
+    is_offloaded = training.zero.offload == "cpu" and not is_on_host
     return Footprint(
         weights_bytes=weights,
         gradients_bytes=gradients,
-        optimizer_bytes=(master + 8) * trainable // shards,
-        ema_bytes=4 * trainable // shards if training.ema else 0,
+        optimizer_bytes=0 if is_offloaded else optimizer,
+        ema_bytes=0 if is_offloaded else ema,
         activations_bytes=activation_bytes(model, training, micro_batch_size=micro_batch_size, seq_len=seq_len),
+        host_bytes=snapshot + (optimizer + ema if is_offloaded else 0),
+        is_on_host=is_on_host,
     )
 
 
@@ -95,13 +112,26 @@ def activation_bytes(model: ModelFacts, training: TrainingSpec, *, micro_batch_s
 
 
 def max_micro_batch_size(
-    model: ModelFacts, training: TrainingSpec, *, world_size: int, seq_len: int, memory_bytes: int | None
+    model: ModelFacts,
+    training: TrainingSpec,
+    *,
+    world_size: int,
+    seq_len: int,
+    memory_bytes: int | None,
+    is_on_host: bool,
 ) -> int:
     """The largest micro-batch the estimate allows, from 1 to `MAX_AUTO_MICRO_BATCH`; 1 if nothing fits."""
     if isinstance(training.micro_batch_size, int):
         return training.micro_batch_size
     for size in range(MAX_AUTO_MICRO_BATCH, 1, -1):
-        need = footprint(model, training, world_size=world_size, micro_batch_size=size, seq_len=seq_len)
+        need = footprint(
+            model,
+            training,
+            world_size=world_size,
+            micro_batch_size=size,
+            seq_len=seq_len,
+            is_on_host=is_on_host,
+        )
         if memory_bytes is None or need.total_bytes <= USABLE_SHARE * memory_bytes:
             return size
     return 1

@@ -70,15 +70,25 @@ def make_plan(job: JobSpec, *, model: ModelFacts, corpus: CorpusFacts | None, ha
         smaller than the tokenizer's, sequences longer than the model's positions.
     """
     _check_model(job, model, corpus)
-    seq_len = job.data.seq_len
+    seq_len, is_on_host = job.data.seq_len, hardware.device == "cpu"
     worlds = []
     for world_size in job.resources.workers:
         micro = max_micro_batch_size(
-            model, job.training, world_size=world_size, seq_len=seq_len, memory_bytes=hardware.memory_bytes
+            model,
+            job.training,
+            world_size=world_size,
+            seq_len=seq_len,
+            memory_bytes=hardware.memory_bytes,
+            is_on_host=is_on_host,
         )
         batch = plan_batch(job.training.global_batch_size, world_size=world_size, max_micro_batch_size=micro)
         need = footprint(
-            model, job.training, world_size=world_size, micro_batch_size=batch.micro_batch_size, seq_len=seq_len
+            model,
+            job.training,
+            world_size=world_size,
+            micro_batch_size=batch.micro_batch_size,
+            seq_len=seq_len,
+            is_on_host=is_on_host,
         )
         fits = None if hardware.memory_bytes is None else need.total_bytes <= USABLE_SHARE * hardware.memory_bytes
         worlds.append(WorldPlan(batch=batch, footprint=need, fits=fits, deepspeed=zero_config(job.training, batch)))

@@ -22,13 +22,19 @@ def zero_config(training: TrainingSpec, batch: BatchPlan) -> dict[str, Any]:
         zero |= {"overlap_comm": False, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_gather_16bit_weights_on_model_save": False}
+    if training.zero.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
         "train_batch_size": batch.micro_batch_size * batch.gradient_accumulation_steps * batch.world_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "gradient_clipping": training.optimizer.grad_clip,
         "bf16": {"enabled": training.precision == "bf16"},
+        # Stage 3 would make buffers bf16, and a checkpoint's buffers must not depend on the stage.
+        "data_types": {"keep_in_fp32_modules": ["*"]},
         "zero_optimization": zero,
+        # torch's fused AdamW runs on the host too; DeepSpeed's own would be compiled at run time.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }

@@ -189,9 +189,9 @@ def _write_index(folder: Path, files: dict[str, list[_Target]]) -> None:
 
 
 def main() -> None:
-    """Answer one request: `{"exported": {...}}`, or `{"error": {"class": ..., "message": ...}}`."""
+    """Answer one request: `{"answer": {...}}`, or `{"error": {"class": ..., "message": ...}}`."""
     try:
-        answer = {"exported": asdict(export(ExportRequest(**json.load(sys.stdin))))}
+        answer = {"answer": asdict(export(ExportRequest(**json.load(sys.stdin))))}
     except ForgeError as error:
         answer = {"error": {"class": type(error).__name__, "message": str(error)}}
     json.dump(answer, sys.stdout)

@@ -125,10 +125,10 @@ def _continue(
 
 
 def main() -> None:
-    """Answer one request: `{"generated": {...}}`, or `{"error": {"class": ..., "message": ...}}`."""
+    """Answer one request: `{"answer": {...}}`, or `{"error": {"class": ..., "message": ...}}`."""
     request = GenerateRequest(**json.load(sys.stdin))
     try:
-        answer = {"generated": asdict(generate(Path(sys.argv[1]), request))}
+        answer = {"answer": asdict(generate(Path(sys.argv[1]), request))}
     except ForgeError as error:
         answer = {"error": {"class": type(error).__name__, "message": str(error)}}
     json.dump(answer, sys.stdout)

@@ -54,6 +54,16 @@ class ZeroSpec(Section):
     stage: Literal[0, 1, 2, 3] = 2
     """0: nothing; 1: optimizer states; 2: and gradients; 3: and parameters."""
 
+    offload: Literal["none", "cpu"] = "none"
+    """Where master weights and moments are kept and updated: `none`, with the weights; `cpu`, in the host's memory,
+    which leaves a GPU to weights, gradients and activations. DeepSpeed's `offload_optimizer`; not at stage 0."""
+
+    @model_validator(mode="after")
+    def _is_divided(self) -> ZeroSpec:
+        if self.offload != "none" and self.stage == 0:
+            raise KeyProblem("offload", "needs stage 1, 2 or 3: at stage 0 nothing is divided")
+        return self
+
 
 class EmaSpec(Section):
     """An exponential moving average of the weights, kept in fp32 beside the master weights."""

@@ -226,15 +226,23 @@ def _copy_of(snapshot: Snapshot, order: SaveOrder) -> Copy:
 def _await_parts(storage: Storage, draft: str, order: SaveOrder, orders: Orders) -> list[Part]:
     wanted = [part_name(rank, token=order.token) for rank in range(order.world_size)]
     poll_s = _POLL_S if "://" not in storage.url else _REMOTE_POLL_S
+    parts: dict[str, Part] = {}
     orphaned_at: float | None = None
-    while missing := [name for name in wanted if f"{name}{_RECEIPT}" not in storage.files(draft)]:
+    while True:
+        there = storage.files(draft)
+        for name in wanted:
+            if name not in parts and f"{name}{_RECEIPT}" in there:
+                with contextlib.suppress(ValueError):  # its writer is in the middle of it
+                    parts[name] = _part_of(json.loads(storage.read(f"{draft}/{name}{_RECEIPT}")))
+        missing = [name for name in wanted if name not in parts]
+        if not missing:
+            return [parts[name] for name in wanted]
         if orders.is_aborted(order.token, timeout_s=poll_s):
             raise CheckpointError(f"{missing[0]} could not be written")
         if not orders.is_open:
             orphaned_at = orphaned_at or time.monotonic()
             if time.monotonic() - orphaned_at > _ORPHAN_PATIENCE_S:
                 raise CheckpointError(f"{missing[0]} did not come, and every rank is gone")
-    return [_part_of(json.loads(storage.read(f"{draft}/{name}{_RECEIPT}"))) for name in wanted]
 
 
 def _part_of(record: dict[str, Any]) -> Part:

@@ -77,7 +77,7 @@ def test_sequences_longer_than_the_positions_are_refused() -> None:
 
 def test_auto_micro_batch_shrinks_with_the_memory_and_says_what_does_not_fit() -> None:
     roomy = plan(hardware=replace(CPU, memory_bytes=10**9)).world(1)
-    tight = plan(hardware=replace(CPU, memory_bytes=800_000)).world(1)
+    tight = plan(hardware=replace(CPU, memory_bytes=1_200_000)).world(1)
     hopeless = plan(hardware=replace(CPU, memory_bytes=10**5)).world(1)
     assert roomy.batch.micro_batch_size > tight.batch.micro_batch_size >= 1
     assert (roomy.fits, tight.fits, hopeless.fits) == (True, True, False)

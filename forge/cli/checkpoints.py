@@ -1,0 +1,153 @@
+"""`forge checkpoints`: which a run has, whether they are whole, and one as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from forge.cli.options import Output, OutputOption, RunsOption
+
+if TYPE_CHECKING:
+    from forge.report.checkpoints import Entry
+
+app = typer.Typer(help="List, verify and export checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+
+_RUNS = Path("runs")
+
+
+class Precision(StrEnum):
+    """Of exported weights."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+PlaceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's id, a unique beginning of it, its folder, or latest; or a folder or URL of checkpoints.",
+    ),
+]
+StepOption = Annotated[int | None, typer.Option("--step", min=1, help="The checkpoint of this step.")]
+
+
+@app.command("list")
+def list_(place: PlaceArgument = "latest", runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None:
+    """List a run's checkpoints, newest first. Sizes are compared, bytes are not read.
+
+    Example:  forge checkpoints list latest -o json
+    """
+    from forge.cli import display
+    from forge.report.checkpoints import entries, entry_record, locate
+
+    url = locate(place, root=runs).url
+    found = list(entries(url))
+    if output is Output.JSON:
+        display.print_json([entry_record(entry) for entry in found])
+        return
+    if not found:
+        display.message(f"no checkpoints in {url}")
+        return
+    display.table(_COLUMNS, [_row(entry, whole="complete") for entry in found])
+    display.next_command(f"forge checkpoints verify {place}", purpose="read every byte of them")
+
+
+@app.command()
+def verify(
+    place: PlaceArgument = "latest",
+    step: StepOption = None,
+    runs: RunsOption = _RUNS,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Read every byte of a run's checkpoints, and say which are to be believed. Exit code 2 if one is not.
+
+    Example:  forge checkpoints verify latest
+    """
+    from forge.cli import display
+    from forge.errors import CheckpointError
+    from forge.report.checkpoints import entries, entry_record, locate
+
+    url = locate(place, root=runs).url
+    found = []
+    for entry in entries(url, step=step, with_checksums=True):
+        found.append(entry)
+        if output is not Output.JSON:
+            display.message(f"{entry.name}  {entry.problem or 'verified'}")
+    if output is Output.JSON:
+        display.print_json([entry_record(entry) for entry in found])
+    else:
+        display.table(_COLUMNS, [_row(entry, whole="verified") for entry in found])
+    broken = [entry for entry in found if entry.problem is not None]
+    if not found:
+        raise CheckpointError(f"no checkpoints in {url}")
+    if broken:
+        newest = next((entry.name for entry in found if entry.problem is None), None)
+        resumed = f"a run resumes from {newest}" if newest else "there is none to resume from"
+        raise CheckpointError(f"{len(broken)} of {len(found)} checkpoints in {url} are broken; {resumed}")
+    display.next_command(f"forge checkpoints export {place} --to DIR", purpose="as a Hugging Face folder")
+
+
+@app.command()
+def export(
+    place: PlaceArgument = "latest",
+    to: Annotated[Path, typer.Option("--to", help="The folder to make.", show_default=False)] = ...,  # type: ignore[assignment]
+    step: StepOption = None,
+    dtype: Annotated[Precision, typer.Option(help="Of the weights.")] = Precision.BF16,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights.")] = False,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of one file at most.")] = "5GB",
+    runs: RunsOption = _RUNS,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Write the weights of a checkpoint as a Hugging Face folder, which from_pretrained loads.
+
+    Example:  forge checkpoints export latest --to my-model --dtype bf16
+    """
+    from forge.cli import display
+    from forge.report.checkpoints import locate
+    from forge.run.errand import export_weights
+    from forge.units import format_bytes, format_count, parse_bytes
+
+    try:
+        max_shard_bytes = parse_bytes(shard_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--shard-size") from error
+    found = locate(place, root=runs)
+    display.message(f"exporting {found.url}")
+    answer = export_weights(
+        url=found.url,
+        to=str(to),
+        step=step,
+        dtype=dtype.value,
+        ema=ema,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer=str(found.tokenizer) if found.tokenizer else None,
+    )
+    if output is Output.JSON:
+        display.print_json(answer)
+        return
+    files = "1 file" if answer["num_files"] == 1 else f"{answer['num_files']} files"
+    display.message(
+        f"step {answer['step']}: {format_count(answer['num_parameters'])} parameters, "
+        f"{format_bytes(answer['size_bytes'])} in {files}, in {answer['folder']}"
+    )
+    display.next_command(f'AutoModelForCausalLM.from_pretrained("{answer["folder"]}")', purpose="in Python")
+
+
+_COLUMNS = ("checkpoint", "#tokens", "#size", "#parts", "average", "")
+
+
+def _row(entry: Entry, *, whole: str) -> list[str]:
+    from forge.units import format_bytes, format_count
+
+    return [
+        entry.name,
+        "-" if entry.num_tokens is None else format_count(entry.num_tokens),
+        "-" if entry.size_bytes is None else format_bytes(entry.size_bytes),
+        "-" if entry.num_parts is None else str(entry.num_parts),
+        "yes" if entry.has_average else "",
+        whole if entry.problem is None else f"broken: {entry.problem}",
+    ]

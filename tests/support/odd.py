@@ -1,0 +1,101 @@
+"""A model with everything that makes a state awkward, on real DeepSpeed engines: odd sizes, a frozen layer, tied
+weights, buffers of two types, parameters smaller than the number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forge.plan.batch import plan_batch
+from forge.plan.zero import zero_config
+from forge.train.state import Shard, TrainState
+from tests.support.jobs import tiny_job
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "zero 0": {"stage": 0},
+    "zero 1": {"stage": 1},
+    "zero 2": {"stage": 2},
+    "zero 2 offload": {"stage": 2, "offload": "cpu"},
+    "zero 3": {"stage": 3},
+    "zero 3 persistent": {"stage": 3},
+    "zero 3 offload": {"stage": 3, "offload": "cpu"},
+}
+"""What `training.zero` says; under `persistent`, small parameters stay whole on every rank."""
+
+MATRIX = [name for name in VARIANTS if name not in ("zero 3 persistent", "zero 3 offload")]
+"""Those that are tried at every world size; the others differ from them in where the same vectors lie."""
+
+
+class OddModel(nn.Module):
+    """Predicts a token from a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5)
+        self.frozen = nn.Linear(5, 11)
+        self.norm = nn.LayerNorm(11)
+        self.body = nn.Linear(11, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.register_buffer("shift", torch.zeros(3))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scratch", torch.zeros(4), persistent=False)
+
+    def finish(self) -> OddModel:
+        """Tie and freeze; after the construction, which may divide the parameters."""
+        self.head.weight = self.embedding.weight
+        self.frozen.requires_grad_(False)
+        return self
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.norm(self.frozen(self.embedding(tokens)))
+        return nn.functional.cross_entropy(self.head(self.body(hidden)).float(), targets)
+
+
+def odd_state(variant: str, *, world_size: int, precision: str = "bf16") -> TrainState:
+    """The state of a new engine; collective."""
+    import deepspeed
+
+    from forge.train.engine import build_optimizer
+
+    training = tiny_job(training__zero=VARIANTS[variant], training__precision=precision).training
+    batch = plan_batch(world_size, world_size=world_size, max_micro_batch_size=1)
+    config = zero_config(training, batch)
+    if variant == "zero 3":
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    divided = training.zero.stage == 3
+    with deepspeed.zero.Init(config_dict_or_path=config) if divided else contextlib.nullcontext():
+        model = OddModel()
+    model.finish()
+    optimizer = build_optimizer(model, training.optimizer, device=torch.device("cpu"))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return TrainState(engine, keep_average=True)
+
+
+def pattern(shard: Shard, kind: str, dtype: torch.dtype) -> Tensor:
+    """Elements that tell their name, kind and place: what a shard must hold, whoever wrote it."""
+    places = torch.arange(shard.start, shard.stop, dtype=torch.int64)
+    hashed = (places * 2654435761 + zlib.crc32(f"{kind}/{shard.name}".encode())) % 1_000_003
+    return hashed.to(dtype) if not dtype.is_floating_point else (hashed.double() / 1_000_003).to(dtype)
+
+
+def write_pattern(state: TrainState, *, zero: bool = False) -> None:
+    """Fill all that a rank keeps."""
+    for shard in state.shards:
+        for kind in state.kinds_of(shard):
+            tensor = state.tensor(shard, kind)
+            tensor.zero_() if zero else tensor.copy_(pattern(shard, kind, tensor.dtype))
+
+
+def differing(state: TrainState) -> list[str]:
+    """What a rank keeps that is not, bit for bit, what it should hold."""
+    found = []
+    for shard in state.shards:
+        for kind in state.kinds_of(shard):
+            tensor = state.tensor(shard, kind)
+            if not torch.equal(tensor, pattern(shard, kind, tensor.dtype)):
+                found.append(f"{kind} of {shard.name}[{shard.start}:{shard.stop}]")
+    return found
