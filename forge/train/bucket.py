@@ -113,9 +113,10 @@ class BucketStorage:
         """The objects that bear the token."""
         self.drop(draft, [file for file in self.files(draft) if token in file])
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, sparing: str | None = None) -> None:
         """The manifest first, so that nobody believes a checkpoint of which half is gone."""
-        files = sorted(self.files(name), key=lambda file: file != _MANIFEST)
+        going = [file for file in self.files(name) if sparing is None or sparing not in file]
+        files = sorted(going, key=lambda file: file != _MANIFEST)
         self.drop(name, files[:1])
         self.drop(name, files[1:])
 

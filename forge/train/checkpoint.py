@@ -2,7 +2,7 @@
 
     checkpoints/step-00001000/
       part-00003-1f0c.safetensors   the intervals of one writer, keys `kind/start/name`
-      state.json                    step, tokens, digests, the parameters' shapes, format version
+      state-1f0c.json               step, tokens, digests, the parameters' shapes, format version
       manifest.json                 written last: every part with its intervals, size and checksum
 
 A reader believes only a manifest whose parts are all there with the right sizes and checksums, and walks
@@ -26,7 +26,6 @@ from forge.train.storage import Storage
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-STATE = "state.json"
 # The manifest's own checksum stands at a fixed place, and is taken with zeros there.
 _SEAL = b'{"crc32": "00000000", '
 _SEAL_AT = slice(11, 19)
@@ -87,6 +86,7 @@ class Manifest:
 
     step: int
     parts: tuple[Part, ...]
+    state_name: str
     state_size_bytes: int
     state_crc32: int
 
@@ -156,6 +156,7 @@ class Checkpoint:
         Args:
             ema: of what is trained, its average.
         """
+        name = self.shape.tied.get(name, name)
         parameter = self.shape.parameters[name]
         is_trained = parameter.kind == "master"
         return Interval(
@@ -196,6 +197,11 @@ def part_name(rank: int, *, token: str) -> str:
     return f"part-{rank:05d}-{token}.safetensors"
 
 
+def state_name(*, token: str) -> str:
+    """Unique to one writing, like the parts' names."""
+    return f"state-{token}.json"
+
+
 def list_checkpoints(storage: Storage) -> list[str]:
     """Names of what claims to be a checkpoint, newest first. Raises: CheckpointError if there is no asking."""
     try:
@@ -212,8 +218,11 @@ def find_checkpoint(storage: Storage, *, on_skip: Callable[[str, str], None]) ->
     """
     for name in list_checkpoints(storage):
         problem = verify_checkpoint(storage, name)
-        if problem is None:
-            return open_checkpoint(storage, name)
+        try:
+            if problem is None:
+                return open_checkpoint(storage, name)
+        except CheckpointError as error:  # removed in between, by a run that keeps only the newest
+            problem = str(error)
         on_skip(name, problem)
     return None
 
@@ -222,22 +231,49 @@ def open_checkpoint(storage: Storage, name: str) -> Checkpoint:
     """Read a checkpoint's manifest and state. Raises: CheckpointError saying what is wrong with them."""
     url = f"{storage.url}/{name}"
     try:
-        manifest = read_manifest(storage, name)
-        text = storage.read(f"{name}/{STATE}")
-        if zlib.crc32(text) != manifest.state_crc32:
-            raise ValueError(f"{STATE} does not match its checksum")
+        return _read_checkpoint(storage, name)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{url}: {_file_of(error)} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{url}: {error}") from error
+
+
+def _read_checkpoint(storage: Storage, name: str) -> Checkpoint:
+    """Raises: FileNotFoundError, OSError; ValueError saying why it is not to be believed."""
+    manifest = read_manifest(storage, name)
+    text = storage.read(f"{name}/{manifest.state_name}")
+    if zlib.crc32(text) != manifest.state_crc32:
+        raise ValueError(f"{manifest.state_name} does not match its checksum")
+    try:
         body = json.loads(text)
         parameters = {
             key: Parameter(shape=tuple(entry["shape"]), dtype=entry["dtype"], kind=entry["kind"])
             for key, entry in body["parameters"].items()
         }
         progress = Progress(**{field.name: body[field.name] for field in dataclasses.fields(Progress)})
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{url}: {_file_of(error)} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{url}: {error}") from error
-    shape = ModelShape(parameters=parameters, tied=body["tied"], config=body["config"])
+        shape = ModelShape(parameters=parameters, tied=body["tied"], config=body["config"])
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{manifest.state_name} cannot be read ({error})") from error
+    if not name.endswith(step_name(manifest.step)) or progress.step != manifest.step:
+        raise ValueError(f"its manifest is of step {manifest.step}, its state of step {progress.step}")
+    _require_whole(manifest, shape)
     return Checkpoint(storage, name, manifest=manifest, progress=progress, shape=shape)
+
+
+def _require_whole(manifest: Manifest, shape: ModelShape) -> None:
+    """Raises: ValueError if an element of a parameter is there twice in one kind, or not at all."""
+    held: dict[tuple[str, str], list[tuple[int, int]]] = {
+        (parameter.kind, name): [] for name, parameter in shape.parameters.items()
+    }
+    for part in manifest.parts:
+        for interval in part.layout.intervals:
+            held.setdefault((interval.kind, interval.name), []).append((interval.start, interval.stop))
+    for (kind, name), intervals in held.items():
+        parameter = shape.parameters.get(name)
+        edges = [0, *(edge for interval in sorted(intervals) for edge in interval)]
+        edges.append(math.prod(parameter.shape) if parameter else -1)
+        if edges[::2] != edges[1::2]:
+            raise ValueError(f"its parts do not hold every element of {name} ({kind}) exactly once")
 
 
 def verify_checkpoint(
@@ -252,7 +288,7 @@ def verify_checkpoint(
     try:
         manifest = read_manifest(storage, name)
         sizes = storage.files(name)
-        expected = [(STATE, manifest.state_size_bytes, manifest.state_crc32)]
+        expected = [(manifest.state_name, manifest.state_size_bytes, manifest.state_crc32)]
         expected += [(part.name, part.size_bytes, part.crc32) for part in manifest.parts]
         for file, size, _ in expected:
             if file not in sizes:
@@ -262,6 +298,7 @@ def verify_checkpoint(
         for file, _, crc in expected[share[0] :: share[1]] if with_checksums else ():
             if storage.crc32(f"{name}/{file}") != crc:
                 return f"{file} does not match its checksum"
+        _read_checkpoint(storage, name)
     except FileNotFoundError as error:
         return f"{_file_of(error)} is missing"
     except (OSError, EOFError, ValueError) as error:
@@ -278,19 +315,12 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version}, this forge reads {FORMAT_VERSION}")
         blank = text[: _SEAL_AT.start] + b"0" * 8 + text[_SEAL_AT.stop :]
-        if int(body["crc32"], 16) != zlib.crc32(blank):
+        if body["crc32"] != f"{zlib.crc32(blank):08x}":
             raise ValueError(f"{MANIFEST} does not match its checksum")
         return Manifest(
             step=body["step"],
-            parts=tuple(
-                Part(
-                    name=part["name"],
-                    size_bytes=part["size_bytes"],
-                    crc32=part["crc32"],
-                    layout=layout_from_record(part["intervals"]),
-                )
-                for part in body["parts"]
-            ),
+            parts=tuple(part_from_record(part) for part in body["parts"]),
+            state_name=body["state"]["name"],
             state_size_bytes=body["state"]["size_bytes"],
             state_crc32=body["state"]["crc32"],
         )
@@ -298,12 +328,12 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
 
 
-def manifest_bytes(step: int, *, parts: Sequence[Part], state: bytes) -> bytes:
+def manifest_bytes(step: int, *, parts: Sequence[Part], state: bytes, token: str) -> bytes:
     """`manifest.json`, its own checksum included."""
     body = {
         "format_version": FORMAT_VERSION,
         "step": step,
-        "state": {"name": STATE, "size_bytes": len(state), "crc32": zlib.crc32(state)},
+        "state": {"name": state_name(token=token), "size_bytes": len(state), "crc32": zlib.crc32(state)},
         "parts": [part_record(part) for part in parts],
     }
     blank = _SEAL + json.dumps(body, sort_keys=True).encode()[1:] + b"\n"
@@ -311,7 +341,7 @@ def manifest_bytes(step: int, *, parts: Sequence[Part], state: bytes) -> bytes:
 
 
 def state_bytes(progress: Progress, shape: ModelShape) -> bytes:
-    """`state.json`."""
+    """The file of the state."""
     body = {"format_version": FORMAT_VERSION} | dataclasses.asdict(progress)
     body["parameters"] = {name: dataclasses.asdict(entry) for name, entry in shape.parameters.items()}
     body |= {"tied": dict(shape.tied), "config": dict(shape.config)}
@@ -327,6 +357,19 @@ def part_record(part: Part) -> dict[str, Any]:
         "data_start": part.data_start,
         "intervals": part.layout.to_record(),
     }
+
+
+def part_from_record(record: Mapping[str, Any]) -> Part:
+    """Read what `part_record` gave. Raises: KeyError, TypeError; ValueError if it contradicts itself."""
+    part = Part(
+        name=record["name"],
+        size_bytes=record["size_bytes"],
+        crc32=record["crc32"],
+        layout=layout_from_record(record["intervals"]),
+    )
+    if part.data_start != record["data_start"]:
+        raise ValueError(f"{part.name} has {part.size_bytes} bytes, but its intervals end elsewhere")
+    return part
 
 
 def part_header(layout: Layout) -> bytes:

@@ -120,7 +120,7 @@ class FolderStorage:
         shutil.rmtree(self._root / draft, ignore_errors=True)
         self._let_go(draft)
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, sparing: str | None = None) -> None:
         """Rename first, so that nobody reads a checkpoint of which half is gone."""
         going = self._root / f"{_DRAFT}gone-{name}-{os.getpid()}"
         with contextlib.suppress(FileNotFoundError):

@@ -29,18 +29,18 @@ from typing import Any
 from forge.errors import CheckpointError
 from forge.train.checkpoint import (
     MANIFEST,
-    STATE,
     Part,
     list_checkpoints,
     manifest_bytes,
     open_checkpoint,
+    part_from_record,
     part_header,
     part_name,
     part_record,
+    state_name,
     step_name,
     verify_checkpoint,
 )
-from forge.train.interval import layout_from_record
 from forge.train.snapshot import Copy, Snapshot, open_snapshot
 from forge.train.storage import Storage, open_storage
 
@@ -67,7 +67,7 @@ class SaveOrder:
     """The same for all ranks that write this checkpoint together, and nobody else's."""
     keep: int
     state: str
-    """`state.json`."""
+    """The file of the state; the first rank's alone is written."""
 
     @property
     def membership(self) -> str:
@@ -184,9 +184,9 @@ def seal(storage: Storage, draft: str, order: SaveOrder, orders: Orders) -> int:
     """
     parts = _await_parts(storage, draft, order, orders)
     state = order.state.encode()
-    storage.write(f"{draft}/{STATE}", lambda: [state])
+    storage.write(f"{draft}/{state_name(token=order.token)}", lambda: [state])
     storage.drop(draft, [f"{part.name}{_RECEIPT}" for part in parts])
-    last = (MANIFEST, manifest_bytes(order.step, parts=parts, state=state))
+    last = (MANIFEST, manifest_bytes(order.step, parts=parts, state=state, token=order.token))
     name = step_name(order.step)
     try:
         storage.publish(draft, name, last=last)
@@ -194,7 +194,7 @@ def seal(storage: Storage, draft: str, order: SaveOrder, orders: Orders) -> int:
         if _is_ours(storage, name, state):  # saved before the run was resumed, or by another at the same time
             storage.discard(draft, token=order.token)
         else:
-            storage.remove(name)
+            storage.remove(name, sparing=order.token)
             storage.publish(draft, name, last=last)
     return len(state) + sum(part.size_bytes for part in parts)
 
@@ -233,7 +233,7 @@ def _await_parts(storage: Storage, draft: str, order: SaveOrder, orders: Orders)
         for name in wanted:
             if name not in parts and f"{name}{_RECEIPT}" in there:
                 with contextlib.suppress(ValueError):  # its writer is in the middle of it
-                    parts[name] = _part_of(json.loads(storage.read(f"{draft}/{name}{_RECEIPT}")))
+                    parts[name] = part_from_record(json.loads(storage.read(f"{draft}/{name}{_RECEIPT}")))
         missing = [name for name in wanted if name not in parts]
         if not missing:
             return [parts[name] for name in wanted]
@@ -243,15 +243,6 @@ def _await_parts(storage: Storage, draft: str, order: SaveOrder, orders: Orders)
             orphaned_at = orphaned_at or time.monotonic()
             if time.monotonic() - orphaned_at > _ORPHAN_PATIENCE_S:
                 raise CheckpointError(f"{missing[0]} did not come, and every rank is gone")
-
-
-def _part_of(record: dict[str, Any]) -> Part:
-    return Part(
-        name=record["name"],
-        size_bytes=record["size_bytes"],
-        crc32=record["crc32"],
-        layout=layout_from_record(record["intervals"]),
-    )
 
 
 def _is_ours(storage: Storage, name: str, state: bytes) -> bool:

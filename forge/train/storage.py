@@ -57,8 +57,12 @@ class Storage(Protocol):
     def discard(self, draft: str, *, token: str) -> None:
         """Take away what the writers with this token have written of a draft."""
 
-    def remove(self, name: str) -> None:
-        """Take a checkpoint away, if it is there."""
+    def remove(self, name: str, *, sparing: str | None = None) -> None:
+        """Take a checkpoint away, if it is there.
+
+        Args:
+            sparing: the token of a draft for the same place, which is not touched.
+        """
 
     def sweep(self, *, own: str, up_to: str) -> None:
         """Take away what dead writers have left.
