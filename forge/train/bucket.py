@@ -57,8 +57,7 @@ class BucketStorage:
     def read_into(self, path: str, ranges: Sequence[Range]) -> None:
         """Fetch batches of ranges side by side; those that lie together are fetched as one."""
         for batch in _batches(_joined(ranges)):
-            starts = [requests[0][0] for requests in batch]
-            ends = [requests[-1][0] + len(requests[-1][1]) for requests in batch]
+            starts, ends = [requests[0][0] for requests in batch], [_end(requests) for requests in batch]
             fetch = partial(self._fs.cat_ranges, [self._at(path)] * len(starts), starts, ends, on_error="raise")
             pieces = self._patiently(fetch, f"read {path}")
             for requests, start, end, piece in zip(batch, starts, ends, pieces, strict=True):
@@ -181,8 +180,13 @@ def _joined(ranges: Sequence[Range]) -> list[list[Range]]:
             groups[-1].append((offset, view))
         else:
             groups.append([(offset, view)])
-        end = offset + len(view)
+        end = max(end, offset + len(view))
     return groups
+
+
+def _end(requests: list[Range]) -> int:
+    """The byte after the last one that any of these asks for; they may overlap."""
+    return max(offset + len(view) for offset, view in requests)
 
 
 def _pieces(ranges: Sequence[Range]) -> Iterator[Range]:
@@ -196,7 +200,7 @@ def _batches(groups: list[list[Range]]) -> list[list[list[Range]]]:
     batches: list[list[list[Range]]] = []
     size = _BATCH_BYTES
     for group in groups:
-        group_bytes = group[-1][0] + len(group[-1][1]) - group[0][0]
+        group_bytes = _end(group) - group[0][0]
         if size + group_bytes > _BATCH_BYTES:
             batches.append([])
             size = 0

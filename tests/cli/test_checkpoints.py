@@ -1,0 +1,124 @@
+"""`forge checkpoints` in this process, on checkpoints of a made-up model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from forge.cli.app import app
+from forge.errors import ArgumentError, CheckpointError
+from tests.support.checkpoints import write
+from tests.support.runs import make_run
+
+
+def forge(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["checkpoints", *map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with the checkpoints of steps 10, 20 and 30."""
+    monkeypatch.chdir(tmp_path)
+    folder = make_run(tmp_path / "runs")
+    for step in (10, 20, 30):
+        write(str(folder / "checkpoints"), step)
+    return folder
+
+
+def spoil(run: Path, step: int) -> None:
+    part = next((run / "checkpoints" / f"step-{step:08d}").glob("part-00001-*"))
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["latest", "tiny", "runs/tiny-0101-000000-abcd"])
+def test_a_runs_checkpoints_are_listed_newest_first(run: Path, name: str) -> None:
+    lines = forge("list", name).stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["step-00000030", "step-00000020", "step-00000010"]
+    assert all(line.endswith("complete") for line in lines[1:])
+
+
+def test_a_bare_folder_of_checkpoints_is_listed_too(run: Path) -> None:
+    assert forge("list", run / "checkpoints").stdout == forge("list").stdout
+
+
+def test_the_list_as_json_says_all_of_it(run: Path) -> None:
+    found = json.loads(forge("list", "-o", "json").stdout)
+    assert [entry["step"] for entry in found] == [30, 20, 10]
+    assert found[0]["num_parts"] == 2
+    assert found[0]["num_tokens"] == 3000
+    assert found[0]["problem"] is None
+    assert found[0]["size_bytes"] > 0
+
+
+def test_a_flipped_byte_is_seen_by_verify_and_not_by_list(run: Path) -> None:
+    spoil(run, 20)
+    assert "broken" not in forge("list").output
+    with pytest.raises(
+        CheckpointError, match=r"1 of 3 checkpoints in .* are broken; a run resumes from step-0*30"
+    ):
+        forge("verify")
+    assert forge("verify", "--step", "30").exit_code == 0
+
+
+def test_verify_as_json_is_whole_although_it_fails(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(run, 30)
+    done = CliRunner().invoke(app, ["checkpoints", "verify", "-o", "json"])
+    assert isinstance(done.exception, CheckpointError)
+    problems = [entry["problem"] for entry in json.loads(done.stdout)]
+    assert problems[1:] == [None, None]
+    assert "part-00001" in problems[0]
+
+
+def test_what_cannot_be_read_is_listed_with_its_reason(run: Path) -> None:
+    (run / "checkpoints" / "step-00000020" / "manifest.json").write_text("{")
+    line = next(line for line in forge("list").stdout.splitlines() if line.startswith("step-00000020"))
+    assert "broken: manifest.json cannot be read" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (["list", "nothing"], ArgumentError, "no run 'nothing'"),
+        (["verify", "latest", "--step", "15"], ArgumentError, "no checkpoint of step 15; there are: 30, 20, 10"),
+        (["list", "nonsense://place"], CheckpointError, "nonsense"),
+    ],
+)
+def test_what_is_not_there_is_named(run: Path, arguments: list[str], error: type, said: str) -> None:
+    with pytest.raises(error, match=said):
+        forge(*arguments)
+
+
+def test_a_run_without_checkpoints_has_none_to_list_and_none_to_verify(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs")
+    assert "no checkpoints in" in forge("list").stderr
+    with pytest.raises(CheckpointError, match="no checkpoints in"):
+        forge("verify")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--to", "out", "--shard-size", "much"], "--shard-size"),
+        ([], "--to"),
+        (["--to", "out", "--dtype", "fp8"], "--dtype"),
+    ],
+)
+def test_an_export_that_is_asked_for_wrongly_is_refused(run: Path, arguments: list[str], said: str) -> None:
+    done = forge("export", "latest", *arguments)
+    assert done.exit_code == 2
+    assert said in done.output
+    assert not Path("out").exists()
+
+
+def test_a_model_that_is_none_of_transformers_cannot_be_exported_as_one(run: Path) -> None:
+    with pytest.raises(CheckpointError, match="of no transformers model"):
+        forge("export", "latest", "--to", "out")
+    assert not Path("out").exists()
