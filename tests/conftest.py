@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 # CI, nohup and `&` start their children with Ctrl-C ignored, and the ignorance is inherited; the tests that
 # press it need processes that listen. A handler, unlike ignorance, is not passed on: they get the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=300, help="how many writers of checkpoints test_kills kills")

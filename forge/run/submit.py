@@ -27,8 +27,10 @@ from forge.run.facts import hardware, model_facts
 from forge.spec.data import TokenizerSpec
 from forge.spec.dump import dump_job
 from forge.spec.load import LoadedJob
+from forge.train.storage import open_storage
 
 _POLL_S = 0.05
+_PROBE_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +65,12 @@ def resolve(
 def create_run(plan: Plan) -> Path:
     """Make the folder of a new run: `job.yaml`, `plan.json`, the tokenizer.
 
-    Raises: ArgumentError if it cannot be written.
+    Raises: ArgumentError if it cannot be written, or its checkpoints could not be.
     """
     assert plan.corpus is not None, "a run is created from a full plan"
     root = Path(plan.job.checkpoint.runs)
     folder = root / f"{plan.job.name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    _require_writable(plan.job.checkpoint.url_of(str(folder)))
     try:
         (folder / "logs").mkdir(parents=True)
         shutil.copytree(Path(plan.corpus.folder) / "tokenizer", folder / "tokenizer")
@@ -93,6 +96,7 @@ def reopen_run(folder: Path, plan: Plan) -> None:
             f"{folder.name} cannot be resumed with another model, data or training section: its loss curve would "
             "no longer be one curve; start a new run instead"
         )
+    _require_writable(plan.job.checkpoint.url_of(str(folder)))
     draft = folder / "plan.json.draft"
     draft.write_text(plan_to_json(plan))
     draft.replace(folder / "plan.json")
@@ -145,6 +149,21 @@ def wait_until_free(folder: Path) -> None:
     """Return once no process carries the run any more."""
     while carrier_pid(folder) is not None:
         time.sleep(_POLL_S)
+
+
+def _require_writable(url: str) -> None:
+    """Try an object store with a small object before machines are paid for.
+
+    Raises: ArgumentError, CheckpointError.
+    """
+    if "://" not in url:
+        return
+    storage = open_storage(url, patience_s=_PROBE_PATIENCE_S)
+    try:
+        storage.write(".probe/empty", lambda: [b""])
+        storage.drop(".probe", ["empty"])
+    except OSError as error:
+        raise ArgumentError(f"checkpoint.to: nothing can be written to {url}: {error}") from error
 
 
 def _announced_vocabulary(spec: TokenizerSpec) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from forge.errors import CheckpointError, ForgeError
 from forge.model.build import build_config, build_model
 from forge.plan.plan import Plan, plan_from_json
-from forge.serve.weights import read_tensor, require_average
+from forge.serve.weights import read_tensors, require_average
 from forge.train.checkpoint import Checkpoint, find_checkpoint
 from forge.train.storage import open_storage
 
@@ -83,16 +83,16 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> PreT
     dtype = torch.bfloat16 if plan.job.training.precision == "bf16" else torch.float32
     model = build_model(plan.job.model, config, seed=plan.job.training.seed, dtype=dtype)
     held = dict(model.named_parameters()) | dict(model.named_buffers())
-    missing = {name for name, parameter in model.named_parameters() if name not in checkpoint.shape.parameters}
+    missing = {name for name, _ in model.named_parameters() if name not in checkpoint.shape.parameters}
     if missing:
         raise CheckpointError(
             f"{checkpoint.url} lacks {len(missing)} parameters of the model, {min(missing)} among them"
         )
     with torch.no_grad():
-        for name in checkpoint.shape.parameters:
-            if name not in held or held[name].shape != checkpoint.shape.parameters[name].shape:
+        for name, tensor in read_tensors(checkpoint, ema=ema):
+            if name not in held or held[name].shape != tensor.shape:
                 raise CheckpointError(f"{checkpoint.url} does not fit the model of its plan: {name}")
-            held[name].copy_(read_tensor(checkpoint, name, ema=ema))
+            held[name].copy_(tensor)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""The values of a checkpoint as tensors, one at a time: no optimizer, no ranks, never the whole model."""
+"""The values of a checkpoint as tensors, a few at a time: no optimizer, no ranks, never the whole model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from forge.train.checkpoint import Checkpoint
 from forge.train.interval import Interval
 from forge.train.state import DTYPE_NAMES, bytes_of
 
+_BATCH_BYTES = 256 * 2**20
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 """torch's types by safetensors' names."""
 
@@ -22,14 +23,22 @@ def require_average(checkpoint: Checkpoint, *, ema: bool) -> None:
         raise CheckpointError(f"{checkpoint.url} holds no ema weights: the job has no training.ema")
 
 
-def read_tensor(checkpoint: Checkpoint, name: str, *, ema: bool = False) -> Tensor:
-    """One whole parameter or buffer, in the type it is kept in.
+def read_tensors(checkpoint: Checkpoint, *, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer, in the type it is kept in; a few hundred MiB are read and held at a time.
 
-    Raises: CheckpointError if it cannot be read.
+    Raises: CheckpointError if they cannot be read.
     """
-    interval = checkpoint.value_interval(name, ema=ema)
-    flat = torch.cat(list(read_pieces(checkpoint, interval, max_numel=max(1, interval.numel))))
-    return flat.view(checkpoint.shape.parameters[name].shape)
+    batch: dict[str, tuple[Interval, Tensor]] = {}
+    size = 0
+    names = list(checkpoint.shape.parameters)
+    for name in names:
+        interval = checkpoint.value_interval(name, ema=ema)
+        batch[name] = interval, torch.empty(checkpoint.shape.parameters[name].shape, dtype=DTYPES[interval.dtype])
+        size += interval.size_bytes
+        if size >= _BATCH_BYTES or name == names[-1]:
+            checkpoint.read((interval, bytes_of(tensor.view(-1))) for interval, tensor in batch.values())
+            yield from ((name, tensor) for name, (_, tensor) in batch.items())
+            batch, size = {}, 0
 
 
 def read_pieces(checkpoint: Checkpoint, interval: Interval, *, max_numel: int) -> Iterator[Tensor]:

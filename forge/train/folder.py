@@ -131,8 +131,9 @@ class FolderStorage:
         """Drafts that nobody holds a lock on, and the caller's own of before."""
         for draft in self._root.glob(f"{_DRAFT}*"):
             token = draft.name.rpartition("-")[2]
-            is_done = token.startswith(own) and token <= up_to
-            if is_done or (draft.name not in self._held and _is_abandoned(draft)):
+            is_own = token.startswith(own)  # what follows `up_to` may wait for its lock while we seal
+            is_dead = token <= up_to if is_own else _is_abandoned(draft)
+            if is_dead:
                 shutil.rmtree(draft, ignore_errors=True)
                 self._let_go(draft.name)
 

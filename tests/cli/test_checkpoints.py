@@ -58,9 +58,7 @@ def test_the_list_as_json_says_all_of_it(run: Path) -> None:
 def test_a_flipped_byte_is_seen_by_verify_and_not_by_list(run: Path) -> None:
     spoil(run, 20)
     assert "broken" not in forge("list").output
-    with pytest.raises(
-        CheckpointError, match=r"1 of 3 checkpoints in .* are broken; a run resumes from step-0*30"
-    ):
+    with pytest.raises(CheckpointError, match=r"1 of 3 checkpoints in .* are broken; a run resumes from step-0*30"):
         forge("verify")
     assert forge("verify", "--step", "30").exit_code == 0
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from forge.errors import ArgumentError, CheckpointError
 from forge.plan.facts import CorpusFacts
 from forge.serve.export import ExportRequest, export
-from forge.serve.weights import read_tensor
+from forge.serve.weights import read_tensors
 from forge.train.checkpoint import Checkpoint, open_checkpoint
 from forge.train.storage import open_storage
 from tests.support.jobs import synthetic_corpus, tiny_plan
@@ -66,8 +66,9 @@ def require_equal(folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype, e
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     parameters = dict(model.named_parameters())
     assert set(parameters) == {n for n, p in checkpoint.shape.parameters.items() if p.kind != "buffer"}
+    held = dict(read_tensors(checkpoint, ema=ema))
     for name, parameter in parameters.items():
-        assert torch.equal(parameter, read_tensor(checkpoint, name, ema=ema).to(dtype)), name
+        assert torch.equal(parameter, held[name].to(dtype)), name
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "llama"])

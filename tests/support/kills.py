@@ -1,0 +1,817 @@
+"""Kill the writers of checkpoints at random moments of saving, and ask each time what is left to go on from.
+
+    python -m tests.support.kills FOLDER NUM_KILLS SEED > report.json
+
+A membership is two or three processes that do what `forge.train.saving` does, without torch and without
+training: a snapshot each, filled with bytes that follow from the step, and a real `forge.train.saver`
+beside it, for one step after the other. One of them, or all, get SIGKILL; the next membership goes on
+from what `find_checkpoint` gives. All are forked from this one light process, which also inherits the
+savers whose rank has died, so that it can wait until nobody is left. `kill_deepspeed` does the same to
+DeepSpeed's own `save_checkpoint`. It is longer than 400 lines because both contestants, and those who
+judge them, are to be read side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import itertools
+import json
+import mmap
+import multiprocessing
+import os
+import random
+import select
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forge.errors import CheckpointError
+from forge.train import folder as folder_module
+from forge.train import saver as saver_module
+from forge.train.checkpoint import (
+    ModelShape,
+    Parameter,
+    Progress,
+    find_checkpoint,
+    list_checkpoints,
+    state_bytes,
+    verify_checkpoint,
+)
+from forge.train.folder import FolderStorage
+from forge.train.interval import ITEM_BYTES, KINDS, Interval, Layout, pack
+from forge.train.saver import SaveOrder
+from forge.train.snapshot import NUM_SLOTS, create_snapshot
+
+KEEP = 2
+VICTIMS = ("a rank", "a saver", "rank 0's saver", "all")
+PHASES = ("draft", "part", "receipt", "await", "state", "drop", "manifest", "rename", "sweep", "prune", "remove")
+"""What a saver is doing, in order; `rename` comes after the manifest, `prune` is choosing what to remove."""
+STAGES = {
+    "writing": {"draft", "part"},
+    "receipts": {"receipt"},
+    "sealing": {"await", "state", "drop", "manifest"},
+    "renaming": {"rename"},
+    "sweeping": {"sweep"},
+    "pruning": {"prune", "remove"},
+}
+"""The same in fewer words."""
+# Those that are too short to be hit often, more than once.
+_AIMS = (*PHASES, "draft", "rename", "prune", "sweep", "sweep")
+_MARKS = ("idle", "save", "discard", *PHASES)
+_ROOT = Path(__file__).parents[2]
+_MAX_WORLD_SIZE = 3
+_DEADLINE_S = 20.0
+# Short, so that the harness is: how long a saver waits for parts that nobody will bring, and sleeps between looks.
+_PATIENCE_S = 0.05
+_POLL_S = 0.002
+_ABANDONED_AFTER_S = 0.5
+# A part of a real model is written in many pieces; one of this state's is too.
+_CHUNK_BYTES = 2**16
+_EXECUTED = f"""
+from forge.train import folder, saver
+saver._ORPHAN_PATIENCE_S, saver._POLL_S, folder._LOCKED_AFTER_S = {_PATIENCE_S}, {_POLL_S}, {_ABANDONED_AFTER_S}
+saver.main()
+"""
+
+_TRAINED = {"embed.weight": 60_000, "layers.0.weight": 30_000, "norm.weight": 257}
+_STATE = [
+    *(("F32", kind, name, n) for kind in KINDS if kind not in ("frozen", "buffer") for name, n in _TRAINED.items()),
+    ("BF16", "frozen", "old.weight", 5_001),
+    ("F32", "buffer", "inv_freq", 33),
+]
+_NOISE = memoryview(random.Random(0).randbytes(2**20))
+_SHAPE = ModelShape(
+    parameters={
+        name: Parameter(shape=(n,), dtype=dtype, kind=kind)
+        for dtype, kind, name, n in _STATE
+        if kind in ("master", "frozen", "buffer")
+    },
+    tied={},
+    config={},
+)
+
+
+@dataclass(kw_only=True)
+class KillReport:
+    """What was killed, and what became of it."""
+
+    num_kills: int = 0
+    num_sealed: int = 0
+    """Saves that were reported to be done."""
+    seconds: float = 0.0
+    save_ms: float = 0.0
+    """From the beginning of one save to that of the next, where nobody is killed."""
+    victims: Counter[str] = field(default_factory=Counter)
+    phases: Counter[str] = field(default_factory=Counter)
+    """What the savers that were killed were doing."""
+    broken: list[str] = field(default_factory=list)
+    """Kills after which what should be a whole checkpoint was none, or held other bytes than were saved."""
+    lost: list[str] = field(default_factory=list)
+    """Kills after which the newest checkpoint was older than one that had been reported."""
+    left: list[str] = field(default_factory=list)
+    """Processes that did not end, memberships that did not save on."""
+    crashed: list[str] = field(default_factory=list)
+    """Savers that ended by themselves, and not well."""
+    most_drafts: int = 0
+    """That lay there after a kill."""
+    names: list[str] = field(default_factory=list)
+    """What lies in the folder after a last save, which nobody disturbed."""
+
+
+def kill_forge(folder: Path, *, num_kills: int, seed: int) -> KillReport:
+    """Run the harness in a light process of its own. Raises: CalledProcessError, TimeoutExpired."""
+    command = [sys.executable, "-m", "tests.support.kills", str(folder), str(num_kills), str(seed)]
+    harness = subprocess.Popen(
+        command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        text = harness.communicate(timeout=60 + num_kills)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(harness.pid, signal.SIGKILL)  # with whatever it may have left
+        harness.wait()
+    if harness.returncode != 0:
+        raise subprocess.CalledProcessError(harness.returncode, command)
+    figures = json.loads(text)
+    counts = {key: Counter(figures[key]) for key in ("victims", "phases")}
+    return KillReport(**figures | counts)
+
+
+def main() -> None:
+    """What `kill_forge` starts."""
+    folder, num_kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    _inherit_orphans()
+    report = _Campaign(folder, seed=seed).run(num_kills)
+    sys.stdout.write(json.dumps(vars(report)))
+
+
+def kill_deepspeed(folder: Path, *, num_kills: int, seed: int, world_size: int = 2) -> KillReport:
+    """Kill processes in the middle of DeepSpeed's `save_checkpoint`, and ask whether what `latest` names loads.
+
+    One of the ranks, or all of them at once, gets SIGKILL at a moment drawn from the duration of a save; the
+    others go on until they notice. A folder that is broken is emptied, as DeepSpeed has no way back from it.
+    """
+    draw, report = random.Random(seed), KillReport(save_ms=20.0)
+    began, newest = time.monotonic(), 0
+    for _ in range(num_kills):
+        victim, returned = _kill_deepspeed_once(folder, draw, report, world_size=world_size, first_step=newest + 1)
+        newest = max(newest, returned)
+        step, problem = _judge_deepspeed(folder, world_size=world_size)
+        if problem is not None and newest:
+            report.broken.append(f"after kill {report.num_kills} ({victim}): {problem}")
+            shutil.rmtree(folder)
+        elif step < newest:
+            report.lost.append(f"step {step}, not {newest}, after kill {report.num_kills} ({victim})")
+        newest = step
+        for tag in folder.glob("global_step*"):
+            if tag.name != f"global_step{step}":
+                shutil.rmtree(tag)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+class _Campaign:
+    """One membership after the other in one folder."""
+
+    def __init__(self, folder: Path, *, seed: int) -> None:
+        self._storage = FolderStorage(folder)
+        self._folder = folder
+        self._random = random.Random(seed)
+        self._report = KillReport()
+        self._newest = 0
+        """Step of the newest checkpoint that anybody has reported or found."""
+        self._period_s = 0.0
+        self._before: list[_Membership] = []
+        """Memberships of which somebody may still live."""
+
+    def run(self, num_kills: int) -> KillReport:
+        began = time.monotonic()
+        self._measure()
+        while self._report.num_kills < num_kills and not self._report.left:
+            self._kill_once()
+        self._check(is_quiet=self._await_quiet())
+        self._save_a_last_time()
+        self._report.seconds = time.monotonic() - began
+        return self._report
+
+    def _measure(self) -> None:
+        """The time of a save, over a few that nobody disturbs."""
+        membership = self._start()
+        membership.await_report(lambda seen: len(seen.begun) > 20)
+        times = membership.seen.begun
+        self._period_s = statistics.median(b - a for a, b in itertools.pairwise(times))
+        self._report.save_ms = self._period_s * 1e3
+        self._end(membership)
+        self._check(is_quiet=self._await_quiet())
+
+    def _kill_once(self) -> None:
+        draw = self._random
+        membership = self._start(is_executed=draw.random() < 0.05)
+        wanted = draw.randint(1, 2)
+        if not membership.await_report(lambda seen: len(seen.begun) >= wanted):
+            self._report.left.append(f"{membership.token} has not saved")
+        victim = draw.choice(VICTIMS)
+        rank = 0 if victim in ("rank 0's saver", "all") else draw.randrange(membership.world_size)
+        if draw.random() < 0.5:  # to hit the short phases too
+            membership.await_mark(draw.choice(_AIMS if rank == 0 else PHASES[:3]), rank=rank)
+            _pause(draw.choice((0.0, draw.uniform(0, 3e-4))))
+        else:
+            _pause(draw.uniform(0, self._period_s * (1.2 if not membership.is_executed else 3)))
+        killed = membership.kill(victim, rank=rank)
+        self._report.num_kills += 1
+        self._report.victims[victim] += 1
+        self._report.phases.update(killed)
+        if "saver" in victim and draw.random() < 0.5:  # a saver's death does not end a membership
+            num_sealed = len(membership.seen.sealed)
+            if not membership.await_report(lambda seen: len(seen.sealed) > num_sealed + 1):
+                self._report.left.append(f"{membership.token} did not save on without its saver")
+        self._end(membership)
+        # Sometimes the next membership begins while savers of this one still finish.
+        self._check(is_quiet=draw.random() < 0.75 and self._await_quiet())
+
+    def _start(self, *, is_executed: bool = False, num_saves: int | None = None) -> _Membership:
+        membership = _Membership(
+            self._folder,
+            token=f"{self._random.getrandbits(32):08x}",
+            world_size=self._random.choice((2, 2, _MAX_WORLD_SIZE)),
+            first_step=self._newest + 1,
+            is_executed=is_executed,
+            num_saves=num_saves,
+        )
+        self._before.append(membership)
+        return membership
+
+    def _end(self, membership: _Membership) -> None:
+        membership.end()
+        self._report.num_sealed += len(membership.seen.sealed)
+        self._newest = max([self._newest, *membership.seen.sealed])
+
+    def _await_quiet(self) -> bool:
+        """Wait until every process of every membership is gone."""
+        codes = _reap()
+        savers = {pid for membership in self._before for pid in membership.seen.savers}
+        if codes is None:
+            self._report.left.append(f"processes after kill {self._report.num_kills}")
+            for pid in savers:
+                _kill(pid)
+            return False
+        bad = [code for pid, code in codes.items() if pid in savers and code not in (0, -signal.SIGKILL)]
+        bad += [code for m in self._before for code in m.seen.deaths if code != -signal.SIGKILL]
+        if bad:
+            self._report.crashed.append(f"exit {bad} after kill {self._report.num_kills}")
+        self._before.clear()
+        return True
+
+    def _check(self, *, is_quiet: bool) -> None:
+        """Whether there is what should be there."""
+        after = f"after kill {self._report.num_kills}"
+        if is_quiet:
+            for name in list_checkpoints(self._storage):
+                problem = verify_checkpoint(self._storage, name)
+                if problem is not None:
+                    self._report.broken.append(f"{name} {after}: {problem}")
+        found = find_checkpoint(self._storage, on_skip=lambda *_: None)
+        step = found.progress.step if found is not None else 0
+        if step < self._newest:
+            self._report.lost.append(f"step {step}, not {self._newest}, {after}")
+        if found is None:
+            return
+        for dtype, kind, name, numel in _STATE:
+            whole = Interval(kind=kind, name=name, start=0, stop=numel, dtype=dtype)
+            buffer = bytearray(whole.size_bytes)
+            try:
+                found.read([(whole, memoryview(buffer))])
+            except CheckpointError as error:
+                self._report.broken.append(f"{error} {after}")
+            if buffer != _values(step, whole):
+                self._report.broken.append(f"{kind} of {name} in step {step} {after}")
+        self._newest = step
+        self._report.most_drafts = max(self._report.most_drafts, len(list(self._folder.glob(".draft-*"))))
+
+    def _save_a_last_time(self) -> None:
+        """In peace, with every draft of the dead being old enough."""
+        time.sleep(_ABANDONED_AFTER_S)
+        membership = self._start(num_saves=KEEP)
+        membership.await_end()
+        self._end(membership)
+        self._check(is_quiet=self._await_quiet())
+        self._report.names = sorted(path.name for path in self._folder.iterdir())
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """What a membership has told of itself."""
+
+    begun: list[float] = field(default_factory=list)
+    """When a save began, by the monotonic clock."""
+    sealed: list[int] = field(default_factory=list)
+    savers: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By process: its rank, and the place of its mark."""
+    deaths: list[int] = field(default_factory=list)
+    """Return codes of savers that died beside a living rank."""
+
+
+class _Membership:
+    """Ranks that save step after step, as seen from outside."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        token: str,
+        world_size: int,
+        first_step: int,
+        is_executed: bool,
+        num_saves: int | None,
+    ) -> None:
+        """Args:
+        token: how the tokens of its checkpoints begin.
+        is_executed: its savers are started with `python`, as those of a run are, and say nothing of their phases.
+        num_saves: after how many it ends by itself.
+        """
+        self.token, self.world_size, self.is_executed = token, world_size, is_executed
+        self.seen = _Seen()
+        self._marks = mmap.mmap(-1, mmap.PAGESIZE)
+        down = [os.pipe() for _ in range(world_size)]  # from the first rank to each
+        up = [os.pipe() for _ in range(world_size)]
+        reports, telling = os.pipe()
+        self._reports = _Lines(reports)
+        self._ranks = []
+        for number in range(world_size):
+            rank = _Rank(
+                rank=number,
+                world_size=world_size,
+                folder=folder,
+                token=token,
+                is_executed=is_executed,
+                marks=self._marks,
+                telling=telling,
+                inward=[pipe[0] for pipe in (up[1:] if number == 0 else [down[number]])],
+                outward=[pipe[1] for pipe in (down[1:] if number == 0 else [up[number]])],
+            )
+            self._ranks.append(_fork(lambda rank=rank: rank.run(first_step, num_saves=num_saves)))
+        for fd in [telling, *itertools.chain(*down, *up)]:
+            os.close(fd)
+
+    def await_report(self, is_so: Callable[[_Seen], bool]) -> bool:
+        """Listen until something is so; False if it takes too long, or nobody is left to tell."""
+        deadline = time.monotonic() + _DEADLINE_S
+        while not is_so(self.seen) or len(self.seen.savers) < self.world_size:
+            if not select.select([self._reports.fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return False
+            if not self._listen():
+                return False
+        return True
+
+    def await_end(self) -> None:
+        """Listen until all ranks have ended."""
+        self.await_report(lambda seen: False)
+
+    def await_mark(self, phase: str, *, rank: int) -> None:
+        """Return the moment a rank's saver is seen in a phase."""
+        place = self._saver_of(rank)[1]
+        deadline = time.monotonic() + 0.2
+        while not self.is_executed and time.monotonic() < deadline:
+            if self._marks[place] == _MARKS.index(phase):
+                return
+            os.sched_yield()
+
+    def kill(self, victim: str, *, rank: int) -> list[str]:
+        """Returns: what the savers were doing that were killed, as far as that can be seen."""
+        killed: list[tuple[int, int]] = []
+        if victim == "a rank":
+            _kill(self._ranks[rank])
+        elif victim == "all":
+            killed = [self._saver_of(each) for each in range(self.world_size)]
+        else:
+            killed = [self._saver_of(rank)]
+        for pid, _ in killed:
+            _kill(pid)
+        if victim == "all":
+            for pid in self._ranks:
+                _kill(pid)
+        time.sleep(2e-4)  # until the last mark is made
+        return [] if self.is_executed else [_MARKS[self._marks[place]] for _, place in killed]
+
+    def end(self) -> None:
+        """Kill the ranks that live; their savers find out. Everything they told has been heard afterwards."""
+        for pid in self._ranks:
+            _kill(pid)
+        while self._listen():
+            pass
+        os.close(self._reports.fd)
+
+    def _listen(self) -> bool:
+        lines = self._reports.read()
+        for line in map(json.loads, lines or ()):
+            match line:
+                case {"begun": at}:
+                    self.seen.begun.append(at)
+                case {"sealed": step}:
+                    self.seen.sealed.append(step)
+                case {"saver": pid, "rank": rank, "place": place}:
+                    self.seen.savers[pid] = rank, place
+                case {"died": code}:
+                    self.seen.deaths.append(code)
+        return lines is not None
+
+    def _saver_of(self, rank: int) -> tuple[int, int]:
+        """The newest one, and the place of its mark."""
+        return [(pid, place) for pid, (of, place) in self.seen.savers.items() if of == rank][-1]
+
+
+@dataclass(kw_only=True)
+class _Rank:
+    """A stand-in for a rank that trains; the first one says when all of them save."""
+
+    rank: int
+    world_size: int
+    folder: Path
+    token: str
+    is_executed: bool
+    marks: mmap.mmap
+    telling: int
+    inward: list[int]
+    outward: list[int]
+    num_savers: int = 0
+    num_begun: int = 0
+
+    def run(self, first_step: int, *, num_saves: int | None) -> None:
+        """Save step after step, until there were enough, or killed, or alone."""
+        _close_all_but({0, 1, 2, self.telling, *self.inward, *self.outward})
+        self._snapshot = create_snapshot(_layout(self.rank, world_size=self.world_size))
+        self._peers = [_Lines(fd) for fd in self.inward]
+        self._start_saver()
+        if self.rank == 0:
+            for step in itertools.islice(itertools.count(first_step), num_saves):
+                self._lead(step)
+            return
+        while True:
+            self._follow()
+
+    def _lead(self, step: int) -> None:
+        self._tell(begun=time.monotonic())
+        for fd in self.outward:
+            os.write(fd, f"{step}\n".encode())
+        token = self._save(step)
+        while True:
+            for source, line in self._hear():
+                if source is not self._answers and line == token:  # a peer's part has failed
+                    self._send({"abort": token})
+                    return
+                if source is self._answers and line is None:
+                    self._start_saver()
+                    return
+                answer = json.loads(line) if source is self._answers else {}
+                if answer.get("token") == token and "sealed" in answer:
+                    self._tell(sealed=step)
+                    return
+                if answer.get("token") == token and "failed" in answer:
+                    return
+
+    def _follow(self) -> None:
+        for source, line in self._hear():
+            if source is not self._answers:
+                self._token, self._has_part = self._save(int(line)), False
+            elif line is None:
+                self._start_saver()
+                if not self._has_part:
+                    self._say_failed()
+            elif (answer := json.loads(line))["token"] == self._token:
+                self._has_part = self._has_part or "part" in answer
+                if "failed" in answer:
+                    self._say_failed()
+
+    def _say_failed(self) -> None:
+        os.write(self.outward[0], f"{self._token}\n".encode())
+
+    def _save(self, step: int) -> str:
+        slot = self.num_begun % NUM_SLOTS
+        self.num_begun += 1
+        with self._snapshot.begin(slot) as data:
+            for interval, offset in self._snapshot.layout.placed():
+                data[offset : offset + interval.size_bytes] = _values(step, interval)
+        self._snapshot.commit(slot, step=step, state={"step": step})
+        progress = Progress(step=step, num_tokens=step * 100, recipe="one", corpus="one")
+        order = SaveOrder(
+            url=str(self.folder),
+            step=step,
+            slot=slot,
+            rank=self.rank,
+            world_size=self.world_size,
+            token=f"{self.token}{self.num_begun:04x}",
+            keep=KEEP,
+            state=state_bytes(progress, _SHAPE).decode() if self.rank == 0 else "",
+        )
+        self._send(asdict(order))
+        return order.token
+
+    def _hear(self) -> Iterator[tuple[_Lines, Any]]:
+        """What peers and the saver say; None if the saver is dead. Without a peer this rank ends."""
+        by_fd = {lines.fd: lines for lines in (*self._peers, self._answers)}
+        for fd in select.select(list(by_fd), [], [])[0]:
+            source = by_fd[fd]
+            lines = source.read()
+            if lines is None and source is not self._answers:
+                os._exit(0)
+            for line in [None] if lines is None else lines:
+                yield source, line
+
+    def _start_saver(self) -> None:
+        if self.num_savers:
+            os.close(self._orders)
+            os.close(self._answers.fd)
+            self._tell(died=os.waitstatus_to_exitcode(os.waitpid(self._saver, 0)[1]))
+        place = self.rank + _MAX_WORLD_SIZE * self.num_savers
+        self.num_savers += 1
+        orders, self._orders = os.pipe()
+        answered, answering = os.pipe()
+        self._answers = _Lines(answered)
+        if self.is_executed:
+            command = [sys.executable, "-c", _EXECUTED, str(self._snapshot.fd)]
+            process = subprocess.Popen(command, stdin=orders, stdout=answering, pass_fds=[self._snapshot.fd])
+            self._saver = process.pid
+        else:
+            serve = _Saver(snapshot=self._snapshot.fd, orders=orders, answering=answering)
+            self._saver = _fork(lambda: serve.run(self.marks, place))
+        os.close(orders)
+        os.close(answering)
+        self._tell(saver=self._saver, rank=self.rank, place=place)
+
+    def _send(self, order: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._orders, json.dumps(order).encode() + b"\n")
+
+    def _tell(self, **what: Any) -> None:
+        os.write(self.telling, json.dumps(what).encode() + b"\n")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Saver:
+    """`forge.train.saver` in a process that was forked: the same but for the imports, which are there."""
+
+    snapshot: int
+    orders: int
+    answering: int
+
+    def run(self, marks: mmap.mmap, place: int) -> None:
+        """Returns when there are no more orders."""
+        snapshot = 3
+        for old, new in ((self.orders, 0), (self.answering, 1), (self.snapshot, snapshot)):
+            os.dup2(old, new)
+        _close_all_but({0, 1, 2, snapshot})
+        saver_module._CHUNK_BYTES, saver_module._POLL_S = _CHUNK_BYTES, _POLL_S
+        saver_module._ORPHAN_PATIENCE_S, folder_module._LOCKED_AFTER_S = _PATIENCE_S, _ABANDONED_AFTER_S
+        _mark_phases(marks, place)
+        sys.argv = ["forge.train.saver", str(snapshot)]
+        saver_module.main()
+
+
+def _mark_phases(marks: mmap.mmap, place: int) -> None:
+    """Let this process write down what it is doing, where others can read it even when it is dead."""
+
+    def marked(function: Callable[..., Any], phase: str | None) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            before = marks[place]
+            marks[place] = _MARKS.index(phase or _phase_of(arguments[1]))
+            try:
+                return function(*arguments, **named)
+            finally:
+                marks[place] = _MARKS.index("rename") if phase is None and marks[place] == manifest else before
+
+        return call
+
+    manifest = _MARKS.index("manifest")
+
+    of_the_saver = {"save": "save", "_await_parts": "await", "prune": "prune"}
+    of_the_folder = {"open_draft": "draft", "hold": "draft", "write": None, "drop": "drop", "publish": "manifest"}
+    of_the_folder |= {name: name for name in ("discard", "remove", "sweep")}
+    for owner, phases in ((saver_module, of_the_saver), (FolderStorage, of_the_folder)):
+        for name, phase in phases.items():
+            setattr(owner, name, marked(getattr(owner, name), phase))
+
+
+def _phase_of(path: str) -> str:
+    file = path.rpartition("/")[2]
+    begins = {"state": "state", "manifest": "manifest", "part": "receipt" if file.endswith(".json") else "part"}
+    return begins[file.partition(".")[0].partition("-")[0]]
+
+
+def _values(step: int, interval: Interval) -> memoryview:
+    """The elements of an interval as of a step: a stretch of noise, which begins elsewhere for everything."""
+    name = f"{step}/{interval.kind}/{interval.name}".encode()
+    begin = int.from_bytes(hashlib.sha256(name).digest()[:8]) % (len(_NOISE) // 2)
+    begin += interval.start * ITEM_BYTES[interval.dtype]
+    return _NOISE[begin : begin + interval.size_bytes]
+
+
+def _layout(rank: int, *, world_size: int) -> Layout:
+    """A rank's share of everything, in a row."""
+    total = sum(entry[3] for entry in _STATE)
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    intervals, at = [], 0
+    for dtype, kind, name, numel in _STATE:
+        start, stop = max(first - at, 0), min(last - at, numel)
+        at += numel
+        if start < stop:
+            intervals.append(Interval(kind=kind, name=name, start=start, stop=stop, dtype=dtype))
+    return pack(intervals)
+
+
+def _kill_deepspeed_once(
+    folder: Path, draw: random.Random, report: KillReport, *, world_size: int, first_step: int
+) -> tuple[str, int]:
+    """Returns: who was killed, and the newest step whose `save_checkpoint` had returned; 0 if none had."""
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.warm"])
+    hearing, telling = context.Pipe(duplex=False)
+    arguments = (world_size, _free_port(), str(folder), first_step, telling)
+    ranks = [context.Process(target=_deepspeed_rank, args=(r, *arguments), daemon=True) for r in range(world_size)]
+    for process in ranks:
+        process.start()
+    telling.close()
+    told = _Told(hearing)
+    told.listen(until=2, timeout_s=60)
+    report.save_ms = told.save_ms or report.save_ms
+    _pause(draw.uniform(0, report.save_ms * 1.1e-3))
+    victim = draw.randrange(world_size + 1)
+    for process in ranks if victim == world_size else [ranks[victim]]:
+        process.kill()
+    for process in ranks:  # to the end of the save, and to the barrier where it misses the others
+        process.join(timeout=10)
+        process.kill()
+        process.join()
+    told.listen()
+    hearing.close()
+    report.num_kills += 1
+    report.num_sealed += len(told.returned)
+    name = "all" if victim == world_size else f"rank {victim}"
+    report.victims[name] += 1
+    report.phases["between" if len(told.begun) == len(told.returned) else "save"] += 1
+    return name, max(told.returned, default=0)
+
+
+class _Told:
+    """What the first rank of DeepSpeed's tells of its saves."""
+
+    def __init__(self, hearing: Any) -> None:
+        self._hearing = hearing
+        self.begun: list[int] = []
+        self.returned: list[int] = []
+        self.save_ms: float | None = None
+        """How long the last save took."""
+
+    def listen(self, *, until: int | None = None, timeout_s: float = 0.0) -> None:
+        """Hear everything; or wait until so many saves have begun."""
+        with contextlib.suppress(EOFError):
+            while (until is None or len(self.begun) < until) and self._hearing.poll(timeout_s):
+                step, save_ms = self._hearing.recv()
+                if save_ms is None:
+                    self.begun.append(step)
+                else:
+                    self.returned.append(step)
+                    self.save_ms = save_ms
+
+
+def _deepspeed_rank(rank: int, world_size: int, port: int, folder: str, first_step: int, telling: Any) -> None:
+    """Train a small model with DeepSpeed, and save it after every step."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it says at length that its peer is gone
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import deepspeed
+    import torch
+
+    from forge.train.engine import join_process_group
+
+    torch.set_num_threads(1)
+    join_process_group(device=torch.device("cpu"))
+    module = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 256))
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    config |= {"zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=module, optimizer=torch.optim.AdamW(module.parameters()), config=config)
+    engine.global_steps = first_step - 1
+    for step in itertools.count(first_step):
+        engine.backward(engine(torch.ones(1, 256)).square().mean())
+        engine.step()
+        began = time.monotonic()
+        if rank == 0:
+            telling.send((step, None))
+        engine.save_checkpoint(folder, client_state={"step": step})
+        if rank == 0:
+            telling.send((step, 1e3 * (time.monotonic() - began)))
+
+
+def _judge_deepspeed(folder: Path, *, world_size: int) -> tuple[int, str | None]:
+    """The step of what `latest` names, and what is wrong with it: everything that `load_checkpoint` would read."""
+    import torch
+
+    latest = folder / "latest"
+    tag = latest.read_text() if latest.is_file() else None
+    if not tag:
+        return 0, "latest is missing" if tag is None else "latest is empty"
+    files = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(world_size)]
+    try:
+        for file in files:
+            torch.load(folder / tag / file, weights_only=False)
+        step = torch.load(folder / tag / "mp_rank_00_model_states.pt", weights_only=False)["step"]
+    except Exception as error:  # torch raises whatever the bytes of a torn file make it raise
+        return 0, f"{tag} does not load: {error}"
+    return step, None if tag == f"global_step{step}" else f"{tag} holds step {step}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class _Lines:
+    """Lines out of a pipe."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._text = b""
+
+    def read(self) -> list[str] | None:
+        """Those that are complete; waits for a piece. None at the end."""
+        piece = os.read(self.fd, 2**16)
+        if not piece:
+            return None
+        *lines, self._text = (self._text + piece).split(b"\n")
+        return [line.decode() for line in lines]
+
+
+def _fork(run: Callable[[], Any]) -> int:
+    """Run something in a child of this process."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        run()
+        code = 0
+    except BrokenPipeError:
+        code = 0  # whoever would listen is gone
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _close_all_but(kept: set[int]) -> None:
+    for fd in (int(path.name) for path in list(Path("/proc/self/fd").iterdir())):
+        if fd not in kept:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _pause(seconds: float) -> None:
+    """Sleep, to the microsecond."""
+    end = time.perf_counter() + seconds
+    time.sleep(max(0.0, seconds - 5e-4))
+    while time.perf_counter() < end:
+        pass
+
+
+def _inherit_orphans() -> None:
+    """Become the parent of every descendant whose own parent dies. Source: prctl(2), PR_SET_CHILD_SUBREAPER."""
+    if ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def _reap() -> dict[int, int] | None:
+    """Wait until no descendant is left. Returns: their return codes; None if some do not end."""
+    codes = {}
+    deadline = time.monotonic() + _DEADLINE_S
+    while time.monotonic() < deadline:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return codes
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+        else:
+            time.sleep(0.001)
+    return None
+
+
+if __name__ == "__main__":
+    main()
