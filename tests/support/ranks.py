@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ class Recording:
 
     steps: list[StepMetrics] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    sample_ids: dict[int, list[int]] = field(default_factory=dict)
+    """By step, in the order of the ranks that took them."""
 
     @property
     def losses(self) -> list[float]:
@@ -53,7 +55,10 @@ def run_ranks(plan: Plan, folder: Path, *, world_size: int, stop_after: int | No
     """Run `forge.train.rank.run_rank` on `world_size` processes; checkpoints go under `folder`."""
     arguments = (plan_to_json(plan), str(folder), world_size, stop_after)
     recordings: list[Recording] = on_ranks(_train, *arguments, world_size=world_size)
-    return recordings[0]
+    first = recordings[0]
+    for step in first.sample_ids:
+        first.sample_ids[step] = [sample for recording in recordings for sample in recording.sample_ids[step]]
+    return first
 
 
 def on_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
@@ -111,9 +116,25 @@ def _train(rank: int, plan_json: str, folder: str, world_size: int, stop_after: 
     from forge.train.rank import Place, run_rank
 
     reporter = RecordingReporter(stop_after)
+    _record_samples(reporter.recording)
     place = Place(rank=rank, world_size=world_size, local_world_size=8, device="cpu", checkpoints=folder)
     run_rank(plan_from_json(plan_json), place, reporter)
     return reporter.recording
+
+
+def _record_samples(recording: Recording) -> None:
+    """Note which samples this process trains on; those that only fill up a batch are none."""
+    from forge.data.batches import MicroBatch, TrainBatches
+
+    of_step = TrainBatches.of_step
+
+    def noted(batches: TrainBatches, step: int) -> Iterator[MicroBatch]:
+        taken = recording.sample_ids.setdefault(step, [])
+        for batch in of_step(batches, step):
+            taken += batches.order.samples(batch.positions[batch.positions >= 0]).tolist()
+            yield batch
+
+    TrainBatches.of_step = noted  # type: ignore[method-assign]
 
 
 def _free_port() -> int:
