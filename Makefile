@@ -34,7 +34,7 @@ docs: setup
 	$(BIN)/python -m forge.spec.reference > docs/job-file.md
 
 bench: setup
-	for name in data cold_start throughput; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in data cold_start throughput checkpoint kills; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist

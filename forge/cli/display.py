@@ -76,6 +76,7 @@ def show_plan(plan: Plan, *, to_stderr: bool = False) -> None:
     console = _err if to_stderr else _out
     console.print(Text.assemble((plan.job.name, "bold"), "  ", headline(plan)))
     _print_facts(console, plan_facts(plan))
+    columns = ["#workers", "#micro", "#accum.", "#pad", "#weights", "#grads", "#states", "#host", "#~total"]
     rows = []
     for world in plan.worlds:
         batch, need = world.batch, world.footprint
@@ -90,21 +91,11 @@ def show_plan(plan: Plan, *, to_stderr: bool = False) -> None:
                 format_bytes(need.optimizer_bytes + need.ema_bytes),
                 format_bytes(need.host_bytes),
                 format_bytes(need.total_bytes),
-                "does not fit" if world.fits is False else "",
             ]
         )
-    columns = (
-        "#workers",
-        "#micro",
-        "#accum.",
-        "#padding",
-        "#weights",
-        "#grads",
-        "#optimizer",
-        "#snapshot",
-        "#~total",
-        "",
-    )
+    if any(world.fits is False for world in plan.worlds):
+        columns.append("")
+        rows = [[*row, "" if world.fits else "does not fit"] for row, world in zip(rows, plan.worlds, strict=True)]
     _print_table(console, columns, rows)
 
 

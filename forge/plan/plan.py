@@ -22,7 +22,7 @@ from forge.plan.throughput import flops_per_token
 from forge.plan.zero import zero_config
 from forge.spec.job import JobSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,16 +162,13 @@ def write_part(storage: Storage, draft: str, snapshot: Snapshot, order: SaveOrde
     Raises: OSError; CheckpointError if the snapshot was overwritten meanwhile, or is not whole.
     """
     name = part_name(order.rank, token=order.token)
-    header = part_header(snapshot.layout)
     copy = _copy_of(snapshot, order)
     with snapshot.data(copy.slot) as data:
-        storage.write(f"{draft}/{name}", lambda: _pieces(header, data))
-        crc = zlib.crc32(header)
-        for piece in _pieces(b"", data):
-            crc = zlib.crc32(piece, crc)
+        content = _Summed(part_header(snapshot.layout), data)
+        storage.write(f"{draft}/{name}", content.pieces)
     if not snapshot.is_intact(copy):
         raise CheckpointError(f"the snapshot of step {order.step} was overwritten while it was written")
-    part = Part(name=name, size_bytes=len(header) + snapshot.layout.size_bytes, crc32=crc, layout=snapshot.layout)
+    part = Part(name=name, size_bytes=content.size_bytes, crc32=content.crc32, layout=snapshot.layout)
     receipt = json.dumps(part_record(part)).encode()
     storage.write(f"{draft}/{name}{_RECEIPT}", lambda: [receipt])
     return part
@@ -259,11 +256,22 @@ def _is_ours(storage: Storage, name: str, state: bytes) -> bool:
     return True
 
 
-def _pieces(header: bytes, data: memoryview) -> Iterable[memoryview | bytes]:
-    if header:
-        yield header
-    for start in range(0, len(data), _CHUNK_BYTES):
-        yield data[start : start + _CHUNK_BYTES]
+class _Summed:
+    """A part's content in pieces, and their checksum once the last was taken."""
+
+    def __init__(self, header: bytes, data: memoryview) -> None:
+        self._header, self._data = header, data
+        self.size_bytes = len(header) + len(data)
+        self.crc32 = 0
+
+    def pieces(self) -> Iterator[memoryview | bytes]:
+        """From the beginning, as often as asked: a store that failed is given them again."""
+        self.crc32 = zlib.crc32(self._header)
+        yield self._header
+        for start in range(0, len(self._data), _CHUNK_BYTES):
+            piece = self._data[start : start + _CHUNK_BYTES]
+            self.crc32 = zlib.crc32(piece, self.crc32)
+            yield piece
 
 
 def _reason(error: BaseException) -> str:

@@ -101,6 +101,27 @@ def test_model_state_shrinks_with_the_stage_as_in_the_zero_paper() -> None:
     assert sizes[3].weights_bytes == sizes[2].weights_bytes // 4 + 2 * tiny_facts().largest_module_parameters
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_rank_holds_its_share_of_the_snapshot_at_every_stage(stage: int) -> None:
+    for world_size in (1, 4):
+        need = plan(training__zero={"stage": stage}).world(world_size).footprint
+        assert need.host_bytes == 12 * tiny_facts().num_parameters // world_size
+        assert need.total_bytes == need.state_bytes + need.activations_bytes + need.host_bytes  # one memory
+
+
+def test_offloading_moves_the_optimizer_from_the_gpu_to_the_host() -> None:
+    gpu = Hardware(device="cuda", name="test", memory_bytes=None, peak_flops=None)
+    changes = {"hardware": gpu, "training__ema": {"decay": 0.9}}
+    kept = plan(training__zero={"stage": 2}, **changes).world(2)
+    moved = plan(training__zero={"stage": 2, "offload": "cpu"}, **changes).world(2)
+    states = kept.footprint.optimizer_bytes + kept.footprint.ema_bytes
+    assert moved.footprint.optimizer_bytes == moved.footprint.ema_bytes == 0
+    assert moved.footprint.total_bytes == kept.footprint.total_bytes - states
+    assert moved.footprint.host_bytes == kept.footprint.host_bytes + states
+    assert moved.deepspeed["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert "offload_optimizer" not in kept.deepspeed["zero_optimization"]
+
+
 @pytest.mark.parametrize(
     ("change", "is_same_curve"),
     [

@@ -184,6 +184,11 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         ),
         (
             "total_steps: 10",
+            "total_steps: 10\n  zero: {stage: 0, offload: cpu}",
+            "job.yaml:9: training.zero.offload: needs stage 1, 2 or 3: at stage 0 nothing is divided (got cpu)",
+        ),
+        (
+            "total_steps: 10",
             "total_steps: 10\n  optimizer: {lr: fast}",
             "job.yaml:9: training.optimizer.lr: must be a number (got fast)",
         ),
