@@ -114,7 +114,7 @@ class Saving:
         """Start to make a checkpoint of the state as it is; it must not change before `settle`. Collective."""
         began, began_at = time.monotonic(), time.time()
         self.settle()
-        slot = self._num_begun % NUM_SLOTS
+        slot = NUM_SLOTS - 1 if self.is_busy else 0  # the second costs memory only when it is needed
         self._num_begun += 1
         token = f"{self._token}{self._num_begun:04x}"
         making = self._making[token] = _Making(step=progress.step, began=began_at)
@@ -186,6 +186,7 @@ class Saving:
     def _copy(self, making: _Making, order: SaveOrder, ready: Any) -> None:
         try:
             with _beside(ready):
+                self._snapshot.prepare(order.slot)
                 self._state.copy_to(self._snapshot.data(order.slot), buffers=False)
             self._snapshot.commit(order.slot, step=order.step, state={"step": order.step})
             self._saver.send(asdict(order))

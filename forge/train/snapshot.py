@@ -19,6 +19,7 @@ a checkpoint of a snapshot stays light.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -37,6 +38,7 @@ _SLOT = struct.Struct("<qQI")  # step (0: none), checksum, bytes of the JSON
 _SLOT_BYTES = 4096
 _PAGE = 4096
 _CHUNK_BYTES = 4 * 2**20
+_MADV_POPULATE_WRITE = 23  # of Linux 5.14; Python's mmap does not name it yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,17 @@ class Snapshot:
         first = _PAGE + NUM_SLOTS * _SLOT_BYTES
         self.layout: Layout = layout_from_record(json.loads(self._memory[first : first + layout_bytes]))
         self._data_start = _up(first + layout_bytes)
+
+    def prepare(self, slot: int) -> None:
+        """Have the pages of a slot at hand, a few at a time, so that copying does not stop at each of them.
+
+        The first to do it makes them: 0.4 s a GB, ten times what the copy itself takes.
+        """
+        first = self._data_start + slot * _up(self._data_bytes)
+        end = first + _up(self._data_bytes)
+        with contextlib.suppress(OSError):  # before Linux 5.14 pages come one by one, when they are touched
+            for start in range(first, end, _CHUNK_BYTES):
+                self._memory.madvise(_MADV_POPULATE_WRITE, start, min(_CHUNK_BYTES, end - start))
 
     def begin(self, slot: int) -> memoryview:
         """Take the step away from a slot and give its bytes, to be written before `commit`."""
