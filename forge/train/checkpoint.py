@@ -26,6 +26,8 @@ from forge.train.storage import Storage
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+# The data of a part begins at a page's beginning, as it does in memory: a disk then takes it without a copy.
+_ALIGNMENT = 4096
 # The manifest's own checksum stands at a fixed place, and is taken with zeros there.
 _SEAL = b'{"crc32": "00000000", '
 _SEAL_AT = slice(11, 19)
@@ -374,7 +376,8 @@ def part_from_record(record: Mapping[str, Any]) -> Part:
 
 def part_header(layout: Layout) -> bytes:
     """What stands before the data of a part: a safetensors header with a flat tensor for each interval."""
-    return safetensors_header({i.key: (i.dtype, (i.numel,)) for i in layout.intervals})
+    tensors = {i.key: (i.dtype, (i.numel,)) for i in layout.intervals}
+    return safetensors_header(tensors, alignment=_ALIGNMENT)
 
 
 def shape_differences(held: ModelShape, wanted: ModelShape, *, most: int = 5) -> list[str]:

@@ -90,13 +90,17 @@ def layout_from_record(record: Iterable[Iterable[Any]]) -> Layout:
 
 
 def safetensors_header(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    alignment: int = 8,
 ) -> bytes:
-    """What stands before the data of a safetensors file: the length of a JSON, and the JSON, padded to 8 bytes.
+    """What stands before the data of a safetensors file: the length of a JSON, and the JSON, padded with blanks.
 
     Args:
         tensors: type and shape by name, in the order in which their bytes follow, without holes.
         metadata: text about the file.
+        alignment: bytes of which the data's place in the file is a multiple.
 
     Source: https://huggingface.co/docs/safetensors/index#format
     """
@@ -107,5 +111,5 @@ def safetensors_header(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text

@@ -23,6 +23,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,10 +275,12 @@ class _Summed:
         """From the beginning, as often as asked: a store that failed is given them again."""
         self.crc32 = zlib.crc32(self._header)
         yield self._header
-        for start in range(0, len(self._data), _CHUNK_BYTES):
-            piece = self._data[start : start + _CHUNK_BYTES]
-            self.crc32 = zlib.crc32(piece, self.crc32)
-            yield piece
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            for start in range(0, len(self._data), _CHUNK_BYTES):
+                piece = self._data[start : start + _CHUNK_BYTES]
+                summed = beside.submit(zlib.crc32, piece, self.crc32)
+                yield piece  # which is written meanwhile
+                self.crc32 = summed.result()
 
 
 def _reason(error: BaseException) -> str:
