@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from benchmarks.peers.llama import CORPUS, deepspeed_engine
 from forge.plan.plan import training_digest
 from forge.spec.job import JobSpec
-from forge.train.checkpoint import Progress
 from forge.train.engine import Engine
+from forge.train.manifest import Progress
 from forge.train.saving import Saved, Saving
 
 

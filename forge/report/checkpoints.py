@@ -10,7 +10,8 @@ from typing import Any
 from forge.errors import ArgumentError, CheckpointError
 from forge.plan.plan import plan_from_json
 from forge.report.runs import find_run
-from forge.train.checkpoint import list_checkpoints, open_checkpoint, step_name, verify_checkpoint
+from forge.train.checkpoint import list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.train.manifest import step_name
 from forge.train.storage import Storage, open_storage
 
 

@@ -23,8 +23,9 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.serve.weights import read_pieces, require_average
-from forge.train.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, step_name, verify_checkpoint
+from forge.train.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, verify_checkpoint
 from forge.train.interval import ITEM_BYTES, safetensors_header
+from forge.train.manifest import step_name
 from forge.train.state import bytes_of
 from forge.train.storage import open_storage
 

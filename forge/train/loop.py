@@ -15,8 +15,8 @@ from forge.errors import CheckpointError, RunError
 from forge.events import CheckpointFailed, CheckpointSaved, Evaluated, Reporter, StepMetrics, perplexity
 from forge.spec.resources import CheckpointSpec
 from forge.spec.training import TrainingSpec
-from forge.train.checkpoint import Progress
 from forge.train.engine import Engine, Flags
+from forge.train.manifest import Progress
 from forge.train.saving import Outcome, Saved, Saving
 from forge.train.schedule import learning_rate
 

@@ -22,9 +22,10 @@ from forge.data.prepare import open_streams
 from forge.errors import CheckpointError, RunError
 from forge.events import CheckpointSkipped, GenerationFormed, Reporter
 from forge.plan.plan import Plan, training_digest
-from forge.train.checkpoint import Progress, list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.train.checkpoint import list_checkpoints, open_checkpoint, verify_checkpoint
 from forge.train.engine import DTYPES, Engine, build_engine, join_process_group
 from forge.train.loop import Curriculum, train
+from forge.train.manifest import Progress
 from forge.train.metrics import find_peak
 from forge.train.saving import Saving
 from forge.train.storage import open_storage

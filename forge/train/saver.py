@@ -28,19 +28,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from forge.errors import CheckpointError
-from forge.train.checkpoint import (
+from forge.train.checkpoint import list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.train.manifest import (
     MANIFEST,
     Part,
-    list_checkpoints,
     manifest_bytes,
-    open_checkpoint,
     part_from_record,
     part_header,
     part_name,
     part_record,
     state_name,
     step_name,
-    verify_checkpoint,
 )
 from forge.train.snapshot import Copy, Snapshot, open_snapshot
 from forge.train.storage import Storage, open_storage

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from forge.train.checkpoint import Progress, state_bytes, step_name
+from forge.train.manifest import Progress, state_bytes, step_name
 from forge.train.saver import MEMBERSHIP_DIGITS, SaveOrder
 from forge.train.snapshot import NUM_SLOTS, create_snapshot
 from forge.train.state import TrainState
@@ -182,6 +182,7 @@ class Saving:
         """End the saver process once it has done what it was told, and free the memory."""
         self.settle()
         self._saver.close()
+        self._snapshot.close()
 
     def _copy(self, making: _Making, order: SaveOrder, ready: Any) -> None:
         try:

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forge.train.checkpoint import Checkpoint, ModelShape, Parameter
+from forge.train.checkpoint import Checkpoint
 from forge.train.interval import Interval, pack
+from forge.train.manifest import ModelShape, Parameter
 
 TRAINED = ("master", "exp_avg", "exp_avg_sq")
 _KNOWN_RELEASE = "0.19.8"

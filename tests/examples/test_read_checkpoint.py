@@ -20,20 +20,19 @@ from safetensors import safe_open
 
 from forge.plan.facts import CorpusFacts
 from forge.serve.weights import read_tensors
-from forge.train.checkpoint import (
+from forge.train.checkpoint import Checkpoint, open_checkpoint
+from forge.train.interval import Interval, pack
+from forge.train.manifest import (
     MANIFEST,
-    Checkpoint,
     ModelShape,
     Parameter,
     Part,
     Progress,
     manifest_bytes,
-    open_checkpoint,
     part_header,
     state_bytes,
     state_name,
 )
-from forge.train.interval import Interval, pack
 from forge.train.state import DTYPE_NAMES, bytes_of
 from forge.train.storage import open_storage
 from tests.support.jobs import tiny_plan

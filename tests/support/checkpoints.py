@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from forge.train.checkpoint import ModelShape, Parameter, Progress, state_bytes
 from forge.train.interval import Interval, Layout, pack
+from forge.train.manifest import ModelShape, Parameter, Progress, state_bytes
 from forge.train.saver import Orders, SaveOrder, save
 from forge.train.snapshot import Snapshot, create_snapshot
 from forge.train.storage import open_storage

@@ -40,17 +40,10 @@ from typing import Any
 from forge.errors import CheckpointError
 from forge.train import folder as folder_module
 from forge.train import saver as saver_module
-from forge.train.checkpoint import (
-    ModelShape,
-    Parameter,
-    Progress,
-    find_checkpoint,
-    list_checkpoints,
-    state_bytes,
-    verify_checkpoint,
-)
+from forge.train.checkpoint import find_checkpoint, list_checkpoints, verify_checkpoint
 from forge.train.folder import FolderStorage
 from forge.train.interval import ITEM_BYTES, KINDS, Interval, Layout, pack
+from forge.train.manifest import ModelShape, Parameter, Progress, state_bytes
 from forge.train.saver import SaveOrder
 from forge.train.snapshot import NUM_SLOTS, create_snapshot
 

@@ -15,14 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from forge.errors import CheckpointError
-from forge.train.checkpoint import (
-    find_checkpoint,
-    list_checkpoints,
-    open_checkpoint,
-    state_bytes,
-    verify_checkpoint,
-)
+from forge.train.checkpoint import find_checkpoint, list_checkpoints, open_checkpoint, verify_checkpoint
 from forge.train.interval import Interval, Range
+from forge.train.manifest import state_bytes
 from forge.train.storage import open_storage
 from tests.support.checkpoints import layout_of, model_shape, progress, values, write
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from forge.serve.weights import read_tensors
-from forge.train.checkpoint import Progress, open_checkpoint, step_name, verify_checkpoint
+from forge.train.checkpoint import open_checkpoint, verify_checkpoint
 from forge.train.engine import join_process_group
+from forge.train.manifest import Progress, step_name
 from forge.train.saving import Saved, Saving
 from forge.train.storage import open_storage
 from tests.support.odd import MATRIX, VARIANTS, differing, odd_state, write_pattern

@@ -13,8 +13,9 @@ import psutil
 import pytest
 import torch
 
-from forge.train.checkpoint import Progress, find_checkpoint, list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.train.checkpoint import find_checkpoint, list_checkpoints, open_checkpoint, verify_checkpoint
 from forge.train.engine import join_process_group
+from forge.train.manifest import Progress
 from forge.train.saving import SaveFailed, Saving
 from forge.train.storage import open_storage
 from tests.support.command import wait_for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import subprocess
@@ -75,6 +76,24 @@ def test_a_large_range_is_fetched_in_pieces(url: str, monkeypatch: pytest.Monkey
     storage.read_into(f"{draft}/file", [(0, view)])
     assert bytes(view) == content
     assert storage.crc32(f"{draft}/file") == zlib.crc32(content)
+
+
+@pytest.mark.parametrize("first", [0, 100, 4096])
+@pytest.mark.parametrize("is_aligned", [True, False])
+def test_large_pieces_are_written_as_they_are_wherever_they_lie_in_memory_and_file(
+    url: str, first: int, is_aligned: bool
+) -> None:
+    content = random.Random(0).randbytes(3 * 2**20 + 123)
+    memory = mmap.mmap(-1, len(content) + 64)
+    view = memoryview(memory)[0 if is_aligned else 64 :][: len(content)]
+    view[:] = content
+    storage = open_storage(url)
+    draft = draft_in(storage)
+    head, middle = bytes(first), 2 * 2**20
+    storage.write(f"{draft}/file", lambda: [head, view[:middle], view[middle:]])
+    assert storage.read(f"{draft}/file") == head + content
+    storage.write(f"{draft}/file", lambda: [content[:5]])
+    assert storage.read(f"{draft}/file") == content[:5]
 
 
 def test_reading_beyond_the_end_or_what_is_not_there_is_told_apart(url: str) -> None:
