@@ -15,11 +15,12 @@ unflushed at the end of its own block is thereby given to it. All figures are of
 
 Ratios count against the faster setting of each peer. DeepSpeed's other settings, tried with 0.19.8: the `fast`
 writer wants an accelerator's pinned memory; `decoupled: true` refuses ZeRO 2's tensors on CPU ("Cowardly
-refusing to serialize non-leaf tensor"); the `python` writer works and is slower than the default;
+refusing to serialize non-leaf tensor"); the `python` writer runs, and was not faster;
 `parallel_write` concerns pipelines and `use_node_local_storage` the making of folders alone. DeepSpeed writes
 the bf16 weights beside the state (a sixth more bytes), as it always does.
 
-Loading is at three ranks what two have saved, from the page cache. DeepSpeed's is the conversion by
+Loading is at three ranks what two have saved; forge wrote past the page cache, so its first repeat comes from
+the disk, all else from memory. DeepSpeed's is the conversion by
 `ds_to_universal`, at its default (4 and 2 workers), with 2 and 2 and with 1 and 1, of which the fastest
 counts, and the load of what it made; imports and the building of engines are counted nowhere.
 """
