@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.report import benchmark_parser, print_table, write_json
-from tests.support.kills import PHASES, KillReport, kill_deepspeed, kill_forge
+from tests.support.deepspeed_kills import kill_deepspeed
+from tests.support.kills import PHASES, KillReport, kill_forge
 
 
 def main() -> None:

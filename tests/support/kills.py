@@ -6,9 +6,8 @@ A membership is two or three processes that do what `forge.train.saving` does, w
 training: a snapshot each, filled with bytes that follow from the step, and a real `forge.train.saver`
 beside it, for one step after the other. One of them, or all, get SIGKILL; the next membership goes on
 from what `find_checkpoint` gives. All are forked from this one light process, which also inherits the
-savers whose rank has died, so that it can wait until nobody is left. `kill_deepspeed` does the same to
-DeepSpeed's own `save_checkpoint`. It is longer than 400 lines because both contestants, and those who
-judge them, are to be read side by side.
+savers whose rank has died, so that it can wait until nobody is left. It is longer than
+400 lines because the harness, its stand-ins for ranks and those who judge are to be read side by side.
 """
 
 from __future__ import annotations
@@ -19,13 +18,10 @@ import hashlib
 import itertools
 import json
 import mmap
-import multiprocessing
 import os
 import random
 import select
-import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -148,31 +144,6 @@ def main() -> None:
     _inherit_orphans()
     report = _Campaign(folder, seed=seed).run(num_kills)
     sys.stdout.write(json.dumps(vars(report)))
-
-
-def kill_deepspeed(folder: Path, *, num_kills: int, seed: int, world_size: int = 2) -> KillReport:
-    """Kill processes in the middle of DeepSpeed's `save_checkpoint`, and ask whether what `latest` names loads.
-
-    One of the ranks, or all of them at once, gets SIGKILL at a moment drawn from the duration of a save; the
-    others go on until they notice. A folder that is broken is emptied, as DeepSpeed has no way back from it.
-    """
-    draw, report = random.Random(seed), KillReport(save_ms=20.0)
-    began, newest = time.monotonic(), 0
-    for _ in range(num_kills):
-        victim, returned = _kill_deepspeed_once(folder, draw, report, world_size=world_size, first_step=newest + 1)
-        newest = max(newest, returned)
-        step, problem = _judge_deepspeed(folder, world_size=world_size)
-        if problem is not None and newest:
-            report.broken.append(f"after kill {report.num_kills} ({victim}): {problem}")
-            shutil.rmtree(folder)
-        elif step < newest:
-            report.lost.append(f"step {step}, not {newest}, after kill {report.num_kills} ({victim})")
-        newest = step
-        for tag in folder.glob("global_step*"):
-            if tag.name != f"global_step{step}":
-                shutil.rmtree(tag)
-    report.seconds = time.monotonic() - began
-    return report
 
 
 class _Campaign:
@@ -621,113 +592,6 @@ def _layout(rank: int, *, world_size: int) -> Layout:
         if start < stop:
             intervals.append(Interval(kind=kind, name=name, start=start, stop=stop, dtype=dtype))
     return pack(intervals)
-
-
-def _kill_deepspeed_once(
-    folder: Path, draw: random.Random, report: KillReport, *, world_size: int, first_step: int
-) -> tuple[str, int]:
-    """Returns: who was killed, and the newest step whose `save_checkpoint` had returned; 0 if none had."""
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.warm"])
-    hearing, telling = context.Pipe(duplex=False)
-    arguments = (world_size, _free_port(), str(folder), first_step, telling)
-    ranks = [context.Process(target=_deepspeed_rank, args=(r, *arguments), daemon=True) for r in range(world_size)]
-    for process in ranks:
-        process.start()
-    telling.close()
-    told = _Told(hearing)
-    told.listen(until=2, timeout_s=60)
-    report.save_ms = told.save_ms or report.save_ms
-    _pause(draw.uniform(0, report.save_ms * 1.1e-3))
-    victim = draw.randrange(world_size + 1)
-    for process in ranks if victim == world_size else [ranks[victim]]:
-        process.kill()
-    for process in ranks:  # to the end of the save, and to the barrier where it misses the others
-        process.join(timeout=10)
-        process.kill()
-        process.join()
-    told.listen()
-    hearing.close()
-    report.num_kills += 1
-    report.num_sealed += len(told.returned)
-    name = "all" if victim == world_size else f"rank {victim}"
-    report.victims[name] += 1
-    report.phases["between" if len(told.begun) == len(told.returned) else "save"] += 1
-    return name, max(told.returned, default=0)
-
-
-class _Told:
-    """What the first rank of DeepSpeed's tells of its saves."""
-
-    def __init__(self, hearing: Any) -> None:
-        self._hearing = hearing
-        self.begun: list[int] = []
-        self.returned: list[int] = []
-        self.save_ms: float | None = None
-        """How long the last save took."""
-
-    def listen(self, *, until: int | None = None, timeout_s: float = 0.0) -> None:
-        """Hear everything; or wait until so many saves have begun."""
-        with contextlib.suppress(EOFError):
-            while (until is None or len(self.begun) < until) and self._hearing.poll(timeout_s):
-                step, save_ms = self._hearing.recv()
-                if save_ms is None:
-                    self.begun.append(step)
-                else:
-                    self.returned.append(step)
-                    self.save_ms = save_ms
-
-
-def _deepspeed_rank(rank: int, world_size: int, port: int, folder: str, first_step: int, telling: Any) -> None:
-    """Train a small model with DeepSpeed, and save it after every step."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it says at length that its peer is gone
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import deepspeed
-    import torch
-
-    from forge.train.engine import join_process_group
-
-    torch.set_num_threads(1)
-    join_process_group(device=torch.device("cpu"))
-    module = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 256))
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
-    config |= {"zero_allow_untested_optimizer": True}
-    engine, *_ = deepspeed.initialize(model=module, optimizer=torch.optim.AdamW(module.parameters()), config=config)
-    engine.global_steps = first_step - 1
-    for step in itertools.count(first_step):
-        engine.backward(engine(torch.ones(1, 256)).square().mean())
-        engine.step()
-        began = time.monotonic()
-        if rank == 0:
-            telling.send((step, None))
-        engine.save_checkpoint(folder, client_state={"step": step})
-        if rank == 0:
-            telling.send((step, 1e3 * (time.monotonic() - began)))
-
-
-def _judge_deepspeed(folder: Path, *, world_size: int) -> tuple[int, str | None]:
-    """The step of what `latest` names, and what is wrong with it: everything that `load_checkpoint` would read."""
-    import torch
-
-    latest = folder / "latest"
-    tag = latest.read_text() if latest.is_file() else None
-    if not tag:
-        return 0, "latest is missing" if tag is None else "latest is empty"
-    files = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(world_size)]
-    try:
-        for file in files:
-            torch.load(folder / tag / file, weights_only=False)
-        step = torch.load(folder / tag / "mp_rank_00_model_states.pt", weights_only=False)["step"]
-    except Exception as error:  # torch raises whatever the bytes of a torn file make it raise
-        return 0, f"{tag} does not load: {error}"
-    return step, None if tag == f"global_step{step}" else f"{tag} holds step {step}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class _Lines:

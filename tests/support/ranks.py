@@ -68,7 +68,7 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) -> 
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.warm"])
-    port = _free_port()
+    port = free_port()
     answers: Any = context.Queue()
     ranks = [
         context.Process(target=_rank, args=(function, rank, world_size, port, arguments, answers), daemon=True)
@@ -137,7 +137,8 @@ def _record_samples(recording: Recording) -> None:
     TrainBatches.of_step = noted  # type: ignore[method-assign]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kills import KEEP, STAGES, VICTIMS, KillReport, kill_deepspeed, kill_forge
+from tests.support.deepspeed_kills import kill_deepspeed
+from tests.support.kills import KEEP, STAGES, VICTIMS, KillReport, kill_forge
 
 # The harness has a limit of its own, which grows with the number of kills.
 pytestmark = pytest.mark.timeout(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,31 @@ def refreshed(rank: int, root: str, variant: str, world_size: int) -> list[str]:
 def test_after_loading_the_model_computes_with_the_saved_weights(saved: Path, variant: str) -> None:
     for wrong in on_ranks(refreshed, str(saved), variant, 3, world_size=3):
         assert wrong == []
+
+
+def round_trip(rank: int, root: str, world_size: int, *, is_saving: bool) -> list[str]:
+    """Save or load everything in fp32."""
+    join_process_group(device=torch.device("cpu"))
+    wrong = []
+    for variant in MATRIX:
+        state = odd_state(variant, world_size=world_size, precision="fp32")
+        if is_saving:
+            write_pattern(state)
+            saving = Saving(state, url=place(root, variant, 2), keep=1)
+            saving.begin(PROGRESS)
+            wrong += [str(outcome) for outcome in saving.finish() if not isinstance(outcome, Saved)]
+            saving.close()
+            continue
+        for saved_variant in MATRIX:
+            write_pattern(state, zero=True)
+            state.read(open_checkpoint(open_storage(place(root, saved_variant, 2)), step_name(7)))
+            state.resume(step=7)
+            wrong += [f"{saved_variant} → {variant}: {what}" for what in differing(state)]
+    return wrong
+
+
+def test_in_fp32_the_stages_read_each_others_checkpoints_too(tmp_path: Path) -> None:
+    for world_size, is_saving in ((2, True), (3, False)):
+        function = partial(round_trip, is_saving=is_saving)
+        for wrong in on_ranks(function, str(tmp_path), world_size, world_size=world_size):
+            assert wrong == []
