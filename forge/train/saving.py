@@ -79,6 +79,15 @@ class _Making:
         return self.sealed is not None or self.failure is not None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Copying:
+    """The thread that copies the state of one checkpoint, and then orders it."""
+
+    thread: threading.Thread
+    is_copied: threading.Event
+    making: _Making
+
+
 class Saving:
     """Makes checkpoints of one rank's state together with its peers; one for each membership."""
 
@@ -96,7 +105,7 @@ class Saving:
         self._token, self._num_begun = token[0], 0
         self._snapshot = create_snapshot(state.layout)
         self._saver = _SaverProcess(self._snapshot.fd)
-        self._copying: tuple[threading.Thread, _Making] | None = None
+        self._copying: _Copying | None = None
         self._making: dict[str, _Making] = {}
 
     @property
@@ -113,7 +122,7 @@ class Saving:
     def begin(self, progress: Progress) -> None:
         """Start to make a checkpoint of the state as it is; it must not change before `settle`. Collective."""
         began, began_at = time.monotonic(), time.time()
-        self.settle()
+        self._join_copy()
         slot = NUM_SLOTS - 1 if self.is_busy else 0  # the second costs memory only when it is needed
         self._num_begun += 1
         token = f"{self._token}{self._num_begun:04x}"
@@ -129,21 +138,19 @@ class Saving:
             state=state_bytes(progress, self._state.shape).decode() if self._rank == 0 else "",
         )
         self._state.copy_to(self._snapshot.begin(slot), buffers=True)
-        thread = threading.Thread(
-            target=self._copy, args=(making, order, _mark(self._state.device)), name="snapshot", daemon=True
-        )
+        is_copied = threading.Event()
+        arguments = (making, order, _mark(self._state.device), is_copied)
+        thread = threading.Thread(target=self._copy, args=arguments, name="snapshot", daemon=True)
         thread.start()
-        self._copying = thread, making
+        self._copying = _Copying(thread=thread, is_copied=is_copied, making=making)
         making.stall_s += time.monotonic() - began
 
     def settle(self) -> None:
         """Return when the state may change: the copy is complete."""
-        if self._copying is None:
-            return
-        began = time.monotonic()
-        (thread, making), self._copying = self._copying, None
-        thread.join()
-        making.stall_s += time.monotonic() - began
+        if self._copying is not None and not self._copying.is_copied.is_set():
+            began = time.monotonic()
+            self._copying.is_copied.wait()
+            self._copying.making.stall_s += time.monotonic() - began
 
     def outcomes(self) -> list[Saved]:
         """On the first rank: the checkpoints that were sealed since it was asked last."""
@@ -180,19 +187,28 @@ class Saving:
 
     def close(self) -> None:
         """End the saver process once it has done what it was told, and free the memory."""
-        self.settle()
+        self._join_copy()
         self._saver.close()
         self._snapshot.close()
 
-    def _copy(self, making: _Making, order: SaveOrder, ready: Any) -> None:
+    def _copy(self, making: _Making, order: SaveOrder, ready: Any, is_copied: threading.Event) -> None:
         try:
             with _beside(ready):
                 self._snapshot.prepare(order.slot)
                 self._state.copy_to(self._snapshot.data(order.slot), buffers=False)
+            is_copied.set()  # training goes on; a saver that is busy takes the order when it is free
             self._snapshot.commit(order.slot, step=order.step, state={"step": order.step})
             self._saver.send(asdict(order))
         except Exception as error:  # a thread's exceptions are seen by nobody
             making.failure = f"the state could not be copied: {error}"
+        finally:
+            is_copied.set()
+
+    def _join_copy(self) -> None:
+        """Wait until the last copy was handed to the saver."""
+        if self._copying is not None:
+            self._copying.thread.join()
+            self._copying = None
 
     def _listen(self) -> None:
         for outcome in self._saver.outcomes():

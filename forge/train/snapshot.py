@@ -118,7 +118,8 @@ class Snapshot:
 
     def close(self) -> None:
         """Let go of the memory; it is freed when nobody holds it any more."""
-        self._memory.close()
+        with contextlib.suppress(BufferError):  # a view that somebody still has keeps it mapped, and no longer
+            self._memory.close()
         os.close(self.fd)
 
     def _checksum(self, slot: int) -> int:

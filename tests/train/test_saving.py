@@ -132,3 +132,26 @@ def test_a_saver_whose_peers_never_come_gives_up_and_leaves_nothing(tmp_path: Pa
     pids = on_ranks(vanish, str(tmp_path), 1, world_size=2)
     wait_for(lambda: not any(map(psutil.pid_exists, pids)), timeout_s=30)
     assert list(tmp_path.iterdir()) == []
+
+
+def train_beside_a_stopped_saver(rank: int, url: str) -> tuple[float, list[Any]]:
+    """Order more than a pipe holds from a saver that does not listen."""
+    saving = saving_at(url, world_size=2)
+    shape = saving._state.shape
+    saving._state.shape = replace(shape, config={"long": "x" * 2**20})
+    pid = saving._saver._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    saving.begin(PROGRESS)
+    began = time.monotonic()
+    saving.settle()
+    waited_s = time.monotonic() - began
+    os.kill(pid, signal.SIGCONT)
+    outcomes = saving.finish()
+    saving.close()
+    return waited_s, outcomes
+
+
+def test_training_does_not_wait_for_a_saver_that_is_busy(tmp_path: Path) -> None:
+    for waited_s, outcomes in on_ranks(train_beside_a_stopped_saver, str(tmp_path), world_size=2):
+        assert waited_s < 5.0  # and not for ever
+        assert [outcome.step for outcome in outcomes] == [1]

@@ -88,6 +88,13 @@ def test_the_memory_has_no_name_and_is_gone_with_its_last_holder() -> None:
         os.fstat(fd)
 
 
+def test_a_view_that_is_still_held_does_not_hinder_letting_go() -> None:
+    snapshot = snapshot_of(0, 1, step=1)
+    view = snapshot.data(0)[:8]
+    snapshot.close()
+    assert len(bytes(view)) == 8
+
+
 def test_an_empty_layout_is_a_snapshot_too() -> None:
     snapshot = create_snapshot(pack([]))
     snapshot.begin(0).release()
