@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 from forge.errors import CheckpointError
 from forge.train.interval import Range
+from forge.train.manifest import MANIFEST
 
 T = TypeVar("T")
-_MANIFEST = "manifest.json"
 # There are no locks: a folder to which nothing was added for this long is given up.
 _ABANDONED_AFTER_S = 86400.0
 # One request; requests of a batch run side by side and are held in memory at once.
@@ -115,7 +115,7 @@ class BucketStorage:
     def remove(self, name: str, *, sparing: str | None = None) -> None:
         """The manifest first, so that nobody believes a checkpoint of which half is gone."""
         going = [file for file in self.files(name) if sparing is None or sparing not in file]
-        files = sorted(going, key=lambda file: file != _MANIFEST)
+        files = sorted(going, key=lambda file: file != MANIFEST)
         self.drop(name, files[:1])
         self.drop(name, files[1:])
 
@@ -123,7 +123,7 @@ class BucketStorage:
         """Folders without a manifest, to which nothing was added for a day: a long upload shows only at its end."""
         for name in self.names():
             entries = [entry for entry in self._list(name) if entry["type"] == "file"]
-            if any(str(entry["name"]).endswith(f"/{_MANIFEST}") for entry in entries):
+            if any(str(entry["name"]).endswith(f"/{MANIFEST}") for entry in entries):
                 continue
             if all(_age_s(self._fs, entry) > _ABANDONED_AFTER_S for entry in entries):
                 self.remove(name)

@@ -73,12 +73,9 @@ def run_rank(plan: Plan, place: Place, reporter: Reporter) -> Progress:
         device=device,
     )
     clock.lap("build")
-    saving = Saving(engine.state, url=place.checkpoints, keep=job.checkpoint.keep)
-    engine.before_update = saving.settle
     start = _load_newest(engine, place.checkpoints, plan, reporter)
     clock.lap("load")
     peak = find_peak(device, dtype=DTYPES[job.training.precision])
-    train_stream, held_out_stream = open_streams(plan.corpus)
     clock.lap("measure")
     reporter.event(
         GenerationFormed(
@@ -91,7 +88,21 @@ def run_rank(plan: Plan, place: Place, reporter: Reporter) -> Progress:
         )
     )
 
-    curriculum = Curriculum(
+    curriculum = _curriculum(plan, place, peak_flops=peak.flops)
+    saving = Saving(engine.state, url=place.checkpoints, keep=job.checkpoint.keep)
+    engine.before_update = saving.settle
+    try:
+        return train(engine, curriculum, start=start, saving=saving, reporter=reporter)
+    finally:
+        saving.close()
+
+
+def _curriculum(plan: Plan, place: Place, *, peak_flops: float) -> Curriculum:
+    """What this rank trains and evaluates on. Raises: DataError if the prepared corpus cannot be opened."""
+    assert plan.corpus is not None
+    job, world = plan.job, plan.world(place.world_size)
+    train_stream, held_out_stream = open_streams(plan.corpus)
+    return Curriculum(
         training=job.training,
         checkpoint=job.checkpoint,
         total_steps=plan.total_steps,
@@ -110,12 +121,8 @@ def run_rank(plan: Plan, place: Place, reporter: Reporter) -> Progress:
             seq_len=job.data.seq_len,
         ),
         flops_per_token=plan.flops_per_token,
-        peak_flops=peak.flops,
+        peak_flops=peak_flops,
     )
-    try:
-        return train(engine, curriculum, start=start, saving=saving, reporter=reporter)
-    finally:
-        saving.close()
 
 
 def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Progress:
