@@ -33,6 +33,90 @@ class Progressed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeJoined:
+    """A machine stands ready: its agent is there and its warm process has imported everything."""
+
+    node: str
+    """Ray's id of the node."""
+    host: str
+    num_slots: int
+    """How many ranks of this run it has room for."""
+    agent_pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLeft:
+    """A machine is no longer part of the run."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoticeReceived:
+    """A machine will be taken away: a preemption that was announced."""
+
+    node: str
+    source: str
+    """Who said so: `aws`, `gcp`, `azure`, `kubernetes`, `ray`."""
+    seconds_left: float | None
+    """None where no time was given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeBegan:
+    """A generation ends, so that another can take its place."""
+
+    generation: int
+    """The one that ends."""
+    cause: str
+    """`notice`, `loss`, `hang`, `growth`, `yield`, `failure`."""
+    reason: str
+    """For people: which machine or rank, and what about it."""
+    seconds_since_cause: float
+    """How long ago it happened, where that is known: a hang is seen seconds after it began."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankHung:
+    """No rank made progress any more; the stacks of all ranks are in their logs."""
+
+    generation: int
+    rank: int
+    """The one behind the others."""
+    node: str
+    silent_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingForMachines:
+    """The run waits, its state safe, until it has its smallest number of workers."""
+
+    have: int
+    need: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationForming:
+    """The ranks of a new membership are being started."""
+
+    generation: int
+    world_size: int
+    from_step: int
+    source: str
+    """Where its state comes from: `memory`, `storage` (or nothing yet, at step 0)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlace:
+    """Where one rank runs."""
+
+    rank: int
+    node: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationFormed:
     """The ranks of one membership stand ready."""
 
@@ -43,7 +127,35 @@ class GenerationFormed:
     """Of all ranks together, in the job's precision; nan if unknown."""
     peak_source: str
     seconds: Mapping[str, float]
-    """What forming was made of: import, model, engine, load, ..."""
+    """What forming was made of: decide, stop, fork, rendezvous, build, load, ..."""
+    ranks: tuple[RankPlace, ...] = ()
+    """Empty where the engine does not tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotsPaced:
+    """How often the state is copied to memory outside the ranks, chosen from what a copy costs."""
+
+    every: int
+    """Steps."""
+    seconds: float
+    """What one costs the training."""
+    share: float
+    """Of the time of the steps it is taken in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorStarted:
+    """The process that decides is there."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorRestarted:
+    """The process that decides died and was started again; the ranks went on meanwhile."""
+
+    pid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +207,8 @@ class StepRepeated:
 
     step: int
     loss: float
+    step_s: float
+    world_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +253,17 @@ class RunFailed:
 Event = (
     RunStarted
     | Progressed
+    | NodeJoined
+    | NodeLeft
+    | NoticeReceived
+    | ChangeBegan
+    | RankHung
+    | WaitingForMachines
+    | GenerationForming
     | GenerationFormed
+    | SnapshotsPaced
+    | SupervisorStarted
+    | SupervisorRestarted
     | Evaluated
     | CheckpointSaved
     | CheckpointFailed
@@ -205,6 +329,9 @@ class Reporter(Protocol):
     def should_stop(self) -> bool:
         """Whether the run was asked to checkpoint and stop."""
 
+    def should_leave(self) -> bool:
+        """Whether this generation is to end, for another to go on from its snapshot."""
+
 
 def perplexity(loss: float) -> float:
     """`exp(loss)`, infinite where that overflows."""
@@ -220,6 +347,10 @@ def event_to_record(event: Event) -> dict[str, Any]:
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, RankPlace):
+        return dataclasses.asdict(value)
+    if isinstance(value, tuple):
+        return [_finite(item) for item in value]
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return value

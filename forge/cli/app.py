@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from forge.cli import checkpoints, cluster, doctor, generate, runs, schema, train
+from forge.cli import chaos, checkpoints, cluster, doctor, generate, runs, schema, train
 from forge.errors import ForgeError
 
 _PIPE_CLOSED = 141
@@ -32,6 +32,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.command("generate")(generate.generate)
 app.add_typer(cluster.app, name="cluster")
+app.add_typer(chaos.app, name="chaos")
 app.command("doctor")(doctor.doctor)
 app.add_typer(schema.app, name="schema")
 

@@ -23,12 +23,24 @@ from rich.text import Text
 from forge.data.prepare import PrepareProgress
 from forge.plan.plan import Plan
 from forge.report.curve import loss_curve
-from forge.report.facts import headline, number, plan_facts, summary_facts
+from forge.report.facts import (
+    bucket_rows,
+    change_rows,
+    headline,
+    ledger_facts,
+    ledger_line,
+    number,
+    plan_facts,
+    summary_facts,
+)
+from forge.report.ledger import Ledger, LedgerBook
+from forge.report.news import News, workers
 from forge.report.runs import RunSummary
 from forge.units import format_bytes, format_count, format_duration
 
 _REFRESH_PER_S = 2
 _PLAIN_INTERVAL_S = 5.0
+_MOST_CHANGES = 10
 
 _out = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
 _err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stderr.isatty())
@@ -105,14 +117,17 @@ class TrainScreen:
     Whoever ends this process by SIGTERM leaves the run alone, and finds the terminal as it was.
     """
 
-    def __init__(self, plan: Plan, *, losses: Sequence[float] = ()) -> None:
+    def __init__(self, plan: Plan, *, losses: Sequence[float] = (), book: LedgerBook | None = None) -> None:
         """Args:
         losses: of steps that are known already, when a run is resumed or watched.
+        book: where its time went until now.
         """
         self._plan = plan
         self._losses = list(losses)
         self._last: dict[str, Any] = {}
         self._held_out: dict[str, Any] = {}
+        self._book = book or LedgerBook()
+        self._news = News()
         self._phase = "starting"
         self._world_size = 0
         self._began = time.monotonic()
@@ -135,6 +150,8 @@ class TrainScreen:
 
     def show(self, record: dict[str, Any] | None) -> None:
         """Take in one record of the run (None: nothing new) and redraw."""
+        if record is not None:
+            self._book.add(record)
         if record is not None and "event" in record:
             self._take_event(record)
         elif record is not None:
@@ -161,9 +178,7 @@ class TrainScreen:
             self._world_size = event["world_size"]
             peak = event["peak_flops"]
             measured = f", peak {format_count(peak)}FLOP/s ({event['peak_source']})" if peak else ""
-            workers = "1 worker" if self._world_size == 1 else f"{self._world_size} workers"
-            self.note(f"training on {workers} ({event['device'].split(':')[0]}){measured}")
-            self.phase("first step")
+            self.note(f"training on {workers(self._world_size)} ({event['device'].split(':')[0]}){measured}")
         elif kind == "Evaluated":
             self._held_out = event
             which = "" if event["weights"] == "current" else f" ({event['weights']} weights)"
@@ -181,9 +196,20 @@ class TrainScreen:
             warning(f"passed over {event['folder']}: {event['reason']}")
         elif kind == "TrackingDegraded":
             warning(event["reason"])
+        self._take_news(event)
+
+    def _take_news(self, event: dict[str, Any]) -> None:
+        line = self._news.line(event)
+        if line is None:
+            return
+        is_phase = event["event"] in ("GenerationForming", "WaitingForMachines")
+        if not is_phase or (self._live and event.get("generation") != 1):
+            self.note(line)
+        if is_phase:
+            self.phase(line)
 
     def _take_step(self, record: dict[str, Any]) -> None:
-        self._last = record
+        self._last, self._phase = record, ""
         loss = record["train/loss"]
         self._losses.append(math.nan if loss is None else loss)
         self._recent.append((time.monotonic(), record["step"]))
@@ -224,7 +250,11 @@ class TrainScreen:
         )
         if self._held_out:
             numbers += f"   held-out ppl {number(self._held_out['perplexity'], '.1f')}"
+        spent = ledger_line(self._book.ledger(now=time.time()), width=width)
         lines: list[Any] = [head, Text(numbers, no_wrap=True, overflow="ellipsis")]
+        lines += [
+            Text(text, style="dim", no_wrap=True, overflow="ellipsis") for text in (spent, self._phase) if text
+        ]
         if _err.height >= 12:
             lines += [
                 Text(row, style="cyan", no_wrap=True) for row in loss_curve(self._losses, width=min(width, 72))
@@ -255,6 +285,26 @@ def show_summary(run: RunSummary, *, losses: Sequence[float]) -> None:
         _out.print()
         _out.print(Text("a sample of its text", style="dim"))
         _out.print(Text.assemble((_harmless(sample["prompt"]), "bold"), _harmless(sample["text"])))
+
+
+def show_ledger(ledger: Ledger, *, started: float) -> None:
+    """Where a run's time went, and what made it change.
+
+    Args:
+        started: seconds since the epoch.
+    """
+    if not ledger.wall_s:
+        return
+    _out.print()
+    _print_facts(_out, ledger_facts(ledger))
+    _out.print()
+    table(["where the time went", "#seconds", "#share"], bucket_rows(ledger))
+    if ledger.changes:
+        _out.print()
+        rows = change_rows(ledger, started=started, limit=_MOST_CHANGES)
+        table(["#after", "change", "workers", "#took", "what happened"], rows)
+    if ledger.num_changes > _MOST_CHANGES:
+        message(f"these are the last {_MOST_CHANGES} of {ledger.num_changes} changes; -o json has them all")
 
 
 def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:

@@ -50,7 +50,7 @@ def list_(runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None
 
 @app.command()
 def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None:
-    """Show one run: its curve, its held-out perplexity, its files.
+    """Show one run: its curve, its held-out perplexity, its files, where its time went.
 
     Example:  forge runs show latest
     """
@@ -65,6 +65,7 @@ def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOp
     display.show_plan(found.plan)
     losses = [record["train/loss"] for record in read_metrics(folder) if record["train/loss"] is not None]
     display.show_summary(found, losses=losses)
+    display.show_ledger(found.ledger(), started=found.started)
     failure = failure_of(found)
     if failure is not None:
         display.warning(str(failure))
@@ -103,6 +104,7 @@ def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputO
     """
     from forge.cli import display
     from forge.cli.train import conclude
+    from forge.report.ledger import book_of
     from forge.report.runs import carrier_pid, find_run, follow, read_metrics, read_run
     from forge.run.submit import clear_away
 
@@ -111,7 +113,7 @@ def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputO
     if pid is not None:
         found, past = read_run(folder), read_metrics(folder)
         losses = [float("nan") if record["train/loss"] is None else record["train/loss"] for record in past]
-        with display.TrainScreen(found.plan, losses=losses) as screen:
+        with display.TrainScreen(found.plan, losses=losses, book=book_of(found.events, past)) as screen:
             for record in follow(folder, pid=pid, past_events=len(found.events), past_steps=len(past)):
                 screen.show(record)
         clear_away(pid)

@@ -91,6 +91,35 @@ def start_local(*, num_nodes: int = 1, port: int | None = None) -> LocalCluster:
         return cluster
 
 
+def start_head_alone() -> LocalCluster:
+    """Start a cluster whose head takes no ranks, for machines that `add_node` adds and `kill_node` takes away.
+
+    Raises: ClusterError if one is up, or Ray does not start.
+    """
+    require_private_token()
+    with _only_one():
+        if find_local() is not None:
+            raise ClusterError("a cluster is up on this machine already; take it down with forge cluster down")
+        _end_leftovers()
+        return _start_head(port=_free_port(), num_cpus=0)
+
+
+def add_node(*, num_cpus: int = 1) -> NodeProcess:
+    """Add a simulated machine to the cluster that is up. Raises: ClusterError if none is, or Ray does not start."""
+    with _only_one():
+        cluster = find_local()
+        if cluster is None:
+            raise ClusterError("no cluster is up on this machine")
+        return _with_node(cluster, ["--address", cluster.address], num_cpus=num_cpus).nodes[-1]
+
+
+def kill_node(node: NodeProcess) -> None:
+    """Have a simulated machine vanish: every process of it at once, without a word."""
+    for process in _family(node):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
 def stop_local() -> int:
     """End every node that was started here. Returns: how many there were."""
     with _only_one():

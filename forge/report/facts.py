@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 
 from forge.plan.plan import Plan
+from forge.report.ledger import BUCKETS, Ledger
+from forge.report.news import short
 from forge.report.runs import RunSummary
 from forge.units import format_bytes, format_count, format_duration
 
@@ -73,9 +75,64 @@ def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
     return facts
 
 
+def ledger_line(ledger: Ledger, *, width: int) -> str:
+    """What machines that come and go cost a run, in so many characters; nothing where it cost nothing."""
+    is_quiet = not (ledger.changes or ledger.num_repeated_steps or ledger.num_preemptions or ledger.num_nodes > 1)
+    if is_quiet or not ledger.num_steps:
+        return ""
+    words = [f"goodput {number(ledger.goodput, '.0%')}", _counted(ledger.num_nodes, "node")]
+    words += [_counted(ledger.num_changes, "change")] if ledger.changes else []
+    by_size = sorted(BUCKETS, key=lambda bucket: -ledger.seconds[bucket])
+    words += [f"{bucket} {ledger.share(bucket):.0%}" for bucket in by_size if ledger.share(bucket) >= 0.005]
+    while words and len("  ".join(words)) > width:
+        words.pop()
+    return "  ".join(words)
+
+
+def ledger_facts(ledger: Ledger) -> list[tuple[str, str]]:
+    """How much of a run's time was worth it, and what took the rest."""
+    steps = f"{ledger.num_steps:,} new steps of {format_duration(ledger.ideal_step_s)}"
+    happened = [
+        _counted(ledger.num_changes, "change"),
+        _counted(ledger.num_preemptions, "preemption"),
+        _counted(ledger.num_failures, "failure"),
+        f"{_counted(ledger.num_repeated_steps, 'step')} repeated",
+    ]
+    return [
+        ("goodput", f"{number(ledger.goodput, '.1%')} ({steps} in {format_duration(ledger.wall_s)})"),
+        ("nodes", f"{number(ledger.node_goodput, '.1%')} of the time that they were there went into new steps"),
+        ("changes", ", ".join(happened)),
+    ]
+
+
+def bucket_rows(ledger: Ledger) -> list[list[str]]:
+    """Bucket, seconds and share, of all that are not empty, and of the whole."""
+    shown = [bucket for bucket in BUCKETS if ledger.seconds[bucket] > 0]
+    rows = [[bucket, f"{ledger.seconds[bucket]:,.1f}", f"{ledger.share(bucket):.1%}"] for bucket in shown]
+    return [*rows, ["wall time", f"{ledger.wall_s:,.1f}", "100.0%"]]
+
+
+def change_rows(ledger: Ledger, *, started: float, limit: int) -> list[list[str]]:
+    """The last changes: when after the start, the cause, the workers, how long until the next step, the reason."""
+    return [
+        [
+            format_duration(max(0.0, change.time - started)),
+            change.cause,
+            f"{change.from_world_size or '-'} → {change.to_world_size or '-'}",
+            "-" if change.seconds is None else format_duration(change.seconds),
+            short(change.reason),
+        ]
+        for change in ledger.changes[-limit:]
+    ]
+
+
 def number(value: float | None, shape: str) -> str:
     """A value in a given format; `-` where there is none."""
     return "-" if value is None or not math.isfinite(value) else format(value, shape)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _hardware(plan: Plan) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from forge import errors
 from forge.errors import ArgumentError, ForgeError, PlanError, RunError, printable
 from forge.plan.plan import Plan, plan_from_json
+from forge.report.ledger import Ledger, ledger_of, moment
 
 Status = Literal["running", "finished", "stopped", "failed", "died"]
 ENDINGS: dict[str, Status] = {"RunFinished": "finished", "RunStopped": "stopped", "RunFailed": "failed"}
@@ -54,6 +55,11 @@ class RunSummary:
                 found: dict[str, Any] = event
                 return found
         return None
+
+    def ledger(self) -> Ledger:
+        """Where its time went, until now if it goes on; reads its steps again, which a summary does not keep."""
+        now = time.time() if self.status == "running" else None
+        return ledger_of(self.events, read_metrics(self.folder), now=now)
 
 
 def find_run(name: str, *, root: Path) -> Path:
@@ -148,6 +154,7 @@ def summary_record(run: RunSummary) -> dict[str, Any]:
         "unigram_perplexity": corpus.unigram_perplexity if corpus else None,
         "checkpoint": saved.get("folder"),
         "failure": str(failure) if failure else None,
+        "ledger": run.ledger().as_record(),
     }
 
 
@@ -197,7 +204,7 @@ def follow(folder: Path, *, pid: int, past_events: int = 0, past_steps: int = 0)
     while True:
         # Events first: a step recorded before the last event is then read too.
         records = [*events.read(), *steps.read()]
-        yield from sorted(records, key=lambda record: (record.get("event") in ENDINGS, record["time"]))
+        yield from sorted(records, key=lambda record: (record.get("event") in ENDINGS, moment(record)))
         if any(record.get("event") in ENDINGS for record in records):
             return
         if not records:

@@ -89,7 +89,11 @@ class Recorder:
     def step(self, metrics: StepMetrics) -> None:
         """Write one step, unless it stands there already."""
         if metrics.step <= self.last_step:
-            self.event(StepRepeated(step=metrics.step, loss=metrics.loss))
+            self.event(
+                StepRepeated(
+                    step=metrics.step, loss=metrics.loss, step_s=metrics.step_s, world_size=metrics.world_size
+                )
+            )
             return
         record = metrics.as_record()
         self._write(self._metrics, record | {"time": round(time.time(), 3)})

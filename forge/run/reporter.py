@@ -19,6 +19,9 @@ from forge.events import Event, RunFailed, StepMetrics
 from forge.run.record import Recorder
 from forge.spec.job import JobSpec
 
+HEAD = {"node:__internal_head__": 0.001}
+"""What an actor asks for to be placed on the head: the machine whose loss ends the cluster anyway."""
+
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class RecorderActor:
@@ -45,6 +48,14 @@ class RecorderActor:
         """Write a step. Returns: whether the run was asked to stop."""
         self._recorder.step(metrics)
         return self._stop
+
+    def take(self, news: list[tuple[str, Event | StepMetrics]]) -> None:
+        """Write what an agent passes on, in order: `event`, `step`, or a step that was perhaps written before."""
+        for what, item in news:
+            if not isinstance(item, StepMetrics):
+                self._recorder.event(item)
+            elif what == "step" or item.step > self._recorder.last_step:
+                self._recorder.step(item)
 
     def request_stop(self) -> None:
         """Ask the run to checkpoint and stop; rank 0 hears it in the next answer."""
@@ -85,6 +96,10 @@ class ActorReporter:
             self._collect(timeout_s=None)
         return self._stop
 
+    def should_leave(self) -> bool:
+        """Ray Train ends its workers; it does not ask them to leave."""
+        return False
+
     def drain(self) -> None:
         """Wait until everything is written."""
         self._collect(timeout_s=None)
@@ -112,6 +127,10 @@ class SilentReporter:
         """Say nothing."""
 
     def should_stop(self) -> bool:
+        """Rank 0 decides."""
+        return False
+
+    def should_leave(self) -> bool:
         """Rank 0 decides."""
         return False
 

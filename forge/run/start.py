@@ -96,7 +96,8 @@ class Carrier:
 
     def _connect(self) -> None:
         require_private_token()
-        threading.Thread(target=_import_train, daemon=True).start()
+        if self._plan.job.resources.engine == "ray-train":
+            threading.Thread(target=_import_train, daemon=True).start()
         import ray
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
@@ -112,28 +113,39 @@ class Carrier:
         signal.signal(signal.SIGTERM, self.on_signal)  # in the place of Ray's
 
     def _start_recorder(self) -> None:
-        from forge.run.reporter import RecorderActor
+        import ray
+
+        from forge.run.reporter import HEAD, RecorderActor
 
         run_id = self._folder.name
-        self._recorder = RecorderActor.options(name=f"recorder-{run_id}").remote(  # type: ignore[attr-defined]
-            str(self._folder), run_id, self._plan.job.model_dump_json()
-        )
-        self._tell(
-            RunStarted(
-                run_id=run_id,
-                total_steps=self._plan.total_steps,
-                resumed_from_step=last_recorded_step(self._folder),
-            )
-        )
+        name = f"recorder-{run_id}"
+        is_new = not any(actor["name"] == name for actor in ray.util.list_named_actors(all_namespaces=True))
+        self._recorder = RecorderActor.options(  # type: ignore[attr-defined]
+            name=name, namespace="forge", lifetime="detached", get_if_exists=True, resources=HEAD
+        ).remote(str(self._folder), run_id, self._plan.job.model_dump_json())
+        if is_new:  # otherwise the run goes on, and it is only its carrier that has died
+            step = last_recorded_step(self._folder)
+            self._tell(RunStarted(run_id=run_id, total_steps=self._plan.total_steps, resumed_from_step=step))
         threading.Thread(target=self._pass_on_stop, daemon=True).start()
 
     def _train(self) -> None:
         import ray
 
-        from forge.run.ray_train import train_on_ray
-
         if self._stop.is_set():
             return
+        if self._plan.job.resources.engine == "elastic":
+            from forge.run.elastic import train_elastically
+
+            train_elastically(
+                self._plan,
+                run_folder=self._folder,
+                recorder=self._recorder,
+                address=self._address,
+                stop=self._stop,
+            )
+            return
+        from forge.run.ray_train import train_on_ray
+
         try:
             train_on_ray(self._plan, run_folder=self._folder, run_id=self._folder.name, recorder=self._recorder)
         except ForgeError:
@@ -182,6 +194,7 @@ class Carrier:
         import ray
 
         ray.get(self._recorder.close.remote(exit_code))
+        ray.kill(self._recorder)
 
     def _pass_on_stop(self) -> None:
         """Once asked to stop, keep saying so: the recorder may be restarted and forget."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from forge.spec.section import Interval, Section, WholeRange
+from forge.spec.section import Interval, Section, WholeOrAuto, WholeRange
 from forge.units import Every, Range
 
 
@@ -21,6 +21,10 @@ class ResourcesSpec(Section):
     """`auto`: GPUs where the cluster has any, otherwise CPUs; `none`: CPUs; or a GPU's name such as
     `A100-80GB`, whose memory and peak the plan then uses."""
 
+    engine: Literal["elastic", "ray-train"] = "elastic"
+    """What keeps the ranks together. `elastic`: forge's own supervisor, which goes on with the machines there are
+    from copies in memory; `ray-train`: Ray Train, which starts over from the newest checkpoint."""
+
 
 class CheckpointSpec(Section):
     """Durable copies of the training state."""
@@ -31,10 +35,21 @@ class CheckpointSpec(Section):
     keep: int = Field(3, ge=1)
     """How many of the newest are kept."""
 
+    snapshot_every: WholeOrAuto = "auto"
+    """Steps between copies of the state in memory, on two machines: what a lost machine makes the run repeat at
+    most. `auto`: every step where that costs at most 1 % of its time, else every n-th, from measured costs."""
+
     to: str = Field("runs", min_length=1)
     """The folder under which each run gets its own: `runs/<run_id>/`. Or a URL that fsspec knows, such as
     `s3://bucket/runs`, `gs://...` or `abfs://...`: checkpoints then go to `<to>/<run_id>/checkpoints/`, and the
     rest of the run stays in `runs/<run_id>/`. Credentials are the store's own, from the environment."""
+
+    @field_validator("snapshot_every")
+    @classmethod
+    def _is_positive(cls, value: int | Literal["auto"]) -> int | Literal["auto"]:
+        if value != "auto" and value < 1:
+            raise ValueError("must be auto, or a number of steps from 1 on")
+        return value
 
     @field_validator("to")
     @classmethod

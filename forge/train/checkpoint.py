@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable
 
 from forge.errors import CheckpointError
-from forge.train.interval import ITEM_BYTES, Interval, Range
+from forge.train.interval import Holdings, Interval
 from forge.train.manifest import (
     MANIFEST,
     Manifest,
@@ -43,42 +43,22 @@ class Checkpoint:
         self.progress = progress
         self.shape = shape
         self._storage = storage
-        self._where: dict[tuple[str, str], list[tuple[Interval, str, int]]] = {}
-        for part in manifest.parts:
-            for interval, offset in part.layout.placed():
-                place = (interval, part.name, part.data_start + offset)
-                self._where.setdefault((interval.kind, interval.name), []).append(place)
+        self._holdings = Holdings((part.name, part.layout, part.data_start) for part in manifest.parts)
 
     @property
     def kinds(self) -> set[str]:
         """The kinds it holds of any parameter."""
-        return {kind for kind, _ in self._where}
+        return self._holdings.kinds
 
     def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
         """Fill each view with the bytes of its interval; nothing else is read.
 
         Raises: CheckpointError if an element is not there, or a file cannot be read.
         """
-        ranges: dict[str, list[Range]] = {}
-        for interval, view in wanted:
-            found = 0
-            for held, part, offset in self._where.get((interval.kind, interval.name), ()):
-                first, last = max(held.start, interval.start), min(held.stop, interval.stop)
-                if first >= last:
-                    continue
-                if held.dtype != interval.dtype:
-                    raise CheckpointError(
-                        f"{self.url} holds {interval.name} ({interval.kind}) as {held.dtype}, not {interval.dtype}"
-                    )
-                item = ITEM_BYTES[held.dtype]
-                target = view[(first - interval.start) * item : (last - interval.start) * item]
-                ranges.setdefault(part, []).append((offset + (first - held.start) * item, target))
-                found += last - first
-            if found != interval.numel:
-                raise CheckpointError(
-                    f"{self.url} holds {found} of the {interval.numel} elements {interval.start}..{interval.stop} "
-                    f"of {interval.name} ({interval.kind}): it belongs to another model"
-                )
+        try:
+            ranges = self._holdings.ranges(wanted)
+        except ValueError as error:
+            raise CheckpointError(f"{self.url} {error}") from error
         for part, entries in ranges.items():
             try:
                 self._storage.read_into(f"{self.name}/{part}", entries)

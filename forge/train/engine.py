@@ -14,7 +14,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import deepspeed
@@ -46,7 +46,10 @@ class Flags:
     """What rank 0 wishes for this step; after the step every rank holds rank 0's."""
 
     stop: bool = False
+    leave: bool = False
+    """End this generation: another is to take its place."""
     save: bool = False
+    snapshot: bool = False
     evaluate: bool = False
     trouble: bool = False
     """Some rank could not write its part of a checkpoint: any rank's wish, not only the first's."""
@@ -61,16 +64,30 @@ class StepResult:
     """Before clipping."""
     peak_memory_gib: float
     """Of the rank with the most."""
+    snapshot_cost_s: float
+    """Of the rank whose snapshots cost most."""
     flags: Flags
 
 
-def join_process_group(*, device: torch.device) -> None:
-    """Enter the group that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` name; collective."""
-    _import_muon_uncompiled()
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        # DeepSpeed compiles this operator on first use where it can; it serves inference only.
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where the ranks of a generation meet: a store at the first rank's machine."""
+
+    host: str
+    port: int
+    listen_fd: int | None = None
+    """On the first rank: the socket that listens there already, so that nobody else can have taken the port."""
+
+
+def join_process_group(*, device: torch.device, rendezvous: Rendezvous | None = None) -> None:
+    """Enter the group of `WORLD_SIZE` ranks as number `RANK`; collective.
+
+    Args:
+        rendezvous: where they meet; otherwise `MASTER_ADDR` and `MASTER_PORT` say it.
+    """
+    import_late_modules(device=device.type)
+    if rendezvous is not None:
+        _meet(rendezvous, device=device)  # DeepSpeed takes the group that is there
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
@@ -80,14 +97,52 @@ def join_process_group(*, device: torch.device) -> None:
     )
 
 
+def import_late_modules(*, device: str) -> None:
+    """Import what DeepSpeed would import when an engine is built, and choose its accelerator."""
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        # DeepSpeed compiles this operator on first use where it can; it serves inference only.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    _import_muon_uncompiled()
+
+
+def _meet(rendezvous: Rendezvous, *, device: torch.device) -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        rendezvous.host,
+        rendezvous.port,
+        world_size,
+        rank == 0,
+        COLLECTIVE_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=rendezvous.listen_fd,
+    )
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
 class Engine:
     """A DeepSpeed engine that speaks forge's terms: steps, exact losses, shards of state."""
 
-    def __init__(self, engine: Any, *, training: TrainingSpec, dropout: SampleDropout | None = None) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        training: TrainingSpec,
+        has_plain_head: bool = False,
+        dropout: SampleDropout | None = None,
+    ) -> None:
         """Args:
         engine: what `deepspeed.initialize` gave, around a `CausalLm`.
+        has_plain_head: what the model answered, or was known to; the loss is taken in chunks then.
         dropout: is told of every micro-batch, where the model has any.
         """
+        self.has_plain_head = has_plain_head
         self._engine = engine
         self._dropout = dropout
         self._training = training
@@ -95,9 +150,18 @@ class Engine:
         self.device: torch.device = engine.device
         self.before_update: Callable[[], None] = lambda: None
         """Called before the training state changes."""
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called before and after everything that may wait for other ranks."""
 
     def step(
-        self, step: int, micro_batches: Iterable[MicroBatch], *, num_tokens: int, lr: float, flags: Flags
+        self,
+        step: int,
+        micro_batches: Iterable[MicroBatch],
+        *,
+        num_tokens: int,
+        lr: float,
+        wishes: Callable[[], Flags],
+        snapshot_cost_s: Callable[[], float] = lambda: 0.0,
     ) -> StepResult:
         """Forward, backward and update over one global batch; collective.
 
@@ -105,7 +169,8 @@ class Engine:
             step: its number, from 1.
             num_tokens: predicted tokens of the step over all ranks.
             lr: the learning rate of this step.
-            flags: rank 0's wishes; on the others ignored, but for trouble.
+            wishes: rank 0's, asked at the step's end; on the others ignored, but for trouble.
+            snapshot_cost_s: what snapshots have cost this rank.
         """
         engine = self._engine
         for group in engine.optimizer.param_groups:
@@ -115,18 +180,30 @@ class Engine:
         for batch in micro_batches:
             if self._dropout is not None:
                 self._dropout.begin(step=step, positions=batch.positions)
+            self.on_progress()
             loss = self._loss(batch)
             loss_sum += loss.detach().double()
             engine.backward(loss * (engine.dp_world_size / num_tokens), scale_wrt_gas=False)
+            self.on_progress()
             own_norm = None
             if engine.is_gradient_accumulation_boundary():
                 self.before_update()
                 own_norm = self._clip_by_hand()
             engine.step()
+            self.on_progress()
         if self._training.ema is not None:
             self.state.update_average(decay=self._training.ema.decay, step=step)
         norm = engine.get_global_grad_norm() if own_norm is None else own_norm
-        return self._agree(loss_sum, float("nan" if norm is None else norm), num_tokens=num_tokens, flags=flags)
+        grad_norm = float("nan" if norm is None else norm)
+        shared = self._agree(loss_sum, own=(peak_memory_gib(self.device), snapshot_cost_s()), wishes=wishes())
+        self.on_progress()
+        return StepResult(
+            loss=shared.loss_sum / num_tokens,
+            grad_norm=grad_norm,
+            peak_memory_gib=max(shared.memory_gib),
+            snapshot_cost_s=max(shared.snapshot_cost_s),
+            flags=shared.flags,
+        )
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
         """Summed loss and number of predicted tokens over all ranks' batches; collective."""
@@ -134,6 +211,7 @@ class Engine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for batch in micro_batches:
+                self.on_progress()
                 sums[0] += self._loss(batch).double()
                 sums[1] += int((batch.targets >= 0).sum())
         dist.all_reduce(sums)
@@ -153,23 +231,34 @@ class Engine:
         limit = self._training.optimizer.grad_clip or float("inf")
         return float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
 
-    def _agree(self, loss_sum: torch.Tensor, grad_norm: float, *, num_tokens: int, flags: Flags) -> StepResult:
-        """One all-reduce for the loss, the wishes of rank 0 and every rank's memory, each in its own place."""
+    def _agree(self, loss_sum: torch.Tensor, *, own: tuple[float, float], wishes: Flags) -> _Shared:
+        """One all-reduce for the loss, the wishes of rank 0 and every rank's figures, each in its own place."""
         rank, world_size = self._engine.global_rank, self._engine.dp_world_size
-        wishes = [flags.stop, flags.save, flags.evaluate] if rank == 0 else [False, False, False]
-        wishes.append(flags.trouble)
-        memory = [0.0] * world_size
-        memory[rank] = peak_memory_gib(self.device)
-        shared = torch.tensor([0.0, *map(float, wishes), *memory], dtype=torch.float64, device=self.device)
+        names = [field.name for field in fields(Flags)]
+        wished = [float(getattr(wishes, name) and (rank == 0 or name == "trouble")) for name in names]
+        memory, cost = [0.0] * world_size, [0.0] * world_size
+        memory[rank], cost[rank] = own
+        shared = torch.tensor([0.0, *wished, *memory, *cost], dtype=torch.float64, device=self.device)
         shared[0] = loss_sum
         dist.all_reduce(shared)
-        total, stop, save, evaluate, trouble, *peaks = shared.tolist()
-        return StepResult(
-            loss=total / num_tokens,
-            grad_norm=grad_norm,
-            peak_memory_gib=max(peaks),
-            flags=Flags(stop=stop > 0, save=save > 0, evaluate=evaluate > 0, trouble=trouble > 0),
+        total, *rest = shared.tolist()
+        flags, figures = rest[: len(names)], rest[len(names) :]
+        return _Shared(
+            loss_sum=total,
+            memory_gib=figures[:world_size],
+            snapshot_cost_s=figures[world_size:],
+            flags=Flags(**{name: value > 0 for name, value in zip(names, flags, strict=True)}),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shared:
+    """What all ranks know after a step."""
+
+    loss_sum: float
+    memory_gib: list[float]
+    snapshot_cost_s: list[float]
+    flags: Flags
 
 
 def build_engine(
@@ -181,10 +270,16 @@ def build_engine(
     seq_len: int,
     eot_id: int,
     device: torch.device,
+    is_blank: bool = False,
+    has_plain_head: bool | None = None,
 ) -> Engine:
     """Build the network, its loss and its optimizer, and hand them to DeepSpeed; collective.
 
     Under ZeRO 3 every module is divided as soon as it is built, so no rank ever holds the whole model.
+
+    Args:
+        is_blank: give the weights no values, as all of them are going to be read.
+        has_plain_head: what the model answered before; otherwise it is asked, which a blank one cannot be.
     """
     config = build_config(model_spec, vocab_size=vocab_size, seq_len=seq_len, eot_id=eot_id)
     drops = has_dropout(config)
@@ -200,18 +295,21 @@ def build_engine(
         dtype=DTYPES[training.precision],
         construct=_divide_when_built(deepspeed_config) if divided else None,
         gather=_gather if divided else None,
+        is_blank=is_blank,
     )
     if training.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = CausalLm(model)
     optimizer = build_optimizer(objective, training.optimizer, device=device)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=deepspeed_config)
-    if training.cross_entropy == "chunked" and _has_plain_head(engine, vocab_size=vocab_size):
+    if has_plain_head is None:
+        has_plain_head = training.cross_entropy == "chunked" and _has_plain_head(engine, vocab_size=vocab_size)
+    if has_plain_head:
         objective.use_chunks()
     dropout = SampleDropout(model, seed=training.seed) if drops else None
     if dropout is not None:
         dropout.install()
-    return Engine(engine, training=training, dropout=dropout)
+    return Engine(engine, training=training, has_plain_head=has_plain_head, dropout=dropout)
 
 
 def build_optimizer(module: nn.Module, spec: OptimizerSpec, *, device: torch.device) -> torch.optim.AdamW:

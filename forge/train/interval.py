@@ -89,6 +89,52 @@ def layout_from_record(record: Iterable[Iterable[Any]]) -> Layout:
     return Layout(intervals=tuple(Interval(**dict(zip(names, row, strict=True))) for row in record))
 
 
+class Holdings:
+    """What several parts hold together, to be read from by interval."""
+
+    def __init__(self, parts: Iterable[tuple[str, Layout, int]]) -> None:
+        """Args:
+        parts: name, layout, and the byte at which the first interval begins.
+        """
+        self._places: dict[tuple[str, str], list[tuple[Interval, str, int]]] = {}
+        for name, layout, data_start in parts:
+            for interval, offset in layout.placed():
+                place = (interval, name, data_start + offset)
+                self._places.setdefault((interval.kind, interval.name), []).append(place)
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds that are held of any parameter."""
+        return {kind for kind, _ in self._places}
+
+    def ranges(self, wanted: Iterable[tuple[Interval, memoryview]]) -> dict[str, list[Range]]:
+        """By part, the ranges of bytes to read and the memory they fill, so that each interval is whole.
+
+        Raises: ValueError if an element is not held, or in another type.
+        """
+        found: dict[str, list[Range]] = {}
+        for interval, view in wanted:
+            num_found = 0
+            for held, part, offset in self._places.get((interval.kind, interval.name), ()):
+                first, last = max(held.start, interval.start), min(held.stop, interval.stop)
+                if first >= last:
+                    continue
+                if held.dtype != interval.dtype:
+                    raise ValueError(
+                        f"holds {interval.name} ({interval.kind}) as {held.dtype}, not {interval.dtype}"
+                    )
+                item = ITEM_BYTES[held.dtype]
+                target = view[(first - interval.start) * item : (last - interval.start) * item]
+                found.setdefault(part, []).append((offset + (first - held.start) * item, target))
+                num_found += last - first
+            if num_found != interval.numel:
+                raise ValueError(
+                    f"holds {num_found} of the {interval.numel} elements {interval.start}..{interval.stop} "
+                    f"of {interval.name} ({interval.kind}): it belongs to another model"
+                )
+        return found
+
+
 def safetensors_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     *,

@@ -1,22 +1,34 @@
 """The training loop: batch, forward, backward, update, and what follows from the step's number.
 
-It knows the plan and the step, and nothing of machines. Every rank runs it; rank 0 reports.
+It knows the plan and the step, and nothing of machines. Every rank runs it; rank 0 reports, and its wishes
+(evaluate, save, leave) become everybody's in the all-reduce that ends a step.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from forge.data.batches import HeldOutBatches, TrainBatches
 from forge.errors import CheckpointError, RunError
-from forge.events import CheckpointFailed, CheckpointSaved, Evaluated, Reporter, StepMetrics, perplexity
+from forge.events import (
+    CheckpointFailed,
+    CheckpointSaved,
+    Evaluated,
+    Reporter,
+    SnapshotsPaced,
+    StepMetrics,
+    perplexity,
+)
 from forge.spec.resources import CheckpointSpec
 from forge.spec.training import TrainingSpec
-from forge.train.engine import Engine, Flags
+from forge.train.copier import Copier
+from forge.train.engine import Engine, Flags, StepResult
 from forge.train.manifest import Progress
+from forge.train.pace import Pace
 from forge.train.saving import Outcome, Saved, Saving
 from forge.train.schedule import learning_rate
 
@@ -34,17 +46,38 @@ class Curriculum:
     peak_flops: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How the loop ended."""
+
+    progress: Progress
+    has_left: bool = False
+    """Another generation goes on from here; otherwise everything up to here is in a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshots:
+    """Copies of the state that outlive the rank, and how often they are taken."""
+
+    copier: Copier
+    pace: Pace
+
+
 def train(
     engine: Engine,
     curriculum: Curriculum,
     *,
     start: Progress,
     saving: Saving,
+    snapshots: Snapshots | None = None,
+    on_formed: Callable[[], None] = lambda: None,
     reporter: Reporter,
-) -> Progress:
-    """Train from `start` to the last step, or until asked to stop; collective.
+) -> Ending:
+    """Train from `start` to the last step, or until asked to stop or to leave; collective.
 
-    Returns: how far it came; everything up to there is in a checkpoint.
+    Args:
+        on_formed: called after the first step, or at once if there is none to do.
+
     Raises: RunError if the loss or the gradient is no number, CheckpointError if the last checkpoint
         cannot be written.
     """
@@ -52,23 +85,36 @@ def train(
     progress, saved_step = start, start.step
     saved_at = evaluated_at = time.monotonic()
     is_save_due = False
+    tokens = curriculum.batches.tokens_per_step
+    if progress.step >= curriculum.total_steps:
+        on_formed()
     while progress.step < curriculum.total_steps:
         step, began = progress.step + 1, time.monotonic()
         is_last = step == curriculum.total_steps
         # A checkpoint that is due while another is in the making begins when that one is sealed.
         is_save_due |= curriculum.checkpoint.every.is_due(step=step, seconds_since_last=began - saved_at)
-        wishes = Flags(
-            stop=reporter.should_stop(),
-            save=is_last or (is_save_due and not saving.is_busy),
-            evaluate=is_last or training.evaluate_every.is_due(step=step, seconds_since_last=began - evaluated_at),
-            trouble=saving.has_failed,
-        )
+        is_evaluation_due = training.evaluate_every.is_due(step=step, seconds_since_last=began - evaluated_at)
         lr = learning_rate(
             training.schedule, step=step, total_steps=curriculum.total_steps, peak=training.optimizer.lr
         )
-        tokens = curriculum.batches.tokens_per_step
-        result = engine.step(step, curriculum.batches.of_step(step), num_tokens=tokens, lr=lr, flags=wishes)
+        result = engine.step(
+            step,
+            curriculum.batches.of_step(step),
+            num_tokens=tokens,
+            lr=lr,
+            wishes=partial(
+                _wishes,
+                reporter,
+                saving,
+                save=is_last or is_save_due,
+                snapshot=snapshots is not None and snapshots.pace.is_due(step),
+                evaluate=is_last or is_evaluation_due,
+            ),
+            snapshot_cost_s=snapshots.copier.take_cost_s if snapshots else lambda: 0.0,
+        )
         step_s = time.monotonic() - began
+        if progress is start:
+            on_formed()
         if not _is_finite(result.loss, result.grad_norm):
             saved_step = _report(saving.finish(), reporter) or saved_step
             raise _diverged(result.loss, result.grad_norm, step=step, lr=lr, saved_step=saved_step)
@@ -99,16 +145,24 @@ def train(
             _report(saving.give_up(), reporter)
         if is_last or result.flags.stop:
             _save_for_certain(saving, progress, reporter)
+            if result.flags.stop:
+                return Ending(progress=progress)
+        elif result.flags.leave and snapshots is not None:
+            snapshots.copier.begin(progress)
+            snapshots.copier.finish()
+            return Ending(progress=progress, has_left=True)
         elif result.flags.save:
             saving.begin(progress)
             saved_at, is_save_due = time.monotonic(), False
-        if result.flags.stop:
-            return progress
+        elif result.flags.snapshot and snapshots is not None:
+            snapshots.copier.begin(progress)
+        if snapshots is not None:
+            _pace(snapshots.pace, result, step=step, step_s=step_s, reporter=reporter)
     if training.ema is not None and curriculum.held_out.num_sequences:
         engine.state.swap_average()
         evaluate(engine, curriculum.held_out, step=progress.step, weights="ema", reporter=reporter)
         engine.state.swap_average()
-    return progress
+    return Ending(progress=progress)
 
 
 def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: str, reporter: Reporter) -> float:
@@ -127,6 +181,26 @@ def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: st
         )
     )
     return loss
+
+
+def _wishes(reporter: Reporter, saving: Saving, *, save: bool, snapshot: bool, evaluate: bool) -> Flags:
+    """What is wished for at the end of a step, as late as it can be asked."""
+    return Flags(
+        stop=reporter.should_stop(),
+        leave=reporter.should_leave(),
+        save=save and not saving.is_busy,
+        snapshot=snapshot,
+        evaluate=evaluate,
+        trouble=saving.has_failed,
+    )
+
+
+def _pace(pace: Pace, result: StepResult, *, step: int, step_s: float, reporter: Reporter) -> None:
+    """Choose the pace of snapshots anew; the same on every rank but for noise, and rank 0's is taken."""
+    if result.flags.save or result.flags.snapshot:
+        pace.took(step)
+    if pace.learn(step_s=step_s, cost_s=result.snapshot_cost_s):
+        reporter.event(SnapshotsPaced(every=pace.every, seconds=pace.cost_s, share=pace.share))
 
 
 def _save_for_certain(saving: Saving, progress: Progress, reporter: Reporter) -> None:

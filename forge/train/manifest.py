@@ -141,12 +141,8 @@ def state_from_bytes(text: bytes) -> tuple[Progress, ModelShape]:
     """Read what `state_bytes` gave. Raises: ValueError saying why it cannot be read."""
     try:
         body = json.loads(text)
-        parameters = {
-            key: Parameter(shape=tuple(entry["shape"]), dtype=entry["dtype"], kind=entry["kind"])
-            for key, entry in body["parameters"].items()
-        }
         progress = Progress(**{field.name: body[field.name] for field in dataclasses.fields(Progress)})
-        shape = ModelShape(parameters=parameters, tied=body["tied"], config=body["config"])
+        shape = shape_from_record(body)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the state cannot be read ({error})") from error
     return progress, shape
@@ -154,10 +150,23 @@ def state_from_bytes(text: bytes) -> tuple[Progress, ModelShape]:
 
 def state_bytes(progress: Progress, shape: ModelShape) -> bytes:
     """The file of the state."""
-    body = {"format_version": FORMAT_VERSION} | dataclasses.asdict(progress)
-    body["parameters"] = {name: dataclasses.asdict(entry) for name, entry in shape.parameters.items()}
-    body |= {"tied": dict(shape.tied), "config": dict(shape.config)}
+    body = {"format_version": FORMAT_VERSION} | dataclasses.asdict(progress) | shape_record(shape)
     return json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def shape_record(shape: ModelShape) -> dict[str, Any]:
+    """A model's shape as JSON."""
+    parameters = {name: dataclasses.asdict(entry) for name, entry in shape.parameters.items()}
+    return {"parameters": parameters, "tied": dict(shape.tied), "config": dict(shape.config)}
+
+
+def shape_from_record(record: Mapping[str, Any]) -> ModelShape:
+    """Read what `shape_record` gave. Raises: KeyError, TypeError."""
+    parameters = {
+        key: Parameter(shape=tuple(entry["shape"]), dtype=entry["dtype"], kind=entry["kind"])
+        for key, entry in record["parameters"].items()
+    }
+    return ModelShape(parameters=parameters, tied=record["tied"], config=record["config"])
 
 
 def part_record(part: Part) -> dict[str, Any]:

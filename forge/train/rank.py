@@ -1,17 +1,18 @@
 """One rank's life: join the others, build, load, train.
 
-It is told its place by whoever started it (Ray Train today) and talks back through a Reporter; it
-knows nothing of Ray.
+It is told its place by whoever started it (an agent, or Ray Train) and talks back through a Reporter; it
+knows nothing of Ray. Where it goes on from is the memory of other machines, if they hold the state, or the
+newest checkpoint.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,13 @@ from forge.errors import CheckpointError, RunError
 from forge.events import CheckpointSkipped, GenerationFormed, Reporter
 from forge.plan.plan import Plan, training_digest
 from forge.train.checkpoint import list_checkpoints, open_checkpoint, verify_checkpoint
-from forge.train.engine import DTYPES, Engine, build_engine, join_process_group
-from forge.train.loop import Curriculum, train
+from forge.train.copier import Copier, Keeper
+from forge.train.engine import DTYPES, Engine, Rendezvous, build_engine, join_process_group
+from forge.train.interval import Interval
+from forge.train.loop import Curriculum, Ending, Snapshots, train
 from forge.train.manifest import Progress
-from forge.train.metrics import find_peak
+from forge.train.metrics import Peak, find_peak
+from forge.train.pace import Pace
 from forge.train.saving import Saving
 from forge.train.storage import open_storage
 
@@ -34,8 +38,26 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What the first generation found out, so that no later one has to."""
+
+    peak_flops_per_rank: float
+    peak_source: str
+    has_plain_head: bool
+
+
+class Origin(Protocol):
+    """The state of a step in somebody's memory."""
+
+    progress: Progress
+
+    def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
+        """Fill each view with the bytes of its interval. Raises: CheckpointError."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a rank stands. `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT` are set."""
+    """Where a rank stands. `RANK`, `WORLD_SIZE` and `LOCAL_RANK` are set."""
 
     rank: int
     world_size: int
@@ -44,24 +66,53 @@ class Place:
     """`cpu` or `cuda:0`."""
     checkpoints: str
     """Folder or URL of the run's checkpoints, seen by every rank."""
+    generation: int = 1
+    rendezvous: Rendezvous | None = None
+    """Without one, `MASTER_ADDR` and `MASTER_PORT` are set."""
 
 
-def run_rank(plan: Plan, place: Place, reporter: Reporter) -> Progress:
-    """Train a plan at one world size, from its newest checkpoint that verifies; collective.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inheritance:
+    """What a generation takes over from those before it, and passes on."""
+
+    keeper: Keeper
+    origin: Origin | None = None
+    findings: Findings | None = None
+    on_findings: Callable[[Findings], None] = lambda findings: None
+    on_progress: Callable[[], None] = lambda: None
+
+
+def run_rank(
+    plan: Plan,
+    place: Place,
+    reporter: Reporter,
+    *,
+    inheritance: Inheritance | None = None,
+    clock: Stopwatch | None = None,
+) -> Ending:
+    """Train a plan at one world size, from memory or from its newest checkpoint that verifies; collective.
+
+    Args:
+        inheritance: of a run whose generations follow one another.
+        clock: runs since the rank was asked for.
 
     Raises: RunError, CheckpointError, DataError, PlanError.
     """
     if plan.corpus is None:
         raise RunError("this plan has no corpus: it was made for a dry run")
-    clock = _Stopwatch()
+    clock = clock or Stopwatch()
+    if inheritance is not None:
+        clock.on_lap = inheritance.on_progress
     device = torch.device(place.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
-    join_process_group(device=device)
+    join_process_group(device=device, rendezvous=place.rendezvous)
     clock.lap("rendezvous")
 
+    origin = inheritance.origin if inheritance else None
+    known = inheritance.findings if inheritance else None
     job, world = plan.job, plan.world(place.world_size)
     engine = build_engine(
         job.model,
@@ -71,30 +122,74 @@ def run_rank(plan: Plan, place: Place, reporter: Reporter) -> Progress:
         seq_len=job.data.seq_len,
         eot_id=plan.corpus.eot_id,
         device=device,
+        is_blank=origin is not None and known is not None,
+        has_plain_head=known.has_plain_head if known else None,
     )
     clock.lap("build")
-    start = _load_newest(engine, place.checkpoints, plan, reporter)
+    start = _take_over(engine, origin) if origin else _load_newest(engine, place.checkpoints, plan, reporter)
     clock.lap("load")
-    peak = find_peak(device, dtype=DTYPES[job.training.precision])
-    clock.lap("measure")
-    reporter.event(
-        GenerationFormed(
-            generation=1,
-            world_size=place.world_size,
-            device=str(device),
-            peak_flops=peak.flops,
-            peak_source=peak.source,
-            seconds=clock.laps,
+    peak = _peak(device, known, plan=plan, world_size=place.world_size)
+    if known is None:
+        clock.lap("measure")
+    copier = Copier(engine.state, keeper=inheritance.keeper) if inheritance else None
+    if inheritance is not None and known is None:
+        inheritance.on_findings(
+            Findings(
+                peak_flops_per_rank=peak.flops / place.world_size,
+                peak_source=peak.source,
+                has_plain_head=engine.has_plain_head,
+            )
         )
-    )
-
-    curriculum = _curriculum(plan, place, peak_flops=peak.flops)
-    saving = Saving(engine.state, url=place.checkpoints, keep=job.checkpoint.keep)
+    saving = Saving(engine.state, url=place.checkpoints, keep=job.checkpoint.keep, copier=copier)
     engine.before_update = saving.settle
+    if inheritance is not None:
+        engine.on_progress = saving.on_wait = inheritance.on_progress
+    every = job.checkpoint.snapshot_every
+    pace = Pace(fixed=None if every == "auto" else every)
+
+    def tell_formed() -> None:
+        clock.lap("first step")
+        reporter.event(
+            GenerationFormed(
+                generation=place.generation,
+                world_size=place.world_size,
+                device=str(device),
+                peak_flops=peak.flops,
+                peak_source=peak.source,
+                seconds=clock.laps,
+            )
+        )
+
+    has_left = False
     try:
-        return train(engine, curriculum, start=start, saving=saving, reporter=reporter)
+        ending = train(
+            engine,
+            _curriculum(plan, place, peak_flops=peak.flops),
+            start=start,
+            saving=saving,
+            snapshots=Snapshots(copier=copier, pace=pace) if copier else None,
+            on_formed=tell_formed,
+            reporter=reporter,
+        )
+        has_left = ending.has_left
+        return ending
     finally:
-        saving.close()
+        if not has_left:  # otherwise a checkpoint that is in the making is finished by its savers alone
+            saving.close()
+
+
+def _peak(device: torch.device, known: Findings | None, *, plan: Plan, world_size: int) -> Peak:
+    """Measured by the first generation; of later ones, the same for each rank."""
+    if known is None:
+        return find_peak(device, dtype=DTYPES[plan.job.training.precision])
+    return Peak(flops=known.peak_flops_per_rank * world_size, source=known.peak_source)
+
+
+def _take_over(engine: Engine, origin: Origin) -> Progress:
+    """Fill this rank's state from memory; collective. Raises: CheckpointError if it is not all there."""
+    engine.state.read(origin)
+    engine.state.resume(step=origin.progress.step)
+    return origin.progress
 
 
 def _curriculum(plan: Plan, place: Place, *, peak_flops: float) -> Curriculum:
@@ -165,14 +260,21 @@ def _agreed(attempt: Callable[[], T]) -> list[T]:
     return [answer for answer, _ in every]
 
 
-class _Stopwatch:
+class Stopwatch:
     """Seconds by part, for the report of what forming took."""
 
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
+    def __init__(self, *, began: float | None = None, laps: Mapping[str, float] | None = None) -> None:
+        """Args:
+        began: when the part that runs began, by `time.monotonic`.
+        laps: the parts before it.
+        """
+        self.laps: dict[str, float] = dict(laps or {})
+        self.on_lap: Callable[[], None] = lambda: None
+        self._last = time.monotonic() if began is None else began
 
     def lap(self, name: str) -> None:
+        """A part has ended, and the next begins."""
         now = time.monotonic()
         self.laps[name] = round(now - self._last, 3)
         self._last = now
+        self.on_lap()

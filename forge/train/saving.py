@@ -1,12 +1,11 @@
-"""A rank's side of making checkpoints: the copy of its state, and what became of it.
+"""A rank's side of making checkpoints: a copy of its state, and what became of it.
 
-`Saving.begin` returns at once. A thread copies the rank's intervals into shared memory while the next
-forward and backward run, because only an update changes them; `settle` is called before every update
-and waits for whatever is left of the copy. That wait is all that training pays. The saver process makes
-a durable checkpoint of the copy; `outcomes` tells what has become of it.
+`Saving.begin` returns at once: the copier copies the state while training goes on, and the saver process
+makes a durable checkpoint of the copy; `outcomes` tells what has become of it. The slot of the copy is
+pinned until its part is written.
 
 The loop has one checkpoint in the making at a time: the next that is due begins when the last is sealed.
-Only the last of a run begins at once, in the other slot.
+Only the last of a run begins at once, in another slot.
 """
 
 from __future__ import annotations
@@ -20,16 +19,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
+from forge.train.copier import Copier, Copying
 from forge.train.manifest import Progress, state_bytes, step_name
 from forge.train.saver import MEMBERSHIP_DIGITS, SaveOrder
-from forge.train.snapshot import NUM_SLOTS, create_snapshot
 from forge.train.state import TrainState
 
 T = TypeVar("T")
@@ -67,7 +65,7 @@ class _Making:
     step: int
     began: float
     """By the clock that the saver shares."""
-    stall_s: float = 0.0
+    copying: Copying | None = None
     has_part: bool = False
     sealed: dict[str, Any] | None = None
     """The first rank alone hears of it."""
@@ -79,34 +77,30 @@ class _Making:
         return self.sealed is not None or self.failure is not None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Copying:
-    """The thread that copies the state of one checkpoint, and then orders it."""
-
-    thread: threading.Thread
-    is_copied: threading.Event
-    making: _Making
-
-
 class Saving:
     """Makes checkpoints of one rank's state together with its peers; one for each membership."""
 
-    def __init__(self, state: TrainState, *, url: str, keep: int) -> None:
+    def __init__(self, state: TrainState, *, url: str, keep: int, copier: Copier | None = None) -> None:
         """Collective.
 
         Args:
             url: where the run's checkpoints go.
             keep: how many of the newest are kept.
+            copier: makes the copies; without one, one that serves checkpoints alone.
         """
         self._state, self._url, self._keep = state, url, keep
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         token: list[str] = [secrets.token_hex(MEMBERSHIP_DIGITS // 2)]
         dist.broadcast_object_list(token, src=0)
         self._token, self._num_begun = token[0], 0
-        self._snapshot = create_snapshot(state.layout)
-        self._saver = _SaverProcess(self._snapshot.fd)
-        self._copying: _Copying | None = None
+        self._copier = copier or Copier(state)
+        self._is_lent = copier is not None
+        self._process: _SaverProcess | None = None
+        if not self._is_lent:  # one that serves checkpoints alone makes the memory's pages meanwhile
+            self._process = self._saver
         self._making: dict[str, _Making] = {}
+        self.on_wait: Callable[[], None] = lambda: None
+        """Called again and again while storage is waited for."""
 
     @property
     def is_busy(self) -> bool:
@@ -121,36 +115,36 @@ class Saving:
 
     def begin(self, progress: Progress) -> None:
         """Start to make a checkpoint of the state as it is; it must not change before `settle`. Collective."""
-        began, began_at = time.monotonic(), time.time()
-        self._join_copy()
-        slot = NUM_SLOTS - 1 if self.is_busy else 0  # the second costs memory only when it is needed
         self._num_begun += 1
         token = f"{self._token}{self._num_begun:04x}"
-        making = self._making[token] = _Making(step=progress.step, began=began_at)
-        order = SaveOrder(
-            url=self._url,
-            step=progress.step,
-            slot=slot,
-            rank=self._rank,
-            world_size=self._world_size,
-            token=token,
-            keep=self._keep,
-            state=state_bytes(progress, self._state.shape).decode() if self._rank == 0 else "",
-        )
-        self._state.copy_to(self._snapshot.begin(slot), buffers=True)
-        is_copied = threading.Event()
-        arguments = (making, order, _mark(self._state.device), is_copied)
-        thread = threading.Thread(target=self._copy, args=arguments, name="snapshot", daemon=True)
-        thread.start()
-        self._copying = _Copying(thread=thread, is_copied=is_copied, making=making)
-        making.stall_s += time.monotonic() - began
+        making = self._making[token] = _Making(step=progress.step, began=time.time())
+        state = state_bytes(progress, self._state.shape).decode() if self._rank == 0 else ""
+
+        def order(copying: Copying) -> None:
+            if copying.failure is not None:
+                making.failure = copying.failure
+                return
+            # A saver that is busy takes the order when it is free.
+            self._saver.send(
+                asdict(
+                    SaveOrder(
+                        url=self._url,
+                        step=progress.step,
+                        slot=copying.slot,
+                        rank=self._rank,
+                        world_size=self._world_size,
+                        token=token,
+                        keep=self._keep,
+                        state=state,
+                    )
+                )
+            )
+
+        making.copying = self._copier.begin(progress, then=order, is_pinned=True)
 
     def settle(self) -> None:
         """Return when the state may change: the copy is complete."""
-        if self._copying is not None and not self._copying.is_copied.is_set():
-            began = time.monotonic()
-            self._copying.is_copied.wait()
-            self._copying.making.stall_s += time.monotonic() - began
+        self._copier.settle()
 
     def outcomes(self) -> list[Saved]:
         """On the first rank: the checkpoints that were sealed since it was asked last."""
@@ -170,6 +164,8 @@ class Saving:
         failed = []
         for token, reason in reasons.items():
             making = self._making.pop(token, None)
+            if making is not None:
+                self._unpin(making)
             if self._rank == 0 and making is not None:
                 if making.failure is None:
                     self._saver.send({"abort": token})
@@ -187,46 +183,44 @@ class Saving:
 
     def close(self) -> None:
         """End the saver process once it has done what it was told, and free the memory."""
-        self._join_copy()
-        self._saver.close()
-        self._snapshot.close()
+        self._copier.join()
+        if self._process is not None:
+            self._process.close()
+        if not self._is_lent:
+            self._copier.close()
 
-    def _copy(self, making: _Making, order: SaveOrder, ready: Any, is_copied: threading.Event) -> None:
-        try:
-            with _beside(ready):
-                self._snapshot.prepare(order.slot)
-                self._state.copy_to(self._snapshot.data(order.slot), buffers=False)
-            is_copied.set()  # training goes on; a saver that is busy takes the order when it is free
-            self._snapshot.commit(order.slot, step=order.step, state={"step": order.step})
-            self._saver.send(asdict(order))
-        except Exception as error:  # a thread's exceptions are seen by nobody
-            making.failure = f"the state could not be copied: {error}"
-        finally:
-            is_copied.set()
+    @property
+    def _saver(self) -> _SaverProcess:
+        """Started when it is first needed."""
+        if self._process is None:
+            self._process = _SaverProcess(self._copier.snapshot.fd)
+        return self._process
 
-    def _join_copy(self) -> None:
-        """Wait until the last copy was handed to the saver."""
-        if self._copying is not None:
-            self._copying.thread.join()
-            self._copying = None
+    def _unpin(self, making: _Making) -> None:
+        if making.copying is not None:
+            self._copier.unpin(making.copying.slot)
 
     def _listen(self) -> None:
-        for outcome in self._saver.outcomes():
+        if self._process is None:
+            return
+        for outcome in self._process.outcomes():
             making = self._making.get(outcome["token"])
             if making is None:
                 continue  # called off meanwhile
+            self._unpin(making)
             making.has_part = making.has_part or "part" in outcome
             making.sealed = outcome if "sealed" in outcome else making.sealed
             making.failure = making.failure or outcome.get("failed")
-        if self._saver.death is not None:
+        if self._process.death is not None:
             for making in self._making.values():
                 if not making.is_over and not (making.has_part and self._rank != 0):
-                    making.failure = self._saver.death
-            self._saver = _SaverProcess(self._snapshot.fd)
+                    making.failure = self._process.death
+            self._process = _SaverProcess(self._copier.snapshot.fd)
 
     def _await(self, is_so: Callable[[], bool]) -> None:
         self._listen()
         while not is_so():
+            self.on_wait()
             time.sleep(_POLL_S)
             self._listen()
 
@@ -249,7 +243,7 @@ class Saving:
             folder=f"{self._url}/{step_name(making.step)}",
             size_bytes=making.sealed["sealed"],
             seconds=making.sealed["at"] - making.began,
-            stall_s=making.stall_s,
+            stall_s=making.copying.stall_s if making.copying else 0.0,
         )
 
 
@@ -302,21 +296,3 @@ class _SaverProcess:
 
 def _ending(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit status {code}"
-
-
-def _mark(device: torch.device) -> Any:
-    """This moment in the work that was handed to a GPU; None on the host."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def _beside(ready: Any) -> Iterator[None]:
-    """On a GPU, copies begun meanwhile run beside training, after `ready`, and are complete at the end."""
-    if ready is None:
-        yield
-        return
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_event(ready)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()

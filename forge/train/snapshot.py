@@ -2,15 +2,15 @@
 
 The memory is anonymous (`memfd`): it has no name that could be left behind, it does not count against the
 size of /dev/shm, and it is gone with the last process that holds it. It says itself what it holds, so
-whoever has the descriptor can read it. Two slots are written in turn; while one is written the other
-stays whole:
+whoever has the descriptor can read it. Slots are written in turn; while one is written the others stay
+whole. Two are enough for that; the third is for while a checkpoint is made of one of them, and costs memory
+only then:
 
     header    magic, number of slots, bytes of the layout, bytes of the data
     slot 0    step, checksum of the data, length and text of a small JSON (step, tokens, ...)
-    slot 1
-    layout    JSON: the intervals, in the order of their bytes
-    data 0
-    data 1
+    slot 1, slot 2
+    layout    JSON: the intervals, in the order of their bytes, and what else is to be known of the state
+    data 0, data 1, data 2
 
 A writer takes the step away first and writes it last, after the checksum, so a slot that is torn, because
 its writer was killed in the middle, is seen to be so. This module knows no torch: the process that makes
@@ -24,6 +24,7 @@ import json
 import mmap
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,11 @@ import xxhash
 
 from forge.train.interval import Layout, layout_from_record
 
-NUM_SLOTS = 2
-_MAGIC = b"forgesn1"
+NUM_SLOTS = 3
+_MAGIC = b"forgesn2"
 _HEADER = struct.Struct("<8sIIQQ")  # magic, slots, page size, bytes of the layout, bytes of one slot's data
 _SLOT = struct.Struct("<qQI")  # step (0: none), checksum, bytes of the JSON
-_SLOT_BYTES = 4096
+_SLOT_BYTES = 256 * 2**10
 _PAGE = 4096
 _CHUNK_BYTES = 4 * 2**20
 _MADV_POPULATE_WRITE = 23  # of Linux 5.14; Python's mmap does not name it yet
@@ -62,7 +63,11 @@ class Snapshot:
         if magic != _MAGIC or num_slots != NUM_SLOTS:
             raise ValueError("this memory holds no snapshots of this version of forge")
         first = _PAGE + NUM_SLOTS * _SLOT_BYTES
-        self.layout: Layout = layout_from_record(json.loads(self._memory[first : first + layout_bytes]))
+        self.description: bytes = self._memory[first : first + layout_bytes]
+        """Layout and `about` as they stand there; `create_snapshot` of the same description is laid out equally."""
+        body = json.loads(self.description)
+        self.layout: Layout = layout_from_record(body["layout"])
+        self.about: dict[str, Any] = body["about"]
         self._data_start = _up(first + layout_bytes)
 
     def prepare(self, slot: int) -> None:
@@ -70,7 +75,7 @@ class Snapshot:
 
         The first to do it makes them: 0.4 s a GB, ten times what the copy itself takes.
         """
-        first = self._data_start + slot * _up(self._data_bytes)
+        first = self.data_offset(slot)
         end = first + _up(self._data_bytes)
         with contextlib.suppress(OSError):  # before Linux 5.14 pages come one by one, when they are touched
             for start in range(first, end, _CHUNK_BYTES):
@@ -81,18 +86,20 @@ class Snapshot:
         _SLOT.pack_into(self._memory, self._slot_start(slot), 0, 0, 0)
         return self.data(slot)
 
-    def commit(self, slot: int, *, step: int, state: dict[str, Any]) -> None:
+    def commit(self, slot: int, *, step: int, state: dict[str, Any], checksum: int | None = None) -> None:
         """Declare a slot whole: checksum first, the step last.
 
-        Raises: ValueError if `state` is more than a few hundred bytes of JSON.
+        Args:
+            checksum: of the data, where it is known.
+
+        Raises: ValueError if `state` is more than 256 KiB of JSON.
         """
         text = json.dumps(state).encode()
         if step < 1 or len(text) > _SLOT_BYTES - _SLOT.size:
             raise ValueError(f"a snapshot of step {step} with {len(text)} bytes of JSON")
         start = self._slot_start(slot)
         self._memory[start + _SLOT.size : start + _SLOT.size + len(text)] = text
-        checksum = self._checksum(slot)
-        _SLOT.pack_into(self._memory, start, 0, checksum, len(text))
+        _SLOT.pack_into(self._memory, start, 0, self._sum(slot) if checksum is None else checksum, len(text))
         # A word of 8 bytes at a page's beginning is written at once: a reader sees the step or no step.
         struct.pack_into("<q", self._memory, start, step)
 
@@ -109,12 +116,22 @@ class Snapshot:
 
     def is_intact(self, copy: Copy) -> bool:
         """Whether a slot still holds this copy, and its bytes are those that were committed."""
-        return copy in self.copies() and self._checksum(copy.slot) == copy.checksum
+        return copy in self.copies() and self._sum(copy.slot) == copy.checksum
 
     def data(self, slot: int) -> memoryview:
         """The bytes of a slot, laid out as `layout` says; release it before `close`."""
-        start = self._data_start + slot * _up(self._data_bytes)
+        start = self.data_offset(slot)
         return memoryview(self._memory)[start : start + self._data_bytes]
+
+    def data_offset(self, slot: int) -> int:
+        """The byte of the memory at which a slot's data begin."""
+        return self._data_start + slot * _up(self._data_bytes)
+
+    def free(self, slot: int) -> None:
+        """Give a slot's memory back to the system; it holds nothing afterwards."""
+        self.begin(slot).release()
+        with contextlib.suppress(OSError):
+            self._memory.madvise(mmap.MADV_REMOVE, self.data_offset(slot), _up(self._data_bytes))
 
     def close(self) -> None:
         """Let go of the memory; it is freed when nobody holds it any more."""
@@ -122,7 +139,7 @@ class Snapshot:
             self._memory.close()
         os.close(self.fd)
 
-    def _checksum(self, slot: int) -> int:
+    def _sum(self, slot: int) -> int:
         with self.data(slot) as data:
             return checksum(data)
 
@@ -130,18 +147,29 @@ class Snapshot:
         return _PAGE + slot * _SLOT_BYTES
 
 
-def create_snapshot(layout: Layout) -> Snapshot:
-    """Shared memory with room for two copies of a layout; pages are taken when they are first written.
+def create_snapshot(layout: Layout, *, about: Mapping[str, Any] | None = None) -> Snapshot:
+    """Shared memory with room for copies of a layout; pages are taken when they are first written.
+
+    Args:
+        about: what else a reader must know; JSON.
 
     Raises: OSError if the system gives none.
     """
-    text = json.dumps(layout.to_record()).encode()
-    data_start = _up(_PAGE + NUM_SLOTS * _SLOT_BYTES + len(text))
+    return create_as_described(json.dumps({"layout": layout.to_record(), "about": dict(about or {})}).encode())
+
+
+def create_as_described(description: bytes) -> Snapshot:
+    """Shared memory laid out like that of the snapshot with this description.
+
+    Raises: OSError if the system gives none; ValueError, KeyError for what is no description.
+    """
+    layout = layout_from_record(json.loads(description)["layout"])
+    data_start = _up(_PAGE + NUM_SLOTS * _SLOT_BYTES + len(description))
     fd = os.memfd_create("forge-snapshot")  # closed in children that are not handed it
     try:
         os.ftruncate(fd, data_start + NUM_SLOTS * _up(layout.size_bytes))
-        os.pwrite(fd, _HEADER.pack(_MAGIC, NUM_SLOTS, _PAGE, len(text), layout.size_bytes), 0)
-        os.pwrite(fd, text, _PAGE + NUM_SLOTS * _SLOT_BYTES)
+        os.pwrite(fd, _HEADER.pack(_MAGIC, NUM_SLOTS, _PAGE, len(description), layout.size_bytes), 0)
+        os.pwrite(fd, description, _PAGE + NUM_SLOTS * _SLOT_BYTES)
         return Snapshot(fd)
     except BaseException:
         os.close(fd)

@@ -17,14 +17,13 @@ therefore checks that what it found covers every parameter, and says which relea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from forge.train.checkpoint import Checkpoint
 from forge.train.interval import Interval, pack
 from forge.train.manifest import ModelShape, Parameter
 
@@ -65,6 +64,13 @@ class Shard:
         """The part of it that lies in `[start, stop)`."""
         start, stop = max(start, self.start), max(min(stop, self.stop), max(start, self.start))
         return replace(self, start=start, stop=stop, offset=self.offset + start - self.start)
+
+
+class Readable(Protocol):
+    """A state of any world size and ZeRO stage, in storage or in memory."""
+
+    def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
+        """Fill each view with the bytes of its interval. Raises: CheckpointError."""
 
 
 class TrainState:
@@ -131,7 +137,7 @@ class TrainState:
                 torch.frombuffer(memory, dtype=source.dtype, count=source.numel(), offset=at).copy_(source)
 
     @torch.no_grad()
-    def read(self, checkpoint: Checkpoint) -> None:
+    def read(self, checkpoint: Readable) -> None:
         """Fill what this rank keeps from a checkpoint of any world size and ZeRO stage; `resume` afterwards.
 
         Only the ranges that this rank needs are read, straight into its tensors where they lie on the host.
@@ -146,7 +152,7 @@ class TrainState:
             if self.tensor(shard, kind).device.type != "cpu":
                 self._read_staged(checkpoint, shard, kind)
 
-    def _read_staged(self, checkpoint: Checkpoint, shard: Shard, kind: str) -> None:
+    def _read_staged(self, checkpoint: Readable, shard: Shard, kind: str) -> None:
         numel = _STAGING_BYTES // self.tensor(shard, kind).element_size()
         for start in range(shard.start, shard.stop, numel):
             piece = shard.narrow(start, start + numel)

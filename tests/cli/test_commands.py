@@ -16,7 +16,7 @@ from forge.cli.app import app
 from forge.errors import ArgumentError, JobFileError
 from forge.events import RunFailed, RunFinished
 from forge.plan.plan import plan_from_json, plan_to_json
-from tests.support.runs import make_run
+from tests.support.runs import History, make_run
 
 ROOT = typer.main.get_command(app)
 
@@ -142,6 +142,32 @@ class TestRuns:
         record = json.loads(forge("runs", "show", "done", "-o", "json").stdout)
         assert (record["status"], record["step"], record["last_step"]["train/loss"]) == ("finished", 3, 5 / 3)
         assert record["last_step"]["speed/mfu"] is None
+
+    def test_where_its_time_went_adds_up_in_words_and_as_json(self, home: Path) -> None:
+        history = History()
+        history.start()
+        history.form(6.0)
+        history.step(1, 2.0)
+        for step in range(2, 14):
+            history.change("loss", reason=f"node {'7e' * 28} lost: number {step}")
+            history.form(1.0)
+            history.step(step, 2.0)
+        history.stop(saving_s=2.0)
+        history.write(home / "runs", "spot")
+        record = json.loads(forge("runs", "show", "spot", "-o", "json").stdout)["ledger"]
+        assert record["seconds"] == dict.fromkeys(record["seconds"], 0) | {
+            "training": 26.0,
+            "forming": 18.0,
+            "saving": 2.0,
+        }
+        assert (record["wall_s"], record["num_changes"], len(record["changes"])) == (46.0, 12, 12)
+        done = forge("runs", "show", "spot")
+        lines = [line.split() for line in done.stdout.splitlines()]
+        assert ["training", "26.0", "56.5%"] in lines
+        assert ["wall", "time", "46.0", "100.0%"] in lines
+        assert [line[-1] for line in lines if "lost:" in line] == [str(step) for step in range(4, 14)]
+        assert ["41s", "loss", "2", "→", "2", "3s", "node", "7e7e", "lost:", "number", "13"] in lines
+        assert "the last 10 of 12 changes" in done.stderr
 
     def test_the_end_of_a_log_is_printed(self, runs: Path) -> None:
         (runs / "done" / "logs" / "rank-0.log").write_text("".join(f"line {number}\n" for number in range(99)))

@@ -101,3 +101,22 @@ def test_a_local_folder_gives_configuration_and_weights(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="from_pretrained"):
         build_config(ModelSpec(from_pretrained=str(tmp_path)), vocab_size=97, seq_len=16, eot_id=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_a_blank_model_has_everything_but_the_weights(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new generation builds, to be filled from memory: nothing is drawn, and buffers are right."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2} if architecture == "gpt2" else {}
+    spec = ModelSpec.model_validate((sizes or LLAMA | {"num_key_value_heads": 2}) | {"architecture": architecture})
+    config = build_config(spec, vocab_size=97, seq_len=16, eot_id=0)
+    drawn = build_model(spec, config, seed=1, dtype=torch.float32)
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda *_, **__: pytest.fail("a weight was initialised"))
+    monkeypatch.setattr("forge.model.build.initialise", lambda *_, **__: pytest.fail("weights were initialised"))
+    blank = build_model(spec, config, seed=1, dtype=torch.float32, is_blank=True)
+    assert {n: p.shape for n, p in blank.named_parameters()} == {n: p.shape for n, p in drawn.named_parameters()}
+    ours, theirs = dict(blank.named_buffers()), dict(drawn.named_buffers())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    blank.load_state_dict(drawn.state_dict())
+    tokens = torch.arange(8).unsqueeze(0)
+    assert torch.equal(blank.eval()(tokens).logits, drawn.eval()(tokens).logits)

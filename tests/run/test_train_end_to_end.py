@@ -1,7 +1,8 @@
 """`forge train` with the real Ray, two ranks, and everything that can end a run early.
 
-One run is left in peace. Another, of the same job, is stopped by Ctrl-C, loses a rank, loses the process
-that carries it, and is carried on each time: its loss curve must be the first one's, bit for bit.
+One run is left in peace. Another, of the same job, is stopped by Ctrl-C, loses a rank under Ray Train (which
+ends it), loses the process that carries it, and is carried on each time: its loss curve must be the first
+one's, bit for bit. What forge's own engine survives without an end stands in tests/elastic.
 """
 
 from __future__ import annotations
@@ -129,12 +130,12 @@ def disturbed(home: Path) -> dict[str, Execution]:
     interrupted.end()
     resume = ("--resume", str(interrupted.folder))
 
-    rank_killed = begin(home, *resume, runs="trouble")
+    rank_killed = begin(home, *resume, "--set", "resources.engine=ray-train", runs="trouble")
     rank_killed.reach(interrupted.step + 40)
     next(process for process in rank_killed.relatives if "RayTrainWorker" in "".join(process.cmdline())).kill()
     rank_killed.end()
 
-    carrier_killed = begin(home, *resume, runs="trouble")
+    carrier_killed = begin(home, *resume, "--set", "resources.engine=elastic", runs="trouble")
     carrier_killed.reach(rank_killed.step + 40)
     psutil.Process(carrier_killed.carrier).kill()
     carrier_killed.end()
@@ -197,7 +198,9 @@ class TestInPeace:
         there = {path.name for path in whole.folder.iterdir()}
         assert there >= {"job.yaml", "plan.json", "events.jsonl", "metrics.jsonl", "checkpoints", "wandb"}
         logs = {path.stem for path in (whole.folder / "logs").iterdir()}
-        assert logs == {"run", "recorder", "rank-0", "rank-1"}
+        agents = {name for name in logs if name.startswith("agent-")}
+        assert logs - agents == {"run", "recorder", "supervisor", "warm", "rank-0", "rank-1"}
+        assert len(agents) == 1
         for log in (whole.folder / "logs").iterdir():
             assert "Traceback" not in log.read_text()
 

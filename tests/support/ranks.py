@@ -50,6 +50,9 @@ class RecordingReporter:
         done = self.recording.steps[-1].step if self.recording.steps else 0
         return self._stop_after is not None and done + 1 >= self._stop_after
 
+    def should_leave(self) -> bool:
+        return False
+
 
 def run_ranks(plan: Plan, folder: Path, *, world_size: int, stop_after: int | None = None) -> Recording:
     """Run `forge.train.rank.run_rank` on `world_size` processes; checkpoints go under `folder`."""

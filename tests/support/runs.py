@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from forge.events import Evaluated, Event, RunStarted, StepMetrics
+from forge.events import (
+    ChangeBegan,
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    GenerationFormed,
+    GenerationForming,
+    RankPlace,
+    RunStarted,
+    RunStopped,
+    StepMetrics,
+    StepRepeated,
+    WaitingForMachines,
+    event_to_record,
+)
 from forge.plan.plan import plan_to_json
 from forge.run.record import Recorder
 from forge.spec.resources import WandbSpec
@@ -55,3 +73,124 @@ def make_run(
         recorder.event(event)
     recorder.close(exit_code=0)
     return folder
+
+
+class History:
+    """The records of a run that never was, at times of one's choosing, and where its time went."""
+
+    def __init__(self, *, began: float = 1_000_000.0) -> None:
+        self.now = began
+        self.events: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
+        self.spent: Counter[str] = Counter()
+        """Seconds of each bucket."""
+        self.nodes: tuple[str, ...] = ("a", "b")
+        """One rank on each."""
+        self.is_training = False
+        """A generation has taken its first step, and no change has begun since."""
+        self._generation = 0
+        self._is_formed = False
+
+    @property
+    def last_step(self) -> int:
+        """The newest that was recorded."""
+        return self.steps[-1]["step"] if self.steps else 0
+
+    def spend(self, seconds: float, bucket: str) -> None:
+        """Time passes."""
+        self.now += seconds
+        self.spent[bucket] += seconds
+
+    def tell(self, event: Event) -> None:
+        """An event happens now."""
+        self.events.append({"time": self.now} | event_to_record(event))
+
+    def start(self) -> None:
+        """The run begins, or begins again."""
+        self.tell(RunStarted(run_id="r", total_steps=1000, resumed_from_step=self.last_step))
+        self.is_training = self._is_formed = False
+
+    def form(self, seconds: float) -> None:
+        """A generation of one rank on each node is started."""
+        self._generation += 1
+        self._is_formed = False
+        self.tell(
+            GenerationForming(
+                generation=self._generation,
+                world_size=len(self.nodes),
+                from_step=self.last_step,
+                source="memory" if self.last_step else "storage",
+            )
+        )
+        self.spend(seconds, "forming")
+
+    def step(self, step: int, step_s: float, *, gap_s: float = 0.0, evaluation_s: float = 0.0) -> None:
+        """One step, new or repeated; `gap_s` goes before it, the evaluation after it."""
+        self.spend(gap_s, "other")
+        self.spend(step_s, "training" if step > self.last_step else "repeated")
+        self.is_training = True
+        self.record_step(step, step_s, evaluation_s=evaluation_s)
+
+    def record_step(self, step: int, step_s: float, *, evaluation_s: float = 0.0) -> None:
+        """What the loop reports when a step has ended."""
+        if not self._is_formed:
+            self._is_formed = True
+            ranks = tuple(RankPlace(rank=rank, node=node, pid=1) for rank, node in enumerate(self.nodes))
+            self.tell(
+                GenerationFormed(
+                    generation=self._generation,
+                    world_size=len(self.nodes),
+                    device="cpu",
+                    peak_flops=1e12,
+                    peak_source="test",
+                    seconds={"fork": 0.1, "build": 0.2},
+                    ranks=ranks,
+                )
+            )
+        if evaluation_s:
+            self.spend(evaluation_s, "evaluating")
+            self.tell(
+                Evaluated(
+                    step=step, loss=1.0, perplexity=2.7, num_tokens=1, weights="current", seconds=evaluation_s
+                )
+            )
+        made = replace(metrics(step), step_s=step_s, world_size=len(self.nodes))
+        if step > self.last_step:
+            self.steps.append(made.as_record() | {"time": self.now})
+        else:
+            self.tell(StepRepeated(step=step, loss=1.0, step_s=step_s, world_size=len(self.nodes)))
+
+    def change(self, cause: str, *, reason: str = "", since_s: float = 0.0) -> None:
+        """A generation ends."""
+        self.tell(
+            ChangeBegan(
+                generation=self._generation, cause=cause, reason=reason or cause, seconds_since_cause=since_s
+            )
+        )
+        self.is_training = False
+
+    def wait(self, seconds: float) -> None:
+        """There are too few machines."""
+        self.tell(WaitingForMachines(have=1, need=2))
+        self.spend(seconds, "waiting")
+
+    def saved(self, step: int, *, seconds: float, stall_s: float) -> None:
+        """A checkpoint is reported."""
+        self.tell(CheckpointSaved(step=step, folder="x", size_bytes=1, seconds=seconds, stall_s=stall_s))
+
+    def stop(self, *, saving_s: float = 0.0) -> None:
+        """The run is stopped, and waits for its last checkpoint if it trains."""
+        if self.is_training and saving_s:
+            self.spend(saving_s, "saving")
+            self.saved(self.last_step, seconds=saving_s, stall_s=0.0)
+        self.tell(RunStopped(step=self.last_step))
+        self.is_training = False
+
+    def write(self, root: Path, name: str) -> Path:
+        """As the folder of a run. Returns: the folder."""
+        folder = root / name
+        (folder / "logs").mkdir(parents=True)
+        (folder / "plan.json").write_text(plan_to_json(tiny_plan(None)))
+        for file, records in (("events.jsonl", self.events), ("metrics.jsonl", self.steps)):
+            (folder / file).write_text("".join(json.dumps(record) + "\n" for record in records))
+        return folder

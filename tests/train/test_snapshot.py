@@ -10,7 +10,7 @@ import pytest
 from forge.errors import CheckpointError
 from forge.train.interval import Interval, layout_from_record, pack
 from forge.train.saver import write_part
-from forge.train.snapshot import NUM_SLOTS, create_snapshot, open_snapshot
+from forge.train.snapshot import create_snapshot, open_snapshot
 from forge.train.storage import open_storage
 from tests.support.checkpoints import fill, layout_of, order_for, snapshot_of
 
@@ -28,7 +28,7 @@ def test_a_snapshot_is_read_back_by_whoever_has_its_descriptor() -> None:
 def test_two_steps_are_kept_and_the_newest_comes_first() -> None:
     snapshot = create_snapshot(layout_of(0, 1))
     for step in range(1, 6):
-        fill(snapshot, step=step, slot=step % NUM_SLOTS)
+        fill(snapshot, step=step, slot=step % 2)
         assert [copy.step for copy in snapshot.copies()] == [step, *([step - 1] if step > 1 else [])]
         assert all(snapshot.is_intact(copy) for copy in snapshot.copies())
 

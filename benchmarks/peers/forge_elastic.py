@@ -1,0 +1,173 @@
+"""`forge train` on simulated machines of this one, which come and go as stdin says.
+
+    python -m benchmarks.peers.forge_elastic REQUEST
+
+REQUEST is that of `torchrun_elastic`, and max_nodes where more may come; forge has no use for checkpoint_every. The cluster is forge's own:
+a head that takes no ranks, and nodes of one rank each. With `"model": null` there are machines and no run.
+`steps.jsonl` has a line for every step as the run recorded it, done again or not, and one for all that was
+done to a machine:
+
+    add N           start node N
+    remove N        kill node N, all its processes at once
+    notice N S      announce that node N will be taken away in S seconds; nobody takes it away
+    hang N          SIGSTOP to the rank on node N
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import string
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from benchmarks.program import FORGE
+from forge.cluster.local import add_node, kill_node, require_private_token, start_head_alone, stop_local
+from forge.report.runs import carrier_pid, follow
+
+require_private_token()  # before Ray is imported
+
+from forge.run.faults import Members, give_notice, halt, members_of  # noqa: E402
+
+_CORPUS_WORDS = 200_000
+_LEXICON_WORDS = 2_000
+_POLL_S = 0.1
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    with machines(request["nodes"]) as nodes:
+        run = Run(request) if request["model"] is not None else None
+        record(request, ready=request["nodes"])
+        try:
+            for line in sys.stdin:
+                obey(line, request, nodes, run)
+        finally:
+            if run is not None:
+                run.end()
+
+
+class Run:
+    """`forge train` as a user calls it."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self._request = request
+        job = write_job(request, workers=request.get("max_nodes", request["nodes"]))
+        self._process = subprocess.Popen([FORGE, "train", str(job)], stdin=subprocess.DEVNULL)
+        while (folder := run_folder(request)) is None or (pid := carrier_pid(folder)) is None:
+            if self._process.poll() is not None:
+                raise RuntimeError("forge train has ended")
+            time.sleep(_POLL_S)
+        self.folder, self._carrier = folder, pid
+        threading.Thread(target=self._write_steps_down, daemon=True).start()
+
+    def members(self) -> Members:
+        """Where it is at work."""
+        return members_of(self.folder)
+
+    def end(self) -> None:
+        """Kill it; its ranks end with their machines."""
+        for process in (psutil.Process(self._carrier), psutil.Process(self._process.pid)):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def _write_steps_down(self) -> None:
+        for found in follow(self.folder, pid=self._carrier):
+            if found is not None and found.get("event") in (None, "StepRepeated"):
+                world_size = found.get("world_size") or found["elastic/world_size"]
+                record(self._request, time=found["time"], step=found["step"], world_size=world_size)
+
+
+def run_folder(request: dict[str, Any]) -> Path | None:
+    """The folder of the run that a request's job has begun."""
+    return next((path.parent for path in (Path(request["folder"]) / "runs").glob("*/plan.json")), None)
+
+
+def write_job(request: dict[str, Any], *, workers: int) -> Path:
+    """The job of a request, with a corpus of random words. Returns: the job file.
+
+    Nothing is held out, as the peers evaluate nothing either; whatever is not named has its default.
+    """
+    folder = Path(request["folder"])
+    (folder / "corpus.txt").write_text(random_text())
+    model = {key: value for key, value in request["model"].items() if key != "model_type"}
+    job = {
+        "name": "elastic",
+        "model": {"architecture": request["model"]["model_type"], **model},
+        "data": {
+            "files": str(folder / "corpus.txt"),
+            "tokenizer": {"vocab_size": request["vocab_size"]},
+            "seq_len": request["seq_len"],
+            "held_out": 0,
+        },
+        "training": {
+            "total_steps": 10**6,
+            "global_batch_size": request["global_batch_size"],
+            "optimizer": {"lr": request["lr"]},
+            "zero": {"stage": 1},
+        },
+        "checkpoint": {"to": str(folder / "runs")},
+        "resources": {"workers": f"1..{workers}", "gpu": "none"},
+        "tracking": {"wandb": {"mode": "disabled"}},
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path
+
+
+def random_text() -> str:
+    """Always the same, of enough different words for a vocabulary of some thousand tokens."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices(string.ascii_lowercase, k=chance.randint(2, 9))) for _ in range(_LEXICON_WORDS)]
+    return " ".join(chance.choices(words, k=_CORPUS_WORDS))
+
+
+@contextlib.contextmanager
+def machines(num_nodes: int) -> Iterator[dict[int, Any]]:
+    """The nodes of a cluster by number; it ends with them."""
+    start_head_alone()
+    try:
+        yield {node: add_node() for node in range(num_nodes)}
+    finally:
+        stop_local()
+
+
+def obey(line: str, request: dict[str, Any], nodes: dict[int, Any], run: Run | None) -> None:
+    """Do what a line says, and note when it was done."""
+    what, number, *rest = line.split()
+    node = int(number)
+    if what == "add":
+        nodes[node] = add_node()
+        record(request, added=node)
+    elif what == "remove":
+        record(request, removed=node)
+        kill_node(nodes.pop(node))
+    elif run is not None and what == "notice":
+        members = run.members()
+        name = next(name for name, pid in members.agents.items() if os.getsid(pid) == nodes[node].pid)
+        record(request, noticed=node)
+        give_notice(name, seconds_left=float(rest[0]))
+    elif run is not None and what == "hang":
+        rank = next(pid for pid in run.members().ranks.values() if os.getsid(pid) == nodes[node].pid)
+        record(request, halted=node)
+        halt(rank)
+
+
+def record(request: dict[str, Any], **what: float) -> None:
+    """Append a line, with the time unless it is given, for whoever measures."""
+    with (Path(request["folder"]) / "steps.jsonl").open("a") as file:
+        file.write(json.dumps({"time": time.time(), **what}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

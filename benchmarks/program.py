@@ -1,0 +1,138 @@
+"""Programs that a benchmark starts, of which nothing is left however the benchmark ends.
+
+Everything that descends from a program inherits a mark in its environment, at whatever distance and in
+whatever session, and is found by it. A program answers in its folder, and may be told things on its stdin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+FORGE = str(Path(sys.executable).with_name("forge"))
+_MARK = "FORGE_BENCHMARK_RUN"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """One that runs."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    environment: Mapping[str, str]
+    """Whatever is started with it belongs to the program."""
+
+    def say(self, line: str) -> None:
+        """Write a line to its stdin."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def wait(self, is_done: Callable[[], bool], *, deadline: float, poll_s: float = 0.1) -> bool:
+        """Until it is done, the program has ended, or it is too late. Returns: whether it is done.
+
+        Args:
+            deadline: as `time.monotonic()` counts.
+        """
+        while not (answer := is_done()) and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(poll_s)
+        return answer
+
+    def last_words(self) -> str:
+        """The end of what it has said on stderr."""
+        return "\n".join((self.folder / "log").read_text(errors="replace").splitlines()[-40:])
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], *, folder: Path) -> Iterator[Program]:
+    """A program in a session of its own; at the end nothing of what it started is left.
+
+    Args:
+        folder: for its temporary files, forge's state and cache, its `answer` (stdout) and `log` (stderr).
+    """
+    mark = secrets.token_hex(8)
+    environment = os.environ | {
+        _MARK: mark,
+        "DS_ACCELERATOR": "cpu",
+        "FORGE_CACHE": str(folder / "cache"),
+        "FORGE_STATE": str(folder / "state"),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_TMPDIR": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TMPDIR": str(folder),
+    }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with (folder / "answer").open("w") as answer, (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=answer,
+            stderr=log,
+            env=environment,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        yield Program(process=process, folder=folder, environment=environment)
+    finally:
+        with _uninterrupted():
+            _kill_marked(mark)
+            process.wait()
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+
+
+def module(name: str, request: Mapping[str, Any], *arguments: str) -> list[str]:
+    """The command that runs a module of `benchmarks.peers`."""
+    return [sys.executable, "-m", f"benchmarks.peers.{name}", json.dumps(request), *arguments]
+
+
+def records_of(path: Path) -> list[dict[str, Any]]:
+    """The JSON of every whole line of a file that grows; none of one that is yet to come."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let nobody's impatience leave something behind."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kill_marked(mark: str) -> None:
+    """SIGKILL all processes that inherited the mark, also those that are born meanwhile."""
+    while doomed := [process for process in psutil.process_iter() if _is_marked(process, mark)]:
+        for process in doomed:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(doomed, timeout=5)
+
+
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    """Whether a process was started by the program that was given the mark, at whatever distance."""
+    try:
+        return bool(process.environ().get(_MARK) == mark)
+    except psutil.Error:
+        return False

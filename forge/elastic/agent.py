@@ -1,0 +1,515 @@
+"""What one machine does for a run: its warm process, its ranks, its vault, its watch for notices.
+
+The agent decides nothing. It connects to the supervisor, says what it has, does what it is told, and tells
+what happens to its ranks. What ranks report goes from here to the run's recorder, so that the record goes
+on while the supervisor is away. Without a supervisor for a minute, it ends and takes everything along.
+
+It is long because all that happens on a machine meets here; what each part is made of stands elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from forge.elastic.board import Board, Word, create_board
+from forge.elastic.channel import Channel, Endpoint, Listener, Message, connect
+from forge.elastic.notices import Notice, watch
+from forge.elastic.persist import persist_part
+from forge.elastic.vault import Buddy, Vault, holdings_record
+from forge.elastic.vocabulary import End
+from forge.elastic.warming import WarmProcess
+from forge.events import Event, GenerationFormed, StepMetrics
+
+# How long an agent lives without a supervisor: longer than Ray needs to start one anew.
+_ORPHAN_S = 60.0
+_RETRY_S = 0.2
+_FIRST_BEAT_S = 0.25
+_MOST_BYTES = 8 * 2**20
+_SOCKET_BYTES = 8 * 2**20
+
+
+class Record(Protocol):
+    """The run's one writer."""
+
+    async def take(self, news: list[tuple[str, Event | StepMetrics]]) -> None:
+        """Write them; returns when they are written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What an agent is told when it is started."""
+
+    node: str
+    """Names this agent, and no agent before it on the same machine."""
+    host: str
+    """The machine's address."""
+    num_slots: int
+    num_firm: int
+    devices: tuple[str, ...]
+    """One for each slot: `cpu`, or the number of a GPU."""
+    run_folder: str
+    plan_json: str
+    checkpoints: str
+    keep: int
+    secret: str
+
+
+@dataclass(slots=True, kw_only=True)
+class _Member:
+    """A rank of this machine."""
+
+    generation: int
+    rank: int
+    world_size: int
+    local_world_size: int
+    socket: socket.socket
+    board: Board
+    buddy_endpoint: Endpoint | None
+    born_ns: int = field(default_factory=time.monotonic_ns)
+    pid: int | None = None
+    buddy: Buddy | None = None
+    has_said_end: bool = False
+    is_condemned: bool = False
+    is_gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Agent:
+    """One machine's part in a run; `run` is all of its life."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        locate: Callable[[], Awaitable[Endpoint]],
+        record: Record,
+        ask_ray: Callable[[], Awaitable[Notice | None]] | None = None,
+    ) -> None:
+        """Args:
+        locate: where the supervisor listens; it may have moved since it was asked last.
+        record: the run's one writer.
+        ask_ray: whether Ray is draining this node.
+        """
+        self._setup, self._locate, self._record, self._ask_ray = setup, locate, record, ask_ray
+        self._secret = bytes.fromhex(setup.secret)
+        self._vault = Vault(secret=self._secret)
+        self._members: dict[int, _Member] = {}
+        self._generation = 0
+        self._findings: Message | None = None
+        self._warm: WarmProcess | None = None
+        self._supervisor: Channel | None = None
+        self._beat_s = _FIRST_BEAT_S
+        self._news: deque[tuple[str, Any]] = deque()
+        self._has_news = asyncio.Event()
+        self._notices: list[Notice] = []
+        self._is_retired = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serve the run until it is over, or the supervisor is gone for good."""
+        self._listener = Listener(host=self._setup.host, secret=self._secret, serve=self._vault.serve)
+        self._store = _listen(self._setup.host)
+        self._keep(self._keep_warm())
+        self._keep(self._pass_news_on())
+        self._keep(self._obey())
+        self._keep(watch(os.environ, self._noticed, ask_ray=self._ask_ray))
+        try:
+            await self._is_retired.wait()
+        finally:
+            for task in list(self._tasks):
+                task.cancel()
+            self._kill(self._generation)
+            if self._warm is not None:
+                self._warm.kill()
+            self._listener.close()
+            self._store.close()
+            self._vault.close()
+
+    def _keep(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- the supervisor
+
+    async def _obey(self) -> None:
+        """Stay connected with the supervisor, and do what it says."""
+        alone_since = time.monotonic()
+        while time.monotonic() - alone_since < _ORPHAN_S:
+            beats: asyncio.Task[None] | None = None
+            try:
+                endpoint = await asyncio.wait_for(self._locate(), timeout=_ORPHAN_S / 4)
+                self._supervisor = await connect(endpoint, secret=self._secret)
+                await self._supervisor.send(self._hello())
+                for notice in self._notices:
+                    await self._tell_notice(notice)
+                beats = asyncio.ensure_future(self._beat(self._supervisor))
+                while True:
+                    message = await self._supervisor.receive()
+                    alone_since = time.monotonic()
+                    await self._do(message)
+            except (OSError, EOFError, ValueError, TimeoutError):
+                await asyncio.sleep(_RETRY_S)
+            finally:
+                if beats is not None:
+                    beats.cancel()
+                if self._supervisor is not None:
+                    self._supervisor.close()
+                    self._supervisor = None
+        self._is_retired.set()
+
+    async def _tell(self, **message: Any) -> None:
+        """Tell the supervisor, if there is one; one that comes back asks for everything anew."""
+        if self._supervisor is not None:
+            with contextlib.suppress(OSError):
+                await self._supervisor.send(message)
+
+    def _hello(self) -> Message:
+        return {
+            "say": "hello",
+            "node": self._setup.node,
+            "host": self._setup.host,
+            "endpoint": list(self._listener.endpoint),
+            "store_port": self._store.getsockname()[1],
+            "num_slots": self._setup.num_slots,
+            "num_firm": self._setup.num_firm,
+            "is_warm": self._warm is not None and self._warm.is_warm,
+            "pid": os.getpid(),
+            "generation": self._generation,
+            "places": {str(rank): member.world_size for rank, member in self._living().items()},
+            "pids": {str(rank): member.pid for rank, member in self._living().items()},
+            "holdings": holdings_record(self._vault.holdings()),
+            "findings": self._findings,
+        }
+
+    async def _beat(self, channel: Channel) -> None:
+        """Say regularly how far the ranks are, and what is held."""
+        told: list[list[int]] = []
+        with contextlib.suppress(OSError):
+            while True:
+                await asyncio.sleep(self._beat_s)
+                beat: Message = {"say": "beat", "generation": self._generation}
+                beat["ranks"] = [_pulse(rank, member) for rank, member in self._living().items()]
+                holdings = holdings_record(self._vault.holdings())
+                if holdings != told:
+                    beat["holdings"] = told = holdings
+                await channel.send(beat)
+
+    async def _do(self, message: Message) -> None:
+        match message["do"]:
+            case "start":
+                self._start(message)
+            case "stop":
+                self._keep(self._stop(message["generation"]))
+            case "wish":
+                for member in self._members.values():
+                    if member.generation == message["generation"]:
+                        member.board[Word[message["word"]]] = 1
+            case "forget":
+                self._vault.forget(message["generation"])
+            case "dump":
+                self._dump_stacks(message["generation"])
+            case "persist":
+                self._keep(self._persist(message))
+            case "pace":
+                self._beat_s = message["beat_s"]
+            case "retire":
+                self._is_retired.set()
+
+    # --- ranks
+
+    def _start(self, order: Message) -> None:
+        """Fork this machine's ranks of a generation."""
+        generation, ranks = order["generation"], order["ranks"]
+        asked_at = time.monotonic()
+        self._generation, self._findings = generation, order["findings"]
+        self._kill(generation - 1)
+        assert self._warm is not None, "only a warm machine is a member"
+        interface = _interface_of(self._setup.host) if order["is_spread"] else "lo"
+        for local_rank, rank in enumerate(ranks):
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+            member = _Member(
+                generation=generation,
+                rank=rank,
+                world_size=order["world_size"],
+                local_world_size=len(ranks),
+                socket=ours,
+                board=create_board(),
+                buddy_endpoint=tuple(order["buddy"]) if order["buddy"] else None,
+            )
+            if order["is_stopping"]:
+                member.board[Word.STOP] = 1
+            fds = [theirs.fileno(), member.board.fd]
+            if rank == 0:
+                fds.append(self._store.fileno())
+            parts, snapshots = self._parts(order, first_fd=len(fds))
+            self._warm.send(
+                {
+                    "generation": generation,
+                    "rank": rank,
+                    "world_size": order["world_size"],
+                    "local_rank": local_rank,
+                    "local_world_size": order["num_on_host"],
+                    "device": self._setup.devices[local_rank],
+                    "checkpoints": self._setup.checkpoints,
+                    "log": str(Path(self._setup.run_folder) / "logs" / f"rank-{rank}.log"),
+                    "host": order["host"],
+                    "port": order["port"],
+                    "interface": interface,
+                    "step": order["step"],
+                    "parts": parts,
+                    "findings": order["findings"],
+                    "laps": order["laps"],
+                    "asked_at": asked_at,
+                    "secret": self._setup.secret,
+                    "has_listener": rank == 0,
+                },
+                fds + snapshots,
+            )
+            theirs.close()
+            self._members[rank] = member
+            ours.setblocking(False)
+            asyncio.get_running_loop().add_reader(ours, self._hear, member)
+        if 0 in ranks:  # the first rank has it now; the next generation meets at another
+            self._store.close()
+            self._store = _listen(self._setup.host)
+            self._keep(self._tell(say="store", port=self._store.getsockname()[1]))
+
+    def _parts(self, order: Message, *, first_fd: int) -> tuple[list[Message], list[int]]:
+        """Where the state to go on from lies: descriptors of what is here, endpoints of the rest."""
+        parts: list[Message] = []
+        fds: list[int] = []
+        for part in order["parts"]:
+            name = {"generation": part["generation"], "rank": part["rank"]}
+            snapshot = self._vault.find(part["generation"], part["rank"])
+            if snapshot is not None and any(copy.step == order["step"] for copy in snapshot.copies()):
+                parts.append(name | {"fd": first_fd + len(fds)})
+                fds.append(snapshot.fd)
+            else:
+                parts.append(name | {"endpoint": part["endpoint"]})
+        return parts, fds
+
+    def _hear(self, member: _Member) -> None:
+        """News from a rank, or its end."""
+        while True:
+            try:
+                text, fds, _, _ = socket.recv_fds(member.socket, _MOST_BYTES, 4)
+            except BlockingIOError:
+                return
+            except OSError:
+                text, fds = b"", []
+            if not text:
+                asyncio.get_running_loop().remove_reader(member.socket)
+                member.socket.close()
+                self._keep(self._bury(member))
+                return
+            self._heed(member, *pickle.loads(text), fds=list(fds))
+
+    def _heed(self, member: _Member, what: str, *values: Any, fds: list[int]) -> None:
+        match what, values:
+            case "snapshot", _:
+                self._vault.adopt(member.generation, member.rank, fds[0], world_size=member.world_size)
+                snapshot = self._vault.find(member.generation, member.rank)
+                assert snapshot is not None
+                member.buddy = Buddy(
+                    member.buddy_endpoint,
+                    snapshot,
+                    name={
+                        "generation": member.generation,
+                        "rank": member.rank,
+                        "world_size": member.world_size,
+                    },
+                    secret=self._secret,
+                    on_kept=lambda step: self._kept(member, step),
+                )
+            case "copied", (step, slot):
+                if member.buddy is not None:
+                    member.buddy.send(step=step, slot=slot)
+            case "event", (GenerationFormed() as formed,):
+                self._keep(self._tell(say="formed", formed=asdict(formed)))
+            case "findings", (found,):
+                self._findings = found
+                self._keep(self._tell(say="findings", findings=found))
+            case "end", (end, step, reason, error):
+                member.has_said_end = True
+                telling = self._tell_end(member, end, step=step, reason=reason, error=error)
+                if end in (End.DONE, End.FAILED):  # the run is over: what it has reported must be written by then
+                    self._news.append(("end", telling))
+                    self._has_news.set()
+                else:
+                    self._keep(telling)
+            case _, (news,):
+                if type(news).__name__ == "CheckpointSaved":
+                    self._keep(self._tell(say="saved", step=news.step))
+                self._news.append((what, news))
+                self._has_news.set()
+
+    def _kept(self, member: _Member, step: int) -> None:
+        member.board[Word.AGENT_CPU_NS] = time.process_time_ns()
+        member.board[Word.KEPT_STEP] = step
+
+    async def _bury(self, member: _Member) -> None:
+        """Its socket is closed: it is gone, or about to be. Say so, if it could not."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(member.is_gone.wait(), timeout=0.2)
+        if not member.has_said_end:
+            member.has_said_end = True
+            await self._tell_end(member, End.BROKEN, step=0, reason="its process was killed", error="")
+
+    async def _tell_end(self, member: _Member, end: str, **details: Any) -> None:
+        await self._tell(say="ended", generation=member.generation, rank=member.rank, end=str(end), **details)
+
+    async def _stop(self, generation: int) -> None:
+        """Have no rank of this generation or of one before it."""
+        self._kill(generation)
+        for member in list(self._members.values()):
+            if member.generation <= generation:
+                await member.is_gone.wait()
+        await self._tell(say="stopped", generation=generation, holdings=holdings_record(self._vault.holdings()))
+
+    def _kill(self, generation: int) -> None:
+        for member in self._members.values():
+            if member.generation <= generation and not member.is_gone.is_set():
+                member.is_condemned = True
+                if member.buddy is not None:
+                    member.buddy.close()
+                if member.pid is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(member.pid, signal.SIGKILL)
+
+    def _living(self) -> dict[int, _Member]:
+        return {rank: member for rank, member in self._members.items() if not member.is_gone.is_set()}
+
+    def _dump_stacks(self, generation: int) -> None:
+        """Each rank writes its stacks into its log."""
+        for member in self._living().values():
+            if member.generation == generation and member.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member.pid, signal.SIGUSR1)
+
+    # --- the warm process
+
+    async def _keep_warm(self) -> None:
+        """Have a warm process at all times: where one dies, its ranks have died with it."""
+        while True:
+            self._warm = WarmProcess(self._setup.plan_json, log=Path(self._setup.run_folder) / "logs" / "warm.log")
+            while (message := await self._warm.receive()) is not None:
+                self._hear_warm(message)
+            self._warm.kill()
+            self._warm = None
+            for member in self._living().values():
+                member.is_gone.set()
+            await self._tell(say="warm", is_warm=False)
+            await asyncio.sleep(_RETRY_S)
+
+    def _hear_warm(self, message: Message) -> None:
+        if "warm" in message:
+            assert self._warm is not None
+            self._warm.is_warm = True
+            self._keep(self._tell(say="warm", is_warm=True, seconds=message["warm"]))
+        elif "forked" in message:
+            member = self._members.get(message["forked"])
+            if member is not None and member.generation == message["generation"]:
+                member.pid = message["pid"]
+                self._keep(self._tell(say="forked", generation=member.generation, rank=member.rank, pid=member.pid))
+                if member.is_condemned:
+                    os.kill(member.pid, signal.SIGKILL)
+        else:
+            for member in self._members.values():
+                if member.pid == message["ended"]:
+                    member.is_gone.set()
+
+    # --- news, notices, storage
+
+    async def _pass_news_on(self) -> None:
+        """Give the recorder what ranks report, in order, and tell the first rank what is written."""
+        while True:
+            await self._has_news.wait()
+            self._has_news.clear()
+            while self._news:
+                some = list(takewhile(lambda item: item[0] != "end", self._news))
+                if not some:
+                    await self._news.popleft()[1]
+                    continue
+                await self._record.take(some)
+                for _ in some:
+                    self._news.popleft()
+                steps = [news.step for _, news in some if isinstance(news, StepMetrics)]
+                for member in self._members.values() if steps else ():
+                    member.board[Word.RECORDED_STEP] = max(steps)
+
+    def _noticed(self, notice: Notice) -> None:
+        self._notices.append(notice)
+        self._keep(self._tell_notice(notice))
+
+    async def _tell_notice(self, notice: Notice) -> None:
+        left_s = None if notice.deadline is None else notice.deadline - time.time()
+        await self._tell(say="notice", source=notice.source, seconds_left=left_s, is_certain=notice.is_certain)
+
+    async def _persist(self, order: Message) -> None:
+        """Make parts of a durable checkpoint out of the vault."""
+
+        async def one(rank: int) -> int | None:
+            snapshot = self._vault.find(order["generation"], rank)
+            if snapshot is None:
+                return None
+            return await persist_part(
+                snapshot,
+                step=order["step"],
+                rank=rank,
+                world_size=order["world_size"],
+                url=self._setup.checkpoints,
+                keep=self._setup.keep,
+                token=order["token"],
+            )
+
+        sealed = await asyncio.gather(*(one(rank) for rank in order["ranks"]))
+        if 0 in order["ranks"]:
+            await self._tell(
+                say="persisted", step=order["step"], size_bytes=max(map(int, filter(None, sealed)), default=0)
+            )
+
+
+def _listen(host: str) -> socket.socket:
+    """Where the ranks of a generation would meet, if its first rank is here."""
+    sock = socket.socket()
+    sock.bind((host, 0))
+    sock.listen(1024)
+    return sock
+
+
+def _interface_of(host: str) -> str | None:
+    """The name of the network interface that has this address."""
+    found = psutil.net_if_addrs()
+    return next((str(name) for name in found if any(entry.address == host for entry in found[name])), None)
+
+
+def _pulse(rank: int, member: _Member) -> list[int]:
+    """Rank, milliseconds since it did something, its last step and how long that took, whether it is halted."""
+    board = member.board
+    silent_ms = (time.monotonic_ns() - max(board[Word.TICKED_NS], member.born_ns)) // 10**6
+    return [rank, silent_ms, board[Word.STEP], board[Word.STEP_NS], int(_is_halted(member.pid))]
+
+
+def _is_halted(pid: int | None) -> bool:
+    """Whether a process is stopped by a signal."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state in ("T", "t")

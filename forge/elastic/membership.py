@@ -1,0 +1,433 @@
+"""Who is a member of a run, decided without a cluster: `decide(state, event) → (state, actions)`, a pure function.
+
+Events are what agents and clocks tell the supervisor, actions what it tells the agents; both are plain
+data, so any history can be replayed in a test. Times are seconds of one clock, given with every event.
+
+                              enough machines
+              ┌──────────┐ ───────────────────► ┌─────────┐  first step   ┌──────────┐
+    begin ──► │ WAITING  │                      │ FORMING │ ────────────► │ TRAINING │ ──► done
+              └──────────┘ ◄──┐                 └─────────┘               └──────────┘     ▲
+                    too few   │                   ▲     │ a rank or             │  │       │
+                              │     enough        │     │ machine lost     lost,│  │notice,│
+                              │  ┌────────────────┘     │                  hung │  │growth,│all ranks
+                              │  │                      ▼                       ▼  ▼yield  │done
+                         ┌──────────┐ ◄──────── every rank left ──────── ┌─────────┐       │
+                         │ STOPPING │ ◄───────────────────────────────── │ LEAVING │       │
+                         └──────────┘ ───────────────────────────────────└─────────┘───────┘
+
+    WAITING   no ranks; for machines, or at the beginning for the first of them
+    FORMING   the ranks of a generation start, load, and take their first step
+    TRAINING  steps are made
+    LEAVING   the ranks were asked to end after their step, with a snapshot: no step is lost
+    STOPPING  every agent of the generation kills what is left of it and says which snapshots it holds;
+              the next generation begins only when all have answered or are lost: never two at once
+
+A generation goes on from the newest step of which every rank's snapshot is still whole in some machine's
+memory, or from storage if that is newer. A machine that was given notice is used until the time left is
+what a planned change needs. A preemption is not a failure: only generations that break before their first
+step with no machine lost count against a budget.
+
+The module is long because everything that may happen to a run is answered here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from forge.elastic.vocabulary import (
+    Action,
+    Change,
+    Claim,
+    Decision,
+    End,
+    Event,
+    Fail,
+    Finish,
+    Forget,
+    Formed,
+    GiveBack,
+    Holds,
+    Hung,
+    Leave,
+    Node,
+    NodeCame,
+    NodeLost,
+    NodeWarm,
+    Noticed,
+    Persist,
+    Phase,
+    RankEnded,
+    Replace,
+    Saved,
+    SlotsChanged,
+    Start,
+    State,
+    Stop,
+    Stopped,
+    StopWished,
+    Ticked,
+    Wait,
+    YieldWished,
+)
+
+# Joins within this time of each other are taken together.
+JOIN_WINDOW_S = 1.0
+# How long a place is left out after its rank hung.
+BENCH_S = 60.0
+# How long what was given back to another run is not claimed again.
+YIELD_S = 15.0
+# Generations in a row that break by themselves before their first step.
+MOST_FAILURES = 3
+# How long a supervisor that was restarted waits for the agents of the generation it finds.
+REUNION_S = 4.0
+
+
+def decide(state: State, event: Event, *, now: float) -> Decision:
+    """What follows from one event."""
+    if state.phase is Phase.DONE:
+        return state, ()
+    match event:
+        case NodeCame():
+            return _came(state, event, now)
+        case NodeWarm(node=name, is_warm=is_warm) if name in state.nodes:
+            return _look(_with_node(state, name, is_warm=is_warm), now)
+        case NodeLost(node=name, reason=reason) if name in state.nodes:
+            return _lost(state, name, reason, now)
+        case SlotsChanged(node=name) if name in state.nodes:
+            return _look(_with_node(state, name, num_slots=event.num_slots, num_firm=event.num_firm), now)
+        case Noticed(node=name, goes_at=goes_at) if name in state.nodes:
+            return _noticed(state, name, goes_at, now)
+        case Holds(node=name, holdings=holdings) if name in state.nodes:
+            return _forget(_with_node(state, name, holdings=holdings))
+        case Formed(generation=generation) if generation == state.generation and state.phase is Phase.FORMING:
+            return _look(replace(state, phase=Phase.TRAINING, num_failures=0), now)
+        case RankEnded(generation=generation) if generation == state.generation and state.places:
+            return _ended(state, event, now)
+        case Stopped(node=name, generation=generation, holdings=holdings) if name in state.nodes:
+            state = _with_node(state, name, holdings=holdings)
+            if state.phase is not Phase.STOPPING or generation != state.generation:
+                return state, ()
+            return _answered(replace(state, unanswered=state.unanswered - {name}), now)
+        case Hung() if event.generation == state.generation and state.phase in (
+            Phase.FORMING,
+            Phase.TRAINING,
+            Phase.LEAVING,
+        ):
+            return _hung(state, event, now)
+        case Saved(step=step):
+            return replace(state, stored_step=max(step, state.stored_step)), ()
+        case StopWished():
+            return _stop_wished(state, now)
+        case YieldWished():
+            return _yield(state, now)
+        case Ticked(margin_s=margin_s):
+            return _look(state if margin_s is None else replace(state, margin_s=margin_s), now)
+    return state, ()
+
+
+def newest_whole(state: State) -> tuple[int, int, int] | None:
+    """(step, generation, world size) of the newest step whose every rank's snapshot is in some machine's memory."""
+    held: dict[tuple[int, int, int], set[int]] = {}
+    for node in state.nodes.values():
+        for h in node.holdings:
+            held.setdefault((h.step, h.generation, h.world_size), set()).add(h.rank)
+    return max((key for key, ranks in held.items() if len(ranks) == key[2]), default=None)
+
+
+# --- what each event leads to -------------------------------------------------------------------------------
+
+
+def _came(state: State, event: NodeCame, now: float) -> Decision:
+    known = state.nodes.get(event.node)
+    node = replace(known or Node(num_slots=event.num_slots), is_warm=event.is_warm, holdings=event.holdings)
+    node = replace(node, num_slots=event.num_slots, num_firm=event.num_firm)
+    state = replace(state, nodes={**state.nodes, event.node: node})
+    if event.places and state.generation == 0:
+        # A supervisor that was restarted finds a generation at work.
+        world_size = next(iter(event.places.values()))
+        state = replace(
+            state,
+            phase=Phase.TRAINING,
+            generation=event.generation,
+            places=("",) * world_size,
+            reunites_until=state.reunites_until or now + REUNION_S,
+        )
+    state = replace(state, generation=max(state.generation, event.generation))
+    if event.node in state.unanswered:  # what it was told before may not have reached it
+        return state, (Stop(node=event.node, generation=state.generation),)
+    if event.places and event.generation == state.generation and state.places:
+        if state.reunites_until is not None:
+            places = tuple(event.node if rank in event.places else name for rank, name in enumerate(state.places))
+            return _look(replace(state, places=places), now)
+        if all(state.places[rank] == event.node for rank in event.places):
+            return state, ()  # only its connection was away
+    if event.places:  # of a generation that is over, or of one that has been told that this node is lost
+        return state, (Stop(node=event.node, generation=event.generation),)
+    if event.node in state.places and state.phase in (Phase.FORMING, Phase.TRAINING, Phase.LEAVING):
+        return _break(state, now, cause="loss", reason=f"node {event.node} has lost its ranks")
+    return _look(state, now)
+
+
+def _lost(state: State, name: str, reason: str, now: float) -> Decision:
+    nodes = {key: node for key, node in state.nodes.items() if key != name}
+    is_member = name in state.places
+    state = replace(state, nodes=nodes, unanswered=state.unanswered - {name}, has_lost=state.has_lost or is_member)
+    if state.phase is Phase.STOPPING:
+        return _answered(state, now)
+    if is_member and state.phase is not Phase.WAITING:
+        if state.done_step is not None:
+            return _settle_done(state, now)
+        return _break(state, now, cause="loss", reason=f"node {name} lost: {reason}")
+    return state, ()
+
+
+def _noticed(state: State, name: str, goes_at: float, now: float) -> Decision:
+    known = state.nodes[name].goes_at
+    state = _with_node(state, name, goes_at=goes_at if known is None else min(known, goes_at))
+    state, actions = _look(state, now)
+    return state, ((Replace(node=name),) if known is None else ()) + actions
+
+
+def _ended(state: State, event: RankEnded, now: float) -> Decision:
+    if event.end is End.FAILED:
+        stops = tuple(Stop(node=name, generation=state.generation) for name in _members(state))
+        return replace(state, phase=Phase.DONE), (*stops, Fail(error=event.error, reason=event.reason))
+    state = replace(state, ended=state.ended | {event.rank})
+    if event.end is End.DONE:
+        state = replace(state, done_step=event.step)
+    if state.done_step is not None:
+        return _settle_done(state, now)
+    if state.phase is Phase.STOPPING:
+        return state, ()
+    if event.end is End.LEFT:
+        if len(state.ended) < len(state.places):
+            return state, ()
+        return _stop(state, now)  # all have left: nothing is lost
+    place = state.places[event.rank]
+    return _break(state, now, cause="failure", reason=f"rank {event.rank} on {place} broke: {event.reason}")
+
+
+def _settle_done(state: State, now: float) -> Decision:
+    """The last checkpoint is sealed: the run is over once every rank has ended or is lost."""
+    left = [r for r, name in enumerate(state.places) if r not in state.ended and name in state.nodes]
+    if left:
+        return state, ()
+    assert state.done_step is not None
+    return replace(state, phase=Phase.DONE), (Finish(step=state.done_step),)
+
+
+def _hung(state: State, event: Hung, now: float) -> Decision:
+    name = state.places[event.rank] if event.rank < len(state.places) else ""
+    if name in state.nodes:
+        node = state.nodes[name]
+        state = _with_node(state, name, benched_until=(*_still(node.benched_until, now), now + BENCH_S))
+    return _break(
+        state,
+        now,
+        cause="hang",
+        reason=f"rank {event.rank} on {name} hung for {event.silent_s:.1f} s",
+        silent_s=event.silent_s,
+    )
+
+
+def _stop_wished(state: State, now: float) -> Decision:
+    state = replace(state, is_stopping=True)
+    if state.phase is Phase.WAITING:
+        return _finish_waiting(state)
+    return state, ()
+
+
+def _finish_waiting(state: State) -> Decision:
+    """Stopped while no rank is there. A snapshot that is newer than storage is made durable by `Persist` before."""
+    found = newest_whole(state)
+    if found is not None and found[0] > state.stored_step:
+        return state, ()  # its Saved, or the loss of the snapshot, comes next
+    return replace(state, phase=Phase.DONE), (Finish(step=state.stored_step),)
+
+
+def _yield(state: State, now: float) -> Decision:
+    used = len(state.places)
+    state = replace(state, yields_until=now + YIELD_S)
+    if state.phase is Phase.TRAINING and used > state.low:
+        return _leave(state, now, cause="yield", reason="another run waits for its smallest number of workers")
+    return state, (GiveBack(),)
+
+
+# --- looking at the whole -----------------------------------------------------------------------------------
+
+
+def _look(state: State, now: float) -> Decision:
+    """What the state of things asks for, whatever has happened."""
+    if state.reunites_until is not None:
+        return _reunite(state, now)
+    if state.phase is Phase.WAITING:
+        if state.is_stopping:
+            return _finish_waiting(state)
+        return _form(state, now) if _available(state, now) >= state.low else (state, ())
+    if state.phase is not Phase.TRAINING:
+        return state, ()
+    going = [name for name in _members(state) if _is_going(state, name, now)]
+    if going:
+        return _leave(state, now, cause="notice", reason=f"node {going[0]} will be taken away")
+    return _grow(state, now)
+
+
+def _reunite(state: State, now: float) -> Decision:
+    assert state.reunites_until is not None
+    is_whole = bool(state.places) and all(state.places)
+    if not is_whole and now < state.reunites_until:
+        return state, ()
+    state = replace(state, reunites_until=None)
+    if is_whole or not state.places:
+        return _look(state, now)
+    return _break(state, now, cause="loss", reason="an agent did not come back while the supervisor was away")
+
+
+def _grow(state: State, now: float) -> Decision:
+    """Take in machines that are ready: soon after they came, or at once where one has to be replaced."""
+    doomed = [name for name in _members(state) if state.nodes[name].goes_at is not None]
+    staying = [node for node in state.nodes.values() if node.goes_at is None]
+    could = min(_limit(state, now), sum(node.room(now, margin_s=state.margin_s) for node in staying))
+    if doomed and could >= len(state.places):
+        return _leave(state, now, cause="notice", reason=f"node {doomed[0]} is replaced")
+    if could <= len(state.places):
+        return replace(state, joins_at=None), ()
+    if state.joins_at is None:
+        return replace(state, joins_at=now + JOIN_WINDOW_S), ()
+    if now < state.joins_at:
+        return state, ()
+    more = could - len(state.places)
+    return _leave(state, now, cause="growth", reason=f"{more} more worker{'s' * (more > 1)} ready")
+
+
+def _leave(state: State, now: float, *, cause: str, reason: str) -> Decision:
+    change = Change(generation=state.generation, cause=cause, reason=reason)
+    return replace(state, phase=Phase.LEAVING, joins_at=None), (change, Leave(generation=state.generation))
+
+
+def _break(state: State, now: float, *, cause: str, reason: str, silent_s: float = 0.0) -> Decision:
+    """A generation cannot go on: stop what is left of it."""
+    if state.phase is Phase.FORMING and not state.has_lost:
+        state = replace(state, num_failures=state.num_failures + 1)
+    change = Change(generation=state.generation, cause=cause, reason=reason, silent_s=silent_s)
+    if state.num_failures >= MOST_FAILURES:
+        stops = tuple(Stop(node=name, generation=state.generation) for name in _members(state))
+        text = f"{state.num_failures} generations in a row broke before their first step; the last: {reason}"
+        return replace(state, phase=Phase.DONE), (change, *stops, Fail(error="RunError", reason=text))
+    # A change that was announced already is not announced again because its ranks break instead of leaving.
+    announced = () if state.phase is Phase.LEAVING else (change,)
+    state, actions = _stop(state, now)
+    return state, (*announced, *actions)
+
+
+def _stop(state: State, now: float) -> Decision:
+    members = _members(state)
+    state = replace(state, phase=Phase.STOPPING, unanswered=frozenset(members), joins_at=None, reunites_until=None)
+    stops = tuple(Stop(node=name, generation=state.generation) for name in members)
+    state, actions = _answered(state, now)
+    return state, (*stops, *actions)
+
+
+def _answered(state: State, now: float) -> Decision:
+    """Once no rank of the generation is left anywhere, form the next."""
+    if state.unanswered:
+        return state, ()
+    if state.done_step is not None:
+        return replace(state, phase=Phase.DONE), (Finish(step=state.done_step),)
+    state = replace(state, places=(), ended=frozenset(), has_lost=False)
+    if _available(state, now) >= state.low and not (state.is_stopping and newest_whole(state) is None):
+        return _form(state, now)
+    state = replace(state, phase=Phase.WAITING)
+    actions: list[Action] = [Wait(have=_available(state, now), need=state.low)]
+    found = newest_whole(state)
+    if found is not None and found[0] > state.stored_step:
+        actions.append(Persist(step=found[0], generation=found[1], world_size=found[2]))
+    if state.is_stopping:
+        state, more = _finish_waiting(state)
+        actions += more
+    return state, (*actions, Claim())
+
+
+def _form(state: State, now: float) -> Decision:
+    places = _places(state, now)
+    found = newest_whole(state)
+    from_memory = found is not None and found[0] >= state.stored_step
+    start = Start(
+        generation=max(state.generation, state.former_generation) + 1,
+        places=places,
+        step=found[0] if found and from_memory else state.stored_step,
+        source=(found[1], found[2]) if found and from_memory else None,
+    )
+    state = replace(
+        state,
+        phase=Phase.FORMING,
+        generation=start.generation,
+        places=places,
+        ended=frozenset(),
+        has_lost=False,
+        joins_at=None,
+    )
+    yields = now < state.yields_until
+    return state, (start, *((GiveBack(),) if yields else ()))
+
+
+def _places(state: State, now: float) -> tuple[str, ...]:
+    """A node for each rank: machines that hold snapshots first, so that little has to travel.
+
+    While places are given back to another run, the firm ones come first.
+    """
+    size = min(_limit(state, now), _available(state, now))
+    benches = _room(state, now, benches=True) >= state.low
+    order = sorted(state.nodes, key=lambda name: (-_newest_step(state.nodes[name]), name))
+    room = {n: state.nodes[n].room(now, margin_s=state.margin_s, benches=benches) for n in order}
+    taken = dict.fromkeys(order, 0)
+    for is_firm in (True, False) if now < state.yields_until else (False,):
+        for name in order:
+            most = min(room[name], state.nodes[name].num_firm) if is_firm else room[name]
+            taken[name] += max(0, min(most - taken[name], size - sum(taken.values())))
+    return tuple(name for name in order for _ in range(taken[name]))
+
+
+def _newest_step(node: Node) -> int:
+    return max((holding.step for holding in node.holdings), default=-1)
+
+
+def _available(state: State, now: float) -> int:
+    """Places for ranks. One that hung is left out, unless the run could not go on without it."""
+    room = _room(state, now, benches=True)
+    return room if room >= state.low else _room(state, now, benches=False)
+
+
+def _room(state: State, now: float, *, benches: bool) -> int:
+    return sum(node.room(now, margin_s=state.margin_s, benches=benches) for node in state.nodes.values())
+
+
+def _limit(state: State, now: float) -> int:
+    return state.low if now < state.yields_until else state.high
+
+
+def _is_going(state: State, name: str, now: float) -> bool:
+    goes_at = state.nodes[name].goes_at
+    return goes_at is not None and goes_at - now <= state.margin_s
+
+
+def _members(state: State) -> list[str]:
+    """The nodes of the generation that are still there."""
+    return [name for name in dict.fromkeys(state.places) if name in state.nodes]
+
+
+def _forget(state: State) -> Decision:
+    """Once a generation's own snapshots are whole, those of the ones before it are of no use."""
+    found = newest_whole(state)
+    if found is None or found[1] != state.generation or state.forgotten >= state.generation:
+        return state, ()
+    return replace(state, forgotten=state.generation), (Forget(generation=state.generation),)
+
+
+def _still(until: tuple[float, ...], now: float) -> tuple[float, ...]:
+    return tuple(moment for moment in until if moment > now)
+
+
+def _with_node(state: State, name: str, **changes: object) -> State:
+    node = replace(state.nodes[name], **changes)  # type: ignore[arg-type]
+    return replace(state, nodes={**state.nodes, name: node})

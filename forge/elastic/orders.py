@@ -1,0 +1,114 @@
+"""What agents are told when a generation starts, or a checkpoint is made without ranks: pure functions.
+
+In go the decision, the state it was made in, and where the agents are; out comes a message for each agent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from forge.elastic.channel import Endpoint, Message
+from forge.elastic.vocabulary import Holding, Persist, Start, State
+
+
+@dataclass(slots=True, kw_only=True)
+class Link:
+    """An agent that is connected."""
+
+    node: str
+    host: str
+    endpoint: Endpoint
+    """Of its vault."""
+    store_port: int
+    """Where the ranks meet if the first of them is on its machine."""
+    agent_pid: int
+    send: Callable[[Message], None]
+    close: Callable[[], None]
+    heard_at: float
+
+
+def start_orders(
+    start: Start,
+    state: State,
+    links: Mapping[str, Link],
+    *,
+    findings: Message | None,
+    laps: Mapping[str, float],
+) -> dict[str, Message]:
+    """By node, the order to start its ranks of a generation.
+
+    Args:
+        findings: what an earlier generation has found out; see `forge.train.rank.Findings`.
+        laps: seconds of the parts of the change so far.
+    """
+    nodes = list(dict.fromkeys(start.places))
+    ranks: dict[str, list[int]] = {node: [] for node in nodes}
+    num_on_host: dict[str, int] = {}
+    for rank, node in enumerate(start.places):
+        ranks[node].append(rank)
+        num_on_host[links[node].host] = num_on_host.get(links[node].host, 0) + 1
+    common: Message = {
+        "do": "start",
+        "generation": start.generation,
+        "world_size": len(start.places),
+        "host": links[nodes[0]].host,
+        "port": links[nodes[0]].store_port,
+        "is_spread": len(num_on_host) > 1,
+        "step": start.step,
+        "parts": _parts(start, state, links),
+        "findings": findings,
+        "laps": dict(laps),
+        "is_stopping": state.is_stopping,
+    }
+    orders = {}
+    for number, node in enumerate(nodes):
+        buddy = nodes[(number + 1) % len(nodes)] if len(nodes) > 1 else _spare(node, state, links)
+        orders[node] = common | {
+            "ranks": ranks[node],
+            "num_on_host": num_on_host[links[node].host],
+            "buddy": list(links[buddy].endpoint) if buddy is not None else None,
+        }
+    return orders
+
+
+def persist_orders(persist: Persist, state: State, *, token: str) -> dict[str, Message]:
+    """By node, the order to write parts of a checkpoint out of its memory."""
+    ranks: dict[str, list[int]] = {}
+    for rank, names in _holders(persist.generation, persist.world_size, persist.step, state).items():
+        ranks.setdefault(names[0], []).append(rank)
+    common = {
+        "do": "persist",
+        "generation": persist.generation,
+        "world_size": persist.world_size,
+        "step": persist.step,
+        "token": token,
+    }
+    return {node: common | {"ranks": own} for node, own in ranks.items()}
+
+
+def _parts(start: Start, state: State, links: Mapping[str, Link]) -> list[Message]:
+    """A machine for each part of the step to go on from; agents prefer what they have themselves."""
+    if start.source is None:
+        return []
+    generation, world_size = start.source
+    where = _holders(generation, world_size, start.step, state)
+    return [
+        {"generation": generation, "rank": rank, "endpoint": list(links[names[0]].endpoint)}
+        for rank, names in where.items()
+    ]
+
+
+def _holders(generation: int, world_size: int, step: int, state: State) -> dict[int, list[str]]:
+    """The machines that hold each rank's snapshot of a step."""
+    found: dict[int, list[str]] = {rank: [] for rank in range(world_size)}
+    for name, node in state.nodes.items():
+        for rank in found:
+            if Holding(generation=generation, rank=rank, world_size=world_size, step=step) in node.holdings:
+                found[rank].append(name)
+    return found
+
+
+def _spare(node: str, state: State, links: Mapping[str, Link]) -> str | None:
+    """A machine without ranks that can keep a copy all the same."""
+    return next((name for name in links if name != node and state.nodes[name].goes_at is None), None)

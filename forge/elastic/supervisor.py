@@ -1,0 +1,526 @@
+"""Keeps a run going: hears the agents, lets `membership.decide` decide, and carries it out.
+
+One per run. It believes what it sees itself: connections that close, heartbeats that stay away, ranks that
+make no progress; never Ray's table of nodes, which is up to a minute old. It keeps nothing that the agents
+do not know as well, so it may be killed and started again while the ranks go on.
+
+It is long because here, and nowhere else, what agents say becomes events, and decisions become messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from forge.elastic.channel import Channel, Endpoint, Listener, Message
+from forge.elastic.membership import REUNION_S, decide, newest_whole
+from forge.elastic.orders import Link, persist_orders, start_orders
+from forge.elastic.pulse import Pulses, StepTimes
+from forge.elastic.vault import holdings_from_record
+from forge.elastic.vocabulary import (
+    Action,
+    Change,
+    Claim,
+    End,
+    Event,
+    Fail,
+    Finish,
+    Forget,
+    Formed,
+    GiveBack,
+    Holds,
+    Hung,
+    Leave,
+    NodeCame,
+    NodeLost,
+    NodeWarm,
+    Noticed,
+    Persist,
+    Phase,
+    RankEnded,
+    Replace,
+    Saved,
+    SlotsChanged,
+    Start,
+    State,
+    Stop,
+    Stopped,
+    StopWished,
+    Ticked,
+    Wait,
+    YieldWished,
+)
+from forge.events import (
+    ChangeBegan,
+    CheckpointFailed,
+    CheckpointSaved,
+    GenerationFormed,
+    GenerationForming,
+    NodeJoined,
+    NodeLeft,
+    NoticeReceived,
+    RankHung,
+    RankPlace,
+    WaitingForMachines,
+)
+from forge.events import Event as News
+from forge.train.manifest import step_name
+from forge.train.saver import MEMBERSHIP_DIGITS
+
+_TICK_S = 0.1
+# Heartbeats of all agents together, a second.
+_MOST_BEATS_PER_S = 10_000
+_BEAT_S = 0.25
+# A machine that has not been heard of for so long is lost; in a large cluster, after so many beats.
+_SILENCE_S = 3.0
+_SILENCE_BEATS = 8
+# A rank makes progress within this time and this multiple of a long step.
+_HANG_S = 5.0
+_HANG_STEPS = 4
+# While a generation forms, nothing may be seen of it for so long; the first one has the model to initialise.
+_FORMING_S = 20.0
+_FIRST_FORMING_S = 300.0
+# Ranks need a moment to write their stacks down before they are killed.
+_DUMP_S = 0.3
+# What a planned change needs beyond two steps: to be heard of, and to copy the state.
+_LEAVE_S = 1.5
+_PERSIST_AGAIN_S = 5.0
+
+
+class Claims(Protocol):
+    """The places that the cluster gives a run, and the agents on them."""
+
+    def places_of(self, node: str) -> tuple[int, int] | None:
+        """How many places an agent's machine has now, and how many of them are firm; None if it is not known."""
+
+    def claim(self) -> None:
+        """Ask for as many places as the job allows."""
+
+    def give_back(self, used: Mapping[str, int]) -> None:
+        """Keep no more places than are used, by node, and do not ask for more than the smallest number."""
+
+    def replace(self, node: str, *, seconds_left: float | None) -> None:
+        """A node will go: have the cluster give it nothing new, and ask for another."""
+
+    def lost(self, node: str) -> None:
+        """An agent is gone; if its place is still ours, another is to be started there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    error: str | None = None
+    """The class's name in `forge.errors`."""
+    reason: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Generation:
+    """What is known of the generation beyond its places."""
+
+    pids: dict[int, int] = field(default_factory=dict)
+    pulses: Pulses = field(default_factory=Pulses)
+    is_accused: bool = False
+    """A rank of it was found to hang; its stacks are being written."""
+
+
+class Supervisor:
+    """The one that decides for a run."""
+
+    def __init__(
+        self,
+        state: State,
+        *,
+        claims: Claims,
+        tell: Callable[[News], None],
+        checkpoints: str,
+        former_generation: int = 0,
+        stored_step: int = 0,
+        is_restarted: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Args:
+        state: before anything has happened: the smallest and the largest number of workers.
+        tell: writes an event down.
+        checkpoints: where the run's checkpoints go.
+        former_generation: the last of the run so far; its number is not given twice.
+        stored_step: the newest step in storage.
+        is_restarted: agents of a supervisor before this one are there, perhaps with ranks at work.
+        """
+        self.state = replace(
+            state,
+            former_generation=former_generation,
+            stored_step=stored_step,
+            reunites_until=clock() + REUNION_S if is_restarted else None,
+        )
+        self._claims, self._tell, self._checkpoints, self._clock = claims, tell, checkpoints, clock
+        self._links: dict[str, Link] = {}
+        self._generation = _Generation()
+        self._findings: Message | None = None
+        self._holdings: dict[str, list[list[int]]] = {}
+        self._joined: set[str] = set()
+        self._steps = StepTimes()
+        self._changed_at: float | None = None
+        self._leave_s = _LEAVE_S
+        self._ticked_at = clock()
+        self._beat_s = _BEAT_S
+        self._persists: dict[int, float] = {}
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def listen(self, *, host: str, secret: bytes) -> Endpoint:
+        """Let agents connect. Returns: where."""
+        self._listener = Listener(host=host, secret=secret, serve=self._serve)
+        self._keep(self._tick_forever())
+        return self._listener.endpoint
+
+    def stop(self) -> None:
+        """Checkpoint, then end the run."""
+        self.apply(StopWished())
+        self._wish("STOP")
+
+    def yield_places(self) -> None:
+        """Another run waits for its smallest number of workers."""
+        self.apply(YieldWished())
+
+    def granted(self, node: str, *, num_slots: int, num_firm: int) -> None:
+        """The cluster has changed its mind about how many ranks fit on a node."""
+        self.apply(SlotsChanged(node=node, num_slots=num_slots, num_firm=num_firm))
+
+    def noticed(self, node: str, *, source: str, seconds_left: float | None) -> None:
+        """A machine will be taken away."""
+        if node in self._links:
+            self._tell(NoticeReceived(node=node, source=source, seconds_left=seconds_left))
+            self.apply(Noticed(node=node, goes_at=self._clock() + (seconds_left or 0.0)))
+
+    def close(self) -> None:
+        """Send all agents home."""
+        for link in self._links.values():
+            link.send({"do": "retire"})
+        for task in list(self._tasks):
+            task.cancel()
+
+    # --- what comes in
+
+    def attach(self, link: Link, hello: Message) -> None:
+        """An agent has connected."""
+        former = self._links.pop(link.node, None)
+        if former is not None:
+            former.close()
+        self._links[link.node] = link
+        self._pace()
+        link.send({"do": "pace", "beat_s": self._beat_s})
+        for rank, pid in hello["pids"].items():
+            if hello["generation"] == self.state.generation or self.state.generation == 0:
+                self._generation.pids[int(rank)] = pid
+        self._holdings[link.node] = hello["holdings"]
+        self._findings = self._findings or hello["findings"]
+        num_slots, num_firm = self._claims.places_of(link.node) or (hello["num_slots"], hello["num_firm"])
+        self.apply(
+            NodeCame(
+                node=link.node,
+                num_slots=num_slots,
+                num_firm=num_firm,
+                is_warm=hello["is_warm"],
+                holdings=holdings_from_record(hello["holdings"]),
+                generation=hello["generation"],
+                places={int(rank): size for rank, size in hello["places"].items()},
+            )
+        )
+        if hello["is_warm"]:
+            self._tell_joined(link.node)
+        if self.state.phase is Phase.LEAVING:  # it may not have heard the wish
+            self._wish("LEAVE")
+        if self.state.is_stopping:
+            self._wish("STOP")
+
+    def detach(self, link: Link, reason: str) -> None:
+        """An agent's connection is closed."""
+        if self._links.get(link.node) is not link:
+            return
+        del self._links[link.node]
+        self._holdings.pop(link.node, None)
+        self._pace()
+        if link.node in self._joined:
+            self._joined.discard(link.node)
+            self._tell(NodeLeft(node=link.node, reason=reason))
+        self._claims.lost(link.node)
+        self.apply(NodeLost(node=link.node, reason=reason))
+
+    def receive(self, link: Link, message: Message) -> None:
+        """An agent has said something."""
+        node, now = link.node, self._clock()
+        link.heard_at = now
+        match message["say"]:
+            case "beat":
+                self._beat(link, message, now)
+            case "warm":
+                self.apply(NodeWarm(node=node, is_warm=message["is_warm"]))
+                if message["is_warm"]:
+                    self._tell_joined(node)
+            case "forked":
+                if message["generation"] == self.state.generation:
+                    self._generation.pids[message["rank"]] = message["pid"]
+            case "formed":
+                self._formed(message["formed"])
+            case "findings":
+                self._findings = message["findings"]
+            case "ended":
+                self.apply(
+                    RankEnded(
+                        generation=message["generation"],
+                        rank=message["rank"],
+                        end=End(message["end"]),
+                        step=message["step"],
+                        reason=message["reason"],
+                        error=message["error"] or "RunError",
+                    )
+                )
+            case "stopped":
+                self._holdings[node] = message["holdings"]
+                holdings = holdings_from_record(message["holdings"])
+                self.apply(Stopped(node=node, generation=message["generation"], holdings=holdings))
+            case "notice":
+                self._notice(link, message)
+            case "store":
+                link.store_port = message["port"]
+            case "saved":
+                self.apply(Saved(step=message["step"]))
+            case "persisted":
+                self._persisted(message)
+
+    def apply(self, event: Event) -> None:
+        """Decide what follows from an event, and carry it out."""
+        began = time.monotonic()
+        self.state, actions = decide(self.state, event, now=self._clock())
+        for action in actions:
+            self._perform(action, decided_in_s=time.monotonic() - began)
+
+    async def _serve(self, channel: Channel) -> None:
+        """One agent's connection, from its hello to its end."""
+        hello = await channel.receive()
+        if hello.get("say") != "hello":
+            return
+        link = Link(
+            node=hello["node"],
+            host=hello["host"],
+            endpoint=tuple(hello["endpoint"]),
+            store_port=hello["store_port"],
+            agent_pid=hello["pid"],
+            send=lambda message: self._keep(_send(channel, message)),
+            close=channel.close,
+            heard_at=self._clock(),
+        )
+        self.attach(link, hello)
+        try:
+            while True:
+                self.receive(link, await channel.receive())
+        finally:
+            self.detach(link, "its connection closed")
+
+    def _beat(self, link: Link, message: Message, now: float) -> None:
+        if message["generation"] == self.state.generation:
+            for rank, silent_ms, step, step_ns, is_halted in message["ranks"]:
+                silent_s = silent_ms / 1000
+                self._generation.pulses.hear(rank, silent_s=silent_s, is_halted=bool(is_halted), now=now)
+                self._steps.hear(step, step_ns / 1e9)
+        if "holdings" in message:
+            self._holdings[link.node] = message["holdings"]
+            self.apply(Holds(node=link.node, holdings=holdings_from_record(message["holdings"])))
+
+    def _notice(self, link: Link, message: Message) -> None:
+        left_s = message["seconds_left"]
+        if message["is_certain"]:
+            self.noticed(link.node, source=message["source"], seconds_left=left_s)
+        else:  # only a risk: have another machine ready
+            self._tell(NoticeReceived(node=link.node, source=message["source"], seconds_left=left_s))
+            self._claims.replace(link.node, seconds_left=None)
+
+    def _formed(self, formed: Message) -> None:
+        if formed["generation"] != self.state.generation:
+            return
+        ranks = tuple(
+            RankPlace(rank=rank, node=node, pid=self._generation.pids.get(rank, 0))
+            for rank, node in enumerate(self.state.places)
+        )
+        self._tell(GenerationFormed(**formed | {"ranks": ranks}))
+        self.apply(Formed(generation=formed["generation"]))
+
+    def _persisted(self, message: Message) -> None:
+        began = self._persists.pop(message["step"], self._clock())
+        if not message["size_bytes"]:
+            self._tell(
+                CheckpointFailed(step=message["step"], reason="the snapshots could not be written to storage")
+            )
+            self._keep(self._persist_again())
+            return
+        self._tell(
+            CheckpointSaved(
+                step=message["step"],
+                folder=f"{self._checkpoints}/{step_name(message['step'])}",
+                size_bytes=message["size_bytes"],
+                seconds=self._clock() - began,
+                stall_s=0.0,
+            )
+        )
+        self.apply(Saved(step=message["step"]))
+
+    async def _persist_again(self) -> None:
+        """Storage that fails may be back soon; nothing is lost meanwhile."""
+        await asyncio.sleep(_PERSIST_AGAIN_S)
+        found = newest_whole(self.state)
+        if self.state.phase is Phase.WAITING and found is not None and found[0] > self.state.stored_step:
+            self._persist(Persist(step=found[0], generation=found[1], world_size=found[2]))
+
+    def _tell_joined(self, node: str) -> None:
+        if node not in self._joined and node in self._links:
+            self._joined.add(node)
+            link, known = self._links[node], self.state.nodes.get(node)
+            num_slots = known.num_slots if known else 0
+            self._tell(NodeJoined(node=node, host=link.host, num_slots=num_slots, agent_pid=link.agent_pid))
+
+    # --- time
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.tick()
+
+    def tick(self) -> None:
+        """Look at what has not happened."""
+        now = self._clock()
+        late_s, self._ticked_at = now - self._ticked_at - _TICK_S, now
+        if late_s > 1.0:  # it was this process that was not listening
+            for link in self._links.values():
+                link.heard_at += late_s
+        silence_s = max(_SILENCE_S, _SILENCE_BEATS * self._beat_s)
+        for link in [link for link in self._links.values() if now - link.heard_at > silence_s]:
+            link.close()
+            self.detach(link, f"not heard of for {now - link.heard_at:.1f} s")
+        self._look_for_hang(now)
+        self.apply(Ticked(margin_s=2 * self._steps.long_s + self._leave_s))
+
+    def _look_for_hang(self, now: float) -> None:
+        generation = self._generation
+        if self.state.phase not in (Phase.FORMING, Phase.TRAINING, Phase.LEAVING) or generation.is_accused:
+            return
+        if self.state.phase is Phase.FORMING:
+            limit_s = _FORMING_S if self._findings else _FIRST_FORMING_S
+        else:
+            limit_s = max(_HANG_S, _HANG_STEPS * self._steps.long_s)
+        silence = generation.pulses.find_silence(limit_s=limit_s, now=now)
+        if silence is not None:
+            generation.is_accused = True
+            self._broadcast({"do": "dump", "generation": self.state.generation})
+            self._keep(self._accuse(self.state.generation, silence.rank, silent_s=silence.seconds))
+
+    async def _accuse(self, generation: int, rank: int, *, silent_s: float) -> None:
+        await asyncio.sleep(_DUMP_S)
+        if generation == self.state.generation and rank < len(self.state.places):
+            place = self.state.places[rank]
+            self._tell(RankHung(generation=generation, rank=rank, node=place, silent_s=silent_s))
+        self.apply(Hung(generation=generation, rank=rank, silent_s=silent_s))
+
+    def _pace(self) -> None:
+        """Many agents speak less often."""
+        beat_s = max(_BEAT_S, len(self._links) / _MOST_BEATS_PER_S)
+        if abs(beat_s - self._beat_s) > 0.1 * self._beat_s:
+            self._beat_s = beat_s
+            self._broadcast({"do": "pace", "beat_s": beat_s})
+
+    # --- what goes out
+
+    def _perform(self, action: Action, *, decided_in_s: float) -> None:
+        now = self._clock()
+        match action:
+            case Start():
+                self._start(action, decided_in_s=decided_in_s)
+            case Stop():
+                self._send(action.node, {"do": "stop", "generation": action.generation})
+            case Leave():
+                self._wish("LEAVE")
+            case Forget():
+                self._broadcast({"do": "forget", "generation": action.generation})
+            case Persist():
+                self._persist(action)
+            case Wait():
+                self._tell(WaitingForMachines(have=action.have, need=action.need))
+            case Change():
+                self._changed_at = now
+                self._tell(
+                    ChangeBegan(
+                        generation=action.generation,
+                        cause=action.cause,
+                        reason=action.reason,
+                        seconds_since_cause=action.silent_s,
+                    )
+                )
+            case Replace():
+                goes_at = self.state.nodes[action.node].goes_at
+                self._claims.replace(action.node, seconds_left=None if goes_at is None else goes_at - now)
+            case GiveBack():
+                self._claims.give_back({node: self.state.places.count(node) for node in self.state.places})
+            case Claim():
+                self._claims.claim()
+            case Finish():
+                self._end(Outcome(step=action.step))
+            case Fail():
+                self._end(Outcome(step=0, error=action.error, reason=action.reason))
+
+    def _start(self, start: Start, *, decided_in_s: float) -> None:
+        now = self._clock()
+        source = "memory" if start.source else "storage"
+        self._tell(
+            GenerationForming(
+                generation=start.generation, world_size=len(start.places), from_step=start.step, source=source
+            )
+        )
+        laps = {"decide": round(decided_in_s, 4)}
+        if self._changed_at is not None:
+            laps = {"stop": round(now - self._changed_at, 3)} | laps
+        self._changed_at = None
+        self._generation = _Generation()
+        orders = start_orders(start, self.state, self._links, findings=self._findings, laps=laps)
+        for node, order in orders.items():
+            self._send(node, order)
+
+    def _persist(self, action: Persist) -> None:
+        self._persists[action.step] = self._clock()
+        token = secrets.token_hex(MEMBERSHIP_DIGITS // 2) + "0001"
+        for node, order in persist_orders(action, self.state, token=token).items():
+            self._send(node, order)
+
+    def _wish(self, word: str) -> None:
+        """Tell the first rank's agent what is wished of the generation."""
+        if self.state.places:
+            wish = {"do": "wish", "generation": self.state.generation, "word": word}
+            self._send(self.state.places[0], wish)
+
+    def _end(self, outcome: Outcome) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+    def _send(self, node: str, message: Message) -> None:
+        if node in self._links:
+            self._links[node].send(message)
+
+    def _broadcast(self, message: Message) -> None:
+        for link in self._links.values():
+            link.send(message)
+
+    def _keep(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _send(channel: Channel, message: Message) -> None:
+    with contextlib.suppress(OSError, ValueError):  # whoever reads from it sees that it is closed
+        await channel.send(message)

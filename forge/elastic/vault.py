@@ -1,0 +1,206 @@
+"""A machine's memory of training states: the snapshots of its own ranks, and copies of another machine's.
+
+The vault belongs to the agent, so it outlives the ranks that wrote it. Each step that a rank copies is sent
+on to a buddy machine, straight from the rank's memory (`sendfile`), and counts as kept when it is whole
+there. Ranks of a new generation read what they need from here, by ranges.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from forge.elastic.channel import Channel, Endpoint, Message, connect
+from forge.elastic.vocabulary import Holding
+from forge.train.snapshot import Copy, Snapshot, create_as_described
+
+_RETRY_S = 0.1
+
+
+@dataclass(slots=True, kw_only=True)
+class Kept:
+    """The snapshots of one rank of one generation."""
+
+    snapshot: Snapshot
+    world_size: int
+    arrives: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Of a copy of another machine's: one step arrives at a time."""
+
+
+class Vault:
+    """The snapshots that lie on this machine."""
+
+    def __init__(self, *, secret: bytes) -> None:
+        self._secret = secret
+        self._kept: dict[tuple[int, int], Kept] = {}
+        self._closed_before = 0
+
+    def adopt(self, generation: int, rank: int, fd: int, *, world_size: int) -> None:
+        """Take over the memory of a rank of this machine, behind a descriptor that is ours from now on."""
+        self._kept[generation, rank] = Kept(snapshot=Snapshot(fd), world_size=world_size)
+
+    def find(self, generation: int, rank: int) -> Snapshot | None:
+        """A rank's snapshots, if they are here."""
+        kept = self._kept.get((generation, rank))
+        return kept.snapshot if kept else None
+
+    def holdings(self) -> frozenset[Holding]:
+        """Every whole snapshot."""
+        return frozenset(
+            Holding(generation=generation, rank=rank, world_size=kept.world_size, step=copy.step)
+            for (generation, rank), kept in self._kept.items()
+            for copy in kept.snapshot.copies()
+        )
+
+    def forget(self, before: int) -> None:
+        """Let go of the snapshots of generations before this one."""
+        self._closed_before = max(before, self._closed_before)
+        for key in [key for key in self._kept if key[0] < before]:
+            self._kept.pop(key).snapshot.close()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for kept in self._kept.values():
+            kept.snapshot.close()
+        self._kept.clear()
+
+    async def serve(self, channel: Channel) -> None:
+        """Answer ranks that read, and take the copies of another machine.
+
+        Raises: OSError, EOFError when the other end has gone.
+        """
+        while True:
+            message = await channel.receive()
+            if message["ask"] == "keep":
+                await self._take(channel, message)
+                continue
+            kept = self._kept.get((message["generation"], message["rank"]))
+            copy = _copy_of(kept, message["step"]) if kept else None
+            if kept is None or copy is None:
+                await channel.send({"error": f"there is no snapshot of step {message['step']} any more"})
+            elif message["ask"] == "describe":
+                await channel.send({"layout": kept.snapshot.layout.to_record(), "state": copy.state})
+            else:
+                await _send_ranges(channel, kept.snapshot, copy, message["ranges"])
+
+    async def _take(self, channel: Channel, message: Message) -> None:
+        generation, rank = message["generation"], message["rank"]
+        description = bytearray(message["description_bytes"])
+        await channel.receive_into(memoryview(description))
+        if generation < self._closed_before:
+            raise EOFError("a generation that is over")
+        kept = self._kept.get((generation, rank))
+        if kept is None:
+            kept = Kept(snapshot=create_as_described(bytes(description)), world_size=message["world_size"])
+            self._kept[generation, rank] = kept
+        async with kept.arrives:
+            copies = kept.snapshot.copies()
+            slot = next(slot for slot in range(2) if not copies or slot != copies[0].slot)
+            data = kept.snapshot.begin(slot)
+            await asyncio.to_thread(kept.snapshot.prepare, slot)
+            await channel.receive_into(data)
+            kept.snapshot.commit(slot, step=message["step"], state=message["state"], checksum=message["checksum"])
+        await channel.send({"kept": message["step"]})
+
+
+class Buddy:
+    """Sends the snapshots of one rank to another machine, the newest first if it cannot follow."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint | None,
+        snapshot: Snapshot,
+        *,
+        name: dict[str, int],
+        secret: bytes,
+        on_kept: Callable[[int], None],
+    ) -> None:
+        """Args:
+        endpoint: of the other machine's agent; None where there is no other machine.
+        name: generation, rank and world size.
+        on_kept: told of each step that is as safe as it is going to be.
+        """
+        self._endpoint, self._snapshot = endpoint, snapshot
+        self._name, self._secret, self._on_kept = name, secret, on_kept
+        self._waiting: tuple[int, int] | None = None
+        self._wakes = asyncio.Event()
+        self._task = asyncio.ensure_future(self._send_all()) if endpoint else None
+
+    def send(self, *, step: int, slot: int) -> None:
+        """A slot is whole."""
+        if self._endpoint is None:
+            self._on_kept(step)
+            return
+        self._waiting = (step, slot)
+        self._wakes.set()
+
+    def close(self) -> None:
+        """Send no more."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _send_all(self) -> None:
+        channel: Channel | None = None
+        assert self._endpoint is not None
+        try:
+            while True:
+                await self._wakes.wait()
+                self._wakes.clear()
+                waiting = self._waiting
+                if waiting is None:
+                    continue
+                try:
+                    is_new = channel is None
+                    channel = channel or await connect(self._endpoint, secret=self._secret)
+                    await self._send(channel, *waiting, is_new=is_new)
+                    self._on_kept(waiting[0])
+                except (OSError, EOFError, ValueError):  # the supervisor will say what becomes of it
+                    if channel is not None:
+                        channel.close()
+                    channel = None
+                    await asyncio.sleep(_RETRY_S)
+                    self._wakes.set()
+        finally:
+            if channel is not None:
+                channel.close()
+
+    async def _send(self, channel: Channel, step: int, slot: int, *, is_new: bool) -> None:
+        copy = next((copy for copy in self._snapshot.copies() if (copy.step, copy.slot) == (step, slot)), None)
+        if copy is None:
+            return
+        description = self._snapshot.description if is_new else b""
+        message = {
+            "ask": "keep",
+            "step": step,
+            "state": copy.state,
+            "checksum": copy.checksum,
+            "description_bytes": len(description),
+        }
+        await channel.send(message | self._name, raw=description)
+        size = self._snapshot.layout.size_bytes
+        await channel.send_file(self._snapshot.fd, offset=self._snapshot.data_offset(slot), count=size)
+        await channel.receive()
+
+
+def _copy_of(kept: Kept, step: int) -> Copy | None:
+    return next((copy for copy in kept.snapshot.copies() if copy.step == step), None)
+
+
+async def _send_ranges(channel: Channel, snapshot: Snapshot, copy: Copy, ranges: list[list[int]]) -> None:
+    start, end = snapshot.data_offset(copy.slot), snapshot.layout.size_bytes
+    if any(first < 0 or size < 0 or first + size > end for first, size in ranges):
+        raise ValueError("a range outside of the snapshot")
+    await channel.send({"bytes": sum(size for _, size in ranges)})
+    for first, size in ranges:
+        await channel.send_file(snapshot.fd, offset=start + first, count=size)
+
+
+def holdings_record(holdings: frozenset[Holding]) -> list[list[int]]:
+    """As JSON; see `holdings_from_record`."""
+    return sorted([h.generation, h.rank, h.world_size, h.step] for h in holdings)
+
+
+def holdings_from_record(record: list[list[int]]) -> frozenset[Holding]:
+    """Read what `holdings_record` gave."""
+    return frozenset(Holding(generation=g, rank=r, world_size=w, step=s) for g, r, w, s in record)

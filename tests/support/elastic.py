@@ -1,0 +1,195 @@
+"""A run with forge's own engine on simulated machines of this one, and everything that may happen to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from forge.cluster.local import (
+    NodeProcess,
+    add_node,
+    find_local,
+    kill_node,
+    session_members,
+    start_head_alone,
+    stop_local,
+)
+from forge.report.runs import carrier_pid, read_metrics, read_run
+from tests.support.command import environment, family, wait_for
+from tests.support.command import forge as run_forge
+
+TEXT = "the cat sat on a mat and saw one dog run past his old red barn while rain fell down hard"
+JOB = """\
+name: elastic
+model: {{architecture: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}}
+data: {{files: "corpus/*.txt", seq_len: 32, tokenizer: {{vocab_size: 300}}, held_out: 0}}
+training:
+  total_steps: {steps}
+  global_batch_size: 6
+  precision: fp32
+  optimizer: {{lr: 2.0e-3}}
+  schedule: {{kind: constant, warmup_steps: 5}}
+  zero: {{stage: {stage}}}
+checkpoint: {{every: 100000 steps, snapshot_every: 1}}
+resources: {{workers: "{workers}", gpu: none}}
+tracking: {{wandb: {{mode: disabled}}}}
+"""
+
+
+def write_job(folder: Path, *, steps: int, workers: str = "1..3", stage: int = 1) -> None:
+    """A tiny job in fp32, so that losses can be compared closely, on a corpus of its own."""
+    (folder / "job.yaml").write_text(JOB.format(steps=steps, workers=workers, stage=stage))
+    (folder / "corpus").mkdir(exist_ok=True)
+    chance = random.Random(0)
+    for number in range(40):
+        (folder / "corpus" / f"{number}.txt").write_text(" ".join(chance.choices(TEXT.split(), k=400)))
+
+
+class Machines:
+    """A cluster whose head takes no ranks, and simulated machines that come and go."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.nodes: list[NodeProcess] = []
+        self.seen: set[psutil.Process] = set()
+        """Every process that was ever noticed to work for the cluster."""
+
+    def add(self) -> NodeProcess:
+        self.nodes.append(add_node())
+        return self.nodes[-1]
+
+    def kill(self, node: NodeProcess) -> None:
+        self.look()
+        self.nodes.remove(node)
+        kill_node(node)
+
+    def of(self, pid: int) -> NodeProcess:
+        """The machine that a process runs on."""
+        leader = os.getsid(pid)
+        return next(node for node in self.nodes if node.pid == leader)
+
+    def look(self) -> None:
+        cluster = find_local()
+        for node in cluster.nodes if cluster else ():
+            self.seen |= set(session_members(node.pid))
+            with contextlib.suppress(psutil.Error):
+                self.seen |= set(family(node.pid))
+
+
+@contextlib.contextmanager
+def machines(home: Path, *, count: int) -> Iterator[Machines]:
+    """Raise a cluster under a home of its own; afterwards it is gone."""
+    before = {name: os.environ.get(name) for name in ("FORGE_STATE", "FORGE_CACHE")}
+    kept = environment(home)
+    os.environ |= {name: kept[name] for name in before}
+    cluster: Machines | None = None
+    try:
+        start_head_alone()
+        cluster = Machines(home)
+        for _ in range(count):
+            cluster.add()
+        yield cluster
+    finally:
+        for node in cluster.nodes if cluster else ():  # quicker than asking each of them
+            kill_node(node)
+        stop_local()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@dataclass
+class Run:
+    """A run that goes on."""
+
+    folder: Path
+    cluster: Machines
+    disturbances: list[str] = field(default_factory=list)
+
+    @property
+    def events(self) -> tuple[dict[str, Any], ...]:
+        return read_run(self.folder).events
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+    @property
+    def step(self) -> int:
+        return len(read_metrics(self.folder))
+
+    @property
+    def formed(self) -> dict[str, Any]:
+        """The generation that was formed last."""
+        found = self.of("GenerationFormed")
+        return found[-1] if found else {"generation": 0, "world_size": 0, "ranks": []}
+
+    def agent(self, node: str) -> int:
+        return next(e["agent_pid"] for e in reversed(self.of("NodeJoined")) if e["node"] == node)
+
+    def await_world(self, size: int, *, timeout_s: float = 60.0) -> None:
+        """Until a generation of this size has made some steps."""
+        wait_for(lambda: self.formed["world_size"] == size, timeout_s=timeout_s)
+        self.await_steps(3)
+
+    def await_steps(self, count: int, *, timeout_s: float = 60.0) -> None:
+        """Until so many more steps are recorded."""
+        goal = self.step + count
+        wait_for(lambda: self.step >= goal, timeout_s=timeout_s)
+
+    def repeated(self, *, since: float = 0.0) -> list[int]:
+        return [event["step"] for event in self.of("StepRepeated") if event["time"] >= since]
+
+    def recovers_from(self, fault: Callable[[], object], *, timeout_s: float = 60.0) -> float:
+        """Do it, and wait until another generation trains. Returns: seconds to its first step."""
+        self.cluster.look()
+        before, began = self.formed["generation"], time.time()
+        fault()
+        wait_for(lambda: self.formed["generation"] > before, timeout_s=timeout_s)
+        first = next(e["time"] for e in self.of("GenerationFormed") if e["generation"] > before)
+        self.await_steps(3, timeout_s=timeout_s)
+        return float(first - began)
+
+
+def start_run(cluster: Machines, *arguments: str) -> Run:
+    """`forge train job.yaml`, detached."""
+    done = run_forge("train", "job.yaml", "--detach", *arguments, cwd=cluster.home, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    (folder,) = [path for path in (cluster.home / "runs").iterdir() if carrier_pid(path) is not None]
+    return Run(folder=folder, cluster=cluster)
+
+
+def stop_run(run: Run) -> None:
+    """As a user does."""
+    run.cluster.look()
+    done = run_forge("runs", "stop", str(run.folder), cwd=run.cluster.home, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+
+
+def leftovers(run: Run, *, timeout_s: float = 20.0) -> list[str]:
+    """Processes and memory that outlive a run on its cluster: whatever names it, or holds what it made."""
+
+    def found() -> list[str]:
+        lines = []
+        for process in psutil.process_iter(["pid", "cmdline"]):
+            with contextlib.suppress(psutil.Error, OSError):
+                line = " ".join(process.info["cmdline"] or [])
+                is_ours = run.folder.name in line or "forge.elastic.warm" in line or "forge.train.saver" in line
+                holds = [str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
+                if is_ours or any("memfd:forge" in target for target in holds):
+                    lines.append(f"{process.pid} {line}")
+        return lines
+
+    deadline = time.monotonic() + timeout_s
+    while (lines := found()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return lines
