@@ -15,24 +15,25 @@ generation to the end of the first step of the new one, less the median of the s
 from __future__ import annotations
 
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.program import Program, module, records_of, running
+from benchmarks.program import Program, module, records_of, running, wait
 from benchmarks.report import Measured, print_table
-from forge.report.ledger import Ledger, ledger_of
+from forge.report.ledger import Change, ledger_of
 from forge.report.runs import read_metrics, read_run
 
+SETTLE_S = 4.0
+"""After a change, for the steps that are usual; long enough for some dozens."""
 _NODES = 3
 _NOTICE_S = 20.0
-_SETTLE_S = 4.0
-"""After a change, for the steps that are usual; long enough for some dozens."""
 _LIMIT_S = 90.0
 _START_LIMIT_S = 180.0
 _NAMES = {"growth": "growth_pause", "notice": "planned_change_pause", "hang": "hang_recovery"}
@@ -42,86 +43,93 @@ _NAMES = {"growth": "growth_pause", "notice": "planned_change_pause", "hang": "h
 class Cost:
     """What one change cost."""
 
-    cause: str
     seconds: float
     parts_s: Mapping[str, float]
+    """What forming the next generation was made of."""
 
 
 def measure_changes(job: Mapping[str, Any], *, repeats: int) -> dict[str, Any]:
     """Have everything happen to one run, `repeats` times, and print what it cost. Returns: the figures."""
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
+        folder = Path(text)
         request = {**job, "folder": text, "nodes": _NODES - 1, "max_nodes": _NODES}
-        with running(module("forge_elastic", request), folder=Path(text)) as program:
-            session = Session(program)
+        with running(module("forge_elastic", request), folder=folder) as program:
+            watch = Watch(folder, program.process)
+            watch.await_formed(None, since_s=0.0)
+            time.sleep(SETTLE_S)
             missing = _NODES - 1
             for _ in range(repeats):
-                missing = session.go_round(missing)
-        costs = costs_of(Path(text))
-    return report(costs)
+                missing = go_round(missing, program, watch)
+        costs = costs_of(folder)
+    return report({_NAMES[cause]: of for cause, of in costs.items()})
 
 
-class Session:
-    """A run, to which one thing after another happens."""
+def go_round(missing: int, program: Program, watch: Watch) -> int:
+    """One of everything. Returns: the machine that is missing then."""
 
-    def __init__(self, program: Program) -> None:
-        """Wait until it trains."""
-        self._program = program
-        self._await(lambda: bool(self._changes("GenerationFormed")), limit_s=_START_LIMIT_S)
-        time.sleep(_SETTLE_S)
+    def have(line: str, *, cause: str) -> None:
+        began_s = time.time()
+        program.say(line)
+        watch.await_formed(cause, since_s=began_s)
+        time.sleep(SETTLE_S)
 
-    def go_round(self, missing: int) -> int:
-        """One of everything. Returns: the machine that is missing then."""
-        noticed, halted = (missing + 1) % _NODES, (missing + 2) % _NODES
-        self._do(f"add {missing}", cause="growth")
-        noticed_at = time.monotonic()
-        self._do(f"notice {noticed} {_NOTICE_S}", cause="notice")
-        time.sleep(max(0.0, noticed_at + _NOTICE_S - time.monotonic()))
-        self._program.say(f"remove {noticed}")
-        self._do(f"add {noticed}", cause="growth")
-        self._do(f"hang {halted}", cause="hang")
-        self._program.say(f"remove {halted}")
-        return halted
-
-    def _do(self, line: str, *, cause: str) -> None:
-        """Have something happen, and let the run settle in what follows from it."""
-        num_before = len(self._changes("ChangeBegan", cause))
-        self._program.say(line)
-
-        def is_over() -> bool:
-            changes, formed = self._changes("ChangeBegan", cause), self._changes("GenerationFormed")
-            return len(changes) > num_before and formed[-1] > changes[-1]
-
-        self._await(is_over, limit_s=_LIMIT_S)
-        time.sleep(_SETTLE_S)
-
-    def _await(self, is_done: Callable[[], bool], *, limit_s: float) -> None:
-        if not self._program.wait(is_done, deadline=time.monotonic() + limit_s, poll_s=0.25):
-            events = "\n".join(map(str, self._events()[-30:]))
-            raise RuntimeError(f"not within {limit_s:.0f} s:\n{events}\n{self._program.last_words()}")
-
-    def _changes(self, kind: str, cause: str | None = None) -> list[float]:
-        """When the events of a kind, and of a cause, happened."""
-        return [e["time"] for e in self._events() if e["event"] == kind and cause in (None, e.get("cause"))]
-
-    def _events(self) -> list[dict[str, Any]]:
-        files = (self._program.folder / "runs").glob("*/events.jsonl")
-        return [event for path in files for event in records_of(path)]
+    noticed, halted = (missing + 1) % _NODES, (missing + 2) % _NODES
+    have(f"add {missing}", cause="growth")
+    noticed_at = time.monotonic()
+    have(f"notice {noticed} {_NOTICE_S}", cause="notice")
+    time.sleep(max(0.0, noticed_at + _NOTICE_S - time.monotonic()))
+    program.say(f"remove {noticed}")
+    have(f"add {noticed}", cause="growth")
+    have(f"hang {halted}", cause="hang")
+    program.say(f"remove {halted}")
+    return halted
 
 
-def run_ledger(folder: Path) -> Ledger:
-    """Where the time of the only run under a folder went."""
-    run = read_run(_run_folder(folder))
-    return ledger_of(run.events, read_metrics(run.folder), now=None)
+class Watch:
+    """The only run under a folder, as it goes on."""
+
+    def __init__(self, folder: Path, process: subprocess.Popen[Any]) -> None:
+        """Args:
+        process: without which the run is over.
+        """
+        self._folder, self._process = folder, process
+
+    def await_formed(self, cause: str | None, *, since_s: float) -> None:
+        """Until a generation stands ready, after a change of this cause if one is given.
+
+        Raises: RuntimeError if that takes too long, or the process has ended.
+        """
+
+        def is_formed() -> bool:
+            changes = [e["time"] for e in self._events("ChangeBegan") if e["cause"] == cause]
+            begun_s = min((at for at in changes if at > since_s), default=None if cause else since_s)
+            formed = [e["time"] for e in self._events("GenerationFormed")]
+            return begun_s is not None and any(at > begun_s for at in formed)
+
+        limit_s = _LIMIT_S if cause else _START_LIMIT_S
+        if not wait(is_formed, self._process, deadline=time.monotonic() + limit_s, poll_s=0.25):
+            events = "\n".join(str(event) for event in self._events()[-30:])
+            raise RuntimeError(f"no generation after {cause or 'the start'} within {limit_s:.0f} s:\n{events}")
+
+    def _events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        files = (self._folder / "runs").glob("*/events.jsonl")
+        return [event for path in files for event in records_of(path) if kind in (None, event["event"])]
 
 
-def costs_of(folder: Path) -> list[Cost]:
-    """What each change cost that followed on something done to a machine; one that was not meant to be is shown."""
+def changes_of(folder: Path) -> tuple[Change, ...]:
+    """The changes of the only run under a folder that has ended."""
+    (plan,) = (folder / "runs").glob("*/plan.json")
+    return ledger_of(read_run(plan.parent).events, read_metrics(plan.parent), now=None).changes
+
+
+def costs_of(folder: Path) -> dict[str, list[Cost]]:
+    """What the changes cost that followed on something done to a machine; one that was not meant to be is shown."""
     records = records_of(folder / "steps.jsonl")
     steps_s = sorted(record["time"] for record in records if "step" in record)
     began_s = min(record["time"] for record in records if "added" in record)
     halted_s = [record["time"] for record in records if "halted" in record]
-    costs = []
-    for change in run_ledger(folder).changes:
+    costs: dict[str, list[Cost]] = {cause: [] for cause in _NAMES}
+    for change in changes_of(folder):
         if change.seconds is None or change.time < began_s:
             continue
         ended_s = change.time + change.seconds
@@ -132,7 +140,7 @@ def costs_of(folder: Path) -> list[Cost]:
         else:
             print(f"  a change that was not meant to be: {change}", file=sys.stderr)
             continue
-        costs.append(Cost(cause=change.cause, seconds=seconds, parts_s=change.parts))
+        costs[change.cause].append(Cost(seconds=seconds, parts_s=change.parts))
     return costs
 
 
@@ -145,7 +153,7 @@ def pause_s(steps_s: Sequence[float], *, first_s: float) -> float:
     """
     # The times of a change and of its steps are rounded apart.
     before = max(at for at in steps_s if at < first_s - 0.005)
-    following = [at for at in steps_s if first_s - 0.005 <= at <= first_s + _SETTLE_S]
+    following = [at for at in steps_s if first_s - 0.005 <= at <= first_s + SETTLE_S]
     return first_s - before - statistics.median(late - early for early, late in pairwise(following))
 
 
@@ -158,18 +166,17 @@ def medians_of_parts(parts_s: Iterable[Mapping[str, float]]) -> dict[str, float]
     return {part: statistics.median(seconds) for part, seconds in found.items()}
 
 
-def report(costs: Sequence[Cost]) -> dict[str, Any]:
+def report(costs: Mapping[str, Sequence[Cost]]) -> dict[str, Any]:
     """The table. Returns: the figures."""
     rows, figures = [], dict[str, Any]()
-    for cause, name in _NAMES.items():
-        of = [cost for cost in costs if cost.cause == cause]
+    for name, of in costs.items():
         seconds = Measured(values=tuple(cost.seconds for cost in of))
         parts = medians_of_parts(cost.parts_s for cost in of)
         figures |= {
             f"{name}_s": seconds.median,
             f"{name}_max_s": max(seconds.values),
-            f"{name}_all_s": seconds.values,
             f"{name}_parts_s": parts,
+            f"{name}_all_s": seconds.values,
         }
         rows.append([name, seconds.text(".2f"), ", ".join(f"{part} {value:.2f}" for part, value in parts.items())])
     print_table(
@@ -178,8 +185,3 @@ def report(costs: Sequence[Cost]) -> dict[str, Any]:
         rows=rows,
     )
     return figures
-
-
-def _run_folder(folder: Path) -> Path:
-    (plan,) = (folder / "runs").glob("*/plan.json")
-    return plan.parent

@@ -40,16 +40,6 @@ class Program:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def wait(self, is_done: Callable[[], bool], *, deadline: float, poll_s: float = 0.1) -> bool:
-        """Until it is done, the program has ended, or it is too late. Returns: whether it is done.
-
-        Args:
-            deadline: as `time.monotonic()` counts.
-        """
-        while not (answer := is_done()) and self.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(poll_s)
-        return answer
-
     def last_words(self) -> str:
         """The end of what it has said on stderr."""
         return "\n".join((self.folder / "log").read_text(errors="replace").splitlines()[-40:])
@@ -95,6 +85,19 @@ def running(command: Sequence[str], *, folder: Path) -> Iterator[Program]:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
+
+
+def wait(
+    is_done: Callable[[], bool], process: subprocess.Popen[Any], *, deadline: float, poll_s: float = 0.1
+) -> bool:
+    """Until it is done, the process has ended, or it is too late. Returns: whether it is done.
+
+    Args:
+        deadline: as `time.monotonic()` counts.
+    """
+    while not (answer := is_done()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(poll_s)
+    return answer
 
 
 def module(name: str, request: Mapping[str, Any], *arguments: str) -> list[str]:

@@ -31,8 +31,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.changes import measure_changes, medians_of_parts, run_ledger
-from benchmarks.program import module, records_of, running
+from benchmarks.changes import changes_of, measure_changes, medians_of_parts
+from benchmarks.partition import measure_partition
+from benchmarks.program import module, records_of, running, wait
 from benchmarks.report import Measured, benchmark_parser, print_table, write_json
 
 NODES = 3
@@ -95,6 +96,8 @@ def main() -> None:
     figures = report(runs) if runs else {}
     if "changes" in options.only:
         figures |= measure_changes(JOB, repeats=options.repeats)
+    if "partition" in options.only:
+        figures |= measure_partition(JOB, repeats=options.repeats)
     write_json(options.json, figures=figures)
 
 
@@ -111,17 +114,17 @@ def measure(name: str, *, kill_after_s: float) -> Recovery | None:
         request = {**JOB, **settings, "folder": text, "nodes": NODES}
         steps = folder / "steps.jsonl"
         with running(module(program_name, request), folder=folder) as program:
-            if not program.wait(lambda: is_warm(records_of(steps)), deadline=deadline):
+            if not wait(lambda: is_warm(records_of(steps)), program.process, deadline=deadline):
                 raise RuntimeError(f"{name} did not begin to train:\n{program.last_words()}")
             time.sleep(kill_after_s)
             program.say(f"remove {VICTIM}")
-            program.wait(lambda: recovery_of(records_of(steps)) is not None, deadline=deadline)
+            wait(lambda: recovery_of(records_of(steps)) is not None, program.process, deadline=deadline)
             last_words = program.last_words()
         recovery = recovery_of(records_of(steps))
         if recovery is None:
             print(f"{name} did not recover:\n{last_words}", file=sys.stderr)
         elif name == "forge":
-            recovery = replace(recovery, parts_s=run_ledger(folder).changes[-1].parts)
+            recovery = replace(recovery, parts_s=changes_of(folder)[-1].parts)
         return recovery
 
 

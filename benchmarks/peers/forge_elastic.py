@@ -2,10 +2,10 @@
 
     python -m benchmarks.peers.forge_elastic REQUEST
 
-REQUEST is that of `torchrun_elastic`, and max_nodes where more may come; forge has no use for checkpoint_every. The cluster is forge's own:
-a head that takes no ranks, and nodes of one rank each. With `"model": null` there are machines and no run.
-`steps.jsonl` has a line for every step as the run recorded it, done again or not, and one for all that was
-done to a machine:
+REQUEST is that of `torchrun_elastic`, and max_nodes where more may come; forge has no use for
+checkpoint_every. The cluster is forge's own: a head that takes no ranks, and nodes of one rank each. With
+`"model": null` there are machines and no run. `steps.jsonl` has a line for every step as the run recorded
+it, done again or not, one when the machines are there, and one for all that is done to a machine:
 
     add N           start node N
     remove N        kill node N, all its processes at once
@@ -31,13 +31,12 @@ from typing import Any
 import psutil
 import yaml
 
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
+
 from benchmarks.program import FORGE
-from forge.cluster.local import add_node, kill_node, require_private_token, start_head_alone, stop_local
+from forge.cluster.local import add_node, kill_node, start_head_alone, stop_local
 from forge.report.runs import carrier_pid, follow
-
-require_private_token()  # before Ray is imported
-
-from forge.run.faults import Members, give_notice, halt, members_of  # noqa: E402
+from forge.run.faults import Members, give_notice, halt, members_of
 
 _CORPUS_WORDS = 200_000
 _LEXICON_WORDS = 2_000

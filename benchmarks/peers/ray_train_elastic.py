@@ -7,8 +7,9 @@ REQUEST is that of `torchrun_elastic`, and is_tuned, and max_nodes where more no
 `ray.cluster_utils.Cluster`: a head without CPUs, where Ray Train's controller runs, and nodes of one CPU,
 one worker each. Without a schedule the line `remove N` on stdin kills node N with all its processes, and
 `add N` starts it again. A schedule has them as JSON lines, `[seconds, "add" or "remove", N]`, counted from
-the first step on; with a notice a node is drained (as by `ray drain-node`, for preemption, with that
-deadline) so long before it is killed. After `--seconds` what was trained is printed as JSON.
+when the nodes of the beginning are there and the training is asked for, which is a line of `steps.jsonl` too,
+until `--seconds` are over; with a notice a node is drained (as by `ray drain-node`, for preemption, with that
+deadline) so long before it is killed.
 
 Defaults of Ray Train but for `num_workers` and `max_failures`; tuned, each because it shortens the recovery:
 
@@ -43,7 +44,7 @@ from ray.core.generated import autoscaler_pb2
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from benchmarks.peers.torchrun_elastic import kill_all, kill_node, train
+from benchmarks.peers.torchrun_elastic import kill_all, kill_node, record, train
 
 _TUNED_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -63,12 +64,12 @@ _ASK_EVERY = 10
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """Something that happens to a node."""
 
     at_s: float
-    """Since the first step."""
+    """Since the training was asked for."""
     action: str
     """`add`, `notice`, `remove`."""
     node: int
@@ -86,16 +87,19 @@ def main() -> None:
     request = options.request | {"has_notice": options.notice > 0}
     nodes = Nodes(request)
     try:
+        began_s = time.time()
+        record(request, began=1)
         training = threading.Thread(target=fit, args=(request,), daemon=True)
         training.start()
         if options.schedule is None:
             obey_stdin(nodes)
         else:
-            changes = read_schedule(options.schedule, notice_s=options.notice)
-            figures = follow(changes, nodes, request, seconds=options.seconds)
+            for change in read_schedule(options.schedule, notice_s=options.notice):
+                time.sleep(max(0.0, began_s + change.at_s - time.time()))
+                nodes.apply(change)
+            time.sleep(max(0.0, began_s + options.seconds - time.time()))
             if not training.is_alive():
                 raise RuntimeError("Ray Train has given up")
-            print(json.dumps(figures), flush=True)
     finally:
         nodes.end()
     os._exit(0)  # the other thread still waits for Ray Train
@@ -154,7 +158,10 @@ def obey_stdin(nodes: Nodes) -> None:
 
 
 def read_schedule(path: Path, *, notice_s: float) -> list[Change]:
-    """All changes, in order, with a notice before every removal where there is to be one."""
+    """All changes, in order, with a notice before every removal where there is to be one.
+
+    Who leaves at an instant leaves before anyone joins.
+    """
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     changes = [Change(at_s=at_s, action=action, node=node) for at_s, action, node in lines]
     notices = [
@@ -162,33 +169,7 @@ def read_schedule(path: Path, *, notice_s: float) -> list[Change]:
         for at_s, action, node in lines
         if action == "remove" and notice_s > 0
     ]
-    return sorted(changes + notices)
-
-
-def follow(changes: list[Change], nodes: Nodes, request: dict[str, Any], *, seconds: float) -> dict[str, float]:
-    """Make the changes when they are due. Returns: what was trained between the first step and the end."""
-    while not (steps := steps_of(request)):
-        time.sleep(0.1)
-    began = steps[0]["time"]
-    for change in changes:
-        time.sleep(max(0.0, began + change.at_s - time.time()))
-        nodes.apply(change)
-    time.sleep(max(0.0, began + seconds - time.time()))
-    trained = [record["step"] for record in steps_of(request) if began < record["time"] <= began + seconds]
-    new_samples = len(set(trained) - {steps[0]["step"]}) * request["global_batch_size"]
-    return {
-        "new_samples": new_samples,
-        "repeated_samples": len(trained) * request["global_batch_size"] - new_samples,
-        "wall_s": seconds,
-        "samples_per_s": new_samples / seconds,
-    }
-
-
-def steps_of(request: dict[str, Any]) -> list[dict[str, float]]:
-    """The steps completed so far."""
-    path = Path(request["folder"]) / "steps.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [record for record in records if "step" in record]
+    return sorted(changes + notices, key=lambda change: (change.at_s, change.action == "add"))
 
 
 def fit(request: dict[str, Any]) -> None:

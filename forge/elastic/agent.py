@@ -36,10 +36,16 @@ from forge.events import Event, GenerationFormed, StepMetrics
 
 # How long an agent lives without a supervisor: longer than Ray needs to start one anew.
 _ORPHAN_S = 60.0
+# And how long where Ray says that it does not exist, and not only that it is being restarted.
+_BEREFT_S = 5.0
 _RETRY_S = 0.2
 _FIRST_BEAT_S = 0.25
 _MOST_BYTES = 8 * 2**20
 _SOCKET_BYTES = 8 * 2**20
+
+
+class NoSupervisorError(ConnectionError):
+    """There is no supervisor of this run any more: it is over."""
 
 
 class Record(Protocol):
@@ -148,7 +154,8 @@ class Agent:
     async def _obey(self) -> None:
         """Stay connected with the supervisor, and do what it says."""
         alone_since = time.monotonic()
-        while time.monotonic() - alone_since < _ORPHAN_S:
+        patience_s = _ORPHAN_S
+        while time.monotonic() - alone_since < patience_s:
             beats: asyncio.Task[None] | None = None
             try:
                 endpoint = await asyncio.wait_for(self._locate(), timeout=_ORPHAN_S / 4)
@@ -161,7 +168,11 @@ class Agent:
                     message = await self._supervisor.receive()
                     alone_since = time.monotonic()
                     await self._do(message)
+            except NoSupervisorError:
+                patience_s = _BEREFT_S
+                await asyncio.sleep(_RETRY_S)
             except (OSError, EOFError, ValueError, TimeoutError):
+                patience_s = _ORPHAN_S
                 await asyncio.sleep(_RETRY_S)
             finally:
                 if beats is not None:

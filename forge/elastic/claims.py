@@ -73,13 +73,14 @@ class RayClaims:
         self._wanted = high
         self._asked_at = 0.0
         self._pending_since: float | None = None
+        self._is_ending = False
         self._wakes = asyncio.Event()
         self._calls: set[asyncio.Task[None]] = set()
 
     async def tend(self) -> None:
-        """Keep claims and agents as they are wished for, until cancelled."""
+        """Keep claims and agents as they are wished for, until told to end."""
         await asyncio.to_thread(self._find_groups)
-        while True:
+        while not self._is_ending:
             try:
                 await self._tend_once()
             except ray.exceptions.RayError as error:  # the control store may be busy; what was wished for stays
@@ -122,8 +123,13 @@ class RayClaims:
         """An agent that was there before this supervisor."""
         self._agents[grant.node_id] = (node, actor, grant)
 
+    def end(self) -> None:
+        """Start nothing more: `tend` returns."""
+        self._is_ending = True
+        self._wakes.set()
+
     def close(self) -> None:
-        """End all agents and give everything back."""
+        """End all agents and give everything back, after `tend` has returned."""
         for _, actor, _ in self._agents.values():
             _kill(actor)
         for group in self._groups.values():

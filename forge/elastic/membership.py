@@ -260,6 +260,9 @@ def _look(state: State, now: float) -> Decision:
     """What the state of things asks for, whatever has happened."""
     if state.reunites_until is not None:
         return _reunite(state, now)
+    if 0 < state.yields_until <= now:  # whoever waited has had its time; what is free again may be taken
+        state, actions = _look(replace(state, yields_until=0.0), now)
+        return state, (Claim(), *actions)
     if state.phase is Phase.WAITING:
         if state.is_stopping:
             return _finish_waiting(state)
@@ -334,9 +337,10 @@ def _answered(state: State, now: float) -> Decision:
         return state, ()
     if state.done_step is not None:
         return replace(state, phase=Phase.DONE), (Finish(step=state.done_step),)
+    former = len(state.places)
     state = replace(state, places=(), ended=frozenset(), has_lost=False)
     if _available(state, now) >= state.low and not (state.is_stopping and newest_whole(state) is None):
-        return _form(state, now)
+        return _form(state, now, former=former)
     state = replace(state, phase=Phase.WAITING)
     actions: list[Action] = [Wait(have=_available(state, now), need=state.low)]
     found = newest_whole(state)
@@ -348,8 +352,17 @@ def _answered(state: State, now: float) -> Decision:
     return state, (*actions, Claim())
 
 
-def _form(state: State, now: float) -> Decision:
-    places = _places(state, now)
+def _form(state: State, now: float, *, former: int = 0) -> Decision:
+    """Start a generation, from memory if that is as new as storage.
+
+    Args:
+        former: the size of the one before. A machine that was given notice is left out where that size is
+            reached without it: it would only have to be left out later.
+    """
+    staying = {name: node for name, node in state.nodes.items() if node.goes_at is None}
+    without_going = _places(replace(state, nodes=staying), now)
+    is_enough = former and len(without_going) >= max(state.low, min(former, _limit(state, now)))
+    places = without_going if is_enough else _places(state, now)
     found = newest_whole(state)
     from_memory = found is not None and found[0] >= state.stored_step
     start = Start(

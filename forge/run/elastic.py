@@ -25,7 +25,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from forge.cluster.local import find_local
-from forge.elastic.agent import Agent, Setup
+from forge.elastic.agent import Agent, NoSupervisorError, Setup
 from forge.elastic.channel import Endpoint
 from forge.elastic.claims import SUPERVISOR, Grant, RayClaims
 from forge.elastic.supervisor import Outcome, Supervisor
@@ -41,6 +41,8 @@ _AGENT = "agent-"
 _LONG_POLL_S = 2.0
 _RETRY_S = 0.2
 _CLOSE_S = 10.0
+# Ray needs less to start an actor anew.
+_SILENCE_S = 40.0
 _REVIVE_POLL_S = 0.5
 
 
@@ -60,6 +62,8 @@ def train_elastically(
     plan: Plan, *, run_folder: Path, recorder: Any, address: str | None, stop: threading.Event
 ) -> None:
     """Carry the plan out and return when it is done or stopped; attaches to a supervisor that is there already.
+
+    What was started stays until `clear_run`.
 
     Args:
         address: of the cluster, if it outlives this process.
@@ -82,35 +86,44 @@ def train_elastically(
     supervisor = SupervisorActor.options(  # type: ignore[attr-defined]
         name=f"{SUPERVISOR}{run_id}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True, resources=HEAD
     ).remote(commission, recorder)
-    try:
-        outcome = _await_outcome(supervisor, stop)
-    finally:
-        clear_run(run_id, supervisor)
+    outcome = _await_outcome(supervisor, stop)
     if outcome.error is not None:
         raise error_named(outcome.error, message=outcome.reason)
 
 
-def clear_run(run_id: str, supervisor: Any) -> None:
-    """Have nothing of a run left on the cluster."""
-    with contextlib.suppress(ray.exceptions.RayError):
-        ray.get(supervisor.close.remote(), timeout=_CLOSE_S)
-    ray.kill(supervisor)
+def clear_run(run_id: str) -> None:
+    """Have nothing of a run left on the cluster, but for its recorder; after all is written, so that a carrier
+    that dies before is replaced.
+    """
+    with contextlib.suppress(ValueError, ray.exceptions.RayError):  # it never came to be
+        supervisor = ray.get_actor(f"{SUPERVISOR}{run_id}", namespace=NAMESPACE)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(supervisor.close.remote(), timeout=_CLOSE_S)
+        ray.kill(supervisor)
     for name in _agents_of(run_id):  # of a supervisor that could not close
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
 def _await_outcome(supervisor: Any, stop: threading.Event) -> Outcome:
-    """Ask again and again: the supervisor may be restarted in between."""
+    """Ask again and again: the supervisor may be restarted in between.
+
+    Raises: ClusterError if there is no answer for so long that the cluster must be gone.
+    """
+    answered_at = time.monotonic()
     while True:
-        with contextlib.suppress(ray.exceptions.RayError):
+        try:
             if stop.is_set():
                 ray.get(supervisor.stop.remote(), timeout=_CLOSE_S)
             outcome: Outcome | None = ray.get(supervisor.outcome.remote(_LONG_POLL_S), timeout=4 * _LONG_POLL_S)
-            if outcome is not None:
-                return outcome
+        except ray.exceptions.RayError as error:
+            if time.monotonic() - answered_at > _SILENCE_S:
+                raise ClusterError(f"the cluster has not answered for {_SILENCE_S:.0f} s: {error}") from error
+            time.sleep(_RETRY_S)
             continue
-        time.sleep(_RETRY_S)
+        if outcome is not None:
+            return outcome
+        answered_at = time.monotonic()
 
 
 def _require_room(plan: Plan) -> None:
@@ -168,8 +181,10 @@ class SupervisorActor:
     async def close(self) -> None:
         """Send the agents home and give all places back."""
         await self._started()
-        self._tending.cancel()
         self._reviving.cancel()
+        self._claims.end()  # an agent that is just being started must be among those that are sent home
+        with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
+            await asyncio.wait_for(asyncio.shield(self._tending), timeout=_CLOSE_S / 2)
         self._supervisor.close()
         await asyncio.to_thread(self._claims.close)
 
@@ -253,15 +268,18 @@ class SupervisorActor:
         free_since: float | None = None
         while self._commission.carrier:
             await asyncio.sleep(_REVIVE_POLL_S)
-            if self._supervisor.outcome.done() or not _is_free(lock):
+            if not _is_free(lock):
                 free_since = None
                 continue
             free_since = free_since or time.monotonic()
             if time.monotonic() - free_since > 2 * _REVIVE_POLL_S:
                 free_since = None
                 with (lock.parent / "logs" / "run.log").open("ab") as log:
-                    subprocess.Popen(
-                        self._commission.carrier,
+                    # By way of a shell that ends at once: Ray kills the children of an actor that ends.
+                    await asyncio.to_thread(
+                        subprocess.run,
+                        ["/bin/sh", "-c", '"$@" &', "sh", *self._commission.carrier],
+                        check=False,
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -293,8 +311,10 @@ class AgentActor:
         try:
             supervisor = await asyncio.to_thread(ray.get_actor, self._supervisor, namespace=NAMESPACE)
             endpoint: Endpoint = await supervisor.endpoint.remote()
-        except (ValueError, ray.exceptions.RayError) as error:
-            raise ConnectionError(f"no supervisor: {error}") from error
+        except ValueError as error:
+            raise NoSupervisorError(str(error)) from error
+        except ray.exceptions.RayError as error:
+            raise ConnectionError(f"the supervisor does not answer: {error}") from error
         return endpoint
 
 

@@ -194,6 +194,10 @@ class Carrier:
         import ray
 
         ray.get(self._recorder.close.remote(exit_code))
+        if self._plan.job.resources.engine == "elastic":
+            from forge.run.elastic import clear_run
+
+            clear_run(self._folder.name)
         ray.kill(self._recorder)
 
     def _pass_on_stop(self) -> None:

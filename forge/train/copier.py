@@ -81,9 +81,7 @@ class Copier:
             is_pinned: do not write to its slot again before `unpin`: somebody makes a checkpoint of it.
         """
         began = time.monotonic()
-        self.join()
-        if self._keeper is not None and self._last is not None:
-            self._keeper.await_kept(self._last.step)
+        self.finish()
         copying = self._last = Copying(step=progress.step, slot=self._free_slot())
         if is_pinned:
             self._pinned.add(copying.slot)
@@ -112,9 +110,9 @@ class Copier:
             self._last.thread.join()
 
     def finish(self) -> None:
-        """Wait until the last copy is kept."""
+        """Wait until the last copy is kept; one that failed never is."""
         self.join()
-        if self._keeper is not None and self._last is not None:
+        if self._keeper is not None and self._last is not None and self._last.failure is None:
             self._keeper.await_kept(self._last.step)
 
     def unpin(self, slot: int) -> None:

@@ -1,4 +1,4 @@
-"""The state of a step in machines' memory: whole or not there, the same bytes wherever it is read, and gone when let go."""
+"""States in the memory of machines: whole or not there, the same bytes wherever they are read, gone when let go."""
 
 from __future__ import annotations
 
@@ -544,7 +544,9 @@ def test_a_durable_checkpoint_is_made_of_snapshots_whose_ranks_are_gone(tmp_path
     found = find_checkpoint(open_storage(str(tmp_path)), on_skip=lambda *_: None)
     assert found is not None
     assert (found.progress, second) == (progress(3), None)
-    assert first == sum(path.stat().st_size for path in tmp_path.glob("step-00000003/*") if "manifest" not in path.name)
+    assert first == sum(
+        path.stat().st_size for path in tmp_path.glob("step-00000003/*") if "manifest" not in path.name
+    )
     wanted = Interval(kind="exp_avg", name="embedding.weight", start=5, stop=55, dtype="F32")
     read = bytearray(wanted.size_bytes)
     found.read([(wanted, memoryview(read))])

@@ -35,10 +35,17 @@ def test_events_and_steps_become_lines_with_a_time(tmp_path: Path) -> None:
     before = time.time()
     recorder = open_recorder(tmp_path)
     recorder.step(metrics(1))
-    recorder.event(StepRepeated(step=1, loss=0.5))
+    recorder.event(StepRepeated(step=1, loss=0.5, step_s=0.1, world_size=2))
     (step,), (event,) = lines(tmp_path / "metrics.jsonl"), lines(tmp_path / "events.jsonl")
     assert (step["step"], step["train/loss"], step["elastic/world_size"]) == (1, 5.0, 2)
-    assert event == {"time": event["time"], "event": "StepRepeated", "step": 1, "loss": 0.5}
+    assert event == {
+        "time": event["time"],
+        "event": "StepRepeated",
+        "step": 1,
+        "loss": 0.5,
+        "step_s": 0.1,
+        "world_size": 2,
+    }
     assert all(before - 1 < line["time"] < time.time() + 1 for line in (step, event))
 
 

@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from forge.cluster.local import (
     add_node,
     find_local,
     kill_node,
-    session_members,
     start_head_alone,
     stop_local,
 )
-from forge.report.runs import carrier_pid, read_metrics, read_run
-from tests.support.command import environment, family, wait_for
+from forge.report.runs import read_metrics, read_run
+from tests.support.command import environment, wait_for
 from tests.support.command import forge as run_forge
 
 TEXT = "the cat sat on a mat and saw one dog run past his old red barn while rain fell down hard"
@@ -35,7 +34,7 @@ training:
   total_steps: {steps}
   global_batch_size: 6
   precision: fp32
-  optimizer: {{lr: 2.0e-3}}
+  optimizer: {{lr: {lr}}}
   schedule: {{kind: constant, warmup_steps: 5}}
   zero: {{stage: {stage}}}
 checkpoint: {{every: 100000 steps, snapshot_every: 1}}
@@ -44,9 +43,9 @@ tracking: {{wandb: {{mode: disabled}}}}
 """
 
 
-def write_job(folder: Path, *, steps: int, workers: str = "1..3", stage: int = 1) -> None:
+def write_job(folder: Path, *, steps: int, workers: str = "1..3", stage: int = 1, lr: float = 1e-4) -> None:
     """A tiny job in fp32, so that losses can be compared closely, on a corpus of its own."""
-    (folder / "job.yaml").write_text(JOB.format(steps=steps, workers=workers, stage=stage))
+    (folder / "job.yaml").write_text(JOB.format(steps=steps, workers=workers, stage=stage, lr=lr))
     (folder / "corpus").mkdir(exist_ok=True)
     chance = random.Random(0)
     for number in range(40):
@@ -59,15 +58,16 @@ class Machines:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.nodes: list[NodeProcess] = []
-        self.seen: set[psutil.Process] = set()
-        """Every process that was ever noticed to work for the cluster."""
+        head = find_local()
+        self.leaders = {node.pid for node in (head.nodes if head else ())}
+        """Of the sessions of all machines that ever were."""
 
     def add(self) -> NodeProcess:
         self.nodes.append(add_node())
+        self.leaders.add(self.nodes[-1].pid)
         return self.nodes[-1]
 
     def kill(self, node: NodeProcess) -> None:
-        self.look()
         self.nodes.remove(node)
         kill_node(node)
 
@@ -75,13 +75,6 @@ class Machines:
         """The machine that a process runs on."""
         leader = os.getsid(pid)
         return next(node for node in self.nodes if node.pid == leader)
-
-    def look(self) -> None:
-        cluster = find_local()
-        for node in cluster.nodes if cluster else ():
-            self.seen |= set(session_members(node.pid))
-            with contextlib.suppress(psutil.Error):
-                self.seen |= set(family(node.pid))
 
 
 @contextlib.contextmanager
@@ -114,7 +107,6 @@ class Run:
 
     folder: Path
     cluster: Machines
-    disturbances: list[str] = field(default_factory=list)
 
     @property
     def events(self) -> tuple[dict[str, Any], ...]:
@@ -151,7 +143,6 @@ class Run:
 
     def recovers_from(self, fault: Callable[[], object], *, timeout_s: float = 60.0) -> float:
         """Do it, and wait until another generation trains. Returns: seconds to its first step."""
-        self.cluster.look()
         before, began = self.formed["generation"], time.time()
         fault()
         wait_for(lambda: self.formed["generation"] > before, timeout_s=timeout_s)
@@ -164,28 +155,34 @@ def start_run(cluster: Machines, *arguments: str) -> Run:
     """`forge train job.yaml`, detached."""
     done = run_forge("train", "job.yaml", "--detach", *arguments, cwd=cluster.home, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    (folder,) = [path for path in (cluster.home / "runs").iterdir() if carrier_pid(path) is not None]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("run ")]
+    folder = cluster.home / line.rpartition(" in ")[2]
     return Run(folder=folder, cluster=cluster)
 
 
 def stop_run(run: Run) -> None:
     """As a user does."""
-    run.cluster.look()
     done = run_forge("runs", "stop", str(run.folder), cwd=run.cluster.home, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
 
 
-def leftovers(run: Run, *, timeout_s: float = 20.0) -> list[str]:
-    """Processes and memory that outlive a run on its cluster: whatever names it, or holds what it made."""
+def leftovers(run: Run, *, but: Run | None = None, timeout_s: float = 20.0) -> list[str]:
+    """Processes that outlive a run on its cluster: whatever names it, or holds memory or logs of it.
+
+    Args:
+        but: another run that goes on beside it, so that memory without a name may be that one's.
+    """
 
     def found() -> list[str]:
         lines = []
         for process in psutil.process_iter(["pid", "cmdline"]):
             with contextlib.suppress(psutil.Error, OSError):
                 line = " ".join(process.info["cmdline"] or [])
-                is_ours = run.folder.name in line or "forge.elastic.warm" in line or "forge.train.saver" in line
+                is_ours = run.folder.name in line
                 holds = [str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
-                if is_ours or any("memfd:forge" in target for target in holds):
+                is_of_cluster = os.getsid(process.pid) in run.cluster.leaders and but is None
+                signs = (str(run.folder), *(("memfd:forge",) if is_of_cluster else ()))
+                if is_ours or any(sign in target for sign in signs for target in holds):
                     lines.append(f"{process.pid} {line}")
         return lines
 

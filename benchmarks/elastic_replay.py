@@ -1,0 +1,190 @@
+"""Recorded spot traces against training that is to go on: forge beside Ray Train's elastic mode.
+
+    python -m benchmarks.elastic_replay --traces FOLDER --json FILE
+
+The Parcae segments (github.com/JF-D/Parcae, `parcae-hh.jsonl` and `parcae-lh.jsonl`), scaled to simulated nodes
+of this machine and sped up. Both train the model of `benchmarks.recovery`, 12 sequences a step, and neither
+is given notice unless `--notice` is. Both have 40 s to start on the machines of the beginning; then the
+trace runs. `samples_per_s` is what was trained for the first time while it ran ÷ its duration. `share` is that
+÷ what the contender trains in a second at its median step: what is missing from 1, the changes cost.
+
+    forge       `forge chaos replay`, defaults
+    ray_train   its best settings, see `benchmarks.peers.ray_train_elastic`, and a checkpoint every 20 steps:
+                by Young's formula, √(2 · steps between failures · cost of a checkpoint in steps)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.forge_elastic import run_folder, write_job
+from benchmarks.program import FORGE, module, records_of, running
+from benchmarks.recovery import JOB
+from benchmarks.report import benchmark_parser, print_table, write_json
+from forge.run.trace import Trace, faster, read_trace, scale
+
+TRACES = ("parcae-hh", "parcae-lh")
+_JOB: Mapping[str, Any] = {**JOB, "global_batch_size": 12, "checkpoint_every": 20}
+_START_S = 40.0
+_PATIENCE_S = 180.0
+"""To raise the cluster before, and to stop after."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What one contender made of one trace."""
+
+    samples_per_s: float
+    """New ones."""
+    repeated_samples: int
+    share: float
+
+
+def main() -> None:
+    """Replay every trace with both."""
+    parser = benchmark_parser(__doc__, repeats=1)
+    parser.add_argument("--traces", type=Path, required=True, metavar="FOLDER", help="where the traces lie")
+    parser.add_argument("--only", nargs="+", choices=TRACES, default=TRACES, metavar="TRACE")
+    parser.add_argument("--nodes", type=int, default=4, help="simulated machines at most")
+    parser.add_argument("--speed", type=float, default=13.5, help="how much faster than the trace")
+    parser.add_argument("--notice", type=float, default=0.0, metavar="S", help="seconds; by default none is given")
+    options = parser.parse_args()
+    figures: dict[str, Any] = {}
+    for name in options.only:
+        recorded = scale(read_trace(options.traces / f"{name}.jsonl"), num_nodes=options.nodes)
+        trace = faster(recorded, speed=options.speed)
+        found: dict[str, list[Trained]] = {"forge": [], "ray_train": []}
+        for _ in range(options.repeats):
+            for contender, replay in (("forge", replay_forge), ("ray_train", replay_ray_train)):
+                found[contender].append(replay(trace, options))
+                print(f"  {name}, {contender}: {found[contender][-1]}", file=sys.stderr)
+        figures[name] = figures_of(found) | {"num_changes": len(trace.changes) - 1}
+    report(figures, json_path=options.json)
+
+
+def replay_forge(trace: Trace, options: argparse.Namespace) -> Trained:
+    """`forge chaos replay` as a user calls it."""
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
+        folder = Path(text)
+        job = write_job({**_JOB, "folder": text}, workers=options.nodes)
+        (folder / "trace.jsonl").write_text(trace_text(trace))
+        command = [FORGE, "chaos", "replay", str(folder / "trace.jsonl"), "--job", str(job), "-o", "json"]
+        command += ["--nodes", str(options.nodes)]
+        command += ["--notice", str(options.notice)] if options.notice else []
+        await_end(command, folder=folder, trace=trace)
+        run = run_folder({"folder": text})
+        assert run is not None
+        again = [event for event in records_of(run / "events.jsonl") if event["event"] == "StepRepeated"]
+        # The plan is the last thing that is written before the run is carried.
+        return trained(
+            [*records_of(run / "metrics.jsonl"), *again], trace, began_s=(run / "plan.json").stat().st_mtime
+        )
+
+
+def replay_ray_train(trace: Trace, options: argparse.Namespace) -> Trained:
+    """Ray Train at its best."""
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
+        folder, names = Path(text), dict[str, int]()
+        lines = []
+        for change in trace.changes:
+            for node in change.added:
+                names[node] = len(names)
+            both = (("remove", change.removed), ("add", change.added)) if change.at_s else ()
+            lines += [[_START_S + change.at_s, what, names[node]] for what, nodes in both for node in nodes]
+        (folder / "schedule").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        num_nodes = len(trace.changes[0].added)
+        request = {**_JOB, "folder": text, "is_tuned": True, "nodes": num_nodes, "max_nodes": options.nodes}
+        arguments = ["--schedule", str(folder / "schedule"), "--seconds", str(_START_S + trace.duration_s)]
+        arguments += ["--notice", str(options.notice)]
+        await_end(module("ray_train_elastic", request, *arguments), folder=folder, trace=trace)
+        records = records_of(folder / "steps.jsonl")
+        began_s = next(record["time"] for record in records if "began" in record)
+        return trained([record for record in records if "step" in record], trace, began_s=began_s)
+
+
+def trace_text(trace: Trace) -> str:
+    """A trace whose changes come after the time to start, as `forge chaos replay` reads it."""
+    lines: list[list[Any]] = []
+    for change in trace.changes:
+        at_ms = round(1000 * (_START_S + change.at_s)) if change.at_s else 0
+        for what, nodes in (("remove", change.removed), ("add", change.added)):
+            lines += [[at_ms, what, {"nodes": list(nodes)}]] if nodes else []
+    lines.append([round(1000 * (_START_S + trace.duration_s)), "no-op", {"nodes": []}])
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def await_end(command: list[str], *, folder: Path, trace: Trace) -> None:
+    """Run a program until it ends. Raises: RuntimeError if it fails, or takes too long."""
+    with running(command, folder=folder) as program:
+        try:
+            code: int | str = program.process.wait(_START_S + trace.duration_s + _PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            code = "too slow"
+        if code != 0:
+            raise RuntimeError(f"{' '.join(command[:4])} failed ({code}):\n{program.last_words()}")
+
+
+def trained(steps: list[dict[str, Any]], trace: Trace, *, began_s: float) -> Trained:
+    """What was trained while the trace ran.
+
+    Args:
+        steps: `{"time", "step"}` of every completed step, done again or not.
+        began_s: when the training was asked for.
+    """
+    steps = sorted(steps, key=lambda record: record["time"])
+    first_s: dict[int, float] = {}
+    for record in steps:
+        first_s.setdefault(record["step"], record["time"])
+    start_s, end_s = began_s + _START_S, began_s + _START_S + trace.duration_s
+    if steps[0]["time"] > start_s:
+        raise RuntimeError(f"the first step took {steps[0]['time'] - began_s:.0f} s")
+    ends_s = [record["time"] for record in steps if start_s < record["time"] <= end_s]
+    num_new = sum(start_s < at <= end_s for at in first_s.values())
+    samples_per_s = num_new * _JOB["global_batch_size"] / trace.duration_s
+    usual_samples_per_s = _JOB["global_batch_size"] / statistics.median(b - a for a, b in pairwise(ends_s))
+    return Trained(
+        samples_per_s=samples_per_s,
+        repeated_samples=(len(ends_s) - num_new) * _JOB["global_batch_size"],
+        share=samples_per_s / usual_samples_per_s,
+    )
+
+
+def figures_of(found: Mapping[str, list[Trained]]) -> dict[str, Any]:
+    """The medians of one trace, and their ratio."""
+    figures: dict[str, Any] = {}
+    for contender, of in found.items():
+        figures[f"{contender}_samples_per_s"] = statistics.median(one.samples_per_s for one in of)
+        figures[f"{contender}_share"] = statistics.median(one.share for one in of)
+        figures[f"{contender}_repeated_samples"] = statistics.median(one.repeated_samples for one in of)
+        figures[f"all_{contender}_samples_per_s"] = [one.samples_per_s for one in of]
+    return figures | {"ratio": figures["forge_samples_per_s"] / figures["ray_train_samples_per_s"]}
+
+
+def report(figures: dict[str, Any], *, json_path: Path | None) -> None:
+    """The table, and the file."""
+    rows = []
+    for name, of in figures.items():
+        for contender in ("forge", "ray_train"):
+            cells = [f"{of[f'{contender}_samples_per_s']:.1f}", f"{of[f'{contender}_share']:.3f}"]
+            ratio = f"{of['ratio']:.2f}" if contender == "forge" else ""
+            rows.append([f"{name}, {contender}", *cells, f"{of[f'{contender}_repeated_samples']:,.0f}", ratio])
+    print_table(
+        "Spot traces; new samples a second",
+        header=["", "samples/s", "share", "repeated", "ratio (≥ 1.5)"],
+        rows=rows,
+    )
+    write_json(json_path, figures=figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""How long a run of forge's stands still when one of its machines falls silent.
+
+Three machines train, each a network namespace on a bridge; a fourth is the head. Again and again, in turn
+for every machine, its port is closed: nothing comes through any more, and nobody is told. Measured are the
+seconds from there to the end of the first step of the two that are left. Then the machine's processes are
+killed, its port is opened, and it joins anew.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.changes import SETTLE_S, Cost, Watch, changes_of, report
+from benchmarks.peers.forge_elastic import write_job
+from forge.run.submit import create_run, resolve
+from forge.spec.load import load_job
+from tests.support.hosts import Hosts, can_make_hosts
+
+_NODES = 3
+
+
+def measure_partition(job: Mapping[str, Any], *, repeats: int) -> dict[str, Any]:
+    """Cut machines off, `repeats` times, and print what it cost. Returns: the figures."""
+    if not can_make_hosts():
+        reason = "this needs the right to make network namespaces, and iproute2"
+        print(f"\nno partition: {reason}")
+        return {"partition_recovery_s": None, "partition_skipped": reason}
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
+        folder, cut_s = Path(text), []
+        with Hosts(1 + _NODES) as hosts:
+            hosts.start_ray()
+            watch = Watch(folder, start_run(job, hosts, folder))
+            watch.await_formed(None, since_s=0.0)
+            time.sleep(2 * SETTLE_S)  # whoever was not there at the beginning joins
+            for repeat in range(repeats):
+                host = 1 + repeat % _NODES
+                cut_s.append(time.time())
+                hosts.cut(host)
+                watch.await_formed("loss", since_s=cut_s[-1])
+                time.sleep(SETTLE_S)
+                add_again(host, hosts, watch)
+        return report({"partition_recovery": costs_of(folder, cut_s)})
+
+
+def start_run(job: Mapping[str, Any], hosts: Hosts, folder: Path) -> subprocess.Popen[Any]:
+    """What `forge train` does, but for the screen: it knows no cluster on other machines."""
+    os.environ["FORGE_CACHE"] = str(folder / "cache")
+    file = write_job({**job, "folder": str(folder)}, workers=_NODES)
+    run = create_run(resolve(load_job(file), is_dry_run=False))
+    command = (sys.executable, "-m", "forge.run.start", run, "--address", hosts.ray_address)
+    with (run / "logs" / "run.log").open("w") as log:
+        return hosts.run(0, *command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def add_again(host: int, hosts: Hosts, watch: Watch) -> None:
+    """Have a machine that was cut off start afresh, and join."""
+    hosts.kill(host)
+    hosts.mend(host)
+    began_s = time.time()
+    hosts.join_ray(host)
+    watch.await_formed("growth", since_s=began_s)
+    time.sleep(SETTLE_S)
+
+
+def costs_of(folder: Path, cut_s: list[float]) -> list[Cost]:
+    """What every cut cost."""
+    changes = [change for change in changes_of(folder) if change.cause == "loss" and change.seconds is not None]
+    costs = []
+    for at in cut_s:
+        change = next(change for change in changes if change.time > at)
+        assert change.seconds is not None
+        costs.append(Cost(seconds=change.time + change.seconds - at, parts_s=change.parts))
+    return costs

@@ -1,0 +1,135 @@
+"""Many faults in one run, at random moments: `pytest -m slow tests/elastic/test_soak.py --faults 50 -s`."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from forge.plan.plan import plan_from_json
+from forge.report.runs import carrier_pid, read_metrics
+from forge.run import faults
+from tests.support.command import forge, wait_for
+from tests.support.elastic import Run, leftovers, machines, start_run, stop_run, write_job
+from tests.support.ranks import run_ranks
+
+TOLERANCE = 5e-5
+NUM_MACHINES = 3
+
+
+class Faults:
+    """Every kind, each dealt out to somebody at random; each returns once the run has taken it."""
+
+    def __init__(self, run: Run, *, seed: int) -> None:
+        self.run, self.chance = run, random.Random(seed)
+        self.kinds: list[Callable[[], None]] = [
+            self.rank_killed,
+            self.rank_stopped,
+            self.agent_killed,
+            self.agent_stopped,
+            self.machine_killed,
+            self.supervisor_killed,
+            self.carrier_killed,
+            self.notice,
+        ]
+
+    def rank_killed(self) -> None:
+        self.run.recovers_from(lambda: os.kill(self._place()["pid"], signal.SIGKILL))
+
+    def rank_stopped(self) -> None:
+        self.run.recovers_from(lambda: os.kill(self._place()["pid"], signal.SIGSTOP))
+
+    def agent_killed(self) -> None:
+        self.run.recovers_from(lambda: os.kill(self._agent(), signal.SIGKILL))
+
+    def agent_stopped(self) -> None:
+        self.run.recovers_from(lambda: os.kill(self._agent(), signal.SIGSTOP))
+
+    def machine_killed(self) -> None:
+        self._without(lambda node: None)
+
+    def notice(self) -> None:
+        repeated = len(self.run.repeated())
+
+        def give(node: str) -> None:
+            name = self.run.formed["generation"]
+            done = forge(
+                *("chaos", "notice", str(self.run.folder), "--node", node, "--seconds", "5"),
+                cwd=self.run.cluster.home,
+                env=dict(os.environ),
+            )
+            assert done.returncode == 0, done.stderr
+            wait_for(lambda: self.run.formed["generation"] > name)
+            assert len(self.run.repeated()) == repeated
+
+        self._without(give)
+
+    def supervisor_killed(self) -> None:
+        count = len(self.run.of("SupervisorRestarted"))
+        os.kill(faults.members_of(self.run.folder).supervisor, signal.SIGKILL)
+        wait_for(lambda: len(self.run.of("SupervisorRestarted")) > count)
+
+    def carrier_killed(self) -> None:
+        carrier = carrier_pid(self.run.folder)
+        assert carrier is not None
+        os.kill(carrier, signal.SIGKILL)
+        wait_for(lambda: carrier_pid(self.run.folder) not in (None, carrier))
+
+    def _without(self, before: Callable[[str], None]) -> None:
+        """Take a machine away, perhaps after something else, and put another in its place."""
+        node = self._place()["node"]
+        machine = self.run.cluster.of(self.run.agent(node))
+        before(node)
+        generation = self.run.formed["generation"]
+        is_member = node in [place["node"] for place in self.run.formed["ranks"]]
+        self.run.cluster.kill(machine)
+        if is_member:
+            wait_for(lambda: self.run.formed["generation"] > generation)
+        self.run.cluster.add()
+
+    def _place(self) -> dict[str, int | str]:
+        wait_for(lambda: faults.members_of(self.run.folder).ranks)
+        place: dict[str, int | str] = self.chance.choice(self.run.formed["ranks"])
+        return place
+
+    def _agent(self) -> int:
+        return self.run.agent(str(self._place()["node"]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_many_faults_in_one_run(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    num_faults = pytestconfig.getoption("--faults")
+    write_job(tmp_path, steps=1_000_000, lr=1e-5)  # rounding grows with every update: a hundred thousand of them
+    dealt: Counter[str] = Counter()
+    worst = 0
+    with machines(tmp_path, count=NUM_MACHINES) as cluster:
+        run = start_run(cluster)
+        run.await_world(NUM_MACHINES)
+        dealer = Faults(run, seed=num_faults)
+        for number in range(num_faults):
+            time.sleep(dealer.chance.uniform(0.0, 4.0))
+            fault = dealer.kinds[number % len(dealer.kinds)]
+            before, began = len(run.repeated()), time.monotonic()
+            fault()
+            run.await_steps(3)
+            repeated = len(run.repeated()) - before
+            worst = max(worst, repeated)
+            dealt[fault.__name__] += 1
+            print(f"{number + 1:3} {fault.__name__:18} {time.monotonic() - began:5.1f} s, repeated {repeated}")
+            assert repeated <= 1, fault.__name__
+        stop_run(run)
+        assert leftovers(run) == []
+    records = read_metrics(run.folder)
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    plan = plan_from_json((run.folder / "plan.json").read_text())
+    peace = run_ranks(plan, tmp_path / "peace", world_size=1, stop_after=len(records)).losses
+    difference = max(abs(record["train/loss"] - loss) for record, loss in zip(records, peace, strict=True))
+    print(f"{dict(dealt)}; {len(records)} steps, at most {worst} repeated, losses differ by {difference:.1e}")
+    assert difference < TOLERANCE
