@@ -7,7 +7,8 @@ Three simulated nodes of this machine, one worker each, train a small Llama (4 l
 or the controller, is killed with all its processes at once. Measured are the seconds from the kill to the
 end of the first optimizer step of the two that are left, and the steps that were computed again.
 
-    forge               `forge train`, defaults; see `benchmarks.peers.forge_elastic`
+    forge               `forge train`, a copy in memory at every step; see `benchmarks.peers.forge_elastic`
+    forge_auto          defaults: copies as often as they cost at most 1 %
     ray_train_default   Ray Train's elastic mode, defaults
     ray_train_tuned     the same with its best settings; see `benchmarks.peers.ray_train_elastic`
     torchrun            its elastic mode with its best settings; see `benchmarks.peers.torchrun_elastic`
@@ -60,7 +61,8 @@ KILLS_SPREAD_S = 20.0
 STEPS_AFTER = 3
 LIMIT_S = 240.0
 CONTENDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "forge": ("forge_elastic", {}),
+    "forge": ("forge_elastic", {"snapshot_every": 1}),
+    "forge_auto": ("forge_elastic", {}),
     "ray_train_default": ("ray_train_elastic", {"is_tuned": False}),
     "ray_train_tuned": ("ray_train_elastic", {"is_tuned": True}),
     "torchrun": ("torchrun_elastic", {}),
@@ -95,9 +97,9 @@ def main() -> None:
                 print(f"  {name}: {runs[name][-1]}", file=sys.stderr)
     figures = report(runs) if runs else {}
     if "changes" in options.only:
-        figures |= measure_changes(JOB, repeats=options.repeats)
+        figures |= measure_changes({**JOB, "snapshot_every": 1}, repeats=options.repeats)
     if "partition" in options.only:
-        figures |= measure_partition(JOB, repeats=options.repeats)
+        figures |= measure_partition({**JOB, "snapshot_every": 1}, repeats=options.repeats)
     write_json(options.json, figures=figures)
 
 
@@ -123,7 +125,7 @@ def measure(name: str, *, kill_after_s: float) -> Recovery | None:
         recovery = recovery_of(records_of(steps))
         if recovery is None:
             print(f"{name} did not recover:\n{last_words}", file=sys.stderr)
-        elif name == "forge":
+        elif program_name == "forge_elastic":
             recovery = replace(recovery, parts_s=changes_of(folder)[-1].parts)
         return recovery
 

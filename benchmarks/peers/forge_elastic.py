@@ -115,7 +115,7 @@ def write_job(request: dict[str, Any], *, workers: int) -> Path:
             "optimizer": {"lr": request["lr"]},
             "zero": {"stage": 1},
         },
-        "checkpoint": {"to": str(folder / "runs")},
+        "checkpoint": {"to": str(folder / "runs"), "snapshot_every": request.get("snapshot_every", "auto")},
         "resources": {"workers": f"1..{workers}", "gpu": "none"},
         "tracking": {"wandb": {"mode": "disabled"}},
     }
