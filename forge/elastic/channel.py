@@ -49,6 +49,8 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
         self._waiting: set[asyncio.Event] = set()
+        self._turn_bytes = 0
+        """Moved since others had their turn."""
 
     async def send(self, message: Message, *, raw: bytes = b"") -> None:
         """Send a message, and raw bytes after it. Raises: OSError."""
@@ -77,7 +79,7 @@ class Channel:
             if not received:
                 raise EOFError("the connection was closed")
             view = view[received:]
-            await asyncio.sleep(0)
+            await self._take_turns(received)
 
     def close(self) -> None:
         """Close at once; whoever waits on it gets an error."""
@@ -112,6 +114,12 @@ class Channel:
             if not sent:
                 raise EOFError("the file is shorter than was announced")
             offset, count = offset + sent, count - sent
+            await self._take_turns(sent)
+
+    async def _take_turns(self, moved_bytes: int) -> None:
+        self._turn_bytes += moved_bytes
+        if self._turn_bytes >= _TURN_BYTES:
+            self._turn_bytes = 0
             await asyncio.sleep(0)
 
     async def _ready(self, add: Callable[..., None], remove: Callable[[socket.socket], bool]) -> None:

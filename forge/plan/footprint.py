@@ -33,7 +33,8 @@ class Footprint:
     ema_bytes: int
     activations_bytes: int
     host_bytes: int
-    """The snapshot that checkpoints are made of, and what is offloaded."""
+    """Copies of the state in the host's memory, this rank's and those kept for another machine's, and what is
+    offloaded."""
     is_on_host: bool
     """Whether the device is the host itself, so that all lies in the same memory."""
 
@@ -56,8 +57,13 @@ def footprint(
     micro_batch_size: int,
     seq_len: int,
     is_on_host: bool,
+    num_copies: int = 1,
 ) -> Footprint:
-    """Estimate one worker's memory at one world size."""
+    """Estimate one worker's memory at one world size.
+
+    Args:
+        num_copies: of a rank's state in the host's memory; see `num_copies_in_memory`.
+    """
     stage = training.zero.stage
     half = training.precision == "bf16"
     width = 2 if half else 4
@@ -82,9 +88,16 @@ def footprint(
         optimizer_bytes=0 if is_offloaded else optimizer,
         ema_bytes=0 if is_offloaded else ema,
         activations_bytes=activation_bytes(model, training, micro_batch_size=micro_batch_size, seq_len=seq_len),
-        host_bytes=snapshot + (optimizer + ema if is_offloaded else 0),
+        host_bytes=num_copies * snapshot + (optimizer + ema if is_offloaded else 0),
         is_on_host=is_on_host,
     )
+
+
+def num_copies_in_memory(*, engine: str, world_size: int) -> int:
+    """Ray Train: one, for checkpoints. Elastic: two in turn, and two of another machine's where there is one."""
+    if engine == "ray-train":
+        return 1
+    return 4 if world_size > 1 else 2
 
 
 def activation_bytes(model: ModelFacts, training: TrainingSpec, *, micro_batch_size: int, seq_len: int) -> int:
@@ -119,6 +132,7 @@ def max_micro_batch_size(
     seq_len: int,
     memory_bytes: int | None,
     is_on_host: bool,
+    num_copies: int = 1,
 ) -> int:
     """The largest micro-batch the estimate allows, from 1 to `MAX_AUTO_MICRO_BATCH`; 1 if nothing fits."""
     if isinstance(training.micro_batch_size, int):
@@ -131,6 +145,7 @@ def max_micro_batch_size(
             micro_batch_size=size,
             seq_len=seq_len,
             is_on_host=is_on_host,
+            num_copies=num_copies,
         )
         if memory_bytes is None or need.total_bytes <= USABLE_SHARE * memory_bytes:
             return size

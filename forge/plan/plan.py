@@ -17,7 +17,13 @@ from typing import Any
 from forge.errors import PlanError
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.facts import CorpusFacts, Hardware, ModelFacts
-from forge.plan.footprint import USABLE_SHARE, Footprint, footprint, max_micro_batch_size
+from forge.plan.footprint import (
+    USABLE_SHARE,
+    Footprint,
+    footprint,
+    max_micro_batch_size,
+    num_copies_in_memory,
+)
 from forge.plan.throughput import flops_per_token
 from forge.plan.zero import zero_config
 from forge.spec.job import JobSpec
@@ -73,6 +79,7 @@ def make_plan(job: JobSpec, *, model: ModelFacts, corpus: CorpusFacts | None, ha
     seq_len, is_on_host = job.data.seq_len, hardware.device == "cpu"
     worlds = []
     for world_size in job.resources.workers:
+        copies = num_copies_in_memory(engine=job.resources.engine, world_size=world_size)
         micro = max_micro_batch_size(
             model,
             job.training,
@@ -80,6 +87,7 @@ def make_plan(job: JobSpec, *, model: ModelFacts, corpus: CorpusFacts | None, ha
             seq_len=seq_len,
             memory_bytes=hardware.memory_bytes,
             is_on_host=is_on_host,
+            num_copies=copies,
         )
         batch = plan_batch(job.training.global_batch_size, world_size=world_size, max_micro_batch_size=micro)
         need = footprint(
@@ -89,6 +97,7 @@ def make_plan(job: JobSpec, *, model: ModelFacts, corpus: CorpusFacts | None, ha
             micro_batch_size=batch.micro_batch_size,
             seq_len=seq_len,
             is_on_host=is_on_host,
+            num_copies=copies,
         )
         fits = None if hardware.memory_bytes is None else need.total_bytes <= USABLE_SHARE * hardware.memory_bytes
         worlds.append(WorldPlan(batch=batch, footprint=need, fits=fits, deepspeed=zero_config(job.training, batch)))

@@ -77,7 +77,7 @@ def test_sequences_longer_than_the_positions_are_refused() -> None:
 
 def test_auto_micro_batch_shrinks_with_the_memory_and_says_what_does_not_fit() -> None:
     roomy = plan(hardware=replace(CPU, memory_bytes=10**9)).world(1)
-    tight = plan(hardware=replace(CPU, memory_bytes=1_200_000)).world(1)
+    tight = plan(hardware=replace(CPU, memory_bytes=1_600_000)).world(1)
     hopeless = plan(hardware=replace(CPU, memory_bytes=10**5)).world(1)
     assert roomy.batch.micro_batch_size > tight.batch.micro_batch_size >= 1
     assert (roomy.fits, tight.fits, hopeless.fits) == (True, True, False)
@@ -102,10 +102,14 @@ def test_model_state_shrinks_with_the_stage_as_in_the_zero_paper() -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_rank_holds_its_share_of_the_snapshot_at_every_stage(stage: int) -> None:
-    for world_size in (1, 4):
-        need = plan(training__zero={"stage": stage}).world(world_size).footprint
-        assert need.host_bytes == 12 * tiny_facts().num_parameters // world_size
+@pytest.mark.parametrize(("engine", "alone", "together"), [("elastic", 2, 4), ("ray-train", 1, 1)])
+def test_a_rank_holds_copies_of_its_share_and_of_anothers(
+    stage: int, engine: str, alone: int, together: int
+) -> None:
+    for world_size, num_copies in ((1, alone), (4, together)):
+        made = plan(training__zero={"stage": stage}, resources={"workers": "1..4", "gpu": "none", "engine": engine})
+        need = made.world(world_size).footprint
+        assert need.host_bytes == num_copies * (12 * tiny_facts().num_parameters // world_size)
         assert need.total_bytes == need.state_bytes + need.activations_bytes + need.host_bytes  # one memory
 
 
