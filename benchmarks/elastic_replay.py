@@ -69,7 +69,8 @@ def main() -> None:
                 found[contender].append(replay(trace, options))
                 print(f"  {name}, {contender}: {found[contender][-1]}", file=sys.stderr)
         figures[name] = figures_of(found) | {"num_changes": len(trace.changes) - 1}
-    report(figures, json_path=options.json)
+        write_json(options.json, figures=figures)
+    report(figures)
 
 
 def replay_forge(trace: Trace, options: argparse.Namespace) -> Trained:
@@ -170,8 +171,8 @@ def figures_of(found: Mapping[str, list[Trained]]) -> dict[str, Any]:
     return figures | {"ratio": figures["forge_samples_per_s"] / figures["ray_train_samples_per_s"]}
 
 
-def report(figures: dict[str, Any], *, json_path: Path | None) -> None:
-    """The table, and the file."""
+def report(figures: Mapping[str, Mapping[str, Any]]) -> None:
+    """The table."""
     rows = []
     for name, of in figures.items():
         for contender in ("forge", "ray_train"):
@@ -183,7 +184,6 @@ def report(figures: dict[str, Any], *, json_path: Path | None) -> None:
         header=["", "samples/s", "share", "repeated", "ratio (≥ 1.5)"],
         rows=rows,
     )
-    write_json(json_path, figures=figures)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,19 @@ killed, its port is opened, and it joins anew.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.changes import SETTLE_S, Cost, Watch, changes_of, report
 from benchmarks.peers.forge_elastic import write_job
+from benchmarks.program import end_on_sigterm, uninterrupted
 from forge.run.submit import create_run, resolve
 from forge.spec.load import load_job
 from tests.support.hosts import Hosts, can_make_hosts
@@ -34,7 +36,7 @@ def measure_partition(job: Mapping[str, Any], *, repeats: int) -> dict[str, Any]
         return {"partition_recovery_s": None, "partition_skipped": reason}
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
         folder, cut_s = Path(text), []
-        with Hosts(1 + _NODES) as hosts:
+        with network() as hosts:
             hosts.start_ray()
             watch = Watch(folder, start_run(job, hosts, folder))
             watch.await_formed(None, since_s=0.0)
@@ -47,6 +49,18 @@ def measure_partition(job: Mapping[str, Any], *, repeats: int) -> dict[str, Any]
                 time.sleep(SETTLE_S)
                 add_again(host, hosts, watch)
         return report({"partition_recovery": costs_of(folder, cut_s)})
+
+
+@contextlib.contextmanager
+def network() -> Iterator[Hosts]:
+    """The machines; nothing of them is left."""
+    end_on_sigterm()
+    hosts = Hosts(1 + _NODES)
+    try:
+        yield hosts
+    finally:
+        with uninterrupted():
+            hosts.close()
 
 
 def start_run(job: Mapping[str, Any], hosts: Hosts, folder: Path) -> subprocess.Popen[Any]:

@@ -65,7 +65,7 @@ def running(command: Sequence[str], *, folder: Path) -> Iterator[Program]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "TMPDIR": str(folder),
     }
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_on_sigterm()
     with (folder / "answer").open("w") as answer, (folder / "log").open("w") as log:
         process = subprocess.Popen(
             command,
@@ -79,12 +79,28 @@ def running(command: Sequence[str], *, folder: Path) -> Iterator[Program]:
     try:
         yield Program(process=process, folder=folder, environment=environment)
     finally:
-        with _uninterrupted():
+        with uninterrupted():
             _kill_marked(mark)
             process.wait()
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process as Ctrl-C does, with all that is to be cleared away."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let nobody's impatience leave something behind."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def wait(
@@ -111,17 +127,6 @@ def records_of(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let nobody's impatience leave something behind."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _kill_marked(mark: str) -> None:

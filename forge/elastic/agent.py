@@ -86,6 +86,8 @@ class _Member:
     board: Board
     buddy_endpoint: Endpoint | None
     born_ns: int = field(default_factory=time.monotonic_ns)
+    sent_at_ns: int = 0
+    """The agent's processor time when it began to send the last copy on."""
     pid: int | None = None
     buddy: Buddy | None = None
     has_said_end: bool = False
@@ -248,7 +250,11 @@ class Agent:
         asked_at = time.monotonic()
         self._generation, self._findings = generation, order["findings"]
         self._kill(generation - 1)
-        assert self._warm is not None, "only a warm machine is a member"
+        if self._warm is None:  # it died just now, which the supervisor is being told
+            for rank in ranks:
+                told = {"step": 0, "reason": "its warm process died", "error": ""}
+                self._keep(self._tell(say="ended", generation=generation, rank=rank, end="broken", **told))
+            return
         interface = _interface_of(self._setup.host) if order["is_spread"] else "lo"
         for local_rank, rank in enumerate(ranks):
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -350,6 +356,7 @@ class Agent:
                 )
             case "copied", (step, slot):
                 if member.buddy is not None:
+                    member.sent_at_ns = time.process_time_ns()
                     member.buddy.send(step=step, slot=slot)
             case "event", (GenerationFormed() as formed,):
                 self._keep(self._tell(say="formed", formed=asdict(formed)))
@@ -371,7 +378,7 @@ class Agent:
                 self._has_news.set()
 
     def _kept(self, member: _Member, step: int) -> None:
-        member.board[Word.AGENT_CPU_NS] = time.process_time_ns()
+        member.board[Word.AGENT_CPU_NS] += time.process_time_ns() - member.sent_at_ns
         member.board[Word.KEPT_STEP] = step
 
     async def _bury(self, member: _Member) -> None:
@@ -395,10 +402,12 @@ class Agent:
 
     def _kill(self, generation: int) -> None:
         for member in self._members.values():
-            if member.generation <= generation and not member.is_gone.is_set():
+            if member.generation > generation:
+                continue
+            if member.buddy is not None:
+                member.buddy.close()
+            if not member.is_gone.is_set():
                 member.is_condemned = True
-                if member.buddy is not None:
-                    member.buddy.close()
                 if member.pid is not None:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(member.pid, signal.SIGKILL)

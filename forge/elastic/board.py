@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from enum import IntEnum, auto
 
 
@@ -32,7 +33,7 @@ class Word(IntEnum):
     RECORDED_STEP = auto()
     """The newest step that stands in `metrics.jsonl`."""
     AGENT_CPU_NS = auto()
-    """Processor time of the agent so far: what copies to other machines cost."""
+    """Processor time of the agent while it sent copies to another machine."""
 
 
 class Board:
@@ -42,6 +43,8 @@ class Board:
         self.fd = fd
         self._memory = mmap.mmap(fd, mmap.PAGESIZE)
         self._words = memoryview(self._memory).cast("q")
+        # An agent lets go of the boards of a generation by forgetting its ranks.
+        self._closes = weakref.finalize(self, os.close, fd)
 
     def __getitem__(self, word: Word) -> int:
         return self._words[word]
@@ -53,7 +56,7 @@ class Board:
         """Let go of the memory."""
         self._words.release()
         self._memory.close()
-        os.close(self.fd)
+        self._closes()
 
 
 def create_board() -> Board:

@@ -19,13 +19,13 @@ data, so any history can be replayed in a test. Times are seconds of one clock, 
     FORMING   the ranks of a generation start, load, and take their first step
     TRAINING  steps are made
     LEAVING   the ranks were asked to end after their step, with a snapshot: no step is lost
-    STOPPING  every agent of the generation kills what is left of it and says which snapshots it holds;
+    STOPPING  every agent kills what is left of the generation and says which snapshots it holds;
               the next generation begins only when all have answered or are lost: never two at once
 
 A generation goes on from the newest step of which every rank's snapshot is still whole in some machine's
 memory, or from storage if that is newer. A machine that was given notice is used until the time left is
 what a planned change needs. A preemption is not a failure: only generations that break before their first
-step with no machine lost count against a budget.
+step while no machine is lost count against a budget.
 
 The module is long because everything that may happen to a run is answered here.
 """
@@ -80,6 +80,7 @@ YIELD_S = 15.0
 MOST_FAILURES = 3
 # How long a supervisor that was restarted waits for the agents of the generation it finds.
 REUNION_S = 4.0
+_ALIVE = (Phase.FORMING, Phase.TRAINING, Phase.LEAVING)
 
 
 def decide(state: State, event: Event, *, now: float) -> Decision:
@@ -98,27 +99,26 @@ def decide(state: State, event: Event, *, now: float) -> Decision:
         case Noticed(node=name, goes_at=goes_at) if name in state.nodes:
             return _noticed(state, name, goes_at, now)
         case Holds(node=name, holdings=holdings) if name in state.nodes:
-            return _forget(_with_node(state, name, holdings=holdings))
+            state, actions = _forget(_with_node(state, name, holdings=holdings))
+            # That it has formed may have been said while the connection was away; no snapshot is older than that.
+            if state.phase is Phase.FORMING and any(h.generation == state.generation for h in holdings):
+                state = _formed(state)
+            return state, actions
         case Formed(generation=generation) if generation == state.generation and state.phase is Phase.FORMING:
-            return _look(replace(state, phase=Phase.TRAINING, num_failures=0), now)
+            return _look(_formed(state), now)
         case RankEnded(generation=generation) if generation == state.generation and state.places:
             return _ended(state, event, now)
         case Stopped(node=name, generation=generation, holdings=holdings) if name in state.nodes:
             state = _with_node(state, name, holdings=holdings)
-            if state.phase is not Phase.STOPPING or generation != state.generation:
-                return state, ()
-            return _answered(replace(state, unanswered=state.unanswered - {name}), now)
-        case Hung() if event.generation == state.generation and state.phase in (
-            Phase.FORMING,
-            Phase.TRAINING,
-            Phase.LEAVING,
-        ):
+            is_all = generation >= state.generation
+            return _look(replace(state, unanswered=state.unanswered - {name}) if is_all else state, now)
+        case Hung() if event.generation == state.generation and state.phase in _ALIVE:
             return _hung(state, event, now)
         case Saved(step=step):
-            return replace(state, stored_step=max(step, state.stored_step)), ()
+            return _look(replace(state, stored_step=max(step, state.stored_step)), now)
         case StopWished():
-            return _stop_wished(state, now)
-        case YieldWished():
+            return _look(replace(state, is_stopping=True), now)
+        case YieldWished() if state.reunites_until is None:  # it does not know yet what it uses; it is asked again
             return _yield(state, now)
         case Ticked(margin_s=margin_s):
             return _look(state if margin_s is None else replace(state, margin_s=margin_s), now)
@@ -138,47 +138,62 @@ def newest_whole(state: State) -> tuple[int, int, int] | None:
 
 
 def _came(state: State, event: NodeCame, now: float) -> Decision:
-    known = state.nodes.get(event.node)
-    node = replace(known or Node(num_slots=event.num_slots), is_warm=event.is_warm, holdings=event.holdings)
-    node = replace(node, num_slots=event.num_slots, num_firm=event.num_firm)
-    state = replace(state, nodes={**state.nodes, event.node: node})
-    if event.places and state.generation == 0:
-        # A supervisor that was restarted finds a generation at work.
-        world_size = next(iter(event.places.values()))
-        state = replace(
-            state,
-            phase=Phase.TRAINING,
-            generation=event.generation,
-            places=("",) * world_size,
-            reunites_until=state.reunites_until or now + REUNION_S,
-        )
-    state = replace(state, generation=max(state.generation, event.generation))
-    if event.node in state.unanswered:  # what it was told before may not have reached it
-        return state, (Stop(node=event.node, generation=state.generation),)
-    if event.places and event.generation == state.generation and state.places:
-        if state.reunites_until is not None:
-            places = tuple(event.node if rank in event.places else name for rank, name in enumerate(state.places))
-            return _look(replace(state, places=places), now)
-        if all(state.places[rank] == event.node for rank in event.places):
-            return state, ()  # only its connection was away
-    if event.places:  # of a generation that is over, or of one that has been told that this node is lost
-        return state, (Stop(node=event.node, generation=event.generation),)
-    if event.node in state.places and state.phase in (Phase.FORMING, Phase.TRAINING, Phase.LEAVING):
-        return _break(state, now, cause="loss", reason=f"node {event.node} has lost its ranks")
-    return _look(state, now)
+    name, running = event.node, set(event.places)
+    node = replace(
+        state.nodes.get(name) or Node(num_slots=event.num_slots),
+        num_slots=event.num_slots,
+        num_firm=event.num_firm,
+        is_warm=event.is_warm,
+        holdings=event.holdings,
+    )
+    state = replace(
+        state,
+        nodes={**state.nodes, name: node},
+        former_generation=max(state.former_generation, event.generation),
+        # That it was done may have been said while the connection was away.
+        persisting=None if name in state.nodes else state.persisting,
+    )
+    stops: tuple[Action, ...] = ()
+    is_searching = state.phase is Phase.WAITING or state.reunites_until is not None
+    if running and is_searching and event.generation > state.generation:
+        state, stops = _adopt(state, event, now)
+    if state.reunites_until is not None and event.generation == state.generation:
+        places = tuple(name if rank in running else place for rank, place in enumerate(state.places))
+        state = replace(state, places=places)
+    ranks = {rank for rank, place in enumerate(state.places) if place == name and state.phase in _ALIVE}
+    if ranks and not (event.generation == state.generation and ranks - state.ended <= running <= ranks):
+        return _break(state, now, cause="loss", reason=f"node {name} has lost its ranks")
+    # Its ranks are of a generation that is over. Or it was told so, and that may not have reached it.
+    if (running and not ranks) or name in state.unanswered:
+        state = replace(state, unanswered=state.unanswered | {name})
+        return state, (*stops, Stop(node=name, generation=max(state.generation, event.generation)))
+    state, actions = _look(state, now)
+    return state, (*stops, *actions)
+
+
+def _adopt(state: State, event: NodeCame, now: float) -> Decision:
+    """A supervisor that was restarted finds a generation at work, if need be a newer one than it found before."""
+    strangers = state.unanswered | set(_members(state))
+    state = replace(
+        state,
+        phase=Phase.TRAINING,
+        generation=event.generation,
+        places=("",) * next(iter(event.places.values())),
+        unanswered=strangers,
+        ended=frozenset(),
+        reunites_until=state.reunites_until or now + REUNION_S,
+    )
+    return state, tuple(Stop(node=name, generation=event.generation) for name in sorted(strangers))
 
 
 def _lost(state: State, name: str, reason: str, now: float) -> Decision:
     nodes = {key: node for key, node in state.nodes.items() if key != name}
-    is_member = name in state.places
-    state = replace(state, nodes=nodes, unanswered=state.unanswered - {name}, has_lost=state.has_lost or is_member)
-    if state.phase is Phase.STOPPING:
-        return _answered(state, now)
-    if is_member and state.phase is not Phase.WAITING:
+    state = replace(state, nodes=nodes, unanswered=state.unanswered - {name}, has_lost=True, persisting=None)
+    if state.phase in _ALIVE and name in state.places:
         if state.done_step is not None:
-            return _settle_done(state, now)
+            return _settle_done(state)
         return _break(state, now, cause="loss", reason=f"node {name} lost: {reason}")
-    return state, ()
+    return _look(state, now)
 
 
 def _noticed(state: State, name: str, goes_at: float, now: float) -> Decision:
@@ -196,7 +211,7 @@ def _ended(state: State, event: RankEnded, now: float) -> Decision:
     if event.end is End.DONE:
         state = replace(state, done_step=event.step)
     if state.done_step is not None:
-        return _settle_done(state, now)
+        return _settle_done(state)
     if state.phase is Phase.STOPPING:
         return state, ()
     if event.end is End.LEFT:
@@ -207,7 +222,7 @@ def _ended(state: State, event: RankEnded, now: float) -> Decision:
     return _break(state, now, cause="failure", reason=f"rank {event.rank} on {place} broke: {event.reason}")
 
 
-def _settle_done(state: State, now: float) -> Decision:
+def _settle_done(state: State) -> Decision:
     """The last checkpoint is sealed: the run is over once every rank has ended or is lost."""
     left = [r for r, name in enumerate(state.places) if r not in state.ended and name in state.nodes]
     if left:
@@ -230,25 +245,10 @@ def _hung(state: State, event: Hung, now: float) -> Decision:
     )
 
 
-def _stop_wished(state: State, now: float) -> Decision:
-    state = replace(state, is_stopping=True)
-    if state.phase is Phase.WAITING:
-        return _finish_waiting(state)
-    return state, ()
-
-
-def _finish_waiting(state: State) -> Decision:
-    """Stopped while no rank is there. A snapshot that is newer than storage is made durable by `Persist` before."""
-    found = newest_whole(state)
-    if found is not None and found[0] > state.stored_step:
-        return state, ()  # its Saved, or the loss of the snapshot, comes next
-    return replace(state, phase=Phase.DONE), (Finish(step=state.stored_step),)
-
-
 def _yield(state: State, now: float) -> Decision:
     used = len(state.places)
     state = replace(state, yields_until=now + YIELD_S)
-    if state.phase is Phase.TRAINING and used > state.low:
+    if state.phase is Phase.TRAINING and used > state.low and not state.is_stopping:
         return _leave(state, now, cause="yield", reason="another run waits for its smallest number of workers")
     return state, (GiveBack(),)
 
@@ -264,10 +264,10 @@ def _look(state: State, now: float) -> Decision:
         state, actions = _look(replace(state, yields_until=0.0), now)
         return state, (Claim(), *actions)
     if state.phase is Phase.WAITING:
-        if state.is_stopping:
-            return _finish_waiting(state)
-        return _form(state, now) if _available(state, now) >= state.low else (state, ())
-    if state.phase is not Phase.TRAINING:
+        return _wait(state, now)
+    if state.phase is Phase.STOPPING and not state.unanswered:
+        return _follow(state, now)
+    if state.phase is not Phase.TRAINING or state.is_stopping:
         return state, ()
     going = [name for name in _members(state) if _is_going(state, name, now)]
     if going:
@@ -281,8 +281,10 @@ def _reunite(state: State, now: float) -> Decision:
     if not is_whole and now < state.reunites_until:
         return state, ()
     state = replace(state, reunites_until=None)
-    if is_whole or not state.places:
+    if is_whole:
         return _look(state, now)
+    if not state.places:
+        return _stop(state, now)
     return _break(state, now, cause="loss", reason="an agent did not come back while the supervisor was away")
 
 
@@ -310,13 +312,9 @@ def _leave(state: State, now: float, *, cause: str, reason: str) -> Decision:
 
 def _break(state: State, now: float, *, cause: str, reason: str, silent_s: float = 0.0) -> Decision:
     """A generation cannot go on: stop what is left of it."""
-    if state.phase is Phase.FORMING and not state.has_lost:
-        state = replace(state, num_failures=state.num_failures + 1)
+    if state.phase is Phase.FORMING and cause != "loss":
+        state = replace(state, failure=reason)
     change = Change(generation=state.generation, cause=cause, reason=reason, silent_s=silent_s)
-    if state.num_failures >= MOST_FAILURES:
-        stops = tuple(Stop(node=name, generation=state.generation) for name in _members(state))
-        text = f"{state.num_failures} generations in a row broke before their first step; the last: {reason}"
-        return replace(state, phase=Phase.DONE), (change, *stops, Fail(error="RunError", reason=text))
     # A change that was announced already is not announced again because its ranks break instead of leaving.
     announced = () if state.phase is Phase.LEAVING else (change,)
     state, actions = _stop(state, now)
@@ -324,32 +322,44 @@ def _break(state: State, now: float, *, cause: str, reason: str, silent_s: float
 
 
 def _stop(state: State, now: float) -> Decision:
-    members = _members(state)
-    state = replace(state, phase=Phase.STOPPING, unanswered=frozenset(members), joins_at=None, reunites_until=None)
-    stops = tuple(Stop(node=name, generation=state.generation) for name in members)
-    state, actions = _answered(state, now)
+    """Have no rank left. Machines without any are asked too: they may hold newer copies than they have told of."""
+    state = replace(
+        state, phase=Phase.STOPPING, unanswered=frozenset(state.nodes), joins_at=None, reunites_until=None
+    )
+    stops = tuple(Stop(node=name, generation=state.generation) for name in state.nodes)
+    state, actions = _look(state, now)
     return state, (*stops, *actions)
 
 
-def _answered(state: State, now: float) -> Decision:
-    """Once no rank of the generation is left anywhere, form the next."""
-    if state.unanswered:
-        return state, ()
+def _follow(state: State, now: float) -> Decision:
+    """No rank of the generation is left anywhere: form the next, or say what is waited for."""
     if state.done_step is not None:
         return replace(state, phase=Phase.DONE), (Finish(step=state.done_step),)
+    num_failures = state.num_failures + bool(state.failure and not state.has_lost)
+    if num_failures >= MOST_FAILURES:
+        reason = f"{num_failures} generations in a row broke before their first step; the last: {state.failure}"
+        return replace(state, phase=Phase.DONE), (Fail(error="RunError", reason=reason),)
     former = len(state.places)
-    state = replace(state, places=(), ended=frozenset(), has_lost=False)
-    if _available(state, now) >= state.low and not (state.is_stopping and newest_whole(state) is None):
-        return _form(state, now, former=former)
-    state = replace(state, phase=Phase.WAITING)
-    actions: list[Action] = [Wait(have=_available(state, now), need=state.low)]
+    state = replace(state, phase=Phase.WAITING, num_failures=num_failures, failure="", places=(), ended=frozenset())
+    state, actions = _wait(replace(state, persisting=None), now, former=former)
+    if state.phase is not Phase.WAITING:
+        return state, actions
+    return state, (Wait(have=_available(state, now), need=state.low), *actions)
+
+
+def _wait(state: State, now: float, *, former: int = 0) -> Decision:
+    """No ranks are there: form a generation as soon as that can be; until then, leave nothing in memory alone."""
     found = newest_whole(state)
-    if found is not None and found[0] > state.stored_step:
-        actions.append(Persist(step=found[0], generation=found[1], world_size=found[2]))
-    if state.is_stopping:
-        state, more = _finish_waiting(state)
-        actions += more
-    return state, (*actions, Claim())
+    unsaved = found if found is not None and found[0] > state.stored_step else None
+    if state.is_stopping and unsaved is None:
+        return replace(state, phase=Phase.DONE), (Finish(step=state.stored_step),)
+    if not state.unanswered and _available(state, now) >= state.low:
+        return _form(state, now, former=former)
+    if unsaved is None or unsaved == state.persisting:
+        return state, ()
+    step, generation, world_size = unsaved
+    persist = Persist(step=step, generation=generation, world_size=world_size)
+    return replace(state, persisting=unsaved), (persist,)
 
 
 def _form(state: State, now: float, *, former: int = 0) -> Decision:
@@ -435,6 +445,10 @@ def _forget(state: State) -> Decision:
     if found is None or found[1] != state.generation or state.forgotten >= state.generation:
         return state, ()
     return replace(state, forgotten=state.generation), (Forget(generation=state.generation),)
+
+
+def _formed(state: State) -> State:
+    return replace(state, phase=Phase.TRAINING, num_failures=0)
 
 
 def _still(until: tuple[float, ...], now: float) -> tuple[float, ...]:

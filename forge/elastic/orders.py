@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from forge.elastic.channel import Endpoint, Message
-from forge.elastic.vocabulary import Holding, Persist, Start, State
+from forge.elastic.vocabulary import Persist, Start, State
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,10 +102,11 @@ def _parts(start: Start, state: State, links: Mapping[str, Link]) -> list[Messag
 def _holders(generation: int, world_size: int, step: int, state: State) -> dict[int, list[str]]:
     """The machines that hold each rank's snapshot of a step."""
     found: dict[int, list[str]] = {rank: [] for rank in range(world_size)}
+    wanted = (generation, world_size, step)
     for name, node in state.nodes.items():
-        for rank in found:
-            if Holding(generation=generation, rank=rank, world_size=world_size, step=step) in node.holdings:
-                found[rank].append(name)
+        for held in node.holdings:
+            if (held.generation, held.world_size, held.step) == wanted:
+                found[held.rank].append(name)
     return found
 
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """Where a run stands; see the drawing above."""
+    """Where a run stands; `forge.elastic.membership` draws it."""
 
     WAITING = "waiting"
     FORMING = "forming"
@@ -68,7 +68,7 @@ class State:
     """The node of each rank of the generation that is forming, training, leaving or stopping."""
     nodes: Mapping[str, Node] = field(default_factory=dict)
     unanswered: frozenset[str] = frozenset()
-    """STOPPING: the nodes that have not said yet that the generation's ranks are gone."""
+    """Nodes that were told to stop ranks, and have not said yet that they are gone. None starts before."""
     ended: frozenset[int] = frozenset()
     """Ranks of the generation that have ended by themselves."""
     done_step: int | None = None
@@ -81,8 +81,13 @@ class State:
     """When the machines that have joined are taken in."""
     yields_until: float = 0.0
     num_failures: int = 0
+    """Generations in a row that broke by themselves before their first step."""
+    failure: str = ""
+    """Why the generation broke before its first step, if it did."""
     has_lost: bool = False
-    """A machine of the generation was lost: that it breaks is not its own fault."""
+    """A machine was lost since the generation was formed: that it breaks may not be its own fault."""
+    persisting: tuple[int, int, int] | None = None
+    """WAITING: (step, generation, world size) of the snapshots that are to be made durable."""
     is_stopping: bool = False
     """The run was asked to checkpoint and stop."""
     reunites_until: float | None = None

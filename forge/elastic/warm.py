@@ -3,8 +3,9 @@
     python -m forge.elastic.warm SOCKET_FD PLAN_FD PARENT_PID
 
 It touches neither CUDA nor threads, so a fork of it is as good as a fresh process, seconds earlier. Its
-agent sends it orders over a socket, each with the descriptors the rank inherits; it answers with pids, and
-with how each rank ended. Whoever dies takes its children along: ranks die with it, it dies with its agent.
+agent sends it orders over a socket, as descriptors: of the order's text, and of what the rank inherits. It
+answers with pids, and with how each rank ended. Whoever dies takes its children along: ranks die with it, it
+dies with its agent.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import sys
 import time
 from typing import Any
 
-_MOST_FDS = 250
-_MOST_BYTES = 2**20
+_MOST_FDS = 253
 _PR_SET_PDEATHSIG = 1
 
 
@@ -50,10 +50,11 @@ def main() -> None:
                 wake.recv(4096)
             _report_ends(sock)
         if sock in ready:
-            text, fds, _, _ = socket.recv_fds(sock, _MOST_BYTES, _MOST_FDS)
+            text, fds, _, _ = socket.recv_fds(sock, 16, _MOST_FDS)
             if not text:
                 return  # the agent is gone
-            _fork(sock, (wake, woken), json.loads(text), list(fds), plan)
+            order, *inherited = fds
+            _fork(sock, (wake, woken), json.loads(_read_all(order)), inherited, plan)
 
 
 def die_with(parent: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import socket
@@ -12,14 +11,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_ENVIRONMENT = {
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    "DEEPSPEED_LOG_LEVEL": "warning",
+    # numpy's linear algebra, which no rank uses, would start threads when it is imported.
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
 
 class WarmProcess:
     """The agent's end of its warm process."""
 
     def __init__(self, plan_json: str, *, log: Path) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        plan_fd = os.memfd_create("forge-plan")
-        os.write(plan_fd, plan_json.encode())
+        plan_fd = _memory_of(plan_json)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -28,7 +33,7 @@ class WarmProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno(), plan_fd],
-                env=os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "DEEPSPEED_LOG_LEVEL": "warning"},
+                env=os.environ | _ENVIRONMENT,
             )
         theirs.close()
         os.close(plan_fd)
@@ -47,11 +52,22 @@ class WarmProcess:
 
     def send(self, order: dict[str, Any], fds: list[int]) -> None:
         """Have it fork a rank, which inherits the descriptors."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is about to be started anew
-            socket.send_fds(self._socket, [json.dumps(order).encode()], fds)
+        text = _memory_of(json.dumps(order))  # longer than what a socket takes, where there are many ranks
+        try:
+            socket.send_fds(self._socket, [b"fork"], [text, *fds])
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it is about to be started anew
+        finally:
+            os.close(text)
 
     def kill(self) -> None:
         """End it, and its ranks with it."""
         self._process.kill()
         self._process.wait()
         self._socket.close()
+
+
+def _memory_of(text: str) -> int:
+    fd = os.memfd_create("forge-text")
+    os.write(fd, text.encode())
+    return fd

@@ -52,7 +52,10 @@ class Origin(Protocol):
     progress: Progress
 
     def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
-        """Fill each view with the bytes of its interval. Raises: CheckpointError."""
+        """Fill each view with the bytes of its interval."""
+
+    def close(self) -> None:
+        """Let go of that memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +191,7 @@ def _peak(device: torch.device, known: Findings | None, *, plan: Plan, world_siz
 def _take_over(engine: Engine, origin: Origin) -> Progress:
     """Fill this rank's state from memory; collective. Raises: CheckpointError if it is not all there."""
     engine.state.read(origin)
+    origin.close()
     engine.state.resume(step=origin.progress.step)
     return origin.progress
 

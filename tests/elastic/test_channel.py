@@ -8,7 +8,6 @@ import os
 import secrets
 import socket
 import struct
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -225,7 +224,7 @@ async def take_and_return(channel: Channel) -> None:
 def test_messages_raw_bytes_and_files_arrive_as_they_were_sent() -> None:
     async def exchange() -> None:
         data, raw = secrets.token_bytes(LONG_BYTES), b"\0raw"
-        message = {"text": "ä\n", "list": [1, None, 2.5], "bytes": LONG_BYTES + len(raw)}
+        message: Message = {"text": "ä\n", "list": [1, None, 2.5], "bytes": LONG_BYTES + len(raw)}
         with file_of(b"before" + data + b"after") as fd:
             async with listening(take_and_return) as listener, connected(listener.endpoint) as channel:
                 await channel.send(message, raw=raw)
@@ -250,7 +249,7 @@ def test_a_process_without_an_event_loop_reads_the_same() -> None:
         reader = Reader(endpoint, secret=SECRET, timeout_s=5)
         answer, received = reader.ask({"n": 1}), bytearray(len(data))
         reader.receive_into(memoryview(received))
-        with pytest.raises(EOFError):
+        with pytest.raises((OSError, EOFError)):
             reader.ask({"n": 2})
         reader.close()
         return answer, bytes(received)
@@ -284,10 +283,10 @@ def test_a_file_that_is_shorter_than_announced_is_an_error() -> None:
     asyncio.run(send())
 
 
-def test_a_network_that_is_faster_than_its_reader_leaves_others_their_turn() -> None:
+def test_a_network_that_is_faster_than_its_reader_leaves_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heartbeats go on while a state of many gigabytes arrives."""
+    monkeypatch.setattr(channel_module, "_TURN_BYTES", 1000)
     ours, theirs = socket.socketpair()
-    flood = threading.Thread(target=theirs.sendall, args=(bytes(2 * LONG_BYTES),), daemon=True)
 
     async def receive() -> None:
         turns = 0
@@ -300,17 +299,15 @@ def test_a_network_that_is_faster_than_its_reader_leaves_others_their_turn() -> 
 
         channel = Channel(ours)
         others = asyncio.ensure_future(take_turns())
-        await channel.receive_into(memoryview(bytearray(2 * LONG_BYTES)))
+        await channel.receive_into(memoryview(bytearray(50_000)))
         others.cancel()
         channel.close()
-        assert turns >= 2 * LONG_BYTES // channel_module._TURN_BYTES
+        assert turns >= 50
 
-    # A Unix socket has no TCP_NODELAY to set.
-    with pytest.MonkeyPatch.context() as patch, contextlib.closing(theirs):
-        patch.setattr(channel_module, "_tune", lambda sock: None)
-        flood.start()
+    monkeypatch.setattr(channel_module, "_tune", lambda sock: None)  # a Unix socket has no TCP_NODELAY to set
+    with contextlib.closing(theirs):
+        theirs.sendall(bytes(50_000))  # all of it is there
         asyncio.run(receive())
-        flood.join()
 
 
 # Peers that go, or go wrong

@@ -1,12 +1,21 @@
-"""Who is a member, decided without a cluster: one event at a time, and any history of them."""
+"""What follows from one event: members come, are lost, hang, are announced to go; the run waits, yields, stops."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from forge.elastic.membership import BENCH_S, JOIN_WINDOW_S, REUNION_S, YIELD_S, decide
+from forge.elastic.membership import (
+    BENCH_S,
+    JOIN_WINDOW_S,
+    MOST_FAILURES,
+    REUNION_S,
+    YIELD_S,
+    decide,
+    newest_whole,
+)
 from forge.elastic.vocabulary import (
     Action,
     Change,
@@ -22,6 +31,7 @@ from forge.elastic.vocabulary import (
     Holds,
     Hung,
     Leave,
+    Node,
     NodeCame,
     NodeLost,
     NodeWarm,
@@ -44,320 +54,683 @@ from forge.elastic.vocabulary import (
 
 
 class Story:
-    """A run as events tell it, with what was decided."""
+    """A state, and what has happened to it so far."""
 
-    def __init__(self, *, low: int = 1, high: int = 3, state: State | None = None) -> None:
-        self.state = state or State(low=low, high=high)
-        self.now = 0.0
-        self.actions: tuple[Action, ...] = ()
+    def __init__(self, state: State) -> None:
+        self.state, self.now = state, 100.0
 
-    def tell(self, *events: Event) -> tuple[Action, ...]:
-        """Returns: what all of them together led to."""
-        self.actions = ()
-        for event in events:
-            self.state, actions = decide(self.state, event, now=self.now)
-            self.actions += actions
-        return self.actions
+    def on(self, event: Event) -> list[Action]:
+        """What follows from an event."""
+        self.state, actions = decide(self.state, event, now=self.now)
+        return list(actions)
 
-    def after(self, seconds: float) -> tuple[Action, ...]:
+    def after(self, seconds: float) -> list[Action]:
+        """What follows from the time that has passed."""
         self.now += seconds
-        return self.tell(Ticked())
+        return self.on(Ticked())
 
-    def trains(self, *nodes: str, step: int = 10) -> Story:
-        """Machines with a place each come, form a generation, and hold the copies of a step."""
-        for node in nodes:
-            self.tell(NodeCame(node=node, num_slots=1, num_firm=1 if node == "a" else 0, is_warm=True))
-        self.after(JOIN_WINDOW_S)
-        self.after(JOIN_WINDOW_S)
-        while self.state.phase is not Phase.TRAINING or len(self.state.places) < len(nodes):
-            if self.state.phase is Phase.FORMING:
-                self.tell(Formed(generation=self.state.generation))
-                self.after(JOIN_WINDOW_S)
-                self.after(JOIN_WINDOW_S)
-            elif self.state.phase is Phase.LEAVING:
-                self.leave(step=1)
-        self.hold(step)
-        return self
+    def stopped(self, *names: str, **holdings: frozenset[Holding]) -> list[Action]:
+        """What follows from the last of these answers."""
+        generation = self.state.generation
+        actions: list[Action] = []
+        for name in names:
+            held = holdings.get(name, self.state.nodes[name].holdings)
+            actions = self.on(Stopped(node=name, generation=generation, holdings=held))
+        return actions
 
-    def hold(self, step: int) -> tuple[Action, ...]:
-        """Every rank's copy of a step is whole on its machine and on the next one."""
-        places, size = self.state.places, len(self.state.places)
-        told: list[Event] = []
-        for node in dict.fromkeys(places):
-            ranks = [r for r, name in enumerate(places) if name == node or places[(r + 1) % size] == node]
-            told.append(Holds(node=node, holdings=frozenset(self.copy(r, step) for r in ranks)))
-        return self.tell(*told)
-
-    def copy(self, rank: int, step: int) -> Holding:
-        return Holding(generation=self.state.generation, rank=rank, world_size=len(self.state.places), step=step)
-
-    def leave(self, *, step: int) -> tuple[Action, ...]:
-        """All ranks end after a step, and every agent answers with its copies."""
-        generation, size = self.state.generation, len(self.state.places)
-        self.hold(step)
-        self.tell(*(RankEnded(generation=generation, rank=r, end=End.LEFT, step=step) for r in range(size)))
-        return self.answer()
-
-    def answer(self) -> tuple[Action, ...]:
-        """Every agent that was asked says that its ranks are gone."""
-        return self.tell(
-            *(
-                Stopped(node=n, generation=self.state.generation, holdings=self.state.nodes[n].holdings)
-                for n in sorted(self.state.unanswered)
-            )
-        )
+    def left(self) -> list[Action]:
+        """Every rank has ended after its step, as it was asked to."""
+        ranks = range(len(self.state.places))
+        return [action for rank in ranks for action in self.on(ended(rank, End.LEFT, self.state.generation))]
 
 
-def of(kind: type, actions: tuple[Action, ...]) -> list[Action]:
-    return [action for action in actions if isinstance(action, kind)]
+def waiting(*, low: int = 1, high: int = 4, **more: Any) -> Story:
+    return Story(State(low=low, high=high, **more))
 
 
-def start_in(actions: tuple[Action, ...]) -> Start:
-    (start,) = of(Start, actions)
-    assert isinstance(start, Start)
-    return start
+def training(*places: str, low: int = 1, high: int = 4, phase: Phase = Phase.TRAINING, **more: Any) -> Story:
+    """Generation 1 is at work, a rank on each of these."""
+    nodes = {name: Node(num_slots=places.count(name), is_warm=True) for name in places}
+    return Story(State(low=low, high=high, phase=phase, generation=1, places=places, nodes=nodes, **more))
 
 
-def test_the_first_generation_starts_when_the_smallest_number_is_warm() -> None:
-    story = Story(low=2)
-    assert story.tell(NodeCame(node="a", num_slots=1, is_warm=True), NodeCame(node="b", num_slots=1)) == ()
-    start = start_in(story.tell(NodeWarm(node="b")))
-    assert (start.generation, set(start.places), start.step, start.source) == (1, {"a", "b"}, 0, None)
+def came(name: str, **more: Any) -> NodeCame:
+    return NodeCame(node=name, **({"num_slots": 1, "is_warm": True} | more))
 
 
-def test_machines_that_come_soon_after_each_other_are_taken_in_together() -> None:
-    story = Story().trains("a")
-    story.tell(NodeCame(node="b", num_slots=1, is_warm=True))
-    story.after(JOIN_WINDOW_S / 2)
-    story.tell(NodeCame(node="c", num_slots=1, is_warm=True))
-    assert of(Leave, story.after(JOIN_WINDOW_S)) == [Leave(generation=1)]
-    start = start_in(story.leave(step=11))
-    assert (len(start.places), start.step, start.source) == (3, 11, (1, 1))
+def lost(name: str) -> NodeLost:
+    return NodeLost(node=name, reason="its connection closed")
 
 
-def test_after_a_loss_the_next_generation_waits_for_every_answer_and_goes_on_from_memory() -> None:
-    story = Story().trains("a", "b", "c")
-    generation = story.state.generation
-    actions = story.tell(NodeLost(node="b", reason="gone"))
-    assert {stop.node for stop in of(Stop, actions) if isinstance(stop, Stop)} == {"a", "c"}
-    assert not of(
-        Start, story.tell(Stopped(node="a", generation=generation, holdings=story.state.nodes["a"].holdings))
-    )
-    start = start_in(story.answer())
-    assert (start.generation, len(start.places), start.step) == (generation + 1, 2, 10)
-    assert "b" not in start.places
+def ended(rank: int, end: End = End.BROKEN, generation: int = 1, **more: Any) -> RankEnded:
+    return RankEnded(generation=generation, rank=rank, end=end, **more)
 
 
-def test_who_is_lost_while_it_is_waited_for_need_not_answer() -> None:
-    story = Story().trains("a", "b", "c")
-    story.tell(NodeLost(node="b", reason="gone"))
-    story.tell(Stopped(node="a", generation=story.state.generation, holdings=frozenset()))
-    start = start_in(story.tell(NodeLost(node="c", reason="gone")))
-    assert start.places == ("a",)
+def snapshots(step: int, *ranks: int, of: int, generation: int = 1) -> frozenset[Holding]:
+    return frozenset(Holding(generation=generation, rank=rank, world_size=of, step=step) for rank in ranks)
 
 
-def test_a_step_counts_only_if_every_ranks_copy_of_it_is_somewhere() -> None:
-    story = Story().trains("a", "b", "c", step=10)
-    newest = frozenset({story.copy(0, 11), story.copy(0, 10), story.copy(2, 10)})
-    story.tell(Holds(node="a", holdings=newest))
-    story.tell(NodeLost(node="b", reason="gone"))
-    assert start_in(story.answer()).step == 10
+def stops(*names: str, generation: int = 1) -> list[Action]:
+    return [Stop(node=name, generation=generation) for name in names]
 
 
-def test_storage_is_gone_on_from_where_it_is_newer_than_memory() -> None:
-    story = Story().trains("a", "b", step=10)
-    story.tell(Saved(step=12), NodeLost(node="b", reason="gone"))
-    start = start_in(story.answer())
-    assert (start.step, start.source) == (12, None)
+def start(generation: int, *places: str, step: int = 0, source: tuple[int, int] | None = None) -> Start:
+    return Start(generation=generation, places=places, step=step, source=source)
 
 
-def test_a_killed_rank_changes_the_generation_and_not_its_machines() -> None:
-    story = Story().trains("a", "b")
-    places, generation = story.state.places, story.state.generation
-    story.tell(RankEnded(generation=generation, rank=1, end=End.BROKEN))
-    assert set(start_in(story.answer()).places) == set(places)
+def causes(actions: list[Action]) -> list[str]:
+    return [action.cause for action in actions if isinstance(action, Change)]
 
 
-def test_a_machine_under_notice_is_used_until_a_change_takes_what_is_left() -> None:
-    story = Story().trains("a", "b")
-    actions = story.tell(Noticed(node="b", goes_at=story.now + 30))
-    assert actions == (Replace(node="b"),)
-    assert not of(Leave, story.after(20))
-    (change,) = of(Change, story.after(30 - 20 - story.state.margin_s))
-    assert isinstance(change, Change)
-    assert change.cause == "notice"
-    assert start_in(story.leave(step=20)).places == ("a",)
+def starts(actions: list[Action]) -> list[Start]:
+    return [action for action in actions if isinstance(action, Start)]
 
 
-def test_a_machine_that_is_to_go_now_is_left_at_once() -> None:
-    story = Story().trains("a", "b")
-    assert of(Leave, story.tell(Noticed(node="a", goes_at=story.now)))
+# --- forming and growing
 
 
-def test_a_replacement_that_is_ready_ends_the_waiting_and_takes_the_place() -> None:
-    story = Story(high=2).trains("a", "b")
-    story.tell(Noticed(node="b", goes_at=story.now + 100))
-    assert of(Leave, story.tell(NodeCame(node="c", num_slots=1, is_warm=True)))
-    assert set(start_in(story.leave(step=12)).places) == {"a", "c"}
+def test_a_run_begins_as_soon_as_the_smallest_number_of_workers_is_warm() -> None:
+    story = waiting(low=2)
+    assert story.on(came("a")) == []
+    assert story.on(came("b", is_warm=False)) == []
+    assert story.on(NodeWarm(node="b")) == [start(1, "a", "b")]
+    assert story.state.phase is Phase.FORMING
 
 
-def test_a_place_whose_rank_hung_is_left_out_for_a_while() -> None:
-    story = Story().trains("a", "b", "c")
-    culprit = story.state.places[1]
-    story.tell(Hung(generation=story.state.generation, rank=1, silent_s=5.0))
-    assert culprit not in start_in(story.answer()).places
-    story.tell(Formed(generation=story.state.generation))
-    story.hold(20)
-    story.after(BENCH_S)
-    assert of(Leave, story.after(JOIN_WINDOW_S))
-    assert culprit in start_in(story.leave(step=30)).places
+def test_a_machine_takes_as_many_ranks_as_it_has_places_and_the_job_allows() -> None:
+    story = waiting(low=2, high=3)
+    assert story.on(came("a", num_slots=4)) == [start(1, "a", "a", "a")]
 
 
-def test_a_place_is_not_left_out_where_the_run_could_not_go_on_without_it() -> None:
-    story = Story(low=2).trains("a", "b")
-    story.tell(Hung(generation=story.state.generation, rank=0, silent_s=5.0))
-    assert len(start_in(story.answer()).places) == 2
+def test_a_resumed_run_goes_on_from_storage_with_the_next_number() -> None:
+    story = waiting(former_generation=7, stored_step=40)
+    assert story.on(came("a")) == [start(8, "a", step=40)]
 
 
-def test_below_the_minimum_the_run_waits_and_makes_its_state_durable() -> None:
-    story = Story(low=2).trains("a", "b")
-    story.tell(NodeLost(node="b", reason="gone"))
-    actions = story.answer()
-    assert of(Wait, actions) == [Wait(have=1, need=2)]
-    (persist,) = of(Persist, actions)
-    assert isinstance(persist, Persist)
-    assert persist.step == 10
-    start = start_in(story.tell(NodeCame(node="c", num_slots=1, is_warm=True)))
-    assert (start.step, set(start.places)) == (10, {"a", "c"})
-
-
-def test_what_another_run_needs_is_given_back_and_claimed_again_after_its_time() -> None:
-    story = Story().trains("a", "b", "c")
-    assert of(Leave, story.tell(YieldWished()))
-    actions = story.leave(step=12)
-    assert start_in(actions).places == ("a",)  # the firm place
-    assert of(GiveBack, actions)
-    story.tell(Formed(generation=story.state.generation))
-    story.hold(13)
-    assert not of(Leave, story.after(JOIN_WINDOW_S) + story.after(JOIN_WINDOW_S))
-    assert of(Claim, story.after(YIELD_S))
-
-
-def test_at_its_minimum_a_run_gives_nothing_back_that_it_uses() -> None:
-    story = Story(low=2).trains("a", "b")
-    assert story.tell(YieldWished()) == (GiveBack(),)
+def test_the_first_step_makes_a_generation_train() -> None:
+    story = training("a", phase=Phase.FORMING)
+    assert story.on(Formed(generation=1)) == []
     assert story.state.phase is Phase.TRAINING
 
 
-@pytest.mark.parametrize("has_copies", [True, False])
-def test_a_run_that_waits_is_stopped_once_its_state_is_durable(has_copies: bool) -> None:
-    story = Story(low=2).trains("a", "b", step=10)
-    story.tell(Saved(step=0 if has_copies else 10), NodeLost(node="b", reason="gone"))
-    story.answer()
-    actions = story.tell(StopWished())
-    if has_copies:
-        assert not actions
-        story.tell(Saved(step=10))
-        actions = story.after(0.1)
-    assert of(Finish, actions) == [Finish(step=10)]
+def test_a_snapshot_shows_that_the_first_step_was_made_where_the_word_was_lost() -> None:
+    story = training("a", phase=Phase.FORMING)
+    story.on(Holds(node="a", holdings=snapshots(1, 0, of=1)))
+    assert story.state.phase is Phase.TRAINING
 
 
-def test_a_run_is_over_when_every_rank_has_reached_the_end_or_is_lost() -> None:
-    story = Story().trains("a", "b")
+def test_machines_that_join_soon_after_each_other_are_taken_in_together() -> None:
+    story = training("a")
+    assert story.on(came("b")) == []
+    story.now += JOIN_WINDOW_S / 2
+    assert story.on(came("c")) == []
+    actions = story.after(JOIN_WINDOW_S / 2)
+    assert causes(actions) == ["growth"]
+    assert actions[-1] == Leave(generation=1)
+    assert story.left() == stops("a", "b", "c")
+    assert story.stopped("a", "b", "c") == [start(2, "a", "b", "c")]
+
+
+def test_a_machine_that_goes_again_before_it_is_taken_in_changes_nothing() -> None:
+    story = training("a")
+    story.on(came("b"))
+    assert story.on(lost("b")) == []
+    assert story.after(JOIN_WINDOW_S) == []
+    assert story.on(came("c")) == []  # its window begins anew
+
+
+def test_no_more_machines_are_taken_than_the_job_allows() -> None:
+    story = training("a", "b", high=2)
+    assert story.on(came("c")) == []
+    assert story.after(JOIN_WINDOW_S) == []
+
+
+def test_a_machine_that_gets_more_places_is_used_more() -> None:
+    story = training("a")
+    assert story.on(SlotsChanged(node="a", num_slots=2)) == []
+    assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
+
+
+# --- losses
+
+
+def test_a_lost_member_ends_the_generation_and_the_next_waits_for_every_answer() -> None:
+    story = training("a", "b", "c")
+    actions = story.on(lost("b"))
+    assert causes(actions) == ["loss"]
+    assert actions[1:] == stops("a", "c")
+    assert story.stopped("a") == []
+    assert story.stopped("c") == [start(2, "a", "c")]
+
+
+def test_whoever_is_lost_need_not_answer() -> None:
+    story = training("a", "b", "c")
+    story.on(lost("b"))
+    story.stopped("a")
+    assert story.on(lost("c")) == [start(2, "a")]
+
+
+def test_the_next_generation_goes_on_from_the_newest_step_that_is_whole_in_memory() -> None:
+    story = training("a", "b", "c")
+    story.on(Holds(node="a", holdings=snapshots(7, 0, 2, of=3) | snapshots(8, 0, 2, of=3)))
+    story.on(lost("b"))
+    story.stopped("a")
+    held = snapshots(7, 1, of=3) | snapshots(9, 2, of=3)  # a copy of the lost rank's; its own is further
+    assert story.stopped("c", c=held) == [start(2, "c", "a", step=7, source=(1, 3))]
+
+
+def test_a_copy_on_a_machine_without_ranks_is_asked_for_too() -> None:
+    story = training("a", high=1)
+    story.on(came("spare"))
+    story.on(Holds(node="spare", holdings=snapshots(3, 0, of=1)))
+    assert story.on(lost("a"))[1:] == stops("spare")
+    newer = snapshots(8, 0, of=1)
+    assert story.stopped("spare", spare=newer) == [start(2, "spare", step=8, source=(1, 1))]
+
+
+def test_storage_that_is_newer_than_memory_is_preferred() -> None:
+    story = training("a", "b")
+    story.on(Saved(step=9))
+    story.on(lost("b"))
+    assert story.stopped("a", a=snapshots(8, 0, 1, of=2)) == [start(2, "a", step=9)]
+
+
+def test_memory_that_is_as_new_as_storage_is_preferred() -> None:
+    story = training("a", "b")
+    story.on(Saved(step=8))
+    story.on(lost("b"))
+    held = snapshots(8, 0, 1, of=2)
+    assert story.stopped("a", a=held) == [start(2, "a", step=8, source=(1, 2))]
+
+
+def test_a_member_lost_while_forming_ends_the_generation() -> None:
+    story = training("a", "b", phase=Phase.FORMING)
+    actions = story.on(lost("a"))
+    assert causes(actions) == ["loss"]
+    assert actions[1:] == stops("b")
+
+
+def test_a_member_lost_while_leaving_is_not_announced_as_another_change() -> None:
+    story = training("a", "b", phase=Phase.LEAVING)
+    assert story.on(lost("a")) == stops("b")
+
+
+def test_a_machine_that_is_no_member_may_go_unnoticed() -> None:
+    story = training("a", high=1)
+    story.on(came("spare"))
+    assert story.on(lost("spare")) == []
+    assert story.state.phase is Phase.TRAINING
+
+
+def test_a_killed_rank_is_started_again_on_the_same_machines() -> None:
+    story = training("a", "b")
+    actions = story.on(ended(1, reason="its process was killed"))
+    assert causes(actions) == ["failure"]
+    assert story.on(ended(0)) == []  # its connection to the other broke; nobody asks why
+    assert story.stopped("a", "b") == [start(2, "a", "b")]
+
+
+def test_the_end_of_a_rank_of_an_earlier_generation_means_nothing() -> None:
+    story = training("a", "b")
+    assert story.on(ended(1, generation=0)) == []
+    assert story.state.phase is Phase.TRAINING
+
+
+def test_a_member_whose_warm_process_died_is_left_out_until_it_is_warm_again() -> None:
+    story = training("a", "b")
+    assert story.on(NodeWarm(node="b", is_warm=False)) == []
+    story.on(ended(1))
+    assert story.stopped("a", "b") == [start(2, "a")]
+    story.on(Formed(generation=2))
+    story.on(NodeWarm(node="b"))
+    assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
+
+
+def test_machines_that_hold_snapshots_are_used_first() -> None:
+    story = training("a", "b", high=2)
+    story.on(came("aa"))
+    story.on(lost("a"))
+    held = snapshots(5, 0, 1, of=2)
+    assert story.stopped("aa", "b", b=held) == [start(2, "b", "aa", step=5, source=(1, 2))]
+
+
+def test_older_snapshots_are_let_go_once_those_of_the_new_generation_are_whole() -> None:
+    story = training("a", "b")
+    story.state = replace(story.state, generation=2)
+    old = snapshots(4, 0, 1, of=2)
+    assert story.on(Holds(node="a", holdings=old | snapshots(5, 0, of=2, generation=2))) == []
+    assert story.on(Holds(node="b", holdings=snapshots(5, 1, of=2, generation=2))) == [Forget(generation=2)]
+    assert story.on(Holds(node="b", holdings=snapshots(6, 1, of=2, generation=2))) == []  # once is enough
+
+
+def test_a_step_is_whole_only_if_one_generation_holds_all_of_it() -> None:
+    held = snapshots(5, 0, of=2) | snapshots(5, 1, of=2, generation=2) | snapshots(3, 0, of=1, generation=3)
+    node = Node(num_slots=1, holdings=held)
+    assert newest_whole(State(low=1, high=1, nodes={"a": node})) == (3, 3, 1)
+    assert newest_whole(State(low=1, high=1)) is None
+
+
+# --- notices
+
+
+def test_a_machine_with_time_left_trains_on_while_another_is_asked_for() -> None:
+    story = training("a", "b")
+    assert story.on(Noticed(node="b", goes_at=story.now + 30)) == [Replace(node="b")]
+    assert story.on(Noticed(node="b", goes_at=story.now + 29)) == []  # it is asked for once
+    assert story.after(20) == []
+    actions = story.after(9 - story.state.margin_s)
+    assert causes(actions) == ["notice"]
+    assert actions[-1] == Leave(generation=1)
+    story.left()
+    assert story.stopped("a", "b") == [start(2, "a")]
+
+
+def test_a_machine_that_will_go_is_left_as_soon_as_another_is_ready() -> None:
+    story = training("a", "b")
+    story.on(Noticed(node="b", goes_at=story.now + 30))
+    assert story.on(came("c", is_warm=False)) == []
+    assert causes(story.on(NodeWarm(node="c"))) == ["notice"]
+    story.left()
+    assert story.stopped("a", "b", "c") == [start(2, "a", "c")]
+
+
+def test_a_notice_without_time_changes_at_once() -> None:
+    story = training("a", "b")
+    actions = story.on(Noticed(node="b", goes_at=story.now))
+    assert actions[0] == Replace(node="b")
+    assert causes(actions) == ["notice"]
+
+
+def test_what_a_change_needs_is_what_was_measured() -> None:
+    story = training("a", "b")
+    story.on(Noticed(node="b", goes_at=story.now + 30))
+    story.now += 5
+    assert causes(story.on(Ticked(margin_s=25.0))) == ["notice"]
+
+
+def test_a_notice_for_a_machine_without_ranks_only_has_it_replaced() -> None:
+    story = training("a", high=1)
+    story.on(came("spare"))
+    assert story.on(Noticed(node="spare", goes_at=story.now)) == [Replace(node="spare")]
+    assert story.state.phase is Phase.TRAINING
+
+
+def test_a_notice_while_forming_is_heeded_after_the_first_step() -> None:
+    story = training("a", "b", phase=Phase.FORMING)
+    assert story.on(Noticed(node="b", goes_at=story.now)) == [Replace(node="b")]
+    assert causes(story.on(Formed(generation=1))) == ["notice"]
+
+
+def test_a_machine_that_will_go_joins_no_more() -> None:
+    story = training("a")
+    story.on(came("b"))
+    story.on(Noticed(node="b", goes_at=story.now + 60))
+    assert story.after(JOIN_WINDOW_S) == []
+
+
+def test_a_machine_that_the_minimum_needs_is_used_for_as_long_as_it_is_there() -> None:
+    story = training("a", "b", "c", low=2)
+    story.on(Noticed(node="b", goes_at=story.now + 30))
+    story.on(lost("c"))
+    assert starts(story.stopped("a", "b")) == [start(2, "a", "b")]
+    story.on(Formed(generation=2))
+    held = snapshots(6, 0, 1, of=2, generation=2)
+    story.on(Holds(node="a", holdings=held))
+    assert causes(story.after(30 - story.state.margin_s)) == ["notice"]
+    story.left()
+    assert story.stopped("a", "b") == [Wait(have=1, need=2), Persist(step=6, generation=2, world_size=2)]
+
+
+# --- hangs
+
+
+def hung(rank: int, generation: int = 1) -> Hung:
+    return Hung(generation=generation, rank=rank, silent_s=5.0)
+
+
+def test_the_place_of_a_rank_that_hung_is_left_out_for_a_while() -> None:
+    story = training("a", "b")
+    actions = story.on(hung(1))
+    assert causes(actions) == ["hang"]
+    assert actions[1:] == stops("a", "b")
+    assert story.stopped("a", "b") == [start(2, "a")]
+    story.on(Formed(generation=2))
+    assert story.after(BENCH_S - 0.1) == []
+    story.after(0.1)
+    assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
+
+
+def test_only_one_place_of_the_machine_is_left_out() -> None:
+    story = training("a", "a", "b")
+    story.on(hung(0))
+    assert starts(story.stopped("a", "b")) == [start(2, "a", "b")]
+
+
+def test_the_place_of_a_rank_that_hung_is_used_where_the_minimum_needs_it() -> None:
+    story = training("a", "b", low=2)
+    story.on(hung(1))
+    assert story.stopped("a", "b") == [start(2, "a", "b")]
+
+
+def test_a_hang_of_an_earlier_generation_means_nothing() -> None:
+    story = training("a", "b")
+    assert story.on(hung(1, generation=0)) == []
+
+
+# --- too few machines
+
+
+def test_below_the_minimum_the_run_waits_with_its_newest_step_on_its_way_to_storage() -> None:
+    story = training("a", "b", low=2)
+    story.on(lost("b"))
+    actions = story.stopped("a", a=snapshots(6, 0, 1, of=2))
+    assert actions == [Wait(have=1, need=2), Persist(step=6, generation=1, world_size=2)]
+    assert story.after(1.0) == []  # it is asked for once
+    assert story.on(came("c")) == [start(2, "a", "c", step=6, source=(1, 2))]
+
+
+def test_what_is_in_storage_is_not_made_durable_again() -> None:
+    story = training("a", "b", low=2, stored_step=6)
+    story.on(lost("b"))
+    assert story.stopped("a", a=snapshots(6, 0, 1, of=2)) == [Wait(have=1, need=2)]
+
+
+@pytest.mark.parametrize("happens", [came("b"), lost("b")], ids=["it reconnects", "it is lost"])
+def test_a_step_is_made_durable_again_where_one_that_was_told_may_not_have_done_it(happens: Event) -> None:
+    story = training("a", "b", "c", low=3)
+    story.on(lost("c"))
+    both = snapshots(6, 0, 1, 2, of=3)
+    persist = Persist(step=6, generation=1, world_size=3)
+    assert story.stopped("a", "b", a=both, b=both)[-1] == persist
+    event = replace(happens, holdings=both) if isinstance(happens, NodeCame) else happens
+    assert story.on(event) == [persist]
+
+
+# --- another run waits
+
+
+def test_a_run_above_its_minimum_falls_to_it_and_gives_the_rest_back_until_time_has_passed() -> None:
+    story = training("a", "b", "c", low=1)
+    story.state = replace(
+        story.state, nodes={**story.state.nodes, "b": Node(num_slots=1, num_firm=1, is_warm=True)}
+    )
+    actions = story.on(YieldWished())
+    assert causes(actions) == ["yield"]
+    story.left()
+    assert story.stopped("a", "b", "c") == [start(2, "b"), GiveBack()]  # onto its firm place
+    story.on(Formed(generation=2))
+    assert story.after(YIELD_S - 0.1) == []
+    assert story.after(0.1) == [Claim()]
+    assert story.after(0.1) == []
+    assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
+
+
+def test_as_long_as_another_run_asks_nothing_is_claimed() -> None:
+    story = training("a", low=1)
+    for _ in range(20):
+        assert story.on(YieldWished()) == [GiveBack()]
+        assert story.after(2.0) == []
+    assert story.after(YIELD_S) == [Claim()]
+
+
+def test_a_run_that_falls_below_its_minimum_while_another_waits_claims_no_more_than_that() -> None:
+    story = training("a", "b", low=2)
+    story.on(YieldWished())
+    story.on(lost("b"))
+    assert story.stopped("a") == [Wait(have=1, need=2)]
+    assert story.after(YIELD_S) == [Claim()]
+
+
+def test_a_wish_to_yield_changes_nothing_that_is_changing_anyway() -> None:
+    for phase in (Phase.FORMING, Phase.LEAVING, Phase.STOPPING):
+        story = training("a", "b", phase=phase, unanswered=frozenset({"a"}))
+        assert story.on(YieldWished()) == [GiveBack()]
+        assert story.state.phase is phase
+
+
+# --- the end
+
+
+def test_a_run_is_over_when_all_ranks_are_done() -> None:
+    story = training("a", "b")
+    assert story.on(ended(0, End.DONE, step=50)) == []
+    assert story.on(ended(1, End.DONE, step=50)) == [Finish(step=50)]
+    assert story.on(came("c")) == []
+
+
+@pytest.mark.parametrize("happens", [lost("b"), ended(1)], ids=["its machine is lost", "it breaks"])
+def test_a_rank_that_is_lost_after_another_is_done_does_not_matter(happens: Event) -> None:
+    story = training("a", "b")
+    story.on(ended(0, End.DONE, step=50))
+    assert story.on(happens) == [Finish(step=50)]
+
+
+def test_a_rank_that_hangs_after_another_is_done_is_stopped_and_that_is_all() -> None:
+    story = training("a", "b")
+    story.on(ended(0, End.DONE, step=50))
+    story.on(hung(1))
+    assert story.stopped("a", "b") == [Finish(step=50)]
+
+
+def test_a_rank_that_fails_ends_the_run() -> None:
+    story = training("a", "b")
+    failed = ended(1, End.FAILED, reason="the loss is nan", error="RunError")
+    assert story.on(failed) == [*stops("a", "b"), Fail(error="RunError", reason="the loss is nan")]
+    assert story.state.phase is Phase.DONE
+
+
+def test_a_run_that_is_stopped_before_it_has_begun_is_over_at_once() -> None:
+    assert waiting(stored_step=3).on(StopWished()) == [Finish(step=3)]
+
+
+@pytest.mark.parametrize("phase", [Phase.FORMING, Phase.TRAINING, Phase.LEAVING])
+def test_a_run_that_is_stopped_ends_as_its_ranks_do(phase: Phase) -> None:
+    story = training("a", phase=phase)
+    assert story.on(StopWished()) == []
+    assert story.on(ended(0, End.DONE, step=8)) == [Finish(step=8)]
+
+
+def test_a_run_that_is_stopped_does_not_change_any_more() -> None:
+    story = training("a")
+    story.on(StopWished())
+    story.on(came("b"))
+    assert story.after(JOIN_WINDOW_S) == []
+    assert story.on(Noticed(node="a", goes_at=story.now)) == [Replace(node="a")]
+    assert story.on(YieldWished()) == [GiveBack()]
+
+
+def test_a_run_that_is_stopped_while_leaving_and_leaves_all_the_same_forms_once_more_to_stop() -> None:
+    story = training("a", phase=Phase.LEAVING)
+    story.on(StopWished())
+    assert story.left() == stops("a")
+    assert story.stopped("a", a=snapshots(5, 0, of=1)) == [start(2, "a", step=5, source=(1, 1))]
+
+
+def test_a_run_that_is_stopped_with_nothing_but_storage_left_is_over() -> None:
+    story = training("a", "b", stored_step=4)
+    story.on(lost("b"))
+    story.on(StopWished())
+    assert story.stopped("a", a=snapshots(6, 0, of=2)) == [Finish(step=4)]
+
+
+def test_a_run_that_is_stopped_while_it_waits_ends_when_its_newest_step_is_in_storage() -> None:
+    story = training("a", "b", low=2)
+    story.on(lost("b"))
+    story.stopped("a", a=snapshots(6, 0, 1, of=2))
+    assert story.on(StopWished()) == []
+    assert story.on(Saved(step=6)) == [Finish(step=6)]
+
+
+def test_a_run_that_is_stopped_while_it_waits_ends_when_its_newest_step_is_lost() -> None:
+    story = training("a", "b", low=2, stored_step=2)
+    story.on(lost("b"))
+    story.stopped("a", a=snapshots(6, 0, 1, of=2))
+    story.on(StopWished())
+    assert story.on(lost("a")) == [Finish(step=2)]
+
+
+# --- failures
+
+
+def break_while_forming(story: Story, *, is_lost: bool = False) -> list[Action]:
+    """A rank breaks, and its machine is found to be lost only afterwards, if it is."""
     generation = story.state.generation
-    assert not of(Finish, story.tell(RankEnded(generation=generation, rank=0, end=End.DONE, step=99)))
-    assert of(Finish, story.tell(NodeLost(node=story.state.places[1], reason="gone"))) == [Finish(step=99)]
+    story.on(ended(0, generation=generation, reason="out of memory"))
+    actions = story.on(lost("b")) if is_lost else []
+    return actions + story.stopped(*story.state.unanswered)
 
 
-def test_an_error_that_would_come_again_ends_the_run() -> None:
-    story = Story().trains("a", "b")
-    ended = RankEnded(generation=story.state.generation, rank=1, end=End.FAILED, reason="nan", error="RunError")
-    assert of(Fail, story.tell(ended)) == [Fail(error="RunError", reason="nan")]
-
-
-def test_generations_that_break_by_themselves_are_tried_three_times() -> None:
-    story = Story()
-    story.tell(NodeCame(node="a", num_slots=1, is_warm=True))
-    for _ in range(2):
-        story.tell(RankEnded(generation=story.state.generation, rank=0, end=End.BROKEN, reason="no memory"))
-        assert of(Start, story.answer())
-    (fail,) = of(Fail, story.tell(RankEnded(generation=3, rank=0, end=End.BROKEN, reason="no memory")))
+def test_generations_that_break_by_themselves_before_their_first_step_fail_the_run() -> None:
+    story = training("a", "b", phase=Phase.FORMING)
+    for _ in range(MOST_FAILURES - 1):
+        assert starts(break_while_forming(story))
+    (fail,) = break_while_forming(story)
     assert isinstance(fail, Fail)
-    assert "no memory" in fail.reason
+    assert "3 generations in a row" in fail.reason
+    assert "out of memory" in fail.reason
 
 
-def test_machines_that_are_lost_while_generations_form_are_no_failures() -> None:
-    story = Story()
-    for number in range(6):
-        story.tell(NodeCame(node=f"n{number}", num_slots=1, is_warm=True))
-        assert story.state.phase is Phase.FORMING
-        assert not of(Fail, story.tell(NodeLost(node=f"n{number}", reason="gone")))
+def test_generations_that_break_because_a_machine_is_lost_do_not_count_whoever_says_it_first() -> None:
+    story = training("a", "b", phase=Phase.FORMING)
+    for _ in range(2 * MOST_FAILURES):
+        assert starts(break_while_forming(story, is_lost=True))
+        story.on(came("b"))
     assert story.state.num_failures == 0
 
 
-def test_a_restarted_supervisor_adopts_the_generation_that_all_its_agents_tell_of() -> None:
-    story = Story(state=State(low=1, high=3, reunites_until=REUNION_S, former_generation=4))
-    for rank, node in enumerate("ab"):
-        came = NodeCame(node=node, num_slots=1, is_warm=True, generation=4, places={rank: 2})
-        assert not of(Start, story.tell(came))
-    assert (story.state.phase, story.state.generation, story.state.places) == (Phase.TRAINING, 4, ("a", "b"))
+def test_a_first_step_forgives_earlier_failures() -> None:
+    story = training("a", "b", phase=Phase.FORMING)
+    break_while_forming(story)
+    story.on(Formed(generation=story.state.generation))
+    assert story.state.num_failures == 0
 
 
-def test_it_breaks_a_generation_that_is_not_whole_any_more() -> None:
-    story = Story(state=State(low=1, high=3, reunites_until=REUNION_S, former_generation=4))
-    story.tell(NodeCame(node="a", num_slots=1, is_warm=True, generation=4, places={0: 2}))
-    assert of(Stop, story.after(REUNION_S)) == [Stop(node="a", generation=4)]
-    assert start_in(story.answer()).generation == 5
+def test_generations_that_break_after_their_first_step_do_not_count() -> None:
+    story = training("a", "b")
+    story.on(ended(0))
+    story.stopped("a", "b")
+    assert story.state.num_failures == 0
 
 
-def test_it_forms_nothing_before_it_knows_that_there_is_nothing() -> None:
-    story = Story(state=State(low=1, high=3, reunites_until=REUNION_S, former_generation=4))
-    assert not of(Start, story.tell(NodeCame(node="a", num_slots=1, is_warm=True)))
-    assert start_in(story.after(REUNION_S)).generation == 5
+# --- connections
 
 
-def test_a_machine_that_comes_back_with_ranks_of_an_old_generation_must_end_them() -> None:
-    story = Story().trains("a", "b")
-    old = story.state.generation
-    story.tell(NodeLost(node="b", reason="silent"))
-    story.answer()
-    back = NodeCame(node="b", num_slots=1, is_warm=True, generation=old, places={1: 2})
-    assert of(Stop, story.tell(back)) == [Stop(node="b", generation=old)]
+def test_a_member_that_only_reconnects_trains_on() -> None:
+    story = training("a", "b")
+    assert story.on(came("b", generation=1, places={1: 2})) == []
+    assert story.state.phase is Phase.TRAINING
 
 
-def test_an_agent_whose_connection_was_away_is_told_again_to_stop() -> None:
-    story = Story().trains("a", "b", "c")
-    story.tell(NodeLost(node="b", reason="gone"))
-    again = story.tell(NodeCame(node="a", num_slots=1, is_warm=True, generation=story.state.generation))
-    assert of(Stop, again) == [Stop(node="a", generation=story.state.generation)]
+@pytest.mark.parametrize("places", [{}, {1: 3}], ids=["all", "one"])
+def test_a_member_that_reconnects_without_its_ranks_ends_the_generation(places: dict[int, int]) -> None:
+    story = training("a", "b", "b")
+    actions = story.on(came("b", generation=1, places=places))
+    assert causes(actions) == ["loss"]
+    assert actions[1:] == stops("a", "b")
 
 
-def test_old_copies_are_let_go_only_when_the_new_ones_are_whole() -> None:
-    story = Story().trains("a", "b")
-    story.tell(RankEnded(generation=story.state.generation, rank=0, end=End.BROKEN))
-    story.answer()
-    story.tell(Formed(generation=story.state.generation))
-    generation = story.state.generation
-    assert not story.tell(Holds(node="a", holdings=frozenset({story.copy(0, 11)})))
-    assert story.tell(Holds(node="b", holdings=frozenset({story.copy(1, 11)}))) == (Forget(generation=generation),)
+def test_a_member_that_reconnects_after_its_rank_has_left_is_not_missed() -> None:
+    story = training("a", "b", phase=Phase.LEAVING)
+    story.on(ended(1, End.LEFT))
+    assert story.on(came("b", generation=1)) == []
+    assert story.on(ended(0, End.LEFT)) == stops("a", "b")
 
 
-def test_places_that_the_cluster_adds_to_a_machine_are_taken() -> None:
-    story = Story().trains("a")
-    story.tell(SlotsChanged(node="a", num_slots=2))
-    assert of(Leave, story.after(JOIN_WINDOW_S) + story.after(JOIN_WINDOW_S))
-    assert start_in(story.leave(step=11)).places == ("a", "a")
+def test_a_member_that_reconnects_while_stopping_is_told_again() -> None:
+    story = training("a", "b")
+    story.on(ended(0))
+    assert story.on(came("b", generation=1, places={1: 2})) == stops("b")
+    story.stopped("a")
+    assert story.stopped("b") == [start(2, "a", "b")]
 
 
-def test_a_machine_whose_warm_process_died_is_no_place_for_a_new_generation() -> None:
-    story = Story().trains("a", "b")
-    generation = story.state.generation
-    story.tell(NodeWarm(node="b", is_warm=False), RankEnded(generation=generation, rank=1, end=End.BROKEN))
-    assert start_in(story.answer()).places == ("a",)
+def test_a_lost_machine_that_comes_back_while_stopping_is_stopped_and_waited_for() -> None:
+    story = training("a", "b")
+    story.on(lost("b"))
+    assert story.on(came("b", generation=1, places={1: 2})) == stops("b")
+    assert story.stopped("a") == []
+    assert story.stopped("b") == [start(2, "a", "b")]
 
 
-def test_an_unknown_node_is_no_reason_to_do_anything() -> None:
-    story = Story().trains("a")
-    before = story.state
-    assert story.tell(NodeLost(node="x", reason=""), Noticed(node="x", goes_at=0.0), NodeWarm(node="x")) == ()
-    assert story.state == replace(before)
+def test_a_lost_machine_that_comes_back_with_old_ranks_has_them_stopped_before_it_is_used() -> None:
+    story = training("a", "b")
+    story.on(lost("b"))
+    story.stopped("a")
+    story.on(Formed(generation=2))
+    assert story.on(came("b", generation=1, places={1: 2})) == stops("b", generation=2)
+    actions = story.after(JOIN_WINDOW_S) + story.after(JOIN_WINDOW_S)
+    assert causes(actions) == ["growth"]
+    story.left()
+    assert story.stopped("a") == []
+    assert story.stopped("b") == [start(3, "a", "b")]
+
+
+# --- the supervisor was restarted
+
+
+def reborn(**more: Any) -> Story:
+    return waiting(low=2, former_generation=5, stored_step=3, reunites_until=100.0 + REUNION_S, **more)
+
+
+def test_a_restarted_supervisor_lets_the_generation_that_it_finds_train_on() -> None:
+    story = reborn()
+    assert story.on(came("a", generation=5, places={0: 3, 1: 3})) == []
+    assert story.after(REUNION_S / 2) == []
+    assert story.on(came("b", generation=5, places={2: 3})) == []
+    assert story.after(REUNION_S) == []
+    assert (story.state.phase, story.state.places) == (Phase.TRAINING, ("a", "a", "b"))
+    story.on(lost("b"))
+    story.on(came("c"))
+    assert starts(story.stopped("a"))[0].generation == 6
+
+
+def test_a_machine_that_was_left_out_earlier_does_not_hide_the_generation_at_work() -> None:
+    story = reborn()
+    assert story.on(came("spare", generation=4)) == []
+    assert story.on(came("a", generation=5, places={0: 1})) == []
+    assert (story.state.phase, story.state.generation, story.state.places) == (Phase.TRAINING, 5, ("a",))
+
+
+def test_of_two_generations_that_it_finds_the_older_is_stopped() -> None:
+    story = reborn()
+    story.on(came("cut off", generation=4, places={0: 2}))
+    assert story.on(came("a", generation=5, places={0: 2})) == stops("cut off", generation=5)
+    assert story.on(came("b", generation=5, places={1: 2})) == []
+    assert (story.state.phase, story.state.places) == (Phase.TRAINING, ("a", "b"))
+
+
+def test_a_restarted_supervisor_ends_a_generation_of_which_an_agent_stays_away() -> None:
+    story = reborn()
+    story.on(came("a", generation=5, places={0: 3}))
+    story.on(came("b", generation=5, places={1: 3}))
+    actions = story.after(REUNION_S)
+    assert causes(actions) == ["loss"]
+    assert actions[1:] == stops("a", "b", generation=5)
+    assert story.stopped("a", "b") == [start(6, "a", "b", step=3)]
+
+
+def test_a_restarted_supervisor_that_finds_no_generation_forms_one_when_all_had_time_to_come() -> None:
+    story = reborn()
+    held = snapshots(7, 0, 1, of=2, generation=5)
+    assert story.on(came("a", generation=5, holdings=held)) == []
+    assert story.on(came("b", generation=5)) == []
+    story.after(REUNION_S)
+    assert story.stopped("a", "b") == [start(6, "a", "b", step=7, source=(5, 2))]
+
+
+def test_a_restarted_supervisor_with_too_few_machines_has_their_memory_made_durable() -> None:
+    story = reborn()
+    story.on(came("a", generation=5, holdings=snapshots(7, 0, 1, of=2, generation=5)))
+    story.after(REUNION_S)
+    assert story.stopped("a") == [Wait(have=1, need=2), Persist(step=7, generation=5, world_size=2)]
+
+
+def test_a_restarted_supervisor_that_is_told_to_stop_first_looks_for_what_is_running() -> None:
+    story = reborn()
+    assert story.on(StopWished()) == []
+    story.on(came("a", generation=5, places={0: 1}))
+    assert story.on(ended(0, End.DONE, 5, step=9)) == [Finish(step=9)]
+
+
+def test_a_restarted_supervisor_gives_nothing_back_before_it_knows_what_it_uses() -> None:
+    assert reborn().on(YieldWished()) == []

@@ -1,4 +1,7 @@
-"""Two runs on one cluster, and a run that has too few machines: who waits, who gives back, and what is safe."""
+"""Two runs on one cluster, and a run that has too few machines: who waits, who gives back, and what is safe.
+
+In the slow set, for the minute and a half it takes: `pytest -m slow tests/elastic/test_sharing.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from forge.train.checkpoint import find_checkpoint
 from forge.train.storage import open_storage
 from tests.support.command import wait_for
 from tests.support.elastic import Machines, Run, leftovers, machines, start_run, stop_run, write_job
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
