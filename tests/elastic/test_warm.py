@@ -36,6 +36,8 @@ TOTAL_STEPS = 60
 _PATIENCE_S = 60
 _SPAWN = multiprocessing.get_context("spawn")
 
+pytestmark = pytest.mark.slow  # half a minute and more, for the import of torch; test_faults goes the same ways
+
 
 class Overseer:
     """Says to one agent what a test wants, and hears what it says."""
