@@ -12,5 +12,5 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=100, help="how many writers of checkpoints test_kills kills")
+    parser.addoption("--kills", type=int, default=60, help="how many writers of checkpoints test_kills kills")
     parser.addoption("--faults", type=int, default=50, help="how many faults tests/elastic/test_soak.py deals out")
