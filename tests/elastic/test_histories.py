@@ -114,7 +114,7 @@ class Generation:
     """rank → the step that is being copied."""
     is_formed: bool = False
     is_disturbed: bool = False
-    """A machine was lost while it was the newest."""
+    """A machine was lost before the last of it was gone."""
     was_cut_off: bool = False
     """A machine of it went on without the supervisor."""
     is_leaving: bool = False
@@ -142,8 +142,8 @@ class World:
     def apply(self, event: Event) -> None:
         if self.is_over:
             return
-        if isinstance(event, NodeLost) and self.generations:
-            self.generations[max(self.generations)].is_disturbed = True
+        if isinstance(event, NodeLost) and self.state.places:
+            self.generations[self.state.generation].is_disturbed = True
         before = self.state
         self.state, actions = decide(before, event, now=self.now)
         for action in actions:
