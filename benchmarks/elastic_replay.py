@@ -22,12 +22,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.forge_elastic import run_folder, write_job
+from benchmarks.peers.forge_elastic import write_job
 from benchmarks.program import FORGE, module, records_of, running
 from benchmarks.recovery import JOB
 from benchmarks.report import benchmark_parser, print_table, write_json
@@ -48,6 +48,8 @@ class Trained:
     """New ones."""
     repeated_samples: int
     share: float
+    num_given_up: int = 0
+    """How often the contender had to be started again."""
 
 
 def main() -> None:
@@ -83,8 +85,10 @@ def replay_forge(trace: Trace, options: argparse.Namespace) -> Trained:
         command += ["--nodes", str(options.nodes)]
         command += ["--notice", str(options.notice)] if options.notice else []
         await_end(command, folder=folder, trace=trace)
-        run = run_folder({"folder": text})
-        assert run is not None
+        answer = json.loads((folder / "answer").read_text())
+        if answer["wall_s"] < _START_S + trace.duration_s:
+            raise RuntimeError(f"somebody ended the run after {answer['wall_s']:.0f} s")
+        run = Path(answer["folder"])
         again = [event for event in records_of(run / "events.jsonl") if event["event"] == "StepRepeated"]
         # The plan is the last thing that is written before the run is carried.
         return trained(
@@ -110,7 +114,9 @@ def replay_ray_train(trace: Trace, options: argparse.Namespace) -> Trained:
         await_end(module("ray_train_elastic", request, *arguments), folder=folder, trace=trace)
         records = records_of(folder / "steps.jsonl")
         began_s = next(record["time"] for record in records if "began" in record)
-        return trained([record for record in records if "step" in record], trace, began_s=began_s)
+        steps = [record for record in records if "step" in record]
+        num_given_up = sum("gave_up" in record for record in records)
+        return replace(trained(steps, trace, began_s=began_s), num_given_up=num_given_up)
 
 
 def trace_text(trace: Trace) -> str:
@@ -167,6 +173,7 @@ def figures_of(found: Mapping[str, list[Trained]]) -> dict[str, Any]:
         figures[f"{contender}_samples_per_s"] = statistics.median(one.samples_per_s for one in of)
         figures[f"{contender}_share"] = statistics.median(one.share for one in of)
         figures[f"{contender}_repeated_samples"] = statistics.median(one.repeated_samples for one in of)
+        figures[f"{contender}_given_up"] = sum(one.num_given_up for one in of)
         figures[f"all_{contender}_samples_per_s"] = [one.samples_per_s for one in of]
     return figures | {"ratio": figures["forge_samples_per_s"] / figures["ray_train_samples_per_s"]}
 

@@ -87,7 +87,10 @@ def main() -> None:
     everything = (*CONTENDERS, "changes", "partition")
     parser.add_argument("--only", nargs="+", choices=everything, default=everything, metavar="NAME")
     options = parser.parse_args()
-    repeats = {name: options.repeats if name == "forge" else options.peer_repeats for name in CONTENDERS}
+    repeats = {
+        name: options.repeats if program == "forge_elastic" else options.peer_repeats
+        for name, (program, _) in CONTENDERS.items()
+    }
     runs: dict[str, list[Recovery | None]] = {name: [] for name in CONTENDERS if name in options.only}
     for repeat in range(max(repeats.values())):
         for name in runs:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.snapshot_overhead --json FILE
 
-A Llama of 30 million parameters (360 MB of training state), 16 sequences of 256 a step, bf16, ZeRO 1, on two
-simulated machines of one worker each. `forge train` runs with `checkpoint.snapshot_every: 1` and without any
+A Llama of 30 million parameters (360 MB of training state), 12 sequences of 256 a step (2 s), bf16, ZeRO 1, on
+two simulated machines of one worker each. `forge train` runs with `checkpoint.snapshot_every: 1` and without any
 snapshot (a step that never comes), in turn, in blocks of one run each, the order swapped from block to block. A
 step's time is from the end of the one before to its own end, without the first of a run, which touch memory
 for the first time, and the last, which waits for the checkpoint. `overhead` is the median step with
@@ -40,7 +40,7 @@ _JOB: dict[str, Any] = {
     },
     "vocab_size": 4096,
     "seq_len": 256,
-    "global_batch_size": 16,
+    "global_batch_size": 12,
     "lr": 3e-4,
 }
 _WARM_UP = 5

@@ -25,6 +25,7 @@ Defaults of Ray Train but for `num_workers` and `max_failures`; tuned, each beca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -89,8 +90,7 @@ def main() -> None:
     try:
         began_s = time.time()
         record(request, began=1)
-        training = threading.Thread(target=fit, args=(request,), daemon=True)
-        training.start()
+        threading.Thread(target=fit, args=(request,), daemon=True).start()
         if options.schedule is None:
             obey_stdin(nodes)
         else:
@@ -98,8 +98,6 @@ def main() -> None:
                 time.sleep(max(0.0, began_s + change.at_s - time.time()))
                 nodes.apply(change)
             time.sleep(max(0.0, began_s + options.seconds - time.time()))
-            if not training.is_alive():
-                raise RuntimeError("Ray Train has given up")
     finally:
         nodes.end()
     os._exit(0)  # the other thread still waits for Ray Train
@@ -173,20 +171,23 @@ def read_schedule(path: Path, *, notice_s: float) -> list[Change]:
 
 
 def fit(request: dict[str, Any]) -> None:
-    """Ray Train as people use it."""
+    """Ray Train as people use it; if its controller gives up, it is started again from the newest checkpoint."""
     tuned = _TUNED_SCALING if request["is_tuned"] else {}
-    TorchTrainer(
-        train_worker,
-        train_loop_config=request,
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=(1, request.get("max_nodes", request["nodes"])), **tuned),
-        run_config=RunConfig(
-            name="elastic",
-            storage_path=str(Path(request["folder"]) / "ray_train"),
-            failure_config=FailureConfig(max_failures=-1),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    ).fit()
+    while True:
+        with contextlib.suppress(ray.train.ControllerError):
+            TorchTrainer(
+                train_worker,
+                train_loop_config=request,
+                torch_config=TorchConfig(backend="gloo"),
+                scaling_config=ScalingConfig(num_workers=(1, request.get("max_nodes", request["nodes"])), **tuned),
+                run_config=RunConfig(
+                    name="elastic",
+                    storage_path=str(Path(request["folder"]) / "ray_train"),
+                    failure_config=FailureConfig(max_failures=-1),
+                    checkpoint_config=CheckpointConfig(num_to_keep=2),
+                ),
+            ).fit()
+        record(request, gave_up=1)
 
 
 def train_worker(request: dict[str, Any]) -> None:

@@ -531,9 +531,9 @@ def test_a_run_that_is_stopped_ends_as_its_ranks_do(phase: Phase) -> None:
 
 
 def test_a_run_that_is_stopped_does_not_change_any_more() -> None:
-    story = training("a")
+    story = training("a", "b")
     story.on(StopWished())
-    story.on(came("b"))
+    story.on(came("c"))
     assert story.after(JOIN_WINDOW_S) == []
     assert story.on(Noticed(node="a", goes_at=story.now)) == [Replace(node="a")]
     assert story.on(YieldWished()) == [GiveBack()]
@@ -636,10 +636,11 @@ def test_a_member_that_reconnects_after_its_rank_has_left_is_not_missed() -> Non
     assert story.on(ended(0, End.LEFT)) == stops("a", "b")
 
 
-def test_a_member_that_reconnects_while_stopping_is_told_again() -> None:
+@pytest.mark.parametrize("places", [{}, {1: 2}], ids=["without ranks", "with ranks"])
+def test_a_member_that_reconnects_while_stopping_is_told_again(places: dict[int, int]) -> None:
     story = training("a", "b")
     story.on(ended(0))
-    assert story.on(came("b", generation=1, places={1: 2})) == stops("b")
+    assert story.on(came("b", generation=1, places=places)) == stops("b")
     story.stopped("a")
     assert story.stopped("b") == [start(2, "a", "b")]
 
@@ -663,6 +664,21 @@ def test_a_lost_machine_that_comes_back_with_old_ranks_has_them_stopped_before_i
     story.left()
     assert story.stopped("a") == []
     assert story.stopped("b") == [start(3, "a", "b")]
+
+
+def test_what_is_said_of_an_unknown_machine_means_nothing() -> None:
+    story = training("a")
+    before = story.state
+    for event in (
+        lost("x"),
+        NodeWarm(node="x"),
+        Noticed(node="x", goes_at=0.0),
+        SlotsChanged(node="x", num_slots=9),
+    ):
+        assert story.on(event) == []
+    assert story.on(Holds(node="x", holdings=snapshots(9, 0, of=1))) == []
+    assert story.on(Stopped(node="x", generation=1, holdings=snapshots(9, 0, of=1))) == []
+    assert story.state == before
 
 
 # --- the supervisor was restarted
