@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers.forge_elastic REQUEST
 
-REQUEST is that of `torchrun_elastic`, max_nodes where more may come, and snapshot_every where it is not to
-be forge's default; there is no use for checkpoint_every. The cluster is forge's own: a head that takes no
+REQUEST is that of `torchrun_elastic`, max_nodes where more may come, and snapshot_every where it is not to be
+forge's default; there is no use for checkpoint_every. The cluster is forge's own: a head that takes no
 ranks, and nodes of one rank each. With `"model": null` there are machines and no run. `steps.jsonl` has a
 line for every step as the run recorded it, done again or not, one when the machines are there, and one for
 all that is done to a machine:
