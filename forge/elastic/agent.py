@@ -28,6 +28,7 @@ import psutil
 from forge.elastic.board import Board, Word, create_board
 from forge.elastic.channel import Channel, Endpoint, Listener, Message, connect
 from forge.elastic.notices import Notice, watch
+from forge.elastic.orders import RankOrder
 from forge.elastic.persist import persist_part
 from forge.elastic.vault import Buddy, Vault, holdings_record
 from forge.elastic.vocabulary import End
@@ -81,7 +82,6 @@ class _Member:
     generation: int
     rank: int
     world_size: int
-    local_world_size: int
     socket: socket.socket
     board: Board
     buddy_endpoint: Endpoint | None
@@ -255,57 +255,55 @@ class Agent:
                 told = {"step": 0, "reason": "its warm process died", "error": ""}
                 self._keep(self._tell(say="ended", generation=generation, rank=rank, end="broken", **told))
             return
-        interface = _interface_of(self._setup.host) if order["is_spread"] else "lo"
-        for local_rank, rank in enumerate(ranks):
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            for end in (ours, theirs):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
-            member = _Member(
-                generation=generation,
-                rank=rank,
-                world_size=order["world_size"],
-                local_world_size=len(ranks),
-                socket=ours,
-                board=create_board(),
-                buddy_endpoint=tuple(order["buddy"]) if order["buddy"] else None,
-            )
-            if order["is_stopping"]:
-                member.board[Word.STOP] = 1
-            fds = [theirs.fileno(), member.board.fd]
-            if rank == 0:
-                fds.append(self._store.fileno())
-            parts, snapshots = self._parts(order, first_fd=len(fds))
-            self._warm.send(
-                {
-                    "generation": generation,
-                    "rank": rank,
-                    "world_size": order["world_size"],
-                    "local_rank": local_rank,
-                    "local_world_size": order["num_on_host"],
-                    "device": self._setup.devices[local_rank],
-                    "checkpoints": self._setup.checkpoints,
-                    "log": str(Path(self._setup.run_folder) / "logs" / f"rank-{rank}.log"),
-                    "host": order["host"],
-                    "port": order["port"],
-                    "interface": interface,
-                    "step": order["step"],
-                    "parts": parts,
-                    "findings": order["findings"],
-                    "laps": order["laps"],
-                    "asked_at": asked_at,
-                    "secret": self._setup.secret,
-                    "has_listener": rank == 0,
-                },
-                fds + snapshots,
-            )
-            theirs.close()
-            self._members[rank] = member
-            ours.setblocking(False)
-            asyncio.get_running_loop().add_reader(ours, self._hear, member)
+        for local_rank in range(len(ranks)):
+            self._fork(self._warm, order, local_rank, asked_at=asked_at)
         if 0 in ranks:  # the first rank has it now; the next generation meets at another
             self._store.close()
             self._store = _listen(self._setup.host)
             self._keep(self._tell(say="store", port=self._store.getsockname()[1]))
+
+    def _fork(self, warm: WarmProcess, order: Message, local_rank: int, *, asked_at: float) -> None:
+        """Have one rank forked, and listen to it."""
+        rank = order["ranks"][local_rank]
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+        member = self._members[rank] = _Member(
+            generation=order["generation"],
+            rank=rank,
+            world_size=order["world_size"],
+            socket=ours,
+            board=create_board(),
+            buddy_endpoint=tuple(order["buddy"]) if order["buddy"] else None,
+        )
+        if order["is_stopping"]:
+            member.board[Word.STOP] = 1
+        fds = [theirs.fileno(), member.board.fd, *([self._store.fileno()] if rank == 0 else [])]
+        parts, snapshots = self._parts(order, first_fd=len(fds))
+        told = RankOrder(
+            generation=order["generation"],
+            rank=rank,
+            world_size=order["world_size"],
+            local_rank=local_rank,
+            local_world_size=order["num_on_host"],
+            device=self._setup.devices[local_rank],
+            checkpoints=self._setup.checkpoints,
+            log=str(Path(self._setup.run_folder) / "logs" / f"rank-{rank}.log"),
+            host=order["host"],
+            port=order["port"],
+            interface=_interface_of(self._setup.host) if order["is_spread"] else "lo",
+            step=order["step"],
+            parts=parts,
+            findings=order["findings"],
+            laps=order["laps"],
+            asked_at=asked_at,
+            secret=self._setup.secret,
+            has_listener=rank == 0,
+        )
+        warm.send(asdict(told), fds + snapshots)
+        theirs.close()
+        ours.setblocking(False)
+        asyncio.get_running_loop().add_reader(ours, self._hear, member)
 
     def _parts(self, order: Message, *, first_fd: int) -> tuple[list[Message], list[int]]:
         """Where the state to go on from lies: descriptors of what is here, endpoints of the rest."""

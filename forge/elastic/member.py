@@ -17,7 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from forge.elastic.board import Board, Word
+from forge.elastic.orders import RankOrder
 from forge.elastic.origin import MemoryOrigin, PartPlace
 from forge.elastic.vocabulary import End
 from forge.errors import ForgeError
@@ -37,34 +38,6 @@ from forge.train.snapshot import Snapshot
 
 _POLL_S = 0.0005
 _SOCKET_BYTES = 8 * 2**20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankOrder:
-    """What a rank is told before it starts; JSON. Descriptors are numbers into those that come with it."""
-
-    generation: int
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    device: str
-    checkpoints: str
-    log: str
-    host: str
-    """Of the first rank's machine, where all meet."""
-    port: int
-    interface: str | None
-    """Of the network that gloo uses."""
-    step: int
-    parts: list[dict[str, Any]]
-    """Of the snapshots to go on from: generation, rank, and `fd` or `endpoint`; empty: from storage."""
-    findings: dict[str, Any] | None
-    laps: dict[str, float]
-    asked_at: float
-    """By the machine's monotonic clock."""
-    secret: str
-    has_listener: bool = False
 
 
 def import_for(plan_json: str) -> None:

@@ -191,7 +191,7 @@ def _lost(state: State, name: str, reason: str, now: float) -> Decision:
     state = replace(state, nodes=nodes, unanswered=state.unanswered - {name}, has_lost=True, persisting=None)
     if state.phase in _ALIVE and name in state.places:
         if state.done_step is not None:
-            return _settle_done(state)
+            return _settle_done(state, now)
         return _break(state, now, cause="loss", reason=f"node {name} lost: {reason}")
     return _look(state, now)
 
@@ -211,7 +211,7 @@ def _ended(state: State, event: RankEnded, now: float) -> Decision:
     if event.end is End.DONE:
         state = replace(state, done_step=event.step)
     if state.done_step is not None:
-        return _settle_done(state)
+        return _settle_done(state, now)
     if state.phase is Phase.STOPPING:
         return state, ()
     if event.end is End.LEFT:
@@ -222,12 +222,18 @@ def _ended(state: State, event: RankEnded, now: float) -> Decision:
     return _break(state, now, cause="failure", reason=f"rank {event.rank} on {place} broke: {event.reason}")
 
 
-def _settle_done(state: State) -> Decision:
+def _settle_done(state: State, now: float) -> Decision:
     """The last checkpoint is sealed: the run is over once every rank has ended or is lost."""
     left = [r for r, name in enumerate(state.places) if r not in state.ended and name in state.nodes]
-    if left:
-        return state, ()
+    return (state, ()) if left else _conclude(state, now)
+
+
+def _conclude(state: State, now: float) -> Decision:
+    """The end; but for a run that was stopped before it reached what a machine has brought back since."""
     assert state.done_step is not None
+    found = newest_whole(state)
+    if state.is_stopping and found is not None and found[0] > state.done_step:
+        return _stop(replace(state, done_step=None, stored_step=max(state.stored_step, state.done_step)), now)
     return replace(state, phase=Phase.DONE), (Finish(step=state.done_step),)
 
 
@@ -334,7 +340,7 @@ def _stop(state: State, now: float) -> Decision:
 def _follow(state: State, now: float) -> Decision:
     """No rank of the generation is left anywhere: form the next, or say what is waited for."""
     if state.done_step is not None:
-        return replace(state, phase=Phase.DONE), (Finish(step=state.done_step),)
+        return _conclude(state, now)
     num_failures = state.num_failures + bool(state.failure and not state.has_lost)
     if num_failures >= MOST_FAILURES:
         reason = f"{num_failures} generations in a row broke before their first step; the last: {state.failure}"

@@ -1,12 +1,14 @@
-"""What agents are told when a generation starts, or a checkpoint is made without ranks: pure functions.
+"""What agents are told when a generation starts, or a checkpoint is made without ranks; and what ranks are told.
 
-In go the decision, the state it was made in, and where the agents are; out comes a message for each agent.
+Pure functions: in go the decision, the state it was made in, and where the agents are; out comes a message for
+each agent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from forge.elastic.channel import Endpoint, Message
 from forge.elastic.vocabulary import Persist, Start, State
@@ -26,6 +28,34 @@ class Link:
     send: Callable[[Message], None]
     close: Callable[[], None]
     heard_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOrder:
+    """What a rank is told before it starts; JSON. Descriptors are numbers into those that come with it."""
+
+    generation: int
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: str
+    checkpoints: str
+    log: str
+    host: str
+    """Of the first rank's machine, where all meet."""
+    port: int
+    interface: str | None
+    """Of the network that gloo uses."""
+    step: int
+    parts: list[dict[str, Any]]
+    """Of the snapshots to go on from: generation, rank, and `fd` or `endpoint`; empty: from storage."""
+    findings: dict[str, Any] | None
+    laps: dict[str, float]
+    asked_at: float
+    """By the machine's monotonic clock."""
+    secret: str
+    has_listener: bool = False
 
 
 def start_orders(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -53,12 +54,9 @@ class WarmProcess:
     def send(self, order: dict[str, Any], fds: list[int]) -> None:
         """Have it fork a rank, which inherits the descriptors."""
         text = _memory_of(json.dumps(order))  # longer than what a socket takes, where there are many ranks
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is about to be started anew
             socket.send_fds(self._socket, [b"fork"], [text, *fds])
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it is about to be started anew
-        finally:
-            os.close(text)
+        os.close(text)
 
     def kill(self) -> None:
         """End it, and its ranks with it."""

@@ -116,18 +116,7 @@ def run_rank(
 
     origin = inheritance.origin if inheritance else None
     known = inheritance.findings if inheritance else None
-    job, world = plan.job, plan.world(place.world_size)
-    engine = build_engine(
-        job.model,
-        job.training,
-        deepspeed_config=world.deepspeed,
-        vocab_size=plan.corpus.vocab_size,
-        seq_len=job.data.seq_len,
-        eot_id=plan.corpus.eot_id,
-        device=device,
-        is_blank=origin is not None and known is not None,
-        has_plain_head=known.has_plain_head if known else None,
-    )
+    engine = _build(plan, place, device=device, is_blank=origin is not None and known is not None, known=known)
     clock.lap("build")
     start = _take_over(engine, origin) if origin else _load_newest(engine, place.checkpoints, plan, reporter)
     clock.lap("load")
@@ -143,11 +132,11 @@ def run_rank(
                 has_plain_head=engine.has_plain_head,
             )
         )
-    saving = Saving(engine.state, url=place.checkpoints, keep=job.checkpoint.keep, copier=copier)
+    saving = Saving(engine.state, url=place.checkpoints, keep=plan.job.checkpoint.keep, copier=copier)
     engine.before_update = saving.settle
     if inheritance is not None:
         engine.on_progress = saving.on_wait = inheritance.on_progress
-    every = job.checkpoint.snapshot_every
+    every = plan.job.checkpoint.snapshot_every
     pace = Pace(fixed=None if every == "auto" else every)
 
     def tell_formed() -> None:
@@ -179,6 +168,22 @@ def run_rank(
     finally:
         if not has_left:  # otherwise a checkpoint that is in the making is finished by its savers alone
             saving.close()
+
+
+def _build(plan: Plan, place: Place, *, device: torch.device, is_blank: bool, known: Findings | None) -> Engine:
+    """The engine of one world size; collective."""
+    assert plan.corpus is not None
+    return build_engine(
+        plan.job.model,
+        plan.job.training,
+        deepspeed_config=plan.world(place.world_size).deepspeed,
+        vocab_size=plan.corpus.vocab_size,
+        seq_len=plan.job.data.seq_len,
+        eot_id=plan.corpus.eot_id,
+        device=device,
+        is_blank=is_blank,
+        has_plain_head=known.has_plain_head if known else None,
+    )
 
 
 def _peak(device: torch.device, known: Findings | None, *, plan: Plan, world_size: int) -> Peak:

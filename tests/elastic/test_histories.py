@@ -177,9 +177,7 @@ class World:
                 self.is_over = True
                 assert step <= self.stored_step
                 assert self.is_stop_wished or step == TOTAL_STEPS
-                # A machine may come back with newer copies after a generation had to be formed without them. Its
-                # ranks make those steps again; told to stop before that, they end at the older step.
-                assert self.state.done_step or newest(whole_steps(known(self.state))) <= step
+                assert newest(whole_steps(known(self.state))) <= step
             case Fail():
                 self.is_over = True
                 since = [g for number, g in self.generations.items() if number > self.last_formed]
@@ -678,7 +676,7 @@ def run_histories(*, max_examples: int, num_steps: int) -> None:
 
 
 def test_after_any_history_a_generation_starts_rightly_and_training_goes_on() -> None:
-    run_histories(max_examples=80, num_steps=20)
+    run_histories(max_examples=100, num_steps=40)
 
 
 @pytest.mark.slow

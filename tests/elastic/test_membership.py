@@ -546,6 +546,15 @@ def test_a_run_that_is_stopped_while_leaving_and_leaves_all_the_same_forms_once_
     assert story.stopped("a", a=snapshots(5, 0, of=1)) == [start(2, "a", step=5, source=(1, 1))]
 
 
+def test_a_run_that_is_stopped_does_not_end_before_what_a_machine_has_brought_back() -> None:
+    story = training("a", is_stopping=True, phase=Phase.TRAINING)
+    story.state = replace(story.state, generation=2)
+    story.on(came("b", generation=1, holdings=snapshots(20, 0, of=1)))
+    story.on(RankEnded(generation=2, rank=0, end=End.DONE, step=11))
+    (begun,) = starts(story.stopped("a", "b"))
+    assert (begun.generation, begun.step, begun.source) == (3, 20, (1, 1))
+
+
 def test_a_run_that_is_stopped_with_nothing_but_storage_left_is_over() -> None:
     story = training("a", "b", stored_step=4)
     story.on(lost("b"))

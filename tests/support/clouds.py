@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -27,7 +28,7 @@ class Answer:
 
 
 @dataclass(kw_only=True)
-class Service:
+class Service(ABC):
     """One metadata service, served while it is entered."""
 
     variable: ClassVar[str]
@@ -40,12 +41,13 @@ class Service:
     num_failed: int = 0
     port: int = 0
 
+    @abstractmethod
     def announce(self) -> None:
         """Say that the machine goes in half a minute or in two, as the cloud does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, method: str, path: str, query: Mapping[str, str], headers: Mapping[str, str]) -> Answer:
-        raise NotImplementedError
+        """What the cloud's own service would say."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -96,12 +98,12 @@ class Service:
         handler.send(answer, date=self.clock())
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler, ABC):
     protocol_version = "HTTP/1.1"
     wbufsize = -1
 
-    def respond(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def respond(self) -> None: ...
 
     do_GET = do_PUT = lambda self: self.respond()
 
