@@ -54,13 +54,15 @@ class NodeLeft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoticeReceived:
-    """A machine will be taken away: a preemption that was announced."""
+    """A machine will be taken away: a preemption that was announced; or it is at risk of that."""
 
     node: str
     source: str
     """Who said so: `aws`, `gcp`, `azure`, `kubernetes`, `ray`."""
     seconds_left: float | None
     """None where no time was given."""
+    is_certain: bool = True
+    """False for a mere recommendation to be somewhere else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,18 +103,16 @@ def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputO
     Example:  forge runs watch latest
     """
     from forge.cli import display
-    from forge.cli.train import conclude
-    from forge.report.ledger import book_of
-    from forge.report.runs import carrier_pid, find_run, follow, read_metrics, read_run
+    from forge.cli.train import conclude, past_of
+    from forge.report.runs import carrier_pid, find_run, follow, read_run
     from forge.run.submit import clear_away
 
     folder = find_run(run, root=runs)
     pid = carrier_pid(folder)
     if pid is not None:
-        found, past = read_run(folder), read_metrics(folder)
-        losses = [float("nan") if record["train/loss"] is None else record["train/loss"] for record in past]
-        with display.TrainScreen(found.plan, losses=losses, book=book_of(found.events, past)) as screen:
-            for record in follow(folder, pid=pid, past_events=len(found.events), past_steps=len(past)):
+        past = past_of(folder)
+        with display.TrainScreen(read_run(folder).plan, losses=past.losses, book=past.book) as screen:
+            for record in follow(folder, pid=pid, past_events=past.num_events, past_steps=len(past.losses)):
                 screen.show(record)
         clear_away(pid)
     conclude(folder, interrupted=False, output=output)

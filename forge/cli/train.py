@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ from forge.cli.options import JobArgument, Output, OutputOption, SetOption
 
 if TYPE_CHECKING:
     from forge.plan.plan import Plan
+    from forge.report.ledger import LedgerBook
     from forge.run.submit import Carried
 
 INTERRUPTED = 130
@@ -59,7 +60,7 @@ def train(
         folder = create_run(resolved)
     else:
         reopen_run(folder, resolved)
-    past_events, past_losses = _past(folder)
+    past = past_of(folder)
     carried = carry(folder)
     display.message(f"run {folder.name} in {folder}")
     if detach:
@@ -67,8 +68,8 @@ def train(
             display.print_json(summary_record(read_run(folder)))
         display.next_command(f"forge runs watch {handle(folder)}", purpose="follow it")
         return
-    interrupted = follow_run(carried, resolved, past_events=past_events, past_losses=past_losses)
-    conclude(folder, interrupted=interrupted, output=output, past_events=past_events)
+    interrupted = follow_run(carried, resolved, past=past)
+    conclude(folder, interrupted=interrupted, output=output, past_events=past.num_events)
 
 
 def plan(file: JobArgument, overrides: SetOption = None, output: OutputOption = Output.TABLE) -> None:
@@ -91,7 +92,7 @@ def plan(file: JobArgument, overrides: SetOption = None, output: OutputOption = 
     display.next_command(f"forge train {file}", purpose="train it")
 
 
-def follow_run(carried: Carried, resolved: Plan, *, past_events: int, past_losses: list[float]) -> bool:
+def follow_run(carried: Carried, resolved: Plan, *, past: Past) -> bool:
     """Show a run until it ends. Ctrl-C once asks it to stop, twice ends it. Returns: whether it was asked."""
     from forge.cli import display
     from forge.report.runs import follow
@@ -106,9 +107,9 @@ def follow_run(carried: Carried, resolved: Plan, *, past_events: int, past_losse
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
-        with display.TrainScreen(resolved, losses=past_losses) as screen:
+        with display.TrainScreen(resolved, losses=past.losses, book=past.book) as screen:
             for record in follow(
-                carried.folder, pid=carried.pid, past_events=past_events, past_steps=len(past_losses)
+                carried.folder, pid=carried.pid, past_events=past.num_events, past_steps=len(past.losses)
             ):
                 # Said here and not by the handler, which may have interrupted the screen in the middle of a line.
                 while told < min(asked, len(_STOPPING)):
@@ -159,6 +160,29 @@ def handle(folder: Path) -> str:
     return folder.name if folder.parent == Path("runs") else str(folder)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """What a run has written until now."""
+
+    num_events: int
+    losses: list[float]
+    book: LedgerBook
+
+
+def past_of(folder: Path) -> Past:
+    """What a screen needs that goes on with a run."""
+    from forge.report.ledger import book_of
+    from forge.report.runs import read_metrics, read_run
+
+    events, steps = read_run(folder).events, read_metrics(folder)
+    losses = [record["train/loss"] for record in steps]
+    return Past(
+        num_events=len(events),
+        losses=[float("nan") if loss is None else loss for loss in losses],
+        book=book_of(events, steps),
+    )
+
+
 def _find_resumable(name: str, *, file: Path | None, overrides: list[str]) -> Path:
     from forge.errors import ArgumentError
     from forge.report.runs import carrier_pid, find_run
@@ -182,11 +206,3 @@ def _resolve(file: Path, *, overrides: list[str]) -> Plan:
     loaded = load_job(file, overrides=overrides)
     with display.PrepareScreen() as screen:
         return resolve(loaded, is_dry_run=False, on_progress=screen.show)
-
-
-def _past(folder: Path) -> tuple[int, list[float]]:
-    """What a run has written before: the number of its events, and its losses."""
-    from forge.report.runs import read_metrics, read_run
-
-    losses = [record["train/loss"] for record in read_metrics(folder)]
-    return len(read_run(folder).events), [float("nan") if loss is None else loss for loss in losses]

@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -28,7 +28,7 @@ import psutil
 from forge.elastic.board import Board, Word, create_board
 from forge.elastic.channel import Channel, Endpoint, Listener, Message, connect
 from forge.elastic.notices import Notice, watch
-from forge.elastic.orders import RankOrder
+from forge.elastic.orders import RankOrder, parts_of
 from forge.elastic.persist import persist_part
 from forge.elastic.vault import Buddy, Vault, holdings_record
 from forge.elastic.vocabulary import End
@@ -66,8 +66,8 @@ class Setup:
     """The machine's address."""
     num_slots: int
     num_firm: int
-    devices: tuple[str, ...]
-    """One for each slot: `cpu`, or the number of a GPU."""
+    devices: Sequence[str]
+    """One for each slot at first: `cpu`, or `cuda:` and a number."""
     run_folder: str
     plan_json: str
     checkpoints: str
@@ -114,6 +114,7 @@ class Agent:
         self._setup, self._locate, self._record, self._ask_ray = setup, locate, record, ask_ray
         self._secret = bytes.fromhex(setup.secret)
         self._vault = Vault(secret=self._secret)
+        self._devices = setup.devices
         self._members: dict[int, _Member] = {}
         self._generation = 0
         self._findings: Message | None = None
@@ -237,6 +238,8 @@ class Agent:
                 self._dump_stacks(message["generation"])
             case "persist":
                 self._keep(self._persist(message))
+            case "devices":
+                self._devices = message["devices"]
             case "pace":
                 self._beat_s = message["beat_s"]
             case "retire":
@@ -286,7 +289,7 @@ class Agent:
             world_size=order["world_size"],
             local_rank=local_rank,
             local_world_size=order["num_on_host"],
-            device=self._setup.devices[local_rank],
+            device=self._devices[local_rank],
             checkpoints=self._setup.checkpoints,
             log=str(Path(self._setup.run_folder) / "logs" / f"rank-{rank}.log"),
             host=order["host"],
@@ -309,7 +312,7 @@ class Agent:
         """Where the state to go on from lies: descriptors of what is here, endpoints of the rest."""
         parts: list[Message] = []
         fds: list[int] = []
-        for part in order["parts"]:
+        for part in parts_of(order):
             name = {"generation": part["generation"], "rank": part["rank"]}
             snapshot = self._vault.find(part["generation"], part["rank"])
             if snapshot is not None and any(copy.step == order["step"] for copy in snapshot.copies()):

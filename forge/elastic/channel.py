@@ -12,6 +12,7 @@ cluster's own network.
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import json
@@ -19,6 +20,7 @@ import os
 import secrets
 import socket
 import struct
+import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -26,6 +28,8 @@ _NONCE_BYTES = 32
 _LENGTH = struct.Struct("<I")
 _MOST_MESSAGE_BYTES = 64 * 2**20
 _PATIENCE_S = 5.0
+# Short messages are read many at a time.
+_READ_BYTES = 64 * 2**10
 _BUFFER_BYTES = 4 * 2**20
 # After so many bytes others get their turn: a network may be faster than what is done with its bytes.
 _TURN_BYTES = 4 * 2**20
@@ -51,6 +55,8 @@ class Channel:
         self._waiting: set[asyncio.Event] = set()
         self._turn_bytes = 0
         """Moved since others had their turn."""
+        self._read = bytearray()
+        """Received, and not asked for yet."""
 
     async def send(self, message: Message, *, raw: bytes = b"") -> None:
         """Send a message, and raw bytes after it. Raises: OSError."""
@@ -70,16 +76,12 @@ class Channel:
 
     async def receive_into(self, view: memoryview) -> None:
         """The raw bytes after a message. Raises: OSError, EOFError."""
+        early = min(len(view), len(self._read))
+        view[:early] = self._read[:early]
+        del self._read[:early]
+        view = view[early:]
         while view:
-            try:
-                received = self.socket.recv_into(view[:_TURN_BYTES])
-            except BlockingIOError:
-                await self._ready(self._loop.add_reader, self._loop.remove_reader)
-                continue
-            if not received:
-                raise EOFError("the connection was closed")
-            view = view[received:]
-            await self._take_turns(received)
+            view = view[await self._receive_some(view[:_TURN_BYTES]) :]
 
     def close(self) -> None:
         """Close at once; whoever waits on it gets an error."""
@@ -92,9 +94,25 @@ class Channel:
             ready.set()
 
     async def _exactly(self, count: int) -> bytes:
-        buffer = bytearray(count)
-        await self.receive_into(memoryview(buffer))
-        return bytes(buffer)
+        while len(self._read) < count:
+            some = bytearray(max(_READ_BYTES, count - len(self._read)))
+            self._read += memoryview(some)[: await self._receive_some(memoryview(some))]
+        found = bytes(memoryview(self._read)[:count])
+        del self._read[:count]
+        return found
+
+    async def _receive_some(self, view: memoryview) -> int:
+        """At least one byte, and no more than there is room for."""
+        while True:
+            try:
+                received = self.socket.recv_into(view)
+            except BlockingIOError:
+                await self._ready(self._loop.add_reader, self._loop.remove_reader)
+                continue
+            if not received:
+                raise EOFError("the connection was closed")
+            await self._take_turns(received)
+            return received
 
     async def _send_all(self, data: bytes) -> None:
         view = memoryview(data)
@@ -238,6 +256,16 @@ class Reader:
         buffer = bytearray(count)
         self.receive_into(memoryview(buffer))
         return bytes(buffer)
+
+
+def pack(value: Any) -> str:
+    """JSON, compressed, as a text: for what is long and goes to many."""
+    return base64.b64encode(zlib.compress(json.dumps(value, separators=(",", ":")).encode())).decode()
+
+
+def unpack(text: str) -> Any:
+    """What was packed."""
+    return json.loads(zlib.decompress(base64.b64decode(text)))
 
 
 async def _prove(channel: Channel, secret: bytes, *, is_server: bool) -> None:

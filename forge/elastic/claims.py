@@ -60,7 +60,8 @@ class RayClaims:
         """Args:
         resource: what a rank takes one of, `CPU` or `GPU`.
         start_agent: starts an actor for an agent of a given name, and returns its handle.
-        on_granted: told of a node's agent when the number of its places has changed.
+        on_granted: told of a node's agent when its places have changed.
+        on_notice: told of a node's agent, again and again, that Ray drains the node, and of the seconds left.
         """
         self._run_id, self._low, self._high, self._resource = run_id, low, high, resource
         self._start_agent, self._on_granted, self._on_notice = start_agent, on_granted, on_notice
@@ -152,6 +153,7 @@ class RayClaims:
                 name = f"{node_id[:_NODE_DIGITS]}-{int(time.time()) % 100_000}{self._num_agents:03d}"
                 self._agents[node_id] = (name, await asyncio.to_thread(self._start_agent, name, grant), grant)
             elif (known[2].num_slots, known[2].num_firm) != (grant.num_slots, grant.num_firm):
+                grant = replace(grant, devices=await asyncio.to_thread(self._devices_on, node_id))
                 self._agents[node_id] = (known[0], known[1], grant)
                 self._on_granted(known[0], grant)
         for node_id, (name, actor, grant) in list(self._agents.items()):
@@ -160,7 +162,7 @@ class RayClaims:
                 self._agents[node_id] = (name, actor, nothing)
                 self._on_granted(name, nothing)
         for node_id, seconds_left in (await asyncio.to_thread(_draining)).items():
-            if node_id in self._agents and node_id not in self._going:
+            if node_id in self._agents:  # said every time: its agent may be another one now
                 self._going.add(node_id)
                 self._on_notice(self._agents[node_id][0], seconds_left)
         await self._ask_others(has_minimum=sum(grant.num_firm for grant in grants.values()) >= self._low)
@@ -230,12 +232,15 @@ class RayClaims:
         }
 
     def _devices_on(self, node_id: str) -> tuple[str, ...]:
-        """The numbers of the GPUs that Ray has put into this run's places on a node."""
+        """The numbers of the GPUs that Ray has put into this run's places on a node.
+
+        Those that are given back first come last: ranks take them in this order.
+        """
         if self._resource != "GPU":
             return ()
-        asked = []
-        for group in self._groups.values():
-            for index, place in enumerate(_nodes_of(_table(), group)):
+        asked, table = [], _table()
+        for _, group in sorted(self._groups.items(), key=lambda item: (item[0] != self._base, item[0])):
+            for index, place in enumerate(_nodes_of(table, group)):
                 if place == node_id:
                     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
                     asked.append(_gpu_numbers.options(scheduling_strategy=strategy).remote())

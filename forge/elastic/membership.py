@@ -99,11 +99,11 @@ def decide(state: State, event: Event, *, now: float) -> Decision:
         case Noticed(node=name, goes_at=goes_at) if name in state.nodes:
             return _noticed(state, name, goes_at, now)
         case Holds(node=name, holdings=holdings) if name in state.nodes:
-            state, actions = _forget(_with_node(state, name, holdings=holdings))
+            state = _with_node(state, name, holdings=holdings)
             # That it has formed may have been said while the connection was away; no snapshot is older than that.
             if state.phase is Phase.FORMING and any(h.generation == state.generation for h in holdings):
                 state = _formed(state)
-            return state, actions
+            return state, ()
         case Formed(generation=generation) if generation == state.generation and state.phase is Phase.FORMING:
             return _look(_formed(state), now)
         case RankEnded(generation=generation) if generation == state.generation and state.places:
@@ -121,7 +121,9 @@ def decide(state: State, event: Event, *, now: float) -> Decision:
         case YieldWished() if state.reunites_until is None:  # it does not know yet what it uses; it is asked again
             return _yield(state, now)
         case Ticked(margin_s=margin_s):
-            return _look(state if margin_s is None else replace(state, margin_s=margin_s), now)
+            state, forgets = _forget(state if margin_s is None else replace(state, margin_s=margin_s))
+            state, actions = _look(state, now)
+            return state, (*forgets, *actions)
     return state, ()
 
 
@@ -447,8 +449,10 @@ def _members(state: State) -> list[str]:
 
 def _forget(state: State) -> Decision:
     """Once a generation's own snapshots are whole, those of the ones before it are of no use."""
+    if state.phase is not Phase.TRAINING or state.forgotten >= state.generation:
+        return state, ()
     found = newest_whole(state)
-    if found is None or found[1] != state.generation or state.forgotten >= state.generation:
+    if found is None or found[1] != state.generation:
         return state, ()
     return replace(state, forgotten=state.generation), (Forget(generation=state.generation),)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from forge.elastic.channel import Endpoint, Message
+from forge.elastic.channel import Endpoint, Message, pack, unpack
 from forge.elastic.vocabulary import Persist, Start, State
 
 
@@ -86,7 +86,7 @@ def start_orders(
         "port": links[nodes[0]].store_port,
         "is_spread": len(num_on_host) > 1,
         "step": start.step,
-        "parts": _parts(start, state, links),
+        "source": _source(start, state, links),
         "findings": findings,
         "laps": dict(laps),
         "is_stopping": state.is_stopping,
@@ -117,16 +117,27 @@ def persist_orders(persist: Persist, state: State, *, token: str) -> dict[str, M
     return {node: common | {"ranks": own} for node, own in ranks.items()}
 
 
-def _parts(start: Start, state: State, links: Mapping[str, Link]) -> list[Message]:
-    """A machine for each part of the step to go on from; agents prefer what they have themselves."""
-    if start.source is None:
+def parts_of(order: Message) -> list[Message]:
+    """The snapshots to go on from, as an order to start tells of them: generation, rank, endpoint."""
+    if order["source"] is None:
         return []
+    generation, endpoints = order["source"]
+    return [
+        {"generation": generation, "rank": rank, "endpoint": endpoint}
+        for rank, endpoint in enumerate(unpack(endpoints))
+    ]
+
+
+def _source(start: Start, state: State, links: Mapping[str, Link]) -> list[Any] | None:
+    """A machine for each part of the step to go on from; agents prefer what they have themselves.
+
+    Packed, as every machine is told all of it.
+    """
+    if start.source is None:
+        return None
     generation, world_size = start.source
     where = _holders(generation, world_size, start.step, state)
-    return [
-        {"generation": generation, "rank": rank, "endpoint": list(links[names[0]].endpoint)}
-        for rank, names in where.items()
-    ]
+    return [generation, pack([list(links[where[rank][0]].endpoint) for rank in range(world_size)])]
 
 
 def _holders(generation: int, world_size: int, step: int, state: State) -> dict[int, list[str]]:

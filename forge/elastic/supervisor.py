@@ -13,7 +13,8 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -90,6 +91,8 @@ _DUMP_S = 0.3
 # What a planned change needs beyond two steps: to be heard of, and to copy the state.
 _LEAVE_S = 1.5
 _PERSIST_AGAIN_S = 5.0
+# Two notices of one machine whose ends are so near, or the second of which is later, are one.
+_SAME_S = 1.0
 
 
 class Claims(Protocol):
@@ -190,15 +193,19 @@ class Supervisor:
         """Another run waits for its smallest number of workers."""
         self.apply(YieldWished())
 
-    def granted(self, node: str, *, num_slots: int, num_firm: int) -> None:
-        """The cluster has changed its mind about how many ranks fit on a node."""
+    def granted(self, node: str, *, num_slots: int, num_firm: int, devices: Sequence[str]) -> None:
+        """The cluster has changed its mind about how many ranks fit on a node, and on which devices."""
+        self._send(node, {"do": "devices", "devices": list(devices)})
         self.apply(SlotsChanged(node=node, num_slots=num_slots, num_firm=num_firm))
 
     def noticed(self, node: str, *, source: str, seconds_left: float | None) -> None:
-        """A machine will be taken away."""
-        if node in self._links:
-            self._tell(NoticeReceived(node=node, source=source, seconds_left=seconds_left))
-            self.apply(Noticed(node=node, goes_at=self._clock() + (seconds_left or 0.0)))
+        """A machine will be taken away; may be said again and again."""
+        goes_at = self._clock() + (seconds_left or 0.0)
+        known = self.state.nodes.get(node)
+        if known is None or (known.goes_at is not None and goes_at > known.goes_at - _SAME_S):
+            return
+        self._tell(NoticeReceived(node=node, source=source, seconds_left=seconds_left))
+        self.apply(Noticed(node=node, goes_at=goes_at))
 
     def close(self) -> None:
         """Send all agents home."""
@@ -340,7 +347,8 @@ class Supervisor:
         if message["is_certain"]:
             self.noticed(link.node, source=message["source"], seconds_left=left_s)
         else:  # only a risk: have another machine ready
-            self._tell(NoticeReceived(node=link.node, source=message["source"], seconds_left=left_s))
+            source = message["source"]
+            self._tell(NoticeReceived(node=link.node, source=source, seconds_left=left_s, is_certain=False))
             self._claims.replace(link.node, seconds_left=None)
 
     def _formed(self, formed: Message) -> None:
@@ -466,7 +474,7 @@ class Supervisor:
                 goes_at = self.state.nodes[action.node].goes_at
                 self._claims.replace(action.node, seconds_left=None if goes_at is None else goes_at - now)
             case GiveBack():
-                self._claims.give_back({node: self.state.places.count(node) for node in self.state.places})
+                self._claims.give_back(Counter(self.state.places))
             case Claim():
                 self._claims.claim()
             case Finish():

@@ -221,7 +221,7 @@ class LedgerBook:
                 self._take_evaluation(_number(record, "seconds"))
             case "CheckpointSaved":
                 self._take_checkpoint(record)
-            case "NoticeReceived":
+            case "NoticeReceived" if record.get("is_certain", True):
                 self._noticed.add(str(record.get("node")))
             case "ChangeBegan":
                 self._take_change(record)

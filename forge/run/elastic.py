@@ -203,7 +203,7 @@ class SupervisorActor:
             resource=_resource_of(self._plan),
             start_agent=self._start_agent,
             on_granted=lambda node, grant: self._supervisor.granted(
-                node, num_slots=grant.num_slots, num_firm=grant.num_firm
+                node, num_slots=grant.num_slots, num_firm=grant.num_firm, devices=_devices_of(grant, workers.high)
             ),
             on_notice=lambda node, seconds_left: self._supervisor.noticed(
                 node, source="ray", seconds_left=seconds_left
@@ -239,7 +239,7 @@ class SupervisorActor:
             host="",
             num_slots=grant.num_slots,
             num_firm=grant.num_firm,
-            devices=tuple(f"cuda:{number}" for number in grant.devices) or ("cpu",) * job.resources.workers.high,
+            devices=_devices_of(grant, job.resources.workers.high),
             run_folder=commission.run_folder,
             plan_json=commission.plan_json,
             checkpoints=job.checkpoint.url_of(commission.run_folder),
@@ -326,6 +326,11 @@ class _ActorRecord:
 
     async def take(self, news: list[tuple[str, Event | StepMetrics]]) -> None:
         await self._recorder.take.remote(news)
+
+
+def _devices_of(grant: Grant, most: int) -> tuple[str, ...]:
+    """One for each rank that a node may get."""
+    return tuple(f"cuda:{number}" for number in grant.devices) or ("cpu",) * most
 
 
 def _newest(history: Path, kind: str, field: str) -> int:

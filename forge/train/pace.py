@@ -53,9 +53,7 @@ class Pace:
             return False
         self.cost_s = median(self._costs)
         best = min(_MOST_STEPS, max(1, math.ceil(self.cost_s / (_SHARE * median(self._steps_s)))))
-        if 0.5 < best / self.every < 2 and best != 1:  # noise: a pace that is near enough stays
-            return False
-        if best == self.every:
+        if best <= self.every < 2 * best:  # noise: one that costs little enough, and is not far too slow, stays
             return False
         self.every = best
         return True

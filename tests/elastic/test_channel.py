@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import socket
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from forge.elastic import channel as channel_module
-from forge.elastic.channel import Channel, Endpoint, Listener, Message, Reader, StrangerError, connect
+from forge.elastic.channel import Channel, Endpoint, Listener, Message, Reader, StrangerError, connect, pack, unpack
 
 SECRET = bytes(32)
 NONCE_BYTES = 32
@@ -235,6 +236,38 @@ def test_messages_raw_bytes_and_files_arrive_as_they_were_sent() -> None:
         assert bytes(returned) == raw + data
 
     asyncio.run(exchange())
+
+
+def test_messages_that_arrive_at_once_are_told_apart_and_what_follows_them_is_not_lost() -> None:
+    async def scenario() -> None:
+        heard: list[Any] = []
+        is_over = asyncio.Event()
+
+        async def serve(channel: Channel) -> None:
+            await asyncio.sleep(0.2)  # all lies there before the first is read
+            for _ in range(2):
+                heard.append(await channel.receive())
+            raw = bytearray(heard[1]["count"])
+            await channel.receive_into(memoryview(raw))
+            heard.append(bytes(raw))
+            heard.append(await channel.receive())
+            is_over.set()
+
+        async with listening(serve) as listener, connected(listener.endpoint) as channel:
+            await channel.send({"n": 1})
+            await channel.send({"count": 100_000}, raw=b"abcde" * 20_000)
+            await channel.send({"n": 2})
+            await asyncio.wait_for(is_over.wait(), timeout=10)
+        assert heard == [{"n": 1}, {"count": 100_000}, b"abcde" * 20_000, {"n": 2}]
+
+    asyncio.run(scenario())
+
+
+def test_what_goes_to_many_is_small_and_comes_out_as_it_was() -> None:
+    endpoints = [[f"10.0.{number // 256}.{number % 256}", 40000 + number] for number in range(4096)]
+    packed = pack(endpoints)
+    assert unpack(packed) == endpoints
+    assert len(packed) < len(json.dumps(endpoints)) / 2
 
 
 def test_a_process_without_an_event_loop_reads_the_same() -> None:

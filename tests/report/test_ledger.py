@@ -363,6 +363,7 @@ class TestFigures:
         history.step(1, 1.0)
         for source in ("aws", "ray"):  # both tell of one machine
             history.tell(NoticeReceived(node="b", source=source, seconds_left=120.0))
+        history.tell(NoticeReceived(node="c", source="aws", seconds_left=None, is_certain=False))  # it stayed
         history.change("loss", reason="node b lost: it was quicker than its notice")
         history.change("loss", reason="node a lost: connection closed")
         history.change("growth")

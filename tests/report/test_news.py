@@ -80,6 +80,10 @@ def test_a_machine_that_was_not_at_work_leaves_with_a_line_of_its_own() -> None:
             "node 3f2a will be taken away soon, says ray",
         ),
         (
+            NoticeReceived(node=NODE, source="aws", seconds_left=None, is_certain=False),
+            "node 3f2a is likely to be taken away, says aws",
+        ),
+        (
             RankHung(generation=1, rank=1, node=NODE, silent_s=8.2),
             "no progress for 8.2s, rank 1 is behind; every rank's log has its stacks",
         ),

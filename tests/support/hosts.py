@@ -3,7 +3,8 @@
 They share this machine's files, its processes' numbers and its name, and nothing of its network: what they
 send stays on the bridge, where this machine is the address that ends in 1. A machine's end comes in three
 ways: `kill` (its programs die, its kernel takes leave of their peers), `cut` (nothing comes through and nobody
-is told), and both, which is a power cut. As in a cloud, no neighbour ever says that an address is gone.
+is told), and both, which is a power cut. As in a cloud, no neighbour ever says that an address is gone, and who
+asks for a name is answered at once; here, that nobody knows any.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import psutil
 from tests.support.command import wait_for
 
 _NAMESPACES = Path("/var/run/netns")
+_FILES = Path("/etc/netns")
+"""What lies there in a namespace's folder, its programs see in `/etc`."""
 _LINKS = Path("/sys/class/net")
 _NUMBERS = range(1, 255)
 _RAY_PORT = 6379
@@ -148,6 +151,8 @@ class Hosts:
         bridge, hosts = _bridge_of(self._number), range(self.count)
         for host in hosts:
             name, mac = self._name(host), self._mac(11 + host)
+            (_FILES / name).mkdir(parents=True, exist_ok=True)
+            (_FILES / name / "resolv.conf").write_text("nameserver 127.0.0.1\n")
             _ip(
                 f"netns add {name}",
                 f"link add {name} type veth peer name eth0 address {mac} netns {name}",
@@ -217,7 +222,7 @@ def can_make_hosts() -> bool:
     try:
         with Hosts(1):
             return True
-    except (FileNotFoundError, subprocess.CalledProcessError):  # no such kernel, or no right to it
+    except (FileNotFoundError, PermissionError, subprocess.CalledProcessError):  # no such kernel, or no right to it
         return False
 
 
@@ -267,6 +272,8 @@ def _remove_network(number: int) -> None:
     for namespace in namespaces:
         _end_all(namespace)
     shutil.rmtree(_folder_of(number), ignore_errors=True)
+    for files in _FILES.glob(f"{bridge}-*"):
+        shutil.rmtree(files, ignore_errors=True)
     # The kernel takes a namespace away at its leisure, and the links in it; these go at once.
     _ip(
         *(f"link del {path.name}" for path in _LINKS.glob(f"{bridge}-*")),

@@ -60,6 +60,14 @@ def test_the_pace_does_not_follow_noise() -> None:
     assert len(paces) == 1
 
 
+@given(st.lists(st.floats(0.001, 1.0), min_size=20, max_size=60))
+def test_by_what_was_measured_last_the_share_is_a_hundredth_at_most(costs_s: list[float]) -> None:
+    pace = Pace(fixed=None)
+    for cost_s in costs_s:
+        pace.learn(step_s=1.0, cost_s=cost_s)
+    assert pace.share <= 0.01 * (1 + 1e-9)
+
+
 def test_a_single_hiccup_changes_nothing() -> None:
     _, paces = train(Pace(fixed=None), num_snapshots=50, step_s=1.0, cost_s=lambda n: 30.0 if n == 20 else 0.005)
     assert paces == []

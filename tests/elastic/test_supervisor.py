@@ -1,0 +1,200 @@
+"""The supervisor with agents that only listen: what it makes of notices and places, and in what order it speaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from forge.elastic.orders import Link, parts_of, start_orders
+from forge.elastic.supervisor import Supervisor
+from forge.elastic.vocabulary import Holding, Node, Phase, Start, State
+from forge.events import Event, NoticeReceived
+
+
+class Claims:
+    """A cluster that gives every machine one place."""
+
+    def __init__(self) -> None:
+        self.replaced: list[tuple[str, float | None]] = []
+
+    def places_of(self, node: str) -> tuple[int, int]:
+        return 1, 1
+
+    def claim(self) -> None:
+        pass
+
+    def give_back(self, used: Mapping[str, int]) -> None:
+        pass
+
+    def replace(self, node: str, *, seconds_left: float | None) -> None:
+        self.replaced.append((node, seconds_left))
+
+    def lost(self, node: str) -> None:
+        pass
+
+
+class Stage:
+    """A supervisor in training with machines `a` and `b`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.claims = Claims()
+        self.told: list[Event] = []
+        self.heard: dict[str, list[Any]] = {}
+        self.links: dict[str, Link] = {}
+        self.supervisor = Supervisor(
+            State(low=1, high=2),
+            claims=self.claims,
+            tell=self.told.append,
+            checkpoints="/nowhere",
+            clock=lambda: self.now,
+        )
+        for name in ("a", "b"):
+            self.come(name)
+        self.form()
+
+    def come(self, name: str) -> None:
+        self.heard[name] = []
+        self.links[name] = Link(
+            node=name,
+            host=f"host-{name}",
+            endpoint=(f"host-{name}", 7000),
+            store_port=7001,
+            agent_pid=1,
+            send=self.heard[name].append,
+            close=lambda: None,
+            heard_at=self.now,
+        )
+        hello = {
+            **{"pids": {}, "generation": 0, "holdings": [], "findings": None, "is_warm": True, "places": {}},
+            **{"num_slots": 1, "num_firm": 1},
+        }
+        self.supervisor.attach(self.links[name], hello)
+
+    def form(self) -> None:
+        formed = {
+            **{"generation": self.supervisor.state.generation, "device": "cpu", "peak_flops": 1.0, "seconds": {}},
+            **{"world_size": len(self.supervisor.state.places), "peak_source": "none"},
+        }
+        self.supervisor.receive(self.links[self.supervisor.state.places[0]], {"say": "formed", "formed": formed})
+        assert self.supervisor.state.phase is Phase.TRAINING
+
+    def notices(self) -> list[tuple[str, str, float | None, bool]]:
+        return [
+            (event.node, event.source, event.seconds_left, event.is_certain)
+            for event in self.told
+            if isinstance(event, NoticeReceived)
+        ]
+
+    def says(self, node: str, **notice: Any) -> None:
+        told = {"source": "aws", "seconds_left": 120.0, "is_certain": True} | notice
+        self.supervisor.receive(self.links[node], {"say": "notice", **told})
+
+
+def staged(scene: Callable[[Stage], None]) -> None:
+    async def play() -> None:
+        scene(Stage())
+
+    asyncio.run(play())
+
+
+def test_a_notice_that_is_said_again_and_again_is_one() -> None:
+    def scene(stage: Stage) -> None:
+        stage.says("b")
+        for _ in range(5):  # Ray says it at every look, and knows the end to a second
+            stage.now += 0.5
+            left_s = 1120.0 - stage.now
+            stage.supervisor.noticed("b", source="ray", seconds_left=left_s + 0.3)
+            stage.supervisor.noticed("b", source="ray", seconds_left=left_s - 0.3)
+        assert stage.notices() == [("b", "aws", 120.0, True)]
+        assert stage.claims.replaced == [("b", 120.0)]
+
+    staged(scene)
+
+
+def test_one_that_leaves_less_time_is_told_of_and_heeded() -> None:
+    def scene(stage: Stage) -> None:
+        stage.says("b")
+        stage.says("b", source="ray", seconds_left=30.0)
+        assert [source for _, source, _, _ in stage.notices()] == ["aws", "ray"]
+        assert stage.supervisor.state.nodes["b"].goes_at == 1030.0
+
+    staged(scene)
+
+
+def test_the_next_agent_of_a_machine_that_goes_is_told_of_anew() -> None:
+    def scene(stage: Stage) -> None:
+        stage.supervisor.noticed("b", source="ray", seconds_left=60.0)
+        stage.supervisor.detach(stage.links["b"], "its connection closed")
+        stage.supervisor.noticed("b2", source="ray", seconds_left=59.0)  # it is not there yet
+        stage.come("b2")
+        stage.supervisor.noticed("b2", source="ray", seconds_left=58.0)
+        assert [(node, left_s) for node, _, left_s, _ in stage.notices()] == [("b", 60.0), ("b2", 58.0)]
+
+    staged(scene)
+
+
+def test_a_mere_risk_has_another_machine_made_ready_and_changes_nothing() -> None:
+    def scene(stage: Stage) -> None:
+        stage.says("b", seconds_left=None, is_certain=False)
+        stage.supervisor.tick()
+        assert stage.notices() == [("b", "aws", None, False)]
+        assert stage.claims.replaced == [("b", None)]
+        assert stage.supervisor.state.nodes["b"].goes_at is None
+        assert stage.supervisor.state.phase is Phase.TRAINING
+
+    staged(scene)
+
+
+def test_an_agent_hears_of_its_devices_before_it_is_to_use_them() -> None:
+    def scene(stage: Stage) -> None:
+        stage.heard["a"].clear()
+        stage.supervisor.granted("a", num_slots=2, num_firm=1, devices=("cuda:1", "cuda:0"))
+        stage.supervisor.receive(
+            stage.links["a"],
+            {"say": "ended", "generation": 1, "rank": 0, "end": "broken", "step": 0, "reason": "", "error": ""},
+        )
+        for name in "ab":
+            stage.supervisor.receive(stage.links[name], {"say": "stopped", "generation": 1, "holdings": []})
+        orders = [(message["do"], message.get("ranks")) for message in stage.heard["a"]]
+        assert orders == [("devices", None), ("stop", None), ("start", [0, 1])]
+        assert stage.heard["a"][0]["devices"] == ["cuda:1", "cuda:0"]
+
+    staged(scene)
+
+
+@pytest.mark.parametrize("num_agents", [1, 3])
+def test_every_agent_is_told_where_all_parts_of_the_state_are(num_agents: int) -> None:
+    names = "abc"[:num_agents]
+    links = {
+        name: Link(
+            node=name,
+            host=name,
+            endpoint=(f"10.0.0.{number}", 7000 + number),
+            store_port=1,
+            agent_pid=1,
+            send=lambda message: None,
+            close=lambda: None,
+            heard_at=0.0,
+        )
+        for number, name in enumerate(names)
+    }
+    nodes = {
+        name: Node(num_slots=1, holdings=frozenset({Holding(generation=4, rank=r, world_size=num_agents, step=9)}))
+        for r, name in enumerate(names)
+    }
+    start = Start(generation=5, places=tuple(names), step=9, source=(4, num_agents))
+    orders = start_orders(start, State(low=1, high=3, nodes=nodes), links, findings=None, laps={})
+    wanted = [{"generation": 4, "rank": r, "endpoint": list(links[name].endpoint)} for r, name in enumerate(names)]
+    assert all(parts_of(orders[name]) == wanted for name in names)
+
+
+def test_from_storage_no_agent_is_told_of_parts() -> None:
+    def scene(stage: Stage) -> None:
+        order = next(message for message in stage.heard["a"] if message["do"] == "start")
+        assert parts_of(order) == []
+
+    staged(scene)
