@@ -25,7 +25,7 @@ from tests.support.command import environment, family, mentioning, start_forge, 
 from tests.support.command import forge as run_forge
 from tests.support.wandb_file import read_history
 
-TOTAL_STEPS = 400
+TOTAL_STEPS = 240
 JOB = f"""\
 name: tiny
 model: {{architecture: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}}
@@ -35,7 +35,7 @@ training:
   global_batch_size: 8
   optimizer: {{lr: 1.0e-2}}
   schedule: {{warmup_steps: 5}}
-  evaluate_every: 200 steps
+  evaluate_every: 120 steps
 checkpoint: {{every: 25 steps}}
 resources: {{workers: 2, gpu: none}}
 tracking: {{wandb: {{mode: offline}}}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,7 @@ def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def owners(stage: int, world_size: int) -> list[dict[str, Any]]:
     plan = tiny_plan(None, training__zero={"stage": stage}, training__ema={"decay": 0.9}, resources__workers="1..5")
     return on_ranks(ownership, plan_to_json(plan), world_size, world_size=world_size)
