@@ -238,6 +238,8 @@ class Agent:
                 self._dump_stacks(message["generation"])
             case "persist":
                 self._keep(self._persist(message))
+            case "move":
+                self._move(message)
             case "devices":
                 self._devices = message["devices"]
             case "pace":
@@ -307,6 +309,14 @@ class Agent:
         theirs.close()
         ours.setblocking(False)
         asyncio.get_running_loop().add_reader(ours, self._hear, member)
+
+    def _move(self, order: Message) -> None:
+        """Keep the copies of a generation on another machine, or here alone."""
+        for member in self._members.values():
+            if member.generation == order["generation"]:
+                member.buddy_endpoint = tuple(order["buddy"]) if order["buddy"] else None
+                if member.buddy is not None:
+                    member.buddy.move(member.buddy_endpoint)
 
     def _parts(self, order: Message, *, first_fd: int) -> tuple[list[Message], list[int]]:
         """Where the state to go on from lies: descriptors of what is here, endpoints of the rest."""

@@ -317,9 +317,20 @@ def node_ids(*, gcs_address: str) -> set[str]:
     return {node_id.hex() for node_id, info in found.items() if info.state == 0}
 
 
+def head_id(*, gcs_address: str) -> str | None:
+    """Ray's id of the cluster's head; None if it is not known."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    found = GcsClient(address=gcs_address).get_all_node_info()
+    return next((node_id.hex() for node_id, info in found.items() if info.is_head_node), None)
+
+
 def _mark_going(node_id: str, seconds_left: float | None) -> None:
+    address = ray.get_runtime_context().gcs_address
     try:
-        drain(node_id, seconds_left, gcs_address=ray.get_runtime_context().gcs_address)
+        # Of the head nothing would be left to be marked; and the supervisor could not be restarted on it.
+        if node_id != head_id(gcs_address=address):
+            drain(node_id, seconds_left, gcs_address=address)
     except Exception as error:  # an inner interface of Ray's: the change goes on without it
         _log.warning("node %s could not be marked as draining: %s", node_id, error)
 

@@ -93,7 +93,7 @@ def start_orders(
     }
     orders = {}
     for number, node in enumerate(nodes):
-        buddy = nodes[(number + 1) % len(nodes)] if len(nodes) > 1 else _spare(node, state, links)
+        buddy = nodes[(number + 1) % len(nodes)] if len(nodes) > 1 else spare_of(node, state, links)
         orders[node] = common | {
             "ranks": ranks[node],
             "num_on_host": num_on_host[links[node].host],
@@ -151,6 +151,6 @@ def _holders(generation: int, world_size: int, step: int, state: State) -> dict[
     return found
 
 
-def _spare(node: str, state: State, links: Mapping[str, Link]) -> str | None:
+def spare_of(node: str, state: State, links: Mapping[str, Link]) -> str | None:
     """A machine without ranks that can keep a copy all the same."""
     return next((name for name in links if name != node and state.nodes[name].goes_at is None), None)

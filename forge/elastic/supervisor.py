@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from forge.elastic.channel import Channel, Endpoint, Listener, Message
 from forge.elastic.membership import REUNION_S, decide, newest_whole
-from forge.elastic.orders import Link, persist_orders, start_orders
+from forge.elastic.orders import Link, persist_orders, spare_of, start_orders
 from forge.elastic.pulse import Pulses, StepTimes
 from forge.elastic.vault import holdings_from_record
 from forge.elastic.vocabulary import (
@@ -260,6 +260,9 @@ class Supervisor:
             self._tell(NodeLeft(node=link.node, reason=reason))
         self._claims.lost(link.node)
         self.apply(NodeLost(node=link.node, reason=reason))
+        places = set(self.state.places)
+        if len(places) == 1 and self.state.phase in (Phase.FORMING, Phase.TRAINING, Phase.LEAVING):
+            self._replace_spare(*places)
 
     def receive(self, link: Link, message: Message) -> None:
         """An agent has said something."""
@@ -498,6 +501,12 @@ class Supervisor:
         orders = start_orders(start, self.state, self._links, findings=self._findings, laps=laps)
         for node, order in orders.items():
             self._send(node, order)
+
+    def _replace_spare(self, node: str) -> None:
+        """A machine at work alone keeps its copies on one without ranks; that may be the one that was lost."""
+        spare = spare_of(node, self.state, self._links)
+        endpoint = None if spare is None else list(self._links[spare].endpoint)
+        self._send(node, {"do": "move", "generation": self.state.generation, "buddy": endpoint})
 
     def _persist(self, action: Persist) -> None:
         self._persists[action.step] = self._clock()

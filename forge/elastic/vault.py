@@ -121,28 +121,34 @@ class Buddy:
         name: generation, rank and world size.
         on_kept: told of each step that is as safe as it is going to be.
         """
-        self._endpoint, self._snapshot = endpoint, snapshot
+        self._snapshot = snapshot
         self._name, self._secret, self._on_kept = name, secret, on_kept
         self._waiting: tuple[int, int] | None = None
+        """The newest step, and its slot."""
         self._wakes = asyncio.Event()
-        self._task = asyncio.ensure_future(self._send_all()) if endpoint else None
+        self._task = asyncio.ensure_future(self._send_all(endpoint)) if endpoint else None
 
     def send(self, *, step: int, slot: int) -> None:
         """A slot is whole."""
-        if self._endpoint is None:
-            self._on_kept(step)
-            return
         self._waiting = (step, slot)
         self._wakes.set()
+        if self._task is None:
+            self._on_kept(step)
+
+    def move(self, endpoint: Endpoint | None) -> None:
+        """The other machine is gone: send what is newest to this one, if there is one, and all that follows."""
+        self.close()
+        self._task = asyncio.ensure_future(self._send_all(endpoint)) if endpoint else None
+        if self._waiting is not None:
+            self.send(step=self._waiting[0], slot=self._waiting[1])
 
     def close(self) -> None:
         """Send no more."""
         if self._task is not None:
             self._task.cancel()
 
-    async def _send_all(self) -> None:
+    async def _send_all(self, endpoint: Endpoint) -> None:
         channel: Channel | None = None
-        assert self._endpoint is not None
         try:
             while True:
                 await self._wakes.wait()
@@ -152,7 +158,7 @@ class Buddy:
                     continue
                 try:
                     is_new = channel is None
-                    channel = channel or await connect(self._endpoint, secret=self._secret)
+                    channel = channel or await connect(endpoint, secret=self._secret)
                     await self._send(channel, *waiting, is_new=is_new)
                     self._on_kept(waiting[0])
                 except (OSError, EOFError, ValueError):  # the supervisor will say what becomes of it

@@ -15,9 +15,11 @@ from pathlib import Path
 import psutil
 
 from forge.cluster.local import find_local, session_members
-from forge.elastic.claims import drain, node_ids
+from forge.elastic.claims import drain, head_id, node_ids
 from forge.errors import ArgumentError, ClusterError
 from forge.report.runs import read_run
+
+_IS_HEAD = "that node is the head, and the cluster ends with it; choose another"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,7 @@ def kill_machine(agent_pid: int) -> None:
     if cluster is None or leader not in [node.pid for node in cluster.nodes]:
         raise ArgumentError("only a node of the cluster that `forge cluster up` started here can be killed")
     if leader == cluster.nodes[0].pid:
-        raise ArgumentError("that node is the head, and the cluster ends with it; choose another")
+        raise ArgumentError(_IS_HEAD)
     for process in session_members(leader):
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -100,7 +102,7 @@ def kill_machine(agent_pid: int) -> None:
 def give_notice(node: str, *, seconds_left: float) -> None:
     """Announce that a node will be taken away, as `ray drain-node` does; nobody takes it away.
 
-    Raises: ArgumentError, ClusterError.
+    Raises: ArgumentError if it is the head, which holds the whole cluster, or not of this one; ClusterError.
     """
     cluster = find_local()
     if cluster is None:
@@ -108,6 +110,8 @@ def give_notice(node: str, *, seconds_left: float) -> None:
     found = [i for i in node_ids(gcs_address=cluster.address) if i.startswith(node.partition("-")[0])]
     if len(found) != 1:
         raise ArgumentError(f"the cluster has no node {node}")
+    if found[0] == head_id(gcs_address=cluster.address):
+        raise ArgumentError(_IS_HEAD)
     drain_node(found[0], seconds_left=seconds_left, address=cluster.address)
 
 

@@ -166,6 +166,19 @@ def test_an_agent_hears_of_its_devices_before_it_is_to_use_them() -> None:
     staged(scene)
 
 
+def test_a_machine_at_work_alone_is_told_where_to_keep_copies_when_the_spare_one_is_lost() -> None:
+    def scene(stage: Stage) -> None:
+        assert stage.supervisor.state.places == ("a",)  # b joins a second later
+        start = next(message for message in stage.heard["a"] if message["do"] == "start")
+        stage.come("c")
+        for lost, left in (("b", ["host-c", 7000]), ("c", None)):
+            stage.heard["a"].clear()
+            stage.supervisor.detach(stage.links[lost], "its connection closed")
+            assert stage.heard["a"] == [{"do": "move", "generation": start["generation"], "buddy": left}]
+
+    staged(scene)
+
+
 @pytest.mark.parametrize("num_agents", [1, 3])
 def test_every_agent_is_told_where_all_parts_of_the_state_are(num_agents: int) -> None:
     names = "abc"[:num_agents]

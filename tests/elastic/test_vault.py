@@ -274,6 +274,49 @@ def test_where_there_is_no_other_machine_a_step_is_as_safe_as_it_gets_at_once() 
     asyncio.run(send())
 
 
+def test_another_machine_in_the_place_of_one_that_is_gone_gets_the_newest_step() -> None:
+    async def move() -> None:
+        snapshot = state_of(4096)
+        async with machine() as gone, machine() as other:
+            road = Road(gone.endpoint)
+            await road.open()
+            async with sending(snapshot, road.endpoint) as (buddy, kept):
+                filled(snapshot, step=1, slot=0)
+                buddy.send(step=1, slot=0)
+                await until(lambda: kept == [1])
+                await road.tear()
+                filled(snapshot, step=2, slot=1)
+                buddy.send(step=2, slot=1)
+                await asyncio.sleep(0.1)
+                assert kept == [1]
+                buddy.move(other.endpoint)
+                await until(lambda: kept == [1, 2])
+                assert other.steps == [2]
+
+    asyncio.run(move())
+
+
+def test_without_another_machine_a_step_that_waits_is_as_safe_as_it_gets() -> None:
+    async def move() -> None:
+        snapshot = state_of(4096)
+        async with machine() as gone:
+            road = Road(gone.endpoint)  # never open
+            await road.open()
+            endpoint = road.endpoint
+            await road.tear()
+            async with sending(snapshot, endpoint) as (buddy, kept):
+                filled(snapshot, step=1, slot=0)
+                buddy.send(step=1, slot=0)
+                await asyncio.sleep(0.1)
+                assert kept == []
+                buddy.move(None)
+                assert kept == [1]
+                buddy.send(step=2, slot=1)
+                assert kept == [1, 2]
+
+    asyncio.run(move())
+
+
 # Letting go
 
 
