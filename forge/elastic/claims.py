@@ -99,9 +99,13 @@ class RayClaims:
         self._wanted = self._high
         self._wakes.set()
 
-    def give_back(self, used: Mapping[str, int]) -> None:
+    def use(self, used: Mapping[str, int]) -> None:
+        """Ranks are at work on so many places of each agent's node: these are kept, whatever is given back."""
+        self._used = used
+
+    def give_back(self) -> None:
         """Keep no more than the smallest number, and what is used beyond it."""
-        self._wanted, self._used = max(self._low, sum(used.values())), used
+        self._wanted = max(self._low, sum(self._used.values()))
         self._wakes.set()
 
     def replace(self, node: str, *, seconds_left: float | None) -> None:
@@ -143,6 +147,8 @@ class RayClaims:
         task.add_done_callback(self._calls.discard)
 
     async def _tend_once(self) -> None:
+        going = await asyncio.to_thread(_draining)
+        self._going |= going.keys()
         await asyncio.to_thread(self._shape_groups)
         grants = await asyncio.to_thread(self._grants)
         for node_id, grant in grants.items():
@@ -161,9 +167,8 @@ class RayClaims:
                 nothing = Grant(node_id=node_id, num_slots=0, num_firm=0)
                 self._agents[node_id] = (name, actor, nothing)
                 self._on_granted(name, nothing)
-        for node_id, seconds_left in (await asyncio.to_thread(_draining)).items():
+        for node_id, seconds_left in going.items():
             if node_id in self._agents:  # said every time: its agent may be another one now
-                self._going.add(node_id)
                 self._on_notice(self._agents[node_id][0], seconds_left)
         await self._ask_others(has_minimum=sum(grant.num_firm for grant in grants.values()) >= self._low)
 
@@ -177,13 +182,17 @@ class RayClaims:
         firm = Counter(nodes.get(self._base, []))
         # A place beyond the firm ones that a rank is using stays, whatever the target is.
         needed = Counter({node_id: self._used_on(node_id) - firm[node_id] for node_id in self._agents})
+        spare = []
         for name in sorted(singles, key=lambda name: (not nodes.get(name), name)):
             place = next(iter(nodes.get(name, [])), None)
             if place is not None and needed[place] > 0:
                 needed[place] -= 1
-            elif len(singles) > target:
-                remove_placement_group(self._groups.pop(name))
-                singles.remove(name)
+            else:
+                spare.append(name)
+        while len(singles) > target and spare:  # first those that the cluster has no room for
+            name = spare.pop()
+            remove_placement_group(self._groups.pop(name))
+            singles.remove(name)
         while len(singles) < target:
             self._num_groups += 1
             singles.append(f"forge-{self._run_id}-{self._num_groups}")

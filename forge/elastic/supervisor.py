@@ -104,8 +104,11 @@ class Claims(Protocol):
     def claim(self) -> None:
         """Ask for as many places as the job allows."""
 
-    def give_back(self, used: Mapping[str, int]) -> None:
-        """Keep no more places than are used, by node, and do not ask for more than the smallest number."""
+    def use(self, used: Mapping[str, int]) -> None:
+        """So many places of each node have ranks at work now."""
+
+    def give_back(self) -> None:
+        """Keep no more places than are used, and do not ask for more than the smallest number."""
 
     def replace(self, node: str, *, seconds_left: float | None) -> None:
         """A node will go: have the cluster give it nothing new, and ask for another."""
@@ -241,6 +244,8 @@ class Supervisor:
                 places={int(rank): size for rank, size in hello["places"].items()},
             )
         )
+        if hello["places"]:  # of a supervisor before this one
+            self._claims.use(Counter(self.state.places))
         if hello["is_warm"]:
             self._tell_joined(link.node)
         if self.state.phase is Phase.LEAVING:  # it may not have heard the wish
@@ -477,7 +482,8 @@ class Supervisor:
                 goes_at = self.state.nodes[action.node].goes_at
                 self._claims.replace(action.node, seconds_left=None if goes_at is None else goes_at - now)
             case GiveBack():
-                self._claims.give_back(Counter(self.state.places))
+                self._claims.use(Counter(self.state.places))
+                self._claims.give_back()
             case Claim():
                 self._claims.claim()
             case Finish():
@@ -498,6 +504,7 @@ class Supervisor:
             laps = {"stop": round(now - self._changed_at, 3)} | laps
         self._changed_at = None
         self._generation = _Generation()
+        self._claims.use(Counter(start.places))
         orders = start_orders(start, self.state, self._links, findings=self._findings, laps=laps)
         for node, order in orders.items():
             self._send(node, order)

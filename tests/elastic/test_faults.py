@@ -120,6 +120,22 @@ def test_a_notice_costs_no_step(run: Run) -> None:
     assert len(run.repeated()) == repeated
 
 
+def test_a_supervisor_that_finds_a_machine_going_takes_no_place_from_ranks_at_work(run: Run) -> None:
+    count = len(run.of("SupervisorRestarted"))
+    chaos(run, "kill", "--supervisor")
+    wait_for(lambda: len(run.of("SupervisorRestarted")) > count)
+    restarted = run.of("SupervisorRestarted")[-1]["time"]
+    at_work = {place["node"] for place in run.formed["ranks"]}
+
+    def back() -> dict[str, int]:
+        joined = [event for event in run.of("NodeJoined") if event["time"] > restarted]
+        return {event["node"]: event["num_slots"] for event in joined if event["node"] in at_work}
+
+    wait_for(lambda: back().keys() == at_work)
+    assert min(back().values()) >= 1
+    run.await_steps(5)
+
+
 def test_after_all_that_every_step_stands_once_and_the_losses_are_those_of_a_run_in_peace(
     run: Run, tmp_path: Path
 ) -> None:

@@ -26,7 +26,10 @@ class Claims:
     def claim(self) -> None:
         pass
 
-    def give_back(self, used: Mapping[str, int]) -> None:
+    def use(self, used: Mapping[str, int]) -> None:
+        pass
+
+    def give_back(self) -> None:
         pass
 
     def replace(self, node: str, *, seconds_left: float | None) -> None:
