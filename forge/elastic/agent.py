@@ -404,7 +404,8 @@ class Agent:
         await self._tell(say="ended", generation=member.generation, rank=member.rank, end=str(end), **details)
 
     async def _stop(self, generation: int) -> None:
-        """Have no rank of this generation or of one before it."""
+        """Have no rank of this generation or of one before it, and no copy that is not told of."""
+        self._vault.refuse(generation)
         self._kill(generation)
         for member in list(self._members.values()):
             if member.generation <= generation:

@@ -34,7 +34,7 @@ class Vault:
     def __init__(self, *, secret: bytes) -> None:
         self._secret = secret
         self._kept: dict[tuple[int, int], Kept] = {}
-        self._closed_before = 0
+        self._closed_before = self._refused = 0
 
     def adopt(self, generation: int, rank: int, fd: int, *, world_size: int) -> None:
         """Take over the memory of a rank of this machine, behind a descriptor that is ours from now on."""
@@ -52,6 +52,10 @@ class Vault:
             for (generation, rank), kept in self._kept.items()
             for copy in kept.snapshot.copies()
         )
+
+    def refuse(self, generation: int) -> None:
+        """Take no more copies of this generation and of those before it: what is held now is what is told."""
+        self._refused = max(generation, self._refused)
 
     def forget(self, before: int) -> None:
         """Let go of the snapshots of generations before this one."""
@@ -88,8 +92,7 @@ class Vault:
         generation, rank = message["generation"], message["rank"]
         description = bytearray(message["description_bytes"])
         await channel.receive_into(memoryview(description))
-        if generation < self._closed_before:
-            raise EOFError("a generation that is over")
+        self._require_open(generation)
         kept = self._kept.get((generation, rank))
         if kept is None:
             kept = Kept(snapshot=create_as_described(bytes(description)), world_size=message["world_size"])
@@ -100,8 +103,13 @@ class Vault:
             data = kept.snapshot.begin(slot)
             await asyncio.to_thread(kept.snapshot.prepare, slot)
             await channel.receive_into(data)
+            self._require_open(generation)
             kept.snapshot.commit(slot, step=message["step"], state=message["state"], checksum=message["checksum"])
         await channel.send({"kept": message["step"]})
+
+    def _require_open(self, generation: int) -> None:
+        if generation < self._closed_before or generation <= self._refused:
+            raise EOFError("a generation that is over")
 
 
 class Buddy:

@@ -94,6 +94,7 @@ class Machine:
     vault: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """(generation, rank) → the steps of its whole snapshots, two at most."""
     forgotten: int = 0
+    refused: int = 0
     goes_at: float | None = None
 
     def say(self, event: Event) -> None:
@@ -297,6 +298,7 @@ class World:
             case Start() as start:
                 self.begin_ranks(machine, start)
             case Stop(generation=generation):
+                machine.refused = max(machine.refused, generation)
                 ended = [rank for rank, r in machine.ranks.items() if r.generation <= generation]
                 gone = {rank: machine.ranks[rank].generation for rank in ended}
                 for rank in ended:
@@ -441,7 +443,7 @@ class World:
     def copy(self, number: int, rank: int) -> None:
         step = self.generations[number].copying.pop(rank)
         for keeper in self.keepers(number, self.members(number)[rank]):
-            if number >= keeper.forgotten:
+            if number >= keeper.forgotten and number > keeper.refused:
                 keeper.vault[number, rank] = [*keeper.vault.get((number, rank), []), step]
 
     def keepers(self, number: int, machine: Machine) -> list[Machine]:

@@ -371,6 +371,22 @@ def test_a_generation_that_is_forgotten_while_a_copy_of_it_arrives_leaves_nothin
     asyncio.run(forget())
 
 
+def test_a_copy_that_arrives_after_its_generation_was_stopped_is_not_taken() -> None:
+    async def refuse() -> None:
+        snapshot = state_of(4096)
+        async with machine() as far, sending(snapshot, far.endpoint) as (buddy, kept):
+            filled(snapshot, step=1, slot=0)
+            buddy.send(step=1, slot=0)
+            await until(lambda: kept == [1])
+            far.vault.refuse(NAME["generation"])
+            filled(snapshot, step=2, slot=1)
+            buddy.send(step=2, slot=1)
+            await asyncio.sleep(0.3)
+            assert (kept, far.steps) == ([1], [1])
+
+    asyncio.run(refuse())
+
+
 def test_holdings_survive_json() -> None:
     holdings = frozenset(Holding(generation=g, rank=r, world_size=3, step=g + r) for g in (1, 2) for r in range(3))
     assert holdings_from_record(json.loads(json.dumps(holdings_record(holdings)))) == holdings
