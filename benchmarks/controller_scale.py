@@ -30,6 +30,7 @@ from forge.elastic.orders import Link
 from forge.elastic.supervisor import Supervisor
 from forge.elastic.vocabulary import Phase, State
 from forge.events import GenerationFormed
+from tests.support.claims import EndlessClaims
 
 SIZES = ((4096, 1), (512, 8))
 """Agents, and ranks of each."""
@@ -289,31 +290,6 @@ class Cluster:
                 beat["holdings"] = agent.holdings(step)
             said.append((agent, json.dumps(beat)))
         return said
-
-
-class EndlessClaims:
-    """A cluster that gives every machine the same number of places."""
-
-    def __init__(self, ranks_per_agent: int) -> None:
-        self._ranks_per_agent = ranks_per_agent
-
-    def places_of(self, node: str) -> tuple[int, int]:
-        return self._ranks_per_agent, self._ranks_per_agent
-
-    def claim(self) -> None:
-        pass
-
-    def use(self, used: Mapping[str, int]) -> None:
-        pass
-
-    def give_back(self) -> None:
-        pass
-
-    def replace(self, node: str, *, seconds_left: float | None) -> None:
-        pass
-
-    def lost(self, node: str) -> None:
-        pass
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ class Agent:
             case "start":
                 self._start(message)
             case "stop":
-                self._keep(self._stop(message["generation"]))
+                self._keep(self._stop(message["generation"], goes_on=message["goes_on"]))
             case "wish":
                 for member in self._members.values():
                     if member.generation == message["generation"]:
@@ -312,11 +312,12 @@ class Agent:
 
     def _move(self, order: Message) -> None:
         """Keep the copies of a generation on another machine, or here alone."""
-        for member in self._members.values():
-            if member.generation == order["generation"]:
-                member.buddy_endpoint = tuple(order["buddy"]) if order["buddy"] else None
+        endpoint = tuple(order["buddy"]) if order["buddy"] else None
+        for member in self._living().values():
+            if member.generation == order["generation"] and member.buddy_endpoint != endpoint:
+                member.buddy_endpoint = endpoint
                 if member.buddy is not None:
-                    member.buddy.move(member.buddy_endpoint)
+                    member.buddy.move(endpoint)
 
     def _parts(self, order: Message, *, first_fd: int) -> tuple[list[Message], list[int]]:
         """Where the state to go on from lies: descriptors of what is here, endpoints of the rest."""
@@ -403,9 +404,9 @@ class Agent:
     async def _tell_end(self, member: _Member, end: str, **details: Any) -> None:
         await self._tell(say="ended", generation=member.generation, rank=member.rank, end=str(end), **details)
 
-    async def _stop(self, generation: int) -> None:
-        """Have no rank of this generation or of one before it, and no copy that is not told of."""
-        self._vault.refuse(generation)
+    async def _stop(self, generation: int, *, goes_on: bool) -> None:
+        """Have no rank of this generation or of one before it; if it is over, no copy that is not told of."""
+        self._vault.refuse(generation - goes_on)
         self._kill(generation)
         for member in list(self._members.values()):
             if member.generation <= generation:

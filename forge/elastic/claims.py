@@ -318,27 +318,22 @@ def drain(node_id: str, seconds_left: float | None, *, gcs_address: str) -> None
         raise RuntimeError(refusal)
 
 
-def node_ids(*, gcs_address: str) -> set[str]:
-    """Ray's ids of the nodes that it believes alive; does not connect this process to the cluster."""
+def nodes_alive(*, gcs_address: str) -> dict[str, bool]:
+    """Ray's ids of the nodes that it believes alive, and whether each is the head.
+
+    Does not connect this process to the cluster.
+    """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     found = GcsClient(address=gcs_address).get_all_node_info()
-    return {node_id.hex() for node_id, info in found.items() if info.state == 0}
-
-
-def head_id(*, gcs_address: str) -> str | None:
-    """Ray's id of the cluster's head; None if it is not known."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-
-    found = GcsClient(address=gcs_address).get_all_node_info()
-    return next((node_id.hex() for node_id, info in found.items() if info.is_head_node), None)
+    return {node_id.hex(): info.is_head_node for node_id, info in found.items() if info.state == 0}
 
 
 def _mark_going(node_id: str, seconds_left: float | None) -> None:
     address = ray.get_runtime_context().gcs_address
     try:
         # Of the head nothing would be left to be marked; and the supervisor could not be restarted on it.
-        if node_id != head_id(gcs_address=address):
+        if not nodes_alive(gcs_address=address).get(node_id):
             drain(node_id, seconds_left, gcs_address=address)
     except Exception as error:  # an inner interface of Ray's: the change goes on without it
         _log.warning("node %s could not be marked as draining: %s", node_id, error)

@@ -168,7 +168,8 @@ def _came(state: State, event: NodeCame, now: float) -> Decision:
     # Its ranks are of a generation that is over. Or it was told so, and that may not have reached it.
     if (running and not ranks) or name in state.unanswered:
         state = replace(state, unanswered=state.unanswered | {name})
-        return state, (*stops, Stop(node=name, generation=max(state.generation, event.generation)))
+        newest = max(state.generation, event.generation)
+        return state, (*stops, Stop(node=name, generation=newest, goes_on=state.phase in _ALIVE))
     state, actions = _look(state, now)
     return state, (*stops, *actions)
 
@@ -185,7 +186,7 @@ def _adopt(state: State, event: NodeCame, now: float) -> Decision:
         ended=frozenset(),
         reunites_until=state.reunites_until or now + REUNION_S,
     )
-    return state, tuple(Stop(node=name, generation=event.generation) for name in sorted(strangers))
+    return state, tuple(Stop(node=name, generation=event.generation, goes_on=True) for name in sorted(strangers))
 
 
 def _lost(state: State, name: str, reason: str, now: float) -> Decision:

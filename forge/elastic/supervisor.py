@@ -459,7 +459,8 @@ class Supervisor:
             case Start():
                 self._start(action, decided_in_s=decided_in_s)
             case Stop():
-                self._send(action.node, {"do": "stop", "generation": action.generation})
+                stop = {"do": "stop", "generation": action.generation, "goes_on": action.goes_on}
+                self._send(action.node, stop)
             case Leave():
                 self._wish("LEAVE")
             case Forget():

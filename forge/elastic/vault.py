@@ -34,7 +34,8 @@ class Vault:
     def __init__(self, *, secret: bytes) -> None:
         self._secret = secret
         self._kept: dict[tuple[int, int], Kept] = {}
-        self._closed_before = self._refused = 0
+        self._refused = 0
+        """The newest generation of which no copies are taken."""
 
     def adopt(self, generation: int, rank: int, fd: int, *, world_size: int) -> None:
         """Take over the memory of a rank of this machine, behind a descriptor that is ours from now on."""
@@ -59,7 +60,7 @@ class Vault:
 
     def forget(self, before: int) -> None:
         """Let go of the snapshots of generations before this one."""
-        self._closed_before = max(before, self._closed_before)
+        self.refuse(before - 1)
         for key in [key for key in self._kept if key[0] < before]:
             self._kept.pop(key).snapshot.close()
 
@@ -108,7 +109,7 @@ class Vault:
         await channel.send({"kept": message["step"]})
 
     def _require_open(self, generation: int) -> None:
-        if generation < self._closed_before or generation <= self._refused:
+        if generation <= self._refused:
             raise EOFError("a generation that is over")
 
 

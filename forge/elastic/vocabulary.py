@@ -257,6 +257,8 @@ class Stop:
 
     node: str
     generation: int
+    goes_on: bool = False
+    """Elsewhere: the node has no part in it, but may have to keep copies of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

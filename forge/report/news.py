@@ -39,7 +39,7 @@ class News:
                 is_told = event["node"] in self._members or event["node"] in self._reason
                 return None if is_told else f"node {event['node']} left: {event['reason']}"
             case "NoticeReceived":
-                if not event["is_certain"]:
+                if not event.get("is_certain", True):
                     return f"node {event['node']} is likely to be taken away, says {event['source']}"
                 left_s = event["seconds_left"]
                 when = "soon" if left_s is None else f"in {format_duration(left_s)}"

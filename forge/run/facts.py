@@ -6,6 +6,7 @@ imports it; the answer is kept in the cache, as it depends on the request and on
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -123,13 +124,11 @@ def _cached_answer(request: dict[str, Any], *, is_cacheable: bool) -> dict[str, 
             pass
     answer = _ask(request)
     if is_cacheable and "facts" in answer:
-        try:
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f"{path.name}.{os.getpid()}")
             draft.write_text(json.dumps(answer))
             draft.replace(path)
-        except OSError:
-            pass  # a cache that cannot be written only costs time
     return answer
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from forge.cluster.local import find_local, session_members
-from forge.elastic.claims import drain, head_id, node_ids
+from forge.elastic.claims import drain, nodes_alive
 from forge.errors import ArgumentError, ClusterError
 from forge.report.runs import read_run
 
@@ -107,10 +107,11 @@ def give_notice(node: str, *, seconds_left: float) -> None:
     cluster = find_local()
     if cluster is None:
         raise ArgumentError("no cluster is up on this machine")
-    found = [i for i in node_ids(gcs_address=cluster.address) if i.startswith(node.partition("-")[0])]
+    nodes = nodes_alive(gcs_address=cluster.address)
+    found = [node_id for node_id in nodes if node_id.startswith(node.partition("-")[0])]
     if len(found) != 1:
         raise ArgumentError(f"the cluster has no node {node}")
-    if found[0] == head_id(gcs_address=cluster.address):
+    if nodes[found[0]]:
         raise ArgumentError(_IS_HEAD)
     drain_node(found[0], seconds_left=seconds_left, address=cluster.address)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.cluster.local import NodeProcess, add_node, kill_node, start_head_alone, stop_local
-from forge.elastic.claims import node_ids
+from forge.elastic.claims import nodes_alive
 from forge.errors import ForgeError
 from forge.plan.plan import Plan
 from forge.report.ledger import ledger_of
@@ -151,9 +151,9 @@ class _Machines:
     def do(self, act: Act) -> None:
         """Do it now. Raises: ClusterError if a machine cannot be started."""
         if act.what == "add":
-            known = node_ids(gcs_address=self._address)
+            known = nodes_alive(gcs_address=self._address).keys()
             node = add_node()
-            (node_id,) = node_ids(gcs_address=self._address) - known
+            (node_id,) = nodes_alive(gcs_address=self._address).keys() - known
             self._nodes[act.node] = (node, node_id)
             self.num_added += 1
         elif act.node in self._nodes and act.what == "remove":

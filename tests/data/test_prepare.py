@@ -261,9 +261,9 @@ def test_another_text_makes_another_cache(words: Path, tmp_path: Path) -> None:
 
 
 def test_a_read_only_cache_is_read(words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(spec_of(words), cache_dir=tmp_path)
+    first = prepare(spec_of(words), cache_dir=tmp_path)
     monkeypatch.setattr(module, "_build_once", lambda *_, **__: pytest.fail("tried to write"))
-    prepare(spec_of(words), cache_dir=tmp_path)
+    assert prepare(spec_of(words), cache_dir=tmp_path) == first
 
 
 def flip(path: Path) -> None:
@@ -372,7 +372,8 @@ def fork(action: Callable[[], object]) -> Iterator[int]:
 def test_a_kill_at_any_moment_leaves_no_half_cache_that_is_believed(words: Path, tmp_path: Path) -> None:
     reference = prepare(spec_of(words), cache_dir=tmp_path / "reference")
     began = time.monotonic()
-    prepare(spec_of(words), cache_dir=tmp_path / "timed")
+    with fork(lambda: prepare(spec_of(words), cache_dir=tmp_path / "timed")) as pid:  # slower than here
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     duration_s = time.monotonic() - began
     chance = random.Random(0)
     cache_dir = tmp_path / "cache"

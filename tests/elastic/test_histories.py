@@ -297,8 +297,8 @@ class World:
         match machine.to_agent.popleft():
             case Start() as start:
                 self.begin_ranks(machine, start)
-            case Stop(generation=generation):
-                machine.refused = max(machine.refused, generation)
+            case Stop(generation=generation, goes_on=goes_on):
+                machine.refused = max(machine.refused, generation - goes_on)
                 ended = [rank for rank, r in machine.ranks.items() if r.generation <= generation]
                 gone = {rank: machine.ranks[rank].generation for rank in ended}
                 for rank in ended:

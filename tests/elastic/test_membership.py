@@ -110,8 +110,8 @@ def snapshots(step: int, *ranks: int, of: int, generation: int = 1) -> frozenset
     return frozenset(Holding(generation=generation, rank=rank, world_size=of, step=step) for rank in ranks)
 
 
-def stops(*names: str, generation: int = 1) -> list[Action]:
-    return [Stop(node=name, generation=generation) for name in names]
+def stops(*names: str, generation: int = 1, goes_on: bool = False) -> list[Action]:
+    return [Stop(node=name, generation=generation, goes_on=goes_on) for name in names]
 
 
 def start(generation: int, *places: str, step: int = 0, source: tuple[int, int] | None = None) -> Start:
@@ -669,7 +669,7 @@ def test_a_lost_machine_that_comes_back_with_old_ranks_has_them_stopped_before_i
     story.on(lost("b"))
     story.stopped("a")
     story.on(Formed(generation=2))
-    assert story.on(came("b", generation=1, places={1: 2})) == stops("b", generation=2)
+    assert story.on(came("b", generation=1, places={1: 2})) == stops("b", generation=2, goes_on=True)
     actions = story.after(JOIN_WINDOW_S) + story.after(JOIN_WINDOW_S)
     assert causes(actions) == ["growth"]
     story.left()
@@ -721,7 +721,7 @@ def test_a_machine_that_was_left_out_earlier_does_not_hide_the_generation_at_wor
 def test_of_two_generations_that_it_finds_the_older_is_stopped() -> None:
     story = reborn()
     story.on(came("cut off", generation=4, places={0: 2}))
-    assert story.on(came("a", generation=5, places={0: 2})) == stops("cut off", generation=5)
+    assert story.on(came("a", generation=5, places={0: 2})) == stops("cut off", generation=5, goes_on=True)
     assert story.on(came("b", generation=5, places={1: 2})) == []
     assert (story.state.phase, story.state.places) == (Phase.TRAINING, ("a", "b"))
 

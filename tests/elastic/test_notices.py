@@ -103,7 +103,7 @@ def test_a_service_that_failed_is_heard_again(cloud: type[Service], fault: str) 
                 await until(lambda: service.num_failed >= 2)
                 service.fault = ""
                 service.announce()
-                await asyncio.wait_for(heard.get(), 3.0)
+                assert (await asyncio.wait_for(heard.get(), 3.0)).is_certain
 
     asyncio.run(hear())
 
@@ -118,7 +118,7 @@ def test_a_service_that_was_away_is_heard_again(cloud: type[Service], caplog: py
                 await until(lambda: "trying on" in caplog.text)
                 service.start()
                 service.announce()
-                await asyncio.wait_for(heard.get(), 3.0)
+                assert (await asyncio.wait_for(heard.get(), 3.0)).is_certain
 
     asyncio.run(hear())
 
@@ -167,6 +167,7 @@ def test_a_notice_that_could_not_be_taken_is_told_again() -> None:
             task = asyncio.create_task(watch(aws.environment, take, pace=QUICK))
             await until(lambda: len(heard) == 2)
             task.cancel()
+        assert [(notice.source, notice.is_certain) for notice in heard] == 2 * [("aws", True)]
 
     asyncio.run(hear())
 
@@ -317,7 +318,7 @@ def test_a_ray_that_does_not_answer_is_asked_again() -> None:
 
     async def hear() -> None:
         async with watching({}, ask_ray=ask_ray, pace=Pace(pause_s=0.02, timeout_s=0.1)) as heard:
-            await asyncio.wait_for(heard.get(), 1.0)
+            assert (await asyncio.wait_for(heard.get(), 1.0)).source == "ray"
 
     asyncio.run(hear())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,31 +12,18 @@ from forge.elastic.orders import Link, parts_of, start_orders
 from forge.elastic.supervisor import Supervisor
 from forge.elastic.vocabulary import Holding, Node, Phase, Start, State
 from forge.events import Event, NoticeReceived
+from tests.support.claims import EndlessClaims
 
 
-class Claims:
-    """A cluster that gives every machine one place."""
+class Claims(EndlessClaims):
+    """Remembers for whom another machine was asked for."""
 
     def __init__(self) -> None:
+        super().__init__(1)
         self.replaced: list[tuple[str, float | None]] = []
-
-    def places_of(self, node: str) -> tuple[int, int]:
-        return 1, 1
-
-    def claim(self) -> None:
-        pass
-
-    def use(self, used: Mapping[str, int]) -> None:
-        pass
-
-    def give_back(self) -> None:
-        pass
 
     def replace(self, node: str, *, seconds_left: float | None) -> None:
         self.replaced.append((node, seconds_left))
-
-    def lost(self, node: str) -> None:
-        pass
 
 
 class Stage:

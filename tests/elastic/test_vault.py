@@ -135,6 +135,12 @@ def filled(snapshot: Snapshot, *, step: int, slot: int, seed: int | None = None)
     return body
 
 
+def hand_on(buddy: Buddy, snapshot: Snapshot, *, step: int) -> None:
+    """Write a step, and have it sent."""
+    filled(snapshot, step=step, slot=(step - 1) % 2)
+    buddy.send(step=step, slot=(step - 1) % 2)
+
+
 def state_of(num_bytes: int = STATE_BYTES) -> Snapshot:
     return create_snapshot(pack([Interval(kind="master", name="w", start=0, stop=num_bytes // 4, dtype="F32")]))
 
@@ -250,13 +256,11 @@ def test_a_machine_that_was_away_is_sent_the_newest_step_when_it_is_back() -> No
             road = Road(far.endpoint)
             await road.open()
             async with sending(snapshot, road.endpoint) as (buddy, kept):
-                filled(snapshot, step=1, slot=0)
-                buddy.send(step=1, slot=0)
+                hand_on(buddy, snapshot, step=1)
                 await until(lambda: kept == [1])
                 await road.tear()
-                for step, slot in ((2, 1), (3, 0)):
-                    filled(snapshot, step=step, slot=slot)
-                    buddy.send(step=step, slot=slot)
+                for step in (2, 3):
+                    hand_on(buddy, snapshot, step=step)
                 await road.open()
                 await until(lambda: kept == [1, 3])
                 assert far.steps == [1, 3]
@@ -281,12 +285,10 @@ def test_another_machine_in_the_place_of_one_that_is_gone_gets_the_newest_step()
             road = Road(gone.endpoint)
             await road.open()
             async with sending(snapshot, road.endpoint) as (buddy, kept):
-                filled(snapshot, step=1, slot=0)
-                buddy.send(step=1, slot=0)
+                hand_on(buddy, snapshot, step=1)
                 await until(lambda: kept == [1])
                 await road.tear()
-                filled(snapshot, step=2, slot=1)
-                buddy.send(step=2, slot=1)
+                hand_on(buddy, snapshot, step=2)
                 await asyncio.sleep(0.1)
                 assert kept == [1]
                 buddy.move(other.endpoint)
@@ -305,8 +307,7 @@ def test_without_another_machine_a_step_that_waits_is_as_safe_as_it_gets() -> No
             endpoint = road.endpoint
             await road.tear()
             async with sending(snapshot, endpoint) as (buddy, kept):
-                filled(snapshot, step=1, slot=0)
-                buddy.send(step=1, slot=0)
+                hand_on(buddy, snapshot, step=1)
                 await asyncio.sleep(0.1)
                 assert kept == []
                 buddy.move(None)
@@ -375,12 +376,10 @@ def test_a_copy_that_arrives_after_its_generation_was_stopped_is_not_taken() -> 
     async def refuse() -> None:
         snapshot = state_of(4096)
         async with machine() as far, sending(snapshot, far.endpoint) as (buddy, kept):
-            filled(snapshot, step=1, slot=0)
-            buddy.send(step=1, slot=0)
+            hand_on(buddy, snapshot, step=1)
             await until(lambda: kept == [1])
             far.vault.refuse(NAME["generation"])
-            filled(snapshot, step=2, slot=1)
-            buddy.send(step=2, slot=1)
+            hand_on(buddy, snapshot, step=2)
             await asyncio.sleep(0.3)
             assert (kept, far.steps) == ([1], [1])
 
