@@ -411,6 +411,9 @@ class _Rank:
     outward: list[int]
     num_savers: int = 0
     num_begun: int = 0
+    asked: str = ""
+    """The token of the save that a follower was last asked for; it may lose its saver before the first."""
+    has_part: bool = False
 
     def run(self, first_step: int, *, num_saves: int | None) -> None:
         """Save step after step, until there were enough, or killed, or alone."""
@@ -448,18 +451,18 @@ class _Rank:
     def _follow(self) -> None:
         for source, line in self._hear():
             if source is not self._answers:
-                self._token, self._has_part = self._save(int(line)), False
+                self.asked, self.has_part = self._save(int(line)), False
             elif line is None:
                 self._start_saver()
-                if not self._has_part:
+                if self.asked and not self.has_part:
                     self._say_failed()
-            elif (answer := json.loads(line))["token"] == self._token:
-                self._has_part = self._has_part or "part" in answer
+            elif (answer := json.loads(line))["token"] == self.asked:
+                self.has_part = self.has_part or "part" in answer
                 if "failed" in answer:
                     self._say_failed()
 
     def _say_failed(self) -> None:
-        os.write(self.outward[0], f"{self._token}\n".encode())
+        os.write(self.outward[0], f"{self.asked}\n".encode())
 
     def _save(self, step: int) -> str:
         slot = self.num_begun % NUM_SLOTS
