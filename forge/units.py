@@ -59,14 +59,14 @@ class Every:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """A closed range of whole numbers from 1 up, written `2..16` or `4`."""
+    """A closed range of whole numbers from 0 up, written `2..16` or `4`."""
 
     low: int
     high: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.low <= self.high:
-            raise ValueError("a range must start at 1 or more and not run backwards")
+        if not 0 <= self.low <= self.high:
+            raise ValueError("a range must start at 0 or more and not run backwards")
 
     def __str__(self) -> str:
         return str(self.low) if self.low == self.high else f"{self.low}..{self.high}"

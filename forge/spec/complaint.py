@@ -1,4 +1,4 @@
-"""pydantic's complaints about a job, in the words of those who write job files.
+"""pydantic's complaints about a job or a cluster, in the words of those who write such files.
 
 In come pydantic's error records, which speak of types; out go JobFileErrors, which speak of keys and of
 what to write instead. Each key is blamed once.
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from forge.errors import JobFileError
 from forge.spec.document import join_key
 from forge.spec.fields import Loc, known_keys, literal_values, section_at
-from forge.spec.section import KeyProblem
+from forge.spec.section import KeyProblem, Section
 from forge.spec.source import SourceMap, parent_key
 
 _OTHER_WORDS = {
@@ -58,16 +58,19 @@ _SENTENCES = {
 """By pydantic's name for the kind of error."""
 
 
-def complaints(error: ValidationError, *, source: SourceMap, blamed: Iterable[JobFileError]) -> list[JobFileError]:
+def complaints(
+    error: ValidationError, *, root: type[Section], source: SourceMap, blamed: Iterable[JobFileError]
+) -> list[JobFileError]:
     """Say in plain words what pydantic found.
 
     Args:
+        root: the type of the whole file.
         blamed: errors found before; what pydantic says of their keys only follows from them.
     """
     keys = {other.key for other in blamed}
     found: list[JobFileError] = []
     for record in error.errors(include_url=False):
-        complaint = _complaint(record, source=source)
+        complaint = _complaint(record, root=root, source=source)
         if keys.isdisjoint(_with_parents(complaint.key or "")):
             keys.add(complaint.key)
             found.append(complaint)
@@ -76,20 +79,20 @@ def complaints(error: ValidationError, *, source: SourceMap, blamed: Iterable[Jo
     return [complaint for complaint in found if complaint.problem != _MISSING or complaint.key not in meant]
 
 
-def _complaint(record: Mapping[str, Any], *, source: SourceMap) -> JobFileError:
+def _complaint(record: Mapping[str, Any], *, root: type[Section], source: SourceMap) -> JobFileError:
     kind, given, loc = record["type"], record["input"], record["loc"]
     key = _dotted(loc)
     cause = record.get("ctx", {}).get("error")
     if isinstance(cause, KeyProblem):
         return source.error(join_key(key, cause.key), str(cause), nearest=cause.nearest)
     if kind == "extra_forbidden":
-        return _unknown_key(loc, source=source)
+        return _unknown_key(loc, root=root, source=source)
     if kind == "model_type":
-        return source.error(key, _not_a_section(loc, is_empty=given is None))
+        return source.error(key, _not_a_section(loc, root=root, is_empty=given is None))
     if given is None and kind != "missing":
         return source.error(key, "has no value")
     if kind == "literal_error":
-        values = literal_values(loc)
+        values = literal_values(loc, root=root)
         texts = [value for value in values if isinstance(value, str)]
         nearest = difflib.get_close_matches(str(given).lower(), texts, n=1)
         return source.error(key, f"must be {_listed(values)}", nearest=nearest[0] if nearest else None)
@@ -100,17 +103,17 @@ def _complaint(record: Mapping[str, Any], *, source: SourceMap) -> JobFileError:
     return source.error(key, _SENTENCES[kind].format(**record.get("ctx", {})))
 
 
-def _unknown_key(loc: Loc, *, source: SourceMap) -> JobFileError:
-    name, section_key, section = str(loc[-1]), _dotted(loc[:-1]), section_at(loc[:-1])
+def _unknown_key(loc: Loc, *, root: type[Section], source: SourceMap) -> JobFileError:
+    name, section_key, section = str(loc[-1]), _dotted(loc[:-1]), section_at(loc[:-1], root=root)
     fields = list(section.model_fields) if section else []
-    elsewhere = [key for key in known_keys() if key.rpartition(".")[2] == name]
+    elsewhere = [key for key in known_keys(root) if key.rpartition(".")[2] == name]
     near = difflib.get_close_matches(name.lower(), fields, n=1)
     nearest: str | None = None
     if elsewhere:
         # Of several, one further down from where it was looked for, if there is one.
         nearest = max(elsewhere, key=lambda key: key.startswith(f"{section_key}."))
         problem = f"unknown key here; it belongs to {_named(parent_key(nearest))}"
-    elif name in _OTHER_WORDS:
+    elif _OTHER_WORDS.get(name, "") in set(known_keys(root)):
         problem, nearest = "unknown key; forge has another word for it", _OTHER_WORDS[name]
     elif near:
         problem, nearest = "unknown key", near[0]
@@ -120,11 +123,11 @@ def _unknown_key(loc: Loc, *, source: SourceMap) -> JobFileError:
 
 
 def _named(section_key: str) -> str:
-    return f"'{section_key}'" if section_key else "the job itself"
+    return f"'{section_key}'" if section_key else "the file itself"
 
 
-def _not_a_section(loc: Loc, *, is_empty: bool) -> str:
-    section, parent = section_at(loc), section_at(loc[:-1])
+def _not_a_section(loc: Loc, *, root: type[Section], is_empty: bool) -> str:
+    section, parent = section_at(loc, root=root), section_at(loc[:-1], root=root)
     example = next(iter(section.model_fields)) if section else "key"
     if not is_empty:
         return f"must hold keys of its own, such as '{example}:'"

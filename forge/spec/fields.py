@@ -1,4 +1,4 @@
-"""The tree of a job's keys, read from the types of its sections."""
+"""The tree of a file's keys, a job's or a cluster's, read from the types of its sections."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from forge.spec.document import join_key
-from forge.spec.job import JobSpec
 from forge.spec.section import Section
 
 Loc = Sequence[str | int]
-"""A place in a job, as pydantic gives it: keys, and the indices of lists."""
+"""A place in a file, as pydantic gives it: keys, and the indices of lists."""
 
 
-def known_sections(section: type[Section] = JobSpec, *, key: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """Every section with its dotted key, in the order of the job file; the whole job comes first, as ``."""
+def known_sections(section: type[Section], *, key: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Every section with its dotted key, in the order of the file; the whole comes first, as ``."""
     yield key, section
     for name, field in section.model_fields.items():
         for inner in _sections_in(field.annotation):
             yield from known_sections(inner, key=join_key(key, name))
 
 
-def known_keys() -> Iterator[str]:
-    """Every dotted key of a job but the model's free ones."""
-    return (join_key(key, name) for key, section in known_sections() for name in section.model_fields)
+def known_keys(root: type[Section]) -> Iterator[str]:
+    """Every dotted key but the free ones, such as the model's."""
+    return (join_key(key, name) for key, section in known_sections(root) for name in section.model_fields)
 
 
-def section_at(loc: Loc) -> type[Section] | None:
+def section_at(loc: Loc, *, root: type[Section]) -> type[Section] | None:
     """The type of the section at a place; None if what belongs there is no section."""
-    section: type[Section] = JobSpec
+    section = root
     for name in loc:
         field = section.model_fields.get(str(name))
         inner = next(_sections_in(field.annotation), None) if field else None
@@ -39,9 +38,9 @@ def section_at(loc: Loc) -> type[Section] | None:
     return section
 
 
-def literal_values(loc: Loc) -> list[str | int]:
+def literal_values(loc: Loc, *, root: type[Section]) -> list[str | int]:
     """The values from which the key at a place must have one; none if it is free."""
-    section = section_at(loc[:-1])
+    section = section_at(loc[:-1], root=root)
     field = section.model_fields.get(str(loc[-1])) if section else None
     if field is None:
         return []

@@ -1,4 +1,4 @@
-"""The job file's door: a path and the command line's `--set` go in, a typed job comes out.
+"""The door of job files and cluster files: a path and the command line's `--set` go in, a typed job comes out.
 
 Whatever is wrong with the file, or with `--set`, ends in one JobFileError that lists everything found,
 each with its line. The job comes with the map of its lines, for stages that know more than its types do.
@@ -6,21 +6,26 @@ each with its line. The job comes with the map of its lines, for stages that kno
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from forge.errors import JobFileError
+from forge.spec.cluster import SECTIONS, ClusterSpec
 from forge.spec.complaint import complaints
 from forge.spec.document import Node, compose, join_key, read_text
 from forge.spec.job import JobSpec
 from forge.spec.secret import SECRET_PROBLEM, is_secret
+from forge.spec.section import Section
 from forge.spec.source import SourceMap, map_source
 
 _MAX_NAMES = 16
+_S = TypeVar("_S", bound=Section)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,21 +46,49 @@ def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:
     Raises: JobFileError with all that is wrong, in the order of the file.
     """
     errors: list[JobFileError] = []
-    root = compose(read_text(Path(path)), path=str(path), errors=errors)
-    if root.value is None:
-        raise JobFileError("is empty; a job has at least a name, a model, data and training", path=str(path))
-    if not isinstance(root.value, dict):
-        raise JobFileError("must hold keys, such as 'name:' and 'model:'", path=str(path), line=root.line)
+    root = _read(path, errors=errors, parts="a job has at least a name, a model, data and training", keys="model")
     for override in overrides:
         root = _with_override(root, override, errors=errors)
     source = map_source(root, path=str(path))
+    return LoadedJob(job=_validated(root, JobSpec, source=source, errors=errors), source=source)
+
+
+def load_cluster(path: str | Path) -> ClusterSpec:
+    """Read a cluster file.
+
+    Raises: JobFileError with all that is wrong, in the order of the file.
+    """
+    errors: list[JobFileError] = []
+    root = _read(path, errors=errors, parts="a cluster has at least a name and a provider", keys="provider")
+    source = map_source(root, path=str(path))
+    provider = root.value["provider"].value if "provider" in root.value else None
+    section = SECTIONS.get(provider) if isinstance(provider, str) else None
+    if section is None:
+        known = ", ".join(SECTIONS)
+        near = difflib.get_close_matches(str(provider).lower(), SECTIONS, n=1)
+        problem = f"must be one of {known}" if provider is not None else f"is missing; it is one of {known}"
+        raise source.error("provider", problem, nearest=near[0] if near else None)
+    return _validated(root, section, source=source, errors=errors)
+
+
+def _read(path: str | Path, *, errors: list[JobFileError], parts: str, keys: str) -> Node:
+    """The file's nodes; what it holds is a mapping."""
+    root = compose(read_text(Path(path)), path=str(path), errors=errors)
+    if root.value is None:
+        raise JobFileError(f"is empty; {parts}", path=str(path))
+    if not isinstance(root.value, dict):
+        raise JobFileError(f"must hold keys, such as 'name:' and '{keys}:'", path=str(path), line=root.line)
+    return root
+
+
+def _validated(root: Node, section: type[_S], *, source: SourceMap, errors: list[JobFileError]) -> _S:
     try:
-        job = JobSpec.model_validate(root.plain())
+        found = section.model_validate(root.plain())
     except ValidationError as error:
-        errors += complaints(error, source=source, blamed=errors)
+        errors += complaints(error, root=section, source=source, blamed=errors)
     if errors:
         raise _combined(errors)
-    return LoadedJob(job=job, source=source)
+    return found
 
 
 def _with_override(root: Node, override: str, *, errors: list[JobFileError]) -> Node:

@@ -13,6 +13,7 @@ from typing import Any
 
 from forge.spec.document import join_key
 from forge.spec.fields import known_sections
+from forge.spec.job import JobSpec
 from forge.spec.schema import job_schema
 from forge.spec.section import Section
 
@@ -41,7 +42,7 @@ def job_reference() -> str:
     """The reference as Markdown."""
     schema = job_schema()
     parts = [_INTRODUCTION, f"## Example\n\n```yaml\n{_EXAMPLE.read_text(encoding='utf-8').rstrip()}\n```\n"]
-    for key, section in known_sections():
+    for key, section in known_sections(JobSpec):
         parts.append(_section(key, section, schema=schema["$defs"][section.__name__] if key else schema))
     return "\n".join(parts)
 

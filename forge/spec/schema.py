@@ -21,7 +21,7 @@ _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "ex
 def job_schema() -> dict[str, Any]:
     """JSON Schema 2020-12 of a job file."""
     schema: dict[str, Any] = _tidied(JobSpec.model_json_schema(schema_generator=_Generator))
-    for key, section in known_sections():
+    for key, section in known_sections(JobSpec):
         properties = schema["$defs"][section.__name__]["properties"] if key else schema["properties"]
         for name, field in section.model_fields.items():
             properties[name] |= _bounds(field)

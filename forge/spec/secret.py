@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 SECRET_PROBLEM = (
-    "secrets do not stand in a job, which is copied into every run's folder; "
-    "they come from the environment, such as WANDB_API_KEY"
+    "secrets do not stand in a file that is copied and shown; they come from the environment, such as WANDB_API_KEY"
 )
 
 _ENDINGS = (

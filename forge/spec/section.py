@@ -46,6 +46,18 @@ def _read_range(value: Any) -> units.Range:
     return value if isinstance(value, units.Range) else units.parse_range(value)
 
 
+def _read_range_from_1(value: Any) -> units.Range:
+    found = _read_range(value)
+    if found.low < 1:
+        raise ValueError("a range must start at 1 or more and not run backwards")
+    return found
+
+
+def _read_duration(value: Any) -> float:
+    # A plain number is this module's own: a dumped file's.
+    return value if isinstance(value, float) else units.parse_duration_s(value)
+
+
 def _read_whole_or_auto(value: Any) -> Any:
     # A union would complain once per member; this says it in one sentence.
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int)):
@@ -89,10 +101,30 @@ Interval = Annotated[
 
 WholeRange = Annotated[
     units.Range,
-    BeforeValidator(_read_range),
+    BeforeValidator(_read_range_from_1),
     PlainSerializer(str),
     WithJsonSchema({"type": ["integer", "string"], "examples": ["1..2"]}),
 ]
+
+RangeFromZero = Annotated[
+    units.Range,
+    BeforeValidator(_read_range),
+    PlainSerializer(str),
+    WithJsonSchema({"type": ["integer", "string"], "examples": ["0..8"]}),
+]
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(units.parse_bytes),
+    WithJsonSchema({"type": ["integer", "string"], "examples": ["200GB"]}),
+]
+
+Duration = Annotated[
+    float,
+    BeforeValidator(_read_duration),
+    WithJsonSchema({"type": "string", "examples": ["10m"]}),
+]
+"""In seconds."""
 
 Strings = Annotated[
     tuple[str, ...],

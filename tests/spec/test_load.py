@@ -466,7 +466,7 @@ def test_a_secret_on_the_command_line_is_refused_and_never_shown(refused: Refuse
 
 
 def test_no_key_of_a_job_sounds_like_a_secret() -> None:
-    assert not [key for key in known_keys() if is_secret(key.rpartition(".")[2])]
+    assert not [key for key in known_keys(JobSpec) if is_secret(key.rpartition(".")[2])]
 
 
 # --set
@@ -550,8 +550,8 @@ def test_blaming_a_key_that_was_not_written_blames_its_section(write: Callable[[
 
 
 def test_other_tools_words_lead_to_keys_that_exist() -> None:
-    assert set(_OTHER_WORDS.values()) <= set(known_keys())
-    assert not {key.rpartition(".")[2] for key in known_keys()} & set(_OTHER_WORDS)
+    assert set(_OTHER_WORDS.values()) <= set(known_keys(JobSpec))
+    assert not {key.rpartition(".")[2] for key in known_keys(JobSpec)} & set(_OTHER_WORDS)
 
 
 @pytest.mark.parametrize(

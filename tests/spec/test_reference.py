@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from forge.spec.fields import known_keys, known_sections
+from forge.spec.job import JobSpec
 from forge.spec.load import load_job
 from forge.spec.reference import job_reference
 
@@ -27,13 +28,13 @@ def test_the_module_prints_the_page() -> None:
 
 def test_every_key_has_its_row() -> None:
     rows = re.findall(r"^\| `([a-z_0-9]+)` \| .+ \| .+ \| .+ \|$", job_reference(), flags=re.MULTILINE)
-    assert len(rows) == len(list(known_keys()))
-    assert set(rows) == {key.rpartition(".")[2] for key in known_keys()}
+    assert len(rows) == len(list(known_keys(JobSpec)))
+    assert set(rows) == {key.rpartition(".")[2] for key in known_keys(JobSpec)}
 
 
 def test_every_link_leads_to_a_heading() -> None:
     links = set(re.findall(r"\]\(#([a-z]+)\)", job_reference()))
-    assert links == {key.replace(".", "") for key, _ in known_sections() if key}
+    assert links == {key.replace(".", "") for key, _ in known_sections(JobSpec) if key}
 
 
 def test_the_example_in_the_page_is_a_job(tmp_path: Path) -> None:

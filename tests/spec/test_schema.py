@@ -45,7 +45,7 @@ def test_an_editor_with_yaml_1_1_finds_every_job_here_valid_too(path: Path) -> N
     assert list(validator().iter_errors(yaml.safe_load(path.read_text(encoding="utf-8")))) == []
 
 
-@pytest.mark.parametrize("section", [key for key, _ in known_sections() if key != "model"])
+@pytest.mark.parametrize("section", [key for key, _ in known_sections(JobSpec) if key != "model"])
 def test_an_unknown_key_is_refused_in_every_section_but_the_model(section: str) -> None:
     body = copy.deepcopy(as_written(JOBS[0]))
     inner = body
@@ -90,7 +90,7 @@ def test_what_a_schema_can_see_is_wrong_it_refuses(key: str, value: object) -> N
 
 
 def test_every_key_has_a_meaning_on_one_line() -> None:
-    for key, section in known_sections():
+    for key, section in known_sections(JobSpec):
         schema = job_schema()["$defs"][section.__name__] if key else job_schema()
         assert "\n" not in schema["description"]
         for name, field in section.model_fields.items():
