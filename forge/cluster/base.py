@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from forge.errors import ClusterError
 
@@ -76,6 +76,13 @@ class Cluster(Protocol):
     def name(self) -> str:
         """As its file says."""
 
+    @property
+    def shares_files(self) -> bool:
+        """Whether its machines have the files of this one, at the same places."""
+
+    def token(self) -> str:
+        """What its Ray wants of whoever connects. Raises: ClusterError if it cannot be read."""
+
     def up(self, *, on_stage: OnStage) -> Status:
         """Start what does not run yet; what runs is left alone, what is broken is mended.
 
@@ -93,9 +100,12 @@ class Cluster(Protocol):
         """
 
     def on_head(
-        self, command: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0
+        self, command: Sequence[str], *, stdin: bytes | IO[bytes] = b"", timeout_s: float = 60.0
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a command on the head, with a `python` of forge's there as its first word where it is `python`.
+
+        Args:
+            stdin: What it reads; of an open file, from where it stands.
 
         Raises: ClusterError if the head is not reached.
         """
@@ -108,6 +118,11 @@ class Cluster(Protocol):
 
     def shell(self, machine: str | None) -> list[str]:
         """The command that opens a shell on a machine; on the head by default."""
+
+
+def given(stdin: bytes | IO[bytes]) -> dict[str, Any]:
+    """How `subprocess.run` is told what a command reads."""
+    return {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,6 +57,8 @@ class LocalCluster:
     address: str
     """Empty in the state file while the head starts, when only its process is worth knowing."""
     nodes: tuple[NodeProcess, ...]
+    job_server: str = ""
+    """URL of Ray's job server, on loopback; empty where the head was started without one."""
 
 
 def find_local() -> LocalCluster | None:
@@ -68,7 +70,7 @@ def find_local() -> LocalCluster | None:
         return None
     if not nodes or not nodes[0].is_alive or not body["address"]:
         return None
-    return LocalCluster(address=body["address"], nodes=nodes)
+    return LocalCluster(address=body["address"], nodes=nodes, job_server=body.get("job_server", ""))
 
 
 def start_local(*, num_nodes: int = 1, port: int | None = None) -> LocalCluster:
@@ -85,7 +87,7 @@ def start_local(*, num_nodes: int = 1, port: int | None = None) -> LocalCluster:
             _end_leftovers()
             port = port or _free_port()
             _require_free(port)
-            cluster = _start_head(port=port, num_cpus=_cpus_per_node(num_nodes))
+            cluster = _start_head(port=port, num_cpus=_cpus_per_node(num_nodes), takes_jobs=True)
         for _ in range(num_nodes - sum(node.is_alive for node in cluster.nodes)):
             cluster = _with_node(cluster, ["--address", cluster.address], num_cpus=_cpus_per_node(num_nodes))
         return cluster
@@ -101,7 +103,7 @@ def start_head_alone() -> LocalCluster:
         if find_local() is not None:
             raise ClusterError("a cluster is up on this machine already; take it down with forge cluster down")
         _end_leftovers()
-        return _start_head(port=_free_port(), num_cpus=0)
+        return _start_head(port=_free_port(), num_cpus=0, takes_jobs=False)
 
 
 def add_node(*, num_cpus: int = 1) -> NodeProcess:
@@ -187,10 +189,25 @@ def require_private_token() -> None:
         raise ClusterError(f"Ray's token {path} cannot be written: {error.strerror}") from error
 
 
-def _start_head(*, port: int, num_cpus: int) -> LocalCluster:
-    return _with_node(
-        LocalCluster(address=f"{_node_ip()}:{port}", nodes=()), ["--head", "--port", str(port)], num_cpus=num_cpus
-    )
+def token() -> str:
+    """Ray's token on this machine, after `require_private_token`. Raises: ClusterError if it cannot be read."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    try:
+        return os.environ.get("RAY_AUTH_TOKEN") or path.read_text().strip()
+    except OSError as error:
+        raise ClusterError(f"Ray's token {path} cannot be read: {error.strerror}") from error
+
+
+def _start_head(*, port: int, num_cpus: int, takes_jobs: bool) -> LocalCluster:
+    """Start the head; its job server is part of Ray's dashboard, which costs a process more."""
+    arguments = ["--head", "--port", str(port), "--include-dashboard", str(takes_jobs).lower()]
+    job_server = ""
+    if takes_jobs:
+        dashboard_port = _free_port()
+        arguments += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port)]
+        job_server = f"http://127.0.0.1:{dashboard_port}"
+    cluster = LocalCluster(address=f"{_node_ip()}:{port}", nodes=(), job_server=job_server)
+    return _with_node(cluster, [*arguments, "--log-color", "false"], num_cpus=num_cpus)
 
 
 def _with_node(cluster: LocalCluster, arguments: list[str], *, num_cpus: int) -> LocalCluster:
@@ -202,7 +219,7 @@ def _with_node(cluster: LocalCluster, arguments: list[str], *, num_cpus: int) ->
     process = _launch(arguments, num_cpus=num_cpus, log=log)
     ticks = _start_ticks(process.pid)
     node = NodeProcess(pid=process.pid, started_ticks=ticks or 0, boot_id=_boot_id(), num_cpus=num_cpus)
-    grown = LocalCluster(address=cluster.address, nodes=(*cluster.nodes, node))
+    grown = replace(cluster, nodes=(*cluster.nodes, node))
     try:
         _write_state(grown if cluster.nodes else replace(grown, address=""))
         _await_start(process, log=log)
@@ -223,10 +240,8 @@ def _launch(arguments: list[str], *, num_cpus: int, log: Path) -> subprocess.Pop
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", *arguments, "--block"),
         *("--num-cpus", str(num_cpus), "--object-store-memory", str(_OBJECT_STORE_BYTES)),
-        *("--include-dashboard", "false", "--disable-usage-stats", "--log-color", "false"),
+        "--disable-usage-stats",
     ]
-    if "--head" not in arguments:
-        command = [part for part in command if part not in ("--include-dashboard", "false", "--log-color")]
     with log.open("w") as output:
         return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True

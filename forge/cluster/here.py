@@ -1,0 +1,97 @@
+"""This machine as a cluster like any other: the same door, and nothing to go through."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from forge.cluster import local
+from forge.cluster.base import Node, OnStage, Stage, Status, given
+from forge.cluster.local import find_local, list_nodes, require_private_token, start_local, stop_local
+from forge.errors import ClusterError
+from forge.spec.cluster import LocalSpec
+
+NAME = "local"
+"""What `--cluster` calls it."""
+
+
+class ThisMachine:
+    """The Ray cluster on this machine."""
+
+    def __init__(self, spec: LocalSpec | None = None) -> None:
+        self._spec = spec or LocalSpec(name=NAME, provider="local")
+
+    @property
+    def name(self) -> str:
+        """There is one for each user of this machine, however its file calls it."""
+        return NAME
+
+    @property
+    def shares_files(self) -> bool:
+        """A run's folder here is its folder there."""
+        return True
+
+    def up(self, *, on_stage: OnStage) -> Status:
+        """Start it, or further nodes of it. Raises: ClusterError if the port is taken, or Ray does not start."""
+        on_stage(Stage(machine="this machine", stage="starting Ray"))
+        start_local(num_nodes=self._spec.nodes, port=self._spec.port)
+        on_stage(Stage(machine="this machine", stage="ready"))
+        return self.status()
+
+    def status(self) -> Status:
+        """The nodes as Ray sees them. Raises: ClusterError if it does not answer."""
+        cluster = find_local()
+        if cluster is None:
+            return Status(name=NAME, provider="local", address=None)
+        nodes = tuple(
+            Node(
+                name=node["ip"],
+                kind="head" if index == 0 else "worker",
+                state="alive" if node["state"] == "alive" else "gone",
+                num_cpus=node["cpus"],
+                num_gpus=node["gpus"],
+            )
+            for index, node in enumerate(list_nodes(cluster))
+        )
+        return Status(name=NAME, provider="local", address=cluster.address, nodes=nodes)
+
+    def down(self, *, on_stage: OnStage) -> list[str]:
+        """End every node that was started here."""
+        num_ended = stop_local()
+        on_stage(Stage(machine="this machine", stage=f"{num_ended} nodes ended"))
+        return []
+
+    def token(self) -> str:
+        """Of Ray on this machine. Raises: ClusterError if it cannot be read."""
+        require_private_token()
+        return local.token()
+
+    def on_head(
+        self, command: Sequence[str], *, stdin: bytes | IO[bytes] = b"", timeout_s: float = 60.0
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command here. Raises: ClusterError if it takes too long."""
+        first = sys.executable if command[0] == "python" else command[0]
+        require_private_token()
+        try:
+            return subprocess.run(
+                [first, *command[1:]], **given(stdin), capture_output=True, timeout=timeout_s, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ClusterError(f"{command[0]} on this machine: {error}") from error
+
+    @contextlib.contextmanager
+    def job_server(self) -> Iterator[str]:
+        """Ray's job server. Raises: ClusterError if no cluster is up."""
+        cluster = find_local()
+        if cluster is None or not cluster.job_server:
+            raise ClusterError("no cluster is up on this machine; start one: forge cluster up")
+        yield cluster.job_server
+
+    def shell(self, machine: str | None) -> list[str]:
+        """A shell on this machine is what one has already."""
+        return [os.environ.get("SHELL") or str(Path("/bin/sh"))]

@@ -1,0 +1,35 @@
+"""Which clusters there are: from a cluster file, or by the name of one that was started from this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from forge.cluster.base import Cluster, list_records, read_record
+from forge.cluster.here import NAME, ThisMachine
+from forge.errors import ArgumentError, ForgeError
+from forge.spec.cluster import SECTIONS, ClusterSpec, LocalSpec
+from forge.spec.load import load_cluster
+
+
+def cluster_of(spec: ClusterSpec) -> Cluster:
+    """The cluster that a file describes, whether it is up or not."""
+    # Imported here, so that a command pays only for the provider that it uses.
+    if isinstance(spec, LocalSpec):
+        return ThisMachine(spec)
+    raise ForgeError(f"clusters of {spec.provider} are not known")
+
+
+def find_cluster(name: str | None) -> Cluster:
+    """A cluster by its name or its file; without either this machine's own.
+
+    Raises: ArgumentError naming what there is instead, JobFileError if the file is wrong.
+    """
+    if name is None or name == NAME:
+        return ThisMachine()
+    record = read_record(name)
+    if record is not None:
+        return cluster_of(SECTIONS[record.provider].model_validate(dict(record.spec), strict=False))
+    if Path(name).is_file():
+        return cluster_of(load_cluster(name))
+    known = ", ".join([NAME, *(other.name for other in list_records())])
+    raise ArgumentError(f"no cluster '{name}' was started from here, and there is no such file; there are {known}")

@@ -1,0 +1,123 @@
+"""One machine, reached by OpenSSH: commands, a forwarded port, a shell.
+
+The user's own client does it, with its configuration, agent and keys. A machine's key is learnt when it is
+first seen, into a file of the cluster's own, and held against it from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from forge.cluster.base import given
+from forge.errors import ClusterError
+
+_CONNECT_TIMEOUT_S = 10
+_FORWARD_TIMEOUT_S = 20.0
+_POLL_S = 0.02
+_OPENSSH_FAILED = 255
+"""The exit status by which ssh says that it, and not the command, has failed. Source: ssh(1), EXIT STATUS."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where it is, and who may enter."""
+
+    host: str
+    known_hosts: Path
+    user: str | None = None
+    port: int = 22
+    identity_file: str | None = None
+
+    def ssh(self, *options: str) -> list[str]:
+        """The command that opens a shell there; what is to run instead follows it."""
+        command = [
+            *("ssh", "-p", str(self.port)),
+            *("-o", f"ConnectTimeout={_CONNECT_TIMEOUT_S}", "-o", "LogLevel=ERROR"),
+            *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
+            *("-o", "StrictHostKeyChecking=accept-new", "-o", f"UserKnownHostsFile={self.known_hosts}"),
+        ]
+        if self.identity_file is not None:
+            command += ["-i", str(Path(self.identity_file).expanduser()), "-o", "IdentitiesOnly=yes"]
+        if self.user is not None:
+            command += ["-l", self.user]
+        return [*command, *options, self.host]
+
+    def run(
+        self, command: Sequence[str] | str, *, stdin: bytes | IO[bytes] = b"", timeout_s: float = 60.0
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command there, or a line for its shell; how it went is the caller's to judge.
+
+        Raises: ClusterError if the machine is not reached, does not let us in, or takes too long.
+        """
+        line = command if isinstance(command, str) else shlex.join(command)
+        ssh = [*self.ssh("-T", "-o", "BatchMode=yes"), line]
+        try:
+            done = subprocess.run(ssh, **given(stdin), capture_output=True, timeout=timeout_s, check=False)
+        except FileNotFoundError:
+            raise ClusterError("there is no ssh on this machine; install OpenSSH's client") from None
+        except subprocess.TimeoutExpired:
+            raise ClusterError(f"{self.host} did not answer within {timeout_s:.0f} s") from None
+        if done.returncode == _OPENSSH_FAILED:
+            raise self._refusal(done.stderr.decode(errors="replace"))
+        return done
+
+    @contextlib.contextmanager
+    def forward(self, port: int) -> Iterator[int]:
+        """A port of this machine's loopback that leads to a port of that machine's loopback, while it is open.
+
+        Raises: ClusterError as `run` does, or if nothing listens at the other end in time.
+        """
+        local = _free_port()
+        options = ("-N", "-T", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes")
+        ssh = self.ssh(*options, "-L", f"127.0.0.1:{local}:127.0.0.1:{port}")
+        with subprocess.Popen(
+            ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as tunnel:
+            try:
+                self._await(tunnel, local)
+                yield local
+            finally:
+                tunnel.terminate()
+
+    def _await(self, tunnel: subprocess.Popen[bytes], port: int) -> None:
+        deadline = time.monotonic() + _FORWARD_TIMEOUT_S
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+                return
+            if tunnel.poll() is not None:
+                assert tunnel.stderr is not None
+                raise self._refusal(tunnel.stderr.read().decode(errors="replace"))
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{self.host} did not open a port within {_FORWARD_TIMEOUT_S:.0f} s")
+            time.sleep(_POLL_S)
+
+    def _refusal(self, words: str) -> ClusterError:
+        """What OpenSSH's last words mean, and what to do about it."""
+        last = next((line.strip() for line in reversed(words.splitlines()) if line.strip()), "it did not say why")
+        if "REMOTE HOST IDENTIFICATION HAS CHANGED" in words or "Host key verification failed" in words:
+            name = self.host if self.port == 22 else f"[{self.host}]:{self.port}"
+            return ClusterError(
+                f"{self.host} shows another key than before: another machine, or one that was set up anew. If it "
+                f"was: ssh-keygen -R {shlex.quote(name)} -f {shlex.quote(str(self.known_hosts))}"
+            )
+        if "Permission denied" in words or "Too many authentication failures" in words:
+            key = f"the key {self.identity_file}" if self.identity_file else "any key of yours"
+            return ClusterError(
+                f"{self.host} does not let {self.user or 'you'} in with {key}: {last}; "
+                f"try it by hand: {shlex.join(self.ssh())}"
+            )
+        return ClusterError(f"{self.host} cannot be reached: {last}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
