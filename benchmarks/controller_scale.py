@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report import benchmark_parser, print_table, write_json
+from forge.elastic.cost import Limits, Meter
 from forge.elastic.orders import Link
 from forge.elastic.supervisor import Supervisor
 from forge.elastic.vocabulary import Phase, State
@@ -165,6 +166,7 @@ class Agent:
             "findings": None,
             "num_slots": 0,
             "num_firm": 0,
+            "usd_per_hour": 1.0,
             "is_warm": True,
             "places": {},
         }
@@ -208,6 +210,7 @@ class Cluster:
             claims=EndlessClaims(ranks_per_agent),
             tell=lambda event: None,
             checkpoints="/nowhere",
+            meter=Meter(Limits(usd=1e9, usd_per_hour=1e9), head="head", head_usd_per_hour=1.0, spent_usd=0.0),
             clock=lambda: self._now,
         )
         self._agents: dict[str, Agent] = {}

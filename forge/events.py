@@ -161,6 +161,16 @@ class SupervisorRestarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CostCounted:
+    """What the run has cost so far, where its machines tell their price."""
+
+    usd: float
+    """In all, over every time that it was carried on."""
+    usd_per_hour: float
+    """All its machines together, now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
     """The held-out loss was measured."""
 
@@ -231,9 +241,11 @@ class SampleGenerated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStopped:
-    """The run ended before its last step because it was asked to."""
+    """The run ended before its last step because it was asked to, or would have cost too much."""
 
     step: int
+    reason: str = ""
+    """Why forge itself has stopped it; empty if somebody asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +278,7 @@ Event = (
     | SnapshotsPaced
     | SupervisorStarted
     | SupervisorRestarted
+    | CostCounted
     | Evaluated
     | CheckpointSaved
     | CheckpointFailed

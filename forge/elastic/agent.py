@@ -27,6 +27,7 @@ import psutil
 
 from forge.elastic.board import Board, Word, create_board
 from forge.elastic.channel import Channel, Endpoint, Listener, Message, connect
+from forge.elastic.cost import price_of
 from forge.elastic.notices import Notice, watch
 from forge.elastic.orders import RankOrder, parts_of
 from forge.elastic.persist import persist_part
@@ -202,6 +203,7 @@ class Agent:
             "num_firm": self._setup.num_firm,
             "is_warm": self._warm is not None and self._warm.is_warm,
             "pid": os.getpid(),
+            "usd_per_hour": price_of(os.environ),
             "generation": self._generation,
             "places": {str(rank): member.world_size for rank, member in self._living().items()},
             "pids": {str(rank): member.pid for rank, member in self._living().items()},

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from forge.elastic.channel import Channel, Endpoint, Listener, Message
+from forge.elastic.cost import Meter
 from forge.elastic.membership import REUNION_S, decide, newest_whole
 from forge.elastic.orders import Link, persist_orders, spare_of, start_orders
 from forge.elastic.pulse import Pulses, StepTimes
@@ -60,6 +61,7 @@ from forge.events import (
     ChangeBegan,
     CheckpointFailed,
     CheckpointSaved,
+    CostCounted,
     GenerationFormed,
     GenerationForming,
     NodeJoined,
@@ -125,6 +127,7 @@ class Outcome:
     error: str | None = None
     """The class's name in `forge.errors`."""
     reason: str = ""
+    """Of the error; or why the supervisor itself has stopped the run."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -147,6 +150,7 @@ class Supervisor:
         claims: Claims,
         tell: Callable[[News], None],
         checkpoints: str,
+        meter: Meter,
         former_generation: int = 0,
         stored_step: int = 0,
         is_restarted: bool = False,
@@ -156,6 +160,7 @@ class Supervisor:
         state: before anything has happened: the smallest and the largest number of workers.
         tell: writes an event down.
         checkpoints: where the run's checkpoints go.
+        meter: counts what the machines cost.
         former_generation: the last of the run so far; its number is not given twice.
         stored_step: the newest step in storage.
         is_restarted: agents of a supervisor before this one are there, perhaps with ranks at work.
@@ -167,6 +172,7 @@ class Supervisor:
             reunites_until=clock() + REUNION_S if is_restarted else None,
         )
         self._claims, self._tell, self._checkpoints, self._clock = claims, tell, checkpoints, clock
+        self._meter, self._stop_reason = meter, ""
         self._links: dict[str, Link] = {}
         self._generation = _Generation()
         self._findings: Message | None = None
@@ -230,6 +236,7 @@ class Supervisor:
         for rank, pid in hello["pids"].items():
             if hello["generation"] == self.state.generation or self.state.generation == 0:
                 self._generation.pids[int(rank)] = pid
+        self._meter.came(link.node, host=link.host, usd_per_hour=hello["usd_per_hour"])
         self._holdings[link.node] = hello["holdings"]
         self._findings = self._findings or hello["findings"]
         num_slots, num_firm = self._claims.places_of(link.node) or (hello["num_slots"], hello["num_firm"])
@@ -259,6 +266,7 @@ class Supervisor:
             return
         del self._links[link.node]
         self._holdings.pop(link.node, None)
+        self._meter.went(link.node)
         self._pace()
         if link.node in self._joined:
             self._joined.discard(link.node)
@@ -421,6 +429,7 @@ class Supervisor:
             link.close()
             self.detach(link, f"not heard of for {now - link.heard_at:.1f} s")
         self._look_for_hang(now)
+        self._look_at_cost(now)
         self.apply(Ticked(margin_s=2 * self._steps.long_s + self._leave_s))
 
     def _look_for_hang(self, now: float) -> None:
@@ -436,6 +445,15 @@ class Supervisor:
             generation.is_accused = True
             self._broadcast({"do": "dump", "generation": self.state.generation})
             self._keep(self._accuse(self.state.generation, silence.rank, silent_s=silence.seconds))
+
+    def _look_at_cost(self, now: float) -> None:
+        """Stop, with a checkpoint, when the run costs more than it may."""
+        self._meter.count(now)
+        if self._meter.is_news(now):
+            self._tell(CostCounted(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour))
+        if not self.state.is_stopping and (complaint := self._meter.complaint()):
+            self._stop_reason = complaint
+            self.stop()
 
     async def _accuse(self, generation: int, rank: int, *, silent_s: float) -> None:
         await asyncio.sleep(_DUMP_S)
@@ -488,7 +506,7 @@ class Supervisor:
             case Claim():
                 self._claims.claim()
             case Finish():
-                self._end(Outcome(step=action.step))
+                self._end(Outcome(step=action.step, reason=self._stop_reason))
             case Fail():
                 self._end(Outcome(step=0, error=action.error, reason=action.reason))
 
@@ -530,6 +548,8 @@ class Supervisor:
 
     def _end(self, outcome: Outcome) -> None:
         if not self.outcome.done():
+            if self._meter.spent_usd:
+                self._tell(CostCounted(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour))
             self.outcome.set_result(outcome)
 
     def _send(self, node: str, message: Message) -> None:

@@ -68,6 +68,9 @@ def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
             ("speed", f"{number(run.last['speed/tokens_per_s'], ',.0f')} tokens/s, "
              f"MFU {number(run.last['speed/mfu'], '.3f')}, {format_duration(run.updated - run.started)} in all")
         )  # fmt: skip
+    cost = run.newest("CostCounted")
+    if cost:
+        facts.append(("cost", f"{cost['usd']:.2f} USD"))
     saved = run.newest("CheckpointSaved")
     if saved:
         facts.append(("checkpoint", f"{saved['folder']}"))

@@ -59,6 +59,8 @@ class News:
                 every = "every step" if event["every"] == 1 else f"every {event['every']} steps"
                 cost = f"{format_duration(event['seconds'])} each, {event['share']:.1%} of the time"
                 return f"snapshots to memory {every} from now on ({cost})"
+            case "RunStopped" if event.get("reason"):
+                return f"stopped: {event['reason']}"
             case "SupervisorRestarted":
                 return "the supervisor died and was started again; training went on meanwhile"
         return None

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from forge.cluster.local import find_local
 from forge.elastic.agent import Agent, NoSupervisorError, Setup
 from forge.elastic.channel import Endpoint
 from forge.elastic.claims import SUPERVISOR, Grant, RayClaims
+from forge.elastic.cost import Limits, Meter, price_of
 from forge.elastic.supervisor import Outcome, Supervisor
 from forge.elastic.vocabulary import State
 from forge.errors import ClusterError
@@ -35,6 +37,7 @@ from forge.events import Event, StepMetrics, SupervisorRestarted, SupervisorStar
 from forge.plan.plan import Plan, plan_from_json
 from forge.report.runs import error_named
 from forge.run.reporter import HEAD, write_output_to
+from forge.run.secret import credentials
 
 NAMESPACE = "forge"
 _AGENT = "agent-"
@@ -54,13 +57,15 @@ class Commission:
     run_folder: str
     plan_json: str
     secret: str
+    environment: Mapping[str, str] = field(repr=False)
+    """Secrets of whoever asked for the run; they go into the environment of the run's own processes."""
     carrier: tuple[str, ...]
     """The command that carries the run; empty where the cluster ends with its carrier."""
 
 
 def train_elastically(
     plan: Plan, *, run_folder: Path, recorder: Any, address: str | None, stop: threading.Event
-) -> None:
+) -> str:
     """Carry the plan out and return when it is done or stopped; attaches to a supervisor that is there already.
 
     What was started stays until `clear_run`.
@@ -69,6 +74,7 @@ def train_elastically(
         address: of the cluster, if it outlives this process.
         stop: set when the run is to checkpoint and stop.
 
+    Returns: why the supervisor has stopped the run; empty if it has not.
     Raises: ForgeError as a rank or the supervisor reported it; ClusterError if the cluster can never hold the run.
     """
     run_id = run_folder.name
@@ -81,6 +87,7 @@ def train_elastically(
         run_folder=str(run_folder),
         plan_json=(run_folder / "plan.json").read_text(),
         secret=secrets.token_hex(32),
+        environment=credentials(os.environ),
         carrier=carrier,
     )
     supervisor = SupervisorActor.options(  # type: ignore[attr-defined]
@@ -89,6 +96,7 @@ def train_elastically(
     outcome = _await_outcome(supervisor, stop)
     if outcome.error is not None:
         raise error_named(outcome.error, message=outcome.reason)
+    return outcome.reason
 
 
 def clear_run(run_id: str) -> None:
@@ -151,6 +159,7 @@ class SupervisorActor:
     """The supervisor as one of Ray's actors: named, and restarted wherever it dies."""
 
     def __init__(self, commission: Commission, recorder: Any) -> None:
+        os.environ.update(commission.environment)
         write_output_to(Path(commission.run_folder) / "logs" / "supervisor.log")
         self._commission, self._recorder = commission, recorder
         self._plan = plan_from_json(commission.plan_json)
@@ -211,22 +220,28 @@ class SupervisorActor:
         )
         is_restarted = ray.get_runtime_context().was_current_actor_reconstructed
         history = Path(commission.run_folder) / "events.jsonl"
+        host = ray.util.get_node_ip_address()
         self._supervisor = Supervisor(
             State(low=workers.low, high=workers.high),
             claims=self._claims,
             tell=self._tell,
             checkpoints=self._plan.job.checkpoint.url_of(commission.run_folder),
-            former_generation=_newest(history, "GenerationForming", "generation"),
-            stored_step=_newest(history, "CheckpointSaved", "step"),
+            meter=self._meter(host, spent_usd=_newest(history, "CostCounted", "usd")),
+            former_generation=int(_newest(history, "GenerationForming", "generation")),
+            stored_step=int(_newest(history, "CheckpointSaved", "step")),
             is_restarted=is_restarted,
         )
-        host = ray.util.get_node_ip_address()
         self._endpoint = self._supervisor.listen(host=host, secret=bytes.fromhex(commission.secret))
         self._tell(SupervisorRestarted(pid=os.getpid()) if is_restarted else SupervisorStarted(pid=os.getpid()))
         if is_restarted:
             await self._adopt_agents()
         self._tending = asyncio.ensure_future(self._claims.tend())
         self._reviving = asyncio.ensure_future(self._revive_carrier())
+
+    def _meter(self, host: str, *, spent_usd: float) -> Meter:
+        wanted = self._plan.job.resources
+        limits = Limits(usd=wanted.max_usd, usd_per_hour=wanted.max_usd_per_hour).within(os.environ)
+        return Meter(limits, head=host, head_usd_per_hour=price_of(os.environ), spent_usd=spent_usd)
 
     def _tell(self, event: Event) -> None:
         self._recorder.event.remote(event)
@@ -251,7 +266,7 @@ class SupervisorActor:
             namespace=NAMESPACE,
             lifetime="detached",
             scheduling_strategy=NodeAffinitySchedulingStrategy(grant.node_id, soft=False),
-        ).remote(setup, f"{SUPERVISOR}{commission.run_id}", self._recorder, grant)
+        ).remote(setup, f"{SUPERVISOR}{commission.run_id}", self._recorder, grant, commission.environment)
         actor.serve.remote()
         return actor
 
@@ -292,7 +307,10 @@ class SupervisorActor:
 class AgentActor:
     """An agent as one of Ray's actors, on the machine that it is for."""
 
-    def __init__(self, setup: Setup, supervisor: str, recorder: Any, grant: Grant) -> None:
+    def __init__(
+        self, setup: Setup, supervisor: str, recorder: Any, grant: Grant, environment: Mapping[str, str]
+    ) -> None:
+        os.environ.update(environment)
         write_output_to(Path(setup.run_folder) / "logs" / f"agent-{setup.node}.log")
         self._setup, self._supervisor, self._recorder, self._grant = setup, supervisor, recorder, grant
 
@@ -333,15 +351,15 @@ def _devices_of(grant: Grant, most: int) -> tuple[str, ...]:
     return tuple(f"cuda:{number}" for number in grant.devices) or ("cpu",) * most
 
 
-def _newest(history: Path, kind: str, field: str) -> int:
+def _newest(history: Path, kind: str, key: str) -> float:
     """The largest value of a field of an event in a run's history; 0 if there is none."""
-    newest = 0
+    newest = 0.0
     with contextlib.suppress(OSError), history.open() as lines:
         for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
                 if record["event"] == kind:
-                    newest = max(newest, int(record[field]))
+                    newest = max(newest, float(record[key]))
     return newest
 
 

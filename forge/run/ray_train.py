@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from forge.errors import ClusterError, ForgeError
 from forge.events import RunFailed
 from forge.plan.plan import Plan, plan_from_json
 from forge.run.reporter import ActorReporter, SilentReporter, write_output_to
+from forge.run.secret import credentials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,8 @@ class Assignment:
 
     run_folder: str
     plan_json: str
+    environment: Mapping[str, str] = field(repr=False)
+    """Secrets of whoever asked for the run."""
 
 
 def choose_world_size(plan: Plan) -> int:
@@ -70,7 +74,11 @@ def train_on_ray(plan: Plan, *, run_folder: Path, run_id: str, recorder: Any) ->
     trainer = _Trainer(
         _rank_main,
         train_loop_config={
-            "assignment": Assignment(run_folder=str(run_folder), plan_json=(run_folder / "plan.json").read_text()),
+            "assignment": Assignment(
+                run_folder=str(run_folder),
+                plan_json=(run_folder / "plan.json").read_text(),
+                environment=credentials(os.environ),
+            ),
             "recorder": recorder,
         },
         scaling_config=ScalingConfig(num_workers=choose_world_size(plan), use_gpu=on_gpu),
@@ -87,6 +95,7 @@ def _rank_main(config: dict[str, Any]) -> None:
     from forge.train.rank import Place, run_rank
 
     assignment: Assignment = config["assignment"]
+    os.environ.update(assignment.environment)
     context = get_context()
     rank = context.get_world_rank()
     write_output_to(Path(assignment.run_folder) / "logs" / f"rank-{rank}.log")

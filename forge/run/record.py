@@ -27,6 +27,7 @@ from forge.events import (
     TrackingDegraded,
     event_to_record,
 )
+from forge.run.secret import redacted
 from forge.spec.resources import WandbSpec
 
 EVENTS = "events.jsonl"
@@ -162,14 +163,15 @@ class Recorder:
             self.event(TrackingDegraded(reason=f"W&B stopped taking metrics: {error}"))
 
     def _write(self, file: TextIO, record: dict[str, Any]) -> None:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.write(redacted(json.dumps(record, allow_nan=False), os.environ) + "\n")
         file.flush()
 
 
 def append_event(folder: Path, event: Event) -> None:
     """Write one event where no recorder runs: before it was started, or after it died."""
     with _open_whole_lines(folder / EVENTS) as file:
-        file.write(json.dumps({"time": round(time.time(), 3)} | event_to_record(event)) + "\n")
+        line = json.dumps({"time": round(time.time(), 3)} | event_to_record(event))
+        file.write(redacted(line, os.environ) + "\n")
 
 
 def last_recorded_step(folder: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class RecorderActor:
     steps that it has already written.
     """
 
-    def __init__(self, run_folder: str, run_id: str, job_json: str) -> None:
+    def __init__(self, run_folder: str, run_id: str, job_json: str, environment: Mapping[str, str]) -> None:
+        os.environ.update(environment)
         write_output_to(Path(run_folder) / "logs" / "recorder.log")
         job = JobSpec.model_validate_json(job_json)
         self._recorder = Recorder(

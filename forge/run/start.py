@@ -25,6 +25,7 @@ from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, 
 from forge.plan.plan import Plan, plan_from_json
 from forge.report.runs import error_named
 from forge.run.record import append_event, last_recorded_step
+from forge.run.secret import credentials
 
 _STOP_REPEAT_S = 1.0
 _LOCK_PATIENCE_S = 1.0
@@ -57,6 +58,7 @@ class Carrier:
         self._folder = folder
         self._address = address
         self._recorder: Any = None
+        self._stop_reason = ""
         self._stop = threading.Event()
         self._is_over = threading.Event()
 
@@ -122,7 +124,7 @@ class Carrier:
         is_new = not any(actor["name"] == name for actor in ray.util.list_named_actors(all_namespaces=True))
         self._recorder = RecorderActor.options(  # type: ignore[attr-defined]
             name=name, namespace="forge", lifetime="detached", get_if_exists=True, resources=HEAD
-        ).remote(str(self._folder), run_id, self._plan.job.model_dump_json())
+        ).remote(str(self._folder), run_id, self._plan.job.model_dump_json(), credentials(os.environ))
         if is_new:  # otherwise the run goes on, and it is only its carrier that has died
             step = last_recorded_step(self._folder)
             self._tell(RunStarted(run_id=run_id, total_steps=self._plan.total_steps, resumed_from_step=step))
@@ -136,7 +138,7 @@ class Carrier:
         if self._plan.job.resources.engine == "elastic":
             from forge.run.elastic import train_elastically
 
-            train_elastically(
+            self._stop_reason = train_elastically(
                 self._plan,
                 run_folder=self._folder,
                 recorder=self._recorder,
@@ -185,7 +187,7 @@ class Carrier:
         """Say that the run reached its last step, with a sample of its text, or that it was stopped."""
         step = last_recorded_step(self._folder)
         if step < self._plan.total_steps:
-            self._tell(RunStopped(step=step))
+            self._tell(RunStopped(step=step, reason=self._stop_reason))
             return
         self._add_sample()
         self._tell(RunFinished(step=step))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from forge.spec.section import Interval, Section, WholeOrAuto, WholeRange
+from forge.spec.section import Interval, KeyProblem, Section, WholeOrAuto, WholeRange
 from forge.units import Every, Range
 
 
@@ -24,6 +24,20 @@ class ResourcesSpec(Section):
     engine: Literal["elastic", "ray-train"] = "elastic"
     """What keeps the ranks together. `elastic`: forge's own supervisor, which goes on with the machines there are
     from copies in memory; `ray-train`: Ray Train, which starts over from the newest checkpoint."""
+
+    max_usd: float | None = Field(None, gt=0)
+    """What the run may cost in all, over every time that it is resumed; it then stops, with a checkpoint. Every
+    machine must tell its price: `usd_per_hour` in the cluster's file, or the cloud's own."""
+
+    max_usd_per_hour: float | None = Field(None, gt=0)
+    """What its machines may cost together at any moment; the run stops, with a checkpoint, when they cost more."""
+
+    @model_validator(mode="after")
+    def _limits_are_watched(self) -> ResourcesSpec:
+        for key in ("max_usd", "max_usd_per_hour"):
+            if getattr(self, key) is not None and self.engine != "elastic":
+                raise KeyProblem(key, "is watched by forge's own supervisor: it needs engine: elastic")
+        return self
 
 
 class CheckpointSpec(Section):

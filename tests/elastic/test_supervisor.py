@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
+from forge.elastic.cost import Limits, Meter, price_of
 from forge.elastic.orders import Link, parts_of, start_orders
 from forge.elastic.supervisor import Supervisor
 from forge.elastic.vocabulary import Holding, Node, Phase, Start, State
-from forge.events import Event, NoticeReceived
+from forge.errors import ClusterError
+from forge.events import CostCounted, Event, NoticeReceived
 from tests.support.claims import EndlessClaims
+
+_NO_LIMITS = Limits()
 
 
 class Claims(EndlessClaims):
@@ -29,7 +33,7 @@ class Claims(EndlessClaims):
 class Stage:
     """A supervisor in training with machines `a` and `b`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, limits: Limits = _NO_LIMITS, spent_usd: float = 0.0) -> None:
         self.now = 1000.0
         self.claims = Claims()
         self.told: list[Event] = []
@@ -40,13 +44,14 @@ class Stage:
             claims=self.claims,
             tell=self.told.append,
             checkpoints="/nowhere",
+            meter=Meter(limits, head="host-head", head_usd_per_hour=0.5, spent_usd=spent_usd),
             clock=lambda: self.now,
         )
         for name in ("a", "b"):
             self.come(name)
         self.form()
 
-    def come(self, name: str) -> None:
+    def come(self, name: str, *, usd_per_hour: float | None = 1.0) -> None:
         self.heard[name] = []
         self.links[name] = Link(
             node=name,
@@ -60,7 +65,7 @@ class Stage:
         )
         hello = {
             **{"pids": {}, "generation": 0, "holdings": [], "findings": None, "is_warm": True, "places": {}},
-            **{"num_slots": 1, "num_firm": 1},
+            **{"num_slots": 1, "num_firm": 1, "usd_per_hour": usd_per_hour},
         }
         self.supervisor.attach(self.links[name], hello)
 
@@ -84,9 +89,9 @@ class Stage:
         self.supervisor.receive(self.links[node], {"say": "notice", **told})
 
 
-def staged(scene: Callable[[Stage], None]) -> None:
+def staged(scene: Callable[[Stage], None], **options: Any) -> None:
     async def play() -> None:
-        scene(Stage())
+        scene(Stage(**options))
 
     asyncio.run(play())
 
@@ -201,3 +206,68 @@ def test_from_storage_no_agent_is_told_of_parts() -> None:
         assert parts_of(order) == []
 
     staged(scene)
+
+
+def _wishes(stage: Stage) -> list[str]:
+    return [message["word"] for name in "ab" for message in stage.heard[name] if message["do"] == "wish"]
+
+
+def test_a_run_stops_with_a_checkpoint_when_it_has_cost_what_it_may() -> None:
+    def scene(stage: Stage) -> None:
+        stage.supervisor.tick()
+        stage.now += 600.0  # two machines and the head: 2.5 USD an hour
+        stage.supervisor.receive(stage.links["a"], {"say": "beat", "generation": 1, "ranks": []})
+        stage.supervisor.receive(stage.links["b"], {"say": "beat", "generation": 1, "ranks": []})
+        assert _wishes(stage) == []
+        stage.supervisor.tick()
+        assert _wishes(stage) == ["STOP"]
+        told = [event for event in stage.told if isinstance(event, CostCounted)]
+        assert told[-1].usd == pytest.approx(0.7 + 2.5 / 6)
+        assert told[-1].usd_per_hour == pytest.approx(2.5)
+
+    staged(scene, limits=Limits(usd=1.0), spent_usd=0.7)
+
+
+def test_a_run_stops_when_its_machines_cost_too_much_an_hour() -> None:
+    def scene(stage: Stage) -> None:
+        stage.supervisor.tick()
+        assert _wishes(stage) == []
+        stage.come("c", usd_per_hour=0.6)
+        stage.supervisor.tick()
+        assert _wishes(stage) == ["STOP"]
+
+    staged(scene, limits=Limits(usd_per_hour=3.0))
+
+
+def test_a_limit_that_nobody_can_watch_is_no_limit() -> None:
+    def scene(stage: Stage) -> None:
+        stage.come("c", usd_per_hour=None)
+        stage.supervisor.tick()
+        assert _wishes(stage) == ["STOP"]
+
+    staged(scene, limits=Limits(usd=1000.0))
+
+
+def test_a_machine_with_two_agents_is_paid_once() -> None:
+    meter = Meter(Limits(), head="h", head_usd_per_hour=1.0, spent_usd=0.0)
+    meter.came("a", host="h", usd_per_hour=1.0)
+    meter.came("b", host="x", usd_per_hour=2.0)
+    meter.came("c", host="x", usd_per_hour=2.0)
+    assert meter.usd_per_hour == 3.0
+    meter.went("b")
+    assert meter.usd_per_hour == 3.0
+    meter.went("c")
+    assert meter.usd_per_hour == 1.0
+
+
+@pytest.mark.parametrize("text", ["free", "-1", "inf", "nan"])
+def test_a_price_that_is_none_is_named(text: str) -> None:
+    with pytest.raises(ClusterError, match="FORGE_USD_PER_HOUR"):
+        price_of({"FORGE_USD_PER_HOUR": text})
+
+
+def test_the_cluster_and_the_job_may_both_limit_the_price_of_an_hour() -> None:
+    limits = Limits(usd=5.0, usd_per_hour=3.0)
+    assert limits.within({"FORGE_MAX_USD_PER_HOUR": "2.5"}) == Limits(usd=5.0, usd_per_hour=2.5)
+    assert limits.within({"FORGE_MAX_USD_PER_HOUR": "9"}) == limits
+    assert limits.within({}) == limits
