@@ -4,15 +4,11 @@ In: the `data:` section. Out: CorpusFacts, and two token streams for the ranks. 
 `<cache_dir>/data/<name>-<digest>`, the digest being that of the text and of every setting that changes
 a token, so nothing is ever out of date: another corpus is another folder. `seq_len` is not among them.
 
-Building happens in a hidden folder beside it, under a file lock, and ends with one rename. Whoever is
-killed on the way leaves a hidden folder that the next one removes; whoever comes second waits and finds
-the work done. A cache that does not verify is named in a warning and built again.
+It is built in `forge.data.cache`'s way: one at a time, all or nothing.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -20,9 +16,8 @@ import logging
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,19 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge.data import corpus, shards
+from forge.data.cache import build_once, open_cache, sync_folder
 from forge.data.corpus import Document
 from forge.data.shards import CacheIndex, Packer, Split, TokenStream
 from forge.data.tokenizer import TextTokenizer, encode_batches, load_tokenizer, train_tokenizer
 from forge.errors import DataError
 from forge.plan.facts import CorpusFacts
 from forge.spec.data import DataSpec
-from forge.units import format_bytes
 
 TOKENIZER_SAMPLE_CHARS = 1 << 26
 """Text a tokenizer is trained on: 64 Mi characters; more hardly changes the first 10⁵ merges."""
-
-VERIFY_LIMIT_BYTES = 1 << 30
-"""Caches up to 1 GiB are read and checked whole on each use (a second); of larger ones the sizes only."""
 
 SMALL_CORPUS_CHARS = 1 << 26
 """Up to here a corpus is read once more, in half a second, to hold out the very share that was asked for."""
@@ -87,9 +79,14 @@ def prepare(spec: DataSpec, *, cache_dir: Path, on_progress: _Report | None = No
     digest = _cache_key(spec, tokenizer=loaded)
     folder = cache_dir.absolute() / "data" / f"{_corpus_name(spec)}-{digest[:16]}"
     try:
-        index = _open_cache(folder, digest=digest)
+        index = open_cache(folder, digest=digest)
     except DataError:
-        index = _build_once(spec, folder=folder, digest=digest, tokenizer=loaded, report=report)
+        index = build_once(
+            folder,
+            digest=digest,
+            write=lambda draft: _write_cache(spec, folder=draft, digest=digest, tokenizer=loaded, report=report),
+            on_wait=lambda: report(PrepareProgress(stage="waiting")),
+        )
     return _facts(index, folder=folder, seq_len=spec.seq_len)
 
 
@@ -137,17 +134,6 @@ def _corpus_name(spec: DataSpec) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", word).strip("-")[:40] or "corpus"
 
 
-def _open_cache(folder: Path, *, digest: str) -> CacheIndex:
-    index = shards.read_index(folder)
-    if index.digest != digest:
-        raise DataError(f"{folder} holds another corpus: {index.digest} instead of {digest}")
-    if index.size_bytes <= VERIFY_LIMIT_BYTES:
-        shards.verify(folder, index=index)
-    else:
-        shards.verify_sizes(folder, index.files)
-    return index
-
-
 def _facts(index: CacheIndex, *, folder: Path, seq_len: int) -> CorpusFacts:
     num_train, num_held_out = index.num_train_tokens, index.num_held_out_tokens
     if num_train < seq_len + 1:
@@ -173,102 +159,10 @@ def _facts(index: CacheIndex, *, folder: Path, seq_len: int) -> CorpusFacts:
     )
 
 
-# ---- building, one at a time, all or nothing
-
-
-def _build_once(
-    spec: DataSpec, *, folder: Path, digest: str, tokenizer: TextTokenizer | None, report: _Report
-) -> CacheIndex:
-    """Build under the lock of this cache, unless someone else did while we waited for it."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, on_wait=lambda: report(PrepareProgress(stage="waiting"))):
-            if folder.exists():
-                try:
-                    return _open_cache(folder, digest=digest)
-                except DataError as error:
-                    _log.warning("the token cache is damaged and is built again: %s", error)
-            _remove_leftovers(folder)
-            temporary = _hidden(folder, suffix="tmp")
-            try:
-                temporary.mkdir()
-                index = _write_cache(spec, folder=temporary, digest=digest, tokenizer=tokenizer, report=report)
-                shards.write_index(temporary, index=index)
-                _sync_folder(temporary)
-                temporary.rename(folder)
-                _sync_folder(folder.parent)
-            except BaseException:  # Ctrl-C too: nothing half-made stays behind
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            return index
-    except OSError as error:
-        raise _cannot_write(error, folder=folder) from error
-
-
-@contextmanager
-def _locked(folder: Path, *, on_wait: Callable[[], None] | None) -> Iterator[None]:
-    """Hold the lock of a cache; the kernel lets go of it when its holder dies.
-
-    Raises: BlockingIOError if another holds it and there is no `on_wait`.
-    """
-    handle = os.open(_hidden(folder, suffix="lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if on_wait is None:
-                raise
-            on_wait()
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove this cache, damaged as it is, and what dead processes left of any; we hold this one's lock."""
-    temporary = _hidden(folder, suffix="tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    if folder.exists():
-        folder.rename(temporary)  # first out of sight, so that a kill leaves no half of it in its place
-        shutil.rmtree(temporary)
-    for other in folder.parent.glob(".*.tmp"):
-        with suppress(BlockingIOError), _locked(other.with_name(other.name[1:-4]), on_wait=None):
-            shutil.rmtree(other, ignore_errors=True)
-
-
-def _hidden(folder: Path, *, suffix: str) -> Path:
-    return folder.with_name(f".{folder.name}.{suffix}")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _cannot_write(error: OSError, *, folder: Path) -> DataError:
-    cure = "choose another place with the environment variable FORGE_CACHE"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = format_bytes(shutil.disk_usage(folder.parent).free)
-        return DataError(
-            f"{folder}: the disk is full ({error.strerror}); its {free} that are free do not hold the tokens,"
-            f" nothing was kept. Make room, or {cure}"
-        )
-    if error.errno == errno.EFBIG:
-        return DataError(f"{folder}: a shard exceeds the largest file allowed here (see ulimit -f); {cure}")
-    return DataError(f"{folder}: the token cache cannot be written ({error.strerror}: {error.filename}); {cure}")
-
-
-# ---- the tokens themselves
-
-
 def _write_cache(
     spec: DataSpec, *, folder: Path, digest: str, tokenizer: TextTokenizer | None, report: _Report
 ) -> CacheIndex:
-    """Write everything but the index."""
+    """Write everything, the index last."""
     if tokenizer is None:
         report(PrepareProgress(stage="tokenizer"))
         sample = corpus.iter_sample(spec, max_chars=TOKENIZER_SAMPLE_CHARS)
@@ -281,8 +175,8 @@ def _write_cache(
         packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=second, report=report)
     files = {"tokenizer/tokenizer.json": tokenizer.content, "tokenizer/tokenizer_config.json": tokenizer.config}
     written = [shards.write_file(folder, name=name, content=text.encode()) for name, text in files.items()]
-    _sync_folder(folder / "tokenizer")
-    return CacheIndex(
+    sync_folder(folder / "tokenizer")
+    index = CacheIndex(
         digest=digest,
         dtype=tokenizer.dtype,
         vocab_size=tokenizer.vocab_size,
@@ -294,6 +188,8 @@ def _write_cache(
         held_out=packed.held_out.close(),
         tokenizer=tuple(written),
     )
+    shards.write_index(folder, index=index)
+    return index
 
 
 def _pack(spec: DataSpec, *, folder: Path, tokenizer: TextTokenizer, split: Split, report: _Report) -> Packer:

@@ -20,8 +20,8 @@ import numpy as np
 import psutil
 import pytest
 
+from forge.data import cache, shards
 from forge.data import prepare as module
-from forge.data import shards
 from forge.data.prepare import PrepareProgress, default_cache_dir, open_streams, prepare, unigram_perplexity
 from forge.data.tokenizer import Encoder, load_tokenizer
 from forge.errors import DataError
@@ -262,7 +262,7 @@ def test_another_text_makes_another_cache(words: Path, tmp_path: Path) -> None:
 
 def test_a_read_only_cache_is_read(words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(spec_of(words), cache_dir=tmp_path)
-    monkeypatch.setattr(module, "_build_once", lambda *_, **__: pytest.fail("tried to write"))
+    monkeypatch.setattr(module, "build_once", lambda *_, **__: pytest.fail("tried to write"))
     assert prepare(spec_of(words), cache_dir=tmp_path) == first
 
 
@@ -402,7 +402,7 @@ def test_leftovers_of_another_dead_preparation_are_removed_and_live_ones_stay(wo
     for name in (".dead-0123.tmp", ".live-4567.tmp"):
         (data / name).mkdir(parents=True)
         (data / name / "train-00000.tokens").write_bytes(b"half")
-    with module._locked(data / "live-4567", on_wait=None):
+    with cache._locked(data / "live-4567", on_wait=None):
         prepare(spec_of(words), cache_dir=tmp_path)
     assert leftovers(tmp_path) == [".live-4567.tmp"]
 
@@ -421,7 +421,7 @@ def test_who_comes_second_waits_and_says_so(words: Path, tmp_path: Path) -> None
     folder = Path(prepare(spec_of(words), cache_dir=tmp_path).folder)
     away = folder.rename(tmp_path / "away")
     seen: list[str] = []
-    with module._locked(folder, on_wait=None):
+    with cache._locked(folder, on_wait=None):
         handed_over = False
 
         def watch(progress: PrepareProgress) -> None:
