@@ -36,7 +36,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is impor
 
 from benchmarks.program import FORGE
 from forge.cluster.local import add_node, kill_node, start_head_alone, stop_local
-from forge.report.runs import carrier_pid, follow
+from forge.report.runs import carrier_pid, follow, is_alive
 from forge.run.faults import Members, give_notice, halt, members_of
 
 _CORPUS_WORDS = 200_000
@@ -82,7 +82,7 @@ class Run:
                 process.kill()
 
     def _write_steps_down(self) -> None:
-        for found in follow(self.folder, pid=self._carrier):
+        for found in follow(self.folder, goes_on=lambda: is_alive(self._carrier)):
             if found is not None and found.get("event") in (None, "StepRepeated"):
                 world_size = found.get("world_size") or found["elastic/world_size"]
                 record(self._request, time=found["time"], step=found["step"], world_size=world_size)

@@ -85,8 +85,13 @@ def logs(
     from forge.cli import display
     from forge.errors import ArgumentError
     from forge.report.runs import find_run
+    from forge.run.mirror import remote_log, whereabouts_of
 
-    folder = find_run(run, root=runs) / "logs"
+    found = find_run(run, root=runs)
+    if whereabouts_of(found) is not None:
+        display.print_text(remote_log(found, name=name, lines=lines) or "(empty)")
+        return
+    folder = found / "logs"
     path = folder / f"{name}.log"
     if not path.is_file():
         there = ", ".join(sorted(log.stem for log in folder.glob("*.log"))) or "none yet"
@@ -104,17 +109,21 @@ def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputO
     """
     from forge.cli import display
     from forge.cli.train import conclude, past_of
-    from forge.report.runs import carrier_pid, find_run, follow, read_run
-    from forge.run.submit import clear_away
+    from forge.report.runs import find_run, follow, read_run
+    from forge.run.mirror import find_carried
 
     folder = find_run(run, root=runs)
-    pid = carrier_pid(folder)
-    if pid is not None:
-        past = past_of(folder)
+    past = past_of(folder)
+    carried = find_carried(folder)
+    if carried is not None:
         with display.TrainScreen(read_run(folder).plan, losses=past.losses, book=past.book) as screen:
-            for record in follow(folder, pid=pid, past_events=past.num_events, past_steps=len(past.losses)):
+            for record in follow(
+                folder, goes_on=carried.is_alive, past_events=past.num_events, past_steps=len(past.losses)
+            ):
+                for line in carried.news():
+                    screen.note(line)
                 screen.show(record)
-        clear_away(pid)
+        carried.end()
     conclude(folder, interrupted=False, output=output)
 
 
@@ -126,15 +135,15 @@ def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
     """
     from forge.cli import display
     from forge.cli.train import handle
-    from forge.report.runs import carrier_pid, find_run
-    from forge.run.submit import request_stop, wait_until_free
+    from forge.report.runs import find_run
+    from forge.run.mirror import find_carried
 
     folder = find_run(run, root=runs)
-    pid = carrier_pid(folder)
-    if pid is None:
+    carried = find_carried(folder)
+    if carried is None:
         display.message(f"{folder.name} does not run")
         return
-    request_stop(pid)
+    carried.request_stop()
     display.message(f"{folder.name} stops after its current step, with a checkpoint")
-    wait_until_free(folder)
+    carried.end()
     display.next_command(f"forge train --resume {handle(folder)}", purpose="go on")

@@ -14,7 +14,9 @@ from forge.cli.options import JobArgument, Output, OutputOption, SetOption
 if TYPE_CHECKING:
     from forge.plan.plan import Plan
     from forge.report.ledger import LedgerBook
+    from forge.run.remote import Site
     from forge.run.submit import Carried
+    from forge.spec.load import LoadedJob
 
 INTERRUPTED = 130
 _STOPPING = (
@@ -33,6 +35,10 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Go on with a run from its newest checkpoint (or: latest).")
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Run on this cluster: a name from forge cluster up, or a cluster file."),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Start the run and do not follow it.")] = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -43,25 +49,29 @@ def train(
     from forge.cli import display
     from forge.report.runs import read_run, summary_record
     from forge.run.submit import carry, create_run, reopen_run
+    from forge.spec.load import load_job
 
     if file is None and resume is None:
         raise typer.BadParameter("give a job file, or --resume RUN", param_hint="FILE")
     folder = _find_resumable(resume, file=file, overrides=overrides or []) if resume is not None else None
+    job_file = file or Path(folder or ".") / "job.yaml"
     if dry_run:
-        plan(file or Path(folder or ".") / "job.yaml", overrides=overrides, output=output)
+        plan(job_file, overrides=overrides, output=output)
         return
     if folder is not None and read_run(folder).status == "finished":
         display.message(f"{folder.name} has reached its last step already")
         conclude(folder, interrupted=False, output=output)
         return
-    resolved = _resolve(file or Path(folder or ".") / "job.yaml", overrides=overrides or [])
+    loaded = load_job(job_file, overrides=overrides or [])
+    site = _site_of(cluster, folder)
+    resolved = _resolve(loaded, site)
     display.show_plan(resolved, to_stderr=output is Output.JSON)
     if folder is None:
-        folder = create_run(resolved)
+        folder = create_run(resolved, root=loaded.job.checkpoint.runs)
     else:
         reopen_run(folder, resolved)
     past = past_of(folder)
-    carried = carry(folder)
+    carried = carry(folder) if site is None else _submit(site, resolved, folder)
     display.message(f"run {folder.name} in {folder}")
     if detach:
         if output is Output.JSON:
@@ -96,21 +106,22 @@ def follow_run(carried: Carried, resolved: Plan, *, past: Past) -> bool:
     """Show a run until it ends. Ctrl-C once asks it to stop, twice ends it. Returns: whether it was asked."""
     from forge.cli import display
     from forge.report.runs import follow
-    from forge.run.submit import clear_away, request_stop
 
     asked = told = 0
 
     def on_interrupt(number: int, frame: object) -> None:
         nonlocal asked
         asked += 1
-        request_stop(carried.pid)
+        carried.request_stop()
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         with display.TrainScreen(resolved, losses=past.losses, book=past.book) as screen:
             for record in follow(
-                carried.folder, pid=carried.pid, past_events=past.num_events, past_steps=len(past.losses)
+                carried.folder, goes_on=carried.is_alive, past_events=past.num_events, past_steps=len(past.losses)
             ):
+                for line in carried.news():
+                    screen.note(line)
                 # Said here and not by the handler, which may have interrupted the screen in the middle of a line.
                 while told < min(asked, len(_STOPPING)):
                     screen.note(_STOPPING[told])
@@ -118,7 +129,7 @@ def follow_run(carried: Carried, resolved: Plan, *, past: Past) -> bool:
                 screen.show(record)
     finally:
         signal.signal(signal.SIGINT, before)
-    clear_away(carried.pid)
+    carried.end()
     return asked > 0
 
 
@@ -129,6 +140,7 @@ def conclude(folder: Path, *, interrupted: bool, output: Output, past_events: in
         past_events: how many there were before the run was carried on; an end among them is not its end.
     """
     from forge.cli import display
+    from forge.errors import RunError
     from forge.report.runs import failure_of, read_metrics, read_run, summary_record
     from forge.run.submit import wait_until_free
 
@@ -145,6 +157,10 @@ def conclude(folder: Path, *, interrupted: bool, output: Output, past_events: in
         display.next_command(f"forge generate {handle(folder)} --prompt 'import '", purpose="try it")
         return
     failure, code = failure_of(run), INTERRUPTED
+    spent = run.newest("RunStopped") or {}
+    if run.status == "stopped" and spent.get("reason"):
+        display.warning(f"stopped: {spent['reason']}")
+        code = RunError.exit_code
     if interrupted and run.status == "died":
         display.message("stopped at once, as asked; what came after the newest checkpoint is lost")
     elif failure is not None:
@@ -198,11 +214,34 @@ def _find_resumable(name: str, *, file: Path | None, overrides: list[str]) -> Pa
     return folder
 
 
-def _resolve(file: Path, *, overrides: list[str]) -> Plan:
+def _site_of(cluster: str | None, folder: Path | None) -> Site | None:
+    """Where a run is to go: the cluster that is asked for, or that it was on before; None for this machine."""
+    from forge.cluster.known import find_cluster
+    from forge.run.mirror import whereabouts_of
+    from forge.run.remote import survey
+
+    at = whereabouts_of(folder) if folder is not None else None
+    name = cluster or (at.cluster if at is not None else None)
+    return None if name is None else survey(find_cluster(name))
+
+
+def _resolve(loaded: LoadedJob, site: Site | None) -> Plan:
     from forge.cli import display
     from forge.run.submit import resolve
-    from forge.spec.load import load_job
 
-    loaded = load_job(file, overrides=overrides)
+    if site is None:
+        with display.PrepareScreen() as screen:
+            return resolve(loaded, is_dry_run=False, on_progress=screen.show)
+    from forge.run.remote import fit_to, hardware_there
+
+    fitting, there = fit_to(site, loaded), hardware_there(site)
     with display.PrepareScreen() as screen:
-        return resolve(loaded, is_dry_run=False, on_progress=screen.show)
+        return resolve(fitting, is_dry_run=False, on_progress=screen.show, find_hardware=there)
+
+
+def _submit(site: Site, resolved: Plan, folder: Path) -> Carried:
+    from forge.cli import display
+    from forge.run.remote import submit
+
+    display.message(f"sending the run to the cluster '{site.cluster.name}'")
+    return submit(site, resolved, folder=folder)

@@ -240,7 +240,8 @@ def _launch(arguments: list[str], *, num_cpus: int, log: Path) -> subprocess.Pop
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", *arguments, "--block"),
         *("--num-cpus", str(num_cpus), "--object-store-memory", str(_OBJECT_STORE_BYTES)),
-        "--disable-usage-stats",
+        # Ray's own choice is one for all nodes of a machine; without it a head takes no jobs.
+        *("--disable-usage-stats", "--dashboard-agent-listen-port", str(_free_port())),
     ]
     with log.open("w") as output:
         return subprocess.Popen(

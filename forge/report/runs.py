@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from forge.report.ledger import Ledger, ledger_of, moment
 
 Status = Literal["running", "finished", "stopped", "failed", "died"]
 ENDINGS: dict[str, Status] = {"RunFinished": "finished", "RunStopped": "stopped", "RunFailed": "failed"}
+REMOTE = "remote.json"
+"""In the folder of a run that a cluster carries elsewhere, and that is a mirror here."""
 _POLL_S = 0.2
 # Between taking the lock and writing its pid into it a carrier needs microseconds.
 _PID_PATIENCE_S = 0.2
@@ -163,6 +165,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return _Tail(folder / "metrics.jsonl", key="step").read()
 
 
+def count_records(folder: Path) -> tuple[int, int]:
+    """How many events and how many steps a run has recorded."""
+    return len(_Tail(folder / "events.jsonl", key="event").read()), len(read_metrics(folder))
+
+
 def carrier_pid(folder: Path) -> int | None:
     """The process that carries a run now; None if nobody does.
 
@@ -188,14 +195,16 @@ def carrier_pid(folder: Path) -> int | None:
         return None
 
 
-def follow(folder: Path, *, pid: int, past_events: int = 0, past_steps: int = 0) -> Iterator[dict[str, Any] | None]:
+def follow(
+    folder: Path, *, goes_on: Callable[[], bool], past_events: int = 0, past_steps: int = 0
+) -> Iterator[dict[str, Any] | None]:
     """News of a run as they are written, events and steps alike, until it has ended or its process is gone.
 
     Yields None when there is nothing new, so that a screen can keep its clock going. Steps are the
     records without an `event` key; all that was recorded before the end is yielded before the end.
 
     Args:
-        pid: the process that carries the run.
+        goes_on: whether there is still someone who may write.
         past_events, past_steps: records that are known already.
     """
     events = _Tail(folder / "events.jsonl", key="event", skip=past_events)
@@ -209,7 +218,7 @@ def follow(folder: Path, *, pid: int, past_events: int = 0, past_steps: int = 0)
             return
         if not records:
             yield None
-            if not is_alive(pid):
+            if not goes_on():
                 gone_since = gone_since or time.monotonic()
                 if time.monotonic() - gone_since > 2 * _POLL_S:
                     return
@@ -263,7 +272,16 @@ def _status(folder: Path, events: tuple[dict[str, Any], ...]) -> Status:
             return ENDINGS[event["event"]]
         if event["event"] == "RunStarted":
             break
-    return "died"
+    return "running" if _is_elsewhere(folder) else "died"
+
+
+def _is_elsewhere(folder: Path) -> bool:
+    """Whether a cluster carries the run, as far as is known here."""
+    try:
+        at = json.loads((folder / REMOTE).read_text())
+        return bool(at["job"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _folders(root: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from forge.plan.plan import Plan
 from forge.report.runs import RunSummary, failure_of, follow, read_run
-from forge.run.submit import carry, clear_away, create_run, request_stop, resolve, wait_until_free
+from forge.run.submit import carry, create_run, resolve
 from forge.spec import load
 from forge.spec.load import LoadedJob
 
@@ -52,16 +52,14 @@ def train_job(
     folder = create_run(resolve(_loaded(job), is_dry_run=False))
     carried = carry(folder)
     try:
-        for record in follow(folder, pid=carried.pid):
+        for record in follow(folder, goes_on=carried.is_alive):
             if record is not None and on_record is not None:
                 on_record(record)
-        wait_until_free(folder)
     except BaseException:
-        request_stop(carried.pid)
-        wait_until_free(folder)
+        carried.request_stop()
         raise
     finally:
-        clear_away(carried.pid)
+        carried.end()
     run = read_run(folder)
     failure = failure_of(run)
     if failure is not None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,9 +34,10 @@ from forge.elastic.cost import Limits, Meter, price_of
 from forge.elastic.supervisor import Outcome, Supervisor
 from forge.elastic.vocabulary import State
 from forge.errors import ClusterError
-from forge.events import Event, StepMetrics, SupervisorRestarted, SupervisorStarted
+from forge.events import Event, NodeLeft, StepMetrics, SupervisorRestarted, SupervisorStarted
 from forge.plan.plan import Plan, plan_from_json
 from forge.report.runs import error_named
+from forge.run.library import LIBRARY, with_corpus_here
 from forge.run.reporter import HEAD, write_output_to
 from forge.run.secret import credentials
 
@@ -108,7 +110,7 @@ def clear_run(run_id: str) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(supervisor.close.remote(), timeout=_CLOSE_S)
         ray.kill(supervisor)
-    for name in _agents_of(run_id):  # of a supervisor that could not close
+    for name in [*_agents_of(run_id), f"{LIBRARY}{run_id}"]:  # agents of a supervisor that could not close
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
@@ -320,7 +322,17 @@ class AgentActor:
 
     async def serve(self) -> None:
         """Begin; the agent ends by itself when the run does."""
-        setup = replace(self._setup, host=ray.util.get_node_ip_address())
+        run_id = self._supervisor.removeprefix(SUPERVISOR)
+        try:
+            plan_json = await asyncio.to_thread(
+                with_corpus_here, self._setup.plan_json, run_id=run_id, namespace=NAMESPACE
+            )
+        except Exception as error:  # Ray raises many unrelated classes; all mean that this machine is of no use
+            traceback.print_exc()
+            left = NodeLeft(node=self._setup.node, reason=f"it cannot have the corpus: {error}")
+            await self._recorder.take.remote([("event", left)])
+            os._exit(1)
+        setup = replace(self._setup, host=ray.util.get_node_ip_address(), plan_json=plan_json)
         agent = Agent(setup, locate=self._locate, record=_ActorRecord(self._recorder))
         self._life = asyncio.ensure_future(agent.run())
         self._life.add_done_callback(lambda _: os._exit(0))

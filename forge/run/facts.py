@@ -49,8 +49,12 @@ def model_facts(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None) -> Mo
     return ModelFacts(**answer["facts"])
 
 
-def hardware(job: JobSpec) -> Hardware:
-    """What one worker of the job gets on this machine.
+def hardware(job: JobSpec, *, gpu_there: tuple[str, int] | None = None, is_here: bool = True) -> Hardware:
+    """What one worker of the job gets on this machine, or on those of a cluster.
+
+    Args:
+        gpu_there: name and bytes of the cluster's GPUs; None if it has none.
+        is_here: whether this machine is the cluster.
 
     Raises: PlanError if the job names a GPU that is not in the table.
     """
@@ -63,7 +67,7 @@ def hardware(job: JobSpec) -> Hardware:
             )
         peak = gpu.bf16_flops if job.training.precision == "bf16" else gpu.fp32_flops
         return Hardware(device="cuda", name=gpu.name, memory_bytes=gpu.memory_gib * 2**30, peak_flops=peak)
-    found = local_gpu() if wanted == "auto" else None
+    found = (local_gpu() if is_here else gpu_there) if wanted == "auto" else None
     if found is not None:
         name, memory_bytes = found
         gpu = find_gpu(name)
@@ -71,6 +75,8 @@ def hardware(job: JobSpec) -> Hardware:
         if gpu is not None:
             peak_flops = gpu.bf16_flops if job.training.precision == "bf16" else gpu.fp32_flops
         return Hardware(device="cuda", name=name, memory_bytes=memory_bytes, peak_flops=peak_flops)
+    if not is_here:
+        return Hardware(device="cpu", name="of the cluster", memory_bytes=None, peak_flops=None)
     share = psutil.virtual_memory().total // job.resources.workers.high
     return Hardware(device="cpu", name=local_cpu(), memory_bytes=share, peak_flops=None)
 

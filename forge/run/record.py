@@ -54,8 +54,8 @@ class Recorder:
         self._is_connected = False
         self.failure: RunFailed | None = None
         """The first failure that was reported."""
-        self._events = _open_whole_lines(folder / EVENTS)
-        self._metrics = _open_whole_lines(folder / METRICS)
+        self._events = open_whole_lines(folder / EVENTS)
+        self._metrics = open_whole_lines(folder / METRICS)
         self.last_step = _last_step(folder / METRICS)
 
     def connect(self) -> None:
@@ -169,7 +169,7 @@ class Recorder:
 
 def append_event(folder: Path, event: Event) -> None:
     """Write one event where no recorder runs: before it was started, or after it died."""
-    with _open_whole_lines(folder / EVENTS) as file:
+    with open_whole_lines(folder / EVENTS) as file:
         line = json.dumps({"time": round(time.time(), 3)} | event_to_record(event))
         file.write(redacted(line, os.environ) + "\n")
 
@@ -180,7 +180,7 @@ def last_recorded_step(folder: Path) -> int:
     return _last_step(path) if path.exists() else 0
 
 
-def _open_whole_lines(path: Path) -> TextIO:
+def open_whole_lines(path: Path) -> TextIO:
     """Open for appending, after cutting off a last line without an end."""
     if path.exists():
         with path.open("rb+") as file:

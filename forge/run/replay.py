@@ -23,7 +23,7 @@ from forge.plan.plan import Plan
 from forge.report.ledger import ledger_of
 from forge.report.runs import failure_of, follow, read_metrics, read_run
 from forge.run.faults import drain_node
-from forge.run.submit import carry, clear_away, create_run, request_stop, wait_until_free
+from forge.run.submit import carry, create_run
 from forge.run.trace import Trace
 
 
@@ -82,21 +82,19 @@ def replay(
         stage.start()
         try:
             is_stopping = False
-            for record in follow(folder, pid=carried.pid):
+            for record in follow(folder, goes_on=carried.is_alive):
                 on_news(record)
                 if time.monotonic() - began >= trace.duration_s and not is_stopping:
                     is_stopping = True
-                    request_stop(carried.pid)
+                    carried.request_stop()
             wall_s = time.monotonic() - began
-            wait_until_free(folder)
         except BaseException:
-            request_stop(carried.pid)
-            wait_until_free(folder)
+            carried.request_stop()
             raise
         finally:
+            carried.end()
             is_over.set()
             stage.join()
-            clear_away(carried.pid)
     return _result(folder, plan, wall_s=wall_s, machines=machines)
 
 

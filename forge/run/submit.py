@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -20,12 +21,13 @@ from forge.cluster.local import find_local, session_members
 from forge.data.prepare import PrepareProgress, default_cache_dir, prepare
 from forge.data.tokenizer import load_tokenizer
 from forge.errors import ArgumentError
-from forge.plan.facts import CorpusFacts
+from forge.plan.facts import CorpusFacts, Hardware
 from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json, training_digest
 from forge.report.runs import carrier_pid, is_alive
 from forge.run.facts import hardware, model_facts
 from forge.spec.data import TokenizerSpec
 from forge.spec.dump import dump_job
+from forge.spec.job import JobSpec
 from forge.spec.load import LoadedJob
 from forge.train.storage import open_storage
 
@@ -33,21 +35,72 @@ _POLL_S = 0.05
 _PROBE_PATIENCE_S = 5.0
 
 
+class Carried(Protocol):
+    """A run in progress, wherever it is carried; its records come to its folder here."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's, on this machine."""
+
+    def is_alive(self) -> bool:
+        """Whether records may still come."""
+
+    def request_stop(self) -> None:
+        """Ask the run to checkpoint and stop; the second time, to stop at once. Returns at once."""
+
+    def end(self) -> None:
+        """Return once nobody carries the run any more, and nothing of it is left."""
+
+    def news(self) -> list[str]:
+        """What there is to say since the last time of how the run is reached."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Carried:
-    """A run in progress."""
+class CarriedHere:
+    """A run that a process of this machine carries."""
 
     folder: Path
     pid: int
-    """Of the process that carries it."""
+    """Of that process."""
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return is_alive(self.pid)
+
+    def request_stop(self) -> None:
+        """By a signal."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def end(self) -> None:
+        """Wait for it, and end what it has left if it was killed.
+
+        Its ranks end by themselves; Ray's agents would try for a minute to tell someone that the others died.
+        """
+        wait_until_free(self.folder)
+        if not is_alive(self.pid):
+            for process in session_members(self.pid):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+
+    def news(self) -> list[str]:
+        """It is reached as long as this machine is."""
+        return []
 
 
 def resolve(
-    loaded: LoadedJob, *, is_dry_run: bool, on_progress: Callable[[PrepareProgress], None] | None = None
+    loaded: LoadedJob,
+    *,
+    is_dry_run: bool,
+    on_progress: Callable[[PrepareProgress], None] | None = None,
+    find_hardware: Callable[[JobSpec], Hardware] = hardware,
 ) -> Plan:
     """Make the plan of a job: prepare its corpus, count its model, look at the hardware.
 
     A dry run prepares no corpus, unless the length of the training depends on it.
+
+    Args:
+        find_hardware: what a worker of the job gets, where it will run.
 
     Raises: JobFileError, DataError, PlanError.
     """
@@ -59,17 +112,20 @@ def resolve(
     else:
         vocab_size, eot_id = _announced_vocabulary(job.data.tokenizer)
     model = model_facts(loaded, vocab_size=vocab_size, eot_id=eot_id)
-    return make_plan(job, model=model, corpus=corpus, hardware=hardware(job))
+    return make_plan(job, model=model, corpus=corpus, hardware=find_hardware(job))
 
 
-def create_run(plan: Plan) -> Path:
+def create_run(plan: Plan, *, root: str | None = None) -> Path:
     """Make the folder of a new run: `job.yaml`, `plan.json`, the tokenizer.
+
+    Args:
+        root: the folder for it; by default that of the job.
 
     Raises: ArgumentError if it cannot be written, or its checkpoints could not be.
     """
     assert plan.corpus is not None, "a run is created from a full plan"
-    root = Path(plan.job.checkpoint.runs)
-    folder = root / f"{plan.job.name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_id = f"{plan.job.name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    folder = Path(root or plan.job.checkpoint.runs) / run_id
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
     try:
         (folder / "logs").mkdir(parents=True)
@@ -102,7 +158,7 @@ def reopen_run(folder: Path, plan: Plan) -> None:
     draft.replace(folder / "plan.json")
 
 
-def carry(folder: Path) -> Carried:
+def carry(folder: Path) -> CarriedHere:
     """Start the process that carries a run, apart from this one; return once it has taken the run over.
 
     On the cluster that is up on this machine, else on one of its own that ends with it. A process that
@@ -122,27 +178,7 @@ def carry(folder: Path) -> Carried:
     except BaseException:  # Ctrl-C: nobody would know of it
         process.terminate()
         raise
-    return Carried(folder=folder, pid=process.pid)
-
-
-def request_stop(pid: int) -> None:
-    """Ask a run to checkpoint and stop; the second time, to stop at once."""
-    try:
-        os.kill(pid, signal.SIGTERM)
-    except ProcessLookupError:
-        return
-
-
-def clear_away(pid: int) -> None:
-    """End what the process that carried a run has left, if it was killed.
-
-    Its ranks end by themselves; Ray's agents would try for a minute to tell someone that the others died.
-    """
-    if is_alive(pid):
-        return
-    for process in session_members(pid):
-        with contextlib.suppress(psutil.Error):
-            process.kill()
+    return CarriedHere(folder=folder, pid=process.pid)
 
 
 def wait_until_free(folder: Path) -> None:

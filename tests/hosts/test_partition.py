@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from forge.report.runs import carrier_pid, read_metrics, read_run
-from forge.run.submit import create_run, request_stop, resolve
+from forge.run.submit import CarriedHere, create_run, resolve
 from forge.spec.load import load_job
 from tests.support.command import wait_for
 from tests.support.elastic import Machines, Run, write_job
@@ -49,7 +49,7 @@ def run(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]
     yield run
     pid = carrier_pid(folder)
     if pid is not None:
-        request_stop(pid)
+        CarriedHere(folder=folder, pid=pid).request_stop()
     carrier.wait(timeout=60)
 
 
@@ -78,7 +78,7 @@ def test_the_run_ends_as_one_curve(run: Run) -> None:
     """Must come last."""
     pid = carrier_pid(run.folder)
     assert pid is not None
-    request_stop(pid)
+    CarriedHere(folder=run.folder, pid=pid).request_stop()
     wait_for(lambda: read_run(run.folder).status == "stopped")
     records = read_metrics(run.folder)
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))

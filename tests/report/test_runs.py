@@ -26,6 +26,7 @@ from forge.report.runs import (
     failure_of,
     find_run,
     follow,
+    is_alive,
     list_runs,
     read_metrics,
     read_run,
@@ -221,7 +222,7 @@ class TestStatus:
 class TestFollowing:
     def followed(self, folder: Path, *, pid: int, past_events: int = 0, past_steps: int = 0) -> list[Any]:
         """What is new, as event names and step numbers."""
-        records = follow(folder, pid=pid, past_events=past_events, past_steps=past_steps)
+        records = follow(folder, goes_on=lambda: is_alive(pid), past_events=past_events, past_steps=past_steps)
         return [record.get("event") or record["step"] for record in records if record is not None]
 
     def test_all_is_told_in_the_order_of_time_and_the_end_last(self, tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ class TestFollowing:
 
     def test_news_of_a_growing_run_come_as_they_are_written(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=0)
-        records = follow(folder, pid=os.getpid())
+        records = follow(folder, goes_on=lambda: True)
         assert [record and record["event"] for record in (next(records), next(records))] == ["RunStarted", None]
 
         def grow() -> None:
@@ -261,7 +262,7 @@ class TestFollowing:
     def test_a_torn_line_is_told_once_it_is_whole(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=0)
         append(folder / "metrics.jsonl", '{"step": 1, "time"')
-        records = follow(folder, pid=os.getpid(), past_events=1)
+        records = follow(folder, goes_on=lambda: True, past_events=1)
         assert next(records) is None
         append(folder / "metrics.jsonl", ": 1.5}\nrubbish\n")
         assert next(records) == {"step": 1, "time": 1.5}
@@ -284,7 +285,7 @@ class TestFollowing:
     def test_files_that_are_not_there_yet_are_waited_for(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=0)
         (folder / "events.jsonl").unlink()
-        records = follow(folder, pid=os.getpid())
+        records = follow(folder, goes_on=lambda: True)
         assert next(records) is None
         open_recorder(folder).event(RunFinished(step=0))
         assert [record and record["event"] for record in records] == ["RunFinished"]

@@ -1,0 +1,212 @@
+"""A run goes to a cluster: what it needs is sent to the head, and a job of Ray's carries it there.
+
+In go a plan and a cluster that is up; the corpus, if it is not there yet, the run's small files and its secrets
+are handed to the head over its own door, and then Ray is given a job. `forge.run.mirror` brings back what happens.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from forge.cluster.base import Cluster
+from forge.data.transfer import send_corpus
+from forge.errors import ArgumentError, ClusterError, ForgeError
+from forge.plan.facts import Hardware
+from forge.plan.plan import Plan
+from forge.report.runs import carrier_pid, count_records
+from forge.run.facts import hardware
+from forge.run.mirror import (
+    CarriedThere,
+    Whereabouts,
+    answer_of,
+    ask,
+    job_client,
+    job_name,
+    submit_job,
+    write_whereabouts,
+)
+from forge.run.record import EVENTS, METRICS
+from forge.run.secret import credentials
+from forge.run.submit import Carried, CarriedHere
+from forge.spec.job import JobSpec
+from forge.spec.load import LoadedJob
+
+_SEND_TIMEOUT_S = 24 * 3600.0
+_START_TIMEOUT_S = 90.0
+_POLL_S = 0.05
+_SMALL_FILES = ("job.yaml", "plan.json", EVENTS, METRICS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A cluster that runs can be sent to, as its head describes it."""
+
+    cluster: Cluster
+    python: str
+    """forge's, on the head."""
+    gpu: tuple[str, int] | None
+    """Name and bytes of the first GPU of the head."""
+    storage: str
+    """Where runs keep their checkpoints unless their job says; empty if the cluster's file does not."""
+
+
+def survey(cluster: Cluster) -> Site:
+    """Look whether a cluster can take runs from here.
+
+    Raises: ClusterError if it is not reached, or has other versions of what must be the same on both sides.
+    """
+    found = ask(cluster, "check")
+    ours = {name: version(name) for name in ("forge-train", "ray", "torch")}
+    ours["python"] = platform.python_version()
+    for name, here in ours.items():
+        there = found["versions"].get(name)
+        is_same = here == there if name != "python" else here.split(".")[:2] == str(there).split(".")[:2]
+        if not is_same:
+            raise ClusterError(
+                f"{name} is {there} on the cluster '{cluster.name}' and {here} here, and must be the same; set it "
+                f"up anew: forge cluster down {cluster.name}, then forge cluster up with its file"
+            )
+    gpu = found["gpu"]
+    return Site(
+        cluster=cluster, python=found["python"], gpu=(gpu[0], gpu[1]) if gpu else None, storage=found["storage"]
+    )
+
+
+def fit_to(site: Site, loaded: LoadedJob) -> LoadedJob:
+    """The job as it is to run there: its checkpoints in a place that all machines of the cluster reach.
+
+    Raises: ArgumentError if there is none, or if what the job reads is not there.
+    """
+    job, cluster = loaded.job, site.cluster
+    if cluster.shares_files:
+        return loaded
+    weights = job.model.from_pretrained
+    if weights is not None and Path(weights).is_dir():
+        place = str(Path(weights).absolute())
+        if not ask(cluster, "check", "--folder", place)["has_folder"]:
+            raise ArgumentError(
+                f"model.from_pretrained is the folder {weights} of this machine, which '{cluster.name}' has not: "
+                f"put it at {place} on every machine there"
+            )
+    if "://" in job.checkpoint.to:
+        return loaded
+    if not site.storage:
+        raise ArgumentError(
+            f"a run on '{cluster.name}' keeps its checkpoints where all its machines reach them: set checkpoint.to "
+            "to a URL such as s3://bucket/runs, or storage in the cluster's file"
+        )
+    checkpoint = job.checkpoint.model_copy(update={"to": site.storage})
+    return replace(loaded, job=job.model_copy(update={"checkpoint": checkpoint}))
+
+
+def hardware_there(site: Site) -> Callable[[JobSpec], Hardware]:
+    """How the plan is told what a worker gets on a cluster."""
+    return partial(hardware, gpu_there=site.gpu, is_here=site.cluster.shares_files)
+
+
+def submit(site: Site, plan: Plan, *, folder: Path) -> Carried:
+    """Send a run to a cluster and have a job carry it; return once it is accepted.
+
+    Args:
+        folder: the run's, on this machine.
+
+    Raises: ClusterError if the cluster is not reached, or the job does not start; DataError if the corpus does
+        not arrive.
+    """
+    cluster = site.cluster
+    if cluster.shares_files:
+        there = str(folder.absolute())
+        ask(cluster, "admit", folder.name, "--folder", there, stdin=_secrets_line() + _packed(folder, names=()))
+    else:
+        _bring_corpus(cluster, plan)
+        place = ["--folder", f"{plan.job.checkpoint.to}/{folder.name}"] if _is_shared_folder(plan) else []
+        stdin = _secrets_line() + _packed(folder, names=_SMALL_FILES)
+        there = ask(cluster, "admit", folder.name, *place, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
+    num_events, num_steps = count_records(folder)
+    at = Whereabouts(
+        cluster=cluster.name,
+        folder=there,
+        python=site.python,
+        job=job_name(folder),
+        events=num_events,
+        steps=num_steps,
+    )
+    if not cluster.shares_files:
+        write_whereabouts(folder, at)
+    with job_client(cluster) as client:
+        submit_job(client, at, verb="carry")
+        if cluster.shares_files:
+            return _await_carrier(client, at, folder)
+    return CarriedThere(folder, at, cluster=cluster)
+
+
+def _await_carrier(client: Any, at: Whereabouts, folder: Path) -> CarriedHere:
+    """On this machine: the process that the job has started. Raises: ClusterError with the job's last words."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while True:
+        pid = carrier_pid(folder)
+        if pid is not None:
+            return CarriedHere(folder=folder, pid=pid)
+        if client.get_job_status(at.job).is_terminal() or time.monotonic() > deadline:
+            last = [line for line in client.get_job_logs(at.job).splitlines() if line.strip()][-3:]
+            raise ClusterError(f"the run did not start: {' / '.join(last) or 'its job said nothing'}")
+        time.sleep(_POLL_S)
+
+
+def _bring_corpus(cluster: Cluster, plan: Plan) -> None:
+    """Send the corpus, unless it is there."""
+    assert plan.corpus is not None, "a run is submitted with a full plan"
+    folder, digest = Path(plan.corpus.folder), plan.corpus.digest
+    if ask(cluster, "check", "--corpus", folder.name, "--digest", digest)["has_corpus"]:
+        return
+    read_fd, write_fd = os.pipe()
+    problems: list[Exception] = []
+
+    def send() -> None:
+        try:
+            with os.fdopen(write_fd, "wb") as stream:
+                send_corpus(folder, stream=stream)
+        except (OSError, ForgeError) as error:  # the other end tells more, if there is one
+            problems.append(error)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    with os.fdopen(read_fd, "rb") as stream:
+        command = ["python", "-m", "forge.run.head", "receive", folder.name, digest]
+        done = cluster.on_head(command, stdin=stream, timeout_s=_SEND_TIMEOUT_S)
+    thread.join()
+    if problems and isinstance(problems[0], ForgeError):
+        raise problems[0]
+    answer_of(cluster, done.stdout, done.stderr)
+
+
+def _packed(folder: Path, *, names: tuple[str, ...]) -> bytes:
+    """The run's small files and its tokenizer, as a tar file; nothing where the files are shared."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name in [name for name in names if (folder / name).exists()]:
+            archive.add(folder / name, arcname=name)
+        if names:
+            archive.add(folder / "tokenizer", arcname="tokenizer")
+    return content.getvalue()
+
+
+def _secrets_line() -> bytes:
+    return json.dumps(credentials(os.environ)).encode() + b"\n"
+
+
+def _is_shared_folder(plan: Plan) -> bool:
+    """Whether the run's checkpoints, and so its folder, lie in a folder that all machines share."""
+    return plan.job.checkpoint.to.startswith("/")
