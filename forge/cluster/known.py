@@ -7,7 +7,7 @@ from pathlib import Path
 from forge.cluster.base import Cluster, list_records, read_record
 from forge.cluster.here import NAME, ThisMachine
 from forge.errors import ArgumentError, ForgeError
-from forge.spec.cluster import SECTIONS, ClusterSpec, LocalSpec
+from forge.spec.cluster import SECTIONS, ClusterSpec, LocalSpec, SshSpec
 from forge.spec.load import load_cluster
 
 
@@ -16,6 +16,10 @@ def cluster_of(spec: ClusterSpec) -> Cluster:
     # Imported here, so that a command pays only for the provider that it uses.
     if isinstance(spec, LocalSpec):
         return ThisMachine(spec)
+    if isinstance(spec, SshSpec):
+        from forge.cluster.ssh import SshCluster
+
+        return SshCluster(spec)
     raise ForgeError(f"clusters of {spec.provider} are not known")
 
 

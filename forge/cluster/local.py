@@ -1,9 +1,7 @@
 """The cluster on this machine: one Ray head, and as many simulated machines as asked for.
 
-Every node is a `ray start --block` in a session of its own, so that the whole of it can be ended by
-its session and nothing that other users of Ray run here is touched. What was started is written down
-in the state folder, from its first instant; a process is believed to be ours only if this is still the
-same boot and its start still matches. Who starts or stops holds a lock, so that two do not mix.
+What was started is written down in the state folder, from its first instant. Who starts or stops holds a lock,
+so that two do not mix.
 """
 
 from __future__ import annotations
@@ -14,11 +12,7 @@ import json
 import logging
 import os
 import secrets
-import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,28 +20,11 @@ from typing import Any
 
 import psutil
 
+from forge.cluster.node import NodeProcess, await_start, end_node, family_of, free_port, launch
 from forge.errors import ClusterError
 
-_START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 10.0
 # Shared memory for Ray's objects; forge passes none of its tensors through them.
 _OBJECT_STORE_BYTES = 128 * 2**20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeProcess:
-    """One node: the process that holds it, named so that a recycled pid is not mistaken for it."""
-
-    pid: int
-    started_ticks: int
-    """Since boot, as the kernel counts; unlike a time of day it never moves."""
-    boot_id: str
-    num_cpus: int
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether this very process still runs."""
-        return self.boot_id == _boot_id() and _start_ticks(self.pid) == self.started_ticks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +62,7 @@ def start_local(*, num_nodes: int = 1, port: int | None = None) -> LocalCluster:
         cluster = find_local()
         if cluster is None:
             _end_leftovers()
-            port = port or _free_port()
+            port = port or free_port()
             _require_free(port)
             cluster = _start_head(port=port, num_cpus=_cpus_per_node(num_nodes), takes_jobs=True)
         for _ in range(num_nodes - sum(node.is_alive for node in cluster.nodes)):
@@ -103,7 +80,7 @@ def start_head_alone() -> LocalCluster:
         if find_local() is not None:
             raise ClusterError("a cluster is up on this machine already; take it down with forge cluster down")
         _end_leftovers()
-        return _start_head(port=_free_port(), num_cpus=0, takes_jobs=False)
+        return _start_head(port=free_port(), num_cpus=0, takes_jobs=False)
 
 
 def add_node(*, num_cpus: int = 1) -> NodeProcess:
@@ -117,7 +94,7 @@ def add_node(*, num_cpus: int = 1) -> NodeProcess:
 
 def kill_node(node: NodeProcess) -> None:
     """Have a simulated machine vanish: every process of it at once, without a word."""
-    for process in _family(node):
+    for process in family_of(node):
         with contextlib.suppress(psutil.Error):
             process.kill()
 
@@ -154,16 +131,6 @@ def list_nodes(cluster: LocalCluster) -> list[dict[str, Any]]:
         raise ClusterError(f"the cluster at {cluster.address} does not answer: {error}") from error
     finally:
         ray.shutdown()
-
-
-def session_members(leader: int) -> list[psutil.Process]:
-    """The processes of a session, its leader among them as long as it lives."""
-    members = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == leader:
-                members.append(process)
-    return members
 
 
 def require_private_token() -> None:
@@ -203,7 +170,7 @@ def _start_head(*, port: int, num_cpus: int, takes_jobs: bool) -> LocalCluster:
     arguments = ["--head", "--port", str(port), "--include-dashboard", str(takes_jobs).lower()]
     job_server = ""
     if takes_jobs:
-        dashboard_port = _free_port()
+        dashboard_port = free_port()
         arguments += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port)]
         job_server = f"http://127.0.0.1:{dashboard_port}"
     cluster = LocalCluster(address=f"{_node_ip()}:{port}", nodes=(), job_server=job_server)
@@ -216,16 +183,16 @@ def _with_node(cluster: LocalCluster, arguments: list[str], *, num_cpus: int) ->
     Raises: ClusterError with Ray's last words.
     """
     log = _state_path().with_name(f"node-{len(cluster.nodes)}.log")
-    process = _launch(arguments, num_cpus=num_cpus, log=log)
-    ticks = _start_ticks(process.pid)
-    node = NodeProcess(pid=process.pid, started_ticks=ticks or 0, boot_id=_boot_id(), num_cpus=num_cpus)
+    cpus = ["--num-cpus", str(num_cpus), "--object-store-memory", str(_OBJECT_STORE_BYTES)]
+    node, process = launch([*arguments, *cpus], log=log)
+    node = replace(node, num_cpus=num_cpus)
     grown = replace(cluster, nodes=(*cluster.nodes, node))
     try:
         _write_state(grown if cluster.nodes else replace(grown, address=""))
-        _await_start(process, log=log)
+        await_start(process, log=log)
         _write_state(grown)
     except BaseException:  # Ctrl-C too
-        _end(node)
+        end_node(node)
         process.wait()
         if cluster.nodes:
             _write_state(cluster)
@@ -233,28 +200,6 @@ def _with_node(cluster: LocalCluster, arguments: list[str], *, num_cpus: int) ->
             _state_path().unlink(missing_ok=True)
         raise
     return grown
-
-
-def _launch(arguments: list[str], *, num_cpus: int, log: Path) -> subprocess.Popen[bytes]:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [
-        *(str(Path(sys.executable).with_name("ray")), "start", *arguments, "--block"),
-        *("--num-cpus", str(num_cpus), "--object-store-memory", str(_OBJECT_STORE_BYTES)),
-        # Ray's own choice is one for all nodes of a machine; without it a head takes no jobs.
-        *("--disable-usage-stats", "--dashboard-agent-listen-port", str(_free_port())),
-    ]
-    with log.open("w") as output:
-        return subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-
-
-def _await_start(process: subprocess.Popen[bytes], *, log: Path) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while "Ray runtime started" not in log.read_text(errors="replace"):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise ClusterError(f"a Ray node did not start: {_last_words(log)}\nIts log is {log}")
-        time.sleep(0.1)
 
 
 def _end_leftovers() -> int:
@@ -265,54 +210,9 @@ def _end_leftovers() -> int:
         nodes = []
     count = sum(node.is_alive for node in nodes)
     for node in reversed(nodes):
-        _end(node)
+        end_node(node)
     _state_path().unlink(missing_ok=True)
     return count
-
-
-def _end(node: NodeProcess) -> None:
-    """End a node's whole family. A stranger who has its pid by now is left alone.
-
-    Only `ray start` is asked politely and ends the others in the right order: a raylet that is asked
-    after its control store has gone waits ten seconds for an answer.
-    """
-    family = _family(node)
-    if node.is_alive:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(node.pid, signal.SIGTERM)
-        psutil.wait_procs(family, timeout=_STOP_TIMEOUT_S)
-    left = [process for process in {*family, *_family(node)} if process.is_running()]
-    for process in left:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(left, timeout=_STOP_TIMEOUT_S)
-
-
-def _family(node: NodeProcess) -> list[psutil.Process]:
-    """A node's process, what descends from it, and what is left of its session once it has gone."""
-    if node.boot_id != _boot_id() or _start_ticks(node.pid) not in (node.started_ticks, None):
-        return []  # another boot or another process: no pid is given anew while its session has members
-    members = [
-        process for process in session_members(node.pid) if (_start_ticks(process.pid) or 0) >= node.started_ticks
-    ]
-    found = set(members)
-    for process in members:
-        with contextlib.suppress(psutil.Error):
-            found |= set(process.children(recursive=True))
-    return list(found)
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; None if there is no such process, or it has ended."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if state in ("Z", "X") else int(fields[18])
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 @contextlib.contextmanager
@@ -352,12 +252,6 @@ def _node_ip() -> str:
     return str(get_node_ip_address())
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def _require_free(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -368,8 +262,3 @@ def _require_free(port: int) -> None:
                 f"port {port} cannot be used for the cluster's head: {error.strerror}; choose another with --port, "
                 "or leave --port out to take a free one"
             ) from error
-
-
-def _last_words(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return " / ".join(lines[-3:]) or "it said nothing"

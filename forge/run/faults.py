@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from forge.cluster.local import find_local, session_members
+from forge.cluster.local import find_local
+from forge.cluster.node import session_members
 from forge.elastic.claims import drain, nodes_alive
 from forge.errors import ArgumentError, ClusterError
 from forge.report.runs import read_run

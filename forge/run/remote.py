@@ -72,8 +72,7 @@ def survey(cluster: Cluster) -> Site:
     ours["python"] = platform.python_version()
     for name, here in ours.items():
         there = found["versions"].get(name)
-        is_same = here == there if name != "python" else here.split(".")[:2] == str(there).split(".")[:2]
-        if not is_same:
+        if _release(name, here) != _release(name, str(there)):
             raise ClusterError(
                 f"{name} is {there} on the cluster '{cluster.name}' and {here} here, and must be the same; set it "
                 f"up anew: forge cluster down {cluster.name}, then forge cluster up with its file"
@@ -82,6 +81,11 @@ def survey(cluster: Cluster) -> Site:
     return Site(
         cluster=cluster, python=found["python"], gpu=(gpu[0], gpu[1]) if gpu else None, storage=found["storage"]
     )
+
+
+def _release(name: str, version: str) -> str:
+    """What must agree: of Python the minor version; of others not how they were built, as torch's `+cpu` says."""
+    return ".".join(version.split(".")[:2]) if name == "python" else version.partition("+")[0]
 
 
 def fit_to(site: Site, loaded: LoadedJob) -> LoadedJob:

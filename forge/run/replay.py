@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.cluster.local import NodeProcess, add_node, kill_node, start_head_alone, stop_local
+from forge.cluster.local import add_node, kill_node, start_head_alone, stop_local
+from forge.cluster.node import NodeProcess
 from forge.elastic.claims import nodes_alive
 from forge.errors import ForgeError
 from forge.plan.plan import Plan

@@ -17,7 +17,8 @@ from typing import Protocol
 
 import psutil
 
-from forge.cluster.local import find_local, session_members
+from forge.cluster.local import find_local
+from forge.cluster.node import session_members
 from forge.data.prepare import PrepareProgress, default_cache_dir, prepare
 from forge.data.tokenizer import load_tokenizer
 from forge.errors import ArgumentError

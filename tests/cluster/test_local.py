@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from forge.cluster import local
-from forge.cluster.local import NodeProcess, find_local, require_private_token, stop_local
+from forge.cluster.local import find_local, require_private_token, stop_local
+from forge.cluster.node import NodeProcess, boot_id, start_ticks
 from tests.support.command import environment, family, forge, mentioning, start_forge, survivors, wait_for
 
 
@@ -167,7 +167,7 @@ class TestStaleState:
     def test_a_process_that_has_the_pid_by_now_is_left_alone(
         self, stranger: subprocess.Popen[bytes], wrong: str
     ) -> None:
-        ticks, boot = local._start_ticks(stranger.pid), local._boot_id()
+        ticks, boot = start_ticks(stranger.pid), boot_id()
         assert ticks is not None
         wait_for(lambda: len(family(stranger.pid)) == 2)
         self.write_state(
@@ -184,8 +184,8 @@ class TestStaleState:
     ) -> None:
         node = NodeProcess(
             pid=stranger.pid,
-            started_ticks=local._start_ticks(stranger.pid) or 0,
-            boot_id=local._boot_id(),
+            started_ticks=start_ticks(stranger.pid) or 0,
+            boot_id=boot_id(),
             num_cpus=1,
         )
         self.write_state(pid=node.pid, started_ticks=node.started_ticks, boot_id=node.boot_id)

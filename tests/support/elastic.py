@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 
 from forge.cluster.local import (
-    NodeProcess,
     add_node,
     find_local,
     kill_node,
     start_head_alone,
     stop_local,
 )
+from forge.cluster.node import NodeProcess
 from forge.report.runs import read_metrics, read_run
 from tests.support.command import environment, wait_for
 from tests.support.command import forge as run_forge

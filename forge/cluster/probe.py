@@ -1,0 +1,63 @@
+"""What a machine is, before anything of forge's is on it. Sent as text to whatever Python it has; so no imports.
+
+    python3 - FOLDER VERSION [PYTHON] < probe.py
+
+prints one line of JSON: facts, no judgement.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    folder, version = Path(sys.argv[1]).expanduser(), sys.argv[2]
+    given = str(Path(sys.argv[3]).expanduser()) if len(sys.argv) > 3 else None
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    python = given or shutil.which("python" + version) or sys.executable
+    facts = {
+        "time": time.time(),
+        "folder": str(folder),
+        "free_bytes": shutil.disk_usage(str(there)).free,
+        "is_writable": os.access(str(there), os.W_OK),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "num_cpus": os.cpu_count(),
+        "gpus": gpus(),
+        "python": python,
+        "version": version_of(python),
+        "versions": versions_of(given) if given else {},
+    }
+    sys.stdout.write(json.dumps(facts) + "\n")
+
+
+def version_of(python: str) -> str:
+    return ask([python, "-c", "import platform; print(platform.python_version())"])
+
+
+def versions_of(python: str) -> dict[str, str]:
+    names = ("forge-train", "ray", "torch")
+    code = "import json\nfrom importlib.metadata import version\nprint(json.dumps({n: version(n) for n in %r}))"
+    text = ask([python, "-c", code % (names,)])
+    return json.loads(text) if text else {}
+
+
+def gpus() -> list[list[str]]:
+    text = ask(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"])
+    return [[part.strip() for part in line.rsplit(",", 2)] for line in text.splitlines() if line.strip()]
+
+
+def ask(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode().strip()
+
+
+main()

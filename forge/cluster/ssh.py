@@ -1,0 +1,331 @@
+"""Machines that are there already, reached by OpenSSH: the first one is the head.
+
+All are looked at and made ready in parallel: forge's wheel and the locked versions of what it needs go into an
+environment of their own, unless the cluster's file names one. Then Ray is started, the head first. A machine that
+fails is named with the reason, and the others go on if they are enough. Another `up` mends what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import json
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any
+
+from forge.cluster.base import (
+    Node,
+    OnStage,
+    Record,
+    Stage,
+    Status,
+    forget,
+    make_token,
+    only_one,
+    read_record,
+    state_folder,
+    token_path,
+    write_record,
+)
+from forge.cluster.dashboard import ray_nodes
+from forge.cluster.ready import Package, Ready, last_line, make_ready
+from forge.cluster.remote import Machine
+from forge.errors import ClusterError
+from forge.spec.cluster import SshSpec
+
+_START_TIMEOUT_S = 120.0
+_STOP_TIMEOUT_S = 60.0
+_MOST_AT_ONCE = 32
+
+
+class SshCluster:
+    """The machines of an ssh cluster's file."""
+
+    def __init__(self, spec: SshSpec) -> None:
+        self._spec = spec
+        known_hosts = state_folder("clusters") / f"{spec.name}.known_hosts"
+        self._machines = {
+            host: Machine(
+                host=host,
+                known_hosts=known_hosts,
+                user=spec.user,
+                port=spec.port,
+                identity_file=spec.identity_file,
+            )
+            for host in spec.machines
+        }
+        self._head = self._machines[spec.machines[0]]
+
+    @property
+    def name(self) -> str:
+        """As its file says."""
+        return self._spec.name
+
+    @property
+    def shares_files(self) -> bool:
+        """They are other machines."""
+        return False
+
+    def token(self) -> str:
+        """Of its Ray. Raises: ClusterError if the cluster was not started from here."""
+        try:
+            return token_path(self.name).read_text()
+        except OSError as error:
+            raise ClusterError(
+                f"the token of '{self.name}' is not here: {error.strerror}; start it: {self._up}"
+            ) from error
+
+    def up(self, *, on_stage: OnStage) -> Status:
+        """Start it on every machine where it does not run.
+
+        Raises: ClusterError with every machine that failed and why, if the others are not enough.
+        """
+        with only_one(self.name):
+            token = make_token(self.name)
+            known = read_record(self.name)
+            facts = dict(known.facts) if known else {}
+            self._remember(facts)
+            package = Package.of(self._spec.wheels) if self._spec.python is None else None
+            failures: dict[str, ClusterError] = {}
+            ready = self._each(
+                list(self._machines), lambda host: self._prepare(host, package, on_stage), failures, on_stage
+            )
+            self._require_head(failures)
+            head = self._head.host
+            places = {host: [one.python, one.folder] for host, one in ready.items()}
+            facts["places"] = facts.get("places", {}) | places
+            self._remember(facts)  # from here on there is something to be stopped
+            told = self._each(
+                [head], lambda host: self._start(host, ready[host], token, None, on_stage), failures, on_stage
+            )
+            self._require_head(failures)
+            facts |= told[head]
+            self._remember(facts)
+            others = [host for host in ready if host != head]
+            self._each(
+                others, lambda host: self._start(host, ready[host], token, facts, on_stage), failures, on_stage
+            )
+            least = self._spec.min_machines or len(self._machines)
+            if len(self._machines) - len(failures) < least:
+                raise ClusterError(
+                    f"{len(self._machines) - len(failures)} of at least {least} machines of '{self.name}' are "
+                    f"ready; the others:\n{_listed(failures)}\nWhat was started stays; mend it and {self._up} again, "
+                    f"or forge cluster down {self.name}"
+                )
+        return self.status()
+
+    def status(self) -> Status:
+        """Its machines, as the head's Ray sees them. Raises: ClusterError if the head does not answer."""
+        known = read_record(self.name)
+        if known is None or "job_port" not in known.facts:
+            return Status(name=self.name, provider="ssh", address=None)
+        addresses: dict[str, str] = known.facts.get("addresses", {})
+        prices = dict.fromkeys(addresses.values(), self._spec.usd_per_hour)
+        with self.job_server() as url:
+            nodes = ray_nodes(url, token=self.token(), prices=prices)
+        alive = {node.name for node in nodes if node.state == "alive"}
+        named = {address: host for host, address in addresses.items()}
+        shown = [node for node in nodes if node.state == "alive"]
+        shown += [
+            Node(name=host, kind="worker", state="gone")
+            for host in self._machines
+            if addresses.get(host) not in alive
+        ]
+        return Status(
+            name=self.name,
+            provider="ssh",
+            address=f"{self._head.host}:{self._spec.ray_port}",
+            nodes=tuple(
+                Node(
+                    name=named.get(node.name, node.name),
+                    kind=node.kind,
+                    state=node.state,
+                    num_cpus=node.num_cpus,
+                    num_gpus=node.num_gpus,
+                    usd_per_hour=node.usd_per_hour,
+                )
+                for node in shown
+            ),
+        )
+
+    def down(self, *, on_stage: OnStage) -> list[str]:
+        """Stop it everywhere. Returns: what still runs, and the machines that could not be asked."""
+        with only_one(self.name):
+            left: list[str] = []
+            known = read_record(self.name)
+            facts = known.facts if known else {}
+            failures: dict[str, ClusterError] = {}
+            ended = self._each(
+                list(self._machines), lambda host: self._stop(host, facts, on_stage), failures, on_stage
+            )
+            for host, processes in ended.items():
+                left += [f"{host}: {process}" for process in processes]
+            left += [f"{host}: {error}; what runs there goes on" for host, error in failures.items()]
+            if not left:
+                forget(self.name)
+            return left
+
+    def on_head(
+        self, command: Sequence[str], *, stdin: bytes | IO[bytes] = b"", timeout_s: float = 60.0
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command on the head, as somebody whom its Ray lets in. Raises: ClusterError if it is lost."""
+        facts = self._facts()
+        python, folder = facts["places"][self._head.host]
+        first = python if command[0] == "python" else command[0]
+        token = f"{folder}/machines/{self._head.host}/token"
+        settings = self._environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
+        words = ["env", *(f"{name}={value}" for name, value in settings.items()), first, *command[1:]]
+        return self._head.run(words, stdin=stdin, timeout_s=timeout_s)
+
+    @contextlib.contextmanager
+    def job_server(self) -> Iterator[str]:
+        """Through a port that ssh forwards to the head's loopback."""
+        with self._head.forward(int(self._facts()["job_port"])) as port:
+            yield f"http://127.0.0.1:{port}"
+
+    def shell(self, machine: str | None) -> list[str]:
+        """Raises: ClusterError if there is no such machine."""
+        chosen = self._machines.get(machine or self._head.host)
+        if chosen is None:
+            raise ClusterError(f"'{self.name}' has no machine {machine}; it has {', '.join(self._machines)}")
+        return chosen.ssh()
+
+    @property
+    def _up(self) -> str:
+        return "forge cluster up with its file"
+
+    def _facts(self) -> Mapping[str, Any]:
+        known = read_record(self.name)
+        if known is None or "job_port" not in known.facts:
+            raise ClusterError(f"the cluster '{self.name}' is not up; start it: {self._up}")
+        return known.facts
+
+    def _remember(self, facts: Mapping[str, Any]) -> None:
+        spec = self._spec.model_dump(mode="json", exclude_defaults=True)
+        write_record(Record(name=self.name, provider="ssh", spec=spec, facts=facts))
+
+    def _require_head(self, failures: Mapping[str, ClusterError]) -> None:
+        if self._head.host in failures:
+            raise ClusterError(
+                f"the head of '{self.name}', without which there is no cluster, failed; all that failed:\n"
+                f"{_listed(failures)}"
+            )
+
+    def _each(
+        self,
+        hosts: Sequence[str],
+        work: Callable[[str], Any],
+        failures: dict[str, ClusterError],
+        on_stage: OnStage,
+    ) -> dict[str, Any]:
+        """Do something with many machines at once; those that fail are added to `failures`."""
+        done: dict[str, Any] = {}
+
+        def one(host: str) -> None:
+            try:
+                done[host] = work(host)
+            except ClusterError as error:
+                on_stage(Stage(machine=host, stage=str(error), is_failure=True))
+                failures[host] = error
+
+        pool = ThreadPoolExecutor(max_workers=_MOST_AT_ONCE)
+        try:
+            for future in [pool.submit(one, host) for host in hosts]:
+                future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C has ended the ssh that the others wait for
+        return {host: done[host] for host in hosts if host in done}
+
+    def _prepare(self, host: str, package: Package | None, on_stage: OnStage) -> Ready:
+        return make_ready(
+            self._machines[host],
+            folder=self._spec.folder,
+            python=self._spec.python,
+            package=package,
+            tell=lambda words: on_stage(Stage(machine=host, stage=words)),
+        )
+
+    def _start(
+        self, host: str, ready: Ready, token: str, head: Mapping[str, Any] | None, on_stage: OnStage
+    ) -> dict[str, Any]:
+        """Start Ray on a machine. Returns: of the head, what is to be remembered."""
+        on_stage(Stage(machine=host, stage="starting Ray"))
+        address = _address_of(host)
+        order = {
+            "host": host,
+            "address": address,
+            "token": token,
+            "temporary": self._temporary(host),
+            "port": self._spec.ray_port,
+            "head": None if head is None else f"{_address_of(self._head.host)}:{self._spec.ray_port}",
+            "session": None if head is None else head["session"],
+            "environment": self._environment(),
+        }
+        answer = self._station(host, ready, "up", order, timeout_s=_START_TIMEOUT_S)
+        on_stage(Stage(machine=host, stage="ready (it was up)" if answer["was_up"] else "ready"))
+        addresses = {host: _address_of(host) for host in self._machines}
+        return {"session": answer["session"], "job_port": answer["job_port"], "addresses": addresses}
+
+    def _stop(self, host: str, facts: Mapping[str, Any], on_stage: OnStage) -> list[str]:
+        on_stage(Stage(machine=host, stage="stopping"))
+        if host not in facts.get("places", {}):  # it never came to that
+            return []
+        python, folder = facts["places"][host]
+        answer = self._station(
+            host,
+            Ready(python=python, folder=folder),
+            "down",
+            {"host": host, "temporary": self._temporary(host)},
+            timeout_s=_STOP_TIMEOUT_S,
+        )
+        on_stage(Stage(machine=host, stage="stopped"))
+        left: list[str] = answer["left"]
+        return left
+
+    def _station(
+        self, host: str, ready: Ready, verb: str, order: Mapping[str, Any], *, timeout_s: float
+    ) -> dict[str, Any]:
+        command = [ready.python, "-m", "forge.cluster.station", verb, ready.folder]
+        done = self._machines[host].run(command, stdin=json.dumps(order).encode(), timeout_s=timeout_s)
+        try:
+            answer = json.loads(done.stdout.splitlines()[-1])
+        except (ValueError, IndexError):
+            raise ClusterError(
+                f"forge does not run there: {last_line(done.stderr) or f'it ended with {done.returncode}'}"
+            ) from None
+        if "error" in answer:
+            raise ClusterError(answer["error"])
+        found: dict[str, Any] = answer["answer"]
+        return found
+
+    def _environment(self) -> dict[str, str]:
+        """What Ray's processes there, and so a run's, are to know of the cluster."""
+        spec = self._spec
+        told = {
+            "FORGE_CLOUD": ",".join(spec.clouds),
+            "FORGE_USD_PER_HOUR": spec.usd_per_hour,
+            "FORGE_MAX_USD_PER_HOUR": spec.max_usd_per_hour,
+            "FORGE_STORAGE": spec.storage,
+        }
+        return {name: str(value) for name, value in told.items() if value not in (None, "")}
+
+    def _temporary(self, host: str) -> str:
+        """For Ray's sockets, whose path must be short, and its logs; of this cluster and user alone."""
+        owner = f"{self._spec.user or getpass.getuser()}@{host}/{self.name}"
+        return f"/tmp/forge-{hashlib.blake2b(owner.encode(), digest_size=5).hexdigest()}"
+
+
+def _address_of(host: str) -> str:
+    """As the machines reach each other. Raises: ClusterError if the name is not known here."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError as error:
+        raise ClusterError(f"{host} has no address that is known here: {error}") from error
+
+
+def _listed(failures: Mapping[str, ClusterError]) -> str:
+    return "\n".join(f"  {host}: {error}" for host, error in failures.items())

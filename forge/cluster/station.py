@@ -1,0 +1,125 @@
+"""forge on one machine of a cluster: `python -m forge.cluster.station up|down FOLDER`, with an order on stdin.
+
+It starts this machine's Ray node, knows it again, and ends it; what is to be known of it lies under
+`FOLDER/machines/<host>`. Secrets come on stdin and go into files of their owner's alone. The answer is one line of
+JSON, an error too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from forge.cluster.node import NodeProcess, await_start, end_node, family_of, free_port, launch
+from forge.errors import ClusterError, ForgeError
+
+_OBJECT_STORE_BYTES = 256 * 2**20
+"""Shared memory for Ray's objects; forge passes pieces of a corpus through it, and no tensors."""
+
+
+def main() -> None:
+    """Carry the order out, and answer."""
+    verb, folder = sys.argv[1], Path(sys.argv[2]).expanduser()
+    order = json.load(sys.stdin)
+    answer: dict[str, Any]
+    try:
+        answer = {"answer": {"up": _up, "down": _down}[verb](folder, order)}
+    except ForgeError as error:
+        answer = {"error": str(error)}
+    except OSError as error:
+        answer = {"error": f"{error.filename}: {error.strerror}"}
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
+    """Start this machine's node, unless the one that runs is as it should be.
+
+    Returns: `was_up`; of a head its `session`, which is another one whenever a head is started, and `job_port`.
+    """
+    place = folder / "machines" / order["host"]
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    known = _known(place)
+    is_head = order["head"] is None
+    wanted = {"python": sys.executable, "session": None if is_head else order["session"]}
+    if known is not None and known["node"].is_alive:
+        if known["python"] != wanted["python"]:
+            raise ClusterError("another version of forge runs there; take the cluster down first")
+        if is_head or known["session"] == wanted["session"]:
+            return {"was_up": True, "session": known["session"], "job_port": known["job_port"]}
+    if known is not None:
+        end_node(known["node"])
+    token = place / "token"
+    with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(order["token"])
+    os.environ.update(order["environment"] | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    temporary = Path(order["temporary"])
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(mode=0o700)
+    arguments = ["--node-ip-address", order["address"], "--object-store-memory", str(_OBJECT_STORE_BYTES)]
+    arguments += ["--temp-dir", str(temporary)]
+    job_port = free_port() if is_head else 0
+    if is_head:
+        _require_free(order["port"])
+        arguments += ["--head", "--port", str(order["port"]), "--include-dashboard", "true", "--log-color", "false"]
+        arguments += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(job_port)]
+    else:
+        arguments += ["--address", order["head"]]
+    log = place / "ray.log"
+    node, process = launch(arguments, log=log)
+    session = f"{node.boot_id}-{node.started_ticks}" if is_head else order["session"]
+    try:
+        _write(place, {"node": asdict(node), "python": sys.executable, "session": session, "job_port": job_port})
+        await_start(process, log=log)
+    except BaseException:
+        end_node(node)
+        raise
+    return {"was_up": False, "session": session, "job_port": job_port}
+
+
+def _down(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
+    """End this machine's node. Returns: `left`, the processes of it that run all the same."""
+    place = folder / "machines" / order["host"]
+    known = _known(place)
+    left: list[str] = []
+    if known is not None:
+        end_node(known["node"])
+        left = [f"process {process.pid}" for process in family_of(known["node"])]
+    if not left:
+        shutil.rmtree(order["temporary"], ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+    return {"left": left}
+
+
+def _known(place: Path) -> dict[str, Any] | None:
+    try:
+        body: dict[str, Any] = json.loads((place / "node.json").read_text())
+        return body | {"node": NodeProcess(**body["node"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(place: Path, body: dict[str, Any]) -> None:
+    draft = place / "node.draft"
+    draft.write_text(json.dumps(body) + "\n")
+    draft.replace(place / "node.json")
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ClusterError(
+                f"port {port} is taken there ({error.strerror}); choose another: ray_port in the cluster's file"
+            ) from error
+
+
+if __name__ == "__main__":
+    main()

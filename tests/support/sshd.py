@@ -1,0 +1,79 @@
+"""OpenSSH's own server on the machines of a network that tests make, with a key that lets root in."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.support.command import wait_for
+from tests.support.hosts import Hosts
+
+_SSHD = "/usr/sbin/sshd"
+_CONFIG = """\
+Port 22
+HostKey {folder}/host_key
+AuthorizedKeysFile {keys}
+PidFile {folder}/pid
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+UsePAM no
+StrictModes no
+PermitRootLogin yes
+MaxStartups 100
+{environment}
+"""
+
+
+def client_key(hosts: Hosts) -> Path:
+    """The private key that all machines of the network let in."""
+    path = hosts.folder / "client_key"
+    if not path.exists():
+        _make_key(path)
+    return path
+
+
+def stranger_key(hosts: Hosts) -> Path:
+    """A private key that none of them lets in."""
+    path = hosts.folder / "stranger_key"
+    _make_key(path)
+    return path
+
+
+def start_sshd(hosts: Hosts, host: int, *, environment: Mapping[str, str] | None = None) -> None:
+    """Start the server of one machine, again with the same host key; return when it listens.
+
+    Args:
+        environment: what sessions there have in theirs.
+    """
+    folder = hosts.folder / f"sshd-{host}"
+    folder.mkdir(exist_ok=True)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    if not (folder / "host_key").exists():
+        _make_key(folder / "host_key")
+    settings = " ".join(f'"{name}={value}"' for name, value in (environment or {}).items())
+    (folder / "config").write_text(
+        _CONFIG.format(
+            folder=folder,
+            keys=client_key(hosts).with_suffix(".pub"),
+            environment=f"SetEnv {settings}" if settings else "",
+        )
+    )
+    hosts.run(host, _SSHD, "-D", "-f", str(folder / "config"), "-E", str(folder / "log"))
+    wait_for(lambda: _listens(folder), timeout_s=10)
+
+
+def change_host_key(hosts: Hosts, host: int) -> None:
+    """As on a machine that was set up anew; before its server starts."""
+    for path in (hosts.folder / f"sshd-{host}").glob("host_key*"):
+        path.unlink()
+
+
+def _listens(folder: Path) -> bool:
+    log = folder / "log"
+    return log.exists() and "Server listening" in log.read_text()
+
+
+def _make_key(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
