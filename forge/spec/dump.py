@@ -1,6 +1,9 @@
-"""A job, written back as the YAML that gives the same job; what was not written is left out."""
+"""A job, written back as the YAML that gives the same job; and plain values, as YAML for other programs."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -9,9 +12,16 @@ from forge.spec.scalar import resolve
 
 
 def dump_job(job: JobSpec) -> str:
-    """YAML text; `load_job` of it gives an equal job."""
+    """YAML text; `load_job` of it gives an equal job. What was not written is left out."""
     body = job.model_dump(mode="json", exclude_unset=True)
     return yaml.dump(body, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def dump_documents(documents: Sequence[Mapping[str, Any]]) -> str:
+    """YAML text, a document for each; whatever reads YAML, of 1.1 or 1.2, reads the same values from it."""
+    return yaml.dump_all(
+        documents, Dumper=_Unaliased, sort_keys=False, allow_unicode=True, explicit_start=True, width=1000
+    )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -27,3 +37,11 @@ def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _text_node)
+
+
+class _Unaliased(_Dumper):
+    """Writes what stands twice twice: people read it."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Of anything."""
+        return True

@@ -1,0 +1,375 @@
+"""Manifests for KubeRay: what its own schemas say of them, and what must stand in them whoever edits the file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from forge.cluster.kube import KubernetesCluster
+from forge.cluster.manifests import (
+    CLUSTER_LABEL,
+    DIGEST,
+    GRACE_S,
+    cluster_name,
+    ray_cluster,
+    ray_job,
+    secret_name,
+    token_secret,
+    with_live_size,
+)
+from forge.errors import ArgumentError
+from forge.spec.cluster import KubernetesSpec
+from forge.spec.dump import dump_documents
+from forge.spec.load import load_cluster
+from forge.units import Range
+from tests.support.command import wait_for
+
+ROOT = Path(__file__).parents[2]
+CRDS = Path(os.environ.get("FORGE_KUBERAY_CRDS") or ROOT.parent / "shared" / "kuberay")
+"""KubeRay's CustomResourceDefinitions, which are not part of the project."""
+RAY = "2.60.0"
+
+needs_schemas = pytest.mark.skipif(not CRDS.is_dir(), reason=f"KubeRay's schemas are not in {CRDS}")
+
+
+def spec(**changes: Any) -> KubernetesSpec:
+    values: dict[str, Any] = {"name": "pods", "provider": "kubernetes", "image": "registry.example/forge:1"}
+    return KubernetesSpec.model_validate(values | changes, strict=False)
+
+
+EVERYTHING = {
+    "namespace": "training",
+    "context": "mine",
+    "gpu": "A100-80GB",
+    "gpus_per_worker": 8,
+    "storage": "gs://bucket/runs",
+    "usd_per_hour": 12.5,
+    "max_usd_per_hour": 100,
+    "workers": Range(low=2, high=64),
+}
+SPECS = [
+    {},
+    {"name": "4pods"},
+    {"spot": False},
+    {"node_selector": {"pool": "training"}},
+    *({"cloud": cloud, "spot": spot} | EVERYTHING for cloud in ("aws", "gcp", "azure") for spot in (True, False)),
+]
+
+
+@functools.cache
+def schema(kind: str) -> dict[str, Any]:
+    """KubeRay's schema of a kind, as strict as kubectl: an unknown field is refused."""
+    text = (CRDS / f"ray.io_{kind.lower()}s.yaml").read_text()
+    definition = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the other takes 20 s
+    (version,) = [one for one in definition["spec"]["versions"] if one["name"] == "v1"]
+    found: dict[str, Any] = strict(version["schema"]["openAPIV3Schema"])
+    found["properties"]["metadata"] = {"type": "object", "required": ["name"]}
+    return found
+
+
+def strict(node: Any) -> Any:
+    if isinstance(node, list):
+        return [strict(one) for one in node]
+    if not isinstance(node, dict):
+        return node
+    closed = {key: strict(value) for key, value in node.items()}
+    is_object = isinstance(node.get("properties"), dict) and node.get("type") == "object"
+    if is_object and "additionalProperties" not in node and not node.get("x-kubernetes-preserve-unknown-fields"):
+        closed["additionalProperties"] = False
+    return closed
+
+
+def refusals(manifest: Mapping[str, Any]) -> list[str]:
+    found = jsonschema.Draft202012Validator(schema(manifest["kind"])).iter_errors(manifest)
+    return [f"{error.json_path}: {error.message[:200]}" for error in found]
+
+
+def pods_of(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every pod that a manifest leads to."""
+    body = manifest["spec"]
+    if manifest["kind"] == "RayJob":
+        yield body["submitterPodTemplate"]["spec"]
+    else:
+        yield body["headGroupSpec"]["template"]["spec"]
+        yield from (group["template"]["spec"] for group in body["workerGroupSpecs"])
+
+
+def worker_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    _, worker = pods_of(manifest)
+    return worker
+
+
+def environment_of(pod: Mapping[str, Any]) -> dict[str, str]:
+    return {one["name"]: one["value"] for one in pod["containers"][0]["env"]}
+
+
+@needs_schemas
+@pytest.mark.parametrize("changes", SPECS, ids=str)
+def test_kuberay_and_kubernetes_know_every_field(changes: dict[str, Any]) -> None:
+    one = spec(**changes)
+    assert refusals(ray_cluster(one, ray_version=RAY)) == []
+    assert refusals(ray_job(one, name="job", entrypoint="forge doctor")) == []
+
+
+@needs_schemas
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("spec", "authOption"), {"mode": "token"}),
+        (("spec", "authOptions", "mode"), "tokn"),
+        (("spec", "workerGroupSpecs", 0, "idleTimeout"), 5),
+        (("spec", "workerGroupSpecs", 0, "template", "spec", "terminationGracePeriod"), 5),
+        (("spec", "headGroupSpec", "template", "spec", "containers", 0, "securityContext", "privilege"), True),
+        (("spec", "workerGroupSpecs", 0, "template", "spec", "tolerations", 0), {"key": "a", "operater": "Exists"}),
+    ],
+)
+def test_a_field_that_is_not_there_would_be_noticed(path: tuple[str | int, ...], value: object) -> None:
+    manifest: Any = ray_cluster(spec(cloud="azure"), ray_version=RAY)
+    place = manifest
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    assert refusals(manifest)
+
+
+@pytest.mark.parametrize("changes", SPECS, ids=str)
+def test_no_pod_has_a_privilege(changes: dict[str, Any]) -> None:
+    one = spec(**changes)
+    cluster, job = ray_cluster(one, ray_version=RAY), ray_job(one, name="job", entrypoint="true")
+    for pod in [*pods_of(cluster), *pods_of(job)]:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName"} & set(pod)
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert "privileged" not in container["securityContext"]
+        assert all("hostPath" not in volume for volume in pod.get("volumes", ()))
+    assert worker_of(cluster)["automountServiceAccountToken"] is False
+    assert cluster["spec"]["autoscalerOptions"]["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_ray_wants_its_token_and_takes_no_ranks_on_the_head() -> None:
+    body = ray_cluster(spec(), ray_version=RAY)["spec"]
+    assert body["authOptions"] == {"mode": "token", "secretName": "pods-token"}
+    assert body["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert body["headGroupSpec"]["serviceType"] == "ClusterIP"
+
+
+@pytest.mark.parametrize(
+    ("cloud", "label", "taint"),
+    [
+        ("gcp", ("cloud.google.com/gke-spot", "true"), "cloud.google.com/gke-spot"),
+        ("azure", ("kubernetes.azure.com/scalesetpriority", "spot"), "kubernetes.azure.com/scalesetpriority"),
+    ],
+)
+def test_workers_go_to_the_clouds_spot_machines(cloud: str, label: tuple[str, str], taint: str) -> None:
+    manifest = ray_cluster(spec(cloud=cloud), ray_version=RAY)
+    head, worker = pods_of(manifest)
+    assert worker["nodeSelector"] == dict([label])
+    assert taint in {one["key"] for one in worker["tolerations"]}
+    assert "nodeSelector" not in head and "tolerations" not in head
+    (term,) = head["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
+        "nodeSelectorTerms"
+    ]
+    assert term["matchExpressions"] == [{"key": label[0], "operator": "NotIn", "values": [label[1]]}]
+
+
+def test_on_eks_workers_go_to_what_karpenter_or_a_node_group_calls_spot() -> None:
+    head, worker = pods_of(ray_cluster(spec(cloud="aws"), ray_version=RAY))
+    required = worker["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    # Terms are alternatives, the expressions of one term are not.
+    assert [
+        [(one["key"], one["values"]) for one in term["matchExpressions"]] for term in required["nodeSelectorTerms"]
+    ] == [
+        [("karpenter.sh/capacity-type", ["spot"])],
+        [("eks.amazonaws.com/capacityType", ["SPOT"])],
+    ]
+    (avoided,) = head["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
+        "nodeSelectorTerms"
+    ]
+    assert [one["operator"] for one in avoided["matchExpressions"]] == ["NotIn", "NotIn"]
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
+def test_workers_that_are_not_spot_are_sent_nowhere(cloud: str) -> None:
+    worker = worker_of(ray_cluster(spec(cloud=cloud, spot=False), ray_version=RAY))
+    assert "nodeSelector" not in worker and "nodeAffinity" not in worker["affinity"] and worker["tolerations"] == []
+    assert environment_of(worker)["FORGE_GRACE_S"] == str(GRACE_S)
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
+def test_the_users_own_labels_take_the_place_of_the_clouds(cloud: str) -> None:
+    worker = worker_of(ray_cluster(spec(cloud=cloud, node_selector={"pool": "mine"}), ray_version=RAY))
+    assert worker["nodeSelector"] == {"pool": "mine"} and "nodeAffinity" not in worker["affinity"]
+    assert worker["tolerations"]
+
+
+def test_gpus_are_requested_whole_and_chosen_by_name_where_the_cloud_has_names() -> None:
+    worker = worker_of(ray_cluster(spec(gpu="A100-80GB", gpus_per_worker=8, cloud="gcp"), ray_version=RAY))
+    amounts = worker["containers"][0]["resources"]
+    assert amounts["requests"] == amounts["limits"] and amounts["limits"]["nvidia.com/gpu"] == "8"
+    assert worker["nodeSelector"]["cloud.google.com/gke-accelerator"] == "nvidia-a100-80gb"
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in worker["tolerations"]
+    without = worker_of(ray_cluster(spec(), ray_version=RAY))["containers"][0]["resources"]["limits"]
+    assert "nvidia.com/gpu" not in without
+
+
+@pytest.mark.parametrize(
+    ("changes", "clouds", "most_s"),
+    [
+        ({}, "kubernetes", 15),
+        ({"cloud": "gcp"}, "kubernetes,gcp", 15),
+        ({"cloud": "azure"}, "kubernetes,azure", 30),
+        ({"cloud": "aws"}, "kubernetes,aws", 120),
+        ({"cloud": "aws", "spot": False}, "kubernetes,aws", 120),
+    ],
+)
+def test_a_notice_promises_no_more_time_than_the_machine_has(
+    changes: dict[str, Any], clouds: str, most_s: float
+) -> None:
+    worker = worker_of(ray_cluster(spec(**changes), ray_version=RAY))
+    told = environment_of(worker)
+    assert told["FORGE_CLOUD"] == clouds
+    assert 10 < float(told["FORGE_GRACE_S"]) <= min(most_s, worker["terminationGracePeriodSeconds"])
+    assert worker["terminationGracePeriodSeconds"] >= 60
+    assert "lifecycle" not in worker["containers"][0], "a preStop hook would take of the grace"
+
+
+def test_runs_are_told_prices_and_storage() -> None:
+    head, worker = pods_of(ray_cluster(spec(**EVERYTHING), ray_version=RAY))
+    assert environment_of(head) == {"FORGE_STORAGE": "gs://bucket/runs", "FORGE_MAX_USD_PER_HOUR": "100.0"}
+    assert environment_of(worker)["FORGE_USD_PER_HOUR"] == "12.5"
+
+
+def test_sigterm_of_the_workers_first_process_is_a_notice_and_ends_ray_later(tmp_path: Path) -> None:
+    """The very command of the manifest, with a program in Ray's place that tells its pid and its arguments."""
+    command = worker_of(ray_cluster(spec(), ray_version=RAY))["containers"][0]["command"]
+    ray = tmp_path / "ray.py"
+    ray.write_text("import os, sys, time\nprint(os.getpid(), sys.argv[1:], flush=True)\ntime.sleep(60)\n")
+    notice = tmp_path / "notice.json"
+    environment = os.environ | {
+        "FORGE_NOTICE_FILE": str(notice),
+        "FORGE_GRACE_S": "4",
+        "KUBERAY_GEN_RAY_START_CMD": f'{sys.executable} {ray} --block --resources="{{\\"a\\": 1}}"',
+    }
+    assert command[0] == "python"
+    before = time.time()
+    with subprocess.Popen(
+        [sys.executable, *command[1:]], env=environment, stdout=subprocess.PIPE, text=True
+    ) as guard:
+        try:
+            assert guard.stdout is not None
+            pid, arguments = guard.stdout.readline().split(maxsplit=1)
+            assert arguments.strip() == str(["--block", '--resources={"a": 1}'])
+            guard.send_signal(signal.SIGTERM)
+            wait_for(notice.exists, timeout_s=10)
+            told = json.loads(notice.read_text())
+            assert told["source"] == "kubernetes" and told["deadline"] == pytest.approx(before + 4, abs=2)
+            assert Path(f"/proc/{pid}").exists(), "the training goes on"
+            assert guard.wait(timeout=15) == 128 + signal.SIGTERM
+        finally:
+            guard.kill()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_pod_that_the_operator_told_nothing_says_so() -> None:
+    command = worker_of(ray_cluster(spec(), ray_version=RAY))["containers"][0]["command"]
+    environment = {name: value for name, value in os.environ.items() if name != "KUBERAY_GEN_RAY_START_CMD"}
+    done = subprocess.run(
+        [sys.executable, *command[1:]], env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode != 0 and "KubeRay operator did not say" in done.stderr
+
+
+def test_the_same_file_gives_the_same_manifest_and_another_one_another_digest() -> None:
+    first, second = (ray_cluster(spec(), ray_version=RAY) for _ in range(2))
+    assert first == second
+    other = ray_cluster(spec(cpus_per_worker=9), ray_version=RAY)
+    assert first["metadata"]["annotations"][DIGEST] != other["metadata"]["annotations"][DIGEST]
+
+
+@pytest.mark.parametrize(("now", "then"), [(3, 3), (0, 1), (99, 8)])
+def test_how_many_workers_there_are_is_the_autoscalers_affair(now: int, then: int) -> None:
+    manifest = ray_cluster(spec(workers=Range(low=1, high=8)), ray_version=RAY)
+    live = {"spec": {"workerGroupSpecs": [{"groupName": "workers", "replicas": now, "scaleStrategy": {}}]}}
+    (group,) = with_live_size(manifest, live)["spec"]["workerGroupSpecs"]
+    assert group["replicas"] == then and group["scaleStrategy"] == {}
+    assert manifest["spec"]["workerGroupSpecs"][0]["replicas"] == 1
+
+
+def test_a_name_that_kubernetes_would_refuse_gets_a_letter() -> None:
+    assert cluster_name(spec(name="4pods")) == "c4pods" and secret_name(spec(name="4pods")) == "c4pods-token"
+    assert cluster_name(spec()) == "pods"
+    # KubeRay cuts names of services at 50 characters.
+    assert len(f"{cluster_name(spec(name='4' * 40))}-head-svc") <= 50
+
+
+@pytest.mark.parametrize(
+    ("name", "entrypoint", "message"),
+    [
+        ("Job", "true", "'Job'"),
+        ("4job", "true", "a letter first"),
+        ("job-", "true", "'job-'"),
+        ("j" * 48, "true", "at most 47"),
+        ("job", "  ", "needs a command"),
+    ],
+)
+def test_a_job_that_kuberay_would_refuse_is_refused(name: str, entrypoint: str, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        ray_job(spec(), name=name, entrypoint=entrypoint)
+
+
+def test_a_job_runs_on_the_cluster_and_leaves_it() -> None:
+    job = ray_job(spec(name="4pods"), name="job", entrypoint="forge doctor")["spec"]
+    assert job["clusterSelector"] == {CLUSTER_LABEL: "c4pods"}
+    assert job["shutdownAfterJobFinishes"] is False and job["entrypoint"] == "forge doctor"
+
+
+def test_what_is_printed_is_what_is_applied_and_holds_no_token() -> None:
+    one = spec(**EVERYTHING, cloud="aws")
+    printed = KubernetesCluster(one).render(entrypoint="forge doctor")
+    cluster, job = yaml.safe_load_all(printed)
+    assert [cluster["kind"], job["kind"]] == ["RayCluster", "RayJob"]
+    assert cluster == ray_cluster(one, ray_version=cluster["spec"]["rayVersion"])
+    assert "kind: Secret" not in printed and "auth_token: " not in printed
+
+
+def test_the_secret_has_the_key_that_kuberay_reads() -> None:
+    secret = token_secret(spec(namespace="training"), token="abc")
+    assert secret["data"] == {"auth_token": "YWJj"} and secret["metadata"]["namespace"] == "training"
+
+
+@pytest.mark.parametrize("text", ["yes", "off", "1e3", "1:30", "0x10", "", "null", "2026-01-01", "a: b", "~"])
+def test_text_stays_text_whoever_reads_the_yaml(text: str) -> None:
+    dumped = dump_documents([{"value": text, "list": [text, text]}])
+    assert yaml.safe_load(dumped) == {"value": text, "list": [text, text]}
+    if text:
+        assert f"'{text}'" in dumped
+
+
+def test_the_file_that_is_shipped_renders() -> None:
+    one = load_cluster(ROOT / "cluster" / "kubernetes.yaml")
+    assert isinstance(one, KubernetesSpec)
+    assert "kind: RayCluster" in KubernetesCluster(one).render()
+
+
+def test_the_file_that_is_shipped_shows_every_key_and_loads_with_all_of_them(tmp_path: Path) -> None:
+    text = (ROOT / "cluster" / "kubernetes.yaml").read_text()
+    path = tmp_path / "all.yaml"
+    path.write_text(re.sub(r"^# (?=[a-z_]+: )", "", text, flags=re.MULTILINE))
+    assert load_cluster(path).model_fields_set == set(KubernetesSpec.model_fields)
