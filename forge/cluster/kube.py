@@ -160,7 +160,7 @@ class KubernetesCluster:
             if kubectl.has_kuberay():  # it may have gone before, and its kinds with it
                 kinds = f"{kinds},{_KUBERAY}"
                 kubectl.ask("delete", _KUBERAY, *selected)
-            kubectl.ask("delete", "secrets", *selected)
+            kubectl.ask("delete", "services,secrets", *selected)
             # The operator's own pods end when it sees that; ours need not be asked to wait for a change.
             kubectl.ask("delete", "pods", f"--grace-period={_POD_GRACE_S}", *selected)
             left = self._await_nothing(kubectl, kinds, on_stage)

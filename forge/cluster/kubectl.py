@@ -190,7 +190,7 @@ _MEANINGS: tuple[tuple[str, str], ...] = (
         "update it and its CRDs: " + _INSTALL,
     ),
     (
-        r"cannot (?P<verb>[a-z]+) resource \"(?P<kind>[a-z]+)\"|\(Forbidden\)",
+        r"\(Forbidden\)(?:.*?cannot (?P<verb>[a-z]+) resource \"(?P<kind>[a-z]+)\")?",
         "Kubernetes does not allow it: {last}; ask whoever runs it for the right to {verb} {kind} there, and test "
         "it: kubectl auth can-i {verb} {kind} --namespace {namespace}",
     ),

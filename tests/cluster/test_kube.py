@@ -1,0 +1,450 @@
+"""A cluster of pods, from `up` to `down`, with a stand-in for kubectl and what is behind it."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.cluster.base import Stage, forget, only_one, read_record, token_path
+from forge.cluster.known import find_cluster
+from forge.cluster.kube import KubernetesCluster, Patience
+from forge.errors import ClusterError
+from forge.spec.cluster import KubernetesSpec
+from forge.units import Range
+from tests.support.command import wait_for
+from tests.support.kubectl import Kubernetes
+
+HASTY = Patience(up_s=10, down_s=0.4, poll_s=0.01)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kubernetes:
+    kubernetes = Kubernetes(tmp_path / "kubernetes")
+    for name, value in kubernetes.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FORGE_STATE", str(tmp_path / "state"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    return kubernetes
+
+
+def pods(*, patience: Patience = HASTY, **changes: Any) -> KubernetesCluster:
+    values: dict[str, Any] = {"name": "pods", "provider": "kubernetes", "image": "registry.example/forge:1"}
+    return KubernetesCluster(KubernetesSpec.model_validate(values | changes, strict=False), patience=patience)
+
+
+def ignore(_: Stage) -> None:
+    """Nobody listens."""
+
+
+def refused(cluster: KubernetesCluster) -> str:
+    with pytest.raises(ClusterError) as error:
+        cluster.up(on_stage=ignore)
+    return str(error.value)
+
+
+def num_applied(world: Kubernetes) -> int:
+    return sum("apply" in call for call in world.calls())
+
+
+def test_up_waits_until_the_head_is_ready_and_says_how_far_it_is(world: Kubernetes) -> None:
+    stages: list[Stage] = []
+    status = pods(workers=Range(low=2, high=4), usd_per_hour=1.5).up(on_stage=stages.append)
+    assert [(node.kind, node.state) for node in status.nodes] == [
+        ("head", "alive"),
+        ("worker", "alive"),
+        ("worker", "alive"),
+    ]
+    assert status.address == "10.0.0.7:6379" and status.usd_per_hour == 3.0
+    told = [stage.stage for stage in stages if stage.machine == "pods-head-0"]
+    assert told == ["pulling the image", "ready"]
+    assert [node.num_cpus for node in status.nodes] == [2, 8, 8]
+
+
+def test_up_again_starts_nothing_twice_and_leaves_the_autoscalers_pods(world: Kubernetes) -> None:
+    pods().up(on_stage=ignore)
+    world.resize(3)
+    before = pods().status()
+    assert len(before.nodes) == 4
+    applied = num_applied(world)
+    wait_for(lambda: all(node.state == "alive" for node in pods().status().nodes), timeout_s=5)
+    pods().up(on_stage=ignore)
+    assert num_applied(world) == applied
+    assert [node.name for node in pods().status().nodes] == [node.name for node in before.nodes]
+
+
+def test_a_changed_file_is_applied_and_the_pods_that_there_are_stay(world: Kubernetes) -> None:
+    pods().up(on_stage=ignore)
+    world.resize(3)
+    names = [node.name for node in pods().status().nodes]
+    pods(workers=Range(low=0, high=9)).up(on_stage=ignore)
+    (cluster,) = world.things("RayCluster")
+    (group,) = cluster["spec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["maxReplicas"]) == (3, 9)
+    assert [node.name for node in pods().status().nodes] == names
+
+
+def test_a_second_up_at_the_same_time_is_told_so(world: Kubernetes) -> None:
+    with only_one("pods"):
+        assert "another forge starts or stops" in refused(pods())
+    assert world.calls() == []
+
+
+def test_the_cluster_is_known_before_anything_is_started(world: Kubernetes) -> None:
+    world.change(forbidden=["patch secrets"])
+    refused(pods(workers=Range(low=0, high=9)))
+    assert world.things("RayCluster") == []
+    found = find_cluster("pods")
+    assert isinstance(found, KubernetesCluster) and found.down(on_stage=ignore) == []
+    assert read_record("pods") is None
+
+
+def test_the_cluster_stays_where_it_was_started_whatever_context_is_current(world: Kubernetes) -> None:
+    pods().up(on_stage=ignore)
+    world.change(current="other")
+    pods().status()
+    pods().up(on_stage=ignore)
+    contexts = {call[call.index("--context") + 1] for call in world.calls() if "--context" in call}
+    assert contexts == {"kind"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "changes", "messages"),
+    [
+        ({"current": None}, {}, ["kubectl is in no context", "kubectl config use-context", "--dry-run"]),
+        ({}, {"context": "mine"}, ["does not know the context", "kubectl config get-contexts"]),
+        ({"is_reachable": False}, {}, ["cannot be reached", "was refused", "--context kind --namespace default"]),
+        ({"is_known": False}, {}, ["does not know you", "log in again"]),
+        ({"has_kuberay": False}, {}, ["operator is not installed", "helm upgrade --install kuberay-operator"]),
+        ({"knows_tokens": False}, {}, ["older than 1.6", "secretName", "helm upgrade --install"]),
+        ({}, {"namespace": "training"}, ["no namespace training", "kubectl create namespace training"]),
+        (
+            {"forbidden": ["patch rayclusters"]},
+            {},
+            ["does not allow it", "the right to patch rayclusters", "kubectl auth can-i patch rayclusters"],
+        ),
+        (
+            {"forbidden": ["get secrets"]},
+            {},
+            ["does not allow it", "the right to get secrets", "kubectl auth can-i get secrets --namespace default"],
+        ),
+        ({"head": "no-image"}, {}, ["ImagePullBackOff", "registry.example/forge:1", "describe pod pods-head-0"]),
+        ({"head": "ends"}, {}, ["has ended with exit code 1", "forge cluster down pods"]),
+        ({"head": "pending"}, {}, ["was not ready within", "3 Insufficient cpu", "What was started stays"]),
+        ({"works": False}, {}, ["no KubeRay operator is at work", "app.kubernetes.io/name=kuberay-operator"]),
+    ],
+    ids=str,
+)
+def test_what_is_in_the_way_is_named_with_its_cure(
+    world: Kubernetes, wrong: dict[str, Any], changes: dict[str, Any], messages: list[str]
+) -> None:
+    world.change(**wrong)
+    is_endless = "works" in wrong or wrong.get("head") == "pending"
+    error = refused(pods(patience=Patience(up_s=0.5 if is_endless else 10, poll_s=0.01), **changes))
+    for message in messages:
+        assert message in error
+
+
+def test_there_is_no_kubectl(world: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(world.folder))
+    assert "no kubectl on this machine" in refused(pods())
+    with pytest.raises(ClusterError, match="no kubectl on this machine"):
+        pods(context="kind").status()
+
+
+@pytest.mark.parametrize("mishap", ["bad-first-pull", "ends-once"])
+def test_a_mishap_that_mends_itself_is_waited_out(world: Kubernetes, mishap: str) -> None:
+    world.change(head=mishap)
+    assert pods().up(on_stage=ignore).nodes[0].state == "alive"
+
+
+def test_an_operator_that_starts_ray_without_its_token_is_not_trusted(world: Kubernetes) -> None:
+    pods().up(on_stage=ignore)
+    for pod in world.things("Pod"):
+        assert {"name": "RAY_AUTH_MODE", "value": "token"} in pod["spec"]["containers"][0]["env"]
+        pod["spec"]["containers"][0]["env"] = []
+        (world.folder / "things.json").write_text(
+            json.dumps([pod, *world.things("RayCluster"), *world.things("Secret")])
+        )
+    assert "without Ray's token" in refused(pods())
+
+
+def test_a_raycluster_of_somebody_else_is_left_alone(world: Kubernetes) -> None:
+    world.put({"kind": "RayCluster", "metadata": {"name": "pods"}, "spec": {"workerGroupSpecs": []}})
+    world.change(works=False)
+    assert "that forge has not made; choose another name" in refused(pods())
+    assert world.things("Secret") == []
+
+
+def test_a_cluster_that_is_being_deleted_is_waited_for(world: Kubernetes) -> None:
+    pods().up(on_stage=ignore)
+    world.change(stays=["RayCluster"])
+    left = pods().down(on_stage=ignore)
+    assert left == ["raycluster pods in default, terminating since 2026-01-01T00:00:00Z"]
+    assert "is being deleted since" in refused(pods())
+
+
+def test_down_leaves_nothing_and_forgets(world: Kubernetes) -> None:
+    pods(workers=Range(low=2, high=2)).up(on_stage=ignore)
+    token = token_path("pods")
+    assert token.exists() and world.things("Service")
+    assert pods().down(on_stage=ignore) == []
+    assert (world.folder / "things.json").read_text() == "[]"
+    assert read_record("pods") is None and not token.exists()
+    assert pods().down(on_stage=ignore) == []
+
+
+def test_down_says_what_is_left_and_remembers_the_cluster(world: Kubernetes) -> None:
+    pods(workers=Range(low=1, high=2)).up(on_stage=ignore)
+    world.change(stays=["Pod", "Secret"])
+    left = pods().down(on_stage=ignore)
+    assert {line.split()[0] for line in left} == {"pod", "secret"} and len(left) == 3
+    assert all("terminating since" in line for line in left)
+    assert read_record("pods") is not None
+    world.change()
+    assert pods().down(on_stage=ignore) == []
+
+
+def test_down_works_when_the_operator_is_gone_already(world: Kubernetes) -> None:
+    pods().up(on_stage=ignore)
+    world.change(has_kuberay=False, works=False)
+    assert pods().down(on_stage=ignore) == []
+    assert world.things("Secret") == [] and world.things("Pod") == []
+
+
+def test_down_that_cannot_find_out_says_so(world: Kubernetes) -> None:
+    pods().up(on_stage=ignore)
+    world.change(forbidden=["list secrets"])
+    with pytest.raises(ClusterError, match="right to list secrets"):
+        pods().down(on_stage=ignore)
+    assert read_record("pods") is not None
+
+
+def test_commands_run_on_the_head_with_its_environment_and_what_they_read(world: Kubernetes) -> None:
+    cluster = pods(storage="s3://bucket/runs")
+    cluster.up(on_stage=ignore)
+    program = (
+        "import os, sys; data = sys.stdin.buffer.read(); "
+        "print(len(data), os.environ['FORGE_STORAGE'], os.environ['RAY_AUTH_MODE'], os.environ['RAY_AUTH_TOKEN'])"
+    )
+    done = cluster.on_head(["python", "-c", program], stdin=bytes(range(256)) * 1000)
+    assert done.returncode == 0
+    assert done.stdout.decode().split() == ["256000", "s3://bucket/runs", "token", cluster.token()]
+
+
+def test_a_command_may_read_an_open_file_from_where_it_stands(world: Kubernetes, tmp_path: Path) -> None:
+    pods().up(on_stage=ignore)
+    path = tmp_path / "file"
+    path.write_bytes(b"first\nsecond\n")
+    with path.open("rb", buffering=0) as file:
+        file.seek(6)
+        assert pods().on_head(["cat"], stdin=file).stdout == b"second\n"
+
+
+def test_a_command_that_fails_is_the_callers_to_judge_and_kubectl_that_fails_is_not(world: Kubernetes) -> None:
+    pods().up(on_stage=ignore)
+    done = pods().on_head(["python", "-c", "import sys; sys.exit('no such run')"])
+    assert (done.returncode, done.stderr) == (1, b"no such run\n")
+    world.change(is_reachable=False)
+    with pytest.raises(ClusterError, match="cannot be reached"):
+        pods().on_head(["true"])
+    world.change()
+    with pytest.raises(ClusterError, match="did not answer within 0 s"):
+        pods().on_head(["sleep", "5"], timeout_s=0.3)
+
+
+def test_a_head_that_is_not_there_or_not_ready_is_said_to_be_so(world: Kubernetes) -> None:
+    with pytest.raises(ClusterError, match="is not up"):
+        pods().on_head(["true"])
+    world.change(head="pending")
+    refused(pods(patience=Patience(up_s=0.1, poll_s=0.01)))
+    with pytest.raises(ClusterError, match="does not run: waiting for a machine"), pods().job_server():
+        pass
+
+
+class _Guarded(http.server.BaseHTTPRequestHandler):
+    """A job server that wants its token."""
+
+    token = ""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.headers["Authorization"] == f"Bearer {self.token}" else 401)
+        self.end_headers()
+        self.wfile.write(b"hello")
+
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
+
+
+@pytest.fixture
+def server() -> Iterator[http.server.ThreadingHTTPServer]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Guarded) as started:
+        threading.Thread(target=started.serve_forever, daemon=True).start()
+        yield started
+        started.shutdown()
+
+
+def test_the_job_server_is_reached_through_a_port_of_loopback_while_it_is_wanted(
+    world: Kubernetes, server: http.server.ThreadingHTTPServer
+) -> None:
+    world.change(port=server.server_port)
+    cluster = pods()
+    cluster.up(on_stage=ignore)
+    _Guarded.token = cluster.token()
+    with cluster.job_server() as url:
+        assert url.startswith("http://127.0.0.1:") and not url.endswith(f":{server.server_port}")
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {cluster.token()}"})
+        for _ in range(2):
+            with urllib.request.urlopen(request, timeout=5) as response:
+                assert response.read() == b"hello"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(url, timeout=5)
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        urllib.request.urlopen(url, timeout=5)
+
+
+def test_a_shell_is_opened_in_a_pod_that_there_is(world: Kubernetes) -> None:
+    pods(workers=Range(low=1, high=1)).up(on_stage=ignore)
+    command = pods().shell(None)
+    assert command[:5] == ["kubectl", "--context", "kind", "--namespace", "default"]
+    assert command[5:] == ["exec", "--stdin", "--tty", "pods-head-0", "--container", "ray-head", "--", "/bin/bash"]
+    assert "ray-worker" in pods().shell("pods-worker-1")
+    with pytest.raises(ClusterError, match="no pod x; it has pods-head-0, pods-worker-1"):
+        pods().shell("x")
+    done = subprocess.run(
+        command, input="echo $RAY_AUTH_MODE\n", capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.stdout == "token\n"
+
+
+def test_the_token_is_in_no_command_line_no_manifest_and_no_message(world: Kubernetes) -> None:
+    stages: list[Stage] = []
+    cluster = pods()
+    cluster.up(on_stage=stages.append)
+    cluster.on_head(["true"])
+    with pytest.raises(ClusterError) as error:
+        world.change(forbidden=["get secrets"])
+        cluster.up(on_stage=stages.append)
+    token = cluster.token()
+    assert len(token) == 64
+    (secret,) = world.things("Secret")
+    encoded = secret["data"]["auth_token"]
+    assert base64.b64decode(encoded).decode() == token
+    said = [json.dumps(world.calls()), cluster.render(), str(error.value), *(stage.stage for stage in stages)]
+    said.append(json.dumps([thing for kind in ("RayCluster", "Pod") for thing in world.things(kind)]))
+    record = read_record("pods")
+    said.append(repr(record))
+    assert not [text for text in said if token in text or encoded in text]
+    assert "annotations" not in secret["metadata"]
+    assert stat.S_IMODE(token_path("pods").stat().st_mode) == 0o600
+
+
+def test_another_machine_takes_the_token_from_the_cluster(
+    world: Kubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pods().up(on_stage=ignore)
+    token = pods().token()
+    monkeypatch.setenv("FORGE_STATE", str(tmp_path / "elsewhere"))
+    with pytest.raises(ClusterError, match="fetch it from the cluster: forge cluster up"):
+        pods().token()
+    pods().up(on_stage=ignore)
+    assert pods().token() == token
+    assert stat.S_IMODE(token_path("pods").stat().st_mode) == 0o600
+
+
+def test_a_secret_without_a_token_is_not_replaced_behind_rays_back(world: Kubernetes) -> None:
+    pods().up(on_stage=ignore)
+    forget("pods")
+    things = json.loads((world.folder / "things.json").read_text())
+    for thing in things:
+        if thing["kind"] == "Secret":
+            thing["data"] = {}
+    (world.folder / "things.json").write_text(json.dumps(things))
+    assert "pods-token holds no token" in refused(pods())
+
+
+def test_ctrl_c_while_the_head_is_waited_for_leaves_what_down_finds(world: Kubernetes) -> None:
+    world.change(head="pending")
+    program = (
+        "from tests.cluster.test_kube import pods, ignore, Patience\n"
+        "pods(patience=Patience(up_s=60, poll_s=0.05)).up(on_stage=lambda stage: print(stage.stage, flush=True))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        cwd=Path(__file__).parents[2],
+        start_new_session=True,
+    ) as up:
+        try:
+            assert up.stdout is not None
+            while "waiting for a machine" not in (line := up.stdout.readline()):
+                assert line, "it ended before it waited"
+            os.killpg(up.pid, signal.SIGINT)  # as a terminal does: kubectl gets it too
+            assert up.wait(timeout=10) != 0
+        finally:
+            up.kill()
+    found = find_cluster("pods")
+    assert world.things("RayCluster")
+    assert found.down(on_stage=ignore) == []
+    assert (world.folder / "things.json").read_text() == "[]"
+
+
+@functools.cache
+def real_kubectl() -> str:
+    """The one of this machine, if it has one."""
+    return shutil.which("kubectl") or ""
+
+
+@pytest.mark.skipif(not real_kubectl(), reason="there is no kubectl here")
+def test_a_real_kubectl_understands_every_command(world: Kubernetes, tmp_path: Path) -> None:
+    """It gets as far as the connection, to a port where nobody listens: no flag or word was wrong before."""
+    cluster = pods()
+    cluster.up(on_stage=ignore)
+    cluster.on_head(["true"])
+    with cluster.job_server():
+        pass
+    shell = cluster.shell(None)[1:]
+    cluster.down(on_stage=ignore)
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "kind",
+        "contexts": [{"name": "kind", "context": {"cluster": "kind", "user": "me"}}],
+        "clusters": [{"name": "kind", "cluster": {"server": "http://127.0.0.1:1"}}],
+        "users": [{"name": "me", "user": {}}],
+    }
+    (tmp_path / "config").write_text(json.dumps(config))
+    commands = {tuple(call) for call in [*world.calls(), shell]}
+    assert {"get", "apply", "delete", "exec", "port-forward", "api-resources"} <= {
+        word for call in commands for word in call
+    }
+    for command in sorted(commands):
+        done = subprocess.run(
+            [real_kubectl(), *command],
+            input='{"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "a"}}',
+            env=os.environ | {"KUBECONFIG": str(tmp_path / "config"), "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert re.search(r"connection refused|was refused", done.stderr) or done.stdout == "kind\n", (command, done)
