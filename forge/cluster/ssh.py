@@ -15,6 +15,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import IO, Any
 
 from forge.cluster.base import (
@@ -31,11 +32,12 @@ from forge.cluster.base import (
     token_path,
     write_record,
 )
-from forge.cluster.dashboard import ray_nodes
+from forge.cluster.dashboard import ray_nodes, ray_runs
 from forge.cluster.ready import Package, Ready, last_line, make_ready
 from forge.cluster.remote import Machine
 from forge.errors import ClusterError
 from forge.spec.cluster import SshSpec
+from forge.spec.dump import dump_plain
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 60.0
@@ -69,6 +71,19 @@ class SshCluster:
     def shares_files(self) -> bool:
         """They are other machines."""
         return False
+
+    @property
+    def gpu(self) -> None:
+        """What the head has."""
+
+    def price(self) -> float | None:
+        """Of all machines together; they are paid for whether forge uses them or not."""
+        price = self._spec.usd_per_hour
+        return None if price is None else price * len(self._machines)
+
+    def render(self) -> str:
+        """Its file, with all defaults."""
+        return dump_plain(self._spec.model_dump(mode="json", exclude_none=True))
 
     def token(self) -> str:
         """Of its Ray. Raises: ClusterError if the cluster was not started from here."""
@@ -113,8 +128,8 @@ class SshCluster:
             if len(self._machines) - len(failures) < least:
                 raise ClusterError(
                     f"{len(self._machines) - len(failures)} of at least {least} machines of '{self.name}' are "
-                    f"ready; the others:\n{_listed(failures)}\nWhat was started stays; mend it and {self._up} again, "
-                    f"or forge cluster down {self.name}"
+                    f"ready; the others:\n{_listed(failures)}\nWhat was started stays; mend it and {self._up} "
+                    f"again, or forge cluster down {self.name}"
                 )
         return self.status()
 
@@ -127,6 +142,7 @@ class SshCluster:
         prices = dict.fromkeys(addresses.values(), self._spec.usd_per_hour)
         with self.job_server() as url:
             nodes = ray_nodes(url, token=self.token(), prices=prices)
+            runs = tuple(ray_runs(url, token=self.token()))
         alive = {node.name for node in nodes if node.state == "alive"}
         named = {address: host for host, address in addresses.items()}
         shown = [node for node in nodes if node.state == "alive"]
@@ -139,17 +155,8 @@ class SshCluster:
             name=self.name,
             provider="ssh",
             address=f"{self._head.host}:{self._spec.ray_port}",
-            nodes=tuple(
-                Node(
-                    name=named.get(node.name, node.name),
-                    kind=node.kind,
-                    state=node.state,
-                    num_cpus=node.num_cpus,
-                    num_gpus=node.num_gpus,
-                    usd_per_hour=node.usd_per_hour,
-                )
-                for node in shown
-            ),
+            nodes=tuple(replace(node, name=named.get(node.name, node.name)) for node in shown),
+            runs=runs,
         )
 
     def down(self, *, on_stage: OnStage) -> list[str]:

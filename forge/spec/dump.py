@@ -1,6 +1,9 @@
-"""A job, written back as the YAML that gives the same job; what was not written is left out."""
+"""A job as the YAML that gives the same job, what was not written left out; and plain values as YAML."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
@@ -12,6 +15,11 @@ def dump_job(job: JobSpec) -> str:
     """YAML text; `load_job` of it gives an equal job."""
     body = job.model_dump(mode="json", exclude_unset=True)
     return yaml.dump(body, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def dump_plain(values: Mapping[str, Any]) -> str:
+    """YAML text of plain values, for programs that read YAML 1.1: Ray's launcher, kubectl."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=110)
 
 
 class _Dumper(yaml.SafeDumper):
