@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import IO, Any
 
+import psutil
+
 from forge.cluster.base import (
     Node,
     OnStage,
@@ -183,7 +185,7 @@ class SshCluster:
         facts = self._facts()
         python, folder = facts["places"][self._head.host]
         first = python if command[0] == "python" else command[0]
-        token = f"{folder}/machines/{self._head.host}/token"
+        token = f"{folder}/clusters/{self.name}/{self._head.host}/token"
         settings = self._environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
         words = ["env", *(f"{name}={value}" for name, value in settings.items()), first, *command[1:]]
         return self._head.run(words, stdin=stdin, timeout_s=timeout_s)
@@ -243,8 +245,13 @@ class SshCluster:
         try:
             for future in [pool.submit(one, host) for host in hosts]:
                 future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C has ended the ssh that the others wait for
+        except BaseException:  # Ctrl-C: nobody waits for what the others say
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.Error):
+                    child.terminate()
+            raise
+        pool.shutdown()
         return {host: done[host] for host in hosts if host in done}
 
     def _prepare(self, host: str, package: Package | None, on_stage: OnStage) -> Ready:
@@ -263,6 +270,7 @@ class SshCluster:
         on_stage(Stage(machine=host, stage="starting Ray"))
         address = _address_of(host)
         order = {
+            "cluster": self.name,
             "host": host,
             "address": address,
             "token": token,
@@ -286,7 +294,7 @@ class SshCluster:
             host,
             Ready(python=python, folder=folder),
             "down",
-            {"host": host, "temporary": self._temporary(host)},
+            {"cluster": self.name, "host": host, "temporary": self._temporary(host)},
             timeout_s=_STOP_TIMEOUT_S,
         )
         on_stage(Stage(machine=host, stage="stopped"))
