@@ -13,6 +13,7 @@ import hashlib
 import json
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -44,6 +45,7 @@ from forge.spec.dump import dump_plain
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 60.0
 _MOST_AT_ONCE = 32
+_POLL_S = 0.05
 
 
 class SshCluster:
@@ -242,14 +244,17 @@ class SshCluster:
                 failures[host] = error
 
         pool = ThreadPoolExecutor(max_workers=_MOST_AT_ONCE)
+        futures = [pool.submit(one, host) for host in hosts]
         try:
-            for future in [pool.submit(one, host) for host in hosts]:
+            for future in futures:
                 future.result()
         except BaseException:  # Ctrl-C: nobody waits for what the others say
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.Error):
-                    child.terminate()
+            while not all(future.done() for future in futures):
+                for child in psutil.Process().children():
+                    with contextlib.suppress(psutil.Error):
+                        child.terminate()
+                time.sleep(_POLL_S)
             raise
         pool.shutdown()
         return {host: done[host] for host in hosts if host in done}
