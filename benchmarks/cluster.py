@@ -2,9 +2,9 @@
 
     python -m benchmarks.cluster --json FILE
 
-`local_up`: forge cluster up on this machine beside a bare `ray start` with the same options. `ssh_up`: four machines
-beside one (network namespaces with sshd; an environment that is there already). `submission`: `forge train --cluster`
-to the first line that its job says, beside `ray job submit` of a command that says a word. All in turn.
+`local_up`: forge cluster up on this machine beside a bare `ray start` with the same options. `ssh_up`: four
+machines beside one (network namespaces with sshd; an environment that is there already). `submission`: `forge train
+--cluster` to the first line that its job says, beside `ray job submit` of a command that says a word. All in turn.
 """
 
 from __future__ import annotations

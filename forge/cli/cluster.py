@@ -156,11 +156,13 @@ def drain(
     """
     from forge.cli import display
     from forge.cluster.known import find_cluster
-    from forge.errors import ArgumentError
+    from forge.errors import ArgumentError, ClusterError
     from forge.run.mirror import ask
 
     cluster = find_cluster(name)
     found = cluster.status()
+    if found.address is None:
+        raise ClusterError(f"the cluster '{cluster.name}' is not up")
     chosen = [node for node in found.nodes if node.state == "alive" and machine in (node.name, node.node_id[:8])]
     workers = [node for node in chosen if node.kind != "head"]
     if len(workers) != 1:

@@ -109,7 +109,7 @@ class SshCluster:
             facts = dict(known.facts) if known else {}
             self._remember(facts)
             package = Package.of(self._spec.wheels) if self._spec.python is None else None
-            failures: dict[str, ClusterError] = {}
+            failures: dict[str, str] = {}
             ready = self._each(
                 list(self._machines), lambda host: self._prepare(host, package, on_stage), failures, on_stage
             )
@@ -169,7 +169,7 @@ class SshCluster:
             left: list[str] = []
             known = read_record(self.name)
             facts = known.facts if known else {}
-            failures: dict[str, ClusterError] = {}
+            failures: dict[str, str] = {}
             ended = self._each(
                 list(self._machines), lambda host: self._stop(host, facts, on_stage), failures, on_stage
             )
@@ -219,7 +219,7 @@ class SshCluster:
         spec = self._spec.model_dump(mode="json", exclude_defaults=True)
         write_record(Record(name=self.name, provider="ssh", spec=spec, facts=facts))
 
-    def _require_head(self, failures: Mapping[str, ClusterError]) -> None:
+    def _require_head(self, failures: Mapping[str, str]) -> None:
         if self._head.host in failures:
             raise ClusterError(
                 f"the head of '{self.name}', without which there is no cluster, failed; all that failed:\n"
@@ -230,7 +230,7 @@ class SshCluster:
         self,
         hosts: Sequence[str],
         work: Callable[[str], Any],
-        failures: dict[str, ClusterError],
+        failures: dict[str, str],
         on_stage: OnStage,
     ) -> dict[str, Any]:
         """Do something with many machines at once; those that fail are added to `failures`."""
@@ -240,8 +240,8 @@ class SshCluster:
             try:
                 done[host] = work(host)
             except ClusterError as error:
-                on_stage(Stage(machine=host, stage=str(error), is_failure=True))
-                failures[host] = error
+                failures[host] = str(error).removeprefix(f"{host} ")
+                on_stage(Stage(machine=host, stage=failures[host], is_failure=True))
 
         pool = ThreadPoolExecutor(max_workers=_MOST_AT_ONCE)
         futures = [pool.submit(one, host) for host in hosts]
@@ -347,5 +347,5 @@ def _address_of(host: str) -> str:
         raise ClusterError(f"{host} has no address that is known here: {error}") from error
 
 
-def _listed(failures: Mapping[str, ClusterError]) -> str:
+def _listed(failures: Mapping[str, str]) -> str:
     return "\n".join(f"  {host}: {error}" for host, error in failures.items())

@@ -101,7 +101,7 @@ def cluster(hosts: Hosts, home: Path) -> Iterator[str]:
     done = forge("cluster", "up", "lab.yaml", cwd=home)
     try:
         assert done.returncode == 0, done.stderr
-        assert f"{hosts.ip(2)}: ! {hosts.ip(2)} cannot be reached" in done.stderr
+        assert f"{hosts.ip(2)}: ! cannot be reached" in done.stderr
         assert "2 nodes" in done.stderr
         yield "lab.yaml"
     finally:
@@ -188,12 +188,7 @@ class TestUp:
             return int(steps[-1]["elastic/world_size"]) if steps else 0
 
         wait_for(lambda: world() == 2 or gone(client))
-        formed = read_run(folder).newest("GenerationFormed")
-        assert formed is not None
-        hosts_of = {
-            event["node"]: event["host"] for event in read_run(folder).events if event["event"] == "NodeJoined"
-        }
-        lost = next(hosts_of[place["node"]] for place in formed["ranks"] if hosts_of[place["node"]] != hosts.ip(0))
+        lost = worker_of(folder, head=hosts.ip(0))
         number = next(host for host in range(hosts.count) if hosts.ip(host) == lost)
         changes = len(steps_of(folder))
         hosts.kill(number)
@@ -202,6 +197,9 @@ class TestUp:
         mended = forge("cluster", "up", cluster, cwd=home)
         assert mended.returncode == 0, mended.stderr
         wait_for(lambda: world() == 2 or gone(client))
+        drained = worker_of(folder, head=hosts.ip(0))
+        assert forge("cluster", "drain", "lab", drained, "--seconds", "20", cwd=home).returncode == 0
+        wait_for(lambda: read_run(folder).newest("NoticeReceived") or gone(client))
         client.send_signal(signal.SIGINT)
         out, err = client.communicate(timeout=90)
         assert client.returncode == 130, err
@@ -222,6 +220,15 @@ class TestUp:
             for path in root.rglob("*"):
                 assert not (path.is_file() and SECRET.encode() in path.read_bytes()), path
         assert forge("runs", "logs", folder.name, "--file", "supervisor", cwd=home).returncode == 0
+
+
+def worker_of(folder: Path, *, head: str) -> str:
+    """Address of a machine with ranks that is not the head."""
+    run = read_run(folder)
+    hosts_of = {event["node"]: str(event["host"]) for event in run.events if event["event"] == "NodeJoined"}
+    formed = run.newest("GenerationFormed")
+    assert formed is not None
+    return next(hosts_of[place["node"]] for place in formed["ranks"] if hosts_of[place["node"]] != head)
 
 
 def steps_of(folder: Path) -> list[int]:
