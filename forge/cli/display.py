@@ -2,6 +2,8 @@
 
 Tables and summaries go to stdout, progress and messages to stderr. Colours and live displays are for
 terminals alone; on a pipe the same news come as plain lines. NO_COLOR is respected by rich.
+
+It is long because all that people see stands together, so that it looks alike.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from forge.cluster.base import Stage
 from forge.data.prepare import PrepareProgress
 from forge.plan.plan import Plan
 from forge.report.curve import loss_curve
@@ -358,6 +362,47 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class StageScreen:
+    """What happens on a cluster's machines: a line for each on a terminal, else one for each piece of news."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, Stage] = {}
+        self._began = time.monotonic()
+        self._lock = threading.Lock()  # machines are worked on by threads
+        self._live = Live(console=_err, refresh_per_second=_REFRESH_PER_S * 2, get_renderable=self._lines)
+
+    def __enter__(self) -> StageScreen:
+        if _err.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def show(self, stage: Stage) -> None:
+        """Take news of one machine."""
+        with self._lock:
+            self._stages[stage.machine] = stage
+            if not self._live.is_started:
+                message(f"{stage.machine}: {'! ' if stage.is_failure else ''}{stage.stage}")
+
+    def _lines(self) -> Group:
+        with self._lock:
+            shown = list(self._stages.values())
+        room = max(1, _err.height - 2)
+        lines = [
+            Text(
+                f"{stage.machine:<16} {stage.stage}",
+                style="yellow" if stage.is_failure else "",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+            for stage in shown[-room:]
+        ]
+        return Group(*lines, Text(f"… {format_duration(time.monotonic() - self._began)}", style="dim"))
 
 
 class PrepareScreen:

@@ -46,7 +46,11 @@ class Node:
     state: str
     """`alive`; else what is known: `starting`, `gone`, `unreachable`."""
     machine_type: str = ""
+    node_id: str = ""
+    """Ray's."""
     num_cpus: float = 0.0
+    free_cpus: float = 0.0
+    """As Ray counts them: not taken by anybody."""
     num_gpus: float = 0.0
     usd_per_hour: float | None = None
     """What it costs now; None if that is not known."""
@@ -61,6 +65,8 @@ class Status:
     address: str | None
     """Of Ray's control store; None if the cluster is not up."""
     nodes: tuple[Node, ...] = ()
+    runs: tuple[str, ...] = ()
+    """Ids of the runs that are at work on it."""
 
     @property
     def usd_per_hour(self) -> float | None:
@@ -79,6 +85,16 @@ class Cluster(Protocol):
     @property
     def shares_files(self) -> bool:
         """Whether its machines have the files of this one, at the same places."""
+
+    @property
+    def gpu(self) -> str | None:
+        """Name of its workers' GPUs, if its file says so; None: what the head has."""
+
+    def price(self) -> float | None:
+        """USD an hour that it may cost at most; None where nothing is rented, or nobody knows."""
+
+    def render(self) -> str:
+        """What `up` will have done, as YAML: nothing is started for it."""
 
     def token(self) -> str:
         """What its Ray wants of whoever connects. Raises: ClusterError if it cannot be read."""

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import IO
 
 from forge.cluster import local
-from forge.cluster.base import Node, OnStage, Stage, Status, given
-from forge.cluster.local import find_local, list_nodes, require_private_token, start_local, stop_local
+from forge.cluster.base import OnStage, Status, given
+from forge.cluster.dashboard import ray_nodes, ray_runs
+from forge.cluster.local import find_local, require_private_token, start_local, stop_local
 from forge.errors import ClusterError
 from forge.spec.cluster import LocalSpec
+from forge.spec.dump import dump_plain
 
 NAME = "local"
 """What `--cluster` calls it."""
@@ -38,32 +40,35 @@ class ThisMachine:
 
     def up(self, *, on_stage: OnStage) -> Status:
         """Start it, or further nodes of it. Raises: ClusterError if the port is taken, or Ray does not start."""
-        on_stage(Stage(machine="this machine", stage="starting Ray"))
         start_local(num_nodes=self._spec.nodes, port=self._spec.port)
-        on_stage(Stage(machine="this machine", stage="ready"))
         return self.status()
+
+    @property
+    def gpu(self) -> None:
+        """Whatever this machine has."""
+
+    def price(self) -> None:
+        """It is paid for already."""
+
+    def render(self) -> str:
+        """Its file, with all defaults."""
+        return dump_plain(self._spec.model_dump(mode="json", exclude_none=True))
 
     def status(self) -> Status:
         """The nodes as Ray sees them. Raises: ClusterError if it does not answer."""
         cluster = find_local()
         if cluster is None:
             return Status(name=NAME, provider="local", address=None)
-        nodes = tuple(
-            Node(
-                name=node["ip"],
-                kind="head" if index == 0 else "worker",
-                state="alive" if node["state"] == "alive" else "gone",
-                num_cpus=node["cpus"],
-                num_gpus=node["gpus"],
-            )
-            for index, node in enumerate(list_nodes(cluster))
-        )
-        return Status(name=NAME, provider="local", address=cluster.address, nodes=nodes)
+        if not cluster.job_server:  # for chaos, a head is started without
+            raise ClusterError("the cluster on this machine belongs to forge chaos, and says nothing of itself")
+        url, token = cluster.job_server, self.token()
+        nodes = ray_nodes(url, token=token, prices={})
+        runs = tuple(ray_runs(url, token=token))
+        return Status(name=NAME, provider="local", address=cluster.address, nodes=tuple(nodes), runs=runs)
 
     def down(self, *, on_stage: OnStage) -> list[str]:
         """End every node that was started here."""
-        num_ended = stop_local()
-        on_stage(Stage(machine="this machine", stage=f"{num_ended} nodes ended"))
+        stop_local()
         return []
 
     def token(self) -> str:

@@ -7,15 +7,13 @@ whoever may read Secrets there may use the cluster.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import json
 import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import IO, Any
 
@@ -26,13 +24,14 @@ from forge.cluster.base import (
     Stage,
     Status,
     forget,
-    make_token,
     only_one,
     read_record,
     token_path,
     write_record,
 )
+from forge.cluster.dashboard import ray_nodes, ray_runs
 from forge.cluster.kubectl import Kubectl, current_context
+from forge.cluster.kubetoken import share_token
 from forge.cluster.manifests import (
     CLUSTER_LABEL,
     DASHBOARD_PORT,
@@ -45,7 +44,6 @@ from forge.cluster.manifests import (
     ray_cluster,
     ray_job,
     secret_name,
-    token_secret,
     with_live_size,
 )
 from forge.cluster.pods import Pod, pod_of
@@ -89,6 +87,16 @@ class KubernetesCluster:
         """Pods have files of their own."""
         return False
 
+    @property
+    def gpu(self) -> str | None:
+        """As its file says; the head has none."""
+        return None if self._spec.gpu == "none" else self._spec.gpu
+
+    def price(self) -> float | None:
+        """Of all workers that there may be; what the head costs nobody has said."""
+        price = self._spec.usd_per_hour
+        return None if price is None else price * self._spec.workers.high
+
     def render(self, *, job_name: str = "job", entrypoint: str = "") -> str:
         """The manifests as YAML, for whoever has `kubectl` alone; a RayJob too if there is something to run.
 
@@ -128,9 +136,9 @@ class KubernetesCluster:
             context = self._chosen_context()
             self._remember(context)
             kubectl = self._kubectl()
-            on_stage(Stage(machine="Kubernetes", stage=f"looking at {self._spec.namespace} of {context or 'it'}"))
+            on_stage(Stage(machine="Kubernetes", stage=f"looking at the namespace {self._spec.namespace}"))
             live = self._live(kubectl)
-            self._share_token(kubectl)
+            share_token(kubectl, self._spec)
             manifest = self._manifest()
             if live is None:
                 on_stage(Stage(machine="Kubernetes", stage="applying the RayCluster"))
@@ -142,13 +150,23 @@ class KubernetesCluster:
         return self.status()
 
     def status(self) -> Status:
-        """Its pods as Kubernetes sees them. Raises: ClusterError if it does not answer."""
-        things = self._kubectl().find("rayclusters.ray.io,pods", label=self._label)
-        clusters, pods = _sorted_out(things)
+        """Its pods as Kubernetes sees them, and what Ray knows more. Raises: ClusterError if it does not answer."""
+        kubectl = self._kubectl()
+        clusters, pods = _sorted_out(kubectl.find("rayclusters.ray.io,pods", label=self._label))
         head = next((pod for pod in pods if pod.is_head and pod.state == "alive"), None)
-        address = f"{head.ip}:{RAY_PORT}" if clusters and head is not None else None
-        nodes = tuple(self._node(pod) for pod in sorted(pods, key=lambda pod: (not pod.is_head, pod.name)))
-        return Status(name=self.name, provider="kubernetes", address=address, nodes=nodes)
+        pods.sort(key=lambda pod: (not pod.is_head, pod.name))
+        nodes = [self._node(pod) for pod in pods]
+        if not clusters or head is None:
+            return Status(name=self.name, provider="kubernetes", address=None, nodes=tuple(nodes))
+        runs: tuple[str, ...] = ()
+        # What is there, and paid for, Kubernetes has said: it is told even where Ray does not answer.
+        with contextlib.suppress(ClusterError), kubectl.forward(head.name, DASHBOARD_PORT) as port:
+            url, token = f"http://127.0.0.1:{port}", self.token()
+            in_ray = {node.name: node for node in ray_nodes(url, token=token, prices={}) if node.state == "alive"}
+            nodes = [_with_ray(node, in_ray.get(pod.ip)) for node, pod in zip(nodes, pods, strict=True)]
+            runs = tuple(ray_runs(url, token=token))
+        address = f"{head.ip}:{RAY_PORT}"
+        return Status(name=self.name, provider="kubernetes", address=address, nodes=tuple(nodes), runs=runs)
 
     def down(self, *, on_stage: OnStage) -> list[str]:
         """Delete all of it. Returns: what Kubernetes still has of it. Raises: ClusterError if it does not say."""
@@ -247,27 +265,6 @@ class KubernetesCluster:
             )
         return live
 
-    def _share_token(self, kubectl: Kubectl) -> None:
-        """Have the same token here and in the Secret; Ray was started with the one that is there."""
-        answer = kubectl.ask(
-            "get", "secrets", secret_name(self._spec), "--ignore-not-found", "--output", "json"
-        ).strip()
-        if not answer:
-            kubectl.apply(token_secret(self._spec, token=make_token(self.name)))
-            return
-        try:
-            token = base64.b64decode(json.loads(answer)["data"]["auth_token"], validate=True).decode()
-        except (KeyError, TypeError, ValueError, binascii.Error):
-            raise ClusterError(
-                f"the Secret {secret_name(self._spec)} holds no token of Ray's; take the cluster down and start it "
-                f"again: forge cluster down {self.name}"
-            ) from None
-        path = token_path(self.name)
-        draft = path.with_suffix(".token.draft")
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(token)
-        draft.replace(path)
-
     def _await_head(self, kubectl: Kubectl, on_stage: OnStage) -> None:
         """Raises: ClusterError if the head cannot start, or does not in time."""
         deadline, told = time.monotonic() + self._patience.up_s, dict[str, str]()
@@ -278,7 +275,8 @@ class KubernetesCluster:
                 if told.get(pod.name) != pod.stage:
                     told[pod.name] = pod.stage
                     on_stage(Stage(machine=pod.name, stage=pod.stage, is_failure=bool(pod.problem)))
-            head = next((pod for pod in pods if pod.is_head and pod.state != "ending"), None)
+            heads = [pod for pod in pods if pod.is_head and pod.state != "ending"]
+            head = min(heads, key=lambda pod: ("alive", "starting", "gone").index(pod.state), default=None)
             if head is not None and head.state == "gone":
                 ended.add(head.name)
             if head is not None and head.problem and (head.state != "gone" or len(ended) >= _MANY_ENDS):
@@ -356,7 +354,7 @@ class KubernetesCluster:
             kind="head" if pod.is_head else "worker",
             state=pod.state,
             machine_type=self._spec.gpu if pod.num_gpus else "",
-            num_cpus=pod.num_cpus,
+            num_cpus=0.0 if pod.is_head else pod.num_cpus,  # as Ray counts: the head takes no ranks
             num_gpus=pod.num_gpus,
             usd_per_hour=self._spec.usd_per_hour if is_paid else None,
         )
@@ -365,6 +363,11 @@ class KubernetesCluster:
 def _sorted_out(things: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Pod]]:
     clusters = [thing for thing in things if thing["kind"] == "RayCluster"]
     return clusters, [pod_of(thing) for thing in things if thing["kind"] == "Pod"]
+
+
+def _with_ray(node: Node, in_ray: Node | None) -> Node:
+    """A pod with what Ray says of it, if Ray knows it."""
+    return node if in_ray is None else replace(node, node_id=in_ray.node_id, free_cpus=in_ray.free_cpus)
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str | None:

@@ -181,7 +181,7 @@ _MEANINGS: tuple[tuple[str, str], ...] = (
         "in the cluster's file",
     ),
     (
-        r"doesn't have a resource type \"ray|no matches for kind \"Ray|could not find the requested resource \([a-z]+ ray",
+        r"doesn't have a resource type \"ray|no matches for kind \"Ray|find the requested resource \([a-z]+ ray",
         "the KubeRay operator is not installed in this Kubernetes cluster ({last}); install it: " + _INSTALL,
     ),
     (

@@ -13,8 +13,6 @@ import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import forge
-
 DISTRIBUTION = "forge-train"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The oldest time that a zip file can tell."""
@@ -28,7 +26,7 @@ def wheel_name() -> str:
 def build_wheel() -> bytes:
     """forge's wheel. Source: PyPA's binary distribution format, version 1.0."""
     known = distribution(DISTRIBUTION)
-    root = Path(forge.__path__[0])
+    root = Path(__file__).parents[1]
     files = {
         f"forge/{path.relative_to(root)}": path.read_bytes()
         for path in sorted(root.rglob("*"))

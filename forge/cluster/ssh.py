@@ -13,9 +13,13 @@ import hashlib
 import json
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import IO, Any
+
+import psutil
 
 from forge.cluster.base import (
     Node,
@@ -31,15 +35,17 @@ from forge.cluster.base import (
     token_path,
     write_record,
 )
-from forge.cluster.dashboard import ray_nodes
+from forge.cluster.dashboard import ray_nodes, ray_runs
 from forge.cluster.ready import Package, Ready, last_line, make_ready
 from forge.cluster.remote import Machine
 from forge.errors import ClusterError
 from forge.spec.cluster import SshSpec
+from forge.spec.dump import dump_plain
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 60.0
 _MOST_AT_ONCE = 32
+_POLL_S = 0.05
 
 
 class SshCluster:
@@ -70,6 +76,19 @@ class SshCluster:
         """They are other machines."""
         return False
 
+    @property
+    def gpu(self) -> None:
+        """What the head has."""
+
+    def price(self) -> float | None:
+        """Of all machines together; they are paid for whether forge uses them or not."""
+        price = self._spec.usd_per_hour
+        return None if price is None else price * len(self._machines)
+
+    def render(self) -> str:
+        """Its file, with all defaults."""
+        return dump_plain(self._spec.model_dump(mode="json", exclude_none=True))
+
     def token(self) -> str:
         """Of its Ray. Raises: ClusterError if the cluster was not started from here."""
         try:
@@ -90,7 +109,7 @@ class SshCluster:
             facts = dict(known.facts) if known else {}
             self._remember(facts)
             package = Package.of(self._spec.wheels) if self._spec.python is None else None
-            failures: dict[str, ClusterError] = {}
+            failures: dict[str, str] = {}
             ready = self._each(
                 list(self._machines), lambda host: self._prepare(host, package, on_stage), failures, on_stage
             )
@@ -113,8 +132,8 @@ class SshCluster:
             if len(self._machines) - len(failures) < least:
                 raise ClusterError(
                     f"{len(self._machines) - len(failures)} of at least {least} machines of '{self.name}' are "
-                    f"ready; the others:\n{_listed(failures)}\nWhat was started stays; mend it and {self._up} again, "
-                    f"or forge cluster down {self.name}"
+                    f"ready; the others:\n{_listed(failures)}\nWhat was started stays; mend it and {self._up} "
+                    f"again, or forge cluster down {self.name}"
                 )
         return self.status()
 
@@ -127,6 +146,7 @@ class SshCluster:
         prices = dict.fromkeys(addresses.values(), self._spec.usd_per_hour)
         with self.job_server() as url:
             nodes = ray_nodes(url, token=self.token(), prices=prices)
+            runs = tuple(ray_runs(url, token=self.token()))
         alive = {node.name for node in nodes if node.state == "alive"}
         named = {address: host for host, address in addresses.items()}
         shown = [node for node in nodes if node.state == "alive"]
@@ -139,17 +159,8 @@ class SshCluster:
             name=self.name,
             provider="ssh",
             address=f"{self._head.host}:{self._spec.ray_port}",
-            nodes=tuple(
-                Node(
-                    name=named.get(node.name, node.name),
-                    kind=node.kind,
-                    state=node.state,
-                    num_cpus=node.num_cpus,
-                    num_gpus=node.num_gpus,
-                    usd_per_hour=node.usd_per_hour,
-                )
-                for node in shown
-            ),
+            nodes=tuple(replace(node, name=named.get(node.name, node.name)) for node in shown),
+            runs=runs,
         )
 
     def down(self, *, on_stage: OnStage) -> list[str]:
@@ -158,7 +169,7 @@ class SshCluster:
             left: list[str] = []
             known = read_record(self.name)
             facts = known.facts if known else {}
-            failures: dict[str, ClusterError] = {}
+            failures: dict[str, str] = {}
             ended = self._each(
                 list(self._machines), lambda host: self._stop(host, facts, on_stage), failures, on_stage
             )
@@ -176,7 +187,7 @@ class SshCluster:
         facts = self._facts()
         python, folder = facts["places"][self._head.host]
         first = python if command[0] == "python" else command[0]
-        token = f"{folder}/machines/{self._head.host}/token"
+        token = f"{folder}/clusters/{self.name}/{self._head.host}/token"
         settings = self._environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
         words = ["env", *(f"{name}={value}" for name, value in settings.items()), first, *command[1:]]
         return self._head.run(words, stdin=stdin, timeout_s=timeout_s)
@@ -208,7 +219,7 @@ class SshCluster:
         spec = self._spec.model_dump(mode="json", exclude_defaults=True)
         write_record(Record(name=self.name, provider="ssh", spec=spec, facts=facts))
 
-    def _require_head(self, failures: Mapping[str, ClusterError]) -> None:
+    def _require_head(self, failures: Mapping[str, str]) -> None:
         if self._head.host in failures:
             raise ClusterError(
                 f"the head of '{self.name}', without which there is no cluster, failed; all that failed:\n"
@@ -219,7 +230,7 @@ class SshCluster:
         self,
         hosts: Sequence[str],
         work: Callable[[str], Any],
-        failures: dict[str, ClusterError],
+        failures: dict[str, str],
         on_stage: OnStage,
     ) -> dict[str, Any]:
         """Do something with many machines at once; those that fail are added to `failures`."""
@@ -229,15 +240,23 @@ class SshCluster:
             try:
                 done[host] = work(host)
             except ClusterError as error:
-                on_stage(Stage(machine=host, stage=str(error), is_failure=True))
-                failures[host] = error
+                failures[host] = str(error).removeprefix(f"{host} ")
+                on_stage(Stage(machine=host, stage=failures[host], is_failure=True))
 
         pool = ThreadPoolExecutor(max_workers=_MOST_AT_ONCE)
+        futures = [pool.submit(one, host) for host in hosts]
         try:
-            for future in [pool.submit(one, host) for host in hosts]:
+            for future in futures:
                 future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C has ended the ssh that the others wait for
+        except BaseException:  # Ctrl-C: nobody waits for what the others say
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in futures):
+                for child in psutil.Process().children():
+                    with contextlib.suppress(psutil.Error):
+                        child.terminate()
+                time.sleep(_POLL_S)
+            raise
+        pool.shutdown()
         return {host: done[host] for host in hosts if host in done}
 
     def _prepare(self, host: str, package: Package | None, on_stage: OnStage) -> Ready:
@@ -256,6 +275,7 @@ class SshCluster:
         on_stage(Stage(machine=host, stage="starting Ray"))
         address = _address_of(host)
         order = {
+            "cluster": self.name,
             "host": host,
             "address": address,
             "token": token,
@@ -279,7 +299,7 @@ class SshCluster:
             host,
             Ready(python=python, folder=folder),
             "down",
-            {"host": host, "temporary": self._temporary(host)},
+            {"cluster": self.name, "host": host, "temporary": self._temporary(host)},
             timeout_s=_STOP_TIMEOUT_S,
         )
         on_stage(Stage(machine=host, stage="stopped"))
@@ -327,5 +347,5 @@ def _address_of(host: str) -> str:
         raise ClusterError(f"{host} has no address that is known here: {error}") from error
 
 
-def _listed(failures: Mapping[str, ClusterError]) -> str:
+def _listed(failures: Mapping[str, str]) -> str:
     return "\n".join(f"  {host}: {error}" for host, error in failures.items())

@@ -1,8 +1,8 @@
 """forge on one machine of a cluster: `python -m forge.cluster.station up|down FOLDER`, with an order on stdin.
 
 It starts this machine's Ray node, knows it again, and ends it; what is to be known of it lies under
-`FOLDER/machines/<host>`. Secrets come on stdin and go into files of their owner's alone. The answer is one line of
-JSON, an error too.
+`FOLDER/clusters/<cluster>/<host>`. Secrets come on stdin and go into files of their owner's alone. The answer is
+one line of JSON, an error too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
 
     Returns: `was_up`; of a head its `session`, which is another one whenever a head is started, and `job_port`.
     """
-    place = folder / "machines" / order["host"]
+    place = folder / "clusters" / order["cluster"] / order["host"]
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     known = _known(place)
     is_head = order["head"] is None
@@ -84,7 +84,7 @@ def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
 
 def _down(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     """End this machine's node. Returns: `left`, the processes of it that run all the same."""
-    place = folder / "machines" / order["host"]
+    place = folder / "clusters" / order["cluster"] / order["host"]
     known = _known(place)
     left: list[str] = []
     if known is not None:

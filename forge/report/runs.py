@@ -155,6 +155,7 @@ def summary_record(run: RunSummary) -> dict[str, Any]:
         "held_out_perplexity_ema": averaged.get("perplexity"),
         "unigram_perplexity": corpus.unigram_perplexity if corpus else None,
         "checkpoint": saved.get("folder"),
+        "usd": (run.newest("CostCounted") or {}).get("usd"),
         "failure": str(failure) if failure else None,
         "ledger": run.ledger().as_record(),
     }

@@ -61,6 +61,10 @@ def main() -> None:
         job.add_argument("folder", type=Path)
         job.add_argument("--events", type=int, default=0)
         job.add_argument("--steps", type=int, default=0)
+    drain = verbs.add_parser("drain")
+    drain.add_argument("node_id")
+    drain.add_argument("seconds", type=float)
+    drain.add_argument("address")
     verbs.add_parser("stop").add_argument("folder", type=Path)
     verbs.add_parser("look").add_argument("folder", type=Path)
     log = verbs.add_parser("log")
@@ -126,6 +130,14 @@ def _stop(options: argparse.Namespace) -> bool:
     return pid is not None
 
 
+def _drain(options: argparse.Namespace) -> bool:
+    """Have Ray announce that a node goes away."""
+    from forge.run.faults import drain_node
+
+    drain_node(options.node_id, seconds_left=options.seconds, address=options.address)
+    return True
+
+
 def _look(options: argparse.Namespace) -> dict[str, Any]:
     """Whether a run is carried, and how many records there are of it."""
     is_carried = carrier_pid(options.folder) is not None  # asked first: what comes later is counted then
@@ -143,7 +155,15 @@ def _log(options: argparse.Namespace) -> str:
         return "".join(deque(file, maxlen=options.lines))
 
 
-_ANSWERS = {"check": _check, "receive": _receive, "admit": _admit, "stop": _stop, "look": _look, "log": _log}
+_ANSWERS = {
+    "check": _check,
+    "receive": _receive,
+    "admit": _admit,
+    "stop": _stop,
+    "drain": _drain,
+    "look": _look,
+    "log": _log,
+}
 
 
 def _run_job(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""A job, written back as the YAML that gives the same job; and plain values, as YAML for other programs."""
+"""A job as the YAML that gives the same job, what was not written left out; and plain values as YAML."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from forge.spec.scalar import resolve
 
 
 def dump_job(job: JobSpec) -> str:
-    """YAML text; `load_job` of it gives an equal job. What was not written is left out."""
+    """YAML text; `load_job` of it gives an equal job."""
     body = job.model_dump(mode="json", exclude_unset=True)
     return yaml.dump(body, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
@@ -22,6 +22,11 @@ def dump_documents(documents: Sequence[Mapping[str, Any]]) -> str:
     return yaml.dump_all(
         documents, Dumper=_Unaliased, sort_keys=False, allow_unicode=True, explicit_start=True, width=1000
     )
+
+
+def dump_plain(values: Mapping[str, Any]) -> str:
+    """YAML text of plain values, for programs that read YAML 1.1: Ray's launcher, kubectl."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=110)
 
 
 class _Dumper(yaml.SafeDumper):

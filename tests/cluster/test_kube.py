@@ -71,7 +71,7 @@ def test_up_waits_until_the_head_is_ready_and_says_how_far_it_is(world: Kubernet
     assert status.address == "10.0.0.7:6379" and status.usd_per_hour == 3.0
     told = [stage.stage for stage in stages if stage.machine == "pods-head-0"]
     assert told == ["pulling the image", "ready"]
-    assert [node.num_cpus for node in status.nodes] == [2, 8, 8]
+    assert [node.num_cpus for node in status.nodes] == [0, 8, 8]
 
 
 def test_up_again_starts_nothing_twice_and_leaves_the_autoscalers_pods(world: Kubernetes) -> None:
@@ -275,6 +275,23 @@ def test_a_head_that_is_not_there_or_not_ready_is_said_to_be_so(world: Kubernete
         pass
 
 
+RAY_SAYS = {
+    "/api/v0/nodes": {
+        "data": {
+            "result": {
+                "result": [
+                    {"node_id": "aa", "node_ip": "10.0.0.7", "is_head_node": True, "state": "ALIVE"},
+                    {"node_id": "bb", "node_ip": "10.0.0.8", "state": "DEAD", "resources_total": {"CPU": 8.0}},
+                    {"node_id": "cc", "node_ip": "10.0.0.8", "state": "ALIVE", "resources_total": {"CPU": 8.0}},
+                ]
+            }
+        }
+    },
+    "/nodes": {"data": {"nodeLogicalResources": {"cc": "6.0/8.0 CPU"}}},
+    "/api/v0/actors": {"data": {"result": {"result": [{"name": "supervisor-run-1", "state": "ALIVE"}]}}},
+}
+
+
 class _Guarded(http.server.BaseHTTPRequestHandler):
     """A job server that wants its token."""
 
@@ -283,7 +300,7 @@ class _Guarded(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200 if self.headers["Authorization"] == f"Bearer {self.token}" else 401)
         self.end_headers()
-        self.wfile.write(b"hello")
+        self.wfile.write(json.dumps(RAY_SAYS.get(self.path.partition("?")[0], "hello")).encode())
 
     def log_message(self, *_: object) -> None:
         """Nobody reads it."""
@@ -309,11 +326,26 @@ def test_the_job_server_is_reached_through_a_port_of_loopback_while_it_is_wanted
         request = urllib.request.Request(url, headers={"Authorization": f"Bearer {cluster.token()}"})
         for _ in range(2):
             with urllib.request.urlopen(request, timeout=5) as response:
-                assert response.read() == b"hello"
+                assert json.load(response) == "hello"
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(url, timeout=5)
     with pytest.raises(urllib.error.URLError, match="refused"):
         urllib.request.urlopen(url, timeout=5)
+
+
+def test_status_tells_what_ray_knows_too_and_what_kubernetes_knows_anyway(
+    world: Kubernetes, server: http.server.ThreadingHTTPServer
+) -> None:
+    cluster = pods(workers=Range(low=1, high=4), usd_per_hour=1.5, gpu="A100-80GB")
+    bare = cluster.up(on_stage=ignore)
+    assert bare.runs == () and [node.node_id for node in bare.nodes] == ["", ""]
+    world.change(port=server.server_port)
+    _Guarded.token = cluster.token()
+    status = cluster.status()
+    assert status.runs == ("run-1",)
+    told = [(node.name, node.node_id, node.free_cpus, node.usd_per_hour) for node in status.nodes]
+    assert told == [("pods-head-0", "aa", 0.0, None), ("pods-worker-1", "cc", 2.0, 1.5)]
+    assert (cluster.price(), cluster.gpu, pods().price(), pods().gpu) == (6.0, "A100-80GB", None, None)
 
 
 def test_a_shell_is_opened_in_a_pod_that_there_is(world: Kubernetes) -> None:

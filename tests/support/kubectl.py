@@ -148,7 +148,11 @@ class _Program:
             sys.stdout.flush()
             while True:
                 near, _address = server.accept()
-                far = socket.create_connection(("127.0.0.1", self._world.port))
+                try:
+                    far = socket.create_connection(("127.0.0.1", self._world.port))
+                except OSError:  # nobody listens in the pod
+                    near.close()
+                    continue
                 for source, sink in ((near, far), (far, near)):
                     threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
 

@@ -201,7 +201,7 @@ def _live_on(pod: Thing, things: list[Thing], world: World) -> None:
     else:
         pod["status"] = {
             "phase": "Running",
-            "podIP": "10.0.0.7",
+            "podIP": f"10.0.0.{7 + int(pod['metadata']['name'].rpartition('-')[2])}",
             "conditions": [{"type": "Ready", "status": "True"}],
             "containerStatuses": [{"name": "ray", "state": {"running": {}}}],
         }

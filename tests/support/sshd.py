@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.support.command import wait_for
@@ -40,11 +42,14 @@ def stranger_key(hosts: Hosts) -> Path:
     return path
 
 
-def start_sshd(hosts: Hosts, host: int, *, environment: Mapping[str, str] | None = None) -> None:
+def start_sshd(
+    hosts: Hosts, host: int, *, environment: Mapping[str, str] | None = None, private: Sequence[Path] = ()
+) -> None:
     """Start the server of one machine, again with the same host key; return when it listens.
 
     Args:
         environment: what sessions there have in theirs.
+        private: folders that are empty there at first, and in which no other machine sees what it writes.
     """
     folder = hosts.folder / f"sshd-{host}"
     folder.mkdir(exist_ok=True)
@@ -59,14 +64,25 @@ def start_sshd(hosts: Hosts, host: int, *, environment: Mapping[str, str] | None
             environment=f"SetEnv {settings}" if settings else "",
         )
     )
-    hosts.run(host, _SSHD, "-D", "-f", str(folder / "config"), "-E", str(folder / "log"))
+    (folder / "log").unlink(missing_ok=True)
+    for path in private:
+        path.mkdir(parents=True, exist_ok=True)
+    server = [_SSHD, "-D", "-f", str(folder / "config"), "-E", str(folder / "log")]
+    mounts = [f"mount -t tmpfs none {path}" for path in private]  # in the mount namespace that `ip` has made
+    hosts.run(host, "/bin/sh", "-c", " && ".join([*mounts, f"exec {shlex.join(server)}"]))
     wait_for(lambda: _listens(folder), timeout_s=10)
 
 
-def change_host_key(hosts: Hosts, host: int) -> None:
-    """As on a machine that was set up anew; before its server starts."""
-    for path in (hosts.folder / f"sshd-{host}").glob("host_key*"):
+@contextlib.contextmanager
+def another_host_key(hosts: Hosts, host: int) -> Iterator[None]:
+    """As on a machine that was set up anew; for a server that is started in between."""
+    place = hosts.folder / f"sshd-{host}"
+    kept = {path: path.read_bytes() for path in place.glob("host_key*")}
+    for path in kept:
         path.unlink()
+    yield
+    for path, content in kept.items():
+        path.write_bytes(content)
 
 
 def _listens(folder: Path) -> bool:

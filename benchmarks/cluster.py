@@ -1,0 +1,181 @@
+"""Clusters: how long until they are up, until they say how they are, until a run's first words are here.
+
+    python -m benchmarks.cluster --json FILE
+
+`local_up`: forge cluster up on this machine beside a bare `ray start` with the same options. `ssh_up`: four
+machines beside one (network namespaces with sshd; an environment that is there already). `submission`: `forge train
+--cluster` to the first line that its job says, beside `ray job submit` of a command that says a word. All in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.program import FORGE
+from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from forge.cluster.node import free_port
+from forge.cluster.ssh import SshCluster
+from forge.spec.cluster import SshSpec
+from tests.support.hosts import Hosts, can_make_hosts
+from tests.support.sshd import client_key, start_sshd
+
+RAY = str(Path(sys.executable).with_name("ray"))
+NUM_MACHINES = 4
+_JOB = """\
+name: bench
+model: {architecture: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}
+data: {source: python-stdlib, seq_len: 64, tokenizer: {vocab_size: 512}}
+training: {total_steps: 20, global_batch_size: 4, optimizer: {lr: 1.0e-2}}
+resources: {workers: 1, gpu: none}
+tracking: {wandb: {mode: disabled}}
+"""
+
+
+def main() -> None:
+    """Measure all, `--repeats` times, in turn."""
+    options = benchmark_parser(__doc__).parse_args()
+    with tempfile.TemporaryDirectory(prefix="forge-bench-", ignore_cleanup_errors=True) as name:
+        os.environ |= {"FORGE_STATE": f"{name}/state", "RAY_AUTH_MODE": "token"}
+        times: dict[str, list[float]] = {"ray start": [], "forge cluster up": [], "status, local": []}
+        for _ in range(options.repeats):
+            times["ray start"].append(bare_start(Path(name)))
+            up_s, status_s = local_up()
+            times["forge cluster up"].append(up_s)
+            times["status, local"].append(status_s)
+        if can_make_hosts():
+            times |= machines(Path(name), repeats=options.repeats)
+    measured = {what: Measured(values=tuple(values)) for what, values in times.items()}
+    print_table(
+        "Clusters",
+        header=["what", "seconds: median [range]"],
+        rows=[[what, values.text(".2f")] for what, values in measured.items()],
+    )
+    median = {what: values.median for what, values in measured.items()}
+    figures: dict[str, object] = {
+        "local_up_ratio": median["forge cluster up"] / median["ray start"],
+        "status_s": max(value for what, value in median.items() if what.startswith("status")),
+        "all_s": times,
+    }
+    if "up, 4 machines" in median:
+        figures["ssh_up_ratio"] = median["up, 4 machines"] / median["up, 1 machine"]
+        figures["submission_s"] = median["submission"]
+        figures["ray_job_submit_s"] = median["ray job submit"]
+    write_json(options.json, figures=figures)
+    for key, value in figures.items():
+        if isinstance(value, float):
+            print(f"{key}: {value:.2f}")
+
+
+def bare_start(folder: Path) -> float:
+    """Ray's own command, with what forge asks of it."""
+    temporary = tempfile.mkdtemp(prefix="fb", dir="/tmp")
+    command = [RAY, "start", "--head", "--port", str(free_port()), "--include-dashboard", "true"]
+    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(free_port()), "--disable-usage-stats"]
+    command += ["--dashboard-agent-listen-port", str(free_port()), "--temp-dir", temporary]
+    command += ["--object-store-memory", str(128 * 2**20)]
+    began = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    seconds = time.monotonic() - began
+    subprocess.run([RAY, "stop", "--force"], check=True, capture_output=True)
+    return seconds
+
+
+def local_up() -> tuple[float, float]:
+    """forge's on this machine. Returns: seconds until it is up, and of one status."""
+    try:
+        up_s = timed([FORGE, "cluster", "up"])
+        return up_s, timed([FORGE, "cluster", "status"])
+    finally:
+        subprocess.run([FORGE, "cluster", "down"], check=True, capture_output=True)
+
+
+def timed(command: list[str]) -> float:
+    began = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.monotonic() - began
+
+
+def machines(folder: Path, *, repeats: int) -> dict[str, list[float]]:
+    """Machines reached by ssh: up with one and with four, status, submission."""
+    times: dict[str, list[float]] = {"up, 1 machine": [], "up, 4 machines": [], "status, ssh": []}
+    times |= {"ray job submit": [], "submission": []}
+    (folder / "job.yaml").write_text(_JOB)
+    subprocess.run([FORGE, "plan", str(folder / "job.yaml")], check=True, capture_output=True, cwd=folder)
+    with Hosts(NUM_MACHINES) as hosts:
+        for host in range(NUM_MACHINES):
+            start_sshd(hosts, host)
+        for _ in range(repeats):
+            with up(hosts, folder, count=1) as (_, seconds, _name):
+                times["up, 1 machine"].append(seconds)
+            with up(hosts, folder, count=NUM_MACHINES) as (cluster, seconds, name):
+                times["up, 4 machines"].append(seconds)
+                times["status, ssh"].append(timed([FORGE, "cluster", "status", name]))
+                times["ray job submit"].append(bare_submission(cluster))
+                times["submission"].append(submission(cluster, folder))
+    return times
+
+
+@contextlib.contextmanager
+def up(hosts: Hosts, folder: Path, *, count: int) -> Iterator[tuple[SshCluster, float, str]]:
+    """A cluster of some machines, started by the command as a user does it; and how long that took."""
+    spec = SshSpec(
+        name=f"bench-{count}",
+        provider="ssh",
+        machines=tuple(hosts.ip(host) for host in range(count)),
+        user="root",
+        identity_file=str(client_key(hosts)),
+        python=sys.executable,
+        folder=str(hosts.folder / "forge"),
+        storage=str(hosts.folder / "shared"),
+    )
+    file = folder / f"{spec.name}.yaml"
+    settings = spec.model_dump(mode="json", exclude_unset=True)
+    file.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in settings.items()))
+    try:
+        yield SshCluster(spec), timed([FORGE, "cluster", "up", str(file)]), spec.name
+    finally:
+        subprocess.run([FORGE, "cluster", "down", spec.name], check=True, capture_output=True)
+
+
+def bare_submission(cluster: SshCluster) -> float:
+    """Ray's own command, to the first line of the job."""
+    with cluster.job_server() as url:
+        env = os.environ | {"RAY_AUTH_TOKEN": cluster.token(), "RAY_ADDRESS": url}
+        began = time.monotonic()
+        command = [RAY, "job", "submit", "--", "echo", "first-line"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.strip() == "first-line":
+                    return time.monotonic() - began
+    raise RuntimeError("the job said nothing")
+
+
+def submission(cluster: SshCluster, folder: Path) -> float:
+    """forge's own, its corpus prepared and there: from the command to the first line that the job says."""
+    command = [FORGE, "train", str(folder / "job.yaml"), "--cluster", cluster.name]
+    began = time.monotonic()
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder
+    ) as client:
+        assert client.stderr is not None
+        for line in client.stderr:
+            if "carried by process" in line:
+                break
+        seconds = time.monotonic() - began
+        client.send_signal(signal.SIGINT)
+        client.communicate()
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

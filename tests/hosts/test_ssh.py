@@ -1,0 +1,316 @@
+"""Clusters of machines that are there already: real sshd, real Ray, every machine with an address of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from forge.cluster.base import Stage, read_record, token_path
+from forge.cluster.ssh import SshCluster
+from forge.errors import ClusterError
+from forge.report.runs import read_metrics, read_run
+from forge.spec.cluster import SshSpec
+from tests.support.command import environment, forge, mentioning, start_forge, wait_for
+from tests.support.hosts import Hosts, can_make_hosts
+from tests.support.sshd import another_host_key, client_key, start_sshd, stranger_key
+
+JOB = """\
+name: far
+model: {architecture: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}
+data: {files: "corpus/*.txt", seq_len: 32, tokenizer: {vocab_size: 300}, held_out: 0}
+training: {total_steps: 100000, global_batch_size: 4, optimizer: {lr: 1.0e-2}}
+resources: {workers: "1..2", gpu: none}
+tracking: {wandb: {mode: disabled}}
+"""
+SECRET = "planted-fedcba9876543210"
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    if not can_make_hosts():
+        pytest.skip("this needs the right to make network namespaces, and iproute2")
+    with Hosts(3) as hosts:
+        for host in range(hosts.count):
+            start(hosts, host)
+        yield hosts
+
+
+def start(hosts: Hosts, host: int) -> None:
+    """A machine's sshd; every machine has a cache of its own, at the same place."""
+    cache = hosts.folder / "cache"
+    start_sshd(hosts, host, environment={"FORGE_CACHE": str(cache)}, private=[cache])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    (home / "job.yaml").write_text(JOB)
+    (home / "corpus").mkdir()
+    (home / "corpus" / "a.txt").write_text("the cat sat on a mat and saw one dog run past. " * 400)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def state(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGE_STATE", str(home / "state"))
+
+
+def spec_of(hosts: Hosts, **changes: object) -> SshSpec:
+    settings = {
+        "name": "lab",
+        "provider": "ssh",
+        "machines": tuple(hosts.ip(host) for host in range(hosts.count)),
+        "user": "root",
+        "identity_file": str(client_key(hosts)),
+        "python": sys.executable,
+        "folder": str(hosts.folder / "forge"),
+        "storage": str(hosts.folder / "shared"),
+    }
+    return SshSpec.model_validate(settings | changes)
+
+
+def failures(cluster: SshCluster, *, match: str) -> list[Stage]:
+    """Of an `up` that fails."""
+    told: list[Stage] = []
+    with pytest.raises(ClusterError, match=match):
+        cluster.up(on_stage=told.append)
+    return [stage for stage in told if stage.is_failure]
+
+
+@pytest.fixture(scope="module")
+def cluster(hosts: Hosts, home: Path) -> Iterator[str]:
+    """The file of a cluster that is up, on two of the three machines at first."""
+    spec = spec_of(hosts)
+    lines = [
+        f"{key}: {json.dumps(value)}" for key, value in spec.model_dump(mode="json", exclude_unset=True).items()
+    ]
+    (home / "lab.yaml").write_text("\n".join([*lines, "min_machines: 2", ""]))
+    hosts.kill(2)  # no sshd there: the machine does not answer
+    done = forge("cluster", "up", "lab.yaml", cwd=home)
+    try:
+        assert done.returncode == 0, done.stderr
+        assert f"{hosts.ip(2)}: ! cannot be reached" in done.stderr
+        assert "2 nodes" in done.stderr
+        yield "lab.yaml"
+    finally:
+        hosts.kill(2)
+        start(hosts, 2)
+        ended = forge("cluster", "down", "lab", cwd=home)
+        assert ended.returncode == 0, ended.stderr
+        assert mentioning(str(hosts.folder / "forge")) == []
+        assert read_record("lab") is None
+
+
+# These belong together and run in this order: a cluster takes ten seconds to start.
+class TestUp:
+    def test_it_says_what_it_is(self, cluster: str, hosts: Hosts, home: Path) -> None:
+        began = time.monotonic()
+        found = json.loads(forge("cluster", "status", "lab", "-o", "json", cwd=home).stdout)
+        assert time.monotonic() - began < 5
+        assert [(node["name"], node["kind"], node["state"]) for node in found["nodes"]] == [
+            (hosts.ip(0), "head", "alive"),
+            (hosts.ip(1), "worker", "alive"),
+            (hosts.ip(2), "worker", "gone"),
+        ]
+
+    def test_up_again_leaves_alone_what_runs_and_mends_what_is_missing(
+        self, cluster: str, hosts: Hosts, home: Path
+    ) -> None:
+        start(hosts, 2)
+        before = heads(hosts)
+        done = forge("cluster", "up", cluster, cwd=home)
+        assert done.returncode == 0, done.stderr
+        assert f"{hosts.ip(0)}: ready (it was up)" in done.stderr
+        assert "3 nodes" in done.stderr
+        assert heads(hosts) == before
+
+    def test_nobody_gets_in_without_the_token(self, cluster: str, hosts: Hosts, home: Path) -> None:
+        inside = SshCluster(spec_of(hosts))
+        facts = read_record("lab")
+        assert facts is not None
+        with inside.job_server() as url:
+            for headers in ({}, {"Authorization": "Bearer " + "0" * 64}):
+                request = urllib.request.Request(f"{url}/api/jobs/", headers=headers)
+                with pytest.raises(urllib.error.HTTPError) as refused:
+                    urllib.request.urlopen(request, timeout=10)
+                assert refused.value.code in (401, 403)
+        # From another machine the dashboard is not even there.
+        knock = f"import socket; socket.create_connection(('{hosts.ip(0)}', {facts.facts['job_port']}), timeout=3)"
+        stranger = hosts.run(1, sys.executable, "-c", knock, stderr=subprocess.PIPE)
+        assert b"ConnectionRefused" in stranger.communicate(timeout=20)[1]
+        refused_job = "import ray; ray.init('auto', logging_level='error')"
+        script = f"import os; os.environ.pop('RAY_AUTH_TOKEN_PATH'); {refused_job}"
+        done = inside.on_head(["env", "-u", "RAY_AUTH_TOKEN_PATH", "HOME=/nowhere", sys.executable, "-c", script])
+        assert done.returncode != 0
+
+    def test_the_token_stands_in_no_file_but_its_owners_and_on_no_command_line(
+        self, cluster: str, hosts: Hosts, home: Path
+    ) -> None:
+        token = token_path("lab").read_text()
+        assert len(token) == 64
+        assert mentioning(token) == []
+        for root in (home, hosts.folder, *Path("/tmp").glob("forge-*")):
+            for path in root.rglob("*"):
+                if path.is_file() and token.encode() in path.read_bytes():
+                    assert path.stat().st_mode & 0o077 == 0, path
+                    assert path.name.endswith("token"), path
+
+    def test_a_second_up_at_the_same_time_is_refused(self, cluster: str, hosts: Hosts, home: Path) -> None:
+        first = start_forge("cluster", "up", cluster, cwd=home)
+        wait_for(lambda: b"checking" in os.read(first.stderr.fileno(), 100))  # type: ignore[union-attr]
+        second = forge("cluster", "up", cluster, cwd=home)
+        assert (second.returncode, "another forge starts or stops" in second.stderr) == (3, True)
+        first.communicate(timeout=60)
+        assert first.returncode == 0
+
+    @pytest.mark.slow
+    def test_a_run_lives_through_the_loss_of_a_machine_and_its_return(
+        self, cluster: str, hosts: Hosts, home: Path
+    ) -> None:
+        env = environment(home, WANDB_API_KEY=SECRET)
+        client = start_forge("train", "job.yaml", "--cluster", "lab", cwd=home, env=env)
+        folder = wait_for(lambda: next(home.glob("runs/*/metrics.jsonl"), None) or gone(client)).parent
+
+        def world() -> int:
+            steps = read_metrics(folder)
+            return int(steps[-1]["elastic/world_size"]) if steps else 0
+
+        wait_for(lambda: world() == 2 or gone(client))
+        lost = worker_of(folder, head=hosts.ip(0))
+        number = next(host for host in range(hosts.count) if hosts.ip(host) == lost)
+        changes = len(steps_of(folder))
+        hosts.kill(number)
+        wait_for(lambda: len(steps_of(folder)) > changes + 50 or gone(client))
+        start(hosts, number)
+        mended = forge("cluster", "up", cluster, cwd=home)
+        assert mended.returncode == 0, mended.stderr
+        wait_for(lambda: world() == 2 or gone(client))
+        drained = worker_of(folder, head=hosts.ip(0))
+        assert forge("cluster", "drain", "lab", drained, "--seconds", "20", cwd=home).returncode == 0
+        wait_for(lambda: read_run(folder).newest("NoticeReceived") or gone(client))
+        client.send_signal(signal.SIGINT)
+        out, err = client.communicate(timeout=90)
+        assert client.returncode == 130, err
+        run = read_run(folder)
+        assert (run.status, steps_of(folder)) == ("stopped", list(range(1, run.step + 1)))
+        assert str(hosts.folder / "shared") in (run.newest("CheckpointSaved") or {})["folder"]
+        # Machines without the corpus got it from the head, into caches of their own.
+        look = f"from glob import glob; print(glob('{hosts.folder}/cache/data/*/index.json'))"
+        inside = SshCluster(spec_of(hosts))
+        have = 0
+        for number in range(hosts.count):
+            shell = [*inside.shell(hosts.ip(number)), f'{sys.executable} -c "{look}"']
+            found = subprocess.run(shell, capture_output=True, text=True, timeout=30, check=True).stdout
+            have += "index.json" in found
+        assert have >= 2
+        assert SECRET not in out + err
+        for root in (home, hosts.folder, *Path("/tmp").glob("forge-*")):
+            for path in root.rglob("*"):
+                assert not (path.is_file() and SECRET.encode() in path.read_bytes()), path
+        assert forge("runs", "logs", folder.name, "--file", "supervisor", cwd=home).returncode == 0
+
+
+def worker_of(folder: Path, *, head: str) -> str:
+    """Address of a machine with ranks that is not the head."""
+    run = read_run(folder)
+    hosts_of = {event["node"]: str(event["host"]) for event in run.events if event["event"] == "NodeJoined"}
+    formed = run.newest("GenerationFormed")
+    assert formed is not None
+    return next(hosts_of[place["node"]] for place in formed["ranks"] if hosts_of[place["node"]] != head)
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(folder)]
+
+
+def gone(client: subprocess.Popen[str]) -> None:
+    """Fail if the client has ended. Returns: None."""
+    if client.poll() is not None:
+        pytest.fail(f"the client has ended: {client.communicate()[1]}")
+
+
+def heads(hosts: Hosts) -> set[int]:
+    """Processes that hold the nodes of the first two machines."""
+    return {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if "start" in (line := process.info["cmdline"] or []) and {hosts.ip(0), hosts.ip(1)} & set(line)
+    }
+
+
+# From here on nothing is started.
+class TestWhatIsWrong:
+    def test_a_key_that_lets_nobody_in(self, hosts: Hosts) -> None:
+        other = spec_of(hosts, name="keyless", identity_file=str(stranger_key(hosts)))
+        told = failures(SshCluster(other), match="the head of 'keyless'")
+        assert all("does not let root in with the key" in stage.stage for stage in told)
+
+    def test_a_machine_with_another_python(self, hosts: Hosts, tmp_path: Path) -> None:
+        older = tmp_path / "python"
+        older.write_text('#!/bin/sh\ncase "$2" in *python_version*) echo 3.9.7;; *) exec python3 "$@";; esac\n')
+        older.chmod(0o755)
+        told = failures(SshCluster(spec_of(hosts, name="older", python=str(older))), match=r"Python 3\.9\.7")
+        assert len(told) == hosts.count
+
+    def test_a_machine_with_another_ray(self, hosts: Hosts, tmp_path: Path) -> None:
+        other = tmp_path / "python"
+        other.write_text(f'#!/bin/sh\n{sys.executable} "$@" | sed \'s/"ray": "[0-9.]*"/"ray": "2.9.9"/\'\n')
+        other.chmod(0o755)
+        match = r"it has ray 2\.9\.9, and .* is here: .*python -m pip install ray=="
+        failures(SshCluster(spec_of(hosts, name="older", python=str(other))), match=match)
+
+    def test_a_port_that_is_taken(self, hosts: Hosts) -> None:
+        hold = "import socket, time; s = socket.socket(); s.bind(('', 7777)); s.listen(); time.sleep(60)"
+        hosts.run(0, sys.executable, "-c", hold)
+        time.sleep(0.5)
+        failures(SshCluster(spec_of(hosts, name="taken", ray_port=7777)), match="port 7777 is taken there")
+
+    def test_a_machine_that_was_set_up_anew(self, hosts: Hosts) -> None:
+        lone = SshCluster(
+            spec_of(hosts, name="anew", machines=(hosts.ip(2),), ray_port=7778, python="/nowhere/python")
+        )
+        failures(lone, match="/nowhere/python does not run there")  # and its key is known now
+        hosts.kill(2)
+        with another_host_key(hosts, 2):
+            start(hosts, 2)
+            failures(lone, match=r"shows another key than before.*ssh-keygen -R")
+
+    def test_too_few_machines(self, hosts: Hosts) -> None:
+        few = spec_of(hosts, name="few", machines=(hosts.ip(0), "nobody.invalid"), python="/nowhere/python")
+        told = failures(SshCluster(few), match="failed; all that failed")
+        assert {stage.machine for stage in told} == {hosts.ip(0), "nobody.invalid"}
+
+    def test_ctrl_c_in_the_middle_says_what_is_there(self, hosts: Hosts, home: Path, tmp_path: Path) -> None:
+        slow = tmp_path / "python"
+        slow.write_text(f'#!/bin/sh\ncase "$*" in *station*) sleep 30;; esac\nexec {sys.executable} "$@"\n')
+        slow.chmod(0o755)
+        text = spec_of(hosts, name="slow", python=str(slow)).model_dump(mode="json", exclude_unset=True)
+        (home / "slow.yaml").write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in text.items()))
+        process = start_forge("cluster", "up", "slow.yaml", cwd=home)
+        assert process.stderr is not None
+        read_until(process.stderr.readline, "starting Ray")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "forge cluster down slow" in err
+        assert read_record("slow") is not None
+
+
+def read_until(read: Callable[[], str], words: str) -> None:
+    timer = threading.Timer(30, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    while words not in read():
+        pass
+    timer.cancel()
