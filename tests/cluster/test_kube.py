@@ -25,7 +25,7 @@ from forge.cluster.kube import KubernetesCluster, Patience
 from forge.errors import ClusterError
 from forge.spec.cluster import KubernetesSpec
 from forge.units import Range
-from tests.support.command import wait_for
+from tests.support.command import environment, forge, wait_for
 from tests.support.kubernetes import Kubernetes
 
 HASTY = Patience(up_s=10, down_s=0.4, poll_s=0.01)
@@ -435,3 +435,21 @@ def test_ctrl_c_while_the_head_is_waited_for_leaves_what_down_finds(world: Kuber
     assert world.things("RayCluster")
     assert found.down(on_stage=ignore) == []
     assert (world.folder / "things.json").read_text() == "[]"
+
+
+def test_the_commands_show_apply_name_and_take_away(world: Kubernetes, tmp_path: Path) -> None:
+    """As a user runs them, with the file that is shipped."""
+    file = Path(__file__).parents[2] / "cluster" / "kubernetes.yaml"
+    env = environment(tmp_path) | world.environment()
+    shown = forge("cluster", "up", file, "--dry-run", cwd=tmp_path, env=env)
+    assert shown.returncode == 0 and "kind: RayCluster" in shown.stdout and world.calls() == []
+    world.change(current=None)
+    refused = forge("cluster", "up", file, cwd=tmp_path, env=env)
+    assert refused.returncode == 3 and "kubectl is in no context" in refused.stderr
+    world.change()
+    up = forge("cluster", "up", file, "-o", "json", cwd=tmp_path, env=env)
+    assert up.returncode == 0, up.stderr
+    assert [node["kind"] for node in json.loads(up.stdout)["nodes"]] == ["head"]
+    down = forge("cluster", "down", "pods", cwd=tmp_path, env=env)
+    assert down.returncode == 0 and "nothing of it is left" in down.stderr + down.stdout
+    assert world.things("Pod") == []
