@@ -75,7 +75,7 @@ def remove_place(name: str, *, region: str) -> list[str]:
     with asking(region):
         ec2 = client("ec2", region)
         for pair in ec2.describe_key_pairs(Filters=_tagged(name))["KeyPairs"]:
-            ec2.delete_key_pair(KeyPairId=pair["KeyPairId"])
+            ec2.delete_key_pair(KeyName=pair["KeyName"])
         for group in ec2.describe_security_groups(Filters=_tagged(name))["SecurityGroups"]:
             if not _delete_group(ec2, group["GroupId"]):
                 left.append(f"security group {group['GroupId']} in {region}, free of charge, still in use")
