@@ -8,11 +8,10 @@ is left behind, wherever and whenever `up` was ended.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import shlex
 import shutil
 import subprocess
-import urllib.request
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from forge.cluster import aws, aws_place, firewall, launched
+from forge.cluster.access import make_key, own_address
 from forge.cluster.base import (
     Node,
     OnStage,
@@ -45,7 +45,11 @@ from forge.spec.dump import dump_plain
 
 _MADE_LATER = "made-by-forge-cluster-up"
 """Stands in a dry run where only the cloud can say more."""
-_OWN_ADDRESS_URL = "https://checkip.amazonaws.com"
+_ROOM_TIMEOUT_S = 20.0
+_ROOM_TIMEOUT_PER_TYPE_S = 10.0
+"""Ray's autoscaler asks for one machine type after another, every five seconds."""
+_POLL_S = 1.0
+_HEALTH_TIMEOUT_S = 20.0
 _STATES = {"running": "alive", "pending": "starting", "stopping": "gone", "stopped": "gone"}
 
 
@@ -203,8 +207,13 @@ class CloudCluster:
             launch = self._launch(region, purchase, on_stage=on_stage)
             if launch.is_done:
                 self._settle(facts, region=region, purchase=purchase)
-                on_stage(Stage(machine=region, stage="ready"))
-                return
+                is_last = region == [*prices][-1]
+                word = self._await_fewest(region, purchase, is_last=is_last, on_stage=on_stage)
+                if word is None:
+                    on_stage(Stage(machine=region, stage="ready"))
+                    return
+                launch = replace(launch, no_capacity=word)
+                del facts["region"]
             if launch.no_capacity is None:
                 hint = f"; {launch.hint}" if launch.hint else ""
                 raise ClusterError(
@@ -232,18 +241,18 @@ class CloudCluster:
 
     def _launch(self, region: str, purchase: Purchase, *, on_stage: OnStage) -> Launch:
         spec, folder = self._spec, _folder(self.name)
-        key_file, public_key = self._key()
+        key = make_key(spec, folder=folder)
         site = Site(
             region=region,
-            key_file=key_file,
-            public_key_file=str(folder / "key.pub"),
-            public_key=public_key,
+            key_file=key.file,
+            public_key_file=key.public_file,
+            public_key=key.public,
             token_file=str(token_path(self.name)),
         )
         make_token(self.name)
         allow_from = own_address() if spec.allow_from == "auto" else spec.allow_from
         if spec.provider == "aws":
-            place = aws_place.prepare(spec, region=region, public_key=public_key, allow_from=allow_from)
+            place = aws_place.prepare(spec, region=region, public_key=key.public, allow_from=allow_from)
             site = replace(site, **asdict(place))
         else:
             firewall.close_before(spec, allow_from=allow_from)
@@ -258,6 +267,7 @@ class CloudCluster:
     def _settle(self, facts: dict[str, Any], *, region: str, purchase: Purchase) -> None:
         """Remember where the head is, and what each kind of machine costs there."""
         facts["region"] = region
+        self._head_address = None
         facts["prices"] = {offer.node_type: offer.usd_per_hour for offer in purchase.workers}
         facts["prices"][HEAD] = purchase.head.usd_per_hour
         if self._spec.provider == "aws":
@@ -267,6 +277,26 @@ class CloudCluster:
             launcher = self._launcher(region, on_stage=lambda stage: None)
             facts["address"] = facts["private_address"] = launched.head_address(launcher)
         self._remember(facts)
+
+    def _await_fewest(self, region: str, purchase: Purchase, *, is_last: bool, on_stage: OnStage) -> str | None:
+        """Ask for the fewest workers, and wait until the cloud has begun with them, if it can be asked.
+
+        Returns: the cloud's word for it, if it has no room for them and another region might.
+        """
+        fewest = purchase.min_workers
+        if fewest == 0:
+            return None
+        launched.ask_for_workers(self.on_head, count=fewest)
+        if self._spec.provider != "aws" or is_last:
+            return None  # Ray's autoscaler goes on to ask for them
+        on_stage(Stage(machine=region, stage=f"waiting for {fewest} workers"))
+        deadline = time.monotonic() + _ROOM_TIMEOUT_S + _ROOM_TIMEOUT_PER_TYPE_S * len(purchase.workers)
+        while time.monotonic() < deadline:
+            found = aws.list_instances(self.name, region=region)
+            if sum(instance.kind == "worker" for instance in found) >= fewest:
+                return None
+            time.sleep(_POLL_S)
+        return launched.refusal_of_workers(self.on_head)
 
     def _leave(self, region: str, *, on_stage: OnStage) -> list[str]:
         """Give back all that is in a region. Returns: what stays."""
@@ -308,7 +338,7 @@ class CloudCluster:
             record = read_record(self.name)
             address = record.facts["private_address"] if record is not None else ""
             ask = ["python", "-m", "ray.scripts.scripts", "health-check", "--address", f"{address}:6379"]
-            return self.on_head(ask, timeout_s=30.0).returncode == 0
+            return self.on_head(ask, timeout_s=_HEALTH_TIMEOUT_S).returncode == 0
         return False
 
     def _head(self) -> Machine:
@@ -324,16 +354,6 @@ class CloudCluster:
             user=user_of(self._spec),
             identity_file=self._spec.identity_file or str(_folder(self.name) / "key"),
         )
-
-    def _key(self) -> tuple[str, str]:
-        """The private key's file, and the public key; made for the cluster where the file names none."""
-        file = Path(self._spec.identity_file or _folder(self.name) / "key").expanduser()
-        if self._spec.identity_file is None and not file.exists():
-            # Of the one kind that all three clouds take.
-            _ssh_keygen("-t", "rsa", "-b", "3072", "-N", "", "-C", f"forge-{self.name}", "-f", str(file))
-        public_file = _folder(self.name) / "key.pub"
-        public_file.write_bytes(_ssh_keygen("-y", "-f", str(file)))
-        return str(file), " ".join(public_file.read_text().split()[:2])
 
     def _installed(self) -> Installed:
         if self._spec.python is not None:
@@ -352,38 +372,6 @@ class CloudCluster:
         forget(self.name)
 
 
-def own_address() -> str:
-    """This machine's address as the internet sees it, as a CIDR. Raises: ClusterError if it is not found out."""
-    try:
-        with urllib.request.urlopen(_OWN_ADDRESS_URL, timeout=10) as answer:
-            address = ipaddress.ip_address(answer.read(100).decode().strip())
-    except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"this machine's own address is not known, {_OWN_ADDRESS_URL} does not tell it ({error}); write it "
-            "into the cluster file: allow_from: 203.0.113.4/32"
-        ) from None
-    return f"{address}/{address.max_prefixlen}"
-
-
 def _folder(name: str) -> Path:
     """What is kept of a cluster here, besides its record and its token: key, launch file, log."""
     return state_folder(f"clusters/{name}.d")
-
-
-def _ssh_keygen(*arguments: str) -> bytes:
-    """Run ssh-keygen, without a terminal on which it could ask. Raises: ClusterError if it fails."""
-    try:
-        done = subprocess.run(
-            ["ssh-keygen", "-q", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            start_new_session=True,
-            timeout=60,
-            check=False,
-        )
-    except OSError as error:
-        raise ClusterError(f"ssh-keygen cannot be run: {error.strerror}; install OpenSSH's client") from None
-    if done.returncode != 0:
-        words = done.stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
-        raise ClusterError(f"the ssh key {arguments[-1]} cannot be used: {words[-1]}")
-    return done.stdout

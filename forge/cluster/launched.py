@@ -1,4 +1,4 @@
-"""Machines on GCP and Azure, which forge asks about through Ray alone: its launcher, and the Ray on the head."""
+"""What is asked of Ray: its launcher, where forge does not know the cloud itself, and the Ray on the head."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from forge.cluster.base import Node
-from forge.cluster.launcher import Launcher
-from forge.cluster.render import HEAD
+from forge.cluster.launcher import Launcher, no_capacity
+from forge.cluster.render import HEAD, WORKER_RESOURCE
 from forge.errors import ClusterError
 from forge.spec.cluster import CloudSpec
 
@@ -30,6 +30,13 @@ print(json.dumps([
     }
     for node in ray.nodes()
 ]))
+"""
+
+_ASK_FOR_WORKERS = """
+import sys, ray
+from ray.autoscaler.sdk import request_resources
+ray.init(address="auto", logging_level="error", log_to_driver=False)
+request_resources(bundles=[{sys.argv[1]: 1}] * int(sys.argv[2]))
 """
 
 
@@ -63,12 +70,23 @@ def head_address(launcher: Launcher) -> str:
     return launch.last_words.split()[-1]
 
 
+def ask_for_workers(on_head: OnHead, *, count: int) -> None:
+    """Have Ray's autoscaler keep at least so many workers, of whichever type is to be had.
+
+    Raises: ClusterError if Ray on the head does not answer.
+    """
+    _ask(on_head, ["python", "-c", _ASK_FOR_WORKERS, WORKER_RESOURCE, str(count)])
+
+
+def refusal_of_workers(on_head: OnHead) -> str | None:
+    """The cloud's word for having no room for workers, from the autoscaler's log; None if there is none."""
+    logs = "cat ${RAY_TMPDIR:-/tmp}/ray/session_latest/logs/monitor*"
+    return no_capacity(on_head(["sh", "-c", logs], timeout_s=_ASK_TIMEOUT_S).stdout.decode(errors="replace"))
+
+
 def list_nodes(on_head: OnHead, *, prices: Mapping[str, float | None]) -> list[Node]:
     """The machines by the word of Ray on the head. Raises: ClusterError if it does not answer."""
-    done = on_head(["python", "-c", _LIST_NODES], timeout_s=_ASK_TIMEOUT_S)
-    if done.returncode != 0:
-        words = done.stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
-        raise ClusterError(f"Ray on the head does not answer: {words[-1]}")
+    words = _ask(on_head, ["python", "-c", _LIST_NODES])
     return [
         Node(
             name=node["address"],
@@ -78,5 +96,13 @@ def list_nodes(on_head: OnHead, *, prices: Mapping[str, float | None]) -> list[N
             num_gpus=node["gpus"],
             usd_per_hour=prices.get(HEAD if node["is_head"] else node["node_type"]) if node["is_alive"] else None,
         )
-        for node in json.loads(done.stdout.decode().splitlines()[-1])
+        for node in json.loads(words.splitlines()[-1])
     ]
+
+
+def _ask(on_head: OnHead, command: list[str]) -> str:
+    done = on_head(command, timeout_s=_ASK_TIMEOUT_S)
+    if done.returncode != 0:
+        words = done.stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
+        raise ClusterError(f"Ray on the head does not answer: {words[-1]}")
+    return done.stdout.decode()

@@ -28,6 +28,8 @@ CLUSTER_TAG = "forge-cluster"
 OWNER = {"owner": "forge"}
 DASHBOARD_PORT = 8265
 """Of Ray's dashboard and job server, on the head's loopback."""
+WORKER_RESOURCE = "forge_worker"
+"""Ray's name for what every worker has one of, so that workers can be asked for by number."""
 TOKEN_FILE = "~/.forge/token"
 """Where the cluster's token lies on every machine."""
 
@@ -99,7 +101,8 @@ def render(spec: CloudSpec, *, purchase: Purchase, site: Site, installed: Instal
     workers = {
         offer.node_type: {
             **_node(spec, offer, site=site, is_head=False),
-            "min_workers": purchase.min_workers if index == 0 else 0,
+            # The fewest are asked for by number, of whichever type is to be had; Ray counts by type.
+            "min_workers": 0,
             "max_workers": purchase.max_workers,
             # Ray takes of two types that fit equally well the one of higher priority, unless it lately failed.
             "priority": len(purchase.workers) - index,
@@ -188,9 +191,9 @@ def _resources(spec: CloudSpec, offer: Offer, *, is_head: bool) -> dict[str, int
     if is_head:
         return {"CPU": 0}
     if spec.provider == "aws":
-        return {}
+        return {WORKER_RESOURCE: 1}
     size = size_of(offer.machine_type, cloud=spec.provider)
-    return {"CPU": size.num_cpus} | ({"GPU": size.num_gpus} if size.num_gpus else {})
+    return {WORKER_RESOURCE: 1, "CPU": size.num_cpus} | ({"GPU": size.num_gpus} if size.num_gpus else {})
 
 
 def _aws_node(spec: CloudSpec, offer: Offer, *, site: Site, is_head: bool) -> dict[str, Any]:

@@ -238,7 +238,7 @@ def test_gcp_machines_are_spot_by_the_documented_fields() -> None:
         "cache_stopped_nodes": False,
     }
     spot = values["available_node_types"]["spot-g2-standard-8"]
-    assert spot["resources"] == {"CPU": 8, "GPU": 1}
+    assert spot["resources"] == {"forge_worker": 1, "CPU": 8, "GPU": 1}
     assert spot["node_config"]["scheduling"] == {
         "onHostMaintenance": "TERMINATE",
         "provisioningModel": "SPOT",

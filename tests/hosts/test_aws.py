@@ -22,9 +22,12 @@ import pytest
 from forge.cluster.base import Stage, list_records, read_record, token_path
 from forge.cluster.cloud import CloudCluster
 from forge.cluster.known import cluster_of, find_cluster
-from forge.spec.load import load_cluster
+from forge.report.runs import read_metrics
+from forge.run.submit import create_run, resolve
+from forge.spec.load import load_cluster, load_job
 from tests.support.cloud_box import IMAGE, PYTHON, CloudBox, Refusal
 from tests.support.command import mentioning, wait_for
+from tests.support.elastic import Machines, Run, write_job
 
 REGION = "us-east-1"
 NODES = (
@@ -182,7 +185,7 @@ def test_where_no_spot_machine_is_to_be_had_one_on_demand_is_taken(box: CloudBox
     cluster = cluster_from(write_file(box, tmp_path, workers="0..1", on_demand_fallback=True))
     box.api.refusals = [Refusal("RunInstances", REGION, "InsufficientInstanceCapacity", needs="MarketType=spot")]
     cluster.up(on_stage=ignore)
-    work = "import ray; ray.init(address='auto'); print(ray.get(ray.remote(num_cpus=8)(int).remote()))"
+    work = "import ray; ray.init(address='auto'); ray.get(ray.remote(num_cpus=8)(lambda: 1).remote())"
     try:
         done = cluster.on_head(["python", "-c", work], timeout_s=120)
         assert done.returncode == 0, done.stderr.decode()
@@ -204,6 +207,72 @@ def test_another_region_is_taken_where_one_has_no_room(box: CloudBox, tmp_path: 
         assert [stage.machine for stage in stages if stage.is_failure] == [REGION]
         assert [node.kind for node in status.nodes] == ["head"]
         assert len(box.api.alive("us-west-2")) == 1
+    finally:
+        assert cluster.down(on_stage=ignore) == []
+    assert not box.api.alive("us-west-2")
+
+
+@pytest.mark.slow
+def test_a_run_lives_through_machines_that_are_taken_with_and_without_notice(
+    box: CloudBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Machines of one CPU: each takes one rank, and is rented because the run waits for it.
+    file = write_file(box, tmp_path, instance_types=["t2.small"], usd_per_hour={"t2.small": 0.01})
+    cluster = cluster_from(file)
+    write_job(tmp_path, steps=100_000, workers="1..2")
+    monkeypatch.setenv("FORGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / create_run(resolve(load_job("job.yaml"), is_dry_run=False))
+    run = Run(folder=folder, cluster=Machines(tmp_path))
+    status = cluster.up(on_stage=ignore)
+    start = f"setsid nohup {PYTHON} -m forge.run.start {folder} --address {status.address}"
+    try:
+        assert len(box.api.alive(REGION)) == 1
+        cluster.on_head(["sh", "-c", f"{start} > {folder}/logs/run.log 2>&1 < /dev/null &"])
+        run.await_world(2, timeout_s=180.0)
+
+        lost = _machine_of_a_rank(box, run)
+        run.recovers_from(lambda: box.announce(lost), timeout_s=110.0)
+        assert len(box.api.alive(REGION)) == 4, "another machine is rented at the notice"
+        assert _machine_of_a_rank(box, run) != lost
+        box.reclaim(lost)
+        run.await_world(2, timeout_s=180.0)
+        assert run.repeated() == [], "what is announced costs no step"
+
+        began = time.time()
+        lost = _machine_of_a_rank(box, run)
+        run.recovers_from(lambda: box.reclaim(lost), timeout_s=60.0)
+        assert len(run.repeated(since=began)) <= 1
+        run.await_world(2, timeout_s=180.0)
+        steps = [line["step"] for line in read_metrics(folder)]
+        assert steps == list(range(1, len(steps) + 1))
+    finally:
+        assert cluster.down(on_stage=ignore) == []
+    assert not box.api.alive(REGION)
+
+
+def _machine_of_a_rank(box: CloudBox, run: Run) -> str:
+    """The instance on which the last rank is."""
+    node = run.formed["ranks"][-1]["node"]
+    address = next(event["host"] for event in reversed(run.of("NodeJoined")) if event["node"] == node)
+    (found,) = (machine for machine in box.api.alive(REGION) if machine["PrivateIpAddress"] == address)
+    return str(found["InstanceId"])
+
+
+@pytest.mark.slow
+def test_another_region_is_taken_where_one_has_no_room_for_the_fewest_workers(
+    box: CloudBox, tmp_path: Path
+) -> None:
+    box.api.spot_prices = {REGION: {"m5.2xlarge": 0.1}, "us-west-2": {"m5.2xlarge": 0.2}}
+    box.api.refusals = [Refusal("RunInstances", REGION, "MaxSpotInstanceCountExceeded", needs="MarketType=spot")]
+    cluster = cluster_from(write_file(box, tmp_path, regions=[REGION, "us-west-2"], workers="1..1"))
+    stages: list[Stage] = []
+    cluster.up(on_stage=stages.append)
+    try:
+        assert [stage.machine for stage in stages if stage.is_failure] == [REGION]
+        assert not box.api.alive(REGION)
+        wait_for(lambda: len(members(cluster)) == 2, timeout_s=90)
+        assert {node.usd_per_hour for node in cluster.status().nodes} == {0.192, 0.2}
     finally:
         assert cluster.down(on_stage=ignore) == []
     assert not box.api.alive("us-west-2")

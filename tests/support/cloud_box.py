@@ -2,8 +2,8 @@
 
 `Api` is the service alone, on loopback or a bridge. It can be made to refuse, as a cloud does that has no room,
 and tells the spot prices that a test wants. `CloudBox` adds the machines: network namespaces with the address
-that EC2 tells, each with an sshd that lets in whoever holds the instance's key, a home of its own, and process
-numbers of its own. A machine that EC2 ends is gone within a second, and nobody is told.
+that EC2 tells, each with an sshd that lets in whoever holds the instance's key, a metadata service, a home and
+process numbers of its own. A machine that EC2 ends is gone within a second, and nobody is told.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from moto.ec2.models import ec2_backends
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
+from tests.support.clouds import Aws
 from tests.support.hosts import Hosts
 
 IMAGE = "ami-12c6146b"
@@ -115,6 +116,9 @@ class Api:
         found = _REGION.search(environ.get("HTTP_AUTHORIZATION", ""))
         region = found[1] if found else ""
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        if most := re.search(rb"MaxCount=(\d+)", body):  # moto starts the fewest that are asked for, EC2 the most
+            body = re.sub(rb"MinCount=\d+", b"MinCount=" + most[1], body)
+            environ["CONTENT_LENGTH"] = str(len(body))
         environ["wsgi.input"] = _Again(body)
         values = {name: given[0] for name, given in parse_qs(body.decode(errors="replace")).items()}
         action = values.get("Action", "")
@@ -180,6 +184,7 @@ class CloudBox:
         self._hosts = self._stack.enter_context(Hosts(0))
         self._regions = regions
         self._there: dict[str, int] = {}
+        self._metadata: dict[str, Aws] = {}
         self._is_over = threading.Event()
         try:
             self.api = self._stack.enter_context(serve_api(address=self._hosts.gateway))
@@ -218,6 +223,10 @@ class CloudBox:
         """A machine's own files; its home is `home` there."""
         return self._hosts.folder / address
 
+    def announce(self, instance_id: str) -> None:
+        """Tell a machine, and no other, that it goes in two minutes."""
+        self._metadata[instance_id].announce()
+
     def reclaim(self, instance_id: str, *, region: str = "us-east-1") -> None:
         """Take a machine away, as a cloud takes a spot machine; return when it has vanished."""
         self.api.ec2(region).terminate_instances(InstanceIds=[instance_id])
@@ -246,20 +255,22 @@ class CloudBox:
     def _watch(self) -> None:
         while not self._is_over.wait(_LOOK_S):
             wanted = {
-                machine["InstanceId"]: machine for region in self._regions for machine in self.api.alive(region)
+                machine["InstanceId"]: (region, machine)
+                for region in self._regions
+                for machine in self.api.alive(region)
             }
             for instance_id in [known for known in self._there if known not in wanted]:
                 self._hosts.remove(self._there[instance_id])
                 del self._there[instance_id]
-            for instance_id, machine in wanted.items():
+            for instance_id, (region, machine) in wanted.items():
                 if instance_id not in self._there:
-                    self._start(instance_id, machine)
+                    self._start(instance_id, machine, region=region)
 
     def _stop_watching(self) -> None:
         self._is_over.set()
         self._watcher.join(30)
 
-    def _start(self, instance_id: str, machine: dict[str, Any]) -> None:
+    def _start(self, instance_id: str, machine: dict[str, Any], *, region: str) -> None:
         address = machine["PrivateIpAddress"]
         host = int(address.rpartition(".")[2]) - 11
         folder = self.folder(address)
@@ -269,14 +280,14 @@ class CloudBox:
         users = re.sub(r"(?m)^(root:.*:)[^:]*(:[^:]*)$", rf"\g<1>{home}\g<2>", Path("/etc/passwd").read_text())
         self._hosts.add(host, etc={"passwd": users})
         assert self._hosts.ip(host) == address
-        zone = machine["Placement"]["AvailabilityZone"]
-        pair = ec2_backends[DEFAULT_ACCOUNT_ID][zone.rstrip("abcdef")].key_pairs[machine["KeyName"]]
+        pair = ec2_backends[DEFAULT_ACCOUNT_ID][region].key_pairs[machine["KeyName"]]
         assert "PublicIpAddress" not in machine  # that would be somebody's
         (folder / "authorized_keys").write_bytes(pair.material_public)
+        self._metadata[instance_id] = self._stack.enter_context(Aws(address=self._hosts.gateway))
         subprocess.run(
             ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "host_key")], check=True, timeout=30
         )
-        (folder / "sshd_config").write_text(self._sshd_config(address))
+        (folder / "sshd_config").write_text(self._sshd_config(address, self._metadata[instance_id]))
         with (folder / "sshd.log").open("w") as log:
             self._hosts.run(
                 host,
@@ -287,12 +298,11 @@ class CloudBox:
             )
         self._there[instance_id] = host
 
-    def _sshd_config(self, address: str) -> str:
+    def _sshd_config(self, address: str, metadata: Aws) -> str:
         folder = self.folder(address)
         environment = {
             **self.api.environment,
-            # Nobody answers there, and it is no cloud's real address.
-            "AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{self._hosts.gateway}:9",
+            **{name: value for name, value in metadata.environment.items() if name.startswith("AWS_")},
             "RAY_TMPDIR": str(folder),
             "PYTHONPATH": str(_ROOT),
             "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "100000000",
