@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from forge.cluster.base import Node
 from forge.cluster.machines import machine_types
 from forge.errors import ClusterError
 from forge.spec.cluster import CloudSpec
@@ -97,6 +98,28 @@ def list_instances(name: str, *, region: str) -> list[Instance]:
             for machine in reservation["Instances"]
         ]
     return sorted(found, key=lambda instance: (instance.kind != "head", instance.id))
+
+
+def list_nodes(name: str, *, region: str, prices: Mapping[str, float | None]) -> list[Node]:
+    """The same as nodes, each with its price.
+
+    Args:
+        prices: USD per hour by Ray's node type.
+
+    Raises: ClusterError if AWS cannot be asked.
+    """
+    return [
+        Node(
+            name=instance.private_address or instance.id,
+            kind=instance.kind or "worker",
+            state={"running": "alive", "pending": "starting"}.get(instance.state, "gone"),
+            machine_type=instance.machine_type,
+            num_cpus=float(instance.num_cpus),
+            num_gpus=float(instance.num_gpus),
+            usd_per_hour=prices.get(instance.node_type),
+        )
+        for instance in list_instances(name, region=region)
+    ]
 
 
 def terminate_all(name: str, *, region: str) -> list[str]:

@@ -34,11 +34,13 @@ from forge.cluster.base import (
     token_path,
     write_record,
 )
+from forge.cluster.dashboard import ray_nodes, ray_runs
+from forge.cluster.install import plan_install, would_install
 from forge.cluster.launcher import Launch, Launcher
 from forge.cluster.machines import regions_of, workers_of
 from forge.cluster.purchase import PriceOf, Purchase, listed_price, order_by_price, plan_purchase
 from forge.cluster.remote import Machine
-from forge.cluster.render import DASHBOARD_PORT, HEAD, TOKEN_FILE, Installed, Site, render, shell_path, user_of
+from forge.cluster.render import DASHBOARD_PORT, HEAD, TOKEN_FILE, Site, render, shell_path, user_of
 from forge.errors import ClusterError
 from forge.spec.cluster import CloudSpec
 from forge.spec.dump import dump_plain
@@ -50,7 +52,6 @@ _ROOM_TIMEOUT_PER_TYPE_S = 10.0
 """Ray's autoscaler asks for one machine type after another, every five seconds."""
 _POLL_S = 1.0
 _HEALTH_TIMEOUT_S = 20.0
-_STATES = {"running": "alive", "pending": "starting", "stopping": "gone", "stopped": "gone"}
 
 
 class CloudCluster:
@@ -69,6 +70,11 @@ class CloudCluster:
     def shares_files(self) -> bool:
         """Rented machines have nothing of this one."""
         return False
+
+    @property
+    def gpu(self) -> str | None:
+        """As its file says."""
+        return None if self._spec.gpu == "none" else self._spec.gpu
 
     def token(self) -> str:
         """What its Ray wants of whoever connects. Raises: ClusterError if it cannot be read."""
@@ -108,12 +114,13 @@ class CloudCluster:
             head_profile=f"forge-{self.name}-head",
             worker_profile=f"forge-{self.name}-worker",
         )
-        return dump_plain(render(spec, purchase=purchase, site=site, installed=self._installed()))
+        return dump_plain(render(spec, purchase=purchase, site=site, installed=would_install(spec)))
 
     def up(self, *, on_stage: OnStage) -> Status:
         """Rent the head, where machines are to be had for least; the head rents the workers.
 
-        Raises: ClusterError with what failed. What was rented until then stays, and is found by `down`.
+        Raises: ClusterError with what failed. What was rented until then stays, and is found by `down`; so it is
+            after Ctrl-C.
         """
         with only_one(self.name):
             plan_purchase(self._spec, price_of=listed_price(self._spec))  # a wrong file costs nothing
@@ -125,10 +132,6 @@ class CloudCluster:
             self._remember(facts)
             try:
                 self._up_somewhere(facts, on_stage=on_stage)
-            except KeyboardInterrupt:
-                raise ClusterError(
-                    f"interrupted; what was rented until then stays. End it: forge cluster down {self.name}"
-                ) from None
             finally:
                 if not facts.get("tried"):
                     self._forget()
@@ -142,10 +145,29 @@ class CloudCluster:
         record = read_record(self.name)
         if record is None or not record.facts.get("tried"):
             return Status(name=self.name, provider=self._spec.provider, address=None)
-        nodes = self._nodes(record)
-        alive = [node for node in nodes if node.kind == "head" and node.state == "alive"]
-        address = f"{record.facts['private_address']}:6379" if alive and record.facts.get("region") else None
-        return Status(name=self.name, provider=self._spec.provider, address=address, nodes=tuple(nodes))
+        prices = record.facts.get("prices", {})
+        if self._spec.provider == "aws":
+            chosen = record.facts.get("region")
+            regions = [chosen] if chosen else record.facts["tried"]
+            nodes = [node for region in regions for node in aws.list_nodes(self.name, region=region, prices=prices)]
+        else:
+            nodes = [launched.priced(node, prices) for node in self._seen_by_ray()[0]]
+        runs: tuple[str, ...] = ()
+        head = next((node for node in nodes if node.kind == "head" and node.state == "alive"), None)
+        if head is None or not record.facts.get("region"):
+            return Status(name=self.name, provider=self._spec.provider, address=None, nodes=tuple(nodes))
+        if self._spec.provider == "aws":
+            with suppress(ClusterError):  # the machines cost, whether Ray on the head answers or not
+                seen, runs = self._seen_by_ray()
+                by_address = {node.name: node for node in seen if node.state == "alive"}
+                nodes = [launched.seen(node, by_address) for node in nodes]
+        return Status(
+            name=self.name,
+            provider=self._spec.provider,
+            address=f"{record.facts['private_address']}:6379",
+            nodes=tuple(nodes),
+            runs=runs,
+        )
 
     def down(self, *, on_stage: OnStage) -> list[str]:
         """Give every machine back, in every region that was tried, and what was made for them.
@@ -180,7 +202,7 @@ class CloudCluster:
         exports = " ".join(f"{name}={shell_path(value)}" for name, value in values.items())
         words = list(map(shlex.quote, command))
         if command[0] == "python":
-            words[0] = shell_path(self._installed().python)
+            words[0] = shell_path(self._fact("python"))
         return self._head().run(f"export {exports}; exec {' '.join(words)}", stdin=stdin, timeout_s=timeout_s)
 
     @contextlib.contextmanager
@@ -192,7 +214,10 @@ class CloudCluster:
     def shell(self, machine: str | None) -> list[str]:
         """The command that opens a shell on a machine; on the head by default."""
         head = self._head()
-        return (head if machine is None else replace(head, host=machine)).ssh()
+        if machine is None:
+            return head.ssh()
+        # Only the head can be reached from everywhere; it passes on what it cannot read.
+        return replace(head, host=machine).ssh("-o", f"ProxyCommand={shlex.join(head.ssh('-W', '%h:%p'))}")
 
     def _up_somewhere(self, facts: dict[str, Any], *, on_stage: OnStage) -> None:
         """Try the regions until one has the machines. Raises: ClusterError naming why none has."""
@@ -204,7 +229,7 @@ class CloudCluster:
             facts["tried"] = [*dict.fromkeys([*facts.get("tried", []), region])]
             self._remember(facts)
             purchase = plan_purchase(self._spec, price_of=price_of)
-            launch = self._launch(region, purchase, on_stage=on_stage)
+            launch = self._launch(region, purchase, facts, on_stage=on_stage)
             if launch.is_done:
                 self._settle(facts, region=region, purchase=purchase)
                 is_last = region == [*prices][-1]
@@ -239,7 +264,7 @@ class CloudCluster:
         spot = aws.spot_prices(found, names=names) if spec.spot else {}
         return order_by_price(found, spot=spot, names=names, listed=listed)
 
-    def _launch(self, region: str, purchase: Purchase, *, on_stage: OnStage) -> Launch:
+    def _launch(self, region: str, purchase: Purchase, facts: dict[str, Any], *, on_stage: OnStage) -> Launch:
         spec, folder = self._spec, _folder(self.name)
         key = make_key(spec, folder=folder)
         site = Site(
@@ -257,7 +282,9 @@ class CloudCluster:
         else:
             firewall.close_before(spec, allow_from=allow_from)
         launcher = self._launcher(region, on_stage=on_stage)
-        launcher.write(dump_plain(render(spec, purchase=purchase, site=site, installed=self._installed())))
+        installed = plan_install(spec, folder=folder)
+        facts["python"] = installed.python
+        launcher.write(dump_plain(render(spec, purchase=purchase, site=site, installed=installed)))
         (folder / "known_hosts").unlink(missing_ok=True)  # a new machine, where another may have been before
         launch = launcher.run("up", "--yes", "--no-config-cache", timeout_s=spec.startup_timeout)
         if launch.is_done and spec.provider != "aws":
@@ -311,43 +338,22 @@ class CloudCluster:
         on_stage(Stage(machine=region, stage="gone" if not left else "not all is gone", is_failure=bool(left)))
         return left
 
-    def _nodes(self, record: Record) -> list[Node]:
-        """The machines now, each with its price."""
-        prices = record.facts.get("prices", {})
-        if self._spec.provider != "aws":
-            return launched.list_nodes(self.on_head, prices=prices)
-        chosen = record.facts.get("region")
-        regions = [chosen] if chosen else record.facts["tried"]
-        found = [instance for region in regions for instance in aws.list_instances(self.name, region=region)]
-        return [
-            Node(
-                name=instance.address or instance.id,
-                kind=instance.kind or "worker",
-                state=_STATES[instance.state],
-                machine_type=instance.machine_type,
-                num_cpus=float(instance.num_cpus),
-                num_gpus=float(instance.num_gpus),
-                usd_per_hour=prices.get(instance.node_type),
-            )
-            for instance in found
-        ]
+    def _seen_by_ray(self) -> tuple[list[Node], tuple[str, ...]]:
+        """The machines by Ray's word, and the runs. Raises: ClusterError if it does not answer."""
+        with self.job_server() as url:
+            return ray_nodes(url, token=self.token(), prices={}), tuple(ray_runs(url, token=self.token()))
 
     def _answers(self) -> bool:
         """Whether the head is there, and Ray on it well."""
         with suppress(ClusterError):
-            record = read_record(self.name)
-            address = record.facts["private_address"] if record is not None else ""
-            ask = ["python", "-m", "ray.scripts.scripts", "health-check", "--address", f"{address}:6379"]
+            address = f"{self._fact('private_address')}:6379"
+            ask = ["python", "-m", "ray.scripts.scripts", "health-check", "--address", address]
             return self.on_head(ask, timeout_s=_HEALTH_TIMEOUT_S).returncode == 0
         return False
 
     def _head(self) -> Machine:
         if self._head_address is None:
-            record = read_record(self.name)
-            address = record.facts.get("address") if record is not None else None
-            if address is None:
-                raise ClusterError(f"the cluster '{self.name}' is not up; start it: forge cluster up FILE")
-            self._head_address = address
+            self._head_address = self._fact("address")
         return Machine(
             host=self._head_address,
             known_hosts=_folder(self.name) / "known_hosts",
@@ -355,10 +361,13 @@ class CloudCluster:
             identity_file=self._spec.identity_file or str(_folder(self.name) / "key"),
         )
 
-    def _installed(self) -> Installed:
-        if self._spec.python is not None:
-            return Installed(python=self._spec.python)
-        raise ClusterError("clusters on rented machines need `python:` in their file as yet")
+    def _fact(self, name: str) -> str:
+        """What is remembered of a cluster that is up. Raises: ClusterError if it is not."""
+        record = read_record(self.name)
+        fact = record.facts.get(name) if record is not None else None
+        if fact is None:
+            raise ClusterError(f"the cluster '{self.name}' is not up; start it: forge cluster up FILE")
+        return str(fact)
 
     def _launcher(self, region: str, *, on_stage: OnStage) -> Launcher:
         return Launcher(folder=_folder(self.name), on_news=lambda news: on_stage(Stage(machine=region, stage=news)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from forge.cluster.base import Node
@@ -15,22 +15,6 @@ from forge.spec.cluster import CloudSpec
 
 _DOWN_TIMEOUT_S = 900.0
 _ASK_TIMEOUT_S = 120.0
-
-_LIST_NODES = """
-import json, ray
-ray.init(address="auto", logging_level="error", log_to_driver=False)
-print(json.dumps([
-    {
-        "address": node["NodeManagerAddress"],
-        "is_alive": node["Alive"],
-        "is_head": "node:__internal_head__" in node["Resources"],
-        "node_type": node.get("NodeTypeName", node["Labels"].get("ray.io/node-group", "")),
-        "cpus": node["Resources"].get("CPU", 0.0),
-        "gpus": node["Resources"].get("GPU", 0.0),
-    }
-    for node in ray.nodes()
-]))
-"""
 
 _ASK_FOR_WORKERS = """
 import sys, ray
@@ -84,25 +68,26 @@ def refusal_of_workers(on_head: OnHead) -> str | None:
     return no_capacity(on_head(["sh", "-c", logs], timeout_s=_ASK_TIMEOUT_S).stdout.decode(errors="replace"))
 
 
-def list_nodes(on_head: OnHead, *, prices: Mapping[str, float | None]) -> list[Node]:
-    """The machines by the word of Ray on the head. Raises: ClusterError if it does not answer."""
-    words = _ask(on_head, ["python", "-c", _LIST_NODES])
-    return [
-        Node(
-            name=node["address"],
-            kind="head" if node["is_head"] else "worker",
-            state="alive" if node["is_alive"] else "gone",
-            num_cpus=node["cpus"],
-            num_gpus=node["gpus"],
-            usd_per_hour=prices.get(HEAD if node["is_head"] else node["node_type"]) if node["is_alive"] else None,
-        )
-        for node in json.loads(words.splitlines()[-1])
-    ]
+def priced(node: Node, prices: Mapping[str, float | None]) -> Node:
+    """With its price; a worker's is the dearest, for Ray does not say of which type it is."""
+    if node.state != "alive":
+        return node
+    workers = [price for node_type, price in prices.items() if node_type != HEAD]
+    known = [price for price in workers if price is not None]
+    dearest = max(known) if known and len(known) == len(workers) else None
+    return replace(node, usd_per_hour=prices.get(HEAD) if node.kind == "head" else dearest)
 
 
-def _ask(on_head: OnHead, command: list[str]) -> str:
+def seen(node: Node, by_address: Mapping[str, Node]) -> Node:
+    """With what Ray says of it; a machine that Ray does not know yet is starting."""
+    ray = by_address.get(node.name)
+    if ray is None:
+        return replace(node, state="starting" if node.state == "alive" else node.state)
+    return replace(node, node_id=ray.node_id, num_cpus=ray.num_cpus, free_cpus=ray.free_cpus)
+
+
+def _ask(on_head: OnHead, command: list[str]) -> None:
     done = on_head(command, timeout_s=_ASK_TIMEOUT_S)
     if done.returncode != 0:
         words = done.stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
         raise ClusterError(f"Ray on the head does not answer: {words[-1]}")
-    return done.stdout.decode()

@@ -104,10 +104,16 @@ def test_a_cluster_is_rented_entered_by_its_token_alone_and_given_back(
     began = time.monotonic()
     nodes = cluster.status().nodes
     assert time.monotonic() - began < 1
-    assert [(node.kind, node.state, node.usd_per_hour) for node in nodes] == [
-        ("head", "alive", 0.192),
-        ("worker", "alive", 0.384),
+    assert [(node.kind, node.state, node.usd_per_hour, node.num_cpus) for node in nodes] == [
+        ("head", "alive", 0.192, 0.0),
+        ("worker", "alive", 0.384, 8.0),
     ]
+    assert all(node.node_id for node in nodes)
+
+    entered = subprocess.run(
+        [*cluster.shell(nodes[1].name), "echo", "$SSH_CONNECTION"], capture_output=True, timeout=20
+    )
+    assert entered.stdout.split()[::2] == [nodes[0].name.encode(), nodes[1].name.encode()], "through the head"
 
     token = cluster.token()
     with cluster.job_server() as url:
@@ -282,7 +288,8 @@ UP = (
     "import sys; from forge.cluster.known import cluster_of; from forge.spec.load import load_cluster; "
     "from forge.errors import ForgeError\n"
     "try: cluster_of(load_cluster(sys.argv[1])).up(on_stage=lambda stage: print(stage.stage, flush=True))\n"
-    "except ForgeError as error: print(error); sys.exit(error.exit_code)"
+    "except ForgeError as error: print(error); sys.exit(error.exit_code)\n"
+    "except KeyboardInterrupt: sys.exit(130)"
 )
 
 
@@ -295,10 +302,8 @@ def test_an_up_that_is_ended_midway_leaves_no_machine_that_down_does_not_find(
     with subprocess.Popen([sys.executable, "-c", UP, str(file)], stdout=subprocess.PIPE, text=True) as process:
         wait_for(lambda: box.api.alive(REGION), timeout_s=60)
         process.send_signal(number)
-        words = process.communicate(timeout=30)[0]
-    if number is signal.SIGINT:
-        assert process.returncode == 3
-        assert words.splitlines()[-1].endswith("End it: forge cluster down boxed")
+        process.communicate(timeout=30)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[number]
     wait_for(lambda: not mentioning("ray up", "boxed.d/launch.yaml"), timeout_s=20)
     assert read_record("boxed") is not None
     assert find_cluster("boxed").down(on_stage=ignore) == []
