@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -125,16 +125,22 @@ class CloudCluster:
         with only_one(self.name):
             plan_purchase(self._spec, price_of=listed_price(self._spec))  # a wrong file costs nothing
             old = read_record(self.name)
+            if old is not None and old.provider != self._spec.provider:
+                raise ClusterError(
+                    f"a cluster '{self.name}' on {old.provider} is known already; give this one another name, or "
+                    f"end that one: forge cluster down {self.name}"
+                )
             facts = dict(old.facts) if old is not None else {}
-            if facts.get("region") and self._answers():
-                on_stage(Stage(machine="head", stage="ready"))
+            if old is not None and facts.get("region") and self._answers():
+                is_same = old.spec == self._plain_spec()
+                on_stage(Stage(machine="head", stage="ready" if is_same else "ready, by the file of before"))
                 return self.status()
             self._remember(facts)
             try:
                 self._up_somewhere(facts, on_stage=on_stage)
             finally:
                 if not facts.get("tried"):
-                    self._forget()
+                    self._forget(facts=facts)
         return self.status()
 
     def status(self) -> Status:
@@ -180,12 +186,12 @@ class CloudCluster:
             if record is None:
                 return []
             left: list[str] = []
-            for region in record.facts.get("tried", []):
+            tried = record.facts.get("tried", [])
+            # Ray's launcher knows of one place, the last; those before were given back when it was chosen.
+            for region in tried if self._spec.provider == "aws" else tried[-1:]:
                 left += self._leave(region, on_stage=on_stage)
             if not left:
-                if self._spec.provider == "aws" and record.facts.get("tried"):
-                    aws_place.remove_profiles(self.name)
-                self._forget()
+                self._forget(facts=record.facts)
         return left
 
     def on_head(
@@ -223,7 +229,8 @@ class CloudCluster:
         """Try the regions until one has the machines. Raises: ClusterError naming why none has."""
         names = workers_of(self._spec)
         prices = self._prices(names, chosen=facts.get("region"), on_stage=on_stage)
-        refusals = []
+        refusals: list[str] = []
+        left: list[str] = []
         for region, price_of in prices.items():
             on_stage(Stage(machine=region, stage="preparing"))
             facts["tried"] = [*dict.fromkeys([*facts.get("tried", []), region])]
@@ -248,7 +255,9 @@ class CloudCluster:
                 )
             on_stage(Stage(machine=region, stage=f"no room: {launch.no_capacity}", is_failure=True))
             refusals.append(f"{region}: {launch.no_capacity}")
-            self._leave(region, on_stage=on_stage)
+            left += self._leave(region, on_stage=on_stage)
+        if not left:
+            self._forget(facts=facts)
         raise ClusterError(
             f"no region has machines to rent now ({', '.join(refusals)}); try later, name more regions or "
             "instance_types, or raise the account's quota"
@@ -373,10 +382,14 @@ class CloudCluster:
         return Launcher(folder=_folder(self.name), on_news=lambda news: on_stage(Stage(machine=region, stage=news)))
 
     def _remember(self, facts: dict[str, Any]) -> None:
-        spec = self._spec.model_dump(mode="json", exclude_unset=True)
-        write_record(Record(name=self.name, provider=self._spec.provider, spec=spec, facts=facts))
+        write_record(Record(name=self.name, provider=self._spec.provider, spec=self._plain_spec(), facts=facts))
 
-    def _forget(self) -> None:
+    def _plain_spec(self) -> dict[str, Any]:
+        return self._spec.model_dump(mode="json", exclude_unset=True)
+
+    def _forget(self, *, facts: Mapping[str, Any]) -> None:
+        if self._spec.provider == "aws" and facts.get("tried"):
+            aws_place.remove_profiles(self.name)
         shutil.rmtree(_folder(self.name), ignore_errors=True)
         forget(self.name)
 

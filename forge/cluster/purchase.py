@@ -72,8 +72,8 @@ def listed_price(spec: CloudSpec) -> PriceOf:
 def plan_purchase(spec: CloudSpec, *, price_of: PriceOf) -> Purchase:
     """Choose what may be rented: as many workers as the file asks for and `max_usd_per_hour` pays for.
 
-    num_workers = min(workers.high, floor((max_usd_per_hour - head) / dearest worker), where machine types that
-    leave no room for even the fewest workers are left out.
+    num_workers = min(workers.high, floor((max_usd_per_hour - head) / cheapest worker)); machine types so dear that
+    there could not be so many of them are left out, so that it holds whichever are to be had.
 
     Raises: JobFileError if the limit does not pay for the fewest, or a price for it is not known.
     """
@@ -117,7 +117,7 @@ def order_by_price(
 
 
 def _affordable(spec: CloudSpec, *, head: Offer, workers: list[Offer], limit: float) -> list[Offer]:
-    """The offers that leave room for the fewest workers, and for one at least where there may be any."""
+    """The offers that leave room for as many workers as the cheapest of them does."""
     unknown = sorted({offer.machine_type for offer in (head, *workers) if offer.usd_per_hour is None})
     if unknown:
         raise JobFileError(
@@ -127,9 +127,11 @@ def _affordable(spec: CloudSpec, *, head: Offer, workers: list[Offer], limit: fl
         )
     fewest = min(spec.workers.high, max(1, spec.workers.low))
     left = limit - (head.usd_per_hour or 0.0)
-    kept = [offer for offer in workers if fewest * (offer.usd_per_hour or 0.0) <= left + 1e-9]
+    cheapest = min(offer.usd_per_hour or 0.0 for offer in workers)
+    most = int(left / cheapest + 1e-9) if cheapest and left > 0 else spec.workers.high
+    wanted = max(fewest, min(spec.workers.high, most))
+    kept = [offer for offer in workers if wanted * (offer.usd_per_hour or 0.0) <= left + 1e-9]
     if not kept:
-        cheapest = min(offer.usd_per_hour or 0.0 for offer in workers)
         raise JobFileError(
             f"does not pay for the head ({head.usd_per_hour:.3g} USD/h) and {fewest} of the cheapest workers "
             f"({fewest} x {cheapest:.3g} USD/h)",

@@ -91,6 +91,8 @@ def test_the_regions_are_tried_in_order_of_the_spot_price_of_now(api: Api) -> No
     assert failed == ["us-west-2", "eu-west-1", "us-east-1"]
     assert "no region has machines to rent now (us-west-2: InsufficientInstanceCapacity, eu-" in str(caught.value)
     assert all(not api.instances(region) and _groups(api, region) == ["default"] for region in REGIONS)
+    assert not api.client("iam").list_roles()["Roles"]
+    assert list_records() == []
 
 
 @pytest.mark.slow
@@ -218,6 +220,15 @@ def test_a_second_up_meanwhile_is_refused(api: Api) -> None:
     with only_one("big"), pytest.raises(ClusterError, match="another forge starts or stops the cluster 'big'"):
         CloudCluster(spec_of()).up(on_stage=ignore)
     assert not api.instances("us-east-1")
+
+
+def test_the_name_of_a_cluster_elsewhere_is_not_taken(api: Api) -> None:
+    write_record(Record(name="big", provider="ssh", spec={}))
+    with pytest.raises(ClusterError, match="a cluster 'big' on ssh is known already; give this one another name"):
+        CloudCluster(spec_of()).up(on_stage=ignore)
+    record = read_record("big")
+    assert record is not None and record.provider == "ssh"
+    assert not api.calls
 
 
 def test_a_file_that_asks_for_what_cannot_be_had_costs_nothing(api: Api) -> None:
