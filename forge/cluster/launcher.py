@@ -124,8 +124,9 @@ class Launcher:
             )
         try:
             self._follow(process, start=start, timeout_s=timeout_s)
-        finally:
+        except BaseException:
             _end(process)
+            raise
         return judge(process.returncode, output=_read(self.log, start))
 
     def _follow(self, process: subprocess.Popen[bytes], *, start: int, timeout_s: float) -> None:

@@ -297,7 +297,9 @@ def _head_commands(spec: CloudSpec, *, purchase: Purchase, python: str) -> list[
         "--autoscaling-config=~/ray_bootstrap_config.yaml "
         f"--dashboard-host=127.0.0.1 --dashboard-port={DASHBOARD_PORT} --disable-usage-stats"
     )
-    return [f"{ray} stop", f"{_environment(spec, purchase=purchase)}; ulimit -n 65536; {start}"]
+    environment = _environment(spec, purchase=purchase)
+    market = f"setsid nohup {shell_path(python)} -m forge.cluster.market > ~/.forge/market.log 2>&1 < /dev/null &"
+    return [f"{ray} stop", f"{environment}; ulimit -n 65536; {start}", f"{environment}; {market}"]
 
 
 def _worker_commands(spec: CloudSpec, *, purchase: Purchase, python: str) -> list[str]:

@@ -132,7 +132,7 @@ def test_every_machine_is_tagged_with_its_cluster_and_owner() -> None:
 @pytest.mark.parametrize("provider", PROJECT)
 def test_ray_starts_with_its_token_and_its_dashboard_on_loopback(provider: str) -> None:
     values = rendered(spec_of(provider, storage="s3://bucket/runs", max_usd_per_hour=50))
-    (_, head), (_, worker) = values["head_start_ray_commands"], values["worker_start_ray_commands"]
+    (_, head, _), (_, worker) = values["head_start_ray_commands"], values["worker_start_ray_commands"]
     assert "--dashboard-host=127.0.0.1" in head
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
     assert values["file_mounts"] == {"~/.forge/token": "/home/me/token"}
