@@ -7,7 +7,7 @@ from pathlib import Path
 from forge.cluster.base import Cluster, list_records, read_record
 from forge.cluster.here import NAME, ThisMachine
 from forge.errors import ArgumentError, ForgeError
-from forge.spec.cluster import SECTIONS, ClusterSpec, LocalSpec, SshSpec
+from forge.spec.cluster import SECTIONS, CloudSpec, ClusterSpec, LocalSpec, SshSpec
 from forge.spec.load import load_cluster
 
 
@@ -20,6 +20,10 @@ def cluster_of(spec: ClusterSpec) -> Cluster:
         from forge.cluster.ssh import SshCluster
 
         return SshCluster(spec)
+    if isinstance(spec, CloudSpec):
+        from forge.cluster.cloud import CloudCluster
+
+        return CloudCluster(spec)
     raise ForgeError(f"clusters of {spec.provider} are not known")
 
 
