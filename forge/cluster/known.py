@@ -6,8 +6,8 @@ from pathlib import Path
 
 from forge.cluster.base import Cluster, list_records, read_record
 from forge.cluster.here import NAME, ThisMachine
-from forge.errors import ArgumentError, ForgeError
-from forge.spec.cluster import SECTIONS, ClusterSpec, KubernetesSpec, LocalSpec, SshSpec
+from forge.errors import ArgumentError
+from forge.spec.cluster import SECTIONS, CloudSpec, ClusterSpec, LocalSpec, SshSpec
 from forge.spec.load import load_cluster
 
 
@@ -20,11 +20,13 @@ def cluster_of(spec: ClusterSpec) -> Cluster:
         from forge.cluster.ssh import SshCluster
 
         return SshCluster(spec)
-    if isinstance(spec, KubernetesSpec):
-        from forge.cluster.kube import KubernetesCluster
+    if isinstance(spec, CloudSpec):
+        from forge.cluster.cloud import CloudCluster
 
-        return KubernetesCluster(spec)
-    raise ForgeError(f"clusters of {spec.provider} are not known")
+        return CloudCluster(spec)
+    from forge.cluster.kube import KubernetesCluster
+
+    return KubernetesCluster(spec)
 
 
 def find_cluster(name: str | None) -> Cluster:

@@ -25,6 +25,7 @@ from forge.data.transfer import send_corpus
 from forge.errors import ArgumentError, ClusterError, ForgeError
 from forge.plan.facts import Hardware
 from forge.plan.plan import Plan
+from forge.plan.throughput import find_gpu
 from forge.report.runs import carrier_pid, count_records
 from forge.run.facts import hardware
 from forge.run.mirror import (
@@ -57,7 +58,7 @@ class Site:
     python: str
     """forge's, on the head."""
     gpu: tuple[str, int] | None
-    """Name and bytes of the first GPU of the head."""
+    """Name and bytes of a worker's GPU."""
     storage: str
     """Where runs keep their checkpoints unless their job says; empty if the cluster's file does not."""
 
@@ -77,10 +78,16 @@ def survey(cluster: Cluster) -> Site:
                 f"{name} is {there} on the cluster '{cluster.name}' and {here} here, and must be the same; set it "
                 f"up anew: forge cluster down {cluster.name}, then forge cluster up with its file"
             )
-    gpu = found["gpu"]
-    return Site(
-        cluster=cluster, python=found["python"], gpu=(gpu[0], gpu[1]) if gpu else None, storage=found["storage"]
-    )
+    gpu = _gpu_of(cluster, found["gpu"])
+    return Site(cluster=cluster, python=found["python"], gpu=gpu, storage=found["storage"])
+
+
+def _gpu_of(cluster: Cluster, on_head: list[Any] | None) -> tuple[str, int] | None:
+    """What workers have: as the cluster's file says, since a head is often without; else what the head has."""
+    known = find_gpu(cluster.gpu) if cluster.gpu is not None else None
+    if known is not None:
+        return known.name, known.memory_gib * 2**30
+    return (str(on_head[0]), int(on_head[1])) if on_head else None
 
 
 def _release(name: str, version: str) -> str:

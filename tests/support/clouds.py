@@ -40,6 +40,8 @@ class Service(ABC):
     num_refused: int = 0
     num_failed: int = 0
     port: int = 0
+    address: str = "127.0.0.1"
+    """Where it listens."""
 
     @abstractmethod
     def announce(self) -> None:
@@ -52,7 +54,7 @@ class Service(ABC):
     @property
     def environment(self) -> dict[str, str]:
         """What leads a watcher here."""
-        return {"FORGE_CLOUD": type(self).__name__.lower(), self.variable: f"http://127.0.0.1:{self.port}"}
+        return {"FORGE_CLOUD": type(self).__name__.lower(), self.variable: f"http://{self.address}:{self.port}"}
 
     def start(self) -> None:
         service = self
@@ -62,7 +64,7 @@ class Service(ABC):
                 service._respond(self)
 
         self._ended = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self._server = ThreadingHTTPServer((self.address, self.port), Handler)
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()

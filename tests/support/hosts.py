@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ class Hosts:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def gateway(self) -> str:
+        """This machine's address, as the others see it."""
+        return f"10.77.{self._number}.1"
 
     def ip(self, host: int) -> str:
         """A host's address."""
@@ -113,6 +118,24 @@ class Hosts:
         self._reap(host)
         _end_all(self._name(host))
 
+    def add(self, host: int, *, etc: Mapping[str, str] | None = None) -> None:
+        """A machine more, at that place of the network; nothing runs on it yet.
+
+        Args:
+            etc: Files that its programs see in `/etc`, by name.
+        """
+        self._make(host, neighbours=())
+        for name, text in (etc or {}).items():
+            (_FILES / self._name(host) / name).write_text(text)
+        _ip(self._neighbour(11 + host, _bridge_of(self._number)))
+        wait_for(functools.partial(_is_open, self._name(host)), timeout_s=10)
+
+    def remove(self, host: int) -> None:
+        """Have a machine vanish, and its place be free."""
+        self.kill(host)
+        shutil.rmtree(_FILES / self._name(host), ignore_errors=True)
+        _ip(f"link del {self._name(host)}", f"netns del {self._name(host)}")
+
     def start_ray(self, *, head_cpus: int = 0, cpus: int = 1) -> str:
         """Start Ray's head on host 0, then a node on every other. Returns: the address, when all are up."""
         head = ["--head", "--port", str(_RAY_PORT), "--include-dashboard", "false"]
@@ -150,25 +173,7 @@ class Hosts:
         (self.folder / "token").write_text(secrets.token_hex(32))
         bridge, hosts = _bridge_of(self._number), range(self.count)
         for host in hosts:
-            name, mac = self._name(host), self._mac(11 + host)
-            (_FILES / name).mkdir(parents=True, exist_ok=True)
-            (_FILES / name / "resolv.conf").write_text("nameserver 127.0.0.1\n")
-            _ip(
-                f"netns add {name}",
-                f"link add {name} type veth peer name eth0 address {mac} netns {name}",
-                f"link set {name} master {bridge} up",
-            )
-            neighbours = [self._neighbour(11 + other, "eth0") for other in hosts if other != host]
-            _ip(
-                "link set lo up",
-                f"addr add {self.ip(host)}/24 dev eth0",
-                "link set eth0 up",
-                # Leads nowhere, but many programs ask for the route to the world to learn their own address.
-                "route add default dev eth0",
-                self._neighbour(1, "eth0"),
-                *neighbours,
-                namespace=name,
-            )
+            self._make(host, neighbours=[other for other in hosts if other != host])
         _ip(
             f"link set {bridge} address {self._mac(1)} up",
             f"addr add 10.77.{self._number}.1/24 dev {bridge}",
@@ -177,6 +182,27 @@ class Hosts:
         # The kernel is late to see that a link is up, and would then open a port that was cut meanwhile.
         for host in hosts:
             wait_for(functools.partial(_is_open, self._name(host)), timeout_s=10)
+
+    def _make(self, host: int, *, neighbours: Sequence[int]) -> None:
+        """Make one machine, which knows where others are; of any more it has to ask."""
+        name, mac = self._name(host), self._mac(11 + host)
+        (_FILES / name).mkdir(parents=True, exist_ok=True)
+        (_FILES / name / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+        _ip(
+            f"netns add {name}",
+            f"link add {name} type veth peer name eth0 address {mac} netns {name}",
+            f"link set {name} master {_bridge_of(self._number)} up",
+        )
+        _ip(
+            "link set lo up",
+            f"addr add {self.ip(host)}/24 dev eth0",
+            "link set eth0 up",
+            # Leads nowhere, but many programs ask for the route to the world to learn their own address.
+            "route add default dev eth0",
+            self._neighbour(1, "eth0"),
+            *(self._neighbour(11 + other, "eth0") for other in neighbours),
+            namespace=name,
+        )
 
     def _neighbour(self, last: int, device: str) -> str:
         return f"neigh add 10.77.{self._number}.{last} lladdr {self._mac(last)} dev {device} nud permanent"
