@@ -7,6 +7,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from typing import Any
 
 from forge.cluster.base import Node
@@ -46,7 +47,7 @@ def _get(url: str, path: str, token: str) -> Any:
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
             return json.load(response)["data"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
         raise ClusterError(f"the cluster's dashboard does not answer: {error}") from error
 
 

@@ -27,7 +27,7 @@ from tests.support.kubernetes_api import serve
 
 KUBECTL = shutil.which("kubectl") or ""
 
-pytestmark = pytest.mark.skipif(not KUBECTL, reason="there is no kubectl here")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not KUBECTL, reason="there is no kubectl here")]
 
 
 @pytest.fixture
