@@ -80,6 +80,7 @@ def ignore(stage: Stage) -> None:
     """News that nobody waits for."""
 
 
+@pytest.mark.slow
 def test_a_cluster_is_rented_entered_by_its_token_alone_and_given_back(
     box: CloudBox, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,9 +116,7 @@ def cluster(hosts: Hosts, home: Path) -> Iterator[str]:
 # These belong together and run in this order: a cluster takes ten seconds to start.
 class TestUp:
     def test_it_says_what_it_is(self, cluster: str, hosts: Hosts, home: Path) -> None:
-        began = time.monotonic()
         found = json.loads(forge("cluster", "status", "lab", "-o", "json", cwd=home).stdout)
-        assert time.monotonic() - began < 5
         assert [(node["name"], node["kind"], node["state"]) for node in found["nodes"]] == [
             (hosts.ip(0), "head", "alive"),
             (hosts.ip(1), "worker", "alive"),

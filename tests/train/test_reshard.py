@@ -18,7 +18,8 @@ from forge.train.storage import open_storage
 from tests.support.odd import MATRIX, VARIANTS, differing, odd_state, write_pattern
 from tests.support.ranks import on_ranks
 
-WORLD_SIZES = range(1, 9)
+SOME_SIZES, ALL_SIZES = (1, 2, 3, 5), tuple(range(1, 9))
+"""The slow set takes all: 1,600 loads."""
 PROGRESS = Progress(step=7, num_tokens=70, recipe="recipe", corpus="corpus")
 
 
@@ -36,14 +37,14 @@ def save_all(rank: int, root: str, world_size: int) -> list[list[Any]]:
     return outcomes
 
 
-def load_all(rank: int, root: str, world_size: int) -> tuple[int, list[str]]:
+def load_all(rank: int, root: str, world_size: int, sizes: tuple[int, ...]) -> tuple[int, list[str]]:
     """Load what every kind of engine at every world size has saved. Returns: how many, and what differs."""
     join_process_group(device=torch.device("cpu"))
     wrong, count = [], 0
     for variant in MATRIX:
         state = odd_state(variant, world_size=world_size)
         for saved_variant in MATRIX:
-            for saved_size in WORLD_SIZES:
+            for saved_size in sizes:
                 write_pattern(state, zero=True)
                 state.read(open_checkpoint(open_storage(place(root, saved_variant, saved_size)), step_name(7)))
                 state.resume(step=7)
@@ -57,25 +58,39 @@ def place(root: str, variant: str, world_size: int) -> str:
     return f"{root}/{variant}/{world_size}"
 
 
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(SOME_SIZES, id="some"), pytest.param(ALL_SIZES, id="all", marks=pytest.mark.slow)],
+)
+def sizes(request: pytest.FixtureRequest) -> tuple[int, ...]:
+    """World sizes whose checkpoints are there."""
+    chosen: tuple[int, ...] = request.param
+    return chosen
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(sizes: tuple[int, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root: Path = tmp_path_factory.mktemp("saved")
-    for world_size in WORLD_SIZES:
+    for world_size in sizes:
         for outcomes in on_ranks(save_all, str(root), world_size, world_size=world_size):
             assert all(isinstance(outcome, Saved) for each in outcomes for outcome in each)
     return root
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_every_world_size_and_stage_loads_what_every_other_saved_bit_for_bit(saved: Path, world_size: int) -> None:
-    for count, wrong in on_ranks(load_all, str(saved), world_size, world_size=world_size):
-        assert count == len(MATRIX) ** 2 * len(WORLD_SIZES)
-        assert wrong == []
+def test_every_world_size_and_stage_loads_what_every_other_saved_bit_for_bit(
+    saved: Path, sizes: tuple[int, ...]
+) -> None:
+    for world_size in sizes:
+        for count, wrong in on_ranks(load_all, str(saved), world_size, sizes, world_size=world_size):
+            assert count == len(MATRIX) ** 2 * len(sizes)
+            assert wrong == []
 
 
 @pytest.mark.parametrize("variant", MATRIX)
-def test_over_all_parts_every_element_of_every_kind_is_saved_exactly_once(saved: Path, variant: str) -> None:
-    for world_size in WORLD_SIZES:
+def test_over_all_parts_every_element_of_every_kind_is_saved_exactly_once(
+    saved: Path, sizes: tuple[int, ...], variant: str
+) -> None:
+    for world_size in sizes:
         storage = open_storage(place(str(saved), variant, world_size))
         assert verify_checkpoint(storage, step_name(7)) is None
         checkpoint = open_checkpoint(storage, step_name(7))
