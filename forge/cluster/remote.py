@@ -65,6 +65,8 @@ class Machine:
             raise ClusterError("there is no ssh on this machine; install OpenSSH's client") from None
         except subprocess.TimeoutExpired:
             raise ClusterError(f"{self.host} did not answer within {timeout_s:.0f} s") from None
+        if done.returncode < 0:
+            raise ClusterError(f"{self.host} was given up: ssh was ended by signal {-done.returncode}")
         if done.returncode == _OPENSSH_FAILED:
             raise self._refusal(done.stderr.decode(errors="replace"))
         return done

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from forge.cluster.known import find_cluster
 from forge.plan.plan import Plan
 from forge.report.runs import RunSummary, failure_of, follow, read_run
-from forge.run.submit import carry, create_run, resolve
+from forge.run.remote import fit_to, hardware_there, submit, survey
+from forge.run.submit import Carried, carry, create_run, resolve
 from forge.spec import load
 from forge.spec.load import LoadedJob
 
@@ -38,19 +40,30 @@ def plan_job(job: str | Path | LoadedJob) -> Plan:
 
 
 def train_job(
-    job: str | Path | LoadedJob, *, on_record: Callable[[dict[str, Any]], None] | None = None
+    job: str | Path | LoadedJob,
+    *,
+    cluster: str | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
 ) -> RunSummary:
     """Train a job to its last step.
 
     Args:
+        cluster: name or file of one that is up; by default this machine.
         on_record: called with every step (`{"step": 1, "train/loss": ...}`) and event (`{"event": ...}`).
 
     Returns: the run; its status is `finished`, or `stopped` if somebody else asked it to stop.
     Raises: JobFileError, PlanError, DataError, ArgumentError before it starts; afterwards what ended it:
         RunError, ClusterError, CheckpointError.
     """
-    folder = create_run(resolve(_loaded(job), is_dry_run=False))
-    carried = carry(folder)
+    loaded = _loaded(job)
+    if cluster is None:
+        folder = create_run(resolve(loaded, is_dry_run=False))
+        carried: Carried = carry(folder)
+    else:
+        site = survey(find_cluster(cluster))
+        plan = resolve(fit_to(site, loaded), is_dry_run=False, find_hardware=hardware_there(site))
+        folder = create_run(plan, root=loaded.job.checkpoint.runs)
+        carried = submit(site, plan, folder=folder)
     try:
         for record in follow(folder, goes_on=carried.is_alive):
             if record is not None and on_record is not None:
