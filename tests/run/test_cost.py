@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.command import environment, forge
 
 JOB = """\
@@ -17,6 +19,7 @@ tracking: {wandb: {mode: disabled}}
 """
 
 
+@pytest.mark.slow
 def test_a_budget_ends_a_run_with_a_checkpoint_and_is_known_again(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(JOB)
     (tmp_path / "corpus").mkdir()

@@ -228,6 +228,7 @@ class TestInPeace:
         assert first.stdout == again.stdout
 
 
+@pytest.mark.slow
 class TestEndedEarly:
     def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(self, disturbed: dict[str, Execution]) -> None:
         run = disturbed["interrupted"]
