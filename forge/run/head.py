@@ -47,8 +47,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m forge.run.head")
     verbs = parser.add_subparsers(dest="verb", required=True)
     check = verbs.add_parser("check")
-    check.add_argument("--corpus", default="")
-    check.add_argument("--digest", default="")
     check.add_argument("--folder", type=Path)
     receive = verbs.add_parser("receive")
     receive.add_argument("corpus")
@@ -89,7 +87,6 @@ def _check(options: argparse.Namespace) -> dict[str, Any]:
         | {"python": platform.python_version()},
         "python": sys.executable,
         "gpu": gpu and list(gpu),
-        "has_corpus": bool(options.corpus) and has_corpus(_corpus(options.corpus), digest=options.digest),
         "has_folder": options.folder is not None and options.folder.is_dir(),
         "storage": os.environ.get("FORGE_STORAGE", ""),
     }
@@ -101,8 +98,11 @@ def _receive(options: argparse.Namespace) -> str:
     return str(folder)
 
 
-def _admit(options: argparse.Namespace) -> str:
-    """Take a run's folder in, and lend its secrets. What stands there already of its history is newer."""
+def _admit(options: argparse.Namespace) -> dict[str, Any]:
+    """Take a run's folder in, and lend its secrets; what stands there already of its history is newer.
+
+    Returns: `folder`, and `has_corpus`: where it has not, nothing is lent, and the run is to be admitted again.
+    """
     secrets: dict[str, str] = json.loads(sys.stdin.buffer.readline())
     folder = Path(options.folder or _RUNS / options.run_id).expanduser().absolute()
     if carrier_pid(folder) is not None:
@@ -119,8 +119,10 @@ def _admit(options: argparse.Namespace) -> str:
         path.write_text(plan_to_json(replace(plan, corpus=here)))
     except (OSError, tarfile.TarError) as error:
         raise ClusterError(f"the run's folder {folder} on the cluster cannot be written: {error}") from error
-    lend(options.run_id, secrets)
-    return str(folder)
+    is_here = has_corpus(Path(here.folder), digest=here.digest)
+    if is_here:
+        lend(options.run_id, secrets)
+    return {"folder": str(folder), "has_corpus": is_here}
 
 
 def _stop(options: argparse.Namespace) -> bool:

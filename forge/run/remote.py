@@ -47,7 +47,7 @@ from forge.spec.load import LoadedJob
 _SEND_TIMEOUT_S = 24 * 3600.0
 _START_TIMEOUT_S = 90.0
 _POLL_S = 0.05
-_SMALL_FILES = ("job.yaml", "plan.json", EVENTS, METRICS)
+_SMALL_FILES: tuple[str, ...] = ("job.yaml", "plan.json", EVENTS, METRICS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,7 @@ def survey(cluster: Cluster) -> Site:
 
     Raises: ClusterError if it is not reached, or has other versions of what must be the same on both sides.
     """
+    threading.Thread(target=_import_jobs, daemon=True).start()
     found = ask(cluster, "check")
     ours = {name: version(name) for name in ("forge-train", "ray", "torch")}
     ours["python"] = platform.python_version()
@@ -80,6 +81,11 @@ def survey(cluster: Cluster) -> Site:
             )
     gpu = _gpu_of(cluster, found["gpu"])
     return Site(cluster=cluster, python=found["python"], gpu=gpu, storage=found["storage"])
+
+
+def _import_jobs() -> None:
+    """Import Ray's client for jobs while the head is asked."""
+    import ray.job_submission  # noqa: F401
 
 
 def _gpu_of(cluster: Cluster, on_head: list[Any] | None) -> tuple[str, int] | None:
@@ -137,14 +143,7 @@ def submit(site: Site, plan: Plan, *, folder: Path) -> Carried:
         not arrive.
     """
     cluster = site.cluster
-    if cluster.shares_files:
-        there = str(folder.absolute())
-        ask(cluster, "admit", folder.name, "--folder", there, stdin=_secrets_line() + _packed(folder, names=()))
-    else:
-        _bring_corpus(cluster, plan)
-        place = ["--folder", f"{plan.job.checkpoint.to}/{folder.name}"] if _is_shared_folder(plan) else []
-        stdin = _secrets_line() + _packed(folder, names=_SMALL_FILES)
-        there = ask(cluster, "admit", folder.name, *place, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
+    there = _admit(cluster, plan, folder)
     num_events, num_steps = count_records(folder)
     at = Whereabouts(
         cluster=cluster.name,
@@ -176,12 +175,28 @@ def _await_carrier(client: Any, at: Whereabouts, folder: Path) -> CarriedHere:
         time.sleep(_POLL_S)
 
 
-def _bring_corpus(cluster: Cluster, plan: Plan) -> None:
-    """Send the corpus, unless it is there."""
+def _admit(cluster: Cluster, plan: Plan, folder: Path) -> str:
+    """Hand over the run's small files and its secrets, and its corpus where that is missing.
+
+    Returns: the run's folder on the head.
+    """
+    words, names = ["admit", folder.name], _SMALL_FILES
+    if cluster.shares_files:
+        words, names = [*words, "--folder", str(folder.absolute())], ()
+    elif plan.job.checkpoint.to.startswith("/"):  # a folder that all machines share: the run's own lies there too
+        words += ["--folder", f"{plan.job.checkpoint.to}/{folder.name}"]
+    stdin = json.dumps(credentials(os.environ)).encode() + b"\n" + _packed(folder, names=names)
+    admitted = ask(cluster, *words, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
+    if not admitted["has_corpus"]:
+        _send_corpus(cluster, plan)
+        admitted = ask(cluster, *words, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
+    there: str = admitted["folder"]
+    return there
+
+
+def _send_corpus(cluster: Cluster, plan: Plan) -> None:
     assert plan.corpus is not None, "a run is submitted with a full plan"
     folder, digest = Path(plan.corpus.folder), plan.corpus.digest
-    if ask(cluster, "check", "--corpus", folder.name, "--digest", digest)["has_corpus"]:
-        return
     read_fd, write_fd = os.pipe()
     problems: list[Exception] = []
 
@@ -212,12 +227,3 @@ def _packed(folder: Path, *, names: tuple[str, ...]) -> bytes:
         if names:
             archive.add(folder / "tokenizer", arcname="tokenizer")
     return content.getvalue()
-
-
-def _secrets_line() -> bytes:
-    return json.dumps(credentials(os.environ)).encode() + b"\n"
-
-
-def _is_shared_folder(plan: Plan) -> bool:
-    """Whether the run's checkpoints, and so its folder, lie in a folder that all machines share."""
-    return plan.job.checkpoint.to.startswith("/")
