@@ -252,7 +252,11 @@ def test_a_notice_promises_no_more_time_than_the_machine_has(
 
 def test_runs_are_told_prices_and_storage() -> None:
     head, worker = pods_of(ray_cluster(spec(**EVERYTHING), ray_version=RAY))
-    assert environment_of(head) == {"FORGE_STORAGE": "gs://bucket/runs", "FORGE_MAX_USD_PER_HOUR": "100.0"}
+    assert environment_of(head) == {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "FORGE_STORAGE": "gs://bucket/runs",
+        "FORGE_MAX_USD_PER_HOUR": "100.0",
+    }
     assert environment_of(worker)["FORGE_USD_PER_HOUR"] == "12.5"
 
 
