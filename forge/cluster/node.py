@@ -43,16 +43,20 @@ class NodeProcess:
         return self.boot_id == boot_id() and start_ticks(self.pid) == self.started_ticks
 
 
-def launch(arguments: Sequence[str], *, log: Path) -> tuple[NodeProcess, subprocess.Popen[bytes]]:
+def launch(
+    arguments: Sequence[str], *, log: Path, after: str | None = None
+) -> tuple[NodeProcess, subprocess.Popen[bytes]]:
     """Begin to start a node, as a session of its own.
 
     Args:
         arguments: of `ray start`.
         log: where it writes.
+        after: address of the head, if that may be being started just now.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
-        *(str(Path(sys.executable).with_name("ray")), "start", *arguments, "--block", "--disable-usage-stats"),
+        *([sys.executable, "-m", "forge.cluster.joining", after] if after else [_ray()]),
+        *("start", *arguments, "--block", "--disable-usage-stats"),
         # Ray's own choice is one for all nodes of a machine; without it a head takes no jobs.
         *("--dashboard-agent-listen-port", str(free_port())),
     ]
@@ -62,6 +66,10 @@ def launch(arguments: Sequence[str], *, log: Path) -> tuple[NodeProcess, subproc
         )
     ticks = start_ticks(process.pid)
     return NodeProcess(pid=process.pid, started_ticks=ticks or 0, boot_id=boot_id()), process
+
+
+def _ray() -> str:
+    return str(Path(sys.executable).with_name("ray"))
 
 
 def await_start(process: subprocess.Popen[bytes], *, log: Path) -> None:

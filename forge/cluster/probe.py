@@ -15,12 +15,25 @@ import sys
 import time
 from pathlib import Path
 
+LOOK = """
+import json, platform
+from importlib import metadata
+found = {"python": platform.python_version()}
+for name in ("forge-train", "ray", "torch"):
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+
 
 def main() -> None:
     folder, version = Path(sys.argv[1]).expanduser(), sys.argv[2]
     given = str(Path(sys.argv[3]).expanduser()) if len(sys.argv) > 3 else None
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     python = given or shutil.which("python" + version) or sys.executable
+    versions = versions_of(python)
     facts = {
         "time": time.time(),
         "folder": str(folder),
@@ -30,21 +43,19 @@ def main() -> None:
         "num_cpus": os.cpu_count(),
         "gpus": gpus(),
         "python": python,
-        "version": version_of(python),
-        "versions": versions_of(given) if given else {},
+        "version": versions.pop("python", ""),
+        "versions": versions,
     }
     sys.stdout.write(json.dumps(facts) + "\n")
 
 
-def version_of(python: str) -> str:
-    return ask([python, "-c", "import platform; print(platform.python_version())"])
-
-
 def versions_of(python: str) -> dict[str, str]:
-    names = ("forge-train", "ray", "torch")
-    code = "import json\nfrom importlib.metadata import version\nprint(json.dumps({n: version(n) for n in %r}))"
-    text = ask([python, "-c", code % (names,)])
-    return json.loads(text) if text else {}
+    """Of itself and of what a cluster must agree on, as far as it is there; nothing if it does not run."""
+    text = ask([python, "-c", LOOK])
+    try:
+        return dict(json.loads(text))
+    except ValueError:
+        return {}
 
 
 def gpus() -> list[list[str]]:

@@ -11,6 +11,7 @@ import contextlib
 import getpass
 import hashlib
 import json
+import secrets
 import socket
 import subprocess
 import time
@@ -114,20 +115,11 @@ class SshCluster:
                 list(self._machines), lambda host: self._prepare(host, package, on_stage), failures, on_stage
             )
             self._require_head(failures)
-            head = self._head.host
             places = {host: [one.python, one.folder] for host, one in ready.items()}
             facts["places"] = facts.get("places", {}) | places
             self._remember(facts)  # from here on there is something to be stopped
-            told = self._each(
-                [head], lambda host: self._start(host, ready[host], token, None, on_stage), failures, on_stage
-            )
-            self._require_head(failures)
-            facts |= told[head]
+            facts |= self._start_all(ready, token, failures, on_stage)
             self._remember(facts)
-            others = [host for host in ready if host != head]
-            self._each(
-                others, lambda host: self._start(host, ready[host], token, facts, on_stage), failures, on_stage
-            )
             least = self._spec.min_machines or len(self._machines)
             if len(self._machines) - len(failures) < least:
                 raise ClusterError(
@@ -251,9 +243,7 @@ class SshCluster:
         except BaseException:  # Ctrl-C: nobody waits for what the others say
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in futures):
-                for child in psutil.Process().children():
-                    with contextlib.suppress(psutil.Error):
-                        child.terminate()
+                _end_children()
                 time.sleep(_POLL_S)
             raise
         pool.shutdown()
@@ -268,10 +258,35 @@ class SshCluster:
             tell=lambda words: on_stage(Stage(machine=host, stage=words)),
         )
 
-    def _start(
-        self, host: str, ready: Ready, token: str, head: Mapping[str, Any] | None, on_stage: OnStage
+    def _start_all(
+        self, ready: Mapping[str, Ready], token: str, failures: dict[str, str], on_stage: OnStage
     ) -> dict[str, Any]:
-        """Start Ray on a machine. Returns: of the head, what is to be remembered."""
+        """Start Ray everywhere at once; the others wait for the head's port.
+
+        Returns: what is to be remembered.
+        Raises: ClusterError if the head does not start.
+        """
+        head, late = self._head.host, dict[str, str]()
+        place = {"cluster": self.name, "host": head}
+        session = self._station(head, ready[head], "look", place, timeout_s=_STOP_TIMEOUT_S)["session"]
+        session = session or secrets.token_hex(8)
+
+        def start(host: str) -> int:
+            try:
+                return self._start(host, ready[host], token, session, on_stage)
+            except ClusterError:
+                if host == head:
+                    _end_children()  # which would wait in vain
+                raise
+
+        job_ports = self._each(list(ready), start, late, on_stage)
+        failures |= {head: late[head]} if head in late else late
+        self._require_head(failures)
+        addresses = {host: _address_of(host) for host in self._machines}
+        return {"session": session, "job_port": job_ports[head], "addresses": addresses}
+
+    def _start(self, host: str, ready: Ready, token: str, session: str, on_stage: OnStage) -> int:
+        """Start Ray on a machine. Returns: of the head, the port of its job server."""
         on_stage(Stage(machine=host, stage="starting Ray"))
         address = _address_of(host)
         order = {
@@ -281,14 +296,13 @@ class SshCluster:
             "token": token,
             "temporary": self._temporary(host),
             "port": self._spec.ray_port,
-            "head": None if head is None else f"{_address_of(self._head.host)}:{self._spec.ray_port}",
-            "session": None if head is None else head["session"],
+            "head": None if host == self._head.host else f"{_address_of(self._head.host)}:{self._spec.ray_port}",
+            "session": session,
             "environment": self._environment(),
         }
         answer = self._station(host, ready, "up", order, timeout_s=_START_TIMEOUT_S)
         on_stage(Stage(machine=host, stage="ready (it was up)" if answer["was_up"] else "ready"))
-        addresses = {host: _address_of(host) for host in self._machines}
-        return {"session": answer["session"], "job_port": answer["job_port"], "addresses": addresses}
+        return int(answer["job_port"])
 
     def _stop(self, host: str, facts: Mapping[str, Any], on_stage: OnStage) -> list[str]:
         on_stage(Stage(machine=host, stage="stopping"))
@@ -337,6 +351,13 @@ class SshCluster:
         """For Ray's sockets, whose path must be short, and its logs; of this cluster and user alone."""
         owner = f"{self._spec.user or getpass.getuser()}@{host}/{self.name}"
         return f"/tmp/forge-{hashlib.blake2b(owner.encode(), digest_size=5).hexdigest()}"
+
+
+def _end_children() -> None:
+    """End every ssh that is waited for."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            child.terminate()
 
 
 def _address_of(host: str) -> str:

@@ -1,4 +1,4 @@
-"""forge on one machine of a cluster: `python -m forge.cluster.station up|down FOLDER`, with an order on stdin.
+"""forge on one machine of a cluster: `python -m forge.cluster.station up|look|down FOLDER`, with an order on stdin.
 
 It starts this machine's Ray node, knows it again, and ends it; what is to be known of it lies under
 `FOLDER/clusters/<cluster>/<host>`. Secrets come on stdin and go into files of their owner's alone. The answer is
@@ -29,7 +29,7 @@ def main() -> None:
     order = json.load(sys.stdin)
     answer: dict[str, Any]
     try:
-        answer = {"answer": {"up": _up, "down": _down}[verb](folder, order)}
+        answer = {"answer": {"up": _up, "look": _look, "down": _down}[verb](folder, order)}
     except ForgeError as error:
         answer = {"error": str(error)}
     except OSError as error:
@@ -40,18 +40,20 @@ def main() -> None:
 def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     """Start this machine's node, unless the one that runs is as it should be.
 
-    Returns: `was_up`; of a head its `session`, which is another one whenever a head is started, and `job_port`.
+    All nodes of a cluster are started with one `session`, which is another one whenever its head is started: a node
+    of another session belongs to a head that is gone.
+
+    Returns: `was_up`; of a head its `job_port`.
     """
     place = folder / "clusters" / order["cluster"] / order["host"]
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     known = _known(place)
     is_head = order["head"] is None
-    wanted = {"python": sys.executable, "session": None if is_head else order["session"]}
     if known is not None and known["node"].is_alive:
-        if known["python"] != wanted["python"]:
+        if known["python"] != sys.executable:
             raise ClusterError("another version of forge runs there; take the cluster down first")
-        if is_head or known["session"] == wanted["session"]:
-            return {"was_up": True, "session": known["session"], "job_port": known["job_port"]}
+        if known["session"] == order["session"]:
+            return {"was_up": True, "job_port": known["job_port"]}
     if known is not None:
         end_node(known["node"])
     token = place / "token"
@@ -71,15 +73,21 @@ def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     else:
         arguments += ["--address", order["head"]]
     log = place / "ray.log"
-    node, process = launch(arguments, log=log)
-    session = f"{node.boot_id}-{node.started_ticks}" if is_head else order["session"]
+    node, process = launch(arguments, log=log, after=order["head"])
+    known = {"node": asdict(node), "python": sys.executable, "session": order["session"], "job_port": job_port}
     try:
-        _write(place, {"node": asdict(node), "python": sys.executable, "session": session, "job_port": job_port})
+        _write(place, known)
         await_start(process, log=log)
     except BaseException:
         end_node(node)
         raise
-    return {"was_up": False, "session": session, "job_port": job_port}
+    return {"was_up": False, "job_port": job_port}
+
+
+def _look(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
+    """Returns: the `session` of the node that runs on this machine; None if none does."""
+    known = _known(folder / "clusters" / order["cluster"] / order["host"])
+    return {"session": known["session"] if known is not None and known["node"].is_alive else None}
 
 
 def _down(folder: Path, order: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.support.command import wait_for
 from tests.support.hosts import Hosts
 
-_SSHD = "/usr/sbin/sshd"
+SSHD = "/usr/sbin/sshd"
 _CONFIG = """\
 Port 22
 HostKey {folder}/host_key
@@ -67,7 +67,7 @@ def start_sshd(
     (folder / "log").unlink(missing_ok=True)
     for path in private:
         path.mkdir(parents=True, exist_ok=True)
-    server = [_SSHD, "-D", "-f", str(folder / "config"), "-E", str(folder / "log")]
+    server = [SSHD, "-D", "-f", str(folder / "config"), "-E", str(folder / "log")]
     mounts = [f"mount -t tmpfs none {path}" for path in private]  # in the mount namespace that `ip` has made
     hosts.run(host, "/bin/sh", "-c", " && ".join([*mounts, f"exec {shlex.join(server)}"]))
     wait_for(lambda: _listens(folder), timeout_s=10)
