@@ -34,6 +34,7 @@ def main() -> None:
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     python = given or shutil.which("python" + version) or sys.executable
     versions = versions_of(python)
+    found, gpu_problem = gpus()
     facts = {
         "time": time.time(),
         "folder": str(folder),
@@ -41,7 +42,8 @@ def main() -> None:
         "is_writable": os.access(str(there), os.W_OK),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "num_cpus": os.cpu_count(),
-        "gpus": gpus(),
+        "gpus": found,
+        "gpu_problem": gpu_problem,
         "python": python,
         "version": versions.pop("python", ""),
         "versions": versions,
@@ -58,9 +60,23 @@ def versions_of(python: str) -> dict[str, str]:
         return {}
 
 
-def gpus() -> list[list[str]]:
-    text = ask(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"])
-    return [[part.strip() for part in line.rsplit(",", 2)] for line in text.splitlines() if line.strip()]
+def gpus() -> tuple[list[list[str]], str]:
+    """Name, memory in MiB and driver of each; and why its driver does not tell, where there is one."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False)
+    except FileNotFoundError:
+        return [], ""
+    except subprocess.TimeoutExpired:
+        return [], "nvidia-smi did not answer within 30 s"
+    except OSError as error:
+        return [], f"nvidia-smi: {error.strerror}"
+    lines = [line.strip() for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
+    if "No devices were found" in lines:
+        return [], ""
+    if done.returncode:
+        return [], lines[-1] if lines else f"nvidia-smi ended with {done.returncode}"
+    return [[part.strip() for part in line.rsplit(",", 2)] for line in lines], ""
 
 
 def ask(command: list[str]) -> str:
@@ -71,4 +87,5 @@ def ask(command: list[str]) -> str:
     return done.stdout.decode().strip()
 
 
-main()
+if __name__ == "__main__":
+    main()

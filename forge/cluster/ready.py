@@ -107,7 +107,10 @@ def make_ready(
     tell("checking")
     facts = probe(machine, folder=folder, python=python)
     require_usable(facts, needs_install=package is not None)
-    gpus = f", {len(facts['gpus'])} × {facts['gpus'][0][0]}" if facts["gpus"] else ""
+    gpus = ""
+    if facts["gpus"]:
+        name, _, driver = facts["gpus"][0]
+        gpus = f", {len(facts['gpus'])} × {name} (driver {driver})"
     size = f"{facts['num_cpus']} CPUs, {format_bytes(facts['memory_bytes'])}{gpus}"
     place = str(facts["folder"])
     if package is None:
@@ -118,7 +121,7 @@ def make_ready(
 
 
 def probe(machine: Machine, *, folder: str, python: str | None) -> dict[str, Any]:
-    """What a machine is, as `forge.cluster.probe` says, and `skew_s`, how far its clock is ahead.
+    """What a machine is, as `forge.cluster.probe` says, and `skew_s`, how far its clock is ahead at least.
 
     Raises: ClusterError if it is not reached, or has no Python.
     """
@@ -133,7 +136,16 @@ def probe(machine: Machine, *, folder: str, python: str | None) -> dict[str, Any
     except ValueError:
         said = last_line(done.stderr) or f"it ended with {done.returncode}"
         raise ClusterError(f"no Python could be run there, {said}; install python{minor}") from None
-    return facts | {"skew_s": facts["time"] - (began + time.time()) / 2}
+    return facts | {"skew_s": skew_of(facts["time"], began=began, ended=time.time())}
+
+
+def skew_of(there: float, *, began: float, ended: float) -> float:
+    """How many seconds a clock there is ahead at least; negative where it is behind.
+
+    It was read at some moment between two of this machine's, of which nobody knows which: a machine that is slow
+    to answer has no wrong clock.
+    """
+    return max(0.0, there - ended) + min(0.0, there - began)
 
 
 def require_usable(facts: Mapping[str, Any], *, needs_install: bool) -> None:
@@ -165,6 +177,8 @@ def require_usable(facts: Mapping[str, Any], *, needs_install: bool) -> None:
         raise ClusterError(
             f"its disk has {free} free under {facts['folder']}, and {format_bytes(least)} are needed"
         )
+    if facts["gpu_problem"]:
+        raise ClusterError(f"its GPU's driver does not work: {facts['gpu_problem']}; reboot it, or mend the driver")
     if abs(facts["skew_s"]) > _MOST_SKEW_S:
         ahead = "ahead" if facts["skew_s"] > 0 else "behind"
         raise ClusterError(f"its clock is {abs(facts['skew_s']):.0f} s {ahead}; have it set, by chrony or ntpd say")
