@@ -22,6 +22,12 @@ from forge.errors import ClusterError
 _CONNECT_TIMEOUT_S = 10
 _FORWARD_TIMEOUT_S = 20.0
 _POLL_S = 0.02
+_ENDS_WITH_US = """\
+( while test -d /proc/$PPID; do sleep 0.2; done; kill -s TERM -- -$$ ) </dev/null >/dev/null 2>&1 & watch=$!
+{line}
+code=$?; kill $watch; exit $code"""
+"""OpenSSH's server gives a command without a terminal a session of its own, and lets it run on when the connection
+is gone: so it has a watch, which ends the session's group when the server's process for it is no more."""
 _OPENSSH_FAILED = 255
 """The exit status by which ssh says that it, and not the command, has failed. Source: ssh(1), EXIT STATUS."""
 
@@ -51,20 +57,32 @@ class Machine:
         return [*command, *options, self.host]
 
     def run(
-        self, command: Sequence[str] | str, *, stdin: bytes | IO[bytes] = b"", timeout_s: float = 60.0
+        self,
+        command: Sequence[str] | str,
+        *,
+        stdin: bytes | IO[bytes] = b"",
+        timeout_s: float = 60.0,
+        ends_with_us: bool = False,
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a command there, or a line for its shell; how it went is the caller's to judge.
+
+        Args:
+            ends_with_us: Where this process ends, takes too long or is interrupted, the command ends as well.
 
         Raises: ClusterError if the machine is not reached, does not let us in, or takes too long.
         """
         line = command if isinstance(command, str) else shlex.join(command)
+        if ends_with_us:
+            line = _ENDS_WITH_US.format(line=line)
         ssh = [*self.ssh("-T", "-o", "BatchMode=yes"), line]
         try:
             done = subprocess.run(ssh, **given(stdin), capture_output=True, timeout=timeout_s, check=False)
         except FileNotFoundError:
             raise ClusterError("there is no ssh on this machine; install OpenSSH's client") from None
         except subprocess.TimeoutExpired:
-            raise ClusterError(f"{self.host} did not answer within {timeout_s:.0f} s") from None
+            raise ClusterError(
+                f"{self.host} did not answer within {timeout_s:.0f} s; try it by hand: {shlex.join(self.ssh())}"
+            ) from None
         if done.returncode < 0:
             raise ClusterError(f"{self.host} was given up: ssh was ended by signal {-done.returncode}")
         if done.returncode == _OPENSSH_FAILED:
@@ -110,13 +128,30 @@ class Machine:
                 f"{self.host} shows another key than before: another machine, or one that was set up anew. If it "
                 f"was: ssh-keygen -R {shlex.quote(name)} -f {shlex.quote(str(self.known_hosts))}"
             )
+        by_hand = f"try it by hand: {shlex.join(self.ssh())}"
+        if "UNPROTECTED PRIVATE KEY FILE" in words:
+            key = self.identity_file or "a key of yours"
+            mend = f"chmod 600 {shlex.quote(self.identity_file)}" if self.identity_file else "chmod 600 it"
+            return ClusterError(f"{key} can be read by others, and OpenSSH does not use it then: {mend}")
         if "Permission denied" in words or "Too many authentication failures" in words:
+            if self.identity_file is not None and not Path(self.identity_file).expanduser().is_file():
+                return ClusterError(
+                    f"{self.host} does not let {self.user or 'you'} in: there is no key {self.identity_file} here; "
+                    "name another: identity_file in the cluster's file"
+                )
             key = f"the key {self.identity_file}" if self.identity_file else "any key of yours"
+            return ClusterError(f"{self.host} does not let {self.user or 'you'} in with {key}: {last}; {by_hand}")
+        if "Could not resolve hostname" in words:
             return ClusterError(
-                f"{self.host} does not let {self.user or 'you'} in with {key}: {last}; "
-                f"try it by hand: {shlex.join(self.ssh())}"
+                f"{self.host} cannot be reached: {last}; correct it under machines in the cluster's file, or have "
+                f"the name known here (getent hosts {self.host})"
             )
-        return ClusterError(f"{self.host} cannot be reached: {last}")
+        if "Connection refused" in words:
+            return ClusterError(
+                f"{self.host} cannot be reached: {last}; start its sshd (systemctl start ssh), or correct port in "
+                "the cluster's file"
+            )
+        return ClusterError(f"{self.host} cannot be reached: {last}; {by_hand}")
 
 
 def _free_port() -> int:

@@ -35,6 +35,13 @@ def test_a_port_where_nobody_listens(tmp_path: Path, closed_port: int) -> None:
     [
         (b"root@h: Permission denied (publickey).", "does not let you in with any key of yours: .*try it by hand"),
         (b"WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!\nHost key verification failed.", "ssh-keygen -R"),
+        (
+            b"Permissions 0644 for 'k' are too open.\nWARNING: UNPROTECTED PRIVATE KEY FILE!\nh: Permission denied",
+            "chmod 600",
+        ),
+        (b"ssh: connect to host h port 22: Connection refused", "start its sshd"),
+        (b"ssh: Could not resolve hostname h: Name or service not known", "correct it under machines"),
+        (b"ssh: connect to host h port 22: No route to host", "No route to host; try it by hand: ssh -p 22 "),
         (b"", "it did not say why"),
     ],
 )
@@ -50,14 +57,26 @@ def test_every_refusal_says_what_to_do(
         machine(tmp_path, "h").run(["true"])
 
 
+def test_a_key_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\necho 'h: Permission denied (publickey).' >&2\nexit 255\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(ClusterError, match=r"does not let me in: there is no key .*/gone here; name another"):
+        machine(tmp_path, "h", user="me", identity_file=str(tmp_path / "gone")).run(["true"])
+
+
+@pytest.mark.parametrize("ends_with_us", [False, True])
 def test_a_command_that_fails_there_is_the_callers_to_judge(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_with_us: bool
 ) -> None:
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    done = machine(tmp_path, "h").run(["sh", "-c", "cat; echo $0 two  words; exit 3", "it's"], stdin=b"in ")
+    done = machine(tmp_path, "h").run(
+        ["sh", "-c", "cat; echo $0 two  words; exit 3", "it's"], stdin=b"in ", ends_with_us=ends_with_us
+    )
     assert (done.returncode, done.stdout) == (3, b"in it's two words\n")
 
 
