@@ -86,7 +86,7 @@ class Package:
         )
         once = f"test -e {place}/whole || {{ {build}; }}"
         line = f"mkdir -p {facts['folder']}/envs && flock {place}.lock sh -c {shlex.quote(once)}"
-        done = machine.run(line, stdin=self.content, timeout_s=_INSTALL_TIMEOUT_S)
+        done = machine.run(line, stdin=self.content, timeout_s=_INSTALL_TIMEOUT_S, ends_with_us=True)
         if done.returncode:
             raise ClusterError(f"forge could not be installed there: {last_line(done.stderr)}")
         return f"{place}/env/bin/python"

@@ -11,10 +11,10 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from forge.cluster.base import given
 from forge.errors import ClusterError
@@ -76,7 +76,7 @@ class Machine:
             line = _ENDS_WITH_US.format(line=line)
         ssh = [*self.ssh("-T", "-o", "BatchMode=yes"), line]
         try:
-            done = subprocess.run(ssh, **given(stdin), capture_output=True, timeout=timeout_s, check=False)
+            done = _run(ssh, given(stdin), timeout_s=timeout_s)
         except FileNotFoundError:
             raise ClusterError("there is no ssh on this machine; install OpenSSH's client") from None
         except subprocess.TimeoutExpired:
@@ -152,6 +152,33 @@ class Machine:
                 "the cluster's file"
             )
         return ClusterError(f"{self.host} cannot be reached: {last}; {by_hand}")
+
+
+def give_up() -> None:
+    """End every ssh whose command this process waits for, in any thread."""
+    for ssh in list(_awaited):
+        ssh.terminate()
+
+
+_awaited: set[subprocess.Popen[bytes]] = set()
+
+
+def _run(
+    command: Sequence[str], stdin: Mapping[str, Any], *, timeout_s: float
+) -> subprocess.CompletedProcess[bytes]:
+    """As `subprocess.run` does, but so that `give_up` ends it."""
+    said = stdin.get("input")
+    source = subprocess.PIPE if said is not None else stdin["stdin"]
+    with subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ssh:
+        _awaited.add(ssh)
+        try:
+            out, err = ssh.communicate(said, timeout=timeout_s)
+        except BaseException:
+            ssh.kill()
+            raise
+        finally:
+            _awaited.discard(ssh)
+    return subprocess.CompletedProcess(ssh.args, ssh.returncode, out, err)
 
 
 def _free_port() -> int:

@@ -14,13 +14,10 @@ import json
 import secrets
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import IO, Any
-
-import psutil
 
 from forge.cluster.base import (
     Node,
@@ -36,17 +33,17 @@ from forge.cluster.base import (
     token_path,
     write_record,
 )
+from forge.cluster.crew import MOST_AT_ONCE, each
 from forge.cluster.dashboard import ray_nodes, ray_runs
 from forge.cluster.ready import Package, Ready, last_line, make_ready
-from forge.cluster.remote import Machine
+from forge.cluster.remote import Machine, give_up
 from forge.errors import ClusterError
 from forge.spec.cluster import SshSpec
 from forge.spec.dump import dump_plain
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 60.0
-_MOST_AT_ONCE = 32
-_POLL_S = 0.05
+_KNOCK_TIMEOUT_S = 2.0
 
 
 class SshCluster:
@@ -54,17 +51,7 @@ class SshCluster:
 
     def __init__(self, spec: SshSpec) -> None:
         self._spec = spec
-        known_hosts = state_folder("clusters") / f"{spec.name}.known_hosts"
-        self._machines = {
-            host: Machine(
-                host=host,
-                known_hosts=known_hosts,
-                user=spec.user,
-                port=spec.port,
-                identity_file=spec.identity_file,
-            )
-            for host in spec.machines
-        }
+        self._machines = {host: self._machine(host) for host in spec.machines}
         self._head = self._machines[spec.machines[0]]
 
     @property
@@ -108,25 +95,25 @@ class SshCluster:
             token = make_token(self.name)
             known = read_record(self.name)
             facts = dict(known.facts) if known else {}
+            self._require_same_head(known)
             self._remember(facts)
+            places = facts.setdefault("places", {})
+            self._part(places, on_stage)
             package = Package.of(self._spec.wheels) if self._spec.python is None else None
             failures: dict[str, str] = {}
-            ready = self._each(
-                list(self._machines), lambda host: self._prepare(host, package, on_stage), failures, on_stage
+            ready = each(
+                list(self._machines),
+                lambda host: self._prepare(host, places.get(host), package, on_stage),
+                failures,
+                on_stage,
             )
             self._require_head(failures)
-            places = {host: [one.python, one.folder] for host, one in ready.items()}
-            facts["places"] = facts.get("places", {}) | places
+            self._require_enough(failures, "nothing was started")
+            places |= {host: [one.python, one.folder] for host, one in ready.items()}
             self._remember(facts)  # from here on there is something to be stopped
             facts |= self._start_all(ready, token, failures, on_stage)
             self._remember(facts)
-            least = self._spec.min_machines or len(self._machines)
-            if len(self._machines) - len(failures) < least:
-                raise ClusterError(
-                    f"{len(self._machines) - len(failures)} of at least {least} machines of '{self.name}' are "
-                    f"ready; the others:\n{_listed(failures)}\nWhat was started stays; mend it and {self._up} "
-                    f"again, or forge cluster down {self.name}"
-                )
+            self._require_enough(failures, f"what was started stays, until forge cluster down {self.name}")
         return self.status()
 
     def status(self) -> Status:
@@ -142,15 +129,11 @@ class SshCluster:
         alive = {node.name for node in nodes if node.state == "alive"}
         named = {address: host for host, address in addresses.items()}
         shown = [node for node in nodes if node.state == "alive"]
-        shown += [
-            Node(name=host, kind="worker", state="gone")
-            for host in self._machines
-            if addresses.get(host) not in alive
-        ]
+        shown += self._missing([host for host in self._machines if addresses.get(host) not in alive])
         return Status(
             name=self.name,
             provider="ssh",
-            address=f"{self._head.host}:{self._spec.ray_port}",
+            address=known.facts["address"],
             nodes=tuple(replace(node, name=named.get(node.name, node.name)) for node in shown),
             runs=runs,
         )
@@ -162,9 +145,9 @@ class SshCluster:
             known = read_record(self.name)
             facts = known.facts if known else {}
             failures: dict[str, str] = {}
-            ended = self._each(
-                list(self._machines), lambda host: self._stop(host, facts, on_stage), failures, on_stage
-            )
+            places = facts.get("places", {})  # also of machines that its file no longer names
+            hosts = list(dict.fromkeys([*self._machines, *places]))
+            ended = each(hosts, lambda host: self._stop(host, places, on_stage), failures, on_stage)
             for host, processes in ended.items():
                 left += [f"{host}: {process}" for process in processes]
             left += [f"{host}: {error}; what runs there goes on" for host, error in failures.items()]
@@ -211,6 +194,25 @@ class SshCluster:
         spec = self._spec.model_dump(mode="json", exclude_defaults=True)
         write_record(Record(name=self.name, provider="ssh", spec=spec, facts=facts))
 
+    def _machine(self, host: str) -> Machine:
+        return Machine(
+            host=host,
+            known_hosts=state_folder("clusters") / f"{self.name}.known_hosts",
+            user=self._spec.user,
+            port=self._spec.port,
+            identity_file=self._spec.identity_file,
+        )
+
+    def _require_same_head(self, known: Record | None) -> None:
+        """Another head is another cluster, and what runs on the one before would be lost."""
+        if known is not None and "job_port" in known.facts:
+            before, now = known.spec["machines"][0], self._head.host
+            if before != now:
+                raise ClusterError(
+                    f"the head of '{self.name}' is {before}, and its file now begins with {now}: put {before} "
+                    f"first, or forge cluster down {self.name} before"
+                )
+
     def _require_head(self, failures: Mapping[str, str]) -> None:
         if self._head.host in failures:
             raise ClusterError(
@@ -218,45 +220,55 @@ class SshCluster:
                 f"{_listed(failures)}"
             )
 
-    def _each(
-        self,
-        hosts: Sequence[str],
-        work: Callable[[str], Any],
-        failures: dict[str, str],
-        on_stage: OnStage,
-    ) -> dict[str, Any]:
-        """Do something with many machines at once; those that fail are added to `failures`."""
-        done: dict[str, Any] = {}
+    def _require_enough(self, failures: Mapping[str, str], consequence: str) -> None:
+        least = self._spec.min_machines or len(self._machines)
+        num_ready = len(self._machines) - len(failures)
+        if num_ready < least:
+            raise ClusterError(
+                f"{num_ready} of at least {least} machines of '{self.name}' are ready; the others:\n"
+                f"{_listed(failures)}\nMend them and {self._up} again, or lower min_machines in it; {consequence}"
+            )
 
-        def one(host: str) -> None:
+    def _part(self, places: dict[str, Any], on_stage: OnStage) -> None:
+        """Stop machines that the file no longer names; those that cannot be, `down` tries again."""
+        gone = [host for host in places if host not in self._machines]
+        for host, left in each(gone, lambda host: self._stop(host, places, on_stage), {}, on_stage).items():
+            if not left:
+                del places[host]
+
+    def _missing(self, hosts: Sequence[str]) -> list[Node]:
+        """Machines without a node, and whether they can be reached at all."""
+
+        def one(host: str) -> Node:
             try:
-                done[host] = work(host)
-            except ClusterError as error:
-                failures[host] = str(error).removeprefix(f"{host} ")
-                on_stage(Stage(machine=host, stage=failures[host], is_failure=True))
+                self._machines[host].run(["true"], timeout_s=_KNOCK_TIMEOUT_S)
+            except ClusterError:
+                return Node(name=host, kind="worker", state="unreachable")
+            return Node(name=host, kind="worker", state="gone", usd_per_hour=self._spec.usd_per_hour)
 
-        pool = ThreadPoolExecutor(max_workers=_MOST_AT_ONCE)
-        futures = [pool.submit(one, host) for host in hosts]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:  # Ctrl-C: nobody waits for what the others say
-            pool.shutdown(wait=False, cancel_futures=True)
-            while not all(future.done() for future in futures):
-                _end_children()
-                time.sleep(_POLL_S)
-            raise
-        pool.shutdown()
-        return {host: done[host] for host in hosts if host in done}
+        if not hosts:
+            return []
+        with ThreadPoolExecutor(max_workers=MOST_AT_ONCE) as pool:
+            return list(pool.map(one, hosts))
 
-    def _prepare(self, host: str, package: Package | None, on_stage: OnStage) -> Ready:
-        return make_ready(
+    def _prepare(self, host: str, place: Sequence[str] | None, package: Package | None, on_stage: OnStage) -> Ready:
+        """
+        Args:
+            place: Where something of the cluster was started there before.
+        """
+        ready = make_ready(
             self._machines[host],
             folder=self._spec.folder,
             python=self._spec.python,
             package=package,
             tell=lambda words: on_stage(Stage(machine=host, stage=words)),
         )
+        if place is not None and place[1] != ready.folder:
+            raise ClusterError(
+                f"what was started there lies in {place[1]}, and the file names {ready.folder} now: forge cluster "
+                f"down {self.name} with the file as it was"
+            )
+        return ready
 
     def _start_all(
         self, ready: Mapping[str, Ready], token: str, failures: dict[str, str], on_stage: OnStage
@@ -276,14 +288,15 @@ class SshCluster:
                 return self._start(host, ready[host], token, session, on_stage)
             except ClusterError:
                 if host == head:
-                    _end_children()  # which would wait in vain
+                    give_up()  # which would wait in vain
                 raise
 
-        job_ports = self._each(list(ready), start, late, on_stage)
+        job_ports = each(list(ready), start, late, on_stage)
         failures |= {head: late[head]} if head in late else late
         self._require_head(failures)
         addresses = {host: _address_of(host) for host in self._machines}
-        return {"session": session, "job_port": job_ports[head], "addresses": addresses}
+        address = f"{head}:{self._spec.ray_port}"
+        return {"session": session, "job_port": job_ports[head], "address": address, "addresses": addresses}
 
     def _start(self, host: str, ready: Ready, token: str, session: str, on_stage: OnStage) -> int:
         """Start Ray on a machine. Returns: of the head, the port of its job server."""
@@ -304,11 +317,11 @@ class SshCluster:
         on_stage(Stage(machine=host, stage="ready (it was up)" if answer["was_up"] else "ready"))
         return int(answer["job_port"])
 
-    def _stop(self, host: str, facts: Mapping[str, Any], on_stage: OnStage) -> list[str]:
+    def _stop(self, host: str, places: Mapping[str, Any], on_stage: OnStage) -> list[str]:
         on_stage(Stage(machine=host, stage="stopping"))
-        if host not in facts.get("places", {}):  # it never came to that
+        if host not in places:  # it never came to that
             return []
-        python, folder = facts["places"][host]
+        python, folder = places[host]
         answer = self._station(
             host,
             Ready(python=python, folder=folder),
@@ -324,7 +337,13 @@ class SshCluster:
         self, host: str, ready: Ready, verb: str, order: Mapping[str, Any], *, timeout_s: float
     ) -> dict[str, Any]:
         command = [ready.python, "-m", "forge.cluster.station", verb, ready.folder]
-        done = self._machines[host].run(command, stdin=json.dumps(order).encode(), timeout_s=timeout_s)
+        done = self._machine(host).run(
+            # What starts late, when nobody waits for it any more, would not be found by `down`.
+            command,
+            stdin=json.dumps(order).encode(),
+            timeout_s=timeout_s,
+            ends_with_us=True,
+        )
         try:
             answer = json.loads(done.stdout.splitlines()[-1])
         except (ValueError, IndexError):
@@ -351,13 +370,6 @@ class SshCluster:
         """For Ray's sockets, whose path must be short, and its logs; of this cluster and user alone."""
         owner = f"{self._spec.user or getpass.getuser()}@{host}/{self.name}"
         return f"/tmp/forge-{hashlib.blake2b(owner.encode(), digest_size=5).hexdigest()}"
-
-
-def _end_children() -> None:
-    """End every ssh that is waited for."""
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            child.terminate()
 
 
 def _address_of(host: str) -> str:

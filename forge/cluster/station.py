@@ -7,11 +7,14 @@ one line of JSON, an error too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,12 @@ from forge.errors import ClusterError, ForgeError
 
 _OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory for Ray's objects; forge passes pieces of a corpus through it, and no tensors."""
+
+_NO_METRICS = {"RAY_enable_metrics_collection": "0", "DASHBOARD_METRIC_PORT": "-1"}
+"""Where Prometheus' client is installed, Ray's programs let everybody read metrics from all addresses, without a
+token. One has no switch; a port that there cannot be keeps it from listening. The monitor is for autoscaling."""
+_WORKER_PORTS = range(10002, 20000)
+"""Source: `ray start --help`, --min-worker-port and --max-worker-port."""
 
 
 def main() -> None:
@@ -50,8 +59,7 @@ def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     known = _known(place)
     is_head = order["head"] is None
     if known is not None and known["node"].is_alive:
-        if known["python"] != sys.executable:
-            raise ClusterError("another version of forge runs there; take the cluster down first")
+        _require_as_asked(known, order, place)
         if known["session"] == order["session"]:
             return {"was_up": True, "job_port": known["job_port"]}
     if known is not None:
@@ -59,7 +67,10 @@ def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     token = place / "token"
     with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(order["token"])
-    os.environ.update(order["environment"] | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # of another cluster, and Ray would prefer it
+    os.environ.update(
+        order["environment"] | _NO_METRICS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    )
     temporary = Path(order["temporary"])
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)
@@ -69,19 +80,33 @@ def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     if is_head:
         _require_free(order["port"])
         arguments += ["--head", "--port", str(order["port"]), "--include-dashboard", "true", "--log-color", "false"]
-        arguments += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(job_port)]
+        arguments += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(job_port), "--no-monitor"]
+        if order["port"] in _WORKER_PORTS:  # Ray refuses a port that its workers might take
+            arguments += ["--min-worker-port", "20000", "--max-worker-port", "29999"]
     else:
         arguments += ["--address", order["head"]]
     log = place / "ray.log"
-    node, process = launch(arguments, log=log, after=order["head"])
-    known = {"node": asdict(node), "python": sys.executable, "session": order["session"], "job_port": job_port}
+    with _unstoppable():  # until what was started is known, and can be found by `down`
+        node, process = launch(arguments, log=log, after=order["head"])
+        known = {"node": asdict(node), "python": sys.executable, "session": order["session"], "job_port": job_port}
+        _write(place, known | {"port": order["port"]})
     try:
-        _write(place, known)
         await_start(process, log=log)
     except BaseException:
         end_node(node)
         raise
     return {"was_up": False, "job_port": job_port}
+
+
+def _require_as_asked(known: dict[str, Any], order: dict[str, Any], place: Path) -> None:
+    """Raises: ClusterError if what runs is not what is asked for, but for the machines."""
+    first = f"forge cluster down {order['cluster']} first"
+    if known["python"] != sys.executable:
+        raise ClusterError(f"another version of forge runs there, {known['python']}; {first}")
+    if known.get("port", order["port"]) != order["port"]:
+        raise ClusterError(f"Ray runs there with port {known['port']}, the file says {order['port']} now; {first}")
+    if (place / "token").read_text() != order["token"]:
+        raise ClusterError(f"Ray runs there with another token than is known here; {first}")
 
 
 def _look(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +141,16 @@ def _write(place: Path, body: dict[str, Any]) -> None:
     draft = place / "node.draft"
     draft.write_text(json.dumps(body) + "\n")
     draft.replace(place / "node.json")
+
+
+@contextlib.contextmanager
+def _unstoppable() -> Iterator[None]:
+    """Go on for a moment although the connection is gone."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # unlike one that is ignored, Ray does not inherit it
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _require_free(port: int) -> None:

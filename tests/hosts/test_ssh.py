@@ -13,11 +13,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from forge.cluster.base import Stage, read_record, token_path
+from forge.cluster.remote import Machine
 from forge.cluster.ssh import SshCluster
 from forge.errors import ClusterError
 from forge.report.runs import read_metrics, read_run
@@ -35,6 +37,17 @@ resources: {workers: "1..2", gpu: none}
 tracking: {wandb: {mode: disabled}}
 """
 SECRET = "planted-fedcba9876543210"
+_ASK = """
+import http.client, sys
+for port in sys.argv[2:]:
+    try:
+        there = http.client.HTTPConnection(sys.argv[1], int(port), timeout=5)
+        there.request("GET", "/metrics")
+        print(there.getresponse().status)
+    except (OSError, http.client.HTTPException):
+        print("none")
+"""
+"""Whether a port speaks HTTP to a stranger."""
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +133,7 @@ class TestUp:
         assert [(node["name"], node["kind"], node["state"]) for node in found["nodes"]] == [
             (hosts.ip(0), "head", "alive"),
             (hosts.ip(1), "worker", "alive"),
-            (hosts.ip(2), "worker", "gone"),
+            (hosts.ip(2), "worker", "unreachable"),
         ]
 
     def test_up_again_leaves_alone_what_runs_and_mends_what_is_missing(
@@ -136,8 +149,7 @@ class TestUp:
 
     def test_nobody_gets_in_without_the_token(self, cluster: str, hosts: Hosts, home: Path) -> None:
         inside = SshCluster(spec_of(hosts))
-        facts = read_record("lab")
-        assert facts is not None
+        facts = facts_of("lab")
         with inside.job_server() as url:
             for headers in ({}, {"Authorization": "Bearer " + "0" * 64}):
                 request = urllib.request.Request(f"{url}/api/jobs/", headers=headers)
@@ -145,7 +157,7 @@ class TestUp:
                     urllib.request.urlopen(request, timeout=10)
                 assert refused.value.code in (401, 403)
         # From another machine the dashboard is not even there.
-        knock = f"import socket; socket.create_connection(('{hosts.ip(0)}', {facts.facts['job_port']}), timeout=3)"
+        knock = f"import socket; socket.create_connection(('{hosts.ip(0)}', {facts['job_port']}), timeout=3)"
         stranger = hosts.run(1, sys.executable, "-c", knock, stderr=subprocess.PIPE)
         assert b"ConnectionRefused" in stranger.communicate(timeout=20)[1]
         refused_job = "import ray; ray.init('auto', logging_level='error')"
@@ -172,6 +184,30 @@ class TestUp:
         assert (second.returncode, "another forge starts or stops" in second.stderr) == (3, True)
         first.communicate(timeout=60)
         assert first.returncode == 0
+
+    def test_nothing_that_others_reach_answers_without_the_token(self, cluster: str, hosts: Hosts) -> None:
+        listed = hosts.run(0, "ss", "-Hltn", stdout=subprocess.PIPE, text=True).communicate(timeout=20)[0]
+        local = [line.split()[3].rpartition(":") for line in listed.splitlines()]
+        ports = {port for address, _, port in local if "127.0.0.1" not in address and address != "[::1]"}
+        assert len(ports) > 5
+        stranger = hosts.run(1, sys.executable, "-c", _ASK, hosts.ip(0), *ports, stdout=subprocess.PIPE, text=True)
+        answers = stranger.communicate(timeout=60)[0].split()
+        assert len(answers) == len(ports)
+        assert "401" in answers
+        assert "200" not in answers
+
+    def test_what_runs_otherwise_than_the_file_says_is_not_touched(self, cluster: str, hosts: Hosts) -> None:
+        before, facts = heads(hosts), facts_of("lab")
+        told = failures(SshCluster(spec_of(hosts, ray_port=7000)), match="forge cluster down lab first")
+        assert "Ray runs there with port 6379, the file says 7000 now" in told[0].stage
+        failures(SshCluster(spec_of(hosts, folder=str(hosts.folder / "other"))), match="with the file as it was")
+        turned = tuple(reversed(spec_of(hosts).machines))
+        failures(SshCluster(spec_of(hosts, machines=turned)), match=f"the head of 'lab' is {hosts.ip(0)}, and")
+        token = token_path("lab").read_text()
+        token_path("lab").unlink()  # and another one is made
+        failures(SshCluster(spec_of(hosts)), match="with another token than is known here; forge cluster down lab")
+        token_path("lab").write_text(token)
+        assert (heads(hosts), facts_of("lab")) == (before, facts)
 
     @pytest.mark.slow
     def test_a_run_lives_through_the_loss_of_a_machine_and_its_return(
@@ -219,6 +255,21 @@ class TestUp:
                 assert not (path.is_file() and SECRET.encode() in path.read_bytes()), path
         assert forge("runs", "logs", folder.name, "--file", "supervisor", cwd=home).returncode == 0
 
+    def test_a_machine_that_the_file_no_longer_names_is_stopped(self, cluster: str, hosts: Hosts) -> None:
+        """Must come last."""
+        told: list[Stage] = []
+        two = SshCluster(spec_of(hosts, machines=(hosts.ip(0), hosts.ip(1)), min_machines=2))
+        assert len(two.up(on_stage=told.append).nodes) == 2
+        assert (hosts.ip(2), "stopped") in {(stage.machine, stage.stage) for stage in told}
+        assert [line for line in mentioning(hosts.ip(2)) if "raylet" in line] == []
+
+
+def facts_of(name: str) -> dict[str, Any]:
+    """What is remembered of a cluster that is up."""
+    record = read_record(name)
+    assert record is not None
+    return dict(record.facts)
+
 
 def worker_of(folder: Path, *, head: str) -> str:
     """Address of a machine with ranks that is not the head."""
@@ -250,6 +301,25 @@ def heads(hosts: Hosts) -> set[int]:
 
 # From here on nothing is started.
 class TestWhatIsWrong:
+    @pytest.fixture
+    def machine(self, hosts: Hosts, tmp_path: Path) -> Machine:
+        key = str(client_key(hosts))
+        return Machine(host=hosts.ip(0), known_hosts=tmp_path / "known", user="root", identity_file=key)
+
+    def test_what_ends_with_the_connection_does(self, machine: Machine) -> None:
+        lines = ("sleep 4321.5 | cat", "sh -c 'sleep 4321.5 & wait'")
+        for line in lines:
+            with pytest.raises(ClusterError, match="did not answer within 1 s"):
+                machine.run(line, timeout_s=1.0, ends_with_us=True)
+            wait_for(lambda: not mentioning("4321.5"), timeout_s=5)
+
+    def test_of_what_has_ended_nothing_is_left(self, machine: Machine) -> None:
+        done = machine.run("echo $PPID; exit 3", ends_with_us=True)
+        assert done.returncode == 3
+        wait_for(
+            lambda: not mentioning(f"test -d /proc/{done.stdout.decode().strip()}", "/proc/$PPID"), timeout_s=5
+        )
+
     def test_a_key_that_lets_nobody_in(self, hosts: Hosts) -> None:
         other = spec_of(hosts, name="keyless", identity_file=str(stranger_key(hosts)))
         told = failures(SshCluster(other), match="the head of 'keyless'")
@@ -292,18 +362,49 @@ class TestWhatIsWrong:
 
     def test_ctrl_c_in_the_middle_says_what_is_there(self, hosts: Hosts, home: Path, tmp_path: Path) -> None:
         slow = tmp_path / "python"
-        slow.write_text(f'#!/bin/sh\ncase "$*" in *station*) sleep 30;; esac\nexec {sys.executable} "$@"\n')
+        slow.write_text(f'#!/bin/sh\ncase "$*" in *station?up*) sleep 30;; esac\nexec {sys.executable} "$@"\n')
         slow.chmod(0o755)
         text = spec_of(hosts, name="slow", python=str(slow)).model_dump(mode="json", exclude_unset=True)
         (home / "slow.yaml").write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in text.items()))
         process = start_forge("cluster", "up", "slow.yaml", cwd=home)
         assert process.stderr is not None
         read_until(process.stderr.readline, "starting Ray")
+        wait_for(lambda: [line for line in mentioning(str(slow)) if "ssh" not in line])
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
         assert process.returncode == 130
         assert "forge cluster down slow" in err
         assert read_record("slow") is not None
+        wait_for(lambda: not mentioning(str(slow)), timeout_s=5)  # it would have started Ray after `down`
+        slow.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        assert forge("cluster", "down", "slow", cwd=home).returncode == 0
+        assert read_record("slow") is None
+
+    def test_too_few_machines_are_not_even_started(self, hosts: Hosts) -> None:
+        lone = spec_of(hosts, name="lone", machines=(hosts.ip(0), "nobody.invalid"))
+        told = failures(
+            SshCluster(lone), match="1 of at least 2 machines of 'lone' are ready.*(?s:.*)nothing was started"
+        )
+        assert "correct it under machines in the cluster's file" in told[0].stage
+        assert mentioning("lone") == []
+
+
+@pytest.mark.slow
+def test_forge_is_installed_where_no_environment_is_given(hosts: Hosts, home: Path) -> None:
+    """From the package index of this machine: some minutes."""
+    spec = spec_of(hosts, name="bare", machines=(hosts.ip(0), hosts.ip(1)), python=None)
+    bare, told = SshCluster(spec), []
+    try:
+        bare.up(on_stage=told.append)
+        # They share their files: one has built it, the other has waited.
+        (environment,) = (hosts.folder / "forge" / "envs").glob("*/env")
+        done = bare.on_head(["python", "-c", "import forge, ray, torch; print(forge.__file__, ray.__file__)"])
+        assert done.stdout.decode().count(str(environment)) == 2, done.stderr
+        began = time.monotonic()
+        bare.up(on_stage=told.append)
+        assert time.monotonic() - began < 20
+    finally:
+        assert bare.down(on_stage=told.append) == []
 
 
 def read_until(read: Callable[[], str], words: str) -> None:
