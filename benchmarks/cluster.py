@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.program import FORGE
+from benchmarks.program import FORGE, running
 from benchmarks.report import Measured, benchmark_parser, print_table, write_json
 from forge.cluster.node import free_port
 from forge.cluster.ssh import SshCluster
@@ -76,17 +76,17 @@ def main() -> None:
 
 
 def bare_start(folder: Path) -> float:
-    """Ray's own command, with what forge asks of it."""
+    """Ray's own command, with what forge asks of it; all that it has started is ended, and no other Ray."""
     temporary = tempfile.mkdtemp(prefix="fb", dir="/tmp")
     command = [RAY, "start", "--head", "--port", str(free_port()), "--include-dashboard", "true"]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(free_port()), "--disable-usage-stats"]
     command += ["--dashboard-agent-listen-port", str(free_port()), "--temp-dir", temporary]
     command += ["--object-store-memory", str(128 * 2**20)]
     began = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True, cwd=folder)
-    seconds = time.monotonic() - began
-    subprocess.run([RAY, "stop", "--force"], check=True, capture_output=True)
-    return seconds
+    with running(command, folder=folder) as program:
+        if program.process.wait():
+            raise RuntimeError(f"ray start failed:\n{program.last_words()}")
+        return time.monotonic() - began
 
 
 def local_up() -> tuple[float, float]:

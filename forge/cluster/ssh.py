@@ -124,8 +124,13 @@ class SshCluster:
         addresses: dict[str, str] = known.facts.get("addresses", {})
         prices = dict.fromkeys(addresses.values(), self._spec.usd_per_hour)
         with self.job_server() as url:
-            nodes = ray_nodes(url, token=self.token(), prices=prices)
-            runs = tuple(ray_runs(url, token=self.token()))
+            try:
+                nodes = ray_nodes(url, token=self.token(), prices=prices)
+                runs = tuple(ray_runs(url, token=self.token()))
+            except ClusterError as error:
+                raise ClusterError(
+                    f"{error}; where Ray has ended on {self._head.host}, {self._up} mends it"
+                ) from None
         alive = {node.name for node in nodes if node.state == "alive"}
         named = {address: host for host, address in addresses.items()}
         shown = [node for node in nodes if node.state == "alive"]

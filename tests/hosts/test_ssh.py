@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from forge.cluster.base import Stage, read_record, token_path
+from forge.cluster.package import locked_requirements
 from forge.cluster.remote import Machine
 from forge.cluster.ssh import SshCluster
 from forge.errors import ClusterError
@@ -255,6 +256,22 @@ class TestUp:
                 assert not (path.is_file() and SECRET.encode() in path.read_bytes()), path
         assert forge("runs", "logs", folder.name, "--file", "supervisor", cwd=home).returncode == 0
 
+    @pytest.mark.slow
+    def test_a_head_that_is_lost_is_named_and_started_again_with_all_others(
+        self, cluster: str, hosts: Hosts, home: Path
+    ) -> None:
+        before = heads(hosts)
+        hosts.kill(0)
+        refused = forge("cluster", "status", "lab", cwd=home)
+        assert (refused.returncode, f"{hosts.ip(0)} cannot be reached" in refused.stderr) == (3, True)
+        start(hosts, 0)
+        refused = forge("cluster", "status", "lab", cwd=home)
+        assert (refused.returncode, "forge cluster up with its file mends it" in refused.stderr) == (3, True)
+        done = forge("cluster", "up", cluster, cwd=home)
+        assert done.returncode == 0, done.stderr
+        assert "3 nodes" in done.stderr
+        assert not heads(hosts) & before
+
     def test_a_machine_that_the_file_no_longer_names_is_stopped(self, cluster: str, hosts: Hosts) -> None:
         """Must come last."""
         told: list[Stage] = []
@@ -390,19 +407,22 @@ class TestWhatIsWrong:
 
 
 @pytest.mark.slow
-def test_forge_is_installed_where_no_environment_is_given(hosts: Hosts, home: Path) -> None:
-    """From the package index of this machine: some minutes."""
-    spec = spec_of(hosts, name="bare", machines=(hosts.ip(0), hosts.ip(1)), python=None)
-    bare, told = SshCluster(spec), []
+def test_forge_is_installed_where_no_environment_is_given(hosts: Hosts, home: Path, tmp_path: Path) -> None:
+    """From wheels that are copied there, since these machines reach no package index: half a gigabyte."""
+    (tmp_path / "requirements.txt").write_text(locked_requirements())
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(tmp_path / "wheels")]
+    subprocess.run([*pip, "-r", str(tmp_path / "requirements.txt")], check=True)
+    machines = (hosts.ip(0),)
+    spec = spec_of(hosts, name="bare", machines=machines, python=None, wheels=str(tmp_path / "wheels"))
+    bare, told = SshCluster(spec), list[Stage]()
     try:
         bare.up(on_stage=told.append)
-        # They share their files: one has built it, the other has waited.
-        (environment,) = (hosts.folder / "forge" / "envs").glob("*/env")
-        done = bare.on_head(["python", "-c", "import forge, ray, torch; print(forge.__file__, ray.__file__)"])
-        assert done.stdout.decode().count(str(environment)) == 2, done.stderr
-        began = time.monotonic()
+        python = json.loads(bare.on_head(["python", "-m", "forge.run.head", "check"]).stdout)["answer"]["python"]
+        assert python.startswith(str(hosts.folder / "forge" / "envs"))
+        assert any("installing forge" in stage.stage for stage in told)
+        built = Path(python).stat().st_mtime
         bare.up(on_stage=told.append)
-        assert time.monotonic() - began < 20
+        assert Path(python).stat().st_mtime == built
     finally:
         assert bare.down(on_stage=told.append) == []
 

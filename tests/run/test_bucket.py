@@ -31,6 +31,7 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_checkpoints_in_a_bucket_and_goes_on_from_there(home: Path) -> None:
     with serve_bucket() as bucket:
         env = environment(home, **bucket.environment)

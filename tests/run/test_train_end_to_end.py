@@ -302,6 +302,7 @@ class TestFromPython:
         assert degraded is not None
         assert "WANDB_API_KEY" in degraded["reason"]
 
+    @pytest.mark.slow
     def test_a_loss_that_is_no_number_raises_and_names_the_step(self) -> None:
         job = forge.load_job(
             "job.yaml",
