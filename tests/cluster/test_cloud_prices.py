@@ -114,6 +114,7 @@ def test_the_next_region_is_tried_for_want_of_room_and_for_nothing_else(api: Api
     assert _groups(api, "us-east-1") == ["default"]
 
 
+@pytest.mark.slow
 def test_auto_means_every_region_that_has_the_machine(api: Api) -> None:
     everywhere = aws.find_regions(spec_of(regions=["auto"]), names=["g5.xlarge"])
     assert {"us-east-1", "eu-west-1"} <= set(everywhere)
@@ -155,6 +156,7 @@ def test_a_place_made_twice_is_one_and_lets_in_whoever_asked_last(api: Api, publ
     assert not api.client("iam").list_instance_profiles()["InstanceProfiles"]
 
 
+@pytest.mark.slow
 def test_down_ends_all_machines_in_every_region_that_was_tried_and_no_others(api: Api) -> None:
     write_record(record := _record(tried=["us-east-1", "us-west-2"]))
     start(api, "us-east-1", kind="head")
@@ -170,6 +172,7 @@ def test_down_ends_all_machines_in_every_region_that_was_tried_and_no_others(api
     assert record.name == "big" and list_records() == []
 
 
+@pytest.mark.slow
 def test_a_cluster_that_cannot_be_asked_about_is_not_forgotten(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     write_record(_record(tried=["us-east-1"]))
     start(api, "us-east-1", kind="head")

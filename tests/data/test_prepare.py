@@ -512,6 +512,7 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_cure(words: Path, tmp_
         prepare(spec_of(words), cache_dir=tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     program = (
         "import resource, sys\n"

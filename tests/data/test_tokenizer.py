@@ -137,6 +137,7 @@ def test_random_awkward_text_is_encoded_as_the_library_does(encoder: Encoder, ba
         assert ids_of(encoder, *texts) == [found.ids for found in backend.encode_batch_fast(texts)]
 
 
+@pytest.mark.slow
 def test_every_character_is_encoded_as_the_library_does(encoder: Encoder, backend: Tokenizer) -> None:
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     # Every character of the plane where scripts live, a sample of the rest, in a neighbourhood of each kind.

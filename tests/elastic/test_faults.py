@@ -66,6 +66,7 @@ def test_a_killed_machine_costs_at_most_a_step_and_is_taken_back(run: Run) -> No
     assert len(run.repeated()) - repeated <= 1
 
 
+@pytest.mark.slow
 def test_a_killed_agent_takes_its_ranks_along_and_is_started_anew(run: Run) -> None:
     repeated = len(run.repeated())
     agent = run.agent(run.formed["ranks"][2]["node"])

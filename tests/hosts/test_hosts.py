@@ -187,6 +187,7 @@ def cluster(_hosts_allowed: None) -> Iterator[Hosts]:
 
 
 # These belong together and run in this order: a cluster of three takes ten seconds to start.
+@pytest.mark.slow
 class TestRay:
     @pytest.fixture(params=["host 0", "outside"])
     def answer(self, request: pytest.FixtureRequest, cluster: Hosts) -> dict[str, Any]:

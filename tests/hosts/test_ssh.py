@@ -178,6 +178,7 @@ class TestUp:
                     assert path.stat().st_mode & 0o077 == 0, path
                     assert path.name.endswith("token"), path
 
+    @pytest.mark.slow
     def test_a_second_up_at_the_same_time_is_refused(self, cluster: str, hosts: Hosts, home: Path) -> None:
         first = start_forge("cluster", "up", cluster, cwd=home)
         wait_for(lambda: b"checking" in os.read(first.stderr.fileno(), 100))  # type: ignore[union-attr]
@@ -197,6 +198,7 @@ class TestUp:
         assert "401" in answers
         assert "200" not in answers
 
+    @pytest.mark.slow
     def test_what_runs_otherwise_than_the_file_says_is_not_touched(self, cluster: str, hosts: Hosts) -> None:
         before, facts = heads(hosts), facts_of("lab")
         told = failures(SshCluster(spec_of(hosts, ray_port=7000)), match="forge cluster down lab first")
@@ -323,6 +325,7 @@ class TestWhatIsWrong:
         key = str(client_key(hosts))
         return Machine(host=hosts.ip(0), known_hosts=tmp_path / "known", user="root", identity_file=key)
 
+    @pytest.mark.slow
     def test_what_ends_with_the_connection_does(self, machine: Machine) -> None:
         lines = ("sleep 4321.5 | cat", "sh -c 'sleep 4321.5 & wait'")
         for line in lines:
@@ -397,6 +400,7 @@ class TestWhatIsWrong:
         assert forge("cluster", "down", "slow", cwd=home).returncode == 0
         assert read_record("slow") is None
 
+    @pytest.mark.slow
     def test_too_few_machines_are_not_even_started(self, hosts: Hosts) -> None:
         lone = spec_of(hosts, name="lone", machines=(hosts.ip(0), "nobody.invalid"))
         told = failures(

@@ -80,6 +80,7 @@ def test_a_place_that_is_no_place_is_refused_with_its_line(home: Path, to: str) 
     assert "job.yaml:5: checkpoint.to" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_not_there_or_not_reached_is_said_before_anything_starts(
     home: Path, closed_port: int
 ) -> None:

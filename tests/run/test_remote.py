@@ -75,7 +75,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def test_a_run_lives_through_all_that_may_happen_to_its_client(cluster: Elsewhere, there: Path, home: Path) -> None:
-    """Sent by a client that is killed; followed by another, under which its job is killed; stopped; gone on."""
+    """Sent by a client that is killed; followed by another, under which its job is killed; stopped."""
     site = with_storage(cluster, there)
     plan, folder = planned(site, home, "training.total_steps=100000")
     command = [sys.executable, "-m", "tests.support.elsewhere", str(home), str(there), str(folder)]
@@ -101,7 +101,24 @@ def test_a_run_lives_through_all_that_may_happen_to_its_client(cluster: Elsewher
     assert run.status == "stopped"
     assert run.newest("CheckpointSaved", step=run.step) is not None
     assert steps_of(folder) == list(range(1, run.step + 1))
+    assert run.newest("CheckpointSaved")["folder"].startswith(str(there / "shared"))  # type: ignore[index]
+    assert not (folder / "checkpoints").exists()
+    assert list((there / "cache" / "data").glob("corpus-*/index.json"))
+    events = [(event["time"], event["event"]) for event in run.events if event["event"] != "SnapshotsPaced"]
+    assert len(set(events)) == len(events)
+    require_no_secret(there, home, Path("/tmp/ray"))
 
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_there(cluster: Elsewhere, there: Path, home: Path) -> None:
+    site = with_storage(cluster, there)
+    plan, folder = planned(site, home, "training.total_steps=100000")
+    carried = submit(site, plan, folder=folder)
+    wait_for(lambda: len(steps_of(folder)) > 5)
+    carried.request_stop()
+    carried.end()
+    run = read_run(folder)
+    assert run.status == "stopped"
     carried = submit(site, plan, folder=folder)
     wait_for(lambda: len(steps_of(folder)) > run.step + 5)
     carried.request_stop()
@@ -109,12 +126,6 @@ def test_a_run_lives_through_all_that_may_happen_to_its_client(cluster: Elsewher
     assert read_run(folder).step > run.step
     run = read_run(folder)
     assert (run.status, steps_of(folder)) == ("stopped", list(range(1, run.step + 1)))
-    assert run.newest("CheckpointSaved")["folder"].startswith(str(there / "shared"))  # type: ignore[index]
-    assert not (folder / "checkpoints").exists()
-    assert list((there / "cache" / "data").glob("corpus-*/index.json"))
-    events = [(event["time"], event["event"]) for event in run.events if event["event"] != "SnapshotsPaced"]
-    assert len(set(events)) == len(events)
-    require_no_secret(there, home, Path("/tmp/ray"))
 
 
 def require_no_secret(*roots: Path) -> None:
@@ -164,6 +175,7 @@ def test_a_run_that_would_keep_its_checkpoints_on_one_machine_is_refused(cluster
         planned(survey(cluster), home)
 
 
+@pytest.mark.slow
 def test_a_corpus_that_cannot_be_read_here_is_named(cluster: Elsewhere, there: Path, home: Path) -> None:
     site = with_storage(cluster, there)
     plan, folder = planned(site, home, "data.seed=7")

@@ -218,6 +218,7 @@ class TestInPeace:
         assert Path(shown["checkpoint"]).is_dir()
         assert run_forge("runs", "logs", *runs, "--file", "rank-1", cwd=home).returncode == 0
 
+    @pytest.mark.slow
     def test_it_generates_text_longer_than_its_positions(self, whole: Execution, home: Path) -> None:
         arguments = ("generate", "--runs", "peace", "--prompt", "the cat", "--max-tokens", "80", "-o", "json")
         first, again = (run_forge(*arguments, cwd=home) for _ in range(2))
@@ -283,6 +284,7 @@ class TestFromPython:
         for name, value in environment(home).items():
             monkeypatch.setenv(name, value)
 
+    @pytest.mark.slow
     def test_a_job_is_trained_to_the_end(self) -> None:
         job = forge.load_job(
             "job.yaml",

@@ -27,7 +27,7 @@ def reference(corpus: CorpusFacts, tmp_path_factory: pytest.TempPathFactory) -> 
     return run_ranks(plan, tmp_path_factory.mktemp("reference"), world_size=1)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_losses_are_the_same_at_any_world_size_and_stage(
     corpus: CorpusFacts, reference: Recording, tmp_path: Path, stage: int, world_size: int
@@ -71,7 +71,7 @@ def test_what_should_only_cost_or_save_memory_leaves_the_losses_alone(
     assert found.losses == pytest.approx(reference.losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_resuming_gives_the_losses_of_the_run_that_never_stopped_bit_for_bit(
     corpus: CorpusFacts, tmp_path: Path, stage: int, precision: str
@@ -92,7 +92,10 @@ def test_resuming_gives_the_losses_of_the_run_that_never_stopped_bit_for_bit(
 
 @pytest.mark.parametrize(
     ("stage", "then", "first_size", "second_size"),
-    [(0, 0, 2, 3), (1, 1, 3, 1), (2, 2, 1, 5), (3, 3, 4, 2), (3, 1, 2, 3), (0, 3, 3, 2)],
+    [
+        *[(2, 2, 1, 5), (3, 1, 2, 3), (0, 3, 3, 2)],
+        *[pytest.param(*way, marks=pytest.mark.slow) for way in [(0, 0, 2, 3), (1, 1, 3, 1), (3, 3, 4, 2)]],
+    ],
 )
 def test_a_run_goes_on_at_another_world_size_and_stage_with_the_same_samples_and_losses(
     corpus: CorpusFacts,
@@ -212,7 +215,10 @@ DROPPING = {"architecture": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2,
             "resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}  # fmt: skip
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (1, 2), (2, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "world_size"),
+    [pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow), (2, 3), (3, 2)],
+)
 def test_dropout_belongs_to_the_sample_at_any_world_size_and_stage(
     corpus: CorpusFacts, tmp_path: Path, stage: int, world_size: int
 ) -> None:

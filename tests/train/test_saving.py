@@ -128,6 +128,7 @@ def test_savers_finish_the_checkpoint_of_ranks_that_have_died(tmp_path: Path) ->
     assert found.progress.step == 1
 
 
+@pytest.mark.slow
 def test_a_saver_whose_peers_never_come_gives_up_and_leaves_nothing(tmp_path: Path) -> None:
     pids = on_ranks(vanish, str(tmp_path), 1, world_size=2)
     wait_for(lambda: not any(map(psutil.pid_exists, pids)), timeout_s=30)

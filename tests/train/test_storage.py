@@ -188,6 +188,7 @@ def test_a_bucket_that_fails_for_a_while_is_survived(bucket: Bucket, tmp_path: P
     assert verify_checkpoint(open_storage(url), "step-00000002") is None
 
 
+@pytest.mark.slow
 def test_a_bucket_that_fails_for_good_is_said_after_the_patience(bucket: Bucket, tmp_path: Path) -> None:
     storage = open_storage(f"{bucket.url}/{tmp_path.name}", patience_s=1.0)
     bucket.fail_for(60.0)
