@@ -201,6 +201,17 @@ def make_token(name: str) -> str:
     return token
 
 
+def read_token(name: str) -> str:
+    """The cluster's token. Raises: ClusterError if it is not here."""
+    try:
+        return token_path(name).read_text().strip()
+    except OSError as error:
+        raise ClusterError(
+            f"the token of the cluster '{name}' cannot be read: {error.strerror}; only the machine that started a "
+            "cluster has it"
+        ) from error
+
+
 @contextlib.contextmanager
 def only_one(name: str) -> Iterator[None]:
     """Hold the cluster's lock, so that two `up` do not mix. Raises: ClusterError if another process has it."""

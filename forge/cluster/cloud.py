@@ -30,6 +30,7 @@ from forge.cluster.base import (
     make_token,
     only_one,
     read_record,
+    read_token,
     state_folder,
     token_path,
     write_record,
@@ -78,13 +79,7 @@ class CloudCluster:
 
     def token(self) -> str:
         """What its Ray wants of whoever connects. Raises: ClusterError if it cannot be read."""
-        try:
-            return token_path(self.name).read_text().strip()
-        except OSError as error:
-            raise ClusterError(
-                f"the token of the cluster '{self.name}' cannot be read: {error.strerror}; only the machine that "
-                "started a cluster has it"
-            ) from error
+        return read_token(self.name)
 
     def price(self) -> float | None:
         """The most that the cluster can cost, in USD per hour, by the price list; None if that is not known.

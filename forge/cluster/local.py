@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import secrets
-import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from forge.cluster.node import NodeProcess, await_start, end_node, family_of, free_port, launch
+from forge.cluster.node import NodeProcess, await_start, end_node, family_of, free_port, launch, require_free
 from forge.errors import ClusterError
 
 # Shared memory for Ray's objects; forge passes none of its tensors through them.
@@ -63,7 +62,8 @@ def start_local(*, num_nodes: int = 1, port: int | None = None) -> LocalCluster:
         if cluster is None:
             _end_leftovers()
             port = port or free_port()
-            _require_free(port)
+            complaint = "cannot be used for the cluster's head: {}; choose another with --port, or leave it out"
+            require_free(port, complaint=f"{complaint} to take a free one")
             cluster = _start_head(port=port, num_cpus=_cpus_per_node(num_nodes), takes_jobs=True)
         for _ in range(num_nodes - sum(node.is_alive for node in cluster.nodes)):
             cluster = _with_node(cluster, ["--address", cluster.address], num_cpus=_cpus_per_node(num_nodes))
@@ -250,15 +250,3 @@ def _node_ip() -> str:
     from ray.util import get_node_ip_address
 
     return str(get_node_ip_address())
-
-
-def _require_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ClusterError(
-                f"port {port} cannot be used for the cluster's head: {error.strerror}; choose another with --port, "
-                "or leave --port out to take a free one"
-            ) from error

@@ -137,6 +137,16 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def require_free(port: int, *, complaint: str) -> None:
+    """Raises: ClusterError with the complaint, and what the kernel says, if a port cannot be had."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ClusterError(f"port {port} {complaint.format(error.strerror)}") from error
+
+
 def free_port() -> int:
     """One that nobody uses now."""
     with socket.socket() as probe:

@@ -29,8 +29,8 @@ from forge.cluster.base import (
     make_token,
     only_one,
     read_record,
+    read_token,
     state_folder,
-    token_path,
     write_record,
 )
 from forge.cluster.crew import MOST_AT_ONCE, each
@@ -79,12 +79,7 @@ class SshCluster:
 
     def token(self) -> str:
         """Of its Ray. Raises: ClusterError if the cluster was not started from here."""
-        try:
-            return token_path(self.name).read_text()
-        except OSError as error:
-            raise ClusterError(
-                f"the token of '{self.name}' is not here: {error.strerror}; start it: {self._up}"
-            ) from error
+        return read_token(self.name)
 
     def up(self, *, on_stage: OnStage) -> Status:
         """Start it on every machine where it does not run.

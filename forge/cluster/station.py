@@ -12,14 +12,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from forge.cluster.node import NodeProcess, await_start, end_node, family_of, free_port, launch
+from forge.cluster.node import NodeProcess, await_start, end_node, family_of, free_port, launch, require_free
 from forge.errors import ClusterError, ForgeError
 
 _OBJECT_STORE_BYTES = 256 * 2**20
@@ -78,7 +77,8 @@ def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     arguments += ["--temp-dir", str(temporary)]
     job_port = free_port() if is_head else 0
     if is_head:
-        _require_free(order["port"])
+        complaint = "is taken there ({}); choose another: ray_port in the cluster's file"
+        require_free(order["port"], complaint=complaint)
         arguments += ["--head", "--port", str(order["port"]), "--include-dashboard", "true", "--log-color", "false"]
         arguments += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(job_port), "--no-monitor"]
         if order["port"] in _WORKER_PORTS:  # Ray refuses a port that its workers might take
@@ -151,17 +151,6 @@ def _unstoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _require_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ClusterError(
-                f"port {port} is taken there ({error.strerror}); choose another: ray_port in the cluster's file"
-            ) from error
 
 
 if __name__ == "__main__":

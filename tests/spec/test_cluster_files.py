@@ -33,4 +33,4 @@ def test_what_is_commented_out_is_valid_too(path: Path, tmp_path: Path) -> None:
         is_setting = line.startswith("# ") and colon and key.isidentifier() and key.islower()
         lines.append(bare if is_setting else line)
     (tmp_path / path.name).write_text("\n".join(lines))
-    load_cluster(tmp_path / path.name)
+    assert load_cluster(tmp_path / path.name).provider == load_cluster(path).provider
