@@ -71,6 +71,7 @@ class TestPlan:
         assert plan_to_json(plan_from_json(done.stdout)) == done.stdout
         assert plan_from_json(done.stdout).total_steps == 9
 
+    @pytest.mark.slow
     def test_a_length_in_epochs_is_counted_from_the_corpus(self) -> None:
         done = forge("plan", "job.yaml", "--set", "training.total_steps=null", "--set", "training.epochs=2")
         assert done.exit_code == 0

@@ -437,6 +437,7 @@ def test_ctrl_c_while_the_head_is_waited_for_leaves_what_down_finds(world: Kuber
     assert (world.folder / "things.json").read_text() == "[]"
 
 
+@pytest.mark.slow
 def test_the_commands_show_apply_name_and_take_away(world: Kubernetes, tmp_path: Path) -> None:
     """As a user runs them, with the file that is shipped."""
     file = Path(__file__).parents[2] / "cluster" / "kubernetes.yaml"

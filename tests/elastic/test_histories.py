@@ -678,7 +678,7 @@ def run_histories(*, max_examples: int, num_steps: int) -> None:
 
 
 def test_after_any_history_a_generation_starts_rightly_and_training_goes_on() -> None:
-    run_histories(max_examples=100, num_steps=40)
+    run_histories(max_examples=60, num_steps=40)
 
 
 @pytest.mark.slow

@@ -178,6 +178,7 @@ def test_the_second_writer_of_a_step_leaves_nothing_anywhere(url: str) -> None:
     assert open_storage(url).files("step-00000001") == before
 
 
+@pytest.mark.slow
 def test_a_bucket_that_fails_for_a_while_is_survived(bucket: Bucket, tmp_path: Path) -> None:
     url = f"{bucket.url}/{tmp_path.name}"
     write(url, 1)
