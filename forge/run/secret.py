@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from forge.errors import RunError
 
 _PREFIXES = ("WANDB_", "AWS_", "AZURE_", "GOOGLE_", "GCS_", "HF_")
+# What a machine asks about itself is another's on another.
+_OF_ONE_MACHINE = ("METADATA", "CONTAINER")
 # What names a file or a profile of the asking machine means nothing on another.
 _OF_THIS_MACHINE = ("_FILE", "_DIR", "_PROFILE", "_PATH", "GOOGLE_APPLICATION_CREDENTIALS")
 _WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "CONNECTION_STRING")
@@ -32,7 +34,9 @@ def credentials(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(_PREFIXES) and not name.endswith(_OF_THIS_MACHINE)
+        if name.startswith(_PREFIXES)
+        and not name.endswith(_OF_THIS_MACHINE)
+        and not any(word in name for word in _OF_ONE_MACHINE)
     }
 
 

@@ -15,6 +15,8 @@ _ENVIRONMENT = {
     "WANDB_API_KEY": "wandb-0123456789",
     "AWS_SECRET_ACCESS_KEY": "aws-secret-0123456789",
     "AWS_ENDPOINT_URL": "http://127.0.0.1:5000",
+    "AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1338",
+    "AZURE_METADATA_ENDPOINT": "http://127.0.0.1:1339",
     "AWS_PROFILE": "mine",
     "AWS_SHARED_CREDENTIALS_FILE": "/home/me/.aws/credentials",
     "HOME": "/home/me",
