@@ -2,7 +2,7 @@
 
 Every event is one line of `events.jsonl`, every step one line of `metrics.jsonl`; the screen, the
 report and W&B are made of these two files and of nothing else. An event says what happened, never how
-it looks.
+it looks. It is long because it is the list of all that can happen.
 """
 
 from __future__ import annotations
@@ -240,6 +240,71 @@ class SampleGenerated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrialSuggested:
+    """A search has chosen the values of its next trial."""
+
+    trial: int
+    """Counted from 1."""
+    values: Mapping[str, Any]
+    """By their dotted paths in the job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialStarted:
+    """A trial has made its first step, or the first after it was carried on."""
+
+    trial: int
+    total_steps: int
+    seconds: float
+    """From the decision to run it to the end of that step."""
+    is_warm: bool
+    """Whether its ranks were forked from a process that an earlier trial had left."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialReported:
+    """A trial was judged."""
+
+    trial: int
+    step: int
+    value: float
+    """Of the search's metric."""
+    metrics: Mapping[str, float | int | None]
+    """The whole line of its `metrics.jsonl`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialMoved:
+    """A trial goes on from a copy of another one's state, with other values."""
+
+    trial: int
+    donor: int
+    step: int
+    """Of that state."""
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PopulationMoved:
+    """Every trial of a population has been judged at a step; those that changed were told of before."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialEnded:
+    """A trial is over."""
+
+    trial: int
+    status: str
+    """`finished`; `stopped`, given up by the scheduler; `diverged`, its loss is no number; `failed`."""
+    step: int
+    value: float | None
+    """The last one that was reported."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStopped:
     """The run ended before its last step because it was asked to, or would have cost too much."""
 
@@ -286,6 +351,12 @@ Event = (
     | StepRepeated
     | TrackingDegraded
     | SampleGenerated
+    | TrialSuggested
+    | TrialStarted
+    | TrialReported
+    | TrialMoved
+    | PopulationMoved
+    | TrialEnded
     | RunStopped
     | RunFinished
     | RunFailed

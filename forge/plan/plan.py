@@ -24,6 +24,7 @@ from forge.plan.footprint import (
     max_micro_batch_size,
     num_copies_in_memory,
 )
+from forge.plan.search import SearchPlan
 from forge.plan.throughput import flops_per_token
 from forge.plan.zero import zero_config
 from forge.spec.job import JobSpec
@@ -55,6 +56,8 @@ class Plan:
     tokens_per_step: int
     flops_per_token: int
     worlds: tuple[WorldPlan, ...]
+    search: SearchPlan | None = None
+    """None where one run is trained."""
 
     @property
     def total_tokens(self) -> int:
@@ -118,6 +121,8 @@ def plan_to_json(plan: Plan) -> str:
     """The plan as canonical JSON: sorted keys, no NaN, a newline at the end; equal plans give equal bytes."""
     body = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     body["job"] = plan.job.model_dump(mode="json")
+    if plan.search is None:
+        del body["search"]
     body["format_version"] = FORMAT_VERSION
     return json.dumps(_plain(body), sort_keys=True, indent=1, allow_nan=False) + "\n"
 
@@ -128,7 +133,7 @@ def plan_from_json(text: str) -> Plan:
         body = json.loads(text)
         if body.pop("format_version") != FORMAT_VERSION:
             raise PlanError(f"this plan was written by another version of forge (this one reads {FORMAT_VERSION})")
-        corpus = body["corpus"]
+        corpus, search = body["corpus"], body.pop("search", None)
         if corpus and corpus["unigram_perplexity"] is None:
             corpus["unigram_perplexity"] = math.nan
         return Plan(
@@ -145,6 +150,7 @@ def plan_from_json(text: str) -> Plan:
                 )
                 for world in body.pop("worlds")
             ),
+            search=SearchPlan(**search) if search else None,
             **body,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -21,8 +21,10 @@ from typing import Any
 
 import psutil
 
+from forge.cluster.base import Status
+from forge.cluster.here import ThisMachine
 from forge.data.prepare import default_cache_dir
-from forge.errors import JobFileError, PlanError
+from forge.errors import ClusterError, JobFileError, PlanError
 from forge.plan.facts import Hardware, ModelFacts
 from forge.plan.throughput import find_gpu
 from forge.spec.job import JobSpec
@@ -81,6 +83,23 @@ def hardware(job: JobSpec, *, gpu_there: tuple[str, int] | None = None, is_here:
     return Hardware(device="cpu", name=local_cpu(), memory_bytes=share, peak_flops=None)
 
 
+def places_here(found: Hardware, job: JobSpec) -> int:
+    """How many workers of a job there is room for: on the cluster that is up on this machine, or on the machine."""
+    # Ranks sharing cores is slow but right; the smallest world the job allows always has a place.
+    places = num_local_gpus() if found.device == "cuda" else max(os.cpu_count() or 1, job.resources.workers.low)
+    with contextlib.suppress(ClusterError):  # one of forge chaos says nothing of itself
+        status = ThisMachine().status()
+        if status.address is not None:
+            return count_places(status, found)
+    return places
+
+
+def count_places(status: Status, found: Hardware) -> int:
+    """How many workers have room on the nodes of a cluster."""
+    alive = [node for node in status.nodes if node.state == "alive"]
+    return int(sum(node.num_gpus if found.device == "cuda" else node.num_cpus for node in alive))
+
+
 def _blamed(loaded: LoadedJob, *, problem: str, key: str | None, choices: list[str]) -> JobFileError:
     if key is None:
         return loaded.source.error("model", problem)
@@ -104,6 +123,19 @@ def local_gpu() -> tuple[str, int] | None:
         return name.strip(), int(mib) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
+
+
+def num_local_gpus() -> int:
+    """How many this machine has, by their driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        listed = subprocess.run(
+            [tool, "--list-gpus"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+        return len(listed.splitlines())
+    return 0
 
 
 def local_cpu() -> str:

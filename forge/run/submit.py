@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,12 +24,14 @@ from forge.data.tokenizer import load_tokenizer
 from forge.errors import ArgumentError
 from forge.plan.facts import CorpusFacts, Hardware
 from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json, training_digest
+from forge.plan.search import plan_search
 from forge.report.runs import carrier_pid, is_alive
-from forge.run.facts import hardware, model_facts
+from forge.run.facts import hardware, model_facts, places_here
 from forge.spec.data import TokenizerSpec
 from forge.spec.dump import dump_job
 from forge.spec.job import JobSpec
 from forge.spec.load import LoadedJob
+from forge.spec.space import check_space, trial_job
 from forge.train.storage import open_storage
 
 _POLL_S = 0.05
@@ -95,16 +97,29 @@ def resolve(
     is_dry_run: bool,
     on_progress: Callable[[PrepareProgress], None] | None = None,
     find_hardware: Callable[[JobSpec], Hardware] = hardware,
+    count_places: Callable[[Hardware, JobSpec], int] = places_here,
 ) -> Plan:
     """Make the plan of a job: prepare its corpus, count its model, look at the hardware.
 
-    A dry run prepares no corpus, unless the length of the training depends on it.
+    A dry run prepares no corpus, unless the length of the training depends on it. Of a search it is the plan of a
+    trial with the first of the values, after all of them were tried on the job's types.
 
     Args:
         find_hardware: what a worker of the job gets, where it will run.
+        count_places: how many workers there is room for there.
 
     Raises: JobFileError, DataError, PlanError.
     """
+    if loaded.job.search is not None:
+        first = check_space(loaded)
+        plan = resolve(
+            replace(loaded, job=trial_job(loaded.job, first)),
+            is_dry_run=is_dry_run,
+            on_progress=on_progress,
+            find_hardware=find_hardware,
+        )
+        places = count_places(plan.hardware, loaded.job)
+        return replace(plan, job=loaded.job, search=plan_search(loaded.job, loaded.job.search, num_places=places))
     job = loaded.job
     corpus: CorpusFacts | None = None
     if not is_dry_run or job.training.epochs is not None:

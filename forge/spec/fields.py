@@ -9,6 +9,9 @@ from typing import Any, Literal
 from forge.spec.document import join_key
 from forge.spec.section import Section
 
+ANY_KEY = "KEY"
+"""Stands for the free keys of a mapping whose values are sections."""
+
 Loc = Sequence[str | int]
 """A place in a file, as pydantic gives it: keys, and the indices of lists."""
 
@@ -17,8 +20,9 @@ def known_sections(section: type[Section], *, key: str = "") -> Iterator[tuple[s
     """Every section with its dotted key, in the order of the file; the whole comes first, as ``."""
     yield key, section
     for name, field in section.model_fields.items():
+        below = join_key(key, name) + (f".{ANY_KEY}" if _is_mapping(field.annotation) else "")
         for inner in _sections_in(field.annotation):
-            yield from known_sections(inner, key=join_key(key, name))
+            yield from known_sections(inner, key=below)
 
 
 def known_keys(root: type[Section]) -> Iterator[str]:
@@ -28,11 +32,13 @@ def known_keys(root: type[Section]) -> Iterator[str]:
 
 def section_at(loc: Loc, *, root: type[Section]) -> type[Section] | None:
     """The type of the section at a place; None if what belongs there is no section."""
-    section = root
-    for name in loc:
+    section, names = root, iter(loc)
+    for name in names:
         field = section.model_fields.get(str(name))
         inner = next(_sections_in(field.annotation), None) if field else None
         if inner is None:
+            return None
+        if field is not None and _is_mapping(field.annotation) and next(names, None) is None:
             return None
         section = inner
     return section
@@ -50,6 +56,10 @@ def literal_values(loc: Loc, *, root: type[Section]) -> list[str | int]:
 
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:
     return (member for member in _members(annotation) if isinstance(member, type) and issubclass(member, Section))
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return any(typing.get_origin(member) is dict for member in (annotation, *typing.get_args(annotation)))
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

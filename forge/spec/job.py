@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from forge.spec.data import DataSpec
 from forge.spec.model import ModelSpec
 from forge.spec.resources import CheckpointSpec, ResourcesSpec, TrackingSpec
+from forge.spec.search import SearchSpec
 from forge.spec.section import Section
 from forge.spec.training import TrainingSpec
 
@@ -38,6 +39,9 @@ class JobSpec(Section):
 
     tracking: TrackingSpec = TrackingSpec()
     """Where metrics go besides `metrics.jsonl`."""
+
+    search: SearchSpec | None = None
+    """Many trials in the place of one run: `forge tune`."""
 
     @field_validator("name")
     @classmethod

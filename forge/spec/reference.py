@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.spec.document import join_key
-from forge.spec.fields import known_sections
+from forge.spec.fields import ANY_KEY, known_sections
 from forge.spec.job import JobSpec
 from forge.spec.schema import job_schema
 from forge.spec.section import Section
@@ -71,7 +71,13 @@ def _written_as(prop: Mapping[str, Any], *, key: str) -> str:
 
 def _alternatives(prop: Mapping[str, Any], *, key: str) -> list[str]:
     if "$ref" in prop:
-        return [f"[keys of its own](#{key.replace('.', '')})"]
+        return [f"[keys of its own](#{key.replace('.', '').lower()})"]
+    if "additionalProperties" in prop:
+        inner = prop["additionalProperties"]
+        below = (
+            _alternatives(inner, key=join_key(key, ANY_KEY)) if isinstance(inner, dict) and inner else ["a value"]
+        )
+        return [f"keys of the job, each with {' or '.join(below)}"]
     if "anyOf" in prop:
         return [words for member in prop["anyOf"] for words in _alternatives(member, key=key)]
     if "const" in prop or "enum" in prop:

@@ -34,7 +34,7 @@ def test_every_key_has_its_row() -> None:
 
 def test_every_link_leads_to_a_heading() -> None:
     links = set(re.findall(r"\]\(#([a-z]+)\)", job_reference()))
-    assert links == {key.replace(".", "") for key, _ in known_sections(JobSpec) if key}
+    assert links == {key.replace(".", "").lower() for key, _ in known_sections(JobSpec) if key}
 
 
 def test_the_example_in_the_page_is_a_job(tmp_path: Path) -> None:
