@@ -7,7 +7,8 @@
     ├── ArgumentError     (2)  the command line names a run, a folder or a log that is not there or not usable
     ├── CheckpointError   (2)  a checkpoint that is missing, torn or of another model
     ├── ClusterError      (3)  Ray, its nodes, their resources
-    └── RunError          (4)  the training itself: a loss that is no number, a rank that died
+    └── RunError          (4)  the training itself: a rank that died
+        └── DivergedError (4)  a loss that is no number
 
 A message says what happened with its numbers, why it matters, and what to do. Every class survives
 pickle, because errors travel between processes.
@@ -129,3 +130,7 @@ class RunError(ForgeError):
     """The run itself failed."""
 
     exit_code = 4
+
+
+class DivergedError(RunError):
+    """The loss or the gradient is no number any more."""

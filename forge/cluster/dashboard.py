@@ -39,7 +39,8 @@ def ray_runs(url: str, *, token: str) -> list[str]:
     """Ids of the runs that are at work on a cluster. Raises: ClusterError as `ray_nodes`."""
     listed = _get(url, "/api/v0/actors?limit=10000", token)["result"]["result"]
     names = [str(actor.get("name") or "") for actor in listed if actor.get("state") != "DEAD"]
-    return sorted({name.removeprefix(_SUPERVISOR) for name in names if name.startswith(_SUPERVISOR)})
+    runs = [name.removeprefix(_SUPERVISOR) for name in names if name.startswith(_SUPERVISOR)]
+    return sorted({run.partition(".")[0] for run in runs})  # a search has one for each trial that is on
 
 
 def _get(url: str, path: str, token: str) -> Any:

@@ -33,7 +33,7 @@ from forge.elastic.orders import RankOrder, parts_of
 from forge.elastic.persist import persist_part
 from forge.elastic.vault import Buddy, Vault, holdings_record
 from forge.elastic.vocabulary import End
-from forge.elastic.warming import WarmProcess
+from forge.elastic.warming import WarmPool, WarmProcess
 from forge.events import Event, GenerationFormed, StepMetrics
 
 # How long an agent lives without a supervisor: longer than Ray needs to start one anew.
@@ -106,12 +106,15 @@ class Agent:
         locate: Callable[[], Awaitable[Endpoint]],
         record: Record,
         ask_ray: Callable[[], Awaitable[Notice | None]] | None = None,
+        pool: WarmPool | None = None,
     ) -> None:
         """Args:
         locate: where the supervisor listens; it may have moved since it was asked last.
         record: the run's one writer.
         ask_ray: whether Ray is draining this node.
+        pool: where its warm process comes from and goes to, if another run is to have it afterwards.
         """
+        self._pool = pool
         self._setup, self._locate, self._record, self._ask_ray = setup, locate, record, ask_ray
         self._secret = bytes.fromhex(setup.secret)
         self._vault = Vault(secret=self._secret)
@@ -142,8 +145,7 @@ class Agent:
             for task in list(self._tasks):
                 task.cancel()
             self._kill(self._generation)
-            if self._warm is not None:
-                self._warm.kill()
+            await self._leave_warm()
             self._listener.close()
             self._store.close()
             self._vault.close()
@@ -441,8 +443,9 @@ class Agent:
 
     async def _keep_warm(self) -> None:
         """Have a warm process at all times: where one dies, its ranks have died with it."""
+        pool = self._pool or WarmPool(log=Path(self._setup.run_folder) / "logs" / "warm.log")
         while True:
-            self._warm = WarmProcess(self._setup.plan_json, log=Path(self._setup.run_folder) / "logs" / "warm.log")
+            self._warm = pool.take(self._setup.plan_json)
             while (message := await self._warm.receive()) is not None:
                 self._hear_warm(message)
             self._warm.kill()
@@ -452,10 +455,19 @@ class Agent:
             await self._tell(say="warm", is_warm=False)
             await asyncio.sleep(_RETRY_S)
 
+    async def _leave_warm(self) -> None:
+        """Leave the warm process to the next run, if it has no rank of this one; else end it, and them with it."""
+        if self._warm is None:
+            return
+        if self._pool is None or any(member.pid is None for member in self._living().values()):
+            self._warm.kill()
+            return
+        for member in self._living().values():
+            await asyncio.to_thread(_await_end, member.pid)
+        self._pool.give_back(self._warm)
+
     def _hear_warm(self, message: Message) -> None:
         if "warm" in message:
-            assert self._warm is not None
-            self._warm.is_warm = True
             self._keep(self._tell(say="warm", is_warm=True, seconds=message["warm"]))
         elif "forked" in message:
             member = self._members.get(message["forked"])
@@ -526,6 +538,13 @@ def _listen(host: str) -> socket.socket:
     sock.bind((host, 0))
     sock.listen(1024)
     return sock
+
+
+def _await_end(pid: int | None) -> None:
+    """Return once a killed process runs no more; its parent may not have asked yet how it ended."""
+    with contextlib.suppress(psutil.Error):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
 
 
 def _interface_of(host: str) -> str | None:

@@ -56,15 +56,20 @@ class RayClaims:
         start_agent: Callable[[str, Grant], Any],
         on_granted: Callable[[str, Grant], None],
         on_notice: Callable[[str, float | None], None],
+        end_agent: Callable[[Any], None] | None = None,
     ) -> None:
         """Args:
         resource: what a rank takes one of, `CPU` or `GPU`.
         start_agent: starts an actor for an agent of a given name, and returns its handle.
+        end_agent: ends what `start_agent` has returned; by default an actor of its own.
         on_granted: told of a node's agent when its places have changed.
         on_notice: told of a node's agent, again and again, that Ray drains the node, and of the seconds left.
         """
         self._run_id, self._low, self._high, self._resource = run_id, low, high, resource
         self._start_agent, self._on_granted, self._on_notice = start_agent, on_granted, on_notice
+        self._end_agent = end_agent or _kill
+        self._is_resting = False
+        self._num_rests = 0
         self._groups: dict[str, PlacementGroup] = {}
         self._agents: dict[str, tuple[str, Any, Grant]] = {}
         """By Ray's node: the agent's name, its actor, its places."""
@@ -121,7 +126,20 @@ class RayClaims:
         for node_id, (name, actor, _) in list(self._agents.items()):
             if name == node:
                 del self._agents[node_id]
-                self._beside(_kill, actor)
+                self._beside(self._end_agent, actor)
+        self._wakes.set()
+
+    def rest(self) -> None:
+        """Have no agents any more, and keep the places for the next run."""
+        self._is_resting = True
+        self._num_rests += 1
+        for _, actor, _ in self._agents.values():
+            self._beside(self._end_agent, actor)
+        self._agents, self._used = {}, {}
+
+    def serve(self) -> None:
+        """Have agents again."""
+        self._is_resting = False
         self._wakes.set()
 
     def adopt(self, node: str, actor: Any, grant: Grant) -> None:
@@ -136,7 +154,7 @@ class RayClaims:
     def close(self) -> None:
         """End all agents and give everything back, after `tend` has returned."""
         for _, actor, _ in self._agents.values():
-            _kill(actor)
+            self._end_agent(actor)
         for group in self._groups.values():
             remove_placement_group(group)
 
@@ -154,10 +172,8 @@ class RayClaims:
         for node_id, grant in grants.items():
             known = self._agents.get(node_id)
             if known is None:
-                grant = replace(grant, devices=await asyncio.to_thread(self._devices_on, node_id))
-                self._num_agents += 1
-                name = f"{node_id[:_NODE_DIGITS]}-{int(time.time()) % 100_000}{self._num_agents:03d}"
-                self._agents[node_id] = (name, await asyncio.to_thread(self._start_agent, name, grant), grant)
+                if not self._is_resting:
+                    await self._start_on(node_id, grant)
             elif (known[2].num_slots, known[2].num_firm) != (grant.num_slots, grant.num_firm):
                 grant = replace(grant, devices=await asyncio.to_thread(self._devices_on, node_id))
                 self._agents[node_id] = (known[0], known[1], grant)
@@ -171,6 +187,18 @@ class RayClaims:
             if node_id in self._agents:  # said every time: its agent may be another one now
                 self._on_notice(self._agents[node_id][0], seconds_left)
         await self._ask_others(has_minimum=sum(grant.num_firm for grant in grants.values()) >= self._low)
+
+    async def _start_on(self, node_id: str, grant: Grant) -> None:
+        """Have an agent on a node, unless the run that it is for has ended meanwhile."""
+        num_rests = self._num_rests
+        grant = replace(grant, devices=await asyncio.to_thread(self._devices_on, node_id))
+        self._num_agents += 1
+        name = f"{node_id[:_NODE_DIGITS]}-{int(time.time()) % 100_000}{self._num_agents:03d}"
+        actor = await asyncio.to_thread(self._start_agent, name, grant)
+        if self._num_rests == num_rests:
+            self._agents[node_id] = (name, actor, grant)
+        else:
+            self._beside(self._end_agent, actor)
 
     def _shape_groups(self) -> None:
         """One group for the smallest number, one for each worker beyond it, and one for each place that will go."""

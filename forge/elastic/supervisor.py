@@ -154,6 +154,7 @@ class Supervisor:
         former_generation: int = 0,
         stored_step: int = 0,
         is_restarted: bool = False,
+        findings: Message | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
@@ -164,6 +165,7 @@ class Supervisor:
         former_generation: the last of the run so far; its number is not given twice.
         stored_step: the newest step in storage.
         is_restarted: agents of a supervisor before this one are there, perhaps with ranks at work.
+        findings: what another run of the same model has found out on these machines.
         """
         self.state = replace(
             state,
@@ -175,7 +177,7 @@ class Supervisor:
         self._meter, self._stop_reason = meter, ""
         self._links: dict[str, Link] = {}
         self._generation = _Generation()
-        self._findings: Message | None = None
+        self._findings, self._has_formed = findings, is_restarted
         self._holdings: dict[str, list[list[int]]] = {}
         self._joined: set[str] = set()
         self._steps = StepTimes()
@@ -186,6 +188,11 @@ class Supervisor:
         self._persists: dict[int, float] = {}
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def findings(self) -> Message | None:
+        """What is known of model and machines; see `forge.train.rank.Findings`."""
+        return self._findings
 
     def listen(self, *, host: str, secret: bytes) -> Endpoint:
         """Let agents connect. Returns: where."""
@@ -375,6 +382,7 @@ class Supervisor:
             for rank, node in enumerate(self.state.places)
         )
         self._tell(GenerationFormed(**formed | {"ranks": ranks}))
+        self._has_formed = True
         self.apply(Formed(generation=formed["generation"]))
 
     def _persisted(self, message: Message) -> None:
@@ -437,7 +445,7 @@ class Supervisor:
         if self.state.phase not in (Phase.FORMING, Phase.TRAINING, Phase.LEAVING) or generation.is_accused:
             return
         if self.state.phase is Phase.FORMING:
-            limit_s = _FORMING_S if self._findings else _FIRST_FORMING_S
+            limit_s = _FORMING_S if self._findings and self._has_formed else _FIRST_FORMING_S
         else:
             limit_s = max(_HANG_S, _HANG_STEPS * self._steps.long_s)
         silence = generation.pulses.find_silence(limit_s=limit_s, now=now)

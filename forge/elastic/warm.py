@@ -32,17 +32,14 @@ def main() -> None:
     die_with(int(sys.argv[3]))
     # Ctrl-C reaches whole groups of processes; a run is stopped through its supervisor.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    began = time.monotonic()
     plan = _read_all(int(sys.argv[2]))
-    _import_everything(plan)
-    gc.collect()
-    gc.freeze()  # so that ranks do not copy pages by counting references in them
+    warm_s = _warm_up(plan)
     wake, woken = socket.socketpair()
     for end in (wake, woken):
         end.setblocking(False)
     signal.set_wakeup_fd(woken.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    _tell(sock, warm=round(time.monotonic() - began, 3))
+    _tell(sock, warm=warm_s, epoch=0)
     while True:
         ready, _, _ = select.select([sock, wake], [], [])
         if wake in ready:
@@ -53,6 +50,10 @@ def main() -> None:
             text, fds, _, _ = socket.recv_fds(sock, 16, _MOST_FDS)
             if not text:
                 return  # the agent is gone
+            if text != b"fork":  # another run's plan, and which this is
+                plan = _read_all(fds[0])
+                _tell(sock, warm=_warm_up(plan), epoch=int(text))
+                continue
             order, *inherited = fds
             _fork(sock, (wake, woken), json.loads(_read_all(order)), inherited, plan)
 
@@ -64,10 +65,15 @@ def die_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _import_everything(plan_json: str) -> None:
+def _warm_up(plan_json: str) -> float:
+    """Import everything that a rank of this plan will. Returns: the seconds it took."""
+    began = time.monotonic()
     from forge.elastic import member
 
     member.import_for(plan_json)
+    gc.collect()
+    gc.freeze()  # so that ranks do not copy pages by counting references in them
+    return round(time.monotonic() - began, 3)
 
 
 def _fork(

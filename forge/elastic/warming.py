@@ -40,16 +40,37 @@ class WarmProcess:
         os.close(plan_fd)
         ours.setblocking(False)
         self._socket = ours
+        self._epoch = 0
         self.is_warm = False
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can still be used."""
+        return self._process.poll() is None
+
+    def adopt(self, plan_json: str) -> None:
+        """Have it made warm for another run: it says so again."""
+        self._epoch += 1
+        self.is_warm = False
+        plan = _memory_of(plan_json)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is about to be started anew
+            socket.send_fds(self._socket, [str(self._epoch).encode()], [plan])
+        os.close(plan)
+
     async def receive(self) -> dict[str, Any] | None:
-        """What it says; None when it is gone."""
-        try:
-            text = await asyncio.get_running_loop().sock_recv(self._socket, 2**16)
-        except OSError:
-            return None
-        message: dict[str, Any] | None = json.loads(text) if text else None
-        return message
+        """What it says; None when it is gone. What it still says of the run before is passed over."""
+        while True:
+            try:
+                text = await asyncio.get_running_loop().sock_recv(self._socket, 2**16)
+            except OSError:
+                return None
+            if not text:
+                return None
+            message: dict[str, Any] = json.loads(text)
+            if "warm" in message and message["epoch"] == self._epoch:
+                self.is_warm = True
+            if self.is_warm:
+                return message
 
     def send(self, order: dict[str, Any], fds: list[int]) -> None:
         """Have it fork a rank, which inherits the descriptors."""
@@ -63,6 +84,44 @@ class WarmProcess:
         self._process.kill()
         self._process.wait()
         self._socket.close()
+
+
+class WarmPool:
+    """Warm processes that one run after the other uses, on one machine."""
+
+    def __init__(self, *, log: Path) -> None:
+        self._log = log
+        self._idle: list[WarmProcess] = []
+
+    @property
+    def has_warm(self) -> bool:
+        """Whether one stands ready."""
+        return any(process.is_warm and process.is_alive for process in self._idle)
+
+    def prepare(self, plan_json: str, *, count: int) -> None:
+        """Begin to have so many."""
+        while len(self._idle) < count:
+            self._idle.append(WarmProcess(plan_json, log=self._log))
+
+    def take(self, plan_json: str) -> WarmProcess:
+        """One for a run of this plan: another run's, if one is idle, or a new one. It says when it is warm."""
+        self._idle.sort(key=lambda process: process.is_warm)
+        while self._idle:
+            process = self._idle.pop()
+            if process.is_alive:
+                process.adopt(plan_json)
+                return process
+            process.kill()
+        return WarmProcess(plan_json, log=self._log)
+
+    def give_back(self, process: WarmProcess) -> None:
+        """A run is over that used it, and none of its ranks is left."""
+        self._idle.append(process)
+
+    def close(self) -> None:
+        """End those that nobody uses."""
+        while self._idle:
+            self._idle.pop().kill()
 
 
 def _memory_of(text: str) -> int:

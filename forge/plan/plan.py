@@ -58,6 +58,8 @@ class Plan:
     worlds: tuple[WorldPlan, ...]
     search: SearchPlan | None = None
     """None where one run is trained."""
+    pause_at: int | None = None
+    """The step after which a trial of a population stops, with a checkpoint, until all others have come there."""
 
     @property
     def total_tokens(self) -> int:
@@ -121,8 +123,9 @@ def plan_to_json(plan: Plan) -> str:
     """The plan as canonical JSON: sorted keys, no NaN, a newline at the end; equal plans give equal bytes."""
     body = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     body["job"] = plan.job.model_dump(mode="json")
-    if plan.search is None:
-        del body["search"]
+    for name in ("search", "pause_at"):
+        if body[name] is None:
+            del body[name]
     body["format_version"] = FORMAT_VERSION
     return json.dumps(_plain(body), sort_keys=True, indent=1, allow_nan=False) + "\n"
 

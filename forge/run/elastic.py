@@ -138,7 +138,7 @@ def _await_outcome(supervisor: Any, stop: threading.Event) -> Outcome:
 
 def _require_room(plan: Plan) -> None:
     """Raises: ClusterError if this machine's cluster has fewer places than the job's minimum: nothing adds any."""
-    kind, wanted = _resource_of(plan), plan.job.resources.workers
+    kind, wanted = resource_of(plan), plan.job.resources.workers
     total = int(ray.cluster_resources().get(kind, 0))
     if total < wanted.low:
         raise ClusterError(
@@ -147,7 +147,8 @@ def _require_room(plan: Plan) -> None:
         )
 
 
-def _resource_of(plan: Plan) -> str:
+def resource_of(plan: Plan) -> str:
+    """What a rank takes one of, as Ray calls it."""
     return "GPU" if plan.hardware.device == "cuda" else "CPU"
 
 
@@ -211,10 +212,10 @@ class SupervisorActor:
             run_id=commission.run_id,
             low=workers.low,
             high=workers.high,
-            resource=_resource_of(self._plan),
+            resource=resource_of(self._plan),
             start_agent=self._start_agent,
             on_granted=lambda node, grant: self._supervisor.granted(
-                node, num_slots=grant.num_slots, num_firm=grant.num_firm, devices=_devices_of(grant, workers.high)
+                node, num_slots=grant.num_slots, num_firm=grant.num_firm, devices=devices_of(grant, workers.high)
             ),
             on_notice=lambda node, seconds_left: self._supervisor.noticed(
                 node, source="ray", seconds_left=seconds_left
@@ -228,9 +229,9 @@ class SupervisorActor:
             claims=self._claims,
             tell=self._tell,
             checkpoints=self._plan.job.checkpoint.url_of(commission.run_folder),
-            meter=self._meter(host, spent_usd=_newest(history, "CostCounted", "usd")),
-            former_generation=int(_newest(history, "GenerationForming", "generation")),
-            stored_step=int(_newest(history, "CheckpointSaved", "step")),
+            meter=self._meter(host, spent_usd=newest(history, "CostCounted", "usd")),
+            former_generation=int(newest(history, "GenerationForming", "generation")),
+            stored_step=int(newest(history, "CheckpointSaved", "step")),
             is_restarted=is_restarted,
         )
         self._endpoint = self._supervisor.listen(host=host, secret=bytes.fromhex(commission.secret))
@@ -256,7 +257,7 @@ class SupervisorActor:
             host="",
             num_slots=grant.num_slots,
             num_firm=grant.num_firm,
-            devices=_devices_of(grant, job.resources.workers.high),
+            devices=devices_of(grant, job.resources.workers.high),
             run_folder=commission.run_folder,
             plan_json=commission.plan_json,
             checkpoints=job.checkpoint.url_of(commission.run_folder),
@@ -358,12 +359,12 @@ class _ActorRecord:
         await self._recorder.take.remote(news)
 
 
-def _devices_of(grant: Grant, most: int) -> tuple[str, ...]:
+def devices_of(grant: Grant, most: int) -> tuple[str, ...]:
     """One for each rank that a node may get."""
     return tuple(f"cuda:{number}" for number in grant.devices) or ("cpu",) * most
 
 
-def _newest(history: Path, kind: str, key: str) -> float:
+def newest(history: Path, kind: str, key: str) -> float:
     """The largest value of a field of an event in a run's history; 0 if there is none."""
     newest = 0.0
     with contextlib.suppress(OSError), history.open() as lines:

@@ -19,12 +19,17 @@ from forge.events import (
     CheckpointSaved,
     Evaluated,
     Event,
+    PopulationMoved,
     RunFailed,
     RunFinished,
     RunStopped,
     StepMetrics,
     StepRepeated,
     TrackingDegraded,
+    TrialEnded,
+    TrialMoved,
+    TrialReported,
+    TrialSuggested,
     event_to_record,
 )
 from forge.run.secret import redacted
@@ -38,11 +43,30 @@ _WANDB_INIT_TIMEOUT_S = 20
 _WANDB_FINISH_TIMEOUT_S = 60
 
 
+_KEPT = (
+    CheckpointSaved,
+    RunFinished,
+    RunStopped,
+    RunFailed,
+    TrialSuggested,
+    TrialReported,
+    TrialMoved,
+    PopulationMoved,
+    TrialEnded,
+)
+"""What must be known again after a power cut."""
+
+
 class Recorder:
     """Writes what a run says of itself. One per run, used by one thread."""
 
-    def __init__(self, folder: Path, *, run_id: str, wandb: WandbSpec, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, *, run_id: str, wandb: WandbSpec, config: dict[str, Any], group: str | None = None
+    ) -> None:
         """Open the run's files, mending what a crash left.
+
+        Args:
+            group: of W&B, which the trials of a search share.
 
         Raises: OSError if the folder cannot be written.
         """
@@ -50,6 +74,7 @@ class Recorder:
         self._run_id = run_id
         self._spec = wandb
         self._config = config
+        self._group = group
         self._tracker: Any = None
         self._is_connected = False
         self.failure: RunFailed | None = None
@@ -80,7 +105,7 @@ class Recorder:
                 return
             self.failure = event
         self._write(self._events, {"time": round(time.time(), 3)} | event_to_record(event))
-        if isinstance(event, (CheckpointSaved, RunFinished, RunStopped, RunFailed)):
+        if isinstance(event, _KEPT):
             # What a checkpoint promises must not be ahead of what the curve shows after a power cut.
             os.fsync(self._events.fileno())
             os.fsync(self._metrics.fileno())
@@ -129,6 +154,7 @@ class Recorder:
                 entity=self._spec.entity,
                 id=self._run_id,
                 name=self._run_id,
+                group=self._group,
                 dir=self._folder,
                 config=self._config,
                 resume="allow" if mode == "online" else None,

@@ -59,6 +59,7 @@ class Carrier:
         self._address = address
         self._recorder: Any = None
         self._stop_reason = ""
+        self._halt_reason: str | None = ""
         self._stop = threading.Event()
         self._is_over = threading.Event()
 
@@ -123,7 +124,12 @@ class Carrier:
         name = f"recorder-{run_id}"
         is_new = not any(actor["name"] == name for actor in ray.util.list_named_actors(all_namespaces=True))
         self._recorder = RecorderActor.options(  # type: ignore[attr-defined]
-            name=name, namespace="forge", lifetime="detached", get_if_exists=True, resources=HEAD
+            name=name,
+            namespace="forge",
+            # A search is carried by this process alone, and ends with it; a run goes on.
+            lifetime=None if self._plan.search else "detached",
+            get_if_exists=True,
+            resources=HEAD,
         ).remote(str(self._folder), run_id, self._plan.job.model_dump_json(), credentials(os.environ))
         if is_new:  # otherwise the run goes on, and it is only its carrier that has died
             step = last_recorded_step(self._folder)
@@ -134,6 +140,13 @@ class Carrier:
         import ray
 
         if self._stop.is_set():
+            return
+        if self._plan.search is not None:
+            from forge.run.search import run_search
+
+            self._halt_reason = run_search(
+                self._plan, folder=self._folder, recorder=self._recorder, stop=self._stop
+            )
             return
         if self._plan.job.resources.engine == "elastic":
             from forge.run.elastic import train_elastically
@@ -185,6 +198,9 @@ class Carrier:
 
     def _end(self) -> None:
         """Say that the run reached its last step, with a sample of its text, or that it was stopped."""
+        if self._plan.search is not None:
+            self._end_search()
+            return
         step = last_recorded_step(self._folder)
         if step < self._plan.total_steps:
             self._tell(RunStopped(step=step, reason=self._stop_reason))
@@ -192,11 +208,18 @@ class Carrier:
         self._add_sample()
         self._tell(RunFinished(step=step))
 
+    def _end_search(self) -> None:
+        """Say that every trial is over, or that the search was stopped."""
+        if self._halt_reason is None:
+            self._tell(RunFinished(step=0))
+        else:
+            self._tell(RunStopped(step=0, reason=self._halt_reason))
+
     def _close(self, *, exit_code: int) -> None:
         import ray
 
         ray.get(self._recorder.close.remote(exit_code))
-        if self._plan.job.resources.engine == "elastic":
+        if self._plan.job.resources.engine == "elastic" and self._plan.search is None:
             from forge.run.elastic import clear_run
 
             clear_run(self._folder.name)

@@ -143,9 +143,19 @@ def create_run(plan: Plan, *, root: str | None = None) -> Path:
     run_id = f"{plan.job.name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = Path(root or plan.job.checkpoint.runs) / run_id
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
+    make_folder(folder, plan)
+    return folder
+
+
+def make_folder(folder: Path, plan: Plan) -> None:
+    """Fill a new run's folder, or that of a trial that goes on with other values.
+
+    Raises: ArgumentError if it cannot be written; there is none then.
+    """
+    assert plan.corpus is not None, "a run is created from a full plan"
     try:
-        (folder / "logs").mkdir(parents=True)
-        shutil.copytree(Path(plan.corpus.folder) / "tokenizer", folder / "tokenizer")
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        shutil.copytree(Path(plan.corpus.folder) / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
         (folder / "job.yaml").write_text(dump_job(plan.job))
         (folder / "plan.json").write_text(plan_to_json(plan))
     except OSError as error:
@@ -154,7 +164,6 @@ def create_run(plan: Plan, *, root: str | None = None) -> Path:
             f"the run's folder {folder} cannot be written: {error.strerror or error}; "
             "set checkpoint.to to a folder you own"
         ) from error
-    return folder
 
 
 def reopen_run(folder: Path, plan: Plan) -> None:

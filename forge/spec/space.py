@@ -69,6 +69,11 @@ def followers(job: JobSpec, search: SearchSpec) -> dict[str, Any]:
     return found
 
 
+def first_values(search: SearchSpec) -> dict[str, Any]:
+    """Of every key that is searched: the first of its list, or the lower end of its range."""
+    return {key: _some_values(entry)[0] for key, entry in search.space.items() if entry.of is None}
+
+
 def value_at(job: JobSpec, key: str) -> Any:
     """What a job has at a dotted path, its default if it is not written; None where there is nothing."""
     at: Any = job.model_dump(mode="json")
@@ -94,7 +99,7 @@ def check_space(loaded: LoadedJob) -> dict[str, Any]:
     search = search_of(job)
     for key, value in search.proxy.items():
         _try(loaded, {}, blamed=f"search.proxy.{key}", value=value, only={key: value})
-    first = {key: _some_values(entry)[0] for key, entry in search.space.items() if entry.of is None}
+    first = first_values(search)
     for key in first:
         for value in _some_values(search.space[key]):
             _try(loaded, {**first, key: value}, blamed=f"search.space.{key}", value=value, key=key)

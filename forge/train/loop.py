@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from forge.data.batches import HeldOutBatches, TrainBatches
-from forge.errors import CheckpointError, RunError
+from forge.errors import CheckpointError, DivergedError
 from forge.events import (
     CheckpointFailed,
     CheckpointSaved,
@@ -40,10 +40,17 @@ class Curriculum:
     training: TrainingSpec
     checkpoint: CheckpointSpec
     total_steps: int
+    pause_at: int | None
+    """The step after which to stop, with a checkpoint, though it is not the last."""
     batches: TrainBatches
     held_out: HeldOutBatches
     flops_per_token: int
     peak_flops: float
+
+    @property
+    def last_step(self) -> int:
+        """After which the loop ends."""
+        return min(self.total_steps, self.pause_at or self.total_steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +80,12 @@ def train(
     on_formed: Callable[[], None] = lambda: None,
     reporter: Reporter,
 ) -> Ending:
-    """Train from `start` to the last step, or until asked to stop or to leave; collective.
+    """Train from `start` to the last step or the one to pause at, or until asked to stop or to leave; collective.
 
     Args:
         on_formed: called after the first step, or at once if there is none to do.
 
-    Raises: RunError if the loss or the gradient is no number, CheckpointError if the last checkpoint
+    Raises: DivergedError if the loss or the gradient is no number, CheckpointError if the last checkpoint
         cannot be written.
     """
     training = curriculum.training
@@ -86,11 +93,11 @@ def train(
     saved_at = evaluated_at = time.monotonic()
     is_save_due = False
     tokens = curriculum.batches.tokens_per_step
-    if progress.step >= curriculum.total_steps:
+    if progress.step >= curriculum.last_step:
         on_formed()
-    while progress.step < curriculum.total_steps:
+    while progress.step < curriculum.last_step:
         step, began = progress.step + 1, time.monotonic()
-        is_last = step == curriculum.total_steps
+        is_last = step == curriculum.last_step
         # A checkpoint that is due while another is in the making begins when that one is sealed.
         is_save_due |= curriculum.checkpoint.every.is_due(step=step, seconds_since_last=began - saved_at)
         is_evaluation_due = training.evaluate_every.is_due(step=step, seconds_since_last=began - evaluated_at)
@@ -158,7 +165,8 @@ def train(
             snapshots.copier.begin(progress)
         if snapshots is not None:
             _pace(snapshots.pace, result, step=step, step_s=step_s, reporter=reporter)
-    if training.ema is not None and curriculum.held_out.num_sequences:
+    is_whole = progress.step >= curriculum.total_steps
+    if is_whole and training.ema is not None and curriculum.held_out.num_sequences:
         engine.state.swap_average()
         evaluate(engine, curriculum.held_out, step=progress.step, weights="ema", reporter=reporter)
         engine.state.swap_average()
@@ -248,10 +256,10 @@ def _is_finite(loss: float, grad_norm: float) -> bool:
     return math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm >= 0
 
 
-def _diverged(loss: float, grad_norm: float, *, step: int, lr: float, saved_step: int) -> RunError:
+def _diverged(loss: float, grad_norm: float, *, step: int, lr: float, saved_step: int) -> DivergedError:
     """The end of a run at the first step that is no number: the weights are spoilt from here on."""
     kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "no checkpoint was written yet"
-    return RunError(
+    return DivergedError(
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, at a learning rate of {lr:.3g}; "
         f"{kept}. Lower training.optimizer.lr, raise schedule.warmup_steps, or set optimizer.grad_clip"
     )

@@ -210,6 +210,7 @@ def _curriculum(plan: Plan, place: Place, *, peak_flops: float) -> Curriculum:
         training=job.training,
         checkpoint=job.checkpoint,
         total_steps=plan.total_steps,
+        pause_at=plan.pause_at,
         batches=TrainBatches(
             stream=train_stream,
             order=SampleOrder(num_samples=plan.corpus.num_train_sequences, seed=job.data.seed),
