@@ -150,6 +150,10 @@ class Agent:
             self._store.close()
             self._vault.close()
 
+    def retire(self) -> None:
+        """The run needs it no more: `run` returns."""
+        self._is_retired.set()
+
     def _keep(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)

@@ -129,13 +129,12 @@ class RayClaims:
                 self._beside(self._end_agent, actor)
         self._wakes.set()
 
-    def rest(self) -> None:
-        """Have no agents any more, and keep the places for the next run."""
+    async def rest(self) -> None:
+        """Have no agents any more, and keep the places for the next run; returns when they have ended."""
         self._is_resting = True
         self._num_rests += 1
-        for _, actor, _ in self._agents.values():
-            self._beside(self._end_agent, actor)
-        self._agents, self._used = {}, {}
+        agents, self._agents, self._used = list(self._agents.values()), {}, {}
+        await asyncio.gather(*(asyncio.to_thread(self._end_agent, actor) for _, actor, _ in agents))
 
     def serve(self) -> None:
         """Have agents again."""

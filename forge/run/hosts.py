@@ -41,6 +41,7 @@ class _Guest:
 
     stage: str
     grant: Grant
+    agent: Agent | None = None
     life: asyncio.Task[None] | None = None
 
 
@@ -86,10 +87,13 @@ class HostActor:
     async def close(self, name: str) -> None:
         """End an agent; its warm process stays, if it has no ranks."""
         guest = self._guests.get(name)
-        if guest is not None and guest.life is not None:
+        if guest is None or guest.life is None:
+            return
+        if guest.agent is None:  # it waits for the corpus
             guest.life.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await guest.life
+        else:
+            guest.agent.retire()
+        await asyncio.wait([guest.life])
 
     async def _serve(self, setup: Setup, stage: str) -> None:
         recorder = ray.get_actor(stage, namespace=self._namespace)
@@ -98,7 +102,9 @@ class HostActor:
             placed = replace(setup, host=ray.util.get_node_ip_address(), plan_json=plan_json)
             locate = _Locator(stage, self._namespace).locate
             record = _StageRecord(recorder, setup.run_folder)
-            await Agent(placed, locate=locate, record=record, pool=self._pool).run()
+            agent = Agent(placed, locate=locate, record=record, pool=self._pool)
+            self._guests[setup.node].agent = agent
+            await agent.run()
         except Exception as error:  # Ray raises many unrelated classes; all mean that this machine is of no use
             traceback.print_exc()
             left = NodeLeft(node=setup.node, reason=f"its agent ended: {error}")

@@ -8,6 +8,7 @@ checkpoints.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import threading
@@ -67,6 +68,7 @@ def run_search(plan: Plan, *, folder: Path, recorder: Any, stop: threading.Event
     Returns: why it was stopped, empty if somebody asked; None if every trial is over.
     """
     os.environ.update(_TUNE | {"TUNE_MAX_PENDING_TRIALS_PG": str(_planned(plan).trials_at_once)})
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it misses files that nobody writes
     from ray import tune
 
     search = search_of(plan.job)

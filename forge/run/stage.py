@@ -99,6 +99,7 @@ class StageActor:
         self._pen = ThreadPoolExecutor(max_workers=1)  # W&B and disks are slow; who decides must not wait
         self._show: _Show | None = None
         self._news = asyncio.Event()
+        self._dismissing = asyncio.Lock()
         self._is_fresh = True
         self._claims: RayClaims | None = None
         self._tending: asyncio.Task[None] | None = None
@@ -184,16 +185,14 @@ class StageActor:
         show, self._show = self._show, None
         if show is None:
             return
-        if show.watching is not None:
+        if show.watching is not None and show.outcome is None:
             show.watching.cancel()
         if show.supervisor.findings is not None:
             self._findings[_kind_of(show.plan)] = show.supervisor.findings
-        show.supervisor.close()
-        if self._claims is not None:
-            self._claims.rest()
+        await self._dismiss(show)
         if reason:
             self._pen.submit(show.recorder.event, RunStopped(step=show.recorder.last_step, reason=reason))
-        self._pen.submit(show.recorder.close, exit_code=0)
+        self._pen.submit(show.recorder.close, exit_code=0 if show.outcome is None or not show.outcome.error else 1)
 
     async def grow(self) -> None:
         """No other trial waits: take as many places as the job allows."""
@@ -263,6 +262,14 @@ class StageActor:
         await self._write(lambda: None)
         show.outcome = outcome
         self._wake()
+        await self._dismiss(show)  # what it leaves is warm when the next one comes
+
+    async def _dismiss(self, show: _Show) -> None:
+        """End the agents of a trial; the next one's come after that."""
+        show.supervisor.close()
+        async with self._dismissing:
+            if self._claims is not None:
+                await self._claims.rest()
 
     def _claims_of(self, plan: Plan) -> RayClaims:
         """The places of this stage: the smallest number of workers, until no other trial waits."""

@@ -101,6 +101,8 @@ class Carrier:
         require_private_token()
         if self._plan.job.resources.engine == "ray-train":
             threading.Thread(target=_import_train, daemon=True).start()
+        if self._plan.search is not None:
+            threading.Thread(target=_import_search, daemon=True).start()
         import ray
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
@@ -254,6 +256,11 @@ def _take(path: Path) -> TextIO:
 def _import_train() -> None:
     """Import Ray Train (torch, pandas) while Ray's own processes start."""
     import forge.run.ray_train  # noqa: F401
+
+
+def _import_search() -> None:
+    """And Ray Tune, Optuna."""
+    import forge.run.search  # noqa: F401
 
 
 def _first_line(error: BaseException) -> str:
