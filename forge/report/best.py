@@ -63,7 +63,7 @@ def _length(search: SearchSpec, best: Trial) -> Iterator[str]:
     is_whole = best.status == "finished"
     if kind == "none" and is_whole:
         return
-    way = f"{best.step} steps" if total is None else f"{best.step} of its {total} steps"
+    way = f"{best.step} steps" if total is None else f"{best.step} of {total} steps"
     by = "" if kind == "none" else f" under the scheduler {kind}"
     ending = "" if is_whole else f"; it is {best.status}" + (f" ({best.reason})" if best.reason else "")
     yield f"The trial ran {way}{by}{ending}."

@@ -66,8 +66,6 @@ p { margin: 0; }
 .values div { min-width: 0; }
 dt { color: #647082; font-size: 13px; overflow-wrap: anywhere; }
 dd { margin: 0; font-size: 18px; font-weight: 600; overflow-wrap: anywhere; }
-code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 13px; background: #eef1f5;
-  border-radius: 5px; padding: 1px 6px; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; margin: 10px -20px -18px; padding: 0 20px 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: #647082; font-weight: 600; font-size: 12.5px; }
@@ -199,11 +197,11 @@ def _best(search: _Search) -> str:
         f"It went on with other values {moves}." if moves else "",
         "Its values were found with a proxy of the job." if search.spec.proxy else "",
     ]
+    if search.run.status != "running":
+        notes.append("The job with the values that were found is best.yaml, beside this page.")
     return (
         f'<section class="card best"><h2>Best trial</h2><p class="soft">{escape(" ".join(filter(None, notes)))}</p>'
-        f'<dl class="values">{pairs}</dl>'
-        f'<p class="soft" style="margin-top:14px">The job with these values: <code>best.yaml</code>, '
-        f"beside this page.</p></section>"
+        f'<dl class="values">{pairs}</dl></section>'
     )
 
 

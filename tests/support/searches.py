@@ -89,7 +89,8 @@ class SearchHistory:
     def end(self, trial: int, *, status: str = "finished", reason: str = "") -> None:
         """A trial is over."""
         known = self.book.trials[trial]
-        self.tell(TrialEnded(trial=trial, status=status, step=known.step, value=known.value, reason=reason))
+        ended = TrialEnded(trial=trial, status=status, step=known.step, value=known.value, reason=reason)
+        self.tell(ended, after_s=0.5)
 
     def run(
         self,
