@@ -37,6 +37,8 @@ _FAR_OUT = 3.0
 # For dots: those of trials that a scheduler has stopped early lie far out, and belong there.
 _ABSURD = 12.0
 _LONGEST = 80
+# Beside an axis there is little room.
+_LONGEST_ON_AXIS = 28
 
 
 def script() -> str:
@@ -83,7 +85,7 @@ def best_so_far(search: SearchSpec, book: TrialBook) -> str:
     figure.update_xaxes(
         title="trials that have ended", range=[0.3, len(ended) + 0.7], dtick=_whole_tick(len(ended))
     )
-    figure.update_yaxes(title=escape(search.metric))
+    figure.update_yaxes(title=_plain(search.metric))
     return _html(figure, name="best-so-far", height=340)
 
 
@@ -105,7 +107,7 @@ def learning_curves(search: SearchSpec, book: TrialBook) -> str:
             x=[step for step, _ in finite],
             y=[value for _, value in finite],
             mode="lines" if len(finite) > 1 else "markers",
-            name=escape(name),
+            name=_plain(name),
             legendgroup=name,
             showlegend=name not in listed,
             opacity=1.0 if is_best else 0.45,
@@ -115,8 +117,9 @@ def learning_curves(search: SearchSpec, book: TrialBook) -> str:
         listed.add(name)
     low, high = _widened(*_fence(values, width=_FAR_OUT)) if values else (0.0, 1.0)
     room = 0.04 * (high - low)
-    figure.update_xaxes(title="step", rangemode="tozero")
-    figure.update_yaxes(title=escape(search.metric), range=[low - room, high + room])
+    last = max(trial.step for trial in trials)
+    figure.update_xaxes(title="step", rangemode="tozero", dtick=_whole_tick(last))
+    figure.update_yaxes(title=_plain(search.metric), range=[low - room, high + room])
     return _html(figure, name="learning-curves", height=340)
 
 
@@ -135,9 +138,9 @@ def parallel_coordinates(search: SearchSpec, book: TrialBook) -> str:
     names = short_names(keys)
     dimensions = [_dimension(search.space[key], [trial.values[key] for trial in trials]) for key in keys]
     for key, dimension in zip(keys, dimensions, strict=True):
-        dimension["label"] = escape(names[key])
+        dimension["label"] = _plain(names[key])
     metric = {
-        "label": f"<b>{escape(search.metric)}</b>",
+        "label": f"<b>{_plain(search.metric)}</b>",
         "values": values,
         "range": list(_widened(low, high)),
         "tickformat": ".4~g",
@@ -154,7 +157,7 @@ def parallel_coordinates(search: SearchSpec, book: TrialBook) -> str:
                 "showscale": False,
             },
             labelfont={"size": 13, "color": _INK},
-            tickfont={"size": 11, "color": _SOFT},
+            tickfont={"size": 11, "color": _INK},
             rangefont={"size": 1, "color": "rgba(0,0,0,0)"},
             unselected={"line": {"color": "#c9d0da", "opacity": 0.15}},
         )
@@ -172,13 +175,13 @@ def importance_bars(shares: Mapping[str, float]) -> str:
     figure = go.Figure(
         go.Bar(
             x=[shares[key] for key in keys],
-            y=[escape(names[key]) for key in keys],
+            y=[_plain(names[key]) for key in keys],
             orientation="h",
             marker={"color": STATUS_COLORS["finished"]},
             text=[f" {shares[key]:.0%}" for key in keys],
             textposition="outside",
             cliponaxis=False,
-            customdata=[escape(_shortened(key)) for key in keys],
+            customdata=[_plain(printable(key, limit=_LONGEST)) for key in keys],
             hovertemplate="%{customdata}: %{x:.1%}<extra></extra>",
         )
     )
@@ -209,7 +212,7 @@ def shown(value: Any) -> str:
     """A value of the job for people, on one line."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return _shortened(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), limit=_LONGEST)
 
 
 def is_drawn(trial: Trial) -> bool:
@@ -251,7 +254,7 @@ def _dimension(entry: ParameterSpec, values: Sequence[Any]) -> dict[str, Any]:
         return {
             "values": [known.index(place) for place in places],
             "tickvals": list(range(len(known))),
-            "ticktext": [escape(shown(json.loads(place))) for place in known],
+            "ticktext": [_shortened(shown(json.loads(place))) for place in known],
             "range": list(_widened(0, len(known) - 1)),
         }
     assert entry.ends is not None, "what follows from another key has no axis"
@@ -300,8 +303,9 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return (low, high) if low < high else (low - (abs(low) * 0.01 or 1.0), high + (abs(high) * 0.01 or 1.0))
 
 
-def _whole_tick(count: int) -> int:
-    return max(1, 10 ** max(0, len(str(count)) - 1) // (1 if str(count)[0] > "3" else 2)) if count > 12 else 1
+def _whole_tick(most: int) -> int | None:
+    """From one tick to the next, where plotly would put ticks between whole numbers."""
+    return 1 if most <= 12 else None
 
 
 def _told(search: SearchSpec, trial: Trial) -> str:
@@ -309,7 +313,7 @@ def _told(search: SearchSpec, trial: Trial) -> str:
     names = short_names(searched_keys(search))
     values = [f"{names[key]}: {shown(trial.values[key])}" for key in names if key in trial.values]
     lines = [f"trial {trial.number}, {trial.status}: {_value(trial):.5g} at step {trial.step}", *values]
-    return "<br>".join(escape(line) for line in lines)
+    return "<br>".join(_plain(line) for line in lines)
 
 
 def _value(trial: Trial) -> float:
@@ -318,4 +322,9 @@ def _value(trial: Trial) -> float:
 
 
 def _shortened(text: str) -> str:
-    return printable(text, limit=_LONGEST)
+    return printable(text, limit=_LONGEST_ON_AXIS)
+
+
+def _plain(text: str) -> str:
+    """Text that plotly would read as markup, which knows `&lt;` but not `&quot;`; an axis' tick text is none."""
+    return escape(text, quote=False)

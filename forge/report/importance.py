@@ -28,8 +28,8 @@ from forge.report.trials import Trial, TrialBook
 from forge.spec.search import ParameterSpec, SearchSpec
 
 _SEED = 1
-# As many as tell two keys apart in 16 trials; more only cost time.
-_NUM_TREES = 64
+# Half of Optuna's default: on 8 to 32 trials of known functions they find the same order in half the time.
+_NUM_TREES = 32
 
 
 def distributions(search: SearchSpec) -> dict[str, BaseDistribution]:
