@@ -22,7 +22,6 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.importance import FanovaImportanceEvaluator
 
 from forge.report.trials import Trial, TrialBook
 from forge.spec.search import ParameterSpec, SearchSpec
@@ -66,12 +65,15 @@ def importances(search: SearchSpec, book: TrialBook) -> dict[str, float]:
 
 
 def _ask(trials: list[optuna.trial.FrozenTrial]) -> dict[str, float]:
+    # Only where it is asked for: it brings scikit-learn and pandas, which take more than a second to import.
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
     with _silence():
         study = optuna.create_study()
         study.add_trials(trials)
         evaluator = FanovaImportanceEvaluator(seed=_SEED, n_trees=_NUM_TREES)
         try:
-            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+            found = get_param_importances(study, evaluator=evaluator)
         except RuntimeError:  # every tree is constant: trials of the same values that came out differently
             return {}
     return {key: float(share) for key, share in found.items()}
