@@ -45,6 +45,8 @@ DOORS = {
     "deepspeed": ("forge/train/engine.py", "forge/train/state.py"),
     "wandb": ("forge/run/record.py",),
     "ray": ("forge/run/", "forge/cluster/", "forge/elastic/"),
+    "optuna": ("forge/report/importance.py", "forge/run/suggest.py"),
+    "plotly": ("forge/report/figures.py",),
 }
 """One foreign library, one door."""
 
