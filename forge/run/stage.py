@@ -157,15 +157,22 @@ class StageActor:
         self._show.watching = asyncio.ensure_future(self._await_outcome(self._show))
         claims.serve()
 
-    async def report(self, after_step: int, patience_s: float) -> Report:
-        """What is known beyond a step; empty if nothing comes within a while."""
+    async def report(self, after_step: int, patience_s: float, *, is_started: bool) -> Report:
+        """What is known beyond a step; empty if nothing comes within a while.
+
+        Args:
+            is_started: whether the trial's first step is known already.
+        """
         show = self._show
         assert show is not None, "no trial is on"
 
         def found() -> list[Mapping[str, Any]]:
             return [record for record in show.records if record["step"] > after_step]
 
-        await self._until(lambda: bool(found()) or show.outcome is not None, patience_s)
+        def is_news() -> bool:
+            return bool(found()) or show.outcome is not None or (not is_started and show.first_step is not None)
+
+        await self._until(is_news, patience_s)
         return Report(records=tuple(found()), first_step=show.first_step, outcome=show.outcome)
 
     async def stop(self) -> bool:

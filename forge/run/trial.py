@@ -181,7 +181,9 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
         assert self._plan is not None
         last_step = min(self._plan.total_steps, self._plan.pause_at or self._plan.total_steps)
         while True:
-            report: Report = self._ask(partial(self._stage.report.remote, self._reported, _PATIENCE_S))
+            report: Report = self._ask(
+                partial(self._stage.report.remote, self._reported, _PATIENCE_S, is_started=self._has_started)
+            )
             if report.first_step is not None and not self._has_started:
                 self._has_started = True
                 self._tell_started(report)
