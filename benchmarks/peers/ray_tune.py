@@ -20,9 +20,8 @@ All without loggers, with reused actors and one thread a trial. Tuned, each beca
     RAY_TRAIN_METRICS_ENABLED=0             no gauges for a dashboard
     ..._STRUCTURED_LOGGING=0                no log files of Ray Train's own
 
-Without a dashboard Ray Train's placement group cleaner holds up the end of every run: it asks the dashboard in
-vain, for ten seconds, whether the controller is alive, and no setting switches it off. With one, Ray has more to
-do.
+Without a dashboard Ray Train's placement group cleaner may hold up the end of a run: it asks the dashboard in vain
+whether the controller is alive, and no setting switches it off. With one, Ray has more to do: has_dashboard.
 """
 
 from __future__ import annotations
