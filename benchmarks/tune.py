@@ -84,7 +84,8 @@ CONTENDERS = ("forge", *PEERS)
 TOLERANCE = 1e-4
 """Of a last held-out loss. Sums in fp32 are taken in another order, which makes about 1e-6 at these rates; at four
 times the highest, where training is unstable, 2e-2."""
-LIMIT_S = 300.0
+PARTS = ("before", "trials", "after")
+LIMIT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,8 @@ class Search:
     """One run of one contender."""
 
     seconds: float
+    parts_s: Mapping[str, float]
+    """What they were made of: before the first trial is suggested, until the last is over, and the rest."""
     starts_s: Mapping[float, float]
     """Of each trial, by its rate: from its suggestion to the end of its first step."""
     warm: frozenset[float]
@@ -171,13 +174,14 @@ def measure(name: str, *, work: Work) -> Search:
             command = [FORGE, "tune", str(work.job), "--set", f"checkpoint.to={folder}/runs", "-o", "json"]
         else:
             command = module("ray_tune", {**work.request, **PEERS[name], "folder": text})
-        began = time.perf_counter()
+        began_s = time.time()
         with running(command, folder=folder) as program:
             deadline = time.monotonic() + LIMIT_S
             wait(lambda: False, program.process, deadline=deadline, poll_s=0.02)
-            seconds = time.perf_counter() - began
+            ended_s = time.time()
             require_success(name, program)
-        return search_of_forge(folder, seconds) if name == "forge" else search_of_peer(folder, seconds)
+        search_of = search_of_forge if name == "forge" else search_of_peer
+        return search_of(folder, began_s=began_s, ended_s=ended_s)
 
 
 def require_success(name: str, program: Program) -> None:
@@ -187,12 +191,14 @@ def require_success(name: str, program: Program) -> None:
         raise RuntimeError(f"{name} {how}:\n{program.last_words()}")
 
 
-def search_of_forge(folder: Path, seconds: float) -> Search:
+def search_of_forge(folder: Path, *, began_s: float, ended_s: float) -> Search:
     """By the events of the search."""
     (journal,) = (folder / "runs").glob("*/events.jsonl")
     rates, starts_s, warm, losses = dict[int, float](), dict[float, float](), set[float](), dict[float, float]()
+    times: list[float] = []
     for event in records_of(journal):
         kind = event["event"]
+        times += [event["time"]] if kind in ("TrialSuggested", "TrialEnded") else []
         if kind == "TrialSuggested":
             rates[event["trial"]] = event["values"][LR]
         elif kind == "TrialStarted":
@@ -200,21 +206,33 @@ def search_of_forge(folder: Path, seconds: float) -> Search:
             warm |= {rates[event["trial"]]} if event["is_warm"] else set()
         elif kind == "TrialReported":
             losses[rates[event["trial"]]] = event["value"]
-    return Search(seconds=seconds, starts_s=starts_s, warm=frozenset(warm), losses=losses)
+    return Search(
+        seconds=ended_s - began_s,
+        parts_s=parts_of(began_s, times[0], times[-1], ended_s),
+        starts_s=starts_s,
+        warm=frozenset(warm),
+        losses=losses,
+    )
 
 
-def search_of_peer(folder: Path, seconds: float) -> Search:
+def search_of_peer(folder: Path, *, began_s: float, ended_s: float) -> Search:
     """By what it has written down, and its answer."""
     records = records_of(folder / "trials.jsonl")
     suggested = {record["suggested"]: record["time"] for record in records if "suggested" in record}
     stepped = {record["stepped"]: record["time"] for record in records if "stepped" in record}
     answer = json.loads((folder / "answer").read_text().splitlines()[-1])
     return Search(
-        seconds=seconds,
+        seconds=ended_s - began_s,
+        parts_s=parts_of(began_s, min(suggested.values()), records[-1]["time"], ended_s),
         starts_s={rate: stepped[rate] - suggested[rate] for rate in suggested},
         warm=frozenset(list(suggested)[AT_ONCE:]),
         losses={float(rate): loss for rate, loss in answer.items()},
     )
+
+
+def parts_of(*times: float) -> dict[str, float]:
+    """From four moments. Returns: the seconds between each and the next."""
+    return {part: times[i + 1] - times[i] for i, part in enumerate(PARTS)}
 
 
 def report(runs: Mapping[str, Sequence[Search]]) -> dict[str, Any]:
@@ -230,18 +248,26 @@ def report(runs: Mapping[str, Sequence[Search]]) -> dict[str, Any]:
         cold = Measured(
             values=tuple(run.starts_s[rate] for run in of for rate in run.starts_s if rate not in run.warm)
         )
+        parts = {part: Measured(values=tuple(run.parts_s[part] for run in of)).median for part in PARTS}
         figures[name] = {
             "seconds": seconds.median,
+            "parts_s": parts,
             "trial_start_s": warm.median if warm.values else None,
             "first_trial_start_s": cold.median if cold.values else None,
             "losses": of[0].losses,
             "all": {"seconds": seconds.values, "trial_start_s": warm.values, "first_trial_start_s": cold.values},
         }
         texts = [measured.text(".2f") if measured.values else "" for measured in (warm, cold)]
-        rows.append([name, seconds.text(".1f"), *texts])
+        rows.append([name, seconds.text(".1f"), " + ".join(f"{part_s:.1f}" for part_s in parts.values()), *texts])
     print_table(
         f"{len(LEARNING_RATES)} trials, {AT_ONCE} at once; median [range]",
-        header=["contender", "seconds in all", "a trial's start, s", "the first trials', s"],
+        header=[
+            "contender",
+            "seconds in all",
+            "before + trials + after",
+            "a trial's start, s",
+            "the first trials', s",
+        ],
         rows=rows,
     )
     figures |= ratios_of({name: figures[name]["seconds"] for name in runs})

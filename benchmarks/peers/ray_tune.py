@@ -6,7 +6,7 @@ REQUEST is JSON: model, vocab_size, seq_len, corpus (a folder of forge's token s
 file), learning_rates, total_steps, global_batch_size, evaluate_every, warmup_steps, final_fraction, weight_decay,
 betas, eps, grad_clip, trials_at_once, folder, and how: `trainer` or `function`, is_tuned, has_dashboard. The last
 line on stdout is each trial's last held-out loss, `{"<learning rate>": ...}`; `trials.jsonl` in the folder has a
-line when a trial is suggested and one when it has made its first step.
+line when a trial is suggested, one when it has made its first step, and one when all are over.
 
 `trainer` is the way of Ray's user guide ("Hyperparameter Tuning with Ray Tune"): Tune runs a driver function for
 each trial, which fits a TorchTrainer of one worker and passes its reports on by TuneReportCallback. Driver and
@@ -85,6 +85,7 @@ def main() -> None:
         tune_config=tune.TuneConfig(search_alg=TimedGrid(request), reuse_actors=True),
         run_config=tune.RunConfig(storage_path=f"{request['folder']}/tune", name="tune", verbose=0),
     ).fit()
+    record(request, ended=time.time())
     if results.errors:
         raise results.errors[0]
     losses = {result.config["lr"]: result.metrics["held_out_loss"] for result in results}
