@@ -67,6 +67,8 @@ class Setup:
     """The machine's address."""
     num_slots: int
     num_firm: int
+    num_cores: int
+    """Which its ranks share."""
     devices: Sequence[str]
     """One for each slot at first: `cpu`, or `cuda:` and a number."""
     run_folder: str
@@ -300,6 +302,7 @@ class Agent:
             local_rank=local_rank,
             local_world_size=order["num_on_host"],
             device=self._devices[local_rank],
+            num_threads=max(1, min(self._setup.num_cores, os.cpu_count() or 1) // len(order["ranks"])),
             checkpoints=self._setup.checkpoints,
             log=str(Path(self._setup.run_folder) / "logs" / f"rank-{rank}.log"),
             host=order["host"],

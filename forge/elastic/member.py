@@ -113,6 +113,7 @@ def _run(order: RankOrder, link: Link, fds: list[int], *, plan_json: str, listen
             world_size=order.world_size,
             local_world_size=order.local_world_size,
             device=order.device,
+            num_threads=order.num_threads,
             checkpoints=order.checkpoints,
             generation=order.generation,
             rendezvous=Rendezvous(host=order.host, port=order.port, listen_fd=listen_fd),

@@ -40,6 +40,8 @@ class RankOrder:
     local_rank: int
     local_world_size: int
     device: str
+    num_threads: int
+    """For arithmetic on CPU."""
     checkpoints: str
     log: str
     host: str

@@ -257,6 +257,7 @@ class SupervisorActor:
             host="",
             num_slots=grant.num_slots,
             num_firm=grant.num_firm,
+            num_cores=places_of(grant.node_id, resource="CPU"),
             devices=devices_of(grant, job.resources.workers.high),
             run_folder=commission.run_folder,
             plan_json=commission.plan_json,
@@ -362,6 +363,12 @@ class _ActorRecord:
 def devices_of(grant: Grant, most: int) -> tuple[str, ...]:
     """One for each rank that a node may get."""
     return tuple(f"cuda:{number}" for number in grant.devices) or ("cpu",) * most
+
+
+def places_of(node_id: str, *, resource: str) -> int:
+    """How much of a resource a node has; one of several nodes on a machine has only some of its cores."""
+    node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
+    return int(node["Resources"].get(resource, 0)) if node is not None else 0
 
 
 def newest(history: Path, kind: str, key: str) -> float:

@@ -168,6 +168,8 @@ class Hosts:
     namespace: str
     folder: str
     environment: Mapping[str, str]
+    num_ranks: int
+    """Of all trials at once, if each has its smallest number of workers."""
 
     def on(self, node_id: str) -> Any:
         """The host's actor on one of Ray's nodes. It outlives whoever asks first."""

@@ -127,7 +127,11 @@ class Control:
         self._folder = folder
         self.book = TrialBook(events)
         self.hosts = Hosts(
-            search_id=folder.name, namespace=NAMESPACE, folder=str(folder), environment=credentials(os.environ)
+            search_id=folder.name,
+            namespace=NAMESPACE,
+            folder=str(folder),
+            environment=credentials(os.environ),
+            num_ranks=_planned(plan).trials_at_once * plan.job.resources.workers.low,
         )
         self._stages: dict[int, str] = {}
         self._fresh: set[int] = set()

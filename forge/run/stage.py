@@ -28,7 +28,7 @@ from forge.elastic.vocabulary import State
 from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, StepMetrics, SupervisorRestarted
 from forge.plan.plan import Plan, plan_from_json
 from forge.report.runs import read_metrics
-from forge.run.elastic import devices_of, newest, resource_of
+from forge.run.elastic import devices_of, newest, places_of, resource_of
 from forge.run.hosts import Hosts
 from forge.run.record import Recorder
 from forge.run.reporter import write_output_to
@@ -307,6 +307,7 @@ class StageActor:
             host="",
             num_slots=grant.num_slots,
             num_firm=grant.num_firm,
+            num_cores=self._cores_of(grant, show.plan),
             devices=devices_of(grant, job.resources.workers.high),
             run_folder=show.part.run_folder,
             plan_json=show.part.plan_json,
@@ -317,6 +318,12 @@ class StageActor:
         host = self._hosts.on(grant.node_id)
         show.is_warm.append(ray.get(host.open.remote(setup, stage=self._name, grant=grant)))
         return host, name
+
+    def _cores_of(self, grant: Grant, plan: Plan) -> int:
+        """This trial's share of a node's cores, where others are at work beside it."""
+        num_places = places_of(grant.node_id, resource=resource_of(plan))
+        num_ranks = max(grant.num_slots, min(num_places, self._hosts.num_ranks))
+        return places_of(grant.node_id, resource="CPU") * grant.num_slots // num_ranks
 
     async def _adopt_agents(self, claims: RayClaims) -> bool:
         """Those of the process before this one, which have states in memory. Returns: whether there are any."""

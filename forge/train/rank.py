@@ -67,6 +67,8 @@ class Place:
     local_world_size: int
     device: str
     """`cpu` or `cuda:0`."""
+    num_threads: int | None = None
+    """For arithmetic on CPU; by default the machine's cores are divided among the run's ranks on it."""
     checkpoints: str
     """Folder or URL of the run's checkpoints, seen by every rank."""
     generation: int = 1
@@ -110,7 +112,7 @@ def run_rank(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
+        torch.set_num_threads(place.num_threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
     join_process_group(device=device, rendezvous=place.rendezvous)
     clock.lap("rendezvous")
 

@@ -1,4 +1,4 @@
-"""Real Ray, real kills, a whole search: which trials there are, and what they come to, is as if nothing had been."""
+"""Real Ray, real kills, a whole search: its trials, and what they come to, are as if nothing had been."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def actor_pid(search: Search, name: str) -> int:
         for process in psutil.process_iter(["cmdline", "create_time"]):
             with contextlib.suppress(psutil.Error, OSError):
                 logs = [str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
-                if name in " ".join(process.info["cmdline"]) and any(str(search.folder) in log for log in logs):
+                if name in " ".join(process.info["cmdline"] or []) and any(
+                    str(search.folder) in log for log in logs
+                ):
                     found.append((process.info["create_time"], process.pid))
         return max(found)[1] if found else None
 

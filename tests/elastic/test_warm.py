@@ -200,6 +200,7 @@ def setup_in(folder: Path) -> Setup:
         node="node-1",
         host=HOST,
         num_slots=4,
+        num_cores=2,
         num_firm=4,
         devices=("cpu",) * 4,
         run_folder=str(folder / "run"),
