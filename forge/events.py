@@ -412,6 +412,9 @@ class Reporter(Protocol):
     def step(self, metrics: StepMetrics) -> None:
         """Pass on a step; does not wait for it to be written."""
 
+    def again(self, metrics: StepMetrics) -> None:
+        """Pass on a step of before, in case that it was not written."""
+
     def should_stop(self) -> bool:
         """Whether the run was asked to checkpoint and stop."""
 

@@ -105,7 +105,7 @@ def _run(order: RankOrder, link: Link, fds: list[int], *, plan_json: str, listen
     if order.rank == 0:
         reporter = MemberReporter(link)
         for metrics in origin.metrics if origin else ():
-            link.say("again", StepMetrics(**metrics))
+            reporter.again(StepMetrics(**metrics))
     return run_rank(
         plan_from_json(plan_json),
         Place(
@@ -170,6 +170,11 @@ class MemberReporter:
         self._link.board[Word.STEP] = metrics.step
         self._link.say("step", metrics)
 
+    def again(self, metrics: StepMetrics) -> None:
+        """Send a step of before, and remember it as well."""
+        self._recent.append(metrics)
+        self._link.say("again", metrics)
+
     def unrecorded(self) -> list[dict[str, Any]]:
         """The steps that may not have been written yet."""
         written = self._link.board[Word.RECORDED_STEP]
@@ -191,6 +196,9 @@ class SilentMember:
         """Say nothing."""
 
     def step(self, metrics: StepMetrics) -> None:
+        """Say nothing."""
+
+    def again(self, metrics: StepMetrics) -> None:
         """Say nothing."""
 
     def unrecorded(self) -> list[dict[str, Any]]:

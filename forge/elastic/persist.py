@@ -36,7 +36,7 @@ async def persist_part(
         world_size=world_size,
         token=token,
         keep=keep,
-        state=state_bytes(progress, shape).decode() if rank == 0 else "",
+        state=state_bytes(progress, shape, untold=copy.state.get("metrics", ())).decode() if rank == 0 else "",
     )
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "forge.train.saver", str(snapshot.fd)),

@@ -91,6 +91,10 @@ class ActorReporter:
         """Send a step."""
         self._answers.append(self._recorder.step.remote(metrics))
 
+    def again(self, metrics: StepMetrics) -> None:
+        """Send a step of before."""
+        self._answers.append(self._recorder.take.remote([("again", metrics)]))
+
     def should_stop(self) -> bool:
         """Read the answers that have come."""
         self._collect(timeout_s=0.0)
@@ -126,6 +130,9 @@ class SilentReporter:
         """Say nothing."""
 
     def step(self, metrics: StepMetrics) -> None:
+        """Say nothing."""
+
+    def again(self, metrics: StepMetrics) -> None:
         """Say nothing."""
 
     def should_stop(self) -> bool:

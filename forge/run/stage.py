@@ -236,9 +236,9 @@ class StageActor:
             elif what == "step" or item.step > show.recorder.last_step:
                 self._pen.submit(show.recorder.step, item)
         await self._write(lambda: None)
-        for _, item in news:
+        for what, item in news:
             if isinstance(item, StepMetrics):
-                self._stepped(show, item)
+                self._stepped(show, item, is_new=what == "step")
         self._wake()
 
     async def yield_places(self) -> None:
@@ -248,8 +248,8 @@ class StageActor:
 
     # --- within
 
-    def _stepped(self, show: _Show, metrics: StepMetrics) -> None:
-        if show.first_step is None:
+    def _stepped(self, show: _Show, metrics: StepMetrics, *, is_new: bool) -> None:
+        if is_new and show.first_step is None:
             seconds = round(time.time() - show.part.decided_at, 3)
             show.first_step = FirstStep(seconds=seconds, is_warm=bool(show.is_warm) and all(show.is_warm))
         record = metrics.as_record()

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from forge.errors import CheckpointError
 from forge.train.interval import Holdings, Interval
@@ -27,6 +28,7 @@ from forge.train.manifest import (
     shape_differences,
     state_from_bytes,
     step_name,
+    untold_from_bytes,
 )
 from forge.train.storage import Storage
 
@@ -35,13 +37,22 @@ class Checkpoint:
     """A checkpoint that is open for reading; use `open_checkpoint`."""
 
     def __init__(
-        self, storage: Storage, name: str, *, manifest: Manifest, progress: Progress, shape: ModelShape
+        self,
+        storage: Storage,
+        name: str,
+        *,
+        manifest: Manifest,
+        progress: Progress,
+        shape: ModelShape,
+        untold: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.name = name
         self.url = f"{storage.url}/{name}"
         self.manifest = manifest
         self.progress = progress
         self.shape = shape
+        self.untold = untold
+        """Metrics of its last steps, which may not have been recorded."""
         self._storage = storage
         self._holdings = Holdings((part.name, part.layout, part.data_start) for part in manifest.parts)
 
@@ -148,7 +159,8 @@ def _read_checkpoint(storage: Storage, name: str) -> Checkpoint:
     if not name.endswith(step_name(manifest.step)) or progress.step != manifest.step:
         raise ValueError(f"its manifest is of step {manifest.step}, its state of step {progress.step}")
     _require_whole(manifest, shape)
-    return Checkpoint(storage, name, manifest=manifest, progress=progress, shape=shape)
+    untold = untold_from_bytes(text)
+    return Checkpoint(storage, name, manifest=manifest, progress=progress, shape=shape, untold=untold)
 
 
 def _require_whole(manifest: Manifest, shape: ModelShape) -> None:

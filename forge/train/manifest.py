@@ -148,9 +148,24 @@ def state_from_bytes(text: bytes) -> tuple[Progress, ModelShape]:
     return progress, shape
 
 
-def state_bytes(progress: Progress, shape: ModelShape) -> bytes:
-    """The file of the state."""
+def untold_from_bytes(text: bytes) -> list[dict[str, Any]]:
+    """The steps that `state_bytes` was given. Raises: ValueError if they cannot be read."""
+    try:
+        untold: list[dict[str, Any]] = json.loads(text).get("untold", [])
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"the state cannot be read ({error})") from error
+    return untold
+
+
+def state_bytes(progress: Progress, shape: ModelShape, *, untold: Sequence[Mapping[str, Any]] = ()) -> bytes:
+    """The file of the state.
+
+    Args:
+        untold: metrics of the steps up to this one that were perhaps not recorded yet when it was made.
+    """
     body = {"format_version": FORMAT_VERSION} | dataclasses.asdict(progress) | shape_record(shape)
+    if untold:
+        body["untold"] = [dict(metrics) for metrics in untold]
     return json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
 
 

@@ -21,7 +21,7 @@ from forge.data.batches import HeldOutBatches, TrainBatches
 from forge.data.order import SampleOrder
 from forge.data.prepare import open_streams
 from forge.errors import CheckpointError, RunError
-from forge.events import CheckpointSkipped, GenerationFormed, Reporter
+from forge.events import CheckpointSkipped, GenerationFormed, Reporter, StepMetrics
 from forge.plan.plan import Plan, training_digest
 from forge.train.checkpoint import list_checkpoints, open_checkpoint, verify_checkpoint
 from forge.train.copier import Copier, Keeper
@@ -134,7 +134,14 @@ def run_rank(
                 has_plain_head=engine.has_plain_head,
             )
         )
-    saving = Saving(engine.state, url=place.checkpoints, keep=plan.job.checkpoint.keep, copier=copier)
+    keeper = inheritance.keeper if inheritance else None
+    saving = Saving(
+        engine.state,
+        url=place.checkpoints,
+        keep=plan.job.checkpoint.keep,
+        copier=copier,
+        untold=lambda: keeper.note().get("metrics", ()) if keeper else (),
+    )
     engine.before_update = saving.settle
     if inheritance is not None:
         engine.on_progress = saving.on_wait = inheritance.on_progress
@@ -252,6 +259,8 @@ def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Pr
         checkpoint.require_job(recipe=recipe, corpus=corpus, shape=engine.state.shape)
         _agreed(partial(engine.state.read, checkpoint))
         engine.state.resume(step=checkpoint.progress.step)
+        for metrics in checkpoint.untold:  # whoever recorded the run may have died before they were written
+            reporter.again(StepMetrics(**metrics))
         return checkpoint.progress
     return Progress(step=0, num_tokens=0, recipe=recipe, corpus=corpus)
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -80,15 +80,24 @@ class _Making:
 class Saving:
     """Makes checkpoints of one rank's state together with its peers; one for each membership."""
 
-    def __init__(self, state: TrainState, *, url: str, keep: int, copier: Copier | None = None) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        *,
+        url: str,
+        keep: int,
+        copier: Copier | None = None,
+        untold: Callable[[], Sequence[Mapping[str, Any]]] = list,
+    ) -> None:
         """Collective.
 
         Args:
             url: where the run's checkpoints go.
             keep: how many of the newest are kept.
             copier: makes the copies; without one, one that serves checkpoints alone.
+            untold: the metrics that are perhaps not recorded yet; asked on the first rank.
         """
-        self._state, self._url, self._keep = state, url, keep
+        self._state, self._url, self._keep, self._untold = state, url, keep, untold
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         token: list[str] = [secrets.token_hex(MEMBERSHIP_DIGITS // 2)]
         dist.broadcast_object_list(token, src=0)
@@ -118,7 +127,9 @@ class Saving:
         self._num_begun += 1
         token = f"{self._token}{self._num_begun:04x}"
         making = self._making[token] = _Making(step=progress.step, began=time.time())
-        state = state_bytes(progress, self._state.shape).decode() if self._rank == 0 else ""
+        state = ""
+        if self._rank == 0:
+            state = state_bytes(progress, self._state.shape, untold=self._untold()).decode()
 
         def order(copying: Copying) -> None:
             if copying.failure is not None:

@@ -45,6 +45,9 @@ class RecordingReporter:
     def step(self, metrics: StepMetrics) -> None:
         self.recording.steps.append(metrics)
 
+    def again(self, metrics: StepMetrics) -> None:
+        """It has kept all that it was told."""
+
     def should_stop(self) -> bool:
         # Asked before a step whether to stop after it.
         done = self.recording.steps[-1].step if self.recording.steps else 0
