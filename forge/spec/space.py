@@ -82,6 +82,16 @@ def value_at(job: JobSpec, key: str) -> Any:
     return at
 
 
+def check_kind(loaded: LoadedJob, *, is_search: bool) -> None:
+    """See that a job is for `forge tune`, or that it is for `forge train`. Raises: JobFileError if it is not."""
+    if is_search and loaded.job.search is None:
+        problem = "there is none in it, so there is nothing to try: add it, or use forge train"
+        raise loaded.source.error("search", problem)
+    if not is_search and loaded.job.search is not None:
+        problem = "this job is a search over many trials: use forge tune, or take the section out to train one run"
+        raise loaded.source.error("search", problem, show_value=False)
+
+
 def search_of(job: JobSpec) -> SearchSpec:
     """The job's search. Raises: JobFileError if it has none."""
     if job.search is None:
