@@ -187,19 +187,23 @@ def _conclude_training(run: RunSummary, *, interrupted: bool, output: Output) ->
 
 def _conclude_search(run: RunSummary, *, interrupted: bool, output: Output) -> None:
     from forge.cli import display
+    from forge.errors import JobFileError
     from forge.report.outcome import futility_of, search_summary
     from forge.report.search import write_results
 
     summary = search_summary(run)
     if summary.book.trials:
-        write_results(run.folder)
+        try:
+            write_results(run.folder)
+        except JobFileError as error:  # the job itself cannot have what its proxy could
+            display.warning(str(error))
     if output is Output.JSON:
         print_record(run)
     else:
         show_search(run, has_table=False)
     if summary.book.trials:
         display.message(f"its trials side by side: {run.folder / 'report.html'}")
-    if summary.best is not None:
+    if (run.folder / "best.yaml").exists():
         display.next_command(f"forge train {run.folder / 'best.yaml'}", purpose="train the best")
     futility = futility_of(summary)
     is_at_limit = run.status == "stopped" and bool((run.newest("RunStopped") or {}).get("reason"))

@@ -11,7 +11,7 @@ from forge.plan.plan import Plan
 from forge.report.ledger import BUCKETS, Ledger
 from forge.report.news import short, workers
 from forge.report.runs import RunSummary
-from forge.report.trial_table import value_in_short
+from forge.report.trial_table import shown
 from forge.spec.job import JobSpec
 from forge.spec.search import SchedulerSpec, SearcherSpec
 from forge.spec.space import first_values, trial_job
@@ -74,7 +74,7 @@ def search_facts(plan: Plan) -> list[tuple[str, str]]:
     limits = [f"{search.max_hours:g} hours"] if search.max_hours is not None else []
     limits += [f"{search.max_usd:g} USD"] if search.max_usd is not None else []
     facts += [("limits", ", ".join(limits))] if limits else []
-    proxy = ", ".join(f"{key}={value_in_short(value)}" for key, value in search.proxy.items())
+    proxy = ", ".join(f"{key}={shown(value)}" for key, value in search.proxy.items())
     return [*facts, ("proxy", f"{proxy} in every trial")] if proxy else facts
 
 

@@ -14,7 +14,7 @@ from forge.errors import printable
 from forge.report.trials import Mode, Trial, TrialBook
 from forge.units import format_duration
 
-_LONGEST = 60
+_LONGEST = 80
 _LEAST_VALUES_BESIDE_TIME = 16
 _LEAST_VALUES = 8
 """Characters; with fewer the values of a trial tell nothing, and their column is left out."""
@@ -35,14 +35,14 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 def values_in_short(values: Mapping[str, Any]) -> str:
     """`lr=0.003 total_steps=40`."""
     names = short_names(values)
-    return " ".join(f"{names[key]}={value_in_short(value)}" for key, value in values.items())
+    return " ".join(f"{names[key]}={shown(value)}" for key, value in values.items())
 
 
-def value_in_short(value: Any) -> str:
-    """As a job file has it, numbers with four digits."""
+def shown(value: Any) -> str:
+    """A value of the job for people, on one line."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return printable(value if isinstance(value, str) else json.dumps(value, separators=(",", ":")), limit=_LONGEST)
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), limit=_LONGEST)
 
 
 def arranged(book: TrialBook, *, mode: Mode, room: int) -> list[Trial]:

@@ -6,11 +6,13 @@ torch is not imported here; an exception or Ctrl-C in the caller stops the run w
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from forge.cluster.known import find_cluster
+from forge.errors import JobFileError
 from forge.plan.plan import Plan
 from forge.report.outcome import SearchSummary, futility_of, search_summary
 from forge.report.runs import RunSummary, failure_of, follow, read_run
@@ -68,7 +70,7 @@ def tune_job(
     cluster: str | None = None,
     on_record: Callable[[dict[str, Any]], None] | None = None,
 ) -> SearchSummary:
-    """Make the trials of a job's search; its folder then holds `best.yaml` and `report.html`.
+    """Make the trials of a job's search; its folder then holds `report.html` and `best.yaml`.
 
     Args:
         cluster: name or file of one that is up; by default this machine.
@@ -83,7 +85,8 @@ def tune_job(
     check_kind(loaded, is_search=True)
     summary = search_summary(_carry_out(loaded, cluster=cluster, on_record=on_record))
     if summary.book.trials:
-        write_results(summary.run.folder)
+        with contextlib.suppress(JobFileError):  # the job itself cannot have what its proxy could: no best.yaml
+            write_results(summary.run.folder)
     futility = futility_of(summary) if summary.run.status == "finished" else None
     if futility is not None:
         raise futility

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from forge.events import Event, TrialEnded, TrialMoved, TrialReported, TrialStarted, event_to_record
 from forge.report.facts import search_facts
 from forge.report.trial_news import TrialNews
-from forge.report.trial_table import arranged, bars, fitted, judged, short_names, trial_rows, value_in_short
+from forge.report.trial_table import arranged, bars, fitted, judged, short_names, shown, trial_rows
 from forge.report.trials import TrialBook
 from forge.spec.space import search_of
 from tests.support.jobs import tiny_plan
@@ -96,11 +96,11 @@ def test_no_line_is_longer_than_there_is_room(width: int) -> None:
         (True, "true"),
         (None, "null"),
         ("adamw\x1b[2J", "adamw\\x1b[2J"),
-        ([1, 2], "[1,2]"),
+        ([1, 2], "[1, 2]"),
     ],
 )
 def test_values_are_short_and_harmless(value: Any, text: str) -> None:
-    assert value_in_short(value) == text
+    assert shown(value) == text
 
 
 def test_the_metric_keeps_the_digits_that_tell_trials_apart() -> None:
