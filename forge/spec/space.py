@@ -6,6 +6,7 @@ the values, before anything is started.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +31,7 @@ def job_with(job: JobSpec, values: Mapping[str, Any]) -> JobSpec:
     """
     body = job.model_dump(mode="json", exclude_unset=True)
     for key, value in values.items():
-        _place(body, key, value)
+        _place(body, key, copy.deepcopy(value))  # what is put below it later must not go into the search itself
     try:
         return JobSpec.model_validate_json(json.dumps(body))
     except ValidationError as error:
