@@ -3,7 +3,7 @@
     run = forge.train_job("jobs/pretrain.yaml")
     print(run.newest("Evaluated")["perplexity"])
 
-`load_job`, `plan_job` and `train_job` are imported when they are first used.
+`load_job`, `plan_job`, `train_job` and `tune_job` are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from forge.run.api import load_job, plan_job, train_job
+    from forge.run.api import load_job, plan_job, train_job, tune_job
 
-__all__ = ["load_job", "plan_job", "train_job"]
+__all__ = ["load_job", "plan_job", "train_job", "tune_job"]
 
 
 def __getattr__(name: str) -> Any:

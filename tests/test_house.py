@@ -39,7 +39,7 @@ NOT_ON_THE_TRAINING_SIDE = {"typer", "rich", "ray"}
 
 DOORS = {
     "typer": ("forge/cli/",),
-    "rich": ("forge/cli/display.py",),
+    "rich": ("forge/cli/display.py", "forge/cli/trials_screen.py"),
     "pydantic": ("forge/spec/",),
     "yaml": ("forge/spec/",),
     "deepspeed": ("forge/train/engine.py", "forge/train/state.py"),

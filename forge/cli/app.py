@@ -11,7 +11,8 @@ import sys
 
 import typer
 
-from forge.cli import chaos, checkpoints, cluster, doctor, generate, runs, schema, train
+from forge.cli import chaos, checkpoints, cluster, doctor, generate, runs, schema, train, tune
+from forge.cli.follow import INTERRUPTED
 from forge.errors import ForgeError
 
 _PIPE_CLOSED = 141
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("tune")(tune.tune)
 app.command("plan")(train.plan)
 app.add_typer(runs.app, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")
@@ -73,7 +75,7 @@ def _run() -> int:
         display.error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        return train.INTERRUPTED
+        return INTERRUPTED
     except SystemExit as end:
         # typer leaves with 1 where a pipe is closed, and nowhere else that forge comes by.
         return _PIPE_CLOSED if end.code == 1 else int(end.code or 0)

@@ -1,4 +1,4 @@
-"""Everything a person sees; the only user of rich.
+"""What a person sees; with `trials_screen`, which shows a search, the only user of rich.
 
 Tables and summaries go to stdout, progress and messages to stderr. Colours and live displays are for
 terminals alone; on a pipe the same news come as plain lines. NO_COLOR is respected by rich.
@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -35,6 +35,7 @@ from forge.report.facts import (
     ledger_line,
     number,
     plan_facts,
+    search_facts,
     summary_facts,
 )
 from forge.report.ledger import Ledger, LedgerBook
@@ -87,11 +88,27 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     _print_table(_out, columns, rows)
 
 
+def heading(name: str, text: str) -> None:
+    """A line above facts, to stdout."""
+    _out.print()
+    _out.print(Text.assemble((name, "bold"), f"  {text}"))
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> None:
+    """Names and texts, to stdout."""
+    _print_facts(_out, rows)
+
+
+def width() -> int | None:
+    """Of the terminal that stdout is, in characters; None for a pipe."""
+    return _out.width if _out.is_terminal else None
+
+
 def show_plan(plan: Plan, *, to_stderr: bool = False) -> None:
     """What will happen, before it happens."""
     console = _err if to_stderr else _out
     console.print(Text.assemble((plan.job.name, "bold"), "  ", headline(plan)))
-    _print_facts(console, plan_facts(plan))
+    _print_facts(console, [*plan_facts(plan), *search_facts(plan)])
     columns = ["#workers", "#micro", "#accum.", "#pad", "#weights", "#grads", "#states", "#host", "#~total"]
     rows = []
     for world in plan.worlds:
@@ -115,17 +132,65 @@ def show_plan(plan: Plan, *, to_stderr: bool = False) -> None:
     _print_table(console, columns, rows)
 
 
-class TrainScreen:
-    """A run while it goes on: a live panel on a terminal, plain lines on a pipe.
+class LiveScreen:
+    """A panel that is drawn anew at the end of a terminal, and lines that stay above it; on a pipe the lines alone.
 
     Whoever ends this process by SIGTERM leaves the run alone, and finds the terminal as it was.
     """
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._drawn_at = 0.0
+        self._live: Live | None = None
+        if _err.is_terminal and not _err.is_dumb_terminal:
+            self._live = Live(console=_err, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Self:
+        self._on_terminate = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+        signal.signal(signal.SIGTERM, self._on_terminate)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of the terminal, width and height in characters."""
+        return _err.width, _err.height
+
+    def note(self, text: str) -> None:
+        """A line that stays, above the live panel."""
+        message(text)
+
+    def phase(self, text: str) -> None:
+        """What the run does while it does not train."""
+        if text != self._phase and not self._live:
+            message(text)
+        self._phase = text
+
+    def draw(self, panel: Callable[[], Group], *, is_idle: bool) -> None:
+        """Draw the panel anew, if there is one and it was not drawn just now.
+
+        Args:
+            is_idle: there is no more news for now, so it is drawn in any case.
+        """
+        if self._live and (is_idle or time.monotonic() - self._drawn_at > 1 / _REFRESH_PER_S):
+            self._drawn_at = time.monotonic()
+            self._live.update(panel(), refresh=True)
+
+
+class TrainScreen(LiveScreen):
+    """A run while it goes on."""
 
     def __init__(self, plan: Plan, *, losses: Sequence[float] = (), book: LedgerBook | None = None) -> None:
         """Args:
         losses: of steps that are known already, when a run is resumed or watched.
         book: where its time went until now.
         """
+        super().__init__()
         self._plan = plan
         self._losses = list(losses)
         self._last: dict[str, Any] = {}
@@ -137,20 +202,6 @@ class TrainScreen:
         self._began = time.monotonic()
         self._last_plain = 0.0
         self._recent: list[tuple[float, int]] = []
-        self._live: Live | None = None
-        if _err.is_terminal and not _err.is_dumb_terminal:
-            self._live = Live(console=_err, auto_refresh=False, transient=True)
-
-    def __enter__(self) -> TrainScreen:
-        self._on_terminate = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
-        signal.signal(signal.SIGTERM, self._on_terminate)
 
     def show(self, record: dict[str, Any] | None) -> None:
         """Take in one record of the run (None: nothing new) and redraw."""
@@ -160,19 +211,7 @@ class TrainScreen:
             self._take_event(record)
         elif record is not None:
             self._take_step(record)
-        if self._live and (record is None or time.monotonic() - self._last_plain > 1 / _REFRESH_PER_S):
-            self._last_plain = time.monotonic()
-            self._live.update(self._panel(), refresh=True)
-
-    def note(self, text: str) -> None:
-        """A line that stays, above the live panel."""
-        message(text)
-
-    def phase(self, text: str) -> None:
-        """What the run does while it does not train."""
-        if text != self._phase and not self._live:
-            message(text)
-        self._phase = text
+        self.draw(self._panel, is_idle=record is None)
 
     def _take_event(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -277,8 +316,7 @@ class TrainScreen:
 
 def show_summary(run: RunSummary, *, losses: Sequence[float]) -> None:
     """How a run ended, what it reached and where it lies."""
-    _out.print()
-    _out.print(Text.assemble((run.run_id, "bold"), f"  {run.status} at step {run.step} of {run.plan.total_steps}"))
+    heading(run.run_id, f"{run.status} at step {run.step} of {run.plan.total_steps}")
     width = min(72, max(20, _out.width - 12))
     if _out.is_terminal and len(losses) > 1:
         for row in loss_curve(losses, width=width):

@@ -27,4 +27,17 @@ JobArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The job file.
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's id, a unique beginning of it, its folder, or latest.")
 ]
+SearchArgument = Annotated[
+    str, typer.Argument(metavar="SEARCH", help="A search's id, a unique beginning of it, its folder, or latest.")
+]
 RunsOption = Annotated[Path, typer.Option("--runs", help="The folder that holds the runs.")]
+ResumableJobArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="FILE", help="The job file; not needed with --resume.", show_default=False),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Run on this cluster: a name from forge cluster up, or a cluster file."),
+]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Start it and do not follow it.")]

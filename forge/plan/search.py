@@ -10,6 +10,8 @@ from forge.spec.job import JobSpec
 from forge.spec.search import SearchSpec
 
 DEFAULT_TRIALS = 16
+_FREE = ("max_trials", "max_hours", "max_usd", "trials_at_once")
+"""What a search may be resumed with: for how long it goes on, and how broadly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,17 +53,31 @@ def plan_search(job: JobSpec, search: SearchSpec, *, num_places: int) -> SearchP
             f"search.trials_at_once is {search.trials_at_once}: with {low} workers each that is "
             f"{search.trials_at_once * low} workers, and the cluster has room for {num_places}"
         )
-    combinations = num_combinations(search)
-    num_trials = search.max_trials or combinations or DEFAULT_TRIALS
+    num_trials = count_trials(search)
     if search.scheduler.is_population and num_trials < 2:
         raise PlanError(f"{search.scheduler.kind} copies among trials: search.max_trials must be at least 2")
     at_once = room if search.trials_at_once == "auto" else search.trials_at_once
     return SearchPlan(
-        num_trials=num_trials if combinations is None else min(num_trials, combinations),
-        num_combinations=combinations,
+        num_trials=num_trials,
+        num_combinations=num_combinations(search),
         trials_at_once=min(at_once, num_trials),
         num_places=num_places,
     )
+
+
+def count_trials(search: SearchSpec) -> int:
+    """How many trials a search makes: what it asks for, at most its grid; 16 where nothing says how many."""
+    combinations = num_combinations(search)
+    wanted = search.max_trials or combinations or DEFAULT_TRIALS
+    return wanted if combinations is None else min(wanted, combinations)
+
+
+def changed_keys(before: SearchSpec | None, now: SearchSpec | None) -> list[str]:
+    """Keys of a search that are other than they were, and may not be: its trials belong together no more."""
+    if before is None or now is None:
+        return [] if before is now else ["search"]
+    fixed = [name for name in SearchSpec.model_fields if name not in _FREE]
+    return [f"search.{name}" for name in fixed if getattr(before, name) != getattr(now, name)]
 
 
 def num_combinations(search: SearchSpec) -> int | None:

@@ -1,4 +1,4 @@
-"""A plan and a run in words: lines of a name and a text, for a screen or a page.
+"""A plan, a run and a search in words: lines of a name and a text, for a screen or a page.
 
 The text is plain; how it looks is decided by whoever shows it.
 """
@@ -9,28 +9,34 @@ import math
 
 from forge.plan.plan import Plan
 from forge.report.ledger import BUCKETS, Ledger
-from forge.report.news import short
+from forge.report.news import short, workers
 from forge.report.runs import RunSummary
+from forge.report.trial_table import shown
+from forge.spec.job import JobSpec
+from forge.spec.search import SchedulerSpec, SearcherSpec
+from forge.spec.space import first_values, trial_job
 from forge.units import format_bytes, format_count, format_duration
 
 
 def headline(plan: Plan) -> str:
     """A job's size in a few words."""
     return (
+        f"{'each trial: ' if plan.search else ''}"
         f"{format_count(plan.model.num_parameters)} parameters, "
         f"{format_count(plan.total_tokens)} tokens, {plan.total_steps:,} steps"
     )
 
 
 def plan_facts(plan: Plan) -> list[tuple[str, str]]:
-    """What will be trained, on what, how."""
-    training, corpus = plan.job.training, plan.corpus
+    """What will be trained, on what, how; of a search its first trial."""
+    job, corpus = _trained(plan.job), plan.corpus
+    training = job.training
     total_flops = plan.flops_per_token * plan.total_tokens
     facts = [
         ("model", f"{plan.model.class_name}, {plan.model.num_layers} layers of {plan.model.hidden_size}"),
         (
             "batch",
-            f"{training.global_batch_size} sequences of {plan.job.data.seq_len} tokens, "
+            f"{training.global_batch_size} sequences of {job.data.seq_len} tokens, "
             f"the same at every number of workers",
         ),
         ("training", f"{training.precision}, ZeRO {training.zero.stage}, lr {training.optimizer.lr:g} "
@@ -48,6 +54,28 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
             f"vocabulary {corpus.vocab_size:,}",
         ))  # fmt: skip
     return facts
+
+
+def search_facts(plan: Plan) -> list[tuple[str, str]]:
+    """What a search will try, how often, and how it judges; nothing for a job without one."""
+    search = plan.job.search
+    if search is None or plan.search is None:
+        return []
+    widest = max(map(len, search.space))
+    keys = [f"{key:<{widest}}  {entry}" for key, entry in search.space.items()]
+    facts = [("searched" if text is keys[0] else "", text) for text in keys]
+    facts += [
+        ("trials", f"{_trials(plan)}, {plan.search.trials_at_once} at once with {_each(plan.job)} each "
+         f"(room for {workers(plan.search.num_places)})"),
+        ("searcher", _searcher(search.searcher)),
+        ("scheduler", _scheduler(search.scheduler)),
+        ("judged by", f"{search.metric}, {'less' if search.mode == 'min' else 'more'} is better"),
+    ]  # fmt: skip
+    limits = [f"{search.max_hours:g} hours"] if search.max_hours is not None else []
+    limits += [f"{search.max_usd:g} USD"] if search.max_usd is not None else []
+    facts += [("limits", ", ".join(limits))] if limits else []
+    proxy = ", ".join(f"{key}={shown(value)}" for key, value in search.proxy.items())
+    return [*facts, ("proxy", f"{proxy} in every trial")] if proxy else facts
 
 
 def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
@@ -136,6 +164,48 @@ def number(value: float | None, shape: str) -> str:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _trained(job: JobSpec) -> JobSpec:
+    """The job itself; of a search the job of its first trial."""
+    return job if job.search is None else trial_job(job, first_values(job.search))
+
+
+def _each(job: JobSpec) -> str:
+    asked = job.resources.workers
+    return workers(asked.low) if asked.low == asked.high else f"{asked} workers"
+
+
+def _trials(plan: Plan) -> str:
+    assert plan.search is not None, "asked of a search"
+    if plan.search.num_combinations is None:
+        return f"{plan.search.num_trials}"
+    if plan.search.is_whole_grid:
+        return f"all {plan.search.num_combinations} combinations"
+    return f"{plan.search.num_trials} of {plan.search.num_combinations} combinations"
+
+
+def _searcher(searcher: SearcherSpec) -> str:
+    match searcher.kind:
+        case "grid":
+            return "grid"
+        case "random":
+            return f"random, seed {searcher.seed}"
+    return f"optuna, seed {searcher.seed}, the first {searcher.startup_trials} at random"
+
+
+def _scheduler(scheduler: SchedulerSpec) -> str:
+    first = "the first evaluation" if scheduler.grace_steps is None else f"step {scheduler.grace_steps}"
+    match scheduler.kind:
+        case "none":
+            return "none, every trial runs to its end"
+        case "asha":
+            factor = scheduler.reduction_factor
+            return f"asha, at {first} and at every {factor} times as many steps the best 1 of {factor} goes on"
+        case "median":
+            return f"median, from {first} on a trial worse than the median of the others is stopped"
+    share = f"{scheduler.quantile:.0%}"
+    return f"{scheduler.kind}, every {scheduler.interval_steps} steps the worst {share} go on from the best {share}"
 
 
 def _hardware(plan: Plan) -> str:

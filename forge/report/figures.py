@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from forge.errors import printable
+from forge.report.trial_table import short_names, shown
 from forge.report.trials import Trial, TrialBook
 from forge.spec.search import ParameterSpec, SearchSpec
 
@@ -135,7 +136,7 @@ def parallel_coordinates(search: SearchSpec, book: TrialBook) -> str:
     shades = _widened(*_fence(values, width=_FAR_OUT))
     low, high = _fence(values, width=_ABSURD)
     values = [min(max(value, low), high) for value in values]
-    names = short_names(keys)
+    names = names_on_axis(keys)
     dimensions = [_dimension(search.space[key], [trial.values[key] for trial in trials]) for key in keys]
     for key, dimension in zip(keys, dimensions, strict=True):
         dimension["label"] = _plain(names[key])
@@ -170,7 +171,7 @@ def importance_bars(shares: Mapping[str, float]) -> str:
     """Each key's share, the largest on top; empty if it cannot be told."""
     if not shares:
         return ""
-    names = short_names(tuple(shares))
+    names = names_on_axis(tuple(shares))
     keys = list(shares)[::-1]
     figure = go.Figure(
         go.Bar(
@@ -196,23 +197,9 @@ def searched_keys(search: SearchSpec) -> tuple[str, ...]:
     return tuple(key for key, entry in search.space.items() if entry.of is None)
 
 
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Of each dotted path as many last parts as tell it from the others: `lr`; `optimizer.lr` beside `ema.lr`."""
-    found: dict[str, str] = {}
-    for key in keys:
-        parts = key.split(".")
-        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-        others = [other for other in keys if other != key]
-        alone = (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others))
-        found[key] = _shortened(next(alone, key))
-    return found
-
-
-def shown(value: Any) -> str:
-    """A value of the job for people, on one line."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), limit=_LONGEST)
+def names_on_axis(keys: Sequence[str]) -> dict[str, str]:
+    """Of each dotted path its short name, as long as an axis has room for."""
+    return {key: _shortened(name) for key, name in short_names(keys).items()}
 
 
 def is_drawn(trial: Trial) -> bool:
@@ -310,7 +297,7 @@ def _whole_tick(most: int) -> int | None:
 
 def _told(search: SearchSpec, trial: Trial) -> str:
     """A trial where the pointer rests on it."""
-    names = short_names(searched_keys(search))
+    names = names_on_axis(searched_keys(search))
     values = [f"{names[key]}: {shown(trial.values[key])}" for key in names if key in trial.values]
     lines = [f"trial {trial.number}, {trial.status}: {_value(trial):.5g} at step {trial.step}", *values]
     return "<br>".join(_plain(line) for line in lines)

@@ -21,14 +21,14 @@ from forge.report.figures import (
     best_so_far,
     importance_bars,
     learning_curves,
+    names_on_axis,
     parallel_coordinates,
     script,
     searched_keys,
-    short_names,
-    shown,
 )
 from forge.report.importance import importances
 from forge.report.runs import RunSummary, failure_of, read_run
+from forge.report.trial_table import shown
 from forge.report.trials import Trial, TrialBook
 from forge.spec.search import SearchSpec
 from forge.spec.space import search_of
@@ -240,7 +240,7 @@ def _figure(title: str, note: str, figure: str, *, otherwise: str) -> str:
 
 def _table(search: _Search) -> str:
     keys = searched_keys(search.spec)
-    names = short_names(keys)
+    names = names_on_axis(keys)
     heads = [("trial", "number"), ("status", ""), ("step", "number"), (search.spec.metric, "number")]
     heads += [(names[key], "number") for key in keys]
     heads += [("took", "number"), ("start", "number"), ("reason", "")]

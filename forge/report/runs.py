@@ -20,6 +20,7 @@ from forge import errors
 from forge.errors import ArgumentError, ForgeError, PlanError, RunError, printable
 from forge.plan.plan import Plan, plan_from_json
 from forge.report.ledger import Ledger, ledger_of, moment
+from forge.report.trials import TRIALS, TrialBook
 
 Status = Literal["running", "finished", "stopped", "failed", "died"]
 ENDINGS: dict[str, Status] = {"RunFinished": "finished", "RunStopped": "stopped", "RunFailed": "failed"}
@@ -64,8 +65,11 @@ class RunSummary:
         return ledger_of(self.events, read_metrics(self.folder), now=now)
 
 
-def find_run(name: str, *, root: Path) -> Path:
-    """A run's folder, by its path, its id, a unique beginning of it, or `latest`.
+def find_run(name: str, *, root: Path, is_search: bool | None = None) -> Path:
+    """A run's folder, by its path, its id, a unique beginning of it, or `latest`; a trial's by its id.
+
+    Args:
+        is_search: whether `latest` is the newest search, or the newest run that is none; None for either.
 
     Raises: ArgumentError naming what there is instead.
     """
@@ -74,7 +78,11 @@ def find_run(name: str, *, root: Path) -> Path:
             return Path(name)
     folders = _folders(root)
     if name == "latest" and folders:
-        return folders[0]
+        return _newest(folders, is_search=is_search, root=root)
+    search = name.rpartition("-")[0]
+    trial = root / search / TRIALS / name
+    if search and len(Path(name).parts) == 1 and (trial / "plan.json").is_file():
+        return trial
     exact = [folder for folder in folders if folder.name == name]
     found = exact or [folder for folder in folders if name and folder.name.startswith(name)]
     if len(found) == 1:
@@ -86,6 +94,12 @@ def find_run(name: str, *, root: Path) -> Path:
     raise ArgumentError(
         f"no run '{shown}' under {root}" + (f"; there are {known}" if known else ", which holds no runs")
     )
+
+
+def search_folder(folder: Path) -> Path | None:
+    """Of a trial, the folder of the search that it belongs to; None for other runs."""
+    is_trial = folder.parent.name == TRIALS and (folder.parent.parent / "plan.json").is_file()
+    return folder.parent.parent if is_trial else None
 
 
 def list_runs(root: Path) -> list[RunSummary]:
@@ -101,11 +115,8 @@ def list_runs(root: Path) -> list[RunSummary]:
 
 def read_run(folder: Path) -> RunSummary:
     """Raises: ArgumentError if the folder holds no run, PlanError if its plan cannot be read."""
-    try:
-        plan = plan_from_json((folder / "plan.json").read_text(errors="replace"))
-        started = (folder / "plan.json").stat().st_mtime
-    except OSError as error:
-        raise ArgumentError(f"{folder} holds no run: {error.strerror}") from error
+    plan = read_plan(folder)
+    started = (folder / "plan.json").stat().st_mtime
     events = tuple(_Tail(folder / "events.jsonl", key="event").read())
     metrics = read_metrics(folder)
     return RunSummary(
@@ -118,6 +129,14 @@ def read_run(folder: Path) -> RunSummary:
         last=metrics[-1] if metrics else {},
         events=events,
     )
+
+
+def read_plan(folder: Path) -> Plan:
+    """Raises: ArgumentError if the folder holds no run, PlanError if its plan cannot be read."""
+    try:
+        return plan_from_json((folder / "plan.json").read_text(errors="replace"))
+    except OSError as error:
+        raise ArgumentError(f"{folder} holds no run: {error.strerror}") from error
 
 
 def failure_of(run: RunSummary) -> ForgeError | None:
@@ -155,10 +174,19 @@ def summary_record(run: RunSummary) -> dict[str, Any]:
         "held_out_perplexity_ema": averaged.get("perplexity"),
         "unigram_perplexity": corpus.unigram_perplexity if corpus else None,
         "checkpoint": saved.get("folder"),
+        "trials": _trials_record(run),
         "usd": (run.newest("CostCounted") or {}).get("usd"),
         "failure": str(failure) if failure else None,
         "ledger": run.ledger().as_record(),
     }
+
+
+def _trials_record(run: RunSummary) -> dict[str, int] | None:
+    """Of a search: how many trials it makes, and how many are over; None for other runs."""
+    if run.plan.search is None:
+        return None
+    trials = TrialBook(run.events).trials.values()
+    return {"total": run.plan.search.num_trials, "over": sum(trial.is_over for trial in trials)}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -273,7 +301,9 @@ def _status(folder: Path, events: tuple[dict[str, Any], ...]) -> Status:
             return ENDINGS[event["event"]]
         if event["event"] == "RunStarted":
             break
-    return "running" if _is_elsewhere(folder) else "died"
+    search = search_folder(folder)
+    is_in_search = search is not None and carrier_pid(search) is not None
+    return "running" if is_in_search or _is_elsewhere(folder) else "died"
 
 
 def _is_elsewhere(folder: Path) -> bool:
@@ -283,6 +313,17 @@ def _is_elsewhere(folder: Path) -> bool:
         return bool(at["job"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _newest(folders: list[Path], *, is_search: bool | None, root: Path) -> Path:
+    """Of folders, newest first, the first of a kind. Raises: ArgumentError if there is none."""
+    for folder in folders:
+        if is_search is None:
+            return folder
+        with contextlib.suppress(ArgumentError, PlanError):
+            if (read_plan(folder).search is not None) == is_search:
+                return folder
+    raise ArgumentError(f"there is no {'search' if is_search else 'run that is no search'} under {root}")
 
 
 def _folders(root: Path) -> list[Path]:

@@ -1,22 +1,26 @@
-"""forge from Python: load a job, plan it, train it to the end.
+"""forge from Python: load a job, plan it, train it to the end, or search for its best values.
 
-The same way as `forge train`, without a screen. The run is carried by a process of its own, so torch is
-not imported here; an exception or Ctrl-C in the caller stops the run with a checkpoint.
+The same way as `forge train` and `forge tune`, without a screen. The run is carried by a process of its own, so
+torch is not imported here; an exception or Ctrl-C in the caller stops the run with a checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from forge.cluster.known import find_cluster
+from forge.errors import JobFileError
 from forge.plan.plan import Plan
+from forge.report.outcome import SearchSummary, futility_of, search_summary
 from forge.report.runs import RunSummary, failure_of, follow, read_run
-from forge.run.remote import fit_to, hardware_there, submit, survey
+from forge.run.remote import resolve_there, submit, survey
 from forge.run.submit import Carried, carry, create_run, resolve
 from forge.spec import load
 from forge.spec.load import LoadedJob
+from forge.spec.space import check_kind
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
@@ -56,12 +60,49 @@ def train_job(
         RunError, ClusterError, CheckpointError.
     """
     loaded = _loaded(job)
+    check_kind(loaded, is_search=False)
+    return _carry_out(loaded, cluster=cluster, on_record=on_record)
+
+
+def tune_job(
+    job: str | Path | LoadedJob,
+    *,
+    cluster: str | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+) -> SearchSummary:
+    """Make the trials of a job's search; its folder then holds `report.html` and `best.yaml`.
+
+    Args:
+        cluster: name or file of one that is up; by default this machine.
+        on_record: called with every event (`{"event": "TrialReported", "trial": 1, "step": 20, "value": ...}`).
+
+    Returns: the search and its best trial; stopped before its end, the best until then.
+    Raises: as `train_job`; RunError also if no trial came to a value.
+    """
+    from forge.report.search import write_results
+
+    loaded = _loaded(job)
+    check_kind(loaded, is_search=True)
+    summary = search_summary(_carry_out(loaded, cluster=cluster, on_record=on_record))
+    if summary.book.trials:
+        with contextlib.suppress(JobFileError):  # the job itself cannot have what its proxy could: no best.yaml
+            write_results(summary.run.folder)
+    futility = futility_of(summary) if summary.run.status == "finished" else None
+    if futility is not None:
+        raise futility
+    return summary
+
+
+def _carry_out(
+    loaded: LoadedJob, *, cluster: str | None, on_record: Callable[[dict[str, Any]], None] | None
+) -> RunSummary:
+    """Make a new run and follow it to its end. Raises: what ended it."""
     if cluster is None:
         folder = create_run(resolve(loaded, is_dry_run=False))
         carried: Carried = carry(folder)
     else:
         site = survey(find_cluster(cluster))
-        plan = resolve(fit_to(site, loaded), is_dry_run=False, find_hardware=hardware_there(site))
+        plan = resolve_there(site, loaded)
         folder = create_run(plan, root=loaded.job.checkpoint.runs)
         carried = submit(site, plan, folder=folder)
     try:

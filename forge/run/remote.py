@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from forge.cluster.base import Cluster
+from forge.data.prepare import PrepareProgress
 from forge.data.transfer import send_corpus
 from forge.errors import ArgumentError, ClusterError, ForgeError
 from forge.plan.facts import Hardware
 from forge.plan.plan import Plan
 from forge.plan.throughput import find_gpu
 from forge.report.runs import carrier_pid, count_records
-from forge.run.facts import hardware
+from forge.run.facts import count_places, hardware
 from forge.run.mirror import (
     CarriedThere,
     Whereabouts,
@@ -40,7 +41,7 @@ from forge.run.mirror import (
 )
 from forge.run.record import EVENTS, METRICS
 from forge.run.secret import credentials
-from forge.run.submit import Carried, CarriedHere
+from forge.run.submit import Carried, CarriedHere, resolve
 from forge.spec.job import JobSpec
 from forge.spec.load import LoadedJob
 
@@ -131,6 +132,19 @@ def fit_to(site: Site, loaded: LoadedJob) -> LoadedJob:
 def hardware_there(site: Site) -> Callable[[JobSpec], Hardware]:
     """How the plan is told what a worker gets on a cluster."""
     return partial(hardware, gpu_there=site.gpu, is_here=site.cluster.shares_files)
+
+
+def resolve_there(
+    site: Site, loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None
+) -> Plan:
+    """The plan of a job that is to run on a cluster. Raises: ArgumentError, and what `resolve` raises."""
+    return resolve(
+        fit_to(site, loaded),
+        is_dry_run=False,
+        on_progress=on_progress,
+        find_hardware=hardware_there(site),
+        count_places=lambda found, _: count_places(site.cluster.status(), found),
+    )
 
 
 def submit(site: Site, plan: Plan, *, folder: Path) -> Carried:

@@ -24,7 +24,7 @@ from forge.data.tokenizer import load_tokenizer
 from forge.errors import ArgumentError
 from forge.plan.facts import CorpusFacts, Hardware
 from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json, training_digest
-from forge.plan.search import plan_search
+from forge.plan.search import changed_keys, plan_search
 from forge.report.runs import carrier_pid, is_alive
 from forge.run.facts import hardware, model_facts, places_here
 from forge.spec.data import TokenizerSpec
@@ -169,13 +169,20 @@ def make_folder(folder: Path, plan: Plan) -> None:
 def reopen_run(folder: Path, plan: Plan) -> None:
     """Give a run that ended early a fresh plan, to be carried on from its newest checkpoint.
 
-    Raises: ArgumentError if the plan would change the loss curve.
+    Raises: ArgumentError if the plan would change the loss curve, or what a search's trials are judged by.
     """
     before = plan_from_json((folder / "plan.json").read_text())
     if training_digest(before.job) != training_digest(plan.job):
         raise ArgumentError(
             f"{folder.name} cannot be resumed with another model, data or training section: its loss curve would "
             "no longer be one curve; start a new run instead"
+        )
+    changed = changed_keys(before.job.search, plan.job.search)
+    if changed:
+        raise ArgumentError(
+            f"{folder.name} cannot be resumed with another {changed[0]}: its trials until now and those to come "
+            "would not belong together; start a new search instead (search.max_trials, max_hours, max_usd and "
+            "trials_at_once may change)"
         )
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
     draft = folder / "plan.json.draft"

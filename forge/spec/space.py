@@ -6,6 +6,7 @@ the values, before anything is started.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +31,7 @@ def job_with(job: JobSpec, values: Mapping[str, Any]) -> JobSpec:
     """
     body = job.model_dump(mode="json", exclude_unset=True)
     for key, value in values.items():
-        _place(body, key, value)
+        _place(body, key, copy.deepcopy(value))  # what is put below it later must not go into the search itself
     try:
         return JobSpec.model_validate_json(json.dumps(body))
     except ValidationError as error:
@@ -80,6 +81,16 @@ def value_at(job: JobSpec, key: str) -> Any:
     for name in key.split("."):
         at = at.get(name) if isinstance(at, dict) else None
     return at
+
+
+def check_kind(loaded: LoadedJob, *, is_search: bool) -> None:
+    """See that a job is for `forge tune`, or that it is for `forge train`. Raises: JobFileError if it is not."""
+    if is_search and loaded.job.search is None:
+        problem = "there is none in it, so there is nothing to try: add it, or use forge train"
+        raise loaded.source.error("search", problem)
+    if not is_search and loaded.job.search is not None:
+        problem = "this job is a search over many trials: use forge tune, or take the section out to train one run"
+        raise loaded.source.error("search", problem, show_value=False)
 
 
 def search_of(job: JobSpec) -> SearchSpec:

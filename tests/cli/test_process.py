@@ -195,7 +195,10 @@ HEAVY = {"torch", "deepspeed", "transformers"}
         ("run('schema', 'job')", HEAVY | {"ray"}),
         ("run('cluster', 'status')", HEAVY | {"ray"}),
         ("run('doctor')", HEAVY | {"ray"}),
-        ("import forge; forge.train_job, forge.plan_job('job.yaml')", HEAVY | {"ray", "rich", "typer"}),
+        (
+            "import forge; forge.train_job, forge.tune_job, forge.plan_job('job.yaml')",
+            HEAVY | {"ray", "rich", "typer"},
+        ),
     ],
 )
 def test_the_client_imports_nothing_heavy(home: Path, env: dict[str, str], code: str, absent: set[str]) -> None:

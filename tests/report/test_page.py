@@ -11,7 +11,7 @@ import pytest
 
 from forge.errors import JobFileError
 from forge.events import RunFailed
-from forge.report.figures import log_ticks, script, short_names
+from forge.report.figures import log_ticks, names_on_axis, script
 from forge.report.page import write_page
 from forge.report.runs import read_run
 from forge.report.search import search_record, write_results
@@ -140,7 +140,7 @@ def test_the_record_has_every_trial_and_the_files_that_are_there(tmp_path: Path)
 
 
 def test_keys_are_shown_by_as_much_of_their_path_as_tells_them_apart() -> None:
-    names = short_names(["training.optimizer.lr", "training.ema.lr", "model.hidden_size", "a.decay", "decay"])
+    names = names_on_axis(["training.optimizer.lr", "training.ema.lr", "model.hidden_size", "a.decay", "decay"])
     assert list(names.values()) == ["optimizer.lr", "ema.lr", "hidden_size", "a.decay", "decay"]
 
 

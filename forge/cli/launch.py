@@ -1,0 +1,174 @@
+"""From a job file to a run or a search that goes on: plan, show, create or reopen, carry, follow.
+
+`forge train` and `forge tune` are this, with jobs of their kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from forge.cli.follow import conclude, follow_run, handle, past_of, print_record
+from forge.cli.options import Output
+
+if TYPE_CHECKING:
+    from forge.plan.plan import Plan
+    from forge.run.remote import Site
+    from forge.run.submit import Carried
+    from forge.spec.load import LoadedJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was asked for on the command line."""
+
+    file: Path | None
+    overrides: list[str]
+    is_search: bool
+    dry_run: bool
+    resume: str | None
+    cluster: str | None
+    detach: bool
+    output: Output
+
+    @property
+    def name(self) -> str:
+        """What the command line calls it."""
+        return "SEARCH" if self.is_search else "RUN"
+
+    @property
+    def end(self) -> str:
+        """What one has done that has nothing left to do."""
+        return "made all its trials" if self.is_search else "reached its last step"
+
+
+def launch(request: Request) -> None:
+    """Carry out what was asked for. Raises: JobFileError for a job of the other kind, and what `resolve` raises."""
+    from forge.cli import display
+    from forge.report.runs import read_run
+    from forge.run.submit import carry, create_run, reopen_run
+    from forge.spec.load import load_job
+    from forge.spec.space import check_kind
+
+    if request.file is None and request.resume is None:
+        raise typer.BadParameter(f"give a job file, or --resume {request.name}", param_hint="FILE")
+    folder = _find_resumable(request) if request.resume is not None else None
+    job_file = request.file or Path(folder or ".") / "job.yaml"
+    if folder is not None and not request.dry_run and _has_nothing_left(folder, request, job_file):
+        display.message(f"{folder.name} has {request.end} already")
+        conclude(folder, interrupted=False, output=request.output)
+        return
+    loaded = load_job(job_file, overrides=request.overrides)
+    check_kind(loaded, is_search=request.is_search)
+    if request.dry_run:
+        show_dry(loaded, file=job_file, output=request.output)
+        return
+    site = _site_of(request.cluster, folder)
+    resolved = _resolve(loaded, site)
+    display.show_plan(resolved, to_stderr=request.output is Output.JSON)
+    if folder is None:
+        folder = create_run(resolved, root=loaded.job.checkpoint.runs)
+    else:
+        reopen_run(folder, resolved)
+    past = past_of(folder)
+    carried = carry(folder) if site is None else _submit(site, resolved, folder)
+    display.message(f"{'search' if request.is_search else 'run'} {folder.name} in {folder}")
+    if request.detach:
+        if request.output is Output.JSON:
+            print_record(read_run(folder))
+        display.next_command(f"forge runs watch {handle(folder)}", purpose="follow it")
+        return
+    interrupted = follow_run(carried, resolved, past=past)
+    conclude(folder, interrupted=interrupted, output=request.output, past_events=len(past.events))
+
+
+def show_dry(loaded: LoadedJob, *, file: Path, output: Output) -> None:
+    """Show what a job will do; nothing is made."""
+    from forge.cli import display
+    from forge.plan.plan import plan_to_json
+    from forge.run.submit import resolve
+
+    with display.PrepareScreen() as screen:
+        resolved = resolve(loaded, is_dry_run=True, on_progress=screen.show)
+    if output is Output.JSON:
+        display.print_text(plan_to_json(resolved))
+        return
+    display.show_plan(resolved)
+    if resolved.search is None:
+        display.next_command(f"forge train {file}", purpose="train it")
+    else:
+        display.next_command(f"forge tune {file}", purpose="search")
+
+
+def _find_resumable(request: Request) -> Path:
+    from forge.errors import ArgumentError
+    from forge.report.runs import carrier_pid, find_run, read_plan, search_folder
+    from forge.spec.load import load_job
+
+    job_file, name = request.file, request.resume or ""
+    root = Path(load_job(job_file, overrides=request.overrides).job.checkpoint.runs) if job_file else Path("runs")
+    folder = find_run(name, root=root, is_search=request.is_search)
+    search = search_folder(folder)
+    if search is not None:
+        raise ArgumentError(
+            f"{folder.name} is a trial of a search, which goes on as a whole: forge tune --resume {handle(search)}"
+        )
+    is_search = read_plan(folder).search is not None
+    if is_search != request.is_search:
+        kind, verb = ("a search", "tune") if is_search else ("no search", "train")
+        raise ArgumentError(f"{folder.name} is {kind}; go on with it: forge {verb} --resume {handle(folder)}")
+    pid = carrier_pid(folder)
+    if pid is not None:
+        raise ArgumentError(
+            f"{folder.name} is still being carried, by process {pid}; watch it: forge runs watch {handle(folder)}"
+        )
+    return folder
+
+
+def _has_nothing_left(folder: Path, request: Request, job_file: Path) -> bool:
+    """Whether a run is at its end, a search also by the number of trials that is asked for now."""
+    from forge.plan.search import count_trials
+    from forge.report.runs import read_run
+    from forge.report.trials import TrialBook
+    from forge.spec.load import load_job
+
+    run = read_run(folder)
+    if run.status != "finished" or not request.is_search:
+        return run.status == "finished"
+    search = load_job(job_file, overrides=request.overrides).job.search
+    return search is not None and count_trials(search) <= len(TrialBook(run.events).trials)
+
+
+def _site_of(cluster: str | None, folder: Path | None) -> Site | None:
+    """Where a run is to go: the cluster that is asked for, or that it was on before; None for this machine."""
+    from forge.cluster.known import find_cluster
+    from forge.run.mirror import whereabouts_of
+    from forge.run.remote import survey
+
+    at = whereabouts_of(folder) if folder is not None else None
+    name = cluster or (at.cluster if at is not None else None)
+    return None if name is None else survey(find_cluster(name))
+
+
+def _resolve(loaded: LoadedJob, site: Site | None) -> Plan:
+    from forge.cli import display
+    from forge.run.submit import resolve
+
+    if site is None:
+        with display.PrepareScreen() as screen:
+            return resolve(loaded, is_dry_run=False, on_progress=screen.show)
+    from forge.run.remote import resolve_there
+
+    with display.PrepareScreen() as screen:
+        return resolve_there(site, loaded, on_progress=screen.show)
+
+
+def _submit(site: Site, resolved: Plan, folder: Path) -> Carried:
+    from forge.cli import display
+    from forge.run.remote import submit
+
+    display.message(f"sending the run to the cluster '{site.cluster.name}'")
+    return submit(site, resolved, folder=folder)
