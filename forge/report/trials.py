@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from forge.plan.plan import Plan
+
 TRIALS = "trials"
 """The folder, in that of the search, that holds a run's folder for each trial."""
 
@@ -149,3 +151,13 @@ def trial_folder(search_folder: str, number: int) -> str:
 def trial_id(search_id: str, number: int) -> str:
     """`tune-lr-1126-0301-ab12`, 7 → `tune-lr-1126-0301-ab12-0007`."""
     return f"{search_id}-{number:04d}"
+
+
+def is_judged(record: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether a line of `metrics.jsonl` is one by which a trial is judged: at an evaluation, and at the end."""
+    if "eval/loss" in record:
+        return True
+    has_held_out = plan.corpus is not None and plan.corpus.num_held_out_sequences > 0
+    every = plan.job.training.evaluate_every.steps
+    last = min(plan.total_steps, plan.pause_at or plan.total_steps)
+    return not has_held_out and (record["step"] == last or bool(every and record["step"] % every == 0))

@@ -28,6 +28,7 @@ from forge.elastic.vocabulary import State
 from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, StepMetrics, SupervisorRestarted
 from forge.plan.plan import Plan, plan_from_json
 from forge.report.runs import read_metrics
+from forge.report.trials import is_judged
 from forge.run.elastic import devices_of, newest, places_of, resource_of
 from forge.run.hosts import Hosts
 from forge.run.record import Recorder
@@ -363,16 +364,6 @@ class StageActor:
             async with asyncio.timeout(patience_s):
                 while not is_true():
                     await self._news.wait()
-
-
-def is_judged(record: Mapping[str, Any], plan: Plan) -> bool:
-    """Whether a line of `metrics.jsonl` is one by which a trial is judged: at an evaluation, and at the end."""
-    if "eval/loss" in record:
-        return True
-    has_held_out = plan.corpus is not None and plan.corpus.num_held_out_sequences > 0
-    every = plan.job.training.evaluate_every.steps
-    last = min(plan.total_steps, plan.pause_at or plan.total_steps)
-    return not has_held_out and (record["step"] == last or bool(every and record["step"] % every == 0))
 
 
 def _recorder(plan: Plan, part: Part) -> Recorder:
