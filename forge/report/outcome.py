@@ -10,7 +10,7 @@ from forge.report.runs import RunSummary
 from forge.report.trial_table import judged, status_of, values_in_short
 from forge.report.trials import Trial, TrialBook, trial_folder
 from forge.spec.search import SearchSpec
-from forge.spec.space import search_of
+from forge.spec.space import own_values, search_of
 from forge.units import format_duration
 
 
@@ -66,9 +66,20 @@ def outcome_facts(summary: SearchSummary) -> list[tuple[str, str]]:
             ("best", f"trial {best.number}, {summary.search.metric} {judged(best.value)} at step {best.step}: "
              f"{values_in_short(best.values)}")
         )  # fmt: skip
+        own = trials_own(summary)
+        if own is not None and own is not best:
+            facts.append(("job's own", f"trial {own.number}, {judged(own.value)} at step {own.step}"))
         facts.append(("its run", trial_folder(str(run.folder), best.number)))
     facts.append(("time", format_duration(run.updated - run.started)))
     cost = run.newest("CostCounted")
     if cost:
         facts.append(("cost", f"{cost['usd']:.2f} USD"))
     return [*facts, ("files", f"{run.folder} (events.jsonl, logs, trials)")]
+
+
+def trials_own(summary: SearchSummary) -> Trial | None:
+    """The first trial, if it had the job's own values and was judged."""
+    first = summary.book.trials.get(1)
+    if first is None or first.value is None or first.moves or summary.search.searcher.kind == "grid":
+        return None
+    return first if first.values == own_values(summary.run.plan.job) else None

@@ -7,7 +7,6 @@ trials were judged by before is told to a new scheduler in the same order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,12 +23,11 @@ from ray.tune.schedulers.pb2 import PB2
 
 from forge.events import Event, PopulationMoved, TrialEnded, TrialMoved, TrialReported
 from forge.report.trials import Trial, TrialBook
+from forge.run.values import ONCE, plain_values, searched, within
 from forge.spec.search import ParameterSpec, SearchSpec
 
 _TIME = "step"
 _VALUE = "value"
-ONCE = ("reported", "replay", "value", "moved")
-"""Keys of a trial's config that hold for its first start alone."""
 
 
 class Schedule(TrialScheduler):  # type: ignore[misc]
@@ -217,8 +215,8 @@ def make_scheduler(search: SearchSpec, *, first_report: int, total_steps: int) -
         return PopulationBasedTraining(
             perturbation_interval=spec.interval_steps or 1,
             quantile_fraction=spec.quantile,
-            hyperparam_mutations={"values": {key: _domain(entry) for key, entry in _searched(search).items()}},
-            custom_explore_fn=lambda config: config | {"values": _within(config["values"], search)},
+            hyperparam_mutations={"values": {key: _domain(entry) for key, entry in searched(search).items()}},
+            custom_explore_fn=lambda config: config | {"values": within(config["values"], search)},
             synch=True,
             log_config=False,
             **judged,
@@ -227,7 +225,7 @@ def make_scheduler(search: SearchSpec, *, first_report: int, total_steps: int) -
         return PB2(
             perturbation_interval=spec.interval_steps or 1,
             quantile_fraction=spec.quantile,
-            hyperparam_bounds={"values": {key: [0.0, 1.0] for key in _searched(search)}},
+            hyperparam_bounds={"values": {key: [0.0, 1.0] for key in searched(search)}},
             synch=True,
             log_config=False,
             **judged,
@@ -235,27 +233,9 @@ def make_scheduler(search: SearchSpec, *, first_report: int, total_steps: int) -
     return FIFOScheduler()
 
 
-def config_values(values: Mapping[str, Any], search: SearchSpec) -> dict[str, Any]:
-    """A trial's values as its scheduler has them: for `pb2`, where each lies in its range, from 0 to 1."""
-    if search.scheduler.kind != "pb2":
-        return dict(values)
-    return {key: _share(search.space[key], value) for key, value in values.items()}
-
-
-def plain_values(values: Mapping[str, Any], search: SearchSpec) -> dict[str, Any]:
-    """And as the job has them."""
-    if search.scheduler.kind != "pb2":
-        return dict(values)
-    return _within({key: _at(search.space[key], share) for key, share in values.items()}, search)
-
-
 def _reported(number: int, result: Mapping[str, Any]) -> TrialReported:
     metrics = {key.removeprefix("metrics/"): value for key, value in result.items() if key.startswith("metrics/")}
     return TrialReported(trial=number, step=int(result[_TIME]), value=result[_VALUE], metrics=metrics)
-
-
-def _searched(search: SearchSpec) -> dict[str, ParameterSpec]:
-    return {key: entry for key, entry in search.space.items() if entry.of is None}
 
 
 def _domain(entry: ParameterSpec) -> Any:
@@ -267,33 +247,3 @@ def _domain(entry: ParameterSpec) -> Any:
         return tune.loguniform(*entry.loguniform)
     assert entry.uniform is not None, "ParameterSpec holds that one of its kinds is given"
     return tune.uniform(*entry.uniform)
-
-
-def _within(values: Mapping[str, Any], search: SearchSpec) -> dict[str, Any]:
-    """Values that a factor has taken out of their range, at its end."""
-    found = dict(values)
-    for key, entry in _searched(search).items():
-        if entry.ends is not None:
-            low, high = entry.ends
-            found[key] = min(max(found[key], low), high)
-    return found
-
-
-def _share(entry: ParameterSpec, value: float) -> float:
-    low, high = _scaled(entry)
-    at = math.log(value) if entry.loguniform is not None else value
-    return (at - low) / (high - low)
-
-
-def _at(entry: ParameterSpec, share: float) -> float:
-    low, high = _scaled(entry)
-    at = low + (high - low) * share
-    if entry.int is not None:
-        return round(at)
-    return math.exp(at) if entry.loguniform is not None else at
-
-
-def _scaled(entry: ParameterSpec) -> tuple[float, float]:
-    assert entry.ends is not None, "SearchSpec holds that pb2 has ranges"
-    low, high = entry.ends
-    return (math.log(low), math.log(high)) if entry.loguniform is not None else (low, high)

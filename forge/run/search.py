@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 import threading
@@ -34,11 +35,12 @@ from forge.run.hosts import Hosts
 from forge.run.library import LIBRARY
 from forge.run.numbers import Halt, Numbers
 from forge.run.reporter import HEAD
-from forge.run.schedule import Schedule, config_values, make_scheduler
+from forge.run.schedule import Schedule, make_scheduler
 from forge.run.secret import credentials
 from forge.run.suggest import suggest
 from forge.run.trial import TrialRun, Wiring, plan_trial
-from forge.spec.space import first_values, search_of, trial_job
+from forge.run.values import config_values
+from forge.spec.space import search_of, trial_job, usual_values
 
 _TUNE = {
     # A trial that waits has its actor, so that the one before it hands its own on.
@@ -49,8 +51,10 @@ _TUNE = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "86400",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-# Of the head's own resource, of which others take a thousandth: what all trials at once take together.
-_HEAD_SHARE = 0.9
+# Of the head's own resource, of which others take a thousandth: what the actors of all trials at once take
+# together, and what their stages do; and Ray's smallest unit.
+_HEAD_SHARE = 0.45
+_LEAST_SHARE = 1e-4
 _MAX_FAILURES = 5
 _COUNT_S = 1.0
 _STOP_S = 120.0
@@ -77,9 +81,15 @@ def run_search(plan: Plan, *, folder: Path, recorder: Any, stop: threading.Event
     seed = search.searcher.seed + book.population_step
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    wiring = Wiring(search_folder=str(folder), plan_json=plan_to_json(plan), hosts=control.hosts, recorder=recorder)
-    trial = trial_job(plan.job, {})
-    every = trial.training.evaluate_every.steps or plan.total_steps
+    share = max(_LEAST_SHARE, math.floor(_HEAD_SHARE / _planned(plan).trials_at_once / _LEAST_SHARE) * _LEAST_SHARE)
+    wiring = Wiring(
+        search_folder=str(folder),
+        plan_json=plan_to_json(plan),
+        hosts=control.hosts,
+        recorder=recorder,
+        head_share=share,
+    )
+    every = trial_job(plan.job, usual_values(plan.job)).training.evaluate_every.steps or plan.total_steps
     schedule = Schedule(
         make_scheduler(search, first_report=every, total_steps=plan.total_steps),
         search=search,
@@ -88,7 +98,6 @@ def run_search(plan: Plan, *, folder: Path, recorder: Any, stop: threading.Event
         on_hello=control.hello,
         on_stopped=control.give_up,
     )
-    share = round(_HEAD_SHARE / _planned(plan).trials_at_once, 4)
     trainable = tune.with_resources(
         tune.with_parameters(TrialRun, wiring=wiring), {"cpu": 0, next(iter(HEAD)): share}
     )
@@ -198,7 +207,10 @@ class Control:
     def begin(self) -> None:
         """Have processes warm on every machine, and watch cost and time from now on."""
         remove_groups(self.hosts.search_id)
-        plan_json, kind = plan_to_json(plan_trial(self._plan, first_values(self._search))), resource_of(self._plan)
+        plan_json, kind = (
+            plan_to_json(plan_trial(self._plan, usual_values(self._plan.job))),
+            resource_of(self._plan),
+        )
         low, at_once = self._plan.job.resources.workers.low, _planned(self._plan).trials_at_once
         for node in ray.nodes():
             num_trials = min(at_once, int(node["Resources"].get(kind, 0)) // low) if node["Alive"] else 0
@@ -288,7 +300,7 @@ class Control:
     def _choose(self, number: int) -> dict[str, Any] | None:
         """The values of a new trial, written down; None if another one must end before."""
         at_once = _planned(self._plan).trials_at_once
-        values = suggest(self._search, number=number, book=self.book, at_once=at_once)
+        values = suggest(self._plan.job, number=number, book=self.book, at_once=at_once)
         if values is not None:
             self.tell(TrialSuggested(trial=number, values=values))
         return values

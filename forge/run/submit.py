@@ -31,7 +31,7 @@ from forge.spec.data import TokenizerSpec
 from forge.spec.dump import dump_job
 from forge.spec.job import JobSpec
 from forge.spec.load import LoadedJob
-from forge.spec.space import check_space, trial_job
+from forge.spec.space import check_space, trial_job, usual_values
 from forge.train.storage import open_storage
 
 _POLL_S = 0.05
@@ -102,7 +102,7 @@ def resolve(
     """Make the plan of a job: prepare its corpus, count its model, look at the hardware.
 
     A dry run prepares no corpus, unless the length of the training depends on it. Of a search it is the plan of a
-    trial with the first of the values, after all of them were tried on the job's types.
+    trial with the job's own values, after all of them were tried on the job's types.
 
     Args:
         find_hardware: what a worker of the job gets, where it will run.
@@ -111,9 +111,9 @@ def resolve(
     Raises: JobFileError, DataError, PlanError.
     """
     if loaded.job.search is not None:
-        first = check_space(loaded)
+        check_space(loaded)
         plan = resolve(
-            replace(loaded, job=trial_job(loaded.job, first)),
+            replace(loaded, job=trial_job(loaded.job, usual_values(loaded.job))),
             is_dry_run=is_dry_run,
             on_progress=on_progress,
             find_hardware=find_hardware,

@@ -15,13 +15,15 @@ import optuna
 
 from forge.report.importance import as_choice, distributions
 from forge.report.trials import Trial, TrialBook
+from forge.spec.job import JobSpec
 from forge.spec.search import SearchSpec
+from forge.spec.space import own_values, search_of
 
 _SEED_STEP = 1_000_003
 
 
-def suggest(search: SearchSpec, *, number: int, book: TrialBook, at_once: int) -> dict[str, Any] | None:
-    """The values of a trial.
+def suggest(job: JobSpec, *, number: int, book: TrialBook, at_once: int) -> dict[str, Any] | None:
+    """The values of a trial. The first has the job's own, where they may be tried: it is what the others must beat.
 
     What is learnt from: without a scheduler, the trials up to `number - at_once`, all of which must be over; so it
     does not depend on which of those that run at once ends first. With a scheduler, which decides by time anyway,
@@ -33,8 +35,12 @@ def suggest(search: SearchSpec, *, number: int, book: TrialBook, at_once: int) -
 
     Returns: values by their keys; None if a trial that must be over first is not.
     """
+    search = search_of(job)
     if search.searcher.kind == "grid":
         return combination(search, number - 1)
+    own = own_values(job) if number == 1 else None
+    if own is not None:
+        return own
     learns = search.searcher.kind == "optuna" and number > search.searcher.startup_trials
     before = [book.trials[one] for one in sorted(book.trials) if one < number]
     if not learns:

@@ -29,13 +29,13 @@ from forge.report.trials import trial_folder
 from forge.run.facts import model_facts
 from forge.run.hosts import Hosts
 from forge.run.reporter import HEAD
-from forge.run.schedule import plain_values
 from forge.run.stage import Part, Report, StageActor
 from forge.run.submit import make_folder
+from forge.run.values import plain_values
 from forge.spec.job import JobSpec
 from forge.spec.load import LoadedJob
 from forge.spec.source import SourceMap
-from forge.spec.space import first_values, search_of, trial_job
+from forge.spec.space import search_of, trial_job, usual_values
 from forge.train.adopt import adopt_checkpoint
 from forge.train.storage import open_storage
 from forge.units import Every
@@ -58,6 +58,8 @@ class Wiring:
     hosts: Hosts
     recorder: Any
     """The search's, an actor."""
+    head_share: float
+    """Of the head's own resource, for each trial and each stage."""
 
 
 class TrialRun(tune.Trainable):  # type: ignore[misc]
@@ -76,7 +78,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
         self._stage = StageActor.options(  # type: ignore[attr-defined]
             name=self._stage_name,
             namespace=wiring.hosts.namespace,
-            resources=HEAD,
+            resources=dict.fromkeys(HEAD, wiring.head_share),
             scheduling_strategy="DEFAULT",  # not in the placement group that Tune has made for this actor
         ).remote(self._stage_name, wiring.hosts)
         self.reset_config(config)
@@ -259,7 +261,7 @@ def plan_trial(search: Plan, values: Mapping[str, Any]) -> Plan:
             }
         )
         job = job.model_copy(update={"checkpoint": checkpoint})
-    usual = trial_job(search.job, first_values(search_of(search.job)))
+    usual = trial_job(search.job, usual_values(search.job))
     corpus = _corpus(search, job, usual)
     return make_plan(job, model=_model(search, job, usual, corpus), corpus=corpus, hardware=search.hardware)
 

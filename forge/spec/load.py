@@ -25,6 +25,7 @@ from forge.spec.section import Section
 from forge.spec.source import SourceMap, map_source
 
 _MAX_NAMES = 16
+_MAPPINGS = ("search.space", "search.proxy")
 _S = TypeVar("_S", bound=Section)
 
 
@@ -95,7 +96,7 @@ def _with_override(root: Node, override: str, *, errors: list[JobFileError]) -> 
     """The job with one `--set` carried out; as it was, if that is impossible."""
     key, equals, text = override.partition("=")
     key = key.strip()
-    names = key.split(".")
+    names = _names_of(key)
     if any(is_secret(name.strip()) for name in names):
         errors.append(JobFileError(SECRET_PROBLEM, path="--set", key=key))
     elif not equals or not all(names) or len(names) > _MAX_NAMES:
@@ -110,6 +111,14 @@ def _with_override(root: Node, override: str, *, errors: list[JobFileError]) -> 
         except JobFileError as error:
             errors.append(error)
     return root
+
+
+def _names_of(key: str) -> list[str]:
+    """The names of a dotted key; below a mapping of the job's own keys, the rest is one name."""
+    for mapping in _MAPPINGS:
+        if key.startswith(f"{mapping}."):
+            return [*mapping.split("."), key[len(mapping) + 1 :]]
+    return key.split(".")
 
 
 def _placed(section: Node, names: Sequence[str], value: Node, *, parent: str) -> Node:

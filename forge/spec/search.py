@@ -135,7 +135,8 @@ class SearcherSpec(Section):
     """How the values of the next trial are chosen."""
 
     kind: Literal["random", "grid", "optuna"] = "optuna"
-    """`random`: each for itself; `grid`: every combination once; `optuna`: Optuna's TPE (arXiv 2304.11127), which
+    """How the values of all trials but the first are chosen, which has the job's own, if they lie in the space.
+    `random`: each for itself; `grid`: every combination once; `optuna`: Optuna's TPE (arXiv 2304.11127), which
     learns from the trials before."""
 
     startup_trials: int = Field(10, ge=1)

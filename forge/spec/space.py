@@ -75,6 +75,27 @@ def first_values(search: SearchSpec) -> dict[str, Any]:
     return {key: _some_values(entry)[0] for key, entry in search.space.items() if entry.of is None}
 
 
+def own_values(job: JobSpec) -> dict[str, Any] | None:
+    """What the job itself has for the keys that are searched; None if one of them lies outside of what is tried."""
+    search = search_of(job)
+    bare = job_with(job, search.proxy)
+    found = {key: value_at(bare, key) for key, entry in search.space.items() if entry.of is None}
+    return found if all(_may_be(search.space[key], value) for key, value in found.items()) else None
+
+
+def usual_values(job: JobSpec) -> dict[str, Any]:
+    """Values that a plan may be made with before any are chosen: the job's own, or the first that may be tried."""
+    return own_values(job) or first_values(search_of(job))
+
+
+def _may_be(entry: ParameterSpec, value: Any) -> bool:
+    if entry.values is not None:
+        return value in entry.values
+    low, high = entry.ends or (0.0, 0.0)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and low <= value <= high and (entry.int is None or isinstance(value, int))
+
+
 def value_at(job: JobSpec, key: str) -> Any:
     """What a job has at a dotted path, its default if it is not written; None where there is nothing."""
     at: Any = job.model_dump(mode="json")
@@ -100,10 +121,9 @@ def search_of(job: JobSpec) -> SearchSpec:
     return job.search
 
 
-def check_space(loaded: LoadedJob) -> dict[str, Any]:
+def check_space(loaded: LoadedJob) -> None:
     """See that every value that may be tried is one that its key may have, each other key having its first.
 
-    Returns: the first value of every key.
     Raises: JobFileError for the first that is not, with its line.
     """
     job = loaded.job
@@ -114,7 +134,6 @@ def check_space(loaded: LoadedJob) -> dict[str, Any]:
     for key in first:
         for value in _some_values(search.space[key]):
             _try(loaded, {**first, key: value}, blamed=f"search.space.{key}", value=value, key=key)
-    return first
 
 
 def _try(
