@@ -68,9 +68,7 @@ def _drawn(search: SearchSpec, number: int, *, known: list[Trial], running: list
     seed = (search.searcher.seed * _SEED_STEP + number) % 2**31
     sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
     if known or running:
-        sampler = optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=1, multivariate=True, constant_liar=True, warn_independent_sampling=False
-        )
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
     study = optuna.create_study(sampler=sampler, direction="minimize" if search.mode == "min" else "maximize")
     space = distributions(search)
     for trial in known:
