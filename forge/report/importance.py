@@ -36,7 +36,7 @@ def distributions(search: SearchSpec) -> dict[str, BaseDistribution]:
 
     The values of a `choice` or a `grid` stand as `as_choice` has them.
     """
-    return {key: _distribution(entry) for key, entry in search.space.items() if entry.of is None}
+    return {key: _distribution(entry) for key, entry in sorted(search.space.items()) if entry.of is None}
 
 
 def as_choice(value: Any) -> CategoricalChoiceType:

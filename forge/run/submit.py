@@ -118,6 +118,7 @@ def resolve(
             on_progress=on_progress,
             find_hardware=find_hardware,
         )
+        _require_judges(plan, loaded)
         places = count_places(plan.hardware, loaded.job)
         return replace(plan, job=loaded.job, search=plan_search(loaded.job, loaded.job.search, num_places=places))
     job = loaded.job
@@ -129,6 +130,17 @@ def resolve(
         vocab_size, eot_id = _announced_vocabulary(job.data.tokenizer)
     model = model_facts(loaded, vocab_size=vocab_size, eot_id=eot_id)
     return make_plan(job, model=model, corpus=corpus, hardware=find_hardware(job))
+
+
+def _require_judges(plan: Plan, loaded: LoadedJob) -> None:
+    """Raises: JobFileError if a corpus is too small for anything to be held out, which trials are judged on."""
+    assert loaded.job.search is not None, "only a search has trials"
+    metric, corpus = loaded.job.search.metric, plan.corpus
+    if metric.startswith("eval/") and corpus is not None and not corpus.num_held_out_sequences:
+        raise loaded.source.error(
+            "data.held_out",
+            f"leaves no sequence of {corpus.seq_len} tokens to measure {metric} on, by which trials are judged",
+        )
 
 
 def create_run(plan: Plan, *, root: str | None = None) -> Path:

@@ -56,8 +56,8 @@ def suggest(job: JobSpec, *, number: int, book: TrialBook, at_once: int) -> dict
 
 
 def combination(search: SearchSpec, index: int) -> dict[str, Any]:
-    """One of a grid, the last key changing fastest; what is no list is drawn for each."""
-    lists = {key: entry.values for key, entry in search.space.items() if entry.values is not None}
+    """One of a grid, the last key by the alphabet changing fastest; what is no list is drawn for each."""
+    lists = {key: entry.values for key, entry in sorted(search.space.items()) if entry.values is not None}
     drawn = _drawn(search, index + 1, known=[], running=[])
     chosen = next(itertools.islice(itertools.product(*(values or () for values in lists.values())), index, None))
     return drawn | dict(zip(lists, chosen, strict=True))

@@ -130,6 +130,9 @@ def check_space(loaded: LoadedJob) -> None:
     search = search_of(job)
     for key, value in search.proxy.items():
         _try(loaded, {}, blamed=f"search.proxy.{key}", value=value, only={key: value})
+    if search.metric.startswith("eval/") and not job.data.held_out:
+        problem = f"{search.metric} is measured on held-out text, and data.held_out is 0"
+        raise loaded.source.error("search.metric", problem, show_value=False)
     first = first_values(search)
     for key in first:
         for value in _some_values(search.space[key]):

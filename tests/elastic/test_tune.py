@@ -155,6 +155,7 @@ def test_a_search_through_kills_has_the_trials_and_results_of_one_in_peace(clust
     assert not leftovers(Run(folder=search.folder, cluster=cluster), timeout_s=90)
 
 
+@pytest.mark.slow  # tests/run/test_schedule.py has it without a cluster
 def test_a_scheduler_that_is_killed_knows_again_what_it_was_told(cluster: Machines) -> None:
     search = start(cluster, search__scheduler="{kind: asha, reduction_factor: 2}")
     search.await_step(2, 20)

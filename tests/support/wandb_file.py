@@ -29,6 +29,17 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_groups(path: Path) -> list[str]:
+    """The groups that the run says it belongs to."""
+    groups = []
+    for content in _records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(content)
+        if record.WhichOneof("record_type") == "run":
+            groups.append(record.run.run_group)
+    return groups
+
+
 def _records(content: bytes) -> Iterator[bytes]:
     position, parts = _MAGIC_BYTES, b""
     while position < len(content):
