@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -192,7 +193,7 @@ class RayClaims:
         num_rests = self._num_rests
         grant = replace(grant, devices=await asyncio.to_thread(self._devices_on, node_id))
         self._num_agents += 1
-        name = f"{node_id[:_NODE_DIGITS]}-{int(time.time()) % 100_000}{self._num_agents:03d}"
+        name = f"{node_id[:_NODE_DIGITS]}-{int(time.time()) % 100_000}{self._num_agents:03d}{secrets.token_hex(1)}"
         actor = await asyncio.to_thread(self._start_agent, name, grant)
         if self._num_rests == num_rests:
             self._agents[node_id] = (name, actor, grant)

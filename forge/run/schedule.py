@@ -7,7 +7,7 @@ trials were judged by before is told to a new scheduler in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from ray import tune
@@ -42,16 +42,19 @@ class Schedule(TrialScheduler):  # type: ignore[misc]
         tell: Callable[[Event], None],
         on_hello: Callable[[int, str], None],
         on_stopped: Callable[[int, str], None],
+        spared: Set[int] = frozenset(),
     ) -> None:
         """Args:
         book: the trials as they were when the search was carried on, and as they become.
         tell: writes an event down, and takes it into the book; returns when it is written.
         on_hello: told of the stage that a trial is on.
         on_stopped: told of a trial that was given up, and why.
+        spared: trials that are never given up, as the one with the job's own values.
         """
         super().__init__()
         self._inner, self._search, self._book = inner, search, book
         self._tell, self._on_hello, self._on_stopped = tell, on_hello, on_stopped
+        self._spared = spared
         self._is_population = search.scheduler.is_population
         self._rays: dict[int, RayTrial] = {}
         for trial in book.trials.values():
@@ -100,7 +103,8 @@ class Schedule(TrialScheduler):  # type: ignore[misc]
         decision = str(self._inner.on_trial_result(tune_controller, trial, result))
         if self._is_population:
             self._tell_moves(step)
-        elif decision == TrialScheduler.PAUSE:  # a trial is never put aside for another
+        elif decision == TrialScheduler.PAUSE or (decision == TrialScheduler.STOP and number in self._spared):
+            # A trial is never put aside for another.
             return str(TrialScheduler.CONTINUE)
         elif decision == TrialScheduler.STOP:
             reason = f"given up by {self._search.scheduler.kind} at step {step}"

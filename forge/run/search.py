@@ -40,7 +40,7 @@ from forge.run.secret import credentials
 from forge.run.suggest import suggest
 from forge.run.trial import TrialRun, Wiring, plan_trial
 from forge.run.values import config_values
-from forge.spec.space import search_of, trial_job, usual_values
+from forge.spec.space import own_values, search_of, trial_job, usual_values
 
 _TUNE = {
     # A trial that waits has its actor, so that the one before it hands its own on.
@@ -51,9 +51,7 @@ _TUNE = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "86400",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-# Of the head's own resource, of which others take a thousandth: what the actors of all trials at once take
-# together, and what their stages do; and Ray's smallest unit.
-_HEAD_SHARE = 0.45
+# Ray's smallest part of a resource.
 _LEAST_SHARE = 1e-4
 _MAX_FAILURES = 5
 _COUNT_S = 1.0
@@ -81,13 +79,11 @@ def run_search(plan: Plan, *, folder: Path, recorder: Any, stop: threading.Event
     seed = search.searcher.seed + book.population_step
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    share = max(_LEAST_SHARE, math.floor(_HEAD_SHARE / _planned(plan).trials_at_once / _LEAST_SHARE) * _LEAST_SHARE)
     wiring = Wiring(
         search_folder=str(folder),
         plan_json=plan_to_json(plan),
         hosts=control.hosts,
         recorder=recorder,
-        head_share=share,
     )
     every = trial_job(plan.job, usual_values(plan.job)).training.evaluate_every.steps or plan.total_steps
     schedule = Schedule(
@@ -97,9 +93,11 @@ def run_search(plan: Plan, *, folder: Path, recorder: Any, stop: threading.Event
         tell=control.tell,
         on_hello=control.hello,
         on_stopped=control.give_up,
+        spared={1} if search.searcher.kind != "grid" and own_values(plan.job) else set(),
     )
     trainable = tune.with_resources(
-        tune.with_parameters(TrialRun, wiring=wiring), {"cpu": 0, next(iter(HEAD)): share}
+        tune.with_parameters(TrialRun, wiring=wiring),
+        {"cpu": 0, next(iter(HEAD)): share_of(_planned(plan).trials_at_once)},
     )
     tuner = tune.Tuner(
         trainable,
@@ -342,6 +340,11 @@ class Control:
             return ray.get_actor(name, namespace=NAMESPACE)
         except ValueError:
             return None
+
+
+def share_of(num_trials: int) -> float:
+    """What a trial's actor takes of the head's own resource: as many fit as are to run at once, and no more."""
+    return max(1, math.floor(1 / (num_trials + 0.5) / _LEAST_SHARE)) * _LEAST_SHARE
 
 
 def remove_groups(search_id: str) -> None:

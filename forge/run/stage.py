@@ -192,7 +192,8 @@ class StageActor:
         """
         show, self._show = self._show, None
         if show is None:
-            return
+            async with self._dismissing:  # another call ends it
+                return
         if show.watching is not None and show.outcome is None:
             show.watching.cancel()
         if show.supervisor.findings is not None:

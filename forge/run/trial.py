@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from forge.elastic.claims import SUPERVISOR
 from forge.errors import DivergedError, ForgeError, RunError
@@ -28,7 +29,6 @@ from forge.report.runs import error_named
 from forge.report.trials import trial_folder
 from forge.run.facts import model_facts
 from forge.run.hosts import Hosts
-from forge.run.reporter import HEAD
 from forge.run.stage import Part, Report, StageActor
 from forge.run.submit import make_folder
 from forge.run.values import plain_values
@@ -58,8 +58,6 @@ class Wiring:
     hosts: Hosts
     recorder: Any
     """The search's, an actor."""
-    head_share: float
-    """Of the head's own resource, for each trial and each stage."""
 
 
 class TrialRun(tune.Trainable):  # type: ignore[misc]
@@ -78,8 +76,8 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
         self._stage = StageActor.options(  # type: ignore[attr-defined]
             name=self._stage_name,
             namespace=wiring.hosts.namespace,
-            resources=dict.fromkeys(HEAD, wiring.head_share),
-            scheduling_strategy="DEFAULT",  # not in the placement group that Tune has made for this actor
+            # Here, on the head, and not in the placement group that Tune has made for this actor.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
         ).remote(self._stage_name, wiring.hosts)
         self.reset_config(config)
 
