@@ -99,8 +99,8 @@ class Search:
     """Of each trial, by its rate: from its suggestion to the end of its first step."""
     warm: frozenset[float]
     """Rates of the trials whose process an earlier one had left; of the peers, all but the first at once."""
-    losses: Mapping[float, float]
-    """The last held-out loss, by rate."""
+    losses: Mapping[float, float | None]
+    """The last held-out loss, by rate; None where the contender has lost it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +255,7 @@ def report(runs: Mapping[str, Sequence[Search]]) -> dict[str, Any]:
             "trial_start_s": warm.median if warm.values else None,
             "first_trial_start_s": cold.median if cold.values else None,
             "losses": of[0].losses,
+            "num_lost_reports": sum(loss is None for run in of for loss in run.losses.values()),
             "all": {"seconds": seconds.values, "trial_start_s": warm.values, "first_trial_start_s": cold.values},
         }
         texts = [measured.text(".2f") if measured.values else "" for measured in (warm, cold)]
@@ -287,9 +288,8 @@ def largest_difference(runs: Mapping[str, Sequence[Search]]) -> float:
     every = [run.losses for of in runs.values() for run in of]
     if any(set(losses) != set(LEARNING_RATES) for losses in every):
         raise RuntimeError(f"not all have judged the trials {LEARNING_RATES}: {runs}")
-    spreads = [
-        max(losses[rate] for losses in every) - min(losses[rate] for losses in every) for rate in LEARNING_RATES
-    ]
+    known = [[losses[rate] for losses in every if losses[rate] is not None] for rate in LEARNING_RATES]
+    spreads = [max(losses) - min(losses) for losses in known]
     if not max(spreads) <= TOLERANCE:
         raise RuntimeError(f"last losses differ by {max(spreads)}, more than {TOLERANCE}: {runs}")
     return max(spreads)

@@ -88,8 +88,16 @@ def main() -> None:
     record(request, ended=time.time())
     if results.errors:
         raise results.errors[0]
-    losses = {result.config["lr"]: result.metrics["held_out_loss"] for result in results}
+    losses = {
+        # Tune may end a trial before Ray Train's last report has come to it.
+        result.config["lr"]: result.metrics["held_out_loss"] if _is_last(result, request) else None
+        for result in results
+    }
     print(json.dumps(losses), flush=True)
+
+
+def _is_last(result: Any, request: dict[str, Any]) -> bool:
+    return bool(result.metrics.get("step") == request["total_steps"])
 
 
 def fit_trainer(config: dict[str, Any]) -> None:

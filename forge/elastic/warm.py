@@ -28,34 +28,48 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Import everything, say so, and fork on demand until the agent is gone."""
-    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock: socket.socket | None = socket.socket(fileno=int(sys.argv[1]))
     die_with(int(sys.argv[3]))
     # Ctrl-C reaches whole groups of processes; a run is stopped through its supervisor.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     plan = _read_all(int(sys.argv[2]))
     warm_s = _warm_up(plan)
+    while sock is not None:  # once for each process: a clone goes on with a socket of its own
+        sock, warm_s = _serve(sock, plan, warm_s=warm_s), 0.0
+
+
+def _serve(sock: socket.socket, plan: str, *, warm_s: float) -> socket.socket | None:
+    """Do what an agent says until it is gone. Returns: in a clone of this process, the socket to its agent."""
     wake, woken = socket.socketpair()
     for end in (wake, woken):
         end.setblocking(False)
     signal.set_wakeup_fd(woken.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    _tell(sock, warm=warm_s, epoch=0)
+    _tell(sock, warm=warm_s, epoch=0, pid=os.getpid())
     while True:
         ready, _, _ = select.select([sock, wake], [], [])
         if wake in ready:
             with contextlib.suppress(BlockingIOError):
                 wake.recv(4096)
             _report_ends(sock)
-        if sock in ready:
-            text, fds, _, _ = socket.recv_fds(sock, 16, _MOST_FDS)
-            if not text:
-                return  # the agent is gone
-            if text != b"fork":  # another run's plan, and which this is
-                plan = _read_all(fds[0])
-                _tell(sock, warm=_warm_up(plan), epoch=int(text))
-                continue
+        if sock not in ready:
+            continue
+        text, fds, _, _ = socket.recv_fds(sock, 16, _MOST_FDS)
+        if not text:
+            return None  # the agent is gone
+        if text == b"fork":
             order, *inherited = fds
             _fork(sock, (wake, woken), json.loads(_read_all(order)), inherited, plan)
+        elif text == b"clone":
+            if os.fork() == 0:
+                signal.set_wakeup_fd(-1)
+                for end in (sock, wake, woken):
+                    end.close()
+                return socket.socket(fileno=fds[0])
+            os.close(fds[0])
+        else:  # another run's plan, and which this is
+            plan = _read_all(fds[0])
+            _tell(sock, warm=_warm_up(plan), epoch=int(text))
 
 
 def die_with(parent: int) -> None:

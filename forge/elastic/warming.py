@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 _ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -21,32 +24,32 @@ _ENVIRONMENT = {
 
 
 class WarmProcess:
-    """The agent's end of its warm process."""
+    """The agent's end of a warm process; use `start_warm`, or `clone`."""
 
-    def __init__(self, plan_json: str, *, log: Path) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        plan_fd = _memory_of(plan_json)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "forge.elastic.warm", str(theirs.fileno()), str(plan_fd), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno(), plan_fd],
-                env=os.environ | _ENVIRONMENT,
-            )
-        theirs.close()
-        os.close(plan_fd)
-        ours.setblocking(False)
-        self._socket = ours
+    def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
+        """Args:
+        process: None for a clone, whose parent is the process that it was forked from.
+        """
+        sock.setblocking(False)
+        self._socket, self._process = sock, process
+        self._pid: int | None = process.pid if process is not None else None
         self._epoch = 0
         self.is_warm = False
 
+    def clone(self) -> WarmProcess:
+        """Another one, forked from this one as soon as this one is warm: it shares what both have imported."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody answers: it is started anew
+            socket.send_fds(self._socket, [b"clone"], [theirs.fileno()])
+        theirs.close()
+        return WarmProcess(ours, None)
+
     @property
     def is_alive(self) -> bool:
-        """Whether it can still be used."""
-        return self._process.poll() is None
+        """Whether it can still be used; of a clone that has not spoken yet, that is not known."""
+        if self._process is not None:
+            return self._process.poll() is None
+        return self._pid is None or (psutil.pid_exists(self._pid) and not _is_zombie(self._pid))
 
     def adopt(self, plan_json: str) -> None:
         """Have it made warm for another run: it says so again."""
@@ -67,6 +70,7 @@ class WarmProcess:
             if not text:
                 return None
             message: dict[str, Any] = json.loads(text)
+            self._pid = message.get("pid", self._pid)
             if "warm" in message and message["epoch"] == self._epoch:
                 self.is_warm = True
             if self.is_warm:
@@ -81,9 +85,32 @@ class WarmProcess:
 
     def kill(self) -> None:
         """End it, and its ranks with it."""
-        self._process.kill()
-        self._process.wait()
-        self._socket.close()
+        self._socket.close()  # which alone would end it, after what it does just now
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        elif self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+
+
+def start_warm(plan_json: str, *, log: Path) -> WarmProcess:
+    """Begin to import everything that a rank of this plan will, in a process of its own."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    plan_fd = _memory_of(plan_json)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "forge.elastic.warm", str(theirs.fileno()), str(plan_fd), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[theirs.fileno(), plan_fd],
+            env=os.environ | _ENVIRONMENT,
+        )
+    theirs.close()
+    os.close(plan_fd)
+    return WarmProcess(ours, process)
 
 
 class WarmPool:
@@ -92,6 +119,8 @@ class WarmPool:
     def __init__(self, *, log: Path) -> None:
         self._log = log
         self._idle: list[WarmProcess] = []
+        self._first: WarmProcess | None = None
+        """Of which the others are clones."""
 
     @property
     def has_warm(self) -> bool:
@@ -101,7 +130,7 @@ class WarmPool:
     def prepare(self, plan_json: str, *, count: int) -> None:
         """Begin to have so many."""
         while len(self._idle) < count:
-            self._idle.append(WarmProcess(plan_json, log=self._log))
+            self._idle.append(self._another(plan_json))
 
     def take(self, plan_json: str) -> WarmProcess:
         """One for a run of this plan: another run's, if one is idle, or a new one. It says when it is warm."""
@@ -112,7 +141,16 @@ class WarmPool:
                 process.adopt(plan_json)
                 return process
             process.kill()
-        return WarmProcess(plan_json, log=self._log)
+        process = self._another(plan_json)
+        if process is not self._first:
+            process.adopt(plan_json)
+        return process
+
+    def _another(self, plan_json: str) -> WarmProcess:
+        if self._first is not None and self._first.is_alive:
+            return self._first.clone()
+        self._first = start_warm(plan_json, log=self._log)
+        return self._first
 
     def give_back(self, process: WarmProcess) -> None:
         """A run is over that used it, and none of its ranks is left."""
@@ -122,6 +160,12 @@ class WarmPool:
         """End those that nobody uses."""
         while self._idle:
             self._idle.pop().kill()
+
+
+def _is_zombie(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    return True
 
 
 def _memory_of(text: str) -> int:

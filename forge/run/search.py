@@ -73,45 +73,40 @@ def run_search(plan: Plan, *, folder: Path, recorder: Any, stop: threading.Event
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it misses files that nobody writes
     from ray import tune
 
-    search = search_of(plan.job)
     control = Control(plan, folder=folder, recorder=recorder, stop=stop, events=read_run(folder).events)
-    book = control.book
-    seed = search.searcher.seed + book.population_step
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    wiring = Wiring(
-        search_folder=str(folder),
-        plan_json=plan_to_json(plan),
-        hosts=control.hosts,
-        recorder=recorder,
-    )
-    every = trial_job(plan.job, usual_values(plan.job)).training.evaluate_every.steps or plan.total_steps
-    schedule = Schedule(
-        make_scheduler(search, first_report=every, total_steps=plan.total_steps),
-        search=search,
-        book=book,
-        tell=control.tell,
-        on_hello=control.hello,
-        on_stopped=control.give_up,
-        spared={1} if search.searcher.kind != "grid" and own_values(plan.job) else set(),
-    )
-    trainable = tune.with_resources(
-        tune.with_parameters(TrialRun, wiring=wiring),
-        {"cpu": 0, next(iter(HEAD)): share_of(_planned(plan).trials_at_once)},
-    )
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(search_alg=control.algorithm(), scheduler=schedule, reuse_actors=True),
-        run_config=tune.RunConfig(
-            name=f"session-{int(time.time())}",
-            storage_path=str((folder / "logs" / "tune").absolute()),
-            stop=control.stopper(),
-            failure_config=tune.FailureConfig(max_failures=_MAX_FAILURES),
-            verbose=0,
-        ),
-    )
-    control.begin()
+    control.begin()  # processes become warm while Tune starts
     try:
+        search, book = search_of(plan.job), control.book
+        seed = search.searcher.seed + book.population_step
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        every = trial_job(plan.job, usual_values(plan.job)).training.evaluate_every.steps or plan.total_steps
+        schedule = Schedule(
+            make_scheduler(search, first_report=every, total_steps=plan.total_steps),
+            search=search,
+            book=book,
+            tell=control.tell,
+            on_hello=control.hello,
+            on_stopped=control.give_up,
+            spared={1} if search.searcher.kind != "grid" and own_values(plan.job) else set(),
+        )
+        wiring = Wiring(
+            search_folder=str(folder), plan_json=plan_to_json(plan), hosts=control.hosts, recorder=recorder
+        )
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(TrialRun, wiring=wiring),
+                {"cpu": 0} | dict.fromkeys(HEAD, share_of(_planned(plan).trials_at_once)),
+            ),
+            tune_config=tune.TuneConfig(search_alg=control.algorithm(), scheduler=schedule, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name=f"session-{int(time.time())}",
+                storage_path=str((folder / "logs" / "tune").absolute()),
+                stop=control.stopper(),
+                failure_config=tune.FailureConfig(max_failures=_MAX_FAILURES),
+                verbose=0,
+            ),
+        )
         tuner.fit()
     finally:
         control.end()
