@@ -19,9 +19,10 @@ import pytest
 
 from forge.elastic.agent import Agent, Setup
 from forge.elastic.board import Board, Word, create_board
-from forge.elastic.channel import Channel, Endpoint, Listener, Message
+from forge.elastic.channel import Channel, Endpoint, Listener, Message, pack
 from forge.elastic.vault import holdings_from_record
 from forge.elastic.vocabulary import Holding
+from forge.elastic.warming import WarmPool
 from forge.events import CheckpointSaved, Event, StepMetrics
 from forge.plan.plan import plan_to_json
 from forge.train.checkpoint import verify_checkpoint
@@ -90,7 +91,7 @@ class Overseer:
             is_spread=False,
             buddy=None,
             step=step,
-            parts=list(parts),
+            source=[parts[0]["generation"], pack([part["endpoint"] for part in parts])] if parts else None,
             findings=self._findings,
             laps={},
             is_stopping=False,
@@ -112,7 +113,7 @@ class Overseer:
 
     async def stop(self) -> frozenset[Holding]:
         """End the generation. Returns: what the machine holds of it."""
-        await self.say("stop", generation=self.generation)
+        await self.say("stop", generation=self.generation, goes_on=True)
         stopped = await self.expect("stopped", generation=self.generation)
         holdings = holdings_from_record(stopped["holdings"])
         return frozenset(holding for holding in holdings if holding.generation == self.generation)
@@ -438,3 +439,29 @@ def test_the_words_of_a_board_are_seen_by_whoever_has_its_descriptor() -> None:
         each.close()
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(each.fd)
+
+
+def test_a_pool_hands_warm_processes_on_and_forks_others_from_the_first(tmp_path: Path) -> None:
+    plans = [plan_to_json(tiny_plan(synthetic_corpus(tmp_path / "corpus"), name=name)) for name in ("one", "two")]
+
+    async def use() -> None:
+        pool = WarmPool(log=tmp_path / "warm.log")
+        first, second = pool.take(plans[0]), pool.take(plans[1])
+        assert (await first.receive() or {}).keys() >= {"warm", "pid"}
+        async with asyncio.timeout(5):  # it imports nothing any more
+            told = await second.receive()
+        assert told is not None
+        assert told["warm"] < 2
+        first.kill()
+        assert second.is_alive
+        pool.give_back(second)
+        assert pool.has_warm
+        assert pool.take(plans[0]) is second
+        async with asyncio.timeout(5):
+            assert (await second.receive() or {})["epoch"] == 2
+        second.kill()
+        pool.close()
+
+    before = set(psutil.Process().children(recursive=True))
+    asyncio.run(use())
+    assert survivors(set(psutil.Process().children(recursive=True)) - before) == []
