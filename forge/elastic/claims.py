@@ -240,21 +240,14 @@ class RayClaims:
             )
 
     def _find_groups(self) -> None:
-        """Those of a supervisor before this one; and those that runs left behind whose supervisor is gone."""
-        running = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
-        for entry in placement_group_table().values():
-            name = entry["name"]
-            if not name.startswith("forge-") or entry["state"] == "REMOVED":
-                continue
-            run_id = name[len("forge-") :].rpartition("-")[0]
-            with contextlib.suppress(ValueError):  # it was removed meanwhile
-                group = ray.util.get_placement_group(name)
-                if run_id == self._run_id:
-                    self._groups[name] = group
+        """Those of a supervisor before this one."""
+        for name, run_id in _groups_of_runs():
+            if run_id == self._run_id:
+                with contextlib.suppress(ValueError):  # it was removed meanwhile
+                    self._groups[name] = ray.util.get_placement_group(name)
                     number = name.rpartition("-")[2]
                     self._num_groups = max(self._num_groups, int(number) if number.isdigit() else 0)
-                elif f"{SUPERVISOR}{run_id}" not in running:
-                    remove_placement_group(group)
+        _remove_orphans()
 
     def _grants(self) -> dict[str, Grant]:
         """Places by node, of nodes that Ray believes alive."""
@@ -293,6 +286,7 @@ class RayClaims:
         if now - self._pending_since < _PATIENCE_S or now - self._asked_at < _ASK_AGAIN_S:
             return
         self._asked_at = now
+        await asyncio.to_thread(_remove_orphans)
         await asyncio.to_thread(_ask_to_yield, self._run_id)
 
 
@@ -312,6 +306,22 @@ def _nodes_of(table: Mapping[str, Any], group: PlacementGroup) -> list[str]:
     if entry.get("state") not in ("CREATED", "RESCHEDULING"):
         return []
     return [node_id for node_id in entry.get("bundles_to_node_id", {}).values() if node_id]
+
+
+def _groups_of_runs() -> list[tuple[str, str]]:
+    """Names of the groups that runs have, and each one's run."""
+    names = [entry["name"] for entry in _table().values() if entry["state"] != "REMOVED"]
+    return [(name, name[len("forge-") :].rpartition("-")[0]) for name in names if name.startswith("forge-")]
+
+
+def _remove_orphans() -> None:
+    """Give back what runs have left behind whose supervisor is gone."""
+    groups = _groups_of_runs()  # before the supervisors, so that a run that has just begun has both
+    running = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    for name, run_id in groups:
+        if f"{SUPERVISOR}{run_id}" not in running:
+            with contextlib.suppress(ValueError):  # it was removed meanwhile
+                remove_placement_group(ray.util.get_placement_group(name))
 
 
 def _ask_to_yield(run_id: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -66,7 +67,8 @@ class Recorder:
         """Open the run's files, mending what a crash left.
 
         Args:
-            group: of W&B, which the trials of a search share.
+            group: of W&B, which the trials of a search share; other recorders may then be at work in this process,
+                and `end_tracking` is called when none is.
 
         Raises: OSError if the folder cannot be written.
         """
@@ -136,8 +138,9 @@ class Recorder:
 
         try:
             self._tracker.finish(exit_code=exit_code)
-            # `finish` does not wait for the file; the end of W&B's background service does.
-            wandb.teardown()
+            if self._group is None:
+                # `finish` does not wait for the file; the end of W&B's background service does.
+                wandb.teardown()
         except Exception as error:  # the service may be gone
             self.event(TrackingDegraded(reason=f"W&B did not finish: {error}"))
         self._tracker = None
@@ -158,6 +161,7 @@ class Recorder:
                 dir=self._folder,
                 config=self._config,
                 resume="allow" if mode == "online" else None,
+                reinit="create_new",  # beside one of before that is still being sent
                 mode="online" if mode == "online" else "offline",
                 settings=wandb.Settings(
                     init_timeout=_WANDB_INIT_TIMEOUT_S,
@@ -175,7 +179,8 @@ class Recorder:
         except Exception as error:  # whatever W&B raises, and it raises many things, training goes on
             self._tracker = None
             with contextlib.suppress(Exception):
-                wandb.teardown()  # its background service still holds the run's id; the next attempt needs it
+                if self._group is None:
+                    wandb.teardown()  # its background service still holds the run's id; the next attempt needs it
             return f"W&B could not be started: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         return None
 
@@ -191,6 +196,15 @@ class Recorder:
     def _write(self, file: TextIO, record: dict[str, Any]) -> None:
         file.write(redacted(json.dumps(record, allow_nan=False), os.environ) + "\n")
         file.flush()
+
+
+def end_tracking() -> None:
+    """End W&B's background service, once nothing is recorded in this process any more; its files are whole then."""
+    if "wandb" in sys.modules:
+        import wandb
+
+        with contextlib.suppress(Exception):  # it may be gone
+            wandb.teardown()
 
 
 def append_event(folder: Path, event: Event) -> None:

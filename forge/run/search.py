@@ -176,7 +176,7 @@ class Control:
     def hello(self, number: int, stage: str) -> None:
         """A trial has an actor, and waits for its values if it has none."""
         self._stages[number] = stage
-        if number in self._fresh:
+        if number in self._fresh:  # again, if its actor had to be started anew
             self._wants.add(number)
             self._assign()
 
@@ -285,7 +285,6 @@ class Control:
                 break
             for number in sorted(self._wants & self.book.trials.keys()):
                 self._wants.discard(number)
-                self._fresh.discard(number)
                 stage, trial = self._stage_of(number), self.book.trials[number]
                 if stage is not None:
                     stage.assign.remote(number, trial.values, time.time())

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,46 +31,11 @@ from forge.report.runs import read_metrics
 from forge.report.trials import is_judged
 from forge.run.elastic import devices_of, newest, places_of, resource_of
 from forge.run.hosts import Hosts
-from forge.run.record import Recorder
+from forge.run.part import FirstStep, Part, Report
+from forge.run.record import Recorder, end_tracking
 from forge.run.reporter import write_output_to
 
 _CLOSE_S = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """What a stage is told of the trial that comes on."""
-
-    run_folder: str
-    plan_json: str
-    group: str
-    """The W&B group that the trials of a search share."""
-    reported_step: int
-    """Up to which the search knows already how the trial is judged."""
-    decided_at: float
-    """When it was decided to run it; seconds since the epoch."""
-    secret: str = field(repr=False)
-    """Which the trial's agents and its supervisor share, over a restart of the stage too."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FirstStep:
-    """A trial has begun to train."""
-
-    seconds: float
-    """Since it was decided to run it."""
-    is_warm: bool
-    """Whether an earlier trial's processes were there for all of its ranks."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What there is to tell of the trial that is on."""
-
-    records: tuple[Mapping[str, Any], ...] = ()
-    """Lines of `metrics.jsonl` by which it is judged, that were not told of before."""
-    first_step: FirstStep | None = None
-    outcome: Outcome | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,6 +45,8 @@ class _Show:
     part: Part
     plan: Plan
     recorder: Recorder
+    pen: ThreadPoolExecutor
+    """Does the writing: W&B and disks are slow, and who decides must not wait for them."""
     supervisor: Supervisor
     endpoint: Endpoint
     records: list[Mapping[str, Any]]
@@ -97,7 +64,8 @@ class StageActor:
         os.environ.update(hosts.environment)
         write_output_to(Path(hosts.folder) / "logs" / f"{name.removeprefix(SUPERVISOR)}.log")
         self._name, self._hosts = name, hosts
-        self._pen = ThreadPoolExecutor(max_workers=1)  # W&B and disks are slow; who decides must not wait
+        self._closing: set[Future[None]] = set()
+        """Records of trials that were on, of which W&B has not taken all."""
         self._show: _Show | None = None
         self._news = asyncio.Event()
         self._dismissing = asyncio.Lock()
@@ -125,7 +93,8 @@ class StageActor:
         await self.leave("")
         plan = plan_from_json(part.plan_json)
         folder = Path(part.run_folder)
-        recorder = await self._write(lambda: _recorder(plan, part))
+        pen = ThreadPoolExecutor(max_workers=1)
+        recorder = await _done(pen, lambda: _recorder(plan, part))
         last_step = recorder.last_step
         known = [record for record in read_metrics(folder) if is_judged(record, plan)]
         host = ray.util.get_node_ip_address()
@@ -148,6 +117,7 @@ class StageActor:
             part=part,
             plan=plan,
             recorder=recorder,
+            pen=pen,
             supervisor=supervisor,
             endpoint=supervisor.listen(host=host, secret=bytes.fromhex(part.secret)),
             records=[record for record in known if record["step"] > part.reported_step],
@@ -200,8 +170,12 @@ class StageActor:
             self._findings[_kind_of(show.plan)] = show.supervisor.findings
         await self._dismiss(show)
         if reason:
-            self._pen.submit(show.recorder.event, RunStopped(step=show.recorder.last_step, reason=reason))
-        self._pen.submit(show.recorder.close, exit_code=0 if show.outcome is None or not show.outcome.error else 1)
+            show.pen.submit(show.recorder.event, RunStopped(step=show.recorder.last_step, reason=reason))
+        exit_code = 0 if show.outcome is None or not show.outcome.error else 1
+        closing = show.pen.submit(show.recorder.close, exit_code=exit_code)
+        show.pen.shutdown(wait=False)  # W&B may take a minute, and the next trial does not wait for it
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     async def grow(self) -> None:
         """No other trial waits: take as many places as the job allows."""
@@ -217,7 +191,9 @@ class StageActor:
             with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
                 await asyncio.wait_for(asyncio.shield(self._tending), timeout=_CLOSE_S / 2)
             await asyncio.to_thread(self._claims.close)
-        await self._write(lambda: None)
+        for closing in list(self._closing):
+            await asyncio.wrap_future(closing)
+        await asyncio.to_thread(end_tracking)
 
     # --- for agents, and for other runs
 
@@ -234,10 +210,10 @@ class StageActor:
             return
         for what, item in news:
             if not isinstance(item, StepMetrics):
-                self._pen.submit(show.recorder.event, item)
+                show.pen.submit(show.recorder.event, item)
             elif what == "step" or item.step > show.recorder.last_step:
-                self._pen.submit(show.recorder.step, item)
-        await self._write(lambda: None)
+                show.pen.submit(show.recorder.step, item)
+        await _done(show.pen, lambda: None)
         for what, item in news:
             if isinstance(item, StepMetrics):
                 self._stepped(show, item, is_new=what == "step")
@@ -261,14 +237,13 @@ class StageActor:
 
     async def _await_outcome(self, show: _Show) -> None:
         outcome = await show.supervisor.outcome
-        await self._write(lambda: None)
         if outcome.error is not None:
             self._tell(RunFailed(error=outcome.error, message=outcome.reason))
         elif outcome.step >= show.plan.total_steps:
             self._tell(RunFinished(step=outcome.step))
         else:
             self._tell(RunStopped(step=outcome.step, reason=outcome.reason))
-        await self._write(lambda: None)
+        await _done(show.pen, lambda: None)
         show.outcome = outcome
         self._wake()
         await self._dismiss(show)  # what it leaves is warm when the next one comes
@@ -350,11 +325,7 @@ class StageActor:
 
     def _tell(self, event: Event) -> None:
         if self._show is not None:
-            self._pen.submit(self._show.recorder.event, event)
-
-    async def _write(self, action: Callable[[], Any]) -> Any:
-        """After all that was written before."""
-        return await asyncio.get_running_loop().run_in_executor(self._pen, action)
+            self._show.pen.submit(self._show.recorder.event, event)
 
     def _wake(self) -> None:
         self._news.set()
@@ -376,6 +347,11 @@ def _recorder(plan: Plan, part: Part) -> Recorder:
         wandb=plan.job.tracking.wandb,
         config=plan.job.model_dump(mode="json"),
     )
+
+
+async def _done(pen: ThreadPoolExecutor, action: Callable[[], Any]) -> Any:
+    """What an action gives, after all that was to be written before."""
+    return await asyncio.get_running_loop().run_in_executor(pen, action)
 
 
 def _is_restarted() -> bool:

@@ -29,7 +29,8 @@ from forge.report.runs import error_named
 from forge.report.trials import trial_folder
 from forge.run.facts import model_facts
 from forge.run.hosts import Hosts
-from forge.run.stage import Part, Report, StageActor
+from forge.run.part import Part, Report
+from forge.run.stage import StageActor
 from forge.run.submit import make_folder
 from forge.run.values import plain_values
 from forge.spec.job import JobSpec
@@ -204,6 +205,10 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
         metric = search_of(self._search.job).metric
         if metric not in record:
             raise RunError(f"step {record['step']} has no {metric}: there is no held-out text to measure it on")
+        if record[metric] is None and not metric.startswith("speed/"):
+            raise DivergedError(f"step {record['step']}: {metric} is no number")
+        if record[metric] is None:
+            raise RunError(f"{metric} is not known on this hardware")
         self._reported = int(record["step"])
         is_done = self._reported >= self._plan.total_steps
         status = {"status": "finished"} if is_done else {}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from forge.spec.data import DataSpec
 from forge.spec.model import ModelSpec
 from forge.spec.resources import CheckpointSpec, ResourcesSpec, TrackingSpec
 from forge.spec.search import SearchSpec
-from forge.spec.section import Section
+from forge.spec.section import KeyProblem, Section
 from forge.spec.training import TrainingSpec
 
 _NAME = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
@@ -42,6 +42,12 @@ class JobSpec(Section):
 
     search: SearchSpec | None = None
     """Many trials in the place of one run: `forge tune`."""
+
+    @model_validator(mode="after")
+    def _search_is_elastic(self) -> JobSpec:
+        if self.search is not None and self.resources.engine != "elastic":
+            raise KeyProblem("resources.engine", "carries no search: it needs engine: elastic", nearest="elastic")
+        return self
 
     @field_validator("name")
     @classmethod

@@ -136,6 +136,8 @@ def test_a_search_through_kills_has_the_trials_and_results_of_one_in_peace(clust
     search.await_step(4, 10)
     os.kill(actor_pid(search, "StageActor"), signal.SIGKILL)
     search.await_step(5, 10)
+    os.kill(actor_pid(search, "ray::ResourceTrainable"), signal.SIGKILL)  # Tune's own actor of a trial
+    search.await_step(5, 30)
     search.kill_carrier()
     search.carry_on()
     search.await_end()
