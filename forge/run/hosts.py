@@ -186,17 +186,18 @@ class Hosts:
             environment=self.environment,
         )
 
-    def all(self) -> list[Any]:
-        """Those that there are."""
-        found = []
-        for actor in ray.util.list_named_actors(all_namespaces=True):
-            if actor["name"].startswith(f"{HOST}{self.search_id}-"):
+    def all(self) -> dict[str, Any]:
+        """Those that there are, by their names."""
+        names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        found = {}
+        for name in names:
+            if name.startswith(f"{HOST}{self.search_id}-"):
                 with contextlib.suppress(ValueError):  # it has just ended
-                    found.append(ray.get_actor(actor["name"], namespace=self.namespace))
+                    found[name] = ray.get_actor(name, namespace=self.namespace)
         return found
 
     def end(self) -> None:
         """The search is over."""
-        for host in self.all():
+        for host in self.all().values():
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(host)

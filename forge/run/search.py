@@ -225,9 +225,11 @@ class Control:
 
         Raises: RunError if neither is so.
         """
+        left = [trial.number for trial in self.book.trials.values() if not trial.is_over]
+        if not left and len(self.book.trials) == _planned(self._plan).num_trials:
+            return None
         if self._halt_reason is not None:
             return self._halt_reason
-        left = [trial.number for trial in self.book.trials.values() if not trial.is_over]
         if left:
             raise RunError(f"Ray Tune has ended, and trial {left[0]} has not; see {self.hosts.folder}/logs")
         return None
@@ -263,12 +265,13 @@ class Control:
 
     def _count(self) -> None:
         """What all machines of the search cost."""
-        for host in self.hosts.all():
-            name = host._actor_id.hex()
-            if name not in self._met:
-                address, price = ray.get(host.price.remote(), timeout=_STOP_S)
-                self._met.add(name)
-                self._meter.came(name, host=address, usd_per_hour=price)
+        hosts = self.hosts.all()
+        for name in hosts.keys() - self._met:
+            address, price = ray.get(hosts[name].price.remote(), timeout=_STOP_S)
+            self._meter.came(name, host=address, usd_per_hour=price)
+        for name in self._met - hosts.keys():
+            self._meter.went(name)
+        self._met = set(hosts)
         now = time.monotonic()
         self._meter.count(now)
         if self._meter.is_news(now):

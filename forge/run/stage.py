@@ -305,7 +305,7 @@ class StageActor:
     async def _adopt_agents(self, claims: RayClaims) -> bool:
         """Those of the process before this one, which have states in memory. Returns: whether there are any."""
         found = False
-        for host in await asyncio.to_thread(self._hosts.all):
+        for host in (await asyncio.to_thread(self._hosts.all)).values():
             with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
                 for name, grant in (await asyncio.wait_for(host.grants.remote(self._name), timeout=2.0)).items():
                     claims.adopt(name, (host, name), grant)

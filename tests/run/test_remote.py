@@ -19,7 +19,8 @@ from forge.cluster.base import Cluster
 from forge.errors import ArgumentError, ClusterError, DataError
 from forge.plan.plan import Plan
 from forge.report.runs import read_metrics, read_run
-from forge.run.remote import Site, fit_to, hardware_there, submit, survey
+from forge.report.trials import TrialBook
+from forge.run.remote import Site, fit_to, hardware_there, resolve_there, submit, survey
 from forge.run.submit import create_run, resolve
 from forge.spec.load import load_job
 from tests.support.command import environment, mentioning, wait_for
@@ -32,6 +33,11 @@ data: {files: "corpus/*.txt", seq_len: 32, tokenizer: {vocab_size: 300}, held_ou
 training: {total_steps: 150, global_batch_size: 4, optimizer: {lr: 1.0e-2}}
 resources: {workers: 1, gpu: none}
 tracking: {wandb: {mode: disabled}}
+"""
+SEARCH = """\
+search:
+  space: {training.optimizer.lr: {loguniform: [1.0e-3, 1.0e-1]}}
+  max_trials: 3
 """
 SECRET = "planted-0123456789abcdef"
 
@@ -185,3 +191,25 @@ def test_a_corpus_that_cannot_be_read_here_is_named(cluster: Elsewhere, there: P
     with pytest.raises(DataError, match="cannot be read"):
         submit(site, plan, folder=folder)
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.slow
+def test_a_search_is_carried_there_and_its_trials_are_told_here(
+    cluster: Elsewhere, there: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    (home / "job.yaml").write_text(JOB.replace("held_out: 0", "held_out: 10%") + SEARCH)
+    site = with_storage(cluster, there)
+    plan = resolve_there(site, load_job(home / "job.yaml", overrides=["training.total_steps=40"]))
+    assert plan.search is not None
+    assert plan.search.trials_at_once == 2
+    folder = create_run(plan, root=str(home / "runs"))
+    carried = submit(site, plan, folder=folder)
+    wait_for(lambda: not carried.is_alive(), timeout_s=150)
+    carried.end()
+    assert read_run(folder).status == "finished", read_run(folder).events[-1]
+    trials = TrialBook(read_run(folder).events).trials
+    assert {number: trial.status for number, trial in trials.items()} == dict.fromkeys((1, 2, 3), "finished")
+    assert any(trial.is_warm for trial in trials.values())
+    assert not any(SECRET.encode() in path.read_bytes() for path in there.rglob("*") if path.is_file())
+    assert mentioning(folder.name) == []
