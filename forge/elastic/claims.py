@@ -27,6 +27,8 @@ _POLL_S = 0.5
 # How long the smallest number of workers is waited for before other runs are asked to give places back.
 _PATIENCE_S = 1.0
 _ASK_AGAIN_S = 2.0
+# Ray needs less to start a supervisor anew.
+_ORPHAN_S = 10.0
 _NODE_DIGITS = 8
 SUPERVISOR = "supervisor-"
 """How the names of supervisors' actors begin."""
@@ -77,6 +79,8 @@ class RayClaims:
         self._going: set[str] = set()
         self._num_agents = self._num_groups = 0
         self._used: Mapping[str, int] = {}
+        self._orphans: dict[str, float] = {}
+        """Groups of other runs without a supervisor, and since when."""
         self._wanted = high
         self._asked_at = 0.0
         self._pending_since: float | None = None
@@ -202,6 +206,10 @@ class RayClaims:
 
     def _shape_groups(self) -> None:
         """One group for the smallest number, one for each worker beyond it, and one for each place that will go."""
+        table = _table()
+        for name, group in list(self._groups.items()):  # somebody else may have given it back
+            if table.get(group.id.hex(), {}).get("state") == "REMOVED":
+                del self._groups[name]
         self._ensure(self._base, self._low)
         nodes = {name: _nodes_of(_table(), group) for name, group in self._groups.items()}
         num_going = sum(node_id in self._going for places in nodes.values() for node_id in places)
@@ -247,7 +255,18 @@ class RayClaims:
                     self._groups[name] = ray.util.get_placement_group(name)
                     number = name.rpartition("-")[2]
                     self._num_groups = max(self._num_groups, int(number) if number.isdigit() else 0)
-        _remove_orphans()
+
+    def _remove_orphans(self) -> None:
+        """Give back what runs have left behind whose supervisor is gone, and is not only being restarted."""
+        groups = _groups_of_runs()  # before the supervisors, so that a run that has just begun has both
+        running = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+        orphans = [name for name, run_id in groups if f"{SUPERVISOR}{run_id}" not in running]
+        now = time.monotonic()
+        self._orphans = {name: self._orphans.get(name, now) for name in orphans}
+        for name, since in self._orphans.items():
+            if now - since > _ORPHAN_S:
+                with contextlib.suppress(ValueError):  # it was removed meanwhile
+                    remove_placement_group(ray.util.get_placement_group(name))
 
     def _grants(self) -> dict[str, Grant]:
         """Places by node, of nodes that Ray believes alive."""
@@ -286,7 +305,7 @@ class RayClaims:
         if now - self._pending_since < _PATIENCE_S or now - self._asked_at < _ASK_AGAIN_S:
             return
         self._asked_at = now
-        await asyncio.to_thread(_remove_orphans)
+        await asyncio.to_thread(self._remove_orphans)
         await asyncio.to_thread(_ask_to_yield, self._run_id)
 
 
@@ -312,16 +331,6 @@ def _groups_of_runs() -> list[tuple[str, str]]:
     """Names of the groups that runs have, and each one's run."""
     names = [entry["name"] for entry in _table().values() if entry["state"] != "REMOVED"]
     return [(name, name[len("forge-") :].rpartition("-")[0]) for name in names if name.startswith("forge-")]
-
-
-def _remove_orphans() -> None:
-    """Give back what runs have left behind whose supervisor is gone."""
-    groups = _groups_of_runs()  # before the supervisors, so that a run that has just begun has both
-    running = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
-    for name, run_id in groups:
-        if f"{SUPERVISOR}{run_id}" not in running:
-            with contextlib.suppress(ValueError):  # it was removed meanwhile
-                remove_placement_group(ray.util.get_placement_group(name))
 
 
 def _ask_to_yield(run_id: str) -> None:
