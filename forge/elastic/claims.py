@@ -60,19 +60,20 @@ class RayClaims:
         on_granted: Callable[[str, Grant], None],
         on_notice: Callable[[str, float | None], None],
         end_agent: Callable[[Any], None] | None = None,
+        is_resting: bool = False,
     ) -> None:
         """Args:
         resource: what a rank takes one of, `CPU` or `GPU`.
         start_agent: starts an actor for an agent of a given name, and returns its handle.
         end_agent: ends what `start_agent` has returned; by default an actor of its own.
+        is_resting: have no agents before `serve` is called.
         on_granted: told of a node's agent when its places have changed.
         on_notice: told of a node's agent, again and again, that Ray drains the node, and of the seconds left.
         """
         self._run_id, self._low, self._high, self._resource = run_id, low, high, resource
         self._start_agent, self._on_granted, self._on_notice = start_agent, on_granted, on_notice
         self._end_agent = end_agent or _kill
-        self._is_resting = False
-        self._num_rests = 0
+        self._is_resting, self._num_rests = is_resting, 0
         self._groups: dict[str, PlacementGroup] = {}
         self._agents: dict[str, tuple[str, Any, Grant]] = {}
         """By Ray's node: the agent's name, its actor, its places."""

@@ -268,6 +268,7 @@ class StageActor:
                 end_agent=_end_agent,
                 on_granted=self._granted,
                 on_notice=self._noticed,
+                is_resting=True,  # until it is known which trial is on
             )
             self._claims.give_back()
             self._tending = asyncio.ensure_future(self._claims.tend())
@@ -276,7 +277,7 @@ class StageActor:
     def _start_agent(self, name: str, grant: Grant) -> Any:
         """On another thread."""
         show = self._show
-        if show is None:
+        if show is None:  # it has just ended, and what is returned here is given back
             return None
         job = show.plan.job
         setup = Setup(
