@@ -79,6 +79,8 @@ class Schedule(TrialScheduler):  # type: ignore[misc]
     def on_trial_add(self, tune_controller: Any, trial: RayTrial) -> None:
         """A trial is there; perhaps one that was judged before."""
         number = int(trial.trial_id)
+        if self._rays.get(number) is trial:  # it has a new actor, and is what it was
+            return
         self._rays[number] = trial
         known = self._book.trials.get(number)
         if known is not None and not self._is_population:
@@ -135,7 +137,9 @@ class Schedule(TrialScheduler):  # type: ignore[misc]
             self._inner.on_trial_error(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
-        """Its actor has died too often."""
+        """Its actor has died; Tune gives it another one, unless that happened too often."""
+        if trial.should_recover():
+            return
         number = int(trial.trial_id)
         known = self._book.trials.get(number)
         if known is not None and not known.is_over:

@@ -103,17 +103,15 @@ def numbers_of(search: Search, kind: str) -> list[int]:
     return sorted(event["trial"] for event in read_run(search.folder).events if event["event"] == kind)
 
 
-def actor_pid(search: Search, name: str) -> int:
-    """Of the newest of the search's processes that calls itself so."""
+def actor_pid(cluster: Machines, name: str) -> int:
+    """Of the newest of the cluster's processes that calls itself so."""
 
     def newest() -> int | None:
         found = []
         for process in psutil.process_iter(["cmdline", "create_time"]):
             with contextlib.suppress(psutil.Error, OSError):
-                logs = [str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
-                if name in " ".join(process.info["cmdline"] or []) and any(
-                    str(search.folder) in log for log in logs
-                ):
+                is_ours = os.getsid(process.pid) in cluster.leaders
+                if is_ours and name in " ".join(process.info["cmdline"] or []):
                     found.append((process.info["create_time"], process.pid))
         return max(found)[1] if found else None
 
@@ -134,9 +132,9 @@ def test_a_search_through_kills_has_the_trials_and_results_of_one_in_peace(clust
     cluster.kill(cluster.of(search.rank_of(3)))
     cluster.add()
     search.await_step(4, 10)
-    os.kill(actor_pid(search, "StageActor"), signal.SIGKILL)
+    os.kill(actor_pid(cluster, "StageActor"), signal.SIGKILL)
     search.await_step(5, 10)
-    os.kill(actor_pid(search, "ray::ResourceTrainable"), signal.SIGKILL)  # Tune's own actor of a trial
+    os.kill(actor_pid(cluster, "ray::ResourceTrainable"), signal.SIGKILL)  # Tune's own actor of a trial
     search.await_step(5, 30)
     search.kill_carrier()
     search.carry_on()
