@@ -23,7 +23,8 @@ _CONNECT_TIMEOUT_S = 10
 _FORWARD_TIMEOUT_S = 20.0
 _POLL_S = 0.02
 _ENDS_WITH_US = """\
-( while test -d /proc/$PPID; do sleep 0.2; done; kill -s TERM -- -$$ ) </dev/null >/dev/null 2>&1 & watch=$!
+( while test $PPID != 1 -a -d /proc/$PPID; do sleep 0.2; done
+kill -s TERM -- -$$ ) </dev/null >/dev/null 2>&1 & watch=$!
 {line}
 code=$?; kill $watch; exit $code"""
 """OpenSSH's server gives a command without a terminal a session of its own, and lets it run on when the connection

@@ -172,6 +172,7 @@ def test_a_scheduler_that_is_killed_knows_again_what_it_was_told(cluster: Machin
     )
 
 
+@pytest.mark.slow
 def test_a_population_that_is_killed_goes_on_from_its_last_round(cluster: Machines) -> None:
     space = "{training.optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}}"
     search = start(

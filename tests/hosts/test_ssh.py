@@ -337,7 +337,7 @@ class TestWhatIsWrong:
         done = machine.run("echo $PPID; exit 3", ends_with_us=True)
         assert done.returncode == 3
         wait_for(
-            lambda: not mentioning(f"test -d /proc/{done.stdout.decode().strip()}", "/proc/$PPID"), timeout_s=5
+            lambda: not mentioning(f"-d /proc/{done.stdout.decode().strip()}", "/proc/$PPID"), timeout_s=5
         )
 
     def test_a_key_that_lets_nobody_in(self, hosts: Hosts) -> None:
