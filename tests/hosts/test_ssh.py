@@ -336,9 +336,7 @@ class TestWhatIsWrong:
     def test_of_what_has_ended_nothing_is_left(self, machine: Machine) -> None:
         done = machine.run("echo $PPID; exit 3", ends_with_us=True)
         assert done.returncode == 3
-        wait_for(
-            lambda: not mentioning(f"-d /proc/{done.stdout.decode().strip()}", "/proc/$PPID"), timeout_s=5
-        )
+        wait_for(lambda: not mentioning(f"-d /proc/{done.stdout.decode().strip()}", "/proc/$PPID"), timeout_s=5)
 
     def test_a_key_that_lets_nobody_in(self, hosts: Hosts) -> None:
         other = spec_of(hosts, name="keyless", identity_file=str(stranger_key(hosts)))
@@ -417,7 +415,8 @@ def test_forge_is_installed_where_no_environment_is_given(hosts: Hosts, home: Pa
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(tmp_path / "wheels")]
     subprocess.run([*pip, "-r", str(tmp_path / "requirements.txt")], check=True)
     machines = (hosts.ip(0),)
-    spec = spec_of(hosts, name="bare", machines=machines, python=None, wheels=str(tmp_path / "wheels"))
+    wheels = str(tmp_path / "wheels")
+    spec = spec_of(hosts, name="bare", machines=machines, python=None, wheels=wheels, ray_port=7779)  # beside lab
     bare, told = SshCluster(spec), list[Stage]()
     try:
         bare.up(on_stage=told.append)
