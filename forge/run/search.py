@@ -215,6 +215,9 @@ class Control:
         """Nothing of the search stays on the cluster."""
         self._is_over.set()
         self._watching.join(timeout=_STOP_S)
+        self._meter.count(time.monotonic())
+        if self._meter.usd_per_hour:  # all of it, for whoever carries the search on
+            self._tell_cost()
         self.hosts.end()
         remove_groups(self.hosts.search_id)
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
@@ -275,8 +278,11 @@ class Control:
         now = time.monotonic()
         self._meter.count(now)
         if self._meter.is_news(now):
-            counted = CostCounted(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour)
-            self._recorder.event.remote(counted)
+            self._tell_cost()
+
+    def _tell_cost(self) -> None:
+        counted = CostCounted(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour)
+        self._recorder.event.remote(counted)
 
     # --- values
 
