@@ -31,7 +31,7 @@ check: setup
 
 # Pages that are generated from the code; a test holds that they are up to date.
 docs: setup
-	$(BIN)/python -m forge.spec.reference > docs/job-file.md
+	$(BIN)/python -m forge.config.reference > docs/job-file.md
 
 bench: setup
 	for name in data cold_start throughput checkpoint kills; do $(BIN)/python -m benchmarks.$$name || exit 1; done

@@ -27,8 +27,8 @@ from typing import Any
 
 from benchmarks.program import Program, module, records_of, running, wait
 from benchmarks.report import Measured, print_table
-from forge.report.ledger import Change, ledger_of
-from forge.report.runs import read_metrics, read_run
+from forge.runs.goodput import MembershipChange, goodput_of
+from forge.runs.reader import read_metrics, read_run
 
 SETTLE_S = 4.0
 """After a change, for the steps that are usual; long enough for some dozens."""
@@ -101,9 +101,9 @@ class Watch:
         """
 
         def is_formed() -> bool:
-            changes = [e["time"] for e in self._events("ChangeBegan") if e["cause"] == cause]
+            changes = [e["time"] for e in self._events("MembershipChangeStarted") if e["cause"] == cause]
             begun_s = min((at for at in changes if at > since_s), default=None if cause else since_s)
-            formed = [e["time"] for e in self._events("GenerationFormed")]
+            formed = [e["time"] for e in self._events("GenerationStarted")]
             return begun_s is not None and any(at > begun_s for at in formed)
 
         limit_s = _LIMIT_S if cause else _START_LIMIT_S
@@ -116,10 +116,10 @@ class Watch:
         return [event for path in files for event in records_of(path) if kind in (None, event["event"])]
 
 
-def changes_of(folder: Path) -> tuple[Change, ...]:
+def changes_of(folder: Path) -> tuple[MembershipChange, ...]:
     """The changes of the only run under a folder that has ended."""
     (plan,) = (folder / "runs").glob("*/plan.json")
-    return ledger_of(read_run(plan.parent).events, read_metrics(plan.parent), now=None).changes
+    return goodput_of(read_run(plan.parent).events, read_metrics(plan.parent), now=None).changes
 
 
 def costs_of(folder: Path) -> dict[str, list[Cost]]:

@@ -76,7 +76,7 @@ def first_step(folder: Path) -> dict[str, float]:
     events = [json.loads(line) for line in (run_folder / "events.jsonl").read_text().splitlines()]
     planned = (run_folder / "plan.json").stat().st_mtime
     started = next(event["time"] for event in events if event["event"] == "RunStarted")
-    formed = next(event for event in events if event["event"] == "GenerationFormed")
+    formed = next(event for event in events if event["event"] == "GenerationStarted")
     stepped = json.loads(line)["time"]
     inside = formed["seconds"]
     return {

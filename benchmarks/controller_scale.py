@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report import benchmark_parser, print_table, write_json
-from forge.elastic.cost import Limits, Meter
-from forge.elastic.orders import Link
+from forge.elastic.commands import AgentConnection
+from forge.elastic.states import MembershipState, Phase
 from forge.elastic.supervisor import Supervisor
-from forge.elastic.vocabulary import Phase, State
-from forge.events import GenerationFormed
-from tests.support.claims import EndlessClaims
+from forge.events import GenerationStarted
+from forge.pricing.budget import CostLimits, CostMeter
+from tests.support.placement import EndlessClaims
 
 SIZES = ((4096, 1), (512, 8))
 """Agents, and ranks of each."""
@@ -140,7 +140,7 @@ class Agent:
     """One machine's agent, as far as the supervisor sees it."""
 
     def __init__(self, name: str, *, say: Callable[[Agent, str], None], now: float) -> None:
-        self.link = Link(
+        self.link = AgentConnection(
             node=name,
             host=f"10.{name}",
             endpoint=(f"10.{name}", 7000),
@@ -165,7 +165,7 @@ class Agent:
             "holdings": [],
             "findings": None,
             "num_slots": 0,
-            "num_firm": 0,
+            "num_guaranteed": 0,
             "usd_per_hour": 1.0,
             "is_warm": True,
             "places": {},
@@ -206,11 +206,13 @@ class Cluster:
         num_ranks = num_agents * ranks_per_agent
         self._now = 0.0
         self._supervisor = Supervisor(
-            State(low=num_ranks, high=num_ranks),
+            MembershipState(low=num_ranks, high=num_ranks),
             claims=EndlessClaims(ranks_per_agent),
             tell=lambda event: None,
             checkpoints="/nowhere",
-            meter=Meter(Limits(usd=1e9, usd_per_hour=1e9), head="head", head_usd_per_hour=1.0, spent_usd=0.0),
+            meter=CostMeter(
+                CostLimits(usd=1e9, usd_per_hour=1e9), head="head", head_usd_per_hour=1.0, spent_usd=0.0
+            ),
             clock=lambda: self._now,
         )
         self._agents: dict[str, Agent] = {}
@@ -235,7 +237,7 @@ class Cluster:
     def form(self) -> None:
         """The generation that was started makes its first step."""
         state = self._supervisor.state
-        formed = GenerationFormed(
+        formed = GenerationStarted(
             generation=state.generation,
             world_size=len(state.places),
             device="cpu",

@@ -25,10 +25,10 @@ from pathlib import Path
 import psutil
 
 from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from forge.config.data import DataSpec, TokenizerSpec
 from forge.data.corpus import iter_sample
 from forge.data.prepare import TOKENIZER_SAMPLE_CHARS, prepare
 from forge.data.tokenizer import train_tokenizer
-from forge.spec.data import DataSpec, TokenizerSpec
 
 PEERS = ("datasets default", "datasets tuned", "datasets threads")
 

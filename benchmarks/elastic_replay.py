@@ -31,7 +31,7 @@ from benchmarks.peers.forge_elastic import write_job
 from benchmarks.program import FORGE, module, records_of, running
 from benchmarks.recovery import JOB
 from benchmarks.report import benchmark_parser, print_table, write_json
-from forge.run.trace import Trace, faster, read_trace, scale
+from forge.chaos.trace import Trace, faster, read_trace, scale
 
 TRACES = ("parcae-hh", "parcae-lh")
 _JOB: Mapping[str, Any] = {**JOB, "global_batch_size": 12, "checkpoint_every": 20}

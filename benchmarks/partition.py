@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.changes import SETTLE_S, Cost, Watch, changes_of, report
 from benchmarks.peers.forge_elastic import write_job
 from benchmarks.program import end_on_sigterm, uninterrupted
-from forge.run.submit import create_run, resolve
-from forge.spec.load import load_job
+from forge.config.load import load_job
+from forge.runtime.launch import create_run, resolve
 from tests.support.hosts import Hosts, can_make_hosts
 
 _NODES = 3
@@ -68,7 +68,7 @@ def start_run(job: Mapping[str, Any], hosts: Hosts, folder: Path) -> subprocess.
     os.environ["FORGE_CACHE"] = str(folder / "cache")
     file = write_job({**job, "folder": str(folder)}, workers=_NODES)
     run = create_run(resolve(load_job(file), is_dry_run=False))
-    command = (sys.executable, "-m", "forge.run.start", run, "--address", hosts.ray_address)
+    command = (sys.executable, "-m", "forge.runtime.driver", run, "--address", hosts.ray_address)
     with (run / "logs" / "run.log").open("w") as log:
         return hosts.run(0, *command, stdout=log, stderr=subprocess.STDOUT)
 

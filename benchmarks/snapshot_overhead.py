@@ -107,7 +107,11 @@ def train(job: Path, program: Program, *, snapshot_every: int | str, num_steps: 
         raise RuntimeError(done.stderr[-4000:])
     folder = Path(json.loads(done.stdout)["folder"])
     ends_s = [record["time"] for record in records_of(folder / "metrics.jsonl")]
-    paced = [event["every"] for event in records_of(folder / "events.jsonl") if event["event"] == "SnapshotsPaced"]
+    paced = [
+        event["every"]
+        for event in records_of(folder / "events.jsonl")
+        if event["event"] == "SnapshotIntervalChanged"
+    ]
     shutil.rmtree(folder)
     steps_s = [late - early for early, late in itertools.pairwise(ends_s)]
     return Run(steps_s=tuple(steps_s[_WARM_UP - 1 : -1]), every=paced[-1] if paced else None)

@@ -101,7 +101,7 @@ def run_forge(folder: Path, *, steps: int, cross_entropy: str) -> dict[str, floa
     first, last = metrics[WARM_UP - 1], metrics[-2]
     seconds = last["time"] - first["time"]
     tokens = last["train/tokens"] - first["train/tokens"]
-    peak = next(event["peak_flops"] for event in events if event["event"] == "GenerationFormed")
+    peak = next(event["peak_flops"] for event in events if event["event"] == "GenerationStarted")
     plan = json.loads((run_folder / "plan.json").read_text())
     rate = tokens / seconds
     return {

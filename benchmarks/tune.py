@@ -34,10 +34,10 @@ from safetensors.torch import save_file
 
 from benchmarks.program import FORGE, Program, module, records_of, running, wait
 from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from forge.config.job import JobSpec
 from forge.data.prepare import prepare
 from forge.model.build import build_config, build_model
-from forge.plan.facts import CorpusFacts
-from forge.spec.job import JobSpec
+from forge.plan.inputs import CorpusInfo
 
 LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.5e-3, 2.5e-3, 4e-3, 8e-3)
 LR = "training.optimizer.lr"
@@ -158,7 +158,7 @@ def prepare_work(folder: Path) -> Work:
     return Work(cache=folder / "cache", job=folder / "job.yaml", request=request)
 
 
-def save_first_weights(spec: JobSpec, corpus: CorpusFacts, *, path: Path) -> None:
+def save_first_weights(spec: JobSpec, corpus: CorpusInfo, *, path: Path) -> None:
     """Those that forge draws from the job's seed."""
     config = build_config(spec.model, vocab_size=corpus.vocab_size, seq_len=corpus.seq_len, eot_id=corpus.eot_id)
     model = build_model(spec.model, config, seed=spec.training.seed, dtype=torch.float32)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from forge.run.api import load_job, plan_job, train_job, tune_job
+    from forge.api import load_job, plan_job, train_job, tune_job
 
 __all__ = ["load_job", "plan_job", "train_job", "tune_job"]
 
@@ -19,7 +19,7 @@ __all__ = ["load_job", "plan_job", "train_job", "tune_job"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'forge' has no attribute {name!r}")
-    from forge.run import api
+    from forge import api
 
     return getattr(api, name)
 

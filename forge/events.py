@@ -53,7 +53,7 @@ class NodeLeft:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoticeReceived:
+class PreemptionNoticeReceived:
     """A machine will be taken away: a preemption that was announced; or it is at risk of that."""
 
     node: str
@@ -66,7 +66,7 @@ class NoticeReceived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChangeBegan:
+class MembershipChangeStarted:
     """A generation ends, so that another can take its place."""
 
     generation: int
@@ -99,7 +99,7 @@ class WaitingForMachines:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationForming:
+class GenerationStarting:
     """The ranks of a new membership are being started."""
 
     generation: int
@@ -110,7 +110,7 @@ class GenerationForming:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankPlace:
+class RankLocation:
     """Where one rank runs."""
 
     rank: int
@@ -119,7 +119,7 @@ class RankPlace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationFormed:
+class GenerationStarted:
     """The ranks of one membership stand ready."""
 
     generation: int
@@ -130,12 +130,12 @@ class GenerationFormed:
     peak_source: str
     seconds: Mapping[str, float]
     """What forming was made of: decide, stop, fork, rendezvous, build, load, ..."""
-    ranks: tuple[RankPlace, ...] = ()
+    ranks: tuple[RankLocation, ...] = ()
     """Empty where the engine does not tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SnapshotsPaced:
+class SnapshotIntervalChanged:
     """How often the state is copied to memory outside the ranks, chosen from what a copy costs."""
 
     every: int
@@ -161,7 +161,7 @@ class SupervisorRestarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostCounted:
+class CostUpdated:
     """What the run has cost so far, where its machines tell their price."""
 
     usd: float
@@ -274,7 +274,7 @@ class TrialReported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrialMoved:
+class TrialExploited:
     """A trial goes on from a copy of another one's state, with other values."""
 
     trial: int
@@ -285,7 +285,7 @@ class TrialMoved:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PopulationMoved:
+class PopulationRoundCompleted:
     """Every trial of a population has been judged at a step; those that changed were told of before."""
 
     step: int
@@ -334,16 +334,16 @@ Event = (
     | Progressed
     | NodeJoined
     | NodeLeft
-    | NoticeReceived
-    | ChangeBegan
+    | PreemptionNoticeReceived
+    | MembershipChangeStarted
     | RankHung
     | WaitingForMachines
-    | GenerationForming
-    | GenerationFormed
-    | SnapshotsPaced
+    | GenerationStarting
+    | GenerationStarted
+    | SnapshotIntervalChanged
     | SupervisorStarted
     | SupervisorRestarted
-    | CostCounted
+    | CostUpdated
     | Evaluated
     | CheckpointSaved
     | CheckpointFailed
@@ -354,8 +354,8 @@ Event = (
     | TrialSuggested
     | TrialStarted
     | TrialReported
-    | TrialMoved
-    | PopulationMoved
+    | TrialExploited
+    | PopulationRoundCompleted
     | TrialEnded
     | RunStopped
     | RunFinished
@@ -436,7 +436,7 @@ def event_to_record(event: Event) -> dict[str, Any]:
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, RankPlace):
+    if isinstance(value, RankLocation):
         return dataclasses.asdict(value)
     if isinstance(value, tuple):
         return [_finite(item) for item in value]

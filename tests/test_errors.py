@@ -39,7 +39,7 @@ def subclasses(root: type[ForgeError]) -> Iterator[type[ForgeError]]:
 
 def import_client_side() -> None:
     """Errors may be defined beside the code that raises them, wherever that needs no torch."""
-    for room in ("spec", "plan"):
+    for room in ("config", "plan"):
         package = importlib.import_module(f"forge.{room}")
         for module in pkgutil.iter_modules(package.__path__, f"forge.{room}."):
             importlib.import_module(module.name)

@@ -24,8 +24,8 @@ import torch.distributed as dist  # isort: skip
 from benchmarks.peers.checkpoint_saves import gathered
 from benchmarks.peers.memory import peak_bytes, reset_peak
 from forge.train.engine import Engine
-from forge.train.rank import _load_newest
 from forge.train.state import TRAINED, bytes_of
+from forge.train.worker import _load_newest
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist  # isort: skip
 
 from benchmarks.peers.memory import growth
 from benchmarks.peers.savers import ForgeSaver, Saver, savers_of
-from forge.spec.job import JobSpec
+from forge.config.job import JobSpec
 from forge.train.engine import Engine
 
 # With a checkpoint every ten steps, and for the other settings of the peers their stall alone.

@@ -35,9 +35,9 @@ import yaml
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
 
 from benchmarks.program import FORGE
-from forge.cluster.local import add_node, kill_node, start_head_alone, stop_local
-from forge.report.runs import carrier_pid, follow, is_alive
-from forge.run.faults import Members, give_notice, halt, members_of
+from forge.chaos.faults import RunProcesses, give_notice, halt, processes_of
+from forge.cluster.local.ray_cluster import add_node, kill_node, start_head_alone, stop_local
+from forge.runs.reader import driver_pid, follow, is_alive
 
 _CORPUS_WORDS = 200_000
 _LEXICON_WORDS = 2_000
@@ -64,16 +64,16 @@ class Run:
         self._request = request
         job = write_job(request, workers=request.get("max_nodes", request["nodes"]))
         self._process = subprocess.Popen([FORGE, "train", str(job)], stdin=subprocess.DEVNULL)
-        while (folder := run_folder(request)) is None or (pid := carrier_pid(folder)) is None:
+        while (folder := run_folder(request)) is None or (pid := driver_pid(folder)) is None:
             if self._process.poll() is not None:
                 raise RuntimeError("forge train has ended")
             time.sleep(_POLL_S)
         self.folder, self._carrier = folder, pid
         threading.Thread(target=self._write_steps_down, daemon=True).start()
 
-    def members(self) -> Members:
+    def members(self) -> RunProcesses:
         """Where it is at work."""
-        return members_of(self.folder)
+        return processes_of(self.folder)
 
     def end(self) -> None:
         """Kill it; its ranks end with their machines."""

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from forge.data.batches import MicroBatch
+from forge.config.job import JobSpec
+from forge.data.loader import MicroBatch
 from forge.plan.batch import plan_batch
-from forge.plan.zero import zero_config
-from forge.spec.job import JobSpec
-from forge.train.engine import Engine, Flags, build_engine, join_process_group
+from forge.plan.deepspeed_config import deepspeed_config
+from forge.train.engine import Engine, StepControl, build_engine, join_process_group
 
 CORPUS = "synthetic"
 _VOCAB = 20480
@@ -64,7 +64,7 @@ def build(spec: JobSpec, *, changes: dict[str, Any]) -> Engine:
     return build_engine(
         spec.model,
         spec.training,
-        deepspeed_config=zero_config(spec.training, batch) | changes,
+        deepspeed_config=deepspeed_config(spec.training, batch) | changes,
         vocab_size=_VOCAB,
         seq_len=_SEQ_LEN,
         eot_id=0,
@@ -90,4 +90,4 @@ def take_step(engine: Engine, step: int, *, spec: JobSpec) -> None:
     batch = MicroBatch(
         tokens=tokens[:, :-1].copy(), targets=tokens[:, 1:].copy(), positions=np.arange(rows, dtype=np.int64)
     )
-    engine.step(step, [batch], num_tokens=rows * world_size * _SEQ_LEN, lr=1e-4, flags=Flags())
+    engine.step(step, [batch], num_tokens=rows * world_size * _SEQ_LEN, lr=1e-4, flags=StepControl())

@@ -14,11 +14,11 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 
 from benchmarks.peers.llama import CORPUS, deepspeed_engine
-from forge.plan.plan import training_digest
-from forge.spec.job import JobSpec
+from forge.checkpoint.manifest import Progress
+from forge.config.job import JobSpec
+from forge.plan.plan import config_digest
+from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten
 from forge.train.engine import Engine
-from forge.train.manifest import Progress
-from forge.train.saving import Saved, Saving
 
 
 class Saver(Protocol):
@@ -35,11 +35,12 @@ class Saver(Protocol):
 
 
 class ForgeSaver:
-    """forge's `Saving`, called as its training loop calls it. Written, flushed and sealed when complete."""
+    """forge's `AsyncCheckpointer`, called as its training loop calls it. Written, flushed and sealed when
+    complete."""
 
     def __init__(self, engine: Engine, *, spec: JobSpec, folder: Path) -> None:
-        self._saving = Saving(engine.state, url=str(folder), keep=1)
-        self._recipe = training_digest(spec)
+        self._saving = AsyncCheckpointer(engine.state, url=str(folder), keep=1)
+        self._recipe = config_digest(spec)
 
     def save(self, step: int) -> None:
         self._saving.begin(Progress(step=step, num_tokens=step, recipe=self._recipe, corpus=CORPUS))
@@ -49,7 +50,7 @@ class ForgeSaver:
 
     def complete(self) -> float:
         (outcome,) = self._saving.finish()
-        if not isinstance(outcome, Saved):
+        if not isinstance(outcome, CheckpointWritten):
             raise RuntimeError(outcome.reason)
         return outcome.seconds
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.peers.ray_tune import record
 from forge.data.order import SampleOrder
-from forge.data.shards import TokenStream, read_index
+from forge.data.store import TokenStream, read_index
 
 _HELD_OUT_ROWS = 32
 

@@ -40,15 +40,15 @@ def replay(
     Example:  forge chaos replay trace.csv --job jobs/pretrain.yaml --nodes 4 --speed 10 -o json
     """
     from forge.cli import display
-    from forge.cluster.local import require_private_token
+    from forge.cluster.local.ray_cluster import require_private_token
 
     require_private_token()  # before Ray is imported
-    from forge.report.ledger import ledger_of
-    from forge.report.runs import read_metrics, read_run
-    from forge.run.replay import replay as play
-    from forge.run.submit import resolve
-    from forge.run.trace import faster, read_trace, scale
-    from forge.spec.load import load_job
+    from forge.chaos.replay import replay as play
+    from forge.chaos.trace import faster, read_trace, scale
+    from forge.config.load import load_job
+    from forge.runs.goodput import goodput_of
+    from forge.runs.reader import read_metrics, read_run
+    from forge.runtime.launch import resolve
 
     schedule = faster(scale(read_trace(_path_of(trace)), num_nodes=nodes), speed=speed)
     loaded = load_job(job, overrides=[*(overrides or []), f"resources.workers=1..{nodes}"])
@@ -66,7 +66,7 @@ def replay(
         display.print_json(result)
         return
     found = read_run(Path(result["folder"]))
-    ledger = ledger_of(found.events, read_metrics(found.folder), now=None)
+    ledger = goodput_of(found.events, read_metrics(found.folder), now=None)
     display.show_ledger(ledger, started=found.started)
     for problem in result["problems"]:
         display.warning(problem)
@@ -89,7 +89,7 @@ def poisson(
 
     Example:  forge chaos poisson --mtbf 600 --nodes 4 > trace.csv
     """
-    from forge.run.trace import poisson as make
+    from forge.chaos.trace import poisson as make
 
     trace = make(num_nodes=nodes, mtbf_s=mtbf, down_s=down, duration_s=duration, seed=seed)
     for change in trace.changes:
@@ -111,7 +111,7 @@ def kill(
     Example:  forge chaos kill latest --node 1
     """
     members = _members(run, runs)
-    from forge.run import faults
+    from forge.chaos import faults
 
     _require_one(rank=rank, node=node, supervisor=supervisor or None)
     if rank is not None:
@@ -135,7 +135,7 @@ def hang(
     Example:  forge chaos hang latest --rank 0
     """
     members = _members(run, runs)
-    from forge.run import faults
+    from forge.chaos import faults
 
     _require_one(rank=rank, node=node)
     if rank is not None:
@@ -159,20 +159,20 @@ def notice(
     Example:  forge chaos notice latest --node 1 --seconds 30
     """
     name = _members(run, runs).node(node)
-    from forge.run import faults
+    from forge.chaos import faults
 
     faults.give_notice(name, seconds_left=seconds)
     _done(run, f"node {name} was given notice of {seconds:g} s")
 
 
 def _members(run: str, runs: Path) -> Any:
-    from forge.cluster.local import require_private_token
+    from forge.cluster.local.ray_cluster import require_private_token
 
     require_private_token()  # before Ray is imported
-    from forge.report.runs import find_run
-    from forge.run.faults import members_of
+    from forge.chaos.faults import processes_of
+    from forge.runs.reader import find_run
 
-    return members_of(find_run(run, root=runs))
+    return processes_of(find_run(run, root=runs))
 
 
 def _require_one(**choices: Any) -> None:

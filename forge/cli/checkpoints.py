@@ -11,7 +11,7 @@ import typer
 from forge.cli.options import Output, OutputOption, RunsOption
 
 if TYPE_CHECKING:
-    from forge.report.checkpoints import Entry
+    from forge.runs.checkpoints import CheckpointEntry
 
 app = typer.Typer(help="List, verify and export checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -42,7 +42,7 @@ def list_(place: PlaceArgument = "latest", runs: RunsOption = _RUNS, output: Out
     Example:  forge checkpoints list latest -o json
     """
     from forge.cli import display
-    from forge.report.checkpoints import entries, entry_record, locate
+    from forge.runs.checkpoints import entries, entry_record, locate
 
     url = locate(place, root=runs).url
     found = list(entries(url))
@@ -69,7 +69,7 @@ def verify(
     """
     from forge.cli import display
     from forge.errors import CheckpointError
-    from forge.report.checkpoints import entries, entry_record, locate
+    from forge.runs.checkpoints import entries, entry_record, locate
 
     url = locate(place, root=runs).url
     found = []
@@ -107,8 +107,8 @@ def export(
     Example:  forge checkpoints export latest --to my-model --dtype bf16
     """
     from forge.cli import display
-    from forge.report.checkpoints import locate
-    from forge.run.errand import export_weights
+    from forge.runs.checkpoints import locate
+    from forge.runtime.torch_subprocess import export_weights
     from forge.units import format_bytes, format_count, parse_bytes
 
     try:
@@ -140,7 +140,7 @@ def export(
 _COLUMNS = ("checkpoint", "#tokens", "#size", "#parts", "average", "")
 
 
-def _row(entry: Entry, *, whole: str) -> list[str]:
+def _row(entry: CheckpointEntry, *, whole: str) -> list[str]:
     from forge.units import format_bytes, format_count
 
     return [

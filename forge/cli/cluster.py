@@ -12,7 +12,7 @@ import typer
 from forge.cli.options import Output, OutputOption
 
 if TYPE_CHECKING:
-    from forge.cluster.base import Cluster, Status
+    from forge.cluster.base import Cluster, ClusterStatus
 
 app = typer.Typer(
     help="Start, see, enter, drain and stop a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
@@ -57,7 +57,7 @@ def up(
     _confirm_price(cluster, yes=yes)
     try:
         with display.StageScreen() as screen:
-            found = cluster.up(on_stage=screen.show)
+            found = cluster.up(on_progress=screen.show)
     except KeyboardInterrupt:
         _after_interrupt(cluster)
         raise
@@ -79,7 +79,7 @@ def status(name: _NameArgument = None, output: OutputOption = Output.TABLE) -> N
     """
     from forge.cli import display
     from forge.cluster.base import list_records
-    from forge.cluster.known import find_cluster
+    from forge.cluster.registry import find_cluster
 
     found = find_cluster(name).status()
     others = [record.name for record in list_records() if record.name != found.name]
@@ -106,9 +106,9 @@ def down(name: _NameArgument = None) -> None:
     Example:  forge cluster down
     """
     from forge.cli import display
-    from forge.cluster.here import NAME
-    from forge.cluster.known import find_cluster
-    from forge.cluster.local import stop_local
+    from forge.cluster.local.provider import NAME
+    from forge.cluster.local.ray_cluster import stop_local
+    from forge.cluster.registry import find_cluster
     from forge.errors import ClusterError
 
     cluster = find_cluster(name)
@@ -117,7 +117,7 @@ def down(name: _NameArgument = None) -> None:
         display.message(f"cluster down: {count} nodes ended" if count else "no cluster is up")
         return
     with display.StageScreen() as screen:
-        left = cluster.down(on_stage=screen.show)
+        left = cluster.down(on_progress=screen.show)
     if left:
         listed = "\n".join(f"  {line}" for line in left)
         raise ClusterError(
@@ -137,7 +137,7 @@ def ssh(
 
     Example:  forge cluster ssh aws-spot
     """
-    from forge.cluster.known import find_cluster
+    from forge.cluster.registry import find_cluster
 
     command = find_cluster(name).shell(machine)
     sys.stdout.flush()
@@ -155,9 +155,9 @@ def drain(
     Example:  forge cluster drain lab 10.0.0.3
     """
     from forge.cli import display
-    from forge.cluster.known import find_cluster
+    from forge.cluster.registry import find_cluster
     from forge.errors import ArgumentError, ClusterError
-    from forge.run.mirror import ask
+    from forge.remote.mirror import ask
 
     cluster = find_cluster(name)
     found = cluster.status()
@@ -176,14 +176,14 @@ def drain(
 
 def _cluster_of(file: Path | None, *, nodes: int | None, port: int | None) -> Cluster:
     """Raises: JobFileError if the file is wrong; ArgumentError for options that do not go with it."""
-    from forge.cluster.here import NAME, ThisMachine
-    from forge.cluster.known import cluster_of
+    from forge.cluster.local.provider import NAME, LocalProvider
+    from forge.cluster.registry import cluster_of
+    from forge.config.cluster import LocalSpec
+    from forge.config.load import load_cluster
     from forge.errors import ArgumentError
-    from forge.spec.cluster import LocalSpec
-    from forge.spec.load import load_cluster
 
     if file is None:
-        return ThisMachine(LocalSpec(name=NAME, provider="local", nodes=nodes or 1, port=port))
+        return LocalProvider(LocalSpec(name=NAME, provider="local", nodes=nodes or 1, port=port))
     if nodes is not None or port is not None:
         raise ArgumentError("--nodes and --port are for this machine; a cluster's file says both itself")
     return cluster_of(load_cluster(file))
@@ -209,7 +209,7 @@ def _confirm_price(cluster: Cluster, *, yes: bool) -> None:
 def _after_interrupt(cluster: Cluster) -> None:
     """What was started until Ctrl-C is stopped, or kept, as the user says."""
     from forge.cli import display
-    from forge.cluster.here import NAME
+    from forge.cluster.local.provider import NAME
 
     if cluster.name == NAME:  # it has cleared up already
         return
@@ -222,7 +222,7 @@ def _after_interrupt(cluster: Cluster) -> None:
     display.next_command(f"forge cluster down {cluster.name}", purpose="stop it")
 
 
-def _show(found: Status) -> None:
+def _show(found: ClusterStatus) -> None:
     from forge.cli import display
 
     cost = "" if found.usd_per_hour is None else f", {found.usd_per_hour:.2f} USD an hour"
@@ -246,7 +246,7 @@ def _show(found: Status) -> None:
     display.next_command(f"forge cluster down{name}", purpose="stop it")
 
 
-def _record(found: Status) -> dict[str, object]:
+def _record(found: ClusterStatus) -> dict[str, object]:
     from dataclasses import asdict
 
     return asdict(found) | {"usd_per_hour": found.usd_per_hour}

@@ -23,11 +23,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from forge.cluster.base import Stage
+from forge.cluster.base import NodeProgress
 from forge.data.prepare import PrepareProgress
 from forge.plan.plan import Plan
 from forge.report.curve import loss_curve
-from forge.report.facts import (
+from forge.report.text import (
     bucket_rows,
     change_rows,
     headline,
@@ -38,9 +38,9 @@ from forge.report.facts import (
     search_facts,
     summary_facts,
 )
-from forge.report.ledger import Ledger, LedgerBook
-from forge.report.news import News, workers
-from forge.report.runs import RunSummary
+from forge.runs.event_text import EventDescriber, workers
+from forge.runs.goodput import GoodputReport, GoodputTracker
+from forge.runs.reader import RunSummary
 from forge.units import format_bytes, format_count, format_duration
 
 _REFRESH_PER_S = 2
@@ -112,7 +112,7 @@ def show_plan(plan: Plan, *, to_stderr: bool = False) -> None:
     columns = ["#workers", "#micro", "#accum.", "#pad", "#weights", "#grads", "#states", "#host", "#~total"]
     rows = []
     for world in plan.worlds:
-        batch, need = world.batch, world.footprint
+        batch, need = world.batch, world.memory
         rows.append(
             [
                 str(batch.world_size),
@@ -185,7 +185,7 @@ class LiveScreen:
 class TrainScreen(LiveScreen):
     """A run while it goes on."""
 
-    def __init__(self, plan: Plan, *, losses: Sequence[float] = (), book: LedgerBook | None = None) -> None:
+    def __init__(self, plan: Plan, *, losses: Sequence[float] = (), book: GoodputTracker | None = None) -> None:
         """Args:
         losses: of steps that are known already, when a run is resumed or watched.
         book: where its time went until now.
@@ -195,8 +195,8 @@ class TrainScreen(LiveScreen):
         self._losses = list(losses)
         self._last: dict[str, Any] = {}
         self._held_out: dict[str, Any] = {}
-        self._book = book or LedgerBook()
-        self._news = News()
+        self._book = book or GoodputTracker()
+        self._news = EventDescriber()
         self._phase = "starting"
         self._world_size = 0
         self._began = time.monotonic()
@@ -217,7 +217,7 @@ class TrainScreen(LiveScreen):
         kind = event["event"]
         if kind == "RunStarted":
             self.phase("forming the ranks")
-        elif kind == "GenerationFormed":
+        elif kind == "GenerationStarted":
             self._world_size = event["world_size"]
             peak = event["peak_flops"]
             measured = f", peak {format_count(peak)}FLOP/s ({event['peak_source']})" if peak else ""
@@ -245,7 +245,7 @@ class TrainScreen(LiveScreen):
         line = self._news.line(event)
         if line is None:
             return
-        is_phase = event["event"] in ("GenerationForming", "WaitingForMachines")
+        is_phase = event["event"] in ("GenerationStarting", "WaitingForMachines")
         if not is_phase or (self._live and event.get("generation") != 1):
             self.note(line)
         if is_phase:
@@ -329,7 +329,7 @@ def show_summary(run: RunSummary, *, losses: Sequence[float]) -> None:
         _out.print(Text.assemble((_harmless(sample["prompt"]), "bold"), _harmless(sample["text"])))
 
 
-def show_ledger(ledger: Ledger, *, started: float) -> None:
+def show_ledger(ledger: GoodputReport, *, started: float) -> None:
     """Where a run's time went, and what made it change.
 
     Args:
@@ -406,7 +406,7 @@ class StageScreen:
     """What happens on a cluster's machines: a line for each on a terminal, else one for each piece of news."""
 
     def __init__(self) -> None:
-        self._stages: dict[str, Stage] = {}
+        self._stages: dict[str, NodeProgress] = {}
         self._began = time.monotonic()
         self._lock = threading.Lock()  # machines are worked on by threads
         self._live = Live(console=_err, refresh_per_second=_REFRESH_PER_S * 2, get_renderable=self._lines)
@@ -420,7 +420,7 @@ class StageScreen:
         if self._live.is_started:
             self._live.stop()
 
-    def show(self, stage: Stage) -> None:
+    def show(self, stage: NodeProgress) -> None:
         """Take news of one machine."""
         with self._lock:
             self._stages[stage.machine] = stage

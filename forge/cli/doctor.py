@@ -15,7 +15,7 @@ def doctor(output: OutputOption = Output.TABLE) -> None:
     from dataclasses import asdict
 
     from forge.cli import display
-    from forge.run.doctor import examine
+    from forge.runtime.doctor import examine
 
     findings = examine()
     broken = [finding for finding in findings if finding.state == "broken"]

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from forge.cli.display import TrainScreen
     from forge.cli.trials_screen import TuneScreen
     from forge.plan.plan import Plan
-    from forge.report.runs import RunSummary
-    from forge.run.submit import Carried
+    from forge.runs.reader import RunSummary
+    from forge.runtime.launch import RunHandle
 
 INTERRUPTED = 130
 _STOPPING = (
@@ -40,7 +40,7 @@ class Past:
 
 def past_of(folder: Path) -> Past:
     """What a screen needs that goes on with a run."""
-    from forge.report.runs import read_metrics, read_run
+    from forge.runs.reader import read_metrics, read_run
 
     return Past(events=read_run(folder).events, steps=tuple(read_metrics(folder)))
 
@@ -52,14 +52,14 @@ def screen_of(plan: Plan, *, past: Past) -> TrainScreen | TuneScreen:
 
         return TuneScreen(plan, past=past.events)
     from forge.cli.display import TrainScreen
-    from forge.report.ledger import book_of
+    from forge.runs.goodput import tracker_of
 
     losses = [record["train/loss"] for record in past.steps]
     known = [float("nan") if loss is None else loss for loss in losses]
-    return TrainScreen(plan, losses=known, book=book_of(past.events, past.steps))
+    return TrainScreen(plan, losses=known, book=tracker_of(past.events, past.steps))
 
 
-def follow_run(carried: Carried, resolved: Plan, *, past: Past) -> bool:
+def follow_run(carried: RunHandle, resolved: Plan, *, past: Past) -> bool:
     """Show a run until it ends. Ctrl-C once asks it to stop, twice ends it. Returns: whether it was asked."""
     asked = told = 0
     words = _STOPPING if resolved.search is None else _STOPPING_ALL
@@ -86,7 +86,7 @@ def follow_run(carried: Carried, resolved: Plan, *, past: Past) -> bool:
 
 
 def watch_run(
-    carried: Carried,
+    carried: RunHandle,
     plan: Plan,
     *,
     folder: Path,
@@ -99,7 +99,7 @@ def watch_run(
         folder: the run's, or that of a trial of the search that is carried.
         on_record: called before each record is shown, and also while there is none.
     """
-    from forge.report.runs import follow
+    from forge.runs.reader import follow
 
     with screen_of(plan, past=past) as screen:
         for record in follow(
@@ -117,8 +117,8 @@ def conclude(folder: Path, *, interrupted: bool, output: Output, past_events: in
     Args:
         past_events: how many there were before the run was carried on; an end among them is not its end.
     """
-    from forge.report.runs import read_run
-    from forge.run.submit import wait_until_free
+    from forge.runs.reader import read_run
+    from forge.runtime.launch import wait_until_free
 
     wait_until_free(folder)
     run = read_run(folder)
@@ -133,12 +133,12 @@ def conclude(folder: Path, *, interrupted: bool, output: Output, past_events: in
 def print_record(run: RunSummary) -> None:
     """A run or a search as JSON, to stdout."""
     from forge.cli import display
-    from forge.report.runs import summary_record
+    from forge.runs.reader import summary_record
 
     if run.plan.search is None:
         display.print_json(summary_record(run))
         return
-    from forge.report.search import search_record
+    from forge.report.search_record import search_record
 
     display.print_json(search_record(run))
 
@@ -146,8 +146,8 @@ def print_record(run: RunSummary) -> None:
 def show_search(run: RunSummary, *, has_table: bool) -> None:
     """What came out of a search, until now if it goes on."""
     from forge.cli import trials_screen
-    from forge.report.importance import importances
-    from forge.report.outcome import search_summary
+    from forge.report.search_summary import search_summary
+    from forge.search.importance import importances
 
     summary = search_summary(run)
     if has_table:
@@ -157,7 +157,7 @@ def show_search(run: RunSummary, *, has_table: bool) -> None:
 
 def handle(folder: Path) -> str:
     """What names a run on the command line: its id, or its folder where it is not under `runs`."""
-    from forge.report.runs import search_folder
+    from forge.runs.reader import search_folder
 
     search = search_folder(folder)
     return folder.name if (search or folder).parent == Path("runs") else str(folder)
@@ -165,7 +165,7 @@ def handle(folder: Path) -> str:
 
 def _conclude_training(run: RunSummary, *, interrupted: bool, output: Output) -> None:
     from forge.cli import display
-    from forge.report.runs import read_metrics, search_folder
+    from forge.runs.reader import read_metrics, search_folder
 
     if output is Output.JSON:
         print_record(run)
@@ -188,8 +188,8 @@ def _conclude_training(run: RunSummary, *, interrupted: bool, output: Output) ->
 def _conclude_search(run: RunSummary, *, interrupted: bool, output: Output) -> None:
     from forge.cli import display
     from forge.errors import JobFileError
-    from forge.report.outcome import futility_of, search_summary
-    from forge.report.search import write_results
+    from forge.report.search_record import write_results
+    from forge.report.search_summary import no_result_error, search_summary
 
     summary = search_summary(run)
     if summary.book.trials:
@@ -205,7 +205,7 @@ def _conclude_search(run: RunSummary, *, interrupted: bool, output: Output) -> N
         display.message(f"its trials side by side: {run.folder / 'report.html'}")
     if (run.folder / "best.yaml").exists():
         display.next_command(f"forge train {run.folder / 'best.yaml'}", purpose="train the best")
-    futility = futility_of(summary)
+    futility = no_result_error(summary)
     is_at_limit = run.status == "stopped" and bool((run.newest("RunStopped") or {}).get("reason"))
     if run.status == "finished" and futility is not None:
         display.error(str(futility))
@@ -225,7 +225,7 @@ def _tell_end(run: RunSummary, *, interrupted: bool) -> int:
     """Say why a run ended before its last step. Returns: the exit code."""
     from forge.cli import display
     from forge.errors import RunError
-    from forge.report.runs import failure_of
+    from forge.runs.reader import failure_of
 
     failure, code = failure_of(run), INTERRUPTED
     spent = run.newest("RunStopped") or {}

@@ -26,8 +26,8 @@ def generate(
     Example:  forge generate latest --prompt 'def main('
     """
     from forge.cli import display
-    from forge.report.runs import find_run
-    from forge.run.errand import sample_text
+    from forge.runs.reader import find_run
+    from forge.runtime.torch_subprocess import sample_text
 
     folder = find_run(run, root=runs)
     answer = sample_text(

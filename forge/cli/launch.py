@@ -15,10 +15,10 @@ from forge.cli.follow import conclude, follow_run, handle, past_of, print_record
 from forge.cli.options import Output
 
 if TYPE_CHECKING:
+    from forge.config.load import LoadedJob
     from forge.plan.plan import Plan
-    from forge.run.remote import Site
-    from forge.run.submit import Carried
-    from forge.spec.load import LoadedJob
+    from forge.remote.submit import RemoteTarget
+    from forge.runtime.launch import RunHandle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +48,10 @@ class Request:
 def launch(request: Request) -> None:
     """Carry out what was asked for. Raises: JobFileError for a job of the other kind, and what `resolve` raises."""
     from forge.cli import display
-    from forge.report.runs import read_run
-    from forge.run.submit import carry, create_run, reopen_run
-    from forge.spec.load import load_job
-    from forge.spec.space import check_kind
+    from forge.config.load import load_job
+    from forge.config.overrides import check_kind
+    from forge.runs.reader import read_run
+    from forge.runtime.launch import create_run, reopen_run, start_driver
 
     if request.file is None and request.resume is None:
         raise typer.BadParameter(f"give a job file, or --resume {request.name}", param_hint="FILE")
@@ -74,7 +74,7 @@ def launch(request: Request) -> None:
     else:
         reopen_run(folder, resolved)
     past = past_of(folder)
-    carried = carry(folder) if site is None else _submit(site, resolved, folder)
+    carried = start_driver(folder) if site is None else _submit(site, resolved, folder)
     display.message(f"{'search' if request.is_search else 'run'} {folder.name} in {folder}")
     if request.detach:
         if request.output is Output.JSON:
@@ -89,7 +89,7 @@ def show_dry(loaded: LoadedJob, *, file: Path, output: Output) -> None:
     """Show what a job will do; nothing is made."""
     from forge.cli import display
     from forge.plan.plan import plan_to_json
-    from forge.run.submit import resolve
+    from forge.runtime.launch import resolve
 
     with display.PrepareScreen() as screen:
         resolved = resolve(loaded, is_dry_run=True, on_progress=screen.show)
@@ -104,9 +104,9 @@ def show_dry(loaded: LoadedJob, *, file: Path, output: Output) -> None:
 
 
 def _find_resumable(request: Request) -> Path:
+    from forge.config.load import load_job
     from forge.errors import ArgumentError
-    from forge.report.runs import carrier_pid, find_run, read_plan, search_folder
-    from forge.spec.load import load_job
+    from forge.runs.reader import driver_pid, find_run, read_plan, search_folder
 
     job_file, name = request.file, request.resume or ""
     root = Path(load_job(job_file, overrides=request.overrides).job.checkpoint.runs) if job_file else Path("runs")
@@ -120,7 +120,7 @@ def _find_resumable(request: Request) -> Path:
     if is_search != request.is_search:
         kind, verb = ("a search", "tune") if is_search else ("no search", "train")
         raise ArgumentError(f"{folder.name} is {kind}; go on with it: forge {verb} --resume {handle(folder)}")
-    pid = carrier_pid(folder)
+    pid = driver_pid(folder)
     if pid is not None:
         raise ArgumentError(
             f"{folder.name} is still being carried, by process {pid}; watch it: forge runs watch {handle(folder)}"
@@ -130,45 +130,45 @@ def _find_resumable(request: Request) -> Path:
 
 def _has_nothing_left(folder: Path, request: Request, job_file: Path) -> bool:
     """Whether a run is at its end, a search also by the number of trials that is asked for now."""
+    from forge.config.load import load_job
     from forge.plan.search import count_trials
-    from forge.report.runs import read_run
-    from forge.report.trials import TrialBook
-    from forge.spec.load import load_job
+    from forge.runs.reader import read_run
+    from forge.runs.trials import TrialTable
 
     run = read_run(folder)
     if run.status != "finished" or not request.is_search:
         return run.status == "finished"
     search = load_job(job_file, overrides=request.overrides).job.search
-    return search is not None and count_trials(search) <= len(TrialBook(run.events).trials)
+    return search is not None and count_trials(search) <= len(TrialTable(run.events).trials)
 
 
-def _site_of(cluster: str | None, folder: Path | None) -> Site | None:
+def _site_of(cluster: str | None, folder: Path | None) -> RemoteTarget | None:
     """Where a run is to go: the cluster that is asked for, or that it was on before; None for this machine."""
-    from forge.cluster.known import find_cluster
-    from forge.run.mirror import whereabouts_of
-    from forge.run.remote import survey
+    from forge.cluster.registry import find_cluster
+    from forge.remote.mirror import remote_ref_of
+    from forge.remote.submit import preflight
 
-    at = whereabouts_of(folder) if folder is not None else None
+    at = remote_ref_of(folder) if folder is not None else None
     name = cluster or (at.cluster if at is not None else None)
-    return None if name is None else survey(find_cluster(name))
+    return None if name is None else preflight(find_cluster(name))
 
 
-def _resolve(loaded: LoadedJob, site: Site | None) -> Plan:
+def _resolve(loaded: LoadedJob, site: RemoteTarget | None) -> Plan:
     from forge.cli import display
-    from forge.run.submit import resolve
+    from forge.runtime.launch import resolve
 
     if site is None:
         with display.PrepareScreen() as screen:
             return resolve(loaded, is_dry_run=False, on_progress=screen.show)
-    from forge.run.remote import resolve_there
+    from forge.remote.submit import resolve_there
 
     with display.PrepareScreen() as screen:
         return resolve_there(site, loaded, on_progress=screen.show)
 
 
-def _submit(site: Site, resolved: Plan, folder: Path) -> Carried:
+def _submit(site: RemoteTarget, resolved: Plan, folder: Path) -> RunHandle:
     from forge.cli import display
-    from forge.run.remote import submit
+    from forge.remote.submit import submit
 
     display.message(f"sending the run to the cluster '{site.cluster.name}'")
     return submit(site, resolved, folder=folder)

@@ -12,7 +12,7 @@ import typer
 from forge.cli.options import Output, OutputOption, RunArgument, RunsOption, SearchArgument
 
 if TYPE_CHECKING:
-    from forge.report.runs import RunSummary
+    from forge.runs.reader import RunSummary
 
 app = typer.Typer(help="List, show, watch and stop runs and searches.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -27,7 +27,7 @@ def list_(runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None
     """
     from forge.cli import display
     from forge.cli.follow import handle
-    from forge.report.runs import list_runs, summary_record
+    from forge.runs.reader import list_runs, summary_record
     from forge.units import format_duration
 
     found = list_runs(runs)
@@ -54,7 +54,7 @@ def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOp
     """
     from forge.cli import display
     from forge.cli.follow import print_record, show_search
-    from forge.report.runs import failure_of, find_run, read_metrics, read_run
+    from forge.runs.reader import failure_of, find_run, read_metrics, read_run
 
     folder = find_run(run, root=runs)
     found = read_run(folder)
@@ -93,12 +93,12 @@ def logs(
     """
     from forge.cli import display
     from forge.errors import ArgumentError
-    from forge.report.runs import find_run, read_plan
-    from forge.run.mirror import remote_log, whereabouts_of
+    from forge.remote.mirror import remote_log, remote_ref_of
+    from forge.runs.reader import find_run, read_plan
 
     found = find_run(run, root=runs)
     name = file or ("rank-0" if read_plan(found).search is None else "run")
-    if whereabouts_of(found) is not None:
+    if remote_ref_of(found) is not None:
         display.print_text(remote_log(found, name=name, lines=lines) or "(empty)")
         return
     folder = found / "logs"
@@ -118,12 +118,12 @@ def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputO
     Example:  forge runs watch latest
     """
     from forge.cli.follow import conclude, past_of, watch_run
-    from forge.report.runs import find_run, read_run, search_folder
-    from forge.run.mirror import find_carried
+    from forge.remote.mirror import find_run_handle
+    from forge.runs.reader import find_run, read_run, search_folder
 
     folder = find_run(run, root=runs)
     past, found, search = past_of(folder), read_run(folder), search_folder(folder)
-    carried = find_carried(search or folder)
+    carried = find_run_handle(search or folder)
     if carried is not None and found.status == "running":
         watch_run(carried, found.plan, folder=folder, past=past)
         if search is None:
@@ -140,8 +140,8 @@ def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
     from forge.cli import display
     from forge.cli.follow import handle
     from forge.errors import ArgumentError
-    from forge.report.runs import find_run, read_plan, search_folder
-    from forge.run.mirror import find_carried
+    from forge.remote.mirror import find_run_handle
+    from forge.runs.reader import find_run, read_plan, search_folder
 
     folder = find_run(run, root=runs)
     search = search_folder(folder)
@@ -150,7 +150,7 @@ def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
             f"{folder.name} is a trial of a search, which stops as a whole: forge runs stop {handle(search)}"
         )
     is_search = read_plan(folder).search is not None
-    carried = find_carried(folder)
+    carried = find_run_handle(folder)
     if carried is None:
         display.message(f"{folder.name} does not run")
         return
@@ -173,8 +173,8 @@ def report(search: SearchArgument = "latest", runs: RunsOption = _RUNS) -> None:
     from forge.cli import display
     from forge.cli.follow import handle
     from forge.errors import ArgumentError
-    from forge.report.runs import find_run, read_run
-    from forge.report.search import write_results
+    from forge.report.search_record import write_results
+    from forge.runs.reader import find_run, read_run
 
     folder = find_run(search, root=runs, is_search=True)
     found = read_run(folder)
@@ -189,7 +189,7 @@ def report(search: SearchArgument = "latest", runs: RunsOption = _RUNS) -> None:
 def _progress(run: RunSummary) -> list[str]:
     """How far it is, loss and held-out perplexity; of a search how many trials are over, and those of the best."""
     if run.plan.search is not None:
-        from forge.report.outcome import search_summary
+        from forge.report.search_summary import search_summary
 
         summary = search_summary(run)
         best = summary.best.last_metrics if summary.best is not None else {}

@@ -19,6 +19,6 @@ def job() -> None:
     Example:  forge schema job > job.schema.json
     """
     from forge.cli import display
-    from forge.spec.schema import job_schema
+    from forge.config.schema import job_schema
 
     display.print_json(job_schema())

@@ -53,6 +53,6 @@ def plan(file: JobArgument, overrides: SetOption = None, output: OutputOption = 
 
     Example:  forge plan jobs/pretrain.yaml -o json
     """
-    from forge.spec.load import load_job
+    from forge.config.load import load_job
 
     show_dry(load_job(file, overrides=overrides or []), file=file, output=output)

@@ -1,6 +1,6 @@
 """A search as a person sees it: its trials while they go on, and what came out; with `display` the user of rich.
 
-The tables themselves are made by `forge.report.trial_table`, as text that fits the terminal.
+The tables themselves are made by `forge.report.trial_rows`, as text that fits the terminal.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from rich.console import Group
 from rich.text import Text
 
 from forge.cli import display
+from forge.config.overrides import search_of
 from forge.plan.plan import Plan
-from forge.report.news import News
-from forge.report.outcome import SearchSummary, outcome_facts
-from forge.report.trial_news import TrialNews
-from forge.report.trial_table import arranged, bars, columns, cut, fitted, judged, trial_rows, values_in_short
-from forge.report.trials import seconds_left
-from forge.spec.space import search_of
+from forge.report.search_summary import SearchSummary, outcome_facts
+from forge.report.trial_event_text import TrialEventDescriber
+from forge.report.trial_rows import arranged, bars, columns, cut, fitted, judged, trial_rows, values_in_short
+from forge.runs.event_text import EventDescriber
+from forge.runs.trials import seconds_left
 from forge.units import format_duration
 
 _MOST_SHOWN = 50
@@ -36,8 +36,8 @@ class TuneScreen(display.LiveScreen):
         super().__init__()
         assert plan.search is not None, "the screen of a search"
         self._plan, self._planned, self._search = plan, plan.search, search_of(plan.job)
-        self._trials = TrialNews(self._search, past=past)
-        self._news = News()
+        self._trials = TrialEventDescriber(self._search, past=past)
+        self._news = EventDescriber()
         self._cost: Mapping[str, Any] = {}
         self._began = time.time()
         self._phase = "starting"
@@ -55,7 +55,7 @@ class TuneScreen(display.LiveScreen):
         kind = event["event"]
         if kind == "RunStarted":
             self._began = event["time"]
-        elif kind == "CostCounted":
+        elif kind == "CostUpdated":
             self._cost = event
         elif kind == "TrialStarted":
             self._phase = ""

@@ -23,7 +23,7 @@ from forge.errors import ClusterError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class NodeProgress:
     """News of one machine while a cluster starts, or stops."""
 
     machine: str
@@ -32,11 +32,11 @@ class Stage:
     is_failure: bool = False
 
 
-OnStage = Callable[[Stage], None]
+OnProgress = Callable[[NodeProgress], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+class ClusterNode:
     """A machine of a cluster as it is now."""
 
     name: str
@@ -57,14 +57,14 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
+class ClusterStatus:
     """A cluster as it is now."""
 
     name: str
     provider: str
     address: str | None
     """Of Ray's control store; None if the cluster is not up."""
-    nodes: tuple[Node, ...] = ()
+    nodes: tuple[ClusterNode, ...] = ()
     runs: tuple[str, ...] = ()
     """Ids of the runs that are at work on it."""
 
@@ -99,17 +99,17 @@ class Cluster(Protocol):
     def token(self) -> str:
         """What its Ray wants of whoever connects. Raises: ClusterError if it cannot be read."""
 
-    def up(self, *, on_stage: OnStage) -> Status:
+    def up(self, *, on_progress: OnProgress) -> ClusterStatus:
         """Start what does not run yet; what runs is left alone, what is broken is mended.
 
         Raises: ClusterError with what failed, and how to mend it. What was started until then stays, and is
             found by `down`.
         """
 
-    def status(self) -> Status:
+    def status(self) -> ClusterStatus:
         """The cluster as it is now. Raises: ClusterError if it does not answer."""
 
-    def down(self, *, on_stage: OnStage) -> list[str]:
+    def down(self, *, on_progress: OnProgress) -> list[str]:
         """Stop everything. Returns: what is left all the same, a line each; asked of the provider, not remembered.
 
         Raises: ClusterError if that cannot be found out.
@@ -142,7 +142,7 @@ def given(stdin: bytes | IO[bytes]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class ClusterRecord:
     """What this machine knows of a cluster that it has started, or begun to."""
 
     name: str
@@ -153,21 +153,21 @@ class Record:
     """What the provider wants to know again, such as the region that was chosen."""
 
 
-def read_record(name: str) -> Record | None:
+def read_record(name: str) -> ClusterRecord | None:
     """What is known of a cluster; None if nothing is."""
     try:
-        return Record(**json.loads(_record_path(name).read_text()))
+        return ClusterRecord(**json.loads(_record_path(name).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def list_records() -> list[Record]:
+def list_records() -> list[ClusterRecord]:
     """All clusters that this machine has started and not stopped, but for its own."""
     found = (read_record(path.stem) for path in sorted(state_folder("clusters").glob("*.json")))
     return [record for record in found if record is not None]
 
 
-def write_record(record: Record) -> None:
+def write_record(record: ClusterRecord) -> None:
     """Remember a cluster; at no moment is there half a record."""
     path = _record_path(record.name)
     draft = path.with_suffix(".draft")
@@ -178,7 +178,7 @@ def write_record(record: Record) -> None:
     draft.replace(path)
 
 
-def forget(name: str) -> None:
+def delete_state(name: str) -> None:
     """Forget a cluster, and its token with it."""
     _record_path(name).unlink(missing_ok=True)
     token_path(name).unlink(missing_ok=True)
@@ -213,7 +213,7 @@ def read_token(name: str) -> str:
 
 
 @contextlib.contextmanager
-def only_one(name: str) -> Iterator[None]:
+def cluster_lock(name: str) -> Iterator[None]:
     """Hold the cluster's lock, so that two `up` do not mix. Raises: ClusterError if another process has it."""
     with (state_folder("clusters") / f"{name}.lock").open("a") as lock:
         try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any
 
-from forge.cluster.base import Node
+from forge.cluster.base import ClusterNode
 from forge.errors import ClusterError
 
 _TIMEOUT_S = 10.0
@@ -18,7 +18,7 @@ _SUPERVISOR = "supervisor-"
 """How the names of the actors begin that keep runs going."""
 
 
-def ray_nodes(url: str, *, token: str, prices: Mapping[str, float | None]) -> list[Node]:
+def ray_nodes(url: str, *, token: str, prices: Mapping[str, float | None]) -> list[ClusterNode]:
     """The nodes of a cluster, the head first.
 
     Args:
@@ -52,11 +52,11 @@ def _get(url: str, path: str, token: str) -> Any:
         raise ClusterError(f"the cluster's dashboard does not answer: {error}") from error
 
 
-def _node(node: Mapping[str, Any], used: Mapping[str, str], prices: Mapping[str, float | None]) -> Node:
+def _node(node: Mapping[str, Any], used: Mapping[str, str], prices: Mapping[str, float | None]) -> ClusterNode:
     address, total = str(node["node_ip"]), node.get("resources_total") or {}
     is_alive, cpus = node["state"] == "ALIVE", float(total.get("CPU", 0.0))
     taken = re.search(r"([\d.]+)/[\d.]+ CPU", used.get(str(node["node_id"]), ""))
-    return Node(
+    return ClusterNode(
         name=address,
         node_id=str(node["node_id"]),
         kind="head" if node.get("is_head_node") else "worker",

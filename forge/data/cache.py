@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from forge.data import shards
-from forge.data.shards import CacheIndex
+from forge.data import store
+from forge.data.store import CacheIndex
 from forge.errors import DataError
 from forge.units import format_bytes
 
@@ -29,13 +29,13 @@ _log = logging.getLogger(__name__)
 
 def open_cache(folder: Path, *, digest: str) -> CacheIndex:
     """The index of a cache, which is looked at. Raises: DataError if it is not whole, or another corpus's."""
-    index = shards.read_index(folder)
+    index = store.read_index(folder)
     if index.digest != digest:
         raise DataError(f"{folder} holds another corpus: {index.digest} instead of {digest}")
     if index.size_bytes <= VERIFY_LIMIT_BYTES:
-        shards.verify(folder, index=index)
+        store.verify(folder, index=index)
     else:
-        shards.verify_sizes(folder, index.files)
+        store.verify_sizes(folder, index.files)
     return index
 
 

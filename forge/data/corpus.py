@@ -28,9 +28,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
-from forge.data.shards import hash_file, new_hash
+from forge.config.data import DataSpec
+from forge.data.store import hash_file, new_hash
 from forge.errors import DataError
-from forge.spec.data import DataSpec
 
 PIECE_CHARS = 1 << 20
 """Longest text handed on at once; also the block in which files are read."""

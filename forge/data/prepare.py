@@ -1,6 +1,6 @@
 """Corpus → token cache: built once, believed only when whole.
 
-In: the `data:` section. Out: CorpusFacts, and two token streams for the ranks. A cache lies in
+In: the `data:` section. Out: CorpusInfo, and two token streams for the ranks. A cache lies in
 `<cache_dir>/data/<name>-<digest>`, the digest being that of the text and of every setting that changes
 a token, so nothing is ever out of date: another corpus is another folder. `seq_len` is not among them.
 
@@ -25,14 +25,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from forge.data import corpus, shards
+from forge.config.data import DataSpec
+from forge.data import corpus, store
 from forge.data.cache import build_once, open_cache, sync_folder
 from forge.data.corpus import Document
-from forge.data.shards import CacheIndex, Packer, Split, TokenStream
+from forge.data.store import CacheIndex, Packer, Split, TokenStream
 from forge.data.tokenizer import TextTokenizer, encode_batches, load_tokenizer, train_tokenizer
 from forge.errors import DataError
-from forge.plan.facts import CorpusFacts
-from forge.spec.data import DataSpec
+from forge.plan.inputs import CorpusInfo
 
 TOKENIZER_SAMPLE_CHARS = 1 << 26
 """Text a tokenizer is trained on: 64 Mi characters; more hardly changes the first 10⁵ merges."""
@@ -63,7 +63,7 @@ class PrepareProgress:
 _Report = Callable[[PrepareProgress], None]
 
 
-def prepare(spec: DataSpec, *, cache_dir: Path, on_progress: _Report | None = None) -> CorpusFacts:
+def prepare(spec: DataSpec, *, cache_dir: Path, on_progress: _Report | None = None) -> CorpusInfo:
     """Return the facts of the prepared corpus; build its cache first where there is none.
 
     Held-out documents are those with the smallest keyed hash of their text: the choice depends on no order
@@ -90,13 +90,13 @@ def prepare(spec: DataSpec, *, cache_dir: Path, on_progress: _Report | None = No
     return _facts(index, folder=folder, seq_len=spec.seq_len)
 
 
-def open_streams(facts: CorpusFacts) -> tuple[TokenStream, TokenStream]:
+def open_streams(facts: CorpusInfo) -> tuple[TokenStream, TokenStream]:
     """The train and the held-out tokens; sizes are verified.
 
     Raises: DataError if the cache is not there, or no longer the one the facts were taken from.
     """
     folder = Path(facts.folder)
-    index = shards.read_index(folder)
+    index = store.read_index(folder)
     if index.digest != facts.digest:
         raise DataError(f"{folder} holds the corpus {index.digest}, the plan says {facts.digest}; plan again")
     return (
@@ -115,7 +115,7 @@ def default_cache_dir() -> Path:
 
 def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None) -> str:
     settings = {
-        "format": shards.FORMAT_VERSION,
+        "format": store.FORMAT_VERSION,
         "corpus": corpus.fingerprint(spec),
         "text_key": spec.text_key,
         "tokenizer": asdict(tokenizer) if tokenizer else {"train": "bpe", "vocab_size": spec.tokenizer.vocab_size},
@@ -134,7 +134,7 @@ def _corpus_name(spec: DataSpec) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", word).strip("-")[:40] or "corpus"
 
 
-def _facts(index: CacheIndex, *, folder: Path, seq_len: int) -> CorpusFacts:
+def _facts(index: CacheIndex, *, folder: Path, seq_len: int) -> CorpusInfo:
     num_train, num_held_out = index.num_train_tokens, index.num_held_out_tokens
     if num_train < seq_len + 1:
         raise DataError(
@@ -143,7 +143,7 @@ def _facts(index: CacheIndex, *, folder: Path, seq_len: int) -> CorpusFacts:
             f" to {num_train - 1} or less"
         )
     perplexity = index.unigram_perplexity
-    return CorpusFacts(
+    return CorpusInfo(
         folder=str(folder),
         digest=index.digest,
         vocab_size=index.vocab_size,
@@ -174,7 +174,7 @@ def _write_cache(
             path.unlink()
         packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=second, report=report)
     files = {"tokenizer/tokenizer.json": tokenizer.content, "tokenizer/tokenizer_config.json": tokenizer.config}
-    written = [shards.write_file(folder, name=name, content=text.encode()) for name, text in files.items()]
+    written = [store.write_file(folder, name=name, content=text.encode()) for name, text in files.items()]
     sync_folder(folder / "tokenizer")
     index = CacheIndex(
         digest=digest,
@@ -188,7 +188,7 @@ def _write_cache(
         held_out=packed.held_out.close(),
         tokenizer=tuple(written),
     )
-    shards.write_index(folder, index=index)
+    store.write_index(folder, index=index)
     return index
 
 
@@ -242,11 +242,11 @@ def _first_split(spec: DataSpec) -> Split:
     total = key = 0
     for document in corpus.iter_documents(spec) if spec.held_out else ():
         if document.starts:
-            key = shards.document_key(document.text.encode(), seed=spec.seed)
+            key = store.document_key(document.text.encode(), seed=spec.seed)
         sizes[key] = sizes.get(key, 0) + len(document.text)
         total += len(document.text)
         if total > SMALL_CORPUS_CHARS:
-            return Split(key_below=int(spec.held_out * shards.KEY_SPACE))
+            return Split(key_below=int(spec.held_out * store.KEY_SPACE))
     keys = sorted(sizes)
     wanted = total * spec.held_out
     for key, following in itertools.pairwise(keys):

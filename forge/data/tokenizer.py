@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from forge.data.shards import token_dtype
+from forge.data.store import token_dtype
 from forge.errors import DataError
 
 EOT_TOKEN = "<|endoftext|>"

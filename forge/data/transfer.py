@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from forge.data import shards
+from forge.data import store
 from forge.data.cache import build_once, open_cache, sync_folder
-from forge.data.shards import INDEX_NAME, CacheIndex
+from forge.data.store import INDEX_NAME, CacheIndex
 from forge.errors import DataError
 
 CHUNK_BYTES = 4 << 20
@@ -53,8 +53,8 @@ def receive_corpus(folder: Path, *, digest: str, stream: IO[bytes]) -> None:
 
 def send_corpus(folder: Path, *, stream: IO[bytes]) -> None:
     """Write a corpus as a tar file. Raises: DataError if it is not whole; OSError."""
-    index = shards.read_index(folder)
-    shards.verify_sizes(folder, index.files)
+    index = store.read_index(folder)
+    store.verify_sizes(folder, index.files)
     with tarfile.open(fileobj=stream, mode="w|") as archive:
         for name in [INDEX_NAME, *(entry.name for entry in index.files)]:
             archive.add(folder / name, arcname=name, filter=_anonymous)
@@ -62,7 +62,7 @@ def send_corpus(folder: Path, *, stream: IO[bytes]) -> None:
 
 def read_chunk(folder: Path, *, name: str, offset: int) -> bytes:
     """What `Read` promises, of a corpus here. Raises: DataError for a name that is none of its files'."""
-    known = {INDEX_NAME, *(entry.name for entry in shards.read_index(folder).files)}
+    known = {INDEX_NAME, *(entry.name for entry in store.read_index(folder).files)}
     if name not in known:
         raise DataError(f"{folder} has no file {name!r}")
     with (folder / name).open("rb") as file:
@@ -88,14 +88,14 @@ def _receive(draft: Path, *, digest: str, stream: IO[bytes]) -> CacheIndex:
 
 
 def _index_of(draft: Path, *, digest: str) -> CacheIndex:
-    index = shards.read_index(draft)
+    index = store.read_index(draft)
     if index.digest != digest:
         raise DataError(f"the corpus {index.digest} arrived, {digest} was expected")
     return index
 
 
 def _verified(draft: Path, index: CacheIndex) -> CacheIndex:
-    shards.verify(draft, index=index)
+    store.verify(draft, index=index)
     for folder in {draft / entry.name for entry in index.files}:
         sync_folder(folder.parent)
     return index

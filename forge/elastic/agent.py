@@ -25,16 +25,16 @@ from typing import Any, Protocol
 
 import psutil
 
-from forge.elastic.board import Board, Word, create_board
-from forge.elastic.channel import Channel, Endpoint, Listener, Message, connect
-from forge.elastic.cost import price_of
-from forge.elastic.notices import Notice, watch
-from forge.elastic.orders import RankOrder, parts_of
-from forge.elastic.persist import persist_part
-from forge.elastic.vault import Buddy, Vault, holdings_record
-from forge.elastic.vocabulary import End
-from forge.elastic.warming import WarmPool, WarmProcess
-from forge.events import Event, GenerationFormed, StepMetrics
+from forge.elastic.commands import WorkerSpec, parts_of
+from forge.elastic.preemption.watch import Notice, watch
+from forge.elastic.replicas.flush import flush_shard
+from forge.elastic.replicas.store import ReplicaStore, Replicator, locations_record
+from forge.elastic.rpc import Channel, Endpoint, Listener, Message, connect
+from forge.elastic.states import EndReason
+from forge.elastic.workers.fork_client import ForkServer, ForkServerPool
+from forge.elastic.workers.status_page import Slot, StatusPage, create_status_page
+from forge.events import Event, GenerationStarted, StepMetrics
+from forge.pricing.budget import price_of
 
 # How long an agent lives without a supervisor: longer than Ray needs to start one anew.
 _ORPHAN_S = 60.0
@@ -50,7 +50,7 @@ class NoSupervisorError(ConnectionError):
     """There is no supervisor of this run any more: it is over."""
 
 
-class Record(Protocol):
+class RecorderClient(Protocol):
     """The run's one writer."""
 
     async def take(self, news: list[tuple[str, Event | StepMetrics]]) -> None:
@@ -58,7 +58,7 @@ class Record(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class AgentConfig:
     """What an agent is told when it is started."""
 
     node: str
@@ -66,7 +66,7 @@ class Setup:
     host: str
     """The machine's address."""
     num_slots: int
-    num_firm: int
+    num_guaranteed: int
     num_cores: int
     """Which its ranks share."""
     devices: Sequence[str]
@@ -79,20 +79,20 @@ class Setup:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Member:
+class _Worker:
     """A rank of this machine."""
 
     generation: int
     rank: int
     world_size: int
     socket: socket.socket
-    board: Board
+    board: StatusPage
     buddy_endpoint: Endpoint | None
     born_ns: int = field(default_factory=time.monotonic_ns)
     sent_at_ns: int = 0
     """The agent's processor time when it began to send the last copy on."""
     pid: int | None = None
-    buddy: Buddy | None = None
+    buddy: Replicator | None = None
     has_said_end: bool = False
     is_condemned: bool = False
     is_gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -103,12 +103,12 @@ class Agent:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: AgentConfig,
         *,
         locate: Callable[[], Awaitable[Endpoint]],
-        record: Record,
+        record: RecorderClient,
         ask_ray: Callable[[], Awaitable[Notice | None]] | None = None,
-        pool: WarmPool | None = None,
+        pool: ForkServerPool | None = None,
     ) -> None:
         """Args:
         locate: where the supervisor listens; it may have moved since it was asked last.
@@ -119,12 +119,12 @@ class Agent:
         self._pool = pool
         self._setup, self._locate, self._record, self._ask_ray = setup, locate, record, ask_ray
         self._secret = bytes.fromhex(setup.secret)
-        self._vault = Vault(secret=self._secret)
+        self._vault = ReplicaStore(secret=self._secret)
         self._devices = setup.devices
-        self._members: dict[int, _Member] = {}
+        self._members: dict[int, _Worker] = {}
         self._generation = 0
         self._findings: Message | None = None
-        self._warm: WarmProcess | None = None
+        self._warm: ForkServer | None = None
         self._supervisor: Channel | None = None
         self._beat_s = _FIRST_BEAT_S
         self._news: deque[tuple[str, Any]] = deque()
@@ -208,14 +208,14 @@ class Agent:
             "endpoint": list(self._listener.endpoint),
             "store_port": self._store.getsockname()[1],
             "num_slots": self._setup.num_slots,
-            "num_firm": self._setup.num_firm,
+            "num_guaranteed": self._setup.num_guaranteed,
             "is_warm": self._warm is not None and self._warm.is_warm,
             "pid": os.getpid(),
             "usd_per_hour": price_of(os.environ),
             "generation": self._generation,
             "places": {str(rank): member.world_size for rank, member in self._living().items()},
             "pids": {str(rank): member.pid for rank, member in self._living().items()},
-            "holdings": holdings_record(self._vault.holdings()),
+            "holdings": locations_record(self._vault.holdings()),
             "findings": self._findings,
         }
 
@@ -227,7 +227,7 @@ class Agent:
                 await asyncio.sleep(self._beat_s)
                 beat: Message = {"say": "beat", "generation": self._generation}
                 beat["ranks"] = [_pulse(rank, member) for rank, member in self._living().items()]
-                holdings = holdings_record(self._vault.holdings())
+                holdings = locations_record(self._vault.holdings())
                 if holdings != told:
                     beat["holdings"] = told = holdings
                 await channel.send(beat)
@@ -241,7 +241,7 @@ class Agent:
             case "wish":
                 for member in self._members.values():
                     if member.generation == message["generation"]:
-                        member.board[Word[message["word"]]] = 1
+                        member.board[Slot[message["word"]]] = 1
             case "forget":
                 self._vault.forget(message["generation"])
             case "dump":
@@ -277,25 +277,25 @@ class Agent:
             self._store = _listen(self._setup.host)
             self._keep(self._tell(say="store", port=self._store.getsockname()[1]))
 
-    def _fork(self, warm: WarmProcess, order: Message, local_rank: int, *, asked_at: float) -> None:
+    def _fork(self, warm: ForkServer, order: Message, local_rank: int, *, asked_at: float) -> None:
         """Have one rank forked, and listen to it."""
         rank = order["ranks"][local_rank]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
-        member = self._members[rank] = _Member(
+        member = self._members[rank] = _Worker(
             generation=order["generation"],
             rank=rank,
             world_size=order["world_size"],
             socket=ours,
-            board=create_board(),
+            board=create_status_page(),
             buddy_endpoint=tuple(order["buddy"]) if order["buddy"] else None,
         )
         if order["is_stopping"]:
-            member.board[Word.STOP] = 1
+            member.board[Slot.STOP] = 1
         fds = [theirs.fileno(), member.board.fd, *([self._store.fileno()] if rank == 0 else [])]
         parts, snapshots = self._parts(order, first_fd=len(fds))
-        told = RankOrder(
+        told = WorkerSpec(
             generation=order["generation"],
             rank=rank,
             world_size=order["world_size"],
@@ -344,7 +344,7 @@ class Agent:
                 parts.append(name | {"endpoint": part["endpoint"]})
         return parts, fds
 
-    def _hear(self, member: _Member) -> None:
+    def _hear(self, member: _Worker) -> None:
         """News from a rank, or its end."""
         while True:
             try:
@@ -360,13 +360,13 @@ class Agent:
                 return
             self._heed(member, *pickle.loads(text), fds=list(fds))
 
-    def _heed(self, member: _Member, what: str, *values: Any, fds: list[int]) -> None:
+    def _heed(self, member: _Worker, what: str, *values: Any, fds: list[int]) -> None:
         match what, values:
             case "snapshot", _:
                 self._vault.adopt(member.generation, member.rank, fds[0], world_size=member.world_size)
                 snapshot = self._vault.find(member.generation, member.rank)
                 assert snapshot is not None
-                member.buddy = Buddy(
+                member.buddy = Replicator(
                     member.buddy_endpoint,
                     snapshot,
                     name={
@@ -381,7 +381,7 @@ class Agent:
                 if member.buddy is not None:
                     member.sent_at_ns = time.process_time_ns()
                     member.buddy.send(step=step, slot=slot)
-            case "event", (GenerationFormed() as formed,):
+            case "event", (GenerationStarted() as formed,):
                 self._keep(self._tell(say="formed", formed=asdict(formed)))
             case "findings", (found,):
                 self._findings = found
@@ -389,7 +389,10 @@ class Agent:
             case "end", (end, step, reason, error):
                 member.has_said_end = True
                 telling = self._tell_end(member, end, step=step, reason=reason, error=error)
-                if end in (End.DONE, End.FAILED):  # the run is over: what it has reported must be written by then
+                if end in (
+                    EndReason.DONE,
+                    EndReason.FAILED,
+                ):  # the run is over: what it has reported must be written by then
                     self._news.append(("end", telling))
                     self._has_news.set()
                 else:
@@ -400,19 +403,19 @@ class Agent:
                 self._news.append((what, news))
                 self._has_news.set()
 
-    def _kept(self, member: _Member, step: int) -> None:
-        member.board[Word.AGENT_CPU_NS] += time.process_time_ns() - member.sent_at_ns
-        member.board[Word.KEPT_STEP] = step
+    def _kept(self, member: _Worker, step: int) -> None:
+        member.board[Slot.AGENT_CPU_NS] += time.process_time_ns() - member.sent_at_ns
+        member.board[Slot.KEPT_STEP] = step
 
-    async def _bury(self, member: _Member) -> None:
+    async def _bury(self, member: _Worker) -> None:
         """Its socket is closed: it is gone, or about to be. Say so, if it could not."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(member.is_gone.wait(), timeout=0.2)
         if not member.has_said_end:
             member.has_said_end = True
-            await self._tell_end(member, End.BROKEN, step=0, reason="its process was killed", error="")
+            await self._tell_end(member, EndReason.BROKEN, step=0, reason="its process was killed", error="")
 
-    async def _tell_end(self, member: _Member, end: str, **details: Any) -> None:
+    async def _tell_end(self, member: _Worker, end: str, **details: Any) -> None:
         await self._tell(say="ended", generation=member.generation, rank=member.rank, end=str(end), **details)
 
     async def _stop(self, generation: int, *, goes_on: bool) -> None:
@@ -422,7 +425,7 @@ class Agent:
         for member in list(self._members.values()):
             if member.generation <= generation:
                 await member.is_gone.wait()
-        await self._tell(say="stopped", generation=generation, holdings=holdings_record(self._vault.holdings()))
+        await self._tell(say="stopped", generation=generation, holdings=locations_record(self._vault.holdings()))
 
     def _kill(self, generation: int) -> None:
         for member in self._members.values():
@@ -436,7 +439,7 @@ class Agent:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(member.pid, signal.SIGKILL)
 
-    def _living(self) -> dict[int, _Member]:
+    def _living(self) -> dict[int, _Worker]:
         return {rank: member for rank, member in self._members.items() if not member.is_gone.is_set()}
 
     def _dump_stacks(self, generation: int) -> None:
@@ -450,7 +453,7 @@ class Agent:
 
     async def _keep_warm(self) -> None:
         """Have a warm process at all times: where one dies, its ranks have died with it."""
-        pool = self._pool or WarmPool(log=Path(self._setup.run_folder) / "logs" / "warm.log")
+        pool = self._pool or ForkServerPool(log=Path(self._setup.run_folder) / "logs" / "warm.log")
         while True:
             self._warm = pool.take(self._setup.plan_json)
             while (message := await self._warm.receive()) is not None:
@@ -505,7 +508,7 @@ class Agent:
                     self._news.popleft()
                 steps = [news.step for _, news in some if isinstance(news, StepMetrics)]
                 for member in self._members.values() if steps else ():
-                    member.board[Word.RECORDED_STEP] = max(steps)
+                    member.board[Slot.RECORDED_STEP] = max(steps)
 
     def _noticed(self, notice: Notice) -> None:
         self._notices.append(notice)
@@ -522,7 +525,7 @@ class Agent:
             snapshot = self._vault.find(order["generation"], rank)
             if snapshot is None:
                 return None
-            return await persist_part(
+            return await flush_shard(
                 snapshot,
                 step=order["step"],
                 rank=rank,
@@ -560,11 +563,11 @@ def _interface_of(host: str) -> str | None:
     return next((str(name) for name in found if any(entry.address == host for entry in found[name])), None)
 
 
-def _pulse(rank: int, member: _Member) -> list[int]:
+def _pulse(rank: int, member: _Worker) -> list[int]:
     """Rank, milliseconds since it did something, its last step and how long that took, whether it is halted."""
     board = member.board
-    silent_ms = (time.monotonic_ns() - max(board[Word.TICKED_NS], member.born_ns)) // 10**6
-    return [rank, silent_ms, board[Word.STEP], board[Word.STEP_NS], int(_is_halted(member.pid))]
+    silent_ms = (time.monotonic_ns() - max(board[Slot.TICKED_NS], member.born_ns)) // 10**6
+    return [rank, silent_ms, board[Slot.STEP], board[Slot.STEP_NS], int(_is_halted(member.pid))]
 
 
 def _is_halted(pid: int | None) -> bool:

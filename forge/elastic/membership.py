@@ -34,40 +34,40 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from forge.elastic.vocabulary import (
+from forge.elastic.states import (
     Action,
-    Change,
-    Claim,
+    AgentAttached,
+    AgentStopped,
+    ChangeMembership,
+    CheckpointCommitted,
+    ClaimSlots,
     Decision,
-    End,
+    DrainGeneration,
+    DropReplicas,
+    EndReason,
     Event,
-    Fail,
-    Finish,
-    Forget,
-    Formed,
-    GiveBack,
-    Holds,
-    Hung,
-    Leave,
-    Node,
-    NodeCame,
+    FailRun,
+    FinishRun,
+    FlushToStorage,
+    GenerationReady,
+    HangDetected,
+    MemberNode,
+    MembershipState,
     NodeLost,
-    NodeWarm,
-    Noticed,
-    Persist,
+    NodeReady,
     Phase,
+    PreemptionNotice,
     RankEnded,
-    Replace,
-    Saved,
+    ReleaseSlots,
+    ReplaceNode,
+    ReplicasHeld,
     SlotsChanged,
-    Start,
-    State,
-    Stop,
-    Stopped,
-    StopWished,
-    Ticked,
-    Wait,
-    YieldWished,
+    StartGeneration,
+    StopGeneration,
+    StopRequested,
+    Tick,
+    WaitForNodes,
+    YieldRequested,
 )
 
 # Joins within this time of each other are taken together.
@@ -79,55 +79,61 @@ YIELD_S = 15.0
 # Generations in a row that break by themselves before their first step.
 MOST_FAILURES = 3
 # How long a supervisor that was restarted waits for the agents of the generation it finds.
-REUNION_S = 4.0
+RECOVERY_S = 4.0
 _ALIVE = (Phase.FORMING, Phase.TRAINING, Phase.LEAVING)
 
 
-def decide(state: State, event: Event, *, now: float) -> Decision:
+def decide(state: MembershipState, event: Event, *, now: float) -> Decision:
     """What follows from one event."""
     if state.phase is Phase.DONE:
         return state, ()
     match event:
-        case NodeCame():
+        case AgentAttached():
             return _came(state, event, now)
-        case NodeWarm(node=name, is_warm=is_warm) if name in state.nodes:
+        case NodeReady(node=name, is_warm=is_warm) if name in state.nodes:
             return _look(_with_node(state, name, is_warm=is_warm), now)
         case NodeLost(node=name, reason=reason) if name in state.nodes:
             return _lost(state, name, reason, now)
         case SlotsChanged(node=name) if name in state.nodes:
-            return _look(_with_node(state, name, num_slots=event.num_slots, num_firm=event.num_firm), now)
-        case Noticed(node=name, goes_at=goes_at) if name in state.nodes:
-            return _noticed(state, name, goes_at, now)
-        case Holds(node=name, holdings=holdings) if name in state.nodes:
+            return _look(
+                _with_node(state, name, num_slots=event.num_slots, num_guaranteed=event.num_guaranteed), now
+            )
+        case PreemptionNotice(node=name, preempted_at=preempted_at) if name in state.nodes:
+            return _noticed(state, name, preempted_at, now)
+        case ReplicasHeld(node=name, holdings=holdings) if name in state.nodes:
             state = _with_node(state, name, holdings=holdings)
             # That it has formed may have been said while the connection was away; no snapshot is older than that.
             if state.phase is Phase.FORMING and any(h.generation == state.generation for h in holdings):
                 state = _formed(state)
             return state, ()
-        case Formed(generation=generation) if generation == state.generation and state.phase is Phase.FORMING:
+        case GenerationReady(generation=generation) if (
+            generation == state.generation and state.phase is Phase.FORMING
+        ):
             return _look(_formed(state), now)
         case RankEnded(generation=generation) if generation == state.generation and state.places:
             return _ended(state, event, now)
-        case Stopped(node=name, generation=generation, holdings=holdings) if name in state.nodes:
+        case AgentStopped(node=name, generation=generation, holdings=holdings) if name in state.nodes:
             state = _with_node(state, name, holdings=holdings)
             is_all = generation >= state.generation
             return _look(replace(state, unanswered=state.unanswered - {name}) if is_all else state, now)
-        case Hung() if event.generation == state.generation and state.phase in _ALIVE:
+        case HangDetected() if event.generation == state.generation and state.phase in _ALIVE:
             return _hung(state, event, now)
-        case Saved(step=step):
+        case CheckpointCommitted(step=step):
             return _look(replace(state, stored_step=max(step, state.stored_step)), now)
-        case StopWished():
+        case StopRequested():
             return _look(replace(state, is_stopping=True), now)
-        case YieldWished() if state.reunites_until is None:  # it does not know yet what it uses; it is asked again
+        case YieldRequested() if (
+            state.recovery_deadline is None
+        ):  # it does not know yet what it uses; it is asked again
             return _yield(state, now)
-        case Ticked(margin_s=margin_s):
+        case Tick(margin_s=margin_s):
             state, forgets = _forget(state if margin_s is None else replace(state, margin_s=margin_s))
             state, actions = _look(state, now)
             return state, (*forgets, *actions)
     return state, ()
 
 
-def newest_whole(state: State) -> tuple[int, int, int] | None:
+def newest_whole(state: MembershipState) -> tuple[int, int, int] | None:
     """(step, generation, world size) of the newest step whose every rank's snapshot is in some machine's memory."""
     held: dict[tuple[int, int, int], set[int]] = {}
     for node in state.nodes.values():
@@ -139,12 +145,12 @@ def newest_whole(state: State) -> tuple[int, int, int] | None:
 # --- what each event leads to -------------------------------------------------------------------------------
 
 
-def _came(state: State, event: NodeCame, now: float) -> Decision:
+def _came(state: MembershipState, event: AgentAttached, now: float) -> Decision:
     name, running = event.node, set(event.places)
     node = replace(
-        state.nodes.get(name) or Node(num_slots=event.num_slots),
+        state.nodes.get(name) or MemberNode(num_slots=event.num_slots),
         num_slots=event.num_slots,
-        num_firm=event.num_firm,
+        num_guaranteed=event.num_guaranteed,
         is_warm=event.is_warm,
         holdings=event.holdings,
     )
@@ -156,10 +162,10 @@ def _came(state: State, event: NodeCame, now: float) -> Decision:
         persisting=None if name in state.nodes else state.persisting,
     )
     stops: tuple[Action, ...] = ()
-    is_searching = state.phase is Phase.WAITING or state.reunites_until is not None
+    is_searching = state.phase is Phase.WAITING or state.recovery_deadline is not None
     if running and is_searching and event.generation > state.generation:
         state, stops = _adopt(state, event, now)
-    if state.reunites_until is not None and event.generation == state.generation:
+    if state.recovery_deadline is not None and event.generation == state.generation:
         places = tuple(name if rank in running else place for rank, place in enumerate(state.places))
         state = replace(state, places=places)
     ranks = {rank for rank, place in enumerate(state.places) if place == name and state.phase in _ALIVE}
@@ -169,12 +175,12 @@ def _came(state: State, event: NodeCame, now: float) -> Decision:
     if (running and not ranks) or name in state.unanswered:
         state = replace(state, unanswered=state.unanswered | {name})
         newest = max(state.generation, event.generation)
-        return state, (*stops, Stop(node=name, generation=newest, goes_on=state.phase in _ALIVE))
+        return state, (*stops, StopGeneration(node=name, generation=newest, goes_on=state.phase in _ALIVE))
     state, actions = _look(state, now)
     return state, (*stops, *actions)
 
 
-def _adopt(state: State, event: NodeCame, now: float) -> Decision:
+def _adopt(state: MembershipState, event: AgentAttached, now: float) -> Decision:
     """A supervisor that was restarted finds a generation at work, if need be a newer one than it found before."""
     strangers = state.unanswered | set(_members(state))
     state = replace(
@@ -184,12 +190,14 @@ def _adopt(state: State, event: NodeCame, now: float) -> Decision:
         places=("",) * next(iter(event.places.values())),
         unanswered=strangers,
         ended=frozenset(),
-        reunites_until=state.reunites_until or now + REUNION_S,
+        recovery_deadline=state.recovery_deadline or now + RECOVERY_S,
     )
-    return state, tuple(Stop(node=name, generation=event.generation, goes_on=True) for name in sorted(strangers))
+    return state, tuple(
+        StopGeneration(node=name, generation=event.generation, goes_on=True) for name in sorted(strangers)
+    )
 
 
-def _lost(state: State, name: str, reason: str, now: float) -> Decision:
+def _lost(state: MembershipState, name: str, reason: str, now: float) -> Decision:
     nodes = {key: node for key, node in state.nodes.items() if key != name}
     state = replace(state, nodes=nodes, unanswered=state.unanswered - {name}, has_lost=True, persisting=None)
     if state.phase in _ALIVE and name in state.places:
@@ -199,25 +207,25 @@ def _lost(state: State, name: str, reason: str, now: float) -> Decision:
     return _look(state, now)
 
 
-def _noticed(state: State, name: str, goes_at: float, now: float) -> Decision:
-    known = state.nodes[name].goes_at
-    state = _with_node(state, name, goes_at=goes_at if known is None else min(known, goes_at))
+def _noticed(state: MembershipState, name: str, preempted_at: float, now: float) -> Decision:
+    known = state.nodes[name].preempted_at
+    state = _with_node(state, name, preempted_at=preempted_at if known is None else min(known, preempted_at))
     state, actions = _look(state, now)
-    return state, ((Replace(node=name),) if known is None else ()) + actions
+    return state, ((ReplaceNode(node=name),) if known is None else ()) + actions
 
 
-def _ended(state: State, event: RankEnded, now: float) -> Decision:
-    if event.end is End.FAILED:
-        stops = tuple(Stop(node=name, generation=state.generation) for name in _members(state))
-        return replace(state, phase=Phase.DONE), (*stops, Fail(error=event.error, reason=event.reason))
+def _ended(state: MembershipState, event: RankEnded, now: float) -> Decision:
+    if event.end is EndReason.FAILED:
+        stops = tuple(StopGeneration(node=name, generation=state.generation) for name in _members(state))
+        return replace(state, phase=Phase.DONE), (*stops, FailRun(error=event.error, reason=event.reason))
     state = replace(state, ended=state.ended | {event.rank})
-    if event.end is End.DONE:
+    if event.end is EndReason.DONE:
         state = replace(state, done_step=event.step)
     if state.done_step is not None:
         return _settle_done(state, now)
     if state.phase is Phase.STOPPING:
         return state, ()
-    if event.end is End.LEFT:
+    if event.end is EndReason.LEFT:
         if len(state.ended) < len(state.places):
             return state, ()
         return _stop(state, now)  # all have left: nothing is lost
@@ -225,26 +233,26 @@ def _ended(state: State, event: RankEnded, now: float) -> Decision:
     return _break(state, now, cause="failure", reason=f"rank {event.rank} on {place} broke: {event.reason}")
 
 
-def _settle_done(state: State, now: float) -> Decision:
+def _settle_done(state: MembershipState, now: float) -> Decision:
     """The last checkpoint is sealed: the run is over once every rank has ended or is lost."""
     left = [r for r, name in enumerate(state.places) if r not in state.ended and name in state.nodes]
     return (state, ()) if left else _conclude(state, now)
 
 
-def _conclude(state: State, now: float) -> Decision:
+def _conclude(state: MembershipState, now: float) -> Decision:
     """The end; but for a run that was stopped before it reached what a machine has brought back since."""
     assert state.done_step is not None
     found = newest_whole(state)
     if state.is_stopping and found is not None and found[0] > state.done_step:
         return _stop(replace(state, done_step=None, stored_step=max(state.stored_step, state.done_step)), now)
-    return replace(state, phase=Phase.DONE), (Finish(step=state.done_step),)
+    return replace(state, phase=Phase.DONE), (FinishRun(step=state.done_step),)
 
 
-def _hung(state: State, event: Hung, now: float) -> Decision:
+def _hung(state: MembershipState, event: HangDetected, now: float) -> Decision:
     name = state.places[event.rank] if event.rank < len(state.places) else ""
     if name in state.nodes:
         node = state.nodes[name]
-        state = _with_node(state, name, benched_until=(*_still(node.benched_until, now), now + BENCH_S))
+        state = _with_node(state, name, quarantined_until=(*_still(node.quarantined_until, now), now + BENCH_S))
     return _break(
         state,
         now,
@@ -254,24 +262,24 @@ def _hung(state: State, event: Hung, now: float) -> Decision:
     )
 
 
-def _yield(state: State, now: float) -> Decision:
+def _yield(state: MembershipState, now: float) -> Decision:
     used = len(state.places)
     state = replace(state, yields_until=now + YIELD_S)
     if state.phase is Phase.TRAINING and used > state.low and not state.is_stopping:
         return _leave(state, now, cause="yield", reason="another run waits for its smallest number of workers")
-    return state, (GiveBack(),)
+    return state, (ReleaseSlots(),)
 
 
 # --- looking at the whole -----------------------------------------------------------------------------------
 
 
-def _look(state: State, now: float) -> Decision:
+def _look(state: MembershipState, now: float) -> Decision:
     """What the state of things asks for, whatever has happened."""
-    if state.reunites_until is not None:
+    if state.recovery_deadline is not None:
         return _reunite(state, now)
     if 0 < state.yields_until <= now:  # whoever waited has had its time; what is free again may be taken
         state, actions = _look(replace(state, yields_until=0.0), now)
-        return state, (Claim(), *actions)
+        return state, (ClaimSlots(), *actions)
     if state.phase is Phase.WAITING:
         return _wait(state, now)
     if state.phase is Phase.STOPPING and not state.unanswered:
@@ -284,12 +292,12 @@ def _look(state: State, now: float) -> Decision:
     return _grow(state, now)
 
 
-def _reunite(state: State, now: float) -> Decision:
-    assert state.reunites_until is not None
+def _reunite(state: MembershipState, now: float) -> Decision:
+    assert state.recovery_deadline is not None
     is_whole = bool(state.places) and all(state.places)
-    if not is_whole and now < state.reunites_until:
+    if not is_whole and now < state.recovery_deadline:
         return state, ()
-    state = replace(state, reunites_until=None)
+    state = replace(state, recovery_deadline=None)
     if is_whole:
         return _look(state, now)
     if not state.places:
@@ -297,10 +305,10 @@ def _reunite(state: State, now: float) -> Decision:
     return _break(state, now, cause="loss", reason="an agent did not come back while the supervisor was away")
 
 
-def _grow(state: State, now: float) -> Decision:
+def _grow(state: MembershipState, now: float) -> Decision:
     """Take in machines that are ready: soon after they came, or at once where one has to be replaced."""
-    doomed = [name for name in _members(state) if state.nodes[name].goes_at is not None]
-    staying = [node for node in state.nodes.values() if node.goes_at is None]
+    doomed = [name for name in _members(state) if state.nodes[name].preempted_at is not None]
+    staying = [node for node in state.nodes.values() if node.preempted_at is None]
     could = min(_limit(state, now), sum(node.room(now, margin_s=state.margin_s) for node in staying))
     if doomed and could >= len(state.places):
         return _leave(state, now, cause="notice", reason=f"node {doomed[0]} is replaced")
@@ -314,77 +322,80 @@ def _grow(state: State, now: float) -> Decision:
     return _leave(state, now, cause="growth", reason=f"{more} more worker{'s' * (more > 1)} ready")
 
 
-def _leave(state: State, now: float, *, cause: str, reason: str) -> Decision:
-    change = Change(generation=state.generation, cause=cause, reason=reason)
-    return replace(state, phase=Phase.LEAVING, joins_at=None), (change, Leave(generation=state.generation))
+def _leave(state: MembershipState, now: float, *, cause: str, reason: str) -> Decision:
+    change = ChangeMembership(generation=state.generation, cause=cause, reason=reason)
+    return replace(state, phase=Phase.LEAVING, joins_at=None), (
+        change,
+        DrainGeneration(generation=state.generation),
+    )
 
 
-def _break(state: State, now: float, *, cause: str, reason: str, silent_s: float = 0.0) -> Decision:
+def _break(state: MembershipState, now: float, *, cause: str, reason: str, silent_s: float = 0.0) -> Decision:
     """A generation cannot go on: stop what is left of it."""
     if state.phase is Phase.FORMING and cause != "loss":
         state = replace(state, failure=reason)
-    change = Change(generation=state.generation, cause=cause, reason=reason, silent_s=silent_s)
+    change = ChangeMembership(generation=state.generation, cause=cause, reason=reason, silent_s=silent_s)
     # A change that was announced already is not announced again because its ranks break instead of leaving.
     announced = () if state.phase is Phase.LEAVING else (change,)
     state, actions = _stop(state, now)
     return state, (*announced, *actions)
 
 
-def _stop(state: State, now: float) -> Decision:
+def _stop(state: MembershipState, now: float) -> Decision:
     """Have no rank left. Machines without any are asked too: they may hold newer copies than they have told of."""
     state = replace(
-        state, phase=Phase.STOPPING, unanswered=frozenset(state.nodes), joins_at=None, reunites_until=None
+        state, phase=Phase.STOPPING, unanswered=frozenset(state.nodes), joins_at=None, recovery_deadline=None
     )
-    stops = tuple(Stop(node=name, generation=state.generation) for name in state.nodes)
+    stops = tuple(StopGeneration(node=name, generation=state.generation) for name in state.nodes)
     state, actions = _look(state, now)
     return state, (*stops, *actions)
 
 
-def _follow(state: State, now: float) -> Decision:
+def _follow(state: MembershipState, now: float) -> Decision:
     """No rank of the generation is left anywhere: form the next, or say what is waited for."""
     if state.done_step is not None:
         return _conclude(state, now)
     num_failures = state.num_failures + bool(state.failure and not state.has_lost)
     if num_failures >= MOST_FAILURES:
         reason = f"{num_failures} generations in a row broke before their first step; the last: {state.failure}"
-        return replace(state, phase=Phase.DONE), (Fail(error="RunError", reason=reason),)
+        return replace(state, phase=Phase.DONE), (FailRun(error="RunError", reason=reason),)
     former = len(state.places)
     state = replace(state, phase=Phase.WAITING, num_failures=num_failures, failure="", places=(), ended=frozenset())
     state, actions = _wait(replace(state, persisting=None), now, former=former)
     if state.phase is not Phase.WAITING:
         return state, actions
-    return state, (Wait(have=_available(state, now), need=state.low), *actions)
+    return state, (WaitForNodes(have=_available(state, now), need=state.low), *actions)
 
 
-def _wait(state: State, now: float, *, former: int = 0) -> Decision:
+def _wait(state: MembershipState, now: float, *, former: int = 0) -> Decision:
     """No ranks are there: form a generation as soon as that can be; until then, leave nothing in memory alone."""
     found = newest_whole(state)
     unsaved = found if found is not None and found[0] > state.stored_step else None
     if state.is_stopping and unsaved is None:
-        return replace(state, phase=Phase.DONE), (Finish(step=state.stored_step),)
+        return replace(state, phase=Phase.DONE), (FinishRun(step=state.stored_step),)
     if not state.unanswered and _available(state, now) >= state.low:
         return _form(state, now, former=former)
     if unsaved is None or unsaved == state.persisting:
         return state, ()
     step, generation, world_size = unsaved
-    persist = Persist(step=step, generation=generation, world_size=world_size)
+    persist = FlushToStorage(step=step, generation=generation, world_size=world_size)
     return replace(state, persisting=unsaved), (persist,)
 
 
-def _form(state: State, now: float, *, former: int = 0) -> Decision:
+def _form(state: MembershipState, now: float, *, former: int = 0) -> Decision:
     """Start a generation, from memory if that is as new as storage.
 
     Args:
         former: the size of the one before. A machine that was given notice is left out where that size is
             reached without it: it would only have to be left out later.
     """
-    staying = {name: node for name, node in state.nodes.items() if node.goes_at is None}
+    staying = {name: node for name, node in state.nodes.items() if node.preempted_at is None}
     without_going = _places(replace(state, nodes=staying), now)
     is_enough = former and len(without_going) >= max(state.low, min(former, _limit(state, now)))
     places = without_going if is_enough else _places(state, now)
     found = newest_whole(state)
     from_memory = found is not None and found[0] >= state.stored_step
-    start = Start(
+    start = StartGeneration(
         generation=max(state.generation, state.former_generation) + 1,
         places=places,
         step=found[0] if found and from_memory else state.stored_step,
@@ -400,10 +411,10 @@ def _form(state: State, now: float, *, former: int = 0) -> Decision:
         joins_at=None,
     )
     yields = now < state.yields_until
-    return state, (start, *((GiveBack(),) if yields else ()))
+    return state, (start, *((ReleaseSlots(),) if yields else ()))
 
 
-def _places(state: State, now: float) -> tuple[str, ...]:
+def _places(state: MembershipState, now: float) -> tuple[str, ...]:
     """A node for each rank: machines that hold snapshots first, so that little has to travel.
 
     While places are given back to another run, the firm ones come first.
@@ -415,50 +426,50 @@ def _places(state: State, now: float) -> tuple[str, ...]:
     taken = dict.fromkeys(order, 0)
     for is_firm in (True, False) if now < state.yields_until else (False,):
         for name in order:
-            most = min(room[name], state.nodes[name].num_firm) if is_firm else room[name]
+            most = min(room[name], state.nodes[name].num_guaranteed) if is_firm else room[name]
             taken[name] += max(0, min(most - taken[name], size - sum(taken.values())))
     return tuple(name for name in order for _ in range(taken[name]))
 
 
-def _newest_step(node: Node) -> int:
+def _newest_step(node: MemberNode) -> int:
     return max((holding.step for holding in node.holdings), default=-1)
 
 
-def _available(state: State, now: float) -> int:
+def _available(state: MembershipState, now: float) -> int:
     """Places for ranks. One that hung is left out, unless the run could not go on without it."""
     room = _room(state, now, benches=True)
     return room if room >= state.low else _room(state, now, benches=False)
 
 
-def _room(state: State, now: float, *, benches: bool) -> int:
+def _room(state: MembershipState, now: float, *, benches: bool) -> int:
     return sum(node.room(now, margin_s=state.margin_s, benches=benches) for node in state.nodes.values())
 
 
-def _limit(state: State, now: float) -> int:
+def _limit(state: MembershipState, now: float) -> int:
     return state.low if now < state.yields_until else state.high
 
 
-def _is_going(state: State, name: str, now: float) -> bool:
-    goes_at = state.nodes[name].goes_at
-    return goes_at is not None and goes_at - now <= state.margin_s
+def _is_going(state: MembershipState, name: str, now: float) -> bool:
+    preempted_at = state.nodes[name].preempted_at
+    return preempted_at is not None and preempted_at - now <= state.margin_s
 
 
-def _members(state: State) -> list[str]:
+def _members(state: MembershipState) -> list[str]:
     """The nodes of the generation that are still there."""
     return [name for name in dict.fromkeys(state.places) if name in state.nodes]
 
 
-def _forget(state: State) -> Decision:
+def _forget(state: MembershipState) -> Decision:
     """Once a generation's own snapshots are whole, those of the ones before it are of no use."""
     if state.phase is not Phase.TRAINING or state.forgotten >= state.generation:
         return state, ()
     found = newest_whole(state)
     if found is None or found[1] != state.generation:
         return state, ()
-    return replace(state, forgotten=state.generation), (Forget(generation=state.generation),)
+    return replace(state, forgotten=state.generation), (DropReplicas(generation=state.generation),)
 
 
-def _formed(state: State) -> State:
+def _formed(state: MembershipState) -> MembershipState:
     return replace(state, phase=Phase.TRAINING, num_failures=0)
 
 
@@ -466,6 +477,6 @@ def _still(until: tuple[float, ...], now: float) -> tuple[float, ...]:
     return tuple(moment for moment in until if moment > now)
 
 
-def _with_node(state: State, name: str, **changes: object) -> State:
+def _with_node(state: MembershipState, name: str, **changes: object) -> MembershipState:
     node = replace(state.nodes[name], **changes)  # type: ignore[arg-type]
     return replace(state, nodes={**state.nodes, name: node})

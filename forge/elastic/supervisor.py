@@ -18,62 +18,62 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from forge.elastic.channel import Channel, Endpoint, Listener, Message
-from forge.elastic.cost import Meter
-from forge.elastic.membership import REUNION_S, decide, newest_whole
-from forge.elastic.orders import Link, persist_orders, spare_of, start_orders
-from forge.elastic.pulse import Pulses, StepTimes
-from forge.elastic.vault import holdings_from_record
-from forge.elastic.vocabulary import (
+from forge.checkpoint.manifest import step_name
+from forge.checkpoint.writer_process import MEMBERSHIP_DIGITS
+from forge.elastic.commands import AgentConnection, flush_commands, spare_of, start_commands
+from forge.elastic.hang_detector import HangDetector, StepTimes
+from forge.elastic.membership import RECOVERY_S, decide, newest_whole
+from forge.elastic.replicas.store import locations_from_record
+from forge.elastic.rpc import Channel, Endpoint, Listener, Message
+from forge.elastic.states import (
     Action,
-    Change,
-    Claim,
-    End,
+    AgentAttached,
+    AgentStopped,
+    ChangeMembership,
+    CheckpointCommitted,
+    ClaimSlots,
+    DrainGeneration,
+    DropReplicas,
+    EndReason,
     Event,
-    Fail,
-    Finish,
-    Forget,
-    Formed,
-    GiveBack,
-    Holds,
-    Hung,
-    Leave,
-    NodeCame,
+    FailRun,
+    FinishRun,
+    FlushToStorage,
+    GenerationReady,
+    HangDetected,
+    MembershipState,
     NodeLost,
-    NodeWarm,
-    Noticed,
-    Persist,
+    NodeReady,
     Phase,
+    PreemptionNotice,
     RankEnded,
-    Replace,
-    Saved,
+    ReleaseSlots,
+    ReplaceNode,
+    ReplicasHeld,
     SlotsChanged,
-    Start,
-    State,
-    Stop,
-    Stopped,
-    StopWished,
-    Ticked,
-    Wait,
-    YieldWished,
+    StartGeneration,
+    StopGeneration,
+    StopRequested,
+    Tick,
+    WaitForNodes,
+    YieldRequested,
 )
 from forge.events import (
-    ChangeBegan,
     CheckpointFailed,
     CheckpointSaved,
-    CostCounted,
-    GenerationFormed,
-    GenerationForming,
+    CostUpdated,
+    GenerationStarted,
+    GenerationStarting,
+    MembershipChangeStarted,
     NodeJoined,
     NodeLeft,
-    NoticeReceived,
+    PreemptionNoticeReceived,
     RankHung,
-    RankPlace,
+    RankLocation,
     WaitingForMachines,
 )
 from forge.events import Event as News
-from forge.train.manifest import step_name
-from forge.train.saver import MEMBERSHIP_DIGITS
+from forge.pricing.budget import CostMeter
 
 _TICK_S = 0.1
 # Heartbeats of all agents together, a second.
@@ -97,7 +97,7 @@ _PERSIST_AGAIN_S = 5.0
 _SAME_S = 1.0
 
 
-class Claims(Protocol):
+class Placement(Protocol):
     """The places that the cluster gives a run, and the agents on them."""
 
     def places_of(self, node: str) -> tuple[int, int] | None:
@@ -135,7 +135,7 @@ class _Generation:
     """What is known of the generation beyond its places."""
 
     pids: dict[int, int] = field(default_factory=dict)
-    pulses: Pulses = field(default_factory=Pulses)
+    pulses: HangDetector = field(default_factory=HangDetector)
     is_accused: bool = False
     """A rank of it was found to hang; its stacks are being written."""
 
@@ -145,12 +145,12 @@ class Supervisor:
 
     def __init__(
         self,
-        state: State,
+        state: MembershipState,
         *,
-        claims: Claims,
+        claims: Placement,
         tell: Callable[[News], None],
         checkpoints: str,
-        meter: Meter,
+        meter: CostMeter,
         former_generation: int = 0,
         stored_step: int = 0,
         is_restarted: bool = False,
@@ -171,11 +171,11 @@ class Supervisor:
             state,
             former_generation=former_generation,
             stored_step=stored_step,
-            reunites_until=clock() + REUNION_S if is_restarted else None,
+            recovery_deadline=clock() + RECOVERY_S if is_restarted else None,
         )
         self._claims, self._tell, self._checkpoints, self._clock = claims, tell, checkpoints, clock
         self._meter, self._stop_reason = meter, ""
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, AgentConnection] = {}
         self._generation = _Generation()
         self._findings, self._has_formed = findings, is_restarted
         self._holdings: dict[str, list[list[int]]] = {}
@@ -191,7 +191,7 @@ class Supervisor:
 
     @property
     def findings(self) -> Message | None:
-        """What is known of model and machines; see `forge.train.rank.Findings`."""
+        """What is known of model and machines; see `forge.train.worker.Findings`."""
         return self._findings
 
     def listen(self, *, host: str, secret: bytes) -> Endpoint:
@@ -202,26 +202,26 @@ class Supervisor:
 
     def stop(self) -> None:
         """Checkpoint, then end the run."""
-        self.apply(StopWished())
+        self.apply(StopRequested())
         self._wish("STOP")
 
     def yield_places(self) -> None:
         """Another run waits for its smallest number of workers."""
-        self.apply(YieldWished())
+        self.apply(YieldRequested())
 
-    def granted(self, node: str, *, num_slots: int, num_firm: int, devices: Sequence[str]) -> None:
+    def granted(self, node: str, *, num_slots: int, num_guaranteed: int, devices: Sequence[str]) -> None:
         """The cluster has changed its mind about how many ranks fit on a node, and on which devices."""
         self._send(node, {"do": "devices", "devices": list(devices)})
-        self.apply(SlotsChanged(node=node, num_slots=num_slots, num_firm=num_firm))
+        self.apply(SlotsChanged(node=node, num_slots=num_slots, num_guaranteed=num_guaranteed))
 
     def noticed(self, node: str, *, source: str, seconds_left: float | None) -> None:
         """A machine will be taken away; may be said again and again."""
-        goes_at = self._clock() + (seconds_left or 0.0)
+        preempted_at = self._clock() + (seconds_left or 0.0)
         known = self.state.nodes.get(node)
-        if known is None or (known.goes_at is not None and goes_at > known.goes_at - _SAME_S):
+        if known is None or (known.preempted_at is not None and preempted_at > known.preempted_at - _SAME_S):
             return
-        self._tell(NoticeReceived(node=node, source=source, seconds_left=seconds_left))
-        self.apply(Noticed(node=node, goes_at=goes_at))
+        self._tell(PreemptionNoticeReceived(node=node, source=source, seconds_left=seconds_left))
+        self.apply(PreemptionNotice(node=node, preempted_at=preempted_at))
 
     def close(self) -> None:
         """Send all agents home."""
@@ -232,7 +232,7 @@ class Supervisor:
 
     # --- what comes in
 
-    def attach(self, link: Link, hello: Message) -> None:
+    def attach(self, link: AgentConnection, hello: Message) -> None:
         """An agent has connected."""
         former = self._links.pop(link.node, None)
         if former is not None:
@@ -246,14 +246,17 @@ class Supervisor:
         self._meter.came(link.node, host=link.host, usd_per_hour=hello["usd_per_hour"])
         self._holdings[link.node] = hello["holdings"]
         self._findings = self._findings or hello["findings"]
-        num_slots, num_firm = self._claims.places_of(link.node) or (hello["num_slots"], hello["num_firm"])
+        num_slots, num_guaranteed = self._claims.places_of(link.node) or (
+            hello["num_slots"],
+            hello["num_guaranteed"],
+        )
         self.apply(
-            NodeCame(
+            AgentAttached(
                 node=link.node,
                 num_slots=num_slots,
-                num_firm=num_firm,
+                num_guaranteed=num_guaranteed,
                 is_warm=hello["is_warm"],
-                holdings=holdings_from_record(hello["holdings"]),
+                holdings=locations_from_record(hello["holdings"]),
                 generation=hello["generation"],
                 places={int(rank): size for rank, size in hello["places"].items()},
             )
@@ -267,7 +270,7 @@ class Supervisor:
         if self.state.is_stopping:
             self._wish("STOP")
 
-    def detach(self, link: Link, reason: str) -> None:
+    def detach(self, link: AgentConnection, reason: str) -> None:
         """An agent's connection is closed."""
         if self._links.get(link.node) is not link:
             return
@@ -284,7 +287,7 @@ class Supervisor:
         if len(places) == 1 and self.state.phase in (Phase.FORMING, Phase.TRAINING, Phase.LEAVING):
             self._replace_spare(*places)
 
-    def receive(self, link: Link, message: Message) -> None:
+    def receive(self, link: AgentConnection, message: Message) -> None:
         """An agent has said something."""
         node, now = link.node, self._clock()
         link.heard_at = now
@@ -292,7 +295,7 @@ class Supervisor:
             case "beat":
                 self._beat(link, message, now)
             case "warm":
-                self.apply(NodeWarm(node=node, is_warm=message["is_warm"]))
+                self.apply(NodeReady(node=node, is_warm=message["is_warm"]))
                 if message["is_warm"]:
                     self._tell_joined(node)
             case "forked":
@@ -307,7 +310,7 @@ class Supervisor:
                     RankEnded(
                         generation=message["generation"],
                         rank=message["rank"],
-                        end=End(message["end"]),
+                        end=EndReason(message["end"]),
                         step=message["step"],
                         reason=message["reason"],
                         error=message["error"] or "RunError",
@@ -315,14 +318,14 @@ class Supervisor:
                 )
             case "stopped":
                 self._holdings[node] = message["holdings"]
-                holdings = holdings_from_record(message["holdings"])
-                self.apply(Stopped(node=node, generation=message["generation"], holdings=holdings))
+                holdings = locations_from_record(message["holdings"])
+                self.apply(AgentStopped(node=node, generation=message["generation"], holdings=holdings))
             case "notice":
                 self._notice(link, message)
             case "store":
                 link.store_port = message["port"]
             case "saved":
-                self.apply(Saved(step=message["step"]))
+                self.apply(CheckpointCommitted(step=message["step"]))
             case "persisted":
                 self._persisted(message)
 
@@ -338,7 +341,7 @@ class Supervisor:
         hello = await channel.receive()
         if hello.get("say") != "hello":
             return
-        link = Link(
+        link = AgentConnection(
             node=hello["node"],
             host=hello["host"],
             endpoint=tuple(hello["endpoint"]),
@@ -355,7 +358,7 @@ class Supervisor:
         finally:
             self.detach(link, "its connection closed")
 
-    def _beat(self, link: Link, message: Message, now: float) -> None:
+    def _beat(self, link: AgentConnection, message: Message, now: float) -> None:
         if message["generation"] == self.state.generation:
             for rank, silent_ms, step, step_ns, is_halted in message["ranks"]:
                 silent_s = silent_ms / 1000
@@ -363,27 +366,29 @@ class Supervisor:
                 self._steps.hear(step, step_ns / 1e9)
         if "holdings" in message:
             self._holdings[link.node] = message["holdings"]
-            self.apply(Holds(node=link.node, holdings=holdings_from_record(message["holdings"])))
+            self.apply(ReplicasHeld(node=link.node, holdings=locations_from_record(message["holdings"])))
 
-    def _notice(self, link: Link, message: Message) -> None:
+    def _notice(self, link: AgentConnection, message: Message) -> None:
         left_s = message["seconds_left"]
         if message["is_certain"]:
             self.noticed(link.node, source=message["source"], seconds_left=left_s)
         else:  # only a risk: have another machine ready
             source = message["source"]
-            self._tell(NoticeReceived(node=link.node, source=source, seconds_left=left_s, is_certain=False))
+            self._tell(
+                PreemptionNoticeReceived(node=link.node, source=source, seconds_left=left_s, is_certain=False)
+            )
             self._claims.replace(link.node, seconds_left=None)
 
     def _formed(self, formed: Message) -> None:
         if formed["generation"] != self.state.generation:
             return
         ranks = tuple(
-            RankPlace(rank=rank, node=node, pid=self._generation.pids.get(rank, 0))
+            RankLocation(rank=rank, node=node, pid=self._generation.pids.get(rank, 0))
             for rank, node in enumerate(self.state.places)
         )
-        self._tell(GenerationFormed(**formed | {"ranks": ranks}))
+        self._tell(GenerationStarted(**formed | {"ranks": ranks}))
         self._has_formed = True
-        self.apply(Formed(generation=formed["generation"]))
+        self.apply(GenerationReady(generation=formed["generation"]))
 
     def _persisted(self, message: Message) -> None:
         began = self._persists.pop(message["step"], self._clock())
@@ -402,14 +407,14 @@ class Supervisor:
                 stall_s=0.0,
             )
         )
-        self.apply(Saved(step=message["step"]))
+        self.apply(CheckpointCommitted(step=message["step"]))
 
     async def _persist_again(self) -> None:
         """Storage that fails may be back soon; nothing is lost meanwhile."""
         await asyncio.sleep(_PERSIST_AGAIN_S)
         found = newest_whole(self.state)
         if self.state.phase is Phase.WAITING and found is not None and found[0] > self.state.stored_step:
-            self._persist(Persist(step=found[0], generation=found[1], world_size=found[2]))
+            self._persist(FlushToStorage(step=found[0], generation=found[1], world_size=found[2]))
 
     def _tell_joined(self, node: str) -> None:
         if node not in self._joined and node in self._links:
@@ -438,7 +443,7 @@ class Supervisor:
             self.detach(link, f"not heard of for {now - link.heard_at:.1f} s")
         self._look_for_hang(now)
         self._look_at_cost(now)
-        self.apply(Ticked(margin_s=2 * self._steps.long_s + self._leave_s))
+        self.apply(Tick(margin_s=2 * self._steps.long_s + self._leave_s))
 
     def _look_for_hang(self, now: float) -> None:
         generation = self._generation
@@ -458,7 +463,7 @@ class Supervisor:
         """Stop, with a checkpoint, when the run costs more than it may."""
         self._meter.count(now)
         if self._meter.is_news(now):
-            self._tell(CostCounted(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour))
+            self._tell(CostUpdated(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour))
         if not self.state.is_stopping and (complaint := self._meter.complaint()):
             self._stop_reason = complaint
             self.stop()
@@ -468,7 +473,7 @@ class Supervisor:
         if generation == self.state.generation and rank < len(self.state.places):
             place = self.state.places[rank]
             self._tell(RankHung(generation=generation, rank=rank, node=place, silent_s=silent_s))
-        self.apply(Hung(generation=generation, rank=rank, silent_s=silent_s))
+        self.apply(HangDetected(generation=generation, rank=rank, silent_s=silent_s))
 
     def _pace(self) -> None:
         """Many agents speak less often."""
@@ -482,47 +487,47 @@ class Supervisor:
     def _perform(self, action: Action, *, decided_in_s: float) -> None:
         now = self._clock()
         match action:
-            case Start():
+            case StartGeneration():
                 self._start(action, decided_in_s=decided_in_s)
-            case Stop():
+            case StopGeneration():
                 stop = {"do": "stop", "generation": action.generation, "goes_on": action.goes_on}
                 self._send(action.node, stop)
-            case Leave():
+            case DrainGeneration():
                 self._wish("LEAVE")
-            case Forget():
+            case DropReplicas():
                 self._broadcast({"do": "forget", "generation": action.generation})
-            case Persist():
+            case FlushToStorage():
                 self._persist(action)
-            case Wait():
+            case WaitForNodes():
                 self._tell(WaitingForMachines(have=action.have, need=action.need))
-            case Change():
+            case ChangeMembership():
                 self._changed_at = now
                 self._tell(
-                    ChangeBegan(
+                    MembershipChangeStarted(
                         generation=action.generation,
                         cause=action.cause,
                         reason=action.reason,
                         seconds_since_cause=action.silent_s,
                     )
                 )
-            case Replace():
-                goes_at = self.state.nodes[action.node].goes_at
-                self._claims.replace(action.node, seconds_left=None if goes_at is None else goes_at - now)
-            case GiveBack():
+            case ReplaceNode():
+                preempted_at = self.state.nodes[action.node].preempted_at
+                self._claims.replace(action.node, seconds_left=None if preempted_at is None else preempted_at - now)
+            case ReleaseSlots():
                 self._claims.use(Counter(self.state.places))
                 self._claims.give_back()
-            case Claim():
+            case ClaimSlots():
                 self._claims.claim()
-            case Finish():
+            case FinishRun():
                 self._end(Outcome(step=action.step, reason=self._stop_reason))
-            case Fail():
+            case FailRun():
                 self._end(Outcome(step=0, error=action.error, reason=action.reason))
 
-    def _start(self, start: Start, *, decided_in_s: float) -> None:
+    def _start(self, start: StartGeneration, *, decided_in_s: float) -> None:
         now = self._clock()
         source = "memory" if start.source else "storage"
         self._tell(
-            GenerationForming(
+            GenerationStarting(
                 generation=start.generation, world_size=len(start.places), from_step=start.step, source=source
             )
         )
@@ -532,7 +537,7 @@ class Supervisor:
         self._changed_at = None
         self._generation = _Generation()
         self._claims.use(Counter(start.places))
-        orders = start_orders(start, self.state, self._links, findings=self._findings, laps=laps)
+        orders = start_commands(start, self.state, self._links, findings=self._findings, laps=laps)
         for node, order in orders.items():
             self._send(node, order)
 
@@ -542,10 +547,10 @@ class Supervisor:
         endpoint = None if spare is None else list(self._links[spare].endpoint)
         self._send(node, {"do": "move", "generation": self.state.generation, "buddy": endpoint})
 
-    def _persist(self, action: Persist) -> None:
+    def _persist(self, action: FlushToStorage) -> None:
         self._persists[action.step] = self._clock()
         token = secrets.token_hex(MEMBERSHIP_DIGITS // 2) + "0001"
-        for node, order in persist_orders(action, self.state, token=token).items():
+        for node, order in flush_commands(action, self.state, token=token).items():
             self._send(node, order)
 
     def _wish(self, word: str) -> None:
@@ -557,7 +562,7 @@ class Supervisor:
     def _end(self, outcome: Outcome) -> None:
         if not self.outcome.done():
             if self._meter.spent_usd:
-                self._tell(CostCounted(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour))
+                self._tell(CostUpdated(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour))
             self.outcome.set_result(outcome)
 
     def _send(self, node: str, message: Message) -> None:

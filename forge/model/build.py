@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
+from forge.config.model import ModelSpec
 from forge.errors import PlanError
-from forge.spec.model import ModelSpec
 
 GatherParameters = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 """Makes divided parameters whole while the context lasts (ZeRO 3)."""
@@ -59,7 +59,7 @@ def build_model(
     dtype: torch.dtype,
     construct: AbstractContextManager[Any] | None = None,
     gather: GatherParameters | None = None,
-    is_blank: bool = False,
+    skip_init: bool = False,
 ) -> PreTrainedModel:
     """Build the network with its first weights.
 
@@ -67,15 +67,15 @@ def build_model(
         dtype: of all parameters; buffers such as rotary frequencies stay in fp32.
         construct: a context under which modules are created (DeepSpeed's `zero.Init` for ZeRO 3).
         gather: makes divided parameters whole, rank 0's writes being sent to all (ZeRO 3).
-        is_blank: leave the weights without values, since every one of them is going to be overwritten.
+        skip_init: leave the weights without values, since every one of them is going to be overwritten.
 
     Raises: PlanError if the folder of `from_pretrained` does not hold a causal language model.
     """
-    if spec.from_pretrained is not None and not is_blank:
+    if spec.from_pretrained is not None and not skip_init:
         return _load_pretrained(spec.from_pretrained, config, dtype=dtype)
     with no_init_weights(), construct or nullcontext():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if not is_blank:
+    if not skip_init:
         initialise(model, seed=seed, gather=gather)
     model.tie_weights()
     return model

@@ -14,20 +14,20 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from forge.config.job import JobSpec
 from forge.errors import PlanError
 from forge.plan.batch import BatchPlan, plan_batch
-from forge.plan.facts import CorpusFacts, Hardware, ModelFacts
-from forge.plan.footprint import (
+from forge.plan.deepspeed_config import deepspeed_config
+from forge.plan.inputs import CorpusInfo, HardwareInfo, ModelInfo
+from forge.plan.memory import (
     USABLE_SHARE,
-    Footprint,
-    footprint,
+    MemoryEstimate,
+    estimate_memory,
     max_micro_batch_size,
     num_copies_in_memory,
 )
 from forge.plan.search import SearchPlan
 from forge.plan.throughput import flops_per_token
-from forge.plan.zero import zero_config
-from forge.spec.job import JobSpec
 
 FORMAT_VERSION = 2
 
@@ -37,7 +37,7 @@ class WorldPlan:
     """Everything that depends on the number of workers."""
 
     batch: BatchPlan
-    footprint: Footprint
+    memory: MemoryEstimate
     fits: bool | None
     """Whether the estimate fits the worker's memory; None if that is unknown."""
     deepspeed: dict[str, Any]
@@ -48,10 +48,10 @@ class Plan:
     """A job, resolved for every world size it may run at."""
 
     job: JobSpec
-    model: ModelFacts
-    corpus: CorpusFacts | None
+    model: ModelInfo
+    corpus: CorpusInfo | None
     """None where the corpus is not prepared yet (a dry run)."""
-    hardware: Hardware
+    hardware: HardwareInfo
     total_steps: int
     tokens_per_step: int
     flops_per_token: int
@@ -74,7 +74,7 @@ class Plan:
         raise PlanError(f"the job allows {self.job.resources.workers} workers, not {world_size}")
 
 
-def make_plan(job: JobSpec, *, model: ModelFacts, corpus: CorpusFacts | None, hardware: Hardware) -> Plan:
+def make_plan(job: JobSpec, *, model: ModelInfo, corpus: CorpusInfo | None, hardware: HardwareInfo) -> Plan:
     """Resolve a job.
 
     Raises: PlanError if it cannot be carried out: more workers than sequences in a batch, a vocabulary
@@ -95,7 +95,7 @@ def make_plan(job: JobSpec, *, model: ModelFacts, corpus: CorpusFacts | None, ha
             num_copies=copies,
         )
         batch = plan_batch(job.training.global_batch_size, world_size=world_size, max_micro_batch_size=micro)
-        need = footprint(
+        need = estimate_memory(
             model,
             job.training,
             world_size=world_size,
@@ -105,7 +105,9 @@ def make_plan(job: JobSpec, *, model: ModelFacts, corpus: CorpusFacts | None, ha
             num_copies=copies,
         )
         fits = None if hardware.memory_bytes is None else need.total_bytes <= USABLE_SHARE * hardware.memory_bytes
-        worlds.append(WorldPlan(batch=batch, footprint=need, fits=fits, deepspeed=zero_config(job.training, batch)))
+        worlds.append(
+            WorldPlan(batch=batch, memory=need, fits=fits, deepspeed=deepspeed_config(job.training, batch))
+        )
     tokens_per_step = job.training.global_batch_size * seq_len
     return Plan(
         job=job,
@@ -141,13 +143,13 @@ def plan_from_json(text: str) -> Plan:
             corpus["unigram_perplexity"] = math.nan
         return Plan(
             job=JobSpec.model_validate_json(json.dumps(body.pop("job"))),
-            model=ModelFacts(**body.pop("model")),
-            corpus=CorpusFacts(**corpus) if body.pop("corpus") else None,
-            hardware=Hardware(**body.pop("hardware")),
+            model=ModelInfo(**body.pop("model")),
+            corpus=CorpusInfo(**corpus) if body.pop("corpus") else None,
+            hardware=HardwareInfo(**body.pop("hardware")),
             worlds=tuple(
                 WorldPlan(
                     batch=BatchPlan(**world["batch"]),
-                    footprint=Footprint(**world["footprint"]),
+                    memory=MemoryEstimate(**world["memory"]),
                     fits=world["fits"],
                     deepspeed=world["deepspeed"],
                 )
@@ -160,7 +162,7 @@ def plan_from_json(text: str) -> Plan:
         raise PlanError(f"not a plan of forge: {error}") from error
 
 
-def training_digest(job: JobSpec) -> str:
+def config_digest(job: JobSpec) -> str:
     """Names what determines the loss curve, and nothing else: model, data and training.
 
     A checkpoint carries it, so that a run is never resumed under another recipe. How often to evaluate
@@ -172,7 +174,7 @@ def training_digest(job: JobSpec) -> str:
     return hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _check_model(job: JobSpec, model: ModelFacts, corpus: CorpusFacts | None) -> None:
+def _check_model(job: JobSpec, model: ModelInfo, corpus: CorpusInfo | None) -> None:
     if corpus and corpus.vocab_size > model.vocab_size:
         raise PlanError(
             f"the tokenizer has {corpus.vocab_size} tokens, but model.vocab_size is {model.vocab_size}: "
@@ -186,7 +188,7 @@ def _check_model(job: JobSpec, model: ModelFacts, corpus: CorpusFacts | None) ->
         )
 
 
-def _total_steps(job: JobSpec, corpus: CorpusFacts | None, *, tokens_per_step: int) -> int:
+def _total_steps(job: JobSpec, corpus: CorpusInfo | None, *, tokens_per_step: int) -> int:
     training = job.training
     if training.total_steps is not None:
         return training.total_steps

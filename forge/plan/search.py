@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from forge.config.job import JobSpec
+from forge.config.search import SearchSpec
 from forge.errors import PlanError
-from forge.spec.job import JobSpec
-from forge.spec.search import SearchSpec
 
 DEFAULT_TRIALS = 16
 _FREE = ("max_trials", "max_hours", "max_usd", "trials_at_once")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forge.plan.facts import ModelFacts
+from forge.plan.inputs import ModelInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ def find_gpu(name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS if set(gpu.marks) <= set(words)), None)
 
 
-def flops_per_token(model: ModelFacts, *, seq_len: int) -> int:
+def flops_per_token(model: ModelInfo, *, seq_len: int) -> int:
     """Forward and backward: `6·N + 12·L·H·Q·T`.
 
     N counts the parameters that a token is multiplied with (the input embedding is a look-up), L layers,

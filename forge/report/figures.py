@@ -15,10 +15,10 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from forge.config.search import ParameterSpec, SearchSpec
 from forge.errors import printable
-from forge.report.trial_table import short_names, shown
-from forge.report.trials import Trial, TrialBook
-from forge.spec.search import ParameterSpec, SearchSpec
+from forge.report.trial_rows import short_names, shown
+from forge.runs.trials import Trial, TrialTable
 
 STATUS_COLORS = {
     "finished": "#2f6bd8",
@@ -47,7 +47,7 @@ def script() -> str:
     return f"<script>{get_plotlyjs()}</script>"
 
 
-def best_so_far(search: SearchSpec, book: TrialBook) -> str:
+def best_so_far(search: SearchSpec, book: TrialTable) -> str:
     """Every trial's value in the order in which they ended, and the best until then; empty if there is none."""
     ended = [trial for trial in book.trials.values() if trial.ended_at is not None]
     ended.sort(key=lambda trial: trial.ended_at or 0.0)
@@ -90,7 +90,7 @@ def best_so_far(search: SearchSpec, book: TrialBook) -> str:
     return _html(figure, name="best-so-far", height=340)
 
 
-def learning_curves(search: SearchSpec, book: TrialBook) -> str:
+def learning_curves(search: SearchSpec, book: TrialTable) -> str:
     """The metric over the steps of every trial, the best one over all others; empty if none was judged."""
     best = book.best(search.mode)
     trials = [trial for trial in book.trials.values() if trial.reports]
@@ -124,7 +124,7 @@ def learning_curves(search: SearchSpec, book: TrialBook) -> str:
     return _html(figure, name="learning-curves", height=340)
 
 
-def parallel_coordinates(search: SearchSpec, book: TrialBook) -> str:
+def parallel_coordinates(search: SearchSpec, book: TrialTable) -> str:
     """A line for each trial through its values to its metric; empty if no trial has a finite value."""
     keys = searched_keys(search)
     trials = [

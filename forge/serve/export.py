@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
+from forge.checkpoint.intervals import ITEM_BYTES, safetensors_header
+from forge.checkpoint.manifest import step_name
+from forge.checkpoint.reader import Checkpoint, find_checkpoint, open_checkpoint, verify_checkpoint
+from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.serve.weights import read_pieces, require_average
-from forge.train.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, verify_checkpoint
-from forge.train.interval import ITEM_BYTES, safetensors_header
-from forge.train.manifest import step_name
 from forge.train.state import bytes_of
-from forge.train.storage import open_storage
 
 _PIECE_NUMEL = 4 * 2**20
 _DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}

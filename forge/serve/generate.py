@@ -18,12 +18,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
+from forge.checkpoint.reader import Checkpoint, find_checkpoint
+from forge.checkpoint.storage import open_storage
 from forge.errors import CheckpointError, ForgeError
 from forge.model.build import build_config, build_model
 from forge.plan.plan import Plan, plan_from_json
 from forge.serve.weights import read_tensors, require_average
-from forge.train.checkpoint import Checkpoint, find_checkpoint
-from forge.train.storage import open_storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from forge.checkpoint.intervals import Interval
+from forge.checkpoint.reader import Checkpoint
 from forge.errors import CheckpointError
-from forge.train.checkpoint import Checkpoint
-from forge.train.interval import Interval
 from forge.train.state import DTYPE_NAMES, bytes_of
 
 _BATCH_BYTES = 256 * 2**20

@@ -25,12 +25,12 @@ from deepspeed.runtime import compiler
 from torch import nn
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
-from forge.data.batches import MicroBatch
+from forge.config.model import ModelSpec
+from forge.config.training import OptimizerSpec, TrainingSpec
+from forge.data.loader import MicroBatch
 from forge.model.build import build_config, build_model
 from forge.model.dropout import SampleDropout, has_dropout
-from forge.model.objectives import CausalLm
-from forge.spec.model import ModelSpec
-from forge.spec.training import OptimizerSpec, TrainingSpec
+from forge.objective.cross_entropy import CausalLm
 from forge.train.metrics import peak_memory_gib
 from forge.train.state import TrainState
 
@@ -42,7 +42,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flags:
+class StepControl:
     """What rank 0 wishes for this step; after the step every rank holds rank 0's."""
 
     stop: bool = False
@@ -66,7 +66,7 @@ class StepResult:
     """Of the rank with the most."""
     snapshot_cost_s: float
     """Of the rank whose snapshots cost most."""
-    flags: Flags
+    flags: StepControl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,15 +134,15 @@ class Engine:
         engine: Any,
         *,
         training: TrainingSpec,
-        has_plain_head: bool = False,
+        has_linear_head: bool = False,
         dropout: SampleDropout | None = None,
     ) -> None:
         """Args:
         engine: what `deepspeed.initialize` gave, around a `CausalLm`.
-        has_plain_head: what the model answered, or was known to; the loss is taken in chunks then.
+        has_linear_head: what the model answered, or was known to; the loss is taken in chunks then.
         dropout: is told of every micro-batch, where the model has any.
         """
-        self.has_plain_head = has_plain_head
+        self.has_linear_head = has_linear_head
         self._engine = engine
         self._dropout = dropout
         self._training = training
@@ -160,7 +160,7 @@ class Engine:
         *,
         num_tokens: int,
         lr: float,
-        wishes: Callable[[], Flags],
+        wishes: Callable[[], StepControl],
         snapshot_cost_s: Callable[[], float] = lambda: 0.0,
     ) -> StepResult:
         """Forward, backward and update over one global batch; collective.
@@ -231,10 +231,10 @@ class Engine:
         limit = self._training.optimizer.grad_clip or float("inf")
         return float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
 
-    def _agree(self, loss_sum: torch.Tensor, *, own: tuple[float, float], wishes: Flags) -> _Shared:
+    def _agree(self, loss_sum: torch.Tensor, *, own: tuple[float, float], wishes: StepControl) -> _Shared:
         """One all-reduce for the loss, the wishes of rank 0 and every rank's figures, each in its own place."""
         rank, world_size = self._engine.global_rank, self._engine.dp_world_size
-        names = [field.name for field in fields(Flags)]
+        names = [field.name for field in fields(StepControl)]
         wished = [float(getattr(wishes, name) and (rank == 0 or name == "trouble")) for name in names]
         memory, cost = [0.0] * world_size, [0.0] * world_size
         memory[rank], cost[rank] = own
@@ -247,7 +247,7 @@ class Engine:
             loss_sum=total,
             memory_gib=figures[:world_size],
             snapshot_cost_s=figures[world_size:],
-            flags=Flags(**{name: value > 0 for name, value in zip(names, flags, strict=True)}),
+            flags=StepControl(**{name: value > 0 for name, value in zip(names, flags, strict=True)}),
         )
 
 
@@ -258,7 +258,7 @@ class _Shared:
     loss_sum: float
     memory_gib: list[float]
     snapshot_cost_s: list[float]
-    flags: Flags
+    flags: StepControl
 
 
 def build_engine(
@@ -270,16 +270,16 @@ def build_engine(
     seq_len: int,
     eot_id: int,
     device: torch.device,
-    is_blank: bool = False,
-    has_plain_head: bool | None = None,
+    skip_init: bool = False,
+    has_linear_head: bool | None = None,
 ) -> Engine:
     """Build the network, its loss and its optimizer, and hand them to DeepSpeed; collective.
 
     Under ZeRO 3 every module is divided as soon as it is built, so no rank ever holds the whole model.
 
     Args:
-        is_blank: give the weights no values, as all of them are going to be read.
-        has_plain_head: what the model answered before; otherwise it is asked, which a blank one cannot be.
+        skip_init: give the weights no values, as all of them are going to be read.
+        has_linear_head: what the model answered before; otherwise it is asked, which a blank one cannot be.
     """
     config = build_config(model_spec, vocab_size=vocab_size, seq_len=seq_len, eot_id=eot_id)
     drops = has_dropout(config)
@@ -295,21 +295,21 @@ def build_engine(
         dtype=DTYPES[training.precision],
         construct=_divide_when_built(deepspeed_config) if divided else None,
         gather=_gather if divided else None,
-        is_blank=is_blank,
+        skip_init=skip_init,
     )
     if training.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = CausalLm(model)
     optimizer = build_optimizer(objective, training.optimizer, device=device)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=deepspeed_config)
-    if has_plain_head is None:
-        has_plain_head = training.cross_entropy == "chunked" and _has_plain_head(engine, vocab_size=vocab_size)
-    if has_plain_head:
+    if has_linear_head is None:
+        has_linear_head = training.cross_entropy == "chunked" and _has_linear_head(engine, vocab_size=vocab_size)
+    if has_linear_head:
         objective.use_chunks()
     dropout = SampleDropout(model, seed=training.seed) if drops else None
     if dropout is not None:
         dropout.install()
-    return Engine(engine, training=training, has_plain_head=has_plain_head, dropout=dropout)
+    return Engine(engine, training=training, has_linear_head=has_linear_head, dropout=dropout)
 
 
 def build_optimizer(module: nn.Module, spec: OptimizerSpec, *, device: torch.device) -> torch.optim.AdamW:
@@ -344,7 +344,7 @@ def _import_muon_uncompiled() -> None:
         compiler.compile = compile_
 
 
-def _has_plain_head(engine: Any, *, vocab_size: int) -> bool:
+def _has_linear_head(engine: Any, *, vocab_size: int) -> bool:
     """Ask the model on a few tokens; collective."""
     engine.eval()
     tokens = torch.arange(8, device=engine.device).unsqueeze(0) % vocab_size

@@ -12,29 +12,29 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from forge.data.batches import HeldOutBatches, TrainBatches
+from forge.checkpoint.manifest import Progress
+from forge.config.resources import CheckpointSpec
+from forge.config.training import TrainingSpec
+from forge.data.loader import HeldOutBatches, TrainBatches
 from forge.errors import CheckpointError, DivergedError
 from forge.events import (
     CheckpointFailed,
     CheckpointSaved,
     Evaluated,
     Reporter,
-    SnapshotsPaced,
+    SnapshotIntervalChanged,
     StepMetrics,
     perplexity,
 )
-from forge.spec.resources import CheckpointSpec
-from forge.spec.training import TrainingSpec
-from forge.train.copier import Copier
-from forge.train.engine import Engine, Flags, StepResult
-from forge.train.manifest import Progress
-from forge.train.pace import Pace
-from forge.train.saving import Outcome, Saved, Saving
-from forge.train.schedule import learning_rate
+from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten, Outcome
+from forge.train.engine import Engine, StepControl, StepResult
+from forge.train.lr_schedule import learning_rate
+from forge.train.snapshot_interval import SnapshotInterval
+from forge.train.snapshotter import Snapshotter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Curriculum:
+class TrainInputs:
     """What the loop goes through, and how far."""
 
     training: TrainingSpec
@@ -54,32 +54,32 @@ class Curriculum:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class LoopResult:
     """How the loop ended."""
 
     progress: Progress
-    has_left: bool = False
+    is_drained: bool = False
     """Another generation goes on from here; otherwise everything up to here is in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshots:
+class SnapshotPolicy:
     """Copies of the state that outlive the rank, and how often they are taken."""
 
-    copier: Copier
-    pace: Pace
+    copier: Snapshotter
+    pace: SnapshotInterval
 
 
 def train(
     engine: Engine,
-    curriculum: Curriculum,
+    curriculum: TrainInputs,
     *,
     start: Progress,
-    saving: Saving,
-    snapshots: Snapshots | None = None,
+    saving: AsyncCheckpointer,
+    snapshots: SnapshotPolicy | None = None,
     on_formed: Callable[[], None] = lambda: None,
     reporter: Reporter,
-) -> Ending:
+) -> LoopResult:
     """Train from `start` to the last step or the one to pause at, or until asked to stop or to leave; collective.
 
     Args:
@@ -153,11 +153,11 @@ def train(
         if is_last or result.flags.stop:
             _save_for_certain(saving, progress, reporter)
             if result.flags.stop:
-                return Ending(progress=progress)
+                return LoopResult(progress=progress)
         elif result.flags.leave and snapshots is not None:
             snapshots.copier.begin(progress)
             snapshots.copier.finish()
-            return Ending(progress=progress, has_left=True)
+            return LoopResult(progress=progress, is_drained=True)
         elif result.flags.save:
             saving.begin(progress)
             saved_at, is_save_due = time.monotonic(), False
@@ -170,7 +170,7 @@ def train(
         engine.state.swap_average()
         evaluate(engine, curriculum.held_out, step=progress.step, weights="ema", reporter=reporter)
         engine.state.swap_average()
-    return Ending(progress=progress)
+    return LoopResult(progress=progress)
 
 
 def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: str, reporter: Reporter) -> float:
@@ -191,9 +191,11 @@ def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: st
     return loss
 
 
-def _wishes(reporter: Reporter, saving: Saving, *, save: bool, snapshot: bool, evaluate: bool) -> Flags:
+def _wishes(
+    reporter: Reporter, saving: AsyncCheckpointer, *, save: bool, snapshot: bool, evaluate: bool
+) -> StepControl:
     """What is wished for at the end of a step, as late as it can be asked."""
-    return Flags(
+    return StepControl(
         stop=reporter.should_stop(),
         leave=reporter.should_leave(),
         save=save and not saving.is_busy,
@@ -203,15 +205,15 @@ def _wishes(reporter: Reporter, saving: Saving, *, save: bool, snapshot: bool, e
     )
 
 
-def _pace(pace: Pace, result: StepResult, *, step: int, step_s: float, reporter: Reporter) -> None:
+def _pace(pace: SnapshotInterval, result: StepResult, *, step: int, step_s: float, reporter: Reporter) -> None:
     """Choose the pace of snapshots anew; the same on every rank but for noise, and rank 0's is taken."""
     if result.flags.save or result.flags.snapshot:
         pace.took(step)
     if pace.learn(step_s=step_s, cost_s=result.snapshot_cost_s):
-        reporter.event(SnapshotsPaced(every=pace.every, seconds=pace.cost_s, share=pace.share))
+        reporter.event(SnapshotIntervalChanged(every=pace.every, seconds=pace.cost_s, share=pace.share))
 
 
-def _save_for_certain(saving: Saving, progress: Progress, reporter: Reporter) -> None:
+def _save_for_certain(saving: AsyncCheckpointer, progress: Progress, reporter: Reporter) -> None:
     """Save and wait for it, a second time if need be: a saver may be killed at any moment, and is started anew.
 
     Raises: CheckpointError on every rank if it cannot be written.
@@ -220,7 +222,9 @@ def _save_for_certain(saving: Saving, progress: Progress, reporter: Reporter) ->
         saving.begin(progress)
         outcomes = saving.finish()
         failed = [
-            outcome for outcome in outcomes if not isinstance(outcome, Saved) and outcome.step == progress.step
+            outcome
+            for outcome in outcomes
+            if not isinstance(outcome, CheckpointWritten) and outcome.step == progress.step
         ]
         _report((outcome for outcome in outcomes if outcome not in failed), reporter)
         if not failed:
@@ -232,7 +236,7 @@ def _report(outcomes: Iterable[Outcome], reporter: Reporter) -> int:
     """A checkpoint that fails in the middle of a run is reported and survived. Returns: the newest saved, or 0."""
     newest = 0
     for outcome in outcomes:
-        if isinstance(outcome, Saved):
+        if isinstance(outcome, CheckpointWritten):
             newest = max(newest, outcome.step)
             reporter.event(
                 CheckpointSaved(

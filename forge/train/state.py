@@ -24,8 +24,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from forge.train.interval import Interval, pack
-from forge.train.manifest import ModelShape, Parameter
+from forge.checkpoint.intervals import Interval, pack
+from forge.checkpoint.manifest import ModelShape, Parameter
 
 TRAINED = ("master", "exp_avg", "exp_avg_sq")
 _KNOWN_RELEASE = "0.19.8"

@@ -210,7 +210,7 @@ class TestDoctor:
     def test_something_broken_leaves_with_2_and_the_command_that_mends_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("forge.run.doctor._NEEDED", {"torch": "99", "no-such-package": "1"})
+        monkeypatch.setattr("forge.runtime.doctor._NEEDED", {"torch": "99", "no-such-package": "1"})
         done = forge("doctor")
         assert done.exit_code == 2
         assert "needs 99" in done.stdout

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from forge.cli import display
-from forge.report.ledger import moment
+from forge.runs.goodput import moment
 from tests.support.jobs import tiny_plan
 from tests.support.runs import History
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from forge.cli import display
 from forge.cli.trials_screen import TuneScreen
-from forge.events import CostCounted, Event, NodeLeft, RunStarted, event_to_record
+from forge.events import CostUpdated, Event, NodeLeft, RunStarted, event_to_record
 from tests.support.tuning import BEGAN, begun, ended, search_plan
 
 START = RunStarted(run_id="s", total_steps=6, resumed_from_step=0)
@@ -54,7 +54,7 @@ def panel(sent: str) -> list[str]:
 def test_on_a_terminal_the_best_and_the_newest_are_shown_as_far_as_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    events = [START, *MANY, CostCounted(usd=1.25, usd_per_hour=3600.0), *begun(9, values={2: 9.5})]
+    events = [START, *MANY, CostUpdated(usd=1.25, usd_per_hour=3600.0), *begun(9, values={2: 9.5})]
     lines = panel(shown(events, monkeypatch, size=(90, 10)))
     assert lines == [
         "8/12 trials  37s, about 3s left",
@@ -71,7 +71,7 @@ def test_on_a_terminal_the_best_and_the_newest_are_shown_as_far_as_there_is_room
 
 @pytest.mark.parametrize("size", [(40, 10), (20, 5), (3, 3), (1, 1)])
 def test_on_a_small_one_nothing_is_wider_or_higher(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
-    events = [START, *MANY, CostCounted(usd=1.25, usd_per_hour=3600.0), *begun(9, values={2: 9.5})]
+    events = [START, *MANY, CostUpdated(usd=1.25, usd_per_hour=3600.0), *begun(9, values={2: 9.5})]
     sent = shown(events, monkeypatch, size=size)
     lines = [re.sub(r"\x1b\[\??[0-9;]*[A-Za-z]", "", line).strip("\r") for line in sent.splitlines()]
     assert max(map(len, lines)) <= size[0]

@@ -15,13 +15,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import forge as public
+from forge import api
 from forge.cli.app import app
 from forge.errors import ArgumentError, JobFileError, RunError
-from forge.events import CostCounted, Event, RunFailed, RunFinished, RunStarted, RunStopped, event_to_record
+from forge.events import CostUpdated, Event, RunFailed, RunFinished, RunStarted, RunStopped, event_to_record
 from forge.plan.plan import plan_from_json, plan_to_json
-from forge.report.runs import carrier_pid
-from forge.run import api, submit
-from forge.run.submit import CarriedHere
+from forge.runs.reader import driver_pid
+from forge.runtime import launch as submit
+from forge.runtime.launch import LocalRun
 from tests.cli.conftest import JOB
 from tests.support.command import wait_for
 from tests.support.jobs import synthetic_corpus
@@ -64,7 +65,7 @@ signal.sigwait([signal.SIGTERM])
 with open(folder + "/events.jsonl", "a") as events:
     events.write(json.dumps({"time": 2e6, "event": "RunStopped", "step": 0, "reason": ""}) + "\\n")
 """
-"""As `forge.run.start` holds a run, and ends it when it is asked to stop."""
+"""As `forge.runtime.driver` holds a run, and ends it when it is asked to stop."""
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -117,7 +118,7 @@ def carrier(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
 
     for module in (submit, api):
         monkeypatch.setattr(module, "resolve", resolve)
-        monkeypatch.setattr(module, "carry", carry)
+        monkeypatch.setattr(module, "start_driver", carry)
     return told
 
 
@@ -178,7 +179,7 @@ class TestASearch:
     def test_its_news_are_lines_on_a_pipe_and_its_end_a_summary(
         self, home: Path, tune_file: str, carrier: list[Event]
     ) -> None:
-        carrier += [*THREE, CostCounted(usd=1.5, usd_per_hour=3.0), RunFinished(step=0)]
+        carrier += [*THREE, CostUpdated(usd=1.5, usd_per_hour=3.0), RunFinished(step=0)]
         done = forge("tune", tune_file)
         folder = next((home / "runs").iterdir())
         told = done.stderr.splitlines()
@@ -246,28 +247,28 @@ class TestASearch:
 
 class TestWhileItGoesOn:
     @pytest.fixture
-    def carried(self, home: Path) -> Iterator[CarriedHere]:
+    def carried(self, home: Path) -> Iterator[LocalRun]:
         """A search that a process carries until it is asked to stop."""
         make_search(home / "runs", "searched", events=[*ended(1, value=5.5), *begun(2)], trial_runs=[2])
         folder = Path("runs", "searched")
         process = subprocess.Popen([sys.executable, "-c", CARRIER, str(folder)], start_new_session=True)
-        wait_for(lambda: carrier_pid(folder) == process.pid)
-        yield CarriedHere(folder=folder, pid=process.pid)
+        wait_for(lambda: driver_pid(folder) == process.pid)
+        yield LocalRun(folder=folder, pid=process.pid)
         process.kill()
         process.wait()
 
     def test_ctrl_c_stops_its_trials_with_checkpoints(
-        self, tune_file: str, carrier: list[Event], carried: CarriedHere, monkeypatch: pytest.MonkeyPatch
+        self, tune_file: str, carrier: list[Event], carried: LocalRun, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         presses = [signal.SIGINT]
 
-        def press_ctrl_c(_: CarriedHere) -> list[str]:
+        def press_ctrl_c(_: LocalRun) -> list[str]:
             while presses:
                 signal.raise_signal(presses.pop())
             return []
 
-        monkeypatch.setattr(CarriedHere, "news", press_ctrl_c)
-        monkeypatch.setattr(submit, "carry", lambda folder: carried)
+        monkeypatch.setattr(LocalRun, "news", press_ctrl_c)
+        monkeypatch.setattr(submit, "start_driver", lambda folder: carried)
         monkeypatch.setattr(submit, "create_run", lambda plan, root: Path("runs", "searched"))
         done = forge("tune", tune_file)
         assert done.exit_code == 130
@@ -275,7 +276,7 @@ class TestWhileItGoesOn:
         assert done.stderr.endswith("go on: forge tune --resume searched\n")
         assert "1 finished, 1 unfinished" in done.stdout
 
-    def test_it_is_seen_to_run_and_so_are_its_trials_and_it_stops_when_asked(self, carried: CarriedHere) -> None:
+    def test_it_is_seen_to_run_and_so_are_its_trials_and_it_stops_when_asked(self, carried: LocalRun) -> None:
         with pytest.raises(ArgumentError, match=rf"searched is still being carried, by process {carried.pid}"):
             forge("tune", "--resume", "searched")
         assert json.loads(forge("runs", "show", "searched-0002", "-o", "json").stdout)["status"] == "running"

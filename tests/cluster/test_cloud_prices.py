@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from forge.cluster import aws, aws_place
-from forge.cluster.base import Record, Stage, list_records, only_one, read_record, write_record
-from forge.cluster.cloud import CloudCluster
-from forge.cluster.known import find_cluster
+from forge.cluster.base import ClusterRecord, NodeProgress, cluster_lock, list_records, read_record, write_record
+from forge.cluster.cloud import aws, aws_network
+from forge.cluster.cloud.provider import CloudCluster
+from forge.cluster.registry import find_cluster
+from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError, JobFileError
-from forge.spec.cluster import CloudSpec
 from tests.support.cloud_box import IMAGE, PYTHON, Api, Refusal, serve_api
 
 REGIONS = ("us-east-1", "us-west-2", "eu-west-1")
@@ -72,7 +72,7 @@ def start(api: Api, region: str, *, name: str = "big", kind: str = "worker", cou
     )
 
 
-def ignore(stage: Stage) -> None:
+def ignore(stage: NodeProgress) -> None:
     """News that nobody waits for."""
 
 
@@ -84,9 +84,9 @@ def test_the_regions_are_tried_in_order_of_the_spot_price_of_now(api: Api) -> No
         "eu-west-1": {"g5.xlarge": 0.4},
     }
     api.refusals = [Refusal("RunInstances", region, "InsufficientInstanceCapacity") for region in REGIONS]
-    stages: list[Stage] = []
+    stages: list[NodeProgress] = []
     with pytest.raises(ClusterError) as caught:
-        CloudCluster(spec_of()).up(on_stage=stages.append)
+        CloudCluster(spec_of()).up(on_progress=stages.append)
     failed = [stage.machine for stage in stages if stage.is_failure]
     assert failed == ["us-west-2", "eu-west-1", "us-east-1"]
     assert "no region has machines to rent now (us-west-2: InsufficientInstanceCapacity, eu-" in str(caught.value)
@@ -102,14 +102,14 @@ def test_the_next_region_is_tried_for_want_of_room_and_for_nothing_else(api: Api
         Refusal("RunInstances", "us-west-2", "MaxSpotInstanceCountExceeded"),
         Refusal("RunInstances", "us-east-1", "InvalidParameterValue"),
     ]
-    cluster, stages = CloudCluster(spec_of()), list[Stage]()
+    cluster, stages = CloudCluster(spec_of()), list[NodeProgress]()
     with pytest.raises(ClusterError, match=r"could not be started.*InvalidParameterValue.*forge cluster down big"):
-        cluster.up(on_stage=stages.append)
+        cluster.up(on_progress=stages.append)
     assert [stage.machine for stage in stages if stage.is_failure] == ["us-west-2"]
     assert _groups(api, "us-west-2") == ["default"], "what was made in vain is taken away"
     assert not api.calls["RunInstances", "eu-west-1"]
     assert read_record("big") is not None
-    assert cluster.down(on_stage=ignore) == []
+    assert cluster.down(on_progress=ignore) == []
     assert list_records() == []
     assert _groups(api, "us-east-1") == ["default"]
 
@@ -132,7 +132,7 @@ def test_of_several_zones_the_cheapest_price_counts_and_a_region_may_have_none(a
 
 def test_a_place_made_twice_is_one_and_lets_in_whoever_asked_last(api: Api, public_key: str) -> None:
     for address in ("203.0.113.4/32", "198.51.100.0/24"):
-        place = aws_place.prepare(
+        place = aws_network.prepare(
             spec_of(storage="s3://bucket/runs"), region="us-east-1", public_key=public_key, allow_from=address
         )
     ec2 = api.ec2("us-east-1")
@@ -149,8 +149,8 @@ def test_a_place_made_twice_is_one_and_lets_in_whoever_asked_last(api: Api, publ
     )
     assert not own["IpRanges"] and len(place.subnets) > 1
     assert [pair["KeyName"] for pair in ec2.describe_key_pairs()["KeyPairs"]] == ["forge-big"]
-    assert aws_place.remove_place("big", region="us-east-1") == []
-    aws_place.remove_profiles("big")
+    assert aws_network.remove_place("big", region="us-east-1") == []
+    aws_network.remove_profiles("big")
     assert not ec2.describe_key_pairs()["KeyPairs"]
     assert not api.client("iam").list_roles()["Roles"]
     assert not api.client("iam").list_instance_profiles()["InstanceProfiles"]
@@ -166,7 +166,7 @@ def test_down_ends_all_machines_in_every_region_that_was_tried_and_no_others(api
     cluster = find_cluster("big")
     assert isinstance(cluster, CloudCluster)
     assert len(cluster.status().nodes) == 6
-    assert cluster.down(on_stage=ignore) == []
+    assert cluster.down(on_progress=ignore) == []
     assert not api.alive("us-east-1")
     assert len(api.alive("us-west-2")) == 1
     assert record.name == "big" and list_records() == []
@@ -178,11 +178,11 @@ def test_a_cluster_that_cannot_be_asked_about_is_not_forgotten(api: Api, monkeyp
     start(api, "us-east-1", kind="head")
     api.refusals = [Refusal("TerminateInstances", "us-east-1", "UnauthorizedOperation")]
     with pytest.raises(ClusterError, match=r"may not do TerminateInstances in us-east-1"):
-        find_cluster("big").down(on_stage=ignore)
+        find_cluster("big").down(on_progress=ignore)
     assert read_record("big") is not None
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(ClusterError, match="AWS's service in us-east-1 cannot be reached"):
-        find_cluster("big").down(on_stage=ignore)
+        find_cluster("big").down(on_progress=ignore)
     assert read_record("big") is not None
 
 
@@ -205,7 +205,7 @@ def test_without_credentials_it_says_how_to_give_them_and_remembers_nothing(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ClusterError, match=r"no credentials for AWS.*aws configure") as caught:
-        CloudCluster(spec_of()).up(on_stage=ignore)
+        CloudCluster(spec_of()).up(on_progress=ignore)
     assert caught.value.exit_code == 3
     assert list_records() == []
 
@@ -213,22 +213,22 @@ def test_without_credentials_it_says_how_to_give_them_and_remembers_nothing(
 def test_credentials_that_are_refused_are_told_apart_from_rights_that_are_missing(api: Api) -> None:
     api.refusals = [Refusal("DescribeSpotPriceHistory", "us-east-1", "AuthFailure")]
     with pytest.raises(ClusterError, match="does not accept the credentials in us-east-1: AuthFailure"):
-        CloudCluster(spec_of()).up(on_stage=ignore)
+        CloudCluster(spec_of()).up(on_progress=ignore)
     api.refusals = [Refusal("CreateSecurityGroup", "us-east-1", "UnauthorizedOperation")]
     with pytest.raises(ClusterError, match=r"may not do CreateSecurityGroup in us-east-1.*docs/operations\.md"):
-        CloudCluster(spec_of()).up(on_stage=ignore)
+        CloudCluster(spec_of()).up(on_progress=ignore)
 
 
 def test_a_second_up_meanwhile_is_refused(api: Api) -> None:
-    with only_one("big"), pytest.raises(ClusterError, match="another forge starts or stops the cluster 'big'"):
-        CloudCluster(spec_of()).up(on_stage=ignore)
+    with cluster_lock("big"), pytest.raises(ClusterError, match="another forge starts or stops the cluster 'big'"):
+        CloudCluster(spec_of()).up(on_progress=ignore)
     assert not api.instances("us-east-1")
 
 
 def test_the_name_of_a_cluster_elsewhere_is_not_taken(api: Api) -> None:
-    write_record(Record(name="big", provider="ssh", spec={}))
+    write_record(ClusterRecord(name="big", provider="ssh", spec={}))
     with pytest.raises(ClusterError, match="a cluster 'big' on ssh is known already; give this one another name"):
-        CloudCluster(spec_of()).up(on_stage=ignore)
+        CloudCluster(spec_of()).up(on_progress=ignore)
     record = read_record("big")
     assert record is not None and record.provider == "ssh"
     assert not api.calls
@@ -236,7 +236,7 @@ def test_the_name_of_a_cluster_elsewhere_is_not_taken(api: Api) -> None:
 
 def test_a_file_that_asks_for_what_cannot_be_had_costs_nothing(api: Api) -> None:
     with pytest.raises(JobFileError, match="does not pay for the head"):
-        CloudCluster(spec_of(max_usd_per_hour=0.3)).up(on_stage=ignore)
+        CloudCluster(spec_of(max_usd_per_hour=0.3)).up(on_progress=ignore)
     assert list_records() == []
     assert not api.calls
 
@@ -245,6 +245,6 @@ def _groups(api: Api, region: str) -> list[str]:
     return [group["GroupName"] for group in api.ec2(region).describe_security_groups()["SecurityGroups"]]
 
 
-def _record(**facts: Any) -> Record:
+def _record(**facts: Any) -> ClusterRecord:
     spec = spec_of().model_dump(mode="json", exclude_unset=True)
-    return Record(name="big", provider="aws", spec=spec, facts=facts)
+    return ClusterRecord(name="big", provider="aws", spec=spec, facts=facts)

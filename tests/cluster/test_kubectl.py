@@ -1,6 +1,6 @@
 """What forge asks of kubectl, asked of a real one: with an API behind it, and with none.
 
-Skipped where there is no kubectl; tests/cluster/test_kube.py has a stand-in for it.
+Skipped where there is no kubectl; tests/cluster/test_kubernetes.py has a stand-in for it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from forge.cluster.base import Stage, read_record
-from forge.cluster.kubectl import Kubectl
+from forge.cluster.base import NodeProgress, read_record
+from forge.cluster.kubernetes.kubectl import Kubectl
 from forge.errors import ClusterError
 from forge.units import Range
-from tests.cluster.test_kube import ignore, pods, refused
+from tests.cluster.test_kubernetes import ignore, pods, refused
 from tests.support.kubernetes import Kubernetes
 from tests.support.kubernetes_api import serve
 
@@ -42,36 +42,36 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubernete
 
 
 def test_up_status_and_down(world: Kubernetes) -> None:
-    stages: list[Stage] = []
-    status = pods(workers=Range(low=1, high=4)).up(on_stage=stages.append)
+    stages: list[NodeProgress] = []
+    status = pods(workers=Range(low=1, high=4)).up(on_progress=stages.append)
     assert [(node.kind, node.state) for node in status.nodes] == [("head", "alive"), ("worker", "alive")]
     (secret,) = world.things("Secret")
     assert base64.b64decode(secret["data"]["auth_token"]).decode() == pods().token()
     assert "annotations" not in secret["metadata"], "kubectl would leave a copy of the token there"
-    assert pods().up(on_stage=ignore).nodes == status.nodes
-    assert pods().down(on_stage=ignore) == []
+    assert pods().up(on_progress=ignore).nodes == status.nodes
+    assert pods().down(on_progress=ignore) == []
     assert (world.folder / "things.json").read_text() == "[]" and read_record("pods") is None
-    assert pods().down(on_stage=ignore) == []
+    assert pods().down(on_progress=ignore) == []
 
 
 def test_pods_that_are_taken_down_get_a_short_grace(world: Kubernetes) -> None:
-    pods().up(on_stage=ignore)
+    pods().up(on_progress=ignore)
     world.change(stays=["Pod"])
-    assert [line.split()[0] for line in pods().down(on_stage=ignore)] == ["pod"]
+    assert [line.split()[0] for line in pods().down(on_progress=ignore)] == ["pod"]
     assert [pod["gracePeriodSeconds"] for pod in world.things("Pod")] == [10]
 
 
 def test_a_changed_file_keeps_the_workers_that_there_are(world: Kubernetes) -> None:
-    pods().up(on_stage=ignore)
+    pods().up(on_progress=ignore)
     world.resize(3)
-    pods(workers=Range(low=0, high=9)).up(on_stage=ignore)
+    pods(workers=Range(low=0, high=9)).up(on_progress=ignore)
     (group,) = world.things("RayCluster")[0]["spec"]["workerGroupSpecs"]
     assert (group["replicas"], group["maxReplicas"]) == (3, 9)
 
 
 def test_a_command_reads_and_writes_and_fails_as_it_would_here(world: Kubernetes) -> None:
     cluster = pods(storage="s3://bucket/runs")
-    cluster.up(on_stage=ignore)
+    cluster.up(on_progress=ignore)
     data = os.urandom(200_000)
     assert cluster.on_head(["cat"], stdin=data).stdout == data
     program = (
@@ -130,11 +130,11 @@ def test_commands_that_this_api_does_not_answer_are_understood(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("FORGE_STATE", str(tmp_path / "state"))
     cluster = pods()
-    cluster.up(on_stage=ignore)
+    cluster.up(on_progress=ignore)
     with cluster.job_server():
         pass
     shell = cluster.shell(None)[1:]
-    cluster.down(on_stage=ignore)
+    cluster.down(on_progress=ignore)
     config = {
         "apiVersion": "v1",
         "kind": "Config",

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from forge.cluster.local import find_local, require_private_token, stop_local
-from forge.cluster.node import NodeProcess, boot_id, start_ticks
+from forge.cluster.local.ray_cluster import find_local, require_private_token, stop_local
+from forge.cluster.local.ray_process import NodeProcess, boot_id, start_ticks
 from tests.support.command import environment, family, forge, mentioning, start_forge, survivors, wait_for
 
 

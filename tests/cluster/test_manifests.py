@@ -18,8 +18,7 @@ import jsonschema
 import pytest
 import yaml
 
-from forge.cluster.kube import KubernetesCluster
-from forge.cluster.manifests import (
+from forge.cluster.kubernetes.manifests import (
     CLUSTER_LABEL,
     DIGEST,
     GRACE_S,
@@ -30,10 +29,11 @@ from forge.cluster.manifests import (
     token_secret,
     with_live_size,
 )
+from forge.cluster.kubernetes.provider import KubernetesCluster
+from forge.config.cluster import KubernetesSpec
+from forge.config.dump import dump_documents
+from forge.config.load import load_cluster
 from forge.errors import ArgumentError
-from forge.spec.cluster import KubernetesSpec
-from forge.spec.dump import dump_documents
-from forge.spec.load import load_cluster
 from forge.units import Range
 from tests.support.command import wait_for
 

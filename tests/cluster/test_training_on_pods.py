@@ -18,11 +18,11 @@ import psutil
 import pytest
 
 from forge.cluster.base import make_token
-from forge.cluster.manifests import ray_cluster
-from forge.cluster.node import free_port
-from forge.report.runs import read_metrics, read_run
-from forge.spec.cluster import KubernetesSpec
-from forge.spec.dump import dump_plain
+from forge.cluster.kubernetes.manifests import ray_cluster
+from forge.cluster.local.ray_process import free_port
+from forge.config.cluster import KubernetesSpec
+from forge.config.dump import dump_plain
+from forge.runs.reader import read_metrics, read_run
 from tests.support.command import environment, forge, start_forge, wait_for
 from tests.support.kubernetes import Kubernetes
 
@@ -142,7 +142,7 @@ def test_a_run_leaves_a_pod_that_is_told_to_go_and_loses_no_step(pods: Pods, tmp
     assert client.returncode == 130, err
     run = read_run(folder)
     assert [record["step"] for record in read_metrics(folder)] == list(range(1, run.step + 1))
-    notice = run.newest("NoticeReceived") or {}
+    notice = run.newest("PreemptionNoticeReceived") or {}
     assert notice.get("source") == "kubernetes", [event["event"] for event in run.events]
     down = forge("cluster", "down", "pods", cwd=tmp_path, env=env)
     assert down.returncode == 0, down.stderr

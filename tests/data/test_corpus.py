@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forge.config.data import DataSpec
 from forge.data import corpus
 from forge.data.corpus import PIECE_CHARS, find_files, fingerprint, iter_documents, iter_sample
 from forge.errors import DataError
-from forge.spec.data import DataSpec
 
 
 def spec_of(*patterns: object, **settings: Any) -> DataSpec:

@@ -20,13 +20,13 @@ import numpy as np
 import psutil
 import pytest
 
-from forge.data import cache, shards
+from forge.config.data import DataSpec, TokenizerSpec
+from forge.data import cache, store
 from forge.data import prepare as module
 from forge.data.prepare import PrepareProgress, default_cache_dir, open_streams, prepare, unigram_perplexity
 from forge.data.tokenizer import Encoder, load_tokenizer
 from forge.errors import DataError
-from forge.plan.facts import CorpusFacts
-from forge.spec.data import DataSpec, TokenizerSpec
+from forge.plan.inputs import CorpusInfo
 
 SMALL = TokenizerSpec(vocab_size=300)
 
@@ -49,7 +49,7 @@ def spec_of(*files: Path, **settings: Any) -> DataSpec:
     )
 
 
-def documents_of(facts: CorpusFacts) -> tuple[list[str], list[str]]:
+def documents_of(facts: CorpusInfo) -> tuple[list[str], list[str]]:
     """The texts of both sides, as their tokens spell them."""
     from tokenizers import Tokenizer
 
@@ -104,8 +104,8 @@ def test_a_corpus_too_large_to_read_twice_is_split_by_keys_alone(
 ) -> None:
     monkeypatch.setattr(module, "SMALL_CORPUS_CHARS", 100)
     _, held_out = documents_of(prepare(spec_of(words, seed=3), cache_dir=tmp_path / "cache"))
-    threshold = shards.KEY_SPACE // 10
-    assert held_out == [t for t in texts_of(words) if shards.document_key(t.encode(), seed=3) < threshold]
+    threshold = store.KEY_SPACE // 10
+    assert held_out == [t for t in texts_of(words) if store.document_key(t.encode(), seed=3) < threshold]
 
 
 def test_the_split_does_not_depend_on_the_order_of_documents(words: Path, tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ import sys
 from pathlib import Path
 from forge.data import tokenizer
 from forge.data.prepare import prepare
-from forge.spec.data import DataSpec, TokenizerSpec
+from forge.config.data import DataSpec, TokenizerSpec
 tokenizer._HELP_FROM_CHARS = 0
 spec = DataSpec(files=(sys.argv[1],), tokenizer=TokenizerSpec(vocab_size=300), seq_len=16, held_out=0.1)
 print("ready", flush=True)
@@ -386,7 +386,7 @@ def test_a_kill_at_any_moment_leaves_no_half_cache_that_is_believed(words: Path,
             time.sleep(chance.uniform(0, 1.5 * duration_s))
         folder = cache_dir / "data" / Path(reference.folder).name
         if folder.exists():
-            shards.verify(folder, index=shards.read_index(folder))
+            store.verify(folder, index=store.read_index(folder))
             shutil.rmtree(folder)
             outcomes.add("done")
         elif leftovers(cache_dir):
@@ -518,7 +518,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from forge.data.prepare import prepare\n"
-        "from forge.spec.data import DataSpec, TokenizerSpec\n"
+        "from forge.config.data import DataSpec, TokenizerSpec\n"
         "spec = DataSpec(files=(sys.argv[1],), tokenizer=TokenizerSpec(from_pretrained=sys.argv[2]), seq_len=16)\n"
         "prepare(spec, cache_dir=Path(sys.argv[3]))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"

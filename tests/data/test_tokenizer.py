@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from forge.config.data import DataSpec
 from forge.data import tokenizer as module
 from forge.data.corpus import iter_documents, iter_sample
 from forge.data.tokenizer import (
@@ -29,7 +30,6 @@ from forge.data.tokenizer import (
     train_tokenizer,
 )
 from forge.errors import DataError
-from forge.spec.data import DataSpec
 
 STDLIB = DataSpec(source="python-stdlib")
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from forge.config.data import DataSpec, TokenizerSpec
 from forge.data.prepare import open_streams, prepare
 from forge.data.transfer import fetch_corpus, has_corpus, read_chunk, receive_corpus, send_corpus
 from forge.errors import DataError
-from forge.plan.facts import CorpusFacts
-from forge.spec.data import DataSpec, TokenizerSpec
+from forge.plan.inputs import CorpusInfo
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusFacts:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusInfo:
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     (folder / "b.txt").write_text("a corpus on its way\n" * 100)
@@ -28,7 +28,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_is_sent_arrives_byte_for_byte(corpus: CorpusFacts, tmp_path: Path) -> None:
+def test_what_is_sent_arrives_byte_for_byte(corpus: CorpusInfo, tmp_path: Path) -> None:
     stream = io.BytesIO()
     send_corpus(Path(corpus.folder), stream=stream)
     stream.seek(0)
@@ -38,7 +38,7 @@ def test_what_is_sent_arrives_byte_for_byte(corpus: CorpusFacts, tmp_path: Path)
     assert has_corpus(there, digest=corpus.digest)
 
 
-def test_what_is_fetched_arrives_byte_for_byte(corpus: CorpusFacts, tmp_path: Path) -> None:
+def test_what_is_fetched_arrives_byte_for_byte(corpus: CorpusInfo, tmp_path: Path) -> None:
     there = tmp_path / "data" / "there"
     home = Path(corpus.folder)
     fetch_corpus(there, digest=corpus.digest, read=lambda name, offset: read_chunk(home, name=name, offset=offset))
@@ -47,7 +47,7 @@ def test_what_is_fetched_arrives_byte_for_byte(corpus: CorpusFacts, tmp_path: Pa
 
 
 @pytest.mark.parametrize("length", [0, 100, 3000, 20_000])
-def test_a_connection_that_breaks_leaves_no_corpus(corpus: CorpusFacts, tmp_path: Path, length: int) -> None:
+def test_a_connection_that_breaks_leaves_no_corpus(corpus: CorpusInfo, tmp_path: Path, length: int) -> None:
     stream = io.BytesIO()
     send_corpus(Path(corpus.folder), stream=stream)
     assert len(stream.getvalue()) > length
@@ -58,7 +58,7 @@ def test_a_connection_that_breaks_leaves_no_corpus(corpus: CorpusFacts, tmp_path
     assert not has_corpus(there, digest=corpus.digest)
 
 
-def test_a_flipped_bit_is_seen(corpus: CorpusFacts, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_seen(corpus: CorpusInfo, tmp_path: Path) -> None:
     home = Path(corpus.folder)
 
     def read(name: str, offset: int) -> bytes:
@@ -72,7 +72,7 @@ def test_a_flipped_bit_is_seen(corpus: CorpusFacts, tmp_path: Path) -> None:
     assert not (tmp_path / "data" / "there").exists()
 
 
-def test_another_corpus_is_not_taken_for_this_one(corpus: CorpusFacts, tmp_path: Path) -> None:
+def test_another_corpus_is_not_taken_for_this_one(corpus: CorpusInfo, tmp_path: Path) -> None:
     stream = io.BytesIO()
     send_corpus(Path(corpus.folder), stream=stream)
     stream.seek(0)
@@ -80,7 +80,7 @@ def test_another_corpus_is_not_taken_for_this_one(corpus: CorpusFacts, tmp_path:
         receive_corpus(tmp_path / "data" / "there", digest="0" * 32, stream=stream)
 
 
-def test_a_corpus_that_is_damaged_there_is_sent_again(corpus: CorpusFacts, tmp_path: Path) -> None:
+def test_a_corpus_that_is_damaged_there_is_sent_again(corpus: CorpusInfo, tmp_path: Path) -> None:
     there, home = tmp_path / "data" / "there", Path(corpus.folder)
     shutil.copytree(home, there)
     shard = next(there.glob("*.tokens"))
@@ -90,12 +90,12 @@ def test_a_corpus_that_is_damaged_there_is_sent_again(corpus: CorpusFacts, tmp_p
     assert _files(there) == _files(home)
 
 
-def test_nothing_but_the_corpus_is_read_from_its_folder(corpus: CorpusFacts) -> None:
+def test_nothing_but_the_corpus_is_read_from_its_folder(corpus: CorpusInfo) -> None:
     with pytest.raises(DataError, match="has no file"):
         read_chunk(Path(corpus.folder), name="../../../etc/passwd", offset=0)
 
 
-def test_a_corpus_that_arrived_can_be_trained_on(corpus: CorpusFacts, tmp_path: Path) -> None:
+def test_a_corpus_that_arrived_can_be_trained_on(corpus: CorpusInfo, tmp_path: Path) -> None:
     import dataclasses
 
     there, home = tmp_path / "data" / "there", Path(corpus.folder)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from forge.plan.plan import plan_from_json
-from forge.report.runs import carrier_pid, read_metrics, read_run
+from forge.runs.reader import driver_pid, read_metrics, read_run
 from tests.support.command import forge, wait_for
 from tests.support.elastic import Machines, Run, leftovers, machines, start_run, stop_run, write_job
 from tests.support.ranks import run_ranks
@@ -62,7 +62,7 @@ def test_a_killed_machine_costs_at_most_a_step_and_is_taken_back(run: Run) -> No
     assert len(run.repeated()) - repeated <= 1
     run.cluster.add()
     run.await_world(3)
-    assert run.of("ChangeBegan")[-1]["cause"] == "growth"
+    assert run.of("MembershipChangeStarted")[-1]["cause"] == "growth"
     assert len(run.repeated()) - repeated <= 1
 
 
@@ -88,11 +88,11 @@ def test_a_killed_supervisor_does_not_stop_the_ranks(run: Run) -> None:
 
 
 def test_a_killed_carrier_is_replaced(run: Run) -> None:
-    carrier = carrier_pid(run.folder)
+    carrier = driver_pid(run.folder)
     assert carrier is not None
     before = run.formed["generation"]
     os.kill(carrier, signal.SIGKILL)
-    wait_for(lambda: carrier_pid(run.folder) not in (None, carrier))
+    wait_for(lambda: driver_pid(run.folder) not in (None, carrier))
     run.await_steps(5)
     assert run.formed["generation"] == before
     assert read_run(run.folder).status == "running"
@@ -114,8 +114,8 @@ def test_a_notice_costs_no_step(run: Run) -> None:
     place = run.formed["ranks"][-1]
     size = run.formed["world_size"]
     run.recovers_from(lambda: chaos(run, "notice", "--node", place["node"], "--seconds", "5"))
-    assert run.of("NoticeReceived")[-1]["source"] == "ray"
-    assert run.of("ChangeBegan")[-1]["cause"] == "notice"
+    assert run.of("PreemptionNoticeReceived")[-1]["source"] == "ray"
+    assert run.of("MembershipChangeStarted")[-1]["cause"] == "notice"
     assert place["node"] not in [other["node"] for other in run.formed["ranks"]]
     assert run.formed["world_size"] <= size
     assert len(run.repeated()) == repeated

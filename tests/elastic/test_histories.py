@@ -20,38 +20,38 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from forge.elastic.membership import MOST_FAILURES, REUNION_S, YIELD_S, decide
-from forge.elastic.vocabulary import (
+from forge.elastic.membership import MOST_FAILURES, RECOVERY_S, YIELD_S, decide
+from forge.elastic.states import (
     Action,
-    Change,
-    Claim,
-    End,
+    AgentAttached,
+    AgentStopped,
+    ChangeMembership,
+    CheckpointCommitted,
+    ClaimSlots,
+    DrainGeneration,
+    DropReplicas,
+    EndReason,
     Event,
-    Fail,
-    Finish,
-    Forget,
-    Formed,
-    GiveBack,
-    Holding,
-    Holds,
-    Hung,
-    Leave,
-    NodeCame,
+    FailRun,
+    FinishRun,
+    FlushToStorage,
+    GenerationReady,
+    HangDetected,
+    MembershipState,
     NodeLost,
-    NodeWarm,
-    Noticed,
-    Persist,
+    NodeReady,
     Phase,
+    PreemptionNotice,
     RankEnded,
-    Saved,
+    ReleaseSlots,
+    ReplicaLocation,
+    ReplicasHeld,
     SlotsChanged,
-    Start,
-    State,
-    Stop,
-    Stopped,
-    StopWished,
-    Ticked,
-    YieldWished,
+    StartGeneration,
+    StopGeneration,
+    StopRequested,
+    Tick,
+    YieldRequested,
 )
 
 TOTAL_STEPS = 300
@@ -81,7 +81,7 @@ class Machine:
 
     name: str
     num_slots: int
-    num_firm: int
+    num_guaranteed: int
     is_warm: bool
     is_alive: bool = True
     is_connected: bool = False
@@ -95,7 +95,7 @@ class Machine:
     """(generation, rank) → the steps of its whole snapshots, two at most."""
     forgotten: int = 0
     refused: int = 0
-    goes_at: float | None = None
+    preempted_at: float | None = None
 
     def say(self, event: Event) -> None:
         if self.is_connected:
@@ -106,7 +106,7 @@ class Machine:
 class Generation:
     """What is true of a generation, whoever knows it."""
 
-    start: Start
+    start: StartGeneration
     step: int
     buddies: dict[str, str | None]
     begun: set[int] = field(default_factory=set)
@@ -127,7 +127,7 @@ class World:
 
     def __init__(self, *, low: int, high: int, snapshot_every: int) -> None:
         self.now = 0.0
-        self.state = State(low=low, high=high)
+        self.state = MembershipState(low=low, high=high)
         self.snapshot_every = snapshot_every
         self.machines: dict[str, Machine] = {}
         self.generations: dict[int, Generation] = {}
@@ -155,36 +155,36 @@ class World:
 
     def perform(self, action: Action) -> None:
         match action:
-            case Start():
+            case StartGeneration():
                 self.start(action)
-            case Stop(node=name):
+            case StopGeneration(node=name):
                 self.send(name, action)
-            case Leave():
+            case DrainGeneration():
                 self.wish(is_stop=False)
-            case Forget(generation=generation):
+            case DropReplicas(generation=generation):
                 assert any(whole.generation == generation for whole in whole_steps(known(self.state)))
                 for name in self.state.nodes:
                     self.send(name, action)
-            case Persist():
+            case FlushToStorage():
                 self.persist(action)
-            case Change(generation=generation):
+            case ChangeMembership(generation=generation):
                 assert generation not in self.announced, "a change was announced twice"
                 self.announced.add(generation)
-            case GiveBack():
+            case ReleaseSlots():
                 self.has_given_back = True
-            case Claim():
+            case ClaimSlots():
                 self.has_given_back = False
-            case Finish(step=step):
+            case FinishRun(step=step):
                 self.is_over = True
                 assert step <= self.stored_step
                 assert self.is_stop_wished or step == TOTAL_STEPS
                 assert newest(whole_steps(known(self.state))) <= step
-            case Fail():
+            case FailRun():
                 self.is_over = True
                 since = [g for number, g in self.generations.items() if number > self.last_formed]
                 assert sum(not g.is_disturbed for g in since) >= MOST_FAILURES, "a lost machine is no failure"
 
-    def start(self, start: Start) -> None:
+    def start(self, start: StartGeneration) -> None:
         for name in self.state.nodes:
             machine = self.machines[name]
             if machine.is_attached:
@@ -195,7 +195,7 @@ class World:
             node = self.state.nodes[name]
             assert node.is_warm
             assert start.places.count(name) <= node.num_slots
-            assert node.goes_at is None or node.goes_at > self.now
+            assert node.preempted_at is None or node.preempted_at > self.now
         assert start.step == max(self.state.stored_step, newest(whole_steps(known(self.state))))
         assert start.step >= newest(self.there()), "a newer step lies in memory"
         names = list(dict.fromkeys(start.places))
@@ -207,15 +207,17 @@ class World:
         for name in names:
             self.send(name, start)
 
-    def there(self) -> set[Holding]:
+    def there(self) -> set[ReplicaLocation]:
         """The whole steps that machines within reach hold, whatever they have told."""
         held = {h for m in self.machines.values() if m.is_attached for h in self.holdings(m)}
         return {whole for whole in whole_steps(held) if not self.generations[whole.generation].was_cut_off}
 
-    def persist(self, order: Persist) -> None:
+    def persist(self, order: FlushToStorage) -> None:
         asked = set()
         for rank in range(order.world_size):
-            wanted = Holding(generation=order.generation, rank=rank, world_size=order.world_size, step=order.step)
+            wanted = ReplicaLocation(
+                generation=order.generation, rank=rank, world_size=order.world_size, step=order.step
+            )
             asked.add((next(name for name, node in self.state.nodes.items() if wanted in node.holdings), rank))
         self.to_persist[order.step, order.generation, order.world_size] = asked
         for name in {name for name, _ in asked}:
@@ -228,7 +230,7 @@ class World:
 
     def stop(self) -> None:
         self.is_stop_wished = True
-        self.apply(StopWished())
+        self.apply(StopRequested())
         self.wish(is_stop=True)
 
     def wish(self, *, is_stop: bool) -> None:
@@ -238,12 +240,12 @@ class World:
     def restart_supervisor(self) -> None:
         for machine in self.machines.values():
             self.cut(machine)
-        self.state = State(
+        self.state = MembershipState(
             low=self.state.low,
             high=self.state.high,
             former_generation=max(self.generations, default=0),
             stored_step=self.stored_step,
-            reunites_until=self.now + REUNION_S,
+            recovery_deadline=self.now + RECOVERY_S,
         )
         self.announced.clear()
         self.has_given_back = False
@@ -266,28 +268,28 @@ class World:
         machine.is_connected = True
         worlds = {rank: len(self.generations[r.generation].start.places) for rank, r in machine.ranks.items()}
         machine.say(
-            NodeCame(
+            AgentAttached(
                 node=machine.name,
                 num_slots=machine.num_slots,
-                num_firm=machine.num_firm,
+                num_guaranteed=machine.num_guaranteed,
                 is_warm=machine.is_warm,
                 holdings=self.holdings(machine),
                 generation=machine.generation,
                 places=worlds,
             )
         )
-        if machine.goes_at is not None:
-            machine.say(Noticed(node=machine.name, goes_at=machine.goes_at))
+        if machine.preempted_at is not None:
+            machine.say(PreemptionNotice(node=machine.name, preempted_at=machine.preempted_at))
 
     def deliver(self, machine: Machine) -> None:
         """The supervisor hears one message."""
         event = machine.to_supervisor.popleft()
-        if isinstance(event, NodeCame):
+        if isinstance(event, AgentAttached):
             machine.is_attached = True
         self.apply(event)
-        if isinstance(event, NodeCame) and self.state.phase is Phase.LEAVING:
+        if isinstance(event, AgentAttached) and self.state.phase is Phase.LEAVING:
             self.wish(is_stop=False)
-        if isinstance(event, NodeCame) and self.state.is_stopping:
+        if isinstance(event, AgentAttached) and self.state.is_stopping:
             self.wish(is_stop=True)
 
     # --- agents
@@ -295,28 +297,28 @@ class World:
     def obey(self, machine: Machine) -> None:
         """An agent does one thing that it was told."""
         match machine.to_agent.popleft():
-            case Start() as start:
+            case StartGeneration() as start:
                 self.begin_ranks(machine, start)
-            case Stop(generation=generation, goes_on=goes_on):
+            case StopGeneration(generation=generation, goes_on=goes_on):
                 machine.refused = max(machine.refused, generation - goes_on)
                 ended = [rank for rank, r in machine.ranks.items() if r.generation <= generation]
                 gone = {rank: machine.ranks[rank].generation for rank in ended}
                 for rank in ended:
                     self.end_rank(machine, rank)
-                machine.say(Stopped(node=machine.name, generation=generation, holdings=self.holdings(machine)))
+                machine.say(AgentStopped(node=machine.name, generation=generation, holdings=self.holdings(machine)))
                 for rank, of in gone.items():
-                    machine.say(RankEnded(generation=of, rank=rank, end=End.BROKEN, reason="it was killed"))
+                    machine.say(RankEnded(generation=of, rank=rank, end=EndReason.BROKEN, reason="it was killed"))
             case Wish(generation=generation, is_stop=is_stop):
                 if 0 in machine.ranks and machine.ranks[0].generation == generation:
                     self.generations[generation].is_stopping |= is_stop
                     self.generations[generation].is_leaving |= not is_stop
-            case Forget(generation=generation):
+            case DropReplicas(generation=generation):
                 machine.forgotten = max(machine.forgotten, generation)
                 machine.vault = {key: steps for key, steps in machine.vault.items() if key[0] >= generation}
-            case Persist() as order:
+            case FlushToStorage() as order:
                 self.write_parts(machine, order)
 
-    def begin_ranks(self, machine: Machine, start: Start) -> None:
+    def begin_ranks(self, machine: Machine, start: StartGeneration) -> None:
         machine.generation = start.generation
         for rank, name in enumerate(start.places):
             if name == machine.name:
@@ -333,9 +335,9 @@ class World:
     def break_rank(self, machine: Machine, rank: int) -> None:
         of = machine.ranks[rank].generation
         self.end_rank(machine, rank)
-        machine.say(RankEnded(generation=of, rank=rank, end=End.BROKEN, reason="it was killed"))
+        machine.say(RankEnded(generation=of, rank=rank, end=EndReason.BROKEN, reason="it was killed"))
 
-    def write_parts(self, machine: Machine, order: Persist) -> None:
+    def write_parts(self, machine: Machine, order: FlushToStorage) -> None:
         key = (order.step, order.generation, order.world_size)
         missing = self.to_persist.get(key, set())
         for name, rank in list(missing):
@@ -343,11 +345,11 @@ class World:
                 missing.discard((name, rank))
         if key in self.to_persist and not missing:
             self.stored_step = max(self.stored_step, order.step)
-            machine.say(Saved(step=order.step))
+            machine.say(CheckpointCommitted(step=order.step))
 
-    def holdings(self, machine: Machine) -> frozenset[Holding]:
+    def holdings(self, machine: Machine) -> frozenset[ReplicaLocation]:
         return frozenset(
-            Holding(generation=g, rank=rank, world_size=len(self.generations[g].start.places), step=step)
+            ReplicaLocation(generation=g, rank=rank, world_size=len(self.generations[g].start.places), step=step)
             for (g, rank), steps in machine.vault.items()
             for step in steps
         )
@@ -360,7 +362,7 @@ class World:
 
     def warm_up(self, machine: Machine) -> None:
         machine.is_warm = True
-        machine.say(NodeWarm(node=machine.name))
+        machine.say(NodeReady(node=machine.name))
 
     # --- ranks
 
@@ -389,14 +391,14 @@ class World:
             generation.step += 1
         if not generation.is_formed:
             generation.is_formed = True
-            members[0].say(Formed(generation=number))
+            members[0].say(GenerationReady(generation=number))
         if generation.step == TOTAL_STEPS or generation.is_stopping:
             self.save(number)
-            self.end_all(number, End.DONE)
+            self.end_all(number, EndReason.DONE)
         elif generation.is_leaving:
             self.begin_copies(number)
             self.finish_copies(number)
-            self.end_all(number, End.LEFT)
+            self.end_all(number, EndReason.LEFT)
         elif generation.step % self.snapshot_every == 0:
             self.begin_copies(number)
             if saves:
@@ -420,9 +422,9 @@ class World:
 
     def save(self, number: int) -> None:
         self.stored_step = max(self.stored_step, self.generations[number].step)
-        self.members(number)[0].say(Saved(step=self.stored_step))
+        self.members(number)[0].say(CheckpointCommitted(step=self.stored_step))
 
-    def end_all(self, number: int, end: End) -> None:
+    def end_all(self, number: int, end: EndReason) -> None:
         for rank, machine in self.members(number).items():
             self.end_rank(machine, rank)
             machine.say(RankEnded(generation=number, rank=rank, end=end, step=self.generations[number].step))
@@ -463,13 +465,13 @@ class World:
         if self.state.phase in (Phase.FORMING, Phase.TRAINING, Phase.LEAVING) and number in self.generations:
             hung = [rank for rank, machine in self.members(number).items() if machine.ranks[rank].is_hung]
             if hung:
-                self.apply(Hung(generation=number, rank=hung[0], silent_s=5.0))
+                self.apply(HangDetected(generation=number, rank=hung[0], silent_s=5.0))
 
     # --- time
 
     def tick(self, seconds: float) -> None:
         self.now += seconds
-        self.apply(Ticked())
+        self.apply(Tick())
 
     def work(self, *, seconds: float = 1.0, connects: bool = True) -> None:
         """A round in which everything that is under way arrives and whoever can, does something."""
@@ -487,7 +489,7 @@ class World:
                 self.step(number)
         self.settle_messages()
         for machine in self.machines.values():
-            machine.say(Holds(node=machine.name, holdings=self.holdings(machine)))
+            machine.say(ReplicasHeld(node=machine.name, holdings=self.holdings(machine)))
         self.settle_messages()
         self.tick(seconds)
 
@@ -513,7 +515,7 @@ class World:
             if machine.to_agent:
                 found += 2 * [partial(self.obey, machine)]
             if machine.is_connected:
-                found += [partial(machine.say, Holds(node=machine.name, holdings=self.holdings(machine)))]
+                found += [partial(machine.say, ReplicasHeld(node=machine.name, holdings=self.holdings(machine)))]
             elif machine.is_alive:
                 found += [partial(self.connect, machine)]
             if machine.is_alive and not machine.is_warm:
@@ -531,7 +533,7 @@ class World:
         self.lose_the_silent()
         if not self.is_stop_wished:
             for _ in range(self.state.low):
-                self.add(num_slots=1, num_firm=1, is_warm=True)
+                self.add(num_slots=1, num_guaranteed=1, is_warm=True)
             for machine in self.machines.values():
                 if machine.is_alive and not machine.is_warm:
                     self.warm_up(machine)
@@ -551,9 +553,11 @@ class World:
                     return
         raise AssertionError(f"no training after {CALM_ROUNDS} calm rounds: {self.state}")
 
-    def add(self, *, num_slots: int, num_firm: int, is_warm: bool) -> None:
+    def add(self, *, num_slots: int, num_guaranteed: int, is_warm: bool) -> None:
         name = f"m{len(self.machines) + 1}"
-        self.machines[name] = Machine(name=name, num_slots=num_slots, num_firm=num_firm, is_warm=is_warm)
+        self.machines[name] = Machine(
+            name=name, num_slots=num_slots, num_guaranteed=num_guaranteed, is_warm=is_warm
+        )
 
     # --- misfortunes
 
@@ -564,7 +568,7 @@ class World:
 
     def machine_comes(self, chance: random.Random) -> None:
         num_slots = chance.randint(1, 2)
-        self.add(num_slots=num_slots, num_firm=chance.randint(0, num_slots), is_warm=chance.random() < 0.5)
+        self.add(num_slots=num_slots, num_guaranteed=chance.randint(0, num_slots), is_warm=chance.random() < 0.5)
 
     def machine_dies(self, chance: random.Random) -> None:
         for machine in self.any(lambda machine: True, chance):
@@ -581,7 +585,7 @@ class World:
             machine.is_warm = False
             for rank in list(machine.ranks):
                 self.break_rank(machine, rank)
-            machine.say(NodeWarm(node=machine.name, is_warm=False))
+            machine.say(NodeReady(node=machine.name, is_warm=False))
 
     def rank_is_killed(self, chance: random.Random) -> None:
         for machine in self.any(lambda machine: machine.ranks, chance):
@@ -593,14 +597,16 @@ class World:
 
     def notice_is_given(self, chance: random.Random) -> None:
         for machine in self.any(lambda machine: machine.is_connected, chance):
-            machine.goes_at = self.now + chance.choice([0.0, 1.0, 5.0, 30.0])
-            machine.say(Noticed(node=machine.name, goes_at=machine.goes_at))
+            machine.preempted_at = self.now + chance.choice([0.0, 1.0, 5.0, 30.0])
+            machine.say(PreemptionNotice(node=machine.name, preempted_at=machine.preempted_at))
 
     def places_change(self, chance: random.Random) -> None:
         for machine in self.any(lambda machine: True, chance):
             machine.num_slots = chance.randint(0, 2)
-            machine.num_firm = chance.randint(0, machine.num_slots)
-            self.apply(SlotsChanged(node=machine.name, num_slots=machine.num_slots, num_firm=machine.num_firm))
+            machine.num_guaranteed = chance.randint(0, machine.num_slots)
+            self.apply(
+                SlotsChanged(node=machine.name, num_slots=machine.num_slots, num_guaranteed=machine.num_guaranteed)
+            )
 
     def time_passes(self, chance: random.Random) -> None:
         self.tick(chance.choice([1.0, 3.0, 20.0, 70.0]))
@@ -610,7 +616,7 @@ class World:
             self.stop()
 
     def yield_is_wished(self, chance: random.Random) -> None:
-        self.apply(YieldWished())
+        self.apply(YieldRequested())
 
     def supervisor_dies(self, chance: random.Random) -> None:
         self.restart_supervisor()
@@ -621,17 +627,17 @@ class World:
     ]
 
 
-def known(state: State) -> set[Holding]:
+def known(state: MembershipState) -> set[ReplicaLocation]:
     """All snapshots that the supervisor has been told of."""
     return {holding for node in state.nodes.values() for holding in node.holdings}
 
 
-def whole_steps(held: set[Holding]) -> set[Holding]:
+def whole_steps(held: set[ReplicaLocation]) -> set[ReplicaLocation]:
     """Of those, the ones of steps of which every rank's snapshot is there."""
     return {h for h in held if all(replace(h, rank=rank) in held for rank in range(h.world_size))}
 
 
-def newest(held: set[Holding]) -> int:
+def newest(held: set[ReplicaLocation]) -> int:
     return max((holding.step for holding in held), default=0)
 
 
@@ -643,7 +649,7 @@ class Histories(RuleBasedStateMachine):
         self.world = World(low=low, high=low + more, snapshot_every=every)
         self.is_stopped = is_stopped
         for number in range(low + more):
-            self.world.add(num_slots=1, num_firm=int(number < low), is_warm=True)
+            self.world.add(num_slots=1, num_guaranteed=int(number < low), is_warm=True)
         self.work(3)
 
     @rule(rounds=st.integers(1, 6))

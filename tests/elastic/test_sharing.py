@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from forge.report.runs import read_metrics, read_run
-from forge.train.checkpoint import find_checkpoint
-from forge.train.storage import open_storage
+from forge.checkpoint.reader import find_checkpoint
+from forge.checkpoint.storage import open_storage
+from forge.runs.reader import read_metrics, read_run
 from tests.support.command import wait_for
 from tests.support.elastic import Machines, Run, leftovers, machines, start_run, stop_run, write_job
 
@@ -44,7 +44,7 @@ def small(cluster: Machines, large: Run) -> Run:
 def test_a_run_above_its_minimum_gives_back_what_another_needs(large: Run, small: Run) -> None:
     small.await_world(2)
     assert large.formed["world_size"] == 1
-    assert large.of("ChangeBegan")[-1]["cause"] == "yield"
+    assert large.of("MembershipChangeStarted")[-1]["cause"] == "yield"
     assert large.repeated() == []
     nodes = [{place["node"].partition("-")[0] for place in run.formed["ranks"]} for run in (large, small)]
     assert not nodes[0] & nodes[1]
@@ -69,7 +69,7 @@ def test_above_it_again_the_run_goes_on(cluster: Machines, small: Run) -> None:
     cluster.add()
     wait_for(lambda: small.formed["generation"] > waiting)
     small.await_steps(3)
-    assert small.of("GenerationForming")[-1]["source"] == "memory"
+    assert small.of("GenerationStarting")[-1]["source"] == "memory"
     assert len(small.repeated()) - repeated <= 1
 
 
@@ -78,7 +78,7 @@ def test_what_was_given_back_is_taken_again_when_it_is_free(large: Run, small: R
     assert [record["step"] for record in read_metrics(small.folder)] == list(range(1, small.step + 1))
     assert leftovers(small, but=large) == []
     large.await_world(3)
-    assert large.of("ChangeBegan")[-1]["cause"] == "growth"
+    assert large.of("MembershipChangeStarted")[-1]["cause"] == "growth"
 
 
 def test_a_run_that_waits_can_be_stopped(cluster: Machines, large: Run) -> None:

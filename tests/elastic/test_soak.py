@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from forge.chaos import faults
 from forge.plan.plan import plan_from_json
-from forge.report.runs import carrier_pid, read_metrics
-from forge.run import faults
+from forge.runs.reader import driver_pid, read_metrics
 from tests.support.command import forge, wait_for
 from tests.support.elastic import Run, leftovers, machines, start_run, stop_run, write_job
 from tests.support.ranks import run_ranks
@@ -76,10 +76,10 @@ class Faults:
         wait_for(lambda: len(self.run.of("SupervisorRestarted")) > count)
 
     def carrier_killed(self) -> None:
-        carrier = carrier_pid(self.run.folder)
+        carrier = driver_pid(self.run.folder)
         assert carrier is not None
         os.kill(carrier, signal.SIGKILL)
-        wait_for(lambda: carrier_pid(self.run.folder) not in (None, carrier))
+        wait_for(lambda: driver_pid(self.run.folder) not in (None, carrier))
 
     def _without(self, before: Callable[[str], None]) -> None:
         """Take a machine away, perhaps after something else, and put another in its place."""

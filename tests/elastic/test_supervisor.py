@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from forge.elastic.cost import Limits, Meter, price_of
-from forge.elastic.orders import Link, parts_of, start_orders
+from forge.elastic.commands import AgentConnection, parts_of, start_commands
+from forge.elastic.states import MemberNode, MembershipState, Phase, ReplicaLocation, StartGeneration
 from forge.elastic.supervisor import Supervisor
-from forge.elastic.vocabulary import Holding, Node, Phase, Start, State
 from forge.errors import ClusterError
-from forge.events import CostCounted, Event, NoticeReceived
-from tests.support.claims import EndlessClaims
+from forge.events import CostUpdated, Event, PreemptionNoticeReceived
+from forge.pricing.budget import CostLimits, CostMeter, price_of
+from tests.support.placement import EndlessClaims
 
-_NO_LIMITS = Limits()
+_NO_LIMITS = CostLimits()
 
 
 class Claims(EndlessClaims):
@@ -33,18 +33,18 @@ class Claims(EndlessClaims):
 class Stage:
     """A supervisor in training with machines `a` and `b`."""
 
-    def __init__(self, *, limits: Limits = _NO_LIMITS, spent_usd: float = 0.0) -> None:
+    def __init__(self, *, limits: CostLimits = _NO_LIMITS, spent_usd: float = 0.0) -> None:
         self.now = 1000.0
         self.claims = Claims()
         self.told: list[Event] = []
         self.heard: dict[str, list[Any]] = {}
-        self.links: dict[str, Link] = {}
+        self.links: dict[str, AgentConnection] = {}
         self.supervisor = Supervisor(
-            State(low=1, high=2),
+            MembershipState(low=1, high=2),
             claims=self.claims,
             tell=self.told.append,
             checkpoints="/nowhere",
-            meter=Meter(limits, head="host-head", head_usd_per_hour=0.5, spent_usd=spent_usd),
+            meter=CostMeter(limits, head="host-head", head_usd_per_hour=0.5, spent_usd=spent_usd),
             clock=lambda: self.now,
         )
         for name in ("a", "b"):
@@ -53,7 +53,7 @@ class Stage:
 
     def come(self, name: str, *, usd_per_hour: float | None = 1.0) -> None:
         self.heard[name] = []
-        self.links[name] = Link(
+        self.links[name] = AgentConnection(
             node=name,
             host=f"host-{name}",
             endpoint=(f"host-{name}", 7000),
@@ -65,7 +65,7 @@ class Stage:
         )
         hello = {
             **{"pids": {}, "generation": 0, "holdings": [], "findings": None, "is_warm": True, "places": {}},
-            **{"num_slots": 1, "num_firm": 1, "usd_per_hour": usd_per_hour},
+            **{"num_slots": 1, "num_guaranteed": 1, "usd_per_hour": usd_per_hour},
         }
         self.supervisor.attach(self.links[name], hello)
 
@@ -81,7 +81,7 @@ class Stage:
         return [
             (event.node, event.source, event.seconds_left, event.is_certain)
             for event in self.told
-            if isinstance(event, NoticeReceived)
+            if isinstance(event, PreemptionNoticeReceived)
         ]
 
     def says(self, node: str, **notice: Any) -> None:
@@ -115,7 +115,7 @@ def test_one_that_leaves_less_time_is_told_of_and_heeded() -> None:
         stage.says("b")
         stage.says("b", source="ray", seconds_left=30.0)
         assert [source for _, source, _, _ in stage.notices()] == ["aws", "ray"]
-        assert stage.supervisor.state.nodes["b"].goes_at == 1030.0
+        assert stage.supervisor.state.nodes["b"].preempted_at == 1030.0
 
     staged(scene)
 
@@ -138,7 +138,7 @@ def test_a_mere_risk_has_another_machine_made_ready_and_changes_nothing() -> Non
         stage.supervisor.tick()
         assert stage.notices() == [("b", "aws", None, False)]
         assert stage.claims.replaced == [("b", None)]
-        assert stage.supervisor.state.nodes["b"].goes_at is None
+        assert stage.supervisor.state.nodes["b"].preempted_at is None
         assert stage.supervisor.state.phase is Phase.TRAINING
 
     staged(scene)
@@ -147,7 +147,7 @@ def test_a_mere_risk_has_another_machine_made_ready_and_changes_nothing() -> Non
 def test_an_agent_hears_of_its_devices_before_it_is_to_use_them() -> None:
     def scene(stage: Stage) -> None:
         stage.heard["a"].clear()
-        stage.supervisor.granted("a", num_slots=2, num_firm=1, devices=("cuda:1", "cuda:0"))
+        stage.supervisor.granted("a", num_slots=2, num_guaranteed=1, devices=("cuda:1", "cuda:0"))
         stage.supervisor.receive(
             stage.links["a"],
             {"say": "ended", "generation": 1, "rank": 0, "end": "broken", "step": 0, "reason": "", "error": ""},
@@ -178,7 +178,7 @@ def test_a_machine_at_work_alone_is_told_where_to_keep_copies_when_the_spare_one
 def test_every_agent_is_told_where_all_parts_of_the_state_are(num_agents: int) -> None:
     names = "abc"[:num_agents]
     links = {
-        name: Link(
+        name: AgentConnection(
             node=name,
             host=name,
             endpoint=(f"10.0.0.{number}", 7000 + number),
@@ -191,11 +191,13 @@ def test_every_agent_is_told_where_all_parts_of_the_state_are(num_agents: int) -
         for number, name in enumerate(names)
     }
     nodes = {
-        name: Node(num_slots=1, holdings=frozenset({Holding(generation=4, rank=r, world_size=num_agents, step=9)}))
+        name: MemberNode(
+            num_slots=1, holdings=frozenset({ReplicaLocation(generation=4, rank=r, world_size=num_agents, step=9)})
+        )
         for r, name in enumerate(names)
     }
-    start = Start(generation=5, places=tuple(names), step=9, source=(4, num_agents))
-    orders = start_orders(start, State(low=1, high=3, nodes=nodes), links, findings=None, laps={})
+    start = StartGeneration(generation=5, places=tuple(names), step=9, source=(4, num_agents))
+    orders = start_commands(start, MembershipState(low=1, high=3, nodes=nodes), links, findings=None, laps={})
     wanted = [{"generation": 4, "rank": r, "endpoint": list(links[name].endpoint)} for r, name in enumerate(names)]
     assert all(parts_of(orders[name]) == wanted for name in names)
 
@@ -221,11 +223,11 @@ def test_a_run_stops_with_a_checkpoint_when_it_has_cost_what_it_may() -> None:
         assert _wishes(stage) == []
         stage.supervisor.tick()
         assert _wishes(stage) == ["STOP"]
-        told = [event for event in stage.told if isinstance(event, CostCounted)]
+        told = [event for event in stage.told if isinstance(event, CostUpdated)]
         assert told[-1].usd == pytest.approx(0.7 + 2.5 / 6)
         assert told[-1].usd_per_hour == pytest.approx(2.5)
 
-    staged(scene, limits=Limits(usd=1.0), spent_usd=0.7)
+    staged(scene, limits=CostLimits(usd=1.0), spent_usd=0.7)
 
 
 def test_a_run_stops_when_its_machines_cost_too_much_an_hour() -> None:
@@ -236,7 +238,7 @@ def test_a_run_stops_when_its_machines_cost_too_much_an_hour() -> None:
         stage.supervisor.tick()
         assert _wishes(stage) == ["STOP"]
 
-    staged(scene, limits=Limits(usd_per_hour=3.0))
+    staged(scene, limits=CostLimits(usd_per_hour=3.0))
 
 
 def test_a_limit_that_nobody_can_watch_is_no_limit() -> None:
@@ -245,11 +247,11 @@ def test_a_limit_that_nobody_can_watch_is_no_limit() -> None:
         stage.supervisor.tick()
         assert _wishes(stage) == ["STOP"]
 
-    staged(scene, limits=Limits(usd=1000.0))
+    staged(scene, limits=CostLimits(usd=1000.0))
 
 
 def test_a_machine_with_two_agents_is_paid_once() -> None:
-    meter = Meter(Limits(), head="h", head_usd_per_hour=1.0, spent_usd=0.0)
+    meter = CostMeter(CostLimits(), head="h", head_usd_per_hour=1.0, spent_usd=0.0)
     meter.came("a", host="h", usd_per_hour=1.0)
     meter.came("b", host="x", usd_per_hour=2.0)
     meter.came("c", host="x", usd_per_hour=2.0)
@@ -267,7 +269,7 @@ def test_a_price_that_is_none_is_named(text: str) -> None:
 
 
 def test_the_cluster_and_the_job_may_both_limit_the_price_of_an_hour() -> None:
-    limits = Limits(usd=5.0, usd_per_hour=3.0)
-    assert limits.within({"FORGE_MAX_USD_PER_HOUR": "2.5"}) == Limits(usd=5.0, usd_per_hour=2.5)
+    limits = CostLimits(usd=5.0, usd_per_hour=3.0)
+    assert limits.within({"FORGE_MAX_USD_PER_HOUR": "2.5"}) == CostLimits(usd=5.0, usd_per_hour=2.5)
     assert limits.within({"FORGE_MAX_USD_PER_HOUR": "9"}) == limits
     assert limits.within({}) == limits

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from forge.report.runs import read_metrics, read_run
-from forge.report.trials import TrialBook, trial_folder
-from forge.run.submit import carry, create_run, resolve
-from forge.spec.load import load_job
+from forge.config.load import load_job
+from forge.runs.reader import read_metrics, read_run
+from forge.runs.trials import TrialTable, trial_folder
+from forge.runtime.launch import create_run, resolve, start_driver
 from tests.support.command import wait_for
 from tests.support.elastic import Machines, Run, leftovers, machines, write_job
 
@@ -52,18 +52,18 @@ class Search:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._carried = carry(folder)
+        self._carried = start_driver(folder)
 
     @property
-    def book(self) -> TrialBook:
-        return TrialBook(read_run(self.folder).events)
+    def book(self) -> TrialTable:
+        return TrialTable(read_run(self.folder).events)
 
     @property
     def status(self) -> str:
         return read_run(self.folder).status
 
     def carry_on(self) -> None:
-        self._carried = carry(self.folder)
+        self._carried = start_driver(self.folder)
 
     def kill_carrier(self) -> None:
         os.kill(self._carried.pid, signal.SIGKILL)
@@ -74,7 +74,7 @@ class Search:
         folder = Path(trial_folder(str(self.folder), number))
 
         def pid() -> int | None:
-            formed = [event for event in read_run(folder).events if event["event"] == "GenerationFormed"]
+            formed = [event for event in read_run(folder).events if event["event"] == "GenerationStarted"]
             return int(formed[-1]["ranks"][0]["pid"]) if formed else None
 
         found: int = wait_for(pid)
@@ -155,7 +155,7 @@ def test_a_search_through_kills_has_the_trials_and_results_of_one_in_peace(clust
     assert not leftovers(Run(folder=search.folder, cluster=cluster), timeout_s=90)
 
 
-@pytest.mark.slow  # tests/run/test_schedule.py has it without a cluster
+@pytest.mark.slow  # tests/search/test_scheduler.py has it without a cluster
 def test_a_scheduler_that_is_killed_knows_again_what_it_was_told(cluster: Machines) -> None:
     search = start(cluster, search__scheduler="{kind: asha, reduction_factor: 2}")
     search.await_step(2, 20)

@@ -18,11 +18,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from forge.plan.facts import CorpusFacts
-from forge.serve.weights import read_tensors
-from forge.train.checkpoint import Checkpoint, open_checkpoint
-from forge.train.interval import Interval, pack
-from forge.train.manifest import (
+from forge.checkpoint.intervals import Interval, pack
+from forge.checkpoint.manifest import (
     MANIFEST,
     ModelShape,
     Parameter,
@@ -33,8 +30,11 @@ from forge.train.manifest import (
     state_bytes,
     state_name,
 )
+from forge.checkpoint.reader import Checkpoint, open_checkpoint
+from forge.checkpoint.storage import open_storage
+from forge.plan.inputs import CorpusInfo
+from forge.serve.weights import read_tensors
 from forge.train.state import DTYPE_NAMES, bytes_of
-from forge.train.storage import open_storage
 from tests.support.jobs import tiny_plan
 from tests.support.ranks import run_ranks
 
@@ -68,7 +68,7 @@ finally:
 
 
 @pytest.fixture(scope="module")
-def trained(corpus: CorpusFacts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(corpus: CorpusInfo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """At least two checkpoints of two ranks."""
     folder = tmp_path_factory.mktemp("trained") / "checkpoints"
     plan = tiny_plan(corpus, training__ema={"decay": 0.9}, checkpoint__every="2 steps")

@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from forge.cluster.base import Stage, list_records, read_record, token_path
-from forge.cluster.cloud import CloudCluster
-from forge.cluster.known import cluster_of, find_cluster
-from forge.report.runs import read_metrics
-from forge.run.submit import create_run, resolve
-from forge.spec.load import load_cluster, load_job
+from forge.cluster.base import NodeProgress, list_records, read_record, token_path
+from forge.cluster.cloud.provider import CloudCluster
+from forge.cluster.registry import cluster_of, find_cluster
+from forge.config.load import load_cluster, load_job
+from forge.runs.reader import read_metrics
+from forge.runtime.launch import create_run, resolve
 from tests.support.cloud_box import IMAGE, PYTHON, CloudBox, Refusal
 from tests.support.command import mentioning, wait_for
 from tests.support.elastic import Machines, Run, write_job
@@ -76,7 +76,7 @@ def members(cluster: CloudCluster) -> set[str]:
     return set(json.loads(done.stdout.decode().splitlines()[-1]))
 
 
-def ignore(stage: Stage) -> None:
+def ignore(stage: NodeProgress) -> None:
     """News that nobody waits for."""
 
 
@@ -86,7 +86,7 @@ def test_a_cluster_is_rented_entered_by_its_token_alone_and_given_back(
 ) -> None:
     cluster = cluster_from(write_file(box, tmp_path, workers="1..2", max_usd_per_hour=5))
     stages: list[str] = []
-    status = cluster.up(on_stage=lambda stage: stages.append(stage.stage))
+    status = cluster.up(on_progress=lambda stage: stages.append(stage.stage))
     assert stages[0] == "comparing prices" and stages[-1] == "ready"
     wait_for(lambda: len(members(cluster)) == 2, timeout_s=60)
 
@@ -126,11 +126,11 @@ def test_a_cluster_is_rented_entered_by_its_token_alone_and_given_back(
     environment = cluster.on_head(["env"]).stdout.decode()
     assert "FORGE_CLOUD=aws" in environment and token not in environment
     asked_again: list[str] = []
-    cluster.up(on_stage=lambda stage: asked_again.append(stage.stage))
+    cluster.up(on_progress=lambda stage: asked_again.append(stage.stage))
     assert asked_again == ["ready"], "what runs is left alone"
     _no_secret_lies_open(tmp_path / "state", token=token, output="".join(capfd.readouterr()))
 
-    assert find_cluster("boxed").down(on_stage=ignore) == []
+    assert find_cluster("boxed").down(on_progress=ignore) == []
     assert not box.api.alive(REGION)
     assert list_records() == [] and not token_path("boxed").exists()
     groups = box.api.ec2(REGION).describe_security_groups()["SecurityGroups"]
@@ -154,7 +154,7 @@ def _no_secret_lies_open(folder: Path, *, token: str, output: str) -> None:
 @pytest.mark.slow
 def test_a_machine_that_the_cloud_takes_is_asked_for_again(box: CloudBox, tmp_path: Path) -> None:
     cluster = cluster_from(write_file(box, tmp_path, workers="1..2"))
-    cluster.up(on_stage=ignore)
+    cluster.up(on_progress=ignore)
     try:
         wait_for(lambda: len(members(cluster)) == 2, timeout_s=60)
         (lost,) = (machine for machine in box.api.alive(REGION) if "InstanceLifecycle" in machine)
@@ -165,14 +165,14 @@ def test_a_machine_that_the_cloud_takes_is_asked_for_again(box: CloudBox, tmp_pa
         assert new["InstanceId"] != lost["InstanceId"]
         wait_for(lambda: new["PrivateIpAddress"] in members(cluster), timeout_s=90)
     finally:
-        assert cluster.down(on_stage=ignore) == []
+        assert cluster.down(on_progress=ignore) == []
     assert not box.api.alive(REGION)
 
 
 @pytest.mark.slow
 def test_machines_are_rented_for_what_waits_and_given_back_when_idle(box: CloudBox, tmp_path: Path) -> None:
     cluster = cluster_from(write_file(box, tmp_path, workers="0..1", idle_minutes=0.1))
-    cluster.up(on_stage=ignore)
+    cluster.up(on_progress=ignore)
     work = (
         "import os, ray; ray.init(address='auto', log_to_driver=False); "
         "f = ray.remote(num_cpus=8)(lambda: os.environ['FORGE_USD_PER_HOUR'] + os.environ['FORGE_CLOUD']); "
@@ -184,14 +184,14 @@ def test_machines_are_rented_for_what_waits_and_given_back_when_idle(box: CloudB
         assert done.stdout.decode().split()[-1] == "0.384aws", done.stderr.decode()
         wait_for(lambda: len(box.api.alive(REGION)) == 1, timeout_s=90)
     finally:
-        assert cluster.down(on_stage=ignore) == []
+        assert cluster.down(on_progress=ignore) == []
 
 
 @pytest.mark.slow
 def test_where_no_spot_machine_is_to_be_had_one_on_demand_is_taken(box: CloudBox, tmp_path: Path) -> None:
     cluster = cluster_from(write_file(box, tmp_path, workers="0..1", on_demand_fallback=True))
     box.api.refusals = [Refusal("RunInstances", REGION, "InsufficientInstanceCapacity", needs="MarketType=spot")]
-    cluster.up(on_stage=ignore)
+    cluster.up(on_progress=ignore)
     work = "import ray; ray.init(address='auto'); ray.get(ray.remote(num_cpus=8)(lambda: 1).remote())"
     try:
         done = cluster.on_head(["python", "-c", work], timeout_s=120)
@@ -200,7 +200,7 @@ def test_where_no_spot_machine_is_to_be_had_one_on_demand_is_taken(box: CloudBox
         assert len(machines) == 2 and all("InstanceLifecycle" not in machine for machine in machines)
         assert box.api.calls["RunInstances", REGION] > 2
     finally:
-        assert cluster.down(on_stage=ignore) == []
+        assert cluster.down(on_progress=ignore) == []
 
 
 @pytest.mark.slow
@@ -208,14 +208,14 @@ def test_another_region_is_taken_where_one_has_no_room(box: CloudBox, tmp_path: 
     box.api.spot_prices = {REGION: {"m5.2xlarge": 0.1}, "us-west-2": {"m5.2xlarge": 0.2}}
     box.api.refusals = [Refusal("RunInstances", REGION, "InsufficientInstanceCapacity")]
     cluster = cluster_from(write_file(box, tmp_path, regions=[REGION, "us-west-2"]))
-    stages: list[Stage] = []
-    status = cluster.up(on_stage=stages.append)
+    stages: list[NodeProgress] = []
+    status = cluster.up(on_progress=stages.append)
     try:
         assert [stage.machine for stage in stages if stage.is_failure] == [REGION]
         assert [node.kind for node in status.nodes] == ["head"]
         assert len(box.api.alive("us-west-2")) == 1
     finally:
-        assert cluster.down(on_stage=ignore) == []
+        assert cluster.down(on_progress=ignore) == []
     assert not box.api.alive("us-west-2")
 
 
@@ -231,8 +231,8 @@ def test_a_run_lives_through_machines_that_are_taken_with_and_without_notice(
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / create_run(resolve(load_job("job.yaml"), is_dry_run=False))
     run = Run(folder=folder, cluster=Machines(tmp_path))
-    status = cluster.up(on_stage=ignore)
-    start = f"setsid nohup {PYTHON} -m forge.run.start {folder} --address {status.address}"
+    status = cluster.up(on_progress=ignore)
+    start = f"setsid nohup {PYTHON} -m forge.runtime.driver {folder} --address {status.address}"
     try:
         assert len(box.api.alive(REGION)) == 1
         cluster.on_head(["sh", "-c", f"{start} > {folder}/logs/run.log 2>&1 < /dev/null &"])
@@ -254,7 +254,7 @@ def test_a_run_lives_through_machines_that_are_taken_with_and_without_notice(
         steps = [line["step"] for line in read_metrics(folder)]
         assert steps == list(range(1, len(steps) + 1))
     finally:
-        assert cluster.down(on_stage=ignore) == []
+        assert cluster.down(on_progress=ignore) == []
     assert not box.api.alive(REGION)
 
 
@@ -273,22 +273,22 @@ def test_another_region_is_taken_where_one_has_no_room_for_the_fewest_workers(
     box.api.spot_prices = {REGION: {"m5.2xlarge": 0.1}, "us-west-2": {"m5.2xlarge": 0.2}}
     box.api.refusals = [Refusal("RunInstances", REGION, "MaxSpotInstanceCountExceeded", needs="MarketType=spot")]
     cluster = cluster_from(write_file(box, tmp_path, regions=[REGION, "us-west-2"], workers="1..1"))
-    stages: list[Stage] = []
-    cluster.up(on_stage=stages.append)
+    stages: list[NodeProgress] = []
+    cluster.up(on_progress=stages.append)
     try:
         assert [stage.machine for stage in stages if stage.is_failure] == [REGION]
         assert not box.api.alive(REGION)
         wait_for(lambda: len(members(cluster)) == 2, timeout_s=90)
         assert {node.usd_per_hour for node in cluster.status().nodes} == {0.192, 0.2}
     finally:
-        assert cluster.down(on_stage=ignore) == []
+        assert cluster.down(on_progress=ignore) == []
     assert not box.api.alive("us-west-2")
 
 
 UP = (
-    "import sys; from forge.cluster.known import cluster_of; from forge.spec.load import load_cluster; "
+    "import sys; from forge.cluster.registry import cluster_of; from forge.config.load import load_cluster; "
     "from forge.errors import ForgeError\n"
-    "try: cluster_of(load_cluster(sys.argv[1])).up(on_stage=lambda stage: print(stage.stage, flush=True))\n"
+    "try: cluster_of(load_cluster(sys.argv[1])).up(on_progress=lambda stage: print(stage.stage, flush=True))\n"
     "except ForgeError as error: print(error); sys.exit(error.exit_code)\n"
     "except KeyboardInterrupt: sys.exit(130)"
 )
@@ -307,7 +307,7 @@ def test_an_up_that_is_ended_midway_leaves_no_machine_that_down_does_not_find(
     assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[number]
     wait_for(lambda: not mentioning("ray up", "boxed.d/launch.yaml"), timeout_s=20)
     assert read_record("boxed") is not None
-    assert find_cluster("boxed").down(on_stage=ignore) == []
+    assert find_cluster("boxed").down(on_progress=ignore) == []
     assert not box.api.alive(REGION)
     assert list_records() == []
 
@@ -315,13 +315,13 @@ def test_an_up_that_is_ended_midway_leaves_no_machine_that_down_does_not_find(
 @pytest.mark.slow
 def test_a_head_whose_ray_has_died_is_mended_by_another_up(box: CloudBox, tmp_path: Path) -> None:
     cluster = cluster_from(write_file(box, tmp_path))
-    cluster.up(on_stage=ignore)
+    cluster.up(on_progress=ignore)
     try:
         (head,) = box.api.alive(REGION)
         ray = str(Path(PYTHON).with_name("ray"))
         assert cluster.on_head([ray, "stop", "--force"]).returncode == 0
-        cluster.up(on_stage=ignore)
+        cluster.up(on_progress=ignore)
         assert members(cluster) == {head["PrivateIpAddress"]}
         assert [machine["InstanceId"] for machine in box.api.alive(REGION)] == [head["InstanceId"]]
     finally:
-        assert cluster.down(on_stage=ignore) == []
+        assert cluster.down(on_progress=ignore) == []

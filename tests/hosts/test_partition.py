@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from forge.report.runs import carrier_pid, read_metrics, read_run
-from forge.run.submit import CarriedHere, create_run, resolve
-from forge.spec.load import load_job
+from forge.config.load import load_job
+from forge.runs.reader import driver_pid, read_metrics, read_run
+from forge.runtime.launch import LocalRun, create_run, resolve
 from tests.support.command import wait_for
 from tests.support.elastic import Machines, Run, write_job
 from tests.support.hosts import Hosts
@@ -41,15 +41,15 @@ def run(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]
     finally:
         os.chdir(before)
         del os.environ["FORGE_CACHE"]
-    command = (sys.executable, "-m", "forge.run.start", folder, "--address", hosts.ray_address)
+    command = (sys.executable, "-m", "forge.runtime.driver", folder, "--address", hosts.ray_address)
     with (folder / "logs" / "run.log").open("w") as log:
         carrier = hosts.run(0, *map(str, command), stdout=log, stderr=subprocess.STDOUT)
     run = Run(folder=folder, cluster=Machines(home))
     run.await_world(NUM_MACHINES, timeout_s=120.0)
     yield run
-    pid = carrier_pid(folder)
+    pid = driver_pid(folder)
     if pid is not None:
-        CarriedHere(folder=folder, pid=pid).request_stop()
+        LocalRun(folder=folder, pid=pid).request_stop()
     carrier.wait(timeout=60)
 
 
@@ -76,9 +76,9 @@ def test_the_others_go_on_within_seconds_and_repeat_at_most_a_step(run: Run, hos
 @pytest.mark.slow
 def test_the_run_ends_as_one_curve(run: Run) -> None:
     """Must come last."""
-    pid = carrier_pid(run.folder)
+    pid = driver_pid(run.folder)
     assert pid is not None
-    CarriedHere(folder=run.folder, pid=pid).request_stop()
+    LocalRun(folder=run.folder, pid=pid).request_stop()
     wait_for(lambda: read_run(run.folder).status == "stopped")
     records = read_metrics(run.folder)
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))

@@ -18,13 +18,13 @@ from typing import Any
 import psutil
 import pytest
 
-from forge.cluster.base import Stage, read_record, token_path
-from forge.cluster.package import locked_requirements
-from forge.cluster.remote import Machine
-from forge.cluster.ssh import SshCluster
+from forge.cluster.base import NodeProgress, read_record, token_path
+from forge.cluster.ssh.provider import SshCluster
+from forge.cluster.ssh.session import SshHost
+from forge.cluster.ssh.wheel import locked_requirements
+from forge.config.cluster import SshSpec
 from forge.errors import ClusterError
-from forge.report.runs import read_metrics, read_run
-from forge.spec.cluster import SshSpec
+from forge.runs.reader import read_metrics, read_run
 from tests.support.command import environment, forge, mentioning, start_forge, wait_for
 from tests.support.hosts import Hosts, can_make_hosts
 from tests.support.sshd import SSHD, another_host_key, client_key, start_sshd, stranger_key
@@ -95,11 +95,11 @@ def spec_of(hosts: Hosts, **changes: object) -> SshSpec:
     return SshSpec.model_validate(settings | changes)
 
 
-def failures(cluster: SshCluster, *, match: str) -> list[Stage]:
+def failures(cluster: SshCluster, *, match: str) -> list[NodeProgress]:
     """Of an `up` that fails."""
-    told: list[Stage] = []
+    told: list[NodeProgress] = []
     with pytest.raises(ClusterError, match=match):
-        cluster.up(on_stage=told.append)
+        cluster.up(on_progress=told.append)
     return [stage for stage in told if stage.is_failure]
 
 
@@ -236,7 +236,7 @@ class TestUp:
         wait_for(lambda: world() == 2 or gone(client))
         drained = worker_of(folder, head=hosts.ip(0))
         assert forge("cluster", "drain", "lab", drained, "--seconds", "20", cwd=home).returncode == 0
-        wait_for(lambda: read_run(folder).newest("NoticeReceived") or gone(client))
+        wait_for(lambda: read_run(folder).newest("PreemptionNoticeReceived") or gone(client))
         client.send_signal(signal.SIGINT)
         out, err = client.communicate(timeout=90)
         assert client.returncode == 130, err
@@ -276,9 +276,9 @@ class TestUp:
 
     def test_a_machine_that_the_file_no_longer_names_is_stopped(self, cluster: str, hosts: Hosts) -> None:
         """Must come last."""
-        told: list[Stage] = []
+        told: list[NodeProgress] = []
         two = SshCluster(spec_of(hosts, machines=(hosts.ip(0), hosts.ip(1)), min_machines=2))
-        assert len(two.up(on_stage=told.append).nodes) == 2
+        assert len(two.up(on_progress=told.append).nodes) == 2
         assert (hosts.ip(2), "stopped") in {(stage.machine, stage.stage) for stage in told}
         assert [line for line in mentioning(hosts.ip(2)) if "raylet" in line] == []
 
@@ -294,7 +294,7 @@ def worker_of(folder: Path, *, head: str) -> str:
     """Address of a machine with ranks that is not the head."""
     run = read_run(folder)
     hosts_of = {event["node"]: str(event["host"]) for event in run.events if event["event"] == "NodeJoined"}
-    formed = run.newest("GenerationFormed")
+    formed = run.newest("GenerationStarted")
     assert formed is not None
     return next(hosts_of[place["node"]] for place in formed["ranks"] if hosts_of[place["node"]] != head)
 
@@ -321,19 +321,19 @@ def heads(hosts: Hosts) -> set[int]:
 # From here on nothing is started.
 class TestWhatIsWrong:
     @pytest.fixture
-    def machine(self, hosts: Hosts, tmp_path: Path) -> Machine:
+    def machine(self, hosts: Hosts, tmp_path: Path) -> SshHost:
         key = str(client_key(hosts))
-        return Machine(host=hosts.ip(0), known_hosts=tmp_path / "known", user="root", identity_file=key)
+        return SshHost(host=hosts.ip(0), known_hosts=tmp_path / "known", user="root", identity_file=key)
 
     @pytest.mark.slow
-    def test_what_ends_with_the_connection_does(self, machine: Machine) -> None:
+    def test_what_ends_with_the_connection_does(self, machine: SshHost) -> None:
         lines = ("sleep 4321.5 | cat", "sh -c 'sleep 4321.5 & wait'")
         for line in lines:
             with pytest.raises(ClusterError, match="did not answer within 1 s"):
                 machine.run(line, timeout_s=1.0, ends_with_us=True)
             wait_for(lambda: not mentioning("4321.5"), timeout_s=5)
 
-    def test_of_what_has_ended_nothing_is_left(self, machine: Machine) -> None:
+    def test_of_what_has_ended_nothing_is_left(self, machine: SshHost) -> None:
         done = machine.run("echo $PPID; exit 3", ends_with_us=True)
         assert done.returncode == 3
         wait_for(lambda: not mentioning(f"-d /proc/{done.stdout.decode().strip()}", "/proc/$PPID"), timeout_s=5)
@@ -417,17 +417,19 @@ def test_forge_is_installed_where_no_environment_is_given(hosts: Hosts, home: Pa
     machines = (hosts.ip(0),)
     wheels = str(tmp_path / "wheels")
     spec = spec_of(hosts, name="bare", machines=machines, python=None, wheels=wheels, ray_port=7779)  # beside lab
-    bare, told = SshCluster(spec), list[Stage]()
+    bare, told = SshCluster(spec), list[NodeProgress]()
     try:
-        bare.up(on_stage=told.append)
-        python = json.loads(bare.on_head(["python", "-m", "forge.run.head", "check"]).stdout)["answer"]["python"]
+        bare.up(on_progress=told.append)
+        python = json.loads(bare.on_head(["python", "-m", "forge.remote.head_cli", "check"]).stdout)["answer"][
+            "python"
+        ]
         assert python.startswith(str(hosts.folder / "forge" / "envs"))
         assert any("installing forge" in stage.stage for stage in told)
         built = Path(python).stat().st_mtime
-        bare.up(on_stage=told.append)
+        bare.up(on_progress=told.append)
         assert Path(python).stat().st_mtime == built
     finally:
-        assert bare.down(on_stage=told.append) == []
+        assert bare.down(on_progress=told.append) == []
 
 
 def read_until(read: Callable[[], str], words: str) -> None:

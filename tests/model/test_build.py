@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from forge.config.model import ModelSpec
 from forge.errors import PlanError
 from forge.model.build import build_config, build_model
-from forge.spec.model import ModelSpec
 
 LLAMA = {
     "architecture": "llama", "hidden_size": 32, "intermediate_size": 64,
@@ -112,7 +112,7 @@ def test_a_blank_model_has_everything_but_the_weights(architecture: str, monkeyp
     drawn = build_model(spec, config, seed=1, dtype=torch.float32)
     monkeypatch.setattr(torch.nn.init, "normal_", lambda *_, **__: pytest.fail("a weight was initialised"))
     monkeypatch.setattr("forge.model.build.initialise", lambda *_, **__: pytest.fail("weights were initialised"))
-    blank = build_model(spec, config, seed=1, dtype=torch.float32, is_blank=True)
+    blank = build_model(spec, config, seed=1, dtype=torch.float32, skip_init=True)
     assert {n: p.shape for n, p in blank.named_parameters()} == {n: p.shape for n, p in drawn.named_parameters()}
     ours, theirs = dict(blank.named_buffers()), dict(drawn.named_buffers())
     assert ours.keys() == theirs.keys()

@@ -9,18 +9,18 @@ from dataclasses import replace
 import pytest
 
 from forge.errors import PlanError
-from forge.plan.facts import CorpusFacts, Hardware
-from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json, training_digest
+from forge.plan.inputs import CorpusInfo, HardwareInfo
+from forge.plan.plan import Plan, config_digest, make_plan, plan_from_json, plan_to_json
 from tests.support.jobs import CPU, tiny_facts, tiny_job
 
-CORPUS = CorpusFacts(
+CORPUS = CorpusInfo(
     folder="/data", digest="d", vocab_size=128, eot_id=0, seq_len=16, num_documents=3, num_text_bytes=1000,
     num_train_tokens=1601, num_held_out_tokens=161, num_train_sequences=100, num_held_out_sequences=10,
     unigram_perplexity=math.nan,
 )  # fmt: skip
 
 
-def plan(corpus: CorpusFacts | None = CORPUS, hardware: Hardware = CPU, **changes: object) -> Plan:
+def plan(corpus: CorpusInfo | None = CORPUS, hardware: HardwareInfo = CPU, **changes: object) -> Plan:
     return make_plan(tiny_job(**changes), model=tiny_facts(), corpus=corpus, hardware=hardware)
 
 
@@ -93,7 +93,7 @@ def test_deepspeeds_batch_identity_holds_at_every_world_size(stage: int) -> None
 
 
 def test_model_state_shrinks_with_the_stage_as_in_the_zero_paper() -> None:
-    sizes = [plan(training__zero={"stage": s}).world(4).footprint for s in (0, 1, 2, 3)]
+    sizes = [plan(training__zero={"stage": s}).world(4).memory for s in (0, 1, 2, 3)]
     parameters = tiny_facts().num_parameters
     assert sizes[0].state_bytes == 16 * parameters
     assert sizes[1].optimizer_bytes == sizes[0].optimizer_bytes // 4
@@ -108,20 +108,20 @@ def test_a_rank_holds_copies_of_its_share_and_of_anothers(
 ) -> None:
     for world_size, num_copies in ((1, alone), (4, together)):
         made = plan(training__zero={"stage": stage}, resources={"workers": "1..4", "gpu": "none", "engine": engine})
-        need = made.world(world_size).footprint
+        need = made.world(world_size).memory
         assert need.host_bytes == num_copies * (12 * tiny_facts().num_parameters // world_size)
         assert need.total_bytes == need.state_bytes + need.activations_bytes + need.host_bytes  # one memory
 
 
 def test_offloading_moves_the_optimizer_from_the_gpu_to_the_host() -> None:
-    gpu = Hardware(device="cuda", name="test", memory_bytes=None, peak_flops=None)
+    gpu = HardwareInfo(device="cuda", name="test", memory_bytes=None, peak_flops=None)
     changes = {"hardware": gpu, "training__ema": {"decay": 0.9}}
     kept = plan(training__zero={"stage": 2}, **changes).world(2)
     moved = plan(training__zero={"stage": 2, "offload": "cpu"}, **changes).world(2)
-    states = kept.footprint.optimizer_bytes + kept.footprint.ema_bytes
-    assert moved.footprint.optimizer_bytes == moved.footprint.ema_bytes == 0
-    assert moved.footprint.total_bytes == kept.footprint.total_bytes - states
-    assert moved.footprint.host_bytes == kept.footprint.host_bytes + states
+    states = kept.memory.optimizer_bytes + kept.memory.ema_bytes
+    assert moved.memory.optimizer_bytes == moved.memory.ema_bytes == 0
+    assert moved.memory.total_bytes == kept.memory.total_bytes - states
+    assert moved.memory.host_bytes == kept.memory.host_bytes + states
     assert moved.deepspeed["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert "offload_optimizer" not in kept.deepspeed["zero_optimization"]
 
@@ -140,4 +140,4 @@ def test_offloading_moves_the_optimizer_from_the_gpu_to_the_host() -> None:
 def test_the_digest_names_what_shapes_the_loss_curve_and_nothing_else(
     change: dict[str, object], is_same_curve: bool
 ) -> None:
-    assert (training_digest(tiny_job(**change)) == training_digest(tiny_job())) is is_same_curve
+    assert (config_digest(tiny_job(**change)) == config_digest(tiny_job())) is is_same_curve

@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from forge.checkpoint.reader import Checkpoint, open_checkpoint
+from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError, CheckpointError
-from forge.plan.facts import CorpusFacts
+from forge.plan.inputs import CorpusInfo
 from forge.serve.export import ExportRequest, export
 from forge.serve.weights import read_tensors
-from forge.train.checkpoint import Checkpoint, open_checkpoint
-from forge.train.storage import open_storage
 from tests.support.jobs import synthetic_corpus, tiny_plan
 from tests.support.ranks import run_ranks
 
@@ -35,11 +35,11 @@ MODELS = {
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusFacts:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusInfo:
     return synthetic_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def trained(corpus: CorpusFacts, folder: Path, model: str = "llama", *, stage: int = 2) -> str:
+def trained(corpus: CorpusInfo, folder: Path, model: str = "llama", *, stage: int = 2) -> str:
     """The URL of the checkpoints of a model that was trained for two steps on two ranks."""
     plan = tiny_plan(
         corpus,
@@ -54,7 +54,7 @@ def trained(corpus: CorpusFacts, folder: Path, model: str = "llama", *, stage: i
 
 
 @pytest.fixture(scope="module")
-def llama(corpus: CorpusFacts, tmp_path_factory: pytest.TempPathFactory) -> str:
+def llama(corpus: CorpusInfo, tmp_path_factory: pytest.TempPathFactory) -> str:
     return trained(corpus, tmp_path_factory.mktemp("llama"))
 
 
@@ -72,7 +72,7 @@ def require_equal(folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype, e
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "llama"])
-def test_every_architecture_comes_back_from_its_folder(corpus: CorpusFacts, tmp_path: Path, model: str) -> None:
+def test_every_architecture_comes_back_from_its_folder(corpus: CorpusInfo, tmp_path: Path, model: str) -> None:
     url = trained(corpus, tmp_path / "run", model, stage=3 if model == "gpt2" else 1)
     export(ExportRequest(url=url, to=str(tmp_path / "out"), dtype="fp32"))
     require_equal(tmp_path / "out", checkpoint_of(url), dtype=torch.float32)
@@ -141,7 +141,7 @@ def test_what_is_not_there_is_said(llama: str, tmp_path: Path, changes: dict[str
         export(ExportRequest(**request))
 
 
-def test_averages_that_were_not_kept_are_not_exported(corpus: CorpusFacts, tmp_path: Path) -> None:
+def test_averages_that_were_not_kept_are_not_exported(corpus: CorpusInfo, tmp_path: Path) -> None:
     plan = tiny_plan(corpus, training__total_steps=1, training__schedule={"warmup_steps": 0})
     run_ranks(plan, tmp_path / "run", world_size=1)
     with pytest.raises(CheckpointError, match="no ema weights"):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from forge.train.interval import Interval, Layout, pack
-from forge.train.manifest import ModelShape, Parameter, Progress, state_bytes
-from forge.train.saver import Orders, SaveOrder, save
-from forge.train.snapshot import Snapshot, create_snapshot
-from forge.train.storage import open_storage
+from forge.checkpoint.intervals import Interval, Layout, pack
+from forge.checkpoint.manifest import ModelShape, Parameter, Progress, state_bytes
+from forge.checkpoint.snapshot_buffer import SnapshotBuffer, create_snapshot_buffer
+from forge.checkpoint.storage import open_storage
+from forge.checkpoint.writer_process import CommandStream, WriteCommand, save
 
 SHAPES = {"embedding.weight": (10, 6), "norm.weight": (7,), "head/odd name.weight": (3, 5)}
 TRAINED = ("master", "exp_avg", "exp_avg_sq")
@@ -48,14 +48,14 @@ def layout_of(rank: int, world_size: int) -> Layout:
     return pack(intervals)
 
 
-def snapshot_of(rank: int, world_size: int, *, step: int, slot: int = 0) -> Snapshot:
+def snapshot_of(rank: int, world_size: int, *, step: int, slot: int = 0) -> SnapshotBuffer:
     """What a rank would have copied after a step."""
-    snapshot = create_snapshot(layout_of(rank, world_size))
+    snapshot = create_snapshot_buffer(layout_of(rank, world_size))
     fill(snapshot, step=step, slot=slot)
     return snapshot
 
 
-def fill(snapshot: Snapshot, *, step: int, slot: int = 0) -> None:
+def fill(snapshot: SnapshotBuffer, *, step: int, slot: int = 0) -> None:
     """Write a step's numbers into one slot."""
     with snapshot.begin(slot) as data:
         for interval, offset in snapshot.layout.placed():
@@ -63,7 +63,7 @@ def fill(snapshot: Snapshot, *, step: int, slot: int = 0) -> None:
     snapshot.commit(slot, step=step, state={"step": step})
 
 
-def order_for(url: str, step: int, rank: int, world_size: int, **changes: object) -> SaveOrder:
+def order_for(url: str, step: int, rank: int, world_size: int, **changes: object) -> WriteCommand:
     body = {
         "url": url,
         "step": step,
@@ -74,15 +74,15 @@ def order_for(url: str, step: int, rank: int, world_size: int, **changes: object
         "keep": 3,
         "state": state_bytes(progress(step), model_shape()).decode(),
     }
-    return SaveOrder(**(body | changes))
+    return WriteCommand(**(body | changes))
 
 
 @contextmanager
-def open_orders() -> Iterator[Orders]:
+def open_orders() -> Iterator[CommandStream]:
     """Orders whose sender lives, and sends none."""
     receiving, sending = os.pipe()
     try:
-        yield Orders(receiving)
+        yield CommandStream(receiving)
     finally:
         os.close(receiving)
         os.close(sending)
@@ -102,5 +102,5 @@ def write(url: str, step: int, *, world_size: int = 2, **changes: object) -> Non
             snapshot.close()
 
 
-def as_record(order: SaveOrder) -> dict[str, object]:
+def as_record(order: WriteCommand) -> dict[str, object]:
     return asdict(order)

@@ -46,7 +46,7 @@ def _kill_deepspeed_once(
 ) -> tuple[str, int]:
     """Returns: who was killed, and the newest step whose `save_checkpoint` had returned; 0 if none had."""
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.warm"])
+    context.set_forkserver_preload(["tests.support.fork_server"])
     hearing, telling = context.Pipe(duplex=False)
     arguments = (world_size, free_port(), str(folder), first_step, telling)
     ranks = [context.Process(target=_deepspeed_rank, args=(r, *arguments), daemon=True) for r in range(world_size)]

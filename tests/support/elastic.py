@@ -13,15 +13,15 @@ from typing import Any
 
 import psutil
 
-from forge.cluster.local import (
+from forge.cluster.local.ray_cluster import (
     add_node,
     find_local,
     kill_node,
     start_head_alone,
     stop_local,
 )
-from forge.cluster.node import NodeProcess
-from forge.report.runs import read_metrics, read_run
+from forge.cluster.local.ray_process import NodeProcess
+from forge.runs.reader import read_metrics, read_run
 from tests.support.command import environment, wait_for
 from tests.support.command import forge as run_forge
 
@@ -122,7 +122,7 @@ class Run:
     @property
     def formed(self) -> dict[str, Any]:
         """The generation that was formed last."""
-        found = self.of("GenerationFormed")
+        found = self.of("GenerationStarted")
         return found[-1] if found else {"generation": 0, "world_size": 0, "ranks": []}
 
     def agent(self, node: str) -> int:
@@ -146,7 +146,7 @@ class Run:
         before, began = self.formed["generation"], time.time()
         fault()
         wait_for(lambda: self.formed["generation"] > before, timeout_s=timeout_s)
-        first = next(e["time"] for e in self.of("GenerationFormed") if e["generation"] > before)
+        first = next(e["time"] for e in self.of("GenerationStarted") if e["generation"] > before)
         self.await_steps(3, timeout_s=timeout_s)
         return float(first - began)
 

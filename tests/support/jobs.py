@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from forge.data.shards import CacheIndex, StreamWriter, write_index
-from forge.plan.facts import CorpusFacts, Hardware, ModelFacts
+from forge.config.job import JobSpec
+from forge.data.store import CacheIndex, StreamWriter, write_index
+from forge.plan.inputs import CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.plan import Plan, make_plan
-from forge.spec.job import JobSpec
 
 VOCAB = 128
 SEQ_LEN = 16
-CPU = Hardware(device="cpu", name="test", memory_bytes=None, peak_flops=None)
+CPU = HardwareInfo(device="cpu", name="test", memory_bytes=None, peak_flops=None)
 
 
 def tiny_job(**changes: Any) -> JobSpec:
@@ -49,7 +49,7 @@ def tiny_job(**changes: Any) -> JobSpec:
     return JobSpec.model_validate(body)
 
 
-def synthetic_corpus(folder: Path, *, num_tokens: int = 4000, num_held_out: int = 400) -> CorpusFacts:
+def synthetic_corpus(folder: Path, *, num_tokens: int = 4000, num_held_out: int = 400) -> CorpusInfo:
     """Token shards with something to learn: each token follows from the one before, most of the time."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def synthetic_corpus(folder: Path, *, num_tokens: int = 4000, num_held_out: int 
         tokenizer=(),
     )
     write_index(folder, index=index)
-    return CorpusFacts(
+    return CorpusInfo(
         folder=str(folder),
         digest="synthetic",
         vocab_size=VOCAB,
@@ -92,7 +92,7 @@ def synthetic_corpus(folder: Path, *, num_tokens: int = 4000, num_held_out: int 
     )
 
 
-def tiny_facts(**changes: Any) -> ModelFacts:
+def tiny_facts(**changes: Any) -> ModelInfo:
     """Facts of the tiny job's model."""
     body: dict[str, Any] = {
         "architecture": "llama",
@@ -108,9 +108,9 @@ def tiny_facts(**changes: Any) -> ModelFacts:
         "vocab_size": VOCAB,
         "max_seq_len": SEQ_LEN,
     }
-    return ModelFacts(**(body | changes))
+    return ModelInfo(**(body | changes))
 
 
-def tiny_plan(corpus: CorpusFacts | None, **changes: Any) -> Plan:
+def tiny_plan(corpus: CorpusInfo | None, **changes: Any) -> Plan:
     """The plan of a tiny job on a corpus."""
     return make_plan(tiny_job(**changes), model=tiny_facts(), corpus=corpus, hardware=CPU)

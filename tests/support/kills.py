@@ -2,8 +2,8 @@
 
     python -m tests.support.kills FOLDER NUM_KILLS SEED > report.json
 
-A membership is two or three processes that do what `forge.train.saving` does, without torch and without
-training: a snapshot each, filled with bytes that follow from the step, and a real `forge.train.saver`
+A membership is two or three processes that do what `forge.train.async_checkpoint` does, without torch and without
+training: a snapshot each, filled with bytes that follow from the step, and a real `forge.checkpoint.writer_process`
 beside it, for one step after the other. One of them, or all, get SIGKILL; the next membership goes on
 from what `find_checkpoint` gives. All are forked from this one light process, which also inherits the
 savers whose rank has died, so that it can wait until nobody is left. It is longer than
@@ -33,15 +33,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from forge.checkpoint import storage_fs as folder_module
+from forge.checkpoint import writer_process as saver_module
+from forge.checkpoint.intervals import ITEM_BYTES, KINDS, Interval, Layout, pack
+from forge.checkpoint.manifest import ModelShape, Parameter, Progress, state_bytes
+from forge.checkpoint.reader import find_checkpoint, list_checkpoints, verify_checkpoint
+from forge.checkpoint.snapshot_buffer import NUM_SLOTS, create_snapshot_buffer
+from forge.checkpoint.storage_fs import FolderStorage
+from forge.checkpoint.writer_process import WriteCommand
 from forge.errors import CheckpointError
-from forge.train import folder as folder_module
-from forge.train import saver as saver_module
-from forge.train.checkpoint import find_checkpoint, list_checkpoints, verify_checkpoint
-from forge.train.folder import FolderStorage
-from forge.train.interval import ITEM_BYTES, KINDS, Interval, Layout, pack
-from forge.train.manifest import ModelShape, Parameter, Progress, state_bytes
-from forge.train.saver import SaveOrder
-from forge.train.snapshot import NUM_SLOTS, create_snapshot
 
 KEEP = 2
 VICTIMS = ("a rank", "a saver", "rank 0's saver", "all")
@@ -69,7 +69,8 @@ _ABANDONED_AFTER_S = 0.5
 # A part of a real model is written in many pieces; one of this state's is too.
 _CHUNK_BYTES = 2**16
 _EXECUTED = f"""
-from forge.train import folder, saver
+from forge.checkpoint import storage_fs as folder
+from forge.checkpoint import writer_process as saver
 saver._ORPHAN_PATIENCE_S, saver._POLL_S, folder._LOCKED_AFTER_S = {_PATIENCE_S}, {_POLL_S}, {_ABANDONED_AFTER_S}
 saver.main()
 """
@@ -418,7 +419,7 @@ class _Rank:
     def run(self, first_step: int, *, num_saves: int | None) -> None:
         """Save step after step, until there were enough, or killed, or alone."""
         _close_all_but({0, 1, 2, self.telling, *self.inward, *self.outward})
-        self._snapshot = create_snapshot(_layout(self.rank, world_size=self.world_size))
+        self._snapshot = create_snapshot_buffer(_layout(self.rank, world_size=self.world_size))
         self._peers = [_Lines(fd) for fd in self.inward]
         self._start_saver()
         if self.rank == 0:
@@ -472,7 +473,7 @@ class _Rank:
                 data[offset : offset + interval.size_bytes] = _values(step, interval)
         self._snapshot.commit(slot, step=step, state={"step": step})
         progress = Progress(step=step, num_tokens=step * 100, recipe="one", corpus="one")
-        order = SaveOrder(
+        order = WriteCommand(
             url=str(self.folder),
             step=step,
             slot=slot,
@@ -527,7 +528,8 @@ class _Rank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Saver:
-    """`forge.train.saver` in a process that was forked: the same but for the imports, which are there."""
+    """`forge.checkpoint.writer_process` in a process that was forked: the same but for the imports, which are
+    there."""
 
     snapshot: int
     orders: int
@@ -542,7 +544,7 @@ class _Saver:
         saver_module._CHUNK_BYTES, saver_module._POLL_S = _CHUNK_BYTES, _POLL_S
         saver_module._ORPHAN_PATIENCE_S, folder_module._LOCKED_AFTER_S = _PATIENCE_S, _ABANDONED_AFTER_S
         _mark_phases(marks, place)
-        sys.argv = ["forge.train.saver", str(snapshot)]
+        sys.argv = ["forge.checkpoint.writer_process", str(snapshot)]
         saver_module.main()
 
 

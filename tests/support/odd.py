@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from forge.plan.batch import plan_batch
-from forge.plan.zero import zero_config
+from forge.plan.deepspeed_config import deepspeed_config
 from forge.train.state import Shard, TrainState
 from tests.support.jobs import tiny_job
 
@@ -63,7 +63,7 @@ def odd_state(variant: str, *, world_size: int, precision: str = "bf16") -> Trai
 
     training = tiny_job(training__zero=VARIANTS[variant], training__precision=precision).training
     batch = plan_batch(world_size, world_size=world_size, max_micro_batch_size=1)
-    config = zero_config(training, batch)
+    config = deepspeed_config(training, batch)
     if variant == "zero 3":
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     divided = training.zero.stage == 3

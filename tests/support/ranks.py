@@ -58,7 +58,7 @@ class RecordingReporter:
 
 
 def run_ranks(plan: Plan, folder: Path, *, world_size: int, stop_after: int | None = None) -> Recording:
-    """Run `forge.train.rank.run_rank` on `world_size` processes; checkpoints go under `folder`."""
+    """Run `forge.train.worker.run_worker` on `world_size` processes; checkpoints go under `folder`."""
     arguments = (plan_to_json(plan), str(folder), world_size, stop_after)
     recordings: list[Recording] = on_ranks(_train, *arguments, world_size=world_size)
     first = recordings[0]
@@ -73,7 +73,7 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) -> 
     Raises: what the first rank to fail raised.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.warm"])
+    context.set_forkserver_preload(["tests.support.fork_server"])
     port = free_port()
     answers: Any = context.Queue()
     ranks = [
@@ -119,18 +119,18 @@ def _rank(
 
 
 def _train(rank: int, plan_json: str, folder: str, world_size: int, stop_after: int | None) -> Recording:
-    from forge.train.rank import Place, run_rank
+    from forge.train.worker import WorkerContext, run_worker
 
     reporter = RecordingReporter(stop_after)
     _record_samples(reporter.recording)
-    place = Place(rank=rank, world_size=world_size, local_world_size=8, device="cpu", checkpoints=folder)
-    run_rank(plan_from_json(plan_json), place, reporter)
+    place = WorkerContext(rank=rank, world_size=world_size, local_world_size=8, device="cpu", checkpoints=folder)
+    run_worker(plan_from_json(plan_json), place, reporter)
     return reporter.recording
 
 
 def _record_samples(recording: Recording) -> None:
     """Note which samples this process trains on; those that only fill up a batch are none."""
-    from forge.data.batches import MicroBatch, TrainBatches
+    from forge.data.loader import MicroBatch, TrainBatches
 
     of_step = TrainBatches.of_step
 

@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from forge.config.resources import WandbSpec
 from forge.events import (
-    ChangeBegan,
     CheckpointSaved,
     Evaluated,
     Event,
-    GenerationFormed,
-    GenerationForming,
-    RankPlace,
+    GenerationStarted,
+    GenerationStarting,
+    MembershipChangeStarted,
+    RankLocation,
     RunStarted,
     RunStopped,
     StepMetrics,
@@ -26,8 +27,7 @@ from forge.events import (
     event_to_record,
 )
 from forge.plan.plan import plan_to_json
-from forge.run.record import Recorder
-from forge.spec.resources import WandbSpec
+from forge.runs.recorder import Recorder
 from tests.support.jobs import tiny_plan
 
 
@@ -115,7 +115,7 @@ class History:
         self._generation += 1
         self._is_formed = False
         self.tell(
-            GenerationForming(
+            GenerationStarting(
                 generation=self._generation,
                 world_size=len(self.nodes),
                 from_step=self.last_step,
@@ -135,9 +135,9 @@ class History:
         """What the loop reports when a step has ended."""
         if not self._is_formed:
             self._is_formed = True
-            ranks = tuple(RankPlace(rank=rank, node=node, pid=1) for rank, node in enumerate(self.nodes))
+            ranks = tuple(RankLocation(rank=rank, node=node, pid=1) for rank, node in enumerate(self.nodes))
             self.tell(
-                GenerationFormed(
+                GenerationStarted(
                     generation=self._generation,
                     world_size=len(self.nodes),
                     device="cpu",
@@ -163,7 +163,7 @@ class History:
     def change(self, cause: str, *, reason: str = "", since_s: float = 0.0) -> None:
         """A generation ends."""
         self.tell(
-            ChangeBegan(
+            MembershipChangeStarted(
                 generation=self._generation, cause=cause, reason=reason or cause, seconds_since_cause=since_s
             )
         )

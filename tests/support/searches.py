@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from forge.config.search import SearchSpec
 from forge.events import (
-    CostCounted,
+    CostUpdated,
     Event,
     RunFinished,
     RunStarted,
     TrialEnded,
-    TrialMoved,
+    TrialExploited,
     TrialReported,
     TrialStarted,
     TrialSuggested,
@@ -24,8 +25,7 @@ from forge.events import (
 )
 from forge.plan.plan import Plan, plan_to_json
 from forge.plan.search import plan_search
-from forge.report.trials import TrialBook
-from forge.spec.search import SearchSpec
+from forge.runs.trials import TrialTable
 from tests.support.jobs import tiny_job, tiny_plan
 
 LR = "training.optimizer.lr"
@@ -59,9 +59,9 @@ class SearchHistory:
         self.tell(RunStarted(run_id="r", total_steps=6, resumed_from_step=0))
 
     @property
-    def book(self) -> TrialBook:
+    def book(self) -> TrialTable:
         """What they add up to."""
-        return TrialBook(self.events)
+        return TrialTable(self.events)
 
     def tell(self, event: Event, *, after_s: float = 0.0) -> None:
         """An event happens."""
@@ -84,7 +84,7 @@ class SearchHistory:
 
     def move(self, trial: int, *, donor: int, step: int, values: Mapping[str, Any]) -> None:
         """A trial goes on from another's state."""
-        self.tell(TrialMoved(trial=trial, donor=donor, step=step, values=values))
+        self.tell(TrialExploited(trial=trial, donor=donor, step=step, values=values))
 
     def end(self, trial: int, *, status: str = "finished", reason: str = "") -> None:
         """A trial is over."""
@@ -137,6 +137,6 @@ def lifelike(*, num_trials: int = 16, num_steps: int = 20, seed: int = 3) -> Sea
                         reason="asha: not among the best 1/3 at its rung")  # fmt: skip
         else:
             history.run(values, curve, total_steps=num_steps)
-        history.tell(CostCounted(usd=0.11 * number, usd_per_hour=2.4), after_s=3.0)
+        history.tell(CostUpdated(usd=0.11 * number, usd_per_hour=2.4), after_s=3.0)
     history.tell(RunFinished(step=num_trials))
     return history

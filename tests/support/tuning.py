@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from forge.config.dump import dump_job
+from forge.config.overrides import first_values, search_of, trial_job
 from forge.events import (
     Event,
     RunStarted,
@@ -19,9 +21,7 @@ from forge.events import (
 )
 from forge.plan.plan import Plan, make_plan, plan_to_json
 from forge.plan.search import plan_search
-from forge.report.trials import trial_folder
-from forge.spec.dump import dump_job
-from forge.spec.space import first_values, search_of, trial_job
+from forge.runs.trials import trial_folder
 from tests.support.jobs import CPU, tiny_facts, tiny_job
 from tests.support.runs import make_run
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from forge.checkpoint.manifest import Progress, step_name
+from forge.checkpoint.reader import open_checkpoint, verify_checkpoint
+from forge.checkpoint.storage import open_storage
 from forge.serve.weights import read_tensors
-from forge.train.checkpoint import open_checkpoint, verify_checkpoint
+from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten
 from forge.train.engine import join_process_group
-from forge.train.manifest import Progress, step_name
-from forge.train.saving import Saved, Saving
-from forge.train.storage import open_storage
 from tests.support.odd import MATRIX, VARIANTS, differing, odd_state, write_pattern
 from tests.support.ranks import on_ranks
 
@@ -30,7 +30,7 @@ def save_all(rank: int, root: str, world_size: int) -> list[list[Any]]:
     for variant in MATRIX:
         state = odd_state(variant, world_size=world_size)
         write_pattern(state)
-        saving = Saving(state, url=place(root, variant, world_size), keep=1)
+        saving = AsyncCheckpointer(state, url=place(root, variant, world_size), keep=1)
         saving.begin(PROGRESS)
         outcomes.append(saving.finish())
         saving.close()
@@ -73,7 +73,7 @@ def saved(sizes: tuple[int, ...], tmp_path_factory: pytest.TempPathFactory) -> P
     root: Path = tmp_path_factory.mktemp("saved")
     for world_size in sizes:
         for outcomes in on_ranks(save_all, str(root), world_size, world_size=world_size):
-            assert all(isinstance(outcome, Saved) for each in outcomes for outcome in each)
+            assert all(isinstance(outcome, CheckpointWritten) for each in outcomes for outcome in each)
     return root
 
 
@@ -148,9 +148,9 @@ def round_trip(rank: int, root: str, world_size: int, *, is_saving: bool) -> lis
         state = odd_state(variant, world_size=world_size, precision="fp32")
         if is_saving:
             write_pattern(state)
-            saving = Saving(state, url=place(root, variant, 2), keep=1)
+            saving = AsyncCheckpointer(state, url=place(root, variant, 2), keep=1)
             saving.begin(PROGRESS)
-            wrong += [str(outcome) for outcome in saving.finish() if not isinstance(outcome, Saved)]
+            wrong += [str(outcome) for outcome in saving.finish() if not isinstance(outcome, CheckpointWritten)]
             saving.close()
             continue
         for saved_variant in MATRIX:

@@ -1,0 +1,222 @@
+"""Durable checkpoints: which of them are to be believed, and reading any part of one.
+
+    checkpoints/step-00001000/
+      part-00003-1f0c.safetensors   the intervals of one writer, keys `kind/start/name`
+      state-1f0c.json               step, tokens, digests, the parameters' shapes, format version
+      manifest.json                 written last: every part with its intervals, size and checksum
+
+A reader believes only a manifest whose parts are all there with the right sizes and checksums, and walks
+back to the checkpoint before. It then reads the ranges it needs, whoever wrote them, at any world size.
+Nothing here knows torch. What the small files say is `forge.checkpoint.manifest`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from forge.checkpoint.intervals import Interval, IntervalIndex
+from forge.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    ModelShape,
+    Progress,
+    manifest_from_bytes,
+    shape_differences,
+    state_from_bytes,
+    step_name,
+    unacked_metrics_from_bytes,
+)
+from forge.checkpoint.storage import Storage
+from forge.errors import CheckpointError
+
+
+class Checkpoint:
+    """A checkpoint that is open for reading; use `open_checkpoint`."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        name: str,
+        *,
+        manifest: Manifest,
+        progress: Progress,
+        shape: ModelShape,
+        unacked_metrics: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        self.name = name
+        self.url = f"{storage.url}/{name}"
+        self.manifest = manifest
+        self.progress = progress
+        self.shape = shape
+        self.unacked_metrics = unacked_metrics
+        """Metrics of its last steps, which may not have been recorded."""
+        self._storage = storage
+        self._holdings = IntervalIndex((part.name, part.layout, part.data_start) for part in manifest.parts)
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds it holds of any parameter."""
+        return self._holdings.kinds
+
+    def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
+        """Fill each view with the bytes of its interval; nothing else is read.
+
+        Raises: CheckpointError if an element is not there, or a file cannot be read.
+        """
+        try:
+            ranges = self._holdings.ranges(wanted)
+        except ValueError as error:
+            raise CheckpointError(f"{self.url} {error}") from error
+        for part, entries in ranges.items():
+            try:
+                self._storage.read_into(f"{self.name}/{part}", entries)
+            except (OSError, EOFError) as error:
+                raise CheckpointError(f"{self.url}/{part} cannot be read: {error}") from error
+
+    def value_interval(self, name: str, *, ema: bool = False) -> Interval:
+        """Where the value of a whole parameter or buffer is: the interval to `read`.
+
+        Args:
+            ema: of what is trained, its average.
+        """
+        name = self.shape.tied.get(name, name)
+        parameter = self.shape.parameters[name]
+        is_trained = parameter.kind == "master"
+        return Interval(
+            kind="ema" if ema and is_trained else parameter.kind,
+            name=name,
+            start=0,
+            stop=math.prod(parameter.shape),
+            dtype="F32" if is_trained else parameter.dtype,
+        )
+
+    def require_job(self, *, recipe: str, corpus: str, shape: ModelShape) -> None:
+        """Raises: CheckpointError unless it was made by this job's model, data and training."""
+        differences = shape_differences(self.shape, shape)
+        if differences:
+            raise CheckpointError(
+                f"{self.url} is of another model: {'; '.join(differences)}. Start a new run, or resume with the "
+                "job file the checkpoint was made with"
+            )
+        if self.progress.recipe != recipe:
+            raise CheckpointError(
+                f"{self.url} belongs to another job: its model, data or training section differs from this one's; "
+                "start a new run, or resume with the job file the checkpoint was made with"
+            )
+        if self.progress.corpus != corpus:
+            raise CheckpointError(
+                f"{self.url} was trained on another corpus ({self.progress.corpus[:12]}, now {corpus[:12]}): the "
+                "text behind data: has changed, so the sample order would not be the same"
+            )
+
+
+def list_checkpoints(storage: Storage) -> list[str]:
+    """Names of what claims to be a checkpoint, newest first. Raises: CheckpointError if there is no asking."""
+    try:
+        return [name for name in reversed(storage.names()) if name.startswith("step-")]
+    except OSError as error:
+        raise CheckpointError(f"{storage.url} cannot be listed: {error}") from error
+
+
+def find_checkpoint(storage: Storage, *, on_skip: Callable[[str, str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies, walking back past broken ones; None if there is none.
+
+    Args:
+        on_skip: is told the name of each that does not, and why.
+    """
+    for name in list_checkpoints(storage):
+        problem = verify_checkpoint(storage, name)
+        try:
+            if problem is None:
+                return open_checkpoint(storage, name)
+        except CheckpointError as error:  # removed in between, by a run that keeps only the newest
+            problem = str(error)
+        on_skip(name, problem)
+    return None
+
+
+def open_checkpoint(storage: Storage, name: str) -> Checkpoint:
+    """Read a checkpoint's manifest and state. Raises: CheckpointError saying what is wrong with them."""
+    url = f"{storage.url}/{name}"
+    try:
+        return _read_checkpoint(storage, name)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{url}: {_file_of(error)} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{url}: {error}") from error
+
+
+def _read_checkpoint(storage: Storage, name: str) -> Checkpoint:
+    """Raises: FileNotFoundError, OSError; ValueError saying why it is not to be believed."""
+    manifest = read_manifest(storage, name)
+    text = storage.read(f"{name}/{manifest.state_name}")
+    if zlib.crc32(text) != manifest.state_crc32:
+        raise ValueError(f"{manifest.state_name} does not match its checksum")
+    progress, shape = state_from_bytes(text)
+    if not name.endswith(step_name(manifest.step)) or progress.step != manifest.step:
+        raise ValueError(f"its manifest is of step {manifest.step}, its state of step {progress.step}")
+    _require_whole(manifest, shape)
+    unacked_metrics = unacked_metrics_from_bytes(text)
+    return Checkpoint(
+        storage, name, manifest=manifest, progress=progress, shape=shape, unacked_metrics=unacked_metrics
+    )
+
+
+def _require_whole(manifest: Manifest, shape: ModelShape) -> None:
+    """Raises: ValueError if an element of a parameter is there twice in one kind, or not at all."""
+    held: dict[tuple[str, str], list[tuple[int, int]]] = {
+        (parameter.kind, name): [] for name, parameter in shape.parameters.items()
+    }
+    for part in manifest.parts:
+        for interval in part.layout.intervals:
+            held.setdefault((interval.kind, interval.name), []).append((interval.start, interval.stop))
+    for (kind, name), intervals in held.items():
+        parameter = shape.parameters.get(name)
+        edges = [0, *(edge for interval in sorted(intervals) for edge in interval)]
+        edges.append(math.prod(parameter.shape) if parameter else -1)
+        if edges[::2] != edges[1::2]:
+            raise ValueError(f"its parts do not hold every element of {name} ({kind}) exactly once")
+
+
+def verify_checkpoint(
+    storage: Storage, name: str, *, with_checksums: bool = True, share: tuple[int, int] = (0, 1)
+) -> str | None:
+    """What is wrong with a checkpoint, or None: the manifest, then every size, then the checksums.
+
+    Args:
+        with_checksums: read every byte; without, sizes alone are compared.
+        share: (r, W): of the checksums only every W-th from the r-th on, so that W ranks divide the reading.
+    """
+    try:
+        manifest = read_manifest(storage, name)
+        sizes = storage.files(name)
+        expected = [(manifest.state_name, manifest.state_size_bytes, manifest.state_crc32)]
+        expected += [(part.name, part.size_bytes, part.crc32) for part in manifest.parts]
+        for file, size, _ in expected:
+            if file not in sizes:
+                return f"{file} is missing"
+            if sizes[file] != size:
+                return f"{file} has {sizes[file]} bytes, its manifest says {size}"
+        for file, _, crc in expected[share[0] :: share[1]] if with_checksums else ():
+            if storage.crc32(f"{name}/{file}") != crc:
+                return f"{file} does not match its checksum"
+        _read_checkpoint(storage, name)
+    except FileNotFoundError as error:
+        return f"{_file_of(error)} is missing"
+    except (OSError, EOFError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def read_manifest(storage: Storage, name: str) -> Manifest:
+    """Raises: FileNotFoundError, OSError; ValueError saying why it is not to be believed."""
+    return manifest_from_bytes(storage.read(f"{name}/{MANIFEST}"))
+
+
+def _file_of(error: FileNotFoundError) -> str:
+    """The file's own name: what a person looks for."""
+    name = str(error.filename or error.args[-1] if error.args else error)
+    return name.rstrip("/").rpartition("/")[2]

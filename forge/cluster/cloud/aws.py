@@ -1,0 +1,255 @@
+"""What forge asks of AWS itself, beside what Ray's launcher does: regions, prices, machines; and their end.
+
+The door to boto3, with `forge.cluster.cloud.aws_network` behind it. Whatever AWS answers becomes one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from forge.cluster.base import ClusterNode
+from forge.config.cluster import CloudSpec
+from forge.errors import ClusterError
+from forge.pricing.catalog import machine_types
+
+ANY_REGION = "us-east-1"
+"""Where the account's regions are asked for; every account has this one."""
+_GONE_TIMEOUT_S = 300.0
+_making = threading.Lock()
+_POLL_S = 1.0
+_ALIVE = ("pending", "running", "stopping", "stopped")
+"""States of a machine that costs something, if only its disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """A machine of the cluster, as AWS sees it."""
+
+    id: str
+    kind: str
+    """`head` or `worker`; empty if Ray has not said."""
+    node_type: str
+    machine_type: str
+    state: str
+    zone: str
+    private_address: str | None
+    public_address: str | None
+    num_cpus: int
+    num_gpus: int
+
+    @property
+    def address(self) -> str | None:
+        """By which this machine reaches it."""
+        return self.public_address or self.private_address
+
+
+def find_regions(spec: CloudSpec, *, names: Sequence[str]) -> tuple[str, ...]:
+    """The regions to try: those of the file, or for `auto` every one of the account that has such machines.
+
+    Raises: ClusterError if AWS cannot be asked, or no region has any.
+    """
+    if spec.regions != ("auto",):
+        return spec.regions
+    with asking(ANY_REGION):
+        found = client("ec2", ANY_REGION).describe_regions()["Regions"]
+    regions = sorted(region["RegionName"] for region in found)
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        offers = list(pool.map(lambda region: _is_offered(region, names), regions))
+    offering = tuple(region for region, is_offered in zip(regions, offers, strict=True) if is_offered)
+    if not offering:
+        raise ClusterError(f"no region of AWS that this account may use has {', '.join(names)}")
+    return offering
+
+
+def spot_prices(regions: Sequence[str], *, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The spot prices of now, by region and machine type, in USD per hour: of the cheapest zone each.
+
+    Raises: ClusterError if AWS cannot be asked.
+    """
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        found = list(pool.map(lambda region: _spot_prices(region, names), regions))
+    return dict(zip(regions, found, strict=True))
+
+
+def list_instances(name: str, *, region: str) -> list[Instance]:
+    """The cluster's machines that are there or still starting, the head first.
+
+    Raises: ClusterError if AWS cannot be asked.
+    """
+    filters = [
+        {"Name": "tag:ray-cluster-name", "Values": [name]},
+        {"Name": "instance-state-name", "Values": list(_ALIVE)},
+    ]
+    with asking(region):
+        pages = client("ec2", region).get_paginator("describe_instances").paginate(Filters=filters)
+        found = [
+            _instance(machine)
+            for page in pages
+            for reservation in page["Reservations"]
+            for machine in reservation["Instances"]
+        ]
+    return sorted(found, key=lambda instance: (instance.kind != "head", instance.id))
+
+
+def list_nodes(name: str, *, region: str, prices: Mapping[str, float | None]) -> list[ClusterNode]:
+    """The same as nodes, each with its price.
+
+    Args:
+        prices: USD per hour by Ray's node type.
+
+    Raises: ClusterError if AWS cannot be asked.
+    """
+    return [
+        ClusterNode(
+            name=instance.private_address or instance.id,
+            kind=instance.kind or "worker",
+            state={"running": "alive", "pending": "starting"}.get(instance.state, "gone"),
+            machine_type=instance.machine_type,
+            num_cpus=float(instance.num_cpus),
+            num_gpus=float(instance.num_gpus),
+            usd_per_hour=prices.get(instance.node_type),
+        )
+        for instance in list_instances(name, region=region)
+    ]
+
+
+def terminate_all(name: str, *, region: str) -> list[str]:
+    """End every machine of the cluster, the head first, for it would ask for more. Returns: those that stay, by id.
+
+    Raises: ClusterError if AWS cannot be asked, or refuses.
+    """
+    deadline = time.monotonic() + _GONE_TIMEOUT_S
+    has_looked_twice = False
+    while time.monotonic() < deadline:
+        left = list_instances(name, region=region)
+        if not left and has_looked_twice:
+            return []
+        has_looked_twice = not left  # what the head asked for with its last breath is seen a little later
+        if left:
+            heads = [instance.id for instance in left if instance.kind == "head"]
+            with asking(region):
+                client("ec2", region).terminate_instances(InstanceIds=heads or [instance.id for instance in left])
+        time.sleep(_POLL_S)
+    return [instance.id for instance in list_instances(name, region=region)]
+
+
+def client(service: str, region: str) -> Any:
+    """A client of one of AWS's services. Raises: ClusterError if boto3 is not there."""
+    environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    return _client(service, region, environment)
+
+
+@functools.lru_cache(maxsize=128)
+def _client(service: str, region: str, environment: tuple[tuple[str, str], ...]) -> Any:
+    from botocore.config import Config
+
+    config = Config(connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 4})
+    with _making:  # a session, unlike its clients, is not made for several threads
+        return _session(environment).client(service, region_name=region, config=config)
+
+
+@functools.lru_cache(maxsize=4)
+def _session(environment: tuple[tuple[str, str], ...]) -> Any:
+    """One for all clients: it has read what the services can do, which takes longer than to ask them."""
+    try:
+        import boto3
+    except ImportError:
+        raise ClusterError("clusters on AWS need boto3: pip install 'forge-train[aws]'") from None
+    return boto3.session.Session()
+
+
+@contextlib.contextmanager
+def asking(region: str) -> Iterator[None]:
+    """Say in a sentence what went wrong, and what to do."""
+    try:
+        import botocore.exceptions as wrong
+    except ImportError:
+        raise ClusterError("clusters on AWS need boto3: pip install 'forge-train[aws]'") from None
+    give = "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    try:
+        yield
+    except (wrong.NoCredentialsError, wrong.PartialCredentialsError, wrong.ProfileNotFound) as error:
+        raise ClusterError(f"there are no credentials for AWS: {error}; {give}") from None
+    except wrong.ClientError as error:
+        code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
+        if code in _REFUSED:
+            raise ClusterError(f"AWS does not accept the credentials in {region}: {code}; {give}") from None
+        if code in ("UnauthorizedOperation", "AccessDenied", "AccessDeniedException"):
+            raise ClusterError(
+                f"these credentials may not do {error.operation_name} in {region}: {message}; what forge needs the "
+                "right to is listed in docs/operations.md"
+            ) from None
+        raise ClusterError(f"AWS refuses {error.operation_name} in {region}: {code}: {message}") from None
+    except (wrong.BotoCoreError, wrong.HTTPClientError) as error:
+        raise ClusterError(f"AWS's service in {region} cannot be reached: {error}") from None
+
+
+_REFUSED = {
+    *("AuthFailure", "InvalidClientTokenId", "SignatureDoesNotMatch", "UnrecognizedClientException"),
+    *("ExpiredToken", "ExpiredTokenException", "RequestExpired", "InvalidAccessKeyId", "OptInRequired"),
+}
+
+
+@contextlib.contextmanager
+def unless(*codes: str) -> Iterator[None]:
+    """Pass over a refusal that means that the thing is done already."""
+    import botocore.exceptions
+
+    try:
+        yield
+    except botocore.exceptions.ClientError as error:
+        if error.response["Error"]["Code"] not in codes:
+            raise
+
+
+def _is_offered(region: str, names: Sequence[str]) -> bool:
+    with asking(region):
+        found = client("ec2", region).describe_instance_type_offerings(
+            LocationType="region", Filters=[{"Name": "instance-type", "Values": list(names)}]
+        )
+    return bool(found["InstanceTypeOfferings"])
+
+
+def _spot_prices(region: str, names: Sequence[str]) -> dict[str, float]:
+    prices: dict[str, float] = {}
+    with asking(region):
+        pages = (
+            client("ec2", region)
+            .get_paginator("describe_spot_price_history")
+            .paginate(
+                InstanceTypes=list(names),
+                ProductDescriptions=["Linux/UNIX"],
+                StartTime=datetime.now(UTC),  # of each zone the price that holds now
+            )
+        )
+        for page in pages:
+            for entry in page["SpotPriceHistory"]:
+                name, price = entry["InstanceType"], float(entry["SpotPrice"])
+                prices[name] = min(price, prices.get(name, price))
+    return prices
+
+
+def _instance(machine: Mapping[str, Any]) -> Instance:
+    tags = {tag["Key"]: tag["Value"] for tag in machine.get("Tags", [])}
+    cpus, known = machine.get("CpuOptions", {}), machine_types("aws").get(machine["InstanceType"])
+    return Instance(
+        id=machine["InstanceId"],
+        kind=tags.get("ray-node-type", ""),
+        node_type=tags.get("ray-user-node-type", ""),
+        machine_type=machine["InstanceType"],
+        state=machine["State"]["Name"],
+        zone=machine["Placement"]["AvailabilityZone"],
+        private_address=machine.get("PrivateIpAddress"),
+        public_address=machine.get("PublicIpAddress"),
+        num_cpus=known.num_cpus if known is not None else cpus.get("CoreCount", 0) * cpus.get("ThreadsPerCore", 0),
+        num_gpus=known.num_gpus if known is not None else 0,
+    )

@@ -1,0 +1,280 @@
+"""A safe place for a cluster in a region of AWS: network, security group, key, roles; made, and taken away again.
+
+Ray's own place would be a security group open to the whole world on port 22, a key in `~/.ssh`, and workers
+that may not read the bucket; so forge makes a group, a key and two roles for each cluster. All bear its tag.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from forge.cluster.cloud.aws import ANY_REGION, asking, client, unless
+from forge.cluster.cloud.ray_config import CLUSTER_TAG, OWNER
+from forge.config.cluster import CloudSpec
+from forge.errors import ClusterError
+
+_GPU_IMAGE = ("amazon", "Deep Learning Base OSS Nvidia Driver GPU AMI (Ubuntu 24.04)*")
+_CPU_IMAGE = ("099720109477", "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-*")
+"""Owner and name. Source: AWS Deep Learning AMIs documentation; Ubuntu on AWS documentation, of Canonical."""
+_READY_TIMEOUT_S = 90.0
+"""A new role is known everywhere after some ten seconds."""
+_GONE_TIMEOUT_S = 300.0
+_POLL_S = 1.0
+_SPOT_ROLE = "arn:aws:iam::*:role/aws-service-role/spot.amazonaws.com/*"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """What was made ready in a region."""
+
+    image: str
+    cpu_image: str
+    key_name: str
+    subnets: tuple[str, ...]
+    security_group: str
+    head_profile: str
+    worker_profile: str
+    is_internal: bool
+
+
+def prepare(spec: CloudSpec, *, region: str, public_key: str, allow_from: str) -> Network:
+    """Make ready what the machines need in a region; what is there already is kept and mended.
+
+    Raises: ClusterError if AWS refuses.
+    """
+    with asking(region):
+        ec2 = client("ec2", region)
+        vpc, subnets, is_internal = _network(ec2, region)
+        group = _security_group(ec2, spec.name, vpc=vpc, allow_from=allow_from)
+        key_name = _key_pair(ec2, spec.name, public_key)
+        image = spec.image or _image(ec2, region, *_CPU_IMAGE if spec.gpu == "none" else _GPU_IMAGE)
+        cpu_image = spec.image or _image(ec2, region, *_CPU_IMAGE)
+        head, worker = _profiles(spec)
+        _await_profile(ec2, image=cpu_image, subnet=subnets[0], profile=head)
+    return Network(
+        image=image,
+        cpu_image=cpu_image,
+        key_name=key_name,
+        subnets=subnets,
+        security_group=group,
+        head_profile=head,
+        worker_profile=worker,
+        is_internal=is_internal,
+    )
+
+
+def remove_place(name: str, *, region: str) -> list[str]:
+    """Take away what `prepare` made in a region, once no machine is there. Returns: what stays, a line each."""
+    left = []
+    with asking(region):
+        ec2 = client("ec2", region)
+        for pair in ec2.describe_key_pairs(Filters=_tagged(name))["KeyPairs"]:
+            ec2.delete_key_pair(KeyName=pair["KeyName"])
+        for group in ec2.describe_security_groups(Filters=_tagged(name))["SecurityGroups"]:
+            if not _delete_group(ec2, group["GroupId"]):
+                left.append(f"security group {group['GroupId']} in {region}, free of charge, still in use")
+    return left
+
+
+def remove_profiles(name: str) -> None:
+    """Take away the roles that `prepare` made. Raises: ClusterError if AWS refuses."""
+    with asking(ANY_REGION):
+        iam = client("iam", ANY_REGION)
+        for role in (f"forge-{name}-head", f"forge-{name}-worker"):
+            with unless("NoSuchEntity"):
+                iam.remove_role_from_instance_profile(InstanceProfileName=role, RoleName=role)
+            with unless("NoSuchEntity"):
+                iam.delete_instance_profile(InstanceProfileName=role)
+            with unless("NoSuchEntity"):
+                iam.delete_role_policy(RoleName=role, PolicyName="forge")
+            with unless("NoSuchEntity"):
+                iam.delete_role(RoleName=role)
+
+
+def _network(ec2: Any, region: str) -> tuple[str, tuple[str, ...], bool]:
+    """The default VPC, its subnets, and whether the machines there have private addresses only."""
+    vpcs = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
+    if not vpcs:
+        raise ClusterError(
+            f"the region {region} has no default VPC; make one: aws ec2 create-default-vpc --region {region}"
+        )
+    vpc = vpcs[0]["VpcId"]
+    subnets = ec2.describe_subnets(
+        Filters=[{"Name": "vpc-id", "Values": [vpc]}, {"Name": "state", "Values": ["available"]}]
+    )["Subnets"]
+    public = [subnet for subnet in subnets if subnet["MapPublicIpOnLaunch"]]
+    usable = sorted(public or subnets, key=lambda subnet: subnet["AvailabilityZone"])
+    if not usable:
+        raise ClusterError(f"the default VPC of {region} has no subnets; make one: aws ec2 create-default-subnet")
+    return vpc, tuple(subnet["SubnetId"] for subnet in usable), not public
+
+
+def _security_group(ec2: Any, name: str, *, vpc: str, allow_from: str) -> str:
+    """The cluster's group; nobody comes in but its own machines, and `allow_from` by ssh."""
+    group_name = f"forge-{name}"
+    filters = [{"Name": "vpc-id", "Values": [vpc]}, {"Name": "group-name", "Values": [group_name]}]
+    found = ec2.describe_security_groups(Filters=filters)["SecurityGroups"]
+    if found:
+        group, current = found[0]["GroupId"], found[0]["IpPermissions"]
+    else:
+        made = ec2.create_security_group(
+            GroupName=group_name,
+            Description=f"Machines of the forge cluster {name}",
+            VpcId=vpc,
+            TagSpecifications=[_tags("security-group", name)],
+        )
+        group, current = made["GroupId"], []
+    if current:  # the user may be elsewhere today
+        ec2.revoke_security_group_ingress(GroupId=group, IpPermissions=current)
+    ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=ingress(group, allow_from=allow_from))
+    return str(group)
+
+
+def ingress(group: str, *, allow_from: str) -> list[dict[str, Any]]:
+    """Who may reach the machines: their own group everywhere, and one network by ssh."""
+    if ipaddress.ip_network(allow_from).version == 6:
+        ranges: dict[str, Any] = {"Ipv6Ranges": [{"CidrIpv6": allow_from}]}
+    else:
+        ranges = {"IpRanges": [{"CidrIp": allow_from}]}
+    return [
+        {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]},
+        {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, **ranges},
+    ]
+
+
+def _key_pair(ec2: Any, name: str, public_key: str) -> str:
+    key_name = f"forge-{name}"
+    ec2.delete_key_pair(KeyName=key_name)  # of another key, perhaps; nothing is said of one that is not there
+    ec2.import_key_pair(
+        KeyName=key_name,
+        PublicKeyMaterial=public_key.encode(),
+        TagSpecifications=[_tags("key-pair", name)],
+    )
+    return key_name
+
+
+def _image(ec2: Any, region: str, owner: str, name: str) -> str:
+    filters = [{"Name": "name", "Values": [name]}, {"Name": "architecture", "Values": ["x86_64"]}]
+    images = ec2.describe_images(Owners=[owner], Filters=filters)["Images"]
+    if not images:
+        raise ClusterError(
+            f"no image named '{name}' is to be had in {region}; name one in the file: image: ami-..."
+        )
+    return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
+
+
+def _profiles(spec: CloudSpec) -> tuple[str, str]:
+    """The instance profiles of the head and of the workers."""
+    iam = client("iam", ANY_REGION)
+    names = f"forge-{spec.name}-head", f"forge-{spec.name}-worker"
+    head_role, worker_role = (_role(iam, role, cluster=spec.name) for role in names)
+    storage = storage_rights(spec.storage)
+    _allow(iam, names[0], head_rights(spec.name, roles=(head_role, worker_role)) + storage)
+    _allow(iam, names[1], storage)
+    return names
+
+
+def _role(iam: Any, name: str, *, cluster: str) -> str:
+    """A role and its instance profile of the same name. Returns: the role's number."""
+    trust = _policy(
+        [{"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}]
+    )
+    tags = [{"Key": key, "Value": value} for key, value in {CLUSTER_TAG: cluster, **OWNER}.items()]
+    with unless("EntityAlreadyExists"):
+        iam.create_role(RoleName=name, AssumeRolePolicyDocument=trust, Tags=tags)
+    with unless("EntityAlreadyExists"):
+        iam.create_instance_profile(InstanceProfileName=name, Tags=tags)
+    with unless("LimitExceeded"):  # a profile has room for one role, and this is in it
+        iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
+    return str(iam.get_role(RoleName=name)["Role"]["Arn"])
+
+
+def _allow(iam: Any, role: str, rights: list[dict[str, Any]]) -> None:
+    if rights:
+        iam.put_role_policy(RoleName=role, PolicyName="forge", PolicyDocument=_policy(rights))
+
+
+def head_rights(cluster: str, *, roles: Sequence[str]) -> list[dict[str, Any]]:
+    """What the head may do: rent machines, and end those of its own cluster."""
+    own = {"StringEquals": {"aws:ResourceTag/ray-cluster-name": cluster}}
+    return [
+        {"Effect": "Allow", "Action": ["ec2:Describe*", "ec2:RunInstances", "ec2:CreateTags"], "Resource": "*"},
+        {"Effect": "Allow", "Action": ["ec2:TerminateInstances"], "Resource": "*", "Condition": own},
+        {"Effect": "Allow", "Action": ["iam:PassRole"], "Resource": list(roles)},
+        {"Effect": "Allow", "Action": ["iam:CreateServiceLinkedRole"], "Resource": _SPOT_ROLE},
+    ]
+
+
+def storage_rights(storage: str | None) -> list[dict[str, Any]]:
+    """What every machine may do with the bucket of `storage`; nothing if it is none of S3."""
+    url = urlsplit(storage or "")
+    if url.scheme != "s3":
+        return []
+    bucket, path = f"arn:aws:s3:::{url.netloc}", url.path.strip("/")
+    objects = f"{bucket}/{path}/*" if path else f"{bucket}/*"
+    actions = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
+    return [
+        {"Effect": "Allow", "Action": actions, "Resource": objects},
+        {"Effect": "Allow", "Action": ["s3:ListBucket", "s3:GetBucketLocation"], "Resource": bucket},
+    ]
+
+
+def _policy(statements: list[dict[str, Any]]) -> str:
+    return json.dumps({"Version": "2012-10-17", "Statement": statements})
+
+
+def _await_profile(ec2: Any, *, image: str, subnet: str, profile: str) -> None:
+    """Wait until machines may be given a profile that is new; asked by renting none."""
+    import botocore.exceptions
+
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while True:
+        try:
+            ec2.run_instances(
+                DryRun=True,
+                ImageId=image,
+                InstanceType="m5.large",
+                SubnetId=subnet,
+                IamInstanceProfile={"Name": profile},
+                MinCount=1,
+                MaxCount=1,
+            )
+        except botocore.exceptions.ClientError as error:
+            if "nstance Profile" not in error.response["Error"].get("Message", "") or time.monotonic() > deadline:
+                return  # ready, or another reason, which the launcher will meet and name
+        time.sleep(_POLL_S)
+
+
+def _delete_group(ec2: Any, group: str) -> bool:
+    """Delete a security group, as soon as the last machine has left it."""
+    import botocore.exceptions
+
+    deadline = time.monotonic() + _GONE_TIMEOUT_S
+    while True:
+        try:
+            ec2.delete_security_group(GroupId=group)
+            return True
+        except botocore.exceptions.ClientError as error:
+            code = error.response["Error"]["Code"]
+            if code == "InvalidGroup.NotFound":
+                return True
+            if code != "DependencyViolation":
+                raise
+            if time.monotonic() > deadline:
+                return False
+        time.sleep(_POLL_S)
+
+
+def _tagged(name: str) -> list[dict[str, Any]]:
+    return [{"Name": f"tag:{CLUSTER_TAG}", "Values": [name]}]
+
+
+def _tags(kind: str, name: str) -> dict[str, Any]:
+    tags = [{"Key": key, "Value": value} for key, value in {CLUSTER_TAG: name, **OWNER}.items()]
+    return {"ResourceType": kind, "Tags": tags}

@@ -1,0 +1,83 @@
+"""forge as other machines install it: its wheel, and the versions of all that it needs, as they are here.
+
+The wheel is made of the files that run here, whether they were installed or are worked on, and is the same bytes
+for the same files: its digest names the environment that is built of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+DISTRIBUTION = "forge-train"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The oldest time that a zip file can tell."""
+
+
+def wheel_name() -> str:
+    """As pip wants it. Source: PyPA's binary distribution format, file name convention."""
+    return f"{DISTRIBUTION.replace('-', '_')}-{distribution(DISTRIBUTION).version}-py3-none-any.whl"
+
+
+def build_wheel() -> bytes:
+    """forge's wheel. Source: PyPA's binary distribution format, version 1.0."""
+    known = distribution(DISTRIBUTION)
+    root = Path(__file__).parents[2]
+    files = {
+        f"forge/{path.relative_to(root)}": path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    info = f"{DISTRIBUTION.replace('-', '_')}-{known.version}.dist-info"
+    files[f"{info}/METADATA"] = (known.read_text("METADATA") or "").encode()
+    files[f"{info}/entry_points.txt"] = (known.read_text("entry_points.txt") or "").encode()
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: forge\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    record = "".join(f"{name},sha256={_sha256(content)},{len(content)}\n" for name, content in files.items())
+    files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name, date_time=_EPOCH), content, zipfile.ZIP_DEFLATED)
+    return target.getvalue()
+
+
+def locked_requirements() -> str:
+    """Everything that forge needs and that is installed here, one `name==version` a line, sorted.
+
+    Of a version only what an index knows: torch's `+cpu` says how this machine computes, not others.
+    """
+    from packaging.requirements import Requirement
+
+    found: dict[str, str] = {}
+    waiting = [(DISTRIBUTION, frozenset(("s3", "gcs", "azure")))]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        name, extras = waiting.pop()
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        try:
+            known = distribution(name)
+        except PackageNotFoundError:  # an extra that nobody uses here
+            continue
+        found[known.metadata["Name"].lower().replace("_", "-")] = known.version.partition("+")[0]
+        for line in known.requires or ():
+            needed = Requirement(line)
+            wanted = [{"extra": extra} for extra in ("", *extras)]
+            if needed.marker is None or any(needed.marker.evaluate(one) for one in wanted):
+                waiting.append((needed.name, frozenset(needed.extras)))
+    del found[DISTRIBUTION]
+    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
+
+
+def digest_of(wheel: bytes, requirements: str) -> str:
+    """Names the environment that these make."""
+    return hashlib.blake2b(wheel + requirements.encode(), digest_size=8).hexdigest()
+
+
+def _sha256(content: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()

@@ -1,0 +1,155 @@
+"""pydantic's field_errors about a job or a cluster, in the words of those who write such files.
+
+In come pydantic's error records, which speak of types; out go JobFileErrors, which speak of keys and of
+what to write instead. Each key is blamed once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from forge.config.fields import Loc, known_keys, literal_values, section_at
+from forge.config.locations import SourceMap, parent_key
+from forge.config.section import FieldError, Section
+from forge.config.yaml_reader import join_key
+from forge.errors import JobFileError
+
+_OTHER_WORDS = {
+    "learning_rate": "training.optimizer.lr",
+    "max_steps": "training.total_steps",
+    "num_train_epochs": "training.epochs",
+    "batch_size": "training.global_batch_size",
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_clipping": "training.optimizer.grad_clip",
+    "max_grad_norm": "training.optimizer.grad_clip",
+    "lr_scheduler": "training.schedule",
+    "eval_steps": "training.evaluate_every",
+    "save_steps": "checkpoint.every",
+    "sequence_length": "data.seq_len",
+    "block_size": "data.seq_len",
+    "num_gpus": "resources.workers",
+    "num_workers": "resources.workers",
+}
+"""What transformers, DeepSpeed and Ray call the same thing."""
+
+_MISSING = "is missing, and has no default"
+
+_SENTENCES = {
+    "missing": _MISSING,
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be text or a list of texts",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "value_error": "{error}",
+}
+"""By pydantic's name for the kind of error."""
+
+
+def field_errors(
+    error: ValidationError, *, root: type[Section], source: SourceMap, blamed: Iterable[JobFileError]
+) -> list[JobFileError]:
+    """Say in plain words what pydantic found.
+
+    Args:
+        root: the type of the whole file.
+        blamed: errors found before; what pydantic says of their keys only follows from them.
+    """
+    keys = {other.key for other in blamed}
+    found: list[JobFileError] = []
+    for record in error.errors(include_url=False):
+        complaint = _complaint(record, root=root, source=source)
+        if keys.isdisjoint(_with_parents(complaint.key or "")):
+            keys.add(complaint.key)
+            found.append(complaint)
+    # `nam:` is an unknown key and leaves `name` missing: one mistake, told once.
+    meant = {join_key(parent_key(other.key or ""), other.nearest or "") for other in found}
+    return [complaint for complaint in found if complaint.problem != _MISSING or complaint.key not in meant]
+
+
+def _complaint(record: Mapping[str, Any], *, root: type[Section], source: SourceMap) -> JobFileError:
+    kind, given, loc = record["type"], record["input"], record["loc"]
+    key = _dotted(loc)
+    cause = record.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        return source.error(join_key(key, cause.key), str(cause), nearest=cause.nearest)
+    if kind == "extra_forbidden":
+        return _unknown_key(loc, root=root, source=source)
+    if kind == "model_type":
+        return source.error(key, _not_a_section(loc, root=root, is_empty=given is None))
+    if given is None and kind != "missing":
+        return source.error(key, "has no value")
+    if kind == "literal_error":
+        values = literal_values(loc, root=root)
+        texts = [value for value in values if isinstance(value, str)]
+        nearest = difflib.get_close_matches(str(given).lower(), texts, n=1)
+        return source.error(key, f"must be {_listed(values)}", nearest=nearest[0] if nearest else None)
+    if kind == "string_type" and isinstance(given, (bool, int, float)):
+        return source.error(key, "must be text; write it in quotes")
+    if kind not in _SENTENCES:
+        return source.error(key, "is not valid: " + record["msg"].removeprefix("Input should be "))
+    return source.error(key, _SENTENCES[kind].format(**record.get("ctx", {})))
+
+
+def _unknown_key(loc: Loc, *, root: type[Section], source: SourceMap) -> JobFileError:
+    name, section_key, section = str(loc[-1]), _dotted(loc[:-1]), section_at(loc[:-1], root=root)
+    fields = list(section.model_fields) if section else []
+    elsewhere = [key for key in known_keys(root) if key.rpartition(".")[2] == name]
+    near = difflib.get_close_matches(name.lower(), fields, n=1)
+    nearest: str | None = None
+    if elsewhere:
+        # Of several, one further down from where it was looked for, if there is one.
+        nearest = max(elsewhere, key=lambda key: key.startswith(f"{section_key}."))
+        problem = f"unknown key here; it belongs to {_named(parent_key(nearest))}"
+    elif _OTHER_WORDS.get(name, "") in set(known_keys(root)):
+        problem, nearest = "unknown key; forge has another word for it", _OTHER_WORDS[name]
+    elif near:
+        problem, nearest = "unknown key", near[0]
+    else:
+        problem = f"unknown key; those of {_named(section_key)} are {', '.join(fields)}"
+    return source.error(_dotted(loc), problem, nearest=nearest, show_value=False)
+
+
+def _named(section_key: str) -> str:
+    return f"'{section_key}'" if section_key else "the file itself"
+
+
+def _not_a_section(loc: Loc, *, root: type[Section], is_empty: bool) -> str:
+    section, parent = section_at(loc, root=root), section_at(loc[:-1], root=root)
+    example = next(iter(section.model_fields)) if section else "key"
+    if not is_empty:
+        return f"must hold keys of its own, such as '{example}:'"
+    is_required = parent is not None and parent.model_fields[str(loc[-1])].is_required()
+    return f"is empty; give it keys of its own, such as '{example}:'" + ("" if is_required else ", or leave it out")
+
+
+def _listed(values: Sequence[str | int]) -> str:
+    """`'a'`; `'a' or 'b'`; `0, 1 or 2`."""
+    words = [repr(value) for value in values]
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def _dotted(loc: Loc) -> str:
+    key = ""
+    for name in loc:
+        key = f"{key}[{name}]" if isinstance(name, int) else join_key(key, name)
+    return key
+
+
+def _with_parents(key: str) -> Iterator[str]:
+    """`a.b[0]` → `a.b[0]`, `a.b`, `a`; the whole job only if it is itself meant."""
+    yield key
+    while key := parent_key(key):
+        yield key

@@ -1,0 +1,148 @@
+"""The door of job files and cluster files: a path and the command line's `--set` go in, a typed job comes out.
+
+Whatever is wrong with the file, or with `--set`, ends in one JobFileError that lists everything found,
+each with its line. The job comes with the map of its lines, for stages that know more than its types do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from forge.config.cluster import SECTIONS, ClusterSpec
+from forge.config.errors import field_errors
+from forge.config.job import JobSpec
+from forge.config.locations import SourceMap, map_source
+from forge.config.secret import SECRET_PROBLEM, is_secret
+from forge.config.section import Section
+from forge.config.yaml_reader import YamlNode, compose, join_key, read_text
+from forge.errors import JobFileError
+
+_MAX_NAMES = 16
+_MAPPINGS = ("search.space", "search.proxy")
+_S = TypeVar("_S", bound=Section)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedJob:
+    """A job, and where in its file each key stands."""
+
+    job: JobSpec
+    source: SourceMap
+
+
+def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:
+    """Read a job file.
+
+    Args:
+        path: a YAML file.
+        overrides: `training.optimizer.lr=1e-3`, as given to `--set`; the value is YAML, the last one wins.
+
+    Raises: JobFileError with all that is wrong, in the order of the file.
+    """
+    errors: list[JobFileError] = []
+    root = _read(path, errors=errors, parts="a job has at least a name, a model, data and training", keys="model")
+    for override in overrides:
+        root = _with_override(root, override, errors=errors)
+    source = map_source(root, path=str(path))
+    return LoadedJob(job=_validated(root, JobSpec, source=source, errors=errors), source=source)
+
+
+def load_cluster(path: str | Path) -> ClusterSpec:
+    """Read a cluster file.
+
+    Raises: JobFileError with all that is wrong, in the order of the file.
+    """
+    errors: list[JobFileError] = []
+    root = _read(path, errors=errors, parts="a cluster has at least a name and a provider", keys="provider")
+    source = map_source(root, path=str(path))
+    provider = root.value["provider"].value if "provider" in root.value else None
+    section = SECTIONS.get(provider) if isinstance(provider, str) else None
+    if section is None:
+        known = ", ".join(SECTIONS)
+        near = difflib.get_close_matches(str(provider).lower(), SECTIONS, n=1)
+        problem = f"must be one of {known}" if provider is not None else f"is missing; it is one of {known}"
+        raise source.error("provider", problem, nearest=near[0] if near else None)
+    return _validated(root, section, source=source, errors=errors)
+
+
+def _read(path: str | Path, *, errors: list[JobFileError], parts: str, keys: str) -> YamlNode:
+    """The file's nodes; what it holds is a mapping."""
+    root = compose(read_text(Path(path)), path=str(path), errors=errors)
+    if root.value is None:
+        raise JobFileError(f"is empty; {parts}", path=str(path))
+    if not isinstance(root.value, dict):
+        raise JobFileError(f"must hold keys, such as 'name:' and '{keys}:'", path=str(path), line=root.line)
+    return root
+
+
+def _validated(root: YamlNode, section: type[_S], *, source: SourceMap, errors: list[JobFileError]) -> _S:
+    try:
+        found = section.model_validate(root.plain())
+    except ValidationError as error:
+        errors += field_errors(error, root=section, source=source, blamed=errors)
+    if errors:
+        raise _combined(errors)
+    return found
+
+
+def _with_override(root: YamlNode, override: str, *, errors: list[JobFileError]) -> YamlNode:
+    """The job with one `--set` carried out; as it was, if that is impossible."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    names = _names_of(key)
+    if any(is_secret(name.strip()) for name in names):
+        errors.append(JobFileError(SECRET_PROBLEM, path="--set", key=key))
+    elif not equals or not all(names) or len(names) > _MAX_NAMES:
+        errors.append(
+            JobFileError(
+                "write it as a dotted key and a value: training.optimizer.lr=1e-3", path="--set", value=override
+            )
+        )
+    else:
+        try:
+            return _placed(root, names, compose(text, path="--set", key=key, errors=errors), parent="")
+        except JobFileError as error:
+            errors.append(error)
+    return root
+
+
+def _names_of(key: str) -> list[str]:
+    """The names of a dotted key; below a mapping of the job's own keys, the rest is one name."""
+    for mapping in _MAPPINGS:
+        if key.startswith(f"{mapping}."):
+            return [*mapping.split("."), key[len(mapping) + 1 :]]
+    return key.split(".")
+
+
+def _placed(section: YamlNode, names: Sequence[str], value: YamlNode, *, parent: str) -> YamlNode:
+    """The section with a value set below it; the path to it is made where it is missing."""
+    name, *rest = names
+    children = {} if section.value is None else section.value
+    if not isinstance(children, dict):
+        problem = f"'{parent}' is a value and has no keys below it"
+        raise JobFileError(problem, path="--set", key=join_key(parent, ".".join(names)))
+    if rest:
+        empty = YamlNode(value={}, line=None, text="{...}")
+        value = _placed(children.get(name, empty), rest, value, parent=join_key(parent, name))
+    return replace(section, value={**children, name: value}, text="{...}")
+
+
+def _combined(errors: Sequence[JobFileError]) -> JobFileError:
+    """One error that tells all, in the order of the file, the command line last."""
+    first, *others = sorted(errors, key=lambda error: math.inf if error.line is None else error.line)
+    return JobFileError(
+        first.problem,
+        path=first.path,
+        line=first.line,
+        key=first.key,
+        value=first.value,
+        nearest=first.nearest,
+        others=tuple(others),
+    )

@@ -1,0 +1,186 @@
+"""A job with some of its keys changed: what a trial runs, and the proof that every value may stand where it is put.
+
+In go a job and values by their dotted paths; out comes a job as if the file had them. The job's own types judge
+the values, before anything is started.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from forge.config.errors import field_errors
+from forge.config.job import JobSpec
+from forge.config.load import LoadedJob
+from forge.config.locations import SourceMap
+from forge.config.search import ParameterSpec, SearchSpec
+from forge.errors import JobFileError
+
+_NOWHERE = SourceMap(path="search", places={})
+"""Of a job that stands in no file."""
+
+
+def job_with(job: JobSpec, values: Mapping[str, Any]) -> JobSpec:
+    """The job, with the values at their dotted paths.
+
+    Raises: JobFileError that blames a key of the job.
+    """
+    body = job.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        _place(body, key, copy.deepcopy(value))  # what is put below it later must not go into the search itself
+    try:
+        return JobSpec.model_validate_json(json.dumps(body))
+    except ValidationError as error:
+        raise field_errors(error, root=JobSpec, source=_NOWHERE, blamed=())[0] from error
+
+
+def trial_job(job: JobSpec, values: Mapping[str, Any], *, is_proxied: bool = True) -> JobSpec:
+    """What one trial runs: the job with proxy, values and what follows from them, without its search.
+
+    Args:
+        is_proxied: False for the job that the search is for, as `best.yaml` has it.
+
+    Raises: JobFileError that blames a key of the job.
+    """
+    search = search_of(job)
+    bare = job.model_copy(update={"search": None})
+    bare.model_fields_set.discard("search")
+    fixed = {**(search.proxy if is_proxied else {}), **values}
+    return job_with(bare, fixed | followers(job_with(bare, fixed), search))
+
+
+def followers(job: JobSpec, search: SearchSpec) -> dict[str, Any]:
+    """The values of the keys that follow from others, in a job that has those.
+
+    Raises: JobFileError where the key that is followed has no number.
+    """
+    found: dict[str, Any] = {}
+    for key, entry in search.space.items():
+        if entry.of is None:
+            continue
+        value = value_at(job, entry.of)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise _NOWHERE.error(f"search.space.{key}.of", f"'{entry.of}' has no number that could be followed")
+        product = value * entry.times if entry.times is not None else value / (entry.divided_by or 1)
+        found[key] = round(product) if isinstance(value, int) and product == round(product) else product
+    return found
+
+
+def first_values(search: SearchSpec) -> dict[str, Any]:
+    """Of every key that is searched: the first of its list, or the lower end of its range."""
+    return {key: _some_values(entry)[0] for key, entry in search.space.items() if entry.of is None}
+
+
+def own_values(job: JobSpec) -> dict[str, Any] | None:
+    """What the job itself has for the keys that are searched; None if one of them lies outside of what is tried."""
+    search = search_of(job)
+    bare = job_with(job, search.proxy)
+    found = {key: value_at(bare, key) for key, entry in search.space.items() if entry.of is None}
+    return found if all(_may_be(search.space[key], value) for key, value in found.items()) else None
+
+
+def usual_values(job: JobSpec) -> dict[str, Any]:
+    """Values that a plan may be made with before any are chosen: the job's own, or the first that may be tried."""
+    return own_values(job) or first_values(search_of(job))
+
+
+def _may_be(entry: ParameterSpec, value: Any) -> bool:
+    if entry.values is not None:
+        return value in entry.values
+    low, high = entry.ends or (0.0, 0.0)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and low <= value <= high and (entry.int is None or isinstance(value, int))
+
+
+def value_at(job: JobSpec, key: str) -> Any:
+    """What a job has at a dotted path, its default if it is not written; None where there is nothing."""
+    at: Any = job.model_dump(mode="json")
+    for name in key.split("."):
+        at = at.get(name) if isinstance(at, dict) else None
+    return at
+
+
+def check_kind(loaded: LoadedJob, *, is_search: bool) -> None:
+    """See that a job is for `forge tune`, or that it is for `forge train`. Raises: JobFileError if it is not."""
+    if is_search and loaded.job.search is None:
+        problem = "there is none in it, so there is nothing to try: add it, or use forge train"
+        raise loaded.source.error("search", problem)
+    if not is_search and loaded.job.search is not None:
+        problem = "this job is a search over many trials: use forge tune, or take the section out to train one run"
+        raise loaded.source.error("search", problem, show_value=False)
+
+
+def search_of(job: JobSpec) -> SearchSpec:
+    """The job's search. Raises: JobFileError if it has none."""
+    if job.search is None:
+        raise JobFileError("there is no search in it; add a section 'search:', or use forge train", key="search")
+    return job.search
+
+
+def check_space(loaded: LoadedJob) -> None:
+    """See that every value that may be tried is one that its key may have, each other key having its first.
+
+    Raises: JobFileError for the first that is not, with its line.
+    """
+    job = loaded.job
+    search = search_of(job)
+    for key, value in search.proxy.items():
+        _try(loaded, {}, blamed=f"search.proxy.{key}", value=value, only={key: value})
+    if search.metric.startswith("eval/") and not job.data.held_out:
+        problem = f"{search.metric} is measured on held-out text, and data.held_out is 0"
+        raise loaded.source.error("search.metric", problem, show_value=False)
+    first = first_values(search)
+    for key in first:
+        for value in _some_values(search.space[key]):
+            _try(loaded, {**first, key: value}, blamed=f"search.space.{key}", value=value, key=key)
+
+
+def _try(
+    loaded: LoadedJob,
+    values: Mapping[str, Any],
+    *,
+    blamed: str,
+    value: Any,
+    key: str = "",
+    only: Mapping[str, Any] | None = None,
+) -> None:
+    try:
+        if only is not None:
+            job_with(loaded.job, only)
+        else:
+            trial_job(loaded.job, values)
+    except JobFileError as error:
+        found = error.key or ""
+        if found.startswith("search."):
+            raise loaded.source.error(found, error.problem, show_value=False) from error
+        if only is None and not _is_about(found, key):
+            followed = loaded.job.search.space.get(found) if loaded.job.search else None
+            blamed = f"search.space.{found}" if followed is not None else blamed
+        where = "" if _is_about(found, blamed.split(".", 2)[2]) else f"{found} "
+        raise loaded.source.error(
+            blamed, f"cannot be {value!r}: {where}{error.problem}", nearest=error.nearest, show_value=False
+        ) from error
+
+
+def _is_about(found: str, key: str) -> bool:
+    return found == key or key.startswith(f"{found}.")
+
+
+def _some_values(entry: ParameterSpec) -> tuple[Any, ...]:
+    """All of a list; the ends of a range."""
+    return entry.values if entry.values is not None else entry.ends or ()
+
+
+def _place(body: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections):
+        inner = body.setdefault(section, {})
+        if not isinstance(inner, dict):
+            problem = f"'{'.'.join(sections[: depth + 1])}' is a value and has no keys below it"
+            raise JobFileError(problem, path="search", key=key)
+        body = inner
+    body[name] = value

@@ -1,0 +1,134 @@
+"""The base of every section of a job file, and the types its values are written in.
+
+Sections are frozen and strict: an unknown key is an error, a string is never silently taken for a
+number. Values with a unit are parsed here, once, by `forge.units`; from here on they are plain
+numbers whose unit ends the name. Each type carries its JSON schema; the examples in it are the strings
+that a user may write.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema
+
+from forge import units
+
+
+class Section(BaseModel):
+    """One section of the job file."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class FieldError(ValueError):
+    """Raised by a section's validator that can say which of its keys is to blame.
+
+    Args:
+        key: below the section: `schedule.warmup_steps`.
+        problem: one sentence, without the key.
+        nearest: what to write in its place, if that is clear.
+    """
+
+    def __init__(self, key: str, problem: str, *, nearest: str | None = None) -> None:
+        super().__init__(problem)
+        self.key = key
+        self.nearest = nearest
+
+
+def _read_interval(value: Any) -> units.Every:
+    return value if isinstance(value, units.Every) else units.parse_every(value)
+
+
+def _read_range(value: Any) -> units.Range:
+    return value if isinstance(value, units.Range) else units.parse_range(value)
+
+
+def _read_range_from_1(value: Any) -> units.Range:
+    found = _read_range(value)
+    if found.low < 1:
+        raise ValueError("a range must start at 1 or more and not run backwards")
+    return found
+
+
+def _read_duration(value: Any) -> float:
+    # A plain number is this module's own: a dumped file's.
+    return value if isinstance(value, float) else units.parse_duration_s(value)
+
+
+def _read_whole_or_auto(value: Any) -> Any:
+    # A union would complain once per member; this says it in one sentence.
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError("must be 'auto' or a whole number")
+    return value
+
+
+def _read_strings(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Number = float
+"""Strict mode takes a whole number for a float, but no string and no bool."""
+
+Count = Annotated[
+    int,
+    BeforeValidator(units.parse_count),
+    WithJsonSchema({"type": ["integer", "string"], "examples": ["20M"]}),
+]
+
+WholeOrAuto = Annotated[
+    Literal["auto"] | int,
+    BeforeValidator(_read_whole_or_auto),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
+]
+
+Fraction = Annotated[
+    float,
+    BeforeValidator(units.parse_fraction),
+    WithJsonSchema({"type": ["number", "string"], "examples": ["1%"]}),
+]
+
+Interval = Annotated[
+    units.Every,
+    BeforeValidator(_read_interval),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "examples": ["50 steps", "10m"]}),
+]
+
+WholeRange = Annotated[
+    units.Range,
+    BeforeValidator(_read_range_from_1),
+    PlainSerializer(str),
+    WithJsonSchema({"type": ["integer", "string"], "examples": ["1..2"]}),
+]
+
+RangeFromZero = Annotated[
+    units.Range,
+    BeforeValidator(_read_range),
+    PlainSerializer(str),
+    WithJsonSchema({"type": ["integer", "string"], "examples": ["0..8"]}),
+]
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(units.parse_bytes),
+    WithJsonSchema({"type": ["integer", "string"], "examples": ["200GB"]}),
+]
+
+Duration = Annotated[
+    float,
+    BeforeValidator(_read_duration),
+    WithJsonSchema({"type": "string", "examples": ["10m"]}),
+]
+"""In seconds."""
+
+Strings = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_read_strings),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
+"""One string, or a list of them."""

@@ -1,0 +1,46 @@
+"""Durable and atomic file operations, one copy for the whole package.
+
+A file written by `write_atomic` is either the old or the new one after a crash or a power cut, never a mixture and
+never empty. The price is one fsync of the file and one of its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
+    """Replace `path` with `content`: write a temporary file beside it, flush it to disk, rename it.
+
+    Args:
+        mode: permissions of the new file; `0o600` for secrets.
+
+    Raises: OSError if the folder cannot be written; `path` is unchanged then and no temporary file is left.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that files created or renamed in it survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

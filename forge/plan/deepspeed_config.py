@@ -1,0 +1,40 @@
+"""The DeepSpeed configuration of a run, derived from the job; nothing else writes one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forge.config.training import TrainingSpec
+from forge.plan.batch import BatchPlan
+
+
+def deepspeed_config(training: TrainingSpec, batch: BatchPlan) -> dict[str, Any]:
+    """DeepSpeed's JSON for one world size.
+
+    The optimizer is not in it: torch's own AdamW is handed to DeepSpeed as an object, because
+    DeepSpeed's fused ones are compiled at run time. The learning rate is set by forge at every step.
+
+    Source: https://www.deepspeed.ai/docs/config-json
+    """
+    stage = training.zero.stage
+    zero: dict[str, Any] = {"stage": stage}
+    if stage in (1, 2):
+        zero |= {"overlap_comm": False, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_gather_16bit_weights_on_model_save": False}
+    if training.zero.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_batch_size": batch.micro_batch_size * batch.gradient_accumulation_steps * batch.world_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "gradient_clipping": training.optimizer.grad_clip,
+        "bf16": {"enabled": training.precision == "bf16"},
+        # Stage 3 would make buffers bf16, and a checkpoint's buffers must not depend on the stage.
+        "data_types": {"keep_in_fp32_modules": ["*"]},
+        "zero_optimization": zero,
+        # torch's fused AdamW runs on the host too; DeepSpeed's own would be compiled at run time.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,80 @@
+"""What forge needs to know about Linux processes: liveness, start time, parent death, logs, error text."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+MAX_ERROR_CHARS = 300
+
+
+def process_state(pid: int) -> str | None:
+    """The state letter of `/proc/PID/stat` (`R`, `S`, `T`, `Z`, ...); None if the process does not exist.
+
+    Source: proc_pid_stat(5).
+    """
+    fields = _stat_fields(pid)
+    return fields[0] if fields else None
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; a zombie waiting for its parent does not."""
+    return process_state(pid) not in (None, "Z", "X")
+
+
+def is_suspended(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped the process."""
+    return process_state(pid) in ("T", "t")
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if it does not run.
+
+    Together with the pid it identifies a process even after the pid was reused.
+    """
+    fields = _stat_fields(pid)
+    return int(fields[19]) if fields and fields[0] not in ("Z", "X") else None
+
+
+def die_with_parent(parent: int, *, signal_number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to signal this process when its parent thread dies; at once if `parent` is gone already.
+
+    Source: prctl(2), PR_SET_PDEATHSIG.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal_number)
+
+
+def redirect_output(path: Path) -> None:
+    """Append this process's stdout and stderr, including those of native libraries, to a log file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text that is not blank; its class's name if there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's whole text on one line, at most `MAX_ERROR_CHARS` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 1] + "…"
+
+
+def _stat_fields(pid: int) -> list[str] | None:
+    """The fields of `/proc/PID/stat` after the command name, which may itself contain spaces and parentheses."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() or None
+    except OSError:
+        return None

@@ -1,0 +1,214 @@
+"""A plan, a run and a search in words: lines of a name and a text, for a screen or a page.
+
+The text is plain; how it looks is decided by whoever shows it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from forge.config.job import JobSpec
+from forge.config.overrides import first_values, trial_job
+from forge.config.search import SchedulerSpec, SearcherSpec
+from forge.plan.plan import Plan
+from forge.report.trial_rows import shown
+from forge.runs.event_text import short, workers
+from forge.runs.goodput import BUCKETS, GoodputReport
+from forge.runs.reader import RunSummary
+from forge.units import format_bytes, format_count, format_duration
+
+
+def headline(plan: Plan) -> str:
+    """A job's size in a few words."""
+    return (
+        f"{'each trial: ' if plan.search else ''}"
+        f"{format_count(plan.model.num_parameters)} parameters, "
+        f"{format_count(plan.total_tokens)} tokens, {plan.total_steps:,} steps"
+    )
+
+
+def plan_facts(plan: Plan) -> list[tuple[str, str]]:
+    """What will be trained, on what, how; of a search its first trial."""
+    job, corpus = _trained(plan.job), plan.corpus
+    training = job.training
+    total_flops = plan.flops_per_token * plan.total_tokens
+    facts = [
+        ("model", f"{plan.model.class_name}, {plan.model.num_layers} layers of {plan.model.hidden_size}"),
+        (
+            "batch",
+            f"{training.global_batch_size} sequences of {job.data.seq_len} tokens, "
+            f"the same at every number of workers",
+        ),
+        ("training", f"{training.precision}, ZeRO {training.zero.stage}, lr {training.optimizer.lr:g} "
+         f"({training.schedule.kind}, {training.schedule.warmup_steps} steps of warm-up)"),
+        ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, "
+         f"{format_count(total_flops)}FLOP in all"),
+        ("hardware", _hardware(plan)),
+    ]  # fmt: skip
+    if corpus:
+        epochs = plan.total_steps * training.global_batch_size / max(1, corpus.num_train_sequences)
+        facts.insert(1, (
+            "corpus",
+            f"{corpus.num_documents:,} documents, {format_count(corpus.num_train_tokens)} training tokens "
+            f"({epochs:.2f} epochs), {format_count(corpus.num_held_out_tokens)} held out, "
+            f"vocabulary {corpus.vocab_size:,}",
+        ))  # fmt: skip
+    return facts
+
+
+def search_facts(plan: Plan) -> list[tuple[str, str]]:
+    """What a search will try, how often, and how it judges; nothing for a job without one."""
+    search = plan.job.search
+    if search is None or plan.search is None:
+        return []
+    widest = max(map(len, search.space))
+    keys = [f"{key:<{widest}}  {entry}" for key, entry in search.space.items()]
+    facts = [("searched" if text is keys[0] else "", text) for text in keys]
+    facts += [
+        ("trials", f"{_trials(plan)}, {plan.search.trials_at_once} at once with {_each(plan.job)} each "
+         f"(room for {workers(plan.search.num_places)})"),
+        ("searcher", _searcher(search.searcher)),
+        ("scheduler", _scheduler(search.scheduler)),
+        ("judged by", f"{search.metric}, {'less' if search.mode == 'min' else 'more'} is better"),
+    ]  # fmt: skip
+    limits = [f"{search.max_hours:g} hours"] if search.max_hours is not None else []
+    limits += [f"{search.max_usd:g} USD"] if search.max_usd is not None else []
+    facts += [("limits", ", ".join(limits))] if limits else []
+    proxy = ", ".join(f"{key}={shown(value)}" for key, value in search.proxy.items())
+    return [*facts, ("proxy", f"{proxy} in every trial")] if proxy else facts
+
+
+def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
+    """What a run reached, and where it lies; why it ended early is told by `forge.runs.reader.failure_of`."""
+    unigram = run.plan.corpus.unigram_perplexity if run.plan.corpus else math.nan
+    facts: list[tuple[str, str]] = []
+    if run.last:
+        facts.append(("loss", f"{number(run.last['train/loss'], '.4f')} on the last batch"))
+    for weights, name in (("current", "held out"), ("ema", "held out, ema")):
+        evaluated = run.newest("Evaluated", weights=weights)
+        if evaluated:
+            text = f"perplexity {number(evaluated['perplexity'], '.2f')}"
+            if weights == "current" and math.isfinite(unigram):
+                text += f" (a unigram model of the same tokens has {unigram:.1f})"
+            facts.append((name, text))
+    if run.last:
+        facts.append(
+            ("speed", f"{number(run.last['speed/tokens_per_s'], ',.0f')} tokens/s, "
+             f"MFU {number(run.last['speed/mfu'], '.3f')}, {format_duration(run.updated - run.started)} in all")
+        )  # fmt: skip
+    cost = run.newest("CostUpdated")
+    if cost:
+        facts.append(("cost", f"{cost['usd']:.2f} USD"))
+    saved = run.newest("CheckpointSaved")
+    if saved:
+        facts.append(("checkpoint", f"{saved['folder']}"))
+    facts.append(("files", f"{run.folder} (metrics.jsonl, events.jsonl, logs, wandb)"))
+    return facts
+
+
+def ledger_line(ledger: GoodputReport, *, width: int) -> str:
+    """What machines that come and go cost a run, in so many characters; nothing where it cost nothing."""
+    is_quiet = not (ledger.changes or ledger.num_repeated_steps or ledger.num_preemptions or ledger.num_nodes > 1)
+    if is_quiet or not ledger.num_steps:
+        return ""
+    words = [f"goodput {number(ledger.goodput, '.0%')}", _counted(ledger.num_nodes, "node")]
+    words += [_counted(ledger.num_changes, "change")] if ledger.changes else []
+    by_size = sorted(BUCKETS, key=lambda bucket: -ledger.seconds[bucket])
+    words += [f"{bucket} {ledger.share(bucket):.0%}" for bucket in by_size if ledger.share(bucket) >= 0.005]
+    while words and len("  ".join(words)) > width:
+        words.pop()
+    return "  ".join(words)
+
+
+def ledger_facts(ledger: GoodputReport) -> list[tuple[str, str]]:
+    """How much of a run's time was worth it, and what took the rest."""
+    steps = f"{ledger.num_steps:,} new steps of {format_duration(ledger.ideal_step_s)}"
+    happened = [
+        _counted(ledger.num_changes, "change"),
+        _counted(ledger.num_preemptions, "preemption"),
+        _counted(ledger.num_failures, "failure"),
+        f"{_counted(ledger.num_repeated_steps, 'step')} repeated",
+    ]
+    return [
+        ("goodput", f"{number(ledger.goodput, '.1%')} ({steps} in {format_duration(ledger.wall_s)})"),
+        ("nodes", f"{number(ledger.node_goodput, '.1%')} of the time that they were there went into new steps"),
+        ("changes", ", ".join(happened)),
+    ]
+
+
+def bucket_rows(ledger: GoodputReport) -> list[list[str]]:
+    """Bucket, seconds and share, of all that are not empty, and of the whole."""
+    shown = [bucket for bucket in BUCKETS if ledger.seconds[bucket] > 0]
+    rows = [[bucket, f"{ledger.seconds[bucket]:,.1f}", f"{ledger.share(bucket):.1%}"] for bucket in shown]
+    return [*rows, ["wall time", f"{ledger.wall_s:,.1f}", "100.0%"]]
+
+
+def change_rows(ledger: GoodputReport, *, started: float, limit: int) -> list[list[str]]:
+    """The last changes: when after the start, the cause, the workers, how long until the next step, the reason."""
+    return [
+        [
+            format_duration(max(0.0, change.time - started)),
+            change.cause,
+            f"{change.from_world_size or '-'} → {change.to_world_size or '-'}",
+            "-" if change.seconds is None else format_duration(change.seconds),
+            short(change.reason),
+        ]
+        for change in ledger.changes[-limit:]
+    ]
+
+
+def number(value: float | None, shape: str) -> str:
+    """A value in a given format; `-` where there is none."""
+    return "-" if value is None or not math.isfinite(value) else format(value, shape)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _trained(job: JobSpec) -> JobSpec:
+    """The job itself; of a search the job of its first trial."""
+    return job if job.search is None else trial_job(job, first_values(job.search))
+
+
+def _each(job: JobSpec) -> str:
+    asked = job.resources.workers
+    return workers(asked.low) if asked.low == asked.high else f"{asked} workers"
+
+
+def _trials(plan: Plan) -> str:
+    assert plan.search is not None, "asked of a search"
+    if plan.search.num_combinations is None:
+        return f"{plan.search.num_trials}"
+    if plan.search.is_whole_grid:
+        return f"all {plan.search.num_combinations} combinations"
+    return f"{plan.search.num_trials} of {plan.search.num_combinations} combinations"
+
+
+def _searcher(searcher: SearcherSpec) -> str:
+    match searcher.kind:
+        case "grid":
+            return "grid"
+        case "random":
+            return f"random, seed {searcher.seed}"
+    return f"optuna, seed {searcher.seed}, the first {searcher.startup_trials} at random"
+
+
+def _scheduler(scheduler: SchedulerSpec) -> str:
+    first = "the first evaluation" if scheduler.grace_steps is None else f"step {scheduler.grace_steps}"
+    match scheduler.kind:
+        case "none":
+            return "none, every trial runs to its end"
+        case "asha":
+            factor = scheduler.reduction_factor
+            return f"asha, at {first} and at every {factor} times as many steps the best 1 of {factor} goes on"
+        case "median":
+            return f"median, from {first} on a trial worse than the median of the others is stopped"
+    share = f"{scheduler.quantile:.0%}"
+    return f"{scheduler.kind}, every {scheduler.interval_steps} steps the worst {share} go on from the best {share}"
+
+
+def _hardware(plan: Plan) -> str:
+    hardware = plan.hardware
+    memory = f", {format_bytes(hardware.memory_bytes)} a worker" if hardware.memory_bytes else ""
+    return f"{'GPU' if hardware.device == 'cuda' else 'CPU'} {hardware.name}{memory}"

@@ -1,0 +1,54 @@
+"""What happens to the trials of a search, as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from forge.config.search import SearchSpec
+from forge.report.trial_rows import judged, values_in_short
+from forge.runs.event_text import short
+from forge.runs.trials import TrialTable
+from forge.units import format_duration
+
+
+class TrialEventDescriber:
+    """Puts events into words, one after another, and keeps the book of them."""
+
+    def __init__(self, search: SearchSpec, *, past: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.book = TrialTable(past)
+        self._search = search
+
+    def line(self, event: Mapping[str, Any]) -> str | None:
+        """What is to be said now that this has happened; None for nothing."""
+        known = self.book.trials.get(event.get("trial", 0))
+        was_started = known is not None and known.start_s is not None
+        self.book.add(event)
+        trial = self.book.trials.get(event.get("trial", 0))
+        if trial is None:
+            return None
+        text = f"trial {trial.number}"
+        match event["event"]:
+            case "TrialStarted":
+                how = "goes on after" if was_started else "started in"
+                text += f" {how} {format_duration(event['seconds'])}: {values_in_short(trial.values)}"
+            case "TrialReported":
+                text += f" step {event['step']} {self._judged(event['value'])}"
+            case "TrialExploited":
+                text += f" goes on from trial {event['donor']} at step {event['step']}: "
+                text += values_in_short(trial.values)
+            case "TrialEnded":
+                text += f" {self._ended(event)}"
+            case _:
+                return None
+        return short(text)
+
+    def _ended(self, event: Mapping[str, Any]) -> str:
+        scheduler, reason = self._search.scheduler.kind, event["reason"]
+        by = f" by {scheduler}" if event["status"] == "stopped" and scheduler != "none" else ""
+        why = f": {reason}" if reason and not (by and scheduler in reason) else ""
+        value = f", {self._judged(event['value'])}" if event["value"] is not None else ""
+        return f"{event['status']}{by} at step {event['step']}{value}{why}"
+
+    def _judged(self, value: float | None) -> str:
+        return f"{self._search.metric} {'is no number' if value is None else judged(value)}"

@@ -1,0 +1,86 @@
+"""What happens to the machines of a run, as lines for people.
+
+In go the events as they come; out comes a line where there is something to say. That a generation ends is
+told together with what follows from it, so a loss is one line: what was lost, and how the run goes on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from forge.errors import printable
+from forge.units import format_duration
+
+_RAY_ID = re.compile(r"\b([0-9a-f]{4})[0-9a-f]{52}\b")
+_LONGEST = 300
+
+
+class EventDescriber:
+    """Puts events into words, one after another."""
+
+    def __init__(self) -> None:
+        self._reason = ""
+        """Why a generation ends, until it is told what follows."""
+        self._members: set[str] = set()
+
+    def line(self, event: Mapping[str, Any]) -> str | None:
+        """What is to be said now that this has happened; None for nothing."""
+        text = self._words(event)
+        return text and short(text)
+
+    def _words(self, event: Mapping[str, Any]) -> str | None:
+        match event["event"]:
+            case "NodeJoined":
+                return f"node {event['node']} joined ({event['host']}), with room for {workers(event['num_slots'])}"
+            case "NodeLeft":
+                # Of one that was at work the change tells that follows.
+                is_told = event["node"] in self._members or event["node"] in self._reason
+                return None if is_told else f"node {event['node']} left: {event['reason']}"
+            case "PreemptionNoticeReceived":
+                if not event.get("is_certain", True):
+                    return f"node {event['node']} is likely to be taken away, says {event['source']}"
+                left_s = event["seconds_left"]
+                when = "soon" if left_s is None else f"in {format_duration(left_s)}"
+                return f"node {event['node']} will be taken away {when}, says {event['source']}"
+            case "RankHung":
+                silent = format_duration(event["silent_s"])
+                return f"no progress for {silent}, rank {event['rank']} is behind; every rank's log has its stacks"
+            case "MembershipChangeStarted":
+                self._reason, self._members = event["reason"], set()
+            case "WaitingForMachines":
+                return self._after_reason(f"waiting for machines: {event['have']} of {workers(event['need'])}")
+            case "GenerationStarting":
+                return self._after_reason(forming(event))
+            case "GenerationStarted":
+                self._members = {place["node"] for place in event.get("ranks", ())}
+            case "SnapshotIntervalChanged":
+                every = "every step" if event["every"] == 1 else f"every {event['every']} steps"
+                cost = f"{format_duration(event['seconds'])} each, {event['share']:.1%} of the time"
+                return f"snapshots to memory {every} from now on ({cost})"
+            case "RunStopped" if event.get("reason"):
+                return f"stopped: {event['reason']}"
+            case "SupervisorRestarted":
+                return "the supervisor died and was started again; training went on meanwhile"
+        return None
+
+    def _after_reason(self, text: str) -> str:
+        reason, self._reason = self._reason, ""
+        return f"{reason}; {text}" if reason else text
+
+
+def forming(event: Mapping[str, Any]) -> str:
+    """`forming generation 3 of 2 workers from step 41 (memory)`."""
+    text = f"forming generation {event['generation']} of {workers(event['world_size'])}"
+    return f"{text} from step {event['from_step']} ({event['source']})" if event["from_step"] else text
+
+
+def workers(count: int) -> str:
+    """`1 worker`, `2 workers`."""
+    return f"{count} worker{'' if count == 1 else 's'}"
+
+
+def short(text: str) -> str:
+    """On one line, every id of Ray's by its first characters."""
+    return printable(_RAY_ID.sub(r"\1", text), limit=_LONGEST)

@@ -1,0 +1,339 @@
+"""What a run's folder says about it: how far it came, how it goes, how it ended.
+
+Read from `plan.json`, `events.jsonl` and `metrics.jsonl` alone, so it works on a run that goes on, on
+one that died, and on a folder that was copied from elsewhere. A line that is no record of ours (torn by
+a crash, spoilt by a disk) is passed over: what can be read is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from forge import errors
+from forge.errors import ArgumentError, ForgeError, PlanError, RunError, printable
+from forge.plan.plan import Plan, plan_from_json
+from forge.runs.goodput import GoodputReport, goodput_of, moment
+from forge.runs.trials import TRIALS, TrialTable
+
+Status = Literal["running", "finished", "stopped", "failed", "died"]
+ENDINGS: dict[str, Status] = {"RunFinished": "finished", "RunStopped": "stopped", "RunFailed": "failed"}
+REMOTE = "remote.json"
+"""In the folder of a run that a cluster carries elsewhere, and that is a mirror here."""
+_POLL_S = 0.2
+# Between taking the lock and writing its pid into it a carrier needs microseconds.
+_PID_PATIENCE_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """One run at a glance."""
+
+    run_id: str
+    folder: Path
+    status: Status
+    plan: Plan
+    started: float
+    """Seconds since the epoch."""
+    updated: float
+    last: dict[str, Any]
+    """The newest line of `metrics.jsonl`; empty before the first step."""
+    events: tuple[dict[str, Any], ...]
+
+    @property
+    def step(self) -> int:
+        """The last step that was recorded."""
+        return int(self.last.get("step", 0))
+
+    def newest(self, kind: str, **fields: Any) -> dict[str, Any] | None:
+        """The newest event of a kind whose fields have these values."""
+        for event in reversed(self.events):
+            if event["event"] == kind and all(event.get(key) == value for key, value in fields.items()):
+                found: dict[str, Any] = event
+                return found
+        return None
+
+    def ledger(self) -> GoodputReport:
+        """Where its time went, until now if it goes on; reads its steps again, which a summary does not keep."""
+        now = time.time() if self.status == "running" else None
+        return goodput_of(self.events, read_metrics(self.folder), now=now)
+
+
+def find_run(name: str, *, root: Path, is_search: bool | None = None) -> Path:
+    """A run's folder, by its path, its id, a unique beginning of it, or `latest`; a trial's by its id.
+
+    Args:
+        is_search: whether `latest` is the newest search, or the newest run that is none; None for either.
+
+    Raises: ArgumentError naming what there is instead.
+    """
+    with contextlib.suppress(OSError):  # a name too long for a path may still be no run's name
+        if name and (Path(name) / "plan.json").is_file():
+            return Path(name)
+    folders = _folders(root)
+    if name == "latest" and folders:
+        return _newest(folders, is_search=is_search, root=root)
+    search = name.rpartition("-")[0]
+    trial = root / search / TRIALS / name
+    if search and len(Path(name).parts) == 1 and (trial / "plan.json").is_file():
+        return trial
+    exact = [folder for folder in folders if folder.name == name]
+    found = exact or [folder for folder in folders if name and folder.name.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(folder.name for folder in (found or folders)[:5])
+    if found:
+        raise ArgumentError(f"{name} could be any of {len(found)} runs: {known}")
+    shown = printable(name, limit=80)
+    raise ArgumentError(
+        f"no run '{shown}' under {root}" + (f"; there are {known}" if known else ", which holds no runs")
+    )
+
+
+def search_folder(folder: Path) -> Path | None:
+    """Of a trial, the folder of the search that it belongs to; None for other runs."""
+    is_trial = folder.parent.name == TRIALS and (folder.parent.parent / "plan.json").is_file()
+    return folder.parent.parent if is_trial else None
+
+
+def list_runs(root: Path) -> list[RunSummary]:
+    """Every run under a folder, newest first; folders that hold no readable run are passed over."""
+    runs = []
+    for folder in _folders(root):
+        try:
+            runs.append(read_run(folder))
+        except (ArgumentError, PlanError):
+            continue
+    return runs
+
+
+def read_run(folder: Path) -> RunSummary:
+    """Raises: ArgumentError if the folder holds no run, PlanError if its plan cannot be read."""
+    plan = read_plan(folder)
+    started = (folder / "plan.json").stat().st_mtime
+    events = tuple(_Tail(folder / "events.jsonl", key="event").read())
+    metrics = read_metrics(folder)
+    return RunSummary(
+        run_id=folder.name,
+        folder=folder,
+        status=_status(folder, events),
+        plan=plan,
+        started=events[0]["time"] if events else started,
+        updated=max([started, *(record["time"] for record in (*events[-1:], *metrics[-1:]))]),
+        last=metrics[-1] if metrics else {},
+        events=events,
+    )
+
+
+def read_plan(folder: Path) -> Plan:
+    """Raises: ArgumentError if the folder holds no run, PlanError if its plan cannot be read."""
+    try:
+        return plan_from_json((folder / "plan.json").read_text(errors="replace"))
+    except OSError as error:
+        raise ArgumentError(f"{folder} holds no run: {error.strerror}") from error
+
+
+def failure_of(run: RunSummary) -> ForgeError | None:
+    """Why a run failed or died, as the error that ended it; None for one that did neither."""
+    if run.status == "died":
+        return RunError(f"the run's process ended without a word; its log is {run.folder / 'logs' / 'run.log'}")
+    if run.status != "failed":
+        return None
+    failed = run.newest("RunFailed") or {}
+    return error_named(str(failed.get("error")), message=str(failed.get("message")))
+
+
+def error_named(name: str, *, message: str) -> ForgeError:
+    """An error that crossed a process or a file by its class's name; RunError for a name that is not known."""
+    kind = getattr(errors, name, None)
+    return kind(message) if isinstance(kind, type) and issubclass(kind, ForgeError) else RunError(message)
+
+
+def summary_record(run: RunSummary) -> dict[str, Any]:
+    """A run as JSON, apart from its plan."""
+    corpus, failure = run.plan.corpus, failure_of(run)
+    evaluated = run.newest("Evaluated", weights="current") or {}
+    averaged = run.newest("Evaluated", weights="ema") or {}
+    saved = run.newest("CheckpointSaved") or {}
+    return {
+        "run_id": run.run_id,
+        "folder": str(run.folder),
+        "status": run.status,
+        "step": run.step,
+        "total_steps": run.plan.total_steps,
+        "started": run.started,
+        "updated": run.updated,
+        "last_step": run.last,
+        "held_out_perplexity": evaluated.get("perplexity"),
+        "held_out_perplexity_ema": averaged.get("perplexity"),
+        "unigram_perplexity": corpus.unigram_perplexity if corpus else None,
+        "checkpoint": saved.get("folder"),
+        "trials": _trials_record(run),
+        "usd": (run.newest("CostUpdated") or {}).get("usd"),
+        "failure": str(failure) if failure else None,
+        "ledger": run.ledger().as_record(),
+    }
+
+
+def _trials_record(run: RunSummary) -> dict[str, int] | None:
+    """Of a search: how many trials it makes, and how many are over; None for other runs."""
+    if run.plan.search is None:
+        return None
+    trials = TrialTable(run.events).trials.values()
+    return {"total": run.plan.search.num_trials, "over": sum(trial.is_over for trial in trials)}
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Every step that was recorded."""
+    return _Tail(folder / "metrics.jsonl", key="step").read()
+
+
+def count_records(folder: Path) -> tuple[int, int]:
+    """How many events and how many steps a run has recorded."""
+    return len(_Tail(folder / "events.jsonl", key="event").read()), len(read_metrics(folder))
+
+
+def driver_pid(folder: Path) -> int | None:
+    """The process that carries a run now; None if nobody does.
+
+    Asked with a shared lock, so that two who ask at once do not take each other for a carrier.
+    """
+    try:
+        with (folder / ".lock").open() as lock:
+            deadline = time.monotonic() + _PID_PATIENCE_S
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return None
+                except BlockingIOError:
+                    lock.seek(0)
+                    pid = int(lock.read() or 0)
+                # A pid that is not alive is the one before's: the carrier of now has yet to write its own.
+                if pid and (is_alive(pid) or time.monotonic() > deadline):
+                    return pid
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.01)
+    except (OSError, ValueError):
+        return None
+
+
+def follow(
+    folder: Path, *, goes_on: Callable[[], bool], past_events: int = 0, past_steps: int = 0
+) -> Iterator[dict[str, Any] | None]:
+    """News of a run as they are written, events and steps alike, until it has ended or its process is gone.
+
+    Yields None when there is nothing new, so that a screen can keep its clock going. Steps are the
+    records without an `event` key; all that was recorded before the end is yielded before the end.
+
+    Args:
+        goes_on: whether there is still someone who may write.
+        past_events, past_steps: records that are known already.
+    """
+    events = _Tail(folder / "events.jsonl", key="event", skip=past_events)
+    steps = _Tail(folder / "metrics.jsonl", key="step", skip=past_steps)
+    gone_since: float | None = None
+    while True:
+        # Events first: a step recorded before the last event is then read too.
+        records = [*events.read(), *steps.read()]
+        yield from sorted(records, key=lambda record: (record.get("event") in ENDINGS, moment(record)))
+        if any(record.get("event") in ENDINGS for record in records):
+            return
+        if not records:
+            yield None
+            if not goes_on():
+                gone_since = gone_since or time.monotonic()
+                if time.monotonic() - gone_since > 2 * _POLL_S:
+                    return
+            time.sleep(_POLL_S)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that has ended and waits for its parent does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in ("Z", "X")
+
+
+class _Tail:
+    """The records of a file that grows: whole lines that hold a JSON object with `time` and a given key."""
+
+    def __init__(self, path: Path, *, key: str, skip: int = 0) -> None:
+        self._path, self._key, self._skip = path, key, skip
+        self._offset = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The records that came since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        records = [record for line in whole.splitlines() if (record := self._record(line)) is not None]
+        skipped, self._skip = min(self._skip, len(records)), max(0, self._skip - len(records))
+        return records[skipped:]
+
+    def _record(self, line: bytes) -> dict[str, Any] | None:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return None
+        is_ours = isinstance(record, dict) and isinstance(record.get("time"), (int, float)) and self._key in record
+        return record if is_ours else None
+
+
+def _status(folder: Path, events: tuple[dict[str, Any], ...]) -> Status:
+    if driver_pid(folder) is not None:
+        return "running"
+    for event in reversed(events):
+        if event["event"] in ENDINGS:
+            return ENDINGS[event["event"]]
+        if event["event"] == "RunStarted":
+            break
+    search = search_folder(folder)
+    is_in_search = search is not None and driver_pid(search) is not None
+    return "running" if is_in_search or _is_elsewhere(folder) else "died"
+
+
+def _is_elsewhere(folder: Path) -> bool:
+    """Whether a cluster carries the run, as far as is known here."""
+    try:
+        at = json.loads((folder / REMOTE).read_text())
+        return bool(at["job"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _newest(folders: list[Path], *, is_search: bool | None, root: Path) -> Path:
+    """Of folders, newest first, the first of a kind. Raises: ArgumentError if there is none."""
+    for folder in folders:
+        if is_search is None:
+            return folder
+        with contextlib.suppress(ArgumentError, PlanError):
+            if (read_plan(folder).search is not None) == is_search:
+                return folder
+    raise ArgumentError(f"there is no {'search' if is_search else 'run that is no search'} under {root}")
+
+
+def _folders(root: Path) -> list[Path]:
+    """Those under `root` that hold a plan, newest first."""
+    changed: dict[Path, float] = {}
+    try:
+        candidates = list(root.iterdir())
+    except OSError:
+        return []
+    for path in candidates:
+        with contextlib.suppress(OSError):  # no plan, or deleted just now
+            changed[path] = (path / "plan.json").stat().st_mtime
+    return sorted(changed, key=changed.__getitem__, reverse=True)

@@ -1,0 +1,255 @@
+"""The one writer of a run: `events.jsonl`, `metrics.jsonl` and one W&B run.
+
+Every step is written once, whatever is repeated: a step that stands in `metrics.jsonl` already is told
+as a StepRepeated event instead. A line torn by a crash is cut off when the files are opened again. W&B
+is given a step metric of its own, so that it accepts what comes, and is never allowed to stop a run:
+where it cannot be reached, the run goes on and records offline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from forge.config.resources import WandbSpec
+from forge.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    PopulationRoundCompleted,
+    RunFailed,
+    RunFinished,
+    RunStopped,
+    StepMetrics,
+    StepRepeated,
+    TrackingDegraded,
+    TrialEnded,
+    TrialExploited,
+    TrialReported,
+    TrialSuggested,
+    event_to_record,
+)
+from forge.runs.secrets import redacted
+
+EVENTS = "events.jsonl"
+METRICS = "metrics.jsonl"
+# How long W&B may take to say hello before the run goes on without it.
+_WANDB_INIT_TIMEOUT_S = 20
+# How long it may take to send the rest at the end; what was not sent lies in the run's folder for `wandb sync`.
+_WANDB_FINISH_TIMEOUT_S = 60
+
+
+_KEPT = (
+    CheckpointSaved,
+    RunFinished,
+    RunStopped,
+    RunFailed,
+    TrialSuggested,
+    TrialReported,
+    TrialExploited,
+    PopulationRoundCompleted,
+    TrialEnded,
+)
+"""What must be known again after a power cut."""
+
+
+class Recorder:
+    """Writes what a run says of itself. One per run, used by one thread."""
+
+    def __init__(
+        self, folder: Path, *, run_id: str, wandb: WandbSpec, config: dict[str, Any], group: str | None = None
+    ) -> None:
+        """Open the run's files, mending what a crash left.
+
+        Args:
+            group: of W&B, which the trials of a search share; other recorders may then be at work in this process,
+                and `end_tracking` is called when none is.
+
+        Raises: OSError if the folder cannot be written.
+        """
+        self._folder = folder
+        self._run_id = run_id
+        self._spec = wandb
+        self._config = config
+        self._group = group
+        self._tracker: Any = None
+        self._is_connected = False
+        self.failure: RunFailed | None = None
+        """The first failure that was reported."""
+        self._events = open_whole_lines(folder / EVENTS)
+        self._metrics = open_whole_lines(folder / METRICS)
+        self.last_step = _last_step(folder / METRICS)
+
+    def connect(self) -> None:
+        """Start W&B, online or offline as the job says; falls back to offline and says why.
+
+        The first step does it, so that starting W&B does not slow down what comes before.
+        """
+        self._is_connected = True
+        if self._spec.mode == "disabled":
+            return
+        reason = self._connect(self._spec.mode)
+        if reason and self._spec.mode == "online":
+            self.event(TrackingDegraded(reason=f"{reason}; recording offline instead"))
+            reason = self._connect("offline")
+        if reason:
+            self.event(TrackingDegraded(reason=f"{reason}; metrics are in {METRICS} only"))
+
+    def event(self, event: Event) -> None:
+        """Write one event, and pass on to W&B what belongs there."""
+        if isinstance(event, RunFailed):
+            if self.failure is not None:
+                return
+            self.failure = event
+        self._write(self._events, {"time": round(time.time(), 3)} | event_to_record(event))
+        if isinstance(event, _KEPT):
+            # What a checkpoint promises must not be ahead of what the curve shows after a power cut.
+            os.fsync(self._events.fileno())
+            os.fsync(self._metrics.fileno())
+        if isinstance(event, Evaluated) and event.weights == "ema":
+            self._track({"step": event.step, "eval/ema_loss": event.loss, "eval/ema_perplexity": event.perplexity})
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Write one step, unless it stands there already."""
+        if metrics.step <= self.last_step:
+            self.event(
+                StepRepeated(
+                    step=metrics.step, loss=metrics.loss, step_s=metrics.step_s, world_size=metrics.world_size
+                )
+            )
+            return
+        record = metrics.as_record()
+        self._write(self._metrics, record | {"time": round(time.time(), 3)})
+        self.last_step = metrics.step
+        if not self._is_connected:
+            self.connect()
+        self._track(record)
+
+    def close(self, *, exit_code: int) -> None:
+        """Flush everything and end the W&B run; a second call does nothing."""
+        if self._tracker is None:
+            return
+        import wandb
+
+        try:
+            self._tracker.finish(exit_code=exit_code)
+            if self._group is None:
+                # `finish` does not wait for the file; the end of W&B's background service does.
+                wandb.teardown()
+        except Exception as error:  # the service may be gone
+            self.event(TrackingDegraded(reason=f"W&B did not finish: {error}"))
+        self._tracker = None
+
+    def _connect(self, mode: str) -> str | None:
+        """Start one W&B run; the reason if that failed."""
+        import wandb
+
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
+            return "W&B has no API key (set WANDB_API_KEY)"
+        try:
+            self._tracker = wandb.init(
+                project=self._spec.project,
+                entity=self._spec.entity,
+                id=self._run_id,
+                name=self._run_id,
+                group=self._group,
+                dir=self._folder,
+                config=self._config,
+                resume="allow" if mode == "online" else None,
+                reinit="create_new",  # beside one of before that is still being sent
+                mode="online" if mode == "online" else "offline",
+                settings=wandb.Settings(
+                    init_timeout=_WANDB_INIT_TIMEOUT_S,
+                    finish_timeout=_WANDB_FINISH_TIMEOUT_S,
+                    finish_timeout_raises=True,
+                    console="off",
+                    silent=True,
+                    disable_git=True,
+                    save_code=False,
+                    x_disable_meta=True,
+                ),
+            )
+            self._tracker.define_metric("step")
+            self._tracker.define_metric("*", step_metric="step")
+        except Exception as error:  # whatever W&B raises, and it raises many things, training goes on
+            self._tracker = None
+            with contextlib.suppress(Exception):
+                if self._group is None:
+                    wandb.teardown()  # its background service still holds the run's id; the next attempt needs it
+            return f"W&B could not be started: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        return None
+
+    def _track(self, record: dict[str, Any]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            self._tracker.log({key: value for key, value in record.items() if value is not None})
+        except Exception as error:
+            self._tracker = None
+            self.event(TrackingDegraded(reason=f"W&B stopped taking metrics: {error}"))
+
+    def _write(self, file: TextIO, record: dict[str, Any]) -> None:
+        file.write(redacted(json.dumps(record, allow_nan=False), os.environ) + "\n")
+        file.flush()
+
+
+def end_tracking() -> None:
+    """End W&B's background service, once nothing is recorded in this process any more; its files are whole then."""
+    if "wandb" in sys.modules:
+        import wandb
+
+        with contextlib.suppress(Exception):  # it may be gone
+            wandb.teardown()
+
+
+def append_event(folder: Path, event: Event) -> None:
+    """Write one event where no recorder runs: before it was started, or after it died."""
+    with open_whole_lines(folder / EVENTS) as file:
+        line = json.dumps({"time": round(time.time(), 3)} | event_to_record(event))
+        file.write(redacted(line, os.environ) + "\n")
+
+
+def last_recorded_step(folder: Path) -> int:
+    """The last step in `metrics.jsonl`; 0 if there is none."""
+    path = folder / METRICS
+    return _last_step(path) if path.exists() else 0
+
+
+def open_whole_lines(path: Path) -> TextIO:
+    """Open for appending, after cutting off a last line without an end."""
+    if path.exists():
+        with path.open("rb+") as file:
+            content_end = _end_of_last_line(file)
+            file.truncate(content_end)
+    return path.open("a", encoding="utf-8")
+
+
+def _end_of_last_line(file: Any) -> int:
+    position = file.seek(0, os.SEEK_END)
+    while position > 0:
+        start = max(0, position - 4096)
+        file.seek(start)
+        found = file.read(position - start).rfind(b"\n")
+        if found >= 0:
+            return int(start + found + 1)
+        position = start
+    return 0
+
+
+def _last_step(path: Path) -> int:
+    """Of the last line that holds one: a line that a crash or a disk spoilt is passed over."""
+    last = 0
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                last = int(json.loads(line)["step"])
+    return last
+
+
+def _has_netrc() -> bool:
+    return any((Path.home() / name).is_file() for name in (".netrc", "_netrc"))

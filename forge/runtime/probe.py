@@ -1,0 +1,184 @@
+"""Gather what the plan must be told: model, corpus, hardware.
+
+The model is counted in a process of its own, because counting needs torch and the client never
+imports it; the answer is kept in the cache, as it depends on the request and on transformers alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from forge.cluster.base import ClusterStatus
+from forge.cluster.local.provider import LocalProvider
+from forge.config.job import JobSpec
+from forge.config.load import LoadedJob
+from forge.config.model import ModelSpec
+from forge.data.prepare import default_cache_dir
+from forge.errors import ClusterError, JobFileError, PlanError
+from forge.plan.inputs import HardwareInfo, ModelInfo
+from forge.plan.throughput import find_gpu
+
+
+def model_facts(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None) -> ModelInfo:
+    """Count the job's network, or blame the line of the job file that is wrong.
+
+    Raises: JobFileError for a key or value of `model:` that transformers does not know; PlanError if the
+        counting itself failed.
+    """
+    job = loaded.job
+    request = {
+        "model": job.model.model_dump(mode="json"),
+        "vocab_size": vocab_size,
+        "seq_len": job.data.seq_len,
+        "eot_id": eot_id,
+    }
+    answer = _cached_answer(request, is_cacheable=job.model.from_pretrained is None)
+    if "complaint" in answer:
+        raise _blamed(loaded, **answer["complaint"])
+    return ModelInfo(**answer["facts"])
+
+
+def hardware(job: JobSpec, *, gpu_there: tuple[str, int] | None = None, is_here: bool = True) -> HardwareInfo:
+    """What one worker of the job gets on this machine, or on those of a cluster.
+
+    Args:
+        gpu_there: name and bytes of the cluster's GPUs; None if it has none.
+        is_here: whether this machine is the cluster.
+
+    Raises: PlanError if the job names a GPU that is not in the table.
+    """
+    wanted = job.resources.gpu
+    if wanted not in ("auto", "none"):
+        gpu = find_gpu(wanted)
+        if gpu is None:
+            raise PlanError(
+                f"resources.gpu: no GPU named {wanted!r} is known; use auto, none, or a name like A100-80GB"
+            )
+        peak = gpu.bf16_flops if job.training.precision == "bf16" else gpu.fp32_flops
+        return HardwareInfo(device="cuda", name=gpu.name, memory_bytes=gpu.memory_gib * 2**30, peak_flops=peak)
+    found = (local_gpu() if is_here else gpu_there) if wanted == "auto" else None
+    if found is not None:
+        name, memory_bytes = found
+        gpu = find_gpu(name)
+        peak_flops = None
+        if gpu is not None:
+            peak_flops = gpu.bf16_flops if job.training.precision == "bf16" else gpu.fp32_flops
+        return HardwareInfo(device="cuda", name=name, memory_bytes=memory_bytes, peak_flops=peak_flops)
+    if not is_here:
+        return HardwareInfo(device="cpu", name="of the cluster", memory_bytes=None, peak_flops=None)
+    share = psutil.virtual_memory().total // job.resources.workers.high
+    return HardwareInfo(device="cpu", name=local_cpu(), memory_bytes=share, peak_flops=None)
+
+
+def places_here(found: HardwareInfo, job: JobSpec) -> int:
+    """How many workers of a job there is room for: on the cluster that is up on this machine, or on the machine."""
+    # Ranks sharing cores is slow but right; the smallest world the job allows always has a place.
+    places = num_local_gpus() if found.device == "cuda" else max(os.cpu_count() or 1, job.resources.workers.low)
+    with contextlib.suppress(ClusterError):  # one of forge chaos says nothing of itself
+        status = LocalProvider().status()
+        if status.address is not None:
+            return count_slots(status, found)
+    return places
+
+
+def count_slots(status: ClusterStatus, found: HardwareInfo) -> int:
+    """How many workers have room on the nodes of a cluster."""
+    alive = [node for node in status.nodes if node.state == "alive"]
+    return int(sum(node.num_gpus if found.device == "cuda" else node.num_cpus for node in alive))
+
+
+def _blamed(loaded: LoadedJob, *, problem: str, key: str | None, choices: list[str]) -> JobFileError:
+    if key is None:
+        return loaded.source.error("model", problem)
+    has_value = key in ModelSpec.model_fields
+    wrong = str(getattr(loaded.job.model, key)) if has_value else key
+    nearest = difflib.get_close_matches(wrong, choices, n=1)
+    return loaded.source.error(
+        f"model.{key}", problem, nearest=nearest[0] if nearest else None, show_value=has_value
+    )
+
+
+def local_gpu() -> tuple[str, int] | None:
+    """Name and bytes of this machine's first GPU, by its driver; None without one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        name, mib = answer.splitlines()[0].rsplit(",", 1)
+        return name.strip(), int(mib) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def num_local_gpus() -> int:
+    """How many this machine has, by their driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        listed = subprocess.run(
+            [tool, "--list-gpus"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+        return len(listed.splitlines())
+    return 0
+
+
+def local_cpu() -> str:
+    """The processor's name, as the kernel gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cached_answer(request: dict[str, Any], *, is_cacheable: bool) -> dict[str, Any]:
+    text = json.dumps(request | {"transformers": version("transformers"), "forge": version("forge-train")})
+    name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    path = default_cache_dir() / "models" / f"{name}.json"
+    if is_cacheable:
+        try:
+            answer: dict[str, Any] = json.loads(path.read_text())
+            ModelInfo(**answer["facts"])
+            return answer
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    answer = _ask(request)
+    if is_cacheable and "facts" in answer:
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(f"{path.name}.{os.getpid()}")
+            draft.write_text(json.dumps(answer))
+            draft.replace(path)
+    return answer
+
+
+def _ask(request: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-P", "-m", "forge.model.inspect"]
+    quiet = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, text=True, env=quiet, check=False
+    )
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise PlanError(f"the model could not be counted: {lines[-1]}") from None
+    return answer

@@ -1,0 +1,126 @@
+"""A run carried out by Ray Train: as many ranks as the plan allows and the cluster has room for.
+
+The ranks are Ray Train workers; the recorder is an actor beside them, because the machine that asked
+for the run may go away. `forge.train` knows nothing of either: it is handed its place and a reporter.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import RunConfig, ScalingConfig, get_context
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from forge.errors import ClusterError, ForgeError
+from forge.events import RunFailed
+from forge.plan.plan import Plan, plan_from_json
+from forge.runs.secrets import credentials
+from forge.runtime.recorder_actor import ActorReporter, NullReporter, write_output_to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """What a rank needs to know, as it travels to it."""
+
+    run_folder: str
+    plan_json: str
+    environment: Mapping[str, str] = field(repr=False)
+    """Secrets of whoever asked for the run."""
+
+
+def choose_world_size(plan: Plan) -> int:
+    """As many workers as the job allows and the cluster has free places for.
+
+    Raises: ClusterError if the cluster has fewer than the job's minimum.
+    """
+    kind = "GPU" if plan.hardware.device == "cuda" else "CPU"
+    places = int(ray.available_resources().get(kind, 0))
+    wanted = plan.job.resources.workers
+    if places < wanted.low:
+        total = int(ray.cluster_resources().get(kind, 0))
+        raise ClusterError(
+            f"the job needs at least {wanted.low} workers, one {kind} each; the cluster has {total} {kind}s, "
+            f"{places} of them free. Lower resources.workers, or start a larger cluster"
+        )
+    return min(places, wanted.high)
+
+
+# Callbacks of Ray Train that start an actor each, which no run of forge needs. The cleaner is for
+# controllers that outlive their driver; it asks Ray's dashboard for the controller's state, and where no
+# dashboard runs, every run ends ten seconds later for it. The data sets are Ray Data's.
+_UNUSED_CALLBACKS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray's trainer without what forge does not use; each actor less is 0.7 % of a core and a second of start."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ not in _UNUSED_CALLBACKS]
+
+
+def train_on_ray(plan: Plan, *, run_folder: Path, run_id: str, recorder: Any) -> None:
+    """Carry the plan out and return when it is done, stopped or failed.
+
+    Raises: ForgeError as a rank reported it; ClusterError if the cluster cannot hold the run.
+    """
+    on_gpu = plan.hardware.device == "cuda"
+    trainer = _Trainer(
+        _rank_main,
+        train_loop_config={
+            "assignment": WorkerConfig(
+                run_folder=str(run_folder),
+                plan_json=(run_folder / "plan.json").read_text(),
+                environment=credentials(os.environ),
+            ),
+            "recorder": recorder,
+        },
+        scaling_config=ScalingConfig(num_workers=choose_world_size(plan), use_gpu=on_gpu),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        run_config=RunConfig(name=run_id, storage_path=str(run_folder / ".ray")),
+    )
+    trainer.fit()
+    # Everything the ranks sent has been answered; ask once more, so that what the driver reads is whole.
+    ray.get(recorder.failure.remote())
+
+
+def _rank_main(config: dict[str, Any]) -> None:
+    """What Ray Train calls on every worker."""
+    from forge.train.worker import WorkerContext, run_worker
+
+    assignment: WorkerConfig = config["assignment"]
+    os.environ.update(assignment.environment)
+    context = get_context()
+    rank = context.get_world_rank()
+    write_output_to(Path(assignment.run_folder) / "logs" / f"rank-{rank}.log")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    plan = plan_from_json(assignment.plan_json)
+    reporter = ActorReporter(config["recorder"]) if rank == 0 else NullReporter()
+    try:
+        run_worker(
+            plan,
+            WorkerContext(
+                rank=rank,
+                world_size=context.get_world_size(),
+                local_world_size=context.get_local_world_size(),
+                device=str(get_device()),
+                checkpoints=plan.job.checkpoint.url_of(assignment.run_folder),
+            ),
+            reporter,
+        )
+    except ForgeError as error:
+        failed = RunFailed(error=type(error).__name__, message=str(error))
+        ray.get(config["recorder"].event.remote(failed))
+        raise
+    except BaseException:
+        traceback.print_exc()  # into the rank's log
+        raise
+    finally:
+        if isinstance(reporter, ActorReporter):
+            reporter.drain()

@@ -1,0 +1,52 @@
+"""Errands that need torch, run in a process of their own, since the client has none: text, an export.
+
+A request goes in as JSON; the answer comes out as JSON, or as the error that the errand met.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from forge.errors import RunError
+from forge.runs.reader import error_named
+
+
+def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
+    """Continue a prompt; the request's fields are those of `forge.serve.generate.GenerateRequest`.
+
+    Returns: `step`, `prompt`, `text`.
+    Raises: CheckpointError if the run has no checkpoint that verifies; RunError if the process failed.
+    """
+    return _run("forge.serve.generate", str(run_folder), request=request, what="no text could be generated")
+
+
+def export_weights(**request: Any) -> dict[str, Any]:
+    """Write a Hugging Face folder; the request's fields are those of `forge.serve.export.ExportRequest`.
+
+    Returns: `folder`, `step`, `num_parameters`, `size_bytes`, `num_files`.
+    Raises: CheckpointError if there is no such checkpoint; ArgumentError if the folder cannot be written;
+        RunError if the process failed.
+    """
+    return _run("forge.serve.export", request=request, what="nothing could be exported")
+
+
+def _run(module: str, *arguments: str, request: dict[str, Any], what: str) -> dict[str, Any]:
+    quiet = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-P", "-m", module, *arguments]
+    done = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, text=True, env=quiet, check=False
+    )
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RunError(f"{what}: {lines[-1]}") from None
+    if "error" in answer:
+        raise error_named(answer["error"]["class"], message=answer["error"]["message"])
+    found: dict[str, Any] = answer["answer"]
+    return found

@@ -1,0 +1,94 @@
+"""The job that a search has found, as a file that `forge train` runs as it stands.
+
+It is the job itself, never the proxy, with the values of the best trial; comments before it say where those are
+from.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from forge.config.dump import dump_job
+from forge.config.job import JobSpec
+from forge.config.overrides import search_of, trial_job
+from forge.config.search import SearchSpec
+from forge.errors import printable
+from forge.plan.plan import Plan
+from forge.runs.trials import Trial, TrialTable
+
+
+def best_job_yaml(plan: Plan, book: TrialTable, *, search_id: str) -> str | None:
+    """The job with the best trial's values; None if no trial was judged.
+
+    Raises: JobFileError if the plan is of no search, or its job cannot have values that its proxy could.
+    """
+    search = search_of(plan.job)
+    best = book.best(search.mode)
+    if best is None:
+        return None
+    said = _comments(search, best, search_id=search_id, num_trials=len(book.trials))
+    job = trial_job(_terse(plan.job), best.values, is_proxied=False)
+    return "".join(f"{_comment(line)}\n" for line in said) + dump_job(job)
+
+
+def _terse(job: JobSpec) -> JobSpec:
+    """The same job, only what differs from the defaults written: a plan's job has every key written."""
+    body = job.model_dump(mode="json", exclude_defaults=True)
+    try:
+        found = JobSpec.model_validate_json(json.dumps(body))
+    except ValueError:  # a default that chooses what the other keys of its section are
+        return job
+    return found if found == job else job
+
+
+def _comments(search: SearchSpec, best: Trial, *, search_id: str, num_trials: int) -> Iterator[str]:
+    better = "less" if search.mode == "min" else "more"
+    yield f"Found by the search {search_id}: trial {best.number} of {num_trials}, with"
+    yield f"{search.metric} {best.value!r} at step {best.step} ({better} is better)."
+    yield ""
+    yield "The values found:"
+    yield from _listed(best.values)
+    yield ""
+    yield from _length(search, best)
+    yield from _ways(best)
+    yield from _what_ran(search)
+
+
+def _length(search: SearchSpec, best: Trial) -> Iterator[str]:
+    """How far the trial came, where that is not simply its whole way."""
+    kind, total = search.scheduler.kind, best.total_steps
+    is_whole = best.status == "finished"
+    if kind == "none" and is_whole:
+        return
+    way = f"{best.step} steps" if total is None else f"{best.step} of {total} steps"
+    by = "" if kind == "none" else f" under the scheduler {kind}"
+    ending = "" if is_whole else f"; it is {best.status}" + (f" ({best.reason})" if best.reason else "")
+    yield f"The trial ran {way}{by}{ending}."
+
+
+def _ways(best: Trial) -> Iterator[str]:
+    """Where its values changed; the job has the last ones from its first step on."""
+    if not best.moves:
+        return
+    yield "Its values changed on the way, and the job below has the last of them from its first step on:"
+    yield from (f"  at step {step} it went on from the state of trial {donor}" for step, donor in best.moves)
+
+
+def _what_ran(search: SearchSpec) -> Iterator[str]:
+    if not search.proxy:
+        yield "Every trial was the full job: the one below, with other values."
+        return
+    yield "The trials were a proxy of the job below, which has not run with these values yet. In the proxy were:"
+    yield from _listed(search.proxy)
+
+
+def _listed(values: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"  {key}: {json.dumps(value)}" for key, value in values.items())
+
+
+def _comment(line: str) -> str:
+    """On one line whatever stands in it: a line's end in a value or a name would begin a key of the job."""
+    return f"# {printable(line, limit=sys.maxsize)}".rstrip()

@@ -1,0 +1,77 @@
+"""A checkpoint that another run goes on from: the same tensors under another recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from forge.checkpoint.fork import adopt_checkpoint
+from forge.checkpoint.reader import list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.checkpoint.storage import Storage, open_storage
+from forge.errors import CheckpointError
+from tests.support.checkpoints import model_shape, progress, write
+
+STEP = "step-00000002"
+
+
+def read_all(storage: Storage) -> dict[str, bytes]:
+    checkpoint = open_checkpoint(storage, STEP)
+    found = {}
+    for name in model_shape().parameters:
+        interval = checkpoint.value_interval(name)
+        data = bytearray(interval.size_bytes)
+        checkpoint.read([(interval, memoryview(data))])
+        found[name] = bytes(data)
+    return found
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Storage:
+    write(str(tmp_path / "donor"), 2, world_size=3)
+    return open_storage(str(tmp_path / "donor"))
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Storage:
+    write(str(tmp_path / "taker"), 1)
+    write(str(tmp_path / "taker"), 2)
+    return open_storage(str(tmp_path / "taker"))
+
+
+def test_the_copy_has_every_bit_and_the_takers_recipe_and_stands_alone(source: Storage, target: Storage) -> None:
+    adopt_checkpoint(source, target, step=2, recipe="another")
+    assert list_checkpoints(target) == [STEP]
+    assert verify_checkpoint(target, STEP) is None
+    assert open_checkpoint(target, STEP).progress.recipe == "another"
+    assert read_all(target) == read_all(source)
+    assert open_checkpoint(source, STEP).progress == progress(2)
+
+
+def test_done_twice_it_is_left_as_it_is(source: Storage, target: Storage) -> None:
+    adopt_checkpoint(source, target, step=2, recipe="another")
+    before = target.files(STEP)
+    adopt_checkpoint(source, target, step=2, recipe="another")
+    assert target.files(STEP) == before
+
+
+def test_killed_before_it_appears_it_can_be_done_again(
+    source: Storage, target: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "publish", lambda *_, **__: (_ for _ in ()).throw(OSError("power cut")))
+        with pytest.raises(CheckpointError, match="power cut"):
+            adopt_checkpoint(source, target, step=2, recipe="another")
+    assert list_checkpoints(target) == []  # and the donor's still stands
+    adopt_checkpoint(source, target, step=2, recipe="another")
+    assert read_all(target) == read_all(source)
+
+
+def test_a_donor_that_does_not_verify_is_refused_and_nothing_is_lost(source: Storage, target: Storage) -> None:
+    part = next(Path(source.url, STEP).glob("part-*"))
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        adopt_checkpoint(source, target, step=2, recipe="another")
+    assert len(list_checkpoints(target)) == 2

@@ -1,0 +1,257 @@
+"""Folders and buckets keep the same promises; a bucket is S3 as moto's server speaks it, on loopback."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forge.checkpoint import storage_fs as folder_module
+from forge.checkpoint import storage_object as bucket_module
+from forge.checkpoint.reader import find_checkpoint, list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.checkpoint.storage import Storage, open_storage
+from forge.errors import CheckpointError
+from tests.support.bucket import Bucket, serve_bucket
+from tests.support.checkpoints import layout_of, model_shape, progress, state_bytes, values, write
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Bucket]:
+    with serve_bucket() as served:
+        yield served
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place of each kind."""
+    if request.param == "folder":
+        return str(tmp_path / "place")
+    if request.param == "memory":
+        return f"memory://{tmp_path.name}"
+    served: Bucket = request.getfixturevalue("bucket")
+    return f"{served.url}/{tmp_path.name}"
+
+
+def draft_in(storage: Storage, name: str = "step-00000001", token: str = "aaaaaaaa0001") -> str:
+    draft = storage.open_draft(name, token=token)
+    storage.hold(draft)
+    return draft
+
+
+def test_what_was_written_is_read_back_whole_and_in_any_pieces(url: str) -> None:
+    storage = open_storage(url)
+    content = random.Random(0).randbytes(300_000)
+    draft = draft_in(storage)
+    storage.write(f"{draft}/file", lambda: [content[:1000], memoryview(content)[1000:]])
+    assert storage.files(draft) == {"file": len(content)}
+    assert storage.read(f"{draft}/file") == content
+    assert storage.crc32(f"{draft}/file") == zlib.crc32(content)
+    rng = random.Random(1)
+    ranges = []
+    for _ in range(50):
+        start = rng.randrange(len(content))
+        ranges.append((start, memoryview(bytearray(rng.randint(0, len(content) - start)))))
+    storage.read_into(f"{draft}/file", ranges)
+    for start, view in ranges:
+        assert bytes(view) == content[start : start + len(view)]
+
+
+def test_a_large_range_is_fetched_in_pieces(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_module, "_REQUEST_BYTES", 1000)
+    monkeypatch.setattr(bucket_module, "_BATCH_BYTES", 5000)
+    storage = open_storage(url)
+    content = random.Random(0).randbytes(30_001)
+    draft = draft_in(storage)
+    storage.write(f"{draft}/file", lambda: [content])
+    view = memoryview(bytearray(len(content)))
+    storage.read_into(f"{draft}/file", [(0, view)])
+    assert bytes(view) == content
+    assert storage.crc32(f"{draft}/file") == zlib.crc32(content)
+
+
+@pytest.mark.parametrize("first", [0, 100, 4096])
+@pytest.mark.parametrize("is_aligned", [True, False])
+def test_large_pieces_are_written_as_they_are_wherever_they_lie_in_memory_and_file(
+    url: str, first: int, is_aligned: bool
+) -> None:
+    content = random.Random(0).randbytes(3 * 2**20 + 123)
+    memory = mmap.mmap(-1, len(content) + 64)
+    view = memoryview(memory)[0 if is_aligned else 64 :][: len(content)]
+    view[:] = content
+    storage = open_storage(url)
+    draft = draft_in(storage)
+    head, middle = bytes(first), 2 * 2**20
+    storage.write(f"{draft}/file", lambda: [head, view[:middle], view[middle:]])
+    assert storage.read(f"{draft}/file") == head + content
+    storage.write(f"{draft}/file", lambda: [content[:5]])
+    assert storage.read(f"{draft}/file") == content[:5]
+
+
+def test_reading_beyond_the_end_or_what_is_not_there_is_told_apart(url: str) -> None:
+    storage = open_storage(url)
+    draft = draft_in(storage)
+    storage.write(f"{draft}/file", lambda: [b"abc"])
+    with pytest.raises(EOFError):
+        storage.read_into(f"{draft}/file", [(0, memoryview(bytearray(4)))])
+    with pytest.raises(FileNotFoundError):
+        storage.read(f"{draft}/other")
+
+
+def test_nothing_is_there_before_it_is_published_and_it_is_published_once(url: str) -> None:
+    storage = open_storage(url)
+    draft = draft_in(storage)
+    storage.write(f"{draft}/part", lambda: [b"abc"])
+    assert "manifest.json" not in storage.files("step-00000001")
+    storage.publish(draft, "step-00000001", last=("manifest.json", b"{}"))
+    assert storage.names() == ["step-00000001"]
+    assert storage.files("step-00000001") == {"part": 3, "manifest.json": 2}
+    again = draft_in(storage, token="bbbbbbbb0001")
+    storage.write(f"{again}/part-bbbbbbbb0001", lambda: [b"abcd"])
+    with pytest.raises(FileExistsError):
+        storage.publish(again, "step-00000001", last=("manifest.json", b"{}"))
+    storage.discard(again, token="bbbbbbbb0001")
+    assert storage.files("step-00000001") == {"part": 3, "manifest.json": 2}
+    storage.remove("step-00000001")
+    assert storage.files("step-00000001") == {}
+    storage.remove("step-00000001")
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_checkpoints_are_written_found_read_and_removed_anywhere(url: str, world_size: int) -> None:
+    for step in (1, 2, 3):
+        write(url, step, world_size=world_size, keep=2)
+    storage = open_storage(url)
+    assert list_checkpoints(storage) == ["step-00000003", "step-00000002"]
+    found = find_checkpoint(storage, on_skip=lambda *_: None)
+    assert found is not None
+    assert found.progress == progress(3)
+    for interval in layout_of(0, 1).intervals:
+        content = bytearray(interval.size_bytes)
+        found.read([(interval, memoryview(content))])
+        assert np.array_equal(np.frombuffer(content, "<f4"), values(interval, step=3))
+
+
+def spoil_part(storage: Storage, name: str) -> None:
+    part = next(file for file in storage.files(name) if file.endswith(".safetensors"))
+    content = storage.read(f"{name}/{part}")
+    storage.write(f"{name}/{part}", lambda: [content[:-1] + bytes([content[-1] ^ 1])])
+
+
+def test_a_broken_checkpoint_is_walked_past_and_replaced_anywhere(url: str) -> None:
+    write(url, 1)
+    write(url, 2)
+    storage = open_storage(url)
+    spoil_part(storage, "step-00000002")
+    skipped: list[str] = []
+    found = find_checkpoint(storage, on_skip=lambda name, why: skipped.append(f"{name} {why}"))
+    assert found is not None
+    assert found.name == "step-00000001"
+    assert len(skipped) == 1
+    assert "does not match its checksum" in skipped[0]
+    write(url, 2, token="bbbbbbbb0001")  # the run comes to this step again
+    assert verify_checkpoint(storage, "step-00000002") is None
+
+
+def test_another_jobs_checkpoint_is_not_touched_anywhere(url: str) -> None:
+    write(url, 1)
+    state = state_bytes(progress(1, recipe="other"), model_shape()).decode()
+    with pytest.raises(CheckpointError, match="another job"):
+        write(url, 1, token="bbbbbbbb0001", state=state)
+    storage = open_storage(url)
+    assert verify_checkpoint(storage, "step-00000001") is None
+    assert open_checkpoint(storage, "step-00000001").progress.recipe == "recipe"
+
+
+def test_the_second_writer_of_a_step_leaves_nothing_anywhere(url: str) -> None:
+    write(url, 1)
+    before = open_storage(url).files("step-00000001")
+    write(url, 1, world_size=3, token="bbbbbbbb0001")
+    assert open_storage(url).files("step-00000001") == before
+
+
+@pytest.mark.slow
+def test_a_bucket_that_fails_for_a_while_is_survived(bucket: Bucket, tmp_path: Path) -> None:
+    url = f"{bucket.url}/{tmp_path.name}"
+    write(url, 1)
+    before = bucket.num_failures
+    bucket.fail_for(3.0)
+    write(url, 2)
+    assert bucket.num_failures > before
+    assert verify_checkpoint(open_storage(url), "step-00000002") is None
+
+
+@pytest.mark.slow
+def test_a_bucket_that_fails_for_good_is_said_after_the_patience(bucket: Bucket, tmp_path: Path) -> None:
+    storage = open_storage(f"{bucket.url}/{tmp_path.name}", patience_s=1.0)
+    bucket.fail_for(60.0)
+    try:
+        with pytest.raises(CheckpointError, match=r"s3://.*cannot be listed.*internal error"):
+            list_checkpoints(storage)
+    finally:
+        bucket.fail_for(0.0)
+
+
+def test_a_bucket_that_is_not_there_is_named(bucket: Bucket) -> None:
+    storage = open_storage("s3://no-such-bucket/runs", patience_s=1.0)
+    with pytest.raises((CheckpointError, OSError), match="bucket"):
+        storage.write("step-00000001/file", lambda: [b"x"])
+
+
+@pytest.mark.parametrize("url", ["nonsense://place/runs", "gs://bucket/runs", "abfs://container/runs"])
+def test_a_scheme_without_its_package_is_refused_with_the_cure(url: str) -> None:
+    with pytest.raises(CheckpointError, match=url.partition(":")[0]) as refused:
+        open_storage(url)
+    if not url.startswith("nonsense"):
+        assert "forge-train[" in str(refused.value)
+
+
+def test_a_dead_writers_draft_is_swept_and_a_living_ones_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "_LOCKED_AFTER_S", 0.0)
+    code = (
+        "import sys, time; from forge.checkpoint.storage import open_storage; s = open_storage(sys.argv[1]);"
+        "s.hold(s.open_draft('step-00000001', token='cccccccc0001')); print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"held\n"
+        storage = open_storage(str(tmp_path))
+        storage.sweep(own="aaaaaaaa", up_to="aaaaaaaa0001")
+        assert list(tmp_path.glob(".draft-*"))
+        writer.kill()
+    time.sleep(0.05)
+    storage.sweep(own="aaaaaaaa", up_to="aaaaaaaa0001")
+    assert not list(tmp_path.glob(".draft-*"))
+
+
+def test_a_membership_sweeps_what_it_gave_up_and_not_what_it_is_about_to_write(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    for count in (1, 2, 3):
+        draft = tmp_path / storage.open_draft("step-00000009", token=f"aaaaaaaa{count:04x}")
+        os.utime(draft, (0, 0))  # a peer that was quick waits for a slow one, for as long as it takes
+    storage.sweep(own="aaaaaaaa", up_to="aaaaaaaa0002")
+    assert [path.name for path in tmp_path.iterdir()] == [".draft-step-00000009-aaaaaaaa0003"]
+
+
+def test_what_was_abandoned_in_a_bucket_is_swept_after_a_day(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "://" not in url:
+        pytest.skip("a folder has locks")
+    storage = open_storage(url)
+    write(url, 1)
+    storage.write("step-00000002/part-aaaaaaaa0002", lambda: [b"abc"])
+    storage.sweep(own="bbbbbbbb", up_to="bbbbbbbb0001")
+    assert storage.files("step-00000002")
+    monkeypatch.setattr(bucket_module, "_ABANDONED_AFTER_S", -1.0)
+    storage.sweep(own="bbbbbbbb", up_to="bbbbbbbb0001")
+    assert storage.files("step-00000002") == {}
+    assert verify_checkpoint(storage, "step-00000001") is None

@@ -1,0 +1,373 @@
+"""What is bought and what Ray's launcher is told, for every cloud: decided from the file and from prices alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forge.cluster.cloud import firewall
+from forge.cluster.cloud.aws_network import head_rights, ingress, storage_rights
+from forge.cluster.cloud.instance_selection import InstancePlan, listed_price, order_by_price, plan_purchase
+from forge.cluster.cloud.provider import CloudCluster
+from forge.cluster.cloud.ray_config import HEAD, Installed, RegionContext, render
+from forge.cluster.cloud.ray_launcher import judge, news_of, no_capacity
+from forge.config.cluster import CloudSpec
+from forge.config.load import load_cluster
+from forge.errors import ClusterError, ForgeError, JobFileError
+from forge.pricing.catalog import machine_types, workers_of
+
+ROOT = Path(__file__).parents[2]
+FILES = ["aws-spot", "gcp-spot", "azure-spot"]
+PROJECT = {"aws": {}, "gcp": {"project": "my-project"}, "azure": {"project": "0000-1111"}}
+GPU = {"aws": "A10G", "gcp": "L4", "azure": "T4"}
+SITE = RegionContext(
+    region="us-east-1",
+    key_file="/home/me/key",
+    public_key_file="/home/me/key.pub",
+    public_key="ssh-rsa AAAA",
+    token_file="/home/me/token",
+    image="ami-gpu",
+    cpu_image="ami-cpu",
+    key_name="forge-big",
+    subnets=("subnet-a", "subnet-b"),
+    security_group="sg-1",
+    head_profile="forge-big-head",
+    worker_profile="forge-big-worker",
+)
+
+
+def spec_of(provider: str = "aws", **keys: Any) -> CloudSpec:
+    """A cluster file with these keys."""
+    values = {"name": "big", "provider": provider, "gpu": GPU[provider], **PROJECT[provider], **keys}
+    return CloudSpec.model_validate(values, strict=False)
+
+
+def rendered(spec: CloudSpec, *, site: RegionContext = SITE) -> dict[str, Any]:
+    purchase = plan_purchase(spec, price_of=listed_price(spec))
+    return render(spec, purchase=purchase, site=site, installed=Installed(python="/opt/forge/bin/python"))
+
+
+def validated(values: dict[str, Any]) -> dict[str, Any]:
+    """As `ray up` reads the file, up to where it asks the cloud."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(yaml.safe_load(yaml.safe_dump(values)))
+    validate_config(prepared)
+    return prepared
+
+
+@pytest.mark.parametrize("provider", PROJECT)
+@pytest.mark.parametrize("gpu", [True, False])
+def test_rays_own_schema_takes_what_is_rendered(provider: str, gpu: bool) -> None:
+    spec = spec_of(provider, on_demand_fallback=True, storage="s3://b/r", **({} if gpu else {"gpu": "none"}))
+    prepared = validated(rendered(spec))
+    assert prepared["max_workers"] == 4
+    assert prepared["setup_commands"] == ["chmod 700 ~/.forge && chmod 600 ~/.forge/token"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_files_in_the_cluster_folder_can_be_rendered_as_they_stand(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORGE_STATE", str(tmp_path))
+    spec = load_cluster(ROOT / "cluster" / f"{name}.yaml")
+    assert isinstance(spec, CloudSpec)
+    cluster = CloudCluster(spec.model_copy(update={"python": "/opt/forge/bin/python"}))
+    validated(yaml.safe_load(cluster.render()))
+    price = cluster.price()
+    assert price is not None and spec.max_usd_per_hour is not None
+    assert 0 < price <= spec.max_usd_per_hour
+    assert not list(tmp_path.rglob("*.token")), "a dry run makes nothing"
+
+
+def test_the_head_is_on_demand_and_takes_no_ranks_and_the_workers_are_spot() -> None:
+    values = rendered(spec_of())
+    types = values["available_node_types"]
+    assert types[HEAD]["resources"] == {"CPU": 0}
+    assert "InstanceMarketOptions" not in types[HEAD]["node_config"]
+    workers = {name: kind for name, kind in types.items() if name != HEAD}
+    assert len(workers) > 1
+    for kind in workers.values():
+        assert kind["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+        assert kind["node_config"]["SubnetIds"] == ["subnet-a", "subnet-b"]
+
+
+def test_on_demand_workers_come_last_and_only_where_the_file_allows_them() -> None:
+    assert all(offer.is_spot for offer in plan_purchase(spec_of(), price_of=listed_price(spec_of())).workers)
+    types = rendered(spec_of(on_demand_fallback=True))["available_node_types"]
+    spot = [kind["priority"] for name, kind in types.items() if name.startswith("spot-")]
+    full = [kind["priority"] for name, kind in types.items() if name.startswith("on-demand-")]
+    assert len(spot) == len(full) > 1
+    assert min(spot) > max(full)
+    assert all("InstanceMarketOptions" not in types[name]["node_config"] for name in types if "demand" in name)
+
+
+def test_without_spot_no_machine_is_spot() -> None:
+    workers = plan_purchase(spec_of(spot=False), price_of=listed_price(spec_of())).workers
+    assert workers and not any(offer.is_spot for offer in workers)
+
+
+def test_every_machine_is_tagged_with_its_cluster_and_owner() -> None:
+    for kind in rendered(spec_of())["available_node_types"].values():
+        (tags,) = (
+            given["Tags"]
+            for given in kind["node_config"]["TagSpecifications"]
+            if given["ResourceType"] == "instance"
+        )
+        assert {tag["Key"]: tag["Value"] for tag in tags} == {"forge-cluster": "big", "owner": "forge"}
+    for kind in rendered(spec_of("gcp"))["available_node_types"].values():
+        assert kind["node_config"]["labels"] == {"forge-cluster": "big", "owner": "forge"}
+    for kind in rendered(spec_of("azure"))["available_node_types"].values():
+        assert kind["node_config"]["tags"] == {"forge-cluster": "big", "owner": "forge"}
+
+
+@pytest.mark.parametrize("provider", PROJECT)
+def test_ray_starts_with_its_token_and_its_dashboard_on_loopback(provider: str) -> None:
+    values = rendered(spec_of(provider, storage="s3://bucket/runs", max_usd_per_hour=50))
+    (_, head, _), (_, worker) = values["head_start_ray_commands"], values["worker_start_ray_commands"]
+    assert "--dashboard-host=127.0.0.1" in head
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
+    assert values["file_mounts"] == {"~/.forge/token": "/home/me/token"}
+    for command in (head, worker):
+        assert "RAY_AUTH_MODE=token" in command
+        assert 'RAY_AUTH_TOKEN_PATH="$HOME"/.forge/token' in command
+
+
+@pytest.mark.parametrize("node_type", ["head", "spot-g5-xlarge", "unheard-of"])
+def test_a_machine_finds_the_cloud_its_own_price_and_the_storage_in_its_environment(
+    node_type: str, tmp_path: Path
+) -> None:
+    spec = spec_of(storage="s3://a bucket/$runs", max_usd_per_hour=50, usd_per_hour={"g5.xlarge": 0.25})
+    command = rendered(spec)["worker_start_ray_commands"][1].partition("ulimit")[0]
+    done = subprocess.run(
+        ["bash", "-c", f"{command} env"],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "RAY_NODE_TYPE_NAME": node_type},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert found["FORGE_CLOUD"] == "aws"
+    assert found["FORGE_STORAGE"] == "s3://a bucket/$runs"
+    assert found["FORGE_MAX_USD_PER_HOUR"] == "50"
+    assert found["RAY_AUTH_TOKEN_PATH"] == f"{tmp_path}/.forge/token"
+    assert found.get("FORGE_USD_PER_HOUR") == {"head": "0.192", "spot-g5-xlarge": "0.25"}.get(node_type)
+
+
+@given(
+    low=st.integers(0, 5),
+    more=st.integers(0, 60),
+    limit=st.floats(0.1, 500),
+    fallback=st.booleans(),
+    provider=st.sampled_from(sorted(PROJECT)),
+)
+def test_no_more_machines_are_bought_than_the_limit_pays_for(
+    low: int, more: int, limit: float, fallback: bool, provider: str
+) -> None:
+    spec = spec_of(provider, workers=f"{low}..{low + more}", max_usd_per_hour=limit, on_demand_fallback=fallback)
+    try:
+        purchase = plan_purchase(spec, price_of=listed_price(spec))
+    except JobFileError as error:
+        assert error.key == "max_usd_per_hour" and "USD/h" in str(error)
+        return
+    assert low <= purchase.max_workers <= low + more
+    assert purchase.usd_per_hour is not None
+    assert purchase.usd_per_hour <= limit + 1e-6
+    if purchase.max_workers < low + more:  # one more of the dearest would be too much
+        dearest = max(offer.usd_per_hour or 0.0 for offer in purchase.workers)
+        assert purchase.usd_per_hour + dearest > limit - 1e-6
+
+
+def test_a_limit_without_prices_is_refused_and_says_what_is_missing() -> None:
+    spec = spec_of(instance_types=["g99.huge"], max_usd_per_hour=10)
+    with pytest.raises(JobFileError, match=r"g99\.huge is not known; write it into usd_per_hour"):
+        plan_purchase(spec, price_of=listed_price(spec))
+
+
+def test_a_spot_price_that_is_not_listed_is_taken_for_the_full_one() -> None:
+    assert machine_types("aws")["p5.4xlarge"].spot_usd_per_hour is None
+    price_of = listed_price(spec_of(gpu="H100"))
+    assert price_of("p5.4xlarge", True) == price_of("p5.4xlarge", False) == 6.88
+
+
+def test_the_price_that_is_shown_is_the_head_and_all_workers_at_their_dearest() -> None:
+    spec = spec_of(instance_types=["g5.xlarge", "g5.2xlarge"], workers="0..3", on_demand_fallback=True)
+    purchase = plan_purchase(spec, price_of=listed_price(spec))
+    assert purchase.usd_per_hour == pytest.approx(0.192 + 3 * 1.212)
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "says"),
+    [
+        ({"gpu": "A100-80"}, "gpu", "A100-80GB"),
+        ({"gpu": "T1000"}, "gpu", "other machines are named by instance_types"),
+        ({"gpu": "T4", "instance_types": ["g5.xlarge"]}, "instance_types", "has A10G, and the file asks for 'T4'"),
+        ({"gpu": "none", "instance_types": ["g5.xlarge"]}, "instance_types", "has A10G"),
+    ],
+)
+def test_a_gpu_that_is_not_to_be_had_is_named_with_what_is(keys: dict[str, Any], key: str, says: str) -> None:
+    with pytest.raises(JobFileError, match=says) as caught:
+        workers_of(spec_of(**keys))
+    assert caught.value.key == key
+
+
+def test_a_machine_of_unknown_size_is_refused_where_ray_does_not_find_it_out() -> None:
+    with pytest.raises(
+        ClusterError, match="how large gcp's machine type 'g2-standard-7' is; like it are g2-standard"
+    ):
+        rendered(spec_of("gcp", instance_types=["g2-standard-7"]))
+    assert rendered(spec_of(instance_types=["g5.4xlarge"]))["available_node_types"]["spot-g5-4xlarge"]
+
+
+def test_gcp_machines_are_spot_by_the_documented_fields() -> None:
+    values = rendered(spec_of("gcp"), site=RegionContext(**{**_plain(SITE), "region": "us-central1-b"}))
+    assert values["provider"] == {
+        "type": "gcp",
+        "region": "us-central1",
+        "availability_zone": "us-central1-b",
+        "project_id": "my-project",
+        "cache_stopped_nodes": False,
+    }
+    spot = values["available_node_types"]["spot-g2-standard-8"]
+    assert spot["resources"] == {"forge_worker": 1, "CPU": 8, "GPU": 1}
+    assert spot["node_config"]["scheduling"] == {
+        "onHostMaintenance": "TERMINATE",
+        "provisioningModel": "SPOT",
+        "instanceTerminationAction": "DELETE",
+        "automaticRestart": False,
+    }
+    assert values["available_node_types"][HEAD]["node_config"]["scheduling"] == {"onHostMaintenance": "MIGRATE"}
+
+
+def test_azure_machines_have_only_parameters_that_rays_template_knows() -> None:
+    import ray
+
+    template = Path(ray.__file__).parent / "autoscaler/_private/_azure/azure-vm-template.json"
+    known = set(json.loads(template.read_text())["parameters"])
+    values = rendered(spec_of("azure", on_demand_fallback=True))
+    assert values["provider"]["resource_group"] == "forge-big"
+    assert values["provider"]["subscription_id"] == "0000-1111"
+    for name, kind in values["available_node_types"].items():
+        parameters = kind["node_config"]["azure_arm_parameters"]
+        assert set(parameters) <= known
+        assert parameters.get("priority") == ("Spot" if name.startswith("spot-") else None)
+
+
+def test_only_the_cluster_and_one_network_reach_the_machines() -> None:
+    own, ssh = ingress("sg-1", allow_from="203.0.113.4/32")
+    assert own == {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": "sg-1"}]}
+    assert ssh == {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "203.0.113.4/32"}]}
+    assert ingress("sg-1", allow_from="2001:db8::/64")[1]["Ipv6Ranges"] == [{"CidrIpv6": "2001:db8::/64"}]
+
+
+def test_machines_may_use_their_bucket_and_end_their_own_cluster_alone() -> None:
+    objects, bucket = storage_rights("s3://bucket/runs/mine")
+    assert objects["Resource"] == "arn:aws:s3:::bucket/runs/mine/*"
+    assert bucket["Resource"] == "arn:aws:s3:::bucket"
+    assert storage_rights("gs://bucket/runs") == storage_rights(None) == []
+    (end,) = (right for right in head_rights("big", roles=["r"]) if "ec2:TerminateInstances" in right["Action"])
+    assert end["Condition"] == {"StringEquals": {"aws:ResourceTag/ray-cluster-name": "big"}}
+
+
+def test_on_gcp_and_azure_the_world_is_shut_out_by_the_clouds_own_tools() -> None:
+    gcp = firewall.before_commands(spec_of("gcp"), allow_from="203.0.113.4/32")
+    by_priority = sorted(
+        (int(word.partition("=")[2]), command)
+        for command in gcp
+        for word in command
+        if word.startswith("--priority=")
+    )
+    assert [command[4] for _, command in by_priority] == ["forge-big-own", "forge-big-ssh", "forge-big-world"]
+    assert "--source-ranges=203.0.113.4/32" in by_priority[1][1]
+    assert "--action=DENY" in by_priority[2][1]
+    assert all("--target-tags=forge-big" in command for _, command in by_priority)
+    items = rendered(spec_of("gcp"))["available_node_types"][HEAD]["node_config"]["tags"]["items"]
+    assert items == ["forge-big"]
+    (azure,) = firewall.after_commands(spec_of("azure"), allow_from="203.0.113.4/32")
+    assert azure[azure.index("--source-address-prefixes") + 1] == "203.0.113.4/32"
+    assert firewall.before_commands(spec_of(), allow_from="203.0.113.4/32") == []
+
+
+def test_a_cloud_tool_that_is_missing_or_fails_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "az"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ClusterError, match="az, which guards the cluster's machines, cannot be run"):
+        firewall.close_after(spec_of("azure"), allow_from="203.0.113.4/32")
+    tool.write_text("#!/bin/sh\necho 'ERROR: Please run az login' >&2\nexit 1\n")
+    tool.chmod(0o755)
+    with pytest.raises(ClusterError, match="Please run az login"):
+        firewall.close_after(spec_of("azure"), allow_from="203.0.113.4/32")
+
+
+def test_the_cheapest_region_comes_first_and_one_without_a_price_last() -> None:
+    spot = {"dear": {"g5.xlarge": 0.9}, "cheap": {"g5.xlarge": 0.2, "g5.2xlarge": 0.8}, "silent": {}}
+    listed = listed_price(spec_of())
+    found = order_by_price(["silent", "dear", "cheap"], spot=spot, names=["g5.xlarge", "g5.2xlarge"], listed=listed)
+    assert list(found) == ["cheap", "dear", "silent"]
+    assert found["cheap"]("g5.xlarge", True) == 0.2
+    assert found["cheap"]("g5.xlarge", False) == 1.006
+    assert found["silent"]("g5.xlarge", True) == 0.41
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        (
+            "An error occurred (InsufficientInstanceCapacity) when calling the RunInstances operation: We",
+            "InsufficientInstanceCapacity",
+        ),
+        ("An error occurred (MaxSpotInstanceCountExceeded) when calling", "MaxSpotInstanceCountExceeded"),
+        ("(VcpuLimitExceeded) You have requested more vCPU capacity", "VcpuLimitExceeded"),
+        ("'code': 'ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS'", "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS"),
+        ("Quota 'NVIDIA_L4_GPUS' exceeded. reason: quotaExceeded", "quotaExceeded"),
+        ("(SkuNotAvailable) The requested VM size", "SkuNotAvailable"),
+        ("An error occurred (UnauthorizedOperation) when calling", None),
+        ("wait_ready timeout exceeded.", None),
+    ],
+)
+def test_the_clouds_words_for_no_room_are_known(said: str, word: str | None) -> None:
+    assert no_capacity(said) == word
+    assert judge(1, output=said).no_capacity == word
+
+
+def test_a_launch_that_failed_tells_its_last_words_and_what_to_do() -> None:
+    launch = judge(1, output="Checking\nModuleNotFoundError: No module named 'googleapiclient'\n\n")
+    assert not launch.is_done
+    assert "No module named 'googleapiclient'" in launch.last_words
+    assert launch.hint.startswith("pip install google-api-python-client")
+    assert news_of("Launched a new head node\n[1/7] Waiting for SSH to become available\n") == "waiting for ssh"
+
+
+@pytest.mark.parametrize("provider", PROJECT)
+def test_nothing_that_is_rendered_is_a_secret(
+    provider: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("planted-token")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-key")
+    monkeypatch.setenv("WANDB_API_KEY", "planted-wandb")
+    values = rendered(spec_of(provider), site=RegionContext(**{**_plain(SITE), "token_file": str(token)}))
+    assert "planted" not in yaml.safe_dump(values)
+
+
+def test_errors_of_a_purchase_are_the_users_and_those_of_machines_the_clusters() -> None:
+    assert (JobFileError("x").exit_code, ClusterError("x").exit_code) == (2, 3)
+    assert issubclass(JobFileError, ForgeError)
+    assert InstancePlan.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def _plain(site: RegionContext) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(site)

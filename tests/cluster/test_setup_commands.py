@@ -1,0 +1,104 @@
+"""forge's environment on a rented machine, built by the very command that Ray's launcher runs there."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import platform
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from forge.cluster.cloud.setup_commands import install_command, pinned, plan_install, would_install
+from forge.cluster.ssh.bootstrap import Package
+from forge.cluster.ssh.wheel import wheel_name
+from forge.config.cluster import CloudSpec
+
+
+def tiny_package() -> Package:
+    """As `Package.of` makes it, with a wheel that needs nothing."""
+    name, version = wheel_name().split("-")[:2]
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    files = {
+        "forge_here.py": b"WHERE = 'there'\n",
+        f"{name}-{version}.dist-info/METADATA": metadata.encode(),
+        f"{name}-{version}.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        record = ""
+        for path, content in files.items():
+            archive.writestr(path, content)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+            record += f"{path},sha256={digest},{len(content)}\n"
+        archive.writestr(f"{name}-{version}.dist-info/RECORD", record)
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as archive:
+        for path, content in ((wheel_name(), wheel.getvalue()), ("requirements.txt", b"")):
+            entry = tarfile.TarInfo(path)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return Package(content=target.getvalue(), digest="0123", has_wheels=True)
+
+
+def run(command: str, *, home: Path) -> subprocess.CompletedProcess[str]:
+    tools = home / "bin"
+    tools.mkdir(exist_ok=True)
+    python = tools / f"python{'.'.join(platform.python_version_tuple()[:2])}"
+    if not python.exists():
+        python.symlink_to(Path(sys.executable).resolve())
+    return subprocess.run(
+        ["bash", "-c", command],
+        env={"HOME": str(home), "PATH": f"{tools}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_command_builds_an_environment_once_and_one_that_was_not_finished_again(tmp_path: Path) -> None:
+    home = tmp_path / "a home"
+    (home / ".forge").mkdir(parents=True)
+    package = tiny_package()
+    (home / ".forge/package.tar").write_bytes(package.content)
+    command = install_command(package, sdks=(), archive="~/.forge/package.tar")
+    place = home / ".forge/envs/0123"
+    (place / "env").mkdir(parents=True)  # an `up` that was ended midway
+    done = run(command, home=home)
+    assert done.returncode == 0, done.stderr
+    asked = [str(place / "env/bin/python"), "-c", "import forge_here; print(forge_here.WHERE)"]
+    assert subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout == "there\n"
+    (home / ".forge/package.tar").unlink()
+    assert run(command, home=home).returncode == 0, "where all is done nothing is read again"
+
+
+def test_what_cannot_be_installed_is_not_believed(tmp_path: Path) -> None:
+    (tmp_path / ".forge").mkdir()
+    (tmp_path / ".forge/package.tar").write_bytes(b"torn")
+    done = run(install_command(tiny_package(), sdks=(), archive="~/.forge/package.tar"), home=tmp_path)
+    assert done.returncode != 0
+    assert not (tmp_path / ".forge/envs/0123/whole").exists()
+
+
+def test_the_package_is_copied_and_named_after_what_it_is_made_of(tmp_path: Path) -> None:
+    spec = CloudSpec.model_validate({"name": "big", "provider": "aws", "gpu": "T4"}, strict=False)
+    installed = plan_install(spec, folder=tmp_path)
+    ((there, here),) = installed.file_mounts.items()
+    assert Path(here).is_file() and Path(here).name == Path(there).name
+    (command,) = installed.setup_commands
+    assert there in command and "boto3==" in command
+    assert Path(there).stem.removeprefix("package-") in installed.python
+    named = spec.model_copy(update={"python": "/opt/forge/bin/python"})
+    assert not plan_install(named, folder=tmp_path).setup_commands
+    assert would_install(named).python == "/opt/forge/bin/python"
+
+
+def test_libraries_are_pinned_to_what_is_here_and_to_nothing_where_they_are_not() -> None:
+    assert pinned(("pytest", "no-such-library")) == (f"pytest=={pytest.__version__}", "no-such-library")

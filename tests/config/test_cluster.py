@@ -1,0 +1,60 @@
+"""Cluster files: the right section for each provider, and mistakes that are named with their line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from forge.config.cluster import CloudSpec, KubernetesSpec, LocalSpec, SshSpec
+from forge.config.load import load_cluster
+from forge.errors import JobFileError
+
+
+def load(tmp_path: Path, text: str) -> object:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    return load_cluster(path)
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    with pytest.raises(JobFileError) as error:
+        load(tmp_path, text)
+    return str(error.value).replace(str(tmp_path) + "/", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "section"),
+    [
+        ("name: here\nprovider: local\nnodes: 3\n", LocalSpec),
+        ("name: four\nprovider: ssh\nmachines: [10.0.0.1, 10.0.0.2]\n", SshSpec),
+        ("name: spot\nprovider: aws\ngpu: A100-80GB\nworkers: 0..64\ndisk: 300GB\n", CloudSpec),
+        ("name: spot\nprovider: gcp\nproject: mine\nregions: [us-central1]\n", CloudSpec),
+        ("name: pods\nprovider: kubernetes\nimage: registry/forge:1\n", KubernetesSpec),
+    ],
+)
+def test_the_provider_says_which_keys_there_are(tmp_path: Path, text: str, section: type) -> None:
+    assert type(load(tmp_path, text)) is section
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cluster.yaml: is empty; a cluster has at least a name and a provider"),
+        ("name: a\n", "cluster.yaml:1: provider: is missing; it is one of local, ssh, aws, gcp, azure, kubernetes"),
+        ("name: a\nprovider: awz\n", "cluster.yaml:2: provider: must be one of local, ssh, aws, gcp, azure, "),
+        ("name: a\nprovider: awz\n", "did you mean 'aws'?"),
+        ("name: a\nprovider: local\nnode: 3\n", "cluster.yaml:3: node: unknown key; did you mean 'nodes'?"),
+        ("name: a\nprovider: ssh\nmachines: [x, x]\n", "cluster.yaml:3: machines: names a machine twice"),
+        ("name: a\nprovider: ssh\nmachines: ['-oProxyCommand=x']\n", "must be host names or addresses"),
+        ("name: a\nprovider: ssh\nmachines: [x]\nmin_machines: 2\n", "cluster.yaml:4: min_machines: is more than"),
+        ("name: a\nprovider: ssh\nmachines: [x]\nfolder: '~/a;b'\n", "cluster.yaml:4: folder: "),
+        ("name: a\nprovider: gcp\n", "project: is missing"),
+        ("name: a\nprovider: aws\nallow_from: 0.0.0.0/0\n", "must not be the whole world"),
+        ("name: a\nprovider: aws\nworkers: 4..2\n", "cluster.yaml:3: workers: "),
+        ("name: a\nprovider: aws\npassword: x\n", "secrets do not stand in a file"),
+        ("name: A b\nprovider: local\n", "cluster.yaml:1: name: must be lower-case letters"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_and_its_cure(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refused(tmp_path, text)

@@ -1,0 +1,577 @@
+"""The job file's door: what is read, and what is said of what cannot be read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from forge.config import yaml_reader
+from forge.config.dump import dump_job
+from forge.config.errors import _OTHER_WORDS
+from forge.config.fields import known_keys
+from forge.config.job import JobSpec
+from forge.config.load import load_job
+from forge.config.secret import is_secret
+from forge.errors import JobFileError
+from forge.units import Every, Range
+
+PRETRAIN = Path(__file__).parents[2] / "jobs" / "pretrain.yaml"
+SMALL = """\
+name: small
+model:
+  architecture: llama
+data:
+  source: python-stdlib
+  seq_len: 64
+training:
+  total_steps: 10
+"""
+
+Refused = Callable[..., JobFileError]
+
+
+@pytest.fixture(params=["libyaml", "python"])
+def yaml_parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both of PyYAML's parsers: not every installation has the faster one."""
+    loader = yaml.CSafeLoader if request.param == "libyaml" else yaml.SafeLoader
+    monkeypatch.setattr(yaml_reader, "_LOADER", loader)
+    return str(request.param)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        path = tmp_path / "job.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def refused(write: Callable[[str], Path]) -> Refused:
+    """The error of a job that differs from SMALL by one replacement."""
+
+    def refused(old: str, new: str, *overrides: str) -> JobFileError:
+        assert old in SMALL
+        with pytest.raises(JobFileError) as caught:
+            load_job(write(SMALL.replace(old, new, 1)), overrides=overrides)
+        return caught.value
+
+    return refused
+
+
+def said(error: JobFileError) -> str:
+    """The message without the folder."""
+    return str(error).replace(str(Path(error.path or "").parent) + os.sep, "")
+
+
+def test_the_example_is_read() -> None:
+    job = load_job(PRETRAIN).job
+    assert job.name == "pretrain-stdlib"
+    assert job.model.config_overrides["hidden_size"] == 256
+    assert job.data.held_out == 0.01
+    assert job.training.optimizer.lr == 3e-3
+    assert job.training.evaluate_every == Every(steps=50)
+    assert job.training.ema is not None
+    assert job.training.ema.decay == 0.99
+    assert job.resources.workers == Range(low=1, high=2)
+
+
+def test_every_key_knows_its_line() -> None:
+    source = load_job(PRETRAIN).source
+    lines = PRETRAIN.read_text().splitlines()
+    for key, place in source.places.items():
+        assert place.line is not None
+        name = key.rpartition(".")[2]
+        assert name in lines[place.line - 1]
+        assert place.text == "{...}" or place.text in lines[place.line - 1]
+    assert source.places["training.optimizer.lr"].text == "3.0e-3"
+
+
+@pytest.mark.usefixtures("yaml_parser")
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("3.0e-3", 3e-3),
+        (".5", 0.5),
+        ("-7", -7),
+        ("007", 7),
+        ("0x10", "0x10"),
+        ("1_000", "1_000"),
+        ("true", True),
+        ("False", False),
+        ("no", "no"),
+        ("on", "on"),
+        ("yes", "yes"),
+        ("y", "y"),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("2024-01-31", "2024-01-31"),
+        ("12:30:45", "12:30:45"),
+        ("'1'", "1"),
+        ('"true"', "true"),
+        ("1..4", "1..4"),
+        ("|\n    a\n    b", "a\nb\n"),
+        ("[1, a, [true]]", [1, "a", [True]]),
+        ("{a: {b: 1}}", {"a": {"b": 1}}),
+        ("é😀", "é😀"),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: str, value: object) -> None:
+    path = write(SMALL.replace("architecture: llama", f"architecture: llama\n  probe: {written}"))
+    assert load_job(path).job.model.config_overrides == {"probe": value}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seq_len: 64", "seqlen: 64", "job.yaml:6: data.seqlen: unknown key; did you mean 'seq_len'?"),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  seq_len: 64",
+            "job.yaml:9: training.seq_len: unknown key here; it belongs to 'data'; did you mean 'data.seq_len'?",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  stage: 2",
+            "job.yaml:9: training.stage: unknown key here; it belongs to 'training.zero'; "
+            "did you mean 'training.zero.stage'?",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  learning_rate: 1e-3",
+            "job.yaml:9: training.learning_rate: unknown key; forge has another word for it; "
+            "did you mean 'training.optimizer.lr'?",
+        ),
+        ("name: small", "nam: small", "job.yaml:1: nam: unknown key; did you mean 'name'?"),
+        ("name: small\n", "", "job.yaml:1: name: is missing, and has no default"),
+        (
+            "seq_len: 64",
+            "seq_len: 64\n  tokenizer: {zzz: 1}",
+            "job.yaml:7: data.tokenizer.zzz: unknown key; those of 'data.tokenizer' are "
+            "train, vocab_size, from_pretrained",
+        ),
+        (
+            "source: python-stdlib",
+            "source: python-stdlb",
+            "job.yaml:5: data.source: must be 'python-stdlib' (got python-stdlb); did you mean 'python-stdlib'?",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  micro_batch_size: atuo",
+            "job.yaml:9: training.micro_batch_size: must be 'auto' or a whole number (got atuo)",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  micro_batch_size: 33",
+            "job.yaml:9: training.micro_batch_size: must lie in 1..32, the global batch (got 33)",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  zero: {stage: '2'}",
+            "job.yaml:9: training.zero.stage: must be 0, 1, 2 or 3 (got '2')",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  zero: {stage: 0, offload: cpu}",
+            "job.yaml:9: training.zero.offload: needs stage 1, 2 or 3: at stage 0 nothing is divided (got cpu)",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  optimizer: {lr: fast}",
+            "job.yaml:9: training.optimizer.lr: must be a number (got fast)",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  optimizer: {lr: -1}",
+            "job.yaml:9: training.optimizer.lr: must be greater than 0 (got -1)",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  optimizer: {lr: .nan}",
+            "job.yaml:9: training.optimizer.lr: must be a finite number (got .nan)",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  schedule: {warmup_steps: 11}",
+            "job.yaml:9: training.schedule.warmup_steps: 11 steps of warm-up are more than the 10 of "
+            "'total_steps' (got 11)",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  activation_checkpointing: no",
+            "job.yaml:9: training.activation_checkpointing: must be true or false (got no)",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  evaluate_every: 50",
+            "job.yaml:9: training.evaluate_every: not an interval; write it like '50 steps' or '10m' (got 50)",
+        ),
+        (
+            "total_steps: 10",
+            "seed: 2",
+            "job.yaml:7: training: give exactly one of 'total_steps', 'total_tokens' and 'epochs'",
+        ),
+        ("seq_len: 64", "seq_len: 1", "job.yaml:6: data.seq_len: must be at least 2 (got 1)"),
+        ("seq_len: 64", "seq_len:", "job.yaml:6: data.seq_len: has no value"),
+        (
+            "seq_len: 64",
+            "tokenizer: {from_pretrained: x, vocab_size: 300}",
+            "job.yaml:6: data.tokenizer.vocab_size: belongs to a trained tokenizer; "
+            "a loaded one has its own (got 300)",
+        ),
+        (
+            "source: python-stdlib",
+            "files: [a, 3]",
+            "job.yaml:5: data.files[1]: must be text; write it in quotes (got 3)",
+        ),
+        ("source: python-stdlib", "files: []", "job.yaml:5: data.files: must name at least one file or glob"),
+        ("name: small", "name: 12", "job.yaml:1: name: must be text; write it in quotes (got 12)"),
+        (
+            "name: small",
+            "name: My Job",
+            "job.yaml:1: name: must be lower-case letters, digits and dashes, such as 'pretrain-stdlib' "
+            "(got My Job)",
+        ),
+        (
+            "name: small",
+            "name: small\nresources:",
+            "job.yaml:2: resources: is empty; give it keys of its own, such as 'workers:', or leave it out",
+        ),
+        (
+            "name: small",
+            "name: small\nresources: 4",
+            "job.yaml:2: resources: must hold keys of its own, such as 'workers:' (got 4)",
+        ),
+        (
+            "architecture: llama",
+            "model_type: llama",
+            "job.yaml:3: model.model_type: the architecture is named by another key (got llama); "
+            "did you mean 'architecture'?",
+        ),
+        (
+            "seq_len: 64",
+            "seq_len: 64\n  seq_len: 65",
+            "job.yaml:7: data.seq_len: is written twice; first on line 6",
+        ),
+        (
+            "seq_len: 64",
+            "seq_len: 99999999999999999999",
+            "job.yaml:6: data.seq_len: is too large a number (got 99999999999999999999)",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_plain_line(refused: Refused, old: str, new: str, message: str) -> None:
+    assert said(refused(old, new)) == message
+
+
+@pytest.mark.usefixtures("yaml_parser")
+@pytest.mark.parametrize(
+    ("new", "line", "problem"),
+    [
+        ("x: !!python/object/apply:os.system [ls]\nmodel:", 2, "tags are not used"),
+        ("x: !thing {architecture: llama}\nmodel:", 2, "tags are not used"),
+        ("1: x\nmodel:", 2, "a key must be text, and 1 is not"),
+        ("true: x\nmodel:", 2, "a key must be text, and true is not"),
+        ("[a]: x\nmodel:", 2, "a key must be text"),
+        ("? {a: b}\n: x\nmodel:", 2, "a key must be text"),
+        ("'': x\nmodel:", 2, "must not be empty"),
+        ("name2: {<<: {a: b}}\nmodel:", 2, "write the keys out"),
+        ("model: *nowhere\nm:", 2, "has no anchor"),
+        ("model: &m {architecture: llama, again: *m}\nm:", 2, "has no anchor"),
+        ('name2: "\\0"\nmodel:', 2, "control character"),
+        ("model: " + "[" * 30 + "]" * 30 + "\nm:", 2, "nested more than"),
+        ("model: " + "{a: " * 30 + "}" * 30 + "\nm:", 2, "nested more than"),
+        ("---\nmodel:", 2, "second document"),
+        ("tracking: {wandb: {mode: '${env:FORGE_NOT_SET}'}}\nmodel:", 2, "FORGE_NOT_SET is not set"),
+        ("tracking: {wandb: {mode: '${home}'}}\nmodel:", 2, "only ${env:NAME}"),
+        ("tracking: {wandb: {mode: '${env:X'}}\nmodel:", 2, "only ${env:NAME}"),
+        ("tracking: {wandb: {mode: 1e999}}\nmodel:", 2, "too large a number"),
+        ("x: {a: ${env:HOME}}\nmodel:", 2, "must be in quotes"),
+        ("x: [1\nmodel:", None, ""),
+        ("x: 'y\nmodel:", None, ""),
+        ("\tx: y\nmodel:", None, ""),
+        ("x: y: z\nmodel:", 2, "':' is out of place"),
+        ('x: "\\UFFFFFFFF"\nmodel:', None, ""),
+        ("%YAML 1.2\nmodel:", None, ""),
+    ],
+)
+def test_yaml_that_no_job_needs_is_refused(refused: Refused, new: str, line: int | None, problem: str) -> None:
+    error = refused("model:", new)
+    assert problem in str(error)
+    assert line is None or error.line == line
+
+
+@pytest.mark.usefixtures("yaml_parser")
+def test_a_bomb_of_aliases_is_refused_before_it_goes_off(refused: Refused) -> None:
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20))
+    assert "more than 10000 values" in str(refused("model:", bomb + "model:"))
+
+
+def test_a_chain_of_aliases_cannot_nest_deeper_than_brackets(refused: Refused) -> None:
+    chain = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 2000))
+    assert "nested more than 24 levels" in str(refused("model:", chain + "model:"))
+
+
+def test_an_alias_stands_for_what_its_anchor_holds(write: Callable[[str], Path]) -> None:
+    loaded = load_job(write(SMALL.replace("seq_len: 64", "seq_len: &n 64\n  seed: *n")))
+    assert loaded.job.data.seed == 64
+    assert loaded.source.places["data.seed"].line == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty"),
+        (b"# nothing\n", "is empty"),
+        (b"---\n", "is empty"),
+        (b"[1, 2]", "must hold keys"),
+        (b"just text", "must hold keys"),
+        (b"name: \xff", "not UTF-8"),
+        ("name: x".encode("utf-16"), "not UTF-8"),
+        (b"name: \0", "U+0000"),
+        (b"name: a\n\x1b[31m", "U+001B"),
+        (b"#" * (2**20 + 1), "larger than 1 MiB"),
+        (b"[" * 100_000, "nested more than"),
+        (b"a" * 1_000_000, "must hold keys"),
+        (b"a: b\n" * 100_000, "more than 10000 values"),
+        (b"- " * 100_000, "nested more than"),
+    ],
+)
+def test_what_is_no_job_file_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    with pytest.raises(JobFileError) as caught:
+        load_job(path)
+    assert problem in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + SMALL.replace("\n", "\r\n").encode())
+    assert load_job(path).source.places["data.seq_len"].line == 6
+
+
+def test_a_missing_file_a_folder_and_an_unreadable_one_are_told_apart(tmp_path: Path) -> None:
+    locked = tmp_path / "locked.yaml"
+    locked.write_text(SMALL)
+    locked.chmod(0)
+    loop = tmp_path / "loop.yaml"
+    loop.symlink_to(loop)
+    cases = {tmp_path / "none.yaml": "no such file", tmp_path: "is a folder", loop: "cannot be read"}
+    if os.geteuid() != 0:  # root reads everything
+        cases[locked] = "Permission denied"
+    for path, problem in cases.items():
+        with pytest.raises(JobFileError, match=problem):
+            load_job(path)
+    with pytest.raises(JobFileError, match="cannot be read"):
+        load_job("a\0b")
+
+
+def test_all_mistakes_are_listed_in_the_order_of_the_file(refused: Refused) -> None:
+    error = refused("seq_len: 64\n", "seqlen: 64\nresources: {workers: 0, gpus: x}\n", "training.epochs=-1")
+    assert [(other.line, other.key) for other in (error, *error.others)] == [
+        (6, "data.seqlen"),
+        (7, "resources.workers"),
+        (7, "resources.gpus"),
+        (None, "training.epochs"),
+    ]
+    assert said(error).splitlines()[-1] == "  --set training.epochs=-1: must be greater than 0"
+
+
+def test_one_mistake_is_told_once(refused: Refused) -> None:
+    assert refused("name: small", "name: ${env:FORGE_NOT_SET}").others == ()
+    assert refused("data:", "dat:").others == ()
+    assert refused("total_steps: 10", "total_step: 10").others == ()
+
+
+def test_a_job_error_can_be_sent_to_another_process(refused: Refused) -> None:
+    error = refused("seq_len: 64", "seqlen: 64\n  sed: 1")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+# The environment
+
+
+def test_the_environment_fills_in_what_the_file_names(
+    write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORPUS", "/data/books")
+    monkeypatch.setenv("STEPS", "12")
+    text = SMALL.replace("source: python-stdlib", 'files: "${env:CORPUS}/*.txt"')
+    loaded = load_job(write(text.replace("total_steps: 10", "total_steps: ${env:STEPS}")))
+    assert loaded.job.data.files == ("/data/books/*.txt",)
+    assert loaded.job.training.total_steps == 12
+    assert loaded.source.places["training.total_steps"].text == "${env:STEPS}"
+
+
+def test_in_quotes_the_environment_is_text(write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROBE", "12")
+    path = write(
+        SMALL.replace("architecture: llama", "architecture: llama\n  a: ${env:PROBE}\n  b: '${env:PROBE}'")
+    )
+    assert load_job(path).job.model.config_overrides == {"a": 12, "b": "12"}
+
+
+def test_the_environment_cannot_bring_structure_or_control_characters(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROBE", "{stage: 3}")
+    assert "must hold keys" in str(refused("total_steps: 10", "total_steps: 10\n  zero: ${env:PROBE}"))
+    monkeypatch.setenv("PROBE", "a\x1b[31m")
+    assert "control character" in str(refused("source: python-stdlib", "files: ${env:PROBE}"))
+
+
+def test_a_message_shows_what_is_written_not_what_the_environment_holds(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROBE", "hunter2")
+    error = refused("seq_len: 64", "seq_len: ${env:PROBE}")
+    assert "hunter2" not in repr(error.__dict__) + str(error)
+    assert error.value == "${env:PROBE}"
+
+
+# Secrets
+
+
+@pytest.mark.parametrize("key", ["api_key", "token", "password", "secret", "WANDB_API_KEY", "access-token", "key"])
+@pytest.mark.parametrize("value", ["hunter2", "'hunter2'", "[hunter2]", "{a: hunter2}", "'${hunter2}'", "*hunter2"])
+def test_a_secret_is_refused_and_never_shown(refused: Refused, key: str, value: str) -> None:
+    for place in (f"tracking: {{wandb: {{{key}: {value}}}}}\nmodel:", f"{key}: {value}\nmodel:"):
+        error = refused("model:", place)
+        assert "hunter2" not in repr([vars(one) for one in (error, *error.others)]) + str(error)
+        assert "environment" in str(error) or value.startswith("*")
+        assert error.line == 2
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["tracking.wandb.api_key=hunter2", "tracking.wandb={api_key: hunter2}", "tracking={wandb: {token: hunter2"],
+)
+def test_a_secret_on_the_command_line_is_refused_and_never_shown(refused: Refused, override: str) -> None:
+    error = refused("name: small", "name: small", override)
+    assert "hunter2" not in repr(vars(error)) + str(error)
+
+
+def test_no_key_of_a_job_sounds_like_a_secret() -> None:
+    assert not [key for key in known_keys(JobSpec) if is_secret(key.rpartition(".")[2])]
+
+
+# --set
+
+
+def loaded_with(path: Path, *overrides: str) -> JobSpec:
+    return load_job(path, overrides=overrides).job
+
+
+@pytest.mark.parametrize(
+    ("override", "value_of", "value"),
+    [
+        ("training.optimizer.lr=1e-3", lambda job: job.training.optimizer.lr, 1e-3),
+        ("resources.workers=1..4", lambda job: job.resources.workers, Range(low=1, high=4)),
+        ("training.ema.decay=0.9", lambda job: job.training.ema.decay, 0.9),
+        ("training.zero={stage: 3}", lambda job: job.training.zero.stage, 3),
+        ("model.rope_scaling.factor=2", lambda job: job.model.config_overrides, {"rope_scaling": {"factor": 2}}),
+        ("tracking.wandb.entity=", lambda job: job.tracking.wandb.entity, None),
+        ("tracking.wandb.project=a=b", lambda job: job.tracking.wandb.project, "a=b"),
+    ],
+)
+def test_a_key_is_set_from_the_command_line(
+    write: Callable[[str], Path], override: str, value_of: Callable[[JobSpec], Any], value: object
+) -> None:
+    assert value_of(loaded_with(write(SMALL), override)) == value
+
+
+def test_the_last_set_wins_and_null_takes_back(write: Callable[[str], Path]) -> None:
+    job = loaded_with(write(SMALL), "training.total_steps=null", "training.epochs=1", "training.epochs=2")
+    assert (job.training.total_steps, job.training.epochs) == (None, 2.0)
+
+
+def test_setting_one_user_of_an_alias_leaves_the_others(write: Callable[[str], Path]) -> None:
+    text = SMALL.replace("architecture: llama", "architecture: llama\n  a: &x {n: 1}\n  b: *x")
+    assert loaded_with(write(text), "model.b.n=2").model.config_overrides == {"a": {"n": 1}, "b": {"n": 2}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.zero.stage=9", "--set training.zero.stage=9: must be 0, 1, 2 or 3"),
+        ("training.zro.stage=1", "--set training.zro: unknown key; did you mean 'zero'?"),
+        ("training.zero={stage: 9}", "--set training.zero.stage=9: must be 0, 1, 2 or 3"),
+        ("name.x=1", "--set name.x: 'name' is a value and has no keys below it"),
+        ("name", "--set name: write it as a dotted key and a value: training.optimizer.lr=1e-3"),
+        ("=1", "--set =1: write it as a dotted key and a value: training.optimizer.lr=1e-3"),
+        ("a..b=1", "--set a..b=1: write it as a dotted key and a value: training.optimizer.lr=1e-3"),
+        ("data.seed=[1", "--set data.seed: "),
+        ("data.seed=\ud800", "--set data.seed: holds the character U+D800, which has no place in text"),
+    ],
+)
+def test_a_wrong_set_names_itself_as_the_place(refused: Refused, override: str, message: str) -> None:
+    error = refused("name: small", "name: small", override)
+    assert str(error).startswith(message)
+    assert (error.path, error.line) == ("--set", None)
+
+
+@pytest.mark.parametrize(
+    "override", ["model" + ".a" * 5000 + "=1", "model.a=" + "[" * 5000, "data.seed=" + "9" * 5000]
+)
+def test_a_monstrous_set_is_refused_like_any_other(refused: Refused, override: str) -> None:
+    assert len(str(refused("name: small", "name: small", override))) < 1000
+
+
+# For later stages
+
+
+def test_a_later_stage_can_blame_a_line(write: Callable[[str], Path]) -> None:
+    path = write(SMALL.replace("architecture: llama", "architecture: llama\n  hidden_sise: 3\n  token_map: {a: 1}"))
+    source = load_job(path, overrides=["model.depth=4"]).source
+    error = source.error("model.hidden_sise", "unknown key of llama", nearest="hidden_size")
+    assert said(error) == "job.yaml:4: model.hidden_sise: unknown key of llama (got 3); did you mean 'hidden_size'?"
+    assert said(source.error("model.token_map", "is wrong")) == "job.yaml:5: model.token_map: is wrong"
+    assert said(source.error("model.depth", "is wrong")) == "--set model.depth=4: is wrong"
+
+
+def test_blaming_a_key_that_was_not_written_blames_its_section(write: Callable[[str], Path]) -> None:
+    source = load_job(write(SMALL)).source
+    assert said(source.error("training.zero.stage", "is wrong")) == "job.yaml:7: training.zero.stage: is wrong"
+    assert said(source.error("tracking", "is wrong")) == "job.yaml:1: tracking: is wrong"
+
+
+def test_other_tools_words_lead_to_keys_that_exist() -> None:
+    assert set(_OTHER_WORDS.values()) <= set(known_keys(JobSpec))
+    assert not {key.rpartition(".")[2] for key in known_keys(JobSpec)} & set(_OTHER_WORDS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SMALL,
+        PRETRAIN.read_text(),
+        SMALL.replace("seq_len: 64", "tokenizer: {from_pretrained: x}"),
+        SMALL.replace("source: python-stdlib", "files: [a, b]"),
+        SMALL.replace("name: small", "name: '1e3'\ntracking: {wandb: {project: 'no', entity: '12'}}"),
+        SMALL.replace("total_steps: 10", "epochs: 1e-8\n  evaluate_every: 0.1s"),
+    ],
+)
+def test_a_job_survives_being_written_down(write: Callable[[str], Path], text: str) -> None:
+    job = load_job(write(text)).job
+    assert JobSpec.model_validate_json(job.model_dump_json()) == job
+    assert load_job(write(dump_job(job))).job == job
+
+
+def test_reading_a_job_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'transformers', 'ray', 'numpy'}"
+    script = f"import sys, forge.config.load; sys.exit(bool({heavy} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,119 @@
+"""What may stand in `search:`, and what is said of what may not, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from forge.config.dump import dump_job
+from forge.config.load import LoadedJob, load_job
+from forge.config.overrides import check_space, own_values, trial_job
+from forge.errors import JobFileError
+
+JOB = """\
+name: tune
+model: {architecture: llama, hidden_size: 64, num_hidden_layers: 2}
+data: {source: python-stdlib}
+training: {total_steps: 60, optimizer: {lr: 1.0e-3}, schedule: {warmup_steps: 5}}
+search:
+  space:
+    training.optimizer.lr: {loguniform: [1.0e-4, 3.0e-2]}
+    training.schedule.warmup_steps: {int: [0, 20]}
+    model.intermediate_size: {of: model.hidden_size, times: 4}
+  proxy: {model.num_hidden_layers: 1}
+  max_trials: 8
+"""
+
+
+def load(folder: Path, old: str = "", new: str = "", *, overrides: tuple[str, ...] = ()) -> LoadedJob:
+    assert old in JOB
+    (folder / "tune.yaml").write_text(JOB.replace(old, new))
+    loaded = load_job(folder / "tune.yaml", overrides=overrides)
+    check_space(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("optimizer.lr:", "optimizer.learning_rate:", r":7: .*did you mean 'training.optimizer.lr'"),
+        ("optimizer.lr:", "optimiser.lr:", r":7: search.space.training.optimiser.lr: .*unknown key"),
+        ("[0, 20]", "[0, 200]", r":8: .*cannot be 200: 200 steps of warm-up are more than the 60"),
+        ("[0, 20]", "[0, 2.5]", r":8: .*must have whole numbers as its ends"),
+        ("loguniform: [1.0e-4", "loguniform: [0", r":7: .*loguniform: must lie above 0"),
+        ("[1.0e-4, 3.0e-2]", "[3.0e-2, 1.0e-4]", r":7: .*is empty: 0.03 is not below 0.0001"),
+        ("loguniform: [1.0e-4, 3.0e-2]", "choice: []", r":7: .*a list of at least one value"),
+        ("loguniform: [1.0e-4, 3.0e-2]", "choice: [fast]", r":7: .*cannot be 'fast': must be a number"),
+        ("loguniform: [1.0e-4, 3.0e-2]", "choice: [0.1, 0.1]", r":7: .*has a value twice"),
+        ("loguniform: [1.0e-4, 3.0e-2]", "grid: [0.1]", r":7: .*a grid needs searcher.*did you mean 'choice'"),
+        ("loguniform: [1.0e-4, 3.0e-2]", "choice: [1], int: [1, 2]", r":7: .*exactly one of choice"),
+        ("of: model.hidden_size", "of: model.hidden", r":9: .*'model.hidden' has no number"),
+        ("of: model.hidden_size, times: 4", "of: model.hidden_size", r":9: .*one of 'times' and 'divided_by'"),
+        ("times: 4", "tims: 4", r":9: .*unknown key; did you mean 'times'"),
+        ("training.schedule.warmup_steps: {", "resources.workers: {", r":8: .*does not change what is learnt"),
+        ("model.num_hidden_layers: 1", "training.total_steps: many", r":10: .*cannot be 'many'"),
+        ("model.num_hidden_layers: 1", "training.optimizer.lr: 1", r":10: .*is searched"),
+        ("max_trials: 8", "metric: eval/accuracy", r":11: .*will never appear; trials report eval/loss"),
+        ("max_trials: 8", "scheduler: {kind: asha2}", r":11: .*did you mean 'asha'"),
+        ("max_trials: 8", "scheduler: {kind: pbt}", r":11: .*interval_steps: is missing: pbt needs it"),
+        ("max_trials: 8", "max_trials: 0", r":11: .*must be at least 1"),
+        (
+            "max_trials: 8",
+            "scheduler: {kind: pbt, interval_steps: 20}",
+            r"model.intermediate_size: pbt changes values in the middle of a trial",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(JobFileError, match=message):
+        load(tmp_path, old, new)
+
+
+def test_a_space_of_keys_that_only_follow_is_empty(tmp_path: Path) -> None:
+    searched = JOB[JOB.index("    training.optimizer.lr") : JOB.index("    model.inter")]
+    with pytest.raises(JobFileError, match=r"search.space: is empty"):
+        load(tmp_path, searched)
+
+
+def test_a_job_with_a_search_is_written_as_it_was_read(tmp_path: Path) -> None:
+    loaded = load(tmp_path)
+    (tmp_path / "again.yaml").write_text(dump_job(loaded.job))
+    assert load_job(tmp_path / "again.yaml").job == loaded.job
+
+
+def test_a_trial_has_proxy_values_and_what_follows_and_no_search(tmp_path: Path) -> None:
+    job = load(tmp_path).job
+    values = {"training.optimizer.lr": 0.02, "training.schedule.warmup_steps": 3}
+    trial = trial_job(job, values)
+    assert trial.search is None
+    assert (trial.training.optimizer.lr, trial.training.schedule.warmup_steps) == (0.02, 3)
+    assert trial.model.config_overrides == {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 256}
+    whole = trial_job(job, values, is_proxied=False)
+    assert whole.model.config_overrides == {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256}
+
+
+def test_the_command_line_reaches_keys_with_dots(tmp_path: Path) -> None:
+    overrides = (
+        "search.proxy.training.total_steps=30",
+        "search.space.training.optimizer.lr={choice: [0.1, 0.2]}",
+    )
+    search = load(tmp_path, overrides=overrides).job.search
+    assert search is not None
+    assert search.proxy == {"model.num_hidden_layers": 1, "training.total_steps": 30}
+    assert search.space["training.optimizer.lr"].choice == (0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("", "", {"training.optimizer.lr": 1e-3, "training.schedule.warmup_steps": 5}),
+        ("lr: 1.0e-3", "lr: 1.0", None),
+        ("[0, 20]", "[6, 20]", None),
+        ("loguniform: [1.0e-4, 3.0e-2]", "choice: [0.1, 0.2]", None),
+    ],
+)
+def test_the_jobs_own_values_are_a_trial_if_they_lie_in_the_space(
+    tmp_path: Path, old: str, new: str, expected: dict[str, float] | None
+) -> None:
+    assert own_values(load(tmp_path, old, new).job) == expected

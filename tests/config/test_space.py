@@ -1,0 +1,14 @@
+"""A job with some of its keys changed."""
+
+from __future__ import annotations
+
+from forge.config.overrides import trial_job
+from tests.support.jobs import tiny_job
+from tests.support.tuning import LR, SEARCH, WARMUP
+
+
+def test_a_trial_changes_nothing_of_the_search_that_it_belongs_to() -> None:
+    job = tiny_job(search=SEARCH | {"proxy": {"training.optimizer": {"name": "adamw"}}})
+    before = job.model_dump_json()
+    assert trial_job(job, {LR: 0.5, WARMUP: 1}).training.optimizer.lr == 0.5
+    assert job.model_dump_json() == before

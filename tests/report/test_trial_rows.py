@@ -1,0 +1,178 @@
+"""The trials of a search as a table, and as lines of news."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forge.config.overrides import search_of
+from forge.events import Event, TrialEnded, TrialExploited, TrialReported, TrialStarted, event_to_record
+from forge.report.text import search_facts
+from forge.report.trial_event_text import TrialEventDescriber
+from forge.report.trial_rows import arranged, bars, fitted, judged, short_names, shown, trial_rows
+from forge.runs.trials import TrialTable
+from tests.support.jobs import tiny_plan
+from tests.support.tuning import BEGAN, LR, WARMUP, begun, ended, search_plan, suggested
+
+TRIALS = [
+    *ended(1, value=5.0),
+    *ended(2, value=4.0),
+    *ended(3, step=2, value=8.0, status="stopped"),
+    *begun(4, values={2: 4.5}),
+    suggested(5),
+]
+
+
+def records(events: list[Event]) -> list[dict[str, Any]]:
+    return [{"time": BEGAN + at} | event_to_record(event) for at, event in enumerate(events)]
+
+
+def drawn(*, width: int) -> list[str]:
+    book = TrialTable(records(TRIALS))
+    trials = arranged(book, mode="min", room=9)
+    return fitted(
+        "eval/loss", trial_rows(trials, now=BEGAN + 60, total_steps=6, best=book.best("min")), width=width
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        ([LR, WARMUP], ["lr", "warmup_steps"]),
+        (["a.b.lr", "a.c.lr", "name"], ["b.lr", "c.lr", "name"]),
+        (["x.lr", "lr"], ["x.lr", "lr"]),
+        ([], []),
+    ],
+)
+def test_keys_are_told_apart_by_as_few_parts_as_can_be(keys: list[str], names: list[str]) -> None:
+    assert list(short_names(keys).values()) == names
+
+
+def test_running_trials_come_first_then_the_best_then_the_newest() -> None:
+    book = TrialTable(records(TRIALS))
+    assert [trial.number for trial in arranged(book, mode="min", room=9)] == [4, 2, 5, 3, 1]
+    assert [trial.number for trial in arranged(book, mode="max", room=3)] == [4, 1, 5]
+    assert arranged(book, mode="min", room=-1) == []
+
+
+def test_a_wide_table_has_everything() -> None:
+    assert drawn(width=80) == [
+        "trial  status    step  eval/loss  values                   time",
+        "    4  running    2/6     4.5000  lr=0.004 warmup_steps=4   48s",
+        "   *2  finished   6/6     4.0000  lr=0.002 warmup_steps=2    3s",
+        "    5  waiting    0/6          -  lr=0.005 warmup_steps=5   45s",
+        "    3  stopped    2/6     8.0000  lr=0.003 warmup_steps=3    3s",
+        "    1  finished   6/6     5.0000  lr=0.001 warmup_steps=1    3s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("width", "head", "line"),
+    [
+        (50, "trial  status    step  eval/loss  values", "   *2  finished   6/6     4.0000  lr=0.002 warmup…"),
+        (36, " # status   step   loss values", "*2 finished  6/6 4.0000 lr=0.002 wa…"),
+        (28, " # status   step   loss", "*2 finished  6/6 4.0000"),
+        (10, " # status…", "*2 finish…"),
+    ],
+)
+def test_a_narrow_one_leaves_out_what_matters_least(width: int, head: str, line: str) -> None:
+    lines = drawn(width=width)
+    assert (lines[0], lines[2]) == (head, line)
+
+
+@given(st.integers(0, 100))
+def test_no_line_is_longer_than_there_is_room(width: int) -> None:
+    assert max(map(len, drawn(width=width))) <= width
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0012345, "0.001234"),
+        (3, "3"),
+        (True, "true"),
+        (None, "null"),
+        ("adamw\x1b[2J", "adamw\\x1b[2J"),
+        ([1, 2], "[1, 2]"),
+    ],
+)
+def test_values_are_short_and_harmless(value: Any, text: str) -> None:
+    assert shown(value) == text
+
+
+def test_the_metric_keeps_the_digits_that_tell_trials_apart() -> None:
+    assert [judged(value) for value in (5.25, 123456.0, 1.25e-5, float("nan"), None, 0.0)] == [
+        "5.2500", "1.235e+05", "1.25e-05", "-", "-", "0",
+    ]  # fmt: skip
+
+
+def test_bars_are_as_long_as_their_shares_the_largest_first() -> None:
+    shares = {WARMUP: 0.25, LR: 0.5, "x": float("nan"), "y": 0.0}
+    assert bars(shares, width=4) == [
+        ["lr", "50%", "████"], ["warmup_steps", "25%", "██"], ["y", "0%", ""], ["x", "-", ""],
+    ]  # fmt: skip
+    assert bars({}) == []
+
+
+def test_the_news_are_a_line_for_each_turn_of_a_trial() -> None:
+    news = TrialEventDescriber(search_of(search_plan().job))
+    again = TrialStarted(trial=1, total_steps=6, seconds=0.3, is_warm=True)
+    told = [
+        *begun(1, values={2: 5.25}),
+        again,
+        TrialReported(trial=1, step=4, value=float("nan"), metrics={}),
+        TrialExploited(trial=1, donor=3, step=4, values={LR: 0.002}),
+        TrialEnded(trial=1, status="stopped", step=4, value=5.0, reason="asha"),
+        TrialEnded(trial=1, status="failed", step=4, value=None, reason="rank 0\ndied"),
+        TrialEnded(trial=9, status="failed", step=4, value=None),
+    ]
+    assert [line for record in records(told) if (line := news.line(record))] == [
+        "trial 1 started in 1.2s: lr=0.001 warmup_steps=1",
+        "trial 1 step 2 eval/loss 5.2500",
+        "trial 1 goes on after 300ms: lr=0.001 warmup_steps=1",
+        "trial 1 step 4 eval/loss is no number",
+        "trial 1 goes on from trial 3 at step 4: lr=0.002",
+        "trial 1 stopped by asha at step 4, eval/loss 5.0000",
+        "trial 1 failed at step 4: rank 0\\ndied",
+    ]
+
+
+class TestThePlan:
+    def test_of_a_job_without_a_search_there_is_nothing_to_say(self) -> None:
+        assert search_facts(tiny_plan(None)) == []
+
+    @pytest.mark.parametrize(
+        ("changes", "name", "text"),
+        [
+            ({}, "trials", "4, 4 at once with 1..4 workers each (room for 4 workers)"),
+            ({"max_trials": 9}, "trials", "9, 4 at once with 1..4 workers each (room for 4 workers)"),
+            ({}, "searcher", "random, seed 1"),
+            ({"searcher": {}}, "searcher", "optuna, seed 1, the first 10 at random"),
+            ({}, "scheduler", "asha, at step 2 and at every 3 times as many steps the best 1 of 3 goes on"),
+            ({"scheduler": {}}, "scheduler", "none, every trial runs to its end"),
+            (
+                {"scheduler": {"kind": "median"}},
+                "scheduler",
+                "median, from the first evaluation on a trial worse than the median of the others is stopped",
+            ),
+            (
+                {"scheduler": {"kind": "pbt", "interval_steps": 2}},
+                "scheduler",
+                "pbt, every 2 steps the worst 25% go on from the best 25%",
+            ),
+            ({"metric": "speed/mfu", "mode": "max"}, "judged by", "speed/mfu, more is better"),
+            ({"max_hours": 0.5, "max_usd": 20}, "limits", "0.5 hours, 20 USD"),
+            ({"proxy": {"training.total_steps": 5}}, "proxy", "training.total_steps=5 in every trial"),
+        ],
+    )
+    def test_each_part_is_a_line(self, changes: dict[str, Any], name: str, text: str) -> None:
+        assert dict(search_facts(search_plan(**changes)))[name] == text
+
+    @pytest.mark.parametrize(("max_trials", "text"), [(3, "3 of 6 combinations"), (None, "all 6 combinations")])
+    def test_of_a_grid_the_combinations_are_counted(self, max_trials: int | None, text: str) -> None:
+        space = {LR: {"grid": [0.1, 0.2, 0.3]}, WARMUP: {"grid": [0, 1]}}
+        plan = search_plan(space=space, searcher={"kind": "grid"}, max_trials=max_trials)
+        assert dict(search_facts(plan))["trials"].startswith(f"{text}, ")

@@ -1,0 +1,108 @@
+"""What happens to machines, in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from forge.events import (
+    Event,
+    GenerationStarted,
+    GenerationStarting,
+    MembershipChangeStarted,
+    NodeJoined,
+    NodeLeft,
+    PreemptionNoticeReceived,
+    RankHung,
+    RankLocation,
+    RunStarted,
+    SnapshotIntervalChanged,
+    SupervisorRestarted,
+    WaitingForMachines,
+    event_to_record,
+)
+from forge.runs.event_text import EventDescriber
+
+NODE, OTHER = "3f2a" + "09" * 26, "77aa" + "01" * 26
+FORMED = GenerationStarted(
+    generation=2,
+    world_size=1,
+    device="cpu",
+    peak_flops=1.0,
+    peak_source="test",
+    seconds={},
+    ranks=(RankLocation(rank=0, node=NODE, pid=1),),
+)
+LOSS = MembershipChangeStarted(
+    generation=2, cause="loss", reason=f"node {NODE} lost: connection closed", seconds_since_cause=0.0
+)
+FORMING = GenerationStarting(generation=3, world_size=2, from_step=41, source="memory")
+
+
+def told(*events: Event) -> list[str]:
+    news = EventDescriber()
+    return [line for event in events if (line := news.line(event_to_record(event))) is not None]
+
+
+def test_a_loss_and_how_the_run_goes_on_are_one_line() -> None:
+    for events in ([NodeLeft(node=NODE, reason="gone"), LOSS], [LOSS, NodeLeft(node=NODE, reason="gone")]):
+        assert told(FORMED, *events, FORMING) == [
+            "node 3f2a lost: connection closed; forming generation 3 of 2 workers from step 41 (memory)"
+        ]
+
+
+def test_a_reason_is_told_once() -> None:
+    assert told(LOSS, WaitingForMachines(have=1, need=2), FORMING) == [
+        "node 3f2a lost: connection closed; waiting for machines: 1 of 2 workers",
+        "forming generation 3 of 2 workers from step 41 (memory)",
+    ]
+
+
+def test_a_machine_that_was_not_at_work_leaves_with_a_line_of_its_own() -> None:
+    assert told(FORMED, LOSS, FORMING, NodeLeft(node=OTHER, reason="drained")) == [
+        "node 3f2a lost: connection closed; forming generation 3 of 2 workers from step 41 (memory)",
+        "node 77aa left: drained",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (
+            NodeJoined(node=NODE, host="10.0.0.1", num_slots=1, agent_pid=1),
+            "node 3f2a joined (10.0.0.1), with room for 1 worker",
+        ),
+        (
+            PreemptionNoticeReceived(node=NODE, source="aws", seconds_left=120.0),
+            "node 3f2a will be taken away in 2m 00s, says aws",
+        ),
+        (
+            PreemptionNoticeReceived(node=NODE, source="ray", seconds_left=None),
+            "node 3f2a will be taken away soon, says ray",
+        ),
+        (
+            PreemptionNoticeReceived(node=NODE, source="aws", seconds_left=None, is_certain=False),
+            "node 3f2a is likely to be taken away, says aws",
+        ),
+        (
+            RankHung(generation=1, rank=1, node=NODE, silent_s=8.2),
+            "no progress for 8.2s, rank 1 is behind; every rank's log has its stacks",
+        ),
+        (
+            GenerationStarting(generation=1, world_size=3, from_step=0, source="storage"),
+            "forming generation 1 of 3 workers",
+        ),
+        (
+            SnapshotIntervalChanged(every=4, seconds=0.012, share=0.009),
+            "snapshots to memory every 4 steps from now on (12ms each, 0.9% of the time)",
+        ),
+        (SupervisorRestarted(pid=1), "the supervisor died and was started again; training went on meanwhile"),
+        (NodeLeft(node=NODE, reason="\x1b[2J"), "node 3f2a left: \\x1b[2J"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_each_event_of_machines_is_a_line(event: Event, line: str) -> None:
+    assert told(event) == [line]
+
+
+def test_other_events_are_no_news() -> None:
+    assert told(RunStarted(run_id="r", total_steps=1, resumed_from_step=0), FORMED) == []

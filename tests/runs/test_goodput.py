@@ -1,0 +1,450 @@
+"""Where a run's time went: to the second, whatever happened, and whatever the records say."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forge.events import (
+    NodeJoined,
+    NodeLeft,
+    PreemptionNoticeReceived,
+    RunFailed,
+    RunFinished,
+    SampleGenerated,
+    WaitingForMachines,
+)
+from forge.runs.goodput import BUCKETS, GoodputReport, GoodputTracker, goodput_of, moment
+from tests.support.runs import History
+
+SECONDS = st.floats(min_value=0.001, max_value=100.0)
+ACTS = [
+    "step",
+    "evaluated step",
+    "saved step",
+    "loss",
+    "late loss",
+    "hang",
+    "growth",
+    "broken",
+    "wait",
+    "stop",
+    "die",
+]
+TIMES = st.sampled_from([math.nan, -1.0, 1.0, 2.0, 2, 5.5, 70.0, 1e9])
+ANYTHING = st.sampled_from([None, "", "a", math.nan, math.inf, -1, 0, 1, 2.5, 1e300])
+KINDS = st.sampled_from(
+    [
+        *[
+            "RunStarted",
+            "RunFailed",
+            "RunStopped",
+            "MembershipChangeStarted",
+            "GenerationStarting",
+            "GenerationStarted",
+            "Evaluated",
+        ],
+        *[
+            "WaitingForMachines",
+            "StepRepeated",
+            "CheckpointSaved",
+            "NodeJoined",
+            "NodeLeft",
+            "PreemptionNoticeReceived",
+            "X",
+        ],
+    ]
+)
+NUMBERS = ["step", "seconds", "seconds_since_cause", "step_s", "stall_s", "speed/step_s", "world_size", "node"]
+NONSENSE = {"event": KINDS, "cause": st.sampled_from(["loss", "hang"])} | dict.fromkeys(NUMBERS, ANYTHING)
+
+
+def ledger(history: History, *, now: float | None = None) -> GoodputReport:
+    return goodput_of(history.events, history.steps, now=now)
+
+
+def spent(found: GoodputReport) -> dict[str, float]:
+    """The buckets that are not empty."""
+    return {bucket: seconds for bucket, seconds in found.seconds.items() if seconds > 1e-9}
+
+
+def started(*, forming_s: float = 5.0) -> History:
+    history = History()
+    history.start()
+    history.form(forming_s)
+    return history
+
+
+def join(history: History, *nodes: str) -> None:
+    for node in nodes:
+        history.tell(NodeJoined(node=node, host="10.0.0.1", num_slots=1, agent_pid=1))
+
+
+def play(acts: Sequence[tuple[str, float]]) -> History:
+    """A run to which all of this happens; what cannot happen just then does not."""
+    history = History()
+    history.start()
+    for act, seconds in acts:
+        if not history.is_training and act in ("step", "evaluated step", "saved step"):
+            history.form(seconds)
+        step = history.last_step + 1
+        if act == "step":
+            history.step(step, seconds, gap_s=seconds / 7 if history.is_training else 0.0)
+        elif act == "evaluated step":
+            history.step(step, seconds, evaluation_s=seconds / 3)
+        elif act == "saved step" and history.is_training:
+            history.spend(seconds / 5, "saving")
+            history.step(step, seconds)
+            history.saved(step - 1, seconds=seconds, stall_s=seconds / 5)
+        elif act == "loss" and history.is_training:
+            history.spend(seconds, "repeated")
+            history.change("loss")
+            history.form(seconds)
+            history.step(step - 1, seconds)
+        elif act == "late loss" and history.is_training:  # the step that was going on had ended all the same
+            history.spend(seconds, "training")
+            history.change("loss")
+            history.record_step(step, seconds)
+            history.change("loss")
+        elif act == "hang" and history.is_training:
+            history.spend(seconds / 2, "repeated")
+            history.spend(seconds, "stalled")
+            history.change("hang", since_s=seconds)
+        elif act == "growth" and history.is_training:
+            history.spend(seconds / 7, "other")
+            history.spend(seconds, "training")
+            history.change("growth")
+            history.spend(seconds, "training")
+            history.record_step(step, 2 * seconds)
+            history.spend(seconds / 9, "forming")
+            history.form(seconds)
+            history.step(step + 1, seconds)
+        elif act == "broken" and not history.is_training:
+            history.form(seconds)
+            history.change("failure")
+        elif act == "wait" and not history.is_training:
+            history.wait(seconds)
+            history.form(seconds)
+        elif act == "stop" or (act == "die" and history.now == max(last_times(history))):
+            if act == "stop":
+                history.stop(saving_s=seconds)
+            history.now += 1000 * seconds  # nobody works
+            history.start()
+    history.stop()
+    return history
+
+
+def last_times(history: History) -> list[float]:
+    return [records[-1]["time"] for records in (history.events, history.steps) if records]
+
+
+class TestBuckets:
+    @given(st.lists(st.tuples(st.sampled_from(ACTS), SECONDS), max_size=40))
+    def test_every_second_is_where_it_was_spent(self, acts: list[tuple[str, float]]) -> None:
+        history = play(acts)
+        found = ledger(history)
+        for bucket in BUCKETS:
+            assert found.seconds[bucket] == pytest.approx(history.spent[bucket], abs=1e-4), bucket
+        assert found.wall_s == pytest.approx(sum(history.spent.values()), abs=1e-4)
+
+    @given(
+        st.lists(st.tuples(st.sampled_from(ACTS), SECONDS), max_size=25),
+        st.lists(st.sampled_from([0.0, 0.0, 0.0, 0.004, -0.004, -3600.0, 86400.0]), min_size=1),
+        st.none() | st.floats(min_value=0, max_value=2e6),
+    )
+    def test_they_add_up_to_the_wall_time_whatever_the_clocks_do(
+        self, acts: list[tuple[str, float]], shifts: list[float], now: float | None
+    ) -> None:
+        history = play(acts)
+        for number, record in enumerate([*history.events, *history.steps]):
+            record["time"] += shifts[number % len(shifts)]
+        holds_together(ledger(history, now=now))
+
+    @given(st.lists(st.fixed_dictionaries({"time": TIMES}, optional=NONSENSE), max_size=15))
+    def test_they_do_so_even_if_the_records_make_no_sense(self, records: list[dict[str, Any]]) -> None:
+        book = GoodputTracker()
+        for record in records:
+            book.add(record)
+        holds_together(book.ledger())
+
+    def test_an_engine_that_tells_nothing_of_machines_has_a_ledger_too(self) -> None:
+        history = History()
+        history.start()
+        history.spend(9.0, "forming")
+        history.step(1, 2.0)
+        history.step(2, 1.0, gap_s=0.5, evaluation_s=3.0)
+        history.stop(saving_s=0.25)
+        for record in history.events:
+            record.pop("ranks", None)
+        found = ledger(history)
+        assert spent(found) == pytest.approx(
+            {"forming": 9.0, "training": 3.0, "other": 0.5, "evaluating": 3.0, "saving": 0.25}
+        )
+        assert (found.num_changes, found.num_nodes, found.node_goodput) == (0, 1, pytest.approx(3.0 / 15.75))
+
+    def test_a_step_that_a_planned_change_lets_end_is_not_lost(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.spend(0.75, "training")
+        history.change("notice")
+        history.spend(0.25, "training")
+        history.record_step(2, 1.0)
+        history.form(2.0)
+        history.step(3, 1.0)
+        assert spent(ledger(history)) == pytest.approx({"forming": 7.0, "training": 3.0})
+
+    def test_one_that_breaks_while_it_leaves_is_lost(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.spend(0.75, "repeated")
+        history.change("notice")
+        history.spend(0.25, "forming")
+        history.form(2.0)
+        history.step(2, 1.0)
+        assert spent(ledger(history)) == pytest.approx({"forming": 7.25, "training": 2.0, "repeated": 0.75})
+
+    def test_a_hang_of_unknown_length_began_after_the_last_step(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.spend(8.0, "stalled")
+        history.change("hang")
+        assert ledger(history).seconds["stalled"] == 8.0
+
+    def test_a_checkpoint_reported_within_the_millisecond_of_the_next_step_has_not_taken_that_step(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.step(2, 4.0, gap_s=0.1)
+        history.saved(1, seconds=3.0, stall_s=0.1)
+        found = ledger(history)
+        assert (found.seconds["training"], found.seconds["saving"]) == pytest.approx((5.0, 0.1))
+
+    def test_what_a_step_waited_for_a_checkpoint_is_no_training(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.step(2, 4.0, gap_s=0.1)
+        history.saved(1, seconds=3.0, stall_s=0.6)
+        assert spent(ledger(history)) == pytest.approx({"forming": 5.0, "training": 4.5, "saving": 0.6})
+
+    def test_a_checkpoint_made_while_the_run_waits_is_waiting(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.change("loss")
+        history.wait(3.0)
+        history.saved(1, seconds=2.0, stall_s=0.0)
+        history.form(1.0)
+        history.stop()
+        assert spent(ledger(history)) == pytest.approx({"forming": 6.0, "training": 1.0, "waiting": 3.0})
+
+    def test_what_comes_after_the_last_checkpoint_is_not_saving(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.spend(2.0, "saving")
+        history.saved(1, seconds=2.0, stall_s=0.1)
+        history.spend(3.0, "other")
+        history.tell(SampleGenerated(step=1, prompt="", text=""))
+        history.tell(RunFinished(step=1))
+        assert spent(ledger(history)) == pytest.approx(dict(+history.spent))
+
+    def test_the_step_that_a_failure_ended_is_lost(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.spend(2.0, "repeated")
+        history.tell(RunFailed(error="RunError", message="why"))
+        assert spent(ledger(history)) == pytest.approx(dict(+history.spent))
+
+    @pytest.mark.parametrize("has_died", [False, True])
+    def test_between_its_end_and_its_next_start_a_run_has_no_wall_time(self, has_died: bool) -> None:
+        history = started()
+        history.step(1, 1.0)
+        if not has_died:
+            history.stop()
+        history.now += 5000.0
+        history.start()
+        history.form(5.0)
+        history.step(2, 1.0)
+        assert ledger(history).wall_s == pytest.approx(12.0)
+
+    def test_a_run_without_its_first_event_begins_with_its_first_step(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.step(2, 1.0)
+        assert spent(goodput_of([], history.steps, now=None)) == pytest.approx({"training": 2.0})
+
+
+class TestWhileItGoesOn:
+    def test_the_step_that_it_is_at_counts_as_training_for_as_long_as_steps_take(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        found = ledger(history, now=history.now + 3.0)
+        assert spent(found) == pytest.approx({"forming": 5.0, "training": 2.0, "other": 2.0})
+        assert found.wall_s == pytest.approx(9.0)
+
+    def test_what_it_waits_for_is_told_before_it_has_come(self) -> None:
+        history = History()
+        history.start()
+        history.tell(WaitingForMachines(have=0, need=2))
+        assert spent(ledger(history, now=history.now + 60.0)) == {"waiting": 60.0}
+
+    def test_one_that_has_ended_does_not_go_on(self) -> None:
+        history = started()
+        history.stop()
+        assert ledger(history, now=history.now + 60.0).wall_s == pytest.approx(5.0)
+
+    @given(st.lists(st.tuples(st.sampled_from(ACTS), SECONDS), max_size=15))
+    def test_asking_a_book_changes_nothing_in_it(self, acts: list[tuple[str, float]]) -> None:
+        history = play(acts)
+        whole = ledger(history).as_record()
+        book = GoodputTracker()
+        for record in sorted([*history.events, *history.steps], key=moment):
+            book.add(record)
+            holds_together(book.ledger(now=record["time"] + 1.0))
+        again = book.ledger().as_record()
+        assert again["seconds"] == pytest.approx(whole["seconds"], abs=1e-4)
+        assert again["goodput"] == pytest.approx(whole["goodput"])
+
+    def test_an_evaluation_that_is_read_after_its_step_is_one_all_the_same(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.step(2, 1.0, evaluation_s=4.0)
+        book = GoodputTracker()
+        for record in (*history.events[:3], *history.steps, *history.events[3:]):
+            book.add(record)
+        assert spent(book.ledger()) == pytest.approx({"forming": 5.0, "training": 2.0, "evaluating": 4.0})
+
+
+class TestFigures:
+    def test_goodput_is_what_the_steps_would_have_taken_at_their_best(self) -> None:
+        history = started(forming_s=3.0)
+        for step, step_s in enumerate([4.0, 1.0, 1.0, 1.0], start=1):
+            history.step(step, step_s)
+        history.nodes = ("a",)
+        history.change("loss")
+        history.form(2.0)
+        history.step(5, 8.0)
+        found = ledger(history)
+        assert (found.ideal_step_s, found.wall_s) == pytest.approx((1.0, 20.0))
+        assert found.goodput == pytest.approx(5 * 1.0 / 20.0)
+
+    def test_their_best_is_the_median_at_the_largest_size(self) -> None:
+        history = History()
+        history.start()
+        for nodes, steps_s in ((("a",), [1.0, 1.0, 1.0, 1.0]), (("a", "b"), [9.0, 2.0, 2.5]), (("a",), [1.0, 1.0])):
+            history.nodes = nodes
+            history.form(1.0)
+            for step_s in steps_s:
+                history.step(history.last_step + 1, step_s)
+        assert ledger(history).ideal_step_s == 2.5
+
+    def test_node_goodput_counts_each_machine_for_as_long_as_it_was_there(self) -> None:
+        history = History()
+        history.start()
+        join(history, "a", "b", "c")
+        history.nodes = ("a", "b", "c")
+        history.form(2.0)
+        history.step(1, 4.0)  # 3 x 4 useful
+        history.tell(NodeLeft(node="c", reason="gone"))
+        history.change("loss", reason="node c lost: gone")
+        history.nodes = ("a", "b")
+        history.form(1.0)
+        history.step(1, 1.0)
+        history.step(2, 5.0)  # 2 x 5 useful
+        found = ledger(history)
+        assert found.node_goodput == pytest.approx((3 * 4 + 2 * 5) / (3 * 6 + 2 * 7))
+        assert (found.num_nodes, found.num_steps, found.num_repeated_steps) == (2, 2, 1)
+
+    def test_two_ranks_of_one_machine_are_one_node(self) -> None:
+        history = History()
+        history.start()
+        history.nodes = ("a", "a", "b")
+        history.form(1.0)
+        history.step(1, 1.0)
+        assert ledger(history).num_nodes == 2
+
+    def test_a_preemption_is_no_failure(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        for source in ("aws", "ray"):  # both tell of one machine
+            history.tell(PreemptionNoticeReceived(node="b", source=source, seconds_left=120.0))
+        history.tell(
+            PreemptionNoticeReceived(node="c", source="aws", seconds_left=None, is_certain=False)
+        )  # it stayed
+        history.change("loss", reason="node b lost: it was quicker than its notice")
+        history.change("loss", reason="node a lost: connection closed")
+        history.change("growth")
+        history.change("hang")
+        history.change("failure")
+        found = ledger(history)
+        assert (found.num_preemptions, found.num_failures, found.num_changes) == (2, 2, 5)
+
+    def test_a_change_lasts_until_the_first_step_after_it_has_ended(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.nodes = ("a",)
+        history.change("hang", reason="rank 1 hung", since_s=0.5)
+        history.wait(10.0)
+        history.form(2.0)
+        history.step(1, 1.0, evaluation_s=7.0)
+        history.step(2, 1.0)
+        (change,) = ledger(history).changes
+        assert change.seconds == pytest.approx(13.0)
+        assert (change.cause, change.reason, change.source) == ("hang", "rank 1 hung", "memory")
+        assert (change.from_world_size, change.to_world_size, change.from_step) == (2, 1, 1)
+        assert (dict(change.parts), change.seconds_since_cause) == ({"fork": 0.1, "build": 0.2}, 0.5)
+
+    def test_what_a_generation_was_made_of_may_be_told_after_its_first_steps(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.change("loss")
+        history.form(1.0)
+        history.step(2, 1.0)
+        formed = history.events.pop()
+        history.step(3, 1.0)
+        history.events.append(formed | {"time": history.now})
+        (change,) = ledger(history).changes
+        assert (change.seconds, dict(change.parts)) == (pytest.approx(2.0), {"fork": 0.1, "build": 0.2})
+
+    def test_a_change_stays_as_it_was_when_the_next_comes(self) -> None:
+        history = started()
+        for step, nodes in enumerate([("a",), ("a", "b", "c")], start=1):
+            history.step(step, 1.0)
+            history.change("loss")
+            history.nodes = nodes
+            history.form(float(step))
+        history.step(3, 1.0)
+        changes = ledger(history).changes
+        assert [(c.from_world_size, c.to_world_size, c.from_step) for c in changes] == [(2, 1, 1), (1, 3, 2)]
+        assert [change.seconds for change in changes] == pytest.approx([2.0, 3.0])
+
+    def test_a_change_that_led_to_no_step_has_no_end(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.change("loss")
+        history.tell(RunFailed(error="ClusterError", message="why"))
+        assert [change.seconds for change in ledger(history).changes] == [None]
+
+    def test_before_the_first_step_the_figures_are_unknown(self) -> None:
+        for history in (History(), started()):
+            found = ledger(history)
+            assert math.isnan(found.goodput)
+            assert found.as_record()["goodput"] is None
+
+    @given(st.lists(st.tuples(st.sampled_from(ACTS), SECONDS), max_size=15))
+    def test_a_record_of_it_is_json_with_everything(self, acts: list[tuple[str, float]]) -> None:
+        found = ledger(play(acts))
+        record = found.as_record()
+        assert json.loads(json.dumps(record, allow_nan=False)) == record
+        assert sum(record["seconds"].values()) == pytest.approx(record["wall_s"], rel=1e-6, abs=1e-4)
+        assert len(record["changes"]) == record["num_changes"]
+
+
+def holds_together(found: GoodputReport) -> None:
+    assert sum(found.seconds.values()) == pytest.approx(found.wall_s, rel=1e-9, abs=1e-6)
+    assert min(found.seconds.values()) >= 0
+    assert math.isnan(found.node_goodput) or 0 <= found.node_goodput <= 1
+    assert all(change.seconds is None or change.seconds >= 0 for change in found.changes)

@@ -1,0 +1,320 @@
+"""`forge train` with the real Ray, two ranks, and everything that can end a run early.
+
+One run is left in peace. Another, of the same job, is stopped by Ctrl-C, loses a rank under Ray Train (which
+ends it), loses the process that carries it, and is carried on each time: its loss curve must be the first
+one's, bit for bit. What forge's own engine survives without an end stands in tests/elastic.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import forge
+from forge.errors import RunError
+from forge.runs.reader import driver_pid, read_metrics, read_run
+from tests.support.command import environment, family, mentioning, start_forge, survivors, wait_for
+from tests.support.command import forge as run_forge
+from tests.support.wandb_file import read_history
+
+TOTAL_STEPS = 240
+JOB = f"""\
+name: tiny
+model: {{architecture: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}}
+data: {{files: "corpus/*.txt", seq_len: 32, tokenizer: {{vocab_size: 300}}, held_out: 10%}}
+training:
+  total_steps: {TOTAL_STEPS}
+  global_batch_size: 8
+  optimizer: {{lr: 1.0e-2}}
+  schedule: {{warmup_steps: 5}}
+  evaluate_every: 120 steps
+checkpoint: {{every: 25 steps}}
+resources: {{workers: 2, gpu: none}}
+tracking: {{wandb: {{mode: offline}}}}
+"""
+TEXT = "the cat sat on a mat and saw one dog run past his old red barn while rain fell down hard"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job of a tiny model on a tiny corpus, with a cache of its own."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "job.yaml").write_text(JOB)
+    (folder / "corpus").mkdir()
+    chance = random.Random(0)
+    for number in range(40):
+        (folder / "corpus" / f"{number}.txt").write_text(" ".join(chance.choices(TEXT.split(), k=400)))
+    return folder
+
+
+@dataclass
+class Execution:
+    """One `forge train`, and what it left."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    carrier: int
+    relatives: list[psutil.Process] = field(default_factory=list)
+    code: int = -1
+    out: str = ""
+    err: str = ""
+    left: list[str] = field(default_factory=list)
+    status: str = ""
+    step: int = 0
+
+    def reach(self, step: int) -> None:
+        """Wait until a step is recorded; take note of every process that works for the run."""
+        wait_for(lambda: last_step(self.folder) >= step or self.process.poll() is not None)
+        assert self.process.poll() is None, self.process.communicate()
+        self.relatives = family(self.carrier)
+
+    def end(self) -> Execution:
+        """Wait for the end, and see what is left of it."""
+        self.out, self.err = self.process.communicate(timeout=120)
+        self.code = self.process.returncode
+        run = read_run(self.folder)
+        self.status, self.step = run.status, run.step
+        self.left = survivors(self.relatives) + mentioning(self.folder.name, f"_{self.carrier}/")
+        return self
+
+
+def begin(home: Path, *arguments: str, runs: str) -> Execution:
+    """Start `forge train ARGUMENTS`; the run is the only one under `runs`."""
+    process = start_forge("train", *arguments, cwd=home, env=environment(home))
+
+    def carried() -> tuple[Path, int] | None:
+        for folder in (home / runs).glob("tiny-*"):
+            pid = driver_pid(folder)
+            if pid is not None:
+                return folder, pid
+        assert process.poll() is None, process.communicate()
+        return None
+
+    folder, pid = wait_for(carried)
+    return Execution(process=process, folder=folder, carrier=pid)
+
+
+def last_step(folder: Path) -> int:
+    steps = read_metrics(folder)
+    return int(steps[-1]["step"]) if steps else 0
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["train/loss"] for record in read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Execution:
+    """The run that is left in peace."""
+    execution = begin(home, "job.yaml", "--set", "checkpoint.to=peace", runs="peace")
+    execution.reach(5)
+    return execution.end()
+
+
+@pytest.fixture(scope="module")
+def disturbed(home: Path) -> dict[str, Execution]:
+    """The run that is not: each time it is ended early, and carried on from its newest checkpoint."""
+    setting = ("--set", "checkpoint.to=trouble")
+
+    interrupted = begin(home, "job.yaml", *setting, runs="trouble")
+    interrupted.reach(20)
+    interrupted.process.send_signal(signal.SIGINT)
+    interrupted.end()
+    resume = ("--resume", str(interrupted.folder))
+
+    rank_killed = begin(home, *resume, "--set", "resources.engine=ray-train", runs="trouble")
+    rank_killed.reach(interrupted.step + 40)
+    next(process for process in rank_killed.relatives if "RayTrainWorker" in "".join(process.cmdline())).kill()
+    rank_killed.end()
+
+    carrier_killed = begin(home, *resume, "--set", "resources.engine=elastic", runs="trouble")
+    carrier_killed.reach(rank_killed.step + 40)
+    psutil.Process(carrier_killed.carrier).kill()
+    carrier_killed.end()
+
+    finished = begin(home, *resume, runs="trouble")
+    finished.reach(carrier_killed.step + 1)
+    finished.end()
+    return {
+        "interrupted": interrupted,
+        "rank killed": rank_killed,
+        "carrier killed": carrier_killed,
+        "finished": finished,
+    }
+
+
+class TestInPeace:
+    def test_it_reaches_its_last_step_and_says_what_it_reached(self, whole: Execution) -> None:
+        assert (whole.code, whole.status, whole.step) == (0, "finished", TOTAL_STEPS), whole.err
+        assert f"finished at step {TOTAL_STEPS} of {TOTAL_STEPS}" in whole.out
+        assert "(a unigram model of the same tokens has " in whole.out
+        assert "a sample of its text" in whole.out
+        assert f"try it: forge generate peace/{whole.folder.name}" in whole.err
+
+    def test_it_learns(self, whole: Execution) -> None:
+        run = read_run(whole.folder)
+        evaluated = run.newest("Evaluated", weights="current")
+        assert evaluated is not None
+        assert run.plan.corpus is not None
+        assert evaluated["step"] == TOTAL_STEPS
+        assert evaluated["perplexity"] < run.plan.corpus.unigram_perplexity / 2
+        assert losses(whole.folder)[-1] < losses(whole.folder)[0] / 2
+
+    def test_a_pipe_gets_plain_lines_in_the_order_of_what_happened(self, whole: Execution) -> None:
+        assert "\x1b" not in whole.out + whole.err
+        lines = whole.err.splitlines()
+        order = [
+            "looking at the corpus",
+            "run tiny-",
+            "forming the ranks",
+            "training on 2 workers (cpu)",
+            f"step      1/{TOTAL_STEPS}",
+            "step     25  checkpoint",
+            f"step    {TOTAL_STEPS}/{TOTAL_STEPS}",
+        ]
+        places = [next(number for number, line in enumerate(lines) if line.startswith(what)) for what in order]
+        assert places == sorted(places)
+
+    def test_every_step_stands_once_with_all_its_numbers(self, whole: Execution) -> None:
+        records = read_metrics(whole.folder)
+        assert [record["step"] for record in records] == list(range(1, TOTAL_STEPS + 1))
+        assert all(None not in record.values() for record in records)
+        assert [record["train/tokens"] for record in records] == [256 * step for step in range(1, TOTAL_STEPS + 1)]
+
+    def test_wandb_holds_the_same_history(self, whole: Execution) -> None:
+        (record,) = whole.folder.glob("wandb/offline-run-*/run-*.wandb")
+        history = [row for row in read_history(record) if "train/loss" in row]
+        assert [row["train/loss"] for row in history] == losses(whole.folder)
+
+    def test_the_folder_holds_what_was_promised(self, whole: Execution) -> None:
+        there = {path.name for path in whole.folder.iterdir()}
+        assert there >= {"job.yaml", "plan.json", "events.jsonl", "metrics.jsonl", "checkpoints", "wandb"}
+        logs = {path.stem for path in (whole.folder / "logs").iterdir()}
+        agents = {name for name in logs if name.startswith("agent-")}
+        assert logs - agents == {"run", "recorder", "supervisor", "warm", "rank-0", "rank-1"}
+        assert len(agents) == 1
+        for log in (whole.folder / "logs").iterdir():
+            assert "Traceback" not in log.read_text()
+
+    def test_no_process_is_left(self, whole: Execution) -> None:
+        assert len(whole.relatives) > 5
+        assert whole.left == []
+
+    def test_the_other_commands_know_it(self, whole: Execution, home: Path) -> None:
+        runs = ("--runs", "peace")
+        (listed,) = json.loads(run_forge("runs", "list", *runs, "-o", "json", cwd=home).stdout)
+        shown = json.loads(run_forge("runs", "show", *runs, "-o", "json", cwd=home).stdout)
+        assert listed == shown
+        assert (shown["run_id"], shown["status"]) == (whole.folder.name, "finished")
+        assert shown["unigram_perplexity"] > shown["held_out_perplexity"]
+        assert Path(shown["checkpoint"]).is_dir()
+        assert run_forge("runs", "logs", *runs, "--file", "rank-1", cwd=home).returncode == 0
+
+    @pytest.mark.slow
+    def test_it_generates_text_longer_than_its_positions(self, whole: Execution, home: Path) -> None:
+        arguments = ("generate", "--runs", "peace", "--prompt", "the cat", "--max-tokens", "80", "-o", "json")
+        first, again = (run_forge(*arguments, cwd=home) for _ in range(2))
+        assert first.returncode == 0, first.stderr
+        answer = json.loads(first.stdout)
+        assert (answer["prompt"], answer["step"]) == ("the cat", TOTAL_STEPS)
+        assert len(set(answer["text"].split()) & set(TEXT.split())) > 5
+        assert first.stdout == again.stdout
+
+
+@pytest.mark.slow
+class TestEndedEarly:
+    def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(self, disturbed: dict[str, Execution]) -> None:
+        run = disturbed["interrupted"]
+        assert (run.code, run.status) == (130, "stopped"), run.err
+        assert 20 <= run.step < TOTAL_STEPS
+        assert f"step {run.step:>6}  checkpoint of " in run.err
+        assert "stopping after this step, with a checkpoint" in run.err
+        assert f"go on: forge train --resume trouble/{run.folder.name}" in run.err
+
+    def test_a_killed_rank_fails_the_run_with_one_clear_message(self, disturbed: dict[str, Execution]) -> None:
+        run = disturbed["rank killed"]
+        assert (run.code, run.status) == (4, "failed"), run.err
+        (message,) = [line for line in run.err.splitlines() if line.startswith("error:")]
+        assert "worker" in message
+        assert str(run.folder.name) in message  # where the logs are
+        assert "Traceback" not in run.err
+
+    def test_a_killed_carrier_is_noticed_and_named(self, disturbed: dict[str, Execution]) -> None:
+        run = disturbed["carrier killed"]
+        assert (run.code, run.status) == (4, "died"), run.err
+        assert "error: the run's process ended without a word; its log is" in run.err
+        assert "go on: forge train --resume" in run.err
+
+    @pytest.mark.parametrize("which", ["interrupted", "rank killed", "carrier killed", "finished"])
+    def test_no_process_is_left(self, disturbed: dict[str, Execution], which: str) -> None:
+        assert len(disturbed[which].relatives) > 5
+        assert disturbed[which].left == []
+
+    def test_after_all_that_the_curve_is_the_one_of_the_run_in_peace_bit_for_bit(
+        self, disturbed: dict[str, Execution], whole: Execution
+    ) -> None:
+        run = disturbed["finished"]
+        assert (run.code, run.status) == (0, "finished"), run.err
+        assert [record["step"] for record in read_metrics(run.folder)] == list(range(1, TOTAL_STEPS + 1))
+        assert losses(run.folder) == losses(whole.folder)
+
+    def test_what_had_to_be_repeated_gave_the_same_losses(
+        self, disturbed: dict[str, Execution], whole: Execution
+    ) -> None:
+        repeated = [
+            event for event in read_run(disturbed["finished"].folder).events if event["event"] == "StepRepeated"
+        ]
+        assert len(repeated) < 2 * 50
+        expected = losses(whole.folder)
+        assert [event["loss"] for event in repeated] == [expected[event["step"] - 1] for event in repeated]
+
+
+class TestFromPython:
+    @pytest.fixture(autouse=True)
+    def _at_home(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(home)
+        for name, value in environment(home).items():
+            monkeypatch.setenv(name, value)
+
+    @pytest.mark.slow
+    def test_a_job_is_trained_to_the_end(self) -> None:
+        job = forge.load_job(
+            "job.yaml",
+            [
+                "training.total_steps=6",
+                "checkpoint.to=python",
+                "resources.workers=1",
+                "tracking.wandb.mode=online",
+            ],
+        )
+        records: list[dict[str, Any]] = []
+        run = forge.train_job(job, on_record=records.append)
+        assert (run.status, run.step) == ("finished", 6)
+        assert [record["step"] for record in records if "event" not in record] == [1, 2, 3, 4, 5, 6]
+        assert [record["event"] for record in records if "event" in record][-1] == "RunFinished"
+        degraded = run.newest("TrackingDegraded")  # online, but there is no key
+        assert degraded is not None
+        assert "WANDB_API_KEY" in degraded["reason"]
+
+    @pytest.mark.slow
+    def test_a_loss_that_is_no_number_raises_and_names_the_step(self) -> None:
+        job = forge.load_job(
+            "job.yaml",
+            [
+                "training.optimizer={lr: 1.0e+30, grad_clip: 0}",
+                "training.schedule={kind: constant}",
+                "checkpoint.to=spoilt",
+                "tracking.wandb.mode=disabled",
+            ],
+        )
+        with pytest.raises(RunError, match=r"step \d+: the loss is .*Lower training\.optimizer\.lr"):
+            forge.train_job(job)
+        assert not mentioning("/spoilt/")

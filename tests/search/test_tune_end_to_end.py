@@ -1,0 +1,143 @@
+"""`forge tune` with real Ray, Tune and training: trials that finish, diverge, cannot be; and what comes out."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.config.load import load_job
+from forge.runs.reader import driver_pid, read_metrics, read_run
+from forge.runs.trials import TrialTable, trial_folder
+from tests.support.command import environment, forge, mentioning, start_forge, wait_for
+from tests.support.wandb_file import read_groups, read_history
+
+JOB = """\
+name: tiny
+model: {architecture: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
+data: {files: "corpus/*.txt", seq_len: 32, tokenizer: {vocab_size: 300}, held_out: 10%}
+training:
+  total_steps: 200
+  global_batch_size: 8
+  precision: fp32
+  schedule: {kind: constant}
+  evaluate_every: 20 steps
+resources: {workers: 1, gpu: none}
+tracking: {wandb: {mode: offline}}
+search:
+  space:
+    training.optimizer.lr: {grid: [3.0e-3, 1.0e+30]}
+    model.num_attention_heads: {grid: [2, 3]}
+  searcher: {kind: grid}
+  trials_at_once: 2
+  proxy: {training.total_steps: 40}
+"""
+TEXT = "the cat sat on a mat and saw one dog run past his old red barn while rain fell down hard"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "tune.yaml").write_text(JOB)
+    (folder / "corpus").mkdir()
+    chance = random.Random(0)
+    for number in range(40):
+        (folder / "corpus" / f"{number}.txt").write_text(" ".join(chance.choices(TEXT.split(), k=400)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(home: Path) -> dict[str, Any]:
+    """What a whole search says of itself."""
+    done = forge("tune", "tune.yaml", "-o", "json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
+
+
+def test_a_trial_that_diverges_or_cannot_be_is_marked_and_the_search_goes_on(found: dict[str, Any]) -> None:
+    trials = {trial["trial"]: trial for trial in found["trials"]}
+    assert {number: trial["status"] for number, trial in trials.items()} == {
+        1: "finished",
+        2: "diverged",
+        3: "failed",
+        4: "failed",
+    }
+    assert "at a learning rate of 1e+30" in trials[2]["reason"]
+    assert "not a multiple" in trials[3]["reason"]
+    assert [step for step, _ in trials[1]["reports"]] == [20, 40]
+    assert found["best"]["trial"] == 1
+
+
+def test_the_best_trial_is_a_job_that_trains_as_it_stands(home: Path, found: dict[str, Any]) -> None:
+    best = home / found["best_yaml"]
+    assert "training.total_steps" in best.read_text().partition("\nname:")[0]  # the proxy's, told in a comment
+    job = load_job(best).job
+    assert (job.search, job.training.total_steps, job.training.optimizer.lr) == (None, 200, 3e-3)
+    done = forge("plan", str(best), cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert (home / found["report"]).stat().st_size > 10**5
+
+
+def test_every_trial_is_a_run_of_one_group(home: Path, found: dict[str, Any]) -> None:
+    folder = Path(trial_folder(str(home / found["folder"]), 1))
+    run = read_run(folder)
+    assert (run.status, run.step) == ("finished", 40)
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    assert read_groups(file) == [found["search_id"]]
+    assert [row["step"] for row in read_history(file) if "train/loss" in row] == list(range(1, 41))
+
+
+def test_nothing_is_left_of_a_search(home: Path, found: dict[str, Any]) -> None:
+    assert mentioning(found["search_id"]) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_every_trial_with_a_checkpoint_and_it_goes_on_from_there(home: Path) -> None:
+    long = [
+        "--set",
+        "search.proxy.training.total_steps=150",
+        "--set",
+        "search.space.model.num_attention_heads={grid: [2]}",
+    ]
+    process = start_forge("tune", "tune.yaml", *long, cwd=home)
+    runs = home / "runs"
+    folder: Path = wait_for(
+        lambda: next((path for path in runs.iterdir() if path.name != "x" and driver_pid(path)), None)
+    )
+    wait_for(lambda: 1 in book_of(folder).trials and book_of(folder).trials[1].step >= 20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 130, err
+    assert f"forge tune --resume {folder.name}" in err
+    stopped = read_run(Path(trial_folder(str(folder), 1)))
+    saved = stopped.newest("CheckpointSaved")
+    assert saved is not None
+    assert saved["step"] == stopped.step < 150
+    done = forge("tune", "--resume", folder.name, cwd=home)
+    assert done.returncode == 0, done.stderr
+    trials = book_of(folder).trials
+    assert {number: trial.status for number, trial in trials.items()} == {1: "finished", 2: "diverged"}
+    steps = [record["step"] for record in read_metrics(Path(trial_folder(str(folder), 1)))]
+    assert steps == list(range(1, 151))
+
+
+def book_of(folder: Path) -> TrialTable:
+    return TrialTable(read_run(folder).events)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.held_out=0", "eval/loss"),
+        ("search.trials_at_once=99", "room for"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_starts(home: Path, change: str, message: str) -> None:
+    done = forge("tune", "tune.yaml", "--set", change, cwd=home, env=environment(home))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr

@@ -1,0 +1,12 @@
+"""What every rank of a test needs, imported once; ranks are forked from here."""
+
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (deepspeed.initialize would import it late)
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import forge.train.worker  # noqa: F401

@@ -1,0 +1,40 @@
+"""forge.fs: atomic replacement of files."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from forge import fs
+
+
+def test_write_atomic__existing_file__is_replaced_with_mode(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_text("old")
+    fs.write_atomic(path, b"new", mode=0o600)
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_write_atomic__replace_fails__keeps_old_file_and_no_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.json"
+    path.write_text("old")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        fs.write_atomic(path, "new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
+    assert path.read_text() == "old"
+
+
+def test_write_atomic__missing_folder__raises(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        fs.write_atomic(tmp_path / "missing" / "x", "text")

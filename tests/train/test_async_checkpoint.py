@@ -1,0 +1,158 @@
+"""Real ranks with their savers: what is saved is the state of its step, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from forge.checkpoint.manifest import Progress
+from forge.checkpoint.reader import find_checkpoint, list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.checkpoint.storage import open_storage
+from forge.train.async_checkpoint import AsyncCheckpointer, SaveFailed
+from forge.train.engine import join_process_group
+from tests.support.command import wait_for
+from tests.support.odd import differing, odd_state, write_pattern
+from tests.support.ranks import on_ranks
+
+PROGRESS = Progress(step=1, num_tokens=10, recipe="recipe", corpus="corpus")
+
+
+def saving_at(url: str, *, world_size: int) -> AsyncCheckpointer:
+    join_process_group(device=torch.device("cpu"))
+    state = odd_state("zero 1", world_size=world_size)
+    write_pattern(state)
+    return AsyncCheckpointer(state, url=url, keep=2)
+
+
+def change_after_settling(rank: int, url: str) -> list[Any]:
+    saving = saving_at(url, world_size=2)
+    saving.begin(PROGRESS)
+    saving.settle()
+    write_pattern(saving._state, zero=True)
+    outcomes = saving.finish()
+    saving.close()
+    saving._state.read(open_checkpoint(open_storage(url), "step-00000001"))
+    return [*outcomes, *differing(saving._state)]
+
+
+def test_the_state_may_change_as_soon_as_it_is_copied(tmp_path: Path) -> None:
+    first, second = on_ranks(change_after_settling, str(tmp_path), world_size=2)
+    assert [outcome.step for outcome in first] == [1]
+    assert second == first
+
+
+def kill_a_saver(rank: int, url: str, victim: int) -> list[list[Any]]:
+    saving = saving_at(url, world_size=2)
+    pid = saving._saver._process.pid
+    if rank == victim:
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    saving.begin(PROGRESS)
+    told = [saving.finish()]
+    saving.begin(replace(PROGRESS, step=2))
+    told.append(saving.finish())
+    saving.close()
+    return told
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_saver_costs_one_checkpoint_which_every_rank_is_told(tmp_path: Path, victim: int) -> None:
+    for failed, saved in on_ranks(kill_a_saver, str(tmp_path), victim, world_size=2):
+        assert failed == [SaveFailed(step=1, reason=f"rank {victim}: the saver process died (SIGKILL)")]
+        assert [outcome.step for outcome in saved] == [2]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def block_a_rank(rank: int, url: str, victim: int) -> list[list[Any]]:
+    saving = saving_at(url, world_size=3)
+    if rank == victim:
+        saving._url = f"{url}/file"
+    saving.begin(PROGRESS)
+    told = [saving.finish()]
+    saving._url = url
+    saving.begin(PROGRESS)
+    told.append(saving.finish())
+    saving.close()
+    return told
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_cannot_write_calls_off_the_checkpoint_of_all(tmp_path: Path, victim: int) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for failed, saved in on_ranks(block_a_rank, str(tmp_path), victim, world_size=3):
+        assert [outcome.step for outcome in failed] == [1]
+        assert failed[0].reason.startswith(f"rank {victim}: Not a directory")
+        assert [outcome.step for outcome in saved] == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "step-00000001"]
+
+
+def two_at_once(rank: int, url: str) -> list[Any]:
+    saving = saving_at(url, world_size=2)
+    saving.begin(PROGRESS)
+    saving.begin(replace(PROGRESS, step=2))
+    outcomes = saving.finish()
+    saving.close()
+    return outcomes
+
+
+def test_the_last_checkpoint_need_not_wait_for_the_one_before(tmp_path: Path) -> None:
+    for outcomes in on_ranks(two_at_once, str(tmp_path), world_size=2):
+        assert [outcome.step for outcome in outcomes] == [1, 2]
+    storage = open_storage(str(tmp_path))
+    assert [verify_checkpoint(storage, name) for name in list_checkpoints(storage)] == [None, None]
+
+
+def vanish(rank: int, url: str, leave_out: int) -> int:
+    """Copy the state and die without a word; one rank may die before."""
+    saving = saving_at(url, world_size=2)
+    if rank != leave_out:
+        saving.begin(PROGRESS)
+        saving.settle()
+        time.sleep(0.2 if rank == 0 else 0.0)
+    return saving._saver._process.pid
+
+
+def test_savers_finish_the_checkpoint_of_ranks_that_have_died(tmp_path: Path) -> None:
+    pids = on_ranks(vanish, str(tmp_path), -1, world_size=2)
+    wait_for(lambda: not any(map(psutil.pid_exists, pids)), timeout_s=20)
+    found = find_checkpoint(open_storage(str(tmp_path)), on_skip=lambda *_: None)
+    assert found is not None
+    assert found.progress.step == 1
+
+
+@pytest.mark.slow
+def test_a_saver_whose_peers_never_come_gives_up_and_leaves_nothing(tmp_path: Path) -> None:
+    pids = on_ranks(vanish, str(tmp_path), 1, world_size=2)
+    wait_for(lambda: not any(map(psutil.pid_exists, pids)), timeout_s=30)
+    assert list(tmp_path.iterdir()) == []
+
+
+def train_beside_a_stopped_saver(rank: int, url: str) -> tuple[float, list[Any]]:
+    """Order more than a pipe holds from a saver that does not listen."""
+    saving = saving_at(url, world_size=2)
+    shape = saving._state.shape
+    saving._state.shape = replace(shape, config={"long": "x" * 2**20})
+    pid = saving._saver._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    saving.begin(PROGRESS)
+    began = time.monotonic()
+    saving.settle()
+    waited_s = time.monotonic() - began
+    os.kill(pid, signal.SIGCONT)
+    outcomes = saving.finish()
+    saving.close()
+    return waited_s, outcomes
+
+
+def test_training_does_not_wait_for_a_saver_that_is_busy(tmp_path: Path) -> None:
+    for waited_s, outcomes in on_ranks(train_beside_a_stopped_saver, str(tmp_path), world_size=2):
+        assert waited_s < 5.0  # and not for ever
+        assert [outcome.step for outcome in outcomes] == [1]
