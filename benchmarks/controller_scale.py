@@ -206,9 +206,9 @@ class Cluster:
         num_ranks = num_agents * ranks_per_agent
         self._now = 0.0
         self._supervisor = Supervisor(
-            MembershipState(low=num_ranks, high=num_ranks),
-            claims=EndlessClaims(ranks_per_agent),
-            tell=lambda event: None,
+            MembershipState(min_workers=num_ranks, max_workers=num_ranks),
+            placement=EndlessClaims(ranks_per_agent),
+            record_event=lambda event: None,
             checkpoints="/nowhere",
             meter=CostMeter(
                 CostLimits(usd=1e9, usd_per_hour=1e9), head="head", head_usd_per_hour=1.0, spent_usd=0.0

@@ -412,13 +412,13 @@ class Reporter(Protocol):
     def step(self, metrics: StepMetrics) -> None:
         """Pass on a step; does not wait for it to be written."""
 
-    def again(self, metrics: StepMetrics) -> None:
+    def resend(self, metrics: StepMetrics) -> None:
         """Pass on a step of before, in case that it was not written."""
 
     def should_stop(self) -> bool:
         """Whether the run was asked to checkpoint and stop."""
 
-    def should_leave(self) -> bool:
+    def should_drain(self) -> bool:
         """Whether this generation is to end, for another to go on from its snapshot."""
 
 

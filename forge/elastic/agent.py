@@ -53,7 +53,7 @@ class NoSupervisorError(ConnectionError):
 class RecorderClient(Protocol):
     """The run's one writer."""
 
-    async def take(self, news: list[tuple[str, Event | StepMetrics]]) -> None:
+    async def write(self, records: list[tuple[str, Event | StepMetrics]]) -> None:
         """Write them; returns when they are written."""
 
 
@@ -105,19 +105,17 @@ class Agent:
         self,
         setup: AgentConfig,
         *,
-        locate: Callable[[], Awaitable[Endpoint]],
-        record: RecorderClient,
-        ask_ray: Callable[[], Awaitable[Notice | None]] | None = None,
+        find_supervisor: Callable[[], Awaitable[Endpoint]],
+        recorder: RecorderClient,
         pool: ForkServerPool | None = None,
     ) -> None:
         """Args:
-        locate: where the supervisor listens; it may have moved since it was asked last.
-        record: the run's one writer.
-        ask_ray: whether Ray is draining this node.
+        find_supervisor: where the supervisor listens; it may have moved since it was asked last.
+        recorder: the run's one writer.
         pool: where its warm process comes from and goes to, if another run is to have it afterwards.
         """
         self._pool = pool
-        self._setup, self._locate, self._record, self._ask_ray = setup, locate, record, ask_ray
+        self._setup, self._find_supervisor, self._recorder = setup, find_supervisor, recorder
         self._secret = bytes.fromhex(setup.secret)
         self._vault = ReplicaStore(secret=self._secret)
         self._devices = setup.devices
@@ -140,7 +138,7 @@ class Agent:
         self._keep(self._keep_warm())
         self._keep(self._pass_news_on())
         self._keep(self._obey())
-        self._keep(watch(os.environ, self._noticed, ask_ray=self._ask_ray))
+        self._keep(watch(os.environ, self._noticed))
         try:
             await self._is_retired.wait()
         finally:
@@ -152,7 +150,7 @@ class Agent:
             self._store.close()
             self._vault.close()
 
-    def retire(self) -> None:
+    def shut_down(self) -> None:
         """The run needs it no more: `run` returns."""
         self._is_retired.set()
 
@@ -170,7 +168,7 @@ class Agent:
         while time.monotonic() - alone_since < patience_s:
             beats: asyncio.Task[None] | None = None
             try:
-                endpoint = await asyncio.wait_for(self._locate(), timeout=_ORPHAN_S / 4)
+                endpoint = await asyncio.wait_for(self._find_supervisor(), timeout=_ORPHAN_S / 4)
                 self._supervisor = await connect(endpoint, secret=self._secret)
                 await self._supervisor.send(self._hello())
                 for notice in self._notices:
@@ -474,7 +472,7 @@ class Agent:
             return
         for member in self._living().values():
             await asyncio.to_thread(_await_end, member.pid)
-        self._pool.give_back(self._warm)
+        self._pool.release(self._warm)
 
     def _hear_warm(self, message: Message) -> None:
         if "warm" in message:
@@ -503,7 +501,7 @@ class Agent:
                 if not some:
                     await self._news.popleft()[1]
                     continue
-                await self._record.take(some)
+                await self._recorder.write(some)
                 for _ in some:
                     self._news.popleft()
                 steps = [news.step for _, news in some if isinstance(news, StepMetrics)]

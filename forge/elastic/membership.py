@@ -265,7 +265,7 @@ def _hung(state: MembershipState, event: HangDetected, now: float) -> Decision:
 def _yield(state: MembershipState, now: float) -> Decision:
     used = len(state.places)
     state = replace(state, yields_until=now + YIELD_S)
-    if state.phase is Phase.TRAINING and used > state.low and not state.is_stopping:
+    if state.phase is Phase.TRAINING and used > state.min_workers and not state.is_stopping:
         return _leave(state, now, cause="yield", reason="another run waits for its smallest number of workers")
     return state, (ReleaseSlots(),)
 
@@ -364,7 +364,7 @@ def _follow(state: MembershipState, now: float) -> Decision:
     state, actions = _wait(replace(state, persisting=None), now, former=former)
     if state.phase is not Phase.WAITING:
         return state, actions
-    return state, (WaitForNodes(have=_available(state, now), need=state.low), *actions)
+    return state, (WaitForNodes(have=_available(state, now), need=state.min_workers), *actions)
 
 
 def _wait(state: MembershipState, now: float, *, former: int = 0) -> Decision:
@@ -373,7 +373,7 @@ def _wait(state: MembershipState, now: float, *, former: int = 0) -> Decision:
     unsaved = found if found is not None and found[0] > state.stored_step else None
     if state.is_stopping and unsaved is None:
         return replace(state, phase=Phase.DONE), (FinishRun(step=state.stored_step),)
-    if not state.unanswered and _available(state, now) >= state.low:
+    if not state.unanswered and _available(state, now) >= state.min_workers:
         return _form(state, now, former=former)
     if unsaved is None or unsaved == state.persisting:
         return state, ()
@@ -391,7 +391,7 @@ def _form(state: MembershipState, now: float, *, former: int = 0) -> Decision:
     """
     staying = {name: node for name, node in state.nodes.items() if node.preempted_at is None}
     without_going = _places(replace(state, nodes=staying), now)
-    is_enough = former and len(without_going) >= max(state.low, min(former, _limit(state, now)))
+    is_enough = former and len(without_going) >= max(state.min_workers, min(former, _limit(state, now)))
     places = without_going if is_enough else _places(state, now)
     found = newest_whole(state)
     from_memory = found is not None and found[0] >= state.stored_step
@@ -420,7 +420,7 @@ def _places(state: MembershipState, now: float) -> tuple[str, ...]:
     While places are given back to another run, the firm ones come first.
     """
     size = min(_limit(state, now), _available(state, now))
-    benches = _room(state, now, benches=True) >= state.low
+    benches = _room(state, now, benches=True) >= state.min_workers
     order = sorted(state.nodes, key=lambda name: (-_newest_step(state.nodes[name]), name))
     room = {n: state.nodes[n].room(now, margin_s=state.margin_s, benches=benches) for n in order}
     taken = dict.fromkeys(order, 0)
@@ -438,7 +438,7 @@ def _newest_step(node: MemberNode) -> int:
 def _available(state: MembershipState, now: float) -> int:
     """Places for ranks. One that hung is left out, unless the run could not go on without it."""
     room = _room(state, now, benches=True)
-    return room if room >= state.low else _room(state, now, benches=False)
+    return room if room >= state.min_workers else _room(state, now, benches=False)
 
 
 def _room(state: MembershipState, now: float, *, benches: bool) -> int:
@@ -446,7 +446,7 @@ def _room(state: MembershipState, now: float, *, benches: bool) -> int:
 
 
 def _limit(state: MembershipState, now: float) -> int:
-    return state.low if now < state.yields_until else state.high
+    return state.min_workers if now < state.yields_until else state.max_workers
 
 
 def _is_going(state: MembershipState, name: str, now: float) -> bool:

@@ -57,8 +57,8 @@ class MemberNode:
 class MembershipState:
     """All that decisions are made from."""
 
-    low: int
-    high: int
+    min_workers: int
+    max_workers: int
     phase: Phase = Phase.WAITING
     generation: int = 0
     """The newest; the next has the next number."""

@@ -100,22 +100,22 @@ _SAME_S = 1.0
 class Placement(Protocol):
     """The places that the cluster gives a run, and the agents on them."""
 
-    def places_of(self, node: str) -> tuple[int, int] | None:
+    def slots_of(self, node: str) -> tuple[int, int] | None:
         """How many places an agent's machine has now, and how many of them are firm; None if it is not known."""
 
-    def claim(self) -> None:
+    def claim_slots(self) -> None:
         """Ask for as many places as the job allows."""
 
-    def use(self, used: Mapping[str, int]) -> None:
+    def set_used(self, used: Mapping[str, int]) -> None:
         """So many places of each node have ranks at work now."""
 
-    def give_back(self) -> None:
+    def release_unused(self) -> None:
         """Keep no more places than are used, and do not ask for more than the smallest number."""
 
-    def replace(self, node: str, *, seconds_left: float | None) -> None:
+    def replace_node(self, node: str, *, seconds_left: float | None) -> None:
         """A node will go: have the cluster give it nothing new, and ask for another."""
 
-    def lost(self, node: str) -> None:
+    def agent_lost(self, node: str) -> None:
         """An agent is gone; if its place is still ours, another is to be started there."""
 
 
@@ -147,8 +147,8 @@ class Supervisor:
         self,
         state: MembershipState,
         *,
-        claims: Placement,
-        tell: Callable[[News], None],
+        placement: Placement,
+        record_event: Callable[[News], None],
         checkpoints: str,
         meter: CostMeter,
         former_generation: int = 0,
@@ -159,7 +159,7 @@ class Supervisor:
     ) -> None:
         """Args:
         state: before anything has happened: the smallest and the largest number of workers.
-        tell: writes an event down.
+        record_event: writes an event down.
         checkpoints: where the run's checkpoints go.
         meter: counts what the machines cost.
         former_generation: the last of the run so far; its number is not given twice.
@@ -173,7 +173,7 @@ class Supervisor:
             stored_step=stored_step,
             recovery_deadline=clock() + RECOVERY_S if is_restarted else None,
         )
-        self._claims, self._tell, self._checkpoints, self._clock = claims, tell, checkpoints, clock
+        self._claims, self._tell, self._checkpoints, self._clock = placement, record_event, checkpoints, clock
         self._meter, self._stop_reason = meter, ""
         self._links: dict[str, AgentConnection] = {}
         self._generation = _Generation()
@@ -205,16 +205,16 @@ class Supervisor:
         self.apply(StopRequested())
         self._wish("STOP")
 
-    def yield_places(self) -> None:
+    def yield_slots(self) -> None:
         """Another run waits for its smallest number of workers."""
         self.apply(YieldRequested())
 
-    def granted(self, node: str, *, num_slots: int, num_guaranteed: int, devices: Sequence[str]) -> None:
+    def update_slots(self, node: str, *, num_slots: int, num_guaranteed: int, devices: Sequence[str]) -> None:
         """The cluster has changed its mind about how many ranks fit on a node, and on which devices."""
         self._send(node, {"do": "devices", "devices": list(devices)})
         self.apply(SlotsChanged(node=node, num_slots=num_slots, num_guaranteed=num_guaranteed))
 
-    def noticed(self, node: str, *, source: str, seconds_left: float | None) -> None:
+    def announce_preemption(self, node: str, *, source: str, seconds_left: float | None) -> None:
         """A machine will be taken away; may be said again and again."""
         preempted_at = self._clock() + (seconds_left or 0.0)
         known = self.state.nodes.get(node)
@@ -246,7 +246,7 @@ class Supervisor:
         self._meter.came(link.node, host=link.host, usd_per_hour=hello["usd_per_hour"])
         self._holdings[link.node] = hello["holdings"]
         self._findings = self._findings or hello["findings"]
-        num_slots, num_guaranteed = self._claims.places_of(link.node) or (
+        num_slots, num_guaranteed = self._claims.slots_of(link.node) or (
             hello["num_slots"],
             hello["num_guaranteed"],
         )
@@ -262,7 +262,7 @@ class Supervisor:
             )
         )
         if hello["places"]:  # of a supervisor before this one
-            self._claims.use(Counter(self.state.places))
+            self._claims.set_used(Counter(self.state.places))
         if hello["is_warm"]:
             self._tell_joined(link.node)
         if self.state.phase is Phase.LEAVING:  # it may not have heard the wish
@@ -281,7 +281,7 @@ class Supervisor:
         if link.node in self._joined:
             self._joined.discard(link.node)
             self._tell(NodeLeft(node=link.node, reason=reason))
-        self._claims.lost(link.node)
+        self._claims.agent_lost(link.node)
         self.apply(NodeLost(node=link.node, reason=reason))
         places = set(self.state.places)
         if len(places) == 1 and self.state.phase in (Phase.FORMING, Phase.TRAINING, Phase.LEAVING):
@@ -371,13 +371,13 @@ class Supervisor:
     def _notice(self, link: AgentConnection, message: Message) -> None:
         left_s = message["seconds_left"]
         if message["is_certain"]:
-            self.noticed(link.node, source=message["source"], seconds_left=left_s)
+            self.announce_preemption(link.node, source=message["source"], seconds_left=left_s)
         else:  # only a risk: have another machine ready
             source = message["source"]
             self._tell(
                 PreemptionNoticeReceived(node=link.node, source=source, seconds_left=left_s, is_certain=False)
             )
-            self._claims.replace(link.node, seconds_left=None)
+            self._claims.replace_node(link.node, seconds_left=None)
 
     def _formed(self, formed: Message) -> None:
         if formed["generation"] != self.state.generation:
@@ -512,12 +512,14 @@ class Supervisor:
                 )
             case ReplaceNode():
                 preempted_at = self.state.nodes[action.node].preempted_at
-                self._claims.replace(action.node, seconds_left=None if preempted_at is None else preempted_at - now)
+                self._claims.replace_node(
+                    action.node, seconds_left=None if preempted_at is None else preempted_at - now
+                )
             case ReleaseSlots():
-                self._claims.use(Counter(self.state.places))
-                self._claims.give_back()
+                self._claims.set_used(Counter(self.state.places))
+                self._claims.release_unused()
             case ClaimSlots():
-                self._claims.claim()
+                self._claims.claim_slots()
             case FinishRun():
                 self._end(Outcome(step=action.step, reason=self._stop_reason))
             case FailRun():
@@ -536,7 +538,7 @@ class Supervisor:
             laps = {"stop": round(now - self._changed_at, 3)} | laps
         self._changed_at = None
         self._generation = _Generation()
-        self._claims.use(Counter(start.places))
+        self._claims.set_used(Counter(start.places))
         orders = start_commands(start, self.state, self._links, findings=self._findings, laps=laps)
         for node, order in orders.items():
             self._send(node, order)

@@ -192,7 +192,7 @@ class SupervisorActor:
     async def yield_places(self) -> None:
         """Another run waits for its smallest number of workers."""
         await self._started()
-        self._supervisor.yield_places()
+        self._supervisor.yield_slots()
 
     async def close(self) -> None:
         """Send the agents home and give all places back."""
@@ -218,13 +218,13 @@ class SupervisorActor:
             high=workers.high,
             resource=resource_of(self._plan),
             start_agent=self._start_agent,
-            on_granted=lambda node, grant: self._supervisor.granted(
+            on_granted=lambda node, grant: self._supervisor.update_slots(
                 node,
                 num_slots=grant.num_slots,
                 num_guaranteed=grant.num_guaranteed,
                 devices=devices_of(grant, workers.high),
             ),
-            on_notice=lambda node, seconds_left: self._supervisor.noticed(
+            on_notice=lambda node, seconds_left: self._supervisor.announce_preemption(
                 node, source="ray", seconds_left=seconds_left
             ),
         )
@@ -232,9 +232,9 @@ class SupervisorActor:
         history = Path(commission.run_folder) / "events.jsonl"
         host = ray.util.get_node_ip_address()
         self._supervisor = Supervisor(
-            MembershipState(low=workers.low, high=workers.high),
-            claims=self._claims,
-            tell=self._tell,
+            MembershipState(min_workers=workers.low, max_workers=workers.high),
+            placement=self._claims,
+            record_event=self._tell,
             checkpoints=self._plan.job.checkpoint.url_of(commission.run_folder),
             meter=self._meter(host, spent_usd=newest(history, "CostUpdated", "usd")),
             former_generation=int(newest(history, "GenerationStarting", "generation")),
@@ -342,7 +342,7 @@ class AgentActor:
             await self._recorder.take.remote([("event", left)])
             os._exit(1)
         setup = replace(self._setup, host=ray.util.get_node_ip_address(), plan_json=plan_json)
-        agent = Agent(setup, locate=self._locate, record=_ActorRecord(self._recorder))
+        agent = Agent(setup, find_supervisor=self._locate, recorder=_ActorRecord(self._recorder))
         self._life = asyncio.ensure_future(agent.run())
         self._life.add_done_callback(lambda _: os._exit(0))
 
@@ -363,8 +363,8 @@ class _ActorRecord:
     def __init__(self, recorder: Any) -> None:
         self._recorder = recorder
 
-    async def take(self, news: list[tuple[str, Event | StepMetrics]]) -> None:
-        await self._recorder.take.remote(news)
+    async def write(self, records: list[tuple[str, Event | StepMetrics]]) -> None:
+        await self._recorder.take.remote(records)
 
 
 def devices_of(grant: Allocation, most: int) -> tuple[str, ...]:

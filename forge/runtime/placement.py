@@ -101,25 +101,25 @@ class PlacementManager:
                 await asyncio.wait_for(self._wakes.wait(), timeout=_POLL_S)
             self._wakes.clear()
 
-    def places_of(self, node: str) -> tuple[int, int] | None:
+    def slots_of(self, node: str) -> tuple[int, int] | None:
         """Places of an agent's node, and how many of them are firm; None if it is not ours."""
         return next(((g.num_slots, g.num_guaranteed) for name, _, g in self._agents.values() if name == node), None)
 
-    def claim(self) -> None:
+    def claim_slots(self) -> None:
         """Ask for as many places as the job allows."""
         self._wanted = self._high
         self._wakes.set()
 
-    def use(self, used: Mapping[str, int]) -> None:
+    def set_used(self, used: Mapping[str, int]) -> None:
         """Ranks are at work on so many places of each agent's node: these are kept, whatever is given back."""
         self._used = used
 
-    def give_back(self) -> None:
+    def release_unused(self) -> None:
         """Keep no more than the smallest number, and what is used beyond it."""
         self._wanted = max(self._low, sum(self._used.values()))
         self._wakes.set()
 
-    def replace(self, node: str, *, seconds_left: float | None) -> None:
+    def replace_node(self, node: str, *, seconds_left: float | None) -> None:
         """Mark a node as draining, so that Ray puts nothing new there, and ask for another."""
         for node_id, (name, _, _) in self._agents.items():
             if name == node and node_id not in self._going:
@@ -127,7 +127,7 @@ class PlacementManager:
                 self._beside(_mark_going, node_id, seconds_left)
         self._wakes.set()
 
-    def lost(self, node: str) -> None:
+    def agent_lost(self, node: str) -> None:
         """End what is left of an agent; if its place is still ours, it gets another."""
         for node_id, (name, actor, _) in list(self._agents.items()):
             if name == node:

@@ -91,9 +91,9 @@ class ActorReporter:
         """Send a step."""
         self._answers.append(self._recorder.step.remote(metrics))
 
-    def again(self, metrics: StepMetrics) -> None:
+    def resend(self, metrics: StepMetrics) -> None:
         """Send a step of before."""
-        self._answers.append(self._recorder.take.remote([("again", metrics)]))
+        self._answers.append(self._recorder.take.remote([("resend", metrics)]))
 
     def should_stop(self) -> bool:
         """Read the answers that have come."""
@@ -102,7 +102,7 @@ class ActorReporter:
             self._collect(timeout_s=None)
         return self._stop
 
-    def should_leave(self) -> bool:
+    def should_drain(self) -> bool:
         """Ray Train ends its workers; it does not ask them to leave."""
         return False
 
@@ -132,14 +132,14 @@ class NullReporter:
     def step(self, metrics: StepMetrics) -> None:
         """Say nothing."""
 
-    def again(self, metrics: StepMetrics) -> None:
+    def resend(self, metrics: StepMetrics) -> None:
         """Say nothing."""
 
     def should_stop(self) -> bool:
         """Rank 0 decides."""
         return False
 
-    def should_leave(self) -> bool:
+    def should_drain(self) -> bool:
         """Rank 0 decides."""
         return False
 

@@ -79,7 +79,7 @@ class NodeActor:
     async def open(self, setup: AgentConfig, *, stage: str, grant: Allocation) -> bool:
         """Have an agent here. Returns: whether a process is warm for it already."""
         self._watch()
-        is_warm = self._pool.has_warm
+        is_warm = self._pool.has_ready
         guest = self._guests[setup.node] = _HostedAgent(stage=stage, grant=grant)
         guest.life = asyncio.ensure_future(self._serve(setup, stage))
         return is_warm
@@ -92,7 +92,7 @@ class NodeActor:
         if guest.agent is None:  # it waits for the corpus
             guest.life.cancel()
         else:
-            guest.agent.retire()
+            guest.agent.shut_down()
         await asyncio.wait([guest.life])
 
     async def _serve(self, setup: AgentConfig, stage: str) -> None:
@@ -102,7 +102,7 @@ class NodeActor:
             placed = replace(setup, host=ray.util.get_node_ip_address(), plan_json=plan_json)
             locate = _Locator(stage, self._namespace).locate
             record = _StageRecord(recorder, setup.run_folder)
-            agent = Agent(placed, locate=locate, record=record, pool=self._pool)
+            agent = Agent(placed, find_supervisor=locate, recorder=record, pool=self._pool)
             self._guests[setup.node].agent = agent
             await agent.run()
         except Exception as error:  # Ray raises many unrelated classes; all mean that this machine is of no use
@@ -153,9 +153,9 @@ class _StageRecord:
     def __init__(self, stage: Any, run_folder: str) -> None:
         self._stage, self._run_folder = stage, run_folder
 
-    async def take(self, news: list[tuple[str, Event | StepMetrics]]) -> None:
+    async def write(self, records: list[tuple[str, Event | StepMetrics]]) -> None:
         """Have them written."""
-        await self._stage.take.remote(news, self._run_folder)
+        await self._stage.take.remote(records, self._run_folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

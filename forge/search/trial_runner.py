@@ -103,9 +103,9 @@ class TrialRunnerActor:
         history = folder / "events.jsonl"
         workers = plan.job.resources.workers
         supervisor = Supervisor(
-            MembershipState(low=workers.low, high=workers.high),
-            claims=claims,
-            tell=self._tell,
+            MembershipState(min_workers=workers.low, max_workers=workers.high),
+            placement=claims,
+            record_event=self._tell,
             checkpoints=plan.job.checkpoint.url_of(part.run_folder),
             meter=CostMeter(CostLimits(), head=host, head_usd_per_hour=None, spent_usd=0.0),  # the search counts
             former_generation=int(newest(history, "GenerationStarting", "generation")),
@@ -180,7 +180,7 @@ class TrialRunnerActor:
     async def grow(self) -> None:
         """No other trial waits: take as many places as the job allows."""
         if self._claims is not None:
-            self._claims.claim()
+            self._claims.claim_slots()
 
     async def close(self) -> None:
         """Give everything back."""
@@ -222,7 +222,7 @@ class TrialRunnerActor:
     async def yield_places(self) -> None:
         """Another run waits for its smallest number of workers."""
         if self._show is not None:
-            self._show.supervisor.yield_places()
+            self._show.supervisor.yield_slots()
 
     # --- within
 
@@ -270,7 +270,7 @@ class TrialRunnerActor:
                 on_notice=self._noticed,
                 is_resting=True,  # until it is known which trial is on
             )
-            self._claims.give_back()
+            self._claims.release_unused()
             self._tending = asyncio.ensure_future(self._claims.tend())
         return self._claims
 
@@ -316,7 +316,7 @@ class TrialRunnerActor:
     def _granted(self, node: str, grant: Allocation) -> None:
         if self._show is not None:
             high = self._show.plan.job.resources.workers.high
-            self._show.supervisor.granted(
+            self._show.supervisor.update_slots(
                 node,
                 num_slots=grant.num_slots,
                 num_guaranteed=grant.num_guaranteed,
@@ -325,7 +325,7 @@ class TrialRunnerActor:
 
     def _noticed(self, node: str, seconds_left: float | None) -> None:
         if self._show is not None:
-            self._show.supervisor.noticed(node, source="ray", seconds_left=seconds_left)
+            self._show.supervisor.announce_preemption(node, source="ray", seconds_left=seconds_left)
 
     def _tell(self, event: Event) -> None:
         if self._show is not None:

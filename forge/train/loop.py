@@ -197,7 +197,7 @@ def _wishes(
     """What is wished for at the end of a step, as late as it can be asked."""
     return StepControl(
         stop=reporter.should_stop(),
-        leave=reporter.should_leave(),
+        leave=reporter.should_drain(),
         save=save and not saving.is_busy,
         snapshot=snapshot,
         evaluate=evaluate,

@@ -28,16 +28,16 @@ _SMALL_BYTES = 4 * 2**20
 class ReplicaClient(Protocol):
     """Keeps a rank's snapshots where they outlive it."""
 
-    def adopt(self, snapshot: SnapshotBuffer) -> None:
+    def register(self, snapshot: SnapshotBuffer) -> None:
         """Take the memory over, before the first copy."""
 
-    def note(self) -> Mapping[str, Any]:
+    def metadata(self) -> Mapping[str, Any]:
         """What is to be kept with a copy that is made now; JSON."""
 
-    def copied(self, *, step: int, slot: int) -> None:
+    def publish(self, *, step: int, slot: int) -> None:
         """A slot is whole: copy it to another machine."""
 
-    def await_kept(self, step: int) -> None:
+    def wait_replicated(self, step: int) -> None:
         """Return when the copy of this step is as safe as it is going to be."""
 
     def cpu_s(self) -> float:
@@ -67,7 +67,7 @@ class Snapshotter:
         self._pinned: set[int] = set()
         self._cpu_s = self._counted_cpu_s = self._stall_s = 0.0
         if keeper is not None:
-            keeper.adopt(self.snapshot)
+            keeper.register(self.snapshot)
 
     def begin(
         self, progress: Progress, *, then: Callable[[PendingSnapshot], None] | None = None, is_pinned: bool = False
@@ -85,7 +85,7 @@ class Snapshotter:
         copying = self._last = PendingSnapshot(step=progress.step, slot=self._free_slot())
         if is_pinned:
             self._pinned.add(copying.slot)
-        note = {"progress": asdict(progress)} | dict(self._keeper.note() if self._keeper else {})
+        note = {"progress": asdict(progress)} | dict(self._keeper.metadata() if self._keeper else {})
         self._state.copy_to(self.snapshot.begin(copying.slot), buffers=True)
         arguments = (copying, note, _mark(self._state.device), then)
         is_small = self._state.layout.size_bytes <= _SMALL_BYTES and self._state.device.type == "cpu"
@@ -113,7 +113,7 @@ class Snapshotter:
         """Wait until the last copy is kept; one that failed never is."""
         self.join()
         if self._keeper is not None and self._last is not None and self._last.failure is None:
-            self._keeper.await_kept(self._last.step)
+            self._keeper.wait_replicated(self._last.step)
 
     def unpin(self, slot: int) -> None:
         """The slot may be written again."""
@@ -156,7 +156,7 @@ class Snapshotter:
             copying.is_copied.set()  # training goes on
             self.snapshot.commit(copying.slot, step=copying.step, state=note)
             if self._keeper is not None:
-                self._keeper.copied(step=copying.step, slot=copying.slot)
+                self._keeper.publish(step=copying.step, slot=copying.slot)
         except Exception as error:  # a thread's exceptions are seen by nobody
             copying.failure = f"the state could not be copied: {error}"
         finally:

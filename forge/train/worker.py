@@ -140,7 +140,7 @@ def run_worker(
         url=place.checkpoints,
         keep=plan.job.checkpoint.keep,
         copier=copier,
-        unacked_metrics=lambda: keeper.note().get("metrics", ()) if keeper else (),
+        unacked_metrics=lambda: keeper.metadata().get("metrics", ()) if keeper else (),
     )
     engine.before_update = saving.settle
     if inheritance is not None:
@@ -264,7 +264,7 @@ def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Pr
         for (
             metrics
         ) in checkpoint.unacked_metrics:  # whoever recorded the run may have died before they were written
-            reporter.again(StepMetrics(**metrics))
+            reporter.resend(StepMetrics(**metrics))
         return checkpoint.progress
     return Progress(step=0, num_tokens=0, recipe=recipe, corpus=corpus)
 

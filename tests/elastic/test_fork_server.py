@@ -137,8 +137,8 @@ class Recorder:
         self.news: list[tuple[str, Event | StepMetrics]] = []
         self._has_news = asyncio.Event()
 
-    async def take(self, news: list[tuple[str, Event | StepMetrics]]) -> None:
-        self.news += news
+    async def write(self, records: list[tuple[str, Event | StepMetrics]]) -> None:
+        self.news += records
         self._has_news.set()
 
     @property
@@ -189,7 +189,7 @@ class Stage:
 
     async def _open(self) -> None:
         self.overseer = Overseer(self.setup)
-        agent = Agent(self.setup, locate=self.overseer.locate, record=self.recorder)
+        agent = Agent(self.setup, find_supervisor=self.overseer.locate, recorder=self.recorder)
         self.life = asyncio.ensure_future(agent.run())
         await self.overseer.expect("hello", is_warm=False)
         await self.overseer.expect("warm", is_warm=True)
@@ -397,7 +397,7 @@ def test_an_agent_that_is_sent_home_leaves_no_process_and_no_memory(stage: Stage
 class Silent:
     """A recorder of no interest."""
 
-    async def take(self, news: list[tuple[str, Event | StepMetrics]]) -> None:
+    async def write(self, records: list[tuple[str, Event | StepMetrics]]) -> None:
         pass
 
 
@@ -407,7 +407,7 @@ def be_an_agent(setup: AgentConfig, endpoint: Endpoint) -> None:
     async def locate() -> Endpoint:
         return endpoint
 
-    asyncio.run(Agent(setup, locate=locate, record=Silent()).run())
+    asyncio.run(Agent(setup, find_supervisor=locate, recorder=Silent()).run())
 
 
 def test_an_agent_that_is_killed_takes_its_warm_process_and_its_ranks_along(tmp_path: Path) -> None:
@@ -456,8 +456,8 @@ def test_a_pool_hands_warm_processes_on_and_forks_others_from_the_first(tmp_path
         assert told["warm"] < 2
         first.kill()
         assert second.is_alive
-        pool.give_back(second)
-        assert pool.has_warm
+        pool.release(second)
+        assert pool.has_ready
         assert pool.take(plans[0]) is second
         async with asyncio.timeout(5):
             assert (await second.receive() or {})["epoch"] == 2

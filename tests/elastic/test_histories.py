@@ -127,7 +127,7 @@ class World:
 
     def __init__(self, *, low: int, high: int, snapshot_every: int) -> None:
         self.now = 0.0
-        self.state = MembershipState(low=low, high=high)
+        self.state = MembershipState(min_workers=low, max_workers=high)
         self.snapshot_every = snapshot_every
         self.machines: dict[str, Machine] = {}
         self.generations: dict[int, Generation] = {}
@@ -190,7 +190,7 @@ class World:
             if machine.is_attached:
                 assert not machine.ranks, f"{name} still has ranks of generation {machine.generation}"
         assert start.generation > max(self.generations, default=0)
-        assert self.state.low <= len(start.places) <= self.state.high
+        assert self.state.min_workers <= len(start.places) <= self.state.max_workers
         for name in start.places:
             node = self.state.nodes[name]
             assert node.is_warm
@@ -241,8 +241,8 @@ class World:
         for machine in self.machines.values():
             self.cut(machine)
         self.state = MembershipState(
-            low=self.state.low,
-            high=self.state.high,
+            min_workers=self.state.min_workers,
+            max_workers=self.state.max_workers,
             former_generation=max(self.generations, default=0),
             stored_step=self.stored_step,
             recovery_deadline=self.now + RECOVERY_S,
@@ -532,7 +532,7 @@ class World:
         """Nothing bad happens any more: training is reached; or the end, even without more machines, if wished."""
         self.lose_the_silent()
         if not self.is_stop_wished:
-            for _ in range(self.state.low):
+            for _ in range(self.state.min_workers):
                 self.add(num_slots=1, num_guaranteed=1, is_warm=True)
             for machine in self.machines.values():
                 if machine.is_alive and not machine.is_warm:

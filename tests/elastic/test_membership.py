@@ -85,13 +85,17 @@ class Story:
 
 
 def waiting(*, low: int = 1, high: int = 4, **more: Any) -> Story:
-    return Story(MembershipState(low=low, high=high, **more))
+    return Story(MembershipState(min_workers=low, max_workers=high, **more))
 
 
 def training(*places: str, low: int = 1, high: int = 4, phase: Phase = Phase.TRAINING, **more: Any) -> Story:
     """Generation 1 is at work, a rank on each of these."""
     nodes = {name: MemberNode(num_slots=places.count(name), is_warm=True) for name in places}
-    return Story(MembershipState(low=low, high=high, phase=phase, generation=1, places=places, nodes=nodes, **more))
+    return Story(
+        MembershipState(
+            min_workers=low, max_workers=high, phase=phase, generation=1, places=places, nodes=nodes, **more
+        )
+    )
 
 
 def came(name: str, **more: Any) -> AgentAttached:
@@ -308,8 +312,8 @@ def test_older_snapshots_are_let_go_once_those_of_the_new_generation_are_whole()
 def test_a_step_is_whole_only_if_one_generation_holds_all_of_it() -> None:
     held = snapshots(5, 0, of=2) | snapshots(5, 1, of=2, generation=2) | snapshots(3, 0, of=1, generation=3)
     node = MemberNode(num_slots=1, holdings=held)
-    assert newest_whole(MembershipState(low=1, high=1, nodes={"a": node})) == (3, 3, 1)
-    assert newest_whole(MembershipState(low=1, high=1)) is None
+    assert newest_whole(MembershipState(min_workers=1, max_workers=1, nodes={"a": node})) == (3, 3, 1)
+    assert newest_whole(MembershipState(min_workers=1, max_workers=1)) is None
 
 
 # --- notices

@@ -123,8 +123,8 @@ def test_a_service_that_was_away_is_heard_again(cloud: type[Service], caplog: py
     asyncio.run(hear())
 
 
-def test_a_service_that_is_not_there_is_asked_ever_more_rarely_and_complained_of_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_watch__service_keeps_failing__pause_doubles_up_to_5_s_and_one_warning_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pauses: list[float] = []
 
@@ -133,13 +133,12 @@ def test_a_service_that_is_not_there_is_asked_ever_more_rarely_and_complained_of
         if len(pauses) == 8:
             raise asyncio.CancelledError
 
-    async def fail() -> Notice | None:
-        raise ConnectionError("not there")
-
     monkeypatch.setattr("forge.elastic.preemption.watch.asyncio.sleep", no_sleep)
-    asyncio.run(watch({}, print, ask_ray=fail))
-    assert pauses == [1, 2, 4, 5, 5, 5, 5, 5]
-    assert caplog.text.count("not there") == 1
+    # A folder cannot be read as a notice file.
+    environment = {"FORGE_CLOUD": "kubernetes", "FORGE_NOTICE_FILE": str(tmp_path)}
+    asyncio.run(watch(environment, print))
+    assert pauses == [0.4, 0.8, 1.6, 3.2, 5, 5, 5, 5]
+    assert caplog.text.count("IsADirectoryError") == 1
 
 
 def test_a_watch_that_is_cancelled_leaves_a_long_poll_at_once() -> None:
@@ -283,44 +282,6 @@ def test_an_azure_event_counts_if_it_takes_this_machine_away(event: Any, deadlin
     with Azure(clock=AT_NOON.clock) as azure:
         azure.schedule(**event)
         assert [notice.deadline for notice in ask_once(azure, pace=AT_NOON)] == deadlines
-
-
-# Ray
-
-
-def test_what_ray_says_is_told_once_and_needs_no_cloud() -> None:
-    notice = Notice(source="ray", deadline=NOON)
-    num_asked = 0
-
-    async def ask_ray() -> Notice | None:
-        nonlocal num_asked
-        num_asked += 1
-        return notice if num_asked > 2 else None
-
-    async def hear() -> None:
-        async with watching({}, ask_ray=ask_ray, pace=QUICK) as heard:
-            assert await asyncio.wait_for(heard.get(), 1.0) == notice
-            await until(lambda: num_asked >= 6)
-            assert heard.empty()
-
-    asyncio.run(hear())
-
-
-def test_a_ray_that_does_not_answer_is_asked_again() -> None:
-    num_asked = 0
-
-    async def ask_ray() -> Notice | None:
-        nonlocal num_asked
-        num_asked += 1
-        if num_asked == 1:
-            await asyncio.sleep(60)
-        return Notice(source="ray", deadline=None)
-
-    async def hear() -> None:
-        async with watching({}, ask_ray=ask_ray, pace=PollInterval(pause_s=0.02, timeout_s=0.1)) as heard:
-            assert (await asyncio.wait_for(heard.get(), 1.0)).source == "ray"
-
-    asyncio.run(hear())
 
 
 # Kubernetes: the guard of a pod

@@ -26,7 +26,7 @@ class Claims(EndlessClaims):
         super().__init__(1)
         self.replaced: list[tuple[str, float | None]] = []
 
-    def replace(self, node: str, *, seconds_left: float | None) -> None:
+    def replace_node(self, node: str, *, seconds_left: float | None) -> None:
         self.replaced.append((node, seconds_left))
 
 
@@ -40,9 +40,9 @@ class Stage:
         self.heard: dict[str, list[Any]] = {}
         self.links: dict[str, AgentConnection] = {}
         self.supervisor = Supervisor(
-            MembershipState(low=1, high=2),
-            claims=self.claims,
-            tell=self.told.append,
+            MembershipState(min_workers=1, max_workers=2),
+            placement=self.claims,
+            record_event=self.told.append,
             checkpoints="/nowhere",
             meter=CostMeter(limits, head="host-head", head_usd_per_hour=0.5, spent_usd=spent_usd),
             clock=lambda: self.now,
@@ -102,8 +102,8 @@ def test_a_notice_that_is_said_again_and_again_is_one() -> None:
         for _ in range(5):  # Ray says it at every look, and knows the end to a second
             stage.now += 0.5
             left_s = 1120.0 - stage.now
-            stage.supervisor.noticed("b", source="ray", seconds_left=left_s + 0.3)
-            stage.supervisor.noticed("b", source="ray", seconds_left=left_s - 0.3)
+            stage.supervisor.announce_preemption("b", source="ray", seconds_left=left_s + 0.3)
+            stage.supervisor.announce_preemption("b", source="ray", seconds_left=left_s - 0.3)
         assert stage.notices() == [("b", "aws", 120.0, True)]
         assert stage.claims.replaced == [("b", 120.0)]
 
@@ -122,11 +122,11 @@ def test_one_that_leaves_less_time_is_told_of_and_heeded() -> None:
 
 def test_the_next_agent_of_a_machine_that_goes_is_told_of_anew() -> None:
     def scene(stage: Stage) -> None:
-        stage.supervisor.noticed("b", source="ray", seconds_left=60.0)
+        stage.supervisor.announce_preemption("b", source="ray", seconds_left=60.0)
         stage.supervisor.detach(stage.links["b"], "its connection closed")
-        stage.supervisor.noticed("b2", source="ray", seconds_left=59.0)  # it is not there yet
+        stage.supervisor.announce_preemption("b2", source="ray", seconds_left=59.0)  # it is not there yet
         stage.come("b2")
-        stage.supervisor.noticed("b2", source="ray", seconds_left=58.0)
+        stage.supervisor.announce_preemption("b2", source="ray", seconds_left=58.0)
         assert [(node, left_s) for node, _, left_s, _ in stage.notices()] == [("b", 60.0), ("b2", 58.0)]
 
     staged(scene)
@@ -147,7 +147,7 @@ def test_a_mere_risk_has_another_machine_made_ready_and_changes_nothing() -> Non
 def test_an_agent_hears_of_its_devices_before_it_is_to_use_them() -> None:
     def scene(stage: Stage) -> None:
         stage.heard["a"].clear()
-        stage.supervisor.granted("a", num_slots=2, num_guaranteed=1, devices=("cuda:1", "cuda:0"))
+        stage.supervisor.update_slots("a", num_slots=2, num_guaranteed=1, devices=("cuda:1", "cuda:0"))
         stage.supervisor.receive(
             stage.links["a"],
             {"say": "ended", "generation": 1, "rank": 0, "end": "broken", "step": 0, "reason": "", "error": ""},
@@ -197,7 +197,9 @@ def test_every_agent_is_told_where_all_parts_of_the_state_are(num_agents: int) -
         for r, name in enumerate(names)
     }
     start = StartGeneration(generation=5, places=tuple(names), step=9, source=(4, num_agents))
-    orders = start_commands(start, MembershipState(low=1, high=3, nodes=nodes), links, findings=None, laps={})
+    orders = start_commands(
+        start, MembershipState(min_workers=1, max_workers=3, nodes=nodes), links, findings=None, laps={}
+    )
     wanted = [{"generation": 4, "rank": r, "endpoint": list(links[name].endpoint)} for r, name in enumerate(names)]
     assert all(parts_of(orders[name]) == wanted for name in names)
 

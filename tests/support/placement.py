@@ -11,20 +11,20 @@ class EndlessClaims:
     def __init__(self, ranks_per_agent: int) -> None:
         self._ranks_per_agent = ranks_per_agent
 
-    def places_of(self, node: str) -> tuple[int, int]:
+    def slots_of(self, node: str) -> tuple[int, int]:
         return self._ranks_per_agent, self._ranks_per_agent
 
-    def claim(self) -> None:
+    def claim_slots(self) -> None:
         pass
 
-    def use(self, used: Mapping[str, int]) -> None:
+    def set_used(self, used: Mapping[str, int]) -> None:
         pass
 
-    def give_back(self) -> None:
+    def release_unused(self) -> None:
         pass
 
-    def replace(self, node: str, *, seconds_left: float | None) -> None:
+    def replace_node(self, node: str, *, seconds_left: float | None) -> None:
         pass
 
-    def lost(self, node: str) -> None:
+    def agent_lost(self, node: str) -> None:
         pass

@@ -45,7 +45,7 @@ class RecordingReporter:
     def step(self, metrics: StepMetrics) -> None:
         self.recording.steps.append(metrics)
 
-    def again(self, metrics: StepMetrics) -> None:
+    def resend(self, metrics: StepMetrics) -> None:
         """It has kept all that it was told."""
 
     def should_stop(self) -> bool:
@@ -53,7 +53,7 @@ class RecordingReporter:
         done = self.recording.steps[-1].step if self.recording.steps else 0
         return self._stop_after is not None and done + 1 >= self._stop_after
 
-    def should_leave(self) -> bool:
+    def should_drain(self) -> bool:
         return False
 
 

@@ -59,16 +59,16 @@ class Agent:
         self.may_go_on.set()
         self.worked_s = 0.0
 
-    def adopt(self, snapshot: SnapshotBuffer) -> None:
+    def register(self, snapshot: SnapshotBuffer) -> None:
         self.adopted = snapshot
 
-    def note(self) -> Mapping[str, Any]:
+    def metadata(self) -> Mapping[str, Any]:
         return {"metrics": [1, 2]}
 
-    def copied(self, *, step: int, slot: int) -> None:
+    def publish(self, *, step: int, slot: int) -> None:
         self.calls.append(("copied", step))
 
-    def await_kept(self, step: int) -> None:
+    def wait_replicated(self, step: int) -> None:
         assert ("copied", step) in self.calls, "what was never copied is never kept"
         self.is_asked.set()
         assert self.may_go_on.wait(_TIMEOUT_S)

@@ -84,7 +84,6 @@ async def watch(
     environment: Mapping[str, str],
     on_notice: Callable[[Notice], None],
     *,
-    ask_ray: Callable[[], Awaitable[Notice | None]] | None = None,
     pace: PollInterval = _PACE,
 ) -> None:
     """Tell every notice once, for ever; returns only where there is nothing to watch.
@@ -94,8 +93,6 @@ async def watch(
     Raises: ClusterError, before anything is watched, if `FORGE_CLOUD` names what is not known.
     """
     chosen = watchers(environment, pace=pace)
-    if ask_ray is not None:
-        chosen.append(Watcher(place="ray", ask=partial(_ask_ray, ask_ray, pace.timeout_s), pause_s=pace.pause_s))
     async with asyncio.TaskGroup() as tasks:
         for watcher in chosen:
             tasks.create_task(_follow(watcher, on_notice))
@@ -116,11 +113,6 @@ async def _follow(watcher: Watcher, on_notice: Callable[[Notice], None]) -> None
                 _log.warning("notices of %s: no answer, trying on: %r", watcher.place, error)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         await asyncio.sleep(pause_s)
-
-
-async def _ask_ray(ask_ray: Callable[[], Awaitable[Notice | None]], timeout_s: float) -> Mapping[str, Notice]:
-    notice = await asyncio.wait_for(ask_ray(), timeout_s)
-    return {} if notice is None else {repr(notice): notice}
 
 
 def _watch_aws(environment: Mapping[str, str], pace: PollInterval) -> list[Watcher]:

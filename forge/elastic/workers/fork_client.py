@@ -130,7 +130,7 @@ class ForkServerPool:
         """Of which the others are clones."""
 
     @property
-    def has_warm(self) -> bool:
+    def has_ready(self) -> bool:
         """Whether one stands ready."""
         return any(process.is_warm and process.is_alive for process in self._idle)
 
@@ -159,7 +159,7 @@ class ForkServerPool:
         self._first = start_fork_server(plan_json, log=self._log)
         return self._first
 
-    def give_back(self, process: ForkServer) -> None:
+    def release(self, process: ForkServer) -> None:
         """A run is over that used it, and none of its ranks is left."""
         self._idle.append(process)
 

@@ -105,7 +105,7 @@ def _run(order: WorkerSpec, link: AgentLink, fds: list[int], *, plan_json: str, 
     if order.rank == 0:
         reporter = AgentReporter(link)
         for metrics in origin.metrics if origin else ():
-            reporter.again(StepMetrics(**metrics))
+            reporter.resend(StepMetrics(**metrics))
     return run_worker(
         plan_from_json(plan_json),
         WorkerContext(
@@ -170,10 +170,10 @@ class AgentReporter:
         self._link.board[Slot.STEP] = metrics.step
         self._link.say("step", metrics)
 
-    def again(self, metrics: StepMetrics) -> None:
+    def resend(self, metrics: StepMetrics) -> None:
         """Send a step of before, and remember it as well."""
         self._recent.append(metrics)
-        self._link.say("again", metrics)
+        self._link.say("resend", metrics)
 
     def unrecorded(self) -> list[dict[str, Any]]:
         """The steps that may not have been written yet."""
@@ -184,7 +184,7 @@ class AgentReporter:
         """Whether the agent has passed on that wish."""
         return bool(self._link.board[Slot.STOP])
 
-    def should_leave(self) -> bool:
+    def should_drain(self) -> bool:
         """Whether the agent has passed on that wish."""
         return bool(self._link.board[Slot.LEAVE])
 
@@ -198,7 +198,7 @@ class NullAgentReporter:
     def step(self, metrics: StepMetrics) -> None:
         """Say nothing."""
 
-    def again(self, metrics: StepMetrics) -> None:
+    def resend(self, metrics: StepMetrics) -> None:
         """Say nothing."""
 
     def unrecorded(self) -> list[dict[str, Any]]:
@@ -209,7 +209,7 @@ class NullAgentReporter:
         """The first rank decides."""
         return False
 
-    def should_leave(self) -> bool:
+    def should_drain(self) -> bool:
         """The first rank decides."""
         return False
 
@@ -222,19 +222,19 @@ class AgentReplicaClient:
     ) -> None:
         self._link, self._reporter, self._local_world_size = link, reporter, local_world_size
 
-    def adopt(self, snapshot: SnapshotBuffer) -> None:
+    def register(self, snapshot: SnapshotBuffer) -> None:
         """Give the agent the memory."""
         self._link.say("snapshot", fds=(snapshot.fd,))
 
-    def note(self) -> Mapping[str, Any]:
+    def metadata(self) -> Mapping[str, Any]:
         """Steps that would be lost with the agent if it died now."""
         return {"metrics": self._reporter.unrecorded()}
 
-    def copied(self, *, step: int, slot: int) -> None:
+    def publish(self, *, step: int, slot: int) -> None:
         """Have the agent send it to another machine."""
         self._link.say("copied", step, slot)
 
-    def await_kept(self, step: int) -> None:
+    def wait_replicated(self, step: int) -> None:
         """Wait until it is there."""
         while self._link.board[Slot.KEPT_STEP] < step:
             time.sleep(_POLL_S)
