@@ -22,7 +22,8 @@ from benchmarks.changes import SETTLE_S, Cost, Watch, changes_of, report
 from benchmarks.peers.forge_elastic import write_job
 from benchmarks.program import end_on_sigterm, uninterrupted
 from forge.config.load import load_job
-from forge.runtime.launch import create_run, resolve
+from forge.runs.create import create_run
+from forge.runtime.resolve import resolve
 from tests.support.hosts import Hosts, can_make_hosts
 
 _NODES = 3

@@ -19,8 +19,10 @@ from forge.errors import JobFileError
 from forge.plan.plan import Plan
 from forge.remote.submit import preflight, resolve_there, submit
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
+from forge.runs.create import create_run
 from forge.runs.reader import RunSummary, failure_of, follow, read_run
-from forge.runtime.launch import RunHandle, create_run, resolve, start_driver
+from forge.runtime.driver_process import RunHandle, start_driver
+from forge.runtime.resolve import resolve
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
@@ -113,7 +115,7 @@ def _carry_out(
         carried.request_stop()
         raise
     finally:
-        carried.end()
+        carried.wait()
     run = read_run(folder)
     failure = failure_of(run)
     if failure is not None:

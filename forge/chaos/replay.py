@@ -22,9 +22,10 @@ from forge.cluster.local.ray_cluster import add_node, kill_node, start_head_alon
 from forge.cluster.local.ray_process import NodeProcess
 from forge.errors import ForgeError
 from forge.plan.plan import Plan
+from forge.runs.create import create_run
 from forge.runs.goodput import goodput_of
 from forge.runs.reader import failure_of, follow, read_metrics, read_run
-from forge.runtime.launch import create_run, start_driver
+from forge.runtime.driver_process import start_driver
 from forge.runtime.placement import nodes_alive
 
 
@@ -93,7 +94,7 @@ def replay(
             carried.request_stop()
             raise
         finally:
-            carried.end()
+            carried.wait()
             is_over.set()
             stage.join()
     return _result(folder, plan, wall_s=wall_s, machines=machines)

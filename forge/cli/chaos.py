@@ -48,7 +48,7 @@ def replay(
     from forge.config.load import load_job
     from forge.runs.goodput import goodput_of
     from forge.runs.reader import read_metrics, read_run
-    from forge.runtime.launch import resolve
+    from forge.runtime.resolve import resolve
 
     schedule = faster(scale(read_trace(_path_of(trace)), num_nodes=nodes), speed=speed)
     loaded = load_job(job, overrides=[*(overrides or []), f"resources.workers=1..{nodes}"])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from forge.cli.trials_screen import TuneScreen
     from forge.plan.plan import Plan
     from forge.runs.reader import RunSummary
-    from forge.runtime.launch import RunHandle
+    from forge.runtime.driver_process import RunHandle
 
 INTERRUPTED = 130
 _STOPPING = (
@@ -81,7 +81,7 @@ def follow_run(carried: RunHandle, resolved: Plan, *, past: Past) -> bool:
         watch_run(carried, resolved, folder=carried.folder, past=past, on_record=tell_asked)
     finally:
         signal.signal(signal.SIGINT, before)
-    carried.end()
+    carried.wait()
     return asked > 0
 
 
@@ -105,7 +105,7 @@ def watch_run(
         for record in follow(
             folder, goes_on=carried.is_alive, past_events=len(past.events), past_steps=len(past.steps)
         ):
-            for line in carried.news():
+            for line in carried.connection_messages():
                 screen.note(line)
             on_record(screen)
             screen.show(record)
@@ -118,7 +118,7 @@ def conclude(folder: Path, *, interrupted: bool, output: Output, past_events: in
         past_events: how many there were before the run was carried on; an end among them is not its end.
     """
     from forge.runs.reader import read_run
-    from forge.runtime.launch import wait_until_free
+    from forge.runtime.driver_process import wait_until_free
 
     wait_until_free(folder)
     run = read_run(folder)

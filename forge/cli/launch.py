@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from forge.config.load import LoadedJob
     from forge.plan.plan import Plan
     from forge.remote.submit import RemoteTarget
-    from forge.runtime.launch import RunHandle
+    from forge.runtime.driver_process import RunHandle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +50,9 @@ def launch(request: Request) -> None:
     from forge.cli import display
     from forge.config.load import load_job
     from forge.config.overrides import check_kind
+    from forge.runs.create import create_run, reopen_run
     from forge.runs.reader import read_run
-    from forge.runtime.launch import create_run, reopen_run, start_driver
+    from forge.runtime.driver_process import start_driver
 
     if request.file is None and request.resume is None:
         raise typer.BadParameter(f"give a job file, or --resume {request.name}", param_hint="FILE")
@@ -89,7 +90,7 @@ def show_dry(loaded: LoadedJob, *, file: Path, output: Output) -> None:
     """Show what a job will do; nothing is made."""
     from forge.cli import display
     from forge.plan.plan import plan_to_json
-    from forge.runtime.launch import resolve
+    from forge.runtime.resolve import resolve
 
     with display.PrepareScreen() as screen:
         resolved = resolve(loaded, is_dry_run=True, on_progress=screen.show)
@@ -155,7 +156,7 @@ def _site_of(cluster: str | None, folder: Path | None) -> RemoteTarget | None:
 
 def _resolve(loaded: LoadedJob, site: RemoteTarget | None) -> Plan:
     from forge.cli import display
-    from forge.runtime.launch import resolve
+    from forge.runtime.resolve import resolve
 
     if site is None:
         with display.PrepareScreen() as screen:

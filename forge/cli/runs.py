@@ -127,7 +127,7 @@ def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputO
     if carried is not None and found.status == "running":
         watch_run(carried, found.plan, folder=folder, past=past)
         if search is None:
-            carried.end()
+            carried.wait()
     conclude(folder, interrupted=False, output=output)
 
 
@@ -160,7 +160,7 @@ def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
         if is_search
         else f"{folder.name} stops after its current step, with a checkpoint"
     )
-    carried.end()
+    carried.wait()
     display.next_command(f"forge {'tune' if is_search else 'train'} --resume {handle(folder)}", purpose="go on")
 
 

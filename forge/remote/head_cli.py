@@ -30,7 +30,7 @@ from forge.errors import ArgumentError, ClusterError, ForgeError
 from forge.plan.plan import plan_from_json, plan_to_json
 from forge.remote.secrets import stash_secrets, take_secrets
 from forge.runs.reader import ENDINGS, count_records, driver_pid, follow, is_alive
-from forge.runtime.launch import LocalRun
+from forge.runtime.driver_process import LocalRun
 from forge.runtime.probe import local_gpu
 
 MARK = "\x1e"

@@ -29,7 +29,7 @@ from forge.errors import ArgumentError, ClusterError, ForgeError
 from forge.remote.head_cli import MARK
 from forge.runs.reader import ENDINGS, REMOTE, count_records, driver_pid, error_named, read_run
 from forge.runs.recorder import EVENTS, METRICS, open_whole_lines
-from forge.runtime.launch import LocalRun, RunHandle
+from forge.runtime.driver_process import LocalRun, RunHandle
 
 _RETRY_S = (0.5, 1.0, 2.0, 5.0)
 _POLL_S = 0.05
@@ -109,12 +109,12 @@ class RemoteRun:
         """Ask the head; on another thread, as it may take a while to reach."""
         threading.Thread(target=self._request_stop, daemon=True).start()
 
-    def end(self) -> None:
+    def wait(self) -> None:
         """Return once the run is over, as far as can be seen from here."""
         while self._thread.is_alive():
             time.sleep(_POLL_S)
 
-    def news(self) -> list[str]:
+    def connection_messages(self) -> list[str]:
         """What happened to the connection since the last time."""
         told = []
         while self._news:

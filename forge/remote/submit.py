@@ -43,8 +43,9 @@ from forge.remote.mirror import (
 from forge.runs.reader import count_records, driver_pid
 from forge.runs.recorder import EVENTS, METRICS
 from forge.runs.secrets import credentials
-from forge.runtime.launch import LocalRun, RunHandle, resolve
+from forge.runtime.driver_process import LocalRun, RunHandle
 from forge.runtime.probe import count_slots, hardware
+from forge.runtime.resolve import resolve
 
 _SEND_TIMEOUT_S = 24 * 3600.0
 _START_TIMEOUT_S = 90.0

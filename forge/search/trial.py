@@ -30,9 +30,9 @@ from forge.errors import DivergedError, ForgeError, RunError
 from forge.events import TrialStarted
 from forge.plan.inputs import CorpusInfo, ModelInfo
 from forge.plan.plan import Plan, config_digest, make_plan, plan_from_json, plan_to_json
+from forge.runs.create import fill_run_folder
 from forge.runs.reader import error_named
 from forge.runs.trials import trial_folder
-from forge.runtime.launch import make_folder
 from forge.runtime.placement import SUPERVISOR
 from forge.runtime.probe import model_facts
 from forge.search.encoding import plain_values
@@ -152,7 +152,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
             plan = replace(plan, pause_at=(self._reported // interval + 1) * interval)
         self._plan = plan
         folder = Path(trial_folder(self._wiring.search_folder, self.number))
-        make_folder(folder, plan)
+        fill_run_folder(folder, plan)
         if self._source is not None:
             step, donor = self._source
             donor_folder = trial_folder(self._wiring.search_folder, donor)

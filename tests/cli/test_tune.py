@@ -20,9 +20,11 @@ from forge.cli.app import app
 from forge.errors import ArgumentError, JobFileError, RunError
 from forge.events import CostUpdated, Event, RunFailed, RunFinished, RunStarted, RunStopped, event_to_record
 from forge.plan.plan import plan_from_json, plan_to_json
+from forge.runs import create
 from forge.runs.reader import driver_pid
-from forge.runtime import launch as submit
-from forge.runtime.launch import LocalRun
+from forge.runtime import driver_process
+from forge.runtime import resolve as resolving
+from forge.runtime.driver_process import LocalRun
 from tests.cli.conftest import JOB
 from tests.support.command import wait_for
 from tests.support.jobs import synthetic_corpus
@@ -92,10 +94,10 @@ class Ended:
     def request_stop(self) -> None:
         """Too late."""
 
-    def end(self) -> None:
+    def wait(self) -> None:
         """It has ended."""
 
-    def news(self) -> list[str]:
+    def connection_messages(self) -> list[str]:
         return []
 
 
@@ -116,9 +118,9 @@ def carrier(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
                 file.write(json.dumps({"time": 2_000_000.0 + at} | event_to_record(event)) + "\n")
         return Ended(folder)
 
-    for module in (submit, api):
-        monkeypatch.setattr(module, "resolve", resolve)
-        monkeypatch.setattr(module, "start_driver", carry)
+    for module, name, fake in ((resolving, "resolve", resolve), (driver_process, "start_driver", carry)):
+        monkeypatch.setattr(module, name, fake)
+        monkeypatch.setattr(api, name, fake)
     return told
 
 
@@ -267,9 +269,9 @@ class TestWhileItGoesOn:
                 signal.raise_signal(presses.pop())
             return []
 
-        monkeypatch.setattr(LocalRun, "news", press_ctrl_c)
-        monkeypatch.setattr(submit, "start_driver", lambda folder: carried)
-        monkeypatch.setattr(submit, "create_run", lambda plan, root: Path("runs", "searched"))
+        monkeypatch.setattr(LocalRun, "connection_messages", press_ctrl_c)
+        monkeypatch.setattr(driver_process, "start_driver", lambda folder: carried)
+        monkeypatch.setattr(create, "create_run", lambda plan, root: Path("runs", "searched"))
         done = forge("tune", tune_file)
         assert done.exit_code == 130
         assert "stopping every trial after its step, with a checkpoint; Ctrl-C again" in done.stderr
@@ -346,7 +348,7 @@ class TestResuming:
     ) -> None:
         folder = make_search(home / "runs", "searched", events=[*THREE, RunStopped(step=0)])
         before = (folder / "plan.json").read_text()
-        with pytest.raises(ArgumentError, match=f"searched cannot be resumed with another {blamed}"):
+        with pytest.raises(ArgumentError, match=f"cannot resume searched: .*{blamed}"):
             forge("tune", "--resume", "searched", "--set", change)
         assert (folder / "plan.json").read_text() == before
 

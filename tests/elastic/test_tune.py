@@ -12,9 +12,11 @@ import psutil
 import pytest
 
 from forge.config.load import load_job
+from forge.runs.create import create_run
 from forge.runs.reader import read_metrics, read_run
 from forge.runs.trials import TrialTable, trial_folder
-from forge.runtime.launch import create_run, resolve, start_driver
+from forge.runtime.driver_process import start_driver
+from forge.runtime.resolve import resolve
 from tests.support.command import wait_for
 from tests.support.elastic import Machines, Run, leftovers, machines, write_job
 
@@ -67,7 +69,7 @@ class Search:
 
     def kill_carrier(self) -> None:
         os.kill(self._carried.pid, signal.SIGKILL)
-        self._carried.end()
+        self._carried.wait()
 
     def rank_of(self, number: int) -> int:
         """The pid of a trial's only rank, once it trains."""
@@ -85,7 +87,7 @@ class Search:
 
     def await_end(self) -> None:
         wait_for(lambda: self.status != "running", timeout_s=180)
-        self._carried.end()
+        self._carried.wait()
 
 
 def start(cluster: Machines, **changes: str) -> Search:

@@ -23,8 +23,9 @@ from forge.cluster.base import NodeProgress, list_records, read_record, token_pa
 from forge.cluster.cloud.provider import CloudCluster
 from forge.cluster.registry import cluster_of, find_cluster
 from forge.config.load import load_cluster, load_job
+from forge.runs.create import create_run
 from forge.runs.reader import read_metrics
-from forge.runtime.launch import create_run, resolve
+from forge.runtime.resolve import resolve
 from tests.support.cloud_box import IMAGE, PYTHON, CloudBox, Refusal
 from tests.support.command import mentioning, wait_for
 from tests.support.elastic import Machines, Run, write_job

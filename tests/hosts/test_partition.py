@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from forge.config.load import load_job
+from forge.runs.create import create_run
 from forge.runs.reader import driver_pid, read_metrics, read_run
-from forge.runtime.launch import LocalRun, create_run, resolve
+from forge.runtime.driver_process import LocalRun
+from forge.runtime.resolve import resolve
 from tests.support.command import wait_for
 from tests.support.elastic import Machines, Run, write_job
 from tests.support.hosts import Hosts

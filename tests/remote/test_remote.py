@@ -20,9 +20,10 @@ from forge.config.load import load_job
 from forge.errors import ArgumentError, ClusterError, DataError
 from forge.plan.plan import Plan
 from forge.remote.submit import RemoteTarget, fit_to, hardware_there, preflight, resolve_there, submit
+from forge.runs.create import create_run
 from forge.runs.reader import read_metrics, read_run
 from forge.runs.trials import TrialTable
-from forge.runtime.launch import create_run, resolve
+from forge.runtime.resolve import resolve
 from tests.support.command import environment, mentioning, wait_for
 from tests.support.remote_client import Elsewhere, elsewhere
 
@@ -102,7 +103,7 @@ def test_a_run_lives_through_all_that_may_happen_to_its_client(cluster: Elsewher
         submit(site, plan, folder=folder)
     wait_for(lambda: len(steps_of(folder)) > seen + 50)
     carried.request_stop()
-    carried.end()
+    carried.wait()
     run = read_run(folder)
     assert run.status == "stopped"
     assert run.newest("CheckpointSaved", step=run.step) is not None
@@ -124,13 +125,13 @@ def test_a_run_that_was_stopped_goes_on_there(cluster: Elsewhere, there: Path, h
     carried = submit(site, plan, folder=folder)
     wait_for(lambda: len(steps_of(folder)) > 5)
     carried.request_stop()
-    carried.end()
+    carried.wait()
     run = read_run(folder)
     assert run.status == "stopped"
     carried = submit(site, plan, folder=folder)
     wait_for(lambda: len(steps_of(folder)) > run.step + 5)
     carried.request_stop()
-    carried.end()
+    carried.wait()
     assert read_run(folder).step > run.step
     run = read_run(folder)
     assert (run.status, steps_of(folder)) == ("stopped", list(range(1, run.step + 1)))
@@ -208,7 +209,7 @@ def test_a_search_is_carried_there_and_its_trials_are_told_here(
     folder = create_run(plan, root=str(home / "runs"))
     carried = submit(site, plan, folder=folder)
     wait_for(lambda: not carried.is_alive(), timeout_s=150)
-    carried.end()
+    carried.wait()
     assert read_run(folder).status == "finished", read_run(folder).events[-1]
     trials = TrialTable(read_run(folder).events).trials
     assert {number: trial.status for number, trial in trials.items()} == dict.fromkeys((1, 2, 3), "finished")

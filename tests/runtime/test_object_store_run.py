@@ -91,6 +91,6 @@ def test_a_bucket_that_is_not_there_or_not_reached_is_said_before_anything_start
     closed = forge("train", "job.yaml", cwd=home, env=environment(home, **unreachable))
     for done, said in ((missing, "no-such-bucket"), (closed, "s3://forge-tests/runs")):
         assert done.returncode == 2, done.stderr
-        assert "checkpoint.to: nothing can be written to s3://" in done.stderr
+        assert "checkpoint.to: cannot write to s3://" in done.stderr
         assert said in done.stderr
         assert not list(home.glob("runs/*"))

@@ -1,0 +1,88 @@
+"""Creating and reopening run folders: `job.yaml`, `plan.json` and the tokenizer, before any process is started."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+from forge.checkpoint.storage import open_storage
+from forge.config.dump import dump_job
+from forge.errors import ArgumentError
+from forge.fs import write_atomic
+from forge.plan.plan import Plan, config_digest, plan_from_json, plan_to_json
+from forge.plan.search import changed_keys
+
+_PROBE_PATIENCE_S = 5.0
+
+
+def create_run(plan: Plan, *, root: str | None = None) -> Path:
+    """Create the folder of a new run.
+
+    Args:
+        plan: of a prepared corpus.
+        root: parent folder; by default the job's `checkpoint.runs`.
+
+    Raises: ArgumentError if the folder or the checkpoint storage is not writable.
+    """
+    run_id = f"{plan.job.name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    folder = Path(root or plan.job.checkpoint.runs) / run_id
+    _require_writable(plan.job.checkpoint.url_of(str(folder)))
+    fill_run_folder(folder, plan)
+    return folder
+
+
+def fill_run_folder(folder: Path, plan: Plan) -> None:
+    """Write the files of a new run, or overwrite those of a trial that continues with other values.
+
+    Raises: ArgumentError if the folder cannot be written; it is removed then.
+    """
+    assert plan.corpus is not None, "a run is created from a full plan"
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        shutil.copytree(Path(plan.corpus.folder) / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+        (folder / "job.yaml").write_text(dump_job(plan.job))
+        (folder / "plan.json").write_text(plan_to_json(plan))
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ArgumentError(
+            f"cannot write the run folder {folder}: {error.strerror or error}; "
+            "set checkpoint.to to a folder you own"
+        ) from error
+
+
+def reopen_run(folder: Path, plan: Plan) -> None:
+    """Replace the plan of a run that ended early, before it is resumed from its newest checkpoint.
+
+    Raises: ArgumentError if the new plan would change the loss curve, or how a search compares its trials.
+    """
+    before = plan_from_json((folder / "plan.json").read_text())
+    if config_digest(before.job) != config_digest(plan.job):
+        raise ArgumentError(
+            f"cannot resume {folder.name}: the model, data or training section changed, so the loss curve would "
+            "not continue; start a new run"
+        )
+    changed = changed_keys(before.job.search, plan.job.search)
+    if changed:
+        raise ArgumentError(
+            f"cannot resume {folder.name}: {changed[0]} changed, so old and new trials would not be comparable; "
+            "start a new search (search.max_trials, max_hours, max_usd and trials_at_once may change)"
+        )
+    _require_writable(plan.job.checkpoint.url_of(str(folder)))
+    write_atomic(folder / "plan.json", plan_to_json(plan))
+
+
+def _require_writable(url: str) -> None:
+    """Write and delete a small object, so that missing permissions are found before machines are paid for.
+
+    Raises: ArgumentError, CheckpointError.
+    """
+    if "://" not in url:
+        return
+    storage = open_storage(url, patience_s=_PROBE_PATIENCE_S)
+    try:
+        storage.write(".probe/empty", lambda: [b""])
+        storage.drop(".probe", ["empty"])
+    except OSError as error:
+        raise ArgumentError(f"checkpoint.to: cannot write to {url}: {error}") from error

@@ -1,0 +1,105 @@
+"""The driver process of a run on this machine: start it, signal it, wait for it.
+
+`RunHandle` is what the CLI and the Python API hold while a run is in progress, on this machine (`LocalRun`) or on a
+remote cluster (`forge.remote.mirror.RemoteRun`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from forge.cluster.local.ray_cluster import find_local
+from forge.cluster.local.ray_process import session_members
+from forge.process import is_alive
+from forge.runs.reader import driver_pid
+
+_POLL_S = 0.05
+
+
+class RunHandle(Protocol):
+    """A run in progress; its events and metrics appear in `folder` on this machine."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder on this machine."""
+
+    def is_alive(self) -> bool:
+        """Whether more events or metrics may come."""
+
+    def request_stop(self) -> None:
+        """Ask the run to checkpoint and stop; the second call stops it at once. Does not block."""
+
+    def wait(self) -> None:
+        """Return once the driver has ended and no process of the run is left."""
+
+    def connection_messages(self) -> list[str]:
+        """Messages since the last call about how the run is reached, such as a lost ssh connection."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalRun:
+    """A run whose driver is a process of this machine."""
+
+    folder: Path
+    pid: int
+    """Of the driver."""
+
+    def is_alive(self) -> bool:
+        return is_alive(self.pid)
+
+    def request_stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Wait for the driver, and kill what it left behind if it was killed.
+
+        Ranks end by themselves then, but Ray's own processes would retry for a minute to report each other's death.
+        """
+        wait_until_free(self.folder)
+        if not is_alive(self.pid):
+            for process in session_members(self.pid):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+
+    def connection_messages(self) -> list[str]:
+        return []
+
+
+def start_driver(folder: Path) -> LocalRun:
+    """Start the driver of a run in its own session; return once it holds the run's lock.
+
+    It uses the cluster that is up on this machine, otherwise starts one that ends with it. A driver that ends
+    before it holds the lock has written the reason to `logs/run.log`.
+    """
+    cluster = find_local()
+    command = [sys.executable, "-P", "-m", "forge.runtime.driver", str(folder)]
+    if cluster is not None:
+        command += ["--address", cluster.address]
+    with (folder / "logs" / "run.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        while driver_pid(folder) != process.pid and process.poll() is None:
+            time.sleep(_POLL_S)
+    except BaseException:  # Ctrl-C: no handle was returned, so the driver must not stay
+        process.terminate()
+        raise
+    return LocalRun(folder=folder, pid=process.pid)
+
+
+def wait_until_free(folder: Path) -> None:
+    """Return once no driver holds the run's lock."""
+    while driver_pid(folder) is not None:
+        time.sleep(_POLL_S)
