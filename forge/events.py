@@ -1,8 +1,8 @@
-"""What can happen to a run, typed.
+"""Typed events of a run, grouped in the order of a run: start, nodes, generations, state, tracking, search, end.
 
-Every event is one line of `events.jsonl`, every step one line of `metrics.jsonl`; the screen, the
-report and W&B are made of these two files and of nothing else. An event says what happened, never how
-it looks. It is long because it is the list of all that can happen.
+Each event becomes one line of `events.jsonl`, each step one line of `metrics.jsonl`. The screen, the report and
+W&B read only these two files. An event says what happened, never how to display it. The module is long because
+it lists every event.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+# Start of a run and its supervisor
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted:
-    """The run began, or began again from a checkpoint."""
+    """The run started, or resumed from a checkpoint."""
 
     run_id: str
     total_steps: int
@@ -24,29 +26,37 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progressed:
-    """Something slow before the first step has come further; for the screen only."""
+class SupervisorStarted:
+    """The supervisor process started."""
 
-    what: str
-    done: float
-    """0 to 1."""
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorRestarted:
+    """The supervisor process died and was restarted; training continued in between."""
+
+    pid: int
+
+
+# Nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeJoined:
-    """A machine stands ready: its agent is there and its warm process has imported everything."""
+    """A node is ready for workers: its agent is connected and its fork server has imported everything."""
 
     node: str
-    """Ray's id of the node."""
+    """Ray's node id."""
     host: str
     num_slots: int
-    """How many ranks of this run it has room for."""
+    """Number of workers of this run that fit on the node."""
     agent_pid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeLeft:
-    """A machine is no longer part of the run."""
+    """A node is no longer part of the run."""
 
     node: str
     reason: str
@@ -54,59 +64,72 @@ class NodeLeft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreemptionNoticeReceived:
-    """A machine will be taken away: a preemption that was announced; or it is at risk of that."""
+    """A node will be preempted, or is at increased risk of it."""
 
     node: str
     source: str
-    """Who said so: `aws`, `gcp`, `azure`, `kubernetes`, `ray`."""
+    """Who sent the notice: `aws`, `gcp`, `azure`, `kubernetes` or `ray`."""
     seconds_left: float | None
-    """None where no time was given."""
+    """None if the notice gives no time."""
     is_certain: bool = True
-    """False for a mere recommendation to be somewhere else."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MembershipChangeStarted:
-    """A generation ends, so that another can take its place."""
-
-    generation: int
-    """The one that ends."""
-    cause: str
-    """`notice`, `loss`, `hang`, `growth`, `yield`, `failure`."""
-    reason: str
-    """For people: which machine or rank, and what about it."""
-    seconds_since_cause: float
-    """How long ago it happened, where that is known: a hang is seen seconds after it began."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankHung:
-    """No rank made progress any more; the stacks of all ranks are in their logs."""
-
-    generation: int
-    rank: int
-    """The one behind the others."""
-    node: str
-    silent_s: float
+    """False for a rebalance recommendation, which may never be followed by a preemption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitingForMachines:
-    """The run waits, its state safe, until it has its smallest number of workers."""
+    """The run is paused, its state safe, until its minimum number of workers is available."""
 
     have: int
     need: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CostUpdated:
+    """What the run has cost so far, if its machines state their price."""
+
+    usd: float
+    """Total, over all restarts of the run."""
+    usd_per_hour: float
+    """Current rate of all its machines together."""
+
+
+# Generations: each is one set of workers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembershipChangeStarted:
+    """A generation is being stopped so that the next one can start."""
+
+    generation: int
+    """The one being stopped."""
+    cause: str
+    """`notice`, `loss`, `hang`, `growth`, `yield` or `failure`."""
+    reason: str
+    """Human-readable: which node or rank, and what happened to it."""
+    seconds_since_cause: float
+    """Time since the cause, if known: a hang is detected seconds after it began."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankHung:
+    """No rank has made progress for too long; the stack traces of all ranks are in their logs."""
+
+    generation: int
+    rank: int
+    """The rank that stopped first."""
+    node: str
+    silent_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationStarting:
-    """The ranks of a new membership are being started."""
+    """The workers of a new generation are being started."""
 
     generation: int
     world_size: int
     from_step: int
     source: str
-    """Where its state comes from: `memory`, `storage` (or nothing yet, at step 0)."""
+    """Where the state comes from: `memory` or `storage` (nothing is loaded at step 0)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,54 +143,73 @@ class RankLocation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationStarted:
-    """The ranks of one membership stand ready."""
+    """All workers of a generation are ready to train."""
 
     generation: int
     world_size: int
     device: str
     peak_flops: float
-    """Of all ranks together, in the job's precision; nan if unknown."""
+    """Sum over all ranks, in the job's precision; nan if unknown."""
     peak_source: str
     seconds: Mapping[str, float]
-    """What forming was made of: decide, stop, fork, rendezvous, build, load, ..."""
+    """Duration of each phase of the start: decide, stop, fork, rendezvous, build, load, ..."""
     ranks: tuple[RankLocation, ...] = ()
-    """Empty where the engine does not tell."""
+    """Empty if the engine does not report locations."""
+
+
+# State: snapshots, checkpoints, evaluation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotIntervalChanged:
-    """How often the state is copied to memory outside the ranks, chosen from what a copy costs."""
+    """A new interval between snapshots to host memory was chosen from the measured cost of a snapshot."""
 
     every: int
     """Steps."""
     seconds: float
-    """What one costs the training."""
+    """Training time that one snapshot costs."""
     share: float
-    """Of the time of the steps it is taken in."""
+    """That cost as a share of the time of the `every` steps, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisorStarted:
-    """The process that decides is there."""
+class CheckpointSaved:
+    """A durable checkpoint was committed."""
 
-    pid: int
+    step: int
+    folder: str
+    """Folder or URL."""
+    size_bytes: int
+    seconds: float
+    """From the end of its step to the commit; training continues in the meantime."""
+    stall_s: float
+    """How long training was blocked by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisorRestarted:
-    """The process that decides died and was started again; the ranks went on meanwhile."""
+class CheckpointFailed:
+    """A checkpoint could not be written; training continues and the previous checkpoint stays the newest."""
 
-    pid: int
+    step: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostUpdated:
-    """What the run has cost so far, where its machines tell their price."""
+class CheckpointSkipped:
+    """The search for the newest checkpoint skipped one that failed verification."""
 
-    usd: float
-    """In all, over every time that it was carried on."""
-    usd_per_hour: float
-    """All its machines together, now."""
+    folder: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRepeated:
+    """A recorded step was run again because its result was lost; `metrics.jsonl` keeps the first record."""
+
+    step: int
+    loss: float
+    step_s: float
+    world_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,55 +226,8 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointSaved:
-    """A durable checkpoint is complete."""
-
-    step: int
-    folder: str
-    """Or the URL."""
-    size_bytes: int
-    seconds: float
-    """From the end of its step; training went on meanwhile."""
-    stall_s: float
-    """How long training stood still for it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointFailed:
-    """A checkpoint could not be written; training goes on, the one before stays the newest."""
-
-    step: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointSkipped:
-    """A checkpoint that does not verify was passed over while looking for the newest."""
-
-    folder: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRepeated:
-    """A step that was recorded before its result was lost; `metrics.jsonl` keeps the first record."""
-
-    step: int
-    loss: float
-    step_s: float
-    world_size: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrackingDegraded:
-    """W&B could not be reached; the run goes on and records offline."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleGenerated:
-    """Text from the model as it now is."""
+    """Text generated from the current weights."""
 
     step: int
     prompt: str
@@ -240,82 +235,95 @@ class SampleGenerated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingDegraded:
+    """W&B cannot be reached; the run continues and records offline."""
+
+    reason: str
+
+
+# Search
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialSuggested:
-    """A search has chosen the values of its next trial."""
+    """The searcher chose the values of the next trial."""
 
     trial: int
     """Counted from 1."""
     values: Mapping[str, Any]
-    """By their dotted paths in the job."""
+    """By dotted key of the job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialStarted:
-    """A trial has made its first step, or the first after it was carried on."""
+    """A trial completed its first step, or its first step after it was resumed."""
 
     trial: int
     total_steps: int
     seconds: float
-    """From the decision to run it to the end of that step."""
+    """From the decision to run the trial to the end of that step."""
     is_warm: bool
-    """Whether its ranks were forked from a process that an earlier trial had left."""
+    """Whether its workers were forked from a fork server that an earlier trial had started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialReported:
-    """A trial was judged."""
+    """A trial reported the search's metric."""
 
     trial: int
     step: int
     value: float
     """Of the search's metric."""
     metrics: Mapping[str, float | int | None]
-    """The whole line of its `metrics.jsonl`."""
+    """The complete record of that step in the trial's `metrics.jsonl`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialExploited:
-    """A trial goes on from a copy of another one's state, with other values."""
+    """Population-based training: a trial continues from a copy of another trial's state with other values."""
 
     trial: int
     donor: int
     step: int
-    """Of that state."""
+    """Step of the copied state."""
     values: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PopulationRoundCompleted:
-    """Every trial of a population has been judged at a step; those that changed were told of before."""
+    """All trials of a population were compared at a step; their `TrialExploited` events precede this one."""
 
     step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialEnded:
-    """A trial is over."""
+    """A trial ended."""
 
     trial: int
     status: str
-    """`finished`; `stopped`, given up by the scheduler; `diverged`, its loss is no number; `failed`."""
+    """`finished`; `stopped` early by the scheduler; `diverged`, its loss is not finite; `failed`."""
     step: int
     value: float | None
-    """The last one that was reported."""
+    """The last reported value of the search's metric."""
     reason: str = ""
+
+
+# End of a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStopped:
-    """The run ended before its last step because it was asked to, or would have cost too much."""
+    """The run ended before its last step, on request or because it reached a cost limit."""
 
     step: int
     reason: str = ""
-    """Why forge itself has stopped it; empty if somebody asked."""
+    """Why forge stopped it; empty if a user did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFinished:
-    """The run reached its last step."""
+    """The run completed its last step."""
 
     step: int
 
@@ -325,32 +333,31 @@ class RunFailed:
     """The run ended with an error."""
 
     error: str
-    """The class's name in `forge.errors`."""
+    """Name of the class in `forge.errors`."""
     message: str
 
 
 Event = (
     RunStarted
-    | Progressed
+    | SupervisorStarted
+    | SupervisorRestarted
     | NodeJoined
     | NodeLeft
     | PreemptionNoticeReceived
+    | WaitingForMachines
+    | CostUpdated
     | MembershipChangeStarted
     | RankHung
-    | WaitingForMachines
     | GenerationStarting
     | GenerationStarted
     | SnapshotIntervalChanged
-    | SupervisorStarted
-    | SupervisorRestarted
-    | CostUpdated
-    | Evaluated
     | CheckpointSaved
     | CheckpointFailed
     | CheckpointSkipped
     | StepRepeated
-    | TrackingDegraded
+    | Evaluated
     | SampleGenerated
+    | TrackingDegraded
     | TrialSuggested
     | TrialStarted
     | TrialReported
@@ -365,7 +372,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """One optimizer step, as one line of `metrics.jsonl`."""
+    """One optimizer step: one line of `metrics.jsonl`."""
 
     step: int
     loss: float
@@ -378,13 +385,13 @@ class StepMetrics:
     """0 to 1; nan if the peak is unknown."""
     step_s: float
     peak_memory_gib: float
-    """Of the rank with the most: GPU memory on CUDA, resident memory on CPU."""
+    """Maximum over all ranks: GPU memory on CUDA, resident memory on CPU."""
     world_size: int
     held_out_loss: float | None = None
-    """Where this step measured it."""
+    """None if it was not measured at this step."""
 
     def as_record(self) -> dict[str, float | int | None]:
-        """Under the keys that W&B and `metrics.jsonl` share; what is not finite becomes null."""
+        """Return the metrics under the keys of W&B and `metrics.jsonl`; a value that is not finite becomes null."""
         record: dict[str, float | int | None] = {
             "step": self.step,
             "train/loss": self.loss,
@@ -404,31 +411,31 @@ class StepMetrics:
 
 
 class Reporter(Protocol):
-    """Where a rank's news go. Rank 0 reports; the others are given one that is silent."""
+    """Where a worker sends its events and metrics. Only rank 0 reports; other ranks get a null reporter."""
 
     def event(self, event: Event) -> None:
-        """Pass on an event; does not wait for it to be written."""
+        """Send an event without waiting for it to be written."""
 
     def step(self, metrics: StepMetrics) -> None:
-        """Pass on a step; does not wait for it to be written."""
+        """Send the metrics of a step without waiting for them to be written."""
 
     def resend(self, metrics: StepMetrics) -> None:
-        """Pass on a step of before, in case that it was not written."""
+        """Send again the metrics of an earlier step, which may have been lost."""
 
     def should_stop(self) -> bool:
-        """Whether the run was asked to checkpoint and stop."""
+        """Whether the run must write a checkpoint and stop."""
 
     def should_drain(self) -> bool:
-        """Whether this generation is to end, for another to go on from its snapshot."""
+        """Whether this generation must end after a snapshot, from which the next one continues."""
 
 
 def perplexity(loss: float) -> float:
-    """`exp(loss)`, infinite where that overflows."""
+    """Return `exp(loss)`; infinity on overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def event_to_record(event: Event) -> dict[str, Any]:
-    """`{"event": "CheckpointSaved", "step": 100, ...}`; what is not finite becomes null."""
+    """Return `{"event": "CheckpointSaved", "step": 100, ...}`; a value that is not finite becomes null."""
     body = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
     return {"event": type(event).__name__} | {key: _finite(value) for key, value in body.items()}
 

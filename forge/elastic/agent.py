@@ -34,7 +34,7 @@ from forge.elastic.states import EndReason
 from forge.elastic.workers.fork_client import ForkServer, ForkServerPool
 from forge.elastic.workers.status_page import Slot, StatusPage, create_status_page
 from forge.events import Event, GenerationStarted, StepMetrics
-from forge.pricing.budget import price_of
+from forge.pricing.budget import read_price
 
 # How long an agent lives without a supervisor: longer than Ray needs to start one anew.
 _ORPHAN_S = 60.0
@@ -209,7 +209,7 @@ class Agent:
             "num_guaranteed": self._setup.num_guaranteed,
             "is_warm": self._warm is not None and self._warm.is_warm,
             "pid": os.getpid(),
-            "usd_per_hour": price_of(os.environ),
+            "usd_per_hour": read_price(os.environ),
             "generation": self._generation,
             "places": {str(rank): member.world_size for rank, member in self._living().items()},
             "pids": {str(rank): member.pid for rank, member in self._living().items()},

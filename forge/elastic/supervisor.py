@@ -243,7 +243,7 @@ class Supervisor:
         for rank, pid in hello["pids"].items():
             if hello["generation"] == self.state.generation or self.state.generation == 0:
                 self._generation.pids[int(rank)] = pid
-        self._meter.came(link.node, host=link.host, usd_per_hour=hello["usd_per_hour"])
+        self._meter.add_agent(link.node, host=link.host, usd_per_hour=hello["usd_per_hour"])
         self._holdings[link.node] = hello["holdings"]
         self._findings = self._findings or hello["findings"]
         num_slots, num_guaranteed = self._claims.slots_of(link.node) or (
@@ -276,7 +276,7 @@ class Supervisor:
             return
         del self._links[link.node]
         self._holdings.pop(link.node, None)
-        self._meter.went(link.node)
+        self._meter.remove_agent(link.node)
         self._pace()
         if link.node in self._joined:
             self._joined.discard(link.node)
@@ -462,10 +462,10 @@ class Supervisor:
     def _look_at_cost(self, now: float) -> None:
         """Stop, with a checkpoint, when the run costs more than it may."""
         self._meter.count(now)
-        if self._meter.is_news(now):
+        if self._meter.take_report(now):
             self._tell(CostUpdated(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour))
-        if not self.state.is_stopping and (complaint := self._meter.complaint()):
-            self._stop_reason = complaint
+        if not self.state.is_stopping and (violation := self._meter.violation()):
+            self._stop_reason = violation
             self.stop()
 
     async def _accuse(self, generation: int, rank: int, *, silent_s: float) -> None:

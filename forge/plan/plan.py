@@ -33,7 +33,7 @@ FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorldPlan:
+class WorldSizePlan:
     """Everything that depends on the number of workers."""
 
     batch: BatchPlan
@@ -55,7 +55,7 @@ class Plan:
     total_steps: int
     tokens_per_step: int
     flops_per_token: int
-    worlds: tuple[WorldPlan, ...]
+    worlds: tuple[WorldSizePlan, ...]
     search: SearchPlan | None = None
     """None where one run is trained."""
     pause_at: int | None = None
@@ -66,7 +66,7 @@ class Plan:
         """Predicted tokens over the whole run."""
         return self.total_steps * self.tokens_per_step
 
-    def world(self, world_size: int) -> WorldPlan:
+    def for_world_size(self, world_size: int) -> WorldSizePlan:
         """The part of the plan for one world size. Raises: PlanError if the job does not allow it."""
         for world in self.worlds:
             if world.batch.world_size == world_size:
@@ -106,7 +106,7 @@ def make_plan(job: JobSpec, *, model: ModelInfo, corpus: CorpusInfo | None, hard
         )
         fits = None if hardware.memory_bytes is None else need.total_bytes <= USABLE_SHARE * hardware.memory_bytes
         worlds.append(
-            WorldPlan(batch=batch, memory=need, fits=fits, deepspeed=deepspeed_config(job.training, batch))
+            WorldSizePlan(batch=batch, memory=need, fits=fits, deepspeed=deepspeed_config(job.training, batch))
         )
     tokens_per_step = job.training.global_batch_size * seq_len
     return Plan(
@@ -147,7 +147,7 @@ def plan_from_json(text: str) -> Plan:
             corpus=CorpusInfo(**corpus) if body.pop("corpus") else None,
             hardware=HardwareInfo(**body.pop("hardware")),
             worlds=tuple(
-                WorldPlan(
+                WorldSizePlan(
                     batch=BatchPlan(**world["batch"]),
                     memory=MemoryEstimate(**world["memory"]),
                     fits=world["fits"],

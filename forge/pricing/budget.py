@@ -1,7 +1,7 @@
-"""What a run's machines cost while it goes on, and whether that is more than it may.
+"""Budget meter: what a run's machines cost while it runs, and whether that exceeds its limits.
 
-Every machine says its own price, `FORGE_USD_PER_HOUR`, which its cluster has put into its environment. The
-machine with the supervisor is counted too, whether ranks work there or not: it is paid for the run's sake.
+Every machine states its own price in the environment variable `FORGE_USD_PER_HOUR`, which its cluster sets.
+The machine of the supervisor is counted too, whether workers run on it or not, because it is rented for the run.
 """
 
 from __future__ import annotations
@@ -11,109 +11,113 @@ from dataclasses import dataclass
 
 from forge.errors import ClusterError
 
-PRICE = "FORGE_USD_PER_HOUR"
-"""The variable with a machine's price, USD per hour."""
-LIMIT = "FORGE_MAX_USD_PER_HOUR"
-"""The variable, on the head, with what the cluster's file allows all machines together."""
+PRICE_VARIABLE = "FORGE_USD_PER_HOUR"
+"""Environment variable with the price of one machine, USD per hour."""
+LIMIT_VARIABLE = "FORGE_MAX_USD_PER_HOUR"
+"""Environment variable on the head with the cluster file's `max_usd_per_hour`, for all machines together."""
 
-_TELL_EVERY_S = 60.0
+_REPORT_EVERY_S = 60.0
 
 
-def price_of(environment: Mapping[str, str]) -> float | None:
-    """USD per hour of the machine whose environment this is; None if nobody has said.
+def read_price(environment: Mapping[str, str]) -> float | None:
+    """Return the price of the machine with this environment in USD per hour; None if it is not set.
 
-    Raises: ClusterError if what stands there is no price.
+    Raises: ClusterError if the variable does not hold a price.
     """
-    return _usd(environment, PRICE)
+    return _read_usd(environment, PRICE_VARIABLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostLimits:
-    """What a run may cost; None where nothing limits it."""
+    """What a run may cost; None means no limit."""
 
     usd: float | None = None
-    """In all, over every time that it was carried on."""
+    """In total, over all restarts of the run."""
     usd_per_hour: float | None = None
-    """At any moment, all its machines together."""
+    """At any moment, for all machines of the run together."""
 
-    def within(self, environment: Mapping[str, str]) -> CostLimits:
-        """And no more an hour than the cluster's file allows. Raises: ClusterError if that is no price."""
-        told = [limit for limit in (self.usd_per_hour, _usd(environment, LIMIT)) if limit is not None]
-        return CostLimits(usd=self.usd, usd_per_hour=min(told) if told else None)
+    def capped_by(self, environment: Mapping[str, str]) -> CostLimits:
+        """Apply the hourly limit of the cluster file too. Raises: ClusterError if it is not a price."""
+        limits = [
+            limit for limit in (self.usd_per_hour, _read_usd(environment, LIMIT_VARIABLE)) if limit is not None
+        ]
+        return CostLimits(usd=self.usd, usd_per_hour=min(limits) if limits else None)
 
 
 class CostMeter:
-    """Counts on from what was spent before."""
+    """Adds up the cost of a run from the price of its machines and the time between two calls of `count`."""
 
     def __init__(self, limits: CostLimits, *, head: str, head_usd_per_hour: float | None, spent_usd: float) -> None:
         """Args:
-        head: The address of the machine with the supervisor.
-        spent_usd: By this run until now.
+        head: address of the machine with the supervisor.
+        spent_usd: what this run has cost before this process started.
         """
         self._limits, self._head = limits, {head: head_usd_per_hour}
         self._prices: dict[str, tuple[str, float | None]] = {}
         self._usd_per_hour: float | None = None
         self._counted_at: float | None = None
-        self._told: tuple[float, float] | None = None
+        self._reported: tuple[float, float] | None = None
         self.spent_usd = spent_usd
 
     @property
     def usd_per_hour(self) -> float:
-        """Of all machines whose price is known; each is counted once, however many agents it has."""
-        if self._usd_per_hour is None:  # of thousands of machines, asked several times a second
+        """Sum over all machines with a known price; a machine with several agents counts once."""
+        if self._usd_per_hour is None:  # cached: read several times per second, over thousands of machines
             machines = self._head | dict(self._prices.values())
             self._usd_per_hour = sum(price for price in machines.values() if price is not None)
         return self._usd_per_hour
 
-    def came(self, node: str, *, host: str, usd_per_hour: float | None) -> None:
-        """An agent is there, on a machine of this price."""
+    def add_agent(self, node: str, *, host: str, usd_per_hour: float | None) -> None:
+        """Count the machine of an agent that has connected."""
         self._prices[node] = (host, usd_per_hour)
         self._usd_per_hour = None
 
-    def went(self, node: str) -> None:
-        """An agent is there no more."""
+    def remove_agent(self, node: str) -> None:
+        """Stop counting the machine of an agent that is gone, unless another agent runs on it."""
         self._prices.pop(node, None)
         self._usd_per_hour = None
 
     def count(self, now: float) -> None:
-        """Add what the time since the last call has cost.
+        """Add the cost of the time since the last call.
 
         Args:
-            now: seconds, by a clock that only goes forward.
+            now: seconds on a monotonic clock.
         """
         if self._counted_at is not None:
             self.spent_usd += self.usd_per_hour * (now - self._counted_at) / 3600
         self._counted_at = now
 
-    def is_news(self, now: float) -> bool:
-        """Whether it is worth telling: another price, or a minute later. Says so once."""
-        rate = self.usd_per_hour
-        if self._told is not None and self._told[1] == rate and (now - self._told[0] < _TELL_EVERY_S or not rate):
+    def take_report(self, now: float) -> bool:
+        """Return True, once, when the cost is due to be reported: the rate changed, or a minute has passed."""
+        rate, last = self.usd_per_hour, self._reported
+        if last is not None and last[1] == rate and (now - last[0] < _REPORT_EVERY_S or not rate):
             return False
-        is_first = self._told is None
-        self._told = (now, rate)
-        return bool(rate) or not is_first
+        self._reported = (now, rate)
+        return bool(rate) or last is not None
 
-    def complaint(self) -> str | None:
-        """Why the run is to stop; None if it may go on. A limit that cannot be watched is no limit."""
+    def violation(self) -> str | None:
+        """Return why the run must stop, or None while it is within its limits.
+
+        If the price of any machine is unknown, a limit cannot be enforced, so that is a violation too.
+        """
         limits = self._limits
         if (limits.usd is None and limits.usd_per_hour is None) or not self._prices:
             return None
         unknown = sorted(host for host, price in self._prices.values() if price is None)
         if unknown:
             return (
-                f"its cost is limited, and {unknown[0]} does not tell its price: set usd_per_hour in the cluster's "
-                f"file, or {PRICE} before the cluster is started"
+                f"its cost is limited, but the price of {unknown[0]} is unknown: set usd_per_hour in the cluster "
+                f"file, or {PRICE_VARIABLE} before the cluster is started"
             )
         if limits.usd is not None and self.spent_usd >= limits.usd:
-            return f"it has cost {self.spent_usd:.2f} USD, and may cost {limits.usd:.2f}"
+            return f"it has cost {self.spent_usd:.2f} USD; the limit is {limits.usd:.2f} USD"
         if limits.usd_per_hour is not None and self.usd_per_hour > limits.usd_per_hour:
             rate = self.usd_per_hour
-            return f"its machines cost {rate:.2f} USD an hour together, and may cost {limits.usd_per_hour:.2f}"
+            return f"its machines cost {rate:.2f} USD per hour; the limit is {limits.usd_per_hour:.2f}"
         return None
 
 
-def _usd(environment: Mapping[str, str], name: str) -> float | None:
+def _read_usd(environment: Mapping[str, str], name: str) -> float | None:
     text = environment.get(name)
     if not text:
         return None
@@ -122,5 +126,5 @@ def _usd(environment: Mapping[str, str], name: str) -> float | None:
     except ValueError:
         usd = -1.0
     if not 0 <= usd < float("inf"):
-        raise ClusterError(f"{name} is {text!r}, and must be USD per hour, such as 1.25")
+        raise ClusterError(f"{name} is {text!r}; it must be a price in USD per hour, such as 1.25")
     return usd

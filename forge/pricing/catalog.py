@@ -1,7 +1,7 @@
-"""The machine types that can be rented: their GPUs, their size, and what they cost by the price list.
+"""Catalogue of the machine types that clouds rent: GPUs, size and list price.
 
-The table is `catalog.toml`, beside this file, with its sources. It chooses machine types by GPU, tells Ray
-how large they are where the cloud does not, and gives a price where nobody else does.
+The data and their sources are in `catalog.toml` next to this file. The catalogue finds machine types by GPU,
+gives Ray their size where Ray's cloud provider does not know it, and a list price where no live price is known.
 """
 
 from __future__ import annotations
@@ -18,34 +18,30 @@ from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError, JobFileError
 
 _HEADS = {"aws": "m6i.xlarge", "gcp": "e2-standard-4", "azure": "Standard_D4s_v5"}
-"""Four CPUs and 16 GiB: Ray's control store, the supervisor and the records want no more."""
+"""Four CPUs and 16 GiB are enough for Ray's control store, the supervisor and the recorder."""
 
 _SMALLEST_WORKER_CPUS = 8
-"""Of a worker without GPU, where the file names no type."""
+"""For workers without GPU, if the cluster file lists no `instance_types`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineType:
-    """One size of machine."""
+    """One machine type of a cloud."""
 
     name: str
     gpu: str
-    """As a cluster file calls it; empty if it has none."""
+    """Its name in a cluster file; empty for a machine without GPU."""
     num_gpus: int
     num_cpus: int
     memory_gib: float
     usd_per_hour: float | None
-    """On demand."""
+    """On-demand price; None if unknown, as for the spot price."""
     spot_usd_per_hour: float | None
-
-    def price(self, *, spot: bool) -> float | None:
-        """USD per hour by the list; None if the list does not tell."""
-        return self.spot_usd_per_hour if spot else self.usd_per_hour
 
 
 @functools.cache
 def machine_types(cloud: str) -> Mapping[str, MachineType]:
-    """All that the table knows of a cloud, by name."""
+    """Return all machine types of a cloud, by name."""
     return {
         name: MachineType(
             name=name,
@@ -61,16 +57,16 @@ def machine_types(cloud: str) -> Mapping[str, MachineType]:
 
 
 def workers_of(spec: CloudSpec) -> tuple[str, ...]:
-    """The names of the machine types among which workers are chosen.
+    """Return the names of the machine types that a worker may have.
 
-    Raises: JobFileError if the GPU is not known and no type is named, or if a type has another GPU.
+    Raises: JobFileError if the GPU is unknown and the file lists no types, or if a listed type has another GPU.
     """
     known = machine_types(spec.provider)
     wanted = "" if spec.gpu == "none" else spec.gpu
     for name in spec.instance_types:
         if name in known and known[name].gpu != wanted:
             has = known[name].gpu or "no GPU"
-            raise JobFileError(f"has {has}, and the file asks for '{spec.gpu}'", key="instance_types", value=name)
+            raise JobFileError(f"has {has}; the file asks for {spec.gpu}", key="instance_types", value=name)
     if spec.instance_types:
         return spec.instance_types
     found = tuple(
@@ -82,8 +78,8 @@ def workers_of(spec: CloudSpec) -> tuple[str, ...]:
         gpus = sorted({machine.gpu for machine in known.values() if machine.gpu})
         near = difflib.get_close_matches(spec.gpu.upper(), gpus, n=1)
         raise JobFileError(
-            f"is not known on {spec.provider}, which has {', '.join(gpus)}; other machines are named by "
-            "instance_types",
+            f"is not in forge's catalogue for {spec.provider}, which has {', '.join(gpus)}; "
+            "for other machines list instance_types",
             key="gpu",
             value=spec.gpu,
             nearest=near[0] if near else None,
@@ -92,25 +88,25 @@ def workers_of(spec: CloudSpec) -> tuple[str, ...]:
 
 
 def head_of(spec: CloudSpec) -> str:
-    """The head's machine type."""
+    """Return the machine type of the head."""
     return spec.head or _HEADS[spec.provider]
 
 
 def size_of(name: str, *, cloud: str) -> MachineType:
-    """The size of a machine type, for the clouds whose Ray provider does not find it out itself.
+    """Return a machine type, for the clouds whose Ray provider cannot look up its size.
 
-    Raises: ClusterError if the table does not know it.
+    Raises: ClusterError if the catalogue does not have it.
     """
     known = machine_types(cloud)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
-        like = f"; like it are {', '.join(near)}" if near else ""
-        raise ClusterError(f"forge does not know how large {cloud}'s machine type '{name}' is{like}")
+        similar = f"; similar names are {', '.join(near)}" if near else ""
+        raise ClusterError(f"forge's catalogue does not have {cloud}'s machine type '{name}'{similar}")
     return known[name]
 
 
 def regions_of(spec: CloudSpec) -> tuple[str, ...]:
-    """The regions to try, on gcp zones: those of the file, or for `auto` the table's, in order."""
+    """Return the regions (zones on gcp) to try, in order: those of the file, or the catalogue's for `auto`."""
     return tuple(_table()["regions"][spec.provider]) if spec.regions == ("auto",) else spec.regions
 
 

@@ -34,7 +34,7 @@ from forge.elastic.supervisor import Outcome, Supervisor
 from forge.errors import ClusterError
 from forge.events import Event, NodeLeft, StepMetrics, SupervisorRestarted, SupervisorStarted
 from forge.plan.plan import Plan, plan_from_json
-from forge.pricing.budget import CostLimits, CostMeter, price_of
+from forge.pricing.budget import CostLimits, CostMeter, read_price
 from forge.runs.reader import error_named
 from forge.runs.secrets import credentials
 from forge.runtime.corpus_server import CORPUS_SERVER, ensure_corpus
@@ -250,8 +250,8 @@ class SupervisorActor:
 
     def _meter(self, host: str, *, spent_usd: float) -> CostMeter:
         wanted = self._plan.job.resources
-        limits = CostLimits(usd=wanted.max_usd, usd_per_hour=wanted.max_usd_per_hour).within(os.environ)
-        return CostMeter(limits, head=host, head_usd_per_hour=price_of(os.environ), spent_usd=spent_usd)
+        limits = CostLimits(usd=wanted.max_usd, usd_per_hour=wanted.max_usd_per_hour).capped_by(os.environ)
+        return CostMeter(limits, head=host, head_usd_per_hour=read_price(os.environ), spent_usd=spent_usd)
 
     def _tell(self, event: Event) -> None:
         self._recorder.event.remote(event)

@@ -28,7 +28,7 @@ from forge.errors import RunError
 from forge.events import CostUpdated, Event, TrialEnded, TrialSuggested, event_to_record
 from forge.plan.plan import Plan, plan_to_json
 from forge.plan.search import SearchPlan
-from forge.pricing.budget import CostLimits, CostMeter, price_of
+from forge.pricing.budget import CostLimits, CostMeter, read_price
 from forge.runs.reader import read_run
 from forge.runs.secrets import credentials
 from forge.runs.trials import Trial, TrialTable
@@ -150,7 +150,7 @@ class SearchCoordinator:
         limits = CostLimits(usd=least, usd_per_hour=wanted.max_usd_per_hour)
         host = ray.util.get_node_ip_address()
         self._meter = CostMeter(
-            limits.within(os.environ), head=host, head_usd_per_hour=price_of(os.environ), spent_usd=spent_usd
+            limits.capped_by(os.environ), head=host, head_usd_per_hour=read_price(os.environ), spent_usd=spent_usd
         )
         self._met: set[str] = set()
         self._watching = threading.Thread(target=self._watch, daemon=True)
@@ -253,7 +253,7 @@ class SearchCoordinator:
         hours = self._search.max_hours
         if hours is not None and self._spent_s + time.monotonic() - self._began > hours * 3600:
             return f"it has gone on for {hours:g} hours, as long as search.max_hours allows"
-        return self._meter.complaint()
+        return self._meter.violation()
 
     def _halt(self) -> None:
         """Have every trial write its checkpoint, then have Tune end."""
@@ -271,13 +271,13 @@ class SearchCoordinator:
         hosts = self.hosts.all()
         for name in hosts.keys() - self._met:
             address, price = ray.get(hosts[name].price.remote(), timeout=_STOP_S)
-            self._meter.came(name, host=address, usd_per_hour=price)
+            self._meter.add_agent(name, host=address, usd_per_hour=price)
         for name in self._met - hosts.keys():
-            self._meter.went(name)
+            self._meter.remove_agent(name)
         self._met = set(hosts)
         now = time.monotonic()
         self._meter.count(now)
-        if self._meter.is_news(now):
+        if self._meter.take_report(now):
             self._tell_cost()
 
     def _tell_cost(self) -> None:

@@ -23,7 +23,7 @@ from forge.elastic.agent import Agent, AgentConfig, NoSupervisorError
 from forge.elastic.rpc import Endpoint
 from forge.elastic.workers.fork_client import ForkServerPool
 from forge.events import Event, NodeLeft, StepMetrics
-from forge.pricing.budget import price_of
+from forge.pricing.budget import read_price
 from forge.runtime.corpus_server import ensure_corpus
 from forge.runtime.placement import Allocation
 from forge.runtime.recorder_actor import write_output_to
@@ -70,7 +70,7 @@ class NodeActor:
 
     async def price(self) -> tuple[str, float | None]:
         """This machine's address, and what it costs: USD per hour, if anybody has said."""
-        return ray.util.get_node_ip_address(), price_of(os.environ)
+        return ray.util.get_node_ip_address(), read_price(os.environ)
 
     async def grants(self, stage: str) -> dict[str, Allocation]:
         """The agents of a stage that are here, and their places."""

@@ -187,7 +187,7 @@ def _build(
     return build_engine(
         plan.job.model,
         plan.job.training,
-        deepspeed_config=plan.world(place.world_size).deepspeed,
+        deepspeed_config=plan.for_world_size(place.world_size).deepspeed,
         vocab_size=plan.corpus.vocab_size,
         seq_len=plan.job.data.seq_len,
         eot_id=plan.corpus.eot_id,
@@ -215,7 +215,7 @@ def _take_over(engine: Engine, origin: StateSource) -> Progress:
 def _curriculum(plan: Plan, place: WorkerContext, *, peak_flops: float) -> TrainInputs:
     """What this rank trains and evaluates on. Raises: DataError if the prepared corpus cannot be opened."""
     assert plan.corpus is not None
-    job, world = plan.job, plan.world(place.world_size)
+    job, world = plan.job, plan.for_world_size(place.world_size)
     train_stream, held_out_stream = open_streams(plan.corpus)
     return TrainInputs(
         training=job.training,

@@ -13,7 +13,7 @@ from forge.elastic.states import MemberNode, MembershipState, Phase, ReplicaLoca
 from forge.elastic.supervisor import Supervisor
 from forge.errors import ClusterError
 from forge.events import CostUpdated, Event, PreemptionNoticeReceived
-from forge.pricing.budget import CostLimits, CostMeter, price_of
+from forge.pricing.budget import CostLimits, CostMeter, read_price
 from tests.support.placement import EndlessClaims
 
 _NO_LIMITS = CostLimits()
@@ -254,24 +254,24 @@ def test_a_limit_that_nobody_can_watch_is_no_limit() -> None:
 
 def test_a_machine_with_two_agents_is_paid_once() -> None:
     meter = CostMeter(CostLimits(), head="h", head_usd_per_hour=1.0, spent_usd=0.0)
-    meter.came("a", host="h", usd_per_hour=1.0)
-    meter.came("b", host="x", usd_per_hour=2.0)
-    meter.came("c", host="x", usd_per_hour=2.0)
+    meter.add_agent("a", host="h", usd_per_hour=1.0)
+    meter.add_agent("b", host="x", usd_per_hour=2.0)
+    meter.add_agent("c", host="x", usd_per_hour=2.0)
     assert meter.usd_per_hour == 3.0
-    meter.went("b")
+    meter.remove_agent("b")
     assert meter.usd_per_hour == 3.0
-    meter.went("c")
+    meter.remove_agent("c")
     assert meter.usd_per_hour == 1.0
 
 
 @pytest.mark.parametrize("text", ["free", "-1", "inf", "nan"])
 def test_a_price_that_is_none_is_named(text: str) -> None:
     with pytest.raises(ClusterError, match="FORGE_USD_PER_HOUR"):
-        price_of({"FORGE_USD_PER_HOUR": text})
+        read_price({"FORGE_USD_PER_HOUR": text})
 
 
 def test_the_cluster_and_the_job_may_both_limit_the_price_of_an_hour() -> None:
     limits = CostLimits(usd=5.0, usd_per_hour=3.0)
-    assert limits.within({"FORGE_MAX_USD_PER_HOUR": "2.5"}) == CostLimits(usd=5.0, usd_per_hour=2.5)
-    assert limits.within({"FORGE_MAX_USD_PER_HOUR": "9"}) == limits
-    assert limits.within({}) == limits
+    assert limits.capped_by({"FORGE_MAX_USD_PER_HOUR": "2.5"}) == CostLimits(usd=5.0, usd_per_hour=2.5)
+    assert limits.capped_by({"FORGE_MAX_USD_PER_HOUR": "9"}) == limits
+    assert limits.capped_by({}) == limits

@@ -46,9 +46,9 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
 def test_every_world_size_of_the_job_has_a_part() -> None:
     made = plan(resources__workers="2..5")
     assert [world.batch.world_size for world in made.worlds] == [2, 3, 4, 5]
-    assert made.world(3).batch.world_size == 3
+    assert made.for_world_size(3).batch.world_size == 3
     with pytest.raises(PlanError, match=r"2\.\.5"):
-        made.world(6)
+        made.for_world_size(6)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ def test_sequences_longer_than_the_positions_are_refused() -> None:
 
 
 def test_auto_micro_batch_shrinks_with_the_memory_and_says_what_does_not_fit() -> None:
-    roomy = plan(hardware=replace(CPU, memory_bytes=10**9)).world(1)
-    tight = plan(hardware=replace(CPU, memory_bytes=1_600_000)).world(1)
-    hopeless = plan(hardware=replace(CPU, memory_bytes=10**5)).world(1)
+    roomy = plan(hardware=replace(CPU, memory_bytes=10**9)).for_world_size(1)
+    tight = plan(hardware=replace(CPU, memory_bytes=1_600_000)).for_world_size(1)
+    hopeless = plan(hardware=replace(CPU, memory_bytes=10**5)).for_world_size(1)
     assert roomy.batch.micro_batch_size > tight.batch.micro_batch_size >= 1
     assert (roomy.fits, tight.fits, hopeless.fits) == (True, True, False)
 
@@ -93,7 +93,7 @@ def test_deepspeeds_batch_identity_holds_at_every_world_size(stage: int) -> None
 
 
 def test_model_state_shrinks_with_the_stage_as_in_the_zero_paper() -> None:
-    sizes = [plan(training__zero={"stage": s}).world(4).memory for s in (0, 1, 2, 3)]
+    sizes = [plan(training__zero={"stage": s}).for_world_size(4).memory for s in (0, 1, 2, 3)]
     parameters = tiny_facts().num_parameters
     assert sizes[0].state_bytes == 16 * parameters
     assert sizes[1].optimizer_bytes == sizes[0].optimizer_bytes // 4
@@ -108,7 +108,7 @@ def test_a_rank_holds_copies_of_its_share_and_of_anothers(
 ) -> None:
     for world_size, num_copies in ((1, alone), (4, together)):
         made = plan(training__zero={"stage": stage}, resources={"workers": "1..4", "gpu": "none", "engine": engine})
-        need = made.world(world_size).memory
+        need = made.for_world_size(world_size).memory
         assert need.host_bytes == num_copies * (12 * tiny_facts().num_parameters // world_size)
         assert need.total_bytes == need.state_bytes + need.activations_bytes + need.host_bytes  # one memory
 
@@ -116,8 +116,8 @@ def test_a_rank_holds_copies_of_its_share_and_of_anothers(
 def test_offloading_moves_the_optimizer_from_the_gpu_to_the_host() -> None:
     gpu = HardwareInfo(device="cuda", name="test", memory_bytes=None, peak_flops=None)
     changes = {"hardware": gpu, "training__ema": {"decay": 0.9}}
-    kept = plan(training__zero={"stage": 2}, **changes).world(2)
-    moved = plan(training__zero={"stage": 2, "offload": "cpu"}, **changes).world(2)
+    kept = plan(training__zero={"stage": 2}, **changes).for_world_size(2)
+    moved = plan(training__zero={"stage": 2, "offload": "cpu"}, **changes).for_world_size(2)
     states = kept.memory.optimizer_bytes + kept.memory.ema_bytes
     assert moved.memory.optimizer_bytes == moved.memory.ema_bytes == 0
     assert moved.memory.total_bytes == kept.memory.total_bytes - states

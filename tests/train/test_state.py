@@ -24,7 +24,7 @@ def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
     plan: Plan = plan_from_json(plan_json)
     device = torch.device("cpu")
     join_process_group(device=device)
-    config = plan.world(world_size).deepspeed
+    config = plan.for_world_size(world_size).deepspeed
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     engine = build_engine(
         plan.job.model, plan.job.training, deepspeed_config=config,
@@ -90,7 +90,7 @@ def test_a_deepspeed_that_keeps_its_state_elsewhere_is_named_with_its_release(st
 def test_the_plans_estimate_of_the_state_is_what_a_rank_really_keeps(stage: int) -> None:
     world_size = 2
     plan = tiny_plan(None, training__zero={"stage": stage}, training__ema={"decay": 0.9}, resources__workers="1..5")
-    estimate = plan.world(world_size).memory
+    estimate = plan.for_world_size(world_size).memory
     real = owners(stage, world_size)[0]
     assert 4 * sum(real["kinds"].values()) == pytest.approx(estimate.optimizer_bytes + estimate.ema_bytes, rel=0.05)
     if stage < 3:

@@ -43,7 +43,7 @@ def test_a_world_size_that_does_not_divide_the_batch_changes_nothing(
     corpus: CorpusInfo, reference: Recording, tmp_path: Path
 ) -> None:
     plan = tiny_plan(corpus, training__precision="fp32", training__micro_batch_size=2, resources__workers="5")
-    assert plan.world(5).batch.padding > 0
+    assert plan.for_world_size(5).batch.padding > 0
     assert run_ranks(plan, tmp_path, world_size=5).losses == pytest.approx(reference.losses, rel=1e-5)
 
 
