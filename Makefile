@@ -1,12 +1,12 @@
-# Two commands do everything on a fresh machine: `make train` and `make test`. `make setup` is their
-# common first part; a second run skips what is done.
+# Two commands do everything on a fresh machine: `make train` and `make test`. Both run `make setup` first, which
+# does nothing when it was done before.
 
 PYTHON ?= python3.11
 # The torch to install. The CPU build, exactly as constraints.txt pins it; for NVIDIA GPUs see README.md.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: setup train test check docs bench clean
+.PHONY: setup train test check soak docs bench clean
 
 setup: .venv/setup-done
 
@@ -28,6 +28,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
+
+# The slow tests, group by group; appends a dated table of passes to benchmarks/RESULTS.md.
+soak: setup
+	$(BIN)/python -m benchmarks.soak
 
 # Pages that are generated from the code; a test holds that they are up to date.
 docs: setup

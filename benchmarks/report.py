@@ -1,4 +1,4 @@
-"""What every benchmark shares: medians with their ranges, a table on stdout, the figures in a file."""
+"""Shared by all benchmarks: medians with ranges, a table on stdout, figures with their machine in a JSON file."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ def write_json(path: Path | None, *, figures: Mapping[str, object]) -> None:
     """Write the figures, with the machine they were taken on; nothing without a path."""
     if path is None:
         return
-    machine = {"python": platform.python_version(), "system": platform.platform(), "num_cpus": os.cpu_count()}
+    machine = {"python": platform.python_version(), "system": platform.platform(), "cpu": cpu_model()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**figures, "machine": machine}, indent=2) + "\n", encoding="utf-8")
+
+
+def cpu_model() -> str:
+    """The processor's name and the number of cores this process may use. Source: proc_cpuinfo(5)."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    return f"{len(os.sched_getaffinity(0))} cores of {name}"
