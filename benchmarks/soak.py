@@ -2,8 +2,8 @@
 
     python -m benchmarks.soak [--only GROUP ...] [--results FILE]
 
-Each group is one pytest process with its own time limit, so a group that hangs or crashes is one row of the table and
-hides no other. `make soak` runs them all; expect the better part of an hour on two cores.
+Each group is one pytest process with its own time limit, so a group that hangs or crashes is one row of the table
+and hides no other. `make soak` runs them all; expect the better part of an hour on two cores.
 """
 
 from __future__ import annotations
