@@ -14,8 +14,8 @@ import random
 import tempfile
 from pathlib import Path
 
+from benchmarks.peers.deepspeed_kills import kill_deepspeed
 from benchmarks.report import benchmark_parser, print_table, write_json
-from tests.support.deepspeed_kills import kill_deepspeed
 from tests.support.kills import PHASES, KillReport, kill_forge
 
 

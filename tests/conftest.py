@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Options, the session's random seed and fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from collections.abc import Iterator
 
 import pytest
 
-# CI, nohup and `&` start their children with Ctrl-C ignored, and the ignorance is inherited; the tests that
-# press it need processes that listen. A handler, unlike ignorance, is not passed on: they get the default.
+from tests.support.seeds import SEED
+
+# CI, nohup and `&` start their children with SIGINT ignored, which is inherited. The tests that send SIGINT need
+# child processes with the default action; a handler, unlike SIG_IGN, is reset to the default by exec.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=60, help="how many writers of checkpoints test_kills kills")
-    parser.addoption("--faults", type=int, default=50, help="how many faults tests/elastic/test_soak.py deals out")
+    parser.addoption("--kills", type=int, default=60, help="number of kills in tests/train/test_kills.py")
+    parser.addoption("--faults", type=int, default=50, help="number of faults in tests/elastic/test_soak.py")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"random seed {SEED}; repeat with FORGE_TEST_SEED={SEED}")
 
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port of this machine that answers nobody while the test runs."""
+    """A port of this machine that refuses connections while the test runs."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         yield int(holder.getsockname()[1])

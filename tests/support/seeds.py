@@ -1,0 +1,7 @@
+"""The seed of all random choices of a test session: new each time, printed at the end, set by FORGE_TEST_SEED."""
+
+from __future__ import annotations
+
+import os
+
+SEED = int(os.environ.get("FORGE_TEST_SEED") or int.from_bytes(os.urandom(4)))
