@@ -26,7 +26,8 @@ from typing import Any, Protocol
 import psutil
 
 from forge.elastic.commands import WorkerSpec, parts_of
-from forge.elastic.preemption.watch import Notice, watch
+from forge.elastic.preemption.notice import Notice
+from forge.elastic.preemption.watch import watch
 from forge.elastic.replicas.flush import flush_shard
 from forge.elastic.replicas.store import ReplicaStore, Replicator, locations_record
 from forge.elastic.rpc import Channel, Endpoint, Listener, Message, connect

@@ -1,6 +1,6 @@
-"""The metadata services of three clouds on loopback, as far as they announce a machine's end.
+"""Simulated metadata services of three clouds on loopback, for everything that announces the end of a machine.
 
-They speak the real protocols and refuse what the real ones refuse; they can fail, fall silent and be
+They use the real protocols and reject the requests that the real ones reject; they can fail, stop answering and be
 restarted on the same port.
 """
 
@@ -29,31 +29,30 @@ class Answer:
 
 @dataclass(kw_only=True)
 class Service(ABC):
-    """One metadata service, served while it is entered."""
+    """One metadata service, serving inside a `with` block."""
 
     variable: ClassVar[str]
     fault: str = ""
-    """`error`: answers 500; `silence`: takes questions and does not answer."""
+    """`error`: answers with status 500; `silence`: accepts requests and does not answer."""
     clock: Callable[[], float] = time.time
-    """The service's own."""
+    """The service's clock."""
     questions: list[str] = field(default_factory=list)
     num_refused: int = 0
     num_failed: int = 0
     port: int = 0
     address: str = "127.0.0.1"
-    """Where it listens."""
 
     @abstractmethod
     def announce(self) -> None:
-        """Say that the machine goes in half a minute or in two, as the cloud does."""
+        """Announce the end of the machine in 30 s (AWS: 120 s)."""
 
     @abstractmethod
     def answer(self, method: str, path: str, query: Mapping[str, str], headers: Mapping[str, str]) -> Answer:
-        """What the cloud's own service would say."""
+        """The answer of the real service."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """What leads a watcher here."""
+        """The variables that direct a watcher to this service."""
         return {"FORGE_CLOUD": type(self).__name__.lower(), self.variable: f"http://{self.address}:{self.port}"}
 
     def start(self) -> None:
@@ -70,7 +69,7 @@ class Service(ABC):
         self._thread.start()
 
     def stop(self) -> None:
-        """Refuse connections from now on."""
+        """Refuse all further connections."""
         self._ended.set()
         self._server.shutdown()
         self._server.server_close()
@@ -124,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler, ABC):
             self.wfile.write(body)
             self.wfile.flush()
         except OSError:
-            self.close_connection = True  # who asked has gone
+            self.close_connection = True  # the client has disconnected
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -132,15 +131,15 @@ class _Handler(BaseHTTPRequestHandler, ABC):
 
 @dataclass(kw_only=True)
 class Aws(Service):
-    """EC2's metadata, version 2."""
+    """EC2's instance metadata service, version 2."""
 
     variable = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
     action: dict[str, str] | None = None
     rebalance: dict[str, str] | None = None
     tokens: list[str] = field(default_factory=list)
-    """Those that are accepted."""
+    """Accepted tokens."""
     num_tokens: int = 0
-    """That were ever given."""
+    """Issued so far."""
 
     def announce(self) -> None:
         self.action = {"action": "terminate", "time": iso(self.clock() + 120)}
@@ -164,14 +163,14 @@ class Aws(Service):
 
 @dataclass(kw_only=True)
 class Gcp(Service):
-    """Compute Engine's metadata: a question may wait for a change."""
+    """Compute Engine's metadata: a request may wait for a change."""
 
     variable = "GCE_METADATA_HOST"
     values: dict[str, str] = field(default_factory=lambda: {"preempted": "FALSE", "maintenance-event": "NONE"})
     longest_hold_s: float = 0.2
-    """However much longer the question would wait."""
+    """Upper bound of `timeout_sec`."""
     num_held: int = 0
-    """Questions that wait now."""
+    """Requests held open now."""
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     @property
@@ -199,7 +198,7 @@ class Gcp(Service):
             return Answer(status=404)
         with self.changed:
             if query.get("wait_for_change") == "true":
-                # Without an etag it is any change from now on that is waited for.
+                # Without an etag a request waits for any change from now on.
                 seen = query.get("last_etag", _etag(self.values[key]))
                 self.num_held += 1
                 self.changed.wait_for(
@@ -213,7 +212,7 @@ class Gcp(Service):
 
 @dataclass(kw_only=True)
 class Azure(Service):
-    """Azure's scheduled events and the machine's name; its lists come in chunks."""
+    """Azure's scheduled events and the machine's name; lists are sent with chunked encoding."""
 
     variable = "AZURE_METADATA_ENDPOINT"
     machine: str = "spot_3"
@@ -250,8 +249,24 @@ class Azure(Service):
         return Answer(status=404)
 
 
+class Redirect(Service):
+    """A service that redirects every request."""
+
+    variable = ""
+
+    def __init__(self, target: str, *, status: int) -> None:
+        super().__init__()
+        self.target, self.status = target, status
+
+    def announce(self) -> None:
+        raise AssertionError("it announces nothing")
+
+    def answer(self, method: str, path: str, query: Mapping[str, str], headers: Mapping[str, str]) -> Answer:
+        return Answer(status=self.status, headers={"Location": self.target})
+
+
 def iso(moment: float) -> str:
-    """As AWS writes times."""
+    """Format a time as AWS does."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
