@@ -22,9 +22,9 @@ from pathlib import Path
 
 from benchmarks.program import FORGE, running
 from benchmarks.report import Measured, benchmark_parser, print_table, write_json
-from forge.cluster.local.ray_process import free_port
 from forge.cluster.ssh.provider import SshCluster
 from forge.config.cluster import SshSpec
+from forge.process import free_port
 from tests.support.hosts import Hosts, can_make_hosts
 from tests.support.sshd import client_key, start_sshd
 

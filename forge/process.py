@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def die_with_parent(parent: int, *, signal_number: int = signal.SIGKILL) -> None
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal_number)
+
+
+def free_port(host: str = "") -> int:
+    """Return a TCP port that no process listens on now.
+
+    Args:
+        host: the address to bind to; empty for all addresses.
+    """
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
 
 def redirect_output(path: Path) -> None:

@@ -52,7 +52,7 @@ def up(
 
     cluster = _cluster_of(file, nodes=nodes, port=port)
     if dry_run:
-        display.print_text(cluster.render())
+        display.print_text(cluster.to_yaml())
         return
     _confirm_price(cluster, yes=yes)
     try:
@@ -106,8 +106,7 @@ def down(name: _NameArgument = None) -> None:
     Example:  forge cluster down
     """
     from forge.cli import display
-    from forge.cluster.local.provider import NAME
-    from forge.cluster.local.ray_cluster import stop_local
+    from forge.cluster.local.ray_cluster import NAME, stop_local
     from forge.cluster.registry import find_cluster
     from forge.errors import ClusterError
 
@@ -176,14 +175,15 @@ def drain(
 
 def _cluster_of(file: Path | None, *, nodes: int | None, port: int | None) -> Cluster:
     """Raises: JobFileError if the file is wrong; ArgumentError for options that do not go with it."""
-    from forge.cluster.local.provider import NAME, LocalProvider
+    from forge.cluster.local.provider import LocalCluster
+    from forge.cluster.local.ray_cluster import NAME
     from forge.cluster.registry import cluster_of
     from forge.config.cluster import LocalSpec
     from forge.config.load import load_cluster
     from forge.errors import ArgumentError
 
     if file is None:
-        return LocalProvider(LocalSpec(name=NAME, provider="local", nodes=nodes or 1, port=port))
+        return LocalCluster(LocalSpec(name=NAME, provider="local", nodes=nodes or 1, port=port))
     if nodes is not None or port is not None:
         raise ArgumentError("--nodes and --port are for this machine; a cluster's file says both itself")
     return cluster_of(load_cluster(file))
@@ -209,7 +209,7 @@ def _confirm_price(cluster: Cluster, *, yes: bool) -> None:
 def _after_interrupt(cluster: Cluster) -> None:
     """What was started until Ctrl-C is stopped, or kept, as the user says."""
     from forge.cli import display
-    from forge.cluster.local.provider import NAME
+    from forge.cluster.local.ray_cluster import NAME
 
     if cluster.name == NAME:  # it has cleared up already
         return

@@ -423,9 +423,9 @@ class StageScreen:
     def show(self, stage: NodeProgress) -> None:
         """Take news of one machine."""
         with self._lock:
-            self._stages[stage.machine] = stage
+            self._stages[stage.name] = stage
             if not self._live.is_started:
-                message(f"{stage.machine}: {'! ' if stage.is_failure else ''}{stage.stage}")
+                message(f"{stage.name}: {'! ' if stage.is_failure else ''}{stage.message}")
 
     def _lines(self) -> Group:
         with self._lock:
@@ -433,7 +433,7 @@ class StageScreen:
         room = max(1, _err.height - 2)
         lines = [
             Text(
-                f"{stage.machine:<16} {stage.stage}",
+                f"{stage.name:<16} {stage.message}",
                 style="yellow" if stage.is_failure else "",
                 no_wrap=True,
                 overflow="ellipsis",

@@ -1,8 +1,8 @@
-"""What a cluster is to those who use it, wherever its machines are: the door with one inhabitant per provider.
+"""The interface that every cluster provider implements, and what this machine remembers of each cluster.
 
-A cluster is started, seen and stopped; commands are run on its head; and its job server, which listens on the
-head's loopback alone, is reached through a forwarded port. What this machine knows of a cluster is a small file
-in the state folder, written before anything is started, so that whatever was started can be found again.
+A cluster can be started, inspected and stopped; commands run on its head; and its job server, which listens only
+on the head's loopback, is reached through a forwarded port. The record of a cluster is a small file in the state
+folder. It is written before anything is started, so that whatever was started can be found again.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from forge.errors import ClusterError
+from forge.fs import write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeProgress:
-    """News of one machine while a cluster starts, or stops."""
+    """A progress message about one node, region or service while a cluster starts or stops."""
 
-    machine: str
-    stage: str
-    """What happens there now, in a few words: `checking`, `installing`, `ready`."""
+    name: str
+    """The node, region or service."""
+    message: str
+    """What is being done there, in a few words: `checking`, `installing`, `ready`."""
     is_failure: bool = False
 
 
@@ -37,201 +39,201 @@ OnProgress = Callable[[NodeProgress], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterNode:
-    """A machine of a cluster as it is now."""
+    """The current state of one node of a cluster."""
 
     name: str
     """Its address, or the cloud's own name for it."""
     kind: str
     """`head` or `worker`."""
     state: str
-    """`alive`; else what is known: `starting`, `gone`, `unreachable`."""
+    """`alive`, `starting`, `gone` or `unreachable`."""
     machine_type: str = ""
     node_id: str = ""
-    """Ray's."""
+    """Ray's node id."""
     num_cpus: float = 0.0
     free_cpus: float = 0.0
-    """As Ray counts them: not taken by anybody."""
+    """CPUs that Ray has not allocated."""
     num_gpus: float = 0.0
     usd_per_hour: float | None = None
-    """What it costs now; None if that is not known."""
+    """Its current price; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
-    """A cluster as it is now."""
+    """The current state of a cluster."""
 
     name: str
     provider: str
     address: str | None
-    """Of Ray's control store; None if the cluster is not up."""
+    """Address of Ray's control store; None if the cluster is not up."""
     nodes: tuple[ClusterNode, ...] = ()
     runs: tuple[str, ...] = ()
-    """Ids of the runs that are at work on it."""
+    """Ids of the runs on it."""
 
     @property
     def usd_per_hour(self) -> float | None:
-        """What it costs now, as far as that is known; None if nothing is."""
+        """The sum of the known prices; None if no price is known."""
         known = [node.usd_per_hour for node in self.nodes if node.usd_per_hour is not None]
         return sum(known) if known else None
 
 
 class Cluster(Protocol):
-    """The machines of one cluster file."""
+    """The cluster that one cluster file describes."""
 
     @property
     def name(self) -> str:
-        """As its file says."""
+        """The name in its file."""
 
     @property
     def shares_files(self) -> bool:
-        """Whether its machines have the files of this one, at the same places."""
+        """Whether its nodes see this machine's files under the same paths."""
 
     @property
     def gpu(self) -> str | None:
-        """Name of its workers' GPUs, if its file says so; None: what the head has."""
+        """The name of its workers' GPUs if its file says so; None: ask the head."""
 
     def price(self) -> float | None:
-        """USD an hour that it may cost at most; None where nothing is rented, or nobody knows."""
+        """The most it can cost, in USD per hour; None where nothing is rented or the price is unknown."""
 
-    def render(self) -> str:
-        """What `up` will have done, as YAML: nothing is started for it."""
+    def to_yaml(self) -> str:
+        """What `up` would start, as YAML. Starts nothing."""
 
     def token(self) -> str:
-        """What its Ray wants of whoever connects. Raises: ClusterError if it cannot be read."""
+        """The token that Ray requires from clients. Raises: ClusterError if it cannot be read."""
 
     def up(self, *, on_progress: OnProgress) -> ClusterStatus:
-        """Start what does not run yet; what runs is left alone, what is broken is mended.
+        """Start what does not run yet, repair what is broken, and leave the rest alone.
 
-        Raises: ClusterError with what failed, and how to mend it. What was started until then stays, and is
-            found by `down`.
+        Raises: ClusterError with what failed and how to fix it. What was started by then stays, and `down` finds
+            it.
         """
 
     def status(self) -> ClusterStatus:
-        """The cluster as it is now. Raises: ClusterError if it does not answer."""
+        """Ask for the current state. Raises: ClusterError if the cluster does not answer."""
 
     def down(self, *, on_progress: OnProgress) -> list[str]:
-        """Stop everything. Returns: what is left all the same, a line each; asked of the provider, not remembered.
+        """Stop everything. Returns: what still exists according to the provider, one line each.
 
-        Raises: ClusterError if that cannot be found out.
+        Raises: ClusterError if the provider cannot be asked.
         """
 
     def on_head(
         self, command: Sequence[str], *, stdin: bytes | IO[bytes] = b"", timeout_s: float = 60.0
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a command on the head, with a `python` of forge's there as its first word where it is `python`.
+        """Run a command on the head. A first word `python` means the Python that has forge there.
 
         Args:
-            stdin: What it reads; of an open file, from where it stands.
+            stdin: standard input; an open file is read from its current position.
 
         Raises: ClusterError if the head is not reached.
         """
 
     def job_server(self) -> AbstractContextManager[str]:
-        """The URL of Ray's job server, as reached from this machine as long as the context is open.
+        """Open a tunnel to Ray's job server; yields its URL on this machine.
 
         Raises: ClusterError if it is not reached.
         """
 
     def shell(self, machine: str | None) -> list[str]:
-        """The command that opens a shell on a machine; on the head by default."""
+        """Return the command that opens a shell on a node, on the head if None."""
 
 
-def given(stdin: bytes | IO[bytes]) -> dict[str, Any]:
-    """How `subprocess.run` is told what a command reads."""
+def stdin_arguments(stdin: bytes | IO[bytes]) -> dict[str, Any]:
+    """The keyword arguments by which `subprocess.run` gets this standard input."""
     return {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterRecord:
-    """What this machine knows of a cluster that it has started, or begun to."""
+    """What this machine remembers of a cluster that it has started, or begun to start."""
 
     name: str
     provider: str
     spec: Mapping[str, Any]
-    """Its file, as plain values: `forge cluster down NAME` needs no file."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the provider wants to know again, such as the region that was chosen."""
+    """Its file as plain values, so that `forge cluster down NAME` needs no file."""
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """What the provider needs later, such as the chosen region."""
 
 
 def read_record(name: str) -> ClusterRecord | None:
-    """What is known of a cluster; None if nothing is."""
+    """Read a cluster's record; None if there is none, or it is not a record."""
     try:
-        return ClusterRecord(**json.loads(_record_path(name).read_text()))
+        return ClusterRecord(**json.loads((_state_home() / "clusters" / f"{name}.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def list_records() -> list[ClusterRecord]:
-    """All clusters that this machine has started and not stopped, but for its own."""
+    """The records of all clusters that were started from this machine and not stopped, except its own `local`."""
     found = (read_record(path.stem) for path in sorted(state_folder("clusters").glob("*.json")))
-    return [record for record in found if record is not None]
+    return [record for record in found if record is not None and record.provider != "local"]
 
 
 def write_record(record: ClusterRecord) -> None:
-    """Remember a cluster; at no moment is there half a record."""
-    path = _record_path(record.name)
-    draft = path.with_suffix(".draft")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(json.dumps(asdict(record), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    """Save a cluster's record, readable by its owner only."""
+    text = json.dumps(asdict(record), indent=1) + "\n"
+    write_atomic(state_folder("clusters") / f"{record.name}.json", text, mode=0o600)
 
 
 def delete_state(name: str) -> None:
-    """Forget a cluster, and its token with it."""
-    _record_path(name).unlink(missing_ok=True)
+    """Delete a cluster's record and its token."""
+    (state_folder("clusters") / f"{name}.json").unlink(missing_ok=True)
     token_path(name).unlink(missing_ok=True)
 
 
 def token_path(name: str) -> Path:
-    """The file of a cluster's token, which Ray wants of whoever connects."""
+    """The file with the token that a cluster's Ray requires from clients."""
     return state_folder("clusters") / f"{name}.token"
 
 
 def make_token(name: str) -> str:
-    """The cluster's token; made if there is none, readable by its owner alone."""
+    """Return the cluster's token; create it, readable by its owner only, if it does not exist."""
     path = token_path(name)
     with contextlib.suppress(FileExistsError), os.fdopen(_create(path), "w") as file:
         file.write(secrets.token_hex(32))
     token = path.read_text().strip()
     if not token:
         path.unlink()
-        raise ClusterError(f"the cluster's token {path} was empty, and is removed: start the cluster again")
+        raise ClusterError(f"the cluster's token {path} was empty and has been removed; start the cluster again")
     return token
 
 
 def read_token(name: str) -> str:
-    """The cluster's token. Raises: ClusterError if it is not here."""
+    """Return the cluster's token. Raises: ClusterError if this machine does not have it."""
     try:
         return token_path(name).read_text().strip()
     except OSError as error:
         raise ClusterError(
             f"the token of the cluster '{name}' cannot be read: {error.strerror}; only the machine that started a "
-            "cluster has it"
+            "cluster has its token"
         ) from error
 
 
 @contextlib.contextmanager
-def cluster_lock(name: str) -> Iterator[None]:
-    """Hold the cluster's lock, so that two `up` do not mix. Raises: ClusterError if another process has it."""
+def cluster_lock(name: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the cluster's lock, so that two `up` or `down` do not interleave.
+
+    Args:
+        wait: wait for a process that holds it, instead of failing.
+
+    Raises: ClusterError if another process holds it.
+    """
     with (state_folder("clusters") / f"{name}.lock").open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ClusterError(
-                f"another forge starts or stops the cluster '{name}' right now; wait until it is done"
+                f"another forge process is starting or stopping the cluster '{name}'; wait until it is done"
             ) from None
         yield
 
 
 def state_folder(name: str = "") -> Path:
-    """Where this machine keeps what it knows of clusters; made, for the user alone, if it is missing.
+    """The folder for what this machine remembers of clusters; created, for the user only, if it does not exist.
 
-    Raises: ClusterError if it cannot be.
+    Raises: ClusterError if it cannot be created.
     """
-    home = os.environ.get("FORGE_STATE") or Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "forge"
-    folder = Path(home).expanduser() / name
+    folder = _state_home() / name
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
@@ -239,9 +241,10 @@ def state_folder(name: str = "") -> Path:
     return folder
 
 
+def _state_home() -> Path:
+    home = os.environ.get("FORGE_STATE") or Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "forge"
+    return Path(home).expanduser()
+
+
 def _create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-
-
-def _record_path(name: str) -> Path:
-    return state_folder("clusters") / f"{name}.json"

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from forge.cluster.base import ClusterStatus
-from forge.cluster.local.provider import LocalProvider
+from forge.cluster.local.provider import LocalCluster
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.model import ModelSpec
@@ -88,7 +88,7 @@ def places_here(found: HardwareInfo, job: JobSpec) -> int:
     # Ranks sharing cores is slow but right; the smallest world the job allows always has a place.
     places = num_local_gpus() if found.device == "cuda" else max(os.cpu_count() or 1, job.resources.workers.low)
     with contextlib.suppress(ClusterError):  # one of forge chaos says nothing of itself
-        status = LocalProvider().status()
+        status = LocalCluster().status()
         if status.address is not None:
             return count_slots(status, found)
     return places

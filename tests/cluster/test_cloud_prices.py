@@ -87,7 +87,7 @@ def test_the_regions_are_tried_in_order_of_the_spot_price_of_now(api: Api) -> No
     stages: list[NodeProgress] = []
     with pytest.raises(ClusterError) as caught:
         CloudCluster(spec_of()).up(on_progress=stages.append)
-    failed = [stage.machine for stage in stages if stage.is_failure]
+    failed = [stage.name for stage in stages if stage.is_failure]
     assert failed == ["us-west-2", "eu-west-1", "us-east-1"]
     assert "no region has machines to rent now (us-west-2: InsufficientInstanceCapacity, eu-" in str(caught.value)
     assert all(not api.instances(region) and _groups(api, region) == ["default"] for region in REGIONS)
@@ -105,7 +105,7 @@ def test_the_next_region_is_tried_for_want_of_room_and_for_nothing_else(api: Api
     cluster, stages = CloudCluster(spec_of()), list[NodeProgress]()
     with pytest.raises(ClusterError, match=r"could not be started.*InvalidParameterValue.*forge cluster down big"):
         cluster.up(on_progress=stages.append)
-    assert [stage.machine for stage in stages if stage.is_failure] == ["us-west-2"]
+    assert [stage.name for stage in stages if stage.is_failure] == ["us-west-2"]
     assert _groups(api, "us-west-2") == ["default"], "what was made in vain is taken away"
     assert not api.calls["RunInstances", "eu-west-1"]
     assert read_record("big") is not None
@@ -220,7 +220,7 @@ def test_credentials_that_are_refused_are_told_apart_from_rights_that_are_missin
 
 
 def test_a_second_up_meanwhile_is_refused(api: Api) -> None:
-    with cluster_lock("big"), pytest.raises(ClusterError, match="another forge starts or stops the cluster 'big'"):
+    with cluster_lock("big"), pytest.raises(ClusterError, match="another forge process is starting or stopping"):
         CloudCluster(spec_of()).up(on_progress=ignore)
     assert not api.instances("us-east-1")
 
@@ -247,4 +247,4 @@ def _groups(api: Api, region: str) -> list[str]:
 
 def _record(**facts: Any) -> ClusterRecord:
     spec = spec_of().model_dump(mode="json", exclude_unset=True)
-    return ClusterRecord(name="big", provider="aws", spec=spec, facts=facts)
+    return ClusterRecord(name="big", provider="aws", spec=spec, state=facts)

@@ -69,7 +69,7 @@ def test_up_waits_until_the_head_is_ready_and_says_how_far_it_is(world: Kubernet
         ("worker", "alive"),
     ]
     assert status.address == "10.0.0.7:6379" and status.usd_per_hour == 3.0
-    told = [stage.stage for stage in stages if stage.machine == "pods-head-0"]
+    told = [stage.message for stage in stages if stage.name == "pods-head-0"]
     assert told == ["pulling the image", "ready"]
     assert [node.num_cpus for node in status.nodes] == [0, 8, 8]
 
@@ -99,7 +99,7 @@ def test_a_changed_file_is_applied_and_the_pods_that_there_are_stay(world: Kuber
 
 def test_a_second_up_at_the_same_time_is_told_so(world: Kubernetes) -> None:
     with cluster_lock("pods"):
-        assert "another forge starts or stops" in refused(pods())
+        assert "another forge process is starting or stopping" in refused(pods())
     assert world.calls() == []
 
 
@@ -375,7 +375,7 @@ def test_the_token_is_in_no_command_line_no_manifest_and_no_message(world: Kuber
     (secret,) = world.things("Secret")
     encoded = secret["data"]["auth_token"]
     assert base64.b64decode(encoded).decode() == token
-    said = [json.dumps(world.calls()), cluster.render(), str(error.value), *(stage.stage for stage in stages)]
+    said = [json.dumps(world.calls()), cluster.to_yaml(), str(error.value), *(stage.message for stage in stages)]
     said.append(json.dumps([thing for kind in ("RayCluster", "Pod") for thing in world.things(kind)]))
     record = read_record("pods")
     said.append(repr(record))
@@ -413,7 +413,7 @@ def test_ctrl_c_while_the_head_is_waited_for_leaves_what_down_finds(world: Kuber
     program = (
         "from tests.cluster.test_kubernetes import pods, ignore, Patience\n"
         "pods(patience=Patience(up_s=60, poll_s=0.05))"
-        ".up(on_progress=lambda stage: print(stage.stage, flush=True))\n"
+        ".up(on_progress=lambda stage: print(stage.message, flush=True))\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program],

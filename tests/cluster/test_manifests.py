@@ -346,7 +346,7 @@ def test_a_job_runs_on_the_cluster_and_leaves_it() -> None:
 
 def test_what_is_printed_is_what_is_applied_and_holds_no_token() -> None:
     one = spec(**EVERYTHING, cloud="aws")
-    printed = KubernetesCluster(one).render(entrypoint="forge doctor")
+    printed = KubernetesCluster(one).to_yaml(entrypoint="forge doctor")
     cluster, job = yaml.safe_load_all(printed)
     assert [cluster["kind"], job["kind"]] == ["RayCluster", "RayJob"]
     assert cluster == ray_cluster(one, ray_version=cluster["spec"]["rayVersion"])
@@ -369,7 +369,7 @@ def test_text_stays_text_whoever_reads_the_yaml(text: str) -> None:
 def test_the_file_that_is_shipped_renders() -> None:
     one = load_cluster(ROOT / "cluster" / "kubernetes.yaml")
     assert isinstance(one, KubernetesSpec)
-    assert "kind: RayCluster" in KubernetesCluster(one).render()
+    assert "kind: RayCluster" in KubernetesCluster(one).to_yaml()
 
 
 def test_the_file_that_is_shipped_shows_every_key_and_loads_with_all_of_them(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_files_in_the_cluster_folder_can_be_rendered_as_they_stand(
     spec = load_cluster(ROOT / "cluster" / f"{name}.yaml")
     assert isinstance(spec, CloudSpec)
     cluster = CloudCluster(spec.model_copy(update={"python": "/opt/forge/bin/python"}))
-    validated(yaml.safe_load(cluster.render()))
+    validated(yaml.safe_load(cluster.to_yaml()))
     price = cluster.price()
     assert price is not None and spec.max_usd_per_hour is not None
     assert 0 < price <= spec.max_usd_per_hour

@@ -19,9 +19,9 @@ import pytest
 
 from forge.cluster.base import make_token
 from forge.cluster.kubernetes.manifests import ray_cluster
-from forge.cluster.local.ray_process import free_port
 from forge.config.cluster import KubernetesSpec
 from forge.config.dump import dump_plain
+from forge.process import free_port
 from forge.runs.reader import read_metrics, read_run
 from tests.support.command import environment, forge, start_forge, wait_for
 from tests.support.kubernetes import Kubernetes

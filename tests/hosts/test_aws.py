@@ -87,7 +87,7 @@ def test_a_cluster_is_rented_entered_by_its_token_alone_and_given_back(
 ) -> None:
     cluster = cluster_from(write_file(box, tmp_path, workers="1..2", max_usd_per_hour=5))
     stages: list[str] = []
-    status = cluster.up(on_progress=lambda stage: stages.append(stage.stage))
+    status = cluster.up(on_progress=lambda stage: stages.append(stage.message))
     assert stages[0] == "comparing prices" and stages[-1] == "ready"
     wait_for(lambda: len(members(cluster)) == 2, timeout_s=60)
 
@@ -127,7 +127,7 @@ def test_a_cluster_is_rented_entered_by_its_token_alone_and_given_back(
     environment = cluster.on_head(["env"]).stdout.decode()
     assert "FORGE_CLOUD=aws" in environment and token not in environment
     asked_again: list[str] = []
-    cluster.up(on_progress=lambda stage: asked_again.append(stage.stage))
+    cluster.up(on_progress=lambda stage: asked_again.append(stage.message))
     assert asked_again == ["ready"], "what runs is left alone"
     _no_secret_lies_open(tmp_path / "state", token=token, output="".join(capfd.readouterr()))
 
@@ -212,7 +212,7 @@ def test_another_region_is_taken_where_one_has_no_room(box: CloudBox, tmp_path: 
     stages: list[NodeProgress] = []
     status = cluster.up(on_progress=stages.append)
     try:
-        assert [stage.machine for stage in stages if stage.is_failure] == [REGION]
+        assert [stage.name for stage in stages if stage.is_failure] == [REGION]
         assert [node.kind for node in status.nodes] == ["head"]
         assert len(box.api.alive("us-west-2")) == 1
     finally:
@@ -277,7 +277,7 @@ def test_another_region_is_taken_where_one_has_no_room_for_the_fewest_workers(
     stages: list[NodeProgress] = []
     cluster.up(on_progress=stages.append)
     try:
-        assert [stage.machine for stage in stages if stage.is_failure] == [REGION]
+        assert [stage.name for stage in stages if stage.is_failure] == [REGION]
         assert not box.api.alive(REGION)
         wait_for(lambda: len(members(cluster)) == 2, timeout_s=90)
         assert {node.usd_per_hour for node in cluster.status().nodes} == {0.192, 0.2}
@@ -289,7 +289,7 @@ def test_another_region_is_taken_where_one_has_no_room_for_the_fewest_workers(
 UP = (
     "import sys; from forge.cluster.registry import cluster_of; from forge.config.load import load_cluster; "
     "from forge.errors import ForgeError\n"
-    "try: cluster_of(load_cluster(sys.argv[1])).up(on_progress=lambda stage: print(stage.stage, flush=True))\n"
+    "try: cluster_of(load_cluster(sys.argv[1])).up(on_progress=lambda stage: print(stage.message, flush=True))\n"
     "except ForgeError as error: print(error); sys.exit(error.exit_code)\n"
     "except KeyboardInterrupt: sys.exit(130)"
 )

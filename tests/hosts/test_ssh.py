@@ -202,7 +202,7 @@ class TestUp:
     def test_what_runs_otherwise_than_the_file_says_is_not_touched(self, cluster: str, hosts: Hosts) -> None:
         before, facts = heads(hosts), facts_of("lab")
         told = failures(SshCluster(spec_of(hosts, ray_port=7000)), match="forge cluster down lab first")
-        assert "Ray runs there with port 6379, the file says 7000 now" in told[0].stage
+        assert "Ray runs there with port 6379, the file says 7000 now" in told[0].message
         failures(SshCluster(spec_of(hosts, folder=str(hosts.folder / "other"))), match="with the file as it was")
         turned = tuple(reversed(spec_of(hosts).machines))
         failures(SshCluster(spec_of(hosts, machines=turned)), match=f"the head of 'lab' is {hosts.ip(0)}, and")
@@ -279,7 +279,7 @@ class TestUp:
         told: list[NodeProgress] = []
         two = SshCluster(spec_of(hosts, machines=(hosts.ip(0), hosts.ip(1)), min_machines=2))
         assert len(two.up(on_progress=told.append).nodes) == 2
-        assert (hosts.ip(2), "stopped") in {(stage.machine, stage.stage) for stage in told}
+        assert (hosts.ip(2), "stopped") in {(stage.name, stage.message) for stage in told}
         assert [line for line in mentioning(hosts.ip(2)) if "raylet" in line] == []
 
 
@@ -287,7 +287,7 @@ def facts_of(name: str) -> dict[str, Any]:
     """What is remembered of a cluster that is up."""
     record = read_record(name)
     assert record is not None
-    return dict(record.facts)
+    return dict(record.state)
 
 
 def worker_of(folder: Path, *, head: str) -> str:
@@ -341,7 +341,7 @@ class TestWhatIsWrong:
     def test_a_key_that_lets_nobody_in(self, hosts: Hosts) -> None:
         other = spec_of(hosts, name="keyless", identity_file=str(stranger_key(hosts)))
         told = failures(SshCluster(other), match="the head of 'keyless'")
-        assert all("does not let root in with the key" in stage.stage for stage in told)
+        assert all("does not let root in with the key" in stage.message for stage in told)
 
     def test_a_machine_with_another_python(self, hosts: Hosts, tmp_path: Path) -> None:
         older = tmp_path / "python"
@@ -376,7 +376,7 @@ class TestWhatIsWrong:
     def test_too_few_machines(self, hosts: Hosts) -> None:
         few = spec_of(hosts, name="few", machines=(hosts.ip(0), "nobody.invalid"), python="/nowhere/python")
         told = failures(SshCluster(few), match="failed; all that failed")
-        assert {stage.machine for stage in told} == {hosts.ip(0), "nobody.invalid"}
+        assert {stage.name for stage in told} == {hosts.ip(0), "nobody.invalid"}
 
     def test_ctrl_c_in_the_middle_says_what_is_there(self, hosts: Hosts, home: Path, tmp_path: Path) -> None:
         slow = tmp_path / "python"
@@ -404,7 +404,7 @@ class TestWhatIsWrong:
         told = failures(
             SshCluster(lone), match="1 of at least 2 machines of 'lone' are ready.*(?s:.*)nothing was started"
         )
-        assert "correct it under machines in the cluster's file" in told[0].stage
+        assert "correct it under machines in the cluster's file" in told[0].message
         assert mentioning("lone") == []
 
 
@@ -424,7 +424,7 @@ def test_forge_is_installed_where_no_environment_is_given(hosts: Hosts, home: Pa
             "python"
         ]
         assert python.startswith(str(hosts.folder / "forge" / "envs"))
-        assert any("installing forge" in stage.stage for stage in told)
+        assert any("installing forge" in stage.message for stage in told)
         built = Path(python).stat().st_mtime
         bare.up(on_progress=told.append)
         assert Path(python).stat().st_mtime == built

@@ -17,7 +17,7 @@ from subprocess import CompletedProcess
 from typing import IO
 from unittest import mock
 
-from forge.cluster.local.provider import LocalProvider
+from forge.cluster.local.provider import LocalCluster
 from forge.plan.plan import plan_from_json
 from forge.remote.mirror import RemoteRun, remote_ref_of
 from forge.remote.submit import preflight, submit
@@ -25,7 +25,7 @@ from forge.runs.reader import follow
 from tests.support.command import environment, forge
 
 
-class Elsewhere(LocalProvider):
+class Elsewhere(LocalCluster):
     """This machine's cluster as one that is far away."""
 
     def __init__(self, there: Path) -> None:

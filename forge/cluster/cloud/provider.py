@@ -102,7 +102,7 @@ class CloudCluster:
         """
         return plan_purchase(self._spec, price_of=listed_price(self._spec)).usd_per_hour
 
-    def render(self) -> str:
+    def to_yaml(self) -> str:
         """The file that `up` would give to Ray's launcher, with the first region; nothing is asked or made.
 
         Raises: JobFileError, ClusterError if the file asks for what cannot be had.
@@ -139,11 +139,11 @@ class CloudCluster:
                     f"a cluster '{self.name}' on {old.provider} is known already; give this one another name, or "
                     f"end that one: forge cluster down {self.name}"
                 )
-            facts = dict(old.facts) if old is not None else {}
+            facts = dict(old.state) if old is not None else {}
             if old is not None and facts.get("region") and self._answers():
                 is_same = old.spec == self._plain_spec()
                 on_progress(
-                    NodeProgress(machine="head", stage="ready" if is_same else "ready, by the file of before")
+                    NodeProgress(name="head", message="ready" if is_same else "ready, by the file of before")
                 )
                 return self.status()
             self._remember(facts)
@@ -160,18 +160,18 @@ class CloudCluster:
         Raises: ClusterError if they cannot be asked.
         """
         record = read_record(self.name)
-        if record is None or not record.facts.get("tried"):
+        if record is None or not record.state.get("tried"):
             return ClusterStatus(name=self.name, provider=self._spec.provider, address=None)
-        prices = record.facts.get("prices", {})
+        prices = record.state.get("prices", {})
         if self._spec.provider == "aws":
-            chosen = record.facts.get("region")
-            regions = [chosen] if chosen else record.facts["tried"]
+            chosen = record.state.get("region")
+            regions = [chosen] if chosen else record.state["tried"]
             nodes = [node for region in regions for node in aws.list_nodes(self.name, region=region, prices=prices)]
         else:
             nodes = [head_ops.priced(node, prices) for node in self._seen_by_ray()[0]]
         runs: tuple[str, ...] = ()
         head = next((node for node in nodes if node.kind == "head" and node.state == "alive"), None)
-        if head is None or not record.facts.get("region"):
+        if head is None or not record.state.get("region"):
             return ClusterStatus(name=self.name, provider=self._spec.provider, address=None, nodes=tuple(nodes))
         if self._spec.provider == "aws":
             with suppress(ClusterError):  # the machines cost, whether Ray on the head answers or not
@@ -181,7 +181,7 @@ class CloudCluster:
         return ClusterStatus(
             name=self.name,
             provider=self._spec.provider,
-            address=f"{record.facts['private_address']}:6379",
+            address=f"{record.state['private_address']}:6379",
             nodes=tuple(nodes),
             runs=runs,
         )
@@ -197,12 +197,12 @@ class CloudCluster:
             if record is None:
                 return []
             left: list[str] = []
-            tried = record.facts.get("tried", [])
+            tried = record.state.get("tried", [])
             # Ray's launcher knows of one place, the last; those before were given back when it was chosen.
             for region in tried if self._spec.provider == "aws" else tried[-1:]:
                 left += self._leave(region, on_progress=on_progress)
             if not left:
-                self._forget(facts=record.facts)
+                self._forget(facts=record.state)
         return left
 
     def on_head(
@@ -243,7 +243,7 @@ class CloudCluster:
         refusals: list[str] = []
         left: list[str] = []
         for region, price_of in prices.items():
-            on_progress(NodeProgress(machine=region, stage="preparing"))
+            on_progress(NodeProgress(name=region, message="preparing"))
             facts["tried"] = [*dict.fromkeys([*facts.get("tried", []), region])]
             self._remember(facts)
             purchase = plan_purchase(self._spec, price_of=price_of)
@@ -253,7 +253,7 @@ class CloudCluster:
                 is_last = region == [*prices][-1]
                 word = self._await_fewest(region, purchase, is_last=is_last, on_progress=on_progress)
                 if word is None:
-                    on_progress(NodeProgress(machine=region, stage="ready"))
+                    on_progress(NodeProgress(name=region, message="ready"))
                     return
                 launch = replace(launch, no_capacity=word)
                 del facts["region"]
@@ -264,7 +264,7 @@ class CloudCluster:
                     f"{_folder(self.name) / 'launch.log'}. Try again with forge cluster up, or give back what was "
                     f"rented: forge cluster down {self.name}"
                 )
-            on_progress(NodeProgress(machine=region, stage=f"no room: {launch.no_capacity}", is_failure=True))
+            on_progress(NodeProgress(name=region, message=f"no room: {launch.no_capacity}", is_failure=True))
             refusals.append(f"{region}: {launch.no_capacity}")
             left += self._leave(region, on_progress=on_progress)
         if not left:
@@ -279,7 +279,7 @@ class CloudCluster:
         spec, listed = self._spec, listed_price(self._spec)
         if spec.provider != "aws":
             return dict.fromkeys([chosen] if chosen else regions_of(spec), listed)
-        on_progress(NodeProgress(machine="aws", stage="comparing prices"))
+        on_progress(NodeProgress(name="aws", message="comparing prices"))
         found = [chosen] if chosen else aws.find_regions(spec, names=names)
         spot = aws.spot_prices(found, names=names) if spec.spot else {}
         return order_by_price(found, spot=spot, names=names, listed=listed)
@@ -340,7 +340,7 @@ class CloudCluster:
         head_ops.ask_for_workers(self.on_head, count=fewest)
         if self._spec.provider != "aws" or is_last:
             return None  # Ray's autoscaler goes on to ask for them
-        on_progress(NodeProgress(machine=region, stage=f"waiting for {fewest} workers"))
+        on_progress(NodeProgress(name=region, message=f"waiting for {fewest} workers"))
         deadline = time.monotonic() + _ROOM_TIMEOUT_S + _ROOM_TIMEOUT_PER_TYPE_S * len(purchase.workers)
         while time.monotonic() < deadline:
             found = aws.list_instances(self.name, region=region)
@@ -351,7 +351,7 @@ class CloudCluster:
 
     def _leave(self, region: str, *, on_progress: OnProgress) -> list[str]:
         """Give back all that is in a region. Returns: what stays."""
-        on_progress(NodeProgress(machine=region, stage="ending its machines"))
+        on_progress(NodeProgress(name=region, message="ending its machines"))
         if self._spec.provider == "aws":
             left = [f"machine {id} in {region}" for id in aws.terminate_all(self.name, region=region)]
             left += aws_network.remove_place(self.name, region=region) if not left else []
@@ -360,7 +360,7 @@ class CloudCluster:
             firewall.open_again(self._spec)
             left = []
         on_progress(
-            NodeProgress(machine=region, stage="gone" if not left else "not all is gone", is_failure=bool(left))
+            NodeProgress(name=region, message="gone" if not left else "not all is gone", is_failure=bool(left))
         )
         return left
 
@@ -390,19 +390,19 @@ class CloudCluster:
     def _fact(self, name: str) -> str:
         """What is remembered of a cluster that is up. Raises: ClusterError if it is not."""
         record = read_record(self.name)
-        fact = record.facts.get(name) if record is not None else None
+        fact = record.state.get(name) if record is not None else None
         if fact is None:
             raise ClusterError(f"the cluster '{self.name}' is not up; start it: forge cluster up FILE")
         return str(fact)
 
     def _launcher(self, region: str, *, on_progress: OnProgress) -> Launcher:
         return Launcher(
-            folder=_folder(self.name), on_news=lambda news: on_progress(NodeProgress(machine=region, stage=news))
+            folder=_folder(self.name), on_news=lambda news: on_progress(NodeProgress(name=region, message=news))
         )
 
     def _remember(self, facts: dict[str, Any]) -> None:
         write_record(
-            ClusterRecord(name=self.name, provider=self._spec.provider, spec=self._plain_spec(), facts=facts)
+            ClusterRecord(name=self.name, provider=self._spec.provider, spec=self._plain_spec(), state=facts)
         )
 
     def _plain_spec(self) -> dict[str, Any]:

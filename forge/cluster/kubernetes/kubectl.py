@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from forge.cluster.base import given
+from forge.cluster.base import stdin_arguments
 from forge.errors import ClusterError, printable
 
 _TIMEOUT_S = 60.0
@@ -54,7 +54,9 @@ class Kubectl:
         """
         command = self.command(*words)
         try:
-            return subprocess.run(command, **given(stdin), capture_output=True, timeout=timeout_s, check=False)
+            return subprocess.run(
+                command, **stdin_arguments(stdin), capture_output=True, timeout=timeout_s, check=False
+            )
         except FileNotFoundError:
             raise _no_kubectl() from None
         except subprocess.TimeoutExpired:

@@ -97,7 +97,7 @@ class KubernetesCluster:
         price = self._spec.usd_per_hour
         return None if price is None else price * self._spec.workers.high
 
-    def render(self, *, job_name: str = "job", entrypoint: str = "") -> str:
+    def to_yaml(self, *, job_name: str = "job", entrypoint: str = "") -> str:
         """The manifests as YAML, for whoever has `kubectl` alone; a RayJob too if there is something to run.
 
         The token is not among them: its Secret is `up`'s to make, or that of the command in the first lines.
@@ -136,18 +136,16 @@ class KubernetesCluster:
             context = self._chosen_context()
             self._remember(context)
             kubectl = self._kubectl()
-            on_progress(
-                NodeProgress(machine="Kubernetes", stage=f"looking at the namespace {self._spec.namespace}")
-            )
+            on_progress(NodeProgress(name="Kubernetes", message=f"looking at the namespace {self._spec.namespace}"))
             live = self._live(kubectl)
             share_token(kubectl, self._spec)
             manifest = self._manifest()
             if live is None:
-                on_progress(NodeProgress(machine="Kubernetes", stage="applying the RayCluster"))
+                on_progress(NodeProgress(name="Kubernetes", message="applying the RayCluster"))
                 kubectl.apply(manifest)
             elif _digest_of(live) != _digest_of(manifest):
                 on_progress(
-                    NodeProgress(machine="Kubernetes", stage="applying the changed RayCluster; pods that run stay")
+                    NodeProgress(name="Kubernetes", message="applying the changed RayCluster; pods that run stay")
                 )
                 kubectl.apply(with_live_size(manifest, live))
             self._await_head(kubectl, on_progress)
@@ -177,7 +175,7 @@ class KubernetesCluster:
         with cluster_lock(self.name):
             kubectl = self._kubectl()
             selected = ("--selector", self._label, "--ignore-not-found", "--wait=false")
-            on_progress(NodeProgress(machine="Kubernetes", stage="deleting the RayCluster"))
+            on_progress(NodeProgress(name="Kubernetes", message="deleting the RayCluster"))
             kinds = "pods,services,secrets"
             if kubectl.has_kuberay():  # it may have gone before, and its kinds with it
                 kinds = f"{kinds},{_KUBERAY}"
@@ -228,13 +226,13 @@ class KubernetesCluster:
         context = self._spec.context
         if context is None:
             known = read_record(self.name)
-            context = known.facts.get("context") if known else None
+            context = known.state.get("context") if known else None
         return Kubectl(namespace=self._spec.namespace, context=context)
 
     def _chosen_context(self) -> str | None:
         known = read_record(self.name)
-        if known is not None and self._spec.context is None and known.facts.get("context"):
-            return str(known.facts["context"])
+        if known is not None and self._spec.context is None and known.state.get("context"):
+            return str(known.state["context"])
         context = self._spec.context or current_context()
         if context is None and "KUBERNETES_SERVICE_HOST" not in os.environ:  # a pod needs none
             raise ClusterError(
@@ -246,7 +244,7 @@ class KubernetesCluster:
 
     def _remember(self, context: str | None) -> None:
         spec = self._spec.model_dump(mode="json", exclude_defaults=True)
-        write_record(ClusterRecord(name=self.name, provider="kubernetes", spec=spec, facts={"context": context}))
+        write_record(ClusterRecord(name=self.name, provider="kubernetes", spec=spec, state={"context": context}))
 
     def _live(self, kubectl: Kubectl) -> Mapping[str, Any] | None:
         """The RayCluster that is there. Raises: ClusterError if somebody else has made it, or it is ending."""
@@ -278,7 +276,7 @@ class KubernetesCluster:
             for pod in pods:
                 if told.get(pod.name) != pod.stage:
                     told[pod.name] = pod.stage
-                    on_progress(NodeProgress(machine=pod.name, stage=pod.stage, is_failure=bool(pod.problem)))
+                    on_progress(NodeProgress(name=pod.name, message=pod.stage, is_failure=bool(pod.problem)))
             heads = [pod for pod in pods if pod.is_head and pod.state != "ending"]
             head = min(heads, key=lambda pod: ("alive", "starting", "gone").index(pod.state), default=None)
             if head is not None and head.state == "gone":
@@ -328,9 +326,9 @@ class KubernetesCluster:
                 break
             if len(left) != num_told:
                 num_told = len(left)
-                on_progress(NodeProgress(machine="Kubernetes", stage=f"waiting for {num_told} things to be gone"))
+                on_progress(NodeProgress(name="Kubernetes", message=f"waiting for {num_told} things to be gone"))
             time.sleep(self._patience.poll_s)
-        on_progress(NodeProgress(machine="Kubernetes", stage="deleted" if not left else "not all is gone"))
+        on_progress(NodeProgress(name="Kubernetes", message="deleted" if not left else "not all is gone"))
         return [self._leftover(thing) for thing in left]
 
     def _leftover(self, thing: Mapping[str, Any]) -> str:

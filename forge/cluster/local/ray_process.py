@@ -1,8 +1,8 @@
-"""One Ray node of this machine: the processes that it is made of, started, known again, ended.
+"""One Ray node of this machine: start its processes, recognise them later, end them.
 
-A node is a `ray start --block` in a session of its own, so that the whole of it can be ended by its session and
-nothing that other users of Ray run here is touched. A process is believed to be ours only if this is still the
-same boot and its start still matches.
+A node is a `ray start --block` in its own session, so that all of it can be ended by its session while the Ray
+processes of other users stay untouched. A process counts as ours only if the machine has not rebooted since and
+the process's start time still matches.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from forge.errors import ClusterError
+from forge.process import free_port, start_ticks
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0
@@ -28,14 +29,14 @@ _STOP_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeProcess:
-    """One node: the process that holds it, named so that a recycled pid is not mistaken for it."""
+    """The `ray start --block` process of one node, identified even if its pid is reused."""
 
     pid: int
     started_ticks: int
-    """Since boot, as the kernel counts; unlike a time of day it never moves."""
+    """Clock ticks from boot to its start; unlike a time of day it never changes."""
     boot_id: str
     num_cpus: int = 0
-    """As it was told; 0 if it counts them itself."""
+    """The CPUs that Ray was given; 0 if Ray counts them itself."""
 
     @property
     def is_alive(self) -> bool:
@@ -46,18 +47,18 @@ class NodeProcess:
 def launch(
     arguments: Sequence[str], *, log: Path, after: str | None = None
 ) -> tuple[NodeProcess, subprocess.Popen[bytes]]:
-    """Begin to start a node, as a session of its own.
+    """Launch a node in its own session, without waiting for it.
 
     Args:
-        arguments: of `ray start`.
-        log: where it writes.
-        after: address of the head, if that may be being started just now.
+        arguments: arguments of `ray start`.
+        log: file for its output.
+        after: address of a head that may still be starting; the node waits for its port.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
         *([sys.executable, "-P", "-m", "forge.cluster.ssh.wait_and_join", after] if after else [_ray()]),
         *("start", *arguments, "--block", "--disable-usage-stats"),
-        # Ray's own choice is one for all nodes of a machine; without it a head takes no jobs.
+        # Ray's default is one port for all nodes of a machine; without this agent a head accepts no jobs.
         *("--dashboard-agent-listen-port", str(free_port())),
     ]
     with log.open("w") as output:
@@ -73,19 +74,19 @@ def _ray() -> str:
 
 
 def await_start(process: subprocess.Popen[bytes], *, log: Path) -> None:
-    """Return when Ray says that the node runs. Raises: ClusterError with its last words if it does not."""
+    """Wait until Ray logs that the node runs. Raises: ClusterError with the end of its log if it does not start."""
     deadline = time.monotonic() + _START_TIMEOUT_S
     while "Ray runtime started" not in log.read_text(errors="replace"):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise ClusterError(f"a Ray node did not start: {_last_words(log)}\nIts log is {log}")
+            raise ClusterError(f"a Ray node did not start: {_last_lines(log)}\nIts log is {log}")
         time.sleep(0.1)
 
 
 def end_node(node: NodeProcess) -> None:
-    """End a node's whole family. A stranger who has its pid by now is left alone.
+    """End all processes of a node. A foreign process that has its pid by now is left alone.
 
-    Only `ray start` is asked politely and ends the others in the right order: a raylet that is asked
-    after its control store has gone waits ten seconds for an answer.
+    Only `ray start` gets SIGTERM; it ends the others in the right order. A raylet that gets SIGTERM after its
+    control store has gone waits ten seconds for an answer.
     """
     family = family_of(node)
     if node.is_alive:
@@ -100,9 +101,9 @@ def end_node(node: NodeProcess) -> None:
 
 
 def family_of(node: NodeProcess) -> list[psutil.Process]:
-    """A node's process, what descends from it, and what is left of its session once it has gone."""
+    """A node's process and its descendants, and the rest of its session after the process has gone."""
     if node.boot_id != boot_id() or start_ticks(node.pid) not in (node.started_ticks, None):
-        return []  # another boot or another process: no pid is given anew while its session has members
+        return []  # another boot or another process: Linux reuses no pid while its session has members
     members = [
         process for process in session_members(node.pid) if (start_ticks(process.pid) or 0) >= node.started_ticks
     ]
@@ -114,7 +115,7 @@ def family_of(node: NodeProcess) -> list[psutil.Process]:
 
 
 def session_members(leader: int) -> list[psutil.Process]:
-    """The processes of a session, its leader among them as long as it lives."""
+    """The processes of a session, including its leader while it lives."""
     members = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -123,37 +124,27 @@ def session_members(leader: int) -> list[psutil.Process]:
     return members
 
 
-def start_ticks(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; None if there is no such process, or it has ended."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if state in ("Z", "X") else int(fields[18])
-
-
 def boot_id() -> str:
-    """Another one whenever this machine was started."""
+    """An id that changes whenever this machine boots."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def require_free(port: int, *, complaint: str) -> None:
-    """Raises: ClusterError with the complaint, and what the kernel says, if a port cannot be had."""
+def require_free(port: int, *, message: str) -> None:
+    """Check that a port can be bound.
+
+    Args:
+        message: what to say after "port N" if not; `{}` becomes the kernel's reason.
+
+    Raises: ClusterError with that message.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise ClusterError(f"port {port} {complaint.format(error.strerror)}") from error
+            raise ClusterError(f"port {port} {message.format(error.strerror)}") from error
 
 
-def free_port() -> int:
-    """One that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def _last_words(log: Path) -> str:
+def _last_lines(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return " / ".join(lines[-3:]) or "it said nothing"
+    return " / ".join(lines[-3:]) or "its log is empty"

@@ -24,11 +24,11 @@ from forge.cluster.local.ray_process import (
     await_start,
     end_node,
     family_of,
-    free_port,
     launch,
     require_free,
 )
 from forge.errors import ClusterError, ForgeError
+from forge.process import free_port
 
 _OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory for Ray's objects; forge passes pieces of a corpus through it, and no tensors."""
@@ -86,8 +86,8 @@ def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     arguments += ["--temp-dir", str(temporary)]
     job_port = free_port() if is_head else 0
     if is_head:
-        complaint = "is taken there ({}); choose another: ray_port in the cluster's file"
-        require_free(order["port"], complaint=complaint)
+        message = "is taken there ({}); choose another: ray_port in the cluster's file"
+        require_free(order["port"], message=message)
         arguments += ["--head", "--port", str(order["port"]), "--include-dashboard", "true", "--log-color", "false"]
         arguments += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(job_port), "--no-monitor"]
         if order["port"] in _WORKER_PORTS:  # Ray refuses a port that its workers might take

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from forge.cluster.base import NodeProgress, OnProgress
-from forge.cluster.ssh.session import give_up
+from forge.cluster.ssh.session import cancel_all
 from forge.errors import ClusterError
 
 MOST_AT_ONCE = 32
@@ -33,7 +33,7 @@ def map_hosts(
             done[host] = work(host)
         except ClusterError as error:
             failures[host] = str(error).removeprefix(f"{host} ")
-            on_progress(NodeProgress(machine=host, stage=failures[host], is_failure=True))
+            on_progress(NodeProgress(name=host, message=failures[host], is_failure=True))
 
     pool = ThreadPoolExecutor(max_workers=MOST_AT_ONCE)
     futures = [pool.submit(one, host) for host in hosts]
@@ -43,7 +43,7 @@ def map_hosts(
     except BaseException:  # Ctrl-C: nobody waits for what the others say
         pool.shutdown(wait=False, cancel_futures=True)
         while not all(future.done() for future in futures):
-            give_up()
+            cancel_all()
             time.sleep(_POLL_S)
         raise
     pool.shutdown()

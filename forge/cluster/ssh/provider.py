@@ -36,7 +36,7 @@ from forge.cluster.base import (
 from forge.cluster.dashboard import ray_nodes, ray_runs
 from forge.cluster.ssh.bootstrap import BootstrappedHost, Package, bootstrap, last_line
 from forge.cluster.ssh.parallel import MOST_AT_ONCE, map_hosts
-from forge.cluster.ssh.session import SshHost, give_up
+from forge.cluster.ssh.session import SshHost, cancel_all
 from forge.config.cluster import SshSpec
 from forge.config.dump import dump_plain
 from forge.errors import ClusterError
@@ -73,7 +73,7 @@ class SshCluster:
         price = self._spec.usd_per_hour
         return None if price is None else price * len(self._machines)
 
-    def render(self) -> str:
+    def to_yaml(self) -> str:
         """Its file, with all defaults."""
         return dump_plain(self._spec.model_dump(mode="json", exclude_none=True))
 
@@ -89,7 +89,7 @@ class SshCluster:
         with cluster_lock(self.name):
             token = make_token(self.name)
             known = read_record(self.name)
-            facts = dict(known.facts) if known else {}
+            facts = dict(known.state) if known else {}
             self._require_same_head(known)
             self._remember(facts)
             places = facts.setdefault("places", {})
@@ -114,9 +114,9 @@ class SshCluster:
     def status(self) -> ClusterStatus:
         """Its machines, as the head's Ray sees them. Raises: ClusterError if the head does not answer."""
         known = read_record(self.name)
-        if known is None or "job_port" not in known.facts:
+        if known is None or "job_port" not in known.state:
             return ClusterStatus(name=self.name, provider="ssh", address=None)
-        addresses: dict[str, str] = known.facts.get("addresses", {})
+        addresses: dict[str, str] = known.state.get("addresses", {})
         prices = dict.fromkeys(addresses.values(), self._spec.usd_per_hour)
         with self.job_server() as url:
             try:
@@ -133,7 +133,7 @@ class SshCluster:
         return ClusterStatus(
             name=self.name,
             provider="ssh",
-            address=known.facts["address"],
+            address=known.state["address"],
             nodes=tuple(replace(node, name=named.get(node.name, node.name)) for node in shown),
             runs=runs,
         )
@@ -143,7 +143,7 @@ class SshCluster:
         with cluster_lock(self.name):
             left: list[str] = []
             known = read_record(self.name)
-            facts = known.facts if known else {}
+            facts = known.state if known else {}
             failures: dict[str, str] = {}
             places = facts.get("places", {})  # also of machines that its file no longer names
             hosts = list(dict.fromkeys([*self._machines, *places]))
@@ -186,13 +186,13 @@ class SshCluster:
 
     def _facts(self) -> Mapping[str, Any]:
         known = read_record(self.name)
-        if known is None or "job_port" not in known.facts:
+        if known is None or "job_port" not in known.state:
             raise ClusterError(f"the cluster '{self.name}' is not up; start it: {self._up}")
-        return known.facts
+        return known.state
 
     def _remember(self, facts: Mapping[str, Any]) -> None:
         spec = self._spec.model_dump(mode="json", exclude_defaults=True)
-        write_record(ClusterRecord(name=self.name, provider="ssh", spec=spec, facts=facts))
+        write_record(ClusterRecord(name=self.name, provider="ssh", spec=spec, state=facts))
 
     def _machine(self, host: str) -> SshHost:
         return SshHost(
@@ -205,7 +205,7 @@ class SshCluster:
 
     def _require_same_head(self, known: ClusterRecord | None) -> None:
         """Another head is another cluster, and what runs on the one before would be lost."""
-        if known is not None and "job_port" in known.facts:
+        if known is not None and "job_port" in known.state:
             before, now = known.spec["machines"][0], self._head.host
             if before != now:
                 raise ClusterError(
@@ -265,7 +265,7 @@ class SshCluster:
             folder=self._spec.folder,
             python=self._spec.python,
             package=package,
-            tell=lambda words: on_progress(NodeProgress(machine=host, stage=words)),
+            tell=lambda words: on_progress(NodeProgress(name=host, message=words)),
         )
         if place is not None and place[1] != ready.folder:
             raise ClusterError(
@@ -292,7 +292,7 @@ class SshCluster:
                 return self._start(host, ready[host], token, session, on_progress)
             except ClusterError:
                 if host == head:
-                    give_up()  # which would wait in vain
+                    cancel_all()  # which would wait in vain
                 raise
 
         job_ports = map_hosts(list(ready), start, late, on_progress)
@@ -304,7 +304,7 @@ class SshCluster:
 
     def _start(self, host: str, ready: BootstrappedHost, token: str, session: str, on_progress: OnProgress) -> int:
         """Start Ray on a machine. Returns: of the head, the port of its job server."""
-        on_progress(NodeProgress(machine=host, stage="starting Ray"))
+        on_progress(NodeProgress(name=host, message="starting Ray"))
         address = _address_of(host)
         order = {
             "cluster": self.name,
@@ -318,11 +318,11 @@ class SshCluster:
             "environment": self._environment(),
         }
         answer = self._station(host, ready, "up", order, timeout_s=_START_TIMEOUT_S)
-        on_progress(NodeProgress(machine=host, stage="ready (it was up)" if answer["was_up"] else "ready"))
+        on_progress(NodeProgress(name=host, message="ready (it was up)" if answer["was_up"] else "ready"))
         return int(answer["job_port"])
 
     def _stop(self, host: str, places: Mapping[str, Any], on_progress: OnProgress) -> list[str]:
-        on_progress(NodeProgress(machine=host, stage="stopping"))
+        on_progress(NodeProgress(name=host, message="stopping"))
         if host not in places:  # it never came to that
             return []
         python, folder = places[host]
@@ -333,7 +333,7 @@ class SshCluster:
             {"cluster": self.name, "host": host, "temporary": self._temporary(host)},
             timeout_s=_STOP_TIMEOUT_S,
         )
-        on_progress(NodeProgress(machine=host, stage="stopped"))
+        on_progress(NodeProgress(name=host, message="stopped"))
         left: list[str] = answer["left"]
         return left
 

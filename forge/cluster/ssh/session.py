@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from forge.cluster.base import given
+from forge.cluster.base import stdin_arguments
 from forge.errors import ClusterError
+from forge.process import free_port
 
 _CONNECT_TIMEOUT_S = 10
 _FORWARD_TIMEOUT_S = 20.0
@@ -77,7 +78,7 @@ class SshHost:
             line = _ENDS_WITH_US.format(line=line)
         ssh = [*self.ssh("-T", "-o", "BatchMode=yes"), line]
         try:
-            done = _run(ssh, given(stdin), timeout_s=timeout_s)
+            done = _run(ssh, stdin_arguments(stdin), timeout_s=timeout_s)
         except FileNotFoundError:
             raise ClusterError("there is no ssh on this machine; install OpenSSH's client") from None
         except subprocess.TimeoutExpired:
@@ -96,7 +97,7 @@ class SshHost:
 
         Raises: ClusterError as `run` does, or if nothing listens at the other end in time.
         """
-        local = _free_port()
+        local = free_port("127.0.0.1")
         options = ("-N", "-T", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes")
         ssh = self.ssh(*options, "-L", f"127.0.0.1:{local}:127.0.0.1:{port}")
         with subprocess.Popen(
@@ -155,7 +156,7 @@ class SshHost:
         return ClusterError(f"{self.host} cannot be reached: {last}; {by_hand}")
 
 
-def give_up() -> None:
+def cancel_all() -> None:
     """End every ssh whose command this process waits for, in any thread."""
     for ssh in list(_awaited):
         ssh.terminate()
@@ -167,7 +168,7 @@ _awaited: set[subprocess.Popen[bytes]] = set()
 def _run(
     command: Sequence[str], stdin: Mapping[str, Any], *, timeout_s: float
 ) -> subprocess.CompletedProcess[bytes]:
-    """As `subprocess.run` does, but so that `give_up` ends it."""
+    """As `subprocess.run` does, but so that `cancel_all` ends it."""
     said = stdin.get("input")
     source = subprocess.PIPE if said is not None else stdin["stdin"]
     with subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ssh:
@@ -180,9 +181,3 @@ def _run(
         finally:
             _awaited.discard(ssh)
     return subprocess.CompletedProcess(ssh.args, ssh.returncode, out, err)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
