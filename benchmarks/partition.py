@@ -68,7 +68,7 @@ def start_run(job: Mapping[str, Any], hosts: Hosts, folder: Path) -> subprocess.
     """What `forge train` does, but for the screen: it knows no cluster on other machines."""
     os.environ["FORGE_CACHE"] = str(folder / "cache")
     file = write_job({**job, "folder": str(folder)}, workers=_NODES)
-    run = create_run(resolve(load_job(file), is_dry_run=False))
+    run = create_run(resolve(load_job(file)))
     command = (sys.executable, "-m", "forge.runtime.driver", run, "--address", hosts.ray_address)
     with (run / "logs" / "run.log").open("w") as log:
         return hosts.run(0, *command, stdout=log, stderr=subprocess.STDOUT)

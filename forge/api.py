@@ -16,13 +16,13 @@ from forge.config import load
 from forge.config.load import LoadedJob
 from forge.config.overrides import check_kind
 from forge.errors import JobFileError
-from forge.plan.plan import Plan
+from forge.plan.plan import DraftPlan
 from forge.remote.submit import preflight, resolve_there, submit
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
 from forge.runs.create import create_run
 from forge.runs.reader import RunSummary, failure_of, follow, read_run
 from forge.runtime.driver_process import RunHandle, start_driver
-from forge.runtime.resolve import resolve
+from forge.runtime.resolve import resolve, resolve_draft
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
@@ -37,12 +37,12 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
     return load.load_job(path, overrides=overrides)
 
 
-def plan_job(job: str | Path | LoadedJob) -> Plan:
+def plan_job(job: str | Path | LoadedJob) -> DraftPlan:
     """What a job will do, as `forge plan` shows it; trains nothing.
 
     Raises: JobFileError, PlanError, DataError.
     """
-    return resolve(_loaded(job), is_dry_run=True)
+    return resolve_draft(_loaded(job))
 
 
 def train_job(
@@ -100,7 +100,7 @@ def _carry_out(
 ) -> RunSummary:
     """Make a new run and follow it to its end. Raises: what ended it."""
     if cluster is None:
-        folder = create_run(resolve(loaded, is_dry_run=False))
+        folder = create_run(resolve(loaded))
         carried: RunHandle = start_driver(folder)
     else:
         site = preflight(find_cluster(cluster))

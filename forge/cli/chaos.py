@@ -53,7 +53,7 @@ def replay(
     schedule = faster(scale(read_trace(_path_of(trace)), num_nodes=nodes), speed=speed)
     loaded = load_job(job, overrides=[*(overrides or []), f"resources.workers=1..{nodes}"])
     with display.PrepareScreen() as preparing:
-        plan = resolve(loaded, is_dry_run=False, on_progress=preparing.show)
+        plan = resolve(loaded, on_progress=preparing.show)
     display.message(
         f"{len(schedule.changes)} changes in {schedule.duration_s:.0f} s, at most {schedule.most} machines at once"
     )

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from forge.cluster.base import NodeProgress
 from forge.data.prepare import PrepareProgress
-from forge.plan.plan import Plan
+from forge.plan.plan import DraftPlan, Plan
 from forge.report.curve import loss_curve
 from forge.report.text import (
     bucket_rows,
@@ -104,7 +104,7 @@ def width() -> int | None:
     return _out.width if _out.is_terminal else None
 
 
-def show_plan(plan: Plan, *, to_stderr: bool = False) -> None:
+def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
     """What will happen, before it happens."""
     console = _err if to_stderr else _out
     console.print(Text.assemble((plan.job.name, "bold"), "  ", headline(plan)))

@@ -90,10 +90,10 @@ def show_dry(loaded: LoadedJob, *, file: Path, output: Output) -> None:
     """Show what a job will do; nothing is made."""
     from forge.cli import display
     from forge.plan.plan import plan_to_json
-    from forge.runtime.resolve import resolve
+    from forge.runtime.resolve import resolve_draft
 
     with display.PrepareScreen() as screen:
-        resolved = resolve(loaded, is_dry_run=True, on_progress=screen.show)
+        resolved = resolve_draft(loaded, on_progress=screen.show)
     if output is Output.JSON:
         display.print_text(plan_to_json(resolved))
         return
@@ -160,7 +160,7 @@ def _resolve(loaded: LoadedJob, site: RemoteTarget | None) -> Plan:
 
     if site is None:
         with display.PrepareScreen() as screen:
-            return resolve(loaded, is_dry_run=False, on_progress=screen.show)
+            return resolve(loaded, on_progress=screen.show)
     from forge.remote.submit import resolve_there
 
     with display.PrepareScreen() as screen:

@@ -1,9 +1,8 @@
-"""The global batch, divided: the optimizer sees the same sequences at every world size.
+"""Split of the global batch over the workers: the optimizer sees the same sequences at every world size.
 
-Step t (counted from 1) consumes sample positions `[(t-1)·B, t·B)`. A rank takes a contiguous share of
-them, in micro-batches of one size; where a share is short, the micro-batch is filled up with samples
-of weight zero. So every world size from 1 to B has an answer, divisors of B or not, at the price of
-at most one wasted micro-step per rank.
+Step t (counted from 1) consumes sample positions `[(t-1)·B, t·B)`. Each rank takes a contiguous share of them in
+micro-batches of one size; a short share is padded with samples of weight zero. Every world size from 1 to B is
+therefore possible, divisor of B or not, at the cost of at most one wasted micro-step per rank.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from forge.errors import PlanError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """How one global batch is carried out at one world size.
+    """Split of one global batch at one world size.
 
-    DeepSpeed's identity `train_batch_size = micro · accumulation · world_size` holds for the padded
-    batch; `padding` of its sequences carry no weight.
+    DeepSpeed's identity `train_batch_size = micro · accumulation · world_size` holds for the padded batch, of which
+    `padding` sequences have weight zero.
     """
 
     global_batch_size: int
@@ -32,28 +31,29 @@ class BatchPlan:
         return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size - self.global_batch_size
 
     def share(self, rank: int) -> tuple[int, int]:
-        """The half-open interval of the step's B positions that `rank` takes: [⌊rB/W⌋, ⌊(r+1)B/W⌋)."""
+        """Return the half-open interval of the step's B positions that `rank` takes: [⌊rB/W⌋, ⌊(r+1)B/W⌋)."""
         if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank {rank} outside of 0..{self.world_size - 1}")
+            raise ValueError(f"rank {rank} is outside 0..{self.world_size - 1}")
         size = self.global_batch_size
         return rank * size // self.world_size, (rank + 1) * size // self.world_size
 
 
 def plan_batch(global_batch_size: int, *, world_size: int, max_micro_batch_size: int) -> BatchPlan:
-    """Split one global batch over the ranks, so the optimizer sees the same batch at any size.
+    """Split one global batch over the ranks.
 
-    Of all micro-batch sizes up to the allowed one, the plan takes the fewest micro-steps and then the
-    smallest micro-batch that still needs no more of them, so that padding is least.
+    The split uses the fewest micro-steps that `max_micro_batch_size` allows, then the smallest micro-batch that
+    needs no more of them, which minimises padding.
 
     Args:
-        max_micro_batch_size: what fits into one worker's memory, in sequences; at least 1.
+        global_batch_size: in sequences.
+        max_micro_batch_size: largest that fits in one worker's memory, in sequences; at least 1.
 
     Raises: PlanError if there are more workers than sequences.
     """
     if world_size > global_batch_size:
         raise PlanError(
             f"a global batch of {global_batch_size} sequences cannot feed {world_size} workers: "
-            f"{world_size - global_batch_size} of them would have nothing to do; "
+            f"{world_size - global_batch_size} of them would be idle; "
             f"raise training.global_batch_size or lower resources.workers"
         )
     largest_share = -(-global_batch_size // world_size)

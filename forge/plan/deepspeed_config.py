@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run, derived from the job; nothing else writes one."""
+"""The DeepSpeed configuration of a run, derived from the job. No other module builds one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from forge.plan.batch import BatchPlan
 
 
 def deepspeed_config(training: TrainingSpec, batch: BatchPlan) -> dict[str, Any]:
-    """DeepSpeed's JSON for one world size.
+    """Return DeepSpeed's configuration for one world size.
 
-    The optimizer is not in it: torch's own AdamW is handed to DeepSpeed as an object, because
-    DeepSpeed's fused ones are compiled at run time. The learning rate is set by forge at every step.
+    It has no `optimizer` section: forge passes torch's AdamW as an object, because DeepSpeed's fused optimizers are
+    compiled at run time. forge sets the learning rate at every step, so there is no `scheduler` section either.
 
     Source: https://www.deepspeed.ai/docs/config-json
     """
@@ -30,10 +30,10 @@ def deepspeed_config(training: TrainingSpec, batch: BatchPlan) -> dict[str, Any]
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "gradient_clipping": training.optimizer.grad_clip,
         "bf16": {"enabled": training.precision == "bf16"},
-        # Stage 3 would make buffers bf16, and a checkpoint's buffers must not depend on the stage.
+        # Stage 3 would cast buffers to bf16, but a checkpoint's buffers must not depend on the stage.
         "data_types": {"keep_in_fp32_modules": ["*"]},
         "zero_optimization": zero,
-        # torch's fused AdamW runs on the host too; DeepSpeed's own would be compiled at run time.
+        # torch's fused AdamW also runs on the CPU; DeepSpeed's CPU Adam would be compiled at run time.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,

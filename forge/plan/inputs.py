@@ -1,8 +1,7 @@
-"""What the plan must be told: facts about the model, the corpus and the hardware, measured elsewhere.
+"""Inputs of planning: what was measured about the model, the corpus and the hardware.
 
-They are plain numbers, so that planning stays pure: `forge.model.inspect` fills ModelInfo (it needs
-transformers, and runs in a process of its own), `forge.data.prepare` fills CorpusInfo, and the
-cluster fills HardwareInfo.
+They are plain numbers, so that planning is pure. `forge.model.inspect` makes ModelInfo (it needs transformers and
+therefore runs in a subprocess), `forge.data.prepare` makes CorpusInfo, `forge.runtime.probe` makes HardwareInfo.
 """
 
 from __future__ import annotations
@@ -13,59 +12,60 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusInfo:
-    """A prepared corpus: token shards under `folder`, ready to be read by any rank.
-
-    Tokens count end-of-text tokens; sequences are windows of `seq_len` predicted tokens that do not
-    overlap. The perplexity of a unigram model (train frequencies, add-one smoothing) on the held-out
-    tokens is what any trained model must beat; nan where nothing is held out.
-    """
+    """A prepared corpus: token shards that any rank can read."""
 
     folder: str
     digest: str
+    """Names the content: equal digests mean equal tokens in equal order."""
     vocab_size: int
     eot_id: int
+    """Token id of the end-of-text token."""
     seq_len: int
+    """Predicted tokens per sequence; sequences do not overlap."""
     num_documents: int
     num_text_bytes: int
     num_train_tokens: int
+    """End-of-text tokens included."""
     num_held_out_tokens: int
     num_train_sequences: int
     num_held_out_sequences: int
     unigram_perplexity: float
+    """Held-out perplexity of a unigram model (training frequencies, add-one smoothing): a baseline that any trained
+    model must beat. nan if nothing is held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A network as transformers builds it, counted without allocating its weights.
-
-    `num_parameters` counts tied weights once. `num_matmul_parameters` are those that every token is
-    multiplied with: all matrices, without embeddings unless they are also the output head, and of a
-    mixture of experts the share that is active. `attention_width` is heads × head dimension.
-    """
+    """A network as transformers builds it, counted on the meta device without allocating its weights."""
 
     architecture: str
+    """transformers' `model_type`."""
     class_name: str
     num_parameters: int
+    """Tied weights count once."""
     num_trainable_parameters: int
     num_matmul_parameters: int
+    """Parameters that each token is multiplied with: all matrices, without embeddings unless they are also the
+    output head; of a mixture of experts, the active share."""
     largest_module_parameters: int
+    """Of the largest module that ZeRO 3 gathers at once."""
     num_layers: int
     hidden_size: int
     intermediate_size: int
     attention_width: int
+    """Number of heads × head dimension."""
     vocab_size: int
     max_seq_len: int | None
+    """In tokens; None if the positions do not limit it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareInfo:
-    """One worker's share of a machine.
-
-    `memory_bytes` is the GPU's memory, or the machine's divided by its workers on CPU; None if unknown.
-    `peak_flops` is the dense peak in the job's precision; None if unknown or measured at start (CPU).
-    """
+    """What one worker gets of a machine."""
 
     device: Literal["cuda", "cpu"]
     name: str
     memory_bytes: int | None
+    """GPU memory, or on CPU the machine's memory divided by its workers; None if unknown."""
     peak_flops: float | None
+    """Dense peak in the job's precision, FLOP/s; None if unknown, or measured at start (CPU)."""

@@ -1,31 +1,32 @@
-"""Memory of one worker, by what it is for.
+"""Memory estimate of one worker, split by purpose.
 
-Model state follows the ZeRO paper (arXiv 1910.02054, section 3.1 and figure 1), with bf16 weights and
-gradients and an fp32 master copy, first and second moment: 2Ψ + 2Ψ + 12Ψ bytes for Ψ parameters,
-each share divided by the world size W from the stage that divides it. In fp32 the weights are their
-own master under ZeRO 0, and 4Ψ + 4Ψ + 8Ψ; ZeRO 1 to 3 keep a separate fp32 partition there as well.
+Model state follows the ZeRO paper (arXiv 1910.02054, section 3.1 and figure 1). In bf16, with an fp32 master copy
+and first and second moment, it takes 2Ψ + 2Ψ + 12Ψ bytes for Ψ parameters; each term is divided by the world size W
+from the ZeRO stage that shards it. In fp32 under ZeRO 0 the weights are their own master copy: 4Ψ + 4Ψ + 8Ψ; ZeRO 1
+to 3 keep a separate fp32 partition in that case too.
 
-Activations follow Korthikanti et al. (arXiv 2205.05198, equation 2) with attention scores left out,
-since torch's scaled_dot_product_attention does not keep them. They are an estimate (marked ~ wherever
-shown); model state is exact up to padding and communication buffers.
+Activations follow Korthikanti et al. (arXiv 2205.05198, equation 2) without attention scores, because torch's
+scaled_dot_product_attention does not store them. They are an estimate (shown with ~); model state is exact up to
+padding and communication buffers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from forge.config.training import TrainingSpec
 from forge.plan.inputs import ModelInfo
 
-# Share of a worker's memory the plan fills; the rest is for the allocator, CUDA context and buffers.
 USABLE_SHARE = 0.85
-# Largest micro-batch that `auto` takes: beyond it, small models gain nothing on any device we measured.
+"""Share of a worker's memory that the plan fills; the rest is for the allocator, CUDA context and buffers."""
 MAX_AUTO_MICRO_BATCH = 8
+"""Largest micro-batch that `auto` picks: small models gained nothing beyond it on any device we measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes of one worker: on its device, and beside that in its machine's memory."""
+    """Bytes that one worker needs on its device and in its machine's memory."""
 
     weights_bytes: int
     gradients_bytes: int
@@ -33,20 +34,23 @@ class MemoryEstimate:
     ema_bytes: int
     activations_bytes: int
     host_bytes: int
-    """Copies of the state in the host's memory, this rank's and those kept for another machine's, and what is
-    offloaded."""
+    """In host memory: snapshots of this rank, replicas of another node's, and offloaded optimizer state."""
     is_on_host: bool
-    """Whether the device is the host itself, so that all lies in the same memory."""
+    """Whether the device is the CPU, so that everything shares the host's memory."""
 
     @property
     def state_bytes(self) -> int:
-        """What depends on the model alone, not on the micro-batch."""
+        """The part that does not depend on the micro-batch."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.ema_bytes
 
     @property
     def total_bytes(self) -> int:
         """What the device must hold."""
         return self.state_bytes + self.activations_bytes + (self.host_bytes if self.is_on_host else 0)
+
+    def fits(self, memory_bytes: int) -> bool:
+        """Whether a device with this much memory can hold it."""
+        return self.total_bytes <= USABLE_SHARE * memory_bytes
 
 
 def estimate_memory(
@@ -59,10 +63,12 @@ def estimate_memory(
     is_on_host: bool,
     num_copies: int = 1,
 ) -> MemoryEstimate:
-    """Estimate one worker's memory at one world size.
+    """Estimate the memory of one worker at one world size.
 
     Args:
-        num_copies: of a rank's state in the host's memory; see `num_copies_in_memory`.
+        micro_batch_size: in sequences.
+        seq_len: tokens per sequence.
+        num_copies: copies of one rank's state in host memory; see `num_copies_in_memory`.
     """
     stage = training.zero.stage
     half = training.precision == "bf16"
@@ -79,7 +85,7 @@ def estimate_memory(
     gradients = width * trainable // (world_size if stage >= 2 else 1)
     optimizer = (master + 8) * trainable // shards
     ema = 4 * trainable // shards if training.ema else 0
-    # A rank saves its share whatever the stage; of frozen parameters, their own type.
+    # A rank snapshots its share at every stage; frozen parameters in their own precision.
     snapshot = ((16 if training.ema else 12) * trainable + width * (parameters - trainable)) // world_size
     is_offloaded = training.zero.offload == "cpu" and not is_on_host
     return MemoryEstimate(
@@ -94,19 +100,23 @@ def estimate_memory(
 
 
 def num_copies_in_memory(*, engine: str, world_size: int) -> int:
-    """Ray Train: one, for checkpoints. Elastic: two in turn, and two of another machine's where there is one."""
+    """Return how many copies of one rank's state host memory holds.
+
+    Ray Train: one, for checkpoints. Elastic: two alternating snapshot buffers, and as many replicas of another
+    node's if there is another node.
+    """
     if engine == "ray-train":
         return 1
     return 4 if world_size > 1 else 2
 
 
 def activation_bytes(model: ModelInfo, training: TrainingSpec, *, micro_batch_size: int, seq_len: int) -> int:
-    """Bytes kept for the backward pass of one micro-batch, and the logits.
+    """Return the bytes stored for the backward pass of one micro-batch, logits included.
 
-    Per layer and token, in units of one activation value: the inputs of both norms, of q, k, v, of the
-    attention (q, k, v and its output), of the output projection and of the MLP, about 10·h, and the
-    MLP's inner values, about 3·f (gate, up, their product). With checkpointing only the layer's input
-    is kept, and one layer's worth while it is recomputed.
+    Per layer and token, in units of one activation value of hidden size h and MLP size f: the inputs of both norms,
+    of q, k, v, of the attention (q, k, v and its output), of the output projection and of the MLP, about 10·h, and
+    the MLP's inner values (gate, up, their product), about 3·f. With activation checkpointing only the layer's
+    input is stored, plus one layer's values while it is recomputed.
     """
     width = 2 if training.precision == "bf16" else 4
     tokens = micro_batch_size * seq_len
@@ -125,28 +135,17 @@ def activation_bytes(model: ModelInfo, training: TrainingSpec, *, micro_batch_si
 
 
 def max_micro_batch_size(
-    model: ModelInfo,
-    training: TrainingSpec,
-    *,
-    world_size: int,
-    seq_len: int,
-    memory_bytes: int | None,
-    is_on_host: bool,
-    num_copies: int = 1,
+    training: TrainingSpec, *, estimate: Callable[..., MemoryEstimate], memory_bytes: int | None
 ) -> int:
-    """The largest micro-batch the estimate allows, from 1 to `MAX_AUTO_MICRO_BATCH`; 1 if nothing fits."""
+    """Return the largest micro-batch that fits, from 1 to `MAX_AUTO_MICRO_BATCH`; 1 if nothing fits.
+
+    Args:
+        estimate: `estimate_memory` with everything but `micro_batch_size` given.
+        memory_bytes: of one worker; None if unknown, and then everything fits.
+    """
     if isinstance(training.micro_batch_size, int):
         return training.micro_batch_size
     for size in range(MAX_AUTO_MICRO_BATCH, 1, -1):
-        need = estimate_memory(
-            model,
-            training,
-            world_size=world_size,
-            micro_batch_size=size,
-            seq_len=seq_len,
-            is_on_host=is_on_host,
-            num_copies=num_copies,
-        )
-        if memory_bytes is None or need.total_bytes <= USABLE_SHARE * memory_bytes:
+        if memory_bytes is None or estimate(micro_batch_size=size).fits(memory_bytes):
             return size
     return 1

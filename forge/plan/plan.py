@@ -1,8 +1,10 @@
-"""The plan: a job resolved. It is the contract between the client and the cluster.
+"""The plan: a job resolved for every world size. It is the contract between the client and the cluster.
 
-In go the job, and the facts about its model, corpus and hardware; out comes everything that can be
-decided without training: how the batch is split at every world size, DeepSpeed's configuration,
-memory, arithmetic, steps. Pure: the same input gives the same bytes, written as `plan.json`.
+Input: the job and what was measured about its model, corpus and hardware (`forge.plan.inputs`). Output: everything
+that can be decided without training, such as the batch split at every world size, DeepSpeed's configuration,
+memory, FLOPs and the number of steps. Planning is pure: equal input gives equal bytes, written as `plan.json`.
+
+A dry run ends with a `DraftPlan`; a `Plan` also has the prepared corpus, and only a `Plan` can be run.
 """
 
 from __future__ import annotations
@@ -12,54 +14,49 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from forge.config.job import JobSpec
 from forge.errors import PlanError
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.deepspeed_config import deepspeed_config
+from forge.plan.flops import flops_per_token
 from forge.plan.inputs import CorpusInfo, HardwareInfo, ModelInfo
-from forge.plan.memory import (
-    USABLE_SHARE,
-    MemoryEstimate,
-    estimate_memory,
-    max_micro_batch_size,
-    num_copies_in_memory,
-)
+from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
 from forge.plan.search import SearchPlan
-from forge.plan.throughput import flops_per_token
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorldSizePlan:
-    """Everything that depends on the number of workers."""
+    """The part of a plan that depends on the number of workers."""
 
     batch: BatchPlan
     memory: MemoryEstimate
     fits: bool | None
-    """Whether the estimate fits the worker's memory; None if that is unknown."""
+    """Whether the memory estimate fits the worker's memory; None if that is unknown."""
     deepspeed: dict[str, Any]
+    """DeepSpeed's configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A job, resolved for every world size it may run at."""
+class DraftPlan:
+    """A job resolved for every world size it may run at, without its corpus: the result of a dry run."""
 
     job: JobSpec
     model: ModelInfo
-    corpus: CorpusInfo | None
-    """None where the corpus is not prepared yet (a dry run)."""
     hardware: HardwareInfo
     total_steps: int
     tokens_per_step: int
     flops_per_token: int
     worlds: tuple[WorldSizePlan, ...]
+    """One for every number of workers in `resources.workers`, ascending."""
     search: SearchPlan | None = None
-    """None where one run is trained."""
+    """None if the job is a single run."""
     pause_at: int | None = None
-    """The step after which a trial of a population stops, with a checkpoint, until all others have come there."""
+    """Step after which a trial of a population pauses, with a checkpoint, until all trials have reached it."""
 
     @property
     def total_tokens(self) -> int:
@@ -67,62 +64,39 @@ class Plan:
         return self.total_steps * self.tokens_per_step
 
     def for_world_size(self, world_size: int) -> WorldSizePlan:
-        """The part of the plan for one world size. Raises: PlanError if the job does not allow it."""
+        """Return the part of the plan for one world size. Raises: PlanError if the job does not allow it."""
         for world in self.worlds:
             if world.batch.world_size == world_size:
                 return world
         raise PlanError(f"the job allows {self.job.resources.workers} workers, not {world_size}")
 
 
-def make_plan(job: JobSpec, *, model: ModelInfo, corpus: CorpusInfo | None, hardware: HardwareInfo) -> Plan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(DraftPlan):
+    """A job resolved completely, its prepared corpus included: everything a run needs."""
+
+    corpus: CorpusInfo
+
+
+def make_draft(job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo) -> DraftPlan:
+    """Resolve a job whose corpus is not prepared.
+
+    Raises: PlanError if the job cannot be run: more workers than sequences in a batch, sequences longer than the
+        model's positions, or a length in epochs, which only the corpus turns into steps.
+    """
+    return DraftPlan(**_resolved(job, model=model, hardware=hardware, corpus=None))
+
+
+def make_plan(job: JobSpec, *, model: ModelInfo, corpus: CorpusInfo, hardware: HardwareInfo) -> Plan:
     """Resolve a job.
 
-    Raises: PlanError if it cannot be carried out: more workers than sequences in a batch, a vocabulary
-        smaller than the tokenizer's, sequences longer than the model's positions.
+    Raises: PlanError as `make_draft`, or if the model's vocabulary is smaller than the tokenizer's.
     """
-    _check_model(job, model, corpus)
-    seq_len, is_on_host = job.data.seq_len, hardware.device == "cpu"
-    worlds = []
-    for world_size in job.resources.workers:
-        copies = num_copies_in_memory(engine=job.resources.engine, world_size=world_size)
-        micro = max_micro_batch_size(
-            model,
-            job.training,
-            world_size=world_size,
-            seq_len=seq_len,
-            memory_bytes=hardware.memory_bytes,
-            is_on_host=is_on_host,
-            num_copies=copies,
-        )
-        batch = plan_batch(job.training.global_batch_size, world_size=world_size, max_micro_batch_size=micro)
-        need = estimate_memory(
-            model,
-            job.training,
-            world_size=world_size,
-            micro_batch_size=batch.micro_batch_size,
-            seq_len=seq_len,
-            is_on_host=is_on_host,
-            num_copies=copies,
-        )
-        fits = None if hardware.memory_bytes is None else need.total_bytes <= USABLE_SHARE * hardware.memory_bytes
-        worlds.append(
-            WorldSizePlan(batch=batch, memory=need, fits=fits, deepspeed=deepspeed_config(job.training, batch))
-        )
-    tokens_per_step = job.training.global_batch_size * seq_len
-    return Plan(
-        job=job,
-        model=model,
-        corpus=corpus,
-        hardware=hardware,
-        total_steps=_total_steps(job, corpus, tokens_per_step=tokens_per_step),
-        tokens_per_step=tokens_per_step,
-        flops_per_token=flops_per_token(model, seq_len=seq_len),
-        worlds=tuple(worlds),
-    )
+    return Plan(**_resolved(job, model=model, hardware=hardware, corpus=corpus), corpus=corpus)
 
 
-def plan_to_json(plan: Plan) -> str:
-    """The plan as canonical JSON: sorted keys, no NaN, a newline at the end; equal plans give equal bytes."""
+def plan_to_json(plan: DraftPlan) -> str:
+    """Return the plan as canonical JSON: sorted keys, no NaN, final newline; equal plans give equal bytes."""
     body = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     body["job"] = plan.job.model_dump(mode="json")
     for name in ("search", "pause_at"):
@@ -133,18 +107,20 @@ def plan_to_json(plan: Plan) -> str:
 
 
 def plan_from_json(text: str) -> Plan:
-    """Read what `plan_to_json` wrote. Raises: PlanError for another format."""
+    """Read what `plan_to_json` wrote. Raises: PlanError for another format, or the draft of a dry run."""
     try:
         body = json.loads(text)
         if body.pop("format_version") != FORMAT_VERSION:
             raise PlanError(f"this plan was written by another version of forge (this one reads {FORMAT_VERSION})")
-        corpus, search = body["corpus"], body.pop("search", None)
-        if corpus and corpus["unigram_perplexity"] is None:
+        if "corpus" not in body:
+            raise PlanError("this plan has no corpus: it was made by a dry run, and cannot be run")
+        corpus, search = body.pop("corpus"), body.pop("search", None)
+        if corpus["unigram_perplexity"] is None:
             corpus["unigram_perplexity"] = math.nan
         return Plan(
             job=JobSpec.model_validate_json(json.dumps(body.pop("job"))),
             model=ModelInfo(**body.pop("model")),
-            corpus=CorpusInfo(**corpus) if body.pop("corpus") else None,
+            corpus=CorpusInfo(**corpus),
             hardware=HardwareInfo(**body.pop("hardware")),
             worlds=tuple(
                 WorldSizePlan(
@@ -163,15 +139,52 @@ def plan_from_json(text: str) -> Plan:
 
 
 def config_digest(job: JobSpec) -> str:
-    """Names what determines the loss curve, and nothing else: model, data and training.
+    """Return a digest of everything that determines the loss curve, and of nothing else: model, data and training.
 
-    A checkpoint carries it, so that a run is never resumed under another recipe. How often to evaluate
-    or to save, which machines and which tracker may change between two starts.
+    Checkpoints store it, so that a run is never resumed with another configuration. The intervals of evaluation and
+    checkpoints, the machines and the tracker may change between two starts.
     """
-    recipe = job.model_dump(mode="json", include={"model", "data", "training"})
-    for free in ("evaluate_every", "micro_batch_size", "zero", "activation_checkpointing", "cross_entropy"):
-        recipe["training"].pop(free)
-    return hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=16).hexdigest()
+    body = job.model_dump(mode="json", include={"model", "data", "training"})
+    for name in ("evaluate_every", "micro_batch_size", "zero", "activation_checkpointing", "cross_entropy"):
+        body["training"].pop(name)
+    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _resolved(
+    job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo, corpus: CorpusInfo | None
+) -> dict[str, Any]:
+    """Return the fields that a draft and a plan share."""
+    _check_model(job, model, corpus)
+    tokens_per_step = job.training.global_batch_size * job.data.seq_len
+    return {
+        "job": job,
+        "model": model,
+        "hardware": hardware,
+        "total_steps": _total_steps(job, corpus, tokens_per_step=tokens_per_step),
+        "tokens_per_step": tokens_per_step,
+        "flops_per_token": flops_per_token(model, seq_len=job.data.seq_len),
+        "worlds": tuple(
+            _plan_world_size(job, model=model, hardware=hardware, world_size=world_size)
+            for world_size in job.resources.workers
+        ),
+    }
+
+
+def _plan_world_size(job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo, world_size: int) -> WorldSizePlan:
+    estimate = partial(
+        estimate_memory,
+        model,
+        job.training,
+        world_size=world_size,
+        seq_len=job.data.seq_len,
+        is_on_host=hardware.device == "cpu",
+        num_copies=num_copies_in_memory(engine=job.resources.engine, world_size=world_size),
+    )
+    micro = max_micro_batch_size(job.training, estimate=estimate, memory_bytes=hardware.memory_bytes)
+    batch = plan_batch(job.training.global_batch_size, world_size=world_size, max_micro_batch_size=micro)
+    need = estimate(micro_batch_size=batch.micro_batch_size)
+    fits = None if hardware.memory_bytes is None else need.fits(hardware.memory_bytes)
+    return WorldSizePlan(batch=batch, memory=need, fits=fits, deepspeed=deepspeed_config(job.training, batch))
 
 
 def _check_model(job: JobSpec, model: ModelInfo, corpus: CorpusInfo | None) -> None:
@@ -194,14 +207,14 @@ def _total_steps(job: JobSpec, corpus: CorpusInfo | None, *, tokens_per_step: in
         return training.total_steps
     if training.total_tokens is not None:
         return -(-training.total_tokens // tokens_per_step)
-    assert training.epochs is not None, "JobSpec holds that one of the three is given"
+    assert training.epochs is not None, "JobSpec requires exactly one of the three"
     if corpus is None:
-        raise PlanError("training.epochs needs the corpus to be prepared before the steps can be counted")
+        raise PlanError("training.epochs needs a prepared corpus: without it the number of steps is unknown")
     return math.ceil(training.epochs * corpus.num_train_sequences / training.global_batch_size)
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and nan as what JSON has; nan becomes null."""
+    """Return dataclasses as dicts, tuples as lists, and nan as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):

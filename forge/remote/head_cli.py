@@ -115,7 +115,6 @@ def _admit(options: argparse.Namespace) -> dict[str, Any]:
             archive.extractall(folder, members=members, filter="data")
         path = folder / "plan.json"
         plan = plan_from_json(path.read_text())
-        assert plan.corpus is not None, "a run is submitted with a full plan"
         here = replace(plan.corpus, folder=str(_corpus(Path(plan.corpus.folder).name)))
         path.write_text(plan_to_json(replace(plan, corpus=here)))
     except (OSError, tarfile.TarError) as error:

@@ -27,9 +27,9 @@ from forge.config.load import LoadedJob
 from forge.data.prepare import PrepareProgress
 from forge.data.transfer import send_corpus
 from forge.errors import ArgumentError, ClusterError, ForgeError
+from forge.plan.gpus import find_gpu
 from forge.plan.inputs import HardwareInfo
 from forge.plan.plan import Plan
-from forge.plan.throughput import find_gpu
 from forge.remote.mirror import (
     RemoteRef,
     RemoteRun,
@@ -142,7 +142,6 @@ def resolve_there(
     """The plan of a job that is to run on a cluster. Raises: ArgumentError, and what `resolve` raises."""
     return resolve(
         fit_to(site, loaded),
-        is_dry_run=False,
         on_progress=on_progress,
         find_hardware=hardware_there(site),
         count_slots=lambda found, _: count_slots(site.cluster.status(), found),
@@ -211,7 +210,6 @@ def _admit(cluster: Cluster, plan: Plan, folder: Path) -> str:
 
 
 def _send_corpus(cluster: Cluster, plan: Plan) -> None:
-    assert plan.corpus is not None, "a run is submitted with a full plan"
     folder, digest = Path(plan.corpus.folder), plan.corpus.digest
     read_fd, write_fd = os.pipe()
     problems: list[Exception] = []

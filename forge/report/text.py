@@ -10,7 +10,7 @@ import math
 from forge.config.job import JobSpec
 from forge.config.overrides import first_values, trial_job
 from forge.config.search import SchedulerSpec, SearcherSpec
-from forge.plan.plan import Plan
+from forge.plan.plan import DraftPlan, Plan
 from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
 from forge.runs.goodput import BUCKETS, GoodputReport
@@ -18,7 +18,7 @@ from forge.runs.reader import RunSummary
 from forge.units import format_bytes, format_count, format_duration
 
 
-def headline(plan: Plan) -> str:
+def headline(plan: DraftPlan) -> str:
     """A job's size in a few words."""
     return (
         f"{'each trial: ' if plan.search else ''}"
@@ -27,9 +27,9 @@ def headline(plan: Plan) -> str:
     )
 
 
-def plan_facts(plan: Plan) -> list[tuple[str, str]]:
+def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     """What will be trained, on what, how; of a search its first trial."""
-    job, corpus = _trained(plan.job), plan.corpus
+    job = _trained(plan.job)
     training = job.training
     total_flops = plan.flops_per_token * plan.total_tokens
     facts = [
@@ -45,7 +45,8 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
          f"{format_count(total_flops)}FLOP in all"),
         ("hardware", _hardware(plan)),
     ]  # fmt: skip
-    if corpus:
+    if isinstance(plan, Plan):
+        corpus = plan.corpus
         epochs = plan.total_steps * training.global_batch_size / max(1, corpus.num_train_sequences)
         facts.insert(1, (
             "corpus",
@@ -56,7 +57,7 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
     return facts
 
 
-def search_facts(plan: Plan) -> list[tuple[str, str]]:
+def search_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     """What a search will try, how often, and how it judges; nothing for a job without one."""
     search = plan.job.search
     if search is None or plan.search is None:
@@ -66,7 +67,7 @@ def search_facts(plan: Plan) -> list[tuple[str, str]]:
     facts = [("searched" if text is keys[0] else "", text) for text in keys]
     facts += [
         ("trials", f"{_trials(plan)}, {plan.search.trials_at_once} at once with {_each(plan.job)} each "
-         f"(room for {workers(plan.search.num_places)})"),
+         f"(room for {workers(plan.search.num_slots)})"),
         ("searcher", _searcher(search.searcher)),
         ("scheduler", _scheduler(search.scheduler)),
         ("judged by", f"{search.metric}, {'less' if search.mode == 'min' else 'more'} is better"),
@@ -80,7 +81,7 @@ def search_facts(plan: Plan) -> list[tuple[str, str]]:
 
 def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
     """What a run reached, and where it lies; why it ended early is told by `forge.runs.reader.failure_of`."""
-    unigram = run.plan.corpus.unigram_perplexity if run.plan.corpus else math.nan
+    unigram = run.plan.corpus.unigram_perplexity
     facts: list[tuple[str, str]] = []
     if run.last:
         facts.append(("loss", f"{number(run.last['train/loss'], '.4f')} on the last batch"))
@@ -176,7 +177,7 @@ def _each(job: JobSpec) -> str:
     return workers(asked.low) if asked.low == asked.high else f"{asked} workers"
 
 
-def _trials(plan: Plan) -> str:
+def _trials(plan: DraftPlan) -> str:
     assert plan.search is not None, "asked of a search"
     if plan.search.num_combinations is None:
         return f"{plan.search.num_trials}"
@@ -208,7 +209,7 @@ def _scheduler(scheduler: SchedulerSpec) -> str:
     return f"{scheduler.kind}, every {scheduler.interval_steps} steps the worst {share} go on from the best {share}"
 
 
-def _hardware(plan: Plan) -> str:
+def _hardware(plan: DraftPlan) -> str:
     hardware = plan.hardware
     memory = f", {format_bytes(hardware.memory_bytes)} a worker" if hardware.memory_bytes else ""
     return f"{'GPU' if hardware.device == 'cuda' else 'CPU'} {hardware.name}{memory}"

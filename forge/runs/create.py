@@ -38,7 +38,6 @@ def fill_run_folder(folder: Path, plan: Plan) -> None:
 
     Raises: ArgumentError if the folder cannot be written; it is removed then.
     """
-    assert plan.corpus is not None, "a run is created from a full plan"
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         shutil.copytree(Path(plan.corpus.folder) / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def error_named(name: str, *, message: str) -> ForgeError:
 
 def summary_record(run: RunSummary) -> dict[str, Any]:
     """A run as JSON, apart from its plan."""
-    corpus, failure = run.plan.corpus, failure_of(run)
+    unigram, failure = run.plan.corpus.unigram_perplexity, failure_of(run)
     evaluated = run.newest("Evaluated", weights="current") or {}
     averaged = run.newest("Evaluated", weights="ema") or {}
     saved = run.newest("CheckpointSaved") or {}
@@ -172,7 +173,7 @@ def summary_record(run: RunSummary) -> dict[str, Any]:
         "last_step": run.last,
         "held_out_perplexity": evaluated.get("perplexity"),
         "held_out_perplexity_ema": averaged.get("perplexity"),
-        "unigram_perplexity": corpus.unigram_perplexity if corpus else None,
+        "unigram_perplexity": unigram if math.isfinite(unigram) else None,
         "checkpoint": saved.get("folder"),
         "trials": _trials_record(run),
         "usd": (run.newest("CostUpdated") or {}).get("usd"),

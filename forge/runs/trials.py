@@ -157,7 +157,7 @@ def is_judged(record: Mapping[str, Any], plan: Plan) -> bool:
     """Whether a line of `metrics.jsonl` is one by which a trial is judged: at an evaluation, and at the end."""
     if "eval/loss" in record:
         return True
-    has_held_out = plan.corpus is not None and plan.corpus.num_held_out_sequences > 0
+    has_held_out = plan.corpus.num_held_out_sequences > 0
     every = plan.job.training.evaluate_every.steps
     last = min(plan.total_steps, plan.pause_at or plan.total_steps)
     return not has_held_out and (record["step"] == last or bool(every and record["step"] % every == 0))

@@ -38,7 +38,6 @@ def ensure_corpus(plan_json: str, *, run_id: str, namespace: str) -> str:
     Raises: DataError if it does not arrive, or cannot be kept; whatever Ray raises if the head is lost.
     """
     plan = plan_from_json(plan_json)
-    assert plan.corpus is not None, "a run is carried by a full plan"
     home, digest = Path(plan.corpus.folder), plan.corpus.digest
     if has_corpus(home, digest=digest):
         return plan_json

@@ -28,8 +28,8 @@ from forge.config.load import LoadedJob
 from forge.config.model import ModelSpec
 from forge.data.prepare import default_cache_dir
 from forge.errors import ClusterError, JobFileError, PlanError
+from forge.plan.gpus import find_gpu
 from forge.plan.inputs import HardwareInfo, ModelInfo
-from forge.plan.throughput import find_gpu
 
 
 def model_facts(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None) -> ModelInfo:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from forge.config.data import TokenizerSpec
 from forge.config.job import JobSpec
@@ -15,16 +16,17 @@ from forge.config.load import LoadedJob
 from forge.config.overrides import check_space, trial_job, usual_values
 from forge.data.prepare import PrepareProgress, default_cache_dir, prepare
 from forge.data.tokenizer import load_tokenizer
-from forge.plan.inputs import CorpusInfo, HardwareInfo
-from forge.plan.plan import Plan, make_plan
+from forge.plan.inputs import HardwareInfo
+from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan
 from forge.plan.search import plan_search
 from forge.runtime.probe import hardware, model_facts, places_here
+
+_PlanT = TypeVar("_PlanT", bound=DraftPlan)
 
 
 def resolve(
     loaded: LoadedJob,
     *,
-    is_dry_run: bool,
     on_progress: Callable[[PrepareProgress], None] | None = None,
     find_hardware: Callable[[JobSpec], HardwareInfo] = hardware,
     count_slots: Callable[[HardwareInfo, JobSpec], int] = places_here,
@@ -35,44 +37,59 @@ def resolve(
     search space is validated against the job's types first.
 
     Args:
-        is_dry_run: do not prepare the corpus, unless `training.epochs` makes the number of steps depend on it.
         on_progress: called while the corpus is prepared.
         find_hardware: returns what one worker gets on the machines where the job will run.
         count_slots: returns how many workers fit on those machines.
 
     Raises: JobFileError, DataError, PlanError.
     """
-    if loaded.job.search is not None:
-        check_space(loaded)
-        plan = resolve(
-            replace(loaded, job=trial_job(loaded.job, usual_values(loaded.job))),
-            is_dry_run=is_dry_run,
-            on_progress=on_progress,
-            find_hardware=find_hardware,
-        )
-        _require_held_out(plan, loaded)
-        search = plan_search(loaded.job, loaded.job.search, num_places=count_slots(plan.hardware, loaded.job))
-        return replace(plan, job=loaded.job, search=search)
-    job = loaded.job
-    corpus: CorpusInfo | None = None
-    if not is_dry_run or job.training.epochs is not None:
-        corpus = prepare(job.data, cache_dir=default_cache_dir(), on_progress=on_progress)
-        vocab_size, eot_id = corpus.vocab_size, corpus.eot_id
-    else:
-        vocab_size, eot_id = _announced_vocabulary(job.data.tokenizer)
-    model = model_facts(loaded, vocab_size=vocab_size, eot_id=eot_id)
-    return make_plan(job, model=model, corpus=corpus, hardware=find_hardware(job))
+    trained = _trained(loaded)
+    corpus = prepare(trained.job.data, cache_dir=default_cache_dir(), on_progress=on_progress)
+    model = model_facts(trained, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
+    plan = make_plan(trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job))
+    _require_held_out(plan, loaded)
+    return _with_search(plan, loaded, count_slots=count_slots)
+
+
+def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> DraftPlan:
+    """Make the plan of a dry run on this machine: as `resolve`, but the corpus is prepared only if
+    `training.epochs` makes the number of steps depend on it.
+
+    Raises: JobFileError, DataError, PlanError.
+    """
+    trained = _trained(loaded)
+    if trained.job.training.epochs is not None:
+        return resolve(loaded, on_progress=on_progress)
+    vocab_size, eot_id = _announced_vocabulary(trained.job.data.tokenizer)
+    model = model_facts(trained, vocab_size=vocab_size, eot_id=eot_id)
+    draft = make_draft(trained.job, model=model, hardware=hardware(trained.job))
+    return _with_search(draft, loaded, count_slots=places_here)
+
+
+def _trained(loaded: LoadedJob) -> LoadedJob:
+    """Return the job itself or, for a search, the trial with the job's own values. Raises: JobFileError."""
+    if loaded.job.search is None:
+        return loaded
+    check_space(loaded)
+    return replace(loaded, job=trial_job(loaded.job, usual_values(loaded.job)))
+
+
+def _with_search(plan: _PlanT, loaded: LoadedJob, *, count_slots: Callable[[HardwareInfo, JobSpec], int]) -> _PlanT:
+    """Return the plan of the whole search, given that of one trial."""
+    if loaded.job.search is None:
+        return plan
+    search = plan_search(loaded.job, loaded.job.search, num_slots=count_slots(plan.hardware, loaded.job))
+    return replace(plan, job=loaded.job, search=search)
 
 
 def _require_held_out(plan: Plan, loaded: LoadedJob) -> None:
     """Raises: JobFileError if trials are compared by an `eval/` metric but no sequence is held out for it."""
-    assert loaded.job.search is not None, "called for searches only"
-    metric, corpus = loaded.job.search.metric, plan.corpus
-    if metric.startswith("eval/") and corpus is not None and not corpus.num_held_out_sequences:
+    metric = loaded.job.search.metric if loaded.job.search is not None else ""
+    if metric.startswith("eval/") and not plan.corpus.num_held_out_sequences:
         raise loaded.source.error(
             "data.held_out",
-            f"holds out no full sequence of {corpus.seq_len} tokens, so trials cannot be compared by {metric}; "
-            "raise it",
+            f"holds out no full sequence of {plan.corpus.seq_len} tokens, so trials cannot be compared by "
+            f"{metric}; raise it",
         )
 
 

@@ -271,7 +271,7 @@ def plan_trial(search: Plan, values: Mapping[str, Any]) -> Plan:
 
 def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:
     """The search's, where the trial reads the same; it was prepared once."""
-    if job.data == usual.data and search.corpus is not None:
+    if job.data == usual.data:
         return search.corpus
     from forge.data.prepare import default_cache_dir, prepare
 

@@ -72,7 +72,6 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> PreT
 
     Raises: CheckpointError if the checkpoint is of another model than the plan's, or holds no averages.
     """
-    assert plan.corpus is not None, "a run that has a checkpoint had a corpus"
     require_average(checkpoint, ema=ema)
     config = build_config(
         plan.job.model,

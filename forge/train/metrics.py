@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from forge.plan.throughput import find_gpu
+from forge.plan.gpus import find_gpu
 
 # One matrix product of this many rows and columns per measurement: large enough to reach a core's or a
 # GPU's full rate, small enough for a fraction of a second on one CPU core.

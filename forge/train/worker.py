@@ -24,7 +24,7 @@ from forge.checkpoint.storage import open_storage
 from forge.data.loader import HeldOutBatches, TrainBatches
 from forge.data.order import SampleOrder
 from forge.data.prepare import open_streams
-from forge.errors import CheckpointError, RunError
+from forge.errors import CheckpointError
 from forge.events import CheckpointSkipped, GenerationStarted, Reporter, StepMetrics
 from forge.plan.plan import Plan, config_digest
 from forge.train.async_checkpoint import AsyncCheckpointer
@@ -103,8 +103,6 @@ def run_worker(
 
     Raises: RunError, CheckpointError, DataError, PlanError.
     """
-    if plan.corpus is None:
-        raise RunError("this plan has no corpus: it was made for a dry run")
     clock = clock or Stopwatch()
     if inheritance is not None:
         clock.on_lap = inheritance.on_progress
@@ -183,7 +181,6 @@ def _build(
     plan: Plan, place: WorkerContext, *, device: torch.device, skip_init: bool, known: ProbeResults | None
 ) -> Engine:
     """The engine of one world size; collective."""
-    assert plan.corpus is not None
     return build_engine(
         plan.job.model,
         plan.job.training,
@@ -214,7 +211,6 @@ def _take_over(engine: Engine, origin: StateSource) -> Progress:
 
 def _curriculum(plan: Plan, place: WorkerContext, *, peak_flops: float) -> TrainInputs:
     """What this rank trains and evaluates on. Raises: DataError if the prepared corpus cannot be opened."""
-    assert plan.corpus is not None
     job, world = plan.job, plan.for_world_size(place.world_size)
     train_stream, held_out_stream = open_streams(plan.corpus)
     return TrainInputs(
@@ -247,7 +243,6 @@ def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Pr
     Every rank reads what it needs and no more; of the checksums each verifies its share.
     Raises: CheckpointError if it is of another job, or cannot be read.
     """
-    assert plan.corpus is not None
     recipe, corpus = config_digest(plan.job), plan.corpus.digest
     share = dist.get_rank(), dist.get_world_size()
     storage = open_storage(url)

@@ -40,7 +40,7 @@ def shown(history: History, monkeypatch: pytest.MonkeyPatch, *, terminal_width: 
     )
     monkeypatch.setattr(display, "_err", console)
     monkeypatch.setattr(display.time, "time", lambda: history.now)
-    with display.TrainScreen(tiny_plan(None)) as screen:
+    with display.TrainScreen(tiny_plan()) as screen:
         for record in sorted([*history.events, *history.steps], key=moment):
             monkeypatch.setattr(screen, "_last_plain", -1e9)
             monkeypatch.setattr(screen, "_drawn_at", -1e9)  # as if each were a while after the one before

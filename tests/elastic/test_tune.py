@@ -95,7 +95,7 @@ def start(cluster: Machines, **changes: str) -> Search:
     os.chdir(cluster.home)
     try:
         overrides = [*CHANGES, *(f"{key.replace('__', '.')}={value}" for key, value in changes.items())]
-        plan = resolve(load_job("job.yaml", overrides=overrides), is_dry_run=False)
+        plan = resolve(load_job("job.yaml", overrides=overrides))
         return Search(create_run(plan, root=str(cluster.home / "runs")))
     finally:
         os.chdir(here)

@@ -230,7 +230,7 @@ def test_a_run_lives_through_machines_that_are_taken_with_and_without_notice(
     write_job(tmp_path, steps=100_000, workers="1..2")
     monkeypatch.setenv("FORGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / create_run(resolve(load_job("job.yaml"), is_dry_run=False))
+    folder = tmp_path / create_run(resolve(load_job("job.yaml")))
     run = Run(folder=folder, cluster=Machines(tmp_path))
     status = cluster.up(on_progress=ignore)
     start = f"setsid nohup {PYTHON} -m forge.runtime.driver {folder} --address {status.address}"

@@ -39,7 +39,7 @@ def run(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]
     os.chdir(home)
     try:
         os.environ["FORGE_CACHE"] = str(home / "cache")
-        folder = home / create_run(resolve(load_job(home / "job.yaml"), is_dry_run=False))
+        folder = home / create_run(resolve(load_job(home / "job.yaml")))
     finally:
         os.chdir(before)
         del os.environ["FORGE_CACHE"]

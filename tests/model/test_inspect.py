@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from forge.config.model import ModelSpec
 from forge.model.inspect import ModelSpecError, measure
+from forge.plan.flops import flops_per_token
 from forge.plan.inputs import ModelInfo
-from forge.plan.throughput import flops_per_token
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 

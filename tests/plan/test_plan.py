@@ -10,7 +10,15 @@ import pytest
 
 from forge.errors import PlanError
 from forge.plan.inputs import CorpusInfo, HardwareInfo
-from forge.plan.plan import Plan, config_digest, make_plan, plan_from_json, plan_to_json
+from forge.plan.plan import (
+    DraftPlan,
+    Plan,
+    config_digest,
+    make_draft,
+    make_plan,
+    plan_from_json,
+    plan_to_json,
+)
 from tests.support.jobs import CPU, tiny_facts, tiny_job
 
 CORPUS = CorpusInfo(
@@ -20,7 +28,7 @@ CORPUS = CorpusInfo(
 )  # fmt: skip
 
 
-def plan(corpus: CorpusInfo | None = CORPUS, hardware: HardwareInfo = CPU, **changes: object) -> Plan:
+def plan(corpus: CorpusInfo = CORPUS, hardware: HardwareInfo = CPU, **changes: object) -> Plan:
     return make_plan(tiny_job(**changes), model=tiny_facts(), corpus=corpus, hardware=hardware)
 
 
@@ -60,9 +68,24 @@ def test_lengths_in_steps_tokens_and_epochs_become_whole_steps(length: dict[str,
     assert plan(**changes).total_steps == steps
 
 
-def test_epochs_without_a_corpus_are_refused() -> None:
+def draft(**changes: object) -> DraftPlan:
+    return make_draft(tiny_job(**changes), model=tiny_facts(), hardware=CPU)
+
+
+def test_make_draft__epochs_without_a_corpus__are_refused() -> None:
     with pytest.raises(PlanError, match="prepared"):
-        plan(None, training__total_steps=None, training__epochs=1)
+        draft(training__total_steps=None, training__epochs=1)
+
+
+def test_make_draft__everything_but_the_corpus__is_that_of_the_plan() -> None:
+    made, whole = json.loads(plan_to_json(draft())), json.loads(plan_to_json(plan()))
+    assert whole.pop("corpus")["digest"] == "d"
+    assert made == whole
+
+
+def test_plan_from_json__draft_of_a_dry_run__is_refused() -> None:
+    with pytest.raises(PlanError, match="dry run"):
+        plan_from_json(plan_to_json(draft()))
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_both_numbers() -> None:

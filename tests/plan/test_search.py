@@ -13,17 +13,17 @@ from tests.support.jobs import tiny_job
 LR = "training.optimizer.lr"
 
 
-def plan(*, workers: str = "1", num_places: int = 4, **search: Any) -> SearchPlan:
+def plan(*, workers: str = "1", num_slots: int = 4, **search: Any) -> SearchPlan:
     job = tiny_job(resources__workers=workers, search={"space": {LR: {"loguniform": [1e-4, 1e-2]}}} | search)
     assert job.search is not None
-    return plan_search(job, job.search, num_places=num_places)
+    return plan_search(job, job.search, num_slots=num_slots)
 
 
 @pytest.mark.parametrize(
-    ("workers", "num_places", "at_once"), [("1", 4, 4), ("2", 4, 2), ("2..4", 5, 2), ("3..4", 4, 1), ("1", 99, 16)]
+    ("workers", "num_slots", "at_once"), [("1", 4, 4), ("2", 4, 2), ("2..4", 5, 2), ("3..4", 4, 1), ("1", 99, 16)]
 )
-def test_as_many_run_at_once_as_there_is_room_for(workers: str, num_places: int, at_once: int) -> None:
-    assert plan(workers=workers, num_places=num_places).trials_at_once == at_once
+def test_as_many_run_at_once_as_there_is_room_for(workers: str, num_slots: int, at_once: int) -> None:
+    assert plan(workers=workers, num_slots=num_slots).trials_at_once == at_once
 
 
 def test_a_number_that_was_asked_for_is_taken() -> None:

@@ -67,7 +67,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def planned(site: RemoteTarget, home: Path, *overrides: str) -> tuple[Plan, Path]:
     """A run that is ready to be sent."""
     fitting = fit_to(site, load_job(home / "job.yaml", overrides=overrides))
-    plan = resolve(fitting, is_dry_run=False, find_hardware=hardware_there(site))
+    plan = resolve(fitting, find_hardware=hardware_there(site))
     return plan, create_run(plan, root=str(home / "runs"))
 
 
@@ -188,7 +188,6 @@ def test_a_run_that_would_keep_its_checkpoints_on_one_machine_is_refused(cluster
 def test_a_corpus_that_cannot_be_read_here_is_named(cluster: Elsewhere, there: Path, home: Path) -> None:
     site = with_storage(cluster, there)
     plan, folder = planned(site, home, "data.seed=7")
-    assert plan.corpus is not None
     next(Path(plan.corpus.folder).glob("*.tokens")).unlink()
     began = time.monotonic()
     with pytest.raises(DataError, match="cannot be read"):

@@ -142,7 +142,7 @@ def test_the_news_are_a_line_for_each_turn_of_a_trial() -> None:
 
 class TestThePlan:
     def test_of_a_job_without_a_search_there_is_nothing_to_say(self) -> None:
-        assert search_facts(tiny_plan(None)) == []
+        assert search_facts(tiny_plan()) == []
 
     @pytest.mark.parametrize(
         ("changes", "name", "text"),

@@ -163,7 +163,6 @@ class TestInPeace:
         run = read_run(whole.folder)
         evaluated = run.newest("Evaluated", weights="current")
         assert evaluated is not None
-        assert run.plan.corpus is not None
         assert evaluated["step"] == TOTAL_STEPS
         assert evaluated["perplexity"] < run.plan.corpus.unigram_perplexity / 2
         assert losses(whole.folder)[-1] < losses(whole.folder)[0] / 2

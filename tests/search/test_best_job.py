@@ -125,4 +125,4 @@ def test_without_a_trial_that_was_judged_there_is_no_file() -> None:
 
 def test_a_run_is_no_search() -> None:
     with pytest.raises(JobFileError, match="there is no search in it"):
-        best_job_yaml(tiny_plan(None), TrialTable(), search_id="t")
+        best_job_yaml(tiny_plan(), TrialTable(), search_id="t")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,14 @@ def tiny_facts(**changes: Any) -> ModelInfo:
     return ModelInfo(**(body | changes))
 
 
-def tiny_plan(corpus: CorpusInfo | None, **changes: Any) -> Plan:
+UNPREPARED = CorpusInfo(
+    folder="/nowhere", digest="none", vocab_size=VOCAB, eot_id=0, seq_len=SEQ_LEN, num_documents=1,
+    num_text_bytes=1, num_train_tokens=1, num_held_out_tokens=0, num_train_sequences=1, num_held_out_sequences=0,
+    unigram_perplexity=math.nan,
+)  # fmt: skip
+"""The corpus of plans that no test trains."""
+
+
+def tiny_plan(corpus: CorpusInfo = UNPREPARED, **changes: Any) -> Plan:
     """The plan of a tiny job on a corpus."""
     return make_plan(tiny_job(**changes), model=tiny_facts(), corpus=corpus, hardware=CPU)

@@ -60,7 +60,7 @@ def make_run(
     """A run that recorded some steps of the tiny job, and then what `endings` say."""
     folder = root / name
     (folder / "logs").mkdir(parents=True)
-    (folder / "plan.json").write_text(plan_to_json(tiny_plan(None)))
+    (folder / "plan.json").write_text(plan_to_json(tiny_plan()))
     recorder = open_recorder(folder)
     recorder.event(RunStarted(run_id=name, total_steps=6, resumed_from_step=0))
     for step in range(1, steps + 1):
@@ -190,7 +190,7 @@ class History:
         """As the folder of a run. Returns: the folder."""
         folder = root / name
         (folder / "logs").mkdir(parents=True)
-        (folder / "plan.json").write_text(plan_to_json(tiny_plan(None)))
+        (folder / "plan.json").write_text(plan_to_json(tiny_plan()))
         for file, records in (("events.jsonl", self.events), ("metrics.jsonl", self.steps)):
             (folder / file).write_text("".join(json.dumps(record) + "\n" for record in records))
         return folder

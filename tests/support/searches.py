@@ -37,9 +37,9 @@ SPACE = {LR: {"loguniform": [1e-4, 1e-1]}, WARMUP: {"choice": [0, 1, 2, 4]}, DEC
 def search_plan(search: Mapping[str, Any] | None = None, **changes: Any) -> Plan:
     """The tiny job with a search; `search` are its own keys, `changes` those of the job, as `tiny_job` has them."""
     body = {"space": SPACE, **(search or {})}
-    plan = tiny_plan(None, search=body, **changes)
+    plan = tiny_plan(search=body, **changes)
     assert plan.job.search is not None
-    return replace(plan, search=plan_search(plan.job, plan.job.search, num_places=4))
+    return replace(plan, search=plan_search(plan.job, plan.job.search, num_slots=4))
 
 
 def search_spec(search: Mapping[str, Any] | None = None) -> SearchSpec:

@@ -22,7 +22,7 @@ from forge.events import (
 from forge.plan.plan import Plan, make_plan, plan_to_json
 from forge.plan.search import plan_search
 from forge.runs.trials import trial_folder
-from tests.support.jobs import CPU, tiny_facts, tiny_job
+from tests.support.jobs import CPU, UNPREPARED, tiny_facts, tiny_job
 from tests.support.runs import make_run
 
 BEGAN = 1_000_000.0
@@ -36,12 +36,12 @@ SEARCH: dict[str, Any] = {
 }
 
 
-def search_plan(*, num_places: int = 4, **changes: Any) -> Plan:
+def search_plan(*, num_slots: int = 4, **changes: Any) -> Plan:
     """The plan of a search over the tiny job; `changes` are keys of `search:`."""
     job = tiny_job(search=SEARCH | changes)
     search = search_of(job)
-    plan = make_plan(trial_job(job, first_values(search)), model=tiny_facts(), corpus=None, hardware=CPU)
-    return replace(plan, job=job, search=plan_search(job, search, num_places=num_places))
+    plan = make_plan(trial_job(job, first_values(search)), model=tiny_facts(), corpus=UNPREPARED, hardware=CPU)
+    return replace(plan, job=job, search=plan_search(job, search, num_slots=num_slots))
 
 
 def make_search(

@@ -42,7 +42,7 @@ def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
 
 @functools.cache
 def owners(stage: int, world_size: int) -> list[dict[str, Any]]:
-    plan = tiny_plan(None, training__zero={"stage": stage}, training__ema={"decay": 0.9}, resources__workers="1..5")
+    plan = tiny_plan(training__zero={"stage": stage}, training__ema={"decay": 0.9}, resources__workers="1..5")
     return on_ranks(ownership, plan_to_json(plan), world_size, world_size=world_size)
 
 
@@ -89,7 +89,7 @@ def test_a_deepspeed_that_keeps_its_state_elsewhere_is_named_with_its_release(st
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_plans_estimate_of_the_state_is_what_a_rank_really_keeps(stage: int) -> None:
     world_size = 2
-    plan = tiny_plan(None, training__zero={"stage": stage}, training__ema={"decay": 0.9}, resources__workers="1..5")
+    plan = tiny_plan(training__zero={"stage": stage}, training__ema={"decay": 0.9}, resources__workers="1..5")
     estimate = plan.for_world_size(world_size).memory
     real = owners(stage, world_size)[0]
     assert 4 * sum(real["kinds"].values()) == pytest.approx(estimate.optimizer_bytes + estimate.ema_bytes, rel=0.05)

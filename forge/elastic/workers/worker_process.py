@@ -44,15 +44,14 @@ def import_for(plan_json: str) -> None:
     """Import what a rank of this plan will, the classes of its model too."""
     plan = plan_from_json(plan_json)
     import_late_modules(device=plan.hardware.device)
-    if plan.corpus is not None:
-        config = build_config(
-            plan.job.model,
-            vocab_size=plan.corpus.vocab_size,
-            seq_len=plan.job.data.seq_len,
-            eot_id=plan.corpus.eot_id,
-        )
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+    config = build_config(
+        plan.job.model,
+        vocab_size=plan.corpus.vocab_size,
+        seq_len=plan.job.data.seq_len,
+        eot_id=plan.corpus.eot_id,
+    )
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
 
 
 def run_worker_process(order_record: Mapping[str, Any], fds: list[int], plan_json: str) -> int:

@@ -1,30 +1,24 @@
-"""Arithmetic per token, and the peaks it is measured against.
-
-MFU is as in PaLM (arXiv 2204.02311, appendix B): the floating-point operations that the forward and
-backward pass require, never counting recomputation, over the peak of the hardware in the same time.
-"""
+"""Peak FLOP/s and memory of known GPUs, against which MFU is measured and memory is planned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forge.plan.inputs import ModelInfo
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A GPU as its maker's data sheet describes it: dense rates, without sparsity."""
+    """One GPU: memory and dense peak rates (without structured sparsity), from its data sheet."""
 
     name: str
     memory_gib: int
     bf16_flops: float
     fp32_flops: float
     marks: tuple[str, ...]
-    """Words of `torch.cuda.get_device_name()`, lower case, all of which must be in it."""
+    """Lower-case words that `torch.cuda.get_device_name()` must all contain."""
 
 
-# Source: NVIDIA's data sheets of the SXM or the only variant; dense tensor-core bf16 (fp16 on V100 and T4,
-# which have no bf16), non-tensor fp32, since torch computes fp32 matrix products without TF32 by default.
+# Source: NVIDIA's data sheets, the SXM variant if there are several. bf16: dense tensor-core rate (fp16 for V100
+# and T4, which have no bf16). fp32: without tensor cores, because torch does not use TF32 by default.
 GPUS: tuple[Gpu, ...] = (
     Gpu(name="B200", memory_gib=180, bf16_flops=2250e12, fp32_flops=75e12, marks=("b200",)),
     Gpu(name="H200", memory_gib=141, bf16_flops=989.5e12, fp32_flops=66.9e12, marks=("h200",)),
@@ -45,22 +39,10 @@ GPUS: tuple[Gpu, ...] = (
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU a user or torch means by `name`; None if it is not in the table."""
+    """Return the GPU with this name, as a cluster file or torch writes it; None if it is not in the table."""
     lowered = name.lower()
     for gpu in GPUS:
         if lowered == gpu.name.lower():
             return gpu
     words = lowered.replace("-", " ").split()
     return next((gpu for gpu in GPUS if set(gpu.marks) <= set(words)), None)
-
-
-def flops_per_token(model: ModelInfo, *, seq_len: int) -> int:
-    """Forward and backward: `6·N + 12·L·H·Q·T`.
-
-    N counts the parameters that a token is multiplied with (the input embedding is a look-up), L layers,
-    H·Q the width of all heads, T the sequence length. Attention is counted as if it were not causal,
-    as the paper does.
-
-    Source: PaLM, arXiv 2204.02311, appendix B.
-    """
-    return 6 * model.num_matmul_parameters + 12 * model.num_layers * model.attention_width * seq_len

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from forge.plan.throughput import find_gpu, flops_per_token
+from forge.plan.flops import flops_per_token
+from forge.plan.gpus import find_gpu
 from tests.support.jobs import tiny_facts
 
 
