@@ -1,4 +1,4 @@
-"""Durable and atomic file operations, one copy for the whole package.
+"""Durable and atomic file operations and the cache folder, one copy for the whole package.
 
 A file written by `write_atomic` is either the old or the new one after a crash or a power cut, never a mixture and
 never empty. The price is one fsync of the file and one of its folder.
@@ -44,3 +44,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def default_cache_dir() -> Path:
+    """`$FORGE_CACHE`, else `$XDG_CACHE_HOME/forge`, else `~/.cache/forge`."""
+    if chosen := os.environ.get("FORGE_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "forge"

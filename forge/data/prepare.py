@@ -105,14 +105,6 @@ def open_streams(facts: CorpusInfo) -> tuple[TokenStream, TokenStream]:
     )
 
 
-def default_cache_dir() -> Path:
-    """`$FORGE_CACHE`, else `$XDG_CACHE_HOME/forge`, else `~/.cache/forge`."""
-    if chosen := os.environ.get("FORGE_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "forge"
-
-
 def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None) -> str:
     settings = {
         "format": store.FORMAT_VERSION,

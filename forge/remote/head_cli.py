@@ -24,9 +24,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from forge.data.prepare import default_cache_dir
 from forge.data.transfer import has_corpus, receive_corpus
 from forge.errors import ArgumentError, ClusterError, ForgeError
+from forge.fs import default_cache_dir
 from forge.plan.plan import plan_from_json, plan_to_json
 from forge.remote.secrets import stash_secrets, take_secrets
 from forge.runs.reader import ENDINGS, count_records, driver_pid, follow, is_alive

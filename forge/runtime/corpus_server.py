@@ -11,8 +11,8 @@ from pathlib import Path
 
 import ray
 
-from forge.data.prepare import default_cache_dir
 from forge.data.transfer import fetch_corpus, has_corpus, read_chunk
+from forge.fs import default_cache_dir
 from forge.plan.plan import plan_from_json, plan_to_json
 from forge.runtime.recorder_actor import HEAD
 

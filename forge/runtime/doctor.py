@@ -14,7 +14,7 @@ from typing import Literal
 import psutil
 
 from forge.cluster.local.ray_cluster import find_local
-from forge.data.prepare import default_cache_dir
+from forge.fs import default_cache_dir
 from forge.runtime.probe import local_cpu, local_gpu
 from forge.units import format_bytes
 

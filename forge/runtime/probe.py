@@ -26,8 +26,8 @@ from forge.cluster.local.provider import LocalCluster
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.model import ModelSpec
-from forge.data.prepare import default_cache_dir
 from forge.errors import ClusterError, JobFileError, PlanError
+from forge.fs import default_cache_dir
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import HardwareInfo, ModelInfo
 

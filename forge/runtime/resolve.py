@@ -14,8 +14,9 @@ from forge.config.data import TokenizerSpec
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.overrides import check_space, trial_job, usual_values
-from forge.data.prepare import PrepareProgress, default_cache_dir, prepare
+from forge.data.prepare import PrepareProgress, prepare
 from forge.data.tokenizer import load_tokenizer
+from forge.fs import default_cache_dir
 from forge.plan.inputs import HardwareInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan
 from forge.plan.search import plan_search

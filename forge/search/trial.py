@@ -273,7 +273,8 @@ def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:
     """The search's, where the trial reads the same; it was prepared once."""
     if job.data == usual.data:
         return search.corpus
-    from forge.data.prepare import default_cache_dir, prepare
+    from forge.data.prepare import prepare
+    from forge.fs import default_cache_dir
 
     return prepare(job.data, cache_dir=default_cache_dir())
 

@@ -23,9 +23,10 @@ import pytest
 from forge.config.data import DataSpec, TokenizerSpec
 from forge.data import cache, store
 from forge.data import prepare as module
-from forge.data.prepare import PrepareProgress, default_cache_dir, open_streams, prepare, unigram_perplexity
+from forge.data.prepare import PrepareProgress, open_streams, prepare, unigram_perplexity
 from forge.data.tokenizer import Encoder, load_tokenizer
 from forge.errors import DataError
+from forge.fs import default_cache_dir
 from forge.plan.inputs import CorpusInfo
 
 SMALL = TokenizerSpec(vocab_size=300)
