@@ -7,7 +7,7 @@ is JSON text that the supervisor's process decodes and encodes, as it does with 
 
     decision      one machine is lost: from its connection's end until the last surviving agent has been
                   given the order to start its ranks, with what each of the others answers in between
-    heartbeats    as many a second as the supervisor asks for, every tenth with new holdings, and its own
+    heartbeats    as many a second as the supervisor asks for, every tenth with new replicas, and its own
                   ticks: processor time per second
 
 Every agent holds two steps of its own ranks and two of its neighbour's. One machine more than the job takes
@@ -57,7 +57,7 @@ class Scale:
     cpu_share: float
     """Of one core, for heartbeats and ticks."""
     quiet_cpu_share: float
-    """Without new holdings."""
+    """Without new replicas."""
 
     def figures(self) -> dict[str, Any]:
         """As JSON."""
@@ -140,11 +140,11 @@ class Agent:
     """One machine's agent, as far as the supervisor sees it."""
 
     def __init__(self, name: str, *, say: Callable[[Agent, str], None], now: float) -> None:
-        self.link = AgentConnection(
+        self.connection = AgentConnection(
             node=name,
             host=f"10.{name}",
             endpoint=(f"10.{name}", 7000),
-            store_port=7001,
+            rendezvous_port=7001,
             agent_pid=1000,
             send=self._hear,
             close=lambda: None,
@@ -155,23 +155,23 @@ class Agent:
         self.ranks: list[int] = []
         self.held: list[int] = []
         """Its own ranks and its neighbour's."""
-        self.beat_s = 0.0
+        self.heartbeat_s = 0.0
         self.started_at = 0.0
 
     def hello(self) -> dict[str, Any]:
         return {
             "pids": {},
             "generation": 0,
-            "holdings": [],
+            "replicas": [],
             "findings": None,
             "num_slots": 0,
             "num_guaranteed": 0,
             "usd_per_hour": 1.0,
-            "is_warm": True,
-            "places": {},
+            "is_ready": True,
+            "running_ranks": {},
         }
 
-    def holdings(self, step: int) -> list[list[int]]:
+    def replicas(self, step: int) -> list[list[int]]:
         """Two steps of everything it holds."""
         return [[self.generation, rank, self.world_size, of] for rank in self.held for of in (step - 1, step)]
 
@@ -179,16 +179,16 @@ class Agent:
         pulses = [
             [rank, 120 + rank % 50, 0 if rank else step, 0 if rank else 400_000_000, 0] for rank in self.ranks
         ]
-        return {"say": "beat", "generation": self.generation, "ranks": pulses}
+        return {"report": "heartbeat", "generation": self.generation, "ranks": pulses}
 
     def _hear(self, message: Mapping[str, Any]) -> None:
         json.dumps(message)
-        match message["do"]:
-            case "pace":
-                self.beat_s = message["beat_s"]
+        match message["command"]:
+            case "set_heartbeat":
+                self.heartbeat_s = message["heartbeat_s"]
             case "stop":
-                holdings = self.holdings(self.generation * STEPS_PER_GENERATION)
-                answer = {"say": "stopped", "generation": message["generation"], "holdings": holdings}
+                replicas = self.replicas(self.generation * STEPS_PER_GENERATION)
+                answer = {"report": "stopped", "generation": message["generation"], "replicas": replicas}
                 self._say(self, json.dumps(answer))
             case "start":
                 self.generation, self.world_size = message["generation"], message["world_size"]
@@ -222,14 +222,14 @@ class Cluster:
     @property
     def beats_per_s(self) -> float:
         """Of all agents, as they were told."""
-        return sum(1 / agent.beat_s for agent in self._agents.values())
+        return sum(1 / agent.heartbeat_s for agent in self._agents.values())
 
     def add(self) -> None:
         """A machine joins."""
         name = f"{self._num_added // 65536}.{self._num_added // 256 % 256}.{self._num_added % 256}"
         self._num_added += 1
         agent = self._agents[name] = Agent(name, say=self._answer, now=self._now)
-        self._supervisor.attach(agent.link, agent.hello())
+        self._supervisor.attach(agent.connection, agent.hello())
 
     def _answer(self, agent: Agent, text: str) -> None:
         self._said.append((agent, text))
@@ -239,28 +239,30 @@ class Cluster:
         state = self._supervisor.state
         formed = GenerationStarted(
             generation=state.generation,
-            world_size=len(state.places),
+            world_size=len(state.assignment),
             device="cpu",
             peak_flops=1e12,
             peak_source="none",
             seconds={},
         )
         record = {name: getattr(formed, name) for name in formed.__slots__}
-        self._supervisor.receive(self._agents[state.places[0]].link, {"say": "formed", "formed": record})
+        self._supervisor.receive(
+            self._agents[state.assignment[0]].connection, {"report": "started", "started": record}
+        )
         assert self._supervisor.state.phase is Phase.TRAINING
 
     def lose_one(self) -> float:
         """A machine is lost; another comes once the run goes on. Returns: seconds until the last order to start."""
         state = self._supervisor.state
-        lost = self._agents.pop(state.places[state.generation * 97 % len(state.places)])
+        lost = self._agents.pop(state.assignment[state.generation * 97 % len(state.assignment)])
         began = time.perf_counter()
-        self._supervisor.detach(lost.link, "its connection closed")
+        self._supervisor.detach(lost.connection, "its connection closed")
         while self._said:
             agent, text = self._said.popleft()
-            self._supervisor.receive(agent.link, json.loads(text))
+            self._supervisor.receive(agent.connection, json.loads(text))
         after = self._supervisor.state
-        assert (after.phase, after.generation) == (Phase.FORMING, state.generation + 1)
-        decision_s = max(self._agents[name].started_at for name in after.places) - began
+        assert (after.phase, after.generation) == (Phase.STARTING, state.generation + 1)
+        decision_s = max(self._agents[name].started_at for name in after.assignment) - began
         self.form()
         self.add()
         return decision_s
@@ -272,7 +274,7 @@ class Cluster:
         per_tick = max(1, round(beats_per_s / TICKS_PER_S))
         num_heard, began_cpu, began = 0, time.process_time(), time.perf_counter()
         for agent, text in beats:
-            self._supervisor.receive(agent.link, json.loads(text))
+            self._supervisor.receive(agent.connection, json.loads(text))
             num_heard += 1
             self._now += 1 / beats_per_s
             if num_heard % per_tick == 0:
@@ -292,7 +294,7 @@ class Cluster:
             step = agent.generation * STEPS_PER_GENERATION + 1 + number // (BEATS_PER_HOLDINGS * len(agents))
             beat = agent.beat(step)
             if beats_per_holdings is not None and number % beats_per_holdings == 0:
-                beat["holdings"] = agent.holdings(step)
+                beat["replicas"] = agent.replicas(step)
             said.append((agent, json.dumps(beat)))
         return said
 

@@ -1,4 +1,4 @@
-"""What one machine does for a run: its warm process, its ranks, its vault, its watch for notices.
+"""What one machine does for a run: its warm process, its ranks, its store, its watch for notices.
 
 The agent decides nothing. It connects to the supervisor, says what it has, does what it is told, and tells
 what happens to its ranks. What ranks report goes from here to the run's recorder, so that the record goes
@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from forge.elastic.commands import WorkerSpec, parts_of
+from forge.elastic.commands import WorkerSpec, source_shards
 from forge.elastic.preemption.notice import Notice
 from forge.elastic.preemption.watch import watch
 from forge.elastic.replicas.flush import flush_shard
@@ -33,7 +33,7 @@ from forge.elastic.replicas.store import ReplicaStore, Replicator, locations_rec
 from forge.elastic.rpc import Channel, Endpoint, Listener, Message, connect
 from forge.elastic.states import EndReason
 from forge.elastic.workers.fork_client import ForkServer, ForkServerPool
-from forge.elastic.workers.status_page import Slot, StatusPage, create_status_page
+from forge.elastic.workers.status_page import StatusField, StatusPage, create_status_page
 from forge.events import Event, GenerationStarted, StepMetrics
 from forge.pricing.budget import read_price
 
@@ -87,13 +87,13 @@ class _Worker:
     rank: int
     world_size: int
     socket: socket.socket
-    board: StatusPage
-    buddy_endpoint: Endpoint | None
+    status: StatusPage
+    peer_endpoint: Endpoint | None
     born_ns: int = field(default_factory=time.monotonic_ns)
     sent_at_ns: int = 0
     """The agent's processor time when it began to send the last copy on."""
     pid: int | None = None
-    buddy: Replicator | None = None
+    peer: Replicator | None = None
     has_said_end: bool = False
     is_condemned: bool = False
     is_gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -118,14 +118,14 @@ class Agent:
         self._pool = pool
         self._setup, self._find_supervisor, self._recorder = setup, find_supervisor, recorder
         self._secret = bytes.fromhex(setup.secret)
-        self._vault = ReplicaStore(secret=self._secret)
+        self._store = ReplicaStore(secret=self._secret)
         self._devices = setup.devices
         self._members: dict[int, _Worker] = {}
         self._generation = 0
         self._findings: Message | None = None
         self._warm: ForkServer | None = None
         self._supervisor: Channel | None = None
-        self._beat_s = _FIRST_BEAT_S
+        self._heartbeat_s = _FIRST_BEAT_S
         self._news: deque[tuple[str, Any]] = deque()
         self._has_news = asyncio.Event()
         self._notices: list[Notice] = []
@@ -134,8 +134,8 @@ class Agent:
 
     async def run(self) -> None:
         """Serve the run until it is over, or the supervisor is gone for good."""
-        self._listener = Listener(host=self._setup.host, secret=self._secret, serve=self._vault.serve)
-        self._store = _listen(self._setup.host)
+        self._listener = Listener(host=self._setup.host, secret=self._secret, serve=self._store.serve)
+        self._rendezvous = _listen(self._setup.host)
         self._keep(self._keep_warm())
         self._keep(self._pass_news_on())
         self._keep(self._obey())
@@ -148,8 +148,8 @@ class Agent:
             self._kill(self._generation)
             await self._leave_warm()
             self._listener.close()
+            self._rendezvous.close()
             self._store.close()
-            self._vault.close()
 
     def shut_down(self) -> None:
         """The run needs it no more: `run` returns."""
@@ -201,20 +201,20 @@ class Agent:
 
     def _hello(self) -> Message:
         return {
-            "say": "hello",
+            "report": "register",
             "node": self._setup.node,
             "host": self._setup.host,
             "endpoint": list(self._listener.endpoint),
-            "store_port": self._store.getsockname()[1],
+            "rendezvous_port": self._rendezvous.getsockname()[1],
             "num_slots": self._setup.num_slots,
             "num_guaranteed": self._setup.num_guaranteed,
-            "is_warm": self._warm is not None and self._warm.is_warm,
+            "is_ready": self._warm is not None and self._warm.is_ready,
             "pid": os.getpid(),
             "usd_per_hour": read_price(os.environ),
             "generation": self._generation,
-            "places": {str(rank): member.world_size for rank, member in self._living().items()},
+            "running_ranks": {str(rank): member.world_size for rank, member in self._living().items()},
             "pids": {str(rank): member.pid for rank, member in self._living().items()},
-            "holdings": locations_record(self._vault.holdings()),
+            "replicas": locations_record(self._store.locations()),
             "findings": self._findings,
         }
 
@@ -223,37 +223,37 @@ class Agent:
         told: list[list[int]] = []
         with contextlib.suppress(OSError):
             while True:
-                await asyncio.sleep(self._beat_s)
-                beat: Message = {"say": "beat", "generation": self._generation}
+                await asyncio.sleep(self._heartbeat_s)
+                beat: Message = {"report": "heartbeat", "generation": self._generation}
                 beat["ranks"] = [_pulse(rank, member) for rank, member in self._living().items()]
-                holdings = locations_record(self._vault.holdings())
-                if holdings != told:
-                    beat["holdings"] = told = holdings
+                replicas = locations_record(self._store.locations())
+                if replicas != told:
+                    beat["replicas"] = told = replicas
                 await channel.send(beat)
 
     async def _do(self, message: Message) -> None:
-        match message["do"]:
+        match message["command"]:
             case "start":
                 self._start(message)
             case "stop":
-                self._keep(self._stop(message["generation"], goes_on=message["goes_on"]))
-            case "wish":
+                self._keep(self._stop(message["generation"], keep_replicas=message["keep_replicas"]))
+            case "set_flag":
                 for member in self._members.values():
                     if member.generation == message["generation"]:
-                        member.board[Slot[message["word"]]] = 1
-            case "forget":
-                self._vault.forget(message["generation"])
-            case "dump":
+                        member.status[StatusField[message["flag"]]] = 1
+            case "drop_replicas":
+                self._store.drop_before(message["generation"])
+            case "dump_stacks":
                 self._dump_stacks(message["generation"])
-            case "persist":
+            case "flush":
                 self._keep(self._persist(message))
-            case "move":
+            case "set_peer":
                 self._move(message)
-            case "devices":
+            case "set_devices":
                 self._devices = message["devices"]
-            case "pace":
-                self._beat_s = message["beat_s"]
-            case "retire":
+            case "set_heartbeat":
+                self._heartbeat_s = message["heartbeat_s"]
+            case "shut_down":
                 self._is_retired.set()
 
     # --- ranks
@@ -267,14 +267,14 @@ class Agent:
         if self._warm is None:  # it died just now, which the supervisor is being told
             for rank in ranks:
                 told = {"step": 0, "reason": "its warm process died", "error": ""}
-                self._keep(self._tell(say="ended", generation=generation, rank=rank, end="broken", **told))
+                self._keep(self._tell(report="ended", generation=generation, rank=rank, end="broken", **told))
             return
         for local_rank in range(len(ranks)):
             self._fork(self._warm, order, local_rank, asked_at=asked_at)
         if 0 in ranks:  # the first rank has it now; the next generation meets at another
-            self._store.close()
-            self._store = _listen(self._setup.host)
-            self._keep(self._tell(say="store", port=self._store.getsockname()[1]))
+            self._rendezvous.close()
+            self._rendezvous = _listen(self._setup.host)
+            self._keep(self._tell(report="rendezvous", port=self._rendezvous.getsockname()[1]))
 
     def _fork(self, warm: ForkServer, order: Message, local_rank: int, *, asked_at: float) -> None:
         """Have one rank forked, and listen to it."""
@@ -287,12 +287,12 @@ class Agent:
             rank=rank,
             world_size=order["world_size"],
             socket=ours,
-            board=create_status_page(),
-            buddy_endpoint=tuple(order["buddy"]) if order["buddy"] else None,
+            status=create_status_page(),
+            peer_endpoint=tuple(order["peer"]) if order["peer"] else None,
         )
         if order["is_stopping"]:
-            member.board[Slot.STOP] = 1
-        fds = [theirs.fileno(), member.board.fd, *([self._store.fileno()] if rank == 0 else [])]
+            member.status[StatusField.STOP] = 1
+        fds = [theirs.fileno(), member.status.fd, *([self._rendezvous.fileno()] if rank == 0 else [])]
         parts, snapshots = self._parts(order, first_fd=len(fds))
         told = WorkerSpec(
             generation=order["generation"],
@@ -322,20 +322,20 @@ class Agent:
 
     def _move(self, order: Message) -> None:
         """Keep the copies of a generation on another machine, or here alone."""
-        endpoint = tuple(order["buddy"]) if order["buddy"] else None
+        endpoint = tuple(order["peer"]) if order["peer"] else None
         for member in self._living().values():
-            if member.generation == order["generation"] and member.buddy_endpoint != endpoint:
-                member.buddy_endpoint = endpoint
-                if member.buddy is not None:
-                    member.buddy.move(endpoint)
+            if member.generation == order["generation"] and member.peer_endpoint != endpoint:
+                member.peer_endpoint = endpoint
+                if member.peer is not None:
+                    member.peer.set_peer(endpoint)
 
     def _parts(self, order: Message, *, first_fd: int) -> tuple[list[Message], list[int]]:
         """Where the state to go on from lies: descriptors of what is here, endpoints of the rest."""
         parts: list[Message] = []
         fds: list[int] = []
-        for part in parts_of(order):
+        for part in source_shards(order):
             name = {"generation": part["generation"], "rank": part["rank"]}
-            snapshot = self._vault.find(part["generation"], part["rank"])
+            snapshot = self._store.find(part["generation"], part["rank"])
             if snapshot is not None and any(copy.step == order["step"] for copy in snapshot.copies()):
                 parts.append(name | {"fd": first_fd + len(fds)})
                 fds.append(snapshot.fd)
@@ -362,11 +362,11 @@ class Agent:
     def _heed(self, member: _Worker, what: str, *values: Any, fds: list[int]) -> None:
         match what, values:
             case "snapshot", _:
-                self._vault.adopt(member.generation, member.rank, fds[0], world_size=member.world_size)
-                snapshot = self._vault.find(member.generation, member.rank)
+                self._store.register_buffer(member.generation, member.rank, fds[0], world_size=member.world_size)
+                snapshot = self._store.find(member.generation, member.rank)
                 assert snapshot is not None
-                member.buddy = Replicator(
-                    member.buddy_endpoint,
+                member.peer = Replicator(
+                    member.peer_endpoint,
                     snapshot,
                     name={
                         "generation": member.generation,
@@ -374,17 +374,17 @@ class Agent:
                         "world_size": member.world_size,
                     },
                     secret=self._secret,
-                    on_kept=lambda step: self._kept(member, step),
+                    on_replicated=lambda step: self._kept(member, step),
                 )
             case "copied", (step, slot):
-                if member.buddy is not None:
+                if member.peer is not None:
                     member.sent_at_ns = time.process_time_ns()
-                    member.buddy.send(step=step, slot=slot)
+                    member.peer.send(step=step, slot=slot)
             case "event", (GenerationStarted() as formed,):
-                self._keep(self._tell(say="formed", formed=asdict(formed)))
+                self._keep(self._tell(report="started", started=asdict(formed)))
             case "findings", (found,):
                 self._findings = found
-                self._keep(self._tell(say="findings", findings=found))
+                self._keep(self._tell(report="findings", findings=found))
             case "end", (end, step, reason, error):
                 member.has_said_end = True
                 telling = self._tell_end(member, end, step=step, reason=reason, error=error)
@@ -398,13 +398,13 @@ class Agent:
                     self._keep(telling)
             case _, (news,):
                 if type(news).__name__ == "CheckpointSaved":
-                    self._keep(self._tell(say="saved", step=news.step))
+                    self._keep(self._tell(report="checkpoint_committed", step=news.step))
                 self._news.append((what, news))
                 self._has_news.set()
 
     def _kept(self, member: _Worker, step: int) -> None:
-        member.board[Slot.AGENT_CPU_NS] += time.process_time_ns() - member.sent_at_ns
-        member.board[Slot.KEPT_STEP] = step
+        member.status[StatusField.AGENT_CPU_NS] += time.process_time_ns() - member.sent_at_ns
+        member.status[StatusField.REPLICATED_STEP] = step
 
     async def _bury(self, member: _Worker) -> None:
         """Its socket is closed: it is gone, or about to be. Say so, if it could not."""
@@ -415,23 +415,25 @@ class Agent:
             await self._tell_end(member, EndReason.BROKEN, step=0, reason="its process was killed", error="")
 
     async def _tell_end(self, member: _Worker, end: str, **details: Any) -> None:
-        await self._tell(say="ended", generation=member.generation, rank=member.rank, end=str(end), **details)
+        await self._tell(report="ended", generation=member.generation, rank=member.rank, end=str(end), **details)
 
-    async def _stop(self, generation: int, *, goes_on: bool) -> None:
+    async def _stop(self, generation: int, *, keep_replicas: bool) -> None:
         """Have no rank of this generation or of one before it; if it is over, no copy that is not told of."""
-        self._vault.refuse(generation - goes_on)
+        self._store.reject_up_to(generation - keep_replicas)
         self._kill(generation)
         for member in list(self._members.values()):
             if member.generation <= generation:
                 await member.is_gone.wait()
-        await self._tell(say="stopped", generation=generation, holdings=locations_record(self._vault.holdings()))
+        await self._tell(
+            report="stopped", generation=generation, replicas=locations_record(self._store.locations())
+        )
 
     def _kill(self, generation: int) -> None:
         for member in self._members.values():
             if member.generation > generation:
                 continue
-            if member.buddy is not None:
-                member.buddy.close()
+            if member.peer is not None:
+                member.peer.close()
             if not member.is_gone.is_set():
                 member.is_condemned = True
                 if member.pid is not None:
@@ -461,7 +463,7 @@ class Agent:
             self._warm = None
             for member in self._living().values():
                 member.is_gone.set()
-            await self._tell(say="warm", is_warm=False)
+            await self._tell(report="ready", is_ready=False)
             await asyncio.sleep(_RETRY_S)
 
     async def _leave_warm(self) -> None:
@@ -477,12 +479,14 @@ class Agent:
 
     def _hear_warm(self, message: Message) -> None:
         if "warm" in message:
-            self._keep(self._tell(say="warm", is_warm=True, seconds=message["warm"]))
+            self._keep(self._tell(report="ready", is_ready=True, seconds=message["warm"]))
         elif "forked" in message:
             member = self._members.get(message["forked"])
             if member is not None and member.generation == message["generation"]:
                 member.pid = message["pid"]
-                self._keep(self._tell(say="forked", generation=member.generation, rank=member.rank, pid=member.pid))
+                self._keep(
+                    self._tell(report="forked", generation=member.generation, rank=member.rank, pid=member.pid)
+                )
                 if member.is_condemned:
                     os.kill(member.pid, signal.SIGKILL)
         else:
@@ -507,7 +511,7 @@ class Agent:
                     self._news.popleft()
                 steps = [news.step for _, news in some if isinstance(news, StepMetrics)]
                 for member in self._members.values() if steps else ():
-                    member.board[Slot.RECORDED_STEP] = max(steps)
+                    member.status[StatusField.RECORDED_STEP] = max(steps)
 
     def _noticed(self, notice: Notice) -> None:
         self._notices.append(notice)
@@ -515,13 +519,15 @@ class Agent:
 
     async def _tell_notice(self, notice: Notice) -> None:
         left_s = None if notice.deadline is None else notice.deadline - time.time()
-        await self._tell(say="notice", source=notice.source, seconds_left=left_s, is_certain=notice.is_certain)
+        await self._tell(
+            report="preemption", source=notice.source, seconds_left=left_s, is_certain=notice.is_certain
+        )
 
     async def _persist(self, order: Message) -> None:
-        """Make parts of a durable checkpoint out of the vault."""
+        """Make parts of a durable checkpoint out of the store."""
 
         async def one(rank: int) -> int | None:
-            snapshot = self._vault.find(order["generation"], rank)
+            snapshot = self._store.find(order["generation"], rank)
             if snapshot is None:
                 return None
             return await flush_shard(
@@ -537,7 +543,7 @@ class Agent:
         sealed = await asyncio.gather(*(one(rank) for rank in order["ranks"]))
         if 0 in order["ranks"]:
             await self._tell(
-                say="persisted", step=order["step"], size_bytes=max(map(int, filter(None, sealed)), default=0)
+                report="flushed", step=order["step"], size_bytes=max(map(int, filter(None, sealed)), default=0)
             )
 
 
@@ -564,9 +570,9 @@ def _interface_of(host: str) -> str | None:
 
 def _pulse(rank: int, member: _Worker) -> list[int]:
     """Rank, milliseconds since it did something, its last step and how long that took, whether it is halted."""
-    board = member.board
-    silent_ms = (time.monotonic_ns() - max(board[Slot.TICKED_NS], member.born_ns)) // 10**6
-    return [rank, silent_ms, board[Slot.STEP], board[Slot.STEP_NS], int(_is_halted(member.pid))]
+    status = member.status
+    silent_ms = (time.monotonic_ns() - max(status[StatusField.PROGRESS_NS], member.born_ns)) // 10**6
+    return [rank, silent_ms, status[StatusField.STEP], status[StatusField.STEP_NS], int(_is_halted(member.pid))]
 
 
 def _is_halted(pid: int | None) -> bool:

@@ -21,8 +21,8 @@ class AgentConnection:
     node: str
     host: str
     endpoint: Endpoint
-    """Of its vault."""
-    store_port: int
+    """Of its store."""
+    rendezvous_port: int
     """Where the ranks meet if the first of them is on its machine."""
     agent_pid: int
     send: Callable[[Message], None]
@@ -63,7 +63,7 @@ class WorkerSpec:
 def start_commands(
     start: StartGeneration,
     state: MembershipState,
-    links: Mapping[str, AgentConnection],
+    connections: Mapping[str, AgentConnection],
     *,
     findings: Message | None,
     laps: Mapping[str, float],
@@ -74,32 +74,32 @@ def start_commands(
         findings: what an earlier generation has found out; see `forge.train.worker.Findings`.
         laps: seconds of the parts of the change so far.
     """
-    nodes = list(dict.fromkeys(start.places))
+    nodes = list(dict.fromkeys(start.assignment))
     ranks: dict[str, list[int]] = {node: [] for node in nodes}
     num_on_host: dict[str, int] = {}
-    for rank, node in enumerate(start.places):
+    for rank, node in enumerate(start.assignment):
         ranks[node].append(rank)
-        num_on_host[links[node].host] = num_on_host.get(links[node].host, 0) + 1
+        num_on_host[connections[node].host] = num_on_host.get(connections[node].host, 0) + 1
     common: Message = {
-        "do": "start",
+        "command": "start",
         "generation": start.generation,
-        "world_size": len(start.places),
-        "host": links[nodes[0]].host,
-        "port": links[nodes[0]].store_port,
+        "world_size": len(start.assignment),
+        "host": connections[nodes[0]].host,
+        "port": connections[nodes[0]].rendezvous_port,
         "is_spread": len(num_on_host) > 1,
         "step": start.step,
-        "source": _source(start, state, links),
+        "source": _source(start, state, connections),
         "findings": findings,
         "laps": dict(laps),
         "is_stopping": state.is_stopping,
     }
     orders = {}
     for number, node in enumerate(nodes):
-        buddy = nodes[(number + 1) % len(nodes)] if len(nodes) > 1 else spare_of(node, state, links)
+        peer = nodes[(number + 1) % len(nodes)] if len(nodes) > 1 else find_spare(node, state, connections)
         orders[node] = common | {
             "ranks": ranks[node],
-            "num_on_host": num_on_host[links[node].host],
-            "buddy": list(links[buddy].endpoint) if buddy is not None else None,
+            "num_on_host": num_on_host[connections[node].host],
+            "peer": list(connections[peer].endpoint) if peer is not None else None,
         }
     return orders
 
@@ -110,7 +110,7 @@ def flush_commands(persist: FlushToStorage, state: MembershipState, *, token: st
     for rank, names in _holders(persist.generation, persist.world_size, persist.step, state).items():
         ranks.setdefault(names[0], []).append(rank)
     common = {
-        "do": "persist",
+        "command": "flush",
         "generation": persist.generation,
         "world_size": persist.world_size,
         "step": persist.step,
@@ -119,7 +119,7 @@ def flush_commands(persist: FlushToStorage, state: MembershipState, *, token: st
     return {node: common | {"ranks": own} for node, own in ranks.items()}
 
 
-def parts_of(order: Message) -> list[Message]:
+def source_shards(order: Message) -> list[Message]:
     """The snapshots to go on from, as an order to start tells of them: generation, rank, endpoint."""
     if order["source"] is None:
         return []
@@ -131,7 +131,7 @@ def parts_of(order: Message) -> list[Message]:
 
 
 def _source(
-    start: StartGeneration, state: MembershipState, links: Mapping[str, AgentConnection]
+    start: StartGeneration, state: MembershipState, connections: Mapping[str, AgentConnection]
 ) -> list[Any] | None:
     """A machine for each part of the step to go on from; agents prefer what they have themselves.
 
@@ -141,7 +141,7 @@ def _source(
         return None
     generation, world_size = start.source
     where = _holders(generation, world_size, start.step, state)
-    return [generation, pack([list(links[where[rank][0]].endpoint) for rank in range(world_size)])]
+    return [generation, pack([list(connections[where[rank][0]].endpoint) for rank in range(world_size)])]
 
 
 def _holders(generation: int, world_size: int, step: int, state: MembershipState) -> dict[int, list[str]]:
@@ -149,12 +149,12 @@ def _holders(generation: int, world_size: int, step: int, state: MembershipState
     found: dict[int, list[str]] = {rank: [] for rank in range(world_size)}
     wanted = (generation, world_size, step)
     for name, node in state.nodes.items():
-        for held in node.holdings:
+        for held in node.replicas:
             if (held.generation, held.world_size, held.step) == wanted:
                 found[held.rank].append(name)
     return found
 
 
-def spare_of(node: str, state: MembershipState, links: Mapping[str, AgentConnection]) -> str | None:
+def find_spare(node: str, state: MembershipState, connections: Mapping[str, AgentConnection]) -> str | None:
     """A machine without ranks that can keep a copy all the same."""
-    return next((name for name in links if name != node and state.nodes[name].preempted_at is None), None)
+    return next((name for name in connections if name != node and state.nodes[name].preempted_at is None), None)

@@ -35,18 +35,18 @@ class HangDetector:
     """The ranks of one generation."""
 
     def __init__(self) -> None:
-        self._pulses: dict[int, _RankProgress] = {}
+        self._ranks: dict[int, _RankProgress] = {}
 
-    def hear(self, rank: int, *, silent_s: float, is_halted: bool, now: float) -> None:
+    def update(self, rank: int, *, silent_s: float, is_halted: bool, now: float) -> None:
         """A heartbeat has told of a rank."""
-        self._pulses[rank] = _RankProgress(moved_at=now - silent_s, is_halted=is_halted)
+        self._ranks[rank] = _RankProgress(moved_at=now - silent_s, is_halted=is_halted)
 
-    def find_silence(self, *, limit_s: float, now: float) -> StalledRank | None:
+    def find_stalled_rank(self, *, limit_s: float, now: float) -> StalledRank | None:
         """Who holds the others up, if none has done anything for longer than the limit."""
-        if not self._pulses or now - max(pulse.moved_at for pulse in self._pulses.values()) <= limit_s:
+        if not self._ranks or now - max(progress.moved_at for progress in self._ranks.values()) <= limit_s:
             return None
-        rank, pulse = min(self._pulses.items(), key=lambda item: (not item[1].is_halted, item[1].moved_at))
-        return StalledRank(rank=rank, seconds=now - pulse.moved_at)
+        rank, progress = min(self._ranks.items(), key=lambda item: (not item[1].is_halted, item[1].moved_at))
+        return StalledRank(rank=rank, seconds=now - progress.moved_at)
 
 
 class StepTimes:
@@ -55,13 +55,13 @@ class StepTimes:
     def __init__(self) -> None:
         self._recent: deque[tuple[int, float]] = deque(maxlen=_NUM_RECENT_STEPS)
 
-    def hear(self, step: int, seconds: float) -> None:
+    def add(self, step: int, seconds: float) -> None:
         """A heartbeat has told of the last step; of the same one more than once."""
         if step and (not self._recent or self._recent[-1][0] != step):
             self._recent.append((step, seconds))
 
     @property
-    def long_s(self) -> float:
+    def p99_s(self) -> float:
         """The 99th percentile of the recent ones."""
         recent = sorted(seconds for _, seconds in self._recent)
         return recent[int(0.99 * (len(recent) - 1))] if recent else _UNKNOWN_STEP_S

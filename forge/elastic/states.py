@@ -15,9 +15,9 @@ class Phase(StrEnum):
     """Where a run stands; `forge.elastic.membership` draws it."""
 
     WAITING = "waiting"
-    FORMING = "forming"
+    STARTING = "starting"
     TRAINING = "training"
-    LEAVING = "leaving"
+    DRAINING = "draining"
     STOPPING = "stopping"
     DONE = "done"
 
@@ -39,16 +39,16 @@ class MemberNode:
     num_slots: int
     num_guaranteed: int = 0
     """Of them, those of the smallest number of workers, which are never given back."""
-    is_warm: bool = False
+    is_ready: bool = False
     preempted_at: float | None = None
     """When it will be taken away, if notice was given."""
     quarantined_until: tuple[float, ...] = ()
     """One entry for each place whose rank hung."""
-    holdings: frozenset[ReplicaLocation] = frozenset()
+    replicas: frozenset[ReplicaLocation] = frozenset()
 
     def room(self, now: float, *, margin_s: float, benches: bool = True) -> int:
         """How many ranks of a new generation it takes."""
-        if not self.is_warm or (self.preempted_at is not None and self.preempted_at - now <= margin_s):
+        if not self.is_ready or (self.preempted_at is not None and self.preempted_at - now <= margin_s):
             return 0
         return max(0, self.num_slots - sum(until > now for until in self.quarantined_until) * benches)
 
@@ -64,12 +64,12 @@ class MembershipState:
     """The newest; the next has the next number."""
     former_generation: int = 0
     """The last one of the run before this supervisor; 0 if there was none."""
-    places: tuple[str, ...] = ()
+    assignment: tuple[str, ...] = ()
     """The node of each rank of the generation that is forming, training, leaving or stopping."""
     nodes: Mapping[str, MemberNode] = field(default_factory=dict)
-    unanswered: frozenset[str] = frozenset()
+    stopping_nodes: frozenset[str] = frozenset()
     """Nodes that were told to stop ranks, and have not said yet that they are gone. None starts before."""
-    ended: frozenset[int] = frozenset()
+    ended_ranks: frozenset[int] = frozenset()
     """Ranks of the generation that have ended by themselves."""
     done_step: int | None = None
     """A rank has reached the end of the run, or stopped as it was asked to."""
@@ -77,22 +77,22 @@ class MembershipState:
     """The newest step that is in storage."""
     margin_s: float = 2.0
     """What a planned change needs from being asked for until every rank has left."""
-    joins_at: float | None = None
+    grow_at: float | None = None
     """When the machines that have joined are taken in."""
-    yields_until: float = 0.0
+    yield_until: float = 0.0
     num_failures: int = 0
     """Generations in a row that broke by themselves before their first step."""
     failure: str = ""
     """Why the generation broke before its first step, if it did."""
-    has_lost: bool = False
+    has_lost_node: bool = False
     """A machine was lost since the generation was formed: that it breaks may not be its own fault."""
-    persisting: tuple[int, int, int] | None = None
+    flushing: tuple[int, int, int] | None = None
     """WAITING: (step, generation, world size) of the snapshots that are to be made durable."""
     is_stopping: bool = False
     """The run was asked to checkpoint and stop."""
     recovery_deadline: float | None = None
     """A supervisor that was restarted has found a generation, and waits for all of its agents."""
-    forgotten: int = 0
+    dropped_before: int = 0
     """Snapshots of generations before this one were let go."""
 
 
@@ -106,11 +106,11 @@ class AgentAttached:
     node: str
     num_slots: int
     num_guaranteed: int = 0
-    is_warm: bool = False
-    holdings: frozenset[ReplicaLocation] = frozenset()
+    is_ready: bool = False
+    replicas: frozenset[ReplicaLocation] = frozenset()
     generation: int = 0
     """Of the ranks that it has, or had last."""
-    places: Mapping[int, int] = field(default_factory=dict)
+    running_ranks: Mapping[int, int] = field(default_factory=dict)
     """Its ranks that run: rank → the generation's world size."""
 
 
@@ -119,7 +119,7 @@ class NodeReady:
     """Its warm process is ready, or has died."""
 
     node: str
-    is_warm: bool = True
+    is_ready: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +132,7 @@ class NodeLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotsChanged:
-    """The cluster has given places on a node, or has taken them back."""
+    """The cluster has given assignment on a node, or has taken them back."""
 
     node: str
     num_slots: int
@@ -153,7 +153,7 @@ class ReplicasHeld:
     """What is in a machine's memory now."""
 
     node: str
-    holdings: frozenset[ReplicaLocation]
+    replicas: frozenset[ReplicaLocation]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +167,7 @@ class EndReason(StrEnum):
     """How a rank ended."""
 
     DONE = "done"
-    LEFT = "left"
+    DRAINED = "drained"
     BROKEN = "broken"
     """Killed, or a connection to another rank broke: the run goes on."""
     FAILED = "failed"
@@ -193,7 +193,7 @@ class AgentStopped:
 
     node: str
     generation: int
-    holdings: frozenset[ReplicaLocation]
+    replicas: frozenset[ReplicaLocation]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +256,7 @@ class StartGeneration:
     """Start a generation's ranks."""
 
     generation: int
-    places: tuple[str, ...]
+    assignment: tuple[str, ...]
     step: int
     """Where it goes on from."""
     source: tuple[int, int] | None
@@ -269,7 +269,7 @@ class StopGeneration:
 
     node: str
     generation: int
-    goes_on: bool = False
+    keep_replicas: bool = False
     """Elsewhere: the node has no part in it, but may have to keep copies of it."""
 
 
@@ -323,12 +323,12 @@ class ReplaceNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseSlots:
-    """Give the places back to the cluster that no rank is using."""
+    """Give the assignment back to the cluster that no rank is using."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimSlots:
-    """Ask the cluster for as many places as the job allows."""
+    """Ask the cluster for as many assignment as the job allows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 from forge.checkpoint.manifest import step_name
 from forge.checkpoint.writer_process import MEMBERSHIP_DIGITS
-from forge.elastic.commands import AgentConnection, flush_commands, spare_of, start_commands
+from forge.elastic.commands import AgentConnection, find_spare, flush_commands, start_commands
 from forge.elastic.hang_detector import HangDetector, StepTimes
-from forge.elastic.membership import RECOVERY_S, decide, newest_whole
+from forge.elastic.membership import RECOVERY_S, decide, newest_complete_step
 from forge.elastic.replicas.store import locations_from_record
 from forge.elastic.rpc import Channel, Endpoint, Listener, Message
 from forge.elastic.states import (
@@ -93,24 +93,24 @@ _DUMP_S = 0.3
 # What a planned change needs beyond two steps: to be heard of, and to copy the state.
 _LEAVE_S = 1.5
 _PERSIST_AGAIN_S = 5.0
-# Two notices of one machine whose ends are so near, or the second of which is later, are one.
+# Two notices of a machine count as one if the second deadline is later, or earlier by less than this.
 _SAME_S = 1.0
 
 
 class Placement(Protocol):
-    """The places that the cluster gives a run, and the agents on them."""
+    """The assignment that the cluster gives a run, and the agents on them."""
 
     def slots_of(self, node: str) -> tuple[int, int] | None:
-        """How many places an agent's machine has now, and how many of them are firm; None if it is not known."""
+        """An agent's slots now, and how many of them are guaranteed; None if the node is not known."""
 
     def claim_slots(self) -> None:
-        """Ask for as many places as the job allows."""
+        """Ask for as many assignment as the job allows."""
 
     def set_used(self, used: Mapping[str, int]) -> None:
-        """So many places of each node have ranks at work now."""
+        """So many assignment of each node have ranks at work now."""
 
     def release_unused(self) -> None:
-        """Keep no more places than are used, and do not ask for more than the smallest number."""
+        """Keep no more assignment than are used, and do not ask for more than the smallest number."""
 
     def replace_node(self, node: str, *, seconds_left: float | None) -> None:
         """A node will go: have the cluster give it nothing new, and ask for another."""
@@ -132,10 +132,10 @@ class Outcome:
 
 @dataclass(slots=True, kw_only=True)
 class _Generation:
-    """What is known of the generation beyond its places."""
+    """What is known of the generation beyond its assignment."""
 
     pids: dict[int, int] = field(default_factory=dict)
-    pulses: HangDetector = field(default_factory=HangDetector)
+    hang_detector: HangDetector = field(default_factory=HangDetector)
     is_accused: bool = False
     """A rank of it was found to hang; its stacks are being written."""
 
@@ -175,7 +175,7 @@ class Supervisor:
         )
         self._claims, self._tell, self._checkpoints, self._clock = placement, record_event, checkpoints, clock
         self._meter, self._stop_reason = meter, ""
-        self._links: dict[str, AgentConnection] = {}
+        self._connections: dict[str, AgentConnection] = {}
         self._generation = _Generation()
         self._findings, self._has_formed = findings, is_restarted
         self._holdings: dict[str, list[list[int]]] = {}
@@ -184,7 +184,7 @@ class Supervisor:
         self._changed_at: float | None = None
         self._leave_s = _LEAVE_S
         self._ticked_at = clock()
-        self._beat_s = _BEAT_S
+        self._heartbeat_s = _BEAT_S
         self._persists: dict[int, float] = {}
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -211,7 +211,7 @@ class Supervisor:
 
     def update_slots(self, node: str, *, num_slots: int, num_guaranteed: int, devices: Sequence[str]) -> None:
         """The cluster has changed its mind about how many ranks fit on a node, and on which devices."""
-        self._send(node, {"do": "devices", "devices": list(devices)})
+        self._send(node, {"command": "set_devices", "devices": list(devices)})
         self.apply(SlotsChanged(node=node, num_slots=num_slots, num_guaranteed=num_guaranteed))
 
     def announce_preemption(self, node: str, *, source: str, seconds_left: float | None) -> None:
@@ -225,84 +225,84 @@ class Supervisor:
 
     def close(self) -> None:
         """Send all agents home."""
-        for link in self._links.values():
-            link.send({"do": "retire"})
+        for connection in self._connections.values():
+            connection.send({"command": "shut_down"})
         for task in list(self._tasks):
             task.cancel()
 
     # --- what comes in
 
-    def attach(self, link: AgentConnection, hello: Message) -> None:
+    def attach(self, connection: AgentConnection, hello: Message) -> None:
         """An agent has connected."""
-        former = self._links.pop(link.node, None)
+        former = self._connections.pop(connection.node, None)
         if former is not None:
             former.close()
-        self._links[link.node] = link
+        self._connections[connection.node] = connection
         self._pace()
-        link.send({"do": "pace", "beat_s": self._beat_s})
+        connection.send({"command": "set_heartbeat", "heartbeat_s": self._heartbeat_s})
         for rank, pid in hello["pids"].items():
             if hello["generation"] == self.state.generation or self.state.generation == 0:
                 self._generation.pids[int(rank)] = pid
-        self._meter.add_agent(link.node, host=link.host, usd_per_hour=hello["usd_per_hour"])
-        self._holdings[link.node] = hello["holdings"]
+        self._meter.add_agent(connection.node, host=connection.host, usd_per_hour=hello["usd_per_hour"])
+        self._holdings[connection.node] = hello["replicas"]
         self._findings = self._findings or hello["findings"]
-        num_slots, num_guaranteed = self._claims.slots_of(link.node) or (
+        num_slots, num_guaranteed = self._claims.slots_of(connection.node) or (
             hello["num_slots"],
             hello["num_guaranteed"],
         )
         self.apply(
             AgentAttached(
-                node=link.node,
+                node=connection.node,
                 num_slots=num_slots,
                 num_guaranteed=num_guaranteed,
-                is_warm=hello["is_warm"],
-                holdings=locations_from_record(hello["holdings"]),
+                is_ready=hello["is_ready"],
+                replicas=locations_from_record(hello["replicas"]),
                 generation=hello["generation"],
-                places={int(rank): size for rank, size in hello["places"].items()},
+                running_ranks={int(rank): size for rank, size in hello["running_ranks"].items()},
             )
         )
-        if hello["places"]:  # of a supervisor before this one
-            self._claims.set_used(Counter(self.state.places))
-        if hello["is_warm"]:
-            self._tell_joined(link.node)
-        if self.state.phase is Phase.LEAVING:  # it may not have heard the wish
-            self._wish("LEAVE")
+        if hello["running_ranks"]:  # of a supervisor before this one
+            self._claims.set_used(Counter(self.state.assignment))
+        if hello["is_ready"]:
+            self._tell_joined(connection.node)
+        if self.state.phase is Phase.DRAINING:  # it may not have heard the wish
+            self._wish("DRAIN")
         if self.state.is_stopping:
             self._wish("STOP")
 
-    def detach(self, link: AgentConnection, reason: str) -> None:
+    def detach(self, connection: AgentConnection, reason: str) -> None:
         """An agent's connection is closed."""
-        if self._links.get(link.node) is not link:
+        if self._connections.get(connection.node) is not connection:
             return
-        del self._links[link.node]
-        self._holdings.pop(link.node, None)
-        self._meter.remove_agent(link.node)
+        del self._connections[connection.node]
+        self._holdings.pop(connection.node, None)
+        self._meter.remove_agent(connection.node)
         self._pace()
-        if link.node in self._joined:
-            self._joined.discard(link.node)
-            self._tell(NodeLeft(node=link.node, reason=reason))
-        self._claims.agent_lost(link.node)
-        self.apply(NodeLost(node=link.node, reason=reason))
-        places = set(self.state.places)
-        if len(places) == 1 and self.state.phase in (Phase.FORMING, Phase.TRAINING, Phase.LEAVING):
-            self._replace_spare(*places)
+        if connection.node in self._joined:
+            self._joined.discard(connection.node)
+            self._tell(NodeLeft(node=connection.node, reason=reason))
+        self._claims.agent_lost(connection.node)
+        self.apply(NodeLost(node=connection.node, reason=reason))
+        assignment = set(self.state.assignment)
+        if len(assignment) == 1 and self.state.phase in (Phase.STARTING, Phase.TRAINING, Phase.DRAINING):
+            self._replace_spare(*assignment)
 
-    def receive(self, link: AgentConnection, message: Message) -> None:
+    def receive(self, connection: AgentConnection, message: Message) -> None:
         """An agent has said something."""
-        node, now = link.node, self._clock()
-        link.heard_at = now
-        match message["say"]:
-            case "beat":
-                self._beat(link, message, now)
-            case "warm":
-                self.apply(NodeReady(node=node, is_warm=message["is_warm"]))
-                if message["is_warm"]:
+        node, now = connection.node, self._clock()
+        connection.heard_at = now
+        match message["report"]:
+            case "heartbeat":
+                self._beat(connection, message, now)
+            case "ready":
+                self.apply(NodeReady(node=node, is_ready=message["is_ready"]))
+                if message["is_ready"]:
                     self._tell_joined(node)
             case "forked":
                 if message["generation"] == self.state.generation:
                     self._generation.pids[message["rank"]] = message["pid"]
-            case "formed":
-                self._formed(message["formed"])
+            case "started":
+                self._formed(message["started"])
             case "findings":
                 self._findings = message["findings"]
             case "ended":
@@ -317,16 +317,16 @@ class Supervisor:
                     )
                 )
             case "stopped":
-                self._holdings[node] = message["holdings"]
-                holdings = locations_from_record(message["holdings"])
-                self.apply(AgentStopped(node=node, generation=message["generation"], holdings=holdings))
-            case "notice":
-                self._notice(link, message)
-            case "store":
-                link.store_port = message["port"]
-            case "saved":
+                self._holdings[node] = message["replicas"]
+                replicas = locations_from_record(message["replicas"])
+                self.apply(AgentStopped(node=node, generation=message["generation"], replicas=replicas))
+            case "preemption":
+                self._notice(connection, message)
+            case "rendezvous":
+                connection.rendezvous_port = message["port"]
+            case "checkpoint_committed":
                 self.apply(CheckpointCommitted(step=message["step"]))
-            case "persisted":
+            case "flushed":
                 self._persisted(message)
 
     def apply(self, event: Event) -> None:
@@ -339,52 +339,52 @@ class Supervisor:
     async def _serve(self, channel: Channel) -> None:
         """One agent's connection, from its hello to its end."""
         hello = await channel.receive()
-        if hello.get("say") != "hello":
+        if hello.get("report") != "register":
             return
-        link = AgentConnection(
+        connection = AgentConnection(
             node=hello["node"],
             host=hello["host"],
             endpoint=tuple(hello["endpoint"]),
-            store_port=hello["store_port"],
+            rendezvous_port=hello["rendezvous_port"],
             agent_pid=hello["pid"],
             send=lambda message: self._keep(_send(channel, message)),
             close=channel.close,
             heard_at=self._clock(),
         )
-        self.attach(link, hello)
+        self.attach(connection, hello)
         try:
             while True:
-                self.receive(link, await channel.receive())
+                self.receive(connection, await channel.receive())
         finally:
-            self.detach(link, "its connection closed")
+            self.detach(connection, "its connection closed")
 
-    def _beat(self, link: AgentConnection, message: Message, now: float) -> None:
+    def _beat(self, connection: AgentConnection, message: Message, now: float) -> None:
         if message["generation"] == self.state.generation:
             for rank, silent_ms, step, step_ns, is_halted in message["ranks"]:
                 silent_s = silent_ms / 1000
-                self._generation.pulses.hear(rank, silent_s=silent_s, is_halted=bool(is_halted), now=now)
-                self._steps.hear(step, step_ns / 1e9)
-        if "holdings" in message:
-            self._holdings[link.node] = message["holdings"]
-            self.apply(ReplicasHeld(node=link.node, holdings=locations_from_record(message["holdings"])))
+                self._generation.hang_detector.update(rank, silent_s=silent_s, is_halted=bool(is_halted), now=now)
+                self._steps.add(step, step_ns / 1e9)
+        if "replicas" in message:
+            self._holdings[connection.node] = message["replicas"]
+            self.apply(ReplicasHeld(node=connection.node, replicas=locations_from_record(message["replicas"])))
 
-    def _notice(self, link: AgentConnection, message: Message) -> None:
+    def _notice(self, connection: AgentConnection, message: Message) -> None:
         left_s = message["seconds_left"]
         if message["is_certain"]:
-            self.announce_preemption(link.node, source=message["source"], seconds_left=left_s)
+            self.announce_preemption(connection.node, source=message["source"], seconds_left=left_s)
         else:  # only a risk: have another machine ready
             source = message["source"]
             self._tell(
-                PreemptionNoticeReceived(node=link.node, source=source, seconds_left=left_s, is_certain=False)
+                PreemptionNoticeReceived(node=connection.node, source=source, seconds_left=left_s, is_certain=False)
             )
-            self._claims.replace_node(link.node, seconds_left=None)
+            self._claims.replace_node(connection.node, seconds_left=None)
 
     def _formed(self, formed: Message) -> None:
         if formed["generation"] != self.state.generation:
             return
         ranks = tuple(
             RankLocation(rank=rank, node=node, pid=self._generation.pids.get(rank, 0))
-            for rank, node in enumerate(self.state.places)
+            for rank, node in enumerate(self.state.assignment)
         )
         self._tell(GenerationStarted(**formed | {"ranks": ranks}))
         self._has_formed = True
@@ -412,16 +412,18 @@ class Supervisor:
     async def _persist_again(self) -> None:
         """Storage that fails may be back soon; nothing is lost meanwhile."""
         await asyncio.sleep(_PERSIST_AGAIN_S)
-        found = newest_whole(self.state)
+        found = newest_complete_step(self.state)
         if self.state.phase is Phase.WAITING and found is not None and found[0] > self.state.stored_step:
             self._persist(FlushToStorage(step=found[0], generation=found[1], world_size=found[2]))
 
     def _tell_joined(self, node: str) -> None:
-        if node not in self._joined and node in self._links:
+        if node not in self._joined and node in self._connections:
             self._joined.add(node)
-            link, known = self._links[node], self.state.nodes.get(node)
+            connection, known = self._connections[node], self.state.nodes.get(node)
             num_slots = known.num_slots if known else 0
-            self._tell(NodeJoined(node=node, host=link.host, num_slots=num_slots, agent_pid=link.agent_pid))
+            self._tell(
+                NodeJoined(node=node, host=connection.host, num_slots=num_slots, agent_pid=connection.agent_pid)
+            )
 
     # --- time
 
@@ -435,28 +437,30 @@ class Supervisor:
         now = self._clock()
         late_s, self._ticked_at = now - self._ticked_at - _TICK_S, now
         if late_s > 1.0:  # it was this process that was not listening
-            for link in self._links.values():
-                link.heard_at += late_s
-        silence_s = max(_SILENCE_S, _SILENCE_BEATS * self._beat_s)
-        for link in [link for link in self._links.values() if now - link.heard_at > silence_s]:
-            link.close()
-            self.detach(link, f"not heard of for {now - link.heard_at:.1f} s")
+            for connection in self._connections.values():
+                connection.heard_at += late_s
+        silence_s = max(_SILENCE_S, _SILENCE_BEATS * self._heartbeat_s)
+        for connection in [
+            connection for connection in self._connections.values() if now - connection.heard_at > silence_s
+        ]:
+            connection.close()
+            self.detach(connection, f"not heard of for {now - connection.heard_at:.1f} s")
         self._look_for_hang(now)
         self._look_at_cost(now)
-        self.apply(Tick(margin_s=2 * self._steps.long_s + self._leave_s))
+        self.apply(Tick(margin_s=2 * self._steps.p99_s + self._leave_s))
 
     def _look_for_hang(self, now: float) -> None:
         generation = self._generation
-        if self.state.phase not in (Phase.FORMING, Phase.TRAINING, Phase.LEAVING) or generation.is_accused:
+        if self.state.phase not in (Phase.STARTING, Phase.TRAINING, Phase.DRAINING) or generation.is_accused:
             return
-        if self.state.phase is Phase.FORMING:
+        if self.state.phase is Phase.STARTING:
             limit_s = _FORMING_S if self._findings and self._has_formed else _FIRST_FORMING_S
         else:
-            limit_s = max(_HANG_S, _HANG_STEPS * self._steps.long_s)
-        silence = generation.pulses.find_silence(limit_s=limit_s, now=now)
+            limit_s = max(_HANG_S, _HANG_STEPS * self._steps.p99_s)
+        silence = generation.hang_detector.find_stalled_rank(limit_s=limit_s, now=now)
         if silence is not None:
             generation.is_accused = True
-            self._broadcast({"do": "dump", "generation": self.state.generation})
+            self._broadcast({"command": "dump_stacks", "generation": self.state.generation})
             self._keep(self._accuse(self.state.generation, silence.rank, silent_s=silence.seconds))
 
     def _look_at_cost(self, now: float) -> None:
@@ -470,17 +474,17 @@ class Supervisor:
 
     async def _accuse(self, generation: int, rank: int, *, silent_s: float) -> None:
         await asyncio.sleep(_DUMP_S)
-        if generation == self.state.generation and rank < len(self.state.places):
-            place = self.state.places[rank]
+        if generation == self.state.generation and rank < len(self.state.assignment):
+            place = self.state.assignment[rank]
             self._tell(RankHung(generation=generation, rank=rank, node=place, silent_s=silent_s))
         self.apply(HangDetected(generation=generation, rank=rank, silent_s=silent_s))
 
     def _pace(self) -> None:
         """Many agents speak less often."""
-        beat_s = max(_BEAT_S, len(self._links) / _MOST_BEATS_PER_S)
-        if abs(beat_s - self._beat_s) > 0.1 * self._beat_s:
-            self._beat_s = beat_s
-            self._broadcast({"do": "pace", "beat_s": beat_s})
+        heartbeat_s = max(_BEAT_S, len(self._connections) / _MOST_BEATS_PER_S)
+        if abs(heartbeat_s - self._heartbeat_s) > 0.1 * self._heartbeat_s:
+            self._heartbeat_s = heartbeat_s
+            self._broadcast({"command": "set_heartbeat", "heartbeat_s": heartbeat_s})
 
     # --- what goes out
 
@@ -490,12 +494,12 @@ class Supervisor:
             case StartGeneration():
                 self._start(action, decided_in_s=decided_in_s)
             case StopGeneration():
-                stop = {"do": "stop", "generation": action.generation, "goes_on": action.goes_on}
+                stop = {"command": "stop", "generation": action.generation, "keep_replicas": action.keep_replicas}
                 self._send(action.node, stop)
             case DrainGeneration():
-                self._wish("LEAVE")
+                self._wish("DRAIN")
             case DropReplicas():
-                self._broadcast({"do": "forget", "generation": action.generation})
+                self._broadcast({"command": "drop_replicas", "generation": action.generation})
             case FlushToStorage():
                 self._persist(action)
             case WaitForNodes():
@@ -516,7 +520,7 @@ class Supervisor:
                     action.node, seconds_left=None if preempted_at is None else preempted_at - now
                 )
             case ReleaseSlots():
-                self._claims.set_used(Counter(self.state.places))
+                self._claims.set_used(Counter(self.state.assignment))
                 self._claims.release_unused()
             case ClaimSlots():
                 self._claims.claim_slots()
@@ -530,7 +534,7 @@ class Supervisor:
         source = "memory" if start.source else "storage"
         self._tell(
             GenerationStarting(
-                generation=start.generation, world_size=len(start.places), from_step=start.step, source=source
+                generation=start.generation, world_size=len(start.assignment), from_step=start.step, source=source
             )
         )
         laps = {"decide": round(decided_in_s, 4)}
@@ -538,16 +542,16 @@ class Supervisor:
             laps = {"stop": round(now - self._changed_at, 3)} | laps
         self._changed_at = None
         self._generation = _Generation()
-        self._claims.set_used(Counter(start.places))
-        orders = start_commands(start, self.state, self._links, findings=self._findings, laps=laps)
+        self._claims.set_used(Counter(start.assignment))
+        orders = start_commands(start, self.state, self._connections, findings=self._findings, laps=laps)
         for node, order in orders.items():
             self._send(node, order)
 
     def _replace_spare(self, node: str) -> None:
         """A machine at work alone keeps its copies on one without ranks; that may be the one that was lost."""
-        spare = spare_of(node, self.state, self._links)
-        endpoint = None if spare is None else list(self._links[spare].endpoint)
-        self._send(node, {"do": "move", "generation": self.state.generation, "buddy": endpoint})
+        spare = find_spare(node, self.state, self._connections)
+        endpoint = None if spare is None else list(self._connections[spare].endpoint)
+        self._send(node, {"command": "set_peer", "generation": self.state.generation, "peer": endpoint})
 
     def _persist(self, action: FlushToStorage) -> None:
         self._persists[action.step] = self._clock()
@@ -557,9 +561,9 @@ class Supervisor:
 
     def _wish(self, word: str) -> None:
         """Tell the first rank's agent what is wished of the generation."""
-        if self.state.places:
-            wish = {"do": "wish", "generation": self.state.generation, "word": word}
-            self._send(self.state.places[0], wish)
+        if self.state.assignment:
+            wish = {"command": "set_flag", "generation": self.state.generation, "flag": word}
+            self._send(self.state.assignment[0], wish)
 
     def _end(self, outcome: Outcome) -> None:
         if not self.outcome.done():
@@ -568,12 +572,12 @@ class Supervisor:
             self.outcome.set_result(outcome)
 
     def _send(self, node: str, message: Message) -> None:
-        if node in self._links:
-            self._links[node].send(message)
+        if node in self._connections:
+            self._connections[node].send(message)
 
     def _broadcast(self, message: Message) -> None:
-        for link in self._links.values():
-            link.send(message)
+        for connection in self._connections.values():
+            connection.send(message)
 
     def _keep(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -24,7 +24,7 @@ from forge.elastic.replicas.store import locations_from_record
 from forge.elastic.rpc import Channel, Endpoint, Listener, Message, pack
 from forge.elastic.states import ReplicaLocation
 from forge.elastic.workers.fork_client import ForkServerPool
-from forge.elastic.workers.status_page import Slot, StatusPage, create_status_page
+from forge.elastic.workers.status_page import StatusField, StatusPage, create_status_page
 from forge.events import CheckpointSaved, Event, StepMetrics
 from forge.plan.plan import plan_to_json
 from tests.support.command import survivors
@@ -59,16 +59,16 @@ class Overseer:
     def close(self) -> None:
         self._listener.close()
 
-    async def say(self, do: str, **details: Any) -> None:
+    async def say(self, command: str, **details: Any) -> None:
         assert self.channel is not None
-        await self.channel.send({"do": do} | details)
+        await self.channel.send({"command": command} | details)
 
     async def expect(self, say: str, **details: Any) -> Message:
         """What it says of this kind, once for each time that it is asked for."""
         async with asyncio.timeout(_PATIENCE_S):
             while True:
                 for message in self._heard:
-                    if message["say"] == say and all(message[name] == value for name, value in details.items()):
+                    if message["report"] == say and all(message[name] == value for name, value in details.items()):
                         self._heard.remove(message)
                         return message
                 self._has_news.clear()
@@ -89,14 +89,14 @@ class Overseer:
             host=HOST,
             port=self._store_port,
             is_spread=False,
-            buddy=None,
+            peer=None,
             step=step,
             source=[parts[0]["generation"], pack([part["endpoint"] for part in parts])] if parts else None,
             findings=self._findings,
             laps={},
             is_stopping=False,
         )
-        await self.expect("store")
+        await self.expect("rendezvous")
         forked = [await self.expect("forked", generation=self.generation, rank=rank) for rank in range(world_size)]
         return {message["rank"]: message["pid"] for message in forked}
 
@@ -104,7 +104,7 @@ class Overseer:
         """The generation has made its first step."""
         if self._findings is None:
             self._findings = (await self.expect("findings"))["findings"]
-        formed = (await self.expect("formed"))["formed"]
+        formed = (await self.expect("started"))["started"]
         assert formed["generation"] == self.generation
 
     async def ended(self, rank: int) -> Message:
@@ -113,19 +113,19 @@ class Overseer:
 
     async def stop(self) -> frozenset[ReplicaLocation]:
         """End the generation. Returns: what the machine holds of it."""
-        await self.say("stop", generation=self.generation, goes_on=True)
+        await self.say("stop", generation=self.generation, keep_replicas=True)
         stopped = await self.expect("stopped", generation=self.generation)
-        holdings = locations_from_record(stopped["holdings"])
-        return frozenset(holding for holding in holdings if holding.generation == self.generation)
+        replicas = locations_from_record(stopped["replicas"])
+        return frozenset(replica for replica in replicas if replica.generation == self.generation)
 
     async def _serve(self, channel: Channel) -> None:
         self.channel = channel
         while True:
             message = await channel.receive()
             match message:
-                case {"say": "hello", "store_port": port} | {"say": "store", "port": port}:
+                case {"report": "register", "rendezvous_port": port} | {"report": "rendezvous", "port": port}:
                     self._store_port = port
-            if message["say"] != "beat":
+            if message["report"] != "heartbeat":
                 self._heard.append(message)
                 self._has_news.set()
 
@@ -191,12 +191,12 @@ class Stage:
         self.overseer = Overseer(self.setup)
         agent = Agent(self.setup, find_supervisor=self.overseer.locate, recorder=self.recorder)
         self.life = asyncio.ensure_future(agent.run())
-        await self.overseer.expect("hello", is_warm=False)
-        await self.overseer.expect("warm", is_warm=True)
+        await self.overseer.expect("register", is_ready=False)
+        await self.overseer.expect("ready", is_ready=True)
 
 
 def setup_in(folder: Path) -> AgentConfig:
-    """A machine with four places, and a small job."""
+    """A machine with four assignment, and a small job."""
     changes = {"training__total_steps": TOTAL_STEPS, "checkpoint__snapshot_every": 1}
     plan = tiny_plan(synthetic_corpus(folder / "corpus"), **changes)
     return AgentConfig(
@@ -242,7 +242,7 @@ def test_a_generation_trains_the_job_to_its_end(stage: Stage) -> None:
         for rank in pids:
             ended = await stage.overseer.ended(rank)
             assert (ended["end"], ended["step"]) == ("done", TOTAL_STEPS)
-        await stage.overseer.expect("saved", step=TOTAL_STEPS)
+        await stage.overseer.expect("checkpoint_committed", step=TOTAL_STEPS)
         assert stage.recorder.steps == list(range(1, TOTAL_STEPS + 1))
         assert [of.step for _, of in stage.recorder.news if isinstance(of, CheckpointSaved)] == [TOTAL_STEPS]
         await stage.overseer.stop()
@@ -258,8 +258,8 @@ def test_stopping_kills_the_ranks_and_tells_what_they_have_left(stage: Stage) ->
         await stage.recorder.until_step(5)
         held = await stage.overseer.stop()
         assert not any(rank.is_running() for rank in ranks)
-        steps = [{holding.step for holding in held if holding.rank == rank} for rank in range(2)]
-        assert {holding.world_size for holding in held} == {2}
+        steps = [{replica.step for replica in held if replica.rank == rank} for rank in range(2)]
+        assert {replica.world_size for replica in held} == {2}
         assert max(steps[0] & steps[1]) >= 4  # of the last one, one rank's copy may be unfinished
 
     stage.run(stop())
@@ -270,7 +270,7 @@ def test_the_next_generation_goes_on_from_memory_at_another_size(stage: Stage) -
         await stage.start(2)
         await stage.recorder.until_step(5)
         held = await stage.overseer.stop()
-        step = max(holding.step for holding in held if replace(holding, rank=1 - holding.rank) in held)
+        step = max(replica.step for replica in held if replace(replica, rank=1 - replica.rank) in held)
         endpoint = [HOST, 1]  # of the agent that holds it, which is this one and is not asked
         parts = [{"generation": stage.overseer.generation, "rank": rank, "endpoint": endpoint} for rank in range(2)]
         await stage.start(3, parts=parts, step=step)
@@ -285,12 +285,12 @@ def test_ranks_that_are_wished_to_leave_lose_no_step(stage: Stage) -> None:
     async def leave() -> None:
         await stage.start(2)
         await stage.overseer.formed()
-        await stage.overseer.say("wish", generation=stage.overseer.generation, word="LEAVE")
+        await stage.overseer.say("set_flag", generation=stage.overseer.generation, flag="DRAIN")
         ends = [await stage.overseer.ended(rank) for rank in range(2)]
-        assert {end["end"] for end in ends} == {"left"}
+        assert {end["end"] for end in ends} == {"drained"}
         (step,) = {end["step"] for end in ends}
         held = await stage.overseer.stop()
-        assert {(holding.rank, holding.step) for holding in held} >= {(0, step), (1, step)}
+        assert {(replica.rank, replica.step) for replica in held} >= {(0, step), (1, step)}
         assert stage.recorder.steps == list(range(1, step + 1))
 
     stage.run(leave())
@@ -307,7 +307,7 @@ def test_a_rank_that_is_killed_is_told_to_have_broken(stage: Stage) -> None:
         assert other["end"] == "broken"
         assert other["reason"] != broken["reason"]
         held = await stage.overseer.stop()
-        assert {holding.rank for holding in held} == {0, 1}  # the dead one's copies too
+        assert {replica.rank for replica in held} == {0, 1}  # the dead one's copies too
 
     stage.run(kill())
 
@@ -330,13 +330,13 @@ def test_an_agent_whose_supervisor_is_away_comes_back_and_says_what_it_has(stage
         await stage.overseer.formed()
         assert stage.overseer.channel is not None
         stage.overseer.channel.close()
-        hello = await stage.overseer.expect("hello")
-        assert hello["is_warm"]
+        hello = await stage.overseer.expect("register")
+        assert hello["is_ready"]
         assert hello["generation"] == stage.overseer.generation
-        assert hello["places"] == {"0": 2, "1": 2}
+        assert hello["running_ranks"] == {"0": 2, "1": 2}
         assert hello["pids"] == {str(rank): pid for rank, pid in pids.items()}
-        held = locations_from_record(hello["holdings"])
-        assert stage.overseer.generation in {holding.generation for holding in held}
+        held = locations_from_record(hello["replicas"])
+        assert stage.overseer.generation in {replica.generation for replica in held}
         await stage.overseer.stop()
 
     stage.run(lose_connection())
@@ -350,7 +350,7 @@ def test_what_is_to_be_forgotten_frees_its_memory(stage: Stage) -> None:
             await stage.overseer.stop()
         gc.collect()
         before = len(memories())
-        await stage.overseer.say("forget", generation=stage.overseer.generation + 1)
+        await stage.overseer.say("drop_replicas", generation=stage.overseer.generation + 1)
         assert not await stage.overseer.stop()
         assert len(memories()) < before
 
@@ -362,8 +362,8 @@ def test_where_the_warm_process_dies_its_ranks_die_and_it_is_started_anew(stage:
         ranks = [psutil.Process(pid) for pid in (await stage.start(2)).values()]
         await stage.overseer.formed()
         stage.warm_process.kill()
-        await stage.overseer.expect("warm", is_warm=False)
-        await stage.overseer.expect("warm", is_warm=True)
+        await stage.overseer.expect("ready", is_ready=False)
+        await stage.overseer.expect("ready", is_ready=True)
         assert survivors(ranks) == []
         for rank in range(2):
             assert (await stage.overseer.ended(rank))["end"] == "broken"
@@ -379,7 +379,7 @@ def test_an_agent_that_is_sent_home_leaves_no_process_and_no_memory(stage: Stage
         ranks = [psutil.Process(pid) for pid in (await stage.start(2)).values()]
         warm_process = stage.warm_process
         await stage.overseer.formed()
-        await stage.overseer.say("retire")
+        await stage.overseer.say("shut_down")
         async with asyncio.timeout(_PATIENCE_S):
             await stage.life
         assert survivors([warm_process, *ranks]) == []
@@ -417,7 +417,7 @@ def test_an_agent_that_is_killed_takes_its_warm_process_and_its_ranks_along(tmp_
         process = _SPAWN.Process(target=be_an_agent, args=(setup, await overseer.locate()))
         process.start()
         try:
-            await overseer.expect("warm", is_warm=True)
+            await overseer.expect("ready", is_ready=True)
             ranks = (await overseer.start(2)).values()
             await overseer.formed()
             family = {*psutil.Process(process.pid).children(recursive=True), *map(psutil.Process, ranks)}
@@ -432,12 +432,12 @@ def test_an_agent_that_is_killed_takes_its_warm_process_and_its_ranks_along(tmp_
 
 
 def test_the_words_of_a_board_are_seen_by_whoever_has_its_descriptor() -> None:
-    board = create_status_page()
-    other = StatusPage(os.dup(board.fd))
-    board[Slot.STEP] = 2**40
-    other[Slot.LEAVE] = 1
-    assert (other[Slot.STEP], board[Slot.LEAVE], board[Slot.STOP]) == (2**40, 1, 0)
-    for each in (board, other):
+    status = create_status_page()
+    other = StatusPage(os.dup(status.fd))
+    status[StatusField.STEP] = 2**40
+    other[StatusField.DRAIN] = 1
+    assert (other[StatusField.STEP], status[StatusField.DRAIN], status[StatusField.STOP]) == (2**40, 1, 0)
+    for each in (status, other):
         each.close()
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(each.fd)

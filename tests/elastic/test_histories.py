@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from forge.elastic.membership import MOST_FAILURES, RECOVERY_S, YIELD_S, decide
+from forge.elastic.membership import MAX_STARTUP_FAILURES, RECOVERY_S, YIELD_S, decide
 from forge.elastic.states import (
     Action,
     AgentAttached,
@@ -82,7 +82,7 @@ class Machine:
     name: str
     num_slots: int
     num_guaranteed: int
-    is_warm: bool
+    is_ready: bool
     is_alive: bool = True
     is_connected: bool = False
     is_attached: bool = False
@@ -91,9 +91,9 @@ class Machine:
     to_supervisor: deque[Event] = field(default_factory=deque)
     generation: int = 0
     ranks: dict[int, Rank] = field(default_factory=dict)
-    vault: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    store: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """(generation, rank) → the steps of its whole snapshots, two at most."""
-    forgotten: int = 0
+    dropped_before: int = 0
     refused: int = 0
     preempted_at: float | None = None
 
@@ -108,7 +108,7 @@ class Generation:
 
     start: StartGeneration
     step: int
-    buddies: dict[str, str | None]
+    peers: dict[str, str | None]
     begun: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
     copying: dict[int, int] = field(default_factory=dict)
@@ -144,11 +144,11 @@ class World:
     def apply(self, event: Event) -> None:
         if self.is_over:
             return
-        if isinstance(event, NodeLost) and self.state.places:
+        if isinstance(event, NodeLost) and self.state.assignment:
             self.generations[self.state.generation].is_disturbed = True
         before = self.state
         self.state, actions = decide(before, event, now=self.now)
-        if (before.phase, self.state.phase) == (Phase.FORMING, Phase.TRAINING):
+        if (before.phase, self.state.phase) == (Phase.STARTING, Phase.TRAINING):
             self.last_formed = self.state.generation
         for action in actions:
             self.perform(action)
@@ -182,7 +182,9 @@ class World:
             case FailRun():
                 self.is_over = True
                 since = [g for number, g in self.generations.items() if number > self.last_formed]
-                assert sum(not g.is_disturbed for g in since) >= MOST_FAILURES, "a lost machine is no failure"
+                assert sum(not g.is_disturbed for g in since) >= MAX_STARTUP_FAILURES, (
+                    "a lost machine is no failure"
+                )
 
     def start(self, start: StartGeneration) -> None:
         for name in self.state.nodes:
@@ -190,26 +192,26 @@ class World:
             if machine.is_attached:
                 assert not machine.ranks, f"{name} still has ranks of generation {machine.generation}"
         assert start.generation > max(self.generations, default=0)
-        assert self.state.min_workers <= len(start.places) <= self.state.max_workers
-        for name in start.places:
+        assert self.state.min_workers <= len(start.assignment) <= self.state.max_workers
+        for name in start.assignment:
             node = self.state.nodes[name]
-            assert node.is_warm
-            assert start.places.count(name) <= node.num_slots
+            assert node.is_ready
+            assert start.assignment.count(name) <= node.num_slots
             assert node.preempted_at is None or node.preempted_at > self.now
         assert start.step == max(self.state.stored_step, newest(whole_steps(known(self.state))))
         assert start.step >= newest(self.there()), "a newer step lies in memory"
-        names = list(dict.fromkeys(start.places))
+        names = list(dict.fromkeys(start.assignment))
         spare = next((name for name in self.state.nodes if name not in names), None)
         ring = dict(zip(names, [*names[1:], names[0]], strict=True)) if len(names) > 1 else {names[0]: spare}
         self.generations[start.generation] = Generation(
-            start=start, step=start.step, buddies=dict(ring), is_stopping=self.state.is_stopping
+            start=start, step=start.step, peers=dict(ring), is_stopping=self.state.is_stopping
         )
         for name in names:
             self.send(name, start)
 
     def there(self) -> set[ReplicaLocation]:
         """The whole steps that machines within reach hold, whatever they have told."""
-        held = {h for m in self.machines.values() if m.is_attached for h in self.holdings(m)}
+        held = {h for m in self.machines.values() if m.is_attached for h in self.replicas(m)}
         return {whole for whole in whole_steps(held) if not self.generations[whole.generation].was_cut_off}
 
     def persist(self, order: FlushToStorage) -> None:
@@ -218,7 +220,7 @@ class World:
             wanted = ReplicaLocation(
                 generation=order.generation, rank=rank, world_size=order.world_size, step=order.step
             )
-            asked.add((next(name for name, node in self.state.nodes.items() if wanted in node.holdings), rank))
+            asked.add((next(name for name, node in self.state.nodes.items() if wanted in node.replicas), rank))
         self.to_persist[order.step, order.generation, order.world_size] = asked
         for name in {name for name, _ in asked}:
             self.send(name, order)
@@ -234,8 +236,8 @@ class World:
         self.wish(is_stop=True)
 
     def wish(self, *, is_stop: bool) -> None:
-        if self.state.places:
-            self.send(self.state.places[0], Wish(generation=self.state.generation, is_stop=is_stop))
+        if self.state.assignment:
+            self.send(self.state.assignment[0], Wish(generation=self.state.generation, is_stop=is_stop))
 
     def restart_supervisor(self) -> None:
         for machine in self.machines.values():
@@ -266,16 +268,16 @@ class World:
 
     def connect(self, machine: Machine) -> None:
         machine.is_connected = True
-        worlds = {rank: len(self.generations[r.generation].start.places) for rank, r in machine.ranks.items()}
+        worlds = {rank: len(self.generations[r.generation].start.assignment) for rank, r in machine.ranks.items()}
         machine.say(
             AgentAttached(
                 node=machine.name,
                 num_slots=machine.num_slots,
                 num_guaranteed=machine.num_guaranteed,
-                is_warm=machine.is_warm,
-                holdings=self.holdings(machine),
+                is_ready=machine.is_ready,
+                replicas=self.replicas(machine),
                 generation=machine.generation,
-                places=worlds,
+                running_ranks=worlds,
             )
         )
         if machine.preempted_at is not None:
@@ -287,7 +289,7 @@ class World:
         if isinstance(event, AgentAttached):
             machine.is_attached = True
         self.apply(event)
-        if isinstance(event, AgentAttached) and self.state.phase is Phase.LEAVING:
+        if isinstance(event, AgentAttached) and self.state.phase is Phase.DRAINING:
             self.wish(is_stop=False)
         if isinstance(event, AgentAttached) and self.state.is_stopping:
             self.wish(is_stop=True)
@@ -299,13 +301,13 @@ class World:
         match machine.to_agent.popleft():
             case StartGeneration() as start:
                 self.begin_ranks(machine, start)
-            case StopGeneration(generation=generation, goes_on=goes_on):
-                machine.refused = max(machine.refused, generation - goes_on)
+            case StopGeneration(generation=generation, keep_replicas=keep_replicas):
+                machine.refused = max(machine.refused, generation - keep_replicas)
                 ended = [rank for rank, r in machine.ranks.items() if r.generation <= generation]
                 gone = {rank: machine.ranks[rank].generation for rank in ended}
                 for rank in ended:
                     self.end_rank(machine, rank)
-                machine.say(AgentStopped(node=machine.name, generation=generation, holdings=self.holdings(machine)))
+                machine.say(AgentStopped(node=machine.name, generation=generation, replicas=self.replicas(machine)))
                 for rank, of in gone.items():
                     machine.say(RankEnded(generation=of, rank=rank, end=EndReason.BROKEN, reason="it was killed"))
             case Wish(generation=generation, is_stop=is_stop):
@@ -313,18 +315,18 @@ class World:
                     self.generations[generation].is_stopping |= is_stop
                     self.generations[generation].is_leaving |= not is_stop
             case DropReplicas(generation=generation):
-                machine.forgotten = max(machine.forgotten, generation)
-                machine.vault = {key: steps for key, steps in machine.vault.items() if key[0] >= generation}
+                machine.dropped_before = max(machine.dropped_before, generation)
+                machine.store = {key: steps for key, steps in machine.store.items() if key[0] >= generation}
             case FlushToStorage() as order:
                 self.write_parts(machine, order)
 
     def begin_ranks(self, machine: Machine, start: StartGeneration) -> None:
         machine.generation = start.generation
-        for rank, name in enumerate(start.places):
+        for rank, name in enumerate(start.assignment):
             if name == machine.name:
                 machine.ranks[rank] = Rank(generation=start.generation)
                 self.generations[start.generation].begun.add(rank)
-                if not machine.is_warm:
+                if not machine.is_ready:
                     self.break_rank(machine, rank)
 
     def end_rank(self, machine: Machine, rank: int) -> None:
@@ -341,27 +343,29 @@ class World:
         key = (order.step, order.generation, order.world_size)
         missing = self.to_persist.get(key, set())
         for name, rank in list(missing):
-            if name == machine.name and order.step in machine.vault.get((order.generation, rank), []):
+            if name == machine.name and order.step in machine.store.get((order.generation, rank), []):
                 missing.discard((name, rank))
         if key in self.to_persist and not missing:
             self.stored_step = max(self.stored_step, order.step)
             machine.say(CheckpointCommitted(step=order.step))
 
-    def holdings(self, machine: Machine) -> frozenset[ReplicaLocation]:
+    def replicas(self, machine: Machine) -> frozenset[ReplicaLocation]:
         return frozenset(
-            ReplicaLocation(generation=g, rank=rank, world_size=len(self.generations[g].start.places), step=step)
-            for (g, rank), steps in machine.vault.items()
+            ReplicaLocation(
+                generation=g, rank=rank, world_size=len(self.generations[g].start.assignment), step=step
+            )
+            for (g, rank), steps in machine.store.items()
             for step in steps
         )
 
     def die(self, machine: Machine) -> None:
         for rank in list(machine.ranks):
             self.end_rank(machine, rank)
-        machine.is_alive, machine.vault = False, {}
+        machine.is_alive, machine.store = False, {}
         self.cut(machine)
 
     def warm_up(self, machine: Machine) -> None:
-        machine.is_warm = True
+        machine.is_ready = True
         machine.say(NodeReady(node=machine.name))
 
     # --- ranks
@@ -376,7 +380,7 @@ class World:
 
     def can_step(self, number: int) -> bool:
         members, generation = self.members(number), self.generations[number]
-        return len(members) == len(generation.start.places) and not any(
+        return len(members) == len(generation.start.assignment) and not any(
             machine.ranks[rank].is_hung for rank, machine in members.items()
         )
 
@@ -398,7 +402,7 @@ class World:
         elif generation.is_leaving:
             self.begin_copies(number)
             self.finish_copies(number)
-            self.end_all(number, EndReason.LEFT)
+            self.end_all(number, EndReason.DRAINED)
         elif generation.step % self.snapshot_every == 0:
             self.begin_copies(number)
             if saves:
@@ -415,7 +419,7 @@ class World:
         held = {
             rank
             for machine in self.machines.values()
-            for (g, rank), steps in machine.vault.items()
+            for (g, rank), steps in machine.store.items()
             if g == of and generation.start.step in steps
         }
         return held == set(range(world_size))
@@ -434,8 +438,8 @@ class World:
         self.finish_copies(number)
         for rank, machine in self.members(number).items():
             for keeper in self.keepers(number, machine):
-                if (number, rank) in keeper.vault:
-                    keeper.vault[number, rank] = keeper.vault[number, rank][-1:]
+                if (number, rank) in keeper.store:
+                    keeper.store[number, rank] = keeper.store[number, rank][-1:]
             self.generations[number].copying[rank] = self.generations[number].step
 
     def finish_copies(self, number: int) -> None:
@@ -445,16 +449,16 @@ class World:
     def copy(self, number: int, rank: int) -> None:
         step = self.generations[number].copying.pop(rank)
         for keeper in self.keepers(number, self.members(number)[rank]):
-            if number >= keeper.forgotten and number > keeper.refused:
-                keeper.vault[number, rank] = [*keeper.vault.get((number, rank), []), step]
+            if number >= keeper.dropped_before and number > keeper.refused:
+                keeper.store[number, rank] = [*keeper.store.get((number, rank), []), step]
 
     def keepers(self, number: int, machine: Machine) -> list[Machine]:
-        buddy = self.machines.get(self.generations[number].buddies.get(machine.name) or "")
-        return [machine, *([buddy] if buddy is not None and buddy.is_alive else [])]
+        peer = self.machines.get(self.generations[number].peers.get(machine.name) or "")
+        return [machine, *([peer] if peer is not None and peer.is_alive else [])]
 
     def break_whoever_misses_a_peer(self, number: int) -> None:
         generation = self.generations[number]
-        dead = {r for r, name in enumerate(generation.start.places) if not self.machines[name].is_alive}
+        dead = {r for r, name in enumerate(generation.start.assignment) if not self.machines[name].is_alive}
         if generation.gone or dead - generation.begun:
             for rank, machine in self.members(number).items():
                 if not machine.ranks[rank].is_hung:
@@ -462,7 +466,7 @@ class World:
 
     def find_hang(self) -> None:
         number = self.state.generation
-        if self.state.phase in (Phase.FORMING, Phase.TRAINING, Phase.LEAVING) and number in self.generations:
+        if self.state.phase in (Phase.STARTING, Phase.TRAINING, Phase.DRAINING) and number in self.generations:
             hung = [rank for rank, machine in self.members(number).items() if machine.ranks[rank].is_hung]
             if hung:
                 self.apply(HangDetected(generation=number, rank=hung[0], silent_s=5.0))
@@ -489,7 +493,7 @@ class World:
                 self.step(number)
         self.settle_messages()
         for machine in self.machines.values():
-            machine.say(ReplicasHeld(node=machine.name, holdings=self.holdings(machine)))
+            machine.say(ReplicasHeld(node=machine.name, replicas=self.replicas(machine)))
         self.settle_messages()
         self.tick(seconds)
 
@@ -515,10 +519,10 @@ class World:
             if machine.to_agent:
                 found += 2 * [partial(self.obey, machine)]
             if machine.is_connected:
-                found += [partial(machine.say, ReplicasHeld(node=machine.name, holdings=self.holdings(machine)))]
+                found += [partial(machine.say, ReplicasHeld(node=machine.name, replicas=self.replicas(machine)))]
             elif machine.is_alive:
                 found += [partial(self.connect, machine)]
-            if machine.is_alive and not machine.is_warm:
+            if machine.is_alive and not machine.is_ready:
                 found += [partial(self.warm_up, machine)]
         for number, generation in self.generations.items():
             found += [partial(self.copy, number, rank) for rank in generation.copying]
@@ -533,9 +537,9 @@ class World:
         self.lose_the_silent()
         if not self.is_stop_wished:
             for _ in range(self.state.min_workers):
-                self.add(num_slots=1, num_guaranteed=1, is_warm=True)
+                self.add(num_slots=1, num_guaranteed=1, is_ready=True)
             for machine in self.machines.values():
-                if machine.is_alive and not machine.is_warm:
+                if machine.is_alive and not machine.is_ready:
                     self.warm_up(machine)
         reached: list[tuple[int, int]] = []
         for round_number in range(CALM_ROUNDS):
@@ -548,15 +552,15 @@ class World:
             if self.state.phase is Phase.TRAINING and self.can_step(number):
                 reached.append((number, self.generations[number].step))
             if len(reached) > 3 and reached[-1][1] > reached[0][1] and not self.is_stop_wished:
-                assert not self.has_given_back or round_number < YIELD_S + 1, "places were never claimed again"
+                assert not self.has_given_back or round_number < YIELD_S + 1, "assignment were never claimed again"
                 if not self.has_given_back:
                     return
         raise AssertionError(f"no training after {CALM_ROUNDS} calm rounds: {self.state}")
 
-    def add(self, *, num_slots: int, num_guaranteed: int, is_warm: bool) -> None:
+    def add(self, *, num_slots: int, num_guaranteed: int, is_ready: bool) -> None:
         name = f"m{len(self.machines) + 1}"
         self.machines[name] = Machine(
-            name=name, num_slots=num_slots, num_guaranteed=num_guaranteed, is_warm=is_warm
+            name=name, num_slots=num_slots, num_guaranteed=num_guaranteed, is_ready=is_ready
         )
 
     # --- misfortunes
@@ -568,7 +572,7 @@ class World:
 
     def machine_comes(self, chance: random.Random) -> None:
         num_slots = chance.randint(1, 2)
-        self.add(num_slots=num_slots, num_guaranteed=chance.randint(0, num_slots), is_warm=chance.random() < 0.5)
+        self.add(num_slots=num_slots, num_guaranteed=chance.randint(0, num_slots), is_ready=chance.random() < 0.5)
 
     def machine_dies(self, chance: random.Random) -> None:
         for machine in self.any(lambda machine: True, chance):
@@ -581,11 +585,11 @@ class World:
                 self.connect(machine)
 
     def warm_process_dies(self, chance: random.Random) -> None:
-        for machine in self.any(lambda machine: machine.is_warm, chance):
-            machine.is_warm = False
+        for machine in self.any(lambda machine: machine.is_ready, chance):
+            machine.is_ready = False
             for rank in list(machine.ranks):
                 self.break_rank(machine, rank)
-            machine.say(NodeReady(node=machine.name, is_warm=False))
+            machine.say(NodeReady(node=machine.name, is_ready=False))
 
     def rank_is_killed(self, chance: random.Random) -> None:
         for machine in self.any(lambda machine: machine.ranks, chance):
@@ -629,7 +633,7 @@ class World:
 
 def known(state: MembershipState) -> set[ReplicaLocation]:
     """All snapshots that the supervisor has been told of."""
-    return {holding for node in state.nodes.values() for holding in node.holdings}
+    return {replica for node in state.nodes.values() for replica in node.replicas}
 
 
 def whole_steps(held: set[ReplicaLocation]) -> set[ReplicaLocation]:
@@ -638,7 +642,7 @@ def whole_steps(held: set[ReplicaLocation]) -> set[ReplicaLocation]:
 
 
 def newest(held: set[ReplicaLocation]) -> int:
-    return max((holding.step for holding in held), default=0)
+    return max((replica.step for replica in held), default=0)
 
 
 class Histories(RuleBasedStateMachine):
@@ -649,7 +653,7 @@ class Histories(RuleBasedStateMachine):
         self.world = World(low=low, high=low + more, snapshot_every=every)
         self.is_stopped = is_stopped
         for number in range(low + more):
-            self.world.add(num_slots=1, num_guaranteed=int(number < low), is_warm=True)
+            self.world.add(num_slots=1, num_guaranteed=int(number < low), is_ready=True)
         self.work(3)
 
     @rule(rounds=st.integers(1, 6))

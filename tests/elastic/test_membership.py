@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from forge.elastic.membership import (
-    BENCH_S,
     JOIN_WINDOW_S,
-    MOST_FAILURES,
+    MAX_STARTUP_FAILURES,
+    QUARANTINE_S,
     RECOVERY_S,
     YIELD_S,
     decide,
-    newest_whole,
+    newest_complete_step,
 )
 from forge.elastic.states import (
     Action,
@@ -69,37 +69,39 @@ class Story:
         self.now += seconds
         return self.on(Tick())
 
-    def stopped(self, *names: str, **holdings: frozenset[ReplicaLocation]) -> list[Action]:
+    def stopped(self, *names: str, **replicas: frozenset[ReplicaLocation]) -> list[Action]:
         """What follows from the last of these answers."""
         generation = self.state.generation
         actions: list[Action] = []
         for name in names:
-            held = holdings.get(name, self.state.nodes[name].holdings)
-            actions = self.on(AgentStopped(node=name, generation=generation, holdings=held))
+            held = replicas.get(name, self.state.nodes[name].replicas)
+            actions = self.on(AgentStopped(node=name, generation=generation, replicas=held))
         return actions
 
     def left(self) -> list[Action]:
         """Every rank has ended after its step, as it was asked to."""
-        ranks = range(len(self.state.places))
-        return [action for rank in ranks for action in self.on(ended(rank, EndReason.LEFT, self.state.generation))]
+        ranks = range(len(self.state.assignment))
+        return [
+            action for rank in ranks for action in self.on(ended(rank, EndReason.DRAINED, self.state.generation))
+        ]
 
 
 def waiting(*, low: int = 1, high: int = 4, **more: Any) -> Story:
     return Story(MembershipState(min_workers=low, max_workers=high, **more))
 
 
-def training(*places: str, low: int = 1, high: int = 4, phase: Phase = Phase.TRAINING, **more: Any) -> Story:
+def training(*assignment: str, low: int = 1, high: int = 4, phase: Phase = Phase.TRAINING, **more: Any) -> Story:
     """Generation 1 is at work, a rank on each of these."""
-    nodes = {name: MemberNode(num_slots=places.count(name), is_warm=True) for name in places}
+    nodes = {name: MemberNode(num_slots=assignment.count(name), is_ready=True) for name in assignment}
     return Story(
         MembershipState(
-            min_workers=low, max_workers=high, phase=phase, generation=1, places=places, nodes=nodes, **more
+            min_workers=low, max_workers=high, phase=phase, generation=1, assignment=assignment, nodes=nodes, **more
         )
     )
 
 
 def came(name: str, **more: Any) -> AgentAttached:
-    return AgentAttached(node=name, **({"num_slots": 1, "is_warm": True} | more))
+    return AgentAttached(node=name, **({"num_slots": 1, "is_ready": True} | more))
 
 
 def lost(name: str) -> NodeLost:
@@ -114,12 +116,14 @@ def snapshots(step: int, *ranks: int, of: int, generation: int = 1) -> frozenset
     return frozenset(ReplicaLocation(generation=generation, rank=rank, world_size=of, step=step) for rank in ranks)
 
 
-def stops(*names: str, generation: int = 1, goes_on: bool = False) -> list[Action]:
-    return [StopGeneration(node=name, generation=generation, goes_on=goes_on) for name in names]
+def stops(*names: str, generation: int = 1, keep_replicas: bool = False) -> list[Action]:
+    return [StopGeneration(node=name, generation=generation, keep_replicas=keep_replicas) for name in names]
 
 
-def start(generation: int, *places: str, step: int = 0, source: tuple[int, int] | None = None) -> StartGeneration:
-    return StartGeneration(generation=generation, places=places, step=step, source=source)
+def start(
+    generation: int, *assignment: str, step: int = 0, source: tuple[int, int] | None = None
+) -> StartGeneration:
+    return StartGeneration(generation=generation, assignment=assignment, step=step, source=source)
 
 
 def causes(actions: list[Action]) -> list[str]:
@@ -136,9 +140,9 @@ def starts(actions: list[Action]) -> list[StartGeneration]:
 def test_a_run_begins_as_soon_as_the_smallest_number_of_workers_is_warm() -> None:
     story = waiting(low=2)
     assert story.on(came("a")) == []
-    assert story.on(came("b", is_warm=False)) == []
+    assert story.on(came("b", is_ready=False)) == []
     assert story.on(NodeReady(node="b")) == [start(1, "a", "b")]
-    assert story.state.phase is Phase.FORMING
+    assert story.state.phase is Phase.STARTING
 
 
 def test_a_machine_takes_as_many_ranks_as_it_has_places_and_the_job_allows() -> None:
@@ -152,14 +156,14 @@ def test_a_resumed_run_goes_on_from_storage_with_the_next_number() -> None:
 
 
 def test_the_first_step_makes_a_generation_train() -> None:
-    story = training("a", phase=Phase.FORMING)
+    story = training("a", phase=Phase.STARTING)
     assert story.on(GenerationReady(generation=1)) == []
     assert story.state.phase is Phase.TRAINING
 
 
 def test_a_snapshot_shows_that_the_first_step_was_made_where_the_word_was_lost() -> None:
-    story = training("a", phase=Phase.FORMING)
-    story.on(ReplicasHeld(node="a", holdings=snapshots(1, 0, of=1)))
+    story = training("a", phase=Phase.STARTING)
+    story.on(ReplicasHeld(node="a", replicas=snapshots(1, 0, of=1)))
     assert story.state.phase is Phase.TRAINING
 
 
@@ -216,7 +220,7 @@ def test_whoever_is_lost_need_not_answer() -> None:
 
 def test_the_next_generation_goes_on_from_the_newest_step_that_is_whole_in_memory() -> None:
     story = training("a", "b", "c")
-    story.on(ReplicasHeld(node="a", holdings=snapshots(7, 0, 2, of=3) | snapshots(8, 0, 2, of=3)))
+    story.on(ReplicasHeld(node="a", replicas=snapshots(7, 0, 2, of=3) | snapshots(8, 0, 2, of=3)))
     story.on(lost("b"))
     story.stopped("a")
     held = snapshots(7, 1, of=3) | snapshots(9, 2, of=3)  # a copy of the lost rank's; its own is further
@@ -226,7 +230,7 @@ def test_the_next_generation_goes_on_from_the_newest_step_that_is_whole_in_memor
 def test_a_copy_on_a_machine_without_ranks_is_asked_for_too() -> None:
     story = training("a", high=1)
     story.on(came("spare"))
-    story.on(ReplicasHeld(node="spare", holdings=snapshots(3, 0, of=1)))
+    story.on(ReplicasHeld(node="spare", replicas=snapshots(3, 0, of=1)))
     assert story.on(lost("a"))[1:] == stops("spare")
     newer = snapshots(8, 0, of=1)
     assert story.stopped("spare", spare=newer) == [start(2, "spare", step=8, source=(1, 1))]
@@ -248,14 +252,14 @@ def test_memory_that_is_as_new_as_storage_is_preferred() -> None:
 
 
 def test_a_member_lost_while_forming_ends_the_generation() -> None:
-    story = training("a", "b", phase=Phase.FORMING)
+    story = training("a", "b", phase=Phase.STARTING)
     actions = story.on(lost("a"))
     assert causes(actions) == ["loss"]
     assert actions[1:] == stops("b")
 
 
 def test_a_member_lost_while_leaving_is_not_announced_as_another_change() -> None:
-    story = training("a", "b", phase=Phase.LEAVING)
+    story = training("a", "b", phase=Phase.DRAINING)
     assert story.on(lost("a")) == stops("b")
 
 
@@ -282,7 +286,7 @@ def test_the_end_of_a_rank_of_an_earlier_generation_means_nothing() -> None:
 
 def test_a_member_whose_warm_process_died_is_left_out_until_it_is_warm_again() -> None:
     story = training("a", "b")
-    assert story.on(NodeReady(node="b", is_warm=False)) == []
+    assert story.on(NodeReady(node="b", is_ready=False)) == []
     story.on(ended(1))
     assert story.stopped("a", "b") == [start(2, "a")]
     story.on(GenerationReady(generation=2))
@@ -302,18 +306,18 @@ def test_older_snapshots_are_let_go_once_those_of_the_new_generation_are_whole()
     story = training("a", "b")
     story.state = replace(story.state, generation=2)
     old = snapshots(4, 0, 1, of=2)
-    assert story.on(ReplicasHeld(node="a", holdings=old | snapshots(5, 0, of=2, generation=2))) == []
+    assert story.on(ReplicasHeld(node="a", replicas=old | snapshots(5, 0, of=2, generation=2))) == []
     assert story.on(Tick()) == []
-    story.on(ReplicasHeld(node="b", holdings=snapshots(5, 1, of=2, generation=2)))
+    story.on(ReplicasHeld(node="b", replicas=snapshots(5, 1, of=2, generation=2)))
     assert story.on(Tick()) == [DropReplicas(generation=2)]
     assert story.on(Tick()) == []  # once is enough
 
 
 def test_a_step_is_whole_only_if_one_generation_holds_all_of_it() -> None:
     held = snapshots(5, 0, of=2) | snapshots(5, 1, of=2, generation=2) | snapshots(3, 0, of=1, generation=3)
-    node = MemberNode(num_slots=1, holdings=held)
-    assert newest_whole(MembershipState(min_workers=1, max_workers=1, nodes={"a": node})) == (3, 3, 1)
-    assert newest_whole(MembershipState(min_workers=1, max_workers=1)) is None
+    node = MemberNode(num_slots=1, replicas=held)
+    assert newest_complete_step(MembershipState(min_workers=1, max_workers=1, nodes={"a": node})) == (3, 3, 1)
+    assert newest_complete_step(MembershipState(min_workers=1, max_workers=1)) is None
 
 
 # --- notices
@@ -334,7 +338,7 @@ def test_a_machine_with_time_left_trains_on_while_another_is_asked_for() -> None
 def test_a_machine_that_will_go_is_left_as_soon_as_another_is_ready() -> None:
     story = training("a", "b")
     story.on(PreemptionNotice(node="b", preempted_at=story.now + 30))
-    assert story.on(came("c", is_warm=False)) == []
+    assert story.on(came("c", is_ready=False)) == []
     assert causes(story.on(NodeReady(node="c"))) == ["notice"]
     story.left()
     assert story.stopped("a", "b", "c") == [start(2, "a", "c")]
@@ -362,7 +366,7 @@ def test_a_notice_for_a_machine_without_ranks_only_has_it_replaced() -> None:
 
 
 def test_a_notice_while_forming_is_heeded_after_the_first_step() -> None:
-    story = training("a", "b", phase=Phase.FORMING)
+    story = training("a", "b", phase=Phase.STARTING)
     assert story.on(PreemptionNotice(node="b", preempted_at=story.now)) == [ReplaceNode(node="b")]
     assert causes(story.on(GenerationReady(generation=1))) == ["notice"]
 
@@ -381,7 +385,7 @@ def test_a_machine_that_the_minimum_needs_is_used_for_as_long_as_it_is_there() -
     assert starts(story.stopped("a", "b")) == [start(2, "a", "b")]
     story.on(GenerationReady(generation=2))
     held = snapshots(6, 0, 1, of=2, generation=2)
-    story.on(ReplicasHeld(node="a", holdings=held))
+    story.on(ReplicasHeld(node="a", replicas=held))
     assert causes(story.after(30 - story.state.margin_s)) == ["notice"]
     story.left()
     assert story.stopped("a", "b") == [
@@ -404,7 +408,7 @@ def test_the_place_of_a_rank_that_hung_is_left_out_for_a_while() -> None:
     assert actions[1:] == stops("a", "b")
     assert story.stopped("a", "b") == [start(2, "a")]
     story.on(GenerationReady(generation=2))
-    assert story.after(BENCH_S - 0.1) == []
+    assert story.after(QUARANTINE_S - 0.1) == []
     story.after(0.1)
     assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
 
@@ -451,7 +455,7 @@ def test_a_step_is_made_durable_again_where_one_that_was_told_may_not_have_done_
     both = snapshots(6, 0, 1, 2, of=3)
     persist = FlushToStorage(step=6, generation=1, world_size=3)
     assert story.stopped("a", "b", a=both, b=both)[-1] == persist
-    event = replace(happens, holdings=both) if isinstance(happens, AgentAttached) else happens
+    event = replace(happens, replicas=both) if isinstance(happens, AgentAttached) else happens
     assert story.on(event) == [persist]
 
 
@@ -461,7 +465,7 @@ def test_a_step_is_made_durable_again_where_one_that_was_told_may_not_have_done_
 def test_a_run_above_its_minimum_falls_to_it_and_gives_the_rest_back_until_time_has_passed() -> None:
     story = training("a", "b", "c", low=1)
     story.state = replace(
-        story.state, nodes={**story.state.nodes, "b": MemberNode(num_slots=1, num_guaranteed=1, is_warm=True)}
+        story.state, nodes={**story.state.nodes, "b": MemberNode(num_slots=1, num_guaranteed=1, is_ready=True)}
     )
     actions = story.on(YieldRequested())
     assert causes(actions) == ["yield"]
@@ -491,8 +495,8 @@ def test_a_run_that_falls_below_its_minimum_while_another_waits_claims_no_more_t
 
 
 def test_a_wish_to_yield_changes_nothing_that_is_changing_anyway() -> None:
-    for phase in (Phase.FORMING, Phase.LEAVING, Phase.STOPPING):
-        story = training("a", "b", phase=phase, unanswered=frozenset({"a"}))
+    for phase in (Phase.STARTING, Phase.DRAINING, Phase.STOPPING):
+        story = training("a", "b", phase=phase, stopping_nodes=frozenset({"a"}))
         assert story.on(YieldRequested()) == [ReleaseSlots()]
         assert story.state.phase is phase
 
@@ -532,7 +536,7 @@ def test_a_run_that_is_stopped_before_it_has_begun_is_over_at_once() -> None:
     assert waiting(stored_step=3).on(StopRequested()) == [FinishRun(step=3)]
 
 
-@pytest.mark.parametrize("phase", [Phase.FORMING, Phase.TRAINING, Phase.LEAVING])
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.TRAINING, Phase.DRAINING])
 def test_a_run_that_is_stopped_ends_as_its_ranks_do(phase: Phase) -> None:
     story = training("a", phase=phase)
     assert story.on(StopRequested()) == []
@@ -549,7 +553,7 @@ def test_a_run_that_is_stopped_does_not_change_any_more() -> None:
 
 
 def test_a_run_that_is_stopped_while_leaving_and_leaves_all_the_same_forms_once_more_to_stop() -> None:
-    story = training("a", phase=Phase.LEAVING)
+    story = training("a", phase=Phase.DRAINING)
     story.on(StopRequested())
     assert story.left() == stops("a")
     assert story.stopped("a", a=snapshots(5, 0, of=1)) == [start(2, "a", step=5, source=(1, 1))]
@@ -558,7 +562,7 @@ def test_a_run_that_is_stopped_while_leaving_and_leaves_all_the_same_forms_once_
 def test_a_run_that_is_stopped_does_not_end_before_what_a_machine_has_brought_back() -> None:
     story = training("a", is_stopping=True, phase=Phase.TRAINING)
     story.state = replace(story.state, generation=2)
-    story.on(came("b", generation=1, holdings=snapshots(20, 0, of=1)))
+    story.on(came("b", generation=1, replicas=snapshots(20, 0, of=1)))
     story.on(RankEnded(generation=2, rank=0, end=EndReason.DONE, step=11))
     (begun,) = starts(story.stopped("a", "b"))
     assert (begun.generation, begun.step, begun.source) == (3, 20, (1, 1))
@@ -595,12 +599,12 @@ def break_while_forming(story: Story, *, is_lost: bool = False) -> list[Action]:
     generation = story.state.generation
     story.on(ended(0, generation=generation, reason="out of memory"))
     actions = story.on(lost("b")) if is_lost else []
-    return actions + story.stopped(*story.state.unanswered)
+    return actions + story.stopped(*story.state.stopping_nodes)
 
 
 def test_generations_that_break_by_themselves_before_their_first_step_fail_the_run() -> None:
-    story = training("a", "b", phase=Phase.FORMING)
-    for _ in range(MOST_FAILURES - 1):
+    story = training("a", "b", phase=Phase.STARTING)
+    for _ in range(MAX_STARTUP_FAILURES - 1):
         assert starts(break_while_forming(story))
     (fail,) = break_while_forming(story)
     assert isinstance(fail, FailRun)
@@ -609,15 +613,15 @@ def test_generations_that_break_by_themselves_before_their_first_step_fail_the_r
 
 
 def test_generations_that_break_because_a_machine_is_lost_do_not_count_whoever_says_it_first() -> None:
-    story = training("a", "b", phase=Phase.FORMING)
-    for _ in range(2 * MOST_FAILURES):
+    story = training("a", "b", phase=Phase.STARTING)
+    for _ in range(2 * MAX_STARTUP_FAILURES):
         assert starts(break_while_forming(story, is_lost=True))
         story.on(came("b"))
     assert story.state.num_failures == 0
 
 
 def test_a_first_step_forgives_earlier_failures() -> None:
-    story = training("a", "b", phase=Phase.FORMING)
+    story = training("a", "b", phase=Phase.STARTING)
     break_while_forming(story)
     story.on(GenerationReady(generation=story.state.generation))
     assert story.state.num_failures == 0
@@ -635,30 +639,30 @@ def test_generations_that_break_after_their_first_step_do_not_count() -> None:
 
 def test_a_member_that_only_reconnects_trains_on() -> None:
     story = training("a", "b")
-    assert story.on(came("b", generation=1, places={1: 2})) == []
+    assert story.on(came("b", generation=1, running_ranks={1: 2})) == []
     assert story.state.phase is Phase.TRAINING
 
 
-@pytest.mark.parametrize("places", [{}, {1: 3}], ids=["all", "one"])
-def test_a_member_that_reconnects_without_its_ranks_ends_the_generation(places: dict[int, int]) -> None:
+@pytest.mark.parametrize("running_ranks", [{}, {1: 3}], ids=["all", "one"])
+def test_a_member_that_reconnects_without_its_ranks_ends_the_generation(running_ranks: dict[int, int]) -> None:
     story = training("a", "b", "b")
-    actions = story.on(came("b", generation=1, places=places))
+    actions = story.on(came("b", generation=1, running_ranks=running_ranks))
     assert causes(actions) == ["loss"]
     assert actions[1:] == stops("a", "b")
 
 
 def test_a_member_that_reconnects_after_its_rank_has_left_is_not_missed() -> None:
-    story = training("a", "b", phase=Phase.LEAVING)
-    story.on(ended(1, EndReason.LEFT))
+    story = training("a", "b", phase=Phase.DRAINING)
+    story.on(ended(1, EndReason.DRAINED))
     assert story.on(came("b", generation=1)) == []
-    assert story.on(ended(0, EndReason.LEFT)) == stops("a", "b")
+    assert story.on(ended(0, EndReason.DRAINED)) == stops("a", "b")
 
 
-@pytest.mark.parametrize("places", [{}, {1: 2}], ids=["without ranks", "with ranks"])
-def test_a_member_that_reconnects_while_stopping_is_told_again(places: dict[int, int]) -> None:
+@pytest.mark.parametrize("running_ranks", [{}, {1: 2}], ids=["without ranks", "with ranks"])
+def test_a_member_that_reconnects_while_stopping_is_told_again(running_ranks: dict[int, int]) -> None:
     story = training("a", "b")
     story.on(ended(0))
-    assert story.on(came("b", generation=1, places=places)) == stops("b")
+    assert story.on(came("b", generation=1, running_ranks=running_ranks)) == stops("b")
     story.stopped("a")
     assert story.stopped("b") == [start(2, "a", "b")]
 
@@ -666,7 +670,7 @@ def test_a_member_that_reconnects_while_stopping_is_told_again(places: dict[int,
 def test_a_lost_machine_that_comes_back_while_stopping_is_stopped_and_waited_for() -> None:
     story = training("a", "b")
     story.on(lost("b"))
-    assert story.on(came("b", generation=1, places={1: 2})) == stops("b")
+    assert story.on(came("b", generation=1, running_ranks={1: 2})) == stops("b")
     assert story.stopped("a") == []
     assert story.stopped("b") == [start(2, "a", "b")]
 
@@ -676,7 +680,7 @@ def test_a_lost_machine_that_comes_back_with_old_ranks_has_them_stopped_before_i
     story.on(lost("b"))
     story.stopped("a")
     story.on(GenerationReady(generation=2))
-    assert story.on(came("b", generation=1, places={1: 2})) == stops("b", generation=2, goes_on=True)
+    assert story.on(came("b", generation=1, running_ranks={1: 2})) == stops("b", generation=2, keep_replicas=True)
     actions = story.after(JOIN_WINDOW_S) + story.after(JOIN_WINDOW_S)
     assert causes(actions) == ["growth"]
     story.left()
@@ -694,8 +698,8 @@ def test_what_is_said_of_an_unknown_machine_means_nothing() -> None:
         SlotsChanged(node="x", num_slots=9),
     ):
         assert story.on(event) == []
-    assert story.on(ReplicasHeld(node="x", holdings=snapshots(9, 0, of=1))) == []
-    assert story.on(AgentStopped(node="x", generation=1, holdings=snapshots(9, 0, of=1))) == []
+    assert story.on(ReplicasHeld(node="x", replicas=snapshots(9, 0, of=1))) == []
+    assert story.on(AgentStopped(node="x", generation=1, replicas=snapshots(9, 0, of=1))) == []
     assert story.state == before
 
 
@@ -708,11 +712,11 @@ def reborn(**more: Any) -> Story:
 
 def test_a_restarted_supervisor_lets_the_generation_that_it_finds_train_on() -> None:
     story = reborn()
-    assert story.on(came("a", generation=5, places={0: 3, 1: 3})) == []
+    assert story.on(came("a", generation=5, running_ranks={0: 3, 1: 3})) == []
     assert story.after(RECOVERY_S / 2) == []
-    assert story.on(came("b", generation=5, places={2: 3})) == []
+    assert story.on(came("b", generation=5, running_ranks={2: 3})) == []
     assert story.after(RECOVERY_S) == []
-    assert (story.state.phase, story.state.places) == (Phase.TRAINING, ("a", "a", "b"))
+    assert (story.state.phase, story.state.assignment) == (Phase.TRAINING, ("a", "a", "b"))
     story.on(lost("b"))
     story.on(came("c"))
     assert starts(story.stopped("a"))[0].generation == 6
@@ -721,22 +725,24 @@ def test_a_restarted_supervisor_lets_the_generation_that_it_finds_train_on() -> 
 def test_a_machine_that_was_left_out_earlier_does_not_hide_the_generation_at_work() -> None:
     story = reborn()
     assert story.on(came("spare", generation=4)) == []
-    assert story.on(came("a", generation=5, places={0: 1})) == []
-    assert (story.state.phase, story.state.generation, story.state.places) == (Phase.TRAINING, 5, ("a",))
+    assert story.on(came("a", generation=5, running_ranks={0: 1})) == []
+    assert (story.state.phase, story.state.generation, story.state.assignment) == (Phase.TRAINING, 5, ("a",))
 
 
 def test_of_two_generations_that_it_finds_the_older_is_stopped() -> None:
     story = reborn()
-    story.on(came("cut off", generation=4, places={0: 2}))
-    assert story.on(came("a", generation=5, places={0: 2})) == stops("cut off", generation=5, goes_on=True)
-    assert story.on(came("b", generation=5, places={1: 2})) == []
-    assert (story.state.phase, story.state.places) == (Phase.TRAINING, ("a", "b"))
+    story.on(came("cut off", generation=4, running_ranks={0: 2}))
+    assert story.on(came("a", generation=5, running_ranks={0: 2})) == stops(
+        "cut off", generation=5, keep_replicas=True
+    )
+    assert story.on(came("b", generation=5, running_ranks={1: 2})) == []
+    assert (story.state.phase, story.state.assignment) == (Phase.TRAINING, ("a", "b"))
 
 
 def test_a_restarted_supervisor_ends_a_generation_of_which_an_agent_stays_away() -> None:
     story = reborn()
-    story.on(came("a", generation=5, places={0: 3}))
-    story.on(came("b", generation=5, places={1: 3}))
+    story.on(came("a", generation=5, running_ranks={0: 3}))
+    story.on(came("b", generation=5, running_ranks={1: 3}))
     actions = story.after(RECOVERY_S)
     assert causes(actions) == ["loss"]
     assert actions[1:] == stops("a", "b", generation=5)
@@ -746,7 +752,7 @@ def test_a_restarted_supervisor_ends_a_generation_of_which_an_agent_stays_away()
 def test_a_restarted_supervisor_that_finds_no_generation_forms_one_when_all_had_time_to_come() -> None:
     story = reborn()
     held = snapshots(7, 0, 1, of=2, generation=5)
-    assert story.on(came("a", generation=5, holdings=held)) == []
+    assert story.on(came("a", generation=5, replicas=held)) == []
     assert story.on(came("b", generation=5)) == []
     story.after(RECOVERY_S)
     assert story.stopped("a", "b") == [start(6, "a", "b", step=7, source=(5, 2))]
@@ -754,7 +760,7 @@ def test_a_restarted_supervisor_that_finds_no_generation_forms_one_when_all_had_
 
 def test_a_restarted_supervisor_with_too_few_machines_has_their_memory_made_durable() -> None:
     story = reborn()
-    story.on(came("a", generation=5, holdings=snapshots(7, 0, 1, of=2, generation=5)))
+    story.on(came("a", generation=5, replicas=snapshots(7, 0, 1, of=2, generation=5)))
     story.after(RECOVERY_S)
     assert story.stopped("a") == [WaitForNodes(have=1, need=2), FlushToStorage(step=7, generation=5, world_size=2)]
 
@@ -762,7 +768,7 @@ def test_a_restarted_supervisor_with_too_few_machines_has_their_memory_made_dura
 def test_a_restarted_supervisor_that_is_told_to_stop_first_looks_for_what_is_running() -> None:
     story = reborn()
     assert story.on(StopRequested()) == []
-    story.on(came("a", generation=5, places={0: 1}))
+    story.on(came("a", generation=5, running_ranks={0: 1}))
     assert story.on(ended(0, EndReason.DONE, 5, step=9)) == [FinishRun(step=9)]
 
 

@@ -36,27 +36,27 @@ STATE_BYTES = 6 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """A vault, and where it is asked."""
+    """A store, and where it is asked."""
 
-    vault: ReplicaStore
+    store: ReplicaStore
     endpoint: Endpoint
 
     @property
     def steps(self) -> list[int]:
         """Whole here, of whatever rank."""
-        return sorted(holding.step for holding in self.vault.holdings())
+        return sorted(replica.step for replica in self.store.locations())
 
 
 @contextlib.asynccontextmanager
 async def machine() -> AsyncIterator[Machine]:
-    vault = ReplicaStore(secret=SECRET)
-    listener = Listener(host="127.0.0.1", secret=SECRET, serve=vault.serve)
+    store = ReplicaStore(secret=SECRET)
+    listener = Listener(host="127.0.0.1", secret=SECRET, serve=store.serve)
     try:
-        yield Machine(vault=vault, endpoint=listener.endpoint)
+        yield Machine(store=store, endpoint=listener.endpoint)
     finally:
         listener.close()
         await asyncio.sleep(0)
-        vault.close()
+        store.close()
 
 
 class Road:
@@ -135,10 +135,10 @@ def filled(snapshot: SnapshotBuffer, *, step: int, slot: int, seed: int | None =
     return body
 
 
-def hand_on(buddy: Replicator, snapshot: SnapshotBuffer, *, step: int) -> None:
+def hand_on(peer: Replicator, snapshot: SnapshotBuffer, *, step: int) -> None:
     """Write a step, and have it sent."""
     filled(snapshot, step=step, slot=(step - 1) % 2)
-    buddy.send(step=step, slot=(step - 1) % 2)
+    peer.send(step=step, slot=(step - 1) % 2)
 
 
 def state_of(num_bytes: int = STATE_BYTES) -> SnapshotBuffer:
@@ -162,11 +162,11 @@ async def sending(
 ) -> AsyncIterator[tuple[Replicator, list[int]]]:
     """Sends a snapshot, and the steps of which it was told that they are kept."""
     kept: list[int] = []
-    buddy = Replicator(endpoint, snapshot, name=dict(name), secret=SECRET, on_kept=kept.append)
+    peer = Replicator(endpoint, snapshot, name=dict(name), secret=SECRET, on_replicated=kept.append)
     try:
-        yield buddy, kept
+        yield peer, kept
     finally:
-        buddy.close()
+        peer.close()
         await asyncio.sleep(0)
 
 
@@ -177,11 +177,11 @@ def test_a_copy_on_another_machine_is_bit_equal() -> None:
     async def copy() -> None:
         snapshot = state_of()
         body = filled(snapshot, step=7, slot=1)
-        async with machine() as far, sending(snapshot, far.endpoint) as (buddy, kept):
-            buddy.send(step=7, slot=1)
+        async with machine() as far, sending(snapshot, far.endpoint) as (peer, kept):
+            peer.send(step=7, slot=1)
             await until(lambda: kept == [7])
-            assert far.vault.holdings() == {ReplicaLocation(generation=1, rank=0, world_size=1, step=7)}
-            there = far.vault.find(1, 0)
+            assert far.store.locations() == {ReplicaLocation(generation=1, rank=0, world_size=1, step=7)}
+            there = far.store.find(1, 0)
             assert there is not None
             (found,) = there.copies()
             assert there.is_intact(found)
@@ -200,8 +200,8 @@ def test_a_copy_counts_as_kept_only_when_it_is_whole() -> None:
             road = Road(far.endpoint)
             await road.open()
             road.block(after_bytes=STATE_BYTES - 1)
-            async with sending(snapshot, road.endpoint) as (buddy, kept):
-                buddy.send(step=7, slot=1)
+            async with sending(snapshot, road.endpoint) as (peer, kept):
+                peer.send(step=7, slot=1)
                 await until(lambda: road.is_blocked)
                 assert (kept, far.steps) == ([], [])
                 road.block(after_bytes=math.inf)
@@ -220,16 +220,16 @@ def test_a_sender_that_dies_in_the_middle_leaves_the_step_before_whole() -> None
         async with machine() as far:
             road = Road(far.endpoint)
             await road.open()
-            async with sending(snapshot, road.endpoint) as (buddy, kept):
+            async with sending(snapshot, road.endpoint) as (peer, kept):
                 for step, slot in ((1, 0), (2, 1)):
-                    buddy.send(step=step, slot=slot)
+                    peer.send(step=step, slot=slot)
                     await until(lambda step=step: kept[-1:] == [step])  # type: ignore[misc]
                 filled(snapshot, step=3, slot=0)
                 road.block(after_bytes=STATE_BYTES // 2)
-                buddy.send(step=3, slot=0)
+                peer.send(step=3, slot=0)
                 await until(lambda: road.is_blocked and far.steps == [2])
                 await road.tear()
-            there = far.vault.find(1, 0)
+            there = far.store.find(1, 0)
             assert there is not None
             (found,) = there.copies()
             assert (found.step, there.is_intact(found)) == (2, True)
@@ -241,10 +241,10 @@ def test_a_sender_that_dies_in_the_middle_leaves_the_step_before_whole() -> None
 def test_the_two_newest_steps_of_another_machine_are_kept() -> None:
     async def copy() -> None:
         snapshot = state_of(4096)
-        async with machine() as far, sending(snapshot, far.endpoint) as (buddy, kept):
+        async with machine() as far, sending(snapshot, far.endpoint) as (peer, kept):
             for step in range(1, 6):
                 filled(snapshot, step=step, slot=step % 2)
-                buddy.send(step=step, slot=step % 2)
+                peer.send(step=step, slot=step % 2)
                 await until(lambda step=step: kept == list(range(1, step + 1)))  # type: ignore[misc]
             assert far.steps == [4, 5]
 
@@ -257,12 +257,12 @@ def test_a_machine_that_was_away_is_sent_the_newest_step_when_it_is_back() -> No
         async with machine() as far:
             road = Road(far.endpoint)
             await road.open()
-            async with sending(snapshot, road.endpoint) as (buddy, kept):
-                hand_on(buddy, snapshot, step=1)
+            async with sending(snapshot, road.endpoint) as (peer, kept):
+                hand_on(peer, snapshot, step=1)
                 await until(lambda: kept == [1])
                 await road.tear()
                 for step in (2, 3):
-                    hand_on(buddy, snapshot, step=step)
+                    hand_on(peer, snapshot, step=step)
                 await road.open()
                 await until(lambda: kept == [1, 3])
                 assert far.steps == [1, 3]
@@ -273,8 +273,8 @@ def test_a_machine_that_was_away_is_sent_the_newest_step_when_it_is_back() -> No
 
 def test_where_there_is_no_other_machine_a_step_is_as_safe_as_it_gets_at_once() -> None:
     async def send() -> None:
-        async with sending(state_of(4096), None) as (buddy, kept):
-            buddy.send(step=1, slot=0)
+        async with sending(state_of(4096), None) as (peer, kept):
+            peer.send(step=1, slot=0)
             assert kept == [1]
 
     asyncio.run(send())
@@ -286,14 +286,14 @@ def test_another_machine_in_the_place_of_one_that_is_gone_gets_the_newest_step()
         async with machine() as gone, machine() as other:
             road = Road(gone.endpoint)
             await road.open()
-            async with sending(snapshot, road.endpoint) as (buddy, kept):
-                hand_on(buddy, snapshot, step=1)
+            async with sending(snapshot, road.endpoint) as (peer, kept):
+                hand_on(peer, snapshot, step=1)
                 await until(lambda: kept == [1])
                 await road.tear()
-                hand_on(buddy, snapshot, step=2)
+                hand_on(peer, snapshot, step=2)
                 await asyncio.sleep(0.1)
                 assert kept == [1]
-                buddy.move(other.endpoint)
+                peer.set_peer(other.endpoint)
                 await until(lambda: kept == [1, 2])
                 assert other.steps == [2]
 
@@ -308,13 +308,13 @@ def test_without_another_machine_a_step_that_waits_is_as_safe_as_it_gets() -> No
             await road.open()
             endpoint = road.endpoint
             await road.tear()
-            async with sending(snapshot, endpoint) as (buddy, kept):
-                hand_on(buddy, snapshot, step=1)
+            async with sending(snapshot, endpoint) as (peer, kept):
+                hand_on(peer, snapshot, step=1)
                 await asyncio.sleep(0.1)
                 assert kept == []
-                buddy.move(None)
+                peer.set_peer(None)
                 assert kept == [1]
-                buddy.send(step=2, slot=1)
+                peer.send(step=2, slot=1)
                 assert kept == [1, 2]
 
     asyncio.run(move())
@@ -331,17 +331,17 @@ def test_forgetting_a_generation_frees_its_memory() -> None:
             for generation in (1, 2):
                 snapshot = state_of(4096)
                 filled(snapshot, step=generation, slot=0)
-                async with sending(snapshot, far.endpoint, name=NAME | {"generation": generation}) as (buddy, kept):
-                    buddy.send(step=generation, slot=0)
+                async with sending(snapshot, far.endpoint, name=NAME | {"generation": generation}) as (peer, kept):
+                    peer.send(step=generation, slot=0)
                     await until(lambda: bool(kept))
                 snapshot.close()
             own = state_of(4096)
             filled(own, step=1, slot=0)
-            far.vault.adopt(1, 1, own.fd, world_size=2)
+            far.store.register_buffer(1, 1, own.fd, world_size=2)
             of_both = num_memories()
-            far.vault.forget(2)
-            assert far.vault.holdings() == {ReplicaLocation(generation=2, rank=0, world_size=1, step=2)}
-            assert far.vault.find(1, 1) is None
+            far.store.drop_before(2)
+            assert far.store.locations() == {ReplicaLocation(generation=2, rank=0, world_size=1, step=2)}
+            assert far.store.find(1, 1) is None
             del own
             assert before < num_memories() < of_both
         assert num_memories() == before
@@ -359,10 +359,10 @@ def test_a_generation_that_is_forgotten_while_a_copy_of_it_arrives_leaves_nothin
             road = Road(far.endpoint)
             await road.open()
             road.block(after_bytes=STATE_BYTES // 2)
-            async with sending(snapshot, road.endpoint) as (buddy, kept):
-                buddy.send(step=1, slot=0)
+            async with sending(snapshot, road.endpoint) as (peer, kept):
+                peer.send(step=1, slot=0)
                 await until(lambda: road.is_blocked and num_memories() > before)
-                far.vault.forget(2)
+                far.store.drop_before(2)
                 await road.tear()
                 await until(lambda: num_memories() == before)
                 await road.open()
@@ -377,11 +377,11 @@ def test_a_generation_that_is_forgotten_while_a_copy_of_it_arrives_leaves_nothin
 def test_a_copy_that_arrives_after_its_generation_was_stopped_is_not_taken() -> None:
     async def refuse() -> None:
         snapshot = state_of(4096)
-        async with machine() as far, sending(snapshot, far.endpoint) as (buddy, kept):
-            hand_on(buddy, snapshot, step=1)
+        async with machine() as far, sending(snapshot, far.endpoint) as (peer, kept):
+            hand_on(peer, snapshot, step=1)
             await until(lambda: kept == [1])
-            far.vault.refuse(NAME["generation"])
-            hand_on(buddy, snapshot, step=2)
+            far.store.reject_up_to(NAME["generation"])
+            hand_on(peer, snapshot, step=2)
             await asyncio.sleep(0.3)
             assert (kept, far.steps) == ([1], [1])
 
@@ -389,10 +389,10 @@ def test_a_copy_that_arrives_after_its_generation_was_stopped_is_not_taken() -> 
 
 
 def test_holdings_survive_json() -> None:
-    holdings = frozenset(
+    replicas = frozenset(
         ReplicaLocation(generation=g, rank=r, world_size=3, step=g + r) for g in (1, 2) for r in range(3)
     )
-    assert locations_from_record(json.loads(json.dumps(locations_record(holdings)))) == holdings
+    assert locations_from_record(json.loads(json.dumps(locations_record(replicas)))) == replicas
 
 
 # Reading a step at another world size
@@ -451,16 +451,16 @@ def splits(draw: st.DrawFn) -> Split:
 
 def place_of(holder: Machine, here: Machine, *, rank: int) -> ShardLocation:
     """Where a rank on the machine `here` finds a snapshot of generation 3."""
-    own = here.vault.find(3, rank)
+    own = here.store.find(3, rank)
     snapshot = SnapshotBuffer(os.dup(own.fd)) if own is not None else None
     return ShardLocation(generation=3, rank=rank, snapshot=snapshot, endpoint=None if own else holder.endpoint)
 
 
-def read_all(places: Sequence[ShardLocation], layout: Layout, *, step: int) -> bytes:
+def read_all(assignment: Sequence[ShardLocation], layout: Layout, *, step: int) -> bytes:
     """What a rank with this layout goes on with."""
     memory = bytearray(layout.size_bytes)
     view = memoryview(memory)
-    with contextlib.closing(PeerStateSource(places, step=step, secret=SECRET)) as origin:
+    with contextlib.closing(PeerStateSource(assignment, step=step, secret=SECRET)) as origin:
         assert (origin.progress, origin.metrics) == (progress(step), [{"step": step}])
         origin.read((interval, view[at : at + interval.size_bytes]) for interval, at in layout.placed())
     return bytes(memory)
@@ -480,12 +480,12 @@ def test_any_number_of_ranks_reads_what_any_other_number_has_copied(split: Split
                         data[:] = split.bytes_of(layout, step=each)
                     note = {"progress": asdict(progress(each)), "metrics": [{"step": each}]}
                     snapshot.commit(slot, step=each, state=note)
-                holder.vault.adopt(3, rank, os.dup(snapshot.fd), world_size=len(split.held))
+                holder.store.register_buffer(3, rank, os.dup(snapshot.fd), world_size=len(split.held))
                 snapshot.close()
                 holders.append(holder)
             for layout in split.wanted:
-                places = [place_of(holder, here, rank=rank) for rank, holder in enumerate(holders)]
-                found = await asyncio.to_thread(read_all, places, layout, step=step)
+                assignment = [place_of(holder, here, rank=rank) for rank, holder in enumerate(holders)]
+                found = await asyncio.to_thread(read_all, assignment, layout, step=step)
                 assert found == split.bytes_of(layout, step=step)
 
     asyncio.run(read())
@@ -502,7 +502,7 @@ async def holder_of(step: int) -> AsyncIterator[tuple[Machine, SnapshotBuffer]]:
     async with machine() as far:
         snapshot = state_of(4096)
         filled(snapshot, step=step, slot=0)
-        far.vault.adopt(1, 0, os.dup(snapshot.fd), world_size=1)
+        far.store.register_buffer(1, 0, os.dup(snapshot.fd), world_size=1)
         yield far, snapshot
 
 
@@ -522,7 +522,7 @@ def test_a_step_that_goes_while_it_is_read_is_an_error() -> None:
             layout, place = snapshot.layout, part(None, far.endpoint)
             origin = await asyncio.to_thread(PeerStateSource, [place], step=5, secret=SECRET)
             wanted = [(layout.intervals[0], memoryview(bytearray(layout.size_bytes)))]
-            far.vault.forget(2)
+            far.store.drop_before(2)
             with contextlib.closing(origin), pytest.raises(OSError, match="step 5"):
                 await asyncio.to_thread(origin.read, wanted)
 
@@ -545,9 +545,9 @@ def test_what_was_read_from_is_let_go_of() -> None:
         before = num_memories()
         async with holder_of(5) as (far, snapshot):
             layout, of_holder = snapshot.layout, num_memories()
-            for places in ([part(snapshot)], [part(None, far.endpoint)]):
-                await asyncio.to_thread(read_all, places, layout, step=5)
-            del places
+            for assignment in ([part(snapshot)], [part(None, far.endpoint)]):
+                await asyncio.to_thread(read_all, assignment, layout, step=5)
+            del assignment
             assert num_memories() == of_holder
             snapshot.close()
         assert num_memories() == before
@@ -573,7 +573,7 @@ def test_nothing_outside_of_a_snapshot_is_shown(ranges: list[list[int]]) -> None
     async def ask() -> None:
         async with holder_of(5) as (far, _):
             channel: Channel = await connect(far.endpoint, secret=SECRET)
-            await channel.send({"ask": "read", "generation": 1, "rank": 0, "step": 5, "ranges": ranges})
+            await channel.send({"request": "read", "generation": 1, "rank": 0, "step": 5, "ranges": ranges})
             with pytest.raises((OSError, EOFError)):
                 await channel.receive()
             channel.close()

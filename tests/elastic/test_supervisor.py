@@ -1,4 +1,6 @@
-"""The supervisor with agents that only listen: what it makes of notices and places, and in what order it speaks."""
+"""The supervisor with agents that only listen: what it makes of notices and assignment, and in what order it
+speaks.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from forge.elastic.commands import AgentConnection, parts_of, start_commands
+from forge.elastic.commands import AgentConnection, source_shards, start_commands
 from forge.elastic.states import MemberNode, MembershipState, Phase, ReplicaLocation, StartGeneration
 from forge.elastic.supervisor import Supervisor
 from forge.errors import ClusterError
@@ -38,7 +40,7 @@ class Stage:
         self.claims = Claims()
         self.told: list[Event] = []
         self.heard: dict[str, list[Any]] = {}
-        self.links: dict[str, AgentConnection] = {}
+        self.connections: dict[str, AgentConnection] = {}
         self.supervisor = Supervisor(
             MembershipState(min_workers=1, max_workers=2),
             placement=self.claims,
@@ -53,28 +55,37 @@ class Stage:
 
     def come(self, name: str, *, usd_per_hour: float | None = 1.0) -> None:
         self.heard[name] = []
-        self.links[name] = AgentConnection(
+        self.connections[name] = AgentConnection(
             node=name,
             host=f"host-{name}",
             endpoint=(f"host-{name}", 7000),
-            store_port=7001,
+            rendezvous_port=7001,
             agent_pid=1,
             send=self.heard[name].append,
             close=lambda: None,
             heard_at=self.now,
         )
         hello = {
-            **{"pids": {}, "generation": 0, "holdings": [], "findings": None, "is_warm": True, "places": {}},
+            **{
+                "pids": {},
+                "generation": 0,
+                "replicas": [],
+                "findings": None,
+                "is_ready": True,
+                "running_ranks": {},
+            },
             **{"num_slots": 1, "num_guaranteed": 1, "usd_per_hour": usd_per_hour},
         }
-        self.supervisor.attach(self.links[name], hello)
+        self.supervisor.attach(self.connections[name], hello)
 
     def form(self) -> None:
         formed = {
             **{"generation": self.supervisor.state.generation, "device": "cpu", "peak_flops": 1.0, "seconds": {}},
-            **{"world_size": len(self.supervisor.state.places), "peak_source": "none"},
+            **{"world_size": len(self.supervisor.state.assignment), "peak_source": "none"},
         }
-        self.supervisor.receive(self.links[self.supervisor.state.places[0]], {"say": "formed", "formed": formed})
+        self.supervisor.receive(
+            self.connections[self.supervisor.state.assignment[0]], {"report": "started", "started": formed}
+        )
         assert self.supervisor.state.phase is Phase.TRAINING
 
     def notices(self) -> list[tuple[str, str, float | None, bool]]:
@@ -86,7 +97,7 @@ class Stage:
 
     def says(self, node: str, **notice: Any) -> None:
         told = {"source": "aws", "seconds_left": 120.0, "is_certain": True} | notice
-        self.supervisor.receive(self.links[node], {"say": "notice", **told})
+        self.supervisor.receive(self.connections[node], {"report": "preemption", **told})
 
 
 def staged(scene: Callable[[Stage], None], **options: Any) -> None:
@@ -123,7 +134,7 @@ def test_one_that_leaves_less_time_is_told_of_and_heeded() -> None:
 def test_the_next_agent_of_a_machine_that_goes_is_told_of_anew() -> None:
     def scene(stage: Stage) -> None:
         stage.supervisor.announce_preemption("b", source="ray", seconds_left=60.0)
-        stage.supervisor.detach(stage.links["b"], "its connection closed")
+        stage.supervisor.detach(stage.connections["b"], "its connection closed")
         stage.supervisor.announce_preemption("b2", source="ray", seconds_left=59.0)  # it is not there yet
         stage.come("b2")
         stage.supervisor.announce_preemption("b2", source="ray", seconds_left=58.0)
@@ -149,13 +160,15 @@ def test_an_agent_hears_of_its_devices_before_it_is_to_use_them() -> None:
         stage.heard["a"].clear()
         stage.supervisor.update_slots("a", num_slots=2, num_guaranteed=1, devices=("cuda:1", "cuda:0"))
         stage.supervisor.receive(
-            stage.links["a"],
-            {"say": "ended", "generation": 1, "rank": 0, "end": "broken", "step": 0, "reason": "", "error": ""},
+            stage.connections["a"],
+            {"report": "ended", "generation": 1, "rank": 0, "end": "broken", "step": 0, "reason": "", "error": ""},
         )
         for name in "ab":
-            stage.supervisor.receive(stage.links[name], {"say": "stopped", "generation": 1, "holdings": []})
-        orders = [(message["do"], message.get("ranks")) for message in stage.heard["a"]]
-        assert orders == [("devices", None), ("stop", None), ("start", [0, 1])]
+            stage.supervisor.receive(
+                stage.connections[name], {"report": "stopped", "generation": 1, "replicas": []}
+            )
+        orders = [(message["command"], message.get("ranks")) for message in stage.heard["a"]]
+        assert orders == [("set_devices", None), ("stop", None), ("start", [0, 1])]
         assert stage.heard["a"][0]["devices"] == ["cuda:1", "cuda:0"]
 
     staged(scene)
@@ -163,13 +176,13 @@ def test_an_agent_hears_of_its_devices_before_it_is_to_use_them() -> None:
 
 def test_a_machine_at_work_alone_is_told_where_to_keep_copies_when_the_spare_one_is_lost() -> None:
     def scene(stage: Stage) -> None:
-        assert stage.supervisor.state.places == ("a",)  # b joins a second later
-        start = next(message for message in stage.heard["a"] if message["do"] == "start")
+        assert stage.supervisor.state.assignment == ("a",)  # b joins a second later
+        start = next(message for message in stage.heard["a"] if message["command"] == "start")
         stage.come("c")
         for lost, left in (("b", ["host-c", 7000]), ("c", None)):
             stage.heard["a"].clear()
-            stage.supervisor.detach(stage.links[lost], "its connection closed")
-            assert stage.heard["a"] == [{"do": "move", "generation": start["generation"], "buddy": left}]
+            stage.supervisor.detach(stage.connections[lost], "its connection closed")
+            assert stage.heard["a"] == [{"command": "set_peer", "generation": start["generation"], "peer": left}]
 
     staged(scene)
 
@@ -177,12 +190,12 @@ def test_a_machine_at_work_alone_is_told_where_to_keep_copies_when_the_spare_one
 @pytest.mark.parametrize("num_agents", [1, 3])
 def test_every_agent_is_told_where_all_parts_of_the_state_are(num_agents: int) -> None:
     names = "abc"[:num_agents]
-    links = {
+    connections = {
         name: AgentConnection(
             node=name,
             host=name,
             endpoint=(f"10.0.0.{number}", 7000 + number),
-            store_port=1,
+            rendezvous_port=1,
             agent_pid=1,
             send=lambda message: None,
             close=lambda: None,
@@ -192,36 +205,38 @@ def test_every_agent_is_told_where_all_parts_of_the_state_are(num_agents: int) -
     }
     nodes = {
         name: MemberNode(
-            num_slots=1, holdings=frozenset({ReplicaLocation(generation=4, rank=r, world_size=num_agents, step=9)})
+            num_slots=1, replicas=frozenset({ReplicaLocation(generation=4, rank=r, world_size=num_agents, step=9)})
         )
         for r, name in enumerate(names)
     }
-    start = StartGeneration(generation=5, places=tuple(names), step=9, source=(4, num_agents))
+    start = StartGeneration(generation=5, assignment=tuple(names), step=9, source=(4, num_agents))
     orders = start_commands(
-        start, MembershipState(min_workers=1, max_workers=3, nodes=nodes), links, findings=None, laps={}
+        start, MembershipState(min_workers=1, max_workers=3, nodes=nodes), connections, findings=None, laps={}
     )
-    wanted = [{"generation": 4, "rank": r, "endpoint": list(links[name].endpoint)} for r, name in enumerate(names)]
-    assert all(parts_of(orders[name]) == wanted for name in names)
+    wanted = [
+        {"generation": 4, "rank": r, "endpoint": list(connections[name].endpoint)} for r, name in enumerate(names)
+    ]
+    assert all(source_shards(orders[name]) == wanted for name in names)
 
 
 def test_from_storage_no_agent_is_told_of_parts() -> None:
     def scene(stage: Stage) -> None:
-        order = next(message for message in stage.heard["a"] if message["do"] == "start")
-        assert parts_of(order) == []
+        order = next(message for message in stage.heard["a"] if message["command"] == "start")
+        assert source_shards(order) == []
 
     staged(scene)
 
 
 def _wishes(stage: Stage) -> list[str]:
-    return [message["word"] for name in "ab" for message in stage.heard[name] if message["do"] == "wish"]
+    return [message["flag"] for name in "ab" for message in stage.heard[name] if message["command"] == "set_flag"]
 
 
 def test_a_run_stops_with_a_checkpoint_when_it_has_cost_what_it_may() -> None:
     def scene(stage: Stage) -> None:
         stage.supervisor.tick()
         stage.now += 600.0  # two machines and the head: 2.5 USD an hour
-        stage.supervisor.receive(stage.links["a"], {"say": "beat", "generation": 1, "ranks": []})
-        stage.supervisor.receive(stage.links["b"], {"say": "beat", "generation": 1, "ranks": []})
+        stage.supervisor.receive(stage.connections["a"], {"report": "heartbeat", "generation": 1, "ranks": []})
+        stage.supervisor.receive(stage.connections["b"], {"report": "heartbeat", "generation": 1, "ranks": []})
         assert _wishes(stage) == []
         stage.supervisor.tick()
         assert _wishes(stage) == ["STOP"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 class EndlessClaims:
-    """A cluster that gives every machine the same number of places."""
+    """A cluster that gives every machine the same number of assignment."""
 
     def __init__(self, ranks_per_agent: int) -> None:
         self._ranks_per_agent = ranks_per_agent

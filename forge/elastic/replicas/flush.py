@@ -1,4 +1,4 @@
-"""A durable checkpoint out of the vault, when no ranks are there to order it.
+"""A durable checkpoint out of the store, when no ranks are there to order it.
 
 The same saver process that writes a rank's part while it trains is started on a snapshot that outlived its
 rank; the first rank's saver waits for the others and seals the checkpoint, as ever.

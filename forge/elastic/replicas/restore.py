@@ -35,15 +35,15 @@ class ShardLocation:
 class PeerStateSource:
     """All parts of one step, open for reading until `close`.
 
-    The snapshots of this machine become its own: memory that their vault lets go of is free only then.
+    The snapshots of this machine become its own: memory that their store lets go of is free only then.
     """
 
-    def __init__(self, places: Sequence[ShardLocation], *, step: int, secret: bytes) -> None:
+    def __init__(self, assignment: Sequence[ShardLocation], *, step: int, secret: bytes) -> None:
         """Raises: OSError, EOFError, KeyError if a part is no longer where it was said to be."""
-        self._snapshots = [place.snapshot for place in places if place.snapshot is not None]
+        self._snapshots = [place.snapshot for place in assignment if place.snapshot is not None]
         self._readers: dict[Endpoint, Reader] = {}
         try:
-            self._parts = {str(place.rank): self._open(place, step=step, secret=secret) for place in places}
+            self._parts = {str(place.rank): self._open(place, step=step, secret=secret) for place in assignment}
             first = self._parts["0"]
         except BaseException:
             self.close()
@@ -100,7 +100,7 @@ class _RemotePart:
     def __init__(self, reader: Reader, place: ShardLocation, *, step: int) -> None:
         self._reader = reader
         self._name = {"generation": place.generation, "rank": place.rank, "step": step}
-        answer = reader.ask({"ask": "describe"} | self._name)
+        answer = reader.ask({"request": "describe"} | self._name)
         if "error" in answer:
             raise OSError(answer["error"])
         self.layout: Layout = layout_from_record(answer["layout"])
@@ -110,7 +110,7 @@ class _RemotePart:
         for first in range(0, len(ranges), _MOST_RANGES):
             some = ranges[first : first + _MOST_RANGES]
             asked = [[start, len(view)] for start, view in some]
-            answer = self._reader.ask({"ask": "read", "ranges": asked} | self._name)
+            answer = self._reader.ask({"request": "read", "ranges": asked} | self._name)
             if "error" in answer:
                 raise OSError(answer["error"])
             for _, view in some:

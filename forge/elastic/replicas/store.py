@@ -1,7 +1,7 @@
 """A machine's memory of training states: the snapshots of its own ranks, and copies of another machine's.
 
-The vault belongs to the agent, so it outlives the ranks that wrote it. Each step that a rank copies is sent
-on to a buddy machine, straight from the rank's memory (`sendfile`), and counts as kept when it is whole
+The store belongs to the agent, so it outlives the ranks that wrote it. Each step that a rank copies is sent
+on to a peer machine, straight from the rank's memory (`sendfile`), and counts as kept when it is whole
 there. Ranks of a new generation read what they need from here, by ranges.
 """
 
@@ -37,7 +37,7 @@ class ReplicaStore:
         self._refused = 0
         """The newest generation of which no copies are taken."""
 
-    def adopt(self, generation: int, rank: int, fd: int, *, world_size: int) -> None:
+    def register_buffer(self, generation: int, rank: int, fd: int, *, world_size: int) -> None:
         """Take over the memory of a rank of this machine, behind a descriptor that is ours from now on."""
         self._kept[generation, rank] = Replica(snapshot=SnapshotBuffer(fd), world_size=world_size)
 
@@ -46,7 +46,7 @@ class ReplicaStore:
         kept = self._kept.get((generation, rank))
         return kept.snapshot if kept else None
 
-    def holdings(self) -> frozenset[ReplicaLocation]:
+    def locations(self) -> frozenset[ReplicaLocation]:
         """Every whole snapshot."""
         return frozenset(
             ReplicaLocation(generation=generation, rank=rank, world_size=kept.world_size, step=copy.step)
@@ -54,13 +54,13 @@ class ReplicaStore:
             for copy in kept.snapshot.copies()
         )
 
-    def refuse(self, generation: int) -> None:
+    def reject_up_to(self, generation: int) -> None:
         """Take no more copies of this generation and of those before it: what is held now is what is told."""
         self._refused = max(generation, self._refused)
 
-    def forget(self, before: int) -> None:
+    def drop_before(self, before: int) -> None:
         """Let go of the snapshots of generations before this one."""
-        self.refuse(before - 1)
+        self.reject_up_to(before - 1)
         for key in [key for key in self._kept if key[0] < before]:
             self._kept.pop(key).snapshot.close()
 
@@ -77,14 +77,14 @@ class ReplicaStore:
         """
         while True:
             message = await channel.receive()
-            if message["ask"] == "keep":
+            if message["request"] == "replicate":
                 await self._take(channel, message)
                 continue
             kept = self._kept.get((message["generation"], message["rank"]))
             copy = _copy_of(kept, message["step"]) if kept else None
             if kept is None or copy is None:
                 await channel.send({"error": f"there is no snapshot of step {message['step']} any more"})
-            elif message["ask"] == "describe":
+            elif message["request"] == "describe":
                 await channel.send({"layout": kept.snapshot.layout.to_record(), "state": copy.state})
             else:
                 await _send_ranges(channel, kept.snapshot, copy, message["ranges"])
@@ -106,7 +106,7 @@ class ReplicaStore:
             await channel.receive_into(data)
             self._require_open(generation)
             kept.snapshot.commit(slot, step=message["step"], state=message["state"], checksum=message["checksum"])
-        await channel.send({"kept": message["step"]})
+        await channel.send({"replicated": message["step"]})
 
     def _require_open(self, generation: int) -> None:
         if generation <= self._refused:
@@ -123,15 +123,15 @@ class Replicator:
         *,
         name: dict[str, int],
         secret: bytes,
-        on_kept: Callable[[int], None],
+        on_replicated: Callable[[int], None],
     ) -> None:
         """Args:
         endpoint: of the other machine's agent; None where there is no other machine.
         name: generation, rank and world size.
-        on_kept: told of each step that is as safe as it is going to be.
+        on_replicated: told of each step that is as safe as it is going to be.
         """
         self._snapshot = snapshot
-        self._name, self._secret, self._on_kept = name, secret, on_kept
+        self._name, self._secret, self._on_kept = name, secret, on_replicated
         self._waiting: tuple[int, int] | None = None
         """The newest step, and its slot."""
         self._wakes = asyncio.Event()
@@ -144,7 +144,7 @@ class Replicator:
         if self._task is None:
             self._on_kept(step)
 
-    def move(self, endpoint: Endpoint | None) -> None:
+    def set_peer(self, endpoint: Endpoint | None) -> None:
         """The other machine is gone: send what is newest to this one, if there is one, and all that follows."""
         self.close()
         self._task = asyncio.ensure_future(self._send_all(endpoint)) if endpoint else None
@@ -186,7 +186,7 @@ class Replicator:
             return
         description = self._snapshot.description if is_new else b""
         message = {
-            "ask": "keep",
+            "request": "replicate",
             "step": step,
             "state": copy.state,
             "checksum": copy.checksum,
@@ -211,9 +211,9 @@ async def _send_ranges(channel: Channel, snapshot: SnapshotBuffer, copy: Snapsho
         await channel.send_file(snapshot.fd, offset=start + first, count=size)
 
 
-def locations_record(holdings: frozenset[ReplicaLocation]) -> list[list[int]]:
+def locations_record(replicas: frozenset[ReplicaLocation]) -> list[list[int]]:
     """As JSON; see `locations_from_record`."""
-    return sorted([h.generation, h.rank, h.world_size, h.step] for h in holdings)
+    return sorted([h.generation, h.rank, h.world_size, h.step] for h in replicas)
 
 
 def locations_from_record(record: list[list[int]]) -> frozenset[ReplicaLocation]:

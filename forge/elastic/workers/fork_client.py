@@ -34,7 +34,7 @@ class ForkServer:
         self._socket, self._process = sock, process
         self._pid: int | None = process.pid if process is not None else None
         self._epoch = 0
-        self.is_warm = False
+        self.is_ready = False
 
     def clone(self) -> ForkServer:
         """Another one, forked from this one as soon as this one is warm: it shares what both have imported."""
@@ -51,10 +51,10 @@ class ForkServer:
             return self._process.poll() is None
         return self._pid is None or (psutil.pid_exists(self._pid) and not _is_zombie(self._pid))
 
-    def adopt(self, plan_json: str) -> None:
+    def replan(self, plan_json: str) -> None:
         """Have it made warm for another run: it says so again."""
         self._epoch += 1
-        self.is_warm = False
+        self.is_ready = False
         plan = _memory_of(plan_json)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is about to be started anew
             socket.send_fds(self._socket, [str(self._epoch).encode()], [plan])
@@ -72,8 +72,8 @@ class ForkServer:
             message: dict[str, Any] = json.loads(text)
             self._pid = message.get("pid", self._pid)
             if "warm" in message and message["epoch"] == self._epoch:
-                self.is_warm = True
-            if self.is_warm:
+                self.is_ready = True
+            if self.is_ready:
                 return message
 
     def send(self, order: dict[str, Any], fds: list[int]) -> None:
@@ -132,7 +132,7 @@ class ForkServerPool:
     @property
     def has_ready(self) -> bool:
         """Whether one stands ready."""
-        return any(process.is_warm and process.is_alive for process in self._idle)
+        return any(process.is_ready and process.is_alive for process in self._idle)
 
     def prepare(self, plan_json: str, *, count: int) -> None:
         """Begin to have so many."""
@@ -141,16 +141,16 @@ class ForkServerPool:
 
     def take(self, plan_json: str) -> ForkServer:
         """One for a run of this plan: another run's, if one is idle, or a new one. It says when it is warm."""
-        self._idle.sort(key=lambda process: process.is_warm)
+        self._idle.sort(key=lambda process: process.is_ready)
         while self._idle:
             process = self._idle.pop()
             if process.is_alive:
-                process.adopt(plan_json)
+                process.replan(plan_json)
                 return process
             process.kill()
         process = self._another(plan_json)
         if process is not self._first:
-            process.adopt(plan_json)
+            process.replan(plan_json)
         return process
 
     def _another(self, plan_json: str) -> ForkServer:

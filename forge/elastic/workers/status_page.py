@@ -13,11 +13,11 @@ import weakref
 from enum import IntEnum, auto
 
 
-class Slot(IntEnum):
-    """The words of a board."""
+class StatusField(IntEnum):
+    """The words of a status."""
 
     # written by the rank
-    TICKED_NS = 0
+    PROGRESS_NS = 0
     """When it last did something (a micro-step, an update, a part of forming), by the machine's monotonic clock."""
     STEP = auto()
     """The last step that is complete; the first rank's alone."""
@@ -26,9 +26,9 @@ class Slot(IntEnum):
     # written by the agent
     STOP = auto()
     """Wished: checkpoint, then end the run."""
-    LEAVE = auto()
+    DRAIN = auto()
     """Wished: end this generation after the step."""
-    KEPT_STEP = auto()
+    REPLICATED_STEP = auto()
     """The newest step whose snapshot lies on another machine too."""
     RECORDED_STEP = auto()
     """The newest step that stands in `metrics.jsonl`."""
@@ -43,13 +43,13 @@ class StatusPage:
         self.fd = fd
         self._memory = mmap.mmap(fd, mmap.PAGESIZE)
         self._words = memoryview(self._memory).cast("q")
-        # An agent lets go of the boards of a generation by forgetting its ranks.
+        # An agent lets go of the status pages of a generation by forgetting its ranks.
         self._closes = weakref.finalize(self, os.close, fd)
 
-    def __getitem__(self, word: Slot) -> int:
+    def __getitem__(self, word: StatusField) -> int:
         return self._words[word]
 
-    def __setitem__(self, word: Slot, value: int) -> None:
+    def __setitem__(self, word: StatusField, value: int) -> None:
         self._words[word] = value
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class StatusPage:
 
 
 def create_status_page() -> StatusPage:
-    """A board of zeros. Raises: OSError if the system gives no memory."""
-    fd = os.memfd_create("forge-board")
+    """A status of zeros. Raises: OSError if the system gives no memory."""
+    fd = os.memfd_create("forge-status")
     os.ftruncate(fd, mmap.PAGESIZE)
     return StatusPage(fd)

@@ -1,7 +1,7 @@
 """A rank as its agent sees it: what it is told, what it says, how it ends.
 
 It is a fork of the warm process. To its agent it speaks over a socket (news, the memory of its snapshots)
-and through a board (how far it is); of machines and of Ray it knows nothing.
+and through a status (how far it is); of machines and of Ray it knows nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from forge.checkpoint.snapshot_buffer import SnapshotBuffer
 from forge.elastic.commands import WorkerSpec
 from forge.elastic.replicas.restore import PeerStateSource, ShardLocation
 from forge.elastic.states import EndReason
-from forge.elastic.workers.status_page import Slot, StatusPage
+from forge.elastic.workers.status_page import StatusField, StatusPage
 from forge.errors import ForgeError
 from forge.events import Event, StepMetrics
 from forge.model.build import build_config
@@ -71,7 +71,7 @@ def run_worker_process(order_record: Mapping[str, Any], fds: list[int], plan_jso
         sys.stderr.flush()
         link.end(EndReason.BROKEN, reason=f"{type(error).__name__}: {_first_line(error)}")
         return 1
-    link.end(EndReason.LEFT if ending.is_drained else EndReason.DONE, step=ending.progress.step)
+    link.end(EndReason.DRAINED if ending.is_drained else EndReason.DONE, step=ending.progress.step)
     return 0
 
 
@@ -132,9 +132,9 @@ def _run(order: WorkerSpec, link: AgentLink, fds: list[int], *, plan_json: str, 
 class AgentLink:
     """This rank's end of what connects it with its agent."""
 
-    def __init__(self, sock: socket.socket, board: StatusPage) -> None:
+    def __init__(self, sock: socket.socket, status: StatusPage) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
-        self._socket, self.board = sock, board
+        self._socket, self.status = sock, status
 
     def say(self, what: str, *values: Any, fds: tuple[int, ...] = ()) -> None:
         """Send news. An agent that is gone takes this process with it."""
@@ -148,7 +148,7 @@ class AgentLink:
 
     def tick(self) -> None:
         """Something was done."""
-        self.board[Slot.TICKED_NS] = time.monotonic_ns()
+        self.status[StatusField.PROGRESS_NS] = time.monotonic_ns()
 
 
 class AgentReporter:
@@ -165,8 +165,8 @@ class AgentReporter:
     def step(self, metrics: StepMetrics) -> None:
         """Send a step, and remember it until it is written."""
         self._recent.append(metrics)
-        self._link.board[Slot.STEP_NS] = int(metrics.step_s * 1e9)
-        self._link.board[Slot.STEP] = metrics.step
+        self._link.status[StatusField.STEP_NS] = int(metrics.step_s * 1e9)
+        self._link.status[StatusField.STEP] = metrics.step
         self._link.say("step", metrics)
 
     def resend(self, metrics: StepMetrics) -> None:
@@ -176,16 +176,16 @@ class AgentReporter:
 
     def unrecorded(self) -> list[dict[str, Any]]:
         """The steps that may not have been written yet."""
-        written = self._link.board[Slot.RECORDED_STEP]
+        written = self._link.status[StatusField.RECORDED_STEP]
         return [asdict(metrics) for metrics in self._recent if metrics.step > written]
 
     def should_stop(self) -> bool:
         """Whether the agent has passed on that wish."""
-        return bool(self._link.board[Slot.STOP])
+        return bool(self._link.status[StatusField.STOP])
 
     def should_drain(self) -> bool:
         """Whether the agent has passed on that wish."""
-        return bool(self._link.board[Slot.LEAVE])
+        return bool(self._link.status[StatusField.DRAIN])
 
 
 class NullAgentReporter:
@@ -235,12 +235,12 @@ class AgentReplicaClient:
 
     def wait_replicated(self, step: int) -> None:
         """Wait until it is there."""
-        while self._link.board[Slot.KEPT_STEP] < step:
+        while self._link.status[StatusField.REPLICATED_STEP] < step:
             time.sleep(_POLL_S)
 
     def cpu_s(self) -> float:
         """This rank's share of what the agent has worked."""
-        return self._link.board[Slot.AGENT_CPU_NS] / 1e9 / self._local_world_size
+        return self._link.status[StatusField.AGENT_CPU_NS] / 1e9 / self._local_world_size
 
 
 def _write_to(path: Path) -> None:
