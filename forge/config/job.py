@@ -1,4 +1,4 @@
-"""The job: what is wanted. The sections follow the way of a job, from model to tracking."""
+"""The job file. Its sections are in the order of a run, from model to tracking."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ _NAME = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 
 
 class JobSpec(Section):
-    """What is trained, on which text, for how long, and where it runs."""
+    """What is trained, on which data, for how long, and on which machines."""
 
     name: str = Field(max_length=48, json_schema_extra={"pattern": _NAME})
-    """Lower-case letters, digits and dashes; the first part of every run's id."""
+    """Lower-case letters, digits and dashes; run ids start with it."""
 
     model: ModelSpec
-    """Which network is trained."""
+    """The network."""
 
     data: DataSpec
-    """Which text, which tokens, in which order."""
+    """The training data."""
 
     training: TrainingSpec
-    """What is minimised, for how long, and how."""
+    """What is minimised, for how long, and with which optimizer."""
 
     checkpoint: CheckpointSpec = CheckpointSpec()
-    """Durable copies of the training state."""
+    """Durable checkpoints, and snapshots in memory."""
 
     resources: ResourcesSpec = ResourcesSpec()
-    """What the run asks of the cluster."""
+    """Workers, GPUs and cost limits."""
 
     tracking: TrackingSpec = TrackingSpec()
-    """Where metrics go besides `metrics.jsonl`."""
+    """Experiment tracking besides `metrics.jsonl`."""
 
     search: SearchSpec | None = None
-    """Many trials in the place of one run: `forge tune`."""
+    """Hyperparameter search with `forge tune`: many trials instead of one run."""
 
     @model_validator(mode="after")
     def _search_is_elastic(self) -> JobSpec:
         if self.search is not None and self.resources.engine != "elastic":
-            raise FieldError("resources.engine", "carries no search: it needs engine: elastic", nearest="elastic")
+            raise FieldError("resources.engine", "`search` requires engine: elastic", nearest="elastic")
         return self
 
     @field_validator("name")

@@ -1,6 +1,6 @@
-"""The job file's reference, written from its types: `python -m forge.config.reference > docs/job-file.md`.
+"""Generate the job file reference from its types: `python -m forge.config.reference > docs/job-file.md`.
 
-It belongs to the checkout, not to the installed package: its example is `jobs/pretrain.yaml`.
+It needs a checkout, not only the installed package, because its example is `jobs/pretrain.yaml`.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _EXAMPLE = Path(__file__).parents[2] / "jobs" / "pretrain.yaml"
 _INTRODUCTION = """\
 # The job file
 
-One YAML file says what is trained, on which text, for how long and with how many machines. This page is
-generated from the types in `forge/spec`; it lists every key there is.
+One YAML file defines what is trained, on which data, for how long and on how many machines. This page is generated
+from the types in `forge/config` and lists every key.
 
-- **Strict.** An unknown key, a key written twice or a value of the wrong kind is an error that names file,
-  line, key and the nearest valid one. Nothing is started before all of the file is right.
-- **Units.** Sizes, durations, counts and ranges are written as people write them: `20M`, `10m`, `50 steps`,
-  `1..2`, `1%`.
-- **YAML 1.2.** Only `true` and `false` are truth values (`no` and `on` are text), and `1e-3` is a number.
-  Anchors and aliases work; tags and merge keys (`<<`) do not.
-- **Environment.** `${env:NAME}` is replaced by the environment variable; without quotes the result is read as
-  if it stood in the file, in quotes it is text. Inside `{}` and `[]` YAML wants the quotes.
-- **Secrets** never stand in the file: it is copied into every run's folder. They come from the environment.
+- **Strict.** An unknown key, a duplicate key or a value of the wrong type is an error that names file, line, key
+  and the nearest valid one. Nothing starts until the whole file is valid.
+- **Units.** Sizes, durations, counts and ranges have readable forms: `20M`, `10m`, `50 steps`, `1..2`, `1%`.
+- **YAML 1.2, core schema.** Only `true` and `false` are booleans (`no` and `on` are text), `1e-3` is a number, a
+  date stays text. Octal and hexadecimal numbers stay text too. Anchors and aliases work; tags and merge keys (`<<`)
+  are errors.
+- **Environment.** `${env:NAME}` is replaced by the environment variable; unquoted, the result is read as a YAML
+  scalar, quoted it is text. Inside `{}` and `[]` YAML requires the quotes.
+- **Secrets** are never in the file, because it is copied into every run folder. They come from the environment.
 - **Command line.** `--set training.optimizer.lr=1e-3` changes or adds one key; the value is YAML.
 """
 
 
 def job_reference() -> str:
-    """The reference as Markdown."""
+    """Return the reference as Markdown."""
     schema = job_schema()
     parts = [_INTRODUCTION, f"## Example\n\n```yaml\n{_EXAMPLE.read_text(encoding='utf-8').rstrip()}\n```\n"]
     for key, section in known_sections(JobSpec):
@@ -48,7 +48,7 @@ def job_reference() -> str:
 
 
 def _section(key: str, section: type[Section], *, schema: Mapping[str, Any]) -> str:
-    lines = [f"## `{key}`" if key else "## The whole job", "", schema["description"], ""]
+    lines = [f"## `{key}`" if key else "## Top level", "", schema["description"], ""]
     lines += ["| key | written as | default | meaning |", "|---|---|---|---|"]
     for name, prop in schema["properties"].items():
         is_required = name in schema.get("required", ())
@@ -60,7 +60,7 @@ def _section(key: str, section: type[Section], *, schema: Mapping[str, Any]) -> 
         )
         lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
     if schema["additionalProperties"]:
-        lines.append("| any other | as that config wants it | its own | a key of the transformers config |")
+        lines.append("| any other | as in transformers | that of transformers | a key of the transformers config |")
     return "\n".join(lines) + "\n"
 
 
@@ -71,13 +71,13 @@ def _written_as(prop: Mapping[str, Any], *, key: str) -> str:
 
 def _alternatives(prop: Mapping[str, Any], *, key: str) -> list[str]:
     if "$ref" in prop:
-        return [f"[keys of its own](#{key.replace('.', '').lower()})"]
+        return [f"[section](#{key.replace('.', '').lower()})"]
     if "additionalProperties" in prop:
         inner = prop["additionalProperties"]
         below = (
             _alternatives(inner, key=join_key(key, ANY_KEY)) if isinstance(inner, dict) and inner else ["a value"]
         )
-        return [f"keys of the job, each with {' or '.join(below)}"]
+        return [f"mapping from keys of the job to {' or '.join(below)}"]
     if "anyOf" in prop:
         return [words for member in prop["anyOf"] for words in _alternatives(member, key=key)]
     if "const" in prop or "enum" in prop:
@@ -98,7 +98,7 @@ _KINDS = {
 
 
 def _bounds(prop: Mapping[str, Any]) -> str:
-    # The bounds of 64 bits are no news to anyone.
+    # Bounds of 64-bit integers are left out: they are not informative.
     bounds = {sign: prop[keyword] for keyword, sign in _SIGNS.items() if abs(prop.get(keyword, 2**63)) < 2**63}
     return "".join(f", {sign} {bound}" for sign, bound in bounds.items())
 

@@ -1,4 +1,4 @@
-"""`resources:`, `checkpoint:` and `tracking:` where the run lives and what it leaves behind."""
+"""`resources:`, `checkpoint:` and `tracking:` what the run needs, and what it saves."""
 
 from __future__ import annotations
 
@@ -11,58 +11,58 @@ from forge.units import Every, Range
 
 
 class ResourcesSpec(Section):
-    """What the run asks of the cluster."""
+    """What the run needs of the cluster, and what it may cost."""
 
     workers: WholeRange = Range(low=1, high=1)
-    """Ranks, `4` or `1..4`: as many as the cluster has room for, one GPU (or one CPU) each. Any number
-    works, whether it divides the batch or not."""
+    """Number of workers, `4` or a range `1..4`, of which the run uses as many as fit on the cluster; each has one
+    GPU (or one CPU). It need not divide the batch. Ray Train's `num_workers`."""
 
     gpu: str = Field("auto", min_length=1)
-    """`auto`: GPUs where the cluster has any, otherwise CPUs; `none`: CPUs; or a GPU's name such as
-    `A100-80GB`, whose memory and peak the plan then uses."""
+    """`auto`: GPUs if the cluster has any, otherwise CPUs; `none`: CPUs; or the name of a GPU such as `A100-80GB`,
+    whose memory and peak FLOP/s the plan then uses."""
 
     engine: Literal["elastic", "ray-train"] = "elastic"
-    """What keeps the ranks together. `elastic`: forge's own supervisor, which goes on with the machines there are
-    from copies in memory; `ray-train`: Ray Train, which starts over from the newest checkpoint."""
+    """What recovers the run when workers are lost. `elastic`: forge's supervisor, which continues on the remaining
+    machines from snapshots in memory; `ray-train`: Ray Train, which restarts from the newest checkpoint."""
 
     max_usd: float | None = Field(None, gt=0)
-    """What the run may cost in all, over every time that it is resumed; it then stops, with a checkpoint. Every
-    machine must tell its price: `usd_per_hour` in the cluster's file, or the cloud's own."""
+    """Total cost limit of the run in USD, over all resumes; when it is reached, the run writes a checkpoint and
+    stops. The price of every machine must be known: from the cloud, or `usd_per_hour` in the cluster file."""
 
     max_usd_per_hour: float | None = Field(None, gt=0)
-    """What its machines may cost together at any moment; the run stops, with a checkpoint, when they cost more."""
+    """Limit in USD per hour for all machines of the run together; above it the run stops, with a checkpoint."""
 
     @model_validator(mode="after")
     def _limits_are_watched(self) -> ResourcesSpec:
         for key in ("max_usd", "max_usd_per_hour"):
             if getattr(self, key) is not None and self.engine != "elastic":
-                raise FieldError(key, "is watched by forge's own supervisor: it needs engine: elastic")
+                raise FieldError(key, "requires engine: elastic, whose supervisor enforces it")
         return self
 
 
 class CheckpointSpec(Section):
-    """Durable copies of the training state."""
+    """Durable checkpoints of the training state, and snapshots of it in memory."""
 
     every: Interval = Every(seconds=600.0)
-    """How often; one is written at the end, and on Ctrl-C, in any case."""
+    """Interval between checkpoints; one is always written at the end and on Ctrl-C."""
 
     keep: int = Field(3, ge=1)
-    """How many of the newest are kept."""
+    """How many of the newest checkpoints are kept; older ones are deleted."""
 
     snapshot_every: WholeOrAuto = "auto"
-    """Steps between copies of the state in memory, on two machines: what a lost machine makes the run repeat at
-    most. `auto`: every step where that costs at most 1 % of its time, else every n-th, from measured costs."""
+    """Steps between snapshots of the state to the memory of two machines; losing a machine repeats at most this
+    many steps. `auto`: every step if a snapshot costs at most 1 % of a step, otherwise every n-th."""
 
     to: str = Field("runs", min_length=1)
-    """The folder under which each run gets its own: `runs/<run_id>/`. Or a URL that fsspec knows, such as
-    `s3://bucket/runs`, `gs://...` or `abfs://...`: checkpoints then go to `<to>/<run_id>/checkpoints/`, and the
-    rest of the run stays in `runs/<run_id>/`. Credentials are the store's own, from the environment."""
+    """The folder in which each run gets its own folder `<run_id>/`. Or an fsspec URL such as `s3://bucket/runs`,
+    `gs://...` or `abfs://...`: checkpoints then go to `<to>/<run_id>/checkpoints/`, and everything else to
+    `runs/<run_id>/`. Credentials are read from the environment, as the object store's client expects them."""
 
     @field_validator("snapshot_every")
     @classmethod
     def _is_positive(cls, value: int | Literal["auto"]) -> int | Literal["auto"]:
         if value != "auto" and value < 1:
-            raise ValueError("must be auto, or a number of steps from 1 on")
+            raise ValueError("must be 'auto' or at least 1 step")
         return value
 
     @field_validator("to")
@@ -70,21 +70,21 @@ class CheckpointSpec(Section):
     def _is_plain(cls, value: str) -> str:
         scheme, separator, place = value.partition("://")
         if separator and scheme in ("file", "local"):
-            raise ValueError("must be a plain path where it is local, without file://")
+            raise ValueError("must be a plain path if it is local, without file://")
         if separator and (not scheme.isalnum() or not place.strip("/")):
             raise ValueError("must be a folder, or a URL with a bucket such as s3://bucket/runs")
         return value
 
     @property
     def runs(self) -> str:
-        """The local folder that holds the runs' folders."""
+        """The local folder that contains the run folders."""
         return "runs" if "://" in self.to else self.to
 
     def url_of(self, run_folder: str) -> str:
-        """Where a run's checkpoints lie.
+        """Return the folder or URL of a run's checkpoints.
 
         Args:
-            run_folder: the run's own folder, whose last part is its id.
+            run_folder: the run's folder, named by its id.
         """
         if "://" not in self.to:
             return f"{run_folder}/checkpoints"
@@ -92,21 +92,21 @@ class CheckpointSpec(Section):
 
 
 class WandbSpec(Section):
-    """Weights & Biases; the API key is read from the environment (`WANDB_API_KEY`) and nowhere else."""
+    """Weights & Biases. The API key is read from the environment variable `WANDB_API_KEY` only."""
 
     project: str = Field("forge", min_length=1)
     """The W&B project."""
 
     entity: str | None = None
-    """The W&B team or user; the key's own by default."""
+    """The W&B team or user; by default the one of the API key."""
 
     mode: Literal["offline", "online", "disabled"] = "offline"
-    """`offline`: recorded under the run's folder, uploaded later by `wandb sync`; `online`: streamed, and
-    recorded offline if the network is away."""
+    """`offline`: record in the run's folder, for a later `wandb sync`; `online`: stream, and record offline while
+    the network is unavailable; `disabled`: no W&B."""
 
 
 class TrackingSpec(Section):
-    """Where metrics go besides `metrics.jsonl`."""
+    """Experiment tracking besides `metrics.jsonl`."""
 
     wandb: WandbSpec = WandbSpec()
-    """One W&B run for the whole job."""
+    """One W&B run for the whole job, however often it is resumed."""

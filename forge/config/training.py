@@ -1,4 +1,4 @@
-"""`training:` what is minimised, for how long, and how."""
+"""`training:` what is minimised, for how long, and with which optimizer."""
 
 from __future__ import annotations
 
@@ -11,118 +11,124 @@ from forge.units import Every
 
 
 class OptimizerSpec(Section):
-    """AdamW (arXiv 1711.05101), its moments and master weights in fp32."""
+    """AdamW (arXiv 1711.05101); moments and master weights are fp32."""
 
     name: Literal["adamw"] = "adamw"
-    """The optimizer; torch's own implementation, so nothing is compiled at run time."""
+    """The optimizer: torch's implementation, so that nothing is compiled at run time."""
 
     lr: Number = Field(3e-4, gt=0)
-    """Peak learning rate, reached at the end of the warm-up."""
+    """Peak learning rate, reached at the end of the warm-up. The default is a common starting
+    point for AdamW; small models usually take more."""
 
     weight_decay: Number = Field(0.1, ge=0)
-    """Decoupled weight decay, on matrices only: biases, norms and other vectors are not decayed."""
+    """Decoupled weight decay, applied to matrices only, not to biases, norms and other vectors. 0.1 is usual for
+    language models."""
 
     beta1: Number = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""
 
     beta2: Number = Field(0.95, ge=0, lt=1)
-    """Decay of the second moment; 0.95 is usual for language models."""
+    """Decay of the second moment. 0.95, lower than AdamW's usual 0.999, is common for language models."""
 
     eps: Number = Field(1e-8, gt=0)
-    """Added to the denominator."""
+    """Added to the denominator of the update."""
 
     grad_clip: Number = Field(1.0, ge=0)
-    """Largest global gradient norm; 0 switches clipping off. DeepSpeed's `gradient_clipping`."""
+    """Maximum global gradient norm; 0 disables clipping. DeepSpeed's `gradient_clipping`."""
 
 
 class ScheduleSpec(Section):
-    """Learning rate as a function of the step alone."""
+    """The learning rate; it depends on the step only, never on the number of workers."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """The shape after the warm-up."""
+    """Shape of the decay after the warm-up."""
 
     warmup_steps: Count = Field(0, ge=0)
-    """Steps over which the rate rises linearly from 0 to `optimizer.lr`."""
+    """Steps over which the learning rate rises linearly from 0 to `optimizer.lr`."""
 
     final_fraction: Fraction = Field(0.1, ge=0, le=1)
-    """The last step's rate as a share of `optimizer.lr`; of no effect with `constant`."""
+    """Learning rate of the last step as a share of `optimizer.lr`; ignored by `constant`."""
 
 
 class ZeroSpec(Section):
-    """DeepSpeed ZeRO (arXiv 1910.02054): what is divided among the ranks."""
+    """DeepSpeed ZeRO (arXiv 1910.02054): which parts of the training state are sharded over the workers."""
 
     stage: Literal[0, 1, 2, 3] = 2
-    """0: nothing; 1: optimizer states; 2: and gradients; 3: and parameters."""
+    """0: nothing is sharded; 1: optimizer states; 2: gradients too; 3: parameters too. DeepSpeed's
+    `zero_optimization.stage`. The loss does not depend on it. 2 saves most of the memory without extra
+    communication."""
 
     offload: Literal["none", "cpu"] = "none"
-    """Where master weights and moments are kept and updated: `none`, with the weights; `cpu`, in the host's memory,
-    which leaves a GPU to weights, gradients and activations. DeepSpeed's `offload_optimizer`; not at stage 0."""
+    """Where the optimizer states (master weights and moments) are stored and updated. `none`: on the device;
+    `cpu`: in host memory, which frees GPU memory for weights, gradients and activations. DeepSpeed's
+    `offload_optimizer`; not available at stage 0."""
 
     @model_validator(mode="after")
     def _is_divided(self) -> ZeroSpec:
         if self.offload != "none" and self.stage == 0:
-            raise FieldError("offload", "needs stage 1, 2 or 3: at stage 0 nothing is divided")
+            raise FieldError("offload", "needs stage 1, 2 or 3: stage 0 shards nothing")
         return self
 
 
 class EmaSpec(Section):
-    """An exponential moving average of the weights, kept in fp32 beside the master weights."""
+    """Exponential moving average (EMA) of the weights, stored in fp32 next to the master weights."""
 
     decay: Number = Field(0.999, gt=0, lt=1)
-    """Weight of the past at each step: `ema ← decay · ema + (1 - decay) · weights`; smaller in the first
-    steps, `(1 + step) / (10 + step)`, so that the random first weights are forgotten."""
+    """Decay per step: `ema ← decay · ema + (1 - decay) · weights`. In the first steps
+    `(1 + step) / (10 + step)` is used while it is smaller, so that the average forgets the initial weights."""
 
 
 class TrainingSpec(Section):
-    """The optimisation, independent of the machines it runs on."""
+    """The optimisation; its result does not depend on the machines it runs on."""
 
     objective: Literal["causal-lm"] = "causal-lm"
-    """What is minimised: the mean cross entropy of the next token."""
+    """What is minimised. `causal-lm`: the mean cross entropy of the next token."""
 
     total_steps: Count | None = Field(None, ge=1)
-    """Length as optimizer steps. Give one of `total_steps`, `total_tokens`, `epochs`."""
+    """Length in optimizer steps. Give exactly one of `total_steps`, `total_tokens` and `epochs`."""
 
     total_tokens: Count | None = Field(None, ge=1)
-    """Length as predicted tokens, rounded up to whole steps."""
+    """Length in predicted tokens, rounded up to whole steps."""
 
     epochs: Number | None = Field(None, gt=0)
-    """Length as passes over the training sequences, rounded up to whole steps."""
+    """Length in passes over the training sequences, rounded up to whole steps."""
 
     global_batch_size: Count = Field(32, ge=1)
-    """Sequences per optimizer step, the same at every number of workers. DeepSpeed's `train_batch_size`."""
+    """Sequences per optimizer step, the same for any number of workers. DeepSpeed's `train_batch_size`."""
 
     micro_batch_size: WholeOrAuto = "auto"
-    """Sequences per forward and backward on one worker; the rest of the batch is accumulated. `auto`: the
-    largest that the memory estimate allows, at most 8. DeepSpeed's `train_micro_batch_size_per_gpu`."""
+    """Sequences per forward and backward pass of one worker; the rest of the batch is accumulated. `auto`: the
+    largest that fits the memory estimate, at most 8. DeepSpeed's `train_micro_batch_size_per_gpu`."""
 
     optimizer: OptimizerSpec = OptimizerSpec()
-    """The update rule."""
+    """The optimizer and its hyperparameters."""
 
     schedule: ScheduleSpec = ScheduleSpec()
-    """The learning rate over the steps."""
+    """Learning rate by step."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of weights, activations and gradients in forward and backward; master weights are always fp32."""
+    """Precision of weights, activations and gradients in the forward and backward pass; master weights are always
+    fp32. DeepSpeed's `bf16.enabled`."""
 
     zero: ZeroSpec = ZeroSpec()
-    """What is divided among the workers."""
+    """Sharding of the training state over the workers."""
 
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third more arithmetic, far less memory."""
+    """Recompute activations in the backward pass: about a third more FLOPs, far less memory."""
 
     cross_entropy: Literal["chunked", "plain"] = "chunked"
-    """`chunked`: the loss and its gradient are computed over a few rows of logits at a time, so the
-    logits of the batch never exist at once; `plain`: the transformers model's own loss. They agree
-    within the precision's rounding."""
+    """`chunked`: compute the loss and its gradient over a few rows of logits at a time, so that the logits of the
+    whole micro-batch are never in memory; `plain`: the transformers model's own loss. Both agree
+    within rounding."""
 
     ema: EmaSpec | None = None
-    """Keep an average of the weights, and report its held-out loss at the end. Off by default."""
+    """Keep an average of the weights and report its held-out loss at the end; off by default."""
 
     evaluate_every: Interval = Every(steps=100)
-    """How often the held-out loss is measured; it is measured at the end in any case."""
+    """Interval between measurements of the held-out loss; it is always measured at the end."""
 
     seed: int = Field(1, ge=0, lt=2**63)
-    """Seed of the initial weights."""
+    """Seed of the initial weights and of dropout."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingSpec:
@@ -131,11 +137,11 @@ class TrainingSpec(Section):
             raise ValueError("give exactly one of 'total_steps', 'total_tokens' and 'epochs'")
         micro = self.micro_batch_size
         if micro != "auto" and not 1 <= micro <= self.global_batch_size:
-            raise FieldError("micro_batch_size", f"must lie in 1..{self.global_batch_size}, the global batch")
+            raise FieldError("micro_batch_size", f"must be in 1..{self.global_batch_size}, the global batch size")
         warmup_steps = self.schedule.warmup_steps
         if self.total_steps is not None and warmup_steps > self.total_steps:
             raise FieldError(
                 "schedule.warmup_steps",
-                f"{warmup_steps} steps of warm-up are more than the {self.total_steps} of 'total_steps'",
+                f"is longer than the training: {warmup_steps} warm-up steps, but total_steps is {self.total_steps}",
             )
         return self

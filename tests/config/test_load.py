@@ -175,7 +175,7 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         (
             "total_steps: 10",
             "total_steps: 10\n  micro_batch_size: 33",
-            "job.yaml:9: training.micro_batch_size: must lie in 1..32, the global batch (got 33)",
+            "job.yaml:9: training.micro_batch_size: must be in 1..32, the global batch size (got 33)",
         ),
         (
             "total_steps: 10",
@@ -185,7 +185,7 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         (
             "total_steps: 10",
             "total_steps: 10\n  zero: {stage: 0, offload: cpu}",
-            "job.yaml:9: training.zero.offload: needs stage 1, 2 or 3: at stage 0 nothing is divided (got cpu)",
+            "job.yaml:9: training.zero.offload: needs stage 1, 2 or 3: stage 0 shards nothing (got cpu)",
         ),
         (
             "total_steps: 10",
@@ -205,8 +205,8 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         (
             "total_steps: 10",
             "total_steps: 10\n  schedule: {warmup_steps: 11}",
-            "job.yaml:9: training.schedule.warmup_steps: 11 steps of warm-up are more than the 10 of "
-            "'total_steps' (got 11)",
+            "job.yaml:9: training.schedule.warmup_steps: is longer than the training: 11 warm-up steps, "
+            "but total_steps is 10 (got 11)",
         ),
         (
             "total_steps: 10",
@@ -228,7 +228,7 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         (
             "seq_len: 64",
             "tokenizer: {from_pretrained: x, vocab_size: 300}",
-            "job.yaml:6: data.tokenizer.vocab_size: belongs to a trained tokenizer; "
+            "job.yaml:6: data.tokenizer.vocab_size: is only for trained tokenizers; "
             "a loaded one has its own (got 300)",
         ),
         (
@@ -257,7 +257,7 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         (
             "architecture: llama",
             "model_type: llama",
-            "job.yaml:3: model.model_type: the architecture is named by another key (got llama); "
+            "job.yaml:3: model.model_type: forge has another name for this key (got llama); "
             "did you mean 'architecture'?",
         ),
         (

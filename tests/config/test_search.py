@@ -39,7 +39,11 @@ def load(folder: Path, old: str = "", new: str = "", *, overrides: tuple[str, ..
     [
         ("optimizer.lr:", "optimizer.learning_rate:", r":7: .*did you mean 'training.optimizer.lr'"),
         ("optimizer.lr:", "optimiser.lr:", r":7: search.space.training.optimiser.lr: .*unknown key"),
-        ("[0, 20]", "[0, 200]", r":8: .*cannot be 200: 200 steps of warm-up are more than the 60"),
+        (
+            "[0, 20]",
+            "[0, 200]",
+            r":8: .*cannot be 200: is longer than the training: 200 warm-up steps",
+        ),
         ("[0, 20]", "[0, 2.5]", r":8: .*must have whole numbers as its ends"),
         ("loguniform: [1.0e-4", "loguniform: [0", r":7: .*loguniform: must lie above 0"),
         ("[1.0e-4, 3.0e-2]", "[3.0e-2, 1.0e-4]", r":7: .*is empty: 0.03 is not below 0.0001"),
