@@ -62,8 +62,9 @@ ONLY_IN = {
     "deepspeed": ("forge/train/engine.py", "forge/train/state.py"),
     "wandb": ("forge/runs/recorder.py",),
     "ray": ("forge/runtime/", "forge/search/", "forge/cluster/", "forge/remote/", "forge/chaos/"),
-    "optuna": ("forge/search/importance.py", "forge/search/suggest.py"),
+    "optuna": ("forge/search/importance.py", "forge/search/suggest.py", "forge/report/figures.py"),
     "plotly": ("forge/report/figures.py",),
+    "jinja2": ("forge/report/html_report.py",),
 }
 """Foreign libraries that only the named files may import."""
 

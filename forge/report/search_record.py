@@ -1,4 +1,4 @@
-"""A search as a whole: its record in JSON, and the files that are made of its events at its end."""
+"""The results of a search: its JSON record, `report.html` and `best.yaml`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from forge.config.overrides import search_of
-from forge.report.html_report import PAGE, wall_seconds, write_page
+from forge.fs import write_atomic
+from forge.report.html_report import REPORT, wall_seconds, write_report
 from forge.runs.reader import RunSummary, read_run
 from forge.runs.trials import Trial, TrialTable, trial_id
 from forge.search.best_job import best_job_yaml
 from forge.search.importance import importances
 
 BEST = "best.yaml"
-"""In the search's folder: the job with the values found."""
+"""In the search's folder: the job with the best trial's values."""
 
 
 def search_record(run: RunSummary) -> dict[str, Any]:
-    """A search as JSON, with all of its trials; what is not finite is None.
+    """Return a search with all its trials as JSON; numbers that are not finite become None.
 
-    Raises: JobFileError if the run is no search.
+    Raises: JobFileError if the run is not a search.
     """
     search, book = search_of(run.plan.job), TrialTable(run.events)
     best = book.best(search.mode)
@@ -37,25 +38,22 @@ def search_record(run: RunSummary) -> dict[str, Any]:
         "usd": (run.newest("CostUpdated") or {}).get("usd"),
         "seconds": wall_seconds(run),
         "trials": [_record(trial, search_id=run.run_id) for trial in book.trials.values()],
-        "report": _existing(run.folder / PAGE),
+        "report": _existing(run.folder / REPORT),
         "best_yaml": _existing(run.folder / BEST),
     }
 
 
 def write_results(folder: Path) -> None:
-    """Write the page and, if a trial was judged, `best.yaml` into the folder of a search.
+    """Write `report.html` and, if a trial reported a value, `best.yaml` into the folder of a search.
 
-    Raises: ArgumentError or PlanError if the folder holds no run that can be read; JobFileError if it is no search,
-        or if its job cannot have the values that were found, in which case the page is there all the same.
+    Raises: ArgumentError or PlanError if the folder holds no readable run; JobFileError if it is not a search, or
+        if the job does not accept the best trial's values, in which case `report.html` is written all the same.
     """
-    write_page(folder)
+    write_report(folder)
     run = read_run(folder)
     text = best_job_yaml(run.plan, TrialTable(run.events), search_id=run.run_id)
-    if text is None:
-        return
-    draft = folder / f"{BEST}.draft"
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(folder / BEST)
+    if text is not None:
+        write_atomic(folder / BEST, text)
 
 
 def _result(trial: Trial, *, search_id: str) -> dict[str, Any]:

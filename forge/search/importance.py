@@ -68,7 +68,7 @@ def _ask(trials: list[optuna.trial.FrozenTrial]) -> dict[str, float]:
     # Only where it is asked for: it brings scikit-learn and pandas, which take more than a second to import.
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
-    with _silence():
+    with quiet_optuna():
         study = optuna.create_study()
         study.add_trials(trials)
         evaluator = FanovaImportanceEvaluator(seed=_SEED, n_trees=_NUM_TREES)
@@ -120,8 +120,8 @@ def _placed(entry: ParameterSpec, value: Any, *, axis: BaseDistribution) -> Any:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Optuna would tell of every study that is made."""
+def quiet_optuna() -> Iterator[None]:
+    """Silence Optuna, which logs every study and every trial that is added."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(logging.ERROR)
     try:

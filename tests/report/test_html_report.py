@@ -1,10 +1,11 @@
-"""The page and the record of a search, at every time of its life."""
+"""report.html and the JSON record of a search."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ import pytest
 from forge.config.load import load_job
 from forge.errors import JobFileError
 from forge.events import RunFailed
-from forge.report.figures import log_ticks, names_on_axis, script
-from forge.report.html_report import write_page
+from forge.report.figures import axis_labels, build_study, script
+from forge.report.html_report import write_report
 from forge.report.search_record import search_record, write_results
 from forge.runs.reader import read_run
 from tests.support.runs import make_run
-from tests.support.searches import LR, WARMUP, SearchHistory, lifelike, search_plan
+from tests.support.searches import LR, WARMUP, SearchHistory, lifelike, search_plan, search_spec
 
 
 def own_text(page: Path) -> str:
@@ -25,7 +26,7 @@ def own_text(page: Path) -> str:
     return page.read_text(encoding="utf-8").replace(script(), "")
 
 
-def test_a_search_that_is_over_has_all_of_it_on_one_page(tmp_path: Path) -> None:
+def test_report__finished_search__holds_figures_trials_and_cost(tmp_path: Path) -> None:
     folder = lifelike().write(tmp_path, search_plan({"scheduler": {"kind": "asha"}}))
     write_results(folder)
     whole = (folder / "report.html").read_text(encoding="utf-8")
@@ -33,16 +34,21 @@ def test_a_search_that_is_over_has_all_of_it_on_one_page(tmp_path: Path) -> None
     assert whole.count(script()) == 1
     for said in ("12 finished, 2 stopped, 1 diverged, 1 failed", "1.76 USD", "CUDA out of memory on rank 0"):
         assert said in text
-    for figure in ("best-so-far", "learning-curves", "parallel-coordinates", "importances"):
+    for figure in ("optimization-history", "learning-curves", "parallel-coordinates", "importances"):
         assert text.count(f'id="{figure}"') == 1
     assert text.count("<tr>") + text.count('<tr class="chosen">') == 1 + 16
     assert load_job(folder / "best.yaml").job.search is None
-    assert not list(folder.glob("*.draft"))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.yaml",
+        "events.jsonl",
+        "plan.json",
+        "report.html",
+    ]
 
 
-def test_the_page_asks_nobody_for_anything(tmp_path: Path) -> None:
+def test_report__loads_nothing(tmp_path: Path) -> None:
     folder = lifelike().write(tmp_path, search_plan())
-    text = own_text(write_page(folder))
+    text = own_text(write_report(folder))
     for asking in ('src="', 'href="', "@import", "url("):
         assert asking not in text
     assert "default-src 'none'" in text
@@ -69,11 +75,11 @@ def only_failed() -> SearchHistory:
     ("make", "said"),
     [
         (going_on, "1 finished, 1 running, 1 waiting"),
-        (SearchHistory, "No trial has been begun."),
+        (SearchHistory, "No trial has started."),
         (only_failed, "every trial failed"),
     ],
 )
-def test_a_search_has_a_page_however_far_it_came(
+def test_report__search_in_any_state__is_written(
     make: Callable[[], SearchHistory], said: str, tmp_path: Path
 ) -> None:
     space = {LR: {"loguniform": [1e-4, 1e-1]}, WARMUP: {"int": [0, 4]}}
@@ -93,33 +99,57 @@ def test_a_search_has_a_page_however_far_it_came(
         ({"data.text_key": {"choice": ["a", None, ["b"]]}}, [{"data.text_key": ["b"]}, {"data.text_key": "gone"}]),
     ],
 )
-def test_a_single_key_is_enough(space: dict, values: list[dict], tmp_path: Path) -> None:
+def test_report__one_searched_key__parallel_coordinates(space: dict, values: list[dict], tmp_path: Path) -> None:
     history = SearchHistory()
     for count, drawn in enumerate(values):
         history.run(drawn, [2.0 + count])
-    text = own_text(write_page(history.write(tmp_path, search_plan({"space": space}))))
+    text = own_text(write_report(history.write(tmp_path, search_plan({"space": space}))))
     assert 'id="parallel-coordinates"' in text
 
 
-def test_what_the_job_and_the_events_say_is_text_on_the_page(tmp_path: Path) -> None:
-    evil = "</script><script>alert(1)</script><b>\"'&"
+class Elements(HTMLParser):
+    """The elements of a page, as a browser finds them, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_report__hostile_names_and_values__are_text_and_never_elements(tmp_path: Path) -> None:
+    evil = "</script><evil x=\"'&"
     history = SearchHistory()
     for value in (evil, "x"):
         history.run({"data.source": value, evil: 1}, [2.0], status="stopped", reason=evil)
     history.tell(RunFailed(error="RunError", message=evil))
     plan = search_plan({"space": {"data.source": {"choice": ["x", evil]}, evil: {"int": [1, 2]}}})
-    text = own_text(write_page(history.write(tmp_path, plan, name="<b>x<i>")))
-    assert "alert(1)" in text
-    for markup in ("<script>alert", "</script><script>alert", "<b>\"'&", "<i>"):
-        assert markup not in text
+    harmless = search_plan({"space": {"data.source": {"choice": ["x", "y"]}, "z": {"int": [1, 2]}}})
+    same = SearchHistory()
+    for value in ("y", "x"):
+        same.run({"data.source": value, "z": 1}, [2.0], status="stopped", reason="r")
+    same.tell(RunFailed(error="RunError", message="m"))
+    hostile_page = Elements(own_text(write_report(history.write(tmp_path, plan, name="<evil>"))))
+    harmless_page = Elements(own_text(write_report(same.write(tmp_path, harmless, name="name"))))
+    assert hostile_page.tags == harmless_page.tags
+    assert "<evil>" in hostile_page.text
+    figures = [text for text in hostile_page.text if "Plotly.newPlot" in text]
+    assert figures
+    assert not any("<evil" in text for text in figures)
 
 
-def test_a_run_is_no_search(tmp_path: Path) -> None:
+def test_report__run_without_search__raises(tmp_path: Path) -> None:
     with pytest.raises(JobFileError, match="there is no search in it"):
-        write_page(make_run(tmp_path))
+        write_report(make_run(tmp_path))
 
 
-def test_the_record_has_every_trial_and_the_files_that_are_there(tmp_path: Path) -> None:
+def test_search_record__holds_every_trial_and_existing_files(tmp_path: Path) -> None:
     folder = lifelike().write(tmp_path, search_plan({"scheduler": {"kind": "asha"}}))
     bare = search_record(read_run(folder))
     assert (bare["report"], bare["best_yaml"]) == (None, None)
@@ -139,19 +169,18 @@ def test_the_record_has_every_trial_and_the_files_that_are_there(tmp_path: Path)
     assert list(record["trials"][0]) == told.split()
 
 
-def test_keys_are_shown_by_as_much_of_their_path_as_tells_them_apart() -> None:
-    names = names_on_axis(["training.optimizer.lr", "training.ema.lr", "model.hidden_size", "a.decay", "decay"])
+def test_axis_labels__keys_with_equal_ends__as_many_parts_as_tell_them_apart() -> None:
+    names = axis_labels(["training.optimizer.lr", "training.ema.lr", "model.hidden_size", "a.decay", "decay"])
     assert list(names.values()) == ["optimizer.lr", "ema.lr", "hidden_size", "a.decay", "decay"]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (1e-4, 1e-1, [1e-4, 1e-3, 1e-2, 1e-1]),
-        (3e-4, 5e-3, [3e-4, 5e-4, 1e-3, 2e-3, 5e-3]),
-        (9.5e-4, 1e-1, [9.5e-4, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]),
-        (2.1e-4, 2.2e-4, [2.1e-4, 2.2e-4]),
-    ],
-)
-def test_a_logarithmic_axis_has_round_numbers_and_its_ends(low: float, high: float, ticks: list[float]) -> None:
-    assert log_ticks(low, high) == pytest.approx(ticks)
+def test_build_study__lifelike_search__numbers_values_and_curves_of_the_trials() -> None:
+    history = lifelike()
+    study = build_study(search_spec(), history.book)
+    for number, trial in history.book.trials.items():
+        drawn = study.trials[number]
+        is_comparable = trial.status in ("finished", "stopped")
+        assert drawn.number == number
+        assert drawn.value == (trial.value if is_comparable else None)
+        finite = {step: value for step, value in trial.reports if math.isfinite(value)}
+        assert drawn.intermediate_values == finite
