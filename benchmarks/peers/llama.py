@@ -87,7 +87,6 @@ def take_step(engine: Engine, step: int, *, spec: JobSpec) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     rows = spec.training.global_batch_size // world_size
     tokens = np.random.default_rng(step * world_size + rank).integers(_VOCAB, size=(rows, _SEQ_LEN + 1))
-    batch = MicroBatch(
-        tokens=tokens[:, :-1].copy(), targets=tokens[:, 1:].copy(), positions=np.arange(rows, dtype=np.int64)
-    )
-    engine.step(step, [batch], num_tokens=rows * world_size * _SEQ_LEN, lr=1e-4, flags=StepControl())
+    arrays = {"tokens": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy()}
+    batch = MicroBatch(arrays=arrays, positions=np.arange(rows, dtype=np.int64))
+    engine.step(step, [batch], total_weight=rows * world_size * _SEQ_LEN, lr=1e-4, requests=StepControl)

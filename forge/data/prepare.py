@@ -29,6 +29,7 @@ from forge.config.data import DataSpec
 from forge.data import corpus, store
 from forge.data.cache import build_once, open_cache, sync_folder
 from forge.data.corpus import Document
+from forge.data.rows import RowStore, StreamRows
 from forge.data.store import CacheIndex, Packer, Split, TokenStream
 from forge.data.tokenizer import TextTokenizer, encode_batches, load_tokenizer, train_tokenizer
 from forge.errors import DataError
@@ -90,19 +91,20 @@ def prepare(spec: DataSpec, *, cache_dir: Path, on_progress: _Report | None = No
     return _facts(index, folder=folder, seq_len=spec.seq_len)
 
 
-def open_streams(facts: CorpusInfo) -> tuple[TokenStream, TokenStream]:
-    """The train and the held-out tokens; sizes are verified.
+def open_rows(facts: CorpusInfo) -> tuple[RowStore, RowStore]:
+    """Open the training rows and the held-out rows; file sizes are verified.
 
-    Raises: DataError if the cache is not there, or no longer the one the facts were taken from.
+    Raises: DataError if the cache is missing, or is not the one that was planned with.
     """
     folder = Path(facts.folder)
     index = store.read_index(folder)
     if index.digest != facts.digest:
         raise DataError(f"{folder} holds the corpus {index.digest}, the plan says {facts.digest}; plan again")
-    return (
-        TokenStream(folder=folder, entries=index.train, dtype=index.dtype),
-        TokenStream(folder=folder, entries=index.held_out, dtype=index.dtype),
+    train, held_out = (
+        StreamRows(stream=TokenStream(folder=folder, entries=entries, dtype=index.dtype), seq_len=facts.seq_len)
+        for entries in (index.train, index.held_out)
     )
+    return train, held_out
 
 
 def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None) -> str:

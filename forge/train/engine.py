@@ -1,8 +1,8 @@
-"""The door to DeepSpeed: a model, a loss and an optimizer become an engine that takes steps.
+"""A model, a loss and an optimizer as a DeepSpeed engine that takes steps.
 
-The loss of a step is the sum over its real tokens divided by their number over all ranks. Each rank
-scales its part by `world_size / tokens_of_the_step` before DeepSpeed averages over the ranks, so
-ranks with fewer sequences, or with none in a micro-step, change nothing.
+The loss of a step is the sum over all ranks divided by the total weight of the step's rows, which every rank
+computes from the store. Each rank scales its part by `world_size / total_weight` before DeepSpeed averages over
+the ranks, so ranks with fewer rows, or with none in a micro-step, change nothing.
 
 Nothing is compiled at run time: the optimizer is torch's own AdamW, and on CPU the shared-memory
 collective that DeepSpeed would build in the background (70 s) is declared unavailable.
@@ -43,29 +43,29 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepControl:
-    """What rank 0 wishes for this step; after the step every rank holds rank 0's."""
+    """What to do at the end of a step. Every rank proposes; rank 0's flags are sent to all in the all-reduce."""
 
     stop: bool = False
-    leave: bool = False
-    """End this generation: another is to take its place."""
+    drain: bool = False
+    """End this generation after a snapshot, from which the next one continues."""
     save: bool = False
     snapshot: bool = False
     evaluate: bool = False
-    trouble: bool = False
-    """Some rank could not write its part of a checkpoint: any rank's wish, not only the first's."""
+    save_failed: bool = False
+    """A rank could not write its part of a checkpoint; true if it is on any rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One optimizer step as all ranks see it."""
+    """The outcome of one optimizer step, the same on every rank."""
 
     loss: float
     grad_norm: float
     """Before clipping."""
     peak_memory_gib: float
-    """Of the rank with the most."""
+    """Maximum over all ranks."""
     snapshot_cost_s: float
-    """Of the rank whose snapshots cost most."""
+    """Maximum over all ranks."""
     flags: StepControl
 
 
@@ -158,20 +158,24 @@ class Engine:
         step: int,
         micro_batches: Iterable[MicroBatch],
         *,
-        num_tokens: int,
+        total_weight: float,
         lr: float,
-        wishes: Callable[[], StepControl],
+        requests: Callable[[], StepControl],
         snapshot_cost_s: Callable[[], float] = lambda: 0.0,
     ) -> StepResult:
         """Forward, backward and update over one global batch; collective.
 
         Args:
-            step: its number, from 1.
-            num_tokens: predicted tokens of the step over all ranks.
-            lr: the learning rate of this step.
-            wishes: rank 0's, asked at the step's end; on the others ignored, but for trouble.
-            snapshot_cost_s: what snapshots have cost this rank.
+            step: number of the step, from 1.
+            total_weight: number of loss terms of the step over all ranks; the loss is divided by it.
+            lr: learning rate of this step.
+            requests: called at the end of the step; ignored on ranks other than 0, except `save_failed`.
+            snapshot_cost_s: seconds that snapshots have cost this rank so far.
+
+        Raises: ValueError if `total_weight` is not above 0.
         """
+        if not total_weight > 0:
+            raise ValueError(f"step {step} has a total weight of {total_weight}: it has no loss to minimise")
         engine = self._engine
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
@@ -183,7 +187,7 @@ class Engine:
             self.on_progress()
             loss = self._loss(batch)
             loss_sum += loss.detach().double()
-            engine.backward(loss * (engine.dp_world_size / num_tokens), scale_wrt_gas=False)
+            engine.backward(loss * (engine.dp_world_size / total_weight), scale_wrt_gas=False)
             self.on_progress()
             own_norm = None
             if engine.is_gradient_accumulation_boundary():
@@ -195,10 +199,11 @@ class Engine:
             self.state.update_average(decay=self._training.ema.decay, step=step)
         norm = engine.get_global_grad_norm() if own_norm is None else own_norm
         grad_norm = float("nan" if norm is None else norm)
-        shared = self._agree(loss_sum, own=(peak_memory_gib(self.device), snapshot_cost_s()), wishes=wishes())
+        figures = (peak_memory_gib(self.device), snapshot_cost_s())
+        shared = self._all_reduce(loss_sum, figures=figures, requests=requests())
         self.on_progress()
         return StepResult(
-            loss=shared.loss_sum / num_tokens,
+            loss=shared.loss_sum / total_weight,
             grad_norm=grad_norm,
             peak_memory_gib=max(shared.memory_gib),
             snapshot_cost_s=max(shared.snapshot_cost_s),
@@ -213,14 +218,14 @@ class Engine:
             for batch in micro_batches:
                 self.on_progress()
                 sums[0] += self._loss(batch).double()
-                sums[1] += int((batch.targets >= 0).sum())
+                sums[1] += int((batch.arrays["targets"] >= 0).sum())
         dist.all_reduce(sums)
         self._engine.train()
         return sums[0].item(), int(sums[1].item())
 
     def _loss(self, batch: MicroBatch) -> torch.Tensor:
-        tokens = torch.from_numpy(batch.tokens).to(self.device, non_blocking=True)
-        targets = torch.from_numpy(batch.targets).to(self.device, non_blocking=True)
+        tokens = torch.from_numpy(batch.arrays["tokens"]).to(self.device, non_blocking=True)
+        targets = torch.from_numpy(batch.arrays["targets"]).to(self.device, non_blocking=True)
         loss: torch.Tensor = self._engine(tokens, targets)
         return loss
 
@@ -231,29 +236,31 @@ class Engine:
         limit = self._training.optimizer.grad_clip or float("inf")
         return float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
 
-    def _agree(self, loss_sum: torch.Tensor, *, own: tuple[float, float], wishes: StepControl) -> _Shared:
-        """One all-reduce for the loss, the wishes of rank 0 and every rank's figures, each in its own place."""
+    def _all_reduce(
+        self, loss_sum: torch.Tensor, *, figures: tuple[float, float], requests: StepControl
+    ) -> _Shared:
+        """One all-reduce for the loss, the flags of rank 0 and one slot per rank for each of its figures."""
         rank, world_size = self._engine.global_rank, self._engine.dp_world_size
         names = [field.name for field in fields(StepControl)]
-        wished = [float(getattr(wishes, name) and (rank == 0 or name == "trouble")) for name in names]
+        flags = [float(getattr(requests, name) and (rank == 0 or name == "save_failed")) for name in names]
         memory, cost = [0.0] * world_size, [0.0] * world_size
-        memory[rank], cost[rank] = own
-        shared = torch.tensor([0.0, *wished, *memory, *cost], dtype=torch.float64, device=self.device)
+        memory[rank], cost[rank] = figures
+        shared = torch.tensor([0.0, *flags, *memory, *cost], dtype=torch.float64, device=self.device)
         shared[0] = loss_sum
         dist.all_reduce(shared)
         total, *rest = shared.tolist()
-        flags, figures = rest[: len(names)], rest[len(names) :]
+        flags, per_rank = rest[: len(names)], rest[len(names) :]
         return _Shared(
             loss_sum=total,
-            memory_gib=figures[:world_size],
-            snapshot_cost_s=figures[world_size:],
+            memory_gib=per_rank[:world_size],
+            snapshot_cost_s=per_rank[world_size:],
             flags=StepControl(**{name: value > 0 for name, value in zip(names, flags, strict=True)}),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shared:
-    """What all ranks know after a step."""
+    """The sums of the all-reduce that ends a step."""
 
     loss_sum: float
     memory_gib: list[float]

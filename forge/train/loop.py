@@ -1,7 +1,7 @@
-"""The training loop: batch, forward, backward, update, and what follows from the step's number.
+"""The training loop: batch, forward, backward, update, evaluation, checkpoint, snapshot.
 
-It knows the plan and the step, and nothing of machines. Every rank runs it; rank 0 reports, and its wishes
-(evaluate, save, leave) become everybody's in the all-reduce that ends a step.
+It depends on the plan and the step, not on the machines. Every rank runs it; rank 0 reports, and its control
+requests (evaluate, save, drain) reach all ranks in the all-reduce that ends a step.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from forge.train.snapshotter import Snapshotter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainInputs:
-    """What the loop goes through, and how far."""
+    """The batches and settings of one worker's loop, and its last step."""
 
     training: TrainingSpec
     checkpoint: CheckpointSpec
     total_steps: int
     pause_at: int | None
-    """The step after which to stop, with a checkpoint, though it is not the last."""
+    """The step after which to stop with a checkpoint, before the last one."""
     batches: TrainBatches
     held_out: HeldOutBatches
     flops_per_token: int
@@ -49,7 +49,6 @@ class TrainInputs:
 
     @property
     def last_step(self) -> int:
-        """After which the loop ends."""
         return min(self.total_steps, self.pause_at or self.total_steps)
 
 
@@ -59,69 +58,68 @@ class LoopResult:
 
     progress: Progress
     is_drained: bool = False
-    """Another generation goes on from here; otherwise everything up to here is in a checkpoint."""
+    """Whether the next generation continues from a snapshot; otherwise the state is in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotPolicy:
-    """Copies of the state that outlive the rank, and how often they are taken."""
+    """Takes snapshots of the state that outlive the worker, and decides how often."""
 
-    copier: Snapshotter
-    pace: SnapshotInterval
+    snapshotter: Snapshotter
+    interval: SnapshotInterval
 
 
 def train(
     engine: Engine,
-    curriculum: TrainInputs,
+    inputs: TrainInputs,
     *,
     start: Progress,
     saving: AsyncCheckpointer,
     snapshots: SnapshotPolicy | None = None,
-    on_formed: Callable[[], None] = lambda: None,
+    on_started: Callable[[], None] = lambda: None,
     reporter: Reporter,
 ) -> LoopResult:
-    """Train from `start` to the last step or the one to pause at, or until asked to stop or to leave; collective.
+    """Train from `start` to the last step, the pause step, or until asked to stop or to drain; collective.
 
     Args:
-        on_formed: called after the first step, or at once if there is none to do.
+        on_started: called after the first step, or at once if no step is left.
 
-    Raises: DivergedError if the loss or the gradient is no number, CheckpointError if the last checkpoint
+    Raises: DivergedError if the loss or the gradient norm is not finite, CheckpointError if the last checkpoint
         cannot be written.
     """
-    training = curriculum.training
+    training = inputs.training
     progress, saved_step = start, start.step
     saved_at = evaluated_at = time.monotonic()
     is_save_due = False
-    tokens = curriculum.batches.tokens_per_step
-    if progress.step >= curriculum.last_step:
-        on_formed()
-    while progress.step < curriculum.last_step:
+    if progress.step >= inputs.last_step:
+        on_started()
+    while progress.step < inputs.last_step:
         step, began = progress.step + 1, time.monotonic()
-        is_last = step == curriculum.last_step
-        # A checkpoint that is due while another is in the making begins when that one is sealed.
-        is_save_due |= curriculum.checkpoint.every.is_due(step=step, seconds_since_last=began - saved_at)
+        is_last = step == inputs.last_step
+        # A checkpoint that is due while another is being written begins when that one is committed.
+        is_save_due |= inputs.checkpoint.every.is_due(step=step, seconds_since_last=began - saved_at)
         is_evaluation_due = training.evaluate_every.is_due(step=step, seconds_since_last=began - evaluated_at)
-        lr = learning_rate(
-            training.schedule, step=step, total_steps=curriculum.total_steps, peak=training.optimizer.lr
-        )
+        lr = learning_rate(training.schedule, step=step, total_steps=inputs.total_steps, peak=training.optimizer.lr)
+        totals = inputs.batches.totals(step)
+        tokens = totals.num_targets
         result = engine.step(
             step,
-            curriculum.batches.of_step(step),
-            num_tokens=tokens,
+            inputs.batches.of_step(step),
+            total_weight=totals.weight,
             lr=lr,
-            wishes=partial(
-                _wishes,
+            requests=partial(
+                _requests,
                 reporter,
                 saving,
                 save=is_last or is_save_due,
-                snapshot=snapshots is not None and snapshots.pace.is_due(step),
+                snapshot=snapshots is not None and snapshots.interval.is_due(step),
                 evaluate=is_last or is_evaluation_due,
             ),
-            snapshot_cost_s=snapshots.copier.take_cost_s if snapshots else lambda: 0.0,
+            snapshot_cost_s=snapshots.snapshotter.take_cost_s if snapshots else lambda: 0.0,
         )
         step_s = time.monotonic() - began
         if progress is start:
-            on_formed()
+            on_started()
         if not _is_finite(result.loss, result.grad_norm):
             saved_step = _report(saving.finish(), reporter) or saved_step
             raise _diverged(result.loss, result.grad_norm, step=step, lr=lr, saved_step=saved_step)
@@ -129,8 +127,8 @@ def train(
             step=step, num_tokens=progress.num_tokens + tokens, recipe=start.recipe, corpus=start.corpus
         )
         held_out_loss = None
-        if result.flags.evaluate and curriculum.held_out.num_sequences:
-            held_out_loss = evaluate(engine, curriculum.held_out, step=step, weights="current", reporter=reporter)
+        if result.flags.evaluate and inputs.held_out.rows.num_rows:
+            held_out_loss = evaluate(engine, inputs.held_out, step=step, weights="current", reporter=reporter)
             evaluated_at = time.monotonic()
         reporter.step(
             StepMetrics(
@@ -140,35 +138,35 @@ def train(
                 grad_norm=result.grad_norm,
                 num_tokens=progress.num_tokens,
                 tokens_per_s=tokens / step_s,
-                mfu=curriculum.flops_per_token * tokens / step_s / curriculum.peak_flops,
+                mfu=inputs.flops_per_token * tokens / step_s / inputs.peak_flops,
                 step_s=step_s,
                 peak_memory_gib=result.peak_memory_gib,
-                world_size=curriculum.batches.plan.world_size,
+                world_size=inputs.batches.plan.world_size,
                 held_out_loss=held_out_loss,
             )
         )
         saved_step = _report(saving.outcomes(), reporter) or saved_step
-        if result.flags.trouble:
+        if result.flags.save_failed:
             _report(saving.give_up(), reporter)
         if is_last or result.flags.stop:
-            _save_for_certain(saving, progress, reporter)
+            _save_and_wait(saving, progress, reporter)
             if result.flags.stop:
                 return LoopResult(progress=progress)
-        elif result.flags.leave and snapshots is not None:
-            snapshots.copier.begin(progress)
-            snapshots.copier.finish()
+        elif result.flags.drain and snapshots is not None:
+            snapshots.snapshotter.begin(progress)
+            snapshots.snapshotter.finish()
             return LoopResult(progress=progress, is_drained=True)
         elif result.flags.save:
             saving.begin(progress)
             saved_at, is_save_due = time.monotonic(), False
         elif result.flags.snapshot and snapshots is not None:
-            snapshots.copier.begin(progress)
+            snapshots.snapshotter.begin(progress)
         if snapshots is not None:
-            _pace(snapshots.pace, result, step=step, step_s=step_s, reporter=reporter)
-    is_whole = progress.step >= curriculum.total_steps
-    if is_whole and training.ema is not None and curriculum.held_out.num_sequences:
+            _adjust(snapshots.interval, result, step=step, step_s=step_s, reporter=reporter)
+    is_whole = progress.step >= inputs.total_steps
+    if is_whole and training.ema is not None and inputs.held_out.rows.num_rows:
         engine.state.swap_average()
-        evaluate(engine, curriculum.held_out, step=progress.step, weights="ema", reporter=reporter)
+        evaluate(engine, inputs.held_out, step=progress.step, weights="ema", reporter=reporter)
         engine.state.swap_average()
     return LoopResult(progress=progress)
 
@@ -191,30 +189,32 @@ def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: st
     return loss
 
 
-def _wishes(
+def _requests(
     reporter: Reporter, saving: AsyncCheckpointer, *, save: bool, snapshot: bool, evaluate: bool
 ) -> StepControl:
-    """What is wished for at the end of a step, as late as it can be asked."""
+    """Collect the control requests of this rank just before the all-reduce that ends a step."""
     return StepControl(
         stop=reporter.should_stop(),
-        leave=reporter.should_drain(),
+        drain=reporter.should_drain(),
         save=save and not saving.is_busy,
         snapshot=snapshot,
         evaluate=evaluate,
-        trouble=saving.has_failed,
+        save_failed=saving.has_failed,
     )
 
 
-def _pace(pace: SnapshotInterval, result: StepResult, *, step: int, step_s: float, reporter: Reporter) -> None:
-    """Choose the pace of snapshots anew; the same on every rank but for noise, and rank 0's is taken."""
+def _adjust(
+    interval: SnapshotInterval, result: StepResult, *, step: int, step_s: float, reporter: Reporter
+) -> None:
+    """Update the snapshot interval from the measured cost; step times differ between ranks, rank 0 decides."""
     if result.flags.save or result.flags.snapshot:
-        pace.took(step)
-    if pace.learn(step_s=step_s, cost_s=result.snapshot_cost_s):
-        reporter.event(SnapshotIntervalChanged(every=pace.every, seconds=pace.cost_s, share=pace.share))
+        interval.took(step)
+    if interval.learn(step_s=step_s, cost_s=result.snapshot_cost_s):
+        reporter.event(SnapshotIntervalChanged(every=interval.every, seconds=interval.cost_s, share=interval.share))
 
 
-def _save_for_certain(saving: AsyncCheckpointer, progress: Progress, reporter: Reporter) -> None:
-    """Save and wait for it, a second time if need be: a saver may be killed at any moment, and is started anew.
+def _save_and_wait(saving: AsyncCheckpointer, progress: Progress, reporter: Reporter) -> None:
+    """Save and wait until it is written; try twice, since the writer process may be killed and is restarted.
 
     Raises: CheckpointError on every rank if it cannot be written.
     """
@@ -233,7 +233,7 @@ def _save_for_certain(saving: AsyncCheckpointer, progress: Progress, reporter: R
 
 
 def _report(outcomes: Iterable[Outcome], reporter: Reporter) -> int:
-    """A checkpoint that fails in the middle of a run is reported and survived. Returns: the newest saved, or 0."""
+    """Report checkpoints; a failure in the middle of a run is no error. Returns: the newest step saved, or 0."""
     newest = 0
     for outcome in outcomes:
         if isinstance(outcome, CheckpointWritten):
@@ -261,7 +261,7 @@ def _is_finite(loss: float, grad_norm: float) -> bool:
 
 
 def _diverged(loss: float, grad_norm: float, *, step: int, lr: float, saved_step: int) -> DivergedError:
-    """The end of a run at the first step that is no number: the weights are spoilt from here on."""
+    """The error of the first step that is not finite: the weights are unusable from here on."""
     kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "no checkpoint was written yet"
     return DivergedError(
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, at a learning rate of {lr:.3g}; "

@@ -23,7 +23,7 @@ from forge.checkpoint.reader import list_checkpoints, open_checkpoint, verify_ch
 from forge.checkpoint.storage import open_storage
 from forge.data.loader import HeldOutBatches, TrainBatches
 from forge.data.order import SampleOrder
-from forge.data.prepare import open_streams
+from forge.data.prepare import open_rows
 from forge.errors import CheckpointError
 from forge.events import CheckpointSkipped, GenerationStarted, Reporter, StepMetrics
 from forge.plan.plan import Plan, config_digest
@@ -163,11 +163,11 @@ def run_worker(
     try:
         ending = train(
             engine,
-            _curriculum(plan, place, peak_flops=peak.flops),
+            _train_inputs(plan, place, peak_flops=peak.flops),
             start=start,
             saving=saving,
-            snapshots=SnapshotPolicy(copier=copier, pace=pace) if copier else None,
-            on_formed=tell_formed,
+            snapshots=SnapshotPolicy(snapshotter=copier, interval=pace) if copier else None,
+            on_started=tell_formed,
             reporter=reporter,
         )
         is_drained = ending.is_drained
@@ -209,28 +209,26 @@ def _take_over(engine: Engine, origin: StateSource) -> Progress:
     return origin.progress
 
 
-def _curriculum(plan: Plan, place: WorkerContext, *, peak_flops: float) -> TrainInputs:
-    """What this rank trains and evaluates on. Raises: DataError if the prepared corpus cannot be opened."""
+def _train_inputs(plan: Plan, place: WorkerContext, *, peak_flops: float) -> TrainInputs:
+    """What this worker trains and evaluates on. Raises: DataError if the prepared corpus cannot be opened."""
     job, world = plan.job, plan.for_world_size(place.world_size)
-    train_stream, held_out_stream = open_streams(plan.corpus)
+    train_rows, held_out_rows = open_rows(plan.corpus)
     return TrainInputs(
         training=job.training,
         checkpoint=job.checkpoint,
         total_steps=plan.total_steps,
         pause_at=plan.pause_at,
         batches=TrainBatches(
-            stream=train_stream,
-            order=SampleOrder(num_samples=plan.corpus.num_train_sequences, seed=job.data.seed),
+            rows=train_rows,
+            order=SampleOrder(num_samples=train_rows.num_rows, seed=job.data.seed),
             plan=world.batch,
             rank=place.rank,
-            seq_len=job.data.seq_len,
         ),
         held_out=HeldOutBatches(
-            stream=held_out_stream,
+            rows=held_out_rows,
             rank=place.rank,
             world_size=place.world_size,
             micro_batch_size=world.batch.micro_batch_size,
-            seq_len=job.data.seq_len,
         ),
         flops_per_token=plan.flops_per_token,
         peak_flops=peak_flops,

@@ -23,7 +23,8 @@ import pytest
 from forge.config.data import DataSpec, TokenizerSpec
 from forge.data import cache, store
 from forge.data import prepare as module
-from forge.data.prepare import PrepareProgress, open_streams, prepare, unigram_perplexity
+from forge.data.prepare import PrepareProgress, open_rows, prepare, unigram_perplexity
+from forge.data.rows import StreamRows
 from forge.data.tokenizer import Encoder, load_tokenizer
 from forge.errors import DataError
 from forge.fs import default_cache_dir
@@ -84,10 +85,13 @@ def test_every_document_is_on_one_side_whole(words: Path, tmp_path: Path) -> Non
 
 def test_the_facts_are_those_of_the_streams(words: Path, tmp_path: Path) -> None:
     facts = prepare(spec_of(words), cache_dir=tmp_path / "cache")
-    train, held_out = open_streams(facts)
-    assert (facts.num_train_tokens, facts.num_held_out_tokens) == (train.num_tokens, held_out.num_tokens)
-    assert facts.num_train_sequences == train.num_sequences(16) == (train.num_tokens - 1) // 16
-    assert facts.num_held_out_sequences == held_out.num_sequences(16)
+    train, held_out = open_rows(facts)
+    assert isinstance(train, StreamRows)
+    assert isinstance(held_out, StreamRows)
+    num_train = train.stream.num_tokens
+    assert (facts.num_train_tokens, facts.num_held_out_tokens) == (num_train, held_out.stream.num_tokens)
+    assert facts.num_train_sequences == train.num_rows == (num_train - 1) // 16
+    assert facts.num_held_out_sequences == held_out.num_rows
     assert (facts.vocab_size, facts.eot_id, facts.seq_len, facts.num_documents) == (300, 0, 16, 300)
     assert facts.num_text_bytes == sum(len(text.encode()) for text in texts_of(words))
     assert Path(facts.folder).name == f"words-{facts.digest[:16]}"
@@ -304,7 +308,7 @@ def test_streams_of_another_corpus_than_planned_are_refused(words: Path, tmp_pat
     shutil.rmtree(facts.folder)
     shutil.copytree(other.folder, facts.folder)
     with pytest.raises(DataError, match="plan again"):
-        open_streams(facts)
+        open_rows(facts)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from forge.config.data import DataSpec, TokenizerSpec
-from forge.data.prepare import open_streams, prepare
+from forge.data.prepare import open_rows, prepare
 from forge.data.transfer import fetch_corpus, has_corpus, read_chunk, receive_corpus, send_corpus
 from forge.errors import DataError
 from forge.plan.inputs import CorpusInfo
@@ -100,6 +100,6 @@ def test_a_corpus_that_arrived_can_be_trained_on(corpus: CorpusInfo, tmp_path: P
 
     there, home = tmp_path / "data" / "there", Path(corpus.folder)
     fetch_corpus(there, digest=corpus.digest, read=lambda name, offset: read_chunk(home, name=name, offset=offset))
-    train, held_out = open_streams(dataclasses.replace(corpus, folder=str(there)))
-    assert train.num_tokens == corpus.num_train_tokens
-    assert held_out.num_tokens == corpus.num_held_out_tokens
+    train, held_out = open_rows(dataclasses.replace(corpus, folder=str(there)))
+    assert train.num_rows == corpus.num_train_sequences
+    assert held_out.num_rows == corpus.num_held_out_sequences
