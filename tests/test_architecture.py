@@ -6,6 +6,7 @@ A violation is one line, `forge/data/order.py:12: ...`, so that a terminal leads
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -239,6 +240,17 @@ def looks(module: Module) -> Iterator[str]:
     for node in ast.walk(module.tree) if module.package != "cli" else ():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
             yield f"{module.file}:{node.lineno}: print() outside of cli"
+    yield from unsafe_children(module)
+
+
+def unsafe_children(module: Module) -> Iterator[str]:
+    """Python children without `-P`, which would import modules from the user's current folder."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.List | ast.Tuple):
+            words = [ast.unparse(element) for element in node.elts]
+            for word, following in itertools.pairwise(words):
+                if word in ("sys.executable", "'python'") and following in ("'-m'", "'-c'"):
+                    yield f"{module.file}:{node.lineno}: a Python child imports from the current folder; add '-P'"
 
 
 def test_package__import_rules_and_style__hold() -> None:
@@ -279,6 +291,8 @@ FINE = '"""Fine."""\n'
         ("runtime/x.py", "import wandb", ":2: wandb is imported only in forge/runs/recorder.py"),
         ("elastic/x.py", "import ray", ":2: ray is imported only in forge/runtime/"),
         ("cluster/x.py", "import yaml", ":2: yaml is imported only in forge/config/"),
+        ("runs/x.py", "import sys\nx = [sys.executable, '-m', 'a']", ":3: a Python child imports from the current"),
+        ("runs/x.py", "x = ('python', '-c', 'import a')", ":2: a Python child imports from the current folder"),
         ("runs/utils.py", "", ":1: a module is named after one thing"),
         ("runs/x.py", "\nprint(1)", ":3: print() outside of cli"),
         ("runs/x.py", "x = 1\n" * 400, ":1: 401 lines; over 400"),

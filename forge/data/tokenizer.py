@@ -253,7 +253,7 @@ class _Helpers:
         self._threads = ThreadPoolExecutor(count)
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
-        command = [sys.executable, "-c", "from forge.data.tokenizer import serve; serve()"]
+        command = [sys.executable, "-P", "-c", "from forge.data.tokenizer import serve; serve()"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         try:
             for _ in range(count):

@@ -59,7 +59,7 @@ def ask_for_workers(on_head: OnHead, *, count: int) -> None:
 
     Raises: ClusterError if Ray on the head does not answer.
     """
-    _ask(on_head, ["python", "-c", _ASK_FOR_WORKERS, WORKER_RESOURCE, str(count)])
+    _ask(on_head, ["python", "-P", "-c", _ASK_FOR_WORKERS, WORKER_RESOURCE, str(count)])
 
 
 def refusal_of_workers(on_head: OnHead) -> str | None:

@@ -103,6 +103,7 @@ def start_fork_server(plan_json: str, *, log: Path) -> ForkServer:
         process = subprocess.Popen(
             [
                 sys.executable,
+                "-P",
                 "-m",
                 "forge.elastic.workers.fork_server",
                 str(theirs.fileno()),
