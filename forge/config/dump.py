@@ -29,6 +29,11 @@ def dump_plain(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=110)
 
 
+def load_plain(text: str) -> Any:
+    """Plain values of YAML 1.1 text that forge itself wrote; job and cluster files go through `forge.config.load`."""
+    return yaml.safe_load(text)
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes what `forge.config.scalar` would not read as text; PyYAML, of YAML 1.1, leaves `1e3` bare."""
 

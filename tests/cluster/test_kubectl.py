@@ -1,6 +1,6 @@
-"""What forge asks of kubectl, asked of a real one: with an API behind it, and with none.
+"""The real kubectl, against a small Kubernetes API of the tests and against none.
 
-Skipped where there is no kubectl; tests/cluster/test_kubernetes.py has a stand-in for it.
+Skipped where kubectl is not installed; tests/cluster/test_kubernetes.py uses a fake.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.kubernetes_api import serve
 
 KUBECTL = shutil.which("kubectl") or ""
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not KUBECTL, reason="there is no kubectl here")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not KUBECTL, reason="kubectl is not installed")]
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubernete
         yield kubernetes
 
 
-def test_up_status_and_down(world: Kubernetes) -> None:
-    stages: list[NodeProgress] = []
-    status = pods(workers=Range(low=1, high=4)).up(on_progress=stages.append)
+def test_up_and_down__real_kubectl__work(world: Kubernetes) -> None:
+    progress: list[NodeProgress] = []
+    status = pods(workers=Range(low=1, high=4)).up(on_progress=progress.append)
     assert [(node.kind, node.state) for node in status.nodes] == [("head", "alive"), ("worker", "alive")]
     (secret,) = world.things("Secret")
     assert base64.b64decode(secret["data"]["auth_token"]).decode() == pods().token()
@@ -54,14 +54,14 @@ def test_up_status_and_down(world: Kubernetes) -> None:
     assert pods().down(on_progress=ignore) == []
 
 
-def test_pods_that_are_taken_down_get_a_short_grace(world: Kubernetes) -> None:
+def test_down__pods__get_a_short_grace_period(world: Kubernetes) -> None:
     pods().up(on_progress=ignore)
     world.change(stays=["Pod"])
     assert [line.split()[0] for line in pods().down(on_progress=ignore)] == ["pod"]
     assert [pod["gracePeriodSeconds"] for pod in world.things("Pod")] == [10]
 
 
-def test_a_changed_file_keeps_the_workers_that_there_are(world: Kubernetes) -> None:
+def test_up__changed_file__keeps_the_number_of_workers(world: Kubernetes) -> None:
     pods().up(on_progress=ignore)
     world.resize(3)
     pods(workers=Range(low=0, high=9)).up(on_progress=ignore)
@@ -69,7 +69,7 @@ def test_a_changed_file_keeps_the_workers_that_there_are(world: Kubernetes) -> N
     assert (group["replicas"], group["maxReplicas"]) == (3, 9)
 
 
-def test_a_command_reads_and_writes_and_fails_as_it_would_here(world: Kubernetes) -> None:
+def test_on_head__has_stdin_stdout_and_exit_code(world: Kubernetes) -> None:
     cluster = pods(storage="s3://bucket/runs")
     cluster.up(on_progress=ignore)
     data = os.urandom(200_000)
@@ -94,19 +94,19 @@ def test_a_command_reads_and_writes_and_fails_as_it_would_here(world: Kubernetes
     ],
     ids=str,
 )
-def test_its_complaints_are_understood(
+def test_errors__of_real_kubectl__are_explained(
     world: Kubernetes, wrong: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     world.change(**wrong)
     assert message in refused(pods(**changes))
 
 
-def test_a_kubectl_in_no_context_is_understood(world: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors__no_current_context__is_explained(world: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(world.folder / "none"))
-    assert "kubectl is in no context" in refused(pods())
+    assert "kubectl has no current context" in refused(pods())
 
 
-def test_a_kubernetes_that_does_not_answer_is_understood(world: Kubernetes) -> None:
+def test_errors__server_unreachable__is_explained(world: Kubernetes) -> None:
     config = json.loads((world.folder / "config.json").read_text())
     config["clusters"][0]["cluster"]["server"] = "http://127.0.0.1:1"
     (world.folder / "config.json").write_text(json.dumps(config))
@@ -115,16 +115,16 @@ def test_a_kubernetes_that_does_not_answer_is_understood(world: Kubernetes) -> N
         pods(context="kind").status()
 
 
-def test_a_port_of_a_pod_that_is_gone_is_not_forwarded(world: Kubernetes) -> None:
+def test_forward__pod_gone__fails(world: Kubernetes) -> None:
     kubectl = Kubectl(namespace="default", context="kind")
     with pytest.raises(ClusterError, match='pods "gone" not found'), kubectl.forward("gone", 8265):
         pass
 
 
-def test_commands_that_this_api_does_not_answer_are_understood(
+def test_port_forward_and_shell__real_kubectl__accepts_the_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It gets as far as the connection, to a port where nobody listens: no flag or word was wrong before."""
+    """The API of the tests cannot do these two. A refused connection proves the options right."""
     world = Kubernetes(tmp_path / "stand-in")
     for name, value in world.environment().items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""A cluster of pods, from `up` to `down`, with a stand-in for kubectl and what is behind it."""
+"""A cluster of pods, from `up` to `down`, with a fake kubectl and a fake KubeRay operator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from forge.cluster.base import NodeProgress, cluster_lock, delete_state, read_record, token_path
-from forge.cluster.kubernetes.provider import KubernetesCluster, Patience
+from forge.cluster.kubernetes.provider import KubernetesCluster
+from forge.cluster.kubernetes.startup import Timeouts
 from forge.cluster.registry import find_cluster
 from forge.config.cluster import KubernetesSpec
 from forge.errors import ClusterError
@@ -28,7 +29,7 @@ from forge.units import Range
 from tests.support.command import environment, forge, wait_for
 from tests.support.kubernetes import Kubernetes
 
-HASTY = Patience(up_s=10, down_s=0.4, poll_s=0.01)
+SHORT = Timeouts(up_s=10, down_s=0.4, poll_s=0.01)
 
 
 @pytest.fixture
@@ -41,13 +42,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kubernetes:
     return kubernetes
 
 
-def pods(*, patience: Patience = HASTY, **changes: Any) -> KubernetesCluster:
+def pods(*, timeouts: Timeouts = SHORT, **changes: Any) -> KubernetesCluster:
     values: dict[str, Any] = {"name": "pods", "provider": "kubernetes", "image": "registry.example/forge:1"}
-    return KubernetesCluster(KubernetesSpec.model_validate(values | changes, strict=False), patience=patience)
+    return KubernetesCluster(KubernetesSpec.model_validate(values | changes, strict=False), timeouts=timeouts)
 
 
 def ignore(_: NodeProgress) -> None:
-    """Nobody listens."""
+    pass
 
 
 def refused(cluster: KubernetesCluster) -> str:
@@ -60,21 +61,21 @@ def num_applied(world: Kubernetes) -> int:
     return sum("apply" in call for call in world.calls())
 
 
-def test_up_waits_until_the_head_is_ready_and_says_how_far_it_is(world: Kubernetes) -> None:
-    stages: list[NodeProgress] = []
-    status = pods(workers=Range(low=2, high=4), usd_per_hour=1.5).up(on_progress=stages.append)
+def test_up__waits_until_the_head_is_ready_and_shows_progress(world: Kubernetes) -> None:
+    progress: list[NodeProgress] = []
+    status = pods(workers=Range(low=2, high=4), usd_per_hour=1.5).up(on_progress=progress.append)
     assert [(node.kind, node.state) for node in status.nodes] == [
         ("head", "alive"),
         ("worker", "alive"),
         ("worker", "alive"),
     ]
     assert status.address == "10.0.0.7:6379" and status.usd_per_hour == 3.0
-    told = [stage.message for stage in stages if stage.name == "pods-head-0"]
-    assert told == ["pulling the image", "ready"]
+    shown = [one.message for one in progress if one.name == "pods-head-0"]
+    assert shown == ["pulling the image", "ready"]
     assert [node.num_cpus for node in status.nodes] == [0, 8, 8]
 
 
-def test_up_again_starts_nothing_twice_and_leaves_the_autoscalers_pods(world: Kubernetes) -> None:
+def test_up__again__applies_nothing_and_keeps_the_autoscalers_pods(world: Kubernetes) -> None:
     pods().up(on_progress=ignore)
     world.resize(3)
     before = pods().status()
@@ -86,7 +87,7 @@ def test_up_again_starts_nothing_twice_and_leaves_the_autoscalers_pods(world: Ku
     assert [node.name for node in pods().status().nodes] == [node.name for node in before.nodes]
 
 
-def test_a_changed_file_is_applied_and_the_pods_that_there_are_stay(world: Kubernetes) -> None:
+def test_up__changed_file__is_applied_and_keeps_running_pods(world: Kubernetes) -> None:
     pods().up(on_progress=ignore)
     world.resize(3)
     names = [node.name for node in pods().status().nodes]
@@ -97,13 +98,13 @@ def test_a_changed_file_is_applied_and_the_pods_that_there_are_stay(world: Kuber
     assert [node.name for node in pods().status().nodes] == names
 
 
-def test_a_second_up_at_the_same_time_is_told_so(world: Kubernetes) -> None:
+def test_up__another_up_is_running__is_refused(world: Kubernetes) -> None:
     with cluster_lock("pods"):
         assert "another forge process is starting or stopping" in refused(pods())
     assert world.calls() == []
 
 
-def test_the_cluster_is_known_before_anything_is_started(world: Kubernetes) -> None:
+def test_up__fails_early__down_finds_the_cluster(world: Kubernetes) -> None:
     world.change(forbidden=["patch secrets"])
     refused(pods(workers=Range(low=0, high=9)))
     assert world.things("RayCluster") == []
@@ -112,7 +113,7 @@ def test_the_cluster_is_known_before_anything_is_started(world: Kubernetes) -> N
     assert read_record("pods") is None
 
 
-def test_the_cluster_stays_where_it_was_started_whatever_context_is_current(world: Kubernetes) -> None:
+def test_context__changed_after_up__is_ignored(world: Kubernetes) -> None:
     pods().up(on_progress=ignore)
     world.change(current="other")
     pods().status()
@@ -124,13 +125,13 @@ def test_the_cluster_stays_where_it_was_started_whatever_context_is_current(worl
 @pytest.mark.parametrize(
     ("wrong", "changes", "messages"),
     [
-        ({"current": None}, {}, ["kubectl is in no context", "kubectl config use-context", "--dry-run"]),
+        ({"current": None}, {}, ["kubectl has no current context", "kubectl config use-context", "--dry-run"]),
         ({}, {"context": "mine"}, ["does not know the context", "kubectl config get-contexts"]),
         ({"is_reachable": False}, {}, ["cannot be reached", "was refused", "--context kind --namespace default"]),
-        ({"is_known": False}, {}, ["does not know you", "log in again"]),
+        ({"is_known": False}, {}, ["does not accept your credentials", "log in again"]),
         ({"has_kuberay": False}, {}, ["operator is not installed", "helm upgrade --install kuberay-operator"]),
         ({"knows_tokens": False}, {}, ["older than 1.6", "secretName", "helm upgrade --install"]),
-        ({}, {"namespace": "training"}, ["no namespace training", "kubectl create namespace training"]),
+        ({}, {"namespace": "training"}, ["namespace training does not exist", "kubectl create namespace training"]),
         (
             {"forbidden": ["patch rayclusters"]},
             {},
@@ -144,34 +145,34 @@ def test_the_cluster_stays_where_it_was_started_whatever_context_is_current(worl
         ({"head": "no-image"}, {}, ["ImagePullBackOff", "registry.example/forge:1", "describe pod pods-head-0"]),
         ({"head": "ends"}, {}, ["has ended with exit code 1", "forge cluster down pods"]),
         ({"head": "pending"}, {}, ["was not ready within", "3 Insufficient cpu", "What was started stays"]),
-        ({"works": False}, {}, ["no KubeRay operator is at work", "app.kubernetes.io/name=kuberay-operator"]),
+        ({"works": False}, {}, ["no KubeRay operator is running", "app.kubernetes.io/name=kuberay-operator"]),
     ],
     ids=str,
 )
-def test_what_is_in_the_way_is_named_with_its_cure(
+def test_up__fails__says_why_and_what_to_do(
     world: Kubernetes, wrong: dict[str, Any], changes: dict[str, Any], messages: list[str]
 ) -> None:
     world.change(**wrong)
-    is_endless = "works" in wrong or wrong.get("head") == "pending"
-    error = refused(pods(patience=Patience(up_s=0.5 if is_endless else 10, poll_s=0.01), **changes))
+    never_ready = "works" in wrong or wrong.get("head") == "pending"
+    error = refused(pods(timeouts=Timeouts(up_s=0.5 if never_ready else 10, poll_s=0.01), **changes))
     for message in messages:
         assert message in error
 
 
-def test_there_is_no_kubectl(world: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kubectl__not_installed__says_so(world: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(world.folder))
-    assert "no kubectl on this machine" in refused(pods())
-    with pytest.raises(ClusterError, match="no kubectl on this machine"):
+    assert "kubectl is not installed on this machine" in refused(pods())
+    with pytest.raises(ClusterError, match="kubectl is not installed on this machine"):
         pods(context="kind").status()
 
 
 @pytest.mark.parametrize("mishap", ["bad-first-pull", "ends-once"])
-def test_a_mishap_that_mends_itself_is_waited_out(world: Kubernetes, mishap: str) -> None:
+def test_up__temporary_failure__is_waited_out(world: Kubernetes, mishap: str) -> None:
     world.change(head=mishap)
     assert pods().up(on_progress=ignore).nodes[0].state == "alive"
 
 
-def test_an_operator_that_starts_ray_without_its_token_is_not_trusted(world: Kubernetes) -> None:
+def test_up__operator_starts_ray_without_token__is_refused(world: Kubernetes) -> None:
     pods().up(on_progress=ignore)
     for pod in world.things("Pod"):
         assert {"name": "RAY_AUTH_MODE", "value": "token"} in pod["spec"]["containers"][0]["env"]
@@ -182,22 +183,22 @@ def test_an_operator_that_starts_ray_without_its_token_is_not_trusted(world: Kub
     assert "without Ray's token" in refused(pods())
 
 
-def test_a_raycluster_of_somebody_else_is_left_alone(world: Kubernetes) -> None:
+def test_up__foreign_raycluster__is_left_alone(world: Kubernetes) -> None:
     world.put({"kind": "RayCluster", "metadata": {"name": "pods"}, "spec": {"workerGroupSpecs": []}})
     world.change(works=False)
-    assert "that forge has not made; choose another name" in refused(pods())
+    assert "that forge did not create; choose another name" in refused(pods())
     assert world.things("Secret") == []
 
 
-def test_a_cluster_that_is_being_deleted_is_waited_for(world: Kubernetes) -> None:
+def test_up__terminating_raycluster__is_refused(world: Kubernetes) -> None:
     pods().up(on_progress=ignore)
     world.change(stays=["RayCluster"])
     left = pods().down(on_progress=ignore)
     assert left == ["raycluster pods in default, terminating since 2026-01-01T00:00:00Z"]
-    assert "is being deleted since" in refused(pods())
+    assert "has been terminating since" in refused(pods())
 
 
-def test_down_leaves_nothing_and_forgets(world: Kubernetes) -> None:
+def test_down__leaves_nothing_and_deletes_the_state(world: Kubernetes) -> None:
     pods(workers=Range(low=2, high=2)).up(on_progress=ignore)
     token = token_path("pods")
     assert token.exists() and world.things("Service")
@@ -207,7 +208,7 @@ def test_down_leaves_nothing_and_forgets(world: Kubernetes) -> None:
     assert pods().down(on_progress=ignore) == []
 
 
-def test_down_says_what_is_left_and_remembers_the_cluster(world: Kubernetes) -> None:
+def test_down__objects_stay__lists_them_and_keeps_the_record(world: Kubernetes) -> None:
     pods(workers=Range(low=1, high=2)).up(on_progress=ignore)
     world.change(stays=["Pod", "Secret"])
     left = pods().down(on_progress=ignore)
@@ -218,14 +219,14 @@ def test_down_says_what_is_left_and_remembers_the_cluster(world: Kubernetes) -> 
     assert pods().down(on_progress=ignore) == []
 
 
-def test_down_works_when_the_operator_is_gone_already(world: Kubernetes) -> None:
+def test_down__operator_uninstalled__works(world: Kubernetes) -> None:
     pods().up(on_progress=ignore)
     world.change(has_kuberay=False, works=False)
     assert pods().down(on_progress=ignore) == []
     assert world.things("Secret") == [] and world.things("Pod") == []
 
 
-def test_down_that_cannot_find_out_says_so(world: Kubernetes) -> None:
+def test_down__cannot_list__fails_and_keeps_the_record(world: Kubernetes) -> None:
     pods().up(on_progress=ignore)
     world.change(forbidden=["list secrets"])
     with pytest.raises(ClusterError, match="right to list secrets"):
@@ -233,7 +234,7 @@ def test_down_that_cannot_find_out_says_so(world: Kubernetes) -> None:
     assert read_record("pods") is not None
 
 
-def test_commands_run_on_the_head_with_its_environment_and_what_they_read(world: Kubernetes) -> None:
+def test_on_head__has_the_pods_environment_and_stdin(world: Kubernetes) -> None:
     cluster = pods(storage="s3://bucket/runs")
     cluster.up(on_progress=ignore)
     program = (
@@ -245,7 +246,7 @@ def test_commands_run_on_the_head_with_its_environment_and_what_they_read(world:
     assert done.stdout.decode().split() == ["256000", "s3://bucket/runs", "token", cluster.token()]
 
 
-def test_a_command_may_read_an_open_file_from_where_it_stands(world: Kubernetes, tmp_path: Path) -> None:
+def test_on_head__open_file__is_read_from_its_position(world: Kubernetes, tmp_path: Path) -> None:
     pods().up(on_progress=ignore)
     path = tmp_path / "file"
     path.write_bytes(b"first\nsecond\n")
@@ -254,7 +255,7 @@ def test_a_command_may_read_an_open_file_from_where_it_stands(world: Kubernetes,
         assert pods().on_head(["cat"], stdin=file).stdout == b"second\n"
 
 
-def test_a_command_that_fails_is_the_callers_to_judge_and_kubectl_that_fails_is_not(world: Kubernetes) -> None:
+def test_on_head__command_fails__returns_but_kubectl_fails__raises(world: Kubernetes) -> None:
     pods().up(on_progress=ignore)
     done = pods().on_head(["python", "-c", "import sys; sys.exit('no such run')"])
     assert (done.returncode, done.stderr) == (1, b"no such run\n")
@@ -266,12 +267,12 @@ def test_a_command_that_fails_is_the_callers_to_judge_and_kubectl_that_fails_is_
         pods().on_head(["sleep", "5"], timeout_s=0.3)
 
 
-def test_a_head_that_is_not_there_or_not_ready_is_said_to_be_so(world: Kubernetes) -> None:
+def test_on_head__no_head_or_not_ready__says_so(world: Kubernetes) -> None:
     with pytest.raises(ClusterError, match="is not up"):
         pods().on_head(["true"])
     world.change(head="pending")
-    refused(pods(patience=Patience(up_s=0.1, poll_s=0.01)))
-    with pytest.raises(ClusterError, match="does not run: waiting for a machine"), pods().job_server():
+    refused(pods(timeouts=Timeouts(up_s=0.1, poll_s=0.01)))
+    with pytest.raises(ClusterError, match="does not run: waiting for a node"), pods().job_server():
         pass
 
 
@@ -293,7 +294,7 @@ RAY_SAYS = {
 
 
 class _Guarded(http.server.BaseHTTPRequestHandler):
-    """A job server that wants its token."""
+    """A job server that requires its token."""
 
     token = ""
 
@@ -303,7 +304,7 @@ class _Guarded(http.server.BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(RAY_SAYS.get(self.path.partition("?")[0], "hello")).encode())
 
     def log_message(self, *_: object) -> None:
-        """Nobody reads it."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -314,7 +315,7 @@ def server() -> Iterator[http.server.ThreadingHTTPServer]:
         started.shutdown()
 
 
-def test_the_job_server_is_reached_through_a_port_of_loopback_while_it_is_wanted(
+def test_job_server__is_reached_on_loopback_while_open(
     world: Kubernetes, server: http.server.ThreadingHTTPServer
 ) -> None:
     world.change(port=server.server_port)
@@ -333,7 +334,7 @@ def test_the_job_server_is_reached_through_a_port_of_loopback_while_it_is_wanted
         urllib.request.urlopen(url, timeout=5)
 
 
-def test_status_tells_what_ray_knows_too_and_what_kubernetes_knows_anyway(
+def test_status__ray_answers__adds_its_nodes_and_runs(
     world: Kubernetes, server: http.server.ThreadingHTTPServer
 ) -> None:
     cluster = pods(workers=Range(low=1, high=4), usd_per_hour=1.5, gpu="A100-80GB")
@@ -343,12 +344,12 @@ def test_status_tells_what_ray_knows_too_and_what_kubernetes_knows_anyway(
     _Guarded.token = cluster.token()
     status = cluster.status()
     assert status.runs == ("run-1",)
-    told = [(node.name, node.node_id, node.free_cpus, node.usd_per_hour) for node in status.nodes]
-    assert told == [("pods-head-0", "aa", 0.0, None), ("pods-worker-1", "cc", 2.0, 1.5)]
+    shown = [(node.name, node.node_id, node.free_cpus, node.usd_per_hour) for node in status.nodes]
+    assert shown == [("pods-head-0", "aa", 0.0, None), ("pods-worker-1", "cc", 2.0, 1.5)]
     assert (cluster.price(), cluster.gpu, pods().price(), pods().gpu) == (6.0, "A100-80GB", None, None)
 
 
-def test_a_shell_is_opened_in_a_pod_that_there_is(world: Kubernetes) -> None:
+def test_shell__opens_in_a_pod__unknown_pod_is_refused(world: Kubernetes) -> None:
     pods(workers=Range(low=1, high=1)).up(on_progress=ignore)
     command = pods().shell(None)
     assert command[:5] == ["kubectl", "--context", "kind", "--namespace", "default"]
@@ -362,29 +363,29 @@ def test_a_shell_is_opened_in_a_pod_that_there_is(world: Kubernetes) -> None:
     assert done.stdout == "token\n"
 
 
-def test_the_token_is_in_no_command_line_no_manifest_and_no_message(world: Kubernetes) -> None:
-    stages: list[NodeProgress] = []
+def test_token__is_in_no_command_manifest_message_or_record(world: Kubernetes) -> None:
+    progress: list[NodeProgress] = []
     cluster = pods()
-    cluster.up(on_progress=stages.append)
+    cluster.up(on_progress=progress.append)
     cluster.on_head(["true"])
     with pytest.raises(ClusterError) as error:
         world.change(forbidden=["get secrets"])
-        cluster.up(on_progress=stages.append)
+        cluster.up(on_progress=progress.append)
     token = cluster.token()
     assert len(token) == 64
     (secret,) = world.things("Secret")
     encoded = secret["data"]["auth_token"]
     assert base64.b64decode(encoded).decode() == token
-    said = [json.dumps(world.calls()), cluster.to_yaml(), str(error.value), *(stage.message for stage in stages)]
-    said.append(json.dumps([thing for kind in ("RayCluster", "Pod") for thing in world.things(kind)]))
+    texts = [json.dumps(world.calls()), cluster.to_yaml(), str(error.value), *(one.message for one in progress)]
+    texts.append(json.dumps([thing for kind in ("RayCluster", "Pod") for thing in world.things(kind)]))
     record = read_record("pods")
-    said.append(repr(record))
-    assert not [text for text in said if token in text or encoded in text]
+    texts.append(repr(record))
+    assert not [text for text in texts if token in text or encoded in text]
     assert "annotations" not in secret["metadata"]
     assert stat.S_IMODE(token_path("pods").stat().st_mode) == 0o600
 
 
-def test_another_machine_takes_the_token_from_the_cluster(
+def test_token__another_machine__gets_it_by_up(
     world: Kubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pods().up(on_progress=ignore)
@@ -397,7 +398,7 @@ def test_another_machine_takes_the_token_from_the_cluster(
     assert stat.S_IMODE(token_path("pods").stat().st_mode) == 0o600
 
 
-def test_a_secret_without_a_token_is_not_replaced_behind_rays_back(world: Kubernetes) -> None:
+def test_up__secret_without_token__is_refused(world: Kubernetes) -> None:
     pods().up(on_progress=ignore)
     delete_state("pods")
     things = json.loads((world.folder / "things.json").read_text())
@@ -405,15 +406,15 @@ def test_a_secret_without_a_token_is_not_replaced_behind_rays_back(world: Kubern
         if thing["kind"] == "Secret":
             thing["data"] = {}
     (world.folder / "things.json").write_text(json.dumps(things))
-    assert "pods-token holds no token" in refused(pods())
+    assert "pods-token has no token" in refused(pods())
 
 
-def test_ctrl_c_while_the_head_is_waited_for_leaves_what_down_finds(world: Kubernetes) -> None:
+def test_up__ctrl_c_while_waiting__down_finds_everything(world: Kubernetes) -> None:
     world.change(head="pending")
     program = (
-        "from tests.cluster.test_kubernetes import pods, ignore, Patience\n"
-        "pods(patience=Patience(up_s=60, poll_s=0.05))"
-        ".up(on_progress=lambda stage: print(stage.message, flush=True))\n"
+        "from tests.cluster.test_kubernetes import pods, ignore, Timeouts\n"
+        "pods(timeouts=Timeouts(up_s=60, poll_s=0.05))"
+        ".up(on_progress=lambda one: print(one.message, flush=True))\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program],
@@ -426,8 +427,8 @@ def test_ctrl_c_while_the_head_is_waited_for_leaves_what_down_finds(world: Kuber
     ) as up:
         try:
             assert up.stdout is not None
-            while "waiting for a machine" not in (line := up.stdout.readline()):
-                assert line, "it ended before it waited"
+            while "waiting for a node" not in (line := up.stdout.readline()):
+                assert line, "it ended without waiting"
             os.killpg(up.pid, signal.SIGINT)  # as a terminal does: kubectl gets it too
             assert up.wait(timeout=10) != 0
         finally:
@@ -439,15 +440,15 @@ def test_ctrl_c_while_the_head_is_waited_for_leaves_what_down_finds(world: Kuber
 
 
 @pytest.mark.slow
-def test_the_commands_show_apply_name_and_take_away(world: Kubernetes, tmp_path: Path) -> None:
-    """As a user runs them, with the file that is shipped."""
+def test_cli__dry_run_up_and_down__work_on_the_shipped_file(world: Kubernetes, tmp_path: Path) -> None:
+    """As a user runs them, with the shipped file."""
     file = Path(__file__).parents[2] / "cluster" / "kubernetes.yaml"
     env = environment(tmp_path) | world.environment()
     shown = forge("cluster", "up", file, "--dry-run", cwd=tmp_path, env=env)
     assert shown.returncode == 0 and "kind: RayCluster" in shown.stdout and world.calls() == []
     world.change(current=None)
     refused = forge("cluster", "up", file, cwd=tmp_path, env=env)
-    assert refused.returncode == 3 and "kubectl is in no context" in refused.stderr
+    assert refused.returncode == 3 and "kubectl has no current context" in refused.stderr
     world.change()
     up = forge("cluster", "up", file, "-o", "json", cwd=tmp_path, env=env)
     assert up.returncode == 0, up.stderr

@@ -1,4 +1,4 @@
-"""Manifests for KubeRay: what its own schemas say of them, and what must stand in them whoever edits the file."""
+"""Manifests for KubeRay: valid by its own CRDs, and with the properties that security and preemption need."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ import pytest
 import yaml
 
 from forge.cluster.kubernetes.manifests import (
-    CLUSTER_LABEL,
     DIGEST,
     GRACE_S,
     cluster_name,
     ray_cluster,
-    ray_job,
     secret_name,
     token_secret,
     with_live_size,
@@ -33,7 +31,6 @@ from forge.cluster.kubernetes.provider import KubernetesCluster
 from forge.config.cluster import KubernetesSpec
 from forge.config.dump import dump_documents
 from forge.config.load import load_cluster
-from forge.errors import ArgumentError
 from forge.units import Range
 from tests.support.command import wait_for
 
@@ -98,13 +95,18 @@ def refusals(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def pods_of(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every pod that a manifest leads to."""
+    """Every pod of a RayCluster."""
     body = manifest["spec"]
-    if manifest["kind"] == "RayJob":
-        yield body["submitterPodTemplate"]["spec"]
-    else:
-        yield body["headGroupSpec"]["template"]["spec"]
-        yield from (group["template"]["spec"] for group in body["workerGroupSpecs"])
+    yield body["headGroupSpec"]["template"]["spec"]
+    yield from (group["template"]["spec"] for group in body["workerGroupSpecs"])
+
+
+def test_ray_cluster__text_with_special_characters__is_kept() -> None:
+    selector = {"pool": "a: 'b' \"c\" <&> é🎉 {{ x }} #"}
+    manifest = ray_cluster(spec(node_selector=selector, storage="s3://b/yes: no"), ray_version=RAY)
+    head, worker = pods_of(manifest)
+    assert worker["nodeSelector"] == selector
+    assert environment_of(head)["FORGE_STORAGE"] == "s3://b/yes: no"
 
 
 def worker_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,10 +120,9 @@ def environment_of(pod: Mapping[str, Any]) -> dict[str, str]:
 
 @needs_schemas
 @pytest.mark.parametrize("changes", SPECS, ids=str)
-def test_kuberay_and_kubernetes_know_every_field(changes: dict[str, Any]) -> None:
+def test_ray_cluster__any_spec__is_valid_by_the_crd(changes: dict[str, Any]) -> None:
     one = spec(**changes)
     assert refusals(ray_cluster(one, ray_version=RAY)) == []
-    assert refusals(ray_job(one, name="job", entrypoint="forge doctor")) == []
 
 
 @needs_schemas
@@ -136,7 +137,7 @@ def test_kuberay_and_kubernetes_know_every_field(changes: dict[str, Any]) -> Non
         (("spec", "workerGroupSpecs", 0, "template", "spec", "tolerations", 0), {"key": "a", "operater": "Exists"}),
     ],
 )
-def test_a_field_that_is_not_there_would_be_noticed(path: tuple[str | int, ...], value: object) -> None:
+def test_crd__unknown_or_wrong_field__is_refused(path: tuple[str | int, ...], value: object) -> None:
     manifest: Any = ray_cluster(spec(cloud="azure"), ray_version=RAY)
     place = manifest
     for step in path[:-1]:
@@ -146,10 +147,10 @@ def test_a_field_that_is_not_there_would_be_noticed(path: tuple[str | int, ...],
 
 
 @pytest.mark.parametrize("changes", SPECS, ids=str)
-def test_no_pod_has_a_privilege(changes: dict[str, Any]) -> None:
+def test_ray_cluster__any_spec__no_pod_has_privileges(changes: dict[str, Any]) -> None:
     one = spec(**changes)
-    cluster, job = ray_cluster(one, ray_version=RAY), ray_job(one, name="job", entrypoint="true")
-    for pod in [*pods_of(cluster), *pods_of(job)]:
+    cluster = ray_cluster(one, ray_version=RAY)
+    for pod in pods_of(cluster):
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] > 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -163,7 +164,7 @@ def test_no_pod_has_a_privilege(changes: dict[str, Any]) -> None:
     assert cluster["spec"]["autoscalerOptions"]["securityContext"]["allowPrivilegeEscalation"] is False
 
 
-def test_ray_wants_its_token_and_takes_no_ranks_on_the_head() -> None:
+def test_ray_cluster__requires_a_token_and_has_no_cpus_on_the_head() -> None:
     body = ray_cluster(spec(), ray_version=RAY)["spec"]
     assert body["authOptions"] == {"mode": "token", "secretName": "pods-token"}
     assert body["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -177,7 +178,7 @@ def test_ray_wants_its_token_and_takes_no_ranks_on_the_head() -> None:
         ("azure", ("kubernetes.azure.com/scalesetpriority", "spot"), "kubernetes.azure.com/scalesetpriority"),
     ],
 )
-def test_workers_go_to_the_clouds_spot_machines(cloud: str, label: tuple[str, str], taint: str) -> None:
+def test_workers__spot__select_the_clouds_spot_nodes(cloud: str, label: tuple[str, str], taint: str) -> None:
     manifest = ray_cluster(spec(cloud=cloud), ray_version=RAY)
     head, worker = pods_of(manifest)
     assert worker["nodeSelector"] == dict([label])
@@ -189,7 +190,7 @@ def test_workers_go_to_the_clouds_spot_machines(cloud: str, label: tuple[str, st
     assert term["matchExpressions"] == [{"key": label[0], "operator": "NotIn", "values": [label[1]]}]
 
 
-def test_on_eks_workers_go_to_what_karpenter_or_a_node_group_calls_spot() -> None:
+def test_workers__spot_on_eks__accept_either_spot_label() -> None:
     head, worker = pods_of(ray_cluster(spec(cloud="aws"), ray_version=RAY))
     required = worker["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     # Terms are alternatives, the expressions of one term are not.
@@ -206,20 +207,20 @@ def test_on_eks_workers_go_to_what_karpenter_or_a_node_group_calls_spot() -> Non
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
-def test_workers_that_are_not_spot_are_sent_nowhere(cloud: str) -> None:
+def test_workers__not_spot__select_no_nodes(cloud: str) -> None:
     worker = worker_of(ray_cluster(spec(cloud=cloud, spot=False), ray_version=RAY))
     assert "nodeSelector" not in worker and "nodeAffinity" not in worker["affinity"] and worker["tolerations"] == []
     assert environment_of(worker)["FORGE_GRACE_S"] == str(GRACE_S)
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
-def test_the_users_own_labels_take_the_place_of_the_clouds(cloud: str) -> None:
+def test_workers__node_selector__replaces_the_clouds_labels(cloud: str) -> None:
     worker = worker_of(ray_cluster(spec(cloud=cloud, node_selector={"pool": "mine"}), ray_version=RAY))
     assert worker["nodeSelector"] == {"pool": "mine"} and "nodeAffinity" not in worker["affinity"]
     assert worker["tolerations"]
 
 
-def test_gpus_are_requested_whole_and_chosen_by_name_where_the_cloud_has_names() -> None:
+def test_workers__gpus__are_requested_whole_and_selected_by_name_on_gke() -> None:
     worker = worker_of(ray_cluster(spec(gpu="A100-80GB", gpus_per_worker=8, cloud="gcp"), ray_version=RAY))
     amounts = worker["containers"][0]["resources"]
     assert amounts["requests"] == amounts["limits"] and amounts["limits"]["nvidia.com/gpu"] == "8"
@@ -239,7 +240,7 @@ def test_gpus_are_requested_whole_and_chosen_by_name_where_the_cloud_has_names()
         ({"cloud": "aws", "spot": False}, "kubernetes,aws", 120),
     ],
 )
-def test_a_notice_promises_no_more_time_than_the_machine_has(
+def test_workers__grace__is_no_longer_than_the_cloud_leaves(
     changes: dict[str, Any], clouds: str, most_s: float
 ) -> None:
     worker = worker_of(ray_cluster(spec(**changes), ray_version=RAY))
@@ -247,10 +248,10 @@ def test_a_notice_promises_no_more_time_than_the_machine_has(
     assert told["FORGE_CLOUD"] == clouds
     assert 10 < float(told["FORGE_GRACE_S"]) <= min(most_s, worker["terminationGracePeriodSeconds"])
     assert worker["terminationGracePeriodSeconds"] >= 60
-    assert "lifecycle" not in worker["containers"][0], "a preStop hook would take of the grace"
+    assert "lifecycle" not in worker["containers"][0], "a preStop hook would use up part of the grace period"
 
 
-def test_runs_are_told_prices_and_storage() -> None:
+def test_environment__has_prices_and_storage() -> None:
     head, worker = pods_of(ray_cluster(spec(**EVERYTHING), ray_version=RAY))
     assert environment_of(head) == {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -260,7 +261,7 @@ def test_runs_are_told_prices_and_storage() -> None:
     assert environment_of(worker)["FORGE_USD_PER_HOUR"] == "12.5"
 
 
-def test_sigterm_of_the_workers_first_process_is_a_notice_and_ends_ray_later(tmp_path: Path) -> None:
+def test_worker_command__sigterm__writes_a_notice_and_ends_ray_later(tmp_path: Path) -> None:
     """The very command of the manifest, with a program in Ray's place that tells its pid and its arguments."""
     command = worker_of(ray_cluster(spec(), ray_version=RAY))["containers"][0]["command"]
     ray = tmp_path / "ray.py"
@@ -284,14 +285,14 @@ def test_sigterm_of_the_workers_first_process_is_a_notice_and_ends_ray_later(tmp
             wait_for(notice.exists, timeout_s=10)
             told = json.loads(notice.read_text())
             assert told["source"] == "kubernetes" and told["deadline"] == pytest.approx(before + 4, abs=2)
-            assert Path(f"/proc/{pid}").exists(), "the training goes on"
+            assert Path(f"/proc/{pid}").exists(), "the training continues"
             assert guard.wait(timeout=15) == 128 + signal.SIGTERM
         finally:
             guard.kill()
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_a_pod_that_the_operator_told_nothing_says_so() -> None:
+def test_worker_command__no_start_command__fails_with_the_reason() -> None:
     command = worker_of(ray_cluster(spec(), ray_version=RAY))["containers"][0]["command"]
     environment = {name: value for name, value in os.environ.items() if name != "KUBERAY_GEN_RAY_START_CMD"}
     done = subprocess.run(
@@ -300,7 +301,7 @@ def test_a_pod_that_the_operator_told_nothing_says_so() -> None:
     assert done.returncode != 0 and "KubeRay operator did not say" in done.stderr
 
 
-def test_the_same_file_gives_the_same_manifest_and_another_one_another_digest() -> None:
+def test_digest__depends_on_the_file_only() -> None:
     first, second = (ray_cluster(spec(), ray_version=RAY) for _ in range(2))
     assert first == second
     other = ray_cluster(spec(cpus_per_worker=9), ray_version=RAY)
@@ -308,7 +309,7 @@ def test_the_same_file_gives_the_same_manifest_and_another_one_another_digest() 
 
 
 @pytest.mark.parametrize(("now", "then"), [(3, 3), (0, 1), (99, 8)])
-def test_how_many_workers_there_are_is_the_autoscalers_affair(now: int, then: int) -> None:
+def test_with_live_size__keeps_the_autoscalers_number_within_limits(now: int, then: int) -> None:
     manifest = ray_cluster(spec(workers=Range(low=1, high=8)), ray_version=RAY)
     live = {"spec": {"workerGroupSpecs": [{"groupName": "workers", "replicas": now, "scaleStrategy": {}}]}}
     (group,) = with_live_size(manifest, live)["spec"]["workerGroupSpecs"]
@@ -316,63 +317,41 @@ def test_how_many_workers_there_are_is_the_autoscalers_affair(now: int, then: in
     assert manifest["spec"]["workerGroupSpecs"][0]["replicas"] == 1
 
 
-def test_a_name_that_kubernetes_would_refuse_gets_a_letter() -> None:
+def test_cluster_name__digit_first__gets_a_letter() -> None:
     assert cluster_name(spec(name="4pods")) == "c4pods" and secret_name(spec(name="4pods")) == "c4pods-token"
     assert cluster_name(spec()) == "pods"
     # KubeRay cuts names of services at 50 characters.
     assert len(f"{cluster_name(spec(name='4' * 40))}-head-svc") <= 50
 
 
-@pytest.mark.parametrize(
-    ("name", "entrypoint", "message"),
-    [
-        ("Job", "true", "'Job'"),
-        ("4job", "true", "a letter first"),
-        ("job-", "true", "'job-'"),
-        ("j" * 48, "true", "at most 47"),
-        ("job", "  ", "needs a command"),
-    ],
-)
-def test_a_job_that_kuberay_would_refuse_is_refused(name: str, entrypoint: str, message: str) -> None:
-    with pytest.raises(ArgumentError, match=message):
-        ray_job(spec(), name=name, entrypoint=entrypoint)
-
-
-def test_a_job_runs_on_the_cluster_and_leaves_it() -> None:
-    job = ray_job(spec(name="4pods"), name="job", entrypoint="forge doctor")["spec"]
-    assert job["clusterSelector"] == {CLUSTER_LABEL: "c4pods"}
-    assert job["shutdownAfterJobFinishes"] is False and job["entrypoint"] == "forge doctor"
-
-
-def test_what_is_printed_is_what_is_applied_and_holds_no_token() -> None:
+def test_to_yaml__is_what_up_applies_and_has_no_token() -> None:
     one = spec(**EVERYTHING, cloud="aws")
-    printed = KubernetesCluster(one).to_yaml(entrypoint="forge doctor")
-    cluster, job = yaml.safe_load_all(printed)
-    assert [cluster["kind"], job["kind"]] == ["RayCluster", "RayJob"]
+    printed = KubernetesCluster(one).to_yaml()
+    (cluster,) = yaml.safe_load_all(printed)
     assert cluster == ray_cluster(one, ray_version=cluster["spec"]["rayVersion"])
     assert "kind: Secret" not in printed and "auth_token: " not in printed
 
 
-def test_the_secret_has_the_key_that_kuberay_reads() -> None:
+def test_token_secret__has_the_key_that_kuberay_reads() -> None:
     secret = token_secret(spec(namespace="training"), token="abc")
     assert secret["data"] == {"auth_token": "YWJj"} and secret["metadata"]["namespace"] == "training"
 
 
 @pytest.mark.parametrize("text", ["yes", "off", "1e3", "1:30", "0x10", "", "null", "2026-01-01", "a: b", "~"])
-def test_text_stays_text_whoever_reads_the_yaml(text: str) -> None:
+def test_dump_documents__ambiguous_text__is_quoted(text: str) -> None:
     dumped = dump_documents([{"value": text, "list": [text, text]}])
     assert yaml.safe_load(dumped) == {"value": text, "list": [text, text]}
     if text:
         assert f"'{text}'" in dumped
 
 
-def test_the_file_that_is_shipped_renders() -> None:
+def test_shipped_file__renders() -> None:
     one = load_cluster(ROOT / "cluster" / "kubernetes.yaml")
     assert isinstance(one, KubernetesSpec)
     assert "kind: RayCluster" in KubernetesCluster(one).to_yaml()
 
 
-def test_the_file_that_is_shipped_shows_every_key_and_loads_with_all_of_them(tmp_path: Path) -> None:
+def test_shipped_file__shows_every_key(tmp_path: Path) -> None:
     text = (ROOT / "cluster" / "kubernetes.yaml").read_text()
     path = tmp_path / "all.yaml"
     path.write_text(re.sub(r"^# (?=[a-z_]+: )", "", text, flags=re.MULTILINE))
