@@ -30,7 +30,7 @@ def dump_plain(values: Mapping[str, Any]) -> str:
 
 
 def load_plain(text: str) -> Any:
-    """Plain values of YAML 1.1 text that forge itself wrote; job and cluster files go through `forge.config.load`."""
+    """Parse YAML 1.1 text that forge itself wrote; job and cluster files go through `forge.config.load`."""
     return yaml.safe_load(text)
 
 

@@ -35,7 +35,6 @@ _KINDS = {
     "services": "Service",
     "secrets": "Secret",
     "rayclusters.ray.io": "RayCluster",
-    "rayjobs.ray.io": "RayJob",
 }
 
 
@@ -74,7 +73,7 @@ class _Program:
 
     def _api_resources(self, options: argparse.Namespace, _: list[str]) -> None:
         if self._world.has_kuberay:
-            sys.stdout.write("rayclusters.ray.io\nrayjobs.ray.io\nrayservices.ray.io\n")
+            sys.stdout.write("rayclusters.ray.io\nrayservices.ray.io\n")
 
     def _get(self, options: argparse.Namespace, _: list[str]) -> None:
         kinds = self._kinds(options.words[0])
@@ -93,7 +92,7 @@ class _Program:
         assert options.filename == "-" and options.server_side
         thing: Thing = json.load(sys.stdin)
         kind = thing["kind"]
-        if kind in ("RayCluster", "RayJob") and not self._world.has_kuberay:
+        if kind == "RayCluster" and not self._world.has_kuberay:
             _fail(
                 f'error: resource mapping not found for name: "{thing["metadata"]["name"]}" namespace: '
                 f'"{options.namespace}" from "STDIN": no matches for kind "{kind}" in version "ray.io/v1"\n'

@@ -24,7 +24,7 @@ from typing import Any
 from tests.support.kubernetes import Kubernetes, Thing, environment_of, meanwhile, memory, read_world
 
 _CORE = {"pods": "Pod", "services": "Service", "secrets": "Secret"}
-_RAY = {"rayclusters": "RayCluster", "rayjobs": "RayJob"}
+_RAY = {"rayclusters": "RayCluster"}
 _WEBSOCKET = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 """Source: RFC 6455, section 1.3."""
 _STDIN, _STDOUT, _STDERR, _STATUS, _CLOSE = 0, 1, 2, 3, 255

@@ -54,7 +54,7 @@ from forge.config.dump import dump_documents
 from forge.errors import ClusterError
 from forge.fs import write_atomic
 
-_KUBERAY = "rayjobs.ray.io,rayclusters.ray.io"
+_KUBERAY = "rayclusters.ray.io"
 _POD_GRACE_S = 10
 """The grace period of pods when the cluster is stopped: no run is there any more that would need longer."""
 
