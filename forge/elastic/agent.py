@@ -454,7 +454,7 @@ class Agent:
 
     async def _keep_warm(self) -> None:
         """Have a warm process at all times: where one dies, its ranks have died with it."""
-        pool = self._pool or ForkServerPool(log=Path(self._setup.run_folder) / "logs" / "warm.log")
+        pool = self._pool or ForkServerPool(log=Path(self._setup.run_folder) / "logs" / "fork-server.log")
         while True:
             self._warm = pool.take(self._setup.plan_json)
             while (message := await self._warm.receive()) is not None:

@@ -1,8 +1,9 @@
-"""The process that carries one run: `python -m forge.runtime.driver RUN_FOLDER [--address ADDRESS]`.
+"""The driver process of one run: `python -m forge.runtime.driver RUN_FOLDER [--address ADDRESS]`.
 
-It lives apart from whoever asked for the run, which may go away. It connects to the cluster that is
-up, or starts one inside itself that ends with it; starts the recorder; hands the plan to the engine;
-adds a sample of text; and says how it ended. SIGTERM once: checkpoint, then stop; twice: stop now.
+It is independent of the client that started it. It connects to a Ray cluster, or starts one that ends with it;
+starts the recorder actor; runs the plan's engine or search; generates a sample of text; and records how the run
+ended.
+SIGTERM once: checkpoint, then stop. Twice: stop at once.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from forge.cluster.local.ray_cluster import require_private_token
 from forge.errors import ClusterError, ForgeError, RunError
 from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, SampleGenerated
 from forge.plan.plan import Plan, plan_from_json
+from forge.process import first_line
 from forge.runs.reader import error_named
 from forge.runs.recorder import append_event, last_recorded_step
 from forge.runs.secrets import credentials
+from forge.runtime.actor_names import HEAD, NAMESPACE, RECORDER
 
 _STOP_REPEAT_S = 1.0
 _LOCK_PATIENCE_S = 1.0
@@ -34,23 +37,23 @@ _SAMPLE_TOKENS = 64
 
 
 def main() -> None:
-    """Carry the run of the folder that the command line names."""
+    """Drive the run whose folder is the command line's argument."""
     parser = argparse.ArgumentParser(prog="python -m forge.runtime.driver")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--address")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
-    carrier = Driver(folder, address=arguments.address)
-    signal.signal(signal.SIGTERM, carrier.on_signal)
-    lock = _take(folder / ".lock")
-    exit_code = carrier.carry()
-    lock.close()  # all is written: whoever waits for the run need not wait for Ray to shut down
-    carrier.disconnect()
+    driver = Driver(folder, address=arguments.address)
+    signal.signal(signal.SIGTERM, driver.on_signal)
+    lock = _acquire(folder / ".lock")
+    exit_code = driver.run()
+    lock.close()  # everything is written; clients need not wait until Ray has shut down
+    driver.disconnect()
     sys.exit(exit_code)
 
 
 class Driver:
-    """One run, from connecting to the last event."""
+    """One run, from connecting to the cluster to the last event."""
 
     _plan: Plan
 
@@ -59,12 +62,12 @@ class Driver:
         self._address = address
         self._recorder: Any = None
         self._stop_reason = ""
-        self._halt_reason: str | None = ""
+        self._search_stop_reason: str | None = ""
         self._stop = threading.Event()
         self._is_over = threading.Event()
 
-    def carry(self) -> int:
-        """Returns: the exit code of the run."""
+    def run(self) -> int:
+        """Drive the run to its end. Returns: its exit code."""
         try:
             self._plan = plan_from_json((self._folder / "plan.json").read_text())
             self._connect()
@@ -73,7 +76,7 @@ class Driver:
             self._end()
             self._close(exit_code=0)
             return 0
-        except SystemExit:  # asked to stop while Ray started, with Ray's own handler in ours' place
+        except SystemExit:  # SIGTERM arrived during ray.init, whose signal handler had replaced ours
             append_event(self._folder, RunStopped(step=last_recorded_step(self._folder)))
             return 0
         except ForgeError as error:
@@ -81,17 +84,17 @@ class Driver:
             return error.exit_code
         except Exception as error:
             traceback.print_exc()
-            self._fail(RunError(f"{type(error).__name__}: {_first_line(error)}"))
+            self._fail(RunError(f"{type(error).__name__}: {first_line(error)}"))
             return RunError.exit_code
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Checkpoint and stop; the second time, stop now. Ray's processes end with this one."""
+        """Request a checkpoint and a stop; the second time, exit at once. Ray's processes end with this one."""
         if self._stop.is_set():
             os._exit(128 + number)
         self._stop.set()
 
     def disconnect(self) -> None:
-        """Leave the cluster; one that was started for this run ends here."""
+        """Disconnect from the cluster; one that was started for this run ends."""
         import ray
 
         self._is_over.set()
@@ -107,36 +110,38 @@ class Driver:
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if self._address is None:
-            # Ranks sharing cores is slow but right; the smallest world the job allows always has a place.
+            # The minimum of workers always has slots, if need be several ranks per core.
             cpus = max(os.cpu_count() or 1, self._plan.job.resources.workers.low)
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is not preempted
             options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 128 * 2**20}
         try:
-            ray.init(self._address or "local", namespace="forge", **options)
+            ray.init(self._address or "local", namespace=NAMESPACE, **options)
         except Exception as error:  # Ray raises many unrelated classes here
-            raise ClusterError(f"Ray at {self._address or 'this machine'}: {_first_line(error)}") from error
-        signal.signal(signal.SIGTERM, self.on_signal)  # in the place of Ray's
+            raise ClusterError(
+                f"cannot connect to Ray at {self._address or 'this machine'}: {first_line(error)}"
+            ) from error
+        signal.signal(signal.SIGTERM, self.on_signal)  # ray.init has replaced it
 
     def _start_recorder(self) -> None:
         import ray
 
-        from forge.runtime.recorder_actor import HEAD, RecorderActor
+        from forge.runtime.recorder_actor import RecorderActor
 
         run_id = self._folder.name
-        name = f"recorder-{run_id}"
+        name = f"{RECORDER}{run_id}"
         is_new = not any(actor["name"] == name for actor in ray.util.list_named_actors(all_namespaces=True))
         self._recorder = RecorderActor.options(  # type: ignore[attr-defined]
             name=name,
-            namespace="forge",
-            # A search is carried by this process alone, and ends with it; a run goes on.
+            namespace=NAMESPACE,
+            # A search ends with its driver; a training run continues without one.
             lifetime=None if self._plan.search else "detached",
             get_if_exists=True,
             resources=HEAD,
         ).remote(str(self._folder), run_id, self._plan.job.model_dump_json(), credentials(os.environ))
-        if is_new:  # otherwise the run goes on, and it is only its carrier that has died
+        if is_new:  # otherwise this driver replaces one that was killed
             step = last_recorded_step(self._folder)
-            self._tell(RunStarted(run_id=run_id, total_steps=self._plan.total_steps, resumed_from_step=step))
-        threading.Thread(target=self._pass_on_stop, daemon=True).start()
+            self._record(RunStarted(run_id=run_id, total_steps=self._plan.total_steps, resumed_from_step=step))
+        threading.Thread(target=self._forward_stop, daemon=True).start()
 
     def _train(self) -> None:
         import ray
@@ -146,7 +151,7 @@ class Driver:
         if self._plan.search is not None:
             from forge.search.coordinator import run_search
 
-            self._halt_reason = run_search(
+            self._search_stop_reason = run_search(
                 self._plan, folder=self._folder, recorder=self._recorder, stop=self._stop
             )
             return
@@ -170,13 +175,11 @@ class Driver:
         except Exception as error:
             failure: RunFailed | None = ray.get(self._recorder.failure.remote())
             if failure is None:
-                raise RunError(
-                    f"{_first_line(error)}; the logs of the ranks are in {self._folder / 'logs'}"
-                ) from error
+                raise RunError(f"{first_line(error)}; the ranks' logs are in {self._folder / 'logs'}") from error
             raise error_named(failure.error, message=failure.message) from error
 
     def _add_sample(self) -> None:
-        """A few lines of text for whoever watches; not worth failing a run that has finished."""
+        """Record a sample of generated text; if that fails, print why, since the run itself has finished."""
         from forge.serve.generate import GenerateRequest, generate
 
         prompt = _SAMPLE_PROMPTS.get(self._plan.job.data.source or "", "")
@@ -185,37 +188,37 @@ class Driver:
         except Exception:
             traceback.print_exc()
             return
-        self._tell(SampleGenerated(step=made.step, prompt=made.prompt, text=made.text))
+        self._record(SampleGenerated(step=made.step, prompt=made.prompt, text=made.text))
 
-    def _tell(self, event: Event) -> None:
+    def _record(self, event: Event) -> None:
         self._recorder.event.remote(event)
 
     def _fail(self, error: ForgeError) -> None:
         failed = RunFailed(error=type(error).__name__, message=str(error))
         try:
-            self._tell(failed)  # answered before the close that follows, as an actor keeps the order
+            self._record(failed)  # an actor keeps the order of calls, so this is written before it closes
             self._close(exit_code=error.exit_code)
-        except Exception:  # no recorder, or no Ray: this process is then the only writer
+        except Exception:  # without a recorder this process is the only writer
             append_event(self._folder, failed)
 
     def _end(self) -> None:
-        """Say that the run reached its last step, with a sample of its text, or that it was stopped."""
+        """Record that the run has finished or was stopped."""
         if self._plan.search is not None:
             self._end_search()
             return
         step = last_recorded_step(self._folder)
         if step < self._plan.total_steps:
-            self._tell(RunStopped(step=step, reason=self._stop_reason))
+            self._record(RunStopped(step=step, reason=self._stop_reason))
             return
         self._add_sample()
-        self._tell(RunFinished(step=step))
+        self._record(RunFinished(step=step))
 
     def _end_search(self) -> None:
-        """Say that every trial is over, or that the search was stopped."""
-        if self._halt_reason is None:
-            self._tell(RunFinished(step=0))
+        """Record that every trial is over, or that the search was stopped."""
+        if self._search_stop_reason is None:
+            self._record(RunFinished(step=0))
         else:
-            self._tell(RunStopped(step=0, reason=self._halt_reason))
+            self._record(RunStopped(step=0, reason=self._search_stop_reason))
 
     def _close(self, *, exit_code: int) -> None:
         import ray
@@ -227,16 +230,16 @@ class Driver:
             clear_run(self._folder.name)
         ray.kill(self._recorder)
 
-    def _pass_on_stop(self) -> None:
-        """Once asked to stop, keep saying so: the recorder may be restarted and forget."""
+    def _forward_stop(self) -> None:
+        """Forward a stop request to the recorder, repeatedly, because a restarted recorder forgets it."""
         self._stop.wait()
         while not self._is_over.is_set():
             self._recorder.request_stop.remote()
             self._is_over.wait(_STOP_REPEAT_S)
 
 
-def _take(path: Path) -> TextIO:
-    """The run's lock, with this process's id in it. Whoever asks for the id holds it for an instant."""
+def _acquire(path: Path) -> TextIO:
+    """Lock the run and write this process's id into the lock file. Readers of the id also lock it, briefly."""
     lock = path.open("a+")
     deadline = time.monotonic() + _LOCK_PATIENCE_S
     while True:
@@ -245,7 +248,7 @@ def _take(path: Path) -> TextIO:
             break
         except BlockingIOError:
             if time.monotonic() > deadline:
-                sys.exit(f"{path.parent} is being carried by another process")
+                sys.exit(f"another driver process holds {path}")
             time.sleep(0.02)
     lock.truncate(0)
     lock.write(str(os.getpid()))
@@ -259,12 +262,8 @@ def _import_train() -> None:
 
 
 def _import_search() -> None:
-    """And Ray Tune, Optuna."""
+    """Import Ray Tune and Optuna while Ray's own processes start."""
     import forge.search.coordinator  # noqa: F401
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 if __name__ == "__main__":

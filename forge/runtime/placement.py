@@ -1,9 +1,9 @@
-"""Places for ranks, as Ray gives them: placement groups, and an agent on every node that has some.
+"""Placement groups for the workers of a run, and one agent on each node where the run has slots.
 
-The smallest number of workers is one group, which Ray gives whole or not at all; so two runs never hold
-half of what each needs. Every further worker is a group of its own, taken where there is room and given
-back when another run waits. Groups that wait are what Ray's autoscaler starts machines for. They are named
-and outlive the supervisor, which finds them again when it is restarted.
+The minimum number of workers is one placement group, which Ray grants as a whole or not at all, so two runs never
+hold half of what each needs. Every further worker is a group of its own: taken where there is room, released when
+another run is waiting for its minimum. Pending groups are what Ray's autoscaler starts nodes for. Groups are named
+and detached, so that a restarted supervisor finds them again.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from forge.runtime.actor_names import SUPERVISOR
+
 _log = logging.getLogger(__name__)
 _POLL_S = 0.5
-# How long the smallest number of workers is waited for before other runs are asked to give places back.
+# How long to wait for the minimum number of workers before other runs are asked to release slots.
 _PATIENCE_S = 1.0
 _ASK_AGAIN_S = 2.0
-# Ray needs less to start a supervisor anew.
+# Groups whose run has had no supervisor for so long are removed; Ray restarts a supervisor sooner.
 _ORPHAN_S = 10.0
 _NODE_DIGITS = 8
-SUPERVISOR = "supervisor-"
-"""How the names of supervisors' actors begin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """The places of this run on one of Ray's nodes."""
+    """The slots of a run on one Ray node; each rank takes one."""
 
     node_id: str
     num_slots: int
     num_guaranteed: int
-    """Of them, those of the smallest number of workers: they are never given back."""
+    """Slots that belong to the minimum number of workers and are never released."""
     devices: tuple[str, ...] = ()
-    """Numbers of the GPUs, where a rank takes one."""
+    """Indexes of the GPUs; empty for CPU ranks."""
 
 
 class PlacementManager:
-    """Claims places for a run and has an agent on each of their nodes; `tend` is all of its life."""
+    """Claims slots for a run and keeps an agent on each node that has some; `reconcile` runs until `stop`."""
 
     def __init__(
         self,
@@ -57,176 +57,190 @@ class PlacementManager:
         high: int,
         resource: str,
         start_agent: Callable[[str, Allocation], Any],
-        on_granted: Callable[[str, Allocation], None],
-        on_notice: Callable[[str, float | None], None],
-        end_agent: Callable[[Any], None] | None = None,
-        is_resting: bool = False,
+        end_agent: Callable[[Any], None],
+        on_slots_changed: Callable[[str, Allocation], None],
+        on_draining: Callable[[str, float | None], None],
+        is_paused: bool = False,
     ) -> None:
         """Args:
-        resource: what a rank takes one of, `CPU` or `GPU`.
-        start_agent: starts an actor for an agent of a given name, and returns its handle.
-        end_agent: ends what `start_agent` has returned; by default an actor of its own.
-        is_resting: have no agents before `serve` is called.
-        on_granted: told of a node's agent when its places have changed.
-        on_notice: told of a node's agent, again and again, that Ray drains the node, and of the seconds left.
+        low, high: minimum and maximum number of workers.
+        resource: the Ray resource of which each rank takes one, `CPU` or `GPU`.
+        start_agent: starts an agent of a given name and returns its handle; called on another thread.
+        end_agent: ends the agent of a handle; called on another thread.
+        on_slots_changed: called with an agent's name when the slots of its node have changed.
+        on_draining: called with an agent's name and the seconds left, repeatedly while Ray drains its node.
+        is_paused: start no agents before `resume` is called.
         """
         self._run_id, self._low, self._high, self._resource = run_id, low, high, resource
-        self._start_agent, self._on_granted, self._on_notice = start_agent, on_granted, on_notice
-        self._end_agent = end_agent or _kill
-        self._is_resting, self._num_rests = is_resting, 0
+        self._start_agent, self._end_agent = start_agent, end_agent
+        self._on_slots_changed, self._on_draining = on_slots_changed, on_draining
+        self._is_paused, self._num_pauses = is_paused, 0
         self._groups: dict[str, PlacementGroup] = {}
         self._agents: dict[str, tuple[str, Any, Allocation]] = {}
-        """By Ray's node: the agent's name, its actor, its places."""
-        self._going: set[str] = set()
+        """By Ray node id: the agent's name, its handle, its slots."""
+        self._leaving: set[str] = set()
+        """Ray node ids of nodes that are being drained or will be preempted."""
         self._num_agents = self._num_groups = 0
         self._used: Mapping[str, int] = {}
         self._orphans: dict[str, float] = {}
-        """Groups of other runs without a supervisor, and since when."""
+        """Groups of runs without a supervisor, and since when."""
         self._wanted = high
         self._asked_at = 0.0
         self._pending_since: float | None = None
-        self._is_ending = False
+        self._is_stopped = False
         self._wakes = asyncio.Event()
         self._calls: set[asyncio.Task[None]] = set()
 
-    async def tend(self) -> None:
-        """Keep claims and agents as they are wished for, until told to end."""
+    def start(self) -> None:
+        """Begin to reconcile, on the running event loop."""
+        self._reconciling = asyncio.ensure_future(self._reconcile())
+
+    async def _reconcile(self) -> None:
+        """Bring groups and agents to what is wanted, again and again, until `stop`."""
         await asyncio.to_thread(self._find_groups)
-        while not self._is_ending:
+        while not self._is_stopped:
             try:
-                await self._tend_once()
-            except ray.exceptions.RayError as error:  # the control store may be busy; what was wished for stays
-                _log.warning("the cluster did not answer: %s", error)
+                await self._reconcile_once()
+            except ray.exceptions.RayError as error:  # Ray's control store may be busy; the next round tries again
+                _log.warning("Ray did not answer: %s", error)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wakes.wait(), timeout=_POLL_S)
             self._wakes.clear()
 
     def slots_of(self, node: str) -> tuple[int, int] | None:
-        """Places of an agent's node, and how many of them are firm; None if it is not ours."""
+        """Slots of an agent's node, and how many of them are guaranteed; None for an unknown agent."""
         return next(((g.num_slots, g.num_guaranteed) for name, _, g in self._agents.values() if name == node), None)
 
     def claim_slots(self) -> None:
-        """Ask for as many places as the job allows."""
+        """Ask for as many slots as the job allows."""
         self._wanted = self._high
         self._wakes.set()
 
     def set_used(self, used: Mapping[str, int]) -> None:
-        """Ranks are at work on so many places of each agent's node: these are kept, whatever is given back."""
+        """Keep this many slots of each agent's node, whatever is released: ranks are using them."""
         self._used = used
 
     def release_unused(self) -> None:
-        """Keep no more than the smallest number, and what is used beyond it."""
+        """Keep the minimum, and beyond it only the slots that are used."""
         self._wanted = max(self._low, sum(self._used.values()))
         self._wakes.set()
 
     def replace_node(self, node: str, *, seconds_left: float | None) -> None:
-        """Mark a node as draining, so that Ray puts nothing new there, and ask for another."""
+        """Mark a node as draining, so that Ray places nothing new there, and ask for another node."""
         for node_id, (name, _, _) in self._agents.items():
-            if name == node and node_id not in self._going:
-                self._going.add(node_id)
-                self._beside(_mark_going, node_id, seconds_left)
+            if name == node and node_id not in self._leaving:
+                self._leaving.add(node_id)
+                self._in_thread(_mark_draining, node_id, seconds_left)
         self._wakes.set()
 
     def agent_lost(self, node: str) -> None:
-        """End what is left of an agent; if its place is still ours, it gets another."""
-        for node_id, (name, actor, _) in list(self._agents.items()):
+        """End what is left of an agent; a new one is started if the node still has slots of this run."""
+        for node_id, (name, handle, _) in list(self._agents.items()):
             if name == node:
                 del self._agents[node_id]
-                self._beside(self._end_agent, actor)
+                self._in_thread(self._end_agent, handle)
         self._wakes.set()
 
-    async def rest(self) -> None:
-        """Have no agents any more, and keep the places for the next run; returns when they have ended."""
-        self._is_resting = True
-        self._num_rests += 1
+    async def pause(self) -> None:
+        """End all agents and keep the groups for the next run; returns when the agents have ended."""
+        self._is_paused = True
+        self._num_pauses += 1
         agents, self._agents, self._used = list(self._agents.values()), {}, {}
-        await asyncio.gather(*(asyncio.to_thread(self._end_agent, actor) for _, actor, _ in agents))
+        await asyncio.gather(*(asyncio.to_thread(self._end_agent, handle) for _, handle, _ in agents))
 
-    def serve(self) -> None:
-        """Have agents again."""
-        self._is_resting = False
+    def resume(self) -> None:
+        """Start agents again."""
+        self._is_paused = False
         self._wakes.set()
 
-    def adopt(self, node: str, actor: Any, grant: Allocation) -> None:
-        """An agent that was there before this supervisor."""
-        self._agents[grant.node_id] = (node, actor, grant)
+    def adopt(self, node: str, handle: Any, allocation: Allocation) -> None:
+        """Take over an agent that an earlier supervisor has started."""
+        self._agents[allocation.node_id] = (node, handle, allocation)
 
-    def end(self) -> None:
-        """Start nothing more: `tend` returns."""
-        self._is_ending = True
+    async def stop(self, *, timeout_s: float) -> None:
+        """Start no more agents; returns when the last reconciliation is over, so that `close` sees all agents."""
+        self._is_stopped = True
         self._wakes.set()
+        with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
+            await asyncio.wait_for(asyncio.shield(self._reconciling), timeout=timeout_s)
 
     def close(self) -> None:
-        """End all agents and give everything back, after `tend` has returned."""
-        for _, actor, _ in self._agents.values():
-            self._end_agent(actor)
+        """End all agents and remove all groups; call `stop` first."""
+        for _, handle, _ in self._agents.values():
+            self._end_agent(handle)
         for group in self._groups.values():
             remove_placement_group(group)
 
-    def _beside(self, call: Callable[..., None], *arguments: Any) -> None:
-        """On another thread: Ray's calls wait for its control store."""
+    def _in_thread(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Run a call on another thread: Ray's functions block on its control store."""
         task = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
 
-    async def _tend_once(self) -> None:
-        going = await asyncio.to_thread(_draining)
-        self._going |= going.keys()
+    async def _reconcile_once(self) -> None:
+        draining = await asyncio.to_thread(_draining)
+        self._leaving |= draining.keys()
         await asyncio.to_thread(self._shape_groups)
-        grants = await asyncio.to_thread(self._grants)
-        for node_id, grant in grants.items():
+        allocations = await asyncio.to_thread(self._allocations)
+        for node_id, allocation in allocations.items():
             known = self._agents.get(node_id)
-            if known is None:
-                if not self._is_resting:
-                    await self._start_on(node_id, grant)
-            elif (known[2].num_slots, known[2].num_guaranteed) != (grant.num_slots, grant.num_guaranteed):
-                grant = replace(grant, devices=await asyncio.to_thread(self._devices_on, node_id))
-                self._agents[node_id] = (known[0], known[1], grant)
-                self._on_granted(known[0], grant)
-        for node_id, (name, actor, grant) in list(self._agents.items()):
-            if node_id not in grants and grant.num_slots:
-                nothing = Allocation(node_id=node_id, num_slots=0, num_guaranteed=0)
-                self._agents[node_id] = (name, actor, nothing)
-                self._on_granted(name, nothing)
-        for node_id, seconds_left in going.items():
-            if node_id in self._agents:  # said every time: its agent may be another one now
-                self._on_notice(self._agents[node_id][0], seconds_left)
-        await self._ask_others(has_minimum=sum(grant.num_guaranteed for grant in grants.values()) >= self._low)
+            if known is not None:
+                await self._update(node_id, allocation)
+            elif not self._is_paused:
+                await self._start_on(node_id, allocation)
+        for node_id in self._agents.keys() - allocations.keys():
+            await self._update(node_id, Allocation(node_id=node_id, num_slots=0, num_guaranteed=0))
+        for node_id, seconds_left in draining.items():
+            if node_id in self._agents:  # repeated every time: the node's agent may be a new one
+                self._on_draining(self._agents[node_id][0], seconds_left)
+        num_guaranteed = sum(allocation.num_guaranteed for allocation in allocations.values())
+        await self._ask_others(has_minimum=num_guaranteed >= self._low)
 
-    async def _start_on(self, node_id: str, grant: Allocation) -> None:
-        """Have an agent on a node, unless the run that it is for has ended meanwhile."""
-        num_rests = self._num_rests
-        grant = replace(grant, devices=await asyncio.to_thread(self._devices_on, node_id))
+    async def _update(self, node_id: str, allocation: Allocation) -> None:
+        """Tell the supervisor if the slots of an agent's node have changed."""
+        before = self._agents[node_id][2]
+        if (before.num_slots, before.num_guaranteed) == (allocation.num_slots, allocation.num_guaranteed):
+            return
+        devices = await asyncio.to_thread(self._devices_on, node_id) if allocation.num_slots else ()
+        if node_id in self._agents:
+            name, handle, _ = self._agents[node_id]
+            self._agents[node_id] = (name, handle, replace(allocation, devices=devices))
+            self._on_slots_changed(name, self._agents[node_id][2])
+
+    async def _start_on(self, node_id: str, allocation: Allocation) -> None:
+        """Start an agent on a node; end it at once if `pause` was called in the meantime."""
+        num_pauses = self._num_pauses
+        allocation = replace(allocation, devices=await asyncio.to_thread(self._devices_on, node_id))
         self._num_agents += 1
         name = f"{node_id[:_NODE_DIGITS]}-{int(time.time()) % 100_000}{self._num_agents:03d}{secrets.token_hex(1)}"
-        actor = await asyncio.to_thread(self._start_agent, name, grant)
-        if self._num_rests == num_rests:
-            self._agents[node_id] = (name, actor, grant)
+        handle = await asyncio.to_thread(self._start_agent, name, allocation)
+        if self._num_pauses == num_pauses:
+            self._agents[node_id] = (name, handle, allocation)
         else:
-            self._beside(self._end_agent, actor)
+            self._in_thread(self._end_agent, handle)
 
     def _shape_groups(self) -> None:
-        """One group for the smallest number, one for each worker beyond it, and one for each place that will go."""
+        """One group for the minimum, one per worker beyond it, and one to replace each slot on a leaving node."""
         table = _table()
-        for name, group in list(self._groups.items()):  # somebody else may have given it back
+        for name, group in list(self._groups.items()):  # removed as an orphan by another run
             if table.get(group.id.hex(), {}).get("state") == "REMOVED":
                 del self._groups[name]
         self._ensure(self._base, self._low)
         nodes = {name: _nodes_of(_table(), group) for name, group in self._groups.items()}
-        num_going = sum(node_id in self._going for places in nodes.values() for node_id in places)
-        target = self._wanted - self._low + num_going
+        num_leaving = sum(node_id in self._leaving for node_ids in nodes.values() for node_id in node_ids)
+        target = self._wanted - self._low + num_leaving
         singles = [name for name in self._groups if name != self._base]
-        firm = Counter(nodes.get(self._base, []))
-        # A place beyond the firm ones that a rank is using stays, whatever the target is.
-        needed = Counter({node_id: self._used_on(node_id) - firm[node_id] for node_id in self._agents})
+        guaranteed = Counter(nodes.get(self._base, []))
+        # Slots that ranks use are kept beyond the guaranteed ones, whatever the target is.
+        needed = Counter({node_id: self._used_on(node_id) - guaranteed[node_id] for node_id in self._agents})
         spare = []
         for name in sorted(singles, key=lambda name: (not nodes.get(name), name)):
-            place = next(iter(nodes.get(name, [])), None)
-            if place is not None and needed[place] > 0:
-                needed[place] -= 1
+            node_id = next(iter(nodes.get(name, [])), None)
+            if node_id is not None and needed[node_id] > 0:
+                needed[node_id] -= 1
             else:
                 spare.append(name)
-        while len(singles) > target and spare:  # first those that the cluster has no room for
+        while len(singles) > target and spare:  # pending groups first
             name = spare.pop()
             remove_placement_group(self._groups.pop(name))
             singles.remove(name)
@@ -249,55 +263,55 @@ class PlacementManager:
             )
 
     def _find_groups(self) -> None:
-        """Those of a supervisor before this one."""
+        """Find the groups that an earlier supervisor of this run has made."""
         for name, run_id in _groups_of_runs():
             if run_id == self._run_id:
-                with contextlib.suppress(ValueError):  # it was removed meanwhile
+                with contextlib.suppress(ValueError):  # it was removed in between
                     self._groups[name] = ray.util.get_placement_group(name)
                     number = name.rpartition("-")[2]
                     self._num_groups = max(self._num_groups, int(number) if number.isdigit() else 0)
 
     def _remove_orphans(self) -> None:
-        """Give back what runs have left behind whose supervisor is gone, and is not only being restarted."""
-        groups = _groups_of_runs()  # before the supervisors, so that a run that has just begun has both
+        """Remove the groups of runs that have had no supervisor for `_ORPHAN_S`."""
+        groups = _groups_of_runs()  # listed before the supervisors, so that a run that starts now is not an orphan
         running = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
         orphans = [name for name, run_id in groups if f"{SUPERVISOR}{run_id}" not in running]
         now = time.monotonic()
         self._orphans = {name: self._orphans.get(name, now) for name in orphans}
         for name, since in self._orphans.items():
             if now - since > _ORPHAN_S:
-                with contextlib.suppress(ValueError):  # it was removed meanwhile
+                with contextlib.suppress(ValueError):  # it was removed in between
                     remove_placement_group(ray.util.get_placement_group(name))
 
-    def _grants(self) -> dict[str, Allocation]:
-        """Places by node, of nodes that Ray believes alive."""
+    def _allocations(self) -> dict[str, Allocation]:
+        """Slots by node, of the nodes that Ray believes alive."""
         table = _table()
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        all_places = Counter(node_id for group in self._groups.values() for node_id in _nodes_of(table, group))
-        firm = Counter(_nodes_of(table, self._groups[self._base]))
+        slots = Counter(node_id for group in self._groups.values() for node_id in _nodes_of(table, group))
+        guaranteed = Counter(_nodes_of(table, self._groups[self._base]))
         return {
-            node_id: Allocation(node_id=node_id, num_slots=count, num_guaranteed=firm[node_id])
-            for node_id, count in all_places.items()
+            node_id: Allocation(node_id=node_id, num_slots=count, num_guaranteed=guaranteed[node_id])
+            for node_id, count in slots.items()
             if node_id in alive
         }
 
     def _devices_on(self, node_id: str) -> tuple[str, ...]:
-        """The numbers of the GPUs that Ray has put into this run's places on a node.
+        """Indexes of the GPUs that Ray has assigned to this run's groups on a node.
 
-        Those that are given back first come last: ranks take them in this order.
+        Ranks take them in this order, so the GPUs of groups that are released first come last.
         """
         if self._resource != "GPU":
             return ()
         asked, table = [], _table()
         for _, group in sorted(self._groups.items(), key=lambda item: (item[0] != self._base, item[0])):
-            for index, place in enumerate(_nodes_of(table, group)):
-                if place == node_id:
+            for index, placed_on in enumerate(_nodes_of(table, group)):
+                if placed_on == node_id:
                     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
                     asked.append(_gpu_numbers.options(scheduling_strategy=strategy).remote())
         return tuple(str(number) for numbers in ray.get(asked) for number in numbers)
 
     async def _ask_others(self, *, has_minimum: bool) -> None:
-        """While the smallest number of workers is not there, ask other runs to give back what they can spare."""
+        """While the minimum is pending, ask other runs to release slots beyond their own minimum."""
         now = time.monotonic()
         if has_minimum:
             self._pending_since = None
@@ -329,7 +343,7 @@ def _nodes_of(table: Mapping[str, Any], group: PlacementGroup) -> list[str]:
 
 
 def _groups_of_runs() -> list[tuple[str, str]]:
-    """Names of the groups that runs have, and each one's run."""
+    """Name and run id of all groups that runs have made."""
     names = [entry["name"] for entry in _table().values() if entry["state"] != "REMOVED"]
     return [(name, name[len("forge-") :].rpartition("-")[0]) for name in names if name.startswith("forge-")]
 
@@ -338,20 +352,20 @@ def _ask_to_yield(run_id: str) -> None:
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["name"].startswith(SUPERVISOR) and actor["name"] != f"{SUPERVISOR}{run_id}":
             with contextlib.suppress(ValueError, ray.exceptions.RayError):
-                ray.get_actor(actor["name"], namespace=actor["namespace"]).yield_places.remote()
+                ray.get_actor(actor["name"], namespace=actor["namespace"]).yield_slots.remote()
 
 
 def _draining() -> dict[str, float | None]:
-    """Seconds left of the nodes that Ray drains; None where no time was given."""
+    """Seconds left by node that Ray drains; None where the drain request had no deadline."""
     deadlines_ms: dict[str, int] = ray._private.state.state.get_draining_nodes()
     now_ms = time.time() * 1000
     return {node_id: (ms - now_ms) / 1000 if ms else None for node_id, ms in deadlines_ms.items()}
 
 
 def drain(node_id: str, seconds_left: float | None, *, gcs_address: str) -> None:
-    """Tell Ray that a node is going to be taken away; the same call as `ray drain-node`.
+    """Tell Ray that a node will be preempted; the call that `ray drain-node` makes.
 
-    Raises: RuntimeError if Ray refuses; RpcError if there is no such cluster.
+    Raises: RuntimeError if Ray refuses; RpcError if the cluster does not answer.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
@@ -359,7 +373,7 @@ def drain(node_id: str, seconds_left: float | None, *, gcs_address: str) -> None
     is_accepted, refusal = GcsClient(address=gcs_address).drain_node(
         node_id,
         autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
-        "the machine will be taken away",
+        "the machine will be preempted",
         0 if seconds_left is None else int((time.time() + max(0.0, seconds_left)) * 1000),
     )
     if not is_accepted:
@@ -367,26 +381,18 @@ def drain(node_id: str, seconds_left: float | None, *, gcs_address: str) -> None
 
 
 def nodes_alive(*, gcs_address: str) -> dict[str, bool]:
-    """Ray's ids of the nodes that it believes alive, and whether each is the head.
-
-    Does not connect this process to the cluster.
-    """
+    """Ids of the nodes that Ray believes alive, and whether each is the head. Does not connect to the cluster."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     found = GcsClient(address=gcs_address).get_all_node_info()
     return {node_id.hex(): info.is_head_node for node_id, info in found.items() if info.state == 0}
 
 
-def _mark_going(node_id: str, seconds_left: float | None) -> None:
+def _mark_draining(node_id: str, seconds_left: float | None) -> None:
     address = ray.get_runtime_context().gcs_address
     try:
-        # Of the head nothing would be left to be marked; and the supervisor could not be restarted on it.
+        # Draining the head would end the cluster, and the supervisor could not be restarted on it.
         if not nodes_alive(gcs_address=address).get(node_id):
             drain(node_id, seconds_left, gcs_address=address)
-    except Exception as error:  # an inner interface of Ray's: the change goes on without it
-        _log.warning("node %s could not be marked as draining: %s", node_id, error)
-
-
-def _kill(actor: Any) -> None:
-    with contextlib.suppress(ray.exceptions.RayError):
-        ray.kill(actor)
+    except Exception as error:  # an internal interface of Ray: continue without the mark
+        _log.warning("cannot mark node %s as draining: %s", node_id, error)

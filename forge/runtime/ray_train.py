@@ -1,7 +1,7 @@
-"""A run carried out by Ray Train: as many ranks as the plan allows and the cluster has room for.
+"""The `ray-train` engine: as many Ray Train workers as the job allows and the cluster has room for.
 
-The ranks are Ray Train workers; the recorder is an actor beside them, because the machine that asked
-for the run may go away. `forge.train` knows nothing of either: it is handed its place and a reporter.
+The world size is fixed while the run lasts. `forge.train` does not know which engine runs it: it gets a
+`WorkerContext` and a reporter.
 """
 
 from __future__ import annotations
@@ -20,45 +20,46 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from forge.errors import ClusterError, ForgeError
 from forge.events import RunFailed
 from forge.plan.plan import Plan, plan_from_json
+from forge.process import redirect_output
 from forge.runs.secrets import credentials
-from forge.runtime.recorder_actor import ActorReporter, NullReporter, write_output_to
+from forge.runtime.recorder_actor import ActorReporter, NullReporter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """What a rank needs to know, as it travels to it."""
+    """What a worker needs to know; Ray Train passes it to each."""
 
     run_folder: str
     plan_json: str
     environment: Mapping[str, str] = field(repr=False)
-    """Secrets of whoever asked for the run."""
+    """Credentials, added to the worker's environment."""
 
 
 def choose_world_size(plan: Plan) -> int:
-    """As many workers as the job allows and the cluster has free places for.
+    """As many workers as the job allows and the cluster has free slots for.
 
     Raises: ClusterError if the cluster has fewer than the job's minimum.
     """
     kind = "GPU" if plan.hardware.device == "cuda" else "CPU"
-    places = int(ray.available_resources().get(kind, 0))
+    num_free = int(ray.available_resources().get(kind, 0))
     wanted = plan.job.resources.workers
-    if places < wanted.low:
+    if num_free < wanted.low:
         total = int(ray.cluster_resources().get(kind, 0))
         raise ClusterError(
             f"the job needs at least {wanted.low} workers, one {kind} each; the cluster has {total} {kind}s, "
-            f"{places} of them free. Lower resources.workers, or start a larger cluster"
+            f"{num_free} of them free. Lower resources.workers, or start a larger cluster"
         )
-    return min(places, wanted.high)
+    return min(num_free, wanted.high)
 
 
-# Callbacks of Ray Train that start an actor each, which no run of forge needs. The cleaner is for
-# controllers that outlive their driver; it asks Ray's dashboard for the controller's state, and where no
-# dashboard runs, every run ends ten seconds later for it. The data sets are Ray Data's.
+# Callbacks of Ray Train that forge does not need; each starts an actor. The placement group cleaner is for
+# controllers that outlive their driver; it asks Ray's dashboard for the controller's state, and without a dashboard
+# it delays the end of every run by ten seconds. The other one serves Ray Data.
 _UNUSED_CALLBACKS = ("PlacementGroupCleanerCallback", "DatasetsCallback")
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray's trainer without what forge does not use; each actor less is 0.7 % of a core and a second of start."""
+    """Ray's trainer without unused callbacks: each actor costs 0.7 % of a core and a second of start-up."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()
@@ -66,7 +67,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
 
 
 def train_on_ray(plan: Plan, *, run_folder: Path, run_id: str, recorder: Any) -> None:
-    """Carry the plan out and return when it is done, stopped or failed.
+    """Run the plan and return when it is finished or stopped.
 
     Raises: ForgeError as a rank reported it; ClusterError if the cluster cannot hold the run.
     """
@@ -86,19 +87,19 @@ def train_on_ray(plan: Plan, *, run_folder: Path, run_id: str, recorder: Any) ->
         run_config=RunConfig(name=run_id, storage_path=str(run_folder / ".ray")),
     )
     trainer.fit()
-    # Everything the ranks sent has been answered; ask once more, so that what the driver reads is whole.
+    # One more call after all that the ranks have sent, so that the driver reads complete files.
     ray.get(recorder.failure.remote())
 
 
 def _rank_main(config: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker."""
+    """The main function of every worker."""
     from forge.train.worker import WorkerContext, run_worker
 
     assignment: WorkerConfig = config["assignment"]
     os.environ.update(assignment.environment)
     context = get_context()
     rank = context.get_world_rank()
-    write_output_to(Path(assignment.run_folder) / "logs" / f"rank-{rank}.log")
+    redirect_output(Path(assignment.run_folder) / "logs" / f"rank-{rank}.log")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     plan = plan_from_json(assignment.plan_json)
     reporter = ActorReporter(config["recorder"]) if rank == 0 else NullReporter()

@@ -20,16 +20,16 @@ from forge.plan.plan import Plan
 from forge.runs.trials import Trial, TrialTable
 
 
-def best_job_yaml(plan: Plan, book: TrialTable, *, search_id: str) -> str | None:
+def best_job_yaml(plan: Plan, table: TrialTable, *, search_id: str) -> str | None:
     """The job with the best trial's values; None if no trial was judged.
 
     Raises: JobFileError if the plan is of no search, or its job cannot have values that its proxy could.
     """
     search = search_of(plan.job)
-    best = book.best(search.mode)
+    best = table.best(search.mode)
     if best is None:
         return None
-    said = _comments(search, best, search_id=search_id, num_trials=len(book.trials))
+    said = _comments(search, best, search_id=search_id, num_trials=len(table.trials))
     job = trial_job(_terse(plan.job), best.values, is_proxied=False)
     return "".join(f"{_comment(line)}\n" for line in said) + dump_job(job)
 

@@ -1,6 +1,6 @@
 """How much each searched key mattered, by Optuna's fANOVA over the trials of a search.
 
-In go the search and the book of its trials; out comes a share for each key. Optuna is asked about a study that is
+In go the search and the table of its trials; out comes a share for each key. Optuna is asked about a study that is
 built in memory for this and forgotten again: what a search knows of itself stays in its events. The ranges as
 Optuna has them are told here too, for whoever lets Optuna choose the values.
 """
@@ -46,7 +46,7 @@ def as_choice(value: Any) -> CategoricalChoiceType:
     return json.dumps(value, sort_keys=True)
 
 
-def importances(search: SearchSpec, book: TrialTable) -> dict[str, float]:
+def importances(search: SearchSpec, table: TrialTable) -> dict[str, float]:
     """The share of each searched key in how much the trials' values differ, the largest first; they add up to 1.
 
     fANOVA (Hutter et al., ICML 2014): a random forest learns the value from the keys, and its variance is split
@@ -56,7 +56,7 @@ def importances(search: SearchSpec, book: TrialTable) -> dict[str, float]:
     Returns: nothing where that cannot be told: fewer than two such trials, or all with the same value.
     """
     axes = {key: _axis(found) for key, found in distributions(search).items()}
-    judged = [trial for trial in book.trials.values() if trial.status in ("finished", "stopped")]
+    judged = [trial for trial in table.trials.values() if trial.status in ("finished", "stopped")]
     trials = [found for trial in judged if (found := _frozen(search, trial, axes)) is not None]
     if len({trial.value for trial in trials}) < 2 or all(axis.single() for axis in axes.values()):
         return {}

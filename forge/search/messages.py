@@ -1,45 +1,43 @@
-"""What a trial and its stage tell each other."""
+"""Messages between a trial's Tune actor and its trial runner."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from forge.elastic.supervisor import Outcome
+from forge.runtime.supervised_run import RunConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialAssignment:
-    """What a stage is told of the trial that comes on."""
+    """A trial that the runner is to carry out."""
 
-    run_folder: str
-    plan_json: str
+    run: RunConfig
     group: str
     """The W&B group that the trials of a search share."""
     reported_step: int
-    """Up to which the search knows already how the trial is judged."""
+    """The newest step whose objective value the search knows already."""
     decided_at: float
-    """When it was decided to run it; seconds since the epoch."""
-    secret: str = field(repr=False)
-    """Which the trial's agents and its supervisor share, over a restart of the stage too."""
+    """When the trial's values were chosen; seconds since the epoch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstStep:
-    """A trial has begun to train."""
+    """A trial has completed its first step."""
 
     seconds: float
-    """Since it was decided to run it."""
+    """Since its values were chosen."""
     is_warm: bool
-    """Whether an earlier trial's processes were there for all of its ranks."""
+    """Whether fork servers of earlier trials were ready for all of its ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialUpdate:
-    """What there is to tell of the trial that is on."""
+    """What is new about the active trial."""
 
     records: tuple[Mapping[str, Any], ...] = ()
-    """Lines of `metrics.jsonl` by which it is judged, that were not told of before."""
+    """New lines of `metrics.jsonl` that hold the search's metric."""
     first_step: FirstStep | None = None
     outcome: Outcome | None = None

@@ -1,15 +1,18 @@
-"""Ray Tune's schedulers, as a search uses them: what they are told is written down first, and told again after a
-restart.
+"""Ray Tune's schedulers with a journal: results and decisions are recorded, and a resumed search decides the same.
 
-Tune itself forgets a scheduler's state when a search is restored. Here it follows from the search's journal: what
-trials were judged by before is told to a new scheduler in the same order.
+Tune forgets a scheduler's state when a search is resumed. Here the state follows from the journal: the results of
+earlier trials are fed to a new scheduler in the same order, and a population's random choices are seeded by its
+round. PB2's model is the exception: after a resumption it is fitted to the results since then only.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
+import numpy as np
+import ray
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import (
@@ -22,107 +25,111 @@ from ray.tune.schedulers import (
 from ray.tune.schedulers.pb2 import PB2
 
 from forge.config.search import ParameterSpec, SearchSpec
+from forge.errors import RunError
 from forge.events import Event, PopulationRoundCompleted, TrialEnded, TrialExploited, TrialReported
 from forge.runs.trials import Trial, TrialTable
-from forge.search.encoding import ONCE, plain_values, searched, within
+from forge.search.encoding import FIRST_START_KEYS, plain_values, searched, within
 
 _TIME = "step"
 _VALUE = "value"
 
 
 class JournaledScheduler(TrialScheduler):  # type: ignore[misc]
-    """A scheduler of Tune's, with a memory."""
+    """A Tune scheduler that records what happens and can be rebuilt from the record."""
 
     def __init__(
         self,
         inner: TrialScheduler,
         *,
         search: SearchSpec,
-        book: TrialTable,
-        tell: Callable[[Event], None],
-        on_hello: Callable[[int, str], None],
+        table: TrialTable,
+        record: Callable[[Event], None],
+        on_registration: Callable[[int, str], None],
         on_stopped: Callable[[int, str], None],
         spared: Set[int] = frozenset(),
     ) -> None:
         """Args:
-        book: the trials as they were when the search was carried on, and as they become.
-        tell: writes an event down, and takes it into the book; returns when it is written.
-        on_hello: told of the stage that a trial is on.
-        on_stopped: told of a trial that was given up, and why.
-        spared: trials that are never given up, as the one with the job's own values.
+        inner: the scheduler that decides, from `make_scheduler`.
+        table: the trials of the search; `record` updates it.
+        record: writes an event to the journal; returns when it is written.
+        on_registration: called with a trial's number and the name of its runner actor.
+        on_stopped: called with the number of a trial that the scheduler stops, and the reason.
+        spared: trials that are never stopped, such as the one with the job's own values.
         """
         super().__init__()
-        self._inner, self._search, self._book = inner, search, book
-        self._tell, self._on_hello, self._on_stopped = tell, on_hello, on_stopped
+        self._inner, self._search, self._table = inner, search, table
+        self._record, self._on_registration, self._on_stopped = record, on_registration, on_stopped
         self._spared = spared
         self._is_population = search.scheduler.is_population
         self._rays: dict[int, RayTrial] = {}
-        for trial in book.trials.values():
+        for trial in table.trials.values():
             if trial.is_over and not self._is_population:
-                self._remember(_Known(trial.number), trial)
-        if self._is_population and book.population_step:
-            inner._next_perturbation_sync = book.population_step + self._interval
+                self._replay(_FormerTrial(trial.number), trial)
+        if self._is_population:
+            _set_next_round(inner, table.population_step + self._interval)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune keeps a pickle of what it is given, and never needs it: a search is known from its journal."""
+        """Nothing: Tune pickles its scheduler, but a search is restored from its journal."""
         return {}
 
     @property
     def metric(self) -> None:
-        """Tune need not look at results itself."""
+        """None: Tune itself does not evaluate results."""
         return
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """They are the job's."""
+        """Keep the metric and mode that the job has set."""
         return True
 
     def on_trial_add(self, tune_controller: Any, trial: RayTrial) -> None:
-        """A trial is there; perhaps one that was judged before."""
+        """Add a trial; one of a resumed search with its earlier results."""
         number = int(trial.trial_id)
-        if self._rays.get(number) is trial:  # it has a new actor, and is what it was
+        if self._rays.get(number) is trial:  # only its Tune actor was replaced
             return
         self._rays[number] = trial
-        known = self._book.trials.get(number)
+        known = self._table.trials.get(number)
         if known is not None and not self._is_population:
-            self._remember(trial, known)
+            self._replay(trial, known)
         else:
             self._inner.on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        """Write it down, then decide what becomes of the trial."""
+        """Record the result, then let the inner scheduler decide."""
         number, step = int(trial.trial_id), int(result[_TIME])
-        if result.get("is_hello"):
-            self._on_hello(number, result["stage"])
+        if result.get("is_registration"):
+            self._on_registration(number, result["runner"])
         if _VALUE not in result:
             return str(TrialScheduler.CONTINUE)
-        is_known = step <= self._book.trials[number].step
+        is_known = step <= self._table.trials[number].step
         if not is_known:
-            self._tell(_reported(number, result))
+            self._record(_reported(number, result))
         elif not self._is_population:
             return str(TrialScheduler.CONTINUE)
-        for once in ONCE:  # a copy of this trial must not begin as this one did
-            trial.config.pop(once, None)
+        for key in FIRST_START_KEYS:  # another trial may continue with a copy of this config
+            trial.config.pop(key, None)
+        if self._is_population:
+            self._seed_round()
         decision = str(self._inner.on_trial_result(tune_controller, trial, result))
         if self._is_population:
-            self._tell_moves(step)
+            self._record_round(step)
         elif decision == TrialScheduler.PAUSE or (decision == TrialScheduler.STOP and number in self._spared):
-            # A trial is never put aside for another.
+            # Trials are never paused in favour of another, except in a population.
             return str(TrialScheduler.CONTINUE)
         elif decision == TrialScheduler.STOP:
-            reason = f"given up by {self._search.scheduler.kind} at step {step}"
+            reason = f"stopped by {self._search.scheduler.kind} at step {step}"
             self._on_stopped(number, reason)
-            self._tell(TrialEnded(trial=number, status="stopped", step=step, value=result[_VALUE], reason=reason))
+            self._record(TrialEnded(trial=number, status="stopped", step=step, value=result[_VALUE], reason=reason))
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
-        """It has said that it is done."""
+        """Record how a trial ended."""
         number = int(trial.trial_id)
-        known = self._book.trials.get(number)
+        known = self._table.trials.get(number)
         if known is None or known.is_over:
             return
         if _VALUE in result and int(result[_TIME]) > known.step:
-            self._tell(_reported(number, result))
-        self._tell(
+            self._record(_reported(number, result))
+        self._record(
             TrialEnded(
                 trial=number,
                 status=result.get("status", "failed"),
@@ -137,73 +144,98 @@ class JournaledScheduler(TrialScheduler):  # type: ignore[misc]
             self._inner.on_trial_error(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
-        """Its actor has died; Tune gives it another one, unless that happened too often."""
+        """Record a failure if the trial's Tune actor has died too often; otherwise Tune replaces the actor."""
         if trial.should_recover():
             return
         number = int(trial.trial_id)
-        known = self._book.trials.get(number)
+        known = self._table.trials.get(number)
         if known is not None and not known.is_over:
-            reason = "its process died again and again; see the search's logs"
-            self._tell(TrialEnded(trial=number, status="failed", step=known.step, value=known.value, reason=reason))
+            reason = "its process died too often; see the search's logs"
+            self._record(
+                TrialEnded(trial=number, status="failed", step=known.step, value=known.value, reason=reason)
+            )
         self._inner.on_trial_error(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: RayTrial) -> None:
-        """It was taken away before it ran."""
         self._inner.on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> RayTrial | None:
-        """The inner one's choice."""
         return self._inner.choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:
-        """For Tune's own output, which is off."""
         return str(self._inner.debug_string())
 
-    def _remember(self, trial: Any, known: Trial) -> None:
-        """Tell the inner scheduler of a trial as if it had just been judged; what it decides was done already."""
+    def _replay(self, trial: Any, known: Trial) -> None:
+        """Feed a trial's recorded results to the inner scheduler; its decisions were carried out already."""
         self._inner.on_trial_add(None, trial)
         results = [{_TIME: step, _VALUE: value, "training_iteration": step} for step, value in known.reports]
         for result in results:
-            self._inner.on_trial_result(_NoOthers(), trial, result)
+            self._inner.on_trial_result(_NoLiveTrials(), trial, result)
         if known.status == "finished":
             self._inner.on_trial_complete(None, trial, results[-1])
 
-    def _tell_moves(self, step: int) -> None:
-        """What a round of copying has changed."""
-        if self._inner._next_perturbation_sync <= self._book.population_step + self._interval:
+    def _seed_round(self) -> None:
+        """Make a round's random choices depend on the search's seed and the round alone, not on earlier rounds."""
+        seed = self._search.searcher.seed + self._table.population_step
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+
+    def _record_round(self, step: int) -> None:
+        """If a round of the population is complete, record which trials continue from another's checkpoint."""
+        if _next_round(self._inner) <= self._table.population_step + self._interval:
             return
         for number, trial in self._rays.items():
-            donor = trial.config["trial"]  # its config is a copy of the donor's
+            donor = trial.config["trial"]  # exploiting copies the donor's config
             if donor != number:
                 trial.config["trial"] = number
                 values = plain_values(trial.config["values"], self._search)
-                self._tell(TrialExploited(trial=number, donor=donor, step=step, values=values))
-        self._tell(PopulationRoundCompleted(step=step))
+                self._record(TrialExploited(trial=number, donor=donor, step=step, values=values))
+        self._record(PopulationRoundCompleted(step=step))
 
     @property
     def _interval(self) -> int:
         return self._search.scheduler.interval_steps or 1
 
 
-class _Known:
-    """A trial of a search before this one, which Tune does not know any more."""
+class _FormerTrial:
+    """A trial that was over before the search was resumed, so that Tune has no object for it."""
 
     def __init__(self, number: int) -> None:
         self.trial_id = f"{number:04d}"
 
 
-class _NoOthers:
-    """What a scheduler asks of Tune while it is only told of the past."""
+class _NoLiveTrials:
+    """What a scheduler asks of Tune's controller while recorded results are replayed."""
 
     def get_live_trials(self) -> list[Any]:
         return []
 
 
+def _next_round(scheduler: TrialScheduler) -> int:
+    """The step at which a synchronous population exploits next."""
+    return int(scheduler._next_perturbation_sync)
+
+
+def _set_next_round(scheduler: TrialScheduler, step: int) -> None:
+    """Continue a population at a later round.
+
+    Ray (2.60) has no public way to do this: `PopulationBasedTraining(burn_in_period=...)` would, but `PB2` does not
+    accept it. Only this function and `_next_round` use the private attribute.
+
+    Raises: RunError if this version of Ray has renamed it.
+    """
+    if not hasattr(scheduler, "_next_perturbation_sync"):
+        raise RunError(
+            f"cannot resume a population with ray {ray.__version__}: install the version in constraints.txt"
+        )
+    scheduler._next_perturbation_sync = step
+
+
 def make_scheduler(search: SearchSpec, *, first_report: int, total_steps: int) -> TrialScheduler:
-    """Ray Tune's own, as the job has it.
+    """The Ray Tune scheduler that the job's search section describes.
 
     Args:
-        first_report: the step at which a trial is judged first.
+        first_report: step of a trial's first objective value.
         total_steps: of a trial.
     """
     spec = search.scheduler

@@ -22,7 +22,7 @@ from forge.search.importance import as_choice, distributions
 _SEED_STEP = 1_000_003
 
 
-def suggest(job: JobSpec, *, number: int, book: TrialTable, at_once: int) -> dict[str, Any] | None:
+def suggest(job: JobSpec, *, number: int, table: TrialTable, at_once: int) -> dict[str, Any] | None:
     """The values of a trial. The first has the job's own, where they may be tried: it is what the others must beat.
 
     What is learnt from: without a scheduler, the trials up to `number - at_once`, all of which must be over; so it
@@ -42,7 +42,7 @@ def suggest(job: JobSpec, *, number: int, book: TrialTable, at_once: int) -> dic
     if own is not None:
         return own
     learns = search.searcher.kind == "optuna" and number > search.searcher.startup_trials
-    before = [book.trials[one] for one in sorted(book.trials) if one < number]
+    before = [table.trials[one] for one in sorted(table.trials) if one < number]
     if not learns:
         known: list[Trial] = []
     elif search.scheduler.kind == "none":

@@ -1,7 +1,7 @@
-"""A trial of a search, as Ray Tune sees it: values go in, and what it is judged by comes out, step by step.
+"""A trial as Ray Tune sees it: a `Trainable` whose results are the objective values of a run.
 
-It is a run like any other, carried by a stage. Tune's actor plans it, has the stage carry it out, and passes on
-what it is judged by; it is used for one trial after the other, and so are the stage and what belongs to it.
+Tune's actor plans the run, has a trial runner carry it out, and returns its objective value whenever there is a new
+one. The actor, its runner and the runner's slots are reused for one trial after the other.
 """
 
 from __future__ import annotations
@@ -33,65 +33,66 @@ from forge.plan.plan import Plan, config_digest, make_plan, plan_from_json, plan
 from forge.runs.create import fill_run_folder
 from forge.runs.reader import error_named
 from forge.runs.trials import trial_folder
-from forge.runtime.placement import SUPERVISOR
+from forge.runtime.actor_names import NAMESPACE, SUPERVISOR
 from forge.runtime.probe import model_facts
+from forge.runtime.supervised_run import RunConfig
 from forge.search.encoding import plain_values
-from forge.search.messages import TrialAssignment, TrialUpdate
-from forge.search.node_actor import NodePool
+from forge.search.messages import FirstStep, TrialAssignment, TrialUpdate
+from forge.search.node_pool import NodePool
 from forge.search.trial_runner import TrialRunnerActor
 from forge.units import Every
 
-_PATIENCE_S = 2.0
+_POLL_S = 2.0
 _HALTED_S = 0.5
 _RETRY_S = 0.2
-_STAGE_SILENCE_S = 60.0
+_MAX_SILENCE_S = 60.0
 _CHECKPOINT = "trial.json"
-# A population's checkpoints are copied one round after they were made.
+# A population's checkpoints are copied one round after they were written.
 _KEPT_IN_POPULATION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialConfig:
-    """What every trial of a search is told."""
+    """What all trials of a search have in common."""
 
     search_folder: str
     plan_json: str
-    hosts: NodePool
+    nodes: NodePool
     recorder: Any
-    """The search's, an actor."""
+    """Handle of the search's recorder actor."""
 
 
 class TrialTrainable(tune.Trainable):  # type: ignore[misc]
-    """One trial after the other; Tune calls `step` until a result says that it is done.
+    """One trial after the other; Tune calls `step` until a result says `done`.
 
-    A trial's config: `values`, if it has them from the start; `reported`, the step up to which the search knows how
-    it is judged; `replay`, whether it begins by saying again what it was judged by there; `moved`, the step and the
-    trial whose state it goes on from.
+    Keys of a trial's Tune config: `values`, if they are known from the start; `reported`, the newest step whose
+    objective value the search knows; `replay`, whether to begin by repeating that value; `exploited`, the step and
+    the number of the trial whose checkpoint it continues from.
     """
 
-    def setup(self, config: dict[str, Any], *, wiring: TrialConfig) -> None:
-        """Once for each actor; also begins its first trial."""
-        self._wiring = wiring
-        self._search = plan_from_json(wiring.plan_json)
-        self._stage_name = f"{SUPERVISOR}{Path(wiring.search_folder).name}.{secrets.token_hex(2)}"
-        self._stage = TrialRunnerActor.options(  # type: ignore[attr-defined]
-            name=self._stage_name,
-            namespace=wiring.hosts.namespace,
-            # Here, on the head, and not in the placement group that Tune has made for this actor.
+    def setup(self, config: dict[str, Any], *, common: TrialConfig) -> None:
+        """Start the trial runner, once per Tune actor."""
+        self._common = common
+        self._search = plan_from_json(common.plan_json)
+        self._runner_name = f"{SUPERVISOR}{Path(common.search_folder).name}.{secrets.token_hex(2)}"
+        self._runner = TrialRunnerActor.options(  # type: ignore[attr-defined]
+            name=self._runner_name,
+            namespace=NAMESPACE,
+            # On the head node, where this actor is, but outside the placement group that Tune has made for it.
             scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
-        ).remote(self._stage_name, wiring.hosts)
+        ).remote(self._runner_name, common.nodes)
         self.reset_config(config)
 
     def reset_config(self, config: dict[str, Any]) -> bool:
-        """Another trial, or this one with other values."""
+        """Begin another trial, or this one with other values."""
         self._config = config
         self._reported = int(config.get("reported", 0))
-        self._source: tuple[int, int] | None = tuple(config["moved"]) if config.get("moved") else None
-        self._part: TrialAssignment | None = None
+        self._source: tuple[int, int] | None = tuple(config["exploited"]) if config.get("exploited") else None
+        self._assignment: TrialAssignment | None = None
         self._plan: Plan | None = None
-        self._is_introduced = False
+        self._is_registered = False
+        self._is_active = False
         self._has_started = False
-        self._failure: ForgeError | None = None
         return True
 
     @property
@@ -100,159 +101,165 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         return int(self.trial_id)
 
     def step(self) -> dict[str, Any]:
-        """The next that the trial is judged by."""
-        if not self._is_introduced:
-            self._is_introduced = True
-            return self._result(step=self._reported, is_hello=True)
+        """The next result; one without `value` registers the trial's runner with the search."""
+        if not self._is_registered:
+            self._is_registered = True
+            return self._result(step=self._reported, is_registration=True)
         try:
-            if self._plan is None and not self._begin():
-                return self._result(step=self._reported, is_hello=True)
+            if self._plan is None and not self._make_plan():
+                return self._result(step=self._reported, is_registration=True)
             if self._config.pop("replay", False):
-                return self._replay()
-            self._raise_on_stage()
+                return self._result(step=self._reported, value=self._config["value"], metrics={}, is_replay=True)
+            if not self._is_active:
+                self._is_active = True
+                self._start_trial()
             return self._await_result()
         except ForgeError as error:
             status = "diverged" if isinstance(error, DivergedError) else "failed"
             return self._result(step=self._reported, done=True, status=status, reason=str(error))
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Where its state lies: forge's own checkpoint, written when it paused."""
+        """Write which of forge's own checkpoints holds the state; forge has written it when the trial paused."""
         body = json.dumps({"trial": self.number, "step": self._reported})
         (Path(checkpoint_dir) / _CHECKPOINT).write_text(body)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Go on from that state, another trial's perhaps."""
+        """Continue from that state, which may be another trial's."""
         found = json.loads((Path(checkpoint_dir) / _CHECKPOINT).read_text())
         self._reported = found["step"]
         self._source = (found["step"], found["trial"]) if found["trial"] != self.number else None
 
     def cleanup(self) -> None:
-        """Nothing of it stays on the cluster."""
+        """End the trial runner."""
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self._stage.close.remote(), timeout=_STAGE_SILENCE_S)
-        ray.kill(self._stage)
+            ray.get(self._runner.close.remote(), timeout=_MAX_SILENCE_S)
+        ray.kill(self._runner)
 
-    # --- within
+    # --- the active trial
 
-    def _begin(self) -> bool:
-        """Plan the trial. Returns: whether its values are known already."""
+    def _make_plan(self) -> bool:
+        """Plan the trial and fill its run folder. Returns: False if the search has not chosen its values yet."""
         decided_at = time.time()
         values = self._config.get("values")
         if values is None:
-            assigned = self._ask(partial(self._stage.assignment.remote, self.number, _PATIENCE_S))
-            if assigned is None:
+            chosen = self._ask(partial(self._runner.values_of.remote, self.number, _POLL_S))
+            if chosen is None:
                 return False
-            values, decided_at = assigned
+            values, decided_at = chosen
         else:
             values = plain_values(values, search_of(self._search.job))
         plan = plan_trial(self._search, values)
-        population = search_of(self._search.job).scheduler
-        if population.is_population:
-            interval = population.interval_steps or 1
+        scheduler = search_of(self._search.job).scheduler
+        if scheduler.is_population:
+            interval = scheduler.interval_steps or 1
             plan = replace(plan, pause_at=(self._reported // interval + 1) * interval)
         self._plan = plan
-        folder = Path(trial_folder(self._wiring.search_folder, self.number))
+        folder = Path(trial_folder(self._common.search_folder, self.number))
         fill_run_folder(folder, plan)
-        if self._source is not None:
-            step, donor = self._source
-            donor_folder = trial_folder(self._wiring.search_folder, donor)
-            adopt_checkpoint(
-                open_storage(plan.job.checkpoint.url_of(donor_folder)),
-                open_storage(plan.job.checkpoint.url_of(str(folder))),
-                step=step,
-                recipe=config_digest(plan.job),
-            )
-        self._next = TrialAssignment(
-            run_folder=str(folder),
-            plan_json=plan_to_json(plan),
-            group=Path(self._wiring.search_folder).name,
+        self._fork_checkpoint(plan, folder)
+        self._assignment = TrialAssignment(
+            run=RunConfig(run_folder=str(folder), plan_json=plan_to_json(plan), secret=secrets.token_hex(32)),
+            group=Path(self._common.search_folder).name,
             reported_step=self._reported,
             decided_at=decided_at,
-            secret=secrets.token_hex(32),
         )
         return True
 
-    def _raise_on_stage(self) -> None:
-        if self._part is None:
-            self._part = self._next
-            self._ask(partial(self._stage.begin.remote, self._part), is_begin=True)
+    def _fork_checkpoint(self, plan: Plan, folder: Path) -> None:
+        """Copy the checkpoint to continue from if it is another trial's."""
+        if self._source is None:
+            return
+        step, donor = self._source
+        donor_folder = trial_folder(self._common.search_folder, donor)
+        adopt_checkpoint(
+            open_storage(plan.job.checkpoint.url_of(donor_folder)),
+            open_storage(plan.job.checkpoint.url_of(str(folder))),
+            step=step,
+            recipe=config_digest(plan.job),
+        )
+
+    def _start_trial(self) -> None:
+        """Have the runner start the trial; again if the runner was restarted."""
+        assert self._assignment is not None, "_make_plan comes first"
+        assignment = replace(self._assignment, reported_step=self._reported)
+        self._ask(partial(self._runner.start_trial.remote, assignment), is_start=True)
 
     def _await_result(self) -> dict[str, Any]:
-        """Of the trial that is on."""
+        """The next objective value, or how the trial ended without one."""
         assert self._plan is not None
         last_step = min(self._plan.total_steps, self._plan.pause_at or self._plan.total_steps)
         while True:
-            report: TrialUpdate = self._ask(
-                partial(self._stage.report.remote, self._reported, _PATIENCE_S, is_started=self._has_started)
+            update: TrialUpdate = self._ask(
+                partial(self._runner.update.remote, self._reported, _POLL_S, is_started=self._has_started)
             )
-            if report.first_step is not None and not self._has_started:
+            if update.first_step is not None and not self._has_started:
                 self._has_started = True
-                self._tell_started(report)
-            records = [record for record in report.records if record["step"] < last_step or report.outcome]
+                self._record_start(update.first_step)
+            records = [record for record in update.records if record["step"] < last_step or update.outcome]
             if records:
-                return self._judged(records[0])
-            if report.outcome is None:
+                return self._judge(records[0])
+            if update.outcome is None:
                 continue
-            if report.outcome.error is not None:
-                raise error_named(report.outcome.error, message=report.outcome.reason)
-            if report.outcome.step < last_step:  # it was asked to stop; the search is about to end
+            if update.outcome.error is not None:
+                raise error_named(update.outcome.error, message=update.outcome.reason)
+            if update.outcome.step < last_step:  # it was asked to stop; the search is about to end
                 time.sleep(_HALTED_S)
                 return self._result(step=self._reported, is_halted=True)
-            raise RunError(f"it ended at step {report.outcome.step} without anything to be judged by")
+            metric = search_of(self._search.job).metric
+            raise RunError(f"the trial ended at step {update.outcome.step} without a value of {metric}")
 
-    def _judged(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def _judge(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The result for Tune from a line of `metrics.jsonl`.
+
+        Raises: DivergedError if the objective is not finite; RunError if it was not measured.
+        """
         assert self._plan is not None
         metric = search_of(self._search.job).metric
         if metric not in record:
-            raise RunError(f"step {record['step']} has no {metric}: there is no held-out text to measure it on")
+            raise RunError(f"step {record['step']} has no {metric}: no text is held out to measure it on")
         if record[metric] is None and not metric.startswith("speed/"):
-            raise DivergedError(f"step {record['step']}: {metric} is no number")
+            raise DivergedError(f"step {record['step']}: {metric} is not a finite number")
         if record[metric] is None:
-            raise RunError(f"{metric} is not known on this hardware")
+            raise RunError(f"{metric} cannot be measured on this hardware")
         self._reported = int(record["step"])
         is_done = self._reported >= self._plan.total_steps
         status = {"status": "finished"} if is_done else {}
         return self._result(step=self._reported, value=record[metric], metrics=dict(record), done=is_done, **status)
 
-    def _replay(self) -> dict[str, Any]:
-        """Say again what it was judged by at the step where a search before this one ended."""
-        return self._result(step=self._reported, value=self._config["value"], metrics={}, is_replay=True)
-
     def _result(self, *, done: bool = False, **body: Any) -> dict[str, Any]:
-        return {"stage": self._stage_name, "done": done, **body}
+        return {"runner": self._runner_name, "done": done, **body}
 
-    def _tell_started(self, report: TrialUpdate) -> None:
-        assert report.first_step is not None and self._plan is not None
+    def _record_start(self, first_step: FirstStep) -> None:
+        assert self._plan is not None
         started = TrialStarted(
             trial=self.number,
             total_steps=self._plan.total_steps,
-            seconds=report.first_step.seconds,
-            is_warm=report.first_step.is_warm,
+            seconds=first_step.seconds,
+            is_warm=first_step.is_warm,
         )
-        ray.get(self._wiring.recorder.event.remote(started))
+        ray.get(self._common.recorder.event.remote(started))
 
-    def _ask(self, call: Any, *, is_begin: bool = False) -> Any:
-        """The stage's answer; one that was restarted is told again which trial is on.
+    def _ask(self, call: Any, *, is_start: bool = False) -> Any:
+        """Call the runner; if Ray had to restart it, start the active trial again first.
 
-        Raises: RunError if there is none for so long that it will not come back.
+        Raises: RunError if it does not come back within `_MAX_SILENCE_S`.
         """
         answered_at = time.monotonic()
         while True:
             try:
                 return ray.get(call())
             except ray.exceptions.RayActorError as error:
-                if time.monotonic() - answered_at > _STAGE_SILENCE_S:
-                    raise RunError(f"the trial's supervisor does not come back: {error}") from error
+                if time.monotonic() - answered_at > _MAX_SILENCE_S:
+                    raise RunError(f"the trial runner has not been restarted in time: {error}") from error
                 time.sleep(_RETRY_S)
-                if self._part is not None and not is_begin:
-                    again = replace(self._part, reported_step=self._reported)
-                    self._ask(partial(self._stage.begin.remote, again), is_begin=True)
+                if self._is_active and not is_start:
+                    self._start_trial()
 
 
 def plan_trial(search: Plan, values: Mapping[str, Any]) -> Plan:
-    """The plan of one trial.
+    """The plan of the trial with these values.
 
-    Raises: JobFileError, PlanError, DataError if these values do not go together.
+    Raises: JobFileError, PlanError, DataError if the values do not make a valid job.
     """
     job = trial_job(search.job, values)
     scheduler = search_of(search.job).scheduler
@@ -270,7 +277,7 @@ def plan_trial(search: Plan, values: Mapping[str, Any]) -> Plan:
 
 
 def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:
-    """The search's, where the trial reads the same; it was prepared once."""
+    """The search's corpus if the trial uses the same data section, otherwise one that is prepared now."""
     if job.data == usual.data:
         return search.corpus
     from forge.data.prepare import prepare
@@ -284,8 +291,3 @@ def _model(search: Plan, job: JobSpec, usual: JobSpec, corpus: CorpusInfo) -> Mo
         return search.model
     loaded = LoadedJob(job=job, source=SourceMap(path="the trial's job", places={}))
     return model_facts(loaded, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
-
-
-def ray_trial_id(number: int) -> str:
-    """What Tune calls a trial."""
-    return f"{number:04d}"

@@ -1,78 +1,80 @@
-"""Hands Ray Tune its trials, by number: which values they have is decided when their turn has come."""
+"""Ray Tune's view of a search: trials in the order of their numbers, and when all of them are to end."""
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ray.tune import Stopper
 from ray.tune.experiment import Trial
-from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search import SearchAlgorithm
 
 
 class JournalSearch(SearchAlgorithm):  # type: ignore[misc]
-    """Trials in the order of their numbers, each once."""
+    """Each trial once, in the order of their numbers.
 
-    def __init__(self, configs: Mapping[int, Mapping[str, Any]], *, on_handed_out: Callable[[], None]) -> None:
+    Tune's `SearchGenerator` is not used because `PopulationBasedTraining` refuses it.
+    """
+
+    def __init__(self, configs: Mapping[int, Mapping[str, Any]]) -> None:
         """Args:
-        configs: what Tune's actor is told of each trial.
-        on_handed_out: called when no further trial will come.
+        configs: the Tune config of each trial, by number.
         """
         self._waiting = sorted(configs.items())
-        self._on_handed_out = on_handed_out
-        self._parser = _make_parser()
         self._spec: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune keeps a pickle of what it is given, and never needs it: a search is known from its journal."""
+        """Nothing: Tune pickles its search algorithm, but a search is restored from its journal."""
         return {}
 
     @property
     def total_samples(self) -> int:
-        """How many there still are."""
         return len(self._waiting)
 
     def add_configurations(self, experiments: Any) -> None:
-        """The one experiment that there is."""
+        """Take over Tune's specification of the one experiment."""
         experiment = experiments[0] if isinstance(experiments, list) else experiments
         self._spec = experiment.spec
 
     def next_trial(self) -> Trial | None:
-        """The next by its number."""
         if not self._waiting:
             return None
         number, config = self._waiting.pop(0)
-        spec = copy.deepcopy(self._spec)
-        spec["config"] = dict(config)
-        trial = _create_trial_from_spec(
-            spec, self._parser, evaluated_params={}, experiment_tag=str(number), trial_id=f"{number:04d}"
+        return Trial(
+            self._spec["run"],
+            config=dict(config),
+            trial_id=trial_id(number),
+            experiment_tag=str(number),
+            storage=self._spec["storage"],
+            placement_group_factory=self._spec["resources_per_trial"],
+            stopping_criterion=self._spec["stop"],
+            checkpoint_config=self._spec["checkpoint_config"],
+            max_failures=self._spec["max_failures"],
         )
-        if not self._waiting:
-            self._on_handed_out()
-        return trial
 
     def is_finished(self) -> bool:
-        """Whether no further trial will come."""
         return not self._waiting
 
 
+def trial_id(number: int) -> str:
+    """Tune's id of a trial."""
+    return f"{number:04d}"
+
+
 class StopAll(Stopper):  # type: ignore[misc]
-    """Ends everything when somebody says so."""
+    """Ends all trials once an event is set, and none before."""
 
     def __init__(self, is_halted: threading.Event) -> None:
         self._is_halted = is_halted
 
     def __getstate__(self) -> dict[str, Any]:
-        """As that of `JournalSearch`."""
+        """Nothing; see `JournalSearch.__getstate__`."""
         return {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial alone."""
+        """Never stops a single trial."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether it was said."""
         return self._is_halted.is_set()

@@ -134,7 +134,7 @@ def test_a_search_through_kills_has_the_trials_and_results_of_one_in_peace(clust
     cluster.kill(cluster.of(search.rank_of(3)))
     cluster.add()
     search.await_step(4, 10)
-    os.kill(actor_pid(cluster, "StageActor"), signal.SIGKILL)
+    os.kill(actor_pid(cluster, "TrialRunnerActor"), signal.SIGKILL)
     search.await_step(5, 10)
     os.kill(actor_pid(cluster, "ray::ResourceTrainable"), signal.SIGKILL)  # Tune's own actor of a trial
     search.await_step(5, 30)
@@ -170,7 +170,7 @@ def test_a_scheduler_that_is_killed_knows_again_what_it_was_told(cluster: Machin
     assert {trial.status for trial in trials} == {"finished", "stopped"}
     # At each rung a trial that goes on is no worse than the better half of those that were there before.
     assert all(
-        trial.reason == f"given up by asha at step {trial.step}" for trial in trials if trial.status == "stopped"
+        trial.reason == f"stopped by asha at step {trial.step}" for trial in trials if trial.status == "stopped"
     )
 
 

@@ -198,7 +198,7 @@ class TestInPeace:
         assert there >= {"job.yaml", "plan.json", "events.jsonl", "metrics.jsonl", "checkpoints", "wandb"}
         logs = {path.stem for path in (whole.folder / "logs").iterdir()}
         agents = {name for name in logs if name.startswith("agent-")}
-        assert logs - agents == {"run", "recorder", "supervisor", "warm", "rank-0", "rank-1"}
+        assert logs - agents == {"run", "recorder", "supervisor", "fork-server", "rank-0", "rank-1"}
         assert len(agents) == 1
         for log in (whole.folder / "logs").iterdir():
             assert "Traceback" not in log.read_text()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from forge.search.coordinator import seconds_carried, share_of
+from forge.search.coordinator import seconds_run, share_of
 
 
 @pytest.mark.parametrize("num_trials", [1, 2, 3, 8, 40])
@@ -38,4 +38,4 @@ def event(kind: str, time: float) -> dict[str, Any]:
     ],
 )
 def test_only_the_time_that_it_was_carried_counts(events: list[dict[str, Any]], expected: float) -> None:
-    assert seconds_carried(events) == pytest.approx(expected)
+    assert seconds_run(events) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Ray Tune's schedulers with a memory: one that is made anew decides as if it had been there all the time."""
+"""Journaled Tune schedulers: after a restart they decide as if there had been none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import random
 from typing import Any
 
 import pytest
+from ray.train import Checkpoint
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import TrialScheduler
 
 from forge.events import Event, event_to_record
 from forge.runs.trials import TrialTable
@@ -14,10 +17,12 @@ from forge.search.scheduler import JournaledScheduler, make_scheduler
 from tests.support.searches import DECAY, LR, SearchHistory, search_spec
 
 TOTAL = 27
+POPULATION = 6
+INTERVAL = 3
 
 
 class RayTrial:
-    """What a scheduler sees of one."""
+    """What asha and median ask of a Tune trial."""
 
     def __init__(self, number: int) -> None:
         self.trial_id = f"{number:04d}"
@@ -26,7 +31,7 @@ class RayTrial:
 
 
 class Tune:
-    """What a scheduler asks of Tune."""
+    """What asha and median ask of Tune's controller."""
 
     search_alg = None
 
@@ -35,7 +40,7 @@ class Tune:
 
 
 class Story:
-    """Trials that are judged one after the other, by a scheduler that may be made anew at any moment."""
+    """Trials that report one after the other to a scheduler that may be restarted at any moment."""
 
     def __init__(self, kind: str) -> None:
         self.spec = search_spec({"scheduler": {"kind": kind, "grace_steps": 3}})
@@ -50,9 +55,9 @@ class Story:
         self.schedule = JournaledScheduler(
             make_scheduler(self.spec, first_report=3, total_steps=TOTAL),
             search=self.spec,
-            book=self.book,
-            tell=self.tell,
-            on_hello=lambda number, stage: None,
+            table=self.book,
+            record=self.tell,
+            on_registration=lambda number, runner: None,
             on_stopped=lambda number, reason: None,
         )
         for number, trial in self.book.trials.items():
@@ -72,8 +77,8 @@ class Story:
         self.book.add(self.history.events[-1])
 
     def judge(self, number: int, step: int, value: float) -> bool:
-        """Returns: whether the trial goes on."""
-        result = {"step": step, "value": value, "stage": "", "done": False}
+        """Returns: whether the trial continues."""
+        result = {"step": step, "value": value, "runner": "", "done": False}
         decision = self.schedule.on_trial_result(Tune(), self.rays[number], result)
         self.decisions.append((number, step, decision))
         return decision == "CONTINUE"
@@ -105,13 +110,13 @@ def story_of(kind: str, *, restarts: set[int]) -> list[tuple[int, int, str]]:
 
 
 @pytest.mark.parametrize("kind", ["asha", "median"])
-def test_made_anew_at_any_moment_it_decides_the_same(kind: str) -> None:
+def test_scheduler__restarted_at_any_moment__decides_the_same(kind: str) -> None:
     expected = story_of(kind, restarts=set())
     assert {decision for _, _, decision in expected} == {"CONTINUE", "STOP"}
     assert story_of(kind, restarts={5, 6, 20, 37}) == expected
 
 
-def test_a_result_that_is_known_is_neither_written_nor_judged_again() -> None:
+def test_on_trial_result__known_step__is_neither_recorded_nor_judged() -> None:
     story = Story("asha")
     story.add(1)
     story.judge(1, 3, 2.0)
@@ -120,7 +125,7 @@ def test_a_result_that_is_known_is_neither_written_nor_judged_again() -> None:
     assert len(story.history.events) == told
 
 
-def test_values_of_a_box_come_back_as_they_were() -> None:
+def test_plain_values__of_config_values__are_the_values() -> None:
     spec = search_spec(
         {"space": {LR: {"loguniform": [1e-4, 1e-2]}, DECAY: {"uniform": [0.0, 0.4]}},
          "scheduler": {"kind": "pb2", "interval_steps": 2}}
@@ -129,3 +134,100 @@ def test_values_of_a_box_come_back_as_they_were() -> None:
     assert boxed == pytest.approx({LR: 0.5, DECAY: 0.25})
     assert plain_values(boxed, spec) == pytest.approx({LR: 1e-3, DECAY: 0.1})
     assert plain_values({LR: 1.2, DECAY: -0.1}, spec) == pytest.approx({LR: 1e-2, DECAY: 0.0})
+
+
+class PausedTrial(TuneTrial):  # type: ignore[misc]
+    """A trial of Tune, without an actor; a population's trials always have a checkpoint when they pause."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(f"/nowhere/{self.trial_id}")
+
+
+class Population:
+    """Trials that take turns; the parts of Tune's controller that PBT uses."""
+
+    search_alg = None
+
+    def __init__(self, kind: str) -> None:
+        space = {LR: {"loguniform": [1e-4, 1e-1]}, DECAY: {"uniform": [0.0, 0.4]}}
+        self.spec = search_spec({"space": space, "scheduler": {"kind": kind, "interval_steps": INTERVAL}})
+        self.history = SearchHistory()
+        chance = random.Random(5)
+        for _ in range(POPULATION):
+            self.history.suggest({LR: 10 ** chance.uniform(-4, -1), DECAY: chance.uniform(0, 0.4)})
+        self.begin()
+
+    def begin(self) -> None:
+        """Build scheduler and trials from the journal, as a resumed search does."""
+        random.seed()  # a new process begins with another state
+        self.table = TrialTable(self.history.events)
+        self.schedule = JournaledScheduler(
+            make_scheduler(self.spec, first_report=INTERVAL, total_steps=TOTAL),
+            search=self.spec,
+            table=self.table,
+            record=self.record,
+            on_registration=lambda number, runner: None,
+            on_stopped=lambda number, reason: None,
+        )
+        self.trials = {}
+        for number, trial in self.table.trials.items():
+            config = {"trial": number, "values": config_values(trial.values, self.spec)}
+            self.trials[number] = PausedTrial("stub", config=config, trial_id=f"{number:04d}", stub=True)
+            self.schedule.on_trial_add(self, self.trials[number])
+
+    def record(self, event: Event) -> None:
+        self.history.tell(event)
+        self.table.add({"time": self.history.now} | event_to_record(event))
+
+    def report(self, number: int, step: int) -> None:
+        """A trial's loss depends on its values and those of all its ancestors."""
+        trial, values = self.trials[number], self.table.trials[number].values
+        trial.status = TuneTrial.RUNNING
+        value = values[LR] + values[DECAY] + 1.0 / step
+        decision = self.schedule.on_trial_result(self, trial, {"step": step, "value": value, "done": False})
+        assert decision in (TrialScheduler.PAUSE, TrialScheduler.NOOP)
+        trial.status = TuneTrial.PAUSED
+
+    def get_trials(self) -> list[TuneTrial]:
+        return list(self.trials.values())
+
+    get_live_trials = get_trials
+
+    def pause_trial(self, trial: TuneTrial, *, should_checkpoint: bool) -> None:
+        trial.status = TuneTrial.PAUSED
+
+    def _schedule_trial_save(self, trial: TuneTrial, *, result: dict[str, Any]) -> Checkpoint:
+        return trial.checkpoint
+
+
+def population_journal(kind: str, *, restarts: set[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The events of four rounds; a restart `(round, n)` is before the n-th trial reports in that round."""
+    population = Population(kind)
+    for round_ in range(1, 5):
+        for number in range(1, POPULATION + 1):
+            if (round_, number) in restarts:
+                population.begin()
+                for earlier in range(1, number):  # as resumed trials do that were waiting for the others
+                    population.report(earlier, round_ * INTERVAL)
+            population.report(number, round_ * INTERVAL)
+    return population.history.events
+
+
+def test_pbt__restarted_at_any_moment__exploits_the_same_trials_with_the_same_values() -> None:
+    expected = population_journal("pbt", restarts=set())
+    exploited = [event for event in expected if event["event"] == "TrialExploited"]
+    assert len({event["step"] for event in exploited}) == 4
+    assert all(event["donor"] != event["trial"] for event in exploited)
+    for restarts in ({(2, 1)}, {(3, 4)}, {(1, 6), (2, 1), (4, 3)}):
+        assert population_journal("pbt", restarts=restarts) == expected
+
+
+def test_pb2__restarted__continues_with_the_next_round_within_the_ranges() -> None:
+    """Its model is fitted anew to the results since the restart; the rounds and ranges are the same."""
+    events = population_journal("pb2", restarts={(3, 1)})
+    rounds = [event["step"] for event in events if event["event"] == "PopulationRoundCompleted"]
+    assert rounds == [INTERVAL * number for number in (1, 2, 3, 4)]
+    exploited = [event["values"] for event in events if event["event"] == "TrialExploited"]
+    assert exploited
+    assert all(1e-4 <= values[LR] <= 1e-1 and 0 <= values[DECAY] <= 0.4 for values in exploited)

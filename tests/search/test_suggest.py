@@ -36,7 +36,7 @@ def searched(job: JobSpec, *, num_trials: int, at_once: int, chance: random.Rand
     while number <= num_trials or running:
         values = None
         if number <= num_trials and len(running) < at_once:
-            values = suggest(job, number=number, book=history.book, at_once=at_once)
+            values = suggest(job, number=number, table=history.book, at_once=at_once)
         if values is not None:
             running.append(history.suggest(values))
             history.start(running[-1])
@@ -61,23 +61,23 @@ def test_without_a_scheduler_it_does_not_matter_which_trial_ends_first() -> None
 def test_it_waits_for_a_trial_that_it_learns_from_and_for_no_other() -> None:
     job, history = job_of(), SearchHistory()
     for number in range(1, 4):  # at random
-        values = suggest(job, number=number, book=history.book, at_once=2)
+        values = suggest(job, number=number, table=history.book, at_once=2)
         assert values is not None
         history.suggest(values)
     for trial in (1, 3):
         history.report(trial, 6, 1.0)
         history.end(trial)
-    assert suggest(job, number=4, book=history.book, at_once=2) is None
-    assert suggest(job, number=4, book=history.book, at_once=3) is not None  # the second need not be over
+    assert suggest(job, number=4, table=history.book, at_once=2) is None
+    assert suggest(job, number=4, table=history.book, at_once=3) is not None  # the second need not be over
     history.report(2, 6, 1.0)
     history.end(2)
-    assert suggest(job, number=4, book=history.book, at_once=2) is not None
+    assert suggest(job, number=4, table=history.book, at_once=2) is not None
 
 
 def test_with_a_scheduler_it_learns_from_whatever_is_over_and_waits_for_nothing() -> None:
     job, history = job_of(scheduler={"kind": "asha"}), SearchHistory()
     for number in range(1, 6):
-        values = suggest(job, number=number, book=history.book, at_once=2)
+        values = suggest(job, number=number, table=history.book, at_once=2)
         assert values is not None
         history.suggest(values)
 
@@ -104,7 +104,8 @@ def test_what_it_learns_brings_it_nearer() -> None:
 
 def test_another_seed_gives_other_trials() -> None:
     one, other = (
-        suggest(job_of(searcher=OPTUNA | {"seed": seed}), number=2, book=TrialTable(), at_once=1) for seed in (1, 2)
+        suggest(job_of(searcher=OPTUNA | {"seed": seed}), number=2, table=TrialTable(), at_once=1)
+        for seed in (1, 2)
     )
     assert one != other
 
@@ -112,7 +113,7 @@ def test_another_seed_gives_other_trials() -> None:
 def test_the_first_trial_has_the_jobs_own_values() -> None:
     own = {LR: 0.01, WARMUP: 2, "training.zero.stage": 1}  # as the tiny job has them
     space = SPACE | {"training.zero.stage": {"choice": [1, 2]}}
-    assert suggest(job_of(space=space, lr=0.01), number=1, book=TrialTable(), at_once=1) == own
+    assert suggest(job_of(space=space, lr=0.01), number=1, table=TrialTable(), at_once=1) == own
 
 
 def test_a_trial_that_diverged_or_failed_is_not_followed() -> None:
@@ -123,7 +124,7 @@ def test_a_trial_that_diverged_or_failed_is_not_followed() -> None:
         is_wild = lr > 1e-2
         status = "diverged" if is_wild else "finished"
         history.run({LR: lr, WARMUP: 0, "training.zero.stage": 1}, [] if is_wild else [1.0], status=status)
-    values = suggest(job, number=13, book=history.book, at_once=1)
+    values = suggest(job, number=13, table=history.book, at_once=1)
     assert values is not None
     assert values[LR] < 3e-2
 
@@ -133,4 +134,4 @@ def test_a_grid_goes_through_its_combinations_the_last_key_first(number: int) ->
     space = {LR: {"grid": [0.1, 0.2]}, WARMUP: {"grid": [0, 1, 2]}}
     job = job_of(space=space, searcher={"kind": "grid"})
     expected = {LR: [0.1, 0.2][(number - 1) // 3], WARMUP: (number - 1) % 3}
-    assert suggest(job, number=number, book=TrialTable(), at_once=2) == expected
+    assert suggest(job, number=number, table=TrialTable(), at_once=2) == expected

@@ -1,0 +1,184 @@
+"""One run under a supervisor: what the supervisor actor of a training run and the trial runner of a search share.
+
+`SupervisedRun` builds the supervisor from the run's plan and recorded events, and the configuration of each agent
+from the plan and its slots. `build_placement` connects a placement manager to whichever run is active. A training
+run has one `SupervisedRun` and one placement; a trial runner keeps the placement and replaces the `SupervisedRun`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from forge.elastic.agent import AgentConfig
+from forge.elastic.rpc import Message
+from forge.elastic.states import MembershipState
+from forge.elastic.supervisor import Supervisor
+from forge.events import Event
+from forge.plan.plan import Plan, plan_from_json
+from forge.pricing.budget import CostMeter
+from forge.runtime.agent_actor import AgentHandle
+from forge.runtime.placement import Allocation, PlacementManager
+
+_ADOPT_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A run's folder and plan, and the secret that its supervisor and agents share, also after a restart."""
+
+    run_folder: str
+    plan_json: str
+    secret: str = field(repr=False)
+
+
+class SupervisedRun:
+    """A run, its supervisor, and the configuration of its agents."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        placement: PlacementManager,
+        record_event: Callable[[Event], None],
+        meter: CostMeter,
+        is_restarted: bool,
+        findings: Message | None = None,
+    ) -> None:
+        """Args:
+        is_restarted: agents of an earlier supervisor may be at work; see `Supervisor`.
+        findings: probe results of an earlier run of the same model on these nodes.
+        """
+        self.config, self.plan = config, plan_from_json(config.plan_json)
+        self._checkpoints = self.plan.job.checkpoint.url_of(config.run_folder)
+        workers = self.plan.job.resources.workers
+        history = Path(config.run_folder) / "events.jsonl"
+        self.supervisor = Supervisor(
+            MembershipState(min_workers=workers.low, max_workers=workers.high),
+            placement=placement,
+            record_event=record_event,
+            checkpoints=self._checkpoints,
+            meter=meter,
+            former_generation=int(largest_recorded(history, "GenerationStarting", "generation")),
+            stored_step=int(largest_recorded(history, "CheckpointSaved", "step")),
+            is_restarted=is_restarted,
+            findings=findings,
+        )
+        self.endpoint = self.supervisor.listen(
+            host=ray.util.get_node_ip_address(), secret=bytes.fromhex(config.secret)
+        )
+
+    def agent_config(self, name: str, allocation: Allocation, *, num_cores: int) -> AgentConfig:
+        """The configuration of an agent; the agent's actor fills in `host`."""
+        return AgentConfig(
+            node=name,
+            host="",
+            num_slots=allocation.num_slots,
+            num_guaranteed=allocation.num_guaranteed,
+            num_cores=num_cores,
+            devices=self._devices_of(allocation),
+            run_folder=self.config.run_folder,
+            plan_json=self.config.plan_json,
+            checkpoints=self._checkpoints,
+            keep=self.plan.job.checkpoint.keep,
+            secret=self.config.secret,
+        )
+
+    def update_slots(self, node: str, allocation: Allocation) -> None:
+        """Tell the supervisor that the slots of an agent's node have changed."""
+        self.supervisor.update_slots(
+            node,
+            num_slots=allocation.num_slots,
+            num_guaranteed=allocation.num_guaranteed,
+            devices=self._devices_of(allocation),
+        )
+
+    def _devices_of(self, allocation: Allocation) -> tuple[str, ...]:
+        """One device per rank that the node may get."""
+        on_gpus = tuple(f"cuda:{number}" for number in allocation.devices)
+        return on_gpus or ("cpu",) * self.plan.job.resources.workers.high
+
+
+def build_placement(
+    plan: Plan,
+    *,
+    run_id: str,
+    active_run: Callable[[], SupervisedRun | None],
+    start_agent: Callable[[str, Allocation], AgentHandle | None],
+    end_agent: Callable[[AgentHandle | None], None],
+    is_paused: bool = False,
+) -> PlacementManager:
+    """A placement manager for the job's workers that reports changes to the supervisor of the active run.
+
+    Args:
+        run_id: names the placement groups.
+        start_agent, end_agent, is_paused: see `PlacementManager`.
+    """
+
+    def update_slots(node: str, allocation: Allocation) -> None:
+        if (run := active_run()) is not None:
+            run.update_slots(node, allocation)
+
+    def announce_preemption(node: str, seconds_left: float | None) -> None:
+        if (run := active_run()) is not None:
+            run.supervisor.announce_preemption(node, source="ray", seconds_left=seconds_left)
+
+    workers = plan.job.resources.workers
+    return PlacementManager(
+        run_id=run_id,
+        low=workers.low,
+        high=workers.high,
+        resource=resource_of(plan),
+        start_agent=start_agent,
+        end_agent=end_agent,
+        on_slots_changed=update_slots,
+        on_draining=announce_preemption,
+        is_paused=is_paused,
+    )
+
+
+async def adopt_agents(placement: PlacementManager, actors: Iterable[Any], *, supervisor: str) -> bool:
+    """Reattach the agents that worked for a supervisor before Ray restarted it. Returns: whether there were any."""
+    found = False
+    for actor in actors:
+        with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
+            allocations = await asyncio.wait_for(actor.allocations.remote(supervisor), timeout=_ADOPT_TIMEOUT_S)
+            for name, allocation in allocations.items():
+                placement.adopt(name, AgentHandle(actor=actor, name=name), allocation)
+                found = True
+    return found
+
+
+def resource_of(plan: Plan) -> str:
+    """The Ray resource of which each rank takes one: `GPU` or `CPU`."""
+    return "GPU" if plan.hardware.device == "cuda" else "CPU"
+
+
+def resource_on(node_id: str, *, resource: str) -> int:
+    """How much of a resource a Ray node has; simulated nodes share a machine, so its cores are not the answer."""
+    node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
+    return int(node["Resources"].get(resource, 0)) if node is not None else 0
+
+
+def is_restarted_actor() -> bool:
+    """Whether Ray has restarted the actor that this process runs."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def largest_recorded(history: Path, kind: str, key: str) -> float:
+    """The largest value of a field over all events of a kind in `events.jsonl`; 0 if there are none."""
+    largest = 0.0
+    with contextlib.suppress(OSError), history.open() as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                if record["event"] == kind:
+                    largest = max(largest, float(record[key]))
+    return largest
