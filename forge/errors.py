@@ -3,6 +3,7 @@
     ForgeError                 one clear message; `exit_code` says whose turn it is
     ├── JobFileError      (2)  the job file: file:line, dotted key, value, nearest valid key
     ├── PlanError         (2)  the job is well-formed but cannot be carried out; the arithmetic is in the message
+    ├── UserCodeError     (2)  the folder of `code:`, or a class in it
     ├── DataError         (2)  the corpus, the tokenizer or the token cache
     ├── ArgumentError     (2)  the command line names a run, a folder or a log that is not there or not usable
     ├── CheckpointError   (2)  a checkpoint that is missing, torn or of another model
@@ -106,6 +107,10 @@ def _counted(num_others: int) -> str:
 
 class PlanError(ForgeError):
     """The job cannot be carried out as asked; the message holds the arithmetic."""
+
+
+class UserCodeError(ForgeError):
+    """The code folder of a job cannot be packed, or a class in it cannot be used; the message names the file."""
 
 
 class DataError(ForgeError):

@@ -40,7 +40,7 @@ class ForgeSaver:
 
     def __init__(self, engine: Engine, *, spec: JobSpec, folder: Path) -> None:
         self._saving = AsyncCheckpointer(engine.state, url=str(folder), keep=1)
-        self._recipe = config_digest(spec)
+        self._recipe = config_digest(spec, code=None)
 
     def save(self, step: int) -> None:
         self._saving.begin(Progress(step=step, num_tokens=step, recipe=self._recipe, corpus=CORPUS))

@@ -53,6 +53,7 @@ def launch(request: Request) -> None:
     from forge.runs.create import create_run, reopen_run
     from forge.runs.reader import read_run
     from forge.runtime.driver_process import start_driver
+    from forge.runtime.resolve_code import with_run_code
 
     if request.file is None and request.resume is None:
         raise typer.BadParameter(f"give a job file, or --resume {request.name}", param_hint="FILE")
@@ -63,6 +64,8 @@ def launch(request: Request) -> None:
         conclude(folder, interrupted=False, output=request.output)
         return
     loaded = load_job(job_file, overrides=request.overrides)
+    if folder is not None and request.file is None:
+        loaded = with_run_code(loaded, run_folder=folder)
     check_kind(loaded, is_search=request.is_search)
     if request.dry_run:
         show_dry(loaded, file=job_file, output=request.output)

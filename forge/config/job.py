@@ -12,6 +12,7 @@ from forge.config.resources import CheckpointSpec, ResourcesSpec, TrackingSpec
 from forge.config.search import SearchSpec
 from forge.config.section import FieldError, Section
 from forge.config.training import TrainingSpec
+from forge.user_code import is_reference
 
 _NAME = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 
@@ -21,6 +22,12 @@ class JobSpec(Section):
 
     name: str = Field(max_length=48, json_schema_extra={"pattern": _NAME})
     """Lower-case letters, digits and dashes; run ids start with it."""
+
+    code: str | None = Field(None, min_length=1)
+    """A folder with Python code of your own, such as `./src`, relative to the current folder. It is packed (at most
+    16 MiB and 1000 files; without hidden files and `__pycache__`), kept in the run folder, and made importable in
+    every process of the run, so that `training.objective`, `model.class` and `data.format` can name a class in it:
+    `my_losses:Ranking`. See docs/extending.md."""
 
     model: ModelSpec
     """The network."""
@@ -48,6 +55,24 @@ class JobSpec(Section):
         if self.search is not None and self.resources.engine != "elastic":
             raise FieldError("resources.engine", "`search` requires engine: elastic", nearest="elastic")
         return self
+
+    @model_validator(mode="after")
+    def _classes_have_code(self) -> JobSpec:
+        for key, reference in self.user_classes.items():
+            if self.code is None:
+                problem = f"{reference} names a class of your own; add the folder it is in, such as 'code: ./src'"
+                raise FieldError(key, problem)
+        return self
+
+    @property
+    def user_classes(self) -> dict[str, str]:
+        """The keys whose value names a class in the folder of `code`: dotted key → `module:Class`."""
+        given = {
+            "model.class": getattr(self.model, "class_", None),
+            "data.format": getattr(self.data, "format", None),
+            "training.objective": self.training.objective,
+        }
+        return {key: value for key, value in given.items() if is_reference(value)}
 
     @field_validator("name")
     @classmethod

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from forge.code_archive import PackedCode
 from forge.config.cluster import SECTIONS, ClusterSpec
 from forge.config.errors import field_errors
 from forge.config.job import JobSpec
@@ -35,6 +36,8 @@ class LoadedJob:
 
     job: JobSpec
     source: SourceMap
+    code: PackedCode | None = None
+    """What to use instead of the folder of `code:`; given for a resumed run, which keeps its own code."""
 
 
 def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:

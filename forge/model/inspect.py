@@ -26,6 +26,7 @@ from forge.config.model import ModelSpec
 from forge.errors import ForgeError
 from forge.model.build import build_config
 from forge.plan.inputs import ModelInfo
+from forge.user_code import use_code
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +131,7 @@ def _count(model: Any, config: PretrainedConfig) -> ModelInfo:
 def main() -> None:
     """Answer one request."""
     request = json.load(sys.stdin)
+    use_code(request.pop("code"))
     spec = ModelSpec.model_validate_json(json.dumps(request.pop("model")))
     answer = measure(spec, **request)
     kind = "facts" if isinstance(answer, ModelInfo) else "complaint"

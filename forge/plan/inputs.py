@@ -60,6 +60,15 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CodeInfo:
+    """The packed folder of `code:`, as `forge.code_archive` packs it."""
+
+    digest: str
+    num_files: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareInfo:
     """What one worker gets of a machine."""
 

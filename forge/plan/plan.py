@@ -22,7 +22,7 @@ from forge.errors import PlanError
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.deepspeed_config import deepspeed_config
 from forge.plan.flops import flops_per_token
-from forge.plan.inputs import CorpusInfo, HardwareInfo, ModelInfo
+from forge.plan.inputs import CodeInfo, CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
 from forge.plan.search import SearchPlan
 
@@ -53,6 +53,8 @@ class DraftPlan:
     flops_per_token: int
     worlds: tuple[WorldSizePlan, ...]
     """One for every number of workers in `resources.workers`, ascending."""
+    code: CodeInfo | None = None
+    """None if the job has no code of its own."""
     search: SearchPlan | None = None
     """None if the job is a single run."""
     pause_at: int | None = None
@@ -99,7 +101,7 @@ def plan_to_json(plan: DraftPlan) -> str:
     """Return the plan as canonical JSON: sorted keys, no NaN, final newline; equal plans give equal bytes."""
     body = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     body["job"] = plan.job.model_dump(mode="json")
-    for name in ("search", "pause_at"):
+    for name in ("code", "search", "pause_at"):
         if body[name] is None:
             del body[name]
     body["format_version"] = FORMAT_VERSION
@@ -114,7 +116,7 @@ def plan_from_json(text: str) -> Plan:
             raise PlanError(f"this plan was written by another version of forge (this one reads {FORMAT_VERSION})")
         if "corpus" not in body:
             raise PlanError("this plan has no corpus: it was made by a dry run, and cannot be run")
-        corpus, search = body.pop("corpus"), body.pop("search", None)
+        corpus, code, search = body.pop("corpus"), body.pop("code", None), body.pop("search", None)
         if corpus["unigram_perplexity"] is None:
             corpus["unigram_perplexity"] = math.nan
         return Plan(
@@ -131,6 +133,7 @@ def plan_from_json(text: str) -> Plan:
                 )
                 for world in body.pop("worlds")
             ),
+            code=CodeInfo(**code) if code else None,
             search=SearchPlan(**search) if search else None,
             **body,
         )
@@ -138,8 +141,9 @@ def plan_from_json(text: str) -> Plan:
         raise PlanError(f"not a plan of forge: {error}") from error
 
 
-def config_digest(job: JobSpec) -> str:
-    """Return a digest of everything that determines the loss curve, and of nothing else: model, data and training.
+def config_digest(job: JobSpec, *, code: CodeInfo | None) -> str:
+    """Return a digest of everything that determines the loss curve, and of nothing else: model, data and training,
+    and the code of a job that names a class in it.
 
     Checkpoints store it, so that a run is never resumed with another configuration. The intervals of evaluation and
     checkpoints, the machines and the tracker may change between two starts.
@@ -147,6 +151,8 @@ def config_digest(job: JobSpec) -> str:
     body = job.model_dump(mode="json", include={"model", "data", "training"})
     for name in ("evaluate_every", "micro_batch_size", "zero", "activation_checkpointing", "cross_entropy"):
         body["training"].pop(name)
+    if code is not None and job.user_classes:
+        body["code"] = code.digest
     return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.cluster.base import Cluster
+from forge.code_archive import ARCHIVE
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.data.prepare import PrepareProgress
@@ -50,7 +51,7 @@ from forge.runtime.resolve import resolve
 _SEND_TIMEOUT_S = 24 * 3600.0
 _START_TIMEOUT_S = 90.0
 _POLL_S = 0.05
-_SMALL_FILES: tuple[str, ...] = ("job.yaml", "plan.json", EVENTS, METRICS)
+_SMALL_FILES: tuple[str, ...] = ("job.yaml", "plan.json", ARCHIVE, EVENTS, METRICS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

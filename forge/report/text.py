@@ -54,6 +54,10 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
             f"({epochs:.2f} epochs), {format_count(corpus.num_held_out_tokens)} held out, "
             f"vocabulary {corpus.vocab_size:,}",
         ))  # fmt: skip
+    if plan.code is not None:
+        size = f"{plan.code.num_files} files, {format_bytes(plan.code.size_bytes)}, digest {plan.code.digest[:12]}"
+        names = ", ".join(job.user_classes.values()) or "no class of it is named in the job"
+        facts.append(("code", f"{job.code}: {size}; {names}"))
     return facts
 
 

@@ -1,4 +1,6 @@
-"""Creating and reopening run folders: `job.yaml`, `plan.json` and the tokenizer, before any process is started."""
+"""Creating and reopening run folders: `job.yaml`, `plan.json`, the tokenizer and the packed code of the job, before
+any process is started.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import time
 from pathlib import Path
 
 from forge.checkpoint.storage import open_storage
+from forge.code_archive import ARCHIVE, changed_files, code_folder, pack_code, read_run_code
 from forge.config.dump import dump_job
 from forge.errors import ArgumentError
 from forge.fs import write_atomic
@@ -15,6 +18,7 @@ from forge.plan.plan import Plan, config_digest, plan_from_json, plan_to_json
 from forge.plan.search import changed_keys
 
 _PROBE_PATIENCE_S = 5.0
+_MAX_LISTED = 5
 
 
 def create_run(plan: Plan, *, root: str | None = None) -> Path:
@@ -43,6 +47,8 @@ def fill_run_folder(folder: Path, plan: Plan) -> None:
         shutil.copytree(Path(plan.corpus.folder) / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
         (folder / "job.yaml").write_text(dump_job(plan.job))
         (folder / "plan.json").write_text(plan_to_json(plan))
+        if plan.code is not None:
+            write_atomic(folder / ARCHIVE, pack_code(code_folder(plan.code.digest)).to_tar(), mode=0o600)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise ArgumentError(
@@ -57,7 +63,8 @@ def reopen_run(folder: Path, plan: Plan) -> None:
     Raises: ArgumentError if the new plan would change the loss curve, or how a search compares its trials.
     """
     before = plan_from_json((folder / "plan.json").read_text())
-    if config_digest(before.job) != config_digest(plan.job):
+    _require_same_code(folder, before, plan)
+    if config_digest(before.job, code=before.code) != config_digest(plan.job, code=plan.code):
         raise ArgumentError(
             f"cannot resume {folder.name}: the model, data or training section changed, so the loss curve would "
             "not continue; start a new run"
@@ -70,6 +77,20 @@ def reopen_run(folder: Path, plan: Plan) -> None:
         )
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
     write_atomic(folder / "plan.json", plan_to_json(plan))
+
+
+def _require_same_code(folder: Path, before: Plan, plan: Plan) -> None:
+    """Raises: ArgumentError that names the files of the code folder that changed since the run began."""
+    if before.code is None or plan.code is None or before.code.digest == plan.code.digest:
+        return
+    former = read_run_code(before.code.digest, run_folder=folder)
+    changed = changed_files(former, pack_code(code_folder(plan.code.digest)))
+    more = f" and {len(changed) - _MAX_LISTED} more" if len(changed) > _MAX_LISTED else ""
+    listed = ", ".join(changed[:_MAX_LISTED]) + more
+    raise ArgumentError(
+        f"cannot resume {folder.name}: its code changed ({listed}), so the loss curve would not continue; resume "
+        "it with the code it began with by leaving the job file out, or start a new run"
+    )
 
 
 def _require_writable(url: str) -> None:

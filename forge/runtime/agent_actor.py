@@ -25,7 +25,7 @@ from forge.events import Event, NodeLeft, StepMetrics
 from forge.pricing.budget import read_price
 from forge.process import redirect_output
 from forge.runtime.actor_names import AGENT, NAMESPACE
-from forge.runtime.corpus_server import ensure_corpus
+from forge.runtime.corpus_server import ensure_inputs
 from forge.runtime.placement import Allocation
 
 
@@ -80,7 +80,7 @@ class AgentActor:
         """Start fork servers until `count` are idle, before the first trial needs one."""
         self._restart_exit_timer()
         assert self._pool is not None, "only the agents of a search share fork servers"
-        self._pool.prepare(await self._with_local_corpus(plan_json), count=count)
+        self._pool.prepare(await self._with_local_inputs(plan_json), count=count)
 
     async def price(self) -> tuple[str, float | None]:
         """The node's address and its price in USD per hour; None if unknown."""
@@ -116,10 +116,10 @@ class AgentActor:
         await asyncio.wait([hosted.task])
 
     async def _serve(self, config: AgentConfig, hosted: _HostedAgent, recorder: Any) -> None:
-        doing = "download the corpus"
+        doing = "download the corpus or the code"
         client = _RecorderActorClient(recorder, config.run_folder)
         try:
-            plan_json = await self._with_local_corpus(config.plan_json)
+            plan_json = await self._with_local_inputs(config.plan_json)
             doing = "run the agent"
             hosted.agent = Agent(
                 replace(config, host=ray.util.get_node_ip_address(), plan_json=plan_json),
@@ -135,8 +135,8 @@ class AgentActor:
             del self._agents[config.node]
             self._restart_exit_timer()
 
-    async def _with_local_corpus(self, plan_json: str) -> str:
-        return await asyncio.to_thread(ensure_corpus, plan_json, run_id=self._config.run_id)
+    async def _with_local_inputs(self, plan_json: str) -> str:
+        return await asyncio.to_thread(ensure_inputs, plan_json, run_folder=Path(self._config.folder))
 
     def _restart_exit_timer(self) -> None:
         if self._exit_timer is not None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from forge.cluster.local.ray_cluster import require_private_token
+from forge.code_archive import restore_code
 from forge.errors import ClusterError, ForgeError, RunError
 from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, SampleGenerated
 from forge.plan.plan import Plan, plan_from_json
@@ -70,6 +71,8 @@ class Driver:
         """Drive the run to its end. Returns: its exit code."""
         try:
             self._plan = plan_from_json((self._folder / "plan.json").read_text())
+            if self._plan.code is not None:
+                restore_code(self._plan.code.digest, run_folder=self._folder)
             self._connect()
             self._start_recorder()
             self._train()

@@ -29,10 +29,10 @@ from forge.config.model import ModelSpec
 from forge.errors import ClusterError, JobFileError, PlanError
 from forge.fs import default_cache_dir
 from forge.plan.gpus import find_gpu
-from forge.plan.inputs import HardwareInfo, ModelInfo
+from forge.plan.inputs import CodeInfo, HardwareInfo, ModelInfo
 
 
-def model_facts(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None) -> ModelInfo:
+def model_facts(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None, code: CodeInfo | None) -> ModelInfo:
     """Count the job's network, or blame the line of the job file that is wrong.
 
     Raises: JobFileError for a key or value of `model:` that transformers does not know; PlanError if the
@@ -44,6 +44,7 @@ def model_facts(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None) -> Mo
         "vocab_size": vocab_size,
         "seq_len": job.data.seq_len,
         "eot_id": eot_id,
+        "code": code.digest if code is not None and "model.class" in job.user_classes else None,
     }
     answer = _cached_answer(request, is_cacheable=job.model.from_pretrained is None)
     if "complaint" in answer:

@@ -17,6 +17,7 @@ import ray
 from ray.train import RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from forge.code_archive import restore_code
 from forge.errors import ClusterError, ForgeError
 from forge.events import RunFailed
 from forge.plan.plan import Plan, plan_from_json
@@ -102,6 +103,8 @@ def _rank_main(config: dict[str, Any]) -> None:
     redirect_output(Path(assignment.run_folder) / "logs" / f"rank-{rank}.log")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     plan = plan_from_json(assignment.plan_json)
+    if plan.code is not None:
+        restore_code(plan.code.digest, run_folder=Path(assignment.run_folder))
     reporter = ActorReporter(config["recorder"]) if rank == 0 else NullReporter()
     try:
         run_worker(

@@ -21,6 +21,7 @@ from forge.plan.inputs import HardwareInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan
 from forge.plan.search import plan_search
 from forge.runtime.probe import hardware, model_facts, places_here
+from forge.runtime.resolve_code import resolve_code
 
 _PlanT = TypeVar("_PlanT", bound=DraftPlan)
 
@@ -44,12 +45,13 @@ def resolve(
 
     Raises: JobFileError, DataError, PlanError.
     """
+    code = resolve_code(loaded)
     trained = _trained(loaded)
     corpus = prepare(trained.job.data, cache_dir=default_cache_dir(), on_progress=on_progress)
-    model = model_facts(trained, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
+    model = model_facts(trained, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=code)
     plan = make_plan(trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job))
     _require_held_out(plan, loaded)
-    return _with_search(plan, loaded, count_slots=count_slots)
+    return _with_search(replace(plan, code=code), loaded, count_slots=count_slots)
 
 
 def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> DraftPlan:
@@ -61,10 +63,11 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     trained = _trained(loaded)
     if trained.job.training.epochs is not None:
         return resolve(loaded, on_progress=on_progress)
+    code = resolve_code(loaded)
     vocab_size, eot_id = _announced_vocabulary(trained.job.data.tokenizer)
-    model = model_facts(trained, vocab_size=vocab_size, eot_id=eot_id)
+    model = model_facts(trained, vocab_size=vocab_size, eot_id=eot_id, code=code)
     draft = make_draft(trained.job, model=model, hardware=hardware(trained.job))
-    return _with_search(draft, loaded, count_slots=places_here)
+    return _with_search(replace(draft, code=code), loaded, count_slots=places_here)
 
 
 def _trained(loaded: LoadedJob) -> LoadedJob:

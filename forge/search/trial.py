@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from forge.checkpoint.fork import adopt_checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.code_archive import restore_code
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.locations import SourceMap
@@ -41,6 +42,7 @@ from forge.search.messages import FirstStep, TrialAssignment, TrialUpdate
 from forge.search.node_pool import NodePool
 from forge.search.trial_runner import TrialRunnerActor
 from forge.units import Every
+from forge.user_code import use_code
 
 _POLL_S = 2.0
 _HALTED_S = 0.5
@@ -74,6 +76,9 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         """Start the trial runner, once per Tune actor."""
         self._common = common
         self._search = plan_from_json(common.plan_json)
+        if self._search.code is not None:
+            restore_code(self._search.code.digest, run_folder=Path(common.search_folder))
+            use_code(self._search.code.digest)
         self._runner_name = f"{SUPERVISOR}{Path(common.search_folder).name}.{secrets.token_hex(2)}"
         self._runner = TrialRunnerActor.options(  # type: ignore[attr-defined]
             name=self._runner_name,
@@ -175,7 +180,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
             open_storage(plan.job.checkpoint.url_of(donor_folder)),
             open_storage(plan.job.checkpoint.url_of(str(folder))),
             step=step,
-            recipe=config_digest(plan.job),
+            recipe=config_digest(plan.job, code=plan.code),
         )
 
     def _start_trial(self) -> None:
@@ -273,7 +278,8 @@ def plan_trial(search: Plan, values: Mapping[str, Any]) -> Plan:
         job = job.model_copy(update={"checkpoint": checkpoint})
     usual = trial_job(search.job, usual_values(search.job))
     corpus = _corpus(search, job, usual)
-    return make_plan(job, model=_model(search, job, usual, corpus), corpus=corpus, hardware=search.hardware)
+    plan = make_plan(job, model=_model(search, job, usual, corpus), corpus=corpus, hardware=search.hardware)
+    return replace(plan, code=search.code)
 
 
 def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:
@@ -290,4 +296,4 @@ def _model(search: Plan, job: JobSpec, usual: JobSpec, corpus: CorpusInfo) -> Mo
     if job.model == usual.model and job.data.seq_len == usual.data.seq_len and corpus == search.corpus:
         return search.model
     loaded = LoadedJob(job=job, source=SourceMap(path="the trial's job", places={}))
-    return model_facts(loaded, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
+    return model_facts(loaded, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=search.code)

@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 
 from forge.checkpoint.reader import Checkpoint, find_checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.code_archive import restore_code
 from forge.errors import CheckpointError, ForgeError
 from forge.model.build import build_config, build_model
 from forge.plan.plan import Plan, plan_from_json
 from forge.serve.weights import read_tensors, require_average
+from forge.user_code import use_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,9 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
     Raises: CheckpointError if there is none that verifies, or it has no averaged weights.
     """
     plan = plan_from_json((run_folder / "plan.json").read_text())
+    if plan.code is not None:
+        restore_code(plan.code.digest, run_folder=run_folder)
+        use_code(plan.code.digest)
     url = plan.job.checkpoint.url_of(str(run_folder))
     skipped: list[str] = []
     checkpoint = find_checkpoint(open_storage(url), on_skip=lambda name, why: skipped.append(f"{name}: {why}"))

@@ -33,6 +33,7 @@ from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
 from forge.train.metrics import Peak, find_peak
 from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import ReplicaClient, Snapshotter
+from forge.user_code import use_code
 
 T = TypeVar("T")
 
@@ -101,9 +102,10 @@ def run_worker(
         inheritance: of a run whose generations follow one another.
         clock: runs since the rank was asked for.
 
-    Raises: RunError, CheckpointError, DataError, PlanError.
+    Raises: RunError, CheckpointError, DataError, PlanError, UserCodeError.
     """
     clock = clock or Stopwatch()
+    use_code(plan.code.digest if plan.code is not None else None)
     if inheritance is not None:
         clock.on_lap = inheritance.on_progress
     device = torch.device(place.device)
@@ -241,7 +243,7 @@ def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Pr
     Every rank reads what it needs and no more; of the checksums each verifies its share.
     Raises: CheckpointError if it is of another job, or cannot be read.
     """
-    recipe, corpus = config_digest(plan.job), plan.corpus.digest
+    recipe, corpus = config_digest(plan.job, code=plan.code), plan.corpus.digest
     share = dist.get_rank(), dist.get_world_size()
     storage = open_storage(url)
     for name in _agreed(lambda: list_checkpoints(storage))[0]:

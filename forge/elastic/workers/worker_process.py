@@ -35,6 +35,7 @@ from forge.model.build import build_config
 from forge.plan.plan import plan_from_json
 from forge.train.engine import Rendezvous, import_late_modules
 from forge.train.worker import ElasticContext, ProbeResults, Stopwatch, WorkerContext, run_worker
+from forge.user_code import use_code
 
 _POLL_S = 0.0005
 _SOCKET_BYTES = 8 * 2**20
@@ -43,6 +44,7 @@ _SOCKET_BYTES = 8 * 2**20
 def import_for(plan_json: str) -> None:
     """Import what a rank of this plan will, the classes of its model too."""
     plan = plan_from_json(plan_json)
+    use_code(plan.code.digest if plan.code is not None else None)
     import_late_modules(device=plan.hardware.device)
     config = build_config(
         plan.job.model,

@@ -1,0 +1,262 @@
+"""Pack the folder that a job names with `code:`, and unpack it on every machine that runs the job.
+
+An archive is an uncompressed tar file with sorted names and no times or owners, so that equal files give equal
+bytes. Its digest covers names and contents. It is unpacked into `<cache>/code/<digest>`, a folder that only its
+owner can write, and is used from there only if its files still have that digest. Nothing is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge.errors import UserCodeError
+from forge.fs import default_cache_dir, sync_folder, write_atomic
+from forge.units import format_bytes
+
+ARCHIVE = "code.tar"
+"""The archive's name in a run folder."""
+MAX_CODE_BYTES = 16 * 2**20
+"""The archive travels to every machine, and Ray keeps it in memory on the way."""
+MAX_CODE_FILES = 1000
+_MAX_LISTED = 5
+_DIGEST = re.compile("[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedCode:
+    """The files of a code folder: name → content, sorted by name."""
+
+    files: Mapping[str, bytes]
+
+    @property
+    def digest(self) -> str:
+        """blake2b-128 over every name and content, each preceded by its length; hexadecimal."""
+        state = hashlib.blake2b(digest_size=16)
+        for name, content in self.files.items():
+            for part in (name.encode(), content):
+                state.update(len(part).to_bytes(8, "big"))
+                state.update(part)
+        return state.hexdigest()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(map(len, self.files.values()))
+
+    def to_tar(self) -> bytes:
+        """Return the archive; equal files give equal bytes."""
+        output = io.BytesIO()
+        with tarfile.open(fileobj=output, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            for name, content in self.files.items():
+                member = tarfile.TarInfo(name)
+                member.size, member.mode = len(content), 0o600
+                archive.addfile(member, io.BytesIO(content))
+        return output.getvalue()
+
+
+def pack_code(folder: Path) -> PackedCode:
+    """Read all files of a folder and its subfolders.
+
+    Hidden files and folders, `__pycache__` and `*.pyc` are left out. Permissions are not kept.
+
+    Raises: UserCodeError if it is no folder, has no Python file, exceeds `MAX_CODE_BYTES` or `MAX_CODE_FILES`,
+        cannot be read, or contains something other than files and folders, such as a link that leads out of it.
+    """
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise UserCodeError(f"{folder.absolute()} {problem}")
+    root = folder.resolve()
+    try:
+        paths = {path.relative_to(root).as_posix(): path for path in _files(root, root=root)}
+        _check_size({name: path.stat().st_size for name, path in paths.items()}, folder=folder)
+        files = {name: paths[name].read_bytes() for name in sorted(paths)}
+    except OSError as error:
+        raise UserCodeError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
+    if not any(name.endswith(".py") for name in files):
+        raise UserCodeError(f"{folder.absolute()} has no Python file")
+    return PackedCode(files=files)
+
+
+def read_archive(archive: bytes, *, digest: str) -> PackedCode:
+    """Read an archive, without writing anything.
+
+    Raises: UserCodeError if it is no archive of `pack_code`, has names that lead out of its folder, exceeds the
+        limits, or has another digest.
+    """
+    if len(archive) > 2 * MAX_CODE_BYTES:
+        raise UserCodeError(f"the code archive has {format_bytes(len(archive))}, more than any that forge writes")
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
+            for member in tar:
+                content = tar.extractfile(member) if member.isreg() else None
+                if content is None or not _is_plain(member.name) or member.name in files:
+                    raise UserCodeError(f"the code archive has an entry that forge never writes: {member.name!r}")
+                files[member.name] = content.read()
+                _check_size({name: len(data) for name, data in files.items()}, folder=Path(ARCHIVE))
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise UserCodeError(f"the code archive cannot be read: {error}") from error
+    code = PackedCode(files=files)
+    if code.digest != digest:
+        raise UserCodeError(f"the code archive has the digest {code.digest}, the plan says {digest}")
+    return code
+
+
+def unpack_code(code: PackedCode) -> Path:
+    """Write the files into the cache, all or none; return their folder.
+
+    Raises: UserCodeError if the cache cannot be written, or the folder belongs to another user.
+    """
+    digest, folder = code.digest, code_folder(code.digest)
+    if has_code(digest):
+        return folder
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{digest}.", suffix=".tmp"))  # mode 0700
+        try:
+            for name, content in code.files.items():
+                path = temporary / name
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_atomic(path, content, mode=0o600)
+            _replace_folder(temporary, folder, digest=digest)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise UserCodeError(
+            f"cannot write {error.filename or folder}: {error.strerror or error}; "
+            "choose another place with the environment variable FORGE_CACHE"
+        ) from error
+    return folder
+
+
+def has_code(digest: str) -> bool:
+    """Return whether the cache holds all files of this digest, unchanged.
+
+    Raises: UserCodeError if another user owns the folder or can write it.
+    """
+    folder = code_folder(digest)
+    try:
+        status = folder.stat(follow_symlinks=False)
+    except OSError:
+        return False
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise UserCodeError(
+            f"{folder} can be written by another user, who could have replaced the code in it; remove it, or "
+            "choose another place with the environment variable FORGE_CACHE"
+        )
+    with suppress(UserCodeError):
+        return pack_code(folder).digest == digest
+    return False
+
+
+def restore_code(digest: str, *, run_folder: Path) -> Path:
+    """Return the unpacked code of a run; unpack the archive in the run folder if the cache lacks it.
+
+    Raises: UserCodeError if neither holds the code.
+    """
+    if has_code(digest):
+        return code_folder(digest)
+    return unpack_code(read_run_code(digest, run_folder=run_folder))
+
+
+def read_run_code(digest: str, *, run_folder: Path) -> PackedCode:
+    """Read the archive of a run folder. Raises: UserCodeError."""
+    try:
+        archive = (run_folder / ARCHIVE).read_bytes()
+    except OSError as error:
+        raise UserCodeError(
+            f"the code of {run_folder.name} is neither in the cache nor in {run_folder / ARCHIVE}: "
+            f"{error.strerror or error}"
+        ) from error
+    return read_archive(archive, digest=digest)
+
+
+def code_folder(digest: str) -> Path:
+    """Return where the cache keeps the code of a digest. Raises: UserCodeError for what is no digest."""
+    if not _DIGEST.fullmatch(digest):
+        raise UserCodeError(f"{digest!r} is not the digest of a code folder")
+    return default_cache_dir().absolute() / "code" / digest
+
+
+def changed_files(before: PackedCode, after: PackedCode) -> list[str]:
+    """Return the sorted names of files that were added, removed or changed."""
+    names = before.files.keys() | after.files.keys()
+    return sorted(name for name in names if before.files.get(name) != after.files.get(name))
+
+
+def _files(folder: Path, *, root: Path) -> Iterator[Path]:
+    """The files below a folder; folders that are links are refused, since they may contain themselves."""
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if name.startswith(".") or name == "__pycache__" or name.endswith(".pyc"):
+            continue
+        target = path.resolve()
+        if not target.is_relative_to(root):
+            raise UserCodeError(f"{path} is a link that leads out of the folder; copy the file instead")
+        if path.is_symlink() and not target.is_file():
+            raise UserCodeError(f"{path} is a link to no file; only links to files of the same folder are packed")
+        if not _is_plain(name):
+            raise UserCodeError(f"{str(path)!r}: a file name must be printable and have no backslash")
+        if path.is_dir():
+            yield from _files(path, root=root)
+        elif path.is_file():
+            yield path
+        else:
+            raise UserCodeError(f"{path} is neither a file nor a folder")
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name has no part that leads elsewhere, and can be written on every machine."""
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and all(part not in ("", ".", "..") for part in parts)
+
+
+def _check_size(sizes: Mapping[str, int], *, folder: Path) -> None:
+    """Raises: UserCodeError that names the largest files, or the folders with most of them."""
+    total_bytes = sum(sizes.values())
+    if total_bytes > MAX_CODE_BYTES:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:_MAX_LISTED]
+        listed = ", ".join(f"{name} ({format_bytes(sizes[name])})" for name in largest)
+        raise UserCodeError(
+            f"{folder} has {format_bytes(total_bytes)}, more than the {format_bytes(MAX_CODE_BYTES)} that are sent "
+            f"to every machine; largest: {listed}. Keep data and results outside the code folder"
+        )
+    if len(sizes) > MAX_CODE_FILES:
+        counts: dict[str, int] = {}
+        for name in sizes:
+            top = name.split("/")[0] if "/" in name else "."
+            counts[top] = counts.get(top, 0) + 1
+        fullest = sorted(counts, key=lambda name: -counts[name])[:_MAX_LISTED]
+        listed = ", ".join(f"{name} ({counts[name]} files)" for name in fullest)
+        raise UserCodeError(
+            f"{folder} has {len(sizes)} files, more than {MAX_CODE_FILES}; most are in: {listed}. Keep data and "
+            "results outside the code folder"
+        )
+
+
+def _replace_folder(temporary: Path, folder: Path, *, digest: str) -> None:
+    """Rename a complete folder to its final name, unless another process was faster; replace a damaged one."""
+    for is_last in (False, True):
+        try:
+            temporary.rename(folder)
+            sync_folder(folder.parent)
+            return
+        except OSError:
+            if has_code(digest):
+                return
+            if is_last:
+                raise
+            damaged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{digest}.", suffix=".damaged"))
+            with suppress(FileNotFoundError):
+                folder.rename(damaged)
+            shutil.rmtree(damaged, ignore_errors=True)

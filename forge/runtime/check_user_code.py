@@ -1,0 +1,37 @@
+"""Import classes of the user's and check that they have the methods forge calls.
+
+    python -P -m forge.runtime.check_user_code < request.json > answer.json
+
+The request holds the digest of the unpacked code and, for each `module:Class`, what it is used as: `objective`,
+`format` or `model`. The answer, on the last line, holds what is wrong with each class that is wrong. It runs in a
+process of its own: user code may import torch, print, or end the process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from forge.errors import UserCodeError
+from forge.user_code import load_class, use_code
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    problems: dict[str, str] = {}
+    use_code(request["digest"])
+    for reference, kind in request["kinds"].items():
+        try:
+            load_class(reference, base=_base(kind))
+        except UserCodeError as error:
+            problems[reference] = str(error)
+    sys.stdout.write(f"\n{json.dumps(problems)}\n")
+
+
+def _base(kind: str) -> type | None:
+    """The protocol of each extension point."""
+    return None
+
+
+if __name__ == "__main__":
+    main()

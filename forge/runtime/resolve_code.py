@@ -1,0 +1,119 @@
+"""Pack the code folder of a job and check the classes it names, before anything is started.
+
+Names, syntax and sizes are checked here; the classes are imported in a subprocess
+(`forge.runtime.check_user_code`), because user code may import torch and the client does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from forge.code_archive import PackedCode, pack_code, read_run_code, unpack_code
+from forge.config.load import LoadedJob
+from forge.errors import UserCodeError
+from forge.plan.inputs import CodeInfo
+from forge.runs.reader import read_plan
+from forge.user_code import check_module_names, check_reference, is_reference
+
+_IMPORT_TIMEOUT_S = 300.0
+
+
+def resolve_code(loaded: LoadedJob) -> CodeInfo | None:
+    """Pack the job's code into the cache and check every class that the job or its search names; None without code.
+
+    Raises: JobFileError with the line of the job file and the line of the user's file.
+    """
+    job = loaded.job
+    if job.code is None:
+        return None
+    try:
+        code = loaded.code or _packed(Path(job.code).expanduser(), runs=Path(job.checkpoint.runs).expanduser())
+        digest = code.digest
+        unpack_code(code)
+    except UserCodeError as error:
+        raise loaded.source.error("code", str(error), show_value=False) from error
+    references = dict(_references(loaded))
+    for key, reference in references.items():
+        try:
+            check_reference(code, reference)
+        except UserCodeError as error:
+            raise loaded.source.error(key, str(error)) from error
+    problems = _import_problems(digest, {reference: _kind(key) for key, reference in references.items()})
+    for key, reference in references.items():
+        if reference in problems:
+            raise loaded.source.error(key, problems[reference])
+    return CodeInfo(digest=digest, num_files=len(code.files), size_bytes=code.size_bytes)
+
+
+def with_run_code(loaded: LoadedJob, *, run_folder: Path) -> LoadedJob:
+    """Return the job of a run that is resumed by its folder, with the code that was packed when it began.
+
+    A folder given by `--set code=...` is packed instead, and refused by `reopen_run` if it differs.
+
+    Raises: UserCodeError if the run folder has lost its archive, or it was changed.
+    """
+    place, code = loaded.source.places.get("code"), read_plan(run_folder).code
+    if code is None or (place is not None and place.line is None):
+        return loaded
+    return replace(loaded, code=read_run_code(code.digest, run_folder=run_folder))
+
+
+def _packed(folder: Path, *, runs: Path) -> PackedCode:
+    if runs.resolve().is_relative_to(folder.resolve()):
+        raise UserCodeError(
+            f"{folder} contains the run folders ({runs}), so it would change with every run; move the code into a "
+            "folder of its own, such as ./src"
+        )
+    code = pack_code(folder)
+    check_module_names(code, folder=folder)
+    return code
+
+
+def _references(loaded: LoadedJob) -> Iterator[tuple[str, str]]:
+    """Every class that is named, by the key to blame: in the job itself and in the search space."""
+    yield from loaded.job.user_classes.items()
+    if loaded.job.search is None:
+        return
+    for key, entry in loaded.job.search.space.items():
+        kind = "choice" if entry.choice is not None else "grid"
+        for index, value in enumerate(entry.values or ()):
+            if is_reference(value) and key in _KINDS:
+                yield f"search.space.{key}.{kind}[{index}]", value
+
+
+_KINDS = {"model.class": "model", "data.format": "format", "training.objective": "objective"}
+
+
+def _kind(key: str) -> str:
+    return next(kind for name, kind in _KINDS.items() if name in key)
+
+
+def _import_problems(digest: str, kinds: dict[str, str]) -> dict[str, str]:
+    """Import the classes in a subprocess. Returns: reference → what is wrong with it, for those that are wrong."""
+    if not kinds:
+        return {}
+    command = [sys.executable, "-P", "-m", "forge.runtime.check_user_code"]
+    request = json.dumps({"digest": digest, "kinds": kinds})
+    try:
+        done = subprocess.run(
+            command,
+            input=request,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"},
+            check=False,
+            timeout=_IMPORT_TIMEOUT_S,
+        )
+        problems: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return dict.fromkeys(kinds, f"its import takes longer than {_IMPORT_TIMEOUT_S:.0f} s")
+    except (ValueError, IndexError):
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return dict.fromkeys(kinds, f"its import ended the process: {lines[-1]}")
+    return problems
