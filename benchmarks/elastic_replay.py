@@ -31,7 +31,9 @@ from benchmarks.peers.forge_elastic import write_job
 from benchmarks.program import FORGE, module, records_of, running
 from benchmarks.recovery import JOB
 from benchmarks.report import benchmark_parser, print_table, write_json
-from forge.chaos.trace import Trace, faster, read_trace, scale
+from forge.chaos.trace import Trace, faster
+from forge.chaos.trace_file import read_trace
+from forge.chaos.trace_scale import scale
 
 TRACES = ("parcae-hh", "parcae-lh")
 _JOB: Mapping[str, Any] = {**JOB, "global_batch_size": 12, "checkpoint_every": 20}
@@ -120,14 +122,10 @@ def replay_ray_train(trace: Trace, options: argparse.Namespace) -> Trained:
 
 
 def trace_text(trace: Trace) -> str:
-    """A trace whose changes come after the time to start, as `forge chaos replay` reads it."""
-    lines: list[list[Any]] = []
-    for change in trace.changes:
-        at_ms = round(1000 * (_START_S + change.at_s)) if change.at_s else 0
-        for what, nodes in (("remove", change.removed), ("add", change.added)):
-            lines += [[at_ms, what, {"nodes": list(nodes)}]] if nodes else []
-    lines.append([round(1000 * (_START_S + trace.duration_s)), "no-op", {"nodes": []}])
-    return "".join(json.dumps(line) + "\n" for line in lines)
+    """The trace as `forge chaos replay` reads it, with all changes but the first after the time to start."""
+    first, *later = trace.changes
+    changes = (first, *(replace(change, at_s=_START_S + change.at_s) for change in later))
+    return replace(trace, changes=changes, duration_s=_START_S + trace.duration_s).to_jsonl()
 
 
 def await_end(command: list[str], *, folder: Path, trace: Trace) -> None:

@@ -35,7 +35,7 @@ import yaml
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
 
 from benchmarks.program import FORGE
-from forge.chaos.faults import RunProcesses, give_notice, halt, processes_of
+from forge.chaos.faults import RunProcesses, give_notice, processes_of, suspend
 from forge.cluster.local.ray_cluster import add_node, kill_node, start_head_alone, stop_local
 from forge.runs.reader import driver_pid, follow, is_alive
 
@@ -160,7 +160,7 @@ def obey(line: str, request: dict[str, Any], nodes: dict[int, Any], run: Run | N
     elif run is not None and what == "hang":
         rank = next(pid for pid in run.members().ranks.values() if os.getsid(pid) == nodes[node].pid)
         record(request, halted=node)
-        halt(rank)
+        suspend(rank)
 
 
 def record(request: dict[str, Any], **what: float) -> None:

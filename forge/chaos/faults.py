@@ -1,7 +1,7 @@
-"""Single faults, by hand: what a machine, a process or a cloud may do to a run.
+"""Fault injection: kill or suspend a rank, a node or the supervisor of a run, or announce a preemption.
 
-The run's own events say where its ranks and agents are. Faults are dealt out to processes of this machine;
-a node of a local cluster is all the processes that its `ray start` began.
+The run's events tell which processes its ranks and agents are. Faults are injected into processes of this machine;
+a simulated node is all processes of the session that its `ray start` began.
 """
 
 from __future__ import annotations
@@ -20,42 +20,46 @@ from forge.errors import ArgumentError, ClusterError
 from forge.runs.reader import read_run
 from forge.runtime.placement import drain, nodes_alive
 
-_IS_HEAD = "that node is the head, and the cluster ends with it; choose another"
+_IS_HEAD = "that node is the head, which the whole cluster ends with; choose another"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProcesses:
-    """Where a run is at work."""
+    """The processes of a run."""
 
     ranks: dict[int, int]
-    """Process by rank."""
+    """Process id by rank."""
     agents: dict[str, int]
-    """Process of the agent by node, in the order in which they joined."""
+    """Process id of the agent by node, in the order in which the nodes joined."""
     supervisor: int
 
     def node(self, name: str) -> str:
-        """A node by its number in the order of joining, or by a beginning of its id. Raises: ArgumentError."""
+        """A node's name from its index in joining order, or from a prefix of its id. Raises: ArgumentError."""
         names = list(self.agents)
         if name.isdigit() and int(name) < len(names):
             return names[int(name)]
         found = [node for node in names if node.startswith(name)]
         if len(found) == 1:
             return found[0]
-        raise ArgumentError(f"no node '{name}'; there are {', '.join(f'{i}: {n}' for i, n in enumerate(names))}")
+        raise ArgumentError(
+            f"no node '{name}'; the nodes are {', '.join(f'{i}: {n}' for i, n in enumerate(names))}"
+        )
 
     def rank(self, rank: int) -> int:
-        """A rank's process. Raises: ArgumentError."""
+        """A rank's process id. Raises: ArgumentError."""
         if rank in self.ranks:
             return self.ranks[rank]
-        raise ArgumentError(f"no rank {rank}; there are {', '.join(map(str, sorted(self.ranks))) or 'none now'}")
+        raise ArgumentError(
+            f"no rank {rank}; the ranks are {', '.join(map(str, sorted(self.ranks))) or 'none now'}"
+        )
 
 
 def processes_of(folder: Path) -> RunProcesses:
-    """Where a run is at work now. Raises: ArgumentError if it does not go on, or not with the elastic engine."""
+    """The processes of a run now. Raises: ArgumentError if the elastic engine is not running it."""
     run = read_run(folder)
     supervisors = [e["pid"] for e in run.events if e["event"] in ("SupervisorStarted", "SupervisorRestarted")]
     if run.status != "running" or not supervisors:
-        raise ArgumentError(f"{folder.name} is not being carried on now by the elastic engine")
+        raise ArgumentError(f"{folder.name} is not running on the elastic engine")
     agents: dict[str, int] = {}
     ranks: dict[int, int] = {}
     for event in run.events:
@@ -72,27 +76,27 @@ def processes_of(folder: Path) -> RunProcesses:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL. Raises: ArgumentError if there is no such process here."""
+    """SIGKILL. Raises: ArgumentError if there is no such process."""
     _signal(pid, signal.SIGKILL)
 
 
-def halt(pid: int) -> None:
-    """SIGSTOP: it is there, and does nothing. Raises: ArgumentError if there is no such process here."""
+def suspend(pid: int) -> None:
+    """SIGSTOP: the process exists but makes no progress. Raises: ArgumentError if there is no such process."""
     _signal(pid, signal.SIGSTOP)
 
 
-def kill_machine(agent_pid: int) -> None:
-    """Have a simulated machine vanish: every process of its session, at once.
+def kill_node_of(agent_pid: int) -> None:
+    """Kill every process of a simulated node at once.
 
-    Raises: ArgumentError if it is the head, which holds the whole cluster, or not of this machine.
+    Raises: ArgumentError if it is the head node, or not a node that was started on this machine.
     """
     try:
         leader = os.getsid(agent_pid)
     except ProcessLookupError:
-        raise ArgumentError(f"there is no process {agent_pid} on this machine") from None
+        raise ArgumentError(f"this machine has no process {agent_pid}") from None
     cluster = find_local()
     if cluster is None or leader not in [node.pid for node in cluster.nodes]:
-        raise ArgumentError("only a node of the cluster that `forge cluster up` started here can be killed")
+        raise ArgumentError("only nodes that `forge cluster up` has started on this machine can be killed")
     if leader == cluster.nodes[0].pid:
         raise ArgumentError(_IS_HEAD)
     for process in session_members(leader):
@@ -101,9 +105,9 @@ def kill_machine(agent_pid: int) -> None:
 
 
 def give_notice(node: str, *, seconds_left: float) -> None:
-    """Announce that a node will be taken away, as `ray drain-node` does; nobody takes it away.
+    """Announce that a node will be preempted, as `ray drain-node` does, without preempting it.
 
-    Raises: ArgumentError if it is the head, which holds the whole cluster, or not of this one; ClusterError.
+    Raises: ArgumentError if it is the head node, or not a node of this cluster; ClusterError if Ray refuses.
     """
     cluster = find_local()
     if cluster is None:
@@ -118,15 +122,15 @@ def give_notice(node: str, *, seconds_left: float) -> None:
 
 
 def drain_node(node_id: str, *, seconds_left: float, address: str) -> None:
-    """Raises: ClusterError if Ray refuses, or there is no such cluster."""
+    """Mark a node as draining. Raises: ClusterError if Ray refuses or does not answer."""
     try:
         drain(node_id, seconds_left, gcs_address=address)
     except Exception as error:  # Ray raises many unrelated classes here
-        raise ClusterError(f"node {node_id[:8]} cannot be drained: {error}") from error
+        raise ClusterError(f"cannot drain node {node_id[:8]}: {error}") from error
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
     try:
         os.kill(pid, number)
     except ProcessLookupError:
-        raise ArgumentError(f"there is no process {pid} on this machine") from None
+        raise ArgumentError(f"this machine has no process {pid}") from None

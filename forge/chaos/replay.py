@@ -1,8 +1,8 @@
-"""A spot trace against a real run: simulated machines of this one come and go as the trace says.
+"""Replay of a spot trace: a real run on simulated nodes of this machine that join and leave as in the trace.
 
-A cluster of its own is started, with a head that takes no ranks; the run is carried by the ordinary
-process. Time begins when the machines of the trace's beginning are there. A machine that goes is killed
-with all its processes; with notice, it is drained so many seconds before.
+A cluster of its own is started, whose head node takes no ranks; the run has the ordinary driver process. The clock
+starts when the trace's initial nodes are up. A node that leaves is killed with all its processes; with notice, it
+is drained `notice_s` seconds before.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from forge.runtime.placement import nodes_alive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Act:
-    """One thing that happens to one simulated machine."""
+class NodeAction:
+    """What happens to one simulated node at one time."""
 
     at_s: float
     what: str
@@ -39,16 +39,16 @@ class Act:
     node: str
 
 
-def acts_of(trace: Trace, *, notice_s: float | None) -> list[Act]:
-    """A trace as a list of what to do, in order; notices come before the removals they announce."""
-    acts = []
+def actions_of(trace: Trace, *, notice_s: float | None) -> list[NodeAction]:
+    """A trace as a list of actions in order of time; notices come before the removals they announce."""
+    actions = []
     for change in trace.changes:
         for node in change.removed:
             if notice_s is not None:
-                acts.append(Act(at_s=max(0.0, change.at_s - notice_s), what="notice", node=node))
-            acts.append(Act(at_s=change.at_s, what="remove", node=node))
-        acts += [Act(at_s=change.at_s, what="add", node=node) for node in change.added]
-    return sorted(acts, key=lambda act: act.at_s)
+                actions.append(NodeAction(at_s=max(0.0, change.at_s - notice_s), what="notice", node=node))
+            actions.append(NodeAction(at_s=change.at_s, what="remove", node=node))
+        actions += [NodeAction(at_s=change.at_s, what="add", node=node) for node in change.added]
+    return sorted(actions, key=lambda action: action.at_s)
 
 
 def replay(
@@ -56,64 +56,63 @@ def replay(
     plan: Plan,
     *,
     notice_s: float | None,
-    on_news: Callable[[dict[str, Any] | None], None] = lambda record: None,
-    on_begin: Callable[[Path, int], None] = lambda folder, pid: None,
+    on_record: Callable[[dict[str, Any] | None], None] = lambda record: None,
+    on_start: Callable[[Path, int], None] = lambda folder, pid: None,
 ) -> dict[str, Any]:
-    """Run a plan under a trace until either is over; nothing of the cluster is left afterwards.
+    """Run a plan under a trace until one of them ends, then end the cluster.
 
     Args:
-        trace: already scaled to what this machine can simulate.
-        notice_s: seconds between the notice and the end of a machine; None: they vanish unannounced.
-        on_news: called with every record of the run, and with None now and then.
+        trace: scaled to what this machine can simulate.
+        notice_s: seconds between the notice and the end of a node; None: nodes are killed without notice.
+        on_record: called with every record of the run, and with None while there are none.
 
-    Returns: as JSON: seconds, steps, samples a second, the ledger, and what the run was.
-    Raises: ClusterError, ArgumentError; what made the run fail.
+    Returns: JSON values: seconds, steps, samples per second, goodput, and the run's id, folder and status.
+    Raises: ClusterError, ArgumentError; whatever made the run fail.
     """
-    with _machines(notice_s or 0.0) as machines:
-        acts = acts_of(trace, notice_s=notice_s)
-        for act in [act for act in acts if act.at_s == 0 and act.what == "add"]:
-            machines.do(act)
+    with _simulated_nodes(notice_s or 0.0) as nodes:
+        actions = actions_of(trace, notice_s=notice_s)
+        for action in [action for action in actions if action.at_s == 0 and action.what == "add"]:
+            nodes.apply(action)
         folder = create_run(plan)
         began = time.monotonic()
-        carried = start_driver(folder)
-        on_begin(folder, carried.pid)
+        run = start_driver(folder)
+        on_start(folder, run.pid)
         is_over = threading.Event()
-        stage = threading.Thread(
-            target=_play, args=([act for act in acts if act.at_s > 0], machines, began, is_over), daemon=True
-        )
-        stage.start()
+        later = [action for action in actions if action.at_s > 0]
+        player = threading.Thread(target=_play, args=(later, nodes, began, is_over), daemon=True)
+        player.start()
         try:
             is_stopping = False
-            for record in follow(folder, goes_on=carried.is_alive):
-                on_news(record)
+            for record in follow(folder, goes_on=run.is_alive):
+                on_record(record)
                 if time.monotonic() - began >= trace.duration_s and not is_stopping:
                     is_stopping = True
-                    carried.request_stop()
+                    run.request_stop()
             wall_s = time.monotonic() - began
         except BaseException:
-            carried.request_stop()
+            run.request_stop()
             raise
         finally:
-            carried.wait()
+            run.wait()
             is_over.set()
-            stage.join()
-    return _result(folder, plan, wall_s=wall_s, machines=machines)
+            player.join()
+    return _result(folder, plan, wall_s=wall_s, nodes=nodes)
 
 
-def _play(acts: list[Act], machines: _Machines, began: float, is_over: threading.Event) -> None:
-    for act in acts:
-        if is_over.wait(timeout=max(0.0, began + act.at_s - time.monotonic())):
+def _play(actions: list[NodeAction], nodes: _SimulatedNodes, began: float, is_over: threading.Event) -> None:
+    for action in actions:
+        if is_over.wait(timeout=max(0.0, began + action.at_s - time.monotonic())):
             return
-        machines.order(act)
+        nodes.enqueue(action)
 
 
-def _result(folder: Path, plan: Plan, *, wall_s: float, machines: _Machines) -> dict[str, Any]:
+def _result(folder: Path, plan: Plan, *, wall_s: float, nodes: _SimulatedNodes) -> dict[str, Any]:
     run = read_run(folder)
     failure = failure_of(run)
     if failure is not None:
         raise failure
     steps = read_metrics(folder)
-    ledger = goodput_of(run.events, steps, now=None)
+    goodput = goodput_of(run.events, steps, now=None)
     return {
         "run_id": run.run_id,
         "folder": str(folder),
@@ -121,66 +120,66 @@ def _result(folder: Path, plan: Plan, *, wall_s: float, machines: _Machines) -> 
         "wall_s": wall_s,
         "steps": len(steps),
         "samples_per_s": len(steps) * plan.job.training.global_batch_size / wall_s,
-        "num_removed": machines.num_removed,
-        "num_added": machines.num_added,
-        "problems": machines.problems,
-        "ledger": ledger.as_record(),
+        "num_removed": nodes.num_removed,
+        "num_added": nodes.num_added,
+        "problems": nodes.problems,
+        "ledger": goodput.as_record(),
     }
 
 
-class _Machines:
-    """Simulated machines by the names that the trace gives them; a thread starts them, as it takes seconds."""
+class _SimulatedNodes:
+    """Simulated nodes by the trace's names; a thread starts them, because that takes seconds."""
 
     def __init__(self, address: str, *, notice_s: float) -> None:
         self._address, self._notice_s = address, notice_s
         self._nodes: dict[str, tuple[NodeProcess, str]] = {}
-        self._orders: queue.Queue[Act | None] = queue.Queue()
+        self._queue: queue.Queue[NodeAction | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
         self.num_added = self.num_removed = 0
         self.problems: list[str] = []
-        """What could not be done; a machine that was to be added, say."""
+        """Actions that failed, such as nodes that could not be started."""
 
-    def order(self, act: Act) -> None:
-        """Do it, soon and in order; a removal of what is there is done at once."""
-        if act.what == "remove" and act.node in self._nodes:
-            self.do(act)
+    def enqueue(self, action: NodeAction) -> None:
+        """Queue an action; the removal of a node that is up is done at once."""
+        if action.what == "remove" and action.node in self._nodes:
+            self.apply(action)
         else:
-            self._orders.put(act)
+            self._queue.put(action)
 
-    def do(self, act: Act) -> None:
-        """Do it now. Raises: ClusterError if a machine cannot be started."""
-        if act.what == "add":
+    def apply(self, action: NodeAction) -> None:
+        """Carry an action out now. Raises: ClusterError if a node cannot be started."""
+        if action.what == "add":
             known = nodes_alive(gcs_address=self._address).keys()
             node = add_node()
             (node_id,) = nodes_alive(gcs_address=self._address).keys() - known
-            self._nodes[act.node] = (node, node_id)
+            self._nodes[action.node] = (node, node_id)
             self.num_added += 1
-        elif act.node in self._nodes and act.what == "remove":
-            kill_node(self._nodes.pop(act.node)[0])
+        elif action.node in self._nodes and action.what == "remove":
+            kill_node(self._nodes.pop(action.node)[0])
             self.num_removed += 1
-        elif act.node in self._nodes:
-            drain_node(self._nodes[act.node][1], seconds_left=self._notice_s, address=self._address)
+        elif action.node in self._nodes:
+            drain_node(self._nodes[action.node][1], seconds_left=self._notice_s, address=self._address)
 
     def close(self) -> None:
-        """Wait for what is being done."""
-        self._orders.put(None)
+        """Wait until all queued actions are done."""
+        self._queue.put(None)
         self._thread.join()
 
     def _work(self) -> None:
-        while (act := self._orders.get()) is not None:
+        while (action := self._queue.get()) is not None:
             try:
-                self.do(act)
+                self.apply(action)
             except ForgeError as error:
                 self.problems.append(str(error))
 
 
 @contextlib.contextmanager
-def _machines(notice_s: float) -> Iterator[_Machines]:
+def _simulated_nodes(notice_s: float) -> Iterator[_SimulatedNodes]:
     cluster = start_head_alone()
-    machines = _Machines(cluster.address, notice_s=notice_s)
+    nodes = _SimulatedNodes(cluster.address, notice_s=notice_s)
     try:
-        yield machines
+        yield nodes
     finally:
-        machines.close()
+        nodes.close()
         stop_local()

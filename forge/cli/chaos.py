@@ -44,7 +44,9 @@ def replay(
 
     require_private_token()  # before Ray is imported
     from forge.chaos.replay import replay as play
-    from forge.chaos.trace import faster, read_trace, scale
+    from forge.chaos.trace import faster
+    from forge.chaos.trace_file import read_trace
+    from forge.chaos.trace_scale import scale
     from forge.config.load import load_job
     from forge.runs.goodput import goodput_of
     from forge.runs.reader import read_metrics, read_run
@@ -55,13 +57,13 @@ def replay(
     with display.PrepareScreen() as preparing:
         plan = resolve(loaded, on_progress=preparing.show)
     display.message(
-        f"{len(schedule.changes)} changes in {schedule.duration_s:.0f} s, at most {schedule.most} machines at once"
+        f"{len(schedule.changes)} changes in {schedule.duration_s:.0f} s, up to {schedule.max_nodes} nodes at once"
     )
     # The simulated cluster is nobody else's: a run's process finds it by this folder.
     with tempfile.TemporaryDirectory(prefix="forge-chaos-") as state:
         os.environ["FORGE_STATE"] = state
         with display.TrainScreen(plan, losses=[]) as screen:
-            result = play(schedule, plan, notice_s=notice, on_news=screen.show)
+            result = play(schedule, plan, notice_s=notice, on_record=screen.show)
     if output is Output.JSON:
         display.print_json(result)
         return
@@ -87,15 +89,12 @@ def poisson(
 ) -> None:
     """Make a trace of machines that are lost at random, for `forge chaos replay`.
 
-    Example:  forge chaos poisson --mtbf 600 --nodes 4 > trace.csv
+    Example:  forge chaos poisson --mtbf 600 --nodes 4 > trace.jsonl
     """
     from forge.chaos.trace import poisson as make
 
     trace = make(num_nodes=nodes, mtbf_s=mtbf, down_s=down, duration_s=duration, seed=seed)
-    for change in trace.changes:
-        for what, names in (("remove", change.removed), ("add", change.added)):
-            for name in names:
-                sys.stdout.write(f"{round(change.at_s * 1000)},{what},{name}\n")
+    sys.stdout.write(trace.to_jsonl())
 
 
 @app.command()
@@ -119,7 +118,7 @@ def kill(
         _done(run, f"rank {rank} was killed")
     elif node is not None:
         name = members.node(node)
-        faults.kill_machine(members.agents[name])
+        faults.kill_node_of(members.agents[name])
         _done(run, f"node {name} was killed")
     else:
         faults.kill(members.supervisor)
@@ -139,11 +138,11 @@ def hang(
 
     _require_one(rank=rank, node=node)
     if rank is not None:
-        faults.halt(members.rank(rank))
+        faults.suspend(members.rank(rank))
         _done(run, f"rank {rank} stands still")
     else:
         name = members.node(node or "")
-        faults.halt(members.agents[name])
+        faults.suspend(members.agents[name])
         _done(run, f"the agent of node {name} stands still")
 
 

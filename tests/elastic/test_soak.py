@@ -72,7 +72,7 @@ class Faults:
 
     def supervisor_killed(self) -> None:
         count = len(self.run.of("SupervisorRestarted"))
-        os.kill(faults.members_of(self.run.folder).supervisor, signal.SIGKILL)
+        os.kill(faults.processes_of(self.run.folder).supervisor, signal.SIGKILL)
         wait_for(lambda: len(self.run.of("SupervisorRestarted")) > count)
 
     def carrier_killed(self) -> None:
@@ -94,7 +94,7 @@ class Faults:
         self.run.cluster.add()
 
     def _place(self) -> dict[str, int | str]:
-        wait_for(lambda: faults.members_of(self.run.folder).ranks)
+        wait_for(lambda: faults.processes_of(self.run.folder).ranks)
         place: dict[str, int | str] = self.chance.choice(self.run.formed["ranks"])
         return place
 
