@@ -17,8 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge.config.data import DataSpec
-from forge.data import corpus
-from forge.data.corpus import PIECE_CHARS, find_files, fingerprint, iter_documents, iter_sample
+from forge.data.corpus import fingerprint, iter_documents, iter_sample
+from forge.data.sources import files as files_module
+from forge.data.sources import pieces as pieces_module
+from forge.data.sources import stdlib
+from forge.data.sources.pieces import PIECE_CHARS
+from forge.data.sources.stdlib import StdlibSource
 from forge.errors import DataError
 
 
@@ -132,7 +136,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path: Path) -> None
 
 
 def test_the_standard_library_is_a_corpus_of_megabytes_without_packages_or_tests() -> None:
-    files = find_files(DataSpec(source="python-stdlib"))
+    files = StdlibSource().files()
     names = [file.name for file in files]
     assert names == sorted(names)
     assert {"json/decoder.py", "asyncio/tasks.py", "dataclasses.py"} <= set(names)
@@ -148,7 +152,7 @@ def test_a_source_that_does_not_decode_is_left_out_and_logged(
     (tmp_path / "latin.py").write_bytes("# coding: latin-1\nx = 'ä'\n".encode("latin-1"))
     (tmp_path / "bad.py").write_bytes(b"x = '\xff'\n")
     (tmp_path / "worse.py").write_bytes(b"# coding: no-such-encoding\n")
-    monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     caplog.set_level(logging.INFO)
     texts = [document.text for document in iter_documents(DataSpec(source="python-stdlib"))]
     assert texts == ["x = 1\n", "# coding: latin-1\nx = 'ä'\n"]
@@ -199,7 +203,7 @@ def test_a_piece_ends_at_a_line_else_at_a_word_else_anywhere(tmp_path: Path, lin
 def test_pieces_make_up_the_document_whatever_the_blocks(parts: list[str], piece_chars: int) -> None:
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "PIECE_CHARS", piece_chars)
+        patch.setattr(pieces_module, "PIECE_CHARS", piece_chars)
         store = fsspec.filesystem("memory")
         store.pipe("/pieces/a.txt", text.encode())
         pieces = [document.text for document in iter_documents(spec_of("memory://pieces/a.txt"))]
@@ -316,9 +320,9 @@ def test_a_parquet_file_without_the_column_names_its_columns(tmp_path: Path) -> 
         texts_of(write_parquet(tmp_path / "a.parquet", body=["x"], id=[1]))
 
 
-@pytest.mark.parametrize(("values", "kind"), [([1, 2], "int64"), (["a", None], "null")])
+@pytest.mark.parametrize(("values", "kind"), [([1, 2], "a number"), (["a", None], "null")])
 def test_a_parquet_row_that_is_no_string_is_named(tmp_path: Path, values: list[Any], kind: str) -> None:
-    with pytest.raises(DataError, match=rf"a\.parquet:\d: column 'text' must hold strings, this row is {kind}"):
+    with pytest.raises(DataError, match=rf"a\.parquet:\d: 'text' must be a string, it is {kind}"):
         texts_of(write_parquet(tmp_path / "a.parquet", text=values))
 
 
@@ -357,14 +361,14 @@ def test_a_torn_archive_is_named(tmp_path: Path) -> None:
 def test_a_compression_without_its_package_names_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "infer_compression", lambda name: None)
+    monkeypatch.setattr(files_module, "infer_compression", lambda name: None)
     (tmp_path / "a.txt.zst").write_bytes(b"(\xb5/\xfd")
     with pytest.raises(DataError, match="pip install zstandard"):
         texts_of(tmp_path / "a.txt.zst")
 
 
 def test_a_line_longer_than_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(files_module, "_MAX_LINE_BYTES", 100)
     with pytest.raises(DataError, match=r"a\.jsonl:1: the line is longer than 100 bytes"):
         texts_of(write_jsonl(tmp_path / "a.jsonl", {"text": "x" * 200}))
 
