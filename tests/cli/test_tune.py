@@ -133,8 +133,8 @@ class TestThePlan:
         lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
         assert lines[0][1].startswith("each trial: ")
         assert lines[0][1].endswith(" 3 steps")
-        assert ["searched", "training.optimizer.lr           0.0001 to 0.01, by orders of magnitude"] in lines
-        assert ["training.schedule.warmup_steps", "0 to 3, whole"] in lines
+        assert ["searched", "training.optimizer.lr           0.0001 to 0.01, log-uniform"] in lines
+        assert ["training.schedule.warmup_steps", "0 to 3, whole numbers"] in lines
         assert ["limits", "8 hours"] in lines
         assert ["judged", "by   eval/loss, less is better"] in lines
         assert done.stderr == "search: forge tune tune.yaml\n"
@@ -156,7 +156,7 @@ class TestThePlan:
             ),
             (("train", "tune.yaml", "--dry-run"), r"search: this job is a search .*: use forge tune"),
             (("tune", "job.yaml"), r"job\.yaml:1: search: there is none in it, .* use forge train"),
-            (("tune", "tune.yaml", "--set", "search.metric=loss"), r"search\.metric=loss: will never appear"),
+            (("tune", "tune.yaml", "--set", "search.metric=loss"), r"search\.metric=loss: is not a metric"),
         ],
     )
     def test_a_job_of_the_other_kind_is_named_with_the_command_for_it(
