@@ -1,7 +1,7 @@
-"""The cluster file: which machines there are, or may be bought, and what they may cost.
+"""The cluster file: which machines exist or may be rented, and what they may cost.
 
-`provider` says which of five sections the whole file is. The default of every key is what a small team
-would choose; what must be chosen has no default.
+`provider` decides which of the sections below the whole file must match. Defaults suit a small team; a key
+without a sensible default is required.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def _read_mapping(value: object) -> object:
 
 
 class ClusterSection(Section):
-    """What every cluster file has."""
+    """Keys of every cluster file."""
 
     name: str = Field(max_length=40, json_schema_extra={"pattern": _NAME})
-    """Lower-case letters, digits and dashes: what `--cluster` takes, and how machines are tagged."""
+    """Lower-case letters, digits and dashes: the argument of `--cluster`, and the tag of the machines."""
 
     storage: str | None = Field(None, min_length=1)
-    """Where runs on this cluster keep their checkpoints, unless the job says: a URL such as `s3://bucket/runs`,
-    or a folder that all machines share. One machine alone needs none."""
+    """Where runs on this cluster save their checkpoints unless the job sets `checkpoint.to`: a URL such as
+    `s3://bucket/runs`, or a folder that all machines share. A single machine needs none."""
 
     @field_validator("name")
     @classmethod
@@ -43,59 +43,60 @@ class ClusterSection(Section):
 
 
 class LocalSpec(ClusterSection):
-    """This machine alone."""
+    """The local machine."""
 
     provider: Literal["local"]
-    """This machine."""
+    """The local machine."""
 
     nodes: int = Field(1, ge=1, le=64)
-    """Simulated machines on this one; they share its cores."""
+    """Simulated machines (Ray nodes) on this one; they share its cores."""
 
     port: int | None = Field(None, ge=1, le=65535)
-    """Of Ray's head; a free one by default."""
+    """Port of Ray's head; by default a free one."""
 
 
 class SshSpec(ClusterSection):
-    """Machines that are there already, reached by OpenSSH: its client's own configuration counts too."""
+    """Existing machines, reached by OpenSSH; the client's configuration (`~/.ssh/config`) applies."""
 
     provider: Literal["ssh"]
-    """Machines that are there already."""
+    """Existing machines."""
 
     machines: Strings
-    """Their host names or addresses, as this machine and they themselves reach them; the first one is the head."""
+    """Host names or addresses under which this machine and the machines themselves reach each other. The first one
+    is the head."""
 
     min_machines: int | None = Field(None, ge=1)
-    """`up` goes on if at least so many machines are ready, the head among them; all of them by default."""
+    """`forge cluster up` succeeds if at least this many machines are ready, the head included; by default all."""
 
     user: str | None = None
-    """To log in as; by default OpenSSH's own choice."""
+    """Login name; by default OpenSSH's choice."""
 
     identity_file: str | None = Field(None, min_length=1)
-    """The private key's file; by default OpenSSH's own choice."""
+    """File of the private key; by default OpenSSH's choice."""
 
     port: int = Field(22, ge=1, le=65535)
-    """Of sshd."""
+    """Port of sshd."""
 
     python: str | None = Field(None, pattern=r"^(/|~/)")
-    """The Python of an environment that has forge in it, on every machine: nothing is installed then."""
+    """Python executable, on every machine, of an environment that contains forge; then nothing is installed."""
 
     folder: str = Field("~/.forge", pattern=r"^(/|~/)[^\s'\"$`\\;&|<>*?]+$")
-    """Where forge keeps its environment, logs and runs on each machine."""
+    """Folder on each machine for forge's environments, logs and runs."""
 
     ray_port: int = Field(6379, ge=1024, le=65535)
-    """Of Ray's head."""
+    """Port of Ray's head."""
 
     wheels: str | None = Field(None, min_length=1)
-    """A folder of this machine with wheels to install from, where the machines reach no package index."""
+    """Folder on this machine with wheels to install from, if the machines cannot reach a package index."""
 
     clouds: Strings = ()
-    """Clouds whose reclaim notices are to be heard, `aws`, `gcp` or `azure`, where machines are rented there."""
+    """Clouds whose preemption notices are watched, `aws`, `gcp` or `azure`, if the machines are rented there."""
 
     usd_per_hour: float | None = Field(None, ge=0)
-    """What one machine costs, if the cost is to be shown and limited."""
+    """Price of one machine in USD per hour; required to show and limit the cost."""
 
     max_usd_per_hour: float | None = Field(None, gt=0)
-    """Runs stop, with a checkpoint, when all machines together cost more."""
+    """Limit in USD per hour for all machines together; above it, runs write a checkpoint and stop."""
 
     @field_validator("machines")
     @classmethod
@@ -104,16 +105,16 @@ class SshSpec(ClusterSection):
             raise ValueError("must name at least one machine")
         for host in value:
             if not _HOST.fullmatch(host):
-                raise ValueError(f"must be host names or addresses, and {host!r} is none")
+                raise ValueError(f"must be host names or addresses; {host!r} is neither")
         if len(set(value)) < len(value):
-            raise ValueError("names a machine twice")
+            raise ValueError("contains a machine twice")
         return value
 
     @field_validator("user")
     @classmethod
     def _is_user(cls, value: str | None) -> str | None:
         if value is not None and not _USER.fullmatch(value):
-            raise ValueError("is no user's name")
+            raise ValueError("is not a valid user name")
         return value
 
     @field_validator("clouds")
@@ -126,79 +127,81 @@ class SshSpec(ClusterSection):
     @model_validator(mode="after")
     def _minimum_is_possible(self) -> SshSpec:
         if self.min_machines is not None and self.min_machines > len(self.machines):
-            raise FieldError("min_machines", f"is more than the {len(self.machines)} machines there are")
+            raise FieldError("min_machines", f"is more than the {len(self.machines)} in 'machines'")
         return self
 
 
 class CloudSpec(ClusterSection):
-    """Machines rented by the hour: one on-demand head, and spot workers that come and go."""
+    """Rented machines: one on-demand head, and spot workers that are started and preempted."""
 
     provider: Literal["aws", "gcp", "azure"]
-    """The cloud; credentials are its own, from the environment or where its tools keep them."""
+    """The cloud. Credentials are read as by its command-line tools, from the environment or their files."""
 
     regions: Strings = ("auto",)
-    """Where to rent, tried in order of price; `auto`: every region where the GPU can be had."""
+    """Regions to try (zones on gcp), cheapest first on aws, in the given order elsewhere. `auto`: all regions of
+    the account on aws, those of forge's catalogue elsewhere."""
 
     gpu: str = Field("none", min_length=1)
-    """A GPU's name such as `A100-80GB`, or `none` for workers without."""
+    """Name of the workers' GPU such as `A100-80GB`, or `none`."""
 
     instance_types: Strings = ()
-    """Worker types to choose among; by default all that forge knows to have that GPU."""
+    """Machine types that workers may have; by default all of forge's catalogue with that GPU."""
 
     head: str | None = Field(None, min_length=1)
-    """The head's instance type; by default a small one with room for the supervisor and the records."""
+    """Machine type of the head; by default one with 4 CPUs and 16 GiB, enough for supervisor and recorder."""
 
     workers: RangeFromZero = Range(low=0, high=4)
-    """Machines besides the head, `0..64`: the autoscaler rents what runs ask for, between the two."""
+    """Number of machines besides the head, such as `0..64`; Ray's autoscaler rents what runs need within this range
+    (`min_workers`, `max_workers`)."""
 
     spot: bool = True
-    """Workers are spot machines: a third of the price or less, and taken away at two minutes' notice or less."""
+    """Workers are spot machines: often a third of the price, but preempted with at most two minutes' notice."""
 
     on_demand_fallback: bool = False
-    """Where no spot machine can be had, workers are rented at the full price."""
+    """Rent workers on demand, at full price, when no spot machine is available."""
 
     max_usd_per_hour: float | None = Field(None, gt=0)
-    """No more machines are asked for than may cost this together, and runs stop, with a checkpoint, when what is
-    there costs more."""
+    """Limit in USD per hour for all machines together: no more machines are requested than it allows, and runs
+    write a checkpoint and stop when the running machines cost more."""
 
     usd_per_hour: Annotated[
         dict[str, float], BeforeValidator(_read_mapping), WithJsonSchema({"type": "object"})
     ] = Field(default_factory=dict)
-    """Prices by instance type, for those that the cloud itself does not tell."""
+    """Prices by machine type in USD per hour; they override the catalogue and the cloud's own."""
 
     idle_minutes: float = Field(5.0, gt=0)
-    """After so long without work a worker is given back."""
+    """A worker that was idle for this many minutes is released. Ray's `idle_timeout_minutes`."""
 
     image: str | None = Field(None, min_length=1)
-    """The machines' image; by default the provider's own for deep learning, found by name."""
+    """Machine image; by default the cloud's deep learning image."""
 
     disk: Bytes = 200 * 10**9
-    """Of each machine."""
+    """Disk size of each machine."""
 
     user: str | None = None
-    """To log in as; by default the image's own."""
+    """Login name; by default the image's."""
 
     identity_file: str | None = Field(None, min_length=1)
-    """The private key's file; by default one that is made for the cluster."""
+    """File of the private key; by default a key is created for the cluster."""
 
     allow_from: str = Field("auto", min_length=1)
-    """The only addresses besides the cluster's own that may reach its machines, by ssh: a CIDR such as
-    `203.0.113.4/32`; `auto`: this machine's own, as the internet sees it."""
+    """Addresses outside the cluster that may reach its machines, by ssh only: a CIDR such as `203.0.113.4/32`;
+    `auto`: the public address of this machine."""
 
     python: str | None = Field(None, pattern=r"^(/|~/)")
-    """The Python of an environment in the image that has forge in it: nothing is installed then."""
+    """Python executable of an environment in the image that contains forge; then nothing is installed."""
 
     wheels: str | None = Field(None, min_length=1)
-    """A folder of this machine with wheels to install from, where the machines reach no package index."""
+    """Folder on this machine with wheels to install from, if the machines cannot reach a package index."""
 
     project: str | None = Field(None, min_length=1)
-    """GCP's project, or Azure's subscription."""
+    """GCP project, or Azure subscription."""
 
     resource_group: str | None = Field(None, min_length=1)
-    """Azure's resource group; made if it is not there. By default `forge-<name>`."""
+    """Azure resource group, created if it does not exist; by default `forge-<name>`."""
 
     startup_timeout: Duration = 900.0
-    """How long a machine may take from being asked for until Ray runs on it."""
+    """Time limit from the request of a machine until Ray runs on it."""
 
     @field_validator("allow_from")
     @classmethod
@@ -207,73 +210,74 @@ class CloudSpec(ClusterSection):
             try:
                 network = ipaddress.ip_network(value)
             except ValueError:
-                raise ValueError("must be auto, or a CIDR such as 203.0.113.4/32") from None
+                raise ValueError("must be 'auto' or a CIDR such as 203.0.113.4/32") from None
             if network.prefixlen == 0:
-                raise ValueError("must not be the whole world")
+                raise ValueError("must not allow the whole internet")
         return value
 
     @model_validator(mode="after")
     def _fits_the_provider(self) -> CloudSpec:
         if self.provider in ("gcp", "azure") and self.project is None:
-            raise FieldError("project", "is missing: GCP's project, or Azure's subscription")
+            raise FieldError("project", "is missing: give the GCP project or the Azure subscription")
         if self.provider == "aws" and self.project is not None:
-            raise FieldError("project", "belongs to gcp and azure")
+            raise FieldError("project", "is only for gcp and azure")
         if self.provider != "azure" and self.resource_group is not None:
-            raise FieldError("resource_group", "belongs to azure")
+            raise FieldError("resource_group", "is only for azure")
         if any(price < 0 for price in self.usd_per_hour.values()):
             raise FieldError("usd_per_hour", "must not be negative")
         return self
 
 
 class KubernetesSpec(ClusterSection):
-    """Pods that the KubeRay operator starts."""
+    """Pods on Kubernetes, started by the KubeRay operator."""
 
     provider: Literal["kubernetes"]
-    """A RayCluster of KubeRay's."""
+    """Kubernetes with the KubeRay operator."""
 
     namespace: str = Field("default", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
-    """Where the pods live."""
+    """Namespace of the pods."""
 
     context: str | None = Field(None, min_length=1)
-    """kubectl's context; by default its current one."""
+    """kubectl context; by default the current one."""
 
     image: str = Field(min_length=1)
-    """The pods' image; it has forge in it."""
+    """Image of the pods; it must contain forge."""
 
     gpu: str = Field("none", min_length=1)
-    """A GPU's name such as `A100-80GB`, or `none`."""
+    """Name of the GPU such as `A100-80GB`, or `none`."""
 
     gpus_per_worker: int = Field(1, ge=1, le=16)
-    """GPUs of one pod, where it has any."""
+    """GPUs of one worker pod, if `gpu` is not `none`."""
 
     cpus_per_worker: int = Field(8, ge=1)
-    """CPUs of one worker's pod."""
+    """CPUs of one worker pod; request and limit."""
 
     memory_per_worker: Bytes = 32 * 2**30
-    """Memory of one worker's pod."""
+    """Memory of one worker pod, snapshots of the training state included; request and limit."""
 
     workers: RangeFromZero = Range(low=0, high=4)
-    """Worker pods, `0..64`: the autoscaler starts what runs ask for, between the two."""
+    """Number of worker pods, such as `0..64`; Ray's autoscaler starts what runs need within this range (KubeRay's
+    `minReplicas`, `maxReplicas`)."""
 
     spot: bool = True
-    """Workers go to spot machines."""
+    """Schedule workers on spot machines."""
 
     node_selector: Annotated[dict[str, str], BeforeValidator(_read_mapping), WithJsonSchema({"type": "object"})] = (
         Field(default_factory=dict)
     )
-    """Labels of the machines for workers; by default those by which the cloud below marks its spot machines."""
+    """Node labels for workers; by default those with which `cloud` marks spot machines."""
 
     cloud: Literal["aws", "gcp", "azure"] | None = None
-    """Whose machines these are: its spot label is selected, its taint tolerated, its notices heard."""
+    """The cloud of the machines: its spot label is selected, its taint tolerated, its notices watched."""
 
     idle_minutes: float = Field(5.0, gt=0)
-    """After so long without work a worker's pod ends."""
+    """A worker pod that was idle for this many minutes is removed. Ray's `idleTimeoutSeconds`."""
 
     usd_per_hour: float | None = Field(None, ge=0)
-    """What one worker costs, if the cost is to be shown and limited."""
+    """Price of one worker in USD per hour; required to show and limit the cost."""
 
     max_usd_per_hour: float | None = Field(None, gt=0)
-    """Runs stop, with a checkpoint, when all workers together cost more."""
+    """Limit in USD per hour for all workers together; above it, runs write a checkpoint and stop."""
 
 
 ClusterSpec = LocalSpec | SshSpec | CloudSpec | KubernetesSpec
@@ -286,4 +290,4 @@ SECTIONS: dict[str, type[LocalSpec] | type[SshSpec] | type[CloudSpec] | type[Kub
     "azure": CloudSpec,
     "kubernetes": KubernetesSpec,
 }
-"""The type of a cluster file, by its `provider`."""
+"""Type of the whole cluster file, by `provider`."""

@@ -1,11 +1,12 @@
-"""Which keys sound like secrets: their values stay out of job files, and so out of every message."""
+"""Detect keys that look like secrets: their values must not be in job files, nor in any message."""
 
 from __future__ import annotations
 
 import re
 
 SECRET_PROBLEM = (
-    "secrets do not stand in a file that is copied and shown; they come from the environment, such as WANDB_API_KEY"
+    "must not be in a file, which forge copies and shows; "
+    "secrets are read from the environment, such as WANDB_API_KEY"
 )
 
 _ENDINGS = (
@@ -17,5 +18,5 @@ _SECRET = re.compile(rf"(.*_)?({_ENDINGS})|token|key|auth", re.IGNORECASE | re.D
 
 
 def is_secret(key: str) -> bool:
-    """Whether a key, such as `api_key` or `HF-Token`, sounds like a secret's."""
+    """Whether a key, such as `api_key` or `HF-Token`, looks like the name of a secret."""
     return _SECRET.fullmatch(key.replace("-", "_")) is not None

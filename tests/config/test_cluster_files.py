@@ -1,36 +1,61 @@
-"""The files under `cluster/` are ready to be edited: each is a valid cluster, explained line by line."""
+"""The files under `cluster/` are templates to edit: each is a valid cluster, also with its commented-out keys."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from forge.config.cluster import SECTIONS
 from forge.config.load import load_cluster
 
 FOLDER = Path(__file__).parents[2] / "cluster"
-FILES = sorted(FOLDER.glob("*.yaml"))
+NAMES = ("aws-spot", "azure-spot", "gcp-spot", "kubernetes", "local", "ssh")
+FILES = [FOLDER / f"{name}.yaml" for name in NAMES]
+_COMMENTED_OUT = re.compile(r"^# ([a-z][a-z_]*): .*$", re.MULTILINE)
 
 
-def test_there_is_one_for_every_provider() -> None:
-    found = {load_cluster(path).provider for path in FILES}
-    assert found >= {"local", "ssh"}
+def commented_out(text: str) -> Mapping[str, str]:
+    """The commented-out settings of a file: key → its whole line."""
+    return {match[1]: match[0] for match in _COMMENTED_OUT.finditer(text)}
+
+
+SETTINGS = [(path, key) for path in FILES for key in commented_out(path.read_text())]
+
+
+def test_cluster_folder__files__are_exactly_the_tested_ones() -> None:
+    assert sorted(FOLDER.glob("*")) == sorted(FILES)
+
+
+def test_cluster_folder__providers__have_one_file_each() -> None:
+    assert sorted(load_cluster(path).provider for path in FILES) == sorted(SECTIONS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_it_is_valid_as_it_stands_and_says_how_it_is_used(path: Path) -> None:
+def test_cluster_file__unchanged__is_valid_and_names_its_command(path: Path) -> None:
     spec, text = load_cluster(path), path.read_text()
     assert f"forge cluster up cluster/{path.name}" in text
     assert f"provider: {spec.provider}" in text
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_what_is_commented_out_is_valid_too(path: Path, tmp_path: Path) -> None:
-    lines = []
-    for line in path.read_text().splitlines():
-        bare = line.removeprefix("# ")
-        key, colon, _ = bare.partition(":")
-        is_setting = line.startswith("# ") and colon and key.isidentifier() and key.islower()
-        lines.append(bare if is_setting else line)
-    (tmp_path / path.name).write_text("\n".join(lines))
-    assert load_cluster(tmp_path / path.name).provider == load_cluster(path).provider
+def test_cluster_file__all_commented_out_keys_used__is_valid(path: Path, tmp_path: Path) -> None:
+    text = path.read_text()
+    keys = commented_out(text)
+    edited = tmp_path / path.name
+    edited.write_text(_COMMENTED_OUT.sub(lambda match: match[0].removeprefix("# "), text))
+    spec = load_cluster(edited)
+    assert keys, "a template shows at least one optional key"
+    assert spec.provider == load_cluster(path).provider
+    assert set(keys) <= spec.model_fields_set
+
+
+@pytest.mark.parametrize(("path", "key"), SETTINGS, ids=[f"{path.stem}-{key}" for path, key in SETTINGS])
+def test_cluster_file__one_commented_out_key_used__is_valid(path: Path, key: str, tmp_path: Path) -> None:
+    text = path.read_text()
+    line = commented_out(text)[key]
+    edited = tmp_path / path.name
+    edited.write_text(text.replace(line, line.removeprefix("# "), 1))
+    assert key in load_cluster(edited).model_fields_set
