@@ -15,7 +15,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, Protocol, TypeGuard
@@ -221,8 +221,11 @@ def _module_name(file: str) -> str:
 
 def _is_from(module: ModuleType, folder: Path) -> bool:
     """Whether a module, or a package without `__init__.py`, was imported from a folder."""
-    places = [getattr(module, "__file__", None) or "", *map(str, getattr(module, "__path__", ()))]
-    return any(_is_below(place, folder) for place in places)
+    # Not getattr: modules that import their parts when they are asked for would import them here.
+    found = getattr(module, "__dict__", {})
+    file, paths = found.get("__file__"), found.get("__path__")
+    places = [file, *(paths if isinstance(paths, Iterable) else ())]
+    return any(isinstance(place, str) and _is_below(place, folder) for place in places)
 
 
 def _is_below(path: str, folder: Path) -> bool:
