@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report import benchmark_parser, print_table, write_json
-from forge.elastic.commands import AgentConnection
+from forge.elastic.agent_connections import AgentConnection
 from forge.elastic.states import MembershipState, Phase
 from forge.elastic.supervisor import Supervisor
 from forge.events import GenerationStarted
@@ -158,8 +158,9 @@ class Agent:
         self.heartbeat_s = 0.0
         self.started_at = 0.0
 
-    def hello(self) -> dict[str, Any]:
+    def registration(self) -> dict[str, Any]:
         return {
+            "node": self.connection.node,
             "pids": {},
             "generation": 0,
             "replicas": [],
@@ -229,7 +230,7 @@ class Cluster:
         name = f"{self._num_added // 65536}.{self._num_added // 256 % 256}.{self._num_added % 256}"
         self._num_added += 1
         agent = self._agents[name] = Agent(name, say=self._answer, now=self._now)
-        self._supervisor.attach(agent.connection, agent.hello())
+        self._supervisor.attach(agent.connection, agent.registration())
 
     def _answer(self, agent: Agent, text: str) -> None:
         self._said.append((agent, text))

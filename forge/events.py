@@ -429,6 +429,25 @@ class Reporter(Protocol):
         """Whether this generation must end after a snapshot, from which the next one continues."""
 
 
+class NullReporter:
+    """The reporter of every rank except rank 0."""
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def step(self, metrics: StepMetrics) -> None:
+        pass
+
+    def resend(self, metrics: StepMetrics) -> None:
+        pass
+
+    def should_stop(self) -> bool:
+        return False
+
+    def should_drain(self) -> bool:
+        return False
+
+
 def perplexity(loss: float) -> float:
     """Return `exp(loss)`; infinity on overflow."""
     return math.exp(loss) if loss < 700 else math.inf

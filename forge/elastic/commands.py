@@ -1,38 +1,22 @@
-"""What agents are told when a generation starts, or a checkpoint is made without ranks; and what ranks are told.
+"""Builds the commands that start a generation or flush replicas to storage, and the launch spec of a worker.
 
-Pure functions: in go the decision, the state it was made in, and where the agents are; out comes a message for
-each agent.
+Pure functions from a decision, the state it was made in and the connected agents to one message per agent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from forge.elastic.rpc import Endpoint, Message, pack, unpack
+from forge.elastic.agent_connections import AgentConnection
+from forge.elastic.rpc import Message, pack, unpack
 from forge.elastic.states import FlushToStorage, MembershipState, StartGeneration
-
-
-@dataclass(slots=True, kw_only=True)
-class AgentConnection:
-    """An agent that is connected."""
-
-    node: str
-    host: str
-    endpoint: Endpoint
-    """Of its store."""
-    rendezvous_port: int
-    """Where the ranks meet if the first of them is on its machine."""
-    agent_pid: int
-    send: Callable[[Message], None]
-    close: Callable[[], None]
-    heard_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
-    """What a rank is told before it starts; JSON. Descriptors are numbers into those that come with it."""
+    """Everything a worker needs to start, as JSON. File descriptors are indices into those sent with it."""
 
     generation: int
     rank: int
@@ -41,21 +25,21 @@ class WorkerSpec:
     local_world_size: int
     device: str
     num_threads: int
-    """For arithmetic on CPU."""
+    """For arithmetic on the CPU."""
     checkpoints: str
     log: str
     host: str
-    """Of the first rank's machine, where all meet."""
+    """Of rank 0's node, where the ranks meet."""
     port: int
     interface: str | None
-    """Of the network that gloo uses."""
+    """Network interface for gloo."""
     step: int
-    parts: list[dict[str, Any]]
-    """Of the snapshots to go on from: generation, rank, and `fd` or `endpoint`; empty: from storage."""
+    shards: list[dict[str, Any]]
+    """Snapshots to continue from: generation, rank, and `fd` or `endpoint`; empty: continue from storage."""
     findings: dict[str, Any] | None
     laps: dict[str, float]
     asked_at: float
-    """By the machine's monotonic clock."""
+    """By the node's monotonic clock."""
     secret: str
     has_listener: bool = False
 
@@ -68,11 +52,11 @@ def start_commands(
     findings: Message | None,
     laps: Mapping[str, float],
 ) -> dict[str, Message]:
-    """By node, the order to start its ranks of a generation.
+    """By node, the command to start its ranks of a generation.
 
     Args:
-        findings: what an earlier generation has found out; see `forge.train.worker.Findings`.
-        laps: seconds of the parts of the change so far.
+        findings: measurements of an earlier generation; see `forge.train.worker.ProbeResults`.
+        laps: seconds of each part of the membership change so far.
     """
     nodes = list(dict.fromkeys(start.assignment))
     ranks: dict[str, list[int]] = {node: [] for node in nodes}
@@ -93,37 +77,37 @@ def start_commands(
         "laps": dict(laps),
         "is_stopping": state.is_stopping,
     }
-    orders = {}
+    commands = {}
     for number, node in enumerate(nodes):
         peer = nodes[(number + 1) % len(nodes)] if len(nodes) > 1 else find_spare(node, state, connections)
-        orders[node] = common | {
+        commands[node] = common | {
             "ranks": ranks[node],
             "num_on_host": num_on_host[connections[node].host],
             "peer": list(connections[peer].endpoint) if peer is not None else None,
         }
-    return orders
+    return commands
 
 
-def flush_commands(persist: FlushToStorage, state: MembershipState, *, token: str) -> dict[str, Message]:
-    """By node, the order to write parts of a checkpoint out of its memory."""
+def flush_commands(flush: FlushToStorage, state: MembershipState, *, token: str) -> dict[str, Message]:
+    """By node, the command to write its shards of a checkpoint from memory."""
     ranks: dict[str, list[int]] = {}
-    for rank, names in _holders(persist.generation, persist.world_size, persist.step, state).items():
+    for rank, names in _holders(flush.generation, flush.world_size, flush.step, state).items():
         ranks.setdefault(names[0], []).append(rank)
     common = {
         "command": "flush",
-        "generation": persist.generation,
-        "world_size": persist.world_size,
-        "step": persist.step,
+        "generation": flush.generation,
+        "world_size": flush.world_size,
+        "step": flush.step,
         "token": token,
     }
     return {node: common | {"ranks": own} for node, own in ranks.items()}
 
 
-def source_shards(order: Message) -> list[Message]:
-    """The snapshots to go on from, as an order to start tells of them: generation, rank, endpoint."""
-    if order["source"] is None:
+def source_shards(command: Message) -> list[Message]:
+    """The snapshots that a start command continues from: generation, rank, endpoint."""
+    if command["source"] is None:
         return []
-    generation, endpoints = order["source"]
+    generation, endpoints = command["source"]
     return [
         {"generation": generation, "rank": rank, "endpoint": endpoint}
         for rank, endpoint in enumerate(unpack(endpoints))
@@ -133,9 +117,9 @@ def source_shards(order: Message) -> list[Message]:
 def _source(
     start: StartGeneration, state: MembershipState, connections: Mapping[str, AgentConnection]
 ) -> list[Any] | None:
-    """A machine for each part of the step to go on from; agents prefer what they have themselves.
+    """The generation to continue from, and the endpoint of one holder per rank; agents prefer their own replicas.
 
-    Packed, as every machine is told all of it.
+    The endpoints are compressed, because every agent receives all of them.
     """
     if start.source is None:
         return None
@@ -145,7 +129,7 @@ def _source(
 
 
 def _holders(generation: int, world_size: int, step: int, state: MembershipState) -> dict[int, list[str]]:
-    """The machines that hold each rank's snapshot of a step."""
+    """The nodes that hold each rank's snapshot of a step."""
     found: dict[int, list[str]] = {rank: [] for rank in range(world_size)}
     wanted = (generation, world_size, step)
     for name, node in state.nodes.items():
@@ -156,5 +140,5 @@ def _holders(generation: int, world_size: int, step: int, state: MembershipState
 
 
 def find_spare(node: str, state: MembershipState, connections: Mapping[str, AgentConnection]) -> str | None:
-    """A machine without ranks that can keep a copy all the same."""
+    """Another node that can keep replicas."""
     return next((name for name in connections if name != node and state.nodes[name].preempted_at is None), None)

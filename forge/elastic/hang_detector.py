@@ -1,67 +1,97 @@
-"""Whether the ranks make progress, and which is behind if they do not.
+"""Detects that the ranks of a generation make no progress, and which rank is behind.
 
-Every rank notes when it did something last (a micro-step, an update, a part of forming); heartbeats carry
-it. All ranks wait for each other, so one that stands still makes all stand still; but the others went on
-until they had to wait for it, and so it is the one that has been silent for longest. One that is stopped by
-a signal is told apart at once.
+Every rank notes when it last did something (a micro-step, an update, a part of its startup); heartbeats carry these
+times. Ranks wait for each other, so one that hangs stops all of them; but the others continued until they had to
+wait for it, so the rank that has been silent longest is the one that hangs. A rank that a signal has suspended is
+identified at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
+from forge.elastic.states import Phase
+
 _NUM_RECENT_STEPS = 200
-# Before a step was seen.
+# Assumed before a step was measured.
 _UNKNOWN_STEP_S = 1.0
+# A rank makes progress within this time and this multiple of a long step.
+_STALL_S = 5.0
+_STALL_STEPS = 4
+# No progress may be visible for so long while a generation starts; the first one has to initialise the model.
+_STARTUP_S = 20.0
+_FIRST_STARTUP_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StalledRank:
-    """No rank does anything any more."""
+    """The rank that the others wait for."""
 
     rank: int
-    """The one behind the others."""
     seconds: float
+    """Since its last progress."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _RankProgress:
     moved_at: float
-    is_halted: bool = False
+    is_suspended: bool = False
 
 
 class HangDetector:
-    """The ranks of one generation."""
+    """Progress of the ranks of one generation."""
 
     def __init__(self) -> None:
         self._ranks: dict[int, _RankProgress] = {}
+        self._has_found = False
 
-    def update(self, rank: int, *, silent_s: float, is_halted: bool, now: float) -> None:
-        """A heartbeat has told of a rank."""
-        self._ranks[rank] = _RankProgress(moved_at=now - silent_s, is_halted=is_halted)
+    def update(self, rank: int, *, silent_s: float, is_suspended: bool, now: float) -> None:
+        """Note a rank's progress from a heartbeat.
+
+        Args:
+            silent_s: seconds since its last progress.
+            is_suspended: a signal has stopped its process.
+        """
+        self._ranks[rank] = _RankProgress(moved_at=now - silent_s, is_suspended=is_suspended)
 
     def find_stalled_rank(self, *, limit_s: float, now: float) -> StalledRank | None:
-        """Who holds the others up, if none has done anything for longer than the limit."""
-        if not self._ranks or now - max(progress.moved_at for progress in self._ranks.values()) <= limit_s:
+        """Return, once, the rank that holds up the others if none has made progress for longer than the limit."""
+        if self._has_found or not self._ranks:
             return None
-        rank, progress = min(self._ranks.items(), key=lambda item: (not item[1].is_halted, item[1].moved_at))
+        if now - max(progress.moved_at for progress in self._ranks.values()) <= limit_s:
+            return None
+        self._has_found = True
+        rank, progress = min(self._ranks.items(), key=lambda item: (not item[1].is_suspended, item[1].moved_at))
         return StalledRank(rank=rank, seconds=now - progress.moved_at)
 
 
 class StepTimes:
-    """How long steps take."""
+    """Durations of the most recent steps."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[int, float]] = deque(maxlen=_NUM_RECENT_STEPS)
 
     def add(self, step: int, seconds: float) -> None:
-        """A heartbeat has told of the last step; of the same one more than once."""
+        """Note the duration of the last step; heartbeats report the same step repeatedly."""
         if step and (not self._recent or self._recent[-1][0] != step):
             self._recent.append((step, seconds))
 
     @property
     def p99_s(self) -> float:
-        """The 99th percentile of the recent ones."""
+        """The 99th percentile."""
         recent = sorted(seconds for _, seconds in self._recent)
         return recent[int(0.99 * (len(recent) - 1))] if recent else _UNKNOWN_STEP_S
+
+    def stall_limit_s(self, phase: Phase, *, is_first: bool) -> float:
+        """How long all ranks may be silent; infinite in phases without ranks.
+
+        Args:
+            is_first: no generation of the run has started before.
+        """
+        if phase is Phase.STARTING:
+            return _FIRST_STARTUP_S if is_first else _STARTUP_S
+        if phase in (Phase.TRAINING, Phase.DRAINING):
+            return max(_STALL_S, _STALL_STEPS * self.p99_s)
+        return math.inf

@@ -1,7 +1,7 @@
-"""What is said about the members of a run: its state, what may happen to it, and what is done about it.
+"""State of a run's membership, the events that change it, and the actions that follow.
 
-Plain data, so that a history can be written down and replayed; `forge.elastic.membership` decides with it.
-Times are seconds of one clock. A node is named by Ray's id and the number of its agent on it.
+Plain data, so that a history can be recorded and replayed; `forge.elastic.membership` decides with it. Times are
+seconds of one clock. A node's name consists of Ray's node id and the number of its agent on that node.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """Where a run stands; `forge.elastic.membership` draws it."""
+    """Phase of a run; `forge.elastic.membership` shows the state chart."""
 
     WAITING = "waiting"
     STARTING = "starting"
@@ -24,7 +24,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLocation:
-    """One rank's whole snapshot of one step, in a machine's memory."""
+    """One rank's complete snapshot of one step, in a node's memory."""
 
     generation: int
     rank: int
@@ -32,68 +32,85 @@ class ReplicaLocation:
     step: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class ReplicatedStep:
+    """A step of which every rank's snapshot is complete in some node's memory."""
+
+    step: int
+    generation: int
+    world_size: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberNode:
-    """A machine of this run."""
+    """A node of this run."""
 
     num_slots: int
     num_guaranteed: int = 0
-    """Of them, those of the smallest number of workers, which are never given back."""
+    """Slots that belong to the run's minimum and are never released."""
     is_ready: bool = False
+    """Its fork server has imported everything."""
     preempted_at: float | None = None
     """When it will be taken away, if notice was given."""
     quarantined_until: tuple[float, ...] = ()
-    """One entry for each place whose rank hung."""
+    """One entry per slot whose rank hung."""
     replicas: frozenset[ReplicaLocation] = frozenset()
 
-    def room(self, now: float, *, margin_s: float, benches: bool = True) -> int:
-        """How many ranks of a new generation it takes."""
+    def usable_slots(self, now: float, *, margin_s: float, respect_quarantine: bool = True) -> int:
+        """How many ranks of a new generation fit on this node.
+
+        Args:
+            margin_s: a node whose preemption is no further away takes none.
+            respect_quarantine: leave out slots whose rank hung a short time ago.
+        """
         if not self.is_ready or (self.preempted_at is not None and self.preempted_at - now <= margin_s):
             return 0
-        return max(0, self.num_slots - sum(until > now for until in self.quarantined_until) * benches)
+        num_quarantined = sum(until > now for until in self.quarantined_until)
+        return max(0, self.num_slots - num_quarantined * respect_quarantine)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MembershipState:
-    """All that decisions are made from."""
+    """Everything that decisions depend on."""
 
     min_workers: int
     max_workers: int
     phase: Phase = Phase.WAITING
     generation: int = 0
-    """The newest; the next has the next number."""
+    """The newest generation; the next one has the next number."""
     former_generation: int = 0
-    """The last one of the run before this supervisor; 0 if there was none."""
+    """The last generation before this supervisor started; 0 if there was none."""
     assignment: tuple[str, ...] = ()
-    """The node of each rank of the generation that is forming, training, leaving or stopping."""
+    """Rank → node, of the generation that is starting, training, draining or stopping."""
     nodes: Mapping[str, MemberNode] = field(default_factory=dict)
     stopping_nodes: frozenset[str] = frozenset()
-    """Nodes that were told to stop ranks, and have not said yet that they are gone. None starts before."""
+    """Nodes that were ordered to stop their ranks and have not confirmed. No generation starts before they do."""
     ended_ranks: frozenset[int] = frozenset()
     """Ranks of the generation that have ended by themselves."""
     done_step: int | None = None
-    """A rank has reached the end of the run, or stopped as it was asked to."""
+    """The step at which a rank reached the end of the run, or stopped on request."""
     stored_step: int = 0
-    """The newest step that is in storage."""
+    """The newest step in durable storage."""
     margin_s: float = 2.0
-    """What a planned change needs from being asked for until every rank has left."""
+    """How long a planned change takes, from the request until every rank has drained."""
     grow_at: float | None = None
-    """When the machines that have joined are taken in."""
+    """When nodes that have joined are taken in."""
     yield_until: float = 0.0
+    """Until then the run claims no more than its minimum."""
     num_failures: int = 0
     """Generations in a row that broke by themselves before their first step."""
     failure: str = ""
     """Why the generation broke before its first step, if it did."""
     has_lost_node: bool = False
-    """A machine was lost since the generation was formed: that it breaks may not be its own fault."""
-    flushing: tuple[int, int, int] | None = None
-    """WAITING: (step, generation, world size) of the snapshots that are to be made durable."""
+    """A node was lost since the generation started, so its end may not be its own fault."""
+    flushing: ReplicatedStep | None = None
+    """WAITING: the step that nodes write from memory to durable storage."""
     is_stopping: bool = False
-    """The run was asked to checkpoint and stop."""
+    """The run was asked to write a checkpoint and stop."""
     recovery_deadline: float | None = None
-    """A supervisor that was restarted has found a generation, and waits for all of its agents."""
+    """A restarted supervisor waits until then for all agents of the generation it has found."""
     dropped_before: int = 0
-    """Snapshots of generations before this one were let go."""
+    """Replicas of generations before this one were dropped."""
 
 
 # --- events -----------------------------------------------------------------------------------------------
@@ -109,14 +126,14 @@ class AgentAttached:
     is_ready: bool = False
     replicas: frozenset[ReplicaLocation] = frozenset()
     generation: int = 0
-    """Of the ranks that it has, or had last."""
+    """Of the ranks that run on it, or ran last."""
     running_ranks: Mapping[int, int] = field(default_factory=dict)
-    """Its ranks that run: rank → the generation's world size."""
+    """Running rank → the world size of its generation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReady:
-    """Its warm process is ready, or has died."""
+    """A node's fork server is ready, or has died."""
 
     node: str
     is_ready: bool = True
@@ -124,7 +141,7 @@ class NodeReady:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeLost:
-    """Its agent or its network is gone."""
+    """A node's agent or its network connection is gone."""
 
     node: str
     reason: str
@@ -132,7 +149,7 @@ class NodeLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotsChanged:
-    """The cluster has given assignment on a node, or has taken them back."""
+    """The cluster has given slots on a node, or has taken some back."""
 
     node: str
     num_slots: int
@@ -141,16 +158,16 @@ class SlotsChanged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreemptionNotice:
-    """A machine will be taken away."""
+    """A node will be taken away."""
 
     node: str
     preempted_at: float
-    """Now, where no time was given."""
+    """The current time if no time was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicasHeld:
-    """What is in a machine's memory now."""
+    """The complete list of replicas in a node's memory."""
 
     node: str
     replicas: frozenset[ReplicaLocation]
@@ -158,7 +175,7 @@ class ReplicasHeld:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationReady:
-    """The generation has made its first step."""
+    """A generation has completed its first step."""
 
     generation: int
 
@@ -168,15 +185,16 @@ class EndReason(StrEnum):
 
     DONE = "done"
     DRAINED = "drained"
+    """It ended after its step on request; the next generation continues from its snapshot."""
     BROKEN = "broken"
-    """Killed, or a connection to another rank broke: the run goes on."""
+    """It was killed, or its connection to another rank broke: the run continues."""
     FAILED = "failed"
-    """With an error that would come again."""
+    """An error that a restart would repeat."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEnded:
-    """A rank is gone."""
+    """A rank has ended."""
 
     generation: int
     rank: int
@@ -184,7 +202,7 @@ class RankEnded:
     step: int = 0
     reason: str = ""
     error: str = "RunError"
-    """FAILED: the class's name in `forge.errors`."""
+    """FAILED: the name of the class in `forge.errors`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +216,7 @@ class AgentStopped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HangDetected:
-    """No rank makes progress, and this one is behind."""
+    """No rank makes progress, and this rank is behind the others."""
 
     generation: int
     rank: int
@@ -214,12 +232,12 @@ class CheckpointCommitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRequested:
-    """Somebody asked the run to checkpoint and stop."""
+    """The run was asked to write a checkpoint and stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YieldRequested:
-    """Another run waits for its smallest number of workers."""
+    """Another run is waiting for its minimum number of workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +245,7 @@ class Tick:
     """Time has passed."""
 
     margin_s: float | None = None
-    """What a planned change needs, by what was measured."""
+    """How long a planned change takes, from measured step times."""
 
 
 Event = (
@@ -253,43 +271,44 @@ Event = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartGeneration:
-    """Start a generation's ranks."""
+    """Start the ranks of a generation."""
 
     generation: int
     assignment: tuple[str, ...]
+    """Rank → node."""
     step: int
-    """Where it goes on from."""
+    """The step to continue from."""
     source: tuple[int, int] | None
-    """(generation, world size) of the snapshots to load; None: from storage, or from nothing at step 0."""
+    """(generation, world size) of the snapshots to load; None: load from storage, or initialise at step 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopGeneration:
-    """Kill a generation's ranks at a node, and hear what it holds."""
+    """Kill a node's ranks of this and older generations, and have it report its replicas."""
 
     node: str
     generation: int
     keep_replicas: bool = False
-    """Elsewhere: the node has no part in it, but may have to keep copies of it."""
+    """The generation continues on other nodes, so this node keeps accepting replicas of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainGeneration:
-    """Ask a generation to end after its step."""
+    """Ask a generation to end after its current step."""
 
     generation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropReplicas:
-    """Let go of snapshots of generations before this one."""
+    """Free the replicas of generations before this one."""
 
     generation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlushToStorage:
-    """Make a durable checkpoint out of the snapshots of a step, as no ranks are there to do it."""
+    """Write a durable checkpoint from replicas, because no ranks run that could write it."""
 
     generation: int
     world_size: int
@@ -298,7 +317,7 @@ class FlushToStorage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitForNodes:
-    """Say that there are too few machines."""
+    """Report that the run waits because it has too few slots."""
 
     have: int
     need: int
@@ -306,7 +325,7 @@ class WaitForNodes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeMembership:
-    """Say that a generation ends, and why."""
+    """Report that a generation ends, and why."""
 
     generation: int
     cause: str
@@ -316,19 +335,19 @@ class ChangeMembership:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplaceNode:
-    """Ask the cluster for another machine in the place of one that will go, and give it nothing new."""
+    """Ask the cluster for a replacement of a node that will be preempted, and put nothing new on it."""
 
     node: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseSlots:
-    """Give the assignment back to the cluster that no rank is using."""
+    """Return the slots that no rank uses to the cluster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimSlots:
-    """Ask the cluster for as many assignment as the job allows."""
+    """Ask the cluster for as many slots as the job allows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,7 +359,7 @@ class FinishRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailRun:
-    """The run cannot go on."""
+    """The run cannot continue."""
 
     error: str
     reason: str

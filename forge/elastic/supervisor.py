@@ -1,122 +1,42 @@
-"""Keeps a run going: hears the agents, lets `membership.decide` decide, and carries it out.
+"""Runs a training job's membership: agents' reports become events, decisions become commands to agents.
 
-One per run. It believes what it sees itself: connections that close, heartbeats that stay away, ranks that
-make no progress; never Ray's table of nodes, which is up to a minute old. It keeps nothing that the agents
-do not know as well, so it may be killed and started again while the ranks go on.
-
-It is long because here, and nowhere else, what agents say becomes events, and decisions become messages.
+One supervisor per run. It relies on what it observes itself (closed connections, missing heartbeats, ranks without
+progress) and never on Ray's table of nodes, which is up to a minute old. It stores nothing that the agents do not
+know as well, so it can be killed and restarted while the ranks continue.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from forge.checkpoint.manifest import step_name
-from forge.checkpoint.writer_process import MEMBERSHIP_DIGITS
-from forge.elastic.commands import AgentConnection, find_spare, flush_commands, start_commands
+from forge import events
+from forge.elastic import states
+from forge.elastic.agent_connections import AgentConnection, AgentConnections, accept_agent
+from forge.elastic.background import BackgroundTasks
+from forge.elastic.commands import find_spare, start_commands
+from forge.elastic.flush_coordinator import FlushCoordinator
 from forge.elastic.hang_detector import HangDetector, StepTimes
-from forge.elastic.membership import RECOVERY_S, decide, newest_complete_step
-from forge.elastic.replicas.store import locations_from_record
+from forge.elastic.membership import RECOVERY_S, decide
+from forge.elastic.placement import Placement
+from forge.elastic.reports import attached_from, event_from
 from forge.elastic.rpc import Channel, Endpoint, Listener, Message
-from forge.elastic.states import (
-    Action,
-    AgentAttached,
-    AgentStopped,
-    ChangeMembership,
-    CheckpointCommitted,
-    ClaimSlots,
-    DrainGeneration,
-    DropReplicas,
-    EndReason,
-    Event,
-    FailRun,
-    FinishRun,
-    FlushToStorage,
-    GenerationReady,
-    HangDetected,
-    MembershipState,
-    NodeLost,
-    NodeReady,
-    Phase,
-    PreemptionNotice,
-    RankEnded,
-    ReleaseSlots,
-    ReplaceNode,
-    ReplicasHeld,
-    SlotsChanged,
-    StartGeneration,
-    StopGeneration,
-    StopRequested,
-    Tick,
-    WaitForNodes,
-    YieldRequested,
-)
-from forge.events import (
-    CheckpointFailed,
-    CheckpointSaved,
-    CostUpdated,
-    GenerationStarted,
-    GenerationStarting,
-    MembershipChangeStarted,
-    NodeJoined,
-    NodeLeft,
-    PreemptionNoticeReceived,
-    RankHung,
-    RankLocation,
-    WaitingForMachines,
-)
-from forge.events import Event as News
+from forge.elastic.states import Action, Event, MembershipState, Phase
 from forge.pricing.budget import CostMeter
 
 _TICK_S = 0.1
-# Heartbeats of all agents together, a second.
-_MOST_BEATS_PER_S = 10_000
-_BEAT_S = 0.25
-# A machine that has not been heard of for so long is lost; in a large cluster, after so many beats.
-_SILENCE_S = 3.0
-_SILENCE_BEATS = 8
-# A rank makes progress within this time and this multiple of a long step.
-_HANG_S = 5.0
-_HANG_STEPS = 4
-# While a generation forms, nothing may be seen of it for so long; the first one has the model to initialise.
-_FORMING_S = 20.0
-_FIRST_FORMING_S = 300.0
-# Ranks need a moment to write their stacks down before they are killed.
-_DUMP_S = 0.3
-# What a planned change needs beyond two steps: to be heard of, and to copy the state.
-_LEAVE_S = 1.5
-_PERSIST_AGAIN_S = 5.0
-# Two notices of a machine count as one if the second deadline is later, or earlier by less than this.
-_SAME_S = 1.0
-
-
-class Placement(Protocol):
-    """The assignment that the cluster gives a run, and the agents on them."""
-
-    def slots_of(self, node: str) -> tuple[int, int] | None:
-        """An agent's slots now, and how many of them are guaranteed; None if the node is not known."""
-
-    def claim_slots(self) -> None:
-        """Ask for as many assignment as the job allows."""
-
-    def set_used(self, used: Mapping[str, int]) -> None:
-        """So many assignment of each node have ranks at work now."""
-
-    def release_unused(self) -> None:
-        """Keep no more assignment than are used, and do not ask for more than the smallest number."""
-
-    def replace_node(self, node: str, *, seconds_left: float | None) -> None:
-        """A node will go: have the cluster give it nothing new, and ask for another."""
-
-    def agent_lost(self, node: str) -> None:
-        """An agent is gone; if its place is still ours, another is to be started there."""
+# A tick that is later than this was delayed by this process, not by the agents.
+_LATE_TICK_S = 1.0
+# Ranks need a moment to write their stacks to their logs before they are killed.
+_STACK_DUMP_S = 0.3
+# What a planned change takes beyond two steps: delivering the request and copying the state.
+_DRAIN_S = 1.5
+_FLUSH_RETRY_S = 5.0
+# Two notices of a node count as one if the second deadline is later, or earlier by less than this.
+_SAME_DEADLINE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,30 +45,20 @@ class Outcome:
 
     step: int
     error: str | None = None
-    """The class's name in `forge.errors`."""
+    """The name of the class in `forge.errors`."""
     reason: str = ""
-    """Of the error; or why the supervisor itself has stopped the run."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Generation:
-    """What is known of the generation beyond its assignment."""
-
-    pids: dict[int, int] = field(default_factory=dict)
-    hang_detector: HangDetector = field(default_factory=HangDetector)
-    is_accused: bool = False
-    """A rank of it was found to hang; its stacks are being written."""
+    """Of the error, or why the supervisor itself stopped the run."""
 
 
 class Supervisor:
-    """The one that decides for a run."""
+    """Decides on the membership of one run and carries the decisions out."""
 
     def __init__(
         self,
         state: MembershipState,
         *,
         placement: Placement,
-        record_event: Callable[[News], None],
+        record_event: Callable[[events.Event], None],
         checkpoints: str,
         meter: CostMeter,
         former_generation: int = 0,
@@ -158,14 +68,14 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
-        state: before anything has happened: the smallest and the largest number of workers.
-        record_event: writes an event down.
-        checkpoints: where the run's checkpoints go.
-        meter: counts what the machines cost.
-        former_generation: the last of the run so far; its number is not given twice.
-        stored_step: the newest step in storage.
-        is_restarted: agents of a supervisor before this one are there, perhaps with ranks at work.
-        findings: what another run of the same model has found out on these machines.
+        state: the initial state: the minimum and maximum number of workers.
+        record_event: writes an event to the run's record.
+        checkpoints: folder or URL of the run's checkpoints.
+        meter: measures what the nodes cost.
+        former_generation: the run's last generation so far; its number is not used again.
+        stored_step: the newest step in durable storage.
+        is_restarted: a supervisor ran before this one, and its agents may have running ranks.
+        findings: measurements of another run of the same model on the same hardware.
         """
         self.state = replace(
             state,
@@ -173,259 +83,192 @@ class Supervisor:
             stored_step=stored_step,
             recovery_deadline=clock() + RECOVERY_S if is_restarted else None,
         )
-        self._claims, self._tell, self._checkpoints, self._clock = placement, record_event, checkpoints, clock
-        self._meter, self._stop_reason = meter, ""
-        self._connections: dict[str, AgentConnection] = {}
-        self._generation = _Generation()
-        self._findings, self._has_formed = findings, is_restarted
-        self._holdings: dict[str, list[list[int]]] = {}
-        self._joined: set[str] = set()
+        self._placement, self._record_event, self._meter, self._clock = placement, record_event, meter, clock
+        self._stop_reason = ""
+        self._connections = AgentConnections()
+        self._findings, self._has_started = findings, is_restarted
+        self._pids: dict[int, int] = {}
+        """Of the current generation's ranks."""
         self._steps = StepTimes()
+        self._hang_detector = HangDetector()
+        self._joined: set[str] = set()
         self._changed_at: float | None = None
-        self._leave_s = _LEAVE_S
         self._ticked_at = clock()
-        self._heartbeat_s = _BEAT_S
-        self._persists: dict[int, float] = {}
+        self._tasks = BackgroundTasks()
+        self._flushes = FlushCoordinator(
+            self._connections, checkpoints=checkpoints, record_event=record_event, clock=clock
+        )
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def findings(self) -> Message | None:
-        """What is known of model and machines; see `forge.train.worker.Findings`."""
+        """Measurements of the model on these machines; see `forge.train.worker.ProbeResults`."""
         return self._findings
 
     def listen(self, *, host: str, secret: bytes) -> Endpoint:
-        """Let agents connect. Returns: where."""
+        """Accept agents. Returns: the endpoint they connect to."""
         self._listener = Listener(host=host, secret=secret, serve=self._serve)
-        self._keep(self._tick_forever())
+        self._tasks.start(self._tick_forever())
         return self._listener.endpoint
 
     def stop(self) -> None:
-        """Checkpoint, then end the run."""
-        self.apply(StopRequested())
-        self._wish("STOP")
+        """Write a checkpoint, then end the run."""
+        self.apply(states.StopRequested())
+        self._set_flag("STOP")
 
     def yield_slots(self) -> None:
-        """Another run waits for its smallest number of workers."""
-        self.apply(YieldRequested())
+        """Release workers above the minimum, because another run is waiting for its minimum."""
+        self.apply(states.YieldRequested())
 
     def update_slots(self, node: str, *, num_slots: int, num_guaranteed: int, devices: Sequence[str]) -> None:
-        """The cluster has changed its mind about how many ranks fit on a node, and on which devices."""
-        self._send(node, {"command": "set_devices", "devices": list(devices)})
-        self.apply(SlotsChanged(node=node, num_slots=num_slots, num_guaranteed=num_guaranteed))
+        """The cluster has changed how many ranks fit on a node, or on which devices."""
+        self._connections.send(node, {"command": "set_devices", "devices": list(devices)})
+        self.apply(states.SlotsChanged(node=node, num_slots=num_slots, num_guaranteed=num_guaranteed))
 
     def announce_preemption(self, node: str, *, source: str, seconds_left: float | None) -> None:
-        """A machine will be taken away; may be said again and again."""
+        """A node will be taken away; repetitions of a notice are ignored."""
         preempted_at = self._clock() + (seconds_left or 0.0)
         known = self.state.nodes.get(node)
-        if known is None or (known.preempted_at is not None and preempted_at > known.preempted_at - _SAME_S):
+        if known is None or (
+            known.preempted_at is not None and preempted_at > known.preempted_at - _SAME_DEADLINE_S
+        ):
             return
-        self._tell(PreemptionNoticeReceived(node=node, source=source, seconds_left=seconds_left))
-        self.apply(PreemptionNotice(node=node, preempted_at=preempted_at))
+        self._record_event(events.PreemptionNoticeReceived(node=node, source=source, seconds_left=seconds_left))
+        self.apply(states.PreemptionNotice(node=node, preempted_at=preempted_at))
 
     def close(self) -> None:
-        """Send all agents home."""
-        for connection in self._connections.values():
-            connection.send({"command": "shut_down"})
-        for task in list(self._tasks):
-            task.cancel()
+        """Shut down all agents."""
+        self._connections.broadcast({"command": "shut_down"})
+        self._tasks.cancel()
 
-    # --- what comes in
+    # --- connections
 
-    def attach(self, connection: AgentConnection, hello: Message) -> None:
-        """An agent has connected."""
-        former = self._connections.pop(connection.node, None)
-        if former is not None:
-            former.close()
-        self._connections[connection.node] = connection
-        self._pace()
-        connection.send({"command": "set_heartbeat", "heartbeat_s": self._heartbeat_s})
-        for rank, pid in hello["pids"].items():
-            if hello["generation"] == self.state.generation or self.state.generation == 0:
-                self._generation.pids[int(rank)] = pid
-        self._meter.add_agent(connection.node, host=connection.host, usd_per_hour=hello["usd_per_hour"])
-        self._holdings[connection.node] = hello["replicas"]
-        self._findings = self._findings or hello["findings"]
-        num_slots, num_guaranteed = self._claims.slots_of(connection.node) or (
-            hello["num_slots"],
-            hello["num_guaranteed"],
-        )
-        self.apply(
-            AgentAttached(
-                node=connection.node,
-                num_slots=num_slots,
-                num_guaranteed=num_guaranteed,
-                is_ready=hello["is_ready"],
-                replicas=locations_from_record(hello["replicas"]),
-                generation=hello["generation"],
-                running_ranks={int(rank): size for rank, size in hello["running_ranks"].items()},
-            )
-        )
-        if hello["running_ranks"]:  # of a supervisor before this one
-            self._claims.set_used(Counter(self.state.assignment))
-        if hello["is_ready"]:
-            self._tell_joined(connection.node)
-        if self.state.phase is Phase.DRAINING:  # it may not have heard the wish
-            self._wish("DRAIN")
+    def attach(self, connection: AgentConnection, registration: Message) -> None:
+        """An agent has connected and registered."""
+        node = connection.node
+        self._connections.add(connection)
+        for rank, pid in registration["pids"].items():
+            if registration["generation"] == self.state.generation or self.state.generation == 0:
+                self._pids[int(rank)] = pid
+        self._meter.add_agent(node, host=connection.host, usd_per_hour=registration["usd_per_hour"])
+        self._findings = self._findings or registration["findings"]
+        self.apply(attached_from(registration, slots=self._placement.slots_of(node)))
+        if registration["running_ranks"]:  # started by a supervisor before this one
+            self._placement.set_used(Counter(self.state.assignment))
+        if registration["is_ready"]:
+            self._record_joined(node)
+        if self.state.phase is Phase.DRAINING:  # the flag may have been lost with the connection
+            self._set_flag("DRAIN")
         if self.state.is_stopping:
-            self._wish("STOP")
+            self._set_flag("STOP")
 
     def detach(self, connection: AgentConnection, reason: str) -> None:
         """An agent's connection is closed."""
-        if self._connections.get(connection.node) is not connection:
+        node = connection.node
+        if not self._connections.remove(connection):
             return
-        del self._connections[connection.node]
-        self._holdings.pop(connection.node, None)
-        self._meter.remove_agent(connection.node)
-        self._pace()
-        if connection.node in self._joined:
-            self._joined.discard(connection.node)
-            self._tell(NodeLeft(node=connection.node, reason=reason))
-        self._claims.agent_lost(connection.node)
-        self.apply(NodeLost(node=connection.node, reason=reason))
-        assignment = set(self.state.assignment)
-        if len(assignment) == 1 and self.state.phase in (Phase.STARTING, Phase.TRAINING, Phase.DRAINING):
-            self._replace_spare(*assignment)
-
-    def receive(self, connection: AgentConnection, message: Message) -> None:
-        """An agent has said something."""
-        node, now = connection.node, self._clock()
-        connection.heard_at = now
-        match message["report"]:
-            case "heartbeat":
-                self._beat(connection, message, now)
-            case "ready":
-                self.apply(NodeReady(node=node, is_ready=message["is_ready"]))
-                if message["is_ready"]:
-                    self._tell_joined(node)
-            case "forked":
-                if message["generation"] == self.state.generation:
-                    self._generation.pids[message["rank"]] = message["pid"]
-            case "started":
-                self._formed(message["started"])
-            case "findings":
-                self._findings = message["findings"]
-            case "ended":
-                self.apply(
-                    RankEnded(
-                        generation=message["generation"],
-                        rank=message["rank"],
-                        end=EndReason(message["end"]),
-                        step=message["step"],
-                        reason=message["reason"],
-                        error=message["error"] or "RunError",
-                    )
-                )
-            case "stopped":
-                self._holdings[node] = message["replicas"]
-                replicas = locations_from_record(message["replicas"])
-                self.apply(AgentStopped(node=node, generation=message["generation"], replicas=replicas))
-            case "preemption":
-                self._notice(connection, message)
-            case "rendezvous":
-                connection.rendezvous_port = message["port"]
-            case "checkpoint_committed":
-                self.apply(CheckpointCommitted(step=message["step"]))
-            case "flushed":
-                self._persisted(message)
-
-    def apply(self, event: Event) -> None:
-        """Decide what follows from an event, and carry it out."""
-        began = time.monotonic()
-        self.state, actions = decide(self.state, event, now=self._clock())
-        for action in actions:
-            self._perform(action, decided_in_s=time.monotonic() - began)
+        self._meter.remove_agent(node)
+        if node in self._joined:
+            self._joined.discard(node)
+            self._record_event(events.NodeLeft(node=node, reason=reason))
+        self._placement.agent_lost(node)
+        self.apply(states.NodeLost(node=node, reason=reason))
+        assigned = set(self.state.assignment)
+        if len(assigned) == 1 and self.state.phase in (Phase.STARTING, Phase.TRAINING, Phase.DRAINING):
+            self._replace_spare(*assigned)
 
     async def _serve(self, channel: Channel) -> None:
-        """One agent's connection, from its hello to its end."""
-        hello = await channel.receive()
-        if hello.get("report") != "register":
+        """One agent's connection, from its registration to its end."""
+        registration = await channel.receive()
+        if registration.get("report") != "register":
             return
-        connection = AgentConnection(
-            node=hello["node"],
-            host=hello["host"],
-            endpoint=tuple(hello["endpoint"]),
-            rendezvous_port=hello["rendezvous_port"],
-            agent_pid=hello["pid"],
-            send=lambda message: self._keep(_send(channel, message)),
-            close=channel.close,
-            heard_at=self._clock(),
-        )
-        self.attach(connection, hello)
+        connection = accept_agent(registration, channel, tasks=self._tasks, now=self._clock())
+        self.attach(connection, registration)
         try:
             while True:
                 self.receive(connection, await channel.receive())
         finally:
             self.detach(connection, "its connection closed")
 
-    def _beat(self, connection: AgentConnection, message: Message, now: float) -> None:
-        if message["generation"] == self.state.generation:
-            for rank, silent_ms, step, step_ns, is_halted in message["ranks"]:
-                silent_s = silent_ms / 1000
-                self._generation.hang_detector.update(rank, silent_s=silent_s, is_halted=bool(is_halted), now=now)
+    # --- reports of agents
+
+    def receive(self, connection: AgentConnection, report: Message) -> None:
+        """Handle one report of an agent."""
+        node, now = connection.node, self._clock()
+        connection.heard_at = now
+        match report["report"]:
+            case "heartbeat":
+                self._note_progress(report, now)
+            case "forked" if report["generation"] == self.state.generation:
+                self._pids[report["rank"]] = report["pid"]
+            case "started":
+                self._generation_started(report["started"])
+            case "findings":
+                self._findings = report["findings"]
+            case "preemption":
+                self._preemption_reported(node, report)
+            case "rendezvous":
+                connection.rendezvous_port = report["port"]
+            case "flushed":
+                self._flush_ended(report)
+        event = event_from(report, node=node)
+        if event is not None:
+            self.apply(event)
+        if report["report"] == "ready" and report["is_ready"]:
+            self._record_joined(node)
+
+    def apply(self, event: Event) -> None:
+        """Decide on an event and carry out the actions."""
+        began = time.monotonic()
+        self.state, actions = decide(self.state, event, now=self._clock())
+        for action in actions:
+            self._perform(action, decided_in_s=time.monotonic() - began)
+
+    def _note_progress(self, heartbeat: Message, now: float) -> None:
+        if heartbeat["generation"] == self.state.generation:
+            for rank, silent_ms, step, step_ns, is_suspended in heartbeat["ranks"]:
+                self._hang_detector.update(
+                    rank, silent_s=silent_ms / 1000, is_suspended=bool(is_suspended), now=now
+                )
                 self._steps.add(step, step_ns / 1e9)
-        if "replicas" in message:
-            self._holdings[connection.node] = message["replicas"]
-            self.apply(ReplicasHeld(node=connection.node, replicas=locations_from_record(message["replicas"])))
 
-    def _notice(self, connection: AgentConnection, message: Message) -> None:
-        left_s = message["seconds_left"]
-        if message["is_certain"]:
-            self.announce_preemption(connection.node, source=message["source"], seconds_left=left_s)
-        else:  # only a risk: have another machine ready
-            source = message["source"]
-            self._tell(
-                PreemptionNoticeReceived(node=connection.node, source=source, seconds_left=left_s, is_certain=False)
-            )
-            self._claims.replace_node(connection.node, seconds_left=None)
+    def _preemption_reported(self, node: str, report: Message) -> None:
+        source, left_s = report["source"], report["seconds_left"]
+        if report["is_certain"]:
+            self.announce_preemption(node, source=source, seconds_left=left_s)
+            return
+        # Only a risk: ask for another node, and continue on this one.
+        self._record_event(
+            events.PreemptionNoticeReceived(node=node, source=source, seconds_left=left_s, is_certain=False)
+        )
+        self._placement.replace_node(node, seconds_left=None)
 
-    def _formed(self, formed: Message) -> None:
-        if formed["generation"] != self.state.generation:
+    def _generation_started(self, started: Message) -> None:
+        if started["generation"] != self.state.generation:
             return
         ranks = tuple(
-            RankLocation(rank=rank, node=node, pid=self._generation.pids.get(rank, 0))
+            events.RankLocation(rank=rank, node=node, pid=self._pids.get(rank, 0))
             for rank, node in enumerate(self.state.assignment)
         )
-        self._tell(GenerationStarted(**formed | {"ranks": ranks}))
-        self._has_formed = True
-        self.apply(GenerationReady(generation=formed["generation"]))
+        self._record_event(events.GenerationStarted(**started | {"ranks": ranks}))
+        self._has_started = True
+        self.apply(states.GenerationReady(generation=started["generation"]))
 
-    def _persisted(self, message: Message) -> None:
-        began = self._persists.pop(message["step"], self._clock())
-        if not message["size_bytes"]:
-            self._tell(
-                CheckpointFailed(step=message["step"], reason="the snapshots could not be written to storage")
-            )
-            self._keep(self._persist_again())
-            return
-        self._tell(
-            CheckpointSaved(
-                step=message["step"],
-                folder=f"{self._checkpoints}/{step_name(message['step'])}",
-                size_bytes=message["size_bytes"],
-                seconds=self._clock() - began,
-                stall_s=0.0,
-            )
-        )
-        self.apply(CheckpointCommitted(step=message["step"]))
+    def _flush_ended(self, report: Message) -> None:
+        if self._flushes.finish(report):
+            self.apply(states.CheckpointCommitted(step=report["step"]))
+        else:
+            self._tasks.start(self._flushes.retry(lambda: self.state))
 
-    async def _persist_again(self) -> None:
-        """Storage that fails may be back soon; nothing is lost meanwhile."""
-        await asyncio.sleep(_PERSIST_AGAIN_S)
-        found = newest_complete_step(self.state)
-        if self.state.phase is Phase.WAITING and found is not None and found[0] > self.state.stored_step:
-            self._persist(FlushToStorage(step=found[0], generation=found[1], world_size=found[2]))
-
-    def _tell_joined(self, node: str) -> None:
+    def _record_joined(self, node: str) -> None:
         if node not in self._joined and node in self._connections:
             self._joined.add(node)
             connection, known = self._connections[node], self.state.nodes.get(node)
-            num_slots = known.num_slots if known else 0
-            self._tell(
-                NodeJoined(node=node, host=connection.host, num_slots=num_slots, agent_pid=connection.agent_pid)
-            )
+            num_slots, pid = known.num_slots if known else 0, connection.agent_pid
+            joined = events.NodeJoined(node=node, host=connection.host, num_slots=num_slots, agent_pid=pid)
+            self._record_event(joined)
 
-    # --- time
+    # --- checks that time triggers
 
     async def _tick_forever(self) -> None:
         while True:
@@ -433,158 +276,122 @@ class Supervisor:
             self.tick()
 
     def tick(self) -> None:
-        """Look at what has not happened."""
+        """Check for silent agents, stalled ranks and the budget, and let time pass in the membership state."""
         now = self._clock()
         late_s, self._ticked_at = now - self._ticked_at - _TICK_S, now
-        if late_s > 1.0:  # it was this process that was not listening
-            for connection in self._connections.values():
-                connection.heard_at += late_s
-        silence_s = max(_SILENCE_S, _SILENCE_BEATS * self._heartbeat_s)
-        for connection in [
-            connection for connection in self._connections.values() if now - connection.heard_at > silence_s
-        ]:
+        if late_s > _LATE_TICK_S:
+            self._connections.excuse_silence(late_s)
+        for connection in self._connections.silent(now):
             connection.close()
-            self.detach(connection, f"not heard of for {now - connection.heard_at:.1f} s")
-        self._look_for_hang(now)
-        self._look_at_cost(now)
-        self.apply(Tick(margin_s=2 * self._steps.p99_s + self._leave_s))
+            self.detach(connection, f"no heartbeat for {now - connection.heard_at:.1f} s")
+        self._check_progress(now)
+        self._check_cost(now)
+        self.apply(states.Tick(margin_s=2 * self._steps.p99_s + _DRAIN_S))
 
-    def _look_for_hang(self, now: float) -> None:
-        generation = self._generation
-        if self.state.phase not in (Phase.STARTING, Phase.TRAINING, Phase.DRAINING) or generation.is_accused:
-            return
-        if self.state.phase is Phase.STARTING:
-            limit_s = _FORMING_S if self._findings and self._has_formed else _FIRST_FORMING_S
-        else:
-            limit_s = max(_HANG_S, _HANG_STEPS * self._steps.p99_s)
-        silence = generation.hang_detector.find_stalled_rank(limit_s=limit_s, now=now)
-        if silence is not None:
-            generation.is_accused = True
-            self._broadcast({"command": "dump_stacks", "generation": self.state.generation})
-            self._keep(self._accuse(self.state.generation, silence.rank, silent_s=silence.seconds))
+    def _check_progress(self, now: float) -> None:
+        is_first = not (self._findings and self._has_started)
+        limit_s = self._steps.stall_limit_s(self.state.phase, is_first=is_first)
+        stalled = self._hang_detector.find_stalled_rank(limit_s=limit_s, now=now)
+        if stalled is not None:
+            generation = self.state.generation
+            self._connections.broadcast({"command": "dump_stacks", "generation": generation})
+            self._tasks.start(self._report_hang(generation, stalled.rank, silent_s=stalled.seconds))
 
-    def _look_at_cost(self, now: float) -> None:
-        """Stop, with a checkpoint, when the run costs more than it may."""
+    async def _report_hang(self, generation: int, rank: int, *, silent_s: float) -> None:
+        await asyncio.sleep(_STACK_DUMP_S)
+        if generation == self.state.generation and rank < len(self.state.assignment):
+            node = self.state.assignment[rank]
+            self._record_event(events.RankHung(generation=generation, rank=rank, node=node, silent_s=silent_s))
+        self.apply(states.HangDetected(generation=generation, rank=rank, silent_s=silent_s))
+
+    def _check_cost(self, now: float) -> None:
+        """Stop with a checkpoint if the run exceeds its budget."""
         self._meter.count(now)
         if self._meter.take_report(now):
-            self._tell(CostUpdated(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour))
+            self._record_cost()
         if not self.state.is_stopping and (violation := self._meter.violation()):
             self._stop_reason = violation
             self.stop()
 
-    async def _accuse(self, generation: int, rank: int, *, silent_s: float) -> None:
-        await asyncio.sleep(_DUMP_S)
-        if generation == self.state.generation and rank < len(self.state.assignment):
-            place = self.state.assignment[rank]
-            self._tell(RankHung(generation=generation, rank=rank, node=place, silent_s=silent_s))
-        self.apply(HangDetected(generation=generation, rank=rank, silent_s=silent_s))
+    def _record_cost(self) -> None:
+        meter = self._meter
+        self._record_event(events.CostUpdated(usd=meter.spent_usd, usd_per_hour=meter.usd_per_hour))
 
-    def _pace(self) -> None:
-        """Many agents speak less often."""
-        heartbeat_s = max(_BEAT_S, len(self._connections) / _MOST_BEATS_PER_S)
-        if abs(heartbeat_s - self._heartbeat_s) > 0.1 * self._heartbeat_s:
-            self._heartbeat_s = heartbeat_s
-            self._broadcast({"command": "set_heartbeat", "heartbeat_s": heartbeat_s})
-
-    # --- what goes out
+    # --- actions
 
     def _perform(self, action: Action, *, decided_in_s: float) -> None:
-        now = self._clock()
         match action:
-            case StartGeneration():
+            case states.StartGeneration():
                 self._start(action, decided_in_s=decided_in_s)
-            case StopGeneration():
-                stop = {"command": "stop", "generation": action.generation, "keep_replicas": action.keep_replicas}
-                self._send(action.node, stop)
-            case DrainGeneration():
-                self._wish("DRAIN")
-            case DropReplicas():
-                self._broadcast({"command": "drop_replicas", "generation": action.generation})
-            case FlushToStorage():
-                self._persist(action)
-            case WaitForNodes():
-                self._tell(WaitingForMachines(have=action.have, need=action.need))
-            case ChangeMembership():
-                self._changed_at = now
-                self._tell(
-                    MembershipChangeStarted(
+            case states.StopGeneration(node=node, generation=generation, keep_replicas=keep_replicas):
+                stop = {"command": "stop", "generation": generation, "keep_replicas": keep_replicas}
+                self._connections.send(node, stop)
+            case states.DrainGeneration():
+                self._set_flag("DRAIN")
+            case states.DropReplicas(generation=generation):
+                self._connections.broadcast({"command": "drop_replicas", "generation": generation})
+            case states.FlushToStorage():
+                self._flushes.start(action, self.state)
+            case states.WaitForNodes(have=have, need=need):
+                self._record_event(events.WaitingForMachines(have=have, need=need))
+            case states.ChangeMembership():
+                self._changed_at = self._clock()
+                self._record_event(
+                    events.MembershipChangeStarted(
                         generation=action.generation,
                         cause=action.cause,
                         reason=action.reason,
                         seconds_since_cause=action.silent_s,
                     )
                 )
-            case ReplaceNode():
-                preempted_at = self.state.nodes[action.node].preempted_at
-                self._claims.replace_node(
-                    action.node, seconds_left=None if preempted_at is None else preempted_at - now
-                )
-            case ReleaseSlots():
-                self._claims.set_used(Counter(self.state.assignment))
-                self._claims.release_unused()
-            case ClaimSlots():
-                self._claims.claim_slots()
-            case FinishRun():
-                self._end(Outcome(step=action.step, reason=self._stop_reason))
-            case FailRun():
-                self._end(Outcome(step=0, error=action.error, reason=action.reason))
+            case states.ReplaceNode(node=node):
+                preempted_at = self.state.nodes[node].preempted_at
+                left_s = None if preempted_at is None else preempted_at - self._clock()
+                self._placement.replace_node(node, seconds_left=left_s)
+            case states.ReleaseSlots():
+                self._placement.set_used(Counter(self.state.assignment))
+                self._placement.release_unused()
+            case states.ClaimSlots():
+                self._placement.claim_slots()
+            case states.FinishRun(step=step):
+                self._end(Outcome(step=step, reason=self._stop_reason))
+            case states.FailRun(error=error, reason=reason):
+                self._end(Outcome(step=0, error=error, reason=reason))
 
-    def _start(self, start: StartGeneration, *, decided_in_s: float) -> None:
-        now = self._clock()
-        source = "memory" if start.source else "storage"
-        self._tell(
-            GenerationStarting(
-                generation=start.generation, world_size=len(start.assignment), from_step=start.step, source=source
+    def _start(self, start: states.StartGeneration, *, decided_in_s: float) -> None:
+        self._record_event(
+            events.GenerationStarting(
+                generation=start.generation,
+                world_size=len(start.assignment),
+                from_step=start.step,
+                source="memory" if start.source else "storage",
             )
         )
         laps = {"decide": round(decided_in_s, 4)}
         if self._changed_at is not None:
-            laps = {"stop": round(now - self._changed_at, 3)} | laps
+            laps = {"stop": round(self._clock() - self._changed_at, 3)} | laps
         self._changed_at = None
-        self._generation = _Generation()
-        self._claims.set_used(Counter(start.assignment))
-        orders = start_commands(start, self.state, self._connections, findings=self._findings, laps=laps)
-        for node, order in orders.items():
-            self._send(node, order)
+        self._pids, self._hang_detector = {}, HangDetector()
+        self._placement.set_used(Counter(start.assignment))
+        commands = start_commands(start, self.state, self._connections, findings=self._findings, laps=laps)
+        for node, command in commands.items():
+            self._connections.send(node, command)
 
     def _replace_spare(self, node: str) -> None:
-        """A machine at work alone keeps its copies on one without ranks; that may be the one that was lost."""
+        """Choose again which node keeps replicas for the only node with ranks; the former one may be gone."""
         spare = find_spare(node, self.state, self._connections)
         endpoint = None if spare is None else list(self._connections[spare].endpoint)
-        self._send(node, {"command": "set_peer", "generation": self.state.generation, "peer": endpoint})
+        generation = self.state.generation
+        self._connections.send(node, {"command": "set_peer", "generation": generation, "peer": endpoint})
 
-    def _persist(self, action: FlushToStorage) -> None:
-        self._persists[action.step] = self._clock()
-        token = secrets.token_hex(MEMBERSHIP_DIGITS // 2) + "0001"
-        for node, order in flush_commands(action, self.state, token=token).items():
-            self._send(node, order)
-
-    def _wish(self, word: str) -> None:
-        """Tell the first rank's agent what is wished of the generation."""
+    def _set_flag(self, flag: str) -> None:
+        """Set a control flag of rank 0: `STOP` or `DRAIN`."""
         if self.state.assignment:
-            wish = {"command": "set_flag", "generation": self.state.generation, "flag": word}
-            self._send(self.state.assignment[0], wish)
+            set_flag = {"command": "set_flag", "generation": self.state.generation, "flag": flag}
+            self._connections.send(self.state.assignment[0], set_flag)
 
     def _end(self, outcome: Outcome) -> None:
         if not self.outcome.done():
             if self._meter.spent_usd:
-                self._tell(CostUpdated(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour))
+                self._record_cost()
             self.outcome.set_result(outcome)
-
-    def _send(self, node: str, message: Message) -> None:
-        if node in self._connections:
-            self._connections[node].send(message)
-
-    def _broadcast(self, message: Message) -> None:
-        for connection in self._connections.values():
-            connection.send(message)
-
-    def _keep(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-
-async def _send(channel: Channel, message: Message) -> None:
-    with contextlib.suppress(OSError, ValueError):  # whoever reads from it sees that it is closed
-        await channel.send(message)

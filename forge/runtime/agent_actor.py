@@ -18,7 +18,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from forge.elastic.agent import Agent, AgentConfig, NoSupervisorError
+from forge.elastic.agent import Agent, NoSupervisorError
+from forge.elastic.agent_config import AgentConfig
 from forge.elastic.rpc import Endpoint
 from forge.elastic.workers.fork_client import ForkServerPool
 from forge.events import Event, NodeLeft, StepMetrics

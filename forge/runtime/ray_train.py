@@ -19,11 +19,11 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from forge.code_archive import restore_code
 from forge.errors import ClusterError, ForgeError
-from forge.events import RunFailed
+from forge.events import NullReporter, RunFailed
 from forge.plan.plan import Plan, plan_from_json
 from forge.process import redirect_output
 from forge.runs.secrets import credentials
-from forge.runtime.recorder_actor import ActorReporter, NullReporter
+from forge.runtime.recorder_actor import ActorReporter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,22 +119,3 @@ class ActorReporter:
                 self._stop = bool(ray.get(answer)) or self._stop
             except ray.exceptions.RayTaskError as error:
                 raise RunError(f"cannot write the run's events and metrics: {error.cause}") from error
-
-
-class NullReporter:
-    """The reporter of all ranks but the first: reports nothing and decides nothing."""
-
-    def event(self, event: Event) -> None:
-        pass
-
-    def step(self, metrics: StepMetrics) -> None:
-        pass
-
-    def resend(self, metrics: StepMetrics) -> None:
-        pass
-
-    def should_stop(self) -> bool:
-        return False
-
-    def should_drain(self) -> bool:
-        return False

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from forge.elastic.agent import AgentConfig
+from forge.elastic.agent_config import AgentConfig
 from forge.elastic.rpc import Message
 from forge.elastic.states import MembershipState
 from forge.elastic.supervisor import Supervisor

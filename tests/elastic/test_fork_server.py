@@ -19,7 +19,8 @@ import pytest
 
 from forge.checkpoint.reader import verify_checkpoint
 from forge.checkpoint.storage import open_storage
-from forge.elastic.agent import Agent, AgentConfig
+from forge.elastic.agent import Agent
+from forge.elastic.agent_config import AgentConfig
 from forge.elastic.replicas.store import locations_from_record
 from forge.elastic.rpc import Channel, Endpoint, Listener, Message, pack
 from forge.elastic.states import ReplicaLocation
@@ -449,11 +450,11 @@ def test_a_pool_hands_warm_processes_on_and_forks_others_from_the_first(tmp_path
     async def use() -> None:
         pool = ForkServerPool(log=tmp_path / "warm.log")
         first, second = pool.take(plans[0]), pool.take(plans[1])
-        assert (await first.receive() or {}).keys() >= {"warm", "pid"}
+        assert (await first.receive() or {}).keys() >= {"ready", "pid"}
         async with asyncio.timeout(5):  # it imports nothing any more
             told = await second.receive()
         assert told is not None
-        assert told["warm"] < 2
+        assert told["ready"] < 2
         first.kill()
         assert second.is_alive
         pool.release(second)

@@ -43,6 +43,7 @@ from forge.elastic.states import (
     ReplaceNode,
     ReplicaLocation,
     ReplicasHeld,
+    ReplicatedStep,
     SlotsChanged,
     StartGeneration,
     StopGeneration,
@@ -316,7 +317,9 @@ def test_older_snapshots_are_let_go_once_those_of_the_new_generation_are_whole()
 def test_a_step_is_whole_only_if_one_generation_holds_all_of_it() -> None:
     held = snapshots(5, 0, of=2) | snapshots(5, 1, of=2, generation=2) | snapshots(3, 0, of=1, generation=3)
     node = MemberNode(num_slots=1, replicas=held)
-    assert newest_complete_step(MembershipState(min_workers=1, max_workers=1, nodes={"a": node})) == (3, 3, 1)
+    assert newest_complete_step(MembershipState(min_workers=1, max_workers=1, nodes={"a": node})) == ReplicatedStep(
+        step=3, generation=3, world_size=1
+    )
     assert newest_complete_step(MembershipState(min_workers=1, max_workers=1)) is None
 
 

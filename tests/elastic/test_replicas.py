@@ -23,8 +23,9 @@ from forge.checkpoint.reader import find_checkpoint
 from forge.checkpoint.snapshot_buffer import SnapshotBuffer, create_snapshot_buffer
 from forge.checkpoint.storage import open_storage
 from forge.elastic.replicas.flush import flush_shard
+from forge.elastic.replicas.replicate import Replicator
 from forge.elastic.replicas.restore import PeerStateSource, ShardLocation
-from forge.elastic.replicas.store import ReplicaStore, Replicator, locations_from_record, locations_record
+from forge.elastic.replicas.store import ReplicaStore, locations_from_record, locations_record
 from forge.elastic.rpc import Channel, Endpoint, Listener, connect
 from forge.elastic.states import ReplicaLocation
 from tests.support.checkpoints import layout_of, model_shape, progress, values

@@ -21,7 +21,7 @@ from forge.elastic.rpc import (
     Endpoint,
     Listener,
     Message,
-    Reader,
+    SyncChannel,
     connect,
     pack,
     unpack,
@@ -124,7 +124,7 @@ def test_a_server_without_the_secret_is_not_believed(converse: Callable[[Any, An
             with pytest.raises(AuthenticationError):
                 await connect(endpoint, secret=SECRET)
             with pytest.raises(AuthenticationError):
-                await asyncio.to_thread(Reader, endpoint, secret=SECRET, timeout_s=5)
+                await asyncio.to_thread(SyncChannel, endpoint, secret=SECRET, timeout_s=5)
 
     asyncio.run(ask())
 
@@ -187,7 +187,7 @@ def test_garbage_disturbs_nobody_else(garbage: bytes) -> None:
 
 
 def test_who_says_nothing_is_dropped_and_hinders_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel_module, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(channel_module, "_HANDSHAKE_TIMEOUT_S", 0.3)
 
     async def keep_silent() -> None:
         async with listening() as listener, stranger(listener.endpoint) as (reader, _):
@@ -206,7 +206,7 @@ def test_a_server_that_says_nothing_is_given_up() -> None:
             with pytest.raises(TimeoutError):
                 await connect(endpoint, secret=SECRET, timeout_s=0.2)
             with pytest.raises(TimeoutError):
-                await asyncio.to_thread(Reader, endpoint, secret=SECRET, timeout_s=0.2)
+                await asyncio.to_thread(SyncChannel, endpoint, secret=SECRET, timeout_s=0.2)
 
     asyncio.run(ask())
 
@@ -289,11 +289,11 @@ def test_a_process_without_an_event_loop_reads_the_same() -> None:
             await channel.send_file(fd, offset=0, count=len(data))
 
     def read(endpoint: Endpoint) -> tuple[Message, bytes]:
-        reader = Reader(endpoint, secret=SECRET, timeout_s=5)
-        answer, received = reader.ask({"n": 1}), bytearray(len(data))
+        reader = SyncChannel(endpoint, secret=SECRET, timeout_s=5)
+        answer, received = reader.request({"n": 1}), bytearray(len(data))
         reader.receive_into(memoryview(received))
         with pytest.raises((OSError, EOFError)):
-            reader.ask({"n": 2})
+            reader.request({"n": 2})
         reader.close()
         return answer, bytes(received)
 
@@ -328,7 +328,7 @@ def test_a_file_that_is_shorter_than_announced_is_an_error() -> None:
 
 def test_a_network_that_is_faster_than_its_reader_leaves_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heartbeats go on while a state of many gigabytes arrives."""
-    monkeypatch.setattr(channel_module, "_TURN_BYTES", 1000)
+    monkeypatch.setattr(channel_module, "_MAX_BUSY_BYTES", 1000)
     ours, theirs = socket.socketpair()
 
     async def receive() -> None:
@@ -410,9 +410,9 @@ def test_a_length_that_is_too_large_is_not_believed_of_a_server_either() -> None
         await channel.receive()
 
     def read(endpoint: Endpoint) -> None:
-        reader = Reader(endpoint, secret=SECRET, timeout_s=5)
+        reader = SyncChannel(endpoint, secret=SECRET, timeout_s=5)
         with contextlib.closing(reader), pytest.raises(ValueError, match="2147483648 bytes"):
-            reader.ask({"n": 1})
+            reader.request({"n": 1})
 
     async def exaggerate() -> None:
         async with listening(serve) as listener:

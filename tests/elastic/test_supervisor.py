@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from forge.elastic.commands import AgentConnection, source_shards, start_commands
+from forge.elastic.agent_connections import AgentConnection
+from forge.elastic.commands import source_shards, start_commands
 from forge.elastic.states import MemberNode, MembershipState, Phase, ReplicaLocation, StartGeneration
 from forge.elastic.supervisor import Supervisor
 from forge.errors import ClusterError
@@ -65,7 +66,8 @@ class Stage:
             close=lambda: None,
             heard_at=self.now,
         )
-        hello = {
+        registration = {
+            "node": name,
             **{
                 "pids": {},
                 "generation": 0,
@@ -76,7 +78,7 @@ class Stage:
             },
             **{"num_slots": 1, "num_guaranteed": 1, "usd_per_hour": usd_per_hour},
         }
-        self.supervisor.attach(self.connections[name], hello)
+        self.supervisor.attach(self.connections[name], registration)
 
     def form(self) -> None:
         formed = {

@@ -1,7 +1,7 @@
-"""A durable checkpoint out of the store, when no ranks are there to order it.
+"""Writes a durable checkpoint from the replica store, when no ranks run that could write it.
 
-The same saver process that writes a rank's part while it trains is started on a snapshot that outlived its
-rank; the first rank's saver waits for the others and seals the checkpoint, as ever.
+It starts the writer process that also writes a rank's shard during training, on a snapshot that outlived its rank.
+Rank 0's writer waits for the other shards and commits the checkpoint, as during training.
 """
 
 from __future__ import annotations
@@ -17,35 +17,37 @@ from forge.checkpoint.writer_process import WriteCommand
 
 
 async def flush_shard(
-    snapshot: SnapshotBuffer, *, step: int, rank: int, world_size: int, url: str, keep: int, token: str
+    buffer: SnapshotBuffer, *, step: int, rank: int, world_size: int, url: str, keep: int, token: str
 ) -> int | None:
-    """Write one rank's part of a checkpoint, and on the first rank's behalf seal it.
+    """Write one rank's shard of a checkpoint, and commit the checkpoint if the rank is 0.
 
-    Returns: the bytes of the whole checkpoint if this part's writer has sealed it; None for the others, and
-        where it could not be written: the saver has said why in the agent's log.
+    Returns: the size of the whole checkpoint in bytes if this shard's writer has committed it; None for other
+    ranks,
+        and if the shard could not be written: the writer's reason is in the agent's log.
     """
-    copy = next((copy for copy in snapshot.copies() if copy.step == step), None)
-    if copy is None:
+    snapshot = next((copy for copy in buffer.copies() if copy.step == step), None)
+    if snapshot is None:
         return None
-    progress, shape = Progress(**copy.state["progress"]), shape_from_record(snapshot.about["shape"])
-    order = WriteCommand(
+    state = ""
+    if rank == 0:
+        progress, shape = Progress(**snapshot.state["progress"]), shape_from_record(buffer.about["shape"])
+        state = state_bytes(progress, shape, unacked_metrics=snapshot.state.get("metrics", ())).decode()
+    command = WriteCommand(
         url=url,
         step=step,
-        slot=copy.slot,
+        slot=snapshot.slot,
         rank=rank,
         world_size=world_size,
         token=token,
         keep=keep,
-        state=state_bytes(progress, shape, unacked_metrics=copy.state.get("metrics", ())).decode()
-        if rank == 0
-        else "",
+        state=state,
     )
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "forge.checkpoint.writer_process", str(snapshot.fd)),
+        *(sys.executable, "-P", "-m", "forge.checkpoint.writer_process", str(buffer.fd)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        pass_fds=[snapshot.fd],
+        pass_fds=[buffer.fd],
     )
-    answer, _ = await process.communicate(json.dumps(asdict(order)).encode() + b"\n")
+    answer, _ = await process.communicate(json.dumps(asdict(command)).encode() + b"\n")
     outcomes = [json.loads(line) for line in answer.splitlines()]
     return next((outcome["sealed"] for outcome in outcomes if "sealed" in outcome), None)

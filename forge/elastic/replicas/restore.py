@@ -1,7 +1,7 @@
-"""The state of a step, read from the memory of machines: what a new generation's rank goes on from.
+"""Reads the state of a step from the memory of nodes, for a rank of a new generation.
 
-The parts of the step are the snapshots of the ranks that trained it. Those that lie on this machine are
-mapped and copied; of the others, the ranges that this rank needs are asked for over the network.
+The shards of the step are the snapshots of the ranks that trained it. Shards in this node's memory are mapped and
+copied; of the others, only the ranges that this rank needs are transferred.
 """
 
 from __future__ import annotations
@@ -13,108 +13,112 @@ from typing import Any
 from forge.checkpoint.intervals import Interval, IntervalIndex, Layout, Range, layout_from_record
 from forge.checkpoint.manifest import Progress
 from forge.checkpoint.snapshot_buffer import SnapshotBuffer
-from forge.elastic.rpc import Endpoint, Reader
+from forge.elastic.rpc import Endpoint, Message, SyncChannel
 
 _TIMEOUT_S = 20.0
-# Ranges in one question: an answer must not wait for all of a large model.
-_MOST_RANGES = 4096
+# Ranges per request: one answer must not have to wait for all of a large model.
+_MAX_RANGES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardLocation:
-    """Where one rank's snapshot of the step lies."""
+    """Where one rank's snapshot of the step is."""
 
     generation: int
     rank: int
     snapshot: SnapshotBuffer | None
-    """On this machine."""
+    """In this node's memory."""
     endpoint: Endpoint | None
-    """Of the agent of another."""
+    """The replica store of another node."""
 
 
 class PeerStateSource:
-    """All parts of one step, open for reading until `close`.
+    """All shards of one step, open for reading until `close`.
 
-    The snapshots of this machine become its own: memory that their store lets go of is free only then.
+    It owns the local snapshots: memory that their replica store drops is freed only at `close`.
     """
 
-    def __init__(self, assignment: Sequence[ShardLocation], *, step: int, secret: bytes) -> None:
-        """Raises: OSError, EOFError, KeyError if a part is no longer where it was said to be."""
-        self._snapshots = [place.snapshot for place in assignment if place.snapshot is not None]
-        self._readers: dict[Endpoint, Reader] = {}
+    def __init__(self, locations: Sequence[ShardLocation], *, step: int, secret: bytes) -> None:
+        """Raises: OSError, EOFError, KeyError if a shard is no longer at its location."""
+        self._snapshots = [location.snapshot for location in locations if location.snapshot is not None]
+        self._channels: dict[Endpoint, SyncChannel] = {}
         try:
-            self._parts = {str(place.rank): self._open(place, step=step, secret=secret) for place in assignment}
-            first = self._parts["0"]
+            self._shards = {
+                str(location.rank): self._open(location, step=step, secret=secret) for location in locations
+            }
+            first = self._shards["0"]
         except BaseException:
             self.close()
             raise
-        self._holdings = IntervalIndex((name, part.layout, 0) for name, part in self._parts.items())
+        self._index = IntervalIndex((name, shard.layout, 0) for name, shard in self._shards.items())
         self.progress = Progress(**first.state["progress"])
         self.metrics: list[dict[str, Any]] = first.state.get("metrics", [])
-        """Steps that may not have been recorded yet when the snapshot was taken."""
+        """Metrics that the recorder had not acknowledged when the snapshot was taken."""
 
     def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
         """Fill each view with the bytes of its interval.
 
-        Raises: OSError, EOFError if a machine is gone; ValueError if an element is held nowhere.
+        Raises: OSError, EOFError if a node is gone; ValueError if no shard holds an element.
         """
-        for name, ranges in self._holdings.ranges(wanted).items():
-            self._parts[name].read(ranges)
+        for name, ranges in self._index.ranges(wanted).items():
+            self._shards[name].read(ranges)
 
     def close(self) -> None:
-        """Read no more: hang up, and let go of the memory."""
-        self._parts = {}
-        for reader in self._readers.values():
-            reader.close()
+        """Close the connections and free the memory."""
+        self._shards = {}
+        for channel in self._channels.values():
+            channel.close()
         for snapshot in self._snapshots:
             snapshot.close()
 
-    def _open(self, place: ShardLocation, *, step: int, secret: bytes) -> _Part:
-        if place.snapshot is not None:
-            return _LocalPart(place.snapshot, step=step)
-        assert place.endpoint is not None
-        if place.endpoint not in self._readers:
-            self._readers[place.endpoint] = Reader(place.endpoint, secret=secret, timeout_s=_TIMEOUT_S)
-        return _RemotePart(self._readers[place.endpoint], place, step=step)
+    def _open(self, location: ShardLocation, *, step: int, secret: bytes) -> _Shard:
+        if location.snapshot is not None:
+            return _LocalShard(location.snapshot, step=step)
+        assert location.endpoint is not None
+        if location.endpoint not in self._channels:
+            channel = SyncChannel(location.endpoint, secret=secret, timeout_s=_TIMEOUT_S)
+            self._channels[location.endpoint] = channel
+        return _RemoteShard(self._channels[location.endpoint], location, step=step)
 
 
-class _LocalPart:
-    """A snapshot in memory of this machine."""
+class _LocalShard:
+    """A snapshot in this node's memory."""
 
-    def __init__(self, snapshot: SnapshotBuffer, *, step: int) -> None:
-        copy = next((copy for copy in snapshot.copies() if copy.step == step), None)
-        if copy is None:
-            raise OSError(f"the snapshot of step {step} is no longer there")
-        self.layout: Layout = snapshot.layout
-        self.state: Mapping[str, Any] = copy.state
-        self._data = snapshot.data(copy.slot)
+    def __init__(self, buffer: SnapshotBuffer, *, step: int) -> None:
+        snapshot = next((copy for copy in buffer.copies() if copy.step == step), None)
+        if snapshot is None:
+            raise OSError(f"the snapshot of step {step} has been overwritten")
+        self.layout: Layout = buffer.layout
+        self.state: Mapping[str, Any] = snapshot.state
+        self._data = buffer.data(snapshot.slot)
 
     def read(self, ranges: Sequence[Range]) -> None:
         for start, view in ranges:
             view[:] = self._data[start : start + len(view)]
 
 
-class _RemotePart:
-    """A snapshot in memory of another machine."""
+class _RemoteShard:
+    """A snapshot in another node's memory."""
 
-    def __init__(self, reader: Reader, place: ShardLocation, *, step: int) -> None:
-        self._reader = reader
-        self._name = {"generation": place.generation, "rank": place.rank, "step": step}
-        answer = reader.ask({"request": "describe"} | self._name)
-        if "error" in answer:
-            raise OSError(answer["error"])
+    def __init__(self, channel: SyncChannel, location: ShardLocation, *, step: int) -> None:
+        self._channel = channel
+        self._name = {"generation": location.generation, "rank": location.rank, "step": step}
+        answer = self._request({"request": "describe"})
         self.layout: Layout = layout_from_record(answer["layout"])
         self.state: Mapping[str, Any] = answer["state"]
 
     def read(self, ranges: Sequence[Range]) -> None:
-        for first in range(0, len(ranges), _MOST_RANGES):
-            some = ranges[first : first + _MOST_RANGES]
-            asked = [[start, len(view)] for start, view in some]
-            answer = self._reader.ask({"request": "read", "ranges": asked} | self._name)
-            if "error" in answer:
-                raise OSError(answer["error"])
-            for _, view in some:
-                self._reader.receive_into(view)
+        for first in range(0, len(ranges), _MAX_RANGES):
+            batch = ranges[first : first + _MAX_RANGES]
+            self._request({"request": "read", "ranges": [[start, len(view)] for start, view in batch]})
+            for _, view in batch:
+                self._channel.receive_into(view)
+
+    def _request(self, message: Message) -> Message:
+        answer = self._channel.request(message | self._name)
+        if "error" in answer:
+            raise OSError(answer["error"])
+        return answer
 
 
-_Part = _LocalPart | _RemotePart
+_Shard = _LocalShard | _RemoteShard

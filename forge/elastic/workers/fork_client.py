@@ -1,4 +1,4 @@
-"""The agent's end of its warm process: start it, have it fork ranks, hear how they end, end it."""
+"""The agent's side of the fork server: start it, fork ranks from it, learn how they end, and pool fork servers."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
+from forge.process import is_alive
 
 _ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "DEEPSPEED_LOG_LEVEL": "warning",
-    # numpy's linear algebra, which no rank uses, would start threads when it is imported.
+    # Importing numpy would start threads for its linear algebra, which no rank uses.
     "OPENBLAS_NUM_THREADS": "1",
 }
 
 
 class ForkServer:
-    """The agent's end of a warm process; use `start_fork_server`, or `clone`."""
+    """Connection to a fork server; created by `start_fork_server` and `clone`."""
 
     def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
         """Args:
-        process: None for a clone, whose parent is the process that it was forked from.
+        process: None for a clone, whose parent is the fork server it was forked from.
         """
         sock.setblocking(False)
         self._socket, self._process = sock, process
@@ -37,31 +37,31 @@ class ForkServer:
         self.is_ready = False
 
     def clone(self) -> ForkServer:
-        """Another one, forked from this one as soon as this one is warm: it shares what both have imported."""
+        """Fork another fork server from this one as soon as this one is ready; it shares the imported modules."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody answers: it is started anew
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died; the clone reports the same
             socket.send_fds(self._socket, [b"clone"], [theirs.fileno()])
         theirs.close()
         return ForkServer(ours, None)
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can still be used; of a clone that has not spoken yet, that is not known."""
+        """Whether it can still be used; assumed of a clone that has not sent its pid yet."""
         if self._process is not None:
             return self._process.poll() is None
-        return self._pid is None or (psutil.pid_exists(self._pid) and not _is_zombie(self._pid))
+        return self._pid is None or is_alive(self._pid)
 
     def replan(self, plan_json: str) -> None:
-        """Have it made warm for another run: it says so again."""
+        """Import everything for another run's plan; it reports again when it is ready."""
         self._epoch += 1
         self.is_ready = False
         plan = _memory_of(plan_json)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is about to be started anew
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died and is about to be replaced
             socket.send_fds(self._socket, [str(self._epoch).encode()], [plan])
         os.close(plan)
 
     async def receive(self) -> dict[str, Any] | None:
-        """What it says; None when it is gone. What it still says of the run before is passed over."""
+        """Receive its next message; None when it is gone. Messages about the former run are skipped."""
         while True:
             try:
                 text = await asyncio.get_running_loop().sock_recv(self._socket, 2**16)
@@ -71,21 +71,21 @@ class ForkServer:
                 return None
             message: dict[str, Any] = json.loads(text)
             self._pid = message.get("pid", self._pid)
-            if "warm" in message and message["epoch"] == self._epoch:
+            if "ready" in message and message["epoch"] == self._epoch:
                 self.is_ready = True
             if self.is_ready:
                 return message
 
-    def send(self, order: dict[str, Any], fds: list[int]) -> None:
-        """Have it fork a rank, which inherits the descriptors."""
-        text = _memory_of(json.dumps(order))  # longer than what a socket takes, where there are many ranks
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is about to be started anew
+    def fork(self, spec: dict[str, Any], fds: list[int]) -> None:
+        """Fork a rank from it, which inherits the file descriptors."""
+        text = _memory_of(json.dumps(spec))  # with many ranks longer than a socket message can be
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died and is about to be replaced
             socket.send_fds(self._socket, [b"fork"], [text, *fds])
         os.close(text)
 
     def kill(self) -> None:
-        """End it, and its ranks with it."""
-        self._socket.close()  # which alone would end it, after what it does just now
+        """Kill it, and its ranks with it."""
+        self._socket.close()
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -95,7 +95,7 @@ class ForkServer:
 
 
 def start_fork_server(plan_json: str, *, log: Path) -> ForkServer:
-    """Begin to import everything that a rank of this plan will, in a process of its own."""
+    """Start a process that imports everything that a rank of this plan needs."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     plan_fd = _memory_of(plan_json)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -122,26 +122,26 @@ def start_fork_server(plan_json: str, *, log: Path) -> ForkServer:
 
 
 class ForkServerPool:
-    """Warm processes that one run after the other uses, on one machine."""
+    """Fork servers on one node that one run uses after another."""
 
     def __init__(self, *, log: Path) -> None:
         self._log = log
         self._idle: list[ForkServer] = []
         self._first: ForkServer | None = None
-        """Of which the others are clones."""
+        """The others are its clones."""
 
     @property
     def has_ready(self) -> bool:
-        """Whether one stands ready."""
+        """Whether an idle fork server is ready."""
         return any(process.is_ready and process.is_alive for process in self._idle)
 
     def prepare(self, plan_json: str, *, count: int) -> None:
-        """Begin to have so many."""
+        """Start fork servers until `count` are idle."""
         while len(self._idle) < count:
-            self._idle.append(self._another(plan_json))
+            self._idle.append(self._new(plan_json))
 
     def take(self, plan_json: str) -> ForkServer:
-        """One for a run of this plan: another run's, if one is idle, or a new one. It says when it is warm."""
+        """Return a fork server for a run of this plan, an idle one if possible. It reports when it is ready."""
         self._idle.sort(key=lambda process: process.is_ready)
         while self._idle:
             process = self._idle.pop()
@@ -149,31 +149,25 @@ class ForkServerPool:
                 process.replan(plan_json)
                 return process
             process.kill()
-        process = self._another(plan_json)
+        process = self._new(plan_json)
         if process is not self._first:
             process.replan(plan_json)
         return process
 
-    def _another(self, plan_json: str) -> ForkServer:
+    def _new(self, plan_json: str) -> ForkServer:
         if self._first is not None and self._first.is_alive:
             return self._first.clone()
         self._first = start_fork_server(plan_json, log=self._log)
         return self._first
 
     def release(self, process: ForkServer) -> None:
-        """A run is over that used it, and none of its ranks is left."""
+        """Return a fork server after a run that has no ranks left."""
         self._idle.append(process)
 
     def close(self) -> None:
-        """End those that nobody uses."""
+        """Kill the idle fork servers."""
         while self._idle:
             self._idle.pop().kill()
-
-
-def _is_zombie(pid: int) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    return True
 
 
 def _memory_of(text: str) -> int:

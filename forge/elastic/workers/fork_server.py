@@ -1,17 +1,15 @@
-"""The warm process: has imported all that a rank needs, and becomes ranks by forking.
+"""The fork server: has imported everything that a rank needs, and forks ranks on request.
 
     python -m forge.elastic.workers.fork_server SOCKET_FD PLAN_FD PARENT_PID
 
-It touches neither CUDA nor threads, so a fork of it is as good as a fresh process, seconds earlier. Its
-agent sends it orders over a socket, as descriptors: of the order's text, and of what the rank inherits. It
-answers with pids, and with how each rank ended. Whoever dies takes its children along: ranks die with it, it
-dies with its agent.
+It uses neither CUDA nor threads, so a fork of it equals a new process, but starts seconds earlier. Its agent sends
+requests over a socket, as file descriptors: of the worker's spec, and of what the rank inherits. It answers with
+pids and with how each rank ended. Ranks die with the fork server, and the fork server with its agent.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -22,30 +20,31 @@ import sys
 import time
 from typing import Any
 
-_MOST_FDS = 253
-_PR_SET_PDEATHSIG = 1
+from forge.process import die_with_parent
+
+_MAX_FDS = 253
 
 
 def main() -> None:
-    """Import everything, say so, and fork on demand until the agent is gone."""
+    """Import everything, report readiness, and fork on request until the agent is gone."""
     sock: socket.socket | None = socket.socket(fileno=int(sys.argv[1]))
-    die_with(int(sys.argv[3]))
-    # Ctrl-C reaches whole groups of processes; a run is stopped through its supervisor.
+    die_with_parent(int(sys.argv[3]))
+    # Ctrl-C is sent to whole process groups; a run is stopped through its supervisor instead.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     plan = _read_all(int(sys.argv[2]))
-    warm_s = _warm_up(plan)
-    while sock is not None:  # once for each process: a clone goes on with a socket of its own
-        sock, warm_s = _serve(sock, plan, warm_s=warm_s), 0.0
+    ready_s = _import_for(plan)
+    while sock is not None:  # a clone continues with a socket of its own
+        sock, ready_s = _serve(sock, plan, ready_s=ready_s), 0.0
 
 
-def _serve(sock: socket.socket, plan: str, *, warm_s: float) -> socket.socket | None:
-    """Do what an agent says until it is gone. Returns: in a clone of this process, the socket to its agent."""
+def _serve(sock: socket.socket, plan: str, *, ready_s: float) -> socket.socket | None:
+    """Serve an agent until it is gone. Returns: in a clone of this process, the socket to its agent."""
     wake, woken = socket.socketpair()
     for end in (wake, woken):
         end.setblocking(False)
     signal.set_wakeup_fd(woken.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    _tell(sock, warm=warm_s, epoch=0, pid=os.getpid())
+    _send(sock, ready=ready_s, epoch=0, pid=os.getpid())
     while True:
         ready, _, _ = select.select([sock, wake], [], [])
         if wake in ready:
@@ -54,12 +53,12 @@ def _serve(sock: socket.socket, plan: str, *, warm_s: float) -> socket.socket | 
             _report_ends(sock)
         if sock not in ready:
             continue
-        text, fds, _, _ = socket.recv_fds(sock, 16, _MOST_FDS)
+        text, fds, _, _ = socket.recv_fds(sock, 16, _MAX_FDS)
         if not text:
             return None  # the agent is gone
         if text == b"fork":
-            order, *inherited = fds
-            _fork(sock, (wake, woken), json.loads(_read_all(order)), inherited, plan)
+            spec_fd, *inherited = fds
+            _fork(sock, (wake, woken), json.loads(_read_all(spec_fd)), inherited, plan)
         elif text == b"clone":
             if os.fork() == 0:
                 signal.set_wakeup_fd(-1)
@@ -67,31 +66,24 @@ def _serve(sock: socket.socket, plan: str, *, warm_s: float) -> socket.socket | 
                     end.close()
                 return socket.socket(fileno=fds[0])
             os.close(fds[0])
-        else:  # another run's plan, and which this is
+        else:  # the plan of another run, and its number
             plan = _read_all(fds[0])
-            _tell(sock, warm=_warm_up(plan), epoch=int(text))
+            _send(sock, ready=_import_for(plan), epoch=int(text))
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies; at once, if that has happened already."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _warm_up(plan_json: str) -> float:
-    """Import everything that a rank of this plan will. Returns: the seconds it took."""
+def _import_for(plan_json: str) -> float:
+    """Import everything that a rank of this plan needs. Returns: the seconds it took."""
     began = time.monotonic()
     from forge.elastic.workers import worker_process
 
     worker_process.import_for(plan_json)
     gc.collect()
-    gc.freeze()  # so that ranks do not copy pages by counting references in them
+    gc.freeze()  # otherwise garbage collection in the ranks would copy the shared pages
     return round(time.monotonic() - began, 3)
 
 
 def _fork(
-    sock: socket.socket, pair: tuple[socket.socket, socket.socket], order: dict[str, Any], fds: list[int], plan: str
+    sock: socket.socket, pair: tuple[socket.socket, socket.socket], spec: dict[str, Any], fds: list[int], plan: str
 ) -> None:
     parent = os.getpid()
     sys.stdout.flush()
@@ -100,11 +92,11 @@ def _fork(
     if pid:
         for fd in fds:
             os.close(fd)
-        _tell(sock, forked=order["rank"], generation=order["generation"], pid=pid)
+        _send(sock, forked=spec["rank"], generation=spec["generation"], pid=pid)
         return
     code = 1
     try:
-        die_with(parent)
+        die_with_parent(parent)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for end in (sock, *pair):
@@ -112,7 +104,7 @@ def _fork(
         gc.unfreeze()
         from forge.elastic.workers.worker_process import run_worker_process
 
-        code = run_worker_process(order, fds, plan)
+        code = run_worker_process(spec, fds, plan)
     finally:
         os._exit(code)
 
@@ -125,10 +117,10 @@ def _report_ends(sock: socket.socket) -> None:
             return
         if not pid:
             return
-        _tell(sock, ended=pid, code=os.waitstatus_to_exitcode(status))
+        _send(sock, ended=pid, code=os.waitstatus_to_exitcode(status))
 
 
-def _tell(sock: socket.socket, **message: Any) -> None:
+def _send(sock: socket.socket, **message: Any) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         sock.send(json.dumps(message).encode())
 

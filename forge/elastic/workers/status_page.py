@@ -1,8 +1,8 @@
-"""A page of shared memory between one rank and its agent: how far the rank is, and what is wished of it.
+"""A page of shared memory between one rank and its agent: the rank's progress, and control flags for the rank.
 
-Nothing is sent while a rank trains: it counts in its own words, the agent in others, and each reads the
-other's when it wants to know. A word has eight bytes and is written at once. The memory has no name
-(`memfd`) and goes with the last of the two.
+Nothing is sent while a rank trains: the rank writes some fields and the agent others, and each reads the other's
+when it needs them. A field has eight bytes and is written atomically. The memory has no name (`memfd`) and is
+freed with the last process that uses it.
 """
 
 from __future__ import annotations
@@ -14,53 +14,53 @@ from enum import IntEnum, auto
 
 
 class StatusField(IntEnum):
-    """The words of a status."""
+    """The fields of a status page."""
 
     # written by the rank
     PROGRESS_NS = 0
-    """When it last did something (a micro-step, an update, a part of forming), by the machine's monotonic clock."""
+    """When it last made progress (a micro-step, an update, a part of its startup), by the monotonic clock."""
     STEP = auto()
-    """The last step that is complete; the first rank's alone."""
+    """The last complete step; rank 0 only."""
     STEP_NS = auto()
-    """How long it took."""
+    """Duration of that step."""
     # written by the agent
     STOP = auto()
-    """Wished: checkpoint, then end the run."""
+    """1: write a checkpoint and end the run."""
     DRAIN = auto()
-    """Wished: end this generation after the step."""
+    """1: end this generation after the current step."""
     REPLICATED_STEP = auto()
-    """The newest step whose snapshot lies on another machine too."""
+    """The newest step whose snapshot is complete on another node."""
     RECORDED_STEP = auto()
-    """The newest step that stands in `metrics.jsonl`."""
+    """The newest step in `metrics.jsonl`."""
     AGENT_CPU_NS = auto()
-    """Processor time of the agent while it sent copies to another machine."""
+    """CPU time that the agent has spent on replicating snapshots."""
 
 
 class StatusPage:
-    """The words, by name; use `create_status_page` or `open_board`."""
+    """The fields of a page, by name; created by `create_status_page` or from its file descriptor."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._memory = mmap.mmap(fd, mmap.PAGESIZE)
-        self._words = memoryview(self._memory).cast("q")
-        # An agent lets go of the status pages of a generation by forgetting its ranks.
-        self._closes = weakref.finalize(self, os.close, fd)
+        self._fields = memoryview(self._memory).cast("q")
+        # An agent closes the pages of a generation by dropping its references to the workers.
+        self._close_fd = weakref.finalize(self, os.close, fd)
 
-    def __getitem__(self, word: StatusField) -> int:
-        return self._words[word]
+    def __getitem__(self, field: StatusField) -> int:
+        return self._fields[field]
 
-    def __setitem__(self, word: StatusField, value: int) -> None:
-        self._words[word] = value
+    def __setitem__(self, field: StatusField, value: int) -> None:
+        self._fields[field] = value
 
     def close(self) -> None:
-        """Let go of the memory."""
-        self._words.release()
+        """Unmap the memory and close the descriptor."""
+        self._fields.release()
         self._memory.close()
-        self._closes()
+        self._close_fd()
 
 
 def create_status_page() -> StatusPage:
-    """A status of zeros. Raises: OSError if the system gives no memory."""
+    """Create a page of zeros. Raises: OSError if there is not enough memory."""
     fd = os.memfd_create("forge-status")
     os.ftruncate(fd, mmap.PAGESIZE)
     return StatusPage(fd)

@@ -1,0 +1,112 @@
+"""The agents that are connected to the supervisor, and their heartbeat interval."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from forge.elastic.background import BackgroundTasks
+from forge.elastic.rpc import Channel, Endpoint, Message
+
+_HEARTBEAT_S = 0.25
+# Heartbeats of all agents together.
+_MAX_HEARTBEATS_PER_S = 10_000
+# A node is lost after this silence or, in a large cluster, after this number of heartbeat intervals.
+_MAX_SILENCE_S = 3.0
+_MAX_SILENT_HEARTBEATS = 8
+
+
+@dataclass(slots=True, kw_only=True)
+class AgentConnection:
+    """A connected agent."""
+
+    node: str
+    host: str
+    endpoint: Endpoint
+    """Of its replica store."""
+    rendezvous_port: int
+    """Where ranks meet if rank 0 runs on its node."""
+    agent_pid: int
+    send: Callable[[Message], None]
+    close: Callable[[], None]
+    heard_at: float
+
+
+class AgentConnections(Mapping[str, AgentConnection]):
+    """Connections by node name. The heartbeat interval grows with their number."""
+
+    def __init__(self) -> None:
+        self._by_node: dict[str, AgentConnection] = {}
+        self._heartbeat_s = _HEARTBEAT_S
+
+    def __getitem__(self, node: str) -> AgentConnection:
+        return self._by_node[node]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_node)
+
+    def __len__(self) -> int:
+        return len(self._by_node)
+
+    def add(self, connection: AgentConnection) -> None:
+        """Register a connection in place of the node's former one, which is closed."""
+        former = self._by_node.pop(connection.node, None)
+        if former is not None:
+            former.close()
+        self._by_node[connection.node] = connection
+        self._adapt_heartbeat()
+        connection.send({"command": "set_heartbeat", "heartbeat_s": self._heartbeat_s})
+
+    def remove(self, connection: AgentConnection) -> bool:
+        """Remove a connection. Returns: whether it was the node's current one."""
+        if self._by_node.get(connection.node) is not connection:
+            return False
+        del self._by_node[connection.node]
+        self._adapt_heartbeat()
+        return True
+
+    def send(self, node: str, message: Message) -> None:
+        """Send to one agent, if it is connected."""
+        if node in self._by_node:
+            self._by_node[node].send(message)
+
+    def broadcast(self, message: Message) -> None:
+        """Send to all agents."""
+        for connection in self._by_node.values():
+            connection.send(message)
+
+    def excuse_silence(self, seconds: float) -> None:
+        """Extend every agent's silence limit: this process did not listen for so long."""
+        for connection in self._by_node.values():
+            connection.heard_at += seconds
+
+    def silent(self, now: float) -> list[AgentConnection]:
+        """The agents that have sent nothing for longer than the limit."""
+        limit_s = max(_MAX_SILENCE_S, _MAX_SILENT_HEARTBEATS * self._heartbeat_s)
+        return [connection for connection in self._by_node.values() if now - connection.heard_at > limit_s]
+
+    def _adapt_heartbeat(self) -> None:
+        heartbeat_s = max(_HEARTBEAT_S, len(self._by_node) / _MAX_HEARTBEATS_PER_S)
+        if abs(heartbeat_s - self._heartbeat_s) > 0.1 * self._heartbeat_s:
+            self._heartbeat_s = heartbeat_s
+            self.broadcast({"command": "set_heartbeat", "heartbeat_s": heartbeat_s})
+
+
+def accept_agent(registration: Message, channel: Channel, *, tasks: BackgroundTasks, now: float) -> AgentConnection:
+    """Build the connection of an agent that has registered; messages to it are sent in the background."""
+    return AgentConnection(
+        node=registration["node"],
+        host=registration["host"],
+        endpoint=tuple(registration["endpoint"]),
+        rendezvous_port=registration["rendezvous_port"],
+        agent_pid=registration["pid"],
+        send=lambda message: tasks.start(_send(channel, message)),
+        close=channel.close,
+        heard_at=now,
+    )
+
+
+async def _send(channel: Channel, message: Message) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the reading side sees that the connection is closed
+        await channel.send(message)

@@ -1,0 +1,374 @@
+"""The workers of one node: starts them from the fork server, reads their messages, signals and kills them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from forge.elastic.agent_config import AgentConfig
+from forge.elastic.background import BackgroundTasks
+from forge.elastic.commands import WorkerSpec, source_shards
+from forge.elastic.record_forwarder import RecordForwarder
+from forge.elastic.replicas.replicate import Replicator
+from forge.elastic.replicas.store import ReplicaStore
+from forge.elastic.rpc import Endpoint, Message
+from forge.elastic.states import EndReason
+from forge.elastic.workers.fork_client import ForkServer, ForkServerPool
+from forge.elastic.workers.status_page import StatusField, StatusPage, create_status_page
+from forge.events import CheckpointSaved, GenerationStarted
+from forge.process import is_suspended
+
+_RETRY_S = 0.2
+# A process whose socket is closed is reaped within this time.
+_REAP_S = 0.2
+_MAX_MESSAGE_BYTES = 8 * 2**20
+
+
+@dataclass(slots=True, kw_only=True)
+class _Worker:
+    """One rank's process, from the request to fork it until it is reaped."""
+
+    generation: int
+    rank: int
+    world_size: int
+    socket: socket.socket
+    status: StatusPage
+    peer: Endpoint | None
+    started_ns: int = field(default_factory=time.monotonic_ns)
+    send_began_ns: int = 0
+    """The agent's CPU time when it began to replicate the last snapshot."""
+    pid: int | None = None
+    replicator: Replicator | None = None
+    has_reported_end: bool = False
+    must_die: bool = False
+    """It is to be killed as soon as its pid is known."""
+    is_gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class WorkerGroup:
+    """The ranks on this node, and the fork server that they come from."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        store: ReplicaStore,
+        forwarder: RecordForwarder,
+        report: Callable[..., Awaitable[None]],
+        tasks: BackgroundTasks,
+        pool: ForkServerPool | None,
+    ) -> None:
+        """Args:
+        store: receives the snapshot buffers of the ranks.
+        forwarder: receives their events and metrics.
+        report: sends a report to the supervisor.
+        pool: provides the fork server and takes it back, if another run is to use it afterwards.
+        """
+        self._config, self._store, self._forwarder = config, store, forwarder
+        self._report, self._tasks = report, tasks
+        self._is_pool_shared = pool is not None
+        self._pool = pool or ForkServerPool(log=Path(config.run_folder) / "logs" / "fork-server.log")
+        self._secret = bytes.fromhex(config.secret)
+        self._workers: dict[int, _Worker] = {}
+        self._fork_server: ForkServer | None = None
+        self.devices = config.devices
+        self.generation = 0
+        """Of the ranks that run, or ran last."""
+        self.findings: Message | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the fork server has imported everything."""
+        return self._fork_server is not None and self._fork_server.is_ready
+
+    @property
+    def world_sizes(self) -> dict[int, int]:
+        """Rank → world size, of the ranks that run."""
+        return {rank: worker.world_size for rank, worker in self._running().items()}
+
+    @property
+    def pids(self) -> dict[int, int | None]:
+        """Rank → process id, of the ranks that run."""
+        return {rank: worker.pid for rank, worker in self._running().items()}
+
+    def progress(self) -> list[list[int]]:
+        """Per running rank: rank, ms since its last progress, last step, its duration in ns, is suspended."""
+        return [_progress(worker) for worker in self._running().values()]
+
+    def start(self, command: Message, *, rendezvous_fd: int) -> None:
+        """Fork this node's ranks of a generation.
+
+        Args:
+            rendezvous_fd: the listening socket where ranks meet if rank 0 is among them.
+        """
+        ranks, asked_at = command["ranks"], time.monotonic()
+        self.generation, self.findings = command["generation"], command["findings"]
+        self.kill(self.generation - 1)
+        if self._fork_server is None:  # it has just died, which is being reported
+            for rank in ranks:
+                details = {"step": 0, "reason": "its fork server died", "error": ""}
+                ended = {"generation": self.generation, "rank": rank, "end": str(EndReason.BROKEN)} | details
+                self._tasks.start(self._report(report="ended", **ended))
+            return
+        for local_rank in range(len(ranks)):
+            fork_server = self._fork_server
+            self._fork(fork_server, command, local_rank, asked_at=asked_at, rendezvous_fd=rendezvous_fd)
+
+    def set_flag(self, generation: int, flag: StatusField) -> None:
+        """Set a control flag of a generation's ranks."""
+        for worker in self._workers.values():
+            if worker.generation == generation:
+                worker.status[flag] = 1
+
+    def set_recorded_step(self, step: int) -> None:
+        """Tell the ranks that the metrics of a step are recorded."""
+        for worker in self._workers.values():
+            worker.status[StatusField.RECORDED_STEP] = step
+
+    def set_peer(self, generation: int, peer: Endpoint | None) -> None:
+        """Replicate a generation's snapshots to another node, or keep them here only."""
+        for worker in self._running().values():
+            if worker.generation == generation and worker.peer != peer:
+                worker.peer = peer
+                if worker.replicator is not None:
+                    worker.replicator.set_peer(peer)
+
+    def dump_stacks(self, generation: int) -> None:
+        """Have each rank of a generation write its stacks to its log."""
+        for worker in self._running().values():
+            if worker.generation == generation and worker.pid is not None:
+                _kill(worker.pid, signal.SIGUSR1)
+
+    def kill(self, generation: int) -> None:
+        """Kill all ranks of this and older generations."""
+        for worker in self._workers.values():
+            if worker.generation > generation:
+                continue
+            if worker.replicator is not None:
+                worker.replicator.close()
+            if not worker.is_gone.is_set():
+                worker.must_die = True
+                if worker.pid is not None:
+                    _kill(worker.pid, signal.SIGKILL)
+
+    async def wait_gone(self, generation: int) -> None:
+        """Wait until all ranks of this and older generations are reaped."""
+        for worker in list(self._workers.values()):
+            if worker.generation <= generation:
+                await worker.is_gone.wait()
+
+    # --- the fork server
+
+    async def keep_fork_server(self) -> None:
+        """Run a fork server at all times, and restart it if it dies: its ranks have died with it."""
+        while True:
+            self._fork_server = self._pool.take(self._config.plan_json)
+            while (message := await self._fork_server.receive()) is not None:
+                self._fork_server_says(message)
+            self._fork_server.kill()
+            self._fork_server = None
+            for worker in self._running().values():
+                worker.is_gone.set()
+            await self._report(report="ready", is_ready=False)
+            await asyncio.sleep(_RETRY_S)
+
+    async def release_fork_server(self) -> None:
+        """Return the fork server to a shared pool once its killed ranks have ended; otherwise end it with them."""
+        if self._fork_server is None:
+            return
+        running = self._running().values()
+        if not self._is_pool_shared or any(worker.pid is None for worker in running):
+            self._fork_server.kill()
+            return
+        for worker in running:
+            await asyncio.to_thread(_wait_ended, worker.pid)
+        self._pool.release(self._fork_server)
+
+    def _fork_server_says(self, message: Message) -> None:
+        if "ready" in message:
+            self._tasks.start(self._report(report="ready", is_ready=True, seconds=message["ready"]))
+        elif "forked" in message:
+            worker = self._workers.get(message["forked"])
+            if worker is not None and worker.generation == message["generation"]:
+                worker.pid = pid = message["pid"]
+                forked = {"generation": worker.generation, "rank": worker.rank, "pid": pid}
+                self._tasks.start(self._report(report="forked", **forked))
+                if worker.must_die:
+                    _kill(pid, signal.SIGKILL)
+        else:
+            for worker in self._workers.values():
+                if worker.pid == message["ended"]:
+                    worker.is_gone.set()
+
+    def _fork(
+        self, fork_server: ForkServer, command: Message, local_rank: int, *, asked_at: float, rendezvous_fd: int
+    ) -> None:
+        """Fork one rank and listen to it."""
+        rank = command["ranks"][local_rank]
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MAX_MESSAGE_BYTES)
+        worker = self._workers[rank] = _Worker(
+            generation=command["generation"],
+            rank=rank,
+            world_size=command["world_size"],
+            socket=ours,
+            status=create_status_page(),
+            peer=tuple(command["peer"]) if command["peer"] else None,
+        )
+        if command["is_stopping"]:
+            worker.status[StatusField.STOP] = 1
+        fds = [theirs.fileno(), worker.status.fd, *([rendezvous_fd] if rank == 0 else [])]
+        shards, shard_fds = self._shards(command, first_fd=len(fds))
+        num_cores = min(self._config.num_cores, os.cpu_count() or 1)
+        spec = WorkerSpec(
+            generation=command["generation"],
+            rank=rank,
+            world_size=command["world_size"],
+            local_rank=local_rank,
+            local_world_size=command["num_on_host"],
+            device=self.devices[local_rank],
+            num_threads=max(1, num_cores // len(command["ranks"])),
+            checkpoints=self._config.checkpoints,
+            log=str(Path(self._config.run_folder) / "logs" / f"rank-{rank}.log"),
+            host=command["host"],
+            port=command["port"],
+            interface=_interface_of(self._config.host) if command["is_spread"] else "lo",
+            step=command["step"],
+            shards=shards,
+            findings=command["findings"],
+            laps=command["laps"],
+            asked_at=asked_at,
+            secret=self._config.secret,
+            has_listener=rank == 0,
+        )
+        fork_server.fork(asdict(spec), fds + shard_fds)
+        theirs.close()
+        ours.setblocking(False)
+        asyncio.get_running_loop().add_reader(ours, self._read, worker)
+
+    def _shards(self, command: Message, *, first_fd: int) -> tuple[list[Message], list[int]]:
+        """The shards to continue from: indices of file descriptors for local ones, endpoints for the others."""
+        shards: list[Message] = []
+        fds: list[int] = []
+        for shard in source_shards(command):
+            name = {"generation": shard["generation"], "rank": shard["rank"]}
+            buffer = self._store.find(shard["generation"], shard["rank"])
+            if buffer is not None and any(copy.step == command["step"] for copy in buffer.copies()):
+                shards.append(name | {"fd": first_fd + len(fds)})
+                fds.append(buffer.fd)
+            else:
+                shards.append(name | {"endpoint": shard["endpoint"]})
+        return shards, fds
+
+    # --- messages of workers
+
+    def _read(self, worker: _Worker) -> None:
+        """Read all messages of a worker, or the end of its socket."""
+        while True:
+            try:
+                text, fds, _, _ = socket.recv_fds(worker.socket, _MAX_MESSAGE_BYTES, 4)
+            except BlockingIOError:
+                return
+            except OSError:
+                text, fds = b"", []
+            if not text:
+                asyncio.get_running_loop().remove_reader(worker.socket)
+                worker.socket.close()
+                self._tasks.start(self._disconnected(worker))
+                return
+            kind, *values = pickle.loads(text)  # from a process that was forked for this agent
+            self._handle(worker, kind, values, fds=list(fds))
+
+    def _handle(self, worker: _Worker, kind: str, values: Sequence[Any], *, fds: list[int]) -> None:
+        match kind, values:
+            case "buffer", _:
+                self._register_buffer(worker, fds[0])
+            case "snapshot", (step, slot):
+                if worker.replicator is not None:
+                    worker.send_began_ns = time.process_time_ns()
+                    worker.replicator.send(step=step, slot=slot)
+            case "event", (GenerationStarted() as started,):
+                self._tasks.start(self._report(report="started", started=asdict(started)))
+            case "findings", (findings,):
+                self.findings = findings
+                self._tasks.start(self._report(report="findings", findings=findings))
+            case "end", (end, step, reason, error):
+                worker.has_reported_end = True
+                report = self._report_end(worker, end, step=step, reason=reason, error=error)
+                if end in (EndReason.DONE, EndReason.FAILED):  # the run ends: record everything before
+                    self._forwarder.after_records(report)
+                else:
+                    self._tasks.start(report)
+            case _, (record,):
+                if isinstance(record, CheckpointSaved):
+                    self._tasks.start(self._report(report="checkpoint_committed", step=record.step))
+                self._forwarder.put(kind, record)
+
+    def _register_buffer(self, worker: _Worker, fd: int) -> None:
+        generation, rank, world_size = worker.generation, worker.rank, worker.world_size
+        self._store.register_buffer(generation, rank, fd, world_size=world_size)
+        buffer = self._store.find(generation, rank)
+        assert buffer is not None
+        worker.replicator = Replicator(
+            worker.peer,
+            buffer,
+            name={"generation": generation, "rank": rank, "world_size": world_size},
+            secret=self._secret,
+            on_replicated=lambda step: _note_replicated(worker, step),
+        )
+
+    async def _disconnected(self, worker: _Worker) -> None:
+        """A worker's socket is closed: it has ended or is about to. Report its end if it could not."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(worker.is_gone.wait(), timeout=_REAP_S)
+        if not worker.has_reported_end:
+            worker.has_reported_end = True
+            await self._report_end(worker, EndReason.BROKEN, step=0, reason="its process was killed", error="")
+
+    async def _report_end(self, worker: _Worker, end: str, **details: Any) -> None:
+        await self._report(report="ended", generation=worker.generation, rank=worker.rank, end=str(end), **details)
+
+    def _running(self) -> dict[int, _Worker]:
+        return {rank: worker for rank, worker in self._workers.items() if not worker.is_gone.is_set()}
+
+
+def _note_replicated(worker: _Worker, step: int) -> None:
+    worker.status[StatusField.AGENT_CPU_NS] += time.process_time_ns() - worker.send_began_ns
+    worker.status[StatusField.REPLICATED_STEP] = step
+
+
+def _progress(worker: _Worker) -> list[int]:
+    status = worker.status
+    silent_ms = (time.monotonic_ns() - max(status[StatusField.PROGRESS_NS], worker.started_ns)) // 10**6
+    suspended = worker.pid is not None and is_suspended(worker.pid)
+    return [worker.rank, silent_ms, status[StatusField.STEP], status[StatusField.STEP_NS], int(suspended)]
+
+
+def _kill(pid: int, signal_number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal_number)
+
+
+def _wait_ended(pid: int | None) -> None:
+    """Wait until a killed process is a zombie or gone; its parent may not have reaped it yet."""
+    with contextlib.suppress(psutil.Error):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+
+
+def _interface_of(host: str) -> str | None:
+    """The name of the network interface with this address."""
+    found = psutil.net_if_addrs()
+    return next((str(name) for name in found if any(entry.address == host for entry in found[name])), None)
