@@ -1,8 +1,8 @@
-"""A job as the YAML that gives the same job, what was not written left out; and plain values as YAML."""
+"""Write a job, or plain values, as YAML; read back what forge wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -12,21 +12,14 @@ from forge.config.scalar import resolve
 
 
 def dump_job(job: JobSpec) -> str:
-    """YAML text; `load_job` of it gives an equal job."""
+    """Return YAML text from which `load_job` reads an equal job; keys that were not set are left out."""
     body = job.model_dump(mode="json", exclude_unset=True)
     return yaml.dump(body, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def dump_documents(documents: Sequence[Mapping[str, Any]]) -> str:
-    """YAML text, a document for each; whatever reads YAML, of 1.1 or 1.2, reads the same values from it."""
-    return yaml.dump_all(
-        documents, Dumper=_Unaliased, sort_keys=False, allow_unicode=True, explicit_start=True, width=1000
-    )
-
-
 def dump_plain(values: Mapping[str, Any]) -> str:
-    """YAML text of plain values, for programs that read YAML 1.1: Ray's launcher, kubectl."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=110)
+    """Return YAML text of plain values, which parsers of YAML 1.1 (Ray's launcher, kubectl) and 1.2 read alike."""
+    return yaml.dump(dict(values), Dumper=_Unaliased, sort_keys=False, allow_unicode=True, width=110)
 
 
 def load_plain(text: str) -> Any:
@@ -35,7 +28,7 @@ def load_plain(text: str) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `forge.config.scalar` would not read as text; PyYAML, of YAML 1.1, leaves `1e3` bare."""
+    """Quotes text that `forge.config.scalar` reads as another type, such as `1e3`, which PyYAML does not quote."""
 
 
 def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -50,8 +43,7 @@ _Dumper.add_representer(str, _text_node)
 
 
 class _Unaliased(_Dumper):
-    """Writes what stands twice twice: people read it."""
+    """Writes repeated values in full instead of as aliases, for readability."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Of anything."""
         return True

@@ -1,7 +1,7 @@
-"""pydantic's field_errors about a job or a cluster, in the words of those who write such files.
+"""Turn pydantic's validation errors into messages for authors of job and cluster files.
 
-In come pydantic's error records, which speak of types; out go JobFileErrors, which speak of keys and of
-what to write instead. Each key is blamed once.
+Input: pydantic's error records, which are about types. Output: JobFileErrors, which name the key, its line and
+what to write instead. Each key is reported once.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _OTHER_WORDS = {
     "num_gpus": "resources.workers",
     "num_workers": "resources.workers",
 }
-"""What transformers, DeepSpeed and Ray call the same thing."""
+"""Names of the same keys in transformers, DeepSpeed and Ray."""
 
-_MISSING = "is missing, and has no default"
+_MISSING = "is missing and has no default"
 
 _SENTENCES = {
     "missing": _MISSING,
@@ -55,31 +55,31 @@ _SENTENCES = {
     "less_than_equal": "must be at most {le:g}",
     "value_error": "{error}",
 }
-"""By pydantic's name for the kind of error."""
+"""Messages by pydantic's error type."""
 
 
 def field_errors(
     error: ValidationError, *, root: type[Section], source: SourceMap, blamed: Iterable[JobFileError]
 ) -> list[JobFileError]:
-    """Say in plain words what pydantic found.
+    """Return pydantic's errors as JobFileErrors.
 
     Args:
-        root: the type of the whole file.
-        blamed: errors found before; what pydantic says of their keys only follows from them.
+        root: type of the whole file.
+        blamed: errors found before; pydantic's errors about the same keys are only consequences and are dropped.
     """
     keys = {other.key for other in blamed}
     found: list[JobFileError] = []
     for record in error.errors(include_url=False):
-        complaint = _complaint(record, root=root, source=source)
-        if keys.isdisjoint(_with_parents(complaint.key or "")):
-            keys.add(complaint.key)
-            found.append(complaint)
-    # `nam:` is an unknown key and leaves `name` missing: one mistake, told once.
+        error_found = _translated(record, root=root, source=source)
+        if keys.isdisjoint(_with_parents(error_found.key or "")):
+            keys.add(error_found.key)
+            found.append(error_found)
+    # `nam:` is an unknown key and also leaves `name` missing: report this one mistake once.
     meant = {join_key(parent_key(other.key or ""), other.nearest or "") for other in found}
-    return [complaint for complaint in found if complaint.problem != _MISSING or complaint.key not in meant]
+    return [other for other in found if other.problem != _MISSING or other.key not in meant]
 
 
-def _complaint(record: Mapping[str, Any], *, root: type[Section], source: SourceMap) -> JobFileError:
+def _translated(record: Mapping[str, Any], *, root: type[Section], source: SourceMap) -> JobFileError:
     kind, given, loc = record["type"], record["input"], record["loc"]
     key = _dotted(loc)
     cause = record.get("ctx", {}).get("error")
@@ -97,7 +97,7 @@ def _complaint(record: Mapping[str, Any], *, root: type[Section], source: Source
         nearest = difflib.get_close_matches(str(given).lower(), texts, n=1)
         return source.error(key, f"must be {_listed(values)}", nearest=nearest[0] if nearest else None)
     if kind == "string_type" and isinstance(given, (bool, int, float)):
-        return source.error(key, "must be text; write it in quotes")
+        return source.error(key, "must be text; put it in quotes")
     if kind not in _SENTENCES:
         return source.error(key, "is not valid: " + record["msg"].removeprefix("Input should be "))
     return source.error(key, _SENTENCES[kind].format(**record.get("ctx", {})))
@@ -110,29 +110,29 @@ def _unknown_key(loc: Loc, *, root: type[Section], source: SourceMap) -> JobFile
     near = difflib.get_close_matches(name.lower(), fields, n=1)
     nearest: str | None = None
     if elsewhere:
-        # Of several, one further down from where it was looked for, if there is one.
+        # If several sections have it, prefer one below the section where it was written.
         nearest = max(elsewhere, key=lambda key: key.startswith(f"{section_key}."))
         problem = f"unknown key here; it belongs to {_named(parent_key(nearest))}"
     elif _OTHER_WORDS.get(name, "") in set(known_keys(root)):
-        problem, nearest = "unknown key; forge has another word for it", _OTHER_WORDS[name]
+        problem, nearest = "unknown key; forge has another name for it", _OTHER_WORDS[name]
     elif near:
         problem, nearest = "unknown key", near[0]
     else:
-        problem = f"unknown key; those of {_named(section_key)} are {', '.join(fields)}"
+        problem = f"unknown key; the keys of {_named(section_key)} are {', '.join(fields)}"
     return source.error(_dotted(loc), problem, nearest=nearest, show_value=False)
 
 
 def _named(section_key: str) -> str:
-    return f"'{section_key}'" if section_key else "the file itself"
+    return f"'{section_key}'" if section_key else "the top level"
 
 
 def _not_a_section(loc: Loc, *, root: type[Section], is_empty: bool) -> str:
     section, parent = section_at(loc, root=root), section_at(loc[:-1], root=root)
     example = next(iter(section.model_fields)) if section else "key"
     if not is_empty:
-        return f"must hold keys of its own, such as '{example}:'"
+        return f"must be a section with keys such as '{example}:'"
     is_required = parent is not None and parent.model_fields[str(loc[-1])].is_required()
-    return f"is empty; give it keys of its own, such as '{example}:'" + ("" if is_required else ", or leave it out")
+    return f"is empty; give it keys such as '{example}:'" + ("" if is_required else ", or leave it out")
 
 
 def _listed(values: Sequence[str | int]) -> str:
@@ -149,7 +149,7 @@ def _dotted(loc: Loc) -> str:
 
 
 def _with_parents(key: str) -> Iterator[str]:
-    """`a.b[0]` → `a.b[0]`, `a.b`, `a`; the whole job only if it is itself meant."""
+    """`a.b[0]` → `a.b[0]`, `a.b`, `a`; for the whole file only its own empty key."""
     yield key
     while key := parent_key(key):
         yield key

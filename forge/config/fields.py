@@ -1,4 +1,4 @@
-"""The tree of a file's keys, a job's or a cluster's, read from the types of its sections."""
+"""The tree of all keys of a job file or cluster file, derived from the types of its sections."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from forge.config.section import Section
 from forge.config.yaml_reader import join_key
 
 ANY_KEY = "KEY"
-"""Stands for the free keys of a mapping whose values are sections."""
+"""Represents the user-defined keys of a mapping whose values are sections."""
 
 Loc = Sequence[str | int]
-"""A place in a file, as pydantic gives it: keys, and the indices of lists."""
+"""Location in a file as pydantic reports it: keys, and indices of lists."""
 
 
 def known_sections(section: type[Section], *, key: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """Every section with its dotted key, in the order of the file; the whole comes first, as ``."""
+    """Yield every section with its dotted key, in the order of the file; first the whole file, with key ``."""
     yield key, section
     for name, field in section.model_fields.items():
         below = join_key(key, name) + (f".{ANY_KEY}" if _is_mapping(field.annotation) else "")
@@ -26,12 +26,12 @@ def known_sections(section: type[Section], *, key: str = "") -> Iterator[tuple[s
 
 
 def known_keys(root: type[Section]) -> Iterator[str]:
-    """Every dotted key but the free ones, such as the model's."""
+    """Return every dotted key, except user-defined ones and those of the model config."""
     return (join_key(key, name) for key, section in known_sections(root) for name in section.model_fields)
 
 
 def section_at(loc: Loc, *, root: type[Section]) -> type[Section] | None:
-    """The type of the section at a place; None if what belongs there is no section."""
+    """Return the type of the section at `loc`; None if that key is not a section."""
     section, names = root, iter(loc)
     for name in names:
         field = section.model_fields.get(str(name))
@@ -45,7 +45,7 @@ def section_at(loc: Loc, *, root: type[Section]) -> type[Section] | None:
 
 
 def literal_values(loc: Loc, *, root: type[Section]) -> list[str | int]:
-    """The values from which the key at a place must have one; none if it is free."""
+    """Return the allowed values of the key at `loc`; empty if it is not restricted to a list of values."""
     section = section_at(loc[:-1], root=root)
     field = section.model_fields.get(str(loc[-1])) if section else None
     if field is None:
@@ -63,7 +63,7 @@ def _is_mapping(annotation: Any) -> bool:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    """`A | B` → `A`, `B`; anything else is its own only member."""
+    """`A | B` → `A`, `B`; any other annotation → itself."""
     if typing.get_origin(annotation) in (None, Literal):
         return (annotation,)
     return typing.get_args(annotation)

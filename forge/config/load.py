@@ -1,7 +1,7 @@
-"""The door of job files and cluster files: a path and the command line's `--set` go in, a typed job comes out.
+"""Load a job file or cluster file: from a path and `--set` overrides to a typed, validated object.
 
-Whatever is wrong with the file, or with `--set`, ends in one JobFileError that lists everything found,
-each with its line. The job comes with the map of its lines, for stages that know more than its types do.
+All problems of the file and of `--set` are reported in one JobFileError, each with its line. A job comes with a map
+of its lines, so that later checks, which know more than its types, can also name the line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _S = TypeVar("_S", bound=Section)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedJob:
-    """A job, and where in its file each key stands."""
+    """A job, and the location of each key in its file."""
 
     job: JobSpec
     source: SourceMap
@@ -45,12 +45,12 @@ def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:
 
     Args:
         path: a YAML file.
-        overrides: `training.optimizer.lr=1e-3`, as given to `--set`; the value is YAML, the last one wins.
+        overrides: as for `--set`, such as `training.optimizer.lr=1e-3`; the value is YAML, the last one wins.
 
-    Raises: JobFileError with all that is wrong, in the order of the file.
+    Raises: JobFileError with all problems, in the order of the file.
     """
     errors: list[JobFileError] = []
-    root = _read(path, errors=errors, parts="a job has at least a name, a model, data and training", keys="model")
+    root = _read(path, errors=errors, parts="a job needs at least a name, a model, data and training", keys="model")
     for override in overrides:
         root = _with_override(root, override, errors=errors)
     source = map_source(root, path=str(path))
@@ -60,28 +60,28 @@ def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:
 def load_cluster(path: str | Path) -> ClusterSpec:
     """Read a cluster file.
 
-    Raises: JobFileError with all that is wrong, in the order of the file.
+    Raises: JobFileError with all problems, in the order of the file.
     """
     errors: list[JobFileError] = []
-    root = _read(path, errors=errors, parts="a cluster has at least a name and a provider", keys="provider")
+    root = _read(path, errors=errors, parts="a cluster needs at least a name and a provider", keys="provider")
     source = map_source(root, path=str(path))
     provider = root.value["provider"].value if "provider" in root.value else None
     section = SECTIONS.get(provider) if isinstance(provider, str) else None
     if section is None:
         known = ", ".join(SECTIONS)
         near = difflib.get_close_matches(str(provider).lower(), SECTIONS, n=1)
-        problem = f"must be one of {known}" if provider is not None else f"is missing; it is one of {known}"
+        problem = f"must be one of {known}" if provider is not None else f"is missing; give one of {known}"
         raise source.error("provider", problem, nearest=near[0] if near else None)
     return _validated(root, section, source=source, errors=errors)
 
 
 def _read(path: str | Path, *, errors: list[JobFileError], parts: str, keys: str) -> YamlNode:
-    """The file's nodes; what it holds is a mapping."""
+    """Return the nodes of a file, whose top level is a mapping."""
     root = compose(read_text(Path(path)), path=str(path), errors=errors)
     if root.value is None:
         raise JobFileError(f"is empty; {parts}", path=str(path))
     if not isinstance(root.value, dict):
-        raise JobFileError(f"must hold keys, such as 'name:' and '{keys}:'", path=str(path), line=root.line)
+        raise JobFileError(f"must contain keys such as 'name:' and '{keys}:'", path=str(path), line=root.line)
     return root
 
 
@@ -96,7 +96,7 @@ def _validated(root: YamlNode, section: type[_S], *, source: SourceMap, errors: 
 
 
 def _with_override(root: YamlNode, override: str, *, errors: list[JobFileError]) -> YamlNode:
-    """The job with one `--set` carried out; as it was, if that is impossible."""
+    """Return the job with one `--set` applied, or unchanged, with the error collected, if it is not valid."""
     key, equals, text = override.partition("=")
     key = key.strip()
     names = _names_of(key)
@@ -105,7 +105,7 @@ def _with_override(root: YamlNode, override: str, *, errors: list[JobFileError])
     elif not equals or not all(names) or len(names) > _MAX_NAMES:
         errors.append(
             JobFileError(
-                "write it as a dotted key and a value: training.optimizer.lr=1e-3", path="--set", value=override
+                "write a dotted key and a value, such as training.optimizer.lr=1e-3", path="--set", value=override
             )
         )
     else:
@@ -117,7 +117,7 @@ def _with_override(root: YamlNode, override: str, *, errors: list[JobFileError])
 
 
 def _names_of(key: str) -> list[str]:
-    """The names of a dotted key; below a mapping of the job's own keys, the rest is one name."""
+    """Split a dotted key; below a mapping whose keys are dotted keys of the job, the rest is one name."""
     for mapping in _MAPPINGS:
         if key.startswith(f"{mapping}."):
             return [*mapping.split("."), key[len(mapping) + 1 :]]
@@ -125,7 +125,7 @@ def _names_of(key: str) -> list[str]:
 
 
 def _placed(section: YamlNode, names: Sequence[str], value: YamlNode, *, parent: str) -> YamlNode:
-    """The section with a value set below it; the path to it is made where it is missing."""
+    """Return the section with `value` set at the path `names`, creating missing sections on the way."""
     name, *rest = names
     children = {} if section.value is None else section.value
     if not isinstance(children, dict):
@@ -138,7 +138,7 @@ def _placed(section: YamlNode, names: Sequence[str], value: YamlNode, *, parent:
 
 
 def _combined(errors: Sequence[JobFileError]) -> JobFileError:
-    """One error that tells all, in the order of the file, the command line last."""
+    """Combine errors into one, in the order of the file, `--set` last."""
     first, *others = sorted(errors, key=lambda error: math.inf if error.line is None else error.line)
     return JobFileError(
         first.problem,

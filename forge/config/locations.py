@@ -1,7 +1,7 @@
-"""Where in the job file each key stands, so that a later stage can blame a line.
+"""Locations of the keys in a job file, so that later checks can report a line.
 
-The loader knows only the types; that `model.hidden_size` is no multiple of the heads, transformers knows.
-Whoever finds such a thing raises `source.error("model.hidden_size", "is no multiple of ...")`.
+The loader checks types only; for instance, only transformers knows that `model.hidden_size` must be a multiple of
+the number of heads. Such a check raises `source.error("model.hidden_size", "is not a multiple of ...")`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from forge.errors import JobFileError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceLocation:
-    """Where one key stands and what is written there.
+    """Line and text of one key.
 
     Args:
-        line: 1-based; None for what `--set` gave.
+        line: 1-based; None for a value from `--set`.
         text: a scalar as written; `[...]` or `{...}` for a list or mapping.
     """
 
@@ -28,19 +28,19 @@ class SourceLocation:
 
     @property
     def is_scalar(self) -> bool:
-        """Whether something is written there that can be shown in a few words."""
+        """Whether the value is a scalar, which an error message can show."""
         return self.text[:1] not in ("", "{", "[")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceMap:
-    """The place of every dotted key that was written: `training.zero`, `data.files[0]`; `` is the whole job."""
+    """Location of every key in the file, by dotted key: `training.zero`, `data.files[0]`; `` is the whole file."""
 
     path: str
     places: Mapping[str, SourceLocation]
 
     def error(self, key: str, problem: str, *, nearest: str | None = None, show_value: bool = True) -> JobFileError:
-        """A JobFileError that blames `key`; if it was not written, the section it belongs to."""
+        """Return a JobFileError with the line of `key` or, if the file does not have it, of its section."""
         place = self.places.get(key)
         blamed = place or self._nearest_place(key)
         is_shown = show_value and place is not None and place.is_scalar and not is_secret(key.rpartition(".")[2])
@@ -62,7 +62,7 @@ class SourceMap:
 
 
 def map_source(root: YamlNode, *, path: str) -> SourceMap:
-    """The places of a job's nodes."""
+    """Return the locations of all nodes below `root`."""
     places: dict[str, SourceLocation] = {}
 
     def visit(node: YamlNode, key: str) -> None:

@@ -1,7 +1,6 @@
-"""A job with some of its keys changed: what a trial runs, and the proof that every value may stand where it is put.
+"""Change keys of a job: build the job of a trial, and check every value of a search space before anything starts.
 
-In go a job and values by their dotted paths; out comes a job as if the file had them. The job's own types judge
-the values, before anything is started.
+Input: a job and values by dotted key. Output: the job as if its file had these values, validated by the same types.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from forge.config.search import ParameterSpec, SearchSpec
 from forge.errors import JobFileError
 
 _NOWHERE = SourceMap(path="search", places={})
-"""Of a job that stands in no file."""
+"""For jobs that were not loaded from a file."""
 
 
 def job_with(job: JobSpec, values: Mapping[str, Any]) -> JobSpec:
-    """The job, with the values at their dotted paths.
+    """Return the job with `values` set, by dotted key.
 
-    Raises: JobFileError that blames a key of the job.
+    Raises: JobFileError that names a key of the job.
     """
     body = job.model_dump(mode="json", exclude_unset=True)
     for key, value in values.items():
-        _place(body, key, copy.deepcopy(value))  # what is put below it later must not go into the search itself
+        _place(body, key, copy.deepcopy(value))  # a copy, because later values may be placed inside it
     try:
         return JobSpec.model_validate_json(json.dumps(body))
     except ValidationError as error:
@@ -39,12 +38,13 @@ def job_with(job: JobSpec, values: Mapping[str, Any]) -> JobSpec:
 
 
 def trial_job(job: JobSpec, values: Mapping[str, Any], *, is_proxied: bool = True) -> JobSpec:
-    """What one trial runs: the job with proxy, values and what follows from them, without its search.
+    """Return the job of one trial: without `search`, with the proxy, the values and the keys computed from them.
 
     Args:
-        is_proxied: False for the job that the search is for, as `best.yaml` has it.
+        values: by dotted key.
+        is_proxied: False for the full job with these values, as in `best.yaml`.
 
-    Raises: JobFileError that blames a key of the job.
+    Raises: JobFileError that names a key of the job.
     """
     search = search_of(job)
     bare = job.model_copy(update={"search": None})
@@ -54,9 +54,9 @@ def trial_job(job: JobSpec, values: Mapping[str, Any], *, is_proxied: bool = Tru
 
 
 def followers(job: JobSpec, search: SearchSpec) -> dict[str, Any]:
-    """The values of the keys that follow from others, in a job that has those.
+    """Return the values of the keys with `of`, computed from the other keys of the job.
 
-    Raises: JobFileError where the key that is followed has no number.
+    Raises: JobFileError if the other key is not a number.
     """
     found: dict[str, Any] = {}
     for key, entry in search.space.items():
@@ -64,19 +64,19 @@ def followers(job: JobSpec, search: SearchSpec) -> dict[str, Any]:
             continue
         value = value_at(job, entry.of)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise _NOWHERE.error(f"search.space.{key}.of", f"'{entry.of}' has no number that could be followed")
+            raise _NOWHERE.error(f"search.space.{key}.of", f"'{entry.of}' is not a number")
         product = value * entry.times if entry.times is not None else value / (entry.divided_by or 1)
         found[key] = round(product) if isinstance(value, int) and product == round(product) else product
     return found
 
 
 def first_values(search: SearchSpec) -> dict[str, Any]:
-    """Of every key that is searched: the first of its list, or the lower end of its range."""
+    """Return, for every searched key, the first value of its list or the lower bound of its range."""
     return {key: _some_values(entry)[0] for key, entry in search.space.items() if entry.of is None}
 
 
 def own_values(job: JobSpec) -> dict[str, Any] | None:
-    """What the job itself has for the keys that are searched; None if one of them lies outside of what is tried."""
+    """Return the job's own values of the searched keys; None if one of them is outside the space."""
     search = search_of(job)
     bare = job_with(job, search.proxy)
     found = {key: value_at(bare, key) for key, entry in search.space.items() if entry.of is None}
@@ -84,7 +84,7 @@ def own_values(job: JobSpec) -> dict[str, Any] | None:
 
 
 def usual_values(job: JobSpec) -> dict[str, Any]:
-    """Values that a plan may be made with before any are chosen: the job's own, or the first that may be tried."""
+    """Return values to plan with before a trial is chosen: the job's own, or else the first of the space."""
     return own_values(job) or first_values(search_of(job))
 
 
@@ -97,7 +97,7 @@ def _may_be(entry: ParameterSpec, value: Any) -> bool:
 
 
 def value_at(job: JobSpec, key: str) -> Any:
-    """What a job has at a dotted path, its default if it is not written; None where there is nothing."""
+    """Return the job's value at a dotted key, defaults included; None if there is no such key."""
     at: Any = job.model_dump(mode="json")
     for name in key.split("."):
         at = at.get(name) if isinstance(at, dict) else None
@@ -105,33 +105,33 @@ def value_at(job: JobSpec, key: str) -> Any:
 
 
 def check_kind(loaded: LoadedJob, *, is_search: bool) -> None:
-    """See that a job is for `forge tune`, or that it is for `forge train`. Raises: JobFileError if it is not."""
+    """Check that a job is for `forge tune`, or for `forge train`. Raises: JobFileError if it is not."""
     if is_search and loaded.job.search is None:
-        problem = "there is none in it, so there is nothing to try: add it, or use forge train"
+        problem = "is missing: add it to search, or use forge train"
         raise loaded.source.error("search", problem)
     if not is_search and loaded.job.search is not None:
-        problem = "this job is a search over many trials: use forge tune, or take the section out to train one run"
+        problem = "this job is a search over many trials: use forge tune, or remove the section to train one run"
         raise loaded.source.error("search", problem, show_value=False)
 
 
 def search_of(job: JobSpec) -> SearchSpec:
-    """The job's search. Raises: JobFileError if it has none."""
+    """Return the job's search. Raises: JobFileError if it has none."""
     if job.search is None:
-        raise JobFileError("there is no search in it; add a section 'search:', or use forge train", key="search")
+        raise JobFileError("is missing: add a section 'search:', or use forge train", key="search")
     return job.search
 
 
 def check_space(loaded: LoadedJob) -> None:
-    """See that every value that may be tried is one that its key may have, each other key having its first.
+    """Check that each value of the space is valid for its key, with the first value of every other key.
 
-    Raises: JobFileError for the first that is not, with its line.
+    Raises: JobFileError for the first value that is not, with its line.
     """
     job = loaded.job
     search = search_of(job)
     for key, value in search.proxy.items():
         _try(loaded, {}, blamed=f"search.proxy.{key}", value=value, only={key: value})
     if search.metric.startswith("eval/") and not job.data.held_out:
-        problem = f"{search.metric} is measured on held-out text, and data.held_out is 0"
+        problem = f"{search.metric} is measured on held-out data, but data.held_out is 0"
         raise loaded.source.error("search.metric", problem, show_value=False)
     first = first_values(search)
     for key in first:
@@ -171,7 +171,7 @@ def _is_about(found: str, key: str) -> bool:
 
 
 def _some_values(entry: ParameterSpec) -> tuple[Any, ...]:
-    """All of a list; the ends of a range."""
+    """Return all values of a list, or the bounds of a range."""
     return entry.values if entry.values is not None else entry.ends or ()
 
 

@@ -1,7 +1,7 @@
-"""What a scalar of the job file stands for: text, number, true, false or null.
+"""Values of YAML scalars: text, number, true, false or null.
 
-The rules are those of YAML 1.2.2's core schema (section 10.3.2), so `no` and `on` are text, `1e-3` is a
-number and a date stays text. Octal and hexadecimal numbers are left out: they stay text.
+The rules are the core schema of YAML 1.2.2 (section 10.3.2): `no` and `on` are text, `1e-3` is a number, and a date
+stays text. The one difference: octal and hexadecimal numbers (`0o7`, `0x10`) stay text too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _NAME = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)")
 
 
 def resolve(text: str) -> str | int | float | bool | None:
-    """The value of an unquoted scalar.
+    """Return the value of an unquoted scalar.
 
-    Raises: ValueError for a number that is infinite, no number or 2⁶³ and more.
+    Raises: ValueError for a number that is infinite or not a number, or an integer of 2⁶³ or more.
     """
     if _NULL.fullmatch(text):
         return None
@@ -34,7 +34,7 @@ def resolve(text: str) -> str | int | float | bool | None:
     if _NOT_FINITE.fullmatch(text):
         raise ValueError("must be a finite number")
     if _INT.fullmatch(text):
-        # int() refuses more than 4,300 digits; the leading zeros do not count.
+        # int() refuses more than 4,300 digits, not counting leading zeros.
         if len(text.lstrip("+-0")) > 19 or abs(int(text)) >= 2**63:
             raise ValueError("is too large a number")
         return int(text)
@@ -47,22 +47,22 @@ def resolve(text: str) -> str | int | float | bool | None:
 
 
 def with_environment(text: str) -> str:
-    """`text` with every `${env:NAME}` replaced.
+    """Return `text` with every `${env:NAME}` replaced.
 
-    Raises: ValueError if a variable is not set, or `${` begins anything else.
+    Raises: ValueError if a variable is not set, or `${` starts anything else.
     """
     return _VARIABLE.sub(_variable, text)
 
 
 def has_control_characters(text: str) -> bool:
-    """Whether a string holds what neither a name nor a path should: control characters, half a surrogate pair."""
+    """Whether a string contains control characters (other than newline and tab) or unpaired surrogates."""
     return any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t" for character in text)
 
 
 def _variable(match: re.Match[str]) -> str:
     name = _NAME.fullmatch(match[1])
     if not name or not match[0].endswith("}"):
-        raise ValueError("only ${env:NAME} is replaced; there is no other ${...}")
+        raise ValueError("only ${env:NAME} is supported, no other ${...}")
     if name[1] not in os.environ:
         raise ValueError(f"the environment variable {printable(name[1], limit=80)} is not set")
     return os.environ[name[1]]

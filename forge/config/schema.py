@@ -1,7 +1,7 @@
-"""The job file's JSON schema, for editors: they complete keys, show their meaning and mark mistakes.
+"""JSON schema of the job file, with which editors complete keys, show their meaning and mark errors.
 
-It is a little laxer than `load_job`, which alone knows units and what depends on several keys; and an
-editor marks `${env:NAME}` where a number belongs, although `load_job` takes it.
+It is less strict than `load_job`, which also checks units and constraints between keys. It rejects `${env:NAME}` in
+place of a number, which `load_job` accepts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "ex
 
 
 def job_schema() -> dict[str, Any]:
-    """JSON Schema 2020-12 of a job file."""
+    """Return the JSON schema (2020-12) of a job file."""
     schema: dict[str, Any] = _tidied(JobSpec.model_json_schema(schema_generator=_Generator))
     for key, section in known_sections(JobSpec):
         properties = schema["$defs"][section.__name__]["properties"] if key else schema["properties"]
@@ -34,7 +34,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def _tidied(value: Any) -> Any:
-    """Descriptions on one line; without the titles and bounds that pydantic gets from the Python types."""
+    """Join descriptions to one line; drop the titles and bounds that pydantic derives from the Python types."""
     if isinstance(value, list):
         return [_tidied(item) for item in value]
     if not isinstance(value, dict):
@@ -49,7 +49,7 @@ _UNTIDY = {"title", *_BOUNDS}
 
 
 def _bounds(field: FieldInfo) -> dict[str, float]:
-    """A field's bounds, which pydantic loses for types that bring a schema of their own."""
+    """Return the bounds of a field, which pydantic omits for types with a custom schema."""
     return {
         keyword: getattr(bound, name)
         for bound in field.metadata

@@ -1,9 +1,8 @@
-"""The base of every section of a job file, and the types its values are written in.
+"""Base class of the sections of job and cluster files, and the types of their values.
 
-Sections are frozen and strict: an unknown key is an error, a string is never silently taken for a
-number. Values with a unit are parsed here, once, by `forge.units`; from here on they are plain
-numbers whose unit ends the name. Each type carries its JSON schema; the examples in it are the strings
-that a user may write.
+Sections are frozen and strict: an unknown key is an error, and a string is never silently read as a number. Values
+with a unit are parsed once, here, by `forge.units`; later code sees plain numbers in base units. Each type has a
+JSON schema, whose examples are strings that a user may write.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from forge import units
 
 
 class Section(BaseModel):
-    """One section of the job file."""
+    """One section of a job file or cluster file."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -24,12 +23,12 @@ class Section(BaseModel):
 
 
 class FieldError(ValueError):
-    """Raised by a section's validator that can say which of its keys is to blame.
+    """Raised by a section's validator to report a problem of one of its keys.
 
     Args:
-        key: below the section: `schedule.warmup_steps`.
+        key: relative to the section, such as `schedule.warmup_steps`.
         problem: one sentence, without the key.
-        nearest: what to write in its place, if that is clear.
+        nearest: what to write instead, if that is clear.
     """
 
     def __init__(self, key: str, problem: str, *, nearest: str | None = None) -> None:
@@ -54,12 +53,12 @@ def _read_range_from_1(value: Any) -> units.Range:
 
 
 def _read_duration(value: Any) -> float:
-    # A plain number is this module's own: a dumped file's.
+    # A plain number comes from `dump_job` or a plan, never from a user: YAML without a unit is rejected.
     return value if isinstance(value, float) else units.parse_duration_s(value)
 
 
 def _read_whole_or_auto(value: Any) -> Any:
-    # A union would complain once per member; this says it in one sentence.
+    # A union type would report one error per member.
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int)):
         raise ValueError("must be 'auto' or a whole number")
     return value
@@ -72,7 +71,7 @@ def _read_strings(value: Any) -> Any:
 
 
 Number = float
-"""Strict mode takes a whole number for a float, but no string and no bool."""
+"""In strict mode: an int or a float, but no string and no bool."""
 
 Count = Annotated[
     int,
@@ -124,11 +123,11 @@ Duration = Annotated[
     BeforeValidator(_read_duration),
     WithJsonSchema({"type": "string", "examples": ["10m"]}),
 ]
-"""In seconds."""
+"""Seconds."""
 
 Strings = Annotated[
     tuple[str, ...],
     BeforeValidator(_read_strings),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
-"""One string, or a list of them."""
+"""One string, or a list of strings."""

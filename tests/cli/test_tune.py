@@ -155,7 +155,7 @@ class TestThePlan:
                 r"tune\.yaml:6: search: this job is a search over many trials: use forge tune",
             ),
             (("train", "tune.yaml", "--dry-run"), r"search: this job is a search .*: use forge tune"),
-            (("tune", "job.yaml"), r"job\.yaml:1: search: there is none in it, .* use forge train"),
+            (("tune", "job.yaml"), r"job\.yaml:1: search: is missing: .* use forge train"),
             (("tune", "tune.yaml", "--set", "search.metric=loss"), r"search\.metric=loss: is not a metric"),
         ],
     )

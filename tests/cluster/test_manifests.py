@@ -29,7 +29,7 @@ from forge.cluster.kubernetes.manifests import (
 )
 from forge.cluster.kubernetes.provider import KubernetesCluster
 from forge.config.cluster import KubernetesSpec
-from forge.config.dump import dump_documents
+from forge.config.dump import dump_plain
 from forge.config.load import load_cluster
 from forge.units import Range
 from tests.support.command import wait_for
@@ -338,8 +338,8 @@ def test_token_secret__has_the_key_that_kuberay_reads() -> None:
 
 
 @pytest.mark.parametrize("text", ["yes", "off", "1e3", "1:30", "0x10", "", "null", "2026-01-01", "a: b", "~"])
-def test_dump_documents__ambiguous_text__is_quoted(text: str) -> None:
-    dumped = dump_documents([{"value": text, "list": [text, text]}])
+def test_dump_plain__ambiguous_text__is_quoted(text: str) -> None:
+    dumped = dump_plain({"value": text, "list": [text, text]})
     assert yaml.safe_load(dumped) == {"value": text, "list": [text, text]}
     if text:
         assert f"'{text}'" in dumped

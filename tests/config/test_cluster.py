@@ -40,8 +40,8 @@ def test_the_provider_says_which_keys_there_are(tmp_path: Path, text: str, secti
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "cluster.yaml: is empty; a cluster has at least a name and a provider"),
-        ("name: a\n", "cluster.yaml:1: provider: is missing; it is one of local, ssh, aws, gcp, azure, kubernetes"),
+        ("", "cluster.yaml: is empty; a cluster needs at least a name and a provider"),
+        ("name: a\n", "cluster.yaml:1: provider: is missing; give one of local, ssh, aws, gcp, azure, kubernetes"),
         ("name: a\nprovider: awz\n", "cluster.yaml:2: provider: must be one of local, ssh, aws, gcp, azure, "),
         ("name: a\nprovider: awz\n", "did you mean 'aws'?"),
         ("name: a\nprovider: local\nnode: 3\n", "cluster.yaml:3: node: unknown key; did you mean 'nodes'?"),

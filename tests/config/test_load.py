@@ -151,15 +151,15 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         (
             "total_steps: 10",
             "total_steps: 10\n  learning_rate: 1e-3",
-            "job.yaml:9: training.learning_rate: unknown key; forge has another word for it; "
+            "job.yaml:9: training.learning_rate: unknown key; forge has another name for it; "
             "did you mean 'training.optimizer.lr'?",
         ),
         ("name: small", "nam: small", "job.yaml:1: nam: unknown key; did you mean 'name'?"),
-        ("name: small\n", "", "job.yaml:1: name: is missing, and has no default"),
+        ("name: small\n", "", "job.yaml:1: name: is missing and has no default"),
         (
             "seq_len: 64",
             "seq_len: 64\n  tokenizer: {zzz: 1}",
-            "job.yaml:7: data.tokenizer.zzz: unknown key; those of 'data.tokenizer' are "
+            "job.yaml:7: data.tokenizer.zzz: unknown key; the keys of 'data.tokenizer' are "
             "train, vocab_size, from_pretrained",
         ),
         (
@@ -234,10 +234,10 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         (
             "source: python-stdlib",
             "files: [a, 3]",
-            "job.yaml:5: data.files[1]: must be text; write it in quotes (got 3)",
+            "job.yaml:5: data.files[1]: must be text; put it in quotes (got 3)",
         ),
         ("source: python-stdlib", "files: []", "job.yaml:5: data.files: must name at least one file or glob"),
-        ("name: small", "name: 12", "job.yaml:1: name: must be text; write it in quotes (got 12)"),
+        ("name: small", "name: 12", "job.yaml:1: name: must be text; put it in quotes (got 12)"),
         (
             "name: small",
             "name: My Job",
@@ -247,12 +247,12 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         (
             "name: small",
             "name: small\nresources:",
-            "job.yaml:2: resources: is empty; give it keys of its own, such as 'workers:', or leave it out",
+            "job.yaml:2: resources: is empty; give it keys such as 'workers:', or leave it out",
         ),
         (
             "name: small",
             "name: small\nresources: 4",
-            "job.yaml:2: resources: must hold keys of its own, such as 'workers:' (got 4)",
+            "job.yaml:2: resources: must be a section with keys such as 'workers:' (got 4)",
         ),
         (
             "architecture: llama",
@@ -263,7 +263,7 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         (
             "seq_len: 64",
             "seq_len: 64\n  seq_len: 65",
-            "job.yaml:7: data.seq_len: is written twice; first on line 6",
+            "job.yaml:7: data.seq_len: duplicate key; first on line 6",
         ),
         (
             "seq_len: 64",
@@ -280,10 +280,10 @@ def test_a_mistake_is_told_in_one_plain_line(refused: Refused, old: str, new: st
 @pytest.mark.parametrize(
     ("new", "line", "problem"),
     [
-        ("x: !!python/object/apply:os.system [ls]\nmodel:", 2, "tags are not used"),
-        ("x: !thing {architecture: llama}\nmodel:", 2, "tags are not used"),
-        ("1: x\nmodel:", 2, "a key must be text, and 1 is not"),
-        ("true: x\nmodel:", 2, "a key must be text, and true is not"),
+        ("x: !!python/object/apply:os.system [ls]\nmodel:", 2, "tags are not supported"),
+        ("x: !thing {architecture: llama}\nmodel:", 2, "tags are not supported"),
+        ("1: x\nmodel:", 2, "a key must be text; write 1 in quotes"),
+        ("true: x\nmodel:", 2, "a key must be text; write true in quotes"),
         ("[a]: x\nmodel:", 2, "a key must be text"),
         ("? {a: b}\n: x\nmodel:", 2, "a key must be text"),
         ("'': x\nmodel:", 2, "must not be empty"),
@@ -302,7 +302,7 @@ def test_a_mistake_is_told_in_one_plain_line(refused: Refused, old: str, new: st
         ("x: [1\nmodel:", None, ""),
         ("x: 'y\nmodel:", None, ""),
         ("\tx: y\nmodel:", None, ""),
-        ("x: y: z\nmodel:", 2, "':' is out of place"),
+        ("x: y: z\nmodel:", 2, "':' is not allowed here"),
         ('x: "\\UFFFFFFFF"\nmodel:', None, ""),
         ("%YAML 1.2\nmodel:", None, ""),
     ],
@@ -336,15 +336,15 @@ def test_an_alias_stands_for_what_its_anchor_holds(write: Callable[[str], Path])
         (b"", "is empty"),
         (b"# nothing\n", "is empty"),
         (b"---\n", "is empty"),
-        (b"[1, 2]", "must hold keys"),
-        (b"just text", "must hold keys"),
+        (b"[1, 2]", "must contain keys"),
+        (b"just text", "must contain keys"),
         (b"name: \xff", "not UTF-8"),
         ("name: x".encode("utf-16"), "not UTF-8"),
         (b"name: \0", "U+0000"),
         (b"name: a\n\x1b[31m", "U+001B"),
         (b"#" * (2**20 + 1), "larger than 1 MiB"),
         (b"[" * 100_000, "nested more than"),
-        (b"a" * 1_000_000, "must hold keys"),
+        (b"a" * 1_000_000, "must contain keys"),
         (b"a: b\n" * 100_000, "more than 10000 values"),
         (b"- " * 100_000, "nested more than"),
     ],
@@ -429,7 +429,7 @@ def test_the_environment_cannot_bring_structure_or_control_characters(
     refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROBE", "{stage: 3}")
-    assert "must hold keys" in str(refused("total_steps: 10", "total_steps: 10\n  zero: ${env:PROBE}"))
+    assert "must be a section" in str(refused("total_steps: 10", "total_steps: 10\n  zero: ${env:PROBE}"))
     monkeypatch.setenv("PROBE", "a\x1b[31m")
     assert "control character" in str(refused("source: python-stdlib", "files: ${env:PROBE}"))
 
@@ -511,11 +511,11 @@ def test_setting_one_user_of_an_alias_leaves_the_others(write: Callable[[str], P
         ("training.zro.stage=1", "--set training.zro: unknown key; did you mean 'zero'?"),
         ("training.zero={stage: 9}", "--set training.zero.stage=9: must be 0, 1, 2 or 3"),
         ("name.x=1", "--set name.x: 'name' is a value and has no keys below it"),
-        ("name", "--set name: write it as a dotted key and a value: training.optimizer.lr=1e-3"),
-        ("=1", "--set =1: write it as a dotted key and a value: training.optimizer.lr=1e-3"),
-        ("a..b=1", "--set a..b=1: write it as a dotted key and a value: training.optimizer.lr=1e-3"),
+        ("name", "--set name: write a dotted key and a value, such as training.optimizer.lr=1e-3"),
+        ("=1", "--set =1: write a dotted key and a value, such as training.optimizer.lr=1e-3"),
+        ("a..b=1", "--set a..b=1: write a dotted key and a value, such as training.optimizer.lr=1e-3"),
         ("data.seed=[1", "--set data.seed: "),
-        ("data.seed=\ud800", "--set data.seed: holds the character U+D800, which has no place in text"),
+        ("data.seed=\ud800", "--set data.seed: contains the character U+D800, which YAML does not allow"),
     ],
 )
 def test_a_wrong_set_names_itself_as_the_place(refused: Refused, override: str, message: str) -> None:

@@ -52,7 +52,7 @@ def load(folder: Path, old: str = "", new: str = "", *, overrides: tuple[str, ..
         ("loguniform: [1.0e-4, 3.0e-2]", "choice: [0.1, 0.1]", r":7: .*contains a value twice"),
         ("loguniform: [1.0e-4, 3.0e-2]", "grid: [0.1]", r":7: .*grid requires searcher.*did you mean 'choice'"),
         ("loguniform: [1.0e-4, 3.0e-2]", "choice: [1], int: [1, 2]", r":7: .*exactly one of choice"),
-        ("of: model.hidden_size", "of: model.hidden", r":9: .*'model.hidden' has no number"),
+        ("of: model.hidden_size", "of: model.hidden", r":9: .*'model.hidden' is not a number"),
         ("of: model.hidden_size, times: 4", "of: model.hidden_size", r":9: .*one of 'times' and 'divided_by'"),
         ("times: 4", "tims: 4", r":9: .*unknown key; did you mean 'times'"),
         (

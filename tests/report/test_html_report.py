@@ -145,7 +145,7 @@ def test_report__hostile_names_and_values__are_text_and_never_elements(tmp_path:
 
 
 def test_report__run_without_search__raises(tmp_path: Path) -> None:
-    with pytest.raises(JobFileError, match="there is no search in it"):
+    with pytest.raises(JobFileError, match="search: is missing"):
         write_report(make_run(tmp_path))
 
 

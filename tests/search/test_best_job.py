@@ -124,5 +124,5 @@ def test_without_a_trial_that_was_judged_there_is_no_file() -> None:
 
 
 def test_a_run_is_no_search() -> None:
-    with pytest.raises(JobFileError, match="there is no search in it"):
+    with pytest.raises(JobFileError, match="search: is missing"):
         best_job_yaml(tiny_plan(), TrialTable(), search_id="t")

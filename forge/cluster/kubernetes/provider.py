@@ -50,7 +50,7 @@ from forge.cluster.kubernetes.manifests import (
 from forge.cluster.kubernetes.pods import Pod
 from forge.cluster.kubernetes.startup import Timeouts, await_head, inspect_hint, list_objects
 from forge.config.cluster import KubernetesSpec
-from forge.config.dump import dump_documents
+from forge.config.dump import dump_plain
 from forge.errors import ClusterError
 from forge.fs import write_atomic
 
@@ -96,7 +96,7 @@ class KubernetesCluster:
             "# Ray's token is in a Secret, which `forge cluster up` creates and never prints. By hand:\n"
             f"#   openssl rand -hex 32 | tr -d '\\n' | {create}\n"
         )
-        return note + dump_documents([self._manifest()])
+        return note + dump_plain(self._manifest())
 
     def token(self) -> str:
         try:
