@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from forge.config.registry import FormatName
 from forge.config.section import Count, FieldError, Fraction, Section, Strings
 
 
@@ -47,12 +48,20 @@ class DataSpec(Section):
     text_key: str = Field("text", min_length=1)
     """The field of a `.jsonl` line, or the column of a `.parquet` file, that contains the text."""
 
+    format: FormatName = "text"
+    """What a record becomes. `text`: every next token of the text is predicted. A class of your own gives the
+    examples of each record itself; it needs `packing: examples` or `none`."""
+
+    packing: Literal["concatenate", "examples", "none"] = "concatenate"
+    """How sequences are filled. `concatenate`: documents end to end, separated by an end-of-text token, and cut
+    anywhere. `examples`: whole examples share a sequence, and none sees another; a document longer than `seq_len`
+    is split, what remains is padding. `none`: one example per sequence, padded."""
+
     tokenizer: TokenizerSpec = TokenizerSpec()
     """The tokenizer."""
 
     seq_len: Count = Field(1024, ge=2)
-    """Predicted tokens per sequence. Documents are concatenated, separated by an end-of-text token, and cut into
-    sequences of this length."""
+    """Predicted tokens per sequence, padding included."""
 
     held_out: Fraction = Field(0.01, ge=0, le=0.5)
     """Share of the documents that is not trained on, but used to measure the held-out loss."""
@@ -67,4 +76,6 @@ class DataSpec(Section):
             raise ValueError("give either 'source' or 'files'")
         if self.files is not None and not (self.files and all(self.files)):
             raise FieldError("files", "must name at least one file or glob")
+        if self.packing == "concatenate" and self.format != "text":
+            raise FieldError("packing", f"must be examples or none with format {self.format}", nearest="examples")
         return self

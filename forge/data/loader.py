@@ -39,6 +39,8 @@ class StepTotals:
     """Number of loss terms: the denominator of the step's loss."""
     num_targets: int
     """Number of predicted tokens."""
+    num_tokens: int
+    """Number of positions that are not padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,9 @@ class TrainBatches:
         first = (step - 1) * self.plan.global_batch_size
         chosen = self.order.samples(np.arange(first, first + self.plan.global_batch_size, dtype=np.int64))
         return StepTotals(
-            weight=float(self.rows.weights(chosen).sum()), num_targets=int(self.rows.num_targets(chosen).sum())
+            weight=float(self.rows.weights(chosen).sum()),
+            num_targets=int(self.rows.num_targets(chosen).sum()),
+            num_tokens=int(self.rows.num_tokens(chosen).sum()),
         )
 
     def of_step(self, step: int) -> Iterator[MicroBatch]:

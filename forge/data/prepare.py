@@ -18,22 +18,23 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Literal
 
 from forge.config.data import DataSpec
 from forge.data import corpus, store
 from forge.data.cache import build_once, open_cache, sync_folder
 from forge.data.corpus import Document
+from forge.data.example_store import ExampleRows
+from forge.data.prepare_examples import write_examples
 from forge.data.rows import RowStore, StreamRows
 from forge.data.store import CacheIndex, Packer, Split, TokenStream
 from forge.data.tokenizer import TextTokenizer, encode_batches, load_tokenizer, train_tokenizer
+from forge.data.unigram import unigram_perplexity
 from forge.errors import DataError
 from forge.plan.inputs import CorpusInfo
+from forge.user_code import is_reference, use_code
 
 TOKENIZER_SAMPLE_CHARS = 1 << 26
 """Text a tokenizer is trained on: 64 Mi characters; more hardly changes the first 10⁵ merges."""
@@ -43,6 +44,9 @@ SMALL_CORPUS_CHARS = 1 << 26
 
 MAX_PROCESSES = 16
 """Beyond this the one process that reads and writes cannot keep the others fed."""
+
+EXAMPLES_VERSION = 1
+"""Changes whenever other examples or rows are made of the same records."""
 
 _BATCH_CHARS = 1 << 20
 """Text encoded at once; 0.1 s of one process."""
@@ -64,20 +68,25 @@ class PrepareProgress:
 _Report = Callable[[PrepareProgress], None]
 
 
-def prepare(spec: DataSpec, *, cache_dir: Path, on_progress: _Report | None = None) -> CorpusInfo:
+def prepare(
+    spec: DataSpec, *, cache_dir: Path, on_progress: _Report | None = None, code_digest: str | None = None
+) -> CorpusInfo:
     """Return the facts of the prepared corpus; build its cache first where there is none.
 
     Held-out documents are those with the smallest keyed hash of their text: the choice depends on no order
     and no file name, and exact copies of a document fall on the same side. Their share is one of the text.
     At least one document is held out and one kept; of a corpus that is one document, the end is held out.
 
+    Args:
+        code_digest: of the code folder that is in use, if `data.format` is a class in it.
+
     Raises: DataError if the corpus or the tokenizer cannot be used, the cache cannot be written, or the
-        training tokens do not fill one sequence.
+        training tokens do not fill one sequence; UserCodeError.
     """
     report = on_progress or (lambda _: None)
     report(PrepareProgress(stage="fingerprint"))
     loaded = load_tokenizer(spec.tokenizer.from_pretrained) if spec.tokenizer.from_pretrained else None
-    digest = _cache_key(spec, tokenizer=loaded)
+    digest = _cache_key(spec, tokenizer=loaded, code_digest=code_digest)
     folder = cache_dir.absolute() / "data" / f"{_corpus_name(spec)}-{digest[:16]}"
     try:
         index = open_cache(folder, digest=digest)
@@ -85,7 +94,9 @@ def prepare(spec: DataSpec, *, cache_dir: Path, on_progress: _Report | None = No
         index = build_once(
             folder,
             digest=digest,
-            write=lambda draft: _write_cache(spec, folder=draft, digest=digest, tokenizer=loaded, report=report),
+            write=lambda draft: _write_cache(
+                spec, folder=draft, digest=digest, tokenizer=loaded, report=report, code_digest=code_digest
+            ),
             on_wait=lambda: report(PrepareProgress(stage="waiting")),
         )
     return _facts(index, folder=folder, seq_len=spec.seq_len)
@@ -100,6 +111,11 @@ def open_rows(facts: CorpusInfo) -> tuple[RowStore, RowStore]:
     index = store.read_index(folder)
     if index.digest != facts.digest:
         raise DataError(f"{folder} holds the corpus {index.digest}, the plan says {facts.digest}; plan again")
+    if index.examples is not None:
+        return (
+            ExampleRows(folder=folder, index=index, split="train"),
+            ExampleRows(folder=folder, index=index, split="held_out"),
+        )
     train, held_out = (
         StreamRows(stream=TokenStream(folder=folder, entries=entries, dtype=index.dtype), seq_len=facts.seq_len)
         for entries in (index.train, index.held_out)
@@ -107,8 +123,8 @@ def open_rows(facts: CorpusInfo) -> tuple[RowStore, RowStore]:
     return train, held_out
 
 
-def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None) -> str:
-    settings = {
+def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: str | None) -> str:
+    settings: dict[str, object] = {
         "format": store.FORMAT_VERSION,
         "corpus": corpus.fingerprint(spec),
         "text_key": spec.text_key,
@@ -116,6 +132,14 @@ def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None) -> str:
         "held_out": spec.held_out,
         "seed": spec.seed,
     }
+    if spec.packing != "concatenate":
+        settings |= {
+            "examples": EXAMPLES_VERSION,
+            "format": spec.format,
+            "packing": spec.packing,
+            "seq_len": spec.seq_len,
+        }
+        settings |= {"code": code_digest} if is_reference(spec.format) else {}
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -129,13 +153,7 @@ def _corpus_name(spec: DataSpec) -> str:
 
 
 def _facts(index: CacheIndex, *, folder: Path, seq_len: int) -> CorpusInfo:
-    num_train, num_held_out = index.num_train_tokens, index.num_held_out_tokens
-    if num_train < seq_len + 1:
-        raise DataError(
-            f"the corpus has {num_train} training tokens ({index.num_documents} documents, {num_held_out} tokens"
-            f" held out), but one sequence takes data.seq_len + 1 = {seq_len + 1}. Add text, or set data.seq_len"
-            f" to {num_train - 1} or less"
-        )
+    sizes = _stream_sizes(index, seq_len=seq_len) if index.examples is None else _example_sizes(index.examples)
     perplexity = index.unigram_perplexity
     return CorpusInfo(
         folder=str(folder),
@@ -145,32 +163,80 @@ def _facts(index: CacheIndex, *, folder: Path, seq_len: int) -> CorpusInfo:
         seq_len=seq_len,
         num_documents=index.num_documents,
         num_text_bytes=index.num_text_bytes,
-        num_train_tokens=num_train,
-        num_held_out_tokens=num_held_out,
-        num_train_sequences=(num_train - 1) // seq_len,
-        num_held_out_sequences=max(0, num_held_out - 1) // seq_len,
         unigram_perplexity=math.nan if perplexity is None else perplexity,
+        **sizes,
     )
 
 
+def _stream_sizes(index: CacheIndex, *, seq_len: int) -> dict[str, Any]:
+    num_train, num_held_out = index.num_train_tokens, index.num_held_out_tokens
+    if num_train < seq_len + 1:
+        raise DataError(
+            f"the corpus has {num_train} training tokens ({index.num_documents} documents, {num_held_out} tokens"
+            f" held out), but one sequence takes data.seq_len + 1 = {seq_len + 1}. Add text, or set data.seq_len"
+            f" to {num_train - 1} or less"
+        )
+    return {
+        "num_train_tokens": num_train,
+        "num_held_out_tokens": num_held_out,
+        "num_train_sequences": (num_train - 1) // seq_len,
+        "num_held_out_sequences": max(0, num_held_out - 1) // seq_len,
+    }
+
+
+def _example_sizes(layout: dict[str, Any]) -> dict[str, Any]:
+    train, held_out = layout["train"], layout["held_out"]
+    return {
+        "num_train_tokens": train["num_targets"],
+        "num_held_out_tokens": held_out["num_targets"],
+        "num_train_sequences": train["num_rows"],
+        "num_held_out_sequences": held_out["num_rows"],
+        "packing": layout["packing"],
+        "num_examples": train["num_examples"] + held_out["num_examples"],
+        "padding": 1 - train["num_tokens"] / (train["num_rows"] * layout["seq_len"]),
+        "notes": layout["notes"],
+    }
+
+
 def _write_cache(
-    spec: DataSpec, *, folder: Path, digest: str, tokenizer: TextTokenizer | None, report: _Report
+    spec: DataSpec,
+    *,
+    folder: Path,
+    digest: str,
+    tokenizer: TextTokenizer | None,
+    report: _Report,
+    code_digest: str | None,
 ) -> CacheIndex:
     """Write everything, the index last."""
+    if is_reference(spec.format):
+        use_code(code_digest)
     if tokenizer is None:
         report(PrepareProgress(stage="tokenizer"))
         sample = corpus.iter_sample(spec, max_chars=TOKENIZER_SAMPLE_CHARS)
         tokenizer = train_tokenizer(sample, vocab_size=spec.tokenizer.vocab_size)
+    if spec.packing == "concatenate":
+        index = _write_streams(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=report)
+    else:
+        index = write_examples(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=_progress_of(report))
+    files = {"tokenizer/tokenizer.json": tokenizer.content, "tokenizer/tokenizer_config.json": tokenizer.config}
+    written = [store.write_file(folder, name=name, content=text.encode()) for name, text in files.items()]
+    for name in {path.parent for path in folder.rglob("*")} - {folder}:
+        sync_folder(name)
+    index = replace(index, tokenizer=tuple(written))
+    store.write_index(folder, index=index)
+    return index
+
+
+def _write_streams(
+    spec: DataSpec, *, folder: Path, digest: str, tokenizer: TextTokenizer, report: _Report
+) -> CacheIndex:
     packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=_first_split(spec), report=report)
     second = _second_split(packed, held_out=spec.held_out)
     if second is not None:
         for path in folder.glob("*.tokens"):
             path.unlink()
         packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=second, report=report)
-    files = {"tokenizer/tokenizer.json": tokenizer.content, "tokenizer/tokenizer_config.json": tokenizer.config}
-    written = [store.write_file(folder, name=name, content=text.encode()) for name, text in files.items()]
-    sync_folder(folder / "tokenizer")
-    index = CacheIndex(
+    return CacheIndex(
         digest=digest,
         dtype=tokenizer.dtype,
         vocab_size=tokenizer.vocab_size,
@@ -180,10 +246,14 @@ def _write_cache(
         unigram_perplexity=unigram_perplexity(packed.train.counts, held_out_counts=packed.held_out.counts),
         train=packed.train.close(),
         held_out=packed.held_out.close(),
-        tokenizer=tuple(written),
+        tokenizer=(),
     )
-    store.write_index(folder, index=index)
-    return index
+
+
+def _progress_of(report: _Report) -> Callable[[int, int, int], None]:
+    return lambda documents, size, tokens: report(
+        PrepareProgress(stage="tokens", num_documents=documents, num_text_bytes=size, num_tokens=tokens)
+    )
 
 
 def _pack(spec: DataSpec, *, folder: Path, tokenizer: TextTokenizer, split: Split, report: _Report) -> Packer:
@@ -257,17 +327,3 @@ def _second_split(packed: Packer, *, held_out: float) -> Split | None:
     if packed.smallest_key < packed.largest_key:
         return Split(key_below=packed.smallest_key + 1)
     return Split(tail_from=packed.num_tokens - math.ceil(packed.num_tokens * held_out))
-
-
-def unigram_perplexity(train_counts: NDArray[np.int64], *, held_out_counts: NDArray[np.int64]) -> float | None:
-    """exp of the mean negative log likelihood of the held-out tokens under p(v) = (n_v + 1) / (N + V).
-
-    None if nothing is held out. Shapes: both `int64[V]`, occurrences of each token.
-
-    Source: add-one (Laplace) smoothing; Jurafsky & Martin, Speech and Language Processing, 3.6.1.
-    """
-    num_held_out = int(held_out_counts.sum())
-    if num_held_out == 0:
-        return None
-    log_p = np.log((train_counts + 1) / (train_counts.sum() + len(train_counts)))
-    return math.exp(-float(held_out_counts @ log_p) / num_held_out)

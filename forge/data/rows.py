@@ -40,6 +40,9 @@ class RowStore(Protocol):
     def num_targets(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of predicted tokens of each row. Shapes: rows: int64[n] → int64[n]."""
 
+    def num_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of positions of each row that are not padding. Shapes: rows: int64[n] → int64[n]."""
+
     def read(self, rows: NDArray[np.int64]) -> Arrays:
         """The content of rows: at least `tokens` and `targets`, int64[n, seq_len].
 
@@ -63,6 +66,9 @@ class StreamRows:
 
     def num_targets(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.full(len(rows), self.seq_len, dtype=np.int64)
+
+    def num_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.num_targets(rows)
 
     def read(self, rows: NDArray[np.int64]) -> Arrays:
         windows = self.stream.read(rows, self.seq_len)

@@ -56,15 +56,17 @@ class CacheIndex:
     train: tuple[FileEntry, ...]
     held_out: tuple[FileEntry, ...]
     tokenizer: tuple[FileEntry, ...]
+    tables: tuple[FileEntry, ...] = ()
+    """Files of an example store; then there are no token streams."""
+    examples: dict[str, Any] | None = None
+    """Layout of an example store; see `forge.data.example_store`."""
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
-        """Every file but the index itself."""
-        return self.train + self.held_out + self.tokenizer
+        return self.train + self.held_out + self.tokenizer + self.tables
 
     @property
     def size_bytes(self) -> int:
-        """Of all files together."""
         return sum(entry.size_bytes for entry in self.files)
 
     @property
@@ -195,7 +197,7 @@ class StreamWriter:
         return tuple(self._entries)
 
     def abort(self) -> None:
-        """Let go of the open file, whatever became of it."""
+        """Close the open file, whatever its state."""
         if self._file is not None:
             handle, self._file = self._file, None
             try:
@@ -272,12 +274,11 @@ class Packer:
             self.held_out.append(ids[room:])
 
     def close(self) -> None:
-        """Finish both streams."""
         self.train.close()
         self.held_out.close()
 
     def abort(self) -> None:
-        """Let go of open files; harmless after `close`."""
+        """Close open files; harmless after `close`."""
         self.train.abort()
         self.held_out.abort()
 
@@ -299,7 +300,7 @@ def new_hash() -> hashlib.blake2b:
 
 
 def write_file(folder: Path, *, name: str, content: bytes) -> FileEntry:
-    """Write a small file, flushed to the disk; its entry."""
+    """Write a small file, flushed to the disk. Returns: its entry."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
@@ -312,6 +313,8 @@ def write_file(folder: Path, *, name: str, content: bytes) -> FileEntry:
 def write_index(folder: Path, *, index: CacheIndex) -> None:
     """Write `index.json`, with a checksum of its own; call it when all other files are on the disk."""
     body = asdict(index)
+    if index.examples is None:
+        del body["tables"], body["examples"]
     content = {"format": FORMAT_VERSION, "blake2b": _checksum(_canonical(body)), **body}
     write_file(folder, name=INDEX_NAME, content=json.dumps(content, indent=1).encode())
 
@@ -333,7 +336,7 @@ def read_index(folder: Path) -> CacheIndex:
         raise DataError(f"{path} has format {version}, this forge reads {FORMAT_VERSION}; delete {folder}")
     if checksum != _checksum(_canonical(content)):
         raise DataError(f"{path} was changed after it was written: its checksum differs; delete {folder}")
-    for key in ("train", "held_out", "tokenizer"):
+    for key in {"train", "held_out", "tokenizer", "tables"} & content.keys():
         content[key] = tuple(FileEntry(**entry) for entry in content[key])
     return CacheIndex(**content)
 

@@ -6,7 +6,8 @@ therefore runs in a subprocess), `forge.data.prepare` makes CorpusInfo, `forge.r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -25,13 +26,20 @@ class CorpusInfo:
     num_documents: int
     num_text_bytes: int
     num_train_tokens: int
-    """End-of-text tokens included."""
+    """End-of-text tokens included; of examples, predicted tokens."""
     num_held_out_tokens: int
     num_train_sequences: int
     num_held_out_sequences: int
     unigram_perplexity: float
     """Held-out perplexity of a unigram model (training frequencies, add-one smoothing): a baseline that any trained
     model must beat. nan if nothing is held out."""
+    packing: str = "concatenate"
+    """`data.packing`; the fields below are only for examples."""
+    num_examples: int = 0
+    padding: float = 0.0
+    """Share of the positions of the training sequences that hold no token."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """What was split or dropped while the examples were made, by reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

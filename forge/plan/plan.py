@@ -161,7 +161,7 @@ def _resolved(
 ) -> dict[str, Any]:
     """Return the fields that a draft and a plan share."""
     _check_model(job, model, corpus)
-    tokens_per_step = job.training.global_batch_size * job.data.seq_len
+    tokens_per_step = _tokens_per_step(job, corpus)
     return {
         "job": job,
         "model": model,
@@ -174,6 +174,14 @@ def _resolved(
             for world_size in job.resources.workers
         ),
     }
+
+
+def _tokens_per_step(job: JobSpec, corpus: CorpusInfo | None) -> int:
+    """Predicted tokens of a step; of padded sequences, their mean."""
+    size = job.training.global_batch_size
+    if corpus is None or job.data.packing == "concatenate":
+        return size * job.data.seq_len
+    return max(1, round(size * corpus.num_train_tokens / corpus.num_train_sequences))
 
 
 def _plan_world_size(job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo, world_size: int) -> WorldSizePlan:

@@ -10,6 +10,7 @@ import math
 from forge.config.job import JobSpec
 from forge.config.overrides import first_values, trial_job
 from forge.config.search import SchedulerSpec, SearcherSpec
+from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
@@ -31,7 +32,8 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     """What will be trained, on what, how; of a search its first trial."""
     job = _trained(plan.job)
     training = job.training
-    total_flops = plan.flops_per_token * plan.total_tokens
+    num_positions = plan.total_steps * training.global_batch_size * job.data.seq_len
+    total_flops = plan.flops_per_token * num_positions
     facts = [
         ("model", f"{plan.model.class_name}, {plan.model.num_layers} layers of {plan.model.hidden_size}"),
         (
@@ -54,11 +56,17 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
             f"({epochs:.2f} epochs), {format_count(corpus.num_held_out_tokens)} held out, "
             f"vocabulary {corpus.vocab_size:,}",
         ))  # fmt: skip
-    if plan.code is not None:
-        size = f"{plan.code.num_files} files, {format_bytes(plan.code.size_bytes)}, digest {plan.code.digest[:12]}"
-        names = ", ".join(job.user_classes.values()) or "no class of it is named in the job"
-        facts.append(("code", f"{job.code}: {size}; {names}"))
+        if corpus.packing != "concatenate":
+            facts.insert(2, ("sequences", _packed(corpus)))
     return facts
+
+
+def _packed(corpus: CorpusInfo) -> str:
+    """How many examples share how many sequences, what is padding, and what was split or dropped."""
+    num_rows = corpus.num_train_sequences + corpus.num_held_out_sequences
+    parts = [f"{corpus.num_examples:,} examples in {num_rows:,} sequences", f"{corpus.padding:.1%} padding"]
+    parts += [f"{count:,} {reason}" for reason, count in corpus.notes.items()]
+    return ", ".join(parts)
 
 
 def search_facts(plan: DraftPlan) -> list[tuple[str, str]]:

@@ -47,7 +47,12 @@ def resolve(
     """
     code = resolve_code(loaded)
     trained = _trained(loaded)
-    corpus = prepare(trained.job.data, cache_dir=default_cache_dir(), on_progress=on_progress)
+    corpus = prepare(
+        trained.job.data,
+        cache_dir=default_cache_dir(),
+        on_progress=on_progress,
+        code_digest=code.digest if code is not None else None,
+    )
     model = model_facts(trained, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=code)
     plan = make_plan(trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job))
     _require_held_out(plan, loaded)

@@ -289,7 +289,8 @@ def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:
     from forge.data.prepare import prepare
     from forge.fs import default_cache_dir
 
-    return prepare(job.data, cache_dir=default_cache_dir())
+    code = search.code.digest if search.code is not None else None
+    return prepare(job.data, cache_dir=default_cache_dir(), code_digest=code)
 
 
 def _model(search: Plan, job: JobSpec, usual: JobSpec, corpus: CorpusInfo) -> ModelInfo:

@@ -138,7 +138,7 @@ def train(
                 grad_norm=result.grad_norm,
                 num_tokens=progress.num_tokens,
                 tokens_per_s=tokens / step_s,
-                mfu=inputs.flops_per_token * tokens / step_s / inputs.peak_flops,
+                mfu=inputs.flops_per_token * totals.num_tokens / step_s / inputs.peak_flops,
                 step_s=step_s,
                 peak_memory_gib=result.peak_memory_gib,
                 world_size=inputs.batches.plan.world_size,

@@ -106,4 +106,5 @@ def test_totals__any_world_size__are_those_of_the_rows_of_the_step(
     plan = plan_batch(size, world_size=world_size, max_micro_batch_size=8)
     order = SampleOrder(num_samples=rows[0].num_rows, seed=3)
     totals = {TrainBatches(rows=rows[0], order=order, plan=plan, rank=r).totals(step) for r in range(world_size)}
-    assert totals == {StepTotals(weight=float(size * SEQ_LEN), num_targets=size * SEQ_LEN)}
+    num_tokens = size * SEQ_LEN
+    assert totals == {StepTotals(weight=float(num_tokens), num_targets=num_tokens, num_tokens=num_tokens)}

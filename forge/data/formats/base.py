@@ -1,0 +1,49 @@
+"""What a record becomes: examples, arrays of one length with the number of loss terms they contribute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forge.data.sources.base import Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """What is learnt from, by itself: no other example of the row is visible to it.
+
+    Shapes: arrays: each [n] or [n, d] with the same n; `tokens` and `targets` are int[n], targets[i] is what
+    position i predicts, -100 where nothing is.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    weight: float
+    """Number of loss terms: what the objective's weights of these positions sum to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatContext:
+    """What a format is built with."""
+
+    seq_len: int
+    """The longest example that fits into a row."""
+    text_key: str
+    eot_id: int
+    vocab_size: int
+    encode: Callable[[str], NDArray[np.int64]]
+    """Token ids of a text; never the end-of-text token."""
+
+
+class ExampleFormat(Protocol):
+    """Turns records into examples; built with a FormatContext, used in one process."""
+
+    def examples(self, record: Record) -> Iterator[Example]:
+        """The examples of one record, none if it has nothing to learn from. Raises: DataError naming the record."""
+
+    def counts(self) -> Mapping[str, int]:
+        """What was split, shortened or skipped so far, by reason; shown in the plan."""
+        return {}
