@@ -39,7 +39,7 @@ def load_class(reference: str, *, base: type | None = None) -> type[Any]:
 
     Args:
         reference: `module:Class`; the module may be in a package: `losses.ranking:Ranking`.
-        base: a protocol or class whose public methods the class must have.
+        base: a protocol whose public methods the class must have, or another class that it must be derived from.
 
     Raises: UserCodeError that names the user's file and line: no such module or class, an exception while it is
         imported, not a class, or methods that are missing.
@@ -55,13 +55,8 @@ def load_class(reference: str, *, base: type | None = None) -> type[Any]:
         raise UserCodeError(_missing_class(sys.modules[module_name], class_name))
     if not isinstance(found, type):
         raise UserCodeError(f"{reference} is {type(found).__name__} {found!r}, not a class")
-    missing = [name for name in _required_methods(base) if not callable(getattr(found, name, None))]
-    if missing:
-        assert base is not None
-        where = f"{_place(found)}: " if _place(found) else ""
-        raise UserCodeError(
-            f"{where}{class_name} lacks {_listed(missing)}; {base.__name__} in {base.__module__} says what they do"
-        )
+    if base is not None:
+        _require_base(found, base)
     return found
 
 
@@ -173,16 +168,26 @@ def _missing_class(module: ModuleType, name: str) -> str:
     return f"{Path(module.__file__ or module.__name__).name} has no class {name}; {hint}"
 
 
-def _required_methods(base: type | None) -> Iterator[str]:
-    """The public methods that a protocol or base class defines, its own bases included."""
-    seen: set[str] = set()
-    for cls in reversed(base.__mro__) if base is not None else ():
-        if cls in (object, Protocol, Generic):
-            continue
-        for name, value in vars(cls).items():
-            if not name.startswith("_") and callable(value) and name not in seen:
-                seen.add(name)
-                yield name
+def _require_base(found: type, base: type) -> None:
+    """Raises: UserCodeError if a class lacks methods of a protocol, or is not derived from another class."""
+    where = f"{_place(found)}: " if _place(found) else ""
+    if not getattr(base, "_is_protocol", False):
+        if not issubclass(found, base):
+            raise UserCodeError(
+                f"{where}{found.__name__} must be derived from {base.__module__}.{base.__qualname__}"
+            )
+        return
+    missing = [name for name in _public_methods(base) if not callable(getattr(found, name, None))]
+    if missing:
+        raise UserCodeError(
+            f"{where}{found.__name__} lacks {_listed(missing)}; see {base.__name__} in {base.__module__}"
+        )
+
+
+def _public_methods(protocol: type) -> Iterator[str]:
+    for cls in reversed(protocol.__mro__):
+        if cls not in (object, Protocol, Generic):
+            yield from (name for name, value in vars(cls).items() if name[0] != "_" and callable(value))
 
 
 def _place(cls: type) -> str:

@@ -128,14 +128,21 @@ def test_load_class__not_module_and_class__is_refused(reference: str) -> None:
         ("x = 1\n", "it has no class"),
         ("def Ranking(): ...\n", "is function .*, not a class"),
         ("Ranking = 7\n", "is int 7, not a class"),
-        (RANKING, r"my_losses\.py:1: Ranking lacks batch; HasLoss in "),
-        ("class Ranking: ...\n", r"my_losses\.py:1: Ranking lacks loss and batch; HasLoss"),
+        (RANKING, r"my_losses\.py:1: Ranking lacks batch; see HasLoss"),
+        ("class Ranking: ...\n", r"my_losses\.py:1: Ranking lacks loss and batch; see HasLoss in tests"),
     ],
 )
 def test_load_class__unusable_module__names_the_users_line(text: str, problem: str) -> None:
     use_files({"my_losses.py": text})
     with pytest.raises(UserCodeError, match=problem):
         load_class("my_losses:Ranking", base=HasLoss)
+
+
+def test_load_class__base_is_no_protocol__must_be_derived_from_it() -> None:
+    use_files({"my_losses.py": RANKING + "\nclass Mapped(dict): ...\n"})
+    assert issubclass(load_class("my_losses:Mapped", base=dict), dict)
+    with pytest.raises(UserCodeError, match=r"my_losses\.py:1: Ranking must be derived from builtins\.dict"):
+        load_class("my_losses:Ranking", base=dict)
 
 
 def test_load_class__module_imported_before_from_elsewhere__is_refused(

@@ -68,8 +68,8 @@ class JobSpec(Section):
     def user_classes(self) -> dict[str, str]:
         """The keys whose value names a class in the folder of `code`: dotted key → `module:Class`."""
         given = {
-            "model.class": getattr(self.model, "class_", None),
-            "data.format": getattr(self.data, "format", None),
+            "model.class": getattr(self.model, "class", None),
+            "data.format": self.data.format,
             "training.objective": self.training.objective,
         }
         return {key: value for key, value in given.items() if is_reference(value)}

@@ -29,7 +29,15 @@ def main() -> None:
 
 
 def _base(kind: str) -> type | None:
-    """The protocol of each extension point."""
+    """What the class of each extension point must have or be."""
+    if kind == "format":
+        from forge.data.formats.base import ExampleFormat
+
+        return ExampleFormat
+    if kind == "model":
+        from torch import nn
+
+        return nn.Module
     return None
 
 

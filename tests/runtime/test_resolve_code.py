@@ -103,11 +103,31 @@ def test_resolve_code__folder_with_the_run_folders__is_refused(home: Path) -> No
         resolve_code(replace(loaded, job=loaded.job.model_copy(update={"code": "."})))
 
 
-def test_user_classes__module_and_class__is_found_by_its_key() -> None:
-    job = tiny_job()
-    training = job.training.model_copy(update={"objective": "my_losses:Ranking"})
-    wrong = job.model_copy(update={"training": training})
-    assert wrong.user_classes == {"training.objective": "my_losses:Ranking"}
+def test_load_job__class_without_code__names_the_line_and_the_cure(home: Path) -> None:
+    body = tiny_job().model_dump(mode="json", exclude_unset=True)
+    body["data"] |= {"format": "my_data:Reviews", "packing": "examples"}
+    (home / "job.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+    with pytest.raises(JobFileError, match=r"add the folder it is in, such as 'code: \./src'") as caught:
+        load_job(home / "job.yaml")
+    assert (caught.value.key, caught.value.line is not None) == ("data.format", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("class Reviews: ...\n", r"my_data\.py:1: Reviews lacks examples and counts; see ExampleFormat in forge"),
+        ("class Reviewz: ...\n", r"did you mean Reviewz\?"),
+    ],
+)
+def test_resolve_code__format_that_lacks_methods__names_both_lines(home: Path, text: str, problem: str) -> None:
+    (home / "src").mkdir()
+    (home / "src" / "my_data.py").write_text(text)
+    body = tiny_job().model_dump(mode="json", exclude_unset=True) | {"code": "./src"}
+    body["data"] |= {"format": "my_data:Reviews", "packing": "examples"}
+    (home / "job.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+    with pytest.raises(JobFileError, match=problem) as caught:
+        resolve_code(load_job(home / "job.yaml"))
+    assert caught.value.key == "data.format"
 
 
 def test_plan__with_code__survives_json_and_changes_the_digest_only_if_a_class_is_named(home: Path) -> None:
