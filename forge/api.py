@@ -1,127 +1,226 @@
-"""forge from Python: load a job, plan it, train it to the end, or search for its best values.
+"""forge from Python: load a job, plan it, train it to its last step, or search for its best values.
 
-The same way as `forge train` and `forge tune`, without a screen. The run is carried by a process of its own, so
-torch is not imported here; an exception or Ctrl-C in the caller stops the run with a checkpoint.
+The CLI calls the same functions. A run is executed by a driver process, so torch is never imported here, and the
+caller may detach from it (`start`) or wait for it (`train_job`, `tune_job`); an exception or Ctrl-C while waiting
+stops the run with a checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forge.cluster.registry import find_cluster
 from forge.config import load
 from forge.config.load import LoadedJob
 from forge.config.overrides import check_kind
+from forge.data.prepare import PrepareProgress
 from forge.errors import JobFileError
-from forge.plan.plan import DraftPlan
-from forge.remote.submit import preflight, resolve_there, submit
+from forge.plan.plan import DraftPlan, Plan
+from forge.remote.mirror import remote_ref_of
+from forge.remote.submit import RemoteTarget, preflight, resolve_there, submit
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
-from forge.runs.create import create_run
-from forge.runs.reader import RunSummary, failure_of, follow, read_run
+from forge.runs.checkpoints import CheckpointEntry, best_checkpoint
+from forge.runs.create import create_run, reopen_run
+from forge.runs.reader import RunSummary, failure_of, find_run, follow, read_metrics, read_run
 from forge.runtime.driver_process import RunHandle, start_driver
 from forge.runtime.resolve import resolve, resolve_draft
+from forge.runtime.torch_subprocess import export_weights
+
+if TYPE_CHECKING:
+    import numpy as np
+
+OnRecord = Callable[[dict[str, Any]], None]
+"""Called with every step (`{"step": 1, "train/loss": ...}`) and every event (`{"event": "RunFinished", ...}`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run(RunSummary):
+    """A run that ended or is running, with what it has recorded so far."""
+
+    def metrics(self) -> Mapping[str, np.ndarray]:
+        """Return every metric as an array with one entry per recorded step; nan where a step has no value.
+
+        Shapes: every array is float64[S]; `step` is one of them.
+        """
+        import numpy as np
+
+        records = read_metrics(self.folder)
+        names = dict.fromkeys(name for record in records for name in record)
+        return {name: np.array([_number(record.get(name)) for record in records]) for name in names}
+
+    def best_checkpoint(self) -> CheckpointEntry | None:
+        """Return the complete checkpoint with the lowest held-out loss, or the newest if none was evaluated.
+
+        Raises: CheckpointError if the storage cannot be listed.
+        """
+        return best_checkpoint(self)
+
+    def export(self, to: str | Path, *, step: int | None = None) -> Path:
+        """Write a checkpoint's weights as a Hugging Face folder, for `from_pretrained`.
+
+        Args:
+            step: of the checkpoint; by default the best one.
+
+        Raises: CheckpointError if there is no such checkpoint; ArgumentError if the folder cannot be written.
+        """
+        best = self.best_checkpoint() if step is None else None
+        answer = export_weights(
+            url=self.plan.job.checkpoint.url_of(str(self.folder)),
+            to=str(to),
+            step=best.step if best is not None else step,
+            tokenizer=str(self.folder / "tokenizer"),
+        )
+        return Path(answer["folder"])
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
-    """Read a job file.
+    """Read and check a job file.
 
     Args:
         path: a YAML file.
         overrides: as `--set` takes them: `["training.total_steps=50"]`.
 
-    Raises: JobFileError with all that is wrong.
+    Raises: JobFileError with every problem found.
     """
     return load.load_job(path, overrides=overrides)
 
 
-def plan_job(job: str | Path | LoadedJob) -> DraftPlan:
-    """What a job will do, as `forge plan` shows it; trains nothing.
+def load_run(name: str | Path, *, root: str | Path = "runs") -> Run:
+    """Read a run by its folder, its id, a unique prefix of it, or `latest`.
+
+    Raises: ArgumentError if there is no such run; PlanError if its plan cannot be read.
+    """
+    return _run_of(find_run(str(name), root=Path(root)))
+
+
+def plan_job(
+    job: str | Path | LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None
+) -> DraftPlan:
+    """Plan a job on this machine, as `forge plan` does; nothing is started or created.
+
+    Args:
+        on_progress: called while the corpus is prepared, which a length in epochs requires.
 
     Raises: JobFileError, PlanError, DataError.
     """
-    return resolve_draft(_loaded(job))
+    return resolve_draft(_loaded(job), on_progress=on_progress)
 
 
-def train_job(
+def start(
     job: str | Path | LoadedJob,
     *,
     cluster: str | None = None,
-    on_record: Callable[[dict[str, Any]], None] | None = None,
-) -> RunSummary:
+    resume: Path | None = None,
+    on_progress: Callable[[PrepareProgress], None] | None = None,
+    on_plan: Callable[[Plan, RemoteTarget | None], None] | None = None,
+) -> RunHandle:
+    """Plan a job, create its run folder, and start its driver. Returns once the driver owns the run.
+
+    Args:
+        cluster: name or file of a cluster that is up; by default this machine, or the cluster that `resume` was on.
+        resume: folder of a run that ended early, to continue it from its newest checkpoint.
+        on_progress: called while the corpus is prepared.
+        on_plan: called with the plan and the remote cluster (None: this machine) before anything is created or
+            started; an exception that it raises cancels the start.
+
+    Raises: JobFileError, PlanError, DataError, ArgumentError, ClusterError.
+    """
+    loaded = _loaded(job)
+    target = _target(cluster, resume)
+    if target is None:
+        plan = resolve(loaded, on_progress=on_progress)
+    else:
+        plan = resolve_there(target, loaded, on_progress=on_progress)
+    if on_plan is not None:
+        on_plan(plan, target)
+    if resume is None:
+        folder = create_run(plan, root=loaded.job.checkpoint.runs)
+    else:
+        folder = resume
+        reopen_run(folder, plan)
+    return start_driver(folder) if target is None else submit(target, plan, folder=folder)
+
+
+def train_job(job: str | Path | LoadedJob, *, cluster: str | None = None, on_record: OnRecord | None = None) -> Run:
     """Train a job to its last step.
 
     Args:
-        cluster: name or file of one that is up; by default this machine.
-        on_record: called with every step (`{"step": 1, "train/loss": ...}`) and event (`{"event": ...}`).
+        cluster: name or file of a cluster that is up; by default this machine.
+        on_record: called with every step and event.
 
-    Returns: the run; its status is `finished`, or `stopped` if somebody else asked it to stop.
-    Raises: JobFileError, PlanError, DataError, ArgumentError before it starts; afterwards what ended it:
-        RunError, ClusterError, CheckpointError.
+    Returns: the run; its status is `finished`, or `stopped` if it was asked to stop from elsewhere.
+    Raises: as `start`; afterwards the error that ended the run: RunError, ClusterError, CheckpointError.
     """
     loaded = _loaded(job)
     check_kind(loaded, is_search=False)
-    return _carry_out(loaded, cluster=cluster, on_record=on_record)
+    return _run_to_end(start(loaded, cluster=cluster), on_record=on_record)
 
 
 def tune_job(
-    job: str | Path | LoadedJob,
-    *,
-    cluster: str | None = None,
-    on_record: Callable[[dict[str, Any]], None] | None = None,
+    job: str | Path | LoadedJob, *, cluster: str | None = None, on_record: OnRecord | None = None
 ) -> SearchSummary:
-    """Make the trials of a job's search; its folder then holds `report.html` and `best.yaml`.
+    """Run the trials of a job's search, and write `report.html` and `best.yaml` into its folder.
 
     Args:
-        cluster: name or file of one that is up; by default this machine.
+        cluster: name or file of a cluster that is up; by default this machine.
         on_record: called with every event (`{"event": "TrialReported", "trial": 1, "step": 20, "value": ...}`).
 
-    Returns: the search and its best trial; stopped before its end, the best until then.
-    Raises: as `train_job`; RunError also if no trial came to a value.
+    Returns: the search and its best trial; of a search that was stopped, the best so far.
+    Raises: as `train_job`; RunError also if no trial reported a value.
     """
     from forge.report.search_record import write_results
 
     loaded = _loaded(job)
     check_kind(loaded, is_search=True)
-    summary = search_summary(_carry_out(loaded, cluster=cluster, on_record=on_record))
-    if summary.book.trials:
-        with contextlib.suppress(JobFileError):  # the job itself cannot have what its proxy could: no best.yaml
+    summary = search_summary(_run_to_end(start(loaded, cluster=cluster), on_record=on_record))
+    if summary.table.trials:
+        with contextlib.suppress(
+            JobFileError
+        ):  # the full job may reject values that its proxy accepts: no best.yaml
             write_results(summary.run.folder)
-    futility = no_result_error(summary) if summary.run.status == "finished" else None
-    if futility is not None:
-        raise futility
+    no_result = no_result_error(summary) if summary.run.status == "finished" else None
+    if no_result is not None:
+        raise no_result
     return summary
 
 
-def _carry_out(
-    loaded: LoadedJob, *, cluster: str | None, on_record: Callable[[dict[str, Any]], None] | None
-) -> RunSummary:
-    """Make a new run and follow it to its end. Raises: what ended it."""
-    if cluster is None:
-        folder = create_run(resolve(loaded))
-        carried: RunHandle = start_driver(folder)
-    else:
-        site = preflight(find_cluster(cluster))
-        plan = resolve_there(site, loaded)
-        folder = create_run(plan, root=loaded.job.checkpoint.runs)
-        carried = submit(site, plan, folder=folder)
+def _run_to_end(handle: RunHandle, *, on_record: OnRecord | None) -> Run:
+    """Follow a run until it ends. Raises: the error that ended it."""
     try:
-        for record in follow(folder, goes_on=carried.is_alive):
+        for record in follow(handle.folder, goes_on=handle.is_alive):
             if record is not None and on_record is not None:
                 on_record(record)
     except BaseException:
-        carried.request_stop()
+        handle.request_stop()
         raise
     finally:
-        carried.wait()
-    run = read_run(folder)
+        handle.wait()
+    run = _run_of(handle.folder)
     failure = failure_of(run)
     if failure is not None:
         raise failure
     return run
 
 
+def _target(cluster: str | None, resume: Path | None) -> RemoteTarget | None:
+    """The cluster that was named, or that the run to resume was on; None for this machine."""
+    ref = remote_ref_of(resume) if resume is not None else None
+    name = cluster or (ref.cluster if ref is not None else None)
+    return None if name is None else preflight(find_cluster(name))
+
+
+def _run_of(folder: Path) -> Run:
+    summary = read_run(folder)
+    return Run(**{field.name: getattr(summary, field.name) for field in fields(RunSummary)})
+
+
 def _loaded(job: str | Path | LoadedJob) -> LoadedJob:
     return job if isinstance(job, LoadedJob) else load_job(job)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else float("nan")

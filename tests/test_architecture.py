@@ -59,7 +59,7 @@ NOT_ON_THE_TRAINING_SIDE = {"typer", "rich", "ray"}
 
 ONLY_IN = {
     "typer": ("forge/cli/",),
-    "rich": ("forge/cli/display.py", "forge/cli/trials_screen.py"),
+    "rich": ("forge/cli/",),
     "pydantic": ("forge/config/",),
     "yaml": ("forge/config/",),
     "deepspeed": ("forge/train/engine.py", "forge/train/state.py"),
@@ -288,7 +288,7 @@ FINE = '"""Fine."""\n'
         ("events.py", "import importlib\nimportlib.import_module('torch')", ":3: torch on the client side"),
         ("train/x.py", "import ray.train", ":2: ray on the training side"),
         ("model/x.py", "from deepspeed import zero", ":2: deepspeed is imported only in forge/train/engine.py"),
-        ("cli/x.py", "from rich.table import Table", ":2: rich is imported only in forge/cli/display.py"),
+        ("report/x.py", "from rich.table import Table", ":2: rich is imported only in forge/cli/"),
         ("runs/x.py", "import pydantic", ":2: pydantic is imported only in forge/config/"),
         ("runtime/x.py", "import wandb", ":2: wandb is imported only in forge/runs/recorder.py"),
         ("elastic/x.py", "import ray", ":2: ray is imported only in forge/runtime/"),

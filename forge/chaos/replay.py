@@ -123,7 +123,7 @@ def _result(folder: Path, plan: Plan, *, wall_s: float, nodes: _SimulatedNodes) 
         "num_removed": nodes.num_removed,
         "num_added": nodes.num_added,
         "problems": nodes.problems,
-        "ledger": goodput.as_record(),
+        "goodput": goodput.as_record(),
     }
 
 

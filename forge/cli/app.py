@@ -1,6 +1,6 @@
-"""The command `forge`: one module per noun, and the one place where errors become exit codes.
+"""The command `forge`: one module per noun, and the only place where errors become exit codes.
 
-0 done; 2 the user's input; 3 the cluster; 4 the run; 130 interrupted; 141 nobody reads what we say.
+0 done; 2 the user's input; 3 the cluster; 4 the run; 130 interrupted; 141 the reader of stdout closed the pipe.
 Nothing heavy is imported before a command needs it, so that `forge --help` answers at once.
 """
 
@@ -19,7 +19,7 @@ _PIPE_CLOSED = 141
 
 app = typer.Typer(
     name="forge",
-    help="Train large models on machines that can vanish.",
+    help="Train large models on machines that can be preempted.",
     epilog="Start here:  forge train jobs/pretrain.yaml",
     no_args_is_help=True,
     add_completion=False,
@@ -61,7 +61,7 @@ def main() -> None:
     except BrokenPipeError:
         code = _PIPE_CLOSED
     if code == _PIPE_CLOSED:
-        # Whoever read our output has gone, as in `forge runs list | head -1`; what is left has nowhere to go.
+        # The reader closed the pipe, as in `forge runs list | head -1`; discard the rest of stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
     sys.exit(code)
 
@@ -77,7 +77,7 @@ def _run() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as end:
-        # typer leaves with 1 where a pipe is closed, and nowhere else that forge comes by.
+        # typer exits with 1 if a pipe is closed, and in no other case that forge reaches.
         return _PIPE_CLOSED if end.code == 1 else int(end.code or 0)
     return 0
 

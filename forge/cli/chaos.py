@@ -1,4 +1,4 @@
-"""`forge chaos`: what spot machines do to a run, done on purpose, and what it cost."""
+"""`forge chaos`: inject the failures of spot machines into a run, and measure what they cost."""
 
 from __future__ import annotations
 
@@ -10,32 +10,31 @@ from typing import Annotated, Any
 
 import typer
 
-from forge.cli.options import Output, OutputOption, RunArgument, RunsOption, SetOption
+from forge.cli.options import NodeOption, Output, OutputOption, RunArgument, RunsOption, SetOption
 
 app = typer.Typer(
-    help="Break a run on purpose, and see what it costs.", no_args_is_help=True, rich_markup_mode=None
+    help="Inject failures into a run, and measure what they cost.", no_args_is_help=True, rich_markup_mode=None
 )
 
 _RUNS = Path("runs")
 _RankOption = Annotated[int | None, typer.Option("--rank", min=0, help="The process of this rank.")]
-_NodeOption = Annotated[
-    str | None, typer.Option("--node", help="A whole machine: its number in the order of joining, or its id.")
-]
 
 
 @app.command()
 def replay(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A recorded spot trace; - for stdin.")],
     job: Annotated[Path, typer.Option("--job", metavar="FILE", help="The job file.")],
-    nodes: Annotated[int, typer.Option(min=1, max=16, help="Simulated machines at most; the trace is scaled.")] = 4,
-    speed: Annotated[float, typer.Option(min=0.01, help="How much faster than the trace.")] = 1.0,
+    nodes: Annotated[
+        int, typer.Option(min=1, max=16, help="Largest number of simulated machines; the trace is scaled to it.")
+    ] = 4,
+    speed: Annotated[float, typer.Option(min=0.01, help="Play the trace this many times faster.")] = 1.0,
     notice: Annotated[
-        float | None, typer.Option(min=0.0, help="Seconds between the notice of a machine's end and its end.")
+        float | None, typer.Option(min=0.0, help="Seconds between a machine's preemption notice and its removal.")
     ] = None,
     overrides: SetOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Train a job on simulated machines that come and go as in a spot trace.
+    """Train a job on simulated machines that join and leave as in a spot trace.
 
     Example:  forge chaos replay trace.csv --job jobs/pretrain.yaml --nodes 4 --speed 10 -o json
     """
@@ -47,6 +46,8 @@ def replay(
     from forge.chaos.trace import faster
     from forge.chaos.trace_file import read_trace
     from forge.chaos.trace_scale import scale
+    from forge.cli.progress import PrepareScreen
+    from forge.cli.run_screen import TrainScreen, show_goodput
     from forge.config.load import load_job
     from forge.runs.goodput import goodput_of
     from forge.runs.reader import read_metrics, read_run
@@ -54,38 +55,38 @@ def replay(
 
     schedule = faster(scale(read_trace(_path_of(trace)), num_nodes=nodes), speed=speed)
     loaded = load_job(job, overrides=[*(overrides or []), f"resources.workers=1..{nodes}"])
-    with display.PrepareScreen() as preparing:
+    with PrepareScreen() as preparing:
         plan = resolve(loaded, on_progress=preparing.show)
     display.message(
         f"{len(schedule.changes)} changes in {schedule.duration_s:.0f} s, up to {schedule.max_nodes} nodes at once"
     )
-    # The simulated cluster is nobody else's: a run's process finds it by this folder.
+    # A state folder of its own, so that only this run's driver finds the simulated cluster.
     with tempfile.TemporaryDirectory(prefix="forge-chaos-") as state:
         os.environ["FORGE_STATE"] = state
-        with display.TrainScreen(plan, losses=[]) as screen:
+        with TrainScreen(plan, losses=[]) as screen:
             result = play(schedule, plan, notice_s=notice, on_record=screen.show)
     if output is Output.JSON:
         display.print_json(result)
         return
     found = read_run(Path(result["folder"]))
-    ledger = goodput_of(found.events, read_metrics(found.folder), now=None)
-    display.show_ledger(ledger, started=found.started)
+    goodput = goodput_of(found.events, read_metrics(found.folder), now=None)
+    show_goodput(goodput, started=found.started)
     for problem in result["problems"]:
         display.warning(problem)
     display.message(
         f"{result['num_removed']} machines lost and {result['num_added']} added; {result['steps']} steps, "
-        f"{result['samples_per_s']:.1f} samples a second in all"
+        f"{result['samples_per_s']:.1f} samples per second overall"
     )
-    display.next_command(f"forge runs show {result['folder']}", purpose="look at the run")
+    display.next_command(f"forge runs show {result['folder']}", purpose="show the run")
 
 
 @app.command()
 def poisson(
     mtbf: Annotated[float, typer.Option(min=0.001, help="Mean seconds until a machine is lost.")],
-    down: Annotated[float, typer.Option(min=0.0, help="Seconds until it is back.")] = 60.0,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 4,
-    duration: Annotated[float, typer.Option(min=0.001, help="Seconds.")] = 3600.0,
-    seed: Annotated[int, typer.Option(help="Of the chance.")] = 0,
+    down: Annotated[float, typer.Option(min=0.0, help="Seconds until a lost machine is replaced.")] = 60.0,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 4,
+    duration: Annotated[float, typer.Option(min=0.001, help="Length of the trace in seconds.")] = 3600.0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
     """Make a trace of machines that are lost at random, for `forge chaos replay`.
 
@@ -101,11 +102,11 @@ def poisson(
 def kill(
     run: RunArgument = "latest",
     rank: _RankOption = None,
-    node: _NodeOption = None,
-    supervisor: Annotated[bool, typer.Option("--supervisor", help="The process that decides.")] = False,
+    node: NodeOption = None,
+    supervisor: Annotated[bool, typer.Option("--supervisor", help="The supervisor process.")] = False,
     runs: RunsOption = _RUNS,
 ) -> None:
-    """Kill a rank, a machine or the supervisor of a run, without a word.
+    """Kill a rank, a node or the supervisor of a run with SIGKILL.
 
     Example:  forge chaos kill latest --node 1
     """
@@ -127,9 +128,9 @@ def kill(
 
 @app.command()
 def hang(
-    run: RunArgument = "latest", rank: _RankOption = None, node: _NodeOption = None, runs: RunsOption = _RUNS
+    run: RunArgument = "latest", rank: _RankOption = None, node: NodeOption = None, runs: RunsOption = _RUNS
 ) -> None:
-    """Stop a rank, or a machine's agent, so that it is there and does nothing.
+    """Suspend a rank, or a node's agent, so that it stays connected but makes no progress.
 
     Example:  forge chaos hang latest --rank 0
     """
@@ -139,21 +140,23 @@ def hang(
     _require_one(rank=rank, node=node)
     if rank is not None:
         faults.suspend(members.rank(rank))
-        _done(run, f"rank {rank} stands still")
+        _done(run, f"rank {rank} is suspended")
     else:
         name = members.node(node or "")
         faults.suspend(members.agents[name])
-        _done(run, f"the agent of node {name} stands still")
+        _done(run, f"the agent of node {name} is suspended")
 
 
 @app.command()
 def notice(
-    node: Annotated[str, typer.Option("--node", help="Its number in the order of joining, or its id.")],
+    node: Annotated[
+        str, typer.Option("--node", metavar="NODE", help="A node: its number in the order of joining, or its id.")
+    ],
     run: RunArgument = "latest",
-    seconds: Annotated[float, typer.Option(min=0.0, help="How long it is still there.")] = 30.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Announced seconds until the removal.")] = 30.0,
     runs: RunsOption = _RUNS,
 ) -> None:
-    """Announce that a machine will be taken away; nobody takes it away.
+    """Send a preemption notice for a node; the node is not removed.
 
     Example:  forge chaos notice latest --node 1 --seconds 30
     """
@@ -161,7 +164,7 @@ def notice(
     from forge.chaos import faults
 
     faults.give_notice(name, seconds_left=seconds)
-    _done(run, f"node {name} was given notice of {seconds:g} s")
+    _done(run, f"node {name} got a preemption notice of {seconds:g} s")
 
 
 def _members(run: str, runs: Path) -> Any:
@@ -184,7 +187,7 @@ def _done(run: str, what: str) -> None:
     from forge.cli import display
 
     display.message(what)
-    display.next_command(f"forge runs watch {run}", purpose="see how it goes on")
+    display.next_command(f"forge runs watch {run}", purpose="watch the run")
 
 
 def _path_of(trace: Path) -> Path:

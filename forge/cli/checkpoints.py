@@ -1,7 +1,8 @@
-"""`forge checkpoints`: which a run has, whether they are whole, and one as a Hugging Face folder."""
+"""`forge checkpoints`: list, verify and export the checkpoints of a run or a storage folder."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,66 +20,68 @@ _RUNS = Path("runs")
 
 
 class Precision(StrEnum):
-    """Of exported weights."""
+    """The dtype of exported weights."""
 
     BF16 = "bf16"
     FP32 = "fp32"
 
 
-PlaceArgument = Annotated[
+LocationArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="A run's id, a unique beginning of it, its folder, or latest; or a folder or URL of checkpoints.",
+        help="A run's id, a unique prefix of it, its folder, or latest; or a folder or URL of checkpoints.",
     ),
 ]
 StepOption = Annotated[int | None, typer.Option("--step", min=1, help="The checkpoint of this step.")]
 
 
 @app.command("list")
-def list_(place: PlaceArgument = "latest", runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None:
-    """List a run's checkpoints, newest first. Sizes are compared, bytes are not read.
+def list_(
+    location: LocationArgument = "latest", runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE
+) -> None:
+    """List a run's checkpoints, newest first. File sizes are checked, contents are not read.
 
     Example:  forge checkpoints list latest -o json
     """
     from forge.cli import display
-    from forge.runs.checkpoints import entries, entry_record, locate
+    from forge.runs.checkpoints import entries, locate
 
-    url = locate(place, root=runs).url
+    url = locate(location, root=runs).url
     found = list(entries(url))
     if output is Output.JSON:
-        display.print_json([entry_record(entry) for entry in found])
+        display.print_json([asdict(entry) for entry in found])
         return
     if not found:
         display.message(f"no checkpoints in {url}")
         return
     display.table(_COLUMNS, [_row(entry, whole="complete") for entry in found])
-    display.next_command(f"forge checkpoints verify {place}", purpose="read every byte of them")
+    display.next_command(f"forge checkpoints verify {location}", purpose="verify their contents")
 
 
 @app.command()
 def verify(
-    place: PlaceArgument = "latest",
+    location: LocationArgument = "latest",
     step: StepOption = None,
     runs: RunsOption = _RUNS,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Read every byte of a run's checkpoints, and say which are to be believed. Exit code 2 if one is not.
+    """Verify every byte of a run's checkpoints against their checksums. Exit code 2 if one is broken.
 
     Example:  forge checkpoints verify latest
     """
     from forge.cli import display
     from forge.errors import CheckpointError
-    from forge.runs.checkpoints import entries, entry_record, locate
+    from forge.runs.checkpoints import entries, locate
 
-    url = locate(place, root=runs).url
+    url = locate(location, root=runs).url
     found = []
     for entry in entries(url, step=step, with_checksums=True):
         found.append(entry)
         if output is not Output.JSON:
             display.message(f"{entry.name}  {entry.problem or 'verified'}")
     if output is Output.JSON:
-        display.print_json([entry_record(entry) for entry in found])
+        display.print_json([asdict(entry) for entry in found])
     else:
         display.table(_COLUMNS, [_row(entry, whole="verified") for entry in found])
     broken = [entry for entry in found if entry.problem is not None]
@@ -86,23 +89,25 @@ def verify(
         raise CheckpointError(f"no checkpoints in {url}")
     if broken:
         newest = next((entry.name for entry in found if entry.problem is None), None)
-        resumed = f"a run resumes from {newest}" if newest else "there is none to resume from"
+        resumed = f"a run resumes from {newest}" if newest else "none is left to resume from"
         raise CheckpointError(f"{len(broken)} of {len(found)} checkpoints in {url} are broken; {resumed}")
-    display.next_command(f"forge checkpoints export {place} --to DIR", purpose="as a Hugging Face folder")
+    display.next_command(
+        f"forge checkpoints export {location} --to DIR", purpose="export one as a Hugging Face folder"
+    )
 
 
 @app.command()
 def export(
-    place: PlaceArgument = "latest",
-    to: Annotated[Path, typer.Option("--to", help="The folder to make.", show_default=False)] = ...,  # type: ignore[assignment]
+    location: LocationArgument = "latest",
+    to: Annotated[Path, typer.Option("--to", help="The folder to create.", show_default=False)] = ...,  # type: ignore[assignment]
     step: StepOption = None,
-    dtype: Annotated[Precision, typer.Option(help="Of the weights.")] = Precision.BF16,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights.")] = False,
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of one file at most.")] = "5GB",
+    dtype: Annotated[Precision, typer.Option(help="dtype of the weights.")] = Precision.BF16,
+    ema: Annotated[bool, typer.Option("--ema", help="Export the averaged (EMA) weights.")] = False,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest size of one file.")] = "5GB",
     runs: RunsOption = _RUNS,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Write the weights of a checkpoint as a Hugging Face folder, which from_pretrained loads.
+    """Write the weights of a checkpoint as a Hugging Face folder for `from_pretrained`.
 
     Example:  forge checkpoints export latest --to my-model --dtype bf16
     """
@@ -115,7 +120,7 @@ def export(
         max_shard_bytes = parse_bytes(shard_size)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--shard-size") from error
-    found = locate(place, root=runs)
+    found = locate(location, root=runs)
     display.message(f"exporting {found.url}")
     answer = export_weights(
         url=found.url,

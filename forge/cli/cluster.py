@@ -1,4 +1,4 @@
-"""`forge cluster`: start, see, enter, drain and stop the Ray clusters that runs use."""
+"""`forge cluster`: start, show, drain and stop the Ray clusters that runs use, and open a shell on them."""
 
 from __future__ import annotations
 
@@ -9,46 +9,45 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forge.cli.options import Output, OutputOption
+from forge.cli.launch import confirm
+from forge.cli.options import Output, OutputOption, YesOption
 
 if TYPE_CHECKING:
     from forge.cluster.base import Cluster, ClusterStatus
 
-app = typer.Typer(
-    help="Start, see, enter, drain and stop a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(help="Start, show, drain and stop a Ray cluster.", no_args_is_help=True, rich_markup_mode=None)
 
 _NameArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="NAME", help="A cluster's name, or its file; by default this machine's own.", show_default=False
+        metavar="NAME", help="A cluster's name or file; by default the one on this machine.", show_default=False
     ),
 ]
-_YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before money is spent.")]
 
 
 @app.command()
 def up(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="FILE", help="The cluster's file; without one, this machine.", show_default=False),
+        typer.Argument(metavar="FILE", help="A cluster file; by default this machine.", show_default=False),
     ] = None,
     nodes: Annotated[
         int | None,
-        typer.Option("--nodes", min=1, max=64, help="Simulated machines on this one.", show_default=False),
+        typer.Option("--nodes", min=1, max=64, help="Simulated nodes on this machine.", show_default=False),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of the head here; a free one by default.")
+        int | None, typer.Option(min=1, max=65535, help="Port of the head on this machine; by default a free one.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and stop.")] = False,
-    yes: _YesOption = False,
+    yes: YesOption = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Start a cluster; runs use it until it is taken down. What is up is left alone, what is broken is mended.
+    """Start a cluster, or repair one that is up. It stays up until `forge cluster down`.
 
     Example:  forge cluster up cluster/ssh.yaml
     """
     from forge.cli import display
+    from forge.cli.progress import ClusterScreen
 
     cluster = _cluster_of(file, nodes=nodes, port=port)
     if dry_run:
@@ -56,7 +55,7 @@ def up(
         return
     _confirm_price(cluster, yes=yes)
     try:
-        with display.StageScreen() as screen:
+        with ClusterScreen() as screen:
             found = cluster.up(on_progress=screen.show)
     except KeyboardInterrupt:
         _after_interrupt(cluster)
@@ -73,7 +72,7 @@ def up(
 
 @app.command()
 def status(name: _NameArgument = None, output: OutputOption = Output.TABLE) -> None:
-    """Show a cluster's machines, its runs, and what it costs now.
+    """Show a cluster's nodes, its runs and its current cost.
 
     Example:  forge cluster status -o json
     """
@@ -88,24 +87,25 @@ def status(name: _NameArgument = None, output: OutputOption = Output.TABLE) -> N
         return
     if found.address is None and not found.nodes:
         if name is None:
-            display.message("no cluster is up; forge train starts one for the run and stops it at the end")
-            display.next_command("forge cluster up", purpose="start one that stays")
+            display.message("no cluster is up; forge train starts one and stops it at the end of the run")
+            display.next_command("forge cluster up", purpose="start one that stays up")
         else:
             display.message(f"the cluster '{found.name}' is not up")
-            display.next_command(f"forge cluster down {found.name}", purpose="stop what is left of it")
+            display.next_command(f"forge cluster down {found.name}", purpose="remove what is left of it")
     else:
         _show(found)
     if others and name is None:
-        display.message(f"other clusters that were started from here: {', '.join(others)}")
+        display.message(f"other clusters started from this machine: {', '.join(others)}")
 
 
 @app.command()
 def down(name: _NameArgument = None) -> None:
-    """Stop a cluster and everything that runs on it, and look whether anything is left.
+    """Stop a cluster and everything on it, and check that nothing is left.
 
     Example:  forge cluster down
     """
     from forge.cli import display
+    from forge.cli.progress import ClusterScreen
     from forge.cluster.local.ray_cluster import NAME, stop_local
     from forge.cluster.registry import find_cluster
     from forge.errors import ClusterError
@@ -113,26 +113,27 @@ def down(name: _NameArgument = None) -> None:
     cluster = find_cluster(name)
     if cluster.name == NAME:
         count = stop_local()
-        display.message(f"cluster down: {count} nodes ended" if count else "no cluster is up")
+        display.message(f"cluster down: {count} nodes stopped" if count else "no cluster is up")
         return
-    with display.StageScreen() as screen:
+    with ClusterScreen() as screen:
         left = cluster.down(on_progress=screen.show)
     if left:
         listed = "\n".join(f"  {line}" for line in left)
         raise ClusterError(
-            f"this is left of '{cluster.name}':\n{listed}\nTry again: forge cluster down {cluster.name}"
+            f"could not remove all of '{cluster.name}':\n{listed}\nTry again: forge cluster down {cluster.name}"
         )
-    display.message(f"cluster '{cluster.name}' down; nothing of it is left")
+    display.message(f"cluster '{cluster.name}' down; nothing is left of it")
 
 
 @app.command()
 def ssh(
     name: _NameArgument = None,
     machine: Annotated[
-        str | None, typer.Option(metavar="MACHINE", help="As status names it; the head by default.")
+        str | None,
+        typer.Option(metavar="MACHINE", help="A node's address as shown by status; by default the head."),
     ] = None,
 ) -> None:
-    """Open a shell on a machine of a cluster.
+    """Open a shell on a node of a cluster.
 
     Example:  forge cluster ssh aws-spot
     """
@@ -145,11 +146,13 @@ def ssh(
 
 @app.command()
 def drain(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A cluster's name; local for this machine's own.")],
-    machine: Annotated[str, typer.Argument(metavar="MACHINE", help="As status names it.")],
-    seconds: Annotated[float, typer.Option("--seconds", min=0, help="Until Ray takes it out.")] = 120.0,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A cluster's name; `local` is the one on this machine.")
+    ],
+    machine: Annotated[str, typer.Argument(metavar="MACHINE", help="A node's address or id as shown by status.")],
+    seconds: Annotated[float, typer.Option("--seconds", min=0, help="Until Ray removes the node.")] = 120.0,
 ) -> None:
-    """Announce that a machine goes away: runs leave it without losing a step.
+    """Drain a node: runs leave it without losing a step, then Ray removes it.
 
     Example:  forge cluster drain lab 10.0.0.3
     """
@@ -166,15 +169,15 @@ def drain(
     workers = [node for node in chosen if node.kind != "head"]
     if len(workers) != 1:
         known = ", ".join(f"{node.name} ({node.node_id[:8]})" for node in found.nodes if node.kind != "head")
-        why = "is the head, without which there is no cluster" if chosen and not workers else "is no worker's name"
+        why = "is the head, which cannot be drained" if chosen and not workers else "is not a worker"
         raise ArgumentError(f"{machine} {why}; workers of '{cluster.name}': {known or 'none'}")
     ask(cluster, "drain", workers[0].node_id, str(seconds), str(found.address))
-    display.message(f"{machine} is being drained; Ray takes it out in {seconds:g} s")
-    display.next_command(f"forge cluster status {cluster.name}", purpose="see it go")
+    display.message(f"draining {machine}; Ray removes it in {seconds:g} s")
+    display.next_command(f"forge cluster status {cluster.name}", purpose="watch it")
 
 
 def _cluster_of(file: Path | None, *, nodes: int | None, port: int | None) -> Cluster:
-    """Raises: JobFileError if the file is wrong; ArgumentError for options that do not go with it."""
+    """Raises: JobFileError if the file is wrong; ArgumentError for options that it excludes."""
     from forge.cluster.local.provider import LocalCluster
     from forge.cluster.local.ray_cluster import NAME
     from forge.cluster.registry import cluster_of
@@ -185,37 +188,30 @@ def _cluster_of(file: Path | None, *, nodes: int | None, port: int | None) -> Cl
     if file is None:
         return LocalCluster(LocalSpec(name=NAME, provider="local", nodes=nodes or 1, port=port))
     if nodes is not None or port is not None:
-        raise ArgumentError("--nodes and --port are for this machine; a cluster's file says both itself")
+        raise ArgumentError(
+            "--nodes and --port are for a cluster on this machine; set them in the cluster file instead"
+        )
     return cluster_of(load_cluster(file))
 
 
 def _confirm_price(cluster: Cluster, *, yes: bool) -> None:
-    """Say what a cluster may cost, and have it agreed to. Raises: ArgumentError if nobody can be asked."""
+    """Show what a cluster costs, and ask. Raises: ArgumentError without a terminal to ask on."""
     from forge.cli import display
-    from forge.errors import ArgumentError
 
     price = cluster.price()
-    if price is None:
-        return
-    display.message(f"'{cluster.name}' may cost up to {price:.2f} USD an hour")
-    if yes:
-        return
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise ArgumentError("money is spent only when that was agreed to: --yes")
-    if not typer.confirm("Start it?", err=True):
-        raise typer.Exit(2)
+    if price is not None:
+        display.message(f"'{cluster.name}' costs up to {price:.2f} USD an hour")
+        confirm("Start it?", yes=yes)
 
 
 def _after_interrupt(cluster: Cluster) -> None:
-    """What was started until Ctrl-C is stopped, or kept, as the user says."""
+    """Offer to stop what was started before Ctrl-C."""
     from forge.cli import display
     from forge.cluster.local.ray_cluster import NAME
 
-    if cluster.name == NAME:  # it has cleared up already
+    if cluster.name == NAME:  # already removed by `up`
         return
-    display.warning(
-        f"interrupted; what was started of '{cluster.name}' is there, and is found by forge cluster down"
-    )
+    display.warning(f"interrupted; parts of '{cluster.name}' are up and may cost money until forge cluster down")
     if sys.stdin.isatty() and sys.stderr.isatty() and typer.confirm("Stop it now?", err=True):
         down(cluster.name)
         return

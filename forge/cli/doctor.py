@@ -1,4 +1,4 @@
-"""`forge doctor`: what this machine can do, and what is missing, with the command that mends it."""
+"""`forge doctor`: check this machine, and print the command that fixes each problem."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from forge.cli.options import Output, OutputOption
 
 
 def doctor(output: OutputOption = Output.TABLE) -> None:
-    """Check this machine. Leaves with 2 if training cannot work here.
+    """Check what this machine can do. Exit code 2 if training cannot work on it.
 
     Example:  forge doctor
     """
@@ -25,8 +25,8 @@ def doctor(output: OutputOption = Output.TABLE) -> None:
         display.table(["", "what", "found"], [[f.state, f.what, f.found] for f in findings])
         for finding in findings:
             if finding.remedy:
-                display.next_command(finding.remedy, purpose=f"mend {finding.what}")
+                display.next_command(finding.remedy, purpose=f"fix {finding.what}")
         if not broken:
-            display.next_command("forge train jobs/pretrain.yaml", purpose="ready; train something")
+            display.next_command("forge train jobs/pretrain.yaml", purpose="ready; start a run")
     if broken:
         raise typer.Exit(2)

@@ -13,11 +13,13 @@ from forge.cli.options import Output, OutputOption, RunArgument, RunsOption
 def generate(
     run: RunArgument = "latest",
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1, help="Choose among this many of the likeliest tokens.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 1,
-    ema: Annotated[bool, typer.Option("--ema", help="Use the averaged weights.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0: always the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(min=1, help="Sample among this many likeliest tokens.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 1,
+    ema: Annotated[bool, typer.Option("--ema", help="Use the averaged (EMA) weights.")] = False,
     runs: RunsOption = Path("runs"),
     output: OutputOption = Output.TABLE,
 ) -> None:

@@ -1,29 +1,26 @@
-"""From a job file to a run or a search that goes on: plan, show, create or reopen, carry, follow.
-
-`forge train` and `forge tune` are this, with jobs of their kind.
-"""
+"""`forge train` and `forge tune`: check the request, show the plan, start the run with `forge.api`, follow it."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from forge.cli.follow import conclude, follow_run, handle, past_of, print_record
+from forge.cli.follow import Past, conclude, follow_run, handle, past_of, print_record
 from forge.cli.options import Output
 
 if TYPE_CHECKING:
     from forge.config.load import LoadedJob
     from forge.plan.plan import Plan
     from forge.remote.submit import RemoteTarget
-    from forge.runtime.driver_process import RunHandle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What was asked for on the command line."""
+    """The options of `forge train` or `forge tune`."""
 
     file: Path | None
     overrides: list[str]
@@ -32,79 +29,108 @@ class Request:
     resume: str | None
     cluster: str | None
     detach: bool
+    yes: bool
     output: Output
-
-    @property
-    def name(self) -> str:
-        """What the command line calls it."""
-        return "SEARCH" if self.is_search else "RUN"
-
-    @property
-    def end(self) -> str:
-        """What one has done that has nothing left to do."""
-        return "made all its trials" if self.is_search else "reached its last step"
 
 
 def launch(request: Request) -> None:
-    """Carry out what was asked for. Raises: JobFileError for a job of the other kind, and what `resolve` raises."""
+    """Start or resume a run or a search, and follow it unless it is detached.
+
+    Raises: JobFileError for a job of the other kind, and what `forge.api.start` raises.
+    """
+    from forge import api
     from forge.cli import display
-    from forge.config.load import load_job
+    from forge.cli.progress import PrepareScreen
     from forge.config.overrides import check_kind
-    from forge.runs.create import create_run, reopen_run
-    from forge.runs.reader import read_run
-    from forge.runtime.driver_process import start_driver
+    from forge.runs.reader import read_plan, read_run
     from forge.runtime.resolve_code import with_run_code
 
     if request.file is None and request.resume is None:
-        raise typer.BadParameter(f"give a job file, or --resume {request.name}", param_hint="FILE")
-    folder = _find_resumable(request) if request.resume is not None else None
-    job_file = request.file or Path(folder or ".") / "job.yaml"
-    if folder is not None and not request.dry_run and _has_nothing_left(folder, request, job_file):
-        display.message(f"{folder.name} has {request.end} already")
-        conclude(folder, interrupted=False, output=request.output)
+        name = "SEARCH" if request.is_search else "RUN"
+        raise typer.BadParameter(f"give a job file, or --resume {name}", param_hint="FILE")
+    resumed = _find_resumable(request) if request.resume is not None else None
+    job_file = request.file or Path(resumed or ".") / "job.yaml"
+    if resumed is not None and not request.dry_run and _is_finished(resumed, request, job_file):
+        done = "completed all its trials" if request.is_search else "reached its last step"
+        display.message(f"{resumed.name} has already {done}")
+        conclude(resumed, interrupted=False, output=request.output)
         return
-    loaded = load_job(job_file, overrides=request.overrides)
-    if folder is not None and request.file is None:
-        loaded = with_run_code(loaded, run_folder=folder)
+    loaded = api.load_job(job_file, request.overrides)
+    if resumed is not None and request.file is None:
+        loaded = with_run_code(loaded, run_folder=resumed)
     check_kind(loaded, is_search=request.is_search)
     if request.dry_run:
         show_dry(loaded, file=job_file, output=request.output)
         return
-    site = _site_of(request.cluster, folder)
-    resolved = _resolve(loaded, site)
-    display.show_plan(resolved, to_stderr=request.output is Output.JSON)
-    if folder is None:
-        folder = create_run(resolved, root=loaded.job.checkpoint.runs)
-    else:
-        reopen_run(folder, resolved)
-    past = past_of(folder)
-    carried = start_driver(folder) if site is None else _submit(site, resolved, folder)
+    past = Past(events=(), steps=()) if resumed is None else past_of(resumed)
+    with PrepareScreen() as preparing:
+
+        def on_plan(plan: Plan, target: RemoteTarget | None) -> None:
+            preparing.clear()
+            _confirm_plan(plan, target, request)
+
+        run = api.start(
+            loaded, cluster=request.cluster, resume=resumed, on_progress=preparing.show, on_plan=on_plan
+        )
+    folder = run.folder
     display.message(f"{'search' if request.is_search else 'run'} {folder.name} in {folder}")
     if request.detach:
         if request.output is Output.JSON:
             print_record(read_run(folder))
         display.next_command(f"forge runs watch {handle(folder)}", purpose="follow it")
         return
-    interrupted = follow_run(carried, resolved, past=past)
+    interrupted = follow_run(run, read_plan(folder), past=past)
     conclude(folder, interrupted=interrupted, output=request.output, past_events=len(past.events))
 
 
 def show_dry(loaded: LoadedJob, *, file: Path, output: Output) -> None:
-    """Show what a job will do; nothing is made."""
+    """Show the plan of a job; nothing is started or created."""
+    from forge import api
     from forge.cli import display
+    from forge.cli.plan_table import show_plan
+    from forge.cli.progress import PrepareScreen
     from forge.plan.plan import plan_to_json
-    from forge.runtime.resolve import resolve_draft
 
-    with display.PrepareScreen() as screen:
-        resolved = resolve_draft(loaded, on_progress=screen.show)
+    with PrepareScreen() as screen:
+        plan = api.plan_job(loaded, on_progress=screen.show)
     if output is Output.JSON:
-        display.print_text(plan_to_json(resolved))
+        display.print_text(plan_to_json(plan))
         return
-    display.show_plan(resolved)
-    if resolved.search is None:
+    show_plan(plan)
+    if plan.search is None:
         display.next_command(f"forge train {file}", purpose="train it")
     else:
         display.next_command(f"forge tune {file}", purpose="search")
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before money is spent, unless `--yes` was given.
+
+    Raises: ArgumentError without a terminal to ask on; typer.Exit with code 2 if the answer is no.
+    """
+    from forge.errors import ArgumentError
+
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ArgumentError("refusing to spend money without confirmation; pass --yes")
+    if not typer.confirm(question, err=True):
+        raise typer.Exit(2)
+
+
+def _confirm_plan(plan: Plan, target: RemoteTarget | None, request: Request) -> None:
+    """Show the plan and, on a cluster that costs money, its price."""
+    from forge.cli import display
+    from forge.cli.plan_table import show_plan
+
+    show_plan(plan, to_stderr=request.output is Output.JSON)
+    if target is None:
+        return
+    price = target.cluster.price()
+    if price is not None:
+        display.message(f"the cluster '{target.cluster.name}' costs up to {price:.2f} USD an hour")
+        confirm("Start the run?", yes=request.yes)
+    display.message(f"sending the run to the cluster '{target.cluster.name}'")
 
 
 def _find_resumable(request: Request) -> Path:
@@ -118,22 +144,23 @@ def _find_resumable(request: Request) -> Path:
     search = search_folder(folder)
     if search is not None:
         raise ArgumentError(
-            f"{folder.name} is a trial of a search, which goes on as a whole: forge tune --resume {handle(search)}"
+            f"{folder.name} is a trial and cannot be resumed alone; resume its search: "
+            f"forge tune --resume {handle(search)}"
         )
     is_search = read_plan(folder).search is not None
     if is_search != request.is_search:
-        kind, verb = ("a search", "tune") if is_search else ("no search", "train")
-        raise ArgumentError(f"{folder.name} is {kind}; go on with it: forge {verb} --resume {handle(folder)}")
+        kind, verb = ("a search", "tune") if is_search else ("not a search", "train")
+        raise ArgumentError(f"{folder.name} is {kind}; resume it with: forge {verb} --resume {handle(folder)}")
     pid = driver_pid(folder)
     if pid is not None:
         raise ArgumentError(
-            f"{folder.name} is still being carried, by process {pid}; watch it: forge runs watch {handle(folder)}"
+            f"{folder.name} is still running, in process {pid}; watch it: forge runs watch {handle(folder)}"
         )
     return folder
 
 
-def _has_nothing_left(folder: Path, request: Request, job_file: Path) -> bool:
-    """Whether a run is at its end, a search also by the number of trials that is asked for now."""
+def _is_finished(folder: Path, request: Request, job_file: Path) -> bool:
+    """Whether a run is at its last step; a search also has to have as many trials as are requested now."""
     from forge.config.load import load_job
     from forge.plan.search import count_trials
     from forge.runs.reader import read_run
@@ -144,35 +171,3 @@ def _has_nothing_left(folder: Path, request: Request, job_file: Path) -> bool:
         return run.status == "finished"
     search = load_job(job_file, overrides=request.overrides).job.search
     return search is not None and count_trials(search) <= len(TrialTable(run.events).trials)
-
-
-def _site_of(cluster: str | None, folder: Path | None) -> RemoteTarget | None:
-    """Where a run is to go: the cluster that is asked for, or that it was on before; None for this machine."""
-    from forge.cluster.registry import find_cluster
-    from forge.remote.mirror import remote_ref_of
-    from forge.remote.submit import preflight
-
-    at = remote_ref_of(folder) if folder is not None else None
-    name = cluster or (at.cluster if at is not None else None)
-    return None if name is None else preflight(find_cluster(name))
-
-
-def _resolve(loaded: LoadedJob, site: RemoteTarget | None) -> Plan:
-    from forge.cli import display
-    from forge.runtime.resolve import resolve
-
-    if site is None:
-        with display.PrepareScreen() as screen:
-            return resolve(loaded, on_progress=screen.show)
-    from forge.remote.submit import resolve_there
-
-    with display.PrepareScreen() as screen:
-        return resolve_there(site, loaded, on_progress=screen.show)
-
-
-def _submit(site: RemoteTarget, resolved: Plan, folder: Path) -> RunHandle:
-    from forge.cli import display
-    from forge.remote.submit import submit
-
-    display.message(f"sending the run to the cluster '{site.cluster.name}'")
-    return submit(site, resolved, folder=folder)

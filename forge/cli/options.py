@@ -1,4 +1,4 @@
-"""Options that several commands share, said once."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ class Output(StrEnum):
     JSON = "json"
 
 
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="table, or json on stdout alone.")]
+OutputOption = Annotated[
+    Output, typer.Option("--output", "-o", help="table; or json, with nothing else on stdout.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -25,10 +27,10 @@ SetOption = Annotated[
 ]
 JobArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The job file.", show_default=False)]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's id, a unique beginning of it, its folder, or latest.")
+    str, typer.Argument(metavar="RUN", help="A run's id, a unique prefix of it, its folder, or latest.")
 ]
 SearchArgument = Annotated[
-    str, typer.Argument(metavar="SEARCH", help="A search's id, a unique beginning of it, its folder, or latest.")
+    str, typer.Argument(metavar="SEARCH", help="A search's id, a unique prefix of it, its folder, or latest.")
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", help="The folder that holds the runs.")]
 ResumableJobArgument = Annotated[
@@ -40,4 +42,9 @@ ClusterOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Run on this cluster: a name from forge cluster up, or a cluster file."),
 ]
-DetachOption = Annotated[bool, typer.Option("--detach", help="Start it and do not follow it.")]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Start it without following it.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before money is spent.")]
+NodeOption = Annotated[
+    str | None,
+    typer.Option("--node", metavar="NODE", help="A node: its number in the order of joining, or its id."),
+]

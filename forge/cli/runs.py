@@ -1,4 +1,4 @@
-"""`forge runs`: what was trained and searched here, and what goes on."""
+"""`forge runs`: list, show, watch and stop runs and searches."""
 
 from __future__ import annotations
 
@@ -43,17 +43,19 @@ def list_(runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None
         age = format_duration(max(1.0, time.time() - run.updated))
         rows.append([run.run_id, run.status, *_progress(run), f"{age} ago"])
     display.table(["run", "status", "#step", "#loss", "#held-out ppl", "#updated"], rows)
-    display.next_command(f"forge runs show {handle(found[0].folder)}", purpose="look at one")
+    display.next_command(f"forge runs show {handle(found[0].folder)}", purpose="show one")
 
 
 @app.command()
 def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None:
-    """Show one run: its curve, its held-out perplexity, its files, where its time went; of a search its trials.
+    """Show a run: plan, loss curve, held-out perplexity, files and where its time went; for a search, its trials.
 
     Example:  forge runs show latest
     """
     from forge.cli import display
     from forge.cli.follow import print_record, show_search
+    from forge.cli.plan_table import show_plan
+    from forge.cli.run_screen import show_goodput, show_summary
     from forge.runs.reader import failure_of, find_run, read_metrics, read_run
 
     folder = find_run(run, root=runs)
@@ -61,13 +63,13 @@ def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOp
     if output is Output.JSON:
         print_record(found)
         return
-    display.show_plan(found.plan)
+    show_plan(found.plan)
     if found.plan.search is not None:
         show_search(found, has_table=True)
     else:
         losses = [record["train/loss"] for record in read_metrics(folder) if record["train/loss"] is not None]
-        display.show_summary(found, losses=losses)
-        display.show_ledger(found.ledger(), started=found.started)
+        show_summary(found, losses=losses)
+        show_goodput(found.goodput(), started=found.started)
     failure = failure_of(found)
     if failure is not None:
         display.warning(str(failure))
@@ -104,8 +106,8 @@ def logs(
     folder = found / "logs"
     path = folder / f"{name}.log"
     if not path.is_file():
-        there = ", ".join(sorted(log.stem for log in folder.glob("*.log"))) or "none yet"
-        raise ArgumentError(f"{path} does not exist; the logs there are: {there}")
+        names = ", ".join(sorted(log.stem for log in folder.glob("*.log"))) or "none yet"
+        raise ArgumentError(f"{path} does not exist; its logs are: {names}")
     with path.open(errors="replace") as log:
         last = deque(log, maxlen=lines)
     display.print_text("".join(last) or "(empty)")
@@ -113,7 +115,7 @@ def logs(
 
 @app.command()
 def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None:
-    """Follow a run that goes on. Ctrl-C leaves it alone.
+    """Follow a running run or search. Ctrl-C stops watching, not the run.
 
     Example:  forge runs watch latest
     """
@@ -123,17 +125,17 @@ def watch(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputO
 
     folder = find_run(run, root=runs)
     past, found, search = past_of(folder), read_run(folder), search_folder(folder)
-    carried = find_run_handle(search or folder)
-    if carried is not None and found.status == "running":
-        watch_run(carried, found.plan, folder=folder, past=past)
+    running = find_run_handle(search or folder)
+    if running is not None and found.status == "running":
+        watch_run(running, found.plan, folder=folder, past=past)
         if search is None:
-            carried.wait()
+            running.wait()
     conclude(folder, interrupted=False, output=output)
 
 
 @app.command()
 def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
-    """Let a run, or all trials of a search, finish the step, write a checkpoint and stop.
+    """Stop a run, or all trials of a search, after the current step, with a checkpoint.
 
     Example:  forge runs stop latest
     """
@@ -147,26 +149,26 @@ def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
     search = search_folder(folder)
     if search is not None:
         raise ArgumentError(
-            f"{folder.name} is a trial of a search, which stops as a whole: forge runs stop {handle(search)}"
+            f"{folder.name} is a trial, not a search; stop the whole search: forge runs stop {handle(search)}"
         )
     is_search = read_plan(folder).search is not None
-    carried = find_run_handle(folder)
-    if carried is None:
-        display.message(f"{folder.name} does not run")
+    running = find_run_handle(folder)
+    if running is None:
+        display.message(f"{folder.name} is not running")
         return
-    carried.request_stop()
+    running.request_stop()
     display.message(
         f"the trials of {folder.name} stop after their current steps, with checkpoints"
         if is_search
         else f"{folder.name} stops after its current step, with a checkpoint"
     )
-    carried.wait()
-    display.next_command(f"forge {'tune' if is_search else 'train'} --resume {handle(folder)}", purpose="go on")
+    running.wait()
+    display.next_command(f"forge {'tune' if is_search else 'train'} --resume {handle(folder)}", purpose="resume")
 
 
 @app.command()
 def report(search: SearchArgument = "latest", runs: RunsOption = _RUNS) -> None:
-    """Write a search's report.html and best.yaml anew, as it is now.
+    """Write a search's report.html and best.yaml with its trials so far.
 
     Example:  forge runs report latest
     """
@@ -179,15 +181,15 @@ def report(search: SearchArgument = "latest", runs: RunsOption = _RUNS) -> None:
     folder = find_run(search, root=runs, is_search=True)
     found = read_run(folder)
     if found.plan.search is None:
-        raise ArgumentError(f"{folder.name} is no search; see it with: forge runs show {handle(folder)}")
+        raise ArgumentError(f"{folder.name} is not a search; show it with: forge runs show {handle(folder)}")
     if not any(event["event"] == "TrialSuggested" for event in found.events):
-        raise ArgumentError(f"{folder.name} has no trial yet that could be reported")
+        raise ArgumentError(f"{folder.name} has no trials yet, so there is nothing to report")
     write_results(folder)
     display.print_text(str(folder / "report.html"))
 
 
 def _progress(run: RunSummary) -> list[str]:
-    """How far it is, loss and held-out perplexity; of a search how many trials are over, and those of the best."""
+    """Return progress, loss and held-out perplexity; for a search, ended trials and the numbers of the best one."""
     if run.plan.search is not None:
         from forge.report.search_summary import search_summary
 

@@ -1,4 +1,4 @@
-"""`forge train` and `forge plan`: plan, show, run, follow."""
+"""`forge train` and `forge plan`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from forge.cli.options import (
     OutputOption,
     ResumableJobArgument,
     SetOption,
+    YesOption,
 )
 
 
@@ -24,13 +25,14 @@ def train(
     overrides: SetOption = None,
     dry_run: DryRunOption = False,
     resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Go on with a run from its newest checkpoint (or: latest).")
+        str | None, typer.Option(metavar="RUN", help="Resume this run (or: latest) from its newest checkpoint.")
     ] = None,
     cluster: ClusterOption = None,
     detach: DetachOption = False,
+    yes: YesOption = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Train the model that a job file describes.
+    """Train the model of a job file: plan, show the plan, start the run and follow it.
 
     Example:  forge train jobs/pretrain.yaml --set training.total_steps=50
     """
@@ -43,13 +45,14 @@ def train(
             resume=resume,
             cluster=cluster,
             detach=detach,
+            yes=yes,
             output=output,
         )
     )
 
 
 def plan(file: JobArgument, overrides: SetOption = None, output: OutputOption = Output.TABLE) -> None:
-    """Show what a job will do: batch, memory, arithmetic, steps; of a search its trials. Trains nothing.
+    """Show what a job will do: batch, memory, FLOPs and steps at every number of workers. Starts nothing.
 
     Example:  forge plan jobs/pretrain.yaml -o json
     """

@@ -1,45 +1,63 @@
-"""A search as a person sees it: its trials while they go on, and what came out; with `display` the user of rich.
+"""A search as a person sees it: its trials while it is running, and its results.
 
-The tables themselves are made by `forge.report.trial_rows`, as text that fits the terminal.
+The tables come from `forge.report.trial_rows`, as text that fits the terminal.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.text import Text
 
 from forge.cli import display
+from forge.cli.run_screen import LiveScreen
 from forge.config.overrides import search_of
 from forge.plan.plan import Plan
 from forge.report.search_summary import SearchSummary, outcome_facts
 from forge.report.trial_event_text import TrialEventDescriber
-from forge.report.trial_rows import arranged, bars, columns, cut, fitted, judged, trial_rows, values_in_short
+from forge.report.trial_rows import (
+    bars,
+    columns,
+    cut,
+    fit_table,
+    format_value,
+    select_trials,
+    trial_rows,
+    values_in_short,
+)
 from forge.runs.event_text import EventDescriber
 from forge.runs.trials import seconds_left
 from forge.units import format_duration
 
-_MOST_SHOWN = 50
-_BADLY_ENDED = ("failed", "diverged")
+_MAX_TRIALS = 50
+_BAD_ENDINGS = ("failed", "diverged")
 
 
-class TuneScreen(display.LiveScreen):
-    """A search while it goes on: a table of its trials on a terminal, a line for each piece of news on a pipe."""
+class TuneScreen(LiveScreen):
+    """A search while it is running: a table of its trials on a terminal, one line per event on a pipe.
 
-    def __init__(self, plan: Plan, *, past: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Args:
-        past: the events that are known already, when a search is resumed or watched.
-        """
-        super().__init__()
-        assert plan.search is not None, "the screen of a search"
+    Args:
+        past: the events before, when a search is resumed or watched.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        past: Sequence[Mapping[str, Any]] = (),
+        console: Console | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(console=console, clock=clock)
+        assert plan.search is not None, "TuneScreen shows searches only"
         self._plan, self._planned, self._search = plan, plan.search, search_of(plan.job)
         self._trials = TrialEventDescriber(self._search, past=past)
-        self._news = EventDescriber()
+        self._events = EventDescriber()
         self._cost: Mapping[str, Any] = {}
-        self._began = time.time()
+        self._began = clock()
         self._phase = "starting"
         for record in past:
             self._take_state(record)
@@ -48,7 +66,7 @@ class TuneScreen(display.LiveScreen):
         """Take in one record of the search (None: nothing new) and redraw."""
         if record is not None and "event" in record:
             self._take_state(record)
-            self._tell(record)
+            self._describe(record)
         self.draw(self._panel, is_idle=record is None)
 
     def _take_state(self, event: Mapping[str, Any]) -> None:
@@ -60,43 +78,43 @@ class TuneScreen(display.LiveScreen):
         elif kind == "TrialStarted":
             self._phase = ""
 
-    def _tell(self, event: dict[str, Any]) -> None:
-        line = self._trials.line(event)
+    def _describe(self, event: dict[str, Any]) -> None:
+        line = self._trials.describe(event)
         if line is not None:
-            if event["event"] == "TrialEnded" and event["status"] in _BADLY_ENDED:
-                display.warning(line)
+            if event["event"] == "TrialEnded" and event["status"] in _BAD_ENDINGS:
+                self.warn(line)
             elif not self._live:
                 self.note(line)
         elif event["event"] == "RunStarted":
             self.phase("starting the first trials")
         elif event["event"] == "WaitingForMachines":
-            self.phase(self._news.line(event) or "")
-        elif (news := self._news.line(event)) is not None:
-            self.note(news)
+            self.phase(self._events.describe(event) or "")
+        elif (text := self._events.describe(event)) is not None:
+            self.note(text)
 
     def _panel(self) -> Group:
         width, height = self.size
         width = max(1, width - 1)
         head = [Text(cut(line, width=width), no_wrap=True, overflow="ellipsis") for line in self._head()]
         if self._phase:
-            elapsed = format_duration(time.time() - self._began)
+            elapsed = format_duration(self._clock() - self._began)
             head.append(
                 Text(cut(f"{self._phase} … {elapsed}", width=width), style="dim", no_wrap=True, overflow="ellipsis")
             )
         return Group(*head, *self._table(width, room=height - len(head) - 1))
 
     def _head(self) -> list[str]:
-        """How far the search is, the best so far, the money."""
-        book, planned = self._trials.book, self._planned
-        if not book.trials:
+        """Progress, the best trial so far, and the cost."""
+        table, planned = self._trials.table, self._planned
+        if not table.trials:
             return []
-        over = sum(trial.is_over for trial in book.trials.values())
-        left_s = seconds_left(book, num_trials=planned.num_trials, at_once=planned.trials_at_once)
+        num_over = sum(trial.is_over for trial in table.trials.values())
+        left_s = seconds_left(table, num_trials=planned.num_trials, at_once=planned.trials_at_once)
         left = "" if left_s is None else f", about {format_duration(left_s)} left"
-        lines = [f"{over}/{planned.num_trials} trials  {format_duration(time.time() - self._began)}{left}"]
-        best = book.best(self._search.mode)
+        lines = [f"{num_over}/{planned.num_trials} trials  {format_duration(self._clock() - self._began)}{left}"]
+        best = table.best(self._search.mode)
         if best is not None:
-            value = f"{self._search.metric} {judged(best.value)}"
+            value = f"{self._search.metric} {format_value(best.value)}"
             lines.append(f"best: trial {best.number}, {value}  {values_in_short(best.values)}")
         if self._cost:
             usd = self._cost["usd_per_hour"] * (left_s or 0.0) / 3600
@@ -104,47 +122,47 @@ class TuneScreen(display.LiveScreen):
         return lines
 
     def _table(self, width: int, *, room: int) -> list[Text]:
-        """The table in so many lines, its head and the line of what is not shown among them."""
-        book, mode = self._trials.book, self._search.mode
-        if not book.trials or room < 2:
+        """The table in at most `room` lines, including its header and the line that counts hidden trials."""
+        table, mode = self._trials.table, self._search.mode
+        if not table.trials or room < 2:
             return []
-        is_whole = len(book.trials) <= room - 1
-        shown = arranged(book, mode=mode, room=room - 1 if is_whole else room - 2)
-        best = book.best(mode)
-        rows = trial_rows(shown, now=time.time(), total_steps=self._plan.total_steps, best=best)
-        head, *lines = fitted(self._search.metric, rows, width=width)
+        is_whole = len(table.trials) <= room - 1
+        shown = select_trials(table, mode=mode, room=room - 1 if is_whole else room - 2)
+        best = table.best(mode)
+        rows = trial_rows(shown, now=self._clock(), total_steps=self._plan.total_steps, best=best)
+        head, *lines = fit_table(self._search.metric, rows, width=width)
         texts = [Text(head, style="dim", no_wrap=True, overflow="ellipsis")]
         for trial, line in zip(shown, lines, strict=True):
             style = "bold" if trial is best else "dim" if trial.is_over else ""
             texts.append(Text(line, style=style, no_wrap=True, overflow="ellipsis"))
         if not is_whole:
-            hidden = f"… and {len(book.trials) - len(shown)} more"
+            hidden = f"… and {len(table.trials) - len(shown)} more"
             texts.append(Text(cut(hidden, width=width), style="dim", no_wrap=True, overflow="ellipsis"))
         return texts
 
 
 def show_outcome(summary: SearchSummary, *, importances: Mapping[str, float]) -> None:
-    """How a search ended, what it found, and which keys mattered for it."""
+    """Print how a search ended, its best trial, and the importance of each key."""
     display.heading(
         summary.run.run_id, f"{summary.run.status} after {summary.num_over} of {summary.num_trials} trials"
     )
     display.facts(outcome_facts(summary))
     if importances:
         display.heading("importance", f"of each key for {summary.search.metric}")
-        rows = bars(importances, width=(display.width() or 80) // 4)
+        rows = bars(importances, width=(display.terminal_width() or 80) // 4)
         widest = max(len(name) for name, _, _ in rows)
         display.facts([(f"{name:<{widest}}", f"{share:>4} {bar}") for name, share, bar in rows])
 
 
 def show_trials(summary: SearchSummary) -> None:
-    """The table of a search's trials, the newest of very many."""
-    if not summary.book.trials:
+    """Print the table of a search's trials; of more than 50 the running, the best and the newest."""
+    if not summary.table.trials:
         return
     now = time.time() if summary.run.status == "running" else None
-    shown = arranged(summary.book, mode=summary.search.mode, room=_MOST_SHOWN)
+    shown = select_trials(summary.table, mode=summary.search.mode, room=_MAX_TRIALS)
     rows = trial_rows(shown, now=now, total_steps=summary.run.plan.total_steps, best=summary.best)
     display.heading("trials", "running ones, the best (*), then the newest")
     display.table(columns(summary.search.metric), rows)
-    hidden = len(summary.book.trials) - len(shown)
+    hidden = len(summary.table.trials) - len(shown)
     if hidden:
         display.message(f"{hidden} more trials are not shown; -o json has them all")

@@ -1,4 +1,4 @@
-"""`forge tune`: many trials of one job, with other values for some of its keys; the best one's job comes out."""
+"""`forge tune`: run many trials of a job with other values of some keys, and write the best one as a job file."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from forge.cli.options import (
     OutputOption,
     ResumableJobArgument,
     SetOption,
+    YesOption,
 )
 
 
@@ -24,13 +25,14 @@ def tune(
     dry_run: DryRunOption = False,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="SEARCH", help="Go on with a search, its trials included (or: latest)."),
+        typer.Option(metavar="SEARCH", help="Resume this search (or: latest) with its unfinished trials."),
     ] = None,
     cluster: ClusterOption = None,
     detach: DetachOption = False,
+    yes: YesOption = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Search for the best values of a job's keys, as its section search says.
+    """Search for the best values of a job's keys, as described in its `search` section.
 
     Example:  forge tune jobs/tune.yaml --set search.max_trials=8
     """
@@ -43,6 +45,7 @@ def tune(
             resume=resume,
             cluster=cluster,
             detach=detach,
+            yes=yes,
             output=output,
         )
     )

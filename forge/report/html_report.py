@@ -79,7 +79,7 @@ def _render(summary: SearchSummary) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"shown": shown, "number": number, "duration": _duration, "notes": _notes}
-    run, search, table = summary.run, summary.search, summary.book
+    run, search, table = summary.run, summary.search, summary.table
     return environment.get_template("search.html.j2").render(
         colors=_COLORS,
         script=script(),
@@ -107,7 +107,7 @@ def _headline(summary: SearchSummary) -> str:
 
 
 def _tiles(summary: SearchSummary) -> Iterator[_Tile]:
-    trials, counts, best = list(summary.book.trials.values()), summary.book.counts(), summary.best
+    trials, counts, best = list(summary.table.trials.values()), summary.table.counts(), summary.best
     progress = f"{len(trials)} of {summary.num_trials}" if len(trials) < summary.num_trials else f"{len(trials)}"
     by_status = ", ".join(f"{counts[status]} {status}" for status in _COLORS if status in counts)
     yield _Tile(name="trials", value=progress, note=by_status or "none yet")
@@ -131,7 +131,7 @@ def _tiles(summary: SearchSummary) -> Iterator[_Tile]:
 def _best_note(summary: SearchSummary) -> str:
     best, search = summary.best, summary.search
     if best is None:
-        return "No trial has reported a value." if summary.book.trials else "No trial has started."
+        return "No trial has reported a value." if summary.table.trials else "No trial has started."
     of_total = f" of {best.total_steps}" if best.total_steps else ""
     value = f"{search.metric} {number(best.value, '.6g')}"
     notes = [f"Trial {best.number}, {best.status}: {value} at step {best.step}{of_total}."]

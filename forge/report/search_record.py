@@ -23,21 +23,21 @@ def search_record(run: RunSummary) -> dict[str, Any]:
 
     Raises: JobFileError if the run is not a search.
     """
-    search, book = search_of(run.plan.job), TrialTable(run.events)
-    best = book.best(search.mode)
+    search, table = search_of(run.plan.job), TrialTable(run.events)
+    best = table.best(search.mode)
     return {
         "search_id": run.run_id,
         "folder": str(run.folder),
         "status": run.status,
         "metric": search.metric,
         "mode": search.mode,
-        "num_trials": run.plan.search.num_trials if run.plan.search else len(book.trials),
-        "counts": book.counts(),
+        "num_trials": run.plan.search.num_trials if run.plan.search else len(table.trials),
+        "counts": table.counts(),
         "best": best and _result(best, search_id=run.run_id),
-        "importances": importances(search, book),
+        "importances": importances(search, table),
         "usd": (run.newest("CostUpdated") or {}).get("usd"),
         "seconds": wall_seconds(run),
-        "trials": [_record(trial, search_id=run.run_id) for trial in book.trials.values()],
+        "trials": [_record(trial, search_id=run.run_id) for trial in table.trials.values()],
         "report": _existing(run.folder / REPORT),
         "best_yaml": _existing(run.folder / BEST),
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from forge.config.overrides import own_values, search_of
 from forge.config.search import SearchSpec
 from forge.errors import RunError
-from forge.report.trial_rows import judged, status_of, values_in_short
+from forge.report.trial_rows import format_value, status_of, values_in_short
 from forge.runs.reader import RunSummary
 from forge.runs.trials import Trial, TrialTable, trial_folder
 from forge.units import format_duration
@@ -19,9 +19,9 @@ class SearchSummary:
     """One search at a glance."""
 
     run: RunSummary
-    book: TrialTable
+    table: TrialTable
     best: Trial | None
-    """None where no trial was judged, or all of those have failed or diverged."""
+    """None where no trial was format_value, or all of those have failed or diverged."""
 
     @property
     def search(self) -> SearchSpec:
@@ -31,25 +31,25 @@ class SearchSummary:
     @property
     def num_trials(self) -> int:
         """How many trials there are to be."""
-        return self.run.plan.search.num_trials if self.run.plan.search else len(self.book.trials)
+        return self.run.plan.search.num_trials if self.run.plan.search else len(self.table.trials)
 
     @property
     def num_over(self) -> int:
         """How many trials are over."""
-        return sum(trial.is_over for trial in self.book.trials.values())
+        return sum(trial.is_over for trial in self.table.trials.values())
 
 
 def search_summary(run: RunSummary) -> SearchSummary:
     """Read what a search's events say. Raises: JobFileError if the run is no search."""
-    book = TrialTable(run.events)
-    return SearchSummary(run=run, book=book, best=book.best(search_of(run.plan.job).mode))
+    table = TrialTable(run.events)
+    return SearchSummary(run=run, table=table, best=table.best(search_of(run.plan.job).mode))
 
 
 def no_result_error(summary: SearchSummary) -> RunError | None:
     """Why a search that has made its trials found nothing: the most frequent reason. None if it found something."""
     if summary.best is not None or not summary.num_over:
         return None
-    trials = [trial for trial in summary.book.trials.values() if trial.is_over]
+    trials = [trial for trial in summary.table.trials.values() if trial.is_over]
     (reason, count), *_ = Counter(trial.reason or f"it {trial.status}" for trial in trials).most_common(1)
     metric = summary.search.metric
     return RunError(f"none of {len(trials)} trials came to a value of {metric}; of {count} the reason is: {reason}")
@@ -58,17 +58,17 @@ def no_result_error(summary: SearchSummary) -> RunError | None:
 def outcome_facts(summary: SearchSummary) -> list[tuple[str, str]]:
     """What a search found, and where it lies."""
     run, best = summary.run, summary.best
-    trials = summary.book.trials.values()
+    trials = summary.table.trials.values()
     counts = Counter(status_of(trial, goes_on=run.status == "running") for trial in trials)
     facts = [("trials", ", ".join(f"{count} {status}" for status, count in counts.items()) or "none yet")]
     if best is not None:
         facts.append(
-            ("best", f"trial {best.number}, {summary.search.metric} {judged(best.value)} at step {best.step}: "
-             f"{values_in_short(best.values)}")
+            ("best", f"trial {best.number}, {summary.search.metric} {format_value(best.value)} "
+             f"at step {best.step}: {values_in_short(best.values)}")
         )  # fmt: skip
         own = trials_own(summary)
         if own is not None and own is not best:
-            facts.append(("job's own", f"trial {own.number}, {judged(own.value)} at step {own.step}"))
+            facts.append(("job's own", f"trial {own.number}, {format_value(own.value)} at step {own.step}"))
         facts.append(("its run", trial_folder(str(run.folder), best.number)))
     facts.append(("time", format_duration(run.updated - run.started)))
     cost = run.newest("CostUpdated")
@@ -79,7 +79,7 @@ def outcome_facts(summary: SearchSummary) -> list[tuple[str, str]]:
 
 def trials_own(summary: SearchSummary) -> Trial | None:
     """The first trial, if it had the job's own values and was judged."""
-    first = summary.book.trials.get(1)
+    first = summary.table.trials.get(1)
     if first is None or first.value is None or first.moves or summary.search.searcher.kind == "grid":
         return None
     return first if first.values == own_values(summary.run.plan.job) else None

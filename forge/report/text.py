@@ -119,44 +119,46 @@ def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
     return facts
 
 
-def ledger_line(ledger: GoodputReport, *, width: int) -> str:
+def goodput_line(goodput: GoodputReport, *, width: int) -> str:
     """What machines that come and go cost a run, in so many characters; nothing where it cost nothing."""
-    is_quiet = not (ledger.changes or ledger.num_repeated_steps or ledger.num_preemptions or ledger.num_nodes > 1)
-    if is_quiet or not ledger.num_steps:
+    is_quiet = not (
+        goodput.changes or goodput.num_repeated_steps or goodput.num_preemptions or goodput.num_nodes > 1
+    )
+    if is_quiet or not goodput.num_steps:
         return ""
-    words = [f"goodput {number(ledger.goodput, '.0%')}", _counted(ledger.num_nodes, "node")]
-    words += [_counted(ledger.num_changes, "change")] if ledger.changes else []
-    by_size = sorted(BUCKETS, key=lambda bucket: -ledger.seconds[bucket])
-    words += [f"{bucket} {ledger.share(bucket):.0%}" for bucket in by_size if ledger.share(bucket) >= 0.005]
+    words = [f"goodput {number(goodput.goodput, '.0%')}", _counted(goodput.num_nodes, "node")]
+    words += [_counted(goodput.num_changes, "change")] if goodput.changes else []
+    by_size = sorted(BUCKETS, key=lambda bucket: -goodput.seconds[bucket])
+    words += [f"{bucket} {goodput.share(bucket):.0%}" for bucket in by_size if goodput.share(bucket) >= 0.005]
     while words and len("  ".join(words)) > width:
         words.pop()
     return "  ".join(words)
 
 
-def ledger_facts(ledger: GoodputReport) -> list[tuple[str, str]]:
+def goodput_facts(goodput: GoodputReport) -> list[tuple[str, str]]:
     """How much of a run's time was worth it, and what took the rest."""
-    steps = f"{ledger.num_steps:,} new steps of {format_duration(ledger.ideal_step_s)}"
+    steps = f"{goodput.num_steps:,} new steps of {format_duration(goodput.ideal_step_s)}"
     happened = [
-        _counted(ledger.num_changes, "change"),
-        _counted(ledger.num_preemptions, "preemption"),
-        _counted(ledger.num_failures, "failure"),
-        f"{_counted(ledger.num_repeated_steps, 'step')} repeated",
+        _counted(goodput.num_changes, "change"),
+        _counted(goodput.num_preemptions, "preemption"),
+        _counted(goodput.num_failures, "failure"),
+        f"{_counted(goodput.num_repeated_steps, 'step')} repeated",
     ]
     return [
-        ("goodput", f"{number(ledger.goodput, '.1%')} ({steps} in {format_duration(ledger.wall_s)})"),
-        ("nodes", f"{number(ledger.node_goodput, '.1%')} of the time that they were there went into new steps"),
+        ("goodput", f"{number(goodput.goodput, '.1%')} ({steps} in {format_duration(goodput.wall_s)})"),
+        ("nodes", f"{number(goodput.node_goodput, '.1%')} of the time that they were there went into new steps"),
         ("changes", ", ".join(happened)),
     ]
 
 
-def bucket_rows(ledger: GoodputReport) -> list[list[str]]:
+def bucket_rows(goodput: GoodputReport) -> list[list[str]]:
     """Bucket, seconds and share, of all that are not empty, and of the whole."""
-    shown = [bucket for bucket in BUCKETS if ledger.seconds[bucket] > 0]
-    rows = [[bucket, f"{ledger.seconds[bucket]:,.1f}", f"{ledger.share(bucket):.1%}"] for bucket in shown]
-    return [*rows, ["wall time", f"{ledger.wall_s:,.1f}", "100.0%"]]
+    shown = [bucket for bucket in BUCKETS if goodput.seconds[bucket] > 0]
+    rows = [[bucket, f"{goodput.seconds[bucket]:,.1f}", f"{goodput.share(bucket):.1%}"] for bucket in shown]
+    return [*rows, ["wall time", f"{goodput.wall_s:,.1f}", "100.0%"]]
 
 
-def change_rows(ledger: GoodputReport, *, started: float, limit: int) -> list[list[str]]:
+def change_rows(goodput: GoodputReport, *, started: float, limit: int) -> list[list[str]]:
     """The last changes: when after the start, the cause, the workers, how long until the next step, the reason."""
     return [
         [
@@ -166,7 +168,7 @@ def change_rows(ledger: GoodputReport, *, started: float, limit: int) -> list[li
             "-" if change.seconds is None else format_duration(change.seconds),
             short(change.reason),
         ]
-        for change in ledger.changes[-limit:]
+        for change in goodput.changes[-limit:]
     ]
 
 

@@ -6,25 +6,25 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from forge.config.search import SearchSpec
-from forge.report.trial_rows import judged, values_in_short
+from forge.report.trial_rows import format_value, values_in_short
 from forge.runs.event_text import short
 from forge.runs.trials import TrialTable
 from forge.units import format_duration
 
 
 class TrialEventDescriber:
-    """Puts events into words, one after another, and keeps the book of them."""
+    """Puts events into words, one after another, and keeps the table of them."""
 
     def __init__(self, search: SearchSpec, *, past: Iterable[Mapping[str, Any]] = ()) -> None:
-        self.book = TrialTable(past)
+        self.table = TrialTable(past)
         self._search = search
 
-    def line(self, event: Mapping[str, Any]) -> str | None:
+    def describe(self, event: Mapping[str, Any]) -> str | None:
         """What is to be said now that this has happened; None for nothing."""
-        known = self.book.trials.get(event.get("trial", 0))
+        known = self.table.trials.get(event.get("trial", 0))
         was_started = known is not None and known.start_s is not None
-        self.book.add(event)
-        trial = self.book.trials.get(event.get("trial", 0))
+        self.table.add(event)
+        trial = self.table.trials.get(event.get("trial", 0))
         if trial is None:
             return None
         text = f"trial {trial.number}"
@@ -51,4 +51,4 @@ class TrialEventDescriber:
         return f"{event['status']}{by} at step {event['step']}{value}{why}"
 
     def _judged(self, value: float | None) -> str:
-        return f"{self._search.metric} {'is no number' if value is None else judged(value)}"
+        return f"{self._search.metric} {'is no number' if value is None else format_value(value)}"

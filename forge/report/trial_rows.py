@@ -1,6 +1,6 @@
 """The trials of a search as a table that fits its place: which are shown, in what order, in how many characters.
 
-Pure: in go the book and a size, out come lines of text.
+Pure: in go the table and a size, out come lines of text.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def shown(value: Any) -> str:
     return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), limit=_LONGEST)
 
 
-def arranged(book: TrialTable, *, mode: Mode, room: int) -> list[Trial]:
+def select_trials(table: TrialTable, *, mode: Mode, room: int) -> list[Trial]:
     """As many trials as there is room for: those that run, then the best, then the newest first."""
-    running = [trial for trial in book.trials.values() if trial.status == "running"]
-    best = book.best(mode)
+    running = [trial for trial in table.trials.values() if trial.status == "running"]
+    best = table.best(mode)
     first = [*running, *([best] if best is not None and best not in running else [])]
-    rest = [trial for trial in reversed(book.trials.values()) if trial not in first]
+    rest = [trial for trial in reversed(table.trials.values()) if trial not in first]
     return [*first, *rest][: max(0, room)]
 
 
@@ -68,7 +68,7 @@ def trial_rows(
             f"{'*' if trial is best else ''}{trial.number}",
             status_of(trial, goes_on=now is not None),
             f"{trial.step}/{trial.total_steps or total_steps}",
-            judged(trial.value),
+            format_value(trial.value),
             values_in_short(trial.values),
             _time_of(trial, now),
         ]
@@ -81,7 +81,7 @@ def status_of(trial: Trial, *, goes_on: bool) -> str:
     return trial.status if goes_on or trial.is_over else "unfinished"
 
 
-def judged(value: float | None) -> str:
+def format_value(value: float | None) -> str:
     """The metric of a trial, with digits enough to tell good ones apart; `-` where there is none."""
     if value is None or not math.isfinite(value):
         return "-"
@@ -93,7 +93,7 @@ def columns(metric: str) -> list[str]:
     return ["#trial", "status", "#step", f"#{metric}", "values", "#time"]
 
 
-def fitted(metric: str, rows: Sequence[Sequence[str]], *, width: int) -> list[str]:
+def fit_table(metric: str, rows: Sequence[Sequence[str]], *, width: int) -> list[str]:
     """The lines of `trial_rows`, the names of the columns first, none longer than `width`.
 
     The column `values` has what the others leave, and its own end is cut. Where that is too little the time goes,

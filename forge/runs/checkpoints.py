@@ -1,32 +1,32 @@
-"""The checkpoints of a run, or of any place that holds some: which there are, and which are to be believed."""
+"""The checkpoints of a run, a folder or an object store: which exist, which are complete, which is best."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from forge.checkpoint.manifest import step_name
 from forge.checkpoint.reader import list_checkpoints, open_checkpoint, verify_checkpoint
 from forge.checkpoint.storage import Storage, open_storage
 from forge.errors import ArgumentError, CheckpointError
 from forge.plan.plan import plan_from_json
-from forge.runs.reader import find_run
+from forge.runs.reader import RunSummary, find_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointLocation:
-    """Where checkpoints lie, and what lies beside them."""
+    """Where checkpoints are stored, and the tokenizer of their run."""
 
     url: str
     tokenizer: Path | None
-    """Of the run they belong to; None for a bare place."""
+    """Folder; None if the location is not a run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointEntry:
-    """One checkpoint, as far as it can be read."""
+    """One checkpoint; fields are None if its manifest cannot be read."""
 
     name: str
     url: str
@@ -36,11 +36,11 @@ class CheckpointEntry:
     num_parts: int | None
     has_average: bool
     problem: str | None
-    """Why it is not to be believed; None if all that was looked at is right."""
+    """Why it cannot be used; None if it passed every check."""
 
 
 def locate(name: str, *, root: Path) -> CheckpointLocation:
-    """The place of a run's checkpoints, by whatever names a run, or by the folder or URL of the checkpoints.
+    """Find checkpoints by the name of a run, or by their folder or URL.
 
     Raises: ArgumentError if there is neither.
     """
@@ -54,27 +54,37 @@ def locate(name: str, *, root: Path) -> CheckpointLocation:
 
 
 def entries(url: str, *, step: int | None = None, with_checksums: bool = False) -> Iterator[CheckpointEntry]:
-    """Every checkpoint of a place, newest first, or the one of a step.
+    """Yield every checkpoint at a URL, newest first, or the one of `step`.
 
     Args:
-        with_checksums: read every byte; otherwise sizes alone are compared.
+        with_checksums: read and verify every byte; otherwise only file sizes are compared.
 
-    Raises: CheckpointError if the place cannot be asked; ArgumentError if it has none of that step.
+    Raises: CheckpointError if the storage cannot be listed; ArgumentError if it has no checkpoint of that step.
     """
     storage = open_storage(url)
     names = list_checkpoints(storage)
     if step is not None:
         if step_name(step) not in names:
-            there = ", ".join(name.removeprefix("step-").lstrip("0") for name in names[:5]) or "none"
-            raise ArgumentError(f"{url} has no checkpoint of step {step}; there are: {there}")
+            known = ", ".join(name.removeprefix("step-").lstrip("0") for name in names[:5]) or "none"
+            raise ArgumentError(f"{url} has no checkpoint of step {step}; it has steps: {known}")
         names = [step_name(step)]
     for name in names:
         yield _entry(storage, name, problem=verify_checkpoint(storage, name, with_checksums=with_checksums))
 
 
-def entry_record(entry: CheckpointEntry) -> dict[str, Any]:
-    """As JSON."""
-    return asdict(entry)
+def best_checkpoint(run: RunSummary) -> CheckpointEntry | None:
+    """Return the complete checkpoint with the lowest held-out loss, or the newest if none was evaluated.
+
+    Raises: CheckpointError if the storage cannot be listed.
+    """
+    losses: dict[int, float] = {}
+    for event in run.events:
+        if event["event"] == "Evaluated" and event.get("loss") is not None:
+            losses[event["step"]] = min(event["loss"], losses.get(event["step"], math.inf))
+    complete = [
+        entry for entry in entries(run.plan.job.checkpoint.url_of(str(run.folder))) if entry.problem is None
+    ]
+    return min(complete, key=lambda entry: losses.get(entry.step or 0, math.inf), default=None)
 
 
 def _entry(storage: Storage, name: str, *, problem: str | None) -> CheckpointEntry:

@@ -25,7 +25,7 @@ class EventDescriber:
         """Why a generation ends, until it is told what follows."""
         self._members: set[str] = set()
 
-    def line(self, event: Mapping[str, Any]) -> str | None:
+    def describe(self, event: Mapping[str, Any]) -> str | None:
         """What is to be said now that this has happened; None for nothing."""
         text = self._words(event)
         return text and short(text)

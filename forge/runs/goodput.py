@@ -9,7 +9,7 @@
     waiting      too few machines
     other        the rest: between steps, and from the last step to the end of the run
 
-In come the records of `events.jsonl` and `metrics.jsonl`, one by one, so that a screen can keep a book as the
+In come the records of `events.jsonl` and `metrics.jsonl`, one by one, so that a screen can keep a tracker as the
 run goes on; nothing else is needed, and no record is indispensable. The wall time is the sum of the run's
 stretches, each from RunStarted to its end; between two of them nobody works. Every record moves the clock on
 by what has passed since the one before (nothing, if its time is earlier) and claims its part of the seconds
@@ -115,15 +115,15 @@ def goodput_of(events: Sequence[Record], steps: Sequence[Record], *, now: float 
         events, steps: the records of its two files, each in the order of the file.
         now: seconds since the epoch, for a run that goes on; None for one that does not.
     """
-    return tracker_of(events, steps).ledger(now=now)
+    return tracker_of(events, steps).report(now=now)
 
 
 def tracker_of(events: Iterable[Record], steps: Iterable[Record]) -> GoodputTracker:
-    """What is known of a run so far, for a book that goes on."""
-    book = GoodputTracker()
+    """What is known of a run so far, for a tracker that goes on."""
+    tracker = GoodputTracker()
     for record in heapq.merge(events, steps, key=moment):
-        book.add(record)
-    return book
+        tracker.add(record)
+    return tracker
 
 
 def moment(record: Record) -> tuple[float, int]:
@@ -178,7 +178,7 @@ class GoodputTracker:
         elif self._is_open:
             self._take(kind, record)
 
-    def ledger(self, *, now: float | None = None) -> GoodputReport:
+    def report(self, *, now: float | None = None) -> GoodputReport:
         """How things stand.
 
         Args:

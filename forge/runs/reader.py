@@ -60,7 +60,7 @@ class RunSummary:
                 return found
         return None
 
-    def ledger(self) -> GoodputReport:
+    def goodput(self) -> GoodputReport:
         """Where its time went, until now if it goes on; reads its steps again, which a summary does not keep."""
         now = time.time() if self.status == "running" else None
         return goodput_of(self.events, read_metrics(self.folder), now=now)
@@ -178,7 +178,7 @@ def summary_record(run: RunSummary) -> dict[str, Any]:
         "trials": _trials_record(run),
         "usd": (run.newest("CostUpdated") or {}).get("usd"),
         "failure": str(failure) if failure else None,
-        "ledger": run.ledger().as_record(),
+        "goodput": run.goodput().as_record(),
     }
 
 
@@ -324,7 +324,7 @@ def _newest(folders: list[Path], *, is_search: bool | None, root: Path) -> Path:
         with contextlib.suppress(ArgumentError, PlanError):
             if (read_plan(folder).search is not None) == is_search:
                 return folder
-    raise ArgumentError(f"there is no {'search' if is_search else 'run that is no search'} under {root}")
+    raise ArgumentError(f"no {'search' if is_search else 'run that is not a search'} under {root}")
 
 
 def _folders(root: Path) -> list[Path]:

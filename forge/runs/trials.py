@@ -135,9 +135,9 @@ class TrialTable:
         return found
 
 
-def seconds_left(book: TrialTable, *, num_trials: int, at_once: int) -> float | None:
+def seconds_left(table: TrialTable, *, num_trials: int, at_once: int) -> float | None:
     """By how long trials that are over took; None while none is."""
-    took = [trial.seconds for trial in book.trials.values() if trial.seconds is not None]
+    took = [trial.seconds for trial in table.trials.values() if trial.seconds is not None]
     if not took:
         return None
     return sum(took) / len(took) * math.ceil((num_trials - len(took)) / max(1, at_once))

@@ -23,6 +23,8 @@ from forge.cluster.local.ray_process import session_members
 from forge.process import is_alive
 from forge.runs.reader import driver_pid
 
+DRIVER_MODULE = "forge.runtime.driver"
+"""Run with `python -m`. Tests of the CLI and the API replace it by a scripted driver, and nothing else."""
 _POLL_S = 0.05
 
 
@@ -83,7 +85,7 @@ def start_driver(folder: Path) -> LocalRun:
     before it holds the lock has written the reason to `logs/run.log`.
     """
     cluster = find_local()
-    command = [sys.executable, "-P", "-m", "forge.runtime.driver", str(folder)]
+    command = [sys.executable, "-P", "-m", DRIVER_MODULE, str(folder)]
     if cluster is not None:
         command += ["--address", cluster.address]
     with (folder / "logs" / "run.log").open("ab") as log:

@@ -82,7 +82,7 @@ def test_what_cannot_be_read_is_listed_with_its_reason(run: Path) -> None:
     ("arguments", "error", "said"),
     [
         (["list", "nothing"], ArgumentError, "no run 'nothing'"),
-        (["verify", "latest", "--step", "15"], ArgumentError, "no checkpoint of step 15; there are: 30, 20, 10"),
+        (["verify", "latest", "--step", "15"], ArgumentError, "no checkpoint of step 15; it has steps: 30, 20, 10"),
         (["list", "nonsense://place"], CheckpointError, "nonsense"),
     ],
 )

@@ -77,7 +77,7 @@ class TestPlan:
         done = forge("plan", "job.yaml", "--set", "training.total_steps=null", "--set", "training.epochs=2")
         assert done.exit_code == 0
         assert "(2.0" in done.stdout
-        assert "looking at the corpus" in done.stderr
+        assert "reading the corpus" in done.stderr
 
     def test_a_dry_run_of_a_resumed_run_does_not_train_either(self, home: Path) -> None:
         folder = make_run(home / "runs", "old")
@@ -156,7 +156,7 @@ class TestRuns:
             history.step(step, 2.0)
         history.stop(saving_s=2.0)
         history.write(home / "runs", "spot")
-        record = json.loads(forge("runs", "show", "spot", "-o", "json").stdout)["ledger"]
+        record = json.loads(forge("runs", "show", "spot", "-o", "json").stdout)["goodput"]
         assert record["seconds"] == dict.fromkeys(record["seconds"], 0) | {
             "training": 26.0,
             "forming": 18.0,
@@ -174,7 +174,7 @@ class TestRuns:
     def test_the_end_of_a_log_is_printed(self, runs: Path) -> None:
         (runs / "done" / "logs" / "rank-0.log").write_text("".join(f"line {number}\n" for number in range(99)))
         assert forge("runs", "logs", "done", "-n", "2").stdout == "line 97\nline 98\n"
-        with pytest.raises(ArgumentError, match=r"rank-7.log does not exist; the logs there are: rank-0"):
+        with pytest.raises(ArgumentError, match=r"rank-7.log does not exist; its logs are: rank-0"):
             forge("runs", "logs", "done", "--file", "rank-7")
 
     def test_watching_one_that_ended_tells_how(self, runs: Path) -> None:
@@ -184,11 +184,11 @@ class TestRuns:
         assert broken.stderr.splitlines()[0] == "error: a [red] rank :x:"
 
     def test_stopping_one_that_does_not_run_says_so(self, runs: Path) -> None:
-        assert forge("runs", "stop", "done").stderr == "done does not run\n"
+        assert forge("runs", "stop", "done").stderr == "done is not running\n"
 
     def test_one_that_has_finished_is_not_carried_on(self, runs: Path) -> None:
         done = forge("train", "--resume", "done")
-        assert (done.exit_code, "done has reached its last step already" in done.stderr) == (0, True)
+        assert (done.exit_code, "done has already reached its last step" in done.stderr) == (0, True)
 
     def test_what_to_type_next_names_a_run_so_that_it_is_found(self, home: Path) -> None:
         make_run(home / "elsewhere", "far")
@@ -216,7 +216,7 @@ class TestDoctor:
         assert done.exit_code == 2
         assert "needs 99" in done.stdout
         assert "not installed" in done.stdout
-        assert "mend torch: make setup" in done.stderr
+        assert "fix torch: make setup" in done.stderr
         assert "ready" not in done.stderr
 
 

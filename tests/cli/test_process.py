@@ -227,7 +227,7 @@ def test_ctrl_c_before_the_run_has_begun_leaves_with_130_and_no_traceback(home: 
         cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
-    assert process.stderr.readline() == "looking at the corpus\n"
+    assert process.stderr.readline() == "reading the corpus\n"
     assert wait_for(lambda: process.stderr.readline().startswith("training the tokenizer"))
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)

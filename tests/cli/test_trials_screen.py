@@ -1,4 +1,4 @@
-"""The screen of a search that goes on: a table on a terminal, lines on a pipe."""
+"""The screen of a running search: a table on a terminal, lines on a pipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import pytest
 from rich.console import Console
 
-from forge.cli import display
 from forge.cli.trials_screen import TuneScreen
 from forge.events import CostUpdated, Event, NodeLeft, RunStarted, event_to_record
 from tests.support.tuning import BEGAN, begun, ended, search_plan
@@ -20,7 +19,6 @@ MANY = [event for trial in range(1, 9) for event in ended(trial, value=10.0 - tr
 
 def shown(
     events: Sequence[Event],
-    monkeypatch: pytest.MonkeyPatch,
     *,
     size: tuple[int, int] | None,
     num_past: int = 0,
@@ -37,9 +35,8 @@ def shown(
         soft_wrap=not size,
     )
     records = [{"time": BEGAN + at} | event_to_record(event) for at, event in enumerate(events)]
-    monkeypatch.setattr(display, "_err", console)
-    monkeypatch.setattr(display.time, "time", lambda: BEGAN + len(records))
-    with TuneScreen(search_plan(max_trials=12), past=records[:num_past]) as screen:
+    plan, past, now = search_plan(max_trials=12), records[:num_past], BEGAN + len(records)
+    with TuneScreen(plan, past=past, console=console, clock=lambda: now) as screen:
         for record in [*records[num_past:], None]:
             screen.show(record)
     return sent.getvalue()
@@ -51,11 +48,9 @@ def panel(sent: str) -> list[str]:
     return [line.strip("\r") for line in drawn.splitlines() if line.strip()]
 
 
-def test_on_a_terminal_the_best_and_the_newest_are_shown_as_far_as_there_is_room(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_on_a_terminal_the_best_and_the_newest_are_shown_as_far_as_there_is_room() -> None:
     events = [START, *MANY, CostUpdated(usd=1.25, usd_per_hour=3600.0), *begun(9, values={2: 9.5})]
-    lines = panel(shown(events, monkeypatch, size=(90, 10)))
+    lines = panel(shown(events, size=(90, 10)))
     assert lines == [
         "8/12 trials  37s, about 3s left",
         "best: trial 8, eval/loss 2.0000  lr=0.008 warmup_steps=8",
@@ -70,27 +65,27 @@ def test_on_a_terminal_the_best_and_the_newest_are_shown_as_far_as_there_is_room
 
 
 @pytest.mark.parametrize("size", [(40, 10), (20, 5), (3, 3), (1, 1)])
-def test_on_a_small_one_nothing_is_wider_or_higher(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+def test_on_a_small_one_nothing_is_wider_or_higher(size: tuple[int, int]) -> None:
     events = [START, *MANY, CostUpdated(usd=1.25, usd_per_hour=3600.0), *begun(9, values={2: 9.5})]
-    sent = shown(events, monkeypatch, size=size)
+    sent = shown(events, size=size)
     lines = [re.sub(r"\x1b\[\??[0-9;]*[A-Za-z]", "", line).strip("\r") for line in sent.splitlines()]
     assert max(map(len, lines)) <= size[0]
 
 
-def test_a_trial_that_ends_badly_leaves_a_line_above_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_ends_badly_leaves_a_line_above_the_table() -> None:
     events = [START, *ended(1, value=1.0), *ended(2, step=3, status="diverged", reason="the loss is no number")]
-    sent = shown(events, monkeypatch, size=(90, 10))
+    sent = shown(events, size=(90, 10))
     assert "! trial 2 diverged at step 3: the loss is no number" in sent
     assert "trial 1 finished" not in sent
 
 
-def test_before_the_first_trial_it_says_that_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "starting the first trials … 1s" in shown([START], monkeypatch, size=(90, 10))
+def test_before_the_first_trial_it_says_that_it_starts() -> None:
+    assert "starting the first trials … 1s" in shown([START], size=(90, 10))
 
 
-def test_on_a_pipe_each_piece_of_news_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_pipe_each_piece_of_news_is_a_line() -> None:
     lost = NodeLeft(node="b", reason="connection closed")
-    lines = shown([START, *ended(1, value=1.0), lost], monkeypatch, size=None).splitlines()
+    lines = shown([START, *ended(1, value=1.0), lost], size=None).splitlines()
     assert lines == [
         "starting the first trials",
         "trial 1 started in 1.2s: lr=0.001 warmup_steps=1",
@@ -100,7 +95,7 @@ def test_on_a_pipe_each_piece_of_news_is_a_line(monkeypatch: pytest.MonkeyPatch)
     ]
 
 
-def test_what_is_past_is_known_and_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_past_is_known_and_not_told_again() -> None:
     events = [START, *ended(1, value=1.0), START, *ended(2, value=2.0)]
-    assert "trial 1" not in shown(events, monkeypatch, size=None, num_past=5)
-    assert "best: trial 1, eval/loss 1.0000" in shown(events, monkeypatch, size=(90, 10), num_past=5)
+    assert "trial 1" not in shown(events, size=None, num_past=5)
+    assert "best: trial 1, eval/loss 1.0000" in shown(events, size=(90, 10), num_past=5)

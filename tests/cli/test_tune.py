@@ -1,13 +1,16 @@
-"""`forge tune` and `forge runs` on searches, in this process: what they print, where, and how they leave."""
+"""`forge tune` and `forge runs` on searches, in this process: output, files and exit codes.
+
+Everything is real but the driver process, which records the events of a script instead of training.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +20,20 @@ from typer.testing import CliRunner, Result
 import forge as public
 from forge import api
 from forge.cli.app import app
+from forge.config.load import load_job
 from forge.errors import ArgumentError, JobFileError, RunError
 from forge.events import CostUpdated, Event, RunFailed, RunFinished, RunStarted, RunStopped, event_to_record
-from forge.runs import create
-from forge.runs.reader import driver_pid
+from forge.runs.create import create_run
 from forge.runtime import driver_process
-from forge.runtime import resolve as resolving
-from forge.runtime.driver_process import LocalRun
+from forge.runtime.driver_process import RunHandle
+from forge.runtime.resolve import resolve
 from tests.cli.conftest import JOB
 from tests.support.command import wait_for
-from tests.support.jobs import synthetic_corpus
 from tests.support.runs import make_run
-from tests.support.tuning import LR, WARMUP, begun, ended, make_search, search_plan
+from tests.support.tuning import LR, WARMUP, begun, ended, make_search
 
 TUNE = (
-    JOB
+    JOB.replace("tokenizer:", "held_out: 25%, tokenizer:")
     + """\
 search:
   space:
@@ -54,20 +56,6 @@ BAD = [
     *ended(3, step=3, status="diverged", reason="the loss is no number"),
 ]
 
-CARRIER = """
-import fcntl, json, os, signal, sys, time
-folder = sys.argv[1]
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-lock = open(folder + "/.lock", "a+")
-fcntl.flock(lock, fcntl.LOCK_EX)
-lock.write(str(os.getpid()))
-lock.flush()
-signal.sigwait([signal.SIGTERM])
-with open(folder + "/events.jsonl", "a") as events:
-    events.write(json.dumps({"time": 2e6, "event": "RunStopped", "step": 0, "reason": ""}) + "\\n")
-"""
-"""As `forge.runtime.driver` holds a run, and ends it when it is asked to stop."""
-
 pytestmark = pytest.mark.usefixtures("home")
 
 
@@ -81,46 +69,37 @@ def tune_file(home: Path) -> str:
     return "tune.yaml"
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A search whose carrier has told everything and gone."""
+class Script:
+    """What the drivers that are started from now on record, after RunStarted."""
 
-    folder: Path
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.write([])
 
-    def is_alive(self) -> bool:
-        return False
-
-    def request_stop(self) -> None:
-        """Too late."""
-
-    def wait(self) -> None:
-        """It has ended."""
-
-    def connection_messages(self) -> list[str]:
-        return []
+    def write(self, events: Iterable[Event], *, until_stopped: bool = False) -> None:
+        records = [event_to_record(event) for event in events]
+        self._path.write_text(json.dumps({"events": records, "until_stopped": until_stopped}))
 
 
 @pytest.fixture
-def carrier(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
-    """What the next search tells at once; its plan is made without a look at corpus and machine."""
-    corpus = synthetic_corpus(home / "cache", num_tokens=400, num_held_out=100)
-    (home / "cache" / "tokenizer").mkdir()
-    told: list[Event] = []
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+    monkeypatch.setattr(driver_process, "DRIVER_MODULE", "tests.support.scripted_driver")
+    monkeypatch.setenv("FORGE_TEST_SCRIPT", str(tmp_path / "script.json"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    return Script(tmp_path / "script.json")
 
-    def resolve(loaded: Any, **_: Any) -> Any:
-        return replace(search_plan(), job=loaded.job, corpus=corpus)
 
-    def carry(folder: Path) -> Ended:
-        records = [RunStarted(run_id=folder.name, total_steps=6, resumed_from_step=0), *told]
-        with (folder / "events.jsonl").open("a") as file:
-            for at, event in enumerate(records):
-                file.write(json.dumps({"time": 2_000_000.0 + at} | event_to_record(event)) + "\n")
-        return Ended(folder)
+def planned_search(*events: Event, trial_runs: Iterable[int] = ()) -> Path:
+    """The folder `runs/searched` of the search in tune.yaml, which recorded `events`."""
+    folder = create_run(resolve(load_job("tune.yaml"))).rename("runs/searched")
+    record_events(folder, [RunStarted(run_id="searched", total_steps=3, resumed_from_step=0), *events])
+    return folder
 
-    for module, name, fake in ((resolving, "resolve", resolve), (driver_process, "start_driver", carry)):
-        monkeypatch.setattr(module, name, fake)
-        monkeypatch.setattr(api, name, fake)
-    return told
+
+def record_events(folder: Path, events: Iterable[Event]) -> None:
+    with (folder / "events.jsonl").open("a") as file:
+        for at, event in enumerate(events):
+            file.write(json.dumps({"time": 1_000_000.0 + at} | event_to_record(event)) + "\n")
 
 
 class TestThePlan:
@@ -180,18 +159,18 @@ class TestThePlan:
 
 class TestASearch:
     def test_its_news_are_lines_on_a_pipe_and_its_end_a_summary(
-        self, home: Path, tune_file: str, carrier: list[Event]
+        self, home: Path, tune_file: str, script: Script
     ) -> None:
-        carrier += [*THREE, CostUpdated(usd=1.5, usd_per_hour=3.0), RunFinished(step=0)]
+        script.write([*THREE, CostUpdated(usd=1.5, usd_per_hour=3.0), RunFinished(step=0)])
         done = forge("tune", tune_file)
         folder = next((home / "runs").iterdir())
         told = done.stderr.splitlines()
         assert done.exit_code == 0
-        assert told[0] == f"search {folder.name} in runs/{folder.name}"
+        assert f"search {folder.name} in runs/{folder.name}" in told
         assert "trial 1 started in 1.2s: lr=0.001 warmup_steps=1" in told
         assert "trial 1 step 6 eval/loss 5.5000" in told
         assert "trial 2 stopped by asha at step 2, eval/loss 7.0000" in told
-        assert told[-1] == f"train the best: forge train runs/{folder.name}/best.yaml"
+        assert told[-1] == f"train with the best values: forge train runs/{folder.name}/best.yaml"
         assert f"{folder.name}  finished after 3 of 4 trials" in done.stdout
         assert "trial 3, eval/loss 5.2500 at step 6: lr=0.003 warmup_steps=3" in done.stdout
         assert "1.50 USD" in done.stdout
@@ -199,12 +178,12 @@ class TestASearch:
         assert (folder / "best.yaml").exists()
         assert (folder / "report.html").exists()
 
-    def test_as_json_its_record_stands_alone_on_stdout(self, tune_file: str, carrier: list[Event]) -> None:
-        carrier += [*THREE, RunFinished(step=0)]
+    def test_as_json_its_record_stands_alone_on_stdout(self, tune_file: str, script: Script) -> None:
+        script.write([*THREE, RunFinished(step=0)])
         record = json.loads(forge("tune", tune_file, "-o", "json").stdout)
         assert (record["status"], record["best"]["trial"]) == ("finished", 3)
 
-    def test_detached_it_is_not_followed(self, tune_file: str, carrier: list[Event]) -> None:
+    def test_detached_it_is_not_followed(self, tune_file: str, script: Script) -> None:
         done = forge("tune", tune_file, "--detach")
         assert (done.exit_code, "trial" in done.stderr) == (0, False)
         assert "follow it: forge runs watch tiny-" in done.stderr
@@ -217,7 +196,7 @@ class TestASearch:
                 4,
                 "none of 3 trials came to a value of eval/loss; of 2 the reason is: the loss is no number",
             ),
-            ([*THREE, RunStopped(step=0)], 130, "go on: forge tune --resume tiny-"),
+            ([*THREE, RunStopped(step=0)], 130, "resume: forge tune --resume tiny-"),
             ([RunStopped(step=0)], 130, "try again: forge tune --resume tiny-"),
             ([*THREE, RunStopped(step=0, reason="8 hours are over")], 0, "! stopped: 8 hours are over"),
             ([*BAD, RunStopped(step=0, reason="8 hours are over")], 4, "none of 3 trials"),
@@ -226,90 +205,90 @@ class TestASearch:
         ],
     )
     def test_how_it_leaves_says_how_it_ended(
-        self, tune_file: str, carrier: list[Event], events: Sequence[Event], code: int, told: str
+        self, tune_file: str, script: Script, events: Sequence[Event], code: int, told: str
     ) -> None:
-        carrier += events
+        script.write(events)
         done = forge("tune", tune_file)
         assert done.exit_code == code
         assert told in done.stderr
 
-    def test_from_python_it_gives_the_best_trial(self, home: Path, tune_file: str, carrier: list[Event]) -> None:
-        carrier += [*THREE, RunFinished(step=0)]
+    def test_from_python_it_gives_the_best_trial(self, home: Path, tune_file: str, script: Script) -> None:
+        events = [*THREE, RunFinished(step=0)]
+        script.write(events)
         heard: list[Any] = []
         found = public.tune_job(tune_file, on_record=heard.append)
         assert found.best is not None
         assert (found.best.number, found.best.values) == (3, {LR: 0.003, WARMUP: 3})
-        assert (found.run.status, len(found.book.trials), len(heard)) == ("finished", 3, len(carrier) + 1)
+        assert (found.run.status, len(found.table.trials), len(heard)) == ("finished", 3, len(events) + 1)
         assert (found.run.folder / "best.yaml").exists()
 
-    def test_from_python_one_without_a_good_trial_is_an_error(self, tune_file: str, carrier: list[Event]) -> None:
-        carrier += [*BAD, RunFinished(step=0)]
+    def test_from_python_one_without_a_good_trial_is_an_error(self, tune_file: str, script: Script) -> None:
+        script.write([*BAD, RunFinished(step=0)])
         with pytest.raises(RunError, match="of 2 the reason is: the loss is no number"):
             public.tune_job(tune_file)
 
 
-class TestWhileItGoesOn:
+class TestWhileItIsRunning:
     @pytest.fixture
-    def carried(self, home: Path) -> Iterator[LocalRun]:
-        """A search that a process carries until it is asked to stop."""
-        make_search(home / "runs", "searched", events=[*ended(1, value=5.5), *begun(2)], trial_runs=[2])
-        folder = Path("runs", "searched")
-        process = subprocess.Popen([sys.executable, "-c", CARRIER, str(folder)], start_new_session=True)
-        wait_for(lambda: driver_pid(folder) == process.pid)
-        yield LocalRun(folder=folder, pid=process.pid)
-        process.kill()
-        process.wait()
+    def running(self, tune_file: str, script: Script) -> Iterator[RunHandle]:
+        """A search whose driver runs until it is asked to stop."""
+        folder = planned_search()
+        make_run(folder / "trials", "searched-0002")
+        script.write([*ended(1, value=5.5), *begun(2)], until_stopped=True)
+        handle = api.start(tune_file, resume=folder)
+        yield handle
+        handle.request_stop()
+        handle.wait()
 
-    def test_ctrl_c_stops_its_trials_with_checkpoints(
-        self, tune_file: str, carrier: list[Event], carried: LocalRun, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        presses = [signal.SIGINT]
+    def test_tune__ctrl_c__stops_its_trials_with_checkpoints(self, tune_file: str, script: Script) -> None:
+        script.write([*ended(1, value=5.5), *begun(2)], until_stopped=True)
+        before = signal.getsignal(signal.SIGINT)
 
-        def press_ctrl_c(_: LocalRun) -> list[str]:
-            while presses:
-                signal.raise_signal(presses.pop())
-            return []
+        def press_ctrl_c() -> None:
+            wait_for(lambda: signal.getsignal(signal.SIGINT) is not before)
+            os.kill(os.getpid(), signal.SIGINT)
 
-        monkeypatch.setattr(LocalRun, "connection_messages", press_ctrl_c)
-        monkeypatch.setattr(driver_process, "start_driver", lambda folder: carried)
-        monkeypatch.setattr(create, "create_run", lambda plan, root: Path("runs", "searched"))
+        pressing = threading.Thread(target=press_ctrl_c)
+        pressing.start()
         done = forge("tune", tune_file)
+        pressing.join()
         assert done.exit_code == 130
         assert "stopping every trial after its step, with a checkpoint; Ctrl-C again" in done.stderr
-        assert done.stderr.endswith("go on: forge tune --resume searched\n")
+        assert re.search(r"resume: forge tune --resume tiny-\S+\n$", done.stderr)
         assert "1 finished, 1 unfinished" in done.stdout
 
-    def test_it_is_seen_to_run_and_so_are_its_trials_and_it_stops_when_asked(self, carried: LocalRun) -> None:
-        with pytest.raises(ArgumentError, match=rf"searched is still being carried, by process {carried.pid}"):
+    def test_runs__running_search__trials_are_running_until_stop(self, running: RunHandle) -> None:
+        with pytest.raises(ArgumentError, match=r"searched is still running, in process \d+"):
             forge("tune", "--resume", "searched")
         assert json.loads(forge("runs", "show", "searched-0002", "-o", "json").stdout)["status"] == "running"
         assert "1 finished, 1 running" in forge("runs", "show", "searched").stdout
         done = forge("runs", "stop", "searched")
         assert done.stderr.splitlines() == [
             "the trials of searched stop after their current steps, with checkpoints",
-            "go on: forge tune --resume searched",
+            "resume: forge tune --resume searched",
         ]
         assert json.loads(forge("runs", "show", "searched-0002", "-o", "json").stdout)["status"] == "died"
 
 
+@pytest.mark.usefixtures("tune_file")
 class TestResuming:
-    def test_the_latest_is_the_newest_of_its_kind(self, home: Path, carrier: list[Event]) -> None:
-        make_search(home / "runs", "searched", events=[*THREE, RunStopped(step=0)])
+    def test_the_latest_is_the_newest_of_its_kind(self, home: Path, script: Script) -> None:
+        planned_search(*THREE, RunStopped(step=0))
         make_run(home / "runs", "trained", endings=[RunFinished(step=6)])
-        carrier += [*ended(4, value=1.0), RunFinished(step=0)]
+        script.write([*ended(4, value=1.0), RunFinished(step=0)])
         done = forge("tune", "--resume", "latest")
         assert done.exit_code == 0
         assert "searched  finished after 4 of 4 trials" in done.stdout
         assert "trial 3 step" not in done.stderr
-        assert "trained has reached its last step already" in forge("train", "--resume", "latest").stderr
+        assert "trained has already reached its last step" in forge("train", "--resume", "latest").stderr
 
     @pytest.mark.parametrize(
         ("verb", "name", "message"),
         [
-            ("train", "searched", "searched is a search; go on with it: forge tune --resume searched"),
-            ("tune", "trained", "trained is no search; go on with it: forge train --resume trained"),
-            ("tune", "searched-0002", "is a trial of a search, .*: forge tune --resume searched$"),
-            ("train", "searched-0002", "is a trial of a search, .*: forge tune --resume searched$"),
+            ("train", "searched", "searched is a search; resume it with: forge tune --resume searched"),
+            ("tune", "trained", "trained is not a search; resume it with: forge train --resume trained"),
+            ("tune", "searched-0002", "is a trial and cannot be resumed alone; .*: forge tune --resume searched$"),
+            ("train", "searched-0002", "is a trial and cannot be resumed alone; .*: forge tune --resume searched$"),
             ("tune", "nobody", "no run 'nobody' under runs"),
         ],
     )
@@ -321,15 +300,15 @@ class TestResuming:
 
     def test_where_there_is_none_of_the_kind_that_is_said(self, home: Path) -> None:
         make_run(home / "runs", "trained")
-        with pytest.raises(ArgumentError, match="there is no search under runs"):
+        with pytest.raises(ArgumentError, match="no search under runs"):
             forge("tune", "--resume", "latest")
 
     @pytest.mark.parametrize(
         "change", ["max_trials=9", "max_hours=1", "max_usd=3", "trials_at_once=1"], ids=lambda text: text
     )
-    def test_for_how_long_it_goes_on_may_change(self, home: Path, carrier: list[Event], change: str) -> None:
-        make_search(home / "runs", "searched", events=[*THREE, RunStopped(step=0)])
-        carrier += [RunFinished(step=0)]
+    def test_for_how_long_it_goes_on_may_change(self, home: Path, script: Script, change: str) -> None:
+        planned_search(*THREE, RunStopped(step=0))
+        script.write([RunFinished(step=0)])
         assert forge("tune", "--resume", "searched", "--set", f"search.{change}").exit_code == 0
 
     @pytest.mark.parametrize(
@@ -340,27 +319,27 @@ class TestResuming:
             ("search.searcher.seed=2", "search.searcher"),
             ("search.scheduler.grace_steps=3", "search.scheduler"),
             ("search.space={training.optimizer.lr: {choice: [0.001]}}", "search.space"),
-            ("search.proxy={training.total_steps: 3}", "search.proxy"),
+            ("search.proxy={training.total_steps: 4}", "search.proxy"),
             ("training.total_steps=9", "model, data or training section"),
         ],
     )
     def test_what_its_trials_have_in_common_may_not(
-        self, home: Path, carrier: list[Event], change: str, blamed: str
+        self, home: Path, script: Script, change: str, blamed: str
     ) -> None:
-        folder = make_search(home / "runs", "searched", events=[*THREE, RunStopped(step=0)])
+        folder = planned_search(*THREE, RunStopped(step=0))
         before = (folder / "plan.json").read_text()
         with pytest.raises(ArgumentError, match=f"cannot resume searched: .*{blamed}"):
             forge("tune", "--resume", "searched", "--set", change)
         assert (folder / "plan.json").read_text() == before
 
     def test_one_with_all_its_trials_is_not_carried_on_unless_more_are_asked_for(
-        self, home: Path, carrier: list[Event]
+        self, home: Path, script: Script
     ) -> None:
         events = [*THREE, *ended(4, value=9.0), RunFinished(step=0)]
-        make_search(home / "runs", "searched", events=events)
-        carrier += [*ended(5, value=0.5), RunFinished(step=0)]
+        planned_search(*events)
+        script.write([*ended(5, value=0.5), RunFinished(step=0)])
         done = forge("tune", "--resume", "searched")
-        assert (done.exit_code, "searched has made all its trials already" in done.stderr) == (0, True)
+        assert (done.exit_code, "searched has already completed all its trials" in done.stderr) == (0, True)
         more = forge("tune", "--resume", "searched", "--set", "search.max_trials=5")
         assert "trial 5, eval/loss 0.5000" in more.stdout
 
@@ -399,7 +378,7 @@ class TestRuns:
         assert (record["run_id"], record["step"]) == ("searched-0003", 3)
         watched = forge("runs", "watch", "searched-0003")
         assert watched.stderr.endswith("see its search: forge runs show searched\n")
-        with pytest.raises(ArgumentError, match="stops as a whole: forge runs stop searched"):
+        with pytest.raises(ArgumentError, match="stop the whole search: forge runs stop searched"):
             forge("runs", "stop", "searched-0003")
         with pytest.raises(ArgumentError, match="no run 'searched-0002' under runs"):
             forge("runs", "show", "searched-0002")
@@ -408,7 +387,7 @@ class TestRuns:
         done = forge("runs", "watch", "searched")
         assert done.exit_code == 130
         assert "searched  stopped after 3 of 4 trials" in done.stdout
-        assert done.stderr.endswith("go on: forge tune --resume searched\n")
+        assert done.stderr.endswith("resume: forge tune --resume searched\n")
 
     def test_its_log_is_that_of_the_run(self, folder: Path) -> None:
         (folder / "logs" / "run.log").write_text("hello\n")
@@ -422,8 +401,8 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("trained", "trained is no search; see it with: forge runs show trained"),
-            ("new", "new has no trial yet"),
+            ("trained", "trained is not a search; show it with: forge runs show trained"),
+            ("new", "new has no trials yet"),
         ],
     )
     def test_what_has_no_page_says_so(self, home: Path, folder: Path, name: str, message: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge.report.text import bucket_rows, change_rows, ledger_facts, ledger_line
+from forge.report.text import bucket_rows, change_rows, goodput_facts, goodput_line
 from forge.runs.goodput import GoodputReport, goodput_of
 from tests.support.runs import History
 
@@ -25,13 +25,13 @@ def eventful() -> GoodputReport:
 
 
 def test_the_line_says_what_changes_cost_the_dearest_first() -> None:
-    told = ledger_line(eventful(), width=200)
+    told = goodput_line(eventful(), width=200)
     assert told == "goodput 25%  1 node  1 change  forming 44%  training 38%  repeated 12%  other 6%"
 
 
 @given(st.integers(-1, 100))
 def test_the_line_fits_and_ends_with_a_whole_figure(width: int) -> None:
-    whole, told = ledger_line(eventful(), width=200), ledger_line(eventful(), width=width)
+    whole, told = goodput_line(eventful(), width=200), goodput_line(eventful(), width=width)
     assert len(told) <= max(0, width)
     assert not told or (whole + "  ").startswith(told + "  ")
 
@@ -44,7 +44,7 @@ def test_of_a_run_on_one_machine_without_a_change_there_is_nothing_to_say(num_st
     history.form(1.0)
     for step in range(1, num_steps + 1):
         history.step(step, 1.0)
-    assert ledger_line(goodput_of(history.events, history.steps, now=None), width=80) == ""
+    assert goodput_line(goodput_of(history.events, history.steps, now=None), width=80) == ""
 
 
 def test_the_table_of_buckets_has_those_that_are_not_empty_and_the_whole() -> None:
@@ -58,7 +58,7 @@ def test_the_table_of_buckets_has_those_that_are_not_empty_and_the_whole() -> No
 
 
 def test_the_facts_name_how_often_what_happened() -> None:
-    facts = dict(ledger_facts(eventful()))
+    facts = dict(goodput_facts(eventful()))
     assert facts["goodput"] == "25.0% (2 new steps of 2s in 16s)"
     assert facts["changes"] == "1 change, 1 preemption, 0 failures, 1 step repeated"
 

@@ -1,4 +1,4 @@
-"""The trials of a search as a table, and as lines of news."""
+"""The trials of a search as a table, and as lines of describer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from forge.config.overrides import search_of
 from forge.events import Event, TrialEnded, TrialExploited, TrialReported, TrialStarted, event_to_record
 from forge.report.text import search_facts
 from forge.report.trial_event_text import TrialEventDescriber
-from forge.report.trial_rows import arranged, bars, fitted, judged, short_names, shown, trial_rows
+from forge.report.trial_rows import bars, fit_table, format_value, select_trials, short_names, shown, trial_rows
 from forge.runs.trials import TrialTable
 from tests.support.jobs import tiny_plan
 from tests.support.tuning import BEGAN, LR, WARMUP, begun, ended, search_plan, suggested
@@ -32,8 +32,8 @@ def records(events: list[Event]) -> list[dict[str, Any]]:
 
 def drawn(*, width: int) -> list[str]:
     book = TrialTable(records(TRIALS))
-    trials = arranged(book, mode="min", room=9)
-    return fitted(
+    trials = select_trials(book, mode="min", room=9)
+    return fit_table(
         "eval/loss", trial_rows(trials, now=BEGAN + 60, total_steps=6, best=book.best("min")), width=width
     )
 
@@ -53,9 +53,9 @@ def test_keys_are_told_apart_by_as_few_parts_as_can_be(keys: list[str], names: l
 
 def test_running_trials_come_first_then_the_best_then_the_newest() -> None:
     book = TrialTable(records(TRIALS))
-    assert [trial.number for trial in arranged(book, mode="min", room=9)] == [4, 2, 5, 3, 1]
-    assert [trial.number for trial in arranged(book, mode="max", room=3)] == [4, 1, 5]
-    assert arranged(book, mode="min", room=-1) == []
+    assert [trial.number for trial in select_trials(book, mode="min", room=9)] == [4, 2, 5, 3, 1]
+    assert [trial.number for trial in select_trials(book, mode="max", room=3)] == [4, 1, 5]
+    assert select_trials(book, mode="min", room=-1) == []
 
 
 def test_a_wide_table_has_everything() -> None:
@@ -104,7 +104,7 @@ def test_values_are_short_and_harmless(value: Any, text: str) -> None:
 
 
 def test_the_metric_keeps_the_digits_that_tell_trials_apart() -> None:
-    assert [judged(value) for value in (5.25, 123456.0, 1.25e-5, float("nan"), None, 0.0)] == [
+    assert [format_value(value) for value in (5.25, 123456.0, 1.25e-5, float("nan"), None, 0.0)] == [
         "5.2500", "1.235e+05", "1.25e-05", "-", "-", "0",
     ]  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_bars_are_as_long_as_their_shares_the_largest_first() -> None:
 
 
 def test_the_news_are_a_line_for_each_turn_of_a_trial() -> None:
-    news = TrialEventDescriber(search_of(search_plan().job))
+    describer = TrialEventDescriber(search_of(search_plan().job))
     again = TrialStarted(trial=1, total_steps=6, seconds=0.3, is_warm=True)
     told = [
         *begun(1, values={2: 5.25}),
@@ -129,7 +129,7 @@ def test_the_news_are_a_line_for_each_turn_of_a_trial() -> None:
         TrialEnded(trial=1, status="failed", step=4, value=None, reason="rank 0\ndied"),
         TrialEnded(trial=9, status="failed", step=4, value=None),
     ]
-    assert [line for record in records(told) if (line := news.line(record))] == [
+    assert [line for record in records(told) if (line := describer.describe(record))] == [
         "trial 1 started in 1.2s: lr=0.001 warmup_steps=1",
         "trial 1 step 2 eval/loss 5.2500",
         "trial 1 goes on after 300ms: lr=0.001 warmup_steps=1",

@@ -39,8 +39,8 @@ FORMING = GenerationStarting(generation=3, world_size=2, from_step=41, source="m
 
 
 def told(*events: Event) -> list[str]:
-    news = EventDescriber()
-    return [line for event in events if (line := news.line(event_to_record(event))) is not None]
+    describer = EventDescriber()
+    return [line for event in events if (line := describer.describe(event_to_record(event))) is not None]
 
 
 def test_a_loss_and_how_the_run_goes_on_are_one_line() -> None:

@@ -171,7 +171,7 @@ class TestBuckets:
         book = GoodputTracker()
         for record in records:
             book.add(record)
-        holds_together(book.ledger())
+        holds_together(book.report())
 
     def test_an_engine_that_tells_nothing_of_machines_has_a_ledger_too(self) -> None:
         history = History()
@@ -303,8 +303,8 @@ class TestWhileItGoesOn:
         book = GoodputTracker()
         for record in sorted([*history.events, *history.steps], key=moment):
             book.add(record)
-            holds_together(book.ledger(now=record["time"] + 1.0))
-        again = book.ledger().as_record()
+            holds_together(book.report(now=record["time"] + 1.0))
+        again = book.report().as_record()
         assert again["seconds"] == pytest.approx(whole["seconds"], abs=1e-4)
         assert again["goodput"] == pytest.approx(whole["goodput"])
 
@@ -315,7 +315,7 @@ class TestWhileItGoesOn:
         book = GoodputTracker()
         for record in (*history.events[:3], *history.steps, *history.events[3:]):
             book.add(record)
-        assert spent(book.ledger()) == pytest.approx({"forming": 5.0, "training": 2.0, "evaluating": 4.0})
+        assert spent(book.report()) == pytest.approx({"forming": 5.0, "training": 2.0, "evaluating": 4.0})
 
 
 class TestFigures:

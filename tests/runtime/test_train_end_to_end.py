@@ -171,9 +171,9 @@ class TestInPeace:
         assert "\x1b" not in whole.out + whole.err
         lines = whole.err.splitlines()
         order = [
-            "looking at the corpus",
+            "reading the corpus",
             "run tiny-",
-            "forming the ranks",
+            "starting the workers",
             "training on 2 workers (cpu)",
             f"step      1/{TOTAL_STEPS}",
             "step     25  checkpoint",
@@ -236,7 +236,7 @@ class TestEndedEarly:
         assert 20 <= run.step < TOTAL_STEPS
         assert f"step {run.step:>6}  checkpoint of " in run.err
         assert "stopping after this step, with a checkpoint" in run.err
-        assert f"go on: forge train --resume trouble/{run.folder.name}" in run.err
+        assert f"resume: forge train --resume trouble/{run.folder.name}" in run.err
 
     def test_a_killed_rank_fails_the_run_with_one_clear_message(self, disturbed: dict[str, Execution]) -> None:
         run = disturbed["rank killed"]
@@ -250,7 +250,7 @@ class TestEndedEarly:
         run = disturbed["carrier killed"]
         assert (run.code, run.status) == (4, "died"), run.err
         assert "error: the run's process ended without a word; its log is" in run.err
-        assert "go on: forge train --resume" in run.err
+        assert "resume: forge train --resume" in run.err
 
     @pytest.mark.parametrize("which", ["interrupted", "rank killed", "carrier killed", "finished"])
     def test_no_process_is_left(self, disturbed: dict[str, Execution], which: str) -> None:

@@ -1,0 +1,38 @@
+"""The plan of a job or a search as `forge plan` shows it."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from forge.cli import display
+from forge.plan.plan import DraftPlan
+from forge.report.text import headline, plan_facts, search_facts
+from forge.units import format_bytes
+
+
+def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
+    """Print what a job will do: its size, its facts, and batch and memory at every number of workers."""
+    console = display.ERR if to_stderr else display.OUT
+    console.print(Text.assemble((plan.job.name, "bold"), "  ", headline(plan)))
+    display.facts([*plan_facts(plan), *search_facts(plan)], console=console)
+    columns = ["#workers", "#micro", "#accum.", "#pad", "#weights", "#grads", "#states", "#host", "#~total"]
+    rows = []
+    for world in plan.worlds:
+        batch, need = world.batch, world.memory
+        rows.append(
+            [
+                str(batch.world_size),
+                str(batch.micro_batch_size),
+                str(batch.gradient_accumulation_steps),
+                str(batch.padding),
+                format_bytes(need.weights_bytes),
+                format_bytes(need.gradients_bytes),
+                format_bytes(need.optimizer_bytes + need.ema_bytes),
+                format_bytes(need.host_bytes),
+                format_bytes(need.total_bytes),
+            ]
+        )
+    if any(world.fits is False for world in plan.worlds):
+        columns.append("")
+        rows = [[*row, "" if world.fits else "does not fit"] for row, world in zip(rows, plan.worlds, strict=True)]
+    display.table(columns, rows, console=console)

@@ -1,0 +1,104 @@
+"""Progress of what comes before a run: preparing a corpus, starting or stopping a cluster."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+
+from forge.cli import display
+from forge.cluster.base import NodeProgress
+from forge.data.prepare import PrepareProgress
+from forge.units import format_count, format_duration
+
+_REFRESH_PER_S = 2
+
+
+class ClusterScreen:
+    """Progress on a cluster's machines: one live line per machine on a terminal, one line per update on a pipe."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, NodeProgress] = {}
+        self._began = time.monotonic()
+        self._lock = threading.Lock()  # called from one thread per machine
+        self._live = Live(console=display.ERR, refresh_per_second=_REFRESH_PER_S * 2, get_renderable=self._lines)
+
+    def __enter__(self) -> ClusterScreen:
+        if display.ERR.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def show(self, progress: NodeProgress) -> None:
+        """Show the progress of one machine."""
+        with self._lock:
+            self._latest[progress.name] = progress
+            if not self._live.is_started:
+                display.message(f"{progress.name}: {'! ' if progress.is_failure else ''}{progress.message}")
+
+    def _lines(self) -> Group:
+        with self._lock:
+            shown = list(self._latest.values())
+        room = max(1, display.ERR.height - 2)
+        lines = [
+            Text(
+                f"{progress.name:<16} {progress.message}",
+                style="yellow" if progress.is_failure else "",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+            for progress in shown[-room:]
+        ]
+        return Group(*lines, Text(f"… {format_duration(time.monotonic() - self._began)}", style="dim"))
+
+
+class PrepareScreen:
+    """Progress while a corpus is prepared: one updating line on a terminal, one line per stage on a pipe."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._shown_at = 0.0
+
+    def __enter__(self) -> PrepareScreen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove the line, before something else is printed."""
+        if self._stage and display.ERR.is_terminal:
+            sys.stderr.write("\r\033[K")
+            self._stage = ""
+
+    def show(self, progress: PrepareProgress) -> None:
+        """Show the current stage and how many documents are done."""
+        now = time.monotonic()
+        is_new = progress.stage != self._stage
+        if not is_new and now - self._shown_at < 1 / _REFRESH_PER_S:
+            return
+        self._stage, self._shown_at = progress.stage, now
+        text = _PREPARE_STAGES[progress.stage]
+        if progress.stage == "tokens" and progress.num_documents:
+            done = f"{progress.num_documents:,} documents, {format_count(progress.num_tokens)} tokens"
+            text = f"{text}: {done}"
+        if display.ERR.is_terminal:
+            sys.stderr.write("\r\033[K" + f"{text} …"[: display.ERR.width - 1])
+            sys.stderr.flush()
+        elif is_new:
+            display.message(text)
+
+
+_PREPARE_STAGES = {
+    "fingerprint": "reading the corpus",
+    "waiting": "waiting for another process that is preparing the same corpus",
+    "tokenizer": "training the tokenizer",
+    "tokens": "tokenizing",
+}
