@@ -1,15 +1,15 @@
-"""Everything that can go wrong and is not a bug, as one tree.
+"""The tree of errors that are not bugs of forge.
 
-    ForgeError                 one clear message; `exit_code` says whose turn it is
-    ├── JobFileError      (2)  the job file: file:line, dotted key, value, nearest valid key
-    ├── PlanError         (2)  the job is well-formed but cannot be carried out; the arithmetic is in the message
+    ForgeError                 one clear message, and the exit code of the command
+    ├── JobFileError      (2)  the job file is wrong: file:line, dotted key, value, nearest valid key
+    ├── PlanError         (2)  the job is valid but cannot be run; the message contains the arithmetic
     ├── UserCodeError     (2)  the folder of `code:`, or a class in it
-    ├── DataError         (2)  the corpus, the tokenizer or the token cache
-    ├── ArgumentError     (2)  the command line names a run, a folder or a log that is not there or not usable
-    ├── CheckpointError   (2)  a checkpoint that is missing, torn or of another model
-    ├── ClusterError      (3)  Ray, its nodes, their resources
-    └── RunError          (4)  the training itself: a rank that died
-        └── DivergedError (4)  a loss that is no number
+    ├── DataError         (2)  the corpus, tokenizer or token cache is missing or broken
+    ├── ArgumentError     (2)  an argument names a run, folder or log that does not exist or cannot be used
+    ├── CheckpointError   (2)  a checkpoint is missing, incomplete or of another model
+    ├── ClusterError      (3)  Ray, its nodes or their resources
+    └── RunError          (4)  the training failed, for example because a worker died
+        └── DivergedError (4)  the loss or gradient is not finite
 
 A message says what happened with its numbers, why it matters, and what to do. Every class survives
 pickle, because errors travel between processes.
@@ -19,24 +19,24 @@ from __future__ import annotations
 
 
 class ForgeError(Exception):
-    """The root; caught in one place only, `forge.cli.app`."""
+    """Base class; caught in one place only, `forge.cli.app`."""
 
     exit_code = 2
 
 
 class JobFileError(ForgeError):
-    """The job file is wrong, and where.
+    """A problem in a job file or cluster file, with its location.
 
-    The message is printable and of bounded length, whatever the file holds; the attributes are whole.
+    The message is printable and of limited length, whatever the file contains; the attributes are not shortened.
 
     Args:
-        problem: one sentence, without the place.
+        problem: one sentence, without the location.
         path: the file; `--set` for a value from the command line; None if there is neither.
         line: 1-based line in the file, if known.
-        key: dotted key, `training.zero.stage`.
-        value: what stands there, as written. Never a secret.
-        nearest: the nearest valid key or value, offered as a cure.
-        others: what else is wrong with the same job, in the order of the file.
+        key: dotted key, such as `training.zero.stage`.
+        value: the value as written; never a secret.
+        nearest: the nearest valid key or value, as a suggestion.
+        others: further problems of the same file, in the order of the file.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class JobFileError(ForgeError):
         self.value = value
         self.nearest = nearest
         self.others = others
-        # With the problem as the only argument, Exception's own pickling restores the rest from __dict__.
+        # With the problem as the only argument, the default pickling of exceptions restores the rest from __dict__.
         super().__init__(problem)
 
     def __str__(self) -> str:
@@ -89,11 +89,11 @@ class JobFileError(ForgeError):
 
 
 _MOST_LISTED = 10
-"""Problems shown of one job; who mends ten reads the next ten."""
+"""Number of problems shown per file; the rest is shown once these are fixed."""
 
 
 def printable(text: str, *, limit: int) -> str:
-    """`text` on one line, without a character that could move a terminal's cursor, at most `limit` long."""
+    """Return `text` on one line, shortened to `limit` characters, then with control characters escaped."""
     if len(text) > limit:
         text = text[: limit - 1] + "…"
     return "".join(
@@ -106,7 +106,7 @@ def _counted(num_others: int) -> str:
 
 
 class PlanError(ForgeError):
-    """The job cannot be carried out as asked; the message holds the arithmetic."""
+    """The job cannot be run as requested; the message contains the arithmetic."""
 
 
 class UserCodeError(ForgeError):
@@ -114,19 +114,19 @@ class UserCodeError(ForgeError):
 
 
 class DataError(ForgeError):
-    """The corpus, the tokenizer or the token cache is missing, empty or broken."""
+    """The corpus, tokenizer or token cache is missing, empty or broken."""
 
 
 class CheckpointError(ForgeError):
-    """A checkpoint is missing, torn, or belongs to another model."""
+    """A checkpoint is missing, incomplete, or of another model."""
 
 
 class ArgumentError(ForgeError):
-    """What the command line or the job names, a run, a folder, a log, is not there or cannot be used."""
+    """A run, folder or log that the command line or the job names does not exist or cannot be used."""
 
 
 class ClusterError(ForgeError):
-    """The Ray cluster cannot be reached, started, or does not hold what the run needs."""
+    """The Ray cluster cannot be reached or started, or lacks resources that the run needs."""
 
     exit_code = 3
 
@@ -138,4 +138,4 @@ class RunError(ForgeError):
 
 
 class DivergedError(RunError):
-    """The loss or the gradient is no number any more."""
+    """The loss or the gradient is not finite."""

@@ -1,7 +1,7 @@
-"""Sizes, durations, counts and ranges as people write them, both ways.
+"""Parse and format sizes, durations, counts and ranges.
 
-`parse_*` reads a string (or a plain number) and raises ValueError with a sentence a user can act on;
-`format_*` writes the shortest string that still tells the truth. No other module parses units.
+`parse_*` reads a string (or a plain number) and raises ValueError with a message that shows the correct form;
+`format_*` returns a short string with about three significant digits. No other module parses units.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LARGEST = 2**63 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Every:
-    """An interval between two events: a number of steps or a number of seconds, never both."""
+    """An interval: a number of steps or a number of seconds, never both."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -42,7 +42,7 @@ class Every:
             raise ValueError("an interval must be longer than zero seconds, and finite")
 
     def __str__(self) -> str:
-        """As `parse_every` reads it back, to the last digit: `50 steps`, `1 step`, `10m`, `0.5s`."""
+        """Return the text that `parse_every` reads back exactly: `50 steps`, `1 step`, `10m`, `0.5s`."""
         if self.seconds is None:
             return f"{self.steps} step{'s' if self.steps != 1 else ''}"
         for unit, unit_s in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
@@ -51,7 +51,7 @@ class Every:
         return f"{self.seconds!r}s"
 
     def is_due(self, *, step: int, seconds_since_last: float) -> bool:
-        """Whether the event is due right after `step` (counted from 1)."""
+        """Whether the interval ends after `step` (counted from 1)."""
         if self.seconds is not None:
             return seconds_since_last >= self.seconds
         return self.steps is not None and step % self.steps == 0
@@ -59,14 +59,14 @@ class Every:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """A closed range of whole numbers from 0 up, written `2..16` or `4`."""
+    """A range of whole numbers from 0 on, both bounds included, written `2..16` or `4`."""
 
     low: int
     high: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high:
-            raise ValueError("a range must start at 0 or more and not run backwards")
+            raise ValueError("a range must start at 0 or more, and its end must not be below its start")
 
     def __str__(self) -> str:
         return str(self.low) if self.low == self.high else f"{self.low}..{self.high}"
@@ -76,25 +76,25 @@ class Range:
 
 
 def parse_bytes(text: str | int | float) -> int:
-    """`80GB` → 80·10⁹, `4GiB` → 4·2³⁰; a plain number is bytes."""
+    """`80GB` → 80·10⁹, `4GiB` → 4·2³⁰; a plain number is in bytes."""
     return _whole(text, units=_BYTES, example="80GB or 512MiB")
 
 
 def parse_count(text: str | int | float) -> int:
-    """`20M` → 20,000,000; a plain number is itself."""
+    """`20M` → 20,000,000; a plain number stays as it is."""
     return _whole(text, units=_COUNTS, example="20M or 1500")
 
 
 def parse_duration_s(text: str | int | float) -> float:
-    """`10m` → 600.0 seconds; a plain number is refused, because its unit would be a guess."""
-    return _seconds(text, otherwise="not a duration; write it with a unit, like 30s, 10m or 8h")
+    """`10m` → 600.0 seconds; a plain number is rejected, because its unit is unknown."""
+    return _seconds(text, otherwise="is not a duration; write it with a unit, like 30s, 10m or 8h")
 
 
 def parse_every(text: str) -> Every:
     """`50 steps` or `10m`."""
     if isinstance(text, str) and (match := _STEPS.fullmatch(text)):
         return Every(steps=int(match[1].replace("_", "")))
-    return Every(seconds=_seconds(text, otherwise="not an interval; write it like '50 steps' or '10m'"))
+    return Every(seconds=_seconds(text, otherwise="is not an interval; write it like '50 steps' or '10m'"))
 
 
 def parse_range(text: str | int) -> Range:
@@ -103,7 +103,7 @@ def parse_range(text: str | int) -> Range:
         return Range(low=text, high=text)
     match = _RANGE.fullmatch(text) if isinstance(text, str) else None
     if not match:
-        raise ValueError("not a range; write it like 4 or 2..16")
+        raise ValueError("is not a range; write it like 4 or 2..16")
     return Range(low=int(match[1]), high=int(match[2] or match[1]))
 
 
@@ -111,30 +111,30 @@ def parse_fraction(text: str | int | float) -> float:
     """`1%` → 0.01; `0.01` → 0.01."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         if not abs(text) <= _LARGEST:
-            raise ValueError("a fraction must be a finite number")
+            raise ValueError("must be a finite number")
         return float(text)
     match = _FRACTION.fullmatch(text) if isinstance(text, str) else None
     if not match:
-        raise ValueError("not a fraction; write it like 1% or 0.01")
-    # Divided as a ratio of whole numbers, so that 0.7% is the float nearest to 0.007.
+        raise ValueError("is not a fraction; write it like 1% or 0.01")
+    # Exact arithmetic, so that 0.7% is the float nearest to 0.007.
     value = Fraction(match[1]) / (100 if match[2] else 1)
     if value > _LARGEST:
-        raise ValueError("a fraction must be a finite number")
+        raise ValueError("must be a finite number")
     return float(value)
 
 
 def format_bytes(size_bytes: float) -> str:
-    """Binary units, three significant digits: `1.35 GiB`."""
+    """Return a size with a binary unit and three significant digits: `1.35 GiB`."""
     return _scaled(size_bytes, base=1024, names=("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
 def format_count(count: float) -> str:
-    """`8.4M`, `1.6B`, `512`."""
+    """Return a count with a decimal suffix: `8.40M`, `1.60B`, `512`."""
     return _scaled(count, base=1000, names=("", "k", "M", "B", "T", "P", "E", "Z")).replace(" ", "")
 
 
 def format_duration(seconds: float) -> str:
-    """`850ms`, `42s`, `3m 05s`, `2h 05m`, `3d 04h`; unknown (nan, inf) is `-`."""
+    """Return a duration as `850ms`, `42s`, `3m 05s`, `2h 05m` or `3d 04h`; `-` if it is not finite."""
     if not math.isfinite(seconds):
         return "-"
     if seconds < 0.9995:
@@ -153,20 +153,20 @@ def format_duration(seconds: float) -> str:
 
 def _whole(text: str | int | float, *, units: dict[str, int], example: str) -> int:
     if isinstance(text, bool) or not isinstance(text, (str, int, float)):
-        raise ValueError(f"not a number; write it like {example}")
+        raise ValueError(f"is not a number; write it like {example}")
     if isinstance(text, str):
         match = _NUMBER.fullmatch(text)
         if not match or match[2].lower() not in units:
-            raise ValueError(f"not a number with a known unit; write it like {example}")
+            raise ValueError(f"is not a number with a known unit; write it like {example}")
         value = Fraction(match[1].replace("_", "")) * units[match[2].lower()]
     elif not abs(text) <= _LARGEST:  # nan too
-        raise ValueError(f"a number must not be larger than {_LARGEST}")
+        raise ValueError(f"must not be larger than {_LARGEST}")
     else:
         value = Fraction(text)
     if value.denominator != 1:
-        raise ValueError(f"not a whole number; write it like {example}")
+        raise ValueError(f"is not a whole number; write it like {example}")
     if value > _LARGEST:
-        raise ValueError(f"a number must not be larger than {_LARGEST}")
+        raise ValueError(f"must not be larger than {_LARGEST}")
     return int(value)
 
 
@@ -176,7 +176,7 @@ def _seconds(text: object, *, otherwise: str) -> float:
         raise ValueError(otherwise)
     seconds = float(match[1].replace("_", "")) * _SECONDS[match[2].lower()]
     if not 0 < seconds < math.inf:
-        raise ValueError("a duration must be greater than zero, and finite")
+        raise ValueError("must be greater than zero and finite")
     return seconds
 
 

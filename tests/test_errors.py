@@ -1,4 +1,4 @@
-"""The tree of errors: exit codes, pickles, and messages that cannot hurt a terminal."""
+"""The tree of errors: exit codes, pickling, and messages that are safe to print."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def subclasses(root: type[ForgeError]) -> Iterator[type[ForgeError]]:
 
 
 def import_client_side() -> None:
-    """Errors may be defined beside the code that raises them, wherever that needs no torch."""
-    for room in ("config", "plan"):
-        package = importlib.import_module(f"forge.{room}")
-        for module in pkgutil.iter_modules(package.__path__, f"forge.{room}."):
+    """Import the packages that may define errors and need no torch."""
+    for name in ("config", "plan", "pricing"):
+        package = importlib.import_module(f"forge.{name}")
+        for module in pkgutil.iter_modules(package.__path__, f"forge.{name}."):
             importlib.import_module(module.name)
 
 
@@ -49,7 +49,7 @@ import_client_side()
 
 
 @pytest.mark.parametrize("kind", [ForgeError, *subclasses(ForgeError)])
-def test_every_error_survives_pickle(kind: type[ForgeError]) -> None:
+def test_errors__pickled__are_unchanged(kind: type[ForgeError]) -> None:
     error: Any = FULL if kind is JobFileError else kind("12 steps of 10: too many")
     error.extra = {"step": 12}
     copy = pickle.loads(pickle.dumps(error))
@@ -60,24 +60,24 @@ def test_every_error_survives_pickle(kind: type[ForgeError]) -> None:
 
 
 def _plain(error: BaseException) -> dict[str, Any]:
-    """Attributes; exceptions compare by identity, so those among them are taken apart, too."""
+    """Return the attributes; nested exceptions, which compare by identity, are converted too."""
     return {
         name: [_plain(item) for item in value] if name == "others" else value for name, value in vars(error).items()
     }
 
 
-def test_exit_codes_say_whose_turn_it_is() -> None:
+def test_errors__exit_codes__are_2_3_or_4() -> None:
     known = {kind.__name__: kind.exit_code for kind in subclasses(ForgeError)}
     assert EXIT_CODES.items() <= known.items()
     assert set(known.values()) <= {2, 3, 4}
 
 
-def test_every_error_is_in_the_drawn_tree() -> None:
+def test_errors__every_class__is_in_the_documented_tree() -> None:
     drawing = importlib.import_module("forge.errors").__doc__ or ""
     assert all(kind.__name__ in drawing for kind in subclasses(ForgeError) if kind.__module__ == "forge.errors")
 
 
-def test_a_job_file_error_names_place_key_value_and_cure() -> None:
+def test_job_file_error__complete__has_location_value_and_suggestion() -> None:
     assert str(FULL).splitlines() == [
         "job.yaml:31: training.zero.stage: must be 0, 1, 2 or 3 (got 7); did you mean '3'?",
         "and 1 more problem:",
@@ -95,11 +95,11 @@ def test_a_job_file_error_names_place_key_value_and_cure() -> None:
         (JobFileError("is wrong", path="--set", value="ab"), "--set ab: is wrong"),
     ],
 )
-def test_a_job_file_error_without_a_line_still_names_a_place(error: JobFileError, message: str) -> None:
+def test_job_file_error__without_line__has_a_location(error: JobFileError, message: str) -> None:
     assert str(error) == message
 
 
-def test_of_many_problems_ten_are_listed() -> None:
+def test_job_file_error__many_problems__lists_ten() -> None:
     others = tuple(JobFileError("is wrong", path="a.yaml", line=n) for n in range(2, 30))
     lines = str(JobFileError("is wrong", path="a.yaml", line=1, others=others)).splitlines()
     assert lines[0] == "a.yaml:1: is wrong"
@@ -107,7 +107,7 @@ def test_of_many_problems_ten_are_listed() -> None:
     assert lines[-2:] == ["  a.yaml:10: is wrong", "  and 19 more"]
 
 
-def test_messages_are_printable_and_bounded() -> None:
+def test_job_file_error__hostile_text__is_printable_and_short() -> None:
     nasty = "\x1b[31m\r\n\0\ud800\u202e" * 10_000
     error = JobFileError(nasty, path=nasty, key=nasty, value=nasty, nearest=nasty)
     assert str(error).isprintable()

@@ -48,7 +48,7 @@ def _read_range(value: Any) -> units.Range:
 def _read_range_from_1(value: Any) -> units.Range:
     found = _read_range(value)
     if found.low < 1:
-        raise ValueError("a range must start at 1 or more and not run backwards")
+        raise ValueError("a range must start at 1 or more, and its end must not be below its start")
     return found
 
 

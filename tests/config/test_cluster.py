@@ -1,4 +1,4 @@
-"""Cluster files: the right section for each provider, and mistakes that are named with their line."""
+"""Cluster files: each provider has its section, and mistakes are reported with their line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load(tmp_path: Path, text: str) -> object:
     return load_cluster(path)
 
 
-def refused(tmp_path: Path, text: str) -> str:
+def load_error(tmp_path: Path, text: str) -> str:
     with pytest.raises(JobFileError) as error:
         load(tmp_path, text)
     return str(error.value).replace(str(tmp_path) + "/", "")
@@ -33,7 +33,7 @@ def refused(tmp_path: Path, text: str) -> str:
         ("name: pods\nprovider: kubernetes\nimage: registry/forge:1\n", KubernetesSpec),
     ],
 )
-def test_the_provider_says_which_keys_there_are(tmp_path: Path, text: str, section: type) -> None:
+def test_load_cluster__each_provider__has_its_own_section(tmp_path: Path, text: str, section: type) -> None:
     assert type(load(tmp_path, text)) is section
 
 
@@ -56,5 +56,5 @@ def test_the_provider_says_which_keys_there_are(tmp_path: Path, text: str, secti
         ("name: A b\nprovider: local\n", "cluster.yaml:1: name: must be lower-case letters"),
     ],
 )
-def test_a_mistake_is_named_with_its_line_and_its_cure(tmp_path: Path, text: str, message: str) -> None:
-    assert message in refused(tmp_path, text)
+def test_load_cluster__mistake__is_reported_with_line_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    assert message in load_error(tmp_path, text)

@@ -1,4 +1,4 @@
-"""Whatever stands in a job file, the loader answers with a job or with a JobFileError, and soon."""
+"""For any bytes in a job file, the loader returns a job or raises a JobFileError, within two seconds."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ MUTATIONS: list[Callable[[bytes, random.Random], bytes]] = [
     ("loader", "num_files"), [("CSafeLoader", 400), ("SafeLoader", 60)], ids=["libyaml", "python"]
 )
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_a_damaged_file_gives_a_job_or_one_clear_error(
+def test_load_job__damaged_file__gives_a_job_or_one_error(
     mutation: Callable[[bytes, random.Random], bytes],
     loader: str,
     num_files: int,
@@ -135,7 +135,7 @@ def test_a_damaged_file_gives_a_job_or_one_clear_error(
 
 @pytest.mark.parametrize("value", NASTY)
 @pytest.mark.parametrize("key", ["name", "model.hidden_size", "data.files", "training.ema", "resources.workers"])
-def test_a_nasty_set_gives_a_job_or_one_clear_error(key: str, value: str) -> None:
+def test_load_job__hostile_override__gives_a_job_or_one_error(key: str, value: str) -> None:
     try:
         load_job(PRETRAIN, overrides=[f"{key}={value}"])
     except JobFileError as error:

@@ -1,4 +1,4 @@
-"""The job file's door: what is read, and what is said of what cannot be read."""
+"""Loading job files: accepted YAML, error messages, environment, secrets and `--set`."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ training:
   total_steps: 10
 """
 
-Refused = Callable[..., JobFileError]
+LoadError = Callable[..., JobFileError]
 
 
 @pytest.fixture(params=["libyaml", "python"])
 def yaml_parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both of PyYAML's parsers: not every installation has the faster one."""
+    """Both parsers of PyYAML, because libyaml is not always available."""
     loader = yaml.CSafeLoader if request.param == "libyaml" else yaml.SafeLoader
     monkeypatch.setattr(yaml_reader, "_LOADER", loader)
     return str(request.param)
@@ -57,24 +57,24 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def refused(write: Callable[[str], Path]) -> Refused:
-    """The error of a job that differs from SMALL by one replacement."""
+def load_error(write: Callable[[str], Path]) -> LoadError:
+    """Return the error of loading SMALL with one replacement."""
 
-    def refused(old: str, new: str, *overrides: str) -> JobFileError:
+    def load_error(old: str, new: str, *overrides: str) -> JobFileError:
         assert old in SMALL
         with pytest.raises(JobFileError) as caught:
             load_job(write(SMALL.replace(old, new, 1)), overrides=overrides)
         return caught.value
 
-    return refused
+    return load_error
 
 
-def said(error: JobFileError) -> str:
-    """The message without the folder."""
+def message_of(error: JobFileError) -> str:
+    """Return the message without the folder."""
     return str(error).replace(str(Path(error.path or "").parent) + os.sep, "")
 
 
-def test_the_example_is_read() -> None:
+def test_load_job__example__has_its_values() -> None:
     job = load_job(PRETRAIN).job
     assert job.name == "pretrain-stdlib"
     assert job.model.config_overrides["hidden_size"] == 256
@@ -86,7 +86,7 @@ def test_the_example_is_read() -> None:
     assert job.resources.workers == Range(low=1, high=2)
 
 
-def test_every_key_knows_its_line() -> None:
+def test_load_job__every_key__has_its_line() -> None:
     source = load_job(PRETRAIN).source
     lines = PRETRAIN.read_text().splitlines()
     for key, place in source.places.items():
@@ -128,7 +128,7 @@ def test_every_key_knows_its_line() -> None:
         ("é😀", "é😀"),
     ],
 )
-def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: str, value: object) -> None:
+def test_load_job__scalar__is_read_as_yaml_1_2(write: Callable[[str], Path], written: str, value: object) -> None:
     path = write(SMALL.replace("architecture: llama", f"architecture: llama\n  probe: {written}"))
     assert load_job(path).job.model.config_overrides == {"probe": value}
 
@@ -216,7 +216,7 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         (
             "total_steps: 10",
             "total_steps: 10\n  evaluate_every: 50",
-            "job.yaml:9: training.evaluate_every: not an interval; write it like '50 steps' or '10m' (got 50)",
+            "job.yaml:9: training.evaluate_every: is not an interval; write it like '50 steps' or '10m' (got 50)",
         ),
         (
             "total_steps: 10",
@@ -272,8 +272,8 @@ def test_scalars_are_those_of_yaml_1_2(write: Callable[[str], Path], written: st
         ),
     ],
 )
-def test_a_mistake_is_told_in_one_plain_line(refused: Refused, old: str, new: str, message: str) -> None:
-    assert said(refused(old, new)) == message
+def test_load_job__mistake__gives_one_line(load_error: LoadError, old: str, new: str, message: str) -> None:
+    assert message_of(load_error(old, new)) == message
 
 
 @pytest.mark.usefixtures("yaml_parser")
@@ -307,24 +307,26 @@ def test_a_mistake_is_told_in_one_plain_line(refused: Refused, old: str, new: st
         ("%YAML 1.2\nmodel:", None, ""),
     ],
 )
-def test_yaml_that_no_job_needs_is_refused(refused: Refused, new: str, line: int | None, problem: str) -> None:
-    error = refused("model:", new)
+def test_load_job__unsupported_yaml__is_rejected(
+    load_error: LoadError, new: str, line: int | None, problem: str
+) -> None:
+    error = load_error("model:", new)
     assert problem in str(error)
     assert line is None or error.line == line
 
 
 @pytest.mark.usefixtures("yaml_parser")
-def test_a_bomb_of_aliases_is_refused_before_it_goes_off(refused: Refused) -> None:
+def test_load_job__alias_bomb__is_rejected(load_error: LoadError) -> None:
     bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20))
-    assert "more than 10000 values" in str(refused("model:", bomb + "model:"))
+    assert "more than 10000 values" in str(load_error("model:", bomb + "model:"))
 
 
-def test_a_chain_of_aliases_cannot_nest_deeper_than_brackets(refused: Refused) -> None:
+def test_load_job__deep_chain_of_aliases__is_rejected(load_error: LoadError) -> None:
     chain = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 2000))
-    assert "nested more than 24 levels" in str(refused("model:", chain + "model:"))
+    assert "nested more than 24 levels" in str(load_error("model:", chain + "model:"))
 
 
-def test_an_alias_stands_for_what_its_anchor_holds(write: Callable[[str], Path]) -> None:
+def test_load_job__alias__has_the_value_of_its_anchor(write: Callable[[str], Path]) -> None:
     loaded = load_job(write(SMALL.replace("seq_len: 64", "seq_len: &n 64\n  seed: *n")))
     assert loaded.job.data.seed == 64
     assert loaded.source.places["data.seed"].line == 7
@@ -349,7 +351,7 @@ def test_an_alias_stands_for_what_its_anchor_holds(write: Callable[[str], Path])
         (b"- " * 100_000, "nested more than"),
     ],
 )
-def test_what_is_no_job_file_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
+def test_load_job__not_a_job_file__is_rejected(tmp_path: Path, content: bytes, problem: str) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(content)
     with pytest.raises(JobFileError) as caught:
@@ -358,13 +360,13 @@ def test_what_is_no_job_file_is_refused(tmp_path: Path, content: bytes, problem:
     assert str(path) in str(caught.value)
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path: Path) -> None:
+def test_load_job__byte_order_mark_and_crlf__are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + SMALL.replace("\n", "\r\n").encode())
     assert load_job(path).source.places["data.seq_len"].line == 6
 
 
-def test_a_missing_file_a_folder_and_an_unreadable_one_are_told_apart(tmp_path: Path) -> None:
+def test_load_job__missing_folder_unreadable__have_different_messages(tmp_path: Path) -> None:
     locked = tmp_path / "locked.yaml"
     locked.write_text(SMALL)
     locked.chmod(0)
@@ -380,32 +382,32 @@ def test_a_missing_file_a_folder_and_an_unreadable_one_are_told_apart(tmp_path: 
         load_job("a\0b")
 
 
-def test_all_mistakes_are_listed_in_the_order_of_the_file(refused: Refused) -> None:
-    error = refused("seq_len: 64\n", "seqlen: 64\nresources: {workers: 0, gpus: x}\n", "training.epochs=-1")
+def test_load_job__several_mistakes__are_listed_in_file_order(load_error: LoadError) -> None:
+    error = load_error("seq_len: 64\n", "seqlen: 64\nresources: {workers: 0, gpus: x}\n", "training.epochs=-1")
     assert [(other.line, other.key) for other in (error, *error.others)] == [
         (6, "data.seqlen"),
         (7, "resources.workers"),
         (7, "resources.gpus"),
         (None, "training.epochs"),
     ]
-    assert said(error).splitlines()[-1] == "  --set training.epochs=-1: must be greater than 0"
+    assert message_of(error).splitlines()[-1] == "  --set training.epochs=-1: must be greater than 0"
 
 
-def test_one_mistake_is_told_once(refused: Refused) -> None:
-    assert refused("name: small", "name: ${env:FORGE_NOT_SET}").others == ()
-    assert refused("data:", "dat:").others == ()
-    assert refused("total_steps: 10", "total_step: 10").others == ()
+def test_load_job__one_mistake__is_reported_once(load_error: LoadError) -> None:
+    assert load_error("name: small", "name: ${env:FORGE_NOT_SET}").others == ()
+    assert load_error("data:", "dat:").others == ()
+    assert load_error("total_steps: 10", "total_step: 10").others == ()
 
 
-def test_a_job_error_can_be_sent_to_another_process(refused: Refused) -> None:
-    error = refused("seq_len: 64", "seqlen: 64\n  sed: 1")
+def test_job_file_error__pickled__is_unchanged(load_error: LoadError) -> None:
+    error = load_error("seq_len: 64", "seqlen: 64\n  sed: 1")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 # The environment
 
 
-def test_the_environment_fills_in_what_the_file_names(
+def test_environment__named_variable__is_replaced(
     write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CORPUS", "/data/books")
@@ -417,7 +419,7 @@ def test_the_environment_fills_in_what_the_file_names(
     assert loaded.source.places["training.total_steps"].text == "${env:STEPS}"
 
 
-def test_in_quotes_the_environment_is_text(write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment__quoted__is_text(write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROBE", "12")
     path = write(
         SMALL.replace("architecture: llama", "architecture: llama\n  a: ${env:PROBE}\n  b: '${env:PROBE}'")
@@ -425,20 +427,20 @@ def test_in_quotes_the_environment_is_text(write: Callable[[str], Path], monkeyp
     assert load_job(path).job.model.config_overrides == {"a": 12, "b": "12"}
 
 
-def test_the_environment_cannot_bring_structure_or_control_characters(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch
+def test_environment__structure_or_control_characters__are_rejected(
+    load_error: LoadError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROBE", "{stage: 3}")
-    assert "must be a section" in str(refused("total_steps: 10", "total_steps: 10\n  zero: ${env:PROBE}"))
+    assert "must be a section" in str(load_error("total_steps: 10", "total_steps: 10\n  zero: ${env:PROBE}"))
     monkeypatch.setenv("PROBE", "a\x1b[31m")
-    assert "control character" in str(refused("source: python-stdlib", "files: ${env:PROBE}"))
+    assert "control character" in str(load_error("source: python-stdlib", "files: ${env:PROBE}"))
 
 
-def test_a_message_shows_what_is_written_not_what_the_environment_holds(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch
+def test_environment__error_message__shows_the_name_not_the_value(
+    load_error: LoadError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROBE", "hunter2")
-    error = refused("seq_len: 64", "seq_len: ${env:PROBE}")
+    error = load_error("seq_len: 64", "seq_len: ${env:PROBE}")
     assert "hunter2" not in repr(error.__dict__) + str(error)
     assert error.value == "${env:PROBE}"
 
@@ -448,9 +450,9 @@ def test_a_message_shows_what_is_written_not_what_the_environment_holds(
 
 @pytest.mark.parametrize("key", ["api_key", "token", "password", "secret", "WANDB_API_KEY", "access-token", "key"])
 @pytest.mark.parametrize("value", ["hunter2", "'hunter2'", "[hunter2]", "{a: hunter2}", "'${hunter2}'", "*hunter2"])
-def test_a_secret_is_refused_and_never_shown(refused: Refused, key: str, value: str) -> None:
+def test_secret__in_the_file__is_rejected_and_never_shown(load_error: LoadError, key: str, value: str) -> None:
     for place in (f"tracking: {{wandb: {{{key}: {value}}}}}\nmodel:", f"{key}: {value}\nmodel:"):
-        error = refused("model:", place)
+        error = load_error("model:", place)
         assert "hunter2" not in repr([vars(one) for one in (error, *error.others)]) + str(error)
         assert "environment" in str(error) or value.startswith("*")
         assert error.line == 2
@@ -460,12 +462,12 @@ def test_a_secret_is_refused_and_never_shown(refused: Refused, key: str, value: 
     "override",
     ["tracking.wandb.api_key=hunter2", "tracking.wandb={api_key: hunter2}", "tracking={wandb: {token: hunter2"],
 )
-def test_a_secret_on_the_command_line_is_refused_and_never_shown(refused: Refused, override: str) -> None:
-    error = refused("name: small", "name: small", override)
+def test_secret__in_an_override__is_rejected_and_never_shown(load_error: LoadError, override: str) -> None:
+    error = load_error("name: small", "name: small", override)
     assert "hunter2" not in repr(vars(error)) + str(error)
 
 
-def test_no_key_of_a_job_sounds_like_a_secret() -> None:
+def test_secret__no_key_of_a_job__looks_like_one() -> None:
     assert not [key for key in known_keys(JobSpec) if is_secret(key.rpartition(".")[2])]
 
 
@@ -488,18 +490,18 @@ def loaded_with(path: Path, *overrides: str) -> JobSpec:
         ("tracking.wandb.project=a=b", lambda job: job.tracking.wandb.project, "a=b"),
     ],
 )
-def test_a_key_is_set_from_the_command_line(
+def test_override__sets_one_key(
     write: Callable[[str], Path], override: str, value_of: Callable[[JobSpec], Any], value: object
 ) -> None:
     assert value_of(loaded_with(write(SMALL), override)) == value
 
 
-def test_the_last_set_wins_and_null_takes_back(write: Callable[[str], Path]) -> None:
+def test_override__repeated__last_one_wins_and_null_unsets(write: Callable[[str], Path]) -> None:
     job = loaded_with(write(SMALL), "training.total_steps=null", "training.epochs=1", "training.epochs=2")
     assert (job.training.total_steps, job.training.epochs) == (None, 2.0)
 
 
-def test_setting_one_user_of_an_alias_leaves_the_others(write: Callable[[str], Path]) -> None:
+def test_override__below_an_alias__leaves_other_aliases_unchanged(write: Callable[[str], Path]) -> None:
     text = SMALL.replace("architecture: llama", "architecture: llama\n  a: &x {n: 1}\n  b: *x")
     assert loaded_with(write(text), "model.b.n=2").model.config_overrides == {"a": {"n": 1}, "b": {"n": 2}}
 
@@ -518,8 +520,8 @@ def test_setting_one_user_of_an_alias_leaves_the_others(write: Callable[[str], P
         ("data.seed=\ud800", "--set data.seed: contains the character U+D800, which YAML does not allow"),
     ],
 )
-def test_a_wrong_set_names_itself_as_the_place(refused: Refused, override: str, message: str) -> None:
-    error = refused("name: small", "name: small", override)
+def test_override__mistake__names_the_override(load_error: LoadError, override: str, message: str) -> None:
+    error = load_error("name: small", "name: small", override)
     assert str(error).startswith(message)
     assert (error.path, error.line) == ("--set", None)
 
@@ -527,29 +529,34 @@ def test_a_wrong_set_names_itself_as_the_place(refused: Refused, override: str, 
 @pytest.mark.parametrize(
     "override", ["model" + ".a" * 5000 + "=1", "model.a=" + "[" * 5000, "data.seed=" + "9" * 5000]
 )
-def test_a_monstrous_set_is_refused_like_any_other(refused: Refused, override: str) -> None:
-    assert len(str(refused("name: small", "name: small", override))) < 1000
+def test_override__enormous__gives_a_short_error(load_error: LoadError, override: str) -> None:
+    assert len(str(load_error("name: small", "name: small", override))) < 1000
 
 
 # For later stages
 
 
-def test_a_later_stage_can_blame_a_line(write: Callable[[str], Path]) -> None:
+def test_source_map__error_of_a_later_check__has_the_line(write: Callable[[str], Path]) -> None:
     path = write(SMALL.replace("architecture: llama", "architecture: llama\n  hidden_sise: 3\n  token_map: {a: 1}"))
     source = load_job(path, overrides=["model.depth=4"]).source
     error = source.error("model.hidden_sise", "unknown key of llama", nearest="hidden_size")
-    assert said(error) == "job.yaml:4: model.hidden_sise: unknown key of llama (got 3); did you mean 'hidden_size'?"
-    assert said(source.error("model.token_map", "is wrong")) == "job.yaml:5: model.token_map: is wrong"
-    assert said(source.error("model.depth", "is wrong")) == "--set model.depth=4: is wrong"
+    assert (
+        message_of(error)
+        == "job.yaml:4: model.hidden_sise: unknown key of llama (got 3); did you mean 'hidden_size'?"
+    )
+    assert message_of(source.error("model.token_map", "is wrong")) == "job.yaml:5: model.token_map: is wrong"
+    assert message_of(source.error("model.depth", "is wrong")) == "--set model.depth=4: is wrong"
 
 
-def test_blaming_a_key_that_was_not_written_blames_its_section(write: Callable[[str], Path]) -> None:
+def test_source_map__key_not_in_the_file__names_its_section(write: Callable[[str], Path]) -> None:
     source = load_job(write(SMALL)).source
-    assert said(source.error("training.zero.stage", "is wrong")) == "job.yaml:7: training.zero.stage: is wrong"
-    assert said(source.error("tracking", "is wrong")) == "job.yaml:1: tracking: is wrong"
+    assert (
+        message_of(source.error("training.zero.stage", "is wrong")) == "job.yaml:7: training.zero.stage: is wrong"
+    )
+    assert message_of(source.error("tracking", "is wrong")) == "job.yaml:1: tracking: is wrong"
 
 
-def test_other_tools_words_lead_to_keys_that_exist() -> None:
+def test_other_words__suggested_keys__exist() -> None:
     assert set(_OTHER_WORDS.values()) <= set(known_keys(JobSpec))
     assert not {key.rpartition(".")[2] for key in known_keys(JobSpec)} & set(_OTHER_WORDS)
 
@@ -565,13 +572,13 @@ def test_other_tools_words_lead_to_keys_that_exist() -> None:
         SMALL.replace("total_steps: 10", "epochs: 1e-8\n  evaluate_every: 0.1s"),
     ],
 )
-def test_a_job_survives_being_written_down(write: Callable[[str], Path], text: str) -> None:
+def test_dump_job__loaded_again__is_equal(write: Callable[[str], Path], text: str) -> None:
     job = load_job(write(text)).job
     assert JobSpec.model_validate_json(job.model_dump_json()) == job
     assert load_job(write(dump_job(job))).job == job
 
 
-def test_reading_a_job_imports_nothing_heavy() -> None:
+def test_load_module__imported__does_not_import_torch_or_ray() -> None:
     heavy = "{'torch', 'transformers', 'ray', 'numpy'}"
     script = f"import sys, forge.config.load; sys.exit(bool({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", script], check=True)

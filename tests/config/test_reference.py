@@ -1,4 +1,4 @@
-"""docs/job-file.md is what the types say."""
+"""docs/job-file.md matches the types."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "job-file.md"
 
 
-def test_the_page_is_up_to_date() -> None:
+def test_job_reference__page_in_docs__is_up_to_date() -> None:
     command = "python -m forge.config.reference > docs/job-file.md"
     assert PAGE.read_text(encoding="utf-8") == job_reference(), f"run: {command}"
 
 
-def test_the_module_prints_the_page() -> None:
+def test_job_reference__module_run__prints_the_page() -> None:
     command = [sys.executable, "-m", "forge.config.reference"]
     assert subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout.decode() == job_reference()
 
 
-def test_every_key_has_its_row() -> None:
+def test_job_reference__every_key__has_a_row() -> None:
     rows = re.findall(r"^\| `([a-z_0-9]+)` \| .+ \| .+ \| .+ \|$", job_reference(), flags=re.MULTILINE)
     assert len(rows) == len(list(known_keys(JobSpec)))
     assert set(rows) == {key.rpartition(".")[2] for key in known_keys(JobSpec)}
 
 
-def test_every_link_leads_to_a_heading() -> None:
+def test_job_reference__every_link__has_a_heading() -> None:
     links = set(re.findall(r"\]\(#([a-z]+)\)", job_reference()))
     assert links == {key.replace(".", "").lower() for key, _ in known_sections(JobSpec) if key}
 
 
-def test_the_example_in_the_page_is_a_job(tmp_path: Path) -> None:
+def test_job_reference__example__is_a_valid_job(tmp_path: Path) -> None:
     example = re.search(r"```yaml\n(.*?)```", job_reference(), flags=re.DOTALL)
     assert example
     path = tmp_path / "job.yaml"

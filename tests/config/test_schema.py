@@ -1,4 +1,4 @@
-"""The JSON schema says what the loader says, as far as a schema can."""
+"""The JSON schema agrees with the loader, as far as a schema can."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def validator() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(job_schema())
 
 
-def test_the_schema_is_one() -> None:
+def test_job_schema__itself__is_a_valid_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(job_schema())
     assert json.loads(json.dumps(job_schema())) == job_schema()
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
-def test_every_job_here_is_valid_as_written(path: Path) -> None:
+def test_job_schema__jobs_of_the_repository__are_valid(path: Path) -> None:
     assert list(validator().iter_errors(as_written(path))) == []
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
-def test_an_editor_with_yaml_1_1_finds_every_job_here_valid_too(path: Path) -> None:
+def test_job_schema__jobs_read_as_yaml_1_1__are_valid(path: Path) -> None:
     assert list(validator().iter_errors(yaml.safe_load(path.read_text(encoding="utf-8")))) == []
 
 
 @pytest.mark.parametrize("section", [key for key, _ in known_sections(JobSpec) if key != "model"])
-def test_an_unknown_key_is_refused_in_every_section_but_the_model(section: str) -> None:
+def test_job_schema__unknown_key__is_rejected_except_in_model(section: str) -> None:
     body = copy.deepcopy(as_written(JOBS[0]))
     inner = body
     for name in filter(None, section.split(".")):
@@ -61,7 +61,7 @@ def errors_of(body: dict[str, Any]) -> Iterator[jsonschema.ValidationError]:
         yield from error.context or ()
 
 
-def test_the_model_takes_its_configs_own_keys() -> None:
+def test_job_schema__keys_of_the_model_config__are_accepted() -> None:
     assert job_schema()["$defs"]["ModelSpec"]["additionalProperties"] is True
 
 
@@ -79,7 +79,7 @@ def test_the_model_takes_its_configs_own_keys() -> None:
         ("name", "My Job"),
     ],
 )
-def test_what_a_schema_can_see_is_wrong_it_refuses(key: str, value: object) -> None:
+def test_job_schema__wrong_value__is_rejected(key: str, value: object) -> None:
     body = copy.deepcopy(as_written(JOBS[0]))
     *sections, name = key.split(".")
     inner = body
@@ -89,7 +89,7 @@ def test_what_a_schema_can_see_is_wrong_it_refuses(key: str, value: object) -> N
     assert list(validator().iter_errors(body))
 
 
-def test_every_key_has_a_meaning_on_one_line() -> None:
+def test_job_schema__every_key__has_a_one_line_description() -> None:
     for key, section in known_sections(JobSpec):
         schema = job_schema()["$defs"][section.__name__] if key else job_schema()
         assert "\n" not in schema["description"]
@@ -98,13 +98,13 @@ def test_every_key_has_a_meaning_on_one_line() -> None:
             assert "\n" not in schema["properties"][name].get("description", "")
 
 
-def test_defaults_are_given_as_users_write_them() -> None:
+def test_job_schema__defaults__are_in_user_form() -> None:
     defs = job_schema()["$defs"]
     assert defs["CheckpointSpec"]["properties"]["every"]["default"] == "10m"
     assert defs["ResourcesSpec"]["properties"]["workers"]["default"] == "1"
 
 
-def test_the_name_is_checked_alike_by_schema_and_types() -> None:
+def test_job_schema__name__is_checked_as_by_load_job() -> None:
     pattern = job_schema()["properties"]["name"]["pattern"]
     for name in ("a", "a-b", "a1", "-a", "a-", "A", "a b", "", "ä"):
         try:

@@ -1,4 +1,4 @@
-"""What may stand in `search:`, and what is said of what may not, before anything starts."""
+"""The `search` section: valid spaces, and mistakes reported before anything starts."""
 
 from __future__ import annotations
 
@@ -73,24 +73,24 @@ def load(folder: Path, old: str = "", new: str = "", *, overrides: tuple[str, ..
         ),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_search__mistake__is_reported_with_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(JobFileError, match=message):
         load(tmp_path, old, new)
 
 
-def test_a_space_of_keys_that_only_follow_is_empty(tmp_path: Path) -> None:
+def test_search__space_of_computed_keys_only__is_empty(tmp_path: Path) -> None:
     searched = JOB[JOB.index("    training.optimizer.lr") : JOB.index("    model.inter")]
     with pytest.raises(JobFileError, match=r"search.space: is empty"):
         load(tmp_path, searched)
 
 
-def test_a_job_with_a_search_is_written_as_it_was_read(tmp_path: Path) -> None:
+def test_dump_job__with_a_search__loads_equal(tmp_path: Path) -> None:
     loaded = load(tmp_path)
     (tmp_path / "again.yaml").write_text(dump_job(loaded.job))
     assert load_job(tmp_path / "again.yaml").job == loaded.job
 
 
-def test_a_trial_has_proxy_values_and_what_follows_and_no_search(tmp_path: Path) -> None:
+def test_trial_job__proxy_values_and_computed_keys__are_set(tmp_path: Path) -> None:
     job = load(tmp_path).job
     values = {"training.optimizer.lr": 0.02, "training.schedule.warmup_steps": 3}
     trial = trial_job(job, values)
@@ -101,7 +101,7 @@ def test_a_trial_has_proxy_values_and_what_follows_and_no_search(tmp_path: Path)
     assert whole.model.config_overrides == {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256}
 
 
-def test_the_command_line_reaches_keys_with_dots(tmp_path: Path) -> None:
+def test_override__dotted_key_of_the_space__is_set(tmp_path: Path) -> None:
     overrides = (
         "search.proxy.training.total_steps=30",
         "search.space.training.optimizer.lr={choice: [0.1, 0.2]}",
@@ -121,7 +121,7 @@ def test_the_command_line_reaches_keys_with_dots(tmp_path: Path) -> None:
         ("loguniform: [1.0e-4, 3.0e-2]", "choice: [0.1, 0.2]", None),
     ],
 )
-def test_the_jobs_own_values_are_a_trial_if_they_lie_in_the_space(
+def test_own_values__outside_the_space__are_none(
     tmp_path: Path, old: str, new: str, expected: dict[str, float] | None
 ) -> None:
     assert own_values(load(tmp_path, old, new).job) == expected

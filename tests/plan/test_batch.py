@@ -1,4 +1,4 @@
-"""The split of the global batch."""
+"""Split of the global batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ splits = st.integers(1, 300).flatmap(
 
 
 @given(splits)
-def test_the_ranks_shares_are_the_batch_in_order_without_gap_or_overlap(split: tuple[int, int, int]) -> None:
+def test_share__all_ranks__cover_the_batch_in_order(split: tuple[int, int, int]) -> None:
     size, world_size, most = split
     plan = plan_batch(size, world_size=world_size, max_micro_batch_size=most)
     shares = [plan.share(rank) for rank in range(world_size)]
@@ -23,7 +23,7 @@ def test_the_ranks_shares_are_the_batch_in_order_without_gap_or_overlap(split: t
 
 
 @given(splits)
-def test_every_share_fits_into_the_micro_batches(split: tuple[int, int, int]) -> None:
+def test_plan_batch__every_share__fits_in_the_micro_batches(split: tuple[int, int, int]) -> None:
     size, world_size, most = split
     plan = plan_batch(size, world_size=world_size, max_micro_batch_size=most)
     room = plan.micro_batch_size * plan.gradient_accumulation_steps
@@ -33,7 +33,7 @@ def test_every_share_fits_into_the_micro_batches(split: tuple[int, int, int]) ->
 
 
 @given(splits)
-def test_padding_is_less_than_one_micro_step_a_rank_and_no_micro_step_could_be_saved(
+def test_plan_batch__micro_steps_and_padding__are_minimal(
     split: tuple[int, int, int],
 ) -> None:
     size, world_size, most = split
@@ -43,11 +43,11 @@ def test_padding_is_less_than_one_micro_step_a_rank_and_no_micro_step_could_be_s
     assert 0 <= plan.padding < world_size * (plan.gradient_accumulation_steps + 1)
 
 
-def test_more_workers_than_sequences_is_refused_with_both_numbers() -> None:
+def test_plan_batch__more_workers_than_sequences__is_rejected() -> None:
     with pytest.raises(PlanError, match=r"4 sequences cannot feed 6 workers"):
         plan_batch(4, world_size=6, max_micro_batch_size=1)
 
 
-def test_a_rank_outside_of_the_world_has_no_share() -> None:
+def test_share__rank_outside_the_world__is_rejected() -> None:
     with pytest.raises(ValueError, match="rank 2"):
         plan_batch(4, world_size=2, max_micro_batch_size=4).share(2)

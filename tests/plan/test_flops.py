@@ -1,4 +1,4 @@
-"""Known GPUs, and arithmetic per token."""
+"""Table of GPUs, and FLOPs per token."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from tests.support.jobs import tiny_facts
         ("a100-80gb", "A100-80GB"),
     ],
 )
-def test_a_gpu_is_known_by_its_drivers_name(device_name: str, gpu: str) -> None:
+def test_find_gpu__driver_name__is_found(device_name: str, gpu: str) -> None:
     found = find_gpu(device_name)
     assert found is not None
     assert found.name == gpu
 
 
 @pytest.mark.parametrize("device_name", ["NVIDIA L40", "NVIDIA GeForce GTX 1080", "AMD Instinct MI300X", ""])
-def test_an_unknown_gpu_is_unknown_and_not_another_one(device_name: str) -> None:
+def test_find_gpu__unknown_name__is_none(device_name: str) -> None:
     assert find_gpu(device_name) is None
 
 
-def test_flops_follow_palm() -> None:
+def test_flops_per_token__causal_lm__follows_palm() -> None:
     facts = tiny_facts(num_matmul_parameters=1000, num_layers=2, attention_width=10)
     assert flops_per_token(facts, seq_len=5) == 6 * 1000 + 12 * 2 * 10 * 5

@@ -1,4 +1,4 @@
-"""The plan as a whole: pure, complete, and refusing what cannot be carried out."""
+"""The plan as a whole: pure, complete, and an error for jobs that cannot be run."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ def plan(corpus: CorpusInfo = CORPUS, hardware: HardwareInfo = CPU, **changes: o
     return make_plan(tiny_job(**changes), model=tiny_facts(), corpus=corpus, hardware=hardware)
 
 
-def test_equal_input_gives_equal_bytes() -> None:
+def test_make_plan__equal_input__gives_equal_bytes() -> None:
     assert plan_to_json(plan()) == plan_to_json(plan())
 
 
-def test_a_plan_survives_json_byte_for_byte() -> None:
+def test_plan_from_json__round_trip__keeps_every_byte() -> None:
     text = plan_to_json(plan(training__ema={"decay": 0.9}, data__files=["a", "b"], data__source=None))
     assert plan_to_json(plan_from_json(text)) == text
 
 
-def test_json_has_no_nan() -> None:
+def test_plan_to_json__nan__is_null() -> None:
     assert json.loads(plan_to_json(plan()))["corpus"]["unigram_perplexity"] is None
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format_version": 99}', "null"])
-def test_what_is_no_plan_is_refused(text: str) -> None:
+def test_plan_from_json__not_a_plan__is_rejected(text: str) -> None:
     with pytest.raises(PlanError):
         plan_from_json(text)
 
 
-def test_every_world_size_of_the_job_has_a_part() -> None:
+def test_for_world_size__allowed_sizes__have_a_plan() -> None:
     made = plan(resources__workers="2..5")
     assert [world.batch.world_size for world in made.worlds] == [2, 3, 4, 5]
     assert made.for_world_size(3).batch.world_size == 3
@@ -63,7 +63,7 @@ def test_every_world_size_of_the_job_has_a_part() -> None:
     ("length", "steps"),
     [({"total_steps": 7}, 7), ({"total_tokens": 12 * 16 * 3 + 1}, 4), ({"epochs": 1}, 9), ({"epochs": 0.1}, 1)],
 )
-def test_lengths_in_steps_tokens_and_epochs_become_whole_steps(length: dict[str, float], steps: int) -> None:
+def test_make_plan__any_length__becomes_whole_steps(length: dict[str, float], steps: int) -> None:
     changes = {"training__total_steps": None} | {f"training__{key}": value for key, value in length.items()}
     assert plan(**changes).total_steps == steps
 
@@ -88,17 +88,17 @@ def test_plan_from_json__draft_of_a_dry_run__is_refused() -> None:
         plan_from_json(plan_to_json(draft()))
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_both_numbers() -> None:
+def test_make_plan__tokenizer_larger_than_vocabulary__is_rejected() -> None:
     with pytest.raises(PlanError, match=r"500 tokens.*128.*372"):
         plan(replace(CORPUS, vocab_size=500))
 
 
-def test_sequences_longer_than_the_positions_are_refused() -> None:
+def test_make_plan__sequences_longer_than_positions__are_rejected() -> None:
     with pytest.raises(PlanError, match=r"32.*16"):
         plan(data__seq_len=32)
 
 
-def test_auto_micro_batch_shrinks_with_the_memory_and_says_what_does_not_fit() -> None:
+def test_make_plan__less_memory__lowers_auto_micro_batch() -> None:
     roomy = plan(hardware=replace(CPU, memory_bytes=10**9)).for_world_size(1)
     tight = plan(hardware=replace(CPU, memory_bytes=1_600_000)).for_world_size(1)
     hopeless = plan(hardware=replace(CPU, memory_bytes=10**5)).for_world_size(1)
@@ -107,7 +107,7 @@ def test_auto_micro_batch_shrinks_with_the_memory_and_says_what_does_not_fit() -
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeeds_batch_identity_holds_at_every_world_size(stage: int) -> None:
+def test_deepspeed_config__every_world_size__keeps_the_batch_identity(stage: int) -> None:
     for world in plan(training__zero={"stage": stage}, resources__workers="1..12").worlds:
         config = world.deepspeed
         product = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
@@ -115,7 +115,7 @@ def test_deepspeeds_batch_identity_holds_at_every_world_size(stage: int) -> None
         assert config["zero_optimization"]["stage"] == stage
 
 
-def test_model_state_shrinks_with_the_stage_as_in_the_zero_paper() -> None:
+def test_estimate_memory__zero_stages__follow_the_paper() -> None:
     sizes = [plan(training__zero={"stage": s}).for_world_size(4).memory for s in (0, 1, 2, 3)]
     parameters = tiny_facts().num_parameters
     assert sizes[0].state_bytes == 16 * parameters
@@ -126,7 +126,7 @@ def test_model_state_shrinks_with_the_stage_as_in_the_zero_paper() -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("engine", "alone", "together"), [("elastic", 2, 4), ("ray-train", 1, 1)])
-def test_a_rank_holds_copies_of_its_share_and_of_anothers(
+def test_estimate_memory__host__holds_snapshots_and_replicas(
     stage: int, engine: str, alone: int, together: int
 ) -> None:
     for world_size, num_copies in ((1, alone), (4, together)):
@@ -136,7 +136,7 @@ def test_a_rank_holds_copies_of_its_share_and_of_anothers(
         assert need.total_bytes == need.state_bytes + need.activations_bytes + need.host_bytes  # one memory
 
 
-def test_offloading_moves_the_optimizer_from_the_gpu_to_the_host() -> None:
+def test_estimate_memory__offload__moves_optimizer_to_the_host() -> None:
     gpu = HardwareInfo(device="cuda", name="test", memory_bytes=None, peak_flops=None)
     changes = {"hardware": gpu, "training__ema": {"decay": 0.9}}
     kept = plan(training__zero={"stage": 2}, **changes).for_world_size(2)
@@ -160,7 +160,7 @@ def test_offloading_moves_the_optimizer_from_the_gpu_to_the_host() -> None:
         ({"data__seed": 9}, False),
     ],
 )
-def test_the_digest_names_what_shapes_the_loss_curve_and_nothing_else(
+def test_config_digest__depends_only_on_what_shapes_the_loss(
     change: dict[str, object], is_same_curve: bool
 ) -> None:
     assert (config_digest(tiny_job(**change), code=None) == config_digest(tiny_job(), code=None)) is is_same_curve

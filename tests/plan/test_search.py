@@ -1,4 +1,4 @@
-"""How many trials there are, and how many at once."""
+"""Number of trials, and how many run at once."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def plan(*, workers: str = "1", num_slots: int = 4, **search: Any) -> SearchPlan
 @pytest.mark.parametrize(
     ("workers", "num_slots", "at_once"), [("1", 4, 4), ("2", 4, 2), ("2..4", 5, 2), ("3..4", 4, 1), ("1", 99, 16)]
 )
-def test_as_many_run_at_once_as_there_is_room_for(workers: str, num_slots: int, at_once: int) -> None:
+def test_plan_search__auto__runs_as_many_trials_as_fit(workers: str, num_slots: int, at_once: int) -> None:
     assert plan(workers=workers, num_slots=num_slots).trials_at_once == at_once
 
 
-def test_a_number_that_was_asked_for_is_taken() -> None:
+def test_plan_search__given_trials_at_once__is_used() -> None:
     assert plan(trials_at_once=3).trials_at_once == 3
 
 
@@ -38,15 +38,15 @@ def test_a_number_that_was_asked_for_is_taken() -> None:
         ("1", {"max_trials": 1, "scheduler": {"kind": "pbt", "interval_steps": 2}}, "must be at least 2"),
     ],
 )
-def test_what_has_no_room_is_told_with_its_numbers(workers: str, search: dict[str, Any], message: str) -> None:
+def test_plan_search__too_many_workers__is_rejected_with_numbers(
+    workers: str, search: dict[str, Any], message: str
+) -> None:
     with pytest.raises(PlanError, match=message):
         plan(workers=workers, **search)
 
 
 @pytest.mark.parametrize(("max_trials", "expected"), [(None, 6), (4, 4), (100, 6)])
-def test_a_grid_has_as_many_trials_as_combinations_or_as_are_asked_for(
-    max_trials: int | None, expected: int
-) -> None:
+def test_plan_search__grid__has_a_trial_per_combination(max_trials: int | None, expected: int) -> None:
     space = {LR: {"grid": [1e-3, 1e-2]}, "training.optimizer.beta2": {"grid": [0.9, 0.95, 0.99]}}
     found = plan(space=space, searcher={"kind": "grid"}, max_trials=max_trials)
     assert (found.num_trials, found.num_combinations) == (expected, 6)

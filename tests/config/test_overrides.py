@@ -1,4 +1,4 @@
-"""A job with some of its keys changed."""
+"""Jobs with some keys changed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.support.jobs import tiny_job
 from tests.support.tuning import LR, SEARCH, WARMUP
 
 
-def test_a_trial_changes_nothing_of_the_search_that_it_belongs_to() -> None:
+def test_trial_job__given_a_search__leaves_it_unchanged() -> None:
     job = tiny_job(search=SEARCH | {"proxy": {"training.optimizer": {"name": "adamw"}}})
     before = job.model_dump_json()
     assert trial_job(job, {LR: 0.5, WARMUP: 1}).training.optimizer.lr == 0.5
