@@ -1,17 +1,17 @@
-"""The supervisor of a run on thousands of nodes: how fast it decides, and the CPU time that heartbeats cost it.
+"""The supervisor of a run on thousands of machines: how fast it decides, and what listening costs it.
 
     python -m benchmarks.controller_scale --json FILE
 
-The real supervisor, with simulated agents in this process that answer at once. Messages are JSON text, which is
-encoded and decoded here as over a network.
+The real supervisor, with agents that are objects of this process and answer at once; what they say and hear
+is JSON text that the supervisor's process decodes and encodes, as it does with a network in between.
 
-    decision      one node is lost: from the end of its connection until the last surviving agent has its start
-                  command, including the stop reports of all others
-    heartbeats    as many per second as the supervisor asks for, every tenth with changed replicas, and its own
-                  ticks: CPU time per second
+    decision      one machine is lost: from its connection's end until the last surviving agent has been
+                  given the order to start its ranks, with what each of the others answers in between
+    heartbeats    as many a second as the supervisor asks for, every tenth with new replicas, and its own
+                  ticks: processor time per second
 
-Every agent holds two steps of its own ranks and two of its neighbour's. One node more than the job needs is
-connected, so that the world size stays the same through all changes.
+Every agent holds two steps of its own ranks and two of its neighbour's. One machine more than the job takes
+is there, so that a world size is kept through all changes.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from forge.elastic.states import MembershipState, Phase
 from forge.elastic.supervisor import Supervisor
 from forge.events import GenerationStarted
 from forge.pricing.budget import CostLimits, CostMeter
-from tests.support.placement import FixedPlacement
+from tests.support.placement import EndlessClaims
 
 SIZES = ((4096, 1), (512, 8))
-"""(number of agents, ranks of each)."""
+"""Agents, and ranks of each."""
 TICKS_PER_S = 10
-HEARTBEATS_PER_REPLICAS = 10
-MAX_LISTENING_S = 60.0
-"""Upper bound of one measurement, if the supervisor cannot keep up."""
+BEATS_PER_HOLDINGS = 10
+MOST_LISTENING_S = 60.0
+"""A supervisor that is overwhelmed is not listened to for longer."""
 STEPS_PER_GENERATION = 100
 AIM_DECISION_S = 2.0
 AIM_SHARE = 0.5
@@ -51,13 +51,13 @@ class Scale:
     num_agents: int
     ranks_per_agent: int
     attach_s: float
-    """Until all agents are attached."""
+    """Until all agents are there."""
     decisions_s: tuple[float, ...]
-    heartbeats_per_s: float
+    beats_per_s: float
     cpu_share: float
-    """Share of one core, for heartbeats and ticks."""
+    """Of one core, for heartbeats and ticks."""
     quiet_cpu_share: float
-    """The same without changed replicas."""
+    """Without new replicas."""
 
     def figures(self) -> dict[str, Any]:
         """As JSON."""
@@ -70,15 +70,16 @@ class Scale:
             "decision_p50_s": statistics.median(ordered),
             "decision_p99_s": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
             "decision_max_s": ordered[-1],
-            "heartheartbeats_per_s": self.heartbeats_per_s,
+            "heartbeats_per_s": self.beats_per_s,
             "heartbeat_cpu_share": self.cpu_share,
-            "heartbeat_cpu_share_without_replicas": self.quiet_cpu_share,
+            "heartbeat_cpu_share_without_holdings": self.quiet_cpu_share,
         }
 
 
 def main() -> None:
+    """Measure both at all sizes."""
     parser = benchmark_parser(__doc__, repeats=30)
-    parser.add_argument("--agents", type=int, help="measure only this number of agents, with one rank each")
+    parser.add_argument("--agents", type=int, help="only so many, of one rank")
     options = parser.parse_args()
     sizes = SIZES if options.agents is None else ((options.agents, 1),)
     found = []
@@ -92,9 +93,9 @@ def main() -> None:
             "decision: p50 s",
             "p99 s",
             "max s",
-            "heartbeats/s",
-            "cores",
-            "cores, no replicas",
+            "beats/s",
+            "of a core",
+            "quiet",
             "attach s",
         ],
         rows=[
@@ -102,9 +103,9 @@ def main() -> None:
                 f"{of['num_agents']:,}",
                 f"{of['num_ranks']:,}",
                 *(f"{of[f'decision_{which}_s']:.3f}" for which in ("p50", "p99", "max")),
-                f"{of['heartheartbeats_per_s']:,.0f}",
+                f"{of['heartbeats_per_s']:,.0f}",
                 f"{of['heartbeat_cpu_share']:.2f}",
-                f"{of['heartbeat_cpu_share_without_replicas']:.2f}",
+                f"{of['heartbeat_cpu_share_without_holdings']:.2f}",
                 f"{of['attach_s']:.2f}",
             ]
             for of in found
@@ -115,45 +116,45 @@ def main() -> None:
 
 
 async def measure(num_agents: int, ranks_per_agent: int, *, num_changes: int) -> Scale:
-    """Measure changes first, then heartbeats of the last generation."""
+    """Changes first, then heartbeats of the last generation."""
     cluster = Cluster(num_agents=num_agents, ranks_per_agent=ranks_per_agent)
     began = time.perf_counter()
     for _ in range(num_agents + 1):
         cluster.add()
     attach_s = time.perf_counter() - began
-    cluster.start_generation()
+    cluster.form()
     decisions_s = tuple(cluster.lose_one() for _ in range(num_changes))
-    quiet = cluster.cpu_share(seconds=5, heartbeats_per_replicas=None)
+    quiet = cluster.cpu_share(seconds=5, beats_per_holdings=None)
     return Scale(
         num_agents=num_agents,
         ranks_per_agent=ranks_per_agent,
         attach_s=attach_s,
         decisions_s=decisions_s,
-        heartbeats_per_s=cluster.heartbeats_per_s,
-        cpu_share=cluster.cpu_share(seconds=5, heartbeats_per_replicas=HEARTBEATS_PER_REPLICAS),
+        beats_per_s=cluster.beats_per_s,
+        cpu_share=cluster.cpu_share(seconds=5, beats_per_holdings=BEATS_PER_HOLDINGS),
         quiet_cpu_share=quiet,
     )
 
 
 class Agent:
-    """One node's agent, as the supervisor sees it."""
+    """One machine's agent, as far as the supervisor sees it."""
 
-    def __init__(self, name: str, *, report: Callable[[Agent, str], None], now: float) -> None:
+    def __init__(self, name: str, *, say: Callable[[Agent, str], None], now: float) -> None:
         self.connection = AgentConnection(
             node=name,
             host=f"10.{name}",
             endpoint=(f"10.{name}", 7000),
             rendezvous_port=7001,
             agent_pid=1000,
-            send=self._receive,
+            send=self._hear,
             close=lambda: None,
             heard_at=now,
         )
-        self._report = report
+        self._say = say
         self.generation = self.world_size = 0
         self.ranks: list[int] = []
         self.held: list[int] = []
-        """The ranks whose replicas it holds: its own and its neighbour's."""
+        """Its own ranks and its neighbour's."""
         self.heartbeat_s = 0.0
         self.started_at = 0.0
 
@@ -163,7 +164,6 @@ class Agent:
             "pids": {},
             "generation": 0,
             "replicas": [],
-            "findings": None,
             "num_slots": 0,
             "num_guaranteed": 0,
             "usd_per_hour": 1.0,
@@ -172,16 +172,16 @@ class Agent:
         }
 
     def replicas(self, step: int) -> list[list[int]]:
-        """Locations of two steps of everything it holds."""
+        """Two steps of everything it holds."""
         return [[self.generation, rank, self.world_size, of] for rank in self.held for of in (step - 1, step)]
 
-    def heartbeat(self, step: int) -> dict[str, Any]:
-        progress = [
+    def beat(self, step: int) -> dict[str, Any]:
+        pulses = [
             [rank, 120 + rank % 50, 0 if rank else step, 0 if rank else 400_000_000, 0] for rank in self.ranks
         ]
-        return {"report": "heartbeat", "generation": self.generation, "ranks": progress}
+        return {"report": "heartbeat", "generation": self.generation, "ranks": pulses}
 
-    def _receive(self, message: Mapping[str, Any]) -> None:
+    def _hear(self, message: Mapping[str, Any]) -> None:
         json.dumps(message)
         match message["command"]:
             case "set_heartbeat":
@@ -189,7 +189,7 @@ class Agent:
             case "stop":
                 replicas = self.replicas(self.generation * STEPS_PER_GENERATION)
                 answer = {"report": "stopped", "generation": message["generation"], "replicas": replicas}
-                self._report(self, json.dumps(answer))
+                self._say(self, json.dumps(answer))
             case "start":
                 self.generation, self.world_size = message["generation"], message["world_size"]
                 self.ranks = message["ranks"]
@@ -199,7 +199,7 @@ class Agent:
 
 
 class Cluster:
-    """A supervisor and its simulated agents."""
+    """Agents and the supervisor that they belong to."""
 
     def __init__(self, *, num_agents: int, ranks_per_agent: int) -> None:
         self._ranks_per_agent = ranks_per_agent
@@ -207,7 +207,7 @@ class Cluster:
         self._now = 0.0
         self._supervisor = Supervisor(
             MembershipState(min_workers=num_ranks, max_workers=num_ranks),
-            placement=FixedPlacement(ranks_per_agent),
+            placement=EndlessClaims(ranks_per_agent),
             record_event=lambda event: None,
             checkpoints="/nowhere",
             meter=CostMeter(
@@ -216,28 +216,28 @@ class Cluster:
             clock=lambda: self._now,
         )
         self._agents: dict[str, Agent] = {}
-        self._reports: deque[tuple[Agent, str]] = deque()
+        self._said: deque[tuple[Agent, str]] = deque()
         self._num_added = 0
 
     @property
-    def heartbeats_per_s(self) -> float:
-        """Of all agents, at the interval that the supervisor has set."""
+    def beats_per_s(self) -> float:
+        """Of all agents, as they were told."""
         return sum(1 / agent.heartbeat_s for agent in self._agents.values())
 
     def add(self) -> None:
-        """Attach another agent."""
+        """A machine joins."""
         name = f"{self._num_added // 65536}.{self._num_added // 256 % 256}.{self._num_added % 256}"
         self._num_added += 1
-        agent = self._agents[name] = Agent(name, report=self._queue_report, now=self._now)
+        agent = self._agents[name] = Agent(name, say=self._answer, now=self._now)
         self._supervisor.attach(agent.connection, agent.registration())
 
-    def _queue_report(self, agent: Agent, text: str) -> None:
-        self._reports.append((agent, text))
+    def _answer(self, agent: Agent, text: str) -> None:
+        self._said.append((agent, text))
 
-    def start_generation(self) -> None:
-        """Report the first step of the generation."""
+    def form(self) -> None:
+        """The generation that was started makes its first step."""
         state = self._supervisor.state
-        started = GenerationStarted(
+        formed = GenerationStarted(
             generation=state.generation,
             world_size=len(state.assignment),
             device="cpu",
@@ -245,60 +245,58 @@ class Cluster:
             peak_source="none",
             seconds={},
         )
-        record = {name: getattr(started, name) for name in started.__slots__}
+        record = {name: getattr(formed, name) for name in formed.__slots__}
         self._supervisor.receive(
             self._agents[state.assignment[0]].connection, {"report": "started", "started": record}
         )
         assert self._supervisor.state.phase is Phase.TRAINING
 
     def lose_one(self) -> float:
-        """Lose a node, and add another afterwards. Returns: seconds until the last start command."""
+        """A machine is lost; another comes once the run goes on. Returns: seconds until the last order to start."""
         state = self._supervisor.state
         lost = self._agents.pop(state.assignment[state.generation * 97 % len(state.assignment)])
         began = time.perf_counter()
         self._supervisor.detach(lost.connection, "its connection closed")
-        while self._reports:
-            agent, text = self._reports.popleft()
+        while self._said:
+            agent, text = self._said.popleft()
             self._supervisor.receive(agent.connection, json.loads(text))
         after = self._supervisor.state
         assert (after.phase, after.generation) == (Phase.STARTING, state.generation + 1)
         decision_s = max(self._agents[name].started_at for name in after.assignment) - began
-        self.start_generation()
+        self.form()
         self.add()
         return decision_s
 
-    def cpu_share(self, *, seconds: float, heartbeats_per_replicas: int | None) -> float:
-        """CPU seconds per second of handling the heartbeats of all agents."""
-        heartbeats_per_s = self.heartbeats_per_s
-        heartbeats = self._heartbeats(
-            round(seconds * heartbeats_per_s), heartbeats_per_replicas=heartbeats_per_replicas
-        )
-        per_tick = max(1, round(heartbeats_per_s / TICKS_PER_S))
-        num_received, began_cpu, began = 0, time.process_time(), time.perf_counter()
-        for agent, text in heartbeats:
+    def cpu_share(self, *, seconds: float, beats_per_holdings: int | None) -> float:
+        """Processor time per second of listening to all agents at their pace."""
+        beats_per_s = self.beats_per_s
+        beats = self._beats(round(seconds * beats_per_s), beats_per_holdings=beats_per_holdings)
+        per_tick = max(1, round(beats_per_s / TICKS_PER_S))
+        num_heard, began_cpu, began = 0, time.process_time(), time.perf_counter()
+        for agent, text in beats:
             self._supervisor.receive(agent.connection, json.loads(text))
-            num_received += 1
-            self._now += 1 / heartbeats_per_s
-            if num_received % per_tick == 0:
+            num_heard += 1
+            self._now += 1 / beats_per_s
+            if num_heard % per_tick == 0:
                 self._supervisor.tick()
-                if time.perf_counter() - began > MAX_LISTENING_S:
+                if time.perf_counter() - began > MOST_LISTENING_S:
                     break
         assert self._supervisor.state.phase is Phase.TRAINING
-        return (time.process_time() - began_cpu) / (num_received / heartbeats_per_s)
+        return (time.process_time() - began_cpu) / (num_heard / beats_per_s)
 
-    def _heartbeats(self, count: int, *, heartbeats_per_replicas: int | None) -> list[tuple[Agent, str]]:
-        """Heartbeats of the agents in turn, as text, with advancing steps."""
+    def _beats(self, count: int, *, beats_per_holdings: int | None) -> list[tuple[Agent, str]]:
+        """What agents say in turn, as text; their steps go on meanwhile."""
         agents = list(self._agents.values())
-        reports = []
+        said = []
         for number in range(count):
             agent = agents[number % len(agents)]
-            # All agents replicate the same steps and report each once.
-            step = agent.generation * STEPS_PER_GENERATION + 1 + number // (HEARTBEATS_PER_REPLICAS * len(agents))
-            heartbeat = agent.heartbeat(step)
-            if heartbeats_per_replicas is not None and number % heartbeats_per_replicas == 0:
-                heartbeat["replicas"] = agent.replicas(step)
-            reports.append((agent, json.dumps(heartbeat)))
-        return reports
+            # All copy the same steps, and tell of each once.
+            step = agent.generation * STEPS_PER_GENERATION + 1 + number // (BEATS_PER_HOLDINGS * len(agents))
+            beat = agent.beat(step)
+            if beats_per_holdings is not None and number % beats_per_holdings == 0:
+                beat["replicas"] = agent.replicas(step)
+            said.append((agent, json.dumps(beat)))
+        return said
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ from benchmarks.program import FORGE, Program, module, records_of, running, wait
 from benchmarks.report import Measured, benchmark_parser, print_table, write_json
 from forge.config.job import JobSpec
 from forge.data.prepare import prepare
-from forge.model.build import build_config, build_model
+from forge.model.families.base import BuildOptions, DataShape
+from forge.model.families.registry import family_of
 from forge.plan.inputs import CorpusInfo
 
 LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.5e-3, 2.5e-3, 4e-3, 8e-3)
@@ -160,8 +161,9 @@ def prepare_work(folder: Path) -> Work:
 
 def save_first_weights(spec: JobSpec, corpus: CorpusInfo, *, path: Path) -> None:
     """Those that forge draws from the job's seed."""
-    config = build_config(spec.model, vocab_size=corpus.vocab_size, seq_len=corpus.seq_len, eot_id=corpus.eot_id)
-    model = build_model(spec.model, config, seed=spec.training.seed, dtype=torch.float32)
+    data = DataShape(vocab_size=corpus.vocab_size, seq_len=corpus.seq_len, eot_id=corpus.eot_id)
+    options = BuildOptions(dtype=torch.float32, device=torch.device("cpu"), seed=spec.training.seed)
+    model = family_of(spec.model).build(spec.model, data, options=options)
     save_file(model.state_dict(), path)
 
 

@@ -3,6 +3,7 @@
     ForgeError                 one clear message, and the exit code of the command
     ├── JobFileError      (2)  the job file is wrong: file:line, dotted key, value, nearest valid key
     ├── PlanError         (2)  the job is valid but cannot be run; the message contains the arithmetic
+    │   └── ModelError    (2)  the `model:` section: what is wrong, with which key, and what would be valid
     ├── UserCodeError     (2)  the folder of `code:`, or a class in it
     ├── DataError         (2)  the corpus, tokenizer or token cache is missing or broken
     ├── ArgumentError     (2)  an argument names a run, folder or log that does not exist or cannot be used
@@ -107,6 +108,19 @@ def _counted(num_others: int) -> str:
 
 class PlanError(ForgeError):
     """The job cannot be run as requested; the message contains the arithmetic."""
+
+
+class ModelError(PlanError):
+    """A `model:` section that cannot be built, with the key to blame.
+
+    Args:
+        key: below `model`; None for the section as a whole.
+        choices: valid values or keys, for a suggestion.
+    """
+
+    def __init__(self, problem: str, *, key: str | None = None, choices: tuple[str, ...] = ()) -> None:
+        super().__init__(f"model.{key}: {problem}" if key else problem)
+        self.problem, self.key, self.choices = problem, key, choices
 
 
 class UserCodeError(ForgeError):

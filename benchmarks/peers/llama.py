@@ -69,6 +69,7 @@ def build(spec: JobSpec, *, changes: dict[str, Any]) -> Engine:
         seq_len=_SEQ_LEN,
         eot_id=0,
         device=torch.device("cpu"),
+        has_linear_head=True,
     )
 
 

@@ -153,7 +153,6 @@ class Agent:
             "running_ranks": {str(rank): world_size for rank, world_size in workers.world_sizes.items()},
             "pids": {str(rank): pid for rank, pid in workers.pids.items()},
             "replicas": locations_record(self._store.locations()),
-            "findings": workers.findings,
         }
 
     async def _send_heartbeats(self, channel: Channel) -> None:

@@ -36,7 +36,6 @@ class WorkerSpec:
     step: int
     shards: list[dict[str, Any]]
     """Snapshots to continue from: generation, rank, and `fd` or `endpoint`; empty: continue from storage."""
-    findings: dict[str, Any] | None
     laps: dict[str, float]
     asked_at: float
     """By the node's monotonic clock."""
@@ -49,13 +48,11 @@ def start_commands(
     state: MembershipState,
     connections: Mapping[str, AgentConnection],
     *,
-    findings: Message | None,
     laps: Mapping[str, float],
 ) -> dict[str, Message]:
     """By node, the command to start its ranks of a generation.
 
     Args:
-        findings: measurements of an earlier generation; see `forge.train.worker.ProbeResults`.
         laps: seconds of each part of the membership change so far.
     """
     nodes = list(dict.fromkeys(start.assignment))
@@ -73,7 +70,6 @@ def start_commands(
         "is_spread": len(num_on_host) > 1,
         "step": start.step,
         "source": _source(start, state, connections),
-        "findings": findings,
         "laps": dict(laps),
         "is_stopping": state.is_stopping,
     }

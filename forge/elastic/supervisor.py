@@ -64,7 +64,6 @@ class Supervisor:
         former_generation: int = 0,
         stored_step: int = 0,
         is_restarted: bool = False,
-        findings: Message | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
@@ -75,7 +74,6 @@ class Supervisor:
         former_generation: the run's last generation so far; its number is not used again.
         stored_step: the newest step in durable storage.
         is_restarted: a supervisor ran before this one, and its agents may have running ranks.
-        findings: measurements of another run of the same model on the same hardware.
         """
         self.state = replace(
             state,
@@ -86,7 +84,7 @@ class Supervisor:
         self._placement, self._record_event, self._meter, self._clock = placement, record_event, meter, clock
         self._stop_reason = ""
         self._connections = AgentConnections()
-        self._findings, self._has_started = findings, is_restarted
+        self._has_started = is_restarted
         self._pids: dict[int, int] = {}
         """Of the current generation's ranks."""
         self._steps = StepTimes()
@@ -99,11 +97,6 @@ class Supervisor:
             self._connections, checkpoints=checkpoints, record_event=record_event, clock=clock
         )
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-
-    @property
-    def findings(self) -> Message | None:
-        """Measurements of the model on these machines; see `forge.train.worker.ProbeResults`."""
-        return self._findings
 
     def listen(self, *, host: str, secret: bytes) -> Endpoint:
         """Accept agents. Returns: the endpoint they connect to."""
@@ -151,7 +144,6 @@ class Supervisor:
             if registration["generation"] == self.state.generation or self.state.generation == 0:
                 self._pids[int(rank)] = pid
         self._meter.add_agent(node, host=connection.host, usd_per_hour=registration["usd_per_hour"])
-        self._findings = self._findings or registration["findings"]
         self.apply(attached_from(registration, slots=self._placement.slots_of(node)))
         if registration["running_ranks"]:  # started by a supervisor before this one
             self._placement.set_used(Counter(self.state.assignment))
@@ -203,8 +195,6 @@ class Supervisor:
                 self._pids[report["rank"]] = report["pid"]
             case "started":
                 self._generation_started(report["started"])
-            case "findings":
-                self._findings = report["findings"]
             case "preemption":
                 self._preemption_reported(node, report)
             case "rendezvous":
@@ -289,7 +279,7 @@ class Supervisor:
         self.apply(states.Tick(margin_s=2 * self._steps.p99_s + _DRAIN_S))
 
     def _check_progress(self, now: float) -> None:
-        is_first = not (self._findings and self._has_started)
+        is_first = not self._has_started
         limit_s = self._steps.stall_limit_s(self.state.phase, is_first=is_first)
         stalled = self._hang_detector.find_stalled_rank(limit_s=limit_s, now=now)
         if stalled is not None:
@@ -373,7 +363,7 @@ class Supervisor:
         self._changed_at = None
         self._pids, self._hang_detector = {}, HangDetector()
         self._placement.set_used(Counter(start.assignment))
-        commands = start_commands(start, self.state, self._connections, findings=self._findings, laps=laps)
+        commands = start_commands(start, self.state, self._connections, laps=laps)
         for node, command in commands.items():
             self._connections.send(node, command)
 

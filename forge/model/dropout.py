@@ -30,6 +30,14 @@ def has_dropout(config: PretrainedConfig) -> bool:
     )
 
 
+def model_has_dropout(model: nn.Module) -> bool:
+    """Whether a model drops anything: by its transformers config, or by a `Dropout` module in it."""
+    config = getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig) and has_dropout(config):
+        return True
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
 class SampleDropout:
     """A replacement for torch's dropout, told before each micro-batch which samples it holds."""
 

@@ -29,27 +29,25 @@ class CausalLm(nn.Module):
     """A language model that returns its summed loss.
 
     It begins with the model's own loss; `use_chunks` switches to the chunked one, for models whose
-    logits `has_linear_head` has found to be a linear map of the last hidden state.
+    logits are a linear map of the last hidden state (ModelInfo.has_linear_head).
 
     Args:
-        model: a transformers causal LM.
+        model: a transformers causal LM, or a module whose `forward(input_ids)` returns logits.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.chunked = False
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross entropies of `targets` that are not IGNORED, in fp32.
-
-        Without targets: whether the head is plain, as 1.0 or 0.0. It is asked here because under ZeRO 3
-        weights are whole only while the engine's own forward runs.
 
         Shapes: tokens, targets: int64[B, T], targets[b, t] following tokens[b, t]; returns float32[].
         """
-        if targets is None:
-            return torch.tensor(float(has_linear_head(self.model, tokens)))
+        if not isinstance(self.model, PreTrainedModel):
+            logits = self.model(tokens).flatten(0, 1).float()
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
         if not self.chunked:
             out = self.model(
                 input_ids=tokens, labels=targets, shift_labels=targets, num_items_in_batch=1, use_cache=False
@@ -63,25 +61,10 @@ class CausalLm(nn.Module):
 
     def use_chunks(self) -> None:
         """Compute the loss in chunks from here on."""
-        head = self.model.get_output_embeddings()
+        assert isinstance(self.model, PreTrainedModel), "only a transformers model is known to have a linear head"
+        head: Any = self.model.get_output_embeddings()
         head.forward = types.MethodType(_head_forward, head)
         self.chunked = True
-
-
-def has_linear_head(model: PreTrainedModel, tokens: Tensor) -> bool:
-    """Whether logits are a linear map of the base model's last hidden state and nothing more.
-
-    Asked of the model itself, on a few tokens, rather than of a list of architectures: caps, scales and
-    layers between base model and head have too many names to know them all.
-
-    Shapes: tokens: int64[B, T].
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or model.base_model is model:
-        return False
-    logits = model(input_ids=tokens, use_cache=False).logits
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    return torch.equal(head(hidden), logits)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -44,7 +44,7 @@ class CorpusInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A network as transformers builds it, counted on the meta device without allocating its weights."""
+    """A model, counted on the meta device without allocating its weights."""
 
     architecture: str
     """transformers' `model_type`."""
@@ -54,7 +54,8 @@ class ModelInfo:
     num_trainable_parameters: int
     num_matmul_parameters: int
     """Parameters that each token is multiplied with: all matrices, without embeddings unless they are also the
-    output head; of a mixture of experts, the active share."""
+    output head; of a mixture of experts, the active share. Of a class of the user's own: half its measured
+    forward FLOPs per token, attention included; `attention_width` is 0 then."""
     largest_module_parameters: int
     """Of the largest module that ZeRO 3 gathers at once."""
     num_layers: int
@@ -65,6 +66,11 @@ class ModelInfo:
     vocab_size: int
     max_seq_len: int | None
     """In tokens; None if the positions do not limit it."""
+    has_linear_head: bool
+    """Whether logits are a linear map of the last hidden state; the loss may be computed in chunks then."""
+    activation_bytes_per_row: int | None = None
+    """Bytes that one row of `seq_len` tokens keeps for the backward pass, in fp32, logits included; None where
+    the estimate from layers and sizes is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,6 +119,8 @@ def activation_bytes(model: ModelInfo, training: TrainingSpec, *, micro_batch_si
     input is stored, plus one layer's values while it is recomputed.
     """
     width = 2 if training.precision == "bf16" else 4
+    if model.activation_bytes_per_row is not None:
+        return micro_batch_size * model.activation_bytes_per_row * width // 4
     tokens = micro_batch_size * seq_len
     layer = (10 * model.hidden_size + 3 * model.intermediate_size) * width
     if training.activation_checkpointing:

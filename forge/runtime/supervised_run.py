@@ -18,7 +18,6 @@ from typing import Any
 import ray
 
 from forge.elastic.agent_config import AgentConfig
-from forge.elastic.rpc import Message
 from forge.elastic.states import MembershipState
 from forge.elastic.supervisor import Supervisor
 from forge.events import Event
@@ -50,11 +49,9 @@ class SupervisedRun:
         record_event: Callable[[Event], None],
         meter: CostMeter,
         is_restarted: bool,
-        findings: Message | None = None,
     ) -> None:
         """Args:
         is_restarted: agents of an earlier supervisor may be at work; see `Supervisor`.
-        findings: probe results of an earlier run of the same model on these nodes.
         """
         self.config, self.plan = config, plan_from_json(config.plan_json)
         self._checkpoints = self.plan.job.checkpoint.url_of(config.run_folder)
@@ -69,7 +66,6 @@ class SupervisedRun:
             former_generation=int(largest_recorded(history, "GenerationStarting", "generation")),
             stored_step=int(largest_recorded(history, "CheckpointSaved", "step")),
             is_restarted=is_restarted,
-            findings=findings,
         )
         self.endpoint = self.supervisor.listen(
             host=ray.util.get_node_ip_address(), secret=bytes.fromhex(config.secret)

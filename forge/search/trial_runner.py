@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from typing import Any
 
 import ray
 
-from forge.elastic.rpc import Endpoint, Message
+from forge.elastic.rpc import Endpoint
 from forge.elastic.supervisor import Outcome
 from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, StepMetrics, SupervisorRestarted
 from forge.plan.plan import Plan, plan_from_json
@@ -82,7 +81,6 @@ class TrialRunnerActor:
         self._ending = asyncio.Lock()
         self._is_fresh = True
         self._placement: PlacementManager | None = None
-        self._findings: dict[str, Message] = {}
         self._values: tuple[int, Mapping[str, Any], float] | None = None
 
     # --- called by the trial's Tune actor and the search coordinator
@@ -118,7 +116,6 @@ class TrialRunnerActor:
             record_event=self._record,
             meter=no_limits,  # the coordinator counts what the whole search costs
             is_restarted=has_agents,
-            findings=self._findings.get(_kind_of(plan)),
         )
         self._active = _ActiveTrial(
             assignment=assignment,
@@ -170,8 +167,6 @@ class TrialRunnerActor:
                 return
         if active.watching is not None and active.outcome is None:
             active.watching.cancel()
-        if active.run.supervisor.findings is not None:
-            self._findings[_kind_of(active.plan)] = active.run.supervisor.findings
         await self._end_agents(active)
         if reason:
             active.writer.submit(active.recorder.event, RunStopped(step=active.recorder.last_step, reason=reason))
@@ -322,12 +317,6 @@ def _open_recorder(plan: Plan, assignment: TrialAssignment) -> Recorder:
 async def _run_in(writer: ThreadPoolExecutor, action: Callable[[], Any]) -> Any:
     """The result of an action, after everything that was submitted to the writer before it."""
     return await asyncio.get_running_loop().run_in_executor(writer, action)
-
-
-def _kind_of(plan: Plan) -> str:
-    """What probe results depend on: model, precision, hardware."""
-    job = plan.job
-    return json.dumps([job.model.model_dump(mode="json"), job.training.precision, plan.hardware.name])
 
 
 def _close_agent(agent: AgentHandle | None) -> None:

@@ -22,7 +22,8 @@ from forge.checkpoint.reader import Checkpoint, find_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.code_archive import restore_code
 from forge.errors import CheckpointError, ForgeError
-from forge.model.build import build_config, build_model
+from forge.model.families.base import BuildOptions, DataShape
+from forge.model.families.registry import family_of
 from forge.plan.plan import Plan, plan_from_json
 from forge.serve.weights import read_tensors, require_average
 from forge.user_code import use_code
@@ -72,20 +73,16 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
     return Generated(step=checkpoint.progress.step, prompt=request.prompt, text=text)
 
 
-def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> PreTrainedModel:
+def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
     """A transformers model with the weights of one checkpoint, ready to be evaluated.
 
     Raises: CheckpointError if the checkpoint is of another model than the plan's, or holds no averages.
     """
     require_average(checkpoint, ema=ema)
-    config = build_config(
-        plan.job.model,
-        vocab_size=plan.corpus.vocab_size,
-        seq_len=plan.job.data.seq_len,
-        eot_id=plan.corpus.eot_id,
-    )
+    data = DataShape(vocab_size=plan.corpus.vocab_size, seq_len=plan.job.data.seq_len, eot_id=plan.corpus.eot_id)
     dtype = torch.bfloat16 if plan.job.training.precision == "bf16" else torch.float32
-    model = build_model(plan.job.model, config, seed=plan.job.training.seed, dtype=dtype)
+    options = BuildOptions(dtype=dtype, device=torch.device("cpu"), seed=plan.job.training.seed, skip_init=True)
+    model: Any = family_of(plan.job.model).build(plan.job.model, data, options=options)
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     missing = {name for name, _ in model.named_parameters() if name not in checkpoint.shape.parameters}
     if missing:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -28,16 +29,14 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from forge.config.model import ModelSpec
 from forge.config.training import OptimizerSpec, TrainingSpec
 from forge.data.loader import MicroBatch
-from forge.model.build import build_config, build_model
-from forge.model.dropout import SampleDropout, has_dropout
+from forge.model.dropout import SampleDropout, model_has_dropout
+from forge.model.families.base import BuildOptions, DataShape, Sharding
+from forge.model.families.registry import family_of
 from forge.objective.cross_entropy import CausalLm
 from forge.train.metrics import peak_memory_gib
 from forge.train.state import TrainState
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
-# On CPU torch's fused attention is slower than three plain products up to this many tokens: 1.18 times at
-# 128, 1.08 at 256, 1.07 at 512, 0.70 at 1024 (a training step of a small Llama in bf16, one core).
-_PLAIN_ATTENTION_TOKENS = 512
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -134,15 +133,12 @@ class Engine:
         engine: Any,
         *,
         training: TrainingSpec,
-        has_linear_head: bool = False,
         dropout: SampleDropout | None = None,
     ) -> None:
         """Args:
         engine: what `deepspeed.initialize` gave, around a `CausalLm`.
-        has_linear_head: what the model answered, or was known to; the loss is taken in chunks then.
-        dropout: is told of every micro-batch, where the model has any.
+        dropout: gets the positions of every micro-batch, where the model has any dropout.
         """
-        self.has_linear_head = has_linear_head
         self._engine = engine
         self._dropout = dropout
         self._training = training
@@ -277,46 +273,43 @@ def build_engine(
     seq_len: int,
     eot_id: int,
     device: torch.device,
+    has_linear_head: bool,
     skip_init: bool = False,
-    has_linear_head: bool | None = None,
 ) -> Engine:
-    """Build the network, its loss and its optimizer, and hand them to DeepSpeed; collective.
+    """Build the model, its loss and its optimizer, and hand them to DeepSpeed; collective.
 
     Under ZeRO 3 every module is divided as soon as it is built, so no rank ever holds the whole model.
 
     Args:
+        has_linear_head: of the plan's ModelInfo: whether the loss may be computed in chunks.
         skip_init: give the weights no values, as all of them are going to be read.
-        has_linear_head: what the model answered before; otherwise it is asked, which a blank one cannot be.
     """
-    config = build_config(model_spec, vocab_size=vocab_size, seq_len=seq_len, eot_id=eot_id)
-    drops = has_dropout(config)
-    is_short = device.type == "cpu" and seq_len <= _PLAIN_ATTENTION_TOKENS
-    if drops or (is_short and "attn_implementation" not in model_spec.config_overrides):
-        # Fused attention also draws its dropout from a stream of its own that nobody can place.
-        config._attn_implementation = "eager"
-    divided = training.zero.stage == 3
-    model = build_model(
+    family, data = family_of(model_spec), DataShape(vocab_size=vocab_size, seq_len=seq_len, eot_id=eot_id)
+    model = family.build(
         model_spec,
-        config,
-        seed=training.seed,
-        dtype=DTYPES[training.precision],
-        construct=_divide_when_built(deepspeed_config) if divided else None,
-        gather=_gather if divided else None,
-        skip_init=skip_init,
+        data,
+        options=BuildOptions(
+            dtype=DTYPES[training.precision],
+            device=device,
+            seed=training.seed,
+            skip_init=skip_init,
+            sharding=_sharding(deepspeed_config) if training.zero.stage == 3 else None,
+        ),
     )
     if training.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     objective = CausalLm(model)
     optimizer = build_optimizer(objective, training.optimizer, device=device)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=deepspeed_config)
-    if has_linear_head is None:
-        has_linear_head = training.cross_entropy == "chunked" and _has_linear_head(engine, vocab_size=vocab_size)
-    if has_linear_head:
+    if training.cross_entropy == "chunked" and has_linear_head:
         objective.use_chunks()
-    dropout = SampleDropout(model, seed=training.seed) if drops else None
+    dropout = SampleDropout(model, seed=training.seed) if model_has_dropout(model) else None
     if dropout is not None:
         dropout.install()
-    return Engine(engine, training=training, has_linear_head=has_linear_head, dropout=dropout)
+    built = Engine(engine, training=training, dropout=dropout)
+    if model_spec.from_pretrained is not None and not skip_init:
+        built.state.load_weights(family.open_pretrained(model_spec, data))
+    return built
 
 
 def build_optimizer(module: nn.Module, spec: OptimizerSpec, *, device: torch.device) -> torch.optim.AdamW:
@@ -351,14 +344,12 @@ def _import_muon_uncompiled() -> None:
         compiler.compile = compile_
 
 
-def _has_linear_head(engine: Any, *, vocab_size: int) -> bool:
-    """Ask the model on a few tokens; collective."""
-    engine.eval()
-    tokens = torch.arange(8, device=engine.device).unsqueeze(0) % vocab_size
-    with torch.no_grad():
-        answer = engine(tokens)
-    engine.train()
-    return bool(answer.item())
+def _sharding(deepspeed_config: dict[str, Any]) -> Sharding:
+    return Sharding(
+        construct=partial(_divide_when_built, deepspeed_config),
+        gather=_gather,
+        partition=lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config) and None,
+    )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import time
 from dataclasses import dataclass
@@ -26,26 +27,40 @@ class Peak:
 
 
 def find_peak(device: torch.device, *, dtype: torch.dtype) -> Peak:
-    """The peak of all ranks together: a GPU's by its data sheet, a CPU's by measurement.
+    """The peak of all ranks together: a GPU's by its data sheet, otherwise by measurement; collective.
 
-    Collective: every rank must call it, so that ranks sharing a machine measure at the same time.
+    A CPU is measured with one thread and multiplied by this rank's threads. The fork server of a node has done
+    that before it forks, so that it takes no time here.
     """
     gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if gpu is not None:
         own = gpu.bf16_flops if dtype == torch.bfloat16 else gpu.fp32_flops
         source = f"{gpu.name} data sheet"
     else:
-        dist.barrier()
-        own = measure_gemm_flops(device, dtype=dtype)
-        size = _GEMM_SIZE[device.type]
-        source = f"measured {str(dtype).removeprefix('torch.')} GEMM of {size}³"
+        own = measure_gemm_flops(device.type, dtype=dtype)
+        own *= torch.get_num_threads() if device.type == "cpu" else 1
+        source = f"measured {str(dtype).removeprefix('torch.')} GEMM of {_GEMM_SIZE[device.type]}³"
     total = torch.tensor([own], dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return Peak(flops=total.item(), source=source)
 
 
-def measure_gemm_flops(device: torch.device, *, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large square matrix product; the best of several."""
+@functools.cache
+def measure_gemm_flops(device_type: str, *, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large square matrix product; the best of several.
+
+    On CPU with one thread, and no other is started: a process that forks afterwards must not have any. The
+    answer is kept for the life of the process, and by its forks.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(torch.device(device_type), dtype=dtype)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _measure(device: torch.device, *, dtype: torch.dtype) -> float:
     size = _GEMM_SIZE[device.type]
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)

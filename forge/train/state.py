@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from forge.checkpoint.intervals import Interval, pack
 from forge.checkpoint.manifest import ModelShape, Parameter
+from forge.errors import CheckpointError
 
 TRAINED = ("master", "exp_avg", "exp_avg_sq")
 _KNOWN_RELEASE = "0.19.8"
@@ -71,6 +72,16 @@ class Readable(Protocol):
 
     def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
         """Fill each view with the bytes of its interval. Raises: CheckpointError."""
+
+
+class WeightSource(Protocol):
+    """Weights to start from, by parameter."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it holds a parameter or buffer."""
+
+    def read_into(self, name: str, out: Tensor, *, start: int = 0) -> None:
+        """Fill a flat tensor with elements from `start` on, converted to its type. Raises: OSError, EOFError."""
 
 
 class TrainState:
@@ -160,6 +171,24 @@ class TrainState:
             staged = torch.empty(target.shape, dtype=target.dtype)
             checkpoint.read([(self.interval(piece, kind), bytes_of(staged))])
             target.copy_(staged)
+
+    @torch.no_grad()
+    def load_weights(self, source: WeightSource) -> None:
+        """Start from given weights: fill what this rank keeps of them, then compute the model's own; collective.
+
+        Each rank reads its own ranges, trained weights straight into the fp32 masters.
+        Raises: CheckpointError if they cannot be read.
+        """
+        try:
+            for shard in self.shards:
+                if shard.start < shard.stop and shard.name in source:
+                    value = self.tensor(shard, shard.constant or "master")
+                    source.read_into(shard.name, value, start=shard.start)
+                    if shard.constant is None and self._averages:
+                        self.tensor(shard, "ema").copy_(value)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(f"the weights to start from cannot be read: {error}") from error
+        self.refresh_weights()
 
     @torch.no_grad()
     def update_average(self, *, decay: float, step: int) -> None:

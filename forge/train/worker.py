@@ -30,21 +30,12 @@ from forge.plan.plan import Plan, config_digest
 from forge.train.async_checkpoint import AsyncCheckpointer
 from forge.train.engine import DTYPES, Engine, Rendezvous, build_engine, join_process_group
 from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
-from forge.train.metrics import Peak, find_peak
+from forge.train.metrics import find_peak
 from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import ReplicaClient, Snapshotter
 from forge.user_code import use_code
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeResults:
-    """What the first generation found out, so that no later one has to."""
-
-    peak_flops_per_rank: float
-    peak_source: str
-    has_linear_head: bool
 
 
 class StateSource(Protocol):
@@ -83,8 +74,6 @@ class ElasticContext:
 
     keeper: ReplicaClient
     origin: StateSource | None = None
-    findings: ProbeResults | None = None
-    on_findings: Callable[[ProbeResults], None] = lambda findings: None
     on_progress: Callable[[], None] = lambda: None
 
 
@@ -117,23 +106,13 @@ def run_worker(
     clock.lap("rendezvous")
 
     origin = inheritance.origin if inheritance else None
-    known = inheritance.findings if inheritance else None
-    engine = _build(plan, place, device=device, skip_init=origin is not None and known is not None, known=known)
+    engine = _build(plan, place, device=device, skip_init=origin is not None)
     clock.lap("build")
     start = _take_over(engine, origin) if origin else _load_newest(engine, place.checkpoints, plan, reporter)
     clock.lap("load")
-    peak = _peak(device, known, plan=plan, world_size=place.world_size)
-    if known is None:
-        clock.lap("measure")
+    peak = find_peak(device, dtype=DTYPES[plan.job.training.precision])
+    clock.lap("measure")
     copier = Snapshotter(engine.state, keeper=inheritance.keeper) if inheritance else None
-    if inheritance is not None and known is None:
-        inheritance.on_findings(
-            ProbeResults(
-                peak_flops_per_rank=peak.flops / place.world_size,
-                peak_source=peak.source,
-                has_linear_head=engine.has_linear_head,
-            )
-        )
     keeper = inheritance.keeper if inheritance else None
     saving = AsyncCheckpointer(
         engine.state,
@@ -179,9 +158,7 @@ def run_worker(
             saving.close()
 
 
-def _build(
-    plan: Plan, place: WorkerContext, *, device: torch.device, skip_init: bool, known: ProbeResults | None
-) -> Engine:
+def _build(plan: Plan, place: WorkerContext, *, device: torch.device, skip_init: bool) -> Engine:
     """The engine of one world size; collective."""
     return build_engine(
         plan.job.model,
@@ -192,15 +169,8 @@ def _build(
         eot_id=plan.corpus.eot_id,
         device=device,
         skip_init=skip_init,
-        has_linear_head=known.has_linear_head if known else None,
+        has_linear_head=plan.model.has_linear_head,
     )
-
-
-def _peak(device: torch.device, known: ProbeResults | None, *, plan: Plan, world_size: int) -> Peak:
-    """Measured by the first generation; of later ones, the same for each rank."""
-    if known is None:
-        return find_peak(device, dtype=DTYPES[plan.job.training.precision])
-    return Peak(flops=known.peak_flops_per_rank * world_size, source=known.peak_source)
 
 
 def _take_over(engine: Engine, origin: StateSource) -> Progress:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from forge.config.model import ModelSpec
-from forge.model.inspect import ModelSpecError, measure
+from forge.errors import ModelError
+from forge.model.families.base import DataShape
+from forge.model.families.causal_lm import has_linear_head
+from forge.model.families.registry import family_of
 from forge.plan.flops import flops_per_token
 from forge.plan.inputs import ModelInfo
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def ask(**keys: object) -> ModelInfo | ModelSpecError:
-    return measure(ModelSpec.model_validate(keys), vocab_size=97, seq_len=16, eot_id=0)
+def ask(**keys: object) -> ModelInfo:
+    spec = ModelSpec.model_validate(keys)
+    return family_of(spec).inspect(spec, DataShape(vocab_size=97, seq_len=16, eot_id=0))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gpt_neox", "phi", "olmo"])
 def test_the_count_is_that_of_a_model_that_was_really_built(architecture: str) -> None:
     facts = ask(architecture=architecture, **SIZES)
-    assert isinstance(facts, ModelInfo)
     config = AutoConfig.for_model(architecture, **SIZES, vocab_size=97, max_position_embeddings=16)
     real = AutoModelForCausalLM.from_config(config)
     assert facts.num_parameters == sum(p.numel() for p in real.parameters())
@@ -31,7 +36,6 @@ def test_the_count_is_that_of_a_model_that_was_really_built(architecture: str) -
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_input_embedding_is_no_arithmetic_unless_it_is_the_head(tied: bool) -> None:
     facts = ask(architecture="llama", tie_word_embeddings=tied, **SIZES)
-    assert isinstance(facts, ModelInfo)
     layer = 4 * 32 * 32 + 3 * 32 * 64
     assert facts.num_matmul_parameters == 2 * layer + 97 * 32
 
@@ -41,7 +45,6 @@ def test_flops_agree_with_torchs_own_counter() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     facts = ask(architecture="llama", **SIZES)
-    assert isinstance(facts, ModelInfo)
     config = AutoConfig.for_model("llama", **SIZES, vocab_size=97, max_position_embeddings=16)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config)
@@ -52,7 +55,6 @@ def test_flops_agree_with_torchs_own_counter() -> None:
 
 def test_of_a_mixture_of_experts_only_the_active_share_counts() -> None:
     facts = ask(architecture="mixtral", num_key_value_heads=1, num_local_experts=8, num_experts_per_tok=2, **SIZES)
-    assert isinstance(facts, ModelInfo)
     experts = 2 * 8 * 3 * 32 * 64
     assert facts.num_matmul_parameters < facts.num_parameters - 0.7 * experts
 
@@ -67,13 +69,70 @@ def test_of_a_mixture_of_experts_only_the_active_share_counts() -> None:
     ],
 )
 def test_the_key_that_is_wrong_is_named(keys: dict[str, object], blamed: str) -> None:
-    answer = ask(**keys)
-    assert isinstance(answer, ModelSpecError)
-    assert answer.key == blamed
-    assert "\n" not in answer.problem
+    with pytest.raises(ModelError) as caught:
+        ask(**keys)
+    assert caught.value.key == blamed
+    assert "\n" not in caught.value.problem
 
 
 def test_a_wrong_key_comes_with_the_valid_ones() -> None:
-    answer = ask(architecture="llama", hiden_size=32)
-    assert isinstance(answer, ModelSpecError)
-    assert "hidden_size" in answer.choices
+    with pytest.raises(ModelError) as caught:
+        ask(architecture="llama", hiden_size=32)
+    assert "hidden_size" in caught.value.choices
+
+
+LINEAR = [
+    ("llama", {}, True),
+    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2}, True),
+    ("mixtral", {"num_key_value_heads": 1, "num_local_experts": 4}, True),
+    ("gemma2", {"head_dim": 16, "num_key_value_heads": 1, "final_logit_softcapping": 1.0}, False),
+    ("granite", {"logits_scaling": 3.0}, False),
+    ("cohere", {"logit_scale": 0.1}, False),
+]
+
+
+@pytest.mark.parametrize(("architecture", "keys", "is_linear"), LINEAR)
+def test_inspect__head__is_linear_as_the_model_itself_computes_it(
+    architecture: str, keys: dict[str, object], is_linear: bool
+) -> None:
+    sizes = {} if architecture == "gpt2" else SIZES
+    assert ask(architecture=architecture, **(sizes | keys)).has_linear_head is is_linear
+    config = AutoConfig.for_model(architecture, **(sizes | keys), vocab_size=97)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    tokens = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        assert torch.equal(model.get_output_embeddings()(hidden), logits) is is_linear
+
+
+def test_has_linear_head__logits_changed_in_place__is_not_linear() -> None:
+    config = AutoConfig.for_model("llama", **SIZES, vocab_size=97)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.get_output_embeddings().register_forward_hook(lambda _, given, out: None)
+    original = type(model).forward
+    model.forward = lambda **inputs: _halved(original(model, **inputs))
+    assert not has_linear_head(model)
+
+
+def _halved(out: Any) -> Any:
+    out.logits.mul_(0.5)
+    return out
+
+
+@pytest.mark.parametrize("pattern", ["model.embed_tokens", "model.layers.0.*", "*.mlp"])
+def test_inspect__freeze__is_not_counted_as_trainable(pattern: str) -> None:
+    whole, part = ask(architecture="llama", **SIZES), ask(architecture="llama", freeze=pattern, **SIZES)
+    assert part.num_trainable_parameters < part.num_parameters == whole.num_trainable_parameters
+
+
+def test_inspect__freeze_pattern_without_match__names_near_ones() -> None:
+    with pytest.raises(ModelError, match=r"'model\.embed_token'.*model\.embed_tokens") as caught:
+        ask(architecture="llama", freeze="model.embed_token", **SIZES)
+    assert caught.value.key == "freeze"
+
+
+def test_inspect__everything_frozen__is_refused() -> None:
+    with pytest.raises(ModelError, match="nothing would be trained"):
+        ask(architecture="llama", freeze="*", **SIZES)

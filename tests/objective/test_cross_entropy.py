@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from forge.objective import cross_entropy
-from forge.objective.cross_entropy import IGNORED, CausalLm, ChunkedCrossEntropy, has_linear_head
+from forge.objective.cross_entropy import IGNORED, CausalLm, ChunkedCrossEntropy
 
 VOCAB = 97
 
@@ -113,21 +113,3 @@ def test_it_holds_a_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True)
     ChunkedCrossEntropy.apply(hidden, weight, None, torch.zeros(512, dtype=torch.int64)).backward()
     assert largest == 16 * 4096
-
-
-@pytest.mark.parametrize(
-    ("architecture", "keys", "is_plain"),
-    [
-        ("llama", {}, True),
-        ("gpt2", {}, True),
-        ("gemma2", {"head_dim": 16, "num_key_value_heads": 1, "final_logit_softcapping": 1.0}, False),
-        ("granite", {"logits_scaling": 3.0}, False),
-        ("cohere", {"logit_scale": 0.1}, False),
-    ],
-)
-def test_models_that_change_their_logits_are_found_out(
-    architecture: str, keys: dict[str, object], is_plain: bool
-) -> None:
-    tokens, _ = batch()
-    with torch.no_grad():
-        assert has_linear_head(tiny_model(architecture, **keys), tokens) is is_plain

@@ -108,6 +108,7 @@ def tiny_facts(**changes: Any) -> ModelInfo:
         "attention_width": 32,
         "vocab_size": VOCAB,
         "max_seq_len": SEQ_LEN,
+        "has_linear_head": True,
     }
     return ModelInfo(**(body | changes))
 

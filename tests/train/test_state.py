@@ -28,7 +28,7 @@ def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     engine = build_engine(
         plan.job.model, plan.job.training, deepspeed_config=config,
-        vocab_size=VOCAB, seq_len=16, eot_id=0, device=device,
+        vocab_size=VOCAB, seq_len=16, eot_id=0, device=device, has_linear_head=True,
     )  # fmt: skip
     state = engine.state
     return {

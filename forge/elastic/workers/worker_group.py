@@ -85,7 +85,6 @@ class WorkerGroup:
         self.devices = config.devices
         self.generation = 0
         """Of the ranks that run, or ran last."""
-        self.findings: Message | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -113,7 +112,7 @@ class WorkerGroup:
             rendezvous_fd: the listening socket where ranks meet if rank 0 is among them.
         """
         ranks, asked_at = command["ranks"], time.monotonic()
-        self.generation, self.findings = command["generation"], command["findings"]
+        self.generation = command["generation"]
         self.kill(self.generation - 1)
         if self._fork_server is None:  # it has just died, which is being reported
             for rank in ranks:
@@ -247,7 +246,6 @@ class WorkerGroup:
             interface=_interface_of(self._config.host) if command["is_spread"] else "lo",
             step=command["step"],
             shards=shards,
-            findings=command["findings"],
             laps=command["laps"],
             asked_at=asked_at,
             secret=self._config.secret,
@@ -301,9 +299,6 @@ class WorkerGroup:
                     worker.replicator.send(step=step, slot=slot)
             case "event", (GenerationStarted() as started,):
                 self._tasks.start(self._report(report="started", started=asdict(started)))
-            case "findings", (findings,):
-                self.findings = findings
-                self._tasks.start(self._report(report="findings", findings=findings))
             case "end", (end, step, reason, error):
                 worker.has_reported_end = True
                 report = self._report_end(worker, end, step=step, reason=reason, error=error)

@@ -21,9 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from forge.checkpoint.snapshot_buffer import SnapshotBuffer
 from forge.elastic.commands import WorkerSpec
 from forge.elastic.replicas.restore import PeerStateSource, ShardLocation
@@ -31,11 +28,13 @@ from forge.elastic.states import EndReason
 from forge.elastic.workers.status_page import StatusField, StatusPage
 from forge.errors import ForgeError
 from forge.events import Event, NullReporter, StepMetrics
-from forge.model.build import build_config
+from forge.model.families.base import DataShape
+from forge.model.families.registry import family_of
 from forge.plan.plan import plan_from_json
 from forge.process import first_line, redirect_output
-from forge.train.engine import Rendezvous, import_late_modules
-from forge.train.worker import ElasticContext, ProbeResults, Stopwatch, WorkerContext, run_worker
+from forge.train.engine import DTYPES, Rendezvous, import_late_modules
+from forge.train.metrics import measure_gemm_flops
+from forge.train.worker import ElasticContext, Stopwatch, WorkerContext, run_worker
 from forge.user_code import use_code
 
 _POLL_S = 0.0005
@@ -43,18 +42,14 @@ _SOCKET_BYTES = 8 * 2**20
 
 
 def import_for(plan_json: str) -> None:
-    """Import everything that a rank of this plan needs, including the classes of its model."""
+    """Import what a rank of this plan will, including the classes of its model, and measure a CPU's peak."""
     plan = plan_from_json(plan_json)
     use_code(plan.code.digest if plan.code is not None else None)
     import_late_modules(device=plan.hardware.device)
-    config = build_config(
-        plan.job.model,
-        vocab_size=plan.corpus.vocab_size,
-        seq_len=plan.job.data.seq_len,
-        eot_id=plan.corpus.eot_id,
-    )
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config)
+    if plan.hardware.device == "cpu":
+        measure_gemm_flops("cpu", dtype=DTYPES[plan.job.training.precision])
+    data = DataShape(vocab_size=plan.corpus.vocab_size, seq_len=plan.job.data.seq_len, eot_id=plan.corpus.eot_id)
+    family_of(plan.job.model).import_classes(plan.job.model, data)
 
 
 def run_worker_process(spec_record: Mapping[str, Any], fds: list[int], plan_json: str) -> int:
@@ -124,8 +119,6 @@ def _run(spec: WorkerSpec, link: AgentLink, fds: list[int], *, plan_json: str, l
         inheritance=ElasticContext(
             keeper=AgentReplicaClient(link, reporter, local_world_size=spec.local_world_size),
             origin=origin,
-            findings=ProbeResults(**spec.findings) if spec.findings else None,
-            on_findings=lambda found: link.send("findings", asdict(found)) if spec.rank == 0 else None,
             on_progress=link.tick,
         ),
         clock=clock,

@@ -1,0 +1,13 @@
+"""Which family a `model:` section belongs to; a new family is a file in this folder and a line here."""
+
+from __future__ import annotations
+
+from forge.config.model import ModelSpec
+from forge.model.families.base import ModelFamily
+from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.user_class import UserClassFamily
+
+
+def family_of(spec: ModelSpec) -> ModelFamily:
+    """The family that builds and counts the model of a `model:` section."""
+    return CausalLmFamily() if spec.class_reference is None else UserClassFamily()

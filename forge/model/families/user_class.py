@@ -1,0 +1,134 @@
+"""A model class of the user's own: `model.class: my_models:TinyMixer`.
+
+The class is an `nn.Module` and follows this interface:
+
+    class TinyMixer(nn.Module):
+        def __init__(self, *, vocab_size: int, seq_len: int, width: int = 64) -> None: ...
+        def forward(self, input_ids: Tensor) -> Tensor: ...
+
+- The constructor takes the further keys of the `model:` section by name, and `vocab_size`, `seq_len` and `eot_id`
+  if it has parameters of these names. It draws the first weights from torch's generator, which is seeded with
+  `training.seed`, and it must not depend on the rank.
+- `forward(input_ids: int64[B, T])` returns logits `float[B, T, vocab_size]`; the logits at t may depend on the
+  tokens up to t only.
+- Optional attributes, for the plan's table: `num_layers`, `hidden_size`.
+- Optional method `gradient_checkpointing_enable()`, needed for `training.activation_checkpointing`.
+
+FLOPs and activations are measured: one forward pass on the meta device, whose matrix products and saved tensors
+are counted. So the class must not read values of tensors to decide what it computes. The model is built whole in
+the memory of every rank and divided afterwards, also under ZeRO 3.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from forge.config.model import ModelSpec
+from forge.errors import ModelError
+from forge.model.families.base import BuildOptions, DataShape, parameter_counts
+from forge.model.freeze import freeze_parameters
+from forge.model.init import stream
+from forge.model.pretrained import PretrainedWeights
+from forge.plan.inputs import ModelInfo
+from forge.process import one_line
+from forge.user_code import load_class
+
+
+class UserClassFamily:
+    """Any `nn.Module` that maps token ids to logits."""
+
+    def inspect(self, spec: ModelSpec, data: DataShape) -> ModelInfo:
+        with torch.device("meta"):
+            model = _construct(spec, data)
+        freeze_parameters(model, spec.freeze)
+        try:
+            cost = _measure(model, data)
+        except Exception as error:
+            raise ModelError(
+                f"one forward pass of {spec.class_reference} on the meta device failed: {one_line(error)}",
+                key="class",
+            ) from error
+        return ModelInfo(
+            architecture=spec.class_reference or "",
+            class_name=type(model).__name__,
+            **parameter_counts(model),
+            num_matmul_parameters=cost["flops"] // (2 * data.seq_len),
+            num_layers=int(getattr(model, "num_layers", 0)),
+            hidden_size=int(getattr(model, "hidden_size", 0)),
+            intermediate_size=0,
+            attention_width=0,
+            vocab_size=data.vocab_size,
+            max_seq_len=None,
+            has_linear_head=False,
+            activation_bytes_per_row=cost["activation_bytes"],
+        )
+
+    def build(self, spec: ModelSpec, data: DataShape, *, options: BuildOptions) -> nn.Module:
+        generator_state, default_dtype = torch.get_rng_state(), torch.get_default_dtype()
+        torch.manual_seed(stream(options.seed, ""))
+        torch.set_default_dtype(options.dtype)
+        try:
+            model = _construct(spec, data)
+        finally:
+            torch.set_default_dtype(default_dtype)
+            torch.set_rng_state(generator_state)
+        freeze_parameters(model, spec.freeze)
+        if options.sharding is not None:
+            options.sharding.partition(model)
+        return model
+
+    def open_pretrained(self, spec: ModelSpec, data: DataShape) -> PretrainedWeights:
+        raise AssertionError("a section with `class` has no `from_pretrained`")
+
+    def import_classes(self, spec: ModelSpec, data: DataShape) -> None:
+        _load(spec)
+
+
+def _load(spec: ModelSpec) -> type[nn.Module]:
+    assert spec.class_reference is not None
+    found: type[nn.Module] = load_class(spec.class_reference, base=nn.Module)
+    return found
+
+
+def _construct(spec: ModelSpec, data: DataShape) -> nn.Module:
+    """Raises: ModelError if the constructor takes other arguments, or fails."""
+    cls = _load(spec)
+    parameters = inspect.signature(cls).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key in spec.config_overrides:
+        if key not in parameters and not takes_any:
+            choices = tuple(sorted(set(parameters) - set(asdict(data))))
+            raise ModelError(f"{cls.__name__} takes no argument of this name", key=key, choices=choices)
+    given = {key: value for key, value in asdict(data).items() if key in parameters} | spec.config_overrides
+    try:
+        return cls(**given)
+    except Exception as error:
+        raise ModelError(f"{cls.__name__} cannot be constructed: {one_line(error)}", key="class") from error
+
+
+def _measure(model: nn.Module, data: DataShape) -> dict[str, int]:
+    """FLOPs and bytes kept for the backward pass of one row. Raises: ValueError if the output is no logits."""
+    tokens = torch.zeros(1, data.seq_len, dtype=torch.int64, device="meta")
+    own = {id(parameter) for parameter in model.parameters()}
+    kept: dict[tuple[int, Any], int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own:
+            kept[tensor.untyped_storage()._cdata, tensor.storage_offset()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    model.train()
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        logits: Any = model(tokens)
+    if not isinstance(logits, Tensor) or logits.shape != (1, data.seq_len, data.vocab_size):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"forward must return logits [B, T, {data.vocab_size}], not {shape}")
+    # The loss keeps the logits in fp32, their softmax and the gradient.
+    num_logits = logits.numel()
+    return {"flops": int(counter.get_total_flops()), "activation_bytes": sum(kept.values()) + 12 * num_logits}

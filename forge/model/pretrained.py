@@ -1,0 +1,169 @@
+"""Weights of `from_pretrained`, by the names of the model that is trained, read in any range.
+
+The names in the files may be older than the model class: transformers' own rules say how they are renamed, and
+which tensors are joined into one (experts of a mixture). A tensor that is only renamed is read by range; one
+that is joined is made whole first, one at a time. So no rank holds more than its own share and one tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from forge.errors import ModelError
+from forge.model.weight_files import StoredTensor, WeightFiles
+
+_MOST_NAMED = 5
+
+
+@dataclass(slots=True, kw_only=True)
+class _Joined:
+    """Tensors of the files that become one or more tensors of the model together."""
+
+    target: str
+    converter: WeightConverter
+    parts: list[tuple[str, str]] = field(default_factory=list)
+    """Name in the file, and the pattern of the converter that it matched."""
+
+
+class PretrainedWeights:
+    """The tensors of a folder under the names of a model.
+
+    Attributes:
+        unused: names in the files that the model has no place for.
+    """
+
+    def __init__(self, files: WeightFiles, model: Any) -> None:
+        """Args:
+        files: of the folder.
+        model: the transformers model on the meta device.
+
+        Raises: ModelError naming weights that are missing or of another shape.
+        """
+        self._files, self._model = files, model
+        self._plain: dict[str, StoredTensor] = {}
+        self._joined: dict[str, _Joined] = {}
+        self._last: tuple[str, dict[str, Tensor]] | None = None
+        """The joined tensors that were made last."""
+        self.unused: tuple[str, ...] = ()
+        self._map_names()
+        self._resolve_ties()
+        self._check_shapes()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._plain or name in self._joined
+
+    @torch.no_grad()
+    def read_into(self, name: str, out: Tensor, *, start: int = 0) -> None:
+        """Fill a flat tensor with a parameter's elements from `start` on, converted to its type.
+
+        Raises: OSError, EOFError.
+        """
+        if name in self._plain:
+            self._plain[name].read_into(out, start=start)
+        else:
+            whole = self._make(self._joined[name], load=_read_whole)[name]
+            out.copy_(whole.reshape(-1)[start : start + out.numel()])
+
+    def _map_names(self) -> None:
+        expected = self._model.state_dict()
+        rules = get_model_conversion_mapping(self._model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        rename = partial(
+            rename_source_key, base_model_prefix=self._model.base_model_prefix, meta_state_dict=expected
+        )
+        unused = []
+        for key in sorted(self._files.tensors, key=dot_natural_key):
+            name, pattern = rename(key, renamings, converters)
+            if name not in expected and key in expected:
+                name, pattern = key, None
+            if name not in expected:
+                unused.append(key)
+            elif pattern is None:
+                self._plain[name] = self._files.tensors[key]
+            else:
+                rule = by_pattern[pattern]
+                group = self._joined.get(name) or _Joined(target=name, converter=rule)
+                group.parts.append((key, pattern))
+                for target in rule.target_patterns:
+                    self._joined[name.replace(rule.target_patterns[0], target)] = group
+        ignored = self._model._keys_to_ignore_on_load_unexpected or ()
+        self.unused = tuple(key for key in unused if not any(re.search(pattern, key) for pattern in ignored))
+
+    def _resolve_ties(self) -> None:
+        """A tied parameter may be stored under any of its names; afterwards it is known under its first."""
+        first: dict[int, str] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            known = first.setdefault(id(parameter), name)
+            if known not in self and name in self:
+                if name in self._plain:
+                    self._plain[known] = self._plain[name]
+                else:
+                    self._joined[known] = self._joined[name]
+
+    def _check_shapes(self) -> None:
+        missing, wrong = [], []
+        for name, parameter in self._model.named_parameters():
+            shape = self._shape_of(name)
+            if shape is None:
+                missing.append(name)
+            elif shape != tuple(parameter.shape):
+                wrong.append(f"{name} is {_times(shape)} there and {_times(tuple(parameter.shape))} in the model")
+        if missing:
+            raise ModelError(
+                f"{self._files.source} lacks {_some(missing)}: a {type(self._model).__name__} needs every weight",
+                key="from_pretrained",
+            )
+        if wrong:
+            raise ModelError(f"{self._files.source} has other shapes: {_some(wrong)}", key="from_pretrained")
+
+    def _shape_of(self, name: str) -> tuple[int, ...] | None:
+        if name in self._plain:
+            return self._plain[name].shape
+        if name not in self._joined:
+            return None
+        made = self._make(self._joined[name], load=_on_meta)
+        return tuple(made[name].shape) if name in made else None
+
+    def _make(self, group: _Joined, *, load: Callable[[StoredTensor], Tensor]) -> dict[str, Tensor]:
+        if load is _read_whole and self._last is not None and self._last[0] == group.target:
+            return self._last[1]
+        self._last = None
+        converter = copy.deepcopy(group.converter)
+        for key, pattern in group.parts:
+            converter.add_tensor(group.target, key, pattern, partial(load, self._files.tensors[key]))
+        made = converter.convert(group.target, model=self._model, config=self._model.config)
+        made = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        if load is _read_whole:
+            self._last = group.target, made
+        return made
+
+
+def _read_whole(stored: StoredTensor) -> Tensor:
+    flat = torch.empty(stored.numel, dtype=stored.dtype)
+    stored.read_into(flat)
+    return flat.view(stored.shape)
+
+
+def _on_meta(stored: StoredTensor) -> Tensor:
+    return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "a number"

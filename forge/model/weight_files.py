@@ -1,0 +1,189 @@
+"""The safetensors files of a `from_pretrained` folder: where each tensor lies, and digests of the files.
+
+Tensors are read as ranges of bytes, so that a rank reads its own share and no more. Only safetensors is read:
+`pytorch_model.bin` is a pickle, and loading it would execute code from the folder.
+
+Source: https://huggingface.co/docs/safetensors/index#format
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from forge.errors import PlanError
+from forge.fs import write_atomic
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+"""torch's types by safetensors' names."""
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100 * 2**20
+_CHUNK_BYTES = 8 * 2**20
+_PIECE_NUMEL = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where one tensor lies."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read_into(self, out: Tensor, *, start: int = 0) -> None:
+        """Fill a flat tensor with the elements from `start` on, converted to its type; a few MiB at a time.
+
+        Raises: OSError; EOFError if the file is short.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            for first in range(0, out.numel(), _PIECE_NUMEL):
+                target = out[first : first + _PIECE_NUMEL]
+                is_direct = target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
+                piece = target.detach() if is_direct else torch.empty(target.numel(), dtype=self.dtype)
+                file.seek(self.offset + (start + first) * self.dtype.itemsize)
+                _fill(file, memoryview(piece.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                if not is_direct:
+                    target.copy_(piece)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFiles:
+    """The weights of one folder."""
+
+    source: str
+    """As the job names it: a folder or a hub id."""
+    revision: str | None
+    """The commit, for a hub id."""
+    paths: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
+    """By the name in the file."""
+
+
+def open_weight_files(source: str) -> WeightFiles:
+    """Find the files of a folder or hub id, and read where their tensors lie.
+
+    Raises: PlanError if there are no safetensors files, or one is damaged.
+    """
+    folder = Path(source).expanduser()
+    revision = None
+    if not folder.is_dir():
+        folder = _download(source)
+        revision = folder.name
+    paths = tuple(folder / name for name in _file_names(folder, source))
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        try:
+            tensors |= _read_header(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"model.from_pretrained: {path} is not a whole safetensors file: {error}") from error
+    return WeightFiles(source=source, revision=revision, paths=paths, tensors=tensors)
+
+
+def digest_file(path: Path, *, cache: Path | None = None) -> str:
+    """xxh3_128 of a file's content.
+
+    Args:
+        cache: a folder that remembers digests, so that a file whose size and time of change are as before is not
+            read again.
+    """
+    about = path.stat()
+    key = hashlib.blake2b(str(path.resolve()).encode(), digest_size=16).hexdigest()
+    known = [about.st_size, about.st_mtime_ns]
+    if cache is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads((cache / f"{key}.json").read_text())
+            if record["file"] == known:
+                return str(record["digest"])
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    if cache is not None:
+        with contextlib.suppress(OSError):  # without the cache, the file is read again next time
+            cache.mkdir(parents=True, exist_ok=True)
+            write_atomic(cache / f"{key}.json", json.dumps({"file": known, "digest": digest.hexdigest()}))
+    return digest.hexdigest()
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # its classes differ by cause: no such repository, no network, no access
+        raise PlanError(f"model.from_pretrained: {source} cannot be downloaded: {error}") from error
+
+
+def _file_names(folder: Path, source: str) -> Iterable[str]:
+    if (folder / _SINGLE).is_file():
+        return [_SINGLE]
+    if (folder / _INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+            if any(not isinstance(name, str) or name != Path(name).name for name in names):
+                raise ValueError("it names files outside of the folder")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"model.from_pretrained: {folder / _INDEX} cannot be read: {error}") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise PlanError(f"model.from_pretrained: {source} lacks {', '.join(missing)}, named in {_INDEX}")
+        return names
+    if any(folder.glob("pytorch_model*.bin*")):
+        raise PlanError(
+            f"model.from_pretrained: {source} holds pytorch_model.bin and no {_SINGLE}; loading a pickle executes "
+            "code, so forge refuses it. Convert it where you trust it: "
+            f'AutoModelForCausalLM.from_pretrained("{source}").save_pretrained("{source}-safetensors")'
+        )
+    raise PlanError(f"model.from_pretrained: {source} holds neither {_SINGLE} nor {_INDEX}")
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """Raises: OSError; ValueError, KeyError, TypeError for a header that does not add up."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"its header claims {length} bytes")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{name} has the type {entry['dtype']}, which forge does not read")
+        first, last = entry["data_offsets"]
+        tensor = StoredTensor(path=path, offset=8 + length + first, dtype=dtype, shape=tuple(entry["shape"]))
+        if first < 0 or last - first != tensor.numel * dtype.itemsize or 8 + length + last > size:
+            raise ValueError(f"{name} does not lie within the file")
+        found[name] = tensor
+    return found
+
+
+def _fill(file: Any, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise EOFError(f"{file.name} ends early")
+        done += count

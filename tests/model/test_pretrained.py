@@ -1,0 +1,177 @@
+"""Weights of a saved folder: names, ranges, types, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from forge.config.model import ModelSpec
+from forge.errors import ModelError, PlanError
+from forge.model.families.base import DataShape
+from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.pretrained import PretrainedWeights
+from forge.model.weight_files import digest_file, open_weight_files
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97,
+}  # fmt: skip
+EXPERTS = {"num_key_value_heads": 2, "num_local_experts": 4}
+DATA = DataShape(vocab_size=97, seq_len=16, eot_id=0)
+
+
+def saved_model(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_bytes: str = "5GB",
+    **keys: object,
+) -> Any:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97} if architecture == "gpt2" else SIZES
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(sizes | keys)), dtype=dtype)
+    model.save_pretrained(folder, max_shard_size=max_bytes)
+    return model
+
+
+def opened(folder: Path) -> PretrainedWeights:
+    return CausalLmFamily().open_pretrained(ModelSpec(from_pretrained=str(folder)), DATA)
+
+
+def differing(weights: PretrainedWeights, model: Any) -> list[str]:
+    """Parameters of which a range in the middle is not what the model holds."""
+    found = []
+    for name, parameter in model.named_parameters():
+        out = torch.empty(parameter.numel() - 3, dtype=torch.float32)
+        weights.read_into(name, out, start=2)
+        if not torch.equal(out, parameter.detach().reshape(-1)[2:-1].float()):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("gpt2", {}),
+        ("mixtral", EXPERTS),
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    ],
+)
+@pytest.mark.parametrize("max_bytes", ["5GB", "20KB"])
+def test_read_into__any_architecture_and_number_of_files__equals_the_saved_model(
+    tmp_path: Path, architecture: str, keys: dict[str, object], max_bytes: str
+) -> None:
+    model = saved_model(tmp_path, architecture, max_bytes=max_bytes, **keys)
+    assert (tmp_path / "model.safetensors").exists() is (max_bytes == "5GB")
+    weights = opened(tmp_path)
+    assert differing(weights, model) == []
+    assert weights.unused == ()
+
+
+def test_read_into__bf16_file__is_widened_exactly(tmp_path: Path) -> None:
+    model = saved_model(tmp_path, dtype=torch.bfloat16)
+    assert differing(opened(tmp_path), model) == []
+
+
+def test_open__file_of_the_base_model_alone__finds_names_without_their_prefix(tmp_path: Path) -> None:
+    model = saved_model(tmp_path, "gpt2")
+    file = tmp_path / "model.safetensors"
+    old = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    assert "wte.weight" in old
+    save_file(old, file, metadata={"format": "pt"})
+    assert differing(opened(tmp_path), model) == []
+
+
+def test_open__head_missing_and_not_tied__is_named(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    without(tmp_path / "model.safetensors", "lm_head.weight", "model.norm.weight")
+    with pytest.raises(ModelError, match=r"lacks .*lm_head\.weight") as caught:
+        opened(tmp_path)
+    assert "model.norm.weight" in caught.value.problem
+    assert caught.value.key == "from_pretrained"
+
+
+def test_open__tied_weight_stored_under_its_second_name__is_found(tmp_path: Path) -> None:
+    model = saved_model(tmp_path, tie_word_embeddings=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert differing(opened(tmp_path), model) == []
+
+
+def test_open__tensor_without_a_place__is_reported(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"score.weight": torch.zeros(2)}, file, metadata={"format": "pt"})
+    assert opened(tmp_path).unused == ("score.weight",)
+
+
+def test_open__other_shape__names_both(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 98}))
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight is 97×32 there and 98×32 in the model"):
+        opened(tmp_path)
+
+
+def test_inspect__folder_with_missing_weights__is_refused_before_anything_starts(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    without(tmp_path / "model.safetensors", "model.norm.weight")
+    with pytest.raises(ModelError, match=r"lacks model\.norm\.weight"):
+        CausalLmFamily().inspect(ModelSpec(from_pretrained=str(tmp_path)), DATA)
+
+
+def test_open__pickled_weights__are_refused(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(PlanError, match=r"pickle executes code"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["short", "header", "index", "missing"])
+def test_open__damaged_files__are_one_clear_line(tmp_path: Path, damage: str) -> None:
+    saved_model(tmp_path, max_bytes="20KB" if damage in ("index", "missing") else "5GB")
+    index = tmp_path / "model.safetensors.index.json"
+    file = next(tmp_path.glob("model*.safetensors"))
+    if damage == "short":
+        file.write_bytes(file.read_bytes()[:-4])
+    elif damage == "header":
+        file.write_bytes(b"\xff" * 64)
+    elif damage == "index":
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../../etc/passwd"}}))
+    else:
+        file.unlink()
+    with pytest.raises(PlanError, match=r"model\.from_pretrained") as caught:
+        opened(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_digest_file__content_changed__differs_and_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+    file, cache = tmp_path / "weights", tmp_path / "cache"
+    file.write_bytes(b"one")
+    first = digest_file(file, cache=cache)
+    assert digest_file(file, cache=cache) == first == digest_file(file)
+    file.write_bytes(b"three")
+    assert digest_file(file, cache=cache) != first
+
+
+def test_open_weight_files__reads_no_tensor(tmp_path: Path) -> None:
+    model = saved_model(tmp_path)
+    tensors = open_weight_files(str(tmp_path)).tensors
+    assert {name: stored.shape for name, stored in tensors.items()} == {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+    }
+
+
+def without(file: Path, *names: str) -> None:
+    kept = {name: tensor for name, tensor in load_file(file).items() if name not in names}
+    save_file(kept, file, metadata={"format": "pt"})
