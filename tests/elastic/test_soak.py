@@ -1,4 +1,4 @@
-"""Many faults in one run, at random moments: `pytest -m slow tests/elastic/test_soak.py --faults 50 -s`."""
+"""Random faults at random times in one run: `pytest -m slow tests/elastic/test_soak.py --faults 50 -s`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from forge.runs.reader import driver_pid, read_metrics
 from tests.support.command import forge, wait_for
 from tests.support.elastic import Run, leftovers, machines, start_run, stop_run, write_job
 from tests.support.ranks import run_ranks
+from tests.support.seeds import SEED
 
 TOLERANCE = 5e-5
 NUM_MACHINES = 3
 
 
 class Faults:
-    """Every kind, each dealt out to somebody at random; each returns once the run has taken it."""
+    """Every kind of fault, on random targets; each method returns once the run has handled the fault."""
 
     def __init__(self, run: Run, *, seed: int) -> None:
-        self.run, self.chance = run, random.Random(seed)
+        self.run, self.random = run, random.Random(seed)
         self.kinds: list[Callable[[], None]] = [
             self.rank_killed,
             self.rank_stopped,
@@ -35,7 +36,7 @@ class Faults:
             self.agent_stopped,
             self.machine_killed,
             self.supervisor_killed,
-            self.carrier_killed,
+            self.driver_killed,
             self.notice,
         ]
 
@@ -75,14 +76,14 @@ class Faults:
         os.kill(faults.processes_of(self.run.folder).supervisor, signal.SIGKILL)
         wait_for(lambda: len(self.run.of("SupervisorRestarted")) > count)
 
-    def carrier_killed(self) -> None:
-        carrier = driver_pid(self.run.folder)
-        assert carrier is not None
-        os.kill(carrier, signal.SIGKILL)
-        wait_for(lambda: driver_pid(self.run.folder) not in (None, carrier))
+    def driver_killed(self) -> None:
+        driver = driver_pid(self.run.folder)
+        assert driver is not None
+        os.kill(driver, signal.SIGKILL)
+        wait_for(lambda: driver_pid(self.run.folder) not in (None, driver))
 
     def _without(self, before: Callable[[str], None]) -> None:
-        """Take a machine away, perhaps after something else, and put another in its place."""
+        """Kill a machine, after `before(node)`, and add another."""
         node = self._place()["node"]
         machine = self.run.cluster.of(self.run.agent(node))
         before(node)
@@ -95,7 +96,7 @@ class Faults:
 
     def _place(self) -> dict[str, int | str]:
         wait_for(lambda: faults.processes_of(self.run.folder).ranks)
-        place: dict[str, int | str] = self.chance.choice(self.run.formed["ranks"])
+        place: dict[str, int | str] = self.random.choice(self.run.formed["ranks"])
         return place
 
     def _agent(self) -> int:
@@ -104,24 +105,24 @@ class Faults:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_many_faults_in_one_run(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_soak__random_faults__at_most_one_step_repeated_each(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     num_faults = pytestconfig.getoption("--faults")
-    write_job(tmp_path, steps=1_000_000, lr=1e-5)  # rounding grows with every update: a hundred thousand of them
-    dealt: Counter[str] = Counter()
+    write_job(tmp_path, steps=1_000_000, lr=1e-5)  # rounding errors grow over a hundred thousand updates
+    counts: Counter[str] = Counter()
     worst = 0
     with machines(tmp_path, count=NUM_MACHINES) as cluster:
         run = start_run(cluster)
         run.await_world(NUM_MACHINES)
-        dealer = Faults(run, seed=num_faults)
+        faults_in_run = Faults(run, seed=SEED)
         for number in range(num_faults):
-            time.sleep(dealer.chance.uniform(0.0, 4.0))
-            fault = dealer.kinds[number % len(dealer.kinds)]
+            time.sleep(faults_in_run.random.uniform(0.0, 4.0))
+            fault = faults_in_run.kinds[number % len(faults_in_run.kinds)]
             before, began = len(run.repeated()), time.monotonic()
             fault()
             run.await_steps(3)
             repeated = len(run.repeated()) - before
             worst = max(worst, repeated)
-            dealt[fault.__name__] += 1
+            counts[fault.__name__] += 1
             print(f"{number + 1:3} {fault.__name__:18} {time.monotonic() - began:5.1f} s, repeated {repeated}")
             assert repeated <= 1, fault.__name__
         stop_run(run)
@@ -129,7 +130,7 @@ def test_many_faults_in_one_run(tmp_path: Path, pytestconfig: pytest.Config) -> 
     records = read_metrics(run.folder)
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
     plan = plan_from_json((run.folder / "plan.json").read_text())
-    peace = run_ranks(plan, tmp_path / "peace", world_size=1, stop_after=len(records)).losses
-    difference = max(abs(record["train/loss"] - loss) for record, loss in zip(records, peace, strict=True))
-    print(f"{dict(dealt)}; {len(records)} steps, at most {worst} repeated, losses differ by {difference:.1e}")
+    undisturbed = run_ranks(plan, tmp_path / "undisturbed", world_size=1, stop_after=len(records)).losses
+    difference = max(abs(record["train/loss"] - loss) for record, loss in zip(records, undisturbed, strict=True))
+    print(f"{dict(counts)}; {len(records)} steps, at most {worst} repeated, losses differ by {difference:.1e}")
     assert difference < TOLERANCE

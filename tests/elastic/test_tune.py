@@ -1,4 +1,4 @@
-"""Real Ray, real kills, a whole search: its trials, and what they come to, are as if nothing had been."""
+"""A whole search with real Ray and real kills: its trials and results equal those of an undisturbed search."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 
 
 class Search:
-    """A search that goes on."""
+    """A search in progress."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._carried = start_driver(folder)
+        self._driver = start_driver(folder)
 
     @property
     def book(self) -> TrialTable:
@@ -64,15 +64,15 @@ class Search:
     def status(self) -> str:
         return read_run(self.folder).status
 
-    def carry_on(self) -> None:
-        self._carried = start_driver(self.folder)
+    def resume(self) -> None:
+        self._driver = start_driver(self.folder)
 
-    def kill_carrier(self) -> None:
-        os.kill(self._carried.pid, signal.SIGKILL)
-        self._carried.wait()
+    def kill_driver(self) -> None:
+        os.kill(self._driver.pid, signal.SIGKILL)
+        self._driver.wait()
 
     def rank_of(self, number: int) -> int:
-        """The pid of a trial's only rank, once it trains."""
+        """The pid of a trial's only rank; waits until it trains."""
         folder = Path(trial_folder(str(self.folder), number))
 
         def pid() -> int | None:
@@ -87,7 +87,7 @@ class Search:
 
     def await_end(self) -> None:
         wait_for(lambda: self.status != "running", timeout_s=180)
-        self._carried.wait()
+        self._driver.wait()
 
 
 def start(cluster: Machines, **changes: str) -> Search:
@@ -106,14 +106,14 @@ def numbers_of(search: Search, kind: str) -> list[int]:
 
 
 def actor_pid(cluster: Machines, name: str) -> int:
-    """Of the newest of the cluster's processes that calls itself so."""
+    """The pid of the newest process of the cluster whose command line contains the name."""
 
     def newest() -> int | None:
         found = []
         for process in psutil.process_iter(["cmdline", "create_time"]):
             with contextlib.suppress(psutil.Error, OSError):
-                is_ours = os.getsid(process.pid) in cluster.leaders
-                if is_ours and name in " ".join(process.info["cmdline"] or []):
+                is_of_cluster = os.getsid(process.pid) in cluster.leaders
+                if is_of_cluster and name in " ".join(process.info["cmdline"] or []):
                     found.append((process.info["create_time"], process.pid))
         return max(found)[1] if found else None
 
@@ -121,15 +121,15 @@ def actor_pid(cluster: Machines, name: str) -> int:
     return pid
 
 
-def test_a_search_through_kills_has_the_trials_and_results_of_one_in_peace(cluster: Machines) -> None:
-    peace = start(cluster)
-    peace.await_end()
+def test_search__killed_processes__results_of_an_undisturbed_search(cluster: Machines) -> None:
+    undisturbed = start(cluster)
+    undisturbed.await_end()
     search = start(cluster)
     search.await_step(1, 10)
     os.kill(search.rank_of(1), signal.SIGKILL)
     search.await_step(1, 30)
-    search.kill_carrier()
-    search.carry_on()
+    search.kill_driver()
+    search.resume()
     search.await_step(3, 10)
     cluster.kill(cluster.of(search.rank_of(3)))
     cluster.add()
@@ -138,11 +138,11 @@ def test_a_search_through_kills_has_the_trials_and_results_of_one_in_peace(clust
     search.await_step(5, 10)
     os.kill(actor_pid(cluster, "ray::ResourceTrainable"), signal.SIGKILL)  # Tune's own actor of a trial
     search.await_step(5, 30)
-    search.kill_carrier()
-    search.carry_on()
+    search.kill_driver()
+    search.resume()
     search.await_end()
     assert search.status == "finished"
-    expected, found = peace.book.trials, search.book.trials
+    expected, found = undisturbed.book.trials, search.book.trials
     assert list(found) == list(expected) == [1, 2, 3, 4, 5, 6]
     for number, trial in found.items():
         assert trial.values == expected[number].values, number
@@ -157,25 +157,25 @@ def test_a_search_through_kills_has_the_trials_and_results_of_one_in_peace(clust
     assert not leftovers(Run(folder=search.folder, cluster=cluster), timeout_s=90)
 
 
-@pytest.mark.slow  # tests/search/test_scheduler.py has it without a cluster
-def test_a_scheduler_that_is_killed_knows_again_what_it_was_told(cluster: Machines) -> None:
+@pytest.mark.slow  # tests/search/test_scheduler.py tests it without a cluster
+def test_search__asha_driver_killed__scheduler_resumes(cluster: Machines) -> None:
     search = start(cluster, search__scheduler="{kind: asha, reduction_factor: 2}")
     search.await_step(2, 20)
-    search.kill_carrier()
-    search.carry_on()
+    search.kill_driver()
+    search.resume()
     search.await_end()
     assert search.status == "finished"
     assert numbers_of(search, "TrialSuggested") == numbers_of(search, "TrialEnded") == [1, 2, 3, 4, 5, 6]
     trials = search.book.trials.values()
     assert {trial.status for trial in trials} == {"finished", "stopped"}
-    # At each rung a trial that goes on is no worse than the better half of those that were there before.
+    # Every stopped trial names the scheduler and the step.
     assert all(
         trial.reason == f"stopped by asha at step {trial.step}" for trial in trials if trial.status == "stopped"
     )
 
 
 @pytest.mark.slow
-def test_a_population_that_is_killed_goes_on_from_its_last_round(cluster: Machines) -> None:
+def test_search__pbt_driver_killed__resumes_from_the_last_round(cluster: Machines) -> None:
     space = "{training.optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}}"
     search = start(
         cluster,
@@ -185,8 +185,8 @@ def test_a_population_that_is_killed_goes_on_from_its_last_round(cluster: Machin
     )
     wait_for(lambda: search.book.population_step == 20)
     search.await_step(1, 40)
-    search.kill_carrier()
-    search.carry_on()
+    search.kill_driver()
+    search.resume()
     search.await_end()
     assert search.status == "finished"
     trials = search.book.trials

@@ -1,4 +1,4 @@
-"""What every rank of a test needs, imported once; ranks are forked from here."""
+"""The imports that every rank of a test needs; ranks are forked from a process that has loaded this module."""
 
 import os
 

@@ -1,13 +1,13 @@
-"""Kill the writers of checkpoints at random moments of saving, and ask each time what is left to go on from.
+"""Kill checkpoint writers at random moments of saving, and check each time which checkpoint remains.
 
     python -m tests.support.kills FOLDER NUM_KILLS SEED > report.json
 
 A membership is two or three processes that do what `forge.train.async_checkpoint` does, without torch and without
-training: a snapshot each, filled with bytes that follow from the step, and a real `forge.checkpoint.writer_process`
-beside it, for one step after the other. One of them, or all, get SIGKILL; the next membership goes on
-from what `find_checkpoint` gives. All are forked from this one light process, which also inherits the
-savers whose rank has died, so that it can wait until nobody is left. It is longer than
-400 lines because the harness, its stand-ins for ranks and those who judge are to be read side by side.
+training: each has a snapshot, filled with bytes computed from the step, and a real
+`forge.checkpoint.writer_process`, for one step after another. One process, or all, receive SIGKILL; the next
+membership continues from what `find_checkpoint` returns. All are forked from this one light process, which also
+becomes the parent of orphaned writers, so that it can wait until no process is left. It is longer than 400 lines
+because the harness, the simulated ranks and the checks belong together.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from forge.errors import CheckpointError
 KEEP = 2
 VICTIMS = ("a rank", "a saver", "rank 0's saver", "all")
 PHASES = ("draft", "part", "receipt", "await", "state", "drop", "manifest", "rename", "sweep", "prune", "remove")
-"""What a saver is doing, in order; `rename` comes after the manifest, `prune` is choosing what to remove."""
+"""Phases of a writer in order; `rename` follows the manifest, `prune` chooses what to remove."""
 STAGES = {
     "writing": {"draft", "part"},
     "receipts": {"receipt"},
@@ -55,18 +55,18 @@ STAGES = {
     "sweeping": {"sweep"},
     "pruning": {"prune", "remove"},
 }
-"""The same in fewer words."""
-# Those that are too short to be hit often, more than once.
+"""Groups of phases."""
+# Short phases are listed repeatedly, so that they are hit as often.
 _AIMS = (*PHASES, "draft", "rename", "prune", "sweep", "sweep")
 _MARKS = ("idle", "save", "discard", *PHASES)
 _ROOT = Path(__file__).parents[2]
 _MAX_WORLD_SIZE = 3
 _DEADLINE_S = 20.0
-# Short, so that the harness is: how long a saver waits for parts that nobody will bring, and sleeps between looks.
+# Short, to keep the harness fast: how long a writer waits for missing parts, and sleeps between polls.
 _PATIENCE_S = 0.05
 _POLL_S = 0.002
 _ABANDONED_AFTER_S = 0.5
-# A part of a real model is written in many pieces; one of this state's is too.
+# A shard is written in several chunks, as one of a real model is.
 _CHUNK_BYTES = 2**16
 _EXECUTED = f"""
 from forge.checkpoint import storage_fs as folder
@@ -95,29 +95,29 @@ _SHAPE = ModelShape(
 
 @dataclass(kw_only=True)
 class KillReport:
-    """What was killed, and what became of it."""
+    """What was killed, and the state of the checkpoints afterwards."""
 
     num_kills: int = 0
     num_sealed: int = 0
-    """Saves that were reported to be done."""
+    """Saves reported as complete."""
     seconds: float = 0.0
     save_ms: float = 0.0
-    """From the beginning of one save to that of the next, where nobody is killed."""
+    """From the start of one save to that of the next, without kills."""
     victims: Counter[str] = field(default_factory=Counter)
     phases: Counter[str] = field(default_factory=Counter)
-    """What the savers that were killed were doing."""
+    """Phases of the killed writers."""
     broken: list[str] = field(default_factory=list)
-    """Kills after which what should be a whole checkpoint was none, or held other bytes than were saved."""
+    """Kills after which a checkpoint did not verify, or held other bytes than were saved."""
     lost: list[str] = field(default_factory=list)
-    """Kills after which the newest checkpoint was older than one that had been reported."""
+    """Kills after which the newest checkpoint was older than a reported one."""
     left: list[str] = field(default_factory=list)
-    """Processes that did not end, memberships that did not save on."""
+    """Processes that did not end, memberships that did not continue to save."""
     crashed: list[str] = field(default_factory=list)
-    """Savers that ended by themselves, and not well."""
+    """Writers that failed without being killed."""
     most_drafts: int = 0
-    """That lay there after a kill."""
+    """Most staging folders found after a kill."""
     names: list[str] = field(default_factory=list)
-    """What lies in the folder after a last save, which nobody disturbed."""
+    """Content of the folder after a last, undisturbed save."""
 
 
 def kill_forge(folder: Path, *, num_kills: int, seed: int) -> KillReport:
@@ -130,7 +130,7 @@ def kill_forge(folder: Path, *, num_kills: int, seed: int) -> KillReport:
         text = harness.communicate(timeout=60 + num_kills)[0]
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(harness.pid, signal.SIGKILL)  # with whatever it may have left
+            os.killpg(harness.pid, signal.SIGKILL)  # including any processes it has left
         harness.wait()
     if harness.returncode != 0:
         raise subprocess.CalledProcessError(harness.returncode, command)
@@ -140,7 +140,7 @@ def kill_forge(folder: Path, *, num_kills: int, seed: int) -> KillReport:
 
 
 def main() -> None:
-    """What `kill_forge` starts."""
+    """Entry point of the process that `kill_forge` starts."""
     folder, num_kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     _inherit_orphans()
     report = _Campaign(folder, seed=seed).run(num_kills)
@@ -224,7 +224,7 @@ class _Campaign:
         self._newest = max([self._newest, *membership.seen.sealed])
 
     def _await_quiet(self) -> bool:
-        """Wait until every process of every membership is gone."""
+        """Wait until every process of every membership has ended."""
         codes = _reap()
         savers = {pid for membership in self._before for pid in membership.seen.savers}
         if codes is None:
@@ -240,7 +240,7 @@ class _Campaign:
         return True
 
     def _check(self, *, is_quiet: bool) -> None:
-        """Whether there is what should be there."""
+        """Check the checkpoints in the folder."""
         after = f"after kill {self._report.num_kills}"
         if is_quiet:
             for name in list_checkpoints(self._storage):
@@ -266,7 +266,7 @@ class _Campaign:
         self._report.most_drafts = max(self._report.most_drafts, len(list(self._folder.glob(".draft-*"))))
 
     def _save_a_last_time(self) -> None:
-        """In peace, with every draft of the dead being old enough."""
+        """Save once undisturbed, when every abandoned staging folder is old enough to be removed."""
         time.sleep(_ABANDONED_AFTER_S)
         membership = self._start(num_saves=KEEP)
         membership.await_end()
@@ -277,19 +277,19 @@ class _Campaign:
 
 @dataclass(kw_only=True)
 class _Seen:
-    """What a membership has told of itself."""
+    """What a membership has reported."""
 
     begun: list[float] = field(default_factory=list)
-    """When a save began, by the monotonic clock."""
+    """Start of a save, by the monotonic clock."""
     sealed: list[int] = field(default_factory=list)
     savers: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By process: its rank, and the place of its mark."""
+    """Process → its rank, and the index of its phase mark."""
     deaths: list[int] = field(default_factory=list)
-    """Return codes of savers that died beside a living rank."""
+    """Exit codes of writers that died while their rank was alive."""
 
 
 class _Membership:
-    """Ranks that save step after step, as seen from outside."""
+    """Simulated ranks that save step after step, seen from the harness."""
 
     def __init__(
         self,
@@ -331,7 +331,7 @@ class _Membership:
             os.close(fd)
 
     def await_report(self, is_so: Callable[[_Seen], bool]) -> bool:
-        """Listen until something is so; False if it takes too long, or nobody is left to tell."""
+        """Read reports until a condition holds; False on timeout or if all ranks have ended."""
         deadline = time.monotonic() + _DEADLINE_S
         while not is_so(self.seen) or len(self.seen.savers) < self.world_size:
             if not select.select([self._reports.fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -341,11 +341,11 @@ class _Membership:
         return True
 
     def await_end(self) -> None:
-        """Listen until all ranks have ended."""
+        """Read reports until all ranks have ended."""
         self.await_report(lambda seen: False)
 
     def await_mark(self, phase: str, *, rank: int) -> None:
-        """Return the moment a rank's saver is seen in a phase."""
+        """Wait until a rank's writer is in a phase."""
         place = self._saver_of(rank)[1]
         deadline = time.monotonic() + 0.2
         while not self.is_executed and time.monotonic() < deadline:
@@ -354,7 +354,7 @@ class _Membership:
             os.sched_yield()
 
     def kill(self, victim: str, *, rank: int) -> list[str]:
-        """Returns: what the savers were doing that were killed, as far as that can be seen."""
+        """Returns: the phases of the killed writers, as far as they are known."""
         killed: list[tuple[int, int]] = []
         if victim == "a rank":
             _kill(self._ranks[rank])
@@ -367,11 +367,11 @@ class _Membership:
         if victim == "all":
             for pid in self._ranks:
                 _kill(pid)
-        time.sleep(2e-4)  # until the last mark is made
+        time.sleep(2e-4)  # until the last mark is written
         return [] if self.is_executed else [_MARKS[self._marks[place]] for _, place in killed]
 
     def end(self) -> None:
-        """Kill the ranks that live; their savers find out. Everything they told has been heard afterwards."""
+        """Kill the living ranks, whose writers notice it, and read all remaining reports."""
         for pid in self._ranks:
             _kill(pid)
         while self._listen():
@@ -393,13 +393,13 @@ class _Membership:
         return lines is not None
 
     def _saver_of(self, rank: int) -> tuple[int, int]:
-        """The newest one, and the place of its mark."""
+        """The newest process, and the index of its phase mark."""
         return [(pid, place) for pid, (of, place) in self.seen.savers.items() if of == rank][-1]
 
 
 @dataclass(kw_only=True)
 class _Rank:
-    """A stand-in for a rank that trains; the first one says when all of them save."""
+    """A simulated training rank; rank 0 decides when all of them save."""
 
     rank: int
     world_size: int
@@ -413,11 +413,11 @@ class _Rank:
     num_savers: int = 0
     num_begun: int = 0
     asked: str = ""
-    """The token of the save that a follower was last asked for; it may lose its saver before the first."""
+    """Token of the last requested save; a writer may be killed before the first one."""
     has_part: bool = False
 
     def run(self, first_step: int, *, num_saves: int | None) -> None:
-        """Save step after step, until there were enough, or killed, or alone."""
+        """Save step after step, until done, killed, or without peers."""
         _close_all_but({0, 1, 2, self.telling, *self.inward, *self.outward})
         self._snapshot = create_snapshot_buffer(_layout(self.rank, world_size=self.world_size))
         self._peers = [_Lines(fd) for fd in self.inward]
@@ -436,7 +436,7 @@ class _Rank:
         token = self._save(step)
         while True:
             for source, line in self._hear():
-                if source is not self._answers and line == token:  # a peer's part has failed
+                if source is not self._answers and line == token:  # a peer's shard has failed
                     self._send({"abort": token})
                     return
                 if source is self._answers and line is None:
@@ -487,7 +487,7 @@ class _Rank:
         return order.token
 
     def _hear(self) -> Iterator[tuple[_Lines, Any]]:
-        """What peers and the saver say; None if the saver is dead. Without a peer this rank ends."""
+        """Read messages of peers and of the writer; None if the writer is dead. Without peers this rank ends."""
         by_fd = {lines.fd: lines for lines in (*self._peers, self._answers)}
         for fd in select.select(list(by_fd), [], [])[0]:
             source = by_fd[fd]
@@ -528,15 +528,14 @@ class _Rank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Saver:
-    """`forge.checkpoint.writer_process` in a process that was forked: the same but for the imports, which are
-    there."""
+    """`forge.checkpoint.writer_process` in a forked process: the same, without the time for imports."""
 
     snapshot: int
     orders: int
     answering: int
 
     def run(self, marks: mmap.mmap, place: int) -> None:
-        """Returns when there are no more orders."""
+        """Returns when there are no more commands."""
         snapshot = 3
         for old, new in ((self.orders, 0), (self.answering, 1), (self.snapshot, snapshot)):
             os.dup2(old, new)
@@ -549,7 +548,7 @@ class _Saver:
 
 
 def _mark_phases(marks: mmap.mmap, place: int) -> None:
-    """Let this process write down what it is doing, where others can read it even when it is dead."""
+    """Have this process write its phase to shared memory, which is readable after its death."""
 
     def marked(function: Callable[..., Any], phase: str | None) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -579,7 +578,7 @@ def _phase_of(path: str) -> str:
 
 
 def _values(step: int, interval: Interval) -> memoryview:
-    """The elements of an interval as of a step: a stretch of noise, which begins elsewhere for everything."""
+    """The elements of an interval at a step: noise, from an offset that depends on interval and step."""
     name = f"{step}/{interval.kind}/{interval.name}".encode()
     begin = int.from_bytes(hashlib.sha256(name).digest()[:8]) % (len(_NOISE) // 2)
     begin += interval.start * ITEM_BYTES[interval.dtype]
@@ -587,7 +586,7 @@ def _values(step: int, interval: Interval) -> memoryview:
 
 
 def _layout(rank: int, *, world_size: int) -> Layout:
-    """A rank's share of everything, in a row."""
+    """A rank's shard, as contiguous intervals."""
     total = sum(entry[3] for entry in _STATE)
     first, last = total * rank // world_size, total * (rank + 1) // world_size
     intervals, at = [], 0
@@ -600,14 +599,14 @@ def _layout(rank: int, *, world_size: int) -> Layout:
 
 
 class _Lines:
-    """Lines out of a pipe."""
+    """Reads lines from a pipe."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._text = b""
 
     def read(self) -> list[str] | None:
-        """Those that are complete; waits for a piece. None at the end."""
+        """Read once and return the complete lines; None at the end of the pipe."""
         piece = os.read(self.fd, 2**16)
         if not piece:
             return None
@@ -616,7 +615,7 @@ class _Lines:
 
 
 def _fork(run: Callable[[], Any]) -> int:
-    """Run something in a child of this process."""
+    """Run a function in a forked child."""
     pid = os.fork()
     if pid:
         return pid
@@ -625,7 +624,7 @@ def _fork(run: Callable[[], Any]) -> int:
         run()
         code = 0
     except BrokenPipeError:
-        code = 0  # whoever would listen is gone
+        code = 0  # the reader is gone
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -646,7 +645,7 @@ def _kill(pid: int) -> None:
 
 
 def _pause(seconds: float) -> None:
-    """Sleep, to the microsecond."""
+    """Sleep with microsecond precision."""
     end = time.perf_counter() + seconds
     time.sleep(max(0.0, seconds - 5e-4))
     while time.perf_counter() < end:
@@ -654,13 +653,13 @@ def _pause(seconds: float) -> None:
 
 
 def _inherit_orphans() -> None:
-    """Become the parent of every descendant whose own parent dies. Source: prctl(2), PR_SET_CHILD_SUBREAPER."""
+    """Become the parent of orphaned descendants. Source: prctl(2), PR_SET_CHILD_SUBREAPER."""
     if ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
 def _reap() -> dict[int, int] | None:
-    """Wait until no descendant is left. Returns: their return codes; None if some do not end."""
+    """Wait until no descendant is left. Returns: their exit codes; None on timeout."""
     codes = {}
     deadline = time.monotonic() + _DEADLINE_S
     while time.monotonic() < deadline:

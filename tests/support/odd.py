@@ -1,5 +1,5 @@
-"""A model with everything that makes a state awkward, on real DeepSpeed engines: odd sizes, a frozen layer, tied
-weights, buffers of two types, parameters smaller than the number of ranks."""
+"""A model with a state that is hard to shard, on real DeepSpeed engines: odd sizes, a frozen layer, tied weights,
+buffers of two types, parameters smaller than the number of ranks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero 3 persistent": {"stage": 3},
     "zero 3 offload": {"stage": 3, "offload": "cpu"},
 }
-"""What `training.zero` says; under `persistent`, small parameters stay whole on every rank."""
+"""Values of `training.zero`; with `persistent`, small parameters are not divided."""
 
 MATRIX = [name for name in VARIANTS if name not in ("zero 3 persistent", "zero 3 offload")]
-"""Those that are tried at every world size; the others differ from them in where the same vectors lie."""
+"""Variants tested at every world size; the others hold the same vectors in other places."""
 
 
 class OddModel(nn.Module):
@@ -45,7 +45,7 @@ class OddModel(nn.Module):
         self.register_buffer("scratch", torch.zeros(4), persistent=False)
 
     def finish(self) -> OddModel:
-        """Tie and freeze; after the construction, which may divide the parameters."""
+        """Tie and freeze parameters, after a construction that may divide them."""
         self.head.weight = self.embedding.weight
         self.frozen.requires_grad_(False)
         return self
@@ -76,14 +76,14 @@ def odd_state(variant: str, *, world_size: int, precision: str = "bf16") -> Trai
 
 
 def pattern(shard: Shard, kind: str, dtype: torch.dtype) -> Tensor:
-    """Elements that tell their name, kind and place: what a shard must hold, whoever wrote it."""
+    """Elements computed from name, kind and index: the expected content of a shard, whichever rank wrote it."""
     places = torch.arange(shard.start, shard.stop, dtype=torch.int64)
     hashed = (places * 2654435761 + zlib.crc32(f"{kind}/{shard.name}".encode())) % 1_000_003
     return hashed.to(dtype) if not dtype.is_floating_point else (hashed.double() / 1_000_003).to(dtype)
 
 
 def write_pattern(state: TrainState, *, zero: bool = False) -> None:
-    """Fill all that a rank keeps."""
+    """Fill all tensors that a rank holds."""
     for shard in state.shards:
         for kind in state.kinds_of(shard):
             tensor = state.tensor(shard, kind)
@@ -91,7 +91,7 @@ def write_pattern(state: TrainState, *, zero: bool = False) -> None:
 
 
 def differing(state: TrainState) -> list[str]:
-    """What a rank keeps that is not, bit for bit, what it should hold."""
+    """The tensors of a rank that are not bit-identical to the expected content."""
     found = []
     for shard in state.shards:
         for kind in state.kinds_of(shard):

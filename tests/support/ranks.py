@@ -1,4 +1,4 @@
-"""Train with real processes, gloo and DeepSpeed, without Ray: ranks forked from a process that has imported all."""
+"""Training with real processes, gloo and DeepSpeed but without Ray: ranks forked from a fork server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Recording:
 
 
 class RecordingReporter:
-    """Keeps what it is told, and asks to stop after a given step."""
+    """Records events and steps, and asks to stop after a given step."""
 
     def __init__(self, stop_after: int | None) -> None:
         self.recording = Recording()
@@ -46,10 +46,10 @@ class RecordingReporter:
         self.recording.steps.append(metrics)
 
     def resend(self, metrics: StepMetrics) -> None:
-        """It has kept all that it was told."""
+        """Nothing to do: no step was lost."""
 
     def should_stop(self) -> bool:
-        # Asked before a step whether to stop after it.
+        # Called before a step, to decide whether to stop after it.
         done = self.recording.steps[-1].step if self.recording.steps else 0
         return self._stop_after is not None and done + 1 >= self._stop_after
 
@@ -68,9 +68,10 @@ def run_ranks(plan: Plan, folder: Path, *, world_size: int, stop_after: int | No
 
 
 def on_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
-    """Call `function(rank, *arguments)` on every rank of a fresh process group to be; what they return.
+    """Call `function(rank, *arguments)` in one process per rank of a new process group.
 
-    Raises: what the first rank to fail raised.
+    Returns: the results by rank.
+    Raises: the exception of the first rank that fails.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.fork_server"])
@@ -129,7 +130,7 @@ def _train(rank: int, plan_json: str, folder: str, world_size: int, stop_after: 
 
 
 def _record_samples(recording: Recording) -> None:
-    """Note which samples this process trains on; those that only fill up a batch are none."""
+    """Record which samples this process trains on, without those that fill up a batch."""
     from forge.data.loader import MicroBatch, TrainBatches
 
     of_step = TrainBatches.of_step
@@ -144,7 +145,7 @@ def _record_samples(recording: Recording) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
