@@ -1,4 +1,4 @@
-"""What makes a machine unfit for a cluster, and what does not."""
+"""Which hosts can be part of a cluster, and what is said about the others."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from forge.cluster.ssh import probe
-from forge.cluster.ssh.bootstrap import require_usable, skew_of
+from forge.cluster.ssh.bootstrap import clock_skew, require_usable
 from forge.errors import ClusterError
 
 VERSION = platform.python_version()
 
 
 def probed(tmp_path: Path, *, nvidia_smi: str | None = None) -> dict[str, Any]:
-    """What the probe says of this machine, with such an `nvidia-smi`."""
+    """The probe's facts about this machine, with a fake `nvidia-smi`."""
     tools = tmp_path / "tools"
     tools.mkdir()
     if nvidia_smi is not None:
@@ -37,14 +37,14 @@ def probed(tmp_path: Path, *, nvidia_smi: str | None = None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("nvidia_smi", [None, "echo No devices were found; exit 6"])
-def test_a_machine_without_gpu_is_fit(tmp_path: Path, nvidia_smi: str | None) -> None:
+def test_require_usable__no_gpu__passes(tmp_path: Path, nvidia_smi: str | None) -> None:
     facts = probed(tmp_path, nvidia_smi=nvidia_smi)
     require_usable(facts, needs_install=False)
     assert facts["gpus"] == []
     assert not (tmp_path / "not").exists()
 
 
-def test_gpus_are_told_with_memory_and_driver(tmp_path: Path) -> None:
+def test_probe__gpus__have_memory_and_driver(tmp_path: Path) -> None:
     facts = probed(
         tmp_path, nvidia_smi="echo 'NVIDIA A100, SXM, 81920, 550.54.15'; echo 'NVIDIA T4, 15360, 550.54.15'"
     )
@@ -56,16 +56,16 @@ def test_gpus_are_told_with_memory_and_driver(tmp_path: Path) -> None:
     "nvidia_smi",
     ["echo 'NVIDIA-SMI has failed because it could not communicate with the driver' >&2; exit 9", "exit 9"],
 )
-def test_a_driver_that_does_not_work_is_named_and_not_taken_for_no_gpu(tmp_path: Path, nvidia_smi: str) -> None:
+def test_require_usable__broken_driver__is_refused(tmp_path: Path, nvidia_smi: str) -> None:
     facts = probed(tmp_path, nvidia_smi=nvidia_smi)
-    with pytest.raises(ClusterError, match=r"its GPU's driver does not work: (NVIDIA-SMI has failed|.* with 9)"):
+    with pytest.raises(ClusterError, match=r"its GPU driver does not work: (NVIDIA-SMI has failed|.* with 9)"):
         require_usable(facts, needs_install=False)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"skew_s": 31.0}, r"its clock is 31 s ahead; have it set"),
+        ({"skew_s": 31.0}, r"its clock is 31 s ahead; synchronise it"),
         ({"skew_s": -31.0}, r"its clock is 31 s behind"),
         ({"free_bytes": 10**9}, r"its disk has .* free under .*, and .* are needed"),
         ({"is_writable": False}, r"cannot be written there; choose another: folder in the file"),
@@ -74,7 +74,9 @@ def test_a_driver_that_does_not_work_is_named_and_not_taken_for_no_gpu(tmp_path:
         ({"versions": {}}, r"has no forge-train; install it there"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_cure(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_require_usable__unusable_host__says_why_and_what_to_do(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ClusterError, match=message):
         require_usable(probed(tmp_path) | changes, needs_install=False)
 
@@ -82,5 +84,5 @@ def test_what_is_wrong_is_named_with_its_cure(tmp_path: Path, changes: dict[str,
 @pytest.mark.parametrize(
     ("there", "skew_s"), [(100.0, 0.0), (130.0, 0.0), (160.0, 0.0), (95.0, -5.0), (165.0, 5.0), (300.0, 140.0)]
 )
-def test_a_clock_is_wrong_by_what_a_slow_answer_does_not_explain(there: float, skew_s: float) -> None:
-    assert skew_of(there, began=100.0, ended=160.0) == skew_s
+def test_clock_skew__slow_answer__is_not_counted(there: float, skew_s: float) -> None:
+    assert clock_skew(there, began=100.0, ended=160.0) == skew_s

@@ -72,41 +72,41 @@ def start(api: Api, region: str, *, name: str = "big", kind: str = "worker", cou
     )
 
 
-def ignore(stage: NodeProgress) -> None:
-    """News that nobody waits for."""
+def ignore(_: NodeProgress) -> None:
+    pass
 
 
 @pytest.mark.slow
-def test_the_regions_are_tried_in_order_of_the_spot_price_of_now(api: Api) -> None:
+def test_up__regions__are_tried_by_current_spot_price(api: Api) -> None:
     api.spot_prices = {
         "us-east-1": {"g5.xlarge": 0.5},
         "us-west-2": {"g5.xlarge": 0.3},
         "eu-west-1": {"g5.xlarge": 0.4},
     }
     api.refusals = [Refusal("RunInstances", region, "InsufficientInstanceCapacity") for region in REGIONS]
-    stages: list[NodeProgress] = []
+    progress: list[NodeProgress] = []
     with pytest.raises(ClusterError) as caught:
-        CloudCluster(spec_of()).up(on_progress=stages.append)
-    failed = [stage.name for stage in stages if stage.is_failure]
+        CloudCluster(spec_of()).up(on_progress=progress.append)
+    failed = [one.name for one in progress if one.is_failure]
     assert failed == ["us-west-2", "eu-west-1", "us-east-1"]
-    assert "no region has machines to rent now (us-west-2: InsufficientInstanceCapacity, eu-" in str(caught.value)
+    assert "no region has capacity now (us-west-2: InsufficientInstanceCapacity, eu-" in str(caught.value)
     assert all(not api.instances(region) and _groups(api, region) == ["default"] for region in REGIONS)
     assert not api.client("iam").list_roles()["Roles"]
     assert list_records() == []
 
 
 @pytest.mark.slow
-def test_the_next_region_is_tried_for_want_of_room_and_for_nothing_else(api: Api) -> None:
+def test_up__next_region__is_tried_only_for_lack_of_capacity(api: Api) -> None:
     api.spot_prices = {region: {"g5.xlarge": price} for region, price in zip(REGIONS, (0.5, 0.3, 0.6), strict=True)}
     api.refusals = [
         Refusal("RunInstances", "us-west-2", "MaxSpotInstanceCountExceeded"),
         Refusal("RunInstances", "us-east-1", "InvalidParameterValue"),
     ]
-    cluster, stages = CloudCluster(spec_of()), list[NodeProgress]()
+    cluster, progress = CloudCluster(spec_of()), list[NodeProgress]()
     with pytest.raises(ClusterError, match=r"could not be started.*InvalidParameterValue.*forge cluster down big"):
-        cluster.up(on_progress=stages.append)
-    assert [stage.name for stage in stages if stage.is_failure] == ["us-west-2"]
-    assert _groups(api, "us-west-2") == ["default"], "what was made in vain is taken away"
+        cluster.up(on_progress=progress.append)
+    assert [one.name for one in progress if one.is_failure] == ["us-west-2"]
+    assert _groups(api, "us-west-2") == ["default"], "what was created without success is deleted"
     assert not api.calls["RunInstances", "eu-west-1"]
     assert read_record("big") is not None
     assert cluster.down(on_progress=ignore) == []
@@ -115,24 +115,24 @@ def test_the_next_region_is_tried_for_want_of_room_and_for_nothing_else(api: Api
 
 
 @pytest.mark.slow
-def test_auto_means_every_region_that_has_the_machine(api: Api) -> None:
+def test_find_regions__auto__is_every_region_with_the_type(api: Api) -> None:
     everywhere = aws.find_regions(spec_of(regions=["auto"]), names=["g5.xlarge"])
     assert {"us-east-1", "eu-west-1"} <= set(everywhere)
     rare = aws.find_regions(spec_of(regions=["auto"]), names=["p4de.24xlarge"])
     assert "us-east-1" in rare and len(rare) < len(everywhere)
-    with pytest.raises(ClusterError, match=r"no region of AWS that this account may use has g99\.huge"):
+    with pytest.raises(ClusterError, match=r"no AWS region of this account has g99\.huge"):
         aws.find_regions(spec_of(regions=["auto"]), names=["g99.huge"])
 
 
-def test_of_several_zones_the_cheapest_price_counts_and_a_region_may_have_none(api: Api) -> None:
+def test_spot_prices__cheapest_zone__and_regions_without(api: Api) -> None:
     api.spot_prices = {"us-east-1": {"g5.xlarge": 0.5}}
     found = aws.spot_prices(["us-east-1", "us-west-2"], names=["g5.xlarge", "g5.2xlarge"])
     assert found == {"us-east-1": {"g5.xlarge": 0.5}, "us-west-2": {}}
 
 
-def test_a_place_made_twice_is_one_and_lets_in_whoever_asked_last(api: Api, public_key: str) -> None:
+def test_prepare_network__twice__is_one_with_the_last_allow_from(api: Api, public_key: str) -> None:
     for address in ("203.0.113.4/32", "198.51.100.0/24"):
-        place = aws_network.prepare(
+        place = aws_network.prepare_network(
             spec_of(storage="s3://bucket/runs"), region="us-east-1", public_key=public_key, allow_from=address
         )
     ec2 = api.ec2("us-east-1")
@@ -149,7 +149,7 @@ def test_a_place_made_twice_is_one_and_lets_in_whoever_asked_last(api: Api, publ
     )
     assert not own["IpRanges"] and len(place.subnets) > 1
     assert [pair["KeyName"] for pair in ec2.describe_key_pairs()["KeyPairs"]] == ["forge-big"]
-    assert aws_network.remove_place("big", region="us-east-1") == []
+    assert aws_network.remove_network("big", region="us-east-1") == []
     aws_network.remove_profiles("big")
     assert not ec2.describe_key_pairs()["KeyPairs"]
     assert not api.client("iam").list_roles()["Roles"]
@@ -157,7 +157,7 @@ def test_a_place_made_twice_is_one_and_lets_in_whoever_asked_last(api: Api, publ
 
 
 @pytest.mark.slow
-def test_down_ends_all_machines_in_every_region_that_was_tried_and_no_others(api: Api) -> None:
+def test_down__terminates_the_cluster_in_all_tried_regions_only(api: Api) -> None:
     write_record(record := _record(tried=["us-east-1", "us-west-2"]))
     start(api, "us-east-1", kind="head")
     start(api, "us-east-1", count=3)
@@ -173,11 +173,11 @@ def test_down_ends_all_machines_in_every_region_that_was_tried_and_no_others(api
 
 
 @pytest.mark.slow
-def test_a_cluster_that_cannot_be_asked_about_is_not_forgotten(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_down__aws_does_not_answer__keeps_the_record(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     write_record(_record(tried=["us-east-1"]))
     start(api, "us-east-1", kind="head")
     api.refusals = [Refusal("TerminateInstances", "us-east-1", "UnauthorizedOperation")]
-    with pytest.raises(ClusterError, match=r"may not do TerminateInstances in us-east-1"):
+    with pytest.raises(ClusterError, match=r"do not allow TerminateInstances in us-east-1"):
         find_cluster("big").down(on_progress=ignore)
     assert read_record("big") is not None
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -186,7 +186,7 @@ def test_a_cluster_that_cannot_be_asked_about_is_not_forgotten(api: Api, monkeyp
     assert read_record("big") is not None
 
 
-def test_the_status_of_a_cluster_shows_what_each_machine_costs(api: Api) -> None:
+def test_status__shows_the_price_of_each_machine(api: Api) -> None:
     prices = {"spot-worker": 0.4, "spot-head": 0.192}
     write_record(_record(tried=["us-east-1"], region="us-east-1", private_address="10.0.0.1", prices=prices))
     start(api, "us-east-1", kind="head")
@@ -198,43 +198,43 @@ def test_the_status_of_a_cluster_shows_what_each_machine_costs(api: Api) -> None
     assert status.address == "10.0.0.1:6379"
 
 
-def test_without_credentials_it_says_how_to_give_them_and_remembers_nothing(
+def test_up__no_credentials__says_what_to_do_and_keeps_no_record(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ClusterError, match=r"no credentials for AWS.*aws configure") as caught:
+    with pytest.raises(ClusterError, match=r"no AWS credentials were found.*aws configure") as caught:
         CloudCluster(spec_of()).up(on_progress=ignore)
     assert caught.value.exit_code == 3
     assert list_records() == []
 
 
-def test_credentials_that_are_refused_are_told_apart_from_rights_that_are_missing(api: Api) -> None:
+def test_up__credentials_or_rights_refused__are_told_apart(api: Api) -> None:
     api.refusals = [Refusal("DescribeSpotPriceHistory", "us-east-1", "AuthFailure")]
     with pytest.raises(ClusterError, match="does not accept the credentials in us-east-1: AuthFailure"):
         CloudCluster(spec_of()).up(on_progress=ignore)
     api.refusals = [Refusal("CreateSecurityGroup", "us-east-1", "UnauthorizedOperation")]
-    with pytest.raises(ClusterError, match=r"may not do CreateSecurityGroup in us-east-1.*docs/operations\.md"):
+    with pytest.raises(ClusterError, match=r"do not allow CreateSecurityGroup in us-east-1.*docs/operations\.md"):
         CloudCluster(spec_of()).up(on_progress=ignore)
 
 
-def test_a_second_up_meanwhile_is_refused(api: Api) -> None:
+def test_up__another_up_is_running__is_refused(api: Api) -> None:
     with cluster_lock("big"), pytest.raises(ClusterError, match="another forge process is starting or stopping"):
         CloudCluster(spec_of()).up(on_progress=ignore)
     assert not api.instances("us-east-1")
 
 
-def test_the_name_of_a_cluster_elsewhere_is_not_taken(api: Api) -> None:
+def test_up__name_of_another_providers_cluster__is_refused(api: Api) -> None:
     write_record(ClusterRecord(name="big", provider="ssh", spec={}))
-    with pytest.raises(ClusterError, match="a cluster 'big' on ssh is known already; give this one another name"):
+    with pytest.raises(ClusterError, match="a cluster 'big' on ssh exists already; choose another name"):
         CloudCluster(spec_of()).up(on_progress=ignore)
     record = read_record("big")
     assert record is not None and record.provider == "ssh"
     assert not api.calls
 
 
-def test_a_file_that_asks_for_what_cannot_be_had_costs_nothing(api: Api) -> None:
+def test_up__limit_too_low__asks_aws_nothing(api: Api) -> None:
     with pytest.raises(JobFileError, match="does not pay for the head"):
         CloudCluster(spec_of(max_usd_per_hour=0.3)).up(on_progress=ignore)
     assert list_records() == []

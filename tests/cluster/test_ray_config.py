@@ -1,4 +1,4 @@
-"""What is bought and what Ray's launcher is told, for every cloud: decided from the file and from prices alone."""
+"""Which instances are rented and the file for Ray's launcher, for every cloud, from the file and prices alone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from forge.cluster.cloud import firewall
 from forge.cluster.cloud.aws_network import head_rights, ingress, storage_rights
-from forge.cluster.cloud.instance_selection import InstancePlan, listed_price, order_by_price, plan_purchase
+from forge.cluster.cloud.instance_selection import InstancePlan, listed_price, order_by_price, plan_instances
 from forge.cluster.cloud.provider import CloudCluster
-from forge.cluster.cloud.ray_config import HEAD, Installed, RegionContext, render
-from forge.cluster.cloud.ray_launcher import judge, news_of, no_capacity
+from forge.cluster.cloud.ray_config import HEAD, ForgeInstall, RegionContext, build_ray_config
+from forge.cluster.cloud.ray_launcher import current_step, find_capacity_error, parse_result
 from forge.config.cluster import CloudSpec
 from forge.config.load import load_cluster
 from forge.errors import ClusterError, ForgeError, JobFileError
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 FILES = ["aws-spot", "gcp-spot", "azure-spot"]
 PROJECT = {"aws": {}, "gcp": {"project": "my-project"}, "azure": {"project": "0000-1111"}}
 GPU = {"aws": "A10G", "gcp": "L4", "azure": "T4"}
-SITE = RegionContext(
+CONTEXT = RegionContext(
     region="us-east-1",
     key_file="/home/me/key",
     public_key_file="/home/me/key.pub",
@@ -50,13 +50,13 @@ def spec_of(provider: str = "aws", **keys: Any) -> CloudSpec:
     return CloudSpec.model_validate(values, strict=False)
 
 
-def rendered(spec: CloudSpec, *, site: RegionContext = SITE) -> dict[str, Any]:
-    purchase = plan_purchase(spec, price_of=listed_price(spec))
-    return render(spec, purchase=purchase, site=site, installed=Installed(python="/opt/forge/bin/python"))
+def rendered(spec: CloudSpec, *, context: RegionContext = CONTEXT) -> dict[str, Any]:
+    plan = plan_instances(spec, price_of=listed_price(spec))
+    return build_ray_config(spec, plan=plan, context=context, install=ForgeInstall(python="/opt/forge/bin/python"))
 
 
 def validated(values: dict[str, Any]) -> dict[str, Any]:
-    """As `ray up` reads the file, up to where it asks the cloud."""
+    """Read the file as `ray up` does, up to where it asks the cloud."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     prepared = prepare_config(yaml.safe_load(yaml.safe_dump(values)))
@@ -66,7 +66,7 @@ def validated(values: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("provider", PROJECT)
 @pytest.mark.parametrize("gpu", [True, False])
-def test_rays_own_schema_takes_what_is_rendered(provider: str, gpu: bool) -> None:
+def test_build_ray_config__any_cloud__is_valid_by_rays_schema(provider: str, gpu: bool) -> None:
     spec = spec_of(provider, on_demand_fallback=True, storage="s3://b/r", **({} if gpu else {"gpu": "none"}))
     prepared = validated(rendered(spec))
     assert prepared["max_workers"] == 4
@@ -74,7 +74,7 @@ def test_rays_own_schema_takes_what_is_rendered(provider: str, gpu: bool) -> Non
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_files_in_the_cluster_folder_can_be_rendered_as_they_stand(
+def test_shipped_files__render_within_their_limit(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORGE_STATE", str(tmp_path))
@@ -85,10 +85,10 @@ def test_the_files_in_the_cluster_folder_can_be_rendered_as_they_stand(
     price = cluster.price()
     assert price is not None and spec.max_usd_per_hour is not None
     assert 0 < price <= spec.max_usd_per_hour
-    assert not list(tmp_path.rglob("*.token")), "a dry run makes nothing"
+    assert not list(tmp_path.rglob("*.token")), "a dry run creates nothing"
 
 
-def test_the_head_is_on_demand_and_takes_no_ranks_and_the_workers_are_spot() -> None:
+def test_build_ray_config__head_is_on_demand_without_cpus_and_workers_are_spot() -> None:
     values = rendered(spec_of())
     types = values["available_node_types"]
     assert types[HEAD]["resources"] == {"CPU": 0}
@@ -100,8 +100,8 @@ def test_the_head_is_on_demand_and_takes_no_ranks_and_the_workers_are_spot() -> 
         assert kind["node_config"]["SubnetIds"] == ["subnet-a", "subnet-b"]
 
 
-def test_on_demand_workers_come_last_and_only_where_the_file_allows_them() -> None:
-    assert all(offer.is_spot for offer in plan_purchase(spec_of(), price_of=listed_price(spec_of())).workers)
+def test_build_ray_config__on_demand_fallback__has_lower_priority() -> None:
+    assert all(option.is_spot for option in plan_instances(spec_of(), price_of=listed_price(spec_of())).workers)
     types = rendered(spec_of(on_demand_fallback=True))["available_node_types"]
     spot = [kind["priority"] for name, kind in types.items() if name.startswith("spot-")]
     full = [kind["priority"] for name, kind in types.items() if name.startswith("on-demand-")]
@@ -110,12 +110,12 @@ def test_on_demand_workers_come_last_and_only_where_the_file_allows_them() -> No
     assert all("InstanceMarketOptions" not in types[name]["node_config"] for name in types if "demand" in name)
 
 
-def test_without_spot_no_machine_is_spot() -> None:
-    workers = plan_purchase(spec_of(spot=False), price_of=listed_price(spec_of())).workers
-    assert workers and not any(offer.is_spot for offer in workers)
+def test_plan_instances__spot_false__has_no_spot() -> None:
+    workers = plan_instances(spec_of(spot=False), price_of=listed_price(spec_of())).workers
+    assert workers and not any(option.is_spot for option in workers)
 
 
-def test_every_machine_is_tagged_with_its_cluster_and_owner() -> None:
+def test_build_ray_config__every_node_type__has_cluster_and_owner_tags() -> None:
     for kind in rendered(spec_of())["available_node_types"].values():
         (tags,) = (
             given["Tags"]
@@ -130,7 +130,7 @@ def test_every_machine_is_tagged_with_its_cluster_and_owner() -> None:
 
 
 @pytest.mark.parametrize("provider", PROJECT)
-def test_ray_starts_with_its_token_and_its_dashboard_on_loopback(provider: str) -> None:
+def test_build_ray_config__ray_has_a_token_and_a_loopback_dashboard(provider: str) -> None:
     values = rendered(spec_of(provider, storage="s3://bucket/runs", max_usd_per_hour=50))
     (_, head, _), (_, worker) = values["head_start_ray_commands"], values["worker_start_ray_commands"]
     assert "--dashboard-host=127.0.0.1" in head
@@ -142,9 +142,7 @@ def test_ray_starts_with_its_token_and_its_dashboard_on_loopback(provider: str) 
 
 
 @pytest.mark.parametrize("node_type", ["head", "spot-g5-xlarge", "unheard-of"])
-def test_a_machine_finds_the_cloud_its_own_price_and_the_storage_in_its_environment(
-    node_type: str, tmp_path: Path
-) -> None:
+def test_start_commands__environment_has_cloud_price_and_storage(node_type: str, tmp_path: Path) -> None:
     spec = spec_of(storage="s3://a bucket/$runs", max_usd_per_hour=50, usd_per_hour={"g5.xlarge": 0.25})
     command = rendered(spec)["worker_start_ray_commands"][1].partition("ulimit")[0]
     done = subprocess.run(
@@ -170,39 +168,39 @@ def test_a_machine_finds_the_cloud_its_own_price_and_the_storage_in_its_environm
     fallback=st.booleans(),
     provider=st.sampled_from(sorted(PROJECT)),
 )
-def test_no_more_machines_are_bought_than_the_limit_pays_for(
+def test_plan_instances__any_limit__is_never_exceeded(
     low: int, more: int, limit: float, fallback: bool, provider: str
 ) -> None:
     spec = spec_of(provider, workers=f"{low}..{low + more}", max_usd_per_hour=limit, on_demand_fallback=fallback)
     try:
-        purchase = plan_purchase(spec, price_of=listed_price(spec))
+        plan = plan_instances(spec, price_of=listed_price(spec))
     except JobFileError as error:
         assert error.key == "max_usd_per_hour" and "USD/h" in str(error)
         return
-    assert low <= purchase.max_workers <= low + more
-    assert purchase.usd_per_hour is not None
-    assert purchase.usd_per_hour <= limit + 1e-6
-    if purchase.max_workers < low + more:  # one more of the dearest would be too much
-        dearest = max(offer.usd_per_hour or 0.0 for offer in purchase.workers)
-        assert purchase.usd_per_hour + dearest > limit - 1e-6
+    assert low <= plan.max_workers <= low + more
+    assert plan.usd_per_hour is not None
+    assert plan.usd_per_hour <= limit + 1e-6
+    if plan.max_workers < low + more:  # one more of the dearest would be too much
+        dearest = max(option.usd_per_hour or 0.0 for option in plan.workers)
+        assert plan.usd_per_hour + dearest > limit - 1e-6
 
 
-def test_a_limit_without_prices_is_refused_and_says_what_is_missing() -> None:
+def test_plan_instances__limit_without_prices__is_refused() -> None:
     spec = spec_of(instance_types=["g99.huge"], max_usd_per_hour=10)
-    with pytest.raises(JobFileError, match=r"g99\.huge is not known; write it into usd_per_hour"):
-        plan_purchase(spec, price_of=listed_price(spec))
+    with pytest.raises(JobFileError, match=r"g99\.huge is unknown; add it to usd_per_hour"):
+        plan_instances(spec, price_of=listed_price(spec))
 
 
-def test_a_spot_price_that_is_not_listed_is_taken_for_the_full_one() -> None:
+def test_listed_price__no_spot_price__is_the_on_demand_price() -> None:
     assert machine_types("aws")["p5.4xlarge"].spot_usd_per_hour is None
     price_of = listed_price(spec_of(gpu="H100"))
     assert price_of("p5.4xlarge", True) == price_of("p5.4xlarge", False) == 6.88
 
 
-def test_the_price_that_is_shown_is_the_head_and_all_workers_at_their_dearest() -> None:
+def test_instance_plan__price__is_head_and_all_workers_at_the_highest() -> None:
     spec = spec_of(instance_types=["g5.xlarge", "g5.2xlarge"], workers="0..3", on_demand_fallback=True)
-    purchase = plan_purchase(spec, price_of=listed_price(spec))
-    assert purchase.usd_per_hour == pytest.approx(0.192 + 3 * 1.212)
+    plan = plan_instances(spec, price_of=listed_price(spec))
+    assert plan.usd_per_hour == pytest.approx(0.192 + 3 * 1.212)
 
 
 @pytest.mark.parametrize(
@@ -218,13 +216,13 @@ def test_the_price_that_is_shown_is_the_head_and_all_workers_at_their_dearest() 
         ({"gpu": "none", "instance_types": ["g5.xlarge"]}, "instance_types", "has A10G"),
     ],
 )
-def test_a_gpu_that_is_not_to_be_had_is_named_with_what_is(keys: dict[str, Any], key: str, says: str) -> None:
+def test_workers_of__unavailable_gpu__suggests_alternatives(keys: dict[str, Any], key: str, says: str) -> None:
     with pytest.raises(JobFileError, match=says) as caught:
         workers_of(spec_of(**keys))
     assert caught.value.key == key
 
 
-def test_a_machine_of_unknown_size_is_refused_where_ray_does_not_find_it_out() -> None:
+def test_build_ray_config__unknown_size__is_refused_unless_ray_can_ask() -> None:
     with pytest.raises(
         ClusterError, match="does not have gcp's machine type 'g2-standard-7'; similar names are g2-standard"
     ):
@@ -232,8 +230,8 @@ def test_a_machine_of_unknown_size_is_refused_where_ray_does_not_find_it_out() -
     assert rendered(spec_of(instance_types=["g5.4xlarge"]))["available_node_types"]["spot-g5-4xlarge"]
 
 
-def test_gcp_machines_are_spot_by_the_documented_fields() -> None:
-    values = rendered(spec_of("gcp"), site=RegionContext(**{**_plain(SITE), "region": "us-central1-b"}))
+def test_build_ray_config__gcp_spot__has_the_documented_fields() -> None:
+    values = rendered(spec_of("gcp"), context=RegionContext(**{**_plain(CONTEXT), "region": "us-central1-b"}))
     assert values["provider"] == {
         "type": "gcp",
         "region": "us-central1",
@@ -252,7 +250,7 @@ def test_gcp_machines_are_spot_by_the_documented_fields() -> None:
     assert values["available_node_types"][HEAD]["node_config"]["scheduling"] == {"onHostMaintenance": "MIGRATE"}
 
 
-def test_azure_machines_have_only_parameters_that_rays_template_knows() -> None:
+def test_build_ray_config__azure__has_only_parameters_of_rays_template() -> None:
     import ray
 
     template = Path(ray.__file__).parent / "autoscaler/_private/_azure/azure-vm-template.json"
@@ -266,14 +264,14 @@ def test_azure_machines_have_only_parameters_that_rays_template_knows() -> None:
         assert parameters.get("priority") == ("Spot" if name.startswith("spot-") else None)
 
 
-def test_only_the_cluster_and_one_network_reach_the_machines() -> None:
+def test_ingress__allows_the_cluster_and_one_network() -> None:
     own, ssh = ingress("sg-1", allow_from="203.0.113.4/32")
     assert own == {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": "sg-1"}]}
     assert ssh == {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "203.0.113.4/32"}]}
     assert ingress("sg-1", allow_from="2001:db8::/64")[1]["Ipv6Ranges"] == [{"CidrIpv6": "2001:db8::/64"}]
 
 
-def test_machines_may_use_their_bucket_and_end_their_own_cluster_alone() -> None:
+def test_rights__are_limited_to_the_bucket_and_the_own_cluster() -> None:
     objects, bucket = storage_rights("s3://bucket/runs/mine")
     assert objects["Resource"] == "arn:aws:s3:::bucket/runs/mine/*"
     assert bucket["Resource"] == "arn:aws:s3:::bucket"
@@ -282,7 +280,7 @@ def test_machines_may_use_their_bucket_and_end_their_own_cluster_alone() -> None
     assert end["Condition"] == {"StringEquals": {"aws:ResourceTag/ray-cluster-name": "big"}}
 
 
-def test_on_gcp_and_azure_the_world_is_shut_out_by_the_clouds_own_tools() -> None:
+def test_firewall__gcp_and_azure__deny_the_world() -> None:
     gcp = firewall.before_commands(spec_of("gcp"), allow_from="203.0.113.4/32")
     by_priority = sorted(
         (int(word.partition("=")[2]), command)
@@ -301,20 +299,20 @@ def test_on_gcp_and_azure_the_world_is_shut_out_by_the_clouds_own_tools() -> Non
     assert firewall.before_commands(spec_of(), allow_from="203.0.113.4/32") == []
 
 
-def test_a_cloud_tool_that_is_missing_or_fails_stops_the_start(
+def test_firewall__tool_missing_or_failing__stops_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool = tmp_path / "az"
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ClusterError, match="az, which guards the cluster's machines, cannot be run"):
-        firewall.close_after(spec_of("azure"), allow_from="203.0.113.4/32")
+    with pytest.raises(ClusterError, match="az, which restricts access to the machines, cannot be run"):
+        firewall.restrict_after_launch(spec_of("azure"), allow_from="203.0.113.4/32")
     tool.write_text("#!/bin/sh\necho 'ERROR: Please run az login' >&2\nexit 1\n")
     tool.chmod(0o755)
     with pytest.raises(ClusterError, match="Please run az login"):
-        firewall.close_after(spec_of("azure"), allow_from="203.0.113.4/32")
+        firewall.restrict_after_launch(spec_of("azure"), allow_from="203.0.113.4/32")
 
 
-def test_the_cheapest_region_comes_first_and_one_without_a_price_last() -> None:
+def test_order_by_price__cheapest_first__no_price_last() -> None:
     spot = {"dear": {"g5.xlarge": 0.9}, "cheap": {"g5.xlarge": 0.2, "g5.2xlarge": 0.8}, "silent": {}}
     listed = listed_price(spec_of())
     found = order_by_price(["silent", "dear", "cheap"], spot=spot, names=["g5.xlarge", "g5.2xlarge"], listed=listed)
@@ -325,7 +323,7 @@ def test_the_cheapest_region_comes_first_and_one_without_a_price_last() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "word"),
+    ("output", "code"),
     [
         (
             "An error occurred (InsufficientInstanceCapacity) when calling the RunInstances operation: We",
@@ -340,38 +338,38 @@ def test_the_cheapest_region_comes_first_and_one_without_a_price_last() -> None:
         ("wait_ready timeout exceeded.", None),
     ],
 )
-def test_the_clouds_words_for_no_room_are_known(said: str, word: str | None) -> None:
-    assert no_capacity(said) == word
-    assert judge(1, output=said).no_capacity == word
+def test_find_capacity_error__codes_of_all_clouds__are_known(output: str, code: str | None) -> None:
+    assert find_capacity_error(output) == code
+    assert parse_result(1, output=output).capacity_error == code
 
 
-def test_a_launch_that_failed_tells_its_last_words_and_what_to_do() -> None:
-    launch = judge(1, output="Checking\nModuleNotFoundError: No module named 'googleapiclient'\n\n")
+def test_parse_result__failed_launch__has_output_and_hint() -> None:
+    launch = parse_result(1, output="Checking\nModuleNotFoundError: No module named 'googleapiclient'\n\n")
     assert not launch.is_done
-    assert "No module named 'googleapiclient'" in launch.last_words
+    assert "No module named 'googleapiclient'" in launch.output
     assert launch.hint.startswith("pip install google-api-python-client")
-    assert news_of("Launched a new head node\n[1/7] Waiting for SSH to become available\n") == "waiting for ssh"
+    assert (
+        current_step("Launched a new head node\n[1/7] Waiting for SSH to become available\n") == "waiting for ssh"
+    )
 
 
 @pytest.mark.parametrize("provider", PROJECT)
-def test_nothing_that_is_rendered_is_a_secret(
-    provider: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_build_ray_config__has_no_secret(provider: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("planted-token")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-key")
     monkeypatch.setenv("WANDB_API_KEY", "planted-wandb")
-    values = rendered(spec_of(provider), site=RegionContext(**{**_plain(SITE), "token_file": str(token)}))
+    values = rendered(spec_of(provider), context=RegionContext(**{**_plain(CONTEXT), "token_file": str(token)}))
     assert "planted" not in yaml.safe_dump(values)
 
 
-def test_errors_of_a_purchase_are_the_users_and_those_of_machines_the_clusters() -> None:
+def test_errors__have_the_exit_codes_of_their_kind() -> None:
     assert (JobFileError("x").exit_code, ClusterError("x").exit_code) == (2, 3)
     assert issubclass(JobFileError, ForgeError)
     assert InstancePlan.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
-def _plain(site: RegionContext) -> dict[str, Any]:
+def _plain(context: RegionContext) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return asdict(site)
+    return asdict(context)

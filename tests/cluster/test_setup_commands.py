@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.cluster.cloud.setup_commands import install_command, pinned, plan_install, would_install
+from forge.cluster.cloud.setup_commands import install_command, pin_versions, plan_install, preview_install
 from forge.cluster.ssh.bootstrap import Package
 from forge.cluster.ssh.wheel import wheel_name
 from forge.config.cluster import CloudSpec
@@ -63,7 +63,7 @@ def run(command: str, *, home: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_builds_an_environment_once_and_one_that_was_not_finished_again(tmp_path: Path) -> None:
+def test_install_command__incomplete_environment__is_rebuilt_once(tmp_path: Path) -> None:
     home = tmp_path / "a home"
     (home / ".forge").mkdir(parents=True)
     package = tiny_package()
@@ -76,18 +76,18 @@ def test_the_command_builds_an_environment_once_and_one_that_was_not_finished_ag
     asked = [str(place / "env/bin/python"), "-c", "import forge_here; print(forge_here.WHERE)"]
     assert subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout == "there\n"
     (home / ".forge/package.tar").unlink()
-    assert run(command, home=home).returncode == 0, "where all is done nothing is read again"
+    assert run(command, home=home).returncode == 0, "a complete environment needs no package"
 
 
-def test_what_cannot_be_installed_is_not_believed(tmp_path: Path) -> None:
+def test_install_command__torn_package__leaves_no_complete_environment(tmp_path: Path) -> None:
     (tmp_path / ".forge").mkdir()
     (tmp_path / ".forge/package.tar").write_bytes(b"torn")
     done = run(install_command(tiny_package(), sdks=(), archive="~/.forge/package.tar"), home=tmp_path)
     assert done.returncode != 0
-    assert not (tmp_path / ".forge/envs/0123/whole").exists()
+    assert not (tmp_path / ".forge/envs/0123/complete").exists()
 
 
-def test_the_package_is_copied_and_named_after_what_it_is_made_of(tmp_path: Path) -> None:
+def test_plan_install__package__is_copied_and_named_by_digest(tmp_path: Path) -> None:
     spec = CloudSpec.model_validate({"name": "big", "provider": "aws", "gpu": "T4"}, strict=False)
     installed = plan_install(spec, folder=tmp_path)
     ((there, here),) = installed.file_mounts.items()
@@ -97,8 +97,8 @@ def test_the_package_is_copied_and_named_after_what_it_is_made_of(tmp_path: Path
     assert Path(there).stem.removeprefix("package-") in installed.python
     named = spec.model_copy(update={"python": "/opt/forge/bin/python"})
     assert not plan_install(named, folder=tmp_path).setup_commands
-    assert would_install(named).python == "/opt/forge/bin/python"
+    assert preview_install(named).python == "/opt/forge/bin/python"
 
 
-def test_libraries_are_pinned_to_what_is_here_and_to_nothing_where_they_are_not() -> None:
-    assert pinned(("pytest", "no-such-library")) == (f"pytest=={pytest.__version__}", "no-such-library")
+def test_pin_versions__installed_here__or_unpinned() -> None:
+    assert pin_versions(("pytest", "no-such-library")) == (f"pytest=={pytest.__version__}", "no-such-library")

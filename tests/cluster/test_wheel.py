@@ -1,4 +1,4 @@
-"""forge as other machines install it."""
+"""forge's wheel and its locked requirements."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from packaging.requirements import Requirement
 from forge.cluster.ssh.wheel import build_wheel, digest_of, locked_requirements, wheel_name
 
 
-def test_the_wheel_is_the_same_bytes_for_the_same_files() -> None:
+def test_build_wheel__same_files__same_bytes() -> None:
     assert build_wheel() == build_wheel()
 
 
-def test_pip_installs_the_wheel_and_it_runs(tmp_path: Path) -> None:
+def test_build_wheel__installed_by_pip__runs(tmp_path: Path) -> None:
     (tmp_path / wheel_name()).write_bytes(build_wheel())
     there = tmp_path / "there"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(there)]
@@ -34,14 +34,18 @@ def test_pip_installs_the_wheel_and_it_runs(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(there / "forge" / "__init__.py")
 
 
-def test_everything_that_runs_here_is_in_it() -> None:
+def test_build_wheel__has_all_files() -> None:
     root = Path(__file__).parents[2] / "forge"
     names = set(zipfile.ZipFile(BytesIO(build_wheel())).namelist())
-    assert {f"forge/{path.relative_to(root)}" for path in root.rglob("*.py")} <= names
+    assert {
+        f"forge/{path.relative_to(root)}"
+        for path in root.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    } <= names
     assert not [name for name in names if "__pycache__" in name]
 
 
-def test_all_requirements_are_pinned_to_what_is_installed_here() -> None:
+def test_locked_requirements__pin_what_is_installed() -> None:
     lines = locked_requirements().splitlines()
     pins = {Requirement(line).name: str(Requirement(line).specifier) for line in lines}
     assert len(pins) == len(lines)
@@ -50,7 +54,7 @@ def test_all_requirements_are_pinned_to_what_is_installed_here() -> None:
     assert all(pin.startswith("==") and "+" not in pin for pin in pins.values())
 
 
-def test_another_version_of_anything_is_another_environment() -> None:
+def test_digest_of__changes_with_wheel_and_requirements() -> None:
     wheel, requirements = build_wheel(), locked_requirements()
     assert digest_of(wheel, requirements) == digest_of(wheel, requirements)
     assert digest_of(wheel, requirements + "one-more==1\n") != digest_of(wheel, requirements)

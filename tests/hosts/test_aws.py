@@ -1,6 +1,6 @@
-"""AWS in a box: Ray's launcher and autoscaler, unchanged, rent machines that are there, and lose them.
+"""AWS in a box: Ray's unchanged launcher and autoscaler rent and lose machines.
 
-Everything is real but AWS itself, which is moto: the API calls, ssh, rsync, Ray on every machine, its token.
+Everything is real except AWS itself, which is moto: the API calls, ssh, rsync, Ray on every machine, its token.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from forge.cluster.base import NodeProgress, list_records, read_record, token_path
+from forge.cluster.cloud import aws
 from forge.cluster.cloud.provider import CloudCluster
 from forge.cluster.registry import cluster_of, find_cluster
 from forge.config.load import load_cluster, load_job
@@ -39,7 +40,7 @@ NODES = (
 
 @pytest.fixture
 def box(_hosts_allowed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CloudBox]:
-    """A cloud without machines; this machine knows of no cluster in it."""
+    """A cloud without machines, and an empty state folder."""
     monkeypatch.setenv("FORGE_STATE", str(tmp_path / "state"))
     with CloudBox(regions=(REGION, "us-west-2")) as box:
         yield box
@@ -77,18 +78,18 @@ def members(cluster: CloudCluster) -> set[str]:
     return set(json.loads(done.stdout.decode().splitlines()[-1]))
 
 
-def ignore(stage: NodeProgress) -> None:
-    """News that nobody waits for."""
+def ignore(_: NodeProgress) -> None:
+    pass
 
 
 @pytest.mark.slow
-def test_a_cluster_is_rented_entered_by_its_token_alone_and_given_back(
+def test_up_and_down__rent_a_private_cluster_and_leave_nothing(
     box: CloudBox, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cluster = cluster_from(write_file(box, tmp_path, workers="1..2", max_usd_per_hour=5))
-    stages: list[str] = []
-    status = cluster.up(on_progress=lambda stage: stages.append(stage.message))
-    assert stages[0] == "comparing prices" and stages[-1] == "ready"
+    progress: list[str] = []
+    status = cluster.up(on_progress=lambda one: progress.append(one.message))
+    assert progress[0] == "comparing prices" and progress[-1] == "ready"
     wait_for(lambda: len(members(cluster)) == 2, timeout_s=60)
 
     head, worker = sorted(box.api.alive(REGION), key=lambda machine: "InstanceLifecycle" in machine)
@@ -101,11 +102,14 @@ def test_a_cluster_is_rented_entered_by_its_token_alone_and_given_back(
         (group,) = machine["SecurityGroups"]
         rules = box.api.ec2(REGION).describe_security_groups(GroupIds=[group["GroupId"]])["SecurityGroups"][0]
         sources = [entry["CidrIp"] for rule in rules["IpPermissions"] for entry in rule["IpRanges"]]
-        assert sources == [box.network], "nobody but the cluster and this machine gets in"
+        assert sources == [box.network], "only the cluster and this machine are allowed"
 
-    began = time.monotonic()
+    requests: list[str] = []
+    events = aws.client("ec2", REGION).meta.events
+    events.register("before-call.ec2", lambda model, **_: requests.append(model.name), unique_id="test")
     nodes = cluster.status().nodes
-    assert time.monotonic() - began < 1
+    events.unregister("before-call.ec2", unique_id="test")
+    assert requests == ["DescribeInstances"], "status is one request, so that it stays quick"
     assert [(node.kind, node.state, node.usd_per_hour, node.num_cpus) for node in nodes] == [
         ("head", "alive", 0.192, 0.0),
         ("worker", "alive", 0.384, 8.0),
@@ -127,9 +131,9 @@ def test_a_cluster_is_rented_entered_by_its_token_alone_and_given_back(
     environment = cluster.on_head(["env"]).stdout.decode()
     assert "FORGE_CLOUD=aws" in environment and token not in environment
     asked_again: list[str] = []
-    cluster.up(on_progress=lambda stage: asked_again.append(stage.message))
-    assert asked_again == ["ready"], "what runs is left alone"
-    _no_secret_lies_open(tmp_path / "state", token=token, output="".join(capfd.readouterr()))
+    cluster.up(on_progress=lambda one: asked_again.append(one.message))
+    assert asked_again == ["ready"], "a running cluster is left alone"
+    _require_no_secret(tmp_path / "state", token=token, output="".join(capfd.readouterr()))
 
     assert find_cluster("boxed").down(on_progress=ignore) == []
     assert not box.api.alive(REGION)
@@ -139,8 +143,8 @@ def test_a_cluster_is_rented_entered_by_its_token_alone_and_given_back(
     assert not box.api.client("iam").list_roles()["Roles"]
 
 
-def _no_secret_lies_open(folder: Path, *, token: str, output: str) -> None:
-    """The token is in one file, for its owner alone; the cloud's key and the token are on no command line."""
+def _require_no_secret(folder: Path, *, token: str, output: str) -> None:
+    """The token is in one private file; it and the cloud's key are on no command line and in no output."""
     secrets = (token, os.environ["AWS_SECRET_ACCESS_KEY"])
     assert token_path("boxed").stat().st_mode & 0o077 == 0
     for file in folder.rglob("*"):
@@ -153,7 +157,7 @@ def _no_secret_lies_open(folder: Path, *, token: str, output: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_machine_that_the_cloud_takes_is_asked_for_again(box: CloudBox, tmp_path: Path) -> None:
+def test_autoscaler__machine_reclaimed__rents_another(box: CloudBox, tmp_path: Path) -> None:
     cluster = cluster_from(write_file(box, tmp_path, workers="1..2"))
     cluster.up(on_progress=ignore)
     try:
@@ -171,7 +175,7 @@ def test_a_machine_that_the_cloud_takes_is_asked_for_again(box: CloudBox, tmp_pa
 
 
 @pytest.mark.slow
-def test_machines_are_rented_for_what_waits_and_given_back_when_idle(box: CloudBox, tmp_path: Path) -> None:
+def test_autoscaler__rents_for_waiting_work_and_terminates_idle_machines(box: CloudBox, tmp_path: Path) -> None:
     cluster = cluster_from(write_file(box, tmp_path, workers="0..1", idle_minutes=0.1))
     cluster.up(on_progress=ignore)
     work = (
@@ -189,7 +193,7 @@ def test_machines_are_rented_for_what_waits_and_given_back_when_idle(box: CloudB
 
 
 @pytest.mark.slow
-def test_where_no_spot_machine_is_to_be_had_one_on_demand_is_taken(box: CloudBox, tmp_path: Path) -> None:
+def test_autoscaler__no_spot_capacity__rents_on_demand(box: CloudBox, tmp_path: Path) -> None:
     cluster = cluster_from(write_file(box, tmp_path, workers="0..1", on_demand_fallback=True))
     box.api.refusals = [Refusal("RunInstances", REGION, "InsufficientInstanceCapacity", needs="MarketType=spot")]
     cluster.up(on_progress=ignore)
@@ -205,14 +209,14 @@ def test_where_no_spot_machine_is_to_be_had_one_on_demand_is_taken(box: CloudBox
 
 
 @pytest.mark.slow
-def test_another_region_is_taken_where_one_has_no_room(box: CloudBox, tmp_path: Path) -> None:
+def test_up__no_capacity_for_the_head__tries_another_region(box: CloudBox, tmp_path: Path) -> None:
     box.api.spot_prices = {REGION: {"m5.2xlarge": 0.1}, "us-west-2": {"m5.2xlarge": 0.2}}
     box.api.refusals = [Refusal("RunInstances", REGION, "InsufficientInstanceCapacity")]
     cluster = cluster_from(write_file(box, tmp_path, regions=[REGION, "us-west-2"]))
-    stages: list[NodeProgress] = []
-    status = cluster.up(on_progress=stages.append)
+    progress: list[NodeProgress] = []
+    status = cluster.up(on_progress=progress.append)
     try:
-        assert [stage.name for stage in stages if stage.is_failure] == [REGION]
+        assert [one.name for one in progress if one.is_failure] == [REGION]
         assert [node.kind for node in status.nodes] == ["head"]
         assert len(box.api.alive("us-west-2")) == 1
     finally:
@@ -221,7 +225,7 @@ def test_another_region_is_taken_where_one_has_no_room(box: CloudBox, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_run_lives_through_machines_that_are_taken_with_and_without_notice(
+def test_train__machines_reclaimed_with_and_without_notice__is_one_curve(
     box: CloudBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Machines of one CPU: each takes one rank, and is rented because the run waits for it.
@@ -245,7 +249,7 @@ def test_a_run_lives_through_machines_that_are_taken_with_and_without_notice(
         assert _machine_of_a_rank(box, run) != lost
         box.reclaim(lost)
         run.await_world(2, timeout_s=180.0)
-        assert run.repeated() == [], "what is announced costs no step"
+        assert run.repeated() == [], "an announced loss repeats no step"
 
         began = time.time()
         lost = _machine_of_a_rank(box, run)
@@ -268,16 +272,14 @@ def _machine_of_a_rank(box: CloudBox, run: Run) -> str:
 
 
 @pytest.mark.slow
-def test_another_region_is_taken_where_one_has_no_room_for_the_fewest_workers(
-    box: CloudBox, tmp_path: Path
-) -> None:
+def test_up__no_capacity_for_min_workers__tries_another_region(box: CloudBox, tmp_path: Path) -> None:
     box.api.spot_prices = {REGION: {"m5.2xlarge": 0.1}, "us-west-2": {"m5.2xlarge": 0.2}}
     box.api.refusals = [Refusal("RunInstances", REGION, "MaxSpotInstanceCountExceeded", needs="MarketType=spot")]
     cluster = cluster_from(write_file(box, tmp_path, regions=[REGION, "us-west-2"], workers="1..1"))
-    stages: list[NodeProgress] = []
-    cluster.up(on_progress=stages.append)
+    progress: list[NodeProgress] = []
+    cluster.up(on_progress=progress.append)
     try:
-        assert [stage.name for stage in stages if stage.is_failure] == [REGION]
+        assert [one.name for one in progress if one.is_failure] == [REGION]
         assert not box.api.alive(REGION)
         wait_for(lambda: len(members(cluster)) == 2, timeout_s=90)
         assert {node.usd_per_hour for node in cluster.status().nodes} == {0.192, 0.2}
@@ -289,7 +291,7 @@ def test_another_region_is_taken_where_one_has_no_room_for_the_fewest_workers(
 UP = (
     "import sys; from forge.cluster.registry import cluster_of; from forge.config.load import load_cluster; "
     "from forge.errors import ForgeError\n"
-    "try: cluster_of(load_cluster(sys.argv[1])).up(on_progress=lambda stage: print(stage.message, flush=True))\n"
+    "try: cluster_of(load_cluster(sys.argv[1])).up(on_progress=lambda one: print(one.message, flush=True))\n"
     "except ForgeError as error: print(error); sys.exit(error.exit_code)\n"
     "except KeyboardInterrupt: sys.exit(130)"
 )
@@ -297,9 +299,7 @@ UP = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_up_that_is_ended_midway_leaves_no_machine_that_down_does_not_find(
-    box: CloudBox, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_up__killed_midway__down_finds_every_machine(box: CloudBox, tmp_path: Path, number: signal.Signals) -> None:
     file = write_file(box, tmp_path)
     with subprocess.Popen([sys.executable, "-c", UP, str(file)], stdout=subprocess.PIPE, text=True) as process:
         wait_for(lambda: box.api.alive(REGION), timeout_s=60)
@@ -314,7 +314,7 @@ def test_an_up_that_is_ended_midway_leaves_no_machine_that_down_does_not_find(
 
 
 @pytest.mark.slow
-def test_a_head_whose_ray_has_died_is_mended_by_another_up(box: CloudBox, tmp_path: Path) -> None:
+def test_up__ray_died_on_the_head__restarts_it(box: CloudBox, tmp_path: Path) -> None:
     cluster = cluster_from(write_file(box, tmp_path))
     cluster.up(on_progress=ignore)
     try:

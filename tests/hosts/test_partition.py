@@ -1,4 +1,4 @@
-"""A machine whose network is cut without a word: the others go on, and it does no harm when it is back."""
+"""A node whose network is cut without notice: the others continue, and it does no harm when it is back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hosts(_hosts_allowed: None) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def run(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A run on three machines with addresses of their own; the head has none of its ranks."""
+    """A run on three nodes with their own addresses; the head has none of its ranks."""
     home = tmp_path_factory.mktemp("home")
     write_job(home, steps=100_000)
     before = Path.cwd()
@@ -45,14 +45,14 @@ def run(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]
         del os.environ["FORGE_CACHE"]
     command = (sys.executable, "-m", "forge.runtime.driver", folder, "--address", hosts.ray_address)
     with (folder / "logs" / "run.log").open("w") as log:
-        carrier = hosts.run(0, *map(str, command), stdout=log, stderr=subprocess.STDOUT)
+        driver = hosts.run(0, *map(str, command), stdout=log, stderr=subprocess.STDOUT)
     run = Run(folder=folder, cluster=Machines(home))
     run.await_world(NUM_MACHINES, timeout_s=120.0)
     yield run
     pid = driver_pid(folder)
     if pid is not None:
         LocalRun(folder=folder, pid=pid).request_stop()
-    carrier.wait(timeout=60)
+    driver.wait(timeout=60)
 
 
 def host_of(run: Run, hosts: Hosts, node: str) -> int:
@@ -61,7 +61,7 @@ def host_of(run: Run, hosts: Hosts, node: str) -> int:
 
 
 @pytest.mark.slow
-def test_the_others_go_on_within_seconds_and_repeat_at_most_a_step(run: Run, hosts: Hosts) -> None:
+def test_run__node_loses_its_network__continues_within_seconds_as_one_curve(run: Run, hosts: Hosts) -> None:
     place = run.formed["ranks"][1]
     cut_off = host_of(run, hosts, place["node"])
     repeated, began = len(run.repeated()), time.time()
@@ -74,10 +74,6 @@ def test_the_others_go_on_within_seconds_and_repeat_at_most_a_step(run: Run, hos
     run.await_world(NUM_MACHINES, timeout_s=120.0)
     assert place["pid"] not in [other["pid"] for other in run.formed["ranks"]]
 
-
-@pytest.mark.slow
-def test_the_run_ends_as_one_curve(run: Run) -> None:
-    """Must come last."""
     pid = driver_pid(run.folder)
     assert pid is not None
     LocalRun(folder=run.folder, pid=pid).request_stop()

@@ -1,10 +1,12 @@
-"""Clusters of machines that are there already: real sshd, real Ray, every machine with an address of its own."""
+"""Clusters of existing hosts: real sshd, real Ray, every host with its own address."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -48,7 +50,7 @@ for port in sys.argv[2:]:
     except (OSError, http.client.HTTPException):
         print("none")
 """
-"""Whether a port speaks HTTP to a stranger."""
+"""The HTTP status of each port for a client without the token."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 def start(hosts: Hosts, host: int) -> None:
-    """A machine's sshd; every machine has a cache of its own, at the same place."""
+    """Start a host's sshd; each host has its own cache, under the same path."""
     cache = hosts.folder / "cache"
     start_sshd(hosts, host, environment={"FORGE_CACHE": str(cache)}, private=[cache])
 
@@ -96,50 +98,72 @@ def spec_of(hosts: Hosts, **changes: object) -> SshSpec:
 
 
 def failures(cluster: SshCluster, *, match: str) -> list[NodeProgress]:
-    """Of an `up` that fails."""
+    """The failures that an `up` reports before it fails."""
     told: list[NodeProgress] = []
     with pytest.raises(ClusterError, match=match):
         cluster.up(on_progress=told.append)
-    return [stage for stage in told if stage.is_failure]
+    return [one for one in told if one.is_failure]
 
 
 @pytest.fixture(scope="module")
-def cluster(hosts: Hosts, home: Path) -> Iterator[str]:
-    """The file of a cluster that is up, on two of the three machines at first."""
+def lab(hosts: Hosts, home: Path) -> Iterator[str]:
+    """The file of a cluster on all three hosts; the cluster is stopped at the end."""
     spec = spec_of(hosts)
     lines = [
         f"{key}: {json.dumps(value)}" for key, value in spec.model_dump(mode="json", exclude_unset=True).items()
     ]
     (home / "lab.yaml").write_text("\n".join([*lines, "min_machines: 2", ""]))
-    hosts.kill(2)  # no sshd there: the machine does not answer
-    done = forge("cluster", "up", "lab.yaml", cwd=home)
-    try:
+    yield "lab.yaml"
+    start_missing(hosts)
+    ended = forge("cluster", "down", "lab", cwd=home)
+    assert ended.returncode == 0, ended.stderr
+    assert mentioning(str(hosts.folder / "forge")) == []
+    assert read_record("lab") is None
+
+
+@pytest.fixture
+def cluster(lab: str, hosts: Hosts, home: Path) -> str:
+    """The file of a cluster that is up on all three hosts, whatever an earlier test has done to it."""
+    start_missing(hosts)
+    if num_alive(hosts) != hosts.count:
+        done = forge("cluster", "up", lab, cwd=home)
+        assert done.returncode == 0, done.stderr
+    return lab
+
+
+def start_missing(hosts: Hosts) -> None:
+    """Start sshd on the hosts where it does not run."""
+    for host in range(hosts.count):
+        try:
+            socket.create_connection((hosts.ip(host), 22), timeout=2).close()
+        except OSError:
+            hosts.kill(host)
+            start(hosts, host)
+
+
+def num_alive(hosts: Hosts) -> int:
+    with contextlib.suppress(ClusterError):
+        return sum(node.state == "alive" for node in SshCluster(spec_of(hosts)).status().nodes)
+    return 0
+
+
+# Each test works alone and in any order. They share a cluster, because one takes ten seconds to start.
+class TestUp:
+    def test_up__host_unreachable__goes_on_without_it_and_up_again_repairs(
+        self, cluster: str, hosts: Hosts, home: Path
+    ) -> None:
+        hosts.kill(2)  # neither sshd nor Ray runs there any more
+        wait_for(lambda: num_alive(hosts) == 2)
+        done = forge("cluster", "up", cluster, cwd=home)
         assert done.returncode == 0, done.stderr
         assert f"{hosts.ip(2)}: ! cannot be reached" in done.stderr
         assert "2 nodes" in done.stderr
-        yield "lab.yaml"
-    finally:
-        hosts.kill(2)
-        start(hosts, 2)
-        ended = forge("cluster", "down", "lab", cwd=home)
-        assert ended.returncode == 0, ended.stderr
-        assert mentioning(str(hosts.folder / "forge")) == []
-        assert read_record("lab") is None
-
-
-# These belong together and run in this order: a cluster takes ten seconds to start.
-class TestUp:
-    def test_it_says_what_it_is(self, cluster: str, hosts: Hosts, home: Path) -> None:
         found = json.loads(forge("cluster", "status", "lab", "-o", "json", cwd=home).stdout)
         assert [(node["name"], node["kind"], node["state"]) for node in found["nodes"]] == [
             (hosts.ip(0), "head", "alive"),
             (hosts.ip(1), "worker", "alive"),
             (hosts.ip(2), "worker", "unreachable"),
         ]
-
-    def test_up_again_leaves_alone_what_runs_and_mends_what_is_missing(
-        self, cluster: str, hosts: Hosts, home: Path
-    ) -> None:
         start(hosts, 2)
         before = heads(hosts)
         done = forge("cluster", "up", cluster, cwd=home)
@@ -148,9 +172,9 @@ class TestUp:
         assert "3 nodes" in done.stderr
         assert heads(hosts) == before
 
-    def test_nobody_gets_in_without_the_token(self, cluster: str, hosts: Hosts, home: Path) -> None:
+    def test_token__missing_or_wrong__is_refused(self, cluster: str, hosts: Hosts, home: Path) -> None:
         inside = SshCluster(spec_of(hosts))
-        facts = facts_of("lab")
+        state = state_of("lab")
         with inside.job_server() as url:
             for headers in ({}, {"Authorization": "Bearer " + "0" * 64}):
                 request = urllib.request.Request(f"{url}/api/jobs/", headers=headers)
@@ -158,7 +182,7 @@ class TestUp:
                     urllib.request.urlopen(request, timeout=10)
                 assert refused.value.code in (401, 403)
         # From another machine the dashboard is not even there.
-        knock = f"import socket; socket.create_connection(('{hosts.ip(0)}', {facts['job_port']}), timeout=3)"
+        knock = f"import socket; socket.create_connection(('{hosts.ip(0)}', {state['job_port']}), timeout=3)"
         stranger = hosts.run(1, sys.executable, "-c", knock, stderr=subprocess.PIPE)
         assert b"ConnectionRefused" in stranger.communicate(timeout=20)[1]
         refused_job = "import ray; ray.init('auto', logging_level='error')"
@@ -166,7 +190,7 @@ class TestUp:
         done = inside.on_head(["env", "-u", "RAY_AUTH_TOKEN_PATH", "HOME=/nowhere", sys.executable, "-c", script])
         assert done.returncode != 0
 
-    def test_the_token_stands_in_no_file_but_its_owners_and_on_no_command_line(
+    def test_token__is_on_no_command_line_and_in_private_files_only(
         self, cluster: str, hosts: Hosts, home: Path
     ) -> None:
         token = token_path("lab").read_text()
@@ -179,15 +203,15 @@ class TestUp:
                     assert path.name.endswith("token"), path
 
     @pytest.mark.slow
-    def test_a_second_up_at_the_same_time_is_refused(self, cluster: str, hosts: Hosts, home: Path) -> None:
+    def test_up__another_up_is_running__is_refused(self, cluster: str, hosts: Hosts, home: Path) -> None:
         first = start_forge("cluster", "up", cluster, cwd=home)
         wait_for(lambda: b"checking" in os.read(first.stderr.fileno(), 100))  # type: ignore[union-attr]
         second = forge("cluster", "up", cluster, cwd=home)
-        assert (second.returncode, "another forge starts or stops" in second.stderr) == (3, True)
+        assert (second.returncode, "another forge process is starting or stopping" in second.stderr) == (3, True)
         first.communicate(timeout=60)
         assert first.returncode == 0
 
-    def test_nothing_that_others_reach_answers_without_the_token(self, cluster: str, hosts: Hosts) -> None:
+    def test_ports__reachable_from_other_hosts__require_the_token(self, cluster: str, hosts: Hosts) -> None:
         listed = hosts.run(0, "ss", "-Hltn", stdout=subprocess.PIPE, text=True).communicate(timeout=20)[0]
         local = [line.split()[3].rpartition(":") for line in listed.splitlines()]
         ports = {port for address, _, port in local if "127.0.0.1" not in address and address != "[::1]"}
@@ -199,8 +223,8 @@ class TestUp:
         assert "200" not in answers
 
     @pytest.mark.slow
-    def test_what_runs_otherwise_than_the_file_says_is_not_touched(self, cluster: str, hosts: Hosts) -> None:
-        before, facts = heads(hosts), facts_of("lab")
+    def test_up__running_nodes_differ_from_the_file__are_not_touched(self, cluster: str, hosts: Hosts) -> None:
+        before, state = heads(hosts), state_of("lab")
         told = failures(SshCluster(spec_of(hosts, ray_port=7000)), match="forge cluster down lab first")
         assert "Ray runs there with port 6379, the file says 7000 now" in told[0].message
         failures(SshCluster(spec_of(hosts, folder=str(hosts.folder / "other"))), match="with the file as it was")
@@ -208,12 +232,12 @@ class TestUp:
         failures(SshCluster(spec_of(hosts, machines=turned)), match=f"the head of 'lab' is {hosts.ip(0)}, and")
         token = token_path("lab").read_text()
         token_path("lab").unlink()  # and another one is made
-        failures(SshCluster(spec_of(hosts)), match="with another token than is known here; forge cluster down lab")
+        failures(SshCluster(spec_of(hosts)), match="with another token than this machine's; forge cluster down lab")
         token_path("lab").write_text(token)
-        assert (heads(hosts), facts_of("lab")) == (before, facts)
+        assert (heads(hosts), state_of("lab")) == (before, state)
 
     @pytest.mark.slow
-    def test_a_run_lives_through_the_loss_of_a_machine_and_its_return(
+    def test_train__host_lost_and_repaired_and_drained__loses_no_step(
         self, cluster: str, hosts: Hosts, home: Path
     ) -> None:
         env = environment(home, WANDB_API_KEY=SECRET)
@@ -259,39 +283,36 @@ class TestUp:
         assert forge("runs", "logs", folder.name, "--file", "supervisor", cwd=home).returncode == 0
 
     @pytest.mark.slow
-    def test_a_head_that_is_lost_is_named_and_started_again_with_all_others(
-        self, cluster: str, hosts: Hosts, home: Path
-    ) -> None:
+    def test_up__head_lost__restarts_all_nodes(self, cluster: str, hosts: Hosts, home: Path) -> None:
         before = heads(hosts)
         hosts.kill(0)
         refused = forge("cluster", "status", "lab", cwd=home)
         assert (refused.returncode, f"{hosts.ip(0)} cannot be reached" in refused.stderr) == (3, True)
         start(hosts, 0)
         refused = forge("cluster", "status", "lab", cwd=home)
-        assert (refused.returncode, "forge cluster up with its file mends it" in refused.stderr) == (3, True)
+        assert (refused.returncode, "forge cluster up with its file restarts it" in refused.stderr) == (3, True)
         done = forge("cluster", "up", cluster, cwd=home)
         assert done.returncode == 0, done.stderr
         assert "3 nodes" in done.stderr
         assert not heads(hosts) & before
 
-    def test_a_machine_that_the_file_no_longer_names_is_stopped(self, cluster: str, hosts: Hosts) -> None:
-        """Must come last."""
+    def test_up__host_removed_from_the_file__is_stopped(self, cluster: str, hosts: Hosts) -> None:
         told: list[NodeProgress] = []
         two = SshCluster(spec_of(hosts, machines=(hosts.ip(0), hosts.ip(1)), min_machines=2))
         assert len(two.up(on_progress=told.append).nodes) == 2
-        assert (hosts.ip(2), "stopped") in {(stage.name, stage.message) for stage in told}
+        assert (hosts.ip(2), "stopped") in {(one.name, one.message) for one in told}
         assert [line for line in mentioning(hosts.ip(2)) if "raylet" in line] == []
 
 
-def facts_of(name: str) -> dict[str, Any]:
-    """What is remembered of a cluster that is up."""
+def state_of(name: str) -> dict[str, Any]:
+    """The saved state of a cluster that is up."""
     record = read_record(name)
     assert record is not None
     return dict(record.state)
 
 
 def worker_of(folder: Path, *, head: str) -> str:
-    """Address of a machine with ranks that is not the head."""
+    """The address of a node with ranks that is not the head."""
     run = read_run(folder)
     hosts_of = {event["node"]: str(event["host"]) for event in run.events if event["event"] == "NodeJoined"}
     formed = run.newest("GenerationStarted")
@@ -310,7 +331,7 @@ def gone(client: subprocess.Popen[str]) -> None:
 
 
 def heads(hosts: Hosts) -> set[int]:
-    """Processes that hold the nodes of the first two machines."""
+    """The `ray start` processes of the first two hosts."""
     return {
         process.pid
         for process in psutil.process_iter(["cmdline"])
@@ -318,52 +339,51 @@ def heads(hosts: Hosts) -> set[int]:
     }
 
 
-# From here on nothing is started.
-class TestWhatIsWrong:
+class TestErrors:
     @pytest.fixture
     def machine(self, hosts: Hosts, tmp_path: Path) -> SshHost:
         key = str(client_key(hosts))
         return SshHost(host=hosts.ip(0), known_hosts=tmp_path / "known", user="root", identity_file=key)
 
     @pytest.mark.slow
-    def test_what_ends_with_the_connection_does(self, machine: SshHost) -> None:
+    def test_run__kill_on_disconnect__ends_the_command(self, machine: SshHost) -> None:
         lines = ("sleep 4321.5 | cat", "sh -c 'sleep 4321.5 & wait'")
         for line in lines:
             with pytest.raises(ClusterError, match="did not answer within 1 s"):
-                machine.run(line, timeout_s=1.0, ends_with_us=True)
+                machine.run(line, timeout_s=1.0, kill_on_disconnect=True)
             wait_for(lambda: not mentioning("4321.5"), timeout_s=5)
 
-    def test_of_what_has_ended_nothing_is_left(self, machine: SshHost) -> None:
-        done = machine.run("echo $PPID; exit 3", ends_with_us=True)
+    def test_run__kill_on_disconnect__leaves_no_watcher(self, machine: SshHost) -> None:
+        done = machine.run("echo $PPID; exit 3", kill_on_disconnect=True)
         assert done.returncode == 3
         wait_for(lambda: not mentioning(f"-d /proc/{done.stdout.decode().strip()}", "/proc/$PPID"), timeout_s=5)
 
-    def test_a_key_that_lets_nobody_in(self, hosts: Hosts) -> None:
+    def test_up__key_not_authorized__is_refused(self, hosts: Hosts) -> None:
         other = spec_of(hosts, name="keyless", identity_file=str(stranger_key(hosts)))
         told = failures(SshCluster(other), match="the head of 'keyless'")
-        assert all("does not let root in with the key" in stage.message for stage in told)
+        assert all("SSH authentication to root@" in one.message for one in told)
 
-    def test_a_machine_with_another_python(self, hosts: Hosts, tmp_path: Path) -> None:
+    def test_up__other_python__is_refused(self, hosts: Hosts, tmp_path: Path) -> None:
         older = tmp_path / "python"
         older.write_text('#!/bin/sh\necho \'{"python": "3.9.7"}\'\n')
         older.chmod(0o755)
         told = failures(SshCluster(spec_of(hosts, name="older", python=str(older))), match=r"Python 3\.9\.7")
         assert len(told) == hosts.count
 
-    def test_a_machine_with_another_ray(self, hosts: Hosts, tmp_path: Path) -> None:
+    def test_up__other_ray__is_refused(self, hosts: Hosts, tmp_path: Path) -> None:
         other = tmp_path / "python"
         other.write_text(f'#!/bin/sh\n{sys.executable} "$@" | sed \'s/"ray": "[0-9.]*"/"ray": "2.9.9"/\'\n')
         other.chmod(0o755)
         match = r"it has ray 2\.9\.9, and .* is here: .*python -m pip install ray=="
         failures(SshCluster(spec_of(hosts, name="older", python=str(other))), match=match)
 
-    def test_a_port_that_is_taken(self, hosts: Hosts) -> None:
+    def test_up__ray_port_taken__is_refused(self, hosts: Hosts) -> None:
         hold = "import socket, time; s = socket.socket(); s.bind(('', 7777)); s.listen(); time.sleep(60)"
         hosts.run(0, sys.executable, "-c", hold)
         time.sleep(0.5)
         failures(SshCluster(spec_of(hosts, name="taken", ray_port=7777)), match="port 7777 is taken there")
 
-    def test_a_machine_that_was_set_up_anew(self, hosts: Hosts) -> None:
+    def test_up__host_key_changed__is_refused(self, hosts: Hosts) -> None:
         lone = SshCluster(
             spec_of(hosts, name="anew", machines=(hosts.ip(2),), ray_port=7778, python="/nowhere/python")
         )
@@ -371,16 +391,20 @@ class TestWhatIsWrong:
         hosts.kill(2)
         with another_host_key(hosts, 2):
             start(hosts, 2)
-            failures(lone, match=r"shows another key than before.*ssh-keygen -R")
+            failures(lone, match=r"has another key than before.*ssh-keygen -R")
+        hosts.kill(2)
+        start(hosts, 2)  # with its own key, for other tests
 
-    def test_too_few_machines(self, hosts: Hosts) -> None:
+    def test_up__no_host_usable__lists_all_failures(self, hosts: Hosts) -> None:
         few = spec_of(hosts, name="few", machines=(hosts.ip(0), "nobody.invalid"), python="/nowhere/python")
-        told = failures(SshCluster(few), match="failed; all that failed")
-        assert {stage.name for stage in told} == {hosts.ip(0), "nobody.invalid"}
+        told = failures(SshCluster(few), match="cannot work without it; all failures")
+        assert {one.name for one in told} == {hosts.ip(0), "nobody.invalid"}
 
-    def test_ctrl_c_in_the_middle_says_what_is_there(self, hosts: Hosts, home: Path, tmp_path: Path) -> None:
+    def test_up__ctrl_c_while_starting__down_finds_everything(
+        self, hosts: Hosts, home: Path, tmp_path: Path
+    ) -> None:
         slow = tmp_path / "python"
-        slow.write_text(f'#!/bin/sh\ncase "$*" in *station?up*) sleep 30;; esac\nexec {sys.executable} "$@"\n')
+        slow.write_text(f'#!/bin/sh\ncase "$*" in *node_cli?up*) sleep 30;; esac\nexec {sys.executable} "$@"\n')
         slow.chmod(0o755)
         text = spec_of(hosts, name="slow", python=str(slow)).model_dump(mode="json", exclude_unset=True)
         (home / "slow.yaml").write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in text.items()))
@@ -399,7 +423,7 @@ class TestWhatIsWrong:
         assert read_record("slow") is None
 
     @pytest.mark.slow
-    def test_too_few_machines_are_not_even_started(self, hosts: Hosts) -> None:
+    def test_up__too_few_hosts__starts_nothing(self, hosts: Hosts) -> None:
         lone = spec_of(hosts, name="lone", machines=(hosts.ip(0), "nobody.invalid"))
         told = failures(
             SshCluster(lone), match="1 of at least 2 machines of 'lone' are ready.*(?s:.*)nothing was started"
@@ -409,8 +433,8 @@ class TestWhatIsWrong:
 
 
 @pytest.mark.slow
-def test_forge_is_installed_where_no_environment_is_given(hosts: Hosts, home: Path, tmp_path: Path) -> None:
-    """From wheels that are copied there, since these machines reach no package index: half a gigabyte."""
+def test_up__no_python_in_the_file__installs_forge(hosts: Hosts, home: Path, tmp_path: Path) -> None:
+    """From wheels that are copied there, because these hosts reach no package index: half a gigabyte."""
     (tmp_path / "requirements.txt").write_text(locked_requirements())
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(tmp_path / "wheels")]
     subprocess.run([*pip, "-r", str(tmp_path / "requirements.txt")], check=True)
@@ -424,7 +448,7 @@ def test_forge_is_installed_where_no_environment_is_given(hosts: Hosts, home: Pa
             "python"
         ]
         assert python.startswith(str(hosts.folder / "forge" / "envs"))
-        assert any("installing forge" in stage.message for stage in told)
+        assert any("installing forge" in one.message for one in told)
         built = Path(python).stat().st_mtime
         bare.up(on_progress=told.append)
         assert Path(python).stat().st_mtime == built

@@ -1,6 +1,7 @@
-"""What forge asks of AWS itself, beside what Ray's launcher does: regions, prices, machines; and their end.
+"""AWS requests that Ray's launcher does not make: regions, spot prices, instances, termination.
 
-The door to boto3, with `forge.cluster.cloud.aws_network` behind it. Whatever AWS answers becomes one sentence.
+Only this module imports boto3; `forge.cluster.cloud.aws_network` uses its clients. Every error of AWS becomes one
+sentence that says what to do.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from forge.errors import ClusterError
 from forge.pricing.catalog import machine_types
 
 ANY_REGION = "us-east-1"
-"""Where the account's regions are asked for; every account has this one."""
+"""The region for requests about the account; every account has it."""
 _GONE_TIMEOUT_S = 300.0
-_making = threading.Lock()
+_session_lock = threading.Lock()
 _POLL_S = 1.0
 _ALIVE = ("pending", "running", "stopping", "stopped")
-"""States of a machine that costs something, if only its disk."""
+"""States in which an instance costs something, if only its disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """A machine of the cluster, as AWS sees it."""
+    """An EC2 instance of the cluster."""
 
     id: str
     kind: str
-    """`head` or `worker`; empty if Ray has not said."""
+    """`head` or `worker`; empty if Ray has not tagged it yet."""
     node_type: str
     machine_type: str
     state: str
@@ -48,30 +49,30 @@ class Instance:
 
     @property
     def address(self) -> str | None:
-        """By which this machine reaches it."""
+        """The address at which this machine reaches it."""
         return self.public_address or self.private_address
 
 
 def find_regions(spec: CloudSpec, *, names: Sequence[str]) -> tuple[str, ...]:
-    """The regions to try: those of the file, or for `auto` every one of the account that has such machines.
+    """The regions to try: those of the file, or for `auto` all regions of the account with these instance types.
 
-    Raises: ClusterError if AWS cannot be asked, or no region has any.
+    Raises: ClusterError if AWS cannot be asked, or no region has them.
     """
     if spec.regions != ("auto",):
         return spec.regions
-    with asking(ANY_REGION):
+    with aws_errors(ANY_REGION):
         found = client("ec2", ANY_REGION).describe_regions()["Regions"]
     regions = sorted(region["RegionName"] for region in found)
     with ThreadPoolExecutor(max_workers=16) as pool:
         offers = list(pool.map(lambda region: _is_offered(region, names), regions))
     offering = tuple(region for region, is_offered in zip(regions, offers, strict=True) if is_offered)
     if not offering:
-        raise ClusterError(f"no region of AWS that this account may use has {', '.join(names)}")
+        raise ClusterError(f"no AWS region of this account has {', '.join(names)}")
     return offering
 
 
 def spot_prices(regions: Sequence[str], *, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The spot prices of now, by region and machine type, in USD per hour: of the cheapest zone each.
+    """The current spot prices in USD per hour by region and instance type, of the cheapest zone.
 
     Raises: ClusterError if AWS cannot be asked.
     """
@@ -81,7 +82,7 @@ def spot_prices(regions: Sequence[str], *, names: Sequence[str]) -> dict[str, di
 
 
 def list_instances(name: str, *, region: str) -> list[Instance]:
-    """The cluster's machines that are there or still starting, the head first.
+    """The cluster's instances that are not terminated, the head first.
 
     Raises: ClusterError if AWS cannot be asked.
     """
@@ -89,7 +90,7 @@ def list_instances(name: str, *, region: str) -> list[Instance]:
         {"Name": "tag:ray-cluster-name", "Values": [name]},
         {"Name": "instance-state-name", "Values": list(_ALIVE)},
     ]
-    with asking(region):
+    with aws_errors(region):
         pages = client("ec2", region).get_paginator("describe_instances").paginate(Filters=filters)
         found = [
             _instance(machine)
@@ -101,7 +102,7 @@ def list_instances(name: str, *, region: str) -> list[Instance]:
 
 
 def list_nodes(name: str, *, region: str, prices: Mapping[str, float | None]) -> list[ClusterNode]:
-    """The same as nodes, each with its price.
+    """The cluster's instances as nodes with their prices.
 
     Args:
         prices: USD per hour by Ray's node type.
@@ -123,27 +124,27 @@ def list_nodes(name: str, *, region: str, prices: Mapping[str, float | None]) ->
 
 
 def terminate_all(name: str, *, region: str) -> list[str]:
-    """End every machine of the cluster, the head first, for it would ask for more. Returns: those that stay, by id.
+    """Terminate all instances of the cluster, the head first: it would rent new ones. Returns: ids of what is left.
 
     Raises: ClusterError if AWS cannot be asked, or refuses.
     """
     deadline = time.monotonic() + _GONE_TIMEOUT_S
-    has_looked_twice = False
+    was_empty = False
     while time.monotonic() < deadline:
         left = list_instances(name, region=region)
-        if not left and has_looked_twice:
+        if not left and was_empty:
             return []
-        has_looked_twice = not left  # what the head asked for with its last breath is seen a little later
+        was_empty = not left  # a request of the dying head appears a little later
         if left:
             heads = [instance.id for instance in left if instance.kind == "head"]
-            with asking(region):
+            with aws_errors(region):
                 client("ec2", region).terminate_instances(InstanceIds=heads or [instance.id for instance in left])
         time.sleep(_POLL_S)
     return [instance.id for instance in list_instances(name, region=region)]
 
 
 def client(service: str, region: str) -> Any:
-    """A client of one of AWS's services. Raises: ClusterError if boto3 is not there."""
+    """A boto3 client, created once. Raises: ClusterError if boto3 is not installed."""
     environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
     return _client(service, region, environment)
 
@@ -153,13 +154,13 @@ def _client(service: str, region: str, environment: tuple[tuple[str, str], ...])
     from botocore.config import Config
 
     config = Config(connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 4})
-    with _making:  # a session, unlike its clients, is not made for several threads
+    with _session_lock:  # unlike clients, a session is not thread-safe
         return _session(environment).client(service, region_name=region, config=config)
 
 
 @functools.lru_cache(maxsize=4)
 def _session(environment: tuple[tuple[str, str], ...]) -> Any:
-    """One for all clients: it has read what the services can do, which takes longer than to ask them."""
+    """One session for all clients: it has parsed the service definitions, which takes longer than a request."""
     try:
         import boto3
     except ImportError:
@@ -168,25 +169,25 @@ def _session(environment: tuple[tuple[str, str], ...]) -> Any:
 
 
 @contextlib.contextmanager
-def asking(region: str) -> Iterator[None]:
-    """Say in a sentence what went wrong, and what to do."""
+def aws_errors(region: str) -> Iterator[None]:
+    """Turn errors of boto3 into ClusterError with one sentence that says what to do."""
     try:
         import botocore.exceptions as wrong
     except ImportError:
         raise ClusterError("clusters on AWS need boto3: pip install 'forge-train[aws]'") from None
-    give = "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    fix = "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     try:
         yield
     except (wrong.NoCredentialsError, wrong.PartialCredentialsError, wrong.ProfileNotFound) as error:
-        raise ClusterError(f"there are no credentials for AWS: {error}; {give}") from None
+        raise ClusterError(f"no AWS credentials were found: {error}; {fix}") from None
     except wrong.ClientError as error:
         code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
         if code in _REFUSED:
-            raise ClusterError(f"AWS does not accept the credentials in {region}: {code}; {give}") from None
+            raise ClusterError(f"AWS does not accept the credentials in {region}: {code}; {fix}") from None
         if code in ("UnauthorizedOperation", "AccessDenied", "AccessDeniedException"):
             raise ClusterError(
-                f"these credentials may not do {error.operation_name} in {region}: {message}; what forge needs the "
-                "right to is listed in docs/operations.md"
+                f"these credentials do not allow {error.operation_name} in {region}: {message}; "
+                "docs/operations.md lists the rights that forge needs"
             ) from None
         raise ClusterError(f"AWS refuses {error.operation_name} in {region}: {code}: {message}") from None
     except (wrong.BotoCoreError, wrong.HTTPClientError) as error:
@@ -200,8 +201,8 @@ _REFUSED = {
 
 
 @contextlib.contextmanager
-def unless(*codes: str) -> Iterator[None]:
-    """Pass over a refusal that means that the thing is done already."""
+def ignore_codes(*codes: str) -> Iterator[None]:
+    """Ignore AWS errors with these codes: the request was redundant."""
     import botocore.exceptions
 
     try:
@@ -212,7 +213,7 @@ def unless(*codes: str) -> Iterator[None]:
 
 
 def _is_offered(region: str, names: Sequence[str]) -> bool:
-    with asking(region):
+    with aws_errors(region):
         found = client("ec2", region).describe_instance_type_offerings(
             LocationType="region", Filters=[{"Name": "instance-type", "Values": list(names)}]
         )
@@ -221,14 +222,14 @@ def _is_offered(region: str, names: Sequence[str]) -> bool:
 
 def _spot_prices(region: str, names: Sequence[str]) -> dict[str, float]:
     prices: dict[str, float] = {}
-    with asking(region):
+    with aws_errors(region):
         pages = (
             client("ec2", region)
             .get_paginator("describe_spot_price_history")
             .paginate(
                 InstanceTypes=list(names),
                 ProductDescriptions=["Linux/UNIX"],
-                StartTime=datetime.now(UTC),  # of each zone the price that holds now
+                StartTime=datetime.now(UTC),  # only the current price of each zone
             )
         )
         for page in pages:

@@ -1,7 +1,7 @@
-"""A safe place for a cluster in a region of AWS: network, security group, key, roles; made, and taken away again.
+"""Create and delete what a cluster needs in an AWS region: security group, key pair, roles.
 
-Ray's own place would be a security group open to the whole world on port 22, a key in `~/.ssh`, and workers
-that may not read the bucket; so forge makes a group, a key and two roles for each cluster. All bear its tag.
+Ray would create a security group that is open to the whole world on port 22, a key in `~/.ssh`, and workers that
+may not read the bucket. So forge creates a group, a key and two roles for each cluster, all with its tag.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from forge.cluster.cloud.aws import ANY_REGION, asking, client, unless
+from forge.cluster.cloud.aws import ANY_REGION, aws_errors, client, ignore_codes
 from forge.cluster.cloud.ray_config import CLUSTER_TAG, OWNER
 from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError
@@ -23,7 +23,7 @@ _GPU_IMAGE = ("amazon", "Deep Learning Base OSS Nvidia Driver GPU AMI (Ubuntu 24
 _CPU_IMAGE = ("099720109477", "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-*")
 """Owner and name. Source: AWS Deep Learning AMIs documentation; Ubuntu on AWS documentation, of Canonical."""
 _READY_TIMEOUT_S = 90.0
-"""A new role is known everywhere after some ten seconds."""
+"""A new role takes about ten seconds to be usable everywhere."""
 _GONE_TIMEOUT_S = 300.0
 _POLL_S = 1.0
 _SPOT_ROLE = "arn:aws:iam::*:role/aws-service-role/spot.amazonaws.com/*"
@@ -31,7 +31,7 @@ _SPOT_ROLE = "arn:aws:iam::*:role/aws-service-role/spot.amazonaws.com/*"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """What was made ready in a region."""
+    """The resources of a cluster in one region; fields as in `RegionContext`."""
 
     image: str
     cpu_image: str
@@ -43,12 +43,12 @@ class Network:
     is_internal: bool
 
 
-def prepare(spec: CloudSpec, *, region: str, public_key: str, allow_from: str) -> Network:
-    """Make ready what the machines need in a region; what is there already is kept and mended.
+def prepare_network(spec: CloudSpec, *, region: str, public_key: str, allow_from: str) -> Network:
+    """Create what the machines need in a region, or update what exists.
 
     Raises: ClusterError if AWS refuses.
     """
-    with asking(region):
+    with aws_errors(region):
         ec2 = client("ec2", region)
         vpc, subnets, is_internal = _network(ec2, region)
         group = _security_group(ec2, spec.name, vpc=vpc, allow_from=allow_from)
@@ -69,10 +69,13 @@ def prepare(spec: CloudSpec, *, region: str, public_key: str, allow_from: str) -
     )
 
 
-def remove_place(name: str, *, region: str) -> list[str]:
-    """Take away what `prepare` made in a region, once no machine is there. Returns: what stays, a line each."""
+def remove_network(name: str, *, region: str) -> list[str]:
+    """Delete what `prepare_network` created in a region, after its machines.
+
+    Returns: what is left, one line each.
+    """
     left = []
-    with asking(region):
+    with aws_errors(region):
         ec2 = client("ec2", region)
         for pair in ec2.describe_key_pairs(Filters=_tagged(name))["KeyPairs"]:
             ec2.delete_key_pair(KeyName=pair["KeyName"])
@@ -83,22 +86,22 @@ def remove_place(name: str, *, region: str) -> list[str]:
 
 
 def remove_profiles(name: str) -> None:
-    """Take away the roles that `prepare` made. Raises: ClusterError if AWS refuses."""
-    with asking(ANY_REGION):
+    """Delete the roles that `prepare_network` created. Raises: ClusterError if AWS refuses."""
+    with aws_errors(ANY_REGION):
         iam = client("iam", ANY_REGION)
         for role in (f"forge-{name}-head", f"forge-{name}-worker"):
-            with unless("NoSuchEntity"):
+            with ignore_codes("NoSuchEntity"):
                 iam.remove_role_from_instance_profile(InstanceProfileName=role, RoleName=role)
-            with unless("NoSuchEntity"):
+            with ignore_codes("NoSuchEntity"):
                 iam.delete_instance_profile(InstanceProfileName=role)
-            with unless("NoSuchEntity"):
+            with ignore_codes("NoSuchEntity"):
                 iam.delete_role_policy(RoleName=role, PolicyName="forge")
-            with unless("NoSuchEntity"):
+            with ignore_codes("NoSuchEntity"):
                 iam.delete_role(RoleName=role)
 
 
 def _network(ec2: Any, region: str) -> tuple[str, tuple[str, ...], bool]:
-    """The default VPC, its subnets, and whether the machines there have private addresses only."""
+    """The default VPC, its subnets, and whether machines in them have only private addresses."""
     vpcs = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
     if not vpcs:
         raise ClusterError(
@@ -116,7 +119,7 @@ def _network(ec2: Any, region: str) -> tuple[str, tuple[str, ...], bool]:
 
 
 def _security_group(ec2: Any, name: str, *, vpc: str, allow_from: str) -> str:
-    """The cluster's group; nobody comes in but its own machines, and `allow_from` by ssh."""
+    """The cluster's security group: open to its own machines, and on port 22 to `allow_from`. Returns: its id."""
     group_name = f"forge-{name}"
     filters = [{"Name": "vpc-id", "Values": [vpc]}, {"Name": "group-name", "Values": [group_name]}]
     found = ec2.describe_security_groups(Filters=filters)["SecurityGroups"]
@@ -130,14 +133,14 @@ def _security_group(ec2: Any, name: str, *, vpc: str, allow_from: str) -> str:
             TagSpecifications=[_tags("security-group", name)],
         )
         group, current = made["GroupId"], []
-    if current:  # the user may be elsewhere today
+    if current:  # `allow_from` may have changed
         ec2.revoke_security_group_ingress(GroupId=group, IpPermissions=current)
     ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=ingress(group, allow_from=allow_from))
     return str(group)
 
 
 def ingress(group: str, *, allow_from: str) -> list[dict[str, Any]]:
-    """Who may reach the machines: their own group everywhere, and one network by ssh."""
+    """The security group's rules: everything from its own machines, and port 22 from one network."""
     if ipaddress.ip_network(allow_from).version == 6:
         ranges: dict[str, Any] = {"Ipv6Ranges": [{"CidrIpv6": allow_from}]}
     else:
@@ -150,7 +153,7 @@ def ingress(group: str, *, allow_from: str) -> list[dict[str, Any]]:
 
 def _key_pair(ec2: Any, name: str, public_key: str) -> str:
     key_name = f"forge-{name}"
-    ec2.delete_key_pair(KeyName=key_name)  # of another key, perhaps; nothing is said of one that is not there
+    ec2.delete_key_pair(KeyName=key_name)  # the key may have changed; AWS ignores a missing one
     ec2.import_key_pair(
         KeyName=key_name,
         PublicKeyMaterial=public_key.encode(),
@@ -163,9 +166,7 @@ def _image(ec2: Any, region: str, owner: str, name: str) -> str:
     filters = [{"Name": "name", "Values": [name]}, {"Name": "architecture", "Values": ["x86_64"]}]
     images = ec2.describe_images(Owners=[owner], Filters=filters)["Images"]
     if not images:
-        raise ClusterError(
-            f"no image named '{name}' is to be had in {region}; name one in the file: image: ami-..."
-        )
+        raise ClusterError(f"{region} has no image named '{name}'; name one in the file: image: ami-...")
     return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
 
 
@@ -181,16 +182,16 @@ def _profiles(spec: CloudSpec) -> tuple[str, str]:
 
 
 def _role(iam: Any, name: str, *, cluster: str) -> str:
-    """A role and its instance profile of the same name. Returns: the role's number."""
+    """Create a role and its instance profile of the same name. Returns: the role's ARN."""
     trust = _policy(
         [{"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}]
     )
     tags = [{"Key": key, "Value": value} for key, value in {CLUSTER_TAG: cluster, **OWNER}.items()]
-    with unless("EntityAlreadyExists"):
+    with ignore_codes("EntityAlreadyExists"):
         iam.create_role(RoleName=name, AssumeRolePolicyDocument=trust, Tags=tags)
-    with unless("EntityAlreadyExists"):
+    with ignore_codes("EntityAlreadyExists"):
         iam.create_instance_profile(InstanceProfileName=name, Tags=tags)
-    with unless("LimitExceeded"):  # a profile has room for one role, and this is in it
+    with ignore_codes("LimitExceeded"):  # a profile holds one role, and has this one already
         iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
     return str(iam.get_role(RoleName=name)["Role"]["Arn"])
 
@@ -201,7 +202,7 @@ def _allow(iam: Any, role: str, rights: list[dict[str, Any]]) -> None:
 
 
 def head_rights(cluster: str, *, roles: Sequence[str]) -> list[dict[str, Any]]:
-    """What the head may do: rent machines, and end those of its own cluster."""
+    """The head's rights: rent machines, and terminate those of its own cluster."""
     own = {"StringEquals": {"aws:ResourceTag/ray-cluster-name": cluster}}
     return [
         {"Effect": "Allow", "Action": ["ec2:Describe*", "ec2:RunInstances", "ec2:CreateTags"], "Resource": "*"},
@@ -212,7 +213,7 @@ def head_rights(cluster: str, *, roles: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def storage_rights(storage: str | None) -> list[dict[str, Any]]:
-    """What every machine may do with the bucket of `storage`; nothing if it is none of S3."""
+    """Every machine's rights to the bucket of `storage`; none if it is not on S3."""
     url = urlsplit(storage or "")
     if url.scheme != "s3":
         return []
@@ -230,7 +231,7 @@ def _policy(statements: list[dict[str, Any]]) -> str:
 
 
 def _await_profile(ec2: Any, *, image: str, subnet: str, profile: str) -> None:
-    """Wait until machines may be given a profile that is new; asked by renting none."""
+    """Wait until a new instance profile can be used, by dry runs of a launch."""
     import botocore.exceptions
 
     deadline = time.monotonic() + _READY_TIMEOUT_S
@@ -247,12 +248,12 @@ def _await_profile(ec2: Any, *, image: str, subnet: str, profile: str) -> None:
             )
         except botocore.exceptions.ClientError as error:
             if "nstance Profile" not in error.response["Error"].get("Message", "") or time.monotonic() > deadline:
-                return  # ready, or another reason, which the launcher will meet and name
+                return  # usable, or another error, which the launcher will report
         time.sleep(_POLL_S)
 
 
 def _delete_group(ec2: Any, group: str) -> bool:
-    """Delete a security group, as soon as the last machine has left it."""
+    """Delete a security group once no machine uses it. Returns: whether it is gone."""
     import botocore.exceptions
 
     deadline = time.monotonic() + _GONE_TIMEOUT_S

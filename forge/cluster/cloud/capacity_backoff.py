@@ -1,10 +1,11 @@
-"""Keeps Ray's autoscaler from asking for ever for what is not to be had: `python -m
-forge.cluster.cloud.capacity_backoff`.
+"""Keep Ray's autoscaler from asking for an unavailable instance type forever, on the head of a rented cluster.
 
-Ray 2.60's autoscaler, told at once that there is no room for a machine type, asks for the same type again, and
-never for another. This runs beside it on the head. It reads in the autoscaler's log what was refused, and closes
-that type for a while: in the autoscaler's own file, which it reads before each of its decisions, no more of the
-type are allowed than are there. So the next best type is asked for, spot before on-demand.
+python -m forge.cluster.cloud.capacity_backoff
+
+Ray 2.60's autoscaler, when a cloud has no capacity for an instance type, asks for the same type again and never for
+another. This process reads the refusals from the autoscaler's log and pauses that type for a while: in the
+autoscaler's own file, which it reads before each decision, it limits the type to the nodes that exist. So the next
+best type is requested, spot before on demand.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from forge.cluster.cloud.ray_launcher import no_capacity
+from forge.cluster.cloud.ray_launcher import find_capacity_error
+from forge.fs import write_atomic
 
-_CLOSED_S = 120.0
-"""After so long a type is tried again."""
+_PAUSE_S = 120.0
+"""After which an instance type is tried again."""
 _POLL_S = 0.5
 _REFUSAL = re.compile(r"Failed to launch \d+ nodes of type (\S+): (.*)")
 """Source: `ray.autoscaler.v2.instance_manager.node_provider`, of Ray 2.60."""
@@ -33,56 +35,56 @@ _log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Watch for as long as this machine lives; one of these is enough."""
+    """Watch until the head is terminated; a second process on it exits at once."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     file = Path.home() / "ray_bootstrap_config.yaml"
-    with (Path.home() / ".forge" / "market.lock").open("a") as lock:
+    with (Path.home() / ".forge" / "capacity-backoff.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(0)
         folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "session_latest" / "logs"
-        market = CapacityBackoff(file=file, log=folder / "monitor.log", count=_count)
+        backoff = CapacityBackoff(file=file, log=folder / "monitor.log", count=_count_nodes)
         while True:
-            market.look(time.time())
+            backoff.poll(time.time())
             time.sleep(_POLL_S)
 
 
 class CapacityBackoff:
-    """What is to be had now."""
+    """Limits instance types without capacity in the autoscaler's file."""
 
     def __init__(self, *, file: Path, log: Path, count: Callable[[Mapping[str, Any], str], int]) -> None:
         """Args:
-        file: the autoscaler's.
-        log: what the autoscaler says.
-        count: how many machines of a node type are there, by the cloud's word.
+        file: the autoscaler's configuration.
+        log: the autoscaler's log.
+        count: number of existing nodes of a node type, according to the cloud.
         """
         self._file, self._log_file, self._count = file, log, count
         self._read_until, self._inode = 0, 0
-        self._closed: dict[str, float] = {}
-        """Until when, by node type."""
-        self._wanted: dict[str, int] = {}
-        """What the cluster's file allows of each type that was ever closed."""
+        self._paused_until: dict[str, float] = {}
+        """By node type."""
+        self._max_workers: dict[str, int] = {}
+        """The cluster file's limit of each type that was ever paused."""
 
-    def look(self, now: float) -> None:
-        """Read what is new, and have the autoscaler's file say it. A look that fails is followed by the next."""
+    def poll(self, now: float) -> None:
+        """Read new refusals and update the autoscaler's file. Errors are logged: the next call tries again."""
         try:
-            refused = self._news()
-            ended = [node_type for node_type, until in self._closed.items() if until <= now]
+            refused = self._read_refused()
+            ended = [node_type for node_type, until in self._paused_until.items() if until <= now]
             for node_type in ended:
-                del self._closed[node_type]
-            self._closed |= dict.fromkeys(refused, now + _CLOSED_S)
+                del self._paused_until[node_type]
+            self._paused_until |= dict.fromkeys(refused, now + _PAUSE_S)
             if refused or ended:
-                self._tell()
-        except Exception as error:  # whatever the cloud or the disk answers, the watch outlives it
-            _log.warning("trying on: %r", error)
+                self._write_limits()
+        except Exception as error:  # neither the cloud nor the disk may end this process
+            _log.warning("trying again: %r", error)
 
-    def _news(self) -> set[str]:
-        """The types that were refused since the last look."""
+    def _read_refused(self) -> set[str]:
+        """The node types that were refused since the last call."""
         if not self._log_file.exists():
             return set()
         status = self._log_file.stat()
-        if status.st_ino != self._inode or status.st_size < self._read_until:  # another Ray, or a log begun anew
+        if status.st_ino != self._inode or status.st_size < self._read_until:  # a new Ray, or a truncated log
             self._inode, self._read_until = status.st_ino, 0
         with self._log_file.open("rb") as file:
             file.seek(self._read_until)
@@ -90,38 +92,37 @@ class CapacityBackoff:
         self._read_until += len(lines) + 1 if lines else 0
         return refused_types(lines.decode(errors="replace"))
 
-    def _tell(self) -> None:
+    def _write_limits(self) -> None:
         config = json.loads(self._file.read_text())
         types = config["available_node_types"]
-        known = [node_type for node_type in {*self._closed, *self._wanted} if node_type in types]
+        known = [node_type for node_type in {*self._paused_until, *self._max_workers} if node_type in types]
         for node_type in known:
-            self._wanted.setdefault(node_type, types[node_type]["max_workers"])
-        allowed = {
-            node_type: self._count(config, node_type) if node_type in self._closed else self._wanted[node_type]
+            self._max_workers.setdefault(node_type, types[node_type]["max_workers"])
+        limits = {
+            node_type: self._count(config, node_type)
+            if node_type in self._paused_until
+            else self._max_workers[node_type]
             for node_type in known
         }
-        _log.info("allowed now: %s", allowed)
-        draft = self._file.with_suffix(".draft")
-        draft.touch(mode=0o600)
-        draft.write_text(json.dumps(with_limits(config, allowed)))
-        draft.replace(self._file)
+        _log.info("limits now: %s", limits)
+        write_atomic(self._file, json.dumps(with_limits(config, limits)), mode=0o600)
 
 
 def refused_types(text: str) -> set[str]:
-    """The node types for which there was no room, by the autoscaler's log."""
-    return {node_type for node_type, words in _REFUSAL.findall(text) if no_capacity(words)}
+    """The node types in an autoscaler's log for which a cloud had no capacity."""
+    return {node_type for node_type, message in _REFUSAL.findall(text) if find_capacity_error(message)}
 
 
-def with_limits(config: Mapping[str, Any], allowed: Mapping[str, int]) -> dict[str, Any]:
-    """The autoscaler's configuration, with these numbers of machines by node type."""
+def with_limits(config: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
+    """The autoscaler's configuration with these `max_workers` by node type."""
     changed: dict[str, Any] = copy.deepcopy(dict(config))
-    for node_type, count in allowed.items():
+    for node_type, count in limits.items():
         changed["available_node_types"][node_type]["max_workers"] = count
     return changed
 
 
-def _count(config: Mapping[str, Any], node_type: str) -> int:
-    """By Ray's own way of asking the cloud, which knows all of them."""
+def _count_nodes(config: Mapping[str, Any], node_type: str) -> int:
+    """Ask the cloud through Ray's own provider, which supports all of them."""
     from ray.autoscaler._private.providers import _get_node_provider
     from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 

@@ -1,8 +1,8 @@
-"""A cluster file as what Ray's cluster launcher reads: plain dictionaries, made of a purchase and a site.
+"""Build the file for Ray's cluster launcher from a cluster file, an instance plan and a region's resources.
 
-Pure. One head on demand, on which no ranks run; a worker type for each machine type, spot ones first and, where
-the file allows it, on-demand ones of lower priority, so that Ray's autoscaler takes them only where no spot
-machine could be had. The token is a file that Ray copies from machine to machine; no secret stands in here.
+Pure. One on-demand head without workers, and a worker type for each instance type: spot first and, if the file
+allows it, on demand with lower priority, so that Ray's autoscaler takes it only where no spot machine is available.
+The token is a file that Ray copies from machine to machine; the result contains no secret.
 
 Source: Ray documentation, "Cluster YAML Configuration Options"; for the nodes: EC2 API reference,
 "RunInstances"; Compute Engine API reference, "instances.insert"; Azure, "Microsoft.Compute virtualMachines", as
@@ -24,14 +24,14 @@ from forge.pricing.catalog import machine_types, size_of
 HEAD = "head"
 """Ray's name for the head's node type."""
 CLUSTER_TAG = "forge-cluster"
-"""The tag, or label, that says whose a machine is; Ray adds its own."""
+"""The tag, or label, with the cluster's name on everything that forge creates; Ray adds its own."""
 OWNER = {"owner": "forge"}
 DASHBOARD_PORT = 8265
-"""Of Ray's dashboard and job server, on the head's loopback."""
+"""The port of Ray's dashboard and job server, on the head's loopback."""
 WORKER_RESOURCE = "forge_worker"
-"""Ray's name for what every worker has one of, so that workers can be asked for by number."""
+"""A custom resource of which every worker has one, so that workers can be requested by number."""
 TOKEN_FILE = "~/.forge/token"
-"""Where the cluster's token lies on every machine."""
+"""The file with the cluster's token on every machine."""
 
 _RAY_PORT = 6379
 _USERS = {"aws": "ubuntu", "gcp": "ubuntu", "azure": "ubuntu"}
@@ -39,129 +39,131 @@ _GCP_IMAGES = {
     True: "projects/deeplearning-platform-release/global/images/family/common-cu129-ubuntu-2404-nvidia-580",
     False: "projects/ubuntu-os-cloud/global/images/family/ubuntu-2404-lts-amd64",
 }
-"""By whether the machine has a GPU. Source: Deep Learning VM documentation, "Choose an image"."""
+"""Images with (True) and without GPU driver. Source: Deep Learning VM documentation, "Choose an image"."""
 _AZURE_IMAGES = {
     True: {"imagePublisher": "microsoft-dsvm", "imageOffer": "ubuntu-hpc", "imageSku": "2404"},
     False: {"imagePublisher": "Canonical", "imageOffer": "ubuntu-24_04-lts", "imageSku": "server"},
 }
-"""By whether the machine has a GPU. Source: Azure documentation, "Azure HPC VM images"."""
+"""Images with (True) and without GPU driver. Source: Azure documentation, "Azure HPC VM images"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionContext:
-    """Where the machines will be, and what was made ready for them there."""
+    """A region, and the resources in it that machines need."""
 
     region: str
-    """The region; on gcp the zone."""
+    """The region; on GCP the zone."""
     key_file: str
-    """Of the private key that opens all machines; Ray copies it to the head, which opens the workers with it."""
+    """The private key for all machines; Ray copies it to the head, which logs in to the workers with it."""
     public_key_file: str
     public_key: str
     token_file: str
-    """The token's, on this machine."""
+    """The file with the token on this machine."""
     image: str = ""
-    """AWS's number of it; the other clouds find theirs by name."""
+    """AWS's image id; the other clouds have images by name."""
     cpu_image: str = ""
-    """The same for machines without GPU."""
+    """The image id for machines without GPU."""
     key_name: str = ""
-    """AWS's name of the public key."""
+    """The key pair's name on AWS."""
     subnets: tuple[str, ...] = ()
-    """AWS's, one or more a zone."""
+    """Subnet ids on AWS, one or more per zone."""
     security_group: str = ""
-    """AWS's."""
+    """Its id on AWS."""
     head_profile: str = ""
-    """AWS's instance profile, with the right to rent machines."""
+    """The instance profile on AWS that may rent machines."""
     worker_profile: str = ""
-    """The same, with the right to the storage alone."""
+    """The instance profile on AWS that may only use the storage."""
     is_internal: bool = False
-    """Whether the machines have private addresses only."""
+    """Whether the machines have only private addresses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Installed:
-    """How forge comes to be on a machine."""
+class ForgeInstall:
+    """How forge is installed on a machine."""
 
     python: str
-    """Of the environment that has forge in it, there."""
+    """The Python there that has forge."""
     setup_commands: tuple[str, ...] = ()
     file_mounts: Mapping[str, str] = field(default_factory=dict)
-    """From where they go there to where they lie here."""
+    """Paths on the machine → files on this machine."""
 
 
 def user_of(spec: CloudSpec) -> str:
-    """Who logs in."""
+    """The user name for ssh."""
     return spec.user or _USERS[spec.provider]
 
 
-def render(spec: CloudSpec, *, purchase: InstancePlan, site: RegionContext, installed: Installed) -> dict[str, Any]:
-    """The file for `ray up`.
+def build_ray_config(
+    spec: CloudSpec, *, plan: InstancePlan, context: RegionContext, install: ForgeInstall
+) -> dict[str, Any]:
+    """Build the file for `ray up`.
 
-    Raises: ClusterError if a machine type's size is not known to forge, and Ray does not find it out either.
+    Raises: ClusterError if the size of an instance type is unknown to forge on a cloud that Ray cannot ask.
     """
     workers = {
-        offer.node_type: {
-            **_node(spec, offer, site=site, is_head=False),
-            # The fewest are asked for by number, of whichever type is to be had; Ray counts by type.
+        option.node_type: {
+            **_node(spec, option, context=context, is_head=False),
+            # The minimum is requested by number, of whichever type is available; Ray's setting is per type.
             "min_workers": 0,
-            "max_workers": purchase.max_workers,
-            # Ray takes of two types that fit equally well the one of higher priority, unless it lately failed.
-            "priority": len(purchase.workers) - index,
+            "max_workers": plan.max_workers,
+            # Of two types that fit equally well Ray takes the one with higher priority, unless it failed recently.
+            "priority": len(plan.workers) - index,
         }
-        for index, offer in enumerate(purchase.workers)
+        for index, option in enumerate(plan.workers)
     }
-    auth = {"ssh_user": user_of(spec), "ssh_private_key": site.key_file}
+    auth = {"ssh_user": user_of(spec), "ssh_private_key": context.key_file}
     if spec.provider == "azure":
-        auth["ssh_public_key"] = site.public_key_file
+        auth["ssh_public_key"] = context.public_key_file
     return {
         "cluster_name": spec.name,
-        "max_workers": purchase.max_workers,
-        # How many machines are asked for at once, as a multiple of those that are there.
-        "upscaling_speed": float(max(1, purchase.max_workers)),
+        "max_workers": plan.max_workers,
+        # How many machines are requested at once, as a multiple of the existing ones.
+        "upscaling_speed": float(max(1, plan.max_workers)),
         "idle_timeout_minutes": spec.idle_minutes,
-        "provider": _provider(spec, site=site),
+        "provider": _provider(spec, context=context),
         "auth": auth,
         "head_node_type": HEAD,
         "available_node_types": {
-            HEAD: {**_node(spec, purchase.head, site=site, is_head=True), "min_workers": 0, "max_workers": 0},
+            HEAD: {**_node(spec, plan.head, context=context, is_head=True), "min_workers": 0, "max_workers": 0},
             **workers,
         },
-        "file_mounts": {TOKEN_FILE: site.token_file, **installed.file_mounts},
+        "file_mounts": {TOKEN_FILE: context.token_file, **install.file_mounts},
         "initialization_commands": [],
-        "setup_commands": ["chmod 700 ~/.forge && chmod 600 ~/.forge/token", *installed.setup_commands],
+        "setup_commands": ["chmod 700 ~/.forge && chmod 600 ~/.forge/token", *install.setup_commands],
         "head_setup_commands": [],
         "worker_setup_commands": [],
-        "head_start_ray_commands": _head_commands(spec, purchase=purchase, python=installed.python),
-        "worker_start_ray_commands": _worker_commands(spec, purchase=purchase, python=installed.python),
+        "head_start_ray_commands": _head_commands(spec, plan=plan, python=install.python),
+        "worker_start_ray_commands": _worker_commands(spec, plan=plan, python=install.python),
     }
 
 
 def shell_path(path: str) -> str:
-    """A path for a shell's command line; a leading `~/` still means the home."""
+    """Quote a path for a shell's command line; a leading `~/` still means the home folder."""
     return '"$HOME"/' + shlex.quote(path[2:]) if path.startswith("~/") else shlex.quote(path)
 
 
-def _provider(spec: CloudSpec, *, site: RegionContext) -> dict[str, Any]:
+def _provider(spec: CloudSpec, *, context: RegionContext) -> dict[str, Any]:
     match spec.provider:
         case "aws":
             return {
                 "type": "aws",
-                "region": site.region,
+                "region": context.region,
                 "cache_stopped_nodes": False,
-                "use_internal_ips": site.is_internal,
+                "use_internal_ips": context.is_internal,
             }
         case "gcp":
-            region, _, _ = site.region.rpartition("-")
+            region, _, _ = context.region.rpartition("-")
             return {
                 "type": "gcp",
                 "region": region,
-                "availability_zone": site.region,
+                "availability_zone": context.region,
                 "project_id": spec.project,
                 "cache_stopped_nodes": False,
             }
         case "azure":
             return {
                 "type": "azure",
-                "location": site.region,
+                "location": context.region,
                 "resource_group": resource_group_of(spec),
                 "subscription_id": spec.project,
                 "availability_zone": "auto",
@@ -171,75 +173,75 @@ def _provider(spec: CloudSpec, *, site: RegionContext) -> dict[str, Any]:
 
 
 def resource_group_of(spec: CloudSpec) -> str:
-    """Azure's resource group."""
+    """The name of the resource group on Azure."""
     return spec.resource_group or f"forge-{spec.name}"
 
 
-def _node(spec: CloudSpec, offer: InstanceOption, *, site: RegionContext, is_head: bool) -> dict[str, Any]:
+def _node(spec: CloudSpec, option: InstanceOption, *, context: RegionContext, is_head: bool) -> dict[str, Any]:
     match spec.provider:
         case "aws":
-            config = _aws_node(spec, offer, site=site, is_head=is_head)
+            config = _aws_node(spec, option, context=context, is_head=is_head)
         case "gcp":
-            config = _gcp_node(spec, offer, site=site, is_head=is_head)
+            config = _gcp_node(spec, option, context=context, is_head=is_head)
         case "azure":
-            config = _azure_node(spec, offer)
-    return {"resources": _resources(spec, offer, is_head=is_head), "node_config": config}
+            config = _azure_node(spec, option)
+    return {"resources": _resources(spec, option, is_head=is_head), "node_config": config}
 
 
-def _resources(spec: CloudSpec, offer: InstanceOption, *, is_head: bool) -> dict[str, int]:
-    """What Ray believes the machine to have; it asks AWS itself."""
+def _resources(spec: CloudSpec, option: InstanceOption, *, is_head: bool) -> dict[str, int]:
+    """The resources that Ray assumes; on AWS it asks for CPUs and GPUs itself."""
     if is_head:
         return {"CPU": 0}
     if spec.provider == "aws":
         return {WORKER_RESOURCE: 1}
-    size = size_of(offer.machine_type, cloud=spec.provider)
+    size = size_of(option.machine_type, cloud=spec.provider)
     return {WORKER_RESOURCE: 1, "CPU": size.num_cpus} | ({"GPU": size.num_gpus} if size.num_gpus else {})
 
 
-def _aws_node(spec: CloudSpec, offer: InstanceOption, *, site: RegionContext, is_head: bool) -> dict[str, Any]:
+def _aws_node(spec: CloudSpec, option: InstanceOption, *, context: RegionContext, is_head: bool) -> dict[str, Any]:
     tags = [{"Key": key, "Value": value} for key, value in {CLUSTER_TAG: spec.name, **OWNER}.items()]
     config: dict[str, Any] = {
-        "InstanceType": offer.machine_type,
-        "ImageId": site.image if _has_gpu(spec, offer) else site.cpu_image,
-        "KeyName": site.key_name,
-        "SubnetIds": list(site.subnets),
-        "SecurityGroupIds": [site.security_group],
-        "IamInstanceProfile": {"Name": site.head_profile if is_head else site.worker_profile},
+        "InstanceType": option.machine_type,
+        "ImageId": context.image if _has_gpu(spec, option) else context.cpu_image,
+        "KeyName": context.key_name,
+        "SubnetIds": list(context.subnets),
+        "SecurityGroupIds": [context.security_group],
+        "IamInstanceProfile": {"Name": context.head_profile if is_head else context.worker_profile},
         "BlockDeviceMappings": [
             {
                 "DeviceName": "/dev/sda1",
                 "Ebs": {"VolumeSize": _gib(spec.disk), "VolumeType": "gp3", "DeleteOnTermination": True},
             }
         ],
-        # The metadata service hands out the instance profile's credentials: only to whoever can hold a session.
+        # The metadata service hands out the instance profile's credentials: require sessions (IMDSv2).
         "MetadataOptions": {"HttpTokens": "required", "HttpEndpoint": "enabled"},
         "InstanceInitiatedShutdownBehavior": "terminate",
         "TagSpecifications": [
             {"ResourceType": kind, "Tags": [dict(tag) for tag in tags]} for kind in ("instance", "volume")
         ],
     }
-    if offer.is_spot:
+    if option.is_spot:
         config["InstanceMarketOptions"] = {
             "MarketType": "spot",
             "SpotOptions": {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"},
         }
-        # A spot machine cannot be told what its own shutdown means; it is always its end.
+        # Not allowed for spot machines, which always terminate at shutdown.
         del config["InstanceInitiatedShutdownBehavior"]
     return config
 
 
-def _gcp_node(spec: CloudSpec, offer: InstanceOption, *, site: RegionContext, is_head: bool) -> dict[str, Any]:
-    has_gpu = _has_gpu(spec, offer)
-    # Neither a spot machine nor one with a GPU can be moved to another host.
-    scheduling: dict[str, Any] = {"onHostMaintenance": "TERMINATE" if offer.is_spot or has_gpu else "MIGRATE"}
-    if offer.is_spot:
+def _gcp_node(spec: CloudSpec, option: InstanceOption, *, context: RegionContext, is_head: bool) -> dict[str, Any]:
+    has_gpu = _has_gpu(spec, option)
+    # Machines that are spot or have a GPU cannot be migrated to another host.
+    scheduling: dict[str, Any] = {"onHostMaintenance": "TERMINATE" if option.is_spot or has_gpu else "MIGRATE"}
+    if option.is_spot:
         scheduling |= {
             "provisioningModel": "SPOT",
             "instanceTerminationAction": "DELETE",
             "automaticRestart": False,
         }
     config: dict[str, Any] = {
-        "machineType": offer.machine_type,
+        "machineType": option.machine_type,
         "disks": [
             {
                 "boot": True,
@@ -253,11 +255,11 @@ def _gcp_node(spec: CloudSpec, offer: InstanceOption, *, site: RegionContext, is
         ],
         "labels": {CLUSTER_TAG: spec.name, **OWNER},
         "tags": {"items": [network_tag(spec)]},
-        "metadata": {"items": [{"key": "ssh-keys", "value": f"{user_of(spec)}:{site.public_key}"}]},
+        "metadata": {"items": [{"key": "ssh-keys", "value": f"{user_of(spec)}:{context.public_key}"}]},
         "scheduling": scheduling,
     }
     if not is_head:
-        # Ray makes this account, and gives it to the head itself; workers need it for the storage.
+        # Ray creates this account and gives it to the head; workers need it for the storage.
         account = f"ray-autoscaler-sa-v1@{spec.project}.iam.gserviceaccount.com"
         scopes = ["https://www.googleapis.com/auth/devstorage.read_write"]
         config["serviceAccounts"] = [{"email": account, "scopes": scopes}]
@@ -265,24 +267,24 @@ def _gcp_node(spec: CloudSpec, offer: InstanceOption, *, site: RegionContext, is
 
 
 def network_tag(spec: CloudSpec) -> str:
-    """GCP's tag by which firewall rules find the machines."""
+    """The tag by which GCP's firewall rules select the machines."""
     return f"forge-{spec.name}"
 
 
-def _azure_node(spec: CloudSpec, offer: InstanceOption) -> dict[str, Any]:
-    parameters: dict[str, Any] = {"vmSize": offer.machine_type, "osDiskSize": _gib(spec.disk)}
+def _azure_node(spec: CloudSpec, option: InstanceOption) -> dict[str, Any]:
+    parameters: dict[str, Any] = {"vmSize": option.machine_type, "osDiskSize": _gib(spec.disk)}
     if spec.image:
         parameters["imageId"] = spec.image
     else:
-        parameters |= {**_AZURE_IMAGES[_has_gpu(spec, offer)], "imageVersion": "latest"}
-    if offer.is_spot:
-        # A maximum price of -1 is the on-demand one: taken away for want of room alone, never for the price.
+        parameters |= {**_AZURE_IMAGES[_has_gpu(spec, option)], "imageVersion": "latest"}
+    if option.is_spot:
+        # A maximum price of -1 means the on-demand price: evicted only for lack of capacity, never for the price.
         parameters |= {"priority": "Spot", "evictionPolicy": "Delete", "billingProfile": {"maxPrice": -1}}
     return {"azure_arm_parameters": parameters, "tags": {CLUSTER_TAG: spec.name, **OWNER}}
 
 
-def _has_gpu(spec: CloudSpec, offer: InstanceOption) -> bool:
-    known = machine_types(spec.provider).get(offer.machine_type)
+def _has_gpu(spec: CloudSpec, option: InstanceOption) -> bool:
+    known = machine_types(spec.provider).get(option.machine_type)
     return spec.gpu != "none" if known is None else known.num_gpus > 0
 
 
@@ -290,31 +292,31 @@ def _gib(size_bytes: int) -> int:
     return math.ceil(size_bytes / 2**30)
 
 
-def _head_commands(spec: CloudSpec, *, purchase: InstancePlan, python: str) -> list[str]:
+def _head_commands(spec: CloudSpec, *, plan: InstancePlan, python: str) -> list[str]:
     ray = _ray(python)
     start = (
         f"{ray} start --head --port={_RAY_PORT} --object-manager-port=8076 "
         "--autoscaling-config=~/ray_bootstrap_config.yaml "
         f"--dashboard-host=127.0.0.1 --dashboard-port={DASHBOARD_PORT} --disable-usage-stats"
     )
-    environment = _environment(spec, purchase=purchase)
-    market = (
+    environment = _environment(spec, plan=plan)
+    backoff = (
         f"setsid nohup {shell_path(python)} -P -m forge.cluster.cloud.capacity_backoff "
-        "> ~/.forge/market.log 2>&1 < /dev/null &"
+        "> ~/.forge/capacity-backoff.log 2>&1 < /dev/null &"
     )
-    return [f"{ray} stop", f"{environment}; ulimit -n 65536; {start}", f"{environment}; {market}"]
+    return [f"{ray} stop", f"{environment}; ulimit -n 65536; {start}", f"{environment}; {backoff}"]
 
 
-def _worker_commands(spec: CloudSpec, *, purchase: InstancePlan, python: str) -> list[str]:
+def _worker_commands(spec: CloudSpec, *, plan: InstancePlan, python: str) -> list[str]:
     ray = _ray(python)
     start = f"{ray} start --address=$RAY_HEAD_IP:{_RAY_PORT} --object-manager-port=8076 --disable-usage-stats"
-    return [f"{ray} stop", f"{_environment(spec, purchase=purchase)}; ulimit -n 65536; {start}"]
+    return [f"{ray} stop", f"{_environment(spec, plan=plan)}; ulimit -n 65536; {start}"]
 
 
-def _environment(spec: CloudSpec, *, purchase: InstancePlan) -> str:
-    """What Ray's processes, and forge's in them, find in their environment; the machine's own price among it.
+def _environment(spec: CloudSpec, *, plan: InstancePlan) -> str:
+    """Shell commands that set the environment of Ray's processes, with the machine's own price.
 
-    Ray names the node type to every start command, and has one start command for all workers.
+    Ray has one start command for all workers, and passes it the node type.
     """
     values = {
         "RAY_AUTH_MODE": "token",
@@ -327,15 +329,15 @@ def _environment(spec: CloudSpec, *, purchase: InstancePlan) -> str:
     if spec.max_usd_per_hour is not None:
         values["FORGE_MAX_USD_PER_HOUR"] = f"{spec.max_usd_per_hour:g}"
     exports = " ".join(f"{name}={shell_path(value)}" for name, value in values.items())
-    offers = {HEAD: purchase.head, **{offer.node_type: offer for offer in purchase.workers}}
+    options = {HEAD: plan.head, **{option.node_type: option for option in plan.workers}}
     prices = "".join(
-        f" {node_type}) export FORGE_USD_PER_HOUR={offer.usd_per_hour:.6g};;"
-        for node_type, offer in offers.items()
-        if offer.usd_per_hour is not None
+        f" {node_type}) export FORGE_USD_PER_HOUR={option.usd_per_hour:.6g};;"
+        for node_type, option in options.items()
+        if option.usd_per_hour is not None
     )
     return f'export {exports}; case "$RAY_NODE_TYPE_NAME" in{prices} *) ;; esac'
 
 
 def _ray(python: str) -> str:
-    """Ray's command in the environment that has forge."""
+    """The `ray` command in the environment that has forge."""
     return shell_path(f"{python.rpartition('/')[0]}/ray")

@@ -1,13 +1,12 @@
-"""Ray's own cluster launcher, run unchanged as a process of its own, with what it says in a log file.
+"""Run Ray's own cluster launcher, unchanged, in a subprocess with a log file.
 
-A launch ends well, for want of machines, which another region may have, or badly. The launcher never
-outlives this process, and whatever it started meanwhile bears the cluster's tag, so that `down` finds it.
+A launch succeeds, fails for lack of capacity, which another region may have, or fails otherwise. The launcher never
+outlives this process, and what it has started by then has the cluster's tag, so that `down` finds it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -19,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge.errors import ClusterError, printable
+from forge.process import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
 _END_TIMEOUT_S = 10.0
 
-_NO_CAPACITY = re.compile(
+_CAPACITY_ERRORS = re.compile(
     # EC2 API reference, "Error codes"
     r"(InsufficientInstanceCapacity|InsufficientHostCapacity|InsufficientCapacity|MaxSpotInstanceCountExceeded"
     r"|SpotMaxPriceTooLow|VcpuLimitExceeded|InstanceLimitExceeded|InsufficientFreeAddressesInSubnet|Unsupported"
@@ -34,23 +33,23 @@ _NO_CAPACITY = re.compile(
     r"|SkuNotAvailable|AllocationFailed|ZonalAllocationFailed|OverconstrainedAllocationRequest|QuotaExceeded"
     r"|OperationNotAllowed)\b"
 )
-"""What the clouds say where there is no machine of the kind to be had, or no more are allowed."""
+"""The clouds' error codes for an instance type that is not available, or whose quota is used up."""
 
 _HINTS = {
     r"No module named '(googleapiclient|google\b)": "pip install google-api-python-client google-auth",
     r"No module named '(azure|msrest)": "pip install azure-cli-core azure-identity azure-mgmt-compute "
     "azure-mgmt-network azure-mgmt-resource azure-common msrestazure",
     r"No module named 'boto": "pip install 'forge-train[aws]'",
-    r"DefaultCredentialsError|default credentials were not found": "give credentials: "
-    "gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
-    r"AzureCliCredential|az login|CredentialUnavailable": "give credentials: az login",
+    r"DefaultCredentialsError|default credentials were not found": "set up credentials: "
+    "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS",
+    r"AzureCliCredential|az login|CredentialUnavailable": "set up credentials: az login",
     r"rsync: (command )?not found|No such file or directory: 'rsync'": "install rsync on this machine",
-    r"wait_ready timeout exceeded|SSH still not available": "the machine did not let anybody in by ssh in time: "
-    "does allow_from cover this machine's address, and is `user` the image's?",
+    r"wait_ready timeout exceeded|SSH still not available": "the machine could not be reached by ssh in time: "
+    "does allow_from cover this machine's address, and is `user` the image's user?",
 }
-"""What to do about what Ray's launcher may say."""
+"""What to do about errors of Ray's launcher."""
 
-_STAGES = {
+_STEPS = {
     "environment settings": "asking the cloud",
     "Acquiring an up-to-date head node": "renting the head",
     "Launched a new head node": "the head starts",
@@ -59,48 +58,49 @@ _STAGES = {
     "Running setup commands": "installing",
     "Starting the Ray runtime": "starting Ray",
 }
-"""News, by the words of Ray's launcher."""
+"""Progress messages by what Ray's launcher prints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """How it went."""
+class LaunchResult:
+    """How a run of the launcher ended."""
 
     is_done: bool
-    no_capacity: str | None = None
-    """The cloud's word for it, if it has no such machine, or allows no more of them."""
-    last_words: str = ""
+    capacity_error: str | None = None
+    """The cloud's error code, if the instance type is not available or its quota is used up."""
+    output: str = ""
+    """The last lines of its output, those about errors if it failed."""
     hint: str = ""
     """What to do, if that is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launcher:
-    """Ray's launcher with one cluster's file."""
+class RayLauncher:
+    """Ray's launcher with the file of one cluster."""
 
     folder: Path
-    """Of the file, the log, and what the launcher writes meanwhile."""
-    on_news: Callable[[str], None]
+    """For the file, the log and the launcher's temporary files."""
+    report: Callable[[str], None]
+    """Called with progress messages."""
 
     @property
     def file(self) -> Path:
-        """What it reads."""
         return self.folder / "launch.yaml"
 
     @property
     def log(self) -> Path:
-        """What it said, of all its runs."""
+        """The output of all its runs."""
         return self.folder / "launch.log"
 
     def write(self, text: str) -> None:
-        """Write its file, for the user alone."""
+        """Write its file, readable by its owner only."""
         self.file.touch(mode=0o600)
         self.file.write_text(text, encoding="utf-8")
 
-    def run(self, command: str, *options: str, timeout_s: float) -> Launch:
+    def run(self, command: str, *options: str, timeout_s: float) -> LaunchResult:
         """Run `ray COMMAND FILE OPTIONS` to its end.
 
-        Raises: ClusterError if it takes too long. Ctrl-C goes on to the caller; the launcher has ended by then.
+        Raises: ClusterError if it takes too long. On any exception, such as Ctrl-C, the launcher is ended first.
         """
         self.log.touch(mode=0o600)
         (self.folder / "tmp").mkdir(mode=0o700, exist_ok=True)
@@ -112,6 +112,7 @@ class Launcher:
             "AUTOSCALER_NODE_START_WAIT_S": f"{timeout_s:.0f}",
             "PYTHONUNBUFFERED": "1",
         }
+        parent = os.getpid()
         with self.log.open("a") as output:
             process = subprocess.Popen(
                 [str(Path(sys.executable).with_name("ray")), command, str(self.file), *options],
@@ -119,61 +120,56 @@ class Launcher:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is this process's to handle
-                preexec_fn=_end_with_parent,
+                start_new_session=True,  # so that Ctrl-C reaches only this process
+                preexec_fn=lambda: die_with_parent(parent, signal_number=signal.SIGTERM),
             )
         try:
             self._follow(process, start=start, timeout_s=timeout_s)
         except BaseException:
             _end(process)
             raise
-        return judge(process.returncode, output=_read(self.log, start))
+        return parse_result(process.returncode, output=_read(self.log, start))
 
     def _follow(self, process: subprocess.Popen[bytes], *, start: int, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        told = ""
+        shown = ""
         while process.poll() is None:
-            news = news_of(_read(self.log, start))
-            if news and news != told:
-                self.on_news(news)
-                told = news
+            step = current_step(_read(self.log, start))
+            if step and step != shown:
+                self.report(step)
+                shown = step
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"Ray's launcher was not done within {timeout_s:.0f} s, last: {told or 'silent'}; its log is "
-                    f"{self.log}. startup_timeout in the cluster file allows more"
+                    f"Ray's launcher did not finish within {timeout_s:.0f} s; its last step: {shown or 'none'}; "
+                    f"its log is {self.log}. Allow more time with startup_timeout in the cluster file"
                 )
             time.sleep(_POLL_S)
 
 
-def _end_with_parent() -> None:
-    """The launcher is told to end when this process is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def current_step(text: str) -> str:
+    """The last step that Ray's launcher has printed; empty if none."""
+    found = {text.rfind(words): step for words, step in _STEPS.items()}
+    last = max(found)
+    return found[last] if last >= 0 else ""
 
 
-def news_of(text: str) -> str:
-    """The newest stage that Ray's launcher has told; empty if none."""
-    found = {text.rfind(words): stage for words, stage in _STAGES.items()}
-    place = max(found)
-    return found[place] if place >= 0 else ""
-
-
-def no_capacity(text: str) -> str | None:
-    """A cloud's word for having no such machine, or allowing no more; None if it is not in the text."""
-    found = _NO_CAPACITY.search(text)
+def find_capacity_error(text: str) -> str | None:
+    """The first of the clouds' capacity error codes in a text; None if there is none."""
+    found = _CAPACITY_ERRORS.search(text)
     return found[1] if found else None
 
 
-def judge(code: int, *, output: str) -> Launch:
-    """How a run of Ray's launcher went, by its exit code and what it said."""
+def parse_result(code: int, *, output: str) -> LaunchResult:
+    """Read how a run of Ray's launcher ended from its exit code and output."""
     lines = [plain for line in output.splitlines() if (plain := printable(line.strip(), limit=300))]
     if code == 0:
-        return Launch(is_done=True, last_words=lines[-1] if lines else "")
-    telling = [line for line in lines if re.search(r"error|exception|failed|denied|timeout", line, re.IGNORECASE)]
+        return LaunchResult(is_done=True, output=lines[-1] if lines else "")
+    errors = [line for line in lines if re.search(r"error|exception|failed|denied|timeout", line, re.IGNORECASE)]
     hint = next((hint for words, hint in _HINTS.items() if re.search(words, output)), "")
-    return Launch(
+    return LaunchResult(
         is_done=False,
-        no_capacity=no_capacity(output),
-        last_words=" / ".join((telling or lines)[-3:]) or "it said nothing",
+        capacity_error=find_capacity_error(output),
+        output=" / ".join((errors or lines)[-3:]) or "it printed nothing",
         hint=hint,
     )
 
@@ -185,7 +181,7 @@ def _read(log: Path, start: int) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and what it runs: ssh and rsync are of its session's group."""
+    """End the launcher and its children: its ssh and rsync are in its process group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)

@@ -1,4 +1,4 @@
-"""With what key the rented machines are entered, and from which address."""
+"""The ssh key with which forge logs in to rented machines, and this machine's public address."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ _OWN_ADDRESS_URL = "https://checkip.amazonaws.com"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Key:
-    """An ssh key."""
+class SshKey:
+    """A pair of key files."""
 
     file: str
-    """Of the private key."""
+    """The private key's."""
     public_file: str
     public: str
-    """Its kind and the key itself, without a comment."""
+    """Type and text of the public key, without its comment."""
 
 
-def make_key(spec: CloudSpec, *, folder: Path) -> Key:
-    """The key that the cluster file names, else the cluster's own, made if it is not there.
+def make_key(spec: CloudSpec, *, folder: Path) -> SshKey:
+    """The key that the cluster file names, or the cluster's own, created if it does not exist.
 
     Raises: ClusterError if it cannot be used.
     """
     file = Path(spec.identity_file or folder / "key").expanduser()
     if spec.identity_file is None and not file.exists():
-        # Of the one kind that all three clouds take.
+        # RSA is the one type that all three clouds accept.
         _ssh_keygen("-t", "rsa", "-b", "3072", "-N", "", "-C", f"forge-{spec.name}", "-f", str(file))
     public_file = folder / "key.pub"
     public_file.write_bytes(_ssh_keygen("-y", "-f", str(file)))
     public = " ".join(public_file.read_text().split()[:2])
-    return Key(file=str(file), public_file=str(public_file), public=public)
+    return SshKey(file=str(file), public_file=str(public_file), public=public)
 
 
 def own_address() -> str:
-    """This machine's address as the internet sees it, as a CIDR. Raises: ClusterError if it is not found out."""
+    """This machine's public address as a CIDR. Raises: ClusterError if it cannot be found out."""
     try:
         with urllib.request.urlopen(_OWN_ADDRESS_URL, timeout=10) as answer:
             address = ipaddress.ip_address(answer.read(100).decode().strip())
     except (OSError, ValueError) as error:
         raise ClusterError(
-            f"this machine's own address is not known, {_OWN_ADDRESS_URL} does not tell it ({error}); write it "
-            "into the cluster file: allow_from: 203.0.113.4/32"
+            f"this machine's public address could not be read from {_OWN_ADDRESS_URL} ({error}); write it into the "
+            "cluster file: allow_from: 203.0.113.4/32"
         ) from None
     return f"{address}/{address.max_prefixlen}"
 
 
 def _ssh_keygen(*arguments: str) -> bytes:
-    """Run ssh-keygen, without a terminal on which it could ask. Raises: ClusterError if it fails."""
+    """Run ssh-keygen without a terminal, so that it cannot prompt. Raises: ClusterError if it fails."""
     try:
         done = subprocess.run(
             ["ssh-keygen", "-q", *arguments],
@@ -67,6 +67,6 @@ def _ssh_keygen(*arguments: str) -> bytes:
     except OSError as error:
         raise ClusterError(f"ssh-keygen cannot be run: {error.strerror}; install OpenSSH's client") from None
     if done.returncode != 0:
-        words = done.stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
-        raise ClusterError(f"the ssh key {arguments[-1]} cannot be used: {words[-1]}")
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no error message"]
+        raise ClusterError(f"the ssh key {arguments[-1]} cannot be used: {lines[-1]}")
     return done.stdout

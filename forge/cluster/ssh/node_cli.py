@@ -1,9 +1,7 @@
-"""forge on one machine of a cluster: `python -m forge.cluster.ssh.node_cli up|look|down FOLDER`, with an order
-on stdin.
+"""Start, query or stop the Ray node of this host: `python -m forge.cluster.ssh.node_cli up|status|down FOLDER`.
 
-It starts this machine's Ray node, knows it again, and ends it; what is to be known of it lies under
-`FOLDER/clusters/<cluster>/<host>`. Secrets come on stdin and go into files of their owner's alone. The answer is
-one line of JSON, an error too.
+The request is JSON on stdin, so that secrets are on no command line; they go into files that only their owner can
+read. State is kept under `FOLDER/clusters/<cluster>/<host>`. The answer, or an error, is one line of JSON.
 """
 
 from __future__ import annotations
@@ -19,34 +17,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from forge.cluster.local.ray_process import (
-    NodeProcess,
-    await_start,
-    end_node,
-    family_of,
-    launch,
-    require_free,
-)
+from forge.cluster.local.ray_process import NodeProcess, await_start, end_node, family_of, launch, require_free
 from forge.errors import ClusterError, ForgeError
+from forge.fs import write_atomic
 from forge.process import free_port
 
 _OBJECT_STORE_BYTES = 256 * 2**20
-"""Shared memory for Ray's objects; forge passes pieces of a corpus through it, and no tensors."""
+"""Shared memory for Ray's objects: forge sends pieces of a corpus through it, and no tensors."""
 
 _NO_METRICS = {"RAY_enable_metrics_collection": "0", "DASHBOARD_METRIC_PORT": "-1"}
-"""Where Prometheus' client is installed, Ray's programs let everybody read metrics from all addresses, without a
-token. One has no switch; a port that there cannot be keeps it from listening. The monitor is for autoscaling."""
+"""Where Prometheus' client is installed, Ray's processes serve metrics on all addresses without the token. One of
+them has no switch; an invalid port keeps it from listening. The monitor is only for autoscaling."""
 _WORKER_PORTS = range(10002, 20000)
 """Source: `ray start --help`, --min-worker-port and --max-worker-port."""
 
 
 def main() -> None:
-    """Carry the order out, and answer."""
     verb, folder = sys.argv[1], Path(sys.argv[2]).expanduser()
-    order = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     answer: dict[str, Any]
     try:
-        answer = {"answer": {"up": _up, "look": _look, "down": _down}[verb](folder, order)}
+        answer = {"answer": {"up": _up, "status": _status, "down": _down}[verb](folder, request)}
     except ForgeError as error:
         answer = {"error": str(error)}
     except OSError as error:
@@ -54,51 +45,33 @@ def main() -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
 
 
-def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """Start this machine's node, unless the one that runs is as it should be.
+def _up(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Start this host's node, unless it runs and belongs to the running head.
 
-    All nodes of a cluster are started with one `session`, which is another one whenever its head is started: a node
-    of another session belongs to a head that is gone.
+    All nodes of a cluster have the `session` of its head, which changes whenever the head is started: a node of
+    another session belongs to a head that is gone.
 
-    Returns: `was_up`; of a head its `job_port`.
+    Returns: `was_up`; and `job_port`, which is 0 except on the head.
     """
-    place = folder / "clusters" / order["cluster"] / order["host"]
-    place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    known = _known(place)
-    is_head = order["head"] is None
+    state_folder = _state_folder(folder, request)
+    state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    known = _read_state(state_folder)
     if known is not None and known["node"].is_alive:
-        _require_as_asked(known, order, place)
-        if known["session"] == order["session"]:
+        _require_same_settings(known, request, state_folder)
+        if known["session"] == request["session"]:
             return {"was_up": True, "job_port": known["job_port"]}
     if known is not None:
         end_node(known["node"])
-    token = place / "token"
-    with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(order["token"])
-    os.environ.pop("RAY_AUTH_TOKEN", None)  # of another cluster, and Ray would prefer it
-    os.environ.update(
-        order["environment"] | _NO_METRICS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    )
-    temporary = Path(order["temporary"])
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(mode=0o700)
-    arguments = ["--node-ip-address", order["address"], "--object-store-memory", str(_OBJECT_STORE_BYTES)]
-    arguments += ["--temp-dir", str(temporary)]
+    _prepare_environment(request, state_folder / "token")
+    is_head = request["head"] is None
     job_port = free_port() if is_head else 0
-    if is_head:
-        message = "is taken there ({}); choose another: ray_port in the cluster's file"
-        require_free(order["port"], message=message)
-        arguments += ["--head", "--port", str(order["port"]), "--include-dashboard", "true", "--log-color", "false"]
-        arguments += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(job_port), "--no-monitor"]
-        if order["port"] in _WORKER_PORTS:  # Ray refuses a port that its workers might take
-            arguments += ["--min-worker-port", "20000", "--max-worker-port", "29999"]
-    else:
-        arguments += ["--address", order["head"]]
-    log = place / "ray.log"
-    with _unstoppable():  # until what was started is known, and can be found by `down`
-        node, process = launch(arguments, log=log, after=order["head"])
-        known = {"node": asdict(node), "python": sys.executable, "session": order["session"], "job_port": job_port}
-        _write(place, known | {"port": order["port"]})
+    arguments = _ray_arguments(request, job_port=job_port)
+    log = state_folder / "ray.log"
+    with _ignore_sigterm():  # until the process is recorded, so that `down` finds it
+        node, process = launch(arguments, log=log, after=request["head"])
+        state = {"node": asdict(node), "python": sys.executable, "session": request["session"]}
+        state |= {"job_port": job_port, "port": request["port"]}
+        write_atomic(state_folder / "node.json", json.dumps(state))
     try:
         await_start(process, log=log)
     except BaseException:
@@ -107,55 +80,81 @@ def _up(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     return {"was_up": False, "job_port": job_port}
 
 
-def _require_as_asked(known: dict[str, Any], order: dict[str, Any], place: Path) -> None:
-    """Raises: ClusterError if what runs is not what is asked for, but for the machines."""
-    first = f"forge cluster down {order['cluster']} first"
+def _prepare_environment(request: dict[str, Any], token: Path) -> None:
+    """Write the token, and set what Ray's processes inherit."""
+    write_atomic(token, request["token"], mode=0o600)
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # of another cluster, and Ray would prefer it
+    os.environ.update(
+        request["environment"] | _NO_METRICS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    )
+    temporary = Path(request["temporary"])
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(mode=0o700)
+
+
+def _ray_arguments(request: dict[str, Any], *, job_port: int) -> list[str]:
+    """The arguments of `ray start`. Raises: ClusterError if the head's port is taken."""
+    arguments = ["--node-ip-address", request["address"], "--object-store-memory", str(_OBJECT_STORE_BYTES)]
+    arguments += ["--temp-dir", request["temporary"]]
+    if request["head"] is not None:
+        return [*arguments, "--address", request["head"]]
+    require_free(request["port"], message="is taken there ({}); choose another: ray_port in the cluster's file")
+    arguments += ["--head", "--port", str(request["port"]), "--include-dashboard", "true", "--log-color", "false"]
+    arguments += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(job_port), "--no-monitor"]
+    if request["port"] in _WORKER_PORTS:  # Ray refuses a port that its workers might take
+        arguments += ["--min-worker-port", "20000", "--max-worker-port", "29999"]
+    return arguments
+
+
+def _require_same_settings(known: dict[str, Any], request: dict[str, Any], state_folder: Path) -> None:
+    """Raises: ClusterError if the running node has another version, port or token than requested."""
+    first = f"forge cluster down {request['cluster']} first"
     if known["python"] != sys.executable:
         raise ClusterError(f"another version of forge runs there, {known['python']}; {first}")
-    if known.get("port", order["port"]) != order["port"]:
-        raise ClusterError(f"Ray runs there with port {known['port']}, the file says {order['port']} now; {first}")
-    if (place / "token").read_text() != order["token"]:
-        raise ClusterError(f"Ray runs there with another token than is known here; {first}")
+    if known["port"] != request["port"]:
+        raise ClusterError(
+            f"Ray runs there with port {known['port']}, the file says {request['port']} now; {first}"
+        )
+    if (state_folder / "token").read_text() != request["token"]:
+        raise ClusterError(f"Ray runs there with another token than this machine's; {first}")
 
 
-def _look(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """Returns: the `session` of the node that runs on this machine; None if none does."""
-    known = _known(folder / "clusters" / order["cluster"] / order["host"])
+def _status(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Returns: the `session` of the node that runs on this host; None if none does."""
+    known = _read_state(_state_folder(folder, request))
     return {"session": known["session"] if known is not None and known["node"].is_alive else None}
 
 
-def _down(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """End this machine's node. Returns: `left`, the processes of it that run all the same."""
-    place = folder / "clusters" / order["cluster"] / order["host"]
-    known = _known(place)
+def _down(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Stop this host's node. Returns: `left`, those of its processes that still run."""
+    state_folder = _state_folder(folder, request)
+    known = _read_state(state_folder)
     left: list[str] = []
     if known is not None:
         end_node(known["node"])
         left = [f"process {process.pid}" for process in family_of(known["node"])]
     if not left:
-        shutil.rmtree(order["temporary"], ignore_errors=True)
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(request["temporary"], ignore_errors=True)
+        shutil.rmtree(state_folder, ignore_errors=True)
     return {"left": left}
 
 
-def _known(place: Path) -> dict[str, Any] | None:
+def _state_folder(folder: Path, request: dict[str, Any]) -> Path:
+    return folder / "clusters" / str(request["cluster"]) / str(request["host"])
+
+
+def _read_state(state_folder: Path) -> dict[str, Any] | None:
     try:
-        body: dict[str, Any] = json.loads((place / "node.json").read_text())
+        body: dict[str, Any] = json.loads((state_folder / "node.json").read_text())
         return body | {"node": NodeProcess(**body["node"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write(place: Path, body: dict[str, Any]) -> None:
-    draft = place / "node.draft"
-    draft.write_text(json.dumps(body) + "\n")
-    draft.replace(place / "node.json")
-
-
 @contextlib.contextmanager
-def _unstoppable() -> Iterator[None]:
-    """Go on for a moment although the connection is gone."""
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # unlike one that is ignored, Ray does not inherit it
+def _ignore_sigterm() -> Iterator[None]:
+    """Finish the block even if the connection is lost."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # SIG_IGN would be inherited by Ray
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Many machines at once, a thread each: who fails is told of and left out, and the others go on."""
+"""Run a function for many hosts in parallel; hosts that fail are reported and the others continue."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from forge.cluster.base import NodeProgress, OnProgress
 from forge.cluster.ssh.session import cancel_all
 from forge.errors import ClusterError
 
-MOST_AT_ONCE = 32
+MAX_THREADS = 32
 _POLL_S = 0.05
 _T = TypeVar("_T")
 
 
 def map_hosts(
-    hosts: Sequence[str], work: Callable[[str], _T], failures: dict[str, str], on_progress: OnProgress
+    hosts: Sequence[str], work: Callable[[str], _T], *, failures: dict[str, str], on_progress: OnProgress
 ) -> dict[str, _T]:
-    """Do something with many machines at once.
+    """Call `work` for every host, in a thread each.
 
     Args:
-        failures: Those that fail are added, with the reason.
+        failures: the reason of each host whose `work` raised ClusterError is added here.
 
-    Returns: what came out, of the others.
+    Returns: the results of the other hosts.
     """
     done: dict[str, _T] = {}
 
-    def one(host: str) -> None:
+    def run(host: str) -> None:
         try:
             done[host] = work(host)
         except ClusterError as error:
             failures[host] = str(error).removeprefix(f"{host} ")
             on_progress(NodeProgress(name=host, message=failures[host], is_failure=True))
 
-    pool = ThreadPoolExecutor(max_workers=MOST_AT_ONCE)
-    futures = [pool.submit(one, host) for host in hosts]
+    pool = ThreadPoolExecutor(max_workers=MAX_THREADS)
+    futures = [pool.submit(run, host) for host in hosts]
     try:
         for future in futures:
             future.result()
-    except BaseException:  # Ctrl-C: nobody waits for what the others say
+    except BaseException:  # Ctrl-C: end the threads that wait for a host
         pool.shutdown(wait=False, cancel_futures=True)
         while not all(future.done() for future in futures):
             cancel_all()

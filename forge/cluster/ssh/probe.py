@@ -1,8 +1,8 @@
-"""What a machine is, before anything of forge's is on it. Sent as text to whatever Python it has; so no imports.
+"""Report what a host is, before forge is installed on it. Sent as text to any Python there, so it imports no forge.
 
     python3 - FOLDER VERSION [PYTHON] < probe.py
 
-prints one line of JSON: facts, no judgement.
+prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-LOOK = """
+PRINT_VERSIONS = """
 import json, platform
 from importlib import metadata
 found = {"python": platform.python_version()}
@@ -31,15 +31,15 @@ print(json.dumps(found))
 def main() -> None:
     folder, version = Path(sys.argv[1]).expanduser(), sys.argv[2]
     given = str(Path(sys.argv[3]).expanduser()) if len(sys.argv) > 3 else None
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     python = given or shutil.which("python" + version) or sys.executable
     versions = versions_of(python)
-    found, gpu_problem = gpus()
+    found, gpu_problem = list_gpus()
     facts = {
         "time": time.time(),
         "folder": str(folder),
-        "free_bytes": shutil.disk_usage(str(there)).free,
-        "is_writable": os.access(str(there), os.W_OK),
+        "free_bytes": shutil.disk_usage(str(existing)).free,
+        "is_writable": os.access(str(existing), os.W_OK),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "num_cpus": os.cpu_count(),
         "gpus": found,
@@ -52,16 +52,17 @@ def main() -> None:
 
 
 def versions_of(python: str) -> dict[str, str]:
-    """Of itself and of what a cluster must agree on, as far as it is there; nothing if it does not run."""
-    text = ask([python, "-c", LOOK])
+    """The versions of a Python and of the packages that must be equal in a cluster; empty if it does not run."""
     try:
-        return dict(json.loads(text))
-    except ValueError:
+        command = [python, "-c", PRINT_VERSIONS]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30, check=True)
+        return dict(json.loads(done.stdout))
+    except (OSError, ValueError, subprocess.SubprocessError):
         return {}
 
 
-def gpus() -> tuple[list[list[str]], str]:
-    """Name, memory in MiB and driver of each; and why its driver does not tell, where there is one."""
+def list_gpus() -> tuple[list[list[str]], str]:
+    """Name, memory in MiB and driver of each GPU; and the error of a driver that is installed but does not work."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False)
@@ -77,14 +78,6 @@ def gpus() -> tuple[list[list[str]], str]:
     if done.returncode:
         return [], lines[-1] if lines else f"nvidia-smi ended with {done.returncode}"
     return [[part.strip() for part in line.rsplit(",", 2)] for line in lines], ""
-
-
-def ask(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.decode().strip()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One machine, reached by OpenSSH: commands, a forwarded port, a shell.
+"""One host reached by OpenSSH: run a command, forward a port, open a shell.
 
-The user's own client does it, with its configuration, agent and keys. A machine's key is learnt when it is
-first seen, into a file of the cluster's own, and held against it from then on.
+forge runs the user's own ssh, with its configuration, agent and keys. At the first connection a host's key is
+stored in a file of the cluster; it must be the same from then on.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from forge.process import free_port
 _CONNECT_TIMEOUT_S = 10
 _FORWARD_TIMEOUT_S = 20.0
 _POLL_S = 0.02
-_ENDS_WITH_US = """\
+_KILL_ON_DISCONNECT = """\
 ( while test $PPID != 1 -a -d /proc/$PPID; do sleep 0.2; done
 kill -s TERM -- -$$ ) </dev/null >/dev/null 2>&1 & watch=$!
 {line}
 code=$?; kill $watch; exit $code"""
-"""OpenSSH's server gives a command without a terminal a session of its own, and lets it run on when the connection
-is gone: so it has a watch, which ends the session's group when the server's process for it is no more."""
+"""sshd runs a command without a terminal in its own session and leaves it running when the connection is lost. So
+this watcher ends the session's process group when the sshd process of the connection has gone."""
 _OPENSSH_FAILED = 255
-"""The exit status by which ssh says that it, and not the command, has failed. Source: ssh(1), EXIT STATUS."""
+"""The exit status if ssh itself failed rather than the command. Source: ssh(1), EXIT STATUS."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SshHost:
-    """Where it is, and who may enter."""
+    """A host and how to log in to it."""
 
     host: str
     known_hosts: Path
@@ -45,7 +45,7 @@ class SshHost:
     identity_file: str | None = None
 
     def ssh(self, *options: str) -> list[str]:
-        """The command that opens a shell there; what is to run instead follows it."""
+        """The command that opens a shell there; append a command to run that instead."""
         command = [
             *("ssh", "-p", str(self.port)),
             *("-o", f"ConnectTimeout={_CONNECT_TIMEOUT_S}", "-o", "LogLevel=ERROR"),
@@ -64,38 +64,38 @@ class SshHost:
         *,
         stdin: bytes | IO[bytes] = b"",
         timeout_s: float = 60.0,
-        ends_with_us: bool = False,
+        kill_on_disconnect: bool = False,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a command there, or a line for its shell; how it went is the caller's to judge.
+        """Run a command, or a line for the shell there, and return its result, whatever its exit code.
 
         Args:
-            ends_with_us: Where this process ends, takes too long or is interrupted, the command ends as well.
+            kill_on_disconnect: end the command there if this process ends, times out or is interrupted.
 
-        Raises: ClusterError if the machine is not reached, does not let us in, or takes too long.
+        Raises: ClusterError if the host is not reached, refuses the login, or takes too long.
         """
         line = command if isinstance(command, str) else shlex.join(command)
-        if ends_with_us:
-            line = _ENDS_WITH_US.format(line=line)
+        if kill_on_disconnect:
+            line = _KILL_ON_DISCONNECT.format(line=line)
         ssh = [*self.ssh("-T", "-o", "BatchMode=yes"), line]
         try:
             done = _run(ssh, stdin_arguments(stdin), timeout_s=timeout_s)
         except FileNotFoundError:
-            raise ClusterError("there is no ssh on this machine; install OpenSSH's client") from None
+            raise ClusterError("ssh is not installed on this machine; install OpenSSH's client") from None
         except subprocess.TimeoutExpired:
             raise ClusterError(
                 f"{self.host} did not answer within {timeout_s:.0f} s; try it by hand: {shlex.join(self.ssh())}"
             ) from None
         if done.returncode < 0:
-            raise ClusterError(f"{self.host} was given up: ssh was ended by signal {-done.returncode}")
+            raise ClusterError(f"{self.host} was cancelled: ssh was ended by signal {-done.returncode}")
         if done.returncode == _OPENSSH_FAILED:
-            raise self._refusal(done.stderr.decode(errors="replace"))
+            raise self._explain(done.stderr.decode(errors="replace"))
         return done
 
     @contextlib.contextmanager
     def forward(self, port: int) -> Iterator[int]:
-        """A port of this machine's loopback that leads to a port of that machine's loopback, while it is open.
+        """Forward a port of this machine's loopback to a port of the host's loopback; yields the local port.
 
-        Raises: ClusterError as `run` does, or if nothing listens at the other end in time.
+        Raises: ClusterError as `run`, or if nothing listens at the other end in time.
         """
         local = free_port("127.0.0.1")
         options = ("-N", "-T", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes")
@@ -104,80 +104,87 @@ class SshHost:
             ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         ) as tunnel:
             try:
-                self._await(tunnel, local)
+                self._await_forward(tunnel, local)
                 yield local
             finally:
                 tunnel.terminate()
 
-    def _await(self, tunnel: subprocess.Popen[bytes], port: int) -> None:
+    def _await_forward(self, tunnel: subprocess.Popen[bytes], port: int) -> None:
         deadline = time.monotonic() + _FORWARD_TIMEOUT_S
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
                 return
             if tunnel.poll() is not None:
                 assert tunnel.stderr is not None
-                raise self._refusal(tunnel.stderr.read().decode(errors="replace"))
+                raise self._explain(tunnel.stderr.read().decode(errors="replace"))
             if time.monotonic() > deadline:
                 raise ClusterError(f"{self.host} did not open a port within {_FORWARD_TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)
 
-    def _refusal(self, words: str) -> ClusterError:
-        """What OpenSSH's last words mean, and what to do about it."""
-        last = next((line.strip() for line in reversed(words.splitlines()) if line.strip()), "it did not say why")
-        if "REMOTE HOST IDENTIFICATION HAS CHANGED" in words or "Host key verification failed" in words:
+    def _explain(self, stderr: str) -> ClusterError:
+        """What OpenSSH's error means, and what to do about it."""
+        lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+        last = lines[-1] if lines else "no error message"
+        by_hand = f"try it by hand: {shlex.join(self.ssh())}"
+        if "REMOTE HOST IDENTIFICATION HAS CHANGED" in stderr or "Host key verification failed" in stderr:
             name = self.host if self.port == 22 else f"[{self.host}]:{self.port}"
             return ClusterError(
-                f"{self.host} shows another key than before: another machine, or one that was set up anew. If it "
-                f"was: ssh-keygen -R {shlex.quote(name)} -f {shlex.quote(str(self.known_hosts))}"
+                f"{self.host} has another key than before: it is another machine, or was reinstalled. If it was "
+                f"reinstalled: ssh-keygen -R {shlex.quote(name)} -f {shlex.quote(str(self.known_hosts))}"
             )
-        by_hand = f"try it by hand: {shlex.join(self.ssh())}"
-        if "UNPROTECTED PRIVATE KEY FILE" in words:
-            key = self.identity_file or "a key of yours"
-            mend = f"chmod 600 {shlex.quote(self.identity_file)}" if self.identity_file else "chmod 600 it"
-            return ClusterError(f"{key} can be read by others, and OpenSSH does not use it then: {mend}")
-        if "Permission denied" in words or "Too many authentication failures" in words:
-            if self.identity_file is not None and not Path(self.identity_file).expanduser().is_file():
-                return ClusterError(
-                    f"{self.host} does not let {self.user or 'you'} in: there is no key {self.identity_file} here; "
-                    "name another: identity_file in the cluster's file"
-                )
-            key = f"the key {self.identity_file}" if self.identity_file else "any key of yours"
-            return ClusterError(f"{self.host} does not let {self.user or 'you'} in with {key}: {last}; {by_hand}")
-        if "Could not resolve hostname" in words:
+        if "UNPROTECTED PRIVATE KEY FILE" in stderr:
+            key = self.identity_file or "your key"
+            fix = f"chmod 600 {shlex.quote(self.identity_file)}" if self.identity_file else "chmod 600 it"
+            return ClusterError(f"{key} can be read by other users, so OpenSSH does not use it: {fix}")
+        if "Permission denied" in stderr or "Too many authentication failures" in stderr:
+            return self._explain_login(last)
+        if "Could not resolve hostname" in stderr:
             return ClusterError(
-                f"{self.host} cannot be reached: {last}; correct it under machines in the cluster's file, or have "
-                f"the name known here (getent hosts {self.host})"
+                f"{self.host} cannot be reached: {last}; correct it under machines in the cluster's file, or add "
+                f"the name to this machine's resolver (getent hosts {self.host})"
             )
-        if "Connection refused" in words:
+        if "Connection refused" in stderr:
             return ClusterError(
                 f"{self.host} cannot be reached: {last}; start its sshd (systemctl start ssh), or correct port in "
                 "the cluster's file"
             )
         return ClusterError(f"{self.host} cannot be reached: {last}; {by_hand}")
 
+    def _explain_login(self, last: str) -> ClusterError:
+        login = f"{self.user}@{self.host}" if self.user else self.host
+        if self.identity_file is not None and not Path(self.identity_file).expanduser().is_file():
+            return ClusterError(
+                f"SSH authentication to {login} failed: the key {self.identity_file} does not exist here; "
+                "correct identity_file in the cluster's file"
+            )
+        key = f"the key {self.identity_file}" if self.identity_file else "any of your keys"
+        return ClusterError(
+            f"SSH authentication to {login} failed with {key}: {last}; try it by hand: {shlex.join(self.ssh())}"
+        )
+
 
 def cancel_all() -> None:
-    """End every ssh whose command this process waits for, in any thread."""
-    for ssh in list(_awaited):
+    """End every ssh command that a thread of this process waits for."""
+    for ssh in list(_running):
         ssh.terminate()
 
 
-_awaited: set[subprocess.Popen[bytes]] = set()
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 def _run(
     command: Sequence[str], stdin: Mapping[str, Any], *, timeout_s: float
 ) -> subprocess.CompletedProcess[bytes]:
-    """As `subprocess.run` does, but so that `cancel_all` ends it."""
-    said = stdin.get("input")
-    source = subprocess.PIPE if said is not None else stdin["stdin"]
+    """Like `subprocess.run`, but `cancel_all` can end it."""
+    text = stdin.get("input")
+    source = subprocess.PIPE if text is not None else stdin["stdin"]
     with subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ssh:
-        _awaited.add(ssh)
+        _running.add(ssh)
         try:
-            out, err = ssh.communicate(said, timeout=timeout_s)
+            out, err = ssh.communicate(text, timeout=timeout_s)
         except BaseException:
             ssh.kill()
             raise
         finally:
-            _awaited.discard(ssh)
+            _running.discard(ssh)
     return subprocess.CompletedProcess(ssh.args, ssh.returncode, out, err)

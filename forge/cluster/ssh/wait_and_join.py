@@ -1,4 +1,4 @@
-"""`ray start` of a machine whose head is being started too: it imports Ray while it waits for the head's port.
+"""`ray start` on a node whose head may still be starting: imports Ray while it waits for the head's port.
 
 python -m forge.cluster.ssh.wait_and_join HOST:PORT start ...
 """
@@ -10,21 +10,21 @@ import socket
 import sys
 import time
 
-_PATIENCE_S = 60.0
+_TIMEOUT_S = 60.0
 _POLL_S = 0.05
 
 
 def main() -> None:
-    """Wait, then be `ray`."""
+    """Wait for the port, then run Ray's command line with the other arguments."""
     host, _, port = sys.argv.pop(1).rpartition(":")
     from ray.scripts.scripts import main as ray
 
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _TIMEOUT_S
     while True:
         with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1.0):
             break
         if time.monotonic() > deadline:
-            sys.exit(f"the head did not open its port {host}:{port} within {_PATIENCE_S:.0f} s")
+            sys.exit(f"the head did not open its port {host}:{port} within {_TIMEOUT_S:.0f} s")
         time.sleep(_POLL_S)
     ray()
 

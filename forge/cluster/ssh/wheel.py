@@ -1,7 +1,8 @@
-"""forge as other machines install it: its wheel, and the versions of all that it needs, as they are here.
+"""forge as other machines install it: its wheel, and the versions of its dependencies that are installed here.
 
-The wheel is made of the files that run here, whether they were installed or are worked on, and is the same bytes
-for the same files: its digest names the environment that is built of it.
+The wheel is built here and not by `pip wheel`: it contains the files that run, from a checkout or an installation,
+needs no build backend or package index, and the same files give the same bytes, whose digest names the environment
+that is built from them.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from pathlib import Path
 
 DISTRIBUTION = "forge-train"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The oldest time that a zip file can tell."""
+"""The earliest time that a zip file can store."""
 
 
 def wheel_name() -> str:
-    """As pip wants it. Source: PyPA's binary distribution format, file name convention."""
+    """The wheel's file name. Source: PyPA's binary distribution format, file name convention."""
     return f"{DISTRIBUTION.replace('-', '_')}-{distribution(DISTRIBUTION).version}-py3-none-any.whl"
 
 
 def build_wheel() -> bytes:
-    """forge's wheel. Source: PyPA's binary distribution format, version 1.0."""
+    """Build forge's wheel. Source: PyPA's binary distribution format, version 1.0."""
     known = distribution(DISTRIBUTION)
     root = Path(__file__).parents[2]
     files = {
@@ -46,9 +47,9 @@ def build_wheel() -> bytes:
 
 
 def locked_requirements() -> str:
-    """Everything that forge needs and that is installed here, one `name==version` a line, sorted.
+    """All installed dependencies of forge, one `name==version` per line, sorted.
 
-    Of a version only what an index knows: torch's `+cpu` says how this machine computes, not others.
+    Local version labels are dropped: torch's `+cpu` is about this machine, not the others.
     """
     from packaging.requirements import Requirement
 
@@ -62,20 +63,20 @@ def locked_requirements() -> str:
         seen.add((name, extras))
         try:
             known = distribution(name)
-        except PackageNotFoundError:  # an extra that nobody uses here
+        except PackageNotFoundError:  # an extra that is not installed here
             continue
         found[known.metadata["Name"].lower().replace("_", "-")] = known.version.partition("+")[0]
         for line in known.requires or ():
             needed = Requirement(line)
-            wanted = [{"extra": extra} for extra in ("", *extras)]
-            if needed.marker is None or any(needed.marker.evaluate(one) for one in wanted):
+            environments = [{"extra": extra} for extra in ("", *extras)]
+            if needed.marker is None or any(needed.marker.evaluate(one) for one in environments):
                 waiting.append((needed.name, frozenset(needed.extras)))
     del found[DISTRIBUTION]
     return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
 
 
 def digest_of(wheel: bytes, requirements: str) -> str:
-    """Names the environment that these make."""
+    """The name of the environment that is built from these."""
     return hashlib.blake2b(wheel + requirements.encode(), digest_size=8).hexdigest()
 
 

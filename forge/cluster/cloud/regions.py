@@ -1,0 +1,180 @@
+"""Start a cluster in the first region that has the machines, in order of price.
+
+A region is saved as tried before anything is rented there, so that `down` asks it, whenever `up` is ended. A region
+without capacity is cleaned up before the next one is tried.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from forge.cluster.base import NodeProgress, OnProgress, make_token, token_path
+from forge.cluster.cloud import aws, aws_network, firewall
+from forge.cluster.cloud.head import CloudHead
+from forge.cluster.cloud.instance_selection import (
+    InstancePlan,
+    PriceOf,
+    listed_price,
+    order_by_price,
+    plan_instances,
+)
+from forge.cluster.cloud.ray_config import HEAD, RegionContext, build_ray_config
+from forge.cluster.cloud.ray_launcher import LaunchResult
+from forge.cluster.cloud.setup_commands import plan_install
+from forge.cluster.cloud.ssh_access import make_key, own_address
+from forge.cluster.cloud.state import cluster_folder, save_state
+from forge.cluster.cloud.teardown import end_region, forget, launcher_for
+from forge.config.cluster import CloudSpec
+from forge.config.dump import dump_plain
+from forge.errors import ClusterError
+from forge.pricing.catalog import regions_of, workers_of
+
+_CAPACITY_TIMEOUT_S = 20.0
+_CAPACITY_TIMEOUT_PER_TYPE_S = 10.0
+"""Ray's autoscaler requests one instance type after another, one every five seconds."""
+_HEAD_ADDRESS_TIMEOUT_S = 120.0
+_POLL_S = 1.0
+
+
+class RegionStarter:
+    """One attempt to start a cluster in some region."""
+
+    def __init__(self, spec: CloudSpec, *, state: dict[str, Any], on_progress: OnProgress) -> None:
+        """Args:
+        state: the saved state of the cluster; changed and saved as the attempt proceeds.
+        """
+        self._spec, self._state, self._on_progress = spec, state, on_progress
+
+    def start(self) -> None:
+        """Try the regions until one has the machines.
+
+        Raises: ClusterError with the reason of each region, or the first error that is not about capacity.
+        """
+        prices = self._regions()
+        refusals: list[str] = []
+        left: list[str] = []
+        for region, price_of in prices.items():
+            capacity_error = self._try(region, price_of=price_of, is_last=region == [*prices][-1])
+            if capacity_error is None:
+                self._show(region, "ready")
+                return
+            self._show(region, f"no capacity: {capacity_error}", is_failure=True)
+            refusals.append(f"{region}: {capacity_error}")
+            left += end_region(self._spec, region=region, on_progress=self._on_progress)
+        if not left:
+            forget(self._spec, state=self._state)
+        raise ClusterError(
+            f"no region has capacity now ({', '.join(refusals)}); try later, add regions or instance_types, or "
+            "request a higher quota"
+        )
+
+    def _regions(self) -> dict[str, PriceOf]:
+        """The regions to try with their prices, the cheapest first; only AWS reports current spot prices."""
+        spec, listed, chosen = self._spec, listed_price(self._spec), self._state.get("region")
+        if spec.provider != "aws":
+            return dict.fromkeys([chosen] if chosen else regions_of(spec), listed)
+        self._show("aws", "comparing prices")
+        names: Sequence[str] = workers_of(spec)
+        regions = [chosen] if chosen else aws.find_regions(spec, names=names)
+        spot = aws.spot_prices(regions, names=names) if spec.spot else {}
+        return order_by_price(regions, spot=spot, names=names, listed=listed)
+
+    def _try(self, region: str, *, price_of: PriceOf, is_last: bool) -> str | None:
+        """Start the cluster in a region. Returns: the cloud's error code if it has no capacity; None if it is up.
+
+        Raises: ClusterError if the launch fails for another reason.
+        """
+        self._show(region, "preparing")
+        self._state["tried"] = [*dict.fromkeys([*self._state.get("tried", []), region])]
+        save_state(self._spec, self._state)
+        plan = plan_instances(self._spec, price_of=price_of)
+        result = self._launch(region, plan)
+        if result.is_done:
+            self._record_region(region, plan)
+            capacity_error = self._await_min_workers(region, plan, is_last=is_last)
+            if capacity_error is not None:
+                del self._state["region"]
+            return capacity_error
+        if result.capacity_error is None:
+            hint = f"; {result.hint}" if result.hint else ""
+            raise ClusterError(
+                f"the head in {region} could not be started: {result.output}{hint}. The log is "
+                f"{cluster_folder(self._spec.name) / 'launch.log'}. Try again with forge cluster up, or terminate "
+                f"what was rented: forge cluster down {self._spec.name}"
+            )
+        return result.capacity_error
+
+    def _launch(self, region: str, plan: InstancePlan) -> LaunchResult:
+        """Prepare network, key and firewall in a region, and run Ray's launcher."""
+        spec, folder = self._spec, cluster_folder(self._spec.name)
+        key = make_key(spec, folder=folder)
+        context = RegionContext(
+            region=region,
+            key_file=key.file,
+            public_key_file=key.public_file,
+            public_key=key.public,
+            token_file=str(token_path(spec.name)),
+        )
+        make_token(spec.name)
+        allow_from = own_address() if spec.allow_from == "auto" else spec.allow_from
+        if spec.provider == "aws":
+            network = aws_network.prepare_network(spec, region=region, public_key=key.public, allow_from=allow_from)
+            context = replace(context, **asdict(network))
+        else:
+            firewall.restrict_before_launch(spec, allow_from=allow_from)
+        install = plan_install(spec, folder=folder)
+        self._state["python"] = install.python
+        launcher = launcher_for(spec, region=region, on_progress=self._on_progress)
+        launcher.write(dump_plain(build_ray_config(spec, plan=plan, context=context, install=install)))
+        (folder / "known_hosts").unlink(missing_ok=True)  # a new machine may have the address of an earlier one
+        result = launcher.run("up", "--yes", "--no-config-cache", timeout_s=spec.startup_timeout)
+        if result.is_done and spec.provider != "aws":
+            firewall.restrict_after_launch(spec, allow_from=allow_from)
+        return result
+
+    def _record_region(self, region: str, plan: InstancePlan) -> None:
+        """Save where the head is, and what each node type costs there."""
+        state = self._state
+        state["region"] = region
+        state["prices"] = {option.node_type: option.usd_per_hour for option in plan.workers}
+        state["prices"][HEAD] = plan.head.usd_per_hour
+        if self._spec.provider == "aws":
+            head = aws.list_instances(self._spec.name, region=region)[0]
+            state["address"], state["private_address"] = head.address, head.private_address
+        else:
+            state["address"] = state["private_address"] = self._head_address(region)
+        save_state(self._spec, state)
+
+    def _head_address(self, region: str) -> str:
+        """Ask Ray's launcher for the head's address. Raises: ClusterError if it does not know it."""
+        launcher = launcher_for(self._spec, region=region, on_progress=lambda _: None)
+        result = launcher.run("get-head-ip", timeout_s=_HEAD_ADDRESS_TIMEOUT_S)
+        if not result.is_done or not result.output:
+            raise ClusterError(f"the head runs, but its address could not be found out: {result.output}")
+        return result.output.split()[-1]
+
+    def _await_min_workers(self, region: str, plan: InstancePlan, *, is_last: bool) -> str | None:
+        """Request the minimum of workers, and wait until AWS has started them, if there is another region to try.
+
+        Returns: the cloud's error code if it has no capacity for them.
+        """
+        if plan.min_workers == 0:
+            return None
+        head = CloudHead.of(self._spec, state=self._state)
+        head.request_workers(plan.min_workers)
+        if self._spec.provider != "aws" or is_last:
+            return None  # Ray's autoscaler keeps requesting them
+        self._show(region, f"waiting for {plan.min_workers} workers")
+        deadline = time.monotonic() + _CAPACITY_TIMEOUT_S + _CAPACITY_TIMEOUT_PER_TYPE_S * len(plan.workers)
+        while time.monotonic() < deadline:
+            found = aws.list_instances(self._spec.name, region=region)
+            if sum(instance.kind == "worker" for instance in found) >= plan.min_workers:
+                return None
+            time.sleep(_POLL_S)
+        return head.worker_capacity_error()
+
+    def _show(self, name: str, message: str, *, is_failure: bool = False) -> None:
+        self._on_progress(NodeProgress(name=name, message=message, is_failure=is_failure))

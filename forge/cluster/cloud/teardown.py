@@ -1,0 +1,61 @@
+"""Terminate what a cluster has rented, region by region, and delete what forge created for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from forge.cluster.base import NodeProgress, OnProgress
+from forge.cluster.cloud import aws, aws_network, firewall
+from forge.cluster.cloud.ray_launcher import RayLauncher
+from forge.cluster.cloud.state import cluster_folder, delete_cluster
+from forge.config.cluster import CloudSpec
+from forge.errors import ClusterError
+
+_DOWN_TIMEOUT_S = 900.0
+
+
+def launcher_for(spec: CloudSpec, *, region: str, on_progress: OnProgress) -> RayLauncher:
+    """Ray's launcher for a cluster, which reports progress for a region."""
+    return RayLauncher(
+        folder=cluster_folder(spec.name),
+        report=lambda message: on_progress(NodeProgress(name=region, message=message)),
+    )
+
+
+def end_region(spec: CloudSpec, *, region: str, on_progress: OnProgress) -> list[str]:
+    """Terminate all machines in a region, and delete what they needed. Returns: what is left, one line each.
+
+    Raises: ClusterError if the cloud cannot be asked.
+    """
+    on_progress(NodeProgress(name=region, message="terminating its machines"))
+    if spec.provider == "aws":
+        left = [f"machine {id} in {region}" for id in aws.terminate_all(spec.name, region=region)]
+        left += aws_network.remove_network(spec.name, region=region) if not left else []
+    else:
+        _ray_down(spec, launcher_for(spec, region=region, on_progress=on_progress))
+        firewall.remove_rules(spec)
+        left = []
+    message = "gone" if not left else "something is left"
+    on_progress(NodeProgress(name=region, message=message, is_failure=bool(left)))
+    return left
+
+
+def forget(spec: CloudSpec, *, state: Mapping[str, Any]) -> None:
+    """Delete the cluster's roles in the cloud and its state on this machine, once nothing is left in any region."""
+    if spec.provider == "aws" and state.get("tried"):
+        aws_network.remove_profiles(spec.name)
+    delete_cluster(spec.name)
+
+
+def _ray_down(spec: CloudSpec, launcher: RayLauncher) -> None:
+    """Run `ray down`, which asks the cloud until nothing is left. Raises: ClusterError if it fails."""
+    if not launcher.file.exists():
+        return
+    result = launcher.run("down", "--yes", timeout_s=_DOWN_TIMEOUT_S)
+    if not result.is_done:
+        hint = f"; {result.hint}" if result.hint else ""
+        raise ClusterError(
+            f"{spec.provider} could not be asked to terminate the machines, which still cost: {result.output}"
+            f"{hint}. The log is {launcher.log}"
+        )
