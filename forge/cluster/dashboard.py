@@ -1,4 +1,4 @@
-"""What Ray's dashboard on a head says of the cluster, asked for without Ray."""
+"""Ask Ray's dashboard on a head for its nodes and runs, without importing Ray."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from forge.errors import ClusterError
 
 _TIMEOUT_S = 10.0
 _SUPERVISOR = "supervisor-"
-"""How the names of the actors begin that keep runs going."""
+"""The prefix of the names of runs' supervisor actors."""
 
 
 def ray_nodes(url: str, *, token: str, prices: Mapping[str, float | None]) -> list[ClusterNode]:
     """The nodes of a cluster, the head first.
 
     Args:
-        url: of the dashboard, as it is reached from here.
-        token: of the cluster.
-        prices: USD per hour by address, as far as they are known.
+        url: the dashboard's URL as this machine reaches it.
+        token: the cluster's token.
+        prices: known USD per hour by node address.
 
-    Raises: ClusterError if it does not answer, or refuses the token.
+    Raises: ClusterError if the dashboard does not answer, or refuses the token.
     """
     listed = _get(url, "/api/v0/nodes?detail=1&limit=10000", token)["result"]["result"]
-    # What is in use is known to the dashboard alone, which looks only every few seconds.
+    # Only this endpoint has the CPUs in use; the dashboard refreshes it every few seconds.
     used = _get(url, "/nodes?view=summary", token).get("nodeLogicalResources") or {}
     nodes = [_node(one, used, prices) for one in listed]
     return sorted(nodes, key=lambda node: (node.kind != "head", node.state != "alive", node.name))
 
 
 def ray_runs(url: str, *, token: str) -> list[str]:
-    """Ids of the runs that are at work on a cluster. Raises: ClusterError as `ray_nodes`."""
+    """Ids of the runs on a cluster. Raises: ClusterError as `ray_nodes`."""
     listed = _get(url, "/api/v0/actors?limit=10000", token)["result"]["result"]
     names = [str(actor.get("name") or "") for actor in listed if actor.get("state") != "DEAD"]
     runs = [name.removeprefix(_SUPERVISOR) for name in names if name.startswith(_SUPERVISOR)]
-    return sorted({run.partition(".")[0] for run in runs})  # a search has one for each trial that is on
+    return sorted({run.partition(".")[0] for run in runs})  # a search has a supervisor per running trial
 
 
 def _get(url: str, path: str, token: str) -> Any:

@@ -1,6 +1,6 @@
 """What AWS answers, by a service on loopback: prices, regions, refusals; and what is ended when a cluster ends.
 
-No machine is ever started here by Ray's launcher, for its addresses would be somebody's.
+Ray's launcher starts no machine here, because moto's addresses could exist on the internet.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A training on pods without Kubernetes: their containers' commands are run here, with a real Ray, and kubectl is
-`tests.support.kubectl`, whose pods they are. One pod is told to go, as a kubelet does it.
+"""A training on pods without Kubernetes: the commands of their containers run on this machine, with a real Ray and
+the fake kubectl of `tests.support.kubectl`. One pod gets SIGTERM, as from a kubelet.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FILE = {"name": "pods", "provider": "kubernetes", "image": "registry/forge:1", "
 
 
 class Pods:
-    """The containers of a cluster's pods as processes of this machine; KubeRay's part is their `ray start`."""
+    """The containers of a cluster's pods as processes of this machine; their `ray start` is KubeRay's part."""
 
     def __init__(self, spec: KubernetesSpec, *, token: str, folder: Path) -> None:
         self._manifest = ray_cluster(spec, ray_version="2.60.0")["spec"]
@@ -47,7 +47,7 @@ class Pods:
         self._started: list[subprocess.Popen[bytes]] = []
 
     def environment(self, template: dict[str, Any]) -> dict[str, str]:
-        """Of a container, with what KubeRay adds, and the token that Kubernetes takes from the Secret."""
+        """A container's environment, with what KubeRay adds and the token from the Secret."""
         known = {one["name"]: one["value"] for one in template["spec"]["containers"][0]["env"]}
         known |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -71,7 +71,7 @@ class Pods:
 
     def start_head(self) -> None:
         head = self._manifest["headGroupSpec"]
-        # The dashboard's port is one that no other Ray of this machine has, and for this machine alone.
+        # The dashboard gets a free port on loopback, because other Rays may run on this machine.
         head["rayStartParams"] |= {"dashboard-host": "127.0.0.1", "dashboard-port": str(self.dashboard)}
         self.start(head, "--head", f"--port={self.port}", f"--temp-dir={self._folder / 'ray'}")
 
@@ -87,7 +87,7 @@ class Pods:
                 with contextlib.suppress(psutil.Error):
                     one.kill()
             process.wait()
-        for one in psutil.process_iter(["cmdline"]):  # carriers of runs, in sessions of their own
+        for one in psutil.process_iter(["cmdline"]):  # the drivers of runs, in their own sessions
             if str(self._shared) in " ".join(one.info["cmdline"] or []):
                 with contextlib.suppress(psutil.Error):
                     one.kill()
@@ -110,7 +110,7 @@ def pods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pods]:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_pod_that_is_told_to_go_and_loses_no_step(pods: Pods, tmp_path: Path) -> None:
+def test_train__pod_gets_sigterm__run_leaves_it_and_loses_no_step(pods: Pods, tmp_path: Path) -> None:
     pods.start_head()
     going = [pods.start_worker(), pods.start_worker()][0]
     kubernetes = Kubernetes(tmp_path / "kubernetes", port=pods.dashboard)

@@ -105,7 +105,7 @@ def output_of_ip(*command: str) -> str:
     return subprocess.run(["ip", *command], check=True, capture_output=True, text=True).stdout
 
 
-def test_every_host_has_its_own_address_and_loopback(hosts: Hosts) -> None:
+def test_hosts__have_their_own_address_and_loopback(hosts: Hosts) -> None:
     for host in range(3):
         links = json.loads(output_of(hosts, host, "ip", "-j", "-4", "addr"))
         addresses = [address["local"] for link in links for address in link["addr_info"]]
@@ -114,9 +114,7 @@ def test_every_host_has_its_own_address_and_loopback(hosts: Hosts) -> None:
 
 class TestCut:
     @pytest.mark.parametrize(("caller", "listener"), [(0, 2), (2, 0)])
-    def test_a_connection_goes_silent_and_goes_on_when_mended(
-        self, hosts: Hosts, caller: int, listener: int
-    ) -> None:
+    def test_cut__open_connection__is_silent_until_mended(self, hosts: Hosts, caller: int, listener: int) -> None:
         conversation = Conversation(hosts, caller=caller, listener=listener)
         conversation.say("before")
         assert conversation.hear(within_s=10) == "before"
@@ -126,21 +124,21 @@ class TestCut:
         hosts.mend(2)
         assert conversation.hear(within_s=10) == "during"
 
-    def test_the_others_still_hear_each_other(self, hosts: Hosts) -> None:
+    def test_cut__other_hosts__stay_connected(self, hosts: Hosts) -> None:
         conversation = Conversation(hosts, caller=0, listener=1)
         hosts.cut(2)
         conversation.say("still")
         assert conversation.hear(within_s=10) == "still"
 
-    def test_whoever_calls_then_is_not_told_that_nobody_is_there(self, hosts: Hosts) -> None:
+    def test_cut__new_connection__times_out(self, hosts: Hosts) -> None:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((hosts.ip(2), _PORT))
         hosts.cut(2)
-        # A kernel that knows no neighbour by this address says so after three seconds.
+        # Without a permanent ARP entry the kernel would report an unreachable host after three seconds.
         with pytest.raises(TimeoutError):
             socket.create_connection((hosts.ip(2), _PORT), timeout=3.5)
 
-    def test_power_that_fails_is_silent_too(self, hosts: Hosts) -> None:
+    def test_cut_and_kill__open_connection__is_silent(self, hosts: Hosts) -> None:
         conversation = Conversation(hosts, caller=0, listener=2)
         conversation.say("before")
         assert conversation.hear(within_s=10) == "before"
@@ -150,7 +148,7 @@ class TestCut:
         assert conversation.hear(within_s=0.5) is None
 
 
-def test_kill_ends_all_of_one_host_even_what_has_left_its_session(hosts: Hosts) -> None:
+def test_kill__ends_all_processes_of_one_host(hosts: Hosts) -> None:
     kept = hosts.run(1, "sleep", "100")
     hosts.run(2, "sh", "-c", "setsid sleep 100 & setsid sleep 100 & wait")
     wait_for(lambda: len(output_of_ip("netns", "pids", f"{hosts.folder.name}-2").split()) == 3)
@@ -160,7 +158,7 @@ def test_kill_ends_all_of_one_host_even_what_has_left_its_session(hosts: Hosts) 
     assert kept.poll() is None
 
 
-def test_what_a_killed_process_left_is_taken_away_by_the_next(_hosts_allowed: None) -> None:
+def test_hosts__creator_was_killed__next_one_cleans_up(_hosts_allowed: None) -> None:
     script = (
         "from tests.support.hosts import Hosts; hosts = Hosts(1);"
         "print(hosts.run(0, 'sleep', '100').pid, hosts.folder, flush=True); input()"
@@ -186,12 +184,12 @@ def cluster(_hosts_allowed: None) -> Iterator[Hosts]:
         yield hosts
 
 
-# These belong together and run in this order: a cluster of three takes ten seconds to start.
+# They share a cluster, because one takes ten seconds to start; the last one starts its own.
 @pytest.mark.slow
 class TestRay:
     @pytest.fixture(params=["host 0", "outside"])
     def answer(self, request: pytest.FixtureRequest, cluster: Hosts) -> dict[str, Any]:
-        """What a driver sees, wherever it runs."""
+        """What a driver reports, on a host and outside."""
         command = [sys.executable, "-c", _DRIVER, cluster.ray_address, cluster.ip(2)]
         if request.param == "host 0":
             said = output_of(cluster, 0, *command)
@@ -200,13 +198,13 @@ class TestRay:
             said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
         return dict(json.loads(said))
 
-    def test_a_driver_sees_every_node_and_reaches_an_actor_on_the_last(
+    def test_ray__driver__sees_every_node_and_reaches_an_actor(
         self, answer: dict[str, Any], cluster: Hosts
     ) -> None:
         assert answer["cpus"] == {cluster.ip(0): 0, cluster.ip(1): 1, cluster.ip(2): 1}
         assert answer["network"] == output_of(cluster, 2, "readlink", "/proc/self/ns/net").strip()
 
-    def test_a_stranger_without_the_token_is_turned_away(self, cluster: Hosts, tmp_path: Path) -> None:
+    def test_ray__wrong_token__is_refused(self, cluster: Hosts, tmp_path: Path) -> None:
         (tmp_path / "token").write_text("f" * 64)
         command = [sys.executable, "-c", _GREET, cluster.ray_address]
         member = os.environ | cluster.environment
@@ -221,10 +219,11 @@ class TestRay:
         assert stranger.returncode != 0
         assert "InvalidAuthToken" in stranger.stderr
 
-    def test_after_close_nothing_of_it_is_left(self, cluster: Hosts) -> None:
-        processes = processes_of(cluster, 0, 1, 2)
+    def test_close__running_cluster__leaves_nothing(self, hosts: Hosts) -> None:
+        hosts.start_ray()
+        processes = processes_of(hosts, 0, 1, 2)
         assert len(processes) > 8
-        assert len(left_of(cluster.folder.name)) == 8  # the bridge, three ports, three namespaces, the folder
-        cluster.close()
+        assert len(left_of(hosts.folder.name)) == 8  # the bridge, three ports, three namespaces, the folder
+        hosts.close()
         assert survivors(processes, timeout_s=1) == []
-        assert left_of(cluster.folder.name) == []
+        assert left_of(hosts.folder.name) == []

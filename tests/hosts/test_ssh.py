@@ -374,7 +374,7 @@ class TestErrors:
         other = tmp_path / "python"
         other.write_text(f'#!/bin/sh\n{sys.executable} "$@" | sed \'s/"ray": "[0-9.]*"/"ray": "2.9.9"/\'\n')
         other.chmod(0o755)
-        match = r"it has ray 2\.9\.9, and .* is here: .*python -m pip install ray=="
+        match = r"it has ray 2\.9\.9, and this machine .*: .*python -m pip install ray=="
         failures(SshCluster(spec_of(hosts, name="older", python=str(other))), match=match)
 
     def test_up__ray_port_taken__is_refused(self, hosts: Hosts) -> None:
@@ -411,7 +411,7 @@ class TestErrors:
         process = start_forge("cluster", "up", "slow.yaml", cwd=home)
         assert process.stderr is not None
         read_until(process.stderr.readline, "starting Ray")
-        wait_for(lambda: [line for line in mentioning(str(slow)) if "ssh" not in line])
+        wait_for(lambda: [line for line in mentioning(str(slow)) if not line.startswith("ssh ")])
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
         assert process.returncode == 130

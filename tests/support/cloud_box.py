@@ -1,9 +1,9 @@
-"""A cloud in a box: EC2 and IAM by moto's server, and for each machine that EC2 says runs, one that is there.
+"""A cloud in a box: EC2 and IAM by moto's server, and a real machine for each instance that runs.
 
-`Api` is the service alone, on loopback or a bridge. It can be made to refuse, as a cloud does that has no room,
-and tells the spot prices that a test wants. `CloudBox` adds the machines: network namespaces with the address
-that EC2 tells, each with an sshd that lets in whoever holds the instance's key, a metadata service, a home and
-process numbers of its own. A machine that EC2 ends is gone within a second, and nobody is told.
+`Api` is only the service, on loopback or a bridge. It can refuse requests, as a cloud without capacity does, and
+reports the spot prices that a test sets. `CloudBox` adds the machines: network namespaces with the instances'
+addresses, each with an sshd that accepts the instance's key, a metadata service, its own home folder and process
+ids. The machine of a terminated instance is gone within a second, without notice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.support.clouds import Aws
 from tests.support.hosts import Hosts
 
 IMAGE = "ami-12c6146b"
-"""One that moto knows in every region."""
+"""An image that moto has in every region."""
 _ROOT = Path(__file__).parents[2]
 _LOOK_S = 0.2
 _making = threading.Lock()
@@ -50,29 +50,29 @@ def _session() -> Any:
 
 @dataclass(frozen=True)
 class Refusal:
-    """The service says no, to one action in one region."""
+    """An error that the service returns for one action in one region."""
 
     action: str
     region: str
     code: str
     needs: str = ""
-    """A word that the request has; any request by default."""
+    """Only for requests that contain this; by default for all."""
 
 
 @dataclass
 class Api:
-    """The service."""
+    """The service of moto."""
 
     endpoint: str
     refusals: list[Refusal] = field(default_factory=list)
     spot_prices: dict[str, dict[str, float]] = field(default_factory=dict)
-    """USD per hour, by region and machine type; there is no history but this."""
+    """The whole spot price history: USD per hour by region and instance type."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """How often was asked, by action and region."""
+    """The number of requests by action and region."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to reach it and no other."""
+        """The environment of a process that uses this service and no real one."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": "testing",
@@ -249,7 +249,7 @@ class CloudBox:
         # A range each, so that no two machines of the box ever have one address.
         for number, zone in enumerate(zones):
             subnet = backend.create_subnet(vpc.id, f"{prefix}.{64 + 32 * (2 * index + number)}/27", zone)
-            # A public address would be somebody's; no machine of the box has one.
+            # A public address could exist on the internet; no machine of the box has one.
             ec2.modify_subnet_attribute(SubnetId=subnet.id, MapPublicIpOnLaunch={"Value": False})
 
     def _watch(self) -> None:
@@ -281,7 +281,7 @@ class CloudBox:
         self._hosts.add(host, etc={"passwd": users})
         assert self._hosts.ip(host) == address
         pair = ec2_backends[DEFAULT_ACCOUNT_ID][region].key_pairs[machine["KeyName"]]
-        assert "PublicIpAddress" not in machine  # that would be somebody's
+        assert "PublicIpAddress" not in machine  # it could exist on the internet
         (folder / "authorized_keys").write_bytes(pair.material_public)
         self._metadata[instance_id] = self._stack.enter_context(Aws(address=self._hosts.gateway))
         subprocess.run(

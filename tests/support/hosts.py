@@ -1,10 +1,9 @@
-"""Machines for tests: network namespaces on a bridge, each with an address, a loopback and ports of its own.
+"""Hosts for tests: network namespaces on a bridge, each with its own address, loopback and ports.
 
-They share this machine's files, its processes' numbers and its name, and nothing of its network: what they
-send stays on the bridge, where this machine is the address that ends in 1. A machine's end comes in three
-ways: `kill` (its programs die, its kernel takes leave of their peers), `cut` (nothing comes through and nobody
-is told), and both, which is a power cut. As in a cloud, no neighbour ever says that an address is gone, and who
-asks for a name is answered at once; here, that nobody knows any.
+They share this machine's files, process ids and host name, but not its network: their packets stay on the bridge,
+where this machine has the address that ends in 1. A host can fail in three ways: `kill` (its processes die and its
+kernel closes their connections), `cut` (packets are dropped without notice), and both, which is a power failure. As
+in a cloud, a vanished address gives no ARP error, and name lookups are answered at once; here, always as unknown.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from tests.support.command import wait_for
 
 _NAMESPACES = Path("/var/run/netns")
 _FILES = Path("/etc/netns")
-"""What lies there in a namespace's folder, its programs see in `/etc`."""
+"""Programs in a namespace see the files in its folder here as files in `/etc`."""
 _LINKS = Path("/sys/class/net")
 _NUMBERS = range(1, 255)
 _RAY_PORT = 6379
@@ -106,7 +105,7 @@ class Hosts:
         return process
 
     def cut(self, host: int) -> None:
-        """Let nothing to or from a host through any more; neither side is told."""
+        """Drop all packets to and from a host, without notice to either side."""
         _set_port(self._name(host), _PORT_DISABLED)
 
     def mend(self, host: int) -> None:
@@ -253,7 +252,7 @@ def can_make_hosts() -> bool:
 
 
 def _claim_network() -> int:
-    """A number N for which 10.77.N.0/24 is free here; its bridge is made, so that nobody else takes it."""
+    """A number N for which 10.77.N.0/24 is free here; its bridge is created, so that no other test takes it."""
     with _only_one():
         for number in filter(_is_orphan, _NUMBERS):
             _remove_network(number)

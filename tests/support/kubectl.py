@@ -1,8 +1,8 @@
-"""A stand-in for kubectl, for machines that have none, and for what a real one needs a real Kubernetes for.
+"""A fake kubectl, for machines without kubectl, and for commands that need a real Kubernetes.
 
-It speaks the part of kubectl's command line that forge uses, to what `tests.support.kubernetes` remembers, and
-complains in kubectl's own words. `exec` runs a real program on this machine, with the environment that the pod
-would have; `port-forward` leads to a real port.
+It has the part of kubectl's command line that forge uses, on the objects of `tests.support.kubernetes`, and prints
+kubectl's own error messages. `exec` runs a real program on this machine with the pod's environment; `port-forward`
+leads to a real port.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ _KINDS = {
 
 
 def main() -> None:
-    """What the program does."""
     folder = Path(os.environ[FOLDER])
     with (folder / "calls.jsonl").open("a") as calls:
         calls.write(json.dumps(sys.argv[1:]) + "\n")
@@ -149,7 +148,7 @@ class _Program:
                 near, _address = server.accept()
                 try:
                     far = socket.create_connection(("127.0.0.1", self._world.port))
-                except OSError:  # nobody listens in the pod
+                except OSError:  # nothing listens in the pod
                     near.close()
                     continue
                 for source, sink in ((near, far), (far, near)):

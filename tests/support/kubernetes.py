@@ -1,9 +1,9 @@
-"""What is behind kubectl in tests: a Kubernetes cluster with KubeRay's operator, as a folder and a few functions.
+"""A fake Kubernetes cluster with KubeRay's operator: a folder and a few functions.
 
-It is here because no Kubernetes can run where these tests do. `tests.support.kubectl` is a stand-in for kubectl
-over it, `tests.support.kubernetes_api` an API that a real kubectl speaks to. Whenever it is asked, it first does
-what the operator would have done meanwhile: pods come up in a few looks, and end in one. What it does not do:
-schedule, pull, validate against a schema (tests/cluster/test_manifests.py does), or limit what a pod may do.
+No Kubernetes can run where these tests do. `tests.support.kubectl` is a fake kubectl for it,
+`tests.support.kubernetes_api` an API for a real kubectl. Each request first does what the operator would have done
+since the last one: a pod is ready after a few requests, and gone after one. It does not schedule, pull images,
+validate against a schema (tests/cluster/test_manifests.py does), or limit what a pod may do.
 """
 
 from __future__ import annotations
@@ -20,46 +20,46 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "FORGE_TEST_KUBERNETES"
-"""The variable that leads to the folder."""
-_LOOKS_UNTIL_READY = 2
+"""The environment variable with the folder."""
+_REQUESTS_UNTIL_READY = 2
 
 Thing = dict[str, Any]
 
 
 @dataclass(kw_only=True)
 class World:
-    """How the cluster is, and what is wrong with it."""
+    """The state of the cluster, and its faults."""
 
     contexts: list[str] = field(default_factory=lambda: ["kind", "other"])
     current: str | None = "kind"
     namespaces: list[str] = field(default_factory=lambda: ["default"])
     is_reachable: bool = True
     is_known: bool = True
-    """Whether the user's credentials still count."""
+    """Whether the user's credentials are accepted."""
     has_kuberay: bool = True
     works: bool = True
-    """Whether the operator is at work, and not only its CRDs there."""
+    """Whether the operator runs, and not only its CRDs are installed."""
     knows_tokens: bool = True
-    """An operator older than 1.6 does not."""
+    """False for an operator older than 1.6."""
     forbidden: list[str] = field(default_factory=list)
     """Verbs and kinds, `create secrets`."""
     head: str = "ready"
-    """What becomes of it: `ready`, `pending`, `no-image`, `bad-first-pull`, `ends`, `ends-once`."""
+    """What happens to it: `ready`, `pending`, `no-image`, `bad-first-pull`, `ends`, `ends-once`."""
     stays: list[str] = field(default_factory=list)
-    """Kinds of which nothing goes away, `Pod`."""
+    """Kinds whose objects are never deleted, such as `Pod`."""
     port: int = 0
-    """Where a forwarded port leads to."""
+    """The local port that forwarded ports lead to."""
 
 
 class Kubernetes:
-    """The tests' side: a world to be changed, and what was asked of it."""
+    """For tests: change the world, and read what was requested."""
 
     def __init__(self, folder: Path, **world: Any) -> None:
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
         program = folder / "bin" / "kubectl"
         root = Path(__file__).parents[2]
-        # Without the environment's packages, it starts in a third of the time.
+        # Without site packages it starts in a third of the time.
         program.write_text(
             f"#!{sys.executable} -SE\nimport sys\nsys.path.insert(0, {str(root)!r})\n"
             "from tests.support.kubectl import main\nmain()\n"
@@ -69,28 +69,28 @@ class Kubernetes:
         self.change(**world)
 
     def environment(self) -> dict[str, str]:
-        """What leads to this kubectl."""
+        """The environment in which this kubectl is found."""
         return {FOLDER: str(self.folder), "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
 
     def change(self, **world: Any) -> None:
-        """Another world from now on; what is not named is as in a healthy one."""
+        """Replace the world; fields that are not given are healthy."""
         (self.folder / "world.json").write_text(json.dumps(asdict(World(**world))))
 
     def things(self, kind: str) -> list[Thing]:
         return [thing for thing in json.loads((self.folder / "things.json").read_text()) if thing["kind"] == kind]
 
     def calls(self) -> list[list[str]]:
-        """Every command line, without the program's name."""
+        """Every command line of kubectl so far, without the program's name."""
         path = self.folder / "calls.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def put(self, thing: Thing) -> None:
-        """As somebody else would."""
+        """Add an object, as another user would."""
         with memory(self.folder) as things:
             things.append(thing)
 
     def resize(self, replicas: int) -> None:
-        """As Ray's autoscaler would."""
+        """Change the number of workers, as Ray's autoscaler would."""
         with memory(self.folder) as things:
             for thing in things:
                 if thing["kind"] == "RayCluster":
@@ -102,7 +102,7 @@ def read_world(folder: Path) -> World:
 
 
 def meanwhile(things: list[Thing], folder: Path, world: World) -> None:
-    """What the operator, the kubelets and the garbage collector do between two looks."""
+    """What operator, kubelets and garbage collector do between two requests."""
     for thing in list(things):
         is_over = "deletionTimestamp" in thing["metadata"] and thing["kind"] not in world.stays
         if is_over or (thing["kind"].startswith("Ray") and not world.has_kuberay):
@@ -169,15 +169,15 @@ def _new_pod(folder: Path, world: World, cluster: Thing, kind: str, template: Th
         },
         "spec": spec,
         "status": {"phase": "Pending"},
-        "looks": 0,
+        "requests": 0,
     }
 
 
 def _live_on(pod: Thing, things: list[Thing], world: World) -> None:
     is_head = pod["metadata"]["labels"]["ray.io/node-type"] == "head"
-    fate = world.head if is_head else "ready"
-    looks = pod["looks"] = pod["looks"] + 1
-    if fate == "pending":
+    outcome = world.head if is_head else "ready"
+    requests = pod["requests"] = pod["requests"] + 1
+    if outcome == "pending":
         message = "0/3 nodes are available: 3 Insufficient cpu."
         pod["status"] = {
             "phase": "Pending",
@@ -187,16 +187,16 @@ def _live_on(pod: Thing, things: list[Thing], world: World) -> None:
         }
         return
     pod["spec"]["nodeName"] = "machine-1"
-    if fate == "no-image" or (fate == "bad-first-pull" and looks == 1):
-        reason = "ErrImagePull" if looks == 1 else "ImagePullBackOff"
+    if outcome == "no-image" or (outcome == "bad-first-pull" and requests == 1):
+        reason = "ErrImagePull" if requests == 1 else "ImagePullBackOff"
         message = f'Back-off pulling image "{pod["spec"]["containers"][0]["image"]}": not found'
         pod["status"] = _waiting(reason, message)
-    elif fate == "ends" or (fate == "ends-once" and pod["metadata"]["name"].endswith("-0")):
+    elif outcome == "ends" or (outcome == "ends-once" and pod["metadata"]["name"].endswith("-0")):
         ended = {"terminated": {"exitCode": 1, "reason": "Error"}}
         pod["status"] = {"phase": "Failed", "containerStatuses": [{"name": "ray-head", "state": ended}]}
     elif missing := _missing_secret(pod, things):
         pod["status"] = _waiting("CreateContainerConfigError", f'secret "{missing}" not found')
-    elif looks < _LOOKS_UNTIL_READY:
+    elif requests < _REQUESTS_UNTIL_READY:
         pod["status"] = _waiting("ContainerCreating", "")
     else:
         pod["status"] = {
@@ -242,7 +242,7 @@ def name_of(thing: Thing) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def memory(folder: Path) -> Iterator[list[Thing]]:
-    """The things that there are, for one process at a time."""
+    """The objects, locked for one process at a time."""
     path = folder / "things.json"
     with (folder / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""OpenSSH's own server on the machines of a network that tests make, with a key that lets root in."""
+"""OpenSSH's server on the hosts of a test network, with a key that root can log in with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MaxStartups 100
 
 
 def client_key(hosts: Hosts) -> Path:
-    """The private key that all machines of the network let in."""
+    """The private key that all hosts accept."""
     path = hosts.folder / "client_key"
     if not path.exists():
         _make_key(path)
@@ -36,7 +36,7 @@ def client_key(hosts: Hosts) -> Path:
 
 
 def stranger_key(hosts: Hosts) -> Path:
-    """A private key that none of them lets in."""
+    """A private key that no host accepts."""
     path = hosts.folder / "stranger_key"
     _make_key(path)
     return path
@@ -45,11 +45,11 @@ def stranger_key(hosts: Hosts) -> Path:
 def start_sshd(
     hosts: Hosts, host: int, *, environment: Mapping[str, str] | None = None, private: Sequence[Path] = ()
 ) -> None:
-    """Start the server of one machine, again with the same host key; return when it listens.
+    """Start the server of one host, with the same host key each time; return when it listens.
 
     Args:
-        environment: what sessions there have in theirs.
-        private: folders that are empty there at first, and in which no other machine sees what it writes.
+        environment: variables of the sessions there.
+        private: folders that are empty there at first, and not shared with other hosts.
     """
     folder = hosts.folder / f"sshd-{host}"
     folder.mkdir(exist_ok=True)
@@ -68,14 +68,14 @@ def start_sshd(
     for path in private:
         path.mkdir(parents=True, exist_ok=True)
     server = [SSHD, "-D", "-f", str(folder / "config"), "-E", str(folder / "log")]
-    mounts = [f"mount -t tmpfs none {path}" for path in private]  # in the mount namespace that `ip` has made
+    mounts = [f"mount -t tmpfs none {path}" for path in private]  # in the mount namespace that `ip` has created
     hosts.run(host, "/bin/sh", "-c", " && ".join([*mounts, f"exec {shlex.join(server)}"]))
     wait_for(lambda: _listens(folder), timeout_s=10)
 
 
 @contextlib.contextmanager
 def another_host_key(hosts: Hosts, host: int) -> Iterator[None]:
-    """As on a machine that was set up anew; for a server that is started in between."""
+    """Servers started in this context have another host key, as on a reinstalled host."""
     place = hosts.folder / f"sshd-{host}"
     kept = {path: path.read_bytes() for path in place.glob("host_key*")}
     for path in kept:
