@@ -183,7 +183,7 @@ def read_run_code(digest: str, *, run_folder: Path) -> PackedCode:
 
 def code_folder(digest: str) -> Path:
     """Return where the cache keeps the code of a digest. Raises: UserCodeError for what is no digest."""
-    if not _DIGEST.fullmatch(digest):
+    if not _DIGEST.fullmatch(str(digest)):  # a plan from elsewhere may hold anything
         raise UserCodeError(f"{digest!r} is not the digest of a code folder")
     return default_cache_dir().absolute() / "code" / digest
 

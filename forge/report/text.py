@@ -10,7 +10,7 @@ import math
 from forge.config.job import JobSpec
 from forge.config.overrides import first_values, trial_job
 from forge.config.search import SchedulerSpec, SearcherSpec
-from forge.plan.inputs import CorpusInfo
+from forge.plan.inputs import CodeInfo, CorpusInfo
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
@@ -58,6 +58,8 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         ))  # fmt: skip
         if corpus.packing != "concatenate":
             facts.insert(2, ("sequences", _packed(corpus)))
+    if plan.code is not None:
+        facts.append(("code", _code(job, plan.code)))
     return facts
 
 
@@ -67,6 +69,12 @@ def _packed(corpus: CorpusInfo) -> str:
     parts = [f"{corpus.num_examples:,} examples in {num_rows:,} sequences", f"{corpus.padding:.1%} padding"]
     parts += [f"{count:,} {reason}" for reason, count in corpus.notes.items()]
     return ", ".join(parts)
+
+
+def _code(job: JobSpec, code: CodeInfo) -> str:
+    names = ", ".join(job.user_classes.values()) or "the job names no class in it"
+    size = f"{code.num_files} file{'s' if code.num_files > 1 else ''}, {format_bytes(code.size_bytes)}"
+    return f"{job.code}: {size}, digest {code.digest[:12]}; {names}"
 
 
 def search_facts(plan: DraftPlan) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import PreTrainedModel
 
 from forge.checkpoint.reader import Checkpoint, find_checkpoint
@@ -69,12 +70,16 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
         raise CheckpointError(f"{run_folder} has no checkpoint to generate from ({why})")
     tokenizer = Tokenizer.from_file(str(run_folder / "tokenizer" / "tokenizer.json"))
     model = load_model(plan, checkpoint, ema=request.ema)
-    text = _continue(model, tokenizer, request, max_positions=plan.model.max_seq_len)
+    if isinstance(model, PreTrainedModel):
+        eot, max_positions = model.config.eos_token_id, plan.model.max_seq_len
+    else:  # it promises no more than the sequences it was trained on
+        eot, max_positions = plan.corpus.eot_id, plan.job.data.seq_len
+    text = _continue(model, tokenizer, request, eot=eot, max_positions=max_positions)
     return Generated(step=checkpoint.progress.step, prompt=request.prompt, text=text)
 
 
 def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
-    """A transformers model with the weights of one checkpoint, ready to be evaluated.
+    """The model of a plan with the weights of one checkpoint, ready to be evaluated.
 
     Raises: CheckpointError if the checkpoint is of another model than the plan's, or holds no averages.
     """
@@ -99,15 +104,11 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
 
 @torch.no_grad()
 def _continue(
-    model: PreTrainedModel, tokenizer: Tokenizer, request: GenerateRequest, *, max_positions: int | None
+    model: nn.Module, tokenizer: Tokenizer, request: GenerateRequest, *, eot: int, max_positions: int | None
 ) -> str:
     ids = tokenizer.encode(request.prompt, add_special_tokens=False).ids
-    eot = model.config.eos_token_id
     tokens = torch.tensor([ids or [eot]])
     torch.manual_seed(request.seed)
-    settings: dict[str, Any] = {"do_sample": False}
-    if request.temperature > 0:
-        settings = {"do_sample": True, "temperature": request.temperature, "top_k": request.top_k}
     written: list[int] = []
     while len(written) < request.max_tokens and eot not in written:
         room = request.max_tokens - len(written)
@@ -116,13 +117,35 @@ def _continue(
             if tokens.shape[1] >= max_positions:
                 tokens = tokens[:, -max(1, max_positions // 2) :]
             room = min(room, max_positions - tokens.shape[1])
-        longer = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=room, pad_token_id=eot, **settings
-        )
+        longer = _lengthen(model, tokens, request, num_tokens=room, eot=eot)
         written += longer[0, tokens.shape[1] :].tolist()
         tokens = longer
     text: str = tokenizer.decode(written, skip_special_tokens=True)
     return text
+
+
+def _lengthen(
+    model: nn.Module, tokens: torch.Tensor, request: GenerateRequest, *, num_tokens: int, eot: int
+) -> torch.Tensor:
+    """Append up to `num_tokens` tokens, ending after `eot`. Shapes: tokens: int64[1, T]."""
+    if isinstance(model, PreTrainedModel):
+        settings: dict[str, Any] = {"do_sample": False}
+        if request.temperature > 0:
+            settings = {"do_sample": True, "temperature": request.temperature, "top_k": request.top_k}
+        longer: torch.Tensor = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=num_tokens, pad_token_id=eot, **settings
+        )
+        return longer
+    for _ in range(num_tokens):
+        logits = model(tokens)[0, -1].float()
+        top = logits.topk(min(request.top_k, len(logits)))
+        choice = torch.tensor(0)
+        if request.temperature > 0:
+            choice = torch.multinomial((top.values / request.temperature).softmax(dim=-1), 1)[0]
+        tokens = torch.cat([tokens, top.indices[choice].view(1, 1)], dim=1)
+        if int(tokens[0, -1]) == eot:
+            break
+    return tokens
 
 
 def main() -> None:
