@@ -77,7 +77,7 @@ def start_run(job: Mapping[str, Any], hosts: Hosts, folder: Path) -> subprocess.
 def add_again(host: int, hosts: Hosts, watch: Watch) -> None:
     """Have a machine that was cut off start afresh, and join."""
     hosts.kill(host)
-    hosts.mend(host)
+    hosts.reconnect(host)
     began_s = time.time()
     hosts.join_ray(host)
     watch.await_formed("growth", since_s=began_s)

@@ -48,4 +48,6 @@ def find_cluster(name: str | None) -> Cluster:
     if Path(name).is_file():
         return cluster_of(load_cluster(name))
     known = ", ".join([NAME, *(other.name for other in list_records())])
-    raise ArgumentError(f"no cluster '{name}' was started from here, and there is no such file; known: {known}")
+    raise ArgumentError(
+        f"'{name}' is neither a cluster that was started from here nor a file; known clusters: {known}"
+    )

@@ -114,14 +114,16 @@ def test_hosts__have_their_own_address_and_loopback(hosts: Hosts) -> None:
 
 class TestCut:
     @pytest.mark.parametrize(("caller", "listener"), [(0, 2), (2, 0)])
-    def test_cut__open_connection__is_silent_until_mended(self, hosts: Hosts, caller: int, listener: int) -> None:
+    def test_cut__open_connection__is_silent_until_reconnected(
+        self, hosts: Hosts, caller: int, listener: int
+    ) -> None:
         conversation = Conversation(hosts, caller=caller, listener=listener)
         conversation.say("before")
         assert conversation.hear(within_s=10) == "before"
         hosts.cut(2)
         conversation.say("during")
         assert conversation.hear(within_s=0.5) is None
-        hosts.mend(2)
+        hosts.reconnect(2)
         assert conversation.hear(within_s=10) == "during"
 
     def test_cut__other_hosts__stay_connected(self, hosts: Hosts) -> None:

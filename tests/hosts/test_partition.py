@@ -70,7 +70,7 @@ def test_run__node_loses_its_network__continues_within_seconds_as_one_curve(run:
     assert "no heartbeat for" in run.of("NodeLeft")[-1]["reason"]
     assert seconds < 20  # Ray itself took 65 s to call such a machine dead
     assert len(run.repeated(since=began)) - repeated <= 1
-    hosts.mend(cut_off)
+    hosts.reconnect(cut_off)
     run.await_world(NUM_MACHINES, timeout_s=120.0)
     assert place["pid"] not in [other["pid"] for other in run.formed["ranks"]]
 

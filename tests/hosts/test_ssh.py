@@ -255,8 +255,8 @@ class TestUp:
         hosts.kill(number)
         wait_for(lambda: len(steps_of(folder)) > changes + 50 or gone(client))
         start(hosts, number)
-        mended = forge("cluster", "up", cluster, cwd=home)
-        assert mended.returncode == 0, mended.stderr
+        repaired = forge("cluster", "up", cluster, cwd=home)
+        assert repaired.returncode == 0, repaired.stderr
         wait_for(lambda: world() == 2 or gone(client))
         drained = worker_of(folder, head=hosts.ip(0))
         assert forge("cluster", "drain", "lab", drained, "--seconds", "20", cwd=home).returncode == 0

@@ -82,7 +82,7 @@ class Api:
         }
 
     def client(self, service: str, region: str = "us-east-1") -> Any:
-        """The cloud's own hand."""
+        """A boto3 client with the cloud's own rights."""
         with _making:
             return _session().client(
                 service,
@@ -93,26 +93,26 @@ class Api:
             )
 
     def ec2(self, region: str) -> Any:
-        """The same, for machines."""
+        """The EC2 client of a region."""
         return self.client("ec2", region)
 
     def reset(self) -> None:
-        """An empty cloud again."""
+        """Empty the cloud."""
         reset = urllib.request.Request(f"{self.endpoint}/moto-api/reset", method="POST")
         urllib.request.urlopen(reset, timeout=10).close()
         self.refusals, self.spot_prices, self.calls = [], {}, Counter()
 
     def instances(self, region: str) -> list[dict[str, Any]]:
-        """All that were ever started there and are not forgotten."""
+        """All instances of a region, terminated ones too."""
         found = self.ec2(region).describe_instances()["Reservations"]
         return [machine for reservation in found for machine in reservation["Instances"]]
 
     def alive(self, region: str) -> list[dict[str, Any]]:
-        """Those that run."""
+        """The running instances of a region."""
         return [machine for machine in self.instances(region) if machine["State"]["Name"] == "running"]
 
     def _answer(self, environ: dict[str, Any]) -> tuple[str, bytes] | None:
-        """An answer of this service's own; None for moto's."""
+        """The box's own answer to a request; None to let moto answer."""
         found = _REGION.search(environ.get("HTTP_AUTHORIZATION", ""))
         region = found[1] if found else ""
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -135,7 +135,7 @@ class Api:
 
 
 class _Again:
-    """A body that was read, to be read again."""
+    """A request body that can be read again."""
 
     def __init__(self, body: bytes) -> None:
         self._body = body
@@ -148,7 +148,7 @@ class _Again:
 
 @contextlib.contextmanager
 def serve_api(*, address: str = "127.0.0.1") -> Iterator[Api]:
-    """Serve an empty cloud from a thread; this process's environment leads to it meanwhile."""
+    """Serve an empty cloud from a thread; this process's environment points to it inside the `with` block."""
     moto = DomainDispatcherApplication(create_backend_app)
     api = Api(endpoint="")
 
@@ -177,7 +177,7 @@ def serve_api(*, address: str = "127.0.0.1") -> Iterator[Api]:
 
 
 class CloudBox:
-    """The service, and its machines."""
+    """The service and its machines."""
 
     def __init__(self, *, regions: tuple[str, ...] = ("us-east-1",)) -> None:
         self._stack = contextlib.ExitStack()
@@ -206,29 +206,29 @@ class CloudBox:
 
     @property
     def network(self) -> str:
-        """Whence the machines are reached by this one."""
+        """The network from which this machine reaches the others, as a CIDR."""
         return f"{self._hosts.gateway}/32"
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to reach the service and no other."""
+        """The environment of a process that uses this service and no real one."""
         return self.api.environment
 
     @property
     def machines(self) -> tuple[str, ...]:
-        """The addresses of the machines that are there."""
+        """The addresses of the existing machines."""
         return tuple(self._hosts.ip(host) for host in self._there.values())
 
     def folder(self, address: str) -> Path:
-        """A machine's own files; its home is `home` there."""
+        """The folder with a machine's own files; its home is `home` in it."""
         return self._hosts.folder / address
 
     def announce(self, instance_id: str) -> None:
-        """Tell a machine, and no other, that it goes in two minutes."""
+        """Give one machine the two-minute preemption notice."""
         self._metadata[instance_id].announce()
 
     def reclaim(self, instance_id: str, *, region: str = "us-east-1") -> None:
-        """Take a machine away, as a cloud takes a spot machine; return when it has vanished."""
+        """Reclaim a spot machine; return when it is gone."""
         self.api.ec2(region).terminate_instances(InstanceIds=[instance_id])
         deadline = time.monotonic() + 20
         while instance_id in self._there and time.monotonic() < deadline:
@@ -236,7 +236,7 @@ class CloudBox:
         assert instance_id not in self._there
 
     def _lay_network(self, region: str, index: int) -> None:
-        """Have the region's default network be the bridge's, in two zones, with private addresses alone."""
+        """Make the region's default network that of the bridge, in two zones, with only private addresses."""
         ec2 = self.api.ec2(region)
         for subnet in ec2.describe_subnets()["Subnets"]:
             ec2.delete_subnet(SubnetId=subnet["SubnetId"])
@@ -324,7 +324,7 @@ class CloudBox:
 
 
 PYTHON = sys.executable
-"""An environment that has forge in it, on every machine of the box."""
+"""The Python with forge on every machine of the box."""
 
 
 def _refusal(code: str) -> bytes:

@@ -39,7 +39,7 @@ _PORT_DISABLED, _PORT_FORWARDING = 0, 3
 
 
 class Hosts:
-    """Some machines on a network of their own; host 0 is where Ray's head runs."""
+    """Hosts on their own network; Ray's head runs on host 0."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -60,7 +60,7 @@ class Hosts:
 
     @property
     def gateway(self) -> str:
-        """This machine's address, as the others see it."""
+        """This machine's address on the network."""
         return f"10.77.{self._number}.1"
 
     def ip(self, host: int) -> str:
@@ -73,12 +73,12 @@ class Hosts:
 
     @property
     def folder(self) -> Path:
-        """For what belongs to this network; readable by its owner alone, and its path is short."""
+        """A folder for this network, readable by its owner only, with a short path."""
         return _folder_of(self._number)
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to be let into the Ray cluster, wherever it runs."""
+        """The environment of a process that connects to the Ray cluster."""
         return {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
@@ -88,10 +88,10 @@ class Hosts:
     def run(
         self, host: int, *command: str | Path, env: Mapping[str, str] | None = None, **popen: Any
     ) -> subprocess.Popen[Any]:
-        """Start a command on a host, as the leader of a session.
+        """Start a command on a host, as a session leader.
 
         Args:
-            env: Its environment, by default this process's; what leads into the cluster is added.
+            env: its environment, by default this process's; the cluster's is added.
             popen: What `subprocess.Popen` takes besides.
         """
         inherited = {name: value for name, value in (env or os.environ).items() if name != "RAY_AUTH_TOKEN"}
@@ -108,20 +108,20 @@ class Hosts:
         """Drop all packets to and from a host, without notice to either side."""
         _set_port(self._name(host), _PORT_DISABLED)
 
-    def mend(self, host: int) -> None:
+    def reconnect(self, host: int) -> None:
         """Undo `cut`."""
         _set_port(self._name(host), _PORT_FORWARDING)
 
     def kill(self, host: int) -> None:
-        """End everything that runs on a host, and return when it is gone."""
+        """Kill all processes on a host, and wait until they are gone."""
         self._reap(host)
         _end_all(self._name(host))
 
     def add(self, host: int, *, etc: Mapping[str, str] | None = None) -> None:
-        """A machine more, at that place of the network; nothing runs on it yet.
+        """Add a host with this number; nothing runs on it yet.
 
         Args:
-            etc: Files that its programs see in `/etc`, by name.
+            etc: files that its processes see in `/etc`, by name.
         """
         self._make(host, neighbours=())
         for name, text in (etc or {}).items():
@@ -130,24 +130,24 @@ class Hosts:
         wait_for(functools.partial(_is_open, self._name(host)), timeout_s=10)
 
     def remove(self, host: int) -> None:
-        """Have a machine vanish, and its place be free."""
+        """Remove a host; its number is free again."""
         self.kill(host)
         shutil.rmtree(_FILES / self._name(host), ignore_errors=True)
         _ip(f"link del {self._name(host)}", f"netns del {self._name(host)}")
 
     def start_ray(self, *, head_cpus: int = 0, cpus: int = 1) -> str:
-        """Start Ray's head on host 0, then a node on every other. Returns: the address, when all are up."""
+        """Start Ray's head on host 0 and a node on every other, and wait for them. Returns: Ray's address."""
         head = ["--head", "--port", str(_RAY_PORT), "--include-dashboard", "false"]
         self._await_ray({0: self._launch_ray(0, *head, cpus=head_cpus)})
         self.join_ray(*range(1, self.count), cpus=cpus)
         return self.ray_address
 
     def join_ray(self, *hosts: int, cpus: int = 1) -> None:
-        """Start a Ray node on each of some hosts, and wait until they are up."""
+        """Start a Ray node on each of these hosts, and wait until they are up."""
         self._await_ray({host: self._launch_ray(host, "--address", self.ray_address, cpus=cpus) for host in hosts})
 
     def close(self) -> None:
-        """Kill everything and take the network down.
+        """Kill all processes and remove the network.
 
         Raises: TimeoutError if a process stays, CalledProcessError if a device does.
         """
@@ -159,7 +159,7 @@ class Hosts:
         self._is_closed = True  # from here on the number may be another's
 
     def _name(self, host: int) -> str:
-        """Of a host's namespace, and of its port on the bridge."""
+        """The name of a host's namespace, and of its port on the bridge."""
         return f"{_bridge_of(self._number)}-{host}"
 
     def _mac(self, last: int) -> str:
@@ -183,7 +183,7 @@ class Hosts:
             wait_for(functools.partial(_is_open, self._name(host)), timeout_s=10)
 
     def _make(self, host: int, *, neighbours: Sequence[int]) -> None:
-        """Make one machine, which knows where others are; of any more it has to ask."""
+        """Create one host with permanent ARP entries for its neighbours."""
         name, mac = self._name(host), self._mac(11 + host)
         (_FILES / name).mkdir(parents=True, exist_ok=True)
         (_FILES / name / "resolv.conf").write_text("nameserver 127.0.0.1\n")
@@ -233,7 +233,7 @@ class Hosts:
         return self.folder / f"ray-{host}.log"
 
     def _reap(self, host: int) -> None:
-        """End what `run` started there, even what has not entered the namespace yet."""
+        """End what `run` started on a host, even if it has not entered the namespace yet."""
         for process in self._processes.pop(host, []):
             process.kill()
             process.wait()
@@ -241,7 +241,7 @@ class Hosts:
 
 @functools.cache
 def can_make_hosts() -> bool:
-    """Whether this process may make machines here; it tries."""
+    """Whether this process may create network namespaces; tries it."""
     if not (shutil.which("ip") and shutil.which("bridge")):
         return False
     try:
@@ -266,7 +266,7 @@ def _claim_network() -> int:
 
 @contextlib.contextmanager
 def _only_one() -> Iterator[None]:
-    """Wait until no other process of this machine chooses a network."""
+    """Hold the lock under which processes of this machine choose a network."""
     folder = os.open(_LINKS, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -276,7 +276,7 @@ def _only_one() -> Iterator[None]:
 
 
 def _is_orphan(number: int) -> bool:
-    """Whether the process that made a network was killed before it could take it down."""
+    """Whether the process that created a network was killed before it could remove it."""
     try:
         owner = (_LINKS / _bridge_of(number) / "ifalias").read_text().strip()
     except OSError:
@@ -291,7 +291,7 @@ def _is_in_use(prefix: str) -> bool:
 
 
 def _remove_network(number: int) -> None:
-    """Take down what is there of a network, in whatever state it was left."""
+    """Remove what exists of a network, in any state."""
     bridge = _bridge_of(number)
     namespaces = [path.name for path in _NAMESPACES.glob(f"{bridge}-*")]
     for namespace in namespaces:
@@ -313,7 +313,7 @@ def _end_all(namespace: str) -> None:
 
 
 def _strike(namespace: str) -> bool:
-    """Kill whatever runs in a namespace now. Returns: whether anything did."""
+    """Kill all processes in a namespace. Returns: whether there were any."""
     pids = _ip(f"netns pids {namespace}").split()
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -332,7 +332,7 @@ def _is_open(port: str) -> bool:
 
 
 def _ip(*commands: str, namespace: str | None = None) -> str:
-    """Give `ip` some commands; it stops at the first that fails. Returns: what it says."""
+    """Run commands of `ip` up to the first that fails. Returns: its output."""
     inside = ["-n", namespace] if namespace else []
     done = subprocess.run(
         ["ip", *inside, "-batch", "-"], input="\n".join(commands), capture_output=True, text=True, check=True

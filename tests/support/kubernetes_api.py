@@ -1,4 +1,4 @@
-"""An API server over `tests.support.kubernetes`, of as much as a real kubectl needs for what forge asks of it.
+"""An API server for `tests.support.kubernetes`, with what a real kubectl needs for forge's requests.
 
 Discovery, server-side apply, get, list by label, delete, and `exec` by WebSocket; `port-forward` is SPDY even
 within a WebSocket, and is left to the stand-in.
@@ -33,7 +33,7 @@ _STDIN, _STDOUT, _STDERR, _STATUS, _CLOSE = 0, 1, 2, 3, 255
 
 @contextlib.contextmanager
 def serve(kubernetes: Kubernetes) -> Iterator[dict[str, str]]:
-    """The environment in which kubectl speaks to it, as long as it is open."""
+    """Serve the API inside a `with` block; yields the environment in which kubectl uses it."""
 
     class Server(http.server.ThreadingHTTPServer):
         daemon_threads = True
@@ -88,7 +88,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return read_world(self.kubernetes.folder).has_kuberay
 
     def _describe(self, words: list[str]) -> None:
-        """What kubectl asks first: which kinds there are, and what may be done to them."""
+        """Discovery: the kinds of objects and the verbs they support."""
         groups = {"": _CORE} | ({"ray.io": _RAY} if self._has_kuberay() else {})
         match words:
             case ["api"]:
@@ -155,7 +155,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._send(200, thing)
 
     def _execute(self, name: str, query: dict[str, list[str]]) -> None:
-        """Run a program on this machine in the pod's place, its streams through a WebSocket."""
+        """Run a program on this machine instead of in the pod, with its streams over a WebSocket."""
         with memory(self.kubernetes.folder) as things:
             (pod,) = [one for one in things if (one["kind"], one["metadata"]["name"]) == ("Pod", name)]
             (container,) = [one for one in pod["spec"]["containers"] if one["name"] == query["container"][0]]
@@ -258,7 +258,7 @@ def _resources(version: str, kinds: dict[str, str]) -> dict[str, Any]:
 
 
 def _openapi(group: str, kinds: dict[str, str]) -> dict[str, Any]:
-    """That fields are validated by the server, which is all that kubectl wants to know here."""
+    """The part of the OpenAPI schema by which kubectl sees that the server validates fields."""
     paths = {
         f"/{_base(group)}/namespaces/{{namespace}}/{name}/{{name}}": {
             "patch": {

@@ -1,0 +1,99 @@
+"""Find clusters by name or file, and what is saved of them."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from forge.cluster.base import (
+    ClusterRecord,
+    cluster_lock,
+    delete_state,
+    list_records,
+    make_token,
+    read_record,
+    read_token,
+    state_folder,
+    token_path,
+    write_record,
+)
+from forge.cluster.local.provider import LocalCluster
+from forge.cluster.registry import cluster_of, find_cluster
+from forge.cluster.ssh.provider import SshCluster
+from forge.config.cluster import SshSpec
+from forge.errors import ArgumentError, ClusterError
+
+SPEC = {"name": "lab", "provider": "ssh", "machines": ["10.0.0.1"], "user": "me"}
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FORGE_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+def test_find_cluster__no_name_or_local__is_this_machines() -> None:
+    assert isinstance(find_cluster(None), LocalCluster)
+    assert isinstance(find_cluster("local"), LocalCluster)
+
+
+def test_find_cluster__recorded_name__needs_no_file() -> None:
+    write_record(ClusterRecord(name="lab", provider="ssh", spec=SPEC))
+    found = find_cluster("lab")
+    assert isinstance(found, SshCluster) and found.name == "lab"
+
+
+def test_find_cluster__file__is_read(tmp_path: Path) -> None:
+    path = tmp_path / "lab.yaml"
+    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in SPEC.items()))
+    assert isinstance(find_cluster(str(path)), SshCluster)
+
+
+def test_find_cluster__unknown_name__lists_the_known() -> None:
+    write_record(ClusterRecord(name="lab", provider="ssh", spec=SPEC))
+    with pytest.raises(ArgumentError, match=r"'x' is neither .* nor a file; known clusters: local, lab"):
+        find_cluster("x")
+
+
+def test_cluster_of__name_local_on_another_provider__is_refused() -> None:
+    spec = SshSpec.model_validate(SPEC | {"name": "local"}, strict=False)
+    with pytest.raises(ArgumentError, match="name: local is reserved for the cluster on this machine"):
+        cluster_of(spec)
+
+
+def test_record__written__is_private_and_listed_without_local(state: Path) -> None:
+    record = ClusterRecord(name="lab", provider="ssh", spec=SPEC, state={"job_port": 1})
+    write_record(record)
+    write_record(ClusterRecord(name="local", provider="local", spec={}))
+    assert read_record("lab") == record and list_records() == [record]
+    assert stat.S_IMODE((state / "clusters" / "lab.json").stat().st_mode) == 0o600
+    assert stat.S_IMODE(state_folder("clusters").stat().st_mode) == 0o700
+    make_token("lab")
+    delete_state("lab")
+    assert read_record("lab") is None and not token_path("lab").exists()
+
+
+def test_read_record__no_state_folder__creates_none(state: Path) -> None:
+    assert read_record("lab") is None
+    assert not state.exists()
+
+
+def test_token__empty_or_missing__says_what_to_do() -> None:
+    with pytest.raises(ClusterError, match="only the machine that started a cluster has its token"):
+        read_token("lab")
+    token_path("lab").touch()
+    with pytest.raises(ClusterError, match="was empty and has been removed; start the cluster again"):
+        make_token("lab")
+    assert make_token("lab") == make_token("lab") == read_token("lab")
+    assert stat.S_IMODE(token_path("lab").stat().st_mode) == 0o600
+
+
+def test_cluster_lock__held__is_refused_for_that_cluster_only() -> None:
+    refusal = pytest.raises(ClusterError, match="another forge process is starting or stopping the cluster 'lab'")
+    with cluster_lock("lab"), cluster_lock("other"), refusal:
+        cluster_lock("lab").__enter__()
+    with cluster_lock("lab", wait=True):
+        pass
