@@ -59,15 +59,15 @@ _SENTENCES = {
 
 
 def field_errors(
-    error: ValidationError, *, root: type[Section], source: SourceMap, blamed: Iterable[JobFileError]
+    error: ValidationError, *, root: type[Section], source: SourceMap, reported: Iterable[JobFileError]
 ) -> list[JobFileError]:
     """Return pydantic's errors as JobFileErrors.
 
     Args:
         root: type of the whole file.
-        blamed: errors found before; pydantic's errors about the same keys are only consequences and are dropped.
+        reported: errors found before; pydantic's errors about the same keys are only consequences and are dropped.
     """
-    keys = {other.key for other in blamed}
+    keys = {other.key for other in reported}
     found: list[JobFileError] = []
     for record in error.errors(include_url=False):
         error_found = _translated(record, root=root, source=source)

@@ -89,7 +89,7 @@ def _validated(root: YamlNode, section: type[_S], *, source: SourceMap, errors: 
     try:
         found = section.model_validate(root.plain())
     except ValidationError as error:
-        errors += field_errors(error, root=section, source=source, blamed=errors)
+        errors += field_errors(error, root=section, source=source, reported=errors)
     if errors:
         raise _combined(errors)
     return found

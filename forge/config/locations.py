@@ -37,36 +37,36 @@ class SourceMap:
     """Location of every key in the file, by dotted key: `training.zero`, `data.files[0]`; `` is the whole file."""
 
     path: str
-    places: Mapping[str, SourceLocation]
+    locations: Mapping[str, SourceLocation]
 
     def error(self, key: str, problem: str, *, nearest: str | None = None, show_value: bool = True) -> JobFileError:
         """Return a JobFileError with the line of `key` or, if the file does not have it, of its section."""
-        place = self.places.get(key)
-        blamed = place or self._nearest_place(key)
-        is_shown = show_value and place is not None and place.is_scalar and not is_secret(key.rpartition(".")[2])
+        own = self.locations.get(key)
+        location = own or self._nearest_location(key)
+        is_shown = show_value and own is not None and own.is_scalar and not is_secret(key.rpartition(".")[2])
         return JobFileError(
             problem,
-            path=self.path if blamed.line is not None else "--set",
-            line=blamed.line,
+            path=self.path if location.line is not None else "--set",
+            line=location.line,
             key=key or None,
-            value=blamed.text if is_shown else None,
+            value=location.text if is_shown else None,
             nearest=nearest,
         )
 
-    def _nearest_place(self, key: str) -> SourceLocation:
+    def _nearest_location(self, key: str) -> SourceLocation:
         while key:
             key = parent_key(key)
-            if key in self.places:
-                return self.places[key]
+            if key in self.locations:
+                return self.locations[key]
         return SourceLocation(line=1, text="")
 
 
 def map_source(root: YamlNode, *, path: str) -> SourceMap:
     """Return the locations of all nodes below `root`."""
-    places: dict[str, SourceLocation] = {}
+    locations: dict[str, SourceLocation] = {}
 
     def visit(node: YamlNode, key: str) -> None:
-        places[key] = SourceLocation(line=node.line, text=node.text)
+        locations[key] = SourceLocation(line=node.line, text=node.text)
         if isinstance(node.value, dict):
             for name, child in node.value.items():
                 visit(child, join_key(key, name))
@@ -75,7 +75,7 @@ def map_source(root: YamlNode, *, path: str) -> SourceMap:
                 visit(child, f"{key}[{index}]")
 
     visit(root, "")
-    return SourceMap(path=path, places=places)
+    return SourceMap(path=path, locations=locations)
 
 
 def parent_key(key: str) -> str:

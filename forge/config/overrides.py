@@ -19,7 +19,7 @@ from forge.config.locations import SourceMap
 from forge.config.search import ParameterSpec, SearchSpec
 from forge.errors import JobFileError
 
-_NOWHERE = SourceMap(path="search", places={})
+_NOWHERE = SourceMap(path="search", locations={})
 """For jobs that were not loaded from a file."""
 
 
@@ -34,7 +34,7 @@ def job_with(job: JobSpec, values: Mapping[str, Any]) -> JobSpec:
     try:
         return JobSpec.model_validate_json(json.dumps(body))
     except ValidationError as error:
-        raise field_errors(error, root=JobSpec, source=_NOWHERE, blamed=())[0] from error
+        raise field_errors(error, root=JobSpec, source=_NOWHERE, reported=())[0] from error
 
 
 def trial_job(job: JobSpec, values: Mapping[str, Any], *, is_proxied: bool = True) -> JobSpec:
@@ -129,21 +129,21 @@ def check_space(loaded: LoadedJob) -> None:
     job = loaded.job
     search = search_of(job)
     for key, value in search.proxy.items():
-        _try(loaded, {}, blamed=f"search.proxy.{key}", value=value, only={key: value})
+        _try(loaded, {}, at_key=f"search.proxy.{key}", value=value, only={key: value})
     if search.metric.startswith("eval/") and not job.data.held_out:
         problem = f"{search.metric} is measured on held-out data, but data.held_out is 0"
         raise loaded.source.error("search.metric", problem, show_value=False)
     first = first_values(search)
     for key in first:
         for value in _some_values(search.space[key]):
-            _try(loaded, {**first, key: value}, blamed=f"search.space.{key}", value=value, key=key)
+            _try(loaded, {**first, key: value}, at_key=f"search.space.{key}", value=value, key=key)
 
 
 def _try(
     loaded: LoadedJob,
     values: Mapping[str, Any],
     *,
-    blamed: str,
+    at_key: str,
     value: Any,
     key: str = "",
     only: Mapping[str, Any] | None = None,
@@ -159,10 +159,10 @@ def _try(
             raise loaded.source.error(found, error.problem, show_value=False) from error
         if only is None and not _is_about(found, key):
             followed = loaded.job.search.space.get(found) if loaded.job.search else None
-            blamed = f"search.space.{found}" if followed is not None else blamed
-        where = "" if _is_about(found, blamed.split(".", 2)[2]) else f"{found} "
+            at_key = f"search.space.{found}" if followed is not None else at_key
+        where = "" if _is_about(found, at_key.split(".", 2)[2]) else f"{found} "
         raise loaded.source.error(
-            blamed, f"cannot be {value!r}: {where}{error.problem}", nearest=error.nearest, show_value=False
+            at_key, f"cannot be {value!r}: {where}{error.problem}", nearest=error.nearest, show_value=False
         ) from error
 
 

@@ -58,7 +58,7 @@ def with_run_code(loaded: LoadedJob, *, run_folder: Path) -> LoadedJob:
 
     Raises: UserCodeError if the run folder has lost its archive, or it was changed.
     """
-    place, code = loaded.source.places.get("code"), read_plan(run_folder).code
+    place, code = loaded.source.locations.get("code"), read_plan(run_folder).code
     if code is None or (place is not None and place.line is None):
         return loaded
     return replace(loaded, code=read_run_code(code.digest, run_folder=run_folder))

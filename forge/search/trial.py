@@ -296,5 +296,5 @@ def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:
 def _model(search: Plan, job: JobSpec, usual: JobSpec, corpus: CorpusInfo) -> ModelInfo:
     if job.model == usual.model and job.data.seq_len == usual.data.seq_len and corpus == search.corpus:
         return search.model
-    loaded = LoadedJob(job=job, source=SourceMap(path="the trial's job", places={}))
+    loaded = LoadedJob(job=job, source=SourceMap(path="the trial's job", locations={}))
     return model_facts(loaded, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=search.code)

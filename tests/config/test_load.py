@@ -89,12 +89,12 @@ def test_load_job__example__has_its_values() -> None:
 def test_load_job__every_key__has_its_line() -> None:
     source = load_job(PRETRAIN).source
     lines = PRETRAIN.read_text().splitlines()
-    for key, place in source.places.items():
+    for key, place in source.locations.items():
         assert place.line is not None
         name = key.rpartition(".")[2]
         assert name in lines[place.line - 1]
         assert place.text == "{...}" or place.text in lines[place.line - 1]
-    assert source.places["training.optimizer.lr"].text == "3.0e-3"
+    assert source.locations["training.optimizer.lr"].text == "3.0e-3"
 
 
 @pytest.mark.usefixtures("yaml_parser")
@@ -329,7 +329,7 @@ def test_load_job__deep_chain_of_aliases__is_rejected(load_error: LoadError) -> 
 def test_load_job__alias__has_the_value_of_its_anchor(write: Callable[[str], Path]) -> None:
     loaded = load_job(write(SMALL.replace("seq_len: 64", "seq_len: &n 64\n  seed: *n")))
     assert loaded.job.data.seed == 64
-    assert loaded.source.places["data.seed"].line == 7
+    assert loaded.source.locations["data.seed"].line == 7
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_load_job__not_a_job_file__is_rejected(tmp_path: Path, content: bytes, p
 def test_load_job__byte_order_mark_and_crlf__are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + SMALL.replace("\n", "\r\n").encode())
-    assert load_job(path).source.places["data.seq_len"].line == 6
+    assert load_job(path).source.locations["data.seq_len"].line == 6
 
 
 def test_load_job__missing_folder_unreadable__have_different_messages(tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_environment__named_variable__is_replaced(
     loaded = load_job(write(text.replace("total_steps: 10", "total_steps: ${env:STEPS}")))
     assert loaded.job.data.files == ("/data/books/*.txt",)
     assert loaded.job.training.total_steps == 12
-    assert loaded.source.places["training.total_steps"].text == "${env:STEPS}"
+    assert loaded.source.locations["training.total_steps"].text == "${env:STEPS}"
 
 
 def test_environment__quoted__is_text(write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def job_with_code(home: Path, files: Mapping[str, str], *, objective: str = "cau
 
 
 def test_resolve_code__job_without_code__is_none() -> None:
-    assert resolve_code(LoadedJob(job=tiny_job(), source=SourceMap(path="job.yaml", places={}))) is None
+    assert resolve_code(LoadedJob(job=tiny_job(), source=SourceMap(path="job.yaml", locations={}))) is None
 
 
 def test_resolve_code__class_that_imports_torch__is_packed_and_not_imported_here(home: Path) -> None:

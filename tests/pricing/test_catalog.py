@@ -1,0 +1,62 @@
+"""The catalogue of machine types, and the choice of workers from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from forge.config.cluster import CloudSpec
+from forge.errors import ClusterError
+from forge.plan.gpus import find_gpu
+from forge.pricing.catalog import head_of, machine_types, regions_of, size_of, workers_of
+
+CLOUDS = ("aws", "gcp", "azure")
+
+
+def spec_of(cloud: str = "aws", **keys: Any) -> CloudSpec:
+    project = {} if cloud == "aws" else {"project": "mine"}
+    return CloudSpec.model_validate({"name": "spot", "provider": cloud} | project | keys)
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_machine_types__every_entry__is_plausible(cloud: str) -> None:
+    for machine in machine_types(cloud).values():
+        assert bool(machine.gpu) == (machine.num_gpus > 0), machine
+        assert machine.num_cpus >= 2, machine
+        assert machine.memory_gib >= 4, machine
+        assert not machine.gpu or find_gpu(machine.gpu), "the plan knows memory and peak of every GPU for rent"
+        if machine.usd_per_hour is not None and machine.spot_usd_per_hour is not None:
+            assert 0 < machine.spot_usd_per_hour <= machine.usd_per_hour, machine
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_head_of__default__is_in_the_catalogue_without_gpu(cloud: str) -> None:
+    assert machine_types(cloud)[head_of(spec_of(cloud))].gpu == ""
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_workers_of__every_gpu_for_rent__finds_types_with_it(cloud: str) -> None:
+    for gpu in {machine.gpu for machine in machine_types(cloud).values() if machine.gpu}:
+        assert {machine_types(cloud)[name].gpu for name in workers_of(spec_of(cloud, gpu=gpu))} == {gpu}
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_workers_of__no_gpu__finds_types_with_eight_cpus(cloud: str) -> None:
+    found = [machine_types(cloud)[name] for name in workers_of(spec_of(cloud))]
+    assert found
+    assert all(not machine.gpu and machine.num_cpus >= 8 for machine in found)
+
+
+def test_workers_of__listed_type_outside_the_catalogue__is_used() -> None:
+    assert workers_of(spec_of(gpu="X9", instance_types=["new.large"])) == ("new.large",)
+
+
+def test_regions_of__auto_and_given() -> None:
+    assert regions_of(spec_of("gcp", regions=["a", "b"])) == ("a", "b")
+    assert all(regions_of(spec_of(cloud)) for cloud in CLOUDS)
+
+
+def test_size_of__unknown_type__suggests_similar_names() -> None:
+    with pytest.raises(ClusterError, match="'g2-standard-7'; similar names are g2-standard"):
+        size_of("g2-standard-7", cloud="gcp")
