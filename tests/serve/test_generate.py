@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from forge.serve.generate import GenerateRequest, _continue
@@ -39,7 +40,7 @@ def test_as_many_tokens_come_as_were_asked_for(
     model: GPT2LMHeadModel, tokenizer: Tokenizer, num_prompt: int, max_tokens: int
 ) -> None:
     request = GenerateRequest(prompt="w5 " * num_prompt, max_tokens=max_tokens)
-    text = _continue(model, tokenizer, request, max_positions=NUM_POSITIONS)
+    text = _continue(model, tokenizer, request, eot=EOT, max_positions=NUM_POSITIONS)
     assert len(text.split()) == max_tokens
 
 
@@ -48,7 +49,31 @@ def test_the_seed_decides_and_temperature_zero_leaves_nothing_to_decide(
 ) -> None:
     def text(*, seed: int, temperature: float) -> str:
         request = GenerateRequest(prompt="w5", max_tokens=40, seed=seed, temperature=temperature)
-        return _continue(model, tokenizer, request, max_positions=NUM_POSITIONS)
+        return _continue(model, tokenizer, request, eot=EOT, max_positions=NUM_POSITIONS)
 
     assert text(seed=1, temperature=0.8) == text(seed=1, temperature=0.8) != text(seed=2, temperature=0.8)
     assert text(seed=1, temperature=0) == text(seed=2, temperature=0)
+
+
+class _Counter(nn.Module):
+    """After token n comes n + 1; an input longer than `NUM_POSITIONS` is an error."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        assert input_ids.shape[1] <= NUM_POSITIONS
+        return torch.nn.functional.one_hot((input_ids + 1) % 50, 50).float() * 20
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_continue__module_without_generate__is_sampled_token_by_token(
+    tokenizer: Tokenizer, temperature: float
+) -> None:
+    request = GenerateRequest(prompt="w5", max_tokens=30, temperature=temperature, top_k=3)
+    text = _continue(_Counter(), tokenizer, request, eot=EOT, max_positions=NUM_POSITIONS)
+    assert text.split() == [f"w{number}" for number in range(6, 36)]
+
+
+def test_continue__module_without_generate__ends_at_the_end_of_text(tokenizer: Tokenizer) -> None:
+    request = GenerateRequest(prompt="w45", max_tokens=30, temperature=0.0)
+    text = _continue(_Counter(), tokenizer, request, eot=EOT, max_positions=NUM_POSITIONS)
+    assert text.split()[:4] == ["w46", "w47", "w48", "w49"]
+    assert len(text.split()) <= 5

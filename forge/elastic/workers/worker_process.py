@@ -26,7 +26,7 @@ from forge.elastic.commands import WorkerSpec
 from forge.elastic.replicas.restore import PeerStateSource, ShardLocation
 from forge.elastic.states import EndReason
 from forge.elastic.workers.status_page import StatusField, StatusPage
-from forge.errors import ForgeError
+from forge.errors import ForgeError, UserCodeError
 from forge.events import Event, NullReporter, StepMetrics
 from forge.model.families.base import DataShape
 from forge.model.families.registry import family_of
@@ -42,14 +42,18 @@ _SOCKET_BYTES = 8 * 2**20
 
 
 def import_for(plan_json: str) -> None:
-    """Import what a rank of this plan will, including the classes of its model, and measure a CPU's peak."""
+    """Import what a rank of this plan will, including the classes of its model, and measure a CPU's peak.
+
+    User code that cannot be imported here is no error yet: the workers report it, and end the run with its message.
+    """
     plan = plan_from_json(plan_json)
-    use_code(plan.code.digest if plan.code is not None else None)
     import_late_modules(device=plan.hardware.device)
     if plan.hardware.device == "cpu":
         measure_gemm_flops("cpu", dtype=DTYPES[plan.job.training.precision])
     data = DataShape(vocab_size=plan.corpus.vocab_size, seq_len=plan.job.data.seq_len, eot_id=plan.corpus.eot_id)
-    family_of(plan.job.model).import_classes(plan.job.model, data)
+    with contextlib.suppress(UserCodeError):
+        use_code(plan.code.digest if plan.code is not None else None)
+        family_of(plan.job.model).import_classes(plan.job.model, data)
 
 
 def run_worker_process(spec_record: Mapping[str, Any], fds: list[int], plan_json: str) -> int:
