@@ -229,7 +229,7 @@ class Cluster:
         name = f"{self._num_added // 65536}.{self._num_added // 256 % 256}.{self._num_added % 256}"
         self._num_added += 1
         agent = self._agents[name] = Agent(name, say=self._answer, now=self._now)
-        self._supervisor.attach(agent.connection, agent.registration())
+        self._supervisor.attach(agent.connection, registration=agent.registration())
 
     def _answer(self, agent: Agent, text: str) -> None:
         self._said.append((agent, text))
@@ -256,7 +256,7 @@ class Cluster:
         state = self._supervisor.state
         lost = self._agents.pop(state.assignment[state.generation * 97 % len(state.assignment)])
         began = time.perf_counter()
-        self._supervisor.detach(lost.connection, "its connection closed")
+        self._supervisor.detach(lost.connection, reason="its connection closed")
         while self._said:
             agent, text = self._said.popleft()
             self._supervisor.receive(agent.connection, json.loads(text))

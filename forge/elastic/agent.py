@@ -175,7 +175,7 @@ class Agent:
             case "stop":
                 self._tasks.start(self._stop(command["generation"], keep_replicas=command["keep_replicas"]))
             case "set_flag":
-                self._workers.set_flag(command["generation"], StatusField[command["flag"]])
+                self._workers.set_flag(StatusField[command["flag"]], generation=command["generation"])
             case "drop_replicas":
                 self._store.drop_before(command["generation"])
             case "dump_stacks":
@@ -184,7 +184,7 @@ class Agent:
                 self._tasks.start(self._flush(command))
             case "set_peer":
                 peer = tuple(command["peer"]) if command["peer"] else None
-                self._workers.set_peer(command["generation"], peer)
+                self._workers.set_peer(peer, generation=command["generation"])
             case "set_devices":
                 self._workers.devices = command["devices"]
             case "set_heartbeat":
@@ -217,7 +217,7 @@ class Agent:
         """Write this node's shards of a durable checkpoint from its replicas."""
 
         async def flush(rank: int) -> int | None:
-            buffer = self._store.find(command["generation"], rank)
+            buffer = self._store.find(generation=command["generation"], rank=rank)
             if buffer is None:
                 return None
             return await flush_shard(

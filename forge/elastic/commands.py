@@ -45,9 +45,9 @@ class WorkerSpec:
 
 def start_commands(
     start: StartGeneration,
+    *,
     state: MembershipState,
     connections: Mapping[str, AgentConnection],
-    *,
     laps: Mapping[str, float],
 ) -> dict[str, Message]:
     """By node, the command to start its ranks of a generation.
@@ -69,13 +69,17 @@ def start_commands(
         "port": connections[nodes[0]].rendezvous_port,
         "is_spread": len(num_on_host) > 1,
         "step": start.step,
-        "source": _source(start, state, connections),
+        "source": _source(start, state=state, connections=connections),
         "laps": dict(laps),
         "is_stopping": state.is_stopping,
     }
     commands = {}
     for number, node in enumerate(nodes):
-        peer = nodes[(number + 1) % len(nodes)] if len(nodes) > 1 else find_spare(node, state, connections)
+        peer = (
+            nodes[(number + 1) % len(nodes)]
+            if len(nodes) > 1
+            else find_spare(node, state=state, connections=connections)
+        )
         commands[node] = common | {
             "ranks": ranks[node],
             "num_on_host": num_on_host[connections[node].host],
@@ -84,10 +88,12 @@ def start_commands(
     return commands
 
 
-def flush_commands(flush: FlushToStorage, state: MembershipState, *, token: str) -> dict[str, Message]:
+def flush_commands(flush: FlushToStorage, *, state: MembershipState, token: str) -> dict[str, Message]:
     """By node, the command to write its shards of a checkpoint from memory."""
     ranks: dict[str, list[int]] = {}
-    for rank, names in _holders(flush.generation, flush.world_size, flush.step, state).items():
+    for rank, names in _holders(
+        flush.generation, world_size=flush.world_size, step=flush.step, state=state
+    ).items():
         ranks.setdefault(names[0], []).append(rank)
     common = {
         "command": "flush",
@@ -111,7 +117,7 @@ def source_shards(command: Message) -> list[Message]:
 
 
 def _source(
-    start: StartGeneration, state: MembershipState, connections: Mapping[str, AgentConnection]
+    start: StartGeneration, *, state: MembershipState, connections: Mapping[str, AgentConnection]
 ) -> list[Any] | None:
     """The generation to continue from, and the endpoint of one holder per rank; agents prefer their own replicas.
 
@@ -120,11 +126,11 @@ def _source(
     if start.source is None:
         return None
     generation, world_size = start.source
-    where = _holders(generation, world_size, start.step, state)
+    where = _holders(generation, world_size=world_size, step=start.step, state=state)
     return [generation, pack([list(connections[where[rank][0]].endpoint) for rank in range(world_size)])]
 
 
-def _holders(generation: int, world_size: int, step: int, state: MembershipState) -> dict[int, list[str]]:
+def _holders(generation: int, *, world_size: int, step: int, state: MembershipState) -> dict[int, list[str]]:
     """The nodes that hold each rank's snapshot of a step."""
     found: dict[int, list[str]] = {rank: [] for rank in range(world_size)}
     wanted = (generation, world_size, step)
@@ -135,6 +141,6 @@ def _holders(generation: int, world_size: int, step: int, state: MembershipState
     return found
 
 
-def find_spare(node: str, state: MembershipState, connections: Mapping[str, AgentConnection]) -> str | None:
+def find_spare(node: str, *, state: MembershipState, connections: Mapping[str, AgentConnection]) -> str | None:
     """Another node that can keep replicas."""
     return next((name for name in connections if name != node and state.nodes[name].preempted_at is None), None)

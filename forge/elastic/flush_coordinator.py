@@ -33,11 +33,11 @@ class FlushCoordinator:
         self._record_event, self._clock = record_event, clock
         self._began: dict[int, float] = {}
 
-    def start(self, flush: FlushToStorage, state: MembershipState) -> None:
+    def start(self, flush: FlushToStorage, *, state: MembershipState) -> None:
         """Order the agents that hold the step to write it."""
         self._began[flush.step] = self._clock()
         token = secrets.token_hex(MEMBERSHIP_DIGITS // 2) + "0001"
-        for node, command in flush_commands(flush, state, token=token).items():
+        for node, command in flush_commands(flush, state=state, token=token).items():
             self._connections.send(node, command)
 
     def finish(self, report: Message) -> bool:
@@ -65,4 +65,4 @@ class FlushCoordinator:
         found = newest_complete_step(state())
         if state().phase is Phase.WAITING and found is not None and found.step > state().stored_step:
             flush = FlushToStorage(step=found.step, generation=found.generation, world_size=found.world_size)
-            self.start(flush, state())
+            self.start(flush, state=state())

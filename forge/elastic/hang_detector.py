@@ -73,7 +73,7 @@ class StepTimes:
     def __init__(self) -> None:
         self._recent: deque[tuple[int, float]] = deque(maxlen=_NUM_RECENT_STEPS)
 
-    def add(self, step: int, seconds: float) -> None:
+    def add(self, step: int, *, seconds: float) -> None:
         """Note the duration of the last step; heartbeats report the same step repeatedly."""
         if step and (not self._recent or self._recent[-1][0] != step):
             self._recent.append((step, seconds))

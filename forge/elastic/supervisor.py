@@ -136,7 +136,7 @@ class Supervisor:
 
     # --- connections
 
-    def attach(self, connection: AgentConnection, registration: Message) -> None:
+    def attach(self, connection: AgentConnection, *, registration: Message) -> None:
         """An agent has connected and registered."""
         node = connection.node
         self._connections.add(connection)
@@ -154,7 +154,7 @@ class Supervisor:
         if self.state.is_stopping:
             self._set_flag("STOP")
 
-    def detach(self, connection: AgentConnection, reason: str) -> None:
+    def detach(self, connection: AgentConnection, *, reason: str) -> None:
         """An agent's connection is closed."""
         node = connection.node
         if not self._connections.remove(connection):
@@ -175,12 +175,12 @@ class Supervisor:
         if registration.get("report") != "register":
             return
         connection = accept_agent(registration, channel, tasks=self._tasks, now=self._clock())
-        self.attach(connection, registration)
+        self.attach(connection, registration=registration)
         try:
             while True:
                 self.receive(connection, await channel.receive())
         finally:
-            self.detach(connection, "its connection closed")
+            self.detach(connection, reason="its connection closed")
 
     # --- reports of agents
 
@@ -220,7 +220,7 @@ class Supervisor:
                 self._hang_detector.update(
                     rank, silent_s=silent_ms / 1000, is_suspended=bool(is_suspended), now=now
                 )
-                self._steps.add(step, step_ns / 1e9)
+                self._steps.add(step, seconds=step_ns / 1e9)
 
     def _preemption_reported(self, node: str, report: Message) -> None:
         source, left_s = report["source"], report["seconds_left"]
@@ -273,7 +273,7 @@ class Supervisor:
             self._connections.excuse_silence(late_s)
         for connection in self._connections.silent(now):
             connection.close()
-            self.detach(connection, f"no heartbeat for {now - connection.heard_at:.1f} s")
+            self.detach(connection, reason=f"no heartbeat for {now - connection.heard_at:.1f} s")
         self._check_progress(now)
         self._check_cost(now)
         self.apply(states.Tick(margin_s=2 * self._steps.p99_s + _DRAIN_S))
@@ -321,7 +321,7 @@ class Supervisor:
             case states.DropReplicas(generation=generation):
                 self._connections.broadcast({"command": "drop_replicas", "generation": generation})
             case states.FlushToStorage():
-                self._flushes.start(action, self.state)
+                self._flushes.start(action, state=self.state)
             case states.WaitForNodes(have=have, need=need):
                 self._record_event(events.WaitingForMachines(have=have, need=need))
             case states.ChangeMembership():
@@ -363,13 +363,13 @@ class Supervisor:
         self._changed_at = None
         self._pids, self._hang_detector = {}, HangDetector()
         self._placement.set_used(Counter(start.assignment))
-        commands = start_commands(start, self.state, self._connections, laps=laps)
+        commands = start_commands(start, state=self.state, connections=self._connections, laps=laps)
         for node, command in commands.items():
             self._connections.send(node, command)
 
     def _replace_spare(self, node: str) -> None:
         """Choose again which node keeps replicas for the only node with ranks; the former one may be gone."""
-        spare = find_spare(node, self.state, self._connections)
+        spare = find_spare(node, state=self.state, connections=self._connections)
         endpoint = None if spare is None else list(self._connections[spare].endpoint)
         generation = self.state.generation
         self._connections.send(node, {"command": "set_peer", "generation": generation, "peer": endpoint})

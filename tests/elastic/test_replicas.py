@@ -182,7 +182,7 @@ def test_a_copy_on_another_machine_is_bit_equal() -> None:
             peer.send(step=7, slot=1)
             await until(lambda: kept == [7])
             assert far.store.locations() == {ReplicaLocation(generation=1, rank=0, world_size=1, step=7)}
-            there = far.store.find(1, 0)
+            there = far.store.find(generation=1, rank=0)
             assert there is not None
             (found,) = there.copies()
             assert there.is_intact(found)
@@ -230,7 +230,7 @@ def test_a_sender_that_dies_in_the_middle_leaves_the_step_before_whole() -> None
                 peer.send(step=3, slot=0)
                 await until(lambda: road.is_blocked and far.steps == [2])
                 await road.tear()
-            there = far.store.find(1, 0)
+            there = far.store.find(generation=1, rank=0)
             assert there is not None
             (found,) = there.copies()
             assert (found.step, there.is_intact(found)) == (2, True)
@@ -338,11 +338,11 @@ def test_forgetting_a_generation_frees_its_memory() -> None:
                 snapshot.close()
             own = state_of(4096)
             filled(own, step=1, slot=0)
-            far.store.register_buffer(1, 1, own.fd, world_size=2)
+            far.store.register_buffer(own.fd, generation=1, rank=1, world_size=2)
             of_both = num_memories()
             far.store.drop_before(2)
             assert far.store.locations() == {ReplicaLocation(generation=2, rank=0, world_size=1, step=2)}
-            assert far.store.find(1, 1) is None
+            assert far.store.find(generation=1, rank=1) is None
             del own
             assert before < num_memories() < of_both
         assert num_memories() == before
@@ -452,7 +452,7 @@ def splits(draw: st.DrawFn) -> Split:
 
 def place_of(holder: Machine, here: Machine, *, rank: int) -> ShardLocation:
     """Where a rank on the machine `here` finds a snapshot of generation 3."""
-    own = here.store.find(3, rank)
+    own = here.store.find(generation=3, rank=rank)
     snapshot = SnapshotBuffer(os.dup(own.fd)) if own is not None else None
     return ShardLocation(generation=3, rank=rank, snapshot=snapshot, endpoint=None if own else holder.endpoint)
 
@@ -481,7 +481,9 @@ def test_any_number_of_ranks_reads_what_any_other_number_has_copied(split: Split
                         data[:] = split.bytes_of(layout, step=each)
                     note = {"progress": asdict(progress(each)), "metrics": [{"step": each}]}
                     snapshot.commit(slot, step=each, state=note)
-                holder.store.register_buffer(3, rank, os.dup(snapshot.fd), world_size=len(split.held))
+                holder.store.register_buffer(
+                    os.dup(snapshot.fd), generation=3, rank=rank, world_size=len(split.held)
+                )
                 snapshot.close()
                 holders.append(holder)
             for layout in split.wanted:
@@ -503,7 +505,7 @@ async def holder_of(step: int) -> AsyncIterator[tuple[Machine, SnapshotBuffer]]:
     async with machine() as far:
         snapshot = state_of(4096)
         filled(snapshot, step=step, slot=0)
-        far.store.register_buffer(1, 0, os.dup(snapshot.fd), world_size=1)
+        far.store.register_buffer(os.dup(snapshot.fd), generation=1, rank=0, world_size=1)
         yield far, snapshot
 
 

@@ -77,7 +77,7 @@ class Stage:
             },
             **{"num_slots": 1, "num_guaranteed": 1, "usd_per_hour": usd_per_hour},
         }
-        self.supervisor.attach(self.connections[name], registration)
+        self.supervisor.attach(self.connections[name], registration=registration)
 
     def form(self) -> None:
         formed = {
@@ -135,7 +135,7 @@ def test_one_that_leaves_less_time_is_told_of_and_heeded() -> None:
 def test_the_next_agent_of_a_machine_that_goes_is_told_of_anew() -> None:
     def scene(stage: Stage) -> None:
         stage.supervisor.announce_preemption("b", source="ray", seconds_left=60.0)
-        stage.supervisor.detach(stage.connections["b"], "its connection closed")
+        stage.supervisor.detach(stage.connections["b"], reason="its connection closed")
         stage.supervisor.announce_preemption("b2", source="ray", seconds_left=59.0)  # it is not there yet
         stage.come("b2")
         stage.supervisor.announce_preemption("b2", source="ray", seconds_left=58.0)
@@ -182,7 +182,7 @@ def test_a_machine_at_work_alone_is_told_where_to_keep_copies_when_the_spare_one
         stage.come("c")
         for lost, left in (("b", ["host-c", 7000]), ("c", None)):
             stage.heard["a"].clear()
-            stage.supervisor.detach(stage.connections[lost], "its connection closed")
+            stage.supervisor.detach(stage.connections[lost], reason="its connection closed")
             assert stage.heard["a"] == [{"command": "set_peer", "generation": start["generation"], "peer": left}]
 
     staged(scene)
@@ -211,7 +211,8 @@ def test_every_agent_is_told_where_all_parts_of_the_state_are(num_agents: int) -
         for r, name in enumerate(names)
     }
     start = StartGeneration(generation=5, assignment=tuple(names), step=9, source=(4, num_agents))
-    orders = start_commands(start, MembershipState(min_workers=1, max_workers=3, nodes=nodes), connections, laps={})
+    state = MembershipState(min_workers=1, max_workers=3, nodes=nodes)
+    orders = start_commands(start, state=state, connections=connections, laps={})
     wanted = [
         {"generation": 4, "rank": r, "endpoint": list(connections[name].endpoint)} for r, name in enumerate(names)
     ]

@@ -17,7 +17,7 @@ _TOKEN_LIFETIME_S = 21600
 """Six hours, the longest that EC2 allows."""
 
 
-def aws_watchers(environment: Mapping[str, str], interval: PollInterval) -> list[Watcher]:
+def aws_watchers(environment: Mapping[str, str], *, interval: PollInterval) -> list[Watcher]:
     """Watch for interruptions (certain) and rebalance recommendations (uncertain)."""
     endpoint = environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
     metadata = AwsMetadata(endpoint=endpoint.rstrip("/"), timeout_s=interval.timeout_s, clock=interval.clock)

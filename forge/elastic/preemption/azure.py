@@ -16,7 +16,7 @@ _FIRST_TIMEOUT_S = 130.0
 """The first request of a machine's life enables scheduled events, which takes up to two minutes."""
 
 
-def azure_watchers(environment: Mapping[str, str], interval: PollInterval) -> list[Watcher]:
+def azure_watchers(environment: Mapping[str, str], *, interval: PollInterval) -> list[Watcher]:
     """Watch for events that preempt or terminate this machine."""
     endpoint = environment.get("AZURE_METADATA_ENDPOINT") or "http://169.254.169.254"
     events = AzureScheduledEvents(endpoint=endpoint.rstrip("/"), timeout_s=interval.timeout_s, clock=interval.clock)

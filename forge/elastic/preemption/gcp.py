@@ -20,7 +20,7 @@ is safe for both.
 """
 
 
-def gcp_watchers(environment: Mapping[str, str], interval: PollInterval) -> list[Watcher]:
+def gcp_watchers(environment: Mapping[str, str], *, interval: PollInterval) -> list[Watcher]:
     """Watch for preemption and for maintenance that terminates the machine."""
     host = environment.get("GCE_METADATA_HOST") or "metadata.google.internal"
     keys = [

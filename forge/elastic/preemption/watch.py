@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from forge.elastic.preemption.aws import aws_watchers
 from forge.elastic.preemption.azure import azure_watchers
@@ -29,6 +30,10 @@ _MAX_PAUSE_S = 5.0
 """Between two attempts that fail: the shortest notice is 30 s."""
 _KUBERNETES_PAUSE_S = 0.2
 _INTERVAL = PollInterval()
+
+
+class _BuildWatchers(Protocol):
+    def __call__(self, environment: Mapping[str, str], *, interval: PollInterval) -> list[Watcher]: ...
 
 
 async def watch(
@@ -59,7 +64,7 @@ def watchers(environment: Mapping[str, str], *, interval: PollInterval = _INTERV
             raise ClusterError(
                 f"FORGE_CLOUD names {cloud!r}, which has no preemption watcher; known: {', '.join(_CLOUDS)}"
             )
-        chosen += _CLOUDS[cloud](environment, interval)
+        chosen += _CLOUDS[cloud](environment, interval=interval)
     return chosen
 
 
@@ -82,7 +87,7 @@ async def _poll_forever(watcher: Watcher, on_notice: Callable[[Notice], None]) -
         await asyncio.sleep(pause_s)
 
 
-def _kubernetes_watchers(environment: Mapping[str, str], interval: PollInterval) -> list[Watcher]:
+def _kubernetes_watchers(environment: Mapping[str, str], *, interval: PollInterval) -> list[Watcher]:
     poll = partial(_read_notice, notice_file(environment))
     return [Watcher(source="kubernetes", poll=poll, pause_s=min(_KUBERNETES_PAUSE_S, interval.pause_s))]
 
@@ -95,7 +100,7 @@ async def _read_notice(file: Path) -> Mapping[str, Notice]:
     return {text: Notice(source="kubernetes", deadline=json.loads(text)["deadline"])}
 
 
-_CLOUDS: Mapping[str, Callable[[Mapping[str, str], PollInterval], list[Watcher]]] = {
+_CLOUDS: Mapping[str, _BuildWatchers] = {
     "aws": aws_watchers,
     "gcp": gcp_watchers,
     "azure": azure_watchers,

@@ -34,11 +34,11 @@ class ReplicaStore:
         """By generation and rank."""
         self._rejected_up_to = 0
 
-    def register_buffer(self, generation: int, rank: int, fd: int, *, world_size: int) -> None:
+    def register_buffer(self, fd: int, *, generation: int, rank: int, world_size: int) -> None:
         """Take ownership of the snapshot buffer of a rank on this node, given its file descriptor."""
         self._replicas[generation, rank] = Replica(snapshot=SnapshotBuffer(fd), world_size=world_size)
 
-    def find(self, generation: int, rank: int) -> SnapshotBuffer | None:
+    def find(self, *, generation: int, rank: int) -> SnapshotBuffer | None:
         """A rank's snapshot buffer, if it is in this store."""
         replica = self._replicas.get((generation, rank))
         return replica.snapshot if replica else None

@@ -76,7 +76,7 @@ class ForkServer:
             if self.is_ready:
                 return message
 
-    def fork(self, spec: dict[str, Any], fds: list[int]) -> None:
+    def fork(self, spec: dict[str, Any], *, fds: list[int]) -> None:
         """Fork a rank from it, which inherits the file descriptors."""
         text = _memory_of(json.dumps(spec))  # with many ranks longer than a socket message can be
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died and is about to be replaced

@@ -58,7 +58,7 @@ def _serve(sock: socket.socket, plan: str, *, ready_s: float) -> socket.socket |
             return None  # the agent is gone
         if text == b"fork":
             spec_fd, *inherited = fds
-            _fork(sock, (wake, woken), json.loads(_read_all(spec_fd)), inherited, plan)
+            _fork(json.loads(_read_all(spec_fd)), fds=inherited, plan=plan, close=(sock, wake, woken))
         elif text == b"clone":
             if os.fork() == 0:
                 signal.set_wakeup_fd(-1)
@@ -82,9 +82,8 @@ def _import_for(plan_json: str) -> float:
     return round(time.monotonic() - began, 3)
 
 
-def _fork(
-    sock: socket.socket, pair: tuple[socket.socket, socket.socket], spec: dict[str, Any], fds: list[int], plan: str
-) -> None:
+def _fork(spec: dict[str, Any], *, fds: list[int], plan: str, close: tuple[socket.socket, ...]) -> None:
+    """Fork a rank, in which the sockets `close` of this process are closed; the first one leads to the agent."""
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -92,19 +91,19 @@ def _fork(
     if pid:
         for fd in fds:
             os.close(fd)
-        _send(sock, forked=spec["rank"], generation=spec["generation"], pid=pid)
+        _send(close[0], forked=spec["rank"], generation=spec["generation"], pid=pid)
         return
     code = 1
     try:
         die_with_parent(parent)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for end in (sock, *pair):
+        for end in close:
             end.close()
         gc.unfreeze()
         from forge.elastic.workers.worker_process import run_worker_process
 
-        code = run_worker_process(spec, fds, plan)
+        code = run_worker_process(spec, fds=fds, plan_json=plan)
     finally:
         os._exit(code)
 

@@ -121,10 +121,15 @@ class WorkerGroup:
                 self._tasks.start(self._report(report="ended", **ended))
             return
         for local_rank in range(len(ranks)):
-            fork_server = self._fork_server
-            self._fork(fork_server, command, local_rank, asked_at=asked_at, rendezvous_fd=rendezvous_fd)
+            self._fork(
+                command,
+                local_rank=local_rank,
+                fork_server=self._fork_server,
+                asked_at=asked_at,
+                rendezvous_fd=rendezvous_fd,
+            )
 
-    def set_flag(self, generation: int, flag: StatusField) -> None:
+    def set_flag(self, flag: StatusField, *, generation: int) -> None:
         """Set a control flag of a generation's ranks."""
         for worker in self._workers.values():
             if worker.generation == generation:
@@ -135,7 +140,7 @@ class WorkerGroup:
         for worker in self._workers.values():
             worker.status[StatusField.RECORDED_STEP] = step
 
-    def set_peer(self, generation: int, peer: Endpoint | None) -> None:
+    def set_peer(self, peer: Endpoint | None, *, generation: int) -> None:
         """Replicate a generation's snapshots to another node, or keep them here only."""
         for worker in self._running().values():
             if worker.generation == generation and worker.peer != peer:
@@ -211,7 +216,7 @@ class WorkerGroup:
                     worker.is_gone.set()
 
     def _fork(
-        self, fork_server: ForkServer, command: Message, local_rank: int, *, asked_at: float, rendezvous_fd: int
+        self, command: Message, *, local_rank: int, fork_server: ForkServer, asked_at: float, rendezvous_fd: int
     ) -> None:
         """Fork one rank and listen to it."""
         rank = command["ranks"][local_rank]
@@ -251,7 +256,7 @@ class WorkerGroup:
             secret=self._config.secret,
             has_listener=rank == 0,
         )
-        fork_server.fork(asdict(spec), fds + shard_fds)
+        fork_server.fork(asdict(spec), fds=fds + shard_fds)
         theirs.close()
         ours.setblocking(False)
         asyncio.get_running_loop().add_reader(ours, self._read, worker)
@@ -262,7 +267,7 @@ class WorkerGroup:
         fds: list[int] = []
         for shard in source_shards(command):
             name = {"generation": shard["generation"], "rank": shard["rank"]}
-            buffer = self._store.find(shard["generation"], shard["rank"])
+            buffer = self._store.find(generation=shard["generation"], rank=shard["rank"])
             if buffer is not None and any(copy.step == command["step"] for copy in buffer.copies()):
                 shards.append(name | {"fd": first_fd + len(fds)})
                 fds.append(buffer.fd)
@@ -313,8 +318,8 @@ class WorkerGroup:
 
     def _register_buffer(self, worker: _Worker, fd: int) -> None:
         generation, rank, world_size = worker.generation, worker.rank, worker.world_size
-        self._store.register_buffer(generation, rank, fd, world_size=world_size)
-        buffer = self._store.find(generation, rank)
+        self._store.register_buffer(fd, generation=generation, rank=rank, world_size=world_size)
+        buffer = self._store.find(generation=generation, rank=rank)
         assert buffer is not None
         worker.replicator = Replicator(
             worker.peer,

@@ -56,7 +56,7 @@ def import_for(plan_json: str) -> None:
         family_of(plan.job.model).import_classes(plan.job.model, data)
 
 
-def run_worker_process(spec_record: Mapping[str, Any], fds: list[int], plan_json: str) -> int:
+def run_worker_process(spec_record: Mapping[str, Any], *, fds: list[int], plan_json: str) -> int:
     """Run one rank to its end. Returns: the exit code."""
     spec = WorkerSpec(**spec_record)
     link = AgentLink(socket.socket(fileno=fds[0]), StatusPage(fds[1]))
@@ -64,7 +64,7 @@ def run_worker_process(spec_record: Mapping[str, Any], fds: list[int], plan_json
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     listen_fd = fds[2] if spec.has_listener else None
     try:
-        result = _run(spec, link, fds, plan_json=plan_json, listen_fd=listen_fd)
+        result = _run(spec, link=link, fds=fds, plan_json=plan_json, listen_fd=listen_fd)
     except ForgeError as error:
         link.end(EndReason.FAILED, reason=str(error), error=type(error).__name__)
         return 1
@@ -77,7 +77,7 @@ def run_worker_process(spec_record: Mapping[str, Any], fds: list[int], plan_json
     return 0
 
 
-def _run(spec: WorkerSpec, link: AgentLink, fds: list[int], *, plan_json: str, listen_fd: int | None) -> Any:
+def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, listen_fd: int | None) -> Any:
     os.environ |= {
         "RANK": str(spec.rank),
         "WORLD_SIZE": str(spec.world_size),
