@@ -1,17 +1,17 @@
-"""The supervisor of a run on thousands of machines: how fast it decides, and what listening costs it.
+"""The supervisor of a run on thousands of nodes: how fast it decides, and the CPU time that heartbeats cost it.
 
     python -m benchmarks.controller_scale --json FILE
 
-The real supervisor, with agents that are objects of this process and answer at once; what they say and hear
-is JSON text that the supervisor's process decodes and encodes, as it does with a network in between.
+The real supervisor, with simulated agents in this process that answer at once. Messages are JSON text, which is
+encoded and decoded here as over a network.
 
-    decision      one machine is lost: from its connection's end until the last surviving agent has been
-                  given the order to start its ranks, with what each of the others answers in between
-    heartbeats    as many a second as the supervisor asks for, every tenth with new replicas, and its own
-                  ticks: processor time per second
+    decision      one node is lost: from the end of its connection until the last surviving agent has its start
+                  command, including the stop reports of all others
+    heartbeats    as many per second as the supervisor asks for, every tenth with changed replicas, and its own
+                  ticks: CPU time per second
 
-Every agent holds two steps of its own ranks and two of its neighbour's. One machine more than the job takes
-is there, so that a world size is kept through all changes.
+Every agent holds two steps of its own ranks and two of its neighbour's. One node more than the job needs is
+connected, so that the world size stays the same through all changes.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from forge.elastic.states import MembershipState, Phase
 from forge.elastic.supervisor import Supervisor
 from forge.events import GenerationStarted
 from forge.pricing.budget import CostLimits, CostMeter
-from tests.support.placement import EndlessClaims
+from tests.support.placement import FixedPlacement
 
 SIZES = ((4096, 1), (512, 8))
-"""Agents, and ranks of each."""
+"""(number of agents, ranks of each)."""
 TICKS_PER_S = 10
-BEATS_PER_HOLDINGS = 10
-MOST_LISTENING_S = 60.0
-"""A supervisor that is overwhelmed is not listened to for longer."""
+HEARTBEATS_PER_REPLICAS = 10
+MAX_LISTENING_S = 60.0
+"""Upper bound of one measurement, if the supervisor cannot keep up."""
 STEPS_PER_GENERATION = 100
 AIM_DECISION_S = 2.0
 AIM_SHARE = 0.5
@@ -51,13 +51,13 @@ class Scale:
     num_agents: int
     ranks_per_agent: int
     attach_s: float
-    """Until all agents are there."""
+    """Until all agents are attached."""
     decisions_s: tuple[float, ...]
-    beats_per_s: float
+    heartbeats_per_s: float
     cpu_share: float
-    """Of one core, for heartbeats and ticks."""
+    """Share of one core, for heartbeats and ticks."""
     quiet_cpu_share: float
-    """Without new replicas."""
+    """The same without changed replicas."""
 
     def figures(self) -> dict[str, Any]:
         """As JSON."""
@@ -70,16 +70,15 @@ class Scale:
             "decision_p50_s": statistics.median(ordered),
             "decision_p99_s": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
             "decision_max_s": ordered[-1],
-            "heartbeats_per_s": self.beats_per_s,
+            "heartheartbeats_per_s": self.heartbeats_per_s,
             "heartbeat_cpu_share": self.cpu_share,
-            "heartbeat_cpu_share_without_holdings": self.quiet_cpu_share,
+            "heartbeat_cpu_share_without_replicas": self.quiet_cpu_share,
         }
 
 
 def main() -> None:
-    """Measure both at all sizes."""
     parser = benchmark_parser(__doc__, repeats=30)
-    parser.add_argument("--agents", type=int, help="only so many, of one rank")
+    parser.add_argument("--agents", type=int, help="measure only this number of agents, with one rank each")
     options = parser.parse_args()
     sizes = SIZES if options.agents is None else ((options.agents, 1),)
     found = []
@@ -93,9 +92,9 @@ def main() -> None:
             "decision: p50 s",
             "p99 s",
             "max s",
-            "beats/s",
-            "of a core",
-            "quiet",
+            "heartbeats/s",
+            "cores",
+            "cores, no replicas",
             "attach s",
         ],
         rows=[
@@ -103,9 +102,9 @@ def main() -> None:
                 f"{of['num_agents']:,}",
                 f"{of['num_ranks']:,}",
                 *(f"{of[f'decision_{which}_s']:.3f}" for which in ("p50", "p99", "max")),
-                f"{of['heartbeats_per_s']:,.0f}",
+                f"{of['heartheartbeats_per_s']:,.0f}",
                 f"{of['heartbeat_cpu_share']:.2f}",
-                f"{of['heartbeat_cpu_share_without_holdings']:.2f}",
+                f"{of['heartbeat_cpu_share_without_replicas']:.2f}",
                 f"{of['attach_s']:.2f}",
             ]
             for of in found
@@ -116,45 +115,45 @@ def main() -> None:
 
 
 async def measure(num_agents: int, ranks_per_agent: int, *, num_changes: int) -> Scale:
-    """Changes first, then heartbeats of the last generation."""
+    """Measure changes first, then heartbeats of the last generation."""
     cluster = Cluster(num_agents=num_agents, ranks_per_agent=ranks_per_agent)
     began = time.perf_counter()
     for _ in range(num_agents + 1):
         cluster.add()
     attach_s = time.perf_counter() - began
-    cluster.form()
+    cluster.start_generation()
     decisions_s = tuple(cluster.lose_one() for _ in range(num_changes))
-    quiet = cluster.cpu_share(seconds=5, beats_per_holdings=None)
+    quiet = cluster.cpu_share(seconds=5, heartbeats_per_replicas=None)
     return Scale(
         num_agents=num_agents,
         ranks_per_agent=ranks_per_agent,
         attach_s=attach_s,
         decisions_s=decisions_s,
-        beats_per_s=cluster.beats_per_s,
-        cpu_share=cluster.cpu_share(seconds=5, beats_per_holdings=BEATS_PER_HOLDINGS),
+        heartbeats_per_s=cluster.heartbeats_per_s,
+        cpu_share=cluster.cpu_share(seconds=5, heartbeats_per_replicas=HEARTBEATS_PER_REPLICAS),
         quiet_cpu_share=quiet,
     )
 
 
 class Agent:
-    """One machine's agent, as far as the supervisor sees it."""
+    """One node's agent, as the supervisor sees it."""
 
-    def __init__(self, name: str, *, say: Callable[[Agent, str], None], now: float) -> None:
+    def __init__(self, name: str, *, report: Callable[[Agent, str], None], now: float) -> None:
         self.connection = AgentConnection(
             node=name,
             host=f"10.{name}",
             endpoint=(f"10.{name}", 7000),
             rendezvous_port=7001,
             agent_pid=1000,
-            send=self._hear,
+            send=self._receive,
             close=lambda: None,
             heard_at=now,
         )
-        self._say = say
+        self._report = report
         self.generation = self.world_size = 0
         self.ranks: list[int] = []
         self.held: list[int] = []
-        """Its own ranks and its neighbour's."""
+        """The ranks whose replicas it holds: its own and its neighbour's."""
         self.heartbeat_s = 0.0
         self.started_at = 0.0
 
@@ -172,16 +171,16 @@ class Agent:
         }
 
     def replicas(self, step: int) -> list[list[int]]:
-        """Two steps of everything it holds."""
+        """Locations of two steps of everything it holds."""
         return [[self.generation, rank, self.world_size, of] for rank in self.held for of in (step - 1, step)]
 
-    def beat(self, step: int) -> dict[str, Any]:
-        pulses = [
+    def heartbeat(self, step: int) -> dict[str, Any]:
+        progress = [
             [rank, 120 + rank % 50, 0 if rank else step, 0 if rank else 400_000_000, 0] for rank in self.ranks
         ]
-        return {"report": "heartbeat", "generation": self.generation, "ranks": pulses}
+        return {"report": "heartbeat", "generation": self.generation, "ranks": progress}
 
-    def _hear(self, message: Mapping[str, Any]) -> None:
+    def _receive(self, message: Mapping[str, Any]) -> None:
         json.dumps(message)
         match message["command"]:
             case "set_heartbeat":
@@ -189,7 +188,7 @@ class Agent:
             case "stop":
                 replicas = self.replicas(self.generation * STEPS_PER_GENERATION)
                 answer = {"report": "stopped", "generation": message["generation"], "replicas": replicas}
-                self._say(self, json.dumps(answer))
+                self._report(self, json.dumps(answer))
             case "start":
                 self.generation, self.world_size = message["generation"], message["world_size"]
                 self.ranks = message["ranks"]
@@ -199,7 +198,7 @@ class Agent:
 
 
 class Cluster:
-    """Agents and the supervisor that they belong to."""
+    """A supervisor and its simulated agents."""
 
     def __init__(self, *, num_agents: int, ranks_per_agent: int) -> None:
         self._ranks_per_agent = ranks_per_agent
@@ -207,7 +206,7 @@ class Cluster:
         self._now = 0.0
         self._supervisor = Supervisor(
             MembershipState(min_workers=num_ranks, max_workers=num_ranks),
-            placement=EndlessClaims(ranks_per_agent),
+            placement=FixedPlacement(ranks_per_agent),
             record_event=lambda event: None,
             checkpoints="/nowhere",
             meter=CostMeter(
@@ -216,28 +215,28 @@ class Cluster:
             clock=lambda: self._now,
         )
         self._agents: dict[str, Agent] = {}
-        self._said: deque[tuple[Agent, str]] = deque()
+        self._reports: deque[tuple[Agent, str]] = deque()
         self._num_added = 0
 
     @property
-    def beats_per_s(self) -> float:
-        """Of all agents, as they were told."""
+    def heartbeats_per_s(self) -> float:
+        """Of all agents, at the interval that the supervisor has set."""
         return sum(1 / agent.heartbeat_s for agent in self._agents.values())
 
     def add(self) -> None:
-        """A machine joins."""
+        """Attach another agent."""
         name = f"{self._num_added // 65536}.{self._num_added // 256 % 256}.{self._num_added % 256}"
         self._num_added += 1
-        agent = self._agents[name] = Agent(name, say=self._answer, now=self._now)
+        agent = self._agents[name] = Agent(name, report=self._queue_report, now=self._now)
         self._supervisor.attach(agent.connection, registration=agent.registration())
 
-    def _answer(self, agent: Agent, text: str) -> None:
-        self._said.append((agent, text))
+    def _queue_report(self, agent: Agent, text: str) -> None:
+        self._reports.append((agent, text))
 
-    def form(self) -> None:
-        """The generation that was started makes its first step."""
+    def start_generation(self) -> None:
+        """Report the first step of the generation."""
         state = self._supervisor.state
-        formed = GenerationStarted(
+        started = GenerationStarted(
             generation=state.generation,
             world_size=len(state.assignment),
             device="cpu",
@@ -245,58 +244,60 @@ class Cluster:
             peak_source="none",
             seconds={},
         )
-        record = {name: getattr(formed, name) for name in formed.__slots__}
+        record = {name: getattr(started, name) for name in started.__slots__}
         self._supervisor.receive(
             self._agents[state.assignment[0]].connection, {"report": "started", "started": record}
         )
         assert self._supervisor.state.phase is Phase.TRAINING
 
     def lose_one(self) -> float:
-        """A machine is lost; another comes once the run goes on. Returns: seconds until the last order to start."""
+        """Lose a node, and add another afterwards. Returns: seconds until the last start command."""
         state = self._supervisor.state
         lost = self._agents.pop(state.assignment[state.generation * 97 % len(state.assignment)])
         began = time.perf_counter()
         self._supervisor.detach(lost.connection, reason="its connection closed")
-        while self._said:
-            agent, text = self._said.popleft()
+        while self._reports:
+            agent, text = self._reports.popleft()
             self._supervisor.receive(agent.connection, json.loads(text))
         after = self._supervisor.state
         assert (after.phase, after.generation) == (Phase.STARTING, state.generation + 1)
         decision_s = max(self._agents[name].started_at for name in after.assignment) - began
-        self.form()
+        self.start_generation()
         self.add()
         return decision_s
 
-    def cpu_share(self, *, seconds: float, beats_per_holdings: int | None) -> float:
-        """Processor time per second of listening to all agents at their pace."""
-        beats_per_s = self.beats_per_s
-        beats = self._beats(round(seconds * beats_per_s), beats_per_holdings=beats_per_holdings)
-        per_tick = max(1, round(beats_per_s / TICKS_PER_S))
-        num_heard, began_cpu, began = 0, time.process_time(), time.perf_counter()
-        for agent, text in beats:
+    def cpu_share(self, *, seconds: float, heartbeats_per_replicas: int | None) -> float:
+        """CPU seconds per second of handling the heartbeats of all agents."""
+        heartbeats_per_s = self.heartbeats_per_s
+        heartbeats = self._heartbeats(
+            round(seconds * heartbeats_per_s), heartbeats_per_replicas=heartbeats_per_replicas
+        )
+        per_tick = max(1, round(heartbeats_per_s / TICKS_PER_S))
+        num_received, began_cpu, began = 0, time.process_time(), time.perf_counter()
+        for agent, text in heartbeats:
             self._supervisor.receive(agent.connection, json.loads(text))
-            num_heard += 1
-            self._now += 1 / beats_per_s
-            if num_heard % per_tick == 0:
+            num_received += 1
+            self._now += 1 / heartbeats_per_s
+            if num_received % per_tick == 0:
                 self._supervisor.tick()
-                if time.perf_counter() - began > MOST_LISTENING_S:
+                if time.perf_counter() - began > MAX_LISTENING_S:
                     break
         assert self._supervisor.state.phase is Phase.TRAINING
-        return (time.process_time() - began_cpu) / (num_heard / beats_per_s)
+        return (time.process_time() - began_cpu) / (num_received / heartbeats_per_s)
 
-    def _beats(self, count: int, *, beats_per_holdings: int | None) -> list[tuple[Agent, str]]:
-        """What agents say in turn, as text; their steps go on meanwhile."""
+    def _heartbeats(self, count: int, *, heartbeats_per_replicas: int | None) -> list[tuple[Agent, str]]:
+        """Heartbeats of the agents in turn, as text, with advancing steps."""
         agents = list(self._agents.values())
-        said = []
+        reports = []
         for number in range(count):
             agent = agents[number % len(agents)]
-            # All copy the same steps, and tell of each once.
-            step = agent.generation * STEPS_PER_GENERATION + 1 + number // (BEATS_PER_HOLDINGS * len(agents))
-            beat = agent.beat(step)
-            if beats_per_holdings is not None and number % beats_per_holdings == 0:
-                beat["replicas"] = agent.replicas(step)
-            said.append((agent, json.dumps(beat)))
-        return said
+            # All agents replicate the same steps and report each once.
+            step = agent.generation * STEPS_PER_GENERATION + 1 + number // (HEARTBEATS_PER_REPLICAS * len(agents))
+            heartbeat = agent.heartbeat(step)
+            if heartbeats_per_replicas is not None and number % heartbeats_per_replicas == 0:
+                heartbeat["replicas"] = agent.replicas(step)
+            reports.append((agent, json.dumps(heartbeat)))
+        return reports
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""A real agent with its warm process and real ranks: they come, train and go as told, and nothing stays."""
+"""A real agent with its fork server and real ranks: they start, train and end on command, and leave nothing
+behind.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +40,19 @@ TOTAL_STEPS = 60
 _PATIENCE_S = 60
 _SPAWN = multiprocessing.get_context("spawn")
 
-pytestmark = pytest.mark.slow  # half a minute and more, for the import of torch; test_faults goes the same ways
+pytestmark = pytest.mark.slow  # over half a minute, to import torch; test_faults covers the same paths
 
 
-class Overseer:
-    """Says to one agent what a test wants, and hears what it says."""
+class TestSupervisor:
+    """Sends commands to one agent and receives its reports."""
+
+    __test__ = False
 
     def __init__(self, setup: AgentConfig) -> None:
         self._setup = setup
         self._listener = Listener(host=HOST, secret=SECRET, serve=self._serve)
-        self._heard: list[Message] = []
-        self._has_news = asyncio.Event()
+        self._reports: list[Message] = []
+        self._has_report = asyncio.Event()
         self._store_port = 0
         self.channel: Channel | None = None
         self.generation = 0
@@ -59,28 +63,28 @@ class Overseer:
     def close(self) -> None:
         self._listener.close()
 
-    async def say(self, command: str, **details: Any) -> None:
+    async def command(self, command: str, **details: Any) -> None:
         assert self.channel is not None
         await self.channel.send({"command": command} | details)
 
     async def expect(self, say: str, **details: Any) -> Message:
-        """What it says of this kind, once for each time that it is asked for."""
+        """Wait for a report of this kind; each report is returned once."""
         async with asyncio.timeout(_PATIENCE_S):
             while True:
-                for message in self._heard:
+                for message in self._reports:
                     if message["report"] == say and all(message[name] == value for name, value in details.items()):
-                        self._heard.remove(message)
+                        self._reports.remove(message)
                         return message
-                self._has_news.clear()
-                await self._has_news.wait()
+                self._has_report.clear()
+                await self._has_report.wait()
 
     async def start(self, world_size: int, *, parts: Sequence[Message] = (), step: int = 0) -> dict[int, int]:
-        """Order the next generation; without parts it begins anew. Returns: the pids of its ranks."""
+        """Start the next generation, without `parts` at step 0. Returns: rank → pid."""
         if not parts:
             shutil.rmtree(self._setup.checkpoints, ignore_errors=True)
         self.generation += 1
-        self._heard.clear()
-        await self.say(
+        self._reports.clear()
+        await self.command(
             "start",
             generation=self.generation,
             world_size=world_size,
@@ -99,18 +103,18 @@ class Overseer:
         forked = [await self.expect("forked", generation=self.generation, rank=rank) for rank in range(world_size)]
         return {message["rank"]: message["pid"] for message in forked}
 
-    async def formed(self) -> None:
-        """The generation has made its first step."""
-        formed = (await self.expect("started"))["started"]
-        assert formed["generation"] == self.generation
+    async def started(self) -> None:
+        """Wait until the generation has taken its first step."""
+        started = (await self.expect("started"))["started"]
+        assert started["generation"] == self.generation
 
     async def ended(self, rank: int) -> Message:
-        """How a rank of the generation ended."""
+        """Wait for the end of a rank of the generation."""
         return await self.expect("ended", generation=self.generation, rank=rank)
 
     async def stop(self) -> frozenset[ReplicaLocation]:
-        """End the generation. Returns: what the machine holds of it."""
-        await self.say("stop", generation=self.generation, keep_replicas=True)
+        """Stop the generation. Returns: the replicas of it that the node holds."""
+        await self.command("stop", generation=self.generation, keep_replicas=True)
         stopped = await self.expect("stopped", generation=self.generation)
         replicas = locations_from_record(stopped["replicas"])
         return frozenset(replica for replica in replicas if replica.generation == self.generation)
@@ -123,42 +127,43 @@ class Overseer:
                 case {"report": "register", "rendezvous_port": port} | {"report": "rendezvous", "port": port}:
                     self._store_port = port
             if message["report"] != "heartbeat":
-                self._heard.append(message)
-                self._has_news.set()
+                self._reports.append(message)
+                self._has_report.set()
 
 
 class Recorder:
-    """Remembers what ranks report."""
+    """Records what ranks report."""
 
     def __init__(self) -> None:
-        self.news: list[tuple[str, Event | StepMetrics]] = []
-        self._has_news = asyncio.Event()
+        self.records: list[tuple[str, Event | StepMetrics]] = []
+        self._has_report = asyncio.Event()
 
     async def write(self, records: list[tuple[str, Event | StepMetrics]]) -> None:
-        self.news += records
-        self._has_news.set()
+        self.records += records
+        self._has_report.set()
 
     @property
     def steps(self) -> list[int]:
-        """In the order in which they were reported; those that were told again apart."""
-        return [of.step for what, of in self.news if what == "step" and isinstance(of, StepMetrics)]
+        """In the order of their reports, without resent ones."""
+        return [of.step for what, of in self.records if what == "step" and isinstance(of, StepMetrics)]
 
     async def until_step(self, step: int) -> None:
         async with asyncio.timeout(_PATIENCE_S):
             while max(self.steps, default=0) < step:
-                self._has_news.clear()
-                await self._has_news.wait()
+                self._has_report.clear()
+                await self._has_report.wait()
 
 
-class Stage:
-    """One agent, which lives on while tests come and go; its event loop runs while one of them waits."""
+class AgentUnderTest:
+    """One agent that several tests use; its event loop runs while a test waits."""
 
     def __init__(self, folder: Path) -> None:
         self._loop = asyncio.new_event_loop()
         self.setup = setup_in(folder)
         self.recorder = Recorder()
-        self.num_memories_before = len(memories())
+        self.num_buffers_before = len(buffers())
         """Of other tests."""
+        self._children_before = set(psutil.Process().children())
         self.run(self._open())
 
     def run(self, work: Awaitable[T]) -> T:
@@ -168,32 +173,31 @@ class Stage:
         self.life.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             self.run(self.life)
-        self.overseer.close()
+        self.supervisor.close()
         self.run(asyncio.sleep(0))
         self._loop.close()
 
     @property
-    def warm_process(self) -> psutil.Process:
-        (process,) = [
-            child for child in psutil.Process().children() if "forge.elastic.workers.fork_server" in child.cmdline()
-        ]
+    def fork_server(self) -> psutil.Process:
+        started = set(psutil.Process().children()) - self._children_before
+        (process,) = [child for child in started if "forge.elastic.workers.fork_server" in child.cmdline()]
         return process
 
     async def start(self, world_size: int, *, parts: Sequence[Message] = (), step: int = 0) -> dict[int, int]:
-        """See `Overseer.start`."""
-        self.recorder.news.clear()
-        return await self.overseer.start(world_size, parts=parts, step=step)
+        """See `TestSupervisor.start`."""
+        self.recorder.records.clear()
+        return await self.supervisor.start(world_size, parts=parts, step=step)
 
     async def _open(self) -> None:
-        self.overseer = Overseer(self.setup)
-        agent = Agent(self.setup, find_supervisor=self.overseer.locate, recorder=self.recorder)
+        self.supervisor = TestSupervisor(self.setup)
+        agent = Agent(self.setup, find_supervisor=self.supervisor.locate, recorder=self.recorder)
         self.life = asyncio.ensure_future(agent.run())
-        await self.overseer.expect("register", is_ready=False)
-        await self.overseer.expect("ready", is_ready=True)
+        await self.supervisor.expect("register", is_ready=False)
+        await self.supervisor.expect("ready", is_ready=True)
 
 
 def setup_in(folder: Path) -> AgentConfig:
-    """A machine with four assignment, and a small job."""
+    """A node with four slots, and a small job."""
     changes = {"training__total_steps": TOTAL_STEPS, "checkpoint__snapshot_every": 1}
     plan = tiny_plan(synthetic_corpus(folder / "corpus"), **changes)
     return AgentConfig(
@@ -211,8 +215,8 @@ def setup_in(folder: Path) -> AgentConfig:
     )
 
 
-def memories() -> list[str]:
-    """The anonymous memory that this process has descriptors of."""
+def buffers() -> list[str]:
+    """Anonymous memory of forge that this process holds descriptors of."""
     names = []
     for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -221,214 +225,226 @@ def memories() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    stage = Stage(tmp_path_factory.mktemp("stage"))
-    yield stage
-    stage.close()
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentUnderTest]:
+    agent = AgentUnderTest(tmp_path_factory.mktemp("agent"))
+    yield agent
+    agent.close()
 
 
-def test_the_warm_process_has_one_thread_and_so_may_fork(stage: Stage) -> None:
-    assert stage.warm_process.num_threads() == 1
+@pytest.fixture
+def own_agent(tmp_path: Path) -> Iterator[AgentUnderTest]:
+    """For a test that shuts the agent down."""
+    agent = AgentUnderTest(tmp_path)
+    yield agent
+    agent.close()
 
 
-def test_a_generation_trains_the_job_to_its_end(stage: Stage) -> None:
+def test_fork_server__has_one_thread(agent: AgentUnderTest) -> None:
+    assert agent.fork_server.num_threads() == 1
+
+
+def test_agent__start__generation_trains_to_the_end(agent: AgentUnderTest) -> None:
     async def train() -> None:
-        pids = await stage.start(2)
-        assert {psutil.Process(pid).ppid() for pid in pids.values()} == {stage.warm_process.pid}
-        await stage.overseer.formed()
+        pids = await agent.start(2)
+        assert {psutil.Process(pid).ppid() for pid in pids.values()} == {agent.fork_server.pid}
+        await agent.supervisor.started()
         for rank in pids:
-            ended = await stage.overseer.ended(rank)
+            ended = await agent.supervisor.ended(rank)
             assert (ended["end"], ended["step"]) == ("done", TOTAL_STEPS)
-        await stage.overseer.expect("checkpoint_committed", step=TOTAL_STEPS)
-        assert stage.recorder.steps == list(range(1, TOTAL_STEPS + 1))
-        assert [of.step for _, of in stage.recorder.news if isinstance(of, CheckpointSaved)] == [TOTAL_STEPS]
-        await stage.overseer.stop()
+        await agent.supervisor.expect("checkpoint_committed", step=TOTAL_STEPS)
+        assert agent.recorder.steps == list(range(1, TOTAL_STEPS + 1))
+        assert [of.step for _, of in agent.recorder.records if isinstance(of, CheckpointSaved)] == [TOTAL_STEPS]
+        await agent.supervisor.stop()
 
-    stage.run(train())
-    (name,) = [path.name for path in Path(stage.setup.checkpoints).iterdir()]
-    assert verify_checkpoint(open_storage(stage.setup.checkpoints), name) is None
+    agent.run(train())
+    (name,) = [path.name for path in Path(agent.setup.checkpoints).iterdir()]
+    assert verify_checkpoint(open_storage(agent.setup.checkpoints), name) is None
 
 
-def test_stopping_kills_the_ranks_and_tells_what_they_have_left(stage: Stage) -> None:
+def test_agent__stop__ranks_killed_and_replicas_reported(agent: AgentUnderTest) -> None:
     async def stop() -> None:
-        ranks = [psutil.Process(pid) for pid in (await stage.start(2)).values()]
-        await stage.recorder.until_step(5)
-        held = await stage.overseer.stop()
+        ranks = [psutil.Process(pid) for pid in (await agent.start(2)).values()]
+        await agent.recorder.until_step(5)
+        held = await agent.supervisor.stop()
         assert not any(rank.is_running() for rank in ranks)
         steps = [{replica.step for replica in held if replica.rank == rank} for rank in range(2)]
         assert {replica.world_size for replica in held} == {2}
-        assert max(steps[0] & steps[1]) >= 4  # of the last one, one rank's copy may be unfinished
+        assert max(steps[0] & steps[1]) >= 4  # one rank's replica of the last step may be incomplete
 
-    stage.run(stop())
+    agent.run(stop())
 
 
-def test_the_next_generation_goes_on_from_memory_at_another_size(stage: Stage) -> None:
+def test_agent__start_from_memory__continues_at_another_world_size(agent: AgentUnderTest) -> None:
     async def change() -> None:
-        await stage.start(2)
-        await stage.recorder.until_step(5)
-        held = await stage.overseer.stop()
+        await agent.start(2)
+        await agent.recorder.until_step(5)
+        held = await agent.supervisor.stop()
         step = max(replica.step for replica in held if replace(replica, rank=1 - replica.rank) in held)
-        endpoint = [HOST, 1]  # of the agent that holds it, which is this one and is not asked
-        parts = [{"generation": stage.overseer.generation, "rank": rank, "endpoint": endpoint} for rank in range(2)]
-        await stage.start(3, parts=parts, step=step)
-        await stage.recorder.until_step(step + 3)
-        assert stage.recorder.steps[:3] == [step + 1, step + 2, step + 3]
-        await stage.overseer.stop()
+        endpoint = [HOST, 1]  # never contacted: this agent holds the replicas itself
+        parts = [
+            {"generation": agent.supervisor.generation, "rank": rank, "endpoint": endpoint} for rank in range(2)
+        ]
+        await agent.start(3, parts=parts, step=step)
+        await agent.recorder.until_step(step + 3)
+        assert agent.recorder.steps[:3] == [step + 1, step + 2, step + 3]
+        await agent.supervisor.stop()
 
-    stage.run(change())
+    agent.run(change())
 
 
-def test_ranks_that_are_wished_to_leave_lose_no_step(stage: Stage) -> None:
+def test_agent__drain__no_step_lost(agent: AgentUnderTest) -> None:
     async def leave() -> None:
-        await stage.start(2)
-        await stage.overseer.formed()
-        await stage.overseer.say("set_flag", generation=stage.overseer.generation, flag="DRAIN")
-        ends = [await stage.overseer.ended(rank) for rank in range(2)]
+        await agent.start(2)
+        await agent.supervisor.started()
+        await agent.supervisor.command("set_flag", generation=agent.supervisor.generation, flag="DRAIN")
+        ends = [await agent.supervisor.ended(rank) for rank in range(2)]
         assert {end["end"] for end in ends} == {"drained"}
         (step,) = {end["step"] for end in ends}
-        held = await stage.overseer.stop()
+        held = await agent.supervisor.stop()
         assert {(replica.rank, replica.step) for replica in held} >= {(0, step), (1, step)}
-        assert stage.recorder.steps == list(range(1, step + 1))
+        assert agent.recorder.steps == list(range(1, step + 1))
 
-    stage.run(leave())
+    agent.run(leave())
 
 
-def test_a_rank_that_is_killed_is_told_to_have_broken(stage: Stage) -> None:
+def test_agent__rank_killed__reported_as_broken(agent: AgentUnderTest) -> None:
     async def kill() -> None:
-        pids = await stage.start(2)
-        await stage.recorder.until_step(3)
+        pids = await agent.start(2)
+        await agent.recorder.until_step(3)
         os.kill(pids[1], signal.SIGKILL)
-        broken = await stage.overseer.ended(1)
+        broken = await agent.supervisor.ended(1)
         assert (broken["end"], broken["reason"]) == ("broken", "its process was killed")
-        other = await stage.overseer.ended(0)
+        other = await agent.supervisor.ended(0)
         assert other["end"] == "broken"
         assert other["reason"] != broken["reason"]
-        held = await stage.overseer.stop()
-        assert {replica.rank for replica in held} == {0, 1}  # the dead one's copies too
+        held = await agent.supervisor.stop()
+        assert {replica.rank for replica in held} == {0, 1}  # also those of the killed rank
 
-    stage.run(kill())
+    agent.run(kill())
 
 
-def test_the_orders_of_a_world_of_thousands_reach_the_ranks(stage: Stage) -> None:
+def test_agent__start_with_10000_shards__ranks_are_forked(agent: AgentUnderTest) -> None:
     async def order() -> None:
         parts = [{"generation": 1000, "rank": rank, "endpoint": [HOST, 1]} for rank in range(10_000)]
-        await stage.start(4, parts=parts, step=7)
+        await agent.start(4, parts=parts, step=7)
         for rank in range(4):
-            ended = await stage.overseer.ended(rank)
+            ended = await agent.supervisor.ended(rank)
             assert (ended["end"], "refused" in ended["reason"]) == ("broken", True)
-        await stage.overseer.stop()
+        await agent.supervisor.stop()
 
-    stage.run(order())
+    agent.run(order())
 
 
-def test_an_agent_whose_supervisor_is_away_comes_back_and_says_what_it_has(stage: Stage) -> None:
+def test_agent__connection_lost__registers_again_with_its_state(agent: AgentUnderTest) -> None:
     async def lose_connection() -> None:
-        pids = await stage.start(2)
-        await stage.overseer.formed()
-        assert stage.overseer.channel is not None
-        stage.overseer.channel.close()
-        hello = await stage.overseer.expect("register")
-        assert hello["is_ready"]
-        assert hello["generation"] == stage.overseer.generation
-        assert hello["running_ranks"] == {"0": 2, "1": 2}
-        assert hello["pids"] == {str(rank): pid for rank, pid in pids.items()}
-        held = locations_from_record(hello["replicas"])
-        assert stage.overseer.generation in {replica.generation for replica in held}
-        await stage.overseer.stop()
+        pids = await agent.start(2)
+        await agent.supervisor.started()
+        assert agent.supervisor.channel is not None
+        agent.supervisor.channel.close()
+        registration = await agent.supervisor.expect("register")
+        assert registration["is_ready"]
+        assert registration["generation"] == agent.supervisor.generation
+        assert registration["running_ranks"] == {"0": 2, "1": 2}
+        assert registration["pids"] == {str(rank): pid for rank, pid in pids.items()}
+        held = locations_from_record(registration["replicas"])
+        assert agent.supervisor.generation in {replica.generation for replica in held}
+        await agent.supervisor.stop()
 
-    stage.run(lose_connection())
+    agent.run(lose_connection())
 
 
-def test_what_is_to_be_forgotten_frees_its_memory(stage: Stage) -> None:
+def test_agent__drop_replicas__frees_memory(agent: AgentUnderTest) -> None:
     async def forget() -> None:
         for _ in range(2):
-            await stage.start(2)
-            await stage.overseer.formed()
-            await stage.overseer.stop()
+            await agent.start(2)
+            await agent.supervisor.started()
+            await agent.supervisor.stop()
         gc.collect()
-        before = len(memories())
-        await stage.overseer.say("drop_replicas", generation=stage.overseer.generation + 1)
-        assert not await stage.overseer.stop()
-        assert len(memories()) < before
+        before = len(buffers())
+        await agent.supervisor.command("drop_replicas", generation=agent.supervisor.generation + 1)
+        assert not await agent.supervisor.stop()
+        assert len(buffers()) < before
 
-    stage.run(forget())
+    agent.run(forget())
 
 
-def test_where_the_warm_process_dies_its_ranks_die_and_it_is_started_anew(stage: Stage) -> None:
+def test_agent__fork_server_killed__ranks_die_and_it_is_restarted(agent: AgentUnderTest) -> None:
     async def kill() -> None:
-        ranks = [psutil.Process(pid) for pid in (await stage.start(2)).values()]
-        await stage.overseer.formed()
-        stage.warm_process.kill()
-        await stage.overseer.expect("ready", is_ready=False)
-        await stage.overseer.expect("ready", is_ready=True)
+        ranks = [psutil.Process(pid) for pid in (await agent.start(2)).values()]
+        await agent.supervisor.started()
+        agent.fork_server.kill()
+        await agent.supervisor.expect("ready", is_ready=False)
+        await agent.supervisor.expect("ready", is_ready=True)
         assert survivors(ranks) == []
         for rank in range(2):
-            assert (await stage.overseer.ended(rank))["end"] == "broken"
-        await stage.start(1)
-        await stage.overseer.formed()
-        await stage.overseer.stop()
+            assert (await agent.supervisor.ended(rank))["end"] == "broken"
+        await agent.start(1)
+        await agent.supervisor.started()
+        await agent.supervisor.stop()
 
-    stage.run(kill())
+    agent.run(kill())
 
 
-def test_an_agent_that_is_sent_home_leaves_no_process_and_no_memory(stage: Stage) -> None:
+def test_agent__shut_down__no_process_and_no_memory_left(own_agent: AgentUnderTest) -> None:
+    agent = own_agent
+
     async def retire() -> None:
-        ranks = [psutil.Process(pid) for pid in (await stage.start(2)).values()]
-        warm_process = stage.warm_process
-        await stage.overseer.formed()
-        await stage.overseer.say("shut_down")
+        ranks = [psutil.Process(pid) for pid in (await agent.start(2)).values()]
+        fork_server = agent.fork_server
+        await agent.supervisor.started()
+        await agent.supervisor.command("shut_down")
         async with asyncio.timeout(_PATIENCE_S):
-            await stage.life
-        assert survivors([warm_process, *ranks]) == []
+            await agent.life
+        assert survivors([fork_server, *ranks]) == []
 
     async def let_go() -> None:
         async with asyncio.timeout(_PATIENCE_S):
-            while len(memories()) > stage.num_memories_before:
+            while len(buffers()) > agent.num_buffers_before:
                 gc.collect()
                 await asyncio.sleep(0.02)
 
-    stage.run(retire())
-    stage.run(let_go())
+    agent.run(retire())
+    agent.run(let_go())
 
 
-class Silent:
-    """A recorder of no interest."""
+class NullRecorder:
+    """A recorder that discards everything."""
 
     async def write(self, records: list[tuple[str, Event | StepMetrics]]) -> None:
         pass
 
 
-def be_an_agent(setup: AgentConfig, endpoint: Endpoint) -> None:
-    """All of a process's life."""
+def run_agent(setup: AgentConfig, endpoint: Endpoint) -> None:
+    """Run an agent; the target of a process."""
 
     async def locate() -> Endpoint:
         return endpoint
 
-    asyncio.run(Agent(setup, find_supervisor=locate, recorder=Silent()).run())
+    asyncio.run(Agent(setup, find_supervisor=locate, recorder=NullRecorder()).run())
 
 
-def test_an_agent_that_is_killed_takes_its_warm_process_and_its_ranks_along(tmp_path: Path) -> None:
+def test_agent__killed__fork_server_and_ranks_die(tmp_path: Path) -> None:
     async def kill() -> None:
         setup = setup_in(tmp_path)
-        overseer = Overseer(setup)
-        process = _SPAWN.Process(target=be_an_agent, args=(setup, await overseer.locate()))
+        supervisor = TestSupervisor(setup)
+        process = _SPAWN.Process(target=run_agent, args=(setup, await supervisor.locate()))
         process.start()
         try:
-            await overseer.expect("ready", is_ready=True)
-            ranks = (await overseer.start(2)).values()
-            await overseer.formed()
+            await supervisor.expect("ready", is_ready=True)
+            ranks = (await supervisor.start(2)).values()
+            await supervisor.started()
             family = {*psutil.Process(process.pid).children(recursive=True), *map(psutil.Process, ranks)}
         finally:
             process.kill()
             process.join()
-            overseer.close()
+            supervisor.close()
         assert len(family) == 3
         assert survivors(family) == []
 
     asyncio.run(kill())
 
 
-def test_the_words_of_a_board_are_seen_by_whoever_has_its_descriptor() -> None:
+def test_status_page__fields_are_shared_through_the_descriptor() -> None:
     status = create_status_page()
     other = StatusPage(os.dup(status.fd))
     status[StatusField.STEP] = 2**40
@@ -440,17 +456,17 @@ def test_the_words_of_a_board_are_seen_by_whoever_has_its_descriptor() -> None:
             os.fstat(each.fd)
 
 
-def test_a_pool_hands_warm_processes_on_and_forks_others_from_the_first(tmp_path: Path) -> None:
+def test_fork_server_pool__reuses_and_clones_fork_servers(tmp_path: Path) -> None:
     plans = [plan_to_json(tiny_plan(synthetic_corpus(tmp_path / "corpus"), name=name)) for name in ("one", "two")]
 
     async def use() -> None:
-        pool = ForkServerPool(log=tmp_path / "warm.log")
+        pool = ForkServerPool(log=tmp_path / "fork-server.log")
         first, second = pool.take(plans[0]), pool.take(plans[1])
         assert (await first.receive() or {}).keys() >= {"ready", "pid"}
-        async with asyncio.timeout(5):  # it imports nothing any more
-            told = await second.receive()
-        assert told is not None
-        assert told["ready"] < 2
+        async with asyncio.timeout(5):  # everything is imported already
+            message = await second.receive()
+        assert message is not None
+        assert message["ready"] < 2
         first.kill()
         assert second.is_alive
         pool.release(second)

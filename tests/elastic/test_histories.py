@@ -1,9 +1,8 @@
-"""Any history of a run: machines, connections, ranks and the supervisor itself fail whenever they like.
+"""Random histories of a run: nodes, connections, ranks and the supervisor itself fail at any time.
 
-The world here is simulated truthfully but without processes: agents that obey in order, messages that are
-under way or lost with their connection, ranks that step together, snapshots with a copy on another machine.
-Hypothesis chooses what happens; `membership.decide` must never start a generation wrongly, and, once nothing
-bad happens any more, must always find back to training.
+The world is simulated without processes: agents execute commands in command, messages are in transit or lost with
+their connection, ranks step together, snapshots are replicated to a peer. Hypothesis chooses the faults;
+`membership.decide` must never start a generation wrongly, and must return to training once no more faults happen.
 """
 
 from __future__ import annotations
@@ -56,12 +55,12 @@ from forge.elastic.states import (
 
 TOTAL_STEPS = 300
 CALM_ROUNDS = 60
-"""Of a second each, in which everything is delivered and obeyed; a change needs a handful."""
+"""Of one second each, in which everything is delivered and executed; a change needs about five."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the first rank's agent is told of a generation."""
+class SetFlag:
+    """The command to set a control flag of rank 0."""
 
     generation: int
     is_stop: bool
@@ -77,7 +76,7 @@ class Rank:
 
 @dataclass
 class Machine:
-    """An agent, its ranks, its memory, and its connection with the supervisor."""
+    """An agent, its ranks, its memory, and its connection to the supervisor."""
 
     name: str
     num_slots: int
@@ -86,25 +85,25 @@ class Machine:
     is_alive: bool = True
     is_connected: bool = False
     is_attached: bool = False
-    """The supervisor has heard the hello of this connection."""
-    to_agent: deque[Action | Wish] = field(default_factory=deque)
+    """The supervisor has received the registration of this connection."""
+    to_agent: deque[Action | SetFlag] = field(default_factory=deque)
     to_supervisor: deque[Event] = field(default_factory=deque)
     generation: int = 0
     ranks: dict[int, Rank] = field(default_factory=dict)
     store: dict[tuple[int, int], list[int]] = field(default_factory=dict)
-    """(generation, rank) → the steps of its whole snapshots, two at most."""
+    """(generation, rank) → the steps of its complete snapshots, at most two."""
     dropped_before: int = 0
     refused: int = 0
     preempted_at: float | None = None
 
-    def say(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         if self.is_connected:
             self.to_supervisor.append(event)
 
 
 @dataclass
 class Generation:
-    """What is true of a generation, whoever knows it."""
+    """The true state of a generation."""
 
     start: StartGeneration
     step: int
@@ -112,18 +111,18 @@ class Generation:
     begun: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
     copying: dict[int, int] = field(default_factory=dict)
-    """rank → the step that is being copied."""
-    is_formed: bool = False
+    """rank → the step that is being replicated."""
+    has_started: bool = False
     is_disturbed: bool = False
-    """A machine was lost before the last of it was gone."""
+    """A node was lost before its last rank had ended."""
     was_cut_off: bool = False
-    """A machine of it went on without the supervisor."""
-    is_leaving: bool = False
+    """A node of it continued without the supervisor."""
+    is_draining: bool = False
     is_stopping: bool = False
 
 
 class World:
-    """Everything there is, and the supervisor that knows only what it is told."""
+    """The simulated cluster, and the supervisor, which knows only what is reported."""
 
     def __init__(self, *, low: int, high: int, snapshot_every: int) -> None:
         self.now = 0.0
@@ -132,12 +131,12 @@ class World:
         self.machines: dict[str, Machine] = {}
         self.generations: dict[int, Generation] = {}
         self.stored_step = 0
-        self.to_persist: dict[tuple[int, int, int], set[tuple[str, int]]] = {}
-        self.is_stop_wished = False
+        self.to_flush: dict[tuple[int, int, int], set[tuple[str, int]]] = {}
+        self.is_stop_requested = False
         self.is_over = False
-        self.has_given_back = False
-        self.announced: set[int] = set()
-        self.last_formed = 0
+        self.has_released = False
+        self.reported: set[int] = set()
+        self.last_started = 0
 
     # --- the supervisor
 
@@ -149,7 +148,7 @@ class World:
         before = self.state
         self.state, actions = decide(before, event, now=self.now)
         if (before.phase, self.state.phase) == (Phase.STARTING, Phase.TRAINING):
-            self.last_formed = self.state.generation
+            self.last_started = self.state.generation
         for action in actions:
             self.perform(action)
 
@@ -160,28 +159,28 @@ class World:
             case StopGeneration(node=name):
                 self.send(name, action)
             case DrainGeneration():
-                self.wish(is_stop=False)
+                self.set_flag(is_stop=False)
             case DropReplicas(generation=generation):
-                assert any(whole.generation == generation for whole in whole_steps(known(self.state)))
+                assert any(whole.generation == generation for whole in complete_steps(known(self.state)))
                 for name in self.state.nodes:
                     self.send(name, action)
             case FlushToStorage():
-                self.persist(action)
+                self.flush(action)
             case ChangeMembership(generation=generation):
-                assert generation not in self.announced, "a change was announced twice"
-                self.announced.add(generation)
+                assert generation not in self.reported, "a change was reported twice"
+                self.reported.add(generation)
             case ReleaseSlots():
-                self.has_given_back = True
+                self.has_released = True
             case ClaimSlots():
-                self.has_given_back = False
+                self.has_released = False
             case FinishRun(step=step):
                 self.is_over = True
                 assert step <= self.stored_step
-                assert self.is_stop_wished or step == TOTAL_STEPS
-                assert newest(whole_steps(known(self.state))) <= step
+                assert self.is_stop_requested or step == TOTAL_STEPS
+                assert newest(complete_steps(known(self.state))) <= step
             case FailRun():
                 self.is_over = True
-                since = [g for number, g in self.generations.items() if number > self.last_formed]
+                since = [g for number, g in self.generations.items() if number > self.last_started]
                 assert sum(not g.is_disturbed for g in since) >= MAX_STARTUP_FAILURES, (
                     "a lost machine is no failure"
                 )
@@ -198,8 +197,8 @@ class World:
             assert node.is_ready
             assert start.assignment.count(name) <= node.num_slots
             assert node.preempted_at is None or node.preempted_at > self.now
-        assert start.step == max(self.state.stored_step, newest(whole_steps(known(self.state))))
-        assert start.step >= newest(self.there()), "a newer step lies in memory"
+        assert start.step == max(self.state.stored_step, newest(complete_steps(known(self.state))))
+        assert start.step >= newest(self.reachable()), "memory holds a newer step"
         names = list(dict.fromkeys(start.assignment))
         spare = next((name for name in self.state.nodes if name not in names), None)
         ring = dict(zip(names, [*names[1:], names[0]], strict=True)) if len(names) > 1 else {names[0]: spare}
@@ -209,35 +208,35 @@ class World:
         for name in names:
             self.send(name, start)
 
-    def there(self) -> set[ReplicaLocation]:
-        """The whole steps that machines within reach hold, whatever they have told."""
+    def reachable(self) -> set[ReplicaLocation]:
+        """The complete steps in the memory of connected nodes, reported or not."""
         held = {h for m in self.machines.values() if m.is_attached for h in self.replicas(m)}
-        return {whole for whole in whole_steps(held) if not self.generations[whole.generation].was_cut_off}
+        return {whole for whole in complete_steps(held) if not self.generations[whole.generation].was_cut_off}
 
-    def persist(self, order: FlushToStorage) -> None:
+    def flush(self, command: FlushToStorage) -> None:
         asked = set()
-        for rank in range(order.world_size):
+        for rank in range(command.world_size):
             wanted = ReplicaLocation(
-                generation=order.generation, rank=rank, world_size=order.world_size, step=order.step
+                generation=command.generation, rank=rank, world_size=command.world_size, step=command.step
             )
             asked.add((next(name for name, node in self.state.nodes.items() if wanted in node.replicas), rank))
-        self.to_persist[order.step, order.generation, order.world_size] = asked
+        self.to_flush[command.step, command.generation, command.world_size] = asked
         for name in {name for name, _ in asked}:
-            self.send(name, order)
+            self.send(name, command)
 
-    def send(self, name: str, message: Action | Wish) -> None:
+    def send(self, name: str, message: Action | SetFlag) -> None:
         machine = self.machines.get(name)
         if machine is not None and machine.is_attached:
             machine.to_agent.append(message)
 
     def stop(self) -> None:
-        self.is_stop_wished = True
+        self.is_stop_requested = True
         self.apply(StopRequested())
-        self.wish(is_stop=True)
+        self.set_flag(is_stop=True)
 
-    def wish(self, *, is_stop: bool) -> None:
+    def set_flag(self, *, is_stop: bool) -> None:
         if self.state.assignment:
-            self.send(self.state.assignment[0], Wish(generation=self.state.generation, is_stop=is_stop))
+            self.send(self.state.assignment[0], SetFlag(generation=self.state.generation, is_stop=is_stop))
 
     def restart_supervisor(self) -> None:
         for machine in self.machines.values():
@@ -249,10 +248,10 @@ class World:
             stored_step=self.stored_step,
             recovery_deadline=self.now + RECOVERY_S,
         )
-        self.announced.clear()
-        self.has_given_back = False
+        self.reported.clear()
+        self.has_released = False
 
-    def lose_the_silent(self) -> None:
+    def lose_silent_nodes(self) -> None:
         for name in list(self.state.nodes):
             if not self.machines[name].is_connected:
                 self.apply(NodeLost(node=name, reason="silence"))
@@ -269,7 +268,7 @@ class World:
     def connect(self, machine: Machine) -> None:
         machine.is_connected = True
         worlds = {rank: len(self.generations[r.generation].start.assignment) for rank, r in machine.ranks.items()}
-        machine.say(
+        machine.report(
             AgentAttached(
                 node=machine.name,
                 num_slots=machine.num_slots,
@@ -281,23 +280,23 @@ class World:
             )
         )
         if machine.preempted_at is not None:
-            machine.say(PreemptionNotice(node=machine.name, preempted_at=machine.preempted_at))
+            machine.report(PreemptionNotice(node=machine.name, preempted_at=machine.preempted_at))
 
     def deliver(self, machine: Machine) -> None:
-        """The supervisor hears one message."""
+        """Deliver one message to the supervisor."""
         event = machine.to_supervisor.popleft()
         if isinstance(event, AgentAttached):
             machine.is_attached = True
         self.apply(event)
         if isinstance(event, AgentAttached) and self.state.phase is Phase.DRAINING:
-            self.wish(is_stop=False)
+            self.set_flag(is_stop=False)
         if isinstance(event, AgentAttached) and self.state.is_stopping:
-            self.wish(is_stop=True)
+            self.set_flag(is_stop=True)
 
     # --- agents
 
-    def obey(self, machine: Machine) -> None:
-        """An agent does one thing that it was told."""
+    def execute(self, machine: Machine) -> None:
+        """Let an agent execute one command."""
         match machine.to_agent.popleft():
             case StartGeneration() as start:
                 self.begin_ranks(machine, start)
@@ -307,18 +306,22 @@ class World:
                 gone = {rank: machine.ranks[rank].generation for rank in ended}
                 for rank in ended:
                     self.end_rank(machine, rank)
-                machine.say(AgentStopped(node=machine.name, generation=generation, replicas=self.replicas(machine)))
+                machine.report(
+                    AgentStopped(node=machine.name, generation=generation, replicas=self.replicas(machine))
+                )
                 for rank, of in gone.items():
-                    machine.say(RankEnded(generation=of, rank=rank, end=EndReason.BROKEN, reason="it was killed"))
-            case Wish(generation=generation, is_stop=is_stop):
+                    machine.report(
+                        RankEnded(generation=of, rank=rank, end=EndReason.BROKEN, reason="it was killed")
+                    )
+            case SetFlag(generation=generation, is_stop=is_stop):
                 if 0 in machine.ranks and machine.ranks[0].generation == generation:
                     self.generations[generation].is_stopping |= is_stop
-                    self.generations[generation].is_leaving |= not is_stop
+                    self.generations[generation].is_draining |= not is_stop
             case DropReplicas(generation=generation):
                 machine.dropped_before = max(machine.dropped_before, generation)
                 machine.store = {key: steps for key, steps in machine.store.items() if key[0] >= generation}
-            case FlushToStorage() as order:
-                self.write_parts(machine, order)
+            case FlushToStorage() as command:
+                self.write_parts(machine, command)
 
     def begin_ranks(self, machine: Machine, start: StartGeneration) -> None:
         machine.generation = start.generation
@@ -337,17 +340,17 @@ class World:
     def break_rank(self, machine: Machine, rank: int) -> None:
         of = machine.ranks[rank].generation
         self.end_rank(machine, rank)
-        machine.say(RankEnded(generation=of, rank=rank, end=EndReason.BROKEN, reason="it was killed"))
+        machine.report(RankEnded(generation=of, rank=rank, end=EndReason.BROKEN, reason="it was killed"))
 
-    def write_parts(self, machine: Machine, order: FlushToStorage) -> None:
-        key = (order.step, order.generation, order.world_size)
-        missing = self.to_persist.get(key, set())
+    def write_parts(self, machine: Machine, command: FlushToStorage) -> None:
+        key = (command.step, command.generation, command.world_size)
+        missing = self.to_flush.get(key, set())
         for name, rank in list(missing):
-            if name == machine.name and order.step in machine.store.get((order.generation, rank), []):
+            if name == machine.name and command.step in machine.store.get((command.generation, rank), []):
                 missing.discard((name, rank))
-        if key in self.to_persist and not missing:
-            self.stored_step = max(self.stored_step, order.step)
-            machine.say(CheckpointCommitted(step=order.step))
+        if key in self.to_flush and not missing:
+            self.stored_step = max(self.stored_step, command.step)
+            machine.report(CheckpointCommitted(step=command.step))
 
     def replicas(self, machine: Machine) -> frozenset[ReplicaLocation]:
         return frozenset(
@@ -364,9 +367,9 @@ class World:
         machine.is_alive, machine.store = False, {}
         self.cut(machine)
 
-    def warm_up(self, machine: Machine) -> None:
+    def make_ready(self, machine: Machine) -> None:
         machine.is_ready = True
-        machine.say(NodeReady(node=machine.name))
+        machine.report(NodeReady(node=machine.name))
 
     # --- ranks
 
@@ -385,32 +388,32 @@ class World:
         )
 
     def step(self, number: int, *, saves: bool = False) -> None:
-        """All ranks of a generation make a step together."""
+        """Let all ranks of a generation take a step together."""
         generation, members = self.generations[number], self.members(number)
-        if not generation.is_formed and not self.load(number):
+        if not generation.has_started and not self.load(number):
             for rank, machine in members.items():
                 self.break_rank(machine, rank)
             return
         if generation.step < TOTAL_STEPS:
             generation.step += 1
-        if not generation.is_formed:
-            generation.is_formed = True
-            members[0].say(GenerationReady(generation=number))
+        if not generation.has_started:
+            generation.has_started = True
+            members[0].report(GenerationReady(generation=number))
         if generation.step == TOTAL_STEPS or generation.is_stopping:
             self.save(number)
             self.end_all(number, EndReason.DONE)
-        elif generation.is_leaving:
-            self.begin_copies(number)
-            self.finish_copies(number)
+        elif generation.is_draining:
+            self.begin_replication(number)
+            self.finish_replication(number)
             self.end_all(number, EndReason.DRAINED)
         elif generation.step % self.snapshot_every == 0:
-            self.begin_copies(number)
+            self.begin_replication(number)
             if saves:
-                self.finish_copies(number)
+                self.finish_replication(number)
                 self.save(number)
 
     def load(self, number: int) -> bool:
-        """Whether the state to go on from is where it was said to be."""
+        """Whether the state to continue from is where the start command says."""
         generation = self.generations[number]
         if generation.start.source is None:
             generation.step = self.stored_step
@@ -426,37 +429,37 @@ class World:
 
     def save(self, number: int) -> None:
         self.stored_step = max(self.stored_step, self.generations[number].step)
-        self.members(number)[0].say(CheckpointCommitted(step=self.stored_step))
+        self.members(number)[0].report(CheckpointCommitted(step=self.stored_step))
 
     def end_all(self, number: int, end: EndReason) -> None:
         for rank, machine in self.members(number).items():
             self.end_rank(machine, rank)
-            machine.say(RankEnded(generation=number, rank=rank, end=end, step=self.generations[number].step))
+            machine.report(RankEnded(generation=number, rank=rank, end=end, step=self.generations[number].step))
 
-    def begin_copies(self, number: int) -> None:
-        """From now until a copy is whole, its slot is not; the one before is kept by then."""
-        self.finish_copies(number)
+    def begin_replication(self, number: int) -> None:
+        """Start replication: the slot is incomplete until it ends; the previous step stays complete."""
+        self.finish_replication(number)
         for rank, machine in self.members(number).items():
-            for keeper in self.keepers(number, machine):
-                if (number, rank) in keeper.store:
-                    keeper.store[number, rank] = keeper.store[number, rank][-1:]
+            for holder in self.holders(number, machine):
+                if (number, rank) in holder.store:
+                    holder.store[number, rank] = holder.store[number, rank][-1:]
             self.generations[number].copying[rank] = self.generations[number].step
 
-    def finish_copies(self, number: int) -> None:
+    def finish_replication(self, number: int) -> None:
         for rank in list(self.generations[number].copying):
             self.copy(number, rank)
 
     def copy(self, number: int, rank: int) -> None:
         step = self.generations[number].copying.pop(rank)
-        for keeper in self.keepers(number, self.members(number)[rank]):
-            if number >= keeper.dropped_before and number > keeper.refused:
-                keeper.store[number, rank] = [*keeper.store.get((number, rank), []), step]
+        for holder in self.holders(number, self.members(number)[rank]):
+            if number >= holder.dropped_before and number > holder.refused:
+                holder.store[number, rank] = [*holder.store.get((number, rank), []), step]
 
-    def keepers(self, number: int, machine: Machine) -> list[Machine]:
+    def holders(self, number: int, machine: Machine) -> list[Machine]:
         peer = self.machines.get(self.generations[number].peers.get(machine.name) or "")
         return [machine, *([peer] if peer is not None and peer.is_alive else [])]
 
-    def break_whoever_misses_a_peer(self, number: int) -> None:
+    def break_ranks_that_miss_a_peer(self, number: int) -> None:
         generation = self.generations[number]
         dead = {r for r, name in enumerate(generation.start.assignment) if not self.machines[name].is_alive}
         if generation.gone or dead - generation.begun:
@@ -478,72 +481,72 @@ class World:
         self.apply(Tick())
 
     def work(self, *, seconds: float = 1.0, connects: bool = True) -> None:
-        """A round in which everything that is under way arrives and whoever can, does something."""
-        self.lose_the_silent()
+        """One round: deliver all messages and let every rank and agent act."""
+        self.lose_silent_nodes()
         for machine in self.machines.values():
             if connects and machine.is_alive and not machine.is_connected:
                 self.connect(machine)
-        self.settle_messages()
+        self.deliver_all()
         self.find_hang()
         for number in list(self.generations):
-            self.break_whoever_misses_a_peer(number)
-        self.settle_messages()
+            self.break_ranks_that_miss_a_peer(number)
+        self.deliver_all()
         for number in list(self.generations):
             if self.can_step(number):
                 self.step(number)
-        self.settle_messages()
+        self.deliver_all()
         for machine in self.machines.values():
-            machine.say(ReplicasHeld(node=machine.name, replicas=self.replicas(machine)))
-        self.settle_messages()
+            machine.report(ReplicasHeld(node=machine.name, replicas=self.replicas(machine)))
+        self.deliver_all()
         self.tick(seconds)
 
-    def settle_messages(self) -> None:
+    def deliver_all(self) -> None:
         while any(machine.to_agent or machine.to_supervisor for machine in self.machines.values()):
             for machine in self.machines.values():
                 if machine.to_supervisor:
                     self.deliver(machine)
                 if machine.to_agent:
-                    self.obey(machine)
+                    self.execute(machine)
 
-    def bustle(self, count: int, *, chance: random.Random) -> None:
-        """Good things happen, one at a time, in any order."""
+    def act_randomly(self, count: int, *, chance: random.Random) -> None:
+        """Take `count` random actions of a healthy system, one at a time."""
         for _ in range(count):
-            doable = self.doable()
-            doable[chance.randrange(len(doable))]()
+            actions = self.possible_actions()
+            actions[chance.randrange(len(actions))]()
 
-    def doable(self) -> list[Callable[[], None]]:
-        found: list[Callable[[], None]] = [self.lose_the_silent, self.find_hang, partial(self.tick, 0.5)]
+    def possible_actions(self) -> list[Callable[[], None]]:
+        found: list[Callable[[], None]] = [self.lose_silent_nodes, self.find_hang, partial(self.tick, 0.5)]
         for machine in self.machines.values():
             if machine.to_supervisor:
                 found += 2 * [partial(self.deliver, machine)]
             if machine.to_agent:
-                found += 2 * [partial(self.obey, machine)]
+                found += 2 * [partial(self.execute, machine)]
             if machine.is_connected:
-                found += [partial(machine.say, ReplicasHeld(node=machine.name, replicas=self.replicas(machine)))]
+                found += [partial(machine.report, ReplicasHeld(node=machine.name, replicas=self.replicas(machine)))]
             elif machine.is_alive:
                 found += [partial(self.connect, machine)]
             if machine.is_alive and not machine.is_ready:
-                found += [partial(self.warm_up, machine)]
+                found += [partial(self.make_ready, machine)]
         for number, generation in self.generations.items():
             found += [partial(self.copy, number, rank) for rank in generation.copying]
             if self.can_step(number):
                 found += 3 * [partial(self.step, number)] + [partial(self.step, number, saves=True)]
             elif self.members(number):
-                found += [partial(self.break_whoever_misses_a_peer, number)]
+                found += [partial(self.break_ranks_that_miss_a_peer, number)]
         return found
 
-    def calm_down(self) -> None:
-        """Nothing bad happens any more: training is reached; or the end, even without more machines, if wished."""
-        self.lose_the_silent()
-        if not self.is_stop_wished:
+    def recover(self) -> None:
+        """Without further faults the run reaches training, or its end if it was stopped."""
+        self.lose_silent_nodes()
+        if not self.is_stop_requested:
             for _ in range(self.state.min_workers):
                 self.add(num_slots=1, num_guaranteed=1, is_ready=True)
             for machine in self.machines.values():
                 if machine.is_alive and not machine.is_ready:
-                    self.warm_up(machine)
+                    self.make_ready(machine)
         reached: list[tuple[int, int]] = []
         for round_number in range(CALM_ROUNDS):
-            if self.is_stop_wished and not self.state.is_stopping:
+            if self.is_stop_requested and not self.state.is_stopping:
                 self.stop()
             self.work()
             if self.is_over:
@@ -551,9 +554,9 @@ class World:
             number = self.state.generation
             if self.state.phase is Phase.TRAINING and self.can_step(number):
                 reached.append((number, self.generations[number].step))
-            if len(reached) > 3 and reached[-1][1] > reached[0][1] and not self.is_stop_wished:
-                assert not self.has_given_back or round_number < YIELD_S + 1, "assignment were never claimed again"
-                if not self.has_given_back:
+            if len(reached) > 3 and reached[-1][1] > reached[0][1] and not self.is_stop_requested:
+                assert not self.has_released or round_number < YIELD_S + 1, "slots were never claimed again"
+                if not self.has_released:
                     return
         raise AssertionError(f"no training after {CALM_ROUNDS} calm rounds: {self.state}")
 
@@ -563,10 +566,10 @@ class World:
             name=name, num_slots=num_slots, num_guaranteed=num_guaranteed, is_ready=is_ready
         )
 
-    # --- misfortunes
+    # --- faults
 
     def any(self, fits: Callable[[Machine], Any], chance: random.Random) -> Iterator[Machine]:
-        """One that fits, if there is one."""
+        """A random live node that matches, if there is one."""
         found = [machine for machine in self.machines.values() if machine.is_alive and fits(machine)]
         yield from chance.sample(found, k=min(1, len(found)))
 
@@ -584,12 +587,12 @@ class World:
             if chance.random() < 0.5:
                 self.connect(machine)
 
-    def warm_process_dies(self, chance: random.Random) -> None:
+    def fork_server_dies(self, chance: random.Random) -> None:
         for machine in self.any(lambda machine: machine.is_ready, chance):
             machine.is_ready = False
             for rank in list(machine.ranks):
                 self.break_rank(machine, rank)
-            machine.say(NodeReady(node=machine.name, is_ready=False))
+            machine.report(NodeReady(node=machine.name, is_ready=False))
 
     def rank_is_killed(self, chance: random.Random) -> None:
         for machine in self.any(lambda machine: machine.ranks, chance):
@@ -602,9 +605,9 @@ class World:
     def notice_is_given(self, chance: random.Random) -> None:
         for machine in self.any(lambda machine: machine.is_connected, chance):
             machine.preempted_at = self.now + chance.choice([0.0, 1.0, 5.0, 30.0])
-            machine.say(PreemptionNotice(node=machine.name, preempted_at=machine.preempted_at))
+            machine.report(PreemptionNotice(node=machine.name, preempted_at=machine.preempted_at))
 
-    def places_change(self, chance: random.Random) -> None:
+    def slots_change(self, chance: random.Random) -> None:
         for machine in self.any(lambda machine: True, chance):
             machine.num_slots = chance.randint(0, 2)
             machine.num_guaranteed = chance.randint(0, machine.num_slots)
@@ -615,29 +618,29 @@ class World:
     def time_passes(self, chance: random.Random) -> None:
         self.tick(chance.choice([1.0, 3.0, 20.0, 70.0]))
 
-    def stop_is_wished(self, chance: random.Random) -> None:
+    def stop_is_requested(self, chance: random.Random) -> None:
         if chance.random() < 0.05:
             self.stop()
 
-    def yield_is_wished(self, chance: random.Random) -> None:
+    def yield_is_requested(self, chance: random.Random) -> None:
         self.apply(YieldRequested())
 
     def supervisor_dies(self, chance: random.Random) -> None:
         self.restart_supervisor()
 
-    MISFORTUNES: ClassVar = [
+    FAULTS: ClassVar = [
         *2 * [machine_comes, machine_dies, connection_breaks, rank_is_killed, rank_hangs, notice_is_given],
-        *(warm_process_dies, places_change, time_passes, stop_is_wished, yield_is_wished, supervisor_dies),
+        *(fork_server_dies, slots_change, time_passes, stop_is_requested, yield_is_requested, supervisor_dies),
     ]
 
 
 def known(state: MembershipState) -> set[ReplicaLocation]:
-    """All snapshots that the supervisor has been told of."""
+    """All replicas that the supervisor knows."""
     return {replica for node in state.nodes.values() for replica in node.replicas}
 
 
-def whole_steps(held: set[ReplicaLocation]) -> set[ReplicaLocation]:
-    """Of those, the ones of steps of which every rank's snapshot is there."""
+def complete_steps(held: set[ReplicaLocation]) -> set[ReplicaLocation]:
+    """Those of complete steps."""
     return {h for h in held if all(replace(h, rank=rank) in held for rank in range(h.world_size))}
 
 
@@ -646,7 +649,7 @@ def newest(held: set[ReplicaLocation]) -> int:
 
 
 class Histories(RuleBasedStateMachine):
-    """What may happen; hypothesis chooses how much of it, and by a seed what, to whom and in which order."""
+    """Hypothesis chooses how many faults happen; a seed chooses which, where and in which order."""
 
     @initialize(low=st.integers(1, 3), more=st.integers(0, 3), every=st.integers(1, 3), is_stopped=st.booleans())
     def begin(self, low: int, more: int, every: int, is_stopped: bool) -> None:
@@ -661,18 +664,18 @@ class Histories(RuleBasedStateMachine):
         for _ in range(rounds):
             self.world.work()
 
-    @rule(misfortunes=st.integers(1, 12), between=st.sampled_from([3, 10, 30, 60]), seed=st.integers(0, 2**32))
-    def happen(self, misfortunes: int, between: int, seed: int) -> None:
+    @rule(num_faults=st.integers(1, 12), between=st.sampled_from([3, 10, 30, 60]), seed=st.integers(0, 2**32))
+    def happen(self, num_faults: int, between: int, seed: int) -> None:
         chance = random.Random(seed)
-        for _ in range(misfortunes):
-            chance.choice(World.MISFORTUNES)(self.world, chance)
-            self.world.bustle(chance.randint(0, between), chance=chance)
+        for _ in range(num_faults):
+            chance.choice(World.FAULTS)(self.world, chance)
+            self.world.act_randomly(chance.randint(0, between), chance=chance)
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
             if self.is_stopped:
                 self.world.stop()
-            self.world.calm_down()
+            self.world.recover()
 
 
 def run_histories(*, max_examples: int, num_steps: int) -> None:
@@ -687,11 +690,11 @@ def run_histories(*, max_examples: int, num_steps: int) -> None:
     )
 
 
-def test_after_any_history_a_generation_starts_rightly_and_training_goes_on() -> None:
+def test_histories__invariants_hold_and_training_resumes() -> None:
     run_histories(max_examples=60, num_steps=40)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_after_very_many_long_histories_too() -> None:
+def test_histories__many_long_ones__invariants_hold_and_training_resumes() -> None:
     run_histories(max_examples=1500, num_steps=40)

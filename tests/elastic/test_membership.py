@@ -1,4 +1,4 @@
-"""What follows from one event: members come, are lost, hang, are announced to go; the run waits, yields, stops."""
+"""Decisions on single events: joins, losses, hangs, notices; waiting, yielding and stopping."""
 
 from __future__ import annotations
 
@@ -55,23 +55,23 @@ from forge.elastic.states import (
 
 
 class Story:
-    """A state, and what has happened to it so far."""
+    """A membership state, changed by one event after another."""
 
     def __init__(self, state: MembershipState) -> None:
         self.state, self.now = state, 100.0
 
     def on(self, event: Event) -> list[Action]:
-        """What follows from an event."""
+        """Apply an event. Returns: the actions."""
         self.state, actions = decide(self.state, event, now=self.now)
         return list(actions)
 
     def after(self, seconds: float) -> list[Action]:
-        """What follows from the time that has passed."""
+        """Let time pass. Returns: the actions of the tick."""
         self.now += seconds
         return self.on(Tick())
 
     def stopped(self, *names: str, **replicas: frozenset[ReplicaLocation]) -> list[Action]:
-        """What follows from the last of these answers."""
+        """Confirm the stop of these nodes. Returns: the actions of the last confirmation."""
         generation = self.state.generation
         actions: list[Action] = []
         for name in names:
@@ -79,8 +79,8 @@ class Story:
             actions = self.on(AgentStopped(node=name, generation=generation, replicas=held))
         return actions
 
-    def left(self) -> list[Action]:
-        """Every rank has ended after its step, as it was asked to."""
+    def drained(self) -> list[Action]:
+        """Let every rank end as drained. Returns: the actions."""
         ranks = range(len(self.state.assignment))
         return [
             action for rank in ranks for action in self.on(ended(rank, EndReason.DRAINED, self.state.generation))
@@ -92,7 +92,7 @@ def waiting(*, low: int = 1, high: int = 4, **more: Any) -> Story:
 
 
 def training(*assignment: str, low: int = 1, high: int = 4, phase: Phase = Phase.TRAINING, **more: Any) -> Story:
-    """Generation 1 is at work, a rank on each of these."""
+    """Generation 1 is training, with a rank per named node."""
     nodes = {name: MemberNode(num_slots=assignment.count(name), is_ready=True) for name in assignment}
     return Story(
         MembershipState(
@@ -135,10 +135,10 @@ def starts(actions: list[Action]) -> list[StartGeneration]:
     return [action for action in actions if isinstance(action, StartGeneration)]
 
 
-# --- forming and growing
+# --- starting and growing
 
 
-def test_a_run_begins_as_soon_as_the_smallest_number_of_workers_is_warm() -> None:
+def test_waiting__minimum_ready__generation_starts() -> None:
     story = waiting(low=2)
     assert story.on(came("a")) == []
     assert story.on(came("b", is_ready=False)) == []
@@ -146,29 +146,29 @@ def test_a_run_begins_as_soon_as_the_smallest_number_of_workers_is_warm() -> Non
     assert story.state.phase is Phase.STARTING
 
 
-def test_a_machine_takes_as_many_ranks_as_it_has_places_and_the_job_allows() -> None:
+def test_start__node_with_many_slots__ranks_up_to_the_maximum() -> None:
     story = waiting(low=2, high=3)
     assert story.on(came("a", num_slots=4)) == [start(1, "a", "a", "a")]
 
 
-def test_a_resumed_run_goes_on_from_storage_with_the_next_number() -> None:
+def test_start__resumed_run__continues_from_storage_with_next_generation() -> None:
     story = waiting(former_generation=7, stored_step=40)
     assert story.on(came("a")) == [start(8, "a", step=40)]
 
 
-def test_the_first_step_makes_a_generation_train() -> None:
+def test_starting__first_step__training() -> None:
     story = training("a", phase=Phase.STARTING)
     assert story.on(GenerationReady(generation=1)) == []
     assert story.state.phase is Phase.TRAINING
 
 
-def test_a_snapshot_shows_that_the_first_step_was_made_where_the_word_was_lost() -> None:
+def test_starting__replica_reported__training() -> None:
     story = training("a", phase=Phase.STARTING)
     story.on(ReplicasHeld(node="a", replicas=snapshots(1, 0, of=1)))
     assert story.state.phase is Phase.TRAINING
 
 
-def test_machines_that_join_soon_after_each_other_are_taken_in_together() -> None:
+def test_growth__nodes_join_within_window__one_change() -> None:
     story = training("a")
     assert story.on(came("b")) == []
     story.now += JOIN_WINDOW_S / 2
@@ -176,25 +176,25 @@ def test_machines_that_join_soon_after_each_other_are_taken_in_together() -> Non
     actions = story.after(JOIN_WINDOW_S / 2)
     assert causes(actions) == ["growth"]
     assert actions[-1] == DrainGeneration(generation=1)
-    assert story.left() == stops("a", "b", "c")
+    assert story.drained() == stops("a", "b", "c")
     assert story.stopped("a", "b", "c") == [start(2, "a", "b", "c")]
 
 
-def test_a_machine_that_goes_again_before_it_is_taken_in_changes_nothing() -> None:
+def test_growth__joining_node_is_lost__no_change() -> None:
     story = training("a")
     story.on(came("b"))
     assert story.on(lost("b")) == []
     assert story.after(JOIN_WINDOW_S) == []
-    assert story.on(came("c")) == []  # its window begins anew
+    assert story.on(came("c")) == []  # a new window begins
 
 
-def test_no_more_machines_are_taken_than_the_job_allows() -> None:
+def test_growth__at_maximum__no_change() -> None:
     story = training("a", "b", high=2)
     assert story.on(came("c")) == []
     assert story.after(JOIN_WINDOW_S) == []
 
 
-def test_a_machine_that_gets_more_places_is_used_more() -> None:
+def test_growth__node_gets_more_slots__one_change() -> None:
     story = training("a")
     assert story.on(SlotsChanged(node="a", num_slots=2)) == []
     assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
@@ -203,7 +203,7 @@ def test_a_machine_that_gets_more_places_is_used_more() -> None:
 # --- losses
 
 
-def test_a_lost_member_ends_the_generation_and_the_next_waits_for_every_answer() -> None:
+def test_loss__member_lost__next_generation_waits_for_all_stops() -> None:
     story = training("a", "b", "c")
     actions = story.on(lost("b"))
     assert causes(actions) == ["loss"]
@@ -212,23 +212,23 @@ def test_a_lost_member_ends_the_generation_and_the_next_waits_for_every_answer()
     assert story.stopped("c") == [start(2, "a", "c")]
 
 
-def test_whoever_is_lost_need_not_answer() -> None:
+def test_loss__stopping_node_lost__not_waited_for() -> None:
     story = training("a", "b", "c")
     story.on(lost("b"))
     story.stopped("a")
     assert story.on(lost("c")) == [start(2, "a")]
 
 
-def test_the_next_generation_goes_on_from_the_newest_step_that_is_whole_in_memory() -> None:
+def test_loss__continues_from_newest_complete_step() -> None:
     story = training("a", "b", "c")
     story.on(ReplicasHeld(node="a", replicas=snapshots(7, 0, 2, of=3) | snapshots(8, 0, 2, of=3)))
     story.on(lost("b"))
     story.stopped("a")
-    held = snapshots(7, 1, of=3) | snapshots(9, 2, of=3)  # a copy of the lost rank's; its own is further
+    held = snapshots(7, 1, of=3) | snapshots(9, 2, of=3)  # the replica of the lost rank; its own snapshot is newer
     assert story.stopped("c", c=held) == [start(2, "c", "a", step=7, source=(1, 3))]
 
 
-def test_a_copy_on_a_machine_without_ranks_is_asked_for_too() -> None:
+def test_loss__spare_node_holds_replica__is_used() -> None:
     story = training("a", high=1)
     story.on(came("spare"))
     story.on(ReplicasHeld(node="spare", replicas=snapshots(3, 0, of=1)))
@@ -237,14 +237,14 @@ def test_a_copy_on_a_machine_without_ranks_is_asked_for_too() -> None:
     assert story.stopped("spare", spare=newer) == [start(2, "spare", step=8, source=(1, 1))]
 
 
-def test_storage_that_is_newer_than_memory_is_preferred() -> None:
+def test_start__storage_newer_than_memory__from_storage() -> None:
     story = training("a", "b")
     story.on(CheckpointCommitted(step=9))
     story.on(lost("b"))
     assert story.stopped("a", a=snapshots(8, 0, 1, of=2)) == [start(2, "a", step=9)]
 
 
-def test_memory_that_is_as_new_as_storage_is_preferred() -> None:
+def test_start__memory_as_new_as_storage__from_memory() -> None:
     story = training("a", "b")
     story.on(CheckpointCommitted(step=8))
     story.on(lost("b"))
@@ -252,40 +252,40 @@ def test_memory_that_is_as_new_as_storage_is_preferred() -> None:
     assert story.stopped("a", a=held) == [start(2, "a", step=8, source=(1, 2))]
 
 
-def test_a_member_lost_while_forming_ends_the_generation() -> None:
+def test_starting__member_lost__generation_stops() -> None:
     story = training("a", "b", phase=Phase.STARTING)
     actions = story.on(lost("a"))
     assert causes(actions) == ["loss"]
     assert actions[1:] == stops("b")
 
 
-def test_a_member_lost_while_leaving_is_not_announced_as_another_change() -> None:
+def test_draining__member_lost__no_second_change_reported() -> None:
     story = training("a", "b", phase=Phase.DRAINING)
     assert story.on(lost("a")) == stops("b")
 
 
-def test_a_machine_that_is_no_member_may_go_unnoticed() -> None:
+def test_training__spare_node_lost__no_change() -> None:
     story = training("a", high=1)
     story.on(came("spare"))
     assert story.on(lost("spare")) == []
     assert story.state.phase is Phase.TRAINING
 
 
-def test_a_killed_rank_is_started_again_on_the_same_machines() -> None:
+def test_training__rank_broke__restarts_on_same_nodes() -> None:
     story = training("a", "b")
     actions = story.on(ended(1, reason="its process was killed"))
     assert causes(actions) == ["failure"]
-    assert story.on(ended(0)) == []  # its connection to the other broke; nobody asks why
+    assert story.on(ended(0)) == []  # its connection to the other rank broke
     assert story.stopped("a", "b") == [start(2, "a", "b")]
 
 
-def test_the_end_of_a_rank_of_an_earlier_generation_means_nothing() -> None:
+def test_rank_ended__earlier_generation__ignored() -> None:
     story = training("a", "b")
     assert story.on(ended(1, generation=0)) == []
     assert story.state.phase is Phase.TRAINING
 
 
-def test_a_member_whose_warm_process_died_is_left_out_until_it_is_warm_again() -> None:
+def test_start__fork_server_dead__node_left_out_until_ready() -> None:
     story = training("a", "b")
     assert story.on(NodeReady(node="b", is_ready=False)) == []
     story.on(ended(1))
@@ -295,7 +295,7 @@ def test_a_member_whose_warm_process_died_is_left_out_until_it_is_warm_again() -
     assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
 
 
-def test_machines_that_hold_snapshots_are_used_first() -> None:
+def test_start__nodes_with_replicas_first() -> None:
     story = training("a", "b", high=2)
     story.on(came("aa"))
     story.on(lost("a"))
@@ -303,7 +303,7 @@ def test_machines_that_hold_snapshots_are_used_first() -> None:
     assert story.stopped("aa", "b", b=held) == [start(2, "b", "aa", step=5, source=(1, 2))]
 
 
-def test_older_snapshots_are_let_go_once_those_of_the_new_generation_are_whole() -> None:
+def test_tick__new_generation_complete_in_memory__older_replicas_dropped() -> None:
     story = training("a", "b")
     story.state = replace(story.state, generation=2)
     old = snapshots(4, 0, 1, of=2)
@@ -311,10 +311,10 @@ def test_older_snapshots_are_let_go_once_those_of_the_new_generation_are_whole()
     assert story.on(Tick()) == []
     story.on(ReplicasHeld(node="b", replicas=snapshots(5, 1, of=2, generation=2)))
     assert story.on(Tick()) == [DropReplicas(generation=2)]
-    assert story.on(Tick()) == []  # once is enough
+    assert story.on(Tick()) == []  # only once
 
 
-def test_a_step_is_whole_only_if_one_generation_holds_all_of_it() -> None:
+def test_newest_complete_step__ranks_of_two_generations__not_combined() -> None:
     held = snapshots(5, 0, of=2) | snapshots(5, 1, of=2, generation=2) | snapshots(3, 0, of=1, generation=3)
     node = MemberNode(num_slots=1, replicas=held)
     assert newest_complete_step(MembershipState(min_workers=1, max_workers=1, nodes={"a": node})) == ReplicatedStep(
@@ -326,62 +326,64 @@ def test_a_step_is_whole_only_if_one_generation_holds_all_of_it() -> None:
 # --- notices
 
 
-def test_a_machine_with_time_left_trains_on_while_another_is_asked_for() -> None:
+def test_notice__time_left__trains_on_until_margin() -> None:
     story = training("a", "b")
     assert story.on(PreemptionNotice(node="b", preempted_at=story.now + 30)) == [ReplaceNode(node="b")]
-    assert story.on(PreemptionNotice(node="b", preempted_at=story.now + 29)) == []  # it is asked for once
+    assert (
+        story.on(PreemptionNotice(node="b", preempted_at=story.now + 29)) == []
+    )  # the replacement is requested once
     assert story.after(20) == []
     actions = story.after(9 - story.state.margin_s)
     assert causes(actions) == ["notice"]
     assert actions[-1] == DrainGeneration(generation=1)
-    story.left()
+    story.drained()
     assert story.stopped("a", "b") == [start(2, "a")]
 
 
-def test_a_machine_that_will_go_is_left_as_soon_as_another_is_ready() -> None:
+def test_notice__replacement_ready__drains_at_once() -> None:
     story = training("a", "b")
     story.on(PreemptionNotice(node="b", preempted_at=story.now + 30))
     assert story.on(came("c", is_ready=False)) == []
     assert causes(story.on(NodeReady(node="c"))) == ["notice"]
-    story.left()
+    story.drained()
     assert story.stopped("a", "b", "c") == [start(2, "a", "c")]
 
 
-def test_a_notice_without_time_changes_at_once() -> None:
+def test_notice__no_time_left__drains_at_once() -> None:
     story = training("a", "b")
     actions = story.on(PreemptionNotice(node="b", preempted_at=story.now))
     assert actions[0] == ReplaceNode(node="b")
     assert causes(actions) == ["notice"]
 
 
-def test_what_a_change_needs_is_what_was_measured() -> None:
+def test_notice__margin_from_tick__drains_when_reached() -> None:
     story = training("a", "b")
     story.on(PreemptionNotice(node="b", preempted_at=story.now + 30))
     story.now += 5
     assert causes(story.on(Tick(margin_s=25.0))) == ["notice"]
 
 
-def test_a_notice_for_a_machine_without_ranks_only_has_it_replaced() -> None:
+def test_notice__spare_node__replaced_only() -> None:
     story = training("a", high=1)
     story.on(came("spare"))
     assert story.on(PreemptionNotice(node="spare", preempted_at=story.now)) == [ReplaceNode(node="spare")]
     assert story.state.phase is Phase.TRAINING
 
 
-def test_a_notice_while_forming_is_heeded_after_the_first_step() -> None:
+def test_notice__while_starting__drains_after_first_step() -> None:
     story = training("a", "b", phase=Phase.STARTING)
     assert story.on(PreemptionNotice(node="b", preempted_at=story.now)) == [ReplaceNode(node="b")]
     assert causes(story.on(GenerationReady(generation=1))) == ["notice"]
 
 
-def test_a_machine_that_will_go_joins_no_more() -> None:
+def test_notice__joining_node__not_taken_in() -> None:
     story = training("a")
     story.on(came("b"))
     story.on(PreemptionNotice(node="b", preempted_at=story.now + 60))
     assert story.after(JOIN_WINDOW_S) == []
 
 
-def test_a_machine_that_the_minimum_needs_is_used_for_as_long_as_it_is_there() -> None:
+def test_notice__node_needed_for_minimum__used_until_margin() -> None:
     story = training("a", "b", "c", low=2)
     story.on(PreemptionNotice(node="b", preempted_at=story.now + 30))
     story.on(lost("c"))
@@ -390,7 +392,7 @@ def test_a_machine_that_the_minimum_needs_is_used_for_as_long_as_it_is_there() -
     held = snapshots(6, 0, 1, of=2, generation=2)
     story.on(ReplicasHeld(node="a", replicas=held))
     assert causes(story.after(30 - story.state.margin_s)) == ["notice"]
-    story.left()
+    story.drained()
     assert story.stopped("a", "b") == [
         WaitForNodes(have=1, need=2),
         FlushToStorage(step=6, generation=2, world_size=2),
@@ -404,7 +406,7 @@ def hung(rank: int, generation: int = 1) -> HangDetected:
     return HangDetected(generation=generation, rank=rank, silent_s=5.0)
 
 
-def test_the_place_of_a_rank_that_hung_is_left_out_for_a_while() -> None:
+def test_hang__slot_quarantined_for_a_while() -> None:
     story = training("a", "b")
     actions = story.on(hung(1))
     assert causes(actions) == ["hang"]
@@ -416,19 +418,19 @@ def test_the_place_of_a_rank_that_hung_is_left_out_for_a_while() -> None:
     assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
 
 
-def test_only_one_place_of_the_machine_is_left_out() -> None:
+def test_hang__node_with_two_slots__one_is_quarantined() -> None:
     story = training("a", "a", "b")
     story.on(hung(0))
     assert starts(story.stopped("a", "b")) == [start(2, "a", "b")]
 
 
-def test_the_place_of_a_rank_that_hung_is_used_where_the_minimum_needs_it() -> None:
+def test_hang__slot_needed_for_minimum__used() -> None:
     story = training("a", "b", low=2)
     story.on(hung(1))
     assert story.stopped("a", "b") == [start(2, "a", "b")]
 
 
-def test_a_hang_of_an_earlier_generation_means_nothing() -> None:
+def test_hang__earlier_generation__ignored() -> None:
     story = training("a", "b")
     assert story.on(hung(1, generation=0)) == []
 
@@ -436,23 +438,23 @@ def test_a_hang_of_an_earlier_generation_means_nothing() -> None:
 # --- too few machines
 
 
-def test_below_the_minimum_the_run_waits_with_its_newest_step_on_its_way_to_storage() -> None:
+def test_waiting__below_minimum__flushes_newest_step() -> None:
     story = training("a", "b", low=2)
     story.on(lost("b"))
     actions = story.stopped("a", a=snapshots(6, 0, 1, of=2))
     assert actions == [WaitForNodes(have=1, need=2), FlushToStorage(step=6, generation=1, world_size=2)]
-    assert story.after(1.0) == []  # it is asked for once
+    assert story.after(1.0) == []  # the replacement is requested once
     assert story.on(came("c")) == [start(2, "a", "c", step=6, source=(1, 2))]
 
 
-def test_what_is_in_storage_is_not_made_durable_again() -> None:
+def test_waiting__newest_step_stored__no_flush() -> None:
     story = training("a", "b", low=2, stored_step=6)
     story.on(lost("b"))
     assert story.stopped("a", a=snapshots(6, 0, 1, of=2)) == [WaitForNodes(have=1, need=2)]
 
 
 @pytest.mark.parametrize("happens", [came("b"), lost("b")], ids=["it reconnects", "it is lost"])
-def test_a_step_is_made_durable_again_where_one_that_was_told_may_not_have_done_it(happens: Event) -> None:
+def test_waiting__flush_may_be_lost__repeated(happens: Event) -> None:
     story = training("a", "b", "c", low=3)
     story.on(lost("c"))
     both = snapshots(6, 0, 1, 2, of=3)
@@ -465,14 +467,14 @@ def test_a_step_is_made_durable_again_where_one_that_was_told_may_not_have_done_
 # --- another run waits
 
 
-def test_a_run_above_its_minimum_falls_to_it_and_gives_the_rest_back_until_time_has_passed() -> None:
+def test_yield__above_minimum__shrinks_and_releases_for_a_while() -> None:
     story = training("a", "b", "c", low=1)
     story.state = replace(
         story.state, nodes={**story.state.nodes, "b": MemberNode(num_slots=1, num_guaranteed=1, is_ready=True)}
     )
     actions = story.on(YieldRequested())
     assert causes(actions) == ["yield"]
-    story.left()
+    story.drained()
     assert story.stopped("a", "b", "c") == [start(2, "b"), ReleaseSlots()]  # onto its firm place
     story.on(GenerationReady(generation=2))
     assert story.after(YIELD_S - 0.1) == []
@@ -481,7 +483,7 @@ def test_a_run_above_its_minimum_falls_to_it_and_gives_the_rest_back_until_time_
     assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
 
 
-def test_as_long_as_another_run_asks_nothing_is_claimed() -> None:
+def test_yield__repeated__claims_later() -> None:
     story = training("a", low=1)
     for _ in range(20):
         assert story.on(YieldRequested()) == [ReleaseSlots()]
@@ -489,7 +491,7 @@ def test_as_long_as_another_run_asks_nothing_is_claimed() -> None:
     assert story.after(YIELD_S) == [ClaimSlots()]
 
 
-def test_a_run_that_falls_below_its_minimum_while_another_waits_claims_no_more_than_that() -> None:
+def test_yield__below_minimum__restarts_at_minimum() -> None:
     story = training("a", "b", low=2)
     story.on(YieldRequested())
     story.on(lost("b"))
@@ -497,7 +499,7 @@ def test_a_run_that_falls_below_its_minimum_while_another_waits_claims_no_more_t
     assert story.after(YIELD_S) == [ClaimSlots()]
 
 
-def test_a_wish_to_yield_changes_nothing_that_is_changing_anyway() -> None:
+def test_yield__during_a_change__releases_only() -> None:
     for phase in (Phase.STARTING, Phase.DRAINING, Phase.STOPPING):
         story = training("a", "b", phase=phase, stopping_nodes=frozenset({"a"}))
         assert story.on(YieldRequested()) == [ReleaseSlots()]
@@ -507,46 +509,46 @@ def test_a_wish_to_yield_changes_nothing_that_is_changing_anyway() -> None:
 # --- the end
 
 
-def test_a_run_is_over_when_all_ranks_are_done() -> None:
+def test_done__all_ranks__finishes() -> None:
     story = training("a", "b")
     assert story.on(ended(0, EndReason.DONE, step=50)) == []
     assert story.on(ended(1, EndReason.DONE, step=50)) == [FinishRun(step=50)]
     assert story.on(came("c")) == []
 
 
-@pytest.mark.parametrize("happens", [lost("b"), ended(1)], ids=["its machine is lost", "it breaks"])
-def test_a_rank_that_is_lost_after_another_is_done_does_not_matter(happens: Event) -> None:
+@pytest.mark.parametrize("happens", [lost("b"), ended(1)], ids=["node lost", "rank broke"])
+def test_done__remaining_rank_lost__finishes(happens: Event) -> None:
     story = training("a", "b")
     story.on(ended(0, EndReason.DONE, step=50))
     assert story.on(happens) == [FinishRun(step=50)]
 
 
-def test_a_rank_that_hangs_after_another_is_done_is_stopped_and_that_is_all() -> None:
+def test_done__remaining_rank_hangs__stopped_and_finishes() -> None:
     story = training("a", "b")
     story.on(ended(0, EndReason.DONE, step=50))
     story.on(hung(1))
     assert story.stopped("a", "b") == [FinishRun(step=50)]
 
 
-def test_a_rank_that_fails_ends_the_run() -> None:
+def test_failed_rank__fails_the_run() -> None:
     story = training("a", "b")
     failed = ended(1, EndReason.FAILED, reason="the loss is nan", error="RunError")
     assert story.on(failed) == [*stops("a", "b"), FailRun(error="RunError", reason="the loss is nan")]
     assert story.state.phase is Phase.DONE
 
 
-def test_a_run_that_is_stopped_before_it_has_begun_is_over_at_once() -> None:
+def test_stop__before_first_generation__finishes() -> None:
     assert waiting(stored_step=3).on(StopRequested()) == [FinishRun(step=3)]
 
 
 @pytest.mark.parametrize("phase", [Phase.STARTING, Phase.TRAINING, Phase.DRAINING])
-def test_a_run_that_is_stopped_ends_as_its_ranks_do(phase: Phase) -> None:
+def test_stop__finishes_when_ranks_are_done(phase: Phase) -> None:
     story = training("a", phase=phase)
     assert story.on(StopRequested()) == []
     assert story.on(ended(0, EndReason.DONE, step=8)) == [FinishRun(step=8)]
 
 
-def test_a_run_that_is_stopped_does_not_change_any_more() -> None:
+def test_stop__no_further_changes() -> None:
     story = training("a", "b")
     story.on(StopRequested())
     story.on(came("c"))
@@ -555,14 +557,14 @@ def test_a_run_that_is_stopped_does_not_change_any_more() -> None:
     assert story.on(YieldRequested()) == [ReleaseSlots()]
 
 
-def test_a_run_that_is_stopped_while_leaving_and_leaves_all_the_same_forms_once_more_to_stop() -> None:
+def test_stop__while_draining__one_more_generation() -> None:
     story = training("a", phase=Phase.DRAINING)
     story.on(StopRequested())
-    assert story.left() == stops("a")
+    assert story.drained() == stops("a")
     assert story.stopped("a", a=snapshots(5, 0, of=1)) == [start(2, "a", step=5, source=(1, 1))]
 
 
-def test_a_run_that_is_stopped_does_not_end_before_what_a_machine_has_brought_back() -> None:
+def test_stop__returning_node_holds_newer_step__continues_from_it() -> None:
     story = training("a", is_stopping=True, phase=Phase.TRAINING)
     story.state = replace(story.state, generation=2)
     story.on(came("b", generation=1, replicas=snapshots(20, 0, of=1)))
@@ -571,14 +573,14 @@ def test_a_run_that_is_stopped_does_not_end_before_what_a_machine_has_brought_ba
     assert (begun.generation, begun.step, begun.source) == (3, 20, (1, 1))
 
 
-def test_a_run_that_is_stopped_with_nothing_but_storage_left_is_over() -> None:
+def test_stop__only_storage_left__finishes() -> None:
     story = training("a", "b", stored_step=4)
     story.on(lost("b"))
     story.on(StopRequested())
     assert story.stopped("a", a=snapshots(6, 0, of=2)) == [FinishRun(step=4)]
 
 
-def test_a_run_that_is_stopped_while_it_waits_ends_when_its_newest_step_is_in_storage() -> None:
+def test_stop__while_waiting__finishes_after_flush() -> None:
     story = training("a", "b", low=2)
     story.on(lost("b"))
     story.stopped("a", a=snapshots(6, 0, 1, of=2))
@@ -586,7 +588,7 @@ def test_a_run_that_is_stopped_while_it_waits_ends_when_its_newest_step_is_in_st
     assert story.on(CheckpointCommitted(step=6)) == [FinishRun(step=6)]
 
 
-def test_a_run_that_is_stopped_while_it_waits_ends_when_its_newest_step_is_lost() -> None:
+def test_stop__while_waiting_and_memory_lost__finishes_with_storage() -> None:
     story = training("a", "b", low=2, stored_step=2)
     story.on(lost("b"))
     story.stopped("a", a=snapshots(6, 0, 1, of=2))
@@ -597,40 +599,40 @@ def test_a_run_that_is_stopped_while_it_waits_ends_when_its_newest_step_is_lost(
 # --- failures
 
 
-def break_while_forming(story: Story, *, is_lost: bool = False) -> list[Action]:
-    """A rank breaks, and its machine is found to be lost only afterwards, if it is."""
+def break_while_starting(story: Story, *, is_lost: bool = False) -> list[Action]:
+    """A rank breaks; with `is_lost`, the loss of its node is noticed afterwards."""
     generation = story.state.generation
     story.on(ended(0, generation=generation, reason="out of memory"))
     actions = story.on(lost("b")) if is_lost else []
     return actions + story.stopped(*story.state.stopping_nodes)
 
 
-def test_generations_that_break_by_themselves_before_their_first_step_fail_the_run() -> None:
+def test_startup_failures__budget_exceeded__fails_the_run() -> None:
     story = training("a", "b", phase=Phase.STARTING)
     for _ in range(MAX_STARTUP_FAILURES - 1):
-        assert starts(break_while_forming(story))
-    (fail,) = break_while_forming(story)
+        assert starts(break_while_starting(story))
+    (fail,) = break_while_starting(story)
     assert isinstance(fail, FailRun)
     assert "3 generations in a row" in fail.reason
     assert "out of memory" in fail.reason
 
 
-def test_generations_that_break_because_a_machine_is_lost_do_not_count_whoever_says_it_first() -> None:
+def test_startup_failures__node_lost__not_counted() -> None:
     story = training("a", "b", phase=Phase.STARTING)
     for _ in range(2 * MAX_STARTUP_FAILURES):
-        assert starts(break_while_forming(story, is_lost=True))
+        assert starts(break_while_starting(story, is_lost=True))
         story.on(came("b"))
     assert story.state.num_failures == 0
 
 
-def test_a_first_step_forgives_earlier_failures() -> None:
+def test_startup_failures__first_step__reset() -> None:
     story = training("a", "b", phase=Phase.STARTING)
-    break_while_forming(story)
+    break_while_starting(story)
     story.on(GenerationReady(generation=story.state.generation))
     assert story.state.num_failures == 0
 
 
-def test_generations_that_break_after_their_first_step_do_not_count() -> None:
+def test_startup_failures__after_first_step__not_counted() -> None:
     story = training("a", "b")
     story.on(ended(0))
     story.stopped("a", "b")
@@ -640,21 +642,21 @@ def test_generations_that_break_after_their_first_step_do_not_count() -> None:
 # --- connections
 
 
-def test_a_member_that_only_reconnects_trains_on() -> None:
+def test_reconnect__with_its_ranks__training_continues() -> None:
     story = training("a", "b")
     assert story.on(came("b", generation=1, running_ranks={1: 2})) == []
     assert story.state.phase is Phase.TRAINING
 
 
 @pytest.mark.parametrize("running_ranks", [{}, {1: 3}], ids=["all", "one"])
-def test_a_member_that_reconnects_without_its_ranks_ends_the_generation(running_ranks: dict[int, int]) -> None:
+def test_reconnect__without_its_ranks__generation_stops(running_ranks: dict[int, int]) -> None:
     story = training("a", "b", "b")
     actions = story.on(came("b", generation=1, running_ranks=running_ranks))
     assert causes(actions) == ["loss"]
     assert actions[1:] == stops("a", "b")
 
 
-def test_a_member_that_reconnects_after_its_rank_has_left_is_not_missed() -> None:
+def test_reconnect__rank_has_drained__not_missed() -> None:
     story = training("a", "b", phase=Phase.DRAINING)
     story.on(ended(1, EndReason.DRAINED))
     assert story.on(came("b", generation=1)) == []
@@ -662,7 +664,7 @@ def test_a_member_that_reconnects_after_its_rank_has_left_is_not_missed() -> Non
 
 
 @pytest.mark.parametrize("running_ranks", [{}, {1: 2}], ids=["without ranks", "with ranks"])
-def test_a_member_that_reconnects_while_stopping_is_told_again(running_ranks: dict[int, int]) -> None:
+def test_reconnect__while_stopping__stop_repeated(running_ranks: dict[int, int]) -> None:
     story = training("a", "b")
     story.on(ended(0))
     assert story.on(came("b", generation=1, running_ranks=running_ranks)) == stops("b")
@@ -670,7 +672,7 @@ def test_a_member_that_reconnects_while_stopping_is_told_again(running_ranks: di
     assert story.stopped("b") == [start(2, "a", "b")]
 
 
-def test_a_lost_machine_that_comes_back_while_stopping_is_stopped_and_waited_for() -> None:
+def test_reconnect__lost_node_while_stopping__stopped_and_waited_for() -> None:
     story = training("a", "b")
     story.on(lost("b"))
     assert story.on(came("b", generation=1, running_ranks={1: 2})) == stops("b")
@@ -678,7 +680,7 @@ def test_a_lost_machine_that_comes_back_while_stopping_is_stopped_and_waited_for
     assert story.stopped("b") == [start(2, "a", "b")]
 
 
-def test_a_lost_machine_that_comes_back_with_old_ranks_has_them_stopped_before_it_is_used() -> None:
+def test_reconnect__old_ranks__stopped_before_node_is_used() -> None:
     story = training("a", "b")
     story.on(lost("b"))
     story.stopped("a")
@@ -686,12 +688,12 @@ def test_a_lost_machine_that_comes_back_with_old_ranks_has_them_stopped_before_i
     assert story.on(came("b", generation=1, running_ranks={1: 2})) == stops("b", generation=2, keep_replicas=True)
     actions = story.after(JOIN_WINDOW_S) + story.after(JOIN_WINDOW_S)
     assert causes(actions) == ["growth"]
-    story.left()
+    story.drained()
     assert story.stopped("a") == []
     assert story.stopped("b") == [start(3, "a", "b")]
 
 
-def test_what_is_said_of_an_unknown_machine_means_nothing() -> None:
+def test_events_of_unknown_node__ignored() -> None:
     story = training("a")
     before = story.state
     for event in (
@@ -709,12 +711,12 @@ def test_what_is_said_of_an_unknown_machine_means_nothing() -> None:
 # --- the supervisor was restarted
 
 
-def reborn(**more: Any) -> Story:
+def restarted(**more: Any) -> Story:
     return waiting(low=2, former_generation=5, stored_step=3, recovery_deadline=100.0 + RECOVERY_S, **more)
 
 
-def test_a_restarted_supervisor_lets_the_generation_that_it_finds_train_on() -> None:
-    story = reborn()
+def test_recovery__running_generation__continues() -> None:
+    story = restarted()
     assert story.on(came("a", generation=5, running_ranks={0: 3, 1: 3})) == []
     assert story.after(RECOVERY_S / 2) == []
     assert story.on(came("b", generation=5, running_ranks={2: 3})) == []
@@ -725,15 +727,15 @@ def test_a_restarted_supervisor_lets_the_generation_that_it_finds_train_on() -> 
     assert starts(story.stopped("a"))[0].generation == 6
 
 
-def test_a_machine_that_was_left_out_earlier_does_not_hide_the_generation_at_work() -> None:
-    story = reborn()
+def test_recovery__spare_node_first__running_generation_found() -> None:
+    story = restarted()
     assert story.on(came("spare", generation=4)) == []
     assert story.on(came("a", generation=5, running_ranks={0: 1})) == []
     assert (story.state.phase, story.state.generation, story.state.assignment) == (Phase.TRAINING, 5, ("a",))
 
 
-def test_of_two_generations_that_it_finds_the_older_is_stopped() -> None:
-    story = reborn()
+def test_recovery__two_generations__older_is_stopped() -> None:
+    story = restarted()
     story.on(came("cut off", generation=4, running_ranks={0: 2}))
     assert story.on(came("a", generation=5, running_ranks={0: 2})) == stops(
         "cut off", generation=5, keep_replicas=True
@@ -742,8 +744,8 @@ def test_of_two_generations_that_it_finds_the_older_is_stopped() -> None:
     assert (story.state.phase, story.state.assignment) == (Phase.TRAINING, ("a", "b"))
 
 
-def test_a_restarted_supervisor_ends_a_generation_of_which_an_agent_stays_away() -> None:
-    story = reborn()
+def test_recovery__agent_missing__generation_stops() -> None:
+    story = restarted()
     story.on(came("a", generation=5, running_ranks={0: 3}))
     story.on(came("b", generation=5, running_ranks={1: 3}))
     actions = story.after(RECOVERY_S)
@@ -752,8 +754,8 @@ def test_a_restarted_supervisor_ends_a_generation_of_which_an_agent_stays_away()
     assert story.stopped("a", "b") == [start(6, "a", "b", step=3)]
 
 
-def test_a_restarted_supervisor_that_finds_no_generation_forms_one_when_all_had_time_to_come() -> None:
-    story = reborn()
+def test_recovery__no_running_generation__starts_after_deadline() -> None:
+    story = restarted()
     held = snapshots(7, 0, 1, of=2, generation=5)
     assert story.on(came("a", generation=5, replicas=held)) == []
     assert story.on(came("b", generation=5)) == []
@@ -761,19 +763,19 @@ def test_a_restarted_supervisor_that_finds_no_generation_forms_one_when_all_had_
     assert story.stopped("a", "b") == [start(6, "a", "b", step=7, source=(5, 2))]
 
 
-def test_a_restarted_supervisor_with_too_few_machines_has_their_memory_made_durable() -> None:
-    story = reborn()
+def test_recovery__too_few_nodes__flushes_memory() -> None:
+    story = restarted()
     story.on(came("a", generation=5, replicas=snapshots(7, 0, 1, of=2, generation=5)))
     story.after(RECOVERY_S)
     assert story.stopped("a") == [WaitForNodes(have=1, need=2), FlushToStorage(step=7, generation=5, world_size=2)]
 
 
-def test_a_restarted_supervisor_that_is_told_to_stop_first_looks_for_what_is_running() -> None:
-    story = reborn()
+def test_recovery__stop_requested__running_generation_found_first() -> None:
+    story = restarted()
     assert story.on(StopRequested()) == []
     story.on(came("a", generation=5, running_ranks={0: 1}))
     assert story.on(ended(0, EndReason.DONE, 5, step=9)) == [FinishRun(step=9)]
 
 
-def test_a_restarted_supervisor_gives_nothing_back_before_it_knows_what_it_uses() -> None:
-    assert reborn().on(YieldRequested()) == []
+def test_recovery__yield_requested__ignored() -> None:
+    assert restarted().on(YieldRequested()) == []

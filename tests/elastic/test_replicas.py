@@ -1,4 +1,4 @@
-"""States in the memory of machines: whole or not there, the same bytes wherever they are read, gone when let go."""
+"""In-memory replicas: complete or absent, identical wherever they are read, freed when dropped."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ STATE_BYTES = 6 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """A store, and where it is asked."""
+    """A replica store and its endpoint."""
 
     store: ReplicaStore
     endpoint: Endpoint
 
     @property
     def steps(self) -> list[int]:
-        """Whole here, of whatever rank."""
+        """Steps that are complete here, of all ranks."""
         return sorted(replica.step for replica in self.store.locations())
 
 
@@ -60,14 +60,14 @@ async def machine() -> AsyncIterator[Machine]:
         store.close()
 
 
-class Road:
-    """Leads to a machine; may be closed to all that follows, or break."""
+class Proxy:
+    """A TCP proxy in front of a node, which can stop forwarding or break."""
 
     def __init__(self, end: Endpoint) -> None:
         self._end, self._port = end, 0
         self._writers: set[asyncio.StreamWriter] = set()
         self.num_passed = 0
-        """Bytes that have gone to the machine."""
+        """Bytes forwarded to the node."""
         self.num_connections = 0
         self._limit = math.inf
         self._moves = asyncio.Event()
@@ -77,11 +77,11 @@ class Road:
         return ("127.0.0.1", self._port)
 
     async def open(self) -> None:
-        self._server = await asyncio.start_server(self._lead, "127.0.0.1", self._port)
+        self._server = await asyncio.start_server(self._forward, "127.0.0.1", self._port)
         self._port = self._server.sockets[0].getsockname()[1]
 
     def block(self, *, after_bytes: float) -> None:
-        """Let no more than so many bytes through, from now on."""
+        """Stop forwarding after `after_bytes` more bytes."""
         self._limit = self.num_passed + after_bytes
         self._moves.set()
 
@@ -90,22 +90,24 @@ class Road:
         return self.num_passed >= self._limit
 
     async def tear(self) -> None:
-        """As if the machine that sends had died, or the network."""
+        """Close all connections, as if the sender or the network had failed."""
         self._server.close()
         for writer in self._writers:
             writer.close()
         await asyncio.sleep(0)
 
-    async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
         far_reader, far_writer = await asyncio.open_connection(*self._end)
         self._writers |= {writer, far_writer}
         with contextlib.suppress(OSError):
-            await asyncio.gather(self._pass_on(reader, far_writer), self._pass_back(far_reader, writer))
+            await asyncio.gather(
+                self._forward_request(reader, far_writer), self._forward_answer(far_reader, writer)
+            )
         for end in (writer, far_writer):
             end.close()
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while text := await reader.read(int(min(2**16, max(1, self._limit - self.num_passed)))):
             while self.is_blocked:
                 self._moves.clear()
@@ -115,15 +117,15 @@ class Road:
             await writer.drain()
         writer.close()
 
-    async def _pass_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward_answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while text := await reader.read(2**16):
             writer.write(text)
         writer.close()
 
 
-async def until(is_so: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not is_so():
+        while not condition():
             await asyncio.sleep(0.002)
 
 
@@ -136,10 +138,10 @@ def filled(snapshot: SnapshotBuffer, *, step: int, slot: int, seed: int | None =
     return body
 
 
-def hand_on(peer: Replicator, snapshot: SnapshotBuffer, *, step: int) -> None:
-    """Write a step, and have it sent."""
+def replicate(replicator: Replicator, snapshot: SnapshotBuffer, *, step: int) -> None:
+    """Write a step and replicate it."""
     filled(snapshot, step=step, slot=(step - 1) % 2)
-    peer.send(step=step, slot=(step - 1) % 2)
+    replicator.send(step=step, slot=(step - 1) % 2)
 
 
 def state_of(num_bytes: int = STATE_BYTES) -> SnapshotBuffer:
@@ -148,8 +150,8 @@ def state_of(num_bytes: int = STATE_BYTES) -> SnapshotBuffer:
     )
 
 
-def num_memories() -> int:
-    """Descriptors of snapshots' memory in this process."""
+def num_buffers() -> int:
+    """Descriptors of snapshot buffers in this process."""
     names = []
     for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -161,26 +163,26 @@ def num_memories() -> int:
 async def sending(
     snapshot: SnapshotBuffer, endpoint: Endpoint | None, *, name: Mapping[str, int] = NAME
 ) -> AsyncIterator[tuple[Replicator, list[int]]]:
-    """Sends a snapshot, and the steps of which it was told that they are kept."""
-    kept: list[int] = []
-    peer = Replicator(endpoint, snapshot, name=dict(name), secret=SECRET, on_replicated=kept.append)
+    """A replicator, and the steps that it has reported as replicated."""
+    replicated: list[int] = []
+    replicator = Replicator(endpoint, snapshot, name=dict(name), secret=SECRET, on_replicated=replicated.append)
     try:
-        yield peer, kept
+        yield replicator, replicated
     finally:
-        peer.close()
+        replicator.close()
         await asyncio.sleep(0)
 
 
-# Copies on another machine
+# Replication
 
 
-def test_a_copy_on_another_machine_is_bit_equal() -> None:
+def test_replicator__replica_is_bit_identical() -> None:
     async def copy() -> None:
         snapshot = state_of()
         body = filled(snapshot, step=7, slot=1)
-        async with machine() as far, sending(snapshot, far.endpoint) as (peer, kept):
-            peer.send(step=7, slot=1)
-            await until(lambda: kept == [7])
+        async with machine() as far, sending(snapshot, far.endpoint) as (replicator, replicated):
+            replicator.send(step=7, slot=1)
+            await until(lambda: replicated == [7])
             assert far.store.locations() == {ReplicaLocation(generation=1, rank=0, world_size=1, step=7)}
             there = far.store.find(generation=1, rank=0)
             assert there is not None
@@ -193,43 +195,43 @@ def test_a_copy_on_another_machine_is_bit_equal() -> None:
     asyncio.run(copy())
 
 
-def test_a_copy_counts_as_kept_only_when_it_is_whole() -> None:
+def test_replicator__incomplete_replica__not_reported() -> None:
     async def copy() -> None:
         snapshot = state_of()
         filled(snapshot, step=7, slot=1)
         async with machine() as far:
-            road = Road(far.endpoint)
-            await road.open()
-            road.block(after_bytes=STATE_BYTES - 1)
-            async with sending(snapshot, road.endpoint) as (peer, kept):
-                peer.send(step=7, slot=1)
-                await until(lambda: road.is_blocked)
-                assert (kept, far.steps) == ([], [])
-                road.block(after_bytes=math.inf)
-                await until(lambda: kept == [7])
+            proxy = Proxy(far.endpoint)
+            await proxy.open()
+            proxy.block(after_bytes=STATE_BYTES - 1)
+            async with sending(snapshot, proxy.endpoint) as (replicator, replicated):
+                replicator.send(step=7, slot=1)
+                await until(lambda: proxy.is_blocked)
+                assert (replicated, far.steps) == ([], [])
+                proxy.block(after_bytes=math.inf)
+                await until(lambda: replicated == [7])
                 assert far.steps == [7]
-            await road.tear()
+            await proxy.tear()
 
     asyncio.run(copy())
 
 
-def test_a_sender_that_dies_in_the_middle_leaves_the_step_before_whole() -> None:
+def test_replicator__sender_dies__former_step_stays_complete() -> None:
     async def die() -> None:
         snapshot = state_of()
         filled(snapshot, step=1, slot=0)
         second = filled(snapshot, step=2, slot=1)
         async with machine() as far:
-            road = Road(far.endpoint)
-            await road.open()
-            async with sending(snapshot, road.endpoint) as (peer, kept):
+            proxy = Proxy(far.endpoint)
+            await proxy.open()
+            async with sending(snapshot, proxy.endpoint) as (replicator, replicated):
                 for step, slot in ((1, 0), (2, 1)):
-                    peer.send(step=step, slot=slot)
-                    await until(lambda step=step: kept[-1:] == [step])  # type: ignore[misc]
+                    replicator.send(step=step, slot=slot)
+                    await until(lambda step=step: replicated[-1:] == [step])  # type: ignore[misc]
                 filled(snapshot, step=3, slot=0)
-                road.block(after_bytes=STATE_BYTES // 2)
-                peer.send(step=3, slot=0)
-                await until(lambda: road.is_blocked and far.steps == [2])
-                await road.tear()
+                proxy.block(after_bytes=STATE_BYTES // 2)
+                replicator.send(step=3, slot=0)
+                await until(lambda: proxy.is_blocked and far.steps == [2])
+                await proxy.tear()
             there = far.store.find(generation=1, rank=0)
             assert there is not None
             (found,) = there.copies()
@@ -239,184 +241,187 @@ def test_a_sender_that_dies_in_the_middle_leaves_the_step_before_whole() -> None
     asyncio.run(die())
 
 
-def test_the_two_newest_steps_of_another_machine_are_kept() -> None:
+def test_store__keeps_the_two_newest_steps_of_a_peer() -> None:
     async def copy() -> None:
         snapshot = state_of(4096)
-        async with machine() as far, sending(snapshot, far.endpoint) as (peer, kept):
+        async with machine() as far, sending(snapshot, far.endpoint) as (replicator, replicated):
             for step in range(1, 6):
                 filled(snapshot, step=step, slot=step % 2)
-                peer.send(step=step, slot=step % 2)
-                await until(lambda step=step: kept == list(range(1, step + 1)))  # type: ignore[misc]
+                replicator.send(step=step, slot=step % 2)
+                await until(lambda step=step: replicated == list(range(1, step + 1)))  # type: ignore[misc]
             assert far.steps == [4, 5]
 
     asyncio.run(copy())
 
 
-def test_a_machine_that_was_away_is_sent_the_newest_step_when_it_is_back() -> None:
+def test_replicator__peer_returns__newest_step_is_sent() -> None:
     async def go_away() -> None:
         snapshot = state_of(4096)
         async with machine() as far:
-            road = Road(far.endpoint)
-            await road.open()
-            async with sending(snapshot, road.endpoint) as (peer, kept):
-                hand_on(peer, snapshot, step=1)
-                await until(lambda: kept == [1])
-                await road.tear()
+            proxy = Proxy(far.endpoint)
+            await proxy.open()
+            async with sending(snapshot, proxy.endpoint) as (replicator, replicated):
+                replicate(replicator, snapshot, step=1)
+                await until(lambda: replicated == [1])
+                await proxy.tear()
                 for step in (2, 3):
-                    hand_on(peer, snapshot, step=step)
-                await road.open()
-                await until(lambda: kept == [1, 3])
+                    replicate(replicator, snapshot, step=step)
+                await proxy.open()
+                await until(lambda: replicated == [1, 3])
                 assert far.steps == [1, 3]
-            await road.tear()
+            await proxy.tear()
 
     asyncio.run(go_away())
 
 
-def test_where_there_is_no_other_machine_a_step_is_as_safe_as_it_gets_at_once() -> None:
+def test_replicator__no_peer__reported_at_once() -> None:
     async def send() -> None:
-        async with sending(state_of(4096), None) as (peer, kept):
-            peer.send(step=1, slot=0)
-            assert kept == [1]
+        async with sending(state_of(4096), None) as (replicator, replicated):
+            replicator.send(step=1, slot=0)
+            assert replicated == [1]
 
     asyncio.run(send())
 
 
-def test_another_machine_in_the_place_of_one_that_is_gone_gets_the_newest_step() -> None:
+def test_set_peer__newest_step_is_sent_to_the_new_peer() -> None:
     async def move() -> None:
         snapshot = state_of(4096)
         async with machine() as gone, machine() as other:
-            road = Road(gone.endpoint)
-            await road.open()
-            async with sending(snapshot, road.endpoint) as (peer, kept):
-                hand_on(peer, snapshot, step=1)
-                await until(lambda: kept == [1])
-                await road.tear()
-                hand_on(peer, snapshot, step=2)
+            proxy = Proxy(gone.endpoint)
+            await proxy.open()
+            async with sending(snapshot, proxy.endpoint) as (replicator, replicated):
+                replicate(replicator, snapshot, step=1)
+                await until(lambda: replicated == [1])
+                await proxy.tear()
+                replicate(replicator, snapshot, step=2)
                 await asyncio.sleep(0.1)
-                assert kept == [1]
-                peer.set_peer(other.endpoint)
-                await until(lambda: kept == [1, 2])
+                assert replicated == [1]
+                replicator.set_peer(other.endpoint)
+                await until(lambda: replicated == [1, 2])
                 assert other.steps == [2]
 
     asyncio.run(move())
 
 
-def test_without_another_machine_a_step_that_waits_is_as_safe_as_it_gets() -> None:
+def test_set_peer__none__pending_step_is_reported() -> None:
     async def move() -> None:
         snapshot = state_of(4096)
         async with machine() as gone:
-            road = Road(gone.endpoint)  # never open
-            await road.open()
-            endpoint = road.endpoint
-            await road.tear()
-            async with sending(snapshot, endpoint) as (peer, kept):
-                hand_on(peer, snapshot, step=1)
+            proxy = Proxy(gone.endpoint)  # closed at once
+            await proxy.open()
+            endpoint = proxy.endpoint
+            await proxy.tear()
+            async with sending(snapshot, endpoint) as (replicator, replicated):
+                replicate(replicator, snapshot, step=1)
                 await asyncio.sleep(0.1)
-                assert kept == []
-                peer.set_peer(None)
-                assert kept == [1]
-                peer.send(step=2, slot=1)
-                assert kept == [1, 2]
+                assert replicated == []
+                replicator.set_peer(None)
+                assert replicated == [1]
+                replicator.send(step=2, slot=1)
+                assert replicated == [1, 2]
 
     asyncio.run(move())
 
 
-# Letting go
+# Dropping replicas
 
 
-def test_forgetting_a_generation_frees_its_memory() -> None:
+def test_drop_before__frees_memory() -> None:
     async def forget() -> None:
-        gc.collect()  # what other tests have left
-        before = num_memories()
+        gc.collect()  # free what other tests have left
+        before = num_buffers()
         async with machine() as far:
             for generation in (1, 2):
                 snapshot = state_of(4096)
                 filled(snapshot, step=generation, slot=0)
-                async with sending(snapshot, far.endpoint, name=NAME | {"generation": generation}) as (peer, kept):
-                    peer.send(step=generation, slot=0)
-                    await until(lambda: bool(kept))
+                async with sending(snapshot, far.endpoint, name=NAME | {"generation": generation}) as (
+                    replicator,
+                    replicated,
+                ):
+                    replicator.send(step=generation, slot=0)
+                    await until(lambda: bool(replicated))
                 snapshot.close()
             own = state_of(4096)
             filled(own, step=1, slot=0)
             far.store.register_buffer(own.fd, generation=1, rank=1, world_size=2)
-            of_both = num_memories()
+            of_both = num_buffers()
             far.store.drop_before(2)
             assert far.store.locations() == {ReplicaLocation(generation=2, rank=0, world_size=1, step=2)}
             assert far.store.find(generation=1, rank=1) is None
             del own
-            assert before < num_memories() < of_both
-        assert num_memories() == before
+            assert before < num_buffers() < of_both
+        assert num_buffers() == before
 
     asyncio.run(forget())
 
 
-def test_a_generation_that_is_forgotten_while_a_copy_of_it_arrives_leaves_nothing() -> None:
+def test_drop_before__while_receiving__frees_memory() -> None:
     async def forget() -> None:
         snapshot = state_of()
         filled(snapshot, step=1, slot=0)
         gc.collect()
-        before = num_memories()
+        before = num_buffers()
         async with machine() as far:
-            road = Road(far.endpoint)
-            await road.open()
-            road.block(after_bytes=STATE_BYTES // 2)
-            async with sending(snapshot, road.endpoint) as (peer, kept):
-                peer.send(step=1, slot=0)
-                await until(lambda: road.is_blocked and num_memories() > before)
+            proxy = Proxy(far.endpoint)
+            await proxy.open()
+            proxy.block(after_bytes=STATE_BYTES // 2)
+            async with sending(snapshot, proxy.endpoint) as (replicator, replicated):
+                replicator.send(step=1, slot=0)
+                await until(lambda: proxy.is_blocked and num_buffers() > before)
                 far.store.drop_before(2)
-                await road.tear()
-                await until(lambda: num_memories() == before)
-                await road.open()
-                road.block(after_bytes=math.inf)
-                await until(lambda: road.num_connections >= 3)  # it tries again and again, and is not listened to
-                assert (kept, far.steps, num_memories()) == ([], [], before)
-            await road.tear()
+                await proxy.tear()
+                await until(lambda: num_buffers() == before)
+                await proxy.open()
+                proxy.block(after_bytes=math.inf)
+                await until(lambda: proxy.num_connections >= 3)  # it retries and is rejected
+                assert (replicated, far.steps, num_buffers()) == ([], [], before)
+            await proxy.tear()
 
     asyncio.run(forget())
 
 
-def test_a_copy_that_arrives_after_its_generation_was_stopped_is_not_taken() -> None:
+def test_reject_up_to__replica_not_accepted() -> None:
     async def refuse() -> None:
         snapshot = state_of(4096)
-        async with machine() as far, sending(snapshot, far.endpoint) as (peer, kept):
-            hand_on(peer, snapshot, step=1)
-            await until(lambda: kept == [1])
+        async with machine() as far, sending(snapshot, far.endpoint) as (replicator, replicated):
+            replicate(replicator, snapshot, step=1)
+            await until(lambda: replicated == [1])
             far.store.reject_up_to(NAME["generation"])
-            hand_on(peer, snapshot, step=2)
+            replicate(replicator, snapshot, step=2)
             await asyncio.sleep(0.3)
-            assert (kept, far.steps) == ([1], [1])
+            assert (replicated, far.steps) == ([1], [1])
 
     asyncio.run(refuse())
 
 
-def test_holdings_survive_json() -> None:
+def test_locations_record__round_trip() -> None:
     replicas = frozenset(
         ReplicaLocation(generation=g, rank=r, world_size=3, step=g + r) for g in (1, 2) for r in range(3)
     )
     assert locations_from_record(json.loads(json.dumps(locations_record(replicas)))) == replicas
 
 
-# Reading a step at another world size
+# Restoring at another world size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """A state, cut in two ways, and where each of the first pieces lies."""
+    """A state, divided among ranks in two ways, and the node of each shard of the first division."""
 
     kinds: Mapping[tuple[str, str], tuple[str, int]]
-    """Type and number of elements, by kind and name."""
+    """(kind, name) → data type and number of elements."""
     held: Sequence[Layout]
     wanted: Sequence[Layout]
     machines: Sequence[int]
-    """By rank: 0 is the machine that reads."""
+    """By rank: 0 is the node that reads."""
 
     def body(self, kind: str, name: str, *, step: int) -> bytes:
-        """All bytes of one parameter in one kind."""
+        """All bytes of one kind of a parameter."""
         dtype, numel = self.kinds[kind, name]
         return random.Random(f"{kind}/{name}/{step}").randbytes(numel * ITEM_BYTES[dtype])
 
     def bytes_of(self, layout: Layout, *, step: int) -> bytes:
-        """What a rank with this layout holds."""
+        """The bytes of a rank with this layout."""
         pieces = []
         for interval in layout.intervals:
             item = ITEM_BYTES[interval.dtype]
@@ -450,26 +455,26 @@ def splits(draw: st.DrawFn) -> Split:
     return Split(kinds=kinds, held=held, wanted=cut(draw(st.integers(1, 5))), machines=machines)
 
 
-def place_of(holder: Machine, here: Machine, *, rank: int) -> ShardLocation:
-    """Where a rank on the machine `here` finds a snapshot of generation 3."""
+def location_of(holder: Machine, here: Machine, *, rank: int) -> ShardLocation:
+    """Where a rank on node `here` finds a snapshot of generation 3."""
     own = here.store.find(generation=3, rank=rank)
     snapshot = SnapshotBuffer(os.dup(own.fd)) if own is not None else None
     return ShardLocation(generation=3, rank=rank, snapshot=snapshot, endpoint=None if own else holder.endpoint)
 
 
-def read_all(assignment: Sequence[ShardLocation], layout: Layout, *, step: int) -> bytes:
-    """What a rank with this layout goes on with."""
+def read_all(locations: Sequence[ShardLocation], layout: Layout, *, step: int) -> bytes:
+    """The restored bytes of a rank with this layout."""
     memory = bytearray(layout.size_bytes)
     view = memoryview(memory)
-    with contextlib.closing(PeerStateSource(assignment, step=step, secret=SECRET)) as origin:
-        assert (origin.progress, origin.metrics) == (progress(step), [{"step": step}])
-        origin.read((interval, view[at : at + interval.size_bytes]) for interval, at in layout.placed())
+    with contextlib.closing(PeerStateSource(locations, step=step, secret=SECRET)) as source:
+        assert (source.progress, source.metrics) == (progress(step), [{"step": step}])
+        source.read((interval, view[at : at + interval.size_bytes]) for interval, at in layout.placed())
     return bytes(memory)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(split=splits(), step=st.sampled_from([4, 5]))
-def test_any_number_of_ranks_reads_what_any_other_number_has_copied(split: Split, step: int) -> None:
+def test_peer_state_source__any_world_size_reads_any_other(split: Split, step: int) -> None:
     async def read() -> None:
         async with machine() as here, machine() as second, machine() as third:
             holders = []
@@ -487,21 +492,21 @@ def test_any_number_of_ranks_reads_what_any_other_number_has_copied(split: Split
                 snapshot.close()
                 holders.append(holder)
             for layout in split.wanted:
-                assignment = [place_of(holder, here, rank=rank) for rank, holder in enumerate(holders)]
-                found = await asyncio.to_thread(read_all, assignment, layout, step=step)
+                locations = [location_of(holder, here, rank=rank) for rank, holder in enumerate(holders)]
+                found = await asyncio.to_thread(read_all, locations, layout, step=step)
                 assert found == split.bytes_of(layout, step=step)
 
     asyncio.run(read())
 
 
-def part(snapshot: SnapshotBuffer | None, endpoint: Endpoint | None = None, *, rank: int = 0) -> ShardLocation:
+def shard(snapshot: SnapshotBuffer | None, endpoint: Endpoint | None = None, *, rank: int = 0) -> ShardLocation:
     opened = None if snapshot is None else SnapshotBuffer(os.dup(snapshot.fd))
     return ShardLocation(generation=1, rank=rank, snapshot=opened, endpoint=endpoint)
 
 
 @contextlib.asynccontextmanager
 async def holder_of(step: int) -> AsyncIterator[tuple[Machine, SnapshotBuffer]]:
-    """A machine with one step of a small state."""
+    """A node with one step of a small state."""
     async with machine() as far:
         snapshot = state_of(4096)
         filled(snapshot, step=step, slot=0)
@@ -509,70 +514,70 @@ async def holder_of(step: int) -> AsyncIterator[tuple[Machine, SnapshotBuffer]]:
         yield far, snapshot
 
 
-def test_a_step_that_is_gone_is_an_error_here_and_there() -> None:
+def test_peer_state_source__step_missing__error() -> None:
     async def ask() -> None:
         async with holder_of(5) as (far, snapshot):
-            for place in (part(snapshot), part(None, far.endpoint), part(None, far.endpoint, rank=1)):
+            for location in (shard(snapshot), shard(None, far.endpoint), shard(None, far.endpoint, rank=1)):
                 with pytest.raises(OSError, match="step 4"):
-                    await asyncio.to_thread(PeerStateSource, [place], step=4, secret=SECRET)
+                    await asyncio.to_thread(PeerStateSource, [location], step=4, secret=SECRET)
 
     asyncio.run(ask())
 
 
-def test_a_step_that_goes_while_it_is_read_is_an_error() -> None:
+def test_peer_state_source__step_dropped_while_reading__error() -> None:
     async def ask() -> None:
         async with holder_of(5) as (far, snapshot):
-            layout, place = snapshot.layout, part(None, far.endpoint)
-            origin = await asyncio.to_thread(PeerStateSource, [place], step=5, secret=SECRET)
+            layout, location = snapshot.layout, shard(None, far.endpoint)
+            source = await asyncio.to_thread(PeerStateSource, [location], step=5, secret=SECRET)
             wanted = [(layout.intervals[0], memoryview(bytearray(layout.size_bytes)))]
             far.store.drop_before(2)
-            with contextlib.closing(origin), pytest.raises(OSError, match="step 5"):
-                await asyncio.to_thread(origin.read, wanted)
+            with contextlib.closing(source), pytest.raises(OSError, match="step 5"):
+                await asyncio.to_thread(source.read, wanted)
 
     asyncio.run(ask())
 
 
-def test_a_machine_that_is_gone_is_an_error() -> None:
+def test_peer_state_source__node_gone__error() -> None:
     async def ask() -> None:
         async with holder_of(5) as (far, _):
-            place = part(None, far.endpoint)
+            location = shard(None, far.endpoint)
         with pytest.raises(OSError, match="refused"):
-            await asyncio.to_thread(PeerStateSource, [place], step=5, secret=SECRET)
+            await asyncio.to_thread(PeerStateSource, [location], step=5, secret=SECRET)
 
     asyncio.run(ask())
 
 
-def test_what_was_read_from_is_let_go_of() -> None:
+def test_peer_state_source__close__frees_memory() -> None:
     async def read() -> None:
         gc.collect()
-        before = num_memories()
+        before = num_buffers()
         async with holder_of(5) as (far, snapshot):
-            layout, of_holder = snapshot.layout, num_memories()
-            for assignment in ([part(snapshot)], [part(None, far.endpoint)]):
-                await asyncio.to_thread(read_all, assignment, layout, step=5)
-            del assignment
-            assert num_memories() == of_holder
+            layout, of_holder = snapshot.layout, num_buffers()
+            for locations in ([shard(snapshot)], [shard(None, far.endpoint)]):
+                await asyncio.to_thread(read_all, locations, layout, step=5)
+            del locations
+            assert num_buffers() == of_holder
             snapshot.close()
-        assert num_memories() == before
+        assert num_buffers() == before
 
     asyncio.run(read())
 
 
-def test_an_element_that_nobody_holds_is_an_error() -> None:
+def test_peer_state_source__element_missing__error() -> None:
     async def ask() -> None:
         async with holder_of(5) as (_, snapshot):
             more = Interval(kind="master", name="w", start=1000, stop=1030, dtype="F32")
             with (
-                contextlib.closing(PeerStateSource([part(snapshot)], step=5, secret=SECRET)) as origin,
+                contextlib.closing(PeerStateSource([shard(snapshot)], step=5, secret=SECRET)) as source,
                 pytest.raises(ValueError, match="holds 24 of the 30 elements"),
             ):
-                origin.read([(more, memoryview(bytearray(120)))])
+                source.read([(more, memoryview(bytearray(120)))])
 
     asyncio.run(ask())
 
 
 @pytest.mark.parametrize("ranges", [[[0, 4097]], [[-1, 4]], [[8, -4]], [[0, 4], [10**12, 1]]])
-def test_nothing_outside_of_a_snapshot_is_shown(ranges: list[list[int]]) -> None:
+def test_store__range_outside_of_snapshot__rejected(ranges: list[list[int]]) -> None:
     async def ask() -> None:
         async with holder_of(5) as (far, _):
             channel: Channel = await connect(far.endpoint, secret=SECRET)
@@ -584,10 +589,10 @@ def test_nothing_outside_of_a_snapshot_is_shown(ranges: list[list[int]]) -> None
     asyncio.run(ask())
 
 
-# A checkpoint without ranks
+# Flushing to storage
 
 
-def test_a_durable_checkpoint_is_made_of_snapshots_whose_ranks_are_gone(tmp_path: Path) -> None:
+def test_flush_shard__ranks_gone__checkpoint_is_committed(tmp_path: Path) -> None:
     def snapshot_of(rank: int) -> SnapshotBuffer:
         snapshot = create_snapshot_buffer(layout_of(rank, 2), about={"shape": shape_record(model_shape())})
         with snapshot.begin(1) as data:
@@ -596,7 +601,7 @@ def test_a_durable_checkpoint_is_made_of_snapshots_whose_ranks_are_gone(tmp_path
         snapshot.commit(1, step=3, state={"progress": asdict(progress(3))})
         return snapshot
 
-    async def persist(step: int) -> list[int | None]:
+    async def flush(step: int) -> list[int | None]:
         url, token = str(tmp_path), "aaaaaaaa0001"
         return await asyncio.gather(
             *(
@@ -605,8 +610,8 @@ def test_a_durable_checkpoint_is_made_of_snapshots_whose_ranks_are_gone(tmp_path
             )
         )
 
-    assert asyncio.run(persist(2)) == [None, None]
-    first, second = asyncio.run(persist(3))
+    assert asyncio.run(flush(2)) == [None, None]
+    first, second = asyncio.run(flush(3))
     found = find_checkpoint(open_storage(str(tmp_path)), on_skip=lambda *_: None)
     assert found is not None
     assert (found.progress, second) == (progress(3), None)

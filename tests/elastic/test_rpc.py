@@ -1,4 +1,4 @@
-"""Connections: nobody gets in without the secret or is believed without it, and nobody who is in the way stays."""
+"""Authenticated connections: both sides need the secret; broken or silent peers do not affect others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from forge.elastic import rpc as channel_module
+from forge.elastic import rpc as rpc_module
 from forge.elastic.rpc import (
     AuthenticationError,
     Channel,
@@ -64,7 +64,7 @@ async def serves_others(listener: Listener) -> bool:
 
 @contextlib.asynccontextmanager
 async def stranger(endpoint: Endpoint) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection that speaks as it likes."""
+    """A raw connection without a handshake."""
     reader, writer = await asyncio.open_connection(*endpoint)
     try:
         yield reader, writer
@@ -86,10 +86,10 @@ async def impostor(converse: Callable[[Any, Any], Any]) -> AsyncIterator[Endpoin
         yield server.sockets[0].getsockname()[:2]
 
 
-# The secret is needed from both sides
+# Authentication
 
 
-def test_a_client_without_the_secret_is_shown_nothing_it_could_use() -> None:
+def test_listener__client_without_secret__connection_closed() -> None:
     async def intrude() -> None:
         served: list[Channel] = []
 
@@ -98,7 +98,7 @@ def test_a_client_without_the_secret_is_shown_nothing_it_could_use() -> None:
 
         async with listening(serve) as listener, stranger(listener.endpoint) as (reader, writer):
             writer.write(secrets.token_bytes(NONCE_BYTES) + secrets.token_bytes(NONCE_BYTES))
-            assert len(await reader.read()) == NONCE_BYTES  # the listener's nonce, then the end
+            assert len(await reader.read()) == NONCE_BYTES  # the listener's nonce, then EOF
             with pytest.raises((OSError, EOFError)):
                 await connect(listener.endpoint, secret=b"another")
         assert served == []
@@ -112,13 +112,13 @@ async def answer_at_random(reader: Any, writer: Any) -> None:
 
 
 async def reflect(reader: Any, writer: Any) -> None:
-    """Ask the client what it has asked, and give its own answer back."""
+    """Return the client's own nonce and response."""
     writer.write(await reader.readexactly(NONCE_BYTES))
     writer.write(await reader.readexactly(NONCE_BYTES))
 
 
 @pytest.mark.parametrize("converse", [answer_at_random, reflect])
-def test_a_server_without_the_secret_is_not_believed(converse: Callable[[Any, Any], Any]) -> None:
+def test_connect__server_without_secret__authentication_error(converse: Callable[[Any, Any], Any]) -> None:
     async def ask() -> None:
         async with impostor(converse) as endpoint:
             with pytest.raises(AuthenticationError):
@@ -130,8 +130,8 @@ def test_a_server_without_the_secret_is_not_believed(converse: Callable[[Any, An
 
 
 async def recorded(listener: Listener) -> tuple[bytes, bytes]:
-    """What a client that knows the secret and the listener say to each other, overheard between the two."""
-    heard: list[bytes] = [b"", b""]
+    """The bytes that a valid client and the listener exchange, recorded by a proxy."""
+    received: list[bytes] = [b"", b""]
 
     async def relay(reader: Any, writer: Any) -> None:
         async with stranger(listener.endpoint) as (far_reader, far_writer):
@@ -139,17 +139,17 @@ async def recorded(listener: Listener) -> tuple[bytes, bytes]:
 
     async def pass_on(reader: Any, writer: Any, number: int) -> None:
         while text := await reader.read(4096):
-            heard[number] += text
+            received[number] += text
             writer.write(text)
         writer.close()
 
     async with impostor(relay) as endpoint, connected(endpoint) as channel:
         await channel.send({"n": 1})
         await channel.receive()
-    return heard[0], heard[1]
+    return received[0], received[1]
 
 
-def test_a_recorded_client_is_not_let_in() -> None:
+def test_listener__replayed_client__connection_closed() -> None:
     async def replay() -> None:
         async with listening() as listener:
             client, _ = await recorded(listener)
@@ -160,7 +160,7 @@ def test_a_recorded_client_is_not_let_in() -> None:
     asyncio.run(replay())
 
 
-def test_a_recorded_server_is_not_believed() -> None:
+def test_connect__replayed_server__authentication_error() -> None:
     async def replay() -> None:
         async with listening() as listener:
             _, server = await recorded(listener)
@@ -177,7 +177,7 @@ def test_a_recorded_server_is_not_believed() -> None:
 
 
 @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n" * 9, bytes(2**20), b"x"])
-def test_garbage_disturbs_nobody_else(garbage: bytes) -> None:
+def test_listener__garbage__other_clients_are_served(garbage: bytes) -> None:
     async def throw() -> None:
         async with listening() as listener, stranger(listener.endpoint) as (_, writer):
             writer.write(garbage)
@@ -186,8 +186,8 @@ def test_garbage_disturbs_nobody_else(garbage: bytes) -> None:
     asyncio.run(throw())
 
 
-def test_who_says_nothing_is_dropped_and_hinders_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel_module, "_HANDSHAKE_TIMEOUT_S", 0.3)
+def test_listener__silent_client__times_out_and_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc_module, "_HANDSHAKE_TIMEOUT_S", 0.3)
 
     async def keep_silent() -> None:
         async with listening() as listener, stranger(listener.endpoint) as (reader, _):
@@ -197,7 +197,7 @@ def test_who_says_nothing_is_dropped_and_hinders_nobody(monkeypatch: pytest.Monk
     asyncio.run(keep_silent())
 
 
-def test_a_server_that_says_nothing_is_given_up() -> None:
+def test_connect__silent_server__times_out() -> None:
     async def wait(reader: Any, writer: Any) -> None:
         await reader.read()
 
@@ -224,20 +224,20 @@ def file_of(data: bytes) -> Iterator[int]:
         os.close(fd)
 
 
-async def take_and_return(channel: Channel) -> None:
-    """Answer with the bytes that came after a message."""
+async def return_bytes(channel: Channel) -> None:
+    """Answer with the raw bytes of a message."""
     message = await channel.receive()
     data = bytearray(message["bytes"])
     await channel.receive_into(memoryview(data))
     await channel.send(message, raw=bytes(data))
 
 
-def test_messages_raw_bytes_and_files_arrive_as_they_were_sent() -> None:
+def test_channel__messages_raw_bytes_and_files__round_trip() -> None:
     async def exchange() -> None:
         data, raw = secrets.token_bytes(LONG_BYTES), b"\0raw"
         message: Message = {"text": "ä\n", "list": [1, None, 2.5], "bytes": LONG_BYTES + len(raw)}
         with file_of(b"before" + data + b"after") as fd:
-            async with listening(take_and_return) as listener, connected(listener.endpoint) as channel:
+            async with listening(return_bytes) as listener, connected(listener.endpoint) as channel:
                 await channel.send(message, raw=raw)
                 await channel.send_file(fd, offset=len(b"before"), count=len(data))
                 assert await channel.receive() == message
@@ -248,19 +248,19 @@ def test_messages_raw_bytes_and_files_arrive_as_they_were_sent() -> None:
     asyncio.run(exchange())
 
 
-def test_messages_that_arrive_at_once_are_told_apart_and_what_follows_them_is_not_lost() -> None:
+def test_channel__messages_arrive_together__separated() -> None:
     async def scenario() -> None:
-        heard: list[Any] = []
+        received: list[Any] = []
         is_over = asyncio.Event()
 
         async def serve(channel: Channel) -> None:
-            await asyncio.sleep(0.2)  # all lies there before the first is read
+            await asyncio.sleep(0.2)  # everything has arrived before the first is read
             for _ in range(2):
-                heard.append(await channel.receive())
-            raw = bytearray(heard[1]["count"])
+                received.append(await channel.receive())
+            raw = bytearray(received[1]["count"])
             await channel.receive_into(memoryview(raw))
-            heard.append(bytes(raw))
-            heard.append(await channel.receive())
+            received.append(bytes(raw))
+            received.append(await channel.receive())
             is_over.set()
 
         async with listening(serve) as listener, connected(listener.endpoint) as channel:
@@ -268,19 +268,19 @@ def test_messages_that_arrive_at_once_are_told_apart_and_what_follows_them_is_no
             await channel.send({"count": 100_000}, raw=b"abcde" * 20_000)
             await channel.send({"n": 2})
             await asyncio.wait_for(is_over.wait(), timeout=10)
-        assert heard == [{"n": 1}, {"count": 100_000}, b"abcde" * 20_000, {"n": 2}]
+        assert received == [{"n": 1}, {"count": 100_000}, b"abcde" * 20_000, {"n": 2}]
 
     asyncio.run(scenario())
 
 
-def test_what_goes_to_many_is_small_and_comes_out_as_it_was() -> None:
+def test_pack__endpoints__smaller_and_round_trip() -> None:
     endpoints = [[f"10.0.{number // 256}.{number % 256}", 40000 + number] for number in range(4096)]
     packed = pack(endpoints)
     assert unpack(packed) == endpoints
     assert len(packed) < len(json.dumps(endpoints)) / 2
 
 
-def test_a_process_without_an_event_loop_reads_the_same() -> None:
+def test_sync_channel__reads_messages_and_bytes() -> None:
     data = secrets.token_bytes(LONG_BYTES)
 
     async def serve(channel: Channel) -> None:
@@ -304,19 +304,19 @@ def test_a_process_without_an_event_loop_reads_the_same() -> None:
     asyncio.run(exchange())
 
 
-def test_what_several_say_at_once_on_one_connection_does_not_mix() -> None:
+def test_channel__concurrent_sends__not_interleaved() -> None:
     async def talk() -> None:
         async with listening() as listener, connected(listener.endpoint) as channel:
-            said = [{"n": n, "text": "x" * 300_000} for n in range(20)]
-            sending = asyncio.gather(*(channel.send(message) for message in said))
-            heard = [await channel.receive() for _ in said]
+            sent = [{"n": n, "text": "x" * 300_000} for n in range(20)]
+            sending = asyncio.gather(*(channel.send(message) for message in sent))
+            received = [await channel.receive() for _ in sent]
             await sending
-            assert sorted(heard, key=lambda message: message["n"]) == said
+            assert sorted(received, key=lambda message: message["n"]) == sent
 
     asyncio.run(talk())
 
 
-def test_a_file_that_is_shorter_than_announced_is_an_error() -> None:
+def test_send_file__file_too_short__error() -> None:
     async def send() -> None:
         with file_of(b"short") as fd:
             async with listening() as listener, connected(listener.endpoint) as channel:
@@ -326,9 +326,8 @@ def test_a_file_that_is_shorter_than_announced_is_an_error() -> None:
     asyncio.run(send())
 
 
-def test_a_network_that_is_faster_than_its_reader_leaves_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heartbeats go on while a state of many gigabytes arrives."""
-    monkeypatch.setattr(channel_module, "_MAX_BUSY_BYTES", 1000)
+def test_receive_into__fast_network__other_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc_module, "_MAX_BUSY_BYTES", 1000)
     ours, theirs = socket.socketpair()
 
     async def receive() -> None:
@@ -347,16 +346,16 @@ def test_a_network_that_is_faster_than_its_reader_leaves_others_their_turn(monke
         channel.close()
         assert turns >= 50
 
-    monkeypatch.setattr(channel_module, "_tune", lambda sock: None)  # a Unix socket has no TCP_NODELAY to set
+    monkeypatch.setattr(rpc_module, "_tune", lambda sock: None)  # a Unix socket has no TCP_NODELAY to set
     with contextlib.closing(theirs):
-        theirs.sendall(bytes(50_000))  # all of it is there
+        theirs.sendall(bytes(50_000))  # everything has arrived
         asyncio.run(receive())
 
 
-# Peers that go, or go wrong
+# Failing peers
 
 
-def test_a_peer_that_vanishes_is_noticed_by_who_receives_and_by_who_sends() -> None:
+def test_channel__peer_disconnects__receive_and_send_raise() -> None:
     async def vanish() -> None:
         async def serve(channel: Channel) -> None:
             await channel.receive()
@@ -373,7 +372,7 @@ def test_a_peer_that_vanishes_is_noticed_by_who_receives_and_by_who_sends() -> N
     asyncio.run(vanish())
 
 
-def test_who_waits_on_a_channel_that_is_closed_gets_an_error() -> None:
+def test_channel__closed_while_waiting__pending_calls_raise() -> None:
     async def close() -> None:
         async def serve(channel: Channel) -> None:
             await asyncio.Event().wait()
@@ -391,7 +390,7 @@ def test_who_waits_on_a_channel_that_is_closed_gets_an_error() -> None:
     asyncio.run(close())
 
 
-def test_a_length_that_is_too_large_ends_the_connection() -> None:
+def test_listener__message_too_long__connection_closed() -> None:
     async def exaggerate() -> None:
         async with listening() as listener:
             async with connected(listener.endpoint) as channel:
@@ -403,7 +402,7 @@ def test_a_length_that_is_too_large_ends_the_connection() -> None:
     asyncio.run(exaggerate())
 
 
-def test_a_length_that_is_too_large_is_not_believed_of_a_server_either() -> None:
+def test_sync_channel__message_too_long__error() -> None:
     async def serve(channel: Channel) -> None:
         await channel.receive()
         channel.socket.send(struct.pack("<I", 2**31))
@@ -421,7 +420,7 @@ def test_a_length_that_is_too_large_is_not_believed_of_a_server_either() -> None
     asyncio.run(exaggerate())
 
 
-def test_many_connect_at_once_and_are_all_served() -> None:
+def test_listener__300_clients_at_once__all_served() -> None:
     async def crowd() -> None:
         async with listening() as listener:
             assert await asyncio.gather(*(serves_others(listener) for _ in range(300))) == [True] * 300
@@ -429,7 +428,7 @@ def test_many_connect_at_once_and_are_all_served() -> None:
     asyncio.run(crowd())
 
 
-def test_a_listener_that_closes_ends_what_is_open() -> None:
+def test_listener__close__connections_end() -> None:
     async def close() -> None:
         async with listening() as listener, connected(listener.endpoint) as channel:
             listener.close()

@@ -1,12 +1,11 @@
-"""Two runs on one cluster, and a run that has too few machines: who waits, who gives back, and what is safe.
+"""Two runs on one cluster: slots above a run's minimum are released while another run waits for its minimum.
 
-In the slow set, for the minute and a half it takes: `pytest -m slow tests/elastic/test_sharing.py`.
+In the slow set, because it takes a minute and a half: `pytest -m slow tests/elastic/test_sharing.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -27,21 +26,33 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def large(cluster: Machines) -> Run:
-    """A run that takes all machines there are, and needs one."""
+@pytest.fixture
+def large(cluster: Machines) -> Iterator[Run]:
+    """A run that uses all machines and needs one."""
     run = start_run(cluster)
     run.await_world(3)
-    return run
+    yield run
+    stop_run(run)
+    assert leftovers(run) == []
+    assert (run.folder / "checkpoints").is_dir()
 
 
-@pytest.fixture(scope="module")
-def small(cluster: Machines, large: Run) -> Run:
-    """A run that needs two, started while there is none free."""
-    return start_run(cluster, "--set", "resources.workers=2")
+def test_two_runs__share_machines_through_yield_loss_and_growth(cluster: Machines, large: Run) -> None:
+    small = start_run(cluster, "--set", "resources.workers=2")
+    assert_large_run_yields(large, small)
+    cluster.kill(cluster.of(small.agent(small.formed["ranks"][1]["node"])))
+    assert_waits_with_state_in_storage(small)
+    assert large.formed["world_size"] == 1  # it is at its minimum
+    large.await_steps(3)
+    assert_continues_when_a_machine_joins(cluster, small)
+    stop_run(small)
+    assert [record["step"] for record in read_metrics(small.folder)] == list(range(1, small.step + 1))
+    assert leftovers(small, but=large) == []
+    large.await_world(3)
+    assert large.of("MembershipChangeStarted")[-1]["cause"] == "growth"
 
 
-def test_a_run_above_its_minimum_gives_back_what_another_needs(large: Run, small: Run) -> None:
+def assert_large_run_yields(large: Run, small: Run) -> None:
     small.await_world(2)
     assert large.formed["world_size"] == 1
     assert large.of("MembershipChangeStarted")[-1]["cause"] == "yield"
@@ -51,41 +62,27 @@ def test_a_run_above_its_minimum_gives_back_what_another_needs(large: Run, small
     large.await_steps(3)
 
 
-def test_below_its_minimum_a_run_waits_with_its_state_in_storage(cluster: Machines, large: Run, small: Run) -> None:
-    cluster.kill(cluster.of(small.agent(small.formed["ranks"][1]["node"])))
-    wait_for(lambda: small.of("WaitingForMachines"))
-    assert (small.of("WaitingForMachines")[-1]["have"], small.of("WaitingForMachines")[-1]["need"]) == (1, 2)
-    saved = wait_for(lambda: small.of("CheckpointSaved"))[-1]
-    assert saved["step"] in (small.step - 1, small.step)
-    found = find_checkpoint(open_storage(str(small.folder / "checkpoints")), on_skip=lambda name, why: None)
+def assert_waits_with_state_in_storage(run: Run) -> None:
+    wait_for(lambda: run.of("WaitingForMachines"))
+    assert (run.of("WaitingForMachines")[-1]["have"], run.of("WaitingForMachines")[-1]["need"]) == (1, 2)
+    saved = wait_for(lambda: run.of("CheckpointSaved"))[-1]
+    assert saved["step"] in (run.step - 1, run.step)
+    found = find_checkpoint(open_storage(str(run.folder / "checkpoints")), on_skip=lambda name, why: None)
     assert found is not None
     assert found.progress.step == saved["step"]
-    assert large.formed["world_size"] == 1  # it has nothing to spare
-    large.await_steps(3)
 
 
-def test_above_it_again_the_run_goes_on(cluster: Machines, small: Run) -> None:
-    waiting, repeated = small.formed["generation"], len(small.repeated())
+def assert_continues_when_a_machine_joins(cluster: Machines, run: Run) -> None:
+    waiting, repeated = run.formed["generation"], len(run.repeated())
     cluster.add()
-    wait_for(lambda: small.formed["generation"] > waiting)
-    small.await_steps(3)
-    assert small.of("GenerationStarting")[-1]["source"] == "memory"
-    assert len(small.repeated()) - repeated <= 1
+    wait_for(lambda: run.formed["generation"] > waiting)
+    run.await_steps(3)
+    assert run.of("GenerationStarting")[-1]["source"] == "memory"
+    assert len(run.repeated()) - repeated <= 1
 
 
-def test_what_was_given_back_is_taken_again_when_it_is_free(large: Run, small: Run) -> None:
-    stop_run(small)
-    assert [record["step"] for record in read_metrics(small.folder)] == list(range(1, small.step + 1))
-    assert leftovers(small, but=large) == []
-    large.await_world(3)
-    assert large.of("MembershipChangeStarted")[-1]["cause"] == "growth"
-
-
-def test_a_run_that_waits_can_be_stopped(cluster: Machines, large: Run) -> None:
-    """Must come last: all machines are taken."""
+def test_run_that_waits_for_its_minimum__can_be_stopped(cluster: Machines, large: Run) -> None:
     waiting = start_run(cluster, "--set", "resources.workers=3")
     stop_run(waiting)
     assert read_run(waiting.folder).status == "stopped"
-    stop_run(large)
-    assert leftovers(large) == []
-    assert Path(large.folder / "checkpoints").is_dir()
+    large.await_steps(3)

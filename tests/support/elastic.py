@@ -1,4 +1,4 @@
-"""A run with forge's own engine on simulated machines of this one, and everything that may happen to it."""
+"""Elastic runs on a local Ray cluster with simulated machines, and the faults that tests cause."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ tracking: {{wandb: {{mode: disabled}}}}
 
 
 def write_job(folder: Path, *, steps: int, workers: str = "1..3", stage: int = 1, lr: float = 1e-4) -> None:
-    """A tiny job in fp32, so that losses can be compared closely, on a corpus of its own."""
+    """Write a tiny job in fp32, so that losses can be compared closely, with its corpus."""
     (folder / "job.yaml").write_text(JOB.format(steps=steps, workers=workers, stage=stage, lr=lr))
     (folder / "corpus").mkdir(exist_ok=True)
     chance = random.Random(0)
@@ -53,14 +53,14 @@ def write_job(folder: Path, *, steps: int, workers: str = "1..3", stage: int = 1
 
 
 class Machines:
-    """A cluster whose head takes no ranks, and simulated machines that come and go."""
+    """A cluster whose head takes no ranks, and its simulated machines."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.nodes: list[NodeProcess] = []
         head = find_local()
         self.leaders = {node.pid for node in (head.nodes if head else ())}
-        """Of the sessions of all machines that ever were."""
+        """Session leaders of all machines, including former ones."""
 
     def add(self) -> NodeProcess:
         self.nodes.append(add_node())
@@ -72,14 +72,14 @@ class Machines:
         kill_node(node)
 
     def of(self, pid: int) -> NodeProcess:
-        """The machine that a process runs on."""
+        """The machine that a process belongs to."""
         leader = os.getsid(pid)
         return next(node for node in self.nodes if node.pid == leader)
 
 
 @contextlib.contextmanager
 def machines(home: Path, *, count: int) -> Iterator[Machines]:
-    """Raise a cluster under a home of its own; afterwards it is gone."""
+    """Start a cluster with its own state folder, and stop it afterwards."""
     before = {name: os.environ.get(name) for name in ("FORGE_STATE", "FORGE_CACHE")}
     kept = environment(home)
     os.environ |= {name: kept[name] for name in before}
@@ -91,7 +91,7 @@ def machines(home: Path, *, count: int) -> Iterator[Machines]:
             cluster.add()
         yield cluster
     finally:
-        for node in cluster.nodes if cluster else ():  # quicker than asking each of them
+        for node in cluster.nodes if cluster else ():  # faster than stopping each of them
             kill_node(node)
         stop_local()
         for name, value in before.items():
@@ -103,7 +103,7 @@ def machines(home: Path, *, count: int) -> Iterator[Machines]:
 
 @dataclass
 class Run:
-    """A run that goes on."""
+    """A run in progress."""
 
     folder: Path
     cluster: Machines
@@ -121,20 +121,24 @@ class Run:
 
     @property
     def formed(self) -> dict[str, Any]:
-        """The generation that was formed last."""
+        """The generation that started last."""
         found = self.of("GenerationStarted")
         return found[-1] if found else {"generation": 0, "world_size": 0, "ranks": []}
 
     def agent(self, node: str) -> int:
         return next(e["agent_pid"] for e in reversed(self.of("NodeJoined")) if e["node"] == node)
 
+    def machine_of(self, place: dict[str, Any]) -> NodeProcess:
+        """The machine of a rank's location, an element of `formed["ranks"]`."""
+        return self.cluster.of(self.agent(place["node"]))
+
     def await_world(self, size: int, *, timeout_s: float = 60.0) -> None:
-        """Until a generation of this size has made some steps."""
+        """Wait until a generation of this size has taken three steps."""
         wait_for(lambda: self.formed["world_size"] == size, timeout_s=timeout_s)
         self.await_steps(3)
 
     def await_steps(self, count: int, *, timeout_s: float = 60.0) -> None:
-        """Until so many more steps are recorded."""
+        """Wait until `count` more steps are recorded."""
         goal = self.step + count
         wait_for(lambda: self.step >= goal, timeout_s=timeout_s)
 
@@ -142,7 +146,7 @@ class Run:
         return [event["step"] for event in self.of("StepRepeated") if event["time"] >= since]
 
     def recovers_from(self, fault: Callable[[], object], *, timeout_s: float = 60.0) -> float:
-        """Do it, and wait until another generation trains. Returns: seconds to its first step."""
+        """Cause a fault, and wait until another generation trains. Returns: seconds to its first step."""
         before, began = self.formed["generation"], time.time()
         fault()
         wait_for(lambda: self.formed["generation"] > before, timeout_s=timeout_s)
@@ -152,7 +156,7 @@ class Run:
 
 
 def start_run(cluster: Machines, *arguments: str) -> Run:
-    """`forge train job.yaml`, detached."""
+    """Run `forge train job.yaml --detach`."""
     done = run_forge("train", "job.yaml", "--detach", *arguments, cwd=cluster.home, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("run ")]
@@ -161,16 +165,16 @@ def start_run(cluster: Machines, *arguments: str) -> Run:
 
 
 def stop_run(run: Run) -> None:
-    """As a user does."""
+    """Run `forge runs stop`."""
     done = run_forge("runs", "stop", str(run.folder), cwd=run.cluster.home, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
 
 
 def leftovers(run: Run, *, but: Run | None = None, timeout_s: float = 20.0) -> list[str]:
-    """Processes that outlive a run on its cluster: whatever names it, or holds memory or logs of it.
+    """Processes that have outlived a run: their command line names it, or they hold its memory or files.
 
     Args:
-        but: another run that goes on beside it, so that memory without a name may be that one's.
+        but: another run in progress on the cluster, to which anonymous memory may belong.
     """
 
     def found() -> list[str]:
@@ -178,11 +182,11 @@ def leftovers(run: Run, *, but: Run | None = None, timeout_s: float = 20.0) -> l
         for process in psutil.process_iter(["pid", "cmdline"]):
             with contextlib.suppress(psutil.Error, OSError):
                 line = " ".join(process.info["cmdline"] or [])
-                is_ours = run.folder.name in line
+                names_run = run.folder.name in line
                 holds = [str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()]
                 is_of_cluster = os.getsid(process.pid) in run.cluster.leaders and but is None
                 signs = (str(run.folder), *(("memfd:forge",) if is_of_cluster else ()))
-                if is_ours or any(sign in target for sign in signs for target in holds):
+                if names_run or any(sign in target for sign in signs for target in holds):
                     lines.append(f"{process.pid} {line}")
         return lines
 

@@ -1,12 +1,12 @@
-"""A cluster for a supervisor that has none."""
+"""A placement for a supervisor without a cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 
-class EndlessClaims:
-    """A cluster that gives every machine the same number of assignment."""
+class FixedPlacement:
+    """Gives every node the same number of slots."""
 
     def __init__(self, ranks_per_agent: int) -> None:
         self._ranks_per_agent = ranks_per_agent
