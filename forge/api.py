@@ -21,7 +21,7 @@ from forge.data.prepare import PrepareProgress
 from forge.errors import JobFileError
 from forge.plan.plan import DraftPlan, Plan
 from forge.remote.mirror import remote_ref_of
-from forge.remote.submit import RemoteTarget, preflight, resolve_there, submit
+from forge.remote.submit import RemoteTarget, preflight, resolve_remote, submit
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
 from forge.runs.checkpoints import CheckpointEntry, best_checkpoint
 from forge.runs.create import create_run, reopen_run
@@ -134,7 +134,7 @@ def start(
     if target is None:
         plan = resolve(loaded, on_progress=on_progress)
     else:
-        plan = resolve_there(target, loaded, on_progress=on_progress)
+        plan = resolve_remote(target, loaded, on_progress=on_progress)
     if on_plan is not None:
         on_plan(plan, target)
     if resume is None:

@@ -1,9 +1,9 @@
-"""A run that a cluster carries, from this machine: its records come back, it is found again, it can be stopped.
+"""A run on another machine's cluster, seen from this one: mirror its records, find it again, stop it.
 
-The run's folder here becomes a mirror of the one on the cluster's head: every record that the job prints is
-written into `events.jsonl` or `metrics.jsonl` as it came, once. So all that reads a run's folder works on it, and
-whoever was cut off counts what it has and goes on from there. `remote.json` says where the run is; it is written
-before anything is started.
+The local run folder mirrors the one on the cluster's head: every record that the Ray job prints is appended to
+`events.jsonl` or `metrics.jsonl`, once. So everything that reads a run folder works on it, and a client that was
+cut off counts its records and continues from there. `remote.json` says where the run is; it is written before
+anything is started.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from typing import Any
 from forge.cluster.base import Cluster
 from forge.cluster.registry import find_cluster
 from forge.errors import ArgumentError, ClusterError, ForgeError
+from forge.fs import write_atomic
+from forge.process import first_line
 from forge.remote.head_cli import MARK
 from forge.runs.reader import ENDINGS, REMOTE, count_records, driver_pid, error_named, read_run
 from forge.runs.recorder import EVENTS, METRICS, open_whole_lines
@@ -37,39 +39,39 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteRef:
-    """`remote.json`: which job of which cluster carries a run."""
+    """`remote.json`: the cluster, folder and Ray job of a run."""
 
     cluster: str
     folder: str
-    """The run's, on the cluster's head."""
+    """Of the run, on the cluster's head."""
     python: str
     job: str
     events: int
-    """How many events were known here when the job was submitted; it prints those that come after."""
+    """Number of events mirrored when the job was submitted; the job prints those that follow."""
     steps: int
 
 
 def find_run_handle(folder: Path) -> RunHandle | None:
-    """Whoever carries a run now, here or on a cluster; None if nobody does.
+    """Return a handle to a running run, on this machine or on a cluster; None if it is not running.
 
-    Raises: ArgumentError if its cluster is not known here any more; the run is then taken for dead.
+    Raises: ArgumentError if its cluster is no longer known on this machine; the run counts as dead from then on.
     """
     pid = driver_pid(folder)
     if pid is not None:
         return LocalRun(folder=folder, pid=pid)
-    at = remote_ref_of(folder)
-    if at is None or read_run(folder).status != "running":
+    ref = remote_ref_of(folder)
+    if ref is None or read_run(folder).status != "running":
         return None
     try:
-        cluster = find_cluster(at.cluster)
+        cluster = find_cluster(ref.cluster)
     except ArgumentError as error:
-        _forget_job(folder, at)
-        raise ArgumentError(f"{folder.name} was on the cluster '{at.cluster}': {error}") from error
-    return RemoteRun(folder, at, cluster=cluster)
+        _forget_job(folder, ref)
+        raise ArgumentError(f"{folder.name} was on the cluster '{ref.cluster}': {error}") from error
+    return RemoteRun(folder, ref, cluster=cluster)
 
 
 def remote_ref_of(folder: Path) -> RemoteRef | None:
-    """Where a run is; None if it is, or was, on this machine."""
+    """Read where a run is; None if it is, or was, on this machine."""
     try:
         return RemoteRef(**json.loads((folder / REMOTE).read_text()))
     except (OSError, ValueError, TypeError):
@@ -77,36 +79,34 @@ def remote_ref_of(folder: Path) -> RemoteRef | None:
 
 
 def remote_log(folder: Path, *, name: str, lines: int) -> str:
-    """The end of a log of a run that is elsewhere. Raises: ArgumentError if there is none, ClusterError."""
-    at = remote_ref_of(folder)
-    assert at is not None, "asked of a run that is elsewhere"
-    text: str = ask(find_cluster(at.cluster), "log", at.folder, name, str(lines))
+    """Return the last lines of a remote run's log. Raises: ArgumentError if it does not exist, ClusterError."""
+    ref = remote_ref_of(folder)
+    assert ref is not None, "called for remote runs only"
+    text: str = ask(find_cluster(ref.cluster), "log", ref.folder, name, str(lines))
     return text
 
 
 class RemoteRun:
-    """A run that a cluster carries, mirrored into its folder here by a thread."""
+    """A run on a remote cluster, mirrored into a local folder by a thread."""
 
-    def __init__(self, folder: Path, at: RemoteRef, *, cluster: Cluster) -> None:
-        self._folder, self._at, self._cluster = folder, at, cluster
-        self._news: deque[str] = deque()
+    def __init__(self, folder: Path, ref: RemoteRef, *, cluster: Cluster) -> None:
+        self._folder, self._ref, self._cluster = folder, ref, cluster
+        self._messages: deque[str] = deque()
         self._is_over = False
-        self._said: deque[str] = deque(maxlen=20)
-        """The last lines of the job that are no records."""
+        self._job_output: deque[str] = deque(maxlen=20)
+        """The last lines of the job that are not records."""
         self._thread = threading.Thread(target=self._mirror, name="mirror", daemon=True)
         self._thread.start()
 
     @property
     def folder(self) -> Path:
-        """The run's, on this machine."""
         return self._folder
 
     def is_alive(self) -> bool:
-        """Whether records may still come."""
         return self._thread.is_alive()
 
     def request_stop(self) -> None:
-        """Ask the head; on another thread, as it may take a while to reach."""
+        """Ask the head to stop the run; on another thread, since reaching it may take a while."""
         threading.Thread(target=self._request_stop, daemon=True).start()
 
     def wait(self) -> None:
@@ -117,18 +117,18 @@ class RemoteRun:
     def connection_messages(self) -> list[str]:
         """What happened to the connection since the last time."""
         told = []
-        while self._news:
-            told.append(self._news.popleft())
+        while self._messages:
+            told.append(self._messages.popleft())
         return told
 
     def _request_stop(self) -> None:
         try:
-            ask(self._cluster, "stop", self._at.folder)
+            ask(self._cluster, "stop", self._ref.folder)
         except ForgeError as error:
-            self._news.append(f"the run could not be asked to stop: {error}")
+            self._messages.append(f"could not ask the run to stop: {error}")
 
     def _mirror(self) -> None:
-        """Write down what comes, again and again from where it broke off, until the run has ended."""
+        """Mirror records until the run has ended, reconnecting after every failure."""
         num_failures = 0
         while not self._is_over:
             began = time.monotonic()
@@ -138,50 +138,50 @@ class RemoteRun:
                 if time.monotonic() - began > _RETRY_S[-1]:
                     num_failures = 0
                 if num_failures == 1:
-                    self._news.append(
-                        f"the cluster '{self._cluster.name}' is not reached, trying on: {first_line(error)}"
+                    self._messages.append(
+                        f"cannot reach the cluster '{self._cluster.name}', retrying: {first_line(error)}"
                     )
                 time.sleep(_RETRY_S[min(num_failures, len(_RETRY_S) - 1)])
                 num_failures += 1
 
     def _follow_once(self) -> None:
-        with job_client(self._cluster) as client, _Mirror(self._folder, self._at) as mirror:
-            self._is_over = asyncio.run(_tail(client, self._at.job, mirror, self._hear))
-            if self._is_over or not client.get_job_status(self._at.job).is_terminal():
+        with job_client(self._cluster) as client, _Mirror(self._folder, self._ref) as mirror:
+            self._is_over = asyncio.run(_tail(client, self._ref.job, mirror, self._take_output))
+            if self._is_over or not client.get_job_status(self._ref.job).is_terminal():
                 return
-        self._look_again()
+        self._follow_again()
 
-    def _hear(self, line: str) -> None:
-        """What the job says besides records is for people."""
-        self._said.append(line)
+    def _take_output(self, line: str) -> None:
+        """Show a line of the job that is not a record."""
+        self._job_output.append(line)
         if line.strip():
-            self._news.append(line)
+            self._messages.append(line)
 
-    def _look_again(self) -> None:
-        """The job is over and the run may not be: whoever printed its records was killed, say."""
-        found = ask(self._cluster, "look", self._at.folder)
+    def _follow_again(self) -> None:
+        """After the end of the job, submit another one if the run is still going, as when the job was killed."""
+        found = ask(self._cluster, "status", self._ref.folder)
         num_events, num_steps = count_records(self._folder)
         has_all = found["records"] == [num_events, num_steps]
-        if not found["is_carried"] and has_all:
+        if not found["is_running"] and has_all:
             (self._folder / "logs").mkdir(exist_ok=True)
-            (self._folder / "logs" / "run.log").write_text("\n".join([*self._said, ""]))
-            _forget_job(self._folder, self._at)
+            (self._folder / "logs" / "run.log").write_text("\n".join([*self._job_output, ""]))
+            _forget_job(self._folder, self._ref)
             self._is_over = True
             return
-        at = replace(self._at, job=job_name(self._folder), events=num_events, steps=num_steps)
-        write_remote_ref(self._folder, at)
-        self._at = at
+        ref = replace(self._ref, job=job_name(self._folder), events=num_events, steps=num_steps)
+        write_remote_ref(self._folder, ref)
+        self._ref = ref
         with job_client(self._cluster) as client:
-            submit_job(client, at, verb="follow")
+            submit_job(client, ref, verb="follow")
 
 
 class _Mirror:
-    """Writes records down that are not known yet."""
+    """Appends the records that the local run folder does not have yet."""
 
-    def __init__(self, folder: Path, at: RemoteRef) -> None:
+    def __init__(self, folder: Path, ref: RemoteRef) -> None:
         self._folder = folder
         num_events, num_steps = count_records(folder)
-        self._known = {"event": num_events - at.events, "step": num_steps - at.steps}
+        self._known = {"event": num_events - ref.events, "step": num_steps - ref.steps}
 
     def __enter__(self) -> _Mirror:
         self._files = {
@@ -205,14 +205,14 @@ class _Mirror:
         return record.get("event") in ENDINGS
 
 
-async def _tail(client: Any, job: str, mirror: _Mirror, hear: Callable[[str], None]) -> bool:
-    """Read a job's output to its end. Returns: whether the run's last record was there."""
+async def _tail(client: Any, job: str, mirror: _Mirror, on_output: Callable[[str], None]) -> bool:
+    """Read a job's output to its end. Returns: whether it contained the run's last record."""
     rest = ""
     async for chunk in client.tail_job_logs(job):
         *lines, rest = (rest + chunk).split("\n")
         for line in lines:
             if not line.startswith(MARK):
-                hear(line)
+                on_output(line)
             elif mirror.take(line[len(MARK) :]):
                 return True
     return False
@@ -220,7 +220,7 @@ async def _tail(client: Any, job: str, mirror: _Mirror, hear: Callable[[str], No
 
 @contextlib.contextmanager
 def job_client(cluster: Cluster) -> Iterator[Any]:
-    """Ray's client for jobs, connected. Raises: ClusterError if the job server is not reached, or refuses."""
+    """Connect Ray's job client. Raises: ClusterError if the job server cannot be reached or refuses."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", cluster.token())
     from ray.job_submission import JobSubmissionClient
@@ -229,26 +229,29 @@ def job_client(cluster: Cluster) -> Iterator[Any]:
     with cluster.job_server() as url:
         try:
             client = JobSubmissionClient(url, headers={"Authorization": f"Bearer {cluster.token()}"})
-        except Exception as error:  # requests' and Ray's own
+        except Exception as error:  # of requests and Ray
             raise ClusterError(
                 f"the job server of '{cluster.name}' does not answer: {first_line(error)}"
             ) from error
         yield client
 
 
-def submit_job(client: Any, at: RemoteRef, *, verb: str) -> None:
-    command = [at.python, "-P", "-m", "forge.remote.head_cli", verb, at.folder]
-    command += ["--events", str(at.events), "--steps", str(at.steps)]
+def submit_job(client: Any, ref: RemoteRef, *, verb: str) -> None:
+    command = [ref.python, "-P", "-m", "forge.remote.head_cli", verb, ref.folder]
+    command += ["--events", str(ref.events), "--steps", str(ref.steps)]
     try:
         client.submit_job(
-            entrypoint=shlex.join(command), submission_id=at.job, metadata={"run": Path(at.folder).name}
+            entrypoint=shlex.join(command), submission_id=ref.job, metadata={"run": Path(ref.folder).name}
         )
-    except Exception as error:  # Ray raises RuntimeError for all that the server says
-        raise ClusterError(f"'{at.cluster}' did not accept the job: {first_line(error)}") from error
+    except Exception as error:  # Ray raises RuntimeError for every answer of the server
+        raise ClusterError(f"'{ref.cluster}' did not accept the job: {first_line(error)}") from error
 
 
 def ask(cluster: Cluster, *words: str, stdin: bytes = b"", timeout_s: float = 60.0) -> Any:
-    """What the head answers. Raises: the error that it met; ClusterError if it is not reached."""
+    """Run a command of `head_cli` on the head and return its result.
+
+    Raises: the error that the command reports; ClusterError if the head cannot be reached.
+    """
     done = cluster.on_head(
         ["python", "-P", "-m", "forge.remote.head_cli", *words], stdin=stdin, timeout_s=timeout_s
     )
@@ -259,8 +262,8 @@ def answer_of(cluster: Cluster, stdout: bytes, stderr: bytes) -> Any:
     try:
         answer = json.loads(stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        lines = stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise ClusterError(f"the head of '{cluster.name}' could not answer: {lines[-1]}") from None
+        lines = stderr.decode(errors="replace").strip().splitlines() or ["no output"]
+        raise ClusterError(f"the command on the head of '{cluster.name}' failed: {lines[-1]}") from None
     if "error" in answer:
         raise error_named(answer["error"]["class"], message=answer["error"]["message"])
     return answer["answer"]
@@ -270,16 +273,10 @@ def job_name(folder: Path) -> str:
     return f"{folder.name}-{secrets.token_hex(2)}"
 
 
-def write_remote_ref(folder: Path, at: RemoteRef) -> None:
-    draft = folder / f"{REMOTE}.draft"
-    draft.write_text(json.dumps(asdict(at), indent=1) + "\n")
-    draft.replace(folder / REMOTE)
+def write_remote_ref(folder: Path, ref: RemoteRef) -> None:
+    write_atomic(folder / REMOTE, json.dumps(asdict(ref), indent=1) + "\n")
 
 
-def _forget_job(folder: Path, at: RemoteRef) -> None:
-    """Remember where the run was, and that it is there no more."""
-    write_remote_ref(folder, replace(at, job=""))
-
-
-def first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _forget_job(folder: Path, ref: RemoteRef) -> None:
+    """Record that the run no longer has a job, keeping where it was."""
+    write_remote_ref(folder, replace(ref, job=""))

@@ -1,8 +1,8 @@
-"""Secrets of whoever asks for a run: which they are, how they get to the machines, how they stay out of files.
+"""Pass the secrets of a run from an ssh command on the head to the driver, without a file.
 
-They come from the environment and go into the environment, of the processes of that run alone. On the way they
-lie in memory only: a small process on the head keeps them for a few minutes behind a socket that has no file,
-until the process that carries the run asks. Whoever listens and whoever asks must be the same user.
+They come from the client's environment and go into the environment of the run's processes. In between, a small
+process on the head keeps them in memory for at most ten minutes, behind an abstract Unix socket, until the driver
+takes them. Both ends must belong to the same user.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from collections.abc import Mapping
 
 from forge.errors import RunError
 
-_LENT_FOR_S = 600.0
-_PATIENCE_S = 10.0
+_STASH_S = 600.0
+_TIMEOUT_S = 10.0
 
 
 def stash_secrets(name: str, values: Mapping[str, str]) -> None:
-    """Keep values in the memory of a process of its own until `take_secrets` asks, for ten minutes at most.
+    """Keep values in the memory of a child process until `take_secrets` is called, for ten minutes at most.
 
-    Returns when they can be borrowed.
+    Returns once they can be taken.
 
-    Raises: RunError if they are lent already.
+    Raises: RunError if values are already stashed under that name.
     """
     server = socket.socket(socket.AF_UNIX)
     try:
         server.bind(_address(name))
     except OSError as error:
-        raise RunError(f"what {name} needs is being lent already: {error.strerror}") from error
+        raise RunError(
+            f"credentials for {name} are already staged on the head ({error.strerror}); "
+            "another forge train for it may be starting"
+        ) from error
     server.listen(1)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -41,7 +44,7 @@ def stash_secrets(name: str, values: Mapping[str, str]) -> None:
         return
     try:
         os.setsid()
-        # Whoever waits for the end of this command's output must not wait for this process.
+        # Close every inherited file, so that a reader of this command's output does not wait for this process.
         os.closerange(0, server.fileno())
         os.closerange(server.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         _serve(server, json.dumps(dict(values)).encode())
@@ -50,41 +53,44 @@ def stash_secrets(name: str, values: Mapping[str, str]) -> None:
 
 
 def take_secrets(name: str) -> dict[str, str]:
-    """What was lent under a name; nothing if nothing was. Raises: RunError if another user lends it."""
+    """Take the values stashed under a name, once; empty if there are none.
+
+    Raises: RunError if another user stashed them.
+    """
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(_PATIENCE_S)
+        client.settimeout(_TIMEOUT_S)
         try:
             client.connect(_address(name))
         except OSError:
             return {}
         if _user_of(client) != os.getuid():
-            raise RunError(f"what {name} needs is lent by another user of this machine, and not taken")
+            raise RunError(f"credentials for {name} were staged by another user of this machine; not using them")
         try:
             with client.makefile("rb") as stream:
                 values: dict[str, str] = json.loads(stream.read() or b"{}")
-        except ConnectionResetError:  # it has served another, and ended
+        except ConnectionResetError:  # it has already served another process
             return {}
         return values
 
 
 def _serve(server: socket.socket, content: bytes) -> None:
-    deadline = time.monotonic() + _LENT_FOR_S
+    deadline = time.monotonic() + _STASH_S
     while (left := deadline - time.monotonic()) > 0:
         server.settimeout(left)
         client, _ = server.accept()
         with client:
             if _user_of(client) == os.getuid():
-                client.settimeout(_PATIENCE_S)
+                client.settimeout(_TIMEOUT_S)
                 client.sendall(content)
                 return
 
 
 def _user_of(peer: socket.socket) -> int:
-    """The user at the other end. Source: unix(7), SO_PEERCRED."""
+    """Return the user id of the other end. Source: unix(7), SO_PEERCRED."""
     _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return int(uid)
 
 
 def _address(name: str) -> str:
-    """In the abstract namespace: no file, gone with its process."""
+    """An address in the abstract namespace: it has no file and disappears with its process."""
     return f"\0forge-{os.getuid()}-{name}"

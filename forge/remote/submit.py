@@ -1,8 +1,7 @@
-"""A run goes to a cluster: what it needs is sent to the head, and a job of Ray's carries it there.
+"""Send a run to a cluster: check it, send the corpus, the run folder and the secrets to its head, submit a Ray job.
 
-In go a plan and a cluster that is up; the corpus, if it is not there yet, the run's small files and its secrets
-are handed to the head over its own door, and then Ray is given a job. `forge.remote.mirror` brings back what
-happens.
+`Cluster.on_head` runs the commands of `forge.remote.head_cli`; the Ray job runs the driver. `forge.remote.mirror`
+brings the records back.
 """
 
 from __future__ import annotations
@@ -56,21 +55,21 @@ _SMALL_FILES: tuple[str, ...] = ("job.yaml", "plan.json", ARCHIVE, EVENTS, METRI
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteTarget:
-    """A cluster that runs can be sent to, as its head describes it."""
+    """A cluster that runs can be sent to, as reported by its head."""
 
     cluster: Cluster
     python: str
-    """forge's, on the head."""
+    """Path of the interpreter on the head."""
     gpu: tuple[str, int] | None
-    """Name and bytes of a worker's GPU."""
+    """Name and memory in bytes of a worker's GPU."""
     storage: str
-    """Where runs keep their checkpoints unless their job says; empty if the cluster's file does not."""
+    """Where runs store checkpoints if their job does not say; empty if the cluster file has no `storage`."""
 
 
 def preflight(cluster: Cluster) -> RemoteTarget:
-    """Look whether a cluster can take runs from here.
+    """Check that a cluster can take runs from this machine.
 
-    Raises: ClusterError if it is not reached, or has other versions of what must be the same on both sides.
+    Raises: ClusterError if it cannot be reached, or its versions of Python, forge, Ray or torch differ.
     """
     threading.Thread(target=_import_jobs, daemon=True).start()
     found = ask(cluster, "check")
@@ -80,20 +79,20 @@ def preflight(cluster: Cluster) -> RemoteTarget:
         there = found["versions"].get(name)
         if _release(name, here) != _release(name, str(there)):
             raise ClusterError(
-                f"{name} is {there} on the cluster '{cluster.name}' and {here} here, and must be the same; set it "
-                f"up anew: forge cluster down {cluster.name}, then forge cluster up with its file"
+                f"{name} is {there} on the cluster '{cluster.name}' and {here} on this machine, but must be equal; "
+                f"recreate the cluster: forge cluster down {cluster.name}, then forge cluster up with its file"
             )
     gpu = _gpu_of(cluster, found["gpu"])
     return RemoteTarget(cluster=cluster, python=found["python"], gpu=gpu, storage=found["storage"])
 
 
 def _import_jobs() -> None:
-    """Import Ray's client for jobs while the head is asked."""
+    """Import Ray's job client while the head answers."""
     import ray.job_submission  # noqa: F401
 
 
 def _gpu_of(cluster: Cluster, on_head: list[Any] | None) -> tuple[str, int] | None:
-    """What workers have: as the cluster's file says, since a head is often without; else what the head has."""
+    """The GPU of a worker: from the cluster file, since a head often has none; otherwise the head's."""
     known = find_gpu(cluster.gpu) if cluster.gpu is not None else None
     if known is not None:
         return known.name, known.memory_gib * 2**30
@@ -101,113 +100,115 @@ def _gpu_of(cluster: Cluster, on_head: list[Any] | None) -> tuple[str, int] | No
 
 
 def _release(name: str, version: str) -> str:
-    """What must agree: of Python the minor version; of others not how they were built, as torch's `+cpu` says."""
+    """The part that must agree: Python up to the minor version, others without the build tag (torch's `+cpu`)."""
     return ".".join(version.split(".")[:2]) if name == "python" else version.partition("+")[0]
 
 
-def fit_to(site: RemoteTarget, loaded: LoadedJob) -> LoadedJob:
-    """The job as it is to run there: its checkpoints in a place that all machines of the cluster reach.
+def adapt_job(target: RemoteTarget, loaded: LoadedJob) -> LoadedJob:
+    """Change a job's checkpoint location to one that all nodes of the cluster can reach.
 
-    Raises: ArgumentError if there is none, or if what the job reads is not there.
+    Raises: ArgumentError if there is none, or if a folder that the job reads is missing on the cluster.
     """
-    job, cluster = loaded.job, site.cluster
+    job, cluster = loaded.job, target.cluster
     if cluster.shares_files:
         return loaded
     weights = job.model.from_pretrained
     if weights is not None and Path(weights).is_dir():
-        place = str(Path(weights).absolute())
-        if not ask(cluster, "check", "--folder", place)["has_folder"]:
+        path = str(Path(weights).absolute())
+        if not ask(cluster, "check", "--folder", path)["has_folder"]:
             raise ArgumentError(
-                f"model.from_pretrained is the folder {weights} of this machine, which '{cluster.name}' has not: "
-                f"put it at {place} on every machine there"
+                f"model.from_pretrained is the folder {weights}, which does not exist on '{cluster.name}': "
+                f"copy it to {path} on every node of the cluster"
             )
     if "://" in job.checkpoint.to:
         return loaded
-    if not site.storage:
+    if not target.storage:
         raise ArgumentError(
-            f"a run on '{cluster.name}' keeps its checkpoints where all its machines reach them: set checkpoint.to "
-            "to a URL such as s3://bucket/runs, or storage in the cluster's file"
+            f"a run on '{cluster.name}' needs checkpoint storage that all nodes can reach: set checkpoint.to to a "
+            "URL such as s3://bucket/runs, or storage in the cluster file"
         )
-    checkpoint = job.checkpoint.model_copy(update={"to": site.storage})
+    checkpoint = job.checkpoint.model_copy(update={"to": target.storage})
     return replace(loaded, job=job.model_copy(update={"checkpoint": checkpoint}))
 
 
-def hardware_there(site: RemoteTarget) -> Callable[[JobSpec], HardwareInfo]:
-    """How the plan is told what a worker gets on a cluster."""
-    return partial(hardware, gpu_there=site.gpu, is_here=site.cluster.shares_files)
+def remote_hardware(target: RemoteTarget) -> Callable[[JobSpec], HardwareInfo]:
+    """Return the function that tells the plan what a worker gets on this cluster."""
+    return partial(hardware, gpu_there=target.gpu, is_here=target.cluster.shares_files)
 
 
-def resolve_there(
-    site: RemoteTarget, loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None
+def resolve_remote(
+    target: RemoteTarget, loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None
 ) -> Plan:
-    """The plan of a job that is to run on a cluster. Raises: ArgumentError, and what `resolve` raises."""
+    """Plan a job that will run on a cluster. Raises: ArgumentError, and what `resolve` raises."""
     return resolve(
-        fit_to(site, loaded),
+        adapt_job(target, loaded),
         on_progress=on_progress,
-        find_hardware=hardware_there(site),
-        count_slots=lambda found, _: count_slots(site.cluster.status(), found),
+        find_hardware=remote_hardware(target),
+        count_slots=lambda found, _: count_slots(target.cluster.status(), found),
     )
 
 
-def submit(site: RemoteTarget, plan: Plan, *, folder: Path) -> RunHandle:
-    """Send a run to a cluster and have a job carry it; return once it is accepted.
+def submit(target: RemoteTarget, plan: Plan, *, folder: Path) -> RunHandle:
+    """Send a run to a cluster and submit its Ray job; return once the job is accepted.
 
     Args:
-        folder: the run's, on this machine.
+        folder: of the run, on this machine.
 
-    Raises: ClusterError if the cluster is not reached, or the job does not start; DataError if the corpus does
-        not arrive.
+    Raises: ClusterError if the cluster cannot be reached, or the job does not start; DataError if the corpus cannot
+        be sent.
     """
-    cluster = site.cluster
-    there = _admit(cluster, plan, folder)
+    cluster = target.cluster
+    remote_folder = _upload(cluster, plan, folder)
     num_events, num_steps = count_records(folder)
-    at = RemoteRef(
+    ref = RemoteRef(
         cluster=cluster.name,
-        folder=there,
-        python=site.python,
+        folder=remote_folder,
+        python=target.python,
         job=job_name(folder),
         events=num_events,
         steps=num_steps,
     )
     if not cluster.shares_files:
-        write_remote_ref(folder, at)
+        write_remote_ref(folder, ref)
     with job_client(cluster) as client:
-        submit_job(client, at, verb="carry")
+        submit_job(client, ref, verb="run")
         if cluster.shares_files:
-            return _await_carrier(client, at, folder)
-    return RemoteRun(folder, at, cluster=cluster)
+            return _await_driver(client, ref, folder)
+    return RemoteRun(folder, ref, cluster=cluster)
 
 
-def _await_carrier(client: Any, at: RemoteRef, folder: Path) -> LocalRun:
-    """On this machine: the process that the job has started. Raises: ClusterError with the job's last words."""
+def _await_driver(client: Any, ref: RemoteRef, folder: Path) -> LocalRun:
+    """Wait for the driver on a cluster of this machine. Raises: ClusterError with the job's last lines."""
     deadline = time.monotonic() + _START_TIMEOUT_S
     while True:
         pid = driver_pid(folder)
         if pid is not None:
             return LocalRun(folder=folder, pid=pid)
-        if client.get_job_status(at.job).is_terminal() or time.monotonic() > deadline:
-            last = [line for line in client.get_job_logs(at.job).splitlines() if line.strip()][-3:]
-            raise ClusterError(f"the run did not start: {' / '.join(last) or 'its job said nothing'}")
+        if client.get_job_status(ref.job).is_terminal() or time.monotonic() > deadline:
+            last = [line for line in client.get_job_logs(ref.job).splitlines() if line.strip()][-3:]
+            raise ClusterError(f"the run did not start: {' / '.join(last) or 'its job printed nothing'}")
         time.sleep(_POLL_S)
 
 
-def _admit(cluster: Cluster, plan: Plan, folder: Path) -> str:
-    """Hand over the run's small files and its secrets, and its corpus where that is missing.
+def _upload(cluster: Cluster, plan: Plan, folder: Path) -> str:
+    """Send the run's small files and secrets, and its corpus if the cluster lacks it.
 
-    Returns: the run's folder on the head.
+    The upload is repeated after the corpus, so that the secrets wait on the head only for the driver.
+
+    Returns: the run folder on the head.
     """
-    words, names = ["admit", folder.name], _SMALL_FILES
+    words, names = ["upload", folder.name], _SMALL_FILES
     if cluster.shares_files:
         words, names = [*words, "--folder", str(folder.absolute())], ()
-    elif plan.job.checkpoint.to.startswith("/"):  # a folder that all machines share: the run's own lies there too
+    elif plan.job.checkpoint.to.startswith("/"):  # a folder that all nodes share holds the run folder too
         words += ["--folder", f"{plan.job.checkpoint.to}/{folder.name}"]
     stdin = json.dumps(credentials(os.environ)).encode() + b"\n" + _packed(folder, names=names)
-    admitted = ask(cluster, *words, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
-    if not admitted["has_corpus"]:
+    uploaded = ask(cluster, *words, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
+    if not uploaded["has_corpus"]:
         _send_corpus(cluster, plan)
-        admitted = ask(cluster, *words, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
-    there: str = admitted["folder"]
-    return there
+        uploaded = ask(cluster, *words, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
+    remote_folder: str = uploaded["folder"]
+    return remote_folder
 
 
 def _send_corpus(cluster: Cluster, plan: Plan) -> None:
@@ -219,7 +220,7 @@ def _send_corpus(cluster: Cluster, plan: Plan) -> None:
         try:
             with os.fdopen(write_fd, "wb") as stream:
                 send_corpus(folder, stream=stream)
-        except (OSError, ForgeError) as error:  # the other end tells more, if there is one
+        except (OSError, ForgeError) as error:  # the error of the other end is more precise, if there is one
             problems.append(error)
 
     thread = threading.Thread(target=send, daemon=True)
@@ -234,7 +235,7 @@ def _send_corpus(cluster: Cluster, plan: Plan) -> None:
 
 
 def _packed(folder: Path, *, names: tuple[str, ...]) -> bytes:
-    """The run's small files and its tokenizer, as a tar file; nothing where the files are shared."""
+    """Pack the run's small files and its tokenizer as a tar file; an empty one if the files are shared."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
         for name in [name for name in names if (folder / name).exists()]:

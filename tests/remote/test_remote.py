@@ -1,4 +1,4 @@
-"""A run on a cluster that shares no file with this machine: it gets there, and what it says comes back, once."""
+"""Runs on a cluster that shares no files with this machine: every record comes back, once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from forge.cluster.base import Cluster
 from forge.config.load import load_job
 from forge.errors import ArgumentError, ClusterError, DataError
 from forge.plan.plan import Plan
-from forge.remote.submit import RemoteTarget, fit_to, hardware_there, preflight, resolve_there, submit
+from forge.remote.submit import RemoteTarget, adapt_job, preflight, remote_hardware, resolve_remote, submit
 from forge.runs.create import create_run
 from forge.runs.reader import read_metrics, read_run
 from forge.runs.trials import TrialTable
@@ -64,27 +64,29 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def planned(site: RemoteTarget, home: Path, *overrides: str) -> tuple[Plan, Path]:
-    """A run that is ready to be sent."""
-    fitting = fit_to(site, load_job(home / "job.yaml", overrides=overrides))
-    plan = resolve(fitting, find_hardware=hardware_there(site))
+def planned(target: RemoteTarget, home: Path, *overrides: str) -> tuple[Plan, Path]:
+    """A run folder that is ready to be sent."""
+    fitting = adapt_job(target, load_job(home / "job.yaml", overrides=overrides))
+    plan = resolve(fitting, find_hardware=remote_hardware(target))
     return plan, create_run(plan, root=str(home / "runs"))
 
 
 def with_storage(cluster: Cluster, there: Path) -> RemoteTarget:
-    """The cluster as one whose file names a folder that all its machines share."""
-    site = preflight(cluster)
-    return RemoteTarget(cluster=cluster, python=site.python, gpu=site.gpu, storage=str(there / "shared"))
+    """The cluster with a folder that all its nodes share as storage."""
+    target = preflight(cluster)
+    return RemoteTarget(cluster=cluster, python=target.python, gpu=target.gpu, storage=str(there / "shared"))
 
 
 def steps_of(folder: Path) -> list[int]:
     return [record["step"] for record in read_metrics(folder)]
 
 
-def test_a_run_lives_through_all_that_may_happen_to_its_client(cluster: Elsewhere, there: Path, home: Path) -> None:
-    """Sent by a client that is killed; followed by another, under which its job is killed; stopped."""
-    site = with_storage(cluster, there)
-    plan, folder = planned(site, home, "training.total_steps=100000")
+def test_remote_run__client_and_job_killed__records_arrive_once_until_stopped(
+    cluster: Elsewhere, there: Path, home: Path
+) -> None:
+    """The client is killed; another one follows the run; its Ray job is killed; then the run is stopped."""
+    target = with_storage(cluster, there)
+    plan, folder = planned(target, home, "training.total_steps=100000")
     command = [sys.executable, "-m", "tests.support.remote_client", str(home), str(there), str(folder)]
     env = environment(home, PYTHONPATH=str(Path(__file__).parents[2]), WANDB_API_KEY=SECRET)
     client = subprocess.Popen(command, env=env)
@@ -95,15 +97,15 @@ def test_a_run_lives_through_all_that_may_happen_to_its_client(cluster: Elsewher
     client.wait()
     assert read_run(folder).status == "running"
 
-    carried = cluster.attach(folder)
+    run_handle = cluster.attach(folder)
     wait_for(lambda: len(steps_of(folder)) > 50)
-    kill_job(folder)  # whoever prints the records on the head
+    kill_job(folder)  # the process on the head that prints the records
     seen = len(steps_of(folder))
-    with pytest.raises(ArgumentError, match="being carried there already"):
-        submit(site, plan, folder=folder)
+    with pytest.raises(ArgumentError, match="already running on the cluster"):
+        submit(target, plan, folder=folder)
     wait_for(lambda: len(steps_of(folder)) > seen + 50)
-    carried.request_stop()
-    carried.wait()
+    run_handle.request_stop()
+    run_handle.wait()
     run = read_run(folder)
     assert run.status == "stopped"
     assert run.newest("CheckpointSaved", step=run.step) is not None
@@ -119,26 +121,26 @@ def test_a_run_lives_through_all_that_may_happen_to_its_client(cluster: Elsewher
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_there(cluster: Elsewhere, there: Path, home: Path) -> None:
-    site = with_storage(cluster, there)
-    plan, folder = planned(site, home, "training.total_steps=100000")
-    carried = submit(site, plan, folder=folder)
+def test_submit__stopped_run__resumes_on_the_cluster(cluster: Elsewhere, there: Path, home: Path) -> None:
+    target = with_storage(cluster, there)
+    plan, folder = planned(target, home, "training.total_steps=100000")
+    run_handle = submit(target, plan, folder=folder)
     wait_for(lambda: len(steps_of(folder)) > 5)
-    carried.request_stop()
-    carried.wait()
+    run_handle.request_stop()
+    run_handle.wait()
     run = read_run(folder)
     assert run.status == "stopped"
-    carried = submit(site, plan, folder=folder)
+    run_handle = submit(target, plan, folder=folder)
     wait_for(lambda: len(steps_of(folder)) > run.step + 5)
-    carried.request_stop()
-    carried.wait()
+    run_handle.request_stop()
+    run_handle.wait()
     assert read_run(folder).step > run.step
     run = read_run(folder)
     assert (run.status, steps_of(folder)) == ("stopped", list(range(1, run.step + 1)))
 
 
 def require_no_secret(*roots: Path) -> None:
-    """In no file, and on no command line."""
+    """Check that the secret is in no file and on no command line."""
     for root in roots:
         for path in root.rglob("*"):
             if path.is_file() and not path.is_symlink():
@@ -153,7 +155,7 @@ def kill_job(folder: Path) -> None:
             process.send_signal(signal.SIGKILL)
 
 
-def test_nobody_gives_the_cluster_a_job_without_its_token(cluster: Elsewhere) -> None:
+def test_job_server__request_without_token__is_refused(cluster: Elsewhere) -> None:
     with cluster.job_server() as url:
         assert url.startswith("http://127.0.0.1:")
         body = b'{"entrypoint": "id > /tmp/forge-was-here"}'
@@ -168,7 +170,7 @@ def test_nobody_gives_the_cluster_a_job_without_its_token(cluster: Elsewhere) ->
     assert not Path("/tmp/forge-was-here").exists()
 
 
-def test_a_cluster_with_another_version_is_named(cluster: Elsewhere) -> None:
+def test_preflight__other_ray_version__raises(cluster: Elsewhere) -> None:
     class Older(Elsewhere):
         def on_head(self, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[bytes]:
             done = super().on_head(*arguments, **options)
@@ -179,36 +181,36 @@ def test_a_cluster_with_another_version_is_named(cluster: Elsewhere) -> None:
         preflight(Older(cluster._there))
 
 
-def test_a_run_that_would_keep_its_checkpoints_on_one_machine_is_refused(cluster: Elsewhere, home: Path) -> None:
+def test_adapt_job__no_shared_storage__raises(cluster: Elsewhere, home: Path) -> None:
     with pytest.raises(ArgumentError, match=r"set checkpoint\.to"):
         planned(preflight(cluster), home)
 
 
 @pytest.mark.slow
-def test_a_corpus_that_cannot_be_read_here_is_named(cluster: Elsewhere, there: Path, home: Path) -> None:
-    site = with_storage(cluster, there)
-    plan, folder = planned(site, home, "data.seed=7")
+def test_submit__unreadable_corpus__raises_at_once(cluster: Elsewhere, there: Path, home: Path) -> None:
+    target = with_storage(cluster, there)
+    plan, folder = planned(target, home, "data.seed=7")
     next(Path(plan.corpus.folder).glob("*.tokens")).unlink()
     began = time.monotonic()
     with pytest.raises(DataError, match="cannot be read"):
-        submit(site, plan, folder=folder)
+        submit(target, plan, folder=folder)
     assert time.monotonic() - began < 20
 
 
 @pytest.mark.slow
-def test_a_search_is_carried_there_and_its_trials_are_told_here(
+def test_remote_search__trials_arrive_here(
     cluster: Elsewhere, there: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     (home / "job.yaml").write_text(JOB.replace("held_out: 0", "held_out: 10%") + SEARCH)
-    site = with_storage(cluster, there)
-    plan = resolve_there(site, load_job(home / "job.yaml", overrides=["training.total_steps=40"]))
+    target = with_storage(cluster, there)
+    plan = resolve_remote(target, load_job(home / "job.yaml", overrides=["training.total_steps=40"]))
     assert plan.search is not None
     assert plan.search.trials_at_once == 2
     folder = create_run(plan, root=str(home / "runs"))
-    carried = submit(site, plan, folder=folder)
-    wait_for(lambda: not carried.is_alive(), timeout_s=150)
-    carried.wait()
+    run_handle = submit(target, plan, folder=folder)
+    wait_for(lambda: not run_handle.is_alive(), timeout_s=150)
+    run_handle.wait()
     assert read_run(folder).status == "finished", read_run(folder).events[-1]
     trials = TrialTable(read_run(folder).events).trials
     assert {number: trial.status for number, trial in trials.items()} == dict.fromkeys((1, 2, 3), "finished")

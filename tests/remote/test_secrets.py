@@ -1,4 +1,4 @@
-"""Secrets get to the machines through memory alone, to the same user alone, and out of every text."""
+"""Secrets reach the driver through memory, for the same user only, and are removed from every text."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ _ENVIRONMENT = {
 }
 
 
-def test_what_a_run_needs_is_taken_and_what_means_nothing_elsewhere_is_not() -> None:
+def test_credentials__environment__keeps_secrets_and_endpoints_only() -> None:
     assert set(credentials(_ENVIRONMENT)) == {"WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"}
 
 
-def test_secrets_are_struck_out_of_a_text_and_endpoints_are_not() -> None:
+def test_redacted__text_with_secrets__hides_them_and_keeps_endpoints() -> None:
     text = "PUT http://127.0.0.1:5000/x with aws-secret-0123456789: key wandb-0123456789 refused"
     assert redacted(text, _ENVIRONMENT) == "PUT http://127.0.0.1:5000/x with ***: key *** refused"
 
 
-def test_what_is_lent_is_borrowed_once() -> None:
+def test_take_secrets__second_call__returns_nothing() -> None:
     name = f"test-{os.getpid()}-once"
     stash_secrets(name, {"WANDB_API_KEY": "x" * 40})
     assert take_secrets(name) == {"WANDB_API_KEY": "x" * 40}
     assert take_secrets(name) == {}
 
 
-def test_what_is_lent_already_is_not_replaced() -> None:
+def test_stash_secrets__name_in_use__raises() -> None:
     name = f"test-{os.getpid()}-twice"
     stash_secrets(name, {"A": "first"})
-    with pytest.raises(RunError, match="being lent already"):
+    with pytest.raises(RunError, match="already staged"):
         stash_secrets(name, {"A": "second"})
     assert take_secrets(name) == {"A": "first"}
 
 
-def test_whoever_waits_for_the_lending_command_need_not_wait_for_the_lender() -> None:
+def test_stash_secrets__reader_of_the_command__is_not_blocked_by_the_stash() -> None:
     name = f"test-{os.getpid()}-command"
     code = f"from forge.remote.secrets import stash_secrets; stash_secrets({name!r}, {{'A': 'value'}})"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=20)

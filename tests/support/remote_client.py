@@ -1,8 +1,8 @@
-"""A cluster that shares no file with whoever uses it: this machine's own, under another home.
+"""A cluster that shares no files with its client: one on this machine, under another home folder.
 
     python -m tests.support.remote_client HERE THERE FOLDER
 
-submits the run whose folder is FOLDER and follows it, as a client that can be killed.
+submits the run in FOLDER and follows it, as a client that can be killed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.command import environment, forge
 
 
 class Elsewhere(LocalCluster):
-    """This machine's cluster as one that is far away."""
+    """This machine's cluster, used like a remote one."""
 
     def __init__(self, there: Path) -> None:
         super().__init__()
@@ -49,13 +49,13 @@ class Elsewhere(LocalCluster):
 
     def attach(self, folder: Path) -> RemoteRun:
         """Follow a run of this cluster."""
-        at = remote_ref_of(folder)
-        assert at is not None
-        return RemoteRun(folder, at, cluster=self)
+        ref = remote_ref_of(folder)
+        assert ref is not None
+        return RemoteRun(folder, ref, cluster=self)
 
 
 def home_of(folder: Path) -> dict[str, str]:
-    """The environment of somebody who lives in a folder, with the Ray token of this machine."""
+    """The environment of a user with this home folder, with the Ray token of this machine."""
     token = os.environ.get("RAY_AUTH_TOKEN_PATH") or str(Path.home() / ".ray" / "auth_token")
     kept = {name: value for name, value in environment(folder).items() if not name.startswith("AWS_")}
     return kept | {"HOME": str(folder), "RAY_AUTH_TOKEN_PATH": token}
@@ -63,7 +63,7 @@ def home_of(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def elsewhere(there: Path, *, num_nodes: int) -> Iterator[Elsewhere]:
-    """Raise the cluster; afterwards it is gone."""
+    """Start the cluster, and stop it afterwards."""
     env = home_of(there)
     try:
         up = forge("cluster", "up", "--nodes", str(num_nodes), cwd=there, env=env)
@@ -78,8 +78,8 @@ def _main() -> None:
     here, there, folder = map(Path, sys.argv[1:])
     os.environ |= environment(here) | {"FORGE_STATE": str(there / "state")}
     plan = plan_from_json((folder / "plan.json").read_text())
-    carried = submit(preflight(Elsewhere(there)), plan, folder=folder)
-    for record in follow(folder, goes_on=carried.is_alive):
+    run = submit(preflight(Elsewhere(there)), plan, folder=folder)
+    for record in follow(folder, goes_on=run.is_alive):
         if record is None:
             time.sleep(0.01)
 
