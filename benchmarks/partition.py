@@ -70,7 +70,7 @@ def start_run(job: Mapping[str, Any], hosts: Hosts, folder: Path) -> subprocess.
     file = write_job({**job, "folder": str(folder)}, workers=_NODES)
     run = create_run(resolve(load_job(file)))
     command = (sys.executable, "-m", "forge.runtime.driver", run, "--address", hosts.ray_address)
-    with (run / "logs" / "run.log").open("w") as log:
+    with (run / "logs" / "driver.log").open("w") as log:
         return hosts.run(0, *command, stdout=log, stderr=subprocess.STDOUT)
 
 

@@ -37,7 +37,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is impor
 from benchmarks.program import FORGE
 from forge.chaos.faults import RunProcesses, give_notice, processes_of, suspend
 from forge.cluster.local.ray_cluster import add_node, kill_node, start_head_alone, stop_local
-from forge.runs.reader import driver_pid, follow, is_alive
+from forge.process import is_alive
+from forge.runs.reader import driver_pid, follow
 
 _CORPUS_WORDS = 200_000
 _LEXICON_WORDS = 2_000

@@ -99,7 +99,7 @@ def logs(
     from forge.runs.reader import find_run, read_plan
 
     found = find_run(run, root=runs)
-    name = file or ("rank-0" if read_plan(found).search is None else "run")
+    name = file or ("rank-0" if read_plan(found).search is None else "driver")
     if remote_ref_of(found) is not None:
         display.print_text(remote_log(found, name=name, lines=lines) or "(empty)")
         return

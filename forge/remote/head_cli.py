@@ -1,9 +1,9 @@
 """The commands that `forge.remote` runs on a cluster's head: `python -m forge.remote.head_cli VERB`.
 
-`check` reports versions and hardware; `receive` stores a corpus and `upload` a run folder and its secrets, both from
-stdin; `status`, `stop`, `log` and `drain` serve runs and nodes. Each prints one line of JSON, the result or the error.
-`run` and `follow` are the entry points of Ray jobs: they print every record of the run on a line of its own, after a
-mark, until the run ends.
+`check` reports versions and hardware; `receive` stores a corpus and `upload` a run folder and its secrets, both
+from stdin; `status`, `stop`, `log` and `drain` serve runs and nodes. Each prints one line of JSON: the result or
+the error. `run` and `follow` are the entry points of Ray jobs: they print every record of the run on a line of its
+own, after a mark, until the run ends.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _launch(folder: Path) -> int:
         "--address",
         environment.pop("RAY_ADDRESS"),
     ]
-    log = folder / "logs" / "run.log"
+    log = folder / "logs" / "driver.log"
     with log.open("ab") as output:
         started = subprocess.run(
             ["/bin/sh", "-c", 'setsid "$@" 1>&2 & echo $!', "sh", *command],

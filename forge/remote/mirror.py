@@ -164,7 +164,7 @@ class RemoteRun:
         has_all = found["records"] == [num_events, num_steps]
         if not found["is_running"] and has_all:
             (self._folder / "logs").mkdir(exist_ok=True)
-            (self._folder / "logs" / "run.log").write_text("\n".join([*self._job_output, ""]))
+            (self._folder / "logs" / "driver.log").write_text("\n".join([*self._job_output, ""]))
             _forget_job(self._folder, self._ref)
             self._is_over = True
             return

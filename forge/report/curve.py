@@ -1,7 +1,4 @@
-"""The loss curve as a small picture of block characters, for terminals and plain text.
-
-In go the losses, of which some may be no numbers; out come lines of text.
-"""
+"""The loss curve drawn with block characters, for terminals and plain text."""
 
 from __future__ import annotations
 
@@ -9,16 +6,16 @@ from collections.abc import Sequence
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _LABEL = 9
-# Beyond this (and for what is no number) nothing can be drawn; a loss of 100 is a bad one.
-_ABSURD = 1e99
+# Losses beyond this, and those that are not numbers, are not drawn.
+_MAX_LOSS = 1e99
 
 
 def loss_curve(losses: Sequence[float], *, width: int, rows: int = 5) -> list[str]:
-    """The losses as `rows` lines of at most `width` characters; none if no loss can be drawn.
+    """Draw losses as `rows` lines of at most `width` characters; empty if no loss can be drawn.
 
-    Each column is the mean of the steps it stands for; the largest and smallest mean stand at the left.
+    Each column is the mean of its steps; the largest and the smallest mean label the axis.
     """
-    finite = [loss for loss in losses if abs(loss) < _ABSURD]
+    finite = [loss for loss in losses if abs(loss) < _MAX_LOSS]
     columns = max(1, width - _LABEL)
     if not finite:
         return []

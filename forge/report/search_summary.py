@@ -1,4 +1,4 @@
-"""What came out of a search: its trials, the best of them, and why there is none if there is none."""
+"""The result of a search: its trials, the best one, and the reason if no trial reported a value."""
 
 from __future__ import annotations
 
@@ -25,38 +25,37 @@ class SearchSummary:
 
     @property
     def search(self) -> SearchSpec:
-        """What was asked for."""
         return search_of(self.run.plan.job)
 
     @property
     def num_trials(self) -> int:
-        """How many trials there are to be."""
+        """Number of planned trials."""
         return self.run.plan.search.num_trials if self.run.plan.search else len(self.table.trials)
 
     @property
     def num_over(self) -> int:
-        """How many trials are over."""
+        """Number of trials that have ended."""
         return sum(trial.is_over for trial in self.table.trials.values())
 
 
 def search_summary(run: RunSummary) -> SearchSummary:
-    """Read what a search's events say. Raises: JobFileError if the run is no search."""
+    """Summarise a search from its events. Raises: JobFileError if the run is not a search."""
     table = TrialTable(run.events)
     return SearchSummary(run=run, table=table, best=table.best(search_of(run.plan.job).mode))
 
 
 def no_result_error(summary: SearchSummary) -> RunError | None:
-    """Why a search that has made its trials found nothing: the most frequent reason. None if it found something."""
+    """Return an error with the most frequent reason if no trial reported a usable value; None if one did."""
     if summary.best is not None or not summary.num_over:
         return None
     trials = [trial for trial in summary.table.trials.values() if trial.is_over]
     (reason, count), *_ = Counter(trial.reason or f"it {trial.status}" for trial in trials).most_common(1)
     metric = summary.search.metric
-    return RunError(f"none of {len(trials)} trials came to a value of {metric}; of {count} the reason is: {reason}")
+    return RunError(f"none of {len(trials)} trials reported a usable {metric}; the reason of {count}: {reason}")
 
 
 def outcome_facts(summary: SearchSummary) -> list[tuple[str, str]]:
-    """What a search found, and where it lies."""
+    """Describe the results and files of a search."""
     run, best = summary.run, summary.best
     trials = summary.table.trials.values()
     counts = Counter(status_of(trial, goes_on=run.status == "running") for trial in trials)
@@ -78,7 +77,7 @@ def outcome_facts(summary: SearchSummary) -> list[tuple[str, str]]:
 
 
 def trials_own(summary: SearchSummary) -> Trial | None:
-    """The first trial, if it had the job's own values and was judged."""
+    """Return the first trial, if it had the job's own values and reported a value."""
     first = summary.table.trials.get(1)
     if first is None or first.value is None or first.moves or summary.search.searcher.kind == "grid":
         return None

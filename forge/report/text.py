@@ -1,7 +1,4 @@
-"""A plan, a run and a search in words: lines of a name and a text, for a screen or a page.
-
-The text is plain; how it looks is decided by whoever shows it.
-"""
+"""Facts about a plan, a run and a search as (name, text) pairs, for terminals and HTML pages."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from forge.units import format_bytes, format_count, format_duration
 
 
 def headline(plan: DraftPlan) -> str:
-    """A job's size in a few words."""
+    """Describe the size of a job in a few words."""
     return (
         f"{'each trial: ' if plan.search else ''}"
         f"{format_count(plan.model.num_parameters)} parameters, "
@@ -29,7 +26,7 @@ def headline(plan: DraftPlan) -> str:
 
 
 def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
-    """What will be trained, on what, how; of a search its first trial."""
+    """Describe model, data, training and hardware of a job; for a search, of its first trial."""
     job = _trained(plan.job)
     training = job.training
     num_positions = plan.total_steps * training.global_batch_size * job.data.seq_len
@@ -78,7 +75,7 @@ def _code(job: JobSpec, code: CodeInfo) -> str:
 
 
 def search_facts(plan: DraftPlan) -> list[tuple[str, str]]:
-    """What a search will try, how often, and how it judges; nothing for a job without one."""
+    """Describe the space, searcher, scheduler and limits of a search; empty for a job without one."""
     search = plan.job.search
     if search is None or plan.search is None:
         return []
@@ -90,7 +87,7 @@ def search_facts(plan: DraftPlan) -> list[tuple[str, str]]:
          f"(room for {workers(plan.search.num_slots)})"),
         ("searcher", _searcher(search.searcher)),
         ("scheduler", _scheduler(search.scheduler)),
-        ("judged by", f"{search.metric}, {'less' if search.mode == 'min' else 'more'} is better"),
+        ("metric", f"{search.metric}, {'less' if search.mode == 'min' else 'more'} is better"),
     ]  # fmt: skip
     limits = [f"{search.max_hours:g} hours"] if search.max_hours is not None else []
     limits += [f"{search.max_usd:g} USD"] if search.max_usd is not None else []
@@ -100,7 +97,7 @@ def search_facts(plan: DraftPlan) -> list[tuple[str, str]]:
 
 
 def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
-    """What a run reached, and where it lies; why it ended early is told by `forge.runs.reader.failure_of`."""
+    """Describe the results and files of a run; `forge.runs.reader.failure_of` says why it ended early."""
     unigram = run.plan.corpus.unigram_perplexity
     facts: list[tuple[str, str]] = []
     if run.last:
@@ -128,7 +125,7 @@ def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
 
 
 def goodput_line(goodput: GoodputReport, *, width: int) -> str:
-    """What machines that come and go cost a run, in so many characters; nothing where it cost nothing."""
+    """Summarise goodput in at most `width` characters; empty for a run on one node without changes."""
     is_quiet = not (
         goodput.changes or goodput.num_repeated_steps or goodput.num_preemptions or goodput.num_nodes > 1
     )
@@ -144,7 +141,7 @@ def goodput_line(goodput: GoodputReport, *, width: int) -> str:
 
 
 def goodput_facts(goodput: GoodputReport) -> list[tuple[str, str]]:
-    """How much of a run's time was worth it, and what took the rest."""
+    """Describe the goodput of a run and what reduced it."""
     steps = f"{goodput.num_steps:,} new steps of {format_duration(goodput.ideal_step_s)}"
     happened = [
         _counted(goodput.num_changes, "change"),
@@ -154,20 +151,20 @@ def goodput_facts(goodput: GoodputReport) -> list[tuple[str, str]]:
     ]
     return [
         ("goodput", f"{number(goodput.goodput, '.1%')} ({steps} in {format_duration(goodput.wall_s)})"),
-        ("nodes", f"{number(goodput.node_goodput, '.1%')} of the time that they were there went into new steps"),
+        ("nodes", f"{number(goodput.node_goodput, '.1%')} of the available node time was spent on new steps"),
         ("changes", ", ".join(happened)),
     ]
 
 
 def bucket_rows(goodput: GoodputReport) -> list[list[str]]:
-    """Bucket, seconds and share, of all that are not empty, and of the whole."""
+    """Rows of bucket, seconds and share for every bucket with time in it, and for the wall time."""
     shown = [bucket for bucket in BUCKETS if goodput.seconds[bucket] > 0]
     rows = [[bucket, f"{goodput.seconds[bucket]:,.1f}", f"{goodput.share(bucket):.1%}"] for bucket in shown]
     return [*rows, ["wall time", f"{goodput.wall_s:,.1f}", "100.0%"]]
 
 
 def change_rows(goodput: GoodputReport, *, started: float, limit: int) -> list[list[str]]:
-    """The last changes: when after the start, the cause, the workers, how long until the next step, the reason."""
+    """Rows of the last changes: time since the start, cause, workers, seconds until the next step, reason."""
     return [
         [
             format_duration(max(0.0, change.time - started)),
@@ -181,7 +178,7 @@ def change_rows(goodput: GoodputReport, *, started: float, limit: int) -> list[l
 
 
 def number(value: float | None, shape: str) -> str:
-    """A value in a given format; `-` where there is none."""
+    """Format a value; `-` if it is None or not finite."""
     return "-" if value is None or not math.isfinite(value) else format(value, shape)
 
 
@@ -190,17 +187,17 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _trained(job: JobSpec) -> JobSpec:
-    """The job itself; of a search the job of its first trial."""
+    """Return the job itself, or the job of a search's first trial."""
     return job if job.search is None else trial_job(job, first_values(job.search))
 
 
 def _each(job: JobSpec) -> str:
-    asked = job.resources.workers
-    return workers(asked.low) if asked.low == asked.high else f"{asked} workers"
+    count = job.resources.workers
+    return workers(count.low) if count.low == count.high else f"{count} workers"
 
 
 def _trials(plan: DraftPlan) -> str:
-    assert plan.search is not None, "asked of a search"
+    assert plan.search is not None, "called for searches only"
     if plan.search.num_combinations is None:
         return f"{plan.search.num_trials}"
     if plan.search.is_whole_grid:
@@ -224,11 +221,13 @@ def _scheduler(scheduler: SchedulerSpec) -> str:
             return "none, every trial runs to its end"
         case "asha":
             factor = scheduler.reduction_factor
-            return f"asha, at {first} and at every {factor} times as many steps the best 1 of {factor} goes on"
+            return f"asha, at {first} and at every {factor} times as many steps the best 1 of {factor} continues"
         case "median":
             return f"median, from {first} on a trial worse than the median of the others is stopped"
     share = f"{scheduler.quantile:.0%}"
-    return f"{scheduler.kind}, every {scheduler.interval_steps} steps the worst {share} go on from the best {share}"
+    return (
+        f"{scheduler.kind}, every {scheduler.interval_steps} steps the worst {share} continue from the best {share}"
+    )
 
 
 def _hardware(plan: DraftPlan) -> str:

@@ -1,4 +1,4 @@
-"""What happens to the trials of a search, as lines for people."""
+"""Events of the trials of a search as lines of text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from forge.units import format_duration
 
 
 class TrialEventDescriber:
-    """Puts events into words, one after another, and keeps the table of them."""
+    """Describes the events of one search, in their order, and keeps the table of its trials."""
 
     def __init__(self, search: SearchSpec, *, past: Iterable[Mapping[str, Any]] = ()) -> None:
         self.table = TrialTable(past)
         self._search = search
 
     def describe(self, event: Mapping[str, Any]) -> str | None:
-        """What is to be said now that this has happened; None for nothing."""
+        """Return one line for an event; None if it does not concern a trial."""
         known = self.table.trials.get(event.get("trial", 0))
         was_started = known is not None and known.start_s is not None
         self.table.add(event)
@@ -30,12 +30,12 @@ class TrialEventDescriber:
         text = f"trial {trial.number}"
         match event["event"]:
             case "TrialStarted":
-                how = "goes on after" if was_started else "started in"
+                how = "resumed after" if was_started else "started in"
                 text += f" {how} {format_duration(event['seconds'])}: {values_in_short(trial.values)}"
             case "TrialReported":
-                text += f" step {event['step']} {self._judged(event['value'])}"
+                text += f" step {event['step']} {self._value(event['value'])}"
             case "TrialExploited":
-                text += f" goes on from trial {event['donor']} at step {event['step']}: "
+                text += f" continues from trial {event['donor']} at step {event['step']}: "
                 text += values_in_short(trial.values)
             case "TrialEnded":
                 text += f" {self._ended(event)}"
@@ -47,8 +47,8 @@ class TrialEventDescriber:
         scheduler, reason = self._search.scheduler.kind, event["reason"]
         by = f" by {scheduler}" if event["status"] == "stopped" and scheduler != "none" else ""
         why = f": {reason}" if reason and not (by and scheduler in reason) else ""
-        value = f", {self._judged(event['value'])}" if event["value"] is not None else ""
+        value = f", {self._value(event['value'])}" if event["value"] is not None else ""
         return f"{event['status']}{by} at step {event['step']}{value}{why}"
 
-    def _judged(self, value: float | None) -> str:
-        return f"{self._search.metric} {'is no number' if value is None else format_value(value)}"
+    def _value(self, value: float | None) -> str:
+        return f"{self._search.metric} {'is not a number' if value is None else format_value(value)}"

@@ -1,7 +1,4 @@
-"""The trials of a search as a table that fits its place: which are shown, in what order, in how many characters.
-
-Pure: in go the table and a size, out come lines of text.
-"""
+"""The trials of a search as a table that fits a terminal: which trials, in what order, in how many characters."""
 
 from __future__ import annotations
 
@@ -14,14 +11,14 @@ from forge.errors import printable
 from forge.runs.trials import Mode, Trial, TrialTable
 from forge.units import format_duration
 
-_LONGEST = 80
-_LEAST_VALUES_BESIDE_TIME = 16
-_LEAST_VALUES = 8
-"""Characters; with fewer the values of a trial tell nothing, and their column is left out."""
+_MAX_CHARS = 80
+_MIN_VALUES_CHARS_WITH_TIME = 16
+_MIN_VALUES_CHARS = 8
+"""With fewer characters the column of values is left out."""
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Dotted keys by their last part, or by as many as tell them apart."""
+    """Shorten dotted keys to as many last parts as distinguish them."""
     parts = {key: key.split(".") for key in keys}
     names: dict[str, str] = {}
     for key, own in parts.items():
@@ -39,14 +36,14 @@ def values_in_short(values: Mapping[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of the job for people, on one line."""
+    """Format a value of the job on one line."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), limit=_LONGEST)
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), limit=_MAX_CHARS)
 
 
 def select_trials(table: TrialTable, *, mode: Mode, room: int) -> list[Trial]:
-    """As many trials as there is room for: those that run, then the best, then the newest first."""
+    """Return at most `room` trials: the running ones, the best one, then the newest first."""
     running = [trial for trial in table.trials.values() if trial.status == "running"]
     best = table.best(mode)
     first = [*running, *([best] if best is not None and best not in running else [])]
@@ -57,11 +54,11 @@ def select_trials(table: TrialTable, *, mode: Mode, room: int) -> list[Trial]:
 def trial_rows(
     trials: Sequence[Trial], *, now: float | None, total_steps: int, best: Trial | None = None
 ) -> list[list[str]]:
-    """Trial, status, step of how many, value, values, time; the best one's number has a star.
+    """Rows of trial, status, step, value, values and time; the best trial's number has a star.
 
     Args:
-        now: seconds since the epoch while the search goes on; None afterwards.
-        total_steps: of a trial that has not said how many it makes.
+        now: seconds since the epoch while the search is running; None afterwards.
+        total_steps: of a trial that has not started yet.
     """
     return [
         [
@@ -77,27 +74,27 @@ def trial_rows(
 
 
 def status_of(trial: Trial, *, goes_on: bool) -> str:
-    """A trial's status; of one that is not over in a search that does not go on it is `unfinished`."""
+    """Return a trial's status; `unfinished` if the search ended before the trial."""
     return trial.status if goes_on or trial.is_over else "unfinished"
 
 
 def format_value(value: float | None) -> str:
-    """The metric of a trial, with digits enough to tell good ones apart; `-` where there is none."""
+    """Format the metric of a trial with 4 decimals or digits; `-` if it is None or not finite."""
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.4f}" if 0.01 <= abs(value) < 1e4 else f"{value:.4g}"
 
 
 def columns(metric: str) -> list[str]:
-    """The names above `trial_rows`; `#` is before those of numbers."""
+    """Return the column names of `trial_rows`; those of numbers start with `#`."""
     return ["#trial", "status", "#step", f"#{metric}", "values", "#time"]
 
 
 def fit_table(metric: str, rows: Sequence[Sequence[str]], *, width: int) -> list[str]:
-    """The lines of `trial_rows`, the names of the columns first, none longer than `width`.
+    """Format `trial_rows` as lines of at most `width` characters, the column names first.
 
-    The column `values` has what the others leave, and its own end is cut. Where that is too little the time goes,
-    then names and gaps become shorter, and at last the values go too.
+    The column `values` gets the remaining width and is truncated. If that is too little, the time is left out, then
+    names and gaps are shortened, then the values are left out too.
     """
     names, short = columns(metric), ["#", *columns(metric.rpartition("/")[2])[1:]]
     for head, left_out, gap in (
@@ -115,19 +112,19 @@ def fit_table(metric: str, rows: Sequence[Sequence[str]], *, width: int) -> list
         at = shown.index("values")
         wanted = widths[at]
         widths[at] = min(wanted, width - (sum(widths) - wanted) - len(gap) * (len(widths) - 1))
-        least = _LEAST_VALUES if left_out else _LEAST_VALUES_BESIDE_TIME
+        least = _MIN_VALUES_CHARS if left_out else _MIN_VALUES_CHARS_WITH_TIME
         if widths[at] >= min(wanted, least):
             break
     return [cut(_line(row, widths, shown, gap=gap), width=width) for row in table]
 
 
 def cut(text: str, *, width: int) -> str:
-    """At most `width` characters of it; that some are missing is seen."""
+    """Truncate a text to `width` characters, with an ellipsis."""
     return text if len(text) <= width else text[: max(0, width - 1)] + "…"[:width]
 
 
 def bars(shares: Mapping[str, float], *, width: int = 20) -> list[list[str]]:
-    """Name, share and a bar of at most `width` characters, the largest first."""
+    """Rows of name, share and a bar of at most `width` characters, the largest share first."""
     names, largest = short_names(shares), max([0.0, *filter(math.isfinite, shares.values())]) or 1.0
     by_size = sorted(shares, key=lambda key: -shares[key] if math.isfinite(shares[key]) else math.inf)
     return [

@@ -1,7 +1,7 @@
-"""What happens to the machines of a run, as lines for people.
+"""Membership events of a run as lines of text.
 
-In go the events as they come; out comes a line where there is something to say. That a generation ends is
-told together with what follows from it, so a loss is one line: what was lost, and how the run goes on.
+The end of a generation is described together with what follows from it, so the loss of a node is one line: what was
+lost, and how the run continues.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from forge.errors import printable
 from forge.units import format_duration
 
 _RAY_ID = re.compile(r"\b([0-9a-f]{4})[0-9a-f]{52}\b")
-_LONGEST = 300
+_MAX_CHARS = 300
 
 
 class EventDescriber:
-    """Puts events into words, one after another."""
+    """Describes the events of one run, in their order."""
 
     def __init__(self) -> None:
         self._reason = ""
-        """Why a generation ends, until it is told what follows."""
+        """Why the last generation ended, until the next event says what follows."""
         self._members: set[str] = set()
 
     def describe(self, event: Mapping[str, Any]) -> str | None:
-        """What is to be said now that this has happened; None for nothing."""
-        text = self._words(event)
+        """Return one line for an event; None if it is not worth a line of its own."""
+        text = self._text(event)
         return text and short(text)
 
-    def _words(self, event: Mapping[str, Any]) -> str | None:
+    def _text(self, event: Mapping[str, Any]) -> str | None:
         match event["event"]:
             case "NodeJoined":
                 return f"node {event['node']} joined ({event['host']}), with room for {workers(event['num_slots'])}"
             case "NodeLeft":
-                # Of one that was at work the change tells that follows.
-                is_told = event["node"] in self._members or event["node"] in self._reason
-                return None if is_told else f"node {event['node']} left: {event['reason']}"
+                # The membership change that follows describes the loss of a node with workers.
+                is_described = event["node"] in self._members or event["node"] in self._reason
+                return None if is_described else f"node {event['node']} left: {event['reason']}"
             case "PreemptionNoticeReceived":
                 if not event.get("is_certain", True):
-                    return f"node {event['node']} is likely to be taken away, says {event['source']}"
+                    return f"node {event['node']} is at risk of preemption (source: {event['source']})"
                 left_s = event["seconds_left"]
                 when = "soon" if left_s is None else f"in {format_duration(left_s)}"
-                return f"node {event['node']} will be taken away {when}, says {event['source']}"
+                return f"node {event['node']} will be preempted {when} (source: {event['source']})"
             case "RankHung":
                 silent = format_duration(event["silent_s"])
                 return f"no progress for {silent}, rank {event['rank']} is behind; every rank's log has its stacks"
@@ -52,7 +52,7 @@ class EventDescriber:
             case "WaitingForMachines":
                 return self._after_reason(f"waiting for machines: {event['have']} of {workers(event['need'])}")
             case "GenerationStarting":
-                return self._after_reason(forming(event))
+                return self._after_reason(describe_start(event))
             case "GenerationStarted":
                 self._members = {place["node"] for place in event.get("ranks", ())}
             case "SnapshotIntervalChanged":
@@ -62,7 +62,7 @@ class EventDescriber:
             case "RunStopped" if event.get("reason"):
                 return f"stopped: {event['reason']}"
             case "SupervisorRestarted":
-                return "the supervisor died and was started again; training went on meanwhile"
+                return "the supervisor died and was restarted; training continued meanwhile"
         return None
 
     def _after_reason(self, text: str) -> str:
@@ -70,9 +70,9 @@ class EventDescriber:
         return f"{reason}; {text}" if reason else text
 
 
-def forming(event: Mapping[str, Any]) -> str:
-    """`forming generation 3 of 2 workers from step 41 (memory)`."""
-    text = f"forming generation {event['generation']} of {workers(event['world_size'])}"
+def describe_start(event: Mapping[str, Any]) -> str:
+    """`starting generation 3 with 2 workers from step 41 (memory)`."""
+    text = f"starting generation {event['generation']} with {workers(event['world_size'])}"
     return f"{text} from step {event['from_step']} ({event['source']})" if event["from_step"] else text
 
 
@@ -82,5 +82,5 @@ def workers(count: int) -> str:
 
 
 def short(text: str) -> str:
-    """On one line, every id of Ray's by its first characters."""
-    return printable(_RAY_ID.sub(r"\1", text), limit=_LONGEST)
+    """Put a text on one line, with Ray's ids shortened to 4 characters."""
+    return printable(_RAY_ID.sub(r"\1", text), limit=_MAX_CHARS)

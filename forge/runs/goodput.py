@@ -1,20 +1,20 @@
 """Where the wall time of a run went: every second in exactly one bucket.
 
     training     steps done for the first time
-    repeated     steps done again, and what was lost of the one that an interruption ended
-    evaluating   the held-out loss was measured
-    saving       training stood still for a checkpoint, or the run waited for its last one
-    stalled      a rank hung, until that was seen
-    forming      from the start, or from the end of a generation, until the next one's first step begins
+    repeated     steps done again, and the unfinished part of an interrupted step
+    evaluating   measuring the held-out loss
+    saving       training waited for a checkpoint, or the run for its last one
+    stalled      from the last progress of a hung rank until the hang was detected
+    starting     from the start, or the end of a generation, until the first step of the next one begins
     waiting      too few machines
     other        the rest: between steps, and from the last step to the end of the run
 
-In come the records of `events.jsonl` and `metrics.jsonl`, one by one, so that a screen can keep a tracker as the
-run goes on; nothing else is needed, and no record is indispensable. The wall time is the sum of the run's
-stretches, each from RunStarted to its end; between two of them nobody works. Every record moves the clock on
-by what has passed since the one before (nothing, if its time is earlier) and claims its part of the seconds
-that are unclaimed; who ends a part of the run, a step or a generation, settles the rest. So the buckets add
-up to the wall time whatever the records say.
+The input is the records of `events.jsonl` and `metrics.jsonl`, one by one, so that a screen can update a tracker
+while the run is running; no single record is required. The wall time is the sum of the run's sessions, each from
+RunStarted to its end; the time between sessions does not count. Every record advances the clock by the time since
+the record before (by nothing if its time is earlier) and assigns a part of the unassigned seconds to a bucket; the
+record that ends a step or a generation assigns the rest. So the buckets add up to the wall time whatever the
+records say.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from typing import Any, Literal, get_args
 from forge.runs.node_utilization import NodeSeconds
 
 Record = Mapping[str, Any]
-Bucket = Literal["training", "repeated", "evaluating", "saving", "stalled", "forming", "waiting", "other"]
+Bucket = Literal["training", "repeated", "evaluating", "saving", "stalled", "starting", "waiting", "other"]
 BUCKETS: tuple[Bucket, ...] = get_args(Bucket)
 
 _FAILURES = ("hang", "failure")
-# Written a moment before the record of the step that they belong to.
+# Written just before the record of the step that they belong to.
 _BEFORE_THEIR_STEP = ("GenerationStarted", "Evaluated")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MembershipChange:
-    """One generation after another."""
+    """The change from one generation to the next."""
 
     time: float
     """When it began, in seconds since the epoch."""
     cause: str
     reason: str
     seconds_since_cause: float
-    """How much earlier it had happened, where that is known."""
+    """Seconds from its cause to its start; 0 if unknown."""
     seconds: float | None = None
     """Until the first step of the next generation ended; None if none did."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """What forming was made of, in seconds."""
+    """Seconds of each part of starting the next generation."""
     from_world_size: int | None = None
     to_world_size: int | None = None
     from_step: int | None = None
@@ -59,19 +59,19 @@ class MembershipChange:
 
     @property
     def has_ended(self) -> bool:
-        """Whether a step was made after it."""
+        """Whether a step was completed after it."""
         return self.seconds is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoodputReport:
-    """A run's time, and what became of it."""
+    """Where the wall time of a run went."""
 
     wall_s: float
     seconds: Mapping[Bucket, float]
-    """Of every bucket; together the wall time."""
+    """Per bucket; they add up to the wall time."""
     ideal_step_s: float
-    """Median of the first-time steps at the largest world size that the run had; nan before the first."""
+    """Median of new steps at the largest world size of the run; nan before the first."""
     goodput: float
     """New steps × ideal step time / wall time; above 1 if fewer workers were faster. nan before the first step."""
     node_goodput: float
@@ -82,22 +82,21 @@ class GoodputReport:
     num_preemptions: int
     """Notices, and machines lost without one."""
     num_failures: int
-    """Changes because a rank hung or broke."""
+    """Changes caused by a rank that hung or failed."""
     num_nodes: int
-    """Machines that are there now, or were at the end."""
+    """Nodes now, or at the end of the run."""
     changes: tuple[MembershipChange, ...]
 
     @property
     def num_changes(self) -> int:
-        """How often one generation had to follow another."""
         return len(self.changes)
 
     def share(self, bucket: Bucket) -> float:
-        """Of the wall time, 0 to 1."""
+        """Return the share of a bucket in the wall time, 0 to 1."""
         return self.seconds[bucket] / self.wall_s if self.wall_s else 0.0
 
     def as_record(self) -> dict[str, Any]:
-        """As JSON; what is unknown becomes null."""
+        """Return the report as JSON values; unknown numbers become None."""
         record = asdict(self) | {
             "seconds": {bucket: round(seconds, 6) for bucket, seconds in self.seconds.items()},
             "num_changes": self.num_changes,
@@ -109,17 +108,17 @@ class GoodputReport:
 
 
 def goodput_of(events: Sequence[Record], steps: Sequence[Record], *, now: float | None) -> GoodputReport:
-    """The ledger of a run.
+    """Return the goodput report of a run.
 
     Args:
         events, steps: the records of its two files, each in the order of the file.
-        now: seconds since the epoch, for a run that goes on; None for one that does not.
+        now: seconds since the epoch, for a running run; None for one that ended.
     """
     return tracker_of(events, steps).report(now=now)
 
 
 def tracker_of(events: Iterable[Record], steps: Iterable[Record]) -> GoodputTracker:
-    """What is known of a run so far, for a tracker that goes on."""
+    """Build a goodput tracker from the records so far; feed it more with `add`."""
     tracker = GoodputTracker()
     for record in heapq.merge(events, steps, key=moment):
         tracker.add(record)
@@ -127,28 +126,28 @@ def tracker_of(events: Iterable[Record], steps: Iterable[Record]) -> GoodputTrac
 
 
 def moment(record: Record) -> tuple[float, int]:
-    """The order in which the records of the two files were written, whose times are rounded to milliseconds."""
+    """Sort key that restores the order in which the records of both files were written; times are rounded."""
     kind = record.get("event")
     return record["time"], 1 if kind is None else 0 if kind in _BEFORE_THEIR_STEP else 2
 
 
 class GoodputTracker:
-    """Takes in one record after another; costs the same for each, however long the run is."""
+    """Updates a run's goodput from one record after another, each at constant cost."""
 
     def __init__(self) -> None:
         self._seconds: dict[Bucket, float] = dict.fromkeys(BUCKETS, 0.0)
         self._wall_s = 0.0
         self._is_open = False
         self._at = -math.inf
-        self._unclaimed_s = 0.0
-        """Since the last step, or whatever else settled."""
-        self._in_doubt_s = 0.0
-        """Since the last step when a change began: lost, unless that step is recorded after all."""
+        self._unassigned_s = 0.0
+        """Time since the last record that assigned all of it, such as a step."""
+        self._interrupted_s = 0.0
+        """Time of the step that was running when a change began; lost unless that step is recorded after all."""
         self._evaluated_s = 0.0
-        """Claimed by an evaluation since the last step."""
-        self._phase: Literal["forming", "waiting", "training"] = "forming"
+        """Assigned to an evaluation since the last step."""
+        self._phase: Literal["starting", "waiting", "training"] = "starting"
         self._is_ending = False
-        """A change has begun, and the next generation is not yet forming."""
+        """A change has begun, and the next generation is not starting yet."""
         self._step = self._world_size = self._largest_world_size = 0
         self._steps_s: list[float] = []
         self._num_steps = self._num_repeated = self._num_losses = self._num_failures = 0
@@ -156,15 +155,15 @@ class GoodputTracker:
         self._nodes = NodeSeconds()
         self._former_changes: list[MembershipChange] = []
         self._changes: list[MembershipChange] = []
-        """Those that led to this generation; what it was made of may be told later than its first steps."""
+        """Those that led to this generation; their parts may be recorded after its first steps."""
 
     def add(self, record: Record) -> None:
-        """Take in one record of either file; those that say nothing of time only move the clock."""
+        """Take in one record of either file; unknown records only advance the clock."""
         time, kind = _number(record, "time"), record.get("event")
         if not time:
             return
         if kind == "RunStarted":
-            if self._is_open:  # the stretch before died without a word
+            if self._is_open:  # the session before ended without a record
                 self._close(lost=True)
             self._open(time)
         elif kind is None and not self._is_open:
@@ -179,15 +178,17 @@ class GoodputTracker:
             self._take(kind, record)
 
     def report(self, *, now: float | None = None) -> GoodputReport:
-        """How things stand.
+        """Return the goodput until now.
 
         Args:
-            now: for a run that goes on. The step that it is at counts as training, for as long as steps take.
+            now: seconds since the epoch, for a running run. Its current step counts as training, up to the ideal
+            step
+                time.
         """
         elapsed_s = max(0.0, now - self._at) if self._is_open and now is not None else 0.0
         wall_s, seconds, ideal_step_s = self._wall_s + elapsed_s, dict(self._seconds), self._ideal_step_s()
-        rest_s = self._unclaimed_s + elapsed_s
-        seconds["repeated"] += self._in_doubt_s
+        rest_s = self._unassigned_s + elapsed_s
+        seconds["repeated"] += self._interrupted_s
         if self._phase != "training":
             seconds[self._phase] += rest_s
         elif now is None:
@@ -226,12 +227,12 @@ class GoodputTracker:
             case "MembershipChangeStarted":
                 self._take_change(record)
             case "WaitingForMachines":
-                self._settle(lost=True)
+                self._assign_all(lost=True)
                 self._phase = "waiting"
             case "GenerationStarting":
-                self._take_forming(record)
+                self._take_starting(record)
             case "GenerationStarted":
-                self._take_formed(record)
+                self._take_started(record)
             case "RunFinished" | "RunStopped":
                 self._close(lost=False)
             case "RunFailed":
@@ -240,14 +241,14 @@ class GoodputTracker:
     def _take_step(self, record: Record, *, step_s: float, size_key: str) -> None:
         self._step = int(_number(record, "step"))
         is_new = "event" not in record
-        # The step that was going on when a change began has ended well.
-        self._unclaimed_s, self._in_doubt_s = self._unclaimed_s + self._in_doubt_s, 0.0
-        training_s = self._claim("training" if is_new else "repeated", step_s)
+        # The step that was running when a change began was completed.
+        self._unassigned_s, self._interrupted_s = self._unassigned_s + self._interrupted_s, 0.0
+        training_s = self._assign("training" if is_new else "repeated", step_s)
         ended_at, self._evaluated_s = _number(record, "time") - self._evaluated_s, 0.0
         if self._is_ending:
-            self._book("other")
+            self._assign_rest("other")
         else:
-            self._settle(lost=False)
+            self._assign_all(lost=False)
             self._phase = "training"
             self._changes = [
                 change if change.has_ended else replace(change, seconds=max(0.0, ended_at - change.time))
@@ -266,18 +267,18 @@ class GoodputTracker:
             self._steps_s.append(step_s)
 
     def _take_evaluation(self, seconds: float) -> None:
-        """Evaluations are reported before the step that they follow; the other way round if read in bad luck."""
-        claimed_s = self._claim("evaluating", seconds)
+        """Evaluations are recorded before the step that they follow, but may be read after it."""
+        claimed_s = self._assign("evaluating", seconds)
         self._evaluated_s += claimed_s
         self._move("other", "evaluating", seconds - claimed_s)
 
     def _take_checkpoint(self, record: Record) -> None:
-        """One that is reported with no step since is waited for, at the end; what another cost lies in the past."""
+        """A checkpoint with no step after it is the last one, which the run waits for; others delayed steps."""
         if self._phase == "training" and record.get("step") == self._step:
-            self._claim("saving", _number(record, "seconds"))
+            self._assign("saving", _number(record, "seconds"))
             return
         stall_s = _number(record, "stall_s")
-        # It waited between steps, and inside of the one that followed.
+        # Training waited between steps, and inside the one that followed.
         self._move("training", "saving", stall_s - self._move("other", "saving", stall_s))
 
     def _take_change(self, record: Record) -> None:
@@ -292,19 +293,19 @@ class GoodputTracker:
             self._retire_changes()
         self._changes.append(change)
         if change.cause == "hang":
-            self._claim("stalled", change.seconds_since_cause or self._unclaimed_s)
+            self._assign("stalled", change.seconds_since_cause or self._unassigned_s)
         if self._phase == "training":
-            self._in_doubt_s, self._unclaimed_s = self._unclaimed_s, 0.0
+            self._interrupted_s, self._unassigned_s = self._unassigned_s, 0.0
         else:
-            self._settle(lost=True)
-        self._phase, self._is_ending = "forming", True
+            self._assign_all(lost=True)
+        self._phase, self._is_ending = "starting", True
         self._num_failures += change.cause in _FAILURES
-        # A machine that is lost after its notice is one preemption; the reason names it.
+        # A node that is lost after its notice is one preemption; the reason names the node.
         self._num_losses += change.cause == "loss" and not any(node in change.reason for node in self._noticed)
 
-    def _take_forming(self, record: Record) -> None:
-        self._settle(lost=True)
-        self._phase, self._is_ending = "forming", False
+    def _take_starting(self, record: Record) -> None:
+        self._assign_all(lost=True)
+        self._phase, self._is_ending = "starting", False
         self._nodes.next_generation()
         world_size, from_step = int(_number(record, "world_size")), int(_number(record, "from_step"))
         self._changes = [
@@ -312,7 +313,7 @@ class GoodputTracker:
             for change in self._changes
         ]
 
-    def _take_formed(self, record: Record) -> None:
+    def _take_started(self, record: Record) -> None:
         self._world_size = int(_number(record, "world_size")) or self._world_size
         self._nodes.form({str(place.get("node")) for place in record.get("ranks") or ()})
         parts = record.get("seconds")
@@ -324,11 +325,11 @@ class GoodputTracker:
         self._changes = []
 
     def _open(self, time: float) -> None:
-        self._is_open, self._phase, self._is_ending = True, "forming", False
+        self._is_open, self._phase, self._is_ending = True, "starting", False
         self._at = max(self._at, time)
 
     def _close(self, *, lost: bool) -> None:
-        self._settle(lost=lost)
+        self._assign_all(lost=lost)
         self._is_open = False
         self._nodes.end()
         self._retire_changes()
@@ -337,18 +338,18 @@ class GoodputTracker:
         elapsed_s = max(0.0, time - self._at)
         self._at = max(self._at, time)
         self._wall_s += elapsed_s
-        self._unclaimed_s += elapsed_s
+        self._unassigned_s += elapsed_s
         self._nodes.pass_time(elapsed_s)
 
-    def _claim(self, bucket: Bucket, seconds: float) -> float:
-        """Book so much of the unclaimed time, or what there is of it. Returns: how much."""
-        claimed_s = min(seconds, self._unclaimed_s)
+    def _assign(self, bucket: Bucket, seconds: float) -> float:
+        """Assign at most `seconds` of the unassigned time to a bucket. Returns: the assigned seconds."""
+        claimed_s = min(seconds, self._unassigned_s)
         self._seconds[bucket] += claimed_s
-        self._unclaimed_s -= claimed_s
+        self._unassigned_s -= claimed_s
         return claimed_s
 
-    def _book(self, bucket: Bucket) -> None:
-        self._claim(bucket, self._unclaimed_s)
+    def _assign_rest(self, bucket: Bucket) -> None:
+        self._assign(bucket, self._unassigned_s)
 
     def _move(self, source: Bucket, target: Bucket, seconds: float) -> float:
         moved_s = min(seconds, self._seconds[source])
@@ -356,26 +357,26 @@ class GoodputTracker:
         self._seconds[target] += moved_s
         return moved_s
 
-    def _settle(self, *, lost: bool) -> None:
-        """Book all unclaimed time.
+    def _assign_all(self, *, lost: bool) -> None:
+        """Assign all unassigned time.
 
         Args:
-            lost: whatever step was going on has not ended.
+            lost: the step that was running was not completed.
         """
-        self._seconds["repeated"] += self._in_doubt_s
-        self._in_doubt_s = self._evaluated_s = 0.0
+        self._seconds["repeated"] += self._interrupted_s
+        self._interrupted_s = self._evaluated_s = 0.0
         if self._phase == "training":
-            self._book("repeated" if lost else "other")
+            self._assign_rest("repeated" if lost else "other")
         else:
-            self._book(self._phase)
+            self._assign_rest(self._phase)
 
     def _ideal_step_s(self) -> float:
-        self._steps_s.sort()  # all but the newest are sorted: then it is quick
+        self._steps_s.sort()  # almost sorted already, which is fast
         return median(self._steps_s) if self._steps_s else math.nan
 
 
 def _number(record: Record, key: str) -> float:
-    """A number of a record that may have been written by anyone; 0 if it is none."""
+    """Read a positive number of a record, which may be malformed; 0 if it is not one."""
     value = record.get(key)
     is_number = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
     return float(value) if is_number and value is not None else 0.0

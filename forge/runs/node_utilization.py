@@ -1,76 +1,76 @@
-"""How long the machines of a run were there, and how long they did something useful, in node-seconds.
+"""Available and useful node-seconds of a run, updated by `forge.runs.goodput` as time passes.
 
-Fed by `forge.runs.goodput` as time passes. Where no record tells who joins and leaves, the machines of the
-generation are there, and one where even these are not told.
+If no record says which nodes join and leave, the nodes of the generation count as available; if these are unknown
+too, one node does.
 """
 
 from __future__ import annotations
 
 
 class NodeSeconds:
-    """Two sums over the machines of a run, and who is there now."""
+    """Node-seconds available and useful so far, and the number of nodes now."""
 
     def __init__(self) -> None:
         self.num_now = 0
         self._joined: set[str] = set()
-        self._is_told = False
-        """Who joins and leaves is known."""
+        self._is_known = False
+        """Records say which nodes join and leave."""
         self._num_members = 1
         self._available_s = self._useful_s = 0.0
         self._generation_s = self._generation_useful_s = 0.0
-        """Of this generation, whose number of machines may be told later than its first steps."""
+        """Of this generation, whose number of nodes may be recorded after its first steps."""
 
     def join(self, node: str) -> None:
-        """A machine is there from now on."""
-        if not self._is_told:
-            self._is_told, self._generation_s = True, 0.0
+        """A node is available from now on."""
+        if not self._is_known:
+            self._is_known, self._generation_s = True, 0.0
         self._joined.add(node)
         self.num_now = len(self._joined)
 
     def leave(self, node: str) -> None:
-        """A machine is there no more."""
+        """A node is no longer available."""
         self._joined.discard(node)
-        if self._is_told:
+        if self._is_known:
             self.num_now = len(self._joined)
 
     def next_generation(self) -> None:
-        """Other machines, not yet known, do the work from now on."""
+        """Start a generation, whose nodes are not known yet."""
         self._available_s, self._useful_s = self.available_s(), self.useful_s()
         self._generation_s = self._generation_useful_s = 0.0
         self._num_members = 1
 
     def form(self, nodes: set[str]) -> None:
-        """These machines do the work of this generation; none: not told, one is assumed."""
+        """Set the nodes of this generation; if empty, one is assumed."""
         self._num_members = max(1, len(nodes))
-        if not self._is_told:
+        if not self._is_known:
             self.num_now = self._num_members
 
     def pass_time(self, elapsed_s: float) -> None:
-        """Whoever is there was there for so long."""
-        if self._is_told:
+        """Count the available nodes for this time."""
+        if self._is_known:
             self._available_s += len(self._joined) * elapsed_s
         else:
             self._generation_s += elapsed_s
 
     def work(self, seconds: float) -> None:
-        """The machines of the generation did something useful for so long."""
+        """Count useful time of the generation's nodes."""
         self._generation_useful_s += seconds
 
     def end(self) -> None:
-        """Nobody is there until the run is taken up again."""
+        """No node is available until the run is resumed."""
         self.next_generation()
         self._joined.clear()
-        self._is_told = False
+        self._is_known = False
 
     def available_s(self, elapsed_s: float = 0.0) -> float:
-        """Node-seconds of those that were there.
+        """Available node-seconds.
 
         Args:
-            elapsed_s: since time passed last.
+            elapsed_s: since the last call of `pass_time`.
         """
-        num_there = len(self._joined) if self._is_told else self._num_members
-        return self._available_s + self._generation_s * self._num_members + elapsed_s * num_there
+        num_available = len(self._joined) if self._is_known else self._num_members
+        return self._available_s + self._generation_s * self._num_members + elapsed_s * num_available
 
     def useful_s(self) -> float:
-        """Node-seconds of what was useful."""
+        """Node-seconds spent on new steps."""
         return self._useful_s + self._generation_useful_s * self._num_members

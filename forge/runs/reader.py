@@ -1,8 +1,8 @@
-"""What a run's folder says about it: how far it came, how it goes, how it ended.
+"""Read run folders: find them, summarise them, follow them while the run is running.
 
-Read from `plan.json`, `events.jsonl` and `metrics.jsonl` alone, so it works on a run that goes on, on
-one that died, and on a folder that was copied from elsewhere. A line that is no record of ours (torn by
-a crash, spoilt by a disk) is passed over: what can be read is shown.
+Only `plan.json`, `events.jsonl` and `metrics.jsonl` are read, so this works on a running run, on one that died, and
+on a folder copied from another machine. Lines that are not valid records (partial after a crash, or damaged) are
+skipped.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from typing import Any, Literal
 from forge import errors
 from forge.errors import ArgumentError, ForgeError, PlanError, RunError, printable
 from forge.plan.plan import Plan, plan_from_json
+from forge.process import is_alive
 from forge.runs.goodput import GoodputReport, goodput_of, moment
 from forge.runs.trials import TRIALS, TrialTable
 
 Status = Literal["running", "finished", "stopped", "failed", "died"]
 ENDINGS: dict[str, Status] = {"RunFinished": "finished", "RunStopped": "stopped", "RunFailed": "failed"}
 REMOTE = "remote.json"
-"""In the folder of a run that a cluster carries elsewhere, and that is a mirror here."""
+"""In the local folder of a run on a remote cluster, which mirrors its records."""
 _POLL_S = 0.2
-# Between taking the lock and writing its pid into it a carrier needs microseconds.
+# A driver needs microseconds between taking the lock and writing its pid into it.
 _PID_PATIENCE_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """One run at a glance."""
+    """One run: its plan, status, newest step and events."""
 
     run_id: str
     folder: Path
@@ -49,11 +50,11 @@ class RunSummary:
 
     @property
     def step(self) -> int:
-        """The last step that was recorded."""
+        """The last recorded step."""
         return int(self.last.get("step", 0))
 
     def newest(self, kind: str, **fields: Any) -> dict[str, Any] | None:
-        """The newest event of a kind whose fields have these values."""
+        """Return the newest event of a kind whose fields have these values; None if there is none."""
         for event in reversed(self.events):
             if event["event"] == kind and all(event.get(key) == value for key, value in fields.items()):
                 found: dict[str, Any] = event
@@ -61,20 +62,20 @@ class RunSummary:
         return None
 
     def goodput(self) -> GoodputReport:
-        """Where its time went, until now if it goes on; reads its steps again, which a summary does not keep."""
+        """Return where its time went, until now if it is running; reads `metrics.jsonl` again."""
         now = time.time() if self.status == "running" else None
         return goodput_of(self.events, read_metrics(self.folder), now=now)
 
 
 def find_run(name: str, *, root: Path, is_search: bool | None = None) -> Path:
-    """A run's folder, by its path, its id, a unique beginning of it, or `latest`; a trial's by its id.
+    """Find a run's folder by its path, its id, a unique prefix of it, or `latest`; a trial's by its id.
 
     Args:
-        is_search: whether `latest` is the newest search, or the newest run that is none; None for either.
+        is_search: whether `latest` means the newest search, or the newest other run; None for either.
 
-    Raises: ArgumentError naming what there is instead.
+    Raises: ArgumentError that lists the runs that exist.
     """
-    with contextlib.suppress(OSError):  # a name too long for a path may still be no run's name
+    with contextlib.suppress(OSError):  # a name may be too long for a path
         if name and (Path(name) / "plan.json").is_file():
             return Path(name)
     folders = _folders(root)
@@ -93,18 +94,18 @@ def find_run(name: str, *, root: Path, is_search: bool | None = None) -> Path:
         raise ArgumentError(f"{name} could be any of {len(found)} runs: {known}")
     shown = printable(name, limit=80)
     raise ArgumentError(
-        f"no run '{shown}' under {root}" + (f"; there are {known}" if known else ", which holds no runs")
+        f"no run '{shown}' under {root}" + (f"; its runs are {known}" if known else ", which holds no runs")
     )
 
 
 def search_folder(folder: Path) -> Path | None:
-    """Of a trial, the folder of the search that it belongs to; None for other runs."""
+    """Return the folder of the search that a trial belongs to; None for other runs."""
     is_trial = folder.parent.name == TRIALS and (folder.parent.parent / "plan.json").is_file()
     return folder.parent.parent if is_trial else None
 
 
 def list_runs(root: Path) -> list[RunSummary]:
-    """Every run under a folder, newest first; folders that hold no readable run are passed over."""
+    """Return every run under a folder, newest first; folders without a readable run are skipped."""
     runs = []
     for folder in _folders(root):
         try:
@@ -115,7 +116,7 @@ def list_runs(root: Path) -> list[RunSummary]:
 
 
 def read_run(folder: Path) -> RunSummary:
-    """Raises: ArgumentError if the folder holds no run, PlanError if its plan cannot be read."""
+    """Summarise a run. Raises: ArgumentError if the folder holds no run, PlanError if its plan cannot be read."""
     plan = read_plan(folder)
     started = (folder / "plan.json").stat().st_mtime
     events = tuple(_Tail(folder / "events.jsonl", key="event").read())
@@ -133,7 +134,7 @@ def read_run(folder: Path) -> RunSummary:
 
 
 def read_plan(folder: Path) -> Plan:
-    """Raises: ArgumentError if the folder holds no run, PlanError if its plan cannot be read."""
+    """Read a run's plan. Raises: ArgumentError if the folder holds no run, PlanError if it cannot be read."""
     try:
         return plan_from_json((folder / "plan.json").read_text(errors="replace"))
     except OSError as error:
@@ -141,9 +142,11 @@ def read_plan(folder: Path) -> Plan:
 
 
 def failure_of(run: RunSummary) -> ForgeError | None:
-    """Why a run failed or died, as the error that ended it; None for one that did neither."""
+    """Return the error that ended a run; None if it did not fail or die."""
     if run.status == "died":
-        return RunError(f"the run's process ended without a word; its log is {run.folder / 'logs' / 'run.log'}")
+        return RunError(
+            f"the driver of the run died without recording why; its log is {run.folder / 'logs' / 'driver.log'}"
+        )
     if run.status != "failed":
         return None
     failed = run.newest("RunFailed") or {}
@@ -151,13 +154,13 @@ def failure_of(run: RunSummary) -> ForgeError | None:
 
 
 def error_named(name: str, *, message: str) -> ForgeError:
-    """An error that crossed a process or a file by its class's name; RunError for a name that is not known."""
+    """Rebuild an error from the name of its class, as stored in a file; RunError if the name is unknown."""
     kind = getattr(errors, name, None)
     return kind(message) if isinstance(kind, type) and issubclass(kind, ForgeError) else RunError(message)
 
 
 def summary_record(run: RunSummary) -> dict[str, Any]:
-    """A run as JSON, apart from its plan."""
+    """Return a run as JSON values, without its plan."""
     unigram, failure = run.plan.corpus.unigram_perplexity, failure_of(run)
     evaluated = run.newest("Evaluated", weights="current") or {}
     averaged = run.newest("Evaluated", weights="ema") or {}
@@ -183,7 +186,7 @@ def summary_record(run: RunSummary) -> dict[str, Any]:
 
 
 def _trials_record(run: RunSummary) -> dict[str, int] | None:
-    """Of a search: how many trials it makes, and how many are over; None for other runs."""
+    """Return the number of planned and of ended trials of a search; None for other runs."""
     if run.plan.search is None:
         return None
     trials = TrialTable(run.events).trials.values()
@@ -191,19 +194,19 @@ def _trials_record(run: RunSummary) -> dict[str, int] | None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every step that was recorded."""
+    """Return every recorded step."""
     return _Tail(folder / "metrics.jsonl", key="step").read()
 
 
 def count_records(folder: Path) -> tuple[int, int]:
-    """How many events and how many steps a run has recorded."""
+    """Return the number of recorded events and of recorded steps."""
     return len(_Tail(folder / "events.jsonl", key="event").read()), len(read_metrics(folder))
 
 
 def driver_pid(folder: Path) -> int | None:
-    """The process that carries a run now; None if nobody does.
+    """Return the pid of a run's driver; None if it has none.
 
-    Asked with a shared lock, so that two who ask at once do not take each other for a carrier.
+    Uses a shared lock, so that two callers at once do not take each other for a driver.
     """
     try:
         with (folder / ".lock").open() as lock:
@@ -215,7 +218,7 @@ def driver_pid(folder: Path) -> int | None:
                 except BlockingIOError:
                     lock.seek(0)
                     pid = int(lock.read() or 0)
-                # A pid that is not alive is the one before's: the carrier of now has yet to write its own.
+                # A dead pid is that of an earlier driver: the current one has yet to write its own.
                 if pid and (is_alive(pid) or time.monotonic() > deadline):
                     return pid
                 if time.monotonic() > deadline:
@@ -228,14 +231,14 @@ def driver_pid(folder: Path) -> int | None:
 def follow(
     folder: Path, *, goes_on: Callable[[], bool], past_events: int = 0, past_steps: int = 0
 ) -> Iterator[dict[str, Any] | None]:
-    """News of a run as they are written, events and steps alike, until it has ended or its process is gone.
+    """Yield the events and steps of a run as they are written, until it ended or its driver died.
 
-    Yields None when there is nothing new, so that a screen can keep its clock going. Steps are the
-    records without an `event` key; all that was recorded before the end is yielded before the end.
+    Yields None if there is nothing new, so that a screen can update its clock. Steps are the records without an
+    `event` key; the record that ends the run comes last.
 
     Args:
-        goes_on: whether there is still someone who may write.
-        past_events, past_steps: records that are known already.
+        goes_on: returns whether more records may be written.
+        past_events, past_steps: number of records to skip.
     """
     events = _Tail(folder / "events.jsonl", key="event", skip=past_events)
     steps = _Tail(folder / "metrics.jsonl", key="step", skip=past_steps)
@@ -255,24 +258,15 @@ def follow(
             time.sleep(_POLL_S)
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; one that has ended and waits for its parent does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return False
-    return state not in ("Z", "X")
-
-
 class _Tail:
-    """The records of a file that grows: whole lines that hold a JSON object with `time` and a given key."""
+    """The records of a growing file: complete lines that hold a JSON object with `time` and a given key."""
 
     def __init__(self, path: Path, *, key: str, skip: int = 0) -> None:
         self._path, self._key, self._skip = path, key, skip
         self._offset = 0
 
     def read(self) -> list[dict[str, Any]]:
-        """The records that came since the last call."""
+        """Return the records written since the last call."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -308,7 +302,7 @@ def _status(folder: Path, events: tuple[dict[str, Any], ...]) -> Status:
 
 
 def _is_elsewhere(folder: Path) -> bool:
-    """Whether a cluster carries the run, as far as is known here."""
+    """Whether the run has a job on a remote cluster, as far as this machine knows."""
     try:
         at = json.loads((folder / REMOTE).read_text())
         return bool(at["job"])
@@ -317,7 +311,7 @@ def _is_elsewhere(folder: Path) -> bool:
 
 
 def _newest(folders: list[Path], *, is_search: bool | None, root: Path) -> Path:
-    """Of folders, newest first, the first of a kind. Raises: ArgumentError if there is none."""
+    """Return the newest folder of a kind. Raises: ArgumentError if there is none."""
     for folder in folders:
         if is_search is None:
             return folder
@@ -328,13 +322,13 @@ def _newest(folders: list[Path], *, is_search: bool | None, root: Path) -> Path:
 
 
 def _folders(root: Path) -> list[Path]:
-    """Those under `root` that hold a plan, newest first."""
+    """Return the folders under `root` that hold a plan, newest first."""
     changed: dict[Path, float] = {}
     try:
         candidates = list(root.iterdir())
     except OSError:
         return []
     for path in candidates:
-        with contextlib.suppress(OSError):  # no plan, or deleted just now
+        with contextlib.suppress(OSError):  # no plan, or deleted meanwhile
             changed[path] = (path / "plan.json").stat().st_mtime
     return sorted(changed, key=changed.__getitem__, reverse=True)

@@ -1,9 +1,9 @@
-"""The one writer of a run: `events.jsonl`, `metrics.jsonl` and one W&B run.
+"""The only writer of a run's records: `events.jsonl`, `metrics.jsonl` and one W&B run.
 
-Every step is written once, whatever is repeated: a step that stands in `metrics.jsonl` already is told
-as a StepRepeated event instead. A line torn by a crash is cut off when the files are opened again. W&B
-is given a step metric of its own, so that it accepts what comes, and is never allowed to stop a run:
-where it cannot be reached, the run goes on and records offline.
+Every step is written once: a step that is already in `metrics.jsonl` becomes a StepRepeated event instead. A
+partial last line, left by a crash, is removed when the files are opened again. W&B gets a step metric of its own,
+so that it accepts steps in any order, and it never stops a run: if it cannot be reached, the run continues and
+records offline.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ from forge.events import (
     TrialSuggested,
     event_to_record,
 )
+from forge.process import first_line
 from forge.runs.secrets import redacted
 
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
-# How long W&B may take to say hello before the run goes on without it.
+# How long W&B may take to start before the run continues without it.
 _WANDB_INIT_TIMEOUT_S = 20
-# How long it may take to send the rest at the end; what was not sent lies in the run's folder for `wandb sync`.
+# How long W&B may take to upload the rest at the end; what is missing stays in the run folder for `wandb sync`.
 _WANDB_FINISH_TIMEOUT_S = 60
 
 
-_KEPT = (
+_FSYNCED = (
     CheckpointSaved,
     RunFinished,
     RunStopped,
@@ -55,20 +56,20 @@ _KEPT = (
     PopulationRoundCompleted,
     TrialEnded,
 )
-"""What must be known again after a power cut."""
+"""Events after which both files are flushed to disk, since resuming relies on them."""
 
 
 class Recorder:
-    """Writes what a run says of itself. One per run, used by one thread."""
+    """Writes the events and metrics of one run; used by one thread."""
 
     def __init__(
         self, folder: Path, *, run_id: str, wandb: WandbSpec, config: dict[str, Any], group: str | None = None
     ) -> None:
-        """Open the run's files, mending what a crash left.
+        """Open the run's files and remove a partial last line.
 
         Args:
-            group: of W&B, which the trials of a search share; other recorders may then be at work in this process,
-                and `end_tracking` is called when none is.
+            group: W&B group that the trials of a search share. Several recorders then use W&B in this process, and
+                `end_tracking` is called after the last one.
 
         Raises: OSError if the folder cannot be written.
         """
@@ -86,9 +87,9 @@ class Recorder:
         self.last_step = _last_step(folder / METRICS)
 
     def connect(self) -> None:
-        """Start W&B, online or offline as the job says; falls back to offline and says why.
+        """Start W&B, online or offline as the job says; fall back to offline and record why.
 
-        The first step does it, so that starting W&B does not slow down what comes before.
+        Called at the first step, so that starting W&B does not delay the start of training.
         """
         self._is_connected = True
         if self._spec.mode == "disabled":
@@ -101,21 +102,21 @@ class Recorder:
             self.event(TrackingDegraded(reason=f"{reason}; metrics are in {METRICS} only"))
 
     def event(self, event: Event) -> None:
-        """Write one event, and pass on to W&B what belongs there."""
+        """Write one event, and send the metrics of an EMA evaluation to W&B."""
         if isinstance(event, RunFailed):
             if self.failure is not None:
                 return
             self.failure = event
         self._write(self._events, {"time": round(time.time(), 3)} | event_to_record(event))
-        if isinstance(event, _KEPT):
-            # What a checkpoint promises must not be ahead of what the curve shows after a power cut.
+        if isinstance(event, _FSYNCED):
+            # After a power cut the newest checkpoint must not be ahead of the recorded steps.
             os.fsync(self._events.fileno())
             os.fsync(self._metrics.fileno())
         if isinstance(event, Evaluated) and event.weights == "ema":
             self._track({"step": event.step, "eval/ema_loss": event.loss, "eval/ema_perplexity": event.perplexity})
 
     def step(self, metrics: StepMetrics) -> None:
-        """Write one step, unless it stands there already."""
+        """Write one step; if it is already recorded, write a StepRepeated event instead."""
         if metrics.step <= self.last_step:
             self.event(
                 StepRepeated(
@@ -131,7 +132,7 @@ class Recorder:
         self._track(record)
 
     def close(self, *, exit_code: int) -> None:
-        """Flush everything and end the W&B run; a second call does nothing."""
+        """End the W&B run; a second call does nothing."""
         if self._tracker is None:
             return
         import wandb
@@ -146,7 +147,7 @@ class Recorder:
         self._tracker = None
 
     def _connect(self, mode: str) -> str | None:
-        """Start one W&B run; the reason if that failed."""
+        """Start one W&B run. Returns: the reason if that failed."""
         import wandb
 
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
@@ -161,7 +162,7 @@ class Recorder:
                 dir=self._folder,
                 config=self._config,
                 resume="allow" if mode == "online" else None,
-                reinit="create_new",  # beside one of before that is still being sent
+                reinit="create_new",  # beside an earlier one that is still uploading
                 mode="online" if mode == "online" else "offline",
                 settings=wandb.Settings(
                     init_timeout=_WANDB_INIT_TIMEOUT_S,
@@ -176,12 +177,12 @@ class Recorder:
             )
             self._tracker.define_metric("step")
             self._tracker.define_metric("*", step_metric="step")
-        except Exception as error:  # whatever W&B raises, and it raises many things, training goes on
+        except Exception as error:  # W&B raises many unrelated classes; training continues
             self._tracker = None
             with contextlib.suppress(Exception):
                 if self._group is None:
                     wandb.teardown()  # its background service still holds the run's id; the next attempt needs it
-            return f"W&B could not be started: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            return f"W&B could not be started: {first_line(error)}"
         return None
 
     def _track(self, record: dict[str, Any]) -> None:
@@ -199,7 +200,7 @@ class Recorder:
 
 
 def end_tracking() -> None:
-    """End W&B's background service, once nothing is recorded in this process any more; its files are whole then."""
+    """End W&B's background service, after which its files are complete; call it after the last recorder closed."""
     if "wandb" in sys.modules:
         import wandb
 
@@ -208,20 +209,20 @@ def end_tracking() -> None:
 
 
 def append_event(folder: Path, event: Event) -> None:
-    """Write one event where no recorder runs: before it was started, or after it died."""
+    """Write one event without a recorder: before it was started, or after it died."""
     with open_whole_lines(folder / EVENTS) as file:
         line = json.dumps({"time": round(time.time(), 3)} | event_to_record(event))
         file.write(redacted(line, os.environ) + "\n")
 
 
 def last_recorded_step(folder: Path) -> int:
-    """The last step in `metrics.jsonl`; 0 if there is none."""
+    """Return the last step in `metrics.jsonl`; 0 if there is none."""
     path = folder / METRICS
     return _last_step(path) if path.exists() else 0
 
 
 def open_whole_lines(path: Path) -> TextIO:
-    """Open for appending, after cutting off a last line without an end."""
+    """Open a file for appending, after removing a partial last line."""
     if path.exists():
         with path.open("rb+") as file:
             content_end = _end_of_last_line(file)
@@ -242,7 +243,7 @@ def _end_of_last_line(file: Any) -> int:
 
 
 def _last_step(path: Path) -> int:
-    """Of the last line that holds one: a line that a crash or a disk spoilt is passed over."""
+    """The step of the last readable line; lines damaged by a crash or a disk are skipped."""
     last = 0
     with path.open("rb") as file:
         for line in file:

@@ -1,33 +1,33 @@
-"""Which environment variables a run needs as secrets, and how their values are kept out of files and logs."""
+"""Select the environment variables that a run needs as secrets, and keep their values out of files and logs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 _PREFIXES = ("WANDB_", "AWS_", "AZURE_", "GOOGLE_", "GCS_", "HF_")
-# What a machine asks about itself is another's on another.
-_OF_ONE_MACHINE = ("METADATA", "CONTAINER")
-# What names a file or a profile of the asking machine means nothing on another.
-_OF_THIS_MACHINE = ("_FILE", "_DIR", "_PROFILE", "_PATH", "GOOGLE_APPLICATION_CREDENTIALS")
+# Specific to a machine: instance metadata and container credentials are not forwarded.
+_MACHINE_WORDS = ("METADATA", "CONTAINER")
+# Names of files and profiles of the client machine, which do not exist on another.
+_LOCAL_SUFFIXES = ("_FILE", "_DIR", "_PROFILE", "_PATH", "GOOGLE_APPLICATION_CREDENTIALS")
 _WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "CONNECTION_STRING")
-_LEAST_LENGTH = 8
-"""A shorter value is no secret, and would be found everywhere."""
+_MIN_CHARS = 8
+"""Shorter values are not secrets, and would match parts of ordinary text."""
 
 
 def credentials(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a run needs for its stores and its tracking: secrets of theirs, and their endpoints."""
+    """Select the variables that storage and tracking need: credentials and endpoints."""
     return {
         name: value
         for name, value in environment.items()
         if name.startswith(_PREFIXES)
-        and not name.endswith(_OF_THIS_MACHINE)
-        and not any(word in name for word in _OF_ONE_MACHINE)
+        and not name.endswith(_LOCAL_SUFFIXES)
+        and not any(word in name for word in _MACHINE_WORDS)
     }
 
 
 def redacted(text: str, environment: Mapping[str, str]) -> str:
-    """`text` without the values of the environment's secrets: `***` stands in their place."""
+    """Replace the values of the environment's secrets in `text` by `***`."""
     for name, value in credentials(environment).items():
-        if len(value) >= _LEAST_LENGTH and any(word in name for word in _WORDS):
+        if len(value) >= _MIN_CHARS and any(word in name for word in _WORDS):
             text = text.replace(value, "***")
     return text

@@ -1,7 +1,7 @@
-"""What a search's events say of its trials. Pure: a book that records are added to.
+"""The trials of a search, rebuilt from its events.
 
-A search is a run whose events tell of trials: `events.jsonl` is its journal, written before anything is done, so
-that a search that was killed is known again from it, and nothing else.
+The `events.jsonl` of a search is its journal: every decision is written before it is carried out, so a search that
+was killed resumes from it alone.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any, Literal
 from forge.plan.plan import Plan
 
 TRIALS = "trials"
-"""The folder, in that of the search, that holds a run's folder for each trial."""
+"""Folder in the search's folder that holds one run folder per trial."""
 
 Mode = Literal["min", "max"]
 
 
 @dataclass(slots=True, kw_only=True)
 class Trial:
-    """One trial, as far as it is known."""
+    """One trial and what it has reported so far."""
 
     number: int
     """From 1."""
     values: dict[str, Any]
-    """As they are now; another trial's may have been taken over."""
+    """Current values; they change when the trial exploits another one."""
     suggested_at: float
     """Seconds since the epoch."""
     reports: list[tuple[int, float]] = field(default_factory=list)
@@ -40,27 +40,27 @@ class Trial:
     is_warm: bool = False
     ended_at: float | None = None
     moves: list[tuple[int, int]] = field(default_factory=list)
-    """(step, donor): where it went on from another trial's state."""
+    """(step, donor): where it continued from another trial's state."""
     last_metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
-        """The last one it was judged at."""
+        """The last step that it reported."""
         return self.reports[-1][0] if self.reports else 0
 
     @property
     def value(self) -> float | None:
-        """The last one that was reported."""
+        """The last value that it reported."""
         return self.reports[-1][1] if self.reports else None
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will be heard of it."""
+        """Whether it has ended."""
         return self.status not in ("waiting", "running")
 
     @property
     def seconds(self) -> float | None:
-        """From its suggestion to its end; None while it goes on."""
+        """From its suggestion to its end; None until then."""
         return None if self.ended_at is None else self.ended_at - self.suggested_at
 
 
@@ -70,12 +70,12 @@ class TrialTable:
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         self.trials: dict[int, Trial] = {}
         self.population_step = 0
-        """The last step at which a whole population was judged."""
+        """The last step at which a population round was completed."""
         for record in records:
             self.add(record)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take in one line of `events.jsonl`; what does not tell of trials is passed over."""
+        """Take in one record of `events.jsonl`; events that do not concern trials are ignored."""
         kind = record.get("event")
         if kind == "TrialSuggested":
             self.trials[record["trial"]] = Trial(
@@ -103,9 +103,11 @@ class TrialTable:
             trial.status, trial.reason, trial.ended_at = record["status"], record["reason"], record["time"]
 
     def best(self, mode: Mode) -> Trial | None:
-        """The best of those that ran to their end; of all that were judged if there is none."""
-        judged = [trial for trial in self.trials.values() if trial.value is not None and math.isfinite(trial.value)]
-        sound = [trial for trial in judged if trial.status not in ("diverged", "failed")]
+        """Return the best finished trial; if none finished, the best of those that reported a value."""
+        reported = [
+            trial for trial in self.trials.values() if trial.value is not None and math.isfinite(trial.value)
+        ]
+        sound = [trial for trial in reported if trial.status not in ("diverged", "failed")]
         finished = [trial for trial in sound if trial.status == "finished"]
         sign = 1.0 if mode == "min" else -1.0
         return min(
@@ -113,7 +115,7 @@ class TrialTable:
         )
 
     def best_so_far(self, mode: Mode) -> list[tuple[int, float]]:
-        """(how many trials had ended, the best last value among them), in the order in which they ended."""
+        """Return (number of ended trials, best value among them), in the order in which trials ended."""
         ended = sorted(
             (trial for trial in self.trials.values() if trial.ended_at is not None),
             key=lambda trial: trial.ended_at or 0.0,
@@ -128,7 +130,7 @@ class TrialTable:
         return found
 
     def counts(self) -> dict[str, int]:
-        """How many trials there are of each status."""
+        """Return the number of trials of each status."""
         found: dict[str, int] = {}
         for trial in self.trials.values():
             found[trial.status] = found.get(trial.status, 0) + 1
@@ -136,7 +138,7 @@ class TrialTable:
 
 
 def seconds_left(table: TrialTable, *, num_trials: int, at_once: int) -> float | None:
-    """By how long trials that are over took; None while none is."""
+    """Estimate the remaining time from the ended trials; None if none has ended."""
     took = [trial.seconds for trial in table.trials.values() if trial.seconds is not None]
     if not took:
         return None
@@ -144,7 +146,7 @@ def seconds_left(table: TrialTable, *, num_trials: int, at_once: int) -> float |
 
 
 def trial_folder(search_folder: str, number: int) -> str:
-    """Where a trial's own run lies; its last part is the trial's id."""
+    """Return the run folder of a trial; its name is the trial's id."""
     return f"{search_folder}/{TRIALS}/{trial_id(search_folder.rstrip('/').rpartition('/')[2], number)}"
 
 
@@ -154,7 +156,7 @@ def trial_id(search_id: str, number: int) -> str:
 
 
 def is_judged(record: Mapping[str, Any], plan: Plan) -> bool:
-    """Whether a line of `metrics.jsonl` is one by which a trial is judged: at an evaluation, and at the end."""
+    """Whether a record of `metrics.jsonl` reports the trial's value: at an evaluation, and at the last step."""
     if "eval/loss" in record:
         return True
     has_held_out = plan.corpus.num_held_out_sequences > 0

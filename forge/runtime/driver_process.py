@@ -82,13 +82,13 @@ def start_driver(folder: Path) -> LocalRun:
     """Start the driver of a run in its own session; return once it holds the run's lock.
 
     It uses the cluster that is up on this machine, otherwise starts one that ends with it. A driver that ends
-    before it holds the lock has written the reason to `logs/run.log`.
+    before it holds the lock has written the reason to `logs/driver.log`.
     """
     cluster = find_local()
     command = [sys.executable, "-P", "-m", DRIVER_MODULE, str(folder)]
     if cluster is not None:
         command += ["--address", cluster.address]
-    with (folder / "logs" / "run.log").open("ab") as log:
+    with (folder / "logs" / "driver.log").open("ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )

@@ -167,7 +167,7 @@ class SupervisorActor:
             if time.monotonic() - free_since > 2 * _LOCK_POLL_S:
                 free_since = None
                 await asyncio.to_thread(
-                    _start_detached, self._config.driver_command, lock.parent / "logs" / "run.log"
+                    _start_detached, self._config.driver_command, lock.parent / "logs" / "driver.log"
                 )
                 await asyncio.sleep(10 * _LOCK_POLL_S)
 

@@ -159,7 +159,7 @@ class TestRuns:
         record = json.loads(forge("runs", "show", "spot", "-o", "json").stdout)["goodput"]
         assert record["seconds"] == dict.fromkeys(record["seconds"], 0) | {
             "training": 26.0,
-            "forming": 18.0,
+            "starting": 18.0,
             "saving": 2.0,
         }
         assert (record["wall_s"], record["num_changes"], len(record["changes"])) == (46.0, 12, 12)

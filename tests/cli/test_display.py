@@ -54,8 +54,8 @@ def panel(sent: str) -> list[str]:
 
 def test_train_screen__terminal__shows_goodput_and_changes() -> None:
     sent = shown(eventful(), terminal_width=80)
-    assert "goodput 27%  1 node  1 change  forming 47%  training 40%  repeated 13%" in panel(sent)
-    assert "node b lost: connection closed; forming generation 2 of 1 worker from step 1 (memory)" in " ".join(
+    assert "goodput 27%  1 node  1 change  starting 47%  training 40%  repeated 13%" in panel(sent)
+    assert "node b lost: connection closed; starting generation 2 with 1 worker from step 1 (memory)" in " ".join(
         line.strip() for line in sent.splitlines()
     )
 
@@ -89,9 +89,11 @@ def test_train_screen__too_few_machines__says_so_until_the_next_step() -> None:
 
 def test_train_screen__pipe__one_line_per_change_and_no_goodput() -> None:
     lines = shown(eventful(), terminal_width=None).splitlines()
-    assert lines.count("node b lost: connection closed; forming generation 2 of 1 worker from step 1 (memory)") == 1
-    assert [line for line in lines if line.startswith(("starting", "forming"))] == [
+    assert (
+        lines.count("node b lost: connection closed; starting generation 2 with 1 worker from step 1 (memory)") == 1
+    )
+    assert [line for line in lines if line.startswith("starting")] == [
         "starting the workers",
-        "forming generation 1 of 2 workers",
+        "starting generation 1 with 2 workers",
     ]
     assert "goodput" not in " ".join(lines)

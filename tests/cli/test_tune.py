@@ -115,7 +115,7 @@ class TestThePlan:
         assert ["searched", "training.optimizer.lr           0.0001 to 0.01, log-uniform"] in lines
         assert ["training.schedule.warmup_steps", "0 to 3, whole numbers"] in lines
         assert ["limits", "8 hours"] in lines
-        assert ["judged", "by   eval/loss, less is better"] in lines
+        assert ["metric", "eval/loss, less is better"] in lines
         assert done.stderr == "search: forge tune tune.yaml\n"
         assert not (home / "runs").exists()
 
@@ -194,14 +194,14 @@ class TestASearch:
             (
                 [*BAD, RunFinished(step=0)],
                 4,
-                "none of 3 trials came to a value of eval/loss; of 2 the reason is: the loss is no number",
+                "none of 3 trials reported a usable eval/loss; the reason of 2: the loss is no number",
             ),
             ([*THREE, RunStopped(step=0)], 130, "resume: forge tune --resume tiny-"),
             ([RunStopped(step=0)], 130, "try again: forge tune --resume tiny-"),
             ([*THREE, RunStopped(step=0, reason="8 hours are over")], 0, "! stopped: 8 hours are over"),
             ([*BAD, RunStopped(step=0, reason="8 hours are over")], 4, "none of 3 trials"),
             ([*THREE, RunFailed(error="ClusterError", message="Ray went away")], 3, "error: Ray went away"),
-            ([], 4, "the run's process ended without a word"),
+            ([], 4, "the driver of the run died without recording why"),
         ],
     )
     def test_how_it_leaves_says_how_it_ended(
@@ -224,7 +224,7 @@ class TestASearch:
 
     def test_from_python_one_without_a_good_trial_is_an_error(self, tune_file: str, script: Script) -> None:
         script.write([*BAD, RunFinished(step=0)])
-        with pytest.raises(RunError, match="of 2 the reason is: the loss is no number"):
+        with pytest.raises(RunError, match="the reason of 2: the loss is no number"):
             public.tune_job(tune_file)
 
 
@@ -390,7 +390,7 @@ class TestRuns:
         assert done.stderr.endswith("resume: forge tune --resume searched\n")
 
     def test_its_log_is_that_of_the_run(self, folder: Path) -> None:
-        (folder / "logs" / "run.log").write_text("hello\n")
+        (folder / "logs" / "driver.log").write_text("hello\n")
         assert forge("runs", "logs", "searched").stdout == "hello\n"
 
     def test_its_page_is_written_anew_and_named(self, folder: Path) -> None:

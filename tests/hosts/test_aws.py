@@ -240,7 +240,7 @@ def test_train__machines_reclaimed_with_and_without_notice__is_one_curve(
     start = f"setsid nohup {PYTHON} -m forge.runtime.driver {folder} --address {status.address}"
     try:
         assert len(box.api.alive(REGION)) == 1
-        cluster.on_head(["sh", "-c", f"{start} > {folder}/logs/run.log 2>&1 < /dev/null &"])
+        cluster.on_head(["sh", "-c", f"{start} > {folder}/logs/driver.log 2>&1 < /dev/null &"])
         run.await_world(2, timeout_s=180.0)
 
         lost = _machine_of_a_rank(box, run)

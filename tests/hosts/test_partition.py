@@ -44,7 +44,7 @@ def run(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]
         os.chdir(before)
         del os.environ["FORGE_CACHE"]
     command = (sys.executable, "-m", "forge.runtime.driver", folder, "--address", hosts.ray_address)
-    with (folder / "logs" / "run.log").open("w") as log:
+    with (folder / "logs" / "driver.log").open("w") as log:
         driver = hosts.run(0, *map(str, command), stdout=log, stderr=subprocess.STDOUT)
     run = Run(folder=folder, cluster=Machines(home))
     run.await_world(NUM_MACHINES, timeout_s=120.0)

@@ -26,7 +26,7 @@ def eventful() -> GoodputReport:
 
 def test_the_line_says_what_changes_cost_the_dearest_first() -> None:
     told = goodput_line(eventful(), width=200)
-    assert told == "goodput 25%  1 node  1 change  forming 44%  training 38%  repeated 12%  other 6%"
+    assert told == "goodput 25%  1 node  1 change  starting 44%  training 38%  repeated 12%  other 6%"
 
 
 @given(st.integers(-1, 100))
@@ -51,7 +51,7 @@ def test_the_table_of_buckets_has_those_that_are_not_empty_and_the_whole() -> No
     assert bucket_rows(eventful()) == [
         ["training", "6.0", "37.5%"],
         ["repeated", "2.0", "12.5%"],
-        ["forming", "7.0", "43.8%"],
+        ["starting", "7.0", "43.8%"],
         ["other", "1.0", "6.2%"],
         ["wall time", "16.0", "100.0%"],
     ]

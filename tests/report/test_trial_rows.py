@@ -132,9 +132,9 @@ def test_the_news_are_a_line_for_each_turn_of_a_trial() -> None:
     assert [line for record in records(told) if (line := describer.describe(record))] == [
         "trial 1 started in 1.2s: lr=0.001 warmup_steps=1",
         "trial 1 step 2 eval/loss 5.2500",
-        "trial 1 goes on after 300ms: lr=0.001 warmup_steps=1",
-        "trial 1 step 4 eval/loss is no number",
-        "trial 1 goes on from trial 3 at step 4: lr=0.002",
+        "trial 1 resumed after 300ms: lr=0.001 warmup_steps=1",
+        "trial 1 step 4 eval/loss is not a number",
+        "trial 1 continues from trial 3 at step 4: lr=0.002",
         "trial 1 stopped by asha at step 4, eval/loss 5.0000",
         "trial 1 failed at step 4: rank 0\\ndied",
     ]
@@ -151,7 +151,7 @@ class TestThePlan:
             ({"max_trials": 9}, "trials", "9, 4 at once with 1..4 workers each (room for 4 workers)"),
             ({}, "searcher", "random, seed 1"),
             ({"searcher": {}}, "searcher", "optuna, seed 1, the first 10 at random"),
-            ({}, "scheduler", "asha, at step 2 and at every 3 times as many steps the best 1 of 3 goes on"),
+            ({}, "scheduler", "asha, at step 2 and at every 3 times as many steps the best 1 of 3 continues"),
             ({"scheduler": {}}, "scheduler", "none, every trial runs to its end"),
             (
                 {"scheduler": {"kind": "median"}},
@@ -161,9 +161,9 @@ class TestThePlan:
             (
                 {"scheduler": {"kind": "pbt", "interval_steps": 2}},
                 "scheduler",
-                "pbt, every 2 steps the worst 25% go on from the best 25%",
+                "pbt, every 2 steps the worst 25% continue from the best 25%",
             ),
-            ({"metric": "speed/mfu", "mode": "max"}, "judged by", "speed/mfu, more is better"),
+            ({"metric": "speed/mfu", "mode": "max"}, "metric", "speed/mfu, more is better"),
             ({"max_hours": 0.5, "max_usd": 20}, "limits", "0.5 hours, 20 USD"),
             ({"proxy": {"training.total_steps": 5}}, "proxy", "training.total_steps=5 in every trial"),
         ],

@@ -46,20 +46,20 @@ def told(*events: Event) -> list[str]:
 def test_a_loss_and_how_the_run_goes_on_are_one_line() -> None:
     for events in ([NodeLeft(node=NODE, reason="gone"), LOSS], [LOSS, NodeLeft(node=NODE, reason="gone")]):
         assert told(FORMED, *events, FORMING) == [
-            "node 3f2a lost: connection closed; forming generation 3 of 2 workers from step 41 (memory)"
+            "node 3f2a lost: connection closed; starting generation 3 with 2 workers from step 41 (memory)"
         ]
 
 
 def test_a_reason_is_told_once() -> None:
     assert told(LOSS, WaitingForMachines(have=1, need=2), FORMING) == [
         "node 3f2a lost: connection closed; waiting for machines: 1 of 2 workers",
-        "forming generation 3 of 2 workers from step 41 (memory)",
+        "starting generation 3 with 2 workers from step 41 (memory)",
     ]
 
 
 def test_a_machine_that_was_not_at_work_leaves_with_a_line_of_its_own() -> None:
     assert told(FORMED, LOSS, FORMING, NodeLeft(node=OTHER, reason="drained")) == [
-        "node 3f2a lost: connection closed; forming generation 3 of 2 workers from step 41 (memory)",
+        "node 3f2a lost: connection closed; starting generation 3 with 2 workers from step 41 (memory)",
         "node 77aa left: drained",
     ]
 
@@ -73,15 +73,15 @@ def test_a_machine_that_was_not_at_work_leaves_with_a_line_of_its_own() -> None:
         ),
         (
             PreemptionNoticeReceived(node=NODE, source="aws", seconds_left=120.0),
-            "node 3f2a will be taken away in 2m 00s, says aws",
+            "node 3f2a will be preempted in 2m 00s (source: aws)",
         ),
         (
             PreemptionNoticeReceived(node=NODE, source="ray", seconds_left=None),
-            "node 3f2a will be taken away soon, says ray",
+            "node 3f2a will be preempted soon (source: ray)",
         ),
         (
             PreemptionNoticeReceived(node=NODE, source="aws", seconds_left=None, is_certain=False),
-            "node 3f2a is likely to be taken away, says aws",
+            "node 3f2a is at risk of preemption (source: aws)",
         ),
         (
             RankHung(generation=1, rank=1, node=NODE, silent_s=8.2),
@@ -89,13 +89,13 @@ def test_a_machine_that_was_not_at_work_leaves_with_a_line_of_its_own() -> None:
         ),
         (
             GenerationStarting(generation=1, world_size=3, from_step=0, source="storage"),
-            "forming generation 1 of 3 workers",
+            "starting generation 1 with 3 workers",
         ),
         (
             SnapshotIntervalChanged(every=4, seconds=0.012, share=0.009),
             "snapshots to memory every 4 steps from now on (12ms each, 0.9% of the time)",
         ),
-        (SupervisorRestarted(pid=1), "the supervisor died and was started again; training went on meanwhile"),
+        (SupervisorRestarted(pid=1), "the supervisor died and was restarted; training continued meanwhile"),
         (NodeLeft(node=NODE, reason="\x1b[2J"), "node 3f2a left: \\x1b[2J"),
     ],
     ids=lambda value: type(value).__name__,

@@ -122,7 +122,7 @@ def play(acts: Sequence[tuple[str, float]]) -> History:
             history.change("growth")
             history.spend(seconds, "training")
             history.record_step(step, 2 * seconds)
-            history.spend(seconds / 9, "forming")
+            history.spend(seconds / 9, "starting")
             history.form(seconds)
             history.step(step + 1, seconds)
         elif act == "broken" and not history.is_training:
@@ -176,7 +176,7 @@ class TestBuckets:
     def test_an_engine_that_tells_nothing_of_machines_has_a_ledger_too(self) -> None:
         history = History()
         history.start()
-        history.spend(9.0, "forming")
+        history.spend(9.0, "starting")
         history.step(1, 2.0)
         history.step(2, 1.0, gap_s=0.5, evaluation_s=3.0)
         history.stop(saving_s=0.25)
@@ -184,7 +184,7 @@ class TestBuckets:
             record.pop("ranks", None)
         found = ledger(history)
         assert spent(found) == pytest.approx(
-            {"forming": 9.0, "training": 3.0, "other": 0.5, "evaluating": 3.0, "saving": 0.25}
+            {"starting": 9.0, "training": 3.0, "other": 0.5, "evaluating": 3.0, "saving": 0.25}
         )
         assert (found.num_changes, found.num_nodes, found.node_goodput) == (0, 1, pytest.approx(3.0 / 15.75))
 
@@ -197,17 +197,17 @@ class TestBuckets:
         history.record_step(2, 1.0)
         history.form(2.0)
         history.step(3, 1.0)
-        assert spent(ledger(history)) == pytest.approx({"forming": 7.0, "training": 3.0})
+        assert spent(ledger(history)) == pytest.approx({"starting": 7.0, "training": 3.0})
 
     def test_one_that_breaks_while_it_leaves_is_lost(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.spend(0.75, "repeated")
         history.change("notice")
-        history.spend(0.25, "forming")
+        history.spend(0.25, "starting")
         history.form(2.0)
         history.step(2, 1.0)
-        assert spent(ledger(history)) == pytest.approx({"forming": 7.25, "training": 2.0, "repeated": 0.75})
+        assert spent(ledger(history)) == pytest.approx({"starting": 7.25, "training": 2.0, "repeated": 0.75})
 
     def test_a_hang_of_unknown_length_began_after_the_last_step(self) -> None:
         history = started()
@@ -229,7 +229,7 @@ class TestBuckets:
         history.step(1, 1.0)
         history.step(2, 4.0, gap_s=0.1)
         history.saved(1, seconds=3.0, stall_s=0.6)
-        assert spent(ledger(history)) == pytest.approx({"forming": 5.0, "training": 4.5, "saving": 0.6})
+        assert spent(ledger(history)) == pytest.approx({"starting": 5.0, "training": 4.5, "saving": 0.6})
 
     def test_a_checkpoint_made_while_the_run_waits_is_waiting(self) -> None:
         history = started()
@@ -239,7 +239,7 @@ class TestBuckets:
         history.saved(1, seconds=2.0, stall_s=0.0)
         history.form(1.0)
         history.stop()
-        assert spent(ledger(history)) == pytest.approx({"forming": 6.0, "training": 1.0, "waiting": 3.0})
+        assert spent(ledger(history)) == pytest.approx({"starting": 6.0, "training": 1.0, "waiting": 3.0})
 
     def test_what_comes_after_the_last_checkpoint_is_not_saving(self) -> None:
         history = started()
@@ -282,7 +282,7 @@ class TestWhileItGoesOn:
         history = started()
         history.step(1, 1.0)
         found = ledger(history, now=history.now + 3.0)
-        assert spent(found) == pytest.approx({"forming": 5.0, "training": 2.0, "other": 2.0})
+        assert spent(found) == pytest.approx({"starting": 5.0, "training": 2.0, "other": 2.0})
         assert found.wall_s == pytest.approx(9.0)
 
     def test_what_it_waits_for_is_told_before_it_has_come(self) -> None:
@@ -315,7 +315,7 @@ class TestWhileItGoesOn:
         book = GoodputTracker()
         for record in (*history.events[:3], *history.steps, *history.events[3:]):
             book.add(record)
-        assert spent(book.report()) == pytest.approx({"forming": 5.0, "training": 2.0, "evaluating": 4.0})
+        assert spent(book.report()) == pytest.approx({"starting": 5.0, "training": 2.0, "evaluating": 4.0})
 
 
 class TestFigures:

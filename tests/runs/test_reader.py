@@ -19,6 +19,7 @@ import pytest
 
 from forge.errors import ArgumentError, CheckpointError, ClusterError, RunError
 from forge.events import CheckpointSaved, Evaluated, Event, RunFailed, RunFinished, RunStarted, RunStopped
+from forge.process import is_alive
 from forge.runs.reader import (
     RunSummary,
     driver_pid,
@@ -26,7 +27,6 @@ from forge.runs.reader import (
     failure_of,
     find_run,
     follow,
-    is_alive,
     list_runs,
     read_metrics,
     read_run,
@@ -92,7 +92,7 @@ class TestFinding:
 
     @pytest.mark.parametrize("name", ["nobody", "", "x" * 5000, "a\x1b[31mb", "\x00"])
     def test_an_unknown_one_names_what_there_is(self, root: Path, name: str) -> None:
-        with pytest.raises(ArgumentError, match=r"no run .* under .*there are tiny-03-c") as caught:
+        with pytest.raises(ArgumentError, match=r"no run .* under .*its runs are tiny-03-c") as caught:
             find_run(name, root=root)
         assert str(caught.value).isprintable()
 
@@ -209,7 +209,7 @@ class TestStatus:
 
     def test_a_run_that_died_fails_with_the_place_of_its_log(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path)
-        assert str(folder / "logs" / "run.log") in str(failure_of(read_run(folder)))
+        assert str(folder / "logs" / "driver.log") in str(failure_of(read_run(folder)))
 
     def test_one_that_finished_or_was_stopped_did_not_fail(self, tmp_path: Path) -> None:
         runs: list[RunSummary] = [

@@ -198,7 +198,7 @@ class TestInPeace:
         assert there >= {"job.yaml", "plan.json", "events.jsonl", "metrics.jsonl", "checkpoints", "wandb"}
         logs = {path.stem for path in (whole.folder / "logs").iterdir()}
         agents = {name for name in logs if name.startswith("agent-")}
-        assert logs - agents == {"run", "recorder", "supervisor", "fork-server", "rank-0", "rank-1"}
+        assert logs - agents == {"driver", "recorder", "supervisor", "fork-server", "rank-0", "rank-1"}
         assert len(agents) == 1
         for log in (whole.folder / "logs").iterdir():
             assert "Traceback" not in log.read_text()
@@ -249,7 +249,7 @@ class TestEndedEarly:
     def test_a_killed_carrier_is_noticed_and_named(self, disturbed: dict[str, Execution]) -> None:
         run = disturbed["carrier killed"]
         assert (run.code, run.status) == (4, "died"), run.err
-        assert "error: the run's process ended without a word; its log is" in run.err
+        assert "error: the driver of the run died without recording why; its log is" in run.err
         assert "resume: forge train --resume" in run.err
 
     @pytest.mark.parametrize("which", ["interrupted", "rank killed", "carrier killed", "finished"])

@@ -122,7 +122,7 @@ class History:
                 source="memory" if self.last_step else "storage",
             )
         )
-        self.spend(seconds, "forming")
+        self.spend(seconds, "starting")
 
     def step(self, step: int, step_s: float, *, gap_s: float = 0.0, evaluation_s: float = 0.0) -> None:
         """One step, new or repeated; `gap_s` goes before it, the evaluation after it."""
