@@ -43,7 +43,7 @@ class ForgeSaver:
         self._recipe = config_digest(spec, code=None)
 
     def save(self, step: int) -> None:
-        self._saving.begin(Progress(step=step, num_tokens=step, recipe=self._recipe, corpus=CORPUS))
+        self._saving.begin(Progress(step=step, num_tokens=step, config_digest=self._recipe, corpus=CORPUS))
 
     def before_update(self) -> None:
         self._saving.settle()

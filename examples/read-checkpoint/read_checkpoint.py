@@ -15,8 +15,8 @@ def load(folder):
     """The state of a checkpoint, and its intervals by name and kind. Raises an error if it does not verify."""
     text = (folder / "manifest.json").read_bytes()
     manifest, held = json.loads(text), {}
-    if manifest["format_version"] != 2 or text[11:19] != b"%08x" % zlib.crc32(text[:11] + b"0" * 8 + text[19:]):
-        raise ValueError("manifest.json is not of format version 2, or does not match its checksum")
+    if manifest["format_version"] != 3 or text[11:19] != b"%08x" % zlib.crc32(text[:11] + b"0" * 8 + text[19:]):
+        raise ValueError("manifest.json is not of format version 3, or does not match its checksum")
     for file in [manifest["state"], *manifest["parts"]]:
         data, end = np.memmap(folder / Path(file["name"]).name, mode="r"), file.get("data_start")
         if (data.size, zlib.crc32(data)) != (file["size_bytes"], file["crc32"]):
@@ -34,7 +34,7 @@ def read(folder, name, kind="master"):
     pieces = sorted(held.get((name, kind), ()), key=lambda piece: piece[0])
     shape = state["parameters"].get(name, {}).get("shape", ())
     if not pieces or [0, *(p[1] for p in pieces)] != [*(p[0] for p in pieces), np.prod(shape, dtype=int)]:
-        raise ValueError(f"{folder} does not hold the whole of {name} as {kind}")
+        raise ValueError(f"{folder} does not hold the whole of {name} as {kind}; base: {state.get('base')}")
     flat = np.concatenate([piece[3] for piece in pieces])
     return ((flat.astype("<u4") << 16).view("<f4") if pieces[0][2] == "BF16" else flat).reshape(shape)
 

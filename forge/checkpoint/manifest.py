@@ -15,7 +15,7 @@ from typing import Any
 
 from forge.checkpoint.intervals import Layout, layout_from_record, safetensors_header
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 # The data of a part begins at a page's beginning, as it does in memory: a disk then takes it without a copy.
 _ALIGNMENT = 4096
@@ -30,7 +30,7 @@ class Progress:
 
     step: int
     num_tokens: int
-    recipe: str
+    config_digest: str
     """Digest of what determines the loss curve; see `forge.plan.plan.training_digest`."""
     corpus: str
     """Digest of the prepared corpus."""
@@ -44,7 +44,20 @@ class Parameter:
     dtype: str
     """Of the model's own copy, by safetensors' name."""
     kind: str
-    """`master` (trained), `frozen` or `buffer`: the kind that holds its value."""
+    """`master` (trained), `frozen`, `buffer` or `base`: the kind that holds its value. The values of `base` are in
+    no part: they are those of `ModelShape.base`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseWeights:
+    """The pretrained weights that a checkpoint refers to, for parameters that are not trained."""
+
+    source: str
+    """A folder or a hub id, as the job names it."""
+    revision: str | None
+    """The commit of a hub id."""
+    files: Mapping[str, str]
+    """xxh3_128 of each weight file, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +69,8 @@ class ModelShape:
     """Names that are another parameter's second name."""
     config: Mapping[str, Any]
     """The transformers config, so that a checkpoint alone tells its model; empty for any other model."""
+    base: BaseWeights | None = None
+    """Where the values of kind `base` are; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +189,8 @@ def state_bytes(
 def shape_record(shape: ModelShape) -> dict[str, Any]:
     """A model's shape as JSON."""
     parameters = {name: dataclasses.asdict(entry) for name, entry in shape.parameters.items()}
-    return {"parameters": parameters, "tied": dict(shape.tied), "config": dict(shape.config)}
+    record = {"parameters": parameters, "tied": dict(shape.tied), "config": dict(shape.config)}
+    return record | ({"base": base_record(shape.base)} if shape.base is not None else {})
 
 
 def shape_from_record(record: Mapping[str, Any]) -> ModelShape:
@@ -183,7 +199,33 @@ def shape_from_record(record: Mapping[str, Any]) -> ModelShape:
         key: Parameter(shape=tuple(entry["shape"]), dtype=entry["dtype"], kind=entry["kind"])
         for key, entry in record["parameters"].items()
     }
-    return ModelShape(parameters=parameters, tied=record["tied"], config=record["config"])
+    base = base_from_record(record.get("base"))
+    return ModelShape(parameters=parameters, tied=record["tied"], config=record["config"], base=base)
+
+
+def base_record(base: BaseWeights | None) -> dict[str, Any] | None:
+    """A reference to base weights as JSON."""
+    return None if base is None else dataclasses.asdict(base)
+
+
+def base_from_record(record: Mapping[str, Any] | None) -> BaseWeights | None:
+    """Read what `base_record` gave. Raises: KeyError, TypeError."""
+    if record is None:
+        return None
+    return BaseWeights(source=record["source"], revision=record["revision"], files=dict(record["files"]))
+
+
+def base_difference(held: BaseWeights | None, wanted: BaseWeights | None) -> str | None:
+    """Why the base weights of now are not those that a state refers to; None if their content is the same."""
+    if held is None or wanted is None or held.files == wanted.files:
+        return None
+    for name, digest in sorted(held.files.items()):
+        now = wanted.files.get(name)
+        if now != digest:
+            change = f"had the digest {digest}, now {now}" if now else "is missing"
+            return f"{name} of {held.source}, which the frozen parameters were taken from, {change}"
+    extra = min(set(wanted.files) - set(held.files))
+    return f"{held.source}, which the frozen parameters were taken from, now has {extra} as well"
 
 
 def part_record(part: Part) -> dict[str, Any]:

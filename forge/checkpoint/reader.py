@@ -23,6 +23,7 @@ from forge.checkpoint.manifest import (
     Manifest,
     ModelShape,
     Progress,
+    base_difference,
     manifest_from_bytes,
     shape_differences,
     state_from_bytes,
@@ -81,6 +82,8 @@ class Checkpoint:
 
         Args:
             ema: of what is trained, its average.
+
+        The interval of a parameter of kind `base` cannot be read from the checkpoint: it refers to `shape.base`.
         """
         name = self.shape.tied.get(name, name)
         parameter = self.shape.parameters[name]
@@ -93,7 +96,7 @@ class Checkpoint:
             dtype="F32" if is_trained else parameter.dtype,
         )
 
-    def require_job(self, *, recipe: str, corpus: str, shape: ModelShape) -> None:
+    def require_job(self, *, config_digest: str, corpus: str, shape: ModelShape) -> None:
         """Raises: CheckpointError unless it was made by this job's model, data and training."""
         differences = shape_differences(self.shape, shape)
         if differences:
@@ -101,7 +104,12 @@ class Checkpoint:
                 f"{self.url} is of another model: {'; '.join(differences)}. Start a new run, or resume with the "
                 "job file the checkpoint was made with"
             )
-        if self.progress.recipe != recipe:
+        difference = base_difference(self.shape.base, shape.base)
+        if difference is not None:
+            raise CheckpointError(
+                f"{self.url}: {difference}. Restore the file, or start a new run from the changed weights"
+            )
+        if self.progress.config_digest != config_digest:
             raise CheckpointError(
                 f"{self.url} belongs to another job: its model, data or training section differs from this one's; "
                 "start a new run, or resume with the job file the checkpoint was made with"
@@ -168,7 +176,7 @@ def _read_checkpoint(storage: Storage, name: str) -> Checkpoint:
 def _require_whole(manifest: Manifest, shape: ModelShape) -> None:
     """Raises: ValueError if an element of a parameter is there twice in one kind, or not at all."""
     held: dict[tuple[str, str], list[tuple[int, int]]] = {
-        (parameter.kind, name): [] for name, parameter in shape.parameters.items()
+        (parameter.kind, name): [] for name, parameter in shape.parameters.items() if parameter.kind != "base"
     }
     for part in manifest.parts:
         for interval in part.layout.intervals:

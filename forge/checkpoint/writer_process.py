@@ -258,7 +258,7 @@ def _is_ours(storage: Storage, name: str, state: bytes) -> bool:
         return False
     there = open_checkpoint(storage, name)
     own = json.loads(state)
-    if there.progress.recipe != own["recipe"] or there.progress.corpus != own["corpus"]:
+    if there.progress.config_digest != own["config_digest"] or there.progress.corpus != own["corpus"]:
         raise CheckpointError(f"{there.url} is a checkpoint of another job, which writes to the same place")
     return True
 

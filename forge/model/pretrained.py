@@ -49,7 +49,7 @@ class PretrainedWeights:
 
         Raises: ModelError naming weights that are missing or of another shape.
         """
-        self._files, self._model = files, model
+        self.files, self._model = files, model
         self._plain: dict[str, StoredTensor] = {}
         self._joined: dict[str, _Joined] = {}
         self._last: tuple[str, dict[str, Tensor]] | None = None
@@ -84,14 +84,14 @@ class PretrainedWeights:
             rename_source_key, base_model_prefix=self._model.base_model_prefix, meta_state_dict=expected
         )
         unused = []
-        for key in sorted(self._files.tensors, key=dot_natural_key):
+        for key in sorted(self.files.tensors, key=dot_natural_key):
             name, pattern = rename(key, renamings, converters)
             if name not in expected and key in expected:
                 name, pattern = key, None
             if name not in expected:
                 unused.append(key)
             elif pattern is None:
-                self._plain[name] = self._files.tensors[key]
+                self._plain[name] = self.files.tensors[key]
             else:
                 rule = by_pattern[pattern]
                 group = self._joined.get(name) or _Joined(target=name, converter=rule)
@@ -122,11 +122,11 @@ class PretrainedWeights:
                 wrong.append(f"{name} is {_times(shape)} there and {_times(tuple(parameter.shape))} in the model")
         if missing:
             raise ModelError(
-                f"{self._files.source} lacks {_some(missing)}: a {type(self._model).__name__} needs every weight",
+                f"{self.files.source} lacks {_some(missing)}: a {type(self._model).__name__} needs every weight",
                 key="from_pretrained",
             )
         if wrong:
-            raise ModelError(f"{self._files.source} has other shapes: {_some(wrong)}", key="from_pretrained")
+            raise ModelError(f"{self.files.source} has other shapes: {_some(wrong)}", key="from_pretrained")
 
     def _shape_of(self, name: str) -> tuple[int, ...] | None:
         if name in self._plain:
@@ -142,7 +142,7 @@ class PretrainedWeights:
         self._last = None
         converter = copy.deepcopy(group.converter)
         for key, pattern in group.parts:
-            converter.add_tensor(group.target, key, pattern, partial(load, self._files.tensors[key]))
+            converter.add_tensor(group.target, key, pattern, partial(load, self.files.tensors[key]))
         made = converter.convert(group.target, model=self._model, config=self._model.config)
         made = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         if load is _read_whole:

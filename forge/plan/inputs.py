@@ -68,6 +68,8 @@ class ModelInfo:
     """In tokens; None if the positions do not limit it."""
     has_linear_head: bool
     """Whether logits are a linear map of the last hidden state; the loss may be computed in chunks then."""
+    num_base_parameters: int = 0
+    """Frozen parameters of `from_pretrained`: snapshots and checkpoints refer to them and do not contain them."""
     activation_bytes_per_row: int | None = None
     """Bytes that one row of `seq_len` tokens keeps for the backward pass, in fp32, logits included; None where
     the estimate from layers and sizes is used."""

@@ -85,8 +85,9 @@ def estimate_memory(
     gradients = width * trainable // (world_size if stage >= 2 else 1)
     optimizer = (master + 8) * trainable // shards
     ema = 4 * trainable // shards if training.ema else 0
-    # A rank snapshots its share at every stage; frozen parameters in their own precision.
-    snapshot = ((16 if training.ema else 12) * trainable + width * (parameters - trainable)) // world_size
+    # A rank snapshots its share at every stage; frozen parameters in their own precision, or not at all.
+    frozen = parameters - trainable - model.num_base_parameters
+    snapshot = ((16 if training.ema else 12) * trainable + width * frozen) // world_size
     is_offloaded = training.zero.offload == "cpu" and not is_on_host
     return MemoryEstimate(
         weights_bytes=weights,

@@ -180,7 +180,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
             open_storage(plan.job.checkpoint.url_of(donor_folder)),
             open_storage(plan.job.checkpoint.url_of(str(folder))),
             step=step,
-            recipe=config_digest(plan.job, code=plan.code),
+            config_digest=config_digest(plan.job, code=plan.code),
         )
 
     def _start_trial(self) -> None:

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from forge.checkpoint.intervals import ITEM_BYTES, safetensors_header
 from forge.checkpoint.manifest import step_name
 from forge.checkpoint.reader import Checkpoint, find_checkpoint, open_checkpoint, verify_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError, CheckpointError, ForgeError
-from forge.serve.weights import read_pieces, require_average
+from forge.model.families.causal_lm import config_from_record
+from forge.serve.weights import CheckpointWeights
 from forge.train.state import bytes_of
 
 _PIECE_NUMEL = 4 * 2**20
@@ -85,7 +86,7 @@ def export(request: ExportRequest) -> Exported:
         averages; ArgumentError if the folder is not empty or cannot be written.
     """
     checkpoint = _find(request)
-    require_average(checkpoint, ema=request.ema)
+    weights = CheckpointWeights(checkpoint, ema=request.ema)
     config = _config(checkpoint, request)
     to = Path(request.to)
     draft = to.with_name(f".{to.name}.{os.getpid()}.draft")
@@ -93,9 +94,9 @@ def export(request: ExportRequest) -> Exported:
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise ArgumentError(f"{to} is there already and not empty; name another folder")
         draft.mkdir(parents=True)
-        files = _files(checkpoint, request)
+        files = _files(checkpoint, weights, request)
         for name, targets in files.items():
-            _write_file(draft / name, targets, checkpoint, request)
+            _write_file(draft / name, targets, weights, request)
         _write_index(draft, files)
         config.save_pretrained(draft)
         GenerationConfig.from_model_config(config).save_pretrained(draft)
@@ -138,17 +139,17 @@ def _config(checkpoint: Checkpoint, request: ExportRequest) -> PretrainedConfig:
     body = dict(checkpoint.shape.config)
     if not body:
         raise CheckpointError(f"{checkpoint.url} is of no transformers model: it cannot be exported as one")
-    config = AutoConfig.for_model(body.pop("model_type"), **body)
+    config = config_from_record(body)
     config.dtype = _DTYPES[request.dtype][1]
     return config
 
 
-def _files(checkpoint: Checkpoint, request: ExportRequest) -> dict[str, list[_Target]]:
+def _files(checkpoint: Checkpoint, weights: CheckpointWeights, request: ExportRequest) -> dict[str, list[_Target]]:
     """Tensors in the model's order, in files of at most the size that was asked for, named as transformers does."""
     groups: list[list[_Target]] = []
     size = 0
     for name, parameter in checkpoint.shape.parameters.items():
-        interval = checkpoint.value_interval(name, ema=request.ema)
+        interval = weights.interval(name)
         is_float = interval.dtype.startswith(("F", "BF"))
         dtype = _DTYPES[request.dtype][0] if is_float else interval.dtype
         target = _Target(name=name, dtype=dtype, shape=parameter.shape, numel=interval.numel)
@@ -162,21 +163,21 @@ def _files(checkpoint: Checkpoint, request: ExportRequest) -> dict[str, list[_Ta
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def _write_file(path: Path, targets: list[_Target], checkpoint: Checkpoint, request: ExportRequest) -> None:
+def _write_file(path: Path, targets: list[_Target], weights: CheckpointWeights, request: ExportRequest) -> None:
     header = safetensors_header({t.name: (t.dtype, t.shape) for t in targets}, metadata={"format": "pt"})
     with path.open("wb") as file:
         file.write(header)
         for target in targets:
-            for piece in _converted(target, checkpoint, request):
+            for piece in _converted(target, weights, request):
                 file.write(bytes_of(piece))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _converted(target: _Target, checkpoint: Checkpoint, request: ExportRequest) -> Iterator[torch.Tensor]:
-    interval = checkpoint.value_interval(target.name, ema=request.ema)
-    for piece in read_pieces(checkpoint, interval, max_numel=_PIECE_NUMEL):
-        yield piece.to(_DTYPES[request.dtype][1]) if target.dtype != interval.dtype else piece
+def _converted(target: _Target, weights: CheckpointWeights, request: ExportRequest) -> Iterator[torch.Tensor]:
+    held = weights.interval(target.name).dtype
+    for piece in weights.pieces(target.name, max_numel=_PIECE_NUMEL):
+        yield piece.to(_DTYPES[request.dtype][1]) if target.dtype != held else piece
 
 
 def _write_index(folder: Path, files: dict[str, list[_Target]]) -> None:

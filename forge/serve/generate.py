@@ -26,7 +26,7 @@ from forge.errors import CheckpointError, ForgeError
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.registry import family_of
 from forge.plan.plan import Plan, plan_from_json
-from forge.serve.weights import read_tensors, require_average
+from forge.serve.weights import CheckpointWeights
 from forge.user_code import use_code
 
 
@@ -83,7 +83,7 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
 
     Raises: CheckpointError if the checkpoint is of another model than the plan's, or holds no averages.
     """
-    require_average(checkpoint, ema=ema)
+    weights = CheckpointWeights(checkpoint, ema=ema)
     data = DataShape(vocab_size=plan.corpus.vocab_size, seq_len=plan.job.data.seq_len, eot_id=plan.corpus.eot_id)
     dtype = torch.bfloat16 if plan.job.training.precision == "bf16" else torch.float32
     options = BuildOptions(dtype=dtype, device=torch.device("cpu"), seed=plan.job.training.seed, skip_init=True)
@@ -95,7 +95,7 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
             f"{checkpoint.url} lacks {len(missing)} parameters of the model, {min(missing)} among them"
         )
     with torch.no_grad():
-        for name, tensor in read_tensors(checkpoint, ema=ema):
+        for name, tensor in weights.tensors():
             if name not in held or held[name].shape != tensor.shape:
                 raise CheckpointError(f"{checkpoint.url} does not fit the model of its plan: {name}")
             held[name].copy_(tensor)

@@ -1,15 +1,23 @@
-"""The values of a checkpoint as tensors, a few at a time: no optimizer, no ranks, never the whole model."""
+"""The values of a checkpoint as tensors, a few at a time: no optimizer, no ranks, never the whole model.
+
+Frozen parameters that the checkpoint refers to are read from their base weights, after a check of the digests.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from forge.checkpoint.intervals import Interval
+from forge.checkpoint.manifest import BaseWeights, base_difference
 from forge.checkpoint.reader import Checkpoint
 from forge.errors import CheckpointError
+from forge.fs import default_cache_dir
+from forge.model.families.causal_lm import build_on_meta, config_from_record
+from forge.model.pretrained import PretrainedWeights
+from forge.model.weight_files import digest_file, open_weight_files
 from forge.train.state import DTYPE_NAMES, bytes_of
 
 _BATCH_BYTES = 256 * 2**20
@@ -17,38 +25,74 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 """torch's types by safetensors' names."""
 
 
-def require_average(checkpoint: Checkpoint, *, ema: bool) -> None:
-    """Raises: CheckpointError if averages are wanted and there are none."""
-    if ema and "ema" not in checkpoint.kinds:
-        raise CheckpointError(f"{checkpoint.url} holds no ema weights: the job has no training.ema")
+class CheckpointWeights:
+    """Reads the value of any parameter or buffer of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, *, ema: bool = False) -> None:
+        """Args:
+        ema: the averaged weights, of what is trained.
+
+        Raises: CheckpointError if averages are wanted and there are none, or the base weights that it refers to are
+            not there or have changed.
+        """
+        if ema and "ema" not in checkpoint.kinds:
+            raise CheckpointError(f"{checkpoint.url} holds no ema weights: the job has no training.ema")
+        self._checkpoint, self._ema = checkpoint, ema
+        self._base = None if checkpoint.shape.base is None else _open_base(checkpoint, checkpoint.shape.base)
+
+    def interval(self, name: str) -> Interval:
+        """Where the value of a whole parameter or buffer is."""
+        return self._checkpoint.value_interval(name, ema=self._ema)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer, in the type it is kept in; a few hundred MiB are read and held at a time.
+
+        Raises: CheckpointError if they cannot be read.
+        """
+        batch: dict[str, tuple[Interval, Tensor]] = {}
+        size = 0
+        names = list(self._checkpoint.shape.parameters)
+        for name in names:
+            interval = self.interval(name)
+            shape = self._checkpoint.shape.parameters[name].shape
+            batch[name] = interval, torch.empty(shape, dtype=DTYPES[interval.dtype])
+            size += interval.size_bytes
+            if size >= _BATCH_BYTES or name == names[-1]:
+                self._read([(interval, tensor.view(-1)) for interval, tensor in batch.values()])
+                yield from ((name, tensor) for name, (_, tensor) in batch.items())
+                batch, size = {}, 0
+
+    def pieces(self, name: str, *, max_numel: int) -> Iterator[Tensor]:
+        """The elements of a parameter or buffer in order, a flat tensor of at most `max_numel` at a time.
+
+        Raises: CheckpointError if they cannot be read.
+        """
+        whole = self.interval(name)
+        for start in range(0, whole.stop, max_numel):
+            stop = min(start + max_numel, whole.stop)
+            piece = torch.empty(stop - start, dtype=DTYPES[whole.dtype])
+            part = Interval(kind=whole.kind, name=whole.name, start=start, stop=stop, dtype=whole.dtype)
+            self._read([(part, piece)])
+            yield piece
+
+    def _read(self, wanted: Sequence[tuple[Interval, Tensor]]) -> None:
+        self._checkpoint.read((interval, bytes_of(flat)) for interval, flat in wanted if interval.kind != "base")
+        for interval, flat in wanted:
+            if interval.kind == "base":
+                assert self._base is not None, "a checkpoint with this kind refers to base weights"
+                try:
+                    self._base.read_into(interval.name, flat, start=interval.start)
+                except (OSError, EOFError) as error:
+                    raise CheckpointError(f"base weights cannot be read: {error}") from error
 
 
-def read_tensors(checkpoint: Checkpoint, *, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer, in the type it is kept in; a few hundred MiB are read and held at a time.
-
-    Raises: CheckpointError if they cannot be read.
-    """
-    batch: dict[str, tuple[Interval, Tensor]] = {}
-    size = 0
-    names = list(checkpoint.shape.parameters)
-    for name in names:
-        interval = checkpoint.value_interval(name, ema=ema)
-        batch[name] = interval, torch.empty(checkpoint.shape.parameters[name].shape, dtype=DTYPES[interval.dtype])
-        size += interval.size_bytes
-        if size >= _BATCH_BYTES or name == names[-1]:
-            checkpoint.read((interval, bytes_of(tensor.view(-1))) for interval, tensor in batch.values())
-            yield from ((name, tensor) for name, (_, tensor) in batch.items())
-            batch, size = {}, 0
-
-
-def read_pieces(checkpoint: Checkpoint, interval: Interval, *, max_numel: int) -> Iterator[Tensor]:
-    """The elements of an interval in order, a flat tensor of at most `max_numel` at a time.
-
-    Raises: CheckpointError if they cannot be read.
-    """
-    for start in range(interval.start, interval.stop, max_numel):
-        stop = min(start + max_numel, interval.stop)
-        piece = torch.empty(stop - start, dtype=DTYPES[interval.dtype])
-        part = Interval(kind=interval.kind, name=interval.name, start=start, stop=stop, dtype=interval.dtype)
-        checkpoint.read([(part, bytes_of(piece))])
-        yield piece
+def _open_base(checkpoint: Checkpoint, base: BaseWeights) -> PretrainedWeights:
+    files = open_weight_files(base.source)
+    try:
+        digests = {path.name: digest_file(path, cache=default_cache_dir() / "digests") for path in files.paths}
+    except OSError as error:
+        raise CheckpointError(f"base weights cannot be read: {error}") from error
+    difference = base_difference(base, BaseWeights(source=base.source, revision=files.revision, files=digests))
+    if difference is not None:
+        raise CheckpointError(f"{checkpoint.url}: {difference}. Restore the file")
+    return PretrainedWeights(files, build_on_meta(config_from_record(checkpoint.shape.config)))

@@ -26,6 +26,7 @@ from deepspeed.runtime import compiler
 from torch import nn
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
+from forge.checkpoint.manifest import BaseWeights
 from forge.config.model import ModelSpec
 from forge.config.training import OptimizerSpec, TrainingSpec
 from forge.data.loader import MicroBatch
@@ -33,6 +34,7 @@ from forge.model.dropout import SampleDropout, model_has_dropout
 from forge.model.families.base import BuildOptions, DataShape, Sharding
 from forge.model.families.registry import family_of
 from forge.objective.cross_entropy import CausalLm
+from forge.train.base_weights import digest_base
 from forge.train.metrics import peak_memory_gib
 from forge.train.state import TrainState
 
@@ -134,15 +136,17 @@ class Engine:
         *,
         training: TrainingSpec,
         dropout: SampleDropout | None = None,
+        base: BaseWeights | None = None,
     ) -> None:
         """Args:
         engine: what `deepspeed.initialize` gave, around a `CausalLm`.
         dropout: gets the positions of every micro-batch, where the model has any dropout.
+        base: the pretrained weights that frozen parameters refer to.
         """
         self._engine = engine
         self._dropout = dropout
         self._training = training
-        self.state = TrainState(engine, keep_average=training.ema is not None)
+        self.state = TrainState(engine, keep_average=training.ema is not None, base=base)
         self.device: torch.device = engine.device
         self.before_update: Callable[[], None] = lambda: None
         """Called before the training state changes."""
@@ -306,9 +310,16 @@ def build_engine(
     dropout = SampleDropout(model, seed=training.seed) if model_has_dropout(model) else None
     if dropout is not None:
         dropout.install()
-    built = Engine(engine, training=training, dropout=dropout)
-    if model_spec.from_pretrained is not None and not skip_init:
-        built.state.load_weights(family.open_pretrained(model_spec, data))
+    if model_spec.from_pretrained is None:
+        return Engine(engine, training=training, dropout=dropout)
+    weights = family.open_pretrained(model_spec, data)
+    has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    built = Engine(
+        engine, training=training, dropout=dropout, base=digest_base(weights.files) if has_frozen else None
+    )
+    built.state.load_base(weights)
+    if not skip_init:
+        built.state.load_weights(weights)
     return built
 
 

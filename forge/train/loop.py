@@ -124,7 +124,10 @@ def train(
             saved_step = _report(saving.finish(), reporter) or saved_step
             raise _diverged(result.loss, result.grad_norm, step=step, lr=lr, saved_step=saved_step)
         progress = Progress(
-            step=step, num_tokens=progress.num_tokens + tokens, recipe=start.recipe, corpus=start.corpus
+            step=step,
+            num_tokens=progress.num_tokens + tokens,
+            config_digest=start.config_digest,
+            corpus=start.corpus,
         )
         held_out_loss = None
         if result.flags.evaluate and inputs.held_out.rows.num_rows:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from forge.checkpoint.manifest import Progress, shape_record
+from forge.checkpoint.manifest import Progress, base_record, shape_record
 from forge.checkpoint.snapshot_buffer import NUM_SLOTS, SnapshotBuffer, create_snapshot_buffer
 from forge.train.state import TrainState
 
@@ -85,7 +85,9 @@ class Snapshotter:
         copying = self._last = PendingSnapshot(step=progress.step, slot=self._free_slot())
         if is_pinned:
             self._pinned.add(copying.slot)
-        note = {"progress": asdict(progress)} | dict(self._keeper.metadata() if self._keeper else {})
+        base = self._state.shape.base
+        note = {"progress": asdict(progress)} | ({"base": base_record(base)} if base is not None else {})
+        note |= dict(self._keeper.metadata() if self._keeper else {})
         self._state.copy_to(self.snapshot.begin(copying.slot), buffers=True)
         arguments = (copying, note, _mark(self._state.device), then)
         is_small = self._state.layout.size_bytes <= _SMALL_BYTES and self._state.device.type == "cpu"

@@ -3,9 +3,10 @@
 A rank owns *shards*: intervals `[start, stop)` of a parameter's flattened elements, each in several
 kinds: `master` (the fp32 weight), `exp_avg`, `exp_avg_sq` (AdamW's moments) and `ema` of what is trained;
 `frozen` of a parameter that is not, and `buffer` of a tensor that is no parameter, both as the model has
-them. Whoever saves writes what it claims; whoever loads reads what it owns now. How DeepSpeed lays the
-state out is known to this module alone, by names that are not part of its public interface; `shards_of`
-therefore checks that what it found covers every parameter, and says which release it was written for.
+them; `base` of a parameter that is not trained and has its value from pretrained weights, which a checkpoint
+refers to instead of holding it. Saving writes what a rank claims, loading reads what it owns now. Only this module
+knows how DeepSpeed lays the state out, by names that are not part of its public interface; `shards_of` therefore
+checks that what it found covers every parameter, and says which release it was written for.
 
     ZeRO 0       bf16: one fp32 tensor per parameter, whole on every rank; fp32: the parameter itself
     ZeRO 1, 2    one flat fp32 vector per parameter group and rank; `_hp_mapping` locates a parameter in it
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from forge.checkpoint.intervals import Interval, pack
-from forge.checkpoint.manifest import ModelShape, Parameter
+from forge.checkpoint.manifest import BaseWeights, ModelShape, Parameter
 from forge.errors import CheckpointError
 
 TRAINED = ("master", "exp_avg", "exp_avg_sq")
@@ -87,16 +88,21 @@ class WeightSource(Protocol):
 class TrainState:
     """Read and write access to a DeepSpeed engine's training state, shard by shard."""
 
-    def __init__(self, engine: Any, *, keep_average: bool) -> None:
+    def __init__(self, engine: Any, *, keep_average: bool, base: BaseWeights | None = None) -> None:
         """Args:
         engine: the DeepSpeed engine, right after `deepspeed.initialize`.
         keep_average: keep an exponential moving average beside the master weights.
+        base: the pretrained weights that parameters which are not trained have the values of: these are part of no
+            snapshot and no checkpoint, and `load_base` reads them. None: the parameters are kept as kind `frozen`.
         """
         self._engine = engine
         self._torch_optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
         trained = shards_of(engine)
-        self.shards = trained + list(_constants(engine))
-        """What this rank must load: all that it keeps."""
+        constants = list(_constants(engine, frozen="frozen" if base is None else "base"))
+        self.shards = trained + [shard for shard in constants if shard.constant != "base"]
+        """What this rank must load from a checkpoint."""
+        self.base_shards = [shard for shard in constants if shard.constant == "base"]
+        """What this rank must load from the base weights."""
         self.claims = [_claim(shard, engine) for shard in self.shards]
         """What this rank must save: over all ranks, every element once."""
         self._owners = list({id(shard.owner): shard.owner for shard in trained}.values())
@@ -107,7 +113,7 @@ class TrainState:
         self.layout = pack(self.interval(shard, kind) for shard, kind in held)
         """What this rank saves, as it lies in a snapshot."""
         self._sources = [(*places[interval.name, interval.kind], at) for interval, at in self.layout.placed()]
-        self.shape = shape_of(engine)
+        self.shape = shape_of(engine, base=base if self.base_shards else None)
         """The model's tensors; equal on every rank."""
 
     @property
@@ -179,16 +185,27 @@ class TrainState:
         Each rank reads its own ranges, trained weights straight into the fp32 masters.
         Raises: CheckpointError if they cannot be read.
         """
+        self._fill(self.shards, source)
+        self.refresh_weights()
+
+    @torch.no_grad()
+    def load_base(self, source: WeightSource) -> None:
+        """Fill the parameters that are not trained from the base weights; `resume` or `load_weights` afterwards.
+
+        Raises: CheckpointError if they cannot be read.
+        """
+        self._fill(self.base_shards, source)
+
+    def _fill(self, shards: Iterable[Shard], source: WeightSource) -> None:
         try:
-            for shard in self.shards:
+            for shard in shards:
                 if shard.start < shard.stop and shard.name in source:
                     value = self.tensor(shard, shard.constant or "master")
                     source.read_into(shard.name, value, start=shard.start)
                     if shard.constant is None and self._averages:
                         self.tensor(shard, "ema").copy_(value)
         except (OSError, EOFError) as error:
-            raise CheckpointError(f"the weights to start from cannot be read: {error}") from error
-        self.refresh_weights()
+            raise CheckpointError(f"pretrained weights cannot be read: {error}") from error
 
     @torch.no_grad()
     def update_average(self, *, decay: float, step: int) -> None:
@@ -275,14 +292,18 @@ def shards_of(engine: Any) -> list[Shard]:
     return shards
 
 
-def shape_of(engine: Any) -> ModelShape:
-    """Every tensor of the model by its name in transformers; the same on every rank."""
+def shape_of(engine: Any, *, base: BaseWeights | None = None) -> ModelShape:
+    """Every tensor of the model by its name in transformers; the same on every rank.
+
+    Args:
+        base: what the parameters that are not trained refer to.
+    """
     module = engine.module
     parameters = {
         name: Parameter(
             shape=tuple(getattr(p, "ds_shape", p.shape)),
             dtype=DTYPE_NAMES[p.dtype],
-            kind="master" if p.requires_grad else "frozen",
+            kind="master" if p.requires_grad else "frozen" if base is None else "base",
         )
         for name, p in named_parameters(module)
     }
@@ -294,6 +315,7 @@ def shape_of(engine: Any) -> ModelShape:
         parameters=parameters,
         tied={name: first[id(p)] for name, p in every if first[id(p)] != name},
         config=_config_of(getattr(module, "model", module)),
+        base=base,
     )
 
 
@@ -323,8 +345,12 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield _plain(name), tensor
 
 
-def _constants(engine: Any) -> Iterator[Shard]:
-    """What this rank keeps of tensors that are not trained."""
+def _constants(engine: Any, *, frozen: str) -> Iterator[Shard]:
+    """What this rank keeps of tensors that are not trained.
+
+    Args:
+        frozen: the kind of parameters: `frozen` or `base`.
+    """
     divided, rank = engine.zero_optimization_stage() == 3, engine.global_rank
     named: list[tuple[str, Any]] = list(named_parameters(engine.module))
     for name, parameter in named:
@@ -337,7 +363,7 @@ def _constants(engine: Any) -> Iterator[Shard]:
         else:
             start, stop, owner = 0, parameter.numel(), parameter.data
         if start < stop:
-            yield Shard(name=name, start=start, stop=stop, owner=owner, offset=0, constant="frozen")
+            yield Shard(name=name, start=start, stop=stop, owner=owner, offset=0, constant=frozen)
     for name, buffer in _buffers(engine.module):
         yield Shard(name=name, start=0, stop=buffer.numel(), owner=buffer, offset=0, constant="buffer")
 

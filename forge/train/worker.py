@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from forge.checkpoint.intervals import Interval
-from forge.checkpoint.manifest import Progress
+from forge.checkpoint.manifest import BaseWeights, Progress, base_difference
 from forge.checkpoint.reader import list_checkpoints, open_checkpoint, verify_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.data.loader import HeldOutBatches, TrainBatches
@@ -42,6 +42,7 @@ class StateSource(Protocol):
     """The state of a step in somebody's memory."""
 
     progress: Progress
+    base: BaseWeights | None
 
     def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
         """Fill each view with the bytes of its interval."""
@@ -174,7 +175,13 @@ def _build(plan: Plan, place: WorkerContext, *, device: torch.device, skip_init:
 
 
 def _take_over(engine: Engine, origin: StateSource) -> Progress:
-    """Fill this rank's state from memory; collective. Raises: CheckpointError if it is not all there."""
+    """Fill this rank's state from memory; collective.
+
+    Raises: CheckpointError if it is not all there, or its base weights have changed since.
+    """
+    difference = base_difference(origin.base, engine.state.shape.base)
+    if difference is not None:
+        raise CheckpointError(f"the run cannot go on: {difference}. Restore the file and resume the run")
     engine.state.read(origin)
     origin.close()
     engine.state.resume(step=origin.progress.step)
@@ -213,7 +220,7 @@ def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Pr
     Every rank reads what it needs and no more; of the checksums each verifies its share.
     Raises: CheckpointError if it is of another job, or cannot be read.
     """
-    recipe, corpus = config_digest(plan.job, code=plan.code), plan.corpus.digest
+    digest, corpus = config_digest(plan.job, code=plan.code), plan.corpus.digest
     share = dist.get_rank(), dist.get_world_size()
     storage = open_storage(url)
     for name in _agreed(lambda: list_checkpoints(storage))[0]:
@@ -223,7 +230,7 @@ def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Pr
             reporter.event(CheckpointSkipped(folder=f"{url}/{name}", reason=problem))
             continue
         checkpoint = open_checkpoint(storage, name)
-        checkpoint.require_job(recipe=recipe, corpus=corpus, shape=engine.state.shape)
+        checkpoint.require_job(config_digest=digest, corpus=corpus, shape=engine.state.shape)
         _agreed(partial(engine.state.read, checkpoint))
         engine.state.resume(step=checkpoint.progress.step)
         for (
@@ -231,7 +238,7 @@ def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Pr
         ) in checkpoint.unacked_metrics:  # whoever recorded the run may have died before they were written
             reporter.resend(StepMetrics(**metrics))
         return checkpoint.progress
-    return Progress(step=0, num_tokens=0, recipe=recipe, corpus=corpus)
+    return Progress(step=0, num_tokens=0, config_digest=digest, corpus=corpus)
 
 
 def _agreed(attempt: Callable[[], T]) -> list[T]:

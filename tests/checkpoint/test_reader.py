@@ -75,7 +75,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another format version": (
         lambda f: (f / "manifest.json").write_text('{"format_version": 99}'),
-        "format version 99, this forge reads 2",
+        "format version 99, this forge reads 3",
     ),
 }
 
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_parameters_that_diffe
     checkpoint = open_checkpoint(open_storage(str(two)), SECOND)
     other = model_shape(**{"norm.weight": (8,), "head/odd name.weight": None, "bias": (3,)})
     with pytest.raises(CheckpointError) as refused:
-        checkpoint.require_job(recipe="recipe", corpus="corpus", shape=other)
+        checkpoint.require_job(config_digest="recipe", corpus="corpus", shape=other)
     for said in (
         "another model",
         "it has no bias",
@@ -188,10 +188,10 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_parameters_that_diffe
         assert said in str(refused.value)
 
 
-@pytest.mark.parametrize(("changed", "said"), [("recipe", "another job"), ("corpus", "another corpus")])
+@pytest.mark.parametrize(("changed", "said"), [("config_digest", "another job"), ("corpus", "another corpus")])
 def test_a_checkpoint_of_another_recipe_or_corpus_is_refused(two: Path, changed: str, said: str) -> None:
     checkpoint = open_checkpoint(open_storage(str(two)), SECOND)
-    own = {"recipe": "recipe", "corpus": "corpus"} | {changed: "other"}
+    own = {"config_digest": "recipe", "corpus": "corpus"} | {changed: "other"}
     with pytest.raises(CheckpointError, match=said):
         checkpoint.require_job(**own, shape=model_shape())
 
@@ -246,7 +246,7 @@ def test_a_broken_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> Non
 def test_another_jobs_checkpoint_is_not_touched_and_the_writer_refused(tmp_path: Path) -> None:
     write(str(tmp_path), 1)
     before = {path.name: path.read_bytes() for path in (tmp_path / FIRST).iterdir()}
-    state = state_bytes(progress(1, recipe="other"), model_shape()).decode()
+    state = state_bytes(progress(1, config_digest="other"), model_shape()).decode()
     with pytest.raises(CheckpointError, match="a checkpoint of another job, which writes to the same place"):
         write(str(tmp_path), 1, token="bbbbbbbb0001", state=state)
     assert {path.name: path.read_bytes() for path in (tmp_path / FIRST).iterdir()} == before

@@ -163,12 +163,12 @@ def test_a_broken_checkpoint_is_walked_past_and_replaced_anywhere(url: str) -> N
 
 def test_another_jobs_checkpoint_is_not_touched_anywhere(url: str) -> None:
     write(url, 1)
-    state = state_bytes(progress(1, recipe="other"), model_shape()).decode()
+    state = state_bytes(progress(1, config_digest="other"), model_shape()).decode()
     with pytest.raises(CheckpointError, match="another job"):
         write(url, 1, token="bbbbbbbb0001", state=state)
     storage = open_storage(url)
     assert verify_checkpoint(storage, "step-00000001") is None
-    assert open_checkpoint(storage, "step-00000001").progress.recipe == "recipe"
+    assert open_checkpoint(storage, "step-00000001").progress.config_digest == "recipe"
 
 
 def test_the_second_writer_of_a_step_leaves_nothing_anywhere(url: str) -> None:

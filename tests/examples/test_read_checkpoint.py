@@ -33,7 +33,7 @@ from forge.checkpoint.manifest import (
 from forge.checkpoint.reader import Checkpoint, open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.plan.inputs import CorpusInfo
-from forge.serve.weights import read_tensors
+from forge.serve.weights import CheckpointWeights
 from forge.train.state import DTYPE_NAMES, bytes_of
 from tests.support.jobs import tiny_plan
 from tests.support.ranks import run_ranks
@@ -96,7 +96,7 @@ def test_its_values_are_those_of_forges_own_reader_bit_for_bit(trained: Path, ex
     held = open_checkpoint(open_storage(str(trained)), folder.name)
     assert len(held.manifest.parts) == 2
     assert held.kinds == {"master", "ema", "exp_avg", "exp_avg_sq"}
-    values = dict(read_tensors(held))
+    values = dict(CheckpointWeights(held).tensors())
     for name, parameter in held.shape.parameters.items():
         for kind in held.kinds:
             found = example.read(folder, name, kind)
@@ -133,7 +133,7 @@ def test_it_reads_every_type_that_numpy_has_bf16_as_float32_scalars_and_tied_nam
     folder = tmp_path / "step-00000001"
     write_constants(folder, tensors, tied={"w2": "w"})
     held = open_checkpoint(open_storage(str(tmp_path)), folder.name)
-    values = dict(read_tensors(held))
+    values = dict(CheckpointWeights(held).tensors())
     for name, tensor in tensors.items():
         expected = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         found = example.read(folder, name, "frozen")
@@ -217,7 +217,7 @@ def test_the_page_about_the_format_names_every_key_that_stands_in_a_real_checkpo
     by_model = {"config", "tied"}
     keys = {*keys_of(manifest), *keys_of({key: state[key] for key in state if key not in by_model})}
     keys = (keys | by_model) - set(state["parameters"])
-    assert {"crc32", "data_start", "recipe", "shape"} <= keys
+    assert {"crc32", "data_start", "config_digest", "shape"} <= keys
     assert [key for key in sorted(keys) if f"`{key}`" not in page] == []
 
 
@@ -280,6 +280,6 @@ def write_constants(folder: Path, tensors: dict[str, torch.Tensor], *, tied: dic
         name = f"part-{rank:05d}-0123456789ab.safetensors"
         (folder / name).write_bytes(text)
         parts.append(Part(name=name, size_bytes=len(text), crc32=zlib.crc32(text), layout=layout))
-    state = state_bytes(Progress(step=1, num_tokens=1, recipe="r", corpus="c"), shape)
+    state = state_bytes(Progress(step=1, num_tokens=1, config_digest="r", corpus="c"), shape)
     (folder / state_name(token="0123456789ab")).write_bytes(state)
     (folder / MANIFEST).write_bytes(manifest_bytes(1, parts=parts, state=state, token="0123456789ab"))

@@ -15,7 +15,7 @@ from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError, CheckpointError
 from forge.plan.inputs import CorpusInfo
 from forge.serve.export import ExportRequest, export
-from forge.serve.weights import read_tensors
+from forge.serve.weights import CheckpointWeights
 from tests.support.jobs import synthetic_corpus, tiny_plan
 from tests.support.ranks import run_ranks
 
@@ -66,7 +66,7 @@ def require_equal(folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype, e
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     parameters = dict(model.named_parameters())
     assert set(parameters) == {n for n, p in checkpoint.shape.parameters.items() if p.kind != "buffer"}
-    held = dict(read_tensors(checkpoint, ema=ema))
+    held = dict(CheckpointWeights(checkpoint, ema=ema).tensors())
     for name, parameter in parameters.items():
         assert torch.equal(parameter, held[name].to(dtype)), name
 

@@ -28,8 +28,8 @@ def model_shape(**changes: tuple[int, ...] | None) -> ModelShape:
     return ModelShape(parameters=parameters, tied={}, config={})
 
 
-def progress(step: int, *, recipe: str = "recipe", corpus: str = "corpus") -> Progress:
-    return Progress(step=step, num_tokens=100 * step, recipe=recipe, corpus=corpus)
+def progress(step: int, *, config_digest: str = "recipe", corpus: str = "corpus") -> Progress:
+    return Progress(step=step, num_tokens=100 * step, config_digest=config_digest, corpus=corpus)
 
 
 def values(interval: Interval, *, step: int) -> np.ndarray:

@@ -472,7 +472,7 @@ class _Rank:
             for interval, offset in self._snapshot.layout.placed():
                 data[offset : offset + interval.size_bytes] = _values(step, interval)
         self._snapshot.commit(slot, step=step, state={"step": step})
-        progress = Progress(step=step, num_tokens=step * 100, recipe="one", corpus="one")
+        progress = Progress(step=step, num_tokens=step * 100, config_digest="one", corpus="one")
         order = WriteCommand(
             url=str(self.folder),
             step=step,

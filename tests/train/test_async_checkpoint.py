@@ -22,7 +22,7 @@ from tests.support.command import wait_for
 from tests.support.odd import differing, odd_state, write_pattern
 from tests.support.ranks import on_ranks
 
-PROGRESS = Progress(step=1, num_tokens=10, recipe="recipe", corpus="corpus")
+PROGRESS = Progress(step=1, num_tokens=10, config_digest="recipe", corpus="corpus")
 
 
 def saving_at(url: str, *, world_size: int) -> AsyncCheckpointer:

@@ -12,7 +12,7 @@ import torch
 from forge.checkpoint.manifest import Progress, step_name
 from forge.checkpoint.reader import open_checkpoint, verify_checkpoint
 from forge.checkpoint.storage import open_storage
-from forge.serve.weights import read_tensors
+from forge.serve.weights import CheckpointWeights
 from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten
 from forge.train.engine import join_process_group
 from tests.support.odd import MATRIX, VARIANTS, differing, odd_state, write_pattern
@@ -20,7 +20,7 @@ from tests.support.ranks import on_ranks
 
 SOME_SIZES, ALL_SIZES = (1, 2, 3, 5), tuple(range(1, 9))
 """The slow set takes all: 1,600 loads."""
-PROGRESS = Progress(step=7, num_tokens=70, recipe="recipe", corpus="corpus")
+PROGRESS = Progress(step=7, num_tokens=70, config_digest="recipe", corpus="corpus")
 
 
 def save_all(rank: int, root: str, world_size: int) -> list[list[Any]]:
@@ -124,7 +124,9 @@ def refreshed(rank: int, root: str, variant: str, world_size: int) -> list[str]:
     state = odd_state(variant, world_size=world_size)
     state.read(open_checkpoint(open_storage(place(root, "zero 1", 5)), step_name(7)))
     state.resume(step=7)
-    values = dict(read_tensors(open_checkpoint(open_storage(place(root, "zero 0", 1)), step_name(7))))
+    values = dict(
+        CheckpointWeights(open_checkpoint(open_storage(place(root, "zero 0", 1)), step_name(7))).tensors()
+    )
     wrong = []
     for name, parameter in state._engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):

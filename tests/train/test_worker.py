@@ -157,7 +157,7 @@ def test_a_loss_that_is_no_number_stops_the_run_names_the_step_and_keeps_the_las
     assert not list(tmp_path.glob(".draft*"))
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(corpus: CorpusInfo, tmp_path: Path) -> None:
+def test_resume__checkpoint_of_another_config__is_refused(corpus: CorpusInfo, tmp_path: Path) -> None:
     run_ranks(tiny_plan(corpus), tmp_path, world_size=1, stop_after=2)
     with pytest.raises(CheckpointError, match="another job"):
         run_ranks(tiny_plan(corpus, training__optimizer={"lr": 1e-3}), tmp_path, world_size=1)

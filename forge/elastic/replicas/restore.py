@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forge.checkpoint.intervals import Interval, IntervalIndex, Layout, Range, layout_from_record
-from forge.checkpoint.manifest import Progress
+from forge.checkpoint.manifest import BaseWeights, Progress, base_from_record
 from forge.checkpoint.snapshot_buffer import SnapshotBuffer
 from forge.elastic.rpc import Endpoint, Message, SyncChannel
 
@@ -52,6 +52,8 @@ class PeerStateSource:
             raise
         self._index = IntervalIndex((name, shard.layout, 0) for name, shard in self._shards.items())
         self.progress = Progress(**first.state["progress"])
+        self.base: BaseWeights | None = base_from_record(first.state.get("base"))
+        """The pretrained weights that the frozen parameters have their values from."""
         self.metrics: list[dict[str, Any]] = first.state.get("metrics", [])
         """Metrics that the recorder had not acknowledged when the snapshot was taken."""
 

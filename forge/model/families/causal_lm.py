@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +45,7 @@ class CausalLmFamily:
         _check_keys(spec)
         try:
             config = build_config(spec, data)
-            model = _build_on_meta(config)
+            model = build_on_meta(config)
         except PlanError as error:
             named = re.search(r"field '(\w+)'", str(error))
             is_given = named is not None and named[1] in spec.config_overrides
@@ -53,7 +55,9 @@ class CausalLmFamily:
         freeze_parameters(model, spec.freeze)
         if spec.from_pretrained is not None and Path(spec.from_pretrained).expanduser().is_dir():
             PretrainedWeights(open_weight_files(spec.from_pretrained), model)  # checks names and shapes
-        return _count(model, config)
+        info = _count(model, config)
+        frozen = info.num_parameters - info.num_trainable_parameters
+        return replace(info, num_base_parameters=frozen if spec.from_pretrained is not None else 0)
 
     def build(self, spec: ModelSpec, data: DataShape, *, options: BuildOptions) -> nn.Module:
         config = build_config(spec, data)
@@ -72,10 +76,10 @@ class CausalLmFamily:
 
     def open_pretrained(self, spec: ModelSpec, data: DataShape) -> PretrainedWeights:
         assert spec.from_pretrained is not None
-        return PretrainedWeights(open_weight_files(spec.from_pretrained), _build_on_meta(build_config(spec, data)))
+        return PretrainedWeights(open_weight_files(spec.from_pretrained), build_on_meta(build_config(spec, data)))
 
     def import_classes(self, spec: ModelSpec, data: DataShape) -> None:
-        _build_on_meta(build_config(spec, data))
+        build_on_meta(build_config(spec, data))
 
 
 def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
@@ -105,7 +109,14 @@ def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
         raise PlanError(f"model.architecture {spec.architecture}: {one_line(error)}") from error
 
 
-def _build_on_meta(config: PretrainedConfig) -> Any:
+def config_from_record(record: Mapping[str, Any]) -> PretrainedConfig:
+    """The config that a checkpoint contains."""
+    body = dict(record)
+    return AutoConfig.for_model(body.pop("model_type"), **body)
+
+
+def build_on_meta(config: PretrainedConfig) -> Any:
+    """The model of a config on the meta device: shapes without memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -1,0 +1,42 @@
+"""Which pretrained weights the frozen parameters of a run come from: digests that all nodes agree on."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch.distributed as dist
+
+from forge.checkpoint.manifest import BaseWeights
+from forge.errors import CheckpointError
+from forge.fs import default_cache_dir
+from forge.model.weight_files import WeightFiles, digest_file
+
+
+def digest_base(files: WeightFiles) -> BaseWeights:
+    """Name the content of the weight files; collective. The ranks of a node divide its files among them.
+
+    A file whose size and modification time are as they were is not read again on the same node.
+
+    Raises: CheckpointError on every rank if a file cannot be read, or is not the same on all nodes.
+    """
+    first, step = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    own: dict[str, str] = {}
+    failure = None
+    try:
+        for path in files.paths[first::step]:
+            own[path.name] = digest_file(path, cache=default_cache_dir() / "digests")
+    except OSError as error:
+        failure = f"{error.filename} cannot be read: {error.strerror}"
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (own, failure))
+    found: dict[str, str] = {}
+    for digests, problem in every:
+        if problem is not None:
+            raise CheckpointError(problem)
+        for name, digest in digests.items():
+            if found.setdefault(name, digest) != digest:
+                raise CheckpointError(
+                    f"{name} of {files.source} is not the same on all nodes: digests {found[name]} and {digest}"
+                )
+    return BaseWeights(source=files.source, revision=files.revision, files=dict(sorted(found.items())))
