@@ -56,7 +56,7 @@ def launch(request: Request) -> None:
         conclude(resumed, interrupted=False, output=request.output)
         return
     loaded = api.load_job(job_file, request.overrides)
-    if resumed is not None and request.file is None:
+    if resumed is not None:
         loaded = with_run_code(loaded, run_folder=resumed)
     check_kind(loaded, is_search=request.is_search)
     if request.dry_run:

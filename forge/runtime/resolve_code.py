@@ -52,14 +52,17 @@ def resolve_code(loaded: LoadedJob) -> CodeInfo | None:
 
 
 def with_run_code(loaded: LoadedJob, *, run_folder: Path) -> LoadedJob:
-    """Return the job of a run that is resumed by its folder, with the code that was packed when it began.
+    """Return the job of a run to resume; the job file in its own run folder gets the code packed at its start.
 
-    A folder given by `--set code=...` is packed instead, and refused by `reopen_run` if it differs.
+    The folder of another job file, or of `--set code=...`, is packed again, and refused by `reopen_run` if it
+    differs.
 
     Raises: UserCodeError if the run folder has lost its archive, or it was changed.
     """
-    place, code = loaded.source.locations.get("code"), read_plan(run_folder).code
-    if code is None or (place is not None and place.line is None):
+    location = loaded.source.locations.get("code")
+    is_own = Path(loaded.source.path).resolve() == (run_folder / "job.yaml").resolve()
+    code = read_plan(run_folder).code
+    if code is None or not is_own or location is None or location.line is None:
         return loaded
     return replace(loaded, code=read_run_code(code.digest, run_folder=run_folder))
 

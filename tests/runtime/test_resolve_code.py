@@ -155,11 +155,14 @@ def test_reopen_run__code_changed__names_the_files_and_keeps_the_plan(home: Path
 
 def test_with_run_code__source_folder_changed_or_gone__uses_the_packed_code(home: Path, plan: Plan) -> None:
     loaded = job_with_code(home, {"my_losses.py": RANKING})
-    plan = replace(plan, code=resolve_code(loaded))
+    plan = replace(plan, job=loaded.job, code=resolve_code(loaded))
     folder = home / "runs" / "tiny"
     fill_run_folder(folder, plan)
     (home / "src" / "my_losses.py").unlink()
-    again = with_run_code(loaded, run_folder=folder)
+    assert with_run_code(loaded, run_folder=folder) == loaded  # another job file than the run's own
+    again = with_run_code(load_job(folder / "job.yaml"), run_folder=folder)
+    elsewhere = load_job(folder / "job.yaml", overrides=["code=./other"])
+    assert with_run_code(elsewhere, run_folder=folder) == elsewhere
     assert resolve_code(again) == plan.code
     assert plan.code is not None
     reopen_run(folder, replace(plan, code=resolve_code(again)))
