@@ -18,7 +18,8 @@ from forge.fs import default_cache_dir
 from forge.model.families.causal_lm import build_on_meta, config_from_record
 from forge.model.pretrained import PretrainedWeights
 from forge.model.weight_files import digest_file, open_weight_files
-from forge.train.state import DTYPE_NAMES, bytes_of
+from forge.train.model_shape import DTYPE_NAMES
+from forge.train.state import bytes_of
 
 _BATCH_BYTES = 256 * 2**20
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}

@@ -17,29 +17,22 @@ checks that what it found covers every parameter, and says which release it was 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from forge.checkpoint.intervals import Interval, pack
-from forge.checkpoint.manifest import BaseWeights, ModelShape, Parameter
+from forge.checkpoint.manifest import BaseWeights
 from forge.errors import CheckpointError
+from forge.train.model_shape import DTYPE_NAMES, named_buffers, named_parameters, shape_of
 
 TRAINED = ("master", "exp_avg", "exp_avg_sq")
 _KNOWN_RELEASE = "0.19.8"
 # A checkpoint is read into memory of the host this many bytes at a time where the state lies elsewhere.
 _STAGING_BYTES = 64 * 2**20
-DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
-"""What safetensors calls torch's types."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -292,59 +285,6 @@ def shards_of(engine: Any) -> list[Shard]:
     return shards
 
 
-def shape_of(engine: Any, *, base: BaseWeights | None = None) -> ModelShape:
-    """Every tensor of the model by its name in transformers; the same on every rank.
-
-    Args:
-        base: what the parameters that are not trained refer to.
-    """
-    module = engine.module
-    parameters = {
-        name: Parameter(
-            shape=tuple(getattr(p, "ds_shape", p.shape)),
-            dtype=DTYPE_NAMES[p.dtype],
-            kind="master" if p.requires_grad else "frozen" if base is None else "base",
-        )
-        for name, p in named_parameters(module)
-    }
-    for name, buffer in _buffers(module):
-        parameters[name] = Parameter(shape=tuple(buffer.shape), dtype=DTYPE_NAMES[buffer.dtype], kind="buffer")
-    first = {id(p): name for name, p in named_parameters(module)}
-    every = [(_plain(name), p) for name, p in module.named_parameters(remove_duplicate=False)]
-    return ModelShape(
-        parameters=parameters,
-        tied={name: first[id(p)] for name, p in every if first[id(p)] != name},
-        config=_config_of(getattr(module, "model", module)),
-        base=base,
-    )
-
-
-def _config_of(model: Any) -> dict[str, Any]:
-    """A transformers model's config as JSON."""
-    if not hasattr(model, "config"):
-        return {}
-    config: dict[str, Any] = json.loads(model.config.to_json_string()) | {"architectures": [type(model).__name__]}
-    return config
-
-
-def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Each once, under the name it has in the transformers model."""
-    return [(_plain(name), parameter) for name, parameter in module.named_parameters()]
-
-
-def _plain(name: str) -> str:
-    """Without the objective that stands around the model."""
-    return name.removeprefix("model.")
-
-
-def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that belong to the state without being parameters, such as a router's bias."""
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if name not in parameters and isinstance(tensor, Tensor):
-            yield _plain(name), tensor
-
-
 def _constants(engine: Any, *, frozen: str) -> Iterator[Shard]:
     """What this rank keeps of tensors that are not trained.
 
@@ -364,7 +304,7 @@ def _constants(engine: Any, *, frozen: str) -> Iterator[Shard]:
             start, stop, owner = 0, parameter.numel(), parameter.data
         if start < stop:
             yield Shard(name=name, start=start, stop=stop, owner=owner, offset=0, constant=frozen)
-    for name, buffer in _buffers(engine.module):
+    for name, buffer in named_buffers(engine.module):
         yield Shard(name=name, start=0, stop=buffer.numel(), owner=buffer, offset=0, constant="buffer")
 
 

@@ -34,7 +34,8 @@ from forge.checkpoint.reader import Checkpoint, open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.plan.inputs import CorpusInfo
 from forge.serve.weights import CheckpointWeights
-from forge.train.state import DTYPE_NAMES, bytes_of
+from forge.train.model_shape import DTYPE_NAMES
+from forge.train.state import bytes_of
 from tests.support.jobs import tiny_plan
 from tests.support.ranks import run_ranks
 
