@@ -1,9 +1,11 @@
-"""forge trains large models on machines that can vanish.
+"""forge trains large models on machines that can be preempted.
 
     run = forge.train_job("jobs/pretrain.yaml")
-    print(run.newest("Evaluated")["perplexity"])
+    run.metrics()["train/loss"]          # an array with one entry per step
+    run.best_checkpoint()
+    run.export("my-model")               # a Hugging Face folder
 
-`load_job`, `plan_job`, `train_job` and `tune_job` are imported when they are first used.
+The functions of `forge.api` are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from forge.api import load_job, plan_job, train_job, tune_job
+    from forge.api import load_job, load_run, plan_job, start, train_job, tune_job
 
-__all__ = ["load_job", "plan_job", "train_job", "tune_job"]
+__all__ = ["load_job", "load_run", "plan_job", "start", "train_job", "tune_job"]
 
 
 def __getattr__(name: str) -> Any:

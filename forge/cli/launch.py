@@ -67,7 +67,7 @@ def launch(request: Request) -> None:
 
         def on_plan(plan: Plan, target: RemoteTarget | None) -> None:
             preparing.clear()
-            _confirm_plan(plan, target, request)
+            confirm_plan(plan, target, request)
 
         run = api.start(
             loaded, cluster=request.cluster, resume=resumed, on_progress=preparing.show, on_plan=on_plan
@@ -118,7 +118,7 @@ def confirm(question: str, *, yes: bool) -> None:
         raise typer.Exit(2)
 
 
-def _confirm_plan(plan: Plan, target: RemoteTarget | None, request: Request) -> None:
+def confirm_plan(plan: Plan, target: RemoteTarget | None, request: Request) -> None:
     """Show the plan and, on a cluster that costs money, its price."""
     from forge.cli import display
     from forge.cli.plan_table import show_plan

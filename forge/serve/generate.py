@@ -1,9 +1,9 @@
-"""Text from a run's newest checkpoint.
+"""Generate text with a run's newest checkpoint.
 
     python -m forge.serve.generate RUN_FOLDER < request.json > answer.json
 
-The weights are put together from the checkpoint's shards into a plain transformers model; no Ray, no
-DeepSpeed. In a process of its own, because the client never imports torch.
+Loads the checkpoint's shards into a plain transformers model, without Ray or DeepSpeed. It runs in a process of its
+own, because the client never imports torch.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from forge.user_code import use_code
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """What to write, and how freely."""
+    """A prompt and how to sample."""
 
     prompt: str
     max_tokens: int = 128
     temperature: float = 0.8
-    """0: always the likeliest token."""
+    """0 selects the likeliest token."""
     top_k: int = 50
     seed: int = 1
     ema: bool = False
-    """Use the averaged weights."""
+    """Use the averaged (EMA) weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """What the model wrote after the prompt."""
+    """The generated text, without the prompt, and the step of the checkpoint."""
 
     step: int
     prompt: str
@@ -56,7 +56,7 @@ class Generated:
 def generate(run_folder: Path, request: GenerateRequest) -> Generated:
     """Continue a prompt with a run's newest checkpoint.
 
-    Raises: CheckpointError if there is none that verifies, or it has no averaged weights.
+    Raises: CheckpointError if no checkpoint verifies, or `ema` is set and it has no averaged weights.
     """
     plan = plan_from_json((run_folder / "plan.json").read_text())
     if plan.code is not None:
