@@ -37,7 +37,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 
 STEPS = 10
 SAVE_RANKS, LOAD_RANKS = 2, 3
@@ -53,13 +53,11 @@ MIB = 2**20
 
 def main() -> None:
     """Save, convert, load and export, each `--repeats` times."""
-    parser = benchmark_parser(__doc__)
-    parser.add_argument("--small", action="store_true", help="a tenth of the state and three steps: a smoke run")
-    options = parser.parse_args()
+    options = parse_options(benchmark_parser(__doc__), smallest={})  # a tenth of the state, and three steps
     with tempfile.TemporaryDirectory(prefix="forge-bench-") as name:
         folder = Path(name)
-        request = {"folder": name, "repeats": options.repeats, "is_small": options.small}
-        steps = 3 if options.small else STEPS
+        request = {"folder": name, "repeats": options.repeats, "is_small": options.smallest}
+        steps = 3 if options.smallest else STEPS
         saves = run_ranks("checkpoint_saves", SAVE_RANKS, folder=folder, request=request | {"steps": steps})
         conversions = {
             workers: [convert(folder, workers) for _ in range(options.repeats)] for workers in CONVERSIONS

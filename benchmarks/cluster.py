@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.program import FORGE, running
-from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 from forge.cluster.ssh.provider import SshCluster
 from forge.config.cluster import SshSpec
 from forge.process import free_port
@@ -42,7 +42,7 @@ tracking: {wandb: {mode: disabled}}
 
 def main() -> None:
     """Measure all, `--repeats` times, in turn."""
-    options = benchmark_parser(__doc__).parse_args()
+    options = parse_options(benchmark_parser(__doc__), smallest={})  # without machines reached by ssh
     with tempfile.TemporaryDirectory(prefix="forge-bench-", ignore_cleanup_errors=True) as name:
         os.environ |= {"FORGE_STATE": f"{name}/state", "RAY_AUTH_MODE": "token"}
         times: dict[str, list[float]] = {"ray start": [], "forge cluster up": [], "status, local": []}
@@ -51,7 +51,7 @@ def main() -> None:
             up_s, status_s = local_up()
             times["forge cluster up"].append(up_s)
             times["status, local"].append(status_s)
-        if can_make_hosts():
+        if can_make_hosts() and not options.smallest:
             times |= machines(Path(name), repeats=options.repeats)
     measured = {what: Measured(values=tuple(values)) for what, values in times.items()}
     print_table(

@@ -1,36 +1,52 @@
-"""How long until something happens: `forge --help`, and `forge train` up to its first optimizer step.
+"""Cold start: seconds of `forge --help`, and of `forge train` until the end of the first optimizer step.
 
     python -m benchmarks.cold_start --json FILE
 
-The job is jobs/pretrain.yaml, its data cached. The parts are read from the run's own events.
+The job is jobs/pretrain.yaml on the elastic engine, its corpus prepared before. The parts are read from the run's
+events.
 """
 
 from __future__ import annotations
 
-import json
-import signal
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
-from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from benchmarks.program import FORGE, Program, records_of, running, wait
+from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 
-FORGE = str(Path(sys.executable).with_name("forge"))
 JOB = "jobs/pretrain.yaml"
+LIMIT_S = 180.0
+T = TypeVar("T")
+
+
+SMALLEST_JOB = """\
+name: cold-start
+model: {architecture: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}
+data: {files: "CORPUS", seq_len: 32, tokenizer: {vocab_size: 300}, held_out: 0}
+training: {total_steps: 1000, global_batch_size: 4}
+resources: {workers: 1, gpu: none}
+tracking: {wandb: {mode: disabled}}
+"""
 
 
 def main() -> None:
     """Measure both, `--repeats` times, in turn."""
-    options = benchmark_parser(__doc__).parse_args()
-    subprocess.run([FORGE, "plan", JOB], check=True, capture_output=True)
+    options = parse_options(benchmark_parser(__doc__), smallest={})  # a tiny job
     helps, starts = [], []
-    with tempfile.TemporaryDirectory(prefix="forge-bench-") as name:
-        first_step(Path(name))  # prepares the corpus
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        job = Path(JOB).absolute()
+        if options.smallest:
+            job = Path(name) / "job.yaml"
+            job.write_text(SMALLEST_JOB.replace("CORPUS", f"{name}/corpus.txt"))
+            (Path(name) / "corpus.txt").write_text("the cat sat on a mat and saw one dog run past. " * 400)
+        prepare(job, folder=Path(name))
         for _ in range(options.repeats):
             helps.append(seconds_of_help())
-            starts.append(first_step(Path(name)))
+            starts.append(first_step(job, runs=Path(name) / "runs"))
     help_s = Measured(values=tuple(helps))
     total = Measured(values=tuple(start["total"] for start in starts))
     parts = {part: Measured(values=tuple(start[part] for start in starts)) for part in starts[0]}
@@ -59,33 +75,39 @@ def seconds_of_help() -> float:
     return time.perf_counter() - began
 
 
-def first_step(folder: Path) -> dict[str, float]:
+def prepare(job: Path, *, folder: Path) -> None:
+    """Train one step, so that the corpus is prepared and the model inspected."""
+    changes = ["training.total_steps=1", f"checkpoint.to={folder}/first"]
+    with running(train_command(job, changes), folder=folder) as program:
+        if program.process.wait():
+            raise RuntimeError(program.last_words())
+
+
+def train_command(job: Path, changes: list[str]) -> list[str]:
+    return [FORGE, "train", str(job), *(part for change in changes for part in ("--set", change))]
+
+
+def first_step(job: Path, *, runs: Path) -> dict[str, float]:
     """Seconds from the command to the end of the first optimizer step, and what they were made of."""
     began = time.time()
-    changes = ["training.total_steps=1000", f"checkpoint.to={folder}"]
-    command = [FORGE, "train", JOB, *(part for change in changes for part in ("--set", change))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        run_folder = wait_for(lambda: newest(folder, since=began))
-        line = wait_for(lambda: first_line(run_folder / "metrics.jsonl"))
-    finally:
-        for _ in range(2):  # stop now, without a checkpoint
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.5)
-        process.wait()
-    events = [json.loads(line) for line in (run_folder / "events.jsonl").read_text().splitlines()]
+    command = train_command(job, ["training.total_steps=1000", f"checkpoint.to={runs}"])
+    with running(command, folder=runs.parent) as program:
+        run_folder = wait_for(lambda: newest(runs, since=began), program)
+        stepped = wait_for(lambda: first_of(run_folder / "metrics.jsonl"), program)["time"]
+        # Metrics and events reach the recorder on different ways, so this event may come after the first step's
+        # line.
+        started = wait_for(lambda: first_of(run_folder / "events.jsonl", event="GenerationStarted"), program)
+    records = {event["event"]: event for event in reversed(records_of(run_folder / "events.jsonl"))}
     planned = (run_folder / "plan.json").stat().st_mtime
-    started = next(event["time"] for event in events if event["event"] == "RunStarted")
-    formed = next(event for event in events if event["event"] == "GenerationStarted")
-    stepped = json.loads(line)["time"]
-    inside = formed["seconds"]
+    connected, forking = records["RunStarted"]["time"], records["GenerationStarting"]["time"]
+    inside = started["seconds"]
     return {
         "total": stepped - began,
         "plan": planned - began,
-        "start Ray and the recorder": started - planned,
-        "start Ray Train's workers, import": formed["time"] - started - sum(inside.values()),
+        "start Ray and the recorder": connected - planned,
+        "start supervisor, agent and fork server": forking - connected,
         **{f"rank: {part}": seconds for part, seconds in inside.items()},
-        "first step": stepped - formed["time"],
+        "first step": stepped - forking - sum(inside.values()),
     }
 
 
@@ -94,18 +116,23 @@ def newest(folder: Path, *, since: float) -> Path | None:
     return found[0].parent if found else None
 
 
-def first_line(path: Path) -> str | None:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return lines[0] if lines and lines[0].endswith("\n") else None
+def first_of(path: Path, *, event: str | None = None) -> dict[str, Any] | None:
+    """The first whole record of a file, or the first event of a kind."""
+    return next((record for record in records_of(path) if event is None or record["event"] == event), None)
 
 
-def wait_for(question, *, timeout_s: float = 120.0):  # type: ignore[no-untyped-def]
-    """The first answer that is not None."""
-    deadline = time.monotonic() + timeout_s
-    while (answer := question()) is None:
-        if time.monotonic() > deadline:
-            raise TimeoutError("the run did not come to its first step")
-        time.sleep(0.02)
+def wait_for(question: Callable[[], T | None], program: Program) -> T:
+    """The first answer that is not None. Raises: RuntimeError if the program ends or takes too long."""
+    answer: T | None = None
+
+    def is_answered() -> bool:
+        nonlocal answer
+        answer = question()
+        return answer is not None
+
+    if not wait(is_answered, program.process, deadline=time.monotonic() + LIMIT_S, poll_s=0.02):
+        raise RuntimeError(f"the run did not come to its first step:\n{program.last_words()}")
+    assert answer is not None
     return answer
 
 

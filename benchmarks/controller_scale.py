@@ -16,6 +16,7 @@ connected, so that the world size stays the same through all changes.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import statistics
@@ -25,7 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.report import benchmark_parser, print_table, write_json
+from benchmarks.report import benchmark_parser, parse_options, print_table, write_json
 from forge.elastic.agent_connections import AgentConnection
 from forge.elastic.states import MembershipState, Phase
 from forge.elastic.supervisor import Supervisor
@@ -79,11 +80,11 @@ class Scale:
 def main() -> None:
     parser = benchmark_parser(__doc__, repeats=30)
     parser.add_argument("--agents", type=int, help="measure only this number of agents, with one rank each")
-    options = parser.parse_args()
+    options = parse_options(parser, smallest={"agents": 20})
     sizes = SIZES if options.agents is None else ((options.agents, 1),)
     found = []
     for num_agents, ranks_per_agent in sizes:
-        found.append(asyncio.run(measure(num_agents, ranks_per_agent, num_changes=options.repeats)).figures())
+        found.append(asyncio.run(measure(num_agents, ranks_per_agent, options=options)).figures())
     print_table(
         f"The supervisor at scale; {options.repeats} changes each",
         header=[
@@ -114,7 +115,7 @@ def main() -> None:
     write_json(options.json, figures={"controller_scale": found[0] | {"sizes": found}})
 
 
-async def measure(num_agents: int, ranks_per_agent: int, *, num_changes: int) -> Scale:
+async def measure(num_agents: int, ranks_per_agent: int, *, options: argparse.Namespace) -> Scale:
     """Measure changes first, then heartbeats of the last generation."""
     cluster = Cluster(num_agents=num_agents, ranks_per_agent=ranks_per_agent)
     began = time.perf_counter()
@@ -122,15 +123,16 @@ async def measure(num_agents: int, ranks_per_agent: int, *, num_changes: int) ->
         cluster.add()
     attach_s = time.perf_counter() - began
     cluster.start_generation()
-    decisions_s = tuple(cluster.lose_one() for _ in range(num_changes))
-    quiet = cluster.cpu_share(seconds=5, heartbeats_per_replicas=None)
+    decisions_s = tuple(cluster.lose_one() for _ in range(options.repeats))
+    seconds = 1 if options.smallest else 5
+    quiet = cluster.cpu_share(seconds=seconds, heartbeats_per_replicas=None)
     return Scale(
         num_agents=num_agents,
         ranks_per_agent=ranks_per_agent,
         attach_s=attach_s,
         decisions_s=decisions_s,
         heartbeats_per_s=cluster.heartbeats_per_s,
-        cpu_share=cluster.cpu_share(seconds=5, heartbeats_per_replicas=HEARTBEATS_PER_REPLICAS),
+        cpu_share=cluster.cpu_share(seconds=seconds, heartbeats_per_replicas=HEARTBEATS_PER_REPLICAS),
         quiet_cpu_share=quiet,
     )
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 from forge.config.data import DataSpec, TokenizerSpec
 from forge.data.corpus import iter_sample
 from forge.data.prepare import TOKENIZER_SAMPLE_CHARS, prepare
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse_options(parser, smallest={"megabytes": 1, "vocab_size": 300})
     if options.child:
         print(json.dumps(CHILDREN[options.child](options.folder)))
         return

@@ -30,8 +30,8 @@ from typing import Any
 from benchmarks.peers.forge_elastic import write_job
 from benchmarks.program import FORGE, module, records_of, running
 from benchmarks.recovery import JOB
-from benchmarks.report import benchmark_parser, print_table, write_json
-from forge.chaos.trace import Trace, faster
+from benchmarks.report import benchmark_parser, parse_options, print_table, write_json
+from forge.chaos.trace import NodeChange, Trace, faster
 from forge.chaos.trace_file import read_trace
 from forge.chaos.trace_scale import scale
 
@@ -39,6 +39,15 @@ TRACES = ("parcae-hh", "parcae-lh")
 _JOB: Mapping[str, Any] = {**JOB, "global_batch_size": 12, "checkpoint_every": 20}
 _START_S = 40.0
 _PATIENCE_S = 180.0
+SMALLEST = Trace(
+    changes=(
+        NodeChange(at_s=0.0, added=("a", "b"), removed=()),
+        NodeChange(at_s=10.0, added=(), removed=("b",)),
+    ),
+    duration_s=20.0,
+    max_nodes=2,
+)
+"""One loss of a node, for `--smallest`."""
 """To raise the cluster before, and to stop after."""
 
 
@@ -57,16 +66,20 @@ class Trained:
 def main() -> None:
     """Replay every trace with both."""
     parser = benchmark_parser(__doc__, repeats=1)
-    parser.add_argument("--traces", type=Path, required=True, metavar="FOLDER", help="where the traces lie")
+    parser.add_argument(
+        "--traces", type=Path, metavar="FOLDER", help="where the recorded traces are; not needed with --smallest"
+    )
     parser.add_argument("--only", nargs="+", choices=TRACES, default=TRACES, metavar="TRACE")
     parser.add_argument("--nodes", type=int, default=4, help="simulated machines at most")
     parser.add_argument("--speed", type=float, default=13.5, help="how much faster than the trace")
     parser.add_argument("--notice", type=float, default=0.0, metavar="S", help="seconds; by default none is given")
-    options = parser.parse_args()
+    options = parse_options(parser, smallest={"nodes": 2, "speed": 1.0, "only": ("smallest",)})
+    if options.traces is None and not options.smallest:
+        parser.error("give --traces FOLDER")
     figures: dict[str, Any] = {}
     for name in options.only:
-        recorded = scale(read_trace(options.traces / f"{name}.jsonl"), num_nodes=options.nodes)
-        trace = faster(recorded, speed=options.speed)
+        recorded = SMALLEST if options.smallest else read_trace(options.traces / f"{name}.jsonl")
+        trace = faster(scale(recorded, num_nodes=options.nodes), speed=options.speed)
         found: dict[str, list[Trained]] = {"forge": [], "ray_train": []}
         for _ in range(options.repeats):
             for contender, replay in (("forge", replay_forge), ("ray_train", replay_ray_train)):

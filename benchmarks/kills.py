@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.peers.deepspeed_kills import kill_deepspeed
-from benchmarks.report import benchmark_parser, print_table, write_json
+from benchmarks.report import benchmark_parser, parse_options, print_table, write_json
 from tests.support.kills import PHASES, KillReport, kill_forge
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1000, help="of forge's writers")
     parser.add_argument("--deepspeed-kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
-    options = parser.parse_args()
+    options = parse_options(parser, smallest={"kills": 3, "deepspeed_kills": 1})
     with tempfile.TemporaryDirectory(prefix="forge-bench-") as name:
         folder = Path(name)
         reports = {

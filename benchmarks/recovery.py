@@ -35,7 +35,7 @@ from typing import Any
 from benchmarks.changes import changes_of, measure_changes, medians_of_parts
 from benchmarks.partition import measure_partition
 from benchmarks.program import module, records_of, running, wait
-from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 
 NODES = 3
 VICTIM = NODES - 1
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--peer-repeats", type=int, default=3, help="they are slow")
     everything = (*CONTENDERS, "changes", "partition")
     parser.add_argument("--only", nargs="+", choices=everything, default=everything, metavar="NAME")
-    options = parser.parse_args()
+    options = parse_options(parser, smallest={"peer_repeats": 1})
     repeats = {
         name: options.repeats if program == "forge_elastic" else options.peer_repeats
         for name, (program, _) in CONTENDERS.items()
@@ -95,7 +95,7 @@ def main() -> None:
     for repeat in range(max(repeats.values())):
         for name in runs:
             if repeat < repeats[name]:
-                kill_after_s = KILLS_SPREAD_S * (repeat + 0.5) / repeats[name]
+                kill_after_s = 0.0 if options.smallest else KILLS_SPREAD_S * (repeat + 0.5) / repeats[name]
                 runs[name].append(measure(name, kill_after_s=kill_after_s))
                 print(f"  {name}: {runs[name][-1]}", file=sys.stderr)
     figures: dict[str, Any] = report(runs) if runs else {}

@@ -29,11 +29,26 @@ class Measured:
 
 
 def benchmark_parser(doc: str | None, *, repeats: int = 5) -> argparse.ArgumentParser:
-    """The options of every benchmark: `--json FILE` and `--repeats N`."""
+    """The options of every benchmark: `--json FILE`, `--repeats N` and `--smallest`; see `parse_options`."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument(
+        "--smallest", action="store_true", help="only check that it runs: once, as small as it can be"
+    )
     return parser
+
+
+def parse_options(parser: argparse.ArgumentParser, *, smallest: Mapping[str, object]) -> argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+        smallest: values of options that `--smallest` sets, beside `repeats`.
+    """
+    options = parser.parse_args()
+    if options.smallest:
+        vars(options).update({"repeats": 1, **smallest})
+    return options
 
 
 def print_table(title: str, *, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.peers.forge_elastic import write_job
 from benchmarks.program import FORGE, Program, module, records_of, running, wait
-from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 
 _NODES = 2
 _JOB: dict[str, Any] = {
@@ -63,7 +63,7 @@ def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--steps", type=int, default=14, help="measured steps of each run")
     parser.add_argument("--batch", type=int, default=_JOB["global_batch_size"], help="sequences a step")
-    options = parser.parse_args()
+    options = parse_options(parser, smallest={"steps": 2, "batch": 2})
     runs: dict[int, list[Run]] = {1: [], _NEVER: []}
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -77,7 +77,12 @@ def main() -> None:
                     runs[every].append(train(job, program, snapshot_every=every, num_steps=options.steps))
                     median_s = statistics.median(runs[every][-1].steps_s)
                     print(f"  a snapshot every {every:,} steps: {median_s:.3f} s a step", file=sys.stderr)
-            auto = train(job, program, snapshot_every="auto", num_steps=max(20, options.steps))
+            auto = train(
+                job,
+                program,
+                snapshot_every="auto",
+                num_steps=options.steps if options.smallest else max(20, options.steps),
+            )
     report(runs[1], runs[_NEVER], auto, json_path=options.json)
 
 

@@ -55,6 +55,7 @@ GROUPS = (
     Group(name="searches", tests=("tests/elastic/test_tune.py", "tests/search")),
     Group(name="remote runs", tests=("tests/remote",)),
     Group(name="end to end", tests=("tests/runtime", "--ignore=tests/runtime/test_budget_run.py")),
+    Group(name="benchmarks", tests=("tests/benchmarks/test_benchmarks_run.py",)),
     Group(name="training and checkpoints", tests=("tests/train", "tests/checkpoint", "tests/data", "tests/cli")),
 )
 

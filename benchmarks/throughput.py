@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 
 WORKERS = 2
 SEQ_LEN = 256
@@ -48,7 +48,7 @@ def main() -> None:
     """Run every contender `--repeats` times, in turn."""
     parser = benchmark_parser(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="measured steps of each run")
-    options = parser.parse_args()
+    options = parse_options(parser, smallest={"steps": 2})
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory(prefix="forge-bench-") as name:
         for _ in range(options.repeats):

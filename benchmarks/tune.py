@@ -33,7 +33,7 @@ import yaml
 from safetensors.torch import save_file
 
 from benchmarks.program import FORGE, Program, module, records_of, running, wait
-from benchmarks.report import Measured, benchmark_parser, print_table, write_json
+from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 from forge.config.job import JobSpec
 from forge.data.prepare import prepare
 from forge.model.families.base import BuildOptions, DataShape
@@ -119,7 +119,7 @@ def main() -> None:
     """Search with every contender `--repeats` times, in turn."""
     parser = benchmark_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS, metavar="NAME")
-    options = parser.parse_args()
+    options = parse_options(parser, smallest={"only": ("forge", "trainer", "function")})
     runs: dict[str, list[Search]] = {name: [] for name in CONTENDERS if name in options.only}
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
         work = prepare_work(Path(text))

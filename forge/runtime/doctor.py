@@ -1,4 +1,4 @@
-"""What this machine can do, found out by looking, not by guessing."""
+"""`forge doctor`: checks of this machine, from Python and packages to GPU, memory, disk, cluster and W&B."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from forge.fs import default_cache_dir
 from forge.runtime.probe import local_cpu, local_gpu
 from forge.units import format_bytes
 
-# Below these, what `jobs/pretrain.yaml` needs does not fit with room to spare.
+# `jobs/pretrain.yaml` needs these with room to spare.
 _LEAST_MEMORY_BYTES = 4 * 2**30
 _LEAST_DISK_BYTES = 2 * 2**30
 _LEAST_SHARED_BYTES = 256 * 2**20
@@ -34,17 +34,17 @@ _NEEDED = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     state: Literal["ok", "note", "broken"]
     found: str
     remedy: str | None = None
-    """A command that mends it."""
+    """A command that fixes it."""
 
 
 def examine() -> list[Finding]:
-    """Look at Python, packages, processor, GPU, memory, disk, cluster and W&B."""
+    """Run all checks."""
     return [_python(), *_packages(), _processor(), _gpu(), _memory(), *_disks(), _cluster(), _wandb()]
 
 
@@ -108,8 +108,8 @@ def _memory() -> Finding:
 
 def _disks() -> list[Finding]:
     findings = []
-    places = {"runs": Path.cwd(), "cache": default_cache_dir(), "shared memory": Path("/dev/shm")}
-    for what, path in places.items():
+    paths = {"runs": Path.cwd(), "cache": default_cache_dir(), "shared memory": Path("/dev/shm")}
+    for what, path in paths.items():
         while not path.exists():
             path = path.parent
         free = shutil.disk_usage(path).free

@@ -1,7 +1,7 @@
-"""Gather what the plan must be told: model, corpus, hardware.
+"""Probes for the planner: the model's parameters and FLOPs, the hardware of one worker, the slots of a cluster.
 
-The model is counted in a process of its own, because counting needs torch and the client never
-imports it; the answer is kept in the cache, as it depends on the request and on transformers alone.
+The model is inspected in a subprocess, because that needs torch, which the client never imports. The answer is
+cached, since it depends on the request and the versions of transformers and forge alone.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.model import ModelSpec
 from forge.errors import ClusterError, JobFileError, PlanError
-from forge.fs import default_cache_dir
+from forge.fs import default_cache_dir, write_atomic
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import CodeInfo, HardwareInfo, ModelInfo
 
 
-def model_facts(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None, code: CodeInfo | None) -> ModelInfo:
-    """Count the job's network, or blame the line of the job file that is wrong.
+def inspect_model(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None, code: CodeInfo | None) -> ModelInfo:
+    """Parameters and FLOPs of the job's model.
 
-    Raises: JobFileError for a key or value of `model:` that transformers does not know; PlanError if the
-        counting itself failed.
+    Raises: JobFileError for a key or value of `model:` that transformers does not know; PlanError if the inspection
+        itself failed.
     """
     job = loaded.job
     request = {
@@ -48,18 +48,18 @@ def model_facts(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None, code:
     }
     answer = _cached_answer(request, is_cacheable=job.model.from_pretrained is None)
     if "complaint" in answer:
-        raise _blamed(loaded, **answer["complaint"])
+        raise _job_file_error(loaded, **answer["complaint"])
     return ModelInfo(**answer["facts"])
 
 
 def hardware(job: JobSpec, *, gpu_there: tuple[str, int] | None = None, is_here: bool = True) -> HardwareInfo:
-    """What one worker of the job gets on this machine, or on those of a cluster.
+    """The hardware that one worker of the job gets on this machine or on a remote cluster.
 
     Args:
-        gpu_there: name and bytes of the cluster's GPUs; None if it has none.
-        is_here: whether this machine is the cluster.
+        gpu_there: name and memory in bytes of the remote cluster's GPUs; None if it has none.
+        is_here: whether the job runs on this machine.
 
-    Raises: PlanError if the job names a GPU that is not in the table.
+    Raises: PlanError if the job names a GPU that is not in the catalog.
     """
     wanted = job.resources.gpu
     if wanted not in ("auto", "none"):
@@ -68,40 +68,41 @@ def hardware(job: JobSpec, *, gpu_there: tuple[str, int] | None = None, is_here:
             raise PlanError(
                 f"resources.gpu: no GPU named {wanted!r} is known; use auto, none, or a name like A100-80GB"
             )
-        peak = gpu.bf16_flops if job.training.precision == "bf16" else gpu.fp32_flops
-        return HardwareInfo(device="cuda", name=gpu.name, memory_bytes=gpu.memory_gib * 2**30, peak_flops=peak)
+        return _gpu_hardware(gpu.name, gpu.memory_gib * 2**30, precision=job.training.precision)
     found = (local_gpu() if is_here else gpu_there) if wanted == "auto" else None
     if found is not None:
-        name, memory_bytes = found
-        gpu = find_gpu(name)
-        peak_flops = None
-        if gpu is not None:
-            peak_flops = gpu.bf16_flops if job.training.precision == "bf16" else gpu.fp32_flops
-        return HardwareInfo(device="cuda", name=name, memory_bytes=memory_bytes, peak_flops=peak_flops)
+        return _gpu_hardware(*found, precision=job.training.precision)
     if not is_here:
         return HardwareInfo(device="cpu", name="of the cluster", memory_bytes=None, peak_flops=None)
     share = psutil.virtual_memory().total // job.resources.workers.high
     return HardwareInfo(device="cpu", name=local_cpu(), memory_bytes=share, peak_flops=None)
 
 
-def places_here(found: HardwareInfo, job: JobSpec) -> int:
-    """How many workers of a job there is room for: on the cluster that is up on this machine, or on the machine."""
-    # Ranks sharing cores is slow but right; the smallest world the job allows always has a place.
-    places = num_local_gpus() if found.device == "cuda" else max(os.cpu_count() or 1, job.resources.workers.low)
-    with contextlib.suppress(ClusterError):  # one of forge chaos says nothing of itself
+def _gpu_hardware(name: str, memory_bytes: int, *, precision: str) -> HardwareInfo:
+    """A GPU with its peak FLOP/s from the catalog; None for a GPU that is not in it."""
+    gpu = find_gpu(name)
+    peak_flops = None if gpu is None else gpu.bf16_flops if precision == "bf16" else gpu.fp32_flops
+    return HardwareInfo(device="cuda", name=name, memory_bytes=memory_bytes, peak_flops=peak_flops)
+
+
+def count_local_slots(found: HardwareInfo, job: JobSpec) -> int:
+    """How many workers fit on the cluster that is up on this machine, otherwise on the machine itself."""
+    # The minimum of workers always has slots, if need be several ranks per core.
+    num_slots = num_local_gpus() if found.device == "cuda" else max(os.cpu_count() or 1, job.resources.workers.low)
+    with contextlib.suppress(ClusterError):  # the cluster of `forge chaos` has no status
         status = LocalCluster().status()
         if status.address is not None:
             return count_slots(status, found)
-    return places
+    return num_slots
 
 
 def count_slots(status: ClusterStatus, found: HardwareInfo) -> int:
-    """How many workers have room on the nodes of a cluster."""
+    """How many workers fit on the live nodes of a cluster."""
     alive = [node for node in status.nodes if node.state == "alive"]
     return int(sum(node.num_gpus if found.device == "cuda" else node.num_cpus for node in alive))
 
 
-def _blamed(loaded: LoadedJob, *, problem: str, key: str | None, choices: list[str]) -> JobFileError:
+def _job_file_error(loaded: LoadedJob, *, problem: str, key: str | None, choices: list[str]) -> JobFileError:
     if key is None:
         return loaded.source.error("model", problem)
     has_value = key in ModelSpec.model_fields
@@ -113,7 +114,7 @@ def _blamed(loaded: LoadedJob, *, problem: str, key: str | None, choices: list[s
 
 
 def local_gpu() -> tuple[str, int] | None:
-    """Name and bytes of this machine's first GPU, by its driver; None without one."""
+    """Name and memory in bytes of this machine's first GPU according to its driver; None without a GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -127,7 +128,7 @@ def local_gpu() -> tuple[str, int] | None:
 
 
 def num_local_gpus() -> int:
-    """How many this machine has, by their driver."""
+    """Number of this machine's GPUs according to their driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
@@ -140,7 +141,7 @@ def num_local_gpus() -> int:
 
 
 def local_cpu() -> str:
-    """The processor's name, as the kernel gives it."""
+    """The processor's name according to the kernel."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -161,17 +162,15 @@ def _cached_answer(request: dict[str, Any], *, is_cacheable: bool) -> dict[str, 
             return answer
         except (OSError, ValueError, KeyError, TypeError):
             pass
-    answer = _ask(request)
+    answer = _inspect(request)
     if is_cacheable and "facts" in answer:
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        with contextlib.suppress(OSError):  # without a cache the next inspection only takes longer
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f"{path.name}.{os.getpid()}")
-            draft.write_text(json.dumps(answer))
-            draft.replace(path)
+            write_atomic(path, json.dumps(answer))
     return answer
 
 
-def _ask(request: dict[str, Any]) -> dict[str, Any]:
+def _inspect(request: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-P", "-m", "forge.model.inspect"]
     quiet = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
@@ -181,5 +180,5 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise PlanError(f"the model could not be counted: {lines[-1]}") from None
+        raise PlanError(f"cannot inspect the model: {lines[-1]}") from None
     return answer

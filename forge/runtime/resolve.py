@@ -20,7 +20,7 @@ from forge.fs import default_cache_dir
 from forge.plan.inputs import HardwareInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan
 from forge.plan.search import plan_search
-from forge.runtime.probe import hardware, model_facts, places_here
+from forge.runtime.probe import count_local_slots, hardware, inspect_model
 from forge.runtime.resolve_code import resolve_code
 
 _PlanT = TypeVar("_PlanT", bound=DraftPlan)
@@ -31,7 +31,7 @@ def resolve(
     *,
     on_progress: Callable[[PrepareProgress], None] | None = None,
     find_hardware: Callable[[JobSpec], HardwareInfo] = hardware,
-    count_slots: Callable[[HardwareInfo, JobSpec], int] = places_here,
+    count_slots: Callable[[HardwareInfo, JobSpec], int] = count_local_slots,
 ) -> Plan:
     """Make the plan of a job.
 
@@ -53,7 +53,7 @@ def resolve(
         on_progress=on_progress,
         code_digest=code.digest if code is not None else None,
     )
-    model = model_facts(trained, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=code)
+    model = inspect_model(trained, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=code)
     plan = make_plan(trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job))
     _require_held_out(plan, loaded)
     return _with_search(replace(plan, code=code), loaded, count_slots=count_slots)
@@ -70,9 +70,9 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
         return resolve(loaded, on_progress=on_progress)
     code = resolve_code(loaded)
     vocab_size, eot_id = _announced_vocabulary(trained.job.data.tokenizer)
-    model = model_facts(trained, vocab_size=vocab_size, eot_id=eot_id, code=code)
+    model = inspect_model(trained, vocab_size=vocab_size, eot_id=eot_id, code=code)
     draft = make_draft(trained.job, model=model, hardware=hardware(trained.job))
-    return _with_search(replace(draft, code=code), loaded, count_slots=places_here)
+    return _with_search(replace(draft, code=code), loaded, count_slots=count_local_slots)
 
 
 def _trained(loaded: LoadedJob) -> LoadedJob:

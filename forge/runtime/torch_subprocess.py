@@ -1,6 +1,6 @@
-"""Errands that need torch, run in a process of their own, since the client has none: text, an export.
+"""Commands that need torch, run in a subprocess, so that the CLI never imports it: text generation and export.
 
-A request goes in as JSON; the answer comes out as JSON, or as the error that the errand met.
+Request and answer are JSON; an error is answered with its class and message and raised again here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
     """Continue a prompt; the request's fields are those of `forge.serve.generate.GenerateRequest`.
 
     Returns: `step`, `prompt`, `text`.
-    Raises: CheckpointError if the run has no checkpoint that verifies; RunError if the process failed.
+    Raises: CheckpointError if the run has no intact checkpoint; RunError if the process failed.
     """
-    return _run("forge.serve.generate", str(run_folder), request=request, what="no text could be generated")
+    return _run("forge.serve.generate", str(run_folder), request=request, what="cannot generate text")
 
 
 def export_weights(**request: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def export_weights(**request: Any) -> dict[str, Any]:
     Raises: CheckpointError if there is no such checkpoint; ArgumentError if the folder cannot be written;
         RunError if the process failed.
     """
-    return _run("forge.serve.export", request=request, what="nothing could be exported")
+    return _run("forge.serve.export", request=request, what="cannot export the weights")
 
 
 def _run(module: str, *arguments: str, request: dict[str, Any], what: str) -> dict[str, Any]:

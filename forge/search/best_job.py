@@ -1,7 +1,6 @@
-"""The job that a search has found, as a file that `forge train` runs as it stands.
+"""`best.yaml`: the job with the best trial's values, ready for `forge train`.
 
-It is the job itself, never the proxy, with the values of the best trial; comments before it say where those are
-from.
+It is the job itself, never the proxy; comments at the top say which trial the values come from.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ from forge.runs.trials import Trial, TrialTable
 
 
 def best_job_yaml(plan: Plan, table: TrialTable, *, search_id: str) -> str | None:
-    """The job with the best trial's values; None if no trial was judged.
+    """The job with the best trial's values; None if no trial has an objective value.
 
-    Raises: JobFileError if the plan is of no search, or its job cannot have values that its proxy could.
+    Raises: JobFileError if the plan is not of a search, or the values are valid for the proxy but not for the job.
     """
     search = search_of(plan.job)
     best = table.best(search.mode)
     if best is None:
         return None
-    said = _comments(search, best, search_id=search_id, num_trials=len(table.trials))
+    comments = _comments(search, best, search_id=search_id, num_trials=len(table.trials))
     job = trial_job(_terse(plan.job), best.values, is_proxied=False)
-    return "".join(f"{_comment(line)}\n" for line in said) + dump_job(job)
+    return "".join(f"{_comment(line)}\n" for line in comments) + dump_job(job)
 
 
 def _terse(job: JobSpec) -> JobSpec:
-    """The same job, only what differs from the defaults written: a plan's job has every key written."""
+    """The same job with default values left out; a plan's job has every key."""
     body = job.model_dump(mode="json", exclude_defaults=True)
     try:
         found = JobSpec.model_validate_json(json.dumps(body))
-    except ValueError:  # a default that chooses what the other keys of its section are
+    except ValueError:  # a default value selects which other keys the section has
         return job
     return found if found == job else job
 
@@ -53,12 +52,12 @@ def _comments(search: SearchSpec, best: Trial, *, search_id: str, num_trials: in
     yield from _listed(best.values)
     yield ""
     yield from _length(search, best)
-    yield from _ways(best)
+    yield from _exploits(best)
     yield from _what_ran(search)
 
 
 def _length(search: SearchSpec, best: Trial) -> Iterator[str]:
-    """How far the trial came, where that is not simply its whole way."""
+    """How many steps the trial ran, unless it simply ran all of them."""
     kind, total = search.scheduler.kind, best.total_steps
     is_whole = best.status == "finished"
     if kind == "none" and is_whole:
@@ -69,12 +68,12 @@ def _length(search: SearchSpec, best: Trial) -> Iterator[str]:
     yield f"The trial ran {way}{by}{ending}."
 
 
-def _ways(best: Trial) -> Iterator[str]:
-    """Where its values changed; the job has the last ones from its first step on."""
+def _exploits(best: Trial) -> Iterator[str]:
+    """Where a population changed the trial's values; the job has the last ones from its first step on."""
     if not best.moves:
         return
-    yield "Its values changed on the way, and the job below has the last of them from its first step on:"
-    yield from (f"  at step {step} it went on from the state of trial {donor}" for step, donor in best.moves)
+    yield "Its values changed while it ran; the job below has the last of them from its first step on:"
+    yield from (f"  at step {step} it continued from the state of trial {donor}" for step, donor in best.moves)
 
 
 def _what_ran(search: SearchSpec) -> Iterator[str]:
@@ -90,5 +89,5 @@ def _listed(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _comment(line: str) -> str:
-    """On one line whatever stands in it: a line's end in a value or a name would begin a key of the job."""
+    """One comment line; line breaks are escaped, because text after one would become a key of the job."""
     return f"# {printable(line, limit=sys.maxsize)}".rstrip()

@@ -1,4 +1,4 @@
-"""How much each searched key mattered, by Optuna's fANOVA over the trials of a search.
+"""The importance of each searched key, by Optuna's fANOVA over the trials of a search.
 
 In go the search and the table of its trials; out comes a share for each key. Optuna is asked about a study that is
 built in memory for this and forgotten again: what a search knows of itself stays in its events. The ranges as
@@ -32,7 +32,7 @@ _NUM_TREES = 32
 
 
 def distributions(search: SearchSpec) -> dict[str, BaseDistribution]:
-    """What each searched key may be, as Optuna has it; keys that follow from others have nothing to choose.
+    """The Optuna distribution of each searched key; keys that are computed from others have none.
 
     The values of a `choice` or a `grid` stand as `as_choice` has them.
     """
@@ -40,14 +40,14 @@ def distributions(search: SearchSpec) -> dict[str, BaseDistribution]:
 
 
 def as_choice(value: Any) -> CategoricalChoiceType:
-    """A value of a `choice` as Optuna can keep it: itself if it is plain, otherwise its JSON text."""
+    """A value of a `choice` as Optuna can store it: unchanged if it is a scalar, otherwise its JSON text."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return json.dumps(value, sort_keys=True)
 
 
 def importances(search: SearchSpec, table: TrialTable) -> dict[str, float]:
-    """The share of each searched key in how much the trials' values differ, the largest first; they add up to 1.
+    """The share of each searched key in the variance of the objective, the largest first; the shares add up to 1.
 
     fANOVA (Hutter et al., ICML 2014): a random forest learns the value from the keys, and its variance is split
     among them. A `loguniform` range is taken by its orders of magnitude, as it was drawn. What counts are trials
@@ -91,7 +91,7 @@ def _distribution(entry: ParameterSpec) -> BaseDistribution:
 
 
 def _axis(found: BaseDistribution) -> BaseDistribution:
-    """The same by orders of magnitude: Optuna's fANOVA would weigh a logarithmic range by its length."""
+    """The distribution on a linear axis: Optuna's fANOVA would weigh a logarithmic range by its length."""
     if isinstance(found, FloatDistribution) and found.log:
         return FloatDistribution(math.log(found.low), math.log(found.high))
     return found
@@ -100,7 +100,7 @@ def _axis(found: BaseDistribution) -> BaseDistribution:
 def _frozen(
     search: SearchSpec, trial: Trial, axes: Mapping[str, BaseDistribution]
 ) -> optuna.trial.FrozenTrial | None:
-    """None if it has no finite value, or not a value of every key that its axis has."""
+    """Return None if the trial's objective is not finite or any searched key is missing or out of range."""
     if trial.value is None or not math.isfinite(trial.value):
         return None
     try:
@@ -111,7 +111,7 @@ def _frozen(
 
 
 def _placed(entry: ParameterSpec, value: Any, *, axis: BaseDistribution) -> Any:
-    """Where a value lies on its axis; at the end of a range that it has left, as in a population it may."""
+    """A value's position on its axis, clipped to the range, which a population's perturbation may leave."""
     if not isinstance(axis, (FloatDistribution, IntDistribution)):
         return as_choice(value)
     at = math.log(value) if entry.loguniform is not None and value > 0 else value

@@ -1,7 +1,6 @@
-"""Which values a trial has: a function of the search's seed, the trial's number and the trials before. Pure.
+"""The values of a trial, as a pure function of the search's seed, the trial's number and the earlier trials.
 
-Nothing is kept from one suggestion to the next. Whoever knows the trials so far, by the search's journal, makes the
-same suggestion again: so a search that was killed goes on as if it had not been.
+No state is kept between suggestions, so a search that is resumed from its journal suggests the same values.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ _SEED_STEP = 1_000_003
 
 
 def suggest(job: JobSpec, *, number: int, table: TrialTable, at_once: int) -> dict[str, Any] | None:
-    """The values of a trial. The first has the job's own, where they may be tried: it is what the others must beat.
+    """The values of a trial. The first has the job's own values if they are in the search space, as the baseline.
 
-    What is learnt from: without a scheduler, the trials up to `number - at_once`, all of which must be over; so it
-    does not depend on which of those that run at once ends first. With a scheduler, which decides by time anyway,
-    all that are over.
+    Without a scheduler, the sampler learns from the trials up to `number - at_once`, all of which must be over, so
+    that values do not depend on which of the concurrent trials ends first. With a scheduler, whose decisions depend
+    on the order of results anyway, it learns from all trials that are over.
 
     Args:
         number: of the trial, from 1.
-        at_once: how many trials run at a time.
+        at_once: how many trials run concurrently.
+        table: the trials so far.
 
-    Returns: values by their keys; None if a trial that must be over first is not.
+    Returns: values by key; None if a trial that must be over first is not.
     """
     search = search_of(job)
     if search.searcher.kind == "grid":
@@ -52,18 +52,18 @@ def suggest(job: JobSpec, *, number: int, table: TrialTable, at_once: int) -> di
     else:
         known = [trial for trial in before if trial.is_over]
     running = [trial for trial in before if trial not in known] if learns else []
-    return _drawn(search, number, known=known, running=running)
+    return _sampled(search, number, known=known, running=running)
 
 
 def combination(search: SearchSpec, index: int) -> dict[str, Any]:
-    """One of a grid, the last key by the alphabet changing fastest; what is no list is drawn for each."""
+    """One combination of a grid; the alphabetically last key changes fastest, keys without a list are sampled."""
     lists = {key: entry.values for key, entry in sorted(search.space.items()) if entry.values is not None}
-    drawn = _drawn(search, index + 1, known=[], running=[])
+    drawn = _sampled(search, index + 1, known=[], running=[])
     chosen = next(itertools.islice(itertools.product(*(values or () for values in lists.values())), index, None))
     return drawn | dict(zip(lists, chosen, strict=True))
 
 
-def _drawn(search: SearchSpec, number: int, *, known: list[Trial], running: list[Trial]) -> dict[str, Any]:
+def _sampled(search: SearchSpec, number: int, *, known: list[Trial], running: list[Trial]) -> dict[str, Any]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     seed = (search.searcher.seed * _SEED_STEP + number) % 2**31
     sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
@@ -72,18 +72,18 @@ def _drawn(search: SearchSpec, number: int, *, known: list[Trial], running: list
     study = optuna.create_study(sampler=sampler, direction="minimize" if search.mode == "min" else "maximize")
     space = distributions(search)
     for trial in known:
-        study.add_trial(_told(trial, search, space))
+        study.add_trial(_finished_trial(trial, search, space))
     for trial in running:
         study.add_trial(
             optuna.trial.create_trial(
                 state=optuna.trial.TrialState.RUNNING, params=_encoded(trial, search), distributions=space
             )
         )
-    return _plain(study.ask(fixed_distributions=space).params, search)
+    return _decoded(study.ask(fixed_distributions=space).params, search)
 
 
-def _told(trial: Trial, search: SearchSpec, space: Mapping[str, Any]) -> optuna.trial.FrozenTrial:
-    """A trial as Optuna is told of it: given up early or diverged, it is worse than those that were finished."""
+def _finished_trial(trial: Trial, search: SearchSpec, space: Mapping[str, Any]) -> optuna.trial.FrozenTrial:
+    """A trial that is over, for Optuna: stopped or diverged trials count as pruned, worse than finished ones."""
     params = _encoded(trial, search)
     value = trial.value
     if trial.status == "finished" and value is not None and math.isfinite(value):
@@ -99,7 +99,7 @@ def _told(trial: Trial, search: SearchSpec, space: Mapping[str, Any]) -> optuna.
 
 
 def _encoded(trial: Trial, search: SearchSpec) -> dict[str, Any]:
-    """A trial's values as Optuna keeps them."""
+    """A trial's values as Optuna stores them."""
     searched = {key: entry for key, entry in search.space.items() if entry.of is None}
     return {
         key: trial.values[key] if entry.values is None else as_choice(trial.values[key])
@@ -107,8 +107,8 @@ def _encoded(trial: Trial, search: SearchSpec) -> dict[str, Any]:
     }
 
 
-def _plain(params: Mapping[str, Any], search: SearchSpec) -> dict[str, Any]:
-    """And as the job has them."""
+def _decoded(params: Mapping[str, Any], search: SearchSpec) -> dict[str, Any]:
+    """The inverse of `_encoded`: values as the job needs them."""
     found = dict(params)
     for key, chosen in params.items():
         values = search.space[key].values

@@ -35,7 +35,7 @@ from forge.runs.create import fill_run_folder
 from forge.runs.reader import error_named
 from forge.runs.trials import trial_folder
 from forge.runtime.actor_names import NAMESPACE, SUPERVISOR
-from forge.runtime.probe import model_facts
+from forge.runtime.probe import inspect_model
 from forge.runtime.supervised_run import RunConfig
 from forge.search.encoding import plain_values
 from forge.search.messages import FirstStep, TrialAssignment, TrialUpdate
@@ -297,4 +297,4 @@ def _model(search: Plan, job: JobSpec, usual: JobSpec, corpus: CorpusInfo) -> Mo
     if job.model == usual.model and job.data.seq_len == usual.data.seq_len and corpus == search.corpus:
         return search.model
     loaded = LoadedJob(job=job, source=SourceMap(path="the trial's job", locations={}))
-    return model_facts(loaded, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=search.code)
+    return inspect_model(loaded, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=search.code)

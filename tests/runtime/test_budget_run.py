@@ -1,36 +1,59 @@
-"""A run that would cost more than it may stops by itself, with a checkpoint, and says so."""
+"""A run whose nodes cost more than `resources.max_usd` stops by itself, with a checkpoint, and stays stopped."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.command import environment, forge
 
-JOB = """\
-name: dear
-model: {architecture: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}
-data: {files: "corpus/*.txt", seq_len: 32, tokenizer: {vocab_size: 300}, held_out: 0}
-training: {total_steps: 100000, global_batch_size: 4, optimizer: {lr: 1.0e-2}}
-resources: {workers: 1, gpu: none, max_usd: 0.5}
-tracking: {wandb: {mode: disabled}}
+MAX_USD = 4.0
+JOB = f"""\
+name: budget
+model: {{architecture: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}}
+data: {{files: "corpus/*.txt", seq_len: 32, tokenizer: {{vocab_size: 300}}, held_out: 0}}
+training: {{total_steps: 100000, global_batch_size: 4, optimizer: {{lr: 1.0e-2}}}}
+resources: {{workers: 1, gpu: none, max_usd: {MAX_USD}}}
+tracking: {{wandb: {{mode: disabled}}}}
 """
+# The budget is spent in 8 s from when the agent joins: enough for its imports and the first steps.
+USD_PER_HOUR = 1800
 
 
-@pytest.mark.slow
-def test_a_budget_ends_a_run_with_a_checkpoint_and_is_known_again(tmp_path: Path) -> None:
+def train(home: Path, *arguments: str) -> dict[str, Any]:
+    """Run `forge train` until the budget stops it. Returns: its JSON output."""
+    env = environment(home, FORGE_USD_PER_HOUR=str(USD_PER_HOUR))
+    done = forge("train", *arguments, "-o", "json", cwd=home, env=env)
+    assert done.returncode == 4, done.stderr
+    assert f"stopped: it has cost {MAX_USD:.0f}." in done.stderr, done.stderr
+    run: dict[str, Any] = json.loads(done.stdout)
+    assert run["status"] == "stopped"
+    return run
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
     (tmp_path / "job.yaml").write_text(JOB)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("the cat sat on a mat and saw one dog run past. " * 400)
-    env = environment(tmp_path, FORGE_USD_PER_HOUR="200")
-    done = forge("train", "job.yaml", "-o", "json", cwd=tmp_path, env=env)
-    assert done.returncode == 4, done.stderr
-    assert "stopped: it has cost 0.5" in done.stderr
-    run = json.loads(done.stdout)
-    assert run["status"] == "stopped"
+    return tmp_path
+
+
+def test_forge_train__budget_spent__stops_with_a_checkpoint_and_the_cost(home: Path) -> None:
+    run = train(home, "job.yaml")
+    assert run["step"] >= 1
     assert run["checkpoint"].endswith(f"step-{run['step']:08}")
-    assert 0.5 <= run["usd"] < 2
-    shown = forge("runs", "show", "latest", cwd=tmp_path, env=env).stdout
+    assert MAX_USD <= run["usd"] < 2 * MAX_USD
+    shown = forge("runs", "show", "latest", cwd=home, env=environment(home)).stdout
     assert f"{run['usd']:.2f} USD" in shown
+
+
+@pytest.mark.slow
+def test_forge_train__resumed_with_its_budget_spent__stops_again_and_counts_on(home: Path) -> None:
+    first = train(home, "job.yaml")
+    second = train(home, "--resume", first["folder"])
+    assert second["step"] >= first["step"]
+    assert first["usd"] <= second["usd"] < 2 * MAX_USD

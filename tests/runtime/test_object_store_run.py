@@ -32,7 +32,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_checkpoints_in_a_bucket_and_goes_on_from_there(home: Path) -> None:
+def test_forge_train__bucket__keeps_checkpoints_and_resumes_from_them(home: Path) -> None:
     with serve_bucket() as bucket:
         env = environment(home, **bucket.environment)
         with start_forge("train", "job.yaml", cwd=home, env=env) as process:
@@ -73,7 +73,7 @@ def require_no_secret(folder: Path, bucket: Bucket, output: str) -> None:
 
 
 @pytest.mark.parametrize("to", ["file:///tmp/runs", "s3://", "s3:///"])
-def test_a_place_that_is_no_place_is_refused_with_its_line(home: Path, to: str) -> None:
+def test_forge_train__invalid_checkpoint_url__is_rejected_with_its_line(home: Path, to: str) -> None:
     (home / "job.yaml").write_text(JOB.replace("s3://forge-tests/runs", to))
     done = forge("plan", "job.yaml", cwd=home)
     assert done.returncode == 2
@@ -81,7 +81,7 @@ def test_a_place_that_is_no_place_is_refused_with_its_line(home: Path, to: str) 
 
 
 @pytest.mark.slow
-def test_a_bucket_that_is_not_there_or_not_reached_is_said_before_anything_starts(
+def test_forge_train__bucket_missing_or_unreachable__is_rejected_before_it_starts(
     home: Path, closed_port: int
 ) -> None:
     with serve_bucket() as bucket:

@@ -1,8 +1,8 @@
-"""`forge train` with the real Ray, two ranks, and everything that can end a run early.
+"""`forge train` with real Ray and two ranks, undisturbed and interrupted.
 
-One run is left in peace. Another, of the same job, is stopped by Ctrl-C, loses a rank under Ray Train (which
-ends it), loses the process that carries it, and is carried on each time: its loss curve must be the first
-one's, bit for bit. What forge's own engine survives without an end stands in tests/elastic.
+One run is undisturbed. Another one of the same job is stopped by Ctrl-C, loses a rank under Ray Train (which fails
+the run), loses its driver, and is resumed each time: its loss curve must equal the first one's bit for bit. Faults
+that the elastic engine survives without ending the run are in tests/elastic.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Execution:
-    """One `forge train`, and what it left."""
+    """One `forge train` process and what it left."""
 
     process: subprocess.Popen[str]
     folder: Path
-    carrier: int
+    driver: int
     relatives: list[psutil.Process] = field(default_factory=list)
     code: int = -1
     out: str = ""
@@ -71,18 +71,18 @@ class Execution:
     step: int = 0
 
     def reach(self, step: int) -> None:
-        """Wait until a step is recorded; take note of every process that works for the run."""
+        """Wait until a step is recorded, then note every process of the run."""
         wait_for(lambda: last_step(self.folder) >= step or self.process.poll() is not None)
         assert self.process.poll() is None, self.process.communicate()
-        self.relatives = family(self.carrier)
+        self.relatives = family(self.driver)
 
     def end(self) -> Execution:
-        """Wait for the end, and see what is left of it."""
+        """Wait for the end, and note which processes are left."""
         self.out, self.err = self.process.communicate(timeout=120)
         self.code = self.process.returncode
         run = read_run(self.folder)
         self.status, self.step = run.status, run.step
-        self.left = survivors(self.relatives) + mentioning(self.folder.name, f"_{self.carrier}/")
+        self.left = survivors(self.relatives) + mentioning(self.folder.name, f"_{self.driver}/")
         return self
 
 
@@ -90,7 +90,7 @@ def begin(home: Path, *arguments: str, runs: str) -> Execution:
     """Start `forge train ARGUMENTS`; the run is the only one under `runs`."""
     process = start_forge("train", *arguments, cwd=home, env=environment(home))
 
-    def carried() -> tuple[Path, int] | None:
+    def driving() -> tuple[Path, int] | None:
         for folder in (home / runs).glob("tiny-*"):
             pid = driver_pid(folder)
             if pid is not None:
@@ -98,8 +98,8 @@ def begin(home: Path, *arguments: str, runs: str) -> Execution:
         assert process.poll() is None, process.communicate()
         return None
 
-    folder, pid = wait_for(carried)
-    return Execution(process=process, folder=folder, carrier=pid)
+    folder, pid = wait_for(driving)
+    return Execution(process=process, folder=folder, driver=pid)
 
 
 def last_step(folder: Path) -> int:
@@ -113,7 +113,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def whole(home: Path) -> Execution:
-    """The run that is left in peace."""
+    """The undisturbed run."""
     execution = begin(home, "job.yaml", "--set", "checkpoint.to=peace", runs="peace")
     execution.reach(5)
     return execution.end()
@@ -121,7 +121,7 @@ def whole(home: Path) -> Execution:
 
 @pytest.fixture(scope="module")
 def disturbed(home: Path) -> dict[str, Execution]:
-    """The run that is not: each time it is ended early, and carried on from its newest checkpoint."""
+    """The interrupted run, resumed from its newest checkpoint each time."""
     setting = ("--set", "checkpoint.to=trouble")
 
     interrupted = begin(home, "job.yaml", *setting, runs="trouble")
@@ -135,31 +135,31 @@ def disturbed(home: Path) -> dict[str, Execution]:
     next(process for process in rank_killed.relatives if "RayTrainWorker" in "".join(process.cmdline())).kill()
     rank_killed.end()
 
-    carrier_killed = begin(home, *resume, "--set", "resources.engine=elastic", runs="trouble")
-    carrier_killed.reach(rank_killed.step + 40)
-    psutil.Process(carrier_killed.carrier).kill()
-    carrier_killed.end()
+    driver_killed = begin(home, *resume, "--set", "resources.engine=elastic", runs="trouble")
+    driver_killed.reach(rank_killed.step + 40)
+    psutil.Process(driver_killed.driver).kill()
+    driver_killed.end()
 
     finished = begin(home, *resume, runs="trouble")
-    finished.reach(carrier_killed.step + 1)
+    finished.reach(driver_killed.step + 1)
     finished.end()
     return {
         "interrupted": interrupted,
         "rank killed": rank_killed,
-        "carrier killed": carrier_killed,
+        "driver killed": driver_killed,
         "finished": finished,
     }
 
 
-class TestInPeace:
-    def test_it_reaches_its_last_step_and_says_what_it_reached(self, whole: Execution) -> None:
+class TestUndisturbed:
+    def test_output__finished__reports_step_and_perplexity(self, whole: Execution) -> None:
         assert (whole.code, whole.status, whole.step) == (0, "finished", TOTAL_STEPS), whole.err
         assert f"finished at step {TOTAL_STEPS} of {TOTAL_STEPS}" in whole.out
         assert "(a unigram model of the same tokens has " in whole.out
         assert "a sample of its text" in whole.out
         assert f"try it: forge generate peace/{whole.folder.name}" in whole.err
 
-    def test_it_learns(self, whole: Execution) -> None:
+    def test_loss__finished__has_halved(self, whole: Execution) -> None:
         run = read_run(whole.folder)
         evaluated = run.newest("Evaluated", weights="current")
         assert evaluated is not None
@@ -167,7 +167,7 @@ class TestInPeace:
         assert evaluated["perplexity"] < run.plan.corpus.unigram_perplexity / 2
         assert losses(whole.folder)[-1] < losses(whole.folder)[0] / 2
 
-    def test_a_pipe_gets_plain_lines_in_the_order_of_what_happened(self, whole: Execution) -> None:
+    def test_output__pipe__is_plain_lines_in_order(self, whole: Execution) -> None:
         assert "\x1b" not in whole.out + whole.err
         lines = whole.err.splitlines()
         order = [
@@ -182,18 +182,18 @@ class TestInPeace:
         places = [next(number for number, line in enumerate(lines) if line.startswith(what)) for what in order]
         assert places == sorted(places)
 
-    def test_every_step_stands_once_with_all_its_numbers(self, whole: Execution) -> None:
+    def test_metrics__finished__has_every_step_once_and_complete(self, whole: Execution) -> None:
         records = read_metrics(whole.folder)
         assert [record["step"] for record in records] == list(range(1, TOTAL_STEPS + 1))
         assert all(None not in record.values() for record in records)
         assert [record["train/tokens"] for record in records] == [256 * step for step in range(1, TOTAL_STEPS + 1)]
 
-    def test_wandb_holds_the_same_history(self, whole: Execution) -> None:
+    def test_wandb__finished__has_the_same_losses(self, whole: Execution) -> None:
         (record,) = whole.folder.glob("wandb/offline-run-*/run-*.wandb")
         history = [row for row in read_history(record) if "train/loss" in row]
         assert [row["train/loss"] for row in history] == losses(whole.folder)
 
-    def test_the_folder_holds_what_was_promised(self, whole: Execution) -> None:
+    def test_run_folder__finished__has_all_files_and_logs(self, whole: Execution) -> None:
         there = {path.name for path in whole.folder.iterdir()}
         assert there >= {"job.yaml", "plan.json", "events.jsonl", "metrics.jsonl", "checkpoints", "wandb"}
         logs = {path.stem for path in (whole.folder / "logs").iterdir()}
@@ -203,11 +203,11 @@ class TestInPeace:
         for log in (whole.folder / "logs").iterdir():
             assert "Traceback" not in log.read_text()
 
-    def test_no_process_is_left(self, whole: Execution) -> None:
+    def test_processes__after_the_end__none_left(self, whole: Execution) -> None:
         assert len(whole.relatives) > 5
         assert whole.left == []
 
-    def test_the_other_commands_know_it(self, whole: Execution, home: Path) -> None:
+    def test_forge_runs__finished__list_and_show_agree(self, whole: Execution, home: Path) -> None:
         runs = ("--runs", "peace")
         (listed,) = json.loads(run_forge("runs", "list", *runs, "-o", "json", cwd=home).stdout)
         shown = json.loads(run_forge("runs", "show", *runs, "-o", "json", cwd=home).stdout)
@@ -218,7 +218,7 @@ class TestInPeace:
         assert run_forge("runs", "logs", *runs, "--file", "rank-1", cwd=home).returncode == 0
 
     @pytest.mark.slow
-    def test_it_generates_text_longer_than_its_positions(self, whole: Execution, home: Path) -> None:
+    def test_forge_generate__longer_than_seq_len__is_reproducible(self, whole: Execution, home: Path) -> None:
         arguments = ("generate", "--runs", "peace", "--prompt", "the cat", "--max-tokens", "80", "-o", "json")
         first, again = (run_forge(*arguments, cwd=home) for _ in range(2))
         assert first.returncode == 0, first.stderr
@@ -229,8 +229,8 @@ class TestInPeace:
 
 
 @pytest.mark.slow
-class TestEndedEarly:
-    def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(self, disturbed: dict[str, Execution]) -> None:
+class TestInterrupted:
+    def test_ctrl_c__once__checkpoints_and_prints_how_to_resume(self, disturbed: dict[str, Execution]) -> None:
         run = disturbed["interrupted"]
         assert (run.code, run.status) == (130, "stopped"), run.err
         assert 20 <= run.step < TOTAL_STEPS
@@ -238,7 +238,7 @@ class TestEndedEarly:
         assert "stopping after this step, with a checkpoint" in run.err
         assert f"resume: forge train --resume trouble/{run.folder.name}" in run.err
 
-    def test_a_killed_rank_fails_the_run_with_one_clear_message(self, disturbed: dict[str, Execution]) -> None:
+    def test_ray_train__rank_killed__fails_with_one_message(self, disturbed: dict[str, Execution]) -> None:
         run = disturbed["rank killed"]
         assert (run.code, run.status) == (4, "failed"), run.err
         (message,) = [line for line in run.err.splitlines() if line.startswith("error:")]
@@ -246,18 +246,18 @@ class TestEndedEarly:
         assert str(run.folder.name) in message  # where the logs are
         assert "Traceback" not in run.err
 
-    def test_a_killed_carrier_is_noticed_and_named(self, disturbed: dict[str, Execution]) -> None:
-        run = disturbed["carrier killed"]
+    def test_driver__killed__is_reported(self, disturbed: dict[str, Execution]) -> None:
+        run = disturbed["driver killed"]
         assert (run.code, run.status) == (4, "died"), run.err
         assert "error: the driver of the run died without recording why; its log is" in run.err
         assert "resume: forge train --resume" in run.err
 
-    @pytest.mark.parametrize("which", ["interrupted", "rank killed", "carrier killed", "finished"])
-    def test_no_process_is_left(self, disturbed: dict[str, Execution], which: str) -> None:
+    @pytest.mark.parametrize("which", ["interrupted", "rank killed", "driver killed", "finished"])
+    def test_processes__after_the_end__none_left(self, disturbed: dict[str, Execution], which: str) -> None:
         assert len(disturbed[which].relatives) > 5
         assert disturbed[which].left == []
 
-    def test_after_all_that_the_curve_is_the_one_of_the_run_in_peace_bit_for_bit(
+    def test_losses__interrupted_and_resumed__equal_the_undisturbed_run_bit_for_bit(
         self, disturbed: dict[str, Execution], whole: Execution
     ) -> None:
         run = disturbed["finished"]
@@ -265,7 +265,7 @@ class TestEndedEarly:
         assert [record["step"] for record in read_metrics(run.folder)] == list(range(1, TOTAL_STEPS + 1))
         assert losses(run.folder) == losses(whole.folder)
 
-    def test_what_had_to_be_repeated_gave_the_same_losses(
+    def test_repeated_steps__after_resuming__have_the_same_losses(
         self, disturbed: dict[str, Execution], whole: Execution
     ) -> None:
         repeated = [
@@ -284,7 +284,7 @@ class TestFromPython:
             monkeypatch.setenv(name, value)
 
     @pytest.mark.slow
-    def test_a_job_is_trained_to_the_end(self) -> None:
+    def test_train_job__small_job__finishes_and_reports_records(self) -> None:
         job = forge.load_job(
             "job.yaml",
             [
@@ -304,7 +304,7 @@ class TestFromPython:
         assert "WANDB_API_KEY" in degraded["reason"]
 
     @pytest.mark.slow
-    def test_a_loss_that_is_no_number_raises_and_names_the_step(self) -> None:
+    def test_train_job__loss_not_finite__raises_and_names_the_step(self) -> None:
         job = forge.load_job(
             "job.yaml",
             [

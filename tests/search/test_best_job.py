@@ -47,7 +47,7 @@ def one_trial(*, values: dict[str, Any] = VALUES, **told: Any) -> TrialTable:
         {"checkpoint": {"every": "50 steps", "to": "s3://bucket/runs"}},
     ],
 )
-def test_the_file_is_the_job_with_the_values_and_without_the_search(
+def test_best_job_yaml__best_trial__is_the_job_with_its_values_and_no_search(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     plan = search_plan(**changes)
@@ -56,7 +56,7 @@ def test_the_file_is_the_job_with_the_values_and_without_the_search(
     assert job.search is None and job.training.optimizer.lr == 3e-3 and job.name == plan.job.name
 
 
-def test_a_value_is_written_though_it_is_the_default(tmp_path: Path) -> None:
+def test_best_job_yaml__value_equals_the_default__is_written(tmp_path: Path) -> None:
     space = {"training.optimizer.weight_decay": {"choice": [0.0, 0.1]}}
     default = search_plan().job.training.optimizer.weight_decay
     values = {"training.optimizer.weight_decay": default}
@@ -64,7 +64,7 @@ def test_a_value_is_written_though_it_is_the_default(tmp_path: Path) -> None:
     assert f"\n    weight_decay: {default}\n" in text
 
 
-def test_what_follows_from_the_values_follows_and_the_proxy_does_not(tmp_path: Path) -> None:
+def test_best_job_yaml__computed_keys_and_proxy__only_the_first_are_in_the_job(tmp_path: Path) -> None:
     space = {LR: {"loguniform": [1e-4, 1e-1]}, "training.optimizer.eps": {"of": LR, "times": 1e-3}}
     plan = search_plan({"space": space, "proxy": {"training.total_steps": 2}})
     text, job = found(one_trial(values={LR: 2e-3}), tmp_path, plan)
@@ -72,7 +72,7 @@ def test_what_follows_from_the_values_follows_and_the_proxy_does_not(tmp_path: P
     assert "# The trials were a proxy of the job below" in text and "#   training.total_steps: 2\n" in text
 
 
-def test_the_comments_say_where_the_values_are_from(tmp_path: Path) -> None:
+def test_best_job_yaml__comments__name_search_and_trial(tmp_path: Path) -> None:
     history = SearchHistory()
     history.run({LR: 1e-2, WARMUP: 2}, [4.0])
     history.run(VALUES, [3.0, 2.5])
@@ -82,13 +82,13 @@ def test_the_comments_say_where_the_values_are_from(tmp_path: Path) -> None:
     assert "# Every trial was the full job" in text and "steps." not in text
 
 
-def test_the_comments_say_how_far_a_short_trial_came(tmp_path: Path) -> None:
+def test_best_job_yaml__stopped_trial__comments_say_at_which_step(tmp_path: Path) -> None:
     plan = search_plan({"scheduler": {"kind": "asha"}})
     text, _ = found(one_trial(status="stopped", reason="its rung"), tmp_path, plan)
     assert "# The trial ran 2 of 6 steps under the scheduler asha; it is stopped (its rung).\n" in text
 
 
-def test_the_comments_say_where_a_population_moved(tmp_path: Path) -> None:
+def test_best_job_yaml__population__comments_name_the_donors(tmp_path: Path) -> None:
     history = SearchHistory()
     history.suggest(VALUES)
     history.suggest({LR: 1e-2, WARMUP: 2})
@@ -98,12 +98,12 @@ def test_the_comments_say_where_a_population_moved(tmp_path: Path) -> None:
     history.end(1)
     plan = search_plan({"scheduler": {"kind": "pbt", "interval_steps": 2}})
     text, job = found(history.book, tmp_path, plan)
-    assert "#   at step 2 it went on from the state of trial 2\n" in text
+    assert "#   at step 2 it continued from the state of trial 2\n" in text
     assert job.training.optimizer.lr == 8e-3
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\r\n", "\x00"])
-def test_nothing_that_is_told_breaks_out_of_a_comment(end: str, tmp_path: Path) -> None:
+def test_best_job_yaml__line_break_in_a_value__stays_in_its_comment(end: str, tmp_path: Path) -> None:
     evil = f"x{end}name: stolen"
     space = {"data.source": {"choice": [evil]}}
     plan = search_plan({"space": space, "scheduler": {"kind": "asha"}, "proxy": {"name": evil}})
@@ -115,7 +115,7 @@ def test_nothing_that_is_told_breaks_out_of_a_comment(end: str, tmp_path: Path) 
     )
 
 
-def test_without_a_trial_that_was_judged_there_is_no_file() -> None:
+def test_best_job_yaml__no_objective_value__is_none() -> None:
     assert best_job_yaml(search_plan(), TrialTable(), search_id="t") is None
     history = SearchHistory()
     history.run(VALUES, [], status="failed")
@@ -123,6 +123,6 @@ def test_without_a_trial_that_was_judged_there_is_no_file() -> None:
     assert best_job_yaml(search_plan(), history.book, search_id="t") is None
 
 
-def test_a_run_is_no_search() -> None:
+def test_best_job_yaml__plan_of_a_run__raises() -> None:
     with pytest.raises(JobFileError, match="search: is missing"):
         best_job_yaml(tiny_plan(), TrialTable(), search_id="t")

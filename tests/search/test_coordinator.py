@@ -1,4 +1,4 @@
-"""What a search reckons with: places on the head, and for how long it has gone on."""
+"""The search coordinator's arithmetic: shares of the head node, and running time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from forge.search.coordinator import seconds_run, share_of
 
 
 @pytest.mark.parametrize("num_trials", [1, 2, 3, 8, 40])
-def test_as_many_trials_have_room_on_the_head_as_are_to_run_at_once_and_no_more(num_trials: int) -> None:
+def test_share_of__any_count__fits_exactly_that_many_trials(num_trials: int) -> None:
     share = share_of(num_trials)
-    assert num_trials * share < 0.999  # others need a little
+    assert num_trials * share < 0.999  # forge's other actors on the head need a little
     assert (num_trials + 1) * share > 1
 
 
@@ -30,12 +30,12 @@ def event(kind: str, time: float) -> dict[str, Any]:
             [
                 event("RunStarted", 10.0),
                 event("TrialReported", 14.0),
-                event("RunStarted", 100.0),  # the carrier was killed, and somebody came back
+                event("RunStarted", 100.0),  # the driver was killed, and the search resumed
                 event("TrialReported", 103.0),
             ],
             7.0,
         ),
     ],
 )
-def test_only_the_time_that_it_was_carried_counts(events: list[dict[str, Any]], expected: float) -> None:
+def test_seconds_run__interrupted__counts_time_with_a_driver(events: list[dict[str, Any]], expected: float) -> None:
     assert seconds_run(events) == pytest.approx(expected)

@@ -16,7 +16,7 @@ IDLE = "training.optimizer.weight_decay"
 NAME = "training.schedule.kind"
 
 
-def test_ranges_are_those_of_optuna_and_what_follows_has_none() -> None:
+def test_distributions__each_kind__is_optunas_and_computed_keys_have_none() -> None:
     space = {
         LR: {"loguniform": [1e-4, 1e-1]},
         IDLE: {"uniform": [0.0, 0.3]},
@@ -55,7 +55,7 @@ def searched(*, of_lr: float = 0.0, of_warmup: float = 0.0, of_name: float = 0.0
 @pytest.mark.parametrize(
     ("matters", "first"), [({"of_lr": 1.0}, LR), ({"of_warmup": 1.0}, WARMUP), ({"of_name": 1.0}, NAME)]
 )
-def test_the_key_that_decides_comes_first(matters: dict[str, float], first: str) -> None:
+def test_importances__one_key_decides__comes_first(matters: dict[str, float], first: str) -> None:
     history, search = searched(**matters)
     shares = importances(search_spec(search), history.book)
     assert next(iter(shares)) == first and shares[first] > 0.8
@@ -64,14 +64,14 @@ def test_the_key_that_decides_comes_first(matters: dict[str, float], first: str)
     assert all(type(share) is float for share in shares.values())
 
 
-def test_the_same_trials_give_the_same_shares_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+def test_importances__called_twice__same_shares_and_no_log(caplog: pytest.LogCaptureFixture) -> None:
     history, search = searched(of_lr=0.5, of_warmup=0.5)
     with caplog.at_level(logging.DEBUG):
         shares = [importances(search_spec(search), history.book) for _ in range(2)]
     assert shares[0] == shares[1] and not caplog.records
 
 
-def test_a_value_that_a_population_has_moved_out_of_its_range_counts_as_its_end() -> None:
+def test_importances__value_outside_its_range__counts_as_the_nearest_end() -> None:
     search = search_spec({"space": {LR: {"loguniform": [1e-4, 1e-1]}, WARMUP: {"int": [1, 8]}}})
     inside, outside = SearchHistory(), SearchHistory()
     for lr, moved_lr, warmup, moved in ((1e-4, 5e-5, 1, 0), (1e-1, 0.12, 8, 10), (1e-2, 1e-2, 2, 2)):
@@ -81,7 +81,7 @@ def test_a_value_that_a_population_has_moved_out_of_its_range_counts_as_its_end(
     assert shares and importances(search, outside.book) == shares
 
 
-def test_where_nothing_can_be_told_nothing_is() -> None:
+def test_importances__too_few_different_trials__is_empty() -> None:
     search, history = search_spec(), SearchHistory()
     values = {LR: 1e-3, WARMUP: 1, IDLE: 0.1}
     assert importances(search, history.book) == {}
@@ -102,5 +102,5 @@ def test_where_nothing_can_be_told_nothing_is() -> None:
     assert importances(single, twice.book) == {}
 
 
-def test_a_plain_choice_is_itself() -> None:
+def test_as_choice__scalar__is_unchanged() -> None:
     assert [as_choice(value) for value in (None, True, 1, 0.5, "a", [1])] == [None, True, 1, 0.5, "a", "[1]"]

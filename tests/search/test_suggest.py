@@ -48,7 +48,7 @@ def searched(job: JobSpec, *, num_trials: int, at_once: int, chance: random.Rand
     return history.book
 
 
-def test_without_a_scheduler_it_does_not_matter_which_trial_ends_first() -> None:
+def test_suggest__no_scheduler__does_not_depend_on_the_order_of_ends() -> None:
     job = job_of()
     found = [
         {n: t.values for n, t in searched(job, num_trials=12, at_once=3, chance=random.Random(seed)).trials.items()}
@@ -58,7 +58,7 @@ def test_without_a_scheduler_it_does_not_matter_which_trial_ends_first() -> None
     assert len({repr(values) for values in found[0].values()}) == 12
 
 
-def test_it_waits_for_a_trial_that_it_learns_from_and_for_no_other() -> None:
+def test_suggest__no_scheduler__waits_only_for_trials_it_learns_from() -> None:
     job, history = job_of(), SearchHistory()
     for number in range(1, 4):  # at random
         values = suggest(job, number=number, table=history.book, at_once=2)
@@ -74,7 +74,7 @@ def test_it_waits_for_a_trial_that_it_learns_from_and_for_no_other() -> None:
     assert suggest(job, number=4, table=history.book, at_once=2) is not None
 
 
-def test_with_a_scheduler_it_learns_from_whatever_is_over_and_waits_for_nothing() -> None:
+def test_suggest__scheduler__learns_from_all_that_are_over_without_waiting() -> None:
     job, history = job_of(scheduler={"kind": "asha"}), SearchHistory()
     for number in range(1, 6):
         values = suggest(job, number=number, table=history.book, at_once=2)
@@ -82,7 +82,7 @@ def test_with_a_scheduler_it_learns_from_whatever_is_over_and_waits_for_nothing(
         history.suggest(values)
 
 
-def test_values_lie_in_their_space() -> None:
+def test_suggest__any_trial__values_are_in_the_space() -> None:
     for trial in searched(job_of(), num_trials=20, at_once=2, chance=random.Random(0)).trials.values():
         assert 1e-4 <= trial.values[LR] <= 1e-1
         assert isinstance(trial.values[WARMUP], int)
@@ -90,7 +90,7 @@ def test_values_lie_in_their_space() -> None:
         assert trial.values["training.zero.stage"] in (0, 1)
 
 
-def test_what_it_learns_brings_it_nearer() -> None:
+def test_suggest__optuna__approaches_the_optimum() -> None:
     def late_loss(searcher: dict[str, Any]) -> float:
         found = 0.0
         for seed in range(6):
@@ -102,7 +102,7 @@ def test_what_it_learns_brings_it_nearer() -> None:
     assert late_loss({"kind": "optuna", "startup_trials": 8}) < 0.75 * late_loss({"kind": "random"})
 
 
-def test_another_seed_gives_other_trials() -> None:
+def test_suggest__another_seed__other_values() -> None:
     one, other = (
         suggest(job_of(searcher=OPTUNA | {"seed": seed}), number=2, table=TrialTable(), at_once=1)
         for seed in (1, 2)
@@ -110,13 +110,13 @@ def test_another_seed_gives_other_trials() -> None:
     assert one != other
 
 
-def test_the_first_trial_has_the_jobs_own_values() -> None:
+def test_suggest__first_trial__has_the_jobs_own_values() -> None:
     own = {LR: 0.01, WARMUP: 2, "training.zero.stage": 1}  # as the tiny job has them
     space = SPACE | {"training.zero.stage": {"choice": [1, 2]}}
     assert suggest(job_of(space=space, lr=0.01), number=1, table=TrialTable(), at_once=1) == own
 
 
-def test_a_trial_that_diverged_or_failed_is_not_followed() -> None:
+def test_suggest__diverged_or_failed_trials__are_avoided() -> None:
     job, history = job_of(), SearchHistory()
     chance = random.Random(3)
     for _ in range(12):
@@ -130,7 +130,7 @@ def test_a_trial_that_diverged_or_failed_is_not_followed() -> None:
 
 
 @pytest.mark.parametrize("number", [1, 4, 6])
-def test_a_grid_goes_through_its_combinations_the_last_key_first(number: int) -> None:
+def test_suggest__grid__last_key_changes_fastest(number: int) -> None:
     space = {LR: {"grid": [0.1, 0.2]}, WARMUP: {"grid": [0, 1, 2]}}
     job = job_of(space=space, searcher={"kind": "grid"})
     expected = {LR: [0.1, 0.2][(number - 1) // 3], WARMUP: (number - 1) % 3}

@@ -59,7 +59,7 @@ def found(home: Path) -> dict[str, Any]:
     return record
 
 
-def test_a_trial_that_diverges_or_cannot_be_is_marked_and_the_search_goes_on(found: dict[str, Any]) -> None:
+def test_forge_tune__trial_diverges_or_fails__is_marked_and_the_search_continues(found: dict[str, Any]) -> None:
     trials = {trial["trial"]: trial for trial in found["trials"]}
     assert {number: trial["status"] for number, trial in trials.items()} == {
         1: "finished",
@@ -73,7 +73,7 @@ def test_a_trial_that_diverges_or_cannot_be_is_marked_and_the_search_goes_on(fou
     assert found["best"]["trial"] == 1
 
 
-def test_the_best_trial_is_a_job_that_trains_as_it_stands(home: Path, found: dict[str, Any]) -> None:
+def test_forge_tune__best_yaml__trains_unchanged(home: Path, found: dict[str, Any]) -> None:
     best = home / found["best_yaml"]
     assert "training.total_steps" in best.read_text().partition("\nname:")[0]  # the proxy's, told in a comment
     job = load_job(best).job
@@ -83,7 +83,7 @@ def test_the_best_trial_is_a_job_that_trains_as_it_stands(home: Path, found: dic
     assert (home / found["report"]).stat().st_size > 10**5
 
 
-def test_every_trial_is_a_run_of_one_group(home: Path, found: dict[str, Any]) -> None:
+def test_forge_tune__trials__are_runs_of_one_wandb_group(home: Path, found: dict[str, Any]) -> None:
     folder = Path(trial_folder(str(home / found["folder"]), 1))
     run = read_run(folder)
     assert (run.status, run.step) == ("finished", 40)
@@ -92,12 +92,12 @@ def test_every_trial_is_a_run_of_one_group(home: Path, found: dict[str, Any]) ->
     assert [row["step"] for row in read_history(file) if "train/loss" in row] == list(range(1, 41))
 
 
-def test_nothing_is_left_of_a_search(home: Path, found: dict[str, Any]) -> None:
+def test_forge_tune__finished__leaves_no_process(home: Path, found: dict[str, Any]) -> None:
     assert mentioning(found["search_id"]) == []
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_every_trial_with_a_checkpoint_and_it_goes_on_from_there(home: Path) -> None:
+def test_forge_tune__ctrl_c__checkpoints_every_trial_and_resumes(home: Path) -> None:
     long = [
         "--set",
         "search.proxy.training.total_steps=150",
@@ -137,7 +137,7 @@ def book_of(folder: Path) -> TrialTable:
         ("search.trials_at_once=99", "room for"),
     ],
 )
-def test_what_cannot_work_is_told_before_anything_starts(home: Path, change: str, message: str) -> None:
+def test_forge_tune__impossible_search__is_rejected_before_it_starts(home: Path, change: str, message: str) -> None:
     done = forge("tune", "tune.yaml", "--set", change, cwd=home, env=environment(home))
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
