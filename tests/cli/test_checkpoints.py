@@ -36,17 +36,17 @@ def spoil(run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["latest", "tiny", "runs/tiny-0101-000000-abcd"])
-def test_a_runs_checkpoints_are_listed_newest_first(run: Path, name: str) -> None:
+def test_list__run__newest_first(run: Path, name: str) -> None:
     lines = forge("list", name).stdout.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["step-00000030", "step-00000020", "step-00000010"]
     assert all(line.endswith("complete") for line in lines[1:])
 
 
-def test_a_bare_folder_of_checkpoints_is_listed_too(run: Path) -> None:
+def test_list__folder_of_checkpoints__is_accepted(run: Path) -> None:
     assert forge("list", run / "checkpoints").stdout == forge("list").stdout
 
 
-def test_the_list_as_json_says_all_of_it(run: Path) -> None:
+def test_list__json__has_every_field(run: Path) -> None:
     found = json.loads(forge("list", "-o", "json").stdout)
     assert [entry["step"] for entry in found] == [30, 20, 10]
     assert found[0]["num_parts"] == 2
@@ -55,7 +55,7 @@ def test_the_list_as_json_says_all_of_it(run: Path) -> None:
     assert found[0]["size_bytes"] > 0
 
 
-def test_a_flipped_byte_is_seen_by_verify_and_not_by_list(run: Path) -> None:
+def test_verify__flipped_byte__is_found(run: Path) -> None:
     spoil(run, 20)
     assert "broken" not in forge("list").output
     with pytest.raises(CheckpointError, match=r"1 of 3 checkpoints in .* are broken; a run resumes from step-0*30"):
@@ -63,7 +63,7 @@ def test_a_flipped_byte_is_seen_by_verify_and_not_by_list(run: Path) -> None:
     assert forge("verify", "--step", "30").exit_code == 0
 
 
-def test_verify_as_json_is_whole_although_it_fails(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify__json_with_broken_checkpoint__is_complete(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(run, 30)
     done = CliRunner().invoke(app, ["checkpoints", "verify", "-o", "json"])
     assert isinstance(done.exception, CheckpointError)
@@ -72,7 +72,7 @@ def test_verify_as_json_is_whole_although_it_fails(run: Path, capsys: pytest.Cap
     assert "part-00001" in problems[0]
 
 
-def test_what_cannot_be_read_is_listed_with_its_reason(run: Path) -> None:
+def test_list__unreadable_checkpoint__has_its_reason(run: Path) -> None:
     (run / "checkpoints" / "step-00000020" / "manifest.json").write_text("{")
     line = next(line for line in forge("list").stdout.splitlines() if line.startswith("step-00000020"))
     assert "broken: manifest.json cannot be read" in line
@@ -86,14 +86,12 @@ def test_what_cannot_be_read_is_listed_with_its_reason(run: Path) -> None:
         (["list", "nonsense://place"], CheckpointError, "nonsense"),
     ],
 )
-def test_what_is_not_there_is_named(run: Path, arguments: list[str], error: type, said: str) -> None:
+def test_checkpoints__missing_run_or_step__raises(run: Path, arguments: list[str], error: type, said: str) -> None:
     with pytest.raises(error, match=said):
         forge(*arguments)
 
 
-def test_a_run_without_checkpoints_has_none_to_list_and_none_to_verify(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints__none_yet__says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs")
     assert "no checkpoints in" in forge("list").stderr
@@ -109,14 +107,14 @@ def test_a_run_without_checkpoints_has_none_to_list_and_none_to_verify(
         (["--to", "out", "--dtype", "fp8"], "--dtype"),
     ],
 )
-def test_an_export_that_is_asked_for_wrongly_is_refused(run: Path, arguments: list[str], said: str) -> None:
+def test_export__invalid_options__are_refused(run: Path, arguments: list[str], said: str) -> None:
     done = forge("export", "latest", *arguments)
     assert done.exit_code == 2
     assert said in done.output
     assert not Path("out").exists()
 
 
-def test_a_model_that_is_none_of_transformers_cannot_be_exported_as_one(run: Path) -> None:
+def test_export__user_model__is_refused(run: Path) -> None:
     with pytest.raises(CheckpointError, match="of no transformers model"):
         forge("export", "latest", "--to", "out")
     assert not Path("out").exists()

@@ -53,7 +53,7 @@ def env(home: Path) -> dict[str, str]:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_is_wrong_gives_one_clear_message_and_its_exit_code(
+def test_errors__wrong_input__one_message_and_exit_code(
     home: Path, env: dict[str, str], arguments: list[str], code: int, message: str
 ) -> None:
     make_run(home / "runs", "broken", steps=0, endings=[RunFailed(error="RunError", message="a rank died")])
@@ -71,7 +71,7 @@ def test_what_is_wrong_gives_one_clear_message_and_its_exit_code(
 @pytest.mark.parametrize(
     "arguments", [["runs", "list"], ["runs", "show", "done"], ["plan", "job.yaml"], ["cluster", "status"]]
 )
-def test_a_pipe_gets_no_escape_codes(home: Path, env: dict[str, str], arguments: list[str]) -> None:
+def test_output__pipe__no_escape_codes(home: Path, env: dict[str, str], arguments: list[str]) -> None:
     make_run(home / "runs", "done", endings=[RunFinished(step=3)])
     done = forge(*arguments, cwd=home, env=env)
     assert done.returncode == 0
@@ -101,7 +101,7 @@ def read_to_the_end(terminal: int) -> bytes:
             return sent
 
 
-def test_colours_are_for_terminals_and_no_color_is_respected(home: Path, env: dict[str, str]) -> None:
+def test_output__terminal__colours_unless_no_color(home: Path, env: dict[str, str]) -> None:
     make_run(home / "runs", "broken", endings=[RunFailed(error="RunError", message="a rank died")])
     code, coloured = on_terminal(["runs", "watch", "broken"], cwd=home, env=env)
     assert code == 4
@@ -113,7 +113,7 @@ def test_colours_are_for_terminals_and_no_color_is_respected(home: Path, env: di
 
 @pytest.mark.parametrize("columns", [40, 1])
 @pytest.mark.parametrize("words", ["runs list", "runs show done", "plan job.yaml", "doctor"])
-def test_a_narrow_terminal_is_no_reason_to_fail(home: Path, env: dict[str, str], words: str, columns: int) -> None:
+def test_output__narrow_terminal__does_not_fail(home: Path, env: dict[str, str], words: str, columns: int) -> None:
     make_run(home / "runs", "done", steps=50, endings=[RunFinished(step=50)])
     code, sent = on_terminal(words.split(), cwd=home, env=env, columns=columns)
     assert code == 0
@@ -121,7 +121,7 @@ def test_a_narrow_terminal_is_no_reason_to_fail(home: Path, env: dict[str, str],
 
 
 @pytest.mark.parametrize("num_runs", [3, 300])
-def test_a_reader_who_has_seen_enough_gets_no_traceback(home: Path, env: dict[str, str], num_runs: int) -> None:
+def test_output__reader_closes_the_pipe__no_traceback(home: Path, env: dict[str, str], num_runs: int) -> None:
     plan = (make_run(home / "runs", "first") / "plan.json").read_text()
     for number in range(1, num_runs):
         folder = home / "runs" / f"run-{number:03}-with-a-name-that-is-long-enough-to-fill-the-buffer-of-a-pipe"
@@ -134,7 +134,7 @@ def test_a_reader_who_has_seen_enough_gets_no_traceback(home: Path, env: dict[st
     assert done.stderr == ""
 
 
-def test_a_reader_who_was_never_there_gets_no_traceback_either(home: Path, env: dict[str, str]) -> None:
+def test_output__closed_pipe__exits_141(home: Path, env: dict[str, str]) -> None:
     make_run(home / "runs", "done")
     reader, writer = os.pipe()
     os.close(reader)
@@ -149,7 +149,7 @@ def test_a_reader_who_was_never_there_gets_no_traceback_either(home: Path, env: 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_whoever_stops_watching_leaves_the_run_alone_and_the_terminal_as_it_was(
+def test_watch__signal__leaves_the_run_and_restores_the_terminal(
     home: Path, env: dict[str, str], number: int, code: int
 ) -> None:
     folder = make_run(home / "runs", "busy", steps=5)
@@ -205,13 +205,13 @@ HEAVY = {"torch", "deepspeed", "transformers"}
         ),
     ],
 )
-def test_the_client_imports_nothing_heavy(home: Path, env: dict[str, str], code: str, absent: set[str]) -> None:
+def test_imports__client__nothing_heavy(home: Path, env: dict[str, str], code: str, absent: set[str]) -> None:
     make_run(home / "runs", "done", endings=[RunFinished(step=3)])
     run = "def run(*words):\n import forge.cli.app\n forge.cli.app.app(list(words), standalone_mode=False)\n"
     assert not modules_after(run + code, cwd=home, env=env) & absent
 
 
-def test_a_name_that_forge_does_not_have_is_an_attribute_error() -> None:
+def test_forge__unknown_name__attribute_error() -> None:
     import forge
 
     assert set(forge.__all__) <= set(dir(forge))
@@ -219,7 +219,7 @@ def test_a_name_that_forge_does_not_have_is_an_attribute_error() -> None:
         forge.nonsense  # noqa: B018
 
 
-def test_ctrl_c_before_the_run_has_begun_leaves_with_130_and_no_traceback(home: Path, env: dict[str, str]) -> None:
+def test_train__ctrl_c_during_preparation__exits_130(home: Path, env: dict[str, str]) -> None:
     for number in range(400):
         (home / "corpus" / f"more-{number}.txt").write_text(f"word{number} " * 20_000)
     process = subprocess.Popen(

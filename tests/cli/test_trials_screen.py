@@ -48,7 +48,7 @@ def panel(sent: str) -> list[str]:
     return [line.strip("\r") for line in drawn.splitlines() if line.strip()]
 
 
-def test_on_a_terminal_the_best_and_the_newest_are_shown_as_far_as_there_is_room() -> None:
+def test_tune_screen__terminal__shows_best_and_newest_that_fit() -> None:
     events = [START, *MANY, CostUpdated(usd=1.25, usd_per_hour=3600.0), *begun(9, values={2: 9.5})]
     lines = panel(shown(events, size=(90, 10)))
     assert lines == [
@@ -65,25 +65,25 @@ def test_on_a_terminal_the_best_and_the_newest_are_shown_as_far_as_there_is_room
 
 
 @pytest.mark.parametrize("size", [(40, 10), (20, 5), (3, 3), (1, 1)])
-def test_on_a_small_one_nothing_is_wider_or_higher(size: tuple[int, int]) -> None:
+def test_tune_screen__small_terminal__fits(size: tuple[int, int]) -> None:
     events = [START, *MANY, CostUpdated(usd=1.25, usd_per_hour=3600.0), *begun(9, values={2: 9.5})]
     sent = shown(events, size=size)
     lines = [re.sub(r"\x1b\[\??[0-9;]*[A-Za-z]", "", line).strip("\r") for line in sent.splitlines()]
     assert max(map(len, lines)) <= size[0]
 
 
-def test_a_trial_that_ends_badly_leaves_a_line_above_the_table() -> None:
+def test_tune_screen__failed_trial__leaves_a_warning() -> None:
     events = [START, *ended(1, value=1.0), *ended(2, step=3, status="diverged", reason="the loss is no number")]
     sent = shown(events, size=(90, 10))
     assert "! trial 2 diverged at step 3: the loss is no number" in sent
     assert "trial 1 finished" not in sent
 
 
-def test_before_the_first_trial_it_says_that_it_starts() -> None:
+def test_tune_screen__before_the_first_trial__says_that_it_starts() -> None:
     assert "starting the first trials … 1s" in shown([START], size=(90, 10))
 
 
-def test_on_a_pipe_each_piece_of_news_is_a_line() -> None:
+def test_tune_screen__pipe__one_line_per_event() -> None:
     lost = NodeLeft(node="b", reason="connection closed")
     lines = shown([START, *ended(1, value=1.0), lost], size=None).splitlines()
     assert lines == [
@@ -95,7 +95,7 @@ def test_on_a_pipe_each_piece_of_news_is_a_line() -> None:
     ]
 
 
-def test_what_is_past_is_known_and_not_told_again() -> None:
+def test_tune_screen__past_events__are_not_printed() -> None:
     events = [START, *ended(1, value=1.0), START, *ended(2, value=2.0)]
     assert "trial 1" not in shown(events, size=None, num_past=5)
     assert "best: trial 1, eval/loss 1.0000" in shown(events, size=(90, 10), num_past=5)

@@ -104,7 +104,7 @@ def record_events(folder: Path, events: Iterable[Event]) -> None:
 
 class TestThePlan:
     @pytest.mark.parametrize("arguments", [("plan", "tune.yaml"), ("tune", "tune.yaml", "--dry-run")])
-    def test_it_says_what_is_searched_and_starts_nothing(
+    def test_dry_run__table__shows_the_search_and_starts_nothing(
         self, home: Path, tune_file: str, arguments: tuple[str, ...]
     ) -> None:
         done = forge(*arguments)
@@ -119,7 +119,7 @@ class TestThePlan:
         assert done.stderr == "search: forge tune tune.yaml\n"
         assert not (home / "runs").exists()
 
-    def test_as_json_it_is_the_plan_alone(self, tune_file: str) -> None:
+    def test_dry_run__json__is_the_plan_alone(self, tune_file: str) -> None:
         done = forge("tune", tune_file, "--dry-run", "-o", "json", "--set", "search.max_trials=7")
         draft = json.loads(done.stdout)
         assert json.dumps(draft, sort_keys=True, indent=1) + "\n" == done.stdout
@@ -138,7 +138,7 @@ class TestThePlan:
             (("tune", "tune.yaml", "--set", "search.metric=loss"), r"search\.metric=loss: is not a metric"),
         ],
     )
-    def test_a_job_of_the_other_kind_is_named_with_the_command_for_it(
+    def test_start__job_of_the_other_kind__names_the_command(
         self, home: Path, tune_file: str, arguments: tuple[str, ...], message: str
     ) -> None:
         with pytest.raises(JobFileError, match=message) as raised:
@@ -146,21 +146,19 @@ class TestThePlan:
         assert raised.value.exit_code == 2
         assert not (home / "runs").exists()
 
-    def test_from_python_too(self, tune_file: str) -> None:
+    def test_api__job_of_the_other_kind__raises(self, tune_file: str) -> None:
         with pytest.raises(JobFileError, match="use forge tune"):
             public.train_job(tune_file)
         with pytest.raises(JobFileError, match="use forge train"):
             public.tune_job("job.yaml")
 
-    def test_without_a_file_it_asks_for_one(self) -> None:
+    def test_tune__without_file__exits_2(self) -> None:
         done = forge("tune")
         assert (done.exit_code, "give a job file, or --resume SEARCH" in done.stderr) == (2, True)
 
 
 class TestASearch:
-    def test_its_news_are_lines_on_a_pipe_and_its_end_a_summary(
-        self, home: Path, tune_file: str, script: Script
-    ) -> None:
+    def test_tune__pipe__lines_then_summary(self, home: Path, tune_file: str, script: Script) -> None:
         script.write([*THREE, CostUpdated(usd=1.5, usd_per_hour=3.0), RunFinished(step=0)])
         done = forge("tune", tune_file)
         folder = next((home / "runs").iterdir())
@@ -178,12 +176,12 @@ class TestASearch:
         assert (folder / "best.yaml").exists()
         assert (folder / "report.html").exists()
 
-    def test_as_json_its_record_stands_alone_on_stdout(self, tune_file: str, script: Script) -> None:
+    def test_tune__json__record_alone_on_stdout(self, tune_file: str, script: Script) -> None:
         script.write([*THREE, RunFinished(step=0)])
         record = json.loads(forge("tune", tune_file, "-o", "json").stdout)
         assert (record["status"], record["best"]["trial"]) == ("finished", 3)
 
-    def test_detached_it_is_not_followed(self, tune_file: str, script: Script) -> None:
+    def test_tune__detach__does_not_follow(self, tune_file: str, script: Script) -> None:
         done = forge("tune", tune_file, "--detach")
         assert (done.exit_code, "trial" in done.stderr) == (0, False)
         assert "follow it: forge runs watch tiny-" in done.stderr
@@ -204,7 +202,7 @@ class TestASearch:
             ([], 4, "the driver of the run died without recording why"),
         ],
     )
-    def test_how_it_leaves_says_how_it_ended(
+    def test_tune__ending__exit_code_and_message(
         self, tune_file: str, script: Script, events: Sequence[Event], code: int, told: str
     ) -> None:
         script.write(events)
@@ -212,7 +210,7 @@ class TestASearch:
         assert done.exit_code == code
         assert told in done.stderr
 
-    def test_from_python_it_gives_the_best_trial(self, home: Path, tune_file: str, script: Script) -> None:
+    def test_tune_job__finished__returns_the_best_trial(self, home: Path, tune_file: str, script: Script) -> None:
         events = [*THREE, RunFinished(step=0)]
         script.write(events)
         heard: list[Any] = []
@@ -222,7 +220,7 @@ class TestASearch:
         assert (found.run.status, len(found.table.trials), len(heard)) == ("finished", 3, len(events) + 1)
         assert (found.run.folder / "best.yaml").exists()
 
-    def test_from_python_one_without_a_good_trial_is_an_error(self, tune_file: str, script: Script) -> None:
+    def test_tune_job__no_usable_trial__raises(self, tune_file: str, script: Script) -> None:
         script.write([*BAD, RunFinished(step=0)])
         with pytest.raises(RunError, match="the reason of 2: the loss is no number"):
             public.tune_job(tune_file)
@@ -272,7 +270,7 @@ class TestWhileItIsRunning:
 
 @pytest.mark.usefixtures("tune_file")
 class TestResuming:
-    def test_the_latest_is_the_newest_of_its_kind(self, home: Path, script: Script) -> None:
+    def test_resume__latest__newest_of_its_kind(self, home: Path, script: Script) -> None:
         planned_search(*THREE, RunStopped(step=0))
         make_run(home / "runs", "trained", endings=[RunFinished(step=6)])
         script.write([*ended(4, value=1.0), RunFinished(step=0)])
@@ -292,13 +290,13 @@ class TestResuming:
             ("tune", "nobody", "no run 'nobody' under runs"),
         ],
     )
-    def test_what_cannot_be_resumed_so_is_told(self, home: Path, verb: str, name: str, message: str) -> None:
+    def test_resume__wrong_kind_or_name__raises(self, home: Path, verb: str, name: str, message: str) -> None:
         make_search(home / "runs", "searched", events=[*THREE, RunStopped(step=0)], trial_runs=[2])
         make_run(home / "runs", "trained")
         with pytest.raises(ArgumentError, match=message):
             forge(verb, "--resume", name)
 
-    def test_where_there_is_none_of_the_kind_that_is_said(self, home: Path) -> None:
+    def test_resume__no_search__raises(self, home: Path) -> None:
         make_run(home / "runs", "trained")
         with pytest.raises(ArgumentError, match="no search under runs"):
             forge("tune", "--resume", "latest")
@@ -306,7 +304,7 @@ class TestResuming:
     @pytest.mark.parametrize(
         "change", ["max_trials=9", "max_hours=1", "max_usd=3", "trials_at_once=1"], ids=lambda text: text
     )
-    def test_for_how_long_it_goes_on_may_change(self, home: Path, script: Script, change: str) -> None:
+    def test_resume__changed_limits__is_accepted(self, home: Path, script: Script, change: str) -> None:
         planned_search(*THREE, RunStopped(step=0))
         script.write([RunFinished(step=0)])
         assert forge("tune", "--resume", "searched", "--set", f"search.{change}").exit_code == 0
@@ -323,18 +321,14 @@ class TestResuming:
             ("training.total_steps=9", "model, data or training section"),
         ],
     )
-    def test_what_its_trials_have_in_common_may_not(
-        self, home: Path, script: Script, change: str, blamed: str
-    ) -> None:
+    def test_resume__changed_search__raises(self, home: Path, script: Script, change: str, blamed: str) -> None:
         folder = planned_search(*THREE, RunStopped(step=0))
         before = (folder / "plan.json").read_text()
         with pytest.raises(ArgumentError, match=f"cannot resume searched: .*{blamed}"):
             forge("tune", "--resume", "searched", "--set", change)
         assert (folder / "plan.json").read_text() == before
 
-    def test_one_with_all_its_trials_is_not_carried_on_unless_more_are_asked_for(
-        self, home: Path, script: Script
-    ) -> None:
+    def test_resume__all_trials_done__only_with_more_trials(self, home: Path, script: Script) -> None:
         events = [*THREE, *ended(4, value=9.0), RunFinished(step=0)]
         planned_search(*events)
         script.write([*ended(5, value=0.5), RunFinished(step=0)])
@@ -351,18 +345,18 @@ class TestRuns:
         events = [*THREE, *begun(4, values={2: 6.0}), RunStopped(step=0)]
         return make_search(home / "runs", "searched", events=events, trial_runs=[1, 3])
 
-    def test_the_list_counts_trials_and_names_no_trial(self, folder: Path) -> None:
+    def test_list__table__counts_trials(self, folder: Path) -> None:
         rows = {row.split()[0]: row.split() for row in forge("runs", "list").stdout.splitlines()[1:]}
         assert rows["searched"][1:6] == ["stopped", "3/4", "trials", "5.2500", "10.50"]
         assert rows["trained"][1:3] == ["finished", "3/6"]
         assert len(rows) == 2
 
-    def test_the_list_as_json_counts_them_too(self, folder: Path) -> None:
+    def test_list__json__counts_trials(self, folder: Path) -> None:
         found = json.loads(forge("runs", "list", "-o", "json").stdout)
         trials = {run["run_id"]: run["trials"] for run in found}
         assert trials == {"searched": {"total": 4, "over": 3}, "trained": None}
 
-    def test_one_is_shown_with_a_line_for_each_trial(self, folder: Path) -> None:
+    def test_show__table__one_line_per_trial(self, folder: Path) -> None:
         done = forge("runs", "show", "searched")
         lines = [line.split() for line in done.stdout.splitlines()]
         assert done.exit_code == 0
@@ -370,10 +364,10 @@ class TestRuns:
         assert ["*3", "finished", "6/6", "5.2500", "lr=0.003", "warmup_steps=3", "3s"] in lines
         assert [line[0] for line in lines if len(line) == 7 and line[2].endswith("/6")] == ["4", "*3", "2", "1"]
 
-    def test_one_as_json_is_its_record(self, folder: Path) -> None:
+    def test_show__json__is_the_search_record(self, folder: Path) -> None:
         assert json.loads(forge("runs", "show", "searched", "-o", "json").stdout)["best"]["trial"] == 3
 
-    def test_a_trial_is_a_run_of_its_own(self, folder: Path) -> None:
+    def test_runs__trial__is_a_run(self, folder: Path) -> None:
         record = json.loads(forge("runs", "show", "searched-0003", "-o", "json").stdout)
         assert (record["run_id"], record["step"]) == ("searched-0003", 3)
         watched = forge("runs", "watch", "searched-0003")
@@ -383,17 +377,17 @@ class TestRuns:
         with pytest.raises(ArgumentError, match="no run 'searched-0002' under runs"):
             forge("runs", "show", "searched-0002")
 
-    def test_watching_one_that_ended_tells_how(self, folder: Path) -> None:
+    def test_watch__stopped_search__exits_130(self, folder: Path) -> None:
         done = forge("runs", "watch", "searched")
         assert done.exit_code == 130
         assert "searched  stopped after 3 of 4 trials" in done.stdout
         assert done.stderr.endswith("resume: forge tune --resume searched\n")
 
-    def test_its_log_is_that_of_the_run(self, folder: Path) -> None:
+    def test_logs__search__is_the_drivers(self, folder: Path) -> None:
         (folder / "logs" / "driver.log").write_text("hello\n")
         assert forge("runs", "logs", "searched").stdout == "hello\n"
 
-    def test_its_page_is_written_anew_and_named(self, folder: Path) -> None:
+    def test_report__search__writes_and_prints_the_path(self, folder: Path) -> None:
         done = forge("runs", "report", "latest")
         assert (done.exit_code, done.stdout) == (0, "runs/searched/report.html\n")
         assert (folder / "report.html").exists()
@@ -405,7 +399,7 @@ class TestRuns:
             ("new", "new has no trials yet"),
         ],
     )
-    def test_what_has_no_page_says_so(self, home: Path, folder: Path, name: str, message: str) -> None:
+    def test_report__run_or_empty_search__raises(self, home: Path, folder: Path, name: str, message: str) -> None:
         make_search(home / "runs", "new")
         with pytest.raises(ArgumentError, match=message):
             forge("runs", "report", name)

@@ -24,20 +24,20 @@ def eventful() -> GoodputReport:
     return goodput_of(history.events, history.steps, now=None)
 
 
-def test_the_line_says_what_changes_cost_the_dearest_first() -> None:
+def test_goodput_line__changes__largest_bucket_first() -> None:
     told = goodput_line(eventful(), width=200)
     assert told == "goodput 25%  1 node  1 change  starting 44%  training 38%  repeated 12%  other 6%"
 
 
 @given(st.integers(-1, 100))
-def test_the_line_fits_and_ends_with_a_whole_figure(width: int) -> None:
+def test_goodput_line__width__ends_with_a_whole_number(width: int) -> None:
     whole, told = goodput_line(eventful(), width=200), goodput_line(eventful(), width=width)
     assert len(told) <= max(0, width)
     assert not told or (whole + "  ").startswith(told + "  ")
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 5])
-def test_of_a_run_on_one_machine_without_a_change_there_is_nothing_to_say(num_steps: int) -> None:
+def test_goodput_line__one_node_without_changes__empty(num_steps: int) -> None:
     history = History()
     history.nodes = ("a",)
     history.start()
@@ -47,7 +47,7 @@ def test_of_a_run_on_one_machine_without_a_change_there_is_nothing_to_say(num_st
     assert goodput_line(goodput_of(history.events, history.steps, now=None), width=80) == ""
 
 
-def test_the_table_of_buckets_has_those_that_are_not_empty_and_the_whole() -> None:
+def test_bucket_rows__nonempty_buckets_and_total() -> None:
     assert bucket_rows(eventful()) == [
         ["training", "6.0", "37.5%"],
         ["repeated", "2.0", "12.5%"],
@@ -57,12 +57,12 @@ def test_the_table_of_buckets_has_those_that_are_not_empty_and_the_whole() -> No
     ]
 
 
-def test_the_facts_name_how_often_what_happened() -> None:
+def test_goodput_facts__counts_changes() -> None:
     facts = dict(goodput_facts(eventful()))
     assert facts["goodput"] == "25.0% (2 new steps of 2s in 16s)"
     assert facts["changes"] == "1 change, 1 preemption, 0 failures, 1 step repeated"
 
 
-def test_a_change_is_a_row_with_when_why_and_how_long() -> None:
+def test_change_rows__time_cause_and_duration() -> None:
     assert change_rows(eventful(), started=1_000_000.0, limit=10) == [["8s", "loss", "2 → 1", "3s", "node b lost"]]
     assert change_rows(eventful(), started=2_000_000.0, limit=10)[0][0] == "0ms"

@@ -47,18 +47,18 @@ def drawn(*, width: int) -> list[str]:
         ([], []),
     ],
 )
-def test_keys_are_told_apart_by_as_few_parts_as_can_be(keys: list[str], names: list[str]) -> None:
+def test_short_names__fewest_distinct_parts(keys: list[str], names: list[str]) -> None:
     assert list(short_names(keys).values()) == names
 
 
-def test_running_trials_come_first_then_the_best_then_the_newest() -> None:
+def test_select_trials__running_then_best_then_newest() -> None:
     book = TrialTable(records(TRIALS))
     assert [trial.number for trial in select_trials(book, mode="min", room=9)] == [4, 2, 5, 3, 1]
     assert [trial.number for trial in select_trials(book, mode="max", room=3)] == [4, 1, 5]
     assert select_trials(book, mode="min", room=-1) == []
 
 
-def test_a_wide_table_has_everything() -> None:
+def test_fit_table__wide__has_everything() -> None:
     assert drawn(width=80) == [
         "trial  status    step  eval/loss  values                   time",
         "    4  running    2/6     4.5000  lr=0.004 warmup_steps=4   48s",
@@ -78,13 +78,13 @@ def test_a_wide_table_has_everything() -> None:
         (10, " # status…", "*2 finish…"),
     ],
 )
-def test_a_narrow_one_leaves_out_what_matters_least(width: int, head: str, line: str) -> None:
+def test_fit_table__narrow__leaves_out_columns(width: int, head: str, line: str) -> None:
     lines = drawn(width=width)
     assert (lines[0], lines[2]) == (head, line)
 
 
 @given(st.integers(0, 100))
-def test_no_line_is_longer_than_there_is_room(width: int) -> None:
+def test_fit_table__any_width__fits(width: int) -> None:
     assert max(map(len, drawn(width=width))) <= width
 
 
@@ -99,17 +99,17 @@ def test_no_line_is_longer_than_there_is_room(width: int) -> None:
         ([1, 2], "[1, 2]"),
     ],
 )
-def test_values_are_short_and_harmless(value: Any, text: str) -> None:
+def test_shown__values__short_and_printable(value: Any, text: str) -> None:
     assert shown(value) == text
 
 
-def test_the_metric_keeps_the_digits_that_tell_trials_apart() -> None:
+def test_format_value__keeps_distinguishing_digits() -> None:
     assert [format_value(value) for value in (5.25, 123456.0, 1.25e-5, float("nan"), None, 0.0)] == [
         "5.2500", "1.235e+05", "1.25e-05", "-", "-", "0",
     ]  # fmt: skip
 
 
-def test_bars_are_as_long_as_their_shares_the_largest_first() -> None:
+def test_bars__proportional_and_sorted() -> None:
     shares = {WARMUP: 0.25, LR: 0.5, "x": float("nan"), "y": 0.0}
     assert bars(shares, width=4) == [
         ["lr", "50%", "████"], ["warmup_steps", "25%", "██"], ["y", "0%", ""], ["x", "-", ""],
@@ -117,7 +117,7 @@ def test_bars_are_as_long_as_their_shares_the_largest_first() -> None:
     assert bars({}) == []
 
 
-def test_the_news_are_a_line_for_each_turn_of_a_trial() -> None:
+def test_describe__trial_event__one_line() -> None:
     describer = TrialEventDescriber(search_of(search_plan().job))
     again = TrialStarted(trial=1, total_steps=6, seconds=0.3, is_warm=True)
     told = [
@@ -141,7 +141,7 @@ def test_the_news_are_a_line_for_each_turn_of_a_trial() -> None:
 
 
 class TestThePlan:
-    def test_of_a_job_without_a_search_there_is_nothing_to_say(self) -> None:
+    def test_search_facts__job_without_search__empty(self) -> None:
         assert search_facts(tiny_plan()) == []
 
     @pytest.mark.parametrize(
@@ -168,11 +168,11 @@ class TestThePlan:
             ({"proxy": {"training.total_steps": 5}}, "proxy", "training.total_steps=5 in every trial"),
         ],
     )
-    def test_each_part_is_a_line(self, changes: dict[str, Any], name: str, text: str) -> None:
+    def test_search_facts__each_part__one_line(self, changes: dict[str, Any], name: str, text: str) -> None:
         assert dict(search_facts(search_plan(**changes)))[name] == text
 
     @pytest.mark.parametrize(("max_trials", "text"), [(3, "3 of 6 combinations"), (None, "all 6 combinations")])
-    def test_of_a_grid_the_combinations_are_counted(self, max_trials: int | None, text: str) -> None:
+    def test_search_facts__grid__counts_combinations(self, max_trials: int | None, text: str) -> None:
         space = {LR: {"grid": [0.1, 0.2, 0.3]}, WARMUP: {"grid": [0, 1]}}
         plan = search_plan(space=space, searcher={"kind": "grid"}, max_trials=max_trials)
         assert dict(search_facts(plan))["trials"].startswith(f"{text}, ")

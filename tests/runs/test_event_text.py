@@ -43,21 +43,21 @@ def told(*events: Event) -> list[str]:
     return [line for event in events if (line := describer.describe(event_to_record(event))) is not None]
 
 
-def test_a_loss_and_how_the_run_goes_on_are_one_line() -> None:
+def test_describe__loss_of_a_node__one_line() -> None:
     for events in ([NodeLeft(node=NODE, reason="gone"), LOSS], [LOSS, NodeLeft(node=NODE, reason="gone")]):
         assert told(FORMED, *events, FORMING) == [
             "node 3f2a lost: connection closed; starting generation 3 with 2 workers from step 41 (memory)"
         ]
 
 
-def test_a_reason_is_told_once() -> None:
+def test_describe__reason__appears_once() -> None:
     assert told(LOSS, WaitingForMachines(have=1, need=2), FORMING) == [
         "node 3f2a lost: connection closed; waiting for machines: 1 of 2 workers",
         "starting generation 3 with 2 workers from step 41 (memory)",
     ]
 
 
-def test_a_machine_that_was_not_at_work_leaves_with_a_line_of_its_own() -> None:
+def test_describe__idle_node_left__has_its_own_line() -> None:
     assert told(FORMED, LOSS, FORMING, NodeLeft(node=OTHER, reason="drained")) == [
         "node 3f2a lost: connection closed; starting generation 3 with 2 workers from step 41 (memory)",
         "node 77aa left: drained",
@@ -100,9 +100,9 @@ def test_a_machine_that_was_not_at_work_leaves_with_a_line_of_its_own() -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_each_event_of_machines_is_a_line(event: Event, line: str) -> None:
+def test_describe__membership_event__one_line(event: Event, line: str) -> None:
     assert told(event) == [line]
 
 
-def test_other_events_are_no_news() -> None:
+def test_describe__other_event__none() -> None:
     assert told(RunStarted(run_id="r", total_steps=1, resumed_from_step=0), FORMED) == []

@@ -146,7 +146,7 @@ def last_times(history: History) -> list[float]:
 
 class TestBuckets:
     @given(st.lists(st.tuples(st.sampled_from(ACTS), SECONDS), max_size=40))
-    def test_every_second_is_where_it_was_spent(self, acts: list[tuple[str, float]]) -> None:
+    def test_buckets__history__every_second_in_its_bucket(self, acts: list[tuple[str, float]]) -> None:
         history = play(acts)
         found = ledger(history)
         for bucket in BUCKETS:
@@ -158,7 +158,7 @@ class TestBuckets:
         st.lists(st.sampled_from([0.0, 0.0, 0.0, 0.004, -0.004, -3600.0, 86400.0]), min_size=1),
         st.none() | st.floats(min_value=0, max_value=2e6),
     )
-    def test_they_add_up_to_the_wall_time_whatever_the_clocks_do(
+    def test_buckets__any_clock__add_up_to_the_wall_time(
         self, acts: list[tuple[str, float]], shifts: list[float], now: float | None
     ) -> None:
         history = play(acts)
@@ -167,13 +167,13 @@ class TestBuckets:
         holds_together(ledger(history, now=now))
 
     @given(st.lists(st.fixed_dictionaries({"time": TIMES}, optional=NONSENSE), max_size=15))
-    def test_they_do_so_even_if_the_records_make_no_sense(self, records: list[dict[str, Any]]) -> None:
+    def test_buckets__nonsense_records__add_up_to_the_wall_time(self, records: list[dict[str, Any]]) -> None:
         book = GoodputTracker()
         for record in records:
             book.add(record)
         holds_together(book.report())
 
-    def test_an_engine_that_tells_nothing_of_machines_has_a_ledger_too(self) -> None:
+    def test_goodput__no_node_events__assumes_one_node(self) -> None:
         history = History()
         history.start()
         history.spend(9.0, "starting")
@@ -188,7 +188,7 @@ class TestBuckets:
         )
         assert (found.num_changes, found.num_nodes, found.node_goodput) == (0, 1, pytest.approx(3.0 / 15.75))
 
-    def test_a_step_that_a_planned_change_lets_end_is_not_lost(self) -> None:
+    def test_repeated__step_completed_during_a_change__not_lost(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.spend(0.75, "training")
@@ -199,7 +199,7 @@ class TestBuckets:
         history.step(3, 1.0)
         assert spent(ledger(history)) == pytest.approx({"starting": 7.0, "training": 3.0})
 
-    def test_one_that_breaks_while_it_leaves_is_lost(self) -> None:
+    def test_repeated__step_broken_during_a_change__lost(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.spend(0.75, "repeated")
@@ -209,14 +209,14 @@ class TestBuckets:
         history.step(2, 1.0)
         assert spent(ledger(history)) == pytest.approx({"starting": 7.25, "training": 2.0, "repeated": 0.75})
 
-    def test_a_hang_of_unknown_length_began_after_the_last_step(self) -> None:
+    def test_stalled__unknown_length__since_the_last_step(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.spend(8.0, "stalled")
         history.change("hang")
         assert ledger(history).seconds["stalled"] == 8.0
 
-    def test_a_checkpoint_reported_within_the_millisecond_of_the_next_step_has_not_taken_that_step(self) -> None:
+    def test_saving__checkpoint_at_the_time_of_a_step__does_not_take_the_step(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.step(2, 4.0, gap_s=0.1)
@@ -224,14 +224,14 @@ class TestBuckets:
         found = ledger(history)
         assert (found.seconds["training"], found.seconds["saving"]) == pytest.approx((5.0, 0.1))
 
-    def test_what_a_step_waited_for_a_checkpoint_is_no_training(self) -> None:
+    def test_saving__stall_inside_a_step__is_not_training(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.step(2, 4.0, gap_s=0.1)
         history.saved(1, seconds=3.0, stall_s=0.6)
         assert spent(ledger(history)) == pytest.approx({"starting": 5.0, "training": 4.5, "saving": 0.6})
 
-    def test_a_checkpoint_made_while_the_run_waits_is_waiting(self) -> None:
+    def test_saving__checkpoint_while_waiting__is_waiting(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.change("loss")
@@ -241,7 +241,7 @@ class TestBuckets:
         history.stop()
         assert spent(ledger(history)) == pytest.approx({"starting": 6.0, "training": 1.0, "waiting": 3.0})
 
-    def test_what_comes_after_the_last_checkpoint_is_not_saving(self) -> None:
+    def test_saving__after_the_last_checkpoint__is_other(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.spend(2.0, "saving")
@@ -251,7 +251,7 @@ class TestBuckets:
         history.tell(RunFinished(step=1))
         assert spent(ledger(history)) == pytest.approx(dict(+history.spent))
 
-    def test_the_step_that_a_failure_ended_is_lost(self) -> None:
+    def test_repeated__step_ended_by_a_failure__lost(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.spend(2.0, "repeated")
@@ -259,7 +259,7 @@ class TestBuckets:
         assert spent(ledger(history)) == pytest.approx(dict(+history.spent))
 
     @pytest.mark.parametrize("has_died", [False, True])
-    def test_between_its_end_and_its_next_start_a_run_has_no_wall_time(self, has_died: bool) -> None:
+    def test_wall_time__between_sessions__not_counted(self, has_died: bool) -> None:
         history = started()
         history.step(1, 1.0)
         if not has_died:
@@ -270,7 +270,7 @@ class TestBuckets:
         history.step(2, 1.0)
         assert ledger(history).wall_s == pytest.approx(12.0)
 
-    def test_a_run_without_its_first_event_begins_with_its_first_step(self) -> None:
+    def test_wall_time__no_start_event__from_the_first_step(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.step(2, 1.0)
@@ -278,26 +278,26 @@ class TestBuckets:
 
 
 class TestWhileItGoesOn:
-    def test_the_step_that_it_is_at_counts_as_training_for_as_long_as_steps_take(self) -> None:
+    def test_report__running_step__training_up_to_the_ideal_time(self) -> None:
         history = started()
         history.step(1, 1.0)
         found = ledger(history, now=history.now + 3.0)
         assert spent(found) == pytest.approx({"starting": 5.0, "training": 2.0, "other": 2.0})
         assert found.wall_s == pytest.approx(9.0)
 
-    def test_what_it_waits_for_is_told_before_it_has_come(self) -> None:
+    def test_report__waiting__counts_until_now(self) -> None:
         history = History()
         history.start()
         history.tell(WaitingForMachines(have=0, need=2))
         assert spent(ledger(history, now=history.now + 60.0)) == {"waiting": 60.0}
 
-    def test_one_that_has_ended_does_not_go_on(self) -> None:
+    def test_report__ended_run__ignores_now(self) -> None:
         history = started()
         history.stop()
         assert ledger(history, now=history.now + 60.0).wall_s == pytest.approx(5.0)
 
     @given(st.lists(st.tuples(st.sampled_from(ACTS), SECONDS), max_size=15))
-    def test_asking_a_book_changes_nothing_in_it(self, acts: list[tuple[str, float]]) -> None:
+    def test_report__repeated_calls__change_nothing(self, acts: list[tuple[str, float]]) -> None:
         history = play(acts)
         whole = ledger(history).as_record()
         book = GoodputTracker()
@@ -308,7 +308,7 @@ class TestWhileItGoesOn:
         assert again["seconds"] == pytest.approx(whole["seconds"], abs=1e-4)
         assert again["goodput"] == pytest.approx(whole["goodput"])
 
-    def test_an_evaluation_that_is_read_after_its_step_is_one_all_the_same(self) -> None:
+    def test_evaluating__read_after_its_step__same_result(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.step(2, 1.0, evaluation_s=4.0)
@@ -319,7 +319,7 @@ class TestWhileItGoesOn:
 
 
 class TestFigures:
-    def test_goodput_is_what_the_steps_would_have_taken_at_their_best(self) -> None:
+    def test_goodput__steps_at_the_ideal_time__over_wall_time(self) -> None:
         history = started(forming_s=3.0)
         for step, step_s in enumerate([4.0, 1.0, 1.0, 1.0], start=1):
             history.step(step, step_s)
@@ -331,7 +331,7 @@ class TestFigures:
         assert (found.ideal_step_s, found.wall_s) == pytest.approx((1.0, 20.0))
         assert found.goodput == pytest.approx(5 * 1.0 / 20.0)
 
-    def test_their_best_is_the_median_at_the_largest_size(self) -> None:
+    def test_ideal_step__median_at_the_largest_world_size(self) -> None:
         history = History()
         history.start()
         for nodes, steps_s in ((("a",), [1.0, 1.0, 1.0, 1.0]), (("a", "b"), [9.0, 2.0, 2.5]), (("a",), [1.0, 1.0])):
@@ -341,7 +341,7 @@ class TestFigures:
                 history.step(history.last_step + 1, step_s)
         assert ledger(history).ideal_step_s == 2.5
 
-    def test_node_goodput_counts_each_machine_for_as_long_as_it_was_there(self) -> None:
+    def test_node_goodput__counts_each_node_while_available(self) -> None:
         history = History()
         history.start()
         join(history, "a", "b", "c")
@@ -358,7 +358,7 @@ class TestFigures:
         assert found.node_goodput == pytest.approx((3 * 4 + 2 * 5) / (3 * 6 + 2 * 7))
         assert (found.num_nodes, found.num_steps, found.num_repeated_steps) == (2, 2, 1)
 
-    def test_two_ranks_of_one_machine_are_one_node(self) -> None:
+    def test_node_goodput__two_ranks_of_a_node__one_node(self) -> None:
         history = History()
         history.start()
         history.nodes = ("a", "a", "b")
@@ -366,7 +366,7 @@ class TestFigures:
         history.step(1, 1.0)
         assert ledger(history).num_nodes == 2
 
-    def test_a_preemption_is_no_failure(self) -> None:
+    def test_counts__preemption__is_not_a_failure(self) -> None:
         history = started()
         history.step(1, 1.0)
         for source in ("aws", "ray"):  # both tell of one machine
@@ -382,7 +382,7 @@ class TestFigures:
         found = ledger(history)
         assert (found.num_preemptions, found.num_failures, found.num_changes) == (2, 2, 5)
 
-    def test_a_change_lasts_until_the_first_step_after_it_has_ended(self) -> None:
+    def test_changes__last_until_the_next_step_ends(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.nodes = ("a",)
@@ -397,7 +397,7 @@ class TestFigures:
         assert (change.from_world_size, change.to_world_size, change.from_step) == (2, 1, 1)
         assert (dict(change.parts), change.seconds_since_cause) == ({"fork": 0.1, "build": 0.2}, 0.5)
 
-    def test_what_a_generation_was_made_of_may_be_told_after_its_first_steps(self) -> None:
+    def test_changes__late_parts__are_added(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.change("loss")
@@ -409,7 +409,7 @@ class TestFigures:
         (change,) = ledger(history).changes
         assert (change.seconds, dict(change.parts)) == (pytest.approx(2.0), {"fork": 0.1, "build": 0.2})
 
-    def test_a_change_stays_as_it_was_when_the_next_comes(self) -> None:
+    def test_changes__next_change__keeps_the_one_before(self) -> None:
         history = started()
         for step, nodes in enumerate([("a",), ("a", "b", "c")], start=1):
             history.step(step, 1.0)
@@ -421,21 +421,21 @@ class TestFigures:
         assert [(c.from_world_size, c.to_world_size, c.from_step) for c in changes] == [(2, 1, 1), (1, 3, 2)]
         assert [change.seconds for change in changes] == pytest.approx([2.0, 3.0])
 
-    def test_a_change_that_led_to_no_step_has_no_end(self) -> None:
+    def test_changes__without_a_step__have_no_end(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.change("loss")
         history.tell(RunFailed(error="ClusterError", message="why"))
         assert [change.seconds for change in ledger(history).changes] == [None]
 
-    def test_before_the_first_step_the_figures_are_unknown(self) -> None:
+    def test_report__before_the_first_step__nan(self) -> None:
         for history in (History(), started()):
             found = ledger(history)
             assert math.isnan(found.goodput)
             assert found.as_record()["goodput"] is None
 
     @given(st.lists(st.tuples(st.sampled_from(ACTS), SECONDS), max_size=15))
-    def test_a_record_of_it_is_json_with_everything(self, acts: list[tuple[str, float]]) -> None:
+    def test_as_record__is_complete_json(self, acts: list[tuple[str, float]]) -> None:
         found = ledger(play(acts))
         record = found.as_record()
         assert json.loads(json.dumps(record, allow_nan=False)) == record

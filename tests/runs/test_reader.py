@@ -76,28 +76,28 @@ class TestFinding:
         ("name", "found"),
         [("tiny-02-a", "tiny-02-a"), ("tiny-03", "tiny-03-c"), ("o", "other-1"), ("latest", "tiny-03-c")],
     )
-    def test_a_run_is_found_by_its_id_a_unique_beginning_or_latest(self, root: Path, name: str, found: str) -> None:
+    def test_find_run__id_prefix_or_latest__finds_it(self, root: Path, name: str, found: str) -> None:
         assert find_run(name, root=root) == root / found
 
-    def test_a_run_is_found_by_its_path_wherever_it_lies(self, root: Path, tmp_path: Path) -> None:
+    def test_find_run__path__finds_it(self, root: Path, tmp_path: Path) -> None:
         assert find_run(str(root / "other-1"), root=tmp_path / "elsewhere") == root / "other-1"
 
-    def test_an_id_that_begins_another_id_is_itself(self, root: Path) -> None:
+    def test_find_run__id_that_prefixes_another__is_exact(self, root: Path) -> None:
         make_run(root, "tiny-02-a-2")
         assert find_run("tiny-02-a", root=root).name == "tiny-02-a"
 
-    def test_a_beginning_of_several_names_them(self, root: Path) -> None:
+    def test_find_run__ambiguous_prefix__lists_them(self, root: Path) -> None:
         with pytest.raises(ArgumentError, match=r"tiny could be any of 3 runs: tiny-03-c, tiny-02-b, tiny-02-a"):
             find_run("tiny", root=root)
 
     @pytest.mark.parametrize("name", ["nobody", "", "x" * 5000, "a\x1b[31mb", "\x00"])
-    def test_an_unknown_one_names_what_there_is(self, root: Path, name: str) -> None:
+    def test_find_run__unknown_name__lists_the_runs(self, root: Path, name: str) -> None:
         with pytest.raises(ArgumentError, match=r"no run .* under .*its runs are tiny-03-c") as caught:
             find_run(name, root=root)
         assert str(caught.value).isprintable()
 
     @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.touch()])
-    def test_a_folder_without_runs_says_so(self, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    def test_find_run__no_runs__raises(self, tmp_path: Path, make: Callable[[Path], None]) -> None:
         make(tmp_path / "runs")
         assert list_runs(tmp_path / "runs") == []
         for name in ("latest", "x"):
@@ -107,7 +107,7 @@ class TestFinding:
     @pytest.mark.parametrize(
         "plan", [b"", b"{}", b"[]", b"null", b"\xff\xfe\x00", b'{"format_version": 1}', b'{"format_version": 99}']
     )
-    def test_garbage_beside_the_runs_is_passed_over(self, root: Path, plan: bytes) -> None:
+    def test_list_runs__other_files__are_skipped(self, root: Path, plan: bytes) -> None:
         (root / "garbage").mkdir()
         (root / "garbage" / "plan.json").write_bytes(plan)
         (root / "empty").mkdir()
@@ -116,7 +116,7 @@ class TestFinding:
 
 
 class TestReading:
-    def test_the_newest_step_and_events_are_told(self, tmp_path: Path) -> None:
+    def test_read_run__newest_step_and_events(self, tmp_path: Path) -> None:
         run = read_run(make_run(tmp_path, steps=3, endings=[RunFinished(step=3)]))
         assert (run.step, run.last["train/loss"], run.plan.total_steps) == (3, 5 / 3, 6)
         assert run.started <= run.updated
@@ -125,7 +125,7 @@ class TestReading:
         assert newest["perplexity"] == 7.39
         assert run.newest("Evaluated", weights="ema") is None
 
-    def test_lines_that_are_no_records_are_passed_over(self, tmp_path: Path) -> None:
+    def test_read_run__invalid_lines__are_skipped(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=2, endings=[RunFinished(step=2)])
         before = read_run(folder)
         for name in ("events.jsonl", "metrics.jsonl"):
@@ -136,15 +136,15 @@ class TestReading:
         assert (after.events, after.last, after.status) == (before.events, before.last, before.status)
         assert [record["step"] for record in read_metrics(folder)] == [1, 2]
 
-    def test_a_run_before_its_first_step_has_none(self, tmp_path: Path) -> None:
+    def test_read_run__no_steps__step_0(self, tmp_path: Path) -> None:
         run = read_run(make_run(tmp_path, steps=0))
         assert (run.step, run.last) == (0, {})
 
-    def test_a_folder_that_holds_no_run_is_an_error(self, tmp_path: Path) -> None:
+    def test_read_run__no_run__raises(self, tmp_path: Path) -> None:
         with pytest.raises(ArgumentError, match="holds no run: No such file"):
             read_run(tmp_path)
 
-    def test_a_record_of_it_is_json_and_tells_why_it_failed(self, tmp_path: Path) -> None:
+    def test_summary_record__failed_run__is_json_with_the_reason(self, tmp_path: Path) -> None:
         record = summary_record(read_run(make_run(tmp_path, endings=[FAILED])))
         assert json.loads(json.dumps(record)) == record
         assert (record["status"], record["failure"]) == ("failed", "the machine has gone")
@@ -167,10 +167,12 @@ class TestStatus:
             ),
         ],
     )
-    def test_it_is_how_the_newest_start_ended(self, tmp_path: Path, endings: list[Event], status: str) -> None:
+    def test_status__restarted_run__of_the_newest_session(
+        self, tmp_path: Path, endings: list[Event], status: str
+    ) -> None:
         assert read_run(make_run(tmp_path, endings=endings)).status == status
 
-    def test_while_somebody_holds_the_lock_it_runs(self, tmp_path: Path) -> None:
+    def test_status__lock_is_held__running(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, endings=[RunStopped(step=3)])
         with carried(folder):
             assert driver_pid(folder) == os.getpid()
@@ -178,19 +180,19 @@ class TestStatus:
         assert driver_pid(folder) is None
         assert read_run(folder).status == "stopped"
 
-    def test_a_lock_left_by_a_dead_process_is_nobodys(self, tmp_path: Path) -> None:
+    def test_driver_pid__lock_of_a_dead_process__none(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path)
         (folder / ".lock").write_text(str(dead_pid()))
         assert driver_pid(folder) is None
 
-    def test_the_pid_of_the_one_before_is_not_taken_for_the_carriers(self, tmp_path: Path) -> None:
+    def test_driver_pid__pid_of_an_earlier_driver__waits_for_the_new_one(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path)
         before = dead_pid()
         with carried(folder, pid=before):  # has the lock, has not yet written its own pid
             threading.Timer(0.05, lambda: (folder / ".lock").write_text(str(os.getpid()))).start()
             assert driver_pid(folder) == os.getpid()
 
-    def test_asking_does_not_look_like_carrying_to_others_who_ask(self, tmp_path: Path) -> None:
+    def test_driver_pid__concurrent_calls__none(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path)
         (folder / ".lock").write_text(str(os.getpid()))
         with (folder / ".lock").open() as asking:
@@ -202,16 +204,16 @@ class TestStatus:
         [("ClusterError", ClusterError), ("CheckpointError", CheckpointError), ("Nonsense", RunError),
          ("printable", RunError), ("Exception", RunError)],
     )  # fmt: skip
-    def test_a_failure_is_the_error_that_ended_it(self, tmp_path: Path, error: str, kind: type[Exception]) -> None:
+    def test_failure_of__failed__is_the_error(self, tmp_path: Path, error: str, kind: type[Exception]) -> None:
         failure = failure_of(read_run(make_run(tmp_path, endings=[RunFailed(error=error, message="why")])))
         assert (type(failure), str(failure)) == (kind, "why")
         assert type(error_named(error, message="why")) is kind
 
-    def test_a_run_that_died_fails_with_the_place_of_its_log(self, tmp_path: Path) -> None:
+    def test_failure_of__died__names_the_log(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path)
         assert str(folder / "logs" / "driver.log") in str(failure_of(read_run(folder)))
 
-    def test_one_that_finished_or_was_stopped_did_not_fail(self, tmp_path: Path) -> None:
+    def test_failure_of__finished_or_stopped__none(self, tmp_path: Path) -> None:
         runs: list[RunSummary] = [
             read_run(make_run(tmp_path, str(number), endings=[ending]))
             for number, ending in enumerate([RunFinished(step=3), RunStopped(step=3)])
@@ -225,22 +227,22 @@ class TestFollowing:
         records = follow(folder, goes_on=lambda: is_alive(pid), past_events=past_events, past_steps=past_steps)
         return [record.get("event") or record["step"] for record in records if record is not None]
 
-    def test_all_is_told_in_the_order_of_time_and_the_end_last(self, tmp_path: Path) -> None:
+    def test_follow__ended_run__in_order_and_the_end_last(self, tmp_path: Path) -> None:
         events = [(0, "RunStarted"), (3, "Evaluated"), (3.5, "RunFinished")]
         write_lines(tmp_path / "events.jsonl", [{"time": time, "event": event} for time, event in events])
         write_lines(tmp_path / "metrics.jsonl", [{"time": time, "step": time} for time in (1, 2, 4)])
         told = self.followed(tmp_path, pid=os.getpid())
         assert told == ["RunStarted", 1, 2, "Evaluated", 4, "RunFinished"]
 
-    def test_what_is_known_already_is_not_told_again(self, tmp_path: Path) -> None:
+    def test_follow__past_records__are_skipped(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=3, endings=[RunStopped(step=3), STARTED, RunFinished(step=3)])
         assert self.followed(folder, pid=os.getpid(), past_events=4, past_steps=2) == [3, "RunFinished"]
 
-    def test_an_end_that_was_there_before_is_not_this_ones(self, tmp_path: Path) -> None:
+    def test_follow__earlier_end__is_skipped(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=3, endings=[RunStopped(step=3)])
         assert self.followed(folder, pid=dead_pid(), past_events=3, past_steps=3) == []
 
-    def test_news_of_a_growing_run_come_as_they_are_written(self, tmp_path: Path) -> None:
+    def test_follow__growing_run__yields_as_written(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=0)
         records = follow(folder, goes_on=lambda: True)
         assert [record and record["event"] for record in (next(records), next(records))] == ["RunStarted", None]
@@ -259,7 +261,7 @@ class TestFollowing:
         writer.join()
         assert told == [1, 2, 3, "Evaluated", "RunFinished"]
 
-    def test_a_torn_line_is_told_once_it_is_whole(self, tmp_path: Path) -> None:
+    def test_follow__partial_line__once_complete(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=0)
         append(folder / "metrics.jsonl", '{"step": 1, "time"')
         records = follow(folder, goes_on=lambda: True, past_events=1)
@@ -268,13 +270,13 @@ class TestFollowing:
         assert next(records) == {"step": 1, "time": 1.5}
         assert next(records) is None
 
-    def test_it_ends_soon_after_the_process_has_gone_with_all_that_was_written(self, tmp_path: Path) -> None:
+    def test_follow__driver_gone__ends_with_everything_written(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=2)
         began = time.monotonic()
         assert set(self.followed(folder, pid=dead_pid())) == {"RunStarted", 1, 2, "Evaluated"}
         assert time.monotonic() - began < 3
 
-    def test_a_process_that_nobody_has_waited_for_yet_has_gone_too(self, tmp_path: Path) -> None:
+    def test_is_alive__zombie__false(self, tmp_path: Path) -> None:
         process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
         process.start()
         try:
@@ -282,7 +284,7 @@ class TestFollowing:
         finally:
             process.join()
 
-    def test_files_that_are_not_there_yet_are_waited_for(self, tmp_path: Path) -> None:
+    def test_follow__missing_files__waits(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=0)
         (folder / "events.jsonl").unlink()
         records = follow(folder, goes_on=lambda: True)

@@ -31,7 +31,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_events_and_steps_become_lines_with_a_time(tmp_path: Path) -> None:
+def test_recorder__events_and_steps__lines_with_a_time(tmp_path: Path) -> None:
     before = time.time()
     recorder = open_recorder(tmp_path)
     recorder.step(metrics(1))
@@ -50,14 +50,14 @@ def test_events_and_steps_become_lines_with_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_null_and_every_line_is_strict_json(tmp_path: Path, value: float) -> None:
+def test_recorder__not_finite__null_in_strict_json(tmp_path: Path, value: float) -> None:
     open_recorder(tmp_path).step(metrics(1, loss=value))
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["train/loss"] is None
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "train', b"{", b"\x00" * 5000, b'{"step": 3}'])
-def test_a_torn_last_line_is_cut_off_and_its_step_can_be_written_again(tmp_path: Path, torn: bytes) -> None:
+def test_recorder__partial_last_line__is_removed(tmp_path: Path, torn: bytes) -> None:
     first = open_recorder(tmp_path)
     first.step(metrics(1))
     first.step(metrics(2))
@@ -70,7 +70,7 @@ def test_a_torn_last_line_is_cut_off_and_its_step_can_be_written_again(tmp_path:
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_a_spoilt_line_in_the_middle_does_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+def test_recorder__damaged_line__run_can_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "time": 0}\n\x00\x00\xff\n[]\n')
     recorder = open_recorder(tmp_path)
     assert recorder.last_step == 1
@@ -78,7 +78,7 @@ def test_a_spoilt_line_in_the_middle_does_not_keep_a_run_from_going_on(tmp_path:
     assert last_recorded_step(tmp_path) == 2
 
 
-def test_a_repeated_step_becomes_an_event_and_every_step_stands_once(tmp_path: Path) -> None:
+def test_recorder__repeated_step__becomes_an_event(tmp_path: Path) -> None:
     first = open_recorder(tmp_path)
     for step in (1, 2, 3):
         first.step(metrics(step))
@@ -91,7 +91,7 @@ def test_a_repeated_step_becomes_an_event_and_every_step_stands_once(tmp_path: P
     assert repeated == [("StepRepeated", 2, 0.25), ("StepRepeated", 3, 0.375)]
 
 
-def test_only_the_first_failure_counts(tmp_path: Path) -> None:
+def test_recorder__second_failure__is_ignored(tmp_path: Path) -> None:
     recorder = open_recorder(tmp_path)
     recorder.event(RunFailed(error="RunError", message="the cause"))
     recorder.event(RunFailed(error="RunError", message="what followed from it"))
@@ -99,13 +99,13 @@ def test_only_the_first_failure_counts(tmp_path: Path) -> None:
     assert [line["message"] for line in lines(tmp_path / "events.jsonl")] == ["the cause"]
 
 
-def test_an_event_can_be_added_where_no_recorder_runs(tmp_path: Path) -> None:
+def test_append_event__without_recorder__is_written(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text('{"event": "RunStarted"}\n{"torn')
     append_event(tmp_path, RunFailed(error="RunError", message="gone"))
     assert [line["event"] for line in lines(tmp_path / "events.jsonl")] == ["RunStarted", "RunFailed"]
 
 
-def test_disabled_leaves_no_trace_of_wandb(tmp_path: Path) -> None:
+def test_wandb__disabled__no_files(tmp_path: Path) -> None:
     recorder = open_recorder(tmp_path)
     recorder.step(metrics(1))
     recorder.close(exit_code=0)
@@ -129,7 +129,7 @@ def offline_history(folder: Path) -> list[dict[str, Any]]:
     return read_history(record)
 
 
-def test_offline_holds_the_whole_history_in_the_runs_folder(tmp_path: Path) -> None:
+def test_wandb__offline__whole_history_in_the_run_folder(tmp_path: Path) -> None:
     folder = tmp_path / "tiny-1"
     assert record_with_wandb(folder, mode="offline") == []
     history = offline_history(folder)
@@ -137,7 +137,7 @@ def test_offline_holds_the_whole_history_in_the_runs_folder(tmp_path: Path) -> N
     assert not any("train/grad_norm" in row or "speed/mfu" in row for row in history)
 
 
-def test_online_without_a_key_says_so_and_records_offline(tmp_path: Path) -> None:
+def test_wandb__online_without_key__records_offline(tmp_path: Path) -> None:
     folder = tmp_path / "tiny-2"
     (event,) = record_with_wandb(folder, mode="online")
     assert event["event"] == TrackingDegraded.__name__
@@ -146,7 +146,7 @@ def test_online_without_a_key_says_so_and_records_offline(tmp_path: Path) -> Non
     assert [row["step"] for row in offline_history(folder)] == [1, 2, 3]
 
 
-def test_online_without_a_network_goes_on_offline_within_bounds_and_keeps_the_key_to_itself(
+def test_wandb__online_without_network__offline_in_time_and_key_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed_port: int
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed_port}")

@@ -17,7 +17,7 @@ def of_values(*reported: float) -> TrialTable:
     return history.book
 
 
-def test_a_trial_is_followed_from_its_values_to_its_end() -> None:
+def test_table__one_trial__from_suggestion_to_end() -> None:
     history = SearchHistory()
     trial = history.suggest({LR: 1e-3})
     assert history.book.trials[1].status == "waiting"
@@ -32,7 +32,7 @@ def test_a_trial_is_followed_from_its_values_to_its_end() -> None:
     assert (over.status, over.reports, over.is_over, over.seconds) == ("finished", [(3, 2.5), (6, 2.0)], True, 2.5)
 
 
-def test_a_report_that_is_repeated_after_a_change_is_not_counted_again() -> None:
+def test_table__repeated_report__counts_once() -> None:
     history = SearchHistory()
     trial = history.suggest({LR: 1e-3})
     for step, value in ((2, 3.0), (4, 2.5), (2, 9.0), (4, 9.0), (6, 2.0)):
@@ -40,7 +40,7 @@ def test_a_report_that_is_repeated_after_a_change_is_not_counted_again() -> None
     assert history.book.trials[1].reports == [(2, 3.0), (4, 2.5), (6, 2.0)]
 
 
-def test_a_trial_that_is_carried_on_keeps_how_long_its_first_start_took() -> None:
+def test_table__resumed_trial__keeps_its_first_start() -> None:
     history = SearchHistory()
     trial = history.suggest({LR: 1e-3})
     history.start(trial, seconds=2.0)
@@ -48,12 +48,12 @@ def test_a_trial_that_is_carried_on_keeps_how_long_its_first_start_took() -> Non
     assert history.book.trials[1].start_s == 2.0
 
 
-def test_what_is_no_number_is_nan() -> None:
+def test_table__null_value__nan() -> None:
     value = of_values(math.nan).trials[1].value
     assert value is not None and math.isnan(value)
 
 
-def test_other_records_and_trials_that_nobody_suggested_are_passed_over() -> None:
+def test_table__other_records__are_ignored() -> None:
     book = TrialTable(
         [
             {"event": "RunStarted", "time": 1.0, "run_id": "r"},
@@ -65,12 +65,12 @@ def test_other_records_and_trials_that_nobody_suggested_are_passed_over() -> Non
 
 
 @pytest.mark.parametrize(("mode", "number"), [("min", 2), ("max", 3)])
-def test_the_best_is_by_the_mode_and_the_first_among_equals(mode: str, number: int) -> None:
+def test_best__mode__first_among_equals(mode: str, number: int) -> None:
     best = of_values(2.0, 1.0, 3.0, 1.0, 3.0, math.inf, math.nan).best("min" if mode == "min" else "max")
     assert best is not None and best.number == number
 
 
-def test_the_best_has_run_to_its_end_if_any_has() -> None:
+def test_best__prefers_finished_trials() -> None:
     history = SearchHistory()
     history.run({}, [0.5], status="stopped")
     history.run({}, [0.1], status="diverged")
@@ -82,7 +82,7 @@ def test_the_best_has_run_to_its_end_if_any_has() -> None:
     assert best is not None and best.number == 4
 
 
-def test_the_best_so_far_is_counted_in_the_order_in_which_trials_end() -> None:
+def test_best_so_far__order_of_endings() -> None:
     history = SearchHistory()
     for value in (3.0, 1.0, 2.0, 0.1, 4.0):
         history.report(history.suggest({}), 1, value)
@@ -93,7 +93,7 @@ def test_the_best_so_far_is_counted_in_the_order_in_which_trials_end() -> None:
     assert history.book.counts() == {"waiting": 1, "stopped": 1, "finished": 2, "failed": 1}
 
 
-def test_a_move_takes_over_the_values() -> None:
+def test_table__exploit__takes_the_values() -> None:
     history = SearchHistory()
     for value in (1e-3, 1e-2):
         history.suggest({LR: value})
@@ -104,11 +104,11 @@ def test_a_move_takes_over_the_values() -> None:
     assert history.book.trials[2].values == {LR: 1e-2}
 
 
-def test_what_is_left_is_reckoned_by_trials_that_are_over() -> None:
+def test_seconds_left__from_ended_trials() -> None:
     assert seconds_left(TrialTable(), num_trials=4, at_once=2) is None
     assert seconds_left(of_values(1.0), num_trials=4, at_once=2) == pytest.approx(2 * 1.5)
 
 
-def test_a_trial_lies_in_the_folder_of_its_search() -> None:
+def test_trial_folder__in_the_search_folder() -> None:
     assert trial_folder("runs/tune-a-0101", 7) == "runs/tune-a-0101/trials/" + trial_id("tune-a-0101", 7)
     assert trial_id("tune-a-0101", 7) == "tune-a-0101-0007"

@@ -72,7 +72,7 @@ def require_equal(folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype, e
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "llama"])
-def test_every_architecture_comes_back_from_its_folder(corpus: CorpusInfo, tmp_path: Path, model: str) -> None:
+def test_export__every_architecture__loads_from_its_folder(corpus: CorpusInfo, tmp_path: Path, model: str) -> None:
     url = trained(corpus, tmp_path / "run", model, stage=3 if model == "gpt2" else 1)
     export(ExportRequest(url=url, to=str(tmp_path / "out"), dtype="fp32"))
     require_equal(tmp_path / "out", checkpoint_of(url), dtype=torch.float32)
@@ -80,7 +80,7 @@ def test_every_architecture_comes_back_from_its_folder(corpus: CorpusInfo, tmp_p
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 @pytest.mark.parametrize("ema", [False, True])
-def test_weights_and_averages_in_either_precision(
+def test_export__weights_or_averages__either_precision(
     llama: str, tmp_path: Path, dtype: str, torch_dtype: torch.dtype, ema: bool
 ) -> None:
     made = export(ExportRequest(url=llama, to=str(tmp_path / "out"), dtype=dtype, ema=ema))
@@ -90,7 +90,7 @@ def test_weights_and_averages_in_either_precision(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_files_are_no_larger_than_asked_for_and_hold_everything_once(llama: str, tmp_path: Path) -> None:
+def test_export__max_shard_bytes__files_hold_everything_once(llama: str, tmp_path: Path) -> None:
     made = export(ExportRequest(url=llama, to=str(tmp_path / "out"), dtype="fp32", max_shard_bytes=20_000))
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(files) == made.num_files > 2
@@ -106,14 +106,14 @@ def test_files_are_no_larger_than_asked_for_and_hold_everything_once(llama: str,
     require_equal(tmp_path / "out", checkpoint_of(llama), dtype=torch.float32)
 
 
-def test_the_tokenizer_comes_along(llama: str, tmp_path: Path) -> None:
+def test_export__tokenizer__is_copied(llama: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     export(ExportRequest(url=llama, to=str(tmp_path / "out"), tokenizer=str(tmp_path / "tokenizer")))
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
 
 
-def test_a_folder_that_holds_something_is_not_touched(llama: str, tmp_path: Path) -> None:
+def test_export__folder_not_empty__is_untouched(llama: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
     with pytest.raises(ArgumentError, match="not empty"):
@@ -121,7 +121,7 @@ def test_a_folder_that_holds_something_is_not_touched(llama: str, tmp_path: Path
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
 
 
-def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left(llama: str, tmp_path: Path) -> None:
+def test_export__unwritable_folder__raises_and_leaves_nothing(llama: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match=r"file/out cannot be written: Not a directory"):
         export(ExportRequest(url=llama, to=str(tmp_path / "file" / "out")))
@@ -135,13 +135,15 @@ def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left(llama: str,
         ({"url": "nowhere"}, "holds no checkpoint that verifies"),
     ],
 )
-def test_what_is_not_there_is_said(llama: str, tmp_path: Path, changes: dict[str, object], said: str) -> None:
+def test_export__missing_checkpoint__raises(
+    llama: str, tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
     request = {"url": llama, "to": str(tmp_path / "out")} | changes
     with pytest.raises(CheckpointError, match=said):
         export(ExportRequest(**request))
 
 
-def test_averages_that_were_not_kept_are_not_exported(corpus: CorpusInfo, tmp_path: Path) -> None:
+def test_export__no_averages__raises(corpus: CorpusInfo, tmp_path: Path) -> None:
     plan = tiny_plan(corpus, training__total_steps=1, training__schedule={"warmup_steps": 0})
     run_ranks(plan, tmp_path / "run", world_size=1)
     with pytest.raises(CheckpointError, match="no ema weights"):

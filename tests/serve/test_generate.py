@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.mark.parametrize("num_prompt", [0, 1, NUM_POSITIONS - 1, NUM_POSITIONS, 3 * NUM_POSITIONS])
 @pytest.mark.parametrize("max_tokens", [1, NUM_POSITIONS, 3 * NUM_POSITIONS + 1])
-def test_as_many_tokens_come_as_were_asked_for(
+def test_generate__max_tokens__is_reached(
     model: GPT2LMHeadModel, tokenizer: Tokenizer, num_prompt: int, max_tokens: int
 ) -> None:
     request = GenerateRequest(prompt="w5 " * num_prompt, max_tokens=max_tokens)
@@ -44,9 +44,7 @@ def test_as_many_tokens_come_as_were_asked_for(
     assert len(text.split()) == max_tokens
 
 
-def test_the_seed_decides_and_temperature_zero_leaves_nothing_to_decide(
-    model: GPT2LMHeadModel, tokenizer: Tokenizer
-) -> None:
+def test_generate__same_seed_or_temperature_0__same_text(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
     def text(*, seed: int, temperature: float) -> str:
         request = GenerateRequest(prompt="w5", max_tokens=40, seed=seed, temperature=temperature)
         return _continue(model, tokenizer, request, eot=EOT, max_positions=NUM_POSITIONS)
