@@ -1,8 +1,7 @@
 """The importance of each searched key, by Optuna's fANOVA over the trials of a search.
 
-In go the search and the table of its trials; out comes a share for each key. Optuna is asked about a study that is
-built in memory for this and forgotten again: what a search knows of itself stays in its events. The ranges as
-Optuna has them are told here too, for whoever lets Optuna choose the values.
+The trials are copied into an Optuna study in memory, which is discarded afterwards: a search's only record is its
+events. The Optuna distributions of the search space are also used by `forge.search.suggest`.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ def importances(search: SearchSpec, table: TrialTable) -> dict[str, float]:
     """The share of each searched key in the variance of the objective, the largest first; the shares add up to 1.
 
     fANOVA (Hutter et al., ICML 2014): a random forest learns the value from the keys, and its variance is split
-    among them. A `loguniform` range is taken by its orders of magnitude, as it was drawn. What counts are trials
-    that are over and have a finite value; not those that failed or diverged, whose last value is not their end's.
+    among them. A `loguniform` range is used on a logarithmic axis, as it was sampled. Only finished and stopped
+    trials with a finite value count; the last value of a failed or diverged trial is not its final one.
 
-    Returns: nothing where that cannot be told: fewer than two such trials, or all with the same value.
+    Returns: an empty mapping for fewer than two such trials, or if all have the same value.
     """
     axes = {key: _axis(found) for key, found in distributions(search).items()}
     judged = [trial for trial in table.trials.values() if trial.status in ("finished", "stopped")]

@@ -19,8 +19,8 @@ training: {{total_steps: 100000, global_batch_size: 4, optimizer: {{lr: 1.0e-2}}
 resources: {{workers: 1, gpu: none, max_usd: {MAX_USD}}}
 tracking: {{wandb: {{mode: disabled}}}}
 """
-# The budget is spent in 8 s from when the agent joins: enough for its imports and the first steps.
-USD_PER_HOUR = 1800
+# The budget is spent 10 s after the agent has joined: enough for its imports and the first steps.
+USD_PER_HOUR = 1440
 
 
 def train(home: Path, *arguments: str) -> dict[str, Any]:

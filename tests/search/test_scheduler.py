@@ -224,7 +224,7 @@ def test_pbt__restarted_at_any_moment__exploits_the_same_trials_with_the_same_va
 
 
 def test_pb2__restarted__continues_with_the_next_round_within_the_ranges() -> None:
-    """Its model is fitted anew to the results since the restart; the rounds and ranges are the same."""
+    """Its model is fitted to the results since the restart only; rounds and ranges are the same."""
     events = population_journal("pb2", restarts={(3, 1)})
     rounds = [event["step"] for event in events if event["event"] == "PopulationRoundCompleted"]
     assert rounds == [INTERVAL * number for number in (1, 2, 3, 4)]

@@ -32,7 +32,7 @@ from tests.support.jobs import tiny_plan
 
 
 def metrics(step: int, *, loss: float | None = None, grad_norm: float = 1.0) -> StepMetrics:
-    """A step whose loss falls with its number."""
+    """Metrics of a step; by default the loss falls with its number."""
     return StepMetrics(
         step=step,
         loss=5.0 / step if loss is None else loss,
@@ -48,7 +48,7 @@ def metrics(step: int, *, loss: float | None = None, grad_norm: float = 1.0) -> 
 
 
 def open_recorder(folder: Path, *, mode: str = "disabled") -> Recorder:
-    """The run's one writer, without W&B unless asked for."""
+    """A recorder, by default without W&B."""
     folder.mkdir(parents=True, exist_ok=True)
     wandb = WandbSpec.model_validate({"project": "tests", "mode": mode})
     return Recorder(folder, run_id=folder.name, wandb=wandb, config={"name": "tiny"})
@@ -57,7 +57,7 @@ def open_recorder(folder: Path, *, mode: str = "disabled") -> Recorder:
 def make_run(
     root: Path, name: str = "tiny-0101-000000-abcd", *, steps: int = 3, endings: Sequence[Event] = ()
 ) -> Path:
-    """A run that recorded some steps of the tiny job, and then what `endings` say."""
+    """The folder of a run of the tiny job with some steps and then the events `endings`."""
     folder = root / name
     (folder / "logs").mkdir(parents=True)
     (folder / "plan.json").write_text(plan_to_json(tiny_plan()))
@@ -76,7 +76,7 @@ def make_run(
 
 
 class History:
-    """The records of a run that never was, at times of one's choosing, and where its time went."""
+    """Events and metrics of a run that never ran, at chosen times, and its goodput by bucket."""
 
     def __init__(self, *, began: float = 1_000_000.0) -> None:
         self.now = began
@@ -93,25 +93,25 @@ class History:
 
     @property
     def last_step(self) -> int:
-        """The newest that was recorded."""
+        """The newest recorded step."""
         return self.steps[-1]["step"] if self.steps else 0
 
     def spend(self, seconds: float, bucket: str) -> None:
-        """Time passes."""
+        """Let time pass in a bucket."""
         self.now += seconds
         self.spent[bucket] += seconds
 
     def tell(self, event: Event) -> None:
-        """An event happens now."""
+        """Append an event at the present time."""
         self.events.append({"time": self.now} | event_to_record(event))
 
     def start(self) -> None:
-        """The run begins, or begins again."""
+        """The run starts or is resumed."""
         self.tell(RunStarted(run_id="r", total_steps=1000, resumed_from_step=self.last_step))
         self.is_training = self._is_formed = False
 
     def form(self, seconds: float) -> None:
-        """A generation of one rank on each node is started."""
+        """A generation with one rank per node starts."""
         self._generation += 1
         self._is_formed = False
         self.tell(
@@ -132,7 +132,7 @@ class History:
         self.record_step(step, step_s, evaluation_s=evaluation_s)
 
     def record_step(self, step: int, step_s: float, *, evaluation_s: float = 0.0) -> None:
-        """What the loop reports when a step has ended."""
+        """Record what the loop reports at the end of a step."""
         if not self._is_formed:
             self._is_formed = True
             ranks = tuple(RankLocation(rank=rank, node=node, pid=1) for rank, node in enumerate(self.nodes))
@@ -170,7 +170,7 @@ class History:
         self.is_training = False
 
     def wait(self, seconds: float) -> None:
-        """There are too few machines."""
+        """Wait for nodes."""
         self.tell(WaitingForMachines(have=1, need=2))
         self.spend(seconds, "waiting")
 
@@ -179,7 +179,7 @@ class History:
         self.tell(CheckpointSaved(step=step, folder="x", size_bytes=1, seconds=seconds, stall_s=stall_s))
 
     def stop(self, *, saving_s: float = 0.0) -> None:
-        """The run is stopped, and waits for its last checkpoint if it trains."""
+        """The run is stopped; if it is training, it writes a last checkpoint first."""
         if self.is_training and saving_s:
             self.spend(saving_s, "saving")
             self.saved(self.last_step, seconds=saving_s, stall_s=0.0)
@@ -187,7 +187,7 @@ class History:
         self.is_training = False
 
     def write(self, root: Path, name: str) -> Path:
-        """As the folder of a run. Returns: the folder."""
+        """Write the folder of the run. Returns: the folder."""
         folder = root / name
         (folder / "logs").mkdir(parents=True)
         (folder / "plan.json").write_text(plan_to_json(tiny_plan()))

@@ -1,4 +1,4 @@
-"""Folders of searches as their events tell of them, without a trial that ever ran."""
+"""Folders and events of searches that never ran."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def search_plan(search: Mapping[str, Any] | None = None, **changes: Any) -> Plan
 
 
 def search_spec(search: Mapping[str, Any] | None = None) -> SearchSpec:
-    """As `search_plan` has it."""
+    """The search section of that job."""
     found = tiny_job(search={"space": SPACE, **(search or {})}).search
     assert found is not None
     return found
 
 
 class SearchHistory:
-    """The records of a search that never was."""
+    """The events of a search that never ran."""
 
     def __init__(self, *, began: float = 1_000_000.0) -> None:
         self.now = began
@@ -60,34 +60,34 @@ class SearchHistory:
 
     @property
     def book(self) -> TrialTable:
-        """What they add up to."""
+        """The table of trials that the events describe."""
         return TrialTable(self.events)
 
     def tell(self, event: Event, *, after_s: float = 0.0) -> None:
-        """An event happens."""
+        """Append an event."""
         self.now += after_s
         self.events.append({"time": self.now} | event_to_record(event))
 
     def suggest(self, values: Mapping[str, Any]) -> int:
-        """Returns: the new trial's number."""
+        """Suggest a new trial. Returns: its number."""
         self._num_trials += 1
         self.tell(TrialSuggested(trial=self._num_trials, values=values))
         return self._num_trials
 
     def start(self, trial: int, *, total_steps: int = 6, seconds: float = 2.0) -> None:
-        """A trial makes its first step."""
+        """A trial completes its first step."""
         self.tell(TrialStarted(trial=trial, total_steps=total_steps, seconds=seconds, is_warm=trial > 1))
 
     def report(self, trial: int, step: int, value: float) -> None:
-        """A trial is judged."""
+        """A trial reports an objective value."""
         self.tell(TrialReported(trial=trial, step=step, value=value, metrics={"step": step}), after_s=1.0)
 
     def move(self, trial: int, *, donor: int, step: int, values: Mapping[str, Any]) -> None:
-        """A trial goes on from another's state."""
+        """A trial continues from another's checkpoint with new values."""
         self.tell(TrialExploited(trial=trial, donor=donor, step=step, values=values))
 
     def end(self, trial: int, *, status: str = "finished", reason: str = "") -> None:
-        """A trial is over."""
+        """A trial ends."""
         known = self.book.trials[trial]
         ended = TrialEnded(trial=trial, status=status, step=known.step, value=known.value, reason=reason)
         self.tell(ended, after_s=0.5)
@@ -101,7 +101,7 @@ class SearchHistory:
         reason: str = "",
         total_steps: int = 6,
     ) -> int:
-        """A whole trial, judged after each of its steps. Returns: its number."""
+        """A whole trial with an objective value per step. Returns: its number."""
         trial = self.suggest(values)
         self.start(trial, total_steps=total_steps)
         for step, value in enumerate(reported, start=1):
@@ -110,7 +110,7 @@ class SearchHistory:
         return trial
 
     def write(self, root: Path, plan: Plan, *, name: str = "tune-tiny-0101-000000-abcd") -> Path:
-        """As the folder of a search. Returns: the folder."""
+        """Write the folder of the search. Returns: the folder."""
         folder = root / name
         folder.mkdir(parents=True)
         (folder / "plan.json").write_text(plan_to_json(plan))

@@ -1,4 +1,4 @@
-"""Folders of searches as their carrier writes them, without a trial that trains."""
+"""Folders of searches as their driver writes them, without trials that train."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def make_search(
     trial_runs: Iterable[int] = (),
     **changes: Any,
 ) -> Path:
-    """A search that recorded what `events` say, a second apart; some of its trials have a run's folder."""
+    """The folder of a search with `events` a second apart; the trials in `trial_runs` have run folders."""
     folder = root / name
     (folder / "logs").mkdir(parents=True)
     plan = search_plan(**changes)
     (folder / "job.yaml").write_text(dump_job(plan.job))
     (folder / "plan.json").write_text(plan_to_json(plan))
-    told = [RunStarted(run_id=name, total_steps=plan.total_steps, resumed_from_step=0), *events]
-    records = [{"time": BEGAN + at} | event_to_record(event) for at, event in enumerate(told)]
+    recorded = [RunStarted(run_id=name, total_steps=plan.total_steps, resumed_from_step=0), *events]
+    records = [{"time": BEGAN + at} | event_to_record(event) for at, event in enumerate(recorded)]
     (folder / "events.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for number in trial_runs:
         trial = Path(trial_folder(str(folder), number))
@@ -68,13 +68,13 @@ def make_search(
 
 
 def suggested(trial: int, **changes: Any) -> TrialSuggested:
-    """A trial with values that tell of its number."""
+    """A trial whose values follow from its number."""
     values: Mapping[str, Any] = {LR: trial / 1000, WARMUP: trial} | changes
     return TrialSuggested(trial=trial, values=values)
 
 
 def begun(trial: int, *, values: Mapping[int, float] | None = None) -> list[Event]:
-    """A trial that runs, with what it was judged at which step."""
+    """A running trial with its objective values by step."""
     reports = [reported(trial, step=step, value=value) for step, value in (values or {}).items()]
     return [
         suggested(trial),
@@ -84,7 +84,7 @@ def begun(trial: int, *, values: Mapping[int, float] | None = None) -> list[Even
 
 
 def reported(trial: int, *, step: int, value: float) -> TrialReported:
-    """A trial is judged."""
+    """A trial reports an objective value."""
     metrics = {"step": step, "train/loss": value, "eval/loss": value, "eval/perplexity": 2 * value}
     return TrialReported(trial=trial, step=step, value=value, metrics=metrics)
 
@@ -92,7 +92,7 @@ def reported(trial: int, *, step: int, value: float) -> TrialReported:
 def ended(
     trial: int, *, step: int = 6, value: float | None = None, status: str = "finished", reason: str = ""
 ) -> list[Event]:
-    """A trial that ran and is over."""
+    """A trial that ran and ended."""
     values = {} if value is None else {step: value}
     end = TrialEnded(trial=trial, status=status, step=step, value=value, reason=reason)
     return [*begun(trial, values=values), end]
