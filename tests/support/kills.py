@@ -156,10 +156,10 @@ class _Campaign:
         self._random = random.Random(seed)
         self._report = KillReport()
         self._newest = 0
-        """Step of the newest checkpoint that anybody has reported or found."""
+        """Step of the newest checkpoint that was reported or found."""
         self._period_s = 0.0
         self._before: list[_Membership] = []
-        """Memberships of which somebody may still live."""
+        """Memberships that may still have living processes."""
 
     def run(self, num_kills: int) -> KillReport:
         began = time.monotonic()
@@ -172,7 +172,7 @@ class _Campaign:
         return self._report
 
     def _measure(self) -> None:
-        """The time of a save, over a few that nobody disturbs."""
+        """The duration of a save, from a few undisturbed ones."""
         membership = self._start()
         membership.await_report(lambda seen: len(seen.begun) > 20)
         times = membership.seen.begun
