@@ -167,3 +167,17 @@ def test_with_run_code__source_folder_changed_or_gone__uses_the_packed_code(home
     assert plan.code is not None
     reopen_run(folder, replace(plan, code=resolve_code(again)))
     assert pack_code(code_folder(plan.code.digest)).files["my_losses.py"] == RANKING.encode()
+
+
+def test_resolve_code__class_in_a_search_space__blames_its_line(home: Path) -> None:
+    loaded = job_with_code(
+        home, {"my_models.py": "from torch import nn\n\nclass Small(nn.Module): ...\n\nLarge = 1\n"}
+    )
+    body = loaded.job.model_dump(mode="json", exclude_unset=True)
+    body["model"] = {"class": "my_models:Small"}
+    body["search"] = {"space": {"model.class": {"choice": ["my_models:Small", "my_models:Large"]}}, "max_trials": 2}
+    (home / "job.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+    with pytest.raises(JobFileError, match="my_models:Large is int 1, not a class") as caught:
+        resolve_code(load_job(home / "job.yaml"))
+    assert caught.value.key == "search.space.model.class.choice[1]"
+    assert "my_models:Large" in (home / "job.yaml").read_text().splitlines()[(caught.value.line or 0) - 1]
