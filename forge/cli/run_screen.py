@@ -21,6 +21,7 @@ from forge.report.curve import loss_curve
 from forge.report.text import (
     bucket_rows,
     change_rows,
+    evaluation_text,
     goodput_facts,
     goodput_line,
     number,
@@ -148,8 +149,7 @@ class TrainScreen(LiveScreen):
             case "Evaluated":
                 self._evaluated = event
                 which = "" if event["weights"] == "current" else f" ({event['weights']} weights)"
-                loss, ppl = number(event["loss"], ".4f"), number(event["perplexity"], ".2f")
-                self.note(f"step {event['step']:>6}  held-out loss {loss}, perplexity {ppl}{which}")
+                self.note(f"step {event['step']:>6}  held-out {evaluation_text(event)}{which}")
             case "CheckpointSaved":
                 size, seconds = format_bytes(event["size_bytes"]), format_duration(event["seconds"])
                 stall = format_duration(event["stall_s"])
@@ -227,7 +227,7 @@ class TrainScreen(LiveScreen):
             f"loss {number(last['train/loss'], '.4f')}   {number(last['speed/tokens_per_s'], ',.0f')} tokens/s   "
             f"MFU {number(last['speed/mfu'], '.2f')}   lr {number(last['train/learning_rate'], '.2e')}"
         )
-        if self._evaluated:
+        if self._evaluated.get("perplexity") is not None:
             numbers += f"   held-out ppl {number(self._evaluated['perplexity'], '.1f')}"
         return Text(numbers, no_wrap=True, overflow="ellipsis")
 

@@ -83,15 +83,15 @@ def logs(
         str | None,
         typer.Option(
             "--file",
-            help="rank-0, rank-1, ..., recorder or run; rank-0 if not given, of a search run.",
+            help="rank-0, rank-1, ..., recorder or driver; by default rank-0, and driver for a search.",
             show_default=False,
         ),
     ] = None,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many of the last lines.")] = 50,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Number of lines.")] = 50,
 ) -> None:
-    """Print the end of a run's log.
+    """Print the last lines of one of a run's logs.
 
-    Example:  forge runs logs latest --file run -n 20
+    Example:  forge runs logs latest --file driver -n 20
     """
     from forge.cli import display
     from forge.errors import ArgumentError

@@ -116,10 +116,10 @@ class RemoteRun:
 
     def connection_messages(self) -> list[str]:
         """What happened to the connection since the last time."""
-        told = []
+        messages = []
         while self._messages:
-            told.append(self._messages.popleft())
-        return told
+            messages.append(self._messages.popleft())
+        return messages
 
     def _request_stop(self) -> None:
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from forge.config.job import JobSpec
 from forge.config.overrides import first_values, trial_job
@@ -105,8 +107,8 @@ def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
     for weights, name in (("current", "held out"), ("ema", "held out, ema")):
         evaluated = run.newest("Evaluated", weights=weights)
         if evaluated:
-            text = f"perplexity {number(evaluated['perplexity'], '.2f')}"
-            if weights == "current" and math.isfinite(unigram):
+            text = evaluation_text(evaluated)
+            if weights == "current" and evaluated.get("perplexity") is not None and math.isfinite(unigram):
                 text += f" (a unigram model of the same tokens has {unigram:.1f})"
             facts.append((name, text))
     if run.last:
@@ -122,6 +124,15 @@ def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
         facts.append(("checkpoint", f"{saved['folder']}"))
     facts.append(("files", f"{run.folder} (metrics.jsonl, events.jsonl, logs, wandb)"))
     return facts
+
+
+def evaluation_text(event: Mapping[str, Any]) -> str:
+    """Describe the metrics of an Evaluated event: loss, perplexity, and whatever the objective reports."""
+    values = {name: event[name] for name in ("loss", "perplexity") if name in event} | dict(
+        event.get("metrics") or {}
+    )
+    formats = {"perplexity": ".2f"}
+    return ", ".join(f"{name} {number(value, formats.get(name, '.4f'))}" for name, value in values.items())
 
 
 def goodput_line(goodput: GoodputReport, *, width: int) -> str:

@@ -72,16 +72,16 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
     model = load_model(plan, checkpoint, ema=request.ema)
     if isinstance(model, PreTrainedModel):
         eot, max_positions = model.config.eos_token_id, plan.model.max_seq_len
-    else:  # it promises no more than the sequences it was trained on
+    else:  # a user model may support only the length it was trained on
         eot, max_positions = plan.corpus.eot_id, plan.job.data.seq_len
     text = _continue(model, tokenizer, request, eot=eot, max_positions=max_positions)
     return Generated(step=checkpoint.progress.step, prompt=request.prompt, text=text)
 
 
 def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
-    """The model of a plan with the weights of one checkpoint, ready to be evaluated.
+    """Build the model of a plan with the weights of one checkpoint, in evaluation mode.
 
-    Raises: CheckpointError if the checkpoint is of another model than the plan's, or holds no averages.
+    Raises: CheckpointError if the checkpoint belongs to another model, or holds no averaged weights.
     """
     weights = CheckpointWeights(checkpoint, ema=ema)
     data = DataShape(vocab_size=plan.corpus.vocab_size, seq_len=plan.job.data.seq_len, eot_id=plan.corpus.eot_id)
@@ -97,7 +97,7 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
     with torch.no_grad():
         for name, tensor in weights.tensors():
             if name not in held or held[name].shape != tensor.shape:
-                raise CheckpointError(f"{checkpoint.url} does not fit the model of its plan: {name}")
+                raise CheckpointError(f"{checkpoint.url} does not match the model of its plan: {name}")
             held[name].copy_(tensor)
     return model.eval()
 
@@ -113,7 +113,7 @@ def _continue(
     while len(written) < request.max_tokens and eot not in written:
         room = request.max_tokens - len(written)
         if max_positions is not None:
-            # Out of positions, the model goes on from the second half of what it sees.
+            # When the positions are used up, continue from the second half of the context.
             if tokens.shape[1] >= max_positions:
                 tokens = tokens[:, -max(1, max_positions // 2) :]
             room = min(room, max_positions - tokens.shape[1])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge.report.text import bucket_rows, change_rows, goodput_facts, goodput_line
+from forge.report.text import bucket_rows, change_rows, evaluation_text, goodput_facts, goodput_line
 from forge.runs.goodput import GoodputReport, goodput_of
 from tests.support.runs import History
 
@@ -66,3 +68,14 @@ def test_goodput_facts__counts_changes() -> None:
 def test_change_rows__time_cause_and_duration() -> None:
     assert change_rows(eventful(), started=1_000_000.0, limit=10) == [["8s", "loss", "2 → 1", "3s", "node b lost"]]
     assert change_rows(eventful(), started=2_000_000.0, limit=10)[0][0] == "0ms"
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        ({"loss": 2.0, "perplexity": 7.389}, "loss 2.0000, perplexity 7.39"),
+        ({"loss": 0.5, "metrics": {"accuracy": 0.875, "f1": None}}, "loss 0.5000, accuracy 0.8750, f1 -"),
+    ],
+)
+def test_evaluation_text__metrics_of_any_objective__shown_by_name(event: dict[str, Any], text: str) -> None:
+    assert evaluation_text(event) == text

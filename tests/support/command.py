@@ -1,4 +1,4 @@
-"""The command `forge` as a user runs it: a process of its own, with its own cache and state folder."""
+"""Run the command `forge` as a user does: in a process, with its own cache and state folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FORGE = [sys.executable, "-m", "forge.cli.app"]
 
 
 def environment(folder: Path, **changes: str) -> dict[str, str]:
-    """This process's environment, with forge's cache and state under `folder` and no W&B key."""
+    """Return this process's environment with forge's cache and state under `folder` and no W&B key."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "FORGE_"))}
     for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM"):
         kept.pop(name, None)
@@ -51,7 +51,7 @@ def start_forge(*arguments: str | Path, cwd: Path, env: dict[str, str] | None = 
 
 
 def wait_for(what: Callable[[], Any], *, timeout_s: float = 90.0) -> Any:
-    """Ask until the answer is true. Returns: the answer. Raises: TimeoutError."""
+    """Call `what` until it returns something true. Returns: that. Raises: TimeoutError."""
     deadline = time.monotonic() + timeout_s
     while not (answer := what()):
         if time.monotonic() > deadline:
@@ -61,19 +61,19 @@ def wait_for(what: Callable[[], Any], *, timeout_s: float = 90.0) -> Any:
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and all that descends from it now."""
+    """Return a process and all its descendants."""
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
 
 
 def survivors(processes: Iterable[psutil.Process], *, timeout_s: float = 15.0) -> list[str]:
-    """Those that still run after a while, by what they are."""
+    """Return descriptions of the processes that still run after `timeout_s`."""
     _, alive = psutil.wait_procs(list(processes), timeout=timeout_s)
     return [str(process.as_dict(["pid", "cmdline"])) for process in alive if process.status() != "zombie"]
 
 
 def mentioning(*words: str) -> list[str]:
-    """Command lines on this machine, this process's apart, that hold one of these words."""
+    """Return the command lines of other processes on this machine that contain one of these words."""
     lines = []
     for process in psutil.process_iter(["pid", "cmdline"]):
         line = " ".join(process.info["cmdline"] or [])

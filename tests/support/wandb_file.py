@@ -1,4 +1,4 @@
-"""Reads W&B's own record of a run, `run-<id>.wandb`: a LevelDB log of protocol buffers."""
+"""Read W&B's local file of a run, `run-<id>.wandb`: a LevelDB log of protocol buffers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The rows of the run's history, as `wandb sync` would send them."""
+    """Return the rows of the run's history, as `wandb sync` would upload them."""
     rows = []
     for content in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
@@ -30,7 +30,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def read_groups(path: Path) -> list[str]:
-    """The groups that the run says it belongs to."""
+    """Return the groups recorded for the run."""
     groups = []
     for content in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
