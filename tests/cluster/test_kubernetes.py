@@ -454,5 +454,5 @@ def test_cli__dry_run_up_and_down__work_on_the_shipped_file(world: Kubernetes, t
     assert up.returncode == 0, up.stderr
     assert [node["kind"] for node in json.loads(up.stdout)["nodes"]] == ["head"]
     down = forge("cluster", "down", "pods", cwd=tmp_path, env=env)
-    assert down.returncode == 0 and "nothing of it is left" in down.stderr + down.stdout
+    assert down.returncode == 0 and "nothing is left of it" in down.stderr + down.stdout
     assert world.things("Pod") == []

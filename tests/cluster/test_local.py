@@ -96,7 +96,7 @@ class TestUp:
         session = f"_{nodes[0]['pid']}/"  # Ray names its session's folder after the process that started it
         assert mentioning(session)
         done = forge("cluster", "down", cwd=home)
-        assert (done.returncode, done.stderr) == (0, f"cluster down: {len(nodes)} nodes ended\n")
+        assert (done.returncode, done.stderr) == (0, f"cluster down: {len(nodes)} nodes stopped\n")
         assert survivors(processes) == []
         assert mentioning(session) == []
         assert not [process for process in psutil.process_iter() if sid(process) in {n["pid"] for n in nodes}]

@@ -159,7 +159,7 @@ class KubernetesCluster:
             kubectl.request("delete", "services,secrets", *selected)
             # The operator would delete the pods too, but with their full grace period.
             kubectl.request("delete", "pods", f"--grace-period={_POD_GRACE_S}", *selected)
-            left = self._await_deletion(kubectl, kinds, on_progress)
+            left = self._await_deletion(kubectl, kinds=kinds, on_progress=on_progress)
             if not left:
                 delete_state(self.name)
             return left
@@ -255,7 +255,7 @@ class KubernetesCluster:
             )
         return live
 
-    def _await_deletion(self, kubectl: Kubectl, kinds: str, on_progress: OnProgress) -> list[str]:
+    def _await_deletion(self, kubectl: Kubectl, *, kinds: str, on_progress: OnProgress) -> list[str]:
         """Wait until nothing is left. Returns: what is left after the timeout, one line each."""
         deadline, num_shown = time.monotonic() + self._timeouts.down_s, -1
         while left := kubectl.find(kinds, label=self._label):

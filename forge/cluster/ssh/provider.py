@@ -86,22 +86,25 @@ class SshCluster:
             self._require_same_head(record)
             self._save_state(state)
             installs = state.setdefault("installs", {})
-            self._remove_hosts(installs, on_progress)
+            self._remove_hosts(installs, on_progress=on_progress)
             package = Package.of(self._spec.wheels) if self._spec.python is None else None
             failures: dict[str, str] = {}
             ready = map_hosts(
                 list(self._hosts),
-                lambda host: self._bootstrap(host, installs.get(host), package, on_progress),
+                lambda host: self._bootstrap(
+                    host, install=installs.get(host), package=package, on_progress=on_progress
+                ),
                 failures=failures,
                 on_progress=on_progress,
             )
             self._require_head(failures)
-            self._require_enough(failures, "nothing was started")
+            self._require_enough(failures, consequence="nothing was started")
             installs |= {host: [one.python, one.folder] for host, one in ready.items()}
             self._save_state(state)  # before anything is started that `down` must find
-            state |= self._start_all(ready, token, failures, on_progress)
+            state |= self._start_all(ready, token=token, failures=failures, on_progress=on_progress)
             self._save_state(state)
-            self._require_enough(failures, f"what was started stays, until forge cluster down {self.name}")
+            consequence = f"what was started stays, until forge cluster down {self.name}"
+            self._require_enough(failures, consequence=consequence)
         return self.status()
 
     def status(self) -> ClusterStatus:
@@ -137,7 +140,7 @@ class SshCluster:
             failures: dict[str, str] = {}
             stopped = map_hosts(
                 list(dict.fromkeys([*self._hosts, *installs])),  # hosts that left its file too
-                lambda host: self._stop(host, installs, on_progress),
+                lambda host: self._stop(host, installs=installs, on_progress=on_progress),
                 failures=failures,
                 on_progress=on_progress,
             )
@@ -206,7 +209,7 @@ class SshCluster:
                 f"{_format_failures(failures)}"
             )
 
-    def _require_enough(self, failures: Mapping[str, str], consequence: str) -> None:
+    def _require_enough(self, failures: Mapping[str, str], *, consequence: str) -> None:
         needed = self._spec.min_machines or len(self._hosts)
         num_ready = len(self._hosts) - len(failures)
         if num_ready < needed:
@@ -216,11 +219,11 @@ class SshCluster:
                 f"{consequence}"
             )
 
-    def _remove_hosts(self, installs: dict[str, Any], on_progress: OnProgress) -> None:
+    def _remove_hosts(self, installs: dict[str, Any], *, on_progress: OnProgress) -> None:
         """Stop hosts that left the file; `down` tries those again that were not reached."""
         stopped = map_hosts(
             [host for host in installs if host not in self._hosts],
-            lambda host: self._stop(host, installs, on_progress),
+            lambda host: self._stop(host, installs=installs, on_progress=on_progress),
             failures={},
             on_progress=on_progress,
         )
@@ -244,7 +247,7 @@ class SshCluster:
             return list(pool.map(look, hosts))
 
     def _bootstrap(
-        self, host: str, install: Sequence[str] | None, package: Package | None, on_progress: OnProgress
+        self, host: str, *, install: Sequence[str] | None, package: Package | None, on_progress: OnProgress
     ) -> BootstrappedHost:
         """Prepare a host.
 
@@ -266,7 +269,12 @@ class SshCluster:
         return ready
 
     def _start_all(
-        self, ready: Mapping[str, BootstrappedHost], token: str, failures: dict[str, str], on_progress: OnProgress
+        self,
+        ready: Mapping[str, BootstrappedHost],
+        *,
+        token: str,
+        failures: dict[str, str],
+        on_progress: OnProgress,
     ) -> dict[str, Any]:
         """Start Ray on all hosts at once; the others wait for the head's port.
 
@@ -275,12 +283,14 @@ class SshCluster:
         """
         head, late = self._head.host, dict[str, str]()
         request = {"cluster": self.name, "host": head}
-        session = self._node_cli(head, ready[head], "status", request, timeout_s=_STOP_TIMEOUT_S)["session"]
+        session = self._node_cli(
+            head, ready=ready[head], verb="status", request=request, timeout_s=_STOP_TIMEOUT_S
+        )["session"]
         session = session or secrets.token_hex(8)
 
         def start(host: str) -> int:
             try:
-                return self._start(host, ready[host], token, session, on_progress)
+                return self._start(host, ready=ready[host], token=token, session=session, on_progress=on_progress)
             except ClusterError:
                 if host == head:
                     cancel_all()  # the others would wait for it until their timeout
@@ -293,7 +303,9 @@ class SshCluster:
         address = f"{head}:{self._spec.ray_port}"
         return {"session": session, "job_port": job_ports[head], "address": address, "addresses": addresses}
 
-    def _start(self, host: str, ready: BootstrappedHost, token: str, session: str, on_progress: OnProgress) -> int:
+    def _start(
+        self, host: str, *, ready: BootstrappedHost, token: str, session: str, on_progress: OnProgress
+    ) -> int:
         """Start Ray on a host. Returns: the port of the job server on the head, else 0."""
         on_progress(NodeProgress(name=host, message="starting Ray"))
         request = {
@@ -307,11 +319,11 @@ class SshCluster:
             "session": session,
             "environment": self._environment(),
         }
-        answer = self._node_cli(host, ready, "up", request, timeout_s=_START_TIMEOUT_S)
+        answer = self._node_cli(host, ready=ready, verb="up", request=request, timeout_s=_START_TIMEOUT_S)
         on_progress(NodeProgress(name=host, message="ready (it was up)" if answer["was_up"] else "ready"))
         return int(answer["job_port"])
 
-    def _stop(self, host: str, installs: Mapping[str, Any], on_progress: OnProgress) -> list[str]:
+    def _stop(self, host: str, *, installs: Mapping[str, Any], on_progress: OnProgress) -> list[str]:
         """Stop Ray on a host. Returns: the processes that still run."""
         on_progress(NodeProgress(name=host, message="stopping"))
         if host not in installs:  # nothing was started there
@@ -319,9 +331,9 @@ class SshCluster:
         python, folder = installs[host]
         answer = self._node_cli(
             host,
-            BootstrappedHost(python=python, folder=folder),
-            "down",
-            {"cluster": self.name, "host": host, "temporary": self._temporary_folder(host)},
+            ready=BootstrappedHost(python=python, folder=folder),
+            verb="down",
+            request={"cluster": self.name, "host": host, "temporary": self._temporary_folder(host)},
             timeout_s=_STOP_TIMEOUT_S,
         )
         on_progress(NodeProgress(name=host, message="stopped"))
@@ -329,7 +341,7 @@ class SshCluster:
         return left
 
     def _node_cli(
-        self, host: str, ready: BootstrappedHost, verb: str, request: Mapping[str, Any], *, timeout_s: float
+        self, host: str, *, ready: BootstrappedHost, verb: str, request: Mapping[str, Any], timeout_s: float
     ) -> dict[str, Any]:
         """Run `forge.cluster.ssh.node_cli` on a host. Raises: ClusterError with its error."""
         done = self._ssh_host(host).run(
