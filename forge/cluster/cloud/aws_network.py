@@ -43,6 +43,14 @@ class Network:
     is_internal: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Vpc:
+    id: str
+    subnets: tuple[str, ...]
+    is_internal: bool
+    """Whether machines in the subnets have only private addresses."""
+
+
 def prepare_network(spec: CloudSpec, *, region: str, public_key: str, allow_from: str) -> Network:
     """Create what the machines need in a region, or update what exists.
 
@@ -50,22 +58,22 @@ def prepare_network(spec: CloudSpec, *, region: str, public_key: str, allow_from
     """
     with aws_errors(region):
         ec2 = client("ec2", region)
-        vpc, subnets, is_internal = _network(ec2, region)
-        group = _security_group(ec2, spec.name, vpc=vpc, allow_from=allow_from)
+        vpc = _default_vpc(ec2, region)
+        group = _security_group(ec2, spec.name, vpc=vpc.id, allow_from=allow_from)
         key_name = _key_pair(ec2, spec.name, public_key)
         image = spec.image or _image(ec2, region, *_CPU_IMAGE if spec.gpu == "none" else _GPU_IMAGE)
         cpu_image = spec.image or _image(ec2, region, *_CPU_IMAGE)
         head, worker = _profiles(spec)
-        _await_profile(ec2, image=cpu_image, subnet=subnets[0], profile=head)
+        _await_profile(ec2, image=cpu_image, subnet=vpc.subnets[0], profile=head)
     return Network(
         image=image,
         cpu_image=cpu_image,
         key_name=key_name,
-        subnets=subnets,
+        subnets=vpc.subnets,
         security_group=group,
         head_profile=head,
         worker_profile=worker,
-        is_internal=is_internal,
+        is_internal=vpc.is_internal,
     )
 
 
@@ -100,8 +108,8 @@ def remove_profiles(name: str) -> None:
                 iam.delete_role(RoleName=role)
 
 
-def _network(ec2: Any, region: str) -> tuple[str, tuple[str, ...], bool]:
-    """The default VPC, its subnets, and whether machines in them have only private addresses."""
+def _default_vpc(ec2: Any, region: str) -> _Vpc:
+    """Find the default VPC, and its public subnets or else all of them. Raises: ClusterError if it has none."""
     vpcs = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
     if not vpcs:
         raise ClusterError(
@@ -115,7 +123,7 @@ def _network(ec2: Any, region: str) -> tuple[str, tuple[str, ...], bool]:
     usable = sorted(public or subnets, key=lambda subnet: subnet["AvailabilityZone"])
     if not usable:
         raise ClusterError(f"the default VPC of {region} has no subnets; make one: aws ec2 create-default-subnet")
-    return vpc, tuple(subnet["SubnetId"] for subnet in usable), not public
+    return _Vpc(id=vpc, subnets=tuple(subnet["SubnetId"] for subnet in usable), is_internal=not public)
 
 
 def _security_group(ec2: Any, name: str, *, vpc: str, allow_from: str) -> str:
