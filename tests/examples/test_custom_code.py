@@ -122,7 +122,7 @@ def test_custom_model__trained_by_two_workers__learns_and_writes_text(home: Path
 
     # What only shows a run neither imports nor unpacks its code.
     shutil.rmtree(home / "cache" / "code")
-    for words in (["runs", "list"], ["runs", "show", "latest"], ["checkpoints", "latest"]):
+    for words in (["runs", "list"], ["runs", "show", "latest"], ["checkpoints", "list", "latest"]):
         assert forge(*words, cwd=home).returncode == 0
     assert not (home / "cache" / "code").exists()
 
