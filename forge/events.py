@@ -218,7 +218,8 @@ class Evaluated:
 
     step: int
     loss: float
-    perplexity: float
+    metrics: Mapping[str, float]
+    """What the objective reports besides the loss, by name."""
     num_tokens: int
     weights: str
     """`current` or `ema`."""
@@ -389,6 +390,8 @@ class StepMetrics:
     world_size: int
     held_out_loss: float | None = None
     """None if it was not measured at this step."""
+    extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What the objective reports besides the loss, by its key in `metrics.jsonl`: `train/<name>`, `eval/<name>`."""
 
     def as_record(self) -> dict[str, float | int | None]:
         """Return the metrics under the keys of W&B and `metrics.jsonl`; a value that is not finite becomes null."""
@@ -406,8 +409,7 @@ class StepMetrics:
         }
         if self.held_out_loss is not None:
             record["eval/loss"] = self.held_out_loss
-            record["eval/perplexity"] = perplexity(self.held_out_loss)
-        return {key: _finite(value) for key, value in record.items()}
+        return {key: _finite(value) for key, value in (record | dict(self.extra)).items()}
 
 
 class Reporter(Protocol):
@@ -446,11 +448,6 @@ class NullReporter:
 
     def should_drain(self) -> bool:
         return False
-
-
-def perplexity(loss: float) -> float:
-    """Return `exp(loss)`; infinity on overflow."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def event_to_record(event: Event) -> dict[str, Any]:

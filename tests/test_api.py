@@ -17,7 +17,7 @@ from tests.support.runs import make_run
 
 def evaluated(step: int, loss: float) -> Evaluated:
     return Evaluated(
-        step=step, loss=loss, perplexity=math.exp(loss), num_tokens=100, weights="current", seconds=0.1
+        step=step, loss=loss, metrics={"perplexity": math.exp(loss)}, num_tokens=100, weights="current", seconds=0.1
     )
 
 

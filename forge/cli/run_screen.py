@@ -227,8 +227,8 @@ class TrainScreen(LiveScreen):
             f"loss {number(last['train/loss'], '.4f')}   {number(last['speed/tokens_per_s'], ',.0f')} tokens/s   "
             f"MFU {number(last['speed/mfu'], '.2f')}   lr {number(last['train/learning_rate'], '.2e')}"
         )
-        if self._evaluated.get("perplexity") is not None:
-            numbers += f"   held-out ppl {number(self._evaluated['perplexity'], '.1f')}"
+        if self._evaluated:
+            numbers += f"   held-out loss {number(self._evaluated['loss'], '.4f')}"
         return Text(numbers, no_wrap=True, overflow="ellipsis")
 
     def _time_left(self) -> str:

@@ -203,7 +203,7 @@ def _progress(run: RunSummary) -> list[str]:
     else:
         evaluated = run.newest("Evaluated", weights="current")
         progress, loss = f"{run.step}/{run.plan.total_steps}", run.last.get("train/loss")
-        perplexity = evaluated["perplexity"] if evaluated else None
+        perplexity = evaluated["metrics"].get("perplexity") if evaluated else None
     return [
         progress,
         f"{loss:.4f}" if loss is not None else "-",

@@ -82,6 +82,11 @@ class HeldOutBatches:
     world_size: int
     micro_batch_size: int
 
+    @property
+    def num_targets(self) -> int:
+        """Number of predicted tokens of all ranks."""
+        return int(self.rows.num_targets(np.arange(self.rows.num_rows)).sum())
+
     def __iter__(self) -> Iterator[MicroBatch]:
         total = self.rows.num_rows
         per_round = self.world_size * self.micro_batch_size

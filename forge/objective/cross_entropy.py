@@ -1,4 +1,4 @@
-"""What is minimised: the summed cross entropy of the next token.
+"""The summed cross entropy of the next token, computed in chunks.
 
 The plain way makes all logits of the micro-batch, copies them to fp32, and keeps what the backward
 pass needs: for a vocabulary V and N tokens about N·V·12 bytes, most of a small model's memory. The
@@ -10,61 +10,16 @@ Apple's cut cross entropy (arXiv 2411.09009); this is the plain-torch form that 
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-IGNORED = -100
-"""A target that carries no loss, as everywhere in torch."""
+from forge.objective.base import IGNORED
 
 # Logits per chunk: what fits a core's cache on CPU, what fills the device on CUDA.
 _CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
-
-
-class CausalLm(nn.Module):
-    """A language model that returns its summed loss.
-
-    It begins with the model's own loss; `use_chunks` switches to the chunked one, for models whose
-    logits are a linear map of the last hidden state (ModelInfo.has_linear_head).
-
-    Args:
-        model: a transformers causal LM, or a module whose `forward(input_ids)` returns logits.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.chunked = False
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross entropies of `targets` that are not IGNORED, in fp32.
-
-        Shapes: tokens, targets: int64[B, T], targets[b, t] following tokens[b, t]; returns float32[].
-        """
-        if not isinstance(self.model, PreTrainedModel):
-            logits = self.model(tokens).flatten(0, 1).float()
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        if not self.chunked:
-            out = self.model(
-                input_ids=tokens, labels=targets, shift_labels=targets, num_items_in_batch=1, use_cache=False
-            )
-            loss: Tensor = out.loss
-            return loss
-        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        # Through the head's own __call__, so that ZeRO 3 gathers its weight.
-        summed: Tensor = self.model.get_output_embeddings()(hidden, targets=targets)
-        return summed
-
-    def use_chunks(self) -> None:
-        """Compute the loss in chunks from here on."""
-        assert isinstance(self.model, PreTrainedModel), "only a transformers model is known to have a linear head"
-        head: Any = self.model.get_output_embeddings()
-        head.forward = types.MethodType(_head_forward, head)
-        self.chunked = True
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -118,7 +73,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _head_forward(head: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+def chunked_head_forward(head: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    """The forward of a linear head that returns the summed loss of `targets`; without them, logits as before."""
     if targets is None:
         return F.linear(hidden, head.weight, head.bias)
     loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]

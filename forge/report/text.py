@@ -108,7 +108,7 @@ def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
         evaluated = run.newest("Evaluated", weights=weights)
         if evaluated:
             text = evaluation_text(evaluated)
-            if weights == "current" and evaluated.get("perplexity") is not None and math.isfinite(unigram):
+            if weights == "current" and "perplexity" in evaluated["metrics"] and math.isfinite(unigram):
                 text += f" (a unigram model of the same tokens has {unigram:.1f})"
             facts.append((name, text))
     if run.last:
@@ -127,10 +127,8 @@ def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
 
 
 def evaluation_text(event: Mapping[str, Any]) -> str:
-    """Describe the metrics of an Evaluated event: loss, perplexity, and whatever the objective reports."""
-    values = {name: event[name] for name in ("loss", "perplexity") if name in event} | dict(
-        event.get("metrics") or {}
-    )
+    """Describe the metrics of an Evaluated event: the loss, and whatever the objective reports."""
+    values = {"loss": event["loss"]} | event["metrics"]
     formats = {"perplexity": ".2f"}
     return ", ".join(f"{name} {number(value, formats.get(name, '.4f'))}" for name, value in values.items())
 

@@ -113,7 +113,8 @@ class Recorder:
             os.fsync(self._events.fileno())
             os.fsync(self._metrics.fileno())
         if isinstance(event, Evaluated) and event.weights == "ema":
-            self._track({"step": event.step, "eval/ema_loss": event.loss, "eval/ema_perplexity": event.perplexity})
+            values = {"loss": event.loss, **event.metrics}
+            self._track({"step": event.step} | {f"eval/ema_{name}": value for name, value in values.items()})
 
     def step(self, metrics: StepMetrics) -> None:
         """Write one step; if it is already recorded, write a StepRepeated event instead."""

@@ -11,8 +11,9 @@ collective that DeepSpeed would build in the background (70 s) is declared unava
 from __future__ import annotations
 
 import datetime
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -28,14 +29,19 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from forge.checkpoint.manifest import BaseWeights
 from forge.config.model import ModelSpec
-from forge.config.training import OptimizerSpec, TrainingSpec
+from forge.config.training import TrainingSpec
 from forge.data.loader import MicroBatch
+from forge.errors import RunError
 from forge.model.dropout import SampleDropout, model_has_dropout
 from forge.model.families.base import BuildOptions, DataShape, Sharding
 from forge.model.families.registry import family_of
-from forge.objective.cross_entropy import CausalLm
+from forge.objective.base import ObjectiveModule, derived_metrics
+from forge.objective.causal_lm import CausalLm
+from forge.objective.registry import build_objective
 from forge.train.base_weights import digest_base
+from forge.train.metric_sums import MetricSums
 from forge.train.metrics import peak_memory_gib
+from forge.train.optimizer import build_optimizer
 from forge.train.state import TrainState
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -63,6 +69,8 @@ class StepResult:
     loss: float
     grad_norm: float
     """Before clipping."""
+    metrics: Mapping[str, float]
+    """Means over the step of what the objective reported with its loss."""
     peak_memory_gib: float
     """Maximum over all ranks."""
     snapshot_cost_s: float
@@ -139,11 +147,12 @@ class Engine:
         base: BaseWeights | None = None,
     ) -> None:
         """Args:
-        engine: what `deepspeed.initialize` gave, around a `CausalLm`.
+        engine: what `deepspeed.initialize` returned, around an `ObjectiveModule`.
         dropout: gets the positions of every micro-batch, where the model has any dropout.
         base: the pretrained weights that frozen parameters refer to.
         """
         self._engine = engine
+        self._module: ObjectiveModule = engine.module
         self._dropout = dropout
         self._training = training
         self.state = TrainState(engine, keep_average=training.ema is not None, base=base)
@@ -180,13 +189,13 @@ class Engine:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         engine.train()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = MetricSums(self._metric_names, device=self.device)
         for batch in micro_batches:
             if self._dropout is not None:
                 self._dropout.begin(step=step, positions=batch.positions)
             self.on_progress()
-            loss = self._loss(batch)
-            loss_sum += loss.detach().double()
+            loss = self._forward(batch)
+            sums.add(self._module.result)
             engine.backward(loss * (engine.dp_world_size / total_weight), scale_wrt_gas=False)
             self.on_progress()
             own_norm = None
@@ -200,34 +209,57 @@ class Engine:
         norm = engine.get_global_grad_norm() if own_norm is None else own_norm
         grad_norm = float("nan" if norm is None else norm)
         figures = (peak_memory_gib(self.device), snapshot_cost_s())
-        shared = self._all_reduce(loss_sum, figures=figures, requests=requests())
+        shared = self._all_reduce(sums, figures=figures, requests=requests())
         self.on_progress()
+        self._check_weight(shared.weight, total_weight=total_weight, step=step)
+        mean, means = shared.loss_sum / total_weight, shared.means
+        if math.isfinite(mean):
+            means = derived_metrics(self._module.objective, means | {"loss": mean})
         return StepResult(
-            loss=shared.loss_sum / total_weight,
+            loss=mean,
+            metrics={name: value for name, value in means.items() if name != "loss"},
             grad_norm=grad_norm,
             peak_memory_gib=max(shared.memory_gib),
             snapshot_cost_s=max(shared.snapshot_cost_s),
             flags=shared.flags,
         )
 
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        """Summed loss and number of predicted tokens over all ranks' batches; collective."""
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
+        """Mean loss, under `loss`, and mean metrics over all ranks' batches; collective.
+
+        Returns: an empty mapping if no row has a loss.
+        """
         self._engine.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = MetricSums(self._metric_names, device=self.device)
         with torch.no_grad():
             for batch in micro_batches:
                 self.on_progress()
-                sums[0] += self._loss(batch).double()
-                sums[1] += int((batch.arrays["targets"] >= 0).sum())
-        dist.all_reduce(sums)
+                self._forward(batch, with_metrics=True)
+                sums.add(self._module.result)
+        dist.all_reduce(sums.values)
         self._engine.train()
-        return sums[0].item(), int(sums[1].item())
+        return derived_metrics(self._module.objective, sums.means())
 
-    def _loss(self, batch: MicroBatch) -> torch.Tensor:
-        tokens = torch.from_numpy(batch.arrays["tokens"]).to(self.device, non_blocking=True)
-        targets = torch.from_numpy(batch.arrays["targets"]).to(self.device, non_blocking=True)
-        loss: torch.Tensor = self._engine(tokens, targets)
+    @property
+    def _metric_names(self) -> list[str]:
+        return sorted(self._module.objective.metric_directions)
+
+    def _forward(self, batch: MicroBatch, *, with_metrics: bool = False) -> torch.Tensor:
+        inputs = {
+            name: values.to(self.device, non_blocking=True)
+            for name, values in self._module.objective.batch(batch.arrays).items()
+        }
+        loss: torch.Tensor = self._engine(inputs, with_metrics=with_metrics)
         return loss
+
+    def _check_weight(self, weight: float, *, total_weight: float, step: int) -> None:
+        """Raises: RunError if the objective has counted other loss terms than the store."""
+        if abs(weight - total_weight) > 1e-6 * total_weight:
+            name = type(self._module.objective).__name__
+            raise RunError(
+                f"step {step}: {name} counts a weight of {weight:g}, but the step has {total_weight:g}; "
+                "the weights that a loss returns must sum to those that the format gave its examples"
+            )
 
     def _clip_by_hand(self) -> float | None:
         """fp32 under ZeRO 0 is plain torch to DeepSpeed, which clips there without telling the norm."""
@@ -236,22 +268,23 @@ class Engine:
         limit = self._training.optimizer.grad_clip or float("inf")
         return float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
 
-    def _all_reduce(
-        self, loss_sum: torch.Tensor, *, figures: tuple[float, float], requests: StepControl
-    ) -> _Shared:
-        """One all-reduce for the loss, the flags of rank 0 and one slot per rank for each of its figures."""
+    def _all_reduce(self, sums: MetricSums, *, figures: tuple[float, float], requests: StepControl) -> _Shared:
+        """One all-reduce for the sums, the flags of rank 0 and one slot per rank for each of its figures."""
         rank, world_size = self._engine.global_rank, self._engine.dp_world_size
         names = [field.name for field in fields(StepControl)]
         flags = [float(getattr(requests, name) and (rank == 0 or name == "save_failed")) for name in names]
         memory, cost = [0.0] * world_size, [0.0] * world_size
         memory[rank], cost[rank] = figures
-        shared = torch.tensor([0.0, *flags, *memory, *cost], dtype=torch.float64, device=self.device)
-        shared[0] = loss_sum
+        own = torch.tensor([*flags, *memory, *cost], dtype=torch.float64, device=self.device)
+        shared = torch.cat([sums.values, own])
         dist.all_reduce(shared)
-        total, *rest = shared.tolist()
+        sums.values = shared[: len(sums.values)]
+        rest = shared[len(sums.values) :].tolist()
         flags, per_rank = rest[: len(names)], rest[len(names) :]
         return _Shared(
-            loss_sum=total,
+            loss_sum=sums.values[0].item(),
+            weight=sums.values[1].item(),
+            means=sums.means(),
             memory_gib=per_rank[:world_size],
             snapshot_cost_s=per_rank[world_size:],
             flags=StepControl(**{name: value > 0 for name, value in zip(names, flags, strict=True)}),
@@ -263,6 +296,8 @@ class _Shared:
     """The sums of the all-reduce that ends a step."""
 
     loss_sum: float
+    weight: float
+    means: dict[str, float]
     memory_gib: list[float]
     snapshot_cost_s: list[float]
     flags: StepControl
@@ -302,11 +337,12 @@ def build_engine(
     )
     if training.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    objective = CausalLm(model)
-    optimizer = build_optimizer(objective, training.optimizer, device=device)
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=deepspeed_config)
-    if training.cross_entropy == "chunked" and has_linear_head:
-        objective.use_chunks()
+    objective = build_objective(training.objective)
+    module = ObjectiveModule(model, objective=objective)
+    optimizer = build_optimizer(module, training.optimizer, device=device)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
+    if isinstance(objective, CausalLm) and training.cross_entropy == "chunked" and has_linear_head:
+        objective.use_chunks(model)
     dropout = SampleDropout(model, seed=training.seed) if model_has_dropout(model) else None
     if dropout is not None:
         dropout.install()
@@ -321,25 +357,6 @@ def build_engine(
     if not skip_init:
         built.state.load_weights(weights)
     return built
-
-
-def build_optimizer(module: nn.Module, spec: OptimizerSpec, *, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only, fused where torch can; its rate is 0 until a step sets it."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    # Under ZeRO 3 a divided parameter is empty; its shape is kept beside it.
-    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [
-        {"params": matrices, "weight_decay": spec.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,
-        betas=(spec.beta1, spec.beta2),
-        eps=spec.eps,
-        fused=device.type in ("cuda", "cpu"),
-    )
 
 
 def _import_muon_uncompiled() -> None:

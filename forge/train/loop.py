@@ -24,7 +24,6 @@ from forge.events import (
     Reporter,
     SnapshotIntervalChanged,
     StepMetrics,
-    perplexity,
 )
 from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten, Outcome
 from forge.train.engine import Engine, StepControl, StepResult
@@ -129,9 +128,12 @@ def train(
             config_digest=start.config_digest,
             corpus=start.corpus,
         )
+        extra = {f"train/{name}": value for name, value in result.metrics.items()}
         held_out_loss = None
         if result.flags.evaluate and inputs.held_out.rows.num_rows:
-            held_out_loss = evaluate(engine, inputs.held_out, step=step, weights="current", reporter=reporter)
+            found = evaluate(engine, inputs.held_out, step=step, weights="current", reporter=reporter)
+            held_out_loss = found.loss
+            extra |= {f"eval/{name}": value for name, value in found.metrics.items()}
             evaluated_at = time.monotonic()
         reporter.step(
             StepMetrics(
@@ -146,6 +148,7 @@ def train(
                 peak_memory_gib=result.peak_memory_gib,
                 world_size=inputs.batches.plan.world_size,
                 held_out_loss=held_out_loss,
+                extra=extra,
             )
         )
         saved_step = _report(saving.outcomes(), reporter) or saved_step
@@ -174,22 +177,20 @@ def train(
     return LoopResult(progress=progress)
 
 
-def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: str, reporter: Reporter) -> float:
-    """Mean cross entropy over all held-out tokens; collective."""
+def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: str, reporter: Reporter) -> Evaluated:
+    """Measure the loss and the metrics of the objective over all held-out rows; collective."""
     began = time.monotonic()
-    total, num_tokens = engine.evaluate(held_out)
-    loss = total / num_tokens
-    reporter.event(
-        Evaluated(
-            step=step,
-            loss=loss,
-            perplexity=perplexity(loss),
-            num_tokens=num_tokens,
-            weights=weights,
-            seconds=time.monotonic() - began,
-        )
+    means = engine.evaluate(held_out)
+    evaluated = Evaluated(
+        step=step,
+        loss=means.pop("loss"),
+        metrics=means,
+        num_tokens=held_out.num_targets,
+        weights=weights,
+        seconds=time.monotonic() - began,
     )
-    return loss
+    reporter.event(evaluated)
+    return evaluated
 
 
 def _requests(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from forge.checkpoint.manifest import BaseWeights, ModelShape, Parameter
+from forge.objective.base import MODEL_PREFIX
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -61,8 +62,8 @@ def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def plain_name(name: str) -> str:
-    """Without the objective that stands around the model."""
-    return name.removeprefix("model.")
+    """The name in the model, given that in the `ObjectiveModule` around it."""
+    return name.removeprefix(MODEL_PREFIX)
 
 
 def named_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from forge.objective import cross_entropy
-from forge.objective.cross_entropy import IGNORED, CausalLm, ChunkedCrossEntropy
+from forge.objective.base import IGNORED, ObjectiveModule
+from forge.objective.causal_lm import CausalLm
+from forge.objective.cross_entropy import ChunkedCrossEntropy
 
 VOCAB = 97
 
@@ -26,21 +28,26 @@ def tiny_model(
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch() -> dict[str, Tensor]:
     tokens = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(1))
     targets = tokens[:, 1:].clone()
     targets[2] = IGNORED
     targets[0, 3] = IGNORED
-    return tokens[:, :-1].contiguous(), targets
+    return {"tokens": tokens[:, :-1].contiguous(), "targets": targets}
 
 
 def loss_and_gradients(model: PreTrainedModel, *, chunked: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    objective = CausalLm(copy.deepcopy(model))
-    if chunked:
-        objective.use_chunks()
-    loss = objective(*batch())
+    module = module_of(copy.deepcopy(model), chunked=chunked)
+    loss = module(batch())
     (loss * 0.37).backward()
-    return loss.detach(), {n: p.grad.float() for n, p in objective.named_parameters() if p.grad is not None}
+    return loss.detach(), {n: p.grad.float() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def module_of(model: PreTrainedModel, *, chunked: bool) -> ObjectiveModule:
+    objective = CausalLm()
+    if chunked:
+        objective.use_chunks(model)
+    return ObjectiveModule(model, objective=objective)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +96,13 @@ def test_gradients_pass_gradcheck() -> None:
 
 
 def test_a_batch_that_is_all_padding_has_no_loss_and_no_gradient() -> None:
-    objective = CausalLm(tiny_model())
-    objective.use_chunks()
-    tokens, targets = batch()
-    loss = objective(tokens, torch.full_like(targets, IGNORED))
+    module = module_of(tiny_model(), chunked=True)
+    tokens = batch()["tokens"]
+    loss = module({"tokens": tokens, "targets": torch.full_like(tokens, IGNORED)})
     loss.backward()
     assert loss == 0
-    assert all(float(p.grad.abs().sum()) == 0 for p in objective.parameters() if p.grad is not None)
+    assert module.result["loss"].weight == 0
+    assert all(float(p.grad.abs().sum()) == 0 for p in module.parameters() if p.grad is not None)
 
 
 def test_it_holds_a_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

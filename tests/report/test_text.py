@@ -73,7 +73,7 @@ def test_change_rows__time_cause_and_duration() -> None:
 @pytest.mark.parametrize(
     ("event", "text"),
     [
-        ({"loss": 2.0, "perplexity": 7.389}, "loss 2.0000, perplexity 7.39"),
+        ({"loss": 2.0, "metrics": {"perplexity": 7.389}}, "loss 2.0000, perplexity 7.39"),
         ({"loss": 0.5, "metrics": {"accuracy": 0.875, "f1": None}}, "loss 0.5000, accuracy 0.8750, f1 -"),
     ],
 )

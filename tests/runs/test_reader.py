@@ -122,7 +122,7 @@ class TestReading:
         assert run.started <= run.updated
         newest = run.newest("Evaluated", weights="current")
         assert newest is not None
-        assert newest["perplexity"] == 7.39
+        assert newest["metrics"]["perplexity"] == 7.39
         assert run.newest("Evaluated", weights="ema") is None
 
     def test_read_run__invalid_lines__are_skipped(self, tmp_path: Path) -> None:
@@ -252,7 +252,9 @@ class TestFollowing:
             for step in (1, 2, 3):
                 recorder.step(metrics(step))
                 time.sleep(0.15)
-            recorder.event(Evaluated(step=3, loss=1, perplexity=2.7, num_tokens=1, weights="ema", seconds=0.1))
+            recorder.event(
+                Evaluated(step=3, loss=1, metrics={"perplexity": 2.7}, num_tokens=1, weights="ema", seconds=0.1)
+            )
             recorder.event(RunFinished(step=3))
 
         writer = threading.Thread(target=grow)

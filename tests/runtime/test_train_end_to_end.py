@@ -164,7 +164,7 @@ class TestUndisturbed:
         evaluated = run.newest("Evaluated", weights="current")
         assert evaluated is not None
         assert evaluated["step"] == TOTAL_STEPS
-        assert evaluated["perplexity"] < run.plan.corpus.unigram_perplexity / 2
+        assert evaluated["metrics"]["perplexity"] < run.plan.corpus.unigram_perplexity / 2
         assert losses(whole.folder)[-1] < losses(whole.folder)[0] / 2
 
     def test_output__pipe__is_plain_lines_in_order(self, whole: Execution) -> None:

@@ -59,7 +59,7 @@ def odd_state(variant: str, *, world_size: int, precision: str = "bf16") -> Trai
     """The state of a new engine; collective."""
     import deepspeed
 
-    from forge.train.engine import build_optimizer
+    from forge.train.optimizer import build_optimizer
 
     training = tiny_job(training__zero=VARIANTS[variant], training__precision=precision).training
     batch = plan_batch(world_size, world_size=world_size, max_micro_batch_size=1)

@@ -67,7 +67,9 @@ def make_run(
         recorder.step(metrics(step))
     if steps:
         recorder.event(
-            Evaluated(step=steps, loss=2.0, perplexity=7.39, num_tokens=100, weights="current", seconds=0.1)
+            Evaluated(
+                step=steps, loss=2.0, metrics={"perplexity": 7.39}, num_tokens=100, weights="current", seconds=0.1
+            )
         )
     for event in endings:
         recorder.event(event)
@@ -151,7 +153,12 @@ class History:
             self.spend(evaluation_s, "evaluating")
             self.tell(
                 Evaluated(
-                    step=step, loss=1.0, perplexity=2.7, num_tokens=1, weights="current", seconds=evaluation_s
+                    step=step,
+                    loss=1.0,
+                    metrics={"perplexity": 2.7},
+                    num_tokens=1,
+                    weights="current",
+                    seconds=evaluation_s,
                 )
             )
         made = replace(metrics(step), step_s=step_s, world_size=len(self.nodes))

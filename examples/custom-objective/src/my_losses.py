@@ -8,8 +8,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from forge.objective.base import WeightedSum
 from torch import Tensor, nn
+
+from forge.objective.base import WeightedSum
 
 IGNORED = -100
 

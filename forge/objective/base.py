@@ -1,0 +1,104 @@
+"""What an objective is, and the module that DeepSpeed wraps around a model and its objective.
+
+An objective says what is minimised and which metrics come with it. It returns sums and weights, never means: the
+engine divides the sum over all ranks by the total weight of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from forge.errors import RunError
+
+Direction = Literal["min", "max"]
+Arrays = Mapping[str, NDArray[Any]]
+"""Arrays by name, all with the same first two dimensions: rows and positions."""
+
+IGNORED = -100
+"""Target of a position that carries no loss; torch's own convention, and that of `forge.data.rows`."""
+
+MODEL_PREFIX = "model."
+"""What the names of the model's parameters begin with in `ObjectiveModule`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedSum:
+    """A sum and the number of terms it has; the mean over all ranks is the one sum over the other."""
+
+    sum: Tensor
+    """float[]; of a loss with its gradient."""
+    weight: Tensor | float
+    metrics: Mapping[str, WeightedSum] = field(default_factory=dict)
+    """Of a loss: metrics that come out of the same forward pass, reported at every step as `train/<name>`."""
+
+
+class Objective(Protocol):
+    """What is minimised. The class is built without arguments, once in every worker.
+
+    A further method `derived(means) -> Mapping[str, float]` is called if there is one: metrics computed from the
+    means of the others, such as a perplexity from the loss.
+    """
+
+    metric_directions: Mapping[str, Direction]
+    """Every metric that may be reported besides the loss, and whether less or more of it is better."""
+
+    def batch(self, rows: Arrays) -> dict[str, Tensor]:
+        """Choose and convert what the model is given.
+
+        Shapes: rows: `tokens` and `targets` int64[m, T]; of examples also `position_ids` and `segment_ids`
+        int64[m, T], and every other array of the format.
+        """
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
+        """The loss of some rows. The weights of a row must sum to the weight that the format gave its examples;
+        rows that fill up a batch, whose every target is -100, must have weight 0."""
+
+    def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, WeightedSum]:
+        """Metrics that need a forward pass of their own, without gradient; reported at evaluations as
+        `eval/<name>`, beside those of the loss."""
+
+
+class ObjectiveModule(nn.Module):
+    """A model with its objective, as one module for DeepSpeed.
+
+    DeepSpeed gathers weights and hooks gradients around the forward pass of the module it wraps, so every call of
+    the model goes through here. `forward` returns the sum alone; the whole result is in `result`.
+    """
+
+    def __init__(self, model: nn.Module, *, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = (objective,)  # in a tuple: an objective that is a module must not add parameters
+        self.result: Mapping[str, WeightedSum] = {}
+        """Results of the last forward pass; the loss is under `loss`."""
+
+    @property
+    def objective(self) -> Objective:
+        return self._objective[0]
+
+    def forward(self, batch: Mapping[str, Tensor], *, with_metrics: bool = False) -> Tensor:
+        """Return the summed loss of a batch.
+
+        Raises: RunError if the objective reports a metric that it does not declare.
+        """
+        loss = self.objective.loss(self.model, batch)
+        further = self.objective.metrics(self.model, batch) if with_metrics else {}
+        found = {**loss.metrics, **further}
+        unknown = sorted(set(found) - set(self.objective.metric_directions))
+        if unknown:
+            declared = ", ".join(self.objective.metric_directions) or "none"
+            name = type(self.objective).__name__
+            raise RunError(f"{name} reports the metric {unknown[0]!r}, but its metric_directions are: {declared}")
+        self.result = {"loss": loss, **found}
+        return loss.sum
+
+
+def derived_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
+    """The means, and what the objective derives from them."""
+    derive: Callable[[Mapping[str, float]], Mapping[str, float]] | None = getattr(objective, "derived", None)
+    return {**means, **(derive(means) if derive is not None and means else {})}
