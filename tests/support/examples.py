@@ -1,0 +1,77 @@
+"""Prepared examples with random masked targets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from forge.data.example_store import ExampleWriter, write_rows
+from forge.data.formats.base import Example
+from forge.data.packing import pack_rows
+from forge.data.rows import IGNORED
+from forge.data.store import CacheIndex, write_index
+from forge.plan.inputs import CorpusInfo
+from tests.support.jobs import SEQ_LEN, VOCAB
+
+
+def masked_corpus(folder: Path, *, packing: str, num_examples: int = 160) -> CorpusInfo:
+    """Examples of 2 to SEQ_LEN tokens, of whose targets one to all are predicted; a tenth is held out."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = ExampleWriter(folder, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    for number in range(num_examples):
+        length = int(rng.integers(2, SEQ_LEN + 1))
+        ids = rng.integers(0, VOCAB, size=length + 1)
+        ids[1::2] = (ids[:-1:2] * 5 + 3) % VOCAB
+        targets = ids[1:].copy()
+        targets[rng.permutation(length)[: rng.integers(0, length)]] = IGNORED
+        weight = float((targets != IGNORED).sum())
+        writer.add(Example(arrays={"tokens": ids[:-1], "targets": targets}, weight=weight), key=number, location="")
+    tables = writer.close()
+    splits = {}
+    for name, chosen in (
+        ("train", np.arange(num_examples // 10, num_examples)),
+        ("held_out", np.arange(num_examples // 10)),
+    ):
+        (folder / name).mkdir()
+        rows = [chosen[row] for row in pack_rows(writer.lengths[chosen], seq_len=SEQ_LEN, seed=1)]
+        rows = rows if packing == "examples" else [chosen[i : i + 1] for i in range(len(chosen))]
+        tables += write_rows(folder, name=name, rows=rows, examples=writer)
+        splits[name] = {"num_rows": len(rows), "num_targets": int(writer.num_targets[chosen].sum())}
+    index = CacheIndex(
+        digest=f"masked-{packing}",
+        dtype="<u2",
+        vocab_size=VOCAB,
+        eot_id=0,
+        num_documents=num_examples,
+        num_text_bytes=0,
+        unigram_perplexity=None,
+        train=(),
+        held_out=(),
+        tokenizer=(),
+        tables=tuple(tables),
+        examples={
+            "seq_len": SEQ_LEN,
+            "packing": packing,
+            "columns": [asdict(column) for column in writer.columns],
+            **splits,
+        },
+    )
+    write_index(folder, index=index)
+    return CorpusInfo(
+        folder=str(folder),
+        digest=index.digest,
+        vocab_size=VOCAB,
+        eot_id=0,
+        seq_len=SEQ_LEN,
+        num_documents=num_examples,
+        num_text_bytes=0,
+        num_train_tokens=splits["train"]["num_targets"],
+        num_held_out_tokens=splits["held_out"]["num_targets"],
+        num_train_sequences=splits["train"]["num_rows"],
+        num_held_out_sequences=splits["held_out"]["num_rows"],
+        unigram_perplexity=float(VOCAB),
+        packing=packing,
+    )
