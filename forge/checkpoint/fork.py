@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from forge.checkpoint.manifest import MANIFEST, Part, manifest_bytes, state_bytes, state_name, step_name
-from forge.checkpoint.reader import list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import Storage
+from forge.checkpoint.verify import verify_checkpoint
 from forge.errors import CheckpointError
 
 _PIECE_BYTES = 8 * 2**20

@@ -1,20 +1,19 @@
-"""Durable checkpoints: which of them are to be believed, and reading any part of one.
+"""Read any part of a durable checkpoint.
 
     checkpoints/step-00001000/
       part-00003-1f0c.safetensors   the intervals of one writer, keys `kind/start/name`
       state-1f0c.json               step, tokens, digests, the parameters' shapes, format version
       manifest.json                 written last: every part with its intervals, size and checksum
 
-A reader believes only a manifest whose parts are all there with the right sizes and checksums, and walks
-back to the checkpoint before. It then reads the ranges it needs, whoever wrote them, at any world size.
-Nothing here knows torch. What the small files say is `forge.checkpoint.manifest`'s.
+A reader reads the ranges it needs, whichever rank wrote them, at any world size. Which checkpoints are whole is
+decided in `forge.checkpoint.verify`, the format of the small files in `forge.checkpoint.manifest`. No torch.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from forge.checkpoint.intervals import Interval, IntervalIndex
@@ -129,35 +128,18 @@ def list_checkpoints(storage: Storage) -> list[str]:
         raise CheckpointError(f"{storage.url} cannot be listed: {error}") from error
 
 
-def find_checkpoint(storage: Storage, *, on_skip: Callable[[str, str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies, walking back past broken ones; None if there is none.
-
-    Args:
-        on_skip: is told the name of each that does not, and why.
-    """
-    for name in list_checkpoints(storage):
-        problem = verify_checkpoint(storage, name)
-        try:
-            if problem is None:
-                return open_checkpoint(storage, name)
-        except CheckpointError as error:  # removed in between, by a run that keeps only the newest
-            problem = str(error)
-        on_skip(name, problem)
-    return None
-
-
 def open_checkpoint(storage: Storage, name: str) -> Checkpoint:
     """Read a checkpoint's manifest and state. Raises: CheckpointError saying what is wrong with them."""
     url = f"{storage.url}/{name}"
     try:
-        return _read_checkpoint(storage, name)
+        return read_checkpoint(storage, name)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{url}: {_file_of(error)} is missing") from error
+        raise CheckpointError(f"{url}: {file_of(error)} is missing") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{url}: {error}") from error
 
 
-def _read_checkpoint(storage: Storage, name: str) -> Checkpoint:
+def read_checkpoint(storage: Storage, name: str) -> Checkpoint:
     """Raises: FileNotFoundError, OSError; ValueError saying why it is not to be believed."""
     manifest = read_manifest(storage, name)
     text = storage.read(f"{name}/{manifest.state_name}")
@@ -189,42 +171,12 @@ def _require_whole(manifest: Manifest, shape: ModelShape) -> None:
             raise ValueError(f"its parts do not hold every element of {name} ({kind}) exactly once")
 
 
-def verify_checkpoint(
-    storage: Storage, name: str, *, with_checksums: bool = True, share: tuple[int, int] = (0, 1)
-) -> str | None:
-    """What is wrong with a checkpoint, or None: the manifest, then every size, then the checksums.
-
-    Args:
-        with_checksums: read every byte; without, sizes alone are compared.
-        share: (r, W): of the checksums only every W-th from the r-th on, so that W ranks divide the reading.
-    """
-    try:
-        manifest = read_manifest(storage, name)
-        sizes = storage.files(name)
-        expected = [(manifest.state_name, manifest.state_size_bytes, manifest.state_crc32)]
-        expected += [(part.name, part.size_bytes, part.crc32) for part in manifest.parts]
-        for file, size, _ in expected:
-            if file not in sizes:
-                return f"{file} is missing"
-            if sizes[file] != size:
-                return f"{file} has {sizes[file]} bytes, its manifest says {size}"
-        for file, _, crc in expected[share[0] :: share[1]] if with_checksums else ():
-            if storage.crc32(f"{name}/{file}") != crc:
-                return f"{file} does not match its checksum"
-        _read_checkpoint(storage, name)
-    except FileNotFoundError as error:
-        return f"{_file_of(error)} is missing"
-    except (OSError, EOFError, ValueError) as error:
-        return str(error)
-    return None
-
-
 def read_manifest(storage: Storage, name: str) -> Manifest:
     """Raises: FileNotFoundError, OSError; ValueError saying why it is not to be believed."""
     return manifest_from_bytes(storage.read(f"{name}/{MANIFEST}"))
 
 
-def _file_of(error: FileNotFoundError) -> str:
+def file_of(error: FileNotFoundError) -> str:
     """The file's own name: what a person looks for."""
     name = str(error.filename or error.args[-1] if error.args else error)
     return name.rstrip("/").rpartition("/")[2]

@@ -38,9 +38,10 @@ from forge.checkpoint.manifest import (
     state_name,
     step_name,
 )
-from forge.checkpoint.reader import list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.snapshot_buffer import Snapshot, SnapshotBuffer, open_snapshot_buffer
 from forge.checkpoint.storage import Storage, open_storage
+from forge.checkpoint.verify import verify_checkpoint
 from forge.errors import CheckpointError
 
 MEMBERSHIP_DIGITS = 8

@@ -58,7 +58,7 @@ class DataSpec(Section):
     is split, what remains is padding. `none`: one example per sequence, padded."""
 
     tokenizer: TokenizerSpec = TokenizerSpec()
-    """The tokenizer."""
+    """The tokenizer; that of `model.from_pretrained` where this is set and the key is left out."""
 
     seq_len: Count = Field(1024, ge=2)
     """Predicted tokens per sequence, padding included."""

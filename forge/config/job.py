@@ -6,7 +6,7 @@ import re
 
 from pydantic import Field, field_validator, model_validator
 
-from forge.config.data import DataSpec
+from forge.config.data import DataSpec, TokenizerSpec
 from forge.config.model import ModelSpec
 from forge.config.resources import CheckpointSpec, ResourcesSpec, TrackingSpec
 from forge.config.search import SearchSpec
@@ -62,6 +62,15 @@ class JobSpec(Section):
             if self.code is None:
                 problem = f"{reference} names a class of your own; add the folder it is in, such as 'code: ./src'"
                 raise FieldError(key, problem)
+        return self
+
+    @model_validator(mode="after")
+    def _tokenizer_of_the_model(self) -> JobSpec:
+        """Take the tokenizer of the pretrained model unless another is given; its embeddings are of those ids."""
+        if self.model.from_pretrained is not None and "tokenizer" not in self.data.model_fields_set:
+            tokenizer = TokenizerSpec(from_pretrained=self.model.from_pretrained)
+            # The section is frozen; this is still its construction.
+            self.__dict__["data"] = self.data.model_copy(update={"tokenizer": tokenizer})
         return self
 
     @property

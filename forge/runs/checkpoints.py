@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge.checkpoint.manifest import step_name
-from forge.checkpoint.reader import list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import Storage, open_storage
+from forge.checkpoint.verify import verify_checkpoint
 from forge.errors import ArgumentError, CheckpointError
 from forge.plan.plan import plan_from_json
 from forge.runs.reader import RunSummary, find_run

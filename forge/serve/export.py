@@ -23,8 +23,9 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from forge.checkpoint.intervals import ITEM_BYTES, safetensors_header
 from forge.checkpoint.manifest import step_name
-from forge.checkpoint.reader import Checkpoint, find_checkpoint, open_checkpoint, verify_checkpoint
+from forge.checkpoint.reader import Checkpoint, open_checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import find_checkpoint, verify_checkpoint
 from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.model.families.causal_lm import config_from_record
 from forge.serve.weights import CheckpointWeights

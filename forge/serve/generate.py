@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
-from forge.checkpoint.reader import Checkpoint, find_checkpoint
+from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import find_checkpoint
 from forge.code_archive import restore_code
 from forge.errors import CheckpointError, ForgeError
 from forge.model.families.base import BuildOptions, DataShape

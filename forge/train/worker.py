@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from forge.checkpoint.intervals import Interval
 from forge.checkpoint.manifest import BaseWeights, Progress, base_difference
-from forge.checkpoint.reader import list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import verify_checkpoint
 from forge.data.loader import HeldOutBatches, TrainBatches
 from forge.data.order import SampleOrder
 from forge.data.prepare import open_rows

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from forge.checkpoint.fork import adopt_checkpoint
-from forge.checkpoint.reader import list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import Storage, open_storage
+from forge.checkpoint.verify import verify_checkpoint
 from forge.errors import CheckpointError
 from tests.support.checkpoints import model_shape, progress, write
 

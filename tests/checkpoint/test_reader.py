@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 
 from forge.checkpoint.intervals import Interval, Range
 from forge.checkpoint.manifest import state_bytes
-from forge.checkpoint.reader import find_checkpoint, list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import find_checkpoint, verify_checkpoint
 from forge.errors import CheckpointError
 from tests.support.checkpoints import layout_of, model_shape, progress, values, write
 

@@ -17,8 +17,9 @@ import pytest
 
 from forge.checkpoint import storage_fs as folder_module
 from forge.checkpoint import storage_object as bucket_module
-from forge.checkpoint.reader import find_checkpoint, list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import Storage, open_storage
+from forge.checkpoint.verify import find_checkpoint, verify_checkpoint
 from forge.errors import CheckpointError
 from tests.support.bucket import Bucket, serve_bucket
 from tests.support.checkpoints import layout_of, model_shape, progress, state_bytes, values, write

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
-from forge.checkpoint.reader import verify_checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import verify_checkpoint
 from forge.elastic.agent import Agent
 from forge.elastic.agent_config import AgentConfig
 from forge.elastic.replicas.store import locations_from_record

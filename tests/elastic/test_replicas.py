@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from forge.checkpoint.intervals import ITEM_BYTES, Interval, Layout, pack
 from forge.checkpoint.manifest import shape_record
-from forge.checkpoint.reader import find_checkpoint
 from forge.checkpoint.snapshot_buffer import SnapshotBuffer, create_snapshot_buffer
 from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import find_checkpoint
 from forge.elastic.replicas.flush import flush_shard
 from forge.elastic.replicas.replicate import Replicator
 from forge.elastic.replicas.restore import PeerStateSource, ShardLocation

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from forge.checkpoint.reader import find_checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import find_checkpoint
 from forge.runs.reader import read_metrics, read_run
 from tests.support.command import wait_for
 from tests.support.elastic import Machines, Run, leftovers, machines, start_run, stop_run, write_job

@@ -37,9 +37,10 @@ from forge.checkpoint import storage_fs as folder_module
 from forge.checkpoint import writer_process as saver_module
 from forge.checkpoint.intervals import ITEM_BYTES, KINDS, Interval, Layout, pack
 from forge.checkpoint.manifest import ModelShape, Parameter, Progress, state_bytes
-from forge.checkpoint.reader import find_checkpoint, list_checkpoints, verify_checkpoint
+from forge.checkpoint.reader import list_checkpoints
 from forge.checkpoint.snapshot_buffer import NUM_SLOTS, create_snapshot_buffer
 from forge.checkpoint.storage_fs import FolderStorage
+from forge.checkpoint.verify import find_checkpoint, verify_checkpoint
 from forge.checkpoint.writer_process import WriteCommand
 from forge.errors import CheckpointError
 

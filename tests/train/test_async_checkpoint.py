@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from forge.checkpoint.manifest import Progress
-from forge.checkpoint.reader import find_checkpoint, list_checkpoints, open_checkpoint, verify_checkpoint
+from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import find_checkpoint, verify_checkpoint
 from forge.train.async_checkpoint import AsyncCheckpointer, SaveFailed
 from forge.train.engine import join_process_group
 from tests.support.command import wait_for

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from forge.checkpoint.manifest import BaseWeights, base_difference
-from forge.checkpoint.reader import find_checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import find_checkpoint
 from forge.errors import CheckpointError
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from forge.checkpoint.manifest import Progress, step_name
-from forge.checkpoint.reader import open_checkpoint, verify_checkpoint
+from forge.checkpoint.reader import open_checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import verify_checkpoint
 from forge.serve.weights import CheckpointWeights
 from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten
 from forge.train.engine import join_process_group

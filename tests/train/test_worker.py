@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from forge.checkpoint.reader import list_checkpoints, verify_checkpoint
+from forge.checkpoint.reader import list_checkpoints
 from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import verify_checkpoint
 from forge.errors import CheckpointError, RunError
 from forge.events import CheckpointSaved, CheckpointSkipped, Evaluated
 from forge.plan.inputs import CorpusInfo

@@ -1,0 +1,66 @@
+"""Which checkpoints are whole: manifest, sizes, checksums, and every element exactly once.
+
+A checkpoint that does not verify is skipped, and the one before it is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from forge.checkpoint.reader import (
+    Checkpoint,
+    file_of,
+    list_checkpoints,
+    open_checkpoint,
+    read_checkpoint,
+    read_manifest,
+)
+from forge.checkpoint.storage import Storage
+from forge.errors import CheckpointError
+
+
+def verify_checkpoint(
+    storage: Storage, name: str, *, with_checksums: bool = True, share: tuple[int, int] = (0, 1)
+) -> str | None:
+    """What is wrong with a checkpoint, or None: the manifest, then every size, then the checksums.
+
+    Args:
+        with_checksums: read every byte; without, sizes alone are compared.
+        share: (r, W): of the checksums only every W-th from the r-th on, so that W ranks divide the reading.
+    """
+    try:
+        manifest = read_manifest(storage, name)
+        sizes = storage.files(name)
+        expected = [(manifest.state_name, manifest.state_size_bytes, manifest.state_crc32)]
+        expected += [(part.name, part.size_bytes, part.crc32) for part in manifest.parts]
+        for file, size, _ in expected:
+            if file not in sizes:
+                return f"{file} is missing"
+            if sizes[file] != size:
+                return f"{file} has {sizes[file]} bytes, its manifest says {size}"
+        for file, _, crc in expected[share[0] :: share[1]] if with_checksums else ():
+            if storage.crc32(f"{name}/{file}") != crc:
+                return f"{file} does not match its checksum"
+        read_checkpoint(storage, name)
+    except FileNotFoundError as error:
+        return f"{file_of(error)} is missing"
+    except (OSError, EOFError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def find_checkpoint(storage: Storage, *, on_skip: Callable[[str, str], None]) -> Checkpoint | None:
+    """The newest checkpoint that verifies, walking back past broken ones; None if there is none.
+
+    Args:
+        on_skip: is told the name of each that does not, and why.
+    """
+    for name in list_checkpoints(storage):
+        problem = verify_checkpoint(storage, name)
+        try:
+            if problem is None:
+                return open_checkpoint(storage, name)
+        except CheckpointError as error:  # removed in between, by a run that keeps only the newest
+            problem = str(error)
+        on_skip(name, problem)
+    return None
