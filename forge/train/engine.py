@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -31,7 +32,7 @@ from forge.checkpoint.manifest import BaseWeights
 from forge.config.model import ModelSpec
 from forge.config.training import TrainingSpec
 from forge.data.loader import MicroBatch
-from forge.errors import RunError
+from forge.errors import ModelError, RunError
 from forge.model.dropout import SampleDropout, model_has_dropout
 from forge.model.families.base import BuildOptions, DataShape, Sharding
 from forge.model.families.registry import family_of
@@ -336,6 +337,8 @@ def build_engine(
         ),
     )
     if training.activation_checkpointing:
+        if not hasattr(model, "gradient_checkpointing_enable"):
+            raise ModelError("has no gradient_checkpointing_enable() for activation_checkpointing", key="class")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     objective = build_objective(training.objective)
     module = ObjectiveModule(model, objective=objective)
@@ -349,6 +352,11 @@ def build_engine(
     if model_spec.from_pretrained is None:
         return Engine(engine, training=training, dropout=dropout)
     weights = family.open_pretrained(model_spec, data)
+    if weights.unused and dist.get_rank() == 0:
+        names = ", ".join(weights.unused)
+        sys.stderr.write(
+            f"{model_spec.from_pretrained}: tensors that the model does not have are not used: {names}\n"
+        )
     has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
     built = Engine(
         engine, training=training, dropout=dropout, base=digest_base(weights.files) if has_frozen else None

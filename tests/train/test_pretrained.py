@@ -92,7 +92,7 @@ def peaks_of(rank: int, plan_json: str, folder: str, world_size: int) -> dict[st
         peaks[what] = _status("VmHWM") - before
         return answer
 
-    engine_module.family_of = lambda spec: SimpleNamespace(build=build)  # type: ignore[assignment, return-value]
+    engine_module.family_of = lambda spec: SimpleNamespace(build=build, open_pretrained=family.open_pretrained)  # type: ignore[assignment, return-value]
     engine = engine_module.build_engine(
         spec, plan.job.training, deepspeed_config=plan.for_world_size(world_size).deepspeed,
         vocab_size=LARGE_VOCAB, seq_len=16, eot_id=0, device=torch.device("cpu"), has_linear_head=True,

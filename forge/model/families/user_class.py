@@ -12,7 +12,8 @@ The class is an `nn.Module` and follows this interface:
 - `forward(input_ids: int64[B, T])` returns logits `float[B, T, vocab_size]`; the logits at t may depend on the
   tokens up to t only.
 - Optional attributes, for the plan's table: `num_layers`, `hidden_size`.
-- Optional method `gradient_checkpointing_enable()`, needed for `training.activation_checkpointing`.
+- Optional method `gradient_checkpointing_enable(gradient_checkpointing_kwargs)`, as in transformers, needed for
+  `training.activation_checkpointing`.
 
 FLOPs and activations are measured: one forward pass on the meta device, whose matrix products and saved tensors
 are counted. So the class must not read values of tensors to decide what it computes. The model is built whole in
