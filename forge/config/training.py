@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from forge.config.registry import ObjectiveName
 from forge.config.section import Count, FieldError, Fraction, Interval, Number, Section, WholeOrAuto
 from forge.units import Every
 
@@ -81,7 +82,7 @@ class EmaSpec(Section):
 class TrainingSpec(Section):
     """The optimisation; its result does not depend on the machines it runs on."""
 
-    objective: Literal["causal-lm"] = "causal-lm"
+    objective: ObjectiveName = "causal-lm"
     """What is minimised. `causal-lm`: the mean cross entropy of the next token."""
 
     total_steps: Count | None = Field(None, ge=1)

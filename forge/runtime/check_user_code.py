@@ -28,8 +28,12 @@ def main() -> None:
     sys.stdout.write(f"\n{json.dumps(problems)}\n")
 
 
-def _base(kind: str) -> type | None:
+def _base(kind: str) -> type:
     """What the class of each extension point must have or be."""
+    if kind == "objective":
+        from forge.objective.base import Objective
+
+        return Objective
     if kind == "format":
         from forge.data.formats.base import ExampleFormat
 
@@ -38,7 +42,7 @@ def _base(kind: str) -> type | None:
         from torch import nn
 
         return nn.Module
-    return None
+    raise AssertionError(f"no extension point is called {kind}")
 
 
 if __name__ == "__main__":

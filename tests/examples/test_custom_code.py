@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -20,6 +19,7 @@ from forge.code_archive import ARCHIVE, pack_code, unpack_code
 from forge.config.load import load_job
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.registry import family_of
+from forge.objective.registry import build_objective
 from forge.plan.plan import plan_from_json
 from forge.runs.reader import read_metrics, read_run
 from forge.user_code import use_code
@@ -29,9 +29,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n\n\n" * 300
 DATA = DataShape(vocab_size=50, seq_len=8, eot_id=0)
 NUM_STEPS = 12
-needs_objectives = pytest.mark.skipif(
-    importlib.util.find_spec("forge.objective.registry") is None, reason="objectives have no registry here"
-)
 
 
 @pytest.fixture
@@ -74,10 +71,7 @@ def test_tiny_mixer__later_token_changes__earlier_logits_stay(home: Path) -> Non
     assert not torch.equal(before[:, 5], after[:, 5])
 
 
-@needs_objectives
 def test_smoothed_lm__padding_and_two_halves__agree_with_torch_and_add_up(home: Path) -> None:
-    from forge.objective.registry import build_objective
-
     use_code(packed(home, "custom-objective"))
     objective = build_objective("my_losses:SmoothedLm")
     table = torch.nn.Parameter(torch.randn(50, 50, generator=torch.Generator().manual_seed(0)))
@@ -127,7 +121,6 @@ def test_custom_model__trained_by_two_workers__learns_and_writes_text(home: Path
     assert not (home / "cache" / "code").exists()
 
 
-@needs_objectives
 def test_custom_objective__trained_by_two_workers__learns_and_reports_its_metric(home: Path) -> None:
     folder = train(home, "custom-objective")
     records = read_metrics(folder)

@@ -20,7 +20,7 @@ from forge.runs.create import fill_run_folder, reopen_run
 from forge.runtime.resolve_code import resolve_code, with_run_code
 from tests.support.jobs import UNPREPARED, tiny_job, tiny_plan
 
-RANKING = "class Ranking:\n    def loss(self): ...\n"
+RANKING = "class Ranking:\n    def batch(self): ...\n    def loss(self): ...\n    def metrics(self): ...\n"
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_resolve_code__job_without_code__is_none() -> None:
 def test_resolve_code__class_that_imports_torch__is_packed_and_not_imported_here(home: Path) -> None:
     loaded = job_with_code(home, {"my_losses.py": "import torch\n" + RANKING}, objective="my_losses:Ranking")
     code = resolve_code(loaded)
-    assert code == CodeInfo(digest=pack_code(home / "src").digest, num_files=1, size_bytes=52)
+    assert code == CodeInfo(digest=pack_code(home / "src").digest, num_files=1, size_bytes=104)
     assert has_code(code.digest)
     assert "my_losses" not in sys.modules
 
