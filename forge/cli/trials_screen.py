@@ -112,7 +112,7 @@ class TuneScreen(LiveScreen):
         left_s = seconds_left(table, num_trials=planned.num_trials, at_once=planned.trials_at_once)
         left = "" if left_s is None else f", about {format_duration(left_s)} left"
         lines = [f"{num_over}/{planned.num_trials} trials  {format_duration(self._clock() - self._began)}{left}"]
-        best = table.best(self._search.mode)
+        best = table.best(self._search.direction)
         if best is not None:
             value = f"{self._search.metric} {format_value(best.value)}"
             lines.append(f"best: trial {best.number}, {value}  {values_in_short(best.values)}")
@@ -123,7 +123,7 @@ class TuneScreen(LiveScreen):
 
     def _table(self, width: int, *, room: int) -> list[Text]:
         """The table in at most `room` lines, including its header and the line that counts hidden trials."""
-        table, mode = self._trials.table, self._search.mode
+        table, mode = self._trials.table, self._search.direction
         if not table.trials or room < 2:
             return []
         is_whole = len(table.trials) <= room - 1
@@ -159,7 +159,7 @@ def show_trials(summary: SearchSummary) -> None:
     if not summary.table.trials:
         return
     now = time.time() if summary.run.status == "running" else None
-    shown = select_trials(summary.table, mode=summary.search.mode, room=_MAX_TRIALS)
+    shown = select_trials(summary.table, mode=summary.search.direction, room=_MAX_TRIALS)
     rows = trial_rows(shown, now=now, total_steps=summary.run.plan.total_steps, best=summary.best)
     display.heading("trials", "running ones, the best (*), then the newest")
     display.table(columns(summary.search.metric), rows)

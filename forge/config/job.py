@@ -7,6 +7,7 @@ import re
 from pydantic import Field, field_validator, model_validator
 
 from forge.config.data import DataSpec, TokenizerSpec
+from forge.config.metrics import check_metrics
 from forge.config.model import ModelSpec
 from forge.config.resources import CheckpointSpec, ResourcesSpec, TrackingSpec
 from forge.config.search import SearchSpec
@@ -71,6 +72,11 @@ class JobSpec(Section):
             tokenizer = TokenizerSpec(from_pretrained=self.model.from_pretrained)
             # The section is frozen; this is still its construction.
             self.__dict__["data"] = self.data.model_copy(update={"tokenizer": tokenizer})
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_are_reported(self) -> JobSpec:
+        self.__dict__["search"] = check_metrics(self.training, self.search, of_user={})
         return self
 
     @property

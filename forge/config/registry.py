@@ -7,7 +7,7 @@ reference of the job file) reads this table; the classes are imported where they
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, WithJsonSchema
 
@@ -19,6 +19,12 @@ FORMATS = {"text": "forge.data.formats.text:TextFormat"}
 
 OBJECTIVES = {"causal-lm": "forge.objective.causal_lm:CausalLm"}
 """`training.objective`: what is minimised."""
+
+Direction = Literal["min", "max"]
+"""Whether smaller or larger values of a metric are better."""
+
+OBJECTIVE_METRICS: Mapping[str, Mapping[str, Direction]] = {"causal-lm": {"perplexity": "min"}}
+"""What each built-in objective reports besides the loss; of a class of the user's own, its `metric_directions`."""
 
 
 def _check(value: str, *, known: Mapping[str, str]) -> str:

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
+from forge.config.registry import Direction
 from forge.config.section import Count, FieldError, Fraction, Number, Section, WholeOrAuto
-
-METRICS = (
-    "eval/loss",
-    "eval/perplexity",
-    "train/loss",
-    "speed/tokens_per_s",
-    "speed/mfu",
-    "speed/step_s",
-    "memory/peak_gib",
-)
-"""Metrics that trials can be compared by: keys of `metrics.jsonl`."""
 
 _KINDS = ("choice", "grid", "uniform", "loguniform", "int", "of")
 _PBT_SECTIONS = ("training.optimizer.", "training.schedule.", "training.ema.")
@@ -188,10 +178,14 @@ class SearchSpec(Section):
     """The searched keys with their values, by dotted key: `training.optimizer.lr: {loguniform: [1e-4, 1e-2]}`."""
 
     metric: str = "eval/loss"
-    """The metric that trials are compared by, a key of `metrics.jsonl`; it is reported at every evaluation."""
+    """The metric that trials are compared by, a key of `metrics.jsonl`; it is reported at every evaluation.
+    `eval/NAME` and `train/NAME` for every metric that the objective reports, or one of forge's own: `eval/loss`,
+    `train/loss`, `speed/tokens_per_s`, `speed/mfu`, `speed/step_s`, `memory/peak_gib`."""
 
-    mode: Literal["min", "max"] = "min"
-    """`min`: smaller values of the metric are better; `max`: larger ones."""
+    mode: Direction | None = None
+    """`min`: smaller values of the metric are better; `max`: larger ones. By default the metric's own direction:
+    that of the objective's `metric_directions`; `min` for losses, times and memory, `max` for `speed/tokens_per_s`
+    and `speed/mfu`."""
 
     max_trials: Count | None = Field(None, ge=1)
     """Number of trials; the size of the population with `pbt` and `pb2`. By default 16, or the whole grid."""
@@ -215,12 +209,11 @@ class SearchSpec(Section):
     """Values, by dotted key, that replace those of the job in every trial, to make trials cheaper: a smaller model,
     fewer steps. `best.yaml` is the job without them, with the values found, and says so."""
 
-    @field_validator("metric")
-    @classmethod
-    def _is_known(cls, value: str) -> str:
-        if value not in METRICS:
-            raise ValueError(f"is not a metric; trials report {', '.join(METRICS)}")
-        return value
+    @property
+    def direction(self) -> Direction:
+        """The mode, which is set in every plan."""
+        assert self.mode is not None, f"the direction of {self.metric} is known only from a plan"
+        return self.mode
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchSpec:

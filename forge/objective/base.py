@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from forge.config.registry import Direction
 from forge.errors import RunError
 
-Direction = Literal["min", "max"]
 Arrays = Mapping[str, NDArray[Any]]
 """Arrays by name, all with the same first two dimensions: rows and positions."""
 

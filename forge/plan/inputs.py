@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from forge.config.registry import Direction
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusInfo:
@@ -82,6 +84,8 @@ class CodeInfo:
     digest: str
     num_files: int
     size_bytes: int
+    metric_directions: Mapping[str, Mapping[str, Direction]] = field(default_factory=dict)
+    """Of each objective in it that the job names: what it reports besides the loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

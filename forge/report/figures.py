@@ -73,7 +73,7 @@ def build_figures(search: SearchSpec, table: TrialTable, shares: Mapping[str, fl
         yield _figure(
             "Learning curves",
             f"{search.metric} at every evaluation of every trial; the best trial is the thick line.",
-            _learning_curves(study, best=table.best(search.mode)) if reported else None,
+            _learning_curves(study, best=table.best(search.direction)) if reported else None,
             otherwise=none_yet,
             shown_on_y=reported,
             y_title=metric,
@@ -95,7 +95,7 @@ def build_figures(search: SearchSpec, table: TrialTable, shares: Mapping[str, fl
 def build_study(search: SearchSpec, table: TrialTable) -> optuna.Study:
     """Build an Optuna study whose trial numbers, values and intermediate values are those of the search."""
     names, axes = labels(search), distributions(search)
-    study = optuna.create_study(direction="minimize" if search.mode == "min" else "maximize")
+    study = optuna.create_study(direction="minimize" if search.direction == "min" else "maximize")
     missing = optuna.trial.create_trial(state=TrialState.FAIL)  # draws nothing; Optuna counts from 0, forge from 1
     for number in range(max(table.trials, default=-1) + 1):
         trial = table.trials.get(number)

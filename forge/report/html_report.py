@@ -99,7 +99,7 @@ def _render(summary: SearchSummary) -> str:
 
 def _headline(summary: SearchSummary) -> str:
     search = summary.search
-    words = [f"{search.metric}, {'less' if search.mode == 'min' else 'more'} is better"]
+    words = [f"{search.metric}, {'less' if search.direction == 'min' else 'more'} is better"]
     words.append(f"searcher {search.searcher.kind}")
     words += [f"scheduler {search.scheduler.kind}"] if search.scheduler.kind != "none" else []
     words += ["trials of a proxy job"] if search.proxy else []

@@ -24,13 +24,13 @@ def search_record(run: RunSummary) -> dict[str, Any]:
     Raises: JobFileError if the run is not a search.
     """
     search, table = search_of(run.plan.job), TrialTable(run.events)
-    best = table.best(search.mode)
+    best = table.best(search.direction)
     return {
         "search_id": run.run_id,
         "folder": str(run.folder),
         "status": run.status,
         "metric": search.metric,
-        "mode": search.mode,
+        "mode": search.direction,
         "num_trials": run.plan.search.num_trials if run.plan.search else len(table.trials),
         "counts": table.counts(),
         "best": best and _result(best, search_id=run.run_id),

@@ -41,7 +41,7 @@ class SearchSummary:
 def search_summary(run: RunSummary) -> SearchSummary:
     """Summarise a search from its events. Raises: JobFileError if the run is not a search."""
     table = TrialTable(run.events)
-    return SearchSummary(run=run, table=table, best=table.best(search_of(run.plan.job).mode))
+    return SearchSummary(run=run, table=table, best=table.best(search_of(run.plan.job).direction))
 
 
 def no_result_error(summary: SearchSummary) -> RunError | None:

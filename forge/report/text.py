@@ -89,7 +89,7 @@ def search_facts(plan: DraftPlan) -> list[tuple[str, str]]:
          f"(room for {workers(plan.search.num_slots)})"),
         ("searcher", _searcher(search.searcher)),
         ("scheduler", _scheduler(search.scheduler)),
-        ("metric", f"{search.metric}, {'less' if search.mode == 'min' else 'more'} is better"),
+        ("metric", f"{search.metric}, {'less' if search.direction == 'min' else 'more'} is better"),
     ]  # fmt: skip
     limits = [f"{search.max_hours:g} hours"] if search.max_hours is not None else []
     limits += [f"{search.max_usd:g} USD"] if search.max_usd is not None else []

@@ -3,15 +3,18 @@
     python -P -m forge.runtime.check_user_code < request.json > answer.json
 
 The request holds the digest of the unpacked code and, for each `module:Class`, what it is used as: `objective`,
-`format` or `model`. The answer, on the last line, holds what is wrong with each class that is wrong. It runs in a
-process of its own: user code may import torch, print, or end the process.
+`format` or `model`. The answer, on the last line, holds `problems`, what is wrong with each class that is wrong,
+and the `metric_directions` of each objective. It runs in a process of its own: user code may import torch, print,
+or end the process.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 
+from forge.config.registry import Direction
 from forge.errors import UserCodeError
 from forge.user_code import load_class, use_code
 
@@ -19,13 +22,22 @@ from forge.user_code import load_class, use_code
 def main() -> None:
     request = json.load(sys.stdin)
     problems: dict[str, str] = {}
+    directions: dict[str, Mapping[str, Direction]] = {}
     use_code(request["digest"])
     for reference, kind in request["kinds"].items():
         try:
-            load_class(reference, base=_base(kind))
+            found = load_class(reference, base=_base(kind))
+            if kind == "objective":
+                directions[reference] = _directions(reference, found)
         except UserCodeError as error:
             problems[reference] = str(error)
-    sys.stdout.write(f"\n{json.dumps(problems)}\n")
+    sys.stdout.write(f"\n{json.dumps({'problems': problems, 'metric_directions': directions})}\n")
+
+
+def _directions(reference: str, found: type) -> Mapping[str, Direction]:
+    from forge.objective.registry import require_directions
+
+    return require_directions(reference, found)
 
 
 def _base(kind: str) -> type:

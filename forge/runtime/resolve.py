@@ -13,11 +13,13 @@ from typing import TypeVar
 from forge.config.data import TokenizerSpec
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
+from forge.config.metrics import check_metrics
 from forge.config.overrides import check_space, trial_job, usual_values
+from forge.config.section import FieldError
 from forge.data.prepare import PrepareProgress, prepare
 from forge.data.tokenizer import load_tokenizer
 from forge.fs import default_cache_dir
-from forge.plan.inputs import HardwareInfo
+from forge.plan.inputs import CodeInfo, HardwareInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan
 from forge.plan.search import plan_search
 from forge.runtime.probe import count_local_slots, hardware, inspect_model
@@ -46,6 +48,7 @@ def resolve(
     Raises: JobFileError, DataError, PlanError.
     """
     code = resolve_code(loaded)
+    loaded = with_directions(loaded, code)
     trained = _trained(loaded)
     corpus = prepare(
         trained.job.data,
@@ -69,10 +72,25 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     if trained.job.training.epochs is not None:
         return resolve(loaded, on_progress=on_progress)
     code = resolve_code(loaded)
+    loaded = with_directions(loaded, code)
+    trained = _trained(loaded)
     vocab_size, eot_id = _announced_vocabulary(trained.job.data.tokenizer)
     model = inspect_model(trained, vocab_size=vocab_size, eot_id=eot_id, code=code)
     draft = make_draft(trained.job, model=model, hardware=hardware(trained.job))
     return _with_search(replace(draft, code=code), loaded, count_slots=count_local_slots)
+
+
+def with_directions(loaded: LoadedJob, code: CodeInfo | None) -> LoadedJob:
+    """Return the job with the direction of its search's metric, which an objective of the user's own may report.
+
+    Raises: JobFileError for a metric that the objective does not report.
+    """
+    job = loaded.job
+    try:
+        search = check_metrics(job.training, job.search, of_user=code.metric_directions if code is not None else {})
+    except FieldError as error:
+        raise loaded.source.error(error.key, str(error), nearest=error.nearest) from error
+    return replace(loaded, job=job.model_copy(update={"search": search})) if job.search is not None else loaded
 
 
 def _trained(loaded: LoadedJob) -> LoadedJob:

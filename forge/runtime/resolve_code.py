@@ -10,12 +10,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from forge.code_archive import PackedCode, pack_code, read_run_code, unpack_code
 from forge.config.load import LoadedJob
+from forge.config.registry import Direction
 from forge.errors import UserCodeError
 from forge.plan.inputs import CodeInfo
 from forge.runs.reader import read_plan
@@ -44,11 +45,16 @@ def resolve_code(loaded: LoadedJob) -> CodeInfo | None:
             check_reference(code, reference)
         except UserCodeError as error:
             raise loaded.source.error(key, str(error)) from error
-    problems = _import_problems(digest, {reference: _kind(key) for key, reference in references.items()})
+    imported = _import({reference: _kind(key) for key, reference in references.items()}, digest=digest)
     for key, reference in references.items():
-        if reference in problems:
-            raise loaded.source.error(key, problems[reference])
-    return CodeInfo(digest=digest, num_files=len(code.files), size_bytes=code.size_bytes)
+        if reference in imported.problems:
+            raise loaded.source.error(key, imported.problems[reference])
+    return CodeInfo(
+        digest=digest,
+        num_files=len(code.files),
+        size_bytes=code.size_bytes,
+        metric_directions=imported.metric_directions,
+    )
 
 
 def with_run_code(loaded: LoadedJob, *, run_folder: Path) -> LoadedJob:
@@ -97,10 +103,20 @@ def _kind(key: str) -> str:
     return next(kind for name, kind in _KINDS.items() if name in key)
 
 
-def _import_problems(digest: str, kinds: dict[str, str]) -> dict[str, str]:
-    """Import the classes in a subprocess. Returns: reference → what is wrong with it, for those that are wrong."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Imported:
+    """What the import of some classes has shown."""
+
+    problems: Mapping[str, str]
+    """What is wrong with each class that is wrong, by reference."""
+    metric_directions: Mapping[str, Mapping[str, Direction]] = field(default_factory=dict)
+    """Of each objective."""
+
+
+def _import(kinds: dict[str, str], *, digest: str) -> _Imported:
+    """Import classes, given what each is used as, in a subprocess."""
     if not kinds:
-        return {}
+        return _Imported(problems={})
     command = [sys.executable, "-P", "-m", "forge.runtime.check_user_code"]
     request = json.dumps({"digest": digest, "kinds": kinds})
     try:
@@ -113,10 +129,10 @@ def _import_problems(digest: str, kinds: dict[str, str]) -> dict[str, str]:
             check=False,
             timeout=_IMPORT_TIMEOUT_S,
         )
-        problems: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+        return _Imported(**json.loads(done.stdout.splitlines()[-1]))
     except subprocess.TimeoutExpired:
-        return dict.fromkeys(kinds, f"its import takes longer than {_IMPORT_TIMEOUT_S:.0f} s")
-    except (ValueError, IndexError):
+        problem = f"its import takes longer than {_IMPORT_TIMEOUT_S:.0f} s"
+    except (ValueError, IndexError, TypeError):
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return dict.fromkeys(kinds, f"its import ended the process: {lines[-1]}")
-    return problems
+        problem = f"its import ended the process: {lines[-1]}"
+    return _Imported(problems=dict.fromkeys(kinds, problem))

@@ -25,7 +25,7 @@ def best_job_yaml(plan: Plan, table: TrialTable, *, search_id: str) -> str | Non
     Raises: JobFileError if the plan is not of a search, or the values are valid for the proxy but not for the job.
     """
     search = search_of(plan.job)
-    best = table.best(search.mode)
+    best = table.best(search.direction)
     if best is None:
         return None
     comments = _comments(search, best, search_id=search_id, num_trials=len(table.trials))
@@ -44,7 +44,7 @@ def _terse(job: JobSpec) -> JobSpec:
 
 
 def _comments(search: SearchSpec, best: Trial, *, search_id: str, num_trials: int) -> Iterator[str]:
-    better = "less" if search.mode == "min" else "more"
+    better = "less" if search.direction == "min" else "more"
     yield f"Found by the search {search_id}: trial {best.number} of {num_trials}, with"
     yield f"{search.metric} {best.value!r} at step {best.step} ({better} is better)."
     yield ""

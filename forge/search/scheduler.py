@@ -239,7 +239,7 @@ def make_scheduler(search: SearchSpec, *, first_report: int, total_steps: int) -
         total_steps: of a trial.
     """
     spec = search.scheduler
-    judged = {"time_attr": _TIME, "metric": _VALUE, "mode": search.mode}
+    judged = {"time_attr": _TIME, "metric": _VALUE, "mode": search.direction}
     grace = min(spec.grace_steps or first_report, total_steps)
     if spec.kind == "asha":
         return AsyncHyperBandScheduler(

@@ -69,7 +69,7 @@ def _sampled(search: SearchSpec, number: int, *, known: list[Trial], running: li
     sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
     if known or running:
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
-    study = optuna.create_study(sampler=sampler, direction="minimize" if search.mode == "min" else "maximize")
+    study = optuna.create_study(sampler=sampler, direction="minimize" if search.direction == "min" else "maximize")
     space = distributions(search)
     for trial in known:
         study.add_trial(_finished_trial(trial, search, space))

@@ -221,7 +221,9 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         assert self._plan is not None
         metric = search_of(self._search.job).metric
         if metric not in record:
-            raise RunError(f"step {record['step']} has no {metric}: no text is held out to measure it on")
+            unmeasured = "no text is held out to measure it on"
+            reason = unmeasured if metric.startswith("eval/") else "it is only evaluated"
+            raise RunError(f"step {record['step']} has no {metric}: {reason}")
         if record[metric] is None and not metric.startswith("speed/"):
             raise DivergedError(f"step {record['step']}: {metric} is not a finite number")
         if record[metric] is None:

@@ -63,6 +63,7 @@ def load(folder: Path, old: str = "", new: str = "", *, overrides: tuple[str, ..
         ("model.num_hidden_layers: 1", "training.total_steps: many", r":10: .*cannot be 'many'"),
         ("model.num_hidden_layers: 1", "training.optimizer.lr: 1", r":10: .*is also in search.space"),
         ("max_trials: 8", "metric: eval/accuracy", r":11: .*is not a metric; trials report eval/loss"),
+        ("max_trials: 8", "metric: eval/perplexty", r":11: .*did you mean 'eval/perplexity'"),
         ("max_trials: 8", "scheduler: {kind: asha2}", r":11: .*did you mean 'asha'"),
         ("max_trials: 8", "scheduler: {kind: pbt}", r":11: .*interval_steps: is missing: pbt requires it"),
         ("max_trials: 8", "max_trials: 0", r":11: .*must be at least 1"),
@@ -125,3 +126,18 @@ def test_own_values__outside_the_space__are_none(
     tmp_path: Path, old: str, new: str, expected: dict[str, float] | None
 ) -> None:
     assert own_values(load(tmp_path, old, new).job) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "mode"),
+    [
+        ("metric: eval/perplexity", "min"),
+        ("metric: speed/mfu", "max"),
+        ("metric: speed/tokens_per_s", "max"),
+        ("metric: speed/mfu, mode: min", "min"),
+    ],
+)
+def test_search__mode__is_the_direction_of_the_metric_unless_given(tmp_path: Path, keys: str, mode: str) -> None:
+    search = load(tmp_path, "max_trials: 8", keys.replace(", ", "\n  ")).job.search
+    assert search is not None
+    assert search.direction == mode

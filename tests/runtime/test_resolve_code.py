@@ -13,14 +13,22 @@ import yaml
 from forge.code_archive import ARCHIVE, code_folder, has_code, pack_code
 from forge.config.load import LoadedJob, load_job
 from forge.config.locations import SourceMap
+from forge.config.search import SearchSpec
 from forge.errors import ArgumentError, JobFileError
 from forge.plan.inputs import CodeInfo
 from forge.plan.plan import Plan, config_digest, plan_from_json, plan_to_json
 from forge.runs.create import fill_run_folder, reopen_run
+from forge.runtime.resolve import with_directions
 from forge.runtime.resolve_code import resolve_code, with_run_code
 from tests.support.jobs import UNPREPARED, tiny_job, tiny_plan
 
-RANKING = "class Ranking:\n    def batch(self): ...\n    def loss(self): ...\n    def metrics(self): ...\n"
+RANKING = """\
+class Ranking:
+    metric_directions = {"hits": "max"}
+    def batch(self): ...
+    def loss(self): ...
+    def metrics(self): ...
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +65,12 @@ def test_resolve_code__job_without_code__is_none() -> None:
 def test_resolve_code__class_that_imports_torch__is_packed_and_not_imported_here(home: Path) -> None:
     loaded = job_with_code(home, {"my_losses.py": "import torch\n" + RANKING}, objective="my_losses:Ranking")
     code = resolve_code(loaded)
-    assert code == CodeInfo(digest=pack_code(home / "src").digest, num_files=1, size_bytes=104)
+    assert code == CodeInfo(
+        digest=pack_code(home / "src").digest,
+        num_files=1,
+        size_bytes=104 + 40,
+        metric_directions={"my_losses:Ranking": {"hits": "max"}},
+    )
     assert has_code(code.digest)
     assert "my_losses" not in sys.modules
 
@@ -181,3 +194,44 @@ def test_resolve_code__class_in_a_search_space__blames_its_line(home: Path) -> N
         resolve_code(load_job(home / "job.yaml"))
     assert caught.value.key == "search.space.model.class.choice[1]"
     assert "my_models:Large" in (home / "job.yaml").read_text().splitlines()[(caught.value.line or 0) - 1]
+
+
+def searched(loaded: LoadedJob, search: Mapping[str, object]) -> LoadedJob:
+    space = {"space": {"training.optimizer.lr": {"choice": [1e-3, 1e-2]}}}
+    job = loaded.job.model_copy(update={"search": SearchSpec.model_validate(space | dict(search))})
+    return replace(loaded, job=job)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [({}, "max"), ({"mode": "min"}, "min")])
+def test_with_directions__metric_of_a_user_objective__has_its_direction(
+    home: Path, mode: Mapping[str, str], expected: str
+) -> None:
+    loaded = job_with_code(home, {"my_losses.py": RANKING}, objective="my_losses:Ranking")
+    loaded = searched(loaded, {"metric": "eval/hits", **mode})
+    job = with_directions(loaded, resolve_code(loaded)).job
+    assert job.search is not None
+    assert job.search.mode == expected
+
+
+def test_with_directions__metric_that_the_user_objective_lacks__names_the_nearest(home: Path) -> None:
+    loaded = job_with_code(home, {"my_losses.py": RANKING}, objective="my_losses:Ranking")
+    loaded = searched(loaded, {"metric": "eval/hitz"})
+    with pytest.raises(
+        JobFileError, match=r"trials report eval/loss, .*train/hits.*did you mean 'eval/hits'"
+    ) as caught:
+        with_directions(loaded, resolve_code(loaded))
+    assert caught.value.key == "search.metric"
+
+
+@pytest.mark.parametrize(
+    ("directions", "problem"),
+    [
+        ("{'hits': 'up'}", "metric_directions must map the name of each metric to 'min' or 'max'"),
+        ("{'tokens': 'max'}", "metric_directions must not name 'tokens', which every run reports"),
+    ],
+)
+def test_resolve_code__unusable_metric_directions__are_refused(home: Path, directions: str, problem: str) -> None:
+    text = RANKING.replace('{"hits": "max"}', directions)
+    loaded = job_with_code(home, {"my_losses.py": text}, objective="my_losses:Ranking")
+    with pytest.raises(JobFileError, match=problem):
+        resolve_code(loaded)

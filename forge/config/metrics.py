@@ -1,0 +1,89 @@
+"""Which metrics a job reports, and whether smaller or larger values of each are better.
+
+Those of every run and of the built-in objectives are known from tables. Those of an objective of the user's own
+are in its `metric_directions`, which are known only after its import: a job that names one is checked again when
+the plan is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from forge.config.registry import OBJECTIVE_METRICS, Direction
+from forge.config.search import SearchSpec
+from forge.config.section import FieldError
+from forge.config.training import TrainingSpec
+from forge.user_code import is_reference
+
+Directions = Mapping[str, Direction]
+
+RUN_METRICS: Directions = {
+    "eval/loss": "min",
+    "train/loss": "min",
+    "speed/tokens_per_s": "max",
+    "speed/mfu": "max",
+    "speed/step_s": "min",
+    "memory/peak_gib": "min",
+}
+"""What every run reports, by its key in `metrics.jsonl`."""
+
+
+def reported_metrics(declared: Directions) -> dict[str, Direction]:
+    """Return all metrics of a run whose objective declares these, by key in `metrics.jsonl`."""
+    own = {f"{kind}/{name}": direction for kind in ("eval", "train") for name, direction in declared.items()}
+    return {**RUN_METRICS, **own}
+
+
+def check_metrics(
+    training: TrainingSpec, search: SearchSpec | None, *, of_user: Mapping[str, Directions]
+) -> SearchSpec | None:
+    """Check the metrics that a job names.
+
+    Args:
+        of_user: `metric_directions` of objectives of the user's own, as far as known; a metric that only another
+            one may report is not checked.
+
+    Returns: the search with its mode: unless given, the direction of its metric.
+
+    Raises: FieldError for a metric that is not reported.
+    """
+    objectives = _objectives(training, search)
+    tables = [OBJECTIVE_METRICS.get(name, of_user.get(name)) for name in objectives]
+    known = _common([reported_metrics(table) for table in tables if table is not None])
+    is_complete = all(table is not None for table in tables)
+    if search is None:
+        return None
+    if is_complete and search.metric not in known:
+        nearest = difflib.get_close_matches(search.metric, known, n=1)
+        raise FieldError(
+            "search.metric",
+            f"is not a metric; trials report {', '.join(known)}",
+            nearest=nearest[0] if nearest else None,
+        )
+    is_known = search.metric in (known if is_complete else RUN_METRICS)
+    if search.mode is not None or not is_known:
+        return search
+    found = search.model_copy()
+    found.__dict__["mode"] = known[search.metric]  # without making it a key that the user has set
+    return found
+
+
+def _objectives(training: TrainingSpec, search: SearchSpec | None) -> list[str]:
+    """The objective of a run, or those that the trials of a search may have."""
+    key = "training.objective"
+    if search is None:
+        return [training.objective]
+    if key in search.space:
+        return [name for name in search.space[key].values or () if name in OBJECTIVE_METRICS or is_reference(name)]
+    return [search.proxy.get(key, training.objective)]
+
+
+def _common(tables: list[dict[str, Direction]]) -> dict[str, Direction]:
+    """The metrics that are in every table, with the same direction."""
+    first, *others = tables or [dict(RUN_METRICS)]
+    return {
+        name: direction
+        for name, direction in first.items()
+        if all(other.get(name) == direction for other in others)
+    }
