@@ -134,7 +134,7 @@ def unpack_code(code: PackedCode) -> Path:
     except OSError as error:
         raise UserCodeError(
             f"cannot write {error.filename or folder}: {error.strerror or error}; "
-            "choose another place with the environment variable FORGE_CACHE"
+            "choose another folder with the environment variable FORGE_CACHE"
         ) from error
     return folder
 
@@ -152,7 +152,7 @@ def has_code(digest: str) -> bool:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise UserCodeError(
             f"{folder} can be written by another user, who could have replaced the code in it; remove it, or "
-            "choose another place with the environment variable FORGE_CACHE"
+            "choose another folder with the environment variable FORGE_CACHE"
         )
     with suppress(UserCodeError):
         return pack_code(folder).digest == digest

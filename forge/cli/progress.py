@@ -60,10 +60,10 @@ class ClusterScreen:
 
 
 class PrepareScreen:
-    """Progress while a corpus is prepared: one updating line on a terminal, one line per stage on a pipe."""
+    """Progress while a corpus is prepared: one updating line on a terminal, one line per phase on a pipe."""
 
     def __init__(self) -> None:
-        self._stage = ""
+        self._phase = ""
         self._shown_at = 0.0
 
     def __enter__(self) -> PrepareScreen:
@@ -74,19 +74,19 @@ class PrepareScreen:
 
     def clear(self) -> None:
         """Remove the line, before something else is printed."""
-        if self._stage and display.ERR.is_terminal:
+        if self._phase and display.ERR.is_terminal:
             sys.stderr.write("\r\033[K")
-            self._stage = ""
+            self._phase = ""
 
     def show(self, progress: PrepareProgress) -> None:
-        """Show the current stage and how many documents are done."""
+        """Show the current phase and how many documents are done."""
         now = time.monotonic()
-        is_new = progress.stage != self._stage
+        is_new = progress.phase != self._phase
         if not is_new and now - self._shown_at < 1 / _REFRESH_PER_S:
             return
-        self._stage, self._shown_at = progress.stage, now
-        text = _PREPARE_STAGES[progress.stage]
-        if progress.stage == "tokens" and progress.num_documents:
+        self._phase, self._shown_at = progress.phase, now
+        text = _PREPARE_PHASES[progress.phase]
+        if progress.phase == "tokens" and progress.num_documents:
             done = f"{progress.num_documents:,} documents, {format_count(progress.num_tokens)} tokens"
             text = f"{text}: {done}"
         if display.ERR.is_terminal:
@@ -96,7 +96,7 @@ class PrepareScreen:
             display.message(text)
 
 
-_PREPARE_STAGES = {
+_PREPARE_PHASES = {
     "fingerprint": "reading the corpus",
     "waiting": "waiting for another process that is preparing the same corpus",
     "tokenizer": "training the tokenizer",

@@ -1,8 +1,8 @@
-"""Where prepared corpora lie: built once, believed only when whole.
+"""The cache of prepared corpora: each corpus is built once and verified before use.
 
-Building happens in a hidden folder beside the cache's own, under a file lock, and ends with one rename. Whoever
-is killed on the way leaves a hidden folder that the next one removes; whoever comes second waits and finds the
-work done. A cache that does not verify is named in a warning and built again.
+A cache is built in a hidden folder beside its final one, under a file lock, and published with one rename. A killed
+build leaves a hidden folder that the next build removes; a process that finds the lock taken waits and uses the
+result. A cache that does not verify is logged as a warning and built again.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from pathlib import Path
 from forge.data import store
 from forge.data.store import CacheIndex
 from forge.errors import DataError
+from forge.fs import sync_folder
 from forge.units import format_bytes
 
 VERIFY_LIMIT_BYTES = 1 << 30
-"""Caches up to 1 GiB are read and checked whole on each use (a second); of larger ones the sizes only."""
+"""Up to this size all checksums are verified on each use (about a second); above it only the file sizes."""
 
 _log = logging.getLogger(__name__)
 
 
 def open_cache(folder: Path, *, digest: str) -> CacheIndex:
-    """The index of a cache, which is looked at. Raises: DataError if it is not whole, or another corpus's."""
+    """Verify a cache and return its index. Raises: DataError if it is damaged or belongs to another corpus."""
     index = store.read_index(folder)
     if index.digest != digest:
         raise DataError(f"{folder} holds another corpus: {index.digest} instead of {digest}")
@@ -46,11 +47,11 @@ def build_once(
     write: Callable[[Path], CacheIndex],
     on_wait: Callable[[], None] = lambda: None,
 ) -> CacheIndex:
-    """Build a cache under its lock, unless someone else did while we waited for it.
+    """Build a cache under its lock, unless another process built it while this one waited.
 
     Args:
         write: writes all files into a folder, the index last, and returns it.
-        on_wait: called if another is building.
+        on_wait: called before waiting for another process that is building the cache.
 
     Raises: DataError if it cannot be written.
     """
@@ -70,7 +71,7 @@ def build_once(
                 sync_folder(temporary)
                 temporary.rename(folder)
                 sync_folder(folder.parent)
-            except BaseException:  # Ctrl-C too: nothing half-made stays behind
+            except BaseException:  # on Ctrl-C too: leave no partial cache
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
             return index
@@ -80,9 +81,9 @@ def build_once(
 
 @contextmanager
 def _locked(folder: Path, *, on_wait: Callable[[], None] | None) -> Iterator[None]:
-    """Hold the lock of a cache; the kernel lets go of it when its holder dies.
+    """Hold the lock of a cache; the kernel releases it when the process dies.
 
-    Raises: BlockingIOError if another holds it and there is no `on_wait`.
+    Raises: BlockingIOError if another process holds it and `on_wait` is None.
     """
     handle = os.open(_hidden(folder, suffix="lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -99,11 +100,11 @@ def _locked(folder: Path, *, on_wait: Callable[[], None] | None) -> Iterator[Non
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove this cache, damaged as it is, and what dead processes left of any; we hold this one's lock."""
+    """Remove this damaged cache and the temporary folders of dead processes; the caller holds this cache's lock."""
     temporary = _hidden(folder, suffix="tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     if folder.exists():
-        folder.rename(temporary)  # first out of sight, so that a kill leaves no half of it in its place
+        folder.rename(temporary)  # hide it first, so that a kill leaves no partial cache under its name
         shutil.rmtree(temporary)
     for other in folder.parent.glob(".*.tmp"):
         with suppress(BlockingIOError), _locked(other.with_name(other.name[1:-4]), on_wait=None):
@@ -114,22 +115,13 @@ def _hidden(folder: Path, *, suffix: str) -> Path:
     return folder.with_name(f".{folder.name}.{suffix}")
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in it on the disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _cannot_write(error: OSError, *, folder: Path) -> DataError:
-    cure = "choose another place with the environment variable FORGE_CACHE"
+    cure = "choose another folder with the environment variable FORGE_CACHE"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = format_bytes(shutil.disk_usage(folder.parent).free)
         return DataError(
-            f"{folder}: the disk is full ({error.strerror}); its {free} that are free do not hold the tokens,"
-            f" nothing was kept. Make room, or {cure}"
+            f"{folder}: the disk is full ({error.strerror}): {free} free are not enough for the tokens,"
+            f" and the partial cache was removed. Free some space, or {cure}"
         )
     if error.errno == errno.EFBIG:
         return DataError(f"{folder}: a shard exceeds the largest file allowed here (see ulimit -f); {cure}")

@@ -1,6 +1,6 @@
 """The text of a corpus: the records of a source as documents, in pieces of at most 2²⁰ characters.
 
-Memory does not grow with the corpus. Empty documents are left out.
+Memory use is independent of the size of the corpus. Empty documents are skipped.
 """
 
 from __future__ import annotations

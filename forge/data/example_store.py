@@ -148,7 +148,7 @@ class ExampleWriter:
 
 
 class _HashedFile:
-    """A file that is written once, with its checksum."""
+    """A new file whose checksum is computed while it is written."""
 
     def __init__(self, folder: Path, *, name: str) -> None:
         self._name = name

@@ -1,8 +1,8 @@
 """The batch of step t: which rows a rank trains on, and the total weight of the step.
 
 The only state of the data is the step. Step t (from 1) consumes positions `[(t-1)·B, t·B)` of the seeded order; a
-rank takes its share of them in micro-batches. Where a share is short, the last micro-batch is filled up with rows
-whose every target is ignored. Every rank computes the totals of a step from the store, without communication.
+rank takes its share of them in micro-batches. If a share is too short, its last micro-batch is padded with rows
+whose targets are all ignored. Every rank computes the totals of a step from the store, without communication.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _filled(rows: RowStore, chosen: NDArray[np.int64], *, positions: NDArray[np.
 
 
 def _with_empty_rows(name: str, array: NDArray[Any], *, count: int) -> NDArray[Any]:
-    """Append `count` rows of zeros, of IGNORED for the targets."""
+    """Append `count` padding rows: zeros, and IGNORED as targets."""
     if not count:
         return array
     filler = np.full((count, *array.shape[1:]), IGNORED if name == "targets" else 0, dtype=array.dtype)

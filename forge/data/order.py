@@ -1,13 +1,12 @@
-"""Which sample comes at which position: a keyed bijection, computed and never stored.
+"""The shuffled sample order, computed by a keyed bijection and never stored.
 
-In: a position of the endless training order. Out: the sample that stands there. Position p lies in
-epoch p // N, and every epoch is its own permutation of the N samples. The order is a pure function of
-(seed, position): a run resumes from its step number alone, at any number of workers, and no shuffle
-list of a trillion entries is ever in memory. Only 64-bit integer arithmetic is used, so the order is
-the same on every platform and under every numpy release.
+Maps a position of the endless training order to a sample. Position p belongs to epoch p // N, and every epoch is
+its own permutation of the N samples. The order is a pure function of (seed, position): a run resumes from its step
+number alone, at any number of workers, and no list of samples is kept in memory. Only 64-bit integer arithmetic is
+used, so the order is the same on every platform and under every numpy release.
 
 The permutation is a generalized Feistel network on Z_a × Z_b, a·b just above N, with cycle walking for
-the few values that land outside. It is a shuffle, not a cipher: its round function is a fast mixer.
+the few values that fall outside [0, N). It is a shuffle, not a cipher: its round function is a fast mixer.
 
 Source: Luby & Rackoff, "How to construct pseudorandom permutations from pseudorandom functions", SIAM
 J. Comput. 17(2), 1988; Black & Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, methods
@@ -71,7 +70,7 @@ class SampleOrder:
         return _mix(_mix(seed) + (epochs + np.uint64(1)) * np.uint64(_GOLDEN))
 
     def _permute(self, values: NDArray[np.uint64], *, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """Walk each value along its cycle of the network until it is back below `num_samples`."""
+        """Apply the network to each value until the result is below `num_samples` (cycle walking)."""
         # a·b - N < a, so a value needs a second walk with a chance below 1/√N.
         high = math.isqrt(self.num_samples - 1) + 1
         low = -(-self.num_samples // high)
@@ -82,7 +81,7 @@ class SampleOrder:
 
 
 def _network(values: NDArray[np.uint64], *, keys: NDArray[np.uint64], high: int, low: int) -> NDArray[np.uint64]:
-    """A bijection of [0, high·low): one half is shifted by a keyed function of the other, in turns."""
+    """Feistel network on [0, high·low): each round adds a keyed function of one half to the other."""
     size_left, size_right = np.uint64(high), np.uint64(low)
     left, right = np.divmod(values, size_right)
     for number in range(_NUM_ROUNDS):

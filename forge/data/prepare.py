@@ -1,10 +1,8 @@
-"""Corpus → token cache: built once, believed only when whole.
+"""Prepare the corpus of a `data:` section: tokenize it into a cache that later runs reuse.
 
-In: the `data:` section. Out: CorpusInfo, and two token streams for the ranks. A cache lies in
-`<cache_dir>/data/<name>-<digest>`, the digest being that of the text and of every setting that changes
-a token, so nothing is ever out of date: another corpus is another folder. `seq_len` is not among them.
-
-It is built in `forge.data.cache`'s way: one at a time, all or nothing.
+Returns CorpusInfo for the plan, and rows for the ranks. The cache folder is `<cache_dir>/data/<name>-<digest>`. The
+digest covers the text and every setting that changes a token, so a cache is never out of date. With `packing:
+concatenate`, `seq_len` is not part of the digest. `forge.data.cache` builds the folder, all or nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from typing import Any, Literal
 
 from forge.config.data import DataSpec
 from forge.data import corpus, store
-from forge.data.cache import build_once, open_cache, sync_folder
+from forge.data.cache import build_once, open_cache
 from forge.data.corpus import Document
 from forge.data.example_store import ExampleRows
 from forge.data.prepare_examples import write_examples
@@ -33,23 +31,24 @@ from forge.data.store import CacheIndex, Packer, Split, TokenStream
 from forge.data.tokenizer import TextTokenizer, encode_batches, load_tokenizer, train_tokenizer
 from forge.data.unigram import unigram_perplexity
 from forge.errors import DataError
+from forge.fs import sync_folder
 from forge.plan.inputs import CorpusInfo
 from forge.user_code import is_reference, use_code
 
 TOKENIZER_SAMPLE_CHARS = 1 << 26
-"""Text a tokenizer is trained on: 64 Mi characters; more hardly changes the first 10⁵ merges."""
+"""Most text that a tokenizer is trained on; more hardly changes the first 10⁵ merges."""
 
 SMALL_CORPUS_CHARS = 1 << 26
-"""Up to here a corpus is read once more, in half a second, to hold out the very share that was asked for."""
+"""Up to this size a corpus is read twice (half a second), to hold out exactly the requested share."""
 
 MAX_PROCESSES = 16
-"""Beyond this the one process that reads and writes cannot keep the others fed."""
+"""With more, the single process that reads and writes is the bottleneck."""
 
 EXAMPLES_VERSION = 1
-"""Changes whenever other examples or rows are made of the same records."""
+"""Must change whenever the same records give other examples or rows."""
 
 _BATCH_CHARS = 1 << 20
-"""Text encoded at once; 0.1 s of one process."""
+"""Text per encoding batch; 0.1 s of one process."""
 
 
 _log = logging.getLogger(__name__)
@@ -57,9 +56,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareProgress:
-    """How far the preparation is; the counts belong to the stage `tokens`."""
+    """Progress of the preparation; the counts belong to the phase `tokens`."""
 
-    stage: Literal["fingerprint", "waiting", "tokenizer", "tokens"]
+    phase: Literal["fingerprint", "waiting", "tokenizer", "tokens"]
     num_documents: int = 0
     num_text_bytes: int = 0
     num_tokens: int = 0
@@ -71,11 +70,11 @@ _Report = Callable[[PrepareProgress], None]
 def prepare(
     spec: DataSpec, *, cache_dir: Path, on_progress: _Report | None = None, code_digest: str | None = None
 ) -> CorpusInfo:
-    """Return the facts of the prepared corpus; build its cache first where there is none.
+    """Return the facts of the prepared corpus; build its cache first if it does not exist.
 
-    Held-out documents are those with the smallest keyed hash of their text: the choice depends on no order
-    and no file name, and exact copies of a document fall on the same side. Their share is one of the text.
-    At least one document is held out and one kept; of a corpus that is one document, the end is held out.
+    The documents with the smallest keyed hash of their text are held out, so the choice does not depend on order or
+    file names, and exact copies of a document are on the same side. The share is measured in text. At least one
+    document is held out and one kept; if the corpus is a single document, its end is held out.
 
     Args:
         code_digest: of the code folder that is in use, if `data.format` is a class in it.
@@ -84,7 +83,7 @@ def prepare(
         training tokens do not fill one sequence; UserCodeError.
     """
     report = on_progress or (lambda _: None)
-    report(PrepareProgress(stage="fingerprint"))
+    report(PrepareProgress(phase="fingerprint"))
     loaded = load_tokenizer(spec.tokenizer.from_pretrained) if spec.tokenizer.from_pretrained else None
     digest = _cache_key(spec, tokenizer=loaded, code_digest=code_digest)
     folder = cache_dir.absolute() / "data" / f"{_corpus_name(spec)}-{digest[:16]}"
@@ -97,7 +96,7 @@ def prepare(
             write=lambda draft: _write_cache(
                 spec, folder=draft, digest=digest, tokenizer=loaded, report=report, code_digest=code_digest
             ),
-            on_wait=lambda: report(PrepareProgress(stage="waiting")),
+            on_wait=lambda: report(PrepareProgress(phase="waiting")),
         )
     return _facts(index, folder=folder, seq_len=spec.seq_len)
 
@@ -144,7 +143,7 @@ def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: 
 
 
 def _corpus_name(spec: DataSpec) -> str:
-    """A word for people: the source, or the last fixed part of the first pattern."""
+    """A readable folder name: the source, or the last part of the first pattern without wildcards."""
     if spec.files is None:
         return str(spec.source)
     fixed = re.split(r"[*?\[]", spec.files[0], maxsplit=1)[0].rstrip("/")
@@ -207,11 +206,11 @@ def _write_cache(
     report: _Report,
     code_digest: str | None,
 ) -> CacheIndex:
-    """Write everything, the index last."""
+    """Write all files of the cache, the index last."""
     if is_reference(spec.format):
         use_code(code_digest)
     if tokenizer is None:
-        report(PrepareProgress(stage="tokenizer"))
+        report(PrepareProgress(phase="tokenizer"))
         sample = corpus.iter_sample(spec, max_chars=TOKENIZER_SAMPLE_CHARS)
         tokenizer = train_tokenizer(sample, vocab_size=spec.tokenizer.vocab_size)
     if spec.packing == "concatenate":
@@ -252,7 +251,7 @@ def _write_streams(
 
 def _progress_of(report: _Report) -> Callable[[int, int, int], None]:
     return lambda documents, size, tokens: report(
-        PrepareProgress(stage="tokens", num_documents=documents, num_text_bytes=size, num_tokens=tokens)
+        PrepareProgress(phase="tokens", num_documents=documents, num_text_bytes=size, num_tokens=tokens)
     )
 
 
@@ -276,7 +275,7 @@ def _pack(spec: DataSpec, *, folder: Path, tokenizer: TextTokenizer, split: Spli
 
 def _tokens_so_far(packer: Packer) -> PrepareProgress:
     return PrepareProgress(
-        stage="tokens",
+        phase="tokens",
         num_documents=packer.num_documents,
         num_text_bytes=packer.num_text_bytes,
         num_tokens=packer.num_tokens,
@@ -297,10 +296,10 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _first_split(spec: DataSpec) -> Split:
-    """Documents in the order of their keys until they make up the share, at least one, never all.
+    """Hold out documents in the order of their keys until they reach the share; at least one, never all.
 
-    A corpus that is too large to be read twice is split by the keys alone: among many documents those whose
-    key lies in the lowest 1 % are 1 % of the text.
+    A corpus above `SMALL_CORPUS_CHARS` is split by the keys alone: among many documents, those with keys in the
+    lowest 1 % have about 1 % of the text.
     """
     sizes: dict[int, int] = {}
     total = key = 0
@@ -321,7 +320,7 @@ def _first_split(spec: DataSpec) -> Split:
 
 
 def _second_split(packed: Packer, *, held_out: float) -> Split | None:
-    """Another split where the first left a side empty: one document at least, or the end of the only one."""
+    """Return another split if the first left one side empty: one document, or the end of the only one."""
     if held_out == 0 or (packed.train.num_tokens and packed.held_out.num_tokens):
         return None
     if packed.smallest_key < packed.largest_key:

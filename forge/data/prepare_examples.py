@@ -1,6 +1,6 @@
-"""Records → examples → rows: the preparation for `packing: examples` and `packing: none`.
+"""Prepare examples and rows from records, for `packing: examples` and `packing: none`.
 
-One process reads, formats and writes. What is split or dropped is counted by reason, in the layout.
+One process reads, formats and writes. The layout counts by reason what was split or dropped.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _add_record(
 
 
 def _content(record: Record, *, text_key: str) -> bytes:
-    """What decides on which side of the held-out split a record falls: the same content on the same side."""
+    """The content that decides whether a record is held out; equal records are on the same side."""
     text = record.fields.get(text_key)
     if isinstance(text, str) and len(record.fields) == 1:
         return text.encode(errors="surrogatepass")
@@ -150,9 +150,9 @@ def _rows(chosen: NDArray[np.int64], lengths: NDArray[np.int64], *, spec: DataSp
 
 
 def _choose_held_out(keys: NDArray[np.uint64], lengths: NDArray[np.int64], *, share: float) -> NDArray[np.bool_]:
-    """The records with the smallest keys until they make up the share, at least one, never all.
+    """Hold out the records with the smallest keys until they reach the share; at least one, never all.
 
-    Of a corpus that is one record the last examples are held out, if it has more than one.
+    If the corpus is a single record, its last examples are held out, if it has more than one.
     """
     if share == 0 or len(keys) < 2:
         return np.zeros(len(keys), dtype=bool)

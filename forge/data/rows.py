@@ -1,6 +1,6 @@
-"""What a training step reads: rows of fixed length, each with the weight of its loss.
+"""The interface of training rows: fixed length, each with the weight of its loss.
 
-A row is what one sequence position of the batch holds. Every store, packed or padded, is read through `RowStore`,
+A row is one sequence of a batch. Every store, packed or padded, is read through `RowStore`,
 so that the loader, the loop and the objectives know no file format.
 """
 

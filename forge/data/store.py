@@ -1,13 +1,13 @@
-"""Token shards: how a prepared corpus lies on disk, and how a rank reads it.
+"""Token shards: the format of a prepared corpus on disk, and its reader.
 
-    <folder>/index.json              written last; what is here, with sizes and checksums
+    <folder>/index.json              written last: the files with sizes and checksums
              train-00000.tokens …    little-endian token ids, uint16 or uint32, nothing else
              held_out-00000.tokens …
              tokenizer/              the Hugging Face layout
 
-In: chunks of token ids, in order. Out: windows of them, memory-mapped. Documents are packed end to end,
-each followed by the end-of-text token; where sequences begin is decided when reading, so one cache
-serves every sequence length. This module needs only numpy: ranks import it.
+Chunks of token ids are written in order and read as memory-mapped windows. Documents are concatenated,
+each followed by the end-of-text token; the reader decides where sequences begin, so one cache serves
+every sequence length. This module needs only numpy: ranks import it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheIndex:
-    """What a cache holds. `unigram_perplexity` is None where nothing is held out."""
+    """Contents of a cache. `unigram_perplexity` is None if nothing is held out."""
 
     digest: str
     dtype: str

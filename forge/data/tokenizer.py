@@ -1,9 +1,8 @@
-"""Text → token ids: a byte-level BPE trained on the corpus, or a tokenizer that is loaded.
+"""Encode text as little-endian token ids, with a byte-level BPE trained on the corpus or a loaded tokenizer.
 
-In: texts. Out: little-endian token ids. Most of the time of plain encoding goes into splitting text and
-into words seen a thousand times before. With a GPT-2 style tokenizer the ids of a text are the ids of its
-words one after the other, so here the text is split by Python's own `re` and each word is looked up; only
-new words reach the tokenizer. Every other tokenizer encodes whole texts on all cores.
+Encoding spends most of its time on splitting text and on words that it has seen before. With a GPT-2 style
+tokenizer the ids of a text are the concatenated ids of its words, so the text is split by Python's `re` and each
+word is looked up in a cache; only new words reach the tokenizer. Other tokenizers encode whole texts on all cores.
 
 The end-of-text token marks the end of a document and nothing else: its name inside a text ("<|endoftext|>"
 in the source of a tokenizer, say) is encoded as ordinary characters.
@@ -38,17 +37,17 @@ EOT_TOKEN = "<|endoftext|>"
 """End of text of a trained tokenizer, with id 0; the name GPT-2 gave it."""
 
 _COMMON_EOT_TOKENS = (EOT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "[SEP]")
-"""Asked in this order where the tokenizer's folder does not say: GPT-2, Llama 3, Llama 2 and T5, Gemma,
+"""Tried in this order if the tokenizer's folder names none: GPT-2, Llama 3, Llama 2 and T5, Gemma,
 DeepSeek, BERT."""
 
 _MAX_WORDS = 1 << 18
-"""Words remembered; about 50 MB. When full, the memory starts anew: frequent words are back at once."""
+"""Size of the word cache; about 50 MB. It is cleared when full; frequent words soon return to it."""
 
 _HELP_FROM_CHARS = 1 << 22
-"""A second of work for one process; a helper takes a third of one to start, and begins with our words."""
+"""Text after which helpers start: a second of work for one process. A helper takes 0.3 s to start."""
 
 _MAX_WORD_CHARS = 64
-"""Longer words hardly ever come twice."""
+"""Longer words are rarely repeated and are not cached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +123,7 @@ def load_tokenizer(location: str) -> TextTokenizer:
 
 
 def _described(tokenizer: Tokenizer, *, eot_token: str, config: str) -> TextTokenizer:
-    # What a tokenizer.json may carry for one model's input length or training has no place here.
+    # Drop a tokenizer.json's truncation and padding, which are settings of one model's input.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -199,7 +198,7 @@ class Encoder:
         return np.array(ids, dtype=self._tokenizer.dtype).tobytes()
 
     def _ids_without_eot(self, text: str) -> list[int]:
-        """Encode with every occurrence of the token's name torn in two."""
+        """Encode a text with every occurrence of the end-of-text token's name split in two."""
         token = self._tokenizer.eot_token
         head, *rest = text.split(token)
         torn = [head] + [part for after in rest for part in (token[:1], token[1:] + after)]
@@ -217,8 +216,8 @@ def encode_batches(
 ) -> Generator[list[bytes], None, None]:
     """Encode batch after batch, in order; each result as of `Encoder.encode`.
 
-    Once a corpus has proved large, `num_processes` helpers take over, with at most three batches each under
-    way. There are none on a single core, nor where whole texts are encoded: Rust threads use all cores.
+    After `_HELP_FROM_CHARS` characters, `num_processes` helpers encode, with at most three batches queued for each.
+    None are started on a single core, or if whole texts are encoded: Rust threads use all cores then.
 
     Raises: DataError as `Encoder.encode`, or if a helper dies.
     """
@@ -242,10 +241,10 @@ def encode_batches(
 
 
 class _Helpers:
-    """Processes that encode, each driven by a thread which waits for it.
+    """Processes that encode text, each driven by a thread of this process.
 
-    They talk over pipes and are started plainly, not by multiprocessing, which would import the caller's
-    main module again. A helper ends when its pipe does: the death of this process leaves no orphan.
+    They communicate over pipes and are started without multiprocessing, which would import the caller's main module
+    again. A helper ends when its pipe is closed, so it does not outlive this process.
     """
 
     def __init__(self, tokenizer: TextTokenizer, *, words: dict[str, bytes], count: int) -> None:
@@ -268,7 +267,7 @@ class _Helpers:
             raise
 
     def close(self) -> None:
-        """End them at once."""
+        """Kill all helpers."""
         for process in self._processes:
             process.kill()
         self._threads.shutdown(cancel_futures=True)
@@ -280,7 +279,7 @@ class _Helpers:
 
     def _greet(self, process: subprocess.Popen[bytes], greeting: bytes) -> None:
         assert process.stdin
-        with suppress(OSError):  # whether it lives shows when it is asked
+        with suppress(OSError):  # if it has died, `_ask` reports it
             process.stdin.write(greeting)
             process.stdin.flush()
         self._idle.put(process)
@@ -303,7 +302,7 @@ class _Helpers:
 
 
 def serve() -> None:
-    """The life of a helper: a tokenizer and words, then batches, from stdin; ids to stdout; until stdin ends."""
+    """Run a helper: read a tokenizer and known words, then batches, from stdin, and write ids to stdout."""
     with suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
         tokenizer, words = pickle.load(sys.stdin.buffer)
         encoder = Encoder(tokenizer, words=words)
@@ -317,7 +316,7 @@ def serve() -> None:
 
 
 class _Words(dict[str, bytes]):
-    """Word → ids; a word that is not there is encoded."""
+    """Cache of word → ids; a missing word is encoded and added."""
 
     def __init__(self, encoder: Encoder, *, known: Mapping[str, bytes]) -> None:
         super().__init__(known)
@@ -333,9 +332,9 @@ class _Words(dict[str, bytes]):
 
 
 def _is_wordwise(content: dict[str, Any]) -> bool:
-    """Whether the ids of a text are those of its GPT-2 words: nothing but byte-level BPE at work.
+    """Whether the ids of a text are the concatenated ids of its GPT-2 words, as with plain byte-level BPE.
 
-    Added tokens that are special are never matched in text (`encode_special_tokens`); others would be.
+    Special added tokens are never matched in text (`encode_special_tokens`); other added tokens would be.
     """
     pre_tokenizer = content["pre_tokenizer"] or {}
     return (
@@ -350,16 +349,16 @@ def _is_wordwise(content: dict[str, Any]) -> bool:
 
 @cache
 def _word_pattern() -> re.Pattern[str]:
-    r"""GPT-2's pattern for Python's `re`, exact whatever Unicode version either side knows.
+    r"""GPT-2's pattern for Python's `re`, exact for every Unicode version of Python and the tokenizer.
 
         's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
     Letters and numbers are spelled out as those characters that had the same category in Unicode 3.2
-    (2002, which Python keeps) as today. Any other character, like an emoji, is in `doubtful`: no word may
-    touch one; the last branch takes it with its surroundings, up to where a visible ASCII character meets
-    an ASCII space or the text ends, as one longer "word" for the tokenizer to split itself. Words must end
-    there in any case, so the ids are the same. (A single space that reaches its own branch precedes a word
-    that was refused, and belongs to it.)
+    (2002, which Python includes) as today. Any other character, such as an emoji, is in `doubtful`, and no word
+    branch matches next to one. The last branch matches it with its surroundings, up to the end of the text or the
+    next visible ASCII character before an ASCII space, as one longer "word" that the tokenizer splits. Words always
+    end there, so the ids are the same. (A single space that reaches its own branch belongs to the word after it,
+    which no other branch matched.)
     """
     letter, number, space, other, doubtful = _character_classes()
     return re.compile(
@@ -375,7 +374,7 @@ def _word_pattern() -> re.Pattern[str]:
 
 
 def _character_classes() -> list[str]:
-    """Letters, numbers, spaces, others, and the characters that Unicode versions disagree about."""
+    """Character ranges: letters, numbers, spaces, others, and those that differ between Unicode versions."""
     then, now = unicodedata.ucd_3_2_0.category, unicodedata.category
     members: dict[str, list[int]] = {"L": [], "N": [], "space": [], "other": [], "doubtful": []}
     for code in range(0x10000):

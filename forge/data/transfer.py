@@ -1,7 +1,7 @@
-"""A prepared corpus on its way to another machine: the same files, checked against the same index.
+"""Transfer a prepared corpus to another machine and verify it there against its index.
 
-What arrives is built like any cache, one at a time, all or nothing, so that a connection that breaks leaves
-nothing that could be taken for a corpus.
+The receiver builds it as any cache, in a hidden folder that is renamed when complete, so a broken connection leaves
+no partial corpus.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import IO
 
 from forge.data import store
-from forge.data.cache import build_once, open_cache, sync_folder
+from forge.data.cache import build_once, open_cache
 from forge.data.store import INDEX_NAME, CacheIndex
 from forge.errors import DataError
+from forge.fs import sync_folder
 
 CHUNK_BYTES = 4 << 20
-"""Asked for at once."""
+"""Most bytes of one request."""
 
 Read = Callable[[str, int], bytes]
-"""From a file of the corpus, by its name in the index: what stands from an offset on, at most `CHUNK_BYTES`;
-nothing at its end."""
+"""Read at most `CHUNK_BYTES` of a corpus file, given its name in the index and an offset; empty at its end."""
 
 
 def has_corpus(folder: Path, *, digest: str) -> bool:
-    """Whether this corpus is here, whole."""
+    """Whether this machine has the corpus, complete and verified."""
     try:
         open_cache(folder, digest=digest)
     except DataError:
@@ -34,16 +34,16 @@ def has_corpus(folder: Path, *, digest: str) -> bool:
 
 
 def fetch_corpus(folder: Path, *, digest: str, read: Read) -> None:
-    """Have a corpus here, from where `read` reads; one that is here already is left alone.
+    """Download a corpus in chunks with `read`, unless this machine has it already.
 
-    Raises: DataError if what arrives is not that corpus, or cannot be written.
+    Raises: DataError if another corpus arrives, or it cannot be written.
     """
     if not has_corpus(folder, digest=digest):
         build_once(folder, digest=digest, write=lambda draft: _fetch(draft, digest=digest, read=read))
 
 
 def receive_corpus(folder: Path, *, digest: str, stream: IO[bytes]) -> None:
-    """Have a corpus here, from what `send_corpus` writes; one that is here already is left alone.
+    """Store a corpus from the tar file that `send_corpus` writes, unless this machine has it already.
 
     Raises: DataError as `fetch_corpus`.
     """
@@ -52,7 +52,7 @@ def receive_corpus(folder: Path, *, digest: str, stream: IO[bytes]) -> None:
 
 
 def send_corpus(folder: Path, *, stream: IO[bytes]) -> None:
-    """Write a corpus as a tar file. Raises: DataError if it is not whole; OSError."""
+    """Write a corpus as a tar file. Raises: DataError if it is incomplete; OSError."""
     index = store.read_index(folder)
     store.verify_sizes(folder, index.files)
     with tarfile.open(fileobj=stream, mode="w|") as archive:
@@ -61,7 +61,7 @@ def send_corpus(folder: Path, *, stream: IO[bytes]) -> None:
 
 
 def read_chunk(folder: Path, *, name: str, offset: int) -> bytes:
-    """What `Read` promises, of a corpus here. Raises: DataError for a name that is none of its files'."""
+    """Implement `Read` for a corpus on this machine. Raises: DataError if it has no file of this name."""
     known = {INDEX_NAME, *(entry.name for entry in store.read_index(folder).files)}
     if name not in known:
         raise DataError(f"{folder} has no file {name!r}")
@@ -83,7 +83,7 @@ def _receive(draft: Path, *, digest: str, stream: IO[bytes]) -> CacheIndex:
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             archive.extractall(draft, filter="data")
     except tarfile.TarError as error:
-        raise DataError(f"the corpus did not arrive whole: {error}") from error
+        raise DataError(f"the corpus did not arrive completely: {error}") from error
     return _verified(draft, _index_of(draft, digest=digest))
 
 
@@ -116,7 +116,7 @@ def _write(path: Path, chunks: Iterator[bytes]) -> None:
 
 
 def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Whose files these are is nobody's business there."""
+    """Omit the owner of the files."""
     entry.uid = entry.gid = 0
     entry.uname = entry.gname = ""
     return entry

@@ -1,11 +1,11 @@
-"""Dropout that belongs to the sample, not to the rank.
+"""Dropout whose masks do not depend on the number of workers.
 
-Torch draws dropout masks from a stream per process, so they change with the number of workers and are
-lost when a run is resumed. Here the mask of a sample depends on the seed, the step, the sample's position
-in the global order, and the place in the model, and on nothing else.
+Torch draws dropout masks from one random stream per process, so they change with the number of workers and cannot
+be repeated when a run is resumed. Here the mask of a sample depends only on the seed, the step, the sample's
+position in the global order, and the location in the model.
 
-`torch.nn.functional.dropout`, which modules and models call alike, is replaced for this process. That
-also reaches the recomputation of activation checkpointing, which may run in a thread of autograd's.
+`torch.nn.functional.dropout`, which modules and models both call, is replaced in this process. The replacement also
+applies to the recomputation of activation checkpointing, which may run in one of autograd's threads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def has_dropout(config: PretrainedConfig) -> bool:
 
 
 def model_has_dropout(model: nn.Module) -> bool:
-    """Whether a model drops anything: by its transformers config, or by a `Dropout` module in it."""
+    """Whether a model uses dropout, according to its transformers config or to a `Dropout` module in it."""
     config = getattr(model, "config", None)
     if isinstance(config, PretrainedConfig) and has_dropout(config):
         return True
@@ -39,10 +39,10 @@ def model_has_dropout(model: nn.Module) -> bool:
 
 
 class SampleDropout:
-    """A replacement for torch's dropout, told before each micro-batch which samples it holds."""
+    """A replacement for torch's dropout; `begin` sets the samples of each micro-batch."""
 
     def __init__(self, model: nn.Module, *, seed: int) -> None:
-        """Follow the model's calls, to know where in it a dropout happens."""
+        """Register hooks on every module, to know which one calls dropout."""
         self._seed = seed
         self._step = 0
         self._positions: list[int] = []
@@ -53,40 +53,40 @@ class SampleDropout:
             module.register_forward_hook(self._leaving, always_call=True)
 
     def install(self) -> None:
-        """Take the place of `torch.nn.functional.dropout` in this process."""
+        """Replace `torch.nn.functional.dropout` in this process."""
         torch.nn.functional.dropout = self.dropout
 
     def uninstall(self) -> None:
-        """Put torch's own back."""
+        """Restore torch's own dropout."""
         torch.nn.functional.dropout = self._plain
 
     def begin(self, *, step: int, positions: NDArray[np.int64]) -> None:
-        """The micro-batch that comes next.
+        """Set the micro-batch that is computed next.
 
-        Shapes: positions: int64[m], of its rows in the global order; -1 for rows that only fill up.
+        Shapes: positions: int64[m], positions of its rows in the global order; -1 for padding rows.
         """
         self._step = step
         self._positions = positions.tolist()
 
     def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """As `torch.nn.functional.dropout`, each sample with a mask of its own.
+        """Apply dropout with a separate mask for each sample; arguments as of `torch.nn.functional.dropout`.
 
-        Shapes: input: [m·k, ...], the rows of a sample next to each other.
+        Shapes: input: [m·k, ...], with the k rows of a sample adjacent.
         """
         if not training or p <= 0 or not self._positions or input.shape[0] % len(self._positions):
             return self._plain(input, p, training, inplace)
-        place = self._place()
+        location = self._next_location()
         rows = input.shape[0] // len(self._positions)
         mask = torch.empty(input.shape, dtype=input.dtype, device=input.device)
         generator = torch.Generator(device=input.device)
         for index, position in enumerate(self._positions):
-            generator.manual_seed(_stream(self._seed, self._step, position, place))
+            generator.manual_seed(_stream(self._seed, self._step, position, location))
             mask[index * rows : (index + 1) * rows].bernoulli_(1 - p, generator=generator)
         scaled = mask.div_(1 - p) if p < 1 else mask
         return input.mul_(scaled) if inplace else input * scaled
 
-    def _place(self) -> str:
-        """The innermost module that is being called, and how many dropouts it has done in this call."""
+    def _next_location(self) -> str:
+        """Name the innermost module being called, and number its dropout calls."""
         if not self._calls:
             return ""
         name, done = self._calls[-1]
@@ -103,6 +103,6 @@ class SampleDropout:
         self._calls.pop()
 
 
-def _stream(seed: int, step: int, position: int, place: str) -> int:
-    digest = hashlib.blake2b(f"{seed}/{step}/{position}/{place}".encode(), digest_size=8).digest()
+def _stream(seed: int, step: int, position: int, location: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{step}/{position}/{location}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,4 +1,4 @@
-"""`model.freeze`: which parameters are not trained."""
+"""Freeze the parameters that `model.freeze` names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def _near(pattern: str, names: list[str]) -> str:
-    """Up to three names that resemble a pattern, modules included."""
+    """Suggest up to three names of parameters or modules that resemble a pattern."""
     modules = {name.rpartition(".")[0] for name in names}
     near = difflib.get_close_matches(pattern.replace("*", ""), sorted({*names, *modules}), n=3, cutoff=0.4)
     return f"; names like it are {', '.join(near)}" if near else ""

@@ -1,7 +1,7 @@
-"""Initial weights from a seed, equal at every world size and ZeRO stage.
+"""Initialise weights from a seed, equally at every world size and ZeRO stage.
 
-Each module draws from a stream of its own, named by (seed, module name). So its weights do not depend on what
-was drawn before it, nor on whether ZeRO 3 has divided the modules that were built earlier.
+Each module draws from its own random stream, seeded by (seed, module name). Its weights therefore depend neither on
+earlier draws nor on whether ZeRO 3 has already partitioned other modules.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 
 GatherParameters = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
-"""Makes divided parameters whole while the context lasts (ZeRO 3)."""
+"""Gathers partitioned parameters for the duration of a context (ZeRO 3)."""
 
 
 @torch.no_grad()
 def initialise(model: PreTrainedModel, *, seed: int, gather: GatherParameters | None = None) -> None:
     """Draw every module's weights from the stream of (seed, module name), by the model's own rules.
 
-    Children come before their parents, as in transformers, since a parent may redraw some of its
-    children's weights (GPT-2 scales its residual projections so).
+    Children are initialised before their parents, as in transformers, because a parent may overwrite weights of its
+    children (as GPT-2 does to scale its residual projections).
     """
     generator_state = torch.get_rng_state()
     whole = gather or (lambda parameters: nullcontext())
@@ -51,7 +51,7 @@ def stream(seed: int, name: str) -> int:
 def _children_first(
     module: nn.Module, name: str, owner: PreTrainedModel
 ) -> Iterable[tuple[str, nn.Module, PreTrainedModel]]:
-    """Modules in post-order, each with the innermost model whose rules apply to it."""
+    """Yield modules in post-order, each with the innermost model whose initialisation rules apply to it."""
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
         yield from _children_first(child, path, child if isinstance(child, PreTrainedModel) else owner)

@@ -1,10 +1,10 @@
-"""Facts about a model, for a planner that must not import torch.
+"""Inspect a model in a subprocess, because the planner must not import torch.
 
     python -m forge.model.inspect < request.json > answer.json
 
-The request holds the job's `model:` section and what the data determine; the answer holds ModelInfo, or what is
-wrong and with which key. The model is built on torch's meta device: exact shapes, no memory, so a 70B model is
-counted in seconds.
+The request contains the job's `model:` section and the shape of the data; the answer contains ModelInfo, or an
+error and its key. The model is built on torch's meta device, with exact shapes and no memory, so inspecting a 70B
+model takes seconds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Weights of `from_pretrained`, by the names of the model that is trained, read in any range.
+"""Read any range of the weights of `from_pretrained`, by the parameter names of the trained model.
 
-The names in the files may be older than the model class: transformers' own rules say how they are renamed, and
-which tensors are joined into one (experts of a mixture). A tensor that is only renamed is read by range; one
-that is joined is made whole first, one at a time. So no rank holds more than its own share and one tensor.
+The names in the files may be older than the model class. transformers' conversion rules rename them, and join some
+tensors into one (experts of a mixture). A renamed tensor is read by range; a joined one is assembled whole, one at
+a time. So a rank holds at most its own shard and one tensor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MOST_NAMED = 5
 
 @dataclass(slots=True, kw_only=True)
 class _Joined:
-    """Tensors of the files that become one or more tensors of the model together."""
+    """Several tensors of the files that are converted together to one or more tensors of the model."""
 
     target: str
     converter: WeightConverter
@@ -39,12 +39,12 @@ class PretrainedWeights:
     """The tensors of a folder under the names of a model.
 
     Attributes:
-        unused: names in the files that the model has no place for.
+        unused: names in the files that the model does not have.
     """
 
     def __init__(self, files: WeightFiles, model: Any) -> None:
         """Args:
-        files: of the folder.
+        files: the safetensors files of the folder.
         model: the transformers model on the meta device.
 
         Raises: ModelError naming weights that are missing or of another shape.
@@ -53,7 +53,7 @@ class PretrainedWeights:
         self._plain: dict[str, StoredTensor] = {}
         self._joined: dict[str, _Joined] = {}
         self._last: tuple[str, dict[str, Tensor]] | None = None
-        """The joined tensors that were made last."""
+        """The most recently joined tensors."""
         self.unused: tuple[str, ...] = ()
         self._map_names()
         self._resolve_ties()
@@ -102,7 +102,7 @@ class PretrainedWeights:
         self.unused = tuple(key for key in unused if not any(re.search(pattern, key) for pattern in ignored))
 
     def _resolve_ties(self) -> None:
-        """A tied parameter may be stored under any of its names; afterwards it is known under its first."""
+        """Map the first name of every tied parameter to the tensor, which may be stored under any of its names."""
         first: dict[int, str] = {}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             known = first.setdefault(id(parameter), name)

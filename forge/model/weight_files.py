@@ -1,6 +1,6 @@
-"""The safetensors files of a `from_pretrained` folder: where each tensor lies, and digests of the files.
+"""The safetensors files of a `from_pretrained` folder: the location of each tensor, and digests of the files.
 
-Tensors are read as ranges of bytes, so that a rank reads its own share and no more. Only safetensors is read:
+Tensors are read as byte ranges, so that a rank reads only its own shard. Only safetensors is accepted:
 `pytorch_model.bin` is a pickle, and loading it would execute code from the folder.
 
 Source: https://huggingface.co/docs/safetensors/index#format
@@ -40,7 +40,7 @@ _PIECE_NUMEL = 4 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where one tensor lies."""
+    """The location of one tensor in its file."""
 
     path: Path
     offset: int
@@ -101,11 +101,11 @@ def open_weight_files(source: str) -> WeightFiles:
 
 
 def digest_file(path: Path, *, cache: Path | None = None) -> str:
-    """xxh3_128 of a file's content.
+    """Return the xxh3_128 digest of a file's content.
 
     Args:
-        cache: a folder that remembers digests, so that a file whose size and time of change are as before is not
-            read again.
+        cache: a folder with digests of earlier calls; a file with unchanged size and modification time is not read
+            again.
     """
     about = path.stat()
     key = hashlib.blake2b(str(path.resolve()).encode(), digest_size=16).hexdigest()
@@ -159,7 +159,7 @@ def _file_names(folder: Path, source: str) -> Iterable[str]:
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """Raises: OSError; ValueError, KeyError, TypeError for a header that does not add up."""
+    """Raises: OSError; ValueError, KeyError, TypeError for an invalid header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -1,10 +1,10 @@
-"""A checkpoint as a Hugging Face folder that `from_pretrained` loads.
+"""Export a checkpoint as a Hugging Face folder that `from_pretrained` loads.
 
     python -m forge.serve.export < request.json > answer.json
 
-The weights stream from the checkpoint's parts into safetensors files, some MiB at a time: the optimizer's
-state is not read, and the model is never in memory. The folder appears when it is complete. In a process
-of its own, because the client never imports torch.
+The weights are copied from the checkpoint's shards to safetensors files a few MiB at a time: the optimizer state is
+not read, and the model is never whole in memory. The folder is renamed to its final name when it is complete.
+Export runs in its own process, because the client never imports torch.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ class ExportRequest:
     """What to export, and how."""
 
     url: str
-    """Of the run's checkpoints."""
+    """Folder or URL of the run's checkpoints."""
     to: str
-    """The folder to be made; it must not be there, or be empty."""
+    """The folder to write; it must be empty or not exist."""
     step: int | None = None
-    """None: the newest that verifies."""
+    """None: the newest checkpoint that verifies."""
     dtype: str = "bf16"
-    """`bf16` or `fp32`, of what is a floating-point number."""
+    """`bf16` or `fp32`, for floating-point tensors."""
     ema: bool = False
-    """The averaged weights."""
+    """Export the averaged (EMA) weights."""
     max_shard_bytes: int = 5 * 10**9
-    """Of one file; a single larger tensor has a file of its own."""
+    """Largest file; a larger single tensor has its own file."""
     tokenizer: str | None = None
-    """A folder whose files are copied along."""
+    """A folder with tokenizer files, which are copied to the export."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What was written."""
+    """The result of an export."""
 
     folder: str
     step: int
@@ -68,7 +68,7 @@ class Exported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Target:
-    """One tensor as it will stand in its file."""
+    """One tensor of an exported file."""
 
     name: str
     dtype: str
@@ -83,8 +83,8 @@ class _Target:
 def export(request: ExportRequest) -> Exported:
     """Write a Hugging Face folder.
 
-    Raises: CheckpointError if there is no such checkpoint, it is broken, of no transformers model, or holds no
-        averages; ArgumentError if the folder is not empty or cannot be written.
+    Raises: CheckpointError if the checkpoint does not exist, is damaged, is not of a transformers model, or has no
+        EMA weights that are asked for; ArgumentError if the folder is not empty or cannot be written.
     """
     checkpoint = _find(request)
     weights = CheckpointWeights(checkpoint, ema=request.ema)
@@ -93,7 +93,7 @@ def export(request: ExportRequest) -> Exported:
     draft = to.with_name(f".{to.name}.{os.getpid()}.draft")
     try:
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
-            raise ArgumentError(f"{to} is there already and not empty; name another folder")
+            raise ArgumentError(f"{to} exists and is not empty; name another folder")
         draft.mkdir(parents=True)
         files = _files(checkpoint, weights, request)
         for name, targets in files.items():
@@ -139,14 +139,14 @@ def _find(request: ExportRequest) -> Checkpoint:
 def _config(checkpoint: Checkpoint, request: ExportRequest) -> PretrainedConfig:
     body = dict(checkpoint.shape.config)
     if not body:
-        raise CheckpointError(f"{checkpoint.url} is of no transformers model: it cannot be exported as one")
+        raise CheckpointError(f"{checkpoint.url} is not of a transformers model, so it cannot be exported as one")
     config = config_from_record(body)
     config.dtype = _DTYPES[request.dtype][1]
     return config
 
 
 def _files(checkpoint: Checkpoint, weights: CheckpointWeights, request: ExportRequest) -> dict[str, list[_Target]]:
-    """Tensors in the model's order, in files of at most the size that was asked for, named as transformers does."""
+    """Group the tensors, in order, into files of at most `max_shard_bytes`, named as in transformers."""
     groups: list[list[_Target]] = []
     size = 0
     for name, parameter in checkpoint.shape.parameters.items():
@@ -182,7 +182,7 @@ def _converted(target: _Target, weights: CheckpointWeights, request: ExportReque
 
 
 def _write_index(folder: Path, files: dict[str, list[_Target]]) -> None:
-    """Which tensor is in which file; a single file needs none."""
+    """Write the index that maps tensors to files; a single file needs none."""
     if len(files) == 1:
         return
     weight_map = {target.name: name for name, targets in files.items() for target in targets}

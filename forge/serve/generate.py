@@ -2,8 +2,8 @@
 
     python -m forge.serve.generate RUN_FOLDER < request.json > answer.json
 
-Loads the checkpoint's shards into a plain transformers model, without Ray or DeepSpeed. It runs in a process of its
-own, because the client never imports torch.
+Loads the checkpoint's shards into a plain transformers model, without Ray or DeepSpeed. It runs in its own
+process, because the client never imports torch.
 """
 
 from __future__ import annotations

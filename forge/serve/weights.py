@@ -1,6 +1,6 @@
-"""The values of a checkpoint as tensors, a few at a time: no optimizer, no ranks, never the whole model.
+"""Read the weights of a checkpoint as tensors, a few at a time, without the optimizer state.
 
-Frozen parameters that the checkpoint refers to are read from their base weights, after a check of the digests.
+Frozen parameters that the checkpoint only refers to are read from their base weights, after a check of the digests.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ class CheckpointWeights:
 
     def __init__(self, checkpoint: Checkpoint, *, ema: bool = False) -> None:
         """Args:
-        ema: the averaged weights, of what is trained.
+        ema: read the averaged (EMA) weights of trained parameters.
 
-        Raises: CheckpointError if averages are wanted and there are none, or the base weights that it refers to are
-            not there or have changed.
+        Raises: CheckpointError if the checkpoint has no EMA weights, or its base weights are missing or changed.
         """
         if ema and "ema" not in checkpoint.kinds:
             raise CheckpointError(f"{checkpoint.url} holds no ema weights: the job has no training.ema")
@@ -42,11 +41,11 @@ class CheckpointWeights:
         self._base = None if checkpoint.shape.base is None else _open_base(checkpoint, checkpoint.shape.base)
 
     def interval(self, name: str) -> Interval:
-        """Where the value of a whole parameter or buffer is."""
+        """The interval of a whole parameter or buffer."""
         return self._checkpoint.value_interval(name, ema=self._ema)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter and buffer, in the type it is kept in; a few hundred MiB are read and held at a time.
+        """Yield every parameter and buffer in its stored type, reading a few hundred MiB at a time.
 
         Raises: CheckpointError if they cannot be read.
         """
@@ -64,7 +63,7 @@ class CheckpointWeights:
                 batch, size = {}, 0
 
     def pieces(self, name: str, *, max_numel: int) -> Iterator[Tensor]:
-        """The elements of a parameter or buffer in order, a flat tensor of at most `max_numel` at a time.
+        """Yield the elements of a parameter or buffer in order, as flat tensors of at most `max_numel` elements.
 
         Raises: CheckpointError if they cannot be read.
         """

@@ -211,10 +211,10 @@ def test_the_standard_library_makes_a_corpus_with_the_defaults(tmp_path: Path) -
     assert 100 < facts.unigram_perplexity < 8192
 
 
-def test_progress_tells_the_stages_and_the_counts(words: Path, tmp_path: Path) -> None:
+def test_progress__preparation__reports_phases_and_counts(words: Path, tmp_path: Path) -> None:
     seen: list[PrepareProgress] = []
     facts = prepare(spec_of(words), cache_dir=tmp_path, on_progress=seen.append)
-    assert [progress.stage for progress in seen] == ["fingerprint", "tokenizer", "tokens"]
+    assert [progress.phase for progress in seen] == ["fingerprint", "tokenizer", "tokens"]
     assert seen[-1].num_documents == 300
     assert seen[-1].num_text_bytes == facts.num_text_bytes
     assert seen[-1].num_tokens == facts.num_train_tokens + facts.num_held_out_tokens
@@ -234,7 +234,7 @@ def built(spec: DataSpec, *, cache_dir: Path) -> bool:
     """Whether the call had to build."""
     seen: list[PrepareProgress] = []
     prepare(spec, cache_dir=cache_dir, on_progress=seen.append)
-    return any(progress.stage == "tokens" for progress in seen)
+    return any(progress.phase == "tokens" for progress in seen)
 
 
 def test_a_second_call_finds_the_cache_and_says_the_same(words: Path, tmp_path: Path) -> None:
@@ -431,8 +431,8 @@ def test_who_comes_second_waits_and_says_so(words: Path, tmp_path: Path) -> None
 
         def watch(progress: PrepareProgress) -> None:
             nonlocal handed_over
-            seen.append(progress.stage)
-            if progress.stage == "waiting":
+            seen.append(progress.phase)
+            if progress.phase == "waiting":
                 handed_over = True
                 raise KeyboardInterrupt
 
@@ -443,10 +443,10 @@ def test_who_comes_second_waits_and_says_so(words: Path, tmp_path: Path) -> None
     assert not built(spec_of(words), cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "tokens"])
-def test_an_interruption_leaves_nothing_behind(words: Path, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize("phase", ["tokenizer", "tokens"])
+def test_an_interruption_leaves_nothing_behind(words: Path, tmp_path: Path, phase: str) -> None:
     def interrupt(progress: PrepareProgress) -> None:
-        if progress.stage == stage:
+        if progress.phase == phase:
             assert leftovers(tmp_path)
             raise KeyboardInterrupt
 
@@ -490,9 +490,7 @@ def test_a_full_disk_is_named_with_what_was_free_and_leaves_nothing_behind(tmp_p
     if mounted.returncode:
         pytest.skip(f"cannot mount: {mounted.stderr.decode()}")
     try:
-        with pytest.raises(
-            DataError, match=r"the disk is full \(No space left on device\); its .* [KM]iB that are free"
-        ):
+        with pytest.raises(DataError, match=r"the disk is full \(No space left on device\): .* [KM]iB free"):
             prepare(spec_of(tmp_path / "big.jsonl"), cache_dir=mount)
         assert not leftovers(mount)
     finally:

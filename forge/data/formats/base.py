@@ -1,4 +1,6 @@
-"""What a record becomes: examples, arrays of one length with the number of loss terms they contribute."""
+"""The interface of an example format, which turns a record into examples.
+
+An example has arrays of one length, and the number of loss terms that it contributes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where records come from: a corpus, a set of files, a data set, as a stream in an order that never changes."""
+"""The interface of a source: a stream of records (of a corpus, files or a data set) in a fixed order."""
 
 from __future__ import annotations
 

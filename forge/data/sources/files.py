@@ -1,7 +1,7 @@
 """Records from files: text, JSON lines and Parquet, compressed or not, local or remote.
 
-Files are taken pattern by pattern, sorted by path within each. Text stays as it is, byte for byte: no newline
-translation; only a UTF-8 byte order mark is dropped. A text file is one record, in pieces if it is long.
+Files are read pattern by pattern, sorted by path within each pattern. Text is kept byte for byte, without newline
+translation; only a UTF-8 byte order mark is removed. A text file is one record, in pieces if it is long.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Long texts in pieces, so that memory does not grow with a document.
+"""Split long texts into pieces, so that memory use is independent of a document's length.
 
-A piece has at most 2²⁰ characters and is cut at the end of a line, where no tokenizer would join what is cut.
+A piece has at most 2²⁰ characters and ends at the end of a line, across which no tokenizer merges tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 PIECE_CHARS = 1 << 20
-"""Longest text handed on at once; also the block in which files are read."""
+"""Longest piece; also the block size for reading files."""
 
 _CUTS = (re.compile(r"[^\W_](?=\n)"), re.compile(r"\S(?=\n)"), re.compile(r"\S(?= )"))
 """Every word pattern in use ends a word at the first (GPT-2's at all three), so cutting there changes no id."""
@@ -45,12 +45,13 @@ def pieces_of(blocks: Iterable[str]) -> Iterator[Piece]:
 
 
 def _find_cut(text: str) -> int:
-    """Where to cut, at most PIECE_CHARS in: before the last line break after a letter or digit.
+    """Return the end of the next piece, at most PIECE_CHARS: before the last line break after a letter or digit.
 
-    Else before one after any visible character, else before a space after one, else anywhere.
+    Otherwise before a line break after any visible character, otherwise before a space after one, otherwise
+    anywhere.
     """
     for pattern in _CUTS:
-        # Look at the end first: the last 64 Ki characters nearly always have such a place.
+        # Search the end first: the last 64 Ki characters nearly always contain a cut.
         for start in (PIECE_CHARS - (1 << 16), 0):
             ends = [found.end() for found in pattern.finditer(text, max(0, start), PIECE_CHARS + 1)]
             if ends:

@@ -1,4 +1,4 @@
-"""The sources by their name in `data.source`; `files` is the one of `data.files`."""
+"""The sources by their name in `data.source`; `data.files` uses the source `files`."""
 
 from __future__ import annotations
 

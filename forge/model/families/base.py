@@ -1,6 +1,6 @@
-"""What a kind of model has to offer: counting it without memory, and building it on every rank.
+"""The interface of a model family: inspect a model without allocating it, and build it on every rank.
 
-A family turns the `model:` section and what the data determine into an `nn.Module`. The planner calls `inspect`
+A family turns the `model:` section and the shape of the data into an `nn.Module`. The planner calls `inspect`
 on torch's meta device; every rank calls `build`. `forge.model.families.registry` chooses the family.
 """
 
@@ -22,7 +22,7 @@ from forge.plan.inputs import ModelInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataShape:
-    """What a model takes from the data."""
+    """The sizes that a model takes from the data."""
 
     vocab_size: int
     seq_len: int
@@ -31,14 +31,14 @@ class DataShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
-    """How ZeRO 3 divides parameters among ranks while a model is built."""
+    """How ZeRO 3 partitions parameters among ranks while a model is built."""
 
     construct: Callable[[], AbstractContextManager[Any]]
-    """Modules that are created in this context are divided at once."""
+    """Modules created in this context are partitioned immediately."""
     gather: GatherParameters
-    """Makes divided parameters whole; what rank 0 writes to them is sent to all."""
+    """Gathers partitioned parameters; values that rank 0 writes to them are broadcast to all ranks."""
     partition: Callable[[nn.Module], None]
-    """Divide a module that was built whole."""
+    """Partitions a module that was built without partitioning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class BuildOptions:
     """Where the model will compute; it is built on the host."""
     seed: int
     skip_init: bool = False
-    """Leave the weights without values, since all of them are read afterwards."""
+    """Do not initialise the weights, because all of them are loaded afterwards."""
     sharding: Sharding | None = None
     """Under ZeRO 3."""
 
@@ -69,11 +69,11 @@ class ModelFamily(Protocol):
         """The weights of `from_pretrained`, to be read after `build`. Raises: ModelError, PlanError."""
 
     def import_classes(self, spec: ModelSpec, data: DataShape) -> None:
-        """Import what `build` needs, so that a process forked afterwards has it already."""
+        """Import what `build` needs before processes are forked."""
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """The fields of ModelInfo that are counted alike for every family; tied parameters count once."""
+    """Return the fields of ModelInfo that every family counts the same way; tied parameters count once."""
     return {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

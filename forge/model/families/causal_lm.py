@@ -1,8 +1,8 @@
 """Causal language models of transformers: an `architecture` by name, or the folder of `from_pretrained`.
 
-The config is the job's own keys, with vocabulary and positions taken from the data. Weights come from
-`forge.model.init`; those of `from_pretrained` are not read here but after the model is built, each rank its own
-share (`forge.model.pretrained`), so the model is built without values.
+The config consists of the job's keys, with vocabulary and positions taken from the data. `forge.model.init`
+initialises the weights. With `from_pretrained` the model is built without values, and each rank reads its own shard
+afterwards (`forge.model.pretrained`).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class CausalLmFamily:
 
 
 def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
-    """The transformers config of a job: its own keys, with vocabulary and positions taken from the data.
+    """Return the transformers config of a job: its keys, with vocabulary and positions taken from the data.
 
     Raises: PlanError if transformers refuses the architecture or a value.
     """
@@ -110,13 +110,13 @@ def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
 
 
 def config_from_record(record: Mapping[str, Any]) -> PretrainedConfig:
-    """The config that a checkpoint contains."""
+    """Return the config that a checkpoint contains."""
     body = dict(record)
     return AutoConfig.for_model(body.pop("model_type"), **body)
 
 
 def build_on_meta(config: PretrainedConfig) -> Any:
-    """The model of a config on the meta device: shapes without memory."""
+    """Build a model on the meta device, which allocates no memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -145,7 +145,7 @@ def _check_keys(spec: ModelSpec) -> None:
 
 
 def _config_keys(config: PretrainedConfig) -> set[str]:
-    """Every key that a config's class takes, its aliases included."""
+    """Return every key that a config's class accepts, including aliases."""
     names = set(config.attribute_map)
     for cls in type(config).__mro__:
         names |= set(getattr(cls, "__annotations__", {}))
@@ -217,7 +217,7 @@ def has_linear_head(model: Any) -> bool:
 
 
 class _HiddenState(BaseModelOutputWithPast):  # type: ignore[misc]
-    """An output whose other fields are all None."""
+    """A model output of which only the last hidden state is set; all other fields are None."""
 
     def __getattr__(self, name: str) -> None:
         return None

@@ -1,4 +1,4 @@
-"""Which family a `model:` section belongs to; a new family is a file in this folder and a line here."""
+"""Choose the model family of a `model:` section; a new family is a file in this folder and a line here."""
 
 from __future__ import annotations
 

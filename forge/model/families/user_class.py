@@ -1,4 +1,4 @@
-"""A model class of the user's own: `model.class: my_models:TinyMixer`.
+"""A user-defined model class: `model.class: my_models:TinyMixer`.
 
 The class is an `nn.Module` and follows this interface:
 
@@ -6,8 +6,8 @@ The class is an `nn.Module` and follows this interface:
         def __init__(self, *, vocab_size: int, seq_len: int, width: int = 64) -> None: ...
         def forward(self, input_ids: Tensor) -> Tensor: ...
 
-- The constructor takes the further keys of the `model:` section by name, and `vocab_size`, `seq_len` and `eot_id`
-  if it has parameters of these names. It draws the first weights from torch's generator, which is seeded with
+- The constructor takes the other keys of the `model:` section by name, and `vocab_size`, `seq_len` and `eot_id`
+  if it has parameters of these names. It draws the initial weights from torch's generator, which is seeded with
   `training.seed`, and it must not depend on the rank.
 - `forward(input_ids: int64[B, T])` returns logits `float[B, T, vocab_size]`; the logits at t may depend on the
   tokens up to t only.
@@ -16,8 +16,8 @@ The class is an `nn.Module` and follows this interface:
   `training.activation_checkpointing`.
 
 FLOPs and activations are measured: one forward pass on the meta device, whose matrix products and saved tensors
-are counted. So the class must not read values of tensors to decide what it computes. The model is built whole in
-the memory of every rank and divided afterwards, also under ZeRO 3.
+are counted. So the class must not read values of tensors to decide what it computes. Every rank builds the whole
+model in memory before it is partitioned, also under ZeRO 3.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _load(spec: ModelSpec) -> type[nn.Module]:
 
 
 def _construct(spec: ModelSpec, data: DataShape) -> nn.Module:
-    """Raises: ModelError if the constructor takes other arguments, or fails."""
+    """Construct the model. Raises: ModelError if the constructor fails or does not accept a key."""
     cls = _load(spec)
     parameters = inspect.signature(cls).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -114,7 +114,7 @@ def _construct(spec: ModelSpec, data: DataShape) -> nn.Module:
 
 
 def _measure(model: nn.Module, data: DataShape) -> dict[str, int]:
-    """FLOPs and bytes kept for the backward pass of one row. Raises: ValueError if the output is no logits."""
+    """Measure the FLOPs and activation bytes of one row. Raises: ValueError if the output is not logits."""
     tokens = torch.zeros(1, data.seq_len, dtype=torch.int64, device="meta")
     own = {id(parameter) for parameter in model.parameters()}
     kept: dict[tuple[int, Any], int] = {}
