@@ -49,7 +49,7 @@ def print_reports(reports: dict[str, KillReport], *, seed: int) -> None:
                 f"{report.num_kills:,}",
                 f"{len(report.broken):,}",
                 f"{len(report.lost):,}",
-                f"{report.num_sealed:,}",
+                f"{report.num_committed:,}",
                 f"{report.save_ms:.1f}",
                 f"{report.seconds:.0f}",
             )
@@ -58,7 +58,7 @@ def print_reports(reports: dict[str, KillReport], *, seed: int) -> None:
     )
     forge, deepspeed = reports["forge"], reports["DeepSpeed"]
     print_table(
-        "what forge's savers were doing when they were killed",
+        "what forge's writer processes were doing when they were killed",
         header=("", "kills"),
         rows=[(phase, f"{forge.phases[phase]:,}") for phase in ("save", *PHASES, "idle")],
     )

@@ -67,7 +67,7 @@ def _kill_deepspeed_once(
     told.listen()
     hearing.close()
     report.num_kills += 1
-    report.num_sealed += len(told.returned)
+    report.num_committed += len(told.returned)
     name = "all" if victim == world_size else f"rank {victim}"
     report.victims[name] += 1
     report.phases["between" if len(told.begun) == len(told.returned) else "save"] += 1

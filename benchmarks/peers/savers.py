@@ -35,8 +35,8 @@ class Saver(Protocol):
 
 
 class ForgeSaver:
-    """forge's `AsyncCheckpointer`, called as its training loop calls it. Written, flushed and sealed when
-    complete."""
+    """forge's `AsyncCheckpointer`, called as its training loop calls it. Complete when
+    it is written, flushed and committed."""
 
     def __init__(self, engine: Engine, *, spec: JobSpec, folder: Path) -> None:
         self._saving = AsyncCheckpointer(engine.state, url=str(folder), keep=1)

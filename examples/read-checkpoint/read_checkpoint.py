@@ -1,4 +1,4 @@
-"""Reads forge's checkpoints with numpy alone; docs/checkpoint-format.md describes what is read here."""
+"""Read forge's checkpoints with numpy alone; the format is described in docs/checkpoint-format.md."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", 
 
 
 def load(folder):
-    """The state of a checkpoint, and its intervals by name and kind. Raises an error if it does not verify."""
+    """Return a checkpoint's state, and its intervals by name and kind. Raises: an error if it does not verify."""
     text = (folder / "manifest.json").read_bytes()
     manifest, held = json.loads(text), {}
     if manifest["format_version"] != 3 or text[11:19] != b"%08x" % zlib.crc32(text[:11] + b"0" * 8 + text[19:]):
@@ -28,13 +28,13 @@ def load(folder):
 
 
 def read(folder, name, kind="master"):
-    """A whole tensor of one checkpoint; BF16, which numpy has not, as the same numbers in float32; F8 as bits."""
+    """Return a whole tensor of one checkpoint; BF16, which numpy does not have, as float32; F8 as bits."""
     state, held = load(Path(folder))
     name = state["tied"].get(name, name)
     pieces = sorted(held.get((name, kind), ()), key=lambda piece: piece[0])
     shape = state["parameters"].get(name, {}).get("shape", ())
     if not pieces or [0, *(p[1] for p in pieces)] != [*(p[0] for p in pieces), np.prod(shape, dtype=int)]:
-        raise ValueError(f"{folder} does not hold the whole of {name} as {kind}; base: {state.get('base')}")
+        raise ValueError(f"{folder} does not contain all of {name} as {kind}; base: {state.get('base')}")
     flat = np.concatenate([piece[3] for piece in pieces])
     return ((flat.astype("<u4") << 16).view("<f4") if pieces[0][2] == "BF16" else flat).reshape(shape)
 
@@ -44,12 +44,12 @@ def main(checkpoints, name=None, kind="master", out=None):
         try:
             state, held = load(folder)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            sys.stderr.write(f"{folder.name} is passed over: {error}\n")
+            sys.stderr.write(f"{folder.name} is skipped: {error}\n")
             continue
         if name is not None:
             return np.save(out or f"{name}.npy", read(folder, name, kind))
         return sys.stdout.writelines(f"{n} {state['parameters'][n]['shape']} {k}\n" for n, k in sorted(held))
-    raise ValueError(f"{checkpoints} holds no checkpoint that verifies")
+    raise ValueError(f"{checkpoints} contains no checkpoint that verifies")
 
 
 if __name__ == "__main__":

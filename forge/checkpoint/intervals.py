@@ -1,8 +1,8 @@
-"""Rank-free coordinates: which elements of which parameter, in which kind, and how a rank's own lie in memory.
+"""Rank-independent coordinates of the training state: intervals of parameters, and their layout in memory.
 
-An interval is `[start, stop)` of a parameter's flattened elements. A layout is the row of intervals that
-one rank owns, packed without holes; the bytes are the same in a snapshot's shared memory and in the data
-section of the safetensors file that the snapshot becomes, so saving is copying a header and a row of bytes.
+An interval is `[start, stop)` of a parameter's flattened elements, in one kind. A layout is the sequence of
+intervals that one rank owns, packed without gaps. The bytes are the same in a snapshot in shared memory and in the
+data section of the safetensors file, so writing a part means writing a header and one block of memory.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS = ("master", "ema", "frozen", "buffer", "exp_avg", "exp_avg_sq")
-"""In the order of a file: what a model is made of first, what only training needs last."""
+"""In the order of a file: first the values of the model, last what only training needs."""
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-"""Bytes of one element, by the names that safetensors gives its types."""
+"""Bytes of one element, by safetensors type name."""
 
 Range = tuple[int, memoryview]
-"""Bytes of a file: where they begin, and the memory they are to fill."""
+"""Offset in a file, and the memory to fill from there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,97 +35,94 @@ class Interval:
     start: int
     stop: int
     dtype: str
-    """As safetensors writes it: `F32`, `BF16`, ..."""
+    """Safetensors type name: `F32`, `BF16`, ..."""
 
     @property
     def numel(self) -> int:
-        """Elements."""
         return self.stop - self.start
 
     @property
     def size_bytes(self) -> int:
-        """Bytes."""
         return self.numel * ITEM_BYTES[self.dtype]
 
     @property
     def key(self) -> str:
-        """Its name within a safetensors file; a parameter's name may hold any character."""
+        """Key of the tensor in a safetensors file; the parameter name comes last, as it may contain slashes."""
         return f"{self.kind}/{self.start}/{self.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The intervals of one rank, in the order and at the places in which they lie in memory and in a file."""
+    """The intervals of one rank, in their order in memory and in a file."""
 
     intervals: tuple[Interval, ...]
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all intervals."""
         return sum(interval.size_bytes for interval in self.intervals)
 
-    def placed(self) -> Iterator[tuple[Interval, int]]:
-        """Every interval with the byte at which it begins."""
+    def with_offsets(self) -> Iterator[tuple[Interval, int]]:
+        """Yield each interval with its byte offset."""
         offset = 0
         for interval in self.intervals:
             yield interval, offset
             offset += interval.size_bytes
 
     def to_record(self) -> list[list[Any]]:
-        """As JSON; see `layout_from_record`."""
+        """Return the layout as JSON; see `layout_from_record`."""
         return [[i.kind, i.name, i.start, i.stop, i.dtype] for i in self.intervals]
 
 
 def pack(intervals: Iterable[Interval]) -> Layout:
-    """Order intervals by size of element, kind and name, so that each is aligned; empty ones are left out."""
-    held = [interval for interval in intervals if interval.numel > 0]
-    held.sort(key=lambda i: (-ITEM_BYTES[i.dtype], KINDS.index(i.kind), i.name, i.start))
-    return Layout(intervals=tuple(held))
+    """Sort intervals by element size, kind and name, so that each is aligned; empty ones are dropped."""
+    stored = [interval for interval in intervals if interval.numel > 0]
+    stored.sort(key=lambda i: (-ITEM_BYTES[i.dtype], KINDS.index(i.kind), i.name, i.start))
+    return Layout(intervals=tuple(stored))
 
 
 def layout_from_record(record: Iterable[Iterable[Any]]) -> Layout:
-    """Read what `Layout.to_record` gave."""
+    """Parse the output of `Layout.to_record`."""
     names = ("kind", "name", "start", "stop", "dtype")
     return Layout(intervals=tuple(Interval(**dict(zip(names, row, strict=True))) for row in record))
 
 
 class IntervalIndex:
-    """What several parts hold together, to be read from by interval."""
+    """Finds the byte ranges of any interval in several parts."""
 
     def __init__(self, parts: Iterable[tuple[str, Layout, int]]) -> None:
         """Args:
-        parts: name, layout, and the byte at which the first interval begins.
+        parts: name, layout, and offset of the first interval in the file, in bytes.
         """
-        self._places: dict[tuple[str, str], list[tuple[Interval, str, int]]] = {}
+        self._locations: dict[tuple[str, str], list[tuple[Interval, str, int]]] = {}
         for name, layout, data_start in parts:
-            for interval, offset in layout.placed():
-                place = (interval, name, data_start + offset)
-                self._places.setdefault((interval.kind, interval.name), []).append(place)
+            for interval, offset in layout.with_offsets():
+                location = (interval, name, data_start + offset)
+                self._locations.setdefault((interval.kind, interval.name), []).append(location)
 
     @property
     def kinds(self) -> set[str]:
-        """The kinds that are held of any parameter."""
-        return {kind for kind, _ in self._places}
+        """All kinds that are stored."""
+        return {kind for kind, _ in self._locations}
 
     def ranges(self, wanted: Iterable[tuple[Interval, memoryview]]) -> dict[str, list[Range]]:
-        """By part, the ranges of bytes to read and the memory they fill, so that each interval is whole.
+        """Map each part to the byte ranges to read from it, so that every wanted interval is filled completely.
 
-        Raises: ValueError if an element is not held, or in another type.
+        Raises: ValueError if an element is not stored, or is stored in another type.
         """
         found: dict[str, list[Range]] = {}
         for interval, view in wanted:
             num_found = 0
-            for held, part, offset in self._places.get((interval.kind, interval.name), ()):
-                first, last = max(held.start, interval.start), min(held.stop, interval.stop)
+            for stored, part, offset in self._locations.get((interval.kind, interval.name), ()):
+                first, last = max(stored.start, interval.start), min(stored.stop, interval.stop)
                 if first >= last:
                     continue
-                if held.dtype != interval.dtype:
+                if stored.dtype != interval.dtype:
                     raise ValueError(
-                        f"holds {interval.name} ({interval.kind}) as {held.dtype}, not {interval.dtype}"
+                        f"holds {interval.name} ({interval.kind}) as {stored.dtype}, not {interval.dtype}"
                     )
-                item = ITEM_BYTES[held.dtype]
+                item = ITEM_BYTES[stored.dtype]
                 target = view[(first - interval.start) * item : (last - interval.start) * item]
-                found.setdefault(part, []).append((offset + (first - held.start) * item, target))
+                found.setdefault(part, []).append((offset + (first - stored.start) * item, target))
                 num_found += last - first
             if num_found != interval.numel:
                 raise ValueError(
@@ -141,12 +138,12 @@ def safetensors_header(
     metadata: Mapping[str, str] | None = None,
     alignment: int = 8,
 ) -> bytes:
-    """What stands before the data of a safetensors file: the length of a JSON, and the JSON, padded with blanks.
+    """Return the header of a safetensors file: 8 bytes with the length of a JSON, and the JSON, padded with spaces.
 
     Args:
-        tensors: type and shape by name, in the order in which their bytes follow, without holes.
-        metadata: text about the file.
-        alignment: bytes of which the data's place in the file is a multiple.
+        tensors: type and shape by name, in the order of their bytes, which follow without gaps.
+        metadata: text entries of `__metadata__`.
+        alignment: the data starts at a multiple of this many bytes.
 
     Source: https://huggingface.co/docs/safetensors/index#format
     """

@@ -1,7 +1,7 @@
-"""What the small files of a checkpoint say, and how they are written: manifest, state, a part's header.
+"""Format of the small files of a checkpoint: manifest, state file, header of a part.
 
-Pure functions between bytes and typed values; `docs/checkpoint-format.md` says the same in words. What is
-read and does not add up is a ValueError with the reason.
+Pure functions between bytes and typed values, as described in `docs/checkpoint-format.md`. Inconsistent input
+raises ValueError with the reason.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from forge.checkpoint.intervals import Layout, layout_from_record, safetensors_h
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
-# The data of a part begins at a page's beginning, as it does in memory: a disk then takes it without a copy.
+# The data of a part starts at a page boundary, as it does in memory, which direct I/O requires.
 _ALIGNMENT = 4096
-# The manifest's own checksum stands at a fixed place, and is taken with zeros there.
-_SEAL = b'{"crc32": "00000000", '
-_SEAL_AT = slice(11, 19)
+# The manifest's own checksum has a fixed position, and is computed with zeros there.
+_CRC_PREFIX = b'{"crc32": "00000000", '
+_CRC_DIGITS = slice(11, 19)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """All of a run's state that is not a tensor. Schedule, sample order and dropout follow from the step."""
+    """State of a run apart from tensors; learning rate, sample order and dropout are functions of the step."""
 
     step: int
     num_tokens: int
     config_digest: str
-    """Digest of what determines the loss curve; see `forge.plan.plan.training_digest`."""
+    """Digest of all settings that determine the loss curve; see `forge.plan.plan.config_digest`."""
     corpus: str
     """Digest of the prepared corpus."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """One tensor of the model, as the model has it."""
+    """One tensor of the model."""
 
     shape: tuple[int, ...]
     dtype: str
-    """Of the model's own copy, by safetensors' name."""
+    """Type in the model, by its safetensors name; the stored master weight may be `F32`."""
     kind: str
-    """`master` (trained), `frozen`, `buffer` or `base`: the kind that holds its value. The values of `base` are in
-    no part: they are those of `ModelShape.base`."""
+    """Kind that stores its value: `master` (trained), `frozen`, `buffer` or `base`. Values of kind `base` are not
+    in the checkpoint, but in the weights that `ModelShape.base` names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,29 +53,29 @@ class BaseWeights:
     """The pretrained weights that a checkpoint refers to, for parameters that are not trained."""
 
     source: str
-    """A folder or a hub id, as the job names it."""
+    """Folder or Hugging Face Hub id, as in the job file."""
     revision: str | None
-    """The commit of a hub id."""
+    """Commit, for a Hub id."""
     files: Mapping[str, str]
     """xxh3_128 of each weight file, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Which tensors a model has; two models with equal shapes can load each other's checkpoints."""
+    """The tensors of a model; two models with equal shapes can load each other's checkpoints."""
 
     parameters: Mapping[str, Parameter]
     tied: Mapping[str, str]
-    """Names that are another parameter's second name."""
+    """Alias → name of the parameter that it is tied to."""
     config: Mapping[str, Any]
-    """The transformers config, so that a checkpoint alone tells its model; empty for any other model."""
+    """The transformers config, which makes a checkpoint self-contained; empty for any other model."""
     base: BaseWeights | None = None
-    """Where the values of kind `base` are; None if there are none."""
+    """Source of the values of kind `base`; None without such parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One writer's file."""
+    """The file of one rank."""
 
     name: str
     size_bytes: int
@@ -84,13 +84,13 @@ class Part:
 
     @property
     def data_start(self) -> int:
-        """The byte at which the first interval begins."""
+        """Offset of the first interval, in bytes."""
         return self.size_bytes - self.layout.size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a checkpoint is made of."""
+    """The files of a checkpoint."""
 
     step: int
     parts: tuple[Part, ...]
@@ -100,33 +100,33 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
-        """Of all files but the manifest itself."""
+        """Size of all files except the manifest."""
         return self.state_size_bytes + sum(part.size_bytes for part in self.parts)
 
 
 def step_name(step: int) -> str:
-    """`step-00001000`: sorts as the steps do."""
+    """Return `step-00001000`: names sort by step."""
     return f"step-{step:08d}"
 
 
 def part_name(rank: int, *, token: str) -> str:
-    """Unique to one writing: two who write one checkpoint at once on an object store do not mix."""
+    """Return a name unique to one save: two jobs that save the same step to one object store do not mix files."""
     return f"part-{rank:05d}-{token}.safetensors"
 
 
 def state_name(*, token: str) -> str:
-    """Unique to one writing, like the parts' names."""
+    """Return a name unique to one save, like `part_name`."""
     return f"state-{token}.json"
 
 
 def manifest_from_bytes(text: bytes) -> Manifest:
-    """Read what `manifest_bytes` gave. Raises: ValueError saying why it is not to be believed."""
+    """Parse the output of `manifest_bytes`. Raises: ValueError with the reason if it is not valid."""
     try:
         body = json.loads(text)
         version = body["format_version"]
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version}, this forge reads {FORMAT_VERSION}")
-        blank = text[: _SEAL_AT.start] + b"0" * 8 + text[_SEAL_AT.stop :]
+        blank = text[: _CRC_DIGITS.start] + b"0" * 8 + text[_CRC_DIGITS.stop :]
         if body["crc32"] != f"{zlib.crc32(blank):08x}":
             raise ValueError(f"{MANIFEST} does not match its checksum")
         return Manifest(
@@ -141,19 +141,19 @@ def manifest_from_bytes(text: bytes) -> Manifest:
 
 
 def manifest_bytes(step: int, *, parts: Sequence[Part], state: bytes, token: str) -> bytes:
-    """`manifest.json`, its own checksum included."""
+    """Return the content of `manifest.json`, including its own checksum."""
     body = {
         "format_version": FORMAT_VERSION,
         "step": step,
         "state": {"name": state_name(token=token), "size_bytes": len(state), "crc32": zlib.crc32(state)},
         "parts": [part_record(part) for part in parts],
     }
-    blank = _SEAL + json.dumps(body, sort_keys=True).encode()[1:] + b"\n"
-    return blank[: _SEAL_AT.start] + f"{zlib.crc32(blank):08x}".encode() + blank[_SEAL_AT.stop :]
+    blank = _CRC_PREFIX + json.dumps(body, sort_keys=True).encode()[1:] + b"\n"
+    return blank[: _CRC_DIGITS.start] + f"{zlib.crc32(blank):08x}".encode() + blank[_CRC_DIGITS.stop :]
 
 
 def state_from_bytes(text: bytes) -> tuple[Progress, ModelShape]:
-    """Read what `state_bytes` gave. Raises: ValueError saying why it cannot be read."""
+    """Parse the output of `state_bytes`. Raises: ValueError with the reason if it is not valid."""
     try:
         body = json.loads(text)
         progress = Progress(**{field.name: body[field.name] for field in dataclasses.fields(Progress)})
@@ -164,7 +164,7 @@ def state_from_bytes(text: bytes) -> tuple[Progress, ModelShape]:
 
 
 def unacked_metrics_from_bytes(text: bytes) -> list[dict[str, Any]]:
-    """The steps that `state_bytes` was given. Raises: ValueError if they cannot be read."""
+    """Return the `unacked_metrics` in the output of `state_bytes`. Raises: ValueError if it is not valid."""
     try:
         unacked_metrics: list[dict[str, Any]] = json.loads(text).get("unacked_metrics", [])
     except (json.JSONDecodeError, AttributeError) as error:
@@ -175,10 +175,10 @@ def unacked_metrics_from_bytes(text: bytes) -> list[dict[str, Any]]:
 def state_bytes(
     progress: Progress, shape: ModelShape, *, unacked_metrics: Sequence[Mapping[str, Any]] = ()
 ) -> bytes:
-    """The file of the state.
+    """Return the content of the state file.
 
     Args:
-        unacked_metrics: metrics of the steps up to this one that were perhaps not recorded yet when it was made.
+        unacked_metrics: metrics of steps up to this one that were not acknowledged by the recorder yet.
     """
     body = {"format_version": FORMAT_VERSION} | dataclasses.asdict(progress) | shape_record(shape)
     if unacked_metrics:
@@ -187,14 +187,14 @@ def state_bytes(
 
 
 def shape_record(shape: ModelShape) -> dict[str, Any]:
-    """A model's shape as JSON."""
+    """Return a model's shape as JSON."""
     parameters = {name: dataclasses.asdict(entry) for name, entry in shape.parameters.items()}
     record = {"parameters": parameters, "tied": dict(shape.tied), "config": dict(shape.config)}
     return record | ({"base": base_record(shape.base)} if shape.base is not None else {})
 
 
 def shape_from_record(record: Mapping[str, Any]) -> ModelShape:
-    """Read what `shape_record` gave. Raises: KeyError, TypeError."""
+    """Parse the output of `shape_record`. Raises: KeyError, TypeError."""
     parameters = {
         key: Parameter(shape=tuple(entry["shape"]), dtype=entry["dtype"], kind=entry["kind"])
         for key, entry in record["parameters"].items()
@@ -204,19 +204,19 @@ def shape_from_record(record: Mapping[str, Any]) -> ModelShape:
 
 
 def base_record(base: BaseWeights | None) -> dict[str, Any] | None:
-    """A reference to base weights as JSON."""
+    """Return a reference to base weights as JSON."""
     return None if base is None else dataclasses.asdict(base)
 
 
 def base_from_record(record: Mapping[str, Any] | None) -> BaseWeights | None:
-    """Read what `base_record` gave. Raises: KeyError, TypeError."""
+    """Parse the output of `base_record`. Raises: KeyError, TypeError."""
     if record is None:
         return None
     return BaseWeights(source=record["source"], revision=record["revision"], files=dict(record["files"]))
 
 
 def base_difference(held: BaseWeights | None, wanted: BaseWeights | None) -> str | None:
-    """Why the base weights of now are not those that a state refers to; None if their content is the same."""
+    """Return how base weights differ from those that a state refers to; None if their content is the same."""
     if held is None or wanted is None or held.files == wanted.files:
         return None
     for name, digest in sorted(held.files.items()):
@@ -229,7 +229,7 @@ def base_difference(held: BaseWeights | None, wanted: BaseWeights | None) -> str
 
 
 def part_record(part: Part) -> dict[str, Any]:
-    """A part as it stands in the manifest."""
+    """Return the manifest entry of a part."""
     return {
         "name": part.name,
         "size_bytes": part.size_bytes,
@@ -240,7 +240,7 @@ def part_record(part: Part) -> dict[str, Any]:
 
 
 def part_from_record(record: Mapping[str, Any]) -> Part:
-    """Read what `part_record` gave. Raises: KeyError, TypeError; ValueError if it contradicts itself."""
+    """Parse the output of `part_record`. Raises: KeyError, TypeError; ValueError if it is inconsistent."""
     part = Part(
         name=record["name"],
         size_bytes=record["size_bytes"],
@@ -248,18 +248,18 @@ def part_from_record(record: Mapping[str, Any]) -> Part:
         layout=layout_from_record(record["intervals"]),
     )
     if part.data_start != record["data_start"]:
-        raise ValueError(f"{part.name} has {part.size_bytes} bytes, but its intervals end elsewhere")
+        raise ValueError(f"{part.name} has {part.size_bytes} bytes, which does not match its intervals")
     return part
 
 
 def part_header(layout: Layout) -> bytes:
-    """What stands before the data of a part: a safetensors header with a flat tensor for each interval."""
+    """Return the safetensors header of a part, with one flat tensor per interval."""
     tensors = {i.key: (i.dtype, (i.numel,)) for i in layout.intervals}
     return safetensors_header(tensors, alignment=_ALIGNMENT)
 
 
 def shape_differences(held: ModelShape, wanted: ModelShape, *, most: int = 5) -> list[str]:
-    """How a checkpoint's model differs from the one that is to be loaded, parameter by parameter."""
+    """List the differences between a checkpoint's model and the one that loads it, by parameter."""
     found = []
     for name in sorted({*held.parameters, *wanted.parameters}):
         ours, theirs = wanted.parameters.get(name), held.parameters.get(name)

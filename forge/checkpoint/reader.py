@@ -1,12 +1,12 @@
-"""Read any part of a durable checkpoint.
+"""Read any range of a checkpoint.
 
     checkpoints/step-00001000/
-      part-00003-1f0c.safetensors   the intervals of one writer, keys `kind/start/name`
-      state-1f0c.json               step, tokens, digests, the parameters' shapes, format version
-      manifest.json                 written last: every part with its intervals, size and checksum
+      part-00003-1f0c.safetensors   the intervals of one rank, keys `kind/start/name`
+      state-1f0c.json               step, tokens, digests, shapes of parameters, format version
+      manifest.json                 written last: all parts with their intervals, sizes and checksums
 
-A reader reads the ranges it needs, whichever rank wrote them, at any world size. Which checkpoints are whole is
-decided in `forge.checkpoint.verify`, the format of the small files in `forge.checkpoint.manifest`. No torch.
+A reader reads only the ranges it needs, independent of the world size that wrote them. Integrity checks are in
+`forge.checkpoint.verify`, the format of the small files in `forge.checkpoint.manifest`. No torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from forge.errors import CheckpointError
 
 
 class Checkpoint:
-    """A checkpoint that is open for reading; use `open_checkpoint`."""
+    """A checkpoint open for reading; use `open_checkpoint`."""
 
     def __init__(
         self,
@@ -52,22 +52,22 @@ class Checkpoint:
         self.progress = progress
         self.shape = shape
         self.unacked_metrics = unacked_metrics
-        """Metrics of its last steps, which may not have been recorded."""
+        """Metrics of its last steps that may not have been recorded."""
         self._storage = storage
-        self._holdings = IntervalIndex((part.name, part.layout, part.data_start) for part in manifest.parts)
+        self._index = IntervalIndex((part.name, part.layout, part.data_start) for part in manifest.parts)
 
     @property
     def kinds(self) -> set[str]:
-        """The kinds it holds of any parameter."""
-        return self._holdings.kinds
+        """All kinds that it stores."""
+        return self._index.kinds
 
     def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
-        """Fill each view with the bytes of its interval; nothing else is read.
+        """Fill each view with the bytes of its interval, reading only these bytes.
 
-        Raises: CheckpointError if an element is not there, or a file cannot be read.
+        Raises: CheckpointError if an element is missing, or a file cannot be read.
         """
         try:
-            ranges = self._holdings.ranges(wanted)
+            ranges = self._index.ranges(wanted)
         except ValueError as error:
             raise CheckpointError(f"{self.url} {error}") from error
         for part, entries in ranges.items():
@@ -77,12 +77,12 @@ class Checkpoint:
                 raise CheckpointError(f"{self.url}/{part} cannot be read: {error}") from error
 
     def value_interval(self, name: str, *, ema: bool = False) -> Interval:
-        """Where the value of a whole parameter or buffer is: the interval to `read`.
+        """Return the interval to `read` for the whole value of a parameter or buffer.
+
+        The interval of a parameter of kind `base` cannot be read from the checkpoint; its value is in `shape.base`.
 
         Args:
-            ema: of what is trained, its average.
-
-        The interval of a parameter of kind `base` cannot be read from the checkpoint: it refers to `shape.base`.
+            ema: for trained parameters, the moving average in place of the weight.
         """
         name = self.shape.tied.get(name, name)
         parameter = self.shape.parameters[name]
@@ -96,7 +96,7 @@ class Checkpoint:
         )
 
     def require_job(self, *, config_digest: str, corpus: str, shape: ModelShape) -> None:
-        """Raises: CheckpointError unless it was made by this job's model, data and training."""
+        """Raises: CheckpointError unless it was written with this job's model, data and training settings."""
         differences = shape_differences(self.shape, shape)
         if differences:
             raise CheckpointError(
@@ -121,7 +121,7 @@ class Checkpoint:
 
 
 def list_checkpoints(storage: Storage) -> list[str]:
-    """Names of what claims to be a checkpoint, newest first. Raises: CheckpointError if there is no asking."""
+    """List checkpoint names, newest first, unverified. Raises: CheckpointError if the storage cannot be listed."""
     try:
         return [name for name in reversed(storage.names()) if name.startswith("step-")]
     except OSError as error:
@@ -129,18 +129,18 @@ def list_checkpoints(storage: Storage) -> list[str]:
 
 
 def open_checkpoint(storage: Storage, name: str) -> Checkpoint:
-    """Read a checkpoint's manifest and state. Raises: CheckpointError saying what is wrong with them."""
+    """Read a checkpoint's manifest and state file. Raises: CheckpointError if they are not valid."""
     url = f"{storage.url}/{name}"
     try:
         return read_checkpoint(storage, name)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{url}: {file_of(error)} is missing") from error
+        raise CheckpointError(f"{url}: {file_name_of(error)} is missing") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{url}: {error}") from error
 
 
 def read_checkpoint(storage: Storage, name: str) -> Checkpoint:
-    """Raises: FileNotFoundError, OSError; ValueError saying why it is not to be believed."""
+    """Like `open_checkpoint`. Raises: FileNotFoundError, OSError; ValueError with the reason if it is not valid."""
     manifest = read_manifest(storage, name)
     text = storage.read(f"{name}/{manifest.state_name}")
     if zlib.crc32(text) != manifest.state_crc32:
@@ -148,15 +148,15 @@ def read_checkpoint(storage: Storage, name: str) -> Checkpoint:
     progress, shape = state_from_bytes(text)
     if not name.endswith(step_name(manifest.step)) or progress.step != manifest.step:
         raise ValueError(f"its manifest is of step {manifest.step}, its state of step {progress.step}")
-    _require_whole(manifest, shape)
+    _require_complete(manifest, shape)
     unacked_metrics = unacked_metrics_from_bytes(text)
     return Checkpoint(
         storage, name, manifest=manifest, progress=progress, shape=shape, unacked_metrics=unacked_metrics
     )
 
 
-def _require_whole(manifest: Manifest, shape: ModelShape) -> None:
-    """Raises: ValueError if an element of a parameter is there twice in one kind, or not at all."""
+def _require_complete(manifest: Manifest, shape: ModelShape) -> None:
+    """Raises: ValueError unless each element of each parameter is stored exactly once per kind."""
     held: dict[tuple[str, str], list[tuple[int, int]]] = {
         (parameter.kind, name): [] for name, parameter in shape.parameters.items() if parameter.kind != "base"
     }
@@ -172,11 +172,11 @@ def _require_whole(manifest: Manifest, shape: ModelShape) -> None:
 
 
 def read_manifest(storage: Storage, name: str) -> Manifest:
-    """Raises: FileNotFoundError, OSError; ValueError saying why it is not to be believed."""
+    """Read the manifest. Raises: FileNotFoundError, OSError; ValueError with the reason if it is not valid."""
     return manifest_from_bytes(storage.read(f"{name}/{MANIFEST}"))
 
 
-def file_of(error: FileNotFoundError) -> str:
-    """The file's own name: what a person looks for."""
+def file_name_of(error: FileNotFoundError) -> str:
+    """Return the name of the missing file, without its folder."""
     name = str(error.filename or error.args[-1] if error.args else error)
     return name.rstrip("/").rpartition("/")[2]

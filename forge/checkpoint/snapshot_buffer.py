@@ -1,20 +1,18 @@
-"""Snapshots: the state of one rank as of a step, in shared memory that outlives the rank.
+"""Snapshots of one rank's state in shared memory, which outlives the rank.
 
-The memory is anonymous (`memfd`): it has no name that could be left behind, it does not count against the
-size of /dev/shm, and it is gone with the last process that holds it. It says itself what it holds, so
-whoever has the descriptor can read it. Slots are written in turn; while one is written the others stay
-whole. Two are enough for that; the third is for while a checkpoint is made of one of them, and costs memory
-only then:
+The memory is anonymous (`memfd`): no file can be left behind, it does not count against the size of /dev/shm, and
+it is freed when the last process closes it. It describes its own content, so any process with the descriptor can
+read it. A snapshot is written to a free slot, while the others stay complete. Two slots suffice for that; the third
+is used while a checkpoint is written from one of them, and takes memory only then:
 
     header    magic, number of slots, bytes of the layout, bytes of the data
     slot 0    step, checksum of the data, length and text of a small JSON (step, tokens, ...)
     slot 1, slot 2
-    layout    JSON: the intervals, in the order of their bytes, and what else is to be known of the state
+    layout    JSON: the intervals, in the order of their bytes, and further information on the state
     data 0, data 1, data 2
 
-A writer takes the step away first and writes it last, after the checksum, so a slot that is torn, because
-its writer was killed in the middle, is seen to be so. This module knows no torch: the process that makes
-a checkpoint of a snapshot stays light.
+Writing clears the step of a slot first and sets it last, after the checksum, so a slot whose writer was killed is
+recognised as incomplete. This module does not import torch, which keeps the checkpoint writer process small.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ _MADV_POPULATE_WRITE = 23  # of Linux 5.14; Python's mmap does not name it yet
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """One whole snapshot."""
+    """One complete snapshot in a slot."""
 
     slot: int
     step: int
@@ -61,51 +59,52 @@ class SnapshotBuffer:
         self._memory = mmap.mmap(fd, 0)
         magic, num_slots, _, layout_bytes, self._data_bytes = _HEADER.unpack_from(self._memory, 0)
         if magic != _MAGIC or num_slots != NUM_SLOTS:
-            raise ValueError("this memory holds no snapshots of this version of forge")
+            raise ValueError("the memory contains no snapshots of this version of forge")
         first = _PAGE + NUM_SLOTS * _SLOT_BYTES
         self.description: bytes = self._memory[first : first + layout_bytes]
-        """Layout and `about` as they stand there; `create_snapshot_buffer` of the same description is laid out
-        equally."""
+        """Layout and `about` as JSON; see `create_from_description`."""
         body = json.loads(self.description)
         self.layout: Layout = layout_from_record(body["layout"])
         self.about: dict[str, Any] = body["about"]
-        self._data_start = _up(first + layout_bytes)
+        self._data_start = _round_up(first + layout_bytes)
 
     def prepare(self, slot: int) -> None:
-        """Have the pages of a slot at hand, a few at a time, so that copying does not stop at each of them.
+        """Map the pages of a slot, in chunks, so that copying causes no page faults.
 
-        The first to do it makes them: 0.4 s a GB, ten times what the copy itself takes.
+        The first call allocates them: 0.4 s per GB, ten times the duration of the copy.
         """
         first = self.data_offset(slot)
-        end = first + _up(self._data_bytes)
-        with contextlib.suppress(OSError):  # before Linux 5.14 pages come one by one, when they are touched
+        end = first + _round_up(self._data_bytes)
+        with contextlib.suppress(OSError):  # before Linux 5.14: pages are mapped on first access
             for start in range(first, end, _CHUNK_BYTES):
                 self._memory.madvise(_MADV_POPULATE_WRITE, start, min(_CHUNK_BYTES, end - start))
 
     def begin(self, slot: int) -> memoryview:
-        """Take the step away from a slot and give its bytes, to be written before `commit`."""
+        """Mark a slot as incomplete and return its bytes, to be written before `commit`."""
         _SLOT.pack_into(self._memory, self._slot_start(slot), 0, 0, 0)
         return self.data(slot)
 
     def commit(self, slot: int, *, step: int, state: dict[str, Any], checksum: int | None = None) -> None:
-        """Declare a slot whole: checksum first, the step last.
+        """Mark a slot as complete: write the checksum first, the step last.
 
         Args:
-            checksum: of the data, where it is known.
+            step: at least 1.
+            state: JSON stored with the snapshot.
+            checksum: of the data, if known; otherwise it is computed.
 
         Raises: ValueError if `state` is more than 256 KiB of JSON.
         """
         text = json.dumps(state).encode()
         if step < 1 or len(text) > _SLOT_BYTES - _SLOT.size:
-            raise ValueError(f"a snapshot of step {step} with {len(text)} bytes of JSON")
+            raise ValueError(f"invalid snapshot: step {step}, {len(text)} bytes of JSON, at most 256 KiB")
         start = self._slot_start(slot)
         self._memory[start + _SLOT.size : start + _SLOT.size + len(text)] = text
-        _SLOT.pack_into(self._memory, start, 0, self._sum(slot) if checksum is None else checksum, len(text))
-        # A word of 8 bytes at a page's beginning is written at once: a reader sees the step or no step.
+        _SLOT.pack_into(self._memory, start, 0, self._checksum(slot) if checksum is None else checksum, len(text))
+        # An aligned word of 8 bytes is written atomically: a reader sees the step or 0.
         struct.pack_into("<q", self._memory, start, step)
 
-    def copies(self) -> list[Snapshot]:
-        """The slots that are whole by their headers, the newest first."""
+    def snapshots(self) -> list[Snapshot]:
+        """Return the complete snapshots according to the slot headers, newest first."""
         found = []
         for slot in range(NUM_SLOTS):
             start = self._slot_start(slot)
@@ -113,34 +112,34 @@ class SnapshotBuffer:
             if step > 0:
                 text = self._memory[start + _SLOT.size : start + _SLOT.size + num_bytes]
                 found.append(Snapshot(slot=slot, step=step, checksum=checksum, state=json.loads(text)))
-        return sorted(found, key=lambda copy: -copy.step)
+        return sorted(found, key=lambda snapshot: -snapshot.step)
 
-    def is_intact(self, copy: Snapshot) -> bool:
-        """Whether a slot still holds this copy, and its bytes are those that were committed."""
-        return copy in self.copies() and self._sum(copy.slot) == copy.checksum
+    def is_intact(self, snapshot: Snapshot) -> bool:
+        """Whether the slot still holds this snapshot, and its bytes match the checksum."""
+        return snapshot in self.snapshots() and self._checksum(snapshot.slot) == snapshot.checksum
 
     def data(self, slot: int) -> memoryview:
-        """The bytes of a slot, laid out as `layout` says; release it before `close`."""
+        """Return the bytes of a slot, in the order of `layout`; release the view before `close`."""
         start = self.data_offset(slot)
         return memoryview(self._memory)[start : start + self._data_bytes]
 
     def data_offset(self, slot: int) -> int:
-        """The byte of the memory at which a slot's data begin."""
-        return self._data_start + slot * _up(self._data_bytes)
+        """Return the offset of a slot's data in the memory, in bytes."""
+        return self._data_start + slot * _round_up(self._data_bytes)
 
     def free(self, slot: int) -> None:
-        """Give a slot's memory back to the system; it holds nothing afterwards."""
+        """Return a slot's memory to the system; the slot is empty afterwards."""
         self.begin(slot).release()
         with contextlib.suppress(OSError):
-            self._memory.madvise(mmap.MADV_REMOVE, self.data_offset(slot), _up(self._data_bytes))
+            self._memory.madvise(mmap.MADV_REMOVE, self.data_offset(slot), _round_up(self._data_bytes))
 
     def close(self) -> None:
-        """Let go of the memory; it is freed when nobody holds it any more."""
-        with contextlib.suppress(BufferError):  # a view that somebody still has keeps it mapped, and no longer
+        """Close the memory; it is freed when no process has it open."""
+        with contextlib.suppress(BufferError):  # an unreleased view keeps the memory mapped until it is released
             self._memory.close()
         os.close(self.fd)
 
-    def _sum(self, slot: int) -> int:
+    def _checksum(self, slot: int) -> int:
         with self.data(slot) as data:
             return checksum(data)
 
@@ -149,26 +148,26 @@ class SnapshotBuffer:
 
 
 def create_snapshot_buffer(layout: Layout, *, about: Mapping[str, Any] | None = None) -> SnapshotBuffer:
-    """Shared memory with room for copies of a layout; pages are taken when they are first written.
+    """Create shared memory for snapshots of a layout; pages are allocated on first write.
 
     Args:
-        about: what else a reader must know; JSON.
+        about: further information for readers; JSON.
 
-    Raises: OSError if the system gives none.
+    Raises: OSError if no memory can be created.
     """
-    return create_as_described(json.dumps({"layout": layout.to_record(), "about": dict(about or {})}).encode())
+    return create_from_description(json.dumps({"layout": layout.to_record(), "about": dict(about or {})}).encode())
 
 
-def create_as_described(description: bytes) -> SnapshotBuffer:
-    """Shared memory laid out like that of the snapshot with this description.
+def create_from_description(description: bytes) -> SnapshotBuffer:
+    """Create shared memory with the same layout as the buffer whose `description` this is.
 
-    Raises: OSError if the system gives none; ValueError, KeyError for what is no description.
+    Raises: OSError if no memory can be created; ValueError, KeyError if the description is not valid.
     """
     layout = layout_from_record(json.loads(description)["layout"])
-    data_start = _up(_PAGE + NUM_SLOTS * _SLOT_BYTES + len(description))
-    fd = os.memfd_create("forge-snapshot")  # closed in children that are not handed it
+    data_start = _round_up(_PAGE + NUM_SLOTS * _SLOT_BYTES + len(description))
+    fd = os.memfd_create("forge-snapshot")  # close-on-exec: not inherited unless passed on
     try:
-        os.ftruncate(fd, data_start + NUM_SLOTS * _up(layout.size_bytes))
+        os.ftruncate(fd, data_start + NUM_SLOTS * _round_up(layout.size_bytes))
         os.pwrite(fd, _HEADER.pack(_MAGIC, NUM_SLOTS, _PAGE, len(description), layout.size_bytes), 0)
         os.pwrite(fd, description, _PAGE + NUM_SLOTS * _SLOT_BYTES)
         return SnapshotBuffer(fd)
@@ -178,18 +177,18 @@ def create_as_described(description: bytes) -> SnapshotBuffer:
 
 
 def open_snapshot_buffer(fd: int) -> SnapshotBuffer:
-    """The memory behind a descriptor that was inherited. Raises: ValueError if it holds something else."""
+    """Open the buffer of an inherited descriptor. Raises: ValueError if it is not a snapshot buffer."""
     return SnapshotBuffer(fd)
 
 
 def checksum(data: memoryview) -> int:
-    """xxh3_64, a few MiB at a time so that other threads get their turn."""
+    """Return the xxh3_64 of the data, in chunks, so that other threads can run in between."""
     digest = xxhash.xxh3_64()
     for start in range(0, len(data), _CHUNK_BYTES):
         digest.update(data[start : start + _CHUNK_BYTES])
     return digest.intdigest()
 
 
-def _up(size: int) -> int:
-    """Rounded up to whole pages."""
+def _round_up(size: int) -> int:
+    """Round up to whole pages."""
     return -(-size // _PAGE) * _PAGE

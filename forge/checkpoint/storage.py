@@ -1,9 +1,8 @@
-"""Where checkpoints lie: a folder of a file system, or a prefix of an object store.
+"""Storage of checkpoints: a folder of a file system, or a prefix of an object store.
 
-Both offer the same few operations, and both make a checkpoint appear at once: see `forge.checkpoint.storage_fs`
-and `forge.checkpoint.storage_object`. Any URL that fsspec knows works (`s3://`, `gs://`, `abfs://`, `memory://`,
-...).
-Every failure is an OSError with a text for people.
+Both implement the protocol `Storage`, and both publish a checkpoint atomically: see `forge.checkpoint.storage_fs`
+and `forge.checkpoint.storage_object`. Any URL that fsspec supports works (`s3://`, `gs://`, `abfs://`, `memory://`,
+...). Every failure is an OSError with a readable message.
 """
 
 from __future__ import annotations
@@ -23,62 +22,62 @@ class Storage(Protocol):
     url: str
 
     def names(self) -> list[str]:
-        """What lies there, drafts left out; empty if nothing was ever written."""
+        """List all names, without staging folders; empty if nothing was written yet."""
 
     def files(self, name: str) -> dict[str, int]:
-        """The files of one checkpoint or draft with their bytes; empty if it is not there."""
+        """Return file sizes by name, in bytes, of a checkpoint or staging folder; empty if it does not exist."""
 
     def read(self, path: str) -> bytes:
-        """A whole small file. Raises: FileNotFoundError, OSError."""
+        """Read a small file completely. Raises: FileNotFoundError, OSError."""
 
     def read_into(self, path: str, ranges: Sequence[Range]) -> None:
-        """Fill each view from its place on. Raises: FileNotFoundError, OSError; EOFError if the file is short."""
+        """Fill each view from its offset. Raises: FileNotFoundError, OSError; EOFError if the file is too short."""
 
     def crc32(self, path: str) -> int:
-        """Of a whole file, read piece by piece. Raises: FileNotFoundError, OSError."""
+        """Return the CRC-32 of a file, read in chunks. Raises: FileNotFoundError, OSError."""
 
-    def open_draft(self, name: str, *, token: str) -> str:
-        """Where the files of a checkpoint to be are written; every one of its writers asks with the same token."""
+    def open_staging(self, name: str, *, token: str) -> str:
+        """Create the staging folder of a checkpoint, and return its name; all its writers pass the same token."""
 
-    def hold(self, draft: str) -> None:
-        """Show others that this draft's writer lives, as long as this process does."""
+    def lock(self, staging: str) -> None:
+        """Mark a staging folder as in use, for as long as this process lives."""
 
     def write(self, path: str, chunks: Callable[[], Iterable[memoryview | bytes]]) -> None:
-        """Write a file that survives a power cut. Raises: OSError."""
+        """Write a file durably. Raises: OSError."""
 
-    def drop(self, draft: str, files: Sequence[str]) -> None:
-        """Take away files of a draft."""
+    def remove_files(self, staging: str, files: Sequence[str]) -> None:
+        """Remove files of a staging folder."""
 
-    def publish(self, draft: str, name: str, *, last: tuple[str, bytes]) -> None:
-        """Write the last file of a draft, and let the checkpoint appear.
+    def publish(self, staging: str, name: str, *, last: tuple[str, bytes]) -> None:
+        """Write the last file and turn the staging folder into a checkpoint, atomically.
 
-        Raises: FileExistsError if there is something of that name; the draft is still there then.
+        Raises: FileExistsError if the name exists; the staging folder is kept then.
         """
 
-    def discard(self, draft: str, *, token: str) -> None:
-        """Take away what the writers with this token have written of a draft."""
+    def discard(self, staging: str, *, token: str) -> None:
+        """Remove the files with this token from a staging folder."""
 
-    def remove(self, name: str, *, sparing: str | None = None) -> None:
-        """Take a checkpoint away, if it is there.
+    def remove(self, name: str, *, keep_token: str | None = None) -> None:
+        """Remove a checkpoint, if it exists.
 
         Args:
-            sparing: the token of a draft for the same place, which is not touched.
+            keep_token: keep files with this token, which belong to the checkpoint that replaces it.
         """
 
     def sweep(self, *, own: str, up_to: str) -> None:
-        """Take away what dead writers have left.
+        """Remove what dead writers have left behind.
 
         Args:
-            own: how the tokens of the caller and its peers begin.
-            up_to: the token of theirs up to which all is sealed or given up.
+            own: common prefix of the tokens of the caller and its peers.
+            up_to: their last token whose checkpoint is committed or aborted.
         """
 
 
 def open_storage(url: str, *, patience_s: float = 120.0) -> Storage:
-    """The storage behind a path or URL.
+    """Open the storage of a path or URL.
 
     Args:
-        patience_s: how long an object store that fails is asked again.
+        patience_s: how long failed requests to an object store are retried, in seconds.
 
     Raises: CheckpointError if the scheme is unknown or its package is not installed.
     """

@@ -1,8 +1,8 @@
 """Checkpoints in a folder of a file system that all writers share.
 
-A checkpoint is written under a temporary name, flushed and renamed. Its writer holds a lock on the
-temporary folder, so that what the dead leave can be told from what the living write. It does not pass
-through fsspec, which neither flushes nor locks.
+A checkpoint is written to a staging folder, flushed and renamed. Rank 0's writer holds a lock on the staging
+folder, so that abandoned folders can be told from those in use. It does not use fsspec, which neither flushes nor
+locks.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from forge.checkpoint.intervals import Range
 
-_DRAFT = ".draft-"
-# Between making a draft's folder and locking it a writer needs milliseconds.
-_LOCKED_AFTER_S = 60.0
-# On a file system without locks a draft is given up after this.
+_STAGING = ".staging-"
+# A writer locks a staging folder within milliseconds of creating it.
+_LOCK_GRACE_S = 60.0
+# On a file system without locks a staging folder counts as abandoned after this.
 _ABANDONED_AFTER_S = 86400.0
 _CHUNK_BYTES = 8 * 2**20
 _DIRECT_FROM_BYTES = 2**20
@@ -35,26 +35,22 @@ class FolderStorage:
     def __init__(self, root: Path) -> None:
         self.url = str(root)
         self._root = root
-        self._held: dict[str, int] = {}
+        self._locks: dict[str, int] = {}
 
     def names(self) -> list[str]:
-        """What lies there, drafts left out."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return sorted(path.name for path in self._root.iterdir() if not path.name.startswith("."))
         return []
 
     def files(self, name: str) -> dict[str, int]:
-        """Files and their bytes."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return {path.name: path.stat().st_size for path in (self._root / name).iterdir() if path.is_file()}
         return {}
 
     def read(self, path: str) -> bytes:
-        """A whole small file."""
         return (self._root / path).read_bytes()
 
     def read_into(self, path: str, ranges: Sequence[Range]) -> None:
-        """Read straight into the views."""
         with (self._root / path).open("rb", buffering=0) as file:
             for offset, view in ranges:
                 file.seek(offset)
@@ -66,29 +62,27 @@ class FolderStorage:
                     done += count
 
     def crc32(self, path: str) -> int:
-        """Of a whole file."""
-        found = 0
+        crc = 0
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         with (self._root / path).open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
-                found = zlib.crc32(buffer[:count], found)
-        return found
+                crc = zlib.crc32(buffer[:count], crc)
+        return crc
 
-    def open_draft(self, name: str, *, token: str) -> str:
-        """A folder with a name that says it is not finished."""
-        draft = f"{_DRAFT}{name}-{token}"
-        (self._root / draft).mkdir(parents=True, exist_ok=True)
-        return draft
+    def open_staging(self, name: str, *, token: str) -> str:
+        staging = f"{_STAGING}{name}-{token}"
+        (self._root / staging).mkdir(parents=True, exist_ok=True)
+        return staging
 
-    def hold(self, draft: str) -> None:
-        """Lock the folder; the system lets go of it when this process dies."""
-        handle = os.open(self._root / draft, os.O_RDONLY)
-        self._held[draft] = handle
-        with contextlib.suppress(OSError):  # a file system without locks: drafts are judged by their age
+    def lock(self, staging: str) -> None:
+        """Lock the folder; the kernel releases the lock when this process dies."""
+        handle = os.open(self._root / staging, os.O_RDONLY)
+        self._locks[staging] = handle
+        with contextlib.suppress(OSError):  # a file system without locks: only age counts
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, path: str, chunks: Callable[[], Iterable[memoryview | bytes]]) -> None:
-        """Write and flush; large chunks past the page cache, where they and the file system allow it."""
+        """Write and flush; large aligned chunks bypass the page cache where the file system allows it."""
         handle = os.open(self._root / path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, handle)
@@ -101,85 +95,84 @@ class FolderStorage:
                     rest, offset = rest[written:], offset + written
             os.fsync(handle)
 
-    def drop(self, draft: str, files: Sequence[str]) -> None:
-        """Take away files of a draft."""
+    def remove_files(self, staging: str, files: Sequence[str]) -> None:
         for file in files:
-            (self._root / draft / file).unlink(missing_ok=True)
+            (self._root / staging / file).unlink(missing_ok=True)
 
-    def publish(self, draft: str, name: str, *, last: tuple[str, bytes]) -> None:
+    def publish(self, staging: str, name: str, *, last: tuple[str, bytes]) -> None:
         """Flush the folder, then rename it."""
-        self.write(f"{draft}/{last[0]}", lambda: [last[1]])
-        _flush(self._root / draft)
+        self.write(f"{staging}/{last[0]}", lambda: [last[1]])
+        _flush(self._root / staging)
         try:
-            (self._root / draft).rename(self._root / name)
+            (self._root / staging).rename(self._root / name)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise FileExistsError(errno.EEXIST, "is there already", name) from error
+                raise FileExistsError(errno.EEXIST, "already exists", name) from error
             raise
         _flush(self._root)
-        self._let_go(draft)
+        self._unlock(staging)
 
-    def discard(self, draft: str, *, token: str) -> None:
-        """The whole folder: it is this token's alone."""
-        shutil.rmtree(self._root / draft, ignore_errors=True)
-        self._let_go(draft)
+    def discard(self, staging: str, *, token: str) -> None:
+        """Remove the whole folder, which belongs to one token."""
+        shutil.rmtree(self._root / staging, ignore_errors=True)
+        self._unlock(staging)
 
-    def remove(self, name: str, *, sparing: str | None = None) -> None:
-        """Rename first, so that nobody reads a checkpoint of which half is gone."""
-        going = self._root / f"{_DRAFT}gone-{name}-{os.getpid()}"
+    def remove(self, name: str, *, keep_token: str | None = None) -> None:
+        """Rename first, so that no reader finds a partly removed checkpoint."""
+        removed = self._root / f"{_STAGING}removed-{name}-{os.getpid()}"
         with contextlib.suppress(FileNotFoundError):
-            (self._root / name).rename(going)
-        shutil.rmtree(going, ignore_errors=True)
+            (self._root / name).rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
     def sweep(self, *, own: str, up_to: str) -> None:
-        """Drafts that nobody holds a lock on, and the caller's own of before."""
-        for draft in self._root.glob(f"{_DRAFT}*"):
-            token = draft.name.rpartition("-")[2]
-            is_own = token.startswith(own)  # what follows `up_to` may wait for its lock while we seal
-            is_dead = token <= up_to if is_own else _is_abandoned(draft)
+        """Remove staging folders without a lock holder, and earlier ones of the caller."""
+        for staging in self._root.glob(f"{_STAGING}*"):
+            token = staging.name.rpartition("-")[2]
+            is_own = token.startswith(own)  # a later one may not be locked yet
+            is_dead = token <= up_to if is_own else _is_abandoned(staging)
             if is_dead:
-                shutil.rmtree(draft, ignore_errors=True)
-                self._let_go(draft.name)
+                shutil.rmtree(staging, ignore_errors=True)
+                self._unlock(staging.name)
 
-    def _let_go(self, draft: str) -> None:
-        handle = self._held.pop(draft, None)
+    def _unlock(self, staging: str) -> None:
+        handle = self._locks.pop(staging, None)
         if handle is not None:
             os.close(handle)
 
 
 def _open_direct(path: Path, stack: contextlib.ExitStack) -> int | None:
-    """The file once more, without the page cache, through which a GB costs up to two seconds of a processor."""
+    """Open the file for direct I/O; through the page cache 1 GB takes up to 2 s of CPU time."""
     try:
         direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-    except OSError:  # a file system in memory, or one of somebody's own making
+    except OSError:  # not supported, e.g. by tmpfs or FUSE
         return None
     stack.callback(os.close, direct)
     return direct
 
 
 def _write_direct(direct: int | None, data: memoryview, offset: int) -> int:
-    """Write the whole pages at the beginning of `data`. Returns: bytes written; 0 if that is not possible here."""
+    """Write the leading whole pages of `data`. Returns: bytes written; 0 if direct I/O is not possible."""
     whole = len(data) // _PAGE * _PAGE
     if direct is None or whole < _DIRECT_FROM_BYTES or offset % _PAGE:
         return 0
     try:
         return os.pwrite(direct, data[:whole], offset)
     except OSError as error:
-        if error.errno == errno.EINVAL:  # memory, or a device, with other pages than ours
+        if error.errno == errno.EINVAL:  # memory or device with another alignment
             return 0
         raise
 
 
-def _is_abandoned(draft: Path) -> bool:
-    """Whether the writer of a local draft has died: its lock is free, or nothing was written for long."""
+def _is_abandoned(staging: Path) -> bool:
+    """Whether the writer of a staging folder has died: its lock is free, or nothing was written for a long time."""
     try:
-        age_s = time.time() - max(path.stat().st_mtime for path in (draft, *draft.iterdir()))
-        handle = os.open(draft, os.O_RDONLY)
+        age_s = time.time() - max(path.stat().st_mtime for path in (staging, *staging.iterdir()))
+        handle = os.open(staging, os.O_RDONLY)
     except OSError:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return age_s > _LOCKED_AFTER_S
+        return age_s > _LOCK_GRACE_S
     except BlockingIOError:
         return False
     except OSError:

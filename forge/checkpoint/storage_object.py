@@ -1,7 +1,7 @@
 """Checkpoints under a prefix of an object store, or of anything else that fsspec can reach.
 
-There is no renaming there, but objects appear whole: the manifest is written last, and a folder without
-one is no checkpoint. Stores fail in passing, so they are asked again for a while.
+There is no rename, but each object appears atomically: the manifest is written last, and a folder without one is
+not a checkpoint. Failed requests are retried for a while, as failures of object stores are often temporary.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from forge.checkpoint.manifest import MANIFEST
 from forge.errors import CheckpointError
 
 T = TypeVar("T")
-# There are no locks: a folder to which nothing was added for this long is given up.
+# There are no locks: a folder without a manifest and without new objects for this long counts as abandoned.
 _ABANDONED_AFTER_S = 86400.0
-# One request; requests of a batch run side by side and are held in memory at once.
+# Size of one request; the requests of a batch run concurrently, and their results are in memory together.
 _REQUEST_BYTES = 8 * 2**20
 _BATCH_BYTES = 64 * 2**20
-# Ranges of an object that lie this near are fetched as one: a request costs as much as this many bytes.
-_GAP_BYTES = 2**18
+# Ranges with a gap of at most this are fetched together: a request takes as long as this many bytes.
+_MERGE_GAP_BYTES = 2**18
 _FIRST_PAUSE_S = 0.5
 
 
@@ -38,11 +38,10 @@ class BucketStorage:
         self._fs, self._root = _connect(self.url)
 
     def names(self) -> list[str]:
-        """Every folder; those without a manifest are told apart by whoever reads them."""
+        """List every folder; readers skip those without a manifest."""
         return sorted({str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in self._list("")})
 
     def files(self, name: str) -> dict[str, int]:
-        """Objects and their bytes."""
         return {
             str(entry["name"]).rpartition("/")[2]: int(entry["size"] or 0)
             for entry in self._list(name)
@@ -50,16 +49,15 @@ class BucketStorage:
         }
 
     def read(self, path: str) -> bytes:
-        """A whole small object."""
-        found: bytes = self._patiently(lambda: self._fs.cat_file(self._at(path)), f"read {path}")
+        found: bytes = self._retry(lambda: self._fs.cat_file(self._at(path)), f"read {path}")
         return found
 
     def read_into(self, path: str, ranges: Sequence[Range]) -> None:
-        """Fetch batches of ranges side by side; those that lie together are fetched as one."""
-        for batch in _batches(_joined(ranges)):
+        """Fetch batches of ranges concurrently; neighbouring ranges are fetched as one."""
+        for batch in _group_in_batches(_merge_ranges(ranges)):
             starts, ends = [requests[0][0] for requests in batch], [_end(requests) for requests in batch]
             fetch = partial(self._fs.cat_ranges, [self._at(path)] * len(starts), starts, ends, on_error="raise")
-            pieces = self._patiently(fetch, f"read {path}")
+            pieces = self._retry(fetch, f"read {path}")
             for requests, start, end, piece in zip(batch, starts, ends, pieces, strict=True):
                 if len(piece) != end - start:
                     raise EOFError(f"{path} ends before byte {end}")
@@ -67,60 +65,57 @@ class BucketStorage:
                     view[:] = piece[offset - start : offset - start + len(view)]
 
     def crc32(self, path: str) -> int:
-        """Of a whole object."""
-        size, found = self.files(path.rpartition("/")[0]).get(path.rpartition("/")[2]), 0
+        size, crc = self.files(path.rpartition("/")[0]).get(path.rpartition("/")[2]), 0
         if size is None:
             raise FileNotFoundError(errno.ENOENT, "is missing", path)
         buffer = memoryview(bytearray(min(size, _BATCH_BYTES)))
         for start in range(0, size, _BATCH_BYTES):
             piece = buffer[: size - start]
             self.read_into(path, [(start, piece)])
-            found = zlib.crc32(piece, found)
-        return found
+            crc = zlib.crc32(piece, crc)
+        return crc
 
-    def open_draft(self, name: str, *, token: str) -> str:
-        """The place itself: without a manifest it is no checkpoint."""
+    def open_staging(self, name: str, *, token: str) -> str:
+        """Return the final name: without a manifest it is not a checkpoint yet."""
         return name
 
-    def hold(self, draft: str) -> None:
-        """An object store has no locks; drafts are judged by their age."""
+    def lock(self, staging: str) -> None:
+        """Do nothing: there are no locks, only age counts."""
 
     def write(self, path: str, chunks: Callable[[], Iterable[memoryview | bytes]]) -> None:
-        """Write an object, from the beginning again if it fails."""
+        """Write an object; start over if it fails."""
 
         def attempt() -> None:
             with self._fs.open(self._at(path), "wb") as file:
                 for chunk in chunks():
                     file.write(chunk)
 
-        self._patiently(attempt, f"write {path}")
+        self._retry(attempt, f"write {path}")
 
-    def drop(self, draft: str, files: Sequence[str]) -> None:
-        """Take away objects of a draft."""
-        places = [self._at(f"{draft}/{file}") for file in files]
-        if places:
+    def remove_files(self, staging: str, files: Sequence[str]) -> None:
+        paths = [self._at(f"{staging}/{file}") for file in files]
+        if paths:
             with contextlib.suppress(FileNotFoundError):
-                self._patiently(lambda: self._fs.rm(places), f"remove {draft}")
+                self._retry(lambda: self._fs.rm(paths), f"remove {staging}")
 
-    def publish(self, draft: str, name: str, *, last: tuple[str, bytes]) -> None:
-        """The last object makes it whole."""
+    def publish(self, staging: str, name: str, *, last: tuple[str, bytes]) -> None:
+        """Write the manifest, which makes it a checkpoint."""
         if last[0] in self.files(name):
-            raise FileExistsError(errno.EEXIST, "is there already", name)
+            raise FileExistsError(errno.EEXIST, "already exists", name)
         self.write(f"{name}/{last[0]}", lambda: [last[1]])
 
-    def discard(self, draft: str, *, token: str) -> None:
-        """The objects that bear the token."""
-        self.drop(draft, [file for file in self.files(draft) if token in file])
+    def discard(self, staging: str, *, token: str) -> None:
+        self.remove_files(staging, [file for file in self.files(staging) if token in file])
 
-    def remove(self, name: str, *, sparing: str | None = None) -> None:
-        """The manifest first, so that nobody believes a checkpoint of which half is gone."""
-        going = [file for file in self.files(name) if sparing is None or sparing not in file]
-        files = sorted(going, key=lambda file: file != MANIFEST)
-        self.drop(name, files[:1])
-        self.drop(name, files[1:])
+    def remove(self, name: str, *, keep_token: str | None = None) -> None:
+        """Remove the manifest first, so that no reader accepts a partly removed checkpoint."""
+        own = [file for file in self.files(name) if keep_token is None or keep_token not in file]
+        files = sorted(own, key=lambda file: file != MANIFEST)
+        self.remove_files(name, files[:1])
+        self.remove_files(name, files[1:])
 
     def sweep(self, *, own: str, up_to: str) -> None:
-        """Folders without a manifest, to which nothing was added for a day: a long upload shows only at its end."""
+        """Remove folders without a manifest after a day: a long upload becomes visible only at its end."""
         for name in self.names():
             entries = [entry for entry in self._list(name) if entry["type"] == "file"]
             if any(str(entry["name"]).endswith(f"/{MANIFEST}") for entry in entries):
@@ -137,19 +132,19 @@ class BucketStorage:
                 return []
             return [entry for entry in found if str(entry["name"]).rstrip("/") != self._at(path).rstrip("/")]
 
-        return self._patiently(attempt, f"list {path or self.url}")
+        return self._retry(attempt, f"list {path or self.url}")
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/")
 
-    def _patiently(self, action: Callable[[], T], what: str) -> T:
+    def _retry(self, action: Callable[[], T], what: str) -> T:
         deadline, pause_s = time.monotonic() + self._patience_s, _FIRST_PAUSE_S
         while True:
             try:
                 return action()
             except (FileNotFoundError, PermissionError, EOFError):
                 raise
-            except Exception as error:  # every store's package raises classes of its own
+            except Exception as error:  # each fsspec implementation raises its own classes
                 if time.monotonic() + pause_s > deadline:
                     raise OSError(f"{self.url}: could not {what}: {_one_line(error)}") from error
             time.sleep(pause_s)
@@ -157,7 +152,7 @@ class BucketStorage:
 
 
 def _connect(url: str) -> tuple[Any, str]:
-    import fsspec  # only where an object store is used: it is slow to import
+    import fsspec  # slow to import, so only if an object store is used
 
     try:
         fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
@@ -165,18 +160,18 @@ def _connect(url: str) -> tuple[Any, str]:
         extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "az": "azure"}.get(url.partition("://")[0])
         cure = f"pip install 'forge-train[{extra}]'" if extra else "install the package it names"
         raise CheckpointError(f"{url}: {_one_line(error)}; {cure}") from error
-    except Exception as error:  # unknown schemes, missing credentials: a class for each store
+    except Exception as error:  # unknown scheme, missing credentials: different classes per store
         raise CheckpointError(f"{url}: {_one_line(error)}") from error
     return fs, str(root).rstrip("/")
 
 
-def _joined(ranges: Sequence[Range]) -> list[list[Range]]:
-    """Ranges in order and in pieces of one request, those in one list that are to be fetched as one."""
+def _merge_ranges(ranges: Sequence[Range]) -> list[list[Range]]:
+    """Split and sort ranges, and group those that one request fetches."""
     groups: list[list[Range]] = []
     end = 0
-    for offset, view in sorted(_pieces(ranges), key=lambda entry: entry[0]):
+    for offset, view in sorted(_split_ranges(ranges), key=lambda entry: entry[0]):
         start = groups[-1][0][0] if groups else 0
-        if groups and offset - end <= _GAP_BYTES and offset + len(view) - start <= _REQUEST_BYTES:
+        if groups and offset - end <= _MERGE_GAP_BYTES and offset + len(view) - start <= _REQUEST_BYTES:
             groups[-1].append((offset, view))
         else:
             groups.append([(offset, view)])
@@ -185,18 +180,18 @@ def _joined(ranges: Sequence[Range]) -> list[list[Range]]:
 
 
 def _end(requests: list[Range]) -> int:
-    """The byte after the last one that any of these asks for; they may overlap."""
+    """Return the end of a group of ranges, which may overlap."""
     return max(offset + len(view) for offset, view in requests)
 
 
-def _pieces(ranges: Sequence[Range]) -> Iterator[Range]:
+def _split_ranges(ranges: Sequence[Range]) -> Iterator[Range]:
     for offset, view in ranges:
         for at in range(0, len(view), _REQUEST_BYTES):
             yield offset + at, view[at : at + _REQUEST_BYTES]
 
 
-def _batches(groups: list[list[Range]]) -> list[list[list[Range]]]:
-    """Groups that are fetched side by side, together not much more than one batch."""
+def _group_in_batches(groups: list[list[Range]]) -> list[list[list[Range]]]:
+    """Collect groups into batches of about `_BATCH_BYTES`."""
     batches: list[list[list[Range]]] = []
     size = _BATCH_BYTES
     for group in groups:
@@ -210,7 +205,7 @@ def _batches(groups: list[list[Range]]) -> list[list[list[Range]]]:
 
 
 def _age_s(fs: Any, entry: dict[str, Any]) -> float:
-    """Seconds since an object was written; 0 if the store does not say."""
+    """Return the seconds since an object was written; 0 if unknown."""
     try:
         return float(time.time() - fs.modified(entry["name"]).timestamp())
     except (NotImplementedError, OSError, AttributeError):

@@ -1,6 +1,6 @@
-"""Which checkpoints are whole: manifest, sizes, checksums, and every element exactly once.
+"""Verify checkpoints: manifest, sizes, checksums, and that every element is stored exactly once.
 
-A checkpoint that does not verify is skipped, and the one before it is tried.
+A checkpoint that does not verify is skipped, and the previous one is tried.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from forge.checkpoint.reader import (
     Checkpoint,
-    file_of,
+    file_name_of,
     list_checkpoints,
     open_checkpoint,
     read_checkpoint,
@@ -22,11 +22,11 @@ from forge.errors import CheckpointError
 def verify_checkpoint(
     storage: Storage, name: str, *, with_checksums: bool = True, share: tuple[int, int] = (0, 1)
 ) -> str | None:
-    """What is wrong with a checkpoint, or None: the manifest, then every size, then the checksums.
+    """Check the manifest, then every size, then the checksums. Returns: what is wrong, or None.
 
     Args:
-        with_checksums: read every byte; without, sizes alone are compared.
-        share: (r, W): of the checksums only every W-th from the r-th on, so that W ranks divide the reading.
+        with_checksums: read all data and compare checksums; otherwise only sizes are compared.
+        share: (r, W): check only every W-th checksum, starting at the r-th, so that W ranks share the reading.
     """
     try:
         manifest = read_manifest(storage, name)
@@ -43,24 +43,24 @@ def verify_checkpoint(
                 return f"{file} does not match its checksum"
         read_checkpoint(storage, name)
     except FileNotFoundError as error:
-        return f"{file_of(error)} is missing"
+        return f"{file_name_of(error)} is missing"
     except (OSError, EOFError, ValueError) as error:
         return str(error)
     return None
 
 
 def find_checkpoint(storage: Storage, *, on_skip: Callable[[str, str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies, walking back past broken ones; None if there is none.
+    """Return the newest checkpoint that verifies, skipping broken ones; None if there is none.
 
     Args:
-        on_skip: is told the name of each that does not, and why.
+        on_skip: called with the name of each skipped checkpoint and the reason.
     """
     for name in list_checkpoints(storage):
         problem = verify_checkpoint(storage, name)
         try:
             if problem is None:
                 return open_checkpoint(storage, name)
-        except CheckpointError as error:  # removed in between, by a run that keeps only the newest
+        except CheckpointError as error:  # removed since by a running job that keeps only the newest
             problem = str(error)
         on_skip(name, problem)
     return None

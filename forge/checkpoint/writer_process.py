@@ -1,15 +1,15 @@
-"""Making checkpoints of snapshots, in a process of its own while training goes on.
+"""Write checkpoints from snapshots in a separate process, while training continues.
 
-    python -m forge.checkpoint.writer_process SNAPSHOT_FD < orders > outcomes
+    python -m forge.checkpoint.writer_process SNAPSHOT_FD < commands > outcomes
 
-Every rank has one. It writes the rank's part out of shared memory; the first one waits until all parts
-lie there and seals the checkpoint. They speak through the storage alone, so a checkpoint is finished
-even if every rank has died meanwhile. It imports no torch. A saver whose rank is gone finishes what it
-has begun, waits a little for the other parts, and ends.
+Each rank has one writer process. It writes the rank's part from shared memory; the writer of rank 0 then waits for
+all parts and commits the checkpoint. Writers communicate only through the storage, so a checkpoint is completed
+even if all ranks have died. A writer whose rank has died finishes its command, waits `_ORPHAN_TIMEOUT_S` for
+missing parts, and exits. It does not import torch.
 
-Orders and outcomes are lines of JSON. An order to save is WriteCommand; `{"abort": token}` gives up waiting
-for parts that will not come. The outcomes of an order are `{"token", "part": bytes}`, then from the first
-saver `{"token", "sealed": bytes, "at": time}`; or `{"token", "failed": reason}`.
+Commands and outcomes are lines of JSON. A save is a `WriteCommand`; `{"abort": token}` stops waiting for parts that
+will not be written. The outcomes of a save are `{"token", "part": bytes}`, then from rank 0's writer
+`{"token", "committed": bytes, "at": time}`; or `{"token", "failed": reason}`.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from forge.errors import CheckpointError
 
 MEMBERSHIP_DIGITS = 8
 _CHUNK_BYTES = 8 * 2**20
-# Training goes first where processors are few.
+# Training has priority on the CPU.
 _NICENESS = 10
 _POLL_S = 0.05
 _REMOTE_POLL_S = 1.0
-# How long a saver waits for the other parts once its rank is gone and nobody can tell it that they will not come.
-_ORPHAN_PATIENCE_S = 10.0
-# What a writer says of its part, for the one that seals; gone when the checkpoint is there.
-_RECEIPT = ".json"
+# How long a writer waits for missing parts after its rank has died, when no abort can arrive any more.
+_ORPHAN_TIMEOUT_S = 10.0
+# Marker file of a complete part, with its manifest entry; removed before the checkpoint is published.
+_MARKER_SUFFIX = ".json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteCommand:
-    """Make a checkpoint of the snapshot of one step."""
+    """Write a checkpoint from the snapshot of one step."""
 
     url: str
     step: int
@@ -66,19 +66,19 @@ class WriteCommand:
     rank: int
     world_size: int
     token: str
-    """The same for all ranks that write this checkpoint together, and nobody else's."""
+    """Identifies this save; equal on all ranks."""
     keep: int
     state: str
-    """The file of the state; the first rank's alone is written."""
+    """Content of the state file; written by rank 0 only."""
 
     @property
     def membership(self) -> str:
-        """What the tokens of one membership have in common."""
+        """Common prefix of all tokens of one membership."""
         return self.token[:MEMBERSHIP_DIGITS]
 
 
 class CommandStream:
-    """The orders that come through a pipe, and whether more may come."""
+    """Reads commands from a pipe."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -87,18 +87,18 @@ class CommandStream:
         self.is_open = True
 
     def next_save(self) -> WriteCommand | None:
-        """Wait for the next order to save; None when there will be no more."""
+        """Wait for the next save; None when the pipe is closed."""
         while True:
-            for order in self._waiting:
-                if "abort" not in order:
-                    self._waiting.remove(order)
-                    return WriteCommand(**order)
+            for command in self._waiting:
+                if "abort" not in command:
+                    self._waiting.remove(command)
+                    return WriteCommand(**command)
             if not self.is_open:
                 return None
             self._receive(timeout_s=None)
 
     def is_aborted(self, token: str, *, timeout_s: float) -> bool:
-        """Whether a save was called off; listens for as long as `timeout_s`."""
+        """Whether a save was aborted; waits for new commands for `timeout_s`."""
         self._receive(timeout_s=timeout_s)
         return {"abort": token} in self._waiting
 
@@ -114,106 +114,106 @@ class CommandStream:
 
 
 def main() -> None:
-    """Carry out orders until there are no more."""
-    # Ctrl-C and SIGTERM reach whole groups of processes; this one ends with its rank, when its work is done.
+    """Entry point: execute commands from stdin until it is closed."""
+    # Ctrl-C and SIGTERM reach the whole process group; a writer must finish its work before it exits.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(_NICENESS)
-    snapshot = open_snapshot_buffer(int(sys.argv[1]))
-    snapshot.prepare(0)
-    serve(snapshot, CommandStream(sys.stdin.fileno()), answer_fd=sys.stdout.fileno())
+    buffer = open_snapshot_buffer(int(sys.argv[1]))
+    buffer.prepare(0)
+    serve(buffer, CommandStream(sys.stdin.fileno()), outcome_fd=sys.stdout.fileno())
 
 
-def serve(snapshot: SnapshotBuffer, orders: CommandStream, *, answer_fd: int) -> None:
-    """Carry out orders until there are no more."""
+def serve(buffer: SnapshotBuffer, commands: CommandStream, *, outcome_fd: int) -> None:
+    """Execute commands until the stream ends."""
     storages: dict[str, Storage] = {}
-    order: WriteCommand | None = None
-    while (following := orders.next_save()) is not None:
-        order = following
+    command: WriteCommand | None = None
+    while (next_command := commands.next_save()) is not None:
+        command = next_command
         try:
-            storage = storages.get(order.url) or storages.setdefault(order.url, open_storage(order.url))
-            save(storage, snapshot, order, orders, answer_fd=answer_fd)
+            storage = storages.get(command.url) or storages.setdefault(command.url, open_storage(command.url))
+            save(storage, buffer, command, commands, outcome_fd=outcome_fd)
         except (OSError, CheckpointError, EOFError) as error:
-            _answer(answer_fd, token=order.token, failed=_reason(error))
-    if order is not None and order.rank == 0 and order.url in storages:
-        storages[order.url].sweep(own=order.membership, up_to=order.token)
+            _report(outcome_fd, token=command.token, failed=_reason(error))
+    if command is not None and command.rank == 0 and command.url in storages:
+        storages[command.url].sweep(own=command.membership, up_to=command.token)
 
 
 def save(
-    storage: Storage, snapshot: SnapshotBuffer, order: WriteCommand, orders: CommandStream, *, answer_fd: int
+    storage: Storage, buffer: SnapshotBuffer, command: WriteCommand, commands: CommandStream, *, outcome_fd: int
 ) -> None:
-    """Write one rank's part; the first rank's saver also seals the checkpoint and removes old ones.
+    """Write one rank's part; on rank 0 also commit the checkpoint and remove old ones.
 
-    Raises: OSError, CheckpointError, EOFError; the first saver takes its draft away then.
+    Raises: OSError, CheckpointError, EOFError; rank 0's writer removes the staging folder then.
     """
-    draft = storage.open_draft(step_name(order.step), token=order.token)
-    if order.rank != 0:
-        part = write_part(storage, draft, snapshot, order)
-        _answer(answer_fd, token=order.token, part=part.size_bytes)
+    staging = storage.open_staging(step_name(command.step), token=command.token)
+    if command.rank != 0:
+        part = write_part(storage, staging, buffer, command)
+        _report(outcome_fd, token=command.token, part=part.size_bytes)
         return
     try:
-        storage.hold(draft)
-        part = write_part(storage, draft, snapshot, order)
-        _answer(answer_fd, token=order.token, part=part.size_bytes)
-        size = seal(storage, draft, order, orders)
+        storage.lock(staging)
+        part = write_part(storage, staging, buffer, command)
+        _report(outcome_fd, token=command.token, part=part.size_bytes)
+        size = commit(storage, staging, command, commands)
     except (OSError, CheckpointError, EOFError):
-        storage.discard(draft, token=order.token)
+        storage.discard(staging, token=command.token)
         raise
-    _answer(answer_fd, token=order.token, sealed=size, at=time.time())
-    prune(storage, order)
+    _report(outcome_fd, token=command.token, committed=size, at=time.time())
+    prune(storage, command)
 
 
-def write_part(storage: Storage, draft: str, snapshot: SnapshotBuffer, order: WriteCommand) -> Part:
-    """Write a rank's intervals as they lie in shared memory, and a receipt for whoever seals.
+def write_part(storage: Storage, staging: str, buffer: SnapshotBuffer, command: WriteCommand) -> Part:
+    """Write a rank's part from shared memory, then its marker file, which rank 0's writer waits for.
 
-    Raises: OSError; CheckpointError if the snapshot was overwritten meanwhile, or is not whole.
+    Raises: OSError; CheckpointError if the snapshot is incomplete, or was overwritten during the write.
     """
-    name = part_name(order.rank, token=order.token)
-    copy = _copy_of(snapshot, order)
-    snapshot.prepare(copy.slot)
-    with snapshot.data(copy.slot) as data:
-        content = _Summed(part_header(snapshot.layout), data)
-        storage.write(f"{draft}/{name}", content.pieces)
-    if not snapshot.is_intact(copy):
-        raise CheckpointError(f"the snapshot of step {order.step} was overwritten while it was written")
-    part = Part(name=name, size_bytes=content.size_bytes, crc32=content.crc32, layout=snapshot.layout)
-    receipt = json.dumps(part_record(part)).encode()
-    storage.write(f"{draft}/{name}{_RECEIPT}", lambda: [receipt])
+    name = part_name(command.rank, token=command.token)
+    snapshot = _find_snapshot(buffer, command)
+    buffer.prepare(snapshot.slot)
+    with buffer.data(snapshot.slot) as data:
+        content = _PartContent(part_header(buffer.layout), data)
+        storage.write(f"{staging}/{name}", content.pieces)
+    if not buffer.is_intact(snapshot):
+        raise CheckpointError(f"the snapshot of step {command.step} was overwritten while it was written")
+    part = Part(name=name, size_bytes=content.size_bytes, crc32=content.crc32, layout=buffer.layout)
+    marker = json.dumps(part_record(part)).encode()
+    storage.write(f"{staging}/{name}{_MARKER_SUFFIX}", lambda: [marker])
     return part
 
 
-def seal(storage: Storage, draft: str, order: WriteCommand, orders: CommandStream) -> int:
-    """Wait for every part, then make the checkpoint appear. Returns: its bytes.
+def commit(storage: Storage, staging: str, command: WriteCommand, commands: CommandStream) -> int:
+    """Wait for all parts, then publish the checkpoint. Returns: its size in bytes.
 
-    Raises: OSError; CheckpointError if a part will not come, or the place is taken by another job.
+    Raises: OSError; CheckpointError if a part is missing, or another job has a checkpoint of that name.
     """
-    parts = _await_parts(storage, draft, order, orders)
-    state = order.state.encode()
-    storage.write(f"{draft}/{state_name(token=order.token)}", lambda: [state])
-    storage.drop(draft, [f"{part.name}{_RECEIPT}" for part in parts])
-    last = (MANIFEST, manifest_bytes(order.step, parts=parts, state=state, token=order.token))
-    name = step_name(order.step)
+    parts = _wait_for_parts(storage, staging, command, commands)
+    state = command.state.encode()
+    storage.write(f"{staging}/{state_name(token=command.token)}", lambda: [state])
+    storage.remove_files(staging, [f"{part.name}{_MARKER_SUFFIX}" for part in parts])
+    last = (MANIFEST, manifest_bytes(command.step, parts=parts, state=state, token=command.token))
+    name = step_name(command.step)
     try:
-        storage.publish(draft, name, last=last)
+        storage.publish(staging, name, last=last)
     except FileExistsError:
-        if _is_ours(storage, name, state):  # saved before the run was resumed, or by another at the same time
-            storage.discard(draft, token=order.token)
+        if _is_same_job(storage, name, state):  # saved before the run was resumed, or concurrently
+            storage.discard(staging, token=command.token)
         else:
-            storage.remove(name, sparing=order.token)
-            storage.publish(draft, name, last=last)
+            storage.remove(name, keep_token=command.token)
+            storage.publish(staging, name, last=last)
     return len(state) + sum(part.size_bytes for part in parts)
 
 
-def prune(storage: Storage, order: WriteCommand) -> None:
-    """Keep the newest `keep` checkpoints that verify by their sizes; what is older goes, and what the dead left.
+def prune(storage: Storage, command: WriteCommand) -> None:
+    """Keep the newest `keep` checkpoints with correct sizes; remove older ones, and what dead writers have left.
 
-    The newest one was just written and is among them. A storage that will not delete costs space, not the run.
+    A failure to remove is logged, and does not fail the save.
     """
     try:
-        storage.sweep(own=order.membership, up_to=order.token)
+        storage.sweep(own=command.membership, up_to=command.token)
         kept = 0
         for name in list_checkpoints(storage):
-            if kept >= order.keep and name < step_name(order.step):
+            if kept >= command.keep and name < step_name(command.step):
                 storage.remove(name)
             elif verify_checkpoint(storage, name, with_checksums=False) is None:
                 kept += 1
@@ -221,51 +221,51 @@ def prune(storage: Storage, order: WriteCommand) -> None:
         sys.stderr.write(f"old checkpoints in {storage.url} could not be removed: {error}\n")
 
 
-def _copy_of(snapshot: SnapshotBuffer, order: WriteCommand) -> Snapshot:
-    for copy in snapshot.copies():
-        if copy.slot == order.slot and copy.step == order.step:
-            return copy
-    raise CheckpointError(f"there is no whole snapshot of step {order.step}")
+def _find_snapshot(buffer: SnapshotBuffer, command: WriteCommand) -> Snapshot:
+    for snapshot in buffer.snapshots():
+        if snapshot.slot == command.slot and snapshot.step == command.step:
+            return snapshot
+    raise CheckpointError(f"there is no complete snapshot of step {command.step}")
 
 
-def _await_parts(storage: Storage, draft: str, order: WriteCommand, orders: CommandStream) -> list[Part]:
-    wanted = [part_name(rank, token=order.token) for rank in range(order.world_size)]
+def _wait_for_parts(storage: Storage, staging: str, command: WriteCommand, commands: CommandStream) -> list[Part]:
+    names = [part_name(rank, token=command.token) for rank in range(command.world_size)]
     poll_s = _POLL_S if "://" not in storage.url else _REMOTE_POLL_S
     parts: dict[str, Part] = {}
-    orphaned_at: float | None = None
+    orphaned_since: float | None = None
     while True:
-        there = storage.files(draft)
-        for name in wanted:
-            if name not in parts and f"{name}{_RECEIPT}" in there:
-                with contextlib.suppress(ValueError):  # its writer is in the middle of it
-                    parts[name] = part_from_record(json.loads(storage.read(f"{draft}/{name}{_RECEIPT}")))
-        missing = [name for name in wanted if name not in parts]
+        files = storage.files(staging)
+        for name in names:
+            if name not in parts and f"{name}{_MARKER_SUFFIX}" in files:
+                with contextlib.suppress(ValueError):  # being written
+                    parts[name] = part_from_record(json.loads(storage.read(f"{staging}/{name}{_MARKER_SUFFIX}")))
+        missing = [name for name in names if name not in parts]
         if not missing:
-            return [parts[name] for name in wanted]
-        if orders.is_aborted(order.token, timeout_s=poll_s):
+            return [parts[name] for name in names]
+        if commands.is_aborted(command.token, timeout_s=poll_s):
             raise CheckpointError(f"{missing[0]} could not be written")
-        if not orders.is_open:
-            orphaned_at = orphaned_at or time.monotonic()
-            if time.monotonic() - orphaned_at > _ORPHAN_PATIENCE_S:
-                raise CheckpointError(f"{missing[0]} did not come, and every rank is gone")
+        if not commands.is_open:
+            orphaned_since = orphaned_since or time.monotonic()
+            if time.monotonic() - orphaned_since > _ORPHAN_TIMEOUT_S:
+                raise CheckpointError(f"{missing[0]} was not written, and the rank has died")
 
 
-def _is_ours(storage: Storage, name: str, state: bytes) -> bool:
-    """Whether what stands there is whole, and of this job; what is broken may be replaced.
+def _is_same_job(storage: Storage, name: str, state: bytes) -> bool:
+    """Whether the existing checkpoint verifies and is of this job; a broken one may be replaced.
 
-    Raises: CheckpointError if it is whole and of another job.
+    Raises: CheckpointError if it verifies and is of another job.
     """
     if verify_checkpoint(storage, name) is not None:
         return False
-    there = open_checkpoint(storage, name)
-    own = json.loads(state)
-    if there.progress.config_digest != own["config_digest"] or there.progress.corpus != own["corpus"]:
-        raise CheckpointError(f"{there.url} is a checkpoint of another job, which writes to the same place")
+    existing = open_checkpoint(storage, name)
+    own, progress = json.loads(state), existing.progress
+    if progress.config_digest != own["config_digest"] or progress.corpus != own["corpus"]:
+        raise CheckpointError(f"{existing.url} is a checkpoint of another job that writes to the same folder")
     return True
 
 
-class _Summed:
-    """A part's content in pieces, and their checksum once the last was taken."""
+class _PartContent:
+    """Yields a part's content in chunks, and computes its checksum meanwhile."""
 
     def __init__(self, header: bytes, data: memoryview) -> None:
         self._header, self._data = header, data
@@ -273,15 +273,15 @@ class _Summed:
         self.crc32 = 0
 
     def pieces(self) -> Iterator[memoryview | bytes]:
-        """From the beginning, as often as asked: a store that failed is given them again."""
+        """Yield all chunks; may be called again for a retry."""
         self.crc32 = zlib.crc32(self._header)
         yield self._header
-        with ThreadPoolExecutor(max_workers=1) as beside:
+        with ThreadPoolExecutor(max_workers=1) as executor:
             for start in range(0, len(self._data), _CHUNK_BYTES):
                 piece = self._data[start : start + _CHUNK_BYTES]
-                summed = beside.submit(zlib.crc32, piece, self.crc32)
-                yield piece  # which is written meanwhile
-                self.crc32 = summed.result()
+                checksum = executor.submit(zlib.crc32, piece, self.crc32)
+                yield piece  # written while the checksum is computed
+                self.crc32 = checksum.result()
 
 
 def _reason(error: BaseException) -> str:
@@ -290,8 +290,8 @@ def _reason(error: BaseException) -> str:
     return str(error)
 
 
-def _answer(fd: int, **outcome: Any) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the rank is gone; the checkpoint is not
+def _report(fd: int, **outcome: Any) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the rank has died; the checkpoint is still completed
         os.write(fd, json.dumps(outcome).encode() + b"\n")
 
 

@@ -103,6 +103,6 @@ def _require_writable(url: str) -> None:
     storage = open_storage(url, patience_s=_PROBE_PATIENCE_S)
     try:
         storage.write(".probe/empty", lambda: [b""])
-        storage.drop(".probe", ["empty"])
+        storage.remove_files(".probe", ["empty"])
     except OSError as error:
         raise ArgumentError(f"checkpoint.to: cannot write to {url}: {error}") from error

@@ -20,7 +20,7 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from forge.checkpoint.fork import adopt_checkpoint
+from forge.checkpoint.fork import fork_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.code_archive import restore_code
 from forge.config.job import JobSpec
@@ -176,7 +176,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
             return
         step, donor = self._source
         donor_folder = trial_folder(self._common.search_folder, donor)
-        adopt_checkpoint(
+        fork_checkpoint(
             open_storage(plan.job.checkpoint.url_of(donor_folder)),
             open_storage(plan.job.checkpoint.url_of(str(folder))),
             step=step,

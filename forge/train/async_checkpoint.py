@@ -1,11 +1,11 @@
-"""A rank's side of making checkpoints: a copy of its state, and what became of it.
+"""Write checkpoints asynchronously: the client side of the writer process in each rank.
 
-`AsyncCheckpointer.begin` returns at once: the copier copies the state while training goes on, and the saver process
-makes a durable checkpoint of the copy; `outcomes` tells what has become of it. The slot of the copy is
-pinned until its part is written.
+`AsyncCheckpointer.begin` returns at once: the snapshotter copies the state while training continues, and the writer
+process writes a checkpoint from that snapshot; `outcomes` returns the results. The snapshot's slot is pinned until
+the part is written.
 
-The loop has one checkpoint in the making at a time: the next that is due begins when the last is sealed.
-Only the last of a run begins at once, in another slot.
+The training loop has one pending checkpoint at a time: the next one that is due begins when the previous one is
+committed. Only the last one of a run begins at once, in another slot.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _POLL_S = 0.005
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointWritten:
-    """A checkpoint that is complete."""
+    """A committed checkpoint."""
 
     step: int
     folder: str
     size_bytes: int
     seconds: float
-    """From the end of the step to the last flush."""
+    """From the end of the step to the commit."""
     stall_s: float
-    """How long training stood still for it, on this rank."""
+    """How long training waited for it, on this rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,25 +60,24 @@ Outcome = CheckpointWritten | SaveFailed
 
 @dataclass(slots=True, kw_only=True)
 class PendingCheckpoint:
-    """A checkpoint in the making, as far as this rank knows."""
+    """A checkpoint that is being written, as known to this rank."""
 
     step: int
     began: float
-    """By the clock that the saver shares."""
-    copying: PendingSnapshot | None = None
+    """Wall-clock time, comparable with that of the writer process."""
+    snapshot: PendingSnapshot | None = None
     has_part: bool = False
-    sealed: dict[str, Any] | None = None
-    """The first rank alone hears of it."""
+    committed: dict[str, Any] | None = None
+    """Outcome of the commit; on rank 0 only."""
     failure: str | None = None
 
     @property
     def is_over(self) -> bool:
-        """Sealed, or failed."""
-        return self.sealed is not None or self.failure is not None
+        return self.committed is not None or self.failure is not None
 
 
 class AsyncCheckpointer:
-    """Makes checkpoints of one rank's state together with its peers; one for each membership."""
+    """Writes checkpoints of one rank's state, together with its peers; one instance per membership."""
 
     def __init__(
         self,
@@ -86,62 +85,62 @@ class AsyncCheckpointer:
         *,
         url: str,
         keep: int,
-        copier: Snapshotter | None = None,
+        snapshotter: Snapshotter | None = None,
         unacked_metrics: Callable[[], Sequence[Mapping[str, Any]]] = list,
     ) -> None:
         """Collective.
 
         Args:
-            url: where the run's checkpoints go.
-            keep: how many of the newest are kept.
-            copier: makes the copies; without one, one that serves checkpoints alone.
-            unacked_metrics: the metrics that are perhaps not recorded yet; asked on the first rank.
+            url: folder or URL of the run's checkpoints.
+            keep: number of newest checkpoints to keep.
+            snapshotter: takes the snapshots; by default one for checkpoints only.
+            unacked_metrics: returns metrics not acknowledged by the recorder yet; called on rank 0.
         """
-        self._state, self._url, self._keep, self._untold = state, url, keep, unacked_metrics
+        self._state, self._url, self._keep, self._unacked_metrics = state, url, keep, unacked_metrics
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         token: list[str] = [secrets.token_hex(MEMBERSHIP_DIGITS // 2)]
         dist.broadcast_object_list(token, src=0)
         self._token, self._num_begun = token[0], 0
-        self._copier = copier or Snapshotter(state)
-        self._is_lent = copier is not None
+        self._snapshotter = snapshotter or Snapshotter(state)
+        self._is_shared = snapshotter is not None
         self._process: _WriterProcess | None = None
-        if not self._is_lent:  # one that serves checkpoints alone makes the memory's pages meanwhile
-            self._process = self._saver
-        self._making: dict[str, PendingCheckpoint] = {}
+        if not self._is_shared:  # its start allocates the pages of the buffer meanwhile
+            self._process = self._writer
+        self._pending: dict[str, PendingCheckpoint] = {}
         self.on_wait: Callable[[], None] = lambda: None
-        """Called again and again while storage is waited for."""
+        """Called repeatedly while waiting for the storage."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether a checkpoint is in the making; only the first rank knows when it is sealed."""
-        return bool(self._making)
+        """Whether a checkpoint is pending; only rank 0 knows when it is committed."""
+        return bool(self._pending)
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank's part of a checkpoint could not be written; tell the others, and `give_up`."""
+        """Whether this rank's part could not be written; all ranks must then call `abort`."""
         self._listen()
-        return any(making.failure for making in self._making.values())
+        return any(pending.failure for pending in self._pending.values())
 
     def begin(self, progress: Progress) -> None:
-        """Start to make a checkpoint of the state as it is; it must not change before `settle`. Collective."""
+        """Start a checkpoint of the current state, which must not change before `settle`; collective."""
         self._num_begun += 1
         token = f"{self._token}{self._num_begun:04x}"
-        making = self._making[token] = PendingCheckpoint(step=progress.step, began=time.time())
+        pending = self._pending[token] = PendingCheckpoint(step=progress.step, began=time.time())
         state = ""
         if self._rank == 0:
-            state = state_bytes(progress, self._state.shape, unacked_metrics=self._untold()).decode()
+            state = state_bytes(progress, self._state.shape, unacked_metrics=self._unacked_metrics()).decode()
 
-        def order(copying: PendingSnapshot) -> None:
-            if copying.failure is not None:
-                making.failure = copying.failure
+        def send_command(snapshot: PendingSnapshot) -> None:
+            if snapshot.failure is not None:
+                pending.failure = snapshot.failure
                 return
-            # A saver that is busy takes the order when it is free.
-            self._saver.send(
+            # A busy writer process reads the command later.
+            self._writer.send(
                 asdict(
                     WriteCommand(
                         url=self._url,
                         step=progress.step,
-                        slot=copying.slot,
+                        slot=snapshot.slot,
                         rank=self._rank,
                         world_size=self._world_size,
                         token=token,
@@ -151,84 +150,86 @@ class AsyncCheckpointer:
                 )
             )
 
-        making.copying = self._copier.begin(progress, then=order, is_pinned=True)
+        pending.snapshot = self._snapshotter.begin(progress, on_done=send_command, is_pinned=True)
 
     def settle(self) -> None:
-        """Return when the state may change: the copy is complete."""
-        self._copier.settle()
+        """Wait until the state may change, because the snapshot is complete."""
+        self._snapshotter.settle()
 
     def outcomes(self) -> list[CheckpointWritten]:
-        """On the first rank: the checkpoints that were sealed since it was asked last."""
+        """Return the checkpoints committed since the last call; on rank 0 only."""
         self._listen()
         found = []
-        for token, making in list(self._making.items()):
-            if self._rank != 0 and making.has_part and making.failure is None:
-                del self._making[token]  # the rest is the first rank's
-            elif making.sealed is not None:
-                del self._making[token]
-                found.append(self._saved(making))
+        for token, pending in list(self._pending.items()):
+            if self._rank != 0 and pending.has_part and pending.failure is None:
+                del self._pending[token]  # only rank 0 waits for the commit
+            elif pending.committed is not None:
+                del self._pending[token]
+                found.append(self._written(pending))
         return found
 
-    def give_up(self) -> list[SaveFailed]:
-        """Call off what cannot be finished, as a rank's part failed; collective. Returns: the same everywhere."""
-        reasons = self._gather({token: making.failure for token, making in self._making.items() if making.failure})
+    def abort(self) -> list[SaveFailed]:
+        """Abort checkpoints of which a part failed on any rank; collective. Returns: the same on every rank."""
+        reasons = self._gather(
+            {token: pending.failure for token, pending in self._pending.items() if pending.failure}
+        )
         failed = []
         for token, reason in reasons.items():
-            making = self._making.pop(token, None)
-            if making is not None:
-                self._unpin(making)
-            if self._rank == 0 and making is not None:
-                if making.failure is None:
-                    self._saver.send({"abort": token})
-                failed.append(SaveFailed(step=making.step, reason=reason))
-        return self._from_first(failed)
+            pending = self._pending.pop(token, None)
+            if pending is not None:
+                self._unpin(pending)
+            if self._rank == 0 and pending is not None:
+                if pending.failure is None:
+                    self._writer.send({"abort": token})
+                failed.append(SaveFailed(step=pending.step, reason=reason))
+        return self._broadcast(failed)
 
     def finish(self) -> list[Outcome]:
-        """Wait until nothing is in the making any more; collective. Returns: the same on every rank."""
+        """Wait until no checkpoint is pending; collective. Returns: the same on every rank."""
         self.settle()
-        self._await(lambda: all(making.has_part or making.failure for making in self._making.values()))
-        failed = self.give_up()
+        self._wait_until(lambda: all(pending.has_part or pending.failure for pending in self._pending.values()))
+        failed = self.abort()
         if self._rank == 0:
-            self._await(lambda: all(making.is_over for making in self._making.values()))
-        return [*failed, *self.give_up(), *self._from_first(self.outcomes())]
+            self._wait_until(lambda: all(pending.is_over for pending in self._pending.values()))
+        return [*failed, *self.abort(), *self._broadcast(self.outcomes())]
 
     def close(self) -> None:
-        """End the saver process once it has done what it was told, and free the memory."""
-        self._copier.join()
+        """Wait until the writer process has finished and exited, and free the memory."""
+        self._snapshotter.join()
         if self._process is not None:
             self._process.close()
-        if not self._is_lent:
-            self._copier.close()
+        if not self._is_shared:
+            self._snapshotter.close()
 
     @property
-    def _saver(self) -> _WriterProcess:
-        """Started when it is first needed."""
+    def _writer(self) -> _WriterProcess:
+        """The writer process, started on first use."""
         if self._process is None:
-            self._process = _WriterProcess(self._copier.snapshot.fd)
+            self._process = _WriterProcess(self._snapshotter.buffer.fd)
         return self._process
 
-    def _unpin(self, making: PendingCheckpoint) -> None:
-        if making.copying is not None:
-            self._copier.unpin(making.copying.slot)
+    def _unpin(self, pending: PendingCheckpoint) -> None:
+        if pending.snapshot is not None:
+            self._snapshotter.unpin(pending.snapshot.slot)
 
     def _listen(self) -> None:
         if self._process is None:
             return
         for outcome in self._process.outcomes():
-            making = self._making.get(outcome["token"])
-            if making is None:
-                continue  # called off meanwhile
-            self._unpin(making)
-            making.has_part = making.has_part or "part" in outcome
-            making.sealed = outcome if "sealed" in outcome else making.sealed
-            making.failure = making.failure or outcome.get("failed")
+            pending = self._pending.get(outcome["token"])
+            if pending is None:
+                continue  # aborted since
+            self._unpin(pending)
+            pending.has_part = pending.has_part or "part" in outcome
+            pending.committed = outcome if "committed" in outcome else pending.committed
+            pending.failure = pending.failure or outcome.get("failed")
         if self._process.death is not None:
-            for making in self._making.values():
-                if not making.is_over and not (making.has_part and self._rank != 0):
-                    making.failure = self._process.death
-            self._process = _WriterProcess(self._copier.snapshot.fd)
+            for pending in self._pending.values():
+                if not pending.is_over and not (pending.has_part and self._rank != 0):
+                    pending.failure = self._process.death
+            self._process = _WriterProcess(self._snapshotter.buffer.fd)
 
-    def _await(self, is_so: Callable[[], bool]) -> None:
+    def _wait_until(self, is_so: Callable[[], bool]) -> None:
         self._listen()
         while not is_so():
             self.on_wait()
@@ -236,30 +237,30 @@ class AsyncCheckpointer:
             self._listen()
 
     def _gather(self, own: dict[str, str]) -> dict[str, str]:
-        """The first reason for each token, over all ranks."""
+        """Return the reason of the lowest rank for each token."""
         every: list[dict[str, str]] = [{} for _ in range(self._world_size)]
         dist.all_gather_object(every, {token: f"rank {self._rank}: {why}" for token, why in own.items()})
         return {token: reasons[token] for reasons in reversed(every) for token in reasons}
 
-    def _from_first(self, found: list[T]) -> list[T]:
-        """The first rank's answer, on every rank."""
+    def _broadcast(self, found: list[T]) -> list[T]:
+        """Return rank 0's list on every rank."""
         shared = [found]
         dist.broadcast_object_list(shared, src=0)
         return shared[0]
 
-    def _saved(self, making: PendingCheckpoint) -> CheckpointWritten:
-        assert making.sealed is not None
+    def _written(self, pending: PendingCheckpoint) -> CheckpointWritten:
+        assert pending.committed is not None
         return CheckpointWritten(
-            step=making.step,
-            folder=f"{self._url}/{step_name(making.step)}",
-            size_bytes=making.sealed["sealed"],
-            seconds=making.sealed["at"] - making.began,
-            stall_s=making.copying.stall_s if making.copying else 0.0,
+            step=pending.step,
+            folder=f"{self._url}/{step_name(pending.step)}",
+            size_bytes=pending.committed["committed"],
+            seconds=pending.committed["at"] - pending.began,
+            stall_s=pending.snapshot.stall_s if pending.snapshot else 0.0,
         )
 
 
 class _WriterProcess:
-    """The process beside this rank that writes its part; see `forge.checkpoint.writer_process`."""
+    """Client of this rank's writer process; see `forge.checkpoint.writer_process`."""
 
     def __init__(self, snapshot_fd: int) -> None:
         self._process = subprocess.Popen(
@@ -274,25 +275,25 @@ class _WriterProcess:
         self._text = b""
         self._sending = threading.Lock()
         self.death: str | None = None
-        """How it died, if it did."""
+        """How it died; None while it lives."""
 
-    def send(self, order: dict[str, Any]) -> None:
-        """Give an order; a saver that has died says so in `death`."""
+    def send(self, command: dict[str, Any]) -> None:
+        """Send a command; if the process has died, `outcomes` sets `death`."""
         with self._sending, contextlib.suppress(BrokenPipeError):
-            self._stdin.write(json.dumps(order).encode() + b"\n")
+            self._stdin.write(json.dumps(command).encode() + b"\n")
             self._stdin.flush()
 
     def outcomes(self) -> list[dict[str, Any]]:
-        """What it has answered since it was asked last; does not wait."""
+        """Return the outcomes since the last call, without waiting."""
         while (piece := self._receive()) not in (None, b""):
             self._text += piece or b""
         if piece == b"" and self.death is None:
-            self.death = f"the saver process died ({_ending(self._process.wait())})"
+            self.death = f"the writer process died ({_ending(self._process.wait())})"
         *lines, self._text = self._text.split(b"\n")
         return [json.loads(line) for line in lines]
 
     def close(self) -> None:
-        """No more orders; wait until it has ended."""
+        """Close its stdin and wait until it exits."""
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
         self._process.wait()

@@ -73,7 +73,7 @@ def train(
     inputs: TrainInputs,
     *,
     start: Progress,
-    saving: AsyncCheckpointer,
+    checkpointer: AsyncCheckpointer,
     snapshots: SnapshotPolicy | None = None,
     on_started: Callable[[], None] = lambda: None,
     reporter: Reporter,
@@ -109,7 +109,7 @@ def train(
             requests=partial(
                 _requests,
                 reporter,
-                saving,
+                checkpointer,
                 save=is_last or is_save_due,
                 snapshot=snapshots is not None and snapshots.interval.is_due(step),
                 evaluate=is_last or is_evaluation_due,
@@ -120,7 +120,7 @@ def train(
         if progress is start:
             on_started()
         if not _is_finite(result.loss, result.grad_norm):
-            saved_step = _report(saving.finish(), reporter) or saved_step
+            saved_step = _report(checkpointer.finish(), reporter) or saved_step
             raise _diverged(result.loss, result.grad_norm, step=step, lr=lr, saved_step=saved_step)
         progress = Progress(
             step=step,
@@ -151,11 +151,11 @@ def train(
                 extra=extra,
             )
         )
-        saved_step = _report(saving.outcomes(), reporter) or saved_step
+        saved_step = _report(checkpointer.outcomes(), reporter) or saved_step
         if result.flags.save_failed:
-            _report(saving.give_up(), reporter)
+            _report(checkpointer.abort(), reporter)
         if is_last or result.flags.stop:
-            _save_and_wait(saving, progress, reporter)
+            _save_and_wait(checkpointer, progress, reporter)
             if result.flags.stop:
                 return LoopResult(progress=progress)
         elif result.flags.drain and snapshots is not None:
@@ -163,7 +163,7 @@ def train(
             snapshots.snapshotter.finish()
             return LoopResult(progress=progress, is_drained=True)
         elif result.flags.save:
-            saving.begin(progress)
+            checkpointer.begin(progress)
             saved_at, is_save_due = time.monotonic(), False
         elif result.flags.snapshot and snapshots is not None:
             snapshots.snapshotter.begin(progress)
@@ -194,16 +194,16 @@ def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: st
 
 
 def _requests(
-    reporter: Reporter, saving: AsyncCheckpointer, *, save: bool, snapshot: bool, evaluate: bool
+    reporter: Reporter, checkpointer: AsyncCheckpointer, *, save: bool, snapshot: bool, evaluate: bool
 ) -> StepControl:
     """Collect the control requests of this rank just before the all-reduce that ends a step."""
     return StepControl(
         stop=reporter.should_stop(),
         drain=reporter.should_drain(),
-        save=save and not saving.is_busy,
+        save=save and not checkpointer.is_busy,
         snapshot=snapshot,
         evaluate=evaluate,
-        save_failed=saving.has_failed,
+        save_failed=checkpointer.has_failed,
     )
 
 
@@ -212,19 +212,19 @@ def _adjust(
 ) -> None:
     """Update the snapshot interval from the measured cost; step times differ between ranks, rank 0 decides."""
     if result.flags.save or result.flags.snapshot:
-        interval.took(step)
-    if interval.learn(step_s=step_s, cost_s=result.snapshot_cost_s):
+        interval.record_snapshot(step)
+    if interval.update(step_s=step_s, cost_s=result.snapshot_cost_s):
         reporter.event(SnapshotIntervalChanged(every=interval.every, seconds=interval.cost_s, share=interval.share))
 
 
-def _save_and_wait(saving: AsyncCheckpointer, progress: Progress, reporter: Reporter) -> None:
+def _save_and_wait(checkpointer: AsyncCheckpointer, progress: Progress, reporter: Reporter) -> None:
     """Save and wait until it is written; try twice, since the writer process may be killed and is restarted.
 
     Raises: CheckpointError on every rank if it cannot be written.
     """
     for _ in range(2):
-        saving.begin(progress)
-        outcomes = saving.finish()
+        checkpointer.begin(progress)
+        outcomes = checkpointer.finish()
         failed = [
             outcome
             for outcome in outcomes

@@ -1,4 +1,4 @@
-"""Which tensors a model has, by their names in transformers: the same on every rank and at every ZeRO stage."""
+"""The tensors of a model, by their names in transformers; equal on every rank and at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DTYPE_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
-"""What safetensors calls torch's types."""
+"""Safetensors names of torch types."""
 
 
 def shape_of(engine: Any, *, base: BaseWeights | None = None) -> ModelShape:
-    """Every tensor of the model by its name in transformers; the same on every rank.
+    """Return every tensor of the model by its name in transformers; equal on every rank.
 
     Args:
-        base: what the parameters that are not trained refer to.
+        base: the pretrained weights that parameters which are not trained refer to.
     """
     module = engine.module
     parameters = {
@@ -49,7 +49,7 @@ def shape_of(engine: Any, *, base: BaseWeights | None = None) -> ModelShape:
 
 
 def _config_of(model: Any) -> dict[str, Any]:
-    """A transformers model's config as JSON."""
+    """Return a transformers model's config as JSON."""
     if not hasattr(model, "config"):
         return {}
     config: dict[str, Any] = json.loads(model.config.to_json_string()) | {"architectures": [type(model).__name__]}
@@ -57,17 +57,17 @@ def _config_of(model: Any) -> dict[str, Any]:
 
 
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Each once, under the name it has in the transformers model."""
+    """List each parameter once, by its name in the transformers model."""
     return [(plain_name(name), parameter) for name, parameter in module.named_parameters()]
 
 
 def plain_name(name: str) -> str:
-    """The name in the model, given that in the `ObjectiveModule` around it."""
+    """Convert a name in the `ObjectiveModule` to that in the model."""
     return name.removeprefix(MODEL_PREFIX)
 
 
 def named_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that belong to the state without being parameters, such as a router's bias."""
+    """Yield tensors of the state dict that are not parameters, such as a router's bias."""
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if name not in parameters and isinstance(tensor, Tensor):

@@ -1,8 +1,7 @@
-"""How often a snapshot is taken: at every step where that costs little, else at every n-th.
+"""Adaptive interval between snapshots: every step if that is cheap, otherwise every n-th step.
 
-What one costs is measured: how long training stood still for it and, on CPU, the processor time it took
-from training. n is the smallest at which the cost is at most 1 % of the time of the n steps; so what a
-lost machine makes the run repeat costs about as much as what its snapshots cost.
+The cost of a snapshot is measured: how long training waited for it and, on CPU, the CPU time it took. n is the
+smallest interval at which the cost is at most 1 % of the time of the n steps.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections import deque
 from statistics import median
 
 _SHARE = 0.01
-# Snapshots and steps that are looked back upon; the first ones of a generation touch memory for the first time.
+# Snapshots that the median is taken over; the first ones of a generation are slower, as pages are allocated.
 _NUM_RECENT = 8
 _MOST_STEPS = 1000
 
@@ -22,7 +21,7 @@ class SnapshotInterval:
 
     def __init__(self, *, fixed: int | None) -> None:
         """Args:
-        fixed: take one every so many steps, whatever they cost.
+        fixed: interval in steps; None: adapt it to the measured cost.
         """
         self._fixed = fixed
         self.every = fixed or 1
@@ -33,19 +32,19 @@ class SnapshotInterval:
 
     @property
     def share(self) -> float:
-        """What snapshots cost, as a share of the time of the steps."""
+        """Cost of snapshots as a share of the step time."""
         return self.cost_s / (self.every * median(self._steps_s)) if self._steps_s else 0.0
 
     def is_due(self, step: int) -> bool:
         """Whether this step ends with a snapshot."""
         return step - self._last_step >= self.every
 
-    def took(self, step: int) -> None:
-        """A snapshot of this step is taken."""
+    def record_snapshot(self, step: int) -> None:
+        """Record that a snapshot of this step was taken."""
         self._last_step = step
 
-    def learn(self, *, step_s: float, cost_s: float) -> bool:
-        """Account for a step and for what snapshots have cost in it. Returns: whether the pace is another now."""
+    def update(self, *, step_s: float, cost_s: float) -> bool:
+        """Record the times of a step and of the snapshots in it. Returns: whether the interval changed."""
         self._steps_s.append(step_s)
         if cost_s > 0:
             self._costs.append(cost_s)
@@ -53,7 +52,7 @@ class SnapshotInterval:
             return False
         self.cost_s = median(self._costs)
         best = min(_MOST_STEPS, max(1, math.ceil(self.cost_s / (_SHARE * median(self._steps_s)))))
-        if best <= self.every < 2 * best:  # noise: one that costs little enough, and is not far too slow, stays
+        if best <= self.every < 2 * best:  # keep an interval that is cheap enough and at most twice too long
             return False
         self.every = best
         return True

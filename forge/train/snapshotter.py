@@ -1,9 +1,9 @@
-"""Copies of a rank's state in shared memory, taken beside the next forward and backward.
+"""Take snapshots of a rank's state in shared memory, overlapped with the next forward and backward pass.
 
-Only an update changes what is copied (but for buffers, which are copied at once), so `begin` returns
-right away, a thread copies, and `settle`, called before every update, waits for whatever is left. That
-wait is all that training pays. Who keeps the copies beyond the rank's life, on this machine and on
-another, is a `ReplicaClient`; without one the copies serve checkpoints alone.
+Only an update changes the state (except buffers, which are copied at once), so `begin` returns immediately, a
+thread copies, and `settle`, called before every update, waits for the rest. Training pays only for that wait. A
+`ReplicaClient` keeps snapshots beyond the life of the rank, on this machine and on another; without one they serve
+checkpoints only.
 """
 
 from __future__ import annotations
@@ -21,172 +21,176 @@ from forge.checkpoint.manifest import Progress, base_record, shape_record
 from forge.checkpoint.snapshot_buffer import NUM_SLOTS, SnapshotBuffer, create_snapshot_buffer
 from forge.train.state import TrainState
 
-# A state of this size is copied in less time than a thread takes to start.
+# A state of at most this size is copied faster than a thread starts.
 _SMALL_BYTES = 4 * 2**20
 
 
 class ReplicaClient(Protocol):
-    """Keeps a rank's snapshots where they outlive it."""
+    """Replicates a rank's snapshots to processes that outlive it."""
 
     def register(self, snapshot: SnapshotBuffer) -> None:
-        """Take the memory over, before the first copy."""
+        """Register the shared memory, before the first snapshot."""
 
     def metadata(self) -> Mapping[str, Any]:
-        """What is to be kept with a copy that is made now; JSON."""
+        """Return JSON to store with a snapshot taken now."""
 
     def publish(self, *, step: int, slot: int) -> None:
-        """A slot is whole: copy it to another machine."""
+        """Announce that a slot is complete, to be copied to another machine."""
 
     def wait_replicated(self, step: int) -> None:
-        """Return when the copy of this step is as safe as it is going to be."""
+        """Wait until the snapshot of this step is replicated, or cannot be."""
 
     def cpu_s(self) -> float:
-        """Processor time that keeping has taken so far, on this rank's account."""
+        """Return the CPU time of replication so far, attributed to this rank, in seconds."""
 
 
 @dataclass(slots=True, kw_only=True)
 class PendingSnapshot:
-    """One copy in the making."""
+    """A snapshot that is being taken."""
 
     step: int
     slot: int
     stall_s: float = 0.0
-    """How long training has stood still for it."""
+    """How long training has waited for it."""
     failure: str | None = None
     is_copied: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
 
 
 class Snapshotter:
-    """The snapshots of one rank."""
+    """Takes the snapshots of one rank."""
 
-    def __init__(self, state: TrainState, *, keeper: ReplicaClient | None = None) -> None:
-        self._state, self._keeper = state, keeper
-        self.snapshot = create_snapshot_buffer(state.layout, about={"shape": shape_record(state.shape)})
-        self._last: PendingSnapshot | None = None
+    def __init__(self, state: TrainState, *, replica_client: ReplicaClient | None = None) -> None:
+        self._state, self._replica_client = state, replica_client
+        self.buffer = create_snapshot_buffer(state.layout, about={"shape": shape_record(state.shape)})
+        self._pending: PendingSnapshot | None = None
         self._pinned: set[int] = set()
         self._cpu_s = self._counted_cpu_s = self._stall_s = 0.0
-        if keeper is not None:
-            keeper.register(self.snapshot)
+        if replica_client is not None:
+            replica_client.register(self.buffer)
 
     def begin(
-        self, progress: Progress, *, then: Callable[[PendingSnapshot], None] | None = None, is_pinned: bool = False
+        self,
+        progress: Progress,
+        *,
+        on_done: Callable[[PendingSnapshot], None] | None = None,
+        is_pinned: bool = False,
     ) -> PendingSnapshot:
-        """Start to copy the state as it is; it must not change before `settle`.
+        """Start a snapshot of the current state, which must not change before `settle`.
 
-        Waits until the copy before is kept: so no more than one step is ever at risk.
+        Waits until the previous snapshot is replicated, so that at most one interval can be lost.
 
         Args:
-            then: called when the copy is whole, or has failed, on another thread.
-            is_pinned: do not write to its slot again before `unpin`: somebody makes a checkpoint of it.
+            on_done: called on another thread when the snapshot is complete, or has failed.
+            is_pinned: do not reuse its slot before `unpin`, as a checkpoint is written from it.
         """
         began = time.monotonic()
         self.finish()
-        copying = self._last = PendingSnapshot(step=progress.step, slot=self._free_slot())
+        pending = self._pending = PendingSnapshot(step=progress.step, slot=self._free_slot())
         if is_pinned:
-            self._pinned.add(copying.slot)
+            self._pinned.add(pending.slot)
         base = self._state.shape.base
-        note = {"progress": asdict(progress)} | ({"base": base_record(base)} if base is not None else {})
-        note |= dict(self._keeper.metadata() if self._keeper else {})
-        self._state.copy_to(self.snapshot.begin(copying.slot), buffers=True)
-        arguments = (copying, note, _mark(self._state.device), then)
+        metadata = {"progress": asdict(progress)} | ({"base": base_record(base)} if base is not None else {})
+        metadata |= dict(self._replica_client.metadata() if self._replica_client else {})
+        self._state.copy_to(self.buffer.begin(pending.slot), buffers=True)
+        arguments = (pending, metadata, _record_cuda_event(self._state.device), on_done)
         is_small = self._state.layout.size_bytes <= _SMALL_BYTES and self._state.device.type == "cpu"
-        if is_small and then is None:  # which may have to wait for somebody
+        if is_small and on_done is None:  # a callback may block, so it needs a thread
             self._copy(*arguments)
         else:
-            copying.thread = threading.Thread(target=self._copy, args=arguments, name="snapshot", daemon=True)
-            copying.thread.start()
-        self._count_stall(copying, began)
-        return copying
+            pending.thread = threading.Thread(target=self._copy, args=arguments, name="snapshot", daemon=True)
+            pending.thread.start()
+        self._count_stall(pending, began)
+        return pending
 
     def settle(self) -> None:
-        """Return when the state may change: the copy is complete."""
-        if self._last is not None and not self._last.is_copied.is_set():
+        """Wait until the state may change, because the snapshot is complete."""
+        if self._pending is not None and not self._pending.is_copied.is_set():
             began = time.monotonic()
-            self._last.is_copied.wait()
-            self._count_stall(self._last, began)
+            self._pending.is_copied.wait()
+            self._count_stall(self._pending, began)
 
     def join(self) -> None:
-        """Wait until the last copy is whole and has been passed on."""
-        if self._last is not None and self._last.thread is not None:
-            self._last.thread.join()
+        """Wait until the last snapshot is complete and published."""
+        if self._pending is not None and self._pending.thread is not None:
+            self._pending.thread.join()
 
     def finish(self) -> None:
-        """Wait until the last copy is kept; one that failed never is."""
+        """Wait until the last snapshot is replicated, unless it has failed."""
         self.join()
-        if self._keeper is not None and self._last is not None and self._last.failure is None:
-            self._keeper.wait_replicated(self._last.step)
+        if self._replica_client is not None and self._pending is not None and self._pending.failure is None:
+            self._replica_client.wait_replicated(self._pending.step)
 
     def unpin(self, slot: int) -> None:
-        """The slot may be written again."""
+        """Allow the slot to be reused."""
         self._pinned.discard(slot)
 
     def take_cost_s(self) -> float:
-        """What snapshots have cost training since this was asked last: standing still, and on CPU their work."""
+        """Return the cost of snapshots since the last call, in seconds: waiting, and on CPU also the CPU time."""
         cost_s, self._stall_s = self._stall_s, 0.0
         if self._state.device.type == "cpu":
-            cpu_s = self._cpu_s + (self._keeper.cpu_s() if self._keeper else 0.0)
+            cpu_s = self._cpu_s + (self._replica_client.cpu_s() if self._replica_client else 0.0)
             cost_s += max(0.0, cpu_s - self._counted_cpu_s)
             self._counted_cpu_s = cpu_s
         return cost_s
 
     def close(self) -> None:
-        """Free the memory, unless somebody else holds it."""
+        """Close the memory, which is freed unless another process has it open."""
         self.join()
-        self.snapshot.close()
+        self.buffer.close()
 
     def _free_slot(self) -> int:
-        """One that is neither pinned nor the newest whole one; the last only where it must be."""
-        newest = next((copy.slot for copy in self.snapshot.copies()), None)
+        """Return a slot that is neither pinned nor the newest complete one; without replicas, any unpinned slot."""
+        newest = next((snapshot.slot for snapshot in self.buffer.snapshots()), None)
         free = [slot for slot in range(NUM_SLOTS) if slot not in self._pinned]
-        if self._keeper is None:  # nobody needs the last copy once its checkpoint is made
+        if self._replica_client is None:  # the last snapshot is not needed once its checkpoint is written
             return free[0]
         return next(slot for slot in free if slot != newest)
 
     def _copy(
         self,
-        copying: PendingSnapshot,
-        note: dict[str, Any],
-        ready: Any,
-        then: Callable[[PendingSnapshot], None] | None,
+        pending: PendingSnapshot,
+        metadata: dict[str, Any],
+        event: Any,
+        on_done: Callable[[PendingSnapshot], None] | None,
     ) -> None:
         began_s = time.thread_time()
         try:
-            with _beside(ready):
-                self.snapshot.prepare(copying.slot)
-                self._state.copy_to(self.snapshot.data(copying.slot), buffers=False)
-            copying.is_copied.set()  # training goes on
-            self.snapshot.commit(copying.slot, step=copying.step, state=note)
-            if self._keeper is not None:
-                self._keeper.publish(step=copying.step, slot=copying.slot)
-        except Exception as error:  # a thread's exceptions are seen by nobody
-            copying.failure = f"the state could not be copied: {error}"
+            with _side_stream(event):
+                self.buffer.prepare(pending.slot)
+                self._state.copy_to(self.buffer.data(pending.slot), buffers=False)
+            pending.is_copied.set()  # training continues
+            self.buffer.commit(pending.slot, step=pending.step, state=metadata)
+            if self._replica_client is not None:
+                self._replica_client.publish(step=pending.step, slot=pending.slot)
+        except Exception as error:  # would otherwise be lost in the thread
+            pending.failure = f"the state could not be copied: {error}"
         finally:
-            if copying.thread is not None:  # otherwise it was training itself that waited, and is counted there
+            if pending.thread is not None:  # otherwise counted as wait time
                 self._cpu_s += time.thread_time() - began_s
-            copying.is_copied.set()
-            if then is not None:
-                then(copying)
+            pending.is_copied.set()
+            if on_done is not None:
+                on_done(pending)
 
-    def _count_stall(self, copying: PendingSnapshot, began: float) -> None:
+    def _count_stall(self, pending: PendingSnapshot, began: float) -> None:
         stall_s = time.monotonic() - began
-        copying.stall_s += stall_s
+        pending.stall_s += stall_s
         self._stall_s += stall_s
 
 
-def _mark(device: torch.device) -> Any:
-    """This moment in the work that was handed to a GPU; None on the host."""
+def _record_cuda_event(device: torch.device) -> Any:
+    """Record a CUDA event in the current stream; None on CPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 @contextlib.contextmanager
-def _beside(ready: Any) -> Iterator[None]:
-    """On a GPU, copies begun meanwhile run beside training, after `ready`, and are complete at the end."""
-    if ready is None:
+def _side_stream(event: Any) -> Iterator[None]:
+    """On a GPU, run copies in a side stream after `event`, and wait for them at the end."""
+    if event is None:
         yield
         return
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_event(ready)
+    stream.wait_event(event)
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()

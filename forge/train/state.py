@@ -1,12 +1,12 @@
-"""The training state in coordinates that know nothing of ranks.
+"""Training state in rank-independent coordinates.
 
 A rank owns *shards*: intervals `[start, stop)` of a parameter's flattened elements, each in several
 kinds: `master` (the fp32 weight), `exp_avg`, `exp_avg_sq` (AdamW's moments) and `ema` of what is trained;
-`frozen` of a parameter that is not, and `buffer` of a tensor that is no parameter, both as the model has
-them; `base` of a parameter that is not trained and has its value from pretrained weights, which a checkpoint
-refers to instead of holding it. Saving writes what a rank claims, loading reads what it owns now. Only this module
-knows how DeepSpeed lays the state out, by names that are not part of its public interface; `shards_of` therefore
-checks that what it found covers every parameter, and says which release it was written for.
+`frozen` of a parameter that is not trained, and `buffer` of a tensor that is not a parameter, both with the model's
+type; `base` of a parameter that is not trained and was read from pretrained weights, to which a checkpoint refers
+instead of storing it. Saving writes the shards that a rank claims, loading reads the shards that it owns. Only this
+module depends on DeepSpeed's layout of the state, through private names; `shards_of` therefore checks the sizes and
+types it found, and its error names the release it was written for.
 
     ZeRO 0       bf16: one fp32 tensor per parameter, whole on every rank; fp32: the parameter itself
     ZeRO 1, 2    one flat fp32 vector per parameter group and rank; `_hp_mapping` locates a parameter in it
@@ -31,17 +31,17 @@ from forge.train.model_shape import DTYPE_NAMES, named_buffers, named_parameters
 
 TRAINED = ("master", "exp_avg", "exp_avg_sq")
 _KNOWN_RELEASE = "0.19.8"
-# A checkpoint is read into memory of the host this many bytes at a time where the state lies elsewhere.
+# Size of a read into host memory where the state is not on the host.
 _STAGING_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Shard:
-    """One interval of one parameter, and where this rank keeps it.
+    """One interval of one parameter, and its location on this rank.
 
-    `owner` is the tensor that holds it: for what is trained the one the optimizer updates; the interval
-    lies in it from `offset` on, and at the same place in every tensor of `owner`'s size (its moments, its
-    average). `constant` names the only kind of a tensor that is not trained.
+    `owner` is the tensor that contains it, for a trained parameter the one that the optimizer updates. The interval
+    starts at `offset` in it, and in every tensor of the same size (moments, average). `constant` is the only kind
+    of a tensor that is not trained.
     """
 
     name: str
@@ -52,27 +52,27 @@ class Shard:
     constant: str | None = None
 
     def view(self, flat: Tensor) -> Tensor:
-        """The interval within a tensor laid out like `owner`; writing to it writes through."""
+        """Return the interval in a tensor with the layout of `owner`, as a view."""
         return flat.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
 
     def narrow(self, start: int, stop: int) -> Shard:
-        """The part of it that lies in `[start, stop)`."""
+        """Return the part of the shard within `[start, stop)`."""
         start, stop = max(start, self.start), max(min(stop, self.stop), max(start, self.start))
         return replace(self, start=start, stop=stop, offset=self.offset + start - self.start)
 
 
 class Readable(Protocol):
-    """A state of any world size and ZeRO stage, in storage or in memory."""
+    """A state written at any world size and ZeRO stage, in storage or in memory."""
 
     def read(self, wanted: Iterable[tuple[Interval, memoryview]]) -> None:
         """Fill each view with the bytes of its interval. Raises: CheckpointError."""
 
 
 class WeightSource(Protocol):
-    """Weights to start from, by parameter."""
+    """Initial weights, by parameter."""
 
     def __contains__(self, name: str) -> bool:
-        """Whether it holds a parameter or buffer."""
+        """Whether a parameter or buffer is available."""
 
     def read_into(self, name: str, out: Tensor, *, start: int = 0) -> None:
         """Fill a flat tensor with elements from `start` on, converted to its type. Raises: OSError, EOFError."""
@@ -85,29 +85,29 @@ class TrainState:
         """Args:
         engine: the DeepSpeed engine, right after `deepspeed.initialize`.
         keep_average: keep an exponential moving average beside the master weights.
-        base: the pretrained weights that parameters which are not trained have the values of: these are part of no
-            snapshot and no checkpoint, and `load_base` reads them. None: the parameters are kept as kind `frozen`.
+        base: the pretrained weights that parameters which are not trained are read from by `load_base`; snapshots
+            and checkpoints do not contain them. None: the parameters are stored as kind `frozen`.
         """
         self._engine = engine
         self._torch_optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
         trained = shards_of(engine)
         constants = list(_constants(engine, frozen="frozen" if base is None else "base"))
         self.shards = trained + [shard for shard in constants if shard.constant != "base"]
-        """What this rank must load from a checkpoint."""
+        """Shards this rank loads from a checkpoint."""
         self.base_shards = [shard for shard in constants if shard.constant == "base"]
-        """What this rank must load from the base weights."""
+        """Shards this rank loads from the base weights."""
         self.claims = [_claim(shard, engine) for shard in self.shards]
-        """What this rank must save: over all ranks, every element once."""
+        """Shards this rank saves: over all ranks, every element once."""
         self._owners = list({id(shard.owner): shard.owner for shard in trained}.values())
         self._reset_moments()
         self._averages = {id(owner): owner.detach().clone() for owner in self._owners} if keep_average else {}
-        held = [(shard, kind) for shard in self.claims for kind in self.kinds_of(shard)]
-        places = {(shard.name, kind): (shard, kind) for shard, kind in held}
-        self.layout = pack(self.interval(shard, kind) for shard, kind in held)
-        """What this rank saves, as it lies in a snapshot."""
-        self._sources = [(*places[interval.name, interval.kind], at) for interval, at in self.layout.placed()]
+        saved = [(shard, kind) for shard in self.claims for kind in self.kinds_of(shard)]
+        by_key = {(shard.name, kind): (shard, kind) for shard, kind in saved}
+        self.layout = pack(self.interval(shard, kind) for shard, kind in saved)
+        """Layout of a snapshot: the intervals this rank saves."""
+        self._sources = [(*by_key[interval.name, interval.kind], at) for interval, at in self.layout.with_offsets()]
         self.shape = shape_of(engine, base=base if self.base_shards else None)
-        """The model's tensors; equal on every rank."""
+        """The tensors of the model; equal on every rank."""
 
     @property
     def device(self) -> torch.device:
@@ -116,18 +116,18 @@ class TrainState:
         return device
 
     def kinds_of(self, shard: Shard) -> tuple[str, ...]:
-        """The kinds this run keeps of a shard."""
+        """Return the kinds of a shard in this run."""
         if shard.constant is not None:
             return (shard.constant,)
         return (*TRAINED, "ema") if self._averages else TRAINED
 
     def interval(self, shard: Shard, kind: str) -> Interval:
-        """A shard in one kind, without its tensor."""
+        """Return the interval of a shard in one kind."""
         dtype = DTYPE_NAMES[self.tensor(shard, kind).dtype]
         return Interval(kind=kind, name=shard.name, start=shard.start, stop=shard.stop, dtype=dtype)
 
     def tensor(self, shard: Shard, kind: str) -> Tensor:
-        """The flat elements of one shard in one kind; a view, not a copy."""
+        """Return the flat elements of a shard in one kind, as a view."""
         if kind == "master" or shard.constant is not None:
             return shard.view(shard.owner)
         if kind == "ema":
@@ -136,10 +136,10 @@ class TrainState:
 
     @torch.no_grad()
     def copy_to(self, memory: memoryview, *, buffers: bool) -> None:
-        """Copy what this rank claims into host memory laid out as `layout`.
+        """Copy the shards this rank claims to host memory, in the order of `layout`.
 
         Args:
-            buffers: copy buffers, which a forward pass may change, or all the rest, which only an update does.
+            buffers: True: copy only buffers, which a forward pass may change; False: copy everything else.
         """
         for shard, kind, at in self._sources:
             if (kind == "buffer") == buffers:
@@ -148,9 +148,9 @@ class TrainState:
 
     @torch.no_grad()
     def read(self, checkpoint: Readable) -> None:
-        """Fill what this rank keeps from a checkpoint of any world size and ZeRO stage; `resume` afterwards.
+        """Load this rank's shards from a checkpoint of any world size and ZeRO stage; call `resume` afterwards.
 
-        Only the ranges that this rank needs are read, straight into its tensors where they lie on the host.
+        Only the ranges that this rank needs are read, directly into its tensors if they are on the host.
         Raises: CheckpointError if it is of another model, or cannot be read.
         """
         wanted = [
@@ -173,7 +173,7 @@ class TrainState:
 
     @torch.no_grad()
     def load_weights(self, source: WeightSource) -> None:
-        """Start from given weights: fill what this rank keeps of them, then compute the model's own; collective.
+        """Load initial weights into this rank's shards, then refresh the model's weights; collective.
 
         Each rank reads its own ranges, trained weights straight into the fp32 masters.
         Raises: CheckpointError if they cannot be read.
@@ -183,7 +183,7 @@ class TrainState:
 
     @torch.no_grad()
     def load_base(self, source: WeightSource) -> None:
-        """Fill the parameters that are not trained from the base weights; `resume` or `load_weights` afterwards.
+        """Load parameters that are not trained from the base weights; call `resume` or `load_weights` afterwards.
 
         Raises: CheckpointError if they cannot be read.
         """
@@ -202,9 +202,9 @@ class TrainState:
 
     @torch.no_grad()
     def update_average(self, *, decay: float, step: int) -> None:
-        """`ema ← d · ema + (1 - d) · master` on what this rank owns, with `d = min(decay, (1 + t) / (10 + t))`.
+        """`ema ← d · ema + (1 - d) · master` on this rank's shards, with `d = min(decay, (1 + t) / (10 + t))`.
 
-        The smaller decay of the first steps t lets the average forget the random weights it began with.
+        The smaller decay of the first steps t reduces the influence of the initial weights.
 
         Source: `num_updates` of TensorFlow's ExponentialMovingAverage.
         """
@@ -214,7 +214,7 @@ class TrainState:
 
     @torch.no_grad()
     def swap_average(self) -> None:
-        """Exchange weights and average, so that the model computes with the average until swapped back."""
+        """Exchange weights and average; call again to swap back."""
         for owner in self._owners:
             average = self._averages[id(owner)]
             weights = owner.detach().clone()
@@ -224,20 +224,20 @@ class TrainState:
 
     @torch.no_grad()
     def resume(self, *, step: int) -> None:
-        """Go on from what was read: tell AdamW the number of its updates, and compute the weights; collective."""
+        """Continue from the loaded state: set AdamW's step count and refresh the weights; collective."""
         for owner in self._owners:
             self._torch_optimizer.state[owner]["step"].fill_(float(step))
         self.refresh_weights()
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
-        """Recompute what the model calculates with from the master weights; collective."""
+        """Recompute the model's weights from the master weights; collective."""
         optimizer = self._engine.optimizer
         stage = self._engine.zero_optimization_stage()
         if stage == 3:
             for group in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            # Small parameters are kept whole on every rank; make them anew from the shards.
+            # Small parameters are whole on every rank; gather them again from the shards.
             persistent = [p for p in self._engine.module.parameters() if getattr(p, "ds_persist", False)]
             if persistent:
                 for parameter in persistent:
@@ -251,10 +251,10 @@ class TrainState:
 
     @torch.no_grad()
     def _reset_moments(self) -> None:
-        """Give AdamW the state it would otherwise make at its first step, at step 0.
+        """Create AdamW's state, which it would otherwise create at its first step, with step 0.
 
-        DeepSpeed's bf16 optimizer of ZeRO 0 makes one empty step when it is built, which would count
-        as the first in the bias correction.
+        DeepSpeed's bf16 optimizer of ZeRO 0 takes an empty step when it is built, which would count in the bias
+        correction.
         """
         for owner in self._owners:
             state = self._torch_optimizer.state[owner]
@@ -264,9 +264,9 @@ class TrainState:
 
 
 def shards_of(engine: Any) -> list[Shard]:
-    """What this rank owns of each trained parameter, in the order of `named_parameters`.
+    """Return this rank's shards of trained parameters, in the order of `named_parameters`.
 
-    Raises: RuntimeError if a release of DeepSpeed keeps its state elsewhere.
+    Raises: RuntimeError if this release of DeepSpeed has another layout.
     """
     named = [(name, p) for name, p in named_parameters(engine.module) if p.requires_grad]
     stage = engine.zero_optimization_stage()
@@ -286,7 +286,7 @@ def shards_of(engine: Any) -> list[Shard]:
 
 
 def _constants(engine: Any, *, frozen: str) -> Iterator[Shard]:
-    """What this rank keeps of tensors that are not trained.
+    """Yield this rank's shards of tensors that are not trained.
 
     Args:
         frozen: the kind of parameters: `frozen` or `base`.
@@ -309,9 +309,9 @@ def _constants(engine: Any, *, frozen: str) -> Iterator[Shard]:
 
 
 def _claim(shard: Shard, engine: Any) -> Shard:
-    """The part of a shard that this rank saves: all of it, or of what every rank has whole the W-th part."""
+    """Return the part of a shard that this rank saves: all of it, or 1/W if every rank has the whole tensor."""
     stage = engine.zero_optimization_stage()
-    if shard.constant == "buffer":  # the ranks may differ; the first one's counts
+    if shard.constant == "buffer":  # may differ between ranks; rank 0's is saved
         return shard if engine.global_rank == 0 else shard.narrow(0, 0)
     if stage == 0 or (stage < 3 and shard.constant is not None):
         world, rank, size = engine.dp_world_size, engine.global_rank, shard.stop
@@ -320,7 +320,7 @@ def _claim(shard: Shard, engine: Any) -> Shard:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A host tensor's memory; writing to it writes the tensor. As bytes, since numpy has no bf16."""
+    """Return a writable view of a host tensor's bytes; bytes, as numpy has no bf16."""
     return memoryview(tensor.detach().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
@@ -339,7 +339,7 @@ def _flattened(engine: Any, named: list[tuple[str, Any]]) -> Iterator[Shard]:
     optimizer = engine.optimizer
     for name, parameter in named:
         mapping = parameter._hp_mapping
-        if mapping is None:  # wholly on other ranks
+        if mapping is None:  # entirely on other ranks
             continue
         flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
         start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel

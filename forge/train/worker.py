@@ -1,8 +1,8 @@
-"""One rank's life: join the others, build, load, train.
+"""Main function of a worker (one rank): join the process group, build the model, load the state, train.
 
-It is told its place by whoever started it (an agent, or Ray Train) and talks back through a Reporter; it
-knows nothing of Ray. Where it goes on from is the memory of other machines, if they hold the state, or the
-newest checkpoint.
+The process that starts it (an agent, or Ray Train) passes a `WorkerContext` and a `Reporter`; this module does not
+depend on Ray. The state comes from the memory of other machines, if they have a replica, or from the newest
+checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class StateSource(Protocol):
-    """The state of a step in somebody's memory."""
+    """The state of a step in the memory of agents."""
 
     progress: Progress
     base: BaseWeights | None
@@ -49,12 +49,12 @@ class StateSource(Protocol):
         """Fill each view with the bytes of its interval."""
 
     def close(self) -> None:
-        """Let go of that memory."""
+        """Close the memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerContext:
-    """Where a rank stands. `RANK`, `WORLD_SIZE` and `LOCAL_RANK` are set."""
+    """Identity and resources of a worker. `RANK`, `WORLD_SIZE` and `LOCAL_RANK` must be set too."""
 
     rank: int
     world_size: int
@@ -62,79 +62,83 @@ class WorkerContext:
     device: str
     """`cpu` or `cuda:0`."""
     num_threads: int | None = None
-    """For arithmetic on CPU; by default the machine's cores are divided among the run's ranks on it."""
+    """Threads of torch on CPU; by default the machine's cores are divided among its ranks."""
     checkpoints: str
-    """Folder or URL of the run's checkpoints, seen by every rank."""
+    """Folder or URL of the run's checkpoints, shared by all ranks."""
     generation: int = 1
     rendezvous: Rendezvous | None = None
-    """Without one, `MASTER_ADDR` and `MASTER_PORT` are set."""
+    """None: `MASTER_ADDR` and `MASTER_PORT` are used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ElasticContext:
-    """What a generation takes over from those before it, and passes on."""
+    """Replicas of the state that connect a generation to the previous and the next one."""
 
-    keeper: ReplicaClient
-    origin: StateSource | None = None
+    replica_client: ReplicaClient
+    state_source: StateSource | None = None
     on_progress: Callable[[], None] = lambda: None
 
 
 def run_worker(
     plan: Plan,
-    place: WorkerContext,
+    context: WorkerContext,
     reporter: Reporter,
     *,
-    inheritance: ElasticContext | None = None,
+    elastic: ElasticContext | None = None,
     clock: Stopwatch | None = None,
 ) -> LoopResult:
     """Train a plan at one world size, from memory or from its newest checkpoint that verifies; collective.
 
     Args:
-        inheritance: of a run whose generations follow one another.
-        clock: runs since the rank was asked for.
+        elastic: replica client and state source, under the elastic engine.
+        clock: started when the rank was requested.
 
     Raises: RunError, CheckpointError, DataError, PlanError, UserCodeError.
     """
     clock = clock or Stopwatch()
     use_code(plan.code.digest if plan.code is not None else None)
-    if inheritance is not None:
-        clock.on_lap = inheritance.on_progress
-    device = torch.device(place.device)
+    if elastic is not None:
+        clock.on_lap = elastic.on_progress
+    device = torch.device(context.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(place.num_threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
-    join_process_group(device=device, rendezvous=place.rendezvous)
+        torch.set_num_threads(context.num_threads or max(1, (os.cpu_count() or 1) // context.local_world_size))
+    join_process_group(device=device, rendezvous=context.rendezvous)
     clock.lap("rendezvous")
 
-    origin = inheritance.origin if inheritance else None
-    engine = _build(plan, place, device=device, skip_init=origin is not None)
+    state_source = elastic.state_source if elastic else None
+    engine = _build(plan, context, device=device, skip_init=state_source is not None)
     clock.lap("build")
-    start = _take_over(engine, origin) if origin else _load_newest(engine, place.checkpoints, plan, reporter)
+    start = (
+        _load_from_memory(engine, state_source)
+        if state_source
+        else _load_newest(engine, context.checkpoints, plan, reporter)
+    )
     clock.lap("load")
     peak = find_peak(device, dtype=DTYPES[plan.job.training.precision])
     clock.lap("measure")
-    copier = Snapshotter(engine.state, keeper=inheritance.keeper) if inheritance else None
-    keeper = inheritance.keeper if inheritance else None
-    saving = AsyncCheckpointer(
+    snapshotter = Snapshotter(engine.state, replica_client=elastic.replica_client) if elastic else None
+    replica_client = elastic.replica_client if elastic else None
+    checkpointer = AsyncCheckpointer(
         engine.state,
-        url=place.checkpoints,
+        url=context.checkpoints,
         keep=plan.job.checkpoint.keep,
-        copier=copier,
-        unacked_metrics=lambda: keeper.metadata().get("metrics", ()) if keeper else (),
+        snapshotter=snapshotter,
+        unacked_metrics=lambda: replica_client.metadata().get("metrics", ()) if replica_client else (),
     )
-    engine.before_update = saving.settle
-    if inheritance is not None:
-        engine.on_progress = saving.on_wait = inheritance.on_progress
+    engine.before_update = checkpointer.settle
+    if elastic is not None:
+        engine.on_progress = checkpointer.on_wait = elastic.on_progress
     every = plan.job.checkpoint.snapshot_every
-    pace = SnapshotInterval(fixed=None if every == "auto" else every)
+    interval = SnapshotInterval(fixed=None if every == "auto" else every)
 
-    def tell_formed() -> None:
+    def report_started() -> None:
         clock.lap("first step")
         reporter.event(
             GenerationStarted(
-                generation=place.generation,
-                world_size=place.world_size,
+                generation=context.generation,
+                world_size=context.world_size,
                 device=str(device),
                 peak_flops=peak.flops,
                 peak_source=peak.source,
@@ -144,28 +148,28 @@ def run_worker(
 
     is_drained = False
     try:
-        ending = train(
+        result = train(
             engine,
-            _train_inputs(plan, place, peak_flops=peak.flops),
+            _train_inputs(plan, context, peak_flops=peak.flops),
             start=start,
-            saving=saving,
-            snapshots=SnapshotPolicy(snapshotter=copier, interval=pace) if copier else None,
-            on_started=tell_formed,
+            checkpointer=checkpointer,
+            snapshots=SnapshotPolicy(snapshotter=snapshotter, interval=interval) if snapshotter else None,
+            on_started=report_started,
             reporter=reporter,
         )
-        is_drained = ending.is_drained
-        return ending
+        is_drained = result.is_drained
+        return result
     finally:
-        if not is_drained:  # otherwise a checkpoint that is in the making is finished by its savers alone
-            saving.close()
+        if not is_drained:  # otherwise the writer processes complete a pending checkpoint on their own
+            checkpointer.close()
 
 
-def _build(plan: Plan, place: WorkerContext, *, device: torch.device, skip_init: bool) -> Engine:
-    """The engine of one world size; collective."""
+def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_init: bool) -> Engine:
+    """Build the engine for one world size; collective."""
     return build_engine(
         plan.job.model,
         plan.job.training,
-        deepspeed_config=plan.for_world_size(place.world_size).deepspeed,
+        deepspeed_config=plan.for_world_size(context.world_size).deepspeed,
         vocab_size=plan.corpus.vocab_size,
         seq_len=plan.job.data.seq_len,
         eot_id=plan.corpus.eot_id,
@@ -175,23 +179,23 @@ def _build(plan: Plan, place: WorkerContext, *, device: torch.device, skip_init:
     )
 
 
-def _take_over(engine: Engine, origin: StateSource) -> Progress:
-    """Fill this rank's state from memory; collective.
+def _load_from_memory(engine: Engine, source: StateSource) -> Progress:
+    """Load this rank's state from memory; collective.
 
-    Raises: CheckpointError if it is not all there, or its base weights have changed since.
+    Raises: CheckpointError if it is incomplete, or the base weights have changed since.
     """
-    difference = base_difference(origin.base, engine.state.shape.base)
+    difference = base_difference(source.base, engine.state.shape.base)
     if difference is not None:
-        raise CheckpointError(f"the run cannot go on: {difference}. Restore the file and resume the run")
-    engine.state.read(origin)
-    origin.close()
-    engine.state.resume(step=origin.progress.step)
-    return origin.progress
+        raise CheckpointError(f"the run cannot continue: {difference}. Restore the file and resume the run")
+    engine.state.read(source)
+    source.close()
+    engine.state.resume(step=source.progress.step)
+    return source.progress
 
 
-def _train_inputs(plan: Plan, place: WorkerContext, *, peak_flops: float) -> TrainInputs:
-    """What this worker trains and evaluates on. Raises: DataError if the prepared corpus cannot be opened."""
-    job, world = plan.job, plan.for_world_size(place.world_size)
+def _train_inputs(plan: Plan, context: WorkerContext, *, peak_flops: float) -> TrainInputs:
+    """Collect the loop's batches and settings. Raises: DataError if the prepared corpus cannot be opened."""
+    job, world = plan.job, plan.for_world_size(context.world_size)
     train_rows, held_out_rows = open_rows(plan.corpus)
     return TrainInputs(
         training=job.training,
@@ -202,12 +206,12 @@ def _train_inputs(plan: Plan, place: WorkerContext, *, peak_flops: float) -> Tra
             rows=train_rows,
             order=SampleOrder(num_samples=train_rows.num_rows, seed=job.data.seed),
             plan=world.batch,
-            rank=place.rank,
+            rank=context.rank,
         ),
         held_out=HeldOutBatches(
             rows=held_out_rows,
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=context.rank,
+            world_size=context.world_size,
             micro_batch_size=world.batch.micro_batch_size,
         ),
         flops_per_token=plan.flops_per_token,
@@ -218,32 +222,30 @@ def _train_inputs(plan: Plan, place: WorkerContext, *, peak_flops: float) -> Tra
 def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Progress:
     """Load the newest checkpoint that verifies; step 0 if there is none. Collective.
 
-    Every rank reads what it needs and no more; of the checksums each verifies its share.
+    Every rank reads only what it needs, and verifies its share of the checksums.
     Raises: CheckpointError if it is of another job, or cannot be read.
     """
     digest, corpus = config_digest(plan.job, code=plan.code), plan.corpus.digest
     share = dist.get_rank(), dist.get_world_size()
     storage = open_storage(url)
-    for name in _agreed(lambda: list_checkpoints(storage))[0]:
-        found = _agreed(partial(verify_checkpoint, storage, name, share=share))
+    for name in _all_gather(lambda: list_checkpoints(storage))[0]:
+        found = _all_gather(partial(verify_checkpoint, storage, name, share=share))
         problem = next((problem for problem in found if problem), None)
         if problem is not None:
             reporter.event(CheckpointSkipped(folder=f"{url}/{name}", reason=problem))
             continue
         checkpoint = open_checkpoint(storage, name)
         checkpoint.require_job(config_digest=digest, corpus=corpus, shape=engine.state.shape)
-        _agreed(partial(engine.state.read, checkpoint))
+        _all_gather(partial(engine.state.read, checkpoint))
         engine.state.resume(step=checkpoint.progress.step)
-        for (
-            metrics
-        ) in checkpoint.unacked_metrics:  # whoever recorded the run may have died before they were written
+        for metrics in checkpoint.unacked_metrics:  # the recorder may have died before it wrote them
             reporter.resend(StepMetrics(**metrics))
         return checkpoint.progress
     return Progress(step=0, num_tokens=0, config_digest=digest, corpus=corpus)
 
 
-def _agreed(attempt: Callable[[], T]) -> list[T]:
-    """Every rank's answer, on every rank; collective. Raises: CheckpointError on all of them if one raised it."""
+def _all_gather(attempt: Callable[[], T]) -> list[T]:
+    """Call on every rank and return all results; collective. Raises: CheckpointError on all ranks if one fails."""
     answer: T | None = None
     failure: str | None = None
     try:
@@ -259,19 +261,19 @@ def _agreed(attempt: Callable[[], T]) -> list[T]:
 
 
 class Stopwatch:
-    """Seconds by part, for the report of what forming took."""
+    """Measures the phases of starting a generation."""
 
     def __init__(self, *, began: float | None = None, laps: Mapping[str, float] | None = None) -> None:
         """Args:
-        began: when the part that runs began, by `time.monotonic`.
-        laps: the parts before it.
+        began: start of the current phase, by `time.monotonic`.
+        laps: seconds of earlier phases, by name.
         """
         self.laps: dict[str, float] = dict(laps or {})
         self.on_lap: Callable[[], None] = lambda: None
         self._last = time.monotonic() if began is None else began
 
     def lap(self, name: str) -> None:
-        """A part has ended, and the next begins."""
+        """End the current phase, and begin the next."""
         now = time.monotonic()
         self.laps[name] = round(now - self._last, 3)
         self._last = now

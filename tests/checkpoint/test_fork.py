@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.checkpoint.fork import adopt_checkpoint
+from forge.checkpoint.fork import fork_checkpoint
 from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import Storage, open_storage
 from forge.checkpoint.verify import verify_checkpoint
@@ -41,7 +41,7 @@ def target(tmp_path: Path) -> Storage:
 
 
 def test_the_copy_has_every_bit_and_the_takers_recipe_and_stands_alone(source: Storage, target: Storage) -> None:
-    adopt_checkpoint(source, target, step=2, config_digest="another")
+    fork_checkpoint(source, target, step=2, config_digest="another")
     assert list_checkpoints(target) == [STEP]
     assert verify_checkpoint(target, STEP) is None
     assert open_checkpoint(target, STEP).progress.config_digest == "another"
@@ -50,9 +50,9 @@ def test_the_copy_has_every_bit_and_the_takers_recipe_and_stands_alone(source: S
 
 
 def test_done_twice_it_is_left_as_it_is(source: Storage, target: Storage) -> None:
-    adopt_checkpoint(source, target, step=2, config_digest="another")
+    fork_checkpoint(source, target, step=2, config_digest="another")
     before = target.files(STEP)
-    adopt_checkpoint(source, target, step=2, config_digest="another")
+    fork_checkpoint(source, target, step=2, config_digest="another")
     assert target.files(STEP) == before
 
 
@@ -62,9 +62,9 @@ def test_killed_before_it_appears_it_can_be_done_again(
     with monkeypatch.context() as patch:
         patch.setattr(target, "publish", lambda *_, **__: (_ for _ in ()).throw(OSError("power cut")))
         with pytest.raises(CheckpointError, match="power cut"):
-            adopt_checkpoint(source, target, step=2, config_digest="another")
+            fork_checkpoint(source, target, step=2, config_digest="another")
     assert list_checkpoints(target) == []  # and the donor's still stands
-    adopt_checkpoint(source, target, step=2, config_digest="another")
+    fork_checkpoint(source, target, step=2, config_digest="another")
     assert read_all(target) == read_all(source)
 
 
@@ -74,5 +74,5 @@ def test_a_donor_that_does_not_verify_is_refused_and_nothing_is_lost(source: Sto
     content[-1] ^= 1
     part.write_bytes(content)
     with pytest.raises(CheckpointError, match="does not match its checksum"):
-        adopt_checkpoint(source, target, step=2, config_digest="another")
+        fork_checkpoint(source, target, step=2, config_digest="another")
     assert len(list_checkpoints(target)) == 2

@@ -116,7 +116,7 @@ def test_a_place_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> None:
 
 
 def test_drafts_and_other_folders_are_no_checkpoints(two: Path) -> None:
-    (two / ".draft-step-00000003-aaaa").mkdir()
+    (two / ".staging-step-00000003-aaaa").mkdir()
     (two / "notes").mkdir()
     assert list_checkpoints(open_storage(str(two))) == [SECOND, FIRST]
 
@@ -248,7 +248,7 @@ def test_another_jobs_checkpoint_is_not_touched_and_the_writer_refused(tmp_path:
     write(str(tmp_path), 1)
     before = {path.name: path.read_bytes() for path in (tmp_path / FIRST).iterdir()}
     state = state_bytes(progress(1, config_digest="other"), model_shape()).decode()
-    with pytest.raises(CheckpointError, match="a checkpoint of another job, which writes to the same place"):
+    with pytest.raises(CheckpointError, match="a checkpoint of another job that writes to the same folder"):
         write(str(tmp_path), 1, token="bbbbbbbb0001", state=state)
     assert {path.name: path.read_bytes() for path in (tmp_path / FIRST).iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == [FIRST]

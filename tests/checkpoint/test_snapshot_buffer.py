@@ -12,14 +12,14 @@ from forge.checkpoint.snapshot_buffer import create_snapshot_buffer, open_snapsh
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.writer_process import write_part
 from forge.errors import CheckpointError
-from tests.support.checkpoints import fill, layout_of, order_for, snapshot_of
+from tests.support.checkpoints import command_for, fill, layout_of, snapshot_of
 
 
 def test_a_snapshot_is_read_back_by_whoever_has_its_descriptor() -> None:
     snapshot = snapshot_of(0, 2, step=3)
     other = open_snapshot_buffer(os.dup(snapshot.fd))
     assert other.layout == snapshot.layout
-    (copy,) = other.copies()
+    (copy,) = other.snapshots()
     assert (copy.step, copy.state) == (3, {"step": 3})
     assert other.is_intact(copy)
     assert bytes(other.data(copy.slot)) == bytes(snapshot.data(copy.slot))
@@ -29,20 +29,20 @@ def test_two_steps_are_kept_and_the_newest_comes_first() -> None:
     snapshot = create_snapshot_buffer(layout_of(0, 1))
     for step in range(1, 6):
         fill(snapshot, step=step, slot=step % 2)
-        assert [copy.step for copy in snapshot.copies()] == [step, *([step - 1] if step > 1 else [])]
-        assert all(snapshot.is_intact(copy) for copy in snapshot.copies())
+        assert [copy.step for copy in snapshot.snapshots()] == [step, *([step - 1] if step > 1 else [])]
+        assert all(snapshot.is_intact(copy) for copy in snapshot.snapshots())
 
 
 def test_a_slot_whose_writer_died_in_the_middle_is_no_snapshot() -> None:
     snapshot = snapshot_of(0, 1, step=1)
     fill(snapshot, step=2, slot=1)
     snapshot.begin(0)[:4] = b"torn"
-    assert [copy.step for copy in snapshot.copies()] == [2]
+    assert [copy.step for copy in snapshot.snapshots()] == [2]
 
 
 def test_a_byte_that_changed_afterwards_is_noticed() -> None:
     snapshot = snapshot_of(0, 1, step=1)
-    (copy,) = snapshot.copies()
+    (copy,) = snapshot.snapshots()
     with snapshot.data(0) as data:
         data[7] ^= 1
     assert not snapshot.is_intact(copy)
@@ -53,7 +53,7 @@ def test_a_snapshot_that_is_overwritten_while_it_is_saved_is_not_saved(
 ) -> None:
     snapshot = snapshot_of(0, 1, step=1)
     storage = open_storage(str(tmp_path))
-    draft = storage.open_draft("step-00000001", token="aaaaaaaa0001")
+    staging = storage.open_staging("step-00000001", token="aaaaaaaa0001")
     write = storage.write
 
     def overwritten(path: str, chunks: object) -> None:
@@ -62,13 +62,13 @@ def test_a_snapshot_that_is_overwritten_while_it_is_saved_is_not_saved(
 
     monkeypatch.setattr(storage, "write", overwritten)
     with pytest.raises(CheckpointError, match="snapshot of step 1 was overwritten"):
-        write_part(storage, draft, snapshot, order_for(str(tmp_path), 1, 0, 1))
+        write_part(storage, staging, snapshot, command_for(str(tmp_path), 1, 0, 1))
 
 
 def test_a_step_that_was_never_copied_cannot_be_saved(tmp_path: Path) -> None:
     snapshot = snapshot_of(0, 1, step=1)
-    with pytest.raises(CheckpointError, match="no whole snapshot of step 2"):
-        write_part(open_storage(str(tmp_path)), "draft", snapshot, order_for(str(tmp_path), 2, 0, 1))
+    with pytest.raises(CheckpointError, match="no complete snapshot of step 2"):
+        write_part(open_storage(str(tmp_path)), "staging", snapshot, command_for(str(tmp_path), 2, 0, 1))
 
 
 def test_other_memory_is_refused() -> None:
@@ -99,7 +99,7 @@ def test_an_empty_layout_is_a_snapshot_too() -> None:
     snapshot = create_snapshot_buffer(pack([]))
     snapshot.begin(0).release()
     snapshot.commit(0, step=1, state={})
-    assert [copy.step for copy in snapshot.copies()] == [1]
+    assert [copy.step for copy in snapshot.snapshots()] == [1]
 
 
 def test_intervals_lie_aligned_without_holes_and_survive_json() -> None:
@@ -113,7 +113,7 @@ def test_intervals_lie_aligned_without_holes_and_survive_json() -> None:
             Interval(kind="master", name="b", start=1, stop=2, dtype="F32"),
         ]
     )
-    assert [(i.name, offset) for i, offset in layout.placed()] == [
+    assert [(i.name, offset) for i, offset in layout.with_offsets()] == [
         ("count", 0), ("b", 8), ("a", 12), ("half", 16), ("flag", 22)
     ]  # fmt: skip
     assert layout.size_bytes == 25

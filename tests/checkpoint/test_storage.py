@@ -42,26 +42,26 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{served.url}/{tmp_path.name}"
 
 
-def draft_in(storage: Storage, name: str = "step-00000001", token: str = "aaaaaaaa0001") -> str:
-    draft = storage.open_draft(name, token=token)
-    storage.hold(draft)
-    return draft
+def staging_in(storage: Storage, name: str = "step-00000001", token: str = "aaaaaaaa0001") -> str:
+    staging = storage.open_staging(name, token=token)
+    storage.lock(staging)
+    return staging
 
 
 def test_what_was_written_is_read_back_whole_and_in_any_pieces(url: str) -> None:
     storage = open_storage(url)
     content = random.Random(0).randbytes(300_000)
-    draft = draft_in(storage)
-    storage.write(f"{draft}/file", lambda: [content[:1000], memoryview(content)[1000:]])
-    assert storage.files(draft) == {"file": len(content)}
-    assert storage.read(f"{draft}/file") == content
-    assert storage.crc32(f"{draft}/file") == zlib.crc32(content)
+    staging = staging_in(storage)
+    storage.write(f"{staging}/file", lambda: [content[:1000], memoryview(content)[1000:]])
+    assert storage.files(staging) == {"file": len(content)}
+    assert storage.read(f"{staging}/file") == content
+    assert storage.crc32(f"{staging}/file") == zlib.crc32(content)
     rng = random.Random(1)
     ranges = []
     for _ in range(50):
         start = rng.randrange(len(content))
         ranges.append((start, memoryview(bytearray(rng.randint(0, len(content) - start)))))
-    storage.read_into(f"{draft}/file", ranges)
+    storage.read_into(f"{staging}/file", ranges)
     for start, view in ranges:
         assert bytes(view) == content[start : start + len(view)]
 
@@ -71,12 +71,12 @@ def test_a_large_range_is_fetched_in_pieces(url: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bucket_module, "_BATCH_BYTES", 5000)
     storage = open_storage(url)
     content = random.Random(0).randbytes(30_001)
-    draft = draft_in(storage)
-    storage.write(f"{draft}/file", lambda: [content])
+    staging = staging_in(storage)
+    storage.write(f"{staging}/file", lambda: [content])
     view = memoryview(bytearray(len(content)))
-    storage.read_into(f"{draft}/file", [(0, view)])
+    storage.read_into(f"{staging}/file", [(0, view)])
     assert bytes(view) == content
-    assert storage.crc32(f"{draft}/file") == zlib.crc32(content)
+    assert storage.crc32(f"{staging}/file") == zlib.crc32(content)
 
 
 @pytest.mark.parametrize("first", [0, 100, 4096])
@@ -89,33 +89,33 @@ def test_large_pieces_are_written_as_they_are_wherever_they_lie_in_memory_and_fi
     view = memoryview(memory)[0 if is_aligned else 64 :][: len(content)]
     view[:] = content
     storage = open_storage(url)
-    draft = draft_in(storage)
+    staging = staging_in(storage)
     head, middle = bytes(first), 2 * 2**20
-    storage.write(f"{draft}/file", lambda: [head, view[:middle], view[middle:]])
-    assert storage.read(f"{draft}/file") == head + content
-    storage.write(f"{draft}/file", lambda: [content[:5]])
-    assert storage.read(f"{draft}/file") == content[:5]
+    storage.write(f"{staging}/file", lambda: [head, view[:middle], view[middle:]])
+    assert storage.read(f"{staging}/file") == head + content
+    storage.write(f"{staging}/file", lambda: [content[:5]])
+    assert storage.read(f"{staging}/file") == content[:5]
 
 
 def test_reading_beyond_the_end_or_what_is_not_there_is_told_apart(url: str) -> None:
     storage = open_storage(url)
-    draft = draft_in(storage)
-    storage.write(f"{draft}/file", lambda: [b"abc"])
+    staging = staging_in(storage)
+    storage.write(f"{staging}/file", lambda: [b"abc"])
     with pytest.raises(EOFError):
-        storage.read_into(f"{draft}/file", [(0, memoryview(bytearray(4)))])
+        storage.read_into(f"{staging}/file", [(0, memoryview(bytearray(4)))])
     with pytest.raises(FileNotFoundError):
-        storage.read(f"{draft}/other")
+        storage.read(f"{staging}/other")
 
 
 def test_nothing_is_there_before_it_is_published_and_it_is_published_once(url: str) -> None:
     storage = open_storage(url)
-    draft = draft_in(storage)
-    storage.write(f"{draft}/part", lambda: [b"abc"])
+    staging = staging_in(storage)
+    storage.write(f"{staging}/part", lambda: [b"abc"])
     assert "manifest.json" not in storage.files("step-00000001")
-    storage.publish(draft, "step-00000001", last=("manifest.json", b"{}"))
+    storage.publish(staging, "step-00000001", last=("manifest.json", b"{}"))
     assert storage.names() == ["step-00000001"]
     assert storage.files("step-00000001") == {"part": 3, "manifest.json": 2}
-    again = draft_in(storage, token="bbbbbbbb0001")
+    again = staging_in(storage, token="bbbbbbbb0001")
     storage.write(f"{again}/part-bbbbbbbb0001", lambda: [b"abcd"])
     with pytest.raises(FileExistsError):
         storage.publish(again, "step-00000001", last=("manifest.json", b"{}"))
@@ -218,30 +218,30 @@ def test_a_scheme_without_its_package_is_refused_with_the_cure(url: str) -> None
 def test_a_dead_writers_draft_is_swept_and_a_living_ones_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder_module, "_LOCKED_AFTER_S", 0.0)
+    monkeypatch.setattr(folder_module, "_LOCK_GRACE_S", 0.0)
     code = (
         "import sys, time; from forge.checkpoint.storage import open_storage; s = open_storage(sys.argv[1]);"
-        "s.hold(s.open_draft('step-00000001', token='cccccccc0001')); print('held', flush=True); time.sleep(60)"
+        "s.lock(s.open_staging('step-00000001', token='cccccccc0001')); print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == b"held\n"
         storage = open_storage(str(tmp_path))
         storage.sweep(own="aaaaaaaa", up_to="aaaaaaaa0001")
-        assert list(tmp_path.glob(".draft-*"))
+        assert list(tmp_path.glob(".staging-*"))
         writer.kill()
     time.sleep(0.05)
     storage.sweep(own="aaaaaaaa", up_to="aaaaaaaa0001")
-    assert not list(tmp_path.glob(".draft-*"))
+    assert not list(tmp_path.glob(".staging-*"))
 
 
 def test_a_membership_sweeps_what_it_gave_up_and_not_what_it_is_about_to_write(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     for count in (1, 2, 3):
-        draft = tmp_path / storage.open_draft("step-00000009", token=f"aaaaaaaa{count:04x}")
-        os.utime(draft, (0, 0))  # a peer that was quick waits for a slow one, for as long as it takes
+        staging = tmp_path / storage.open_staging("step-00000009", token=f"aaaaaaaa{count:04x}")
+        os.utime(staging, (0, 0))  # a peer that was quick waits for a slow one, for as long as it takes
     storage.sweep(own="aaaaaaaa", up_to="aaaaaaaa0002")
-    assert [path.name for path in tmp_path.iterdir()] == [".draft-step-00000009-aaaaaaaa0003"]
+    assert [path.name for path in tmp_path.iterdir()] == [".staging-step-00000009-aaaaaaaa0003"]
 
 
 def test_what_was_abandoned_in_a_bucket_is_swept_after_a_day(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

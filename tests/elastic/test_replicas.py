@@ -186,10 +186,10 @@ def test_replicator__replica_is_bit_identical() -> None:
             assert far.store.locations() == {ReplicaLocation(generation=1, rank=0, world_size=1, step=7)}
             there = far.store.find(generation=1, rank=0)
             assert there is not None
-            (found,) = there.copies()
+            (found,) = there.snapshots()
             assert there.is_intact(found)
             assert bytes(there.data(found.slot)) == body
-            assert found.state == snapshot.copies()[0].state
+            assert found.state == snapshot.snapshots()[0].state
             assert there.description == snapshot.description
 
     asyncio.run(copy())
@@ -234,7 +234,7 @@ def test_replicator__sender_dies__former_step_stays_complete() -> None:
                 await proxy.tear()
             there = far.store.find(generation=1, rank=0)
             assert there is not None
-            (found,) = there.copies()
+            (found,) = there.snapshots()
             assert (found.step, there.is_intact(found)) == (2, True)
             assert bytes(there.data(found.slot)) == second
 
@@ -468,7 +468,7 @@ def read_all(locations: Sequence[ShardLocation], layout: Layout, *, step: int) -
     view = memoryview(memory)
     with contextlib.closing(PeerStateSource(locations, step=step, secret=SECRET)) as source:
         assert (source.progress, source.metrics) == (progress(step), [{"step": step}])
-        source.read((interval, view[at : at + interval.size_bytes]) for interval, at in layout.placed())
+        source.read((interval, view[at : at + interval.size_bytes]) for interval, at in layout.with_offsets())
     return bytes(memory)
 
 
@@ -596,7 +596,7 @@ def test_flush_shard__ranks_gone__checkpoint_is_committed(tmp_path: Path) -> Non
     def snapshot_of(rank: int) -> SnapshotBuffer:
         snapshot = create_snapshot_buffer(layout_of(rank, 2), about={"shape": shape_record(model_shape())})
         with snapshot.begin(1) as data:
-            for interval, at in snapshot.layout.placed():
+            for interval, at in snapshot.layout.with_offsets():
                 data[at : at + interval.size_bytes] = values(interval, step=3).tobytes()
         snapshot.commit(1, step=3, state={"progress": asdict(progress(3))})
         return snapshot

@@ -150,7 +150,7 @@ def test_it_walks_back_past_a_flipped_byte_in_a_part(checkpoints: Path) -> None:
     flip(part, part.stat().st_size - 100)
     answer = run(checkpoints, "lm_head.weight", "ema", checkpoints / "out.npy")
     assert answer.returncode == 0
-    assert f"{newest.name} is passed over: {part.name} does not match" in answer.stderr
+    assert f"{newest.name} is skipped: {part.name} does not match" in answer.stderr
     held = open_checkpoint(open_storage(str(checkpoints)), before.name)
     assert np.load(checkpoints / "out.npy").tobytes() == elements(held, "lm_head.weight", "ema")
 
@@ -160,7 +160,7 @@ def test_it_walks_back_past_a_flipped_byte_in_the_manifest(checkpoints: Path) ->
     flip(newest / MANIFEST, (newest / MANIFEST).stat().st_size // 2)
     answer = run(checkpoints, "lm_head.weight", "master", checkpoints / "out.npy")
     assert answer.returncode == 0
-    assert f"{newest.name} is passed over: " in answer.stderr
+    assert f"{newest.name} is skipped: " in answer.stderr
     held = open_checkpoint(open_storage(str(checkpoints)), before.name)
     assert np.load(checkpoints / "out.npy").tobytes() == elements(held, "lm_head.weight", "master")
 
@@ -191,9 +191,9 @@ def test_it_lists_every_tensor_with_its_shape_and_kinds_and_imports_nothing_fore
     ("arguments", "message"),
     [
         ([], "missing 1 required positional argument"),
-        (["nowhere"], "nowhere holds no checkpoint that verifies"),
-        (["HERE", "no.such.weight"], "does not hold the whole of no.such.weight as master"),
-        (["HERE", "lm_head.weight", "buffer"], "does not hold the whole of lm_head.weight as buffer"),
+        (["nowhere"], "nowhere contains no checkpoint that verifies"),
+        (["HERE", "no.such.weight"], "does not contain all of no.such.weight as master"),
+        (["HERE", "lm_head.weight", "buffer"], "does not contain all of lm_head.weight as buffer"),
         (["HERE", "lm_head.weight", "ema", "no/such/folder/out.npy"], "No such file or directory"),
     ],
 )

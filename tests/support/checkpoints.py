@@ -58,12 +58,12 @@ def snapshot_of(rank: int, world_size: int, *, step: int, slot: int = 0) -> Snap
 def fill(snapshot: SnapshotBuffer, *, step: int, slot: int = 0) -> None:
     """Write a step's numbers into one slot."""
     with snapshot.begin(slot) as data:
-        for interval, offset in snapshot.layout.placed():
+        for interval, offset in snapshot.layout.with_offsets():
             data[offset : offset + interval.size_bytes] = values(interval, step=step).tobytes()
     snapshot.commit(slot, step=step, state={"step": step})
 
 
-def order_for(url: str, step: int, rank: int, world_size: int, **changes: object) -> WriteCommand:
+def command_for(url: str, step: int, rank: int, world_size: int, **changes: object) -> WriteCommand:
     body = {
         "url": url,
         "step": step,
@@ -78,7 +78,7 @@ def order_for(url: str, step: int, rank: int, world_size: int, **changes: object
 
 
 @contextmanager
-def open_orders() -> Iterator[CommandStream]:
+def open_commands() -> Iterator[CommandStream]:
     """Orders whose sender lives, and sends none."""
     receiving, sending = os.pipe()
     try:
@@ -94,13 +94,13 @@ def write(url: str, step: int, *, world_size: int = 2, **changes: object) -> Non
     Raises: what the first rank's saver raised.
     """
     storage = open_storage(url, patience_s=20)
-    with open_orders() as orders, Path(os.devnull).open("wb") as nowhere:
+    with open_commands() as commands, Path(os.devnull).open("wb") as nowhere:
         for rank in reversed(range(world_size)):
             snapshot = snapshot_of(rank, world_size, step=step)
-            order = order_for(url, step, rank, world_size, **changes)
-            save(storage, snapshot, order, orders, answer_fd=nowhere.fileno())
+            command = command_for(url, step, rank, world_size, **changes)
+            save(storage, snapshot, command, commands, outcome_fd=nowhere.fileno())
             snapshot.close()
 
 
-def as_record(order: WriteCommand) -> dict[str, object]:
-    return asdict(order)
+def as_record(command: WriteCommand) -> dict[str, object]:
+    return asdict(command)

@@ -33,8 +33,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forge.checkpoint import storage_fs as folder_module
-from forge.checkpoint import writer_process as saver_module
+from forge.checkpoint import storage_fs, writer_process
 from forge.checkpoint.intervals import ITEM_BYTES, KINDS, Interval, Layout, pack
 from forge.checkpoint.manifest import ModelShape, Parameter, Progress, state_bytes
 from forge.checkpoint.reader import list_checkpoints
@@ -45,20 +44,20 @@ from forge.checkpoint.writer_process import WriteCommand
 from forge.errors import CheckpointError
 
 KEEP = 2
-VICTIMS = ("a rank", "a saver", "rank 0's saver", "all")
-PHASES = ("draft", "part", "receipt", "await", "state", "drop", "manifest", "rename", "sweep", "prune", "remove")
+VICTIMS = ("a rank", "a writer", "rank 0's writer", "all")
+PHASES = ("stage", "part", "marker", "await", "state", "unmark", "manifest", "rename", "sweep", "prune", "remove")
 """Phases of a writer in order; `rename` follows the manifest, `prune` chooses what to remove."""
 STAGES = {
-    "writing": {"draft", "part"},
-    "receipts": {"receipt"},
-    "sealing": {"await", "state", "drop", "manifest"},
+    "writing": {"stage", "part"},
+    "markers": {"marker"},
+    "committing": {"await", "state", "unmark", "manifest"},
     "renaming": {"rename"},
     "sweeping": {"sweep"},
     "pruning": {"prune", "remove"},
 }
 """Groups of phases."""
 # Short phases are listed repeatedly, so that they are hit as often.
-_AIMS = (*PHASES, "draft", "rename", "prune", "sweep", "sweep")
+_AIMS = (*PHASES, "stage", "rename", "prune", "sweep", "sweep")
 _MARKS = ("idle", "save", "discard", *PHASES)
 _ROOT = Path(__file__).parents[2]
 _MAX_WORLD_SIZE = 3
@@ -71,9 +70,9 @@ _ABANDONED_AFTER_S = 0.5
 _CHUNK_BYTES = 2**16
 _EXECUTED = f"""
 from forge.checkpoint import storage_fs as folder
-from forge.checkpoint import writer_process as saver
-saver._ORPHAN_PATIENCE_S, saver._POLL_S, folder._LOCKED_AFTER_S = {_PATIENCE_S}, {_POLL_S}, {_ABANDONED_AFTER_S}
-saver.main()
+from forge.checkpoint import writer_process as writer
+writer._ORPHAN_TIMEOUT_S, writer._POLL_S, folder._LOCK_GRACE_S = {_PATIENCE_S}, {_POLL_S}, {_ABANDONED_AFTER_S}
+writer.main()
 """
 
 _TRAINED = {"embed.weight": 60_000, "layers.0.weight": 30_000, "norm.weight": 257}
@@ -99,7 +98,7 @@ class KillReport:
     """What was killed, and the state of the checkpoints afterwards."""
 
     num_kills: int = 0
-    num_sealed: int = 0
+    num_committed: int = 0
     """Saves reported as complete."""
     seconds: float = 0.0
     save_ms: float = 0.0
@@ -115,7 +114,7 @@ class KillReport:
     """Processes that did not end, memberships that did not continue to save."""
     crashed: list[str] = field(default_factory=list)
     """Writers that failed without being killed."""
-    most_drafts: int = 0
+    most_staging: int = 0
     """Most staging folders found after a kill."""
     names: list[str] = field(default_factory=list)
     """Content of the folder after a last, undisturbed save."""
@@ -189,7 +188,7 @@ class _Campaign:
         if not membership.await_report(lambda seen: len(seen.begun) >= wanted):
             self._report.left.append(f"{membership.token} has not saved")
         victim = draw.choice(VICTIMS)
-        rank = 0 if victim in ("rank 0's saver", "all") else draw.randrange(membership.world_size)
+        rank = 0 if victim in ("rank 0's writer", "all") else draw.randrange(membership.world_size)
         if draw.random() < 0.5:  # to hit the short phases too
             membership.await_mark(draw.choice(_AIMS if rank == 0 else PHASES[:3]), rank=rank)
             _pause(draw.choice((0.0, draw.uniform(0, 3e-4))))
@@ -199,12 +198,12 @@ class _Campaign:
         self._report.num_kills += 1
         self._report.victims[victim] += 1
         self._report.phases.update(killed)
-        if "saver" in victim and draw.random() < 0.5:  # a saver's death does not end a membership
-            num_sealed = len(membership.seen.sealed)
-            if not membership.await_report(lambda seen: len(seen.sealed) > num_sealed + 1):
-                self._report.left.append(f"{membership.token} did not save on without its saver")
+        if "writer" in victim and draw.random() < 0.5:  # a writer's death does not end a membership
+            num_committed = len(membership.seen.committed)
+            if not membership.await_report(lambda seen: len(seen.committed) > num_committed + 1):
+                self._report.left.append(f"{membership.token} did not save on without its writer")
         self._end(membership)
-        # Sometimes the next membership begins while savers of this one still finish.
+        # Sometimes the next membership begins while writers of this one still finish.
         self._check(is_quiet=draw.random() < 0.75 and self._await_quiet())
 
     def _start(self, *, is_executed: bool = False, num_saves: int | None = None) -> _Membership:
@@ -221,19 +220,19 @@ class _Campaign:
 
     def _end(self, membership: _Membership) -> None:
         membership.end()
-        self._report.num_sealed += len(membership.seen.sealed)
-        self._newest = max([self._newest, *membership.seen.sealed])
+        self._report.num_committed += len(membership.seen.committed)
+        self._newest = max([self._newest, *membership.seen.committed])
 
     def _await_quiet(self) -> bool:
         """Wait until every process of every membership has ended."""
         codes = _reap()
-        savers = {pid for membership in self._before for pid in membership.seen.savers}
+        writers = {pid for membership in self._before for pid in membership.seen.writers}
         if codes is None:
             self._report.left.append(f"processes after kill {self._report.num_kills}")
-            for pid in savers:
+            for pid in writers:
                 _kill(pid)
             return False
-        bad = [code for pid, code in codes.items() if pid in savers and code not in (0, -signal.SIGKILL)]
+        bad = [code for pid, code in codes.items() if pid in writers and code not in (0, -signal.SIGKILL)]
         bad += [code for m in self._before for code in m.seen.deaths if code != -signal.SIGKILL]
         if bad:
             self._report.crashed.append(f"exit {bad} after kill {self._report.num_kills}")
@@ -264,7 +263,7 @@ class _Campaign:
             if buffer != _values(step, whole):
                 self._report.broken.append(f"{kind} of {name} in step {step} {after}")
         self._newest = step
-        self._report.most_drafts = max(self._report.most_drafts, len(list(self._folder.glob(".draft-*"))))
+        self._report.most_staging = max(self._report.most_staging, len(list(self._folder.glob(".staging-*"))))
 
     def _save_a_last_time(self) -> None:
         """Save once undisturbed, when every abandoned staging folder is old enough to be removed."""
@@ -282,8 +281,8 @@ class _Seen:
 
     begun: list[float] = field(default_factory=list)
     """Start of a save, by the monotonic clock."""
-    sealed: list[int] = field(default_factory=list)
-    savers: dict[int, tuple[int, int]] = field(default_factory=dict)
+    committed: list[int] = field(default_factory=list)
+    writers: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Process → its rank, and the index of its phase mark."""
     deaths: list[int] = field(default_factory=list)
     """Exit codes of writers that died while their rank was alive."""
@@ -304,7 +303,7 @@ class _Membership:
     ) -> None:
         """Args:
         token: how the tokens of its checkpoints begin.
-        is_executed: its savers are started with `python`, as those of a run are, and say nothing of their phases.
+        is_executed: its writers are started with `python`, as those of a run are, and say nothing of their phases.
         num_saves: after how many it ends by itself.
         """
         self.token, self.world_size, self.is_executed = token, world_size, is_executed
@@ -334,7 +333,7 @@ class _Membership:
     def await_report(self, is_so: Callable[[_Seen], bool]) -> bool:
         """Read reports until a condition holds; False on timeout or if all ranks have ended."""
         deadline = time.monotonic() + _DEADLINE_S
-        while not is_so(self.seen) or len(self.seen.savers) < self.world_size:
+        while not is_so(self.seen) or len(self.seen.writers) < self.world_size:
             if not select.select([self._reports.fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 return False
             if not self._listen():
@@ -347,10 +346,10 @@ class _Membership:
 
     def await_mark(self, phase: str, *, rank: int) -> None:
         """Wait until a rank's writer is in a phase."""
-        place = self._saver_of(rank)[1]
+        mark = self._writer_of(rank)[1]
         deadline = time.monotonic() + 0.2
         while not self.is_executed and time.monotonic() < deadline:
-            if self._marks[place] == _MARKS.index(phase):
+            if self._marks[mark] == _MARKS.index(phase):
                 return
             os.sched_yield()
 
@@ -360,16 +359,16 @@ class _Membership:
         if victim == "a rank":
             _kill(self._ranks[rank])
         elif victim == "all":
-            killed = [self._saver_of(each) for each in range(self.world_size)]
+            killed = [self._writer_of(each) for each in range(self.world_size)]
         else:
-            killed = [self._saver_of(rank)]
+            killed = [self._writer_of(rank)]
         for pid, _ in killed:
             _kill(pid)
         if victim == "all":
             for pid in self._ranks:
                 _kill(pid)
         time.sleep(2e-4)  # until the last mark is written
-        return [] if self.is_executed else [_MARKS[self._marks[place]] for _, place in killed]
+        return [] if self.is_executed else [_MARKS[self._marks[mark]] for _, mark in killed]
 
     def end(self) -> None:
         """Kill the living ranks, whose writers notice it, and read all remaining reports."""
@@ -385,17 +384,17 @@ class _Membership:
             match line:
                 case {"begun": at}:
                     self.seen.begun.append(at)
-                case {"sealed": step}:
-                    self.seen.sealed.append(step)
-                case {"saver": pid, "rank": rank, "place": place}:
-                    self.seen.savers[pid] = rank, place
+                case {"committed": step}:
+                    self.seen.committed.append(step)
+                case {"writer": pid, "rank": rank, "mark": mark}:
+                    self.seen.writers[pid] = rank, mark
                 case {"died": code}:
                     self.seen.deaths.append(code)
         return lines is not None
 
-    def _saver_of(self, rank: int) -> tuple[int, int]:
+    def _writer_of(self, rank: int) -> tuple[int, int]:
         """The newest process, and the index of its phase mark."""
-        return [(pid, place) for pid, (of, place) in self.seen.savers.items() if of == rank][-1]
+        return [(pid, mark) for pid, (of, mark) in self.seen.writers.items() if of == rank][-1]
 
 
 @dataclass(kw_only=True)
@@ -411,7 +410,7 @@ class _Rank:
     telling: int
     inward: list[int]
     outward: list[int]
-    num_savers: int = 0
+    num_writers: int = 0
     num_begun: int = 0
     asked: str = ""
     """Token of the last requested save; a writer may be killed before the first one."""
@@ -422,7 +421,7 @@ class _Rank:
         _close_all_but({0, 1, 2, self.telling, *self.inward, *self.outward})
         self._snapshot = create_snapshot_buffer(_layout(self.rank, world_size=self.world_size))
         self._peers = [_Lines(fd) for fd in self.inward]
-        self._start_saver()
+        self._start_writer()
         if self.rank == 0:
             for step in itertools.islice(itertools.count(first_step), num_saves):
                 self._lead(step)
@@ -437,30 +436,30 @@ class _Rank:
         token = self._save(step)
         while True:
             for source, line in self._hear():
-                if source is not self._answers and line == token:  # a peer's shard has failed
+                if source is not self._outcomes and line == token:  # a peer's shard has failed
                     self._send({"abort": token})
                     return
-                if source is self._answers and line is None:
-                    self._start_saver()
+                if source is self._outcomes and line is None:
+                    self._start_writer()
                     return
-                answer = json.loads(line) if source is self._answers else {}
-                if answer.get("token") == token and "sealed" in answer:
-                    self._tell(sealed=step)
+                outcome = json.loads(line) if source is self._outcomes else {}
+                if outcome.get("token") == token and "committed" in outcome:
+                    self._tell(committed=step)
                     return
-                if answer.get("token") == token and "failed" in answer:
+                if outcome.get("token") == token and "failed" in outcome:
                     return
 
     def _follow(self) -> None:
         for source, line in self._hear():
-            if source is not self._answers:
+            if source is not self._outcomes:
                 self.asked, self.has_part = self._save(int(line)), False
             elif line is None:
-                self._start_saver()
+                self._start_writer()
                 if self.asked and not self.has_part:
                     self._say_failed()
-            elif (answer := json.loads(line))["token"] == self.asked:
-                self.has_part = self.has_part or "part" in answer
-                if "failed" in answer:
+            elif (outcome := json.loads(line))["token"] == self.asked:
+                self.has_part = self.has_part or "part" in outcome
+                if "failed" in outcome:
                     self._say_failed()
 
     def _say_failed(self) -> None:
@@ -470,11 +469,11 @@ class _Rank:
         slot = self.num_begun % NUM_SLOTS
         self.num_begun += 1
         with self._snapshot.begin(slot) as data:
-            for interval, offset in self._snapshot.layout.placed():
+            for interval, offset in self._snapshot.layout.with_offsets():
                 data[offset : offset + interval.size_bytes] = _values(step, interval)
         self._snapshot.commit(slot, step=step, state={"step": step})
         progress = Progress(step=step, num_tokens=step * 100, config_digest="one", corpus="one")
-        order = WriteCommand(
+        command = WriteCommand(
             url=str(self.folder),
             step=step,
             slot=slot,
@@ -484,97 +483,103 @@ class _Rank:
             keep=KEEP,
             state=state_bytes(progress, _SHAPE).decode() if self.rank == 0 else "",
         )
-        self._send(asdict(order))
-        return order.token
+        self._send(asdict(command))
+        return command.token
 
     def _hear(self) -> Iterator[tuple[_Lines, Any]]:
         """Read messages of peers and of the writer; None if the writer is dead. Without peers this rank ends."""
-        by_fd = {lines.fd: lines for lines in (*self._peers, self._answers)}
+        by_fd = {lines.fd: lines for lines in (*self._peers, self._outcomes)}
         for fd in select.select(list(by_fd), [], [])[0]:
             source = by_fd[fd]
             lines = source.read()
-            if lines is None and source is not self._answers:
+            if lines is None and source is not self._outcomes:
                 os._exit(0)
             for line in [None] if lines is None else lines:
                 yield source, line
 
-    def _start_saver(self) -> None:
-        if self.num_savers:
-            os.close(self._orders)
-            os.close(self._answers.fd)
-            self._tell(died=os.waitstatus_to_exitcode(os.waitpid(self._saver, 0)[1]))
-        place = self.rank + _MAX_WORLD_SIZE * self.num_savers
-        self.num_savers += 1
-        orders, self._orders = os.pipe()
+    def _start_writer(self) -> None:
+        if self.num_writers:
+            os.close(self._commands)
+            os.close(self._outcomes.fd)
+            self._tell(died=os.waitstatus_to_exitcode(os.waitpid(self._writer, 0)[1]))
+        mark = self.rank + _MAX_WORLD_SIZE * self.num_writers
+        self.num_writers += 1
+        commands, self._commands = os.pipe()
         answered, answering = os.pipe()
-        self._answers = _Lines(answered)
+        self._outcomes = _Lines(answered)
         if self.is_executed:
             command = [sys.executable, "-c", _EXECUTED, str(self._snapshot.fd)]
-            process = subprocess.Popen(command, stdin=orders, stdout=answering, pass_fds=[self._snapshot.fd])
-            self._saver = process.pid
+            process = subprocess.Popen(command, stdin=commands, stdout=answering, pass_fds=[self._snapshot.fd])
+            self._writer = process.pid
         else:
-            serve = _Saver(snapshot=self._snapshot.fd, orders=orders, answering=answering)
-            self._saver = _fork(lambda: serve.run(self.marks, place))
-        os.close(orders)
+            serve = _Writer(snapshot=self._snapshot.fd, commands=commands, answering=answering)
+            self._writer = _fork(lambda: serve.run(self.marks, mark))
+        os.close(commands)
         os.close(answering)
-        self._tell(saver=self._saver, rank=self.rank, place=place)
+        self._tell(writer=self._writer, rank=self.rank, mark=mark)
 
-    def _send(self, order: dict[str, Any]) -> None:
+    def _send(self, command: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._orders, json.dumps(order).encode() + b"\n")
+            os.write(self._commands, json.dumps(command).encode() + b"\n")
 
     def _tell(self, **what: Any) -> None:
         os.write(self.telling, json.dumps(what).encode() + b"\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Saver:
+class _Writer:
     """`forge.checkpoint.writer_process` in a forked process: the same, without the time for imports."""
 
     snapshot: int
-    orders: int
+    commands: int
     answering: int
 
-    def run(self, marks: mmap.mmap, place: int) -> None:
+    def run(self, marks: mmap.mmap, mark: int) -> None:
         """Returns when there are no more commands."""
         snapshot = 3
-        for old, new in ((self.orders, 0), (self.answering, 1), (self.snapshot, snapshot)):
+        for old, new in ((self.commands, 0), (self.answering, 1), (self.snapshot, snapshot)):
             os.dup2(old, new)
         _close_all_but({0, 1, 2, snapshot})
-        saver_module._CHUNK_BYTES, saver_module._POLL_S = _CHUNK_BYTES, _POLL_S
-        saver_module._ORPHAN_PATIENCE_S, folder_module._LOCKED_AFTER_S = _PATIENCE_S, _ABANDONED_AFTER_S
-        _mark_phases(marks, place)
+        writer_process._CHUNK_BYTES, writer_process._POLL_S = _CHUNK_BYTES, _POLL_S
+        writer_process._ORPHAN_TIMEOUT_S, storage_fs._LOCK_GRACE_S = _PATIENCE_S, _ABANDONED_AFTER_S
+        _mark_phases(marks, mark)
         sys.argv = ["forge.checkpoint.writer_process", str(snapshot)]
-        saver_module.main()
+        writer_process.main()
 
 
-def _mark_phases(marks: mmap.mmap, place: int) -> None:
+def _mark_phases(marks: mmap.mmap, mark: int) -> None:
     """Have this process write its phase to shared memory, which is readable after its death."""
 
     def marked(function: Callable[..., Any], phase: str | None) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            before = marks[place]
-            marks[place] = _MARKS.index(phase or _phase_of(arguments[1]))
+            before = marks[mark]
+            marks[mark] = _MARKS.index(phase or _phase_of(arguments[1]))
             try:
                 return function(*arguments, **named)
             finally:
-                marks[place] = _MARKS.index("rename") if phase is None and marks[place] == manifest else before
+                marks[mark] = _MARKS.index("rename") if phase is None and marks[mark] == manifest else before
 
         return call
 
     manifest = _MARKS.index("manifest")
 
-    of_the_saver = {"save": "save", "_await_parts": "await", "prune": "prune"}
-    of_the_folder = {"open_draft": "draft", "hold": "draft", "write": None, "drop": "drop", "publish": "manifest"}
-    of_the_folder |= {name: name for name in ("discard", "remove", "sweep")}
-    for owner, phases in ((saver_module, of_the_saver), (FolderStorage, of_the_folder)):
+    writer_phases = {"save": "save", "_wait_for_parts": "await", "prune": "prune"}
+    storage_phases = {
+        "open_staging": "stage",
+        "lock": "stage",
+        "write": None,
+        "remove_files": "unmark",
+        "publish": "manifest",
+    }
+    storage_phases |= {name: name for name in ("discard", "remove", "sweep")}
+    for owner, phases in ((writer_process, writer_phases), (FolderStorage, storage_phases)):
         for name, phase in phases.items():
             setattr(owner, name, marked(getattr(owner, name), phase))
 
 
 def _phase_of(path: str) -> str:
     file = path.rpartition("/")[2]
-    begins = {"state": "state", "manifest": "manifest", "part": "receipt" if file.endswith(".json") else "part"}
+    begins = {"state": "state", "manifest": "manifest", "part": "marker" if file.endswith(".json") else "part"}
     return begins[file.partition(".")[0].partition("-")[0]]
 
 

@@ -50,9 +50,9 @@ def test_the_state_may_change_as_soon_as_it_is_copied(tmp_path: Path) -> None:
     assert second == first
 
 
-def kill_a_saver(rank: int, url: str, victim: int) -> list[list[Any]]:
+def kill_a_writer(rank: int, url: str, victim: int) -> list[list[Any]]:
     saving = saving_at(url, world_size=2)
-    pid = saving._saver._process.pid
+    pid = saving._writer._process.pid
     if rank == victim:
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -66,8 +66,8 @@ def kill_a_saver(rank: int, url: str, victim: int) -> list[list[Any]]:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_saver_costs_one_checkpoint_which_every_rank_is_told(tmp_path: Path, victim: int) -> None:
-    for failed, saved in on_ranks(kill_a_saver, str(tmp_path), victim, world_size=2):
-        assert failed == [SaveFailed(step=1, reason=f"rank {victim}: the saver process died (SIGKILL)")]
+    for failed, saved in on_ranks(kill_a_writer, str(tmp_path), victim, world_size=2):
+        assert failed == [SaveFailed(step=1, reason=f"rank {victim}: the writer process died (SIGKILL)")]
         assert [outcome.step for outcome in saved] == [2]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
@@ -118,7 +118,7 @@ def vanish(rank: int, url: str, leave_out: int) -> int:
         saving.begin(PROGRESS)
         saving.settle()
         time.sleep(0.2 if rank == 0 else 0.0)
-    return saving._saver._process.pid
+    return saving._writer._process.pid
 
 
 def test_savers_finish_the_checkpoint_of_ranks_that_have_died(tmp_path: Path) -> None:
@@ -136,12 +136,12 @@ def test_a_saver_whose_peers_never_come_gives_up_and_leaves_nothing(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def train_beside_a_stopped_saver(rank: int, url: str) -> tuple[float, list[Any]]:
+def train_beside_a_stopped_writer(rank: int, url: str) -> tuple[float, list[Any]]:
     """Order more than a pipe holds from a saver that does not listen."""
     saving = saving_at(url, world_size=2)
     shape = saving._state.shape
     saving._state.shape = replace(shape, config={"long": "x" * 2**20})
-    pid = saving._saver._process.pid
+    pid = saving._writer._process.pid
     os.kill(pid, signal.SIGSTOP)
     saving.begin(PROGRESS)
     began = time.monotonic()
@@ -154,6 +154,6 @@ def train_beside_a_stopped_saver(rank: int, url: str) -> tuple[float, list[Any]]
 
 
 def test_training_does_not_wait_for_a_saver_that_is_busy(tmp_path: Path) -> None:
-    for waited_s, outcomes in on_ranks(train_beside_a_stopped_saver, str(tmp_path), world_size=2):
+    for waited_s, outcomes in on_ranks(train_beside_a_stopped_writer, str(tmp_path), world_size=2):
         assert waited_s < 5.0  # and not for ever
         assert [outcome.step for outcome in outcomes] == [1]

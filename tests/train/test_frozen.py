@@ -19,7 +19,7 @@ from forge.errors import CheckpointError
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
 from forge.serve.export import ExportRequest, export
-from forge.train.worker import _take_over
+from forge.train.worker import _load_from_memory
 from tests.support.jobs import synthetic_corpus, tiny_plan
 from tests.support.ranks import run_ranks
 from tests.train.test_pretrained import save_first_weights
@@ -122,13 +122,13 @@ def test_train__frozen_weights_from_a_seed__are_kept_in_the_checkpoint(corpus: C
     assert checkpoint.shape.base is None
 
 
-def test_take_over__base_weights_changed_while_the_run_trained__are_refused() -> None:
+def test_load_from_memory__base_weights_changed_while_the_run_trained__are_refused() -> None:
     def weights(digest: str) -> BaseWeights:
         return BaseWeights(source="/base", revision=None, files={"model.safetensors": digest})
 
     engine: Any = SimpleNamespace(state=SimpleNamespace(shape=SimpleNamespace(base=weights("b" * 32))))
-    origin: Any = SimpleNamespace(base=weights("a" * 32), progress=None)
+    source: Any = SimpleNamespace(base=weights("a" * 32), progress=None)
     with pytest.raises(CheckpointError, match=r"model\.safetensors of /base.*had the digest aaaa.*now bbbb"):
-        _take_over(engine, origin)
+        _load_from_memory(engine, source)
     assert base_difference(weights("a"), weights("a")) is None
     assert "is missing" in str(base_difference(weights("a"), BaseWeights(source="/base", revision=None, files={})))

@@ -13,38 +13,38 @@ from forge.train.snapshot_interval import SnapshotInterval
 
 
 def train(
-    pace: SnapshotInterval,
+    interval: SnapshotInterval,
     *,
     num_snapshots: int,
     step_s: float,
     cost_s: Callable[[int], float],
     first_step: int = 1,
 ) -> tuple[list[int], list[int]]:
-    """Steps whose n-th snapshot costs `cost_s(n)`. Returns: the steps of snapshots, and each new pace."""
+    """Steps whose n-th snapshot costs `cost_s(n)`. Returns: the steps of snapshots, and each new interval."""
     taken: list[int] = []
-    paces: list[int] = []
+    intervals: list[int] = []
     for step in itertools.count(first_step):
         cost = 0.0
-        if pace.is_due(step):
-            pace.took(step)
+        if interval.is_due(step):
+            interval.record_snapshot(step)
             cost = cost_s(len(taken))
             taken.append(step)
-        if pace.learn(step_s=step_s, cost_s=cost):
-            paces.append(pace.every)
+        if interval.update(step_s=step_s, cost_s=cost):
+            intervals.append(interval.every)
         if len(taken) == num_snapshots:
-            return taken, paces
+            return taken, intervals
     raise AssertionError
 
 
 def test_a_snapshot_that_costs_less_than_a_hundredth_of_a_step_is_taken_at_every_step() -> None:
-    taken, paces = train(SnapshotInterval(fixed=None), num_snapshots=50, step_s=1.0, cost_s=lambda _: 0.0099)
-    assert (taken, paces) == (list(range(1, 51)), [])
+    taken, intervals = train(SnapshotInterval(fixed=None), num_snapshots=50, step_s=1.0, cost_s=lambda _: 0.0099)
+    assert (taken, intervals) == (list(range(1, 51)), [])
 
 
 @pytest.mark.parametrize(("cost_s", "every"), [(0.02, 2), (0.021, 3), (0.1, 10), (2.5, 250)])
 def test_one_that_costs_more_is_taken_at_as_many_steps_as_pay_for_it(cost_s: float, every: int) -> None:
-    taken, paces = train(SnapshotInterval(fixed=None), num_snapshots=20, step_s=1.0, cost_s=lambda _: cost_s)
-    assert paces == [every]
+    taken, intervals = train(SnapshotInterval(fixed=None), num_snapshots=20, step_s=1.0, cost_s=lambda _: cost_s)
+    assert intervals == [every]
     assert {b - a for a, b in itertools.pairwise(taken[8:])} == {every}
 
 
@@ -52,55 +52,57 @@ def test_one_that_costs_more_is_taken_at_as_many_steps_as_pay_for_it(cost_s: flo
 def test_whatever_it_costs_the_pace_settles_at_once_and_its_share_is_a_hundredth(
     step_s: float, cost_s: float
 ) -> None:
-    pace = SnapshotInterval(fixed=None)
-    _, paces = train(pace, num_snapshots=12, step_s=step_s, cost_s=lambda _: cost_s)
-    assert len(paces) <= 1
-    assert pace.share <= 0.01 * (1 + 1e-9) or pace.every == 1000
-    assert pace.every == 1 or cost_s > 0.01 * (pace.every - 1) * step_s * (1 - 1e-9)  # no slower than need be
+    interval = SnapshotInterval(fixed=None)
+    _, intervals = train(interval, num_snapshots=12, step_s=step_s, cost_s=lambda _: cost_s)
+    assert len(intervals) <= 1
+    assert interval.share <= 0.01 * (1 + 1e-9) or interval.every == 1000
+    assert interval.every == 1 or cost_s > 0.01 * (interval.every - 1) * step_s * (
+        1 - 1e-9
+    )  # no slower than need be
 
 
 def test_the_pace_does_not_follow_noise() -> None:
-    pace = SnapshotInterval(fixed=None)
-    _, paces = train(pace, num_snapshots=200, step_s=1.0, cost_s=lambda n: 0.10 * (1.4 if n % 3 else 0.7))
-    assert len(paces) == 1
+    interval = SnapshotInterval(fixed=None)
+    _, intervals = train(interval, num_snapshots=200, step_s=1.0, cost_s=lambda n: 0.10 * (1.4 if n % 3 else 0.7))
+    assert len(intervals) == 1
 
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=20, max_size=60))
 def test_by_what_was_measured_last_the_share_is_a_hundredth_at_most(costs_s: list[float]) -> None:
-    pace = SnapshotInterval(fixed=None)
+    interval = SnapshotInterval(fixed=None)
     for cost_s in costs_s:
-        pace.learn(step_s=1.0, cost_s=cost_s)
-    assert pace.share <= 0.01 * (1 + 1e-9)
+        interval.update(step_s=1.0, cost_s=cost_s)
+    assert interval.share <= 0.01 * (1 + 1e-9)
 
 
 def test_a_single_hiccup_changes_nothing() -> None:
-    _, paces = train(
+    _, intervals = train(
         SnapshotInterval(fixed=None), num_snapshots=50, step_s=1.0, cost_s=lambda n: 30.0 if n == 20 else 0.005
     )
-    assert paces == []
+    assert intervals == []
 
 
 def test_the_pace_quickens_again_when_snapshots_have_become_cheap() -> None:
-    pace = SnapshotInterval(fixed=None)
-    taken, _ = train(pace, num_snapshots=20, step_s=1.0, cost_s=lambda _: 0.5)
-    assert pace.every == 50
-    train(pace, num_snapshots=20, step_s=1.0, cost_s=lambda _: 0.001, first_step=taken[-1] + 1)
-    assert pace.every == 1
+    interval = SnapshotInterval(fixed=None)
+    taken, _ = train(interval, num_snapshots=20, step_s=1.0, cost_s=lambda _: 0.5)
+    assert interval.every == 50
+    train(interval, num_snapshots=20, step_s=1.0, cost_s=lambda _: 0.001, first_step=taken[-1] + 1)
+    assert interval.every == 1
 
 
 def test_nothing_is_chosen_before_there_is_something_to_choose_from() -> None:
-    pace = SnapshotInterval(fixed=None)
-    _, paces = train(pace, num_snapshots=7, step_s=1.0, cost_s=lambda _: 5.0)
-    assert (pace.every, paces) == (1, [])
+    interval = SnapshotInterval(fixed=None)
+    _, intervals = train(interval, num_snapshots=7, step_s=1.0, cost_s=lambda _: 5.0)
+    assert (interval.every, intervals) == (1, [])
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_fixed_pace_stays_whatever_it_costs(every: int) -> None:
-    taken, paces = train(SnapshotInterval(fixed=every), num_snapshots=20, step_s=1.0, cost_s=lambda _: 10.0)
-    assert (taken, paces) == ([every * n for n in range(1, 21)], [])
+    taken, intervals = train(SnapshotInterval(fixed=every), num_snapshots=20, step_s=1.0, cost_s=lambda _: 10.0)
+    assert (taken, intervals) == ([every * n for n in range(1, 21)], [])
 
 
 def test_a_snapshot_that_came_early_puts_the_next_off() -> None:
-    pace = SnapshotInterval(fixed=4)
-    pace.took(3)  # for a checkpoint
-    assert [step for step in range(4, 9) if pace.is_due(step)] == [7, 8]
+    interval = SnapshotInterval(fixed=4)
+    interval.record_snapshot(3)  # for a checkpoint
+    assert [step for step in range(4, 9) if interval.is_due(step)] == [7, 8]

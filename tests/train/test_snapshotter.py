@@ -52,7 +52,7 @@ class Agent:
     """Keeps what it is told to, at once or when it is let."""
 
     def __init__(self) -> None:
-        self.adopted: SnapshotBuffer | None = None
+        self.registered: SnapshotBuffer | None = None
         self.calls: list[tuple[str, int]] = []
         self.is_asked = threading.Event()
         self.may_go_on = threading.Event()
@@ -60,19 +60,19 @@ class Agent:
         self.worked_s = 0.0
 
     def register(self, snapshot: SnapshotBuffer) -> None:
-        self.adopted = snapshot
+        self.registered = snapshot
 
     def metadata(self) -> Mapping[str, Any]:
         return {"metrics": [1, 2]}
 
     def publish(self, *, step: int, slot: int) -> None:
-        self.calls.append(("copied", step))
+        self.calls.append(("published", step))
 
     def wait_replicated(self, step: int) -> None:
-        assert ("copied", step) in self.calls, "what was never copied is never kept"
+        assert ("published", step) in self.calls, "what was never copied is never kept"
         self.is_asked.set()
         assert self.may_go_on.wait(_TIMEOUT_S)
-        self.calls.append(("kept", step))
+        self.calls.append(("replicated", step))
 
     def cpu_s(self) -> float:
         return self.worked_s
@@ -80,27 +80,27 @@ class Agent:
 
 @contextmanager
 def copying(state: Weights, agent: Agent | None) -> Iterator[Snapshotter]:
-    copier = Snapshotter(state, keeper=agent)  # type: ignore[arg-type]
+    snapshotter = Snapshotter(state, replica_client=agent)  # type: ignore[arg-type]
     try:
-        yield copier
+        yield snapshotter
     finally:
         state.may_go_on.set()
-        copier.close()
+        snapshotter.close()
 
 
-def begin(copier: Snapshotter, state: Weights, step: int, *, is_pinned: bool = False) -> PendingSnapshot:
+def begin(snapshotter: Snapshotter, state: Weights, step: int, *, is_pinned: bool = False) -> PendingSnapshot:
     """A step ends with its number as the state's value."""
     state.value = step % 251
-    return copier.begin(progress(step), is_pinned=is_pinned)
+    return snapshotter.begin(progress(step), is_pinned=is_pinned)
 
 
-def whole(copier: Snapshotter) -> dict[int, Snapshot]:
+def whole(snapshotter: Snapshotter) -> dict[int, Snapshot]:
     """By step, the copies whose bytes are those of their step."""
     found = {}
-    for copy in copier.snapshot.copies():
-        with copier.snapshot.data(copy.slot) as data:
+    for copy in snapshotter.buffer.snapshots():
+        with snapshotter.buffer.data(copy.slot) as data:
             assert bytes(data) == bytes([copy.step % 251]) * len(data)
-        assert copier.snapshot.is_intact(copy)
+        assert snapshotter.buffer.is_intact(copy)
         found[copy.step] = copy
     return found
 
@@ -108,34 +108,34 @@ def whole(copier: Snapshotter) -> dict[int, Snapshot]:
 @pytest.mark.parametrize("size_bytes", [SMALL_BYTES, LARGE_BYTES])
 def test_a_copy_is_the_state_of_its_step_whatever_becomes_of_the_state_later(size_bytes: int) -> None:
     state, agent = Weights(size_bytes), Agent()
-    with copying(state, agent) as copier:
-        assert agent.adopted is copier.snapshot
-        begin(copier, state, 7)
-        copier.settle()
+    with copying(state, agent) as snapshotter:
+        assert agent.registered is snapshotter.buffer
+        begin(snapshotter, state, 7)
+        snapshotter.settle()
         state.value = 99
-        copier.finish()
-        (copy,) = whole(copier).values()
+        snapshotter.finish()
+        (copy,) = whole(snapshotter).values()
         assert copy.state == {"progress": asdict(progress(7)), "metrics": [1, 2]}
-        assert agent.calls == [("copied", 7), ("kept", 7)]
+        assert agent.calls == [("published", 7), ("replicated", 7)]
 
 
 def test_a_buffer_that_the_next_forward_pass_changes_is_copied_at_once() -> None:
     state = Weights(LARGE_BYTES)
-    with copying(state, Agent()) as copier:
+    with copying(state, Agent()) as snapshotter:
         state.may_go_on.clear()
-        begun = begin(copier, state, 7)
-        with copier.snapshot.data(begun.slot) as data:
+        begun = begin(snapshotter, state, 7)
+        with snapshotter.buffer.data(begun.slot) as data:
             assert data[-1] == 7
         assert not begun.is_copied.is_set()
 
 
 def test_settling_waits_for_the_copy_and_not_for_its_keeping() -> None:
     state, agent = Weights(LARGE_BYTES), Agent()
-    with copying(state, agent) as copier:
+    with copying(state, agent) as snapshotter:
         agent.may_go_on.clear()
         state.may_go_on.clear()
-        begun = begin(copier, state, 1)
-        settling = threading.Thread(target=copier.settle)
+        begun = begin(snapshotter, state, 1)
+        settling = threading.Thread(target=snapshotter.settle)
         settling.start()
         assert not begun.is_copied.is_set()
         state.may_go_on.set()
@@ -146,81 +146,81 @@ def test_settling_waits_for_the_copy_and_not_for_its_keeping() -> None:
 
 def test_the_next_copy_waits_until_the_one_before_is_kept() -> None:
     state, agent = Weights(), Agent()
-    with copying(state, agent) as copier:
-        begin(copier, state, 1)
+    with copying(state, agent) as snapshotter:
+        begin(snapshotter, state, 1)
         agent.may_go_on.clear()
-        second = threading.Thread(target=begin, args=(copier, state, 2))
+        second = threading.Thread(target=begin, args=(snapshotter, state, 2))
         second.start()
         assert agent.is_asked.wait(_TIMEOUT_S)
-        assert ("copied", 2) not in agent.calls
-        assert list(whole(copier)) == [1]
+        assert ("published", 2) not in agent.calls
+        assert list(whole(snapshotter)) == [1]
         agent.may_go_on.set()
         second.join(_TIMEOUT_S)
-        assert agent.calls == [("copied", 1), ("kept", 1), ("copied", 2)]
+        assert agent.calls == [("published", 1), ("replicated", 1), ("published", 2)]
 
 
 def test_while_a_copy_is_made_the_one_before_is_whole() -> None:
     state = Weights(LARGE_BYTES)
-    with copying(state, Agent()) as copier:
+    with copying(state, Agent()) as snapshotter:
         for step in range(1, 6):
             state.may_go_on.clear()
-            begin(copier, state, step)
-            assert max(whole(copier), default=0) == step - 1
+            begin(snapshotter, state, step)
+            assert max(whole(snapshotter), default=0) == step - 1
             state.may_go_on.set()
-            copier.join()
-            assert max(whole(copier)) == step
+            snapshotter.join()
+            assert max(whole(snapshotter)) == step
 
 
 @given(actions=st.lists(st.sampled_from(["copy", "save", "saved"]), max_size=25))
 def test_neither_the_newest_copy_nor_one_that_is_being_saved_is_overwritten(actions: list[str]) -> None:
     state = Weights()
     pinned: dict[int, int] = {}
-    with copying(state, Agent()) as copier:
+    with copying(state, Agent()) as snapshotter:
         for step, action in enumerate(actions, start=1):
             if action == "saved" and pinned:
-                copier.unpin(pinned.pop(min(pinned)))
+                snapshotter.unpin(pinned.pop(min(pinned)))
             elif action != "saved" and len(pinned) < NUM_SLOTS - 1:  # the loop has no more in the making
-                newest = max(whole(copier).values(), key=lambda copy: copy.step, default=None)
-                begun = begin(copier, state, step, is_pinned=action == "save")
+                newest = max(whole(snapshotter).values(), key=lambda copy: copy.step, default=None)
+                begun = begin(snapshotter, state, step, is_pinned=action == "save")
                 assert begun.slot not in pinned.values()
                 assert newest is None or begun.slot != newest.slot
                 if action == "save":
                     pinned[step] = begun.slot
-            assert pinned.keys() <= whole(copier).keys()
+            assert pinned.keys() <= whole(snapshotter).keys()
 
 
 @pytest.mark.parametrize("size_bytes", [SMALL_BYTES, LARGE_BYTES])
 def test_a_copy_that_fails_is_told_and_hinders_no_later_one(size_bytes: int) -> None:
     state, agent = Weights(size_bytes), Agent()
     told: list[str | None] = []
-    with copying(state, agent) as copier:
-        begin(copier, state, 1)
-        copier.finish()
+    with copying(state, agent) as snapshotter:
+        begin(snapshotter, state, 1)
+        snapshotter.finish()
         state.is_broken = True
         state.value = 2
-        copier.begin(progress(2), then=lambda failed: told.append(failed.failure))
-        copier.finish()
+        snapshotter.begin(progress(2), on_done=lambda failed: told.append(failed.failure))
+        snapshotter.finish()
         assert told == ["the state could not be copied: no memory"]
-        assert list(whole(copier)) == [1]
+        assert list(whole(snapshotter)) == [1]
         state.is_broken = False
-        begin(copier, state, 3)
-        copier.finish()
-        assert max(whole(copier)) == 3
-        assert {step for call, step in agent.calls if call == "kept"} == {1, 3}
+        begin(snapshotter, state, 3)
+        snapshotter.finish()
+        assert max(whole(snapshotter)) == 3
+        assert {step for call, step in agent.calls if call == "replicated"} == {1, 3}
 
 
 def test_without_a_keeper_no_more_memory_is_taken_than_for_one_copy() -> None:
     state = Weights(LARGE_BYTES)
-    with copying(state, None) as copier:
-        assert {begin(copier, state, step).slot for step in range(1, 5)} == {0}
-        copier.join()
-        assert list(whole(copier)) == [4]
+    with copying(state, None) as snapshotter:
+        assert {begin(snapshotter, state, step).slot for step in range(1, 5)} == {0}
+        snapshotter.join()
+        assert list(whole(snapshotter)) == [4]
 
 
 def test_the_cost_is_what_training_stood_still_and_on_cpu_the_work_of_others_and_is_told_once() -> None:
     state, agent = Weights(), Agent()
-    with copying(state, agent) as copier:
-        begun = begin(copier, state, 1)
+    with copying(state, agent) as snapshotter:
+        begun = begin(snapshotter, state, 1)
         agent.worked_s += 100.0
-        assert copier.take_cost_s() == pytest.approx(100.0 + begun.stall_s)
-        assert copier.take_cost_s() == 0.0
+        assert snapshotter.take_cost_s() == pytest.approx(100.0 + begun.stall_s)
+        assert snapshotter.take_cost_s() == 0.0

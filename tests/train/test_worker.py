@@ -155,7 +155,7 @@ def test_a_loss_that_is_no_number_stops_the_run_names_the_step_and_keeps_the_las
         run_ranks(plan, tmp_path, world_size=2)
     kept = sorted(path.name for path in tmp_path.glob("step-*"))
     assert kept
-    assert not list(tmp_path.glob(".draft*"))
+    assert not list(tmp_path.glob(".staging*"))
 
 
 def test_resume__checkpoint_of_another_config__is_refused(corpus: CorpusInfo, tmp_path: Path) -> None:
@@ -278,4 +278,4 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_is_kept(corpus: CorpusInf
     kept = list_checkpoints(storage)
     assert kept == ["step-00000002"]
     assert verify_checkpoint(storage, kept[0]) is None
-    assert not list(small_disk.glob(".draft*"))
+    assert not list(small_disk.glob(".staging*"))

@@ -25,7 +25,7 @@ async def flush_shard(
     ranks,
         and if the shard could not be written: the writer's reason is in the agent's log.
     """
-    snapshot = next((copy for copy in buffer.copies() if copy.step == step), None)
+    snapshot = next((copy for copy in buffer.snapshots() if copy.step == step), None)
     if snapshot is None:
         return None
     state = ""
@@ -50,4 +50,4 @@ async def flush_shard(
     )
     answer, _ = await process.communicate(json.dumps(asdict(command)).encode() + b"\n")
     outcomes = [json.loads(line) for line in answer.splitlines()]
-    return next((outcome["sealed"] for outcome in outcomes if "sealed" in outcome), None)
+    return next((outcome["committed"] for outcome in outcomes if "committed" in outcome), None)

@@ -79,7 +79,7 @@ class Replicator:
                 channel.close()
 
     async def _send(self, channel: Channel, step: int, slot: int, *, is_new: bool) -> None:
-        copies = self._snapshot.copies()
+        copies = self._snapshot.snapshots()
         snapshot = next((copy for copy in copies if (copy.step, copy.slot) == (step, slot)), None)
         if snapshot is None:
             return

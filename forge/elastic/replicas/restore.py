@@ -87,7 +87,7 @@ class _LocalShard:
     """A snapshot in this node's memory."""
 
     def __init__(self, buffer: SnapshotBuffer, *, step: int) -> None:
-        snapshot = next((copy for copy in buffer.copies() if copy.step == step), None)
+        snapshot = next((copy for copy in buffer.snapshots() if copy.step == step), None)
         if snapshot is None:
             raise OSError(f"the snapshot of step {step} has been overwritten")
         self.layout: Layout = buffer.layout

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from forge.checkpoint.snapshot_buffer import Snapshot, SnapshotBuffer, create_as_described
+from forge.checkpoint.snapshot_buffer import Snapshot, SnapshotBuffer, create_from_description
 from forge.elastic.rpc import Channel, Message
 from forge.elastic.states import ReplicaLocation
 
@@ -48,7 +48,7 @@ class ReplicaStore:
         return frozenset(
             ReplicaLocation(generation=generation, rank=rank, world_size=replica.world_size, step=copy.step)
             for (generation, rank), replica in self._replicas.items()
-            for copy in replica.snapshot.copies()
+            for copy in replica.snapshot.snapshots()
         )
 
     def reject_up_to(self, generation: int) -> None:
@@ -93,11 +93,11 @@ class ReplicaStore:
         self._require_accepted(generation)
         replica = self._replicas.get((generation, rank))
         if replica is None:
-            buffer = create_as_described(bytes(description))
+            buffer = create_from_description(bytes(description))
             replica = self._replicas[generation, rank] = Replica(snapshot=buffer, world_size=message["world_size"])
         async with replica.receiving:
             buffer = replica.snapshot
-            copies = buffer.copies()
+            copies = buffer.snapshots()
             slot = next(slot for slot in range(2) if not copies or slot != copies[0].slot)
             data = buffer.begin(slot)
             await asyncio.to_thread(buffer.prepare, slot)
@@ -112,7 +112,7 @@ class ReplicaStore:
 
 
 def _snapshot_of(replica: Replica, step: int) -> Snapshot | None:
-    return next((copy for copy in replica.snapshot.copies() if copy.step == step), None)
+    return next((copy for copy in replica.snapshot.snapshots() if copy.step == step), None)
 
 
 async def _send_ranges(

@@ -268,7 +268,7 @@ class WorkerGroup:
         for shard in source_shards(command):
             name = {"generation": shard["generation"], "rank": shard["rank"]}
             buffer = self._store.find(generation=shard["generation"], rank=shard["rank"])
-            if buffer is not None and any(copy.step == command["step"] for copy in buffer.copies()):
+            if buffer is not None and any(copy.step == command["step"] for copy in buffer.snapshots()):
                 shards.append(name | {"fd": first_fd + len(fds)})
                 fds.append(buffer.fd)
             else:

@@ -90,7 +90,7 @@ def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, l
     clock = Stopwatch(began=spec.asked_at, laps=spec.laps)
     clock.on_lap = link.tick
     clock.lap("fork")
-    origin = None
+    state_source = None
     if spec.shards:
         locations = [
             ShardLocation(
@@ -101,11 +101,11 @@ def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, l
             )
             for shard in spec.shards
         ]
-        origin = PeerStateSource(locations, step=spec.step, secret=bytes.fromhex(spec.secret))
+        state_source = PeerStateSource(locations, step=spec.step, secret=bytes.fromhex(spec.secret))
     reporter: AgentReporter | NullReporter = NullReporter()
     if spec.rank == 0:
         reporter = AgentReporter(link)
-        for metrics in origin.metrics if origin else ():
+        for metrics in state_source.metrics if state_source else ():
             reporter.resend(StepMetrics(**metrics))
     return run_worker(
         plan_from_json(plan_json),
@@ -120,9 +120,9 @@ def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, l
             rendezvous=Rendezvous(host=spec.host, port=spec.port, listen_fd=listen_fd),
         ),
         reporter,
-        inheritance=ElasticContext(
-            keeper=AgentReplicaClient(link, reporter, local_world_size=spec.local_world_size),
-            origin=origin,
+        elastic=ElasticContext(
+            replica_client=AgentReplicaClient(link, reporter, local_world_size=spec.local_world_size),
+            state_source=state_source,
             on_progress=link.tick,
         ),
         clock=clock,
