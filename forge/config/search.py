@@ -151,7 +151,7 @@ class SchedulerSpec(Section):
     Tune's `grace_period`."""
 
     reduction_factor: int = Field(3, ge=2)
-    """With `asha`: one in so many trials continues at each rung, and each rung is that many times longer."""
+    """With `asha`: one in this many trials continues at each rung, and each rung is this many times longer."""
 
     interval_steps: Count | None = Field(None, ge=1)
     """Required by `pbt` and `pb2`: steps between two rounds of copying. Ray Tune's `perturbation_interval`."""

@@ -131,7 +131,7 @@ class Agent:
         self._is_over.set()
 
     async def _report(self, **report: Any) -> None:
-        """Send a report, if the supervisor is connected; at reconnection the registration contains everything."""
+        """Send a report if the supervisor is connected; the next registration includes its content otherwise."""
         if self._supervisor is not None:
             with contextlib.suppress(OSError):
                 await self._supervisor.send(report)
@@ -205,7 +205,7 @@ class Agent:
         """Kill all ranks up to this generation and report the replicas.
 
         Args:
-            keep_replicas: the generation continues elsewhere, so keep accepting replicas of it.
+            keep_replicas: continue to accept replicas of this generation, whose ranks run on other nodes.
         """
         self._store.reject_up_to(generation - keep_replicas)
         self._workers.kill(generation)
@@ -251,7 +251,7 @@ class Agent:
 
 
 def _listen(host: str) -> socket.socket:
-    """A listening socket where the ranks of a generation meet if its rank 0 is on this node."""
+    """Open a listening socket for the rendezvous of a generation, used if its rank 0 is on this node."""
     sock = socket.socket()
     sock.bind((host, 0))
     sock.listen(1024)

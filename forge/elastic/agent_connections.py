@@ -50,7 +50,7 @@ class AgentConnections(Mapping[str, AgentConnection]):
         return len(self._by_node)
 
     def add(self, connection: AgentConnection) -> None:
-        """Register a connection in place of the node's former one, which is closed."""
+        """Register a connection; close the node's former one."""
         former = self._by_node.pop(connection.node, None)
         if former is not None:
             former.close()
@@ -77,12 +77,12 @@ class AgentConnections(Mapping[str, AgentConnection]):
             connection.send(message)
 
     def excuse_silence(self, seconds: float) -> None:
-        """Extend every agent's silence limit: this process did not listen for so long."""
+        """Extend every agent's silence limit by the time during which this process did not read messages."""
         for connection in self._by_node.values():
             connection.heard_at += seconds
 
     def silent(self, now: float) -> list[AgentConnection]:
-        """The agents that have sent nothing for longer than the limit."""
+        """Return the agents that have sent nothing for longer than the limit."""
         limit_s = max(_MAX_SILENCE_S, _MAX_SILENT_HEARTBEATS * self._heartbeat_s)
         return [connection for connection in self._by_node.values() if now - connection.heard_at > limit_s]
 

@@ -1,6 +1,6 @@
-"""Builds the commands that start a generation or flush replicas to storage, and the launch spec of a worker.
+"""Build the commands that start a generation or flush replicas to storage, and the launch spec of a worker.
 
-Pure functions from a decision, the state it was made in and the connected agents to one message per agent.
+Pure functions of a decision, the membership state and the connected agents; they return one message per agent.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class WorkerSpec:
     local_world_size: int
     device: str
     num_threads: int
-    """For arithmetic on the CPU."""
+    """CPU threads of torch."""
     checkpoints: str
     log: str
     host: str
-    """Of rank 0's node, where the ranks meet."""
+    """Address of rank 0's node, for the rendezvous."""
     port: int
     interface: str | None
     """Network interface for gloo."""
@@ -38,7 +38,7 @@ class WorkerSpec:
     """Snapshots to continue from: generation, rank, and `fd` or `endpoint`; empty: continue from storage."""
     laps: dict[str, float]
     asked_at: float
-    """By the node's monotonic clock."""
+    """When the worker was requested, by the node's monotonic clock."""
     secret: str
     has_listener: bool = False
 
@@ -50,7 +50,7 @@ def start_commands(
     connections: Mapping[str, AgentConnection],
     laps: Mapping[str, float],
 ) -> dict[str, Message]:
-    """By node, the command to start its ranks of a generation.
+    """Return for each node the command that starts its ranks of a generation.
 
     Args:
         laps: seconds of each part of the membership change so far.
@@ -119,7 +119,7 @@ def source_shards(command: Message) -> list[Message]:
 def _source(
     start: StartGeneration, *, state: MembershipState, connections: Mapping[str, AgentConnection]
 ) -> list[Any] | None:
-    """The generation to continue from, and the endpoint of one holder per rank; agents prefer their own replicas.
+    """Return the generation to continue from, and one endpoint per rank; agents prefer their own replicas.
 
     The endpoints are compressed, because every agent receives all of them.
     """
@@ -131,7 +131,7 @@ def _source(
 
 
 def _holders(generation: int, *, world_size: int, step: int, state: MembershipState) -> dict[int, list[str]]:
-    """The nodes that hold each rank's snapshot of a step."""
+    """Return the nodes that hold each rank's snapshot of a step."""
     found: dict[int, list[str]] = {rank: [] for rank in range(world_size)}
     wanted = (generation, world_size, step)
     for name, node in state.nodes.items():

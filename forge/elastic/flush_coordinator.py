@@ -1,4 +1,4 @@
-"""Durable checkpoints from replicas in memory, written by agents while no ranks run."""
+"""Coordinate flushes: agents write a checkpoint from their replicas while no ranks run."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Detects that the ranks of a generation make no progress, and which rank is behind.
+"""Detects that the ranks of a generation make no progress, and which rank hangs.
 
-Every rank notes when it last did something (a micro-step, an update, a part of its startup); heartbeats carry these
-times. Ranks wait for each other, so one that hangs stops all of them; but the others continued until they had to
-wait for it, so the rank that has been silent longest is the one that hangs. A rank that a signal has suspended is
-identified at once.
+Every rank publishes the time of its last progress (a micro-step, an update, a part of its startup); heartbeats
+report these times. A rank that hangs stops all others at their next collective operation, so the rank without
+progress for longest is the one that hangs. A rank suspended by a signal is identified immediately.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from forge.elastic.states import Phase
 _NUM_RECENT_STEPS = 200
 # Assumed before a step was measured.
 _UNKNOWN_STEP_S = 1.0
-# A rank makes progress within this time and this multiple of a long step.
+# A rank hangs after the larger of this time and this multiple of a long step.
 _STALL_S = 5.0
 _STALL_STEPS = 4
-# No progress may be visible for so long while a generation starts; the first one has to initialise the model.
+# A starting generation may take this long without progress; the first one has to initialise the model.
 _STARTUP_S = 20.0
 _FIRST_STARTUP_S = 300.0
 

@@ -1,7 +1,7 @@
-"""Decides the membership of a run without a cluster: `decide(state, event) → (state, actions)`, a pure function.
+"""Decides the membership of a run: `decide(state, event) → (state, actions)`, a pure function.
 
-Events are reported to the supervisor by agents and clocks; actions are what the supervisor has agents do. Both are
-plain data, so a test can replay any history. Times are seconds of one clock, passed with every event.
+Agents and timers report events to the supervisor, which turns actions into commands for agents. Both are plain
+data, so a test can replay any history. Times are seconds of one clock, passed with every event.
 
                               enough slots
               ┌──────────┐ ───────────────────► ┌──────────┐ first step   ┌──────────┐
@@ -18,16 +18,16 @@ plain data, so a test can replay any history. Times are seconds of one clock, pa
     WAITING   no ranks run: there are too few slots, or no agent has connected yet
     STARTING  the ranks of a generation start, load their state and take their first step
     TRAINING  ranks train
-    DRAINING  the ranks were asked to end after their current step, with a snapshot: no step is lost
-    STOPPING  every agent kills what is left of the generation and reports its replicas; the next generation
-              starts only when all have answered or are lost, so that two generations never run at once
+    DRAINING  the ranks end after their current step, with a snapshot: no step is lost
+    STOPPING  every agent kills its remaining ranks and reports its replicas; the next generation starts only
+              when all agents have answered or are lost, so that two generations never run at once
 
 A generation continues from the newest step of which every rank's snapshot is complete in some node's memory, or
 from storage if that is newer. A node with a preemption notice is used until the time left is what a planned change
 needs. A preemption is not a failure: only generations that break before their first step while no node is lost
 count against the failure budget.
 
-The module is long because the response to every event of a run is here.
+The module is long because it contains the response to every event of a run.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _attach(state: MembershipState, event: AgentAttached, now: float) -> Decisio
 
 
 def _recover_generation(state: MembershipState, event: AgentAttached, now: float) -> Decision:
-    """A restarted supervisor finds a running generation, perhaps a newer one than it found before."""
+    """Recover a running generation after a restart of the supervisor; it may replace an older one."""
     others = state.stopping_nodes | set(_assigned_nodes(state))
     state = replace(
         state,
@@ -242,7 +242,7 @@ def _rank_ended(state: MembershipState, event: RankEnded, now: float) -> Decisio
 
 
 def _finish_when_all_ended(state: MembershipState, now: float) -> Decision:
-    """The last checkpoint is committed: the run is over once every rank has ended or is lost."""
+    """Finish the run after its last checkpoint, once every rank has ended or is lost."""
     running = [r for r, name in enumerate(state.assignment) if r not in state.ended_ranks and name in state.nodes]
     return (state, ()) if running else _finish(state, now)
 
@@ -284,7 +284,7 @@ def _yield_slots(state: MembershipState, now: float) -> Decision:
 
 
 def _advance(state: MembershipState, now: float) -> Decision:
-    """Take the next step that the state allows, whichever event led to it."""
+    """Make the next transition that the state allows, whichever event caused it."""
     if state.recovery_deadline is not None:
         return _finish_recovery(state, now)
     if 0 < state.yield_until <= now:  # claim slots that are free again
@@ -316,7 +316,7 @@ def _finish_recovery(state: MembershipState, now: float) -> Decision:
 
 
 def _grow(state: MembershipState, now: float) -> Decision:
-    """Take in ready nodes: shortly after they joined, or at once where one replaces a node with a notice."""
+    """Include ready nodes: shortly after they joined, or at once if one replaces a node with a notice."""
     preempted = [name for name in _assigned_nodes(state) if state.nodes[name].preempted_at is not None]
     staying = [node for node in state.nodes.values() if node.preempted_at is None]
     possible = min(
@@ -343,7 +343,7 @@ def _drain(state: MembershipState, now: float, *, cause: str, reason: str) -> De
 
 
 def _break(state: MembershipState, now: float, *, cause: str, reason: str, silent_s: float = 0.0) -> Decision:
-    """Stop a generation that cannot continue."""
+    """Stop a generation that cannot continue, and report why."""
     if state.phase is Phase.STARTING and cause != "loss":
         state = replace(state, failure=reason)
     change = ChangeMembership(generation=state.generation, cause=cause, reason=reason, silent_s=silent_s)
@@ -354,7 +354,7 @@ def _break(state: MembershipState, now: float, *, cause: str, reason: str, silen
 
 
 def _stop(state: MembershipState, now: float) -> Decision:
-    """Stop all ranks. Nodes without ranks are asked too: they may hold newer replicas than they have reported."""
+    """Stop all ranks, and ask nodes without ranks too: they may hold newer replicas than they have reported."""
     state = replace(
         state, phase=Phase.STOPPING, stopping_nodes=frozenset(state.nodes), grow_at=None, recovery_deadline=None
     )
@@ -364,7 +364,7 @@ def _stop(state: MembershipState, now: float) -> Decision:
 
 
 def _after_stop(state: MembershipState, now: float) -> Decision:
-    """No rank of the generation is left on any node: start the next one, or report that the run waits."""
+    """Start the next generation, or report that the run waits, after all ranks of the last one have ended."""
     if state.done_step is not None:
         return _finish(state, now)
     num_failures = state.num_failures + bool(state.failure and not state.has_lost_node)
@@ -382,7 +382,7 @@ def _after_stop(state: MembershipState, now: float) -> Decision:
 
 
 def _wait(state: MembershipState, now: float, *, former_size: int = 0) -> Decision:
-    """No ranks run: start a generation as soon as there are slots; until then flush memory to storage."""
+    """Start a generation as soon as there are enough slots; until then flush replicas to storage."""
     found = newest_complete_step(state)
     unsaved = found if found is not None and found.step > state.stored_step else None
     if state.is_stopping and unsaved is None:

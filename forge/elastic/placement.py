@@ -1,4 +1,4 @@
-"""What the supervisor needs from a cluster; `forge.runtime.placement` implements it on Ray."""
+"""The interface through which the supervisor gets slots; `forge.runtime.placement` implements it on Ray."""
 
 from __future__ import annotations
 

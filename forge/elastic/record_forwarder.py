@@ -1,4 +1,4 @@
-"""Forwards what ranks report to the run's recorder, in order, and acknowledges recorded steps."""
+"""Forwards events and metrics of ranks to the run's recorder, in order, and acknowledges recorded steps."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RecordForwarder:
                     await work
 
     def _leading_records(self) -> list[_Record]:
-        """The records before the first awaitable."""
+        """Return the records that were queued before the first awaitable."""
         batch: list[_Record] = []
         for item in self._queue:
             if not isinstance(item, tuple):

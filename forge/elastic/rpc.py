@@ -1,11 +1,11 @@
 """Authenticated connections between the nodes of a run: JSON messages, each optionally followed by raw bytes.
 
-Both sides prove that they know the run's secret before anything else is read: each answers the other's nonce with
-an HMAC of it, so a stranger learns nothing and a recorded answer is useless. Nothing is unpickled. Messages are
-not encrypted; like the tensors that NCCL and gloo send, they stay within the cluster's own network.
+Both sides authenticate before they read anything else: each answers the other's nonce with its HMAC under the run's
+secret, so a recorded answer cannot be replayed. Nothing is unpickled. Messages are not encrypted; like the tensors
+that NCCL and gloo send, they stay within the cluster's own network.
 
     connection  = handshake, then messages
-    message     = length (4 bytes), JSON; then as many raw bytes as both sides know from the JSON
+    message     = length (4 bytes), JSON; then then raw bytes, as many as the JSON implies
 
 `Channel` moves bytes between the socket and shared memory without copies (`recv_into`, `sendfile`): 1.4 to 1.8
 GiB/s at 0.5 CPU seconds per GiB, measured over loopback on two cores. asyncio's streams copy each byte twice more:
@@ -36,7 +36,7 @@ _HANDSHAKE_TIMEOUT_S = 5.0
 # Read size: several short messages are read at a time.
 _READ_BYTES = 64 * 2**10
 _BUFFER_BYTES = 4 * 2**20
-# After so many bytes other tasks run: a fast network could otherwise keep the event loop busy.
+# Other tasks run after this many bytes, because a fast network would otherwise block the event loop.
 _MAX_BUSY_BYTES = 4 * 2**20
 
 Endpoint = tuple[str, int]
@@ -110,7 +110,7 @@ class Channel:
         return found
 
     async def _receive_some(self, view: memoryview) -> int:
-        """Receive between one byte and the size of the view."""
+        """Receive at least one byte, at most the size of the view."""
         while True:
             try:
                 received = self.socket.recv_into(view)

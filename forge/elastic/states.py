@@ -1,7 +1,7 @@
-"""State of a run's membership, the events that change it, and the actions that follow.
+"""The state of a run's membership, the events that change it, and the actions that result.
 
-Plain data, so that a history can be recorded and replayed; `forge.elastic.membership` decides with it. Times are
-seconds of one clock. A node's name consists of Ray's node id and the number of its agent on that node.
+Plain data, so that a history can be recorded and replayed; `forge.elastic.membership` makes the decisions. Times
+are seconds of one clock. A node's name consists of Ray's node id and the number of its agent on that node.
 """
 
 from __future__ import annotations

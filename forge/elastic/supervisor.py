@@ -1,8 +1,8 @@
 """Runs a training job's membership: agents' reports become events, decisions become commands to agents.
 
-One supervisor per run. It relies on what it observes itself (closed connections, missing heartbeats, ranks without
-progress) and never on Ray's table of nodes, which is up to a minute old. It stores nothing that the agents do not
-know as well, so it can be killed and restarted while the ranks continue.
+One supervisor per run. It relies only on its own observations (closed connections, missing heartbeats, ranks
+without progress), never on Ray's table of nodes, which is up to a minute old. The agents know everything that it
+stores, so it can be killed and restarted while the ranks continue.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Outcome:
 
 
 class Supervisor:
-    """Decides on the membership of one run and carries the decisions out."""
+    """Decides the membership of one run and executes the decisions."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class Supervisor:
             self._set_flag("STOP")
 
     def detach(self, connection: AgentConnection, *, reason: str) -> None:
-        """An agent's connection is closed."""
+        """Handle the end of an agent's connection."""
         node = connection.node
         if not self._connections.remove(connection):
             return
@@ -170,7 +170,7 @@ class Supervisor:
             self._replace_spare(*assigned)
 
     async def _serve(self, channel: Channel) -> None:
-        """One agent's connection, from its registration to its end."""
+        """Serve one agent's connection from its registration to its end."""
         registration = await channel.receive()
         if registration.get("report") != "register":
             return
@@ -208,7 +208,7 @@ class Supervisor:
             self._record_joined(node)
 
     def apply(self, event: Event) -> None:
-        """Decide on an event and carry out the actions."""
+        """Decide on an event and execute the actions."""
         began = time.monotonic()
         self.state, actions = decide(self.state, event, now=self._clock())
         for action in actions:
@@ -368,7 +368,7 @@ class Supervisor:
             self._connections.send(node, command)
 
     def _replace_spare(self, node: str) -> None:
-        """Choose again which node keeps replicas for the only node with ranks; the former one may be gone."""
+        """Choose another node to keep replicas if only one node has ranks; the former one may be lost."""
         spare = find_spare(node, state=self.state, connections=self._connections)
         endpoint = None if spare is None else list(self._connections[spare].endpoint)
         generation = self.state.generation

@@ -1,9 +1,9 @@
 """The commands that `forge.remote` runs on a cluster's head: `python -m forge.remote.head_cli VERB`.
 
 `check` reports versions and hardware; `receive` stores a corpus and `upload` a run folder and its secrets, both
-from stdin; `status`, `stop`, `log` and `drain` serve runs and nodes. Each prints one line of JSON: the result or
-the error. `run` and `follow` are the entry points of Ray jobs: they print every record of the run on a line of its
-own, after a mark, until the run ends.
+from stdin; `status`, `stop`, `log` and `drain` manage runs and nodes. Each prints one line of JSON: the result or
+the error. `run` and `follow` are the entry points of Ray jobs: they print every record of the run on its own line,
+after a prefix, until the run ends.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def _check(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the versions that must agree, and what planning needs to know about the cluster."""
+    """Return the versions that must match, and the facts about the cluster that planning needs."""
     gpu = local_gpu()
     return {
         "versions": {name: version(name) for name in ("forge-train", "ray", "torch")}
@@ -143,7 +143,9 @@ def _drain(options: argparse.Namespace) -> bool:
 
 def _status(options: argparse.Namespace) -> dict[str, Any]:
     """Return whether a run has a driver, and how many events and steps it has recorded."""
-    is_running = driver_pid(options.folder) is not None  # first, so that records written meanwhile are counted
+    is_running = (
+        driver_pid(options.folder) is not None
+    )  # first, so that the records of a driver that ends now are counted
     return {"is_running": is_running, "records": count_records(options.folder)}
 
 
@@ -191,7 +193,7 @@ def _run_job(options: argparse.Namespace) -> int:
 
 
 class _DriverWatch:
-    """Tells whether a run has a driver, or lost it so recently that it may be restarted."""
+    """Checks whether a run has a driver, or lost it so recently that it may be restarted."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._seen_at = folder, time.monotonic()
@@ -205,7 +207,7 @@ class _DriverWatch:
 
 
 def _launch(folder: Path) -> int:
-    """Start the driver in a session of its own, since Ray may kill this process with all its children.
+    """Start the driver in its own session, because Ray may kill this process with all its children.
 
     Returns: the pid of the driver.
     Raises: ClusterError if it does not take the run's lock; its log has the reason.

@@ -1,8 +1,8 @@
-"""A run on another machine's cluster, seen from this one: mirror its records, find it again, stop it.
+"""Mirror the records of a run on another machine's cluster; find and stop such a run.
 
 The local run folder mirrors the one on the cluster's head: every record that the Ray job prints is appended to
-`events.jsonl` or `metrics.jsonl`, once. So everything that reads a run folder works on it, and a client that was
-cut off counts its records and continues from there. `remote.json` says where the run is; it is written before
+`events.jsonl` or `metrics.jsonl`, once. Everything that reads a run folder works on it, and a client that was
+disconnected counts its records and continues from there. `remote.json` locates the run; it is written before
 anything is started.
 """
 
@@ -71,7 +71,7 @@ def find_run_handle(folder: Path) -> RunHandle | None:
 
 
 def remote_ref_of(folder: Path) -> RemoteRef | None:
-    """Read where a run is; None if it is, or was, on this machine."""
+    """Read `remote.json` of a run; None for a run on this machine."""
     try:
         return RemoteRef(**json.loads((folder / REMOTE).read_text()))
     except (OSError, ValueError, TypeError):
@@ -152,13 +152,13 @@ class RemoteRun:
         self._follow_again()
 
     def _take_output(self, line: str) -> None:
-        """Show a line of the job that is not a record."""
+        """Show a line of the job's output that is not a record."""
         self._job_output.append(line)
         if line.strip():
             self._messages.append(line)
 
     def _follow_again(self) -> None:
-        """After the end of the job, submit another one if the run is still going, as when the job was killed."""
+        """After the end of the job, submit another one if the run is still running or has more records."""
         found = ask(self._cluster, "status", self._ref.folder)
         num_events, num_steps = count_records(self._folder)
         has_all = found["records"] == [num_events, num_steps]
@@ -278,5 +278,5 @@ def write_remote_ref(folder: Path, ref: RemoteRef) -> None:
 
 
 def _forget_job(folder: Path, ref: RemoteRef) -> None:
-    """Record that the run no longer has a job, keeping where it was."""
+    """Record that the run has no job any more; its cluster and folder are kept."""
     write_remote_ref(folder, replace(ref, job=""))

@@ -86,11 +86,11 @@ def _serve(server: socket.socket, content: bytes) -> None:
 
 
 def _user_of(peer: socket.socket) -> int:
-    """Return the user id of the other end. Source: unix(7), SO_PEERCRED."""
+    """Return the user id of the peer process. Source: unix(7), SO_PEERCRED."""
     _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return int(uid)
 
 
 def _address(name: str) -> str:
-    """An address in the abstract namespace: it has no file and disappears with its process."""
+    """Return an address in the abstract namespace, which has no file and disappears with its process."""
     return f"\0forge-{os.getuid()}-{name}"

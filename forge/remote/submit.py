@@ -1,7 +1,7 @@
-"""Send a run to a cluster: check it, send the corpus, the run folder and the secrets to its head, submit a Ray job.
+"""Submit a run to a cluster: check the head, upload corpus, run folder and secrets, and submit a Ray job.
 
 `Cluster.on_head` runs the commands of `forge.remote.head_cli`; the Ray job runs the driver. `forge.remote.mirror`
-brings the records back.
+copies the records back.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ def preflight(cluster: Cluster) -> RemoteTarget:
 
 
 def _import_jobs() -> None:
-    """Import Ray's job client while the head answers."""
+    """Import Ray's job client on a thread, while the head is being queried."""
     import ray.job_submission  # noqa: F401
 
 
 def _gpu_of(cluster: Cluster, on_head: list[Any] | None) -> tuple[str, int] | None:
-    """The GPU of a worker: from the cluster file, since a head often has none; otherwise the head's."""
+    """Return the GPU of a worker: from the cluster file, because a head often has none, or else the head's."""
     known = find_gpu(cluster.gpu) if cluster.gpu is not None else None
     if known is not None:
         return known.name, known.memory_gib * 2**30
@@ -100,7 +100,7 @@ def _gpu_of(cluster: Cluster, on_head: list[Any] | None) -> tuple[str, int] | No
 
 
 def _release(name: str, version: str) -> str:
-    """The part that must agree: Python up to the minor version, others without the build tag (torch's `+cpu`)."""
+    """Return the part of a version that must match: major and minor of Python; others without a build tag."""
     return ".".join(version.split(".")[:2]) if name == "python" else version.partition("+")[0]
 
 
@@ -132,7 +132,7 @@ def adapt_job(target: RemoteTarget, loaded: LoadedJob) -> LoadedJob:
 
 
 def remote_hardware(target: RemoteTarget) -> Callable[[JobSpec], HardwareInfo]:
-    """Return the function that tells the plan what a worker gets on this cluster."""
+    """Return the function from which the plan gets the hardware of a worker on this cluster."""
     return partial(hardware, gpu_there=target.gpu, is_here=target.cluster.shares_files)
 
 
@@ -235,7 +235,7 @@ def _send_corpus(cluster: Cluster, plan: Plan) -> None:
 
 
 def _packed(folder: Path, *, names: tuple[str, ...]) -> bytes:
-    """Pack the run's small files and its tokenizer as a tar file; an empty one if the files are shared."""
+    """Pack the run's small files and its tokenizer as a tar file; an empty one if the file system is shared."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
         for name in [name for name in names if (folder / name).exists()]:

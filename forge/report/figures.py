@@ -132,12 +132,12 @@ def _param(value: Any, axis: BaseDistribution) -> Any:
 
 
 def _choice(value: Any) -> Any:
-    """A number stays one, so that Optuna orders the axis; everything else becomes an escaped text."""
+    """Keep numbers, so that Optuna orders the axis; convert other values to escaped text."""
     return value if type(value) in (int, float) else _safe(shown(value))
 
 
 def _widened(axis: BaseDistribution, value: Any) -> BaseDistribution:
-    """The axis with escaped choices, or extended to a value that population based training moved outside it."""
+    """Escape an axis's choices, or extend its range to a value that population based training moved outside it."""
     if isinstance(axis, CategoricalDistribution):
         return CategoricalDistribution(list(dict.fromkeys(_choice(choice) for choice in (*axis.choices, value))))
     assert isinstance(axis, (FloatDistribution, IntDistribution))
@@ -201,7 +201,7 @@ def _figure(
 
 
 def _fence(values: Sequence[float]) -> tuple[float, float]:
-    """The range of an axis that a few values far out would otherwise compress."""
+    """Return an axis range without outliers, which would compress the rest."""
     ordered = sorted(values)
     quarter, three_quarters = ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4]
     box = (three_quarters - quarter) or math.inf

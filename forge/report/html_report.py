@@ -1,8 +1,8 @@
-"""`report.html` of a search: what it found, its figures and every trial, on one page.
+"""Write `report.html` of a search: its best trial, figures and a table of all trials.
 
-Reads the search's folder alone, whether the search is running or not. The page contains its styles, its figures and
-plotly.js, and its content security policy forbids every request. Jinja2 escapes whatever the job file or an event
-says; `search.html.j2` marks only the figures as safe HTML, and `forge.report.figures` escapes what goes into them.
+Reads only the search's folder, whether the search is running or not. The page contains its styles, its figures and
+plotly.js, and its content security policy forbids every request. Jinja2 escapes all text of the job file and
+the events; `search.html.j2` marks only the figures as safe HTML, and `forge.report.figures` escapes their text.
 """
 
 from __future__ import annotations

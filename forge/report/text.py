@@ -1,4 +1,4 @@
-"""Facts about a plan, a run and a search as (name, text) pairs, for terminals and HTML pages."""
+"""Describe a plan, a run and a search as (name, text) pairs, for terminals and HTML pages."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
 
 
 def _packed(corpus: CorpusInfo) -> str:
-    """How many examples share how many sequences, what is padding, and what was split or dropped."""
+    """Describe packing: numbers of examples and sequences, padding, and what was split or dropped."""
     num_rows = corpus.num_train_sequences + corpus.num_held_out_sequences
     parts = [f"{corpus.num_examples:,} examples in {num_rows:,} sequences", f"{corpus.padding:.1%} padding"]
     parts += [f"{count:,} {reason}" for reason, count in corpus.notes.items()]

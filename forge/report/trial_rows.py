@@ -1,4 +1,4 @@
-"""The trials of a search as a table that fits a terminal: which trials, in what order, in how many characters."""
+"""The trials of a search as a table that fits a terminal: choice, order and width of its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, a folder or an object store: which exist, which are complete, which is best."""
+"""List and verify the checkpoints of a run, in a folder or an object store, and find the best one."""
 
 from __future__ import annotations
 

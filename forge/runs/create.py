@@ -1,5 +1,6 @@
-"""Creating and reopening run folders: `job.yaml`, `plan.json`, the tokenizer and the packed code of the job, before
-any process is started.
+"""Create and reopen run folders before any process is started.
+
+A run folder begins with `job.yaml`, `plan.json`, the tokenizer and the code archive of the job.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def reopen_run(folder: Path, plan: Plan) -> None:
 
 
 def _require_same_code(folder: Path, before: Plan, plan: Plan) -> None:
-    """Raises: ArgumentError that names the files of the code folder that changed since the run began."""
+    """Raises: ArgumentError naming the files of the code folder that changed since the run was created."""
     if before.code is None or plan.code is None or before.code.digest == plan.code.digest:
         return
     former = read_run_code(before.code.digest, run_folder=folder)
@@ -94,7 +95,7 @@ def _require_same_code(folder: Path, before: Plan, plan: Plan) -> None:
 
 
 def _require_writable(url: str) -> None:
-    """Write and delete a small object, so that missing permissions are found before machines are paid for.
+    """Write and delete a small object, so that missing permissions are found before machines cost money.
 
     Raises: ArgumentError, CheckpointError.
     """

@@ -1,7 +1,7 @@
 """Membership events of a run as lines of text.
 
-The end of a generation is described together with what follows from it, so the loss of a node is one line: what was
-lost, and how the run continues.
+The end of a generation and the start of the next are described in one line: what was lost, and how the run
+continues.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class EventDescriber:
             case "GenerationStarting":
                 return self._after_reason(describe_start(event))
             case "GenerationStarted":
-                self._members = {place["node"] for place in event.get("ranks", ())}
+                self._members = {rank["node"] for rank in event.get("ranks", ())}
             case "SnapshotIntervalChanged":
                 every = "every step" if event["every"] == 1 else f"every {event['every']} steps"
                 cost = f"{format_duration(event['seconds'])} each, {event['share']:.1%} of the time"
@@ -62,7 +62,7 @@ class EventDescriber:
             case "RunStopped" if event.get("reason"):
                 return f"stopped: {event['reason']}"
             case "SupervisorRestarted":
-                return "the supervisor died and was restarted; training continued meanwhile"
+                return "the supervisor died and was restarted; training continued"
         return None
 
     def _after_reason(self, text: str) -> str:

@@ -1,9 +1,9 @@
-"""Where the wall time of a run went: every second in exactly one bucket.
+"""Attribute the wall time of a run to buckets: every second belongs to exactly one.
 
     training     steps done for the first time
     repeated     steps done again, and the unfinished part of an interrupted step
     evaluating   measuring the held-out loss
-    saving       training waited for a checkpoint, or the run for its last one
+    saving       training waited for a checkpoint, or the run for its last checkpoint
     stalled      from the last progress of a hung rank until the hang was detected
     starting     from the start, or the end of a generation, until the first step of the next one begins
     waiting      too few machines
@@ -12,9 +12,8 @@
 The input is the records of `events.jsonl` and `metrics.jsonl`, one by one, so that a screen can update a tracker
 while the run is running; no single record is required. The wall time is the sum of the run's sessions, each from
 RunStarted to its end; the time between sessions does not count. Every record advances the clock by the time since
-the record before (by nothing if its time is earlier) and assigns a part of the unassigned seconds to a bucket; the
-record that ends a step or a generation assigns the rest. So the buckets add up to the wall time whatever the
-records say.
+the previous record (by nothing if its time is earlier) and assigns a part of the unassigned seconds to a bucket;
+a record that ends a step or a generation assigns the rest. So the buckets always add up to the wall time.
 """
 
 from __future__ import annotations
@@ -267,13 +266,13 @@ class GoodputTracker:
             self._steps_s.append(step_s)
 
     def _take_evaluation(self, seconds: float) -> None:
-        """Evaluations are recorded before the step that they follow, but may be read after it."""
+        """Assign the time of an evaluation; it may be read after the record of the step that it follows."""
         claimed_s = self._assign("evaluating", seconds)
         self._evaluated_s += claimed_s
         self._move("other", "evaluating", seconds - claimed_s)
 
     def _take_checkpoint(self, record: Record) -> None:
-        """A checkpoint with no step after it is the last one, which the run waits for; others delayed steps."""
+        """Assign the time of a checkpoint: the last one delays the end of the run, others delay steps."""
         if self._phase == "training" and record.get("step") == self._step:
             self._assign("saving", _number(record, "seconds"))
             return
@@ -315,7 +314,7 @@ class GoodputTracker:
 
     def _take_started(self, record: Record) -> None:
         self._world_size = int(_number(record, "world_size")) or self._world_size
-        self._nodes.form({str(place.get("node")) for place in record.get("ranks") or ()})
+        self._nodes.form({str(rank.get("node")) for rank in record.get("ranks") or ()})
         parts = record.get("seconds")
         if isinstance(parts, Mapping):
             self._changes = [replace(change, parts=dict(parts)) for change in self._changes]
@@ -376,7 +375,7 @@ class GoodputTracker:
 
 
 def _number(record: Record, key: str) -> float:
-    """Read a positive number of a record, which may be malformed; 0 if it is not one."""
+    """Read a positive number from a record; 0 if the value is missing or malformed."""
     value = record.get(key)
     is_number = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
     return float(value) if is_number and value is not None else 0.0

@@ -1,7 +1,7 @@
 """Available and useful node-seconds of a run, updated by `forge.runs.goodput` as time passes.
 
-If no record says which nodes join and leave, the nodes of the generation count as available; if these are unknown
-too, one node does.
+If no record reports nodes that join and leave, the nodes of the generation count as available; if these are unknown
+too, one node is assumed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ class NodeSeconds:
         self.num_now = 0
         self._joined: set[str] = set()
         self._is_known = False
-        """Records say which nodes join and leave."""
+        """Whether records report the nodes that join and leave."""
         self._num_members = 1
         self._available_s = self._useful_s = 0.0
         self._generation_s = self._generation_useful_s = 0.0
-        """Of this generation, whose number of nodes may be recorded after its first steps."""
+        """Seconds of this generation; its number of nodes may be recorded after its first steps."""
 
     def join(self, node: str) -> None:
         """A node is available from now on."""

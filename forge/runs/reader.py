@@ -259,7 +259,7 @@ def follow(
 
 
 class _Tail:
-    """The records of a growing file: complete lines that hold a JSON object with `time` and a given key."""
+    """Reads new records of a growing file: complete lines with a JSON object that has `time` and a given key."""
 
     def __init__(self, path: Path, *, key: str, skip: int = 0) -> None:
         self._path, self._key, self._skip = path, key, skip
@@ -302,7 +302,7 @@ def _status(folder: Path, events: tuple[dict[str, Any], ...]) -> Status:
 
 
 def _is_elsewhere(folder: Path) -> bool:
-    """Whether the run has a job on a remote cluster, as far as this machine knows."""
+    """Whether this machine has a record of a remote job of the run."""
     try:
         at = json.loads((folder / REMOTE).read_text())
         return bool(at["job"])
@@ -329,6 +329,6 @@ def _folders(root: Path) -> list[Path]:
     except OSError:
         return []
     for path in candidates:
-        with contextlib.suppress(OSError):  # no plan, or deleted meanwhile
+        with contextlib.suppress(OSError):  # no plan, or deleted since it was listed
             changed[path] = (path / "plan.json").stat().st_mtime
     return sorted(changed, key=changed.__getitem__, reverse=True)

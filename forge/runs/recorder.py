@@ -1,8 +1,8 @@
 """The only writer of a run's records: `events.jsonl`, `metrics.jsonl` and one W&B run.
 
 Every step is written once: a step that is already in `metrics.jsonl` becomes a StepRepeated event instead. A
-partial last line, left by a crash, is removed when the files are opened again. W&B gets a step metric of its own,
-so that it accepts steps in any order, and it never stops a run: if it cannot be reached, the run continues and
+partial last line, left by a crash, is removed when the files are opened again. W&B has its own step
+metric, so that it accepts steps in any order. It never stops a run: if it cannot be reached, the run continues and
 records offline.
 """
 
@@ -244,7 +244,7 @@ def _end_of_last_line(file: Any) -> int:
 
 
 def _last_step(path: Path) -> int:
-    """The step of the last readable line; lines damaged by a crash or a disk are skipped."""
+    """Return the step of the last readable line; damaged lines are skipped."""
     last = 0
     with path.open("rb") as file:
         for line in file:

@@ -93,7 +93,7 @@ def end_corpus_server(run_id: str) -> None:
 def _await_outcome(supervisor: Any, stop: threading.Event) -> Outcome:
     """Ask the supervisor repeatedly, because Ray may restart it in between.
 
-    Raises: ClusterError if it has not answered for so long that the cluster must be lost.
+    Raises: ClusterError if it has been unreachable for too long, so the cluster must be lost.
     """
     answered_at = time.monotonic()
     while True:

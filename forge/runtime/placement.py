@@ -29,7 +29,7 @@ _POLL_S = 0.5
 # How long to wait for the minimum number of workers before other runs are asked to release slots.
 _PATIENCE_S = 1.0
 _ASK_AGAIN_S = 2.0
-# Groups whose run has had no supervisor for so long are removed; Ray restarts a supervisor sooner.
+# Groups of a run without a supervisor are removed after this time; Ray restarts a supervisor sooner.
 _ORPHAN_S = 10.0
 _NODE_DIGITS = 8
 
@@ -47,7 +47,7 @@ class Allocation:
 
 
 class PlacementManager:
-    """Claims slots for a run and keeps an agent on each node that has some; `reconcile` runs until `stop`."""
+    """Requests slots for a run and keeps an agent on each node with slots; `reconcile` runs until `stop`."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class PlacementManager:
         self._is_paused = False
         self._wakes.set()
 
-    def adopt(self, node: str, handle: Any, allocation: Allocation) -> None:
+    def reattach(self, node: str, handle: Any, allocation: Allocation) -> None:
         """Take over an agent that an earlier supervisor has started."""
         self._agents[allocation.node_id] = (node, handle, allocation)
 

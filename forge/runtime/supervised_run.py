@@ -140,14 +140,14 @@ def build_placement(
     )
 
 
-async def adopt_agents(placement: PlacementManager, actors: Iterable[Any], *, supervisor: str) -> bool:
+async def reattach_agents(placement: PlacementManager, actors: Iterable[Any], *, supervisor: str) -> bool:
     """Reattach the agents that worked for a supervisor before Ray restarted it. Returns: whether there were any."""
     found = False
     for actor in actors:
         with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
             allocations = await asyncio.wait_for(actor.allocations.remote(supervisor), timeout=_ADOPT_TIMEOUT_S)
             for name, allocation in allocations.items():
-                placement.adopt(name, AgentHandle(actor=actor, name=name), allocation)
+                placement.reattach(name, AgentHandle(actor=actor, name=name), allocation)
                 found = True
     return found
 

@@ -31,10 +31,10 @@ from forge.runtime.placement import Allocation
 from forge.runtime.supervised_run import (
     RunConfig,
     SupervisedRun,
-    adopt_agents,
     build_placement,
     is_restarted_actor,
     largest_recorded,
+    reattach_agents,
     resource_on,
 )
 
@@ -118,7 +118,7 @@ class SupervisorActor:
         self._record(SupervisorRestarted(pid=os.getpid()) if is_restarted else SupervisorStarted(pid=os.getpid()))
         if is_restarted:
             actors = await asyncio.to_thread(agent_actors_of, config.run_id)
-            await adopt_agents(self._placement, actors.values(), supervisor=f"{SUPERVISOR}{config.run_id}")
+            await reattach_agents(self._placement, actors.values(), supervisor=f"{SUPERVISOR}{config.run_id}")
         self._placement.start()
         self._watching_driver = asyncio.ensure_future(self._watch_driver())
         return self._run

@@ -1,6 +1,6 @@
 """`best.yaml`: the job with the best trial's values, ready for `forge train`.
 
-It is the job itself, never the proxy; comments at the top say which trial the values come from.
+It is the full job, never the proxy; comments at the top name the trial that the values come from.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def best_job_yaml(plan: Plan, table: TrialTable, *, search_id: str) -> str | Non
 
 
 def _terse(job: JobSpec) -> JobSpec:
-    """The same job with default values left out; a plan's job has every key."""
+    """Remove default values from the job; a plan's job has every key."""
     body = job.model_dump(mode="json", exclude_defaults=True)
     try:
         found = JobSpec.model_validate_json(json.dumps(body))
@@ -57,7 +57,7 @@ def _comments(search: SearchSpec, best: Trial, *, search_id: str, num_trials: in
 
 
 def _length(search: SearchSpec, best: Trial) -> Iterator[str]:
-    """How many steps the trial ran, unless it simply ran all of them."""
+    """Say how many steps the trial ran, unless it ran all of them without a scheduler."""
     kind, total = search.scheduler.kind, best.total_steps
     is_whole = best.status == "finished"
     if kind == "none" and is_whole:
@@ -69,7 +69,7 @@ def _length(search: SearchSpec, best: Trial) -> Iterator[str]:
 
 
 def _exploits(best: Trial) -> Iterator[str]:
-    """Where a population changed the trial's values; the job has the last ones from its first step on."""
+    """List the steps at which a population changed the trial's values; the job uses the last values."""
     if not best.moves:
         return
     yield "Its values changed while it ran; the job below has the last of them from its first step on:"
@@ -89,5 +89,5 @@ def _listed(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _comment(line: str) -> str:
-    """One comment line; line breaks are escaped, because text after one would become a key of the job."""
+    """Format a comment line; line breaks are escaped, because the text after one would be read as YAML."""
     return f"# {printable(line, limit=sys.maxsize)}".rstrip()

@@ -1,7 +1,7 @@
-"""A search carried out by Ray Tune: which trials there are, with which values, when to stop, and what it costs.
+"""Run a search on Ray Tune: choose the values of trials, decide when to stop, and count the cost.
 
-The search's events are its journal and its only state: every decision is written before it is acted on. A search
-that is resumed after a kill gives the same trials the same values, keeps the trials that were over, and continues
+The search's events are its journal and its only state: every decision is written before it takes effect. A search
+that is resumed after a kill gives the same trials the same values, keeps the trials that had ended, and continues
 the others from their checkpoints.
 """
 
@@ -268,7 +268,7 @@ class SearchCoordinator:
         self._is_halted.set()
 
     def _count(self) -> None:
-        """Count what all nodes of the search cost."""
+        """Update the cost of all nodes of the search."""
         actors = self.nodes.all()
         for name in actors.keys() - self._counted:
             address, price = ray.get(actors[name].price.remote(), timeout=_STOP_S)
@@ -288,7 +288,7 @@ class SearchCoordinator:
     # --- values
 
     def _assign(self) -> None:
-        """Choose the values of trials that are ready to start, in the order of their numbers."""
+        """Choose values for the trials that are ready to start, in the order of their numbers."""
         while self._ready and self._halt_reason is None:
             last = max(self.table.trials, default=0)
             if last < max(self._ready) and self._choose(last + 1) is None:
@@ -311,7 +311,7 @@ class SearchCoordinator:
         return config_values(values, self._search)
 
     def _resumed_config(self, trial: Trial) -> dict[str, Any]:
-        """The Tune config of a trial that was not over when the search was interrupted."""
+        """Return the Tune config of a trial that had not ended when the search was interrupted."""
         config: dict[str, Any] = {
             "trial": trial.number,
             "values": self._config_values(trial.values),
@@ -325,7 +325,7 @@ class SearchCoordinator:
         return config
 
     def _grow_when_last(self) -> None:
-        """Once no trial is waiting for slots, let the running ones take all."""
+        """If no trial is waiting for slots, allow the running trials to use all of them."""
         running = [trial for trial in self.table.trials.values() if not trial.is_over]
         num_over = len(self.table.trials) - len(running)
         if (

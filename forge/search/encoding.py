@@ -1,6 +1,6 @@
-"""Conversion of a trial's values between the job and Ray Tune's schedulers. Pure.
+"""Convert a trial's values between the job and Ray Tune's schedulers. Pure.
 
-`pb2` models the unit box: each value becomes its position in its range, from 0 to 1, on a logarithmic scale for
+`pb2` needs values in [0, 1]: each becomes its relative position in its range, on a logarithmic scale for
 `loguniform`.
 """
 

@@ -1,4 +1,4 @@
-"""The importance of each searched key, by Optuna's fANOVA over the trials of a search.
+"""Estimate the importance of each searched key with Optuna's fANOVA over the trials of a search.
 
 The trials are copied into an Optuna study in memory, which is discarded afterwards: a search's only record is its
 events. The Optuna distributions of the search space are also used by `forge.search.suggest`.
@@ -90,7 +90,7 @@ def _distribution(entry: ParameterSpec) -> BaseDistribution:
 
 
 def _axis(found: BaseDistribution) -> BaseDistribution:
-    """The distribution on a linear axis: Optuna's fANOVA would weigh a logarithmic range by its length."""
+    """Map a logarithmic range to a linear one, because fANOVA weights ranges by their linear length."""
     if isinstance(found, FloatDistribution) and found.log:
         return FloatDistribution(math.log(found.low), math.log(found.high))
     return found
@@ -110,7 +110,7 @@ def _frozen(
 
 
 def _placed(entry: ParameterSpec, value: Any, *, axis: BaseDistribution) -> Any:
-    """A value's position on its axis, clipped to the range, which a population's perturbation may leave."""
+    """Return a value's position on its axis, clipped to the range: a perturbed value may be outside it."""
     if not isinstance(axis, (FloatDistribution, IntDistribution)):
         return as_choice(value)
     at = math.log(value) if entry.loguniform is not None and value > 0 else value

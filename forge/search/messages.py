@@ -12,7 +12,7 @@ from forge.runtime.supervised_run import RunConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialAssignment:
-    """A trial that the runner is to carry out."""
+    """A trial for the runner to run."""
 
     run: RunConfig
     group: str

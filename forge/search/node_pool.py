@@ -1,4 +1,4 @@
-"""The agent actors of a search, one per node: started where they are first needed, shared by all trials."""
+"""The agent actors of a search, one per node, started on first use and shared by all trials."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Ray Tune's schedulers with a journal: results and decisions are recorded, and a resumed search decides the same.
+"""Ray Tune's schedulers with a journal, so that a resumed search makes the same decisions.
 
-Tune forgets a scheduler's state when a search is resumed. Here the state follows from the journal: the results of
-earlier trials are fed to a new scheduler in the same order, and a population's random choices are seeded by its
-round. PB2's model is the exception: after a resumption it is fitted to the results since then only.
+Tune does not keep a scheduler's state when a search is resumed. Here the state is rebuilt from the journal: the
+results of earlier trials are replayed to a new scheduler in the same order, and a population's random choices are
+seeded by its round. Exception: after a resumption, PB2 fits its model only to later results.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class JournaledScheduler(TrialScheduler):  # type: ignore[misc]
             _set_next_round(inner, table.population_step + self._interval)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its scheduler, but a search is restored from its journal."""
+        """Pickle nothing: Tune pickles its scheduler, but a search is restored from its journal."""
         return {}
 
     @property
@@ -166,7 +166,7 @@ class JournaledScheduler(TrialScheduler):  # type: ignore[misc]
         return str(self._inner.debug_string())
 
     def _replay(self, trial: Any, known: Trial) -> None:
-        """Feed a trial's recorded results to the inner scheduler; its decisions were carried out already."""
+        """Replay a trial's recorded results to the inner scheduler; its decisions have already taken effect."""
         self._inner.on_trial_add(None, trial)
         results = [{_TIME: step, _VALUE: value, "training_iteration": step} for step, value in known.reports]
         for result in results:
@@ -198,21 +198,21 @@ class JournaledScheduler(TrialScheduler):  # type: ignore[misc]
 
 
 class _FormerTrial:
-    """A trial that was over before the search was resumed, so that Tune has no object for it."""
+    """A trial that ended before the search was resumed, for which Tune has no object."""
 
     def __init__(self, number: int) -> None:
         self.trial_id = f"{number:04d}"
 
 
 class _NoLiveTrials:
-    """What a scheduler asks of Tune's controller while recorded results are replayed."""
+    """Stands in for Tune's controller while recorded results are replayed: no trial is live."""
 
     def get_live_trials(self) -> list[Any]:
         return []
 
 
 def _next_round(scheduler: TrialScheduler) -> int:
-    """The step at which a synchronous population exploits next."""
+    """Return the step at which a synchronous population exploits next."""
     return int(scheduler._next_perturbation_sync)
 
 

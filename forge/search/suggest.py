@@ -1,4 +1,4 @@
-"""The values of a trial, as a pure function of the search's seed, the trial's number and the earlier trials.
+"""Suggest a trial's values, as a pure function of the search's seed, the trial's number and the earlier trials.
 
 No state is kept between suggestions, so a search that is resumed from its journal suggests the same values.
 """
@@ -83,7 +83,7 @@ def _sampled(search: SearchSpec, number: int, *, known: list[Trial], running: li
 
 
 def _finished_trial(trial: Trial, search: SearchSpec, space: Mapping[str, Any]) -> optuna.trial.FrozenTrial:
-    """A trial that is over, for Optuna: stopped or diverged trials count as pruned, worse than finished ones."""
+    """Convert an ended trial for Optuna; stopped and diverged trials are pruned, so worse than finished ones."""
     params = _encoded(trial, search)
     value = trial.value
     if trial.status == "finished" and value is not None and math.isfinite(value):
@@ -99,7 +99,7 @@ def _finished_trial(trial: Trial, search: SearchSpec, space: Mapping[str, Any]) 
 
 
 def _encoded(trial: Trial, search: SearchSpec) -> dict[str, Any]:
-    """A trial's values as Optuna stores them."""
+    """Convert a trial's values to Optuna's."""
     searched = {key: entry for key, entry in search.space.items() if entry.of is None}
     return {
         key: trial.values[key] if entry.values is None else as_choice(trial.values[key])
@@ -108,7 +108,7 @@ def _encoded(trial: Trial, search: SearchSpec) -> dict[str, Any]:
 
 
 def _decoded(params: Mapping[str, Any], search: SearchSpec) -> dict[str, Any]:
-    """The inverse of `_encoded`: values as the job needs them."""
+    """Convert Optuna's values to the job's; the inverse of `_encoded`."""
     found = dict(params)
     for key, chosen in params.items():
         values = search.space[key].values

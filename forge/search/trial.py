@@ -1,7 +1,7 @@
-"""A trial as Ray Tune sees it: a `Trainable` whose results are the objective values of a run.
+"""The Ray Tune `Trainable` of a trial, whose results are the objective values of a run.
 
-Tune's actor plans the run, has a trial runner carry it out, and returns its objective value whenever there is a new
-one. The actor, its runner and the runner's slots are reused for one trial after the other.
+Tune's actor plans the run, starts it on a trial runner, and returns each new objective value. The actor, its runner
+and the runner's slots are reused for the next trial.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         return True
 
     def _fork_checkpoint(self, plan: Plan, folder: Path) -> None:
-        """Copy the checkpoint to continue from if it is another trial's."""
+        """Copy the checkpoint to continue from, if another trial wrote it."""
         if self._source is None:
             return
         step, donor = self._source
@@ -184,13 +184,13 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         )
 
     def _start_trial(self) -> None:
-        """Have the runner start the trial; again if the runner was restarted."""
+        """Start the trial on the runner; repeat this after a restart of the runner."""
         assert self._assignment is not None, "_make_plan comes first"
         assignment = replace(self._assignment, reported_step=self._reported)
         self._ask(partial(self._runner.start_trial.remote, assignment), is_start=True)
 
     def _await_result(self) -> dict[str, Any]:
-        """The next objective value, or how the trial ended without one."""
+        """Wait for the next objective value, or for the end of the trial."""
         assert self._plan is not None
         last_step = min(self._plan.total_steps, self._plan.pause_at or self._plan.total_steps)
         while True:
@@ -214,7 +214,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
             raise RunError(f"the trial ended at step {update.outcome.step} without a value of {metric}")
 
     def _judge(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """The result for Tune from a line of `metrics.jsonl`.
+        """Build the result for Tune from a line of `metrics.jsonl`.
 
         Raises: DivergedError if the objective is not finite; RunError if it was not measured.
         """
@@ -285,7 +285,7 @@ def plan_trial(search: Plan, values: Mapping[str, Any]) -> Plan:
 
 
 def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:
-    """The search's corpus if the trial uses the same data section, otherwise one that is prepared now."""
+    """Return the search's corpus, or prepare another if the trial changes the data section."""
     if job.data == usual.data:
         return search.corpus
     from forge.data.prepare import prepare

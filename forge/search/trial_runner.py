@@ -1,4 +1,4 @@
-"""The trial runner: a Ray actor that carries out one trial after the other, as supervisor and recorder of each.
+"""The trial runner: a Ray actor that runs one trial after another, as the supervisor and recorder of each.
 
 It keeps its placement groups between trials, so that the next one starts at once. If its process dies, Ray restarts
 it; the trial's Tune actor then starts the active trial again, and agents find the new supervisor by the actor's
@@ -34,9 +34,9 @@ from forge.runtime.placement import Allocation, PlacementManager
 from forge.runtime.recorder_actor import write_record
 from forge.runtime.supervised_run import (
     SupervisedRun,
-    adopt_agents,
     build_placement,
     is_restarted_actor,
+    reattach_agents,
     resource_of,
     resource_on,
 )
@@ -48,7 +48,7 @@ _CLOSE_S = 10.0
 
 @dataclass(slots=True, kw_only=True)
 class _ActiveTrial:
-    """The trial that is being carried out."""
+    """The trial that the runner is running."""
 
     assignment: TrialAssignment
     run: SupervisedRun
@@ -106,7 +106,7 @@ class TrialRunnerActor:
         known = [record for record in read_metrics(folder) if is_judged(record, plan)]
         placement = self._placement_for(plan)
         is_restarted, self._is_fresh = self._is_fresh and is_restarted_actor(), False
-        has_agents = is_restarted and await self._adopt_agents(placement)
+        has_agents = is_restarted and await self._reattach_agents(placement)
         no_limits = CostMeter(
             CostLimits(), head=ray.util.get_node_ip_address(), head_usd_per_hour=None, spent_usd=0.0
         )
@@ -248,7 +248,7 @@ class TrialRunnerActor:
                 await self._placement.pause()
 
     def _placement_for(self, plan: Plan) -> PlacementManager:
-        """The runner's placement, made for its first trial: the minimum until no other trial is waiting."""
+        """Return the runner's placement, created for its first trial; limited to the minimum while trials wait."""
         if self._placement is None:
             self._placement = build_placement(
                 plan,
@@ -278,15 +278,15 @@ class TrialRunnerActor:
         return AgentHandle(actor=actor, name=name)
 
     def _num_cores(self, allocation: Allocation, plan: Plan) -> int:
-        """This trial's share of a node's cores, which it shares with the other trials."""
+        """Return this trial's share of a node's cores."""
         num_slots = resource_on(allocation.node_id, resource=resource_of(plan))
         num_ranks = max(allocation.num_slots, min(num_slots, self._nodes.num_ranks))
         return resource_on(allocation.node_id, resource="CPU") * allocation.num_slots // num_ranks
 
-    async def _adopt_agents(self, placement: PlacementManager) -> bool:
-        """Reattach agents from before a restart of this actor, which hold the state in memory."""
+    async def _reattach_agents(self, placement: PlacementManager) -> bool:
+        """Reattach agents that were started before a restart of this actor; they hold the state in memory."""
         actors = await asyncio.to_thread(self._nodes.all)
-        return await adopt_agents(placement, actors.values(), supervisor=self._name)
+        return await reattach_agents(placement, actors.values(), supervisor=self._name)
 
     def _record(self, event: Event) -> None:
         if self._active is not None:
@@ -315,7 +315,7 @@ def _open_recorder(plan: Plan, assignment: TrialAssignment) -> Recorder:
 
 
 async def _run_in(writer: ThreadPoolExecutor, action: Callable[[], Any]) -> Any:
-    """The result of an action, after everything that was submitted to the writer before it."""
+    """Run an action on the writer thread, after everything submitted before it, and return its result."""
     return await asyncio.get_running_loop().run_in_executor(writer, action)
 
 

@@ -1,4 +1,4 @@
-"""Ray Tune's view of a search: trials in the order of their numbers, and when all of them are to end."""
+"""The search algorithm and the stopper that Ray Tune uses: trials in the order of their numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class JournalSearch(SearchAlgorithm):  # type: ignore[misc]
         self._spec: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its search algorithm, but a search is restored from its journal."""
+        """Pickle nothing: Tune pickles its search algorithm, but a search is restored from its journal."""
         return {}
 
     @property
@@ -69,11 +69,11 @@ class StopAll(Stopper):  # type: ignore[misc]
         self._is_halted = is_halted
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing; see `JournalSearch.__getstate__`."""
+        """Pickle nothing; see `JournalSearch.__getstate__`."""
         return {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Never stops a single trial."""
+        """Never stop a single trial."""
         return False
 
     def stop_all(self) -> bool:

@@ -95,7 +95,7 @@ def test_describe__idle_node_left__has_its_own_line() -> None:
             SnapshotIntervalChanged(every=4, seconds=0.012, share=0.009),
             "snapshots to memory every 4 steps from now on (12ms each, 0.9% of the time)",
         ),
-        (SupervisorRestarted(pid=1), "the supervisor died and was restarted; training continued meanwhile"),
+        (SupervisorRestarted(pid=1), "the supervisor died and was restarted; training continued"),
         (NodeLeft(node=NODE, reason="\x1b[2J"), "node 3f2a left: \\x1b[2J"),
     ],
     ids=lambda value: type(value).__name__,

@@ -49,7 +49,7 @@ class AzureScheduledEvents:
         }
 
     def _deadline(self, event: Mapping[str, str], response: MetadataResponse) -> float:
-        """Now for an event that has started: it has no `NotBefore` any more."""
+        """Parse `NotBefore`; an event that has started has none, so its deadline is now."""
         moment = parse_http_date(event["NotBefore"])
         return self.clock() if moment is None else response.to_local_time(moment, clock=self.clock)
 

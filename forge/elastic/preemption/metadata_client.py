@@ -1,6 +1,6 @@
 """HTTP requests to the metadata service of a cloud.
 
-Requests bypass every proxy of the environment (the service's link-local address means another machine there),
+Requests ignore the proxies of the environment (behind a proxy the link-local address belongs to another machine),
 follow no redirect, and read at most `MAX_BODY_BYTES`. A cancelled request closes its connection at once, long poll
 or not.
 """

@@ -1,4 +1,4 @@
-"""What a preemption watcher reports, and the settings that all watchers share."""
+"""The notice that a preemption watcher reports, and the settings that all watchers share."""
 
 from __future__ import annotations
 

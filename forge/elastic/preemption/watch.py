@@ -1,9 +1,9 @@
-"""Watches for the announcement that this machine will be taken away.
+"""Watches for notices that this machine will be preempted.
 
 One watcher per source: the metadata services of AWS, GCP and Azure, and the file that
 `forge.elastic.preemption.pod_init` writes in a Kubernetes pod. A cloud is polled only where the cluster names it,
-`FORGE_CLOUD=aws` or `kubernetes,aws`: elsewhere the address of the metadata services may be another machine's. The
-clouds' own variables `AWS_EC2_METADATA_SERVICE_ENDPOINT` and `GCE_METADATA_HOST` change the address; Azure has
+`FORGE_CLOUD=aws` or `kubernetes,aws`: elsewhere the address of a metadata service may belong to another machine.
+The clouds' own variables `AWS_EC2_METADATA_SERVICE_ENDPOINT` and `GCE_METADATA_HOST` change the address; Azure has
 none, `AZURE_METADATA_ENDPOINT` is forge's.
 """
 

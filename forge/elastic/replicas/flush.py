@@ -1,7 +1,7 @@
-"""Writes a durable checkpoint from the replica store, when no ranks run that could write it.
+"""Writes a checkpoint from the replica store while no ranks run.
 
-It starts the writer process that also writes a rank's shard during training, on a snapshot that outlived its rank.
-Rank 0's writer waits for the other shards and commits the checkpoint, as during training.
+It starts the same writer process as during training, on a snapshot that outlived its rank. Rank 0's writer waits
+for the other shards and commits the checkpoint, as during training.
 """
 
 from __future__ import annotations

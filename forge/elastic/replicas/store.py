@@ -1,4 +1,4 @@
-"""A node's in-memory store of training state: snapshots of its own ranks, and replicas of its peer's.
+"""A node's in-memory store of training state: snapshots of its own ranks, and replicas of another node's.
 
 The store belongs to the agent, so it outlives the ranks that wrote the snapshots. Each snapshot of a rank is sent
 to a peer node (`forge.elastic.replicas.replicate`) and counts as replicated when it is complete there. Ranks of a

@@ -1,4 +1,4 @@
-"""The agent's side of the fork server: start it, fork ranks from it, learn how they end, and pool fork servers."""
+"""The agent's client of the fork server: start it, fork ranks, report how they end, and pool fork servers."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class ForkServerPool:
             self._idle.append(self._new(plan_json))
 
     def take(self, plan_json: str) -> ForkServer:
-        """Return a fork server for a run of this plan, an idle one if possible. It reports when it is ready."""
+        """Return a fork server for a run of this plan, an idle one if possible."""
         self._idle.sort(key=lambda process: process.is_ready)
         while self._idle:
             process = self._idle.pop()

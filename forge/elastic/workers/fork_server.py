@@ -1,10 +1,10 @@
-"""The fork server: has imported everything that a rank needs, and forks ranks on request.
+"""The fork server: imports everything that a rank needs, and forks ranks on request.
 
     python -m forge.elastic.workers.fork_server SOCKET_FD PLAN_FD PARENT_PID
 
 It uses neither CUDA nor threads, so a fork of it equals a new process, but starts seconds earlier. Its agent sends
-requests over a socket, as file descriptors: of the worker's spec, and of what the rank inherits. It answers with
-pids and with how each rank ended. Ranks die with the fork server, and the fork server with its agent.
+requests over a socket, as file descriptors of the worker's spec and of what the rank inherits. It answers with pids
+and with the exit status of each rank. Ranks die with the fork server, and the fork server with its agent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _serve(sock: socket.socket, plan: str, *, ready_s: float) -> socket.socket | None:
-    """Serve an agent until it is gone. Returns: in a clone of this process, the socket to its agent."""
+    """Serve an agent until it ends. Returns: in a clone of this process, the socket to its agent."""
     wake, woken = socket.socketpair()
     for end in (wake, woken):
         end.setblocking(False)
@@ -83,7 +83,7 @@ def _import_for(plan_json: str) -> float:
 
 
 def _fork(spec: dict[str, Any], *, fds: list[int], plan: str, close: tuple[socket.socket, ...]) -> None:
-    """Fork a rank, in which the sockets `close` of this process are closed; the first one leads to the agent."""
+    """Fork a rank, which closes the sockets `close` of this process; the first is the agent's."""
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,8 +1,8 @@
 """A page of shared memory between one rank and its agent: the rank's progress, and control flags for the rank.
 
-Nothing is sent while a rank trains: the rank writes some fields and the agent others, and each reads the other's
-when it needs them. A field has eight bytes and is written atomically. The memory has no name (`memfd`) and is
-freed with the last process that uses it.
+No messages are needed while a rank trains: the rank writes some fields, the agent writes others, and each reads the
+other's. A field has eight bytes and is written atomically. The memory is anonymous (`memfd`) and is freed with the
+last process that uses it.
 """
 
 from __future__ import annotations

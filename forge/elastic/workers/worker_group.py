@@ -136,7 +136,7 @@ class WorkerGroup:
                 worker.status[flag] = 1
 
     def set_recorded_step(self, step: int) -> None:
-        """Tell the ranks that the metrics of a step are recorded."""
+        """Publish to the ranks that the metrics of a step are recorded."""
         for worker in self._workers.values():
             worker.status[StatusField.RECORDED_STEP] = step
 
@@ -218,7 +218,7 @@ class WorkerGroup:
     def _fork(
         self, command: Message, *, local_rank: int, fork_server: ForkServer, asked_at: float, rendezvous_fd: int
     ) -> None:
-        """Fork one rank and listen to it."""
+        """Fork one rank and read its messages."""
         rank = command["ranks"][local_rank]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
@@ -262,7 +262,7 @@ class WorkerGroup:
         asyncio.get_running_loop().add_reader(ours, self._read, worker)
 
     def _shards(self, command: Message, *, first_fd: int) -> tuple[list[Message], list[int]]:
-        """The shards to continue from: indices of file descriptors for local ones, endpoints for the others."""
+        """Locate the shards to continue from: file descriptors of local ones, endpoints of the others."""
         shards: list[Message] = []
         fds: list[int] = []
         for shard in source_shards(command):
@@ -330,7 +330,7 @@ class WorkerGroup:
         )
 
     async def _disconnected(self, worker: _Worker) -> None:
-        """A worker's socket is closed: it has ended or is about to. Report its end if it could not."""
+        """Handle a worker's closed socket: the worker has ended or is ending. Report its end if it did not."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(worker.is_gone.wait(), timeout=_REAP_S)
         if not worker.has_reported_end:
@@ -369,6 +369,6 @@ def _wait_ended(pid: int | None) -> None:
 
 
 def _interface_of(host: str) -> str | None:
-    """The name of the network interface with this address."""
+    """Return the name of the network interface with this address."""
     found = psutil.net_if_addrs()
     return next((str(name) for name in found if any(entry.address == host for entry in found[name])), None)

@@ -1,4 +1,4 @@
-"""One rank's process, forked from the fork server: from its launch spec to its end.
+"""The process of one rank, forked from the fork server: reads its launch spec and trains.
 
 It sends events, metrics and its snapshot buffer to the agent over a socket, and publishes its progress on a status
 page. It does not depend on Ray or on the cluster.
