@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 
@@ -30,3 +31,28 @@ def closed_port() -> Iterator[int]:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         yield int(holder.getsockname()[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _module_environment() -> Iterator[None]:
+    """Undo what the tests of a module, its fixtures and the tested code changed in `os.environ`.
+
+    forge sets `RAY_AUTH_MODE` where it talks to a cluster; a later module's `ray.init` must not see it.
+    """
+    before = dict(os.environ)
+    yield
+    _restore_environment(before)
+
+
+@pytest.fixture(autouse=True)
+def _test_environment(_module_environment: None) -> Iterator[None]:
+    """Undo what one test and the tested code changed in `os.environ`."""
+    before = dict(os.environ)
+    yield
+    _restore_environment(before)
+
+
+def _restore_environment(before: Mapping[str, str]) -> None:
+    for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if name != "PYTEST_CURRENT_TEST"})
