@@ -1,8 +1,8 @@
-"""The interface that every cluster provider implements, and what this machine remembers of each cluster.
+"""The interface that every cluster provider implements, and the record that this machine keeps of each cluster.
 
 A cluster can be started, inspected and stopped; commands run on its head; and its job server, which listens only
 on the head's loopback, is reached through a forwarded port. The record of a cluster is a small file in the state
-folder. It is written before anything is started, so that whatever was started can be found again.
+folder. It is written before anything is started, so that everything that was started can be found again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ask Ray's dashboard on a head for its nodes and runs, without importing Ray."""
+"""Query Ray's dashboard on a head for its nodes and runs, without importing Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find a cluster: by its file, or by the name of one that was started from this machine."""
+"""Find a cluster by its file, or by its name if it was started from this machine."""
 
 from __future__ import annotations
 

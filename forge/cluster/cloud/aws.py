@@ -1,7 +1,7 @@
 """AWS requests that Ray's launcher does not make: regions, spot prices, instances, termination.
 
-Only this module imports boto3; `forge.cluster.cloud.aws_network` uses its clients. Every error of AWS becomes one
-sentence that says what to do.
+Only this module imports boto3; `forge.cluster.cloud.aws_network` uses its clients. Every error of AWS is
+converted to one sentence that says what to do.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _client(service: str, region: str, environment: tuple[tuple[str, str], ...])
 
 @functools.lru_cache(maxsize=4)
 def _session(environment: tuple[tuple[str, str], ...]) -> Any:
-    """One session for all clients: it has parsed the service definitions, which takes longer than a request."""
+    """Return the session of all clients; parsing its service definitions takes longer than a request."""
     try:
         import boto3
     except ImportError:

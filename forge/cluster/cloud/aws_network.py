@@ -1,7 +1,7 @@
 """Create and delete what a cluster needs in an AWS region: security group, key pair, roles.
 
-Ray would create a security group that is open to the whole world on port 22, a key in `~/.ssh`, and workers that
-may not read the bucket. So forge creates a group, a key and two roles for each cluster, all with its tag.
+Ray would open port 22 to the whole world, create a key in `~/.ssh`, and start workers without access to the bucket.
+So forge creates a security group, a key and two roles for each cluster, all with its tag.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _default_vpc(ec2: Any, region: str) -> _Vpc:
 
 
 def _security_group(ec2: Any, name: str, *, vpc: str, allow_from: str) -> str:
-    """The cluster's security group: open to its own machines, and on port 22 to `allow_from`. Returns: its id."""
+    """Create the security group: open to its own machines, and port 22 to `allow_from`. Returns: its id."""
     group_name = f"forge-{name}"
     filters = [{"Name": "vpc-id", "Values": [vpc]}, {"Name": "group-name", "Values": [group_name]}]
     found = ec2.describe_security_groups(Filters=filters)["SecurityGroups"]
@@ -179,7 +179,7 @@ def _image(ec2: Any, region: str, owner: str, name: str) -> str:
 
 
 def _profiles(spec: CloudSpec) -> tuple[str, str]:
-    """The instance profiles of the head and of the workers."""
+    """Create the instance profiles of the head and of the workers."""
     iam = client("iam", ANY_REGION)
     names = f"forge-{spec.name}-head", f"forge-{spec.name}-worker"
     head_role, worker_role = (_role(iam, role, cluster=spec.name) for role in names)
@@ -239,7 +239,7 @@ def _policy(statements: list[dict[str, Any]]) -> str:
 
 
 def _await_profile(ec2: Any, *, image: str, subnet: str, profile: str) -> None:
-    """Wait until a new instance profile can be used, by dry runs of a launch."""
+    """Wait until dry runs of a launch accept a new instance profile."""
     import botocore.exceptions
 
     deadline = time.monotonic() + _READY_TIMEOUT_S

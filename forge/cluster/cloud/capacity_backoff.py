@@ -1,10 +1,10 @@
-"""Keep Ray's autoscaler from asking for an unavailable instance type forever, on the head of a rented cluster.
+"""Pause instance types without capacity in Ray's autoscaler; runs on the head of a rented cluster.
 
 python -m forge.cluster.cloud.capacity_backoff
 
-Ray 2.60's autoscaler, when a cloud has no capacity for an instance type, asks for the same type again and never for
-another. This process reads the refusals from the autoscaler's log and pauses that type for a while: in the
-autoscaler's own file, which it reads before each decision, it limits the type to the nodes that exist. So the next
+If a cloud has no capacity for an instance type, Ray 2.60's autoscaler requests the same type again and never
+another. This process reads the refusals from the autoscaler's log and pauses the type for a while: it limits the
+type to the existing nodes in the autoscaler's configuration file, which Ray reads before each decision. So the next
 best type is requested, spot before on demand.
 """
 
@@ -80,7 +80,7 @@ class CapacityBackoff:
             _log.warning("trying again: %r", error)
 
     def _read_refused(self) -> set[str]:
-        """The node types that were refused since the last call."""
+        """Return the node types that were refused since the last call."""
         if not self._log_file.exists():
             return set()
         status = self._log_file.stat()

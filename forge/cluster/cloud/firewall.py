@@ -1,7 +1,7 @@
 """Restrict ssh access to machines on GCP and Azure, where Ray's launcher opens port 22 to the whole world.
 
-On AWS the cluster has its own security group, `forge.cluster.cloud.aws_network`. On the other clouds their command
-line tools, which hold the user's credentials, set the rules: on GCP before a machine exists; on Azure as soon as
+On AWS the cluster has its own security group, `forge.cluster.cloud.aws_network`. On the other clouds, their command
+line tools set the rules with the user's credentials: on GCP before a machine exists; on Azure as soon as
 Ray has created its network security group, which it does again at each `up`. Every login needs the key as well.
 
 Source: gcloud's reference, "gcloud compute firewall-rules create"; Azure CLI's, "az network nsg rule update";
@@ -77,7 +77,7 @@ def after_commands(spec: CloudSpec, *, allow_from: str) -> list[list[str]]:
 
 
 def end_commands(spec: CloudSpec) -> list[list[str]]:
-    """Delete those of GCP's rules that exist; Azure deletes its own with the machines."""
+    """Return the commands that delete GCP's existing rules; Azure deletes its rules with the machines."""
     if spec.provider != "gcp":
         return []
     rules = " ".join(f"{network_tag(spec)}-{name}" for name in ("own", "ssh", "world"))

@@ -119,7 +119,7 @@ def order_by_price(
 def _affordable(
     spec: CloudSpec, *, head: InstanceOption, workers: list[InstanceOption], limit: float
 ) -> list[InstanceOption]:
-    """The options of which the limit pays for as many workers as of the cheapest."""
+    """Return the options for which the price limit allows as many workers as for the cheapest one."""
     unknown = sorted({option.machine_type for option in (head, *workers) if option.usd_per_hour is None})
     if unknown:
         raise JobFileError(

@@ -1,7 +1,7 @@
 """Machines rented from AWS, GCP or Azure: forge chooses region and types, Ray's launcher and autoscaler rent them.
 
-The regions that were tried are saved before anything is rented in them, and `down` asks each of them for machines
-with the cluster's tag, so that nothing is left behind, wherever and whenever `up` was ended.
+Each region is saved before anything is rented in it, and `down` searches all saved regions for machines with the
+cluster's tag, so that no machine is left behind, even if `up` was killed.
 """
 
 from __future__ import annotations
@@ -186,6 +186,6 @@ class CloudCluster:
         return CloudHead.of(self._spec, state=state)
 
     def _ask_ray(self) -> tuple[list[ClusterNode], tuple[str, ...]]:
-        """The nodes and runs that Ray knows. Raises: ClusterError if it does not answer."""
+        """Query Ray for nodes and runs. Raises: ClusterError if it does not answer."""
         with self.job_server() as url:
             return ray_nodes(url, token=self.token(), prices={}), tuple(ray_runs(url, token=self.token()))

@@ -189,7 +189,7 @@ def _node(spec: CloudSpec, option: InstanceOption, *, context: RegionContext, is
 
 
 def _resources(spec: CloudSpec, option: InstanceOption, *, is_head: bool) -> dict[str, int]:
-    """The resources that Ray assumes; on AWS it asks for CPUs and GPUs itself."""
+    """Return the resources that Ray assumes; on AWS it queries CPUs and GPUs itself."""
     if is_head:
         return {"CPU": 0}
     if spec.provider == "aws":
@@ -339,5 +339,5 @@ def _environment(spec: CloudSpec, *, plan: InstancePlan) -> str:
 
 
 def _ray(python: str) -> str:
-    """The `ray` command in the environment that has forge."""
+    """Return the `ray` command of the environment in which forge is installed."""
     return shell_path(f"{python.rpartition('/')[0]}/ray")

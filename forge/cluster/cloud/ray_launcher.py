@@ -1,7 +1,7 @@
 """Run Ray's own cluster launcher, unchanged, in a subprocess with a log file.
 
 A launch succeeds, fails for lack of capacity, which another region may have, or fails otherwise. The launcher never
-outlives this process, and what it has started by then has the cluster's tag, so that `down` finds it.
+outlives this process; machines that it started have the cluster's tag, so that `down` finds them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Start a cluster in the first region that has the machines, in order of price.
+"""Start a cluster in the cheapest region that has capacity.
 
-A region is saved as tried before anything is rented there, so that `down` asks it, whenever `up` is ended. A region
-without capacity is cleaned up before the next one is tried.
+A region is saved as tried before anything is rented there, so that `down` searches it even if `up` is killed. A
+region without capacity is cleaned up before the next one is tried.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RegionStarter:
         )
 
     def _regions(self) -> dict[str, PriceOf]:
-        """The regions to try with their prices, the cheapest first; only AWS reports current spot prices."""
+        """Return the regions to try with their prices, cheapest first; only AWS reports current spot prices."""
         spec, listed, chosen = self._spec, listed_price(self._spec), self._state.get("region")
         if spec.provider != "aws":
             return dict.fromkeys([chosen] if chosen else regions_of(spec), listed)
@@ -136,7 +136,7 @@ class RegionStarter:
         return result
 
     def _record_region(self, region: str, plan: InstancePlan) -> None:
-        """Save where the head is, and what each node type costs there."""
+        """Save the location of the head, and the price of each node type in its region."""
         state = self._state
         state["region"] = region
         state["prices"] = {option.node_type: option.usd_per_hour for option in plan.workers}

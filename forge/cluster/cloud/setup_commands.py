@@ -1,8 +1,8 @@
 """How forge is installed on a rented machine: shell commands that Ray's launcher runs there.
 
-They install the package of `forge.cluster.ssh.bootstrap`, in an environment that is named after it and used only
-when it is complete. A rented machine has a bare image: if this machine's version of Python, which Ray requires on
-all nodes, is missing there, uv downloads one.
+They install the package of `forge.cluster.ssh.bootstrap` in an environment that is named after it and used only
+when it is complete. Ray requires the same version of Python on all nodes; if it is missing on the rented machine's
+image, uv downloads it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What this machine keeps of a rented cluster: its record, and a folder with the key, launch file and log.
+"""The local state of a rented cluster: its record, and a folder with the key, launch file and log.
 
-The record's state has `tried`, the regions where something may have been rented, in order; and of a cluster that is
-up `region`, `address` and `private_address` of the head, `python` there, and `prices` by node type.
+The record's state has `tried`, the regions where something may have been rented, in order. If the cluster is up, it
+also has `region`, `address`, `private_address` and `python` of the head, and `prices` by node type.
 """
 
 from __future__ import annotations

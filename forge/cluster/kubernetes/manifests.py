@@ -1,7 +1,7 @@
 """The Kubernetes objects of a cluster file: a RayCluster for KubeRay's operator, and the Secret with Ray's token.
 
-Pure: the same file gives the same manifests. The RayCluster is `ray_cluster.yaml.j2`, filled in; this module holds
-only what the template must look up.
+Pure: the same file gives the same manifests. The RayCluster is rendered from `ray_cluster.yaml.j2`; this
+module contains only what the template needs to look up.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def token_secret(spec: KubernetesSpec, *, token: str) -> Manifest:
 
 
 def _node_selector(spec: KubernetesSpec) -> dict[str, str]:
-    """The labels of nodes for workers; where one of several labels will do, the template uses an affinity."""
+    """Return the node labels that workers require; for alternatives the template uses an affinity."""
     if spec.node_selector:
         return dict(spec.node_selector)
     selector = dict(_SPOT_LABELS[spec.cloud]) if spec.spot and spec.cloud in ("gcp", "azure") else {}

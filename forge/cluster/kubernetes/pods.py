@@ -1,4 +1,4 @@
-"""Read from a pod's status whether it runs and, if not, what it waits for and whether that can succeed."""
+"""Read from a pod's status whether it runs; if not, what it waits for, and whether it can still start."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Pods that the KubeRay operator starts: forge applies a RayCluster with kubectl, and reads what becomes of it.
+"""Pods that the KubeRay operator starts: forge applies a RayCluster with kubectl and reads its status.
 
-A RayCluster that was applied and has not changed is left alone, so that another `up` starts nothing twice; from
-then on only the autoscaler changes the number of workers. Ray's token is in a Secret, of which this machine keeps a
-copy: whoever may read Secrets in that namespace may use the cluster.
+An unchanged RayCluster is not applied again, so another `up` starts nothing twice; afterwards only the autoscaler
+changes the number of workers. Ray's token is in a Secret, of which this machine keeps a copy: everyone who can read
+Secrets in that namespace can use the cluster.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class KubernetesCluster:
         return self.status()
 
     def status(self) -> ClusterStatus:
-        """Its pods according to Kubernetes, with what Ray reports if it answers."""
+        """Return the pods according to Kubernetes, with Ray's report on them if it answers."""
         kubectl = self._kubectl()
         found = list_objects(kubectl, label=self._label)
         head = next((pod for pod in found.pods if pod.is_head and pod.state == "alive"), None)
@@ -197,7 +197,7 @@ class KubernetesCluster:
         return ray_cluster(self._spec, ray_version=version("ray"))
 
     def _kubectl(self) -> Kubectl:
-        """kubectl in the context in which the cluster was started, whatever its current context is now."""
+        """Return kubectl for the context in which the cluster was started, not the current one."""
         return Kubectl(namespace=self._spec.namespace, context=self._spec.context or self._recorded_context())
 
     def _recorded_context(self) -> str | None:
@@ -219,7 +219,7 @@ class KubernetesCluster:
         write_record(ClusterRecord(name=self.name, provider="kubernetes", spec=spec, state={"context": context}))
 
     def _sync_token(self, kubectl: Kubectl) -> None:
-        """Copy the token from the Secret to this machine, or create both; Ray was started with the Secret's.
+        """Copy the token from the Secret to this machine, or create both; the running Ray uses the Secret's token.
 
         Raises: ClusterError if Kubernetes refuses, or the Secret has no token.
         """
@@ -238,7 +238,7 @@ class KubernetesCluster:
         write_atomic(token_path(self.name), token, mode=0o600)
 
     def _live(self, kubectl: Kubectl) -> Mapping[str, Any] | None:
-        """The existing RayCluster. Raises: ClusterError if forge did not create it, or it is being deleted."""
+        """Return the existing RayCluster. Raises: ClusterError if forge did not create it, or it is ending."""
         live = kubectl.get("rayclusters.ray.io", cluster_name(self._spec))
         if live is None:
             return None
@@ -256,7 +256,7 @@ class KubernetesCluster:
         return live
 
     def _await_deletion(self, kubectl: Kubectl, *, kinds: str, on_progress: OnProgress) -> list[str]:
-        """Wait until nothing is left. Returns: what is left after the timeout, one line each."""
+        """Wait until all objects are deleted. Returns: one line for each that still exists after the timeout."""
         deadline, num_shown = time.monotonic() + self._timeouts.down_s, -1
         while left := kubectl.find(kinds, label=self._label):
             if time.monotonic() > deadline:

@@ -1,6 +1,6 @@
 """Wait until the head of a RayCluster is ready, and explain why it is not.
 
-Forge polls instead of `kubectl wait`, which cannot tell a pod that needs time from one that will never start, and
+Forge polls instead of `kubectl wait`, which cannot distinguish a slow pod from one that will never start, and
 reports nothing while it waits.
 """
 
@@ -17,7 +17,7 @@ from forge.cluster.kubernetes.pods import Pod, parse_pod
 from forge.errors import ClusterError
 
 _MAX_ENDED_HEADS = 2
-"""After so many heads have ended we stop waiting: KubeRay starts another, and the first may have been evicted."""
+"""Stop waiting after this many heads have ended; KubeRay replaces a head, and the first may be evicted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ def _newest_head(pods: list[Pod]) -> Pod | None:
 
 
 def _require_token(head: Pod, *, name: str) -> None:
-    """Raises: ClusterError if Ray runs without its token: every pod in Kubernetes could use it."""
+    """Raises: ClusterError if Ray runs without its token, because every pod in Kubernetes could use it then."""
     if head.environment.get("RAY_AUTH_MODE") != "token":
         raise ClusterError(
             f"the KubeRay operator has started '{name}' without Ray's token: it is older than 1.6. Stop the "

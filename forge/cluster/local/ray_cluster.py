@@ -1,6 +1,6 @@
 """The Ray cluster on this machine: one head, and as many simulated nodes as requested.
 
-Every process is saved in the cluster's record before it is waited for, and everything that starts or stops
+Every process is saved in the cluster's record as soon as it is started, and everything that starts or stops
 processes holds the cluster's lock.
 """
 
@@ -151,7 +151,7 @@ def _start_head(*, port: int, num_cpus: int, has_job_server: bool) -> LocalRayCl
 
 
 def _with_node(cluster: LocalRayCluster, arguments: list[str], *, num_cpus: int) -> LocalRayCluster:
-    """Start one more node and wait until it runs; if it does not, end all of it and restore the record.
+    """Start one more node and wait until it runs; if it does not, end its processes and restore the record.
 
     Raises: ClusterError with the end of Ray's log.
     """
@@ -187,7 +187,7 @@ def _end_recorded() -> int:
 
 
 def _recorded() -> LocalRayCluster | None:
-    """The cluster of the record, whether it still runs or not; None if there is no readable record."""
+    """Return the recorded cluster, running or not; None if there is no readable record."""
     record = read_record(NAME)
     try:
         state: Mapping[str, Any] = record.state if record is not None else {}

@@ -115,7 +115,7 @@ def family_of(node: NodeProcess) -> list[psutil.Process]:
 
 
 def session_members(leader: int) -> list[psutil.Process]:
-    """The processes of a session, including its leader while it lives."""
+    """Return the processes of a session, including its leader if it is alive."""
     members = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):

@@ -1,7 +1,8 @@
 """Prepare a host for a cluster: check it, and install forge in its own environment.
 
-The environment is named after the digest of its contents, built by one process at a time, and used only when it is
-complete; the next `up` finds it. An environment that the cluster's file names must have this machine's versions.
+The environment is named after the digest of its contents, built by one process at a time, used only when it is
+complete, and reused by later calls of `up`. An environment named in the cluster's file must have this machine's
+versions.
 """
 
 from __future__ import annotations

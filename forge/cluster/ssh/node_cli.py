@@ -1,7 +1,8 @@
 """Start, query or stop the Ray node of this host: `python -m forge.cluster.ssh.node_cli up|status|down FOLDER`.
 
-The request is JSON on stdin, so that secrets are on no command line; they go into files that only their owner can
-read. State is kept under `FOLDER/clusters/<cluster>/<host>`. The answer, or an error, is one line of JSON.
+The request is JSON on stdin, so that no secret is on a command line; secrets are written to files that only their
+owner can read. State is kept under `FOLDER/clusters/<cluster>/<host>`. The answer, or an error, is one line of
+JSON.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def main() -> None:
 def _up(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Start this host's node, unless it runs and belongs to the running head.
 
-    All nodes of a cluster have the `session` of its head, which changes whenever the head is started: a node of
-    another session belongs to a head that is gone.
+    All nodes of a cluster have the `session` of its head, which changes whenever the head is started, so a node of
+    another session belongs to a former head.
 
     Returns: `was_up`; and `job_port`, which is 0 except on the head.
     """
@@ -93,7 +94,7 @@ def _prepare_environment(request: dict[str, Any], token: Path) -> None:
 
 
 def _ray_arguments(request: dict[str, Any], *, job_port: int) -> list[str]:
-    """The arguments of `ray start`. Raises: ClusterError if the head's port is taken."""
+    """Return the arguments of `ray start`. Raises: ClusterError if the head's port is taken."""
     arguments = ["--node-ip-address", request["address"], "--object-store-memory", str(_OBJECT_STORE_BYTES)]
     arguments += ["--temp-dir", request["temporary"]]
     if request["head"] is not None:
@@ -120,13 +121,13 @@ def _require_same_settings(known: dict[str, Any], request: dict[str, Any], state
 
 
 def _status(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Returns: the `session` of the node that runs on this host; None if none does."""
+    """Returns: the `session` of the node that runs on this host; None without a node."""
     known = _read_state(_state_folder(folder, request))
     return {"session": known["session"] if known is not None and known["node"].is_alive else None}
 
 
 def _down(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Stop this host's node. Returns: `left`, those of its processes that still run."""
+    """Stop this host's node. Returns: `left`, its processes that still run."""
     state_folder = _state_folder(folder, request)
     known = _read_state(state_folder)
     left: list[str] = []

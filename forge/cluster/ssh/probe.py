@@ -1,4 +1,4 @@
-"""Report what a host is, before forge is installed on it. Sent as text to any Python there, so it imports no forge.
+"""Report facts about a host before forge is installed on it; runs in any Python, so it does not import forge.
 
     python3 - FOLDER VERSION [PYTHON] < probe.py
 

@@ -2,7 +2,7 @@
 
 All hosts are checked and prepared in parallel: forge's wheel and the locked versions of its dependencies are
 installed into their own environment, unless the cluster's file names one. Then Ray is started, head first. A host
-that fails is reported with the reason, and the others continue if there are enough. Another `up` repairs the rest.
+that fails is reported with the reason, and the others continue if there are enough. Another `up` retries it.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class SshCluster:
         )
 
     def _require_same_head(self, record: ClusterRecord | None) -> None:
-        """A new head would be a new cluster, and the runs of the old one would be lost."""
+        """Raises: ClusterError if the file names another head, because the old head's runs would be lost."""
         if record is not None and "job_port" in record.state:
             before, now = record.spec["machines"][0], self._head.host
             if before != now:
@@ -220,7 +220,7 @@ class SshCluster:
             )
 
     def _remove_hosts(self, installs: dict[str, Any], *, on_progress: OnProgress) -> None:
-        """Stop hosts that left the file; `down` tries those again that were not reached."""
+        """Stop hosts that were removed from the file; `down` retries those that cannot be reached."""
         stopped = map_hosts(
             [host for host in installs if host not in self._hosts],
             lambda host: self._stop(host, installs=installs, on_progress=on_progress),
@@ -232,7 +232,7 @@ class SshCluster:
                 del installs[host]
 
     def _missing(self, hosts: Sequence[str]) -> list[ClusterNode]:
-        """Hosts without a Ray node: `gone`, or `unreachable` if they do not answer at all."""
+        """Return the hosts without a Ray node: `gone`, or `unreachable` if they do not answer."""
 
         def look(host: str) -> ClusterNode:
             try:
@@ -252,7 +252,7 @@ class SshCluster:
         """Prepare a host.
 
         Args:
-            install: Python and folder that an earlier `up` used there.
+            install: Python and folder that an earlier `up` used on the host.
         """
         ready = bootstrap(
             self._hosts[host],
@@ -276,7 +276,7 @@ class SshCluster:
         failures: dict[str, str],
         on_progress: OnProgress,
     ) -> dict[str, Any]:
-        """Start Ray on all hosts at once; the others wait for the head's port.
+        """Start Ray on all hosts in parallel; workers wait for the head's port.
 
         Returns: what `status` and `on_head` need later.
         Raises: ClusterError if the head does not start.
@@ -363,7 +363,7 @@ class SshCluster:
         return result
 
     def _environment(self) -> dict[str, str]:
-        """The environment of Ray's processes there, and so of a run's."""
+        """Return the environment of Ray's processes on the hosts, which runs inherit."""
         spec = self._spec
         variables = {
             "FORGE_CLOUD": ",".join(spec.clouds),
@@ -374,13 +374,13 @@ class SshCluster:
         return {name: str(value) for name, value in variables.items() if value not in (None, "")}
 
     def _temporary_folder(self, host: str) -> str:
-        """A folder of this cluster and user for Ray's logs and its sockets, whose paths must be short."""
+        """Return a folder of this cluster and user for Ray's logs and sockets; socket paths must be short."""
         owner = f"{self._spec.user or getpass.getuser()}@{host}/{self.name}"
         return f"/tmp/forge-{hashlib.blake2b(owner.encode(), digest_size=5).hexdigest()}"
 
 
 def _address_of(host: str) -> str:
-    """The address at which the hosts reach each other. Raises: ClusterError if the name cannot be resolved here."""
+    """Return a host's address for the other hosts. Raises: ClusterError if its name cannot be resolved here."""
     try:
         return socket.gethostbyname(host)
     except OSError as error:

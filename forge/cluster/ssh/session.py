@@ -1,7 +1,7 @@
 """One host reached by OpenSSH: run a command, forward a port, open a shell.
 
 forge runs the user's own ssh, with its configuration, agent and keys. At the first connection a host's key is
-stored in a file of the cluster; it must be the same from then on.
+stored in a file of the cluster; later connections must have the same key.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class SshHost:
             time.sleep(_POLL_S)
 
     def _explain(self, stderr: str) -> ClusterError:
-        """What OpenSSH's error means, and what to do about it."""
+        """Explain OpenSSH's error and what to do about it."""
         lines = [line.strip() for line in stderr.splitlines() if line.strip()]
         last = lines[-1] if lines else "no error message"
         by_hand = f"try it by hand: {shlex.join(self.ssh())}"

@@ -1,8 +1,7 @@
-"""forge as other machines install it: its wheel, and the versions of its dependencies that are installed here.
+"""Build forge's wheel for other machines, with the versions of its dependencies that are installed here.
 
-The wheel is built here and not by `pip wheel`: it contains the files that run, from a checkout or an installation,
-needs no build backend or package index, and the same files give the same bytes, whose digest names the environment
-that is built from them.
+Unlike `pip wheel` this packs the running files, of a checkout or an installation, and needs neither a build backend
+nor a package index. Equal files give equal bytes, whose digest names the environment that is built from them.
 """
 
 from __future__ import annotations

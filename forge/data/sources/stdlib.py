@@ -42,7 +42,7 @@ class StdlibSource:
         for folder, subfolders, files in os.walk(root):
             subfolders[:] = [name for name in subfolders if name not in _STDLIB_LEFT_OUT]
             prefix = Path(folder).relative_to(root)
-            # _sysconfigdata_* and sitecustomize are written by whoever built or packaged this Python.
+            # _sysconfigdata_* and sitecustomize differ between builds and packages of Python.
             names += [
                 (prefix / name).as_posix()
                 for name in files
