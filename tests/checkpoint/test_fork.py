@@ -1,4 +1,4 @@
-"""A checkpoint that another run goes on from: the same tensors under another recipe."""
+"""Fork a checkpoint for another run: equal tensors, another config digest."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def target(tmp_path: Path) -> Storage:
     return open_storage(str(tmp_path / "taker"))
 
 
-def test_the_copy_has_every_bit_and_the_takers_recipe_and_stands_alone(source: Storage, target: Storage) -> None:
+def test_fork__replaces_target__with_equal_tensors_and_its_config_digest(source: Storage, target: Storage) -> None:
     fork_checkpoint(source, target, step=2, config_digest="another")
     assert list_checkpoints(target) == [STEP]
     assert verify_checkpoint(target, STEP) is None
@@ -49,26 +49,26 @@ def test_the_copy_has_every_bit_and_the_takers_recipe_and_stands_alone(source: S
     assert open_checkpoint(source, STEP).progress == progress(2)
 
 
-def test_done_twice_it_is_left_as_it_is(source: Storage, target: Storage) -> None:
+def test_fork__repeated__changes_nothing(source: Storage, target: Storage) -> None:
     fork_checkpoint(source, target, step=2, config_digest="another")
     before = target.files(STEP)
     fork_checkpoint(source, target, step=2, config_digest="another")
     assert target.files(STEP) == before
 
 
-def test_killed_before_it_appears_it_can_be_done_again(
+def test_fork__interrupted_before_publish__can_be_repeated(
     source: Storage, target: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(target, "publish", lambda *_, **__: (_ for _ in ()).throw(OSError("power cut")))
         with pytest.raises(CheckpointError, match="power cut"):
             fork_checkpoint(source, target, step=2, config_digest="another")
-    assert list_checkpoints(target) == []  # and the donor's still stands
+    assert list_checkpoints(target) == []  # and the source is kept
     fork_checkpoint(source, target, step=2, config_digest="another")
     assert read_all(target) == read_all(source)
 
 
-def test_a_donor_that_does_not_verify_is_refused_and_nothing_is_lost(source: Storage, target: Storage) -> None:
+def test_fork__broken_source__is_refused_and_target_kept(source: Storage, target: Storage) -> None:
     part = next(Path(source.url, STEP).glob("part-*"))
     content = bytearray(part.read_bytes())
     content[-1] ^= 1

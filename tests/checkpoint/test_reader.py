@@ -1,4 +1,4 @@
-"""What is believed of a checkpoint: every fault is found and named, and the one before is taken."""
+"""Verify and read checkpoints: every fault is detected and named, and the previous checkpoint is used."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_named_and_the_checkpoint_before_is_taken(two: Path, fault: str) -> None:
+def test_find__damaged_checkpoint__is_named_and_previous_used(two: Path, fault: str) -> None:
     spoil, reason = FAULTS[fault]
     spoil(two / SECOND)
     found, skipped = found_in(two)
@@ -91,7 +91,7 @@ def test_a_fault_is_named_and_the_checkpoint_before_is_taken(two: Path, fault: s
     assert re.search(reason, skipped[0][1])
 
 
-def test_no_single_flipped_bit_anywhere_goes_unseen(two: Path) -> None:
+def test_verify__any_flipped_bit__is_detected(two: Path) -> None:
     rng = random.Random(0)
     storage = open_storage(str(two))
     for path in sorted((two / SECOND).iterdir()):
@@ -105,24 +105,24 @@ def test_no_single_flipped_bit_anywhere_goes_unseen(two: Path) -> None:
     assert verify_checkpoint(storage, SECOND) is None
 
 
-def test_with_everything_broken_there_is_none(two: Path) -> None:
+def test_find__all_broken__returns_none(two: Path) -> None:
     for name in (FIRST, SECOND):
         part_of(two / name).unlink()
     assert found_in(two)[0] is None
 
 
-def test_a_place_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> None:
+def test_find__missing_folder__returns_none(tmp_path: Path) -> None:
     assert found_in(tmp_path / "nowhere") == (None, [])
 
 
-def test_drafts_and_other_folders_are_no_checkpoints(two: Path) -> None:
+def test_list__staging_and_other_folders__are_ignored(two: Path) -> None:
     (two / ".staging-step-00000003-aaaa").mkdir()
     (two / "notes").mkdir()
     assert list_checkpoints(open_storage(str(two))) == [SECOND, FIRST]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_any_interval_can_be_read_whoever_wrote_it(tmp_path: Path, world_size: int) -> None:
+def test_read__any_interval__is_independent_of_writing_world_size(tmp_path: Path, world_size: int) -> None:
     write(str(tmp_path), 5, world_size=world_size)
     checkpoint = open_checkpoint(open_storage(str(tmp_path)), "step-00000005")
     rng = random.Random(world_size)
@@ -137,7 +137,7 @@ def test_any_interval_can_be_read_whoever_wrote_it(tmp_path: Path, world_size: i
         assert np.array_equal(np.frombuffer(buffer, "<f4"), values(wanted, step=5))
 
 
-def test_only_the_bytes_that_are_needed_are_read(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read__interval_across_parts__reads_only_its_bytes(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(str(two))
     checkpoint = open_checkpoint(storage, SECOND)
     asked: list[tuple[str, int]] = []
@@ -151,10 +151,10 @@ def test_only_the_bytes_that_are_needed_are_read(two: Path, monkeypatch: pytest.
     wanted = Interval(kind="exp_avg", name="embedding.weight", start=25, stop=35, dtype="F32")
     checkpoint.read([(wanted, memoryview(bytearray(40)))])
     assert sum(size for _, size in asked) == 40
-    assert len({path for path, _ in asked}) == 2  # it lies across both ranks' parts
+    assert len({path for path, _ in asked}) == 2  # the interval crosses both ranks' parts
 
 
-def test_the_parts_are_safetensors_files_like_any_other(two: Path) -> None:
+def test_part__is_a_valid_safetensors_file(two: Path) -> None:
     for rank in (0, 1):
         tensors = load_file(part_of(two / SECOND, rank))
         intervals = {interval.key: interval for interval in layout_of(rank, 2).intervals}
@@ -163,7 +163,7 @@ def test_the_parts_are_safetensors_files_like_any_other(two: Path) -> None:
             assert np.array_equal(tensor, values(intervals[key], step=2))
 
 
-def test_the_manifest_says_where_each_interval_begins(two: Path) -> None:
+def test_manifest__data_start_and_intervals__locate_each_interval(two: Path) -> None:
     body = json.loads((two / SECOND / "manifest.json").read_text())
     for part in body["parts"]:
         content = (two / SECOND / part["name"]).read_bytes()
@@ -175,7 +175,7 @@ def test_the_manifest_says_where_each_interval_begins(two: Path) -> None:
         assert offset == len(content)
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_the_parameters_that_differ(two: Path) -> None:
+def test_require_job__another_model__is_refused_with_differing_parameters(two: Path) -> None:
     checkpoint = open_checkpoint(open_storage(str(two)), SECOND)
     other = model_shape(**{"norm.weight": (8,), "head/odd name.weight": None, "bias": (3,)})
     with pytest.raises(CheckpointError) as refused:
@@ -190,14 +190,14 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_parameters_that_diffe
 
 
 @pytest.mark.parametrize(("changed", "said"), [("config_digest", "another job"), ("corpus", "another corpus")])
-def test_a_checkpoint_of_another_recipe_or_corpus_is_refused(two: Path, changed: str, said: str) -> None:
+def test_require_job__another_config_or_corpus__is_refused(two: Path, changed: str, said: str) -> None:
     checkpoint = open_checkpoint(open_storage(str(two)), SECOND)
     own = {"config_digest": "recipe", "corpus": "corpus"} | {changed: "other"}
     with pytest.raises(CheckpointError, match=said):
         checkpoint.require_job(**own, shape=model_shape())
 
 
-def test_what_is_not_there_is_said_with_its_numbers(two: Path) -> None:
+def test_read__missing_elements__error_has_counts(two: Path) -> None:
     checkpoint = open_checkpoint(open_storage(str(two)), SECOND)
     wanted = Interval(kind="master", name="norm.weight", start=0, stop=9, dtype="F32")
     with pytest.raises(CheckpointError, match=r"holds 7 of the 9 elements 0\.\.9 of norm.weight \(master\)"):
@@ -205,13 +205,13 @@ def test_what_is_not_there_is_said_with_its_numbers(two: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_as_many_are_kept_as_asked_for(tmp_path: Path, keep: int) -> None:
+def test_prune__keeps_requested_number(tmp_path: Path, keep: int) -> None:
     for step in range(1, 6):
         write(str(tmp_path), step, keep=keep)
     assert list_checkpoints(open_storage(str(tmp_path))) == [f"step-{step:08d}" for step in range(5, 5 - keep, -1)]
 
 
-def test_a_broken_checkpoint_is_not_counted_among_those_that_are_kept(tmp_path: Path) -> None:
+def test_prune__broken_checkpoint__is_not_counted(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(str(tmp_path), step, keep=2)
     part_of(tmp_path / "step-00000003").unlink()
@@ -221,14 +221,14 @@ def test_a_broken_checkpoint_is_not_counted_among_those_that_are_kept(tmp_path: 
     assert whole == ["step-00000004", "step-00000002"]
 
 
-def test_newer_ones_that_are_whole_are_never_removed(tmp_path: Path) -> None:
+def test_prune__newer_valid_checkpoints__are_kept(tmp_path: Path) -> None:
     for step in (7, 8, 9):
         write(str(tmp_path), step)
-    write(str(tmp_path), 3, keep=1)  # a run that was sent back to an earlier step
+    write(str(tmp_path), 3, keep=1)  # a run resumed from an earlier step
     assert set(list_checkpoints(open_storage(str(tmp_path)))) >= {f"step-{step:08d}" for step in (3, 9)}
 
 
-def test_two_writers_of_one_step_leave_one_that_verifies(tmp_path: Path) -> None:
+def test_commit__step_already_saved__keeps_first_checkpoint(tmp_path: Path) -> None:
     write(str(tmp_path), 1)
     before = (tmp_path / FIRST / "manifest.json").read_bytes()
     write(str(tmp_path), 1, world_size=3, token="bbbbbbbb0001")
@@ -237,14 +237,14 @@ def test_two_writers_of_one_step_leave_one_that_verifies(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == [FIRST]
 
 
-def test_a_broken_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+def test_commit__existing_is_broken__is_replaced(tmp_path: Path) -> None:
     write(str(tmp_path), 1)
     part_of(tmp_path / FIRST).unlink()
     write(str(tmp_path), 1, token="bbbbbbbb0001")
     assert found_in(tmp_path) == (FIRST, [])
 
 
-def test_another_jobs_checkpoint_is_not_touched_and_the_writer_refused(tmp_path: Path) -> None:
+def test_commit__existing_is_of_another_job__is_refused(tmp_path: Path) -> None:
     write(str(tmp_path), 1)
     before = {path.name: path.read_bytes() for path in (tmp_path / FIRST).iterdir()}
     state = state_bytes(progress(1, config_digest="other"), model_shape()).decode()
@@ -256,7 +256,7 @@ def test_another_jobs_checkpoint_is_not_touched_and_the_writer_refused(tmp_path:
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own that holds one checkpoint and takes no more."""
+    """A read-only file system that contains one checkpoint."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=False).returncode != 0:
@@ -267,18 +267,18 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_read_only_folder_is_said_and_can_still_be_read(read_only: Path) -> None:
+def test_save__read_only_folder__fails_and_reading_works(read_only: Path) -> None:
     with pytest.raises(OSError, match="Read-only file system"):
         write(str(read_only), 2)
     assert found_in(read_only) == (FIRST, [])
 
 
-def test_a_checkpoint_can_be_copied_anywhere(two: Path, tmp_path: Path) -> None:
+def test_find__copied_checkpoint__verifies(two: Path, tmp_path: Path) -> None:
     shutil.copytree(two / SECOND, tmp_path / "elsewhere" / SECOND)
     assert found_in(tmp_path / "elsewhere") == (SECOND, [])
 
 
-def test_nothing_in_a_checkpoint_is_a_pickle(two: Path) -> None:
+def test_checkpoint__files__contain_no_pickle(two: Path) -> None:
     for path in (two / SECOND).iterdir():
         assert path.suffix in (".json", ".safetensors")
         if path.suffix == ".json":

@@ -1,4 +1,4 @@
-"""Shared memory: what is torn is seen to be torn, and nothing is left behind."""
+"""Snapshot buffer: incomplete snapshots are detected, and no memory is left behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from forge.errors import CheckpointError
 from tests.support.checkpoints import command_for, fill, layout_of, snapshot_of
 
 
-def test_a_snapshot_is_read_back_by_whoever_has_its_descriptor() -> None:
+def test_open_snapshot_buffer__inherited_descriptor__reads_snapshot() -> None:
     snapshot = snapshot_of(0, 2, step=3)
     other = open_snapshot_buffer(os.dup(snapshot.fd))
     assert other.layout == snapshot.layout
@@ -25,7 +25,7 @@ def test_a_snapshot_is_read_back_by_whoever_has_its_descriptor() -> None:
     assert bytes(other.data(copy.slot)) == bytes(snapshot.data(copy.slot))
 
 
-def test_two_steps_are_kept_and_the_newest_comes_first() -> None:
+def test_snapshots__two_slots__newest_first() -> None:
     snapshot = create_snapshot_buffer(layout_of(0, 1))
     for step in range(1, 6):
         fill(snapshot, step=step, slot=step % 2)
@@ -33,14 +33,14 @@ def test_two_steps_are_kept_and_the_newest_comes_first() -> None:
         assert all(snapshot.is_intact(copy) for copy in snapshot.snapshots())
 
 
-def test_a_slot_whose_writer_died_in_the_middle_is_no_snapshot() -> None:
+def test_snapshots__incomplete_slot__is_ignored() -> None:
     snapshot = snapshot_of(0, 1, step=1)
     fill(snapshot, step=2, slot=1)
     snapshot.begin(0)[:4] = b"torn"
     assert [copy.step for copy in snapshot.snapshots()] == [2]
 
 
-def test_a_byte_that_changed_afterwards_is_noticed() -> None:
+def test_is_intact__changed_byte__is_detected() -> None:
     snapshot = snapshot_of(0, 1, step=1)
     (copy,) = snapshot.snapshots()
     with snapshot.data(0) as data:
@@ -48,9 +48,7 @@ def test_a_byte_that_changed_afterwards_is_noticed() -> None:
     assert not snapshot.is_intact(copy)
 
 
-def test_a_snapshot_that_is_overwritten_while_it_is_saved_is_not_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_part__snapshot_overwritten_meanwhile__fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = snapshot_of(0, 1, step=1)
     storage = open_storage(str(tmp_path))
     staging = storage.open_staging("step-00000001", token="aaaaaaaa0001")
@@ -65,20 +63,20 @@ def test_a_snapshot_that_is_overwritten_while_it_is_saved_is_not_saved(
         write_part(storage, staging, snapshot, command_for(str(tmp_path), 1, 0, 1))
 
 
-def test_a_step_that_was_never_copied_cannot_be_saved(tmp_path: Path) -> None:
+def test_write_part__no_snapshot_of_step__fails(tmp_path: Path) -> None:
     snapshot = snapshot_of(0, 1, step=1)
     with pytest.raises(CheckpointError, match="no complete snapshot of step 2"):
         write_part(open_storage(str(tmp_path)), "staging", snapshot, command_for(str(tmp_path), 2, 0, 1))
 
 
-def test_other_memory_is_refused() -> None:
+def test_open_snapshot_buffer__other_memory__is_refused() -> None:
     fd = os.memfd_create("other")
     os.write(fd, bytes(8192))
     with pytest.raises(ValueError, match="no snapshots"):
         open_snapshot_buffer(fd)
 
 
-def test_the_memory_has_no_name_and_is_gone_with_its_last_holder() -> None:
+def test_close__last_descriptor__frees_unnamed_memory() -> None:
     before = set(Path("/dev/shm").iterdir())
     snapshot = snapshot_of(0, 1, step=1)
     assert set(Path("/dev/shm").iterdir()) == before
@@ -88,21 +86,21 @@ def test_the_memory_has_no_name_and_is_gone_with_its_last_holder() -> None:
         os.fstat(fd)
 
 
-def test_a_view_that_is_still_held_does_not_hinder_letting_go() -> None:
+def test_close__view_in_use__is_allowed() -> None:
     snapshot = snapshot_of(0, 1, step=1)
     view = snapshot.data(0)[:8]
     snapshot.close()
     assert len(bytes(view)) == 8
 
 
-def test_an_empty_layout_is_a_snapshot_too() -> None:
+def test_commit__empty_layout__is_a_snapshot() -> None:
     snapshot = create_snapshot_buffer(pack([]))
     snapshot.begin(0).release()
     snapshot.commit(0, step=1, state={})
     assert [copy.step for copy in snapshot.snapshots()] == [1]
 
 
-def test_intervals_lie_aligned_without_holes_and_survive_json() -> None:
+def test_pack__aligns_without_gaps_and_survives_json() -> None:
     layout = pack(
         [
             Interval(kind="buffer", name="flag", start=0, stop=3, dtype="BOOL"),

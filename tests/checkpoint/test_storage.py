@@ -1,4 +1,4 @@
-"""Folders and buckets keep the same promises; a bucket is S3 as moto's server speaks it, on loopback."""
+"""Folders and buckets give the same guarantees; the bucket is S3, served by moto on loopback."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bucket() -> Iterator[Bucket]:
 
 @pytest.fixture(params=["folder", "memory", "s3"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty place of each kind."""
+    """An empty storage of each kind."""
     if request.param == "folder":
         return str(tmp_path / "place")
     if request.param == "memory":
@@ -48,7 +48,7 @@ def staging_in(storage: Storage, name: str = "step-00000001", token: str = "aaaa
     return staging
 
 
-def test_what_was_written_is_read_back_whole_and_in_any_pieces(url: str) -> None:
+def test_write__file__is_read_back_completely_and_in_ranges(url: str) -> None:
     storage = open_storage(url)
     content = random.Random(0).randbytes(300_000)
     staging = staging_in(storage)
@@ -66,7 +66,7 @@ def test_what_was_written_is_read_back_whole_and_in_any_pieces(url: str) -> None
         assert bytes(view) == content[start : start + len(view)]
 
 
-def test_a_large_range_is_fetched_in_pieces(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_into__large_range__is_split(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket_module, "_REQUEST_BYTES", 1000)
     monkeypatch.setattr(bucket_module, "_BATCH_BYTES", 5000)
     storage = open_storage(url)
@@ -81,9 +81,7 @@ def test_a_large_range_is_fetched_in_pieces(url: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("first", [0, 100, 4096])
 @pytest.mark.parametrize("is_aligned", [True, False])
-def test_large_pieces_are_written_as_they_are_wherever_they_lie_in_memory_and_file(
-    url: str, first: int, is_aligned: bool
-) -> None:
+def test_write__large_chunks__any_alignment_and_offset(url: str, first: int, is_aligned: bool) -> None:
     content = random.Random(0).randbytes(3 * 2**20 + 123)
     memory = mmap.mmap(-1, len(content) + 64)
     view = memoryview(memory)[0 if is_aligned else 64 :][: len(content)]
@@ -97,7 +95,7 @@ def test_large_pieces_are_written_as_they_are_wherever_they_lie_in_memory_and_fi
     assert storage.read(f"{staging}/file") == content[:5]
 
 
-def test_reading_beyond_the_end_or_what_is_not_there_is_told_apart(url: str) -> None:
+def test_read__beyond_end_or_missing_file__different_errors(url: str) -> None:
     storage = open_storage(url)
     staging = staging_in(storage)
     storage.write(f"{staging}/file", lambda: [b"abc"])
@@ -107,7 +105,7 @@ def test_reading_beyond_the_end_or_what_is_not_there_is_told_apart(url: str) -> 
         storage.read(f"{staging}/other")
 
 
-def test_nothing_is_there_before_it_is_published_and_it_is_published_once(url: str) -> None:
+def test_publish__is_atomic_and_refuses_existing_name(url: str) -> None:
     storage = open_storage(url)
     staging = staging_in(storage)
     storage.write(f"{staging}/part", lambda: [b"abc"])
@@ -127,7 +125,7 @@ def test_nothing_is_there_before_it_is_published_and_it_is_published_once(url: s
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_checkpoints_are_written_found_read_and_removed_anywhere(url: str, world_size: int) -> None:
+def test_storage__save_find_read_prune__any_storage(url: str, world_size: int) -> None:
     for step in (1, 2, 3):
         write(url, step, world_size=world_size, keep=2)
     storage = open_storage(url)
@@ -147,7 +145,7 @@ def spoil_part(storage: Storage, name: str) -> None:
     storage.write(f"{name}/{part}", lambda: [content[:-1] + bytes([content[-1] ^ 1])])
 
 
-def test_a_broken_checkpoint_is_walked_past_and_replaced_anywhere(url: str) -> None:
+def test_storage__broken_checkpoint__is_skipped_and_replaced(url: str) -> None:
     write(url, 1)
     write(url, 2)
     storage = open_storage(url)
@@ -158,11 +156,11 @@ def test_a_broken_checkpoint_is_walked_past_and_replaced_anywhere(url: str) -> N
     assert found.name == "step-00000001"
     assert len(skipped) == 1
     assert "does not match its checksum" in skipped[0]
-    write(url, 2, token="bbbbbbbb0001")  # the run comes to this step again
+    write(url, 2, token="bbbbbbbb0001")  # the run reaches this step again
     assert verify_checkpoint(storage, "step-00000002") is None
 
 
-def test_another_jobs_checkpoint_is_not_touched_anywhere(url: str) -> None:
+def test_storage__checkpoint_of_another_job__is_kept(url: str) -> None:
     write(url, 1)
     state = state_bytes(progress(1, config_digest="other"), model_shape()).decode()
     with pytest.raises(CheckpointError, match="another job"):
@@ -172,7 +170,7 @@ def test_another_jobs_checkpoint_is_not_touched_anywhere(url: str) -> None:
     assert open_checkpoint(storage, "step-00000001").progress.config_digest == "recipe"
 
 
-def test_the_second_writer_of_a_step_leaves_nothing_anywhere(url: str) -> None:
+def test_storage__second_save_of_a_step__leaves_no_files(url: str) -> None:
     write(url, 1)
     before = open_storage(url).files("step-00000001")
     write(url, 1, world_size=3, token="bbbbbbbb0001")
@@ -180,7 +178,7 @@ def test_the_second_writer_of_a_step_leaves_nothing_anywhere(url: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_bucket_that_fails_for_a_while_is_survived(bucket: Bucket, tmp_path: Path) -> None:
+def test_bucket__temporary_failure__is_retried(bucket: Bucket, tmp_path: Path) -> None:
     url = f"{bucket.url}/{tmp_path.name}"
     write(url, 1)
     before = bucket.num_failures
@@ -191,7 +189,7 @@ def test_a_bucket_that_fails_for_a_while_is_survived(bucket: Bucket, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_bucket_that_fails_for_good_is_said_after_the_patience(bucket: Bucket, tmp_path: Path) -> None:
+def test_bucket__permanent_failure__is_reported_after_patience(bucket: Bucket, tmp_path: Path) -> None:
     storage = open_storage(f"{bucket.url}/{tmp_path.name}", patience_s=1.0)
     bucket.fail_for(60.0)
     try:
@@ -201,21 +199,21 @@ def test_a_bucket_that_fails_for_good_is_said_after_the_patience(bucket: Bucket,
         bucket.fail_for(0.0)
 
 
-def test_a_bucket_that_is_not_there_is_named(bucket: Bucket) -> None:
+def test_bucket__missing__is_named(bucket: Bucket) -> None:
     storage = open_storage("s3://no-such-bucket/runs", patience_s=1.0)
     with pytest.raises((CheckpointError, OSError), match="bucket"):
         storage.write("step-00000001/file", lambda: [b"x"])
 
 
 @pytest.mark.parametrize("url", ["nonsense://place/runs", "gs://bucket/runs", "abfs://container/runs"])
-def test_a_scheme_without_its_package_is_refused_with_the_cure(url: str) -> None:
+def test_open_storage__missing_package__error_names_the_extra(url: str) -> None:
     with pytest.raises(CheckpointError, match=url.partition(":")[0]) as refused:
         open_storage(url)
     if not url.startswith("nonsense"):
         assert "forge-train[" in str(refused.value)
 
 
-def test_a_dead_writers_draft_is_swept_and_a_living_ones_is_not(
+def test_sweep__folder__removes_staging_of_dead_writers_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_module, "_LOCK_GRACE_S", 0.0)
@@ -235,16 +233,16 @@ def test_a_dead_writers_draft_is_swept_and_a_living_ones_is_not(
     assert not list(tmp_path.glob(".staging-*"))
 
 
-def test_a_membership_sweeps_what_it_gave_up_and_not_what_it_is_about_to_write(tmp_path: Path) -> None:
+def test_sweep__own_staging__removes_up_to_token_only(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     for count in (1, 2, 3):
         staging = tmp_path / storage.open_staging("step-00000009", token=f"aaaaaaaa{count:04x}")
-        os.utime(staging, (0, 0))  # a peer that was quick waits for a slow one, for as long as it takes
+        os.utime(staging, (0, 0))  # old: a fast peer may wait long for a slow one
     storage.sweep(own="aaaaaaaa", up_to="aaaaaaaa0002")
     assert [path.name for path in tmp_path.iterdir()] == [".staging-step-00000009-aaaaaaaa0003"]
 
 
-def test_what_was_abandoned_in_a_bucket_is_swept_after_a_day(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep__bucket__removes_abandoned_after_a_day(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "://" not in url:
         pytest.skip("a folder has locks")
     storage = open_storage(url)

@@ -1,4 +1,4 @@
-"""Real ranks with their savers: what is saved is the state of its step, whoever dies meanwhile."""
+"""Real ranks with writer processes: a checkpoint has the state of its step, whichever process dies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def change_after_settling(rank: int, url: str) -> list[Any]:
     return [*outcomes, *differing(saving._state)]
 
 
-def test_the_state_may_change_as_soon_as_it_is_copied(tmp_path: Path) -> None:
+def test_settle__state_changed_afterwards__checkpoint_is_unaffected(tmp_path: Path) -> None:
     first, second = on_ranks(change_after_settling, str(tmp_path), world_size=2)
     assert [outcome.step for outcome in first] == [1]
     assert second == first
@@ -65,7 +65,7 @@ def kill_a_writer(rank: int, url: str, victim: int) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_saver_costs_one_checkpoint_which_every_rank_is_told(tmp_path: Path, victim: int) -> None:
+def test_finish__writer_killed__fails_once_on_every_rank(tmp_path: Path, victim: int) -> None:
     for failed, saved in on_ranks(kill_a_writer, str(tmp_path), victim, world_size=2):
         assert failed == [SaveFailed(step=1, reason=f"rank {victim}: the writer process died (SIGKILL)")]
         assert [outcome.step for outcome in saved] == [2]
@@ -86,7 +86,7 @@ def block_a_rank(rank: int, url: str, victim: int) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_rank_that_cannot_write_calls_off_the_checkpoint_of_all(tmp_path: Path, victim: int) -> None:
+def test_finish__one_rank_cannot_write__aborts_on_every_rank(tmp_path: Path, victim: int) -> None:
     (tmp_path / "file").write_text("no folder")
     for failed, saved in on_ranks(block_a_rank, str(tmp_path), victim, world_size=3):
         assert [outcome.step for outcome in failed] == [1]
@@ -104,7 +104,7 @@ def two_at_once(rank: int, url: str) -> list[Any]:
     return outcomes
 
 
-def test_the_last_checkpoint_need_not_wait_for_the_one_before(tmp_path: Path) -> None:
+def test_begin__two_pending__both_are_committed(tmp_path: Path) -> None:
     for outcomes in on_ranks(two_at_once, str(tmp_path), world_size=2):
         assert [outcome.step for outcome in outcomes] == [1, 2]
     storage = open_storage(str(tmp_path))
@@ -112,7 +112,7 @@ def test_the_last_checkpoint_need_not_wait_for_the_one_before(tmp_path: Path) ->
 
 
 def vanish(rank: int, url: str, leave_out: int) -> int:
-    """Copy the state and die without a word; one rank may die before."""
+    """Take a snapshot and exit; one rank may exit before it."""
     saving = saving_at(url, world_size=2)
     if rank != leave_out:
         saving.begin(PROGRESS)
@@ -121,7 +121,7 @@ def vanish(rank: int, url: str, leave_out: int) -> int:
     return saving._writer._process.pid
 
 
-def test_savers_finish_the_checkpoint_of_ranks_that_have_died(tmp_path: Path) -> None:
+def test_writers__ranks_died__complete_the_checkpoint(tmp_path: Path) -> None:
     pids = on_ranks(vanish, str(tmp_path), -1, world_size=2)
     wait_for(lambda: not any(map(psutil.pid_exists, pids)), timeout_s=20)
     found = find_checkpoint(open_storage(str(tmp_path)), on_skip=lambda *_: None)
@@ -130,14 +130,14 @@ def test_savers_finish_the_checkpoint_of_ranks_that_have_died(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_saver_whose_peers_never_come_gives_up_and_leaves_nothing(tmp_path: Path) -> None:
+def test_writer__missing_peers__times_out_and_cleans_up(tmp_path: Path) -> None:
     pids = on_ranks(vanish, str(tmp_path), 1, world_size=2)
     wait_for(lambda: not any(map(psutil.pid_exists, pids)), timeout_s=30)
     assert list(tmp_path.iterdir()) == []
 
 
 def train_beside_a_stopped_writer(rank: int, url: str) -> tuple[float, list[Any]]:
-    """Order more than a pipe holds from a saver that does not listen."""
+    """Send a stopped writer process a command that is larger than a pipe's buffer."""
     saving = saving_at(url, world_size=2)
     shape = saving._state.shape
     saving._state.shape = replace(shape, config={"long": "x" * 2**20})
@@ -153,7 +153,7 @@ def train_beside_a_stopped_writer(rank: int, url: str) -> tuple[float, list[Any]
     return waited_s, outcomes
 
 
-def test_training_does_not_wait_for_a_saver_that_is_busy(tmp_path: Path) -> None:
+def test_settle__busy_writer__does_not_wait(tmp_path: Path) -> None:
     for waited_s, outcomes in on_ranks(train_beside_a_stopped_writer, str(tmp_path), world_size=2):
-        assert waited_s < 5.0  # and not for ever
+        assert waited_s < 5.0  # not until the writer continues
         assert [outcome.step for outcome in outcomes] == [1]

@@ -1,4 +1,4 @@
-"""Any world size and any ZeRO stage reads what any other has written: every element, bit for bit."""
+"""Every world size and ZeRO stage loads checkpoints of every other, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.odd import MATRIX, VARIANTS, differing, odd_state, write_patt
 from tests.support.ranks import on_ranks
 
 SOME_SIZES, ALL_SIZES = (1, 2, 3, 5), tuple(range(1, 9))
-"""The slow set takes all: 1,600 loads."""
+"""Used by the slow tests: 1,600 loads."""
 PROGRESS = Progress(step=7, num_tokens=70, config_digest="recipe", corpus="corpus")
 
 
@@ -39,7 +39,7 @@ def save_all(rank: int, root: str, world_size: int) -> list[list[Any]]:
 
 
 def load_all(rank: int, root: str, world_size: int, sizes: tuple[int, ...]) -> tuple[int, list[str]]:
-    """Load what every kind of engine at every world size has saved. Returns: how many, and what differs."""
+    """Load all saved checkpoints into every kind of engine. Returns: number of loads, and differences."""
     join_process_group(device=torch.device("cpu"))
     wrong, count = [], 0
     for variant in MATRIX:
@@ -64,7 +64,7 @@ def place(root: str, variant: str, world_size: int) -> str:
     params=[pytest.param(SOME_SIZES, id="some"), pytest.param(ALL_SIZES, id="all", marks=pytest.mark.slow)],
 )
 def sizes(request: pytest.FixtureRequest) -> tuple[int, ...]:
-    """World sizes whose checkpoints are there."""
+    """World sizes that checkpoints are saved at."""
     chosen: tuple[int, ...] = request.param
     return chosen
 
@@ -78,9 +78,7 @@ def saved(sizes: tuple[int, ...], tmp_path_factory: pytest.TempPathFactory) -> P
     return root
 
 
-def test_every_world_size_and_stage_loads_what_every_other_saved_bit_for_bit(
-    saved: Path, sizes: tuple[int, ...]
-) -> None:
+def test_load__any_world_size_and_stage__bit_for_bit(saved: Path, sizes: tuple[int, ...]) -> None:
     for world_size in sizes:
         for count, wrong in on_ranks(load_all, str(saved), world_size, sizes, world_size=world_size):
             assert count == len(MATRIX) ** 2 * len(sizes)
@@ -88,9 +86,7 @@ def test_every_world_size_and_stage_loads_what_every_other_saved_bit_for_bit(
 
 
 @pytest.mark.parametrize("variant", MATRIX)
-def test_over_all_parts_every_element_of_every_kind_is_saved_exactly_once(
-    saved: Path, sizes: tuple[int, ...], variant: str
-) -> None:
+def test_save__all_parts__every_element_once(saved: Path, sizes: tuple[int, ...], variant: str) -> None:
     for world_size in sizes:
         storage = open_storage(place(str(saved), variant, world_size))
         assert verify_checkpoint(storage, step_name(7)) is None
@@ -110,15 +106,15 @@ def test_over_all_parts_every_element_of_every_kind_is_saved_exactly_once(
             assert stops[-1] == checkpoint.value_interval(name).stop, (name, kind)
 
 
-def test_tied_weights_are_saved_once_and_told(saved: Path) -> None:
+def test_save__tied_weights__stored_once(saved: Path) -> None:
     shape = open_checkpoint(open_storage(place(str(saved), "zero 2", 3)), step_name(7)).shape
     assert shape.tied == {"head.weight": "embedding.weight"}
     assert "head.weight" not in shape.parameters
-    assert "scratch" not in shape.parameters  # of no use to anybody else, by torch's own word
+    assert "scratch" not in shape.parameters  # a non-persistent buffer
 
 
 def refreshed(rank: int, root: str, variant: str, world_size: int) -> list[str]:
-    """Which weights that the model computes with are not those of its master weights."""
+    """Return the names of model weights that differ from the master weights."""
     import deepspeed
 
     join_process_group(device=torch.device("cpu"))
@@ -138,7 +134,7 @@ def refreshed(rank: int, root: str, variant: str, world_size: int) -> list[str]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_after_loading_the_model_computes_with_the_saved_weights(saved: Path, variant: str) -> None:
+def test_resume__model_weights__equal_saved_weights(saved: Path, variant: str) -> None:
     for wrong in on_ranks(refreshed, str(saved), variant, 3, world_size=3):
         assert wrong == []
 
@@ -164,7 +160,7 @@ def round_trip(rank: int, root: str, world_size: int, *, is_saving: bool) -> lis
     return wrong
 
 
-def test_in_fp32_the_stages_read_each_others_checkpoints_too(tmp_path: Path) -> None:
+def test_load__fp32__any_stage_bit_for_bit(tmp_path: Path) -> None:
     for world_size, is_saving in ((2, True), (3, False)):
         function = partial(round_trip, is_saving=is_saving)
         for wrong in on_ranks(function, str(tmp_path), world_size, world_size=world_size):

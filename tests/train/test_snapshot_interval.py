@@ -1,4 +1,4 @@
-"""How often snapshots are taken: as often as a hundredth of the time pays for, and no nervous changes."""
+"""Adaptive snapshot interval: at most 1 % of the time, and stable under noise."""
 
 from __future__ import annotations
 
@@ -36,53 +36,51 @@ def train(
     raise AssertionError
 
 
-def test_a_snapshot_that_costs_less_than_a_hundredth_of_a_step_is_taken_at_every_step() -> None:
+def test_auto__cost_below_one_percent__every_step() -> None:
     taken, intervals = train(SnapshotInterval(fixed=None), num_snapshots=50, step_s=1.0, cost_s=lambda _: 0.0099)
     assert (taken, intervals) == (list(range(1, 51)), [])
 
 
 @pytest.mark.parametrize(("cost_s", "every"), [(0.02, 2), (0.021, 3), (0.1, 10), (2.5, 250)])
-def test_one_that_costs_more_is_taken_at_as_many_steps_as_pay_for_it(cost_s: float, every: int) -> None:
+def test_auto__higher_cost__interval_keeps_one_percent(cost_s: float, every: int) -> None:
     taken, intervals = train(SnapshotInterval(fixed=None), num_snapshots=20, step_s=1.0, cost_s=lambda _: cost_s)
     assert intervals == [every]
     assert {b - a for a, b in itertools.pairwise(taken[8:])} == {every}
 
 
 @given(step_s=st.floats(1e-3, 60), cost_s=st.floats(1e-6, 600))
-def test_whatever_it_costs_the_pace_settles_at_once_and_its_share_is_a_hundredth(
-    step_s: float, cost_s: float
-) -> None:
+def test_auto__constant_cost__settles_once_at_one_percent(step_s: float, cost_s: float) -> None:
     interval = SnapshotInterval(fixed=None)
     _, intervals = train(interval, num_snapshots=12, step_s=step_s, cost_s=lambda _: cost_s)
     assert len(intervals) <= 1
     assert interval.share <= 0.01 * (1 + 1e-9) or interval.every == 1000
     assert interval.every == 1 or cost_s > 0.01 * (interval.every - 1) * step_s * (
         1 - 1e-9
-    )  # no slower than need be
+    )  # not longer than necessary
 
 
-def test_the_pace_does_not_follow_noise() -> None:
+def test_auto__noise__changes_once() -> None:
     interval = SnapshotInterval(fixed=None)
     _, intervals = train(interval, num_snapshots=200, step_s=1.0, cost_s=lambda n: 0.10 * (1.4 if n % 3 else 0.7))
     assert len(intervals) == 1
 
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=20, max_size=60))
-def test_by_what_was_measured_last_the_share_is_a_hundredth_at_most(costs_s: list[float]) -> None:
+def test_auto__recent_costs__share_at_most_one_percent(costs_s: list[float]) -> None:
     interval = SnapshotInterval(fixed=None)
     for cost_s in costs_s:
         interval.update(step_s=1.0, cost_s=cost_s)
     assert interval.share <= 0.01 * (1 + 1e-9)
 
 
-def test_a_single_hiccup_changes_nothing() -> None:
+def test_auto__single_outlier__is_ignored() -> None:
     _, intervals = train(
         SnapshotInterval(fixed=None), num_snapshots=50, step_s=1.0, cost_s=lambda n: 30.0 if n == 20 else 0.005
     )
     assert intervals == []
 
 
-def test_the_pace_quickens_again_when_snapshots_have_become_cheap() -> None:
+def test_auto__cost_drops__interval_shrinks() -> None:
     interval = SnapshotInterval(fixed=None)
     taken, _ = train(interval, num_snapshots=20, step_s=1.0, cost_s=lambda _: 0.5)
     assert interval.every == 50
@@ -90,19 +88,19 @@ def test_the_pace_quickens_again_when_snapshots_have_become_cheap() -> None:
     assert interval.every == 1
 
 
-def test_nothing_is_chosen_before_there_is_something_to_choose_from() -> None:
+def test_auto__too_few_measurements__keeps_every_step() -> None:
     interval = SnapshotInterval(fixed=None)
     _, intervals = train(interval, num_snapshots=7, step_s=1.0, cost_s=lambda _: 5.0)
     assert (interval.every, intervals) == (1, [])
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_fixed_pace_stays_whatever_it_costs(every: int) -> None:
+def test_fixed__any_cost__is_kept(every: int) -> None:
     taken, intervals = train(SnapshotInterval(fixed=every), num_snapshots=20, step_s=1.0, cost_s=lambda _: 10.0)
     assert (taken, intervals) == ([every * n for n in range(1, 21)], [])
 
 
-def test_a_snapshot_that_came_early_puts_the_next_off() -> None:
+def test_fixed__early_snapshot__delays_the_next() -> None:
     interval = SnapshotInterval(fixed=4)
     interval.record_snapshot(3)  # for a checkpoint
     assert [step for step in range(4, 9) if interval.is_due(step)] == [7, 8]

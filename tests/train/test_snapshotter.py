@@ -1,4 +1,4 @@
-"""Copies of a state beside training: the newest whole one is never touched, and one step at most is at risk."""
+"""Snapshots during training: the newest complete one is never overwritten, and at most one interval can be lost."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.support.checkpoints import model_shape, progress
 
 SMALL_BYTES = 64
 LARGE_BYTES = 8 * 2**20
-"""So large that a thread copies it."""
+"""Large enough to be copied by a thread."""
 _TIMEOUT_S = 10
 
 
 class Weights:
-    """A state of one value, in the place of an engine's."""
+    """A state of a single value, with the interface of `TrainState`."""
 
     device = torch.device("cpu")
 
@@ -49,7 +49,7 @@ class Weights:
 
 
 class Agent:
-    """Keeps what it is told to, at once or when it is let."""
+    """A replica client that replicates at once, or when allowed to."""
 
     def __init__(self) -> None:
         self.registered: SnapshotBuffer | None = None
@@ -69,7 +69,7 @@ class Agent:
         self.calls.append(("published", step))
 
     def wait_replicated(self, step: int) -> None:
-        assert ("published", step) in self.calls, "what was never copied is never kept"
+        assert ("published", step) in self.calls, "a snapshot is replicated only after it is published"
         self.is_asked.set()
         assert self.may_go_on.wait(_TIMEOUT_S)
         self.calls.append(("replicated", step))
@@ -89,13 +89,13 @@ def copying(state: Weights, agent: Agent | None) -> Iterator[Snapshotter]:
 
 
 def begin(snapshotter: Snapshotter, state: Weights, step: int, *, is_pinned: bool = False) -> PendingSnapshot:
-    """A step ends with its number as the state's value."""
+    """Set the state to a value derived from the step, and begin a snapshot."""
     state.value = step % 251
     return snapshotter.begin(progress(step), is_pinned=is_pinned)
 
 
 def whole(snapshotter: Snapshotter) -> dict[int, Snapshot]:
-    """By step, the copies whose bytes are those of their step."""
+    """Return the complete snapshots by step, after checking their bytes."""
     found = {}
     for copy in snapshotter.buffer.snapshots():
         with snapshotter.buffer.data(copy.slot) as data:
@@ -106,7 +106,7 @@ def whole(snapshotter: Snapshotter) -> dict[int, Snapshot]:
 
 
 @pytest.mark.parametrize("size_bytes", [SMALL_BYTES, LARGE_BYTES])
-def test_a_copy_is_the_state_of_its_step_whatever_becomes_of_the_state_later(size_bytes: int) -> None:
+def test_snapshot__state_changed_afterwards__is_unaffected(size_bytes: int) -> None:
     state, agent = Weights(size_bytes), Agent()
     with copying(state, agent) as snapshotter:
         assert agent.registered is snapshotter.buffer
@@ -119,7 +119,7 @@ def test_a_copy_is_the_state_of_its_step_whatever_becomes_of_the_state_later(siz
         assert agent.calls == [("published", 7), ("replicated", 7)]
 
 
-def test_a_buffer_that_the_next_forward_pass_changes_is_copied_at_once() -> None:
+def test_begin__buffers__are_copied_at_once() -> None:
     state = Weights(LARGE_BYTES)
     with copying(state, Agent()) as snapshotter:
         state.may_go_on.clear()
@@ -129,7 +129,7 @@ def test_a_buffer_that_the_next_forward_pass_changes_is_copied_at_once() -> None
         assert not begun.is_copied.is_set()
 
 
-def test_settling_waits_for_the_copy_and_not_for_its_keeping() -> None:
+def test_settle__waits_for_copy_not_for_replication() -> None:
     state, agent = Weights(LARGE_BYTES), Agent()
     with copying(state, agent) as snapshotter:
         agent.may_go_on.clear()
@@ -144,7 +144,7 @@ def test_settling_waits_for_the_copy_and_not_for_its_keeping() -> None:
         assert not agent.is_asked.is_set()
 
 
-def test_the_next_copy_waits_until_the_one_before_is_kept() -> None:
+def test_begin__previous_not_replicated__waits() -> None:
     state, agent = Weights(), Agent()
     with copying(state, agent) as snapshotter:
         begin(snapshotter, state, 1)
@@ -159,7 +159,7 @@ def test_the_next_copy_waits_until_the_one_before_is_kept() -> None:
         assert agent.calls == [("published", 1), ("replicated", 1), ("published", 2)]
 
 
-def test_while_a_copy_is_made_the_one_before_is_whole() -> None:
+def test_begin__during_copy__previous_snapshot_is_complete() -> None:
     state = Weights(LARGE_BYTES)
     with copying(state, Agent()) as snapshotter:
         for step in range(1, 6):
@@ -172,14 +172,14 @@ def test_while_a_copy_is_made_the_one_before_is_whole() -> None:
 
 
 @given(actions=st.lists(st.sampled_from(["copy", "save", "saved"]), max_size=25))
-def test_neither_the_newest_copy_nor_one_that_is_being_saved_is_overwritten(actions: list[str]) -> None:
+def test_begin__newest_and_pinned_slots__are_not_reused(actions: list[str]) -> None:
     state = Weights()
     pinned: dict[int, int] = {}
     with copying(state, Agent()) as snapshotter:
         for step, action in enumerate(actions, start=1):
             if action == "saved" and pinned:
                 snapshotter.unpin(pinned.pop(min(pinned)))
-            elif action != "saved" and len(pinned) < NUM_SLOTS - 1:  # the loop has no more in the making
+            elif action != "saved" and len(pinned) < NUM_SLOTS - 1:  # the loop has at most this many pending
                 newest = max(whole(snapshotter).values(), key=lambda copy: copy.step, default=None)
                 begun = begin(snapshotter, state, step, is_pinned=action == "save")
                 assert begun.slot not in pinned.values()
@@ -190,7 +190,7 @@ def test_neither_the_newest_copy_nor_one_that_is_being_saved_is_overwritten(acti
 
 
 @pytest.mark.parametrize("size_bytes", [SMALL_BYTES, LARGE_BYTES])
-def test_a_copy_that_fails_is_told_and_hinders_no_later_one(size_bytes: int) -> None:
+def test_begin__copy_fails__is_reported_and_next_succeeds(size_bytes: int) -> None:
     state, agent = Weights(size_bytes), Agent()
     told: list[str | None] = []
     with copying(state, agent) as snapshotter:
@@ -209,7 +209,7 @@ def test_a_copy_that_fails_is_told_and_hinders_no_later_one(size_bytes: int) -> 
         assert {step for call, step in agent.calls if call == "replicated"} == {1, 3}
 
 
-def test_without_a_keeper_no_more_memory_is_taken_than_for_one_copy() -> None:
+def test_begin__no_replica_client__uses_one_slot() -> None:
     state = Weights(LARGE_BYTES)
     with copying(state, None) as snapshotter:
         assert {begin(snapshotter, state, step).slot for step in range(1, 5)} == {0}
@@ -217,7 +217,7 @@ def test_without_a_keeper_no_more_memory_is_taken_than_for_one_copy() -> None:
         assert list(whole(snapshotter)) == [4]
 
 
-def test_the_cost_is_what_training_stood_still_and_on_cpu_the_work_of_others_and_is_told_once() -> None:
+def test_take_cost__stall_and_cpu_time__is_returned_once() -> None:
     state, agent = Weights(), Agent()
     with copying(state, agent) as snapshotter:
         begun = begin(snapshotter, state, 1)

@@ -1,4 +1,4 @@
-"""Who owns which part of the state, asked of real DeepSpeed engines."""
+"""Ownership of the state with real DeepSpeed engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STAGES = [0, 1, 2, 3]
 
 
 def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
-    """What one rank has after building: its claims, its state's and its parameters' elements."""
+    """Return a rank's claims, and the number of elements of its state and parameters."""
     from forge.train.engine import build_engine, join_process_group
 
     plan: Plan = plan_from_json(plan_json)
@@ -48,7 +48,7 @@ def owners(stage: int, world_size: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 @pytest.mark.parametrize("stage", STAGES)
-def test_over_all_ranks_every_element_is_claimed_exactly_once(stage: int, world_size: int) -> None:
+def test_claims__all_ranks__every_element_once(stage: int, world_size: int) -> None:
     sizes = {
         name: sum(stop - start for n, start, stop in owners(0, 1)[0]["claims"] if n == name)
         for name, _, _ in owners(0, 1)[0]["claims"]
@@ -62,20 +62,20 @@ def test_over_all_ranks_every_element_is_claimed_exactly_once(stage: int, world_
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_no_rank_keeps_more_than_its_share_of_what_zero_divides(stage: int) -> None:
+def test_shards__zero_1_to_3__at_most_the_ranks_share(stage: int) -> None:
     whole = owners(0, 1)[0]
     for owner in owners(stage, 4):
         for kind, elements in owner["kinds"].items():
             assert elements <= 1.1 * whole["kinds"][kind] / 4, kind
 
 
-def test_under_zero_3_no_rank_keeps_a_whole_parameter() -> None:
+def test_parameters__zero_3__are_partitioned() -> None:
     assert [owner["whole_parameters"] for owner in owners(3, 2)] == [0, 0]
     assert owners(2, 2)[0]["whole_parameters"] > 0
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_deepspeed_that_keeps_its_state_elsewhere_is_named_with_its_release(stage: int) -> None:
+def test_shards_of__unknown_deepspeed_layout__error_names_release(stage: int) -> None:
     engine = SimpleNamespace(
         module=torch.nn.Linear(2, 2),
         optimizer=SimpleNamespace(optimizer=None),
@@ -87,7 +87,7 @@ def test_a_deepspeed_that_keeps_its_state_elsewhere_is_named_with_its_release(st
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_plans_estimate_of_the_state_is_what_a_rank_really_keeps(stage: int) -> None:
+def test_memory_estimate__matches_state_of_a_rank(stage: int) -> None:
     world_size = 2
     plan = tiny_plan(training__zero={"stage": stage}, training__ema={"decay": 0.9}, resources__workers="1..5")
     estimate = plan.for_world_size(world_size).memory

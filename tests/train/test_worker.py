@@ -1,4 +1,4 @@
-"""Whole ranks: real processes, gloo, DeepSpeed. The loss curve must not know the machines."""
+"""Workers as real processes with gloo and DeepSpeed: the loss curve does not depend on the machines."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ STAGES = [0, 1, 2, 3]
 
 @pytest.fixture(scope="module")
 def reference(corpus: CorpusInfo, tmp_path_factory: pytest.TempPathFactory) -> Recording:
-    """One rank, no ZeRO, fp32: what every other way must agree with."""
+    """One rank, no ZeRO, fp32: the reference for all other configurations."""
     plan = tiny_plan(corpus, training__zero={"stage": 0}, training__precision="fp32")
     return run_ranks(plan, tmp_path_factory.mktemp("reference"), world_size=1)
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_losses_are_the_same_at_any_world_size_and_stage(
+def test_losses__any_world_size_and_stage__are_equal(
     corpus: CorpusInfo, reference: Recording, tmp_path: Path, stage: int, world_size: int
 ) -> None:
     plan = tiny_plan(corpus, training__zero={"stage": stage}, training__precision="fp32")
@@ -40,7 +40,7 @@ def test_the_losses_are_the_same_at_any_world_size_and_stage(
     assert found.steps[-1].held_out_loss == pytest.approx(reference.steps[-1].held_out_loss, rel=1e-5)
 
 
-def test_a_world_size_that_does_not_divide_the_batch_changes_nothing(
+def test_losses__world_size_does_not_divide_batch__are_equal(
     corpus: CorpusInfo, reference: Recording, tmp_path: Path
 ) -> None:
     plan = tiny_plan(corpus, training__precision="fp32", training__micro_batch_size=2, resources__workers="5")
@@ -49,7 +49,7 @@ def test_a_world_size_that_does_not_divide_the_batch_changes_nothing(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_bf16_agrees_with_fp32_within_its_rounding(
+def test_losses__bf16__match_fp32_within_rounding(
     corpus: CorpusInfo, reference: Recording, tmp_path: Path, stage: int
 ) -> None:
     found = run_ranks(tiny_plan(corpus, training__zero={"stage": stage}), tmp_path, world_size=2)
@@ -65,7 +65,7 @@ def test_bf16_agrees_with_fp32_within_its_rounding(
         {"training__micro_batch_size": 1},
     ],
 )
-def test_what_should_only_cost_or_save_memory_leaves_the_losses_alone(
+def test_losses__memory_options__are_equal(
     corpus: CorpusInfo, reference: Recording, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     found = run_ranks(tiny_plan(corpus, training__precision="fp32", **changes), tmp_path, world_size=2)
@@ -74,7 +74,7 @@ def test_what_should_only_cost_or_save_memory_leaves_the_losses_alone(
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_resuming_gives_the_losses_of_the_run_that_never_stopped_bit_for_bit(
+def test_resume__same_world_size__losses_bit_for_bit(
     corpus: CorpusInfo, tmp_path: Path, stage: int, precision: str
 ) -> None:
     plan = tiny_plan(
@@ -98,7 +98,7 @@ def test_resuming_gives_the_losses_of_the_run_that_never_stopped_bit_for_bit(
         *[pytest.param(*way, marks=pytest.mark.slow) for way in [(0, 0, 2, 3), (1, 1, 3, 1), (3, 3, 4, 2)]],
     ],
 )
-def test_a_run_goes_on_at_another_world_size_and_stage_with_the_same_samples_and_losses(
+def test_resume__another_world_size_and_stage__same_samples_and_losses(
     corpus: CorpusInfo,
     reference: Recording,
     tmp_path: Path,
@@ -118,7 +118,7 @@ def test_a_run_goes_on_at_another_world_size_and_stage_with_the_same_samples_and
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])
-def test_in_bf16_a_run_that_goes_on_at_another_size_agrees_within_its_rounding(
+def test_resume__bf16_at_another_world_size__matches_within_rounding(
     corpus: CorpusInfo, tmp_path: Path, offload: str
 ) -> None:
     plan = tiny_plan(corpus, training__zero={"stage": 2, "offload": offload})
@@ -132,7 +132,7 @@ def test_in_bf16_a_run_that_goes_on_at_another_size_agrees_within_its_rounding(
     assert first.sample_ids | second.sample_ids == whole.sample_ids
 
 
-def test_the_average_is_evaluated_at_the_end_beside_the_weights(corpus: CorpusInfo, tmp_path: Path) -> None:
+def test_ema__end_of_run__is_evaluated_too(corpus: CorpusInfo, tmp_path: Path) -> None:
     found = run_ranks(tiny_plan(corpus, training__ema={"decay": 0.5}), tmp_path, world_size=2)
     assert [weights for weights, _ in evaluations(found)] == ["current", "ema"]
     losses = [loss for _, loss in evaluations(found)]
@@ -141,9 +141,7 @@ def test_the_average_is_evaluated_at_the_end_beside_the_weights(corpus: CorpusIn
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_loss_that_is_no_number_stops_the_run_names_the_step_and_keeps_the_last_checkpoint(
-    corpus: CorpusInfo, tmp_path: Path, stage: int
-) -> None:
+def test_train__loss_not_finite__stops_and_keeps_checkpoint(corpus: CorpusInfo, tmp_path: Path, stage: int) -> None:
     plan = tiny_plan(
         corpus,
         training__zero={"stage": stage},
@@ -164,7 +162,7 @@ def test_resume__checkpoint_of_another_config__is_refused(corpus: CorpusInfo, tm
         run_ranks(tiny_plan(corpus, training__optimizer={"lr": 1e-3}), tmp_path, world_size=1)
 
 
-def test_a_torn_checkpoint_is_passed_over_for_the_one_before(corpus: CorpusInfo, tmp_path: Path) -> None:
+def test_resume__truncated_checkpoint__uses_previous(corpus: CorpusInfo, tmp_path: Path) -> None:
     plan = tiny_plan(corpus, checkpoint__every="2 steps", training__precision="fp32")
     whole = run_ranks(plan, tmp_path, world_size=2)
     torn = next((tmp_path / "step-00000006").glob("part-00001-*.safetensors"))
@@ -178,25 +176,23 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(corpus: CorpusInfo,
     assert again.losses == whole.losses[before:]
 
 
-def test_only_the_newest_checkpoints_are_kept(corpus: CorpusInfo, tmp_path: Path) -> None:
+def test_train__keep__only_newest_checkpoints_remain(corpus: CorpusInfo, tmp_path: Path) -> None:
     plan = tiny_plan(corpus, checkpoint={"every": "1 steps", "keep": 2})
     found = run_ranks(plan, tmp_path, world_size=2)
     saved = [event.step for event in found.events if isinstance(event, CheckpointSaved)]
-    assert saved == sorted(set(saved))  # one at a time: a step may pass while the one before is written
+    assert saved == sorted(set(saved))  # one at a time: a step is skipped while the previous checkpoint is written
     assert saved[-1] == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in saved[-2:]]
 
 
-def test_a_checkpoint_folder_that_cannot_be_written_fails_the_end_with_a_clear_message(
-    corpus: CorpusInfo, tmp_path: Path
-) -> None:
+def test_train__folder_not_writable__fails_at_end(corpus: CorpusInfo, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     with pytest.raises(CheckpointError, match="could not be written"):
         run_ranks(tiny_plan(corpus), blocked, world_size=2)
 
 
-def test_a_gpt2_trains_too_and_its_weights_do_not_depend_on_the_stage(corpus: CorpusInfo, tmp_path: Path) -> None:
+def test_train__gpt2__losses_equal_at_every_stage(corpus: CorpusInfo, tmp_path: Path) -> None:
     gpt2 = {"architecture": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2,
             "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
     losses = [
@@ -220,7 +216,7 @@ DROPPING = {"architecture": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2,
     ("stage", "world_size"),
     [pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow), (2, 3), (3, 2)],
 )
-def test_dropout_belongs_to_the_sample_at_any_world_size_and_stage(
+def test_dropout__any_world_size_and_stage__losses_are_equal(
     corpus: CorpusInfo, tmp_path: Path, stage: int, world_size: int
 ) -> None:
     whole = dropping(corpus, tmp_path / "one")
@@ -228,19 +224,19 @@ def test_dropout_belongs_to_the_sample_at_any_world_size_and_stage(
     assert found.losses == pytest.approx(whole.losses, rel=1e-5)
 
 
-def test_dropout_does_drop(corpus: CorpusInfo, tmp_path: Path) -> None:
+def test_dropout__changes_the_losses(corpus: CorpusInfo, tmp_path: Path) -> None:
     kept = DROPPING | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     plain = run_ranks(tiny_plan(corpus, model=kept, training__precision="fp32"), tmp_path / "plain", world_size=1)
     assert dropping(corpus, tmp_path / "dropped").losses != pytest.approx(plain.losses, rel=1e-3)
 
 
-def test_dropout_is_recomputed_as_it_was_drawn(corpus: CorpusInfo, tmp_path: Path) -> None:
+def test_dropout__activation_checkpointing__same_masks(corpus: CorpusInfo, tmp_path: Path) -> None:
     whole = dropping(corpus, tmp_path / "whole")
     recomputed = dropping(corpus, tmp_path / "recomputed", training__activation_checkpointing=True)
     assert recomputed.losses == pytest.approx(whole.losses, rel=1e-5)
 
 
-def test_a_run_with_dropout_resumes_bit_for_bit(corpus: CorpusInfo, tmp_path: Path) -> None:
+def test_dropout__resume__losses_bit_for_bit(corpus: CorpusInfo, tmp_path: Path) -> None:
     whole = dropping(corpus, tmp_path / "whole", world_size=2)
     first = dropping(corpus, tmp_path / "parts", world_size=2, stop_after=3)
     second = dropping(corpus, tmp_path / "parts", world_size=2)
@@ -260,7 +256,7 @@ def evaluations(recording: Recording) -> list[tuple[str, float]]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for one checkpoint of the tiny job, not for two."""
+    """A file system with space for one checkpoint of the tiny job, not for two."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)], check=False)
@@ -270,7 +266,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_said_and_the_checkpoint_before_is_kept(corpus: CorpusInfo, small_disk: Path) -> None:
+def test_train__disk_full__fails_and_keeps_previous_checkpoint(corpus: CorpusInfo, small_disk: Path) -> None:
     plan = tiny_plan(corpus, checkpoint={"every": "2 steps", "keep": 3})
     with pytest.raises(CheckpointError, match=r"could not be written by rank \d.*(No space left|os error 28)"):
         run_ranks(plan, small_disk, world_size=2)
