@@ -104,12 +104,12 @@ def digest_file(path: Path, *, cache: Path | None = None) -> str:
     """Return the xxh3_128 digest of a file's content.
 
     Args:
-        cache: a folder with digests of earlier calls; a file with unchanged size and modification time is not read
-            again.
+        cache: a folder with digests of earlier calls; a file whose size, inode, and times of modification and
+            change are the same as then is not read again.
     """
     about = path.stat()
     key = hashlib.blake2b(str(path.resolve()).encode(), digest_size=16).hexdigest()
-    known = [about.st_size, about.st_mtime_ns]
+    known = [about.st_size, about.st_mtime_ns, about.st_ino, about.st_ctime_ns]
     if cache is not None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads((cache / f"{key}.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,20 @@ def test_digest_file__content_changed__differs_and_is_not_taken_from_the_cache(t
     first = digest_file(file, cache=cache)
     assert digest_file(file, cache=cache) == first == digest_file(file)
     file.write_bytes(b"three")
+    assert digest_file(file, cache=cache) != first
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_digest_file__swapped_file_of_equal_size_and_time__is_read_again(tmp_path: Path, is_replaced: bool) -> None:
+    file, cache = tmp_path / "weights", tmp_path / "cache"
+    file.write_bytes(b"one")
+    before = file.stat()
+    first = digest_file(file, cache=cache)
+    other = tmp_path / "other" if is_replaced else file
+    other.write_bytes(b"two")
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(file)
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
     assert digest_file(file, cache=cache) != first
 
 
