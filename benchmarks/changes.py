@@ -1,15 +1,15 @@
-"""What changes of its machines cost a run of forge's that goes on through all of them.
+"""Measure what membership changes cost one run of forge.
 
-Two of three simulated machines train; then, again and again, in turn for every machine:
+Two of three simulated machines train. Then, repeatedly, for each machine in turn:
 
-    growth      the third is added. Pause.
-    notice      one is given notice of 20 s, and killed when they are over; nobody replaces it. Pause.
-    growth      it is added again. Pause.
-    hang        a rank gets SIGSTOP. Seconds from there to the end of the first step of the next generation.
-                Its machine is killed, since a place whose rank hung is left out for a minute.
+    growth      the third machine is added: pause
+    notice      one gets a notice of 20 s, and is killed afterwards without replacement: pause
+    growth      it is added again: pause
+    hang        a rank gets SIGSTOP: seconds until the end of the first step of the next generation.
+                Its machine is then killed, because a slot whose rank hung is quarantined for a minute.
 
-A pause is the time without a step's end beyond a usual step: from the end of the last step of the old
-generation to the end of the first step of the new one, less the median of the steps that follow it.
+A pause is the time from the end of the last step of the old generation to the end of the first step of the
+new one, minus the median duration of the following steps.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NAMES = {"growth": "growth_pause", "notice": "planned_change_pause", "hang": "h
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What one change cost."""
+    """The cost of one change."""
 
     seconds: float
     parts_s: Mapping[str, float]
@@ -49,7 +49,7 @@ class Cost:
 
 
 def measure_changes(job: Mapping[str, Any], *, repeats: int) -> dict[str, Any]:
-    """Have everything happen to one run, `repeats` times, and print what it cost. Returns: the figures."""
+    """Apply all changes to one run, `repeats` times, and print their cost. Returns: the figures."""
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
         folder = Path(text)
         request = {**job, "folder": text, "nodes": _NODES - 1, "max_nodes": _NODES}
@@ -65,7 +65,7 @@ def measure_changes(job: Mapping[str, Any], *, repeats: int) -> dict[str, Any]:
 
 
 def go_round(missing: int, program: Program, watch: Watch) -> int:
-    """One of everything. Returns: the machine that is missing then."""
+    """Apply each kind of change once. Returns: the machine that is missing afterwards."""
 
     def have(line: str, *, cause: str) -> None:
         began_s = time.time()
@@ -86,18 +86,18 @@ def go_round(missing: int, program: Program, watch: Watch) -> int:
 
 
 class Watch:
-    """The only run under a folder, as it goes on."""
+    """Follows the only run under a folder."""
 
     def __init__(self, folder: Path, process: subprocess.Popen[Any]) -> None:
         """Args:
-        process: without which the run is over.
+        process: the driver; the run is over when it ends.
         """
         self._folder, self._process = folder, process
 
     def await_formed(self, cause: str | None, *, since_s: float) -> None:
-        """Until a generation stands ready, after a change of this cause if one is given.
+        """Wait until a generation has started, after a change of this cause if one is given.
 
-        Raises: RuntimeError if that takes too long, or the process has ended.
+        Raises: RuntimeError after a timeout, or if the process has ended.
         """
 
         def is_formed() -> bool:
@@ -117,13 +117,13 @@ class Watch:
 
 
 def changes_of(folder: Path) -> tuple[MembershipChange, ...]:
-    """The changes of the only run under a folder that has ended."""
+    """Return the changes of the only run under a folder, which has ended."""
     (plan,) = (folder / "runs").glob("*/plan.json")
     return goodput_of(read_run(plan.parent).events, read_metrics(plan.parent), now=None).changes
 
 
 def costs_of(folder: Path) -> dict[str, list[Cost]]:
-    """What the changes cost that followed on something done to a machine; one that was not meant to be is shown."""
+    """Return the costs of changes that the benchmark caused; print any other change."""
     records = records_of(folder / "steps.jsonl")
     steps_s = sorted(record["time"] for record in records if "step" in record)
     began_s = min(record["time"] for record in records if "added" in record)
@@ -145,7 +145,7 @@ def costs_of(folder: Path) -> dict[str, list[Cost]]:
 
 
 def pause_s(steps_s: Sequence[float], *, first_s: float) -> float:
-    """The time without a step's end beyond a usual step.
+    """Return the time between two generations' steps beyond the usual duration of a step.
 
     Args:
         steps_s: when steps ended, in order.
@@ -158,7 +158,7 @@ def pause_s(steps_s: Sequence[float], *, first_s: float) -> float:
 
 
 def medians_of_parts(parts_s: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The median of every part, in the order in which they come."""
+    """Return the median of every part, in order."""
     found: dict[str, list[float]] = {}
     for parts in parts_s:
         for part, seconds in parts.items():
@@ -167,7 +167,7 @@ def medians_of_parts(parts_s: Iterable[Mapping[str, float]]) -> dict[str, float]
 
 
 def report(costs: Mapping[str, Sequence[Cost]]) -> dict[str, Any]:
-    """The table. Returns: the figures."""
+    """Print the table. Returns: the figures."""
     rows, figures = [], dict[str, Any]()
     for name, of in costs.items():
         seconds = Measured(values=tuple(cost.seconds for cost in of))

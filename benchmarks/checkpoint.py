@@ -1,28 +1,28 @@
-"""Checkpoints: forge beside DeepSpeed and torch's distributed checkpoints (DCP), on the same training state.
+"""Checkpoints of forge, DeepSpeed and torch's distributed checkpoints (DCP), of the same training state.
 
     python -m benchmarks.checkpoint --json FILE
 
-A Llama of 88 M parameters, 1.06 GB of training state (fp32 weights and AdamW's moments), bf16, ZeRO 2, two
-ranks of one thread each over gloo. One engine and one process group for all: blocks of ten steps, in turn
-without a checkpoint and with one of every contender at the beginning. Between two blocks the disk is
-flushed, outside all timing, so that no contender pays for pages that another left; what DeepSpeed leaves
-unflushed at the end of its own block is thereby given to it. All figures are of the slowest rank.
+A Llama of 88 M parameters, 1.06 GB of training state (fp32 weights and AdamW's moments), bf16, ZeRO 2, two ranks of
+one thread each over gloo. All contenders share one engine and one process group and take turns in blocks of ten
+steps: without a checkpoint, or with one at the beginning. The disk is flushed between blocks, outside all timing,
+so that no contender pays for dirty pages of another; DeepSpeed thus does not pay for the pages that it leaves
+unflushed. All figures are of the slowest rank.
 
-    forge                `Saving.begin`, and the wait of `settle` before the next update; flushed and sealed
+    forge                `AsyncCheckpointer.begin`, and `settle` before the next update; flushed and committed
     deepspeed            `engine.save_checkpoint` with defaults; does not flush
     deepspeed unzipped   the same with `checkpoint: {checkpoint_serialization: false}`
-    dcp process, thread  `async_save`, staged by a thread into cached (shared) memory, awaited before the update
+    dcp process, thread  `async_save`, staged by a thread into cached (shared) memory before the update
 
-Ratios count against the faster setting of each peer. DeepSpeed's other settings, tried with 0.19.8: the `fast`
-writer wants an accelerator's pinned memory; `decoupled: true` refuses ZeRO 2's tensors on CPU ("Cowardly
-refusing to serialize non-leaf tensor"); the `python` writer runs, and was not faster;
-`parallel_write` concerns pipelines and `use_node_local_storage` the making of folders alone. DeepSpeed writes
+Ratios are relative to the faster setting of each peer. DeepSpeed's other settings, tried with 0.19.8: the `fast`
+writer needs an accelerator's pinned memory; `decoupled: true` refuses ZeRO 2's tensors on CPU ("Cowardly
+refusing to serialize non-leaf tensor"); the `python` writer works, but was not faster;
+`parallel_write` only affects pipelines, and `use_node_local_storage` the creation of folders. DeepSpeed writes
 the bf16 weights beside the state (a sixth more bytes), as it always does.
 
-Loading is at three ranks what two have saved; forge wrote past the page cache, so its first repeat comes from
-the disk, all else from memory. DeepSpeed's is the conversion by
-`ds_to_universal`, at its default (4 and 2 workers), with 2 and 2 and with 1 and 1, of which the fastest
-counts, and the load of what it made; imports and the building of engines are counted nowhere.
+Three ranks load what two have saved. forge bypasses the page cache when it writes, so its first repeat reads from
+the disk, all others from memory. DeepSpeed's time is the fastest conversion by `ds_to_universal` (with its default
+4 and 2 workers, with 2 and 2, or with 1 and 1) plus the load of the result. Imports and the construction of engines
+are never counted.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def run_ranks(module: str, world_size: int, *, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """A program under torchrun, which leaves its answer in a file."""
+    """Run a program under torchrun, which writes its result to a file."""
     answer = folder / f"{module}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
     command += ["-m", f"benchmarks.peers.{module}", json.dumps(request | {"answer": str(answer)})]
@@ -83,7 +83,7 @@ def run_ranks(module: str, world_size: int, *, folder: Path, request: dict[str, 
 
 
 def convert(folder: Path, workers: tuple[int, int]) -> float:
-    """Make a universal checkpoint of DeepSpeed's. Returns: seconds."""
+    """Convert DeepSpeed's checkpoint to a universal one. Returns: seconds."""
     (newest,) = (folder / "deepspeed").glob("step-*")
     shutil.rmtree(folder / "universal", ignore_errors=True)
     os.sync()
@@ -109,7 +109,7 @@ def export(folder: Path) -> dict[str, int]:
 
 
 def peak_of(arguments: list[str], *, text: str) -> tuple[int, str]:
-    """Peak resident bytes of a Python process that is given a text, and what it says."""
+    """Run a Python process on a request. Returns: its peak resident bytes and its output."""
     process = subprocess.Popen([sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None
     with process.stdin, process.stdout:
@@ -131,7 +131,7 @@ def report(
     *,
     json_path: Path | None,
 ) -> None:
-    """The tables, and the figures."""
+    """Print the tables. Returns: the figures."""
     state_bytes = saves["num_parameters"] * STATE_BYTES_PER_PARAMETER
     blocks = {
         name: {key: measured([block[key] for block in of]) for key in ("stall_s", "seconds", "complete_s")}
@@ -224,16 +224,16 @@ def report(
 
 
 def slowdown(blocks: dict[str, list[dict[str, Any]]], name: str) -> Measured:
-    """Seconds of blocks with a checkpoint ÷ seconds of the same repeat's block without, less 1."""
+    """Return the seconds of blocks with a checkpoint ÷ those of the same repeat's block without, minus 1."""
     pairs = zip(blocks[name], blocks["none"], strict=True)
     return measured([block["seconds"] / without["seconds"] - 1 for block, without in pairs])
 
 
 def slowdown_within(steps: list[float]) -> float:
-    """The same of one block alone: what its first steps, in which the checkpoint is made, took beyond the rest.
+    """Return the slowdown of a block's first steps, during which the checkpoint is written, relative to the rest.
 
-    What other programs do to the machine changes from block to block; this compares seconds that lie
-    together. Of a block without a checkpoint it shows the noise that is left.
+    The load of the machine changes from block to block; this compares steps that are close in time. For a block
+    without a checkpoint the result is the remaining noise.
     """
     affected = min(AFFECTED_STEPS, len(steps) // 2)
     calm_s = statistics.median(steps[affected:])
@@ -246,7 +246,7 @@ def measured(values: list[float]) -> Measured:
 
 
 def memory_rows(what: str, growth_bytes: dict[str, float], *, whole: int) -> list[list[str]]:
-    """A row for each contender."""
+    """Return a row for each contender."""
     return [
         [f"{what}, {name}", f"{grown / MIB:,.0f}", f"{grown / whole:.2f}"] for name, grown in growth_bytes.items()
     ]

@@ -1,10 +1,10 @@
-"""Clusters: how long until they are up, until they say how they are, until a run's first words are here.
+"""Times of clusters: to start one, to query its status, and to the first output of a submitted run.
 
     python -m benchmarks.cluster --json FILE
 
-`local_up`: forge cluster up on this machine beside a bare `ray start` with the same options. `ssh_up`: four
-machines beside one (network namespaces with sshd; an environment that is there already). `submission`: `forge train
---cluster` to the first line that its job says, beside `ray job submit` of a command that says a word. All in turn.
+`local_up`: forge cluster up on this machine, and a bare `ray start` with the same options. `ssh_up`: four machines,
+and one (network namespaces with sshd, with an existing environment). `submission`: `forge train --cluster` to the
+first line of its job, and `ray job submit` of a command that prints a word. All take turns.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def bare_start(folder: Path) -> float:
-    """Ray's own command, with what forge asks of it; all that it has started is ended, and no other Ray."""
+    """Run Ray's own command with forge's options, then end its processes and no other Ray's."""
     temporary = tempfile.mkdtemp(prefix="fb", dir="/tmp")
     command = [RAY, "start", "--head", "--port", str(free_port()), "--include-dashboard", "true"]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(free_port()), "--disable-usage-stats"]
@@ -90,7 +90,7 @@ def bare_start(folder: Path) -> float:
 
 
 def local_up() -> tuple[float, float]:
-    """forge's on this machine. Returns: seconds until it is up, and of one status."""
+    """Start forge's local cluster. Returns: seconds until it is up, and of one status query."""
     try:
         up_s = timed([FORGE, "cluster", "up"])
         return up_s, timed([FORGE, "cluster", "status"])
@@ -105,7 +105,7 @@ def timed(command: list[str]) -> float:
 
 
 def machines(folder: Path, *, repeats: int) -> dict[str, list[float]]:
-    """Machines reached by ssh: up with one and with four, status, submission."""
+    """Measure machines reached by ssh: up with one and with four, status, submission."""
     times: dict[str, list[float]] = {"up, 1 machine": [], "up, 4 machines": [], "status, ssh": []}
     times |= {"ray job submit": [], "submission": []}
     (folder / "job.yaml").write_text(_JOB)
@@ -126,7 +126,7 @@ def machines(folder: Path, *, repeats: int) -> dict[str, list[float]]:
 
 @contextlib.contextmanager
 def up(hosts: Hosts, folder: Path, *, count: int) -> Iterator[tuple[SshCluster, float, str]]:
-    """A cluster of some machines, started by the command as a user does it; and how long that took."""
+    """Start a cluster of some machines with the user's command, and time it."""
     spec = SshSpec(
         name=f"bench-{count}",
         provider="ssh",
@@ -147,7 +147,7 @@ def up(hosts: Hosts, folder: Path, *, count: int) -> Iterator[tuple[SshCluster, 
 
 
 def bare_submission(cluster: SshCluster) -> float:
-    """Ray's own command, to the first line of the job."""
+    """Time Ray's own command to the first line of the job."""
     with cluster.job_server() as url:
         env = os.environ | {"RAY_AUTH_TOKEN": cluster.token(), "RAY_ADDRESS": url}
         began = time.monotonic()
@@ -161,7 +161,7 @@ def bare_submission(cluster: SshCluster) -> float:
 
 
 def submission(cluster: SshCluster, folder: Path) -> float:
-    """forge's own, its corpus prepared and there: from the command to the first line that the job says."""
+    """Time `forge train --cluster` to the first line of the job, with the corpus already on the cluster."""
     command = [FORGE, "train", str(folder / "job.yaml"), "--cluster", cluster.name]
     began = time.monotonic()
     with subprocess.Popen(

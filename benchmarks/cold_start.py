@@ -2,7 +2,7 @@
 
     python -m benchmarks.cold_start --json FILE
 
-The job is jobs/pretrain.yaml on the elastic engine, its corpus prepared before. The parts are read from the run's
+The job is jobs/pretrain.yaml on the elastic engine, with a prepared corpus. The parts are read from the run's
 events.
 """
 
@@ -88,7 +88,7 @@ def train_command(job: Path, changes: list[str]) -> list[str]:
 
 
 def first_step(job: Path, *, runs: Path) -> dict[str, float]:
-    """Seconds from the command to the end of the first optimizer step, and what they were made of."""
+    """Return the seconds from the command to the end of the first optimizer step, and their parts."""
     began = time.time()
     command = train_command(job, ["training.total_steps=1000", f"checkpoint.to={runs}"])
     with running(command, folder=runs.parent) as program:
@@ -117,12 +117,12 @@ def newest(folder: Path, *, since: float) -> Path | None:
 
 
 def first_of(path: Path, *, event: str | None = None) -> dict[str, Any] | None:
-    """The first whole record of a file, or the first event of a kind."""
+    """Return the first complete record of a file, or its first event of a kind."""
     return next((record for record in records_of(path) if event is None or record["event"] == event), None)
 
 
 def wait_for(question: Callable[[], T | None], program: Program) -> T:
-    """The first answer that is not None. Raises: RuntimeError if the program ends or takes too long."""
+    """Poll for an answer that is not None. Raises: RuntimeError if the program ends or takes too long."""
     answer: T | None = None
 
     def is_answered() -> bool:

@@ -1,11 +1,11 @@
-"""Text into token shards: forge beside `datasets.map`, with the same tokenizer, on the same documents.
+"""Tokenization into shards: forge and `datasets.map`, with the same tokenizer and documents.
 
     python -m benchmarks.data --json FILE
 
 The corpus is real Python source: the standard library and the installed packages, one JSON line a file,
-up to `--megabytes`. forge is timed over all of `prepare` (fingerprint, split, tokens, checksums, flush to
-the disk); the peer over `map` alone, its dataset being loaded. Each run is a process of its own, its
-imports not counted. The ratio is against the peer's best settings.
+up to `--megabytes`. forge's time covers all of `prepare` (fingerprint, split, tokens, checksums, flush to
+the disk), the peer's only `map` on a loaded dataset. Each run is a separate process, whose imports are not counted.
+The ratio is relative to the peer's best settings.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PEERS = ("datasets default", "datasets tuned", "datasets threads")
 
 
 def main() -> None:
-    """Run everything, or, in a child process, one thing."""
+    """Run all contenders; in a child process, run one."""
     parser = benchmark_parser(__doc__)
     parser.add_argument(
         "--megabytes", type=int, default=64, help="text of the corpus; memory is taken at 4x and 8x too"
@@ -69,7 +69,7 @@ def report(
     runs: dict[str, list[dict[str, float]]],
     memory: dict[int, list[dict[str, float]]],
 ) -> None:
-    """The tables and the file."""
+    """Print the tables and write the file."""
     num_tokens = {one["num_tokens"] for values in runs.values() for one in values}
     assert len(num_tokens) == 1, f"the contestants do not agree on the tokens: {num_tokens}"
     speed = {
@@ -111,7 +111,7 @@ def report(
 
 
 def write_corpus(path: Path, *, max_bytes: int) -> int:
-    """Python sources as JSON lines; the bytes of text written."""
+    """Write Python sources as JSON lines. Returns: the bytes of text."""
     num_bytes = 0
     roots = [Path(sysconfig.get_paths()[key]) for key in ("stdlib", "purelib")]
     with path.open("w", encoding="utf-8") as file:
@@ -131,7 +131,7 @@ def write_corpus(path: Path, *, max_bytes: int) -> int:
 
 
 def repeat_corpus(folder: Path, target: Path, *, times: int) -> None:
-    """The same documents several times over: what grows with it grows with the corpus."""
+    """Write the same documents several times, to see which memory grows with the corpus."""
     target.mkdir(exist_ok=True)
     with (target / "corpus.jsonl").open("wb") as file:
         for _ in range(times):
@@ -140,14 +140,14 @@ def repeat_corpus(folder: Path, target: Path, *, times: int) -> None:
 
 
 def save_tokenizer(folder: Path, *, vocab_size: int) -> None:
-    """Train the tokenizer that all contestants use."""
+    """Train the tokenizer that all contenders use."""
     spec = DataSpec(files=(str(folder / "corpus.jsonl"),))
     tokenizer = train_tokenizer(iter_sample(spec, max_chars=TOKENIZER_SAMPLE_CHARS), vocab_size=vocab_size)
     (folder / "tokenizer.json").write_text(tokenizer.content, encoding="utf-8")
 
 
 def run_child(name: str, *, folder: Path) -> dict[str, float]:
-    """One run in a process of its own."""
+    """Run one contender in its own process."""
     command = [sys.executable, "-m", "benchmarks.data", "--child", name, "--folder", str(folder)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

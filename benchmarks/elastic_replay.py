@@ -1,12 +1,12 @@
-"""Recorded spot traces against training that is to go on: forge beside Ray Train's elastic mode.
+"""Training through recorded spot traces: forge compared with Ray Train's elastic mode.
 
     python -m benchmarks.elastic_replay --traces FOLDER --json FILE
 
-The Parcae segments (github.com/JF-D/Parcae, `parcae-hh.jsonl` and `parcae-lh.jsonl`), scaled to simulated nodes
-of this machine and sped up. Both train the model of `benchmarks.recovery`, 12 sequences a step, and neither
-is given notice unless `--notice` is. Both have 40 s to start on the machines of the beginning; then the
-trace runs. `samples_per_s` is what was trained for the first time while it ran ÷ its duration. `share` is that
-÷ what the contender trains in a second at its median step: what is missing from 1, the changes cost.
+The Parcae segments (github.com/JF-D/Parcae, `parcae-hh.jsonl` and `parcae-lh.jsonl`), scaled to simulated nodes of
+this machine and sped up. Both train the model of `benchmarks.recovery`, 12 sequences a step, without notice unless
+`--notice` is given. Both have 40 s to start on the initial machines; then the trace runs. `samples_per_s` is the
+number of samples trained for the first time ÷ the duration of the trace. `share` is that ÷ the samples per second
+of the contender's median step; the changes cost the rest.
 
     forge       `forge chaos replay`, defaults
     ray_train   its best settings, see `benchmarks.peers.ray_train_elastic`, and a checkpoint every 20 steps:
@@ -53,7 +53,7 @@ SMALLEST = Trace(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What one contender made of one trace."""
+    """The result of one contender on one trace."""
 
     samples_per_s: float
     """New ones."""
@@ -64,7 +64,7 @@ class Trained:
 
 
 def main() -> None:
-    """Replay every trace with both."""
+    """Replay every trace with both contenders."""
     parser = benchmark_parser(__doc__, repeats=1)
     parser.add_argument(
         "--traces", type=Path, metavar="FOLDER", help="where the recorded traces are; not needed with --smallest"
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def replay_forge(trace: Trace, options: argparse.Namespace) -> Trained:
-    """`forge chaos replay` as a user calls it."""
+    """Run `forge chaos replay` as a user does."""
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
         folder = Path(text)
         job = write_job({**_JOB, "folder": text}, workers=options.nodes)
@@ -102,7 +102,7 @@ def replay_forge(trace: Trace, options: argparse.Namespace) -> Trained:
         await_end(command, folder=folder, trace=trace)
         answer = json.loads((folder / "answer").read_text())
         if answer["wall_s"] < _START_S + trace.duration_s:
-            raise RuntimeError(f"somebody ended the run after {answer['wall_s']:.0f} s")
+            raise RuntimeError(f"the run was stopped after {answer['wall_s']:.0f} s")
         run = Path(answer["folder"])
         again = [event for event in records_of(run / "events.jsonl") if event["event"] == "StepRepeated"]
         # The plan is the last thing that is written before the run is carried.
@@ -112,7 +112,7 @@ def replay_forge(trace: Trace, options: argparse.Namespace) -> Trained:
 
 
 def replay_ray_train(trace: Trace, options: argparse.Namespace) -> Trained:
-    """Ray Train at its best."""
+    """Run Ray Train with its best settings."""
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
         folder, names = Path(text), dict[str, int]()
         lines = []
@@ -135,14 +135,14 @@ def replay_ray_train(trace: Trace, options: argparse.Namespace) -> Trained:
 
 
 def trace_text(trace: Trace) -> str:
-    """The trace as `forge chaos replay` reads it, with all changes but the first after the time to start."""
+    """Format the trace for `forge chaos replay`, with all changes but the first after the startup time."""
     first, *later = trace.changes
     changes = (first, *(replace(change, at_s=_START_S + change.at_s) for change in later))
     return replace(trace, changes=changes, duration_s=_START_S + trace.duration_s).to_jsonl()
 
 
 def await_end(command: list[str], *, folder: Path, trace: Trace) -> None:
-    """Run a program until it ends. Raises: RuntimeError if it fails, or takes too long."""
+    """Wait until a program ends. Raises: RuntimeError if it fails or takes too long."""
     with running(command, folder=folder) as program:
         try:
             code: int | str = program.process.wait(_START_S + trace.duration_s + _PATIENCE_S)
@@ -153,11 +153,11 @@ def await_end(command: list[str], *, folder: Path, trace: Trace) -> None:
 
 
 def trained(steps: list[dict[str, Any]], trace: Trace, *, began_s: float) -> Trained:
-    """What was trained while the trace ran.
+    """Count the samples that were trained while the trace ran.
 
     Args:
-        steps: `{"time", "step"}` of every completed step, done again or not.
-        began_s: when the training was asked for.
+        steps: `{"time", "step"}` of every completed step, repeated ones included.
+        began_s: when the training was started.
     """
     steps = sorted(steps, key=lambda record: record["time"])
     first_s: dict[int, float] = {}
@@ -178,7 +178,7 @@ def trained(steps: list[dict[str, Any]], trace: Trace, *, began_s: float) -> Tra
 
 
 def figures_of(found: Mapping[str, list[Trained]]) -> dict[str, Any]:
-    """The medians of one trace, and their ratio."""
+    """Return the medians of one trace, and their ratio."""
     figures: dict[str, Any] = {}
     for contender, of in found.items():
         figures[f"{contender}_samples_per_s"] = statistics.median(one.samples_per_s for one in of)
@@ -190,7 +190,7 @@ def figures_of(found: Mapping[str, list[Trained]]) -> dict[str, Any]:
 
 
 def report(figures: Mapping[str, Mapping[str, Any]]) -> None:
-    """The table."""
+    """Print the table."""
     rows = []
     for name, of in figures.items():
         for contender in ("forge", "ray_train"):

@@ -1,11 +1,11 @@
-"""Writers of checkpoints killed at random moments: how often forge and DeepSpeed are left without a whole one.
+"""Kill processes that write checkpoints, at random moments, and count damaged and lost checkpoints.
 
     python -m benchmarks.kills --kills 1000 --deepspeed-kills 100 --json FILE
 
-`broken`: what a resume would read is not whole; for forge any folder named like a checkpoint, or bytes that
-differ from what was saved; for DeepSpeed what `latest` names, or `latest` itself (it does not fall back on
-an older one). `lost`: the newest whole checkpoint is older than a save that was reported to be done. Each
-writes a state of its own making, so the times are not to be compared; see `tests.support.kills`.
+`broken`: what a resume would read is incomplete or differs from what was saved. For forge this is any folder named
+like a checkpoint; for DeepSpeed it is what `latest` names, or `latest` itself (it does not fall back to an older
+one). `lost`: the newest complete checkpoint is older than a save that was reported as done. The two write different
+states, so their times must not be compared; see `tests.support.kills`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.kills import PHASES, KillReport, kill_forge
 
 
 def main() -> None:
-    """Kill both, and print what became of them."""
+    """Kill writers of both, and print the results."""
     parser = benchmark_parser(__doc__)
     parser.add_argument("--kills", type=int, default=1000, help="of forge's writers")
     parser.add_argument("--deepspeed-kills", type=int, default=100)
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def print_reports(reports: dict[str, KillReport], *, seed: int) -> None:
-    """Who was left with what, and when it was struck."""
+    """Print what was broken or lost, and in which phases processes were killed."""
     print_table(
         f"SIGKILL at random moments of saving (seed {seed})",
         header=("", "kills", "broken", "lost", "saved", "ms per save", "seconds"),

@@ -1,9 +1,9 @@
-"""How long a run of forge's stands still when one of its machines falls silent.
+"""Measure how long training pauses when one machine is cut off from the network.
 
-Three machines train, each a network namespace on a bridge; a fourth is the head. Again and again, in turn
-for every machine, its port is closed: nothing comes through any more, and nobody is told. Measured are the
-seconds from there to the end of the first step of the two that are left. Then the machine's processes are
-killed, its port is opened, and it joins anew.
+Three machines train, each a network namespace on a bridge; a fourth is the head. Repeatedly, for each machine in
+turn, its bridge port is closed, which drops all packets without closing connections. The result is the time until
+the end of the first step of the other two machines. Then the machine's processes are killed, its port is opened,
+and it joins again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NODES = 3
 
 
 def measure_partition(job: Mapping[str, Any], *, repeats: int) -> dict[str, Any]:
-    """Cut machines off, `repeats` times, and print what it cost. Returns: the figures."""
+    """Cut machines off, `repeats` times, and print the recovery times. Returns: the figures."""
     if not can_make_hosts():
         reason = "this needs the right to make network namespaces, and iproute2"
         print(f"\nno partition: {reason}")
@@ -41,7 +41,7 @@ def measure_partition(job: Mapping[str, Any], *, repeats: int) -> dict[str, Any]
             hosts.start_ray()
             watch = Watch(folder, start_run(job, hosts, folder))
             watch.await_formed(None, since_s=0.0)
-            time.sleep(2 * SETTLE_S)  # whoever was not there at the beginning joins
+            time.sleep(2 * SETTLE_S)  # late machines join
             for repeat in range(repeats):
                 host = 1 + repeat % _NODES
                 cut_s.append(time.time())
@@ -54,7 +54,7 @@ def measure_partition(job: Mapping[str, Any], *, repeats: int) -> dict[str, Any]
 
 @contextlib.contextmanager
 def network() -> Iterator[Hosts]:
-    """The machines; nothing of them is left."""
+    """Create the machines; delete them at the end."""
     end_on_sigterm()
     hosts = Hosts(1 + _NODES)
     try:
@@ -65,7 +65,7 @@ def network() -> Iterator[Hosts]:
 
 
 def start_run(job: Mapping[str, Any], hosts: Hosts, folder: Path) -> subprocess.Popen[Any]:
-    """What `forge train` does, but for the screen: it knows no cluster on other machines."""
+    """Start a run as `forge train` does, which itself cannot start one on these machines."""
     os.environ["FORGE_CACHE"] = str(folder / "cache")
     file = write_job({**job, "folder": str(folder)}, workers=_NODES)
     run = create_run(resolve(load_job(file)))
@@ -75,7 +75,7 @@ def start_run(job: Mapping[str, Any], hosts: Hosts, folder: Path) -> subprocess.
 
 
 def add_again(host: int, hosts: Hosts, watch: Watch) -> None:
-    """Have a machine that was cut off start afresh, and join."""
+    """Restart a machine that was cut off, and wait until it joins."""
     hosts.kill(host)
     hosts.reconnect(host)
     began_s = time.time()
@@ -85,7 +85,7 @@ def add_again(host: int, hosts: Hosts, watch: Watch) -> None:
 
 
 def costs_of(folder: Path, cut_s: list[float]) -> list[Cost]:
-    """What every cut cost."""
+    """Return the recovery time of every cut."""
     changes = [change for change in changes_of(folder) if change.cause == "loss" and change.seconds is not None]
     costs = []
     for at in cut_s:

@@ -1,7 +1,7 @@
-"""Programs that a benchmark starts, of which nothing is left however the benchmark ends.
+"""Run a benchmark's programs, and end all of their processes however the benchmark ends.
 
-Everything that descends from a program inherits a mark in its environment, at whatever distance and in
-whatever session, and is found by it. A program answers in its folder, and may be told things on its stdin.
+All descendants of a program, in any session, inherit a mark in their environment, by which they are found. A
+program writes its results to its folder, and may read commands from its stdin.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MARK = "FORGE_BENCHMARK_RUN"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """One that runs."""
+    """A running program."""
 
     process: subprocess.Popen[str]
     folder: Path
@@ -41,13 +41,13 @@ class Program:
         self.process.stdin.flush()
 
     def last_words(self) -> str:
-        """The end of what it has said on stderr."""
+        """Return the last lines of its stderr."""
         return "\n".join((self.folder / "log").read_text(errors="replace").splitlines()[-40:])
 
 
 @contextlib.contextmanager
 def running(command: Sequence[str], *, folder: Path) -> Iterator[Program]:
-    """A program in a session of its own; at the end nothing of what it started is left.
+    """Run a program in its own session; at the end kill all processes that it started.
 
     Args:
         folder: for its temporary files, forge's state and cache, its `answer` (stdout) and `log` (stderr).
@@ -88,13 +88,13 @@ def running(command: Sequence[str], *, folder: Path) -> Iterator[Program]:
 
 
 def end_on_sigterm() -> None:
-    """Have SIGTERM end this process as Ctrl-C does, with all that is to be cleared away."""
+    """Make SIGTERM end this process with cleanup, as Ctrl-C does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let nobody's impatience leave something behind."""
+    """Ignore SIGINT and SIGTERM, so that the cleanup completes."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -106,10 +106,10 @@ def uninterrupted() -> Iterator[None]:
 def wait(
     is_done: Callable[[], bool], process: subprocess.Popen[Any], *, deadline: float, poll_s: float = 0.1
 ) -> bool:
-    """Until it is done, the process has ended, or it is too late. Returns: whether it is done.
+    """Wait until `is_done`, the end of the process, or the deadline. Returns: the last value of `is_done`.
 
     Args:
-        deadline: as `time.monotonic()` counts.
+        deadline: a time of `time.monotonic()`.
     """
     while not (answer := is_done()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(poll_s)
@@ -117,12 +117,12 @@ def wait(
 
 
 def module(name: str, request: Mapping[str, Any], *arguments: str) -> list[str]:
-    """The command that runs a module of `benchmarks.peers`."""
+    """Return the command that runs a module of `benchmarks.peers`."""
     return [sys.executable, "-m", f"benchmarks.peers.{name}", json.dumps(request), *arguments]
 
 
 def records_of(path: Path) -> list[dict[str, Any]]:
-    """The JSON of every whole line of a file that grows; none of one that is yet to come."""
+    """Read the complete JSON lines of a growing file; empty if it does not exist yet."""
     if not path.exists():
         return []
     text = path.read_text()
@@ -130,7 +130,7 @@ def records_of(path: Path) -> list[dict[str, Any]]:
 
 
 def _kill_marked(mark: str) -> None:
-    """SIGKILL all processes that inherited the mark, also those that are born meanwhile."""
+    """SIGKILL all processes that inherited the mark, until no new ones appear."""
     while doomed := [process for process in psutil.process_iter() if _is_marked(process, mark)]:
         for process in doomed:
             with contextlib.suppress(psutil.Error):
@@ -139,7 +139,7 @@ def _kill_marked(mark: str) -> None:
 
 
 def _is_marked(process: psutil.Process, mark: str) -> bool:
-    """Whether a process was started by the program that was given the mark, at whatever distance."""
+    """Whether a process is a descendant of the program with this mark."""
     try:
         return bool(process.environ().get(_MARK) == mark)
     except psutil.Error:

@@ -4,22 +4,22 @@
 
 Three simulated nodes of this machine, one worker each, train a small Llama (4 layers of 256, vocabulary
 1,024, sequences of 128), 6 sequences a step, bf16, ZeRO 1. One node, not the one that hosts the rendezvous
-or the controller, is killed with all its processes at once. Measured are the seconds from the kill to the
-end of the first optimizer step of the two that are left, and the steps that were computed again.
+or the controller, is killed with all its processes at once. The results are the time from the kill to the
+end of the first optimizer step of the other two, and the number of repeated steps.
 
-    forge               `forge train`, a copy in memory at every step; see `benchmarks.peers.forge_elastic`
-    forge_auto          defaults: copies as often as they cost at most 1 %
+    forge               `forge train`, a snapshot at every step; see `benchmarks.peers.forge_elastic`
+    forge_auto          defaults: snapshots cost at most 1 % of the time
     ray_train_default   Ray Train's elastic mode, defaults
     ray_train_tuned     the same with its best settings; see `benchmarks.peers.ray_train_elastic`
     torchrun            its elastic mode with its best settings; see `benchmarks.peers.torchrun_elastic`
 
 The peers run one loop, which writes a checkpoint every five steps. The contenders take turns; a run
-that has not recovered after four minutes is ended and counted as unrecovered, outside of all medians. When
-a node is killed is spread evenly over 20 s, the period in which Ray Train renews its view of the cluster:
-how long it takes depends on how old that is.
+that has not recovered after four minutes is ended and counted as unrecovered, not in the medians. The times of
+kills are spread evenly over 20 s, the period in which Ray Train refreshes its view of the cluster, because its
+recovery time depends on the age of that view.
 
-What else may happen to a run of forge's is measured after it: `changes`, see `benchmarks.changes`, and
-`partition`, see `benchmarks.partition`.
+Other changes of a run of forge are measured afterwards: `changes`, see `benchmarks.changes`, and `partition`, see
+`benchmarks.partition`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ CONTENDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """What one kill cost."""
+    """The cost of one kill."""
 
     seconds: float
     """From the kill to the end of the first step of those that were left."""
@@ -81,7 +81,7 @@ class Recovery:
 
 
 def main() -> None:
-    """Kill a node of every contender, in turn, again and again; then what else is asked for."""
+    """Kill a node of every contender in turn, `--repeats` times; then measure the other changes."""
     parser = benchmark_parser(__doc__)
     parser.add_argument("--peer-repeats", type=int, default=3, help="they are slow")
     everything = (*CONTENDERS, "changes", "partition")
@@ -107,10 +107,10 @@ def main() -> None:
 
 
 def measure(name: str, *, kill_after_s: float) -> Recovery | None:
-    """One run of one contender; None if it did not recover in time.
+    """Measure one run of one contender; None if it did not recover in time.
 
     Args:
-        kill_after_s: after the steps of the warm-up.
+        kill_after_s: delay of the kill after the warm-up.
     """
     program_name, settings = CONTENDERS[name]
     deadline = time.monotonic() + LIMIT_S
@@ -139,7 +139,7 @@ def is_warm(records: Sequence[dict[str, Any]]) -> bool:
 
 
 def recovery_of(records: Sequence[dict[str, Any]]) -> Recovery | None:
-    """What the kill cost, once those that are left have taken some steps; None before.
+    """Return the cost of the kill after the survivors have taken some steps; None before.
 
     Args:
         records: `{"time", "step", "world_size"}` of every completed step, `{"time", "removed"}` of the kill. A
@@ -157,7 +157,7 @@ def recovery_of(records: Sequence[dict[str, Any]]) -> Recovery | None:
 
 
 def report(runs: Mapping[str, Sequence[Recovery | None]]) -> dict[str, Any]:
-    """The table. Returns: the figures."""
+    """Print the table. Returns: the figures."""
     rows, figures = [], dict[str, Any]()
     for name, of in runs.items():
         recovered = [run for run in of if run is not None]

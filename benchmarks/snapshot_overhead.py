@@ -1,14 +1,14 @@
-"""What it costs to have the whole state of training in the memory of two machines after every step.
+"""Measure the cost of a snapshot with a replica on another machine at every step.
 
     python -m benchmarks.snapshot_overhead [--batch 48] --json FILE
 
-A Llama of 30 million parameters (360 MB of training state), 12 sequences of 256 a step (2 s; far fewer than anyone
-trains with, while a copy costs the same whatever a step does), bf16, ZeRO 1, on two simulated machines of one
-worker each. `forge train` runs with `checkpoint.snapshot_every: 1` and without any snapshot (a step that never
-comes), in turn, in blocks of one run each, the order swapped from block to block. A step's time is from the end of
-the one before to its own end, without the first of a run, which touch memory for the first time, and the last,
-which waits for the checkpoint. `overhead` is the median step with snapshots ÷ the median step without. At the end
-a run with `auto` says which interval it chooses.
+A Llama of 30 million parameters (360 MB of training state), 12 sequences of 256 a step (2 s; a realistic batch is
+larger, and the cost of a snapshot does not depend on it), bf16, ZeRO 1, on two simulated machines of one worker
+each. `forge train` runs with `checkpoint.snapshot_every: 1` and without snapshots (an interval longer than the
+run), in blocks of one run each whose order alternates. A step's time is from the end of the previous step to its
+own end; the first steps of a run, which touch memory for the first time, and the last, which waits for the
+checkpoint, are left out. `overhead` is the median step with snapshots ÷ the median step without. A last run with
+`auto` shows which interval it chooses.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def has_machines(folder: Path) -> bool:
 
 
 def train(job: Path, program: Program, *, snapshot_every: int | str, num_steps: int) -> Run:
-    """One run on the machines that are there; nothing of it is kept."""
+    """Train one run on the running machines and delete its folder."""
     changes = {
         "checkpoint.snapshot_every": snapshot_every,
         "checkpoint.every": f"{_NEVER} steps",
@@ -123,7 +123,7 @@ def train(job: Path, program: Program, *, snapshot_every: int | str, num_steps: 
 
 
 def report(with_snapshots: list[Run], without: list[Run], auto: Run, *, json_path: Path | None) -> None:
-    """The table, and the figures."""
+    """Print the table. Returns: the figures."""
     all_s = {
         name: Measured(values=tuple(seconds for run in runs for seconds in run.steps_s))
         for name, runs in (("every step", with_snapshots), ("never", without))

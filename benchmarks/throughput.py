@@ -1,12 +1,11 @@
-"""Training throughput: forge beside bare DeepSpeed and the transformers Trainer, on the same work.
+"""Training throughput of forge, bare DeepSpeed and the transformers Trainer on the same work.
 
     python -m benchmarks.throughput --json FILE
 
 A small Llama (4 layers of 256, vocabulary 8,192, sequences of 256), 16 sequences a step, bf16, ZeRO 1,
 two workers. forge runs as a user runs it: `forge train` with Ray, recorder, W&B (offline) and screen.
-The peers run under torchrun, with nothing but their loop, each as people write it and tuned to what forge
-does by itself on CPU: torch's fused AdamW, and plain attention for short sequences. Ratios count against
-the faster.
+The peers run only their loop under torchrun, each as usually written and also tuned to forge's defaults on CPU:
+torch's fused AdamW, and plain attention for short sequences. Ratios are relative to the faster.
 
     forge            defaults: chunked cross entropy
     forge plain      the transformers model's own loss; the same arithmetic as the peers'
@@ -59,7 +58,7 @@ def main() -> None:
 
 
 def run(contender: str, *, folder: Path, steps: int) -> dict[str, float]:
-    """One run of one contender; at least `tokens_per_s`."""
+    """Run one contender once. Returns: figures, at least `tokens_per_s`."""
     kind, _, variant = contender.partition(" ")
     if kind == "forge":
         return run_forge(folder, steps=steps, cross_entropy=variant or "chunked")
@@ -68,7 +67,7 @@ def run(contender: str, *, folder: Path, steps: int) -> dict[str, float]:
 
 
 def run_forge(folder: Path, *, steps: int, cross_entropy: str) -> dict[str, float]:
-    """`forge train` as a user calls it; measured from the step after the warm-up to the one before the last."""
+    """Run `forge train` as a user does; measure from the step after the warm-up to the last but one."""
     job = {
         "name": "bench",
         "model": {"architecture": "llama", **MODEL},
@@ -113,7 +112,7 @@ def run_forge(folder: Path, *, steps: int, cross_entropy: str) -> dict[str, floa
 
 
 def run_peer(module: str, *, steps: int, is_tuned: bool) -> dict[str, float]:
-    """A peer under torchrun; its last line is its answer."""
+    """Run a peer under torchrun; its last line is its result."""
     request: dict[str, Any] = {
         "model": {"model_type": "llama", **MODEL},
         "vocab_size": VOCAB,
@@ -136,7 +135,7 @@ def run_peer(module: str, *, steps: int, is_tuned: bool) -> dict[str, float]:
 
 
 def report(runs: dict[str, list[dict[str, float]]], *, json_path: Path | None) -> None:
-    """The table, and the figures."""
+    """Print the table. Returns: the figures."""
     speeds = {name: Measured(values=tuple(run["tokens_per_s"] for run in of)) for name, of in runs.items()}
     bare = max(speeds["bare"].median, speeds["bare tuned"].median)
     trainer = max(speeds["trainer"].median, speeds["trainer tuned"].median)

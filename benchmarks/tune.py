@@ -1,14 +1,14 @@
-"""A search over learning rates: `forge tune` beside plain Ray Tune, the same eight trials.
+"""A search over learning rates: `forge tune` and plain Ray Tune on the same eight trials.
 
     python -m benchmarks.tune --json FILE
 
-A small Llama (2 layers of 64, vocabulary 2,048, sequences of 64), 8 sequences a step, 40 steps, fp32, one worker
-a trial, two trials at once. The held-out loss is reported after every 20 steps. The rates are a fixed list: all
-contenders run the same trials, on the same tokens from the same first weights, and it is verified that their last
-held-out losses agree. Seconds count from the start of the command to its end, Ray's start and end included, the
-preparation of the text not; those of a trial from the moment it is suggested to the end of its first step.
+A small Llama (2 layers of 64, vocabulary 2,048, sequences of 64), 8 sequences a step, 40 steps, fp32, one worker a
+trial, two trials at once. The held-out loss is reported after every 20 steps. The rates are a fixed list: all
+contenders run the same trials, on the same tokens from the same initial weights, and must agree in their last
+held-out losses. The total is the time of the whole command, including Ray's start and end but not the preparation
+of the text; a trial's start is from its suggestion to the end of its first step.
 
-    forge               `forge tune`; it alone writes checkpoints, one at the end of every trial
+    forge               `forge tune`; only it writes checkpoints, one at the end of every trial
     trainer             Tune with a TorchTrainer a trial, its best settings; see `benchmarks.peers.ray_tune`
     trainer_dashboard   the same with Ray's dashboard, without which runs of Ray Train may end later
     trainer_default     the same without those settings
@@ -106,7 +106,7 @@ class Search:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What all contenders are given."""
+    """The input of all contenders."""
 
     cache: Path
     """forge's, in which the tokens lie."""
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def prepare_work(folder: Path) -> Work:
-    """Tokens, first weights, the job's file and the peers' request."""
+    """Prepare tokens, initial weights, the job file and the peers' request."""
     spec = JobSpec.model_validate(JOB)
     corpus = prepare(spec.data, cache_dir=folder / "cache")
     (folder / "job.yaml").write_text(yaml.safe_dump(dict(JOB)))
@@ -160,7 +160,7 @@ def prepare_work(folder: Path) -> Work:
 
 
 def save_first_weights(spec: JobSpec, corpus: CorpusInfo, *, path: Path) -> None:
-    """Those that forge draws from the job's seed."""
+    """Save the initial weights that forge draws from the job's seed."""
     data = DataShape(vocab_size=corpus.vocab_size, seq_len=corpus.seq_len, eot_id=corpus.eot_id)
     options = BuildOptions(dtype=torch.float32, device=torch.device("cpu"), seed=spec.training.seed)
     model = family_of(spec.model).build(spec.model, data, options=options)
@@ -168,7 +168,7 @@ def save_first_weights(spec: JobSpec, corpus: CorpusInfo, *, path: Path) -> None
 
 
 def measure(name: str, *, work: Work) -> Search:
-    """One search by one contender, of which nothing is left."""
+    """Run one search by one contender, and delete its files."""
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
         folder = Path(text)
         (folder / "cache").symlink_to(work.cache)  # `running` tells forge to look there
@@ -194,7 +194,7 @@ def require_success(name: str, program: Program) -> None:
 
 
 def search_of_forge(folder: Path, *, began_s: float, ended_s: float) -> Search:
-    """By the events of the search."""
+    """Read the times from the events of the search."""
     (journal,) = (folder / "runs").glob("*/events.jsonl")
     rates, starts_s, warm, losses = dict[int, float](), dict[float, float](), set[float](), dict[float, float]()
     times: list[float] = []
@@ -218,7 +218,7 @@ def search_of_forge(folder: Path, *, began_s: float, ended_s: float) -> Search:
 
 
 def search_of_peer(folder: Path, *, began_s: float, ended_s: float) -> Search:
-    """By what it has written down, and its answer."""
+    """Read the times from the peer's records and output."""
     records = records_of(folder / "trials.jsonl")
     suggested = {record["suggested"]: record["time"] for record in records if "suggested" in record}
     stepped = {record["stepped"]: record["time"] for record in records if "stepped" in record}
@@ -233,12 +233,12 @@ def search_of_peer(folder: Path, *, began_s: float, ended_s: float) -> Search:
 
 
 def parts_of(*times: float) -> dict[str, float]:
-    """From four moments. Returns: the seconds between each and the next."""
+    """Return the seconds between each of four times and the next."""
     return {part: times[i + 1] - times[i] for i, part in enumerate(PARTS)}
 
 
 def report(runs: Mapping[str, Sequence[Search]]) -> dict[str, Any]:
-    """The tables. Returns: the figures.
+    """Print the tables. Returns: the figures.
 
     Raises: RuntimeError if the contenders did not do the same work.
     """
@@ -286,7 +286,7 @@ def report(runs: Mapping[str, Sequence[Search]]) -> dict[str, Any]:
 
 
 def largest_difference(runs: Mapping[str, Sequence[Search]]) -> float:
-    """Between any two last losses of one rate. Raises: RuntimeError if they were not the same trials."""
+    """Return the largest difference of last losses at one rate. Raises: RuntimeError if the trials differ."""
     every = [run.losses for of in runs.values() for run in of]
     if any(set(losses) != set(LEARNING_RATES) for losses in every):
         raise RuntimeError(f"not all have judged the trials {LEARNING_RATES}: {runs}")
@@ -298,7 +298,7 @@ def largest_difference(runs: Mapping[str, Sequence[Search]]) -> float:
 
 
 def ratios_of(seconds: Mapping[str, float]) -> dict[str, float]:
-    """forge's seconds over the peers', where both were measured."""
+    """Return forge's seconds ÷ the peers', for what was measured of both."""
     if "forge" not in seconds:
         return {}
     ratios = {}

@@ -44,7 +44,7 @@ def kill_deepspeed(folder: Path, *, num_kills: int, seed: int, world_size: int =
 def _kill_deepspeed_once(
     folder: Path, draw: random.Random, report: KillReport, *, world_size: int, first_step: int
 ) -> tuple[str, int]:
-    """Returns: who was killed, and the newest step whose `save_checkpoint` had returned; 0 if none had."""
+    """Returns: which process was killed, and the newest step whose `save_checkpoint` returned; 0 if none did."""
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.fork_server"])
     hearing, telling = context.Pipe(duplex=False)
@@ -53,9 +53,9 @@ def _kill_deepspeed_once(
     for process in ranks:
         process.start()
     telling.close()
-    told = _Told(hearing)
-    told.listen(until=2, timeout_s=60)
-    report.save_ms = told.save_ms or report.save_ms
+    messages = _SaveMessages(hearing)
+    messages.listen(until=2, timeout_s=60)
+    report.save_ms = messages.save_ms or report.save_ms
     time.sleep(draw.uniform(0, report.save_ms * 1.1e-3))
     victim = draw.randrange(world_size + 1)
     for process in ranks if victim == world_size else [ranks[victim]]:
@@ -64,18 +64,18 @@ def _kill_deepspeed_once(
         process.join(timeout=10)
         process.kill()
         process.join()
-    told.listen()
+    messages.listen()
     hearing.close()
     report.num_kills += 1
-    report.num_committed += len(told.returned)
+    report.num_committed += len(messages.returned)
     name = "all" if victim == world_size else f"rank {victim}"
     report.victims[name] += 1
-    report.phases["between" if len(told.begun) == len(told.returned) else "save"] += 1
-    return name, max(told.returned, default=0)
+    report.phases["between" if len(messages.begun) == len(messages.returned) else "save"] += 1
+    return name, max(messages.returned, default=0)
 
 
-class _Told:
-    """What the first rank of DeepSpeed's tells of its saves."""
+class _SaveMessages:
+    """Collects DeepSpeed rank 0's messages about its saves."""
 
     def __init__(self, hearing: Any) -> None:
         self._hearing = hearing
@@ -85,7 +85,7 @@ class _Told:
         """How long the last save took."""
 
     def listen(self, *, until: int | None = None, timeout_s: float = 0.0) -> None:
-        """Hear everything; or wait until so many saves have begun."""
+        """Read all messages, or wait until `until` saves have begun."""
         with contextlib.suppress(EOFError):
             while (until is None or len(self.begun) < until) and self._hearing.poll(timeout_s):
                 step, save_ms = self._hearing.recv()
@@ -125,7 +125,7 @@ def _deepspeed_rank(rank: int, world_size: int, port: int, folder: str, first_st
 
 
 def _judge_deepspeed(folder: Path, *, world_size: int) -> tuple[int, str | None]:
-    """The step of what `latest` names, and what is wrong with it: everything that `load_checkpoint` would read."""
+    """Return the step that `latest` names, and what is wrong with the files that `load_checkpoint` would read."""
     import torch
 
     latest = folder / "latest"

@@ -1,4 +1,4 @@
-"""`forge train` on simulated machines of this one, which come and go as stdin says.
+"""Run `forge train` on simulated machines, which are added and removed by commands on stdin.
 
     python -m benchmarks.peers.forge_elastic REQUEST
 
@@ -10,7 +10,7 @@ all that is done to a machine:
 
     add N           start node N
     remove N        kill node N, all its processes at once
-    notice N S      announce that node N will be taken away in S seconds; nobody takes it away
+    notice N S      announce that node N will be taken away in S seconds; it is not taken away
     hang N          SIGSTOP to the rank on node N
 """
 
@@ -165,7 +165,7 @@ def obey(line: str, request: dict[str, Any], nodes: dict[int, Any], run: Run | N
 
 
 def record(request: dict[str, Any], **what: float) -> None:
-    """Append a line, with the time unless it is given, for whoever measures."""
+    """Append a line to `steps.jsonl`, with the time unless it is given."""
     with (Path(request["folder"]) / "steps.jsonl").open("a") as file:
         file.write(json.dumps({"time": time.time(), **what}) + "\n")
 

@@ -15,7 +15,7 @@ Defaults of Ray Train but for `num_workers` and `max_failures`; tuned, each beca
 
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.2         the controller asks its workers more often than every 2 s
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=2      its view of the cluster is up to 20 s old, so after a death
-                                                  it waits in vain for as many workers as before, else 60 s
+                                                  it waits for the former number of workers, else 60 s
     TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S=1      it waits for the dead worker to leave its group, else 30 s
     RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S=1        notices are seen sooner than every 5 s
     elastic_resize_monitor_interval_s=1           it looks for new nodes more often than every 60 s
@@ -149,7 +149,7 @@ class Nodes:
 
 
 def obey_stdin(nodes: Nodes) -> None:
-    """Do what is said there, as soon as it is said."""
+    """Execute commands from stdin."""
     for line in sys.stdin:
         action, node = line.split()
         nodes.apply(Change(at_s=0.0, action=action, node=int(node)))
@@ -171,7 +171,7 @@ def read_schedule(path: Path, *, notice_s: float) -> list[Change]:
 
 
 def fit(request: dict[str, Any]) -> None:
-    """Ray Train as people use it; if its controller gives up, it is started again from the newest checkpoint."""
+    """Run Ray Train as usual; if its controller fails, start it again from the newest checkpoint."""
     tuned = _TUNED_SCALING if request["is_tuned"] else {}
     while True:
         with contextlib.suppress(ray.train.ControllerError):

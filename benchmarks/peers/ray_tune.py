@@ -10,8 +10,8 @@ line when a trial is suggested, one when it has made its first step, and one whe
 
 `trainer` is the way of Ray's user guide ("Hyperparameter Tuning with Ray Tune"): Tune runs a driver function for
 each trial, which fits a TorchTrainer of one worker and passes its reports on by TuneReportCallback. Driver and
-worker share a core: two drivers of one core each would leave none of two to their workers, who would wait for
-ever. `function` trains in the trial's own process, which reuse_actors hands on with all that it has imported.
+worker share a core: two drivers of one core each would leave no core of two to their workers, which would wait
+forever. `function` trains in the trial's own process, which reuse_actors hands on with all that it has imported.
 
 All without loggers, with reused actors and one thread a trial. Tuned, each because it shortens a trial:
 
@@ -20,8 +20,8 @@ All without loggers, with reused actors and one thread a trial. Tuned, each beca
     RAY_TRAIN_METRICS_ENABLED=0             no gauges for a dashboard
     ..._STRUCTURED_LOGGING=0                no log files of Ray Train's own
 
-Without a dashboard Ray Train's placement group cleaner may hold up the end of a run: it asks the dashboard in vain
-whether the controller is alive, and no setting switches it off. With one, Ray has more to do: has_dashboard.
+Without a dashboard, Ray Train's placement group cleaner may delay the end of a run: it queries the missing
+dashboard for the controller, and no setting switches it off. With one (has_dashboard), Ray has more to do.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def train_here(config: dict[str, Any]) -> None:
 
 
 def record(request: dict[str, Any], **what: float) -> None:
-    """Append a line, with the time, for whoever measures."""
+    """Append a line with the time to `trials.jsonl`."""
     with (Path(request["folder"]) / "trials.jsonl").open("a") as file:
         file.write(json.dumps({"time": time.time(), **what}) + "\n")
 

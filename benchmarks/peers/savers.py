@@ -22,13 +22,13 @@ from forge.train.engine import Engine
 
 
 class Saver(Protocol):
-    """One way; every call is collective."""
+    """One way to save; every call is collective."""
 
     def save(self, step: int) -> None:
-        """Begin, as a loop would after this step; what it takes is stall."""
+        """Begin a checkpoint after this step; its duration counts as stall."""
 
     def before_update(self) -> None:
-        """Wait until the state may change; what it takes is stall."""
+        """Wait until the state may change; its duration counts as stall."""
 
     def complete(self) -> float:
         """Wait until the checkpoint is complete. Returns: seconds from `save` to then, on this rank."""
@@ -55,7 +55,7 @@ class ForgeSaver:
         return outcome.seconds
 
     def close(self) -> None:
-        """End the saver process."""
+        """End the writer process."""
         self._saving.close()
 
 
@@ -153,7 +153,7 @@ def tag_of(step: int) -> str:
 
 
 def _keep_newest(folder: Path) -> None:
-    """Remove all checkpoints but the last, as forge's saver does by itself."""
+    """Remove all checkpoints but the last, as forge's writer process does."""
     if dist.get_rank() == 0:
         for old in sorted(path for path in folder.iterdir() if path.is_dir())[:-1]:
             shutil.rmtree(old)

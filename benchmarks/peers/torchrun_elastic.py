@@ -16,11 +16,11 @@ Settings that differ from torchrun's defaults, each because it shortens the reco
     keep_alive_interval=1, keep_alive_max_attempt=3   a silent agent is dead after 3 s, not 15
     last_call_timeout=2                               the survivors wait 2 s for others, not 30
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1              else ranks may find addresses of an earlier round, fail
-                                                      with "Connection refused", and so on without end
+                                                      with "Connection refused", and so on forever
     max-restarts                                      as many as needed
 
 By default the agents look after their ranks every 0.1 s. With 2 and 1 s for the first two it is a second
-faster on a quiet machine; on a busy one the survivors then took each other for dead and trained apart.
+faster on a quiet machine; on a busy one the survivors declared each other dead and trained separately.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def train(
     is_due: Callable[[int], bool],
     save: Callable[[dict[str, Any] | None], None],
 ) -> None:
-    """Train until somebody ends it; collective.
+    """Train until the process is killed; collective.
 
     Args:
         resume_from: a checkpoint.
@@ -193,7 +193,7 @@ def num_parameters(engine: Any) -> int:
 
 
 def record(request: dict[str, Any], **what: int) -> None:
-    """Append a line, with the time, for whoever measures."""
+    """Append a line with the time to `steps.jsonl`."""
     with (Path(request["folder"]) / "steps.jsonl").open("a") as file:
         file.write(json.dumps({"time": time.time(), **what}) + "\n")
 
