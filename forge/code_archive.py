@@ -216,7 +216,7 @@ def _files(folder: Path, *, root: Path) -> Iterator[Path]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name has no part that leads elsewhere, and can be written on every machine."""
+    """Whether a name stays inside the folder and is valid on every machine."""
     parts = name.split("/")
     return name.isprintable() and "\\" not in name and all(part not in ("", ".", "..") for part in parts)
 

@@ -50,7 +50,7 @@ class Trace:
 
 
 class TraceBuilder:
-    """Builds a trace from changes in order of time; changes at the same time become one."""
+    """Builds a trace from changes in chronological order; simultaneous changes are merged."""
 
     def __init__(self) -> None:
         self._num_joins = 0

@@ -128,7 +128,7 @@ class TrainScreen(LiveScreen):
         self._recent: list[tuple[float, int]] = []
 
     def show(self, record: dict[str, Any] | None) -> None:
-        """Take in one record of the run (None: nothing new) and redraw."""
+        """Add one record of the run (None: no new record) and redraw."""
         if record is not None:
             self._tracker.add(record)
             if "event" in record:

@@ -76,7 +76,7 @@ def first_values(search: SearchSpec) -> dict[str, Any]:
 
 
 def own_values(job: JobSpec) -> dict[str, Any] | None:
-    """Return the job's own values of the searched keys; None if one of them is outside the space."""
+    """Return the job's values of the searched keys; None if one of them is outside the search space."""
     search = search_of(job)
     bare = job_with(job, search.proxy)
     found = {key: value_at(bare, key) for key, entry in search.space.items() if entry.of is None}

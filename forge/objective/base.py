@@ -59,7 +59,7 @@ class Objective(Protocol):
         rows that fill up a batch, whose every target is -100, must have weight 0."""
 
     def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, WeightedSum]:
-        """Metrics that need a forward pass of their own, without gradient; reported at evaluations as
+        """Return metrics that need a separate forward pass, without gradient; reported at evaluations as
         `eval/<name>`, beside those of the loss."""
 
 

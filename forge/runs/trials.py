@@ -1,6 +1,6 @@
 """The trials of a search, rebuilt from its events.
 
-The `events.jsonl` of a search is its journal: every decision is written before it is carried out, so a search that
+The `events.jsonl` of a search is its journal: every decision is written before it takes effect, so a search that
 was killed resumes from it alone.
 """
 

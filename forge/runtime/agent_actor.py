@@ -84,7 +84,7 @@ class AgentActor:
         self._pool.prepare(await self._with_local_inputs(plan_json), count=count)
 
     async def price(self) -> tuple[str, float | None]:
-        """The node's address and its price in USD per hour; None if unknown."""
+        """Return the node's address and its price in USD per hour; None if unknown."""
         return ray.util.get_node_ip_address(), read_price(os.environ)
 
     async def allocations(self, supervisor: str) -> dict[str, Allocation]:

@@ -112,7 +112,7 @@ class PlacementManager:
         return next(((g.num_slots, g.num_guaranteed) for name, _, g in self._agents.values() if name == node), None)
 
     def claim_slots(self) -> None:
-        """Ask for as many slots as the job allows."""
+        """Request as many slots as the job allows."""
         self._wanted = self._high
         self._wakes.set()
 
@@ -220,7 +220,7 @@ class PlacementManager:
             self._in_thread(self._end_agent, handle)
 
     def _shape_groups(self) -> None:
-        """One group for the minimum, one per worker beyond it, and one to replace each slot on a leaving node."""
+        """List the groups: the minimum, each further worker, and a replacement for each slot on a leaving node."""
         table = _table()
         for name, group in list(self._groups.items()):  # removed as an orphan by another run
             if table.get(group.id.hex(), {}).get("state") == "REMOVED":

@@ -97,7 +97,7 @@ class SupervisedRun:
         )
 
     def _devices_of(self, allocation: Allocation) -> tuple[str, ...]:
-        """One device per rank that the node may get."""
+        """Return one device for each rank that the node can run."""
         on_gpus = tuple(f"cuda:{number}" for number in allocation.devices)
         return on_gpus or ("cpu",) * self.plan.job.resources.workers.high
 

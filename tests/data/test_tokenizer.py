@@ -337,7 +337,7 @@ def test_a_helper_that_dies_is_an_error_and_not_a_hang(trained: TextTokenizer) -
 
 
 @pytest.mark.usefixtures("_early_help")
-def test_helpers_end_with_whoever_loses_interest(trained: TextTokenizer) -> None:
+def test_helpers__consumer_stops_early__end(trained: TextTokenizer) -> None:
     encoded = encode_batches(batches_of(10**6), tokenizer=trained, num_processes=2)
     next(encoded)
     next(encoded)
