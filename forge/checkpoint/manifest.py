@@ -264,13 +264,13 @@ def shape_differences(held: ModelShape, wanted: ModelShape, *, most: int = 5) ->
     for name in sorted({*held.parameters, *wanted.parameters}):
         ours, theirs = wanted.parameters.get(name), held.parameters.get(name)
         if ours is None:
-            found.append(f"it has {name}, which this model has not")
+            found.append(f"it has {name}, which this model does not have")
         elif theirs is None:
             found.append(f"it has no {name}")
         elif ours.shape != theirs.shape:
-            found.append(f"{name} is {_shape(theirs)} there and {_shape(ours)} here")
+            found.append(f"{name} is {_shape(theirs)} in the checkpoint and {_shape(ours)} in this model")
         elif ours.kind != theirs.kind:
-            found.append(f"{name} is {theirs.kind} there and {ours.kind} here")
+            found.append(f"{name} is {theirs.kind} in the checkpoint and {ours.kind} in this model")
     return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more"]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from forge.checkpoint.intervals import Range
+from forge.fs import sync_folder
 
 _STAGING = ".staging-"
 # A writer locks a staging folder within milliseconds of creating it.
@@ -102,14 +103,14 @@ class FolderStorage:
     def publish(self, staging: str, name: str, *, last: tuple[str, bytes]) -> None:
         """Flush the folder, then rename it."""
         self.write(f"{staging}/{last[0]}", lambda: [last[1]])
-        _flush(self._root / staging)
+        sync_folder(self._root / staging)
         try:
             (self._root / staging).rename(self._root / name)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise FileExistsError(errno.EEXIST, "already exists", name) from error
             raise
-        _flush(self._root)
+        sync_folder(self._root)
         self._unlock(staging)
 
     def discard(self, staging: str, *, token: str) -> None:
@@ -177,13 +178,5 @@ def _is_abandoned(staging: Path) -> bool:
         return False
     except OSError:
         return age_s > _ABANDONED_AFTER_S
-    finally:
-        os.close(handle)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

@@ -81,23 +81,23 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
-    """Where the ranks of a generation meet: a store at the first rank's machine."""
+    """Address of a generation's TCP store, on rank 0's machine."""
 
     host: str
     port: int
     listen_fd: int | None = None
-    """On the first rank: the socket that listens there already, so that nobody else can have taken the port."""
+    """On rank 0: a socket that already listens on the port, so that no other process can take it."""
 
 
 def join_process_group(*, device: torch.device, rendezvous: Rendezvous | None = None) -> None:
-    """Enter the group of `WORLD_SIZE` ranks as number `RANK`; collective.
+    """Join the process group of `WORLD_SIZE` ranks as rank `RANK`; collective.
 
     Args:
-        rendezvous: where they meet; otherwise `MASTER_ADDR` and `MASTER_PORT` say it.
+        rendezvous: address of the store; by default `MASTER_ADDR` and `MASTER_PORT`.
     """
     import_late_modules(device=device.type)
     if rendezvous is not None:
-        _meet(rendezvous, device=device)  # DeepSpeed takes the group that is there
+        _init_with_store(rendezvous, device=device)  # DeepSpeed uses the existing group
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
@@ -108,7 +108,7 @@ def join_process_group(*, device: torch.device, rendezvous: Rendezvous | None = 
 
 
 def import_late_modules(*, device: str) -> None:
-    """Import what DeepSpeed would import when an engine is built, and choose its accelerator."""
+    """Import modules that DeepSpeed would import when an engine is built, and choose its accelerator."""
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         # DeepSpeed compiles this operator on first use where it can; it serves inference only.
@@ -116,7 +116,7 @@ def import_late_modules(*, device: str) -> None:
     _import_muon_uncompiled()
 
 
-def _meet(rendezvous: Rendezvous, *, device: torch.device) -> None:
+def _init_with_store(rendezvous: Rendezvous, *, device: torch.device) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(  # type: ignore[attr-defined]
         rendezvous.host,
@@ -137,7 +137,7 @@ def _meet(rendezvous: Rendezvous, *, device: torch.device) -> None:
 
 
 class Engine:
-    """A DeepSpeed engine that speaks forge's terms: steps, exact losses, shards of state."""
+    """A DeepSpeed engine with forge's interface: steps, exact losses, shards of the state."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class Engine:
         self.before_update: Callable[[], None] = lambda: None
         """Called before the training state changes."""
         self.on_progress: Callable[[], None] = lambda: None
-        """Called before and after everything that may wait for other ranks."""
+        """Called before and after each operation that may wait for other ranks."""
 
     def step(
         self,
@@ -254,7 +254,7 @@ class Engine:
         return loss
 
     def _check_weight(self, weight: float, *, total_weight: float, step: int) -> None:
-        """Raises: RunError if the objective has counted other loss terms than the store."""
+        """Raises: RunError if the objective's weights do not sum to those of the store."""
         if abs(weight - total_weight) > 1e-6 * total_weight:
             name = type(self._module.objective).__name__
             raise RunError(
@@ -263,14 +263,14 @@ class Engine:
             )
 
     def _clip_by_hand(self) -> float | None:
-        """fp32 under ZeRO 0 is plain torch to DeepSpeed, which clips there without telling the norm."""
+        """Clip for fp32 under ZeRO 0, where DeepSpeed does not return the norm. Returns: the norm, else None."""
         if self._engine.zero_optimization_stage() > 0 or self._training.precision != "fp32":
             return None
         limit = self._training.optimizer.grad_clip or float("inf")
         return float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
 
     def _all_reduce(self, sums: MetricSums, *, figures: tuple[float, float], requests: StepControl) -> _Shared:
-        """One all-reduce for the sums, the flags of rank 0 and one slot per rank for each of its figures."""
+        """Reduce the sums, rank 0's flags, and one value per rank for each figure in one all-reduce."""
         rank, world_size = self._engine.global_rank, self._engine.dp_world_size
         names = [field.name for field in fields(StepControl)]
         flags = [float(getattr(requests, name) and (rank == 0 or name == "save_failed")) for name in names]
@@ -316,13 +316,13 @@ def build_engine(
     has_linear_head: bool,
     skip_init: bool = False,
 ) -> Engine:
-    """Build the model, its loss and its optimizer, and hand them to DeepSpeed; collective.
+    """Build the model, its loss and its optimizer, and pass them to DeepSpeed; collective.
 
-    Under ZeRO 3 every module is divided as soon as it is built, so no rank ever holds the whole model.
+    Under ZeRO 3 every module is partitioned as soon as it is built, so no rank ever holds the whole model.
 
     Args:
-        has_linear_head: of the plan's ModelInfo: whether the loss may be computed in chunks.
-        skip_init: give the weights no values, as all of them are going to be read.
+        has_linear_head: `ModelInfo.has_linear_head` of the plan: whether the loss may be computed in chunks.
+        skip_init: do not initialise the weights, as all of them will be loaded.
     """
     family, data = family_of(model_spec), DataShape(vocab_size=vocab_size, seq_len=seq_len, eot_id=eot_id)
     model = family.build(
@@ -382,19 +382,19 @@ def _import_muon_uncompiled() -> None:
 
 def _sharding(deepspeed_config: dict[str, Any]) -> Sharding:
     return Sharding(
-        construct=partial(_divide_when_built, deepspeed_config),
+        construct=partial(_partition_when_built, deepspeed_config),
         gather=_gather,
         partition=lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config) and None,
     )
 
 
 @contextmanager
-def _divide_when_built(deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """Modules built meanwhile are divided at once; rotary frequencies are still computed in fp32."""
+def _partition_when_built(deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Partition modules as they are built; rotary frequencies are still computed in fp32."""
     with prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
         yield
 
 
 def _gather(parameters: list[nn.Parameter]) -> Any:
-    """Whole parameters while it lasts; what rank 0 wrote is sent to all."""
+    """Gather whole parameters; changes by rank 0 are broadcast on exit."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

@@ -183,8 +183,8 @@ def test_require_job__another_model__is_refused_with_differing_parameters(two: P
     for said in (
         "another model",
         "it has no bias",
-        "head/odd name.weight, which this model has not",
-        "7 there and 8 here",
+        "head/odd name.weight, which this model does not have",
+        "7 in the checkpoint and 8 in this model",
     ):
         assert said in str(refused.value)
 
