@@ -113,16 +113,24 @@ class PretrainedWeights:
                     self._joined[known] = self._joined[name]
 
     def _check_shapes(self) -> None:
-        missing, wrong = [], []
+        missing, wrong, quantised = [], [], []
         for name, parameter in self._model.named_parameters():
             shape = self._shape_of(name)
             if shape is None:
                 missing.append(name)
+            elif parameter.is_floating_point() and (found := self._quantised_type_of(name)) is not None:
+                quantised.append(f"{name} ({str(found).removeprefix('torch.')})")
             elif shape != tuple(parameter.shape):
                 wrong.append(f"{name} is {_times(shape)} there and {_times(tuple(parameter.shape))} in the model")
         if missing:
             raise ModelError(
                 f"{self.files.source} lacks {_some(missing)}: a {type(self._model).__name__} needs every weight",
+                key="from_pretrained",
+            )
+        if quantised:
+            raise ModelError(
+                f"{self.files.source} holds weights that are not plain floating point: {_some(quantised)}; their "
+                "scales are not read. Give the model that they were quantised from, or save them dequantised",
                 key="from_pretrained",
             )
         if wrong:
@@ -135,6 +143,13 @@ class PretrainedWeights:
             return None
         made = self._make(self._joined[name], load=_on_meta)
         return tuple(made[name].shape) if name in made else None
+
+    def _quantised_type_of(self, name: str) -> torch.dtype | None:
+        parts = [self._plain[name]] if name in self._plain else []
+        if not parts:
+            parts = [self.files.tensors[key] for key, _ in self._joined[name].parts]
+        wrong = (part.dtype for part in parts if not part.dtype.is_floating_point or part.dtype.itemsize < 2)
+        return next(wrong, None)
 
     def _make(self, group: _Joined, *, load: Callable[[StoredTensor], Tensor]) -> dict[str, Tensor]:
         if load is _read_whole and self._last is not None and self._last[0] == group.target:

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from forge.errors import PlanError
 from forge.fs import write_atomic
+from forge.process import one_line
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -95,8 +97,10 @@ def open_weight_files(source: str) -> WeightFiles:
     for path in paths:
         try:
             tensors |= _read_header(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PlanError(f"model.from_pretrained: {path} is not a whole safetensors file: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PlanError(
+                f"model.from_pretrained: {path} is not a whole safetensors file: {one_line(error)}"
+            ) from error
     return WeightFiles(source=source, revision=revision, paths=paths, tensors=tensors)
 
 
@@ -143,8 +147,12 @@ def _file_names(folder: Path, source: str) -> Iterable[str]:
             names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
             if any(not isinstance(name, str) or name != Path(name).name for name in names):
                 raise ValueError("it names files outside of the folder")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"model.from_pretrained: {folder / _INDEX} cannot be read: {error}") from error
+            if not names:
+                raise ValueError("its weight_map is empty")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanError(
+                f"model.from_pretrained: {folder / _INDEX} cannot be read: {one_line(error)}"
+            ) from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise PlanError(f"model.from_pretrained: {source} lacks {', '.join(missing)}, named in {_INDEX}")
@@ -159,25 +167,37 @@ def _file_names(folder: Path, source: str) -> Iterable[str]:
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """Raises: OSError; ValueError, KeyError, TypeError for an invalid header."""
+    """Raises: OSError; ValueError, KeyError, TypeError, RecursionError for an invalid header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
             raise ValueError(f"its header claims {length} bytes")
-        header: dict[str, Any] = json.loads(file.read(length))
+        header: Any = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a table of tensors")
     header.pop("__metadata__", None)
-    found = {}
+    found: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ValueError(f"{name} has the type {entry['dtype']}, which forge does not read")
         first, last = entry["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (first, last, *entry["shape"])):
+            raise ValueError(f"{name} has a shape or offsets that are not whole numbers from 0 on")
         tensor = StoredTensor(path=path, offset=8 + length + first, dtype=dtype, shape=tuple(entry["shape"]))
-        if first < 0 or last - first != tensor.numel * dtype.itemsize or 8 + length + last > size:
+        if last - first != tensor.numel * dtype.itemsize or 8 + length + last > size:
             raise ValueError(f"{name} does not lie within the file")
         found[name] = tensor
+    _check_overlap(found)
     return found
+
+
+def _check_overlap(tensors: dict[str, StoredTensor]) -> None:
+    by_offset = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].numel))
+    for (name, one), (other, following) in pairwise(by_offset):
+        if one.offset + one.numel * one.dtype.itemsize > following.offset:
+            raise ValueError(f"{name} and {other} overlap")
 
 
 def _fill(file: Any, view: memoryview) -> None:

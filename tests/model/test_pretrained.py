@@ -100,6 +100,64 @@ def test_open__head_missing_and_not_tied__is_named(tmp_path: Path) -> None:
     assert caught.value.key == "from_pretrained"
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("architecture", "keys", "stored", "named"),
+    [
+        ("llama", {}, "model.layers.0.mlp.up_proj.weight", r"model\.layers\.0\.mlp\.up_proj\.weight"),
+        ("mixtral", EXPERTS, "model.layers.0.block_sparse_moe.experts.1.w1.weight", r"experts"),
+    ],
+)
+def test_open__weight_of_a_quantised_type__is_named(
+    tmp_path: Path, dtype: torch.dtype, architecture: str, keys: dict[str, object], stored: str, named: str
+) -> None:
+    saved_model(tmp_path, architecture, **keys)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[stored] = tensors[stored].to(dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"not plain floating point: .*{named}.*\({str(dtype)[6:]}\)"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"are quantised \(gptq\).*save them dequantised",
+        ),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, r"code in its own folder \(`auto_map`\)"),
+        ({"hidden_size": "32"}, r"cannot be used: .*hidden_size"),
+        ({"_attn_implementation": "someone/kernel"}, r"someone/kernel is code of the Hub"),
+        ({"attn_implementation": "someone/kernel"}, r"someone/kernel is code of the Hub"),
+    ],
+)
+def test_inspect__config_that_cannot_be_used__is_refused_without_a_prompt(
+    tmp_path: Path,
+    changes: dict[str, object],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asks for an answer"))
+    saved_model(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ModelError, match=message):
+        CausalLmFamily().inspect(ModelSpec(from_pretrained=str(tmp_path)), DATA)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("origin", ["architecture", "from_pretrained"])
+def test_inspect__attention_of_the_hub_in_the_job__is_refused(tmp_path: Path, origin: str) -> None:
+    saved_model(tmp_path)
+    source = "llama" if origin == "architecture" else str(tmp_path)
+    spec = ModelSpec.model_validate({origin: source, "attn_implementation": "someone/kernel"})
+    with pytest.raises(ModelError, match=r"someone/kernel is code of the Hub"):
+        CausalLmFamily().inspect(spec, DATA)
+
+
 def test_open__tied_weight_stored_under_its_second_name__is_found(tmp_path: Path) -> None:
     model = saved_model(tmp_path, tie_word_embeddings=True)
     file = tmp_path / "model.safetensors"
@@ -154,6 +212,43 @@ def test_open__damaged_files__are_one_clear_line(tmp_path: Path, damage: str) ->
     with pytest.raises(PlanError, match=r"model\.from_pretrained") as caught:
         opened(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def entry(*, shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "5",
+        "null",
+        "[" * 100_000,
+        json.dumps({"a": 5}),
+        json.dumps({"a": entry(shape=[-1, -2])}),
+        json.dumps({"a": entry(shape=[2.0])}),
+        json.dumps({"a": entry(shape=5)}),
+        json.dumps({"a": entry(offsets=[0.0, 8.0])}),
+        json.dumps({"a": entry(offsets=[-8, 0])}),
+        json.dumps({"a": entry(offsets=None)}),
+        json.dumps({"a": entry(), "b": entry(offsets=[4, 12])}),
+        json.dumps({"a": entry() | {"dtype": []}}),
+    ],
+    ids=range(12),
+)
+def test_open_weight_files__invalid_header__is_one_clear_line(tmp_path: Path, header: str) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 16)
+    with pytest.raises(PlanError, match=r"model\.safetensors is not a whole safetensors file: ") as caught:
+        open_weight_files(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {}}', '{"weight_map": 5}', "null", "[" * 100_000])
+def test_open_weight_files__invalid_index__is_one_clear_line(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(PlanError, match=r"index\.json cannot be read: "):
+        open_weight_files(str(tmp_path))
 
 
 def test_digest_file__content_changed__differs_and_is_not_taken_from_the_cache(tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ class CausalLmFamily:
             config._attn_implementation = "eager"
         sharding = options.sharding
         with no_init_weights(), sharding.construct() if sharding else nullcontext():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=options.dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=options.dtype, trust_remote_code=False
+            )
         if not options.skip_init and spec.from_pretrained is None:
             initialise(model, seed=options.seed, gather=sharding.gather if sharding else None)
         model.tie_weights()
@@ -88,11 +90,9 @@ def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
     Raises: PlanError if transformers refuses the architecture or a value.
     """
     if spec.from_pretrained is not None:
-        try:
-            source = str(Path(spec.from_pretrained).expanduser())
-            return AutoConfig.from_pretrained(source, **spec.config_overrides)
-        except (OSError, ValueError) as error:
-            raise PlanError(f"model.from_pretrained: {one_line(error)}") from error
+        config = _load_config(spec.from_pretrained, spec.config_overrides)
+        _check_attention(config)
+        return config
     given = spec.config_overrides
     try:
         base = AutoConfig.for_model(spec.architecture)
@@ -104,9 +104,11 @@ def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
             for key, value in derived.items()
             if hasattr(base, key) and base.attribute_map.get(key, key) not in names
         }
-        return AutoConfig.for_model(spec.architecture, **(derived | given))
+        config = AutoConfig.for_model(spec.architecture, **(derived | given))
     except Exception as error:  # transformers validates with exceptions of several unrelated classes
         raise PlanError(f"model.architecture {spec.architecture}: {one_line(error)}") from error
+    _check_attention(config)
+    return config
 
 
 def config_from_record(record: Mapping[str, Any]) -> PretrainedConfig:
@@ -118,7 +120,43 @@ def config_from_record(record: Mapping[str, Any]) -> PretrainedConfig:
 def build_on_meta(config: PretrainedConfig) -> Any:
     """Build a model on the meta device, which allocates no memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _load_config(source: str, overrides: Mapping[str, Any]) -> PretrainedConfig:
+    """Raises: ModelError if the config cannot be read, needs code of its folder, or is of quantised weights."""
+    try:
+        folder = str(Path(source).expanduser())
+        config = AutoConfig.from_pretrained(folder, **(dict(overrides) | {"trust_remote_code": False}))
+    except Exception as error:  # transformers validates with exceptions of several unrelated classes
+        problem = f"the config of {source} cannot be used: {one_line(error)}"
+        if "trust_remote_code" in str(error):
+            problem = (
+                f"the model of {source} consists of code in its own folder (`auto_map`), and forge does not "
+                "execute it: take a model that transformers contains, or write it as a `class` in the folder of "
+                "`code`"
+            )
+        raise ModelError(problem, key="from_pretrained") from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise ModelError(
+            f"the weights of {source} are quantised ({method or 'method not named'}), and forge trains plain "
+            "floating point: give the model that they were quantised from, or save them dequantised",
+            key="from_pretrained",
+        )
+    return config
+
+
+def _check_attention(config: PretrainedConfig) -> None:
+    """Raises: ModelError if the attention is a kernel of the Hub, which is code that would be downloaded."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for chosen in (getattr(part, "_attn_implementation", None) for part in parts):
+        if "/" in str(chosen):
+            raise ModelError(
+                f"attn_implementation {chosen} is code of the Hub, which forge does not execute: choose eager, "
+                "sdpa or flash_attention_2",
+            )
 
 
 def _check_keys(spec: ModelSpec) -> None:
@@ -134,10 +172,7 @@ def _check_keys(spec: ModelSpec) -> None:
         folder = spec.from_pretrained or ""
         if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
             raise ModelError("there is no such folder", key="from_pretrained")
-        try:
-            config = AutoConfig.from_pretrained(str(Path(folder).expanduser()))
-        except (OSError, ValueError) as error:
-            raise ModelError(one_line(error), key="from_pretrained") from error
+        config = _load_config(folder, {})
     known = _config_keys(config)
     for key in spec.config_overrides:
         if key not in known:
