@@ -227,6 +227,17 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EarlyStopped:
+    """The run ended before its last step because an evaluation metric no longer improved."""
+
+    step: int
+    metric: str
+    best: float | None
+    """The best value of the metric; None if it never was a finite number."""
+    best_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleGenerated:
     """Text generated from the current weights."""
 
@@ -357,6 +368,7 @@ Event = (
     | CheckpointSkipped
     | StepRepeated
     | Evaluated
+    | EarlyStopped
     | SampleGenerated
     | TrackingDegraded
     | TrialSuggested

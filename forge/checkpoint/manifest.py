@@ -34,6 +34,10 @@ class Progress:
     """Digest of all settings that determine the loss curve; see `forge.plan.plan.config_digest`."""
     corpus: str
     """Digest of the prepared corpus."""
+    best_value: float | None = None
+    """With `training.early_stopping`: the best value of its metric; None before the first finite one."""
+    best_step: int = 0
+    num_evaluations_since_best: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +160,9 @@ def state_from_bytes(text: bytes) -> tuple[Progress, ModelShape]:
     """Parse the output of `state_bytes`. Raises: ValueError with the reason if it is not valid."""
     try:
         body = json.loads(text)
-        progress = Progress(**{field.name: body[field.name] for field in dataclasses.fields(Progress)})
+        progress = Progress(
+            **{field.name: body[field.name] for field in dataclasses.fields(Progress) if field.name in body}
+        )
         shape = shape_from_record(body)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the state cannot be read ({error})") from error

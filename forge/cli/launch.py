@@ -51,7 +51,9 @@ def launch(request: Request) -> None:
     resumed = _find_resumable(request) if request.resume is not None else None
     job_file = request.file or Path(resumed or ".") / "job.yaml"
     if resumed is not None and not request.dry_run and _is_finished(resumed, request, job_file):
-        done = "completed all its trials" if request.is_search else "reached its last step"
+        ended = read_run(resumed)
+        last = f"stopped early at step {ended.step}" if ended.is_stopped_early else "reached its last step"
+        done = "completed all its trials" if request.is_search else last
         display.message(f"{resumed.name} has already {done}")
         conclude(resumed, interrupted=False, output=request.output)
         return

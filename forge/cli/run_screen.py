@@ -243,7 +243,8 @@ class TrainScreen(LiveScreen):
 
 def show_summary(run: RunSummary, *, losses: Sequence[float]) -> None:
     """Print how a run ended, its results, its files and a sample of its text."""
-    display.heading(run.run_id, f"{run.status} at step {run.step} of {run.plan.total_steps}")
+    status = "finished early" if run.is_stopped_early else run.status
+    display.heading(run.run_id, f"{status} at step {run.step} of {run.plan.total_steps}")
     width = display.terminal_width()
     if width is not None and len(losses) > 1:
         for row in loss_curve(losses, width=min(72, max(20, width - 12))):

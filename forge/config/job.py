@@ -76,6 +76,10 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _metrics_are_reported(self) -> JobSpec:
+        if self.training.early_stopping is not None and not self.data.held_out:
+            metric = self.training.early_stopping.metric
+            problem = f"{metric} is measured on held-out data, but data.held_out is 0"
+            raise FieldError("training.early_stopping", problem)
         self.__dict__["search"] = check_metrics(self.training, self.search, of_user={})
         return self
 

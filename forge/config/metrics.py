@@ -52,21 +52,28 @@ def check_metrics(
     tables = [OBJECTIVE_METRICS.get(name, of_user.get(name)) for name in objectives]
     known = _common([reported_metrics(table) for table in tables if table is not None])
     is_complete = all(table is not None for table in tables)
+    stopping = training.early_stopping
+    if stopping is not None and (is_complete or not stopping.metric.startswith("eval/")):
+        evaluated = [name for name in known if name.startswith("eval/")]
+        _require(stopping.metric, evaluated, key="training.early_stopping.metric", what="evaluations")
     if search is None:
         return None
-    if is_complete and search.metric not in known:
-        nearest = difflib.get_close_matches(search.metric, known, n=1)
-        raise FieldError(
-            "search.metric",
-            f"is not a metric; trials report {', '.join(known)}",
-            nearest=nearest[0] if nearest else None,
-        )
+    if is_complete:
+        _require(search.metric, list(known), key="search.metric", what="trials")
     is_known = search.metric in (known if is_complete else RUN_METRICS)
     if search.mode is not None or not is_known:
         return search
     found = search.model_copy()
     found.__dict__["mode"] = known[search.metric]  # without making it a key that the user has set
     return found
+
+
+def _require(name: str, known: list[str], *, key: str, what: str) -> None:
+    """Raises: FieldError for a metric that is not known."""
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        problem = f"is not a metric; {what} report {', '.join(known)}"
+        raise FieldError(key, problem, nearest=nearest[0] if nearest else None)
 
 
 def _objectives(training: TrainingSpec, search: SearchSpec | None) -> list[str]:

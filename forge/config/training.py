@@ -79,6 +79,21 @@ class EmaSpec(Section):
     `(1 + step) / (10 + step)` is used while it is smaller, so that the average forgets the initial weights."""
 
 
+class EarlyStoppingSpec(Section):
+    """End the run when an evaluation metric no longer improves; it ends as finished, with a checkpoint."""
+
+    metric: str = "eval/loss"
+    """`eval/loss`, or `eval/NAME` for a metric that the objective reports; whether less or more of it is better
+    follows from the objective."""
+
+    patience: Count = Field(3, ge=1)
+    """Number of evaluations in a row without improvement after which the run stops; the same step on any number of
+    workers if `evaluate_every` is in steps."""
+
+    min_delta: Number = Field(0.0, ge=0)
+    """Change of the metric that counts as an improvement only if it is larger."""
+
+
 class TrainingSpec(Section):
     """The optimisation; its result does not depend on the machines it runs on."""
 
@@ -124,6 +139,10 @@ class TrainingSpec(Section):
 
     ema: EmaSpec | None = None
     """Keep an average of the weights and report its held-out loss at the end; off by default."""
+
+    early_stopping: EarlyStoppingSpec | None = None
+    """Stop before the last step when the held-out loss or another evaluation metric no longer improves; off by
+    default."""
 
     evaluate_every: Interval = Every(steps=100)
     """Interval between measurements of the held-out loss; it is always measured at the end."""

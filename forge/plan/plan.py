@@ -151,6 +151,8 @@ def config_digest(job: JobSpec, *, code: CodeInfo | None) -> str:
     body = job.model_dump(mode="json", include={"model", "data", "training"})
     for name in ("evaluate_every", "micro_batch_size", "zero", "activation_checkpointing", "cross_entropy"):
         body["training"].pop(name)
+    if body["training"]["early_stopping"] is None:
+        del body["training"]["early_stopping"]
     if code is not None and job.user_classes:
         body["code"] = code.digest
     return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -59,6 +59,10 @@ class EventDescriber:
                 every = "every step" if event["every"] == 1 else f"every {event['every']} steps"
                 cost = f"{format_duration(event['seconds'])} each, {event['share']:.1%} of the time"
                 return f"snapshots to memory {every} from now on ({cost})"
+            case "EarlyStopped":
+                best = event["best"]
+                since = f"better than {best:.5g} of step {event['best_step']}" if best is not None else "a number"
+                return f"stopped early at step {event['step']}: {event['metric']} is no longer {since}"
             case "RunStopped" if event.get("reason"):
                 return f"stopped: {event['reason']}"
             case "SupervisorRestarted":

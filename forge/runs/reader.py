@@ -53,6 +53,11 @@ class RunSummary:
         """The last recorded step."""
         return int(self.last.get("step", 0))
 
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether `training.early_stopping` has ended the run at its last recorded step."""
+        return self.newest("EarlyStopped", step=self.step) is not None
+
     def newest(self, kind: str, **fields: Any) -> dict[str, Any] | None:
         """Return the newest event of a kind whose fields have these values; None if there is none."""
         for event in reversed(self.events):

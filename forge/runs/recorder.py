@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from forge.config.resources import WandbSpec
 from forge.events import (
     CheckpointSaved,
+    EarlyStopped,
     Evaluated,
     Event,
     PopulationRoundCompleted,
@@ -47,6 +48,7 @@ _WANDB_FINISH_TIMEOUT_S = 60
 
 _FSYNCED = (
     CheckpointSaved,
+    EarlyStopped,
     RunFinished,
     RunStopped,
     RunFailed,

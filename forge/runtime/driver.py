@@ -26,7 +26,7 @@ from forge.errors import ClusterError, ForgeError, RunError
 from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, SampleGenerated
 from forge.plan.plan import Plan, plan_from_json
 from forge.process import first_line
-from forge.runs.reader import error_named
+from forge.runs.reader import error_named, read_run
 from forge.runs.recorder import append_event, last_recorded_step
 from forge.runs.secrets import credentials
 from forge.runtime.actor_names import HEAD, NAMESPACE, RECORDER
@@ -210,7 +210,7 @@ class Driver:
             self._end_search()
             return
         step = last_recorded_step(self._folder)
-        if step < self._plan.total_steps:
+        if step < self._plan.total_steps and not read_run(self._folder).is_stopped_early:
             self._record(RunStopped(step=step, reason=self._stop_reason))
             return
         self._add_sample()

@@ -49,7 +49,7 @@ def resolve(
     """
     code = resolve_code(loaded)
     loaded = with_directions(loaded, code)
-    trained = _trained(loaded)
+    trained = with_directions(_trained(loaded), code)
     corpus = prepare(
         trained.job.data,
         cache_dir=default_cache_dir(),
@@ -73,7 +73,7 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
         return resolve(loaded, on_progress=on_progress)
     code = resolve_code(loaded)
     loaded = with_directions(loaded, code)
-    trained = _trained(loaded)
+    trained = with_directions(_trained(loaded), code)
     vocab_size, eot_id = _announced_vocabulary(trained.job.data.tokenizer)
     model = inspect_model(trained, vocab_size=vocab_size, eot_id=eot_id, code=code)
     draft = make_draft(trained.job, model=model, hardware=hardware(trained.job))
@@ -98,7 +98,12 @@ def _trained(loaded: LoadedJob) -> LoadedJob:
     if loaded.job.search is None:
         return loaded
     check_space(loaded)
-    return replace(loaded, job=trial_job(loaded.job, usual_values(loaded.job)))
+    job = trial_job(loaded.job, usual_values(loaded.job))
+    if loaded.job.search.scheduler.is_population and job.training.early_stopping is not None:
+        kind = loaded.job.search.scheduler.kind
+        problem = f"is not possible under {kind}: every trial of a population must reach every round"
+        raise loaded.source.error("training.early_stopping", problem, show_value=False)
+    return replace(loaded, job=job)
 
 
 def _with_search(plan: _PlanT, loaded: LoadedJob, *, count_slots: Callable[[HardwareInfo, JobSpec], int]) -> _PlanT:
@@ -110,14 +115,20 @@ def _with_search(plan: _PlanT, loaded: LoadedJob, *, count_slots: Callable[[Hard
 
 
 def _require_held_out(plan: Plan, loaded: LoadedJob) -> None:
-    """Raises: JobFileError if trials are compared by an `eval/` metric but no sequence is held out for it."""
+    """Raises: JobFileError if an `eval/` metric has a use but no sequence is held out for it."""
+    if plan.corpus.num_held_out_sequences:
+        return
     metric = loaded.job.search.metric if loaded.job.search is not None else ""
-    if metric.startswith("eval/") and not plan.corpus.num_held_out_sequences:
-        raise loaded.source.error(
-            "data.held_out",
-            f"holds out no full sequence of {plan.corpus.seq_len} tokens, so trials cannot be compared by "
-            f"{metric}; raise it",
-        )
+    stopping = plan.job.training.early_stopping
+    if metric.startswith("eval/"):
+        use = f"trials cannot be compared by {metric}"
+    elif stopping is not None:
+        use = f"training.early_stopping cannot measure {stopping.metric}"
+    else:
+        return
+    raise loaded.source.error(
+        "data.held_out", f"holds out no full sequence of {plan.corpus.seq_len} tokens, so {use}; raise it"
+    )
 
 
 def _announced_vocabulary(spec: TokenizerSpec) -> tuple[int, int]:

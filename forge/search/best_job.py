@@ -59,7 +59,7 @@ def _comments(search: SearchSpec, best: Trial, *, search_id: str, num_trials: in
 def _length(search: SearchSpec, best: Trial) -> Iterator[str]:
     """Say how many steps the trial ran, unless it ran all of them without a scheduler."""
     kind, total = search.scheduler.kind, best.total_steps
-    is_whole = best.status == "finished"
+    is_whole = best.status == "finished" and (total is None or best.step >= total)
     if kind == "none" and is_whole:
         return
     way = f"{best.step} steps" if total is None else f"{best.step} of {total} steps"

@@ -41,3 +41,5 @@ class TrialUpdate:
     """New lines of `metrics.jsonl` that hold the search's metric."""
     first_step: FirstStep | None = None
     outcome: Outcome | None = None
+    is_stopped_early: bool = False
+    """Whether the outcome is that of `training.early_stopping`."""

@@ -207,6 +207,9 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
                 continue
             if update.outcome.error is not None:
                 raise error_named(update.outcome.error, message=update.outcome.reason)
+            if update.is_stopped_early:
+                reason = f"stopped early at step {update.outcome.step}"
+                return self._result(step=self._reported, done=True, status="finished", reason=reason)
             if update.outcome.step < last_step:  # it was asked to stop; the search is about to end
                 time.sleep(_HALTED_S)
                 return self._result(step=self._reported, is_halted=True)

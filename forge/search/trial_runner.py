@@ -21,7 +21,16 @@ import ray
 
 from forge.elastic.rpc import Endpoint
 from forge.elastic.supervisor import Outcome
-from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, StepMetrics, SupervisorRestarted
+from forge.events import (
+    EarlyStopped,
+    Event,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    RunStopped,
+    StepMetrics,
+    SupervisorRestarted,
+)
 from forge.plan.plan import Plan, plan_from_json
 from forge.pricing.budget import CostLimits, CostMeter
 from forge.process import redirect_output
@@ -59,6 +68,7 @@ class _ActiveTrial:
     first_step: FirstStep | None = None
     is_warm: list[bool] = field(default_factory=list)
     outcome: Outcome | None = None
+    is_stopped_early: bool = False
     watching: asyncio.Task[None] | None = None
 
     @property
@@ -146,7 +156,12 @@ class TrialRunnerActor:
             return bool(found()) or active.outcome is not None or (not is_started and active.first_step is not None)
 
         await self._until(is_new, timeout_s)
-        return TrialUpdate(records=tuple(found()), first_step=active.first_step, outcome=active.outcome)
+        return TrialUpdate(
+            records=tuple(found()),
+            first_step=active.first_step,
+            outcome=active.outcome,
+            is_stopped_early=active.is_stopped_early,
+        )
 
     async def stop(self) -> bool:
         """Have the active trial write a checkpoint and end. Returns: whether one is active that has not ended."""
@@ -208,6 +223,7 @@ class TrialRunnerActor:
             active.writer.submit(write_record, active.recorder, kind, record)
         await _run_in(active.writer, lambda: None)
         for kind, record in records:
+            active.is_stopped_early |= isinstance(record, EarlyStopped)
             if isinstance(record, StepMetrics):
                 self._note_step(active, record, is_new=kind == "step")
         self._notify()
@@ -232,7 +248,7 @@ class TrialRunnerActor:
         outcome = await active.run.supervisor.outcome
         if outcome.error is not None:
             self._record(RunFailed(error=outcome.error, message=outcome.reason))
-        elif outcome.step >= active.plan.total_steps:
+        elif outcome.step >= active.plan.total_steps or active.is_stopped_early:
             self._record(RunFinished(step=outcome.step))
         else:
             self._record(RunStopped(step=outcome.step, reason=outcome.reason))

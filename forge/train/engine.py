@@ -154,6 +154,7 @@ class Engine:
         """
         self._engine = engine
         self._module: ObjectiveModule = engine.module
+        self.metric_directions = self._module.objective.metric_directions
         self._dropout = dropout
         self._training = training
         self.state = TrainState(engine, keep_average=training.ema is not None, base=base)
@@ -190,7 +191,7 @@ class Engine:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         engine.train()
-        sums = MetricSums(self._metric_names, device=self.device)
+        sums = MetricSums(sorted(self.metric_directions), device=self.device)
         for batch in micro_batches:
             if self._dropout is not None:
                 self._dropout.begin(step=step, positions=batch.positions)
@@ -231,7 +232,7 @@ class Engine:
         Returns: an empty mapping if no row has a loss.
         """
         self._engine.eval()
-        sums = MetricSums(self._metric_names, device=self.device)
+        sums = MetricSums(sorted(self.metric_directions), device=self.device)
         with torch.no_grad():
             for batch in micro_batches:
                 self.on_progress()
@@ -240,10 +241,6 @@ class Engine:
         dist.all_reduce(sums.values)
         self._engine.train()
         return derived_metrics(self._module.objective, sums.means())
-
-    @property
-    def _metric_names(self) -> list[str]:
-        return sorted(self._module.objective.metric_directions)
 
     def _forward(self, batch: MicroBatch, *, with_metrics: bool = False) -> torch.Tensor:
         inputs = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from forge.checkpoint.manifest import Progress
@@ -26,6 +26,7 @@ from forge.events import (
     StepMetrics,
 )
 from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten, Outcome
+from forge.train.early_stopping import EarlyStopping
 from forge.train.engine import Engine, StepControl, StepResult
 from forge.train.lr_schedule import learning_rate
 from forge.train.snapshot_interval import SnapshotInterval
@@ -87,12 +88,13 @@ def train(
         cannot be written.
     """
     training = inputs.training
+    stopping = EarlyStopping(spec=training.early_stopping, directions=engine.metric_directions)
     progress, saved_step = start, start.step
     saved_at = evaluated_at = time.monotonic()
     is_save_due = False
-    if progress.step >= inputs.last_step:
+    if progress.step >= inputs.last_step or stopping.is_over(progress):
         on_started()
-    while progress.step < inputs.last_step:
+    while progress.step < inputs.last_step and not stopping.is_over(progress):
         step, began = progress.step + 1, time.monotonic()
         is_last = step == inputs.last_step
         # A checkpoint that is due while another is being written begins when that one is committed.
@@ -122,12 +124,7 @@ def train(
         if not _is_finite(result.loss, result.grad_norm):
             saved_step = _report(checkpointer.finish(), reporter) or saved_step
             raise _diverged(result.loss, result.grad_norm, step=step, lr=lr, saved_step=saved_step)
-        progress = Progress(
-            step=step,
-            num_tokens=progress.num_tokens + tokens,
-            config_digest=start.config_digest,
-            corpus=start.corpus,
-        )
+        progress = replace(progress, step=step, num_tokens=progress.num_tokens + tokens)
         extra = {f"train/{name}": value for name, value in result.metrics.items()}
         held_out_loss = None
         if result.flags.evaluate and inputs.held_out.rows.num_rows:
@@ -135,6 +132,7 @@ def train(
             held_out_loss = found.loss
             extra |= {f"eval/{name}": value for name, value in found.metrics.items()}
             evaluated_at = time.monotonic()
+            progress = stopping.observe(found, progress=progress)
         reporter.step(
             StepMetrics(
                 step=step,
@@ -154,7 +152,7 @@ def train(
         saved_step = _report(checkpointer.outcomes(), reporter) or saved_step
         if result.flags.save_failed:
             _report(checkpointer.abort(), reporter)
-        if is_last or result.flags.stop:
+        if is_last or stopping.is_over(progress) or result.flags.stop:
             _save_and_wait(checkpointer, progress, reporter)
             if result.flags.stop:
                 return LoopResult(progress=progress)
@@ -169,7 +167,9 @@ def train(
             snapshots.snapshotter.begin(progress)
         if snapshots is not None:
             _adjust(snapshots.interval, result, step=step, step_s=step_s, reporter=reporter)
-    is_whole = progress.step >= inputs.total_steps
+    if stopping.is_over(progress):
+        reporter.event(stopping.event(progress))
+    is_whole = progress.step >= inputs.total_steps or stopping.is_over(progress)
     if is_whole and training.ema is not None and inputs.held_out.rows.num_rows:
         engine.state.swap_average()
         evaluate(engine, inputs.held_out, step=progress.step, weights="ema", reporter=reporter)

@@ -33,7 +33,7 @@ def test_job_reference__every_key__has_a_row() -> None:
 
 
 def test_job_reference__every_link__has_a_heading() -> None:
-    links = set(re.findall(r"\]\(#([a-z]+)\)", job_reference()))
+    links = set(re.findall(r"\]\(#([a-z_]+)\)", job_reference()))
     assert links == {key.replace(".", "").lower() for key, _ in known_sections(JobSpec) if key}
 
 

@@ -141,3 +141,23 @@ def test_search__mode__is_the_direction_of_the_metric_unless_given(tmp_path: Pat
     search = load(tmp_path, "max_trials: 8", keys.replace(", ", "\n  ")).job.search
     assert search is not None
     assert search.direction == mode
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{total", "{early_stopping: {metric: eval/los}, total", r":4: .*report eval/loss, .*mean 'eval/loss'"),
+        ("{total", "{early_stopping: {metric: train/loss}, total", r":4: .*is not a metric.*got train/loss"),
+        ("{total", "{early_stopping: {patience: 0}, total", r":4: .*patience: must be at least 1"),
+        (
+            "stdlib}\ntraining: {",
+            "stdlib, held_out: 0}\ntraining: {early_stopping: {}, ",
+            r":4: .*measured on held-out data, but data.held_out is 0",
+        ),
+    ],
+)
+def test_early_stopping__mistake__is_reported_with_its_line(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    with pytest.raises(JobFileError, match=message):
+        load(tmp_path, old, new)
