@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 
 from forge.config.model import ModelSpec
-from forge.errors import ModelError
+from forge.errors import ModelError, PlanError
 from forge.model.families.base import DataShape
 from forge.model.families.registry import family_of
 from forge.user_code import use_code
 
 
 def main() -> None:
-    """Answer one request: `{"facts": {...}}`, or `{"complaint": {"problem", "key", "choices"}}`."""
+    """Answer one request: `{"facts": {...}}`, or `{"complaint": {"problem", "key", "choices"}}`.
+
+    Whatever the user's modules or transformers print goes to stderr, so that stdout holds the answer alone.
+    """
+    stdout = os.dup(1)
+    os.dup2(2, 1)
     request = json.load(sys.stdin)
     use_code(request.pop("code"))
     spec = ModelSpec.model_validate_json(json.dumps(request.pop("model")))
@@ -30,7 +36,10 @@ def main() -> None:
         answer = {"facts": dataclasses.asdict(info)}
     except ModelError as error:
         answer = {"complaint": {"problem": error.problem, "key": error.key, "choices": list(error.choices)}}
-    json.dump(answer, sys.stdout)
+    except PlanError as error:
+        answer = {"complaint": {"problem": str(error), "key": None, "choices": []}}
+    with os.fdopen(stdout, "w") as file:
+        json.dump(answer, file)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -44,6 +48,23 @@ def code(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     use_code(packed.digest)
     yield
     use_code(None)
+
+
+def test_inspect__module_that_prints__does_not_disturb_the_answer() -> None:
+    loud = "import os\nprint('hello')\nos.system('echo from a child')\n"
+    packed = PackedCode(files={"my_models.py": (loud + MIXER).encode()})
+    unpack_code(packed)
+    request = {"model": spec().model_dump(mode="json"), "code": packed.digest, **dataclasses.asdict(DATA)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "forge.model.inspect"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["facts"]["class_name"] == "TinyMixer"
+    assert "hello" in done.stderr
+    assert "from a child" in done.stderr
 
 
 def spec(**keys: object) -> ModelSpec:
