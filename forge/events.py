@@ -421,7 +421,7 @@ class StepMetrics:
         }
         if self.held_out_loss is not None:
             record["eval/loss"] = self.held_out_loss
-        return {key: _finite(value) for key, value in (record | dict(self.extra)).items()}
+        return {key: _finite(value) for key, value in ({**record, **self.extra, **record}).items()}
 
 
 class Reporter(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ Arrays = Mapping[str, NDArray[Any]]
 
 IGNORED = -100
 """Target of a position that carries no loss; torch's own convention, and that of `forge.data.rows`."""
+
+RESERVED_METRICS = frozenset({"loss", "learning_rate", "grad_norm", "tokens"})
+"""Names that every run reports itself."""
 
 MODEL_PREFIX = "model."
 """What the names of the model's parameters begin with in `ObjectiveModule`."""
@@ -99,6 +103,20 @@ class ObjectiveModule(nn.Module):
 
 
 def derived_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
-    """The means, and what the objective derives from them."""
-    derive: Callable[[Mapping[str, float]], Mapping[str, float]] | None = getattr(objective, "derived", None)
-    return {**means, **(derive(means) if derive is not None and means else {})}
+    """Return the means, and what the objective derives from them.
+
+    Raises: RunError for a derived metric that is not declared, is already among the means, or is not a number.
+    """
+    derive: Callable[[Mapping[str, float]], Mapping[str, Any]] | None = getattr(objective, "derived", None)
+    derived = dict(derive(means)) if derive is not None and means else {}
+    for name, value in derived.items():
+        problem = None
+        if name in means or name in RESERVED_METRICS:
+            problem = "which it must not replace"
+        elif name not in objective.metric_directions:
+            problem = "which its metric_directions do not name"
+        elif not isinstance(value, Real) or isinstance(value, bool):
+            problem = f"which must be a number, not {type(value).__name__}"
+        if problem is not None:
+            raise RunError(f"{type(objective).__name__}.derived returns the metric {name!r}, {problem}")
+    return {**means, **{name: float(value) for name, value in derived.items()}}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from typing import cast
 
 from forge.config.registry import OBJECTIVES, Direction
 from forge.errors import UserCodeError
-from forge.objective.base import Objective
+from forge.objective.base import RESERVED_METRICS, Objective
 from forge.user_code import is_reference, load_class, split_reference
 
-_TAKEN = frozenset({"loss", "learning_rate", "grad_norm", "tokens"})
+_METRIC_NAME = re.compile("[a-z][a-z0-9_]*")
 
 
 def build_objective(name: str) -> Objective:
@@ -36,12 +37,18 @@ def require_directions(name: str, found: type) -> Mapping[str, Direction]:
     Args:
         name: its `module:Class`.
 
-    Raises: UserCodeError if it has none, or names a metric that every run has.
+    Raises: UserCodeError if it has none, names a metric that every run has, or has a name that is not plain.
     """
     directions = getattr(found, "metric_directions", None)
-    if not isinstance(directions, dict) or not set(directions.values()) <= {"min", "max"}:
+    # Compared in a tuple, as a value may be unhashable.
+    if not isinstance(directions, Mapping) or any(value not in ("min", "max") for value in directions.values()):
         raise UserCodeError(f"{name}: metric_directions must map the name of each metric to 'min' or 'max'")
-    taken = sorted(set(directions) & _TAKEN)
-    if taken:
-        raise UserCodeError(f"{name}: metric_directions must not name {taken[0]!r}, which every run reports")
-    return directions
+    for metric in directions:
+        if not isinstance(metric, str) or not _METRIC_NAME.fullmatch(metric):
+            raise UserCodeError(
+                f"{name}: metric_directions names {metric!r}; "
+                "a name must have only a-z, 0-9 and _, and begin with a-z"
+            )
+        if metric in RESERVED_METRICS:
+            raise UserCodeError(f"{name}: metric_directions must not name {metric!r}, which every run reports")
+    return dict(directions)

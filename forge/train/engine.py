@@ -252,7 +252,7 @@ class Engine:
 
     def _check_weight(self, weight: float, *, total_weight: float, step: int) -> None:
         """Raises: RunError if the objective's weights do not sum to those of the store."""
-        if abs(weight - total_weight) > 1e-6 * total_weight:
+        if not abs(weight - total_weight) <= 1e-6 * total_weight:  # nan too
             name = type(self._module.objective).__name__
             raise RunError(
                 f"step {step}: {name} counts a weight of {weight:g}, but the step has {total_weight:g}; "

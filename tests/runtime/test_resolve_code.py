@@ -226,6 +226,8 @@ def test_with_directions__metric_that_the_user_objective_lacks__names_the_neares
 @pytest.mark.parametrize(
     ("directions", "problem"),
     [
+        ("{'hits': ['max']}", "metric_directions must map the name of each metric to 'min' or 'max'"),
+        ("{'Hits/x': 'max'}", "a name must have only a-z"),
         ("{'hits': 'up'}", "metric_directions must map the name of each metric to 'min' or 'max'"),
         ("{'tokens': 'max'}", "metric_directions must not name 'tokens', which every run reports"),
     ],
