@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, Protocol, TypeGuard
@@ -50,14 +51,32 @@ def load_class(reference: str, *, base: type | None = None) -> type[Any]:
             f"{reference} names a class of your own, but the job has no `code:`; add the folder that contains "
             f"{module_name.split('.')[0]}.py, such as `code: ./src`"
         )
-    found = getattr(_import(module_name, folder=_current[0]), class_name, None)
-    if found is None:
-        raise UserCodeError(_missing_class(sys.modules[module_name], class_name))
-    if not isinstance(found, type):
-        raise UserCodeError(f"{reference} is {type(found).__name__} {found!r}, not a class")
-    if base is not None:
-        _require_base(found, base)
+    module = _import(module_name, folder=_current[0])
+    with user_code_errors(reference):  # a module's own __getattr__, or the class's, may raise
+        found = getattr(module, class_name, None)
+        if found is None:
+            raise UserCodeError(_missing_class(module, class_name))
+        if not isinstance(found, type):
+            raise UserCodeError(f"{reference} is {type(found).__name__} {found!r}, not a class")
+        if base is not None:
+            _require_base(found, base)
     return found
+
+
+@contextmanager
+def user_code_errors(name: str) -> Iterator[None]:
+    """Raise whatever user code raises, `SystemExit` included, as a UserCodeError with the user's own line.
+
+    Args:
+        name: what is run, for an error without a line of the user's.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, UserCodeError):
+        raise
+    except BaseException as error:
+        place = _error_place(error, folder=_current[0]) if _current else ""
+        raise UserCodeError(f"{place or name}: {type(error).__name__}: {_text(error)}") from error
 
 
 def use_code(digest: str | None) -> None:
@@ -129,19 +148,19 @@ def check_reference(code: PackedCode, reference: str) -> None:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         problem = error.msg if isinstance(error, SyntaxError) else str(error)
         raise UserCodeError(f"{file}{line}: {type(error).__name__}: {problem}") from error
+    except (RecursionError, MemoryError) as error:
+        raise UserCodeError(f"{file}: its expressions are nested too deeply for Python's parser") from error
 
 
 def _import(name: str, *, folder: Path) -> ModuleType:
     """Import a module of the code folder. Raises: UserCodeError with the user's own line."""
-    try:
-        module = importlib.import_module(name)
-    except BaseException as error:  # user code may also call sys.exit at import
-        if isinstance(error, KeyboardInterrupt):
+    with user_code_errors(name):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name and f"{name}.".startswith(f"{error.name}."):
+                raise UserCodeError(f"the code folder has no module {error.name}") from error
             raise
-        if isinstance(error, ModuleNotFoundError) and error.name and name.startswith(error.name):
-            raise UserCodeError(f"the code folder has no module {error.name}") from error
-        place = _error_place(error, folder=folder)
-        raise UserCodeError(f"{place or name}: {type(error).__name__}: {one_line(error)}") from error
     if not _is_from(module, folder):
         origin = getattr(module, "__file__", None) or "the interpreter"
         raise UserCodeError(
@@ -149,6 +168,13 @@ def _import(name: str, *, folder: Path) -> ModuleType:
             "used; rename one of them"
         )
     return module
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return one_line(error)
+    except Exception:
+        return "its text cannot be shown"
 
 
 def _error_place(error: BaseException, *, folder: Path) -> str:

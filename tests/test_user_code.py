@@ -122,6 +122,11 @@ def test_load_class__not_module_and_class__is_refused(reference: str) -> None:
         ("x = 1\n\nraise ValueError('no data')\n", r"my_losses\.py:3: ValueError: no data"),
         ("import json\n\njson.loads('{')\n", r"my_losses\.py:3: JSONDecodeError"),
         ("import no_such_module\n", r"my_losses\.py:1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("import my\n", r"my_losses\.py:1: ModuleNotFoundError: No module named 'my'"),
+        (
+            "class E(Exception):\n    def __str__(self): return 1 / 0\nraise E\n",
+            r"my_losses\.py:3: E: its text cannot",
+        ),
         ("import sys\nsys.exit(3)\n", r"my_losses\.py:2: SystemExit: 3"),
         ("class Rankings:\n    ...\n", r"my_losses\.py has no class Ranking; did you mean Rankings\?"),
         ("class Other:\n    ...\n", r"my_losses\.py has no class Ranking; it has Other"),
@@ -186,12 +191,14 @@ def test_check_module_names__own_names_and_data__are_fine(tmp_path: Path, monkey
     ("reference", "problem"),
     [
         ("my_loses:Ranking", r"no my_loses\.py; did you mean my_losses\?"),
-        ("zzz:Ranking", r"no zzz\.py; it has broken, my_losses, pack\.__init__"),
+        ("zzz:Ranking", r"no zzz\.py; it has broken, deep, my_losses, pack\.__init__"),
         ("broken:A", r"broken\.py:2: SyntaxError"),
+        ("deep:A", r"deep\.py: its expressions are nested too deeply"),
     ],
 )
 def test_check_reference__what_can_be_found_without_import__is_found(reference: str, problem: str) -> None:
-    code = packed({"my_losses.py": RANKING, "broken.py": "x = 1\ndef f(:\n", "pack/__init__.py": ""})
+    code = packed({"my_losses.py": RANKING, "broken.py": "x = 1\ndef f(:\n", "pack/__init__.py": "",
+                   "deep.py": "-" * 100_000 + "1"})  # fmt: skip
     check_reference(code, "my_losses:Ranking")
     check_reference(code, "pack:A")
     with pytest.raises(UserCodeError, match=problem):

@@ -10,7 +10,7 @@ from typing import cast
 from forge.config.registry import OBJECTIVES, Direction
 from forge.errors import UserCodeError
 from forge.objective.base import RESERVED_METRICS, Objective
-from forge.user_code import is_reference, load_class, split_reference
+from forge.user_code import is_reference, load_class, split_reference, user_code_errors
 
 _METRIC_NAME = re.compile("[a-z][a-z0-9_]*")
 
@@ -27,15 +27,19 @@ def build_objective(name: str) -> Objective:
         module, cls = split_reference(OBJECTIVES[name])
         return cast(Objective, getattr(importlib.import_module(module), cls)())
     found = load_class(name, base=Objective)
-    require_directions(name, found)
-    return cast(Objective, found())
+    with user_code_errors(name):
+        require_directions(name, found)
+        built = found()
+        require_directions(name, built)
+    return cast(Objective, built)
 
 
-def require_directions(name: str, found: type) -> Mapping[str, Direction]:
+def require_directions(name: str, found: object) -> Mapping[str, Direction]:
     """Return the `metric_directions` of a user's objective.
 
     Args:
         name: its `module:Class`.
+        found: the class or an instance.
 
     Raises: UserCodeError if it has none, names a metric that every run has, or has a name that is not plain.
     """

@@ -3,14 +3,15 @@
     python -P -m forge.runtime.check_user_code < request.json > answer.json
 
 The request holds the digest of the unpacked code and, for each `module:Class`, what it is used as: `objective`,
-`format` or `model`. The answer, on the last line, holds `problems`, what is wrong with each class that is wrong,
-and the `metric_directions` of each objective. It runs in a process of its own: user code may import torch, print,
-or end the process.
+`format` or `model`. The answer, all that is on stdout, holds `problems`, what is wrong with each class that is
+wrong, and the `metric_directions` of each objective. It runs in a process of its own: user code may import torch,
+print, or end the process.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 
@@ -20,24 +21,28 @@ from forge.user_code import load_class, use_code
 
 
 def main() -> None:
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what user code prints, now or at exit, must not be read as the answer
     request = json.load(sys.stdin)
     problems: dict[str, str] = {}
     directions: dict[str, Mapping[str, Direction]] = {}
     use_code(request["digest"])
     for reference, kind in request["kinds"].items():
         try:
-            found = load_class(reference, base=_base(kind))
+            load_class(reference, base=_base(kind))
             if kind == "objective":
-                directions[reference] = _directions(reference, found)
+                directions[reference] = _directions(reference)
         except UserCodeError as error:
             problems[reference] = str(error)
-    sys.stdout.write(f"\n{json.dumps({'problems': problems, 'metric_directions': directions})}\n")
+    with os.fdopen(answer, "w") as file:
+        json.dump({"problems": problems, "metric_directions": directions}, file)
 
 
-def _directions(reference: str, found: type) -> Mapping[str, Direction]:
-    from forge.objective.registry import require_directions
+def _directions(reference: str) -> Mapping[str, Direction]:
+    """Build an objective, as every worker does, and return its metrics. Raises: UserCodeError."""
+    from forge.objective.registry import build_objective, require_directions
 
-    return require_directions(reference, found)
+    return require_directions(reference, build_objective(reference))
 
 
 def _base(kind: str) -> type:

@@ -129,10 +129,10 @@ def _import(kinds: dict[str, str], *, digest: str) -> _Imported:
             check=False,
             timeout=_IMPORT_TIMEOUT_S,
         )
-        return _Imported(**json.loads(done.stdout.splitlines()[-1]))
+        return _Imported(**json.loads(done.stdout))
     except subprocess.TimeoutExpired:
         problem = f"its import takes longer than {_IMPORT_TIMEOUT_S:.0f} s"
-    except (ValueError, IndexError, TypeError):
+    except (ValueError, TypeError):
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         problem = f"its import ended the process: {lines[-1]}"
     return _Imported(problems=dict.fromkeys(kinds, problem))

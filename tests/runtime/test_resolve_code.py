@@ -82,6 +82,16 @@ def test_resolve_code__class_that_imports_torch__is_packed_and_not_imported_here
         ("x = 1\nx.y\n", r"my_losses\.py:2: AttributeError: 'int' object has no attribute 'y'"),
         ("print('noise')\nclass Rank: ...\n", r"my_losses\.py has no class Ranking; did you mean Rank\?"),
         ("import os\nos._exit(7)\n", "its import ended the process: exit status 7"),
+        (
+            RANKING + "    def __init__(self, size): ...\n",
+            "TypeError: .*missing 1 required positional argument: 'size'",
+        ),
+        (
+            RANKING + "    def __init__(self):\n        raise OSError('no data')\n",
+            r"my_losses\.py:7: OSError: no data",
+        ),
+        (RANKING.replace("metric_directions", "directions"), "metric_directions must map"),
+        ("def __getattr__(name):\n    raise OSError('lost')\n", r"my_losses\.py:2: OSError: lost"),
         ("import sys\nprint('to stdout'); sys.exit()\n", r"my_losses\.py:2: SystemExit"),
     ],
 )
@@ -91,6 +101,14 @@ def test_resolve_code__unusable_class__names_both_lines(home: Path, text: str, p
         resolve_code(loaded)
     line = loaded.source.error("training.objective", "").line
     assert (caught.value.key, caught.value.line) == ("training.objective", line)
+
+
+def test_resolve_code__class_that_prints_also_at_exit__is_answered(home: Path) -> None:
+    noise = "import atexit, os\nprint('{}')\natexit.register(print, '[1]')\nos.write(1, b'noise')\n"
+    loaded = job_with_code(home, {"my_losses.py": noise + RANKING}, objective="my_losses:Ranking")
+    code = resolve_code(loaded)
+    assert code is not None
+    assert code.metric_directions == {"my_losses:Ranking": {"hits": "max"}}
 
 
 @pytest.mark.parametrize(
