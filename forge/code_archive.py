@@ -96,14 +96,19 @@ def read_archive(archive: bytes, *, digest: str) -> PackedCode:
     if len(archive) > 2 * MAX_CODE_BYTES:
         raise UserCodeError(f"the code archive has {format_bytes(len(archive))}, more than any that forge writes")
     files: dict[str, bytes] = {}
+    sizes: dict[str, int] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
             for member in tar:
-                content = tar.extractfile(member) if member.isreg() else None
-                if content is None or not _is_plain(member.name) or member.name in files:
+                # The size first: a sparse member of a small archive may expand to any size.
+                is_file = member.isreg() and not member.issparse() and 0 <= member.size <= len(archive)
+                content = tar.extractfile(member) if is_file else None
+                is_known = _is_plain(member.name) and not any(map(_is_left_out, member.name.split("/")))
+                if content is None or not is_known or member.name in files:
                     raise UserCodeError(f"the code archive has an entry that forge never writes: {member.name!r}")
+                sizes[member.name] = member.size
+                _check_size(sizes, folder=Path(ARCHIVE))
                 files[member.name] = content.read()
-                _check_size({name: len(data) for name, data in files.items()}, folder=Path(ARCHIVE))
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserCodeError(f"the code archive cannot be read: {error}") from error
     code = PackedCode(files=files)
@@ -140,7 +145,7 @@ def unpack_code(code: PackedCode) -> Path:
 
 
 def has_code(digest: str) -> bool:
-    """Return whether the cache holds all files of this digest, unchanged.
+    """Return whether the cache holds all files of this digest, unchanged, and no others, such as byte code.
 
     Raises: UserCodeError if another user owns the folder or can write it.
     """
@@ -155,6 +160,8 @@ def has_code(digest: str) -> bool:
             "choose another folder with the environment variable FORGE_CACHE"
         )
     with suppress(UserCodeError):
+        if any(_is_left_out(path.name) for path in folder.rglob("*")):
+            return False
         return pack_code(folder).digest == digest
     return False
 
@@ -198,9 +205,12 @@ def _files(folder: Path, *, root: Path) -> Iterator[Path]:
     """The files below a folder; folders that are links are refused, since they may contain themselves."""
     for path in sorted(folder.iterdir()):
         name = path.name
-        if name.startswith(".") or name == "__pycache__" or name.endswith(".pyc"):
+        if _is_left_out(name):
             continue
-        target = path.resolve()
+        try:
+            target = path.resolve()
+        except RuntimeError as error:
+            raise UserCodeError(f"{path} is a link that leads to itself") from error
         if not target.is_relative_to(root):
             raise UserCodeError(f"{path} is a link that leads out of the folder; copy the file instead")
         if path.is_symlink() and not target.is_file():
@@ -213,6 +223,11 @@ def _files(folder: Path, *, root: Path) -> Iterator[Path]:
             yield path
         else:
             raise UserCodeError(f"{path} is neither a file nor a folder")
+
+
+def _is_left_out(name: str) -> bool:
+    """Whether a file or folder of this name is never packed."""
+    return name.startswith(".") or name == "__pycache__" or name.endswith(".pyc")
 
 
 def _is_plain(name: str) -> bool:

@@ -102,6 +102,7 @@ def use_code(digest: str | None) -> None:
     if folder is not None:
         # In front: Ray adds the current folder of the driver to the path of its workers.
         sys.path.insert(0, str(folder))
+        sys.dont_write_bytecode = True  # the folder must stay equal to its digest
         importlib.invalidate_caches()
         _current.append(folder)
 

@@ -211,6 +211,36 @@ def test_has_code__folder_that_others_can_write__is_refused(src: Path) -> None:
         has_code(code.digest)
 
 
+@pytest.mark.parametrize("name", ["__pycache__/my_losses.cpython-311.pyc", "my_losses.pyc", ".hidden"])
+def test_has_code__extra_file__is_not_the_code(src: Path, name: str) -> None:
+    code = pack_code(src)
+    write_files(unpack_code(code), {name: "x"})
+    assert not has_code(code.digest)
+    unpack_code(code)
+    assert has_code(code.digest)
+
+
+@pytest.mark.parametrize("name", [".env", "a/.git/config", "__pycache__/a.py", "a.pyc"])
+def test_read_archive__name_that_is_never_packed__is_refused(name: str) -> None:
+    with pytest.raises(UserCodeError, match="entry that forge never writes"):
+        read_archive(tar_of((tarfile.TarInfo(name), b"x")), digest="0" * 32)
+
+
+@pytest.mark.parametrize("headers", [{}, {"GNU.sparse.size": "600000000", "GNU.sparse.map": "0,1"}])
+def test_read_archive__size_far_beyond_the_archive__is_refused_unread(headers: dict[str, str]) -> None:
+    member = tarfile.TarInfo("a.py")
+    member.size, member.pax_headers = (1 if headers else 600_000_000), headers
+    archive = member.tobuf(tarfile.PAX_FORMAT) + b"x".ljust(512, b"\0") + bytes(1024)
+    with pytest.raises(UserCodeError, match="entry that forge never writes"):
+        read_archive(archive, digest="0" * 32)
+
+
+def test_pack_code__link_to_itself__is_refused(src: Path) -> None:
+    (src / "loop.py").symlink_to("loop.py")
+    with pytest.raises(UserCodeError, match=r"loop\.py is a link that leads to itself"):
+        pack_code(src)
+
+
 def test_has_code__link_in_place_of_the_folder__is_refused(src: Path) -> None:
     code = pack_code(src)
     code_folder(code.digest).parent.mkdir(parents=True)

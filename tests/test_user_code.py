@@ -10,7 +10,7 @@ from typing import Protocol
 
 import pytest
 
-from forge.code_archive import PackedCode, code_folder, unpack_code
+from forge.code_archive import PackedCode, code_folder, has_code, unpack_code
 from forge.errors import UserCodeError
 from forge.user_code import check_module_names, check_reference, load_class, use_code
 
@@ -48,6 +48,7 @@ def test_load_class__module_and_package__come_from_the_packed_folder() -> None:
                         "losses/b.py": "class B: ...\n"})  # fmt: skip
     assert load_class("my_losses:Ranking")().loss() == 1
     assert load_class("losses.a:A").__mro__[1].__name__ == "B"
+    assert has_code(digest)  # no byte code is written into the folder
     assert sys.modules["my_losses"].__file__ == str(code_folder(digest) / "my_losses.py")
 
 
