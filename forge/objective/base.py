@@ -115,7 +115,7 @@ def derived_metrics(objective: Objective, means: Mapping[str, float]) -> dict[st
             problem = "which it must not replace"
         elif name not in objective.metric_directions:
             problem = "which its metric_directions do not name"
-        elif not isinstance(value, Real) or isinstance(value, bool):
+        elif isinstance(value, bool) or not isinstance(value, Real):
             problem = f"which must be a number, not {type(value).__name__}"
         if problem is not None:
             raise RunError(f"{type(objective).__name__}.derived returns the metric {name!r}, {problem}")
