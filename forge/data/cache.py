@@ -58,6 +58,8 @@ def build_once(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder, on_wait=on_wait):
+            if folder.exists() and not folder.is_dir():
+                raise DataError(f"{folder} is a file, but the token cache is a folder; move or delete the file")
             if folder.exists():
                 try:
                     return open_cache(folder, digest=digest)

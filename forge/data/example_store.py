@@ -30,6 +30,9 @@ from forge.data.store import CacheIndex, FileEntry, new_hash, verify_sizes, writ
 from forge.errors import DataError
 
 _DTYPES = {"i": "<i4", "u": "<i4", "b": "<i4", "f": "<f4"}
+_RESERVED = {"position_ids", "segment_ids"}
+"""Arrays that `ExampleRows.read` adds."""
+_INT32 = np.iinfo(np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +69,7 @@ class ExampleWriter:
 
         Raises: DataError if it does not fit into a row, or its arrays or its weight are not valid.
         """
-        arrays = {name: np.asarray(values) for name, values in example.arrays.items()}
+        arrays = _arrays_of(example, location=location)
         length = self._check(arrays, weight=example.weight, location=location)
         if not self._files:
             self._start(arrays)
@@ -123,6 +126,9 @@ class ExampleWriter:
         for name in ("tokens", "targets"):
             if name not in arrays:
                 raise DataError(f"{location}: the format made an example without {name!r}")
+            if arrays[name].ndim != 1 or arrays[name].dtype.kind not in "iu":
+                found = f"{arrays[name].dtype}{list(arrays[name].shape)}"
+                raise DataError(f"{location}: array {name!r} is {found}; it must have one integer per position")
         length = len(arrays["tokens"])
         if not 1 <= length <= self._seq_len:
             raise DataError(
@@ -137,14 +143,49 @@ class ExampleWriter:
                     f"{location}: array {name!r} is {values.dtype}{list(values.shape)}; it must have numbers for "
                     f"each of the {length} positions"
                 )
+            self._check_values(values, name=name, location=location)
         tokens = arrays["tokens"]
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
             raise DataError(f"{location}: token ids must be in 0..{self._vocab_size - 1}")
+        targets = arrays["targets"]
+        if ((targets < 0) & (targets != IGNORED)).any():
+            raise DataError(f"{location}: targets must be {IGNORED} (no target) or at least 0")
         shapes = {name: values.shape[1:] for name, values in arrays.items()}
         expected = {name: column.shape for name, column in self._columns.items()} or shapes
         if shapes != expected:
             raise DataError(f"{location}: the arrays {shapes} differ from those of the first example, {expected}")
         return length
+
+    def _check_values(self, values: NDArray[Any], *, name: str, location: str) -> None:
+        dtype = _DTYPES[values.dtype.kind]
+        column = self._columns.get(name)
+        if column is not None and column.dtype != dtype:
+            stored = np.dtype(column.dtype)
+            raise DataError(f"{location}: array {name!r} is {values.dtype}, that of the first example is {stored}")
+        if not values.size:
+            raise DataError(f"{location}: array {name!r} has no values: its shape is {list(values.shape)}")
+        if dtype == "<i4" and not _INT32.min <= int(values.min()) <= int(values.max()) <= _INT32.max:
+            raise DataError(f"{location}: array {name!r} has integers that do not fit into int32")
+        if dtype == "<f4" and not (np.abs(values) <= np.finfo(np.float32).max).all():
+            raise DataError(f"{location}: array {name!r} has values that are not finite as float32")
+
+
+def _arrays_of(example: Example, *, location: str) -> dict[str, NDArray[Any]]:
+    arrays, weight = getattr(example, "arrays", None), getattr(example, "weight", None)
+    if not isinstance(arrays, Mapping):
+        raise DataError(f"{location}: not an Example with a mapping of arrays: {example!r:.100}")
+    if not isinstance(weight, int | float | np.integer | np.floating):
+        raise DataError(f"{location}: an example has the weight {weight!r:.100}; it must be a number")
+    for name in arrays:
+        if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
+            reserved = " and ".join(sorted(_RESERVED))
+            raise DataError(
+                f"{location}: {name!r} cannot name an array: no identifier, or reserved ({reserved}) are reserved"
+            )
+    try:
+        return {name: np.asarray(values) for name, values in arrays.items()}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{location}: an example has an array that numpy cannot build: {error}") from error
 
 
 class _HashedFile:

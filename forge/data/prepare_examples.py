@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from forge.config.data import DataSpec
 from forge.data.corpus import no_text
 from forge.data.example_store import ExampleWriter, write_rows
-from forge.data.formats.base import ExampleFormat, FormatContext
+from forge.data.formats.base import Example, ExampleFormat, FormatContext
 from forge.data.formats.registry import build_format
 from forge.data.packing import pack_rows
 from forge.data.rows import IGNORED
@@ -27,7 +28,8 @@ from forge.data.sources.registry import build_source
 from forge.data.store import CacheIndex, document_key
 from forge.data.tokenizer import Encoder, TextTokenizer
 from forge.data.unigram import unigram_perplexity
-from forge.errors import DataError
+from forge.errors import DataError, UserCodeError
+from forge.process import one_line
 
 _BLOCK = 1 << 16
 """Examples counted at once."""
@@ -90,7 +92,9 @@ def write_examples(
             "num_tokens": int(writer.lengths[chosen].sum()),
             "num_targets": int(writer.num_targets[chosen].sum()),
         }
-    unigram = _unigram(folder, writer, is_held_out=is_held_out, vocab_size=tokenizer.vocab_size)
+    unigram = None
+    if spec.format == "text":
+        unigram = _unigram(folder, writer, is_held_out=is_held_out, vocab_size=tokenizer.vocab_size)
     return CacheIndex(
         digest=digest,
         dtype=tokenizer.dtype,
@@ -98,7 +102,7 @@ def write_examples(
         eot_id=tokenizer.eot_id,
         num_documents=totals["documents"],
         num_text_bytes=totals["bytes"],
-        unigram_perplexity=unigram if spec.format == "text" else None,
+        unigram_perplexity=unigram,
         train=(),
         held_out=(),
         tokenizer=(),
@@ -126,13 +130,27 @@ def _add_record(
     totals["documents"] += record.starts
     key = document_key(content, seed=spec.seed)
     num_examples = 0
-    for example in example_format.examples(record):
+    location = f"{record.location} (format {type(example_format).__name__})"
+    for example in _examples_of(record, example_format=example_format, location=location):
         num_examples += 1
-        if example.weight == 0:
+        weight = getattr(example, "weight", None)
+        if isinstance(weight, int | float | np.integer | np.floating) and weight == 0:
             totals["without a target"] += 1
         else:
-            writer.add(example, key=key, location=record.location)
+            writer.add(example, key=key, location=location)
     totals["without an example"] += record.starts and not num_examples
+
+
+def _examples_of(record: Record, *, example_format: ExampleFormat, location: str) -> Iterator[Example]:
+    """The examples of a record. Raises: DataError with the user's line if the format fails."""
+    try:
+        yield from example_format.examples(record)
+    except (DataError, UserCodeError):
+        raise
+    except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise DataError(f"{location}: {place}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _content(record: Record, *, text_key: str) -> bytes:

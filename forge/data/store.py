@@ -7,7 +7,8 @@
 
 Chunks of token ids are written in order and read as memory-mapped windows. Documents are concatenated,
 each followed by the end-of-text token; the reader decides where sequences begin, so one cache serves
-every sequence length. This module needs only numpy: ranks import it.
+every sequence length. This module needs only numpy: ranks import it. It is long because it has both the writing
+and the reading of the format, with all checks.
 """
 
 from __future__ import annotations
@@ -330,15 +331,23 @@ def read_index(folder: Path) -> CacheIndex:
         version, checksum = content.pop("format"), content.pop("blake2b")
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); prepare the corpus again") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not the index of a token cache ({error!r}); delete {folder}") from None
     if version != FORMAT_VERSION:
         raise DataError(f"{path} has format {version}, this forge reads {FORMAT_VERSION}; delete {folder}")
     if checksum != _checksum(_canonical(content)):
         raise DataError(f"{path} was changed after it was written: its checksum differs; delete {folder}")
-    for key in {"train", "held_out", "tokenizer", "tables"} & content.keys():
-        content[key] = tuple(FileEntry(**entry) for entry in content[key])
-    return CacheIndex(**content)
+    try:
+        for key in {"train", "held_out", "tokenizer", "tables"} & content.keys():
+            content[key] = tuple(FileEntry(**entry) for entry in content[key])
+        index = CacheIndex(**content)
+        np.dtype(index.dtype)
+        valid = all(isinstance(entry.name, str) and isinstance(entry.size_bytes, int) for entry in index.files)
+    except TypeError as error:
+        raise DataError(f"{path} is not the index of a token cache ({error}); delete {folder}") from None
+    if not valid or not isinstance(index.dtype, str):
+        raise DataError(f"{path} is not the index of a token cache (a value is missing); delete {folder}")
+    return index
 
 
 def verify_sizes(folder: Path, entries: tuple[FileEntry, ...]) -> None:

@@ -291,3 +291,59 @@ def test_data__concatenate_with_a_format_of_ones_own__is_refused() -> None:
 def test_data__an_unknown_format__is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="must be"):
         DataSpec(source="python-stdlib", format=name, packing="none")
+
+
+_VALID = {"tokens": np.array([1, 2]), "targets": np.array([2, IGNORED])}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"../../PWN": [1, 2]}, "cannot name an array"),
+        ({"segment_ids": [1, 2]}, "reserved"),
+        ({"targets": [1.0, 2.0]}, "one integer per position"),
+        ({"targets": [1, -3]}, "targets must be -100"),
+        ({"tokens": [[1], [2]]}, "one integer per position"),
+        ({"extra": [1, 1 << 40]}, "do not fit into int32"),
+        ({"extra": [1.0, float("nan")]}, "not finite"),
+        ({"extra": [1.0, 1e300]}, "not finite"),
+        ({"extra": np.zeros((2, 0))}, "no values"),
+        ({"extra": [[1], [1, 2]]}, "numpy cannot build"),
+    ],
+)
+def test_writer__arrays_that_cannot_be_stored__are_refused(
+    tmp_path: Path, arrays: dict[str, Any], message: str
+) -> None:
+    writer = ExampleWriter(tmp_path, seq_len=4, vocab_size=10)
+    with pytest.raises(DataError, match=message):
+        writer.add(Example(arrays=_VALID | arrays, weight=1.0), key=0, location="a:1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer__floats_after_integers__are_refused(tmp_path: Path) -> None:
+    writer = ExampleWriter(tmp_path, seq_len=4, vocab_size=10)
+    writer.add(Example(arrays=_VALID | {"score": np.array([1, 2])}, weight=1.0), key=0, location="a:1")
+    with pytest.raises(DataError, match="a:2: array 'score' is float64, that of the first example is int32"):
+        writer.add(Example(arrays=_VALID | {"score": np.array([0.5, 2])}, weight=1.0), key=0, location="a:2")
+    writer.abort()
+
+
+@dataclass
+class Failing:
+    """A format that fails on its first record."""
+
+    context: FormatContext
+
+    def examples(self, record: Record) -> Iterator[Example]:
+        raise KeyError("label")
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
+
+def test_prepare__a_format_that_raises__names_class_record_and_line(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, "failing", f"{__name__}:Failing")
+    with pytest.raises(DataError, match=r"\(format Failing\): test_examples\.py:\d+: KeyError"):
+        prepare(spec_of(records, format="failing"), cache_dir=tmp_path)

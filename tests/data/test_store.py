@@ -279,3 +279,22 @@ def test_what_ranks_import_needs_numpy_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("change", [{"other": 1}, {"train": None}, {"tokenizer": [None]}, {"dtype": None}])
+def test_read_index__valid_checksum_but_other_content__is_a_data_error(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    write_index(tmp_path, index=index_of())
+    content = json.loads((tmp_path / "index.json").read_bytes()) | change
+    body = {key: value for key, value in content.items() if key not in ("format", "blake2b")}
+    content["blake2b"] = store._checksum(store._canonical(body))
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="is not the index of a token cache"):
+        read_index(tmp_path)
+
+
+def test_read_index__nested_too_deeply__is_a_data_error(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match="is not the index of a token cache"):
+        read_index(tmp_path)
