@@ -115,6 +115,6 @@ def test_export__invalid_options__are_refused(run: Path, arguments: list[str], s
 
 
 def test_export__user_model__is_refused(run: Path) -> None:
-    with pytest.raises(CheckpointError, match="of no transformers model"):
+    with pytest.raises(CheckpointError, match="is not of a transformers model"):
         forge("export", "latest", "--to", "out")
     assert not Path("out").exists()
