@@ -38,15 +38,8 @@ def _module_environment() -> Iterator[None]:
     """Undo what the tests of a module, its fixtures and the tested code changed in `os.environ`.
 
     forge sets `RAY_AUTH_MODE` where it talks to a cluster; a later module's `ray.init` must not see it.
+    Within a module the changes stay: its fixtures may have made them.
     """
-    before = dict(os.environ)
-    yield
-    _restore_environment(before)
-
-
-@pytest.fixture(autouse=True)
-def _test_environment(_module_environment: None) -> Iterator[None]:
-    """Undo what one test and the tested code changed in `os.environ`."""
     before = dict(os.environ)
     yield
     _restore_environment(before)
