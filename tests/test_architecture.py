@@ -46,6 +46,7 @@ SAME_LAYER = {
     ("chaos", "runtime"),
     ("elastic", "runs"),
     ("plan", "pricing"),
+    ("objective", "model"),
 }
 """Imports that are allowed between packages of one layer; cycles of modules are rejected everywhere."""
 

@@ -7,9 +7,7 @@ at each of them, and builds a block-diagonal causal mask, or under flash attenti
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 import types
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forge.config.registry import OBJECTIVE_METRICS, Direction
-from forge.errors import PlanError
+from forge.model.isolation import require_isolation
 from forge.objective.base import IGNORED, Arrays, WeightedSum
 from forge.objective.cross_entropy import chunked_head_forward
 
@@ -78,20 +76,6 @@ class CausalLm:
         # Through the head's own __call__, so that ZeRO 3 gathers its weight.
         summed: Tensor = model.get_output_embeddings()(hidden, targets=targets)
         return summed
-
-
-def require_isolation(model: nn.Module) -> None:
-    """Raises: PlanError if the model would let an example see the others in its row."""
-    has_positions = "position_ids" in inspect.signature(model.forward).parameters
-    names = vars(sys.modules[type(model).__module__])
-    # Masks of transformers' masking_utils honour positions that restart; a model's own masks may not.
-    is_known = any(name in names for name in ("create_causal_mask", "create_masks_for_generate"))
-    if not has_positions or (isinstance(model, PreTrainedModel) and not is_known):
-        reason = "does not separate examples by position_ids" if has_positions else "takes no position_ids"
-        raise PlanError(
-            f"{type(model).__name__} {reason}, so the examples of a sequence would see each other; "
-            "use data.packing: none, or concatenate"
-        )
 
 
 def _is_flash(model: nn.Module) -> bool:

@@ -70,6 +70,9 @@ class ModelInfo:
     """In tokens; None if the positions do not limit it."""
     has_linear_head: bool
     """Whether logits are a linear map of the last hidden state; the loss may be computed in chunks then."""
+    isolation_problem: str | None
+    """Why examples that share a row would see each other, such as "TinyMixer takes no position_ids"; None if each
+    sees only itself."""
     num_base_parameters: int = 0
     """Frozen parameters of `from_pretrained`: snapshots and checkpoints refer to them and do not contain them."""
     activation_bytes_per_row: int | None = None

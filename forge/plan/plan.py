@@ -25,6 +25,7 @@ from forge.plan.flops import flops_per_token
 from forge.plan.inputs import CodeInfo, CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
 from forge.plan.search import SearchPlan
+from forge.user_code import is_reference
 
 FORMAT_VERSION = 3
 
@@ -84,7 +85,8 @@ def make_draft(job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo) -> Dra
     """Resolve a job whose corpus is not prepared.
 
     Raises: PlanError if the job cannot be run: more workers than sequences in a batch, sequences longer than the
-        model's positions, or a length in epochs, which only the corpus turns into steps.
+        model's positions, examples in one row that the model does not keep apart, or a length in epochs, which only
+        the corpus turns into steps.
     """
     return DraftPlan(**_resolved(job, model=model, hardware=hardware, corpus=None))
 
@@ -95,6 +97,17 @@ def make_plan(job: JobSpec, *, model: ModelInfo, corpus: CorpusInfo, hardware: H
     Raises: PlanError as `make_draft`, or if the model's vocabulary is smaller than the tokenizer's.
     """
     return Plan(**_resolved(job, model=model, hardware=hardware, corpus=corpus), corpus=corpus)
+
+
+def packing_problem(job: JobSpec, model: ModelInfo) -> str | None:
+    """Return why the model cannot be trained on rows of several examples, and what to use; None if it can.
+
+    An objective of the user's own calls the model itself, and may keep the examples apart by other means.
+    """
+    if job.data.packing != "examples" or model.isolation_problem is None or is_reference(job.training.objective):
+        return None
+    instead = "none, or concatenate" if job.data.format == "text" else "none"
+    return f"{model.isolation_problem}, so the examples of a sequence would see each other; use {instead}"
 
 
 def plan_to_json(plan: DraftPlan) -> str:
@@ -163,6 +176,9 @@ def _resolved(
 ) -> dict[str, Any]:
     """Return the fields that a draft and a plan share."""
     _check_model(job, model, corpus)
+    packing = packing_problem(job, model)
+    if packing is not None:
+        raise PlanError(f"data.packing: {packing}")
     tokens_per_step = _tokens_per_step(job, corpus)
     return {
         "job": job,

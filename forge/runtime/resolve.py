@@ -19,8 +19,8 @@ from forge.config.section import FieldError
 from forge.data.prepare import PrepareProgress, prepare
 from forge.data.tokenizer import load_tokenizer
 from forge.fs import default_cache_dir
-from forge.plan.inputs import CodeInfo, HardwareInfo
-from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan
+from forge.plan.inputs import CodeInfo, HardwareInfo, ModelInfo
+from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
 from forge.plan.search import plan_search
 from forge.runtime.probe import count_local_slots, hardware, inspect_model
 from forge.runtime.resolve_code import resolve_code
@@ -57,6 +57,7 @@ def resolve(
         code_digest=code.digest if code is not None else None,
     )
     model = inspect_model(trained, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=code)
+    _require_isolation(trained, model)
     plan = make_plan(trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job))
     _require_held_out(plan, loaded)
     return _with_search(replace(plan, code=code), loaded, count_slots=count_slots)
@@ -76,6 +77,7 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     trained = with_directions(_trained(loaded), code)
     vocab_size, eot_id = _announced_vocabulary(trained.job.data.tokenizer)
     model = inspect_model(trained, vocab_size=vocab_size, eot_id=eot_id, code=code)
+    _require_isolation(trained, model)
     draft = make_draft(trained.job, model=model, hardware=hardware(trained.job))
     return _with_search(replace(draft, code=code), loaded, count_slots=count_local_slots)
 
@@ -112,6 +114,13 @@ def _with_search(plan: _PlanT, loaded: LoadedJob, *, count_slots: Callable[[Hard
         return plan
     search = plan_search(loaded.job, loaded.job.search, num_slots=count_slots(plan.hardware, loaded.job))
     return replace(plan, job=loaded.job, search=search)
+
+
+def _require_isolation(loaded: LoadedJob, model: ModelInfo) -> None:
+    """Raises: JobFileError if examples would share a row of a model that does not keep them apart."""
+    problem = packing_problem(loaded.job, model)
+    if problem is not None:
+        raise loaded.source.error("data.packing", problem)
 
 
 def _require_held_out(plan: Plan, loaded: LoadedJob) -> None:

@@ -106,6 +106,12 @@ def test_inspect__head__is_linear_as_the_model_itself_computes_it(
         assert torch.equal(model.get_output_embeddings()(hidden), logits) is is_linear
 
 
+def test_inspect__model_with_and_without_isolation__is_in_the_facts() -> None:
+    assert ask(architecture="llama", **SIZES).isolation_problem is None
+    without = ask(architecture="bloom", hidden_size=32, n_layer=2, n_head=2)
+    assert without.isolation_problem == "BloomForCausalLM takes no position_ids"
+
+
 def test_has_linear_head__logits_changed_in_place__is_not_linear() -> None:
     config = AutoConfig.for_model("llama", **SIZES, vocab_size=97)
     with torch.device("meta"):

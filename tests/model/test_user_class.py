@@ -33,6 +33,10 @@ class TinyMixer(nn.Module):
     def forward(self, input_ids):
         return self.head(torch.tanh(self.mix(self.embedding(input_ids))))
 
+class Isolating(TinyMixer):
+    def forward(self, input_ids, position_ids=None):
+        return super().forward(input_ids)
+
 class Wrong(TinyMixer):
     def forward(self, input_ids):
         return self.embedding(input_ids)
@@ -80,6 +84,14 @@ def test_inspect__counts_parameters_flops_and_saved_activations() -> None:
     assert info.activation_bytes_per_row is not None
     # At least the inputs of both layers and of the loss.
     assert info.activation_bytes_per_row >= 4 * 4 * (16 + 16) + 12 * 4 * 11
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("TinyMixer", "TinyMixer takes no position_ids"), ("Isolating", None)]
+)
+def test_inspect__position_ids__tell_whether_examples_are_kept_apart(name: str, problem: str | None) -> None:
+    section = spec(**{"class": f"my_models:{name}"})
+    assert family_of(section).inspect(section, DATA).isolation_problem == problem
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,30 @@ def test_make_plan__sequences_longer_than_positions__are_rejected() -> None:
         plan(data__seq_len=32)
 
 
+NO_ISOLATION = tiny_facts(isolation_problem="TinyMixer takes no position_ids")
+
+
+@pytest.mark.parametrize(
+    ("data_format", "instead"), [("text", "use none, or concatenate"), ("my_data:Reviews", "use none")]
+)
+def test_make_draft__shared_rows_without_isolation__are_rejected(data_format: str, instead: str) -> None:
+    code = {"code": "./src"} if ":" in data_format else {}
+    job = tiny_job(data__packing="examples", data__format=data_format, **code)
+    with pytest.raises(PlanError, match=rf"data\.packing: TinyMixer takes no position_ids, .*; {instead}$"):
+        make_draft(job, model=NO_ISOLATION, hardware=CPU)
+    make_draft(job, model=tiny_facts(), hardware=CPU)
+
+
+@pytest.mark.parametrize("changes", [{"data__packing": "none"}, {"data__packing": "concatenate"}])
+def test_make_draft__rows_of_one_example__need_no_isolation(changes: dict[str, str]) -> None:
+    make_draft(tiny_job(**changes), model=NO_ISOLATION, hardware=CPU)
+
+
+def test_make_draft__objective_of_the_user__keeps_examples_apart_itself() -> None:
+    job = tiny_job(data__packing="examples", training__objective="my_losses:Ranking", code="./src")
+    make_draft(job, model=NO_ISOLATION, hardware=CPU)
+
+
 def test_make_plan__less_memory__lowers_auto_micro_batch() -> None:
     roomy = plan(hardware=replace(CPU, memory_bytes=10**9)).for_world_size(1)
     tight = plan(hardware=replace(CPU, memory_bytes=1_600_000)).for_world_size(1)

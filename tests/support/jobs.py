@@ -109,6 +109,7 @@ def tiny_facts(**changes: Any) -> ModelInfo:
         "vocab_size": VOCAB,
         "max_seq_len": SEQ_LEN,
         "has_linear_head": True,
+        "isolation_problem": None,
     }
     return ModelInfo(**(body | changes))
 

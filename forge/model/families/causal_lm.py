@@ -28,6 +28,7 @@ from forge.model.dropout import has_dropout
 from forge.model.families.base import BuildOptions, DataShape, parameter_counts
 from forge.model.freeze import freeze_parameters
 from forge.model.init import initialise
+from forge.model.isolation import isolation_problem
 from forge.model.pretrained import PretrainedWeights
 from forge.model.weight_files import open_weight_files
 from forge.plan.inputs import ModelInfo
@@ -217,7 +218,8 @@ def _count(model: Any, config: PretrainedConfig) -> ModelInfo:
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
         vocab_size=text.vocab_size,
         max_seq_len=getattr(text, "max_position_embeddings", None),
-        has_linear_head=has_linear_head(model),
+        isolation_problem=isolation_problem(model),
+        has_linear_head=has_linear_head(model),  # last, since it changes the model
     )
 
 

@@ -11,6 +11,8 @@ The class is an `nn.Module` and follows this interface:
   `training.seed`, and it must not depend on the rank.
 - `forward(input_ids: int64[B, T])` returns logits `float[B, T, vocab_size]`; the logits at t may depend on the
   tokens up to t only.
+- Optional argument `position_ids: int64[B, T]` of `forward`, needed for `data.packing: examples`: they restart at
+  each example of a row, and no example may see another.
 - Optional attributes, for the plan's table: `num_layers`, `hidden_size`.
 - Optional method `gradient_checkpointing_enable(gradient_checkpointing_kwargs)`, as in transformers, needed for
   `training.activation_checkpointing`.
@@ -35,6 +37,7 @@ from forge.errors import ModelError
 from forge.model.families.base import BuildOptions, DataShape, parameter_counts
 from forge.model.freeze import freeze_parameters
 from forge.model.init import stream
+from forge.model.isolation import isolation_problem
 from forge.model.pretrained import PretrainedWeights
 from forge.plan.inputs import ModelInfo
 from forge.process import one_line
@@ -67,6 +70,7 @@ class UserClassFamily:
             vocab_size=data.vocab_size,
             max_seq_len=None,
             has_linear_head=False,
+            isolation_problem=isolation_problem(model),
             activation_bytes_per_row=cost["activation_bytes"],
         )
 
