@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from tests.support.seeds import SEED
+from tests.support.seeds import FUZZ_SEED, SEED
 
 # CI, nohup and `&` start their children with SIGINT ignored, which is inherited. The tests that send SIGINT need
 # child processes with the default action; a handler, unlike SIG_IGN, is reset to the default by exec.
@@ -22,7 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.write_line(f"random seed {SEED}; repeat with FORGE_TEST_SEED={SEED}")
+    terminalreporter.write_line(
+        f"random seed {SEED}; repeat with FORGE_TEST_SEED={SEED}, fuzz tests with FORGE_FUZZ_SEED={FUZZ_SEED}"
+    )
 
 
 @pytest.fixture

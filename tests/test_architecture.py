@@ -27,7 +27,7 @@ LAYERS = [
     {"config"},
     {"user_code"},
     {"code_archive"},
-    {"units", "events", "errors", "fs", "process"},
+    {"units", "events", "errors", "foreign", "fs", "process"},
 ]
 """A package imports only from the layers below its own; packages of one layer are independent of each other."""
 
@@ -52,7 +52,7 @@ SAME_LAYER = {
 
 CLIENT_SIDE = {
     *("cli", "forge", "api", "cluster", "remote", "report", "runs", "checkpoint", "plan", "pricing", "config"),
-    *("user_code", "code_archive", "units", "events", "errors", "fs", "process"),
+    *("user_code", "code_archive", "units", "events", "errors", "foreign", "fs", "process"),
 }
 TRAINING_SIDE = {"train", "model", "objective", "data", "checkpoint"}
 NOT_ON_THE_CLIENT_SIDE = {"torch", "deepspeed", "transformers"}
