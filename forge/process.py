@@ -1,9 +1,10 @@
-"""What forge needs to know about Linux processes: liveness, start time, parent death, logs, error text."""
+"""What forge needs to know about Linux processes: liveness, start time, parent death, limits, logs, error text."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MAX_ERROR_CHARS = 300
+_MAX_DESCRIPTORS = 65_536
 
 
 def process_state(pid: int) -> str | None:
@@ -60,6 +62,14 @@ def free_port(host: str = "") -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def raise_descriptor_limit() -> None:
+    """Raise this process's soft limit of open files: a supervisor has a connection to every agent."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def redirect_output(path: Path) -> None:

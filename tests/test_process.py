@@ -79,3 +79,13 @@ def test_error_text__blank_and_long_lines__are_bounded(text: str, first: str, wh
 
 def test_process_state__own_process__is_running() -> None:
     assert process.process_state(os.getpid()) == "R"
+
+
+def test_raise_descriptor_limit__low_soft_limit__raised_to_the_hard_limit() -> None:
+    code = (
+        "import resource; from forge.process import raise_descriptor_limit as go\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200)); go()\n"
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["200", "200"]

@@ -12,12 +12,14 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from forge.elastic.agent_config import AgentConfig
 from forge.elastic.background import BackgroundTasks
+from forge.elastic.handshake import AuthenticationError
 from forge.elastic.preemption.notice import Notice
 from forge.elastic.preemption.watch import watch
 from forge.elastic.record_forwarder import RecorderClient, RecordForwarder
@@ -73,6 +75,7 @@ class Agent:
         self._supervisor: Channel | None = None
         self._heartbeat_s = _FIRST_HEARTBEAT_S
         self._notices: list[Notice] = []
+        self._logged: set[str] = set()
         self._is_over = asyncio.Event()
 
     async def run(self) -> None:
@@ -119,7 +122,8 @@ class Agent:
             except NoSupervisorError:
                 max_alone_s = _MAX_ALONE_NO_SUPERVISOR_S
                 await asyncio.sleep(_RETRY_S)
-            except (OSError, EOFError, ValueError, TimeoutError):
+            except (OSError, EOFError, ValueError, TimeoutError) as error:
+                self._log_refusal(error)
                 max_alone_s = _MAX_ALONE_S
                 await asyncio.sleep(_RETRY_S)
             finally:
@@ -129,6 +133,12 @@ class Agent:
                     self._supervisor.close()
                     self._supervisor = None
         self._is_over.set()
+
+    def _log_refusal(self, error: Exception) -> None:
+        """Log a failed authentication, once per reason: unlike a lost connection it does not heal."""
+        if isinstance(error, AuthenticationError) and str(error) not in self._logged:
+            self._logged.add(str(error))
+            sys.stderr.write(f"cannot connect to the supervisor: {error}\n")
 
     async def _report(self, **report: Any) -> None:
         """Send a report if the supervisor is connected; the next registration includes its content otherwise."""

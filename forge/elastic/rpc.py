@@ -1,11 +1,18 @@
 """Authenticated connections between the nodes of a run: JSON messages, each optionally followed by raw bytes.
 
-Both sides authenticate before they read anything else: each answers the other's nonce with its HMAC under the run's
-secret, so a recorded answer cannot be replayed. Nothing is unpickled. Messages are not encrypted; like the tensors
-that NCCL and gloo send, they stay within the cluster's own network.
+Both ends prove the run's secret before they read anything else, and authenticate every message:
+`forge.elastic.handshake`. Nothing is unpickled. Messages are not encrypted; like the tensors that NCCL and gloo
+send, they stay within the cluster's own network.
 
     connection  = handshake, then messages
-    message     = length (4 bytes), JSON; then then raw bytes, as many as the JSON implies
+    message     = length (4 bytes), tag (16 bytes), JSON; then raw bytes, as many as the JSON implies
+
+Raw bytes have no tag: a keyed digest would more than double the CPU time per GiB. The messages around them are
+authenticated, with the number of bytes and, for a replica, their checksum. A machine that can change bytes within
+the cluster's network can change the tensors of NCCL and gloo too, which know no authentication.
+
+A listener keeps few connections that have not proved the secret, and closes the oldest of them first, so that
+connections of other programs cannot use up its file descriptors or keep peers out.
 
 `Channel` moves bytes between the socket and shared memory without copies (`recv_into`, `sendfile`): 1.4 to 1.8
 GiB/s at 0.5 CPU seconds per GiB, measured over loopback on two cores. asyncio's streams copy each byte twice more:
@@ -16,23 +23,40 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
-import hmac
 import json
 import os
-import secrets
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from forge.elastic.background import BackgroundTasks
+from forge.elastic.handshake import (
+    NONCE_BYTES,
+    PROOF_BYTES,
+    TAG_BYTES,
+    AuthenticationError,
+    Handshake,
+    MessageKey,
+    make_nonce,
+)
 
-_NONCE_BYTES = 32
-_LENGTH = struct.Struct("<I")
+_HEADER = struct.Struct(f"<I{TAG_BYTES}s")
 _MAX_MESSAGE_BYTES = 64 * 2**20
-_HANDSHAKE_TIMEOUT_S = 5.0
+_CONNECT_TIMEOUT_S = 5.0
+# A peer sends its nonce and proof within milliseconds.
+_PROOF_TIMEOUT_S = 1.0
+_MAX_UNPROVED = 64
+# The oldest is not closed before, so that many peers that connect at once do not push each other out.
+_MIN_UNPROVED_S = 0.05
+_POLL_S = 0.005
+# How often a client connects if the server closes the connection during the handshake: a listener that is flooded
+# with connections does so, and one with another secret.
+_MAX_TRIES = 3
+_PAUSE_S = 0.05
+_CLOSED_BY_PEER = (EOFError, ConnectionResetError, BrokenPipeError)
 # Read size: several short messages are read at a time.
 _READ_BYTES = 64 * 2**10
 _BUFFER_BYTES = 4 * 2**20
@@ -42,10 +66,6 @@ _MAX_BUSY_BYTES = 4 * 2**20
 Endpoint = tuple[str, int]
 """Address and port."""
 Message = dict[str, Any]
-
-
-class AuthenticationError(ConnectionError):
-    """The other end does not know the run's secret."""
 
 
 class Channel:
@@ -62,12 +82,31 @@ class Channel:
         """Transferred since other tasks ran."""
         self._read = bytearray()
         """Received and not consumed yet."""
+        self._keys: Handshake | None = None
 
-    async def send(self, message: Message, *, raw: bytes = b"") -> None:
-        """Send a message, and raw bytes after it. Raises: OSError."""
+    async def authenticate(self, secret: bytes, *, is_server: bool) -> None:
+        """Prove the secret to the other end, and require its proof.
+
+        Raises: OSError (also AuthenticationError), EOFError.
+        """
+        own_nonce = make_nonce()
+        await self._send_all(own_nonce)
+        their_nonce = await self._read_exactly(NONCE_BYTES)
+        keys = Handshake.of(
+            self.socket, secret=secret, own_nonce=own_nonce, their_nonce=their_nonce, is_server=is_server
+        )
+        if is_server:  # verify the client first, and show an unknown peer nothing
+            keys.verify(await self._read_exactly(PROOF_BYTES))
+            await self._send_all(keys.own_proof)
+        else:
+            await self._send_all(keys.own_proof)
+            keys.verify(await self._read_exactly(PROOF_BYTES))
+        self._keys = keys
+
+    async def send(self, message: Message) -> None:
+        """Send a message. Raises: OSError."""
         async with self._sending:
-            text = json.dumps(message).encode()
-            await self._send_all(_LENGTH.pack(len(text)) + text + raw)
+            await self._send_all(_encode(message, key=_require(self._keys).sending))
 
     async def send_file(self, file: int, *, offset: int, count: int) -> None:
         """Send a range of a file with `sendfile`. Raises: OSError; EOFError if the file is too short."""
@@ -77,10 +116,12 @@ class Channel:
     async def receive(self) -> Message:
         """Receive the next message.
 
-        Raises: OSError; EOFError when the other end has closed; ValueError if the bytes are not a message.
+        Raises: OSError (also AuthenticationError); EOFError when the other end has closed; ValueError if the
+            bytes are not a message.
         """
-        message: Message = json.loads(await self._read_exactly(_length(await self._read_exactly(_LENGTH.size))))
-        return message
+        header = await self._read_exactly(_HEADER.size)
+        text = await self._read_exactly(_length(header))
+        return _decode(header, text, key=_require(self._keys).receiving)
 
     async def receive_into(self, view: memoryview) -> None:
         """Fill a buffer with the raw bytes after a message. Raises: OSError, EOFError."""
@@ -170,6 +211,8 @@ class Listener:
         self._socket = socket.create_server((host, 0), backlog=1024)
         self._socket.setblocking(False)
         self.endpoint: Endpoint = (host, self._socket.getsockname()[1])
+        self._unproved: dict[Channel, float] = {}
+        """Connections that have not proved the secret yet, the oldest first, and when each was accepted."""
         self._tasks = BackgroundTasks()
         self._tasks.start(self._accept())
 
@@ -186,54 +229,71 @@ class Listener:
             except OSError:
                 await asyncio.sleep(0.1)  # out of file descriptors, or the peer has already disconnected
                 continue
-            self._tasks.start(self._handle(sock))
+            channel = Channel(sock)
+            self._unproved[channel] = loop.time()
+            self._tasks.start(self._handle(channel))
+            await asyncio.sleep(0)  # accepting many must not keep the others from proving themselves
+            await self._limit_unproved()
 
-    async def _handle(self, sock: socket.socket) -> None:
-        channel = Channel(sock)
+    async def _limit_unproved(self) -> None:
+        """Wait until another connection can be accepted; close the oldest unproved ones if that takes too long."""
+        while len(self._unproved) >= _MAX_UNPROVED:
+            oldest, since = next(iter(self._unproved.items()))
+            if asyncio.get_running_loop().time() - since < _MIN_UNPROVED_S:
+                await asyncio.sleep(_POLL_S)
+                continue
+            del self._unproved[oldest]
+            oldest.close()
+
+    async def _handle(self, channel: Channel) -> None:
         try:
-            async with asyncio.timeout(_HANDSHAKE_TIMEOUT_S):
-                await _authenticate(channel, self._secret, is_server=True)
+            async with asyncio.timeout(_PROOF_TIMEOUT_S):
+                await channel.authenticate(self._secret, is_server=True)
+            self._unproved.pop(channel, None)
             await self._serve(channel)
         except (OSError, EOFError, ValueError, TimeoutError):
             return  # no valid handshake, or the peer has disconnected, which `serve` has handled
         finally:
+            self._unproved.pop(channel, None)
             channel.close()
 
 
-async def connect(endpoint: Endpoint, *, secret: bytes, timeout_s: float = _HANDSHAKE_TIMEOUT_S) -> Channel:
-    """Connect to a `Listener`. Raises: OSError (also TimeoutError and AuthenticationError), EOFError."""
-    sock = socket.socket()
-    sock.setblocking(False)
-    try:
-        async with asyncio.timeout(timeout_s):
-            await asyncio.get_running_loop().sock_connect(sock, endpoint)
-            channel = Channel(sock)
-            await _authenticate(channel, secret, is_server=False)
-            return channel
-    except BaseException:
-        sock.close()
-        raise
+async def connect(endpoint: Endpoint, *, secret: bytes, timeout_s: float = _CONNECT_TIMEOUT_S) -> Channel:
+    """Connect to a `Listener`. Raises: OSError (also TimeoutError and AuthenticationError)."""
+    tries = 1
+    async with asyncio.timeout(timeout_s):
+        while True:
+            try:
+                return await _connect_once(endpoint, secret)
+            except _CLOSED_BY_PEER:
+                if tries == _MAX_TRIES:
+                    raise _refusal(endpoint) from None
+            tries += 1
+            await asyncio.sleep(_PAUSE_S)
 
 
 class SyncChannel:
     """An authenticated connection for a process without an event loop."""
 
     def __init__(self, endpoint: Endpoint, *, secret: bytes, timeout_s: float) -> None:
-        """Connect to a `Listener`. Raises: OSError, EOFError."""
-        self._socket = socket.create_connection(endpoint, timeout=timeout_s)
-        try:
-            _tune(self._socket)
-            self._authenticate(secret)
-        except BaseException:
-            self._socket.close()
-            raise
+        """Connect to a `Listener`. Raises: OSError (also TimeoutError and AuthenticationError)."""
+        tries = 1
+        while True:
+            try:
+                self._socket = socket.create_connection(endpoint, timeout=timeout_s)
+                self._keys = self._authenticate(secret)
+                return
+            except _CLOSED_BY_PEER:
+                if tries == _MAX_TRIES:
+                    raise _refusal(endpoint) from None
+            tries += 1
+            time.sleep(_PAUSE_S)
 
     def request(self, message: Message) -> Message:
         """Send a message and receive the answer. Raises: OSError, EOFError, ValueError."""
-        text = json.dumps(message).encode()
-        self._socket.sendall(_LENGTH.pack(len(text)) + text)
-        answer: Message = json.loads(self._read_exactly(_length(self._read_exactly(_LENGTH.size))))
-        return answer
+        self._socket.sendall(_encode(message, key=self._keys.sending))
+        header = self._read_exactly(_HEADER.size)
+        return _decode(header, self._read_exactly(_length(header)), key=self._keys.receiving)
 
     def receive_into(self, view: memoryview) -> None:
         """Fill a buffer with the raw bytes after an answer. Raises: OSError, EOFError."""
@@ -246,12 +306,21 @@ class SyncChannel:
     def close(self) -> None:
         self._socket.close()
 
-    def _authenticate(self, secret: bytes) -> None:
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        self._socket.sendall(nonce)
-        self._socket.sendall(_response(secret, self._read_exactly(_NONCE_BYTES), is_server=False))
-        if not hmac.compare_digest(self._read_exactly(_NONCE_BYTES), _response(secret, nonce, is_server=True)):
-            raise AuthenticationError("the server does not know this run's secret")
+    def _authenticate(self, secret: bytes) -> Handshake:
+        try:
+            _tune(self._socket)
+            own_nonce = make_nonce()
+            self._socket.sendall(own_nonce)
+            their_nonce = self._read_exactly(NONCE_BYTES)
+            keys = Handshake.of(
+                self._socket, secret=secret, own_nonce=own_nonce, their_nonce=their_nonce, is_server=False
+            )
+            self._socket.sendall(keys.own_proof)
+            keys.verify(self._read_exactly(PROOF_BYTES))
+            return keys
+        except BaseException:
+            self._socket.close()
+            raise
 
     def _read_exactly(self, count: int) -> bytes:
         buffer = bytearray(count)
@@ -269,31 +338,54 @@ def unpack(text: str) -> Any:
     return json.loads(zlib.decompress(base64.b64decode(text)))
 
 
-async def _authenticate(channel: Channel, secret: bytes, *, is_server: bool) -> None:
-    nonce = secrets.token_bytes(_NONCE_BYTES)
-    await channel._send_all(nonce)
-    theirs = await channel._read_exactly(_NONCE_BYTES)
-    if is_server:  # verify the client first, and show an unknown peer nothing
-        proof = await channel._read_exactly(_NONCE_BYTES)
-        if not hmac.compare_digest(proof, _response(secret, nonce, is_server=False)):
-            raise AuthenticationError("the client does not know this run's secret")
-        await channel._send_all(_response(secret, theirs, is_server=True))
-        return
-    await channel._send_all(_response(secret, theirs, is_server=False))
-    if not hmac.compare_digest(await channel._read_exactly(_NONCE_BYTES), _response(secret, nonce, is_server=True)):
-        raise AuthenticationError("the server does not know this run's secret")
+async def _connect_once(endpoint: Endpoint, secret: bytes) -> Channel:
+    sock = socket.socket()
+    sock.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, endpoint)
+        channel = Channel(sock)
+        await channel.authenticate(secret, is_server=False)
+        return channel
+    except BaseException:
+        sock.close()
+        raise
 
 
-def _response(secret: bytes, nonce: bytes, *, is_server: bool) -> bytes:
-    role = b"server" if is_server else b"client"  # so that a response cannot be reflected to its sender
-    return hmac.new(secret, role + nonce, hashlib.sha256).digest()
+def _encode(message: Message, *, key: MessageKey) -> bytes:
+    text = json.dumps(message).encode()
+    return _HEADER.pack(len(text), key.tag(text)) + text
 
 
-def _length(text: bytes) -> int:
-    length: int = _LENGTH.unpack(text)[0]
+def _decode(header: bytes, text: bytes, *, key: MessageKey) -> Message:
+    """Return a received message. Raises: AuthenticationError; ValueError if it is not a JSON object."""
+    key.verify(_HEADER.unpack(header)[1], text=text)
+    try:
+        message = json.loads(text)
+    except RecursionError:
+        raise ValueError("the message is nested too deeply") from None
+    if not isinstance(message, dict):
+        raise ValueError("the message is not a JSON object")
+    return message
+
+
+def _length(header: bytes) -> int:
+    length: int = _HEADER.unpack(header)[0]
     if length > _MAX_MESSAGE_BYTES:
         raise ValueError(f"the message of {length} bytes is longer than {_MAX_MESSAGE_BYTES} bytes")
     return length
+
+
+def _require(keys: Handshake | None) -> Handshake:
+    if keys is None:
+        raise AuthenticationError("the connection is not authenticated")
+    return keys
+
+
+def _refusal(endpoint: Endpoint) -> AuthenticationError:
+    return AuthenticationError(
+        f"{endpoint[0]}:{endpoint[1]} closed the connection during the handshake: it belongs to another run, or "
+        "the connection was redirected by address translation or a proxy"
+    )
 
 
 def _tune(sock: socket.socket) -> None:

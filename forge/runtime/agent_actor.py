@@ -24,7 +24,7 @@ from forge.elastic.rpc import Endpoint
 from forge.elastic.workers.fork_client import ForkServerPool
 from forge.events import Event, NodeLeft, StepMetrics
 from forge.pricing.budget import read_price
-from forge.process import redirect_output
+from forge.process import raise_descriptor_limit, redirect_output
 from forge.runtime.actor_names import AGENT, NAMESPACE
 from forge.runtime.corpus_server import ensure_inputs
 from forge.runtime.placement import Allocation
@@ -68,6 +68,7 @@ class AgentActor:
 
     def __init__(self, config: AgentActorConfig) -> None:
         os.environ.update(config.environment)
+        raise_descriptor_limit()
         logs = Path(config.folder) / "logs"
         redirect_output(logs / f"{'node' if config.shares_fork_servers else 'agent'}-{config.node}.log")
         self._config = config

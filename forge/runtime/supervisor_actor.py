@@ -24,7 +24,7 @@ from forge.elastic.supervisor import Outcome
 from forge.events import Event, SupervisorRestarted, SupervisorStarted
 from forge.plan.plan import plan_from_json
 from forge.pricing.budget import CostLimits, CostMeter, read_price
-from forge.process import redirect_output
+from forge.process import raise_descriptor_limit, redirect_output
 from forge.runtime.actor_names import SUPERVISOR
 from forge.runtime.agent_actor import AgentActorConfig, AgentHandle, agent_actors_of, start_agent_actor
 from forge.runtime.placement import Allocation
@@ -60,6 +60,7 @@ class SupervisorActor:
 
     def __init__(self, config: SupervisorConfig, recorder: Any) -> None:
         os.environ.update(config.environment)
+        raise_descriptor_limit()
         redirect_output(Path(config.run.run_folder) / "logs" / "supervisor.log")
         self._config, self._recorder = config, recorder
         self._plan = plan_from_json(config.run.plan_json)

@@ -12,6 +12,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -29,10 +30,16 @@ from forge.elastic.replicas.store import ReplicaStore, locations_from_record, lo
 from forge.elastic.rpc import Channel, Endpoint, Listener, connect
 from forge.elastic.states import ReplicaLocation
 from tests.support.checkpoints import layout_of, model_shape, progress, values
+from tests.support.handshakes import ignore_addresses
 
 SECRET = bytes(32)
 NAME = {"generation": 1, "rank": 0, "world_size": 1}
 STATE_BYTES = 6 * 2**20
+
+
+@pytest.fixture(autouse=True)
+def allow_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    ignore_addresses(monkeypatch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -587,6 +594,36 @@ def test_store__range_outside_of_snapshot__rejected(ranges: list[list[int]]) -> 
             channel.close()
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"request": "read"},
+        {"request": "read", "generation": [], "rank": {}, "step": 5},
+        {"request": "read", "generation": 1, "rank": 0, "step": 5, "ranges": 3},
+        {"request": "read", "generation": 1, "rank": 0, "step": 5, "ranges": [[0, "x"]]},
+        {"request": "replicate", "generation": 1, "rank": 7, "description": None},
+        {"request": "replicate", "generation": 1, "rank": 7, "description": "{}"},
+        {"request": "replicate", "generation": 1, "rank": 7, "description": "[" * 10**5},
+        {"request": "replicate", "generation": "x", "rank": 7, "description": ""},
+    ],
+)
+def test_store__invalid_request__connection_closed_without_traceback(
+    request_: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def ask() -> None:
+        async with holder_of(5) as (far, _):
+            channel: Channel = await connect(far.endpoint, secret=SECRET)
+            await channel.send(request_)
+            with pytest.raises((OSError, EOFError)):
+                await asyncio.wait_for(channel.receive(), 5)
+            channel.close()
+
+    asyncio.run(ask())
+    gc.collect()
+    assert caplog.records == []
 
 
 # Flushing to storage

@@ -10,13 +10,14 @@ import secrets
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.elastic import rpc as rpc_module
+from forge.elastic.handshake import NONCE_BYTES, AuthenticationError
 from forge.elastic.rpc import (
-    AuthenticationError,
     Channel,
     Endpoint,
     Listener,
@@ -26,9 +27,9 @@ from forge.elastic.rpc import (
     pack,
     unpack,
 )
+from tests.support.handshakes import ignore_addresses
 
 SECRET = bytes(32)
-NONCE_BYTES = 32
 LONG_BYTES = 9 * 2**20 + 5
 
 
@@ -149,17 +150,24 @@ async def recorded(listener: Listener) -> tuple[bytes, bytes]:
     return received[0], received[1]
 
 
+@pytest.fixture
+def without_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    ignore_addresses(monkeypatch)
+
+
+@pytest.mark.usefixtures("without_addresses")
 def test_listener__replayed_client__connection_closed() -> None:
     async def replay() -> None:
         async with listening() as listener:
             client, _ = await recorded(listener)
             async with stranger(listener.endpoint) as (reader, writer):
-                writer.write(client[: 2 * NONCE_BYTES])
+                writer.write(client)
                 assert len(await reader.read()) == NONCE_BYTES
 
     asyncio.run(replay())
 
 
+@pytest.mark.usefixtures("without_addresses")
 def test_connect__replayed_server__authentication_error() -> None:
     async def replay() -> None:
         async with listening() as listener:
@@ -176,6 +184,162 @@ def test_connect__replayed_server__authentication_error() -> None:
     asyncio.run(replay())
 
 
+def test_listener__handshake_relayed_by_another_address__nothing_served() -> None:
+    """A process at a former supervisor's address passes on the handshake, and then speaks itself."""
+
+    async def relay() -> None:
+        served: list[Message] = []
+
+        async def serve(channel: Channel) -> None:
+            served.append(await channel.receive())
+
+        async with listening(serve) as listener:
+
+            async def converse(reader: Any, writer: Any) -> None:
+                async with stranger(listener.endpoint) as (far_reader, far_writer):
+                    far_writer.write(await reader.readexactly(NONCE_BYTES))
+                    writer.write(await far_reader.readexactly(NONCE_BYTES))
+                    far_writer.write(await reader.readexactly(NONCE_BYTES))
+                    text = json.dumps({"report": "register", "node": "attacker"}).encode()
+                    far_writer.write(struct.pack("<I", len(text)) + text)
+                    writer.write(await far_reader.readexactly(NONCE_BYTES))
+
+            async with impostor(converse) as endpoint:
+                with pytest.raises(AuthenticationError, match="address translation or a proxy"):
+                    await connect(endpoint, secret=SECRET)
+                with pytest.raises(AuthenticationError, match="address translation or a proxy"):
+                    await asyncio.to_thread(SyncChannel, endpoint, secret=SECRET, timeout_s=5)
+            assert await serves_nothing(served)
+
+    asyncio.run(relay())
+
+
+async def serves_nothing(served: list[Message]) -> bool:
+    await asyncio.sleep(0.05)
+    return served == []
+
+
+async def changed_on_the_way(change: Callable[[bytes], bytes], count: int) -> list[Message]:
+    """What a listener receives of `count` messages whose bytes are changed on the way, after a valid handshake."""
+    served: list[Message] = []
+    is_over = asyncio.Event()
+
+    async def serve(channel: Channel) -> None:
+        try:
+            while True:
+                served.append(await channel.receive())
+        finally:
+            is_over.set()
+
+    async with listening(serve) as listener, connected(listener.endpoint) as channel:
+        sent: list[bytes] = []
+
+        async def keep(data: bytes) -> None:
+            sent.append(data)
+
+        send, channel._send_all = channel._send_all, keep  # type: ignore[method-assign]
+        for number in range(count):
+            await channel.send({"n": number})
+        assert len({len(data) for data in sent}) == 1
+        await send(change(b"".join(sent)))
+        channel.socket.shutdown(socket.SHUT_WR)
+        await asyncio.wait_for(is_over.wait(), 5)
+    return served
+
+
+FRAME_BYTES = 4 + 16 + len(json.dumps({"n": 0}))
+
+
+@pytest.mark.parametrize(
+    ("change", "num_served"),
+    [
+        pytest.param(lambda data: data, 3, id="unchanged"),
+        pytest.param(lambda data: data.replace(b'"n": 1', b'"n": 7'), 1, id="changed"),
+        pytest.param(lambda data: data[:FRAME_BYTES] * 2 + data[FRAME_BYTES:], 1, id="repeated"),
+        pytest.param(lambda data: data[FRAME_BYTES:], 0, id="left-out"),
+        pytest.param(lambda data: data[FRAME_BYTES : 2 * FRAME_BYTES] + data[:FRAME_BYTES], 0, id="reordered"),
+        pytest.param(lambda data: data[:FRAME_BYTES] + bytes(20) + data[FRAME_BYTES:], 1, id="inserted"),
+        pytest.param(lambda data: data[:4] + bytes(16) + data[20:], 0, id="without-tag"),
+    ],
+)
+def test_channel__messages_changed_on_the_way__not_served(
+    change: Callable[[bytes], bytes], num_served: int
+) -> None:
+    assert asyncio.run(changed_on_the_way(change, 3)) == [{"n": number} for number in range(num_served)]
+
+
+def test_channel__own_message_sent_back__authentication_error() -> None:
+    async def reflect_messages(channel: Channel) -> None:
+        while True:
+            channel.socket.send(await asyncio.get_running_loop().sock_recv(channel.socket, 2**16))
+
+    async def ask() -> None:
+        async with listening(reflect_messages) as listener, connected(listener.endpoint) as channel:
+            await channel.send({"n": 1})
+            with pytest.raises(AuthenticationError):
+                await channel.receive()
+
+    asyncio.run(ask())
+
+
+def num_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_listener__900_silent_connections__peers_are_served_and_few_descriptors_used() -> None:
+    async def flood() -> None:
+        async with listening() as listener:
+            before = num_descriptors()
+            silent = [socket.create_connection(listener.endpoint) for _ in range(900)]
+            try:
+                assert await serves_others(listener)
+                used = num_descriptors() - before - len(silent)
+                assert used <= rpc_module._MAX_UNPROVED + 8
+                assert await asyncio.gather(*(serves_others(listener) for _ in range(20))) == [True] * 20
+            finally:
+                for sock in silent:
+                    sock.close()
+
+    asyncio.run(flood())
+
+
+def test_listener__connections_without_secret__never_close_proved_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc_module, "_MAX_UNPROVED", 4)
+
+    async def flood() -> None:
+        async with listening() as listener, connected(listener.endpoint) as channel:
+            silent = [socket.create_connection(listener.endpoint) for _ in range(50)]
+            await asyncio.sleep(0.05)
+            await channel.send({"n": 1})
+            assert await channel.receive() == {"n": 1}
+            for sock in silent:
+                sock.close()
+
+    asyncio.run(flood())
+
+
+def test_connect__connection_closed_during_handshake__tries_again() -> None:
+    async def ask() -> None:
+        async with listening() as listener:
+            closed = 0
+
+            async def converse(reader: Any, writer: Any) -> None:
+                nonlocal closed
+                closed += 1
+
+            async with impostor(converse) as endpoint:
+                for client in (
+                    connect(endpoint, secret=SECRET),
+                    asyncio.to_thread(SyncChannel, endpoint, secret=SECRET, timeout_s=5),
+                ):
+                    with pytest.raises(AuthenticationError, match="closed the connection during the handshake"):
+                        await client
+            assert closed == 2 * rpc_module._MAX_TRIES
+            assert await serves_others(listener)
+
+    asyncio.run(ask())
+
+
 @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n" * 9, bytes(2**20), b"x"])
 def test_listener__garbage__other_clients_are_served(garbage: bytes) -> None:
     async def throw() -> None:
@@ -187,7 +351,7 @@ def test_listener__garbage__other_clients_are_served(garbage: bytes) -> None:
 
 
 def test_listener__silent_client__times_out_and_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rpc_module, "_HANDSHAKE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(rpc_module, "_PROOF_TIMEOUT_S", 0.3)
 
     async def keep_silent() -> None:
         async with listening() as listener, stranger(listener.endpoint) as (reader, _):
@@ -229,21 +393,23 @@ async def return_bytes(channel: Channel) -> None:
     message = await channel.receive()
     data = bytearray(message["bytes"])
     await channel.receive_into(memoryview(data))
-    await channel.send(message, raw=bytes(data))
+    await channel.send(message)
+    with file_of(bytes(data)) as fd:
+        await channel.send_file(fd, offset=0, count=len(data))
 
 
 def test_channel__messages_raw_bytes_and_files__round_trip() -> None:
     async def exchange() -> None:
-        data, raw = secrets.token_bytes(LONG_BYTES), b"\0raw"
-        message: Message = {"text": "ä\n", "list": [1, None, 2.5], "bytes": LONG_BYTES + len(raw)}
+        data = secrets.token_bytes(LONG_BYTES)
+        message: Message = {"text": "ä\n", "list": [1, None, 2.5], "bytes": LONG_BYTES}
         with file_of(b"before" + data + b"after") as fd:
             async with listening(return_bytes) as listener, connected(listener.endpoint) as channel:
-                await channel.send(message, raw=raw)
+                await channel.send(message)
                 await channel.send_file(fd, offset=len(b"before"), count=len(data))
                 assert await channel.receive() == message
                 returned = bytearray(message["bytes"])
                 await channel.receive_into(memoryview(returned))
-        assert bytes(returned) == raw + data
+        assert bytes(returned) == data
 
     asyncio.run(exchange())
 
@@ -265,7 +431,9 @@ def test_channel__messages_arrive_together__separated() -> None:
 
         async with listening(serve) as listener, connected(listener.endpoint) as channel:
             await channel.send({"n": 1})
-            await channel.send({"count": 100_000}, raw=b"abcde" * 20_000)
+            await channel.send({"count": 100_000})
+            with file_of(b"abcde" * 20_000) as fd:
+                await channel.send_file(fd, offset=0, count=100_000)
             await channel.send({"n": 2})
             await asyncio.wait_for(is_over.wait(), timeout=10)
         assert received == [{"n": 1}, {"count": 100_000}, b"abcde" * 20_000, {"n": 2}]
@@ -379,7 +547,7 @@ def test_channel__closed_while_waiting__pending_calls_raise() -> None:
 
         async with listening(serve) as listener, connected(listener.endpoint) as channel:
             receiving = asyncio.ensure_future(channel.receive())
-            sending = asyncio.ensure_future(channel.send({}, raw=bytes(64 * 2**20)))
+            sending = asyncio.ensure_future(channel.send({"text": "x" * 60 * 2**20}))
             await asyncio.sleep(0)
             channel.close()
             for waiting in (receiving, sending):
@@ -394,7 +562,7 @@ def test_listener__message_too_long__connection_closed() -> None:
     async def exaggerate() -> None:
         async with listening() as listener:
             async with connected(listener.endpoint) as channel:
-                channel.socket.send(struct.pack("<I", 2**31))
+                channel.socket.send(struct.pack("<I16s", 2**31, b""))
                 with pytest.raises((OSError, EOFError)):
                     await channel.receive()
             assert await serves_others(listener)
@@ -405,7 +573,7 @@ def test_listener__message_too_long__connection_closed() -> None:
 def test_sync_channel__message_too_long__error() -> None:
     async def serve(channel: Channel) -> None:
         await channel.receive()
-        channel.socket.send(struct.pack("<I", 2**31))
+        channel.socket.send(struct.pack("<I16s", 2**31, b""))
         await channel.receive()
 
     def read(endpoint: Endpoint) -> None:

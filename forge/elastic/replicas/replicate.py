@@ -83,15 +83,14 @@ class Replicator:
         snapshot = next((copy for copy in copies if (copy.step, copy.slot) == (step, slot)), None)
         if snapshot is None:
             return
-        description = self._snapshot.description if is_new else b""
         message = {
             "request": "replicate",
             "step": step,
             "state": snapshot.state,
             "checksum": snapshot.checksum,
-            "description_bytes": len(description),
+            "description": self._snapshot.description.decode() if is_new else None,
         }
-        await channel.send(message | self._name, raw=description)
+        await channel.send(message | self._name)
         num_bytes = self._snapshot.layout.size_bytes
         await channel.send_file(self._snapshot.fd, offset=self._snapshot.data_offset(slot), count=num_bytes)
         await channel.receive()

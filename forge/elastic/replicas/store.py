@@ -8,11 +8,13 @@ new generation read the ranges they need from these stores (`forge.elastic.repli
 from __future__ import annotations
 
 import asyncio
+import struct
 from dataclasses import dataclass, field
 
 from forge.checkpoint.snapshot_buffer import Snapshot, SnapshotBuffer, create_from_description
 from forge.elastic.rpc import Channel, Message
 from forge.elastic.states import ReplicaLocation
+from forge.process import first_line
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,30 +72,36 @@ class ReplicaStore:
     async def serve(self, channel: Channel) -> None:
         """Serve ranks that read state, and receive a peer's replicas.
 
-        Raises: OSError, EOFError when the other end has closed the connection.
+        Raises: OSError, EOFError when the other end has closed the connection; ValueError if a request is invalid.
         """
         while True:
             message = await channel.receive()
-            if message["request"] == "replicate":
-                await self._receive(channel, message)
-                continue
-            replica = self._replicas.get((message["generation"], message["rank"]))
-            snapshot = _snapshot_of(replica, message["step"]) if replica else None
-            if replica is None or snapshot is None:
-                await channel.send({"error": f"there is no snapshot of step {message['step']} any more"})
-            elif message["request"] == "describe":
-                await channel.send({"layout": replica.snapshot.layout.to_record(), "state": snapshot.state})
-            else:
-                await _send_ranges(channel, replica.snapshot, snapshot, message["ranges"])
+            try:
+                await self._answer(channel, message)
+            except (LookupError, TypeError, AttributeError, OverflowError, RecursionError, struct.error) as error:
+                raise ValueError(f"invalid request: {first_line(error)}") from error
+
+    async def _answer(self, channel: Channel, message: Message) -> None:
+        if message["request"] == "replicate":
+            await self._receive(channel, message)
+            return
+        replica = self._replicas.get((message["generation"], message["rank"]))
+        snapshot = _snapshot_of(replica, message["step"]) if replica else None
+        if replica is None or snapshot is None:
+            await channel.send({"error": f"there is no snapshot of step {message['step']} any more"})
+        elif message["request"] == "describe":
+            await channel.send({"layout": replica.snapshot.layout.to_record(), "state": snapshot.state})
+        else:
+            await _send_ranges(channel, replica.snapshot, snapshot, message["ranges"])
 
     async def _receive(self, channel: Channel, message: Message) -> None:
         generation, rank = message["generation"], message["rank"]
-        description = bytearray(message["description_bytes"])
-        await channel.receive_into(memoryview(description))
         self._require_accepted(generation)
         replica = self._replicas.get((generation, rank))
         if replica is None:
-            buffer = create_from_description(bytes(description))
+            if message["description"] is None:  # dropped since; the sender connects again, and describes it
+                raise EOFError(f"the replica of rank {rank} of generation {generation} was dropped")
+            buffer = create_from_description(message["description"].encode())
             replica = self._replicas[generation, rank] = Replica(snapshot=buffer, world_size=message["world_size"])
         async with replica.receiving:
             buffer = replica.snapshot
