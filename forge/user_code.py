@@ -107,6 +107,13 @@ def use_code(digest: str | None) -> None:
         _current.append(folder)
 
 
+def load_builtin_class(reference: str) -> type[Any]:
+    """Import a class of forge itself; `reference` is its `module:Class` in a registry."""
+    module_name, class_name = split_reference(reference)
+    found: type[Any] = getattr(importlib.import_module(module_name), class_name)
+    return found
+
+
 def split_reference(reference: str) -> tuple[str, str]:
     """`losses.ranking:Ranking` → module and class. Raises: UserCodeError for another form."""
     module_name, _, class_name = reference.partition(":")

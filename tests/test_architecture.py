@@ -25,11 +25,16 @@ LAYERS = [
     {"checkpoint", "model", "objective", "data"},
     {"plan", "pricing"},
     {"config"},
+    {"registries"},  # the modules in REGISTRIES
     {"user_code"},
     {"code_archive"},
     {"units", "events", "errors", "foreign", "fs", "process"},
 ]
 """A package imports only from the layers below its own; packages of one layer are independent of each other."""
+
+REGISTRIES = {"forge.objective.registry", "forge.data.formats.registry", "forge.data.sources.registry"}
+"""Tables of names that the configuration reads. They stand in the folder of the classes that they name, but are a
+layer below `config`, and import nothing that a client must not import."""
 
 SAME_LAYER = {
     ("forge", "api"),
@@ -52,7 +57,7 @@ SAME_LAYER = {
 
 CLIENT_SIDE = {
     *("cli", "forge", "api", "cluster", "remote", "report", "runs", "checkpoint", "plan", "pricing", "config"),
-    *("user_code", "code_archive", "units", "events", "errors", "foreign", "fs", "process"),
+    *("registries", "user_code", "code_archive", "units", "events", "errors", "foreign", "fs", "process"),
 }
 TRAINING_SIDE = {"train", "model", "objective", "data", "checkpoint"}
 NOT_ON_THE_CLIENT_SIDE = {"torch", "deepspeed", "transformers"}
@@ -115,7 +120,9 @@ class Module:
 
 
 def package_of(name: str) -> str:
-    """`forge.config.load` → `spec`; `forge.units.parse_bytes` → `units`; `forge` → `forge`."""
+    """`forge.config.load` → `config`; `forge.units.parse_bytes` → `units`; `forge` → `forge`."""
+    if name in REGISTRIES:
+        return "registries"
     return name.split(".")[1] if "." in name else name
 
 
@@ -282,6 +289,10 @@ FINE = '"""Fine."""\n'
         ("__init__.py", "def f():\n    from forge.cli.app import main", ":3: nothing imports 'cli'"),
         ("config/x.py", "from forge import load_job", ":2: 'config' is below 'forge'"),
         ("config/x.py", "from forge import attic", ":2: 'config' is below 'forge'"),
+        ("config/x.py", "from forge.objective.base import Objective", ":2: 'config' is below 'objective'"),
+        ("objective/registry.py", "import torch", ":2: torch on the client side"),
+        ("data/formats/registry.py", "from forge.config.data import D", ":2: 'registries' is below 'config'"),
+        ("data/sources/registry.py", "from forge.data.sources.base import S", ":2: 'registries' is below 'data'"),
         ("attic/x.py", "", ":1: the package 'attic' is in no layer"),
         ("cli/x.py", "def f():\n    import torch", ":3: torch on the client side"),
         ("checkpoint/x.py", "import torch", ":2: torch on the client side"),
@@ -342,6 +353,8 @@ def test_violations__allowed_imports__none_found(tmp_path: Path) -> None:
             + "import typer\nfrom forge import f\nfrom forge.cli import display\nprint(1)\n",
             "forge/cli/display.py": FINE + "import rich.table\nfrom forge import units\n",
             "forge/runtime/driver.py": FINE + "import ray, torch\nfrom forge.cluster.local.ray_cluster import x\n",
+            "forge/config/job.py": FINE + "from forge.objective.registry import OBJECTIVES\n",
+            "forge/objective/registry.py": FINE,
             "forge/cluster/local/ray_cluster.py": FINE + "import ray\nfrom forge.config.job import JobSpec\n",
             "forge/elastic/replicas/store.py": FINE + "from forge.train import loop\n",
             "forge/train/loop.py": '"""As long as it is, it reads straight down."""\n' + "x = 1\n" * 500,

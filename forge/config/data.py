@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from forge.config.registry import FormatName
+from forge.config.class_names import FormatName, SourceName
 from forge.config.section import Count, FieldError, Fraction, Section, Strings
 
 
@@ -37,7 +37,7 @@ class TokenizerSpec(Section):
 class DataSpec(Section):
     """The training text: raw text → documents → token shards → the batch of step t."""
 
-    source: Literal["python-stdlib"] | None = None
+    source: SourceName | None = None
     """`python-stdlib`: the Python sources of the running interpreter's standard library, real text that every
     machine has without a download. Give either `source` or `files`."""
 

@@ -84,7 +84,7 @@ def _translated(record: Mapping[str, Any], *, root: type[Section], source: Sourc
     key = _dotted(loc)
     cause = record.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
-        return source.error(join_key(key, cause.key), str(cause), nearest=cause.nearest)
+        return source.error(join_key(key, cause.key) if cause.key else key, str(cause), nearest=cause.nearest)
     if kind == "extra_forbidden":
         return _unknown_key(loc, root=root, source=source)
     if kind == "model_type":

@@ -10,10 +10,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from forge.config.registry import OBJECTIVE_METRICS, Direction
 from forge.config.search import SearchSpec
 from forge.config.section import FieldError
 from forge.config.training import TrainingSpec
+from forge.objective.registry import OBJECTIVES, Direction
 from forge.user_code import is_reference
 
 Directions = Mapping[str, Direction]
@@ -49,7 +49,7 @@ def check_metrics(
     Raises: FieldError for a metric that is not reported.
     """
     objectives = _objectives(training, search)
-    tables = [OBJECTIVE_METRICS.get(name, of_user.get(name)) for name in objectives]
+    tables = [OBJECTIVES[name].metrics if name in OBJECTIVES else of_user.get(name) for name in objectives]
     known = _common([reported_metrics(table) for table in tables if table is not None])
     is_complete = all(table is not None for table in tables)
     stopping = training.early_stopping
@@ -82,7 +82,7 @@ def _objectives(training: TrainingSpec, search: SearchSpec | None) -> list[str]:
     if search is None:
         return [training.objective]
     if key in search.space:
-        return [name for name in search.space[key].values or () if name in OBJECTIVE_METRICS or is_reference(name)]
+        return [name for name in search.space[key].values or () if name in OBJECTIVES or is_reference(name)]
     return [search.proxy.get(key, training.objective)]
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from forge.config.registry import Direction
 from forge.config.section import Count, FieldError, Fraction, Number, Section, WholeOrAuto
+from forge.objective.registry import Direction
 
 _KINDS = ("choice", "grid", "uniform", "loguniform", "int", "of")
 _PBT_SECTIONS = ("training.optimizer.", "training.schedule.", "training.ema.")

@@ -26,7 +26,7 @@ class FieldError(ValueError):
     """Raised by a section's validator to report a problem of one of its keys.
 
     Args:
-        key: relative to the section, such as `schedule.warmup_steps`.
+        key: relative to the section, such as `schedule.warmup_steps`; empty in the validator of one key's type.
         problem: one sentence, without the key.
         nearest: what to write instead, if that is clear.
     """

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from forge.config.registry import ObjectiveName
+from forge.config.class_names import ObjectiveName
 from forge.config.section import Count, FieldError, Fraction, Interval, Number, Section, WholeOrAuto
 from forge.units import Every
 

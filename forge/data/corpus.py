@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from forge.config.data import DataSpec
 from forge.data.sources.base import Record
+from forge.data.sources.build import build_source
 from forge.data.sources.files import json_name
 from forge.data.sources.pieces import blocks_of, pieces_of
-from forge.data.sources.registry import build_source
 from forge.errors import DataError
 
 

@@ -20,11 +20,11 @@ from forge.config.data import DataSpec
 from forge.data.corpus import no_text
 from forge.data.example_store import ExampleWriter, write_rows
 from forge.data.formats.base import Example, ExampleFormat, FormatContext
-from forge.data.formats.registry import build_format
+from forge.data.formats.build import build_format
 from forge.data.packing import pack_rows
 from forge.data.rows import IGNORED
 from forge.data.sources.base import Record
-from forge.data.sources.registry import build_source
+from forge.data.sources.build import build_source
 from forge.data.store import CacheIndex, document_key
 from forge.data.tokenizer import Encoder, TextTokenizer
 from forge.data.unigram import unigram_perplexity

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from forge.config.registry import Direction
 from forge.errors import RunError
+from forge.objective.registry import Direction
 
 Arrays = Mapping[str, NDArray[Any]]
 """Arrays by name, all with the same first two dimensions: rows and positions."""

@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from forge.config.registry import OBJECTIVE_METRICS, Direction
 from forge.model.isolation import require_isolation
 from forge.objective.base import IGNORED, Arrays, WeightedSum
 from forge.objective.cross_entropy import chunked_head_forward
+from forge.objective.registry import OBJECTIVES, Direction
 
 
 class CausalLm:
     """Next-token prediction by transformers causal LMs, or modules whose `forward(input_ids)` returns logits."""
 
-    metric_directions: ClassVar[Mapping[str, Direction]] = OBJECTIVE_METRICS["causal-lm"]
+    metric_directions: ClassVar[Mapping[str, Direction]] = OBJECTIVES["causal-lm"].metrics
 
     def __init__(self) -> None:
         self._is_chunked = False

@@ -1,58 +1,29 @@
-"""The class of `training.objective`: a built-in one by its name, or the user's."""
+"""The built-in objectives, by the name that `training.objective` gives them.
+
+A new objective is one file in this folder and one entry here. The configuration reads the names and metrics from
+this table, so the module imports no torch: `forge.objective.build` imports the class where it is used.
+"""
 
 from __future__ import annotations
 
-import importlib
-import re
 from collections.abc import Mapping
-from typing import cast
+from dataclasses import dataclass
+from typing import Literal
 
-from forge.config.registry import OBJECTIVES, Direction
-from forge.errors import UserCodeError
-from forge.objective.base import RESERVED_METRICS, Objective
-from forge.user_code import is_reference, load_class, split_reference, user_code_errors
-
-_METRIC_NAME = re.compile("[a-z][a-z0-9_]*")
+Direction = Literal["min", "max"]
+"""Whether smaller or larger values of a metric are better."""
 
 
-def build_objective(name: str) -> Objective:
-    """Build an objective.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisteredObjective:
+    """What is known about a built-in objective before it is imported."""
 
-    Args:
-        name: of the registry, or `module:Class` in the code folder in use.
-
-    Raises: UserCodeError if the user's class cannot be imported, lacks a method, or cannot be built.
-    """
-    if not is_reference(name):
-        module, cls = split_reference(OBJECTIVES[name])
-        return cast(Objective, getattr(importlib.import_module(module), cls)())
-    found = load_class(name, base=Objective)
-    with user_code_errors(name):
-        require_directions(name, found)
-        built = found()
-        require_directions(name, built)
-    return cast(Objective, built)
+    reference: str
+    """`module:Class` of an `Objective`."""
+    metrics: Mapping[str, Direction]
+    """Every metric besides the loss; the class's `metric_directions`."""
 
 
-def require_directions(name: str, found: object) -> Mapping[str, Direction]:
-    """Return the `metric_directions` of a user's objective.
-
-    Args:
-        name: its `module:Class`.
-        found: the class or an instance.
-
-    Raises: UserCodeError if it has none, names a metric that every run has, or has a name that is not plain.
-    """
-    directions = getattr(found, "metric_directions", None)
-    # Compared in a tuple, as a value may be unhashable.
-    if not isinstance(directions, Mapping) or any(value not in ("min", "max") for value in directions.values()):
-        raise UserCodeError(f"{name}: metric_directions must map the name of each metric to 'min' or 'max'")
-    for metric in directions:
-        if not isinstance(metric, str) or not _METRIC_NAME.fullmatch(metric):
-            raise UserCodeError(
-                f"{name}: metric_directions names {metric!r}; "
-                "a name must have only a-z, 0-9 and _, and begin with a-z"
-            )
-        if metric in RESERVED_METRICS:
-            raise UserCodeError(f"{name}: metric_directions must not name {metric!r}, which every run reports")
-    return dict(directions)
+OBJECTIVES: dict[str, RegisteredObjective] = {
+    "causal-lm": RegisteredObjective(reference="forge.objective.causal_lm:CausalLm", metrics={"perplexity": "min"}),
+}

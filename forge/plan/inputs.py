@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from forge.config.registry import Direction
+from forge.objective.registry import Direction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ import os
 import sys
 from collections.abc import Mapping
 
-from forge.config.registry import Direction
 from forge.errors import UserCodeError
+from forge.objective.registry import Direction
 from forge.user_code import load_class, use_code
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 def _directions(reference: str) -> Mapping[str, Direction]:
     """Build an objective, as every worker does, and return its metrics. Raises: UserCodeError."""
-    from forge.objective.registry import build_objective, require_directions
+    from forge.objective.build import build_objective, require_directions
 
     return require_directions(reference, build_objective(reference))
 

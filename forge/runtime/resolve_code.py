@@ -16,8 +16,8 @@ from pathlib import Path
 
 from forge.code_archive import PackedCode, pack_code, read_run_code, unpack_code
 from forge.config.load import LoadedJob
-from forge.config.registry import Direction
 from forge.errors import UserCodeError
+from forge.objective.registry import Direction
 from forge.plan.inputs import CodeInfo
 from forge.runs.reader import read_plan
 from forge.user_code import check_module_names, check_reference, is_reference

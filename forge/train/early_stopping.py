@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from forge.checkpoint.manifest import Progress
-from forge.config.registry import Direction
 from forge.config.training import EarlyStoppingSpec
 from forge.errors import RunError
 from forge.events import EarlyStopped, Evaluated
+from forge.objective.registry import Direction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

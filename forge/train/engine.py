@@ -37,8 +37,8 @@ from forge.model.dropout import SampleDropout, model_has_dropout
 from forge.model.families.base import BuildOptions, DataShape, Sharding
 from forge.model.families.registry import family_of
 from forge.objective.base import ObjectiveModule, derived_metrics
+from forge.objective.build import build_objective
 from forge.objective.causal_lm import CausalLm
-from forge.objective.registry import build_objective
 from forge.train.base_weights import digest_base
 from forge.train.metric_sums import MetricSums
 from forge.train.metrics import peak_memory_gib

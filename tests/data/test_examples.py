@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from forge.config.data import DataSpec
-from forge.config.registry import FORMATS
 from forge.data import prepare_examples
 from forge.data.example_store import ExampleRows, ExampleWriter
 from forge.data.formats.base import Example, FormatContext
-from forge.data.formats.registry import build_format
+from forge.data.formats.build import build_format
+from forge.data.formats.registry import FORMATS
 from forge.data.prepare import open_rows, prepare
 from forge.data.rows import IGNORED
 from forge.data.sources.base import Record

@@ -19,7 +19,7 @@ from forge.code_archive import ARCHIVE, pack_code, unpack_code
 from forge.config.load import load_job
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.registry import family_of
-from forge.objective.registry import build_objective
+from forge.objective.build import build_objective
 from forge.plan.plan import plan_from_json
 from forge.runs.reader import read_metrics, read_run
 from forge.user_code import use_code

@@ -12,10 +12,10 @@ import pytest
 from forge.checkpoint.manifest import ModelShape, Progress, state_bytes, state_from_bytes
 from forge.checkpoint.reader import list_checkpoints
 from forge.checkpoint.storage import open_storage
-from forge.config.registry import Direction
 from forge.config.training import EarlyStoppingSpec
 from forge.errors import RunError
 from forge.events import EarlyStopped, Evaluated
+from forge.objective.registry import Direction
 from forge.plan.inputs import CorpusInfo
 from forge.train.early_stopping import EarlyStopping
 from tests.support.jobs import tiny_plan
