@@ -53,6 +53,11 @@ def die_with_parent(parent: int, *, signal_number: int = signal.SIGKILL) -> None
         os.kill(os.getpid(), signal_number)
 
 
+def ending(code: int) -> str:
+    """Describe the return code of a `subprocess.Popen`: `SIGKILL`, or `exit status 1`."""
+    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
 def free_port(host: str = "") -> int:
     """Return a TCP port that no process listens on now.
 

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +31,11 @@ from forge.data.rows import RowStore, StreamRows
 from forge.data.store import CacheIndex, Packer, Split, TokenStream
 from forge.data.tokenizer import TextTokenizer, encode_batches, load_tokenizer, train_tokenizer
 from forge.data.unigram import unigram_perplexity
+from forge.data.user_format import write_user_examples
 from forge.errors import DataError
 from forge.fs import sync_folder
 from forge.plan.inputs import CorpusInfo
-from forge.user_code import is_reference, use_code
+from forge.user_code import is_reference
 
 TOKENIZER_SAMPLE_CHARS = 1 << 26
 """Most text that a tokenizer is trained on; more hardly changes the first 10⁵ merges."""
@@ -77,7 +79,7 @@ def prepare(
     document is held out and one kept; if the corpus is a single document, its end is held out.
 
     Args:
-        code_digest: of the code folder that is in use, if `data.format` is a class in it.
+        code_digest: of the unpacked code, if `data.format` is a class in it; a subprocess imports it.
 
     Raises: DataError if the corpus or the tokenizer cannot be used, the cache cannot be written, or the
         training tokens do not fill one sequence; UserCodeError.
@@ -207,8 +209,6 @@ def _write_cache(
     code_digest: str | None,
 ) -> CacheIndex:
     """Write all files of the cache, the index last."""
-    if is_reference(spec.format):
-        use_code(code_digest)
     if tokenizer is None:
         report(PrepareProgress(phase="tokenizer"))
         sample = corpus.iter_sample(spec, max_chars=TOKENIZER_SAMPLE_CHARS)
@@ -216,7 +216,9 @@ def _write_cache(
     if spec.packing == "concatenate":
         index = _write_streams(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=report)
     else:
-        index = write_examples(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=_progress_of(report))
+        is_own = is_reference(spec.format)
+        write = partial(write_user_examples, code_digest=code_digest) if is_own else write_examples
+        index = write(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=_progress_of(report))
     files = {"tokenizer/tokenizer.json": tokenizer.content, "tokenizer/tokenizer_config.json": tokenizer.config}
     written = [store.write_file(folder, name=name, content=text.encode()) for name, text in files.items()]
     for name in {path.parent for path in folder.rglob("*")} - {folder}:

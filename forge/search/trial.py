@@ -42,7 +42,6 @@ from forge.search.messages import FirstStep, TrialAssignment, TrialUpdate
 from forge.search.node_pool import NodePool
 from forge.search.trial_runner import TrialRunnerActor
 from forge.units import Every
-from forge.user_code import use_code
 
 _POLL_S = 2.0
 _HALTED_S = 0.5
@@ -78,7 +77,6 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         self._search = plan_from_json(common.plan_json)
         if self._search.code is not None:
             restore_code(self._search.code.digest, run_folder=Path(common.search_folder))
-            use_code(self._search.code.digest)
         self._runner_name = f"{SUPERVISOR}{Path(common.search_folder).name}.{secrets.token_hex(2)}"
         self._runner = TrialRunnerActor.options(  # type: ignore[attr-defined]
             name=self._runner_name,

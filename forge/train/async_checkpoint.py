@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ import torch.distributed as dist
 
 from forge.checkpoint.manifest import Progress, state_bytes, step_name
 from forge.checkpoint.writer_process import MEMBERSHIP_DIGITS, WriteCommand
+from forge.process import ending
 from forge.train.snapshotter import PendingSnapshot, Snapshotter
 from forge.train.state import TrainState
 
@@ -288,7 +288,7 @@ class _WriterProcess:
         while (piece := self._receive()) not in (None, b""):
             self._text += piece or b""
         if piece == b"" and self.death is None:
-            self.death = f"the writer process died ({_ending(self._process.wait())})"
+            self.death = f"the writer process died ({ending(self._process.wait())})"
         *lines, self._text = self._text.split(b"\n")
         return [json.loads(line) for line in lines]
 
@@ -304,7 +304,3 @@ class _WriterProcess:
             return os.read(self._stdout.fileno(), 2**16)
         except BlockingIOError:
             return None
-
-
-def _ending(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit status {code}"

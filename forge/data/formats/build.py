@@ -6,7 +6,7 @@ from typing import cast
 
 from forge.data.formats.base import ExampleFormat, FormatContext
 from forge.data.formats.registry import FORMATS
-from forge.user_code import is_reference, load_builtin_class, load_class
+from forge.user_code import is_reference, load_builtin_class, load_class, user_code_errors
 
 
 def build_format(name: str, *, context: FormatContext) -> ExampleFormat:
@@ -15,8 +15,9 @@ def build_format(name: str, *, context: FormatContext) -> ExampleFormat:
     Args:
         name: of the registry, or `module:Class` in the code folder in use.
 
-    Raises: UserCodeError if the user's class cannot be imported or lacks a method.
+    Raises: UserCodeError if the user's class cannot be imported or built, or lacks a method.
     """
     if is_reference(name):
-        return cast(ExampleFormat, load_class(name, base=ExampleFormat)(context))
+        with user_code_errors(name):
+            return cast(ExampleFormat, load_class(name, base=ExampleFormat)(context))
     return cast(ExampleFormat, load_builtin_class(FORMATS[name])(context))

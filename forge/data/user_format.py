@@ -1,0 +1,119 @@
+"""Prepare examples with a format of the user's own, in a subprocess.
+
+    python -P -m forge.data.user_format < request.json
+
+User code may import torch, print, or end its process, and the client that prepares the data must do none of these.
+What user code prints goes to stderr. The answers on stdout are lines of JSON: the progress, then the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from forge.config.data import DataSpec
+from forge.data import store
+from forge.data.prepare_examples import write_examples
+from forge.data.store import CacheIndex
+from forge.data.tokenizer import TextTokenizer
+from forge.errors import DataError, UserCodeError
+from forge.process import die_with_parent, ending
+from forge.user_code import use_code
+
+_ERRORS = {"DataError": DataError, "UserCodeError": UserCodeError}
+
+
+def write_user_examples(
+    spec: DataSpec,
+    *,
+    folder: Path,
+    digest: str,
+    tokenizer: TextTokenizer,
+    code_digest: str | None,
+    report: Callable[[int, int, int], None],
+) -> CacheIndex:
+    """As `write_examples`, for a format in the code of this digest.
+
+    Raises: DataError, UserCodeError, OSError.
+    """
+    request = {
+        "parent": os.getpid(),
+        "code": code_digest,
+        "spec": spec.model_dump(mode="json"),
+        "folder": str(folder),
+        "digest": digest,
+        "tokenizer": asdict(tokenizer),
+    }
+    command = [sys.executable, "-P", "-m", "forge.data.user_format"]
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        with process.stdin, process.stdout:
+            _send(process.stdin.fileno(), json.dumps(request).encode())
+            process.stdin.close()
+            for line in process.stdout:
+                answer = json.loads(line)
+                if "progress" in answer:
+                    report(*answer["progress"])
+                elif "error" in answer:
+                    raise _ERRORS[answer["error"]["class"]](answer["error"]["message"])
+                elif "os_error" in answer:
+                    raise OSError(*answer["os_error"])
+                else:
+                    return store.read_index(folder)
+        raise DataError(f"data.format {spec.format} ended its process ({ending(process.wait())}); see its output")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def main() -> None:
+    """Write the examples of one request and their index."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    request = json.load(sys.stdin)
+    die_with_parent(request["parent"])
+    folder = Path(request["folder"])
+
+    def answer(**content: Any) -> None:
+        _send(answers, json.dumps(content).encode() + b"\n")
+
+    try:
+        use_code(request["code"])
+        index = write_examples(
+            DataSpec.model_validate_json(json.dumps(request["spec"])),
+            folder=folder,
+            digest=request["digest"],
+            tokenizer=TextTokenizer(**request["tokenizer"]),
+            report=lambda *counts: answer(progress=counts),
+        )
+        store.write_index(folder, index=index)
+    except (DataError, UserCodeError) as error:
+        answer(error={"class": type(error).__name__, "message": str(error)})
+    except OSError as error:
+        answer(os_error=[error.errno, error.strerror or str(error), error.filename])
+    else:
+        answer(done=True)
+
+
+def _send(handle: int, content: bytes) -> None:
+    """Write all of it; nothing if the reader has ended."""
+    rest = memoryview(content)
+    try:
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+    except BrokenPipeError:
+        return
+
+
+if __name__ == "__main__":
+    main()
