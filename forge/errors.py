@@ -107,7 +107,15 @@ def _counted(num_others: int) -> str:
 
 
 class PlanError(ForgeError):
-    """The job cannot be run as requested; the message contains the arithmetic."""
+    """The job cannot be run as requested; the message contains the arithmetic.
+
+    Args:
+        job_key: dotted key of the job that is to blame, if it is one.
+    """
+
+    def __init__(self, problem: str, *, job_key: str | None = None) -> None:
+        super().__init__(f"{job_key}: {problem}" if job_key else problem)
+        self.problem, self.job_key = problem, job_key
 
 
 class ModelError(PlanError):

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from forge.config.class_names import FormatName, SourceName
-from forge.config.section import Count, FieldError, Fraction, Section, Strings
+from forge.config.section import Count, FieldError, Fraction, Section, Strings, raise_errors
 
 
 class TokenizerSpec(Section):
@@ -17,7 +17,7 @@ class TokenizerSpec(Section):
     """`bpe`: train a byte-level BPE tokenizer on a sample of the corpus; the default unless `from_pretrained` is
     given."""
 
-    vocab_size: Count = Field(8192, ge=257)
+    vocab_size: Count = Field(8192, ge=257, le=2**20)
     """Entries of a trained vocabulary, special tokens included; at least the 256 bytes and the end-of-text token.
     A small corpus may give fewer."""
 
@@ -60,7 +60,7 @@ class DataSpec(Section):
     tokenizer: TokenizerSpec = TokenizerSpec()
     """The tokenizer; that of `model.from_pretrained` where this is set and the key is left out."""
 
-    seq_len: Count = Field(1024, ge=2)
+    seq_len: Count = Field(1024, ge=2, le=2**24)
     """Predicted tokens per sequence, padding included."""
 
     held_out: Fraction = Field(0.01, ge=0, le=0.5)
@@ -72,10 +72,13 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> DataSpec:
+        errors: list[FieldError] = []
+        if self.files is not None and not (self.files and all(self.files)):
+            errors.append(FieldError("files", "must name at least one file or glob"))
+        if self.packing == "concatenate" and self.format != "text":
+            problem = f"must be examples or none with format {self.format}"
+            errors.append(FieldError("packing", problem, nearest="examples"))
+        raise_errors(errors)
         if (self.source is None) == (self.files is None):
             raise ValueError("give either 'source' or 'files'")
-        if self.files is not None and not (self.files and all(self.files)):
-            raise FieldError("files", "must name at least one file or glob")
-        if self.packing == "concatenate" and self.format != "text":
-            raise FieldError("packing", f"must be examples or none with format {self.format}", nearest="examples")
         return self

@@ -7,14 +7,14 @@ what to write instead. Each key is reported once.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from forge.config.fields import Loc, known_keys, literal_values, section_at
 from forge.config.locations import SourceMap, parent_key
-from forge.config.section import FieldError, Section
+from forge.config.section import FieldError, FieldErrors, Section
 from forge.config.yaml_reader import join_key
 from forge.errors import JobFileError
 
@@ -59,32 +59,58 @@ _SENTENCES = {
 
 
 def field_errors(
-    error: ValidationError, *, root: type[Section], source: SourceMap, reported: Iterable[JobFileError]
+    error: ValidationError,
+    *,
+    root: type[Section],
+    source: SourceMap,
+    reported: Iterable[JobFileError],
+    removed: Collection[str] = (),
 ) -> list[JobFileError]:
     """Return pydantic's errors as JobFileErrors.
 
     Args:
         root: type of the whole file.
         reported: errors found before; pydantic's errors about the same keys are only consequences and are dropped.
+        removed: invalid keys that were left out for this validation; what may follow from that is dropped too.
     """
     keys = {other.key for other in reported}
     found: list[JobFileError] = []
     for record in error.errors(include_url=False):
-        error_found = _translated(record, root=root, source=source)
-        if keys.isdisjoint(_with_parents(error_found.key or "")):
-            keys.add(error_found.key)
-            found.append(error_found)
+        for error_found in _translated(record, root=root, source=source, removed=removed):
+            if keys.isdisjoint(_with_parents(error_found.key or "")):
+                keys.add(error_found.key)
+                found.append(error_found)
     # `nam:` is an unknown key and also leaves `name` missing: report this one mistake once.
     meant = {join_key(parent_key(other.key or ""), other.nearest or "") for other in found}
     return [other for other in found if other.problem != _MISSING or other.key not in meant]
 
 
-def _translated(record: Mapping[str, Any], *, root: type[Section], source: SourceMap) -> JobFileError:
+def _translated(
+    record: Mapping[str, Any], *, root: type[Section], source: SourceMap, removed: Collection[str]
+) -> Iterator[JobFileError]:
+    """Yield the problems of one of pydantic's records, without those that may follow from what was removed."""
+    if removed and record["type"] == "missing":  # known from the validation before anything was removed
+        return
+    key = _dotted(record["loc"])
+    cause = record.get("ctx", {}).get("error")
+    for one in cause.errors if isinstance(cause, FieldErrors) else (cause,):
+        if not isinstance(one, FieldError):
+            if not any(other.startswith(f"{key}." if key else "") for other in removed):
+                yield _of_type(record, root=root, source=source)
+            continue
+        deciding = [join_key(key, name) if name else key for name in (one.key, *one.depends_on)]
+        if not any(_overlap(name, other) for name in deciding for other in removed):
+            yield source.error(deciding[0], str(one), nearest=one.nearest)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two keys are the same, or one is below the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _of_type(record: Mapping[str, Any], *, root: type[Section], source: SourceMap) -> JobFileError:
     kind, given, loc = record["type"], record["input"], record["loc"]
     key = _dotted(loc)
-    cause = record.get("ctx", {}).get("error")
-    if isinstance(cause, FieldError):
-        return source.error(join_key(key, cause.key) if cause.key else key, str(cause), nearest=cause.nearest)
     if kind == "extra_forbidden":
         return _unknown_key(loc, root=root, source=source)
     if kind == "model_type":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,7 +12,7 @@ from forge.config.metrics import check_metrics
 from forge.config.model import ModelSpec
 from forge.config.resources import CheckpointSpec, ResourcesSpec, TrackingSpec
 from forge.config.search import SearchSpec
-from forge.config.section import FieldError, Section
+from forge.config.section import FieldError, FieldErrors, Section, raise_errors
 from forge.config.training import TrainingSpec
 from forge.user_code import is_reference
 
@@ -52,36 +53,39 @@ class JobSpec(Section):
     """Hyperparameter search with `forge tune`: many trials instead of one run."""
 
     @model_validator(mode="after")
-    def _search_is_elastic(self) -> JobSpec:
-        if self.search is not None and self.resources.engine != "elastic":
-            raise FieldError("resources.engine", "`search` requires engine: elastic", nearest="elastic")
-        return self
-
-    @model_validator(mode="after")
-    def _classes_have_code(self) -> JobSpec:
-        for key, reference in self.user_classes.items():
-            if self.code is None:
-                problem = f"{reference} names a class of your own; add the folder it is in, such as 'code: ./src'"
-                raise FieldError(key, problem)
-        return self
-
-    @model_validator(mode="after")
-    def _tokenizer_of_the_model(self) -> JobSpec:
-        """Take the tokenizer of the pretrained model unless another is given; its embeddings are of those ids."""
-        if self.model.from_pretrained is not None and "tokenizer" not in self.data.model_fields_set:
+    def _sections_fit(self) -> JobSpec:
+        """Check sections against each other, and fill in what one says about another."""
+        errors = list(self._problems())
+        try:
+            self.__dict__["search"] = check_metrics(self.training, self.search, of_user={})
+        except FieldErrors as error:
+            errors += error.errors
+        raise_errors(errors)
+        if self.model.from_pretrained is not None and self.data.tokenizer.from_pretrained is None:
+            # Its embeddings are of these ids. The section is frozen; this is still its construction.
             tokenizer = TokenizerSpec(from_pretrained=self.model.from_pretrained)
-            # The section is frozen; this is still its construction.
             self.__dict__["data"] = self.data.model_copy(update={"tokenizer": tokenizer})
         return self
 
-    @model_validator(mode="after")
-    def _metrics_are_reported(self) -> JobSpec:
+    def _problems(self) -> Iterator[FieldError]:
+        if self.search is not None and self.resources.engine != "elastic":
+            yield FieldError("resources.engine", "`search` requires engine: elastic", nearest="elastic")
+        if self.code is None:
+            problem = "names a class of your own; add the folder it is in, such as 'code: ./src'"
+            for key, reference in self.user_classes.items():
+                yield FieldError(key, f"{reference} {problem}", depends_on=("code",))
         if self.training.early_stopping is not None and not self.data.held_out:
-            metric = self.training.early_stopping.metric
-            problem = f"{metric} is measured on held-out data, but data.held_out is 0"
-            raise FieldError("training.early_stopping", problem)
-        self.__dict__["search"] = check_metrics(self.training, self.search, of_user={})
-        return self
+            problem = f"{self.training.early_stopping.metric} is measured on held-out data, but data.held_out is 0"
+            yield FieldError("training.early_stopping", problem, depends_on=("data.held_out",))
+        tokenizer = self.data.tokenizer
+        if self.model.from_pretrained is not None and tokenizer.from_pretrained is None:
+            new = [key for key in ("train", "vocab_size") if key in tokenizer.model_fields_set]
+            new = [key for key in new if getattr(tokenizer, key) != type(tokenizer).model_fields[key].default]
+            problem = (
+                "is for a tokenizer that is trained anew, whose ids the embeddings of model.from_pretrained do not "
+                "know; leave data.tokenizer out to use the tokenizer of the pretrained model"
+            )
+            yield from (FieldError(f"data.tokenizer.{key}", problem) for key in new[:1])
 
     @property
     def user_classes(self) -> dict[str, str]:

@@ -7,11 +7,10 @@ of its lines, so that later checks, which know more than its types, can also nam
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -19,13 +18,14 @@ from forge.code_archive import PackedCode
 from forge.config.cluster import SECTIONS, ClusterSpec
 from forge.config.errors import field_errors
 from forge.config.job import JobSpec
-from forge.config.locations import SourceMap, map_source
+from forge.config.locations import SourceMap, combined, map_source, parent_key
 from forge.config.secret import SECRET_PROBLEM, is_secret
 from forge.config.section import Section
 from forge.config.yaml_reader import YamlNode, compose, join_key, read_text
 from forge.errors import JobFileError
 
 _MAX_NAMES = 16
+_MAX_ROUNDS = 6
 _MAPPINGS = ("search.space", "search.proxy")
 _S = TypeVar("_S", bound=Section)
 
@@ -86,13 +86,43 @@ def _read(path: str | Path, *, errors: list[JobFileError], parts: str, keys: str
 
 
 def _validated(root: YamlNode, section: type[_S], *, source: SourceMap, errors: list[JobFileError]) -> _S:
-    try:
-        found = section.model_validate(root.plain())
-    except ValidationError as error:
-        errors += field_errors(error, root=section, source=source, reported=errors)
+    """Validate a whole file.
+
+    A section with an invalid key is not checked as a whole, nor are sections against each other. So invalid keys
+    are left out, one round after the other, until nothing new is found.
+
+    Raises: JobFileError with all problems.
+    """
+    body = root.plain()
+    removed: set[str] = set()
+    for _ in range(_MAX_ROUNDS):
+        try:
+            found = section.model_validate(body)
+            break
+        except ValidationError as error:
+            more = field_errors(error, root=section, source=source, reported=errors, removed=removed)
+        errors += more
+        invalid = [error for error in more if error.key and _remove(body, error.key)]
+        if not invalid:
+            break
+        for found_error in invalid:
+            removed |= {found_error.key or "", *_meant_by(found_error)}
     if errors:
-        raise _combined(errors)
+        raise combined(errors)
     return found
+
+
+def _meant_by(error: JobFileError) -> set[str]:
+    """The keys that an unknown key may stand for."""
+    return {join_key(parent_key(error.key or ""), error.nearest), error.nearest} if error.nearest else set()
+
+
+def _remove(body: Any, key: str) -> bool:
+    """Remove a dotted key from nested mappings; whole lists are removed. Returns: whether it was there."""
+    *sections, name = key.partition("[")[0].split(".")
+    for section in sections:
+        body = body.get(section) if isinstance(body, dict) else None
+    return isinstance(body, dict) and body.pop(name, body) is not body
 
 
 def _with_override(root: YamlNode, override: str, *, errors: list[JobFileError]) -> YamlNode:
@@ -135,17 +165,3 @@ def _placed(section: YamlNode, names: Sequence[str], value: YamlNode, *, parent:
         empty = YamlNode(value={}, line=None, text="{...}")
         value = _placed(children.get(name, empty), rest, value, parent=join_key(parent, name))
     return replace(section, value={**children, name: value}, text="{...}")
-
-
-def _combined(errors: Sequence[JobFileError]) -> JobFileError:
-    """Combine errors into one, in the order of the file, `--set` last."""
-    first, *others = sorted(errors, key=lambda error: math.inf if error.line is None else error.line)
-    return JobFileError(
-        first.problem,
-        path=first.path,
-        line=first.line,
-        key=first.key,
-        value=first.value,
-        nearest=first.nearest,
-        others=tuple(others),
-    )

@@ -6,10 +6,12 @@ the number of heads. Such a check raises `source.error("model.hidden_size", "is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from forge.config.secret import is_secret
+from forge.config.section import FieldErrors
 from forge.config.yaml_reader import YamlNode, join_key
 from forge.errors import JobFileError
 
@@ -53,6 +55,10 @@ class SourceMap:
             nearest=nearest,
         )
 
+    def errors(self, found: FieldErrors) -> JobFileError:
+        """Return one JobFileError of several fields, given by their dotted keys."""
+        return combined([self.error(error.key, str(error), nearest=error.nearest) for error in found.errors])
+
     def _nearest_location(self, key: str) -> SourceLocation:
         while key:
             key = parent_key(key)
@@ -76,6 +82,20 @@ def map_source(root: YamlNode, *, path: str) -> SourceMap:
 
     visit(root, "")
     return SourceMap(path=path, locations=locations)
+
+
+def combined(errors: Sequence[JobFileError]) -> JobFileError:
+    """Combine errors into one, in the order of the file, `--set` last."""
+    first, *others = sorted(errors, key=lambda error: math.inf if error.line is None else error.line)
+    return JobFileError(
+        first.problem,
+        path=first.path,
+        line=first.line,
+        key=first.key,
+        value=first.value,
+        nearest=first.nearest,
+        others=tuple(others),
+    )
 
 
 def parent_key(key: str) -> str:

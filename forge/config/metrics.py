@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping
 
 from forge.config.search import SearchSpec
-from forge.config.section import FieldError
+from forge.config.section import FieldError, raise_errors
 from forge.config.training import TrainingSpec
 from forge.objective.registry import OBJECTIVES, Direction
 from forge.user_code import is_reference
@@ -46,20 +46,22 @@ def check_metrics(
 
     Returns: the search with its mode: unless given, the direction of its metric.
 
-    Raises: FieldError for a metric that is not reported.
+    Raises: FieldErrors for metrics that are not reported.
     """
     objectives = _objectives(training, search)
     tables = [OBJECTIVES[name].metrics if name in OBJECTIVES else of_user.get(name) for name in objectives]
     known = _common([reported_metrics(table) for table in tables if table is not None])
     is_complete = all(table is not None for table in tables)
     stopping = training.early_stopping
+    errors: list[FieldError] = []
     if stopping is not None and (is_complete or not stopping.metric.startswith("eval/")):
         evaluated = [name for name in known if name.startswith("eval/")]
-        _require(stopping.metric, evaluated, key="training.early_stopping.metric", what="evaluations")
+        errors += _unknown(stopping.metric, evaluated, key="training.early_stopping.metric", what="evaluations")
+    if search is not None and is_complete:
+        errors += _unknown(search.metric, list(known), key="search.metric", what="trials")
+    raise_errors(errors)
     if search is None:
         return None
-    if is_complete:
-        _require(search.metric, list(known), key="search.metric", what="trials")
     is_known = search.metric in (known if is_complete else RUN_METRICS)
     if search.mode is not None or not is_known:
         return search
@@ -68,12 +70,13 @@ def check_metrics(
     return found
 
 
-def _require(name: str, known: list[str], *, key: str, what: str) -> None:
-    """Raises: FieldError for a metric that is not known."""
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        problem = f"is not a metric; {what} report {', '.join(known)}"
-        raise FieldError(key, problem, nearest=nearest[0] if nearest else None)
+def _unknown(name: str, known: list[str], *, key: str, what: str) -> list[FieldError]:
+    """The problem of a metric that is not known; empty if it is known."""
+    if name in known:
+        return []
+    nearest = difflib.get_close_matches(name, known, n=1)
+    problem = f"is not a metric; {what} report {', '.join(known)}"
+    return [FieldError(key, problem, nearest=nearest[0] if nearest else None, depends_on=("training.objective",))]
 
 
 def _objectives(training: TrainingSpec, search: SearchSpec | None) -> list[str]:

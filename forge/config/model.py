@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
-from forge.config.section import FieldError, Section, Strings
+from forge.config.section import FieldError, Section, Strings, raise_errors
 
 _ORIGINS = ("architecture", "from_pretrained", "class")
+
+_LOADER_ARGUMENTS = frozenset({
+    "adapter_kwargs", "auto_map", "cache_dir", "code_revision", "custom_generate", "custom_pipeline", "device_map",
+    "force_download", "from_flax", "from_tf", "gguf_file", "kernel_config", "key_mapping", "load_in_4bit",
+    "load_in_8bit", "local_files_only", "name_or_path", "offload_folder", "pretrained_model_name_or_path",
+    "proxies", "quantization_config", "resume_download", "return_unused_kwargs", "revision", "state_dict",
+    "subfolder", "tp_plan", "trust_remote_code", "use_auth_token", "use_kernels", "variant", "weights_only",
+})  # fmt: skip
+"""Arguments of transformers' loaders, and keys of its configs, that decide which files or code are loaded, and from
+where. forge decides that itself: it loads no code of a model's folder or of the Hub, and plain weights only."""
+
+_IMPLEMENTATIONS = frozenset({"attn_implementation", "experts_implementation"})
+
+_MAX_WHOLE = 2**31 - 1
+_MAX_LAYERS = 10_000
+"""No model has as many; transformers builds one module for each, also to count them."""
 
 
 class ModelSpec(Section):
@@ -46,6 +63,15 @@ class ModelSpec(Section):
             raise ValueError("give one of 'architecture', 'from_pretrained' and 'class'")
         return self
 
+    @model_validator(mode="after")
+    def _loads_nothing_else(self) -> ModelSpec:
+        # The constructor of a class of the user's own may have arguments of any name.
+        if self.class_reference is None:
+            given = self.config_overrides
+            problems = [*loader_problems(given), *size_problems(given)]
+            raise_errors([FieldError(key, problem) for key, problem in problems])
+        return self
+
     @property
     def class_reference(self) -> str | None:
         """The value of the key `class`."""
@@ -56,3 +82,35 @@ class ModelSpec(Section):
     def config_overrides(self) -> dict[str, Any]:
         """The keys of the transformers config."""
         return dict(self.model_extra or {})
+
+
+def loader_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the dotted key and the problem of every key of a job that decides what transformers loads.
+
+    Args:
+        values: keys of a transformers config, at any depth.
+    """
+    for key, value in values.items():
+        if key in _LOADER_ARGUMENTS or key.startswith("_"):
+            yield key, "is an argument of a loader, not a key of the model's config; forge does not pass it on"
+        elif key in _IMPLEMENTATIONS and "/" in repr(value):
+            yield (
+                key,
+                "names code of the Hub, which forge does not execute: choose eager, sdpa or flash_attention_2",
+            )
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", problem) for inner, problem in loader_problems(value))
+
+
+def size_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the dotted key and the problem of every size that no model has, and that would take for ever to count.
+
+    Args:
+        values: keys of a transformers config, of a job or of a `config.json`.
+    """
+    for key, value in values.items():
+        limit = _MAX_LAYERS if "layer" in key else _MAX_WHOLE
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", problem) for inner, problem in size_problems(value))
+        elif isinstance(value, int) and abs(value) > limit:
+            yield key, f"must be at most {limit}"

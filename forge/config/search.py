@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from forge.config.section import Count, FieldError, Fraction, Number, Section, WholeOrAuto
+from forge.config.section import Count, FieldError, Fraction, Number, Section, WholeOrAuto, raise_errors
 from forge.objective.registry import Direction
 
 _KINDS = ("choice", "grid", "uniform", "loguniform", "int", "of")
+_MAX_VALUES = 1000
 _PBT_SECTIONS = ("training.optimizer.", "training.schedule.", "training.ema.")
 
 
@@ -17,6 +18,8 @@ def _read_values(value: Any) -> Any:
     # A union type would report one error per member.
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError("must be a list of at least one value, such as [1, 2, 4]")
+    if len(value) > _MAX_VALUES:
+        raise ValueError(f"must have at most {_MAX_VALUES} values; give a range instead")
     return tuple(value)
 
 
@@ -94,7 +97,7 @@ class ParameterSpec(Section):
         if self.of is None and any(factor is not None for factor in factors):
             raise FieldError("times" if self.times is not None else "divided_by", "is only for 'of'", nearest="of")
         if self.of is not None and sum(factor is not None for factor in factors) != 1:
-            raise FieldError("of", "requires one of 'times' and 'divided_by'")
+            raise FieldError("of", "requires one of 'times' and 'divided_by'", depends_on=("times", "divided_by"))
         for kind in ("choice", "grid"):
             values = getattr(self, kind)
             if values is not None and len({repr(value) for value in values}) < len(values):
@@ -187,7 +190,7 @@ class SearchSpec(Section):
     that of the objective's `metric_directions`; `min` for losses, times and memory, `max` for `speed/tokens_per_s`
     and `speed/mfu`."""
 
-    max_trials: Count | None = Field(None, ge=1)
+    max_trials: Count | None = Field(None, ge=1, le=10**6)
     """Number of trials; the size of the population with `pbt` and `pb2`. By default 16, or the whole grid."""
 
     trials_at_once: WholeOrAuto = "auto"
@@ -217,31 +220,38 @@ class SearchSpec(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchSpec:
+        errors: list[FieldError] = []
         if not any(entry.of is None for entry in self.space.values()):
-            raise FieldError("space", "is empty: give at least one key to search")
+            errors.append(FieldError("space", "is empty: give at least one key to search"))
         for key, entry in self.space.items():
-            self._require_fitting(key, entry)
+            problem = self._problem_of(key, entry)
+            errors += [problem] if problem is not None else []
         for key in self.proxy:
             if key in self.space:
-                raise FieldError(f"proxy.{key}", "is also in search.space: a searched key cannot be fixed")
+                problem = FieldError(f"proxy.{key}", "is also in search.space: a searched key cannot be fixed")
+                errors.append(problem)
             if key.split(".")[0] == "search":
-                raise FieldError(f"proxy.{key}", "is a key of the search, not of a trial")
+                errors.append(FieldError(f"proxy.{key}", "is a key of the search, not of a trial"))
+        raise_errors(errors)
         return self
 
-    def _require_fitting(self, key: str, entry: ParameterSpec) -> None:
+    def _problem_of(self, key: str, entry: ParameterSpec) -> FieldError | None:
         where = f"space.{key}"
         if key.split(".")[0] in ("search", "name", "resources", "checkpoint", "tracking"):
-            raise FieldError(where, "cannot be searched: it does not affect the result of the training")
+            return FieldError(where, "cannot be searched: it does not affect the result of the training")
         if entry.grid is not None and self.searcher.kind != "grid":
-            raise FieldError(where, "grid requires searcher: {kind: grid}; otherwise use choice", nearest="choice")
+            problem = "grid requires searcher: {kind: grid}; otherwise use choice"
+            return FieldError(where, problem, nearest="choice", depends_on=("searcher.kind",))
         source = self.space.get(entry.of) if entry.of is not None else None
         if source is not None and source.of is not None:
-            raise FieldError(where, f"'{entry.of}' is itself computed from another key")
+            return FieldError(where, f"'{entry.of}' is itself computed from another key")
         if self.scheduler.is_population and not key.startswith(_PBT_SECTIONS):
-            raise FieldError(
+            sections = ", ".join(section.rstrip(".") for section in _PBT_SECTIONS)
+            return FieldError(
                 where,
                 f"{self.scheduler.kind} changes values during a trial, which is possible only for keys of "
-                f"{', '.join(section.rstrip('.') for section in _PBT_SECTIONS)}",
+                f"{sections}",
             )
         if self.scheduler.kind == "pb2" and entry.of is None and entry.ends is None:
-            raise FieldError(where, "pb2 requires ranges: uniform, loguniform or int")
+            return FieldError(where, "pb2 requires ranges: uniform, loguniform or int")
+        return None

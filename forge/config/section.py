@@ -7,11 +7,14 @@ JSON schema, whose examples are strings that a user may write.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema
 
 from forge import units
+
+MAX_WORKERS = 4096
 
 
 class Section(BaseModel):
@@ -29,12 +32,30 @@ class FieldError(ValueError):
         key: relative to the section, such as `schedule.warmup_steps`; empty in the validator of one key's type.
         problem: one sentence, without the key.
         nearest: what to write instead, if that is clear.
+        depends_on: other keys, relative to the section, whose values decide whether this is a problem.
     """
 
-    def __init__(self, key: str, problem: str, *, nearest: str | None = None) -> None:
+    def __init__(
+        self, key: str, problem: str, *, nearest: str | None = None, depends_on: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(problem)
         self.key = key
         self.nearest = nearest
+        self.depends_on = depends_on
+
+
+class FieldErrors(ValueError):
+    """Raised by a section's validator to report problems of several of its keys."""
+
+    def __init__(self, errors: Sequence[FieldError]) -> None:
+        super().__init__("; ".join(f"{error.key}: {error}" for error in errors))
+        self.errors = tuple(errors)
+
+
+def raise_errors(errors: Sequence[FieldError]) -> None:
+    """Raises: FieldErrors unless `errors` is empty."""
+    if errors:
+        raise FieldErrors(errors)
 
 
 def _read_interval(value: Any) -> units.Every:
@@ -49,6 +70,8 @@ def _read_range_from_1(value: Any) -> units.Range:
     found = _read_range(value)
     if found.low < 1:
         raise ValueError("a range must start at 1 or more, and its end must not be below its start")
+    if found.high > MAX_WORKERS:
+        raise ValueError(f"a range must end at {MAX_WORKERS} or less: a plan lists every number of workers")
     return found
 
 

@@ -7,8 +7,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from forge.config.class_names import ObjectiveName
-from forge.config.section import Count, FieldError, Fraction, Interval, Number, Section, WholeOrAuto
+from forge.config.section import Count, FieldError, Fraction, Interval, Number, Section, WholeOrAuto, raise_errors
 from forge.units import Every
+
+MAX_STEPS = 10**10
+"""Limit of a run; more than any run needs, and the positions of its samples still fit into 64 bits."""
 
 
 class OptimizerSpec(Section):
@@ -100,16 +103,16 @@ class TrainingSpec(Section):
     objective: ObjectiveName = "causal-lm"
     """What is minimised. `causal-lm`: the mean cross entropy of the next token."""
 
-    total_steps: Count | None = Field(None, ge=1)
+    total_steps: Count | None = Field(None, ge=1, le=MAX_STEPS)
     """Length in optimizer steps. Give exactly one of `total_steps`, `total_tokens` and `epochs`."""
 
     total_tokens: Count | None = Field(None, ge=1)
     """Length in predicted tokens, rounded up to whole steps."""
 
-    epochs: Number | None = Field(None, gt=0)
+    epochs: Number | None = Field(None, gt=0, le=1e6)
     """Length in passes over the training sequences, rounded up to whole steps."""
 
-    global_batch_size: Count = Field(32, ge=1)
+    global_batch_size: Count = Field(32, ge=1, le=2**24)
     """Sequences per optimizer step, the same for any number of workers. DeepSpeed's `train_batch_size`."""
 
     micro_batch_size: WholeOrAuto = "auto"
@@ -152,16 +155,27 @@ class TrainingSpec(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingSpec:
+        errors: list[FieldError] = []
+        micro = self.micro_batch_size
+        if micro != "auto" and not 1 <= micro <= self.global_batch_size:
+            problem = f"must be in 1..{self.global_batch_size}, the global batch size"
+            errors.append(FieldError("micro_batch_size", problem, depends_on=("global_batch_size",)))
+        if self.total_steps is not None and (too_long := self.warmup_problem(self.total_steps)) is not None:
+            errors.append(FieldError("schedule.warmup_steps", too_long, depends_on=("total_steps",)))
+        raise_errors(errors)
         lengths = [self.total_steps, self.total_tokens, self.epochs]
         if sum(length is not None for length in lengths) != 1:
             raise ValueError("give exactly one of 'total_steps', 'total_tokens' and 'epochs'")
-        micro = self.micro_batch_size
-        if micro != "auto" and not 1 <= micro <= self.global_batch_size:
-            raise FieldError("micro_batch_size", f"must be in 1..{self.global_batch_size}, the global batch size")
-        warmup_steps = self.schedule.warmup_steps
-        if self.total_steps is not None and warmup_steps > self.total_steps:
-            raise FieldError(
-                "schedule.warmup_steps",
-                f"is longer than the training: {warmup_steps} warm-up steps, but total_steps is {self.total_steps}",
-            )
         return self
+
+    def warmup_problem(self, total_steps: int) -> str | None:
+        """Say why the warm-up does not fit a training of this many steps; None if it does."""
+        warmup = self.schedule.warmup_steps
+        if warmup <= total_steps:
+            return None
+        length = f"total_steps is {total_steps}"
+        if self.total_tokens is not None:
+            length = f"total_tokens {self.total_tokens} is {total_steps} steps"
+        elif self.epochs is not None:
+            length = f"epochs {self.epochs:g} is {total_steps} steps"
+        return f"is longer than the training: {warmup} warm-up steps, but {length}"

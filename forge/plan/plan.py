@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from forge.config.job import JobSpec
+from forge.config.training import MAX_STEPS
 from forge.errors import PlanError
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.deepspeed_config import deepspeed_config
@@ -234,6 +235,18 @@ def _check_model(job: JobSpec, model: ModelInfo, corpus: CorpusInfo | None) -> N
 
 
 def _total_steps(job: JobSpec, corpus: CorpusInfo | None, *, tokens_per_step: int) -> int:
+    """Raises: PlanError if the length is beyond every limit, or shorter than the warm-up."""
+    steps = _length_in_steps(job, corpus, tokens_per_step=tokens_per_step)
+    if steps > MAX_STEPS:
+        key = "total_tokens" if job.training.total_tokens is not None else "epochs"
+        raise PlanError(f"is {steps:,} steps; a run has at most {MAX_STEPS:,}", job_key=f"training.{key}")
+    problem = job.training.warmup_problem(steps)
+    if problem is not None:
+        raise PlanError(problem, job_key="training.schedule.warmup_steps")
+    return steps
+
+
+def _length_in_steps(job: JobSpec, corpus: CorpusInfo | None, *, tokens_per_step: int) -> int:
     training = job.training
     if training.total_steps is not None:
         return training.total_steps

@@ -6,7 +6,8 @@ started and no run folder is created.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -15,9 +16,10 @@ from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.metrics import check_metrics
 from forge.config.overrides import check_space, trial_job, usual_values
-from forge.config.section import FieldError
+from forge.config.section import FieldErrors
 from forge.data.prepare import PrepareProgress, prepare
 from forge.data.tokenizer import load_tokenizer
+from forge.errors import PlanError
 from forge.fs import default_cache_dir
 from forge.plan.inputs import CodeInfo, HardwareInfo, ModelInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
@@ -58,7 +60,8 @@ def resolve(
     )
     model = inspect_model(trained, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=code)
     _require_isolation(trained, model)
-    plan = make_plan(trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job))
+    with _with_lines(trained):
+        plan = make_plan(trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job))
     _require_held_out(plan, loaded)
     return _with_search(replace(plan, code=code), loaded, count_slots=count_slots)
 
@@ -78,8 +81,20 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     vocab_size, eot_id = _announced_vocabulary(trained.job.data.tokenizer)
     model = inspect_model(trained, vocab_size=vocab_size, eot_id=eot_id, code=code)
     _require_isolation(trained, model)
-    draft = make_draft(trained.job, model=model, hardware=hardware(trained.job))
+    with _with_lines(trained):
+        draft = make_draft(trained.job, model=model, hardware=hardware(trained.job))
     return _with_search(replace(draft, code=code), loaded, count_slots=count_local_slots)
+
+
+@contextmanager
+def _with_lines(loaded: LoadedJob) -> Iterator[None]:
+    """Add the line of the job file to a PlanError about one of its keys. Raises: JobFileError."""
+    try:
+        yield
+    except PlanError as error:
+        if error.job_key is None:
+            raise
+        raise loaded.source.error(error.job_key, error.problem) from error
 
 
 def with_directions(loaded: LoadedJob, code: CodeInfo | None) -> LoadedJob:
@@ -90,8 +105,8 @@ def with_directions(loaded: LoadedJob, code: CodeInfo | None) -> LoadedJob:
     job = loaded.job
     try:
         search = check_metrics(job.training, job.search, of_user=code.metric_directions if code is not None else {})
-    except FieldError as error:
-        raise loaded.source.error(error.key, str(error), nearest=error.nearest) from error
+    except FieldErrors as error:
+        raise loaded.source.errors(error) from error
     return replace(loaded, job=job.model_copy(update={"search": search})) if job.search is not None else loaded
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -582,3 +583,63 @@ def test_load_module__imported__does_not_import_torch_or_ray() -> None:
     heavy = "{'torch', 'transformers', 'ray', 'numpy'}"
     script = f"import sys, forge.config.load; sys.exit(bool({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_load_job__problems_of_keys_sections_and_between_sections__are_all_reported(
+    write: Callable[[str], Path],
+) -> None:
+    text = SMALL.replace("seq_len: 64", "seq_len: 1\n  text_kei: body\n  files: []").replace(
+        "total_steps: 10",
+        "total_steps: 10\n  objective: my_losses:Ranking\n  micro_batch_size: 64\n"
+        "  schedule: {kind: steps, warmup_steps: 12}\n  early_stopping: {metric: eval/loss}",
+    )
+    with pytest.raises(JobFileError) as caught:
+        load_job(write(text), overrides=["data.held_out=0", "model.trust_remote_code=true", "model.revision=x"])
+    found = {error.key for error in (caught.value, *caught.value.others)}
+    assert found == {
+        "data.seq_len", "data.text_kei", "data.files", "training.schedule.kind", "training.micro_batch_size",
+        "training.schedule.warmup_steps", "training.objective", "training.early_stopping",
+        "model.trust_remote_code", "model.revision",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("total_steps: 10", "total_steps: ten", "training.total_steps"),
+        ("total_steps: 10", "total_step: 10", "training.total_step"),
+        ("total_steps: 10", "total_steps: 10\n  global_batch_size: x\n  micro_batch_size: 64",
+         "training.global_batch_size"),
+        ("total_steps: 10", "total_steps: 10\n  global_batchsize: 64\n  micro_batch_size: 64",
+         "training.global_batchsize"),
+        ("architecture: llama", "architecture: 5", "model.architecture"),
+        ("source: python-stdlib", "source: python-stlib", "data.source"),
+        ("total_steps: 10", "total_steps: 10\n  objective: nonsense\nsearch: {metric: eval/mine, "
+         "space: {training.optimizer.lr: {choice: [1]}}}", "training.objective"),
+    ],
+)  # fmt: skip
+def test_load_job__one_mistake__is_one_problem(load_error: LoadError, old: str, new: str, key: str) -> None:
+    error = load_error(old, new)
+    assert (error.key, error.others) == (key, ())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "resources.workers=1..99999999999", "training.global_batch_size=1e15", "training.total_steps=1e18",
+        "training.epochs=1e300", "data.seq_len=1e17", "data.tokenizer.vocab_size=1e15",
+        "model.num_hidden_layers=1000000000", "model.vocab_size=10000000000000",
+    ],
+)  # fmt: skip
+def test_load_job__number_that_no_plan_can_carry_out__is_refused(load_error: LoadError, override: str) -> None:
+    error = load_error("name: small", "name: small", override)
+    assert error.key == override.partition("=")[0]
+    assert re.search(r"must be at most|must end at|must not be larger", error.problem)
+
+
+@pytest.mark.timeout(20)
+def test_load_job__thousands_of_problems__are_reported_at_once(write: Callable[[str], Path]) -> None:
+    keys = "".join(f"  unknown_{number}: {number}\n" for number in range(3000))
+    with pytest.raises(JobFileError) as caught:
+        load_job(write(SMALL + keys))
+    assert len(caught.value.others) == 2999

@@ -61,11 +61,37 @@ def test_for_world_size__allowed_sizes__have_a_plan() -> None:
 
 @pytest.mark.parametrize(
     ("length", "steps"),
-    [({"total_steps": 7}, 7), ({"total_tokens": 12 * 16 * 3 + 1}, 4), ({"epochs": 1}, 9), ({"epochs": 0.1}, 1)],
+    [({"total_steps": 7}, 7), ({"total_tokens": 12 * 16 * 3 + 1}, 4), ({"epochs": 1}, 9), ({"epochs": 0.2}, 2)],
 )
 def test_make_plan__any_length__becomes_whole_steps(length: dict[str, float], steps: int) -> None:
     changes = {"training__total_steps": None} | {f"training__{key}": value for key, value in length.items()}
     assert plan(**changes).total_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [
+        ({"total_tokens": 12 * 16 * 3 + 1}, "total_tokens 577 is 4 steps"),
+        ({"epochs": 0.5}, "epochs 0.5 is 5 steps"),
+    ],
+)
+def test_make_plan__warm_up_longer_than_a_length_in_any_unit__is_refused(
+    length: dict[str, float], said: str
+) -> None:
+    changes: dict[str, object] = {f"training__{key}": value for key, value in length.items()}
+    changes |= {"training__total_steps": None, "training__schedule": {"warmup_steps": 6}}
+    message = r"training\.schedule\.warmup_steps: is longer than the training: 6 warm-up steps, but "
+    with pytest.raises(PlanError, match=message + said) as caught:
+        plan(**changes)
+    assert caught.value.job_key == "training.schedule.warmup_steps"
+
+
+@pytest.mark.parametrize("length", [{"total_tokens": 2**62}, {"epochs": 1e6}])
+def test_make_plan__length_beyond_every_run__is_refused(length: dict[str, float]) -> None:
+    corpus = replace(CORPUS, num_train_sequences=10**6)
+    changes = {"training__total_steps": None} | {f"training__{key}": value for key, value in length.items()}
+    with pytest.raises(PlanError, match=rf"training\.{next(iter(length))}: is [0-9,]+ steps; a run has at most"):
+        plan(corpus, **changes)
 
 
 def draft(**changes: object) -> DraftPlan:
