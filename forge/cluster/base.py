@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +20,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from forge.errors import ClusterError
+from forge.errors import ClusterError, printable
 from forge.fs import write_atomic
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+"""As in a cluster file; every file of the state folder is named after a cluster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,10 +161,14 @@ class ClusterRecord:
 
 def read_record(name: str) -> ClusterRecord | None:
     """Read a cluster's record; None if there is none, or it is not a record."""
-    try:
-        return ClusterRecord(**json.loads((_state_home() / "clusters" / f"{name}.json").read_text()))
-    except (OSError, ValueError, TypeError):
+    if not _NAME.fullmatch(name):
         return None
+    try:
+        record = ClusterRecord(**json.loads((_state_home() / "clusters" / f"{name}.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    is_record = record.name == name and isinstance(record.spec, dict) and isinstance(record.state, dict)
+    return record if is_record else None
 
 
 def list_records() -> list[ClusterRecord]:
@@ -172,18 +180,18 @@ def list_records() -> list[ClusterRecord]:
 def write_record(record: ClusterRecord) -> None:
     """Save a cluster's record, readable by its owner only."""
     text = json.dumps(asdict(record), indent=1) + "\n"
-    write_atomic(state_folder("clusters") / f"{record.name}.json", text, mode=0o600)
+    write_atomic(_state_file(record.name, "json"), text, mode=0o600)
 
 
 def delete_state(name: str) -> None:
     """Delete a cluster's record and its token."""
-    (state_folder("clusters") / f"{name}.json").unlink(missing_ok=True)
+    _state_file(name, "json").unlink(missing_ok=True)
     token_path(name).unlink(missing_ok=True)
 
 
 def token_path(name: str) -> Path:
     """The file with the token that a cluster's Ray requires from clients."""
-    return state_folder("clusters") / f"{name}.token"
+    return _state_file(name, "token")
 
 
 def make_token(name: str) -> str:
@@ -218,7 +226,7 @@ def cluster_lock(name: str, *, wait: bool = False) -> Iterator[None]:
 
     Raises: ClusterError if another process holds it.
     """
-    with (state_folder("clusters") / f"{name}.lock").open("a") as lock:
+    with _state_file(name, "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -239,6 +247,15 @@ def state_folder(name: str = "") -> Path:
     except OSError as error:
         raise ClusterError(f"the state folder {folder} cannot be written: {error.strerror}") from error
     return folder
+
+
+def _state_file(name: str, kind: str) -> Path:
+    """Return a file of a cluster in the state folder. Raises: ClusterError if its name could leave the folder."""
+    if not _NAME.fullmatch(name):
+        raise ClusterError(
+            f"{printable(name, limit=80)} is not a cluster's name: lower-case letters, digits, dashes"
+        )
+    return state_folder("clusters") / f"{name}.{kind}"
 
 
 def _state_home() -> Path:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forge.cluster.base import Cluster, list_records, read_record
+from forge.cluster.base import Cluster, ClusterRecord, list_records, read_record
 from forge.cluster.local.provider import LocalCluster
 from forge.cluster.local.ray_cluster import NAME
-from forge.config.cluster import SECTIONS, CloudSpec, ClusterSpec, LocalSpec, SshSpec
+from forge.config.cluster import SECTIONS, CloudSpec, ClusterSpec, KubernetesSpec, LocalSpec, SshSpec
 from forge.config.load import load_cluster
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, ClusterError, printable
 
 
 def cluster_of(spec: ClusterSpec) -> Cluster:
@@ -38,16 +38,52 @@ def cluster_of(spec: ClusterSpec) -> Cluster:
 def find_cluster(name: str | None) -> Cluster:
     """The cluster with this name or this file; without either, this machine's own.
 
+    A file is never given the token of another cluster: if a cluster of its name was started from here, the file
+    must lead to the same head.
+
     Raises: ArgumentError listing the known clusters, JobFileError if the file is wrong.
     """
     if name is None or name == NAME:
         return LocalCluster()
     record = read_record(name)
     if record is not None:
-        return cluster_of(SECTIONS[record.provider].model_validate(dict(record.spec), strict=False))
-    if Path(name).is_file():
-        return cluster_of(load_cluster(name))
+        return cluster_of(_recorded_spec(record))
+    if _is_file(name):
+        spec = load_cluster(name)
+        record = read_record(spec.name)
+        if record is not None and _head_of(_recorded_spec(record), record) != _head_of(spec, record):
+            raise ArgumentError(
+                f"{printable(name, limit=200)} describes another cluster than '{spec.name}', which was started "
+                f"from here: its head differs. Use the name, {spec.name}, or choose another name: in the file"
+            )
+        return cluster_of(spec)
     known = ", ".join([NAME, *(other.name for other in list_records())])
     raise ArgumentError(
-        f"'{name}' is neither a cluster that was started from here nor a file; known clusters: {known}"
+        f"'{printable(name, limit=200)}' is neither a cluster that was started from here nor a file; known "
+        f"clusters: {known}"
     )
+
+
+def _recorded_spec(record: ClusterRecord) -> ClusterSpec:
+    """Return the cluster file that a record has. Raises: ClusterError if it is not valid any more."""
+    try:
+        return SECTIONS[record.provider].model_validate(dict(record.spec), strict=False)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = printable(" ".join(str(error).split()), limit=300)
+        raise ClusterError(f"the record of the cluster '{record.name}' cannot be used: {reason}") from None
+
+
+def _head_of(spec: ClusterSpec, record: ClusterRecord) -> tuple[object, ...]:
+    """Return what decides to which machine the token of the recorded cluster is sent."""
+    if isinstance(spec, SshSpec):
+        return (spec.provider, spec.machines[0], spec.port)
+    if isinstance(spec, KubernetesSpec):
+        return (spec.provider, spec.namespace, spec.context or record.state.get("context"))
+    return (spec.provider,)  # the record of a rented cluster has its head's address
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # a name too long for a file, or with a zero byte
+        return False

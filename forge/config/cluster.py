@@ -8,20 +8,49 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
+from forge.config import cluster_names as names
 from forge.config.section import Bytes, Duration, FieldError, RangeFromZero, Section, Strings
 from forge.units import Range
 
 _NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?")
-_USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_WIDEST = {4: 8, 6: 16}
+"""The shortest prefix of `allow_from` by IP version: the largest network that one organisation has."""
 
 
 def _read_mapping(value: object) -> object:
     return {} if value is None else value
+
+
+def _is_user(value: str) -> str:
+    if not names.USER.fullmatch(value):
+        raise ValueError("is not a valid user name")
+    return value
+
+
+def _is_gpu(value: str) -> str:
+    if not names.GPU.fullmatch(value):
+        raise ValueError("is not the name of a GPU, such as A100-80GB")
+    return value
+
+
+def _is_count(value: Range) -> Range:
+    if value.high > names.MAX_MACHINES:
+        raise ValueError(f"must be at most {names.MAX_MACHINES} machines")
+    return value
+
+
+_User = Annotated[str, AfterValidator(_is_user)]
+_Gpu = Annotated[str, AfterValidator(_is_gpu)]
+_LocalPath = Annotated[str, Field(min_length=1, max_length=4000), AfterValidator(names.local_path)]
+_RemotePath = Annotated[str, Field(pattern=names.REMOTE_PATH)]
+_Workers = Annotated[RangeFromZero, AfterValidator(_is_count)]
+_Price = Annotated[float, Field(ge=0, le=names.MAX_USD_PER_HOUR)]
+_PriceLimit = Annotated[float, Field(gt=0, le=names.MAX_USD_PER_HOUR)]
+_IdleMinutes = Annotated[float, Field(gt=0, le=10_000)]
 
 
 class ClusterSection(Section):
@@ -30,9 +59,17 @@ class ClusterSection(Section):
     name: str = Field(max_length=40, json_schema_extra={"pattern": _NAME})
     """Lower-case letters, digits and dashes: the argument of `--cluster`, and the tag of the machines."""
 
-    storage: str | None = Field(None, min_length=1)
+    storage: str | None = Field(None, min_length=1, max_length=2000)
     """Where runs on this cluster save their checkpoints unless the job sets `checkpoint.to`: a URL such as
     `s3://bucket/runs`, or a folder that all machines share. A single machine needs none."""
+
+    @field_validator("*")
+    @classmethod
+    def _is_one_line(cls, value: Any) -> Any:
+        for text in names.strings_in(value):
+            if not text.isprintable():
+                raise ValueError("must be one line of printable characters")
+        return value
 
     @field_validator("name")
     @classmethod
@@ -68,34 +105,34 @@ class SshSpec(ClusterSection):
     min_machines: int | None = Field(None, ge=1)
     """`forge cluster up` succeeds if at least this many machines are ready, the head included; by default all."""
 
-    user: str | None = None
+    user: _User | None = None
     """Login name; by default OpenSSH's choice."""
 
-    identity_file: str | None = Field(None, min_length=1)
+    identity_file: _LocalPath | None = None
     """File of the private key; by default OpenSSH's choice."""
 
     port: int = Field(22, ge=1, le=65535)
     """Port of sshd."""
 
-    python: str | None = Field(None, pattern=r"^(/|~/)")
+    python: _RemotePath | None = None
     """Python executable, on every machine, of an environment that contains forge; then nothing is installed."""
 
-    folder: str = Field("~/.forge", pattern=r"^(/|~/)[^\s'\"$`\\;&|<>*?]+$")
+    folder: _RemotePath = "~/.forge"
     """Folder on each machine for forge's environments, logs and runs."""
 
     ray_port: int = Field(6379, ge=1024, le=65535)
     """Port of Ray's head."""
 
-    wheels: str | None = Field(None, min_length=1)
+    wheels: _LocalPath | None = None
     """Folder on this machine with wheels to install from, if the machines cannot reach a package index."""
 
     clouds: Strings = ()
     """Clouds whose preemption notices are watched, `aws`, `gcp` or `azure`, if the machines are rented there."""
 
-    usd_per_hour: float | None = Field(None, ge=0)
+    usd_per_hour: _Price | None = None
     """Price of one machine in USD per hour; required to show and limit the cost."""
 
-    max_usd_per_hour: float | None = Field(None, gt=0)
+    max_usd_per_hour: _PriceLimit | None = None
     """Limit in USD per hour for all machines together; above it, runs write a checkpoint and stop."""
 
     @field_validator("machines")
@@ -103,18 +140,13 @@ class SshSpec(ClusterSection):
     def _are_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("must name at least one machine")
+        if len(value) > names.MAX_MACHINES:
+            raise ValueError(f"must be at most {names.MAX_MACHINES} machines")
         for host in value:
-            if not _HOST.fullmatch(host):
+            if not names.HOST.fullmatch(host):
                 raise ValueError(f"must be host names or addresses; {host!r} is neither")
         if len(set(value)) < len(value):
             raise ValueError("contains a machine twice")
-        return value
-
-    @field_validator("user")
-    @classmethod
-    def _is_user(cls, value: str | None) -> str | None:
-        if value is not None and not _USER.fullmatch(value):
-            raise ValueError("is not a valid user name")
         return value
 
     @field_validator("clouds")
@@ -141,16 +173,16 @@ class CloudSpec(ClusterSection):
     """Regions to try (zones on gcp), cheapest first on aws, in the given order elsewhere. `auto`: all regions of
     the account on aws, those of forge's catalogue elsewhere."""
 
-    gpu: str = Field("none", min_length=1)
+    gpu: _Gpu = "none"
     """Name of the workers' GPU such as `A100-80GB`, or `none`."""
 
     instance_types: Strings = ()
     """Machine types that workers may have; by default all of forge's catalogue with that GPU."""
 
-    head: str | None = Field(None, min_length=1)
+    head: str | None = None
     """Machine type of the head; by default one with 4 CPUs and 16 GiB, enough for supervisor and recorder."""
 
-    workers: RangeFromZero = Range(low=0, high=4)
+    workers: _Workers = Range(low=0, high=4)
     """Number of machines besides the head, such as `0..64`; Ray's autoscaler rents what runs need within this range
     (`min_workers`, `max_workers`)."""
 
@@ -160,47 +192,47 @@ class CloudSpec(ClusterSection):
     on_demand_fallback: bool = False
     """Rent workers on demand, at full price, when no spot machine is available."""
 
-    max_usd_per_hour: float | None = Field(None, gt=0)
+    max_usd_per_hour: _PriceLimit | None = None
     """Limit in USD per hour for all machines together: no more machines are requested than it allows, and runs
     write a checkpoint and stop when the running machines cost more."""
 
     usd_per_hour: Annotated[
-        dict[str, float], BeforeValidator(_read_mapping), WithJsonSchema({"type": "object"})
+        dict[str, _Price], BeforeValidator(_read_mapping), WithJsonSchema({"type": "object"})
     ] = Field(default_factory=dict)
     """Prices by machine type in USD per hour; they override the catalogue and the cloud's own."""
 
-    idle_minutes: float = Field(5.0, gt=0)
+    idle_minutes: _IdleMinutes = 5.0
     """A worker that was idle for this many minutes is released. Ray's `idle_timeout_minutes`."""
 
-    image: str | None = Field(None, min_length=1)
+    image: str | None = None
     """Machine image; by default the cloud's deep learning image."""
 
-    disk: Bytes = 200 * 10**9
+    disk: Annotated[Bytes, Field(ge=10**10, le=64 * 2**40)] = 200 * 10**9
     """Disk size of each machine."""
 
-    user: str | None = None
+    user: _User | None = None
     """Login name; by default the image's."""
 
-    identity_file: str | None = Field(None, min_length=1)
+    identity_file: _LocalPath | None = None
     """File of the private key; by default a key is created for the cluster."""
 
     allow_from: str = Field("auto", min_length=1)
     """Addresses outside the cluster that may reach its machines, by ssh only: a CIDR such as `203.0.113.4/32`;
     `auto`: the public address of this machine."""
 
-    python: str | None = Field(None, pattern=r"^(/|~/)")
+    python: _RemotePath | None = None
     """Python executable of an environment in the image that contains forge; then nothing is installed."""
 
-    wheels: str | None = Field(None, min_length=1)
+    wheels: _LocalPath | None = None
     """Folder on this machine with wheels to install from, if the machines cannot reach a package index."""
 
-    project: str | None = Field(None, min_length=1)
+    project: str | None = None
     """GCP project, or Azure subscription."""
 
-    resource_group: str | None = Field(None, min_length=1)
-    """Azure resource group, created if it does not exist; by default `forge-<name>`."""
+    resource_group: str | None = None
+    """Azure resource group of this cluster alone, created and deleted with it; by default `forge-<name>`."""
 
-    startup_timeout: Duration = 900.0
+    startup_timeout: Annotated[Duration, Field(ge=1, le=86400)] = 900.0
     """Time limit from the request of a machine until Ray runs on it."""
 
     @field_validator("allow_from")
@@ -213,6 +245,16 @@ class CloudSpec(ClusterSection):
                 raise ValueError("must be 'auto' or a CIDR such as 203.0.113.4/32") from None
             if network.prefixlen == 0:
                 raise ValueError("must not allow the whole internet")
+            if network.prefixlen < _WIDEST[network.version]:
+                raise ValueError(f"must not be wider than /{_WIDEST[network.version]}")
+            return str(network)
+        return value
+
+    @field_validator("resource_group")
+    @classmethod
+    def _is_resource_group(cls, value: str | None) -> str | None:
+        if value is not None and not names.RESOURCE_GROUP.fullmatch(value):
+            raise ValueError("is not a resource group's name: letters, digits, '_', '.', '(', ')' and '-'")
         return value
 
     @model_validator(mode="after")
@@ -223,9 +265,33 @@ class CloudSpec(ClusterSection):
             raise FieldError("project", "is only for gcp and azure")
         if self.provider != "azure" and self.resource_group is not None:
             raise FieldError("resource_group", "is only for azure")
-        if any(price < 0 for price in self.usd_per_hour.values()):
-            raise FieldError("usd_per_hour", "must not be negative")
+        self._require_names()
         return self
+
+    def _require_names(self) -> None:
+        """Raises: FieldError for a name that this cloud does not have."""
+        own, a_type = names.CLOUDS[self.provider], f"a machine type of {self.provider}"
+        a_region = "a zone of gcp" if self.provider == "gcp" else f"a region of {self.provider}"
+        checks = [
+            ("regions", () if self.regions == ("auto",) else self.regions, own.region, a_region),
+            ("instance_types", self.instance_types, own.machine_type, a_type),
+            ("head", (self.head,), own.machine_type, a_type),
+            ("usd_per_hour", tuple(self.usd_per_hour), own.machine_type, a_type),
+            ("image", (self.image,), own.image, f"an image of {self.provider}"),
+            (
+                "project",
+                (self.project,),
+                own.project,
+                "the project" if self.provider == "gcp" else "a subscription",
+            ),
+        ]
+        if not self.regions:
+            raise FieldError("regions", "must name at least one region, or auto")
+        for key, values, pattern, what in checks:
+            given = tuple(value for value in values if value is not None)
+            problem = names.require_names(given, pattern, what=what) if pattern is not None else None
+            if problem:
+                raise FieldError(key, problem)
 
 
 class KubernetesSpec(ClusterSection):
@@ -237,25 +303,25 @@ class KubernetesSpec(ClusterSection):
     namespace: str = Field("default", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
     """Namespace of the pods."""
 
-    context: str | None = Field(None, min_length=1)
+    context: str | None = Field(None, pattern=names.K8S_CONTEXT)
     """kubectl context; by default the current one."""
 
-    image: str = Field(min_length=1)
+    image: str = Field(pattern=names.K8S_IMAGE)
     """Image of the pods; it must contain forge."""
 
-    gpu: str = Field("none", min_length=1)
+    gpu: _Gpu = "none"
     """Name of the GPU such as `A100-80GB`, or `none`."""
 
     gpus_per_worker: int = Field(1, ge=1, le=16)
     """GPUs of one worker pod, if `gpu` is not `none`."""
 
-    cpus_per_worker: int = Field(8, ge=1)
+    cpus_per_worker: int = Field(8, ge=1, le=4096)
     """CPUs of one worker pod; request and limit."""
 
-    memory_per_worker: Bytes = 32 * 2**30
+    memory_per_worker: Annotated[Bytes, Field(ge=2**30, le=64 * 2**40)] = 32 * 2**30
     """Memory of one worker pod, snapshots of the training state included; request and limit."""
 
-    workers: RangeFromZero = Range(low=0, high=4)
+    workers: _Workers = Range(low=0, high=4)
     """Number of worker pods, such as `0..64`; Ray's autoscaler starts what runs need within this range (KubeRay's
     `minReplicas`, `maxReplicas`)."""
 
@@ -270,14 +336,22 @@ class KubernetesSpec(ClusterSection):
     cloud: Literal["aws", "gcp", "azure"] | None = None
     """The cloud of the machines: its spot label is selected, its taint tolerated, its notices watched."""
 
-    idle_minutes: float = Field(5.0, gt=0)
+    idle_minutes: _IdleMinutes = 5.0
     """A worker pod that was idle for this many minutes is removed. Ray's `idleTimeoutSeconds`."""
 
-    usd_per_hour: float | None = Field(None, ge=0)
+    usd_per_hour: _Price | None = None
     """Price of one worker in USD per hour; required to show and limit the cost."""
 
-    max_usd_per_hour: float | None = Field(None, gt=0)
+    max_usd_per_hour: _PriceLimit | None = None
     """Limit in USD per hour for all workers together; above it, runs write a checkpoint and stop."""
+
+    @field_validator("node_selector")
+    @classmethod
+    def _are_labels(cls, value: dict[str, str]) -> dict[str, str]:
+        for key, label in value.items():
+            if not names.LABEL_KEY.fullmatch(key) or not names.LABEL_VALUE.fullmatch(label):
+                raise ValueError(f"must be Kubernetes labels; {key!r}: {label!r} is none")
+        return value
 
 
 ClusterSpec = LocalSpec | SshSpec | CloudSpec | KubernetesSpec

@@ -102,11 +102,11 @@ def pods_of(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def test_ray_cluster__text_with_special_characters__is_kept() -> None:
-    selector = {"pool": "a: 'b' \"c\" <&> é🎉 {{ x }} #"}
-    manifest = ray_cluster(spec(node_selector=selector, storage="s3://b/yes: no"), ray_version=RAY)
+    storage = "s3://b/yes: no a: 'b' \"c\" <&> é🎉 {{ x }} #"
+    manifest = ray_cluster(spec(node_selector={"pool": "yes", "a/b": "1"}, storage=storage), ray_version=RAY)
     head, worker = pods_of(manifest)
-    assert worker["nodeSelector"] == selector
-    assert environment_of(head)["FORGE_STORAGE"] == "s3://b/yes: no"
+    assert worker["nodeSelector"] == {"pool": "yes", "a/b": "1"}
+    assert environment_of(head)["FORGE_STORAGE"] == environment_of(worker)["FORGE_STORAGE"] == storage
 
 
 def worker_of(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,11 @@ from forge.pricing.catalog import machine_types, workers_of
 
 ROOT = Path(__file__).parents[2]
 FILES = ["aws-spot", "gcp-spot", "azure-spot"]
-PROJECT = {"aws": {}, "gcp": {"project": "my-project"}, "azure": {"project": "0000-1111"}}
+PROJECT = {
+    "aws": {},
+    "gcp": {"project": "my-project"},
+    "azure": {"project": "12345678-1234-1234-1234-123456789abc"},
+}
 GPU = {"aws": "A10G", "gcp": "L4", "azure": "T4"}
 CONTEXT = RegionContext(
     region="us-east-1",
@@ -191,6 +195,12 @@ def test_plan_instances__limit_without_prices__is_refused() -> None:
         plan_instances(spec, price_of=listed_price(spec))
 
 
+@pytest.mark.parametrize("price", [5e-324, 1e-300, 0.0])
+def test_plan_instances__tiny_price__plans_all_workers(price: float) -> None:
+    spec = spec_of(instance_types=["g5.xlarge"], usd_per_hour={"g5.xlarge": price}, max_usd_per_hour=50)
+    assert plan_instances(spec, price_of=listed_price(spec)).max_workers == 4
+
+
 def test_listed_price__no_spot_price__is_the_on_demand_price() -> None:
     assert machine_types("aws")["p5.4xlarge"].spot_usd_per_hour is None
     price_of = listed_price(spec_of(gpu="H100"))
@@ -257,7 +267,7 @@ def test_build_ray_config__azure__has_only_parameters_of_rays_template() -> None
     known = set(json.loads(template.read_text())["parameters"])
     values = rendered(spec_of("azure", on_demand_fallback=True))
     assert values["provider"]["resource_group"] == "forge-big"
-    assert values["provider"]["subscription_id"] == "0000-1111"
+    assert values["provider"]["subscription_id"] == "12345678-1234-1234-1234-123456789abc"
     for name, kind in values["available_node_types"].items():
         parameters = kind["node_config"]["azure_arm_parameters"]
         assert set(parameters) <= known

@@ -97,3 +97,54 @@ def test_cluster_lock__held__is_refused_for_that_cluster_only() -> None:
         cluster_lock("lab").__enter__()
     with cluster_lock("lab", wait=True):
         pass
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", "", ".", "A", "a\n", "x" * 41, "x" * 5000, "a\0b"])
+def test_state__name_that_leaves_the_folder__is_refused(name: str, state: Path) -> None:
+    (state / "clusters").mkdir(parents=True)
+    (state / "x.json").write_text(json.dumps({"name": "x", "provider": "ssh", "spec": SPEC}))
+    assert read_record(name) is None
+    with pytest.raises(ClusterError, match="is not a cluster's name"):
+        token_path(name)
+    with pytest.raises(ArgumentError, match="is neither a cluster"):
+        find_cluster(name or "../x")
+
+
+@pytest.mark.parametrize(
+    "body", ["[]", "{}", "[" * 100_000, '{"name": "lab", "provider": "ssh", "spec": []}', '{"a": 1}']
+)
+def test_read_record__not_a_record__is_none(body: str, state: Path) -> None:
+    (state / "clusters").mkdir(parents=True)
+    (state / "clusters" / "lab.json").write_text(body)
+    assert read_record("lab") is None and list_records() == []
+
+
+def test_find_cluster__record_of_another_name_or_no_valid_file__is_refused() -> None:
+    write_record(ClusterRecord(name="lab", provider="ssh", spec=SPEC | {"machines": ["-oProxyCommand=x"]}))
+    with pytest.raises(ClusterError, match="the record of the cluster 'lab' cannot be used"):
+        find_cluster("lab")
+    write_record(ClusterRecord(name="lab", provider="nowhere", spec=SPEC))
+    with pytest.raises(ClusterError, match="the record of the cluster 'lab' cannot be used"):
+        find_cluster("lab")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        SPEC | {"machines": ["attacker.example.com", "10.0.0.1"]},
+        SPEC | {"port": 2222},
+        {"name": "lab", "provider": "kubernetes", "image": "x"},
+        {"name": "lab", "provider": "aws"},
+    ],
+)
+def test_find_cluster__file_with_another_head__never_borrows_the_token(
+    other: dict[str, object], tmp_path: Path
+) -> None:
+    write_record(ClusterRecord(name="lab", provider="ssh", spec=SPEC))
+    make_token("lab")
+    path = tmp_path / "evil.yaml"
+    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in other.items()))
+    with pytest.raises(ArgumentError, match="describes another cluster than 'lab'"):
+        find_cluster(str(path))
+    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in (SPEC | {"min_machines": 1}).items()))
+    assert find_cluster(str(path)).name == "lab"

@@ -29,7 +29,7 @@ def load_error(tmp_path: Path, text: str) -> str:
         ("name: here\nprovider: local\nnodes: 3\n", LocalSpec),
         ("name: four\nprovider: ssh\nmachines: [10.0.0.1, 10.0.0.2]\n", SshSpec),
         ("name: spot\nprovider: aws\ngpu: A100-80GB\nworkers: 0..64\ndisk: 300GB\n", CloudSpec),
-        ("name: spot\nprovider: gcp\nproject: mine\nregions: [us-central1]\n", CloudSpec),
+        ("name: spot\nprovider: gcp\nproject: mine-1\nregions: [us-central1-a]\n", CloudSpec),
         ("name: pods\nprovider: kubernetes\nimage: registry/forge:1\n", KubernetesSpec),
     ],
 )

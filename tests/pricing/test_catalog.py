@@ -15,7 +15,9 @@ CLOUDS = ("aws", "gcp", "azure")
 
 
 def spec_of(cloud: str = "aws", **keys: Any) -> CloudSpec:
-    project = {} if cloud == "aws" else {"project": "mine"}
+    project = {"aws": {}, "gcp": {"project": "my-project"}, "azure": {"project": f"{0:08}-0000-0000-0000-{0:012}"}}[
+        cloud
+    ]
     return CloudSpec.model_validate({"name": "spot", "provider": cloud} | project | keys)
 
 
@@ -53,7 +55,7 @@ def test_workers_of__listed_type_outside_the_catalogue__is_used() -> None:
 
 
 def test_regions_of__auto_and_given() -> None:
-    assert regions_of(spec_of("gcp", regions=["a", "b"])) == ("a", "b")
+    assert regions_of(spec_of("gcp", regions=["us-east1-b", "us-east1-c"])) == ("us-east1-b", "us-east1-c")
     assert all(regions_of(spec_of(cloud)) for cloud in CLOUDS)
 
 

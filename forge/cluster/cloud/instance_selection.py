@@ -92,7 +92,7 @@ def plan_instances(spec: CloudSpec, *, price_of: PriceOf) -> InstancePlan:
         highest = _highest_price(tuple(workers))
         if highest:
             affordable = (spec.max_usd_per_hour - (head.usd_per_hour or 0.0)) / highest
-            max_workers = min(max_workers, int(affordable + 1e-9))
+            max_workers = int(min(max_workers, affordable + 1e-9))  # a tiny price makes it infinite
     return InstancePlan(head=head, workers=tuple(workers), min_workers=spec.workers.low, max_workers=max_workers)
 
 
@@ -130,8 +130,8 @@ def _affordable(
     minimum = min(spec.workers.high, max(1, spec.workers.low))
     left = limit - (head.usd_per_hour or 0.0)
     cheapest = min(option.usd_per_hour or 0.0 for option in workers)
-    maximum = int(left / cheapest + 1e-9) if cheapest and left > 0 else spec.workers.high
-    count = max(minimum, min(spec.workers.high, maximum))
+    maximum = int(min(spec.workers.high, left / cheapest + 1e-9)) if cheapest and left > 0 else spec.workers.high
+    count = max(minimum, maximum)
     kept = [option for option in workers if count * (option.usd_per_hour or 0.0) <= left + 1e-9]
     if not kept:
         raise JobFileError(

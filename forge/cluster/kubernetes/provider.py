@@ -11,6 +11,7 @@ import base64
 import binascii
 import contextlib
 import os
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,7 +88,7 @@ class KubernetesCluster:
         The token is not in it: `up` creates its Secret, or the command in the first lines.
         """
         kubectl = Kubectl(namespace=self._spec.namespace, context=self._spec.context)
-        create = " ".join(
+        create = shlex.join(
             kubectl.command(
                 "create", "secret", "generic", secret_name(self._spec), "--from-file=auth_token=/dev/stdin"
             )
@@ -113,11 +114,12 @@ class KubernetesCluster:
         Raises: ClusterError with what prevents it and how to fix it.
         """
         with cluster_lock(self.name):
+            self._require_same_place()
             context = self._choose_context()
-            self._save_state(context)
-            kubectl = self._kubectl()
+            kubectl = Kubectl(namespace=self._spec.namespace, context=context)
             _show(on_progress, f"reading the namespace {self._spec.namespace}")
             live = self._live(kubectl)
+            self._save_state(context)  # before anything is started, and only if the name is not another's
             self._sync_token(kubectl)
             manifest = self._manifest()
             if live is None:
@@ -154,6 +156,11 @@ class KubernetesCluster:
             _show(on_progress, "deleting the RayCluster")
             kinds = "pods,services,secrets"
             if kubectl.has_kuberay():  # it may have been uninstalled before, and its kinds with it
+                live = kubectl.get(_KUBERAY, cluster_name(self._spec))
+                if live is not None and not _is_forges(live):
+                    _show(on_progress, f"the RayCluster '{self.name}' is not forge's and is left as it is")
+                    delete_state(self.name)
+                    return []
                 kinds = f"{kinds},{_KUBERAY}"
                 kubectl.request("delete", _KUBERAY, *selected)
             kubectl.request("delete", "services,secrets", *selected)
@@ -214,6 +221,20 @@ class KubernetesCluster:
             )
         return context
 
+    def _require_same_place(self) -> None:
+        """Raises: ClusterError if the cluster runs elsewhere: its token would be sent to another namespace."""
+        record = read_record(self.name)
+        if record is None:
+            return
+        before = (record.provider, record.spec.get("namespace", "default"), record.state.get("context"))
+        now = ("kubernetes", self._spec.namespace, self._spec.context or record.state.get("context"))
+        if before != now:
+            raise ClusterError(
+                f"the cluster '{self.name}' was started in the namespace {before[1]} of {before[2] or before[0]}, "
+                f"and its file now says {now[1]} of {now[2] or now[0]}: forge cluster down {self.name} first, or "
+                "choose another name: in the file"
+            )
+
     def _save_state(self, context: str | None) -> None:
         spec = self._spec.model_dump(mode="json", exclude_defaults=True)
         write_record(ClusterRecord(name=self.name, provider="kubernetes", spec=spec, state={"context": context}))
@@ -243,7 +264,7 @@ class KubernetesCluster:
         if live is None:
             return None
         metadata = live["metadata"]
-        if metadata.get("labels", {}).get("app.kubernetes.io/managed-by") != "forge":
+        if not _is_forges(live):
             raise ClusterError(
                 f"{self._spec.namespace} already has a RayCluster '{metadata['name']}' that forge did not create; "
                 "choose another name: in the cluster's file"
@@ -295,6 +316,11 @@ class KubernetesCluster:
             num_gpus=pod.num_gpus,
             usd_per_hour=self._spec.usd_per_hour if is_paid else None,
         )
+
+
+def _is_forges(live: Mapping[str, Any]) -> bool:
+    labels = live["metadata"].get("labels") or {}
+    return bool(labels.get("app.kubernetes.io/managed-by") == "forge")
 
 
 def _show(on_progress: OnProgress, message: str) -> None:

@@ -6,6 +6,7 @@ reports nothing while it waits.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def await_head(kubectl: Kubectl, *, name: str, label: str, timeouts: Timeouts, o
 
 def inspect_hint(kubectl: Kubectl, *, name: str, pod: Pod) -> str:
     """What to do about a pod that does not run."""
-    describe = " ".join(kubectl.command("describe", "pod", pod.name))
+    describe = shlex.join(kubectl.command("describe", "pod", pod.name))
     return f"Inspect it: {describe}. What was started stays; stop it: forge cluster down {name}"
 
 

@@ -383,7 +383,7 @@ def _address_of(host: str) -> str:
     """Return a host's address for the other hosts. Raises: ClusterError if its name cannot be resolved here."""
     try:
         return socket.gethostbyname(host)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that DNS does not allow
         raise ClusterError(f"{host} cannot be resolved on this machine: {error}") from error
 
 
