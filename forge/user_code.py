@@ -75,8 +75,32 @@ def user_code_errors(name: str) -> Iterator[None]:
     except (KeyboardInterrupt, UserCodeError):
         raise
     except BaseException as error:
-        place = _error_place(error, folder=_current[0]) if _current else ""
-        raise UserCodeError(f"{place or name}: {type(error).__name__}: {_text(error)}") from error
+        raise UserCodeError(describe_error(error, fallback=name)) from error
+
+
+def describe_error(error: BaseException, *, fallback: str = "") -> str:
+    """Return `my_data.py:12: KeyError: 'label'`: the place of an error, its class and its text on one line.
+
+    Args:
+        fallback: the place to name if no line of the user's was run.
+    """
+    place = error_place(error) or fallback
+    return f"{place}: " * bool(place) + f"{type(error).__name__}: {_text(error)}"
+
+
+def error_place(error: BaseException) -> str:
+    """Return `my_losses.py:12`, the innermost frame inside the user's files; empty if there is none.
+
+    What the user's code calls, such as numpy, is further in and is not named: the user can change only own lines.
+    """
+    folder = _current[0] if _current else None
+    if folder is None:
+        return ""
+    if isinstance(error, SyntaxError) and error.filename and _is_below(error.filename, folder):
+        with_line = f":{error.lineno}" if error.lineno else ""
+        return f"{_relative(error.filename, folder)}{with_line}"
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_below(frame.filename, folder)]
+    return f"{_relative(own[-1].filename, folder)}:{own[-1].lineno}" if own else ""
 
 
 def use_code(digest: str | None) -> None:
@@ -183,15 +207,6 @@ def _text(error: BaseException) -> str:
         return one_line(error)
     except Exception:
         return "its text cannot be shown"
-
-
-def _error_place(error: BaseException, *, folder: Path) -> str:
-    """`my_losses.py:12`: the last line of the user's that was run; empty if there is none."""
-    if isinstance(error, SyntaxError) and error.filename:
-        with_line = f":{error.lineno}" if error.lineno else ""
-        return f"{_relative(error.filename, folder)}{with_line}"
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_below(frame.filename, folder)]
-    return f"{_relative(own[-1].filename, folder)}:{own[-1].lineno}" if own else ""
 
 
 def _missing_class(module: ModuleType, name: str) -> str:

@@ -12,7 +12,14 @@ import pytest
 
 from forge.code_archive import PackedCode, code_folder, has_code, unpack_code
 from forge.errors import UserCodeError
-from forge.user_code import check_module_names, check_reference, load_class, use_code
+from forge.user_code import (
+    check_module_names,
+    check_reference,
+    error_place,
+    load_class,
+    use_code,
+    user_code_errors,
+)
 
 RANKING = "class Ranking:\n    def loss(self):\n        return 1\n"
 
@@ -142,6 +149,46 @@ def test_load_class__unusable_module__names_the_users_line(text: str, problem: s
     use_files({"my_losses.py": text})
     with pytest.raises(UserCodeError, match=problem):
         load_class("my_losses:Ranking", base=HasLoss)
+
+
+CALLER = """import ast, json
+from lib import deeper
+
+class Ranking:
+    def in_json(self):
+        return json.loads('{')
+
+    def in_helper(self):
+        return deeper('{')
+
+    def in_a_sort(self):
+        return sorted([1], key=lambda value: value.rank)
+
+    def in_parsed_text(self):
+        return ast.literal_eval('1 +')
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "place"),
+    [("in_json", "my_losses.py:6"), ("in_helper", "lib.py:4"), ("in_a_sort", "my_losses.py:12"),
+     ("in_parsed_text", "my_losses.py:15")],
+)  # fmt: skip
+def test_error_place__error_in_a_library__is_the_innermost_line_of_the_user(method: str, place: str) -> None:
+    use_files({"lib.py": "import json\n\ndef deeper(text):\n    json.loads(text)\n", "my_losses.py": CALLER})
+    ranking = load_class("my_losses:Ranking")()
+    with pytest.raises(UserCodeError) as caught, user_code_errors("Ranking"):
+        getattr(ranking, method)()
+    assert str(caught.value).startswith(f"{place}: ")
+    assert caught.value.__cause__ is not None
+    assert error_place(caught.value.__cause__) == place
+
+
+def test_error_place__no_line_of_the_user__is_empty() -> None:
+    use_files({"my_losses.py": RANKING})
+    assert error_place(ValueError()) == ""
+    with pytest.raises(UserCodeError, match=r"^Ranking: ValueError: none$"), user_code_errors("Ranking"):
+        raise ValueError("none")
 
 
 def test_load_class__base_is_no_protocol__must_be_derived_from_it() -> None:

@@ -29,7 +29,7 @@ from forge.data.store import CacheIndex, document_key
 from forge.data.tokenizer import Encoder, TextTokenizer
 from forge.data.unigram import unigram_perplexity
 from forge.errors import DataError, UserCodeError
-from forge.process import one_line
+from forge.user_code import describe_error
 
 _BLOCK = 1 << 16
 """Examples counted at once."""
@@ -149,8 +149,8 @@ def _examples_of(record: Record, *, example_format: ExampleFormat, location: str
         raise
     except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}:{frame.lineno}"
-        raise DataError(f"{location}: {place}: {type(error).__name__}: {one_line(error)}") from error
+        last = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise DataError(f"{location}: {describe_error(error, fallback=last)}") from error
 
 
 def _content(record: Record, *, text_key: str) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from forge.code_archive import PackedCode, unpack_code
 from forge.config.data import DataSpec
 from forge.data import prepare_examples
 from forge.data.example_store import ExampleRows, ExampleWriter
@@ -22,8 +23,9 @@ from forge.data.formats.registry import FORMATS
 from forge.data.prepare import open_rows, prepare
 from forge.data.rows import IGNORED
 from forge.data.sources.base import Record
-from forge.errors import DataError
+from forge.errors import DataError, UserCodeError
 from forge.plan.inputs import CorpusInfo
+from forge.user_code import use_code
 
 SEQ_LEN = 16
 
@@ -347,3 +349,59 @@ def test_prepare__a_format_that_raises__names_class_record_and_line(
     monkeypatch.setitem(FORMATS, "failing", f"{__name__}:Failing")
     with pytest.raises(DataError, match=r"\(format Failing\): test_examples\.py:\d+: KeyError"):
         prepare(spec_of(records, format="failing"), cache_dir=tmp_path)
+
+
+@pytest.fixture
+def user_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Packs a `my_data.py`, given its text, and returns the arguments of `prepare` for its class Reviews."""
+    monkeypatch.setenv("FORGE_CACHE", str(tmp_path / "cache"))
+
+    def pack(text: str) -> dict[str, Any]:
+        code = PackedCode(files={"my_data.py": text.encode()})
+        unpack_code(code)
+        return {"code_digest": code.digest, "cache_dir": tmp_path / "cache"}
+
+    yield pack
+    use_code(None)
+
+
+REVIEWS = """\
+import json
+from forge.data.formats.base import Example
+
+class Reviews:
+    def __init__(self, context):
+        self._context = context
+
+    def examples(self, record):
+        ids = self._context.encode(record.fields["text"])[:9]
+        yield Example(arrays={"tokens": ids[:-1], "targets": ids[1:]}, weight=float(len(ids) - 1))
+
+    def counts(self):
+        return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("        ids = json.loads('{')", r"my_data\.py:9: JSONDecodeError"),
+        ("        ids = self._context.encode(7)", r"my_data\.py:9: TypeError"),
+        ("        ids = sorted([1], key=lambda one: one.rank)", r"my_data\.py:9: AttributeError"),
+    ],
+)
+def test_prepare__user_format_that_fails_in_a_library__names_the_users_line(
+    records: Path, user_format: Callable[[str], dict[str, Any]], line: str, problem: str
+) -> None:
+    lines = REVIEWS.splitlines()
+    lines[8] = line
+    with pytest.raises(DataError, match=rf"a\.jsonl:1 \(format Reviews\): {problem}"):
+        prepare(spec_of(records, format="my_data:Reviews"), **user_format("\n".join(lines)))
+
+
+def test_prepare__user_format_that_cannot_be_built__names_the_users_line(
+    records: Path, user_format: Callable[[str], dict[str, Any]]
+) -> None:
+    text = REVIEWS.replace("self._context = context", "self._context = json.loads('{')")
+    with pytest.raises(UserCodeError, match=r"my_data\.py:6: JSONDecodeError"):
+        prepare(spec_of(records, format="my_data:Reviews"), **user_format(text))

@@ -37,6 +37,14 @@ class Isolating(TinyMixer):
     def forward(self, input_ids, position_ids=None):
         return super().forward(input_ids)
 
+class Failing(TinyMixer):
+    def __init__(self, *, vocab_size, seq_len):
+        super().__init__(vocab_size=vocab_size, seq_len=seq_len)
+        self.odd = nn.Linear(3, 3)
+
+    def forward(self, input_ids):
+        return self.odd(super().forward(input_ids))
+
 class Wrong(TinyMixer):
     def forward(self, input_ids):
         return self.embedding(input_ids)
@@ -98,7 +106,8 @@ def test_inspect__position_ids__tell_whether_examples_are_kept_apart(name: str, 
     ("keys", "key", "problem"),
     [
         ({"widht": 8}, "widht", "takes no argument of this name"),
-        ({"width": "wide"}, "class", "cannot be constructed"),
+        ({"width": "wide"}, "class", r"TinyMixer cannot be constructed: my_models\.py:9: TypeError"),
+        ({"class": "my_models:Failing"}, "class", r"of Failing on the meta device failed: my_models\.py:26: "),
         ({"class": "my_models:Wrong"}, "class", r"must return logits \[B, T, 11\], not \[1, 4, 8\]"),
         ({"freeze": "embeding"}, "freeze", "names like it are embedding"),
     ],

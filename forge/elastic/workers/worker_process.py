@@ -35,7 +35,7 @@ from forge.process import first_line, redirect_output
 from forge.train.engine import DTYPES, Rendezvous, import_late_modules
 from forge.train.metrics import measure_gemm_flops
 from forge.train.worker import ElasticContext, Stopwatch, WorkerContext, run_worker
-from forge.user_code import use_code
+from forge.user_code import error_place, use_code
 
 _POLL_S = 0.0005
 _SOCKET_BYTES = 8 * 2**20
@@ -71,7 +71,9 @@ def run_worker_process(spec_record: Mapping[str, Any], *, fds: list[int], plan_j
     except BaseException as error:
         traceback.print_exc()
         sys.stderr.flush()
-        link.end(EndReason.BROKEN, reason=f"{type(error).__name__}: {first_line(error)}")
+        place = error_place(error)
+        reason = f"{place}: " * bool(place) + f"{type(error).__name__}: {first_line(error)}"
+        link.end(EndReason.BROKEN, reason=reason)
         return 1
     link.end(EndReason.DRAINED if result.is_drained else EndReason.DONE, step=result.progress.step)
     return 0

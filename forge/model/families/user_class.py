@@ -40,8 +40,7 @@ from forge.model.init import stream
 from forge.model.isolation import isolation_problem
 from forge.model.pretrained import PretrainedWeights
 from forge.plan.inputs import ModelInfo
-from forge.process import one_line
-from forge.user_code import load_class
+from forge.user_code import describe_error, load_class
 
 
 class UserClassFamily:
@@ -51,13 +50,7 @@ class UserClassFamily:
         with torch.device("meta"):
             model = _construct(spec, data)
         freeze_parameters(model, spec.freeze)
-        try:
-            cost = _measure(model, data)
-        except Exception as error:
-            raise ModelError(
-                f"one forward pass of {spec.class_reference} on the meta device failed: {one_line(error)}",
-                key="class",
-            ) from error
+        cost = _measure(model, data)
         return ModelInfo(
             architecture=spec.class_reference or "",
             class_name=type(model).__name__,
@@ -114,11 +107,11 @@ def _construct(spec: ModelSpec, data: DataShape) -> nn.Module:
     try:
         return cls(**given)
     except Exception as error:
-        raise ModelError(f"{cls.__name__} cannot be constructed: {one_line(error)}", key="class") from error
+        raise ModelError(f"{cls.__name__} cannot be constructed: {describe_error(error)}", key="class") from error
 
 
 def _measure(model: nn.Module, data: DataShape) -> dict[str, int]:
-    """Measure the FLOPs and activation bytes of one row. Raises: ValueError if the output is not logits."""
+    """Measure the FLOPs and activation bytes of one row. Raises: ModelError if it fails, or gives no logits."""
     tokens = torch.zeros(1, data.seq_len, dtype=torch.int64, device="meta")
     own = {id(parameter) for parameter in model.parameters()}
     kept: dict[tuple[int, Any], int] = {}
@@ -129,11 +122,17 @@ def _measure(model: nn.Module, data: DataShape) -> dict[str, int]:
         return tensor
 
     model.train()
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        logits: Any = model(tokens)
+    name = type(model).__name__
+    try:
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            logits: Any = model(tokens)
+    except Exception as error:
+        raise ModelError(
+            f"one forward pass of {name} on the meta device failed: {describe_error(error)}", key="class"
+        ) from error
     if not isinstance(logits, Tensor) or logits.shape != (1, data.seq_len, data.vocab_size):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"forward must return logits [B, T, {data.vocab_size}], not {shape}")
+        raise ModelError(f"{name}.forward must return logits [B, T, {data.vocab_size}], not {shape}", key="class")
     # The loss keeps the logits in fp32, their softmax and the gradient.
     num_logits = logits.numel()
     return {"flops": int(counter.get_total_flops()), "activation_bytes": sum(kept.values()) + 12 * num_logits}
