@@ -102,5 +102,5 @@ def test_ssh__options__are_accepted_by_openssh(tmp_path: Path) -> None:
     command = ssh_host(tmp_path, "h", user="me", port=2222, identity_file="~/k").ssh()
     assert command[-1] == "h"
     assert command[command.index("-l") : command.index("-l") + 2] == ["-l", "me"]
-    assert str(Path("~/k").expanduser()) in command
+    assert f'IdentityFile="{Path("~/k").expanduser()}"' in command
     assert subprocess.run([*command[:1], "-G", *command[1:]], capture_output=True, check=False).returncode == 0

@@ -7,7 +7,6 @@ cluster's tag, so that no machine is left behind, even if `up` was killed.
 from __future__ import annotations
 
 import contextlib
-import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -178,7 +177,7 @@ class CloudCluster:
         head = self._head().host
         if machine is None:
             return head.ssh()
-        return replace(head, host=machine).ssh("-o", f"ProxyCommand={shlex.join(head.ssh('-W', '%h:%p'))}")
+        return replace(head, host=machine).ssh_through(head)
 
     def _head(self) -> CloudHead:
         record = read_record(self.name)

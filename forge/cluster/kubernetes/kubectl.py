@@ -11,13 +11,17 @@ import json
 import re
 import select
 import shlex
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
+import psutil
+
 from forge.cluster.base import stdin_arguments
+from forge.cluster.tunnel import listens, local_port
 from forge.errors import ClusterError, printable
 
 _TIMEOUT_S = 60.0
@@ -114,6 +118,9 @@ class Kubectl:
     def forward(self, pod: str, port: int) -> Iterator[int]:
         """Forward a port of this machine's loopback to a port of a pod; yields the local port.
 
+        kubectl listens on a port of its own choice. If it ends, another process may take that port, so each
+        connection is made by way of `forge.cluster.tunnel.local_port` and checked to be kubectl's.
+
         Raises: ClusterError if kubectl cannot.
         """
         command = self.command("port-forward", "--address", "127.0.0.1", f"pod/{pod}", f":{port}")
@@ -125,7 +132,9 @@ class Kubectl:
             raise _no_kubectl() from None
         with tunnel:
             try:
-                yield self._await_forward(tunnel)
+                port = self._await_forward(tunnel)
+                with local_port(lambda: _connect_to(tunnel, port)) as local:
+                    yield local
             finally:
                 tunnel.kill()  # it has nothing to clean up
 
@@ -156,6 +165,22 @@ class Kubectl:
 
     def _by_hand(self, *words: str) -> str:
         return shlex.join(self.command(*words))
+
+
+def _connect_to(tunnel: subprocess.Popen[bytes], port: int) -> socket.socket:
+    """Connect to the port of a running kubectl. Raises: OSError if the port is not its own any more."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=_FORWARD_TIMEOUT_S)
+    try:
+        # After connecting: kubectl does not bind a port again that it has lost.
+        with contextlib.suppress(psutil.Error):
+            kubectl = psutil.Process(tunnel.pid)
+            if listens([kubectl, *kubectl.children(recursive=True)], port=port):  # kubectl may be a wrapper
+                connection.settimeout(None)
+                return connection
+        raise ConnectionRefusedError(f"kubectl does not listen on port {port} any more")
+    except BaseException:
+        connection.close()
+        raise
 
 
 def current_context() -> str | None:

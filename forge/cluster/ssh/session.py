@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from forge.cluster.base import stdin_arguments
+from forge.cluster.tunnel import local_port, private_folder
 from forge.errors import ClusterError
-from forge.process import free_port
 
 _CONNECT_TIMEOUT_S = 10
 _FORWARD_TIMEOUT_S = 20.0
@@ -50,13 +50,20 @@ class SshHost:
             *("ssh", "-p", str(self.port)),
             *("-o", f"ConnectTimeout={_CONNECT_TIMEOUT_S}", "-o", "LogLevel=ERROR"),
             *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
-            *("-o", "StrictHostKeyChecking=accept-new", "-o", f"UserKnownHostsFile={self.known_hosts}"),
+            *("-o", "StrictHostKeyChecking=accept-new", "-o", _path_option("UserKnownHostsFile", self.known_hosts)),
         ]
         if self.identity_file is not None:
-            command += ["-i", str(Path(self.identity_file).expanduser()), "-o", "IdentitiesOnly=yes"]
+            key = _path_option("IdentityFile", Path(self.identity_file).expanduser())
+            command += ["-o", key, "-o", "IdentitiesOnly=yes"]
         if self.user is not None:
             command += ["-l", self.user]
         return [*command, *options, self.host]
+
+    def ssh_through(self, gateway: SshHost) -> list[str]:
+        """The command that opens a shell there by way of another host."""
+        *options, host = gateway.ssh()
+        words = [word.replace("%", "%%") for word in options]  # ssh replaces %h and %p of the line
+        return self.ssh("-o", f"ProxyCommand={shlex.join(words)} -W '[%h]:%p' {shlex.quote(host)}")
 
     def run(
         self,
@@ -95,30 +102,34 @@ class SshHost:
     def forward(self, port: int) -> Iterator[int]:
         """Forward a port of this machine's loopback to a port of the host's loopback; yields the local port.
 
-        Raises: ClusterError as `run`, or if nothing listens at the other end in time.
-        """
-        local = free_port("127.0.0.1")
-        options = ("-N", "-T", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes")
-        ssh = self.ssh(*options, "-L", f"127.0.0.1:{local}:127.0.0.1:{port}")
-        with subprocess.Popen(
-            ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        ) as tunnel:
-            try:
-                self._await_forward(tunnel, local)
-                yield local
-            finally:
-                tunnel.terminate()
+        ssh itself forwards a Unix socket that only this user can reach: see `forge.cluster.tunnel`.
 
-    def _await_forward(self, tunnel: subprocess.Popen[bytes], port: int) -> None:
+        Raises: ClusterError as `run`, or if ssh does not forward in time.
+        """
+        options = ("-N", "-T", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes")
+        with private_folder() as folder:
+            path = folder / "port"
+            ssh = self.ssh(*options, "-L", f"{path}:127.0.0.1:{port}")
+            with subprocess.Popen(
+                ssh, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            ) as tunnel:
+                try:
+                    self._await_forward(tunnel, path)
+                    with local_port(lambda: _connect_unix(path)) as local:
+                        yield local
+                finally:
+                    tunnel.terminate()
+
+    def _await_forward(self, tunnel: subprocess.Popen[bytes], path: Path) -> None:
         deadline = time.monotonic() + _FORWARD_TIMEOUT_S
         while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+            if path.is_socket():
                 return
             if tunnel.poll() is not None:
                 assert tunnel.stderr is not None
                 raise self._explain(tunnel.stderr.read().decode(errors="replace"))
             if time.monotonic() > deadline:
-                raise ClusterError(f"{self.host} did not open a port within {_FORWARD_TIMEOUT_S:.0f} s")
+                raise ClusterError(f"{self.host} did not forward a port within {_FORWARD_TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)
 
     def _explain(self, stderr: str) -> ClusterError:
@@ -167,6 +178,33 @@ def cancel_all() -> None:
     """End every ssh command that a thread of this process waits for."""
     for ssh in list(_running):
         ssh.terminate()
+
+
+def _path_option(name: str, path: Path) -> str:
+    """Return an option of ssh with a path as its only value.
+
+    ssh splits the value at blanks unless it is quoted, and replaces `%h` and the like. Source: ssh_config(5).
+
+    Raises: ClusterError if ssh cannot be given the path.
+    """
+    text = str(path)
+    if "${" in text or any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise ClusterError(
+            f"ssh cannot use the path {text!r}: it contains a control character, or '${{', which ssh would "
+            "replace; choose another: FORGE_STATE, or identity_file in the cluster's file"
+        )
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'{name}="{quoted}"'
+
+
+def _connect_unix(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(path))
+        return connection
+    except BaseException:
+        connection.close()
+        raise
 
 
 _running: set[subprocess.Popen[bytes]] = set()
