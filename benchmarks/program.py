@@ -131,11 +131,11 @@ def records_of(path: Path) -> list[dict[str, Any]]:
 
 def _kill_marked(mark: str) -> None:
     """SIGKILL all processes that inherited the mark, until no new ones appear."""
-    while doomed := [process for process in psutil.process_iter() if _is_marked(process, mark)]:
-        for process in doomed:
+    while processes := [process for process in psutil.process_iter() if _is_marked(process, mark)]:
+        for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(doomed, timeout=5)
+        psutil.wait_procs(processes, timeout=5)
 
 
 def _is_marked(process: psutil.Process, mark: str) -> bool:

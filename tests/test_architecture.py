@@ -151,17 +151,17 @@ def import_violations(module: Module, modules: Mapping[str, Module]) -> Iterator
         yield f"{module.file}:1: the package '{module.package}' is in no layer; add it to LAYERS in {name}"
         return
     for imported in module.imports():
-        place = f"{module.file}:{imported.line}"
+        location = f"{module.file}:{imported.line}"
         library = imported.name.split(".")[0]
         if library == "forge":
-            yield from (f"{place}: {rule}" for rule in broken_layer_rules(module, imported, modules))
+            yield from (f"{location}: {rule}" for rule in broken_layer_rules(module, imported, modules))
             continue
         if module.package in CLIENT_SIDE and library in NOT_ON_THE_CLIENT_SIDE:
-            yield f"{place}: {library} on the client side, where '{module.package}' is"
+            yield f"{location}: {library} on the client side, where '{module.package}' is"
         if module.package in TRAINING_SIDE and library in NOT_ON_THE_TRAINING_SIDE:
-            yield f"{place}: {library} on the training side, where '{module.package}' is"
+            yield f"{location}: {library} on the training side, where '{module.package}' is"
         if library in ONLY_IN and not module.file.startswith(ONLY_IN[library]):
-            yield f"{place}: {library} is imported only in {' and '.join(ONLY_IN[library])}"
+            yield f"{location}: {library} is imported only in {' and '.join(ONLY_IN[library])}"
 
 
 def broken_layer_rules(module: Module, imported: Import, modules: Mapping[str, Module]) -> Iterator[str]:
@@ -188,8 +188,8 @@ def target_of(imported: Import, modules: Mapping[str, Module]) -> str:
     return name if name in modules or layer_of(package_of(name)) is not None else "forge"
 
 
-def layer_of(room: str) -> int | None:
-    return next((number for number, rooms in enumerate(LAYERS) if room in rooms), None)
+def layer_of(package: str) -> int | None:
+    return next((number for number, packages in enumerate(LAYERS) if package in packages), None)
 
 
 def find_cycles(modules: Mapping[str, Module]) -> Iterator[str]:

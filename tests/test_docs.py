@@ -68,8 +68,8 @@ def is_defined(name: str, source: str) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=id_of)
 def test_docs__files_named__exist(page: Path) -> None:
-    names = [(place, name) for place, name in occurrences(FILE, page) if name not in USERS_FILES]
-    assert [f"{place}: {name}" for place, name in names if not has_path(name, page=page)] == []
+    names = [(location, name) for location, name in occurrences(FILE, page) if name not in USERS_FILES]
+    assert [f"{location}: {name}" for location, name in names if not has_path(name, page=page)] == []
 
 
 def test_architecture_page__folders_named__exist() -> None:

@@ -21,8 +21,8 @@ from benchmarks.peers import llama  # first: it chooses DeepSpeed's accelerator
 
 import torch.distributed as dist  # isort: skip
 
+from benchmarks.peers.checkpointers import Checkpointer, ForgeCheckpointer, checkpointers_of
 from benchmarks.peers.memory import growth
-from benchmarks.peers.savers import ForgeSaver, Saver, savers_of
 from forge.config.job import JobSpec
 from forge.train.engine import Engine
 
@@ -57,29 +57,29 @@ def main() -> None:
     spec, folder = llama.job(is_small=request["is_small"]), Path(request["folder"])
     loop = Loop(llama.build(spec, changes={}), spec)
     loop.advance(2)
-    builders = savers_of(loop.engine, spec=spec, folder=folder)
-    savers: dict[str, Saver] = {}
+    builders = checkpointers_of(loop.engine, spec=spec, folder=folder)
+    checkpointers: dict[str, Checkpointer] = {}
     memory = {}
     for name in _LONG[1:]:
         with growth() as grown:
-            savers[name] = builders[name]()
-            save_idle(loop, savers[name], times=3)
+            checkpointers[name] = builders[name]()
+            save_idle(loop, checkpointers[name], times=3)
         memory[name] = sum(gathered(grown.peak_bytes))
-    savers |= {name: builders[name]() for name in _SHORT}
+    checkpointers |= {name: builders[name]() for name in _SHORT}
     for name in _SHORT:
-        save_idle(loop, savers[name], times=1)
-    forge = savers["forge"]
-    assert isinstance(forge, ForgeSaver)
+        save_idle(loop, checkpointers[name], times=1)
+    forge = checkpointers["forge"]
+    assert isinstance(forge, ForgeCheckpointer)
     rates = [bandwidths(loop, forge, folder=folder) for _ in range(request["repeats"])]
     blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in (*_LONG, *_SHORT)}
     for repeat in range(request["repeats"]):
         turn = repeat % len(_LONG)
         for name in (*_LONG[turn:], *_LONG[:turn], *_SHORT):
             num_steps = request["steps"] if name in _LONG else _SHORT_STEPS
-            blocks[name].append(run_block(loop, savers.get(name), num_steps=num_steps))
+            blocks[name].append(run_block(loop, checkpointers.get(name), num_steps=num_steps))
             say(f"{name}: {blocks[name][-1]}")
     for name in ("forge", "deepspeed"):
-        save_idle(loop, savers[name], times=1)
+        save_idle(loop, checkpointers[name], times=1)
     forge.close()
     if dist.get_rank() == 0:
         answer = {
@@ -94,18 +94,18 @@ def main() -> None:
     dist.destroy_process_group()  # gloo's threads may abort a process that ends without
 
 
-def save_idle(loop: Loop, saver: Saver, *, times: int) -> float:
+def save_idle(loop: Loop, checkpointer: Checkpointer, *, times: int) -> float:
     """Save while training waits. Returns: seconds of the last one until it was complete."""
     seconds = 0.0
     for _ in range(times):
         loop.step += 1  # a new name; the state is the same
-        saver.save(loop.step)
-        saver.before_update()
-        seconds = saver.complete()
+        checkpointer.save(loop.step)
+        checkpointer.before_update()
+        seconds = checkpointer.complete()
     return seconds
 
 
-def run_block(loop: Loop, saver: Saver | None, *, num_steps: int) -> dict[str, Any]:
+def run_block(loop: Loop, checkpointer: Checkpointer | None, *, num_steps: int) -> dict[str, Any]:
     """Some steps with one checkpoint at their beginning, by the slowest rank.
 
     The disk is quiet when it begins, and what is left of the checkpoint at its end is awaited afterwards.
@@ -118,13 +118,13 @@ def run_block(loop: Loop, saver: Saver | None, *, num_steps: int) -> dict[str, A
     def before_update() -> None:
         nonlocal stall_s
         since = time.perf_counter()
-        if saver is not None:
-            saver.before_update()
+        if checkpointer is not None:
+            checkpointer.before_update()
         stall_s += time.perf_counter() - since
 
     began = time.perf_counter()
-    if saver is not None:
-        saver.save(loop.step)
+    if checkpointer is not None:
+        checkpointer.save(loop.step)
     call_s = time.perf_counter() - began
     stall_s += call_s
     loop.engine.before_update = before_update
@@ -132,7 +132,7 @@ def run_block(loop: Loop, saver: Saver | None, *, num_steps: int) -> dict[str, A
     dist.barrier()
     seconds = time.perf_counter() - began
     loop.engine.before_update = lambda: None
-    complete_s = 0.0 if saver is None else saver.complete()
+    complete_s = 0.0 if checkpointer is None else checkpointer.complete()
     return {
         "stall_s": max(gathered(stall_s)),
         "seconds": max(gathered(seconds)),
@@ -141,10 +141,10 @@ def run_block(loop: Loop, saver: Saver | None, *, num_steps: int) -> dict[str, A
     }
 
 
-def bandwidths(loop: Loop, saver: ForgeSaver, *, folder: Path) -> dict[str, float]:
+def bandwidths(loop: Loop, checkpointer: ForgeCheckpointer, *, folder: Path) -> dict[str, float]:
     """Bytes per second of a whole save while training waits, and of `dd` writing the same bytes there."""
     settle_disk()
-    seconds = save_idle(loop, saver, times=1)
+    seconds = save_idle(loop, checkpointer, times=1)
     newest = max((folder / "forge").glob("step-*"))  # the one before may not have been removed yet
     parts = sorted(newest.glob("*.safetensors"))
     settle_disk()

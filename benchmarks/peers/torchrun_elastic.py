@@ -201,9 +201,9 @@ def record(request: dict[str, Any], **what: int) -> None:
 def kill_node(request: dict[str, Any], *, node: int, pid: int) -> None:
     """SIGKILL the process that holds a node and all below it, at once, and note when that was."""
     root = psutil.Process(pid)
-    doomed = [root, *root.children(recursive=True)]
+    processes = [root, *root.children(recursive=True)]
     record(request, removed=node)
-    kill_all(doomed)
+    kill_all(processes)
 
 
 def kill_all(processes: list[psutil.Process]) -> None:

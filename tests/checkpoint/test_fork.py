@@ -35,9 +35,9 @@ def source(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Storage:
-    write(str(tmp_path / "taker"), 1)
-    write(str(tmp_path / "taker"), 2)
-    return open_storage(str(tmp_path / "taker"))
+    write(str(tmp_path / "receiver"), 1)
+    write(str(tmp_path / "receiver"), 2)
+    return open_storage(str(tmp_path / "receiver"))
 
 
 def test_fork__replaces_target__with_equal_tensors_and_its_config_digest(source: Storage, target: Storage) -> None:

@@ -180,20 +180,20 @@ def test_require_job__another_model__is_refused_with_differing_parameters(two: P
     other = model_shape(**{"norm.weight": (8,), "head/odd name.weight": None, "bias": (3,)})
     with pytest.raises(CheckpointError) as refused:
         checkpoint.require_job(config_digest="recipe", corpus="corpus", shape=other)
-    for said in (
+    for message in (
         "another model",
         "it has no bias",
         "head/odd name.weight, which this model does not have",
         "7 in the checkpoint and 8 in this model",
     ):
-        assert said in str(refused.value)
+        assert message in str(refused.value)
 
 
-@pytest.mark.parametrize(("changed", "said"), [("config_digest", "another job"), ("corpus", "another corpus")])
-def test_require_job__another_config_or_corpus__is_refused(two: Path, changed: str, said: str) -> None:
+@pytest.mark.parametrize(("changed", "message"), [("config_digest", "another job"), ("corpus", "another corpus")])
+def test_require_job__another_config_or_corpus__is_refused(two: Path, changed: str, message: str) -> None:
     checkpoint = open_checkpoint(open_storage(str(two)), SECOND)
     own = {"config_digest": "recipe", "corpus": "corpus"} | {changed: "other"}
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.require_job(**own, shape=model_shape())
 
 

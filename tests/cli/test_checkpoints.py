@@ -79,15 +79,17 @@ def test_list__unreadable_checkpoint__has_its_reason(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "said"),
+    ("arguments", "error", "message"),
     [
         (["list", "nothing"], ArgumentError, "no run 'nothing'"),
         (["verify", "latest", "--step", "15"], ArgumentError, "no checkpoint of step 15; it has steps: 30, 20, 10"),
         (["list", "nonsense://place"], CheckpointError, "nonsense"),
     ],
 )
-def test_checkpoints__missing_run_or_step__raises(run: Path, arguments: list[str], error: type, said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_checkpoints__missing_run_or_step__raises(
+    run: Path, arguments: list[str], error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
         forge(*arguments)
 
 
@@ -100,17 +102,17 @@ def test_checkpoints__none_yet__says_so(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--to", "out", "--shard-size", "much"], "--shard-size"),
         ([], "--to"),
         (["--to", "out", "--dtype", "fp8"], "--dtype"),
     ],
 )
-def test_export__invalid_options__are_refused(run: Path, arguments: list[str], said: str) -> None:
+def test_export__invalid_options__are_refused(run: Path, arguments: list[str], message: str) -> None:
     done = forge("export", "latest", *arguments)
     assert done.exit_code == 2
-    assert said in done.output
+    assert message in done.output
     assert not Path("out").exists()
 
 

@@ -230,7 +230,7 @@ def test_train__ctrl_c_during_preparation__exits_130(home: Path, env: dict[str, 
     assert process.stderr.readline() == "reading the corpus\n"
     assert wait_for(lambda: process.stderr.readline().startswith("training the tokenizer"))
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Traceback" not in told
+    assert "Traceback" not in stderr
     assert not (home / "runs").exists()

@@ -162,13 +162,13 @@ class TestASearch:
         script.write([*THREE, CostUpdated(usd=1.5, usd_per_hour=3.0), RunFinished(step=0)])
         done = forge("tune", tune_file)
         folder = next((home / "runs").iterdir())
-        told = done.stderr.splitlines()
+        lines = done.stderr.splitlines()
         assert done.exit_code == 0
-        assert f"search {folder.name} in runs/{folder.name}" in told
-        assert "trial 1 started in 1.2s: lr=0.001 warmup_steps=1" in told
-        assert "trial 1 step 6 eval/loss 5.5000" in told
-        assert "trial 2 stopped by asha at step 2, eval/loss 7.0000" in told
-        assert told[-1] == f"train with the best values: forge train runs/{folder.name}/best.yaml"
+        assert f"search {folder.name} in runs/{folder.name}" in lines
+        assert "trial 1 started in 1.2s: lr=0.001 warmup_steps=1" in lines
+        assert "trial 1 step 6 eval/loss 5.5000" in lines
+        assert "trial 2 stopped by asha at step 2, eval/loss 7.0000" in lines
+        assert lines[-1] == f"train with the best values: forge train runs/{folder.name}/best.yaml"
         assert f"{folder.name}  finished after 3 of 4 trials" in done.stdout
         assert "trial 3, eval/loss 5.2500 at step 6: lr=0.003 warmup_steps=3" in done.stdout
         assert "1.50 USD" in done.stdout
@@ -187,7 +187,7 @@ class TestASearch:
         assert "follow it: forge runs watch tiny-" in done.stderr
 
     @pytest.mark.parametrize(
-        ("events", "code", "told"),
+        ("events", "code", "message"),
         [
             (
                 [*BAD, RunFinished(step=0)],
@@ -203,21 +203,21 @@ class TestASearch:
         ],
     )
     def test_tune__ending__exit_code_and_message(
-        self, tune_file: str, script: Script, events: Sequence[Event], code: int, told: str
+        self, tune_file: str, script: Script, events: Sequence[Event], code: int, message: str
     ) -> None:
         script.write(events)
         done = forge("tune", tune_file)
         assert done.exit_code == code
-        assert told in done.stderr
+        assert message in done.stderr
 
     def test_tune_job__finished__returns_the_best_trial(self, home: Path, tune_file: str, script: Script) -> None:
         events = [*THREE, RunFinished(step=0)]
         script.write(events)
-        heard: list[Any] = []
-        found = public.tune_job(tune_file, on_record=heard.append)
+        recorded: list[Any] = []
+        found = public.tune_job(tune_file, on_record=recorded.append)
         assert found.best is not None
         assert (found.best.number, found.best.values) == (3, {LR: 0.003, WARMUP: 3})
-        assert (found.run.status, len(found.table.trials), len(heard)) == ("finished", 3, len(events) + 1)
+        assert (found.run.status, len(found.table.trials), len(recorded)) == ("finished", 3, len(events) + 1)
         assert (found.run.folder / "best.yaml").exists()
 
     def test_tune_job__no_usable_trial__raises(self, tune_file: str, script: Script) -> None:

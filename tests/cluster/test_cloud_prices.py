@@ -132,22 +132,22 @@ def test_spot_prices__cheapest_zone__and_regions_without(api: Api) -> None:
 
 def test_prepare_network__twice__is_one_with_the_last_allow_from(api: Api, public_key: str) -> None:
     for address in ("203.0.113.4/32", "198.51.100.0/24"):
-        place = aws_network.prepare_network(
+        network = aws_network.prepare_network(
             spec_of(storage="s3://bucket/runs"), region="us-east-1", public_key=public_key, allow_from=address
         )
     ec2 = api.ec2("us-east-1")
-    (group,) = ec2.describe_security_groups(GroupIds=[place.security_group])["SecurityGroups"]
+    (group,) = ec2.describe_security_groups(GroupIds=[network.security_group])["SecurityGroups"]
     own, ssh = group["IpPermissions"]
     assert (own["IpProtocol"], [pair["GroupId"] for pair in own["UserIdGroupPairs"]]) == (
         "-1",
-        [place.security_group],
+        [network.security_group],
     )
     assert (ssh["FromPort"], ssh["ToPort"], [entry["CidrIp"] for entry in ssh["IpRanges"]]) == (
         22,
         22,
         ["198.51.100.0/24"],
     )
-    assert not own["IpRanges"] and len(place.subnets) > 1
+    assert not own["IpRanges"] and len(network.subnets) > 1
     assert [pair["KeyName"] for pair in ec2.describe_key_pairs()["KeyPairs"]] == ["forge-big"]
     assert aws_network.remove_network("big", region="us-east-1") == []
     aws_network.remove_profiles("big")

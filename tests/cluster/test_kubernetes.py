@@ -166,9 +166,9 @@ def test_kubectl__not_installed__says_so(world: Kubernetes, monkeypatch: pytest.
         pods(context="kind").status()
 
 
-@pytest.mark.parametrize("mishap", ["bad-first-pull", "ends-once"])
-def test_up__temporary_failure__is_waited_out(world: Kubernetes, mishap: str) -> None:
-    world.change(head=mishap)
+@pytest.mark.parametrize("failure", ["bad-first-pull", "ends-once"])
+def test_up__temporary_failure__is_waited_out(world: Kubernetes, failure: str) -> None:
+    world.change(head=failure)
     assert pods().up(on_progress=ignore).nodes[0].state == "alive"
 
 

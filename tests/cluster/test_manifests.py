@@ -139,10 +139,10 @@ def test_ray_cluster__any_spec__is_valid_by_the_crd(changes: dict[str, Any]) -> 
 )
 def test_crd__unknown_or_wrong_field__is_refused(path: tuple[str | int, ...], value: object) -> None:
     manifest: Any = ray_cluster(spec(cloud="azure"), ray_version=RAY)
-    place = manifest
+    parent = manifest
     for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = value
+        parent = parent[step]
+    parent[path[-1]] = value
     assert refusals(manifest)
 
 
@@ -244,9 +244,9 @@ def test_workers__grace__is_no_longer_than_the_cloud_leaves(
     changes: dict[str, Any], clouds: str, most_s: float
 ) -> None:
     worker = worker_of(ray_cluster(spec(**changes), ray_version=RAY))
-    told = environment_of(worker)
-    assert told["FORGE_CLOUD"] == clouds
-    assert 10 < float(told["FORGE_GRACE_S"]) <= min(most_s, worker["terminationGracePeriodSeconds"])
+    values = environment_of(worker)
+    assert values["FORGE_CLOUD"] == clouds
+    assert 10 < float(values["FORGE_GRACE_S"]) <= min(most_s, worker["terminationGracePeriodSeconds"])
     assert worker["terminationGracePeriodSeconds"] >= 60
     assert "lifecycle" not in worker["containers"][0], "a preStop hook would use up part of the grace period"
 
@@ -283,8 +283,8 @@ def test_worker_command__sigterm__writes_a_notice_and_ends_ray_later(tmp_path: P
             assert arguments.strip() == str(["--block", '--resources={"a": 1}'])
             guard.send_signal(signal.SIGTERM)
             wait_for(notice.exists, timeout_s=10)
-            told = json.loads(notice.read_text())
-            assert told["source"] == "kubernetes" and told["deadline"] == pytest.approx(before + 4, abs=2)
+            values = json.loads(notice.read_text())
+            assert values["source"] == "kubernetes" and values["deadline"] == pytest.approx(before + 4, abs=2)
             assert Path(f"/proc/{pid}").exists(), "the training continues"
             assert guard.wait(timeout=15) == 128 + signal.SIGTERM
         finally:

@@ -69,11 +69,11 @@ def test_install_command__incomplete_environment__is_rebuilt_once(tmp_path: Path
     package = tiny_package()
     (home / ".forge/package.tar").write_bytes(package.content)
     command = install_command(package, sdks=(), archive="~/.forge/package.tar")
-    place = home / ".forge/envs/0123"
-    (place / "env").mkdir(parents=True)  # an `up` that was ended midway
+    folder = home / ".forge/envs/0123"
+    (folder / "env").mkdir(parents=True)  # an `up` that was ended midway
     done = run(command, home=home)
     assert done.returncode == 0, done.stderr
-    asked = [str(place / "env/bin/python"), "-c", "import forge_here; print(forge_here.WHERE)"]
+    asked = [str(folder / "env/bin/python"), "-c", "import forge_here; print(forge_here.WHERE)"]
     assert subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout == "there\n"
     (home / ".forge/package.tar").unlink()
     assert run(command, home=home).returncode == 0, "a complete environment needs no package"

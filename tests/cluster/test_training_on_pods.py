@@ -56,9 +56,9 @@ class Pods:
     def start(self, group: dict[str, Any], *arguments: str) -> subprocess.Popen[bytes]:
         container = group["template"]["spec"]["containers"][0]
         parameters = group["rayStartParams"] | {"dashboard-agent-listen-port": str(free_port())}
-        said = [*arguments, *(f"--{key}={value}" for key, value in parameters.items()), "--block"]
+        command = [*arguments, *(f"--{key}={value}" for key, value in parameters.items()), "--block"]
         env = self.environment(group["template"]) | {
-            "KUBERAY_GEN_RAY_START_CMD": " ".join(["ray start", *said]),
+            "KUBERAY_GEN_RAY_START_CMD": " ".join(["ray start", *command]),
             "FORGE_NOTICE_FILE": str(self._folder / f"notice-{len(self._started)}.json"),
         }
         log = self._folder / f"pod-{len(self._started)}.log"

@@ -90,11 +90,11 @@ def test_load_job__example__has_its_values() -> None:
 def test_load_job__every_key__has_its_line() -> None:
     source = load_job(PRETRAIN).source
     lines = PRETRAIN.read_text().splitlines()
-    for key, place in source.locations.items():
-        assert place.line is not None
+    for key, location in source.locations.items():
+        assert location.line is not None
         name = key.rpartition(".")[2]
-        assert name in lines[place.line - 1]
-        assert place.text == "{...}" or place.text in lines[place.line - 1]
+        assert name in lines[location.line - 1]
+        assert location.text == "{...}" or location.text in lines[location.line - 1]
     assert source.locations["training.optimizer.lr"].text == "3.0e-3"
 
 
@@ -452,8 +452,8 @@ def test_environment__error_message__shows_the_name_not_the_value(
 @pytest.mark.parametrize("key", ["api_key", "token", "password", "secret", "WANDB_API_KEY", "access-token", "key"])
 @pytest.mark.parametrize("value", ["hunter2", "'hunter2'", "[hunter2]", "{a: hunter2}", "'${hunter2}'", "*hunter2"])
 def test_secret__in_the_file__is_rejected_and_never_shown(load_error: LoadError, key: str, value: str) -> None:
-    for place in (f"tracking: {{wandb: {{{key}: {value}}}}}\nmodel:", f"{key}: {value}\nmodel:"):
-        error = load_error("model:", place)
+    for location in (f"tracking: {{wandb: {{{key}: {value}}}}}\nmodel:", f"{key}: {value}\nmodel:"):
+        error = load_error("model:", location)
         assert "hunter2" not in repr([vars(one) for one in (error, *error.others)]) + str(error)
         assert "environment" in str(error) or value.startswith("*")
         assert error.line == 2

@@ -46,7 +46,7 @@ def shared_run(cluster: Machines, tmp_path_factory: pytest.TempPathFactory) -> I
 def run(shared_run: Run) -> Run:
     """The shared run, training with two workers or more."""
     if shared_run.formed["world_size"] < 2:
-        used = [shared_run.machine_of(place) for place in shared_run.formed["ranks"]]
+        used = [shared_run.machine_of(rank) for rank in shared_run.formed["ranks"]]
         for node in [node for node in shared_run.cluster.nodes if node not in used]:
             shared_run.cluster.kill(node)  # it is draining, or the slot of a rank that hung is in quarantine
         shared_run.cluster.add()
@@ -79,9 +79,9 @@ def chaos(run: Run, what: str, *arguments: str) -> None:
 
 
 def test_killed_rank__repeats_at_most_one_step(run: Run) -> None:
-    place = run.formed["ranks"][1]
+    rank = run.formed["ranks"][1]
     size, repeated = run.formed["world_size"], len(run.repeated())
-    run.recovers_from(lambda: os.kill(place["pid"], signal.SIGKILL))
+    run.recovers_from(lambda: os.kill(rank["pid"], signal.SIGKILL))
     assert run.formed["world_size"] == size
     assert len(run.repeated()) - repeated <= 1
 
@@ -134,30 +134,30 @@ def test_killed_driver__is_restarted_and_ranks_continue(run: Run) -> None:
 
 
 def test_hung_rank__is_found_and_its_node_left_out(run: Run) -> None:
-    place = run.formed["ranks"][1]
+    rank = run.formed["ranks"][1]
     size, repeated = run.formed["world_size"], len(run.repeated())
-    run.recovers_from(lambda: os.kill(place["pid"], signal.SIGSTOP))
-    assert (run.of("RankHung")[-1]["rank"], run.of("RankHung")[-1]["node"]) == (1, place["node"])
+    run.recovers_from(lambda: os.kill(rank["pid"], signal.SIGSTOP))
+    assert (run.of("RankHung")[-1]["rank"], run.of("RankHung")[-1]["node"]) == (1, rank["node"])
     assert run.formed["world_size"] == size - 1
-    assert place["node"] not in [other["node"] for other in run.formed["ranks"]]
+    assert rank["node"] not in [other["node"] for other in run.formed["ranks"]]
     assert len(run.repeated()) - repeated <= 1
     assert "Current thread" in (run.folder / "logs" / "rank-0.log").read_text()  # its stack
 
 
 def test_preemption_notice__no_step_is_repeated_and_a_restarted_supervisor_keeps_used_slots(run: Run) -> None:
     size, repeated = run.formed["world_size"], len(run.repeated())
-    place = run.formed["ranks"][-1]
-    run.recovers_from(lambda: chaos(run, "notice", "--node", place["node"], "--seconds", "5"))
+    rank = run.formed["ranks"][-1]
+    run.recovers_from(lambda: chaos(run, "notice", "--node", rank["node"], "--seconds", "5"))
     assert run.of("PreemptionNoticeReceived")[-1]["source"] == "ray"
     assert run.of("MembershipChangeStarted")[-1]["cause"] == "notice"
-    assert place["node"] not in [other["node"] for other in run.formed["ranks"]]
+    assert rank["node"] not in [other["node"] for other in run.formed["ranks"]]
     assert run.formed["world_size"] <= size
     assert len(run.repeated()) == repeated
     count = len(run.of("SupervisorRestarted"))
     chaos(run, "kill", "--supervisor")  # while a node is draining
     wait_for(lambda: len(run.of("SupervisorRestarted")) > count)
     restarted = run.of("SupervisorRestarted")[-1]["time"]
-    assigned = {place["node"] for place in run.formed["ranks"]}
+    assigned = {rank["node"] for rank in run.formed["ranks"]}
 
     def rejoined() -> dict[str, int]:
         joined = [event for event in run.of("NodeJoined") if event["time"] > restarted]

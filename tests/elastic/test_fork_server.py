@@ -397,14 +397,14 @@ def test_agent__shut_down__no_process_and_no_memory_left(own_agent: AgentUnderTe
             await agent.life
         assert survivors([fork_server, *ranks]) == []
 
-    async def let_go() -> None:
+    async def close() -> None:
         async with asyncio.timeout(_PATIENCE_S):
             while len(buffers()) > agent.num_buffers_before:
                 gc.collect()
                 await asyncio.sleep(0.02)
 
     agent.run(retire())
-    agent.run(let_go())
+    agent.run(close())
 
 
 class NullRecorder:

@@ -54,7 +54,7 @@ from forge.elastic.states import (
 )
 
 
-class Story:
+class Scenario:
     """A membership state, changed by one event after another."""
 
     def __init__(self, state: MembershipState) -> None:
@@ -87,14 +87,14 @@ class Story:
         ]
 
 
-def waiting(*, low: int = 1, high: int = 4, **more: Any) -> Story:
-    return Story(MembershipState(min_workers=low, max_workers=high, **more))
+def waiting(*, low: int = 1, high: int = 4, **more: Any) -> Scenario:
+    return Scenario(MembershipState(min_workers=low, max_workers=high, **more))
 
 
-def training(*assignment: str, low: int = 1, high: int = 4, phase: Phase = Phase.TRAINING, **more: Any) -> Story:
+def training(*assignment: str, low: int = 1, high: int = 4, phase: Phase = Phase.TRAINING, **more: Any) -> Scenario:
     """Generation 1 is training, with a rank per named node."""
     nodes = {name: MemberNode(num_slots=assignment.count(name), is_ready=True) for name in assignment}
-    return Story(
+    return Scenario(
         MembershipState(
             min_workers=low, max_workers=high, phase=phase, generation=1, assignment=assignment, nodes=nodes, **more
         )
@@ -139,179 +139,179 @@ def starts(actions: list[Action]) -> list[StartGeneration]:
 
 
 def test_waiting__minimum_ready__generation_starts() -> None:
-    story = waiting(low=2)
-    assert story.on(came("a")) == []
-    assert story.on(came("b", is_ready=False)) == []
-    assert story.on(NodeReady(node="b")) == [start(1, "a", "b")]
-    assert story.state.phase is Phase.STARTING
+    scenario = waiting(low=2)
+    assert scenario.on(came("a")) == []
+    assert scenario.on(came("b", is_ready=False)) == []
+    assert scenario.on(NodeReady(node="b")) == [start(1, "a", "b")]
+    assert scenario.state.phase is Phase.STARTING
 
 
 def test_start__node_with_many_slots__ranks_up_to_the_maximum() -> None:
-    story = waiting(low=2, high=3)
-    assert story.on(came("a", num_slots=4)) == [start(1, "a", "a", "a")]
+    scenario = waiting(low=2, high=3)
+    assert scenario.on(came("a", num_slots=4)) == [start(1, "a", "a", "a")]
 
 
 def test_start__resumed_run__continues_from_storage_with_next_generation() -> None:
-    story = waiting(former_generation=7, stored_step=40)
-    assert story.on(came("a")) == [start(8, "a", step=40)]
+    scenario = waiting(former_generation=7, stored_step=40)
+    assert scenario.on(came("a")) == [start(8, "a", step=40)]
 
 
 def test_starting__first_step__training() -> None:
-    story = training("a", phase=Phase.STARTING)
-    assert story.on(GenerationReady(generation=1)) == []
-    assert story.state.phase is Phase.TRAINING
+    scenario = training("a", phase=Phase.STARTING)
+    assert scenario.on(GenerationReady(generation=1)) == []
+    assert scenario.state.phase is Phase.TRAINING
 
 
 def test_starting__replica_reported__training() -> None:
-    story = training("a", phase=Phase.STARTING)
-    story.on(ReplicasHeld(node="a", replicas=snapshots(1, 0, of=1)))
-    assert story.state.phase is Phase.TRAINING
+    scenario = training("a", phase=Phase.STARTING)
+    scenario.on(ReplicasHeld(node="a", replicas=snapshots(1, 0, of=1)))
+    assert scenario.state.phase is Phase.TRAINING
 
 
 def test_growth__nodes_join_within_window__one_change() -> None:
-    story = training("a")
-    assert story.on(came("b")) == []
-    story.now += JOIN_WINDOW_S / 2
-    assert story.on(came("c")) == []
-    actions = story.after(JOIN_WINDOW_S / 2)
+    scenario = training("a")
+    assert scenario.on(came("b")) == []
+    scenario.now += JOIN_WINDOW_S / 2
+    assert scenario.on(came("c")) == []
+    actions = scenario.after(JOIN_WINDOW_S / 2)
     assert causes(actions) == ["growth"]
     assert actions[-1] == DrainGeneration(generation=1)
-    assert story.drained() == stops("a", "b", "c")
-    assert story.stopped("a", "b", "c") == [start(2, "a", "b", "c")]
+    assert scenario.drained() == stops("a", "b", "c")
+    assert scenario.stopped("a", "b", "c") == [start(2, "a", "b", "c")]
 
 
 def test_growth__joining_node_is_lost__no_change() -> None:
-    story = training("a")
-    story.on(came("b"))
-    assert story.on(lost("b")) == []
-    assert story.after(JOIN_WINDOW_S) == []
-    assert story.on(came("c")) == []  # a new window begins
+    scenario = training("a")
+    scenario.on(came("b"))
+    assert scenario.on(lost("b")) == []
+    assert scenario.after(JOIN_WINDOW_S) == []
+    assert scenario.on(came("c")) == []  # a new window begins
 
 
 def test_growth__at_maximum__no_change() -> None:
-    story = training("a", "b", high=2)
-    assert story.on(came("c")) == []
-    assert story.after(JOIN_WINDOW_S) == []
+    scenario = training("a", "b", high=2)
+    assert scenario.on(came("c")) == []
+    assert scenario.after(JOIN_WINDOW_S) == []
 
 
 def test_growth__node_gets_more_slots__one_change() -> None:
-    story = training("a")
-    assert story.on(SlotsChanged(node="a", num_slots=2)) == []
-    assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
+    scenario = training("a")
+    assert scenario.on(SlotsChanged(node="a", num_slots=2)) == []
+    assert causes(scenario.after(JOIN_WINDOW_S)) == ["growth"]
 
 
 # --- losses
 
 
 def test_loss__member_lost__next_generation_waits_for_all_stops() -> None:
-    story = training("a", "b", "c")
-    actions = story.on(lost("b"))
+    scenario = training("a", "b", "c")
+    actions = scenario.on(lost("b"))
     assert causes(actions) == ["loss"]
     assert actions[1:] == stops("a", "c")
-    assert story.stopped("a") == []
-    assert story.stopped("c") == [start(2, "a", "c")]
+    assert scenario.stopped("a") == []
+    assert scenario.stopped("c") == [start(2, "a", "c")]
 
 
 def test_loss__stopping_node_lost__not_waited_for() -> None:
-    story = training("a", "b", "c")
-    story.on(lost("b"))
-    story.stopped("a")
-    assert story.on(lost("c")) == [start(2, "a")]
+    scenario = training("a", "b", "c")
+    scenario.on(lost("b"))
+    scenario.stopped("a")
+    assert scenario.on(lost("c")) == [start(2, "a")]
 
 
 def test_loss__continues_from_newest_complete_step() -> None:
-    story = training("a", "b", "c")
-    story.on(ReplicasHeld(node="a", replicas=snapshots(7, 0, 2, of=3) | snapshots(8, 0, 2, of=3)))
-    story.on(lost("b"))
-    story.stopped("a")
+    scenario = training("a", "b", "c")
+    scenario.on(ReplicasHeld(node="a", replicas=snapshots(7, 0, 2, of=3) | snapshots(8, 0, 2, of=3)))
+    scenario.on(lost("b"))
+    scenario.stopped("a")
     held = snapshots(7, 1, of=3) | snapshots(9, 2, of=3)  # the replica of the lost rank; its own snapshot is newer
-    assert story.stopped("c", c=held) == [start(2, "c", "a", step=7, source=(1, 3))]
+    assert scenario.stopped("c", c=held) == [start(2, "c", "a", step=7, source=(1, 3))]
 
 
 def test_loss__spare_node_holds_replica__is_used() -> None:
-    story = training("a", high=1)
-    story.on(came("spare"))
-    story.on(ReplicasHeld(node="spare", replicas=snapshots(3, 0, of=1)))
-    assert story.on(lost("a"))[1:] == stops("spare")
+    scenario = training("a", high=1)
+    scenario.on(came("spare"))
+    scenario.on(ReplicasHeld(node="spare", replicas=snapshots(3, 0, of=1)))
+    assert scenario.on(lost("a"))[1:] == stops("spare")
     newer = snapshots(8, 0, of=1)
-    assert story.stopped("spare", spare=newer) == [start(2, "spare", step=8, source=(1, 1))]
+    assert scenario.stopped("spare", spare=newer) == [start(2, "spare", step=8, source=(1, 1))]
 
 
 def test_start__storage_newer_than_memory__from_storage() -> None:
-    story = training("a", "b")
-    story.on(CheckpointCommitted(step=9))
-    story.on(lost("b"))
-    assert story.stopped("a", a=snapshots(8, 0, 1, of=2)) == [start(2, "a", step=9)]
+    scenario = training("a", "b")
+    scenario.on(CheckpointCommitted(step=9))
+    scenario.on(lost("b"))
+    assert scenario.stopped("a", a=snapshots(8, 0, 1, of=2)) == [start(2, "a", step=9)]
 
 
 def test_start__memory_as_new_as_storage__from_memory() -> None:
-    story = training("a", "b")
-    story.on(CheckpointCommitted(step=8))
-    story.on(lost("b"))
+    scenario = training("a", "b")
+    scenario.on(CheckpointCommitted(step=8))
+    scenario.on(lost("b"))
     held = snapshots(8, 0, 1, of=2)
-    assert story.stopped("a", a=held) == [start(2, "a", step=8, source=(1, 2))]
+    assert scenario.stopped("a", a=held) == [start(2, "a", step=8, source=(1, 2))]
 
 
 def test_starting__member_lost__generation_stops() -> None:
-    story = training("a", "b", phase=Phase.STARTING)
-    actions = story.on(lost("a"))
+    scenario = training("a", "b", phase=Phase.STARTING)
+    actions = scenario.on(lost("a"))
     assert causes(actions) == ["loss"]
     assert actions[1:] == stops("b")
 
 
 def test_draining__member_lost__no_second_change_reported() -> None:
-    story = training("a", "b", phase=Phase.DRAINING)
-    assert story.on(lost("a")) == stops("b")
+    scenario = training("a", "b", phase=Phase.DRAINING)
+    assert scenario.on(lost("a")) == stops("b")
 
 
 def test_training__spare_node_lost__no_change() -> None:
-    story = training("a", high=1)
-    story.on(came("spare"))
-    assert story.on(lost("spare")) == []
-    assert story.state.phase is Phase.TRAINING
+    scenario = training("a", high=1)
+    scenario.on(came("spare"))
+    assert scenario.on(lost("spare")) == []
+    assert scenario.state.phase is Phase.TRAINING
 
 
 def test_training__rank_broke__restarts_on_same_nodes() -> None:
-    story = training("a", "b")
-    actions = story.on(ended(1, reason="its process was killed"))
+    scenario = training("a", "b")
+    actions = scenario.on(ended(1, reason="its process was killed"))
     assert causes(actions) == ["failure"]
-    assert story.on(ended(0)) == []  # its connection to the other rank broke
-    assert story.stopped("a", "b") == [start(2, "a", "b")]
+    assert scenario.on(ended(0)) == []  # its connection to the other rank broke
+    assert scenario.stopped("a", "b") == [start(2, "a", "b")]
 
 
 def test_rank_ended__earlier_generation__ignored() -> None:
-    story = training("a", "b")
-    assert story.on(ended(1, generation=0)) == []
-    assert story.state.phase is Phase.TRAINING
+    scenario = training("a", "b")
+    assert scenario.on(ended(1, generation=0)) == []
+    assert scenario.state.phase is Phase.TRAINING
 
 
 def test_start__fork_server_dead__node_left_out_until_ready() -> None:
-    story = training("a", "b")
-    assert story.on(NodeReady(node="b", is_ready=False)) == []
-    story.on(ended(1))
-    assert story.stopped("a", "b") == [start(2, "a")]
-    story.on(GenerationReady(generation=2))
-    story.on(NodeReady(node="b"))
-    assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
+    scenario = training("a", "b")
+    assert scenario.on(NodeReady(node="b", is_ready=False)) == []
+    scenario.on(ended(1))
+    assert scenario.stopped("a", "b") == [start(2, "a")]
+    scenario.on(GenerationReady(generation=2))
+    scenario.on(NodeReady(node="b"))
+    assert causes(scenario.after(JOIN_WINDOW_S)) == ["growth"]
 
 
 def test_start__nodes_with_replicas_first() -> None:
-    story = training("a", "b", high=2)
-    story.on(came("aa"))
-    story.on(lost("a"))
+    scenario = training("a", "b", high=2)
+    scenario.on(came("aa"))
+    scenario.on(lost("a"))
     held = snapshots(5, 0, 1, of=2)
-    assert story.stopped("aa", "b", b=held) == [start(2, "b", "aa", step=5, source=(1, 2))]
+    assert scenario.stopped("aa", "b", b=held) == [start(2, "b", "aa", step=5, source=(1, 2))]
 
 
 def test_tick__new_generation_complete_in_memory__older_replicas_dropped() -> None:
-    story = training("a", "b")
-    story.state = replace(story.state, generation=2)
+    scenario = training("a", "b")
+    scenario.state = replace(scenario.state, generation=2)
     old = snapshots(4, 0, 1, of=2)
-    assert story.on(ReplicasHeld(node="a", replicas=old | snapshots(5, 0, of=2, generation=2))) == []
-    assert story.on(Tick()) == []
-    story.on(ReplicasHeld(node="b", replicas=snapshots(5, 1, of=2, generation=2)))
-    assert story.on(Tick()) == [DropReplicas(generation=2)]
-    assert story.on(Tick()) == []  # only once
+    assert scenario.on(ReplicasHeld(node="a", replicas=old | snapshots(5, 0, of=2, generation=2))) == []
+    assert scenario.on(Tick()) == []
+    scenario.on(ReplicasHeld(node="b", replicas=snapshots(5, 1, of=2, generation=2)))
+    assert scenario.on(Tick()) == [DropReplicas(generation=2)]
+    assert scenario.on(Tick()) == []  # only once
 
 
 def test_newest_complete_step__ranks_of_two_generations__not_combined() -> None:
@@ -327,73 +327,73 @@ def test_newest_complete_step__ranks_of_two_generations__not_combined() -> None:
 
 
 def test_notice__time_left__trains_on_until_margin() -> None:
-    story = training("a", "b")
-    assert story.on(PreemptionNotice(node="b", preempted_at=story.now + 30)) == [ReplaceNode(node="b")]
+    scenario = training("a", "b")
+    assert scenario.on(PreemptionNotice(node="b", preempted_at=scenario.now + 30)) == [ReplaceNode(node="b")]
     assert (
-        story.on(PreemptionNotice(node="b", preempted_at=story.now + 29)) == []
+        scenario.on(PreemptionNotice(node="b", preempted_at=scenario.now + 29)) == []
     )  # the replacement is requested once
-    assert story.after(20) == []
-    actions = story.after(9 - story.state.margin_s)
+    assert scenario.after(20) == []
+    actions = scenario.after(9 - scenario.state.margin_s)
     assert causes(actions) == ["notice"]
     assert actions[-1] == DrainGeneration(generation=1)
-    story.drained()
-    assert story.stopped("a", "b") == [start(2, "a")]
+    scenario.drained()
+    assert scenario.stopped("a", "b") == [start(2, "a")]
 
 
 def test_notice__replacement_ready__drains_at_once() -> None:
-    story = training("a", "b")
-    story.on(PreemptionNotice(node="b", preempted_at=story.now + 30))
-    assert story.on(came("c", is_ready=False)) == []
-    assert causes(story.on(NodeReady(node="c"))) == ["notice"]
-    story.drained()
-    assert story.stopped("a", "b", "c") == [start(2, "a", "c")]
+    scenario = training("a", "b")
+    scenario.on(PreemptionNotice(node="b", preempted_at=scenario.now + 30))
+    assert scenario.on(came("c", is_ready=False)) == []
+    assert causes(scenario.on(NodeReady(node="c"))) == ["notice"]
+    scenario.drained()
+    assert scenario.stopped("a", "b", "c") == [start(2, "a", "c")]
 
 
 def test_notice__no_time_left__drains_at_once() -> None:
-    story = training("a", "b")
-    actions = story.on(PreemptionNotice(node="b", preempted_at=story.now))
+    scenario = training("a", "b")
+    actions = scenario.on(PreemptionNotice(node="b", preempted_at=scenario.now))
     assert actions[0] == ReplaceNode(node="b")
     assert causes(actions) == ["notice"]
 
 
 def test_notice__margin_from_tick__drains_when_reached() -> None:
-    story = training("a", "b")
-    story.on(PreemptionNotice(node="b", preempted_at=story.now + 30))
-    story.now += 5
-    assert causes(story.on(Tick(margin_s=25.0))) == ["notice"]
+    scenario = training("a", "b")
+    scenario.on(PreemptionNotice(node="b", preempted_at=scenario.now + 30))
+    scenario.now += 5
+    assert causes(scenario.on(Tick(margin_s=25.0))) == ["notice"]
 
 
 def test_notice__spare_node__replaced_only() -> None:
-    story = training("a", high=1)
-    story.on(came("spare"))
-    assert story.on(PreemptionNotice(node="spare", preempted_at=story.now)) == [ReplaceNode(node="spare")]
-    assert story.state.phase is Phase.TRAINING
+    scenario = training("a", high=1)
+    scenario.on(came("spare"))
+    assert scenario.on(PreemptionNotice(node="spare", preempted_at=scenario.now)) == [ReplaceNode(node="spare")]
+    assert scenario.state.phase is Phase.TRAINING
 
 
 def test_notice__while_starting__drains_after_first_step() -> None:
-    story = training("a", "b", phase=Phase.STARTING)
-    assert story.on(PreemptionNotice(node="b", preempted_at=story.now)) == [ReplaceNode(node="b")]
-    assert causes(story.on(GenerationReady(generation=1))) == ["notice"]
+    scenario = training("a", "b", phase=Phase.STARTING)
+    assert scenario.on(PreemptionNotice(node="b", preempted_at=scenario.now)) == [ReplaceNode(node="b")]
+    assert causes(scenario.on(GenerationReady(generation=1))) == ["notice"]
 
 
 def test_notice__joining_node__not_taken_in() -> None:
-    story = training("a")
-    story.on(came("b"))
-    story.on(PreemptionNotice(node="b", preempted_at=story.now + 60))
-    assert story.after(JOIN_WINDOW_S) == []
+    scenario = training("a")
+    scenario.on(came("b"))
+    scenario.on(PreemptionNotice(node="b", preempted_at=scenario.now + 60))
+    assert scenario.after(JOIN_WINDOW_S) == []
 
 
 def test_notice__node_needed_for_minimum__used_until_margin() -> None:
-    story = training("a", "b", "c", low=2)
-    story.on(PreemptionNotice(node="b", preempted_at=story.now + 30))
-    story.on(lost("c"))
-    assert starts(story.stopped("a", "b")) == [start(2, "a", "b")]
-    story.on(GenerationReady(generation=2))
+    scenario = training("a", "b", "c", low=2)
+    scenario.on(PreemptionNotice(node="b", preempted_at=scenario.now + 30))
+    scenario.on(lost("c"))
+    assert starts(scenario.stopped("a", "b")) == [start(2, "a", "b")]
+    scenario.on(GenerationReady(generation=2))
     held = snapshots(6, 0, 1, of=2, generation=2)
-    story.on(ReplicasHeld(node="a", replicas=held))
-    assert causes(story.after(30 - story.state.margin_s)) == ["notice"]
-    story.drained()
-    assert story.stopped("a", "b") == [
+    scenario.on(ReplicasHeld(node="a", replicas=held))
+    assert causes(scenario.after(30 - scenario.state.margin_s)) == ["notice"]
+    scenario.drained()
+    assert scenario.stopped("a", "b") == [
         WaitForNodes(have=1, need=2),
         FlushToStorage(step=6, generation=2, world_size=2),
     ]
@@ -407,134 +407,135 @@ def hung(rank: int, generation: int = 1) -> HangDetected:
 
 
 def test_hang__slot_quarantined_for_a_while() -> None:
-    story = training("a", "b")
-    actions = story.on(hung(1))
+    scenario = training("a", "b")
+    actions = scenario.on(hung(1))
     assert causes(actions) == ["hang"]
     assert actions[1:] == stops("a", "b")
-    assert story.stopped("a", "b") == [start(2, "a")]
-    story.on(GenerationReady(generation=2))
-    assert story.after(QUARANTINE_S - 0.1) == []
-    story.after(0.1)
-    assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
+    assert scenario.stopped("a", "b") == [start(2, "a")]
+    scenario.on(GenerationReady(generation=2))
+    assert scenario.after(QUARANTINE_S - 0.1) == []
+    scenario.after(0.1)
+    assert causes(scenario.after(JOIN_WINDOW_S)) == ["growth"]
 
 
 def test_hang__node_with_two_slots__one_is_quarantined() -> None:
-    story = training("a", "a", "b")
-    story.on(hung(0))
-    assert starts(story.stopped("a", "b")) == [start(2, "a", "b")]
+    scenario = training("a", "a", "b")
+    scenario.on(hung(0))
+    assert starts(scenario.stopped("a", "b")) == [start(2, "a", "b")]
 
 
 def test_hang__slot_needed_for_minimum__used() -> None:
-    story = training("a", "b", low=2)
-    story.on(hung(1))
-    assert story.stopped("a", "b") == [start(2, "a", "b")]
+    scenario = training("a", "b", low=2)
+    scenario.on(hung(1))
+    assert scenario.stopped("a", "b") == [start(2, "a", "b")]
 
 
 def test_hang__earlier_generation__ignored() -> None:
-    story = training("a", "b")
-    assert story.on(hung(1, generation=0)) == []
+    scenario = training("a", "b")
+    assert scenario.on(hung(1, generation=0)) == []
 
 
 # --- too few machines
 
 
 def test_waiting__below_minimum__flushes_newest_step() -> None:
-    story = training("a", "b", low=2)
-    story.on(lost("b"))
-    actions = story.stopped("a", a=snapshots(6, 0, 1, of=2))
+    scenario = training("a", "b", low=2)
+    scenario.on(lost("b"))
+    actions = scenario.stopped("a", a=snapshots(6, 0, 1, of=2))
     assert actions == [WaitForNodes(have=1, need=2), FlushToStorage(step=6, generation=1, world_size=2)]
-    assert story.after(1.0) == []  # the replacement is requested once
-    assert story.on(came("c")) == [start(2, "a", "c", step=6, source=(1, 2))]
+    assert scenario.after(1.0) == []  # the replacement is requested once
+    assert scenario.on(came("c")) == [start(2, "a", "c", step=6, source=(1, 2))]
 
 
 def test_waiting__newest_step_stored__no_flush() -> None:
-    story = training("a", "b", low=2, stored_step=6)
-    story.on(lost("b"))
-    assert story.stopped("a", a=snapshots(6, 0, 1, of=2)) == [WaitForNodes(have=1, need=2)]
+    scenario = training("a", "b", low=2, stored_step=6)
+    scenario.on(lost("b"))
+    assert scenario.stopped("a", a=snapshots(6, 0, 1, of=2)) == [WaitForNodes(have=1, need=2)]
 
 
 @pytest.mark.parametrize("happens", [came("b"), lost("b")], ids=["it reconnects", "it is lost"])
 def test_waiting__flush_may_be_lost__repeated(happens: Event) -> None:
-    story = training("a", "b", "c", low=3)
-    story.on(lost("c"))
+    scenario = training("a", "b", "c", low=3)
+    scenario.on(lost("c"))
     both = snapshots(6, 0, 1, 2, of=3)
     persist = FlushToStorage(step=6, generation=1, world_size=3)
-    assert story.stopped("a", "b", a=both, b=both)[-1] == persist
+    assert scenario.stopped("a", "b", a=both, b=both)[-1] == persist
     event = replace(happens, replicas=both) if isinstance(happens, AgentAttached) else happens
-    assert story.on(event) == [persist]
+    assert scenario.on(event) == [persist]
 
 
 # --- another run waits
 
 
 def test_yield__above_minimum__shrinks_and_releases_for_a_while() -> None:
-    story = training("a", "b", "c", low=1)
-    story.state = replace(
-        story.state, nodes={**story.state.nodes, "b": MemberNode(num_slots=1, num_guaranteed=1, is_ready=True)}
+    scenario = training("a", "b", "c", low=1)
+    scenario.state = replace(
+        scenario.state,
+        nodes={**scenario.state.nodes, "b": MemberNode(num_slots=1, num_guaranteed=1, is_ready=True)},
     )
-    actions = story.on(YieldRequested())
+    actions = scenario.on(YieldRequested())
     assert causes(actions) == ["yield"]
-    story.drained()
-    assert story.stopped("a", "b", "c") == [start(2, "b"), ReleaseSlots()]  # onto its firm place
-    story.on(GenerationReady(generation=2))
-    assert story.after(YIELD_S - 0.1) == []
-    assert story.after(0.1) == [ClaimSlots()]
-    assert story.after(0.1) == []
-    assert causes(story.after(JOIN_WINDOW_S)) == ["growth"]
+    scenario.drained()
+    assert scenario.stopped("a", "b", "c") == [start(2, "b"), ReleaseSlots()]  # onto its firm place
+    scenario.on(GenerationReady(generation=2))
+    assert scenario.after(YIELD_S - 0.1) == []
+    assert scenario.after(0.1) == [ClaimSlots()]
+    assert scenario.after(0.1) == []
+    assert causes(scenario.after(JOIN_WINDOW_S)) == ["growth"]
 
 
 def test_yield__repeated__claims_later() -> None:
-    story = training("a", low=1)
+    scenario = training("a", low=1)
     for _ in range(20):
-        assert story.on(YieldRequested()) == [ReleaseSlots()]
-        assert story.after(2.0) == []
-    assert story.after(YIELD_S) == [ClaimSlots()]
+        assert scenario.on(YieldRequested()) == [ReleaseSlots()]
+        assert scenario.after(2.0) == []
+    assert scenario.after(YIELD_S) == [ClaimSlots()]
 
 
 def test_yield__below_minimum__restarts_at_minimum() -> None:
-    story = training("a", "b", low=2)
-    story.on(YieldRequested())
-    story.on(lost("b"))
-    assert story.stopped("a") == [WaitForNodes(have=1, need=2)]
-    assert story.after(YIELD_S) == [ClaimSlots()]
+    scenario = training("a", "b", low=2)
+    scenario.on(YieldRequested())
+    scenario.on(lost("b"))
+    assert scenario.stopped("a") == [WaitForNodes(have=1, need=2)]
+    assert scenario.after(YIELD_S) == [ClaimSlots()]
 
 
 def test_yield__during_a_change__releases_only() -> None:
     for phase in (Phase.STARTING, Phase.DRAINING, Phase.STOPPING):
-        story = training("a", "b", phase=phase, stopping_nodes=frozenset({"a"}))
-        assert story.on(YieldRequested()) == [ReleaseSlots()]
-        assert story.state.phase is phase
+        scenario = training("a", "b", phase=phase, stopping_nodes=frozenset({"a"}))
+        assert scenario.on(YieldRequested()) == [ReleaseSlots()]
+        assert scenario.state.phase is phase
 
 
 # --- the end
 
 
 def test_done__all_ranks__finishes() -> None:
-    story = training("a", "b")
-    assert story.on(ended(0, EndReason.DONE, step=50)) == []
-    assert story.on(ended(1, EndReason.DONE, step=50)) == [FinishRun(step=50)]
-    assert story.on(came("c")) == []
+    scenario = training("a", "b")
+    assert scenario.on(ended(0, EndReason.DONE, step=50)) == []
+    assert scenario.on(ended(1, EndReason.DONE, step=50)) == [FinishRun(step=50)]
+    assert scenario.on(came("c")) == []
 
 
 @pytest.mark.parametrize("happens", [lost("b"), ended(1)], ids=["node lost", "rank broke"])
 def test_done__remaining_rank_lost__finishes(happens: Event) -> None:
-    story = training("a", "b")
-    story.on(ended(0, EndReason.DONE, step=50))
-    assert story.on(happens) == [FinishRun(step=50)]
+    scenario = training("a", "b")
+    scenario.on(ended(0, EndReason.DONE, step=50))
+    assert scenario.on(happens) == [FinishRun(step=50)]
 
 
 def test_done__remaining_rank_hangs__stopped_and_finishes() -> None:
-    story = training("a", "b")
-    story.on(ended(0, EndReason.DONE, step=50))
-    story.on(hung(1))
-    assert story.stopped("a", "b") == [FinishRun(step=50)]
+    scenario = training("a", "b")
+    scenario.on(ended(0, EndReason.DONE, step=50))
+    scenario.on(hung(1))
+    assert scenario.stopped("a", "b") == [FinishRun(step=50)]
 
 
 def test_failed_rank__fails_the_run() -> None:
-    story = training("a", "b")
+    scenario = training("a", "b")
     failed = ended(1, EndReason.FAILED, reason="the loss is nan", error="RunError")
-    assert story.on(failed) == [*stops("a", "b"), FailRun(error="RunError", reason="the loss is nan")]
-    assert story.state.phase is Phase.DONE
+    assert scenario.on(failed) == [*stops("a", "b"), FailRun(error="RunError", reason="the loss is nan")]
+    assert scenario.state.phase is Phase.DONE
 
 
 def test_stop__before_first_generation__finishes() -> None:
@@ -543,238 +544,247 @@ def test_stop__before_first_generation__finishes() -> None:
 
 @pytest.mark.parametrize("phase", [Phase.STARTING, Phase.TRAINING, Phase.DRAINING])
 def test_stop__finishes_when_ranks_are_done(phase: Phase) -> None:
-    story = training("a", phase=phase)
-    assert story.on(StopRequested()) == []
-    assert story.on(ended(0, EndReason.DONE, step=8)) == [FinishRun(step=8)]
+    scenario = training("a", phase=phase)
+    assert scenario.on(StopRequested()) == []
+    assert scenario.on(ended(0, EndReason.DONE, step=8)) == [FinishRun(step=8)]
 
 
 def test_stop__no_further_changes() -> None:
-    story = training("a", "b")
-    story.on(StopRequested())
-    story.on(came("c"))
-    assert story.after(JOIN_WINDOW_S) == []
-    assert story.on(PreemptionNotice(node="a", preempted_at=story.now)) == [ReplaceNode(node="a")]
-    assert story.on(YieldRequested()) == [ReleaseSlots()]
+    scenario = training("a", "b")
+    scenario.on(StopRequested())
+    scenario.on(came("c"))
+    assert scenario.after(JOIN_WINDOW_S) == []
+    assert scenario.on(PreemptionNotice(node="a", preempted_at=scenario.now)) == [ReplaceNode(node="a")]
+    assert scenario.on(YieldRequested()) == [ReleaseSlots()]
 
 
 def test_stop__while_draining__one_more_generation() -> None:
-    story = training("a", phase=Phase.DRAINING)
-    story.on(StopRequested())
-    assert story.drained() == stops("a")
-    assert story.stopped("a", a=snapshots(5, 0, of=1)) == [start(2, "a", step=5, source=(1, 1))]
+    scenario = training("a", phase=Phase.DRAINING)
+    scenario.on(StopRequested())
+    assert scenario.drained() == stops("a")
+    assert scenario.stopped("a", a=snapshots(5, 0, of=1)) == [start(2, "a", step=5, source=(1, 1))]
 
 
 def test_stop__returning_node_holds_newer_step__continues_from_it() -> None:
-    story = training("a", is_stopping=True, phase=Phase.TRAINING)
-    story.state = replace(story.state, generation=2)
-    story.on(came("b", generation=1, replicas=snapshots(20, 0, of=1)))
-    story.on(RankEnded(generation=2, rank=0, end=EndReason.DONE, step=11))
-    (begun,) = starts(story.stopped("a", "b"))
+    scenario = training("a", is_stopping=True, phase=Phase.TRAINING)
+    scenario.state = replace(scenario.state, generation=2)
+    scenario.on(came("b", generation=1, replicas=snapshots(20, 0, of=1)))
+    scenario.on(RankEnded(generation=2, rank=0, end=EndReason.DONE, step=11))
+    (begun,) = starts(scenario.stopped("a", "b"))
     assert (begun.generation, begun.step, begun.source) == (3, 20, (1, 1))
 
 
 def test_stop__only_storage_left__finishes() -> None:
-    story = training("a", "b", stored_step=4)
-    story.on(lost("b"))
-    story.on(StopRequested())
-    assert story.stopped("a", a=snapshots(6, 0, of=2)) == [FinishRun(step=4)]
+    scenario = training("a", "b", stored_step=4)
+    scenario.on(lost("b"))
+    scenario.on(StopRequested())
+    assert scenario.stopped("a", a=snapshots(6, 0, of=2)) == [FinishRun(step=4)]
 
 
 def test_stop__while_waiting__finishes_after_flush() -> None:
-    story = training("a", "b", low=2)
-    story.on(lost("b"))
-    story.stopped("a", a=snapshots(6, 0, 1, of=2))
-    assert story.on(StopRequested()) == []
-    assert story.on(CheckpointCommitted(step=6)) == [FinishRun(step=6)]
+    scenario = training("a", "b", low=2)
+    scenario.on(lost("b"))
+    scenario.stopped("a", a=snapshots(6, 0, 1, of=2))
+    assert scenario.on(StopRequested()) == []
+    assert scenario.on(CheckpointCommitted(step=6)) == [FinishRun(step=6)]
 
 
 def test_stop__while_waiting_and_memory_lost__finishes_with_storage() -> None:
-    story = training("a", "b", low=2, stored_step=2)
-    story.on(lost("b"))
-    story.stopped("a", a=snapshots(6, 0, 1, of=2))
-    story.on(StopRequested())
-    assert story.on(lost("a")) == [FinishRun(step=2)]
+    scenario = training("a", "b", low=2, stored_step=2)
+    scenario.on(lost("b"))
+    scenario.stopped("a", a=snapshots(6, 0, 1, of=2))
+    scenario.on(StopRequested())
+    assert scenario.on(lost("a")) == [FinishRun(step=2)]
 
 
 # --- failures
 
 
-def break_while_starting(story: Story, *, is_lost: bool = False) -> list[Action]:
+def break_while_starting(scenario: Scenario, *, is_lost: bool = False) -> list[Action]:
     """A rank breaks; with `is_lost`, the loss of its node is noticed afterwards."""
-    generation = story.state.generation
-    story.on(ended(0, generation=generation, reason="out of memory"))
-    actions = story.on(lost("b")) if is_lost else []
-    return actions + story.stopped(*story.state.stopping_nodes)
+    generation = scenario.state.generation
+    scenario.on(ended(0, generation=generation, reason="out of memory"))
+    actions = scenario.on(lost("b")) if is_lost else []
+    return actions + scenario.stopped(*scenario.state.stopping_nodes)
 
 
 def test_startup_failures__budget_exceeded__fails_the_run() -> None:
-    story = training("a", "b", phase=Phase.STARTING)
+    scenario = training("a", "b", phase=Phase.STARTING)
     for _ in range(MAX_STARTUP_FAILURES - 1):
-        assert starts(break_while_starting(story))
-    (fail,) = break_while_starting(story)
+        assert starts(break_while_starting(scenario))
+    (fail,) = break_while_starting(scenario)
     assert isinstance(fail, FailRun)
     assert "3 generations in a row" in fail.reason
     assert "out of memory" in fail.reason
 
 
 def test_startup_failures__node_lost__not_counted() -> None:
-    story = training("a", "b", phase=Phase.STARTING)
+    scenario = training("a", "b", phase=Phase.STARTING)
     for _ in range(2 * MAX_STARTUP_FAILURES):
-        assert starts(break_while_starting(story, is_lost=True))
-        story.on(came("b"))
-    assert story.state.num_failures == 0
+        assert starts(break_while_starting(scenario, is_lost=True))
+        scenario.on(came("b"))
+    assert scenario.state.num_failures == 0
 
 
 def test_startup_failures__first_step__reset() -> None:
-    story = training("a", "b", phase=Phase.STARTING)
-    break_while_starting(story)
-    story.on(GenerationReady(generation=story.state.generation))
-    assert story.state.num_failures == 0
+    scenario = training("a", "b", phase=Phase.STARTING)
+    break_while_starting(scenario)
+    scenario.on(GenerationReady(generation=scenario.state.generation))
+    assert scenario.state.num_failures == 0
 
 
 def test_startup_failures__after_first_step__not_counted() -> None:
-    story = training("a", "b")
-    story.on(ended(0))
-    story.stopped("a", "b")
-    assert story.state.num_failures == 0
+    scenario = training("a", "b")
+    scenario.on(ended(0))
+    scenario.stopped("a", "b")
+    assert scenario.state.num_failures == 0
 
 
 # --- connections
 
 
 def test_reconnect__with_its_ranks__training_continues() -> None:
-    story = training("a", "b")
-    assert story.on(came("b", generation=1, running_ranks={1: 2})) == []
-    assert story.state.phase is Phase.TRAINING
+    scenario = training("a", "b")
+    assert scenario.on(came("b", generation=1, running_ranks={1: 2})) == []
+    assert scenario.state.phase is Phase.TRAINING
 
 
 @pytest.mark.parametrize("running_ranks", [{}, {1: 3}], ids=["all", "one"])
 def test_reconnect__without_its_ranks__generation_stops(running_ranks: dict[int, int]) -> None:
-    story = training("a", "b", "b")
-    actions = story.on(came("b", generation=1, running_ranks=running_ranks))
+    scenario = training("a", "b", "b")
+    actions = scenario.on(came("b", generation=1, running_ranks=running_ranks))
     assert causes(actions) == ["loss"]
     assert actions[1:] == stops("a", "b")
 
 
 def test_reconnect__rank_has_drained__not_missed() -> None:
-    story = training("a", "b", phase=Phase.DRAINING)
-    story.on(ended(1, EndReason.DRAINED))
-    assert story.on(came("b", generation=1)) == []
-    assert story.on(ended(0, EndReason.DRAINED)) == stops("a", "b")
+    scenario = training("a", "b", phase=Phase.DRAINING)
+    scenario.on(ended(1, EndReason.DRAINED))
+    assert scenario.on(came("b", generation=1)) == []
+    assert scenario.on(ended(0, EndReason.DRAINED)) == stops("a", "b")
 
 
 @pytest.mark.parametrize("running_ranks", [{}, {1: 2}], ids=["without ranks", "with ranks"])
 def test_reconnect__while_stopping__stop_repeated(running_ranks: dict[int, int]) -> None:
-    story = training("a", "b")
-    story.on(ended(0))
-    assert story.on(came("b", generation=1, running_ranks=running_ranks)) == stops("b")
-    story.stopped("a")
-    assert story.stopped("b") == [start(2, "a", "b")]
+    scenario = training("a", "b")
+    scenario.on(ended(0))
+    assert scenario.on(came("b", generation=1, running_ranks=running_ranks)) == stops("b")
+    scenario.stopped("a")
+    assert scenario.stopped("b") == [start(2, "a", "b")]
 
 
 def test_reconnect__lost_node_while_stopping__stopped_and_waited_for() -> None:
-    story = training("a", "b")
-    story.on(lost("b"))
-    assert story.on(came("b", generation=1, running_ranks={1: 2})) == stops("b")
-    assert story.stopped("a") == []
-    assert story.stopped("b") == [start(2, "a", "b")]
+    scenario = training("a", "b")
+    scenario.on(lost("b"))
+    assert scenario.on(came("b", generation=1, running_ranks={1: 2})) == stops("b")
+    assert scenario.stopped("a") == []
+    assert scenario.stopped("b") == [start(2, "a", "b")]
 
 
 def test_reconnect__old_ranks__stopped_before_node_is_used() -> None:
-    story = training("a", "b")
-    story.on(lost("b"))
-    story.stopped("a")
-    story.on(GenerationReady(generation=2))
-    assert story.on(came("b", generation=1, running_ranks={1: 2})) == stops("b", generation=2, keep_replicas=True)
-    actions = story.after(JOIN_WINDOW_S) + story.after(JOIN_WINDOW_S)
+    scenario = training("a", "b")
+    scenario.on(lost("b"))
+    scenario.stopped("a")
+    scenario.on(GenerationReady(generation=2))
+    assert scenario.on(came("b", generation=1, running_ranks={1: 2})) == stops(
+        "b", generation=2, keep_replicas=True
+    )
+    actions = scenario.after(JOIN_WINDOW_S) + scenario.after(JOIN_WINDOW_S)
     assert causes(actions) == ["growth"]
-    story.drained()
-    assert story.stopped("a") == []
-    assert story.stopped("b") == [start(3, "a", "b")]
+    scenario.drained()
+    assert scenario.stopped("a") == []
+    assert scenario.stopped("b") == [start(3, "a", "b")]
 
 
 def test_events_of_unknown_node__ignored() -> None:
-    story = training("a")
-    before = story.state
+    scenario = training("a")
+    before = scenario.state
     for event in (
         lost("x"),
         NodeReady(node="x"),
         PreemptionNotice(node="x", preempted_at=0.0),
         SlotsChanged(node="x", num_slots=9),
     ):
-        assert story.on(event) == []
-    assert story.on(ReplicasHeld(node="x", replicas=snapshots(9, 0, of=1))) == []
-    assert story.on(AgentStopped(node="x", generation=1, replicas=snapshots(9, 0, of=1))) == []
-    assert story.state == before
+        assert scenario.on(event) == []
+    assert scenario.on(ReplicasHeld(node="x", replicas=snapshots(9, 0, of=1))) == []
+    assert scenario.on(AgentStopped(node="x", generation=1, replicas=snapshots(9, 0, of=1))) == []
+    assert scenario.state == before
 
 
 # --- the supervisor was restarted
 
 
-def restarted(**more: Any) -> Story:
+def restarted(**more: Any) -> Scenario:
     return waiting(low=2, former_generation=5, stored_step=3, recovery_deadline=100.0 + RECOVERY_S, **more)
 
 
 def test_recovery__running_generation__continues() -> None:
-    story = restarted()
-    assert story.on(came("a", generation=5, running_ranks={0: 3, 1: 3})) == []
-    assert story.after(RECOVERY_S / 2) == []
-    assert story.on(came("b", generation=5, running_ranks={2: 3})) == []
-    assert story.after(RECOVERY_S) == []
-    assert (story.state.phase, story.state.assignment) == (Phase.TRAINING, ("a", "a", "b"))
-    story.on(lost("b"))
-    story.on(came("c"))
-    assert starts(story.stopped("a"))[0].generation == 6
+    scenario = restarted()
+    assert scenario.on(came("a", generation=5, running_ranks={0: 3, 1: 3})) == []
+    assert scenario.after(RECOVERY_S / 2) == []
+    assert scenario.on(came("b", generation=5, running_ranks={2: 3})) == []
+    assert scenario.after(RECOVERY_S) == []
+    assert (scenario.state.phase, scenario.state.assignment) == (Phase.TRAINING, ("a", "a", "b"))
+    scenario.on(lost("b"))
+    scenario.on(came("c"))
+    assert starts(scenario.stopped("a"))[0].generation == 6
 
 
 def test_recovery__spare_node_first__running_generation_found() -> None:
-    story = restarted()
-    assert story.on(came("spare", generation=4)) == []
-    assert story.on(came("a", generation=5, running_ranks={0: 1})) == []
-    assert (story.state.phase, story.state.generation, story.state.assignment) == (Phase.TRAINING, 5, ("a",))
+    scenario = restarted()
+    assert scenario.on(came("spare", generation=4)) == []
+    assert scenario.on(came("a", generation=5, running_ranks={0: 1})) == []
+    assert (scenario.state.phase, scenario.state.generation, scenario.state.assignment) == (
+        Phase.TRAINING,
+        5,
+        ("a",),
+    )
 
 
 def test_recovery__two_generations__older_is_stopped() -> None:
-    story = restarted()
-    story.on(came("cut off", generation=4, running_ranks={0: 2}))
-    assert story.on(came("a", generation=5, running_ranks={0: 2})) == stops(
+    scenario = restarted()
+    scenario.on(came("cut off", generation=4, running_ranks={0: 2}))
+    assert scenario.on(came("a", generation=5, running_ranks={0: 2})) == stops(
         "cut off", generation=5, keep_replicas=True
     )
-    assert story.on(came("b", generation=5, running_ranks={1: 2})) == []
-    assert (story.state.phase, story.state.assignment) == (Phase.TRAINING, ("a", "b"))
+    assert scenario.on(came("b", generation=5, running_ranks={1: 2})) == []
+    assert (scenario.state.phase, scenario.state.assignment) == (Phase.TRAINING, ("a", "b"))
 
 
 def test_recovery__agent_missing__generation_stops() -> None:
-    story = restarted()
-    story.on(came("a", generation=5, running_ranks={0: 3}))
-    story.on(came("b", generation=5, running_ranks={1: 3}))
-    actions = story.after(RECOVERY_S)
+    scenario = restarted()
+    scenario.on(came("a", generation=5, running_ranks={0: 3}))
+    scenario.on(came("b", generation=5, running_ranks={1: 3}))
+    actions = scenario.after(RECOVERY_S)
     assert causes(actions) == ["loss"]
     assert actions[1:] == stops("a", "b", generation=5)
-    assert story.stopped("a", "b") == [start(6, "a", "b", step=3)]
+    assert scenario.stopped("a", "b") == [start(6, "a", "b", step=3)]
 
 
 def test_recovery__no_running_generation__starts_after_deadline() -> None:
-    story = restarted()
+    scenario = restarted()
     held = snapshots(7, 0, 1, of=2, generation=5)
-    assert story.on(came("a", generation=5, replicas=held)) == []
-    assert story.on(came("b", generation=5)) == []
-    story.after(RECOVERY_S)
-    assert story.stopped("a", "b") == [start(6, "a", "b", step=7, source=(5, 2))]
+    assert scenario.on(came("a", generation=5, replicas=held)) == []
+    assert scenario.on(came("b", generation=5)) == []
+    scenario.after(RECOVERY_S)
+    assert scenario.stopped("a", "b") == [start(6, "a", "b", step=7, source=(5, 2))]
 
 
 def test_recovery__too_few_nodes__flushes_memory() -> None:
-    story = restarted()
-    story.on(came("a", generation=5, replicas=snapshots(7, 0, 1, of=2, generation=5)))
-    story.after(RECOVERY_S)
-    assert story.stopped("a") == [WaitForNodes(have=1, need=2), FlushToStorage(step=7, generation=5, world_size=2)]
+    scenario = restarted()
+    scenario.on(came("a", generation=5, replicas=snapshots(7, 0, 1, of=2, generation=5)))
+    scenario.after(RECOVERY_S)
+    assert scenario.stopped("a") == [
+        WaitForNodes(have=1, need=2),
+        FlushToStorage(step=7, generation=5, world_size=2),
+    ]
 
 
 def test_recovery__stop_requested__running_generation_found_first() -> None:
-    story = restarted()
-    assert story.on(StopRequested()) == []
-    story.on(came("a", generation=5, running_ranks={0: 1}))
-    assert story.on(ended(0, EndReason.DONE, 5, step=9)) == [FinishRun(step=9)]
+    scenario = restarted()
+    assert scenario.on(StopRequested()) == []
+    scenario.on(came("a", generation=5, running_ranks={0: 1}))
+    assert scenario.on(ended(0, EndReason.DONE, 5, step=9)) == [FinishRun(step=9)]
 
 
 def test_recovery__yield_requested__ignored() -> None:

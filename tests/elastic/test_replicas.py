@@ -262,7 +262,7 @@ def test_store__keeps_the_two_newest_steps_of_a_peer() -> None:
 
 
 def test_replicator__peer_returns__newest_step_is_sent() -> None:
-    async def go_away() -> None:
+    async def end_peer() -> None:
         snapshot = state_of(4096)
         async with machine() as far:
             proxy = Proxy(far.endpoint)
@@ -278,7 +278,7 @@ def test_replicator__peer_returns__newest_step_is_sent() -> None:
                 assert far.steps == [1, 3]
             await proxy.tear()
 
-    asyncio.run(go_away())
+    asyncio.run(end_peer())
 
 
 def test_replicator__no_peer__reported_at_once() -> None:

@@ -91,7 +91,7 @@ async def impostor(converse: Callable[[Any, Any], Any]) -> AsyncIterator[Endpoin
 
 
 def test_listener__client_without_secret__connection_closed() -> None:
-    async def intrude() -> None:
+    async def connect_without_secret() -> None:
         served: list[Channel] = []
 
         async def serve(channel: Channel) -> None:
@@ -104,7 +104,7 @@ def test_listener__client_without_secret__connection_closed() -> None:
                 await connect(listener.endpoint, secret=b"another")
         assert served == []
 
-    asyncio.run(intrude())
+    asyncio.run(connect_without_secret())
 
 
 async def answer_at_random(reader: Any, writer: Any) -> None:
@@ -353,12 +353,12 @@ def test_listener__garbage__other_clients_are_served(garbage: bytes) -> None:
 def test_listener__silent_client__times_out_and_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rpc_module, "_PROOF_TIMEOUT_S", 0.3)
 
-    async def keep_silent() -> None:
+    async def send_nothing() -> None:
         async with listening() as listener, stranger(listener.endpoint) as (reader, _):
             assert await serves_others(listener)
             assert len(await asyncio.wait_for(reader.read(), 5)) == NONCE_BYTES
 
-    asyncio.run(keep_silent())
+    asyncio.run(send_nothing())
 
 
 def test_connect__silent_server__times_out() -> None:
@@ -589,11 +589,11 @@ def test_sync_channel__message_too_long__error() -> None:
 
 
 def test_listener__300_clients_at_once__all_served() -> None:
-    async def crowd() -> None:
+    async def open_many() -> None:
         async with listening() as listener:
             assert await asyncio.gather(*(serves_others(listener) for _ in range(300))) == [True] * 300
 
-    asyncio.run(crowd())
+    asyncio.run(open_many())
 
 
 def test_listener__close__connections_end() -> None:

@@ -57,7 +57,7 @@ def assert_large_run_yields(large: Run, small: Run) -> None:
     assert large.formed["world_size"] == 1
     assert large.of("MembershipChangeStarted")[-1]["cause"] == "yield"
     assert large.repeated() == []
-    nodes = [{place["node"].partition("-")[0] for place in run.formed["ranks"]} for run in (large, small)]
+    nodes = [{rank["node"].partition("-")[0] for rank in run.formed["ranks"]} for run in (large, small)]
     assert not nodes[0] & nodes[1]
     large.await_steps(3)
 

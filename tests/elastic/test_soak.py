@@ -41,10 +41,10 @@ class Faults:
         ]
 
     def rank_killed(self) -> None:
-        self.run.recovers_from(lambda: os.kill(self._place()["pid"], signal.SIGKILL))
+        self.run.recovers_from(lambda: os.kill(self._random_rank()["pid"], signal.SIGKILL))
 
     def rank_stopped(self) -> None:
-        self.run.recovers_from(lambda: os.kill(self._place()["pid"], signal.SIGSTOP))
+        self.run.recovers_from(lambda: os.kill(self._random_rank()["pid"], signal.SIGSTOP))
 
     def agent_killed(self) -> None:
         self.run.recovers_from(lambda: os.kill(self._agent(), signal.SIGKILL))
@@ -84,23 +84,23 @@ class Faults:
 
     def _without(self, before: Callable[[str], None]) -> None:
         """Kill a machine, after `before(node)`, and add another."""
-        node = self._place()["node"]
+        node = self._random_rank()["node"]
         machine = self.run.cluster.of(self.run.agent(node))
         before(node)
         generation = self.run.formed["generation"]
-        is_member = node in [place["node"] for place in self.run.formed["ranks"]]
+        is_member = node in [rank["node"] for rank in self.run.formed["ranks"]]
         self.run.cluster.kill(machine)
         if is_member:
             wait_for(lambda: self.run.formed["generation"] > generation)
         self.run.cluster.add()
 
-    def _place(self) -> dict[str, int | str]:
+    def _random_rank(self) -> dict[str, int | str]:
         wait_for(lambda: faults.processes_of(self.run.folder).ranks)
-        place: dict[str, int | str] = self.random.choice(self.run.formed["ranks"])
-        return place
+        rank: dict[str, int | str] = self.random.choice(self.run.formed["ranks"])
+        return rank
 
     def _agent(self) -> int:
-        return self.run.agent(str(self._place()["node"]))
+        return self.run.agent(str(self._random_rank()["node"]))
 
 
 @pytest.mark.slow

@@ -100,10 +100,10 @@ class Scene:
 
 
 def run_scene(script: Callable[[Scene], None], **options: Any) -> None:
-    async def play() -> None:
+    async def run() -> None:
         script(Scene(**options))
 
-    asyncio.run(play())
+    asyncio.run(run())
 
 
 def test_preemption_notice__repeated__recorded_once() -> None:

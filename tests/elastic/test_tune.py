@@ -57,7 +57,7 @@ class Search:
         self._driver = start_driver(folder)
 
     @property
-    def book(self) -> TrialTable:
+    def table(self) -> TrialTable:
         return TrialTable(read_run(self.folder).events)
 
     @property
@@ -83,7 +83,7 @@ class Search:
         return found
 
     def await_step(self, number: int, step: int) -> None:
-        wait_for(lambda: number in self.book.trials and self.book.trials[number].step >= step)
+        wait_for(lambda: number in self.table.trials and self.table.trials[number].step >= step)
 
     def await_end(self) -> None:
         wait_for(lambda: self.status != "running", timeout_s=180)
@@ -142,7 +142,7 @@ def test_search__killed_processes__results_of_an_undisturbed_search(cluster: Mac
     search.resume()
     search.await_end()
     assert search.status == "finished"
-    expected, found = undisturbed.book.trials, search.book.trials
+    expected, found = undisturbed.table.trials, search.table.trials
     assert list(found) == list(expected) == [1, 2, 3, 4, 5, 6]
     for number, trial in found.items():
         assert trial.values == expected[number].values, number
@@ -166,7 +166,7 @@ def test_search__asha_driver_killed__scheduler_resumes(cluster: Machines) -> Non
     search.await_end()
     assert search.status == "finished"
     assert numbers_of(search, "TrialSuggested") == numbers_of(search, "TrialEnded") == [1, 2, 3, 4, 5, 6]
-    trials = search.book.trials.values()
+    trials = search.table.trials.values()
     assert {trial.status for trial in trials} == {"finished", "stopped"}
     # Every stopped trial names the scheduler and the step.
     assert all(
@@ -183,15 +183,15 @@ def test_search__pbt_driver_killed__resumes_from_the_last_round(cluster: Machine
         search__max_trials="4",
         search__space=space,
     )
-    wait_for(lambda: search.book.population_step == 20)
+    wait_for(lambda: search.table.population_step == 20)
     search.await_step(1, 40)
     search.kill_driver()
     search.resume()
     search.await_end()
     assert search.status == "finished"
-    trials = search.book.trials
+    trials = search.table.trials
     assert {trial.status for trial in trials.values()} == {"finished"}
-    assert search.book.population_step == 40
+    assert search.table.population_step == 40
     moved = [trial for trial in trials.values() if trial.moves]
     assert moved
     for trial in moved:

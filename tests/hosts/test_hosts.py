@@ -73,7 +73,7 @@ class Conversation:
         assert self.caller.stdin is not None
         self.caller.stdin.write(f"{word}\n".encode())
 
-    def hear(self, *, within_s: float) -> str | None:
+    def receive(self, *, within_s: float) -> str | None:
         """The next word that comes back; None if it is silent, nothing if it is over."""
         assert self.caller.stdout is not None
         ready, _, _ = select.select([self.caller.stdout], [], [], within_s)
@@ -119,18 +119,18 @@ class TestCut:
     ) -> None:
         conversation = Conversation(hosts, caller=caller, listener=listener)
         conversation.say("before")
-        assert conversation.hear(within_s=10) == "before"
+        assert conversation.receive(within_s=10) == "before"
         hosts.cut(2)
         conversation.say("during")
-        assert conversation.hear(within_s=0.5) is None
+        assert conversation.receive(within_s=0.5) is None
         hosts.reconnect(2)
-        assert conversation.hear(within_s=10) == "during"
+        assert conversation.receive(within_s=10) == "during"
 
     def test_cut__other_hosts__stay_connected(self, hosts: Hosts) -> None:
         conversation = Conversation(hosts, caller=0, listener=1)
         hosts.cut(2)
         conversation.say("still")
-        assert conversation.hear(within_s=10) == "still"
+        assert conversation.receive(within_s=10) == "still"
 
     def test_cut__new_connection__times_out(self, hosts: Hosts) -> None:
         with pytest.raises(ConnectionRefusedError):
@@ -143,20 +143,20 @@ class TestCut:
     def test_cut_and_kill__open_connection__is_silent(self, hosts: Hosts) -> None:
         conversation = Conversation(hosts, caller=0, listener=2)
         conversation.say("before")
-        assert conversation.hear(within_s=10) == "before"
+        assert conversation.receive(within_s=10) == "before"
         hosts.cut(2)
         hosts.kill(2)
         conversation.say("after")
-        assert conversation.hear(within_s=0.5) is None
+        assert conversation.receive(within_s=0.5) is None
 
 
 def test_kill__ends_all_processes_of_one_host(hosts: Hosts) -> None:
     kept = hosts.run(1, "sleep", "100")
     hosts.run(2, "sh", "-c", "setsid sleep 100 & setsid sleep 100 & wait")
     wait_for(lambda: len(output_of_ip("netns", "pids", f"{hosts.folder.name}-2").split()) == 3)
-    doomed = processes_of(hosts, 2)
+    processes = processes_of(hosts, 2)
     hosts.kill(2)
-    assert survivors(doomed, timeout_s=1) == []
+    assert survivors(processes, timeout_s=1) == []
     assert kept.poll() is None
 
 

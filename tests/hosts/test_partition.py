@@ -62,8 +62,8 @@ def host_of(run: Run, hosts: Hosts, node: str) -> int:
 
 @pytest.mark.slow
 def test_run__node_loses_its_network__continues_within_seconds_as_one_curve(run: Run, hosts: Hosts) -> None:
-    place = run.formed["ranks"][1]
-    cut_off = host_of(run, hosts, place["node"])
+    rank = run.formed["ranks"][1]
+    cut_off = host_of(run, hosts, rank["node"])
     repeated, began = len(run.repeated()), time.time()
     seconds = run.recovers_from(lambda: hosts.cut(cut_off))
     assert run.formed["world_size"] == NUM_MACHINES - 1
@@ -72,7 +72,7 @@ def test_run__node_loses_its_network__continues_within_seconds_as_one_curve(run:
     assert len(run.repeated(since=began)) - repeated <= 1
     hosts.reconnect(cut_off)
     run.await_world(NUM_MACHINES, timeout_s=120.0)
-    assert place["pid"] not in [other["pid"] for other in run.formed["ranks"]]
+    assert rank["pid"] not in [other["pid"] for other in run.formed["ranks"]]
 
     pid = driver_pid(run.folder)
     assert pid is not None

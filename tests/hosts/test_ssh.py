@@ -99,10 +99,10 @@ def spec_of(hosts: Hosts, **changes: object) -> SshSpec:
 
 def failures(cluster: SshCluster, *, match: str) -> list[NodeProgress]:
     """The failures that an `up` reports before it fails."""
-    told: list[NodeProgress] = []
+    progress: list[NodeProgress] = []
     with pytest.raises(ClusterError, match=match):
-        cluster.up(on_progress=told.append)
-    return [one for one in told if one.is_failure]
+        cluster.up(on_progress=progress.append)
+    return [one for one in progress if one.is_failure]
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +182,8 @@ class TestUp:
                     urllib.request.urlopen(request, timeout=10)
                 assert refused.value.code in (401, 403)
         # From another machine the dashboard is not even there.
-        knock = f"import socket; socket.create_connection(('{hosts.ip(0)}', {state['job_port']}), timeout=3)"
-        stranger = hosts.run(1, sys.executable, "-c", knock, stderr=subprocess.PIPE)
+        connect = f"import socket; socket.create_connection(('{hosts.ip(0)}', {state['job_port']}), timeout=3)"
+        stranger = hosts.run(1, sys.executable, "-c", connect, stderr=subprocess.PIPE)
         assert b"ConnectionRefused" in stranger.communicate(timeout=20)[1]
         refused_job = "import ray; ray.init('auto', logging_level='error')"
         script = f"import os; os.environ.pop('RAY_AUTH_TOKEN_PATH'); {refused_job}"
@@ -225,8 +225,8 @@ class TestUp:
     @pytest.mark.slow
     def test_up__running_nodes_differ_from_the_file__are_not_touched(self, cluster: str, hosts: Hosts) -> None:
         before, state = heads(hosts), state_of("lab")
-        told = failures(SshCluster(spec_of(hosts, ray_port=7000)), match="forge cluster down lab first")
-        assert "Ray runs there with port 6379, the file says 7000 now" in told[0].message
+        progress = failures(SshCluster(spec_of(hosts, ray_port=7000)), match="forge cluster down lab first")
+        assert "Ray runs there with port 6379, the file says 7000 now" in progress[0].message
         failures(SshCluster(spec_of(hosts, folder=str(hosts.folder / "other"))), match="with the file as it was")
         turned = tuple(reversed(spec_of(hosts).machines))
         failures(SshCluster(spec_of(hosts, machines=turned)), match=f"the head of 'lab' is {hosts.ip(0)}, and")
@@ -297,10 +297,10 @@ class TestUp:
         assert not heads(hosts) & before
 
     def test_up__host_removed_from_the_file__is_stopped(self, cluster: str, hosts: Hosts) -> None:
-        told: list[NodeProgress] = []
+        progress: list[NodeProgress] = []
         two = SshCluster(spec_of(hosts, machines=(hosts.ip(0), hosts.ip(1)), min_machines=2))
-        assert len(two.up(on_progress=told.append).nodes) == 2
-        assert (hosts.ip(2), "stopped") in {(one.name, one.message) for one in told}
+        assert len(two.up(on_progress=progress.append).nodes) == 2
+        assert (hosts.ip(2), "stopped") in {(one.name, one.message) for one in progress}
         assert [line for line in mentioning(hosts.ip(2)) if "raylet" in line] == []
 
 
@@ -360,15 +360,15 @@ class TestErrors:
 
     def test_up__key_not_authorized__is_refused(self, hosts: Hosts) -> None:
         other = spec_of(hosts, name="keyless", identity_file=str(stranger_key(hosts)))
-        told = failures(SshCluster(other), match="the head of 'keyless'")
-        assert all("SSH authentication to root@" in one.message for one in told)
+        progress = failures(SshCluster(other), match="the head of 'keyless'")
+        assert all("SSH authentication to root@" in one.message for one in progress)
 
     def test_up__other_python__is_refused(self, hosts: Hosts, tmp_path: Path) -> None:
         older = tmp_path / "python"
         older.write_text('#!/bin/sh\necho \'{"python": "3.9.7"}\'\n')
         older.chmod(0o755)
-        told = failures(SshCluster(spec_of(hosts, name="older", python=str(older))), match=r"Python 3\.9\.7")
-        assert len(told) == hosts.count
+        progress = failures(SshCluster(spec_of(hosts, name="older", python=str(older))), match=r"Python 3\.9\.7")
+        assert len(progress) == hosts.count
 
     def test_up__other_ray__is_refused(self, hosts: Hosts, tmp_path: Path) -> None:
         other = tmp_path / "python"
@@ -384,21 +384,21 @@ class TestErrors:
         failures(SshCluster(spec_of(hosts, name="taken", ray_port=7777)), match="port 7777 is taken there")
 
     def test_up__host_key_changed__is_refused(self, hosts: Hosts) -> None:
-        lone = SshCluster(
-            spec_of(hosts, name="anew", machines=(hosts.ip(2),), ray_port=7778, python="/nowhere/python")
+        cluster = SshCluster(
+            spec_of(hosts, name="reinstalled", machines=(hosts.ip(2),), ray_port=7778, python="/nowhere/python")
         )
-        failures(lone, match="/nowhere/python does not run there")  # and its key is known now
+        failures(cluster, match="/nowhere/python does not run there")  # and its key is known now
         hosts.kill(2)
         with another_host_key(hosts, 2):
             start(hosts, 2)
-            failures(lone, match=r"has another key than before.*ssh-keygen -R")
+            failures(cluster, match=r"has another key than before.*ssh-keygen -R")
         hosts.kill(2)
         start(hosts, 2)  # with its own key, for other tests
 
     def test_up__no_host_usable__lists_all_failures(self, hosts: Hosts) -> None:
         few = spec_of(hosts, name="few", machines=(hosts.ip(0), "nobody.invalid"), python="/nowhere/python")
-        told = failures(SshCluster(few), match="cannot work without it; all failures")
-        assert {one.name for one in told} == {hosts.ip(0), "nobody.invalid"}
+        progress = failures(SshCluster(few), match="cannot work without it; all failures")
+        assert {one.name for one in progress} == {hosts.ip(0), "nobody.invalid"}
 
     def test_up__ctrl_c_while_starting__down_finds_everything(
         self, hosts: Hosts, home: Path, tmp_path: Path
@@ -424,12 +424,13 @@ class TestErrors:
 
     @pytest.mark.slow
     def test_up__too_few_hosts__starts_nothing(self, hosts: Hosts) -> None:
-        lone = spec_of(hosts, name="lone", machines=(hosts.ip(0), "nobody.invalid"))
-        told = failures(
-            SshCluster(lone), match="1 of at least 2 machines of 'lone' are ready.*(?s:.*)nothing was started"
+        spec = spec_of(hosts, name="small", machines=(hosts.ip(0), "nobody.invalid"))
+        progress = failures(
+            SshCluster(spec),
+            match="1 of at least 2 machines of 'small' are ready.*(?s:.*)nothing was started",
         )
-        assert "correct it under machines in the cluster's file" in told[0].message
-        assert mentioning("lone") == []
+        assert "correct it under machines in the cluster's file" in progress[0].message
+        assert mentioning("small") == []
 
 
 @pytest.mark.slow
@@ -441,19 +442,19 @@ def test_up__no_python_in_the_file__installs_forge(hosts: Hosts, home: Path, tmp
     machines = (hosts.ip(0),)
     wheels = str(tmp_path / "wheels")
     spec = spec_of(hosts, name="bare", machines=machines, python=None, wheels=wheels, ray_port=7779)  # beside lab
-    bare, told = SshCluster(spec), list[NodeProgress]()
+    bare, progress = SshCluster(spec), list[NodeProgress]()
     try:
-        bare.up(on_progress=told.append)
+        bare.up(on_progress=progress.append)
         python = json.loads(bare.on_head(["python", "-m", "forge.remote.head_cli", "check"]).stdout)["answer"][
             "python"
         ]
         assert python.startswith(str(hosts.folder / "forge" / "envs"))
-        assert any("installing forge" in one.message for one in told)
+        assert any("installing forge" in one.message for one in progress)
         built = Path(python).stat().st_mtime
-        bare.up(on_progress=told.append)
+        bare.up(on_progress=progress.append)
         assert Path(python).stat().st_mtime == built
     finally:
-        assert bare.down(on_progress=told.append) == []
+        assert bare.down(on_progress=progress.append) == []
 
 
 def read_until(read: Callable[[], str], words: str) -> None:

@@ -32,8 +32,8 @@ def test_report__finished_search__holds_figures_trials_and_cost(tmp_path: Path) 
     whole = (folder / "report.html").read_text(encoding="utf-8")
     text = own_text(folder / "report.html")
     assert whole.count(script()) == 1
-    for said in ("12 finished, 2 stopped, 1 diverged, 1 failed", "1.76 USD", "CUDA out of memory on rank 0"):
-        assert said in text
+    for expected in ("12 finished, 2 stopped, 1 diverged, 1 failed", "1.76 USD", "CUDA out of memory on rank 0"):
+        assert expected in text
     for figure in ("optimization-history", "learning-curves", "parallel-coordinates", "importances"):
         assert text.count(f'id="{figure}"') == 1
     assert text.count("<tr>") + text.count('<tr class="chosen">') == 1 + 16
@@ -54,7 +54,7 @@ def test_report__loads_nothing(tmp_path: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def going_on() -> SearchHistory:
+def unfinished() -> SearchHistory:
     history = SearchHistory()
     history.run({LR: 1e-3, WARMUP: 1}, [3.0])
     history.start(history.suggest({LR: 1e-2, WARMUP: 2}))
@@ -67,26 +67,26 @@ def only_failed() -> SearchHistory:
     history = SearchHistory()
     history.run({LR: 1e-3, WARMUP: 1}, [], status="failed", reason="no room")
     history.run({LR: 1e-3, WARMUP: 1}, [math.nan], status="diverged")
-    history.tell(RunFailed(error="RunError", message="every trial failed"))
+    history.record(RunFailed(error="RunError", message="every trial failed"))
     return history
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "expected"),
     [
-        (going_on, "1 finished, 1 running, 1 waiting"),
+        (unfinished, "1 finished, 1 running, 1 waiting"),
         (SearchHistory, "No trial has started."),
         (only_failed, "every trial failed"),
     ],
 )
 def test_report__search_in_any_state__is_written(
-    make: Callable[[], SearchHistory], said: str, tmp_path: Path
+    make: Callable[[], SearchHistory], expected: str, tmp_path: Path
 ) -> None:
     space = {LR: {"loguniform": [1e-4, 1e-1]}, WARMUP: {"int": [0, 4]}}
     folder = make().write(tmp_path, search_plan({"space": space}))
     write_results(folder)
-    assert said in own_text(folder / "report.html")
-    assert (folder / "best.yaml").exists() == (make is going_on)
+    assert expected in own_text(folder / "report.html")
+    assert (folder / "best.yaml").exists() == (make is unfinished)
     json.dumps(search_record(read_run(folder)), allow_nan=False)
 
 
@@ -128,13 +128,13 @@ def test_report__hostile_names_and_values__are_text_and_never_elements(tmp_path:
     history = SearchHistory()
     for value in (evil, "x"):
         history.run({"data.source": value, evil: 1}, [2.0], status="stopped", reason=evil)
-    history.tell(RunFailed(error="RunError", message=evil))
+    history.record(RunFailed(error="RunError", message=evil))
     plan = search_plan({"space": {"data.source": {"choice": ["x", evil]}, evil: {"int": [1, 2]}}})
     harmless = search_plan({"space": {"data.source": {"choice": ["x", "y"]}, "z": {"int": [1, 2]}}})
     same = SearchHistory()
     for value in ("y", "x"):
         same.run({"data.source": value, "z": 1}, [2.0], status="stopped", reason="r")
-    same.tell(RunFailed(error="RunError", message="m"))
+    same.record(RunFailed(error="RunError", message="m"))
     hostile_page = Elements(own_text(write_report(history.write(tmp_path, plan, name="<evil>"))))
     harmless_page = Elements(own_text(write_report(same.write(tmp_path, harmless, name="name"))))
     assert hostile_page.tags == harmless_page.tags
@@ -165,8 +165,8 @@ def test_search_record__holds_every_trial_and_existing_files(tmp_path: Path) -> 
     diverged, failed = record["trials"][4], record["trials"][8]
     assert (diverged["status"], diverged["value"], diverged["reports"][-1]) == ("diverged", None, [3, None])
     assert (failed["reports"], failed["reason"], failed["step"]) == ([], "CUDA out of memory on rank 0", 0)
-    told = "trial trial_id value step values status reports moves start_s seconds reason"
-    assert list(record["trials"][0]) == told.split()
+    keys = "trial trial_id value step values status reports moves start_s seconds reason"
+    assert list(record["trials"][0]) == keys.split()
 
 
 def test_axis_labels__keys_with_equal_ends__as_many_parts_as_tell_them_apart() -> None:
@@ -176,8 +176,8 @@ def test_axis_labels__keys_with_equal_ends__as_many_parts_as_tell_them_apart() -
 
 def test_build_study__lifelike_search__numbers_values_and_curves_of_the_trials() -> None:
     history = lifelike()
-    study = build_study(search_spec(), history.book)
-    for number, trial in history.book.trials.items():
+    study = build_study(search_spec(), history.table)
+    for number, trial in history.table.trials.items():
         drawn = study.trials[number]
         is_comparable = trial.status in ("finished", "stopped")
         assert drawn.number == number

@@ -1,4 +1,4 @@
-"""A ledger in words."""
+"""The goodput report as text."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def eventful() -> GoodputReport:
 
 
 def test_goodput_line__changes__largest_bucket_first() -> None:
-    told = goodput_line(eventful(), width=200)
-    assert told == "goodput 25%  1 node  1 change  starting 44%  training 38%  repeated 12%  other 6%"
+    line = goodput_line(eventful(), width=200)
+    assert line == "goodput 25%  1 node  1 change  starting 44%  training 38%  repeated 12%  other 6%"
 
 
 @given(st.integers(-1, 100))
 def test_goodput_line__width__ends_with_a_whole_number(width: int) -> None:
-    whole, told = goodput_line(eventful(), width=200), goodput_line(eventful(), width=width)
-    assert len(told) <= max(0, width)
-    assert not told or (whole + "  ").startswith(told + "  ")
+    whole, line = goodput_line(eventful(), width=200), goodput_line(eventful(), width=width)
+    assert len(line) <= max(0, width)
+    assert not line or (whole + "  ").startswith(line + "  ")
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 5])

@@ -31,10 +31,10 @@ def records(events: list[Event]) -> list[dict[str, Any]]:
 
 
 def drawn(*, width: int) -> list[str]:
-    book = TrialTable(records(TRIALS))
-    trials = select_trials(book, mode="min", room=9)
+    table = TrialTable(records(TRIALS))
+    trials = select_trials(table, mode="min", room=9)
     return fit_table(
-        "eval/loss", trial_rows(trials, now=BEGAN + 60, total_steps=6, best=book.best("min")), width=width
+        "eval/loss", trial_rows(trials, now=BEGAN + 60, total_steps=6, best=table.best("min")), width=width
     )
 
 
@@ -52,10 +52,10 @@ def test_short_names__fewest_distinct_parts(keys: list[str], names: list[str]) -
 
 
 def test_select_trials__running_then_best_then_newest() -> None:
-    book = TrialTable(records(TRIALS))
-    assert [trial.number for trial in select_trials(book, mode="min", room=9)] == [4, 2, 5, 3, 1]
-    assert [trial.number for trial in select_trials(book, mode="max", room=3)] == [4, 1, 5]
-    assert select_trials(book, mode="min", room=-1) == []
+    table = TrialTable(records(TRIALS))
+    assert [trial.number for trial in select_trials(table, mode="min", room=9)] == [4, 2, 5, 3, 1]
+    assert [trial.number for trial in select_trials(table, mode="max", room=3)] == [4, 1, 5]
+    assert select_trials(table, mode="min", room=-1) == []
 
 
 def test_fit_table__wide__has_everything() -> None:
@@ -120,7 +120,7 @@ def test_bars__proportional_and_sorted() -> None:
 def test_describe__trial_event__one_line() -> None:
     describer = TrialEventDescriber(search_of(search_plan().job))
     again = TrialStarted(trial=1, total_steps=6, seconds=0.3, is_warm=True)
-    told = [
+    events = [
         *begun(1, values={2: 5.25}),
         again,
         TrialReported(trial=1, step=4, value=float("nan"), metrics={}),
@@ -129,7 +129,7 @@ def test_describe__trial_event__one_line() -> None:
         TrialEnded(trial=1, status="failed", step=4, value=None, reason="rank 0\ndied"),
         TrialEnded(trial=9, status="failed", step=4, value=None),
     ]
-    assert [line for record in records(told) if (line := describer.describe(record))] == [
+    assert [line for record in records(events) if (line := describer.describe(record))] == [
         "trial 1 started in 1.2s: lr=0.001 warmup_steps=1",
         "trial 1 step 2 eval/loss 5.2500",
         "trial 1 resumed after 300ms: lr=0.001 warmup_steps=1",

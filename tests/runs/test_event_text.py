@@ -38,27 +38,27 @@ LOSS = MembershipChangeStarted(
 FORMING = GenerationStarting(generation=3, world_size=2, from_step=41, source="memory")
 
 
-def told(*events: Event) -> list[str]:
+def lines_of(*events: Event) -> list[str]:
     describer = EventDescriber()
     return [line for event in events if (line := describer.describe(event_to_record(event))) is not None]
 
 
 def test_describe__loss_of_a_node__one_line() -> None:
     for events in ([NodeLeft(node=NODE, reason="gone"), LOSS], [LOSS, NodeLeft(node=NODE, reason="gone")]):
-        assert told(FORMED, *events, FORMING) == [
+        assert lines_of(FORMED, *events, FORMING) == [
             "node 3f2a lost: connection closed; starting generation 3 with 2 workers from step 41 (memory)"
         ]
 
 
 def test_describe__reason__appears_once() -> None:
-    assert told(LOSS, WaitingForMachines(have=1, need=2), FORMING) == [
+    assert lines_of(LOSS, WaitingForMachines(have=1, need=2), FORMING) == [
         "node 3f2a lost: connection closed; waiting for machines: 1 of 2 workers",
         "starting generation 3 with 2 workers from step 41 (memory)",
     ]
 
 
 def test_describe__idle_node_left__has_its_own_line() -> None:
-    assert told(FORMED, LOSS, FORMING, NodeLeft(node=OTHER, reason="drained")) == [
+    assert lines_of(FORMED, LOSS, FORMING, NodeLeft(node=OTHER, reason="drained")) == [
         "node 3f2a lost: connection closed; starting generation 3 with 2 workers from step 41 (memory)",
         "node 77aa left: drained",
     ]
@@ -101,8 +101,8 @@ def test_describe__idle_node_left__has_its_own_line() -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_describe__membership_event__one_line(event: Event, line: str) -> None:
-    assert told(event) == [line]
+    assert lines_of(event) == [line]
 
 
 def test_describe__other_event__none() -> None:
-    assert told(RunStarted(run_id="r", total_steps=1, resumed_from_step=0), FORMED) == []
+    assert lines_of(RunStarted(run_id="r", total_steps=1, resumed_from_step=0), FORMED) == []

@@ -65,7 +65,7 @@ NUMBERS = ["step", "seconds", "seconds_since_cause", "step_s", "stall_s", "speed
 NONSENSE = {"event": KINDS, "cause": st.sampled_from(["loss", "hang"])} | dict.fromkeys(NUMBERS, ANYTHING)
 
 
-def ledger(history: History, *, now: float | None = None) -> GoodputReport:
+def report_of(history: History, *, now: float | None = None) -> GoodputReport:
     return goodput_of(history.events, history.steps, now=now)
 
 
@@ -83,10 +83,10 @@ def started(*, forming_s: float = 5.0) -> History:
 
 def join(history: History, *nodes: str) -> None:
     for node in nodes:
-        history.tell(NodeJoined(node=node, host="10.0.0.1", num_slots=1, agent_pid=1))
+        history.record(NodeJoined(node=node, host="10.0.0.1", num_slots=1, agent_pid=1))
 
 
-def play(acts: Sequence[tuple[str, float]]) -> History:
+def history_of(acts: Sequence[tuple[str, float]]) -> History:
     """A run to which all of this happens; what cannot happen just then does not."""
     history = History()
     history.start()
@@ -147,8 +147,8 @@ def last_times(history: History) -> list[float]:
 class TestBuckets:
     @given(st.lists(st.tuples(st.sampled_from(ACTS), SECONDS), max_size=40))
     def test_buckets__history__every_second_in_its_bucket(self, acts: list[tuple[str, float]]) -> None:
-        history = play(acts)
-        found = ledger(history)
+        history = history_of(acts)
+        found = report_of(history)
         for bucket in BUCKETS:
             assert found.seconds[bucket] == pytest.approx(history.spent[bucket], abs=1e-4), bucket
         assert found.wall_s == pytest.approx(sum(history.spent.values()), abs=1e-4)
@@ -161,17 +161,17 @@ class TestBuckets:
     def test_buckets__any_clock__add_up_to_the_wall_time(
         self, acts: list[tuple[str, float]], shifts: list[float], now: float | None
     ) -> None:
-        history = play(acts)
+        history = history_of(acts)
         for number, record in enumerate([*history.events, *history.steps]):
             record["time"] += shifts[number % len(shifts)]
-        holds_together(ledger(history, now=now))
+        check_consistent(report_of(history, now=now))
 
     @given(st.lists(st.fixed_dictionaries({"time": TIMES}, optional=NONSENSE), max_size=15))
     def test_buckets__nonsense_records__add_up_to_the_wall_time(self, records: list[dict[str, Any]]) -> None:
-        book = GoodputTracker()
+        tracker = GoodputTracker()
         for record in records:
-            book.add(record)
-        holds_together(book.report())
+            tracker.add(record)
+        check_consistent(tracker.report())
 
     def test_goodput__no_node_events__assumes_one_node(self) -> None:
         history = History()
@@ -182,7 +182,7 @@ class TestBuckets:
         history.stop(saving_s=0.25)
         for record in history.events:
             record.pop("ranks", None)
-        found = ledger(history)
+        found = report_of(history)
         assert spent(found) == pytest.approx(
             {"starting": 9.0, "training": 3.0, "other": 0.5, "evaluating": 3.0, "saving": 0.25}
         )
@@ -197,7 +197,7 @@ class TestBuckets:
         history.record_step(2, 1.0)
         history.form(2.0)
         history.step(3, 1.0)
-        assert spent(ledger(history)) == pytest.approx({"starting": 7.0, "training": 3.0})
+        assert spent(report_of(history)) == pytest.approx({"starting": 7.0, "training": 3.0})
 
     def test_repeated__step_broken_during_a_change__lost(self) -> None:
         history = started()
@@ -207,21 +207,21 @@ class TestBuckets:
         history.spend(0.25, "starting")
         history.form(2.0)
         history.step(2, 1.0)
-        assert spent(ledger(history)) == pytest.approx({"starting": 7.25, "training": 2.0, "repeated": 0.75})
+        assert spent(report_of(history)) == pytest.approx({"starting": 7.25, "training": 2.0, "repeated": 0.75})
 
     def test_stalled__unknown_length__since_the_last_step(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.spend(8.0, "stalled")
         history.change("hang")
-        assert ledger(history).seconds["stalled"] == 8.0
+        assert report_of(history).seconds["stalled"] == 8.0
 
     def test_saving__checkpoint_at_the_time_of_a_step__does_not_take_the_step(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.step(2, 4.0, gap_s=0.1)
         history.saved(1, seconds=3.0, stall_s=0.1)
-        found = ledger(history)
+        found = report_of(history)
         assert (found.seconds["training"], found.seconds["saving"]) == pytest.approx((5.0, 0.1))
 
     def test_saving__stall_inside_a_step__is_not_training(self) -> None:
@@ -229,7 +229,7 @@ class TestBuckets:
         history.step(1, 1.0)
         history.step(2, 4.0, gap_s=0.1)
         history.saved(1, seconds=3.0, stall_s=0.6)
-        assert spent(ledger(history)) == pytest.approx({"starting": 5.0, "training": 4.5, "saving": 0.6})
+        assert spent(report_of(history)) == pytest.approx({"starting": 5.0, "training": 4.5, "saving": 0.6})
 
     def test_saving__checkpoint_while_waiting__is_waiting(self) -> None:
         history = started()
@@ -239,7 +239,7 @@ class TestBuckets:
         history.saved(1, seconds=2.0, stall_s=0.0)
         history.form(1.0)
         history.stop()
-        assert spent(ledger(history)) == pytest.approx({"starting": 6.0, "training": 1.0, "waiting": 3.0})
+        assert spent(report_of(history)) == pytest.approx({"starting": 6.0, "training": 1.0, "waiting": 3.0})
 
     def test_saving__after_the_last_checkpoint__is_other(self) -> None:
         history = started()
@@ -247,16 +247,16 @@ class TestBuckets:
         history.spend(2.0, "saving")
         history.saved(1, seconds=2.0, stall_s=0.1)
         history.spend(3.0, "other")
-        history.tell(SampleGenerated(step=1, prompt="", text=""))
-        history.tell(RunFinished(step=1))
-        assert spent(ledger(history)) == pytest.approx(dict(+history.spent))
+        history.record(SampleGenerated(step=1, prompt="", text=""))
+        history.record(RunFinished(step=1))
+        assert spent(report_of(history)) == pytest.approx(dict(+history.spent))
 
     def test_repeated__step_ended_by_a_failure__lost(self) -> None:
         history = started()
         history.step(1, 1.0)
         history.spend(2.0, "repeated")
-        history.tell(RunFailed(error="RunError", message="why"))
-        assert spent(ledger(history)) == pytest.approx(dict(+history.spent))
+        history.record(RunFailed(error="RunError", message="why"))
+        assert spent(report_of(history)) == pytest.approx(dict(+history.spent))
 
     @pytest.mark.parametrize("has_died", [False, True])
     def test_wall_time__between_sessions__not_counted(self, has_died: bool) -> None:
@@ -268,7 +268,7 @@ class TestBuckets:
         history.start()
         history.form(5.0)
         history.step(2, 1.0)
-        assert ledger(history).wall_s == pytest.approx(12.0)
+        assert report_of(history).wall_s == pytest.approx(12.0)
 
     def test_wall_time__no_start_event__from_the_first_step(self) -> None:
         history = started()
@@ -281,30 +281,30 @@ class TestWhileItGoesOn:
     def test_report__running_step__training_up_to_the_ideal_time(self) -> None:
         history = started()
         history.step(1, 1.0)
-        found = ledger(history, now=history.now + 3.0)
+        found = report_of(history, now=history.now + 3.0)
         assert spent(found) == pytest.approx({"starting": 5.0, "training": 2.0, "other": 2.0})
         assert found.wall_s == pytest.approx(9.0)
 
     def test_report__waiting__counts_until_now(self) -> None:
         history = History()
         history.start()
-        history.tell(WaitingForMachines(have=0, need=2))
-        assert spent(ledger(history, now=history.now + 60.0)) == {"waiting": 60.0}
+        history.record(WaitingForMachines(have=0, need=2))
+        assert spent(report_of(history, now=history.now + 60.0)) == {"waiting": 60.0}
 
     def test_report__ended_run__ignores_now(self) -> None:
         history = started()
         history.stop()
-        assert ledger(history, now=history.now + 60.0).wall_s == pytest.approx(5.0)
+        assert report_of(history, now=history.now + 60.0).wall_s == pytest.approx(5.0)
 
     @given(st.lists(st.tuples(st.sampled_from(ACTS), SECONDS), max_size=15))
     def test_report__repeated_calls__change_nothing(self, acts: list[tuple[str, float]]) -> None:
-        history = play(acts)
-        whole = ledger(history).as_record()
-        book = GoodputTracker()
+        history = history_of(acts)
+        whole = report_of(history).as_record()
+        tracker = GoodputTracker()
         for record in sorted([*history.events, *history.steps], key=moment):
-            book.add(record)
-            holds_together(book.report(now=record["time"] + 1.0))
-        again = book.report().as_record()
+            tracker.add(record)
+            check_consistent(tracker.report(now=record["time"] + 1.0))
+        again = tracker.report().as_record()
         assert again["seconds"] == pytest.approx(whole["seconds"], abs=1e-4)
         assert again["goodput"] == pytest.approx(whole["goodput"])
 
@@ -312,10 +312,10 @@ class TestWhileItGoesOn:
         history = started()
         history.step(1, 1.0)
         history.step(2, 1.0, evaluation_s=4.0)
-        book = GoodputTracker()
+        tracker = GoodputTracker()
         for record in (*history.events[:3], *history.steps, *history.events[3:]):
-            book.add(record)
-        assert spent(book.report()) == pytest.approx({"starting": 5.0, "training": 2.0, "evaluating": 4.0})
+            tracker.add(record)
+        assert spent(tracker.report()) == pytest.approx({"starting": 5.0, "training": 2.0, "evaluating": 4.0})
 
 
 class TestFigures:
@@ -327,7 +327,7 @@ class TestFigures:
         history.change("loss")
         history.form(2.0)
         history.step(5, 8.0)
-        found = ledger(history)
+        found = report_of(history)
         assert (found.ideal_step_s, found.wall_s) == pytest.approx((1.0, 20.0))
         assert found.goodput == pytest.approx(5 * 1.0 / 20.0)
 
@@ -339,7 +339,7 @@ class TestFigures:
             history.form(1.0)
             for step_s in steps_s:
                 history.step(history.last_step + 1, step_s)
-        assert ledger(history).ideal_step_s == 2.5
+        assert report_of(history).ideal_step_s == 2.5
 
     def test_node_goodput__counts_each_node_while_available(self) -> None:
         history = History()
@@ -348,13 +348,13 @@ class TestFigures:
         history.nodes = ("a", "b", "c")
         history.form(2.0)
         history.step(1, 4.0)  # 3 x 4 useful
-        history.tell(NodeLeft(node="c", reason="gone"))
+        history.record(NodeLeft(node="c", reason="gone"))
         history.change("loss", reason="node c lost: gone")
         history.nodes = ("a", "b")
         history.form(1.0)
         history.step(1, 1.0)
         history.step(2, 5.0)  # 2 x 5 useful
-        found = ledger(history)
+        found = report_of(history)
         assert found.node_goodput == pytest.approx((3 * 4 + 2 * 5) / (3 * 6 + 2 * 7))
         assert (found.num_nodes, found.num_steps, found.num_repeated_steps) == (2, 2, 1)
 
@@ -364,14 +364,14 @@ class TestFigures:
         history.nodes = ("a", "a", "b")
         history.form(1.0)
         history.step(1, 1.0)
-        assert ledger(history).num_nodes == 2
+        assert report_of(history).num_nodes == 2
 
     def test_counts__preemption__is_not_a_failure(self) -> None:
         history = started()
         history.step(1, 1.0)
-        for source in ("aws", "ray"):  # both tell of one machine
-            history.tell(PreemptionNoticeReceived(node="b", source=source, seconds_left=120.0))
-        history.tell(
+        for source in ("aws", "ray"):  # both announce the same machine
+            history.record(PreemptionNoticeReceived(node="b", source=source, seconds_left=120.0))
+        history.record(
             PreemptionNoticeReceived(node="c", source="aws", seconds_left=None, is_certain=False)
         )  # it stayed
         history.change("loss", reason="node b lost: it was quicker than its notice")
@@ -379,7 +379,7 @@ class TestFigures:
         history.change("growth")
         history.change("hang")
         history.change("failure")
-        found = ledger(history)
+        found = report_of(history)
         assert (found.num_preemptions, found.num_failures, found.num_changes) == (2, 2, 5)
 
     def test_changes__last_until_the_next_step_ends(self) -> None:
@@ -391,7 +391,7 @@ class TestFigures:
         history.form(2.0)
         history.step(1, 1.0, evaluation_s=7.0)
         history.step(2, 1.0)
-        (change,) = ledger(history).changes
+        (change,) = report_of(history).changes
         assert change.seconds == pytest.approx(13.0)
         assert (change.cause, change.reason, change.source) == ("hang", "rank 1 hung", "memory")
         assert (change.from_world_size, change.to_world_size, change.from_step) == (2, 1, 1)
@@ -406,7 +406,7 @@ class TestFigures:
         formed = history.events.pop()
         history.step(3, 1.0)
         history.events.append(formed | {"time": history.now})
-        (change,) = ledger(history).changes
+        (change,) = report_of(history).changes
         assert (change.seconds, dict(change.parts)) == (pytest.approx(2.0), {"fork": 0.1, "build": 0.2})
 
     def test_changes__next_change__keeps_the_one_before(self) -> None:
@@ -417,7 +417,7 @@ class TestFigures:
             history.nodes = nodes
             history.form(float(step))
         history.step(3, 1.0)
-        changes = ledger(history).changes
+        changes = report_of(history).changes
         assert [(c.from_world_size, c.to_world_size, c.from_step) for c in changes] == [(2, 1, 1), (1, 3, 2)]
         assert [change.seconds for change in changes] == pytest.approx([2.0, 3.0])
 
@@ -425,25 +425,25 @@ class TestFigures:
         history = started()
         history.step(1, 1.0)
         history.change("loss")
-        history.tell(RunFailed(error="ClusterError", message="why"))
-        assert [change.seconds for change in ledger(history).changes] == [None]
+        history.record(RunFailed(error="ClusterError", message="why"))
+        assert [change.seconds for change in report_of(history).changes] == [None]
 
     def test_report__before_the_first_step__nan(self) -> None:
         for history in (History(), started()):
-            found = ledger(history)
+            found = report_of(history)
             assert math.isnan(found.goodput)
             assert found.as_record()["goodput"] is None
 
     @given(st.lists(st.tuples(st.sampled_from(ACTS), SECONDS), max_size=15))
     def test_as_record__is_complete_json(self, acts: list[tuple[str, float]]) -> None:
-        found = ledger(play(acts))
+        found = report_of(history_of(acts))
         record = found.as_record()
         assert json.loads(json.dumps(record, allow_nan=False)) == record
         assert sum(record["seconds"].values()) == pytest.approx(record["wall_s"], rel=1e-6, abs=1e-4)
         assert len(record["changes"]) == record["num_changes"]
 
 
-def holds_together(found: GoodputReport) -> None:
+def check_consistent(found: GoodputReport) -> None:
     assert sum(found.seconds.values()) == pytest.approx(found.wall_s, rel=1e-9, abs=1e-6)
     assert min(found.seconds.values()) >= 0
     assert math.isnan(found.node_goodput) or 0 <= found.node_goodput <= 1

@@ -231,8 +231,8 @@ class TestFollowing:
         events = [(0, "RunStarted"), (3, "Evaluated"), (3.5, "RunFinished")]
         write_lines(tmp_path / "events.jsonl", [{"time": time, "event": event} for time, event in events])
         write_lines(tmp_path / "metrics.jsonl", [{"time": time, "step": time} for time in (1, 2, 4)])
-        told = self.followed(tmp_path, pid=os.getpid())
-        assert told == ["RunStarted", 1, 2, "Evaluated", 4, "RunFinished"]
+        followed = self.followed(tmp_path, pid=os.getpid())
+        assert followed == ["RunStarted", 1, 2, "Evaluated", 4, "RunFinished"]
 
     def test_follow__past_records__are_skipped(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=3, endings=[RunStopped(step=3), STARTED, RunFinished(step=3)])
@@ -259,9 +259,9 @@ class TestFollowing:
 
         writer = threading.Thread(target=grow)
         writer.start()
-        told = [record.get("event") or record["step"] for record in records if record is not None]
+        followed = [record.get("event") or record["step"] for record in records if record is not None]
         writer.join()
-        assert told == [1, 2, 3, "Evaluated", "RunFinished"]
+        assert followed == [1, 2, 3, "Evaluated", "RunFinished"]
 
     def test_follow__partial_line__once_complete(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=0)

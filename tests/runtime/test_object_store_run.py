@@ -56,9 +56,9 @@ def test_forge_train__bucket__keeps_checkpoints_and_resumes_from_them(home: Path
         require_no_secret(home, bucket, stopped + errors + done.stdout + done.stderr + exported.stderr)
 
 
-def last_step(home: Path, env: dict[str, str], place: str) -> int:
+def last_step(home: Path, env: dict[str, str], location: str) -> int:
     """Of the checkpoints there, after verifying all of them."""
-    entries = json.loads(forge("checkpoints", "verify", place, "-o", "json", cwd=home, env=env).stdout)
+    entries = json.loads(forge("checkpoints", "verify", location, "-o", "json", cwd=home, env=env).stdout)
     assert [entry["problem"] for entry in entries] == [None] * len(entries)
     assert 1 <= len(entries) <= 2
     return int(entries[0]["step"])
@@ -89,8 +89,8 @@ def test_forge_train__bucket_missing_or_unreachable__is_rejected_before_it_start
         missing = forge("train", "job.yaml", *other, cwd=home, env=environment(home, **bucket.environment))
     unreachable = Bucket(endpoint=f"http://127.0.0.1:{closed_port}").environment
     closed = forge("train", "job.yaml", cwd=home, env=environment(home, **unreachable))
-    for done, said in ((missing, "no-such-bucket"), (closed, "s3://forge-tests/runs")):
+    for done, expected in ((missing, "no-such-bucket"), (closed, "s3://forge-tests/runs")):
         assert done.returncode == 2, done.stderr
         assert "checkpoint.to: cannot write to s3://" in done.stderr
-        assert said in done.stderr
+        assert expected in done.stderr
         assert not list(home.glob("runs/*"))

@@ -62,7 +62,7 @@ class Execution:
     process: subprocess.Popen[str]
     folder: Path
     driver: int
-    relatives: list[psutil.Process] = field(default_factory=list)
+    processes: list[psutil.Process] = field(default_factory=list)
     code: int = -1
     out: str = ""
     err: str = ""
@@ -74,7 +74,7 @@ class Execution:
         """Wait until a step is recorded, then note every process of the run."""
         wait_for(lambda: last_step(self.folder) >= step or self.process.poll() is not None)
         assert self.process.poll() is None, self.process.communicate()
-        self.relatives = family(self.driver)
+        self.processes = family(self.driver)
 
     def end(self) -> Execution:
         """Wait for the end, and note which processes are left."""
@@ -82,7 +82,7 @@ class Execution:
         self.code = self.process.returncode
         run = read_run(self.folder)
         self.status, self.step = run.status, run.step
-        self.left = survivors(self.relatives) + mentioning(self.folder.name, f"_{self.driver}/")
+        self.left = survivors(self.processes) + mentioning(self.folder.name, f"_{self.driver}/")
         return self
 
 
@@ -132,7 +132,7 @@ def disturbed(home: Path) -> dict[str, Execution]:
 
     rank_killed = begin(home, *resume, "--set", "resources.engine=ray-train", runs="trouble")
     rank_killed.reach(interrupted.step + 40)
-    next(process for process in rank_killed.relatives if "RayTrainWorker" in "".join(process.cmdline())).kill()
+    next(process for process in rank_killed.processes if "RayTrainWorker" in "".join(process.cmdline())).kill()
     rank_killed.end()
 
     driver_killed = begin(home, *resume, "--set", "resources.engine=elastic", runs="trouble")
@@ -200,7 +200,7 @@ class TestUndisturbed:
             assert "Traceback" not in log.read_text()
 
     def test_processes__after_the_end__none_left(self, whole: Execution) -> None:
-        assert len(whole.relatives) > 5
+        assert len(whole.processes) > 5
         assert whole.left == []
 
     def test_forge_runs__finished__list_and_show_agree(self, whole: Execution, home: Path) -> None:
@@ -250,7 +250,7 @@ class TestInterrupted:
 
     @pytest.mark.parametrize("which", ["interrupted", "rank killed", "driver killed", "finished"])
     def test_processes__after_the_end__none_left(self, disturbed: dict[str, Execution], which: str) -> None:
-        assert len(disturbed[which].relatives) > 5
+        assert len(disturbed[which].processes) > 5
         assert disturbed[which].left == []
 
     def test_losses__interrupted_and_resumed__equal_the_undisturbed_run_bit_for_bit(

@@ -21,20 +21,20 @@ VALUES = {LR: 3e-3, WARMUP: 1}
 
 
 def found(
-    book: TrialTable, folder: Path, plan: Plan | None = None, *, search_id: str = "t-1"
+    table: TrialTable, folder: Path, plan: Plan | None = None, *, search_id: str = "t-1"
 ) -> tuple[str, JobSpec]:
     """The file, and the job that is loaded from it; the plan has gone through its file."""
-    text = best_job_yaml(plan_from_json(plan_to_json(plan or search_plan())), book, search_id=search_id)
+    text = best_job_yaml(plan_from_json(plan_to_json(plan or search_plan())), table, search_id=search_id)
     assert text is not None
     path = folder / "best.yaml"
     path.write_text(text)
     return text, load_job(path).job
 
 
-def one_trial(*, values: dict[str, Any] = VALUES, **told: Any) -> TrialTable:
+def one_trial(*, values: dict[str, Any] = VALUES, **options: Any) -> TrialTable:
     history = SearchHistory()
-    history.run(values, [3.0, 2.5], **told)
-    return history.book
+    history.run(values, [3.0, 2.5], **options)
+    return history.table
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_best_job_yaml__comments__name_search_and_trial(tmp_path: Path) -> None:
     history = SearchHistory()
     history.run({LR: 1e-2, WARMUP: 2}, [4.0])
     history.run(VALUES, [3.0, 2.5])
-    text, _ = found(history.book, tmp_path, search_id="tune-tiny-0101")
+    text, _ = found(history.table, tmp_path, search_id="tune-tiny-0101")
     assert "search tune-tiny-0101: trial 2 of 2, with\n# eval/loss 2.5 at step 2 (less is better)." in text
     assert f"#   {LR}: 0.003\n#   {WARMUP}: 1\n" in text
     assert "# Every trial was the full job" in text and "steps." not in text
@@ -97,7 +97,7 @@ def test_best_job_yaml__population__comments_name_the_donors(tmp_path: Path) -> 
     history.report(1, 4, 2.0)
     history.end(1)
     plan = search_plan({"scheduler": {"kind": "pbt", "interval_steps": 2}})
-    text, job = found(history.book, tmp_path, plan)
+    text, job = found(history.table, tmp_path, plan)
     assert "#   at step 2 it continued from the state of trial 2\n" in text
     assert job.training.optimizer.lr == 8e-3
 
@@ -107,8 +107,8 @@ def test_best_job_yaml__line_break_in_a_value__stays_in_its_comment(end: str, tm
     evil = f"x{end}name: stolen"
     space = {"data.source": {"choice": [evil]}}
     plan = search_plan({"space": space, "scheduler": {"kind": "asha"}, "proxy": {"name": evil}})
-    book = one_trial(values={"data.source": "python-stdlib", LR: 1e-3}, status="stopped", reason=evil)
-    text, job = found(book, tmp_path, plan, search_id=evil)
+    table = one_trial(values={"data.source": "python-stdlib", LR: 1e-3}, status="stopped", reason=evil)
+    text, job = found(table, tmp_path, plan, search_id=evil)
     assert job.name == "tiny"
     assert text.count("\nname: ") == 1 and text.index("\nname: tiny\n") == text.rindex("# ") + len(
         text[text.rindex("# ") :].split("\n")[0]
@@ -120,7 +120,7 @@ def test_best_job_yaml__no_objective_value__is_none() -> None:
     history = SearchHistory()
     history.run(VALUES, [], status="failed")
     history.run(VALUES, [float("nan")], status="diverged")
-    assert best_job_yaml(search_plan(), history.book, search_id="t") is None
+    assert best_job_yaml(search_plan(), history.table, search_id="t") is None
 
 
 def test_best_job_yaml__plan_of_a_run__raises() -> None:

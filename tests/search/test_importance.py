@@ -57,7 +57,7 @@ def searched(*, of_lr: float = 0.0, of_warmup: float = 0.0, of_name: float = 0.0
 )
 def test_importances__one_key_decides__comes_first(matters: dict[str, float], first: str) -> None:
     history, search = searched(**matters)
-    shares = importances(search_spec(search), history.book)
+    shares = importances(search_spec(search), history.table)
     assert next(iter(shares)) == first and shares[first] > 0.8
     assert list(shares.values()) == sorted(shares.values(), reverse=True)
     assert sum(shares.values()) == pytest.approx(1.0) and len(shares) == 4
@@ -67,7 +67,7 @@ def test_importances__one_key_decides__comes_first(matters: dict[str, float], fi
 def test_importances__called_twice__same_shares_and_no_log(caplog: pytest.LogCaptureFixture) -> None:
     history, search = searched(of_lr=0.5, of_warmup=0.5)
     with caplog.at_level(logging.DEBUG):
-        shares = [importances(search_spec(search), history.book) for _ in range(2)]
+        shares = [importances(search_spec(search), history.table) for _ in range(2)]
     assert shares[0] == shares[1] and not caplog.records
 
 
@@ -77,29 +77,29 @@ def test_importances__value_outside_its_range__counts_as_the_nearest_end() -> No
     for lr, moved_lr, warmup, moved in ((1e-4, 5e-5, 1, 0), (1e-1, 0.12, 8, 10), (1e-2, 1e-2, 2, 2)):
         inside.run({LR: lr, WARMUP: warmup}, [math.log(lr)])
         outside.run({LR: moved_lr, WARMUP: moved}, [math.log(lr)])
-    shares = importances(search, inside.book)
-    assert shares and importances(search, outside.book) == shares
+    shares = importances(search, inside.table)
+    assert shares and importances(search, outside.table) == shares
 
 
 def test_importances__too_few_different_trials__is_empty() -> None:
     search, history = search_spec(), SearchHistory()
     values = {LR: 1e-3, WARMUP: 1, IDLE: 0.1}
-    assert importances(search, history.book) == {}
+    assert importances(search, history.table) == {}
     history.run(values, [2.0])
     history.run(values, [math.nan], status="diverged")
     history.run(values | {LR: 1e-2}, [9.0], status="failed")
     history.run({LR: 1e-2}, [9.0])
     history.run(values | {WARMUP: 77}, [9.0])
     history.report(history.suggest(values | {LR: 1e-2}), 1, 9.0)
-    assert importances(search, history.book) == {}, "one trial that is over, and has each of the keys' values"
+    assert importances(search, history.table) == {}, "one trial that is over, and has each of the keys' values"
     history.run(values | {LR: 1e-2}, [2.0])
-    assert importances(search, history.book) == {}, "no variance"
+    assert importances(search, history.table) == {}, "no variance"
     twice = SearchHistory()
     for value in (1.0, 2.0):
         twice.run(values, [value])
-    assert importances(search, twice.book) == {}, "the same values came out differently"
+    assert importances(search, twice.table) == {}, "the same values came out differently"
     single = search_spec({"space": {WARMUP: {"choice": [1]}}})
-    assert importances(single, twice.book) == {}
+    assert importances(single, twice.table) == {}
 
 
 def test_as_choice__scalar__is_unchanged() -> None:

@@ -39,42 +39,42 @@ class Tune:
         return []
 
 
-class Story:
+class Scenario:
     """Trials that report one after the other to a scheduler that may be restarted at any moment."""
 
     def __init__(self, kind: str) -> None:
         self.spec = search_spec({"scheduler": {"kind": kind, "grace_steps": 3}})
         self.history = SearchHistory()
-        self.book = TrialTable(self.history.events)
+        self.table = TrialTable(self.history.events)
         self.rays: dict[int, RayTrial] = {}
         self.decisions: list[tuple[int, int, str]] = []
         self.begin()
 
     def begin(self) -> None:
-        self.book = TrialTable(self.history.events)
+        self.table = TrialTable(self.history.events)
         self.schedule = JournaledScheduler(
             make_scheduler(self.spec, first_report=3, total_steps=TOTAL),
             search=self.spec,
-            table=self.book,
-            record=self.tell,
+            table=self.table,
+            record=self.record,
             on_registration=lambda number, runner: None,
             on_stopped=lambda number, reason: None,
         )
-        for number, trial in self.book.trials.items():
+        for number, trial in self.table.trials.items():
             if not trial.is_over:
                 self.schedule.on_trial_add(Tune(), self.rays[number])
 
-    def tell(self, event: Event) -> None:
-        self.history.tell(event)
-        self.book.add({"time": self.history.now} | event_to_record(event))
+    def record(self, event: Event) -> None:
+        self.history.record(event)
+        self.table.add({"time": self.history.now} | event_to_record(event))
 
     def add(self, number: int) -> None:
         self.rays[number] = RayTrial(number)
         self.schedule.on_trial_add(Tune(), self.rays[number])
         self.history.suggest({})
-        self.book.add(self.history.events[-1])
+        self.table.add(self.history.events[-1])
         self.history.start(number, total_steps=TOTAL)
-        self.book.add(self.history.events[-1])
+        self.table.add(self.history.events[-1])
 
     def judge(self, number: int, step: int, value: float) -> bool:
         """Returns: whether the trial continues."""
@@ -84,45 +84,45 @@ class Story:
         return decision == "CONTINUE"
 
 
-def story_of(kind: str, *, restarts: set[int]) -> list[tuple[int, int, str]]:
-    chance, story = random.Random(11), Story(kind)
+def scenario_of(kind: str, *, restarts: set[int]) -> list[tuple[int, int, str]]:
+    chance, scenario = random.Random(11), Scenario(kind)
     floors = {number: chance.uniform(1, 3) for number in range(1, 13)}
     running: dict[int, int] = {}
     waiting = list(floors)
     for moment in range(400):
         if moment in restarts:
-            story.begin()
+            scenario.begin()
         while waiting and len(running) < 3:
             number = waiting.pop(0)
-            story.add(number)
+            scenario.add(number)
             running[number] = 0
         if not running:
             break
         number = chance.choice(sorted(running))
         running[number] += 3
         step = running[number]
-        if step >= TOTAL or not story.judge(number, step, floors[number] + 2.0 / step):
+        if step >= TOTAL or not scenario.judge(number, step, floors[number] + 2.0 / step):
             if step >= TOTAL:
                 last = {"step": step, "value": floors[number], "status": "finished", "done": True, "reason": ""}
-                story.schedule.on_trial_complete(Tune(), story.rays[number], last)
+                scenario.schedule.on_trial_complete(Tune(), scenario.rays[number], last)
             del running[number]
-    return story.decisions
+    return scenario.decisions
 
 
 @pytest.mark.parametrize("kind", ["asha", "median"])
 def test_scheduler__restarted_at_any_moment__decides_the_same(kind: str) -> None:
-    expected = story_of(kind, restarts=set())
+    expected = scenario_of(kind, restarts=set())
     assert {decision for _, _, decision in expected} == {"CONTINUE", "STOP"}
-    assert story_of(kind, restarts={5, 6, 20, 37}) == expected
+    assert scenario_of(kind, restarts={5, 6, 20, 37}) == expected
 
 
 def test_on_trial_result__known_step__is_neither_recorded_nor_judged() -> None:
-    story = Story("asha")
-    story.add(1)
-    story.judge(1, 3, 2.0)
-    told = len(story.history.events)
-    assert story.judge(1, 3, 9.0)
-    assert len(story.history.events) == told
+    scenario = Scenario("asha")
+    scenario.add(1)
+    scenario.judge(1, 3, 2.0)
+    num_events = len(scenario.history.events)
+    assert scenario.judge(1, 3, 9.0)
+    assert len(scenario.history.events) == num_events
 
 
 def test_plain_values__of_config_values__are_the_values() -> None:
@@ -177,7 +177,7 @@ class Population:
             self.schedule.on_trial_add(self, self.trials[number])
 
     def record(self, event: Event) -> None:
-        self.history.tell(event)
+        self.history.record(event)
         self.table.add({"time": self.history.now} | event_to_record(event))
 
     def report(self, number: int, step: int) -> None:

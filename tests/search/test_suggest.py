@@ -36,16 +36,16 @@ def searched(job: JobSpec, *, num_trials: int, at_once: int, chance: random.Rand
     while number <= num_trials or running:
         values = None
         if number <= num_trials and len(running) < at_once:
-            values = suggest(job, number=number, table=history.book, at_once=at_once)
+            values = suggest(job, number=number, table=history.table, at_once=at_once)
         if values is not None:
             running.append(history.suggest(values))
             history.start(running[-1])
             number += 1
             continue
         trial = running.pop(chance.randrange(len(running)))
-        history.report(trial, 6, loss_of(history.book.trials[trial].values))
+        history.report(trial, 6, loss_of(history.table.trials[trial].values))
         history.end(trial)
-    return history.book
+    return history.table
 
 
 def test_suggest__no_scheduler__does_not_depend_on_the_order_of_ends() -> None:
@@ -61,23 +61,23 @@ def test_suggest__no_scheduler__does_not_depend_on_the_order_of_ends() -> None:
 def test_suggest__no_scheduler__waits_only_for_trials_it_learns_from() -> None:
     job, history = job_of(), SearchHistory()
     for number in range(1, 4):  # at random
-        values = suggest(job, number=number, table=history.book, at_once=2)
+        values = suggest(job, number=number, table=history.table, at_once=2)
         assert values is not None
         history.suggest(values)
     for trial in (1, 3):
         history.report(trial, 6, 1.0)
         history.end(trial)
-    assert suggest(job, number=4, table=history.book, at_once=2) is None
-    assert suggest(job, number=4, table=history.book, at_once=3) is not None  # the second need not be over
+    assert suggest(job, number=4, table=history.table, at_once=2) is None
+    assert suggest(job, number=4, table=history.table, at_once=3) is not None  # the second need not be over
     history.report(2, 6, 1.0)
     history.end(2)
-    assert suggest(job, number=4, table=history.book, at_once=2) is not None
+    assert suggest(job, number=4, table=history.table, at_once=2) is not None
 
 
 def test_suggest__scheduler__learns_from_all_that_are_over_without_waiting() -> None:
     job, history = job_of(scheduler={"kind": "asha"}), SearchHistory()
     for number in range(1, 6):
-        values = suggest(job, number=number, table=history.book, at_once=2)
+        values = suggest(job, number=number, table=history.table, at_once=2)
         assert values is not None
         history.suggest(values)
 
@@ -124,7 +124,7 @@ def test_suggest__diverged_or_failed_trials__are_avoided() -> None:
         is_wild = lr > 1e-2
         status = "diverged" if is_wild else "finished"
         history.run({LR: lr, WARMUP: 0, "training.zero.stage": 1}, [] if is_wild else [1.0], status=status)
-    values = suggest(job, number=13, table=history.book, at_once=1)
+    values = suggest(job, number=13, table=history.table, at_once=1)
     assert values is not None
     assert values[LR] < 3e-2
 

@@ -109,7 +109,7 @@ def test_forge_tune__ctrl_c__checkpoints_every_trial_and_resumes(home: Path) -> 
     folder: Path = wait_for(
         lambda: next((path for path in runs.iterdir() if path.name != "x" and driver_pid(path)), None)
     )
-    wait_for(lambda: 1 in book_of(folder).trials and book_of(folder).trials[1].step >= 20)
+    wait_for(lambda: 1 in table_of(folder).trials and table_of(folder).trials[1].step >= 20)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=90)
     assert process.returncode == 130, err
@@ -120,13 +120,13 @@ def test_forge_tune__ctrl_c__checkpoints_every_trial_and_resumes(home: Path) -> 
     assert saved["step"] == stopped.step < 150
     done = forge("tune", "--resume", folder.name, cwd=home)
     assert done.returncode == 0, done.stderr
-    trials = book_of(folder).trials
+    trials = table_of(folder).trials
     assert {number: trial.status for number, trial in trials.items()} == {1: "finished", 2: "diverged"}
     steps = [record["step"] for record in read_metrics(Path(trial_folder(str(folder), 1)))]
     assert steps == list(range(1, 151))
 
 
-def book_of(folder: Path) -> TrialTable:
+def table_of(folder: Path) -> TrialTable:
     return TrialTable(read_run(folder).events)
 
 

@@ -129,17 +129,17 @@ def test_export__unwritable_folder__raises_and_leaves_nothing(llama: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"step": 7}, "step-00000007: manifest.json is missing"),
         ({"url": "nowhere"}, "holds no checkpoint that verifies"),
     ],
 )
 def test_export__missing_checkpoint__raises(
-    llama: str, tmp_path: Path, changes: dict[str, object], said: str
+    llama: str, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     request = {"url": llama, "to": str(tmp_path / "out")} | changes
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         export(ExportRequest(**request))
 
 

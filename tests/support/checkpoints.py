@@ -1,4 +1,4 @@
-"""Checkpoints of a small made-up model, written by the real savers in this process, without torch."""
+"""Checkpoints of a small made-up model, written by the real writer code in this process, without torch."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def open_commands() -> Iterator[CommandStream]:
 def write(url: str, step: int, *, world_size: int = 2, **changes: object) -> None:
     """Write a checkpoint, the parts one after the other; the first rank seals last.
 
-    Raises: what the first rank's saver raised.
+    Raises: what the writer of the first rank raised.
     """
     storage = open_storage(url, patience_s=20)
     with open_commands() as commands, Path(os.devnull).open("wb") as nowhere:

@@ -157,8 +157,8 @@ class Aws(Service):
             "/latest/meta-data/spot/instance-action": self.action,
             "/latest/meta-data/events/recommendations/rebalance": self.rebalance,
         }
-        told = keys.get(path)
-        return Answer(status=404) if told is None else Answer(body=json.dumps(told))
+        found = keys.get(path)
+        return Answer(status=404) if found is None else Answer(body=json.dumps(found))
 
 
 @dataclass(kw_only=True)

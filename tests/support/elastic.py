@@ -128,9 +128,9 @@ class Run:
     def agent(self, node: str) -> int:
         return next(e["agent_pid"] for e in reversed(self.of("NodeJoined")) if e["node"] == node)
 
-    def machine_of(self, place: dict[str, Any]) -> NodeProcess:
+    def machine_of(self, rank: dict[str, Any]) -> NodeProcess:
         """The machine of a rank's location, an element of `formed["ranks"]`."""
-        return self.cluster.of(self.agent(place["node"]))
+        return self.cluster.of(self.agent(rank["node"]))
 
     def await_world(self, size: int, *, timeout_s: float = 60.0) -> None:
         """Wait until a generation of this size has taken three steps."""

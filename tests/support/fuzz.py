@@ -288,7 +288,7 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
     """Change one to three places of a JSON value: replace, remove, duplicate, rename, or nest deeper."""
     holder = [copy.deepcopy(value)]
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        container, key = rng.choice(list(_places(holder)))
+        container, key = rng.choice(list(_positions(holder)))
         old = container[key]
         match rng.randrange(8):
             case 0 if container is not holder:
@@ -310,7 +310,7 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
     return holder[0]
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+def _positions(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every container and key below a value; not deeper than ten levels."""
     stack = [(value, 0)]
     while stack:

@@ -309,10 +309,10 @@ def _remove_network(number: int) -> None:
 
 
 def _end_all(namespace: str) -> None:
-    wait_for(lambda: not _strike(namespace), timeout_s=20)
+    wait_for(lambda: not _kill_all_in(namespace), timeout_s=20)
 
 
-def _strike(namespace: str) -> bool:
+def _kill_all_in(namespace: str) -> bool:
     """Kill all processes in a namespace. Returns: whether there were any."""
     pids = _ip(f"netns pids {namespace}").split()
     for pid in pids:

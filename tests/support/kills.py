@@ -435,7 +435,7 @@ class _Rank:
             os.write(fd, f"{step}\n".encode())
         token = self._save(step)
         while True:
-            for source, line in self._hear():
+            for source, line in self._read_lines():
                 if source is not self._outcomes and line == token:  # a peer's shard has failed
                     self._send({"abort": token})
                     return
@@ -450,7 +450,7 @@ class _Rank:
                     return
 
     def _follow(self) -> None:
-        for source, line in self._hear():
+        for source, line in self._read_lines():
             if source is not self._outcomes:
                 self.asked, self.has_part = self._save(int(line)), False
             elif line is None:
@@ -486,7 +486,7 @@ class _Rank:
         self._send(asdict(command))
         return command.token
 
-    def _hear(self) -> Iterator[tuple[_Lines, Any]]:
+    def _read_lines(self) -> Iterator[tuple[_Lines, Any]]:
         """Read messages of peers and of the writer; None if the writer is dead. Without peers this rank ends."""
         by_fd = {lines.fd: lines for lines in (*self._peers, self._outcomes)}
         for fd in select.select(list(by_fd), [], [])[0]:

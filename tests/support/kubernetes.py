@@ -120,7 +120,7 @@ def meanwhile(things: list[Thing], folder: Path, world: World) -> None:
             _reconcile(cluster, things, folder, world)
     for thing in things:
         if thing["kind"] == "Pod":
-            _live_on(thing, things, world)
+            _advance_pod(thing, things, world)
 
 
 def _reconcile(cluster: Thing, things: list[Thing], folder: Path, world: World) -> None:
@@ -173,7 +173,7 @@ def _new_pod(folder: Path, world: World, cluster: Thing, kind: str, template: Th
     }
 
 
-def _live_on(pod: Thing, things: list[Thing], world: World) -> None:
+def _advance_pod(pod: Thing, things: list[Thing], world: World) -> None:
     is_head = pod["metadata"]["labels"]["ray.io/node-type"] == "head"
     outcome = world.head if is_head else "ready"
     requests = pod["requests"] = pod["requests"] + 1

@@ -77,8 +77,8 @@ def odd_state(variant: str, *, world_size: int, precision: str = "bf16") -> Trai
 
 def pattern(shard: Shard, kind: str, dtype: torch.dtype) -> Tensor:
     """Elements computed from name, kind and index: the expected content of a shard, whichever rank wrote it."""
-    places = torch.arange(shard.start, shard.stop, dtype=torch.int64)
-    hashed = (places * 2654435761 + zlib.crc32(f"{kind}/{shard.name}".encode())) % 1_000_003
+    positions = torch.arange(shard.start, shard.stop, dtype=torch.int64)
+    hashed = (positions * 2654435761 + zlib.crc32(f"{kind}/{shard.name}".encode())) % 1_000_003
     return hashed.to(dtype) if not dtype.is_floating_point else (hashed.double() / 1_000_003).to(dtype)
 
 

@@ -124,8 +124,8 @@ def _train(rank: int, plan_json: str, folder: str, world_size: int, stop_after: 
 
     reporter = RecordingReporter(stop_after)
     _record_samples(reporter.recording)
-    place = WorkerContext(rank=rank, world_size=world_size, local_world_size=8, device="cpu", checkpoints=folder)
-    run_worker(plan_from_json(plan_json), place, reporter)
+    context = WorkerContext(rank=rank, world_size=world_size, local_world_size=8, device="cpu", checkpoints=folder)
+    run_worker(plan_from_json(plan_json), context, reporter)
     return reporter.recording
 
 

@@ -103,20 +103,20 @@ class History:
         self.now += seconds
         self.spent[bucket] += seconds
 
-    def tell(self, event: Event) -> None:
+    def record(self, event: Event) -> None:
         """Append an event at the present time."""
         self.events.append({"time": self.now} | event_to_record(event))
 
     def start(self) -> None:
         """The run starts or is resumed."""
-        self.tell(RunStarted(run_id="r", total_steps=1000, resumed_from_step=self.last_step))
+        self.record(RunStarted(run_id="r", total_steps=1000, resumed_from_step=self.last_step))
         self.is_training = self._is_formed = False
 
     def form(self, seconds: float) -> None:
         """A generation with one rank per node starts."""
         self._generation += 1
         self._is_formed = False
-        self.tell(
+        self.record(
             GenerationStarting(
                 generation=self._generation,
                 world_size=len(self.nodes),
@@ -138,7 +138,7 @@ class History:
         if not self._is_formed:
             self._is_formed = True
             ranks = tuple(RankLocation(rank=rank, node=node, pid=1) for rank, node in enumerate(self.nodes))
-            self.tell(
+            self.record(
                 GenerationStarted(
                     generation=self._generation,
                     world_size=len(self.nodes),
@@ -151,7 +151,7 @@ class History:
             )
         if evaluation_s:
             self.spend(evaluation_s, "evaluating")
-            self.tell(
+            self.record(
                 Evaluated(
                     step=step,
                     loss=1.0,
@@ -165,11 +165,11 @@ class History:
         if step > self.last_step:
             self.steps.append(made.as_record() | {"time": self.now})
         else:
-            self.tell(StepRepeated(step=step, loss=1.0, step_s=step_s, world_size=len(self.nodes)))
+            self.record(StepRepeated(step=step, loss=1.0, step_s=step_s, world_size=len(self.nodes)))
 
     def change(self, cause: str, *, reason: str = "", since_s: float = 0.0) -> None:
         """A generation ends."""
-        self.tell(
+        self.record(
             MembershipChangeStarted(
                 generation=self._generation, cause=cause, reason=reason or cause, seconds_since_cause=since_s
             )
@@ -178,19 +178,19 @@ class History:
 
     def wait(self, seconds: float) -> None:
         """Wait for nodes."""
-        self.tell(WaitingForMachines(have=1, need=2))
+        self.record(WaitingForMachines(have=1, need=2))
         self.spend(seconds, "waiting")
 
     def saved(self, step: int, *, seconds: float, stall_s: float) -> None:
         """A checkpoint is reported."""
-        self.tell(CheckpointSaved(step=step, folder="x", size_bytes=1, seconds=seconds, stall_s=stall_s))
+        self.record(CheckpointSaved(step=step, folder="x", size_bytes=1, seconds=seconds, stall_s=stall_s))
 
     def stop(self, *, saving_s: float = 0.0) -> None:
         """The run is stopped; if it is training, it writes a last checkpoint first."""
         if self.is_training and saving_s:
             self.spend(saving_s, "saving")
             self.saved(self.last_step, seconds=saving_s, stall_s=0.0)
-        self.tell(RunStopped(step=self.last_step))
+        self.record(RunStopped(step=self.last_step))
         self.is_training = False
 
     def write(self, root: Path, name: str) -> Path:

@@ -56,14 +56,14 @@ class SearchHistory:
         self.now = began
         self.events: list[dict[str, Any]] = []
         self._num_trials = 0
-        self.tell(RunStarted(run_id="r", total_steps=6, resumed_from_step=0))
+        self.record(RunStarted(run_id="r", total_steps=6, resumed_from_step=0))
 
     @property
-    def book(self) -> TrialTable:
+    def table(self) -> TrialTable:
         """The table of trials that the events describe."""
         return TrialTable(self.events)
 
-    def tell(self, event: Event, *, after_s: float = 0.0) -> None:
+    def record(self, event: Event, *, after_s: float = 0.0) -> None:
         """Append an event."""
         self.now += after_s
         self.events.append({"time": self.now} | event_to_record(event))
@@ -71,26 +71,26 @@ class SearchHistory:
     def suggest(self, values: Mapping[str, Any]) -> int:
         """Suggest a new trial. Returns: its number."""
         self._num_trials += 1
-        self.tell(TrialSuggested(trial=self._num_trials, values=values))
+        self.record(TrialSuggested(trial=self._num_trials, values=values))
         return self._num_trials
 
     def start(self, trial: int, *, total_steps: int = 6, seconds: float = 2.0) -> None:
         """A trial completes its first step."""
-        self.tell(TrialStarted(trial=trial, total_steps=total_steps, seconds=seconds, is_warm=trial > 1))
+        self.record(TrialStarted(trial=trial, total_steps=total_steps, seconds=seconds, is_warm=trial > 1))
 
     def report(self, trial: int, step: int, value: float) -> None:
         """A trial reports an objective value."""
-        self.tell(TrialReported(trial=trial, step=step, value=value, metrics={"step": step}), after_s=1.0)
+        self.record(TrialReported(trial=trial, step=step, value=value, metrics={"step": step}), after_s=1.0)
 
     def move(self, trial: int, *, donor: int, step: int, values: Mapping[str, Any]) -> None:
         """A trial continues from another's checkpoint with new values."""
-        self.tell(TrialExploited(trial=trial, donor=donor, step=step, values=values))
+        self.record(TrialExploited(trial=trial, donor=donor, step=step, values=values))
 
     def end(self, trial: int, *, status: str = "finished", reason: str = "") -> None:
         """A trial ends."""
-        known = self.book.trials[trial]
+        known = self.table.trials[trial]
         ended = TrialEnded(trial=trial, status=status, step=known.step, value=known.value, reason=reason)
-        self.tell(ended, after_s=0.5)
+        self.record(ended, after_s=0.5)
 
     def run(
         self,
@@ -137,6 +137,6 @@ def lifelike(*, num_trials: int = 16, num_steps: int = 20, seed: int = 3) -> Sea
                         reason="asha: not among the best 1/3 at its rung")  # fmt: skip
         else:
             history.run(values, curve, total_steps=num_steps)
-        history.tell(CostUpdated(usd=0.11 * number, usd_per_hour=2.4), after_s=3.0)
-    history.tell(RunFinished(step=num_trials))
+        history.record(CostUpdated(usd=0.11 * number, usd_per_hour=2.4), after_s=3.0)
+    history.record(RunFinished(step=num_trials))
     return history

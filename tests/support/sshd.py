@@ -76,8 +76,8 @@ def start_sshd(
 @contextlib.contextmanager
 def another_host_key(hosts: Hosts, host: int) -> Iterator[None]:
     """Servers started in this context have another host key, as on a reinstalled host."""
-    place = hosts.folder / f"sshd-{host}"
-    kept = {path: path.read_bytes() for path in place.glob("host_key*")}
+    folder = hosts.folder / f"sshd-{host}"
+    kept = {path: path.read_bytes() for path in folder.glob("host_key*")}
     for path in kept:
         path.unlink()
     yield

@@ -26,7 +26,7 @@ from tests.support.ranks import on_ranks
 PROGRESS = Progress(step=1, num_tokens=10, config_digest="recipe", corpus="corpus")
 
 
-def saving_at(url: str, *, world_size: int) -> AsyncCheckpointer:
+def checkpointer_for(url: str, *, world_size: int) -> AsyncCheckpointer:
     join_process_group(device=torch.device("cpu"))
     state = odd_state("zero 1", world_size=world_size)
     write_pattern(state)
@@ -34,14 +34,14 @@ def saving_at(url: str, *, world_size: int) -> AsyncCheckpointer:
 
 
 def change_after_settling(rank: int, url: str) -> list[Any]:
-    saving = saving_at(url, world_size=2)
-    saving.begin(PROGRESS)
-    saving.settle()
-    write_pattern(saving._state, zero=True)
-    outcomes = saving.finish()
-    saving.close()
-    saving._state.read(open_checkpoint(open_storage(url), "step-00000001"))
-    return [*outcomes, *differing(saving._state)]
+    checkpointer = checkpointer_for(url, world_size=2)
+    checkpointer.begin(PROGRESS)
+    checkpointer.settle()
+    write_pattern(checkpointer._state, zero=True)
+    outcomes = checkpointer.finish()
+    checkpointer.close()
+    checkpointer._state.read(open_checkpoint(open_storage(url), "step-00000001"))
+    return [*outcomes, *differing(checkpointer._state)]
 
 
 def test_settle__state_changed_afterwards__checkpoint_is_unaffected(tmp_path: Path) -> None:
@@ -51,17 +51,17 @@ def test_settle__state_changed_afterwards__checkpoint_is_unaffected(tmp_path: Pa
 
 
 def kill_a_writer(rank: int, url: str, victim: int) -> list[list[Any]]:
-    saving = saving_at(url, world_size=2)
-    pid = saving._writer._process.pid
+    checkpointer = checkpointer_for(url, world_size=2)
+    pid = checkpointer._writer._process.pid
     if rank == victim:
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    saving.begin(PROGRESS)
-    told = [saving.finish()]
-    saving.begin(replace(PROGRESS, step=2))
-    told.append(saving.finish())
-    saving.close()
-    return told
+    checkpointer.begin(PROGRESS)
+    outcomes = [checkpointer.finish()]
+    checkpointer.begin(replace(PROGRESS, step=2))
+    outcomes.append(checkpointer.finish())
+    checkpointer.close()
+    return outcomes
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -73,16 +73,16 @@ def test_finish__writer_killed__fails_once_on_every_rank(tmp_path: Path, victim:
 
 
 def block_a_rank(rank: int, url: str, victim: int) -> list[list[Any]]:
-    saving = saving_at(url, world_size=3)
+    checkpointer = checkpointer_for(url, world_size=3)
     if rank == victim:
-        saving._url = f"{url}/file"
-    saving.begin(PROGRESS)
-    told = [saving.finish()]
-    saving._url = url
-    saving.begin(PROGRESS)
-    told.append(saving.finish())
-    saving.close()
-    return told
+        checkpointer._url = f"{url}/file"
+    checkpointer.begin(PROGRESS)
+    outcomes = [checkpointer.finish()]
+    checkpointer._url = url
+    checkpointer.begin(PROGRESS)
+    outcomes.append(checkpointer.finish())
+    checkpointer.close()
+    return outcomes
 
 
 @pytest.mark.parametrize("victim", [0, 2])
@@ -96,11 +96,11 @@ def test_finish__one_rank_cannot_write__aborts_on_every_rank(tmp_path: Path, vic
 
 
 def two_at_once(rank: int, url: str) -> list[Any]:
-    saving = saving_at(url, world_size=2)
-    saving.begin(PROGRESS)
-    saving.begin(replace(PROGRESS, step=2))
-    outcomes = saving.finish()
-    saving.close()
+    checkpointer = checkpointer_for(url, world_size=2)
+    checkpointer.begin(PROGRESS)
+    checkpointer.begin(replace(PROGRESS, step=2))
+    outcomes = checkpointer.finish()
+    checkpointer.close()
     return outcomes
 
 
@@ -113,12 +113,12 @@ def test_begin__two_pending__both_are_committed(tmp_path: Path) -> None:
 
 def vanish(rank: int, url: str, leave_out: int) -> int:
     """Take a snapshot and exit; one rank may exit before it."""
-    saving = saving_at(url, world_size=2)
+    checkpointer = checkpointer_for(url, world_size=2)
     if rank != leave_out:
-        saving.begin(PROGRESS)
-        saving.settle()
+        checkpointer.begin(PROGRESS)
+        checkpointer.settle()
         time.sleep(0.2 if rank == 0 else 0.0)
-    return saving._writer._process.pid
+    return checkpointer._writer._process.pid
 
 
 def test_writers__ranks_died__complete_the_checkpoint(tmp_path: Path) -> None:
@@ -138,18 +138,18 @@ def test_writer__missing_peers__times_out_and_cleans_up(tmp_path: Path) -> None:
 
 def train_beside_a_stopped_writer(rank: int, url: str) -> tuple[float, list[Any]]:
     """Send a stopped writer process a command that is larger than a pipe's buffer."""
-    saving = saving_at(url, world_size=2)
-    shape = saving._state.shape
-    saving._state.shape = replace(shape, config={"long": "x" * 2**20})
-    pid = saving._writer._process.pid
+    checkpointer = checkpointer_for(url, world_size=2)
+    shape = checkpointer._state.shape
+    checkpointer._state.shape = replace(shape, config={"long": "x" * 2**20})
+    pid = checkpointer._writer._process.pid
     os.kill(pid, signal.SIGSTOP)
-    saving.begin(PROGRESS)
+    checkpointer.begin(PROGRESS)
     began = time.monotonic()
-    saving.settle()
+    checkpointer.settle()
     waited_s = time.monotonic() - began
     os.kill(pid, signal.SIGCONT)
-    outcomes = saving.finish()
-    saving.close()
+    outcomes = checkpointer.finish()
+    checkpointer.close()
     return waited_s, outcomes
 
 

@@ -31,10 +31,10 @@ def save_all(rank: int, root: str, world_size: int) -> list[list[Any]]:
     for variant in MATRIX:
         state = odd_state(variant, world_size=world_size)
         write_pattern(state)
-        saving = AsyncCheckpointer(state, url=place(root, variant, world_size), keep=1)
-        saving.begin(PROGRESS)
-        outcomes.append(saving.finish())
-        saving.close()
+        checkpointer = AsyncCheckpointer(state, url=folder_of(root, variant, world_size), keep=1)
+        checkpointer.begin(PROGRESS)
+        outcomes.append(checkpointer.finish())
+        checkpointer.close()
     return outcomes
 
 
@@ -47,7 +47,7 @@ def load_all(rank: int, root: str, world_size: int, sizes: tuple[int, ...]) -> t
         for saved_variant in MATRIX:
             for saved_size in sizes:
                 write_pattern(state, zero=True)
-                state.read(open_checkpoint(open_storage(place(root, saved_variant, saved_size)), step_name(7)))
+                state.read(open_checkpoint(open_storage(folder_of(root, saved_variant, saved_size)), step_name(7)))
                 state.resume(step=7)
                 where = f"{saved_variant} at {saved_size} → {variant} at {world_size}, rank {rank}"
                 wrong += [f"{where}: {what}" for what in differing(state)]
@@ -55,7 +55,7 @@ def load_all(rank: int, root: str, world_size: int, sizes: tuple[int, ...]) -> t
     return count, wrong
 
 
-def place(root: str, variant: str, world_size: int) -> str:
+def folder_of(root: str, variant: str, world_size: int) -> str:
     return f"{root}/{variant}/{world_size}"
 
 
@@ -88,7 +88,7 @@ def test_load__any_world_size_and_stage__bit_for_bit(saved: Path, sizes: tuple[i
 @pytest.mark.parametrize("variant", MATRIX)
 def test_save__all_parts__every_element_once(saved: Path, sizes: tuple[int, ...], variant: str) -> None:
     for world_size in sizes:
-        storage = open_storage(place(str(saved), variant, world_size))
+        storage = open_storage(folder_of(str(saved), variant, world_size))
         assert verify_checkpoint(storage, step_name(7)) is None
         checkpoint = open_checkpoint(storage, step_name(7))
         held: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -107,7 +107,7 @@ def test_save__all_parts__every_element_once(saved: Path, sizes: tuple[int, ...]
 
 
 def test_save__tied_weights__stored_once(saved: Path) -> None:
-    shape = open_checkpoint(open_storage(place(str(saved), "zero 2", 3)), step_name(7)).shape
+    shape = open_checkpoint(open_storage(folder_of(str(saved), "zero 2", 3)), step_name(7)).shape
     assert shape.tied == {"head.weight": "embedding.weight"}
     assert "head.weight" not in shape.parameters
     assert "scratch" not in shape.parameters  # a non-persistent buffer
@@ -119,10 +119,10 @@ def refreshed(rank: int, root: str, variant: str, world_size: int) -> list[str]:
 
     join_process_group(device=torch.device("cpu"))
     state = odd_state(variant, world_size=world_size)
-    state.read(open_checkpoint(open_storage(place(root, "zero 1", 5)), step_name(7)))
+    state.read(open_checkpoint(open_storage(folder_of(root, "zero 1", 5)), step_name(7)))
     state.resume(step=7)
     values = dict(
-        CheckpointWeights(open_checkpoint(open_storage(place(root, "zero 0", 1)), step_name(7))).tensors()
+        CheckpointWeights(open_checkpoint(open_storage(folder_of(root, "zero 0", 1)), step_name(7))).tensors()
     )
     wrong = []
     for name, parameter in state._engine.module.named_parameters():
@@ -147,14 +147,16 @@ def round_trip(rank: int, root: str, world_size: int, *, is_saving: bool) -> lis
         state = odd_state(variant, world_size=world_size, precision="fp32")
         if is_saving:
             write_pattern(state)
-            saving = AsyncCheckpointer(state, url=place(root, variant, 2), keep=1)
-            saving.begin(PROGRESS)
-            wrong += [str(outcome) for outcome in saving.finish() if not isinstance(outcome, CheckpointWritten)]
-            saving.close()
+            checkpointer = AsyncCheckpointer(state, url=folder_of(root, variant, 2), keep=1)
+            checkpointer.begin(PROGRESS)
+            wrong += [
+                str(outcome) for outcome in checkpointer.finish() if not isinstance(outcome, CheckpointWritten)
+            ]
+            checkpointer.close()
             continue
         for saved_variant in MATRIX:
             write_pattern(state, zero=True)
-            state.read(open_checkpoint(open_storage(place(root, saved_variant, 2)), step_name(7)))
+            state.read(open_checkpoint(open_storage(folder_of(root, saved_variant, 2)), step_name(7)))
             state.resume(step=7)
             wrong += [f"{saved_variant} → {variant}: {what}" for what in differing(state)]
     return wrong

@@ -35,14 +35,14 @@ class Weights:
         self.layout, self.shape = pack([flag, weight]), model_shape()
         self.value = 0
         self.is_broken = False
-        self.may_go_on = threading.Event()
-        self.may_go_on.set()
+        self.may_continue = threading.Event()
+        self.may_continue.set()
 
     def copy_to(self, memory: memoryview, *, buffers: bool) -> None:
         if buffers:
             memory[-1:] = bytes([self.value])
             return
-        assert self.may_go_on.wait(_TIMEOUT_S)
+        assert self.may_continue.wait(_TIMEOUT_S)
         if self.is_broken:
             raise RuntimeError("no memory")
         memory[:-1] = bytes([self.value]) * (len(memory) - 1)
@@ -55,8 +55,8 @@ class Agent:
         self.registered: SnapshotBuffer | None = None
         self.calls: list[tuple[str, int]] = []
         self.is_asked = threading.Event()
-        self.may_go_on = threading.Event()
-        self.may_go_on.set()
+        self.may_continue = threading.Event()
+        self.may_continue.set()
         self.worked_s = 0.0
 
     def register(self, snapshot: SnapshotBuffer) -> None:
@@ -71,7 +71,7 @@ class Agent:
     def wait_replicated(self, step: int) -> None:
         assert ("published", step) in self.calls, "a snapshot is replicated only after it is published"
         self.is_asked.set()
-        assert self.may_go_on.wait(_TIMEOUT_S)
+        assert self.may_continue.wait(_TIMEOUT_S)
         self.calls.append(("replicated", step))
 
     def cpu_s(self) -> float:
@@ -84,7 +84,7 @@ def copying(state: Weights, agent: Agent | None) -> Iterator[Snapshotter]:
     try:
         yield snapshotter
     finally:
-        state.may_go_on.set()
+        state.may_continue.set()
         snapshotter.close()
 
 
@@ -122,7 +122,7 @@ def test_snapshot__state_changed_afterwards__is_unaffected(size_bytes: int) -> N
 def test_begin__buffers__are_copied_at_once() -> None:
     state = Weights(LARGE_BYTES)
     with copying(state, Agent()) as snapshotter:
-        state.may_go_on.clear()
+        state.may_continue.clear()
         begun = begin(snapshotter, state, 7)
         with snapshotter.buffer.data(begun.slot) as data:
             assert data[-1] == 7
@@ -132,14 +132,14 @@ def test_begin__buffers__are_copied_at_once() -> None:
 def test_settle__waits_for_copy_not_for_replication() -> None:
     state, agent = Weights(LARGE_BYTES), Agent()
     with copying(state, agent) as snapshotter:
-        agent.may_go_on.clear()
-        state.may_go_on.clear()
+        agent.may_continue.clear()
+        state.may_continue.clear()
         begun = begin(snapshotter, state, 1)
-        settling = threading.Thread(target=snapshotter.settle)
-        settling.start()
+        thread = threading.Thread(target=snapshotter.settle)
+        thread.start()
         assert not begun.is_copied.is_set()
-        state.may_go_on.set()
-        settling.join(_TIMEOUT_S)
+        state.may_continue.set()
+        thread.join(_TIMEOUT_S)
         assert begun.is_copied.is_set()
         assert not agent.is_asked.is_set()
 
@@ -148,13 +148,13 @@ def test_begin__previous_not_replicated__waits() -> None:
     state, agent = Weights(), Agent()
     with copying(state, agent) as snapshotter:
         begin(snapshotter, state, 1)
-        agent.may_go_on.clear()
+        agent.may_continue.clear()
         second = threading.Thread(target=begin, args=(snapshotter, state, 2))
         second.start()
         assert agent.is_asked.wait(_TIMEOUT_S)
         assert ("published", 2) not in agent.calls
         assert list(whole(snapshotter)) == [1]
-        agent.may_go_on.set()
+        agent.may_continue.set()
         second.join(_TIMEOUT_S)
         assert agent.calls == [("published", 1), ("replicated", 1), ("published", 2)]
 
@@ -163,10 +163,10 @@ def test_begin__during_copy__previous_snapshot_is_complete() -> None:
     state = Weights(LARGE_BYTES)
     with copying(state, Agent()) as snapshotter:
         for step in range(1, 6):
-            state.may_go_on.clear()
+            state.may_continue.clear()
             begin(snapshotter, state, step)
             assert max(whole(snapshotter), default=0) == step - 1
-            state.may_go_on.set()
+            state.may_continue.set()
             snapshotter.join()
             assert max(whole(snapshotter)) == step
 
@@ -192,15 +192,15 @@ def test_begin__newest_and_pinned_slots__are_not_reused(actions: list[str]) -> N
 @pytest.mark.parametrize("size_bytes", [SMALL_BYTES, LARGE_BYTES])
 def test_begin__copy_fails__is_reported_and_next_succeeds(size_bytes: int) -> None:
     state, agent = Weights(size_bytes), Agent()
-    told: list[str | None] = []
+    failures: list[str | None] = []
     with copying(state, agent) as snapshotter:
         begin(snapshotter, state, 1)
         snapshotter.finish()
         state.is_broken = True
         state.value = 2
-        snapshotter.begin(progress(2), on_done=lambda failed: told.append(failed.failure))
+        snapshotter.begin(progress(2), on_done=lambda failed: failures.append(failed.failure))
         snapshotter.finish()
-        assert told == ["the state could not be copied: no memory"]
+        assert failures == ["the state could not be copied: no memory"]
         assert list(whole(snapshotter)) == [1]
         state.is_broken = False
         begin(snapshotter, state, 3)

@@ -21,7 +21,7 @@ from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten
 from forge.train.engine import Engine
 
 
-class Saver(Protocol):
+class Checkpointer(Protocol):
     """One way to save; every call is collective."""
 
     def save(self, step: int) -> None:
@@ -34,32 +34,34 @@ class Saver(Protocol):
         """Wait until the checkpoint is complete. Returns: seconds from `save` to then, on this rank."""
 
 
-class ForgeSaver:
+class ForgeCheckpointer:
     """forge's `AsyncCheckpointer`, called as its training loop calls it. Complete when
     it is written, flushed and committed."""
 
     def __init__(self, engine: Engine, *, spec: JobSpec, folder: Path) -> None:
-        self._saving = AsyncCheckpointer(engine.state, url=str(folder), keep=1)
-        self._recipe = config_digest(spec, code=None)
+        self._checkpointer = AsyncCheckpointer(engine.state, url=str(folder), keep=1)
+        self._config_digest = config_digest(spec, code=None)
 
     def save(self, step: int) -> None:
-        self._saving.begin(Progress(step=step, num_tokens=step, config_digest=self._recipe, corpus=CORPUS))
+        self._checkpointer.begin(
+            Progress(step=step, num_tokens=step, config_digest=self._config_digest, corpus=CORPUS)
+        )
 
     def before_update(self) -> None:
-        self._saving.settle()
+        self._checkpointer.settle()
 
     def complete(self) -> float:
-        (outcome,) = self._saving.finish()
+        (outcome,) = self._checkpointer.finish()
         if not isinstance(outcome, CheckpointWritten):
             raise RuntimeError(outcome.reason)
         return outcome.seconds
 
     def close(self) -> None:
         """End the writer process."""
-        self._saving.close()
+        self._checkpointer.close()
 
 
-class DeepSpeedSaver:
+class DeepSpeedCheckpointer:
     """`engine.save_checkpoint`, which returns when all is written; it does not flush."""
 
     def __init__(self, engine: Engine, *, folder: Path, is_zipped: bool) -> None:
@@ -86,7 +88,7 @@ class DeepSpeedSaver:
         return self._seconds
 
 
-class DcpSaver:
+class DcpCheckpointer:
     """torch's `async_save`, staged by a thread into memory that is kept for the next time; it flushes.
 
     The rank's flat fp32 vectors are saved as they are: fewer and larger tensors than any user has. The
@@ -136,14 +138,16 @@ class DcpSaver:
         self._ended = time.perf_counter()
 
 
-def savers_of(engine: Engine, *, spec: JobSpec, folder: Path) -> dict[str, Callable[[], Saver]]:
+def checkpointers_of(engine: Engine, *, spec: JobSpec, folder: Path) -> dict[str, Callable[[], Checkpointer]]:
     """Every contender by its name, not yet built."""
     return {
-        "forge": lambda: ForgeSaver(engine, spec=spec, folder=folder / "forge"),
-        "deepspeed": lambda: DeepSpeedSaver(engine, folder=folder / "deepspeed", is_zipped=True),
-        "dcp process": lambda: DcpSaver(engine, folder=folder / "dcp", kind=AsyncCheckpointerType.PROCESS),
-        "deepspeed unzipped": lambda: DeepSpeedSaver(engine, folder=folder / "unzipped", is_zipped=False),
-        "dcp thread": lambda: DcpSaver(engine, folder=folder / "dcp-thread", kind=AsyncCheckpointerType.THREAD),
+        "forge": lambda: ForgeCheckpointer(engine, spec=spec, folder=folder / "forge"),
+        "deepspeed": lambda: DeepSpeedCheckpointer(engine, folder=folder / "deepspeed", is_zipped=True),
+        "dcp process": lambda: DcpCheckpointer(engine, folder=folder / "dcp", kind=AsyncCheckpointerType.PROCESS),
+        "deepspeed unzipped": lambda: DeepSpeedCheckpointer(engine, folder=folder / "unzipped", is_zipped=False),
+        "dcp thread": lambda: DcpCheckpointer(
+            engine, folder=folder / "dcp-thread", kind=AsyncCheckpointerType.THREAD
+        ),
     }
 
 
