@@ -63,6 +63,8 @@ class Run(RunSummary):
     def export(self, to: str | Path, *, step: int | None = None) -> Path:
         """Write a checkpoint's weights as a Hugging Face folder, for `from_pretrained`.
 
+        Of a model of the user's own it has the state dict as safetensors files, and no `config.json`.
+
         Args:
             step: of the checkpoint; by default the best one.
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import TextIO
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MAX_ERROR_CHARS = 300
@@ -86,6 +87,13 @@ def redirect_output(path: Path) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
+
+
+def take_stdout() -> TextIO:
+    """Return stdout as a file for this process's answer alone; what anything else prints goes to stderr."""
+    answer = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(answer, "w")
 
 
 def first_line(error: BaseException) -> str:

@@ -109,6 +109,8 @@ def export(
 ) -> None:
     """Write the weights of a checkpoint as a Hugging Face folder for `from_pretrained`.
 
+    Of a model of your own: the safetensors files of its state dict.
+
     Example:  forge checkpoints export latest --to my-model --dtype bf16
     """
     from forge.cli import display
@@ -139,7 +141,12 @@ def export(
         f"step {answer['step']}: {format_count(answer['num_parameters'])} parameters, "
         f"{format_bytes(answer['size_bytes'])} in {files}, in {answer['folder']}"
     )
-    display.next_command(f'AutoModelForCausalLM.from_pretrained("{answer["folder"]}")', purpose="in Python")
+    if answer["is_transformers"]:
+        display.next_command(f'AutoModelForCausalLM.from_pretrained("{answer["folder"]}")', purpose="in Python")
+        return
+    file = "model.safetensors" if answer["num_files"] == 1 else "model-*.safetensors"
+    display.message(f"a model of your own has no config.json: {file} holds its state dict")
+    display.next_command(f'safetensors.torch.load_file("{answer["folder"]}/{file}")', purpose="in Python")
 
 
 _COLUMNS = ("checkpoint", "#tokens", "#size", "#parts", "average", "")

@@ -24,7 +24,7 @@ from forge.data.prepare_examples import write_examples
 from forge.data.store import CacheIndex
 from forge.data.tokenizer import TextTokenizer
 from forge.errors import DataError, UserCodeError
-from forge.process import die_with_parent, ending
+from forge.process import die_with_parent, ending, take_stdout
 from forge.user_code import use_code
 
 _ERRORS = {"DataError": DataError, "UserCodeError": UserCodeError}
@@ -78,14 +78,13 @@ def write_user_examples(
 def main() -> None:
     """Write the examples of one request and their index."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
-    answers = os.dup(1)
-    os.dup2(2, 1)
+    answers = take_stdout()
     request = json.load(sys.stdin)
     die_with_parent(request["parent"])
     folder = Path(request["folder"])
 
     def answer(**content: Any) -> None:
-        _send(answers, json.dumps(content).encode() + b"\n")
+        _send(answers.fileno(), json.dumps(content).encode() + b"\n")
 
     try:
         use_code(request["code"])

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 
 from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
 from forge.model.families.base import DataShape
 from forge.model.families.registry import family_of
+from forge.process import take_stdout
 from forge.user_code import use_code
 
 
@@ -26,8 +26,7 @@ def main() -> None:
 
     Whatever the user's modules or transformers print goes to stderr, so that stdout holds the answer alone.
     """
-    stdout = os.dup(1)
-    os.dup2(2, 1)
+    stdout = take_stdout()
     request = json.load(sys.stdin)
     use_code(request.pop("code"))
     spec = ModelSpec.model_validate_json(json.dumps(request.pop("model")))
@@ -38,8 +37,8 @@ def main() -> None:
         answer = {"complaint": {"problem": error.problem, "key": error.key, "choices": list(error.choices)}}
     except PlanError as error:
         answer = {"complaint": {"problem": str(error), "key": None, "choices": []}}
-    with os.fdopen(stdout, "w") as file:
-        json.dump(answer, file)
+    with stdout:
+        json.dump(answer, stdout)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,17 @@ print, or end the process.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 
 from forge.errors import UserCodeError
 from forge.objective.registry import Direction
+from forge.process import take_stdout
 from forge.user_code import load_class, use_code
 
 
 def main() -> None:
-    answer = os.dup(1)
-    os.dup2(2, 1)  # what user code prints, now or at exit, must not be read as the answer
+    answer = take_stdout()  # what user code prints, now or at exit, must not be read as the answer
     request = json.load(sys.stdin)
     problems: dict[str, str] = {}
     directions: dict[str, Mapping[str, Direction]] = {}
@@ -34,8 +33,8 @@ def main() -> None:
                 directions[reference] = _directions(reference)
         except UserCodeError as error:
             problems[reference] = str(error)
-    with os.fdopen(answer, "w") as file:
-        json.dump({"problems": problems, "metric_directions": directions}, file)
+    with answer:
+        json.dump({"problems": problems, "metric_directions": directions}, answer)
 
 
 def _directions(reference: str) -> Mapping[str, Direction]:

@@ -85,10 +85,13 @@ def _packed(folder: Path, *, runs: Path) -> PackedCode:
 
 
 def _references(loaded: LoadedJob) -> Iterator[tuple[str, str]]:
-    """Every class that is named, by the key to blame: in the job itself and in the search space."""
+    """Every class that is named, by the key to blame: in the job itself, the search space and its proxy."""
     yield from loaded.job.user_classes.items()
     if loaded.job.search is None:
         return
+    for key, value in loaded.job.search.proxy.items():
+        if is_reference(value) and key in _KINDS:
+            yield f"search.proxy.{key}", value
     for key, entry in loaded.job.search.space.items():
         kind = "choice" if entry.choice is not None else "grid"
         for index, value in enumerate(entry.values or ()):

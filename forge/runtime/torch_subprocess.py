@@ -26,9 +26,9 @@ def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
 
 
 def export_weights(**request: Any) -> dict[str, Any]:
-    """Write a Hugging Face folder; the request's fields are those of `forge.serve.export.ExportRequest`.
+    """Write a folder of weights; the request's fields are those of `forge.serve.export.ExportRequest`.
 
-    Returns: `folder`, `step`, `num_parameters`, `size_bytes`, `num_files`.
+    Returns: `folder`, `step`, `num_parameters`, `size_bytes`, `num_files`, `is_transformers`.
     Raises: CheckpointError if there is no such checkpoint; ArgumentError if the folder cannot be written;
         RunError if the process failed.
     """

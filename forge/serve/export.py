@@ -1,5 +1,7 @@
 """Export a checkpoint as a Hugging Face folder that `from_pretrained` loads.
 
+A model of the user's own has no such folder: its state dict is exported as safetensors files.
+
     python -m forge.serve.export < request.json > answer.json
 
 The weights are copied from the checkpoint's shards to safetensors files a few MiB at a time: the optimizer state is
@@ -28,6 +30,7 @@ from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import find_checkpoint, verify_checkpoint
 from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.model.families.causal_lm import config_from_record
+from forge.process import take_stdout
 from forge.serve.weights import CheckpointWeights
 from forge.train.state import bytes_of
 
@@ -64,6 +67,8 @@ class Exported:
     num_parameters: int
     size_bytes: int
     num_files: int
+    is_transformers: bool
+    """Whether the folder has a `config.json`, which `from_pretrained` needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +86,10 @@ class _Target:
 
 
 def export(request: ExportRequest) -> Exported:
-    """Write a Hugging Face folder.
+    """Write a Hugging Face folder, or the state dict of a model of the user's own.
 
-    Raises: CheckpointError if the checkpoint does not exist, is damaged, is not of a transformers model, or has no
-        EMA weights that are asked for; ArgumentError if the folder is not empty or cannot be written.
+    Raises: CheckpointError if the checkpoint does not exist, is damaged, or has no EMA weights that are asked for;
+        ArgumentError if the folder is not empty or cannot be written.
     """
     checkpoint = _find(request)
     weights = CheckpointWeights(checkpoint, ema=request.ema)
@@ -99,8 +104,9 @@ def export(request: ExportRequest) -> Exported:
         for name, targets in files.items():
             _write_file(draft / name, targets, weights, request)
         _write_index(draft, files)
-        config.save_pretrained(draft)
-        GenerationConfig.from_model_config(config).save_pretrained(draft)
+        if config is not None:
+            config.save_pretrained(draft)
+            GenerationConfig.from_model_config(config).save_pretrained(draft)
         if request.tokenizer is not None and Path(request.tokenizer).is_dir():
             shutil.copytree(request.tokenizer, draft, dirs_exist_ok=True)
         draft.rename(to)  # over an empty folder too
@@ -113,9 +119,12 @@ def export(request: ExportRequest) -> Exported:
     return Exported(
         folder=str(to),
         step=checkpoint.progress.step,
-        num_parameters=sum(target.numel for target in written if kinds[target.name].kind != "buffer"),
+        num_parameters=sum(
+            target.numel for target in written if target.name in kinds and kinds[target.name].kind != "buffer"
+        ),
         size_bytes=sum(target.size_bytes for target in written),
         num_files=len(files),
+        is_transformers=config is not None,
     )
 
 
@@ -136,20 +145,26 @@ def _find(request: ExportRequest) -> Checkpoint:
     return found
 
 
-def _config(checkpoint: Checkpoint, request: ExportRequest) -> PretrainedConfig:
+def _config(checkpoint: Checkpoint, request: ExportRequest) -> PretrainedConfig | None:
+    """The config of a transformers model; None for a model of the user's own."""
     body = dict(checkpoint.shape.config)
     if not body:
-        raise CheckpointError(f"{checkpoint.url} is not of a transformers model, so it cannot be exported as one")
+        return None
     config = config_from_record(body)
     config.dtype = _DTYPES[request.dtype][1]
     return config
 
 
 def _files(checkpoint: Checkpoint, weights: CheckpointWeights, request: ExportRequest) -> dict[str, list[_Target]]:
-    """Group the tensors, in order, into files of at most `max_shard_bytes`, named as in transformers."""
+    """Group the tensors, in order, into files of at most `max_shard_bytes`, named as in transformers.
+
+    transformers ties weights by its config; the state dict of any other model has a tied one under each name.
+    """
+    shape = checkpoint.shape
+    tied = {} if shape.config else {name: shape.parameters[of] for name, of in shape.tied.items()}
     groups: list[list[_Target]] = []
     size = 0
-    for name, parameter in checkpoint.shape.parameters.items():
+    for name, parameter in [*shape.parameters.items(), *tied.items()]:
         interval = weights.interval(name)
         is_float = interval.dtype.startswith(("F", "BF"))
         dtype = _DTYPES[request.dtype][0] if is_float else interval.dtype
@@ -193,11 +208,13 @@ def _write_index(folder: Path, files: dict[str, list[_Target]]) -> None:
 
 def main() -> None:
     """Answer one request: `{"answer": {...}}`, or `{"error": {"class": ..., "message": ...}}`."""
+    stdout = take_stdout()
     try:
         answer = {"answer": asdict(export(ExportRequest(**json.load(sys.stdin))))}
     except ForgeError as error:
         answer = {"error": {"class": type(error).__name__, "message": str(error)}}
-    json.dump(answer, sys.stdout)
+    with stdout:
+        json.dump(answer, stdout)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from forge.errors import CheckpointError, ForgeError
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.registry import family_of
 from forge.plan.plan import Plan, plan_from_json
+from forge.process import take_stdout
 from forge.serve.weights import CheckpointWeights
 from forge.user_code import use_code
 
@@ -151,12 +152,14 @@ def _lengthen(
 
 def main() -> None:
     """Answer one request: `{"answer": {...}}`, or `{"error": {"class": ..., "message": ...}}`."""
+    stdout = take_stdout()  # the user's model may print
     request = GenerateRequest(**json.load(sys.stdin))
     try:
         answer = {"answer": asdict(generate(Path(sys.argv[1]), request))}
     except ForgeError as error:
         answer = {"error": {"class": type(error).__name__, "message": str(error)}}
-    json.dump(answer, sys.stdout)
+    with stdout:
+        json.dump(answer, stdout)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
+from forge.checkpoint.intervals import Interval
+from forge.checkpoint.manifest import state_bytes
 from forge.cli.app import app
 from forge.errors import ArgumentError, CheckpointError
-from tests.support.checkpoints import write
+from tests.support.checkpoints import SHAPES, model_shape, progress, values, write
 from tests.support.runs import make_run
 
 
@@ -116,7 +121,15 @@ def test_export__invalid_options__are_refused(run: Path, arguments: list[str], m
     assert not Path("out").exists()
 
 
-def test_export__user_model__is_refused(run: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not of a transformers model"):
-        forge("export", "latest", "--to", "out")
-    assert not Path("out").exists()
+def test_export__user_model__writes_its_state_dict_and_says_how_to_load_it(run: Path) -> None:
+    tied = {"head.weight": "embedding.weight"}
+    write(str(run / "checkpoints"), 40, state=state_bytes(progress(40), replace(model_shape(), tied=tied)).decode())
+    done = forge("export", "latest", "--to", "out", "--dtype", "fp32")
+    assert "no config.json: model.safetensors holds its state dict" in done.stderr
+    assert 'safetensors.torch.load_file("out/model.safetensors")' in done.output
+    assert not Path("out/config.json").exists()
+    written = load_file("out/model.safetensors")
+    assert {name: array.shape for name, array in written.items()} == SHAPES | {"head.weight": (10, 6)}
+    for name, array in written.items():
+        whole = Interval(kind="master", name=tied.get(name, name), start=0, stop=array.size, dtype="F32")
+        np.testing.assert_array_equal(array.ravel(), values(whole, step=40))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from forge.code_archive import ARCHIVE, pack_code, unpack_code
 from forge.config.load import load_job
@@ -98,6 +99,8 @@ def test_smoothed_lm__padding_and_two_halves__agree_with_torch_and_add_up(home: 
 
 
 def test_custom_model__trained_by_two_workers__learns_and_writes_text(home: Path) -> None:
+    source = home / "examples" / "custom-model" / "src" / "my_models.py"
+    source.write_text(source.read_text() + "\nprint('noise')\n")  # must not end up in any answer
     folder = train(home, "custom-model")
     losses = [record["train/loss"] for record in read_metrics(folder)]
     assert read_run(folder).status == "finished"
@@ -108,11 +111,20 @@ def test_custom_model__trained_by_two_workers__learns_and_writes_text(home: Path
     assert (folder / ARCHIVE).is_file()
 
     # The source folder and the cache may change: a run keeps the code that it began with.
-    (home / "examples" / "custom-model" / "src" / "my_models.py").write_text("raise SystemExit\n")
+    source.write_text("raise SystemExit\n")
     shutil.rmtree(home / "cache" / "code")
     written = forge("generate", "latest", "--prompt", "def ", "--max-tokens", "40", cwd=home)
     assert written.returncode == 0, written.stderr
-    assert len(written.stdout) > len("def ")
+    assert len(written.stdout) > len("def ") and "noise" not in written.stdout
+
+    exported = forge("checkpoints", "export", "latest", "--to", "out", "--dtype", "fp32", cwd=home)
+    assert exported.returncode == 0, exported.stderr
+    use_code(plan.code.digest)
+    spec = plan.job.model
+    data = DataShape(vocab_size=plan.corpus.vocab_size, seq_len=32, eot_id=plan.corpus.eot_id)
+    options = BuildOptions(dtype=torch.float32, device=torch.device("cpu"), seed=7)
+    model = family_of(spec).build(spec, data, options=options)
+    model.load_state_dict(load_file(home / "out" / "model.safetensors"))  # every name, none else
 
     # What only shows a run neither imports nor unpacks its code.
     shutil.rmtree(home / "cache" / "code")

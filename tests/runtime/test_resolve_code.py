@@ -214,6 +214,26 @@ def test_resolve_code__class_in_a_search_space__blames_its_line(home: Path) -> N
     assert "my_models:Large" in (home / "job.yaml").read_text().splitlines()[(caught.value.line or 0) - 1]
 
 
+def test_resolve_code__class_in_the_proxy_of_a_search__is_imported_for_its_metrics(home: Path) -> None:
+    loaded = job_with_code(home, {"my_losses.py": RANKING})
+    body = loaded.job.model_dump(mode="json", exclude_unset=True)
+    body["search"] = {
+        "space": {"training.optimizer.lr": {"choice": [1e-3, 1e-2]}},
+        "proxy": {"training.objective": "my_losses:Ranking"},
+        "metric": "train/hits",
+        "max_trials": 2,
+    }
+    (home / "job.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+    loaded = load_job(home / "job.yaml")
+    search = with_directions(loaded, resolve_code(loaded)).job.search
+    assert search is not None
+    assert search.mode == "max"
+    (home / "src" / "my_losses.py").write_text("class Rank: ...\n")
+    with pytest.raises(JobFileError, match=r"did you mean Rank\?") as caught:
+        resolve_code(loaded)
+    assert caught.value.key == "search.proxy.training.objective"
+
+
 def searched(loaded: LoadedJob, search: Mapping[str, object]) -> LoadedJob:
     space = {"space": {"training.optimizer.lr": {"choice": [1e-3, 1e-2]}}}
     job = loaded.job.model_copy(update={"search": SearchSpec.model_validate(space | dict(search))})
