@@ -19,8 +19,9 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.peers.ray_tune import record
+from forge.data.cache_index import read_index
 from forge.data.order import SampleOrder
-from forge.data.store import TokenStream, read_index
+from forge.data.store import TokenStream
 
 _HELD_OUT_ROWS = 32
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from forge.data import store
-from forge.data.store import CacheIndex
+from forge.data.cache_index import CacheIndex, read_index, verify
+from forge.data.store import verify_sizes
 from forge.errors import DataError
 from forge.fs import sync_folder
 from forge.units import format_bytes
@@ -30,13 +30,13 @@ _log = logging.getLogger(__name__)
 
 def open_cache(folder: Path, *, digest: str) -> CacheIndex:
     """Verify a cache and return its index. Raises: DataError if it is damaged or belongs to another corpus."""
-    index = store.read_index(folder)
+    index = read_index(folder)
     if index.digest != digest:
         raise DataError(f"{folder} holds another corpus: {index.digest} instead of {digest}")
     if index.size_bytes <= VERIFY_LIMIT_BYTES:
-        store.verify(folder, index=index)
+        verify(folder, index=index)
     else:
-        store.verify_sizes(folder, index.files)
+        verify_sizes(folder, index.files)
     return index
 
 

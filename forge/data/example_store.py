@@ -24,24 +24,16 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from forge.data.cache_index import CacheIndex, Column, ExampleLayout, SplitSizes
 from forge.data.formats.base import Example
 from forge.data.rows import IGNORED, Arrays
-from forge.data.store import CacheIndex, FileEntry, new_hash, verify_sizes, write_file
+from forge.data.store import FileEntry, new_hash, verify_sizes, write_file
 from forge.errors import DataError
 
 _DTYPES = {"i": "<i4", "u": "<i4", "b": "<i4", "f": "<f4"}
 _RESERVED = {"position_ids", "segment_ids"}
 """Arrays that `ExampleRows.read` adds."""
 _INT32 = np.iinfo(np.int32)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
-    """One array of the examples; `shape` is that of one position."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class ExampleWriter:
@@ -59,6 +51,8 @@ class ExampleWriter:
         self._lengths, self._targets = array("q"), array("q")
         self._weights, self._keys = array("d"), array("Q")
         self.num_tokens = 0
+        self.foreign_target: str | None = None
+        """Location and value of the first target that is no token id."""
 
     def add(self, example: Example, *, key: int, location: str) -> None:
         """Append one example.
@@ -78,6 +72,8 @@ class ExampleWriter:
         self._lengths.append(length)
         self.num_tokens += length
         self._targets.append(int((arrays["targets"] != IGNORED).sum()))
+        if self.foreign_target is None and (largest := int(arrays["targets"].max())) >= self._vocab_size:
+            self.foreign_target = f"{location}: the target {largest}"
         self._weights.append(example.weight)
         self._keys.append(key)
 
@@ -262,11 +258,12 @@ class ExampleRows:
 
     @property
     def num_rows(self) -> int:
-        return int(self._layout[self.split]["num_rows"])
+        sizes: SplitSizes = getattr(self._layout, self.split)
+        return sizes.num_rows
 
     @property
     def seq_len(self) -> int:
-        return int(self._layout["seq_len"])
+        return self._layout.seq_len
 
     def weights(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.asarray(self._mapped(f"{self.split}/row_weights", dtype="<f8")[rows], dtype=np.float64)
@@ -280,7 +277,7 @@ class ExampleRows:
     def read(self, rows: NDArray[np.int64]) -> Arrays:
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.num_rows:
             raise IndexError(f"rows run from 0 to {self.num_rows - 1}, asked for {rows.tolist()}")
-        columns = [Column(**(column | {"shape": tuple(column["shape"])})) for column in self._layout["columns"]]
+        columns = self._layout.columns
         shape = len(rows), self.seq_len
         filled = {column.name: _padding(column, shape=shape) for column in columns}
         position_ids, segment_ids = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -302,7 +299,7 @@ class ExampleRows:
         return {**filled, "position_ids": position_ids, "segment_ids": segment_ids}
 
     @property
-    def _layout(self) -> dict[str, Any]:
+    def _layout(self) -> ExampleLayout:
         assert self.index.examples is not None
         return self.index.examples
 

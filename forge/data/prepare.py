@@ -24,11 +24,12 @@ from typing import Any, Literal
 from forge.config.data import DataSpec
 from forge.data import corpus, store
 from forge.data.cache import build_once, open_cache
+from forge.data.cache_index import FORMAT_VERSION, CacheIndex, ExampleLayout, read_index, write_index
 from forge.data.corpus import Document
 from forge.data.example_store import ExampleRows
 from forge.data.prepare_examples import write_examples
 from forge.data.rows import RowStore, StreamRows
-from forge.data.store import CacheIndex, Packer, Split, TokenStream
+from forge.data.store import Packer, Split, TokenStream
 from forge.data.tokenizer import TextTokenizer, encode_batches, load_tokenizer, train_tokenizer
 from forge.data.unigram import unigram_perplexity
 from forge.data.user_format import write_user_examples
@@ -46,7 +47,7 @@ SMALL_CORPUS_CHARS = 1 << 26
 MAX_PROCESSES = 16
 """With more, the single process that reads and writes is the bottleneck."""
 
-EXAMPLES_VERSION = 1
+EXAMPLES_VERSION = 2
 """Must change whenever the same records give other examples or rows."""
 
 _BATCH_CHARS = 1 << 20
@@ -109,7 +110,7 @@ def open_rows(facts: CorpusInfo) -> tuple[RowStore, RowStore]:
     Raises: DataError if the cache is missing, or is not the one that was planned with.
     """
     folder = Path(facts.folder)
-    index = store.read_index(folder)
+    index = read_index(folder)
     if index.digest != facts.digest:
         raise DataError(f"{folder} holds the corpus {index.digest}, the plan says {facts.digest}; plan again")
     if index.examples is not None:
@@ -126,7 +127,7 @@ def open_rows(facts: CorpusInfo) -> tuple[RowStore, RowStore]:
 
 def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: str | None) -> str:
     settings: dict[str, object] = {
-        "format": store.FORMAT_VERSION,
+        "format": FORMAT_VERSION,
         "corpus": corpus.fingerprint(spec),
         "text_key": spec.text_key,
         "tokenizer": asdict(tokenizer) if tokenizer else {"train": "bpe", "vocab_size": spec.tokenizer.vocab_size},
@@ -185,17 +186,18 @@ def _stream_sizes(index: CacheIndex, *, seq_len: int) -> dict[str, Any]:
     }
 
 
-def _example_sizes(layout: dict[str, Any]) -> dict[str, Any]:
-    train, held_out = layout["train"], layout["held_out"]
+def _example_sizes(layout: ExampleLayout) -> dict[str, Any]:
+    train, held_out = layout.train, layout.held_out
     return {
-        "num_train_tokens": train["num_targets"],
-        "num_held_out_tokens": held_out["num_targets"],
-        "num_train_sequences": train["num_rows"],
-        "num_held_out_sequences": held_out["num_rows"],
-        "packing": layout["packing"],
-        "num_examples": train["num_examples"] + held_out["num_examples"],
-        "padding": 1 - train["num_tokens"] / (train["num_rows"] * layout["seq_len"]),
-        "notes": layout["notes"],
+        "num_train_tokens": train.num_targets,
+        "num_held_out_tokens": held_out.num_targets,
+        "num_train_sequences": train.num_rows,
+        "num_held_out_sequences": held_out.num_rows,
+        "packing": layout.packing,
+        "num_examples": train.num_examples + held_out.num_examples,
+        "padding": 1 - train.num_tokens / (train.num_rows * layout.seq_len),
+        "notes": layout.notes,
+        "foreign_target": layout.foreign_target,
     }
 
 
@@ -224,7 +226,7 @@ def _write_cache(
     for name in {path.parent for path in folder.rglob("*")} - {folder}:
         sync_folder(name)
     index = replace(index, tokenizer=tuple(written))
-    store.write_index(folder, index=index)
+    write_index(folder, index=index)
     return index
 
 

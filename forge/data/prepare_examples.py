@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge.config.data import DataSpec
+from forge.data.cache_index import CacheIndex, ExampleLayout, SplitSizes
 from forge.data.corpus import no_text
 from forge.data.example_store import ExampleWriter, write_rows
 from forge.data.formats.base import Example, ExampleFormat, FormatContext
@@ -25,7 +28,7 @@ from forge.data.packing import pack_rows
 from forge.data.rows import IGNORED
 from forge.data.sources.base import Record
 from forge.data.sources.build import build_source
-from forge.data.store import CacheIndex, document_key
+from forge.data.store import FileEntry, document_key
 from forge.data.tokenizer import Encoder, TextTokenizer
 from forge.data.unigram import unigram_perplexity
 from forge.errors import DataError, UserCodeError
@@ -33,6 +36,21 @@ from forge.user_code import describe_error
 
 _BLOCK = 1 << 16
 """Examples counted at once."""
+
+_REASONS = ("records without an example", "examples of weight 0 dropped")
+"""Reasons that forge itself counts."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Totals:
+    """What was read so far."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    without_example: int = 0
+    """Records."""
+    without_target: int = 0
+    """Examples of weight 0, which are dropped."""
 
 
 def write_examples(
@@ -50,71 +68,125 @@ def write_examples(
 
     Raises: DataError if a record or an example is not valid, or there is none; UserCodeError; OSError.
     """
+    example_format = build_format(spec.format, context=_context(spec, tokenizer=tokenizer))
+    _counts_of(example_format)  # a wrong class fails before the corpus is read
+    writer = ExampleWriter(folder, seq_len=spec.seq_len, vocab_size=tokenizer.vocab_size)
+    try:
+        totals = _write_records(spec, writer=writer, example_format=example_format, report=report)
+        tables = writer.close()
+    finally:
+        writer.abort()
+    notes = _notes(totals, counts=_counts_of(example_format))
+    if not writer.num_examples:
+        found = ", ".join(f"{count} {reason}" for reason, count in notes.items())
+        raise DataError(f"the corpus has no training example ({totals.documents} records: {found})")
+    is_held_out = _choose_held_out(writer.keys, writer.lengths, share=spec.held_out)
+    layout, row_tables = _write_layout(spec, folder=folder, writer=writer, is_held_out=is_held_out, notes=notes)
+    return CacheIndex(
+        digest=digest,
+        dtype=tokenizer.dtype,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        num_documents=totals.documents,
+        num_text_bytes=totals.text_bytes,
+        unigram_perplexity=_unigram(
+            spec, folder=folder, writer=writer, is_held_out=is_held_out, vocab_size=tokenizer.vocab_size
+        ),
+        train=(),
+        held_out=(),
+        tokenizer=(),
+        tables=(*tables, *row_tables),
+        examples=layout,
+    )
+
+
+def _context(spec: DataSpec, *, tokenizer: TextTokenizer) -> FormatContext:
     encoder = Encoder(tokenizer)
-    context = FormatContext(
+    return FormatContext(
         seq_len=spec.seq_len,
         text_key=spec.text_key,
         eot_id=tokenizer.eot_id,
         vocab_size=tokenizer.vocab_size,
         encode=lambda text: np.frombuffer(encoder.encode([text])[0], dtype=tokenizer.dtype).astype(np.int64),
     )
-    example_format = build_format(spec.format, context=context)
-    writer = ExampleWriter(folder, seq_len=spec.seq_len, vocab_size=tokenizer.vocab_size)
-    totals = {"documents": 0, "bytes": 0, "without an example": 0, "without a target": 0}
+
+
+def _counts_of(example_format: ExampleFormat) -> dict[str, int]:
+    """Return what a format has counted.
+
+    Raises: DataError if `counts` fails, or gives anything but whole numbers by reason.
+    """
+    name = f"{type(example_format).__name__}.counts"
     try:
-        for record in build_source(spec).records():
-            _add_record(record, writer=writer, example_format=example_format, spec=spec, totals=totals)
-            if totals["documents"] % 1000 == 0:
-                report(totals["documents"], totals["bytes"], writer.num_tokens)
-        if not totals["documents"]:
-            raise no_text(spec)
-        tables = writer.close()
-    finally:
-        writer.abort()
-    notes = {
-        "records without an example": totals["without an example"],
-        "examples of weight 0 dropped": totals["without a target"],
-        **example_format.counts(),
-    }
-    notes = {reason: count for reason, count in notes.items() if count}
-    if not writer.num_examples:
-        found = ", ".join(f"{count} {reason}" for reason, count in notes.items())
-        raise DataError(f"the corpus has no training example ({totals['documents']} records: {found})")
-    is_held_out = _choose_held_out(writer.keys, writer.lengths, share=spec.held_out)
-    splits: dict[str, Any] = {}
-    for name, chosen in (("train", np.flatnonzero(~is_held_out)), ("held_out", np.flatnonzero(is_held_out))):
-        rows = _rows(chosen, writer.lengths[chosen], spec=spec)
-        (folder / name).mkdir()
-        tables += write_rows(folder, name=name, rows=rows, examples=writer)
-        splits[name] = {
-            "num_rows": len(rows),
-            "num_examples": len(chosen),
-            "num_tokens": int(writer.lengths[chosen].sum()),
-            "num_targets": int(writer.num_targets[chosen].sum()),
-        }
-    unigram = None
-    if spec.format == "text":
-        unigram = _unigram(folder, writer, is_held_out=is_held_out, vocab_size=tokenizer.vocab_size)
-    return CacheIndex(
-        digest=digest,
-        dtype=tokenizer.dtype,
-        vocab_size=tokenizer.vocab_size,
-        eot_id=tokenizer.eot_id,
-        num_documents=totals["documents"],
-        num_text_bytes=totals["bytes"],
-        unigram_perplexity=unigram,
-        train=(),
-        held_out=(),
-        tokenizer=(),
-        tables=tuple(tables),
-        examples={
-            "seq_len": spec.seq_len,
-            "packing": spec.packing,
-            "columns": [asdict(column) for column in writer.columns],
-            "notes": notes,
-            **splits,
-        },
+        given: Any = example_format.counts()
+        counts = dict(given.items()) if isinstance(given, Mapping) else None
+    except (Exception, SystemExit) as error:
+        raise DataError(f"{name}: {describe_error(error, fallback=_last_line(error))}") from error
+    if counts is None:
+        raise DataError(f"{name} must return a mapping from each reason to a whole number, not {_kind(given)}")
+    for reason, count in counts.items():
+        if not isinstance(reason, str) or reason in _REASONS:
+            raise DataError(f"{name} has the key {reason!r:.100}; it must be text, and none of forge's own reasons")
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+            raise DataError(f"{name} has {count!r:.100} ({_kind(count)}) for {reason!r}; it must be a whole number")
+    return {reason: int(count) for reason, count in counts.items()}
+
+
+def _write_records(
+    spec: DataSpec,
+    *,
+    writer: ExampleWriter,
+    example_format: ExampleFormat,
+    report: Callable[[int, int, int], None],
+) -> _Totals:
+    totals = _Totals()
+    for record in build_source(spec).records():
+        _add_record(record, writer=writer, example_format=example_format, spec=spec, totals=totals)
+        if totals.documents % 1000 == 0:
+            report(totals.documents, totals.text_bytes, writer.num_tokens)
+    if not totals.documents:
+        raise no_text(spec)
+    return totals
+
+
+def _notes(totals: _Totals, *, counts: Mapping[str, int]) -> dict[str, int]:
+    """What was split or dropped, by reason."""
+    own = dict(zip(_REASONS, (totals.without_example, totals.without_target), strict=True))
+    return {reason: count for reason, count in (own | dict(counts)).items() if count}
+
+
+def _write_layout(
+    spec: DataSpec, *, folder: Path, writer: ExampleWriter, is_held_out: NDArray[np.bool_], notes: dict[str, int]
+) -> tuple[ExampleLayout, list[FileEntry]]:
+    """Write the row tables of both sides. Returns: the layout and the entries of the tables."""
+    write = partial(_write_split, spec, folder=folder, writer=writer)
+    train, train_tables = write(name="train", chosen=~is_held_out)
+    held_out, held_out_tables = write(name="held_out", chosen=is_held_out)
+    layout = ExampleLayout(
+        seq_len=spec.seq_len,
+        packing=spec.packing,
+        columns=writer.columns,
+        train=train,
+        held_out=held_out,
+        notes=notes,
+        foreign_target=writer.foreign_target,
     )
+    return layout, train_tables + held_out_tables
+
+
+def _write_split(
+    spec: DataSpec, *, folder: Path, name: str, chosen: NDArray[np.bool_], writer: ExampleWriter
+) -> tuple[SplitSizes, list[FileEntry]]:
+    examples = np.flatnonzero(chosen)
+    rows = _rows(examples, writer.lengths[examples], spec=spec)
+    (folder / name).mkdir()
+    sizes = SplitSizes(
+        num_rows=len(rows),
+        num_examples=len(examples),
+        num_tokens=int(writer.lengths[examples].sum()),
+        num_targets=int(writer.num_targets[examples].sum()),
+    )
+    return sizes, write_rows(folder, name=name, rows=rows, examples=writer)
 
 
 def _add_record(
@@ -123,11 +195,11 @@ def _add_record(
     writer: ExampleWriter,
     example_format: ExampleFormat,
     spec: DataSpec,
-    totals: dict[str, int],
+    totals: _Totals,
 ) -> None:
     content = _content(record, text_key=spec.text_key)
-    totals["bytes"] += len(content)
-    totals["documents"] += record.starts
+    totals.text_bytes += len(content)
+    totals.documents += record.starts
     key = document_key(content, seed=spec.seed)
     num_examples = 0
     location = f"{record.location} (format {type(example_format).__name__})"
@@ -135,22 +207,32 @@ def _add_record(
         num_examples += 1
         weight = getattr(example, "weight", None)
         if isinstance(weight, int | float | np.integer | np.floating) and weight == 0:
-            totals["without a target"] += 1
+            totals.without_target += 1
         else:
             writer.add(example, key=key, location=location)
-    totals["without an example"] += record.starts and not num_examples
+    totals.without_example += record.starts and not num_examples
 
 
 def _examples_of(record: Record, *, example_format: ExampleFormat, location: str) -> Iterator[Example]:
     """The examples of a record. Raises: DataError with the user's line if the format fails."""
     try:
-        yield from example_format.examples(record)
+        examples: Any = example_format.examples(record)
+        if not isinstance(examples, Iterable):
+            raise DataError(f"{location}: examples must give an iterable of Example, not {_kind(examples)}")
+        yield from examples
     except (DataError, UserCodeError):
         raise
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        last = f"{Path(frame.filename).name}:{frame.lineno}"
-        raise DataError(f"{location}: {describe_error(error, fallback=last)}") from error
+        raise DataError(f"{location}: {describe_error(error, fallback=_last_line(error))}") from error
+
+
+def _last_line(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def _content(record: Record, *, text_key: str) -> bytes:
@@ -183,11 +265,13 @@ def _choose_held_out(keys: NDArray[np.uint64], lengths: NDArray[np.int64], *, sh
 
 
 def _unigram(
-    folder: Path, examples: ExampleWriter, *, is_held_out: NDArray[np.bool_], vocab_size: int
+    spec: DataSpec, *, folder: Path, writer: ExampleWriter, is_held_out: NDArray[np.bool_], vocab_size: int
 ) -> float | None:
-    """The perplexity of a unigram model on the held-out targets."""
+    """The perplexity of a unigram model on the held-out targets; None where targets need not be text."""
+    if spec.format != "text":
+        return None
     counts = np.zeros((2, vocab_size), dtype=np.int64)
-    for targets, side in _targets_by_side(folder, examples, is_held_out=is_held_out):
+    for targets, side in _targets_by_side(folder, writer, is_held_out=is_held_out):
         counts[side] += np.bincount(targets, minlength=vocab_size)[:vocab_size]
     return unigram_perplexity(counts[0], held_out_counts=counts[1])
 

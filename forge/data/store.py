@@ -7,17 +7,15 @@
 
 Chunks of token ids are written in order and read as memory-mapped windows. Documents are concatenated,
 each followed by the end-of-text token; the reader decides where sequences begin, so one cache serves
-every sequence length. This module needs only numpy: ranks import it. It is long because it has both the writing
-and the reading of the format, with all checks.
+every sequence length. `forge.data.cache_index` has the index. This module needs only numpy: ranks import it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,8 +24,6 @@ from numpy.typing import NDArray
 
 from forge.errors import DataError
 
-FORMAT_VERSION = 1
-INDEX_NAME = "index.json"
 SHARD_TOKENS = 1 << 27
 """Tokens of a full shard: 256 MiB as uint16, small enough to copy and to check one by one."""
 
@@ -41,42 +37,6 @@ class FileEntry:
     name: str
     size_bytes: int
     blake2b: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheIndex:
-    """Contents of a cache. `unigram_perplexity` is None if nothing is held out."""
-
-    digest: str
-    dtype: str
-    vocab_size: int
-    eot_id: int
-    num_documents: int
-    num_text_bytes: int
-    unigram_perplexity: float | None
-    train: tuple[FileEntry, ...]
-    held_out: tuple[FileEntry, ...]
-    tokenizer: tuple[FileEntry, ...]
-    tables: tuple[FileEntry, ...] = ()
-    """Files of an example store; then there are no token streams."""
-    examples: dict[str, Any] | None = None
-    """Layout of an example store; see `forge.data.example_store`."""
-
-    @property
-    def files(self) -> tuple[FileEntry, ...]:
-        return self.train + self.held_out + self.tokenizer + self.tables
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(entry.size_bytes for entry in self.files)
-
-    @property
-    def num_train_tokens(self) -> int:
-        return sum(entry.size_bytes for entry in self.train) // np.dtype(self.dtype).itemsize
-
-    @property
-    def num_held_out_tokens(self) -> int:
-        return sum(entry.size_bytes for entry in self.held_out) // np.dtype(self.dtype).itemsize
 
 
 @dataclass(slots=True, kw_only=True)
@@ -308,46 +268,7 @@ def write_file(folder: Path, *, name: str, content: bytes) -> FileEntry:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return FileEntry(name=name, size_bytes=len(content), blake2b=_checksum(content))
-
-
-def write_index(folder: Path, *, index: CacheIndex) -> None:
-    """Write `index.json`, with a checksum of its own; call it when all other files are on the disk."""
-    body = asdict(index)
-    if index.examples is None:
-        del body["tables"], body["examples"]
-    content = {"format": FORMAT_VERSION, "blake2b": _checksum(_canonical(body)), **body}
-    write_file(folder, name=INDEX_NAME, content=json.dumps(content, indent=1).encode())
-
-
-def read_index(folder: Path) -> CacheIndex:
-    """Read `index.json` and check that it is what was written.
-
-    Raises: DataError naming the file and what is wrong with it.
-    """
-    path = folder / INDEX_NAME
-    try:
-        content = json.loads(path.read_bytes())
-        version, checksum = content.pop("format"), content.pop("blake2b")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); prepare the corpus again") from None
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} is not the index of a token cache ({error!r}); delete {folder}") from None
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path} has format {version}, this forge reads {FORMAT_VERSION}; delete {folder}")
-    if checksum != _checksum(_canonical(content)):
-        raise DataError(f"{path} was changed after it was written: its checksum differs; delete {folder}")
-    try:
-        for key in {"train", "held_out", "tokenizer", "tables"} & content.keys():
-            content[key] = tuple(FileEntry(**entry) for entry in content[key])
-        index = CacheIndex(**content)
-        np.dtype(index.dtype)
-        valid = all(isinstance(entry.name, str) and isinstance(entry.size_bytes, int) for entry in index.files)
-    except TypeError as error:
-        raise DataError(f"{path} is not the index of a token cache ({error}); delete {folder}") from None
-    if not valid or not isinstance(index.dtype, str):
-        raise DataError(f"{path} is not the index of a token cache (a value is missing); delete {folder}")
-    return index
+    return FileEntry(name=name, size_bytes=len(content), blake2b=checksum(content))
 
 
 def verify_sizes(folder: Path, entries: tuple[FileEntry, ...]) -> None:
@@ -363,19 +284,6 @@ def verify_sizes(folder: Path, entries: tuple[FileEntry, ...]) -> None:
             raise DataError(f"{path} is part of the token cache but cannot be read ({error.strerror})") from None
         if size_bytes != entry.size_bytes:
             raise DataError(f"{path} has {size_bytes} bytes, the index says {entry.size_bytes}; delete {folder}")
-
-
-def verify(folder: Path, *, index: CacheIndex) -> None:
-    """Read every file and compare its checksum, at about 1 GB/s.
-
-    Raises: DataError naming the file that differs.
-    """
-    verify_sizes(folder, index.files)
-    for entry in index.files:
-        path = folder / entry.name
-        found = hash_file(path)
-        if found != entry.blake2b:
-            raise DataError(f"{path} has checksum {found}, the index says {entry.blake2b}; delete {folder}")
 
 
 def hash_file(path: Path) -> str:
@@ -398,11 +306,8 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def _checksum(content: bytes) -> str:
+def checksum(content: bytes) -> str:
+    """The checksum of some bytes, in hex."""
     digest = new_hash()
     digest.update(content)
     return digest.hexdigest()
-
-
-def _canonical(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()

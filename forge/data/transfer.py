@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from forge.data import store
 from forge.data.cache import build_once, open_cache
-from forge.data.store import INDEX_NAME, CacheIndex
+from forge.data.cache_index import INDEX_NAME, CacheIndex, read_index, verify
+from forge.data.store import verify_sizes
 from forge.errors import DataError
 from forge.fs import sync_folder
 
@@ -53,8 +53,8 @@ def receive_corpus(folder: Path, *, digest: str, stream: IO[bytes]) -> None:
 
 def send_corpus(folder: Path, *, stream: IO[bytes]) -> None:
     """Write a corpus as a tar file. Raises: DataError if it is incomplete; OSError."""
-    index = store.read_index(folder)
-    store.verify_sizes(folder, index.files)
+    index = read_index(folder)
+    verify_sizes(folder, index.files)
     with tarfile.open(fileobj=stream, mode="w|") as archive:
         for name in [INDEX_NAME, *(entry.name for entry in index.files)]:
             archive.add(folder / name, arcname=name, filter=_anonymous)
@@ -62,7 +62,7 @@ def send_corpus(folder: Path, *, stream: IO[bytes]) -> None:
 
 def read_chunk(folder: Path, *, name: str, offset: int) -> bytes:
     """Implement `Read` for a corpus on this machine. Raises: DataError if it has no file of this name."""
-    known = {INDEX_NAME, *(entry.name for entry in store.read_index(folder).files)}
+    known = {INDEX_NAME, *(entry.name for entry in read_index(folder).files)}
     if name not in known:
         raise DataError(f"{folder} has no file {name!r}")
     with (folder / name).open("rb") as file:
@@ -88,14 +88,14 @@ def _receive(draft: Path, *, digest: str, stream: IO[bytes]) -> CacheIndex:
 
 
 def _index_of(draft: Path, *, digest: str) -> CacheIndex:
-    index = store.read_index(draft)
+    index = read_index(draft)
     if index.digest != digest:
         raise DataError(f"the corpus {index.digest} arrived, {digest} was expected")
     return index
 
 
 def _verified(draft: Path, index: CacheIndex) -> CacheIndex:
-    store.verify(draft, index=index)
+    verify(draft, index=index)
     for folder in {draft / entry.name for entry in index.files}:
         sync_folder(folder.parent)
     return index

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from forge.config.data import DataSpec
-from forge.data import store
+from forge.data.cache_index import CacheIndex, read_index, write_index
 from forge.data.prepare_examples import write_examples
-from forge.data.store import CacheIndex
 from forge.data.tokenizer import TextTokenizer
 from forge.errors import DataError, UserCodeError
 from forge.process import die_with_parent, ending, take_stdout
@@ -68,7 +67,7 @@ def write_user_examples(
                 elif "os_error" in answer:
                     raise OSError(*answer["os_error"])
                 else:
-                    return store.read_index(folder)
+                    return read_index(folder)
         raise DataError(f"data.format {spec.format} ended its process ({ending(process.wait())}); see its output")
     finally:
         process.kill()
@@ -95,7 +94,7 @@ def main() -> None:
             tokenizer=TextTokenizer(**request["tokenizer"]),
             report=lambda *counts: answer(progress=counts),
         )
-        store.write_index(folder, index=index)
+        write_index(folder, index=index)
     except (DataError, UserCodeError) as error:
         answer(error={"class": type(error).__name__, "message": str(error)})
     except OSError as error:

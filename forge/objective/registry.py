@@ -22,8 +22,12 @@ class RegisteredObjective:
     """`module:Class` of an `Objective`."""
     metrics: Mapping[str, Direction]
     """Every metric besides the loss; the class's `metric_directions`."""
+    predicts_tokens: bool
+    """Whether every target must be a token id."""
 
 
 OBJECTIVES: dict[str, RegisteredObjective] = {
-    "causal-lm": RegisteredObjective(reference="forge.objective.causal_lm:CausalLm", metrics={"perplexity": "min"}),
+    "causal-lm": RegisteredObjective(
+        reference="forge.objective.causal_lm:CausalLm", metrics={"perplexity": "min"}, predicts_tokens=True
+    ),
 }

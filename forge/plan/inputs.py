@@ -42,6 +42,8 @@ class CorpusInfo:
     """Share of the positions of the training sequences that hold no token."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """What was split or dropped while the examples were made, by reason."""
+    foreign_target: str | None = None
+    """Record, format and value of the first target that is no token id; None if all are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

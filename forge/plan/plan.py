@@ -19,7 +19,8 @@ from typing import Any
 
 from forge.config.job import JobSpec
 from forge.config.training import MAX_STEPS
-from forge.errors import PlanError
+from forge.errors import DataError, PlanError
+from forge.objective.registry import OBJECTIVES
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.deepspeed_config import deepspeed_config
 from forge.plan.flops import flops_per_token
@@ -95,7 +96,8 @@ def make_draft(job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo) -> Dra
 def make_plan(job: JobSpec, *, model: ModelInfo, corpus: CorpusInfo, hardware: HardwareInfo) -> Plan:
     """Resolve a job.
 
-    Raises: PlanError as `make_draft`, or if the model's vocabulary is smaller than the tokenizer's.
+    Raises: PlanError as `make_draft`, or if the model's vocabulary is smaller than the tokenizer's; DataError if
+        the objective predicts tokens and the corpus has a target that is none.
     """
     return Plan(**_resolved(job, model=model, hardware=hardware, corpus=corpus), corpus=corpus)
 
@@ -177,6 +179,7 @@ def _resolved(
 ) -> dict[str, Any]:
     """Return the fields that a draft and a plan share."""
     _check_model(job, model, corpus)
+    _check_targets(job, corpus)
     packing = packing_problem(job, model)
     if packing is not None:
         raise PlanError(f"data.packing: {packing}")
@@ -231,6 +234,16 @@ def _check_model(job: JobSpec, model: ModelInfo, corpus: CorpusInfo | None) -> N
         raise PlanError(
             f"data.seq_len is {job.data.seq_len}, but the model has positions for {model.max_seq_len} tokens; "
             "lower data.seq_len or raise model.max_position_embeddings"
+        )
+
+
+def _check_targets(job: JobSpec, corpus: CorpusInfo | None) -> None:
+    """Raises: DataError if the objective predicts tokens and a target is none."""
+    objective = OBJECTIVES.get(job.training.objective)
+    if corpus is not None and corpus.foreign_target and objective is not None and objective.predicts_tokens:
+        raise DataError(
+            f"{corpus.foreign_target} is no token id, but training.objective {job.training.objective} predicts "
+            f"tokens: targets must be in 0..{corpus.vocab_size - 1}, or -100 where nothing is predicted"
         )
 
 

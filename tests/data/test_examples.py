@@ -15,7 +15,7 @@ import pytest
 
 from forge.code_archive import PackedCode, unpack_code
 from forge.config.data import DataSpec
-from forge.data import prepare_examples
+from forge.data import cache_index, prepare_examples
 from forge.data.example_store import ExampleRows, ExampleWriter
 from forge.data.formats.base import Example, FormatContext
 from forge.data.formats.build import build_format
@@ -23,9 +23,12 @@ from forge.data.formats.registry import FORMATS
 from forge.data.prepare import open_rows, prepare
 from forge.data.rows import IGNORED
 from forge.data.sources.base import Record
+from forge.data.store import checksum
 from forge.errors import DataError, UserCodeError
 from forge.plan.inputs import CorpusInfo
+from forge.plan.plan import make_plan
 from forge.user_code import use_code
+from tests.support.jobs import CPU, tiny_facts, tiny_job
 
 SEQ_LEN = 16
 
@@ -182,6 +185,24 @@ def test_prepare__a_damaged_cache__is_built_again(records: Path, tmp_path: Path)
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     prepare(spec_of(records), cache_dir=tmp_path)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": None}, {"examples": {"columns": None}}])
+def test_prepare__an_index_with_null_values__is_built_again(
+    records: Path, tmp_path: Path, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    facts, _ = prepared(records, tmp_path)
+    path = Path(facts.folder) / "index.json"
+    original = path.read_bytes()
+    body = json.loads(original) | change
+    del body["blake2b"], body["format"]
+    sound = checksum(cache_index._canonical(body))
+    path.write_text(json.dumps({"format": cache_index.FORMAT_VERSION, "blake2b": sound, **body}))
+    with pytest.raises(DataError, match=r"index\.json is not the index of a token cache"):
+        open_rows(facts)
+    assert prepare(spec_of(records), cache_dir=tmp_path) == facts
+    assert path.read_bytes() == original
+    assert "the token cache is damaged and is built again" in caplog.text
 
 
 def test_rows__pickled_and_moved__read_the_same(records: Path, tmp_path: Path) -> None:
@@ -405,3 +426,66 @@ def test_prepare__user_format_that_cannot_be_built__names_the_users_line(
     text = REVIEWS.replace("self._context = context", "self._context = json.loads('{')")
     with pytest.raises(UserCodeError, match=r"my_data\.py:6: JSONDecodeError"):
         prepare(spec_of(records, format="my_data:Reviews"), **user_format(text))
+
+
+@pytest.mark.parametrize(
+    ("counts", "problem"),
+    [
+        ("{'long': 1.5}", r"Reviews\.counts has 1\.5 \(float\) for 'long'; it must be a whole number"),
+        ("{'long': '3'}", r"has '3' \(str\) for 'long'"),
+        ("{'long': True}", r"has True \(bool\)"),
+        ("{'long': None}", r"has None \(NoneType\)"),
+        ("{'long': -1}", r"has -1 \(int\)"),
+        ("{3: 1}", "has the key 3; it must be text"),
+        ("{'records without an example': 1}", "none of forge's own reasons"),
+        ("[1]", r"Reviews\.counts must return a mapping from each reason to a whole number, not list"),
+        ("None", "not NoneType"),
+        ("json.loads('{')", r"Reviews\.counts: my_data\.py:13: JSONDecodeError"),
+    ],
+)
+def test_prepare__counts_that_are_no_whole_numbers__are_refused_with_the_class(
+    records: Path, user_format: Callable[[str], dict[str, Any]], counts: str, problem: str
+) -> None:
+    text = REVIEWS.replace("return {}", f"return {counts}")
+    with pytest.raises(DataError, match=problem):
+        prepare(spec_of(records, format="my_data:Reviews"), **user_format(text))
+
+
+def test_prepare__counts_of_numpy__become_ints(records: Path, user_format: Callable[[str], dict[str, Any]]) -> None:
+    text = REVIEWS.replace("return {}", "import numpy; return {'long': numpy.int64(3)}")
+    facts = prepare(spec_of(records, format="my_data:Reviews"), **user_format(text))
+    assert facts.notes == {"long": 3}
+    assert type(facts.notes["long"]) is int
+
+
+def test_prepare__examples_that_are_not_iterable__are_refused_with_the_class(
+    records: Path, user_format: Callable[[str], dict[str, Any]]
+) -> None:
+    text = REVIEWS.replace("yield", "return")
+    with pytest.raises(DataError, match=r"jsonl:1 \(format Reviews\): examples must give an iterable"):
+        prepare(spec_of(records, format="my_data:Reviews"), **user_format(text))
+
+
+def test_make_plan__target_beyond_the_vocabulary__is_refused_where_tokens_are_predicted(
+    records: Path, user_format: Callable[[str], dict[str, Any]]
+) -> None:
+    text = REVIEWS.replace("ids[1:]}", "ids[1:] + 300 * record.location.endswith(':7')}")
+    arguments = user_format(text)
+    corpus = prepare(spec_of(records, format="my_data:Reviews"), **arguments)
+    facts = tiny_facts(vocab_size=corpus.vocab_size)
+    job = tiny_job(data__packing="examples", data__format="my_data:Reviews", code="./src")
+    message = (
+        r"a\.jsonl:7 \(format Reviews\): the target \d+ is no token id, but training\.objective causal-lm predicts "
+        rf"tokens: targets must be in 0\.\.{corpus.vocab_size - 1}, or -100"
+    )
+    for found in (corpus, prepare(spec_of(records, format="my_data:Reviews"), **arguments)):  # built, then cached
+        with pytest.raises(DataError, match=message):
+            make_plan(job, model=facts, corpus=found, hardware=CPU)
+    own = tiny_job(
+        data__packing="examples", data__format="my_data:Reviews", code="./src", training__objective="my:Ranking"
+    )
+    assert make_plan(own, model=facts, corpus=corpus, hardware=CPU).corpus == corpus
+
+
+def test_prepare__targets_that_are_token_ids__have_no_foreign_one(records: Path, tmp_path: Path) -> None:
+    assert prepared(records, tmp_path)[0].foreign_target is None

@@ -23,6 +23,7 @@ import pytest
 from forge.config.data import DataSpec, TokenizerSpec
 from forge.data import cache, store
 from forge.data import prepare as module
+from forge.data.cache_index import read_index, verify
 from forge.data.prepare import PrepareProgress, open_rows, prepare, unigram_perplexity
 from forge.data.rows import StreamRows
 from forge.data.tokenizer import Encoder, load_tokenizer
@@ -391,7 +392,7 @@ def test_a_kill_at_any_moment_leaves_no_half_cache_that_is_believed(words: Path,
             time.sleep(chance.uniform(0, 1.5 * duration_s))
         folder = cache_dir / "data" / Path(reference.folder).name
         if folder.exists():
-            store.verify(folder, index=store.read_index(folder))
+            verify(folder, index=read_index(folder))
             shutil.rmtree(folder)
             outcomes.add("done")
         elif leftovers(cache_dir):

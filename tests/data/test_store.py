@@ -4,7 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge.data import store
-from forge.data.store import (
+from forge.data import cache_index, store
+from forge.data.cache_index import (
     CacheIndex,
+    Column,
+    ExampleLayout,
+    SplitSizes,
+    read_index,
+    verify,
+    write_index,
+)
+from forge.data.store import (
     FileEntry,
     Packer,
     Split,
     StreamWriter,
     TokenStream,
     document_key,
-    read_index,
     token_dtype,
-    verify,
     verify_sizes,
     write_file,
-    write_index,
 )
 from forge.errors import DataError
 
@@ -281,14 +286,61 @@ def test_what_ranks_import_needs_numpy_alone() -> None:
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("change", [{"other": 1}, {"train": None}, {"tokenizer": [None]}, {"dtype": None}])
+SIZES = SplitSizes(num_rows=1, num_examples=1, num_tokens=4, num_targets=4)
+LAYOUT = ExampleLayout(
+    seq_len=8, packing="examples", train=SIZES, held_out=SIZES, notes={"split": 1}, foreign_target=None,
+    columns=tuple(Column(name=name, dtype="<i4", shape=()) for name in ("tokens", "targets")),
+)  # fmt: skip
+
+
+def test_read_index__of_examples__is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    write_index(tmp_path, index=index_of(examples=LAYOUT))
+    assert read_index(tmp_path) == index_of(examples=LAYOUT)
+
+
+def layout_with(**changes: object) -> dict[str, object]:
+    return {"examples": asdict(LAYOUT) | changes}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"other": 1},
+        {"train": None},
+        {"tokenizer": [None]},
+        {"train": [{"name": None, "size_bytes": 1, "blake2b": "0"}]},
+        {"dtype": None},
+        {"dtype": "<i2"},
+        {"digest": None},
+        {"vocab_size": None},
+        {"eot_id": True},
+        {"num_documents": "3"},
+        {"num_text_bytes": 1.5},
+        {"unigram_perplexity": "1"},
+        {"examples": []},
+        {"examples": {}},
+        layout_with(seq_len=None),
+        layout_with(seq_len=0),
+        layout_with(packing=None),
+        layout_with(train=None),
+        layout_with(train=asdict(SIZES) | {"num_rows": None}),
+        layout_with(train=asdict(SIZES) | {"num_rows": 0}),
+        layout_with(held_out={}),
+        layout_with(notes={"split": 1.5}),
+        layout_with(notes=None),
+        layout_with(columns=[]),
+        layout_with(columns=[{"name": "tokens"}]),
+        layout_with(columns=[{"name": name, "dtype": "O", "shape": []} for name in ("tokens", "targets")]),
+        layout_with(columns=[{"name": name, "dtype": "<i4", "shape": [None]} for name in ("tokens", "targets")]),
+    ],
+)
 def test_read_index__valid_checksum_but_other_content__is_a_data_error(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    write_index(tmp_path, index=index_of())
+    write_index(tmp_path, index=index_of(examples=LAYOUT))
     content = json.loads((tmp_path / "index.json").read_bytes()) | change
     body = {key: value for key, value in content.items() if key not in ("format", "blake2b")}
-    content["blake2b"] = store._checksum(store._canonical(body))
+    content["blake2b"] = store.checksum(cache_index._canonical(body))
     (tmp_path / "index.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="is not the index of a token cache"):
         read_index(tmp_path)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from forge.data.cache_index import CacheIndex, ExampleLayout, SplitSizes, write_index
 from forge.data.example_store import ExampleWriter, write_rows
 from forge.data.formats.base import Example
 from forge.data.packing import pack_rows
 from forge.data.rows import IGNORED
-from forge.data.store import CacheIndex, write_index
 from forge.plan.inputs import CorpusInfo
 from tests.support.jobs import SEQ_LEN, VOCAB
 
@@ -39,7 +38,12 @@ def masked_corpus(folder: Path, *, packing: str, num_examples: int = 160) -> Cor
         rows = [chosen[row] for row in pack_rows(writer.lengths[chosen], seq_len=SEQ_LEN, seed=1)]
         rows = rows if packing == "examples" else [chosen[i : i + 1] for i in range(len(chosen))]
         tables += write_rows(folder, name=name, rows=rows, examples=writer)
-        splits[name] = {"num_rows": len(rows), "num_targets": int(writer.num_targets[chosen].sum())}
+        splits[name] = SplitSizes(
+            num_rows=len(rows),
+            num_examples=len(chosen),
+            num_tokens=int(writer.lengths[chosen].sum()),
+            num_targets=int(writer.num_targets[chosen].sum()),
+        )
     index = CacheIndex(
         digest=f"masked-{packing}",
         dtype="<u2",
@@ -52,12 +56,9 @@ def masked_corpus(folder: Path, *, packing: str, num_examples: int = 160) -> Cor
         held_out=(),
         tokenizer=(),
         tables=tuple(tables),
-        examples={
-            "seq_len": SEQ_LEN,
-            "packing": packing,
-            "columns": [asdict(column) for column in writer.columns],
-            **splits,
-        },
+        examples=ExampleLayout(
+            seq_len=SEQ_LEN, packing=packing, columns=writer.columns, notes={}, foreign_target=None, **splits
+        ),
     )
     write_index(folder, index=index)
     return CorpusInfo(
@@ -68,10 +69,10 @@ def masked_corpus(folder: Path, *, packing: str, num_examples: int = 160) -> Cor
         seq_len=SEQ_LEN,
         num_documents=num_examples,
         num_text_bytes=0,
-        num_train_tokens=splits["train"]["num_targets"],
-        num_held_out_tokens=splits["held_out"]["num_targets"],
-        num_train_sequences=splits["train"]["num_rows"],
-        num_held_out_sequences=splits["held_out"]["num_rows"],
+        num_train_tokens=splits["train"].num_targets,
+        num_held_out_tokens=splits["held_out"].num_targets,
+        num_train_sequences=splits["train"].num_rows,
+        num_held_out_sequences=splits["held_out"].num_rows,
         unigram_perplexity=float(VOCAB),
         packing=packing,
     )

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from forge.config.job import JobSpec
-from forge.data.store import CacheIndex, StreamWriter, write_index
+from forge.data.cache_index import CacheIndex, write_index
+from forge.data.store import StreamWriter
 from forge.plan.inputs import CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.plan import Plan, make_plan
 

@@ -19,7 +19,7 @@ class Example:
     """What is learnt from, by itself: no other example of the row is visible to it.
 
     Shapes: arrays: each [n] or [n, d] with the same n; `tokens` and `targets` are int[n], targets[i] is what
-    position i predicts, -100 where nothing is.
+    position i predicts, -100 where nothing is. Built-in objectives predict tokens, so their targets are token ids.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -47,5 +47,8 @@ class ExampleFormat(Protocol):
         """The examples of one record, none if it has nothing to learn from. Raises: DataError naming the record."""
 
     def counts(self) -> Mapping[str, int]:
-        """What was split, shortened or skipped so far, by reason; shown in the plan."""
+        """What was split, shortened or skipped so far, by reason: whole numbers, shown in the plan.
+
+        Called once before the first record, and at the end.
+        """
         return {}

@@ -1,0 +1,194 @@
+"""The index of a prepared corpus, `index.json`: what the cache contains, with the size and checksum of every file.
+
+Writing gives a `CacheIndex` a checksum of its own. Reading checks the checksum and then the type of every value, so
+that an index that another program wrote is refused with one message. This module needs only numpy, since workers
+import it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from forge.data.store import FileEntry, checksum, hash_file, verify_sizes, write_file
+from forge.errors import DataError
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+_TOKEN_DTYPES = {"<u2", "<u4"}
+_COLUMN_DTYPES = {"<i4", "<f4"}
+
+_DataT = TypeVar("_DataT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One array of the examples; `shape` is that of one position."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitSizes:
+    """The training or the held-out side of an example store."""
+
+    num_rows: int
+    num_examples: int
+    num_tokens: int
+    """Positions that are not padding."""
+    num_targets: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleLayout:
+    """The contents of an example store; see `forge.data.example_store`."""
+
+    seq_len: int
+    packing: str
+    columns: tuple[Column, ...]
+    train: SplitSizes
+    held_out: SplitSizes
+    notes: Mapping[str, int]
+    """What was split or dropped while the examples were made, by reason."""
+    foreign_target: str | None
+    """Record, format and value of the first target that is no token id; None if all are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheIndex:
+    """Contents of a cache. `unigram_perplexity` is None if nothing is held out."""
+
+    digest: str
+    dtype: str
+    vocab_size: int
+    eot_id: int
+    num_documents: int
+    num_text_bytes: int
+    unigram_perplexity: float | None
+    train: tuple[FileEntry, ...]
+    held_out: tuple[FileEntry, ...]
+    tokenizer: tuple[FileEntry, ...]
+    tables: tuple[FileEntry, ...] = ()
+    """Files of an example store; then there are no token streams."""
+    examples: ExampleLayout | None = None
+    """None for token streams."""
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        return self.train + self.held_out + self.tokenizer + self.tables
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.files)
+
+    @property
+    def num_train_tokens(self) -> int:
+        return sum(entry.size_bytes for entry in self.train) // np.dtype(self.dtype).itemsize
+
+    @property
+    def num_held_out_tokens(self) -> int:
+        return sum(entry.size_bytes for entry in self.held_out) // np.dtype(self.dtype).itemsize
+
+
+def write_index(folder: Path, *, index: CacheIndex) -> None:
+    """Write `index.json`, with a checksum of its own; call it when all other files are on the disk."""
+    body = asdict(index)
+    if index.examples is None:
+        del body["tables"], body["examples"]
+    content = {"format": FORMAT_VERSION, "blake2b": checksum(_canonical(body)), **body}
+    write_file(folder, name=INDEX_NAME, content=json.dumps(content, indent=1).encode())
+
+
+def read_index(folder: Path) -> CacheIndex:
+    """Read `index.json` and check that it is what was written.
+
+    Raises: DataError naming the file and what is wrong with it.
+    """
+    path = folder / INDEX_NAME
+    try:
+        content = json.loads(path.read_bytes())
+        version, found = content.pop("format"), content.pop("blake2b")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); prepare the corpus again") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is not the index of a token cache ({error!r}); delete {folder}") from None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path} has format {version}, this forge reads {FORMAT_VERSION}; delete {folder}")
+    if found != checksum(_canonical(content)):
+        raise DataError(f"{path} was changed after it was written: its checksum differs; delete {folder}")
+    try:
+        index = _parse(CacheIndex, content)
+        _check_values(index)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path} is not the index of a token cache ({error}); delete {folder}") from None
+    return index
+
+
+def verify(folder: Path, *, index: CacheIndex) -> None:
+    """Read every file and compare its checksum, at about 1 GB/s.
+
+    Raises: DataError naming the file that differs.
+    """
+    verify_sizes(folder, index.files)
+    for entry in index.files:
+        path = folder / entry.name
+        found = hash_file(path)
+        if found != entry.blake2b:
+            raise DataError(f"{path} has checksum {found}, the index says {entry.blake2b}; delete {folder}")
+
+
+def _parse(cls: type[_DataT], content: Any) -> _DataT:
+    """Build a dataclass from JSON.
+
+    Raises: TypeError for a key that is missing or unknown, or a value of another type.
+    """
+    if not isinstance(content, dict):
+        raise TypeError(f"{cls.__name__} is {content!r:.60}")
+    hints = get_type_hints(cls)
+    if unknown := sorted(content.keys() - hints.keys()):
+        raise TypeError(f"{cls.__name__} has no {unknown[0]}")
+    return cls(**{name: _value(value, hint=hints[name], name=name) for name, value in content.items()})
+
+
+def _value(value: Any, *, hint: Any, name: str) -> Any:
+    if type(None) in get_args(hint):  # `float | None`
+        return None if value is None else _value(value, hint=get_args(hint)[0], name=name)
+    if dataclasses.is_dataclass(hint):
+        return _parse(hint, value)  # type: ignore[arg-type]
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_value(item, hint=get_args(hint)[0], name=name) for item in value)
+    if get_origin(hint) is Mapping and isinstance(value, dict):
+        return {key: _value(item, hint=get_args(hint)[1], name=f"{name}.{key}") for key, item in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise TypeError(f"{name} is {value!r:.60}")
+    return value
+
+
+def _check_values(index: CacheIndex) -> None:
+    """Raises: ValueError for a value that the readers of the cache cannot use."""
+    if index.dtype not in _TOKEN_DTYPES:
+        raise ValueError(f"dtype is {index.dtype!r}")
+    layout = index.examples
+    if layout is None:
+        return
+    if layout.seq_len < 1 or layout.train.num_rows < 1:
+        raise ValueError(f"seq_len is {layout.seq_len}, train.num_rows is {layout.train.num_rows}")
+    for column in layout.columns:
+        if column.dtype not in _COLUMN_DTYPES:
+            raise ValueError(f"the dtype of column {column.name!r} is {column.dtype!r}")
+    if not {"tokens", "targets"} <= {column.name for column in layout.columns}:
+        raise ValueError("examples.columns lacks 'tokens' or 'targets'")
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
