@@ -45,8 +45,14 @@ def test_confirm_plan__priced_cluster_without_terminal__refuses() -> None:
 
 
 @pytest.mark.parametrize(("cluster", "yes"), [(PricedCluster(), True), (LocalCluster(), False)])
-def test_confirm_plan__yes_or_free_cluster__does_not_ask(cluster: LocalCluster, yes: bool) -> None:
+def test_confirm_plan__yes_or_free_cluster__does_not_ask(
+    cluster: LocalCluster, yes: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     confirm_plan(tiny_plan(), target(cluster), request(yes=yes))
+    shown = "".join(capsys.readouterr())
+    assert "Start the run?" not in shown
+    assert ("costs up to 3.50 USD an hour" in shown) == (cluster.price() is not None)
+    assert shown.rstrip().endswith(f"sending the run to the cluster '{cluster.name}'")
 
 
 @pytest.mark.usefixtures("home")

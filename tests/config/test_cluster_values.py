@@ -121,7 +121,8 @@ def test_value__cloud_has_none_like_it__is_refused(
     ],
 )  # fmt: skip
 def test_value__as_clouds_name_things__is_accepted(tmp_path: Path, kind: str, keys: dict[str, Any]) -> None:
-    load(tmp_path, kind, **keys)
+    loaded = load(tmp_path, kind, **keys).model_dump(mode="json")
+    assert {key: loaded[key] for key in keys} == keys
 
 
 def test_allow_from__one_address__becomes_a_network(tmp_path: Path) -> None:

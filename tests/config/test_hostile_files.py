@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from forge.config import yaml_reader
+from forge.config.job import JobSpec
 from forge.config.load import LoadedJob, load_job
 from forge.errors import JobFileError
 
@@ -137,9 +138,11 @@ def test_load_job__damaged_file__gives_a_job_or_one_error(
 @pytest.mark.parametrize("key", ["name", "model.hidden_size", "data.files", "training.ema", "resources.workers"])
 def test_load_job__hostile_override__gives_a_job_or_one_error(key: str, value: str) -> None:
     try:
-        load_job(PRETRAIN, overrides=[f"{key}={value}"])
+        job = load_job(PRETRAIN, overrides=[f"{key}={value}"]).job
     except JobFileError as error:
-        check(error)
+        check_message(error)
+    else:
+        assert JobSpec.model_validate_json(job.model_dump_json()) == job
 
 
 def outcome_of(path: Path, data: bytes) -> Any:
@@ -148,7 +151,7 @@ def outcome_of(path: Path, data: bytes) -> Any:
         outcome: LoadedJob | JobFileError = load_job(path)
     except JobFileError as error:
         outcome = error
-        check(error)
+        check_message(error)
         assert str(path) in str(error)
     except Exception as error:
         raise AssertionError(f"{error!r} from {data!r}") from error
@@ -156,7 +159,7 @@ def outcome_of(path: Path, data: bytes) -> Any:
     return outcome
 
 
-def check(error: JobFileError) -> None:
+def check_message(error: JobFileError) -> None:
     message = str(error)
     assert error.problem
     assert 0 < len(message) < MAX_MESSAGE

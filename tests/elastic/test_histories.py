@@ -651,6 +651,8 @@ def newest(held: set[ReplicaLocation]) -> int:
 class Histories(RuleBasedStateMachine):
     """Hypothesis chooses how many faults happen; a seed chooses which, where and in which order."""
 
+    num_recovered = 0
+
     @initialize(low=st.integers(1, 3), more=st.integers(0, 3), every=st.integers(1, 3), is_stopped=st.booleans())
     def begin(self, low: int, more: int, every: int, is_stopped: bool) -> None:
         self.world = World(low=low, high=low + more, snapshot_every=every)
@@ -676,9 +678,12 @@ class Histories(RuleBasedStateMachine):
             if self.is_stopped:
                 self.world.stop()
             self.world.recover()
+            Histories.num_recovered += 1
 
 
-def run_histories(*, max_examples: int, num_steps: int) -> None:
+def run_histories(*, max_examples: int, num_steps: int) -> int:
+    """Run histories; the first that breaks an invariant raises. Returns: how many recovered at their end."""
+    Histories.num_recovered = 0
     run_state_machine_as_test(
         Histories,
         settings=settings(
@@ -688,13 +693,14 @@ def run_histories(*, max_examples: int, num_steps: int) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    return Histories.num_recovered
 
 
 def test_histories__invariants_hold_and_training_resumes() -> None:
-    run_histories(max_examples=60, num_steps=40)
+    assert run_histories(max_examples=60, num_steps=40) >= 60
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_histories__many_long_ones__invariants_hold_and_training_resumes() -> None:
-    run_histories(max_examples=1500, num_steps=40)
+    assert run_histories(max_examples=1500, num_steps=40) >= 1500

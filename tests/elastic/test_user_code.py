@@ -13,9 +13,10 @@ import pytest
 from forge.code_archive import PackedCode, code_folder, unpack_code
 from forge.config.job import JobSpec
 from forge.elastic.workers.worker_process import import_for
+from forge.errors import UserCodeError
 from forge.plan.inputs import CodeInfo
 from forge.plan.plan import Plan, plan_to_json
-from forge.user_code import use_code
+from forge.user_code import load_class, use_code
 from tests.support.jobs import tiny_job, tiny_plan
 
 MODEL = "from torch import nn\n\nclass Mixer(nn.Module): ...\n"
@@ -41,12 +42,25 @@ def test_import_for__class_of_the_users__is_imported_before_workers_are_forked()
     assert sys.modules["my_mixer"].__file__ == str(code_folder(code.digest) / "my_mixer.py")
 
 
-@pytest.mark.parametrize("text", ["import no_such_package\n", "x = (\n", "class Other: ...\n"])
-def test_import_for__module_that_cannot_be_imported__is_left_to_the_workers(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("import no_such_package\n", "my_mixer.py:1: ModuleNotFoundError"),
+        ("x = (\n", "my_mixer.py:1: SyntaxError"),
+        ("class Other: ...\n", "has no class Mixer"),
+    ],
+)
+def test_import_for__module_that_cannot_be_imported__is_left_to_the_workers(text: str, problem: str) -> None:
     code = PackedCode(files={"my_mixer.py": text.encode()})
     unpack_code(code)
     import_for(plan_to_json(plan_with(code)))
+    with pytest.raises(UserCodeError, match=problem):
+        load_class("my_mixer:Mixer")
 
 
 def test_import_for__code_is_missing__is_left_to_the_workers() -> None:
-    import_for(plan_to_json(plan_with(PackedCode(files={"my_mixer.py": MODEL.encode()}))))
+    code = PackedCode(files={"my_mixer.py": MODEL.encode()})
+    import_for(plan_to_json(plan_with(code)))
+    assert "my_mixer" not in sys.modules
+    with pytest.raises(UserCodeError):
+        use_code(code.digest)

@@ -97,7 +97,7 @@ def spec_of(hosts: Hosts, **changes: object) -> SshSpec:
     return SshSpec.model_validate(settings | changes)
 
 
-def failures(cluster: SshCluster, *, match: str) -> list[NodeProgress]:
+def expect_failures(cluster: SshCluster, *, match: str) -> list[NodeProgress]:
     """The failures that an `up` reports before it fails."""
     progress: list[NodeProgress] = []
     with pytest.raises(ClusterError, match=match):
@@ -225,14 +225,20 @@ class TestUp:
     @pytest.mark.slow
     def test_up__running_nodes_differ_from_the_file__are_not_touched(self, cluster: str, hosts: Hosts) -> None:
         before, state = heads(hosts), state_of("lab")
-        progress = failures(SshCluster(spec_of(hosts, ray_port=7000)), match="forge cluster down lab first")
+        progress = expect_failures(SshCluster(spec_of(hosts, ray_port=7000)), match="forge cluster down lab first")
         assert "Ray runs there with port 6379, the file says 7000 now" in progress[0].message
-        failures(SshCluster(spec_of(hosts, folder=str(hosts.folder / "other"))), match="with the file as it was")
+        expect_failures(
+            SshCluster(spec_of(hosts, folder=str(hosts.folder / "other"))), match="with the file as it was"
+        )
         turned = tuple(reversed(spec_of(hosts).machines))
-        failures(SshCluster(spec_of(hosts, machines=turned)), match=f"the head of 'lab' is {hosts.ip(0)}, and")
+        expect_failures(
+            SshCluster(spec_of(hosts, machines=turned)), match=f"the head of 'lab' is {hosts.ip(0)}, and"
+        )
         token = token_path("lab").read_text()
         token_path("lab").unlink()  # and another one is made
-        failures(SshCluster(spec_of(hosts)), match="with another token than this machine's; forge cluster down lab")
+        expect_failures(
+            SshCluster(spec_of(hosts)), match="with another token than this machine's; forge cluster down lab"
+        )
         token_path("lab").write_text(token)
         assert (heads(hosts), state_of("lab")) == (before, state)
 
@@ -360,14 +366,16 @@ class TestErrors:
 
     def test_up__key_not_authorized__is_refused(self, hosts: Hosts) -> None:
         other = spec_of(hosts, name="keyless", identity_file=str(stranger_key(hosts)))
-        progress = failures(SshCluster(other), match="the head of 'keyless'")
+        progress = expect_failures(SshCluster(other), match="the head of 'keyless'")
         assert all("SSH authentication to root@" in one.message for one in progress)
 
     def test_up__other_python__is_refused(self, hosts: Hosts, tmp_path: Path) -> None:
         older = tmp_path / "python"
         older.write_text('#!/bin/sh\necho \'{"python": "3.9.7"}\'\n')
         older.chmod(0o755)
-        progress = failures(SshCluster(spec_of(hosts, name="older", python=str(older))), match=r"Python 3\.9\.7")
+        progress = expect_failures(
+            SshCluster(spec_of(hosts, name="older", python=str(older))), match=r"Python 3\.9\.7"
+        )
         assert len(progress) == hosts.count
 
     def test_up__other_ray__is_refused(self, hosts: Hosts, tmp_path: Path) -> None:
@@ -375,29 +383,29 @@ class TestErrors:
         other.write_text(f'#!/bin/sh\n{sys.executable} "$@" | sed \'s/"ray": "[0-9.]*"/"ray": "2.9.9"/\'\n')
         other.chmod(0o755)
         match = r"it has ray 2\.9\.9, and this machine .*: .*python -m pip install ray=="
-        failures(SshCluster(spec_of(hosts, name="older", python=str(other))), match=match)
+        expect_failures(SshCluster(spec_of(hosts, name="older", python=str(other))), match=match)
 
     def test_up__ray_port_taken__is_refused(self, hosts: Hosts) -> None:
         hold = "import socket, time; s = socket.socket(); s.bind(('', 7777)); s.listen(); time.sleep(60)"
         hosts.run(0, sys.executable, "-c", hold)
         time.sleep(0.5)
-        failures(SshCluster(spec_of(hosts, name="taken", ray_port=7777)), match="port 7777 is taken there")
+        expect_failures(SshCluster(spec_of(hosts, name="taken", ray_port=7777)), match="port 7777 is taken there")
 
     def test_up__host_key_changed__is_refused(self, hosts: Hosts) -> None:
         cluster = SshCluster(
             spec_of(hosts, name="reinstalled", machines=(hosts.ip(2),), ray_port=7778, python="/nowhere/python")
         )
-        failures(cluster, match="/nowhere/python does not run there")  # and its key is known now
+        expect_failures(cluster, match="/nowhere/python does not run there")  # and its key is known now
         hosts.kill(2)
         with another_host_key(hosts, 2):
             start(hosts, 2)
-            failures(cluster, match=r"has another key than before.*ssh-keygen -R")
+            expect_failures(cluster, match=r"has another key than before.*ssh-keygen -R")
         hosts.kill(2)
         start(hosts, 2)  # with its own key, for other tests
 
     def test_up__no_host_usable__lists_all_failures(self, hosts: Hosts) -> None:
         few = spec_of(hosts, name="few", machines=(hosts.ip(0), "nobody.invalid"), python="/nowhere/python")
-        progress = failures(SshCluster(few), match="cannot work without it; all failures")
+        progress = expect_failures(SshCluster(few), match="cannot work without it; all failures")
         assert {one.name for one in progress} == {hosts.ip(0), "nobody.invalid"}
 
     def test_up__ctrl_c_while_starting__down_finds_everything(
@@ -425,7 +433,7 @@ class TestErrors:
     @pytest.mark.slow
     def test_up__too_few_hosts__starts_nothing(self, hosts: Hosts) -> None:
         spec = spec_of(hosts, name="small", machines=(hosts.ip(0), "nobody.invalid"))
-        progress = failures(
+        progress = expect_failures(
             SshCluster(spec),
             match="1 of at least 2 machines of 'small' are ready.*(?s:.*)nothing was started",
         )

@@ -140,12 +140,15 @@ def test_make_draft__shared_rows_without_isolation__are_rejected(data_format: st
 
 @pytest.mark.parametrize("changes", [{"data__packing": "none"}, {"data__packing": "concatenate"}])
 def test_make_draft__rows_of_one_example__need_no_isolation(changes: dict[str, str]) -> None:
-    make_draft(tiny_job(**changes), model=NO_ISOLATION, hardware=CPU)
+    job = tiny_job(**changes)
+    without = make_draft(job, model=NO_ISOLATION, hardware=CPU)
+    assert replace(without, model=tiny_facts()) == make_draft(job, model=tiny_facts(), hardware=CPU)
 
 
 def test_make_draft__objective_of_the_user__keeps_examples_apart_itself() -> None:
     job = tiny_job(data__packing="examples", training__objective="my_losses:Ranking", code="./src")
-    make_draft(job, model=NO_ISOLATION, hardware=CPU)
+    without = make_draft(job, model=NO_ISOLATION, hardware=CPU)
+    assert replace(without, model=tiny_facts()) == make_draft(job, model=tiny_facts(), hardware=CPU)
 
 
 def test_make_plan__less_memory__lowers_auto_micro_batch() -> None:
