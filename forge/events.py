@@ -26,6 +26,31 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PatternRead:
+    """What one entry of `data.files` gave; the paths of what was skipped are in `plan.json`."""
+
+    pattern: str
+    num_files: int
+    kinds: Mapping[str, int]
+    """Number of files by kind: `JSON lines, gzip`."""
+    skipped: Mapping[str, int]
+    """Number of paths that were not read, by reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusRead:
+    """The corpus that the run is trained on."""
+
+    num_documents: int
+    num_train_tokens: int
+    num_held_out_tokens: int
+    patterns: tuple[PatternRead, ...]
+    """At most 100."""
+    warnings: tuple[str, ...]
+    """What was asked for and cannot be had; of the plan."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorStarted:
     """The supervisor process started."""
 
@@ -351,6 +376,7 @@ class RunFailed:
 
 Event = (
     RunStarted
+    | CorpusRead
     | SupervisorStarted
     | SupervisorRestarted
     | NodeJoined

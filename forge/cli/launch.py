@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +64,8 @@ def launch(request: Request) -> None:
         loaded = with_run_code(loaded, run_folder=resumed)
     check_kind(loaded, is_search=request.is_search)
     if request.dry_run:
-        show_dry(loaded, file=job_file, output=request.output)
+        arguments = run_arguments(request.file, request.overrides, cluster=request.cluster, resume=request.resume)
+        show_dry(loaded, arguments=arguments, output=request.output)
         return
     past = Past(events=(), steps=()) if resumed is None else past_of(resumed)
     with PrepareScreen() as preparing:
@@ -85,11 +88,26 @@ def launch(request: Request) -> None:
     conclude(folder, interrupted=interrupted, output=request.output, past_events=len(past.events))
 
 
-def show_dry(loaded: LoadedJob, *, file: Path, output: Output) -> None:
-    """Show the plan of a job; nothing is started or created."""
+def run_arguments(
+    file: Path | None, overrides: Sequence[str], *, cluster: str | None = None, resume: str | None = None
+) -> str:
+    """The arguments of `forge train` that run what was planned, quoted for a shell."""
+    words = [str(file)] if file is not None else []
+    words += ["--resume", resume] if resume is not None else []
+    words += [word for override in overrides for word in ("--set", override)]
+    words += ["--cluster", cluster] if cluster is not None else []
+    return shlex.join(words)
+
+
+def show_dry(loaded: LoadedJob, *, arguments: str, output: Output) -> None:
+    """Show the plan of a job; nothing is started.
+
+    Args:
+        arguments: of the command that runs it.
+    """
     from forge import api
     from forge.cli import display
-    from forge.cli.plan_table import show_plan
+    from forge.cli.plan_table import show_plan, show_warnings
     from forge.cli.progress import PrepareScreen
     from forge.plan.plan import plan_to_json
 
@@ -99,10 +117,11 @@ def show_dry(loaded: LoadedJob, *, file: Path, output: Output) -> None:
         display.print_text(plan_to_json(plan))
         return
     show_plan(plan)
+    show_warnings(plan)
     if plan.search is None:
-        display.next_command(f"forge train {file}", purpose="train it")
+        display.next_command(f"forge train {arguments}", purpose="train it")
     else:
-        display.next_command(f"forge tune {file}", purpose="search")
+        display.next_command(f"forge tune {arguments}", purpose="search")
 
 
 def confirm(question: str, *, yes: bool) -> None:
@@ -123,9 +142,10 @@ def confirm(question: str, *, yes: bool) -> None:
 def confirm_plan(plan: Plan, target: RemoteTarget | None, request: Request) -> None:
     """Show the plan and, on a cluster that costs money, its price."""
     from forge.cli import display
-    from forge.cli.plan_table import show_plan
+    from forge.cli.plan_table import show_plan, show_warnings
 
     show_plan(plan, to_stderr=request.output is Output.JSON)
+    show_warnings(plan)
     if target is None:
         return
     price = target.cluster.price()

@@ -36,3 +36,9 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
         columns.append("")
         rows = [[*row, "" if world.fits else "does not fit"] for row, world in zip(rows, plan.worlds, strict=True)]
     display.table(columns, rows, console=console)
+
+
+def show_warnings(plan: DraftPlan) -> None:
+    """Print to stderr what was asked for and cannot be had."""
+    for warning in plan.warnings:
+        display.warning(warning)

@@ -97,6 +97,7 @@ class PrepareScreen:
 
 
 _PREPARE_PHASES = {
+    "look": "looking at the corpus",
     "fingerprint": "reading the corpus",
     "waiting": "waiting for another process that is preparing the same corpus",
     "tokenizer": "training the tokenizer",

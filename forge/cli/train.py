@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from forge.cli.launch import Request, launch, show_dry
+from forge.cli.launch import Request, launch, run_arguments, show_dry
 from forge.cli.options import (
     ClusterOption,
     DetachOption,
@@ -58,4 +58,6 @@ def plan(file: JobArgument, overrides: SetOption = None, output: OutputOption = 
     """
     from forge.config.load import load_job
 
-    show_dry(load_job(file, overrides=overrides or []), file=file, output=output)
+    show_dry(
+        load_job(file, overrides=overrides or []), arguments=run_arguments(file, overrides or []), output=output
+    )

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from forge.config.class_names import FormatName, SourceName
 from forge.config.section import Count, FieldError, Fraction, Section, Strings, raise_errors
 
+FileType = Literal["auto", "text", "json", "csv", "parquet"]
+
 
 class TokenizerSpec(Section):
     """The tokenizer: trained on the corpus, or loaded."""
@@ -42,11 +44,22 @@ class DataSpec(Section):
     machine has without a download. Give either `source` or `files`."""
 
     files: Strings | None = None
-    """A glob or fsspec URL, or a list of them: text files (one document each), `.jsonl` (one document per line) or
-    `.parquet` (one per row); `.gz` and similar are decompressed. Local paths, `s3://`, `gs://`, `https://`."""
+    """A glob or fsspec URL, or a list of them: text files (one document each), JSON lines, JSON arrays, CSV or
+    Parquet (one document per record); gzip, bzip2, xz, zstd and lz4 are decompressed. Local paths, `s3://`,
+    `gs://`, `https://`. Wildcards leave out hidden files, side files of macOS and Jupyter, and empty files; links
+    are followed. `forge plan` shows what is read and what is not."""
+
+    file_type: FileType = "auto"
+    """What `files` are. `auto`: found out from the content and the name of each file; archives, notebooks and other
+    files that are no documents are refused. `text`: every file is one document, also one of JSON or CSV."""
 
     text_key: str = Field("text", min_length=1)
-    """The field of a `.jsonl` line, or the column of a `.parquet` file, that contains the text."""
+    """The field of a JSON record, or the column of a CSV or Parquet file, that contains the text."""
+
+    special_tokens: Literal["text", "tokens"] = "text"
+    """What the name of a special token of the tokenizer means where the text spells it (`<|end|>`). `text`:
+    ordinary characters, so that text from elsewhere cannot end a document or fake a turn. `tokens`: the special
+    token. The same holds for the prompt of `forge generate`."""
 
     format: FormatName = "text"
     """What a record becomes. `text`: every next token of the text is predicted. A class of your own gives the
@@ -78,6 +91,8 @@ class DataSpec(Section):
         if self.packing == "concatenate" and self.format != "text":
             problem = f"must be examples or none with format {self.format}"
             errors.append(FieldError("packing", problem, nearest="examples"))
+        if self.file_type != "auto" and self.source is not None:
+            errors.append(FieldError("file_type", "is only for 'files'"))
         raise_errors(errors)
         if (self.source is None) == (self.files is None):
             raise ValueError("give either 'source' or 'files'")

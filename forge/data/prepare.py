@@ -47,6 +47,9 @@ SMALL_CORPUS_CHARS = 1 << 26
 MAX_PROCESSES = 16
 """With more, the single process that reads and writes is the bottleneck."""
 
+READER_VERSION = 2
+"""Must change whenever the same files give other records."""
+
 EXAMPLES_VERSION = 2
 """Must change whenever the same records give other examples or rows."""
 
@@ -61,7 +64,7 @@ _log = logging.getLogger(__name__)
 class PrepareProgress:
     """Progress of the preparation; the counts belong to the phase `tokens`."""
 
-    phase: Literal["fingerprint", "waiting", "tokenizer", "tokens"]
+    phase: Literal["look", "fingerprint", "waiting", "tokenizer", "tokens"]
     num_documents: int = 0
     num_text_bytes: int = 0
     num_tokens: int = 0
@@ -126,14 +129,17 @@ def open_rows(facts: CorpusInfo) -> tuple[RowStore, RowStore]:
 
 
 def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: str | None) -> str:
+    described = asdict(tokenizer) if tokenizer else {"train": "bpe", "vocab_size": spec.tokenizer.vocab_size}
     settings: dict[str, object] = {
         "format": FORMAT_VERSION,
         "corpus": corpus.fingerprint(spec),
         "text_key": spec.text_key,
-        "tokenizer": asdict(tokenizer) if tokenizer else {"train": "bpe", "vocab_size": spec.tokenizer.vocab_size},
+        "tokenizer": described | {"special_tokens": spec.special_tokens},
         "held_out": spec.held_out,
         "seed": spec.seed,
     }
+    if spec.files is not None:
+        settings |= {"reader": READER_VERSION, "file_type": spec.file_type}
     if spec.packing != "concatenate":
         settings |= {
             "examples": EXAMPLES_VERSION,
@@ -215,6 +221,7 @@ def _write_cache(
         report(PrepareProgress(phase="tokenizer"))
         sample = corpus.iter_sample(spec, max_chars=TOKENIZER_SAMPLE_CHARS)
         tokenizer = train_tokenizer(sample, vocab_size=spec.tokenizer.vocab_size)
+    tokenizer = replace(tokenizer, special_tokens=spec.special_tokens)
     if spec.packing == "concatenate":
         index = _write_streams(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=report)
     else:

@@ -4,8 +4,9 @@ Encoding spends most of its time on splitting text and on words that it has seen
 tokenizer the ids of a text are the concatenated ids of its words, so the text is split by Python's `re` and each
 word is looked up in a cache; only new words reach the tokenizer. Other tokenizers encode whole texts on all cores.
 
-The end-of-text token marks the end of a document and nothing else: its name inside a text ("<|endoftext|>"
-in the source of a tokenizer, say) is encoded as ordinary characters.
+The name of a special token inside a text ("<|endoftext|>" in the source of a tokenizer, say) is encoded as ordinary
+characters, so that the end-of-text token marks the end of a document and nothing else; with `data.special_tokens:
+tokens` it is encoded as that token.
 """
 
 from __future__ import annotations
@@ -13,24 +14,22 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
-import unicodedata
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from forge.data.store import token_dtype
+from forge.data.word_pattern import word_pattern
 from forge.errors import DataError
 
 EOT_TOKEN = "<|endoftext|>"
@@ -39,6 +38,10 @@ EOT_TOKEN = "<|endoftext|>"
 _COMMON_EOT_TOKENS = (EOT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "[SEP]")
 """Tried in this order if the tokenizer's folder names none: GPT-2, Llama 3, Llama 2 and T5, Gemma,
 DeepSeek, BERT."""
+
+_OTHER_SUFFIXES = {".model", ".tiktoken"}
+_OTHER_NAMES = {"vocab.json", "vocab.txt", "merges.txt", "tekken.json"}
+"""Files of tokenizers that are not read: SentencePiece, tiktoken, and the older files of GPT-2 and BERT."""
 
 _MAX_WORDS = 1 << 18
 """Size of the word cache; about 50 MB. It is cleared when full; frequent words soon return to it."""
@@ -63,6 +66,8 @@ class TextTokenizer:
     eot_id: int
     vocab_size: int
     """Largest id + 1: the rows an embedding needs."""
+    special_tokens: Literal["text", "tokens"] = "text"
+    """`data.special_tokens`: how the names of special tokens inside a text are encoded."""
 
     @property
     def dtype(self) -> str:
@@ -104,15 +109,25 @@ def load_tokenizer(location: str) -> TextTokenizer:
 
     Raises: DataError if there is no such file, it is no tokenizer, or nothing says which token ends a text.
     """
-    path = Path(location).expanduser()
-    path = path / "tokenizer.json" if path.is_dir() else path
+    given = Path(location).expanduser()
+    path = given / "tokenizer.json" if given.is_dir() else given
+    other = _other_format(given)
+    if other is not None:
+        raise DataError(
+            f"data.tokenizer.from_pretrained: {other} is a tokenizer of another format (SentencePiece, tiktoken, "
+            'or a list of words), and there is no tokenizer.json; convert it once: python -c "from transformers '
+            f"import AutoTokenizer; AutoTokenizer.from_pretrained('{other.parent}').save_pretrained('NEW_FOLDER')\""
+        )
     if not path.is_file():
         raise DataError(
             f"data.tokenizer.from_pretrained: {path} does not exist. Give a tokenizer.json or the folder of one;"
             f" one from the Hub comes with: hf download ORG/NAME --include 'tokenizer*' --local-dir FOLDER"
         )
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("version https://git-lfs"):
+            raise DataError("it is a pointer of Git LFS; fetch the file: git lfs pull")
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the Rust side raises bare Exception
         raise DataError(f"data.tokenizer.from_pretrained: {path} is not a tokenizer: {error}") from None
     config = _read_json(path.with_name("tokenizer_config.json"))
@@ -120,6 +135,43 @@ def load_tokenizer(location: str) -> TextTokenizer:
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     config["eos_token"] = config.get("eos_token") or eot_token
     return _described(tokenizer, eot_token=eot_token, config=json.dumps(config, indent=2, ensure_ascii=False))
+
+
+def _other_format(given: Path) -> Path | None:
+    """The file of a tokenizer in another format; None if there is none, or a tokenizer.json beside it."""
+    if not given.is_dir():
+        return given if given.suffix in _OTHER_SUFFIXES and given.is_file() else None
+    if (given / "tokenizer.json").exists():
+        return None
+    names = sorted(path for path in given.iterdir() if path.suffix in _OTHER_SUFFIXES or path.name in _OTHER_NAMES)
+    return names[0] if names else None
+
+
+def special_token_names(location: str | None) -> tuple[str, ...]:
+    """The names of the special tokens of a tokenizer; None is one that forge trains.
+
+    Raises: DataError as `load_tokenizer`.
+    """
+    if location is None:
+        return (EOT_TOKEN,)
+    tokenizer = load_tokenizer(location)
+    added = json.loads(tokenizer.content)["added_tokens"]
+    named = [str(token["content"]) for token in added if token["special"]]
+    return tuple(dict.fromkeys([tokenizer.eot_token, *named]))
+
+
+def prompt_tokenizer(folder: Path, *, eot_id: int, special_tokens: Literal["text", "tokens"]) -> Tokenizer:
+    """Load the tokenizer of a run for its prompts, which follow the rule of `data.special_tokens`."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    _set_special_tokens(tokenizer, eot_token=tokenizer.id_to_token(eot_id) or "", special_tokens=special_tokens)
+    return tokenizer
+
+
+def _set_special_tokens(tokenizer: Tokenizer, *, eot_token: str, special_tokens: str) -> None:
+    """Choose what the names of special tokens in a text become; the end-of-text token is always one of them."""
+    if eot_token:
+        tokenizer.add_special_tokens([AddedToken(eot_token, special=True, normalized=False)])
+    tokenizer.encode_special_tokens = special_tokens == "text"
 
 
 def _described(tokenizer: Tokenizer, *, eot_token: str, config: str) -> TextTokenizer:
@@ -176,14 +228,15 @@ class Encoder:
     def __init__(self, tokenizer: TextTokenizer, *, words: Mapping[str, bytes] | None = None) -> None:
         self._tokenizer = tokenizer
         self._backend = Tokenizer.from_str(tokenizer.content)
-        self._backend.add_special_tokens([AddedToken(tokenizer.eot_token, special=True, normalized=False)])
-        self._backend.encode_special_tokens = True
-        self.words = _Words(self, known=words or {}) if _is_wordwise(json.loads(self._backend.to_str())) else None
+        _set_special_tokens(self._backend, eot_token=tokenizer.eot_token, special_tokens=tokenizer.special_tokens)
+        self._is_text = tokenizer.special_tokens == "text"
+        is_wordwise = self._is_text and _is_wordwise(json.loads(self._backend.to_str()))
+        self.words = _Words(self, known=words or {}) if is_wordwise else None
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text, as little-endian bytes of the tokenizer's dtype."""
         if self.words is not None:
-            split, lookup = _word_pattern().findall, self.words.__getitem__
+            split, lookup = word_pattern().findall, self.words.__getitem__
             return [b"".join(map(lookup, split(text))) for text in texts]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [self._packed(text, ids=found.ids) for text, found in zip(texts, encodings, strict=True)]
@@ -193,7 +246,7 @@ class Encoder:
         return self._packed(word, ids=self._backend.encode(word, add_special_tokens=False).ids)
 
     def _packed(self, text: str, *, ids: list[int]) -> bytes:
-        if self._tokenizer.eot_id in ids:
+        if self._is_text and self._tokenizer.eot_id in ids:
             ids = self._ids_without_eot(text)
         return np.array(ids, dtype=self._tokenizer.dtype).tobytes()
 
@@ -345,55 +398,3 @@ def _is_wordwise(content: dict[str, Any]) -> bool:
         and not pre_tokenizer.get("add_prefix_space", True)
         and all(token["special"] for token in content["added_tokens"])
     )
-
-
-@cache
-def _word_pattern() -> re.Pattern[str]:
-    r"""GPT-2's pattern for Python's `re`, exact for every Unicode version of Python and the tokenizer.
-
-        's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-
-    Letters and numbers are spelled out as those characters that had the same category in Unicode 3.2
-    (2002, which Python includes) as today. Any other character, such as an emoji, is in `doubtful`, and no word
-    branch matches next to one. The last branch matches it with its surroundings, up to the end of the text or the
-    next visible ASCII character before an ASCII space, as one longer "word" that the tokenizer splits. Words always
-    end there, so the ids are the same. (A single space that reaches its own branch belongs to the word after it,
-    which no other branch matched.)
-    """
-    letter, number, space, other, doubtful = _character_classes()
-    return re.compile(
-        rf"'(?:[stmd]|re|ve|ll)"
-        rf"| ?[{letter}]++(?![{doubtful}])"
-        rf"| ?[{number}]++(?![{doubtful}])"
-        rf"| ?[{other}]++(?![{doubtful}])"
-        rf"|[{space}]++\Z"
-        rf"|(?>[{space}]+(?=[{space}]))(?![{space}][{doubtful}])"
-        rf"|(?! )[{space}](?![{space}{doubtful}])"
-        r"|(?s:.+?)(?:(?<=[!-~])(?=[\t-\r ])|\Z)"
-    )
-
-
-def _character_classes() -> list[str]:
-    """Character ranges: letters, numbers, spaces, others, and those that differ between Unicode versions."""
-    then, now = unicodedata.ucd_3_2_0.category, unicodedata.category
-    members: dict[str, list[int]] = {"L": [], "N": [], "space": [], "other": [], "doubtful": []}
-    for code in range(0x10000):
-        category = now(chr(code))
-        if code in _SPACES:
-            members["space"].append(code)
-        elif category != then(chr(code)) or category in ("Cn", "Cs"):
-            members["doubtful"].append(code)
-        else:
-            members[category[0] if category[0] in "LN" else "other"].append(code)
-    members["doubtful"] += range(0x10000, 0x110000)
-    return [_as_ranges(codes) for codes in members.values()]
-
-
-_SPACES = {*map(ord, "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"), *range(0x2000, 0x200B)}
-r"""`\s` of the tokenizer's pattern: White_Space of Unicode. (Python's own `\s` adds 0x1c to 0x1f.)"""
-
-
-def _as_ranges(codes: list[int]) -> str:
-    bounds = [code for code, before in zip(codes, [-2, *codes], strict=False) if code != before + 1]
-    ends = [code for code, after in zip(codes, [*codes[1:], -2], strict=True) if code != after - 1]
-    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in zip(bounds, ends, strict=True))

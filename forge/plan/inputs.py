@@ -47,6 +47,51 @@ class CorpusInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedFiles:
+    """Files that a pattern reaches and that are not read, for one reason."""
+
+    reason: str
+    """A noun phrase: `a hidden file`."""
+    count: int
+    examples: tuple[str, ...]
+    """The first few paths."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatternFiles:
+    """What one entry of `data.files` gives, or a source of its own."""
+
+    pattern: str
+    num_files: int
+    size_bytes: int
+    """On the disk or in the store, as far as known."""
+    kinds: Mapping[str, int]
+    """Number of files by kind: `JSON lines, gzip`. Of very many files a part is opened when they are read only."""
+    examples: tuple[str, ...]
+    """The first few paths."""
+    skipped: tuple[SkippedFiles, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusFiles:
+    """The files of a corpus, looked at before they are read."""
+
+    patterns: tuple[PatternFiles, ...]
+    num_sampled: int
+    """Records that were parsed to see that they can be."""
+    special_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Names of special tokens of the tokenizer that the text of the sample spells, and how often."""
+
+    @property
+    def num_files(self) -> int:
+        return sum(pattern.num_files for pattern in self.patterns)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(pattern.size_bytes for pattern in self.patterns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """A model, counted on the meta device without allocating its weights."""
 

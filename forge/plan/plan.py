@@ -20,13 +20,21 @@ from typing import Any
 from forge.config.job import JobSpec
 from forge.config.training import MAX_STEPS
 from forge.errors import DataError, PlanError
+from forge.foreign import from_record
 from forge.objective.registry import OBJECTIVES
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.deepspeed_config import deepspeed_config
 from forge.plan.flops import flops_per_token
-from forge.plan.inputs import CodeInfo, CorpusInfo, HardwareInfo, ModelInfo
+from forge.plan.inputs import (
+    CodeInfo,
+    CorpusFiles,
+    CorpusInfo,
+    HardwareInfo,
+    ModelInfo,
+)
 from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
 from forge.plan.search import SearchPlan
+from forge.plan.warnings import corpus_warnings
 from forge.user_code import is_reference
 
 FORMAT_VERSION = 3
@@ -60,6 +68,10 @@ class DraftPlan:
     """None if the job has no code of its own."""
     search: SearchPlan | None = None
     """None if the job is a single run."""
+    files: CorpusFiles | None = None
+    """The files of the corpus, looked at before they are read."""
+    warnings: tuple[str, ...] = ()
+    """What was asked for and cannot be had; shown with the plan."""
     pause_at: int | None = None
     """Step after which a trial of a population pauses, with a checkpoint, until all trials have reached it."""
 
@@ -83,23 +95,39 @@ class Plan(DraftPlan):
     corpus: CorpusInfo
 
 
-def make_draft(job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo) -> DraftPlan:
+def make_draft(
+    job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo, files: CorpusFiles | None = None
+) -> DraftPlan:
     """Resolve a job whose corpus is not prepared.
+
+    Args:
+        files: of the corpus, if they were looked at.
 
     Raises: PlanError if the job cannot be run: more workers than sequences in a batch, sequences longer than the
         model's positions, examples in one row that the model does not keep apart, or a length in epochs, which only
         the corpus turns into steps.
     """
-    return DraftPlan(**_resolved(job, model=model, hardware=hardware, corpus=None))
+    return DraftPlan(**_resolved(job, model=model, hardware=hardware, corpus=None, files=files))
 
 
-def make_plan(job: JobSpec, *, model: ModelInfo, corpus: CorpusInfo, hardware: HardwareInfo) -> Plan:
+def make_plan(
+    job: JobSpec,
+    *,
+    model: ModelInfo,
+    corpus: CorpusInfo,
+    hardware: HardwareInfo,
+    files: CorpusFiles | None = None,
+) -> Plan:
     """Resolve a job.
+
+    Args:
+        files: of the corpus, if they were looked at.
 
     Raises: PlanError as `make_draft`, or if the model's vocabulary is smaller than the tokenizer's; DataError if
         the objective predicts tokens and the corpus has a target that is none.
     """
-    return Plan(**_resolved(job, model=model, hardware=hardware, corpus=corpus), corpus=corpus)
+    resolved = _resolved(job, model=model, hardware=hardware, corpus=corpus, files=files)
+    return Plan(**resolved, corpus=corpus)
 
 
 def packing_problem(job: JobSpec, model: ModelInfo) -> str | None:
@@ -117,8 +145,8 @@ def plan_to_json(plan: DraftPlan) -> str:
     """Return the plan as canonical JSON: sorted keys, no NaN, final newline; equal plans give equal bytes."""
     body = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     body["job"] = plan.job.model_dump(mode="json")
-    for name in ("code", "search", "pause_at"):
-        if body[name] is None:
+    for name in ("code", "search", "pause_at", "files", "warnings"):
+        if body[name] is None or body[name] == ():
             del body[name]
     body["format_version"] = FORMAT_VERSION
     return json.dumps(_plain(body), sort_keys=True, indent=1, allow_nan=False) + "\n"
@@ -133,6 +161,7 @@ def plan_from_json(text: str) -> Plan:
         if "corpus" not in body:
             raise PlanError("this plan has no corpus: it was made by a dry run, and cannot be run")
         corpus, code, search = body.pop("corpus"), body.pop("code", None), body.pop("search", None)
+        files = body.pop("files", None)
         if corpus["unigram_perplexity"] is None:
             corpus["unigram_perplexity"] = math.nan
         return Plan(
@@ -151,6 +180,8 @@ def plan_from_json(text: str) -> Plan:
             ),
             code=CodeInfo(**code) if code else None,
             search=SearchPlan(**search) if search else None,
+            files=from_record(CorpusFiles, files) if files else None,
+            warnings=tuple(body.pop("warnings", ())),
             **body,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -169,13 +200,21 @@ def config_digest(job: JobSpec, *, code: CodeInfo | None) -> str:
         body["training"].pop(name)
     if body["training"]["early_stopping"] is None:
         del body["training"]["early_stopping"]
+    for name, default in (("file_type", "auto"), ("special_tokens", "text")):
+        if body["data"][name] == default:
+            del body["data"][name]
     if code is not None and job.user_classes:
         body["code"] = code.digest
     return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _resolved(
-    job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo, corpus: CorpusInfo | None
+    job: JobSpec,
+    *,
+    model: ModelInfo,
+    hardware: HardwareInfo,
+    corpus: CorpusInfo | None,
+    files: CorpusFiles | None,
 ) -> dict[str, Any]:
     """Return the fields that a draft and a plan share."""
     _check_model(job, model, corpus)
@@ -188,6 +227,8 @@ def _resolved(
         "job": job,
         "model": model,
         "hardware": hardware,
+        "files": files,
+        "warnings": corpus_warnings(job, files=files, corpus=corpus),
         "total_steps": _total_steps(job, corpus, tokens_per_step=tokens_per_step),
         "tokens_per_step": tokens_per_step,
         "flops_per_token": flops_per_token(model, seq_len=job.data.seq_len),

@@ -9,13 +9,16 @@ from typing import Any
 from forge.config.job import JobSpec
 from forge.config.overrides import first_values, trial_job
 from forge.config.search import SchedulerSpec, SearcherSpec
-from forge.plan.inputs import CodeInfo, CorpusInfo
+from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, SkippedFiles
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
 from forge.runs.goodput import BUCKETS, GoodputReport
 from forge.runs.reader import RunSummary
 from forge.units import format_bytes, format_count, format_duration
+
+_MAX_PATTERNS = 8
+_MAX_REASONS = 6
 
 
 def headline(plan: DraftPlan) -> str:
@@ -52,14 +55,42 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         facts.insert(1, (
             "corpus",
             f"{corpus.num_documents:,} documents, {format_count(corpus.num_train_tokens)} training tokens "
-            f"({epochs:.2f} epochs), {format_count(corpus.num_held_out_tokens)} held out, "
+            f"({epochs:.2f} epochs), {format_count(corpus.num_held_out_tokens)} held out "
+            f"({_counted(corpus.num_held_out_sequences, 'sequence')}), "
             f"vocabulary {corpus.vocab_size:,}",
         ))  # fmt: skip
         if corpus.packing != "concatenate":
             facts.insert(2, ("sequences", _packed(corpus)))
+    facts[1:1] = [*_files(plan.files), ("special tokens", _special_tokens(job))]
     if plan.code is not None:
         facts.append(("code", _code(job, plan.code)))
     return facts
+
+
+def _files(files: CorpusFiles | None) -> list[tuple[str, str]]:
+    """Describe the files of a corpus: one row for each pattern, and one for what is skipped of it."""
+    rows: list[tuple[str, str]] = []
+    for found in files.patterns[:_MAX_PATTERNS] if files is not None else ():
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.kinds.items())
+        size = f", {format_bytes(found.size_bytes)}" if found.size_bytes else ""
+        rows.append(("files", f"{found.pattern}: {_counted(found.num_files, 'file')}{size} ({kinds})"))
+        rows += [("skipped", _skipped(one)) for one in found.skipped[:_MAX_REASONS]]
+    if files is not None and len(files.patterns) > _MAX_PATTERNS:
+        rest = files.patterns[_MAX_PATTERNS:]
+        num_files = sum(found.num_files for found in rest)
+        rows.append(("files", f"and {len(rest):,} more patterns with {_counted(num_files, 'file')}"))
+    return rows
+
+
+def _skipped(skipped: SkippedFiles) -> str:
+    examples = ", ".join(skipped.examples[:2]) + (", …" if skipped.count > 2 else "")
+    return f"{skipped.count:,}x {skipped.reason}: {examples}"
+
+
+def _special_tokens(job: JobSpec) -> str:
+    if job.data.special_tokens == "tokens":
+        return "encoded as tokens where the text spells them (data.special_tokens: tokens)"
+    return "ordinary characters where the text spells them (data.special_tokens: text)"
 
 
 def _packed(corpus: CorpusInfo) -> str:

@@ -23,7 +23,16 @@ from typing import Any, TextIO
 from forge.cluster.local.ray_cluster import require_private_token
 from forge.code_archive import restore_code
 from forge.errors import ClusterError, ForgeError, RunError
-from forge.events import Event, RunFailed, RunFinished, RunStarted, RunStopped, SampleGenerated
+from forge.events import (
+    CorpusRead,
+    Event,
+    PatternRead,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    RunStopped,
+    SampleGenerated,
+)
 from forge.plan.plan import Plan, plan_from_json
 from forge.process import first_line
 from forge.runs.reader import error_named, read_run
@@ -35,6 +44,7 @@ _STOP_REPEAT_S = 1.0
 _LOCK_PATIENCE_S = 1.0
 _SAMPLE_PROMPTS = {"python-stdlib": "def "}
 _SAMPLE_TOKENS = 64
+_MAX_PATTERNS = 100
 
 
 def main() -> None:
@@ -144,6 +154,7 @@ class Driver:
         if is_new:  # otherwise this driver replaces one that was killed
             step = last_recorded_step(self._folder)
             self._record(RunStarted(run_id=run_id, total_steps=self._plan.total_steps, resumed_from_step=step))
+            self._record(_corpus_read(self._plan))
         threading.Thread(target=self._forward_stop, daemon=True).start()
 
     def _train(self) -> None:
@@ -262,6 +273,25 @@ def _acquire(path: Path) -> TextIO:
 def _import_train() -> None:
     """Import Ray Train (torch, pandas) while Ray's own processes start."""
     import forge.runtime.ray_train  # noqa: F401
+
+
+def _corpus_read(plan: Plan) -> CorpusRead:
+    patterns = plan.files.patterns if plan.files is not None else ()
+    return CorpusRead(
+        num_documents=plan.corpus.num_documents,
+        num_train_tokens=plan.corpus.num_train_tokens,
+        num_held_out_tokens=plan.corpus.num_held_out_tokens,
+        patterns=tuple(
+            PatternRead(
+                pattern=found.pattern,
+                num_files=found.num_files,
+                kinds=found.kinds,
+                skipped={one.reason: one.count for one in found.skipped},
+            )
+            for found in patterns[:_MAX_PATTERNS]
+        ),
+        warnings=plan.warnings,
+    )
 
 
 def _import_search() -> None:

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from forge.config.data import TokenizerSpec
+from forge.config.data import DataSpec, TokenizerSpec
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.metrics import check_metrics
 from forge.config.overrides import check_space, trial_job, usual_values
 from forge.config.section import FieldErrors
+from forge.data.look import look_at_corpus
 from forge.data.prepare import PrepareProgress, prepare
-from forge.data.tokenizer import load_tokenizer
+from forge.data.tokenizer import load_tokenizer, special_token_names
 from forge.errors import PlanError
 from forge.fs import default_cache_dir
-from forge.plan.inputs import CodeInfo, HardwareInfo, ModelInfo
+from forge.plan.inputs import CodeInfo, CorpusFiles, HardwareInfo, ModelInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
 from forge.plan.search import plan_search
 from forge.runtime.probe import count_local_slots, hardware, inspect_model
 from forge.runtime.resolve_code import resolve_code
+
+_SMALL_BYTES = 1 << 21
+_SMALL_FILES = 500
 
 _PlanT = TypeVar("_PlanT", bound=DraftPlan)
 
@@ -49,41 +53,80 @@ def resolve(
 
     Raises: JobFileError, DataError, PlanError.
     """
+    return _resolve(_inputs(loaded, on_progress=on_progress), find_hardware=find_hardware, count_slots=count_slots)
+
+
+def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> DraftPlan:
+    """Make the plan of a dry run on this machine: as `resolve`, but the corpus is only looked at. It is prepared if
+    `training.epochs` makes the number of steps depend on it, or if that takes no more than seconds.
+
+    Raises: JobFileError, DataError, PlanError.
+    """
+    inputs = _inputs(loaded, on_progress=on_progress)
+    job = inputs.trained.job
+    if job.training.epochs is not None or _is_small(job.data, inputs.files):
+        return _resolve(inputs, find_hardware=hardware, count_slots=count_local_slots)
+    vocab_size, eot_id = _announced_vocabulary(job.data.tokenizer)
+    model = inspect_model(inputs.trained, vocab_size=vocab_size, eot_id=eot_id, code=inputs.code)
+    _require_isolation(inputs.trained, model)
+    with _with_lines(inputs.trained):
+        draft = make_draft(job, model=model, hardware=hardware(job), files=inputs.files)
+    return _with_search(replace(draft, code=inputs.code), inputs.loaded, count_slots=count_local_slots)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """A job whose code was packed and whose corpus was looked at."""
+
+    loaded: LoadedJob
+    trained: LoadedJob
+    """The job itself or, for a search, the trial with the job's own values."""
+    code: CodeInfo | None
+    files: CorpusFiles
+    on_progress: Callable[[PrepareProgress], None] | None
+
+
+def _inputs(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None) -> _Inputs:
+    _trained(loaded)  # complains of the search space before code is packed
     code = resolve_code(loaded)
     loaded = with_directions(loaded, code)
     trained = with_directions(_trained(loaded), code)
+    if on_progress is not None:
+        on_progress(PrepareProgress(phase="look"))
+    data = trained.job.data
+    names = special_token_names(data.tokenizer.from_pretrained) if data.files is not None else ()
+    files = look_at_corpus(data, special_tokens=names)
+    return _Inputs(loaded=loaded, trained=trained, code=code, files=files, on_progress=on_progress)
+
+
+def _resolve(
+    inputs: _Inputs,
+    *,
+    find_hardware: Callable[[JobSpec], HardwareInfo],
+    count_slots: Callable[[HardwareInfo, JobSpec], int],
+) -> Plan:
+    trained, code = inputs.trained, inputs.code
     corpus = prepare(
         trained.job.data,
         cache_dir=default_cache_dir(),
-        on_progress=on_progress,
+        on_progress=inputs.on_progress,
         code_digest=code.digest if code is not None else None,
     )
     model = inspect_model(trained, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=code)
     _require_isolation(trained, model)
     with _with_lines(trained):
-        plan = make_plan(trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job))
-    _require_held_out(plan, loaded)
-    return _with_search(replace(plan, code=code), loaded, count_slots=count_slots)
+        plan = make_plan(
+            trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job), files=inputs.files
+        )
+    _require_held_out(plan, inputs.loaded)
+    return _with_search(replace(plan, code=code), inputs.loaded, count_slots=count_slots)
 
 
-def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> DraftPlan:
-    """Make the plan of a dry run on this machine: as `resolve`, but the corpus is prepared only if
-    `training.epochs` makes the number of steps depend on it.
-
-    Raises: JobFileError, DataError, PlanError.
-    """
-    trained = _trained(loaded)
-    if trained.job.training.epochs is not None:
-        return resolve(loaded, on_progress=on_progress)
-    code = resolve_code(loaded)
-    loaded = with_directions(loaded, code)
-    trained = with_directions(_trained(loaded), code)
-    vocab_size, eot_id = _announced_vocabulary(trained.job.data.tokenizer)
-    model = inspect_model(trained, vocab_size=vocab_size, eot_id=eot_id, code=code)
-    _require_isolation(trained, model)
-    with _with_lines(trained):
-        draft = make_draft(trained.job, model=model, hardware=hardware(trained.job))
-    return _with_search(replace(draft, code=code), loaded, count_slots=count_local_slots)
+def _is_small(data: DataSpec, files: CorpusFiles) -> bool:
+    """Whether a corpus is prepared in seconds, so that a dry run can say how many tokens and passes it has."""
+    is_plain = all("," not in kind for pattern in files.patterns for kind in pattern.kinds)  # not compressed
+    is_text = data.files is not None and data.format == "text"
+    return is_text and is_plain and files.num_files <= _SMALL_FILES and files.size_bytes <= _SMALL_BYTES
 
 
 @contextmanager

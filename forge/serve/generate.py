@@ -23,6 +23,7 @@ from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import find_checkpoint
 from forge.code_archive import restore_code
+from forge.data.tokenizer import prompt_tokenizer
 from forge.errors import CheckpointError, ForgeError
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.registry import family_of
@@ -70,7 +71,9 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
     if checkpoint is None:
         why = "; ".join(skipped) or "the run has not written one yet"
         raise CheckpointError(f"{run_folder} has no checkpoint to generate from ({why})")
-    tokenizer = Tokenizer.from_file(str(run_folder / "tokenizer" / "tokenizer.json"))
+    tokenizer = prompt_tokenizer(
+        run_folder / "tokenizer", eot_id=plan.corpus.eot_id, special_tokens=plan.job.data.special_tokens
+    )
     model = load_model(plan, checkpoint, ema=request.ema)
     if isinstance(model, PreTrainedModel):
         eot, max_positions = model.config.eos_token_id, plan.model.max_seq_len

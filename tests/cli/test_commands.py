@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import typer.main
 from typer.testing import CliRunner, Result
 
 from forge.cli.app import app
-from forge.errors import ArgumentError, JobFileError
+from forge.errors import ArgumentError, DataError, JobFileError
 from forge.events import RunFailed, RunFinished
 from tests.support.runs import History, make_run
 
@@ -61,7 +62,7 @@ class TestPlan:
         assert done.exit_code == 0
         assert "4 steps" in done.stdout
         assert [line.split()[:3] for line in done.stdout.splitlines()[-2:]] == [["1", "8", "1"], ["2", "4", "1"]]
-        assert done.stderr == "train it: forge train job.yaml\n"
+        assert done.stderr.endswith("train it: forge train job.yaml\n")
         assert not (home / "runs").exists()
 
     @pytest.mark.parametrize("arguments", [("plan", "job.yaml"), ("train", "job.yaml", "--dry-run")])
@@ -70,7 +71,46 @@ class TestPlan:
         draft = json.loads(done.stdout)
         assert json.dumps(draft, sort_keys=True, indent=1) + "\n" == done.stdout
         assert draft["total_steps"] == 9
-        assert "corpus" not in draft
+        assert draft["files"]["patterns"][0]["kinds"] == {"text": 8}
+
+    @pytest.mark.parametrize(
+        ("files", "problem"),
+        [
+            ("nowhere/*.txt", "matches no file"),
+            ("corpus", "is a folder; name the files in it"),
+            ("keyless.jsonl", "keyless.jsonl:1: no key 'text'"),
+            ("[corpus/*.txt, pointer.jsonl]", "is a pointer of Git LFS"),
+        ],
+    )
+    def test_plan__corpus_that_cannot_be_read__is_refused(self, home: Path, files: str, problem: str) -> None:
+        (home / "keyless.jsonl").write_text('{"body": "a"}\n')
+        (home / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n")
+        with pytest.raises(DataError, match=problem):
+            forge("plan", "job.yaml", "--set", f"data.files={files}")
+
+    @pytest.mark.parametrize("command", [("plan",), ("train", "--dry-run")])
+    def test_plan__next_command__keeps_what_was_set(self, command: tuple[str, ...]) -> None:
+        arguments = ["job.yaml", "--set", "training.total_steps=9", "--set", "data.files=[corpus/*.txt]"]
+        done = forge(*command, *arguments)
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("train it: forge train ")
+        assert shlex.split(last.partition("forge train ")[2]) == arguments
+
+    def test_plan__screen_and_json__say_what_is_read_and_skipped(self, home: Path) -> None:
+        (home / "corpus/.ipynb_checkpoints").mkdir()
+        (home / "corpus/.ipynb_checkpoints/a.txt").write_text("copy")
+        (home / "corpus/empty.txt").touch()
+        (home / "corpus/8.txt").write_text('{"text": "a record"}\n')
+        shown = " ".join(forge("plan", "job.yaml", "--set", "data.files=corpus/**/*.txt").stdout.split())
+        assert "corpus/**/*.txt: 9 files" in shown and "8 text, 1 JSON lines" in shown
+        assert "1x a folder of copies that Jupyter keeps" in shown and "1x an empty file" in shown
+        assert "special tokens ordinary characters" in shown
+
+    def test_plan__batch_larger_than_the_corpus__is_warned_of(self) -> None:
+        changes = ["training.total_steps=null", "training.epochs=1", "training.global_batch_size=4096"]
+        done = forge("plan", "job.yaml", *(word for change in changes for word in ("--set", change)))
+        shown = " ".join(done.stderr.split())
+        assert "fewer than one batch of 4,096" in shown and "training.epochs: 1 is" in shown
 
     @pytest.mark.slow
     def test_plan__epochs__counts_steps_from_the_corpus(self) -> None:

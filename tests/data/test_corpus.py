@@ -358,25 +358,15 @@ def test_a_torn_archive_is_named(tmp_path: Path) -> None:
         texts_of(tmp_path / "a.txt.gz")
 
 
-def test_a_compression_without_its_package_names_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files_module, "infer_compression", lambda name: None)
-    (tmp_path / "a.txt.zst").write_bytes(b"(\xb5/\xfd")
-    with pytest.raises(DataError, match="pip install zstandard"):
-        texts_of(tmp_path / "a.txt.zst")
-
-
 def test_a_line_longer_than_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files_module, "_MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(files_module, "MAX_RECORD_CHARS", 100)
     with pytest.raises(DataError, match=r"a\.jsonl:1: the line is longer than 100 bytes"):
         texts_of(write_jsonl(tmp_path / "a.jsonl", {"text": "x" * 200}))
 
 
 def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match="the corpus has no text"):
-        texts_of(tmp_path / "a.txt")
+        texts_of(write_jsonl(tmp_path / "a.jsonl", {"text": ""}))
 
 
 def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:

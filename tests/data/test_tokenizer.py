@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -27,6 +28,8 @@ from forge.data.tokenizer import (
     TextTokenizer,
     encode_batches,
     load_tokenizer,
+    prompt_tokenizer,
+    special_token_names,
     train_tokenizer,
 )
 from forge.errors import DataError
@@ -203,6 +206,44 @@ def test_a_tokenizer_for_which_any_text_ends_is_refused(tmp_path: Path) -> None:
         Encoder(loaded).encode(["a b"])
 
 
+# ---- special tokens in the text
+
+
+def chat_tokenizer(folder: Path) -> TextTokenizer:
+    return load_tokenizer(save(byte_level(EOT_TOKEN, "<|user|>", "<|end|>"), folder))
+
+
+TURN = "<|user|>hi<|end|>"
+
+
+def test_special_tokens__text__are_ordinary_characters(tmp_path: Path) -> None:
+    loaded = chat_tokenizer(tmp_path)
+    assert len(ids_of(Encoder(loaded), TURN)[0]) == len(TURN)
+
+
+def test_special_tokens__tokens__are_those_tokens_and_end_of_text_too(tmp_path: Path) -> None:
+    loaded = replace(chat_tokenizer(tmp_path), special_tokens="tokens")
+    expected = Tokenizer.from_str(loaded.content).encode(TURN + EOT_TOKEN, add_special_tokens=False).ids
+    assert ids_of(Encoder(loaded), TURN + EOT_TOKEN) == [expected]
+    assert len(expected) == 5 and expected[-1] == loaded.eot_id
+
+
+@pytest.mark.parametrize("special_tokens", ["text", "tokens"])
+def test_prompt_tokenizer__either_rule__encodes_a_prompt_as_the_corpus(
+    tmp_path: Path, special_tokens: Literal["text", "tokens"]
+) -> None:
+    loaded = replace(chat_tokenizer(tmp_path), special_tokens=special_tokens)
+    prompt = prompt_tokenizer(tmp_path, eot_id=loaded.eot_id, special_tokens=special_tokens)
+    text = TURN + " and some <|endoftext|> words"
+    assert prompt.encode(text, add_special_tokens=False).ids == ids_of(Encoder(loaded), text)[0]
+
+
+def test_special_token_names__loaded_and_trained__are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    chat_tokenizer(tmp_path)
+    assert special_token_names(str(tmp_path)) == (EOT_TOKEN, "<|user|>", "<|end|>")
+    assert special_token_names(None) == (EOT_TOKEN,)
+
+
 # ---- other tokenizers
 
 
@@ -295,6 +336,19 @@ def test_an_end_of_text_that_is_not_in_the_vocabulary_is_refused(tmp_path: Path)
 def test_a_missing_tokenizer_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere does not exist\. .* hf download"):
         load_tokenizer(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "vocab.json", "cl100k.tiktoken"])
+def test_load__a_folder_with_another_format__says_how_to_convert_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x0a\x09\x0a")
+    with pytest.raises(DataError, match=rf"{name} is a tokenizer of another format.*save_pretrained"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_load__a_pointer_of_git_lfs__is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer: it is a pointer of Git LFS"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:

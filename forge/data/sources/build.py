@@ -18,5 +18,7 @@ def build_source(spec: DataSpec, *, columns: tuple[str, ...] | None = None) -> S
         columns: fields that every record of a file must have; None reads all.
     """
     if spec.source is None:
-        return FileSource(patterns=spec.files or (), text_key=spec.text_key, columns=columns)
+        return FileSource(
+            patterns=spec.files or (), file_type=spec.file_type, text_key=spec.text_key, columns=columns
+        )
     return cast(Source, load_builtin_class(SOURCES[spec.source])(text_key=spec.text_key))

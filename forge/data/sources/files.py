@@ -1,55 +1,40 @@
-"""Records from files: text, JSON lines and Parquet, compressed or not, local or remote.
+"""Records from files: text, JSON, CSV and Parquet, compressed or not, local or remote.
 
-Files are read pattern by pattern, sorted by path within each pattern. Text is kept byte for byte, without newline
-translation; only a UTF-8 byte order mark is removed. A text file is one record, in pieces if it is long.
+Files are read pattern by pattern, sorted by path within each pattern; `forge.data.sources.listing` says which,
+`forge.data.sources.detect` as what. Text is kept byte for byte, without newline translation; only a UTF-8 byte
+order mark is removed. A text file is one record, in pieces if it is long; of the others, each line, element or row.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import json
 import lzma
-import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import infer_compression
-
+from forge.config.data import FileType
 from forge.data.sources.base import Record
+from forge.data.sources.detect import Content, open_content
+from forge.data.sources.json_values import MAX_RECORD_CHARS, UnparsedJson, ValueReader, parse_record
+from forge.data.sources.listing import SourceFile, list_files
 from forge.data.sources.pieces import PIECE_CHARS, pieces_of
 from forge.data.store import hash_file, new_hash
-from forge.errors import DataError
-
-_MAX_LINE_BYTES = 1 << 28
-"""A .jsonl line is parsed whole; one longer than 256 MiB is a file of another kind."""
-
-_CODEC_PACKAGES = {".zst": "zstandard", ".zstd": "zstandard", ".lz4": "lz4", ".snappy": "python-snappy"}
-"""Compressions that fsspec knows only when another package is there."""
+from forge.errors import DataError, printable
+from forge.process import one_line
 
 _REMOTE_IDENTITY = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "mtime", "created")
 """What the file systems of fsspec call the version of a file."""
 
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceFile:
-    """One file of the corpus. `name` is the path below the fixed part of its pattern."""
-
-    fs: Any
-    path: str
-    name: str
-    kind: Literal["text", "jsonl", "parquet", "python"]
-
-    @property
-    def is_local(self) -> bool:
-        return isinstance(self.fs, LocalFileSystem)
+_MAX_KEYS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,21 +43,19 @@ class FileSource:
 
     Args:
         patterns: globs or fsspec URLs.
+        file_type: `data.file_type`: what the files are; `auto` finds it out.
         text_key: field that holds the content of a text file.
         columns: fields that every record must have; others are not read where the file type allows it. None: all.
     """
 
     patterns: tuple[str, ...]
+    file_type: FileType = "auto"
     text_key: str = "text"
     columns: tuple[str, ...] | None = None
 
     def files(self) -> list[SourceFile]:
-        """Every file once, in order. Raises: DataError for a pattern that matches no file."""
-        found: dict[tuple[int, str], SourceFile] = {}
-        for pattern in self.patterns:
-            for file in _match(pattern):
-                found.setdefault((id(file.fs), file.path), file)  # fsspec keeps one instance per file system
-        return list(found.values())
+        """Every file once, in order. Raises: DataError as `list_files`."""
+        return [file for matched in list_files(self.patterns) for file in matched.files]
 
     def fingerprint(self) -> str:
         """Digest of names and content.
@@ -97,16 +80,32 @@ class _LazyRecords:
     source: FileSource
 
     def __iter__(self) -> Iterator[Record]:
-        file, columns = self.file, self.source.columns
-        readers: dict[str, Callable[[], Iterator[Record]]] = {
-            "text": lambda: _read_text(file, text_key=self.source.text_key),
-            "jsonl": lambda: _read_jsonl(file, columns=columns),
-            "parquet": lambda: _read_parquet(file, columns=columns),
-        }
-        try:
-            yield from readers[file.kind]()
-        except _UNREADABLE as error:
-            raise DataError(f"{file.path} cannot be read: {error}") from None
+        return read_records(self.file, source=self.source)
+
+
+def read_records(file: SourceFile, *, source: FileSource) -> Iterator[Record]:
+    """The records of one file. Raises: DataError if it cannot be read, or a record lacks a column."""
+    with (
+        reading(file),
+        open_content(file, file_type=source.file_type, text_key=source.text_key) as (content, stream),
+    ):
+        yield from _READERS[content.layout](file, stream, content, source)
+
+
+@contextmanager
+def reading(file: SourceFile) -> Iterator[None]:
+    """Raise what goes wrong while a file is read as a DataError that names it."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise DataError(f"{file.shown} cannot be read: {error}") from None
+    except (DataError, GeneratorExit):
+        raise
+    except Exception as error:
+        if file.is_local:
+            raise
+        what = one_line(error) or type(error).__name__  # every store has error classes of its own
+        raise DataError(f"{file.shown} cannot be read: {what}") from error
 
 
 def fingerprint_of(files: Iterable[SourceFile]) -> str:
@@ -118,72 +117,31 @@ def fingerprint_of(files: Iterable[SourceFile]) -> str:
     return digest.hexdigest()
 
 
-def _match(pattern: str) -> list[SourceFile]:
-    try:
-        fs, path = fsspec.core.url_to_fs(pattern)
-        paths = _glob(fs, path) if _is_glob(fs, path) else [path] if fs.exists(path) else []
-        if paths == [path] and fs.isdir(path):
-            raise DataError(f"data.files: {pattern} is a folder; name the files in it, like {pattern}/**/*.txt")
-    except (ImportError, ValueError) as error:  # the package of this protocol is missing, or no such protocol
-        raise DataError(f"data.files: {pattern} cannot be opened: {error}") from None
-    except OSError as error:
-        raise DataError(f"data.files: {pattern} cannot be listed: {error}") from None
-    if not paths:
-        place = f" (looked in {Path.cwd()})" if isinstance(fs, LocalFileSystem) else ""
-        raise DataError(f"data.files: {pattern} matches no file{place}")
-    fixed = re.split(r"[*?\[]", path, maxsplit=1)[0] if len(paths) > 1 or paths != [path] else path
-    root = fixed.rpartition("/")[0] + "/"
-    return [SourceFile(fs=fs, path=one, name=one.removeprefix(root), kind=_kind(one)) for one in paths]
+def text_records(file: SourceFile, blocks: Iterable[str], *, text_key: str) -> Iterator[Record]:
+    """The text of one file as one record, in pieces; an empty text has none."""
+    for piece in pieces_of(blocks):
+        fields = {text_key: piece.text}
+        yield Record(name=file.name, location=file.shown, fields=fields, starts=piece.starts, ends=piece.ends)
 
 
-def _is_glob(fs: Any, path: str) -> bool:
-    if path.startswith(("http://", "https://")):
-        return "*" in path  # a question mark begins the query
-    return bool(fsspec.core.has_magic(path)) and not (isinstance(fs, LocalFileSystem) and Path(path).exists())
-
-
-def _glob(fs: Any, path: str) -> list[str]:
-    return sorted(name for name, info in fs.glob(path, detail=True).items() if info["type"] == "file")
-
-
-def _kind(path: str) -> Literal["text", "jsonl", "parquet"]:
-    name = path.partition("?")[0].lower()
-    if infer_compression(name):
-        name = name.rpartition(".")[0]
-    if name.endswith(".jsonl"):
-        return "jsonl"
-    return "parquet" if name.endswith(".parquet") else "text"
+def json_name(value: object) -> str:
+    """What JSON calls the type of a value."""
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    names |= {type(None): "null", int: "a number", float: "a number", UnparsedJson: "a long or deeply nested value"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def _remote_identity(file: SourceFile) -> str:
     try:
         info = file.fs.info(file.path)
-    except OSError as error:
-        raise DataError(f"{file.path} cannot be examined: {error}") from None
+    except Exception as error:  # every store has error classes of its own
+        raise DataError(f"{file.shown} cannot be examined: {one_line(error)}") from None
     known = {key: str(info[key]) for key in ("size", *_REMOTE_IDENTITY) if info.get(key) is not None}
     return json.dumps(known, sort_keys=True)
 
 
-def _open(file: SourceFile) -> IO[bytes]:
-    name = file.path.partition("?")[0] if "://" in file.path else file.path
-    package = _CODEC_PACKAGES.get(Path(name).suffix)
-    compression = infer_compression(name)
-    if package and not compression:
-        raise DataError(f"{file.path} is compressed; to unpack it: pip install {package}")
-    opened: IO[bytes] = file.fs.open(file.path, "rb", compression=compression)
-    return opened
-
-
-def _read_text(file: SourceFile, *, text_key: str) -> Iterator[Record]:
-    with _open(file) as stream:
-        yield from text_records(file, _decode(stream, path=file.path), text_key=text_key)
-
-
-def text_records(file: SourceFile, blocks: Iterable[str], *, text_key: str) -> Iterator[Record]:
-    """The text of one file as one record, in pieces; an empty text has none."""
-    for piece in pieces_of(blocks):
-        fields = {text_key: piece.text}
-        yield Record(name=file.name, location=file.path, fields=fields, starts=piece.starts, ends=piece.ends)
+def _read_text(file: SourceFile, stream: IO[bytes], content: Content, source: FileSource) -> Iterator[Record]:
+    return text_records(file, _decode(stream, path=file.shown), text_key=source.text_key)
 
 
 def _decode(stream: IO[bytes], *, path: str) -> Iterator[str]:
@@ -202,66 +160,159 @@ def _decode(stream: IO[bytes], *, path: str) -> Iterator[str]:
         offset += len(block)
 
 
-def _read_jsonl(file: SourceFile, *, columns: tuple[str, ...] | None) -> Iterator[Record]:
-    with _open(file) as stream:
-        number = offset = 0
-        while line := stream.readline(_MAX_LINE_BYTES):
-            number += 1
-            location = f"{file.path}:{number}"
-            if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
-                raise DataError(f"{location}: the line is longer than {_MAX_LINE_BYTES} bytes")
-            if line.strip():
-                fields = _parse_line(line, location=location, offset=offset)
-                _require_columns(fields, columns, location=location)
-                yield Record(name=f"{file.name}:{number}", location=location, fields=fields)
-            offset += len(line)
+def _read_lines(file: SourceFile, stream: IO[bytes], content: Content, source: FileSource) -> Iterator[Record]:
+    number = offset = 0
+    while line := stream.readline(MAX_RECORD_CHARS):
+        number += 1
+        location = f"{file.shown}:{number}"
+        if len(line) == MAX_RECORD_CHARS and not line.endswith(b"\n"):
+            raise DataError(f"{location}: the line is longer than {MAX_RECORD_CHARS} bytes")
+        if line.strip():
+            text = _line_text(line, source=source, location=location, offset=offset)
+            yield _record(text, number, file=file, source=source, what="a line")
+        offset += len(line)
 
 
-def _parse_line(line: bytes, *, location: str, offset: int) -> dict[str, Any]:
+def _line_text(line: bytes, *, source: FileSource, location: str, offset: int) -> str:
+    """Decode a line; bytes that are not UTF-8 may be in fields that are not in use."""
     try:
-        record = json.loads(line.decode("utf-8-sig" if offset == 0 else "utf-8"))
+        return line.decode("utf-8-sig" if offset == 0 else "utf-8")
     except UnicodeDecodeError as error:
-        raise _not_utf8(location, offset=offset + error.start) from None
+        text = line.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
+        try:
+            fields = parse_record(text, columns=source.columns)
+            for column in source.columns or fields:
+                json.dumps(fields[column], ensure_ascii=False).encode()
+        except (ValueError, TypeError, LookupError, RecursionError):  # UnicodeEncodeError is a ValueError
+            raise _not_utf8(location, offset=offset + error.start) from None
+        return text
+
+
+def _read_values(file: SourceFile, stream: IO[bytes], content: Content, source: FileSource) -> Iterator[Record]:
+    what = "an element" if content.layout == "array" else "a value"
+    for number, text in ValueReader(_decode(stream, path=file.shown), location=file.shown):
+        yield _record(text, number, file=file, source=source, what=what)
+
+
+def _record(text: str, number: int, *, file: SourceFile, source: FileSource, what: str) -> Record:
+    location = f"{file.shown}:{number}"
+    try:
+        fields = parse_record(text, columns=source.columns)
     except ValueError as error:
-        raise DataError(f"{location}: not a line of JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{location}: a line must be a JSON object, this one is {json_name(record)}")
-    return record
+        raise DataError(f"{location}: not {what} of JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{location}: {what} must be a JSON object, this one is {json_name(fields)}")
+    _require_columns(fields, source.columns, location=location)
+    return Record(name=f"{file.name}:{number}", location=location, fields=fields)
 
 
 def _require_columns(fields: dict[str, Any], columns: tuple[str, ...] | None, *, location: str) -> None:
     for column in columns or ():
         if column not in fields:
-            keys = ", ".join(map(repr, fields)) or "none"
-            raise DataError(f"{location}: no key {column!r} (data.text_key); the keys are: {keys}")
+            raise DataError(f"{location}: no key {column!r} (data.text_key); the keys are: {_listed(fields)}")
 
 
-def _read_parquet(file: SourceFile, *, columns: tuple[str, ...] | None) -> Iterator[Record]:
+def _read_csv(file: SourceFile, stream: IO[bytes], content: Content, source: FileSource) -> Iterator[Record]:
+    csv.field_size_limit(MAX_RECORD_CHARS)
+    rows = csv.reader(_split_lines(_decode(stream, path=file.shown)), delimiter=content.delimiter, strict=True)
+    header = next(_rows(rows, file=file), [])
+    if len(set(header)) < len(header):
+        raise DataError(f"{file.shown}: two columns have the same name; the columns are: {_listed(header)}")
+    for column in source.columns or ():
+        if column not in header:
+            raise _no_column(file, column, header)
+    for row in _rows(rows, file=file):
+        location = f"{file.shown}:{rows.line_num}"
+        if len(row) != len(header):
+            raise DataError(
+                f"{location}: the row has {len(row)} columns, the header {len(header)}; put values that contain "
+                f"{content.delimiter!r} in quotation marks"
+            )
+        yield Record(
+            name=f"{file.name}:{rows.line_num}", location=location, fields=dict(zip(header, row, strict=True))
+        )
+
+
+def _rows(rows: Any, *, file: SourceFile) -> Iterator[list[str]]:
+    """The rows that are not empty. `rows` is a reader of the csv module."""
+    try:
+        yield from filter(None, rows)
+    except csv.Error as error:
+        raise DataError(f"{file.shown}:{rows.line_num}: not a row of CSV: {error}") from None
+
+
+def _split_lines(blocks: Iterable[str]) -> Iterator[str]:
+    """Lines with their ends; a very long one comes in parts, which the csv module joins again."""
+    rest = ""
+    for block in blocks:
+        *lines, rest = (rest + block).split("\n")
+        yield from (line + "\n" for line in lines)
+        if len(rest) > MAX_RECORD_CHARS:
+            raise csv.Error(f"the line is longer than {MAX_RECORD_CHARS} characters")
+    if rest:
+        yield rest
+
+
+def _read_parquet(file: SourceFile, stream: IO[bytes], content: Content, source: FileSource) -> Iterator[Record]:
     # 0.1 s of import, paid only by those who read parquet; workers import this module.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _open(file) as stream:
-        try:
-            table = pq.ParquetFile(stream)
-            for column in columns or ():
-                if column not in table.schema_arrow.names:
-                    names = ", ".join(map(repr, table.schema_arrow.names))
-                    raise DataError(f"{file.path}: no column {column!r} (data.text_key); the columns are: {names}")
-            number = 0
-            for batch in table.iter_batches(batch_size=256, columns=list(columns) if columns else None):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Record(name=f"{file.name}:{number}", location=f"{file.path}:{number}", fields=fields)
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"{file.path} is not a readable parquet file: {error}") from None
+    if not stream.seekable():
+        raise DataError(f"{file.shown} is a compressed Parquet file; decompress it")
+    columns = list(source.columns) if source.columns else None
+    try:
+        table = pq.ParquetFile(stream)
+        for column in columns or ():
+            if column not in table.schema_arrow.names:
+                raise _no_column(file, column, table.schema_arrow.names)
+        number = 0
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            for fields in _rows_of(batch):
+                number += 1
+                yield Record(name=f"{file.name}:{number}", location=f"{file.shown}:{number}", fields=fields)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{file.shown} is not a readable parquet file: {printable(str(error), limit=300)}"
+        ) from None
 
 
-def json_name(value: object) -> str:
-    """What JSON calls the type of a value."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+def _rows_of(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch of Arrow; a value that Python cannot hold, such as a date in the year 20,000, is None."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError, LookupError):
+        columns = [[_python_value(value) for value in column] for column in batch.columns]
+        rows = [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+    return rows
+
+
+def _python_value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError, LookupError):
+        return None
+
+
+def _no_column(file: SourceFile, column: str, names: Sequence[str]) -> DataError:
+    return DataError(f"{file.shown}: no column {column!r} (data.text_key); the columns are: {_listed(names)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    known = [printable(repr(name), limit=80) for name in names]
+    more = f" and {len(known) - _MAX_KEYS_SHOWN} more" if len(known) > _MAX_KEYS_SHOWN else ""
+    return (", ".join(known[:_MAX_KEYS_SHOWN]) or "none") + more
 
 
 def _not_utf8(location: str, *, offset: int) -> DataError:
     return DataError(f"{location}: not UTF-8 at byte {offset}; convert it, for example with iconv")
+
+
+_READERS = {
+    "text": _read_text,
+    "lines": _read_lines,
+    "array": _read_values,
+    "objects": _read_values,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+}

@@ -14,7 +14,8 @@ from pathlib import Path
 from fsspec.implementations.local import LocalFileSystem
 
 from forge.data.sources.base import Record
-from forge.data.sources.files import SourceFile, fingerprint_of, text_records
+from forge.data.sources.files import fingerprint_of, text_records
+from forge.data.sources.listing import SourceFile
 from forge.data.sources.pieces import blocks_of
 from forge.errors import DataError
 
@@ -51,7 +52,10 @@ class StdlibSource:
         if not names:
             raise DataError(f"data.source: python-stdlib: no Python sources below {root}; use data.files instead")
         fs = LocalFileSystem()
-        return [SourceFile(fs=fs, path=f"{root}/{name}", name=name, kind="python") for name in sorted(names)]
+        return [
+            SourceFile(fs=fs, path=f"{root}/{name}", name=name, size_bytes=Path(root, name).stat().st_size)
+            for name in sorted(names)
+        ]
 
     def fingerprint(self) -> str:
         return fingerprint_of(self.files())

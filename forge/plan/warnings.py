@@ -1,0 +1,77 @@
+"""What a plan warns of: it can be run, but something that was asked for cannot be had. Pure."""
+
+from __future__ import annotations
+
+import math
+
+from forge.config.job import JobSpec
+from forge.plan.inputs import CorpusFiles, CorpusInfo
+
+_MAX_NAMES = 5
+_TOLERANCE = 1.05
+"""Passes over the corpus, as a multiple of `training.epochs`, that rounding up to whole steps may give unsaid."""
+
+
+def corpus_warnings(job: JobSpec, *, files: CorpusFiles | None, corpus: CorpusInfo | None) -> tuple[str, ...]:
+    """Return one sentence for each thing that the corpus does not allow, with what to do.
+
+    Args:
+        files: the files that were looked at; None if there was no look.
+        corpus: None if it is not prepared.
+    """
+    warnings = [_special_tokens(job, files), _held_out(job, corpus), _passes(job, corpus)]
+    return tuple(warning for warning in warnings if warning)
+
+
+def _special_tokens(job: JobSpec, files: CorpusFiles | None) -> str | None:
+    if files is None or not files.special_tokens or job.data.special_tokens == "tokens":
+        return None
+    names = [f"{name} ({count:,}x)" for name, count in files.special_tokens.items()]
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return (
+        f"the text spells special tokens of the tokenizer: {', '.join(names[:_MAX_NAMES])}{more} in the sample; "
+        "they are ordinary characters (data.special_tokens: text). If the text is yours and they mark its "
+        "structure, set data.special_tokens: tokens"
+    )
+
+
+def _held_out(job: JobSpec, corpus: CorpusInfo | None) -> str | None:
+    if corpus is None or not job.data.held_out or corpus.num_held_out_sequences:
+        return None
+    return (
+        f"nothing is evaluated: data.held_out: {job.data.held_out:g} leaves {corpus.num_held_out_tokens:,} "
+        f"held-out tokens, fewer than one sequence of {corpus.seq_len:,}; raise data.held_out, lower data.seq_len, "
+        "or set data.held_out: 0"
+    )
+
+
+def _passes(job: JobSpec, corpus: CorpusInfo | None) -> str | None:
+    if corpus is None:
+        return None
+    size, num_sequences = job.training.global_batch_size, corpus.num_train_sequences
+    if size > num_sequences:
+        return (
+            f"the corpus has {num_sequences:,} training sequences, fewer than one batch of {size:,}: every step "
+            f"sees each of them {size / num_sequences:.1f} times{_as_epochs(job, num_sequences)}; lower "
+            f"training.global_batch_size to {num_sequences:,} or less, or add text"
+        )
+    passes = _actual_epochs(job, num_sequences)
+    if passes is None or job.training.epochs is None or passes <= _TOLERANCE * job.training.epochs:
+        return None
+    return (
+        f"training.epochs: {job.training.epochs:g} becomes {passes:.2f} passes over the corpus, since "
+        f"{num_sequences:,} sequences do not fill whole batches of {size:,}"
+    )
+
+
+def _actual_epochs(job: JobSpec, num_sequences: int) -> float | None:
+    """The passes over the corpus of a length in epochs, in whole steps."""
+    if job.training.epochs is None:
+        return None
+    size = job.training.global_batch_size
+    return math.ceil(job.training.epochs * num_sequences / size) * size / num_sequences
+
+
+def _as_epochs(job: JobSpec, num_sequences: int) -> str:
+    passes = _actual_epochs(job, num_sequences)
+    return "" if passes is None else f", so training.epochs: {job.training.epochs:g} is {passes:.1f} passes"

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from forge.plan.inputs import CorpusFiles
+from forge.plan.plan import plan_from_json, plan_to_json
+from forge.plan.warnings import corpus_warnings
+from tests.support.jobs import UNPREPARED, tiny_job, tiny_plan
+
+EPOCHS: dict[str, Any] = {"training__total_steps": None, "training__epochs": 1}
+SPELLED = CorpusFiles(patterns=(), num_sampled=3, special_tokens={"<|user|>": 2, "<|end|>": 1})
+
+
+def warnings(*, num_train: int, num_held_out: int = 5, files: CorpusFiles | None = None, **changes: Any) -> str:
+    corpus = replace(UNPREPARED, num_train_sequences=num_train, num_held_out_sequences=num_held_out)
+    return "\n".join(corpus_warnings(tiny_job(**changes), files=files, corpus=corpus))
+
+
+def test_corpus_warnings__nothing_to_say__are_empty() -> None:
+    assert warnings(num_train=1200, **EPOCHS) == ""
+    assert warnings(num_train=12) == ""
+    assert corpus_warnings(tiny_job(), files=None, corpus=None) == ()
+
+
+def test_corpus_warnings__held_out_below_one_sequence__says_that_nothing_is_evaluated() -> None:
+    assert warnings(num_train=100, num_held_out=0).startswith("nothing is evaluated: data.held_out: 0.01 leaves 0")
+    assert warnings(num_train=100, num_held_out=0, data__held_out=0) == ""
+
+
+@pytest.mark.parametrize(
+    ("num_train", "expected"),
+    [
+        (3, "3 training sequences, fewer than one batch of 12: every step sees each of them 4.0 times, so "
+            "training.epochs: 1 is 4.0 passes; lower training.global_batch_size to 3"),
+        (13, "training.epochs: 1 becomes 1.85 passes over the corpus"),
+        (24, ""),
+        (119, ""),
+    ],
+)  # fmt: skip
+def test_corpus_warnings__an_epoch_in_whole_batches__says_how_many_passes(num_train: int, expected: str) -> None:
+    found = warnings(num_train=num_train, **EPOCHS)
+    assert (expected in found) if expected else (found == "")
+
+
+def test_corpus_warnings__special_tokens_in_the_text__names_them_unless_they_are_wanted() -> None:
+    found = warnings(num_train=1200, files=SPELLED)
+    assert "<|user|> (2x), <|end|> (1x) in the sample; they are ordinary characters" in found
+    assert warnings(num_train=1200, files=SPELLED, data__special_tokens="tokens") == ""
+
+
+def test_plan__files_and_warnings__survive_json() -> None:
+    plan = replace(tiny_plan(), files=SPELLED, warnings=("a", "b"))
+    again = plan_from_json(plan_to_json(plan))
+    assert (again.files, again.warnings) == (SPELLED, ("a", "b"))

@@ -1,0 +1,73 @@
+"""What a dry run says about the corpus, without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.config.load import load_job
+from forge.data import prepare
+from forge.errors import DataError
+from forge.plan.plan import DraftPlan, Plan
+from forge.runtime import resolve
+from forge.runtime.resolve import resolve_draft
+from tests.support.jobs import tiny_facts
+
+JOB = """\
+name: tiny
+model: {architecture: llama}
+data: {files: corpus.jsonl, seq_len: 64, tokenizer: {vocab_size: 300}}
+training: {total_steps: 4, global_batch_size: 8, optimizer: {lr: 1.0e-2}}
+resources: {workers: 1, gpu: none}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FORGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        resolve, "inspect_model", lambda *_, vocab_size, **__: tiny_facts(vocab_size=vocab_size, max_seq_len=64)
+    )
+    Path("job.yaml").write_text(JOB)
+
+
+def draft(*overrides: str) -> DraftPlan:
+    return resolve_draft(load_job("job.yaml", overrides=overrides))
+
+
+def write_corpus(*texts: str) -> None:
+    Path("corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def test_resolve_draft__short_documents__says_that_nothing_is_evaluated() -> None:
+    write_corpus(*(f"document {i} is short" for i in range(30)))
+    plan = draft("data.held_out=1%")
+    assert any(warning.startswith("nothing is evaluated") for warning in plan.warnings)
+    assert not any(warning.startswith("nothing is evaluated") for warning in draft("data.held_out=50%").warnings)
+
+
+def test_resolve_draft__special_tokens_in_the_text__are_counted_and_selectable() -> None:
+    write_corpus(*["<|endoftext|>" + "some words " * 50] * 20)
+    assert any("<|endoftext|> (20x)" in warning for warning in draft().warnings)
+    assert not any("spells" in warning for warning in draft("data.special_tokens=tokens").warnings)
+
+
+def test_resolve_draft__large_corpus__is_looked_at_and_not_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus("some words " * 50)
+    monkeypatch.setattr(resolve, "_SMALL_BYTES", 10)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("prepared")
+
+    monkeypatch.setattr(prepare, "build_once", fail)
+    plan = draft()
+    assert not isinstance(plan, Plan)
+    assert plan.files is not None and plan.files.num_sampled == 1
+    write_corpus("")
+    Path("corpus.jsonl").write_text('{"body": "words"}\n')
+    with pytest.raises(DataError, match="no key 'text'"):
+        draft()
