@@ -3,18 +3,25 @@
 An archive is an uncompressed tar file with sorted names and no times or owners, so that equal files give equal
 bytes. Its digest covers names and contents. It is unpacked into `<cache>/code/<digest>`, a folder that only its
 owner can write, and is used from there only if its files still have that digest. Nothing is imported here.
+
+Whenever code is unpacked, what no process has used for `UNUSED_DAYS` is removed from the cache, and logged. Every
+use sets the time of the folder, and a process that imports from it holds a shared lock on it until it ends. So
+neither a long run nor one of two runs at once loses its code. The archive in the run folder is kept.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
+import logging
 import os
 import re
 import shutil
 import stat
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,8 +36,13 @@ ARCHIVE = "code.tar"
 MAX_CODE_BYTES = 16 * 2**20
 """The archive travels to every machine, and Ray keeps it in memory on the way."""
 MAX_CODE_FILES = 1000
+UNUSED_DAYS = 30
+"""Unpacked code that was not used for longer is removed; a run that is resumed later unpacks its archive again."""
 _MAX_LISTED = 5
 _DIGEST = re.compile("[0-9a-f]{32}")
+_held: dict[Path, int] = {}
+"""The folders that this process keeps from being removed, each with a handle that has a shared lock."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +130,7 @@ def read_archive(archive: bytes, *, digest: str) -> PackedCode:
 
 
 def unpack_code(code: PackedCode) -> Path:
-    """Write the files into the cache, all or none; return their folder.
+    """Write the files into the cache, all or none; return their folder. Code that is no longer used is removed.
 
     Raises: UserCodeError if the cache cannot be written, or the folder belongs to another user.
     """
@@ -141,11 +153,14 @@ def unpack_code(code: PackedCode) -> Path:
             f"cannot write {error.filename or folder}: {error.strerror or error}; "
             "choose another folder with the environment variable FORGE_CACHE"
         ) from error
+    remove_unused_code()
     return folder
 
 
 def has_code(digest: str) -> bool:
     """Return whether the cache holds all files of this digest, unchanged, and no others, such as byte code.
+
+    This counts as a use: for `UNUSED_DAYS` from now the code is not removed.
 
     Raises: UserCodeError if another user owns the folder or can write it.
     """
@@ -159,21 +174,106 @@ def has_code(digest: str) -> bool:
             f"{folder} can be written by another user, who could have replaced the code in it; remove it, or "
             "choose another folder with the environment variable FORGE_CACHE"
         )
-    with suppress(UserCodeError):
-        if any(_is_left_out(path.name) for path in folder.rglob("*")):
+    lock = _lock(folder, fcntl.LOCK_SH)
+    try:
+        os.utime(folder)
+        is_clean = not any(_is_left_out(path.name) for path in folder.rglob("*"))
+        return is_clean and pack_code(folder).digest == digest
+    except (UserCodeError, OSError):
+        return False
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def hold_code(digest: str) -> None:
+    """Keep unpacked code from being removed until this process and the children it forks end, or `release_code`."""
+    folder = code_folder(digest)
+    if folder in _held and not _is_open_as(folder, _held[folder]):
+        release_code(digest)  # it was replaced
+    if folder not in _held and (lock := _lock(folder, fcntl.LOCK_SH)) is not None:
+        _held[folder] = lock
+
+
+def release_code(digest: str) -> None:
+    """Undo `hold_code`."""
+    lock = _held.pop(code_folder(digest), None)
+    if lock is not None:
+        os.close(lock)
+
+
+def remove_unused_code() -> list[str]:
+    """Remove the unpacked code that no process holds and none has used for `UNUSED_DAYS`; log one line.
+
+    Returns: the sorted digests.
+    """
+    home = default_cache_dir().absolute() / "code"
+    names = sorted(path.name for path in home.iterdir() if _DIGEST.fullmatch(path.name)) if home.is_dir() else []
+    removed = [name for name in names if _remove_if_unused(home / name)]
+    if removed:
+        listed = ", ".join(name[:8] for name in removed[:_MAX_LISTED]) + ", …" * (len(removed) > _MAX_LISTED)
+        _log.warning(
+            "removed the unpacked code of %d job%s from %s, unused for %d days: %s",
+            len(removed), "s" * (len(removed) > 1), home, UNUSED_DAYS, listed,
+        )  # fmt: skip
+    return removed
+
+
+def _remove_if_unused(folder: Path) -> bool:
+    if not _is_unused(folder) or (lock := _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)) is None:
+        return False
+    try:
+        if not _is_unused(folder):  # it was used before the lock was taken
             return False
-        return pack_code(folder).digest == digest
-    return False
+        hidden = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".unused"))
+        folder.rename(hidden)
+    except OSError:  # removed by another process, or not this user's
+        return False
+    finally:
+        os.close(lock)
+    shutil.rmtree(hidden, ignore_errors=True)
+    return True
+
+
+def _is_unused(folder: Path) -> bool:
+    try:
+        return time.time() - folder.stat(follow_symlinks=False).st_mtime > UNUSED_DAYS * 86_400
+    except OSError:
+        return False
+
+
+def _lock(folder: Path, operation: int) -> int | None:
+    """Lock a folder. Returns: a handle to close, or None if the folder is gone, held, or cannot be locked."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, operation)
+        is_locked = _is_open_as(folder, handle)  # false if it was removed while this process waited
+    except OSError:  # held by another process, or a file system without locks
+        is_locked = False
+    if not is_locked:
+        os.close(handle)
+    return handle if is_locked else None
+
+
+def _is_open_as(folder: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), folder.stat(follow_symlinks=False))
+    except OSError:
+        return False
 
 
 def restore_code(digest: str, *, run_folder: Path) -> Path:
-    """Return the unpacked code of a run; unpack the archive in the run folder if the cache lacks it.
+    """Return the unpacked code of a run, and hold it; unpack the archive in the run folder if the cache lacks it.
 
     Raises: UserCodeError if neither holds the code.
     """
-    if has_code(digest):
-        return code_folder(digest)
-    return unpack_code(read_run_code(digest, run_folder=run_folder))
+    if not has_code(digest):
+        unpack_code(read_run_code(digest, run_folder=run_folder))
+    hold_code(digest)
+    return code_folder(digest)
 
 
 def read_run_code(digest: str, *, run_folder: Path) -> PackedCode:

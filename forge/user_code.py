@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, Protocol, TypeGuard
 
-from forge.code_archive import PackedCode, code_folder, has_code
+from forge.code_archive import PackedCode, code_folder, has_code, hold_code, release_code
 from forge.errors import UserCodeError
 from forge.process import one_line
 
@@ -106,7 +106,8 @@ def error_place(error: BaseException) -> str:
 def use_code(digest: str | None) -> None:
     """Make the unpacked code of a plan importable in this process, instead of that of another plan.
 
-    Modules of the code used before are forgotten. Nothing is imported.
+    Modules of the code used before are forgotten. Nothing is imported. The code stays in the cache until this
+    process ends or uses other code.
 
     Args:
         digest: None for a plan without code.
@@ -119,6 +120,7 @@ def use_code(digest: str | None) -> None:
     if _current == [folder]:
         return
     for former in _current:
+        release_code(former.name)
         sys.path[:] = [entry for entry in sys.path if entry != str(former)]
         for name in [name for name, module in sys.modules.items() if _is_from(module, former)]:
             del sys.modules[name]
@@ -128,6 +130,7 @@ def use_code(digest: str | None) -> None:
         sys.path.insert(0, str(folder))
         sys.dont_write_bytecode = True  # the folder must stay equal to its digest
         importlib.invalidate_caches()
+        hold_code(folder.name)
         _current.append(folder)
 
 

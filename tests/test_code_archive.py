@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import logging
 import os
 import stat
+import subprocess
+import sys
 import tarfile
+import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +27,8 @@ from forge.code_archive import (
     has_code,
     pack_code,
     read_archive,
+    release_code,
+    remove_unused_code,
     restore_code,
     unpack_code,
 )
@@ -264,3 +272,131 @@ def test_restore_code__empty_cache__unpacks_the_run_folders_archive(src: Path, t
     assert has_code(code.digest)
     (tmp_path / ARCHIVE).unlink()
     assert restore_code(code.digest, run_folder=tmp_path) == code_folder(code.digest)
+
+
+def unpacked(name: str, *, unused_days: float = 0) -> PackedCode:
+    """Code in the cache that was last used so long ago."""
+    code = PackedCode(files={f"{name}.py": b"x = 1\n"})
+    age(unpack_code(code), days=unused_days)
+    return code
+
+
+def age(folder: Path, *, days: float) -> None:
+    then = time.time() - days * 86_400
+    os.utime(folder, (then, then))
+
+
+def test_unpack_code__others_unused_for_long__are_removed_and_logged(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, recent = unpacked("old"), unpacked("recent", unused_days=29)
+    (cache / "code" / "notes").mkdir()
+    age(cache / "code" / "notes", days=99)
+    age(code_folder(old.digest), days=31)
+    caplog.set_level(logging.WARNING)
+    caplog.clear()
+    new = unpacked("new")
+    assert {path.name for path in (cache / "code").iterdir()} == {recent.digest, new.digest, "notes"}
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line == f"removed the unpacked code of 1 job from {cache / 'code'}, unused for 30 days: {old.digest[:8]}"
+
+
+def test_has_code__old_code__is_used_again_and_kept() -> None:
+    code = unpacked("old", unused_days=31)
+    assert has_code(code.digest)
+    assert remove_unused_code() == []
+    assert has_code(code.digest)
+
+
+def test_remove_unused_code__cache_without_code__does_nothing() -> None:
+    assert remove_unused_code() == []
+
+
+def test_restore_code__held_by_this_process__is_kept(tmp_path: Path) -> None:
+    code = unpacked("old")
+    age(restore_code(code.digest, run_folder=tmp_path), days=31)
+    assert remove_unused_code() == []
+    release_code(code.digest)
+    assert remove_unused_code() == [code.digest]
+    assert not has_code(code.digest)
+
+
+def test_use_code__in_another_process__is_kept_until_its_forked_child_ends() -> None:
+    code = unpacked("old")
+    script = (
+        "import os, sys\n"
+        "from forge.user_code import use_code\n"
+        f"use_code({code.digest!r})\n"
+        "if os.fork() == 0:\n"
+        "    print('used', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "used\n"
+        process.wait()
+        age(code_folder(code.digest), days=31)
+        assert remove_unused_code() == []
+        process.stdin.close()
+        process.stdout.read()  # until the child has ended
+    deadline = time.monotonic() + 10
+    while not (removed := remove_unused_code()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert removed == [code.digest]
+
+
+def test_remove_unused_code__while_others_use_old_code__never_takes_it_from_them() -> None:
+    code = unpacked("old")
+    is_over = threading.Event()
+    removed: list[str] = []
+
+    def remove() -> None:
+        while not is_over.is_set():
+            removed.extend(remove_unused_code())
+
+    removers = [threading.Thread(target=remove) for _ in range(2)]
+    for remover in removers:
+        remover.start()
+    try:
+        deadline, num_uses = time.monotonic() + 60, 0
+        while (num_uses < 100 or len(removed) < 3) and time.monotonic() < deadline:
+            folder = unpack_code(code)
+            assert pack_code(folder) == code
+            age(folder, days=31)  # from here on it may be removed
+            num_uses += 1
+    finally:
+        is_over.set()
+        for remover in removers:
+            remover.join()
+    assert len(removed) >= 3
+
+
+def test_has_code__being_removed__waits_and_finds_nothing() -> None:
+    code = unpacked("old", unused_days=31)
+    folder = code_folder(code.digest)
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as a process that has found it unused
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(has_code, code.digest)
+        time.sleep(0.2)
+        assert not answer.done()
+        folder.rename(folder.with_name(".removed"))
+        os.close(handle)
+        assert answer.result() is False
+
+
+def test_remove_unused_code__while_it_is_verified__keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = unpacked("old")
+    found: list[list[str]] = []
+
+    def remove_meanwhile(folder: Path) -> PackedCode:
+        age(folder, days=31)
+        found.append(remove_unused_code())
+        return pack_code(folder)
+
+    monkeypatch.setattr(code_archive, "pack_code", remove_meanwhile)
+    assert has_code(code.digest)
+    assert found == [[]]

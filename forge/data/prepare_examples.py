@@ -9,7 +9,7 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -82,6 +82,17 @@ def write_examples(
         raise DataError(f"the corpus has no training example ({totals.documents} records: {found})")
     is_held_out = _choose_held_out(writer.keys, writer.lengths, share=spec.held_out)
     layout, row_tables = _write_layout(spec, folder=folder, writer=writer, is_held_out=is_held_out, notes=notes)
+    perplexity = _unigram(
+        spec, folder=folder, writer=writer, is_held_out=is_held_out, vocab_size=tokenizer.vocab_size
+    )
+    index = _index(tokenizer, digest=digest, totals=totals, unigram_perplexity=perplexity)
+    return replace(index, tables=(*tables, *row_tables), examples=layout)
+
+
+def _index(
+    tokenizer: TextTokenizer, *, digest: str, totals: _Totals, unigram_perplexity: float | None
+) -> CacheIndex:
+    """Return the index without its files."""
     return CacheIndex(
         digest=digest,
         dtype=tokenizer.dtype,
@@ -89,14 +100,10 @@ def write_examples(
         eot_id=tokenizer.eot_id,
         num_documents=totals.documents,
         num_text_bytes=totals.text_bytes,
-        unigram_perplexity=_unigram(
-            spec, folder=folder, writer=writer, is_held_out=is_held_out, vocab_size=tokenizer.vocab_size
-        ),
+        unigram_perplexity=unigram_perplexity,
         train=(),
         held_out=(),
         tokenizer=(),
-        tables=(*tables, *row_tables),
-        examples=layout,
     )
 
 
