@@ -15,11 +15,15 @@ import pytest
 from forge.cluster.base import ClusterRecord, NodeProgress, cluster_lock, list_records, read_record, write_record
 from forge.cluster.cloud import aws, aws_network
 from forge.cluster.cloud.provider import CloudCluster
+from forge.cluster.cloud.state import ClusterIdentity
 from forge.cluster.registry import find_cluster
 from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError, JobFileError
 from tests.support.cloud_box import IMAGE, PYTHON, Api, Refusal, serve_api
 
+OURS = ClusterIdentity(name="big", id="0123456789abcdef")
+THEIRS = ClusterIdentity(name="big", id="fedcba9876543210")
+"""Another cluster of the same name, started from another machine."""
 REGIONS = ("us-east-1", "us-west-2", "eu-west-1")
 
 
@@ -58,9 +62,22 @@ def spec_of(**keys: Any) -> CloudSpec:
     return CloudSpec.model_validate(values | keys, strict=False)
 
 
-def start(api: Api, region: str, *, name: str = "big", kind: str = "worker", count: int = 1) -> None:
-    """Rent machines as Ray's launcher does."""
-    tags = {"ray-cluster-name": name, "ray-node-type": kind, "ray-user-node-type": f"spot-{kind}"}
+def start(
+    api: Api,
+    region: str,
+    *,
+    cluster: ClusterIdentity = OURS,
+    kind: str = "worker",
+    count: int = 1,
+    tags: dict[str, str] | None = None,
+) -> None:
+    """Rent machines as Ray's launcher does.
+
+    Args:
+        tags: instead of the cluster's.
+    """
+    tags = cluster.tags | {"ray-cluster-name": cluster.ray_name} if tags is None else tags
+    tags = tags | {"ray-node-type": kind, "ray-user-node-type": f"spot-{kind}"}
     api.ec2(region).run_instances(
         ImageId=IMAGE,
         InstanceType="g5.xlarge",
@@ -133,7 +150,11 @@ def test_spot_prices__cheapest_zone__and_regions_without(api: Api) -> None:
 def test_prepare_network__twice__is_one_with_the_last_allow_from(api: Api, public_key: str) -> None:
     for address in ("203.0.113.4/32", "198.51.100.0/24"):
         network = aws_network.prepare_network(
-            spec_of(storage="s3://bucket/runs"), region="us-east-1", public_key=public_key, allow_from=address
+            spec_of(storage="s3://bucket/runs"),
+            cluster=OURS,
+            region="us-east-1",
+            public_key=public_key,
+            allow_from=address,
         )
     ec2 = api.ec2("us-east-1")
     (group,) = ec2.describe_security_groups(GroupIds=[network.security_group])["SecurityGroups"]
@@ -149,8 +170,8 @@ def test_prepare_network__twice__is_one_with_the_last_allow_from(api: Api, publi
     )
     assert not own["IpRanges"] and len(network.subnets) > 1
     assert [pair["KeyName"] for pair in ec2.describe_key_pairs()["KeyPairs"]] == ["forge-big"]
-    assert aws_network.remove_network("big", region="us-east-1") == []
-    aws_network.remove_profiles("big")
+    assert aws_network.remove_network(OURS, region="us-east-1") == []
+    aws_network.remove_profiles(OURS)
     assert not ec2.describe_key_pairs()["KeyPairs"]
     assert not api.client("iam").list_roles()["Roles"]
     assert not api.client("iam").list_instance_profiles()["InstanceProfiles"]
@@ -162,7 +183,7 @@ def test_down__terminates_the_cluster_in_all_tried_regions_only(api: Api) -> Non
     start(api, "us-east-1", kind="head")
     start(api, "us-east-1", count=3)
     start(api, "us-west-2", count=2)
-    start(api, "us-west-2", name="another")
+    start(api, "us-west-2", cluster=THEIRS)
     cluster = find_cluster("big")
     assert isinstance(cluster, CloudCluster)
     assert len(cluster.status().nodes) == 6
@@ -170,6 +191,86 @@ def test_down__terminates_the_cluster_in_all_tried_regions_only(api: Api) -> Non
     assert not api.alive("us-east-1")
     assert len(api.alive("us-west-2")) == 1
     assert record.name == "big" and list_records() == []
+
+
+_COLLEAGUES = [
+    {"ray-cluster-name": "big", "Owner": "colleague"},  # as a plain `ray up` makes it
+    {"forge-cluster": "big", "ray-cluster-name": "big"},
+    {"forge-cluster-id": OURS.id},
+    {"forge-cluster": "big*", "forge-cluster-id": "0123456789abcde?"},
+    {"forge-cluster": "big-2", "forge-cluster-id": OURS.id},
+    THEIRS.tags | {"ray-cluster-name": THEIRS.ray_name},
+]
+
+
+def test_terminate_all__machines_without_both_tags__are_left_alone(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aws, "_POLL_S", 0.01)
+    for tags in _COLLEAGUES:
+        start(api, "us-east-1", kind="head", tags=tags)
+    start(api, "us-east-1", kind="head")
+    assert len(aws.list_instances(OURS, region="us-east-1")) == 1
+    assert aws.terminate_all(OURS, region="us-east-1") == []
+    assert len(api.alive("us-east-1")) == len(_COLLEAGUES)
+
+
+@pytest.mark.parametrize("tags", [_COLLEAGUES[0], _COLLEAGUES[1], _COLLEAGUES[-1]])
+def test_up__machine_of_another_cluster_of_the_name__is_refused(api: Api, tags: dict[str, str]) -> None:
+    start(api, "us-east-1", kind="head", tags=tags)
+    with pytest.raises(
+        ClusterError, match=r"the machine i-\w+ in us-east-1 belongs to another cluster named 'big'"
+    ):
+        CloudCluster(spec_of(regions=["us-east-1"])).up(on_progress=ignore)
+    assert list_records() == [], "nothing was begun"
+    _require_untouched(api)
+
+
+@pytest.mark.parametrize("kind", ["group", "key", "role", "profile"])
+@pytest.mark.parametrize("owner", [THEIRS.tags, {}])
+def test_prepare_network__of_another_cluster_of_the_name__is_refused_and_unchanged(
+    api: Api, public_key: str, kind: str, owner: dict[str, str]
+) -> None:
+    ec2, iam = api.ec2("us-east-1"), api.client("iam")
+    tags = [{"Key": key, "Value": value} for key, value in owner.items()]
+    spec = [{"ResourceType": {"group": "security-group"}.get(kind, "key-pair"), "Tags": tags}] if tags else []
+    if kind == "group":
+        made = ec2.create_security_group(GroupName="forge-big", Description="theirs", TagSpecifications=spec)
+        ssh = [{"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "192.0.2.1/32"}]}]
+        ec2.authorize_security_group_ingress(GroupId=made["GroupId"], IpPermissions=ssh)
+    elif kind == "key":
+        ec2.import_key_pair(KeyName="forge-big", PublicKeyMaterial=public_key.encode(), TagSpecifications=spec)
+    elif kind == "role":
+        iam.create_role(RoleName="forge-big-head", AssumeRolePolicyDocument="{}", Tags=tags)
+    else:
+        iam.create_instance_profile(InstanceProfileName="forge-big-worker", Tags=tags)
+    before = _resources(api)
+    with pytest.raises(ClusterError, match=r"belongs to another cluster named 'big'.*Choose another name"):
+        aws_network.prepare_network(
+            spec_of(), cluster=OURS, region="us-east-1", public_key=public_key, allow_from="203.0.113.4/32"
+        )
+    assert aws_network.remove_network(OURS, region="us-east-1") == []
+    aws_network.remove_profiles(OURS)
+    assert _resources(api) == before
+    _require_untouched(api)
+
+
+def _require_untouched(api: Api) -> None:
+    """Nothing was asked but what there is."""
+    asked = {action for action, _ in api.calls}
+    assert not [action for action in asked if not action.startswith(("Describe", "Get"))], asked
+
+
+def _resources(api: Api) -> list[Any]:
+    ec2, iam = api.ec2("us-east-1"), api.client("iam")
+    found = [
+        ec2.describe_security_groups(Filters=[{"Name": "group-name", "Values": ["forge-big"]}])["SecurityGroups"],
+        ec2.describe_key_pairs()["KeyPairs"],
+        iam.list_roles()["Roles"],
+        iam.list_instance_profiles()["InstanceProfiles"],
+    ]
+    assert sum(map(len, found)) == 1
+    return found
 
 
 @pytest.mark.slow
@@ -247,4 +348,4 @@ def _groups(api: Api, region: str) -> list[str]:
 
 def _record(**facts: Any) -> ClusterRecord:
     spec = spec_of().model_dump(mode="json", exclude_unset=True)
-    return ClusterRecord(name="big", provider="aws", spec=spec, state=facts)
+    return ClusterRecord(name="big", provider="aws", spec=spec, state={"id": OURS.id} | facts)

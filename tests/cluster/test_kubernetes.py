@@ -187,7 +187,24 @@ def test_up__foreign_raycluster__is_left_alone(world: Kubernetes) -> None:
     world.put({"kind": "RayCluster", "metadata": {"name": "pods"}, "spec": {"workerGroupSpecs": []}})
     world.change(works=False)
     assert "that forge did not create; choose another name" in refused(pods())
-    assert world.things("Secret") == []
+    assert world.things("Secret") == [] and read_record("pods") is None
+
+
+def test_down__foreign_raycluster__is_left_alone(world: Kubernetes) -> None:
+    world.put({"kind": "RayCluster", "metadata": {"name": "pods"}, "spec": {"workerGroupSpecs": []}})
+    labels = {"ray.io/cluster": "pods", "ray.io/node-type": "head"}
+    world.put({"kind": "Pod", "metadata": {"name": "pods-head", "labels": labels}, "spec": {"containers": [{}]}})
+    world.change(works=False)
+    assert pods().down(on_progress=ignore) == []
+    assert len(world.things("RayCluster")) == len(world.things("Pod")) == 1
+    assert not any("delete" in call for call in world.calls())
+
+
+def test_up__file_moved_to_another_namespace__never_sends_the_token_there(world: Kubernetes) -> None:
+    pods().up(on_progress=ignore)
+    num_calls = len(world.calls())
+    assert "forge cluster down pods first" in refused(pods(namespace="attackers-own"))
+    assert len(world.calls()) == num_calls
 
 
 def test_up__terminating_raycluster__is_refused(world: Kubernetes) -> None:

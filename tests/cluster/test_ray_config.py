@@ -13,12 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge.cluster.cloud import firewall
 from forge.cluster.cloud.aws_network import head_rights, ingress, storage_rights
 from forge.cluster.cloud.instance_selection import InstancePlan, listed_price, order_by_price, plan_instances
 from forge.cluster.cloud.provider import CloudCluster
 from forge.cluster.cloud.ray_config import HEAD, ForgeInstall, RegionContext, build_ray_config
 from forge.cluster.cloud.ray_launcher import current_step, find_capacity_error, parse_result
+from forge.cluster.cloud.state import ClusterIdentity
 from forge.config.cluster import CloudSpec
 from forge.config.load import load_cluster
 from forge.errors import ClusterError, ForgeError, JobFileError
@@ -26,6 +26,7 @@ from forge.pricing.catalog import machine_types, workers_of
 
 ROOT = Path(__file__).parents[2]
 FILES = ["aws-spot", "gcp-spot", "azure-spot"]
+OURS = ClusterIdentity(name="big", id="0123456789abcdef")
 PROJECT = {
     "aws": {},
     "gcp": {"project": "my-project"},
@@ -56,7 +57,8 @@ def spec_of(provider: str = "aws", **keys: Any) -> CloudSpec:
 
 def rendered(spec: CloudSpec, *, context: RegionContext = CONTEXT) -> dict[str, Any]:
     plan = plan_instances(spec, price_of=listed_price(spec))
-    return build_ray_config(spec, plan=plan, context=context, install=ForgeInstall(python="/opt/forge/bin/python"))
+    install = ForgeInstall(python="/opt/forge/bin/python")
+    return build_ray_config(spec, cluster=OURS, plan=plan, context=context, install=install)
 
 
 def validated(values: dict[str, Any]) -> dict[str, Any]:
@@ -120,17 +122,19 @@ def test_plan_instances__spot_false__has_no_spot() -> None:
 
 
 def test_build_ray_config__every_node_type__has_cluster_and_owner_tags() -> None:
+    own = {"forge-cluster": "big", "forge-cluster-id": OURS.id, "owner": "forge"}
     for kind in rendered(spec_of())["available_node_types"].values():
         (tags,) = (
             given["Tags"]
             for given in kind["node_config"]["TagSpecifications"]
             if given["ResourceType"] == "instance"
         )
-        assert {tag["Key"]: tag["Value"] for tag in tags} == {"forge-cluster": "big", "owner": "forge"}
+        assert {tag["Key"]: tag["Value"] for tag in tags} == own
     for kind in rendered(spec_of("gcp"))["available_node_types"].values():
-        assert kind["node_config"]["labels"] == {"forge-cluster": "big", "owner": "forge"}
+        assert kind["node_config"]["labels"] == own
     for kind in rendered(spec_of("azure"))["available_node_types"].values():
-        assert kind["node_config"]["tags"] == {"forge-cluster": "big", "owner": "forge"}
+        assert kind["node_config"]["tags"] == own
+    assert {rendered(spec_of(cloud))["cluster_name"] for cloud in PROJECT} == {"big-01234567"}
 
 
 @pytest.mark.parametrize("provider", PROJECT)
@@ -286,40 +290,28 @@ def test_rights__are_limited_to_the_bucket_and_the_own_cluster() -> None:
     assert objects["Resource"] == "arn:aws:s3:::bucket/runs/mine/*"
     assert bucket["Resource"] == "arn:aws:s3:::bucket"
     assert storage_rights("gs://bucket/runs") == storage_rights(None) == []
-    (end,) = (right for right in head_rights("big", roles=["r"]) if "ec2:TerminateInstances" in right["Action"])
-    assert end["Condition"] == {"StringEquals": {"aws:ResourceTag/ray-cluster-name": "big"}}
 
 
-def test_firewall__gcp_and_azure__deny_the_world() -> None:
-    gcp = firewall.before_commands(spec_of("gcp"), allow_from="203.0.113.4/32")
-    by_priority = sorted(
-        (int(word.partition("=")[2]), command)
-        for command in gcp
-        for word in command
-        if word.startswith("--priority=")
-    )
-    assert [command[4] for _, command in by_priority] == ["forge-big-own", "forge-big-ssh", "forge-big-world"]
-    assert "--source-ranges=203.0.113.4/32" in by_priority[1][1]
-    assert "--action=DENY" in by_priority[2][1]
-    assert all("--target-tags=forge-big" in command for _, command in by_priority)
-    items = rendered(spec_of("gcp"))["available_node_types"][HEAD]["node_config"]["tags"]["items"]
-    assert items == ["forge-big"]
-    (azure,) = firewall.after_commands(spec_of("azure"), allow_from="203.0.113.4/32")
-    assert azure[azure.index("--source-address-prefixes") + 1] == "203.0.113.4/32"
-    assert firewall.before_commands(spec_of(), allow_from="203.0.113.4/32") == []
-
-
-def test_firewall__tool_missing_or_failing__stops_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool = tmp_path / "az"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ClusterError, match="az, which restricts access to the machines, cannot be run"):
-        firewall.restrict_after_launch(spec_of("azure"), allow_from="203.0.113.4/32")
-    tool.write_text("#!/bin/sh\necho 'ERROR: Please run az login' >&2\nexit 1\n")
-    tool.chmod(0o755)
-    with pytest.raises(ClusterError, match="Please run az login"):
-        firewall.restrict_after_launch(spec_of("azure"), allow_from="203.0.113.4/32")
+def test_head_rights__tag_or_end_only_what_has_the_id() -> None:
+    rights = head_rights(OURS, roles=["r"])
+    own = {"StringEquals": {"aws:ResourceTag/forge-cluster-id": OURS.id}}
+    (end,) = (right for right in rights if "ec2:TerminateInstances" in right["Action"])
+    assert end["Condition"] == own and end["Resource"] == "arn:*:ec2:*:*:instance/*"
+    created, later = (right for right in rights if "ec2:CreateTags" in right["Action"])
+    gets_id = {"aws:RequestTag/forge-cluster-id": OURS.id}
+    assert created["Condition"] == {"StringEquals": gets_id | {"ec2:CreateAction": "RunInstances"}}
+    assert later["Condition"] == own | {
+        "ForAllValues:StringNotEquals": {"aws:TagKeys": ["forge-cluster-id", "forge-cluster"]}
+    }, "the id itself is never given or taken"
+    machines, used = (right for right in rights if "ec2:RunInstances" in right["Action"])
+    assert machines["Condition"] == {"StringEquals": gets_id}
+    assert not any(kind in resource for resource in used["Resource"] for kind in ("instance/", "volume/", "role"))
+    changing = [right for right in rights if right["Action"] != ["ec2:Describe*"]]
+    assert all(right["Resource"] != "*" for right in changing)
+    assert {action for right in changing for action in right["Action"]} == {
+        *("ec2:RunInstances", "ec2:CreateTags", "ec2:TerminateInstances"),
+        *("iam:PassRole", "iam:CreateServiceLinkedRole"),
+    }
 
 
 def test_order_by_price__cheapest_first__no_price_last() -> None:

@@ -14,10 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from forge.cluster.cloud import firewall
-from forge.cluster.cloud.provider import CloudCluster
 from forge.cluster.registry import cluster_of
-from forge.config.cluster import CloudSpec
 from forge.config.load import load_cluster
 from tests.support.fuzz import mutate_bytes, mutate_json, run_cases
 
@@ -54,17 +51,12 @@ def _make(folder: Path, rng: random.Random) -> None:
 
 def _check(folder: Path) -> None:
     os.environ["FORGE_STATE"] = str(folder / "state")
-    spec = load_cluster(folder / "cluster.yaml")
-    cluster = cluster_of(spec)
+    cluster = cluster_of(load_cluster(folder / "cluster.yaml"))
     cluster.price()
-    shown = cluster.to_yaml() if hasattr(cluster, "to_yaml") else ""
+    shown = cluster.to_yaml()
     assert len(shown) < 2_000_000
-    for text in _strings(yaml.safe_load(shown) if shown else {}):
+    for text in _strings(yaml.safe_load(shown)):
         assert all(character.isprintable() or character in " \n" for character in text), text
-    if isinstance(cluster, CloudCluster):
-        assert isinstance(spec, CloudSpec)
-        for command in firewall.before_commands(spec, allow_from="203.0.113.4/32"):
-            assert all(word.isprintable() for word in command), command
 
 
 def _strings(value: Any) -> Iterator[str]:

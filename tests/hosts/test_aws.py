@@ -98,7 +98,11 @@ def test_up_and_down__rent_a_private_cluster_and_leave_nothing(
     assert members(cluster) == {machine["PrivateIpAddress"] for machine in (head, worker)}
     for machine in (head, worker):
         tags = {tag["Key"]: tag["Value"] for tag in machine["Tags"]}
-        assert (tags["forge-cluster"], tags["owner"], tags["ray-cluster-name"]) == ("boxed", "forge", "boxed")
+        record = read_record("boxed")
+        assert record is not None
+        cluster_id = record.state["id"]
+        assert (tags["forge-cluster"], tags["forge-cluster-id"], tags["owner"]) == ("boxed", cluster_id, "forge")
+        assert tags["ray-cluster-name"] == f"boxed-{cluster_id[:8]}"
         (group,) = machine["SecurityGroups"]
         rules = box.api.ec2(REGION).describe_security_groups(GroupIds=[group["GroupId"]])["SecurityGroups"][0]
         sources = [entry["CidrIp"] for rule in rules["IpPermissions"] for entry in rule["IpRanges"]]

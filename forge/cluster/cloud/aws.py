@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from forge.cluster.base import ClusterNode
+from forge.cluster.cloud.state import CLUSTER_TAG, ID_TAG, ClusterIdentity
 from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError
 from forge.pricing.catalog import machine_types
@@ -81,27 +82,62 @@ def spot_prices(regions: Sequence[str], *, names: Sequence[str]) -> dict[str, di
     return dict(zip(regions, found, strict=True))
 
 
-def list_instances(name: str, *, region: str) -> list[Instance]:
+def list_instances(cluster: ClusterIdentity, *, region: str) -> list[Instance]:
     """The cluster's instances that are not terminated, the head first.
 
     Raises: ClusterError if AWS cannot be asked.
     """
-    filters = [
-        {"Name": "tag:ray-cluster-name", "Values": [name]},
-        {"Name": "instance-state-name", "Values": list(_ALIVE)},
+    found = [
+        _instance(machine)
+        for machine in _describe(region, tag_filters(cluster.tags))
+        if cluster.owns(tags_of(machine))  # a filter's `*` and `?` match more than themselves
     ]
+    return sorted(found, key=lambda instance: (instance.kind != "head", instance.id))
+
+
+def require_no_other(cluster: ClusterIdentity, *, region: str) -> None:
+    """Raises: ClusterError if the region has machines of another cluster with this name, by forge or by Ray."""
+    for tag in (CLUSTER_TAG, "ray-cluster-name"):
+        for machine in _describe(region, tag_filters({tag: cluster.name})):
+            tags = tags_of(machine)
+            if tags.get(tag) == cluster.name and not cluster.owns(tags):
+                raise foreign(cluster, f"the machine {machine['InstanceId']} in {region}", tags=tags)
+
+
+def foreign(cluster: ClusterIdentity, what: str, *, tags: Mapping[str, str]) -> ClusterError:
+    """The error for something that has the cluster's name and is not its own."""
+    owner = f"has the id {tags[ID_TAG]}" if ID_TAG in tags else "was not created by this version of forge"
+    return ClusterError(
+        f"{what} belongs to another cluster named '{cluster.name}': it {owner}, this one has {cluster.id}. Nothing "
+        "of it was changed. Choose another name: in the file; or, if it is yours, stop that cluster where it was "
+        "started from, or in AWS's console"
+    )
+
+
+def tag_filters(tags: Mapping[str, str]) -> list[dict[str, Any]]:
+    """EC2's filters for all of these tags."""
+    return [{"Name": f"tag:{key}", "Values": [value]} for key, value in tags.items()]
+
+
+def tags_of(resource: Mapping[str, Any]) -> dict[str, str]:
+    """The tags of one of AWS's resources."""
+    return {tag["Key"]: tag["Value"] for tag in resource.get("Tags") or ()}
+
+
+def _describe(region: str, filters: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the instances that are not terminated. Raises: ClusterError if AWS cannot be asked."""
+    filters = [*filters, {"Name": "instance-state-name", "Values": list(_ALIVE)}]
     with aws_errors(region):
         pages = client("ec2", region).get_paginator("describe_instances").paginate(Filters=filters)
-        found = [
-            _instance(machine)
+        return [
+            machine
             for page in pages
             for reservation in page["Reservations"]
             for machine in reservation["Instances"]
         ]
-    return sorted(found, key=lambda instance: (instance.kind != "head", instance.id))
 
 
-def list_nodes(name: str, *, region: str, prices: Mapping[str, float | None]) -> list[ClusterNode]:
+def list_nodes(cluster: ClusterIdentity, *, region: str, prices: Mapping[str, float | None]) -> list[ClusterNode]:
     """The cluster's instances as nodes with their prices.
 
     Args:
@@ -119,11 +155,11 @@ def list_nodes(name: str, *, region: str, prices: Mapping[str, float | None]) ->
             num_gpus=float(instance.num_gpus),
             usd_per_hour=prices.get(instance.node_type),
         )
-        for instance in list_instances(name, region=region)
+        for instance in list_instances(cluster, region=region)
     ]
 
 
-def terminate_all(name: str, *, region: str) -> list[str]:
+def terminate_all(cluster: ClusterIdentity, *, region: str) -> list[str]:
     """Terminate all instances of the cluster, the head first: it would rent new ones. Returns: ids of what is left.
 
     Raises: ClusterError if AWS cannot be asked, or refuses.
@@ -131,7 +167,7 @@ def terminate_all(name: str, *, region: str) -> list[str]:
     deadline = time.monotonic() + _GONE_TIMEOUT_S
     was_empty = False
     while time.monotonic() < deadline:
-        left = list_instances(name, region=region)
+        left = list_instances(cluster, region=region)
         if not left and was_empty:
             return []
         was_empty = not left  # a request of the dying head appears a little later
@@ -140,7 +176,7 @@ def terminate_all(name: str, *, region: str) -> list[str]:
             with aws_errors(region):
                 client("ec2", region).terminate_instances(InstanceIds=heads or [instance.id for instance in left])
         time.sleep(_POLL_S)
-    return [instance.id for instance in list_instances(name, region=region)]
+    return [instance.id for instance in list_instances(cluster, region=region)]
 
 
 def client(service: str, region: str) -> Any:
@@ -240,7 +276,7 @@ def _spot_prices(region: str, names: Sequence[str]) -> dict[str, float]:
 
 
 def _instance(machine: Mapping[str, Any]) -> Instance:
-    tags = {tag["Key"]: tag["Value"] for tag in machine.get("Tags", [])}
+    tags = tags_of(machine)
     cpus, known = machine.get("CpuOptions", {}), machine_types("aws").get(machine["InstanceType"])
     return Instance(
         id=machine["InstanceId"],

@@ -1,7 +1,7 @@
 """Machines rented from AWS, GCP or Azure: forge chooses region and types, Ray's launcher and autoscaler rent them.
 
 Each region is saved before anything is rented in it, and `down` searches all saved regions for machines with the
-cluster's tag, so that no machine is left behind, even if `up` was killed.
+tags of the cluster's name and id, so that no machine is left behind, even if `up` was killed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from forge.cluster.base import (
     ClusterNode,
+    ClusterRecord,
     ClusterStatus,
     NodeProgress,
     OnProgress,
@@ -29,7 +30,7 @@ from forge.cluster.cloud.instance_selection import listed_price, plan_instances
 from forge.cluster.cloud.ray_config import DASHBOARD_PORT, RegionContext, build_ray_config
 from forge.cluster.cloud.regions import RegionStarter
 from forge.cluster.cloud.setup_commands import preview_install
-from forge.cluster.cloud.state import plain_spec, save_state
+from forge.cluster.cloud.state import ClusterIdentity, plain_spec, save_state
 from forge.cluster.cloud.teardown import end_region, forget
 from forge.cluster.dashboard import ray_nodes, ray_runs
 from forge.config.cluster import CloudSpec
@@ -39,6 +40,8 @@ from forge.pricing.catalog import regions_of
 
 _CREATED_BY_UP = "created-by-forge-cluster-up"
 """In a dry run, a value that only the cloud can give."""
+_NO_ID = "0" * 16
+"""In a dry run, instead of the random id."""
 
 
 class CloudCluster:
@@ -85,7 +88,11 @@ class CloudCluster:
             worker_profile=f"forge-{self.name}-worker",
         )
         plan = plan_instances(spec, price_of=listed_price(spec))
-        return dump_plain(build_ray_config(spec, plan=plan, context=context, install=preview_install(spec)))
+        record = read_record(self.name)
+        # A cluster that was not started has no id yet.
+        cluster = ClusterIdentity.of(self.name, record.state if record is not None else {"id": _NO_ID})
+        install = preview_install(spec)
+        return dump_plain(build_ray_config(spec, cluster=cluster, plan=plan, context=context, install=install))
 
     def up(self, *, on_progress: OnProgress) -> ClusterStatus:
         """Rent the head in the cheapest region with capacity; the head rents the workers.
@@ -102,11 +109,13 @@ class CloudCluster:
                     f"one, or stop that one: forge cluster down {self.name}"
                 )
             state = dict(record.state) if record is not None else {}
+            self._require_same_account(record)
             if record is not None and state.get("region") and CloudHead.of(self._spec, state=state).is_healthy():
                 is_same = record.spec == plain_spec(self._spec)
                 message = "ready" if is_same else "ready, started with an earlier version of its file"
                 on_progress(NodeProgress(name="head", message=message))
                 return self.status()
+            ClusterIdentity.create(self.name, state)
             save_state(self._spec, state)
             try:
                 RegionStarter(self._spec, state=state, on_progress=on_progress).start()
@@ -123,7 +132,8 @@ class CloudCluster:
         prices, region = record.state.get("prices", {}), record.state.get("region")
         if self._spec.provider == "aws":
             regions = [region] if region else record.state["tried"]
-            nodes = [node for one in regions for node in aws.list_nodes(self.name, region=one, prices=prices)]
+            cluster = ClusterIdentity.of(self.name, record.state)
+            nodes = [node for one in regions for node in aws.list_nodes(cluster, region=one, prices=prices)]
         else:
             nodes = [with_price(node, prices) for node in self._ask_ray()[0]]
         runs: tuple[str, ...] = ()
@@ -155,9 +165,11 @@ class CloudCluster:
                 return []
             tried = record.state.get("tried", [])
             left: list[str] = []
+            cluster = ClusterIdentity.of(self.name, record.state) if tried else None
             # Ray's launcher knows only the last region; earlier ones were ended before it was tried.
             for region in tried if self._spec.provider == "aws" else tried[-1:]:
-                left += end_region(self._spec, region=region, on_progress=on_progress)
+                assert cluster is not None, "a region was tried"
+                left += end_region(self._spec, cluster=cluster, region=region, on_progress=on_progress)
             if not left:
                 forget(self._spec, state=record.state)
         return left
@@ -178,6 +190,18 @@ class CloudCluster:
         if machine is None:
             return head.ssh()
         return replace(head, host=machine).ssh_through(head)
+
+    def _require_same_account(self, record: ClusterRecord | None) -> None:
+        """Raises: ClusterError if the file names another project than the one with the cluster's machines."""
+        if record is None or not record.state.get("tried"):
+            return
+        for key in ("project", "resource_group"):
+            before, now = record.spec.get(key), getattr(self._spec, key)
+            if before != now:
+                raise ClusterError(
+                    f"the cluster '{self.name}' was started with {key}: {before}, and its file now says {now}: "
+                    f"forge cluster down {self.name} first, or choose another name: in the file"
+                )
 
     def _head(self) -> CloudHead:
         record = read_record(self.name)

@@ -18,14 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forge.cluster.cloud.instance_selection import InstanceOption, InstancePlan
+from forge.cluster.cloud.state import OWNER, ClusterIdentity
 from forge.config.cluster import CloudSpec
 from forge.pricing.catalog import machine_types, size_of
 
 HEAD = "head"
 """Ray's name for the head's node type."""
-CLUSTER_TAG = "forge-cluster"
-"""The tag, or label, with the cluster's name on everything that forge creates; Ray adds its own."""
-OWNER = {"owner": "forge"}
 DASHBOARD_PORT = 8265
 """The port of Ray's dashboard and job server, on the head's loopback."""
 WORKER_RESOURCE = "forge_worker"
@@ -94,7 +92,12 @@ def user_of(spec: CloudSpec) -> str:
 
 
 def build_ray_config(
-    spec: CloudSpec, *, plan: InstancePlan, context: RegionContext, install: ForgeInstall
+    spec: CloudSpec,
+    *,
+    cluster: ClusterIdentity,
+    plan: InstancePlan,
+    context: RegionContext,
+    install: ForgeInstall,
 ) -> dict[str, Any]:
     """Build the file for `ray up`.
 
@@ -102,7 +105,7 @@ def build_ray_config(
     """
     workers = {
         option.node_type: {
-            **_node(spec, option, context=context, is_head=False),
+            **_node(spec, option, cluster=cluster, context=context, is_head=False),
             # The minimum is requested by number, of whichever type is available; Ray's setting is per type.
             "min_workers": 0,
             "max_workers": plan.max_workers,
@@ -115,16 +118,20 @@ def build_ray_config(
     if spec.provider == "azure":
         auth["ssh_public_key"] = context.public_key_file
     return {
-        "cluster_name": spec.name,
+        "cluster_name": cluster.ray_name,
         "max_workers": plan.max_workers,
         # How many machines are requested at once, as a multiple of the existing ones.
         "upscaling_speed": float(max(1, plan.max_workers)),
         "idle_timeout_minutes": spec.idle_minutes,
-        "provider": _provider(spec, context=context),
+        "provider": _provider(spec, cluster=cluster, context=context),
         "auth": auth,
         "head_node_type": HEAD,
         "available_node_types": {
-            HEAD: {**_node(spec, plan.head, context=context, is_head=True), "min_workers": 0, "max_workers": 0},
+            HEAD: {
+                **_node(spec, plan.head, cluster=cluster, context=context, is_head=True),
+                "min_workers": 0,
+                "max_workers": 0,
+            },
             **workers,
         },
         "file_mounts": {TOKEN_FILE: context.token_file, **install.file_mounts},
@@ -142,7 +149,7 @@ def shell_path(path: str) -> str:
     return '"$HOME"/' + shlex.quote(path[2:]) if path.startswith("~/") else shlex.quote(path)
 
 
-def _provider(spec: CloudSpec, *, context: RegionContext) -> dict[str, Any]:
+def _provider(spec: CloudSpec, *, cluster: ClusterIdentity, context: RegionContext) -> dict[str, Any]:
     match spec.provider:
         case "aws":
             return {
@@ -168,7 +175,9 @@ def _provider(spec: CloudSpec, *, context: RegionContext) -> dict[str, Any]:
                 "subscription_id": spec.project,
                 "availability_zone": "auto",
                 "cache_stopped_nodes": False,
-                "tags": {CLUSTER_TAG: spec.name, **OWNER},
+                "unique_id": azure_unique_id(cluster),
+                "subnet_mask": azure_network(cluster),
+                "tags": {**cluster.tags, **OWNER},
             }
 
 
@@ -177,14 +186,26 @@ def resource_group_of(spec: CloudSpec) -> str:
     return spec.resource_group or f"forge-{spec.name}"
 
 
-def _node(spec: CloudSpec, option: InstanceOption, *, context: RegionContext, is_head: bool) -> dict[str, Any]:
+def azure_unique_id(cluster: ClusterIdentity) -> str:
+    """What Ray appends to the names of the cluster's resources on Azure."""
+    return cluster.id[-4:]
+
+
+def azure_network(cluster: ClusterIdentity) -> str:
+    """The network of the cluster's machines on Azure, as a CIDR."""
+    return f"10.{1 + int(cluster.id[-4:], 16) % 254}.0.0/16"
+
+
+def _node(
+    spec: CloudSpec, option: InstanceOption, *, cluster: ClusterIdentity, context: RegionContext, is_head: bool
+) -> dict[str, Any]:
     match spec.provider:
         case "aws":
-            config = _aws_node(spec, option, context=context, is_head=is_head)
+            config = _aws_node(spec, option, cluster=cluster, context=context, is_head=is_head)
         case "gcp":
-            config = _gcp_node(spec, option, context=context, is_head=is_head)
+            config = _gcp_node(spec, option, cluster=cluster, context=context, is_head=is_head)
         case "azure":
-            config = _azure_node(spec, option)
+            config = _azure_node(spec, option, cluster=cluster)
     return {"resources": _resources(spec, option, is_head=is_head), "node_config": config}
 
 
@@ -198,8 +219,10 @@ def _resources(spec: CloudSpec, option: InstanceOption, *, is_head: bool) -> dic
     return {WORKER_RESOURCE: 1, "CPU": size.num_cpus} | ({"GPU": size.num_gpus} if size.num_gpus else {})
 
 
-def _aws_node(spec: CloudSpec, option: InstanceOption, *, context: RegionContext, is_head: bool) -> dict[str, Any]:
-    tags = [{"Key": key, "Value": value} for key, value in {CLUSTER_TAG: spec.name, **OWNER}.items()]
+def _aws_node(
+    spec: CloudSpec, option: InstanceOption, *, cluster: ClusterIdentity, context: RegionContext, is_head: bool
+) -> dict[str, Any]:
+    tags = [{"Key": key, "Value": value} for key, value in {**cluster.tags, **OWNER}.items()]
     config: dict[str, Any] = {
         "InstanceType": option.machine_type,
         "ImageId": context.image if _has_gpu(spec, option) else context.cpu_image,
@@ -230,7 +253,9 @@ def _aws_node(spec: CloudSpec, option: InstanceOption, *, context: RegionContext
     return config
 
 
-def _gcp_node(spec: CloudSpec, option: InstanceOption, *, context: RegionContext, is_head: bool) -> dict[str, Any]:
+def _gcp_node(
+    spec: CloudSpec, option: InstanceOption, *, cluster: ClusterIdentity, context: RegionContext, is_head: bool
+) -> dict[str, Any]:
     has_gpu = _has_gpu(spec, option)
     # Machines that are spot or have a GPU cannot be migrated to another host.
     scheduling: dict[str, Any] = {"onHostMaintenance": "TERMINATE" if option.is_spot or has_gpu else "MIGRATE"}
@@ -253,8 +278,8 @@ def _gcp_node(spec: CloudSpec, option: InstanceOption, *, context: RegionContext
                 },
             }
         ],
-        "labels": {CLUSTER_TAG: spec.name, **OWNER},
-        "tags": {"items": [network_tag(spec)]},
+        "labels": {**cluster.tags, **OWNER},
+        "tags": {"items": [network_tag(cluster)]},
         "metadata": {"items": [{"key": "ssh-keys", "value": f"{user_of(spec)}:{context.public_key}"}]},
         "scheduling": scheduling,
     }
@@ -266,12 +291,12 @@ def _gcp_node(spec: CloudSpec, option: InstanceOption, *, context: RegionContext
     return config
 
 
-def network_tag(spec: CloudSpec) -> str:
-    """The tag by which GCP's firewall rules select the machines."""
-    return f"forge-{spec.name}"
+def network_tag(cluster: ClusterIdentity) -> str:
+    """The tag by which GCP's firewall rules select the machines, and the beginning of the rules' names."""
+    return f"forge-{cluster.ray_name}"
 
 
-def _azure_node(spec: CloudSpec, option: InstanceOption) -> dict[str, Any]:
+def _azure_node(spec: CloudSpec, option: InstanceOption, *, cluster: ClusterIdentity) -> dict[str, Any]:
     parameters: dict[str, Any] = {"vmSize": option.machine_type, "osDiskSize": _gib(spec.disk)}
     if spec.image:
         parameters["imageId"] = spec.image
@@ -280,7 +305,7 @@ def _azure_node(spec: CloudSpec, option: InstanceOption) -> dict[str, Any]:
     if option.is_spot:
         # A maximum price of -1 means the on-demand price: evicted only for lack of capacity, never for the price.
         parameters |= {"priority": "Spot", "evictionPolicy": "Delete", "billingProfile": {"maxPrice": -1}}
-    return {"azure_arm_parameters": parameters, "tags": {CLUSTER_TAG: spec.name, **OWNER}}
+    return {"azure_arm_parameters": parameters, "tags": {**cluster.tags, **OWNER}}
 
 
 def _has_gpu(spec: CloudSpec, option: InstanceOption) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from forge.cluster.cloud.ray_config import HEAD, RegionContext, build_ray_config
 from forge.cluster.cloud.ray_launcher import LaunchResult
 from forge.cluster.cloud.setup_commands import plan_install
 from forge.cluster.cloud.ssh_access import make_key, own_address
-from forge.cluster.cloud.state import cluster_folder, save_state
+from forge.cluster.cloud.state import ClusterIdentity, cluster_folder, save_state
 from forge.cluster.cloud.teardown import end_region, forget, launcher_for
 from forge.config.cluster import CloudSpec
 from forge.config.dump import dump_plain
@@ -44,9 +45,10 @@ class RegionStarter:
 
     def __init__(self, spec: CloudSpec, *, state: dict[str, Any], on_progress: OnProgress) -> None:
         """Args:
-        state: the saved state of the cluster; changed and saved as the attempt proceeds.
+        state: the saved state of the cluster, with its id; changed and saved as the attempt proceeds.
         """
         self._spec, self._state, self._on_progress = spec, state, on_progress
+        self._cluster = ClusterIdentity.of(spec.name, state)
 
     def start(self) -> None:
         """Try the regions until one has the machines.
@@ -63,7 +65,7 @@ class RegionStarter:
                 return
             self._show(region, f"no capacity: {capacity_error}", is_failure=True)
             refusals.append(f"{region}: {capacity_error}")
-            left += end_region(self._spec, region=region, on_progress=self._on_progress)
+            left += end_region(self._spec, cluster=self._cluster, region=region, on_progress=self._on_progress)
         if not left:
             forget(self._spec, state=self._state)
         raise ClusterError(
@@ -88,6 +90,7 @@ class RegionStarter:
         Raises: ClusterError if the launch fails for another reason.
         """
         self._show(region, "preparing")
+        self._require_own(region)
         self._state["tried"] = [*dict.fromkeys([*self._state.get("tried", []), region])]
         save_state(self._spec, self._state)
         plan = plan_instances(self._spec, price_of=price_of)
@@ -107,8 +110,18 @@ class RegionStarter:
             )
         return result.capacity_error
 
+    def _require_own(self, region: str) -> None:
+        """Raises: ClusterError if something of the cluster's name belongs to another cluster."""
+        if self._spec.provider == "aws":
+            aws_network.require_own(self._cluster, region=region)
+        else:
+            firewall.require_own(self._spec, cluster=self._cluster)
+
     def _launch(self, region: str, plan: InstancePlan) -> LaunchResult:
-        """Prepare network, key and firewall in a region, and run Ray's launcher."""
+        """Prepare network, key and firewall in a region, and run Ray's launcher.
+
+        However the launcher ends, also by Ctrl-C, what it has opened to the world is closed.
+        """
         spec, folder = self._spec, cluster_folder(self._spec.name)
         key = make_key(spec, folder=folder)
         context = RegionContext(
@@ -121,19 +134,34 @@ class RegionStarter:
         make_token(spec.name)
         allow_from = own_address() if spec.allow_from == "auto" else spec.allow_from
         if spec.provider == "aws":
-            network = aws_network.prepare_network(spec, region=region, public_key=key.public, allow_from=allow_from)
+            network = aws_network.prepare_network(
+                spec, cluster=self._cluster, region=region, public_key=key.public, allow_from=allow_from
+            )
             context = replace(context, **asdict(network))
         else:
-            firewall.restrict_before_launch(spec, allow_from=allow_from)
+            firewall.restrict_before_launch(spec, cluster=self._cluster, region=region, allow_from=allow_from)
         install = plan_install(spec, folder=folder)
         self._state["python"] = install.python
         launcher = launcher_for(spec, region=region, on_progress=self._on_progress)
-        launcher.write(dump_plain(build_ray_config(spec, plan=plan, context=context, install=install)))
+        config = build_ray_config(spec, cluster=self._cluster, plan=plan, context=context, install=install)
+        launcher.write(dump_plain(config))
         (folder / "known_hosts").unlink(missing_ok=True)  # a new machine may have the address of an earlier one
-        result = launcher.run("up", "--yes", "--no-config-cache", timeout_s=spec.startup_timeout)
-        if result.is_done and spec.provider != "aws":
-            firewall.restrict_after_launch(spec, allow_from=allow_from)
+        try:
+            result = launcher.run("up", "--yes", "--no-config-cache", timeout_s=spec.startup_timeout)
+        except BaseException:
+            with suppress(ClusterError):  # the first error says more; the subnet is closed in any case
+                self._close_ssh(region, allow_from=allow_from)
+            raise
+        self._close_ssh(region, allow_from=allow_from)
         return result
+
+    def _close_ssh(self, region: str, *, allow_from: str) -> None:
+        """Raises: ClusterError if the cloud's tool fails, which was shown then."""
+        try:
+            firewall.restrict_after_launch(self._spec, cluster=self._cluster, region=region, allow_from=allow_from)
+        except ClusterError as error:
+            self._show(region, str(error), is_failure=True)
+            raise
 
     def _record_region(self, region: str, plan: InstancePlan) -> None:
         """Save the location of the head, and the price of each node type in its region."""
@@ -142,7 +170,7 @@ class RegionStarter:
         state["prices"] = {option.node_type: option.usd_per_hour for option in plan.workers}
         state["prices"][HEAD] = plan.head.usd_per_hour
         if self._spec.provider == "aws":
-            head = aws.list_instances(self._spec.name, region=region)[0]
+            head = aws.list_instances(self._cluster, region=region)[0]
             state["address"], state["private_address"] = head.address, head.private_address
         else:
             state["address"] = state["private_address"] = self._head_address(region)
@@ -170,7 +198,7 @@ class RegionStarter:
         self._show(region, f"waiting for {plan.min_workers} workers")
         deadline = time.monotonic() + _CAPACITY_TIMEOUT_S + _CAPACITY_TIMEOUT_PER_TYPE_S * len(plan.workers)
         while time.monotonic() < deadline:
-            found = aws.list_instances(self._spec.name, region=region)
+            found = aws.list_instances(self._cluster, region=region)
             if sum(instance.kind == "worker" for instance in found) >= plan.min_workers:
                 return None
             time.sleep(_POLL_S)

@@ -8,7 +8,7 @@ from typing import Any
 from forge.cluster.base import NodeProgress, OnProgress
 from forge.cluster.cloud import aws, aws_network, firewall
 from forge.cluster.cloud.ray_launcher import RayLauncher
-from forge.cluster.cloud.state import cluster_folder, delete_cluster
+from forge.cluster.cloud.state import ClusterIdentity, cluster_folder, delete_cluster
 from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError
 
@@ -23,19 +23,19 @@ def launcher_for(spec: CloudSpec, *, region: str, on_progress: OnProgress) -> Ra
     )
 
 
-def end_region(spec: CloudSpec, *, region: str, on_progress: OnProgress) -> list[str]:
+def end_region(spec: CloudSpec, *, cluster: ClusterIdentity, region: str, on_progress: OnProgress) -> list[str]:
     """Terminate all machines in a region, and delete what they needed. Returns: what is left, one line each.
 
-    Raises: ClusterError if the cloud cannot be asked.
+    Raises: ClusterError if the cloud cannot be asked, or what is named after the cluster is not its own.
     """
     on_progress(NodeProgress(name=region, message="terminating its machines"))
     if spec.provider == "aws":
-        left = [f"machine {id} in {region}" for id in aws.terminate_all(spec.name, region=region)]
-        left += aws_network.remove_network(spec.name, region=region) if not left else []
+        left = [f"machine {id} in {region}" for id in aws.terminate_all(cluster, region=region)]
+        left += aws_network.remove_network(cluster, region=region) if not left else []
     else:
-        _ray_down(spec, launcher_for(spec, region=region, on_progress=on_progress))
-        firewall.remove_rules(spec)
-        left = []
+        if firewall.require_own(spec, cluster=cluster):
+            _ray_down(spec, launcher_for(spec, region=region, on_progress=on_progress))
+        left = firewall.remove_rules(spec, cluster=cluster)
     message = "gone" if not left else "something is left"
     on_progress(NodeProgress(name=region, message=message, is_failure=bool(left)))
     return left
@@ -44,7 +44,7 @@ def end_region(spec: CloudSpec, *, region: str, on_progress: OnProgress) -> list
 def forget(spec: CloudSpec, *, state: Mapping[str, Any]) -> None:
     """Delete the cluster's roles in the cloud and its state on this machine, once nothing is left in any region."""
     if spec.provider == "aws" and state.get("tried"):
-        aws_network.remove_profiles(spec.name)
+        aws_network.remove_profiles(ClusterIdentity.of(spec.name, state))
     delete_cluster(spec.name)
 
 
