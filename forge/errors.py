@@ -123,12 +123,23 @@ class ModelError(PlanError):
 
     Args:
         key: below `model`; None for the section as a whole.
+        more_keys: further keys that each have the same problem.
+        suspects: keys of which any one may be the cause, with `key`.
         choices: valid values or keys, for a suggestion.
     """
 
-    def __init__(self, problem: str, *, key: str | None = None, choices: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        problem: str,
+        *,
+        key: str | None = None,
+        more_keys: tuple[str, ...] = (),
+        suspects: tuple[str, ...] = (),
+        choices: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(f"model.{key}: {problem}" if key else problem)
         self.problem, self.key, self.choices = problem, key, choices
+        self.more_keys, self.suspects = more_keys, suspects
 
 
 class UserCodeError(ForgeError):

@@ -7,7 +7,7 @@ earlier draws nor on whether ZeRO 3 has already partitioned other modules.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,12 +21,22 @@ GatherParameters = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 
 @torch.no_grad()
-def initialise(model: PreTrainedModel, *, seed: int, gather: GatherParameters | None = None) -> None:
+def initialise(
+    model: PreTrainedModel,
+    *,
+    seed: int,
+    gather: GatherParameters | None = None,
+    only: Collection[str] | None = None,
+) -> None:
     """Draw every module's weights from the stream of (seed, module name), by the model's own rules.
 
     Children are initialised before their parents, as in transformers, because a parent may overwrite weights of its
     children (as GPT-2 does to scale its residual projections).
+
+    Args:
+        only: names of parameters; modules that neither have one of them nor have a child that does are left out.
     """
+    wanted = None if only is None else {id(p) for name, p in model.named_parameters() if name in only}
     generator_state = torch.get_rng_state()
     whole = gather or (lambda parameters: nullcontext())
     with guard_torch_init_functions():
@@ -36,6 +46,11 @@ def initialise(model: PreTrainedModel, *, seed: int, gather: GatherParameters | 
             parameters = list(_parameters_within_reach(module, everything=recurse))
             if not parameters and not list(module.buffers(recurse=False)):
                 continue
+            if wanted is not None:
+                own = list(_parameters_within_reach(module, everything=False))
+                if not any(id(parameter) in wanted for parameter in own):
+                    continue
+                parameters = own
             torch.manual_seed(stream(seed, name))
             with whole(parameters):
                 owner._initialize_weights(module)

@@ -22,7 +22,7 @@ from forge.user_code import use_code
 
 
 def main() -> None:
-    """Answer one request: `{"facts": {...}}`, or `{"complaint": {"problem", "key", "choices"}}`.
+    """Answer one request: `{"facts": {...}}`, or `{"complaint": {...}}`.
 
     Whatever the user's modules or transformers print goes to stderr, so that stdout holds the answer alone.
     """
@@ -34,9 +34,10 @@ def main() -> None:
         info = family_of(spec).inspect(spec, DataShape(**request))
         answer = {"facts": dataclasses.asdict(info)}
     except ModelError as error:
-        answer = {"complaint": {"problem": error.problem, "key": error.key, "choices": list(error.choices)}}
+        fields = ("problem", "key", "more_keys", "suspects", "choices")
+        answer = {"complaint": {name: getattr(error, name) for name in fields}}
     except PlanError as error:
-        answer = {"complaint": {"problem": str(error), "key": None, "choices": []}}
+        answer = {"complaint": {"problem": str(error), "key": None}}
     with stdout:
         json.dump(answer, stdout)
 

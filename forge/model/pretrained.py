@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,16 +40,22 @@ class PretrainedWeights:
 
     Attributes:
         unused: names in the files that the model does not have.
+        absent: parameters of the model that are not in the files, and need not be.
     """
 
-    def __init__(self, files: WeightFiles, model: Any) -> None:
+    def __init__(
+        self, files: WeightFiles, model: Any, *, is_required: Callable[[str], bool] = lambda name: True
+    ) -> None:
         """Args:
         files: the safetensors files of the folder.
         model: the transformers model on the meta device.
+        is_required: whether the files must have a parameter of the model, by its name.
 
         Raises: ModelError naming weights that are missing or of another shape.
         """
         self.files, self._model = files, model
+        self._is_required = is_required
+        self.absent: tuple[str, ...] = ()
         self._plain: dict[str, StoredTensor] = {}
         self._joined: dict[str, _Joined] = {}
         self._last: tuple[str, dict[str, Tensor]] | None = None
@@ -58,6 +64,11 @@ class PretrainedWeights:
         self._map_names()
         self._resolve_ties()
         self._check_shapes()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters of the model."""
+        return tuple(name for name, _ in self._model.named_parameters())
 
     def __contains__(self, name: str) -> bool:
         return name in self._plain or name in self._joined
@@ -113,28 +124,30 @@ class PretrainedWeights:
                     self._joined[known] = self._joined[name]
 
     def _check_shapes(self) -> None:
-        missing, wrong, quantised = [], [], []
+        absent, wrong, quantised = [], [], []
         for name, parameter in self._model.named_parameters():
             shape = self._shape_of(name)
             if shape is None:
-                missing.append(name)
+                absent.append(name)
             elif parameter.is_floating_point() and (found := self._quantised_type_of(name)) is not None:
                 quantised.append(f"{name} ({str(found).removeprefix('torch.')})")
             elif shape != tuple(parameter.shape):
                 wrong.append(f"{name} is {_times(shape)} there and {_times(tuple(parameter.shape))} in the model")
+        self.absent = tuple(absent)
+        missing = [name for name in absent if self._is_required(name)]
         if missing:
             raise ModelError(
-                f"{self.files.source} lacks {_some(missing)}: a {type(self._model).__name__} needs every weight",
+                f"{self.files.source} lacks {some(missing)}: a {type(self._model).__name__} needs every weight",
                 key="from_pretrained",
             )
         if quantised:
             raise ModelError(
-                f"{self.files.source} holds weights that are not plain floating point: {_some(quantised)}; their "
+                f"{self.files.source} holds weights that are not plain floating point: {some(quantised)}; their "
                 "scales are not read. Give the model that they were quantised from, or save them dequantised",
                 key="from_pretrained",
             )
         if wrong:
-            raise ModelError(f"{self.files.source} has other shapes: {_some(wrong)}", key="from_pretrained")
+            raise ModelError(f"{self.files.source} has other shapes: {some(wrong)}", key="from_pretrained")
 
     def _shape_of(self, name: str) -> tuple[int, ...] | None:
         if name in self._plain:
@@ -175,7 +188,8 @@ def _on_meta(stored: StoredTensor) -> Tensor:
     return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """List at most five names, and the number of the rest."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more
 

@@ -38,6 +38,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20
 _CHUNK_BYTES = 8 * 2**20
 _PIECE_NUMEL = 4 * 2**20
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +97,23 @@ def open_weight_files(source: str) -> WeightFiles:
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
         try:
+            problem = lfs_problem(path)
+            if problem is not None:
+                raise PlanError(f"model.from_pretrained: {problem} ({path})")
             tensors |= _read_header(path)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise PlanError(
                 f"model.from_pretrained: {path} is not a whole safetensors file: {one_line(error)}"
             ) from error
     return WeightFiles(source=source, revision=revision, paths=paths, tensors=tensors)
+
+
+def lfs_problem(path: Path) -> str | None:
+    """Say that a file is only a git-lfs pointer to the real one; None if it is not. Raises: OSError."""
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    problem = "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
+    return f"{path.name} {problem}" if is_pointer else None
 
 
 def digest_file(path: Path, *, cache: Path | None = None) -> str:
@@ -128,6 +140,17 @@ def digest_file(path: Path, *, cache: Path | None = None) -> str:
             cache.mkdir(parents=True, exist_ok=True)
             write_atomic(cache / f"{key}.json", json.dumps({"file": known, "digest": digest.hexdigest()}))
     return digest.hexdigest()
+
+
+def is_downloaded(source: str) -> bool:
+    """Whether the weights of a hub id are on this machine."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"], local_files_only=True))
+        return bool(_file_names(folder, source))
+    except Exception:  # its classes differ by cause; not all of the files are here
+        return False
 
 
 def _download(source: str) -> Path:

@@ -6,9 +6,9 @@ therefore runs in a subprocess), `forge.data.prepare` makes CorpusInfo, `forge.r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from forge.objective.registry import Direction
 
@@ -120,6 +120,13 @@ class ModelInfo:
     isolation_problem: str | None
     """Why examples that share a row would see each other, such as "TinyMixer takes no position_ids"; None if each
     sees only itself."""
+    look_ahead_problem: str | None = None
+    """Why it cannot learn to predict the next token, such as "a position sees the tokens after it"; None if it sees
+    none, or that is not known."""
+    notes: Sequence[str] = ()
+    """What the plan says about its weights: those that the pretrained folder lacks, or that are not used."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """`generation_config.json` of `from_pretrained`, kept for the export."""
     num_base_parameters: int = 0
     """Frozen parameters of `from_pretrained`: snapshots and checkpoints refer to them and do not contain them."""
     activation_bytes_per_row: int | None = None

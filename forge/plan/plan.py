@@ -271,6 +271,13 @@ def _check_model(job: JobSpec, model: ModelInfo, corpus: CorpusInfo | None) -> N
             f"{corpus.vocab_size - model.vocab_size} tokens would have no embedding; leave model.vocab_size out "
             "to take the tokenizer's"
         )
+    if model.look_ahead_problem is not None and job.training.objective == "causal-lm":
+        origin = next(key for key in ("architecture", "from_pretrained", "class") if getattr(job.model, key))
+        raise PlanError(
+            f"{model.look_ahead_problem}, so it would learn to copy the next token, not to predict it; "
+            "take a model that sees only earlier tokens",
+            job_key=f"model.{origin}",
+        )
     if model.max_seq_len is not None and job.data.seq_len > model.max_seq_len:
         raise PlanError(
             f"data.seq_len is {job.data.seq_len}, but the model has positions for {model.max_seq_len} tokens; "

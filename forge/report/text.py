@@ -64,7 +64,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     facts[1:1] = [*_files(plan.files), ("special tokens", _special_tokens(job))]
     if plan.code is not None:
         facts.append(("code", _code(job, plan.code)))
-    return facts
+    return facts + [("note", note) for note in plan.model.notes]
 
 
 def _files(files: CorpusFiles | None) -> list[tuple[str, str]]:

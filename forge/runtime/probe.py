@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from forge.cluster.base import ClusterStatus
 from forge.cluster.local.provider import LocalCluster
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
+from forge.config.locations import combined
 from forge.config.model import ModelSpec
 from forge.errors import ClusterError, JobFileError, PlanError
 from forge.fs import default_cache_dir, write_atomic
@@ -102,14 +104,31 @@ def count_slots(status: ClusterStatus, found: HardwareInfo) -> int:
     return int(sum(node.num_gpus if found.device == "cuda" else node.num_cpus for node in alive))
 
 
-def _job_file_error(loaded: LoadedJob, *, problem: str, key: str | None, choices: list[str]) -> JobFileError:
+def _job_file_error(
+    loaded: LoadedJob,
+    *,
+    problem: str,
+    key: str | None,
+    more_keys: Sequence[str] = (),
+    suspects: Sequence[str] = (),
+    choices: Sequence[str] = (),
+) -> JobFileError:
+    """The error of a ModelError's fields. Of several suspects, a key from `--set` was changed last."""
+    locations = loaded.source.locations
+    own = [name for name in suspects if (at := locations.get(f"model.{name}")) is not None and at.line is None]
+    key = own[0] if own else key
     if key is None:
         return loaded.source.error("model", problem)
-    has_value = key in ModelSpec.model_fields
-    wrong = str(getattr(loaded.job.model, key)) if has_value else key
+    return combined([_key_error(loaded, problem, key=name, choices=choices) for name in (key, *more_keys)])
+
+
+def _key_error(loaded: LoadedJob, problem: str, *, key: str, choices: Sequence[str]) -> JobFileError:
+    is_field = key in ModelSpec.model_fields
+    wrong = str(getattr(loaded.job.model, key)) if is_field else key
     nearest = difflib.get_close_matches(wrong, choices, n=1)
+    is_unknown = bool(choices) and not is_field
     return loaded.source.error(
-        f"model.{key}", problem, nearest=nearest[0] if nearest else None, show_value=has_value
+        f"model.{key}", problem, nearest=nearest[0] if nearest else None, show_value=not is_unknown
     )
 
 

@@ -29,7 +29,7 @@ from forge.checkpoint.reader import Checkpoint, open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import find_checkpoint, verify_checkpoint
 from forge.errors import ArgumentError, CheckpointError, ForgeError
-from forge.model.families.causal_lm import config_from_record
+from forge.model.transformers_config import config_from_record
 from forge.process import take_stdout
 from forge.serve.weights import CheckpointWeights
 from forge.train.state import bytes_of

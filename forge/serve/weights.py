@@ -15,8 +15,8 @@ from forge.checkpoint.manifest import BaseWeights, base_difference
 from forge.checkpoint.reader import Checkpoint
 from forge.errors import CheckpointError
 from forge.fs import default_cache_dir
-from forge.model.families.causal_lm import build_on_meta, config_from_record
 from forge.model.pretrained import PretrainedWeights
+from forge.model.transformers_config import build_on_meta, config_from_record
 from forge.model.weight_files import digest_file, open_weight_files
 from forge.train.model_shape import DTYPE_NAMES
 from forge.train.state import bytes_of

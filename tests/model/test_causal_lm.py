@@ -10,7 +10,8 @@ import torch
 from forge.config.model import ModelSpec
 from forge.errors import PlanError
 from forge.model.families.base import BuildOptions, DataShape
-from forge.model.families.causal_lm import CausalLmFamily, build_config
+from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.transformers_config import build_config
 
 DATA = DataShape(vocab_size=97, seq_len=16, eot_id=0)
 LLAMA = {

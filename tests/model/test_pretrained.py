@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
-from forge.model.families.base import DataShape
+from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.causal_lm import CausalLmFamily
 from forge.model.pretrained import PretrainedWeights
 from forge.model.weight_files import digest_file, open_weight_files
@@ -149,15 +149,6 @@ def test_inspect__config_that_cannot_be_used__is_refused_without_a_prompt(
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("origin", ["architecture", "from_pretrained"])
-def test_inspect__attention_of_the_hub_in_the_job__is_refused(tmp_path: Path, origin: str) -> None:
-    saved_model(tmp_path)
-    source = "llama" if origin == "architecture" else str(tmp_path)
-    spec = ModelSpec.model_validate({origin: source, "attn_implementation": "someone/kernel"})
-    with pytest.raises(ModelError, match=r"someone/kernel is code of the Hub"):
-        CausalLmFamily().inspect(spec, DATA)
-
-
 def test_open__tied_weight_stored_under_its_second_name__is_found(tmp_path: Path) -> None:
     model = saved_model(tmp_path, tie_word_embeddings=True)
     file = tmp_path / "model.safetensors"
@@ -280,6 +271,140 @@ def test_open_weight_files__reads_no_tensor(tmp_path: Path) -> None:
     assert {name: stored.shape for name, stored in tensors.items()} == {
         name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
     }
+
+
+def spec_of(folder: Path, **keys: object) -> ModelSpec:
+    return ModelSpec.model_validate({"from_pretrained": str(folder), **keys})
+
+
+def built(spec: ModelSpec, *, seed: int = 1) -> Any:
+    options = BuildOptions(dtype=torch.float32, device=torch.device("cpu"), seed=seed)
+    return CausalLmFamily().build(spec, DATA, options=options)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer"), ("qwen3", "num_hidden_layers")]
+)
+def test_inspect__more_layers_than_the_folder__are_said_and_drawn_from_the_seed(
+    tmp_path: Path, architecture: str, key: str
+) -> None:
+    saved_model(tmp_path, architecture)
+    spec = spec_of(tmp_path, **{key: 4})
+    note = CausalLmFamily().inspect(spec, DATA).notes[0]
+    assert note.startswith(f"not in {tmp_path}, drawn from the seed (the job sets {key}: 4): ")
+    absent = CausalLmFamily().open_pretrained(spec, DATA).absent
+    assert absent
+    assert {name.split(".")[2] for name in absent} == {"2", "3"}
+    torch.rand(7)
+    first, second, other = built(spec), built(spec), built(spec, seed=2)
+    one, two, three = (dict(model.named_parameters()) for model in (first, second, other))
+    assert all(torch.equal(one[name], two[name]) for name in absent)
+    matrix = next(name for name in absent if one[name].ndim > 1)
+    assert not torch.equal(one[matrix], three[matrix])
+    assert not torch.equal(one[matrix], one[matrix.replace(".2.", ".3.")])
+    assert one[matrix].detach().std() == pytest.approx(0.02, rel=0.3)
+
+
+def test_inspect__fewer_layers_than_the_folder__names_what_is_not_used(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    notes = CausalLmFamily().inspect(spec_of(tmp_path, num_hidden_layers=1), DATA).notes
+    assert len(notes) == 1
+    assert notes[0].startswith(
+        f"in {tmp_path}, but not in the model, so not used (the job sets num_hidden_layers: 1)"
+    )
+    assert "model.layers.1." in notes[0]
+
+
+def test_inspect__same_keys_as_the_folder__has_nothing_to_say(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    assert CausalLmFamily().inspect(spec_of(tmp_path, num_hidden_layers=2), DATA).notes == ()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"vocab_size": 600},
+        {"hidden_size": 64},
+        {"intermediate_size": 32},
+        {"num_attention_heads": 4, "head_dim": 32},
+    ],
+)
+def test_inspect__key_that_changes_a_shape__is_named_with_both_shapes(tmp_path: Path, keys: dict[str, int]) -> None:
+    saved_model(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"has other shapes: .* there and .* in the model.*; the job sets "
+    ) as caught:
+        CausalLmFamily().inspect(spec_of(tmp_path, **keys), DATA)
+    assert caught.value.key == next(iter(keys))
+
+
+def test_inspect__folder_that_lacks_its_own_weights__is_refused_with_more_layers_too(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    without(tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(ModelError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        CausalLmFamily().inspect(spec_of(tmp_path, num_hidden_layers=3), DATA)
+
+
+def test_inspect__freeze_of_weights_that_are_not_in_the_folder__is_refused(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    with pytest.raises(ModelError, match=r"freezes weights that are not in .*model\.layers\.2\.") as caught:
+        CausalLmFamily().inspect(spec_of(tmp_path, num_hidden_layers=3, freeze="model.layers.2"), DATA)
+    assert caught.value.key == "freeze"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "suspects"),
+    [
+        ("llama", {"hidden_size": 33, "rms_norm_eps": 1e-5}, ("hidden_size",)),
+        ("llama", {"num_hidden_layers": -1.5}, ("num_hidden_layers",)),
+        ("llama", {"num_attention_heads": 3}, ("num_attention_heads",)),
+        ("qwen3", {"layer_types": ["full_attention"]}, ("layer_types",)),
+    ],
+)
+def test_inspect__value_that_the_config_refuses__blames_its_key(
+    tmp_path: Path, architecture: str, keys: dict[str, object], suspects: tuple[str, ...]
+) -> None:
+    saved_model(tmp_path, architecture)
+    with pytest.raises(ModelError) as caught:
+        CausalLmFamily().inspect(spec_of(tmp_path, **keys), DATA)
+    assert (caught.value.key, caught.value.suspects) == (suspects[0], suspects)
+    assert "\n" not in caught.value.problem
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_inspect__git_lfs_pointer__is_said(tmp_path: Path, name: str) -> None:
+    saved_model(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with pytest.raises(PlanError, match=rf"{name} is a git-lfs pointer, not the file itself: run `git lfs pull`"):
+        CausalLmFamily().inspect(spec_of(tmp_path), DATA)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 10**9}, {"vocab_size": 10**18}, {"text_config": {"n_layer": 10**9}}]
+)
+def test_inspect__folder_whose_config_has_sizes_without_end__is_refused(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    saved_model(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ModelError, match="must be at most"):
+        CausalLmFamily().inspect(spec_of(tmp_path), DATA)
+
+
+def test_inspect__unknown_keys__are_all_named(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        CausalLmFamily().inspect(spec_of(tmp_path, hiden_size=1, rms_nrm_eps=2), DATA)
+    assert (caught.value.key, caught.value.more_keys) == ("hiden_size", ("rms_nrm_eps",))
+
+
+def test_inspect__folder__keeps_its_generation_config(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    body = {"eos_token_id": [0, 5], "temperature": 0.7, "do_sample": True}
+    (tmp_path / "generation_config.json").write_text(json.dumps(body))
+    assert CausalLmFamily().inspect(spec_of(tmp_path), DATA).generation == body
 
 
 def without(file: Path, *names: str) -> None:

@@ -45,6 +45,11 @@ class Failing(TinyMixer):
     def forward(self, input_ids):
         return self.odd(super().forward(input_ids))
 
+class Looking(TinyMixer):
+    def forward(self, input_ids):
+        hidden = self.mix(self.embedding(input_ids))
+        return self.head(hidden + hidden.mean(dim=1, keepdim=True))
+
 class Wrong(TinyMixer):
     def forward(self, input_ids):
         return self.embedding(input_ids)
@@ -133,3 +138,20 @@ def test_build__same_seed__same_weights_and_frozen_as_asked() -> None:
     assert all(parameter.dtype == torch.bfloat16 for parameter in first.parameters())
     assert [name for name, p in first.named_parameters() if not p.requires_grad] == ["embedding.weight"]
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("seq_len", [2, 5, 64])
+def test_inspect__class_that_sees_later_tokens__is_found(seq_len: int) -> None:
+    data = dataclasses.replace(DATA, seq_len=seq_len)
+    found = [
+        family_of(spec).inspect(spec, data).look_ahead_problem
+        for spec in (ModelSpec.model_validate({"class": f"my_models:{name}"}) for name in ("TinyMixer", "Looking"))
+    ]
+    assert found == [None, "in Looking a position sees the tokens after it"]
+
+
+def test_inspect__class__leaves_the_random_state_alone() -> None:
+    spec = ModelSpec.model_validate({"class": "my_models:TinyMixer"})
+    before = torch.get_rng_state()
+    family_of(spec).inspect(spec, DATA)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -72,7 +72,7 @@ class ModelFamily(Protocol):
         """Import what `build` needs before processes are forked."""
 
 
-def parameter_counts(model: nn.Module) -> dict[str, int]:
+def parameter_counts(model: nn.Module) -> dict[str, Any]:
     """Return the fields of ModelInfo that every family counts the same way; tied parameters count once."""
     return {
         "num_parameters": sum(p.numel() for p in model.parameters()),

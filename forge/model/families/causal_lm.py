@@ -7,9 +7,7 @@ afterwards (`forge.model.pretrained`).
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +15,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
@@ -29,8 +26,10 @@ from forge.model.families.base import BuildOptions, DataShape, parameter_counts
 from forge.model.freeze import freeze_parameters
 from forge.model.init import initialise
 from forge.model.isolation import isolation_problem
-from forge.model.pretrained import PretrainedWeights
-from forge.model.weight_files import open_weight_files
+from forge.model.look_ahead import probe_forward
+from forge.model.pretrained import PretrainedWeights, some
+from forge.model.transformers_config import build_config, build_on_meta, check_keys, load_config, read_generation
+from forge.model.weight_files import is_downloaded, open_weight_files
 from forge.plan.inputs import ModelInfo
 from forge.process import one_line
 
@@ -43,153 +42,141 @@ class CausalLmFamily:
     """Models that `AutoModelForCausalLM` knows."""
 
     def inspect(self, spec: ModelSpec, data: DataShape) -> ModelInfo:
-        _check_keys(spec)
-        try:
-            config = build_config(spec, data)
-            model = build_on_meta(config)
-        except PlanError as error:
-            named = re.search(r"field '(\w+)'", str(error))
-            is_given = named is not None and named[1] in spec.config_overrides
-            raise ModelError(str(error), key=named[1] if named and is_given else None) from error
-        except Exception as error:  # a config that transformers builds and its model class cannot
-            raise ModelError(f"transformers cannot build this model: {one_line(error)}") from error
+        check_keys(spec)
+        config, model = _build_or_blame(spec, data)
         freeze_parameters(model, spec.freeze)
-        if spec.from_pretrained is not None and Path(spec.from_pretrained).expanduser().is_dir():
-            PretrainedWeights(open_weight_files(spec.from_pretrained), model)  # checks names and shapes
+        notes = _check_weights(spec, model) if spec.from_pretrained is not None else ()
+        probe = probe_forward(config, seq_len=data.seq_len)
+        if probe.problem is not None:
+            origin = "architecture" if spec.from_pretrained is None else "from_pretrained"
+            raise ModelError(probe.problem, key=origin)
+        if probe.looks_ahead is None:
+            notes += ("not checked whether it sees later tokens: no small copy of it can be run",)
         info = _count(model, config)
-        frozen = info.num_parameters - info.num_trainable_parameters
-        return replace(info, num_base_parameters=frozen if spec.from_pretrained is not None else 0)
+        if spec.from_pretrained is not None:
+            frozen = info.num_parameters - info.num_trainable_parameters
+            info = replace(info, num_base_parameters=frozen, generation=read_generation(spec.from_pretrained))
+        problem = _look_ahead_problem(config, seq_len=data.seq_len) if probe.looks_ahead else None
+        return replace(info, notes=notes, look_ahead_problem=problem)
 
     def build(self, spec: ModelSpec, data: DataShape, *, options: BuildOptions) -> nn.Module:
         config = build_config(spec, data)
-        is_short = options.device.type == "cpu" and data.seq_len <= _PLAIN_ATTENTION_TOKENS
-        # Fused attention draws its dropout from a stream of its own, which a seed per sample cannot reach.
-        if has_dropout(config) or (is_short and "attn_implementation" not in spec.config_overrides):
-            config._attn_implementation = "eager"
-        sharding = options.sharding
-        with no_init_weights(), sharding.construct() if sharding else nullcontext():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=options.dtype, trust_remote_code=False
-            )
+        model = build_from_config(config, options=options, seq_len=data.seq_len)
+        gather = options.sharding.gather if options.sharding else None
         if not options.skip_init and spec.from_pretrained is None:
-            initialise(model, seed=options.seed, gather=sharding.gather if sharding else None)
+            initialise(model, seed=options.seed, gather=gather)
+        elif not options.skip_init and spec.config_overrides:
+            absent = self.open_pretrained(spec, data).absent
+            if absent:
+                initialise(model, seed=options.seed, gather=gather, only=absent)
         model.tie_weights()
         freeze_parameters(model, spec.freeze)
         return cast(nn.Module, model)
 
     def open_pretrained(self, spec: ModelSpec, data: DataShape) -> PretrainedWeights:
         assert spec.from_pretrained is not None
-        return PretrainedWeights(open_weight_files(spec.from_pretrained), build_on_meta(build_config(spec, data)))
+        return _open_weights(spec, build_on_meta(build_config(spec, data)))
 
     def import_classes(self, spec: ModelSpec, data: DataShape) -> None:
         build_on_meta(build_config(spec, data))
 
 
-def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
-    """Return the transformers config of a job: its keys, with vocabulary and positions taken from the data.
+def build_from_config(config: PretrainedConfig, *, options: BuildOptions, seq_len: int) -> PreTrainedModel:
+    """Build a model whose weights have no values yet."""
+    is_short = options.device.type == "cpu" and seq_len <= _PLAIN_ATTENTION_TOKENS
+    # Fused attention draws its dropout from a stream of its own, which a seed per sample cannot reach.
+    if has_dropout(config) or (is_short and config._attn_implementation is None):
+        config._attn_implementation = "eager"
+    sharding = options.sharding
+    with no_init_weights(), sharding.construct() if sharding else nullcontext():
+        return cast(
+            PreTrainedModel,
+            AutoModelForCausalLM.from_config(config, dtype=options.dtype, trust_remote_code=False),
+        )
 
-    Raises: PlanError if transformers refuses the architecture or a value.
+
+def _open_weights(spec: ModelSpec, model: Any) -> PretrainedWeights:
+    """Open the weights of `from_pretrained`; parameters that only the job's keys add to its model may be absent.
+
+    Raises: ModelError if weights of the folder's own model are missing, or any has another shape; PlanError.
     """
-    if spec.from_pretrained is not None:
-        config = _load_config(spec.from_pretrained, spec.config_overrides)
-        _check_attention(config)
-        return config
-    given = spec.config_overrides
+    files = open_weight_files(spec.from_pretrained or "")
+    if not spec.config_overrides:
+        return PretrainedWeights(files, model)
+    own = PretrainedWeights(files, build_on_meta(load_config(files.source)))
+    own_names = set(own.names)
     try:
-        base = AutoConfig.for_model(spec.architecture)
-        names = {base.attribute_map.get(key, key) for key in given}
-        derived: dict[str, Any] = {"vocab_size": data.vocab_size, "max_position_embeddings": data.seq_len}
-        derived |= {"bos_token_id": data.eot_id, "eos_token_id": data.eot_id, "pad_token_id": None}
-        derived = {
-            key: value
-            for key, value in derived.items()
-            if hasattr(base, key) and base.attribute_map.get(key, key) not in names
-        }
-        config = AutoConfig.for_model(spec.architecture, **(derived | given))
-    except Exception as error:  # transformers validates with exceptions of several unrelated classes
-        raise PlanError(f"model.architecture {spec.architecture}: {one_line(error)}") from error
-    _check_attention(config)
-    return config
+        return PretrainedWeights(files, model, is_required=own_names.__contains__)
+    except ModelError as error:
+        keys = ", ".join(f"{key}: {value}" for key, value in spec.config_overrides.items())
+        raise ModelError(f"{error.problem}; the job sets {keys}", key=next(iter(spec.config_overrides))) from error
 
 
-def config_from_record(record: Mapping[str, Any]) -> PretrainedConfig:
-    """Return the config that a checkpoint contains."""
-    body = dict(record)
-    return AutoConfig.for_model(body.pop("model_type"), **body)
+def _look_ahead_problem(config: PretrainedConfig, *, seq_len: int) -> str:
+    """Describe a model that sees later tokens, and the key that would change it, if there is one."""
+    problem = f"in {type(build_on_meta(config)).__name__} with these keys a position sees the tokens after it"
+    if getattr(config, "is_decoder", True):
+        return problem
+    decoder = type(config).from_dict(config.to_dict() | {"is_decoder": True})
+    is_cured = probe_forward(decoder, seq_len=seq_len).looks_ahead is False
+    return f"{problem}; set model.is_decoder: true" if is_cured else problem
 
 
-def build_on_meta(config: PretrainedConfig) -> Any:
-    """Build a model on the meta device, which allocates no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+def _check_weights(spec: ModelSpec, model: Any) -> tuple[str, ...]:
+    """Check names and shapes of the pretrained weights, from the headers of their files.
+
+    Returns: what the plan has to say about them.
+    Raises: ModelError, PlanError.
+    """
+    source = spec.from_pretrained or ""
+    if not Path(source).expanduser().is_dir() and not is_downloaded(source):
+        return (f"the weights of {source} are not on this machine; their names and shapes are not checked yet",)
+    weights = _open_weights(spec, model)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    untrained = sorted(set(frozen) & set(weights.absent))
+    if untrained:
+        raise ModelError(f"freezes weights that are not in {source}: {some(untrained)}", key="freeze")
+    keys = ", ".join(f"{key}: {value}" for key, value in spec.config_overrides.items())
+    notes = []
+    if weights.absent:
+        notes.append(f"not in {source}, drawn from the seed (the job sets {keys}): {some(weights.absent)}")
+    if weights.unused:
+        reason = f" (the job sets {keys})" if keys else ""
+        notes.append(f"in {source}, but not in the model, so not used{reason}: {some(weights.unused)}")
+    return tuple(notes)
 
 
-def _load_config(source: str, overrides: Mapping[str, Any]) -> PretrainedConfig:
-    """Raises: ModelError if the config cannot be read, needs code of its folder, or is of quantised weights."""
+def _build_or_blame(spec: ModelSpec, data: DataShape) -> tuple[PretrainedConfig, Any]:
+    """Build the config, and the model on the meta device. Raises: ModelError with the keys of the job to blame."""
     try:
-        folder = str(Path(source).expanduser())
-        config = AutoConfig.from_pretrained(folder, **(dict(overrides) | {"trust_remote_code": False}))
-    except Exception as error:  # transformers validates with exceptions of several unrelated classes
-        problem = f"the config of {source} cannot be used: {one_line(error)}"
-        if "trust_remote_code" in str(error):
-            problem = (
-                f"the model of {source} consists of code in its own folder (`auto_map`), and forge does not "
-                "execute it: take a model that transformers contains, or write it as a `class` in the folder of "
-                "`code`"
-            )
-        raise ModelError(problem, key="from_pretrained") from error
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise ModelError(
-            f"the weights of {source} are quantised ({method or 'method not named'}), and forge trains plain "
-            "floating point: give the model that they were quantised from, or save them dequantised",
-            key="from_pretrained",
-        )
-    return config
+        config = build_config(spec, data)
+        return config, build_on_meta(config)
+    except PlanError as error:
+        failure: Exception = error
+        problem = error.problem
+    except Exception as error:  # a config that transformers builds and its model class cannot
+        failure, problem = error, f"transformers cannot build this model: {one_line(error)}"
+    if isinstance(failure, ModelError) and failure.key not in (None, "from_pretrained"):
+        raise failure
+    blamed = _blamed(spec, data, problem=problem)
+    key = blamed[0] if blamed else getattr(failure, "key", None)
+    raise ModelError(problem, key=key, suspects=blamed) from failure
 
 
-def _check_attention(config: PretrainedConfig) -> None:
-    """Raises: ModelError if the attention is a kernel of the Hub, which is code that would be downloaded."""
-    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
-    for chosen in (getattr(part, "_attn_implementation", None) for part in parts):
-        if "/" in str(chosen):
-            raise ModelError(
-                f"attn_implementation {chosen} is code of the Hub, which forge does not execute: choose eager, "
-                "sdpa or flash_attention_2",
-            )
-
-
-def _check_keys(spec: ModelSpec) -> None:
-    """Raises: ModelError for an unknown architecture, folder or key of the config."""
-    if spec.architecture is not None and spec.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        choices = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-        raise ModelError(
-            "transformers has no causal language model of this name", key="architecture", choices=choices
-        )
-    if spec.architecture is not None:
-        config = AutoConfig.for_model(spec.architecture)
-    else:
-        folder = spec.from_pretrained or ""
-        if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
-            raise ModelError("there is no such folder", key="from_pretrained")
-        config = _load_config(folder, {})
-    known = _config_keys(config)
+def _blamed(spec: ModelSpec, data: DataShape, *, problem: str) -> tuple[str, ...]:
+    """The keys of the job without any one of which the model could be built; one that is named comes first."""
+    named = re.search(r"field '(\w+)'", problem)
+    if named is not None and named[1] in spec.config_overrides:
+        return (named[1],)
+    found = []
     for key in spec.config_overrides:
-        if key not in known:
-            raise ModelError(f"{type(config).__name__} has no such key", key=key, choices=tuple(sorted(known)))
-
-
-def _config_keys(config: PretrainedConfig) -> set[str]:
-    """Return every key that a config's class accepts, including aliases."""
-    names = set(config.attribute_map)
-    for cls in type(config).__mro__:
-        names |= set(getattr(cls, "__annotations__", {}))
-        initialiser = vars(cls).get("__init__")
-        if initialiser is not None:
-            names |= set(inspect.signature(initialiser).parameters)
-    names.add("attn_implementation")
-    return {name for name in names if not name.startswith("_")} - {"self", "kwargs", "args"}
+        rest = {name: value for name, value in spec.model_dump(exclude_unset=True).items() if name != key}
+        try:
+            build_on_meta(build_config(ModelSpec.model_validate(rest), data))
+        except Exception:  # any failure: this key is not the only cause
+            continue
+        found.append(key)
+    return tuple(sorted(found, key=lambda key: key not in problem))
 
 
 def _count(model: Any, config: PretrainedConfig) -> ModelInfo:

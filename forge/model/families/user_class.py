@@ -38,9 +38,13 @@ from forge.model.families.base import BuildOptions, DataShape, parameter_counts
 from forge.model.freeze import freeze_parameters
 from forge.model.init import stream
 from forge.model.isolation import isolation_problem
+from forge.model.look_ahead import looks_ahead
 from forge.model.pretrained import PretrainedWeights
 from forge.plan.inputs import ModelInfo
 from forge.user_code import describe_error, load_class
+
+_MAX_PROBE_FLOPS = 5e10
+"""Forward FLOPs up to which a model is run when the plan is made: two passes take about a second on one core."""
 
 
 class UserClassFamily:
@@ -64,6 +68,7 @@ class UserClassFamily:
             max_seq_len=None,
             has_linear_head=False,
             isolation_problem=isolation_problem(model),
+            look_ahead_problem=_look_ahead_problem(spec, data, flops=cost["flops"]),
             activation_bytes_per_row=cost["activation_bytes"],
         )
 
@@ -108,6 +113,29 @@ def _construct(spec: ModelSpec, data: DataShape) -> nn.Module:
         return cls(**given)
     except Exception as error:
         raise ModelError(f"{cls.__name__} cannot be constructed: {describe_error(error)}", key="class") from error
+
+
+def _look_ahead_problem(spec: ModelSpec, data: DataShape, *, flops: int) -> str | None:
+    """Run a small model twice, and describe it if a position sees later tokens; None for a large one.
+
+    Raises: ModelError if the run fails.
+    """
+    if flops > _MAX_PROBE_FLOPS:
+        return None
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    try:
+        model = _construct(spec, data).eval()
+        tokens = torch.arange(data.seq_len).remainder(data.vocab_size)
+        sees = looks_ahead(model, torch.stack([tokens, tokens.flip(0)]))
+    except ModelError:
+        raise
+    except Exception as error:
+        problem = f"one forward pass of {spec.class_reference} failed: {describe_error(error)}"
+        raise ModelError(problem, key="class") from error
+    finally:
+        torch.set_rng_state(generator_state)
+    return f"in {type(model).__name__} a position sees the tokens after it" if sees else None
 
 
 def _measure(model: nn.Module, data: DataShape) -> dict[str, int]:

@@ -1,0 +1,227 @@
+"""The transformers config of a job: the job's keys over the defaults of an architecture, or over a folder's config.
+
+No argument of a job reaches a loader of transformers: the config of a folder is loaded without any, and the job's
+keys are applied to its content. Code of a folder or of the Hub is never executed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from forge.config.model import ModelSpec, size_problems
+from forge.errors import ModelError, PlanError
+from forge.foreign import parse_json
+from forge.model.families.base import DataShape
+from forge.model.weight_files import lfs_problem
+from forge.process import one_line
+
+_MAX_CONFIG_BYTES = 16 * 2**20
+_GENERATION = "generation_config.json"
+
+
+def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
+    """Return the transformers config of a job: its keys, with vocabulary and positions taken from the data.
+
+    Raises: PlanError if transformers refuses the architecture or a value.
+    """
+    given = spec.config_overrides
+    if spec.from_pretrained is not None:
+        config = load_config(spec.from_pretrained)
+        config = _with_overrides(config, given, source=spec.from_pretrained) if given else config
+    else:
+        config = _new_config(spec.architecture, given, data=data)
+    _check_attention(config)
+    _check_taken(config, given)
+    return config
+
+
+def config_from_record(record: Mapping[str, Any]) -> PretrainedConfig:
+    """Return the config that a checkpoint contains. Raises: ModelError if it is not one that forge writes."""
+    body = {key: value for key, value in record.items() if key not in ("model_type", "auto_map")}
+    try:
+        config = AutoConfig.for_model(record["model_type"], **body)
+    except Exception as error:  # transformers validates with exceptions of several unrelated classes
+        raise ModelError(f"the config of the checkpoint cannot be used: {one_line(error)}") from error
+    _check_attention(config)
+    return config
+
+
+def build_on_meta(config: PretrainedConfig) -> Any:
+    """Build a model on the meta device, which allocates no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def check_keys(spec: ModelSpec) -> None:
+    """Raises: ModelError for an unknown architecture, folder or keys of the config."""
+    if spec.architecture is not None:
+        if spec.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            choices = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+            raise ModelError(
+                "transformers has no causal language model of this name", key="architecture", choices=choices
+            )
+        config = AutoConfig.for_model(spec.architecture)
+    else:
+        folder = spec.from_pretrained or ""
+        if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
+            raise ModelError("there is no such folder", key="from_pretrained")
+        config = load_config(folder)
+    known = _config_keys(config)
+    unknown = [key for key in spec.config_overrides if key not in known]
+    if unknown:
+        problem = f"{type(config).__name__} has no such key"
+        raise ModelError(problem, key=unknown[0], more_keys=tuple(unknown[1:]), choices=tuple(sorted(known)))
+
+
+def load_config(source: str) -> PretrainedConfig:
+    """Load the config of a folder or hub id, without executing code of it.
+
+    Raises: ModelError if the config cannot be read, needs code of its folder, or is of quantised weights.
+    """
+    folder = Path(source).expanduser()
+    try:
+        if folder.is_dir():
+            _check_file(folder / "config.json")
+        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else source, trust_remote_code=False)
+    except Exception as error:  # transformers validates with exceptions of several unrelated classes
+        problem = f"the config of {source} cannot be used: {one_line(error)}"
+        if "trust_remote_code" in str(error):
+            problem = (
+                f"the model of {source} consists of code in its own folder (`auto_map`), and forge does not "
+                "execute it: take a model that transformers contains, or write it as a `class` in the folder of "
+                "`code`"
+            )
+        raise ModelError(problem, key="from_pretrained") from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise ModelError(
+            f"the weights of {source} are quantised ({method or 'method not named'}), and forge trains plain "
+            "floating point: give the model that they were quantised from, or save them dequantised",
+            key="from_pretrained",
+        )
+    return config
+
+
+def read_generation(source: str) -> dict[str, Any]:
+    """Return the content of a folder's or hub id's `generation_config.json`; empty if it has none.
+
+    Raises: ModelError if the file cannot be read.
+    """
+    path = Path(source).expanduser() / _GENERATION
+    if not path.parent.is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(source, _GENERATION))
+        except EntryNotFoundError:  # also raised without a network
+            return {}
+    try:
+        return _read_table(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {one_line(error)}", key="from_pretrained") from error
+
+
+def _check_file(path: Path) -> None:
+    """Raises: ValueError for a file that no model has; OSError."""
+    if not path.is_file():
+        raise ValueError("there is no config.json in it")
+    wrong = next(iter(size_problems(_read_table(path))), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong[0]} {wrong[1]}")
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a model's folder; in the cache of the Hub it is a link. Raises: OSError, ValueError."""
+    problem = lfs_problem(path)
+    if problem is not None:
+        raise ValueError(problem)
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
+    body = parse_json(path.read_bytes())
+    if not isinstance(body, dict):
+        raise ValueError(f"{path.name} is not a table of keys")
+    return body
+
+
+def _new_config(architecture: str | None, given: Mapping[str, Any], *, data: DataShape) -> PretrainedConfig:
+    try:
+        base = AutoConfig.for_model(architecture)
+        names = {base.attribute_map.get(key, key) for key in given}
+        derived: dict[str, Any] = {"vocab_size": data.vocab_size, "max_position_embeddings": data.seq_len}
+        derived |= {"bos_token_id": data.eot_id, "eos_token_id": data.eot_id, "pad_token_id": None}
+        derived = {
+            key: value
+            for key, value in derived.items()
+            if hasattr(base, key) and base.attribute_map.get(key, key) not in names
+        }
+        return AutoConfig.for_model(architecture, **(derived | dict(given)))
+    except Exception as error:  # transformers validates with exceptions of several unrelated classes
+        raise PlanError(f"{architecture}: {one_line(error)}", job_key="model.architecture") from error
+
+
+def _with_overrides(base: PretrainedConfig, given: Mapping[str, Any], *, source: str) -> PretrainedConfig:
+    """Return a folder's config with keys of the job, validated as a whole."""
+    body = base.to_dict()
+    own = {base.attribute_map.get(key, key): value for key, value in given.items()}
+    for key, value in own.items():
+        if isinstance(value, Mapping) and isinstance(body.get(key), dict):
+            own[key] = body[key] | dict(value)
+    try:
+        if "num_hidden_layers" in {key for key in body if own.get(key, body[key]) != body[key]}:
+            body = _without_layer_lists(base, body, kept=own)
+        return type(base).from_dict(body | own)
+    except Exception as error:  # transformers validates with exceptions of several unrelated classes
+        raise ModelError(
+            f"the config of {source} cannot be used with {', '.join(given)} of the job: {one_line(error)}",
+            key="from_pretrained",
+        ) from error
+
+
+def _without_layer_lists(base: PretrainedConfig, body: Mapping[str, Any], *, kept: Iterable[str]) -> dict[str, Any]:
+    """Leave out lists with one entry per layer that the config's class derives by itself, such as `layer_types`."""
+    count = base.num_hidden_layers
+    lists = {key for key, value in body.items() if isinstance(value, list) and len(value) == count} - set(kept)
+    bare = {key: value for key, value in body.items() if key not in lists}
+    derived = type(base).from_dict(dict(bare)).to_dict()
+    return {key: value for key, value in body.items() if key not in lists or derived.get(key) != value}
+
+
+def _check_attention(config: PretrainedConfig) -> None:
+    """Raises: ModelError if the attention is a kernel of the Hub, which is code that would be downloaded."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for chosen in (getattr(part, "_attn_implementation", None) for part in parts):
+        if "/" in str(chosen):
+            raise ModelError(
+                f"attn_implementation {chosen} is code of the Hub, which forge does not execute: choose eager, "
+                "sdpa or flash_attention_2",
+            )
+
+
+def _check_taken(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
+    """Raises: ModelError if the config has another value than the job gives."""
+    for key, value in given.items():
+        found = getattr(config, key, value)
+        if isinstance(value, (bool, int, float)) and isinstance(found, (bool, int, float)) and found != value:
+            problem = f"{type(config).__name__} does not take it: it stays {found}"
+            raise ModelError(problem, key=key)
+
+
+def _config_keys(config: PretrainedConfig) -> set[str]:
+    """Return every key that a config's class accepts, including aliases."""
+    names = set(config.attribute_map)
+    for cls in type(config).__mro__:
+        names |= set(getattr(cls, "__annotations__", {}))
+        initialiser = vars(cls).get("__init__")
+        if initialiser is not None:
+            names |= set(inspect.signature(initialiser).parameters)
+    names.add("attn_implementation")
+    return {name for name in names if not name.startswith("_")} - {"self", "kwargs", "args"}
