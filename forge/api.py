@@ -13,19 +13,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forge.cluster.registry import find_cluster
+from forge.cluster.registry import find_cluster, find_known
 from forge.config import load
 from forge.config.load import LoadedJob
 from forge.config.overrides import check_kind
 from forge.data.prepare import PrepareProgress
 from forge.errors import JobFileError
 from forge.plan.plan import DraftPlan, Plan
-from forge.remote.mirror import remote_ref_of
 from forge.remote.submit import RemoteTarget, preflight, resolve_remote, submit
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
 from forge.runs.checkpoints import CheckpointEntry, best_checkpoint
 from forge.runs.create import create_run, reopen_run
 from forge.runs.reader import RunSummary, failure_of, find_run, follow, read_metrics, read_run
+from forge.runs.remote_ref import read_remote_ref
 from forge.runtime.driver_process import RunHandle, start_driver
 from forge.runtime.resolve import resolve, resolve_draft
 from forge.runtime.resolve_code import with_run_code
@@ -213,9 +213,10 @@ def _run_to_end(handle: RunHandle, *, on_record: OnRecord | None) -> Run:
 
 def _target(cluster: str | None, resume: Path | None) -> RemoteTarget | None:
     """The cluster that was named, or that the run to resume was on; None for this machine."""
-    ref = remote_ref_of(resume) if resume is not None else None
-    name = cluster or (ref.cluster if ref is not None else None)
-    return None if name is None else preflight(find_cluster(name))
+    ref = read_remote_ref(resume) if resume is not None else None
+    if cluster is None and ref is not None:
+        return preflight(find_known(ref.cluster))
+    return None if cluster is None else preflight(find_cluster(cluster))
 
 
 def _run_of(folder: Path) -> Run:

@@ -163,7 +163,8 @@ class RankLocation:
 
     rank: int
     node: str
-    pid: int
+    pid: int | None
+    """None if its agent has not reported it yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

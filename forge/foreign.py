@@ -35,6 +35,7 @@ MAX_VALUES = 4_000_000
 MAX_INT = 2**63
 """Bound of integers: file offsets and sizes fit, and so does every conversion to float."""
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
+_SCALARS = (str, bool, int, float, dict, list, tuple, type(None))
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -49,6 +50,13 @@ def read_file(path: Path, *, max_bytes: int) -> bytes:
     if size > max_bytes or len(content) > max_bytes:
         raise ValueError(f"{path.name} has {max(size, len(content))} bytes; forge reads at most {max_bytes} of it")
     return content
+
+
+def read_file_end(path: Path, *, max_bytes: int) -> bytes:
+    """Read the last bytes of a regular file of any size. Raises: OSError, ValueError as `read_file`."""
+    with os.fdopen(open_file(path), "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - max_bytes))
+        return file.read(max_bytes)
 
 
 def open_file(path: Path) -> int:
@@ -69,13 +77,13 @@ def open_file(path: Path) -> int:
     return handle
 
 
-def parse_json(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> Any:
+def parse_json(text: bytes | str, *, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> Any:
     """Parse JSON of limited nesting and number of values. Raises: ValueError with the reason."""
     if isinstance(text, bytes):
         text = text.decode()  # json.loads would guess the encoding, and let lone surrogates pass
     num_containers = text.count("[") + text.count("{")
-    if num_containers + text.count(",") > MAX_VALUES:
-        raise ValueError(f"the JSON has more than {MAX_VALUES} values")
+    if num_containers + text.count(",") > max_values:
+        raise ValueError(f"the JSON has more than {max_values} values")
     try:
         value = json.loads(text)
     except RecursionError:
@@ -87,9 +95,9 @@ def parse_json(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> Any:
     return value
 
 
-def parse_object(text: bytes | str, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
+def parse_object(text: bytes | str, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """Parse a JSON object. Raises: ValueError with the reason."""
-    value = parse_json(text, max_depth=max_depth)
+    value = parse_json(text, max_values=max_values)
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, found {_kind(value)}")
     return value
@@ -145,7 +153,8 @@ def file_name(value: Any) -> str:
 def from_record(kind: type[_Record], record: Any, *, nan_for_null: bool = False) -> _Record:
     """Build a dataclass from a JSON object, and check every value against the type of its field.
 
-    Lists become tuples. Numbers are finite and integers below 2⁶³.
+    Lists become tuples. Numbers are finite and integers below 2⁶³. A value that has the class of its field already
+    is kept, such as one that another reader has built.
 
     Args:
         nan_for_null: a null where a number is expected becomes nan.
@@ -185,6 +194,8 @@ def typed(hint: Any, value: Any, *, where: str = "", nan_for_null: bool = False)
                 key: typed(item, each, where=_join(where, key), nan_for_null=nan_for_null)
                 for key, each in value.items()
             }
+        case builtins.type() if origin is None and hint not in _SCALARS and isinstance(value, hint):
+            return value
         case _ if dataclasses.is_dataclass(hint):
             return _build(cast(type[Any], hint), value, where=where, nan_for_null=nan_for_null)
         case _ if _is_scalar(hint, value):

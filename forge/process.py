@@ -44,6 +44,22 @@ def start_ticks(pid: int) -> int | None:
     return int(fields[19]) if fields and fields[0] not in ("Z", "X") else None
 
 
+def has_open(pid: int, path: Path) -> bool:
+    """Whether a process of this user has a file open: a pid that a file names is believed only then."""
+    try:
+        wanted = path.stat()
+        return any(_is_same(entry, wanted) for entry in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+
+
+def _is_same(entry: Path, wanted: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(entry.stat(), wanted)
+    except OSError:  # closed since it was listed
+        return False
+
+
 def die_with_parent(parent: int, *, signal_number: int = signal.SIGKILL) -> None:
     """Ask the kernel to signal this process when its parent thread dies; at once if `parent` is gone already.
 

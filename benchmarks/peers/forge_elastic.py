@@ -35,7 +35,8 @@ import yaml
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
 
 from benchmarks.program import FORGE
-from forge.chaos.faults import RunProcesses, give_notice, processes_of, suspend
+from forge.chaos.faults import give_notice
+from forge.chaos.processes import RunProcesses, processes_of, suspend
 from forge.cluster.local.ray_cluster import add_node, kill_node, start_head_alone, stop_local
 from forge.process import is_alive
 from forge.runs.reader import driver_pid, follow
@@ -159,9 +160,10 @@ def obey(line: str, request: dict[str, Any], nodes: dict[int, Any], run: Run | N
         record(request, noticed=node)
         give_notice(name, seconds_left=float(rest[0]))
     elif run is not None and what == "hang":
-        rank = next(pid for pid in run.members().ranks.values() if os.getsid(pid) == nodes[node].pid)
+        members = run.members()
+        rank = next(pid for pid in members.ranks.values() if pid and os.getsid(pid) == nodes[node].pid)
         record(request, halted=node)
-        suspend(rank)
+        suspend(rank, members=members)
 
 
 def record(request: dict[str, Any], **what: float) -> None:

@@ -6,11 +6,14 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from forge.cli.options import NodeOption, Output, OutputOption, RunArgument, RunsOption, SetOption
+
+if TYPE_CHECKING:
+    from forge.chaos.processes import RunProcesses
 
 app = typer.Typer(
     help="Inject failures into a run, and measure what they cost.", no_args_is_help=True, rich_markup_mode=None
@@ -110,19 +113,24 @@ def kill(
 
     Example:  forge chaos kill latest --node 1
     """
-    members = _members(run, runs)
-    from forge.chaos import faults
+    from forge.chaos import processes
 
     _require_one(rank=rank, node=node, supervisor=supervisor or None)
+    members = _members(run, runs)
     if rank is not None:
-        faults.kill(members.rank(rank))
+        processes.kill(members.rank(rank), members=members)
         _done(run, f"rank {rank} was killed")
     elif node is not None:
         name = members.node(node)
+        from forge.cluster.local.ray_cluster import require_private_token
+
+        require_private_token()  # before Ray is imported
+        from forge.chaos import faults
+
         faults.kill_node_of(members.agents[name])
         _done(run, f"node {name} was killed")
     else:
-        faults.kill(members.supervisor)
+        processes.kill(members.supervisor, members=members)
         _done(run, "the supervisor was killed")
 
 
@@ -134,16 +142,16 @@ def hang(
 
     Example:  forge chaos hang latest --rank 0
     """
-    members = _members(run, runs)
-    from forge.chaos import faults
+    from forge.chaos import processes
 
     _require_one(rank=rank, node=node)
+    members = _members(run, runs)
     if rank is not None:
-        faults.suspend(members.rank(rank))
+        processes.suspend(members.rank(rank), members=members)
         _done(run, f"rank {rank} is suspended")
     else:
         name = members.node(node or "")
-        faults.suspend(members.agents[name])
+        processes.suspend(members.agents[name], members=members)
         _done(run, f"the agent of node {name} is suspended")
 
 
@@ -161,17 +169,17 @@ def notice(
     Example:  forge chaos notice latest --node 1 --seconds 30
     """
     name = _members(run, runs).node(node)
+    from forge.cluster.local.ray_cluster import require_private_token
+
+    require_private_token()  # before Ray is imported
     from forge.chaos import faults
 
     faults.give_notice(name, seconds_left=seconds)
     _done(run, f"node {name} got a preemption notice of {seconds:g} s")
 
 
-def _members(run: str, runs: Path) -> Any:
-    from forge.cluster.local.ray_cluster import require_private_token
-
-    require_private_token()  # before Ray is imported
-    from forge.chaos.faults import processes_of
+def _members(run: str, runs: Path) -> RunProcesses:
+    from forge.chaos.processes import processes_of
     from forge.runs.reader import find_run
 
     return processes_of(find_run(run, root=runs))

@@ -180,9 +180,8 @@ def _cluster_of(file: Path | None, *, nodes: int | None, port: int | None) -> Cl
     """Raises: JobFileError if the file is wrong; ArgumentError for options that it excludes."""
     from forge.cluster.local.provider import LocalCluster
     from forge.cluster.local.ray_cluster import NAME
-    from forge.cluster.registry import cluster_of
+    from forge.cluster.registry import cluster_of_file
     from forge.config.cluster import LocalSpec
-    from forge.config.load import load_cluster
     from forge.errors import ArgumentError
 
     if file is None:
@@ -191,7 +190,7 @@ def _cluster_of(file: Path | None, *, nodes: int | None, port: int | None) -> Cl
         raise ArgumentError(
             "--nodes and --port are for a cluster on this machine; set them in the cluster file instead"
         )
-    return cluster_of(load_cluster(file))
+    return cluster_of_file(file)
 
 
 def _confirm_price(cluster: Cluster, *, yes: bool) -> None:

@@ -95,12 +95,13 @@ def logs(
     """
     from forge.cli import display
     from forge.errors import ArgumentError
-    from forge.remote.mirror import remote_log, remote_ref_of
+    from forge.remote.mirror import remote_log
     from forge.runs.reader import find_run, read_plan
+    from forge.runs.remote_ref import read_remote_ref
 
     found = find_run(run, root=runs)
     name = file or ("rank-0" if read_plan(found).search is None else "driver")
-    if remote_ref_of(found) is not None:
+    if read_remote_ref(found) is not None:
         display.print_text(remote_log(found, name=name, lines=lines) or "(empty)")
         return
     folder = found / "logs"

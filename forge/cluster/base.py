@@ -173,7 +173,7 @@ def read_record(name: str) -> ClusterRecord | None:
 
 def list_records() -> list[ClusterRecord]:
     """The records of all clusters that were started from this machine and not stopped, except its own `local`."""
-    found = (read_record(path.stem) for path in sorted(state_folder("clusters").glob("*.json")))
+    found = (read_record(path.stem) for path in sorted((_state_home() / "clusters").glob("*.json")))
     return [record for record in found if record is not None and record.provider != "local"]
 
 

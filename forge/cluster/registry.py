@@ -35,6 +35,38 @@ def cluster_of(spec: ClusterSpec) -> Cluster:
     return KubernetesCluster(spec)
 
 
+def find_known(name: str) -> Cluster:
+    """The cluster with this name that was started from this machine, or is this machine's own; never a file.
+
+    Raises: ArgumentError listing the known clusters.
+    """
+    if name == NAME:
+        return LocalCluster()
+    record = read_record(name)
+    if record is None:
+        raise ArgumentError(
+            f"'{printable(name, limit=200)}' is not a cluster that was started from here; known clusters: "
+            f"{_known()}"
+        )
+    return cluster_of(_recorded_spec(record))
+
+
+def cluster_of_file(path: str | Path) -> Cluster:
+    """The cluster of a file, unless another cluster of its name was started from here, whose token it would get.
+
+    Raises: ArgumentError, JobFileError.
+    """
+    spec = load_cluster(path)
+    record = read_record(spec.name)
+    if record is not None and _head_of(_recorded_spec(record), record) != _head_of(spec, record):
+        raise ArgumentError(
+            f"{printable(str(path), limit=200)} describes another cluster than '{spec.name}', which was started "
+            f"from here: its head differs. Use the name, {spec.name}, choose another name: in the file, or stop "
+            f"the other first: forge cluster down {spec.name}"
+        )
+    return cluster_of(spec)
+
+
 def find_cluster(name: str | None) -> Cluster:
     """The cluster with this name or this file; without either, this machine's own.
 
@@ -49,19 +81,15 @@ def find_cluster(name: str | None) -> Cluster:
     if record is not None:
         return cluster_of(_recorded_spec(record))
     if _is_file(name):
-        spec = load_cluster(name)
-        record = read_record(spec.name)
-        if record is not None and _head_of(_recorded_spec(record), record) != _head_of(spec, record):
-            raise ArgumentError(
-                f"{printable(name, limit=200)} describes another cluster than '{spec.name}', which was started "
-                f"from here: its head differs. Use the name, {spec.name}, or choose another name: in the file"
-            )
-        return cluster_of(spec)
-    known = ", ".join([NAME, *(other.name for other in list_records())])
+        return cluster_of_file(name)
     raise ArgumentError(
         f"'{printable(name, limit=200)}' is neither a cluster that was started from here nor a file; known "
-        f"clusters: {known}"
+        f"clusters: {_known()}"
     )
+
+
+def _known() -> str:
+    return ", ".join([NAME, *(other.name for other in list_records())])
 
 
 def _recorded_spec(record: ClusterRecord) -> ClusterSpec:

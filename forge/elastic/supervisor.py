@@ -237,7 +237,7 @@ class Supervisor:
         if started["generation"] != self.state.generation:
             return
         ranks = tuple(
-            events.RankLocation(rank=rank, node=node, pid=self._pids.get(rank, 0))
+            events.RankLocation(rank=rank, node=node, pid=self._pids.get(rank))
             for rank, node in enumerate(self.state.assignment)
         )
         self._record_event(events.GenerationStarted(**started | {"ranks": ranks}))

@@ -20,7 +20,7 @@ from typing import Any
 from forge.config.job import JobSpec
 from forge.config.training import MAX_STEPS
 from forge.errors import DataError, PlanError
-from forge.foreign import from_record
+from forge.foreign import from_record, parse_object
 from forge.objective.registry import OBJECTIVES
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.deepspeed_config import deepspeed_config
@@ -152,40 +152,35 @@ def plan_to_json(plan: DraftPlan) -> str:
     return json.dumps(_plain(body), sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
-def plan_from_json(text: str) -> Plan:
-    """Read what `plan_to_json` wrote. Raises: PlanError for another format, or the draft of a dry run."""
+def plan_from_json(text: str | bytes) -> Plan:
+    """Read what `plan_to_json` wrote, and check the type of every value: a plan may come from elsewhere.
+
+    Raises: PlanError for another format, or the draft of a dry run.
+    """
     try:
-        body = json.loads(text)
-        if body.pop("format_version") != FORMAT_VERSION:
+        body = parse_object(text)
+        if body.pop("format_version", None) != FORMAT_VERSION:
             raise PlanError(f"this plan was written by another version of forge (this one reads {FORMAT_VERSION})")
         if "corpus" not in body:
             raise PlanError("this plan has no corpus: it was made by a dry run, and cannot be run")
-        corpus, code, search = body.pop("corpus"), body.pop("code", None), body.pop("search", None)
-        files = body.pop("files", None)
-        if corpus["unigram_perplexity"] is None:
-            corpus["unigram_perplexity"] = math.nan
-        return Plan(
-            job=JobSpec.model_validate_json(json.dumps(body.pop("job"))),
-            model=ModelInfo(**body.pop("model")),
-            corpus=CorpusInfo(**corpus),
-            hardware=HardwareInfo(**body.pop("hardware")),
-            worlds=tuple(
-                WorldSizePlan(
-                    batch=BatchPlan(**world["batch"]),
-                    memory=MemoryEstimate(**world["memory"]),
-                    fits=world["fits"],
-                    deepspeed=world["deepspeed"],
-                )
-                for world in body.pop("worlds")
-            ),
-            code=CodeInfo(**code) if code else None,
-            search=SearchPlan(**search) if search else None,
-            files=from_record(CorpusFiles, files) if files else None,
-            warnings=tuple(body.pop("warnings", ())),
-            **body,
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        job = JobSpec.model_validate_json(json.dumps(body.pop("job", None)))
+        plan = from_record(Plan, body | {"job": job}, nan_for_null=True)
+        _require_not_negative(plan)
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"not a plan of forge: {error}") from error
+    return plan
+
+
+def _require_not_negative(value: Any, *, name: str = "") -> None:
+    """Raises: ValueError if a whole number is negative; none in a plan can be."""
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"{name} is negative: {value}")
+    if isinstance(value, tuple):
+        for item in value:
+            _require_not_negative(item, name=name)
+    elif dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            _require_not_negative(getattr(value, f.name), name=f.name)
 
 
 def config_digest(job: JobSpec, *, code: CodeInfo | None) -> str:

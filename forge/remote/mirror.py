@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -19,36 +18,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from forge.cluster.base import Cluster
-from forge.cluster.registry import find_cluster
+from forge.cluster.registry import find_known
 from forge.errors import ArgumentError, ClusterError, ForgeError
+from forge.foreign import parse_object
 from forge.fs import write_atomic
 from forge.process import first_line
 from forge.remote.head_cli import MARK
-from forge.runs.reader import ENDINGS, REMOTE, count_records, driver_pid, error_named, read_run
-from forge.runs.recorder import EVENTS, METRICS, open_whole_lines
-from forge.runtime.driver_process import LocalRun, RunHandle
+from forge.runs.reader import ENDINGS, count_records, error_named, read_run
+from forge.runs.recorder import open_whole_lines
+from forge.runs.records import EVENTS, METRICS, event_record, step_record
+from forge.runs.remote_ref import RemoteRef, read_remote_ref, write_remote_ref
+from forge.runtime.driver_process import RunHandle, find_local_run
 
 _RETRY_S = (0.5, 1.0, 2.0, 5.0)
 _POLL_S = 0.05
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteRef:
-    """`remote.json`: the cluster, folder and Ray job of a run."""
-
-    cluster: str
-    folder: str
-    """Of the run, on the cluster's head."""
-    python: str
-    job: str
-    events: int
-    """Number of events mirrored when the job was submitted; the job prints those that follow."""
-    steps: int
 
 
 def find_run_handle(folder: Path) -> RunHandle | None:
@@ -56,33 +44,25 @@ def find_run_handle(folder: Path) -> RunHandle | None:
 
     Raises: ArgumentError if its cluster is no longer known on this machine; the run counts as dead from then on.
     """
-    pid = driver_pid(folder)
-    if pid is not None:
-        return LocalRun(folder=folder, pid=pid)
-    ref = remote_ref_of(folder)
+    local = find_local_run(folder)
+    if local is not None:
+        return local
+    ref = read_remote_ref(folder)
     if ref is None or read_run(folder).status != "running":
         return None
     try:
-        cluster = find_cluster(ref.cluster)
+        cluster = find_known(ref.cluster)
     except ArgumentError as error:
         _forget_job(folder, ref)
         raise ArgumentError(f"{folder.name} was on the cluster '{ref.cluster}': {error}") from error
     return RemoteRun(folder, ref, cluster=cluster)
 
 
-def remote_ref_of(folder: Path) -> RemoteRef | None:
-    """Read `remote.json` of a run; None for a run on this machine."""
-    try:
-        return RemoteRef(**json.loads((folder / REMOTE).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
 def remote_log(folder: Path, *, name: str, lines: int) -> str:
     """Return the last lines of a remote run's log. Raises: ArgumentError if it does not exist, ClusterError."""
-    ref = remote_ref_of(folder)
+    ref = read_remote_ref(folder)
     assert ref is not None, "called for remote runs only"
-    text: str = ask(find_cluster(ref.cluster), "log", ref.folder, name, str(lines))
+    text: str = ask(find_known(ref.cluster), "log", ref.folder, name, str(lines))
     return text
 
 
@@ -164,15 +144,16 @@ class RemoteRun:
         has_all = found["records"] == [num_events, num_steps]
         if not found["is_running"] and has_all:
             (self._folder / "logs").mkdir(exist_ok=True)
-            (self._folder / "logs" / "driver.log").write_text("\n".join([*self._job_output, ""]))
+            write_atomic(self._folder / "logs" / "driver.log", "\n".join([*self._job_output, ""]))
             _forget_job(self._folder, self._ref)
             self._is_over = True
             return
         ref = replace(self._ref, job=job_name(self._folder), events=num_events, steps=num_steps)
         write_remote_ref(self._folder, ref)
         self._ref = ref
+        python: str = ask(self._cluster, "check")["python"]
         with job_client(self._cluster) as client:
-            submit_job(client, ref, verb="follow")
+            submit_job(client, ref, verb="follow", python=python)
 
 
 class _Mirror:
@@ -195,9 +176,11 @@ class _Mirror:
             file.close()
 
     def take(self, text: str) -> bool:
-        """Write one record. Returns: whether it is the run's last."""
-        record = json.loads(text)
-        kind = "event" if "event" in record else "step"
+        """Write one record, unless it is not one. Returns: whether it is the run's last."""
+        event = event_record(text.encode())
+        record, kind = event or step_record(text.encode()), "step" if event is None else "event"
+        if record is None:
+            return False
         self._known[kind] -= 1
         if self._known[kind] < 0:
             self._files[kind].write(text + "\n")
@@ -236,8 +219,16 @@ def job_client(cluster: Cluster) -> Iterator[Any]:
         yield client
 
 
-def submit_job(client: Any, ref: RemoteRef, *, verb: str) -> None:
-    command = [ref.python, "-P", "-m", "forge.remote.head_cli", verb, ref.folder]
+def submit_job(client: Any, ref: RemoteRef, *, verb: str, python: str) -> None:
+    """Submit the Ray job that runs or follows a run.
+
+    Args:
+        verb: `run` or `follow`.
+        python: path of the interpreter on the head.
+
+    Raises: ClusterError if it is not accepted.
+    """
+    command = [python, "-P", "-m", "forge.remote.head_cli", verb, ref.folder]
     command += ["--events", str(ref.events), "--steps", str(ref.steps)]
     try:
         client.submit_job(
@@ -260,7 +251,7 @@ def ask(cluster: Cluster, *words: str, stdin: bytes = b"", timeout_s: float = 60
 
 def answer_of(cluster: Cluster, stdout: bytes, stderr: bytes) -> Any:
     try:
-        answer = json.loads(stdout.splitlines()[-1])
+        answer = parse_object(stdout.splitlines()[-1])
     except (ValueError, IndexError):
         lines = stderr.decode(errors="replace").strip().splitlines() or ["no output"]
         raise ClusterError(f"the command on the head of '{cluster.name}' failed: {lines[-1]}") from None
@@ -271,10 +262,6 @@ def answer_of(cluster: Cluster, stdout: bytes, stderr: bytes) -> Any:
 
 def job_name(folder: Path) -> str:
     return f"{folder.name}-{secrets.token_hex(2)}"
-
-
-def write_remote_ref(folder: Path, ref: RemoteRef) -> None:
-    write_atomic(folder / REMOTE, json.dumps(asdict(ref), indent=1) + "\n")
 
 
 def _forget_job(folder: Path, ref: RemoteRef) -> None:

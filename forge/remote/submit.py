@@ -31,17 +31,16 @@ from forge.plan.gpus import find_gpu
 from forge.plan.inputs import HardwareInfo
 from forge.plan.plan import Plan
 from forge.remote.mirror import (
-    RemoteRef,
     RemoteRun,
     answer_of,
     ask,
     job_client,
     job_name,
     submit_job,
-    write_remote_ref,
 )
 from forge.runs.reader import count_records, driver_pid
-from forge.runs.recorder import EVENTS, METRICS
+from forge.runs.records import EVENTS, METRICS
+from forge.runs.remote_ref import RemoteRef, write_remote_ref
 from forge.runs.secrets import credentials
 from forge.runtime.driver_process import LocalRun, RunHandle
 from forge.runtime.probe import count_slots, hardware
@@ -163,7 +162,6 @@ def submit(target: RemoteTarget, plan: Plan, *, folder: Path) -> RunHandle:
     ref = RemoteRef(
         cluster=cluster.name,
         folder=remote_folder,
-        python=target.python,
         job=job_name(folder),
         events=num_events,
         steps=num_steps,
@@ -171,7 +169,7 @@ def submit(target: RemoteTarget, plan: Plan, *, folder: Path) -> RunHandle:
     if not cluster.shares_files:
         write_remote_ref(folder, ref)
     with job_client(cluster) as client:
-        submit_job(client, ref, verb="run")
+        submit_job(client, ref, verb="run", python=target.python)
         if cluster.shares_files:
             return _await_driver(client, ref, folder)
     return RemoteRun(folder, ref, cluster=cluster)

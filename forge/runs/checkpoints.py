@@ -12,8 +12,7 @@ from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import Storage, open_storage
 from forge.checkpoint.verify import verify_checkpoint
 from forge.errors import ArgumentError, CheckpointError
-from forge.plan.plan import plan_from_json
-from forge.runs.reader import RunSummary, find_run
+from forge.runs.reader import RunSummary, find_run, read_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +49,7 @@ def locate(name: str, *, root: Path) -> CheckpointLocation:
     if name and Path(name).is_dir() and any(Path(name).glob("step-*")):
         return CheckpointLocation(url=name.rstrip("/"), tokenizer=None)
     folder = find_run(name, root=root)
-    plan = plan_from_json((folder / "plan.json").read_text())
+    plan = read_plan(folder)
     return CheckpointLocation(url=plan.job.checkpoint.url_of(str(folder)), tokenizer=folder / "tokenizer")
 
 

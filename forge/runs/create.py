@@ -15,8 +15,9 @@ from forge.code_archive import ARCHIVE, changed_files, code_folder, pack_code, r
 from forge.config.dump import dump_job
 from forge.errors import ArgumentError
 from forge.fs import write_atomic
-from forge.plan.plan import Plan, config_digest, plan_from_json, plan_to_json
+from forge.plan.plan import Plan, config_digest, plan_to_json
 from forge.plan.search import changed_keys
+from forge.runs.reader import read_plan
 
 _PROBE_PATIENCE_S = 5.0
 _MAX_LISTED = 5
@@ -63,7 +64,7 @@ def reopen_run(folder: Path, plan: Plan) -> None:
 
     Raises: ArgumentError if the new plan would change the loss curve, or how a search compares its trials.
     """
-    before = plan_from_json((folder / "plan.json").read_text())
+    before = read_plan(folder)
     _require_same_code(folder, before, plan)
     if config_digest(before.job, code=before.code) != config_digest(plan.job, code=plan.code):
         raise ArgumentError(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, Literal, get_args
@@ -106,7 +106,7 @@ class GoodputReport:
         }
 
 
-def goodput_of(events: Sequence[Record], steps: Sequence[Record], *, now: float | None) -> GoodputReport:
+def goodput_of(events: Iterable[Record], steps: Iterable[Record], *, now: float | None) -> GoodputReport:
     """Return the goodput report of a run.
 
     Args:

@@ -1,16 +1,16 @@
 """Read run folders: find them, summarise them, follow them while the run is running.
 
 Only `plan.json`, `events.jsonl` and `metrics.jsonl` are read, so this works on a running run, on one that died, and
-on a folder copied from another machine. Lines that are not valid records (partial after a crash, or damaged) are
-skipped.
+on a folder copied from another machine, whatever it contains (`forge.foreign`). Lines that are not valid records
+(partial after a crash, or damaged) are skipped and counted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,16 +19,23 @@ from typing import Any, Literal
 
 from forge import errors
 from forge.errors import ArgumentError, ForgeError, PlanError, RunError, printable
+from forge.foreign import open_file, read_file
 from forge.plan.plan import Plan, plan_from_json
 from forge.process import is_alive
 from forge.runs.goodput import GoodputReport, goodput_of, moment
+from forge.runs.records import RecordReader, last_step_of
+from forge.runs.remote_ref import read_remote_ref
 from forge.runs.trials import TRIALS, TrialTable
 
 Status = Literal["running", "finished", "stopped", "failed", "died"]
 ENDINGS: dict[str, Status] = {"RunFinished": "finished", "RunStopped": "stopped", "RunFailed": "failed"}
-REMOTE = "remote.json"
-"""In the local folder of a run on a remote cluster, which mirrors its records."""
+LOCK = ".lock"
+"""Held by the driver of a running run; contains its pid."""
+_MAX_PID_CHARS = 20
+_MAX_PID = 2**22  # PID_MAX_LIMIT of Linux
 _POLL_S = 0.2
+MAX_PLAN_BYTES = 64 * 2**20
+"""Of `plan.json`, which has about 2 kB for each world size."""
 # A driver needs microseconds between taking the lock and writing its pid into it.
 _PID_PATIENCE_S = 0.2
 
@@ -47,6 +54,8 @@ class RunSummary:
     last: dict[str, Any]
     """The newest line of `metrics.jsonl`; empty before the first step."""
     events: tuple[dict[str, Any], ...]
+    num_invalid: int = 0
+    """Lines of `events.jsonl` that are not valid records and were skipped."""
 
     @property
     def step(self) -> int:
@@ -69,7 +78,7 @@ class RunSummary:
     def goodput(self) -> GoodputReport:
         """Return where its time went, until now if it is running; reads `metrics.jsonl` again."""
         now = time.time() if self.status == "running" else None
-        return goodput_of(self.events, read_metrics(self.folder), now=now)
+        return goodput_of(self.events, iter_metrics(self.folder), now=now)
 
 
 def find_run(name: str, *, root: Path, is_search: bool | None = None) -> Path:
@@ -109,41 +118,53 @@ def search_folder(folder: Path) -> Path | None:
     return folder.parent.parent if is_trial else None
 
 
-def list_runs(root: Path) -> list[RunSummary]:
-    """Return every run under a folder, newest first; folders without a readable run are skipped."""
+def list_runs(
+    root: Path, *, on_skip: Callable[[Path, ForgeError], None] = lambda path, error: None
+) -> list[RunSummary]:
+    """Return every run under a folder, newest first; folders without a readable run are skipped.
+
+    Args:
+        on_skip: called with each folder that has a plan but cannot be read, and why.
+    """
     runs = []
     for folder in _folders(root):
         try:
             runs.append(read_run(folder))
-        except (ArgumentError, PlanError):
-            continue
+        except (ArgumentError, PlanError) as error:
+            on_skip(folder, error)
     return runs
 
 
 def read_run(folder: Path) -> RunSummary:
     """Summarise a run. Raises: ArgumentError if the folder holds no run, PlanError if its plan cannot be read."""
     plan = read_plan(folder)
-    started = (folder / "plan.json").stat().st_mtime
-    events = tuple(_Tail(folder / "events.jsonl", key="event").read())
-    metrics = read_metrics(folder)
+    reader = RecordReader(folder, kind="event")
+    try:
+        started = (folder / "plan.json").stat().st_mtime
+        events, last = tuple(reader.read()), last_step_of(folder)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"{folder} cannot be read: {error}") from error
     return RunSummary(
         run_id=folder.name,
         folder=folder,
         status=_status(folder, events),
         plan=plan,
         started=events[0]["time"] if events else started,
-        updated=max([started, *(record["time"] for record in (*events[-1:], *metrics[-1:]))]),
-        last=metrics[-1] if metrics else {},
+        updated=max([started, *(record["time"] for record in (*events[-1:], last) if record)]),
+        last=last,
         events=events,
+        num_invalid=reader.num_invalid,
     )
 
 
 def read_plan(folder: Path) -> Plan:
     """Read a run's plan. Raises: ArgumentError if the folder holds no run, PlanError if it cannot be read."""
     try:
-        return plan_from_json((folder / "plan.json").read_text(errors="replace"))
+        return plan_from_json(read_file(folder / "plan.json", max_bytes=MAX_PLAN_BYTES))
     except OSError as error:
         raise ArgumentError(f"{folder} holds no run: {error.strerror}") from error
+    except ValueError as error:
+        raise PlanError(f"the plan of {folder} cannot be read: {error}") from error
 
 
 def failure_of(run: RunSummary) -> ForgeError | None:
@@ -199,13 +220,24 @@ def _trials_record(run: RunSummary) -> dict[str, int] | None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return every recorded step."""
-    return _Tail(folder / "metrics.jsonl", key="step").read()
+    """Return every recorded step. Raises: ArgumentError if the file cannot be one of forge's."""
+    return list(iter_metrics(folder))
+
+
+def iter_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield every recorded step. Raises: ArgumentError if the file cannot be one of forge's."""
+    try:
+        yield from RecordReader(folder, kind="step").read()
+    except ValueError as error:
+        raise ArgumentError(f"{folder} cannot be read: {error}") from error
 
 
 def count_records(folder: Path) -> tuple[int, int]:
-    """Return the number of recorded events and of recorded steps."""
-    return len(_Tail(folder / "events.jsonl", key="event").read()), len(read_metrics(folder))
+    """Return the number of recorded events and of recorded steps. Raises: ArgumentError as `iter_metrics`."""
+    try:
+        return sum(1 for _ in RecordReader(folder, kind="event").read()), sum(1 for _ in iter_metrics(folder))
+    except ValueError as error:
+        raise ArgumentError(f"{folder} cannot be read: {error}") from error
 
 
 def driver_pid(folder: Path) -> int | None:
@@ -214,7 +246,7 @@ def driver_pid(folder: Path) -> int | None:
     Uses a shared lock, so that two callers at once do not take each other for a driver.
     """
     try:
-        with (folder / ".lock").open() as lock:
+        with os.fdopen(open_file(folder / LOCK)) as lock:
             deadline = time.monotonic() + _PID_PATIENCE_S
             while True:
                 try:
@@ -222,7 +254,9 @@ def driver_pid(folder: Path) -> int | None:
                     return None
                 except BlockingIOError:
                     lock.seek(0)
-                    pid = int(lock.read() or 0)
+                    pid = int(lock.read(_MAX_PID_CHARS) or 0)
+                if not 1 < pid < _MAX_PID:
+                    pid = 0
                 # A dead pid is that of an earlier driver: the current one has yet to write its own.
                 if pid and (is_alive(pid) or time.monotonic() > deadline):
                     return pid
@@ -245,12 +279,12 @@ def follow(
         goes_on: returns whether more records may be written.
         past_events, past_steps: number of records to skip.
     """
-    events = _Tail(folder / "events.jsonl", key="event", skip=past_events)
-    steps = _Tail(folder / "metrics.jsonl", key="step", skip=past_steps)
+    events = RecordReader(folder, kind="event", skip=past_events)
+    steps = RecordReader(folder, kind="step", skip=past_steps)
     gone_since: float | None = None
     while True:
         # Events first: a step recorded before the last event is then read too.
-        records = [*events.read(), *steps.read()]
+        records = _read_new(events, steps, folder=folder)
         yield from sorted(records, key=lambda record: (record.get("event") in ENDINGS, moment(record)))
         if any(record.get("event") in ENDINGS for record in records):
             return
@@ -263,34 +297,11 @@ def follow(
             time.sleep(_POLL_S)
 
 
-class _Tail:
-    """Reads new records of a growing file: complete lines with a JSON object that has `time` and a given key."""
-
-    def __init__(self, path: Path, *, key: str, skip: int = 0) -> None:
-        self._path, self._key, self._skip = path, key, skip
-        self._offset = 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return the records written since the last call."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                text = file.read()
-        except OSError:
-            return []
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        records = [record for line in whole.splitlines() if (record := self._record(line)) is not None]
-        skipped, self._skip = min(self._skip, len(records)), max(0, self._skip - len(records))
-        return records[skipped:]
-
-    def _record(self, line: bytes) -> dict[str, Any] | None:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return None
-        is_ours = isinstance(record, dict) and isinstance(record.get("time"), (int, float)) and self._key in record
-        return record if is_ours else None
+def _read_new(events: RecordReader, steps: RecordReader, *, folder: Path) -> list[dict[str, Any]]:
+    try:
+        return [*events.read(), *steps.read()]
+    except ValueError as error:
+        raise ArgumentError(f"{folder} cannot be read: {error}") from error
 
 
 def _status(folder: Path, events: tuple[dict[str, Any], ...]) -> Status:
@@ -308,11 +319,8 @@ def _status(folder: Path, events: tuple[dict[str, Any], ...]) -> Status:
 
 def _is_elsewhere(folder: Path) -> bool:
     """Whether this machine has a record of a remote job of the run."""
-    try:
-        at = json.loads((folder / REMOTE).read_text())
-        return bool(at["job"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    ref = read_remote_ref(folder)
+    return ref is not None and bool(ref.job)
 
 
 def _newest(folders: list[Path], *, is_search: bool | None, root: Path) -> Path:

@@ -36,10 +36,9 @@ from forge.events import (
     event_to_record,
 )
 from forge.process import first_line
+from forge.runs.records import EVENTS, METRICS, last_step_of
 from forge.runs.secrets import redacted
 
-EVENTS = "events.jsonl"
-METRICS = "metrics.jsonl"
 # How long W&B may take to start before the run continues without it.
 _WANDB_INIT_TIMEOUT_S = 20
 # How long W&B may take to upload the rest at the end; what is missing stays in the run folder for `wandb sync`.
@@ -86,7 +85,7 @@ class Recorder:
         """The first failure that was reported."""
         self._events = open_whole_lines(folder / EVENTS)
         self._metrics = open_whole_lines(folder / METRICS)
-        self.last_step = _last_step(folder / METRICS)
+        self.last_step = last_recorded_step(folder)
 
     def connect(self) -> None:
         """Start W&B, online or offline as the job says; fall back to offline and record why.
@@ -220,17 +219,18 @@ def append_event(folder: Path, event: Event) -> None:
 
 def last_recorded_step(folder: Path) -> int:
     """Return the last step in `metrics.jsonl`; 0 if there is none."""
-    path = folder / METRICS
-    return _last_step(path) if path.exists() else 0
+    return int(last_step_of(folder).get("step", 0))
 
 
 def open_whole_lines(path: Path) -> TextIO:
-    """Open a file for appending, after removing a partial last line."""
-    if path.exists():
-        with path.open("rb+") as file:
-            content_end = _end_of_last_line(file)
-            file.truncate(content_end)
-    return path.open("a", encoding="utf-8")
+    """Open a file for appending, after removing a partial last line.
+
+    Raises: OSError if it cannot be written, or is a link, which may lead to another file.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with os.fdopen(os.dup(handle), "rb+") as file:
+        file.truncate(_end_of_last_line(file))
+    return os.fdopen(handle, "a", encoding="utf-8")
 
 
 def _end_of_last_line(file: Any) -> int:
@@ -243,16 +243,6 @@ def _end_of_last_line(file: Any) -> int:
             return int(start + found + 1)
         position = start
     return 0
-
-
-def _last_step(path: Path) -> int:
-    """Return the step of the last readable line; damaged lines are skipped."""
-    last = 0
-    with path.open("rb") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                last = int(json.loads(line)["step"])
-    return last
 
 
 def _has_netrc() -> bool:

@@ -20,8 +20,9 @@ import psutil
 
 from forge.cluster.local.ray_cluster import find_local
 from forge.cluster.local.ray_process import session_members
-from forge.process import is_alive
-from forge.runs.reader import driver_pid
+from forge.errors import ArgumentError
+from forge.process import has_open, is_alive
+from forge.runs.reader import LOCK, driver_pid
 
 DRIVER_MODULE = "forge.runtime.driver"
 """Run with `python -m`. Tests of the CLI and the API replace it by a scripted driver, and nothing else."""
@@ -60,8 +61,9 @@ class LocalRun:
         return is_alive(self.pid)
 
     def request_stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGTERM)
+        if is_driver(self.folder, self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
 
     def wait(self) -> None:
         """Wait for the driver, and kill what it left behind if it was killed.
@@ -99,6 +101,30 @@ def start_driver(folder: Path) -> LocalRun:
         process.terminate()
         raise
     return LocalRun(folder=folder, pid=process.pid)
+
+
+def find_local_run(folder: Path) -> LocalRun | None:
+    """Return a handle to a run whose driver is a process of this machine; None if it has none.
+
+    Raises: ArgumentError if the run's lock is held, and names a process that does not hold it.
+    """
+    pid = driver_pid(folder)
+    if pid is None:
+        return None
+    if not is_driver(folder, pid):
+        raise ArgumentError(
+            f"{folder / LOCK} is held by a process of another user or machine, and names process {pid} of this "
+            "machine, which is not the run's driver"
+        )
+    return LocalRun(folder=folder, pid=pid)
+
+
+def is_driver(folder: Path, pid: int) -> bool:
+    """Whether a process is the driver of a run: the leader of its session, and has the run's lock open."""
+    try:
+        return pid > 1 and has_open(pid, folder / LOCK) and os.getsid(pid) == pid
+    except OSError:
+        return False
 
 
 def wait_until_free(folder: Path) -> None:

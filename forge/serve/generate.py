@@ -27,8 +27,9 @@ from forge.data.tokenizer import prompt_tokenizer
 from forge.errors import CheckpointError, ForgeError
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.registry import family_of
-from forge.plan.plan import Plan, plan_from_json
+from forge.plan.plan import Plan
 from forge.process import take_stdout
+from forge.runs.reader import read_plan
 from forge.serve.weights import CheckpointWeights
 from forge.user_code import use_code
 
@@ -61,7 +62,7 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
 
     Raises: CheckpointError if no checkpoint verifies, or `ema` is set and it has no averaged weights.
     """
-    plan = plan_from_json((run_folder / "plan.json").read_text())
+    plan = read_plan(run_folder)
     if plan.code is not None:
         restore_code(plan.code.digest, run_folder=run_folder)
         use_code(plan.code.digest)

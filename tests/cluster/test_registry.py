@@ -21,7 +21,7 @@ from forge.cluster.base import (
     write_record,
 )
 from forge.cluster.local.provider import LocalCluster
-from forge.cluster.registry import cluster_of, find_cluster
+from forge.cluster.registry import cluster_of, cluster_of_file, find_cluster, find_known
 from forge.cluster.ssh.provider import SshCluster
 from forge.config.cluster import SshSpec
 from forge.errors import ArgumentError, ClusterError
@@ -50,6 +50,39 @@ def test_find_cluster__file__is_read(tmp_path: Path) -> None:
     path = tmp_path / "lab.yaml"
     path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in SPEC.items()))
     assert isinstance(find_cluster(str(path)), SshCluster)
+
+
+@pytest.mark.parametrize("change", [{"machines": ["evil.example.com"]}, {"port": 2222}])
+def test_find_cluster__file_of_another_machine_with_a_known_name__gets_no_token(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    write_record(ClusterRecord(name="lab", provider="ssh", spec=SPEC))
+    make_token("lab")
+    path = tmp_path / "lab.yaml"
+    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in (SPEC | change).items()))
+    for find in (lambda: find_cluster(str(path)), lambda: cluster_of_file(path)):
+        with pytest.raises(ArgumentError, match="another cluster than 'lab', which was started from here"):
+            find()
+
+
+def test_find_cluster__file_with_more_machines_behind_the_same_head__is_the_known_cluster(tmp_path: Path) -> None:
+    write_record(ClusterRecord(name="lab", provider="ssh", spec=SPEC))
+    path = tmp_path / "lab.yaml"
+    changed = SPEC | {"machines": ["10.0.0.1", "10.0.0.2"]}
+    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in changed.items()))
+    assert isinstance(find_cluster(str(path)), SshCluster)
+
+
+@pytest.mark.parametrize("name", ["../lab", "/tmp/lab", "lab.yaml", "", "LAB", "lab\n", "a" * 41])
+def test_find_known__path_or_odd_name__is_no_cluster(tmp_path: Path, state: Path, name: str) -> None:
+    write_record(ClusterRecord(name="lab", provider="ssh", spec=SPEC))
+    (state / "lab.json").write_text((state / "clusters" / "lab.json").read_text())
+    assert read_record(name) is None
+    with pytest.raises(ArgumentError, match="not a cluster that was started from here"):
+        find_known(name)
+    for path_of in (token_path, make_token, read_token, delete_state):
+        with pytest.raises(ClusterError, match="is not a cluster's name"):
+            path_of(name)
 
 
 def test_find_cluster__unknown_name__lists_the_known() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.chaos import faults
+from forge.chaos.processes import processes_of
 from forge.plan.plan import plan_from_json
 from forge.runs.reader import driver_pid, read_metrics
 from tests.support.command import forge, wait_for
@@ -73,7 +73,7 @@ class Faults:
 
     def supervisor_killed(self) -> None:
         count = len(self.run.of("SupervisorRestarted"))
-        os.kill(faults.processes_of(self.run.folder).supervisor, signal.SIGKILL)
+        os.kill(processes_of(self.run.folder).supervisor, signal.SIGKILL)
         wait_for(lambda: len(self.run.of("SupervisorRestarted")) > count)
 
     def driver_killed(self) -> None:
@@ -95,7 +95,7 @@ class Faults:
         self.run.cluster.add()
 
     def _random_rank(self) -> dict[str, int | str]:
-        wait_for(lambda: faults.processes_of(self.run.folder).ranks)
+        wait_for(lambda: processes_of(self.run.folder).ranks)
         rank: dict[str, int | str] = self.random.choice(self.run.formed["ranks"])
         return rank
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import random
 import resource
@@ -286,7 +287,7 @@ NASTY: list[Any] = [
 
 def mutate_json(value: Any, rng: random.Random) -> Any:
     """Change one to three places of a JSON value: replace, remove, duplicate, rename, or nest deeper."""
-    holder = [copy.deepcopy(value)]
+    holder = [json.loads(json.dumps(value))]
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         container, key = rng.choice(list(_positions(holder)))
         old = container[key]
@@ -298,7 +299,7 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
             case 2 if isinstance(container, list) and container is not holder:
                 container.extend([old] * rng.choice([1, 3, 1000]))
             case 3:
-                for _ in range(rng.choice([2, 63, 70, 500])):
+                for _ in range(rng.choice([2, 63, 70, 200])):
                     old = [old] if rng.random() < 0.5 else {"a": old}
                 container[key] = old
             case 4 if isinstance(old, (int, float)) and not isinstance(old, bool) and abs(old) < 10**300:
@@ -306,7 +307,7 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
                     [-old, old + 1, old - 1, old * 10**9, str(old), [old], float(old), 0, 10**18]
                 )
             case _:
-                container[key] = copy.deepcopy(rng.choice(NASTY))
+                container[key] = copy.copy(rng.choice(NASTY))
     return holder[0]
 
 
@@ -349,6 +350,14 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
             lines[first:first] = [lines[second]] * rng.choice([0, 1, 50])
             body = bytearray(b"\n".join(lines))
     return bytes(body)
+
+
+def mutate_json_text(text: bytes, rng: random.Random) -> bytes:
+    """Mutate the value of a JSON text, or the bytes if it is none."""
+    try:
+        return json.dumps(mutate_json(json.loads(text), rng)).encode()
+    except (ValueError, RecursionError):
+        return mutate_bytes(text, rng)
 
 
 def mutate_file(path: Path, rng: random.Random, *, outside: Path) -> None:

@@ -19,9 +19,10 @@ from unittest import mock
 
 from forge.cluster.local.provider import LocalCluster
 from forge.plan.plan import plan_from_json
-from forge.remote.mirror import RemoteRun, remote_ref_of
+from forge.remote.mirror import RemoteRun
 from forge.remote.submit import preflight, submit
 from forge.runs.reader import follow
+from forge.runs.remote_ref import read_remote_ref
 from tests.support.command import environment, forge
 
 
@@ -49,7 +50,7 @@ class Elsewhere(LocalCluster):
 
     def attach(self, folder: Path) -> RemoteRun:
         """Follow a run of this cluster."""
-        ref = remote_ref_of(folder)
+        ref = read_remote_ref(folder)
         assert ref is not None
         return RemoteRun(folder, ref, cluster=self)
 
