@@ -27,7 +27,8 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not alone" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and alone"
 
 # The slow tests, group by group; appends a dated table of passes to benchmarks/RESULTS.md.
 soak: setup

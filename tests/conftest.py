@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,24 @@ from tests.support.seeds import FUZZ_SEED, SEED
 # CI, nohup and `&` start their children with SIGINT ignored, which is inherited. The tests that send SIGINT need
 # child processes with the default action; a handler, unlike SIG_IGN, is reset to the default by exec.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+TESTS = Path(__file__).parent
+ALONE = (
+    *("benchmarks", "elastic", "examples", "hosts", "remote", "runtime", "serve", "train"),
+    *("search/test_tune_end_to_end.py", "cluster/test_local.py", "cluster/test_training_on_pods.py"),
+    *("cli/test_commands.py", "cli/test_process.py", "checkpoint/test_storage.py", "model/test_pretrained.py"),
+)
+"""Folders and modules under tests/ that start Ray, ranks or hosts; `make test` runs them one at a time."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["FORGE_TEST_SEED"] = str(SEED)  # the same in the processes of pytest-xdist
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(TESTS).as_posix().startswith(ALONE):
+            item.add_marker(pytest.mark.alone)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
