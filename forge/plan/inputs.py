@@ -6,7 +6,7 @@ therefore runs in a subprocess), `forge.data.prepare` makes CorpusInfo, `forge.r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -123,7 +123,7 @@ class ModelInfo:
     look_ahead_problem: str | None = None
     """Why it cannot learn to predict the next token, such as "a position sees the tokens after it"; None if it sees
     none, or that is not known."""
-    notes: Sequence[str] = ()
+    notes: tuple[str, ...] = ()
     """What the plan says about its weights: those that the pretrained folder lacks, or that are not used."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """`generation_config.json` of `from_pretrained`, kept for the export."""

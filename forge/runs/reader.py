@@ -23,6 +23,7 @@ from forge.foreign import open_file, read_file
 from forge.plan.plan import Plan, plan_from_json
 from forge.process import is_alive
 from forge.runs.goodput import GoodputReport, goodput_of, moment
+from forge.runs.record_order import StartBeforeSteps
 from forge.runs.records import RecordReader, last_step_of
 from forge.runs.remote_ref import read_remote_ref
 from forge.runs.trials import TRIALS, TrialTable
@@ -273,7 +274,7 @@ def follow(
     """Yield the events and steps of a run as they are written, until it ended or its driver died.
 
     Yields None if there is nothing new, so that a screen can update its clock. Steps are the records without an
-    `event` key; the record that ends the run comes last.
+    `event` key. A generation's steps come after its GenerationStarted, and the record that ends the run comes last.
 
     Args:
         goes_on: returns whether more records may be written.
@@ -281,18 +282,22 @@ def follow(
     """
     events = RecordReader(folder, kind="event", skip=past_events)
     steps = RecordReader(folder, kind="step", skip=past_steps)
+    order = StartBeforeSteps()
     gone_since: float | None = None
     while True:
         # Events first: a step recorded before the last event is then read too.
         records = _read_new(events, steps, folder=folder)
-        yield from sorted(records, key=lambda record: (record.get("event") in ENDINGS, moment(record)))
+        records.sort(key=lambda record: (record.get("event") in ENDINGS, moment(record)))
+        ordered = order.add(records, now_s=time.monotonic())
+        yield from ordered
         if any(record.get("event") in ENDINGS for record in records):
             return
-        if not records:
+        if not ordered:
             yield None
             if not goes_on():
                 gone_since = gone_since or time.monotonic()
                 if time.monotonic() - gone_since > 2 * _POLL_S:
+                    yield from order.release()
                     return
             time.sleep(_POLL_S)
 

@@ -45,7 +45,9 @@ def test_load_job__names_added_to_the_registries__are_accepted(
         load_job(path)
     monkeypatch.setitem(SOURCES, "tapes", "tapes:Tapes")
     monkeypatch.setitem(FORMATS, "scored", "scored:Scored")
-    monkeypatch.setitem(OBJECTIVES, "ranking", RegisteredObjective(reference="r:R", metrics={"hits": "max"}))
+    monkeypatch.setitem(
+        OBJECTIVES, "ranking", RegisteredObjective(reference="r:R", metrics={"hits": "max"}, predicts_tokens=False)
+    )
     job = load_job(path).job
     assert (job.data.source, job.data.format, job.training.objective) == ("tapes", "scored", "ranking")
 

@@ -22,6 +22,9 @@ from forge.events import (
     CheckpointSaved,
     Evaluated,
     Event,
+    GenerationStarted,
+    GenerationStarting,
+    MembershipChangeStarted,
     RunFailed,
     RunFinished,
     RunStarted,
@@ -44,6 +47,12 @@ from forge.runs.reader import (
 from tests.support.runs import make_run, metrics, open_recorder
 
 STARTED = RunStarted(run_id="r", total_steps=6, resumed_from_step=0)
+STARTING = GenerationStarting(generation=1, world_size=1, from_step=0, source="storage")
+WORKING = GenerationStarted(
+    generation=1, world_size=1, device="cpu", peak_flops=1.0, peak_source="test", seconds={}, ranks=()
+)
+CHANGE = MembershipChangeStarted(generation=1, cause="loss", reason="node lost", seconds_since_cause=0.0)
+SAVED = CheckpointSaved(step=2, folder="x", size_bytes=1, seconds=0.1, stall_s=0.0)
 FAILED = RunFailed(error="ClusterError", message="the machine has gone")
 
 
@@ -273,6 +282,62 @@ class TestFollowing:
         followed = [record.get("event") or record["step"] for record in records if record is not None]
         writer.join()
         assert followed == [1, 2, 3, "Evaluated", "RunFinished"]
+
+    @pytest.mark.parametrize(
+        ("events", "expected"),
+        [
+            ([WORKING, RunFinished(step=2)], ["GenerationStarted", 1, 2, "RunFinished"]),
+            ([RunFailed(error="RunError", message="why")], [1, 2, "RunFailed"]),
+            ([CHANGE, RunStopped(step=2)], [1, 2, "MembershipChangeStarted", "RunStopped"]),
+            ([SAVED, WORKING, RunStopped(step=2)], ["CheckpointSaved", "GenerationStarted", 1, 2, "RunStopped"]),
+        ],
+    )
+    def test_follow__steps_recorded_before_the_start_of_their_generation__come_after_it(
+        self, tmp_path: Path, events: list[Event], expected: list[Any]
+    ) -> None:
+        folder = make_run(tmp_path, steps=0)
+        recorder = open_recorder(folder)
+        recorder.event(STARTING)
+        records = follow(folder, goes_on=lambda: True)
+        assert [record and record["event"] for record in (next(records), next(records))] == [
+            "RunStarted",
+            "GenerationStarting",
+        ]
+        recorder.step(metrics(1))
+        recorder.step(metrics(2))
+        assert next(records) is None, "the steps are held back"
+        for event in events:
+            recorder.event(event)
+        followed = [record.get("event") or record["step"] for record in records if record is not None]
+        assert followed == expected
+
+    def test_follow__start_is_never_recorded__steps_come_after_a_while(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("forge.runs.record_order.START_PATIENCE_S", 0.1)
+        folder = make_run(tmp_path, steps=0)
+        recorder = open_recorder(folder)
+        recorder.event(STARTING)
+        records = follow(folder, goes_on=lambda: True, past_events=1)
+        first = next(records)
+        assert first is not None and first["event"] == "GenerationStarting"
+        recorder.step(metrics(1))
+        nothing, step = next(records), next(records)
+        assert nothing is None
+        assert step is not None and step["step"] == 1
+        recorder.step(metrics(2))
+        step = next(records)
+        assert step is not None and step["step"] == 2
+
+    def test_follow__driver_dies_before_the_start_is_recorded__yields_the_steps(self, tmp_path: Path) -> None:
+        folder = make_run(tmp_path, steps=0)
+        recorder = open_recorder(folder)
+        recorder.event(STARTING)
+        records = follow(folder, goes_on=lambda: False, past_events=1)
+        first = next(records)
+        assert first is not None and first["event"] == "GenerationStarting"
+        recorder.step(metrics(1))
+        assert [record["step"] for record in records if record is not None] == [1]
 
     def test_follow__partial_line__once_complete(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=0)
