@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.seeds import FUZZ_SEED, SEED
+from tests.support.skips import unexpected_skips
 
 # CI, nohup and `&` start their children with SIGINT ignored, which is inherited. The tests that send SIGINT need
 # child processes with the default action; a handler, unlike SIG_IGN, is reset to the default by exec.
@@ -31,13 +32,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.relative_to(TESTS).as_posix().startswith(ALONE):
+        if item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).as_posix().startswith(ALONE):
             item.add_marker(pytest.mark.alone)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=60, help="number of kills in tests/train/test_kills.py")
     parser.addoption("--faults", type=int, default=50, help="number of faults in tests/elastic/test_soak.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """With FORGE_CHECK_SKIPS set, fail a session that skipped a test which is not in the list."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("FORGE_CHECK_SKIPS") or reporter is None or hasattr(session.config, "workerinput"):
+        return
+    skipped = [
+        (report.nodeid, report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr))
+        for report in reporter.stats.get("skipped", [])
+    ]
+    if lines := unexpected_skips(skipped):
+        reporter.write_line("\nskipped, and not in tests/expected_skips.toml:", red=True)
+        for line in lines:
+            reporter.write_line(f"  {line}", red=True)
+        session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
