@@ -1,8 +1,8 @@
 """The Ray actor that hosts agents on one node: one agent for a training run, one per trial for a search.
 
-The supervisor actor of a run and the trial runners of a search start agents through `AgentActor.start`. The agents
-of a search share a pool of fork servers, so that a trial is forked from a process that has imported everything
-already. The actor ends by itself when it has had no agent for `idle_s`.
+`forge.runtime.start_agent` starts the actor and the agents in it. The agents of a search share a pool of fork
+servers, so that a trial is forked from a process that has imported everything already. The actor ends by itself
+when it has had no agent for `idle_s`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from forge.elastic.agent import Agent, NoSupervisorError
 from forge.elastic.agent_config import AgentConfig
@@ -173,34 +172,3 @@ async def _endpoint_of(supervisor: str) -> Endpoint:
     except ray.exceptions.RayError as error:
         raise ConnectionError(f"the supervisor does not answer: {error}") from error
     return endpoint
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentHandle:
-    """One agent of an `AgentActor`, from the supervisor's side."""
-
-    actor: Any
-    name: str
-
-
-def start_agent_actor(config: AgentActorConfig, *, node_id: str) -> Any:
-    """The agent actor of that name on a Ray node: the one that is there, otherwise a new, detached one."""
-    return AgentActor.options(  # type: ignore[attr-defined]
-        name=config.name,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-    ).remote(config)
-
-
-def agent_actors_of(run_id: str) -> dict[str, Any]:
-    """All agent actors of a run or a search, by name."""
-    found = {}
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["name"].startswith(f"{AGENT}{run_id}-"):
-            try:
-                found[actor["name"]] = ray.get_actor(actor["name"], namespace=NAMESPACE)
-            except ValueError:  # it ended in between
-                continue
-    return found

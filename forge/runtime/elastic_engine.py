@@ -24,7 +24,7 @@ from forge.plan.plan import Plan
 from forge.runs.reader import error_named
 from forge.runs.secrets import credentials
 from forge.runtime.actor_names import CORPUS_SERVER, HEAD, NAMESPACE, SUPERVISOR
-from forge.runtime.agent_actor import agent_actors_of
+from forge.runtime.start_agent import agent_actors_of
 from forge.runtime.supervised_run import RunConfig, resource_of
 from forge.runtime.supervisor_actor import CLOSE_TIMEOUT_S, SupervisorActor, SupervisorConfig
 

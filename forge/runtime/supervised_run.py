@@ -7,13 +7,11 @@ run has one `SupervisedRun` and one placement; a trial runner keeps the placemen
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -23,10 +21,8 @@ from forge.elastic.supervisor import Supervisor
 from forge.events import Event
 from forge.plan.plan import Plan, plan_from_json
 from forge.pricing.budget import CostMeter
-from forge.runtime.agent_actor import AgentHandle
 from forge.runtime.placement import Allocation, PlacementManager
-
-_ADOPT_TIMEOUT_S = 2.0
+from forge.runtime.start_agent import AgentHandle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,18 +134,6 @@ def build_placement(
         on_draining=announce_preemption,
         is_paused=is_paused,
     )
-
-
-async def reattach_agents(placement: PlacementManager, actors: Iterable[Any], *, supervisor: str) -> bool:
-    """Reattach the agents that worked for a supervisor before Ray restarted it. Returns: whether there were any."""
-    found = False
-    for actor in actors:
-        with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
-            allocations = await asyncio.wait_for(actor.allocations.remote(supervisor), timeout=_ADOPT_TIMEOUT_S)
-            for name, allocation in allocations.items():
-                placement.reattach(name, AgentHandle(actor=actor, name=name), allocation)
-                found = True
-    return found
 
 
 def resource_of(plan: Plan) -> str:

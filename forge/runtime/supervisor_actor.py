@@ -1,7 +1,7 @@
 """The supervisor of a training run as a Ray actor: named, detached, and restarted by Ray wherever it dies.
 
-It starts an agent actor on each node where the run has slots, reattaches them after a restart, and starts a new
-driver process if the old one was killed.
+It has an agent started on each node where the run has slots (`forge.runtime.start_agent`), reattaches them after a
+restart, and starts a new driver process if the old one was killed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,21 @@ from forge.plan.plan import plan_from_json
 from forge.pricing.budget import CostLimits, CostMeter, read_price
 from forge.process import raise_descriptor_limit, redirect_output
 from forge.runtime.actor_names import SUPERVISOR
-from forge.runtime.agent_actor import AgentActorConfig, AgentHandle, agent_actors_of, start_agent_actor
+from forge.runtime.agent_actor import AgentActorConfig
 from forge.runtime.placement import Allocation
+from forge.runtime.start_agent import (
+    AgentHandle,
+    agent_actors_of,
+    reattach_agents,
+    start_agent,
+    start_agent_actor,
+)
 from forge.runtime.supervised_run import (
     RunConfig,
     SupervisedRun,
     build_placement,
     is_restarted_actor,
     largest_recorded,
-    reattach_agents,
     resource_on,
 )
 
@@ -147,8 +153,9 @@ class SupervisorActor:
         )
         actor = start_agent_actor(actor_config, node_id=allocation.node_id)
         num_cores = resource_on(allocation.node_id, resource="CPU")
-        actor.start.remote(
+        start_agent(
             self._run.agent_config(name, allocation, num_cores=num_cores),
+            actor=actor,
             supervisor=f"{SUPERVISOR}{config.run_id}",
             recorder=self._recorder,
             allocation=allocation,

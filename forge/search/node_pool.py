@@ -9,7 +9,8 @@ from typing import Any
 
 import ray
 
-from forge.runtime.agent_actor import AgentActorConfig, agent_actors_of, start_agent_actor
+from forge.runtime.agent_actor import AgentActorConfig
+from forge.runtime.start_agent import agent_actors_of, start_agent_actor
 
 # How long an agent actor, with its idle fork servers, lives without agents after the search was killed.
 _IDLE_S = 60.0

@@ -38,14 +38,13 @@ from forge.runs.reader import read_metrics
 from forge.runs.recorder import Recorder, end_tracking
 from forge.runs.trials import is_judged
 from forge.runtime.actor_names import SUPERVISOR
-from forge.runtime.agent_actor import AgentHandle
 from forge.runtime.placement import Allocation, PlacementManager
 from forge.runtime.recorder_actor import write_record
+from forge.runtime.start_agent import AgentHandle, reattach_agents, start_agent
 from forge.runtime.supervised_run import (
     SupervisedRun,
     build_placement,
     is_restarted_actor,
-    reattach_agents,
     resource_of,
     resource_on,
 )
@@ -284,8 +283,9 @@ class TrialRunnerActor:
         if active is None:  # the trial has just ended; `PlacementManager.pause` discards the result
             return None
         actor = self._nodes.on(allocation.node_id)
-        starting = actor.start.remote(
+        starting = start_agent(
             active.run.agent_config(name, allocation, num_cores=self._num_cores(allocation, active.plan)),
+            actor=actor,
             supervisor=self._name,
             recorder=ray.get_runtime_context().current_actor,
             allocation=allocation,
