@@ -200,16 +200,17 @@ class SnapshotIntervalChanged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSaved:
-    """A durable checkpoint was committed."""
+    """A durable checkpoint was committed; recorded once for each step."""
 
     step: int
     folder: str
     """Folder or URL."""
     size_bytes: int
     seconds: float
-    """From the end of its step to the commit; training continues in the meantime."""
+    """From the end of its step to the commit; training continues in the meantime. Unknown (nan) if its ranks ended
+    before the commit: it is then recorded with the next checkpoint, or when the run ends or is resumed."""
     stall_s: float
-    """How long training was blocked by it."""
+    """How long training was blocked by it; unknown (nan) likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

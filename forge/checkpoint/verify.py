@@ -5,6 +5,7 @@ A checkpoint that does not verify is skipped, and the previous one is tried.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from forge.checkpoint.reader import (
@@ -47,6 +48,20 @@ def verify_checkpoint(
     except (OSError, EOFError, ValueError) as error:
         return str(error)
     return None
+
+
+def stored_steps(storage: Storage) -> dict[int, int]:
+    """Return step → size in bytes of every checkpoint whose files have their sizes, oldest first.
+
+    Raises: CheckpointError if the storage cannot be listed.
+    """
+    found: dict[int, int] = {}
+    for name in reversed(list_checkpoints(storage)):
+        if verify_checkpoint(storage, name, with_checksums=False) is None:
+            with contextlib.suppress(OSError, ValueError):  # removed since
+                manifest = read_manifest(storage, name)
+                found[manifest.step] = manifest.size_bytes
+    return found
 
 
 def find_checkpoint(storage: Storage, *, on_skip: Callable[[str, str], None]) -> Checkpoint | None:

@@ -9,7 +9,8 @@ missing parts, and exits. It does not import torch.
 
 Commands and outcomes are lines of JSON. A save is a `WriteCommand`; `{"abort": token}` stops waiting for parts that
 will not be written. The outcomes of a save are `{"token", "part": bytes}`, then from rank 0's writer
-`{"token", "committed": bytes, "at": time}`; or `{"token", "failed": reason}`.
+`{"token", "committed": bytes, "at": time, "stored": {step: bytes}}`, with all checkpoints that exist before the
+oldest are removed; or `{"token", "failed": reason}`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from forge.checkpoint.manifest import (
 from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.snapshot_buffer import Snapshot, SnapshotBuffer, open_snapshot_buffer
 from forge.checkpoint.storage import Storage, open_storage
-from forge.checkpoint.verify import verify_checkpoint
+from forge.checkpoint.verify import stored_steps, verify_checkpoint
 from forge.errors import CheckpointError
 
 MEMBERSHIP_DIGITS = 8
@@ -159,7 +160,8 @@ def save(
     except (OSError, CheckpointError, EOFError):
         storage.discard(staging, token=command.token)
         raise
-    _report(outcome_fd, token=command.token, committed=size, at=time.time())
+    at = time.time()
+    _report(outcome_fd, token=command.token, committed=size, at=at, stored=_stored(storage))
     prune(storage, command)
 
 
@@ -219,6 +221,15 @@ def prune(storage: Storage, command: WriteCommand) -> None:
                 kept += 1
     except (OSError, CheckpointError) as error:
         sys.stderr.write(f"old checkpoints in {storage.url} could not be removed: {error}\n")
+
+
+def _stored(storage: Storage) -> dict[int, int]:
+    """All checkpoints, step → bytes: a writer that outlived its ranks had no rank left to report its commit to."""
+    try:
+        return stored_steps(storage)
+    except (OSError, CheckpointError) as error:
+        sys.stderr.write(f"the checkpoints in {storage.url} could not be listed: {error}\n")
+        return {}
 
 
 def _find_snapshot(buffer: SnapshotBuffer, command: WriteCommand) -> Snapshot:

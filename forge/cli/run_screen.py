@@ -151,11 +151,12 @@ class TrainScreen(LiveScreen):
                 which = "" if event["weights"] == "current" else f" ({event['weights']} weights)"
                 self.note(f"step {event['step']:>6}  held-out {evaluation_text(event)}{which}")
             case "CheckpointSaved":
-                size, seconds = format_bytes(event["size_bytes"]), format_duration(event["seconds"])
-                stall = format_duration(event["stall_s"])
-                self.note(
-                    f"step {event['step']:>6}  checkpoint of {size} written in {seconds}, training waited {stall}"
-                )
+                size = format_bytes(event["size_bytes"])
+                how = "written by a process that outlived its worker"
+                if event["seconds"] is not None:
+                    seconds, stall = format_duration(event["seconds"]), format_duration(event["stall_s"])
+                    how = f"written in {seconds}, training waited {stall}"
+                self.note(f"step {event['step']:>6}  checkpoint of {size} {how}")
             case "CheckpointFailed":
                 self.warn(f"step {event['step']}: {event['reason']}")
             case "CheckpointSkipped":

@@ -226,10 +226,10 @@ class Agent:
     async def _flush(self, command: Message) -> None:
         """Write this node's shards of a durable checkpoint from its replicas."""
 
-        async def flush(rank: int) -> int | None:
+        async def flush(rank: int) -> dict[int, int]:
             buffer = self._store.find(generation=command["generation"], rank=rank)
             if buffer is None:
-                return None
+                return {}
             return await flush_shard(
                 buffer,
                 step=command["step"],
@@ -240,10 +240,10 @@ class Agent:
                 token=command["token"],
             )
 
-        sizes = await asyncio.gather(*(flush(rank) for rank in command["ranks"]))
+        written = await asyncio.gather(*(flush(rank) for rank in command["ranks"]))
         if 0 in command["ranks"]:
-            size_bytes = max((size for size in sizes if size), default=0)
-            await self._report(report="flushed", step=command["step"], size_bytes=size_bytes)
+            stored = next(filter(None, written), {})
+            await self._report(report="flushed", step=command["step"], stored=sorted(stored.items()))
 
     # --- records and notices
 

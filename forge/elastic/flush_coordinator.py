@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections.abc import Callable
 
@@ -42,21 +43,23 @@ class FlushCoordinator:
 
     def finish(self, report: Message) -> bool:
         """Record an agent's report on a flush. Returns: whether the checkpoint is complete."""
-        step, size_bytes = report["step"], report["size_bytes"]
+        step, stored = report["step"], dict(report["stored"])
         began = self._began.pop(step, self._clock())
-        if not size_bytes:
+        if step not in stored:
             reason = "the replicas in memory could not be written to storage"
             self._record_event(CheckpointFailed(step=step, reason=reason))
             return False
-        self._record_event(
-            CheckpointSaved(
-                step=step,
-                folder=f"{self._checkpoints}/{step_name(step)}",
-                size_bytes=size_bytes,
-                seconds=self._clock() - began,
-                stall_s=0.0,
+        for saved_step, size_bytes in stored.items():  # the recorder ignores those that it has
+            is_own = saved_step == step
+            self._record_event(
+                CheckpointSaved(
+                    step=saved_step,
+                    folder=f"{self._checkpoints}/{step_name(saved_step)}",
+                    size_bytes=size_bytes,
+                    seconds=self._clock() - began if is_own else math.nan,
+                    stall_s=0.0 if is_own else math.nan,
+                )
             )
-        )
         return True
 
     async def retry(self, state: Callable[[], MembershipState]) -> None:

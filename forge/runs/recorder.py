@@ -36,7 +36,7 @@ from forge.events import (
     event_to_record,
 )
 from forge.process import first_line
-from forge.runs.records import EVENTS, METRICS, last_step_of
+from forge.runs.records import EVENTS, METRICS, RecordReader, last_step_of
 from forge.runs.secrets import redacted
 
 # How long W&B may take to start before the run continues without it.
@@ -83,6 +83,8 @@ class Recorder:
         self._is_connected = False
         self.failure: RunFailed | None = None
         """The first failure that was reported."""
+        self._saved_steps = _saved_steps(folder)
+        """Steps whose CheckpointSaved is written: several processes may report the same checkpoint."""
         self._events = open_whole_lines(folder / EVENTS)
         self._metrics = open_whole_lines(folder / METRICS)
         self.last_step = last_recorded_step(folder)
@@ -108,6 +110,10 @@ class Recorder:
             if self.failure is not None:
                 return
             self.failure = event
+        if isinstance(event, CheckpointSaved):
+            if event.step in self._saved_steps:
+                return
+            self._saved_steps.add(event.step)
         self._write(self._events, {"time": round(time.time(), 3)} | event_to_record(event))
         if isinstance(event, _FSYNCED):
             # After a power cut the newest checkpoint must not be ahead of the recorded steps.
@@ -243,6 +249,16 @@ def _end_of_last_line(file: Any) -> int:
             return int(start + found + 1)
         position = start
     return 0
+
+
+def _saved_steps(folder: Path) -> set[int]:
+    """Return the steps of all readable CheckpointSaved events."""
+    found: set[int] = set()
+    with contextlib.suppress(ValueError):  # larger than any that is read
+        for record in RecordReader(folder, kind="event").read():
+            if record["event"] == CheckpointSaved.__name__:
+                found.add(record["step"])
+    return found
 
 
 def _has_netrc() -> bool:

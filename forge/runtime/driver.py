@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import logging
+import math
 import os
 import signal
 import sys
@@ -20,10 +21,14 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
+from forge.checkpoint.manifest import step_name
+from forge.checkpoint.storage import open_storage
+from forge.checkpoint.verify import stored_steps
 from forge.cluster.local.ray_cluster import require_private_token
 from forge.code_archive import restore_code
-from forge.errors import ClusterError, ForgeError, RunError
+from forge.errors import CheckpointError, ClusterError, ForgeError, RunError
 from forge.events import (
+    CheckpointSaved,
     CorpusRead,
     Event,
     PatternRead,
@@ -45,6 +50,7 @@ _LOCK_PATIENCE_S = 1.0
 _SAMPLE_PROMPTS = {"python-stdlib": "def "}
 _SAMPLE_TOKENS = 64
 _MAX_PATTERNS = 100
+_STORAGE_PATIENCE_S = 5.0
 
 
 def main() -> None:
@@ -155,6 +161,8 @@ class Driver:
             step = last_recorded_step(self._folder)
             self._record(RunStarted(run_id=run_id, total_steps=self._plan.total_steps, resumed_from_step=step))
             self._record(_corpus_read(self._plan))
+            if step:
+                self._record_stored()
         threading.Thread(target=self._forward_stop, daemon=True).start()
 
     def _train(self) -> None:
@@ -204,12 +212,28 @@ class Driver:
             return
         self._record(SampleGenerated(step=made.step, prompt=made.prompt, text=made.text))
 
+    def _record_stored(self) -> None:
+        """Record the checkpoints that no rank has reported, because a writer process outlived it."""
+        if self._plan.search is not None:
+            return
+        url = self._plan.job.checkpoint.url_of(str(self._folder))
+        try:
+            stored = stored_steps(open_storage(url, patience_s=_STORAGE_PATIENCE_S))
+        except CheckpointError:
+            traceback.print_exc()  # the run itself does not depend on it
+            return
+        for step, size_bytes in stored.items():
+            folder = f"{url}/{step_name(step)}"
+            unknown = {"seconds": math.nan, "stall_s": math.nan}
+            self._record(CheckpointSaved(step=step, folder=folder, size_bytes=size_bytes, **unknown))
+
     def _record(self, event: Event) -> None:
         self._recorder.event.remote(event)
 
     def _fail(self, error: ForgeError) -> None:
         failed = RunFailed(error=type(error).__name__, message=str(error))
         try:
+            self._record_stored()
             self._record(failed)  # an actor keeps the order of calls, so this is written before it closes
             self._close(exit_code=error.exit_code)
         except Exception:  # without a recorder this process is the only writer
@@ -220,6 +244,7 @@ class Driver:
         if self._plan.search is not None:
             self._end_search()
             return
+        self._record_stored()
         step = last_recorded_step(self._folder)
         if step < self._plan.total_steps and not read_run(self._folder).is_stopped_early:
             self._record(RunStopped(step=step, reason=self._stop_reason))

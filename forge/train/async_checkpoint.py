@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -42,9 +43,9 @@ class CheckpointWritten:
     folder: str
     size_bytes: int
     seconds: float
-    """From the end of the step to the commit."""
+    """From the end of the step to the commit; nan if a writer committed it that outlived its ranks."""
     stall_s: float
-    """How long training waited for it, on this rank."""
+    """How long training waited for it, on this rank; nan likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,8 @@ class AsyncCheckpointer:
         if not self._is_shared:  # its start allocates the pages of the buffer meanwhile
             self._process = self._writer
         self._pending: dict[str, PendingCheckpoint] = {}
+        self._returned: set[int] = set()
+        """Steps of the checkpoints that `outcomes` has returned."""
         self.on_wait: Callable[[], None] = lambda: None
         """Called repeatedly while waiting for the storage."""
 
@@ -157,15 +160,19 @@ class AsyncCheckpointer:
         self._snapshotter.settle()
 
     def outcomes(self) -> list[CheckpointWritten]:
-        """Return the checkpoints committed since the last call; on rank 0 only."""
+        """Return the checkpoints committed since the last call; on rank 0 only.
+
+        With the first ones of this membership come all that exist already: a writer process that outlived its ranks
+        has committed some of them, perhaps, and reported it to none.
+        """
         self._listen()
-        found = []
+        found: list[CheckpointWritten] = []
         for token, pending in list(self._pending.items()):
             if self._rank != 0 and pending.has_part and pending.failure is None:
                 del self._pending[token]  # only rank 0 waits for the commit
             elif pending.committed is not None:
                 del self._pending[token]
-                found.append(self._written(pending))
+                found += self._written(pending)
         return found
 
     def abort(self) -> list[SaveFailed]:
@@ -248,15 +255,20 @@ class AsyncCheckpointer:
         dist.broadcast_object_list(shared, src=0)
         return shared[0]
 
-    def _written(self, pending: PendingCheckpoint) -> CheckpointWritten:
+    def _written(self, pending: PendingCheckpoint) -> Iterator[CheckpointWritten]:
         assert pending.committed is not None
-        return CheckpointWritten(
-            step=pending.step,
-            folder=f"{self._url}/{step_name(pending.step)}",
-            size_bytes=pending.committed["committed"],
-            seconds=pending.committed["at"] - pending.began,
-            stall_s=pending.snapshot.stall_s if pending.snapshot else 0.0,
-        )
+        sizes = {int(step): size for step, size in pending.committed["stored"].items()}
+        for step, size in (sizes | {pending.step: pending.committed["committed"]}).items():
+            is_own = step == pending.step
+            if is_own or step not in self._returned:
+                self._returned.add(step)
+                yield CheckpointWritten(
+                    step=step,
+                    folder=f"{self._url}/{step_name(step)}",
+                    size_bytes=size,
+                    seconds=pending.committed["at"] - pending.began if is_own else math.nan,
+                    stall_s=math.nan if not is_own else pending.snapshot.stall_s if pending.snapshot else 0.0,
+                )
 
 
 class _WriterProcess:

@@ -30,6 +30,7 @@ from forge.elastic.replicas.store import ReplicaStore, locations_from_record, lo
 from forge.elastic.rpc import Channel, Endpoint, Listener, connect
 from forge.elastic.states import ReplicaLocation
 from tests.support.checkpoints import layout_of, model_shape, progress, values
+from tests.support.checkpoints import write as write_checkpoint
 from tests.support.handshakes import ignore_addresses
 
 SECRET = bytes(32)
@@ -638,7 +639,7 @@ def test_flush_shard__ranks_gone__checkpoint_is_committed(tmp_path: Path) -> Non
         snapshot.commit(1, step=3, state={"progress": asdict(progress(3))})
         return snapshot
 
-    async def flush(step: int) -> list[int | None]:
+    async def flush(step: int) -> list[dict[int, int]]:
         url, token = str(tmp_path), "aaaaaaaa0001"
         return await asyncio.gather(
             *(
@@ -647,14 +648,18 @@ def test_flush_shard__ranks_gone__checkpoint_is_committed(tmp_path: Path) -> Non
             )
         )
 
-    assert asyncio.run(flush(2)) == [None, None]
+    assert asyncio.run(flush(2)) == [{}, {}]
+    write_checkpoint(str(tmp_path), 1)  # which no event may have recorded
     first, second = asyncio.run(flush(3))
     found = find_checkpoint(open_storage(str(tmp_path)), on_skip=lambda *_: None)
     assert found is not None
-    assert (found.progress, second) == (progress(3), None)
-    assert first == sum(
-        path.stat().st_size for path in tmp_path.glob("step-00000003/*") if "manifest" not in path.name
-    )
+    assert (found.progress, second) == (progress(3), {})
+    assert first == {
+        step: sum(path.stat().st_size for path in folder.iterdir() if "manifest" not in path.name)
+        for step in (1, 3)
+        for folder in tmp_path.glob(f"step-0000000{step}")
+    }
+    assert list(first) == [1, 3]
     wanted = Interval(kind="exp_avg", name="embedding.weight", start=5, stop=55, dtype="F32")
     read = bytearray(wanted.size_bytes)
     found.read([(wanted, memoryview(read))])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import wandb
 
-from forge.events import RunFailed, StepRepeated, TrackingDegraded
+from forge.events import CheckpointSaved, RunFailed, StepRepeated, TrackingDegraded
 from forge.runs.recorder import append_event, last_recorded_step
 from tests.support.runs import metrics, open_recorder
 from tests.support.wandb_file import read_history
@@ -47,6 +47,18 @@ def test_recorder__events_and_steps__lines_with_a_time(tmp_path: Path) -> None:
         "world_size": 2,
     }
     assert all(before - 1 < line["time"] < time.time() + 1 for line in (step, event))
+
+
+def test_recorder__checkpoint_reported_again__is_recorded_once(tmp_path: Path) -> None:
+    def saved(step: int, seconds: float) -> CheckpointSaved:
+        return CheckpointSaved(step=step, folder="c", size_bytes=1, seconds=seconds, stall_s=seconds)
+
+    recorder = open_recorder(tmp_path)
+    for event in (saved(3, 0.5), saved(3, math.nan), saved(4, math.nan)):
+        recorder.event(event)
+    open_recorder(tmp_path).event(saved(4, 0.5))
+    found = [(event["step"], event["seconds"]) for event in lines(tmp_path / "events.jsonl")]
+    assert found == [(3, 0.5), (4, None)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -127,6 +128,31 @@ def test_writers__ranks_died__complete_the_checkpoint(tmp_path: Path) -> None:
     found = find_checkpoint(open_storage(str(tmp_path)), on_skip=lambda *_: None)
     assert found is not None
     assert found.progress.step == 1
+
+
+def save_twice(rank: int, url: str) -> list[Any]:
+    checkpointer = checkpointer_for(url, world_size=2)
+    checkpointer._keep = 1
+    outcomes: list[Any] = []
+    for step in (2, 3):
+        checkpointer.begin(replace(PROGRESS, step=step))
+        outcomes += checkpointer.finish()
+    checkpointer.close()
+    return outcomes
+
+
+def test_outcomes__earlier_writers_outlived_their_ranks__their_checkpoint_is_returned_once(tmp_path: Path) -> None:
+    pids = on_ranks(vanish, str(tmp_path), -1, world_size=2)
+    wait_for(lambda: not any(map(psutil.pid_exists, pids)), timeout_s=20)
+    size = sum(path.stat().st_size for path in tmp_path.glob("step-00000001/*") if "manifest" not in path.name)
+    for outcomes in on_ranks(save_twice, str(tmp_path), world_size=2):
+        assert [(outcome.step, math.isnan(outcome.seconds)) for outcome in outcomes] == [
+            (1, True),
+            (2, False),
+            (3, False),
+        ]
+        assert outcomes[0].size_bytes == size
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]  # the first was removed since
 
 
 @pytest.mark.slow

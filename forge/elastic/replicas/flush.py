@@ -18,16 +18,15 @@ from forge.checkpoint.writer_process import WriteCommand
 
 async def flush_shard(
     buffer: SnapshotBuffer, *, step: int, rank: int, world_size: int, url: str, keep: int, token: str
-) -> int | None:
+) -> dict[int, int]:
     """Write one rank's shard of a checkpoint, and commit the checkpoint if the rank is 0.
 
-    Returns: the size of the whole checkpoint in bytes if this shard's writer has committed it; None for other
-    ranks,
+    Returns: step → bytes of all checkpoints, if this shard's writer has committed this one; empty for other ranks,
         and if the shard could not be written: the writer's reason is in the agent's log.
     """
     snapshot = next((copy for copy in buffer.snapshots() if copy.step == step), None)
     if snapshot is None:
-        return None
+        return {}
     state = ""
     if rank == 0:
         progress, shape = Progress(**snapshot.state["progress"]), shape_from_record(buffer.about["shape"])
@@ -49,5 +48,7 @@ async def flush_shard(
         pass_fds=[buffer.fd],
     )
     answer, _ = await process.communicate(json.dumps(asdict(command)).encode() + b"\n")
-    outcomes = [json.loads(line) for line in answer.splitlines()]
-    return next((outcome["committed"] for outcome in outcomes if "committed" in outcome), None)
+    for outcome in map(json.loads, answer.splitlines()):
+        if "committed" in outcome:
+            return {int(other): size for other, size in outcome["stored"].items()} | {step: outcome["committed"]}
+    return {}
