@@ -42,7 +42,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def read_file(path: Path, *, max_bytes: int) -> bytes:
     """Read a whole regular file, never through a link, a pipe or a device.
 
-    Raises: OSError if it cannot be read or is a link; ValueError if it is not a regular file or too large.
+    Raises: OSError if it cannot be read, is a link or not a regular file; ValueError if it is too large.
     """
     with os.fdopen(open_file(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -53,7 +53,7 @@ def read_file(path: Path, *, max_bytes: int) -> bytes:
 
 
 def read_file_end(path: Path, *, max_bytes: int) -> bytes:
-    """Read the last bytes of a regular file of any size. Raises: OSError, ValueError as `read_file`."""
+    """Read the last bytes of a regular file of any size. Raises: OSError as `read_file`."""
     with os.fdopen(open_file(path), "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - max_bytes))
         return file.read(max_bytes)
@@ -62,7 +62,7 @@ def read_file_end(path: Path, *, max_bytes: int) -> bytes:
 def open_file(path: Path) -> int:
     """Open a regular file for reading, never through a link. Returns: a file descriptor.
 
-    Raises: OSError if it cannot be opened or is a link; ValueError if it is not a regular file.
+    Raises: OSError if it cannot be opened, is a link or not a regular file.
     """
     try:
         # O_NONBLOCK: opening a pipe without a writer would wait forever.
@@ -73,7 +73,7 @@ def open_file(path: Path) -> int:
         raise OSError(errno.ELOOP, "it is a link, which may lead outside the folder", str(path)) from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise ValueError(f"{path.name} is not a regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return handle
 
 
@@ -120,7 +120,7 @@ class LineReader:
     def lines(self) -> Iterator[bytes]:
         """Yield the complete lines written since the last call, without their ends.
 
-        Raises: OSError, ValueError if the file cannot be read, or is larger than `max_bytes`.
+        Raises: OSError as `read_file`; ValueError if the file is larger than `max_bytes`.
         """
         with os.fdopen(open_file(self._path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -181,13 +181,13 @@ def typed(hint: Any, value: Any, *, where: str = "", nan_for_null: bool = False)
             return _one_of(hint, value, where=where, nan_for_null=nan_for_null)
         case typing.Literal if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
-        case builtins.tuple | builtins.list if isinstance(value, (list, tuple)):
+        case builtins.tuple | builtins.list | collections.abc.Sequence if isinstance(value, (list, tuple)):
             items = arguments if origin is tuple and arguments[1:] != (...,) else arguments[:1] * len(value)
             if len(items) != len(value):
                 raise ValueError(f"{where or 'the list'}: expected {len(items)} values, found {len(value)}")
             pairs = zip(items, value, strict=True)
             found = [typed(item, each, where=where, nan_for_null=nan_for_null) for item, each in pairs]
-            return tuple(found) if origin is tuple else found
+            return found if origin is list else tuple(found)
         case builtins.dict | collections.abc.Mapping if isinstance(value, dict):
             item = arguments[1] if arguments else Any
             return {

@@ -45,7 +45,7 @@ class TestReadFile:
     def test_read_file__pipe_device_folder__are_refused_at_once(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-            with pytest.raises(ValueError, match="is not a regular file"):
+            with pytest.raises(OSError, match="is not a regular file"):
                 read_file(path, max_bytes=100)
 
     def test_read_file__sparse_terabyte__is_not_read(self, tmp_path: Path) -> None:

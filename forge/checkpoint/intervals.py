@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from forge.foreign import MAX_INT
+
 KINDS = ("master", "ema", "frozen", "buffer", "exp_avg", "exp_avg_sq")
 """In the order of a file: first the values of the model, last what only training needs."""
 
@@ -80,10 +82,28 @@ def pack(intervals: Iterable[Interval]) -> Layout:
     return Layout(intervals=tuple(stored))
 
 
-def layout_from_record(record: Iterable[Iterable[Any]]) -> Layout:
-    """Parse the output of `Layout.to_record`."""
-    names = ("kind", "name", "start", "stop", "dtype")
-    return Layout(intervals=tuple(Interval(**dict(zip(names, row, strict=True))) for row in record))
+def layout_from_record(record: Any) -> Layout:
+    """Parse the output of `Layout.to_record`. Raises: ValueError if it is not valid."""
+    if not isinstance(record, list):
+        raise ValueError("the intervals of a part are not a list")
+    return Layout(intervals=tuple(_interval_from_record(row) for row in record))
+
+
+def _interval_from_record(row: Any) -> Interval:
+    try:
+        kind, name, start, stop, dtype = row
+        is_valid = (
+            type(start) is type(stop) is int
+            and 0 <= start <= stop < MAX_INT
+            and isinstance(name, str)
+            and kind in KINDS
+            and dtype in ITEM_BYTES
+        )
+    except (TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{row!r:.120} is no interval")
+    return Interval(kind=kind, name=name, start=start, stop=stop, dtype=dtype)
 
 
 class IntervalIndex:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forge.checkpoint.intervals import Layout, layout_from_record, safetensors_header
+from forge.checkpoint.intervals import ITEM_BYTES, KINDS, Layout, layout_from_record, safetensors_header
+from forge.foreign import MAX_INT, file_name, from_record, parse_object, typed
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+_MAX_MANIFEST_VALUES = 32_000_000
+"""Of a checkpoint with about five million intervals, such as 500 parameters in four kinds on 2,500 ranks."""
 # The data of a part starts at a page boundary, as it does in memory, which direct I/O requires.
 _ALIGNMENT = 4096
 # The manifest's own checksum has a fixed position, and is computed with zeros there.
@@ -108,6 +112,27 @@ class Manifest:
         return self.state_size_bytes + sum(part.size_bytes for part in self.parts)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StateEntry:
+    """`state` of a manifest."""
+
+    name: str
+    size_bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PartEntry:
+    """One of the `parts` of a manifest."""
+
+    name: str
+    size_bytes: int
+    crc32: int
+    data_start: int
+    intervals: Any
+    """Checked by `layout_from_record`, as there are many."""
+
+
 def step_name(step: int) -> str:
     """Return `step-00001000`: names sort by step."""
     return f"step-{step:08d}"
@@ -126,22 +151,30 @@ def state_name(*, token: str) -> str:
 def manifest_from_bytes(text: bytes) -> Manifest:
     """Parse the output of `manifest_bytes`. Raises: ValueError with the reason if it is not valid."""
     try:
-        body = json.loads(text)
-        version = body["format_version"]
+        body = parse_object(text, max_values=_MAX_MANIFEST_VALUES)
+        version = body.get("format_version")
         if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version}, this forge reads {FORMAT_VERSION}")
+            raise ValueError(f"format version {version!r:.40}, this forge reads {FORMAT_VERSION}")
         blank = text[: _CRC_DIGITS.start] + b"0" * 8 + text[_CRC_DIGITS.stop :]
-        if body["crc32"] != f"{zlib.crc32(blank):08x}":
+        if body.get("crc32") != f"{zlib.crc32(blank):08x}":
             raise ValueError(f"{MANIFEST} does not match its checksum")
-        return Manifest(
-            step=body["step"],
-            parts=tuple(part_from_record(part) for part in body["parts"]),
-            state_name=body["state"]["name"],
-            state_size_bytes=body["state"]["size_bytes"],
-            state_crc32=body["state"]["crc32"],
-        )
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
+        state = from_record(_StateEntry, body.get("state"))
+        parts = tuple(part_from_record(part) for part in typed(tuple[Any, ...], body.get("parts"), where="parts"))
+        step = typed(int, body.get("step"), where="step")
+        names = [file_name(state.name), *(part.name for part in parts)]
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} cannot be read: {error}") from error
+    if len(set(names)) < len(names) or MANIFEST in names:
+        raise ValueError(f"{MANIFEST} cannot be read: it names a file twice")
+    if step < 0 or state.size_bytes < 0:
+        raise ValueError(f"{MANIFEST} cannot be read: a number is negative")
+    return Manifest(
+        step=step,
+        parts=parts,
+        state_name=state.name,
+        state_size_bytes=state.size_bytes,
+        state_crc32=state.crc32,
+    )
 
 
 def manifest_bytes(step: int, *, parts: Sequence[Part], state: bytes, token: str) -> bytes:
@@ -159,23 +192,20 @@ def manifest_bytes(step: int, *, parts: Sequence[Part], state: bytes, token: str
 def state_from_bytes(text: bytes) -> tuple[Progress, ModelShape]:
     """Parse the output of `state_bytes`. Raises: ValueError with the reason if it is not valid."""
     try:
-        body = json.loads(text)
-        progress = Progress(
-            **{field.name: body[field.name] for field in dataclasses.fields(Progress) if field.name in body}
-        )
+        body = parse_object(text)
+        fields = {field.name for field in dataclasses.fields(Progress)}
+        progress = from_record(Progress, {name: value for name, value in body.items() if name in fields})
         shape = shape_from_record(body)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the state cannot be read ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"the state cannot be read: {error}") from error
     return progress, shape
 
 
 def unacked_metrics_from_bytes(text: bytes) -> list[dict[str, Any]]:
     """Return the `unacked_metrics` in the output of `state_bytes`. Raises: ValueError if it is not valid."""
-    try:
-        unacked_metrics: list[dict[str, Any]] = json.loads(text).get("unacked_metrics", [])
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"the state cannot be read ({error})") from error
-    return unacked_metrics
+    found = parse_object(text).get("unacked_metrics", [])
+    metrics: list[dict[str, Any]] = typed(list[dict[str, Any]], found, where="unacked_metrics")
+    return metrics
 
 
 def state_bytes(
@@ -200,13 +230,18 @@ def shape_record(shape: ModelShape) -> dict[str, Any]:
 
 
 def shape_from_record(record: Mapping[str, Any]) -> ModelShape:
-    """Parse the output of `shape_record`. Raises: KeyError, TypeError."""
-    parameters = {
-        key: Parameter(shape=tuple(entry["shape"]), dtype=entry["dtype"], kind=entry["kind"])
-        for key, entry in record["parameters"].items()
-    }
-    base = base_from_record(record.get("base"))
-    return ModelShape(parameters=parameters, tied=record["tied"], config=record["config"], base=base)
+    """Parse the output of `shape_record`. Raises: ValueError with the reason if it is not valid."""
+    found = {name: record[name] for name in ("parameters", "tied", "config", "base") if name in record}
+    shape = from_record(ModelShape, found)
+    for name, parameter in shape.parameters.items():
+        if parameter.dtype not in ITEM_BYTES or parameter.kind not in (*KINDS, "base"):
+            raise ValueError(f"{name[:80]} has the type {parameter.dtype[:40]} and the kind {parameter.kind[:40]}")
+        if min(parameter.shape, default=0) < 0 or math.prod(parameter.shape) > MAX_INT:
+            raise ValueError(f"{name[:80]} has an impossible shape")
+    for alias, name in shape.tied.items():
+        if name not in shape.parameters:
+            raise ValueError(f"{alias[:80]} is tied to {name[:80]}, which the state does not describe")
+    return shape
 
 
 def base_record(base: BaseWeights | None) -> dict[str, Any] | None:
@@ -215,10 +250,9 @@ def base_record(base: BaseWeights | None) -> dict[str, Any] | None:
 
 
 def base_from_record(record: Mapping[str, Any] | None) -> BaseWeights | None:
-    """Parse the output of `base_record`. Raises: KeyError, TypeError."""
-    if record is None:
-        return None
-    return BaseWeights(source=record["source"], revision=record["revision"], files=dict(record["files"]))
+    """Parse the output of `base_record`. Raises: ValueError with the reason if it is not valid."""
+    base: BaseWeights | None = typed(BaseWeights | None, record, where="base")
+    return base
 
 
 def base_difference(held: BaseWeights | None, wanted: BaseWeights | None) -> str | None:
@@ -245,15 +279,16 @@ def part_record(part: Part) -> dict[str, Any]:
     }
 
 
-def part_from_record(record: Mapping[str, Any]) -> Part:
-    """Parse the output of `part_record`. Raises: KeyError, TypeError; ValueError if it is inconsistent."""
+def part_from_record(record: Any) -> Part:
+    """Parse the output of `part_record`. Raises: ValueError with the reason if it is not valid."""
+    entry = from_record(_PartEntry, record)
     part = Part(
-        name=record["name"],
-        size_bytes=record["size_bytes"],
-        crc32=record["crc32"],
-        layout=layout_from_record(record["intervals"]),
+        name=file_name(entry.name),
+        size_bytes=entry.size_bytes,
+        crc32=entry.crc32,
+        layout=layout_from_record(entry.intervals),
     )
-    if part.data_start != record["data_start"]:
+    if part.data_start != entry.data_start or part.data_start < 0:
         raise ValueError(f"{part.name} has {part.size_bytes} bytes, which does not match its intervals")
     return part
 

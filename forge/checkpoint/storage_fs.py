@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import shutil
 import time
@@ -18,8 +19,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from forge.checkpoint.intervals import Range
+from forge.foreign import open_file, read_file
 from forge.fs import sync_folder
 
+MAX_SMALL_FILE_BYTES = 2**29
+"""Of a manifest or state file; the largest manifests have about 60 bytes for each interval."""
 _STAGING = ".staging-"
 # A writer locks a staging folder within milliseconds of creating it.
 _LOCK_GRACE_S = 60.0
@@ -45,14 +49,19 @@ class FolderStorage:
 
     def files(self, name: str) -> dict[str, int]:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return {path.name: path.stat().st_size for path in (self._root / name).iterdir() if path.is_file()}
+            files = [path for path in (self._root / name).iterdir() if path.is_file() and not path.is_symlink()]
+            return {path.name: path.stat().st_size for path in files}
         return {}
 
     def read(self, path: str) -> bytes:
-        return (self._root / path).read_bytes()
+        self._require_no_link(path)
+        try:
+            return read_file(self._root / path, max_bytes=MAX_SMALL_FILE_BYTES)
+        except ValueError as error:
+            raise OSError(errno.EFBIG, str(error), path) from None
 
     def read_into(self, path: str, ranges: Sequence[Range]) -> None:
-        with (self._root / path).open("rb", buffering=0) as file:
+        with self._open(path) as file:
             for offset, view in ranges:
                 file.seek(offset)
                 done = 0
@@ -65,10 +74,20 @@ class FolderStorage:
     def crc32(self, path: str) -> int:
         crc = 0
         buffer = memoryview(bytearray(_CHUNK_BYTES))
-        with (self._root / path).open("rb", buffering=0) as file:
+        with self._open(path) as file:
             while count := file.readinto(buffer):
                 crc = zlib.crc32(buffer[:count], crc)
         return crc
+
+    def _open(self, path: str) -> io.FileIO:
+        self._require_no_link(path)
+        return io.FileIO(open_file(self._root / path))
+
+    def _require_no_link(self, path: str) -> None:
+        """Raises: OSError if the folder of a checkpoint is a link, which may lead to files of no checkpoint."""
+        folder = self._root / path.partition("/")[0]
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link, which may lead outside the folder", str(folder))
 
     def open_staging(self, name: str, *, token: str) -> str:
         staging = f"{_STAGING}{name}-{token}"

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from forge.checkpoint.intervals import Range
 from forge.checkpoint.manifest import MANIFEST
+from forge.checkpoint.storage_fs import MAX_SMALL_FILE_BYTES
 from forge.errors import CheckpointError
 
 T = TypeVar("T")
@@ -49,6 +50,11 @@ class BucketStorage:
         }
 
     def read(self, path: str) -> bytes:
+        size = self._retry(lambda: int(self._fs.info(self._at(path)).get("size") or 0), f"read {path}")
+        if size > MAX_SMALL_FILE_BYTES:
+            raise OSError(
+                errno.EFBIG, f"it has {size} bytes; forge reads at most {MAX_SMALL_FILE_BYTES} of it", path
+            )
         found: bytes = self._retry(lambda: self._fs.cat_file(self._at(path)), f"read {path}")
         return found
 

@@ -74,9 +74,9 @@ class RecordReader:
         return self._num_invalid + self._lines.num_skipped
 
     def read(self) -> Iterator[Record]:
-        """Yield the records written since the last call; none if the file cannot be read yet.
+        """Yield the records written since the last call; none if the file does not exist yet.
 
-        Raises: ValueError if the file is larger than any that forge writes, or is not a regular file.
+        Raises: ValueError if the file cannot be read, is a link or no file, or is larger than any of forge's.
         """
         try:
             for line in self._lines.lines():
@@ -87,8 +87,10 @@ class RecordReader:
                     self._skip -= 1
                 else:
                     yield record
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return
+        except OSError as error:
+            raise ValueError(f"{error.strerror}: {error.filename}") from error
 
     def _record(self, line: bytes) -> Record | None:
         if self._kind == "step":
@@ -147,8 +149,10 @@ def last_step_of(folder: Path) -> Record:
     """
     try:
         lines = read_file_end(folder / METRICS, max_bytes=_END_BYTES).split(b"\n")[:-1]
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except OSError as error:
+        raise ValueError(f"{error.strerror}: {error.filename}") from error
     for line in reversed(lines):
         record = step_record(line)
         if record is not None:

@@ -95,10 +95,15 @@ def test_run_folder__mutated__every_command_ends_in_a_clear_error_or_none(
         commands = rng.sample(COMMANDS, 4)
         (folder / "commands").write_text("\n".join(commands))
 
+    (tmp_path / "first" / "runs").mkdir(parents=True)
+    shutil.copytree(good[0], tmp_path / "first" / "runs" / good[0].name)
+    (tmp_path / "first" / "commands").write_text("\n".join(COMMANDS))
+    _check(tmp_path / "first")  # imports what the commands need, which counts for no case
     run_cases("run folder", make=make, check=_check, root=tmp_path / "cases")
 
 
 def _check(folder: Path) -> None:
+    """Run the commands of a case on its run."""
     for command in (folder / "commands").read_text().split("\n"):
         for run in (folder / "runs").iterdir():
             words = [str(run) if word == "RUN" else word for word in command.split()]
