@@ -247,7 +247,13 @@ def _content(record: Record, *, text_key: str) -> bytes:
     text = record.fields.get(text_key)
     if isinstance(text, str) and len(record.fields) == 1:
         return text.encode(errors="surrogatepass")
-    return json.dumps(record.fields, sort_keys=True, default=repr).encode()
+    try:
+        return json.dumps(record.fields, sort_keys=True, default=repr).encode()
+    except RecursionError:  # a value with hundreds of levels, which JSON can be read with but not written
+        plain = {
+            key: value if isinstance(value, str | int | float) else None for key, value in record.fields.items()
+        }
+        return json.dumps(plain, sort_keys=True).encode()
 
 
 def _rows(chosen: NDArray[np.int64], lengths: NDArray[np.int64], *, spec: DataSpec) -> list[NDArray[np.int64]]:
