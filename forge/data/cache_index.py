@@ -7,24 +7,25 @@ import it.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
 from forge.data.store import FileEntry, checksum, hash_file, verify_sizes, write_file
 from forge.errors import DataError
+from forge.foreign import file_name, from_record, parse_object, read_file
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
+_FOLDERS = {"tokenizer", "examples", "columns", "train", "held_out"}
+"""The folders in a cache; all of its files are in them or beside the index."""
+MAX_INDEX_BYTES = 64 * 2**20
 _TOKEN_DTYPES = {"<u2", "<u4"}
 _COLUMN_DTYPES = {"<i4", "<f4"}
-
-_DataT = TypeVar("_DataT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,20 +115,21 @@ def read_index(folder: Path) -> CacheIndex:
     """
     path = folder / INDEX_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_object(read_file(path, max_bytes=MAX_INDEX_BYTES))
         version, found = content.pop("format"), content.pop("blake2b")
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); prepare the corpus again") from None
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError) as error:
         raise DataError(f"{path} is not the index of a token cache ({error!r}); delete {folder}") from None
     if version != FORMAT_VERSION:
         raise DataError(f"{path} has format {version}, this forge reads {FORMAT_VERSION}; delete {folder}")
     if found != checksum(_canonical(content)):
         raise DataError(f"{path} was changed after it was written: its checksum differs; delete {folder}")
     try:
-        index = _parse(CacheIndex, content)
+        index = from_record(CacheIndex, content)
+        _check_names(index)
         _check_values(index)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not the index of a token cache ({error}); delete {folder}") from None
     return index
 
@@ -145,33 +147,18 @@ def verify(folder: Path, *, index: CacheIndex) -> None:
             raise DataError(f"{path} has checksum {found}, the index says {entry.blake2b}; delete {folder}")
 
 
-def _parse(cls: type[_DataT], content: Any) -> _DataT:
-    """Build a dataclass from JSON.
-
-    Raises: TypeError for a key that is missing or unknown, or a value of another type.
-    """
-    if not isinstance(content, dict):
-        raise TypeError(f"{cls.__name__} is {content!r:.60}")
-    hints = get_type_hints(cls)
-    if unknown := sorted(content.keys() - hints.keys()):
-        raise TypeError(f"{cls.__name__} has no {unknown[0]}")
-    return cls(**{name: _value(value, hint=hints[name], name=name) for name, value in content.items()})
-
-
-def _value(value: Any, *, hint: Any, name: str) -> Any:
-    if type(None) in get_args(hint):  # `float | None`
-        return None if value is None else _value(value, hint=get_args(hint)[0], name=name)
-    if dataclasses.is_dataclass(hint):
-        return _parse(hint, value)  # type: ignore[arg-type]
-    if get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_value(item, hint=get_args(hint)[0], name=name) for item in value)
-    if get_origin(hint) is Mapping and isinstance(value, dict):
-        return {key: _value(item, hint=get_args(hint)[1], name=f"{name}.{key}") for key, item in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise TypeError(f"{name} is {value!r:.60}")
-    return value
+def _check_names(index: CacheIndex) -> None:
+    """Raises: ValueError for a file outside of the cache's folder, or one that no cache contains."""
+    names = [entry.name for entry in index.files]
+    for name in names:
+        folder, slash, file = name.rpartition("/")
+        if (slash and folder not in _FOLDERS) or name == INDEX_NAME:
+            raise ValueError(f"it names {name!r:.80}, where no cache has a file")
+        file_name(file)
+    if len(set(names)) < len(names):
+        raise ValueError("it names a file twice")
+    if min((entry.size_bytes for entry in index.files), default=0) < 0:
+        raise ValueError("a size is negative")
 
 
 def _check_values(index: CacheIndex) -> None:

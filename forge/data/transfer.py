@@ -6,15 +6,18 @@ no partial corpus.
 
 from __future__ import annotations
 
+import errno
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from forge.data.cache import build_once, open_cache
-from forge.data.cache_index import INDEX_NAME, CacheIndex, read_index, verify
+from forge.data.cache_index import INDEX_NAME, MAX_INDEX_BYTES, CacheIndex, read_index, verify
 from forge.data.store import verify_sizes
 from forge.errors import DataError
+from forge.foreign import open_file
 from forge.fs import sync_folder
 
 CHUNK_BYTES = 4 << 20
@@ -57,6 +60,7 @@ def send_corpus(folder: Path, *, stream: IO[bytes]) -> None:
     verify_sizes(folder, index.files)
     with tarfile.open(fileobj=stream, mode="w|") as archive:
         for name in [INDEX_NAME, *(entry.name for entry in index.files)]:
+            os.close(_open_file(folder, name))
             archive.add(folder / name, arcname=name, filter=_anonymous)
 
 
@@ -65,16 +69,30 @@ def read_chunk(folder: Path, *, name: str, offset: int) -> bytes:
     known = {INDEX_NAME, *(entry.name for entry in read_index(folder).files)}
     if name not in known:
         raise DataError(f"{folder} has no file {name!r}")
-    with (folder / name).open("rb") as file:
+    with os.fdopen(_open_file(folder, name), "rb") as file:
         file.seek(offset)
         return file.read(CHUNK_BYTES)
 
 
+def _open_file(folder: Path, name: str) -> int:
+    """Open a file of the cache, never through a link, which would give away another file of this machine.
+
+    Raises: DataError.
+    """
+    path = folder / name
+    try:
+        if path.parent != folder and path.parent.is_symlink():
+            raise OSError(errno.ELOOP, "its folder is a link")
+        return open_file(path)
+    except OSError as error:
+        raise DataError(f"{path} is part of the token cache but cannot be read: {error.strerror}") from None
+
+
 def _fetch(draft: Path, *, digest: str, read: Read) -> CacheIndex:
-    _write(draft / INDEX_NAME, _chunks(read, INDEX_NAME))
+    _write(draft / INDEX_NAME, _chunks(read, INDEX_NAME, max_bytes=MAX_INDEX_BYTES))
     index = _index_of(draft, digest=digest)
     for entry in index.files:
-        _write(draft / entry.name, _chunks(read, entry.name))
+        _write(draft / entry.name, _chunks(read, entry.name, max_bytes=entry.size_bytes))
     return _verified(draft, index)
 
 
@@ -101,11 +119,14 @@ def _verified(draft: Path, index: CacheIndex) -> CacheIndex:
     return index
 
 
-def _chunks(read: Read, name: str) -> Iterator[bytes]:
+def _chunks(read: Read, name: str, *, max_bytes: int) -> Iterator[bytes]:
+    """Raises: DataError if more arrives than the index says, so that no sender can fill the disk."""
     offset = 0
     while chunk := read(name, offset):
-        yield chunk
         offset += len(chunk)
+        if offset > max_bytes:
+            raise DataError(f"{name} of the corpus arrived with more than its {max_bytes} bytes")
+        yield chunk
 
 
 def _write(path: Path, chunks: Iterator[bytes]) -> None:

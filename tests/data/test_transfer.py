@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from forge.config.data import DataSpec, TokenizerSpec
+from forge.data.cache_index import read_index, write_index
 from forge.data.prepare import open_rows, prepare
-from forge.data.transfer import fetch_corpus, has_corpus, read_chunk, receive_corpus, send_corpus
+from forge.data.store import FileEntry, checksum
+from forge.data.transfer import CHUNK_BYTES, fetch_corpus, has_corpus, read_chunk, receive_corpus, send_corpus
 from forge.errors import DataError
 from forge.plan.inputs import CorpusInfo
+from tests.support.fuzz import watched
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +107,59 @@ def test_a_corpus_that_arrived_can_be_trained_on(corpus: CorpusInfo, tmp_path: P
     train, held_out = open_rows(dataclasses.replace(corpus, folder=str(there)))
     assert train.num_rows == corpus.num_train_sequences
     assert held_out.num_rows == corpus.num_held_out_sequences
+
+
+ELSEWHERE = ("../victim", "/tmp/forge-victim", "tokenizer/../../victim", "a/b", "..", "", "index.json", "x\n")
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_an_index_that_names_a_file_elsewhere_is_refused_on_every_side(
+    corpus: CorpusInfo, tmp_path: Path, name: str
+) -> None:
+    """A checksum is no secret: whoever writes an index can make it right."""
+    home, there = tmp_path / "home", tmp_path / "cache" / "data" / "there"
+    shutil.copytree(corpus.folder, home)
+    there.parent.mkdir(parents=True)
+    index = read_index(home)
+    evil = FileEntry(name=name, size_bytes=7, blake2b=checksum(b"private"))
+    write_index(home, index=replace(index, tokenizer=(*index.tokenizer, evil)))
+
+    def read(asked: str, offset: int) -> bytes:
+        if asked == name and asked != "index.json":
+            return b"private"[offset:]
+        return (home / asked).read_bytes()[offset : offset + CHUNK_BYTES]
+
+    with watched(there.parent), pytest.raises(DataError, match="is not the index of a token cache"):
+        fetch_corpus(there, digest=corpus.digest, read=read)
+    assert [path for path in there.parent.iterdir() if not path.name.startswith(".")] == []
+    for give in (
+        lambda: send_corpus(home, stream=io.BytesIO()),
+        lambda: read_chunk(home, name=name, offset=0),
+    ):
+        with pytest.raises(DataError, match="is not the index of a token cache"):
+            give()
+
+
+def test_a_link_in_the_cache_gives_no_file_away(corpus: CorpusInfo, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(corpus.folder, home)
+    name = read_index(home).train[0].name
+    (home / name).rename(tmp_path / "private")
+    (home / name).symlink_to(tmp_path / "private")
+    for give in (
+        lambda: send_corpus(home, stream=io.BytesIO()),
+        lambda: read_chunk(home, name=name, offset=0),
+    ):
+        with pytest.raises(DataError, match="it is a link"):
+            give()
+
+
+def test_more_than_the_index_says_is_not_taken(corpus: CorpusInfo, tmp_path: Path) -> None:
+    home = Path(corpus.folder)
+
+    def read(name: str, offset: int) -> bytes:
+        is_index = name == "index.json"
+        return read_chunk(home, name=name, offset=offset) if is_index else b"x" * CHUNK_BYTES
+
+    with pytest.raises(DataError, match="arrived with more than its"):
+        fetch_corpus(tmp_path / "data" / "there", digest=corpus.digest, read=read)
