@@ -93,6 +93,8 @@ class _Watch:
             paths = arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]
             if event == "os.symlink":
                 paths = arguments[1:2]
+            if event in ("os.remove", "os.rmdir", "os.mkdir") and arguments[-1] not in (-1, None):
+                paths = (Path(f"/proc/self/fd/{arguments[-1]}") / os.fsdecode(arguments[0]),)
         elif event == "import":
             paths = (arguments[1],) if arguments[1] and self.inside in str(arguments[1]) else ()
             return f"import from the case: {arguments[:2]!r}" if paths else None
