@@ -6,7 +6,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: setup tools train test check soak docs bench clean
+.PHONY: setup tools train test check soak docs bench lock sbom audit clean
 
 setup: .venv/setup-done
 
@@ -44,6 +44,20 @@ docs: setup
 
 bench: setup
 	for name in data cold_start throughput checkpoint kills; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+# Versions and hashes of everything that forge installs on other machines, after a change of constraints.txt. Needs a
+# package index; nothing else here does.
+lock: setup
+	$(BIN)/python -m forge.cluster.locks.update
+
+# The bill of materials of the lock files, as CycloneDX JSON; offline.
+sbom: setup
+	$(BIN)/python -m forge.cluster.locks.sbom > sbom.json
+	@echo "wrote sbom.json"
+
+# Pins, hashes, installed files and known advisories; offline. ADVISORIES: a file or folder in the OSV format.
+audit: setup
+	$(BIN)/python -m forge.cluster.locks.audit $(if $(ADVISORIES),--advisories $(ADVISORIES))
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist

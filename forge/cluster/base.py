@@ -81,6 +81,18 @@ class ClusterStatus:
         return sum(known) if known else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineRole:
+    """The rights that a cluster's machines have by themselves, so that they need no keys of the user."""
+
+    scheme: str
+    """Of the URLs of the storage that they reach: `s3` or `gs`."""
+    prefixes: tuple[str, ...]
+    """Beginnings of the environment variables that are not sent to them if they hold a key."""
+    storage: str | None = None
+    """The only place that they reach; None: whatever their cloud project has."""
+
+
 class Cluster(Protocol):
     """The cluster that one cluster file describes."""
 
@@ -95,6 +107,10 @@ class Cluster(Protocol):
     @property
     def gpu(self) -> str | None:
         """The name of its workers' GPUs if its file says so; None: ask the head."""
+
+    @property
+    def role(self) -> MachineRole | None:
+        """The rights of its machines; None: runs need the user's credentials."""
 
     def price(self) -> float | None:
         """The most it can cost, in USD per hour; None where nothing is rented or the price is unknown."""

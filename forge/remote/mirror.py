@@ -17,7 +17,7 @@ import shlex
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,12 @@ def remote_log(folder: Path, *, name: str, lines: int) -> str:
 class RemoteRun:
     """A run on a remote cluster, mirrored into a local folder by a thread."""
 
-    def __init__(self, folder: Path, ref: RemoteRef, *, cluster: Cluster) -> None:
+    def __init__(self, folder: Path, ref: RemoteRef, *, cluster: Cluster, messages: Sequence[str] = ()) -> None:
+        """Args:
+        messages: shown before those about the connection.
+        """
         self._folder, self._ref, self._cluster = folder, ref, cluster
-        self._messages: deque[str] = deque()
+        self._messages: deque[str] = deque(messages)
         self._is_over = False
         self._job_output: deque[str] = deque(maxlen=20)
         """The last lines of the job that are not records."""

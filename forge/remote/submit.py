@@ -41,7 +41,7 @@ from forge.remote.mirror import (
 from forge.runs.reader import count_records, driver_pid
 from forge.runs.records import EVENTS, METRICS
 from forge.runs.remote_ref import RemoteRef, write_remote_ref
-from forge.runs.secrets import credentials
+from forge.runs.secrets import credentials, without_keys
 from forge.runtime.driver_process import LocalRun, RunHandle
 from forge.runtime.probe import count_slots, hardware
 from forge.runtime.resolve import resolve
@@ -120,14 +120,36 @@ def adapt_job(target: RemoteTarget, loaded: LoadedJob) -> LoadedJob:
                 f"copy it to {path} on every node of the cluster"
             )
     if "://" in job.checkpoint.to:
+        _require_rights(cluster, job.checkpoint.to)
         return loaded
     if not target.storage:
         raise ArgumentError(
             f"a run on '{cluster.name}' needs checkpoint storage that all nodes can reach: set checkpoint.to to a "
             "URL such as s3://bucket/runs, or storage in the cluster file"
         )
+    _require_rights(cluster, target.storage)
     checkpoint = job.checkpoint.model_copy(update={"to": target.storage})
     return replace(loaded, job=job.model_copy(update={"checkpoint": checkpoint}))
+
+
+def _require_rights(cluster: Cluster, url: str) -> None:
+    """Raises: ArgumentError if the machines' own role does not reach a URL, as no other key is sent to them."""
+    role = cluster.role
+    if role is None or role.storage is None or not url.startswith(f"{role.scheme}://"):
+        return
+    place = role.storage.rstrip("/")
+    if not f"{url.rstrip('/')}/".startswith(f"{place}/") or not place.startswith(f"{role.scheme}://"):
+        raise ArgumentError(
+            f"checkpoint.to is {url}, and the machines of '{cluster.name}' may use {place or 'no storage'} alone: "
+            "set storage in its cluster file to a place that contains it, and start the cluster again. Your own "
+            "keys are not sent to machines that have a role"
+        )
+
+
+def credentials_for(cluster: Cluster) -> dict[str, str]:
+    """The environment variables that a run on a cluster gets: no cloud keys if its machines have a role."""
+    found = credentials(os.environ)
+    return found if cluster.role is None else without_keys(found, prefixes=cluster.role.prefixes)
 
 
 def remote_hardware(target: RemoteTarget) -> Callable[[JobSpec], HardwareInfo]:
@@ -172,7 +194,9 @@ def submit(target: RemoteTarget, plan: Plan, *, folder: Path) -> RunHandle:
         submit_job(client, ref, verb="run", python=target.python)
         if cluster.shares_files:
             return _await_driver(client, ref, folder)
-    return RemoteRun(folder, ref, cluster=cluster)
+    kept = sorted({*credentials(os.environ)} - {*credentials_for(cluster)})
+    note = f"{', '.join(kept)} stay on this machine: those of '{cluster.name}' have a role of their own"
+    return RemoteRun(folder, ref, cluster=cluster, messages=(note,) if kept else ())
 
 
 def _await_driver(client: Any, ref: RemoteRef, folder: Path) -> LocalRun:
@@ -200,7 +224,7 @@ def _upload(cluster: Cluster, plan: Plan, folder: Path) -> str:
         words, names = [*words, "--folder", str(folder.absolute())], ()
     elif plan.job.checkpoint.to.startswith("/"):  # a folder that all nodes share holds the run folder too
         words += ["--folder", f"{plan.job.checkpoint.to}/{folder.name}"]
-    stdin = json.dumps(credentials(os.environ)).encode() + b"\n" + _packed(folder, names=names)
+    stdin = json.dumps(credentials_for(cluster)).encode() + b"\n" + _packed(folder, names=names)
     uploaded = ask(cluster, *words, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
     if not uploaded["has_corpus"]:
         _send_corpus(cluster, plan)

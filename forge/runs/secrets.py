@@ -25,6 +25,15 @@ def credentials(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def without_keys(environment: Mapping[str, str], *, prefixes: tuple[str, ...]) -> dict[str, str]:
+    """Leave out the keys of a cloud: variables with one of its prefixes that sound like a secret."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not (name.startswith(prefixes) and any(word in name for word in _WORDS))
+    }
+
+
 def redacted(text: str, environment: Mapping[str, str]) -> str:
     """Replace the values of the environment's secrets in `text` by `***`."""
     for name, value in credentials(environment).items():

@@ -14,6 +14,7 @@ from typing import Literal
 import psutil
 
 from forge.cluster.local.ray_cluster import find_local
+from forge.cluster.tools import TOOLS, missing_tools, remedies
 from forge.fs import default_cache_dir
 from forge.runtime.probe import local_cpu, local_gpu
 from forge.units import format_bytes
@@ -45,7 +46,17 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Run all checks."""
-    return [_python(), *_packages(), _processor(), _gpu(), _memory(), *_disks(), _cluster(), _wandb()]
+    return [
+        _python(),
+        *_packages(),
+        _processor(),
+        _gpu(),
+        _memory(),
+        *_disks(),
+        _cluster(),
+        *_providers(),
+        _wandb(),
+    ]
 
 
 def _python() -> Finding:
@@ -128,6 +139,23 @@ def _cluster() -> Finding:
     if cluster is None:
         return Finding(what="cluster", state="ok", found="none up; each run starts its own")
     return Finding(what="cluster", state="ok", found=f"up at {cluster.address}, {len(cluster.nodes)} nodes")
+
+
+def _providers() -> list[Finding]:
+    """What clusters elsewhere need on this machine; a note where something is missing, as few people use all."""
+    findings = []
+    for provider, tools in TOOLS.items():
+        missing = missing_tools(provider)
+        names = ", ".join(tool.name for tool in missing or tools)
+        findings.append(
+            Finding(
+                what=f"clusters: {provider}",
+                state="note" if missing else "ok",
+                found=f"missing: {names}" if missing else names,
+                remedy="; ".join(remedies(missing)) or None,
+            )
+        )
+    return findings
 
 
 def _wandb() -> Finding:

@@ -13,9 +13,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import pytest
-
-from forge.cluster.cloud.setup_commands import install_command, pin_versions, plan_install, preview_install
+from forge.cluster.cloud.setup_commands import install_command, plan_install, preview_install
 from forge.cluster.ssh.bootstrap import Package
 from forge.cluster.ssh.wheel import wheel_name
 from forge.config.cluster import CloudSpec
@@ -40,7 +38,9 @@ def tiny_package() -> Package:
         archive.writestr(f"{name}-{version}.dist-info/RECORD", record)
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode="w") as archive:
-        for path, content in ((wheel_name(), wheel.getvalue()), ("requirements.txt", b"")):
+        own = f"./{wheel_name()} --hash=sha256:{hashlib.sha256(wheel.getvalue()).hexdigest()}\n"
+        files = {wheel_name(): wheel.getvalue(), "requirements.txt": b"", "source.txt": own.encode()}
+        for path, content in files.items():
             entry = tarfile.TarInfo(path)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
@@ -68,7 +68,7 @@ def test_install_command__incomplete_environment__is_rebuilt_once(tmp_path: Path
     (home / ".forge").mkdir(parents=True)
     package = tiny_package()
     (home / ".forge/package.tar").write_bytes(package.content)
-    command = install_command(package, sdks=(), archive="~/.forge/package.tar")
+    command = install_command(package, cloud="aws", archive="~/.forge/package.tar")
     folder = home / ".forge/envs/0123"
     (folder / "env").mkdir(parents=True)  # an `up` that was ended midway
     done = run(command, home=home)
@@ -82,7 +82,7 @@ def test_install_command__incomplete_environment__is_rebuilt_once(tmp_path: Path
 def test_install_command__torn_package__leaves_no_complete_environment(tmp_path: Path) -> None:
     (tmp_path / ".forge").mkdir()
     (tmp_path / ".forge/package.tar").write_bytes(b"torn")
-    done = run(install_command(tiny_package(), sdks=(), archive="~/.forge/package.tar"), home=tmp_path)
+    done = run(install_command(tiny_package(), cloud="aws", archive="~/.forge/package.tar"), home=tmp_path)
     assert done.returncode != 0
     assert not (tmp_path / ".forge/envs/0123/complete").exists()
 
@@ -93,12 +93,10 @@ def test_plan_install__package__is_copied_and_named_by_digest(tmp_path: Path) ->
     ((there, here),) = installed.file_mounts.items()
     assert Path(here).is_file() and Path(here).name == Path(there).name
     (command,) = installed.setup_commands
-    assert there in command and "boto3==" in command
+    assert there in command and "-r aws.txt" in command
+    installs = [part for part in command.split("&&") if "pip install" in part]
+    assert len(installs) == 4 and all("--require-hashes" in part for part in installs)
     assert Path(there).stem.removeprefix("package-") in installed.python
     named = spec.model_copy(update={"python": "/opt/forge/bin/python"})
     assert not plan_install(named, folder=tmp_path).setup_commands
     assert preview_install(named).python == "/opt/forge/bin/python"
-
-
-def test_pin_versions__installed_here__or_unpinned() -> None:
-    assert pin_versions(("pytest", "no-such-library")) == (f"pytest=={pytest.__version__}", "no-such-library")

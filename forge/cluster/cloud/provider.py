@@ -17,6 +17,7 @@ from forge.cluster.base import (
     ClusterNode,
     ClusterRecord,
     ClusterStatus,
+    MachineRole,
     NodeProgress,
     OnProgress,
     cluster_lock,
@@ -33,6 +34,7 @@ from forge.cluster.cloud.setup_commands import preview_install
 from forge.cluster.cloud.state import ClusterIdentity, plain_spec, save_state
 from forge.cluster.cloud.teardown import end_region, forget
 from forge.cluster.dashboard import ray_nodes, ray_runs
+from forge.cluster.tools import require_tools
 from forge.config.cluster import CloudSpec
 from forge.config.dump import dump_plain
 from forge.errors import ClusterError
@@ -59,6 +61,17 @@ class CloudCluster:
     @property
     def gpu(self) -> str | None:
         return None if self._spec.gpu == "none" else self._spec.gpu
+
+    @property
+    def role(self) -> MachineRole | None:
+        """On Azure the machines' identity may manage the cluster's group, and reads no storage."""
+        match self._spec.provider:
+            case "aws":
+                return MachineRole(scheme="s3", prefixes=("AWS_",), storage=self._spec.storage or "")
+            case "gcp":
+                return MachineRole(scheme="gs", prefixes=("GOOGLE_", "GCS_"))
+            case _:
+                return None
 
     def token(self) -> str:
         return read_token(self.name)
@@ -115,6 +128,7 @@ class CloudCluster:
                 message = "ready" if is_same else "ready, started with an earlier version of its file"
                 on_progress(NodeProgress(name="head", message=message))
                 return self.status()
+            require_tools(self._spec.provider)
             ClusterIdentity.create(self.name, state)
             save_state(self._spec, state)
             try:

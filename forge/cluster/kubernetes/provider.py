@@ -64,6 +64,7 @@ class KubernetesCluster:
     """The RayCluster of a Kubernetes cluster file."""
 
     shares_files = False
+    role = None
 
     def __init__(self, spec: KubernetesSpec, *, timeouts: Timeouts | None = None) -> None:
         self._spec, self._timeouts = spec, timeouts or Timeouts()

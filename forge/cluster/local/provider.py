@@ -29,6 +29,7 @@ class LocalCluster:
 
     name = NAME
     shares_files = True
+    role = None
     gpu = None
 
     def __init__(self, spec: LocalSpec | None = None) -> None:

@@ -7,20 +7,22 @@ versions.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import platform
 import shlex
 import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from forge.cluster.locks.lock_file import LOCKS, base_lock
 from forge.cluster.ssh.session import SshHost
-from forge.cluster.ssh.wheel import build_wheel, digest_of, locked_requirements, wheel_name
+from forge.cluster.ssh.wheel import Requirements, build_wheel, digest_of, wheel_name
 from forge.errors import ClusterError
 from forge.units import format_bytes
 
@@ -47,7 +49,7 @@ class Package:
     """What is installed on a host: forge's wheel and its locked dependencies."""
 
     content: bytes
-    """A tar file with the wheel, the requirements, and the wheels to install them from, if any."""
+    """A tar file with the wheel, the requirements with their hashes, and the wheels to install from, if any."""
     digest: str
     has_wheels: bool
 
@@ -56,24 +58,50 @@ class Package:
         """Build the package.
 
         Args:
-            wheels: a folder of this machine with wheels to install from; None: from the hosts' package index.
+            wheels: a folder of this machine with wheels to install from; None: from the hosts' package index, in
+                the versions and files of forge's lock.
 
-        Raises: ClusterError if the folder cannot be read.
+        Raises: ClusterError if the folder cannot be read, or this machine's Ray or torch differs from the lock's.
         """
-        wheel, requirements = build_wheel(), locked_requirements()
+        folder = None if wheels is None else Path(wheels).expanduser()
+        if folder is not None and not any(folder.glob("*.whl")):
+            raise ClusterError(f"wheels: {folder} has no wheels; fill it with pip download or pip wheel")
         target = io.BytesIO()
         try:
+            requirements = Requirements.locked() if folder is None else Requirements.of_folder(folder)
+            wheel = build_wheel()
+            own = f"./{wheel_name()} --hash=sha256:{hashlib.sha256(wheel).hexdigest()}\n"
+            files = {
+                wheel_name(): wheel,
+                "requirements.txt": requirements.wheels.encode(),
+                "source.txt": (requirements.sources + own).encode(),
+                **{path.name: path.read_bytes() for path in LOCKS.values() if path != base_lock()},
+            }
             with tarfile.open(fileobj=target, mode="w") as archive:
-                for name, content in ((wheel_name(), wheel), ("requirements.txt", requirements.encode())):
+                for name, content in files.items():
                     entry = tarfile.TarInfo(name)
                     entry.size = len(content)
                     archive.addfile(entry, io.BytesIO(content))
-                for path in sorted(Path(wheels).expanduser().glob("*.whl")) if wheels else ():
+                for path in sorted(folder.glob("*.whl")) if folder is not None else ():
                     archive.add(path, arcname=f"wheels/{path.name}")
         except OSError as error:
             raise ClusterError(f"wheels: {error.filename}: {error.strerror}") from error
         digest = digest_of(wheel, requirements)
         return cls(content=target.getvalue(), digest=digest, has_wheels=wheels is not None)
+
+    def pip_commands(self, pip: str, *, locks: Sequence[str] = ()) -> str:
+        """Shell commands that install the package from the folder with its files; nothing without a hash.
+
+        Args:
+            pip: the command of pip.
+            locks: names of further lock files; not used with a folder of wheels, which has everything.
+        """
+        base = f"{pip} install -q --disable-pip-version-check --no-input --require-hashes"
+        if self.has_wheels:
+            base += " --no-index --find-links wheels"
+            locks = ()
+        steps = [f"{base} --only-binary :all: -r {name}.txt" for name in ("requirements", *locks)]
+        return " && ".join([*steps, f"{base} --no-deps --no-build-isolation -r source.txt"])
 
     def install(self, host: SshHost, facts: Mapping[str, Any]) -> str:
         """Build the environment on a host unless it exists. Returns: its Python.
@@ -84,15 +112,15 @@ class Package:
         Raises: ClusterError with the last line of pip's output.
         """
         environment = f"{facts['folder']}/envs/{self.digest}"
-        source = "--no-index --find-links wheels" if self.has_wheels else ""
+        there = shlex.quote(environment)
         build = (
-            f"rm -rf {environment} && mkdir -p {environment}/source && cd {environment}/source && tar xf - && "
-            f"{shlex.quote(str(facts['python']))} -m venv {environment}/env && {environment}/env/bin/python -m pip "
-            f"install -q --disable-pip-version-check --no-input {source} -r requirements.txt ./{wheel_name()} && "
-            f"touch {environment}/complete"
+            f"rm -rf {there} && mkdir -p {there}/source && cd {there}/source && tar xf - && "
+            f"{shlex.quote(str(facts['python']))} -m venv {there}/env && "
+            f"{self.pip_commands(f'{there}/env/bin/python -P -m pip')} && touch {there}/complete"
         )
-        once = f"test -e {environment}/complete || {{ {build}; }}"
-        line = f"mkdir -p {facts['folder']}/envs && flock {environment}.lock sh -c {shlex.quote(once)}"
+        once = f"test -e {there}/complete || {{ {build}; }}"
+        envs = shlex.quote(f"{facts['folder']}/envs")
+        line = f"mkdir -p {envs} && flock {there}.lock sh -c {shlex.quote(once)}"
         done = host.run(line, stdin=self.content, timeout_s=_INSTALL_TIMEOUT_S, kill_on_disconnect=True)
         if done.returncode:
             raise ClusterError(f"forge could not be installed there: {last_line(done.stderr)}")

@@ -37,6 +37,7 @@ from forge.cluster.dashboard import ray_nodes, ray_runs
 from forge.cluster.ssh.bootstrap import BootstrappedHost, Package, bootstrap, last_line
 from forge.cluster.ssh.parallel import MAX_THREADS, map_hosts
 from forge.cluster.ssh.session import SshHost, cancel_all
+from forge.cluster.tools import require_tools
 from forge.config.cluster import SshSpec
 from forge.config.dump import dump_plain
 from forge.errors import ClusterError
@@ -51,6 +52,7 @@ class SshCluster:
     """The hosts of an ssh cluster file."""
 
     shares_files = False
+    role = None
     gpu = None
 
     def __init__(self, spec: SshSpec) -> None:
@@ -80,6 +82,7 @@ class SshCluster:
         Raises: ClusterError with the reason for every host that failed, if the others are not enough.
         """
         with cluster_lock(self.name):
+            require_tools("ssh")
             token = make_token(self.name)
             record = read_record(self.name)
             state = dict(record.state) if record else {}

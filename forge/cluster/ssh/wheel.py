@@ -1,4 +1,4 @@
-"""Build forge's wheel for other machines, with the versions of its dependencies that are installed here.
+"""Build forge's wheel for other machines, with what pip may install beside it: locked versions with hashes.
 
 Unlike `pip wheel` this packs the running files, of a checkout or an installation, and needs neither a build backend
 nor a package index. Equal files give equal bytes, whose digest names the environment that is built from them.
@@ -10,10 +10,16 @@ import base64
 import hashlib
 import io
 import zipfile
-from importlib.metadata import PackageNotFoundError, distribution
+from dataclasses import dataclass, replace
+from importlib.metadata import distribution, version
 from pathlib import Path
 
+from forge.cluster.locks.lock_file import SOURCE_ONLY, LockedPackage, base_lock, read_lock
+from forge.errors import ClusterError, printable
+
 DISTRIBUTION = "forge-train"
+_EQUAL = ("ray", "torch")
+"""Packages whose version must be equal on all machines, this one included."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The earliest time that a zip file can store."""
 
@@ -45,38 +51,84 @@ def build_wheel() -> bytes:
     return target.getvalue()
 
 
-def locked_requirements() -> str:
-    """All installed dependencies of forge, one `name==version` per line, sorted.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirements:
+    """What pip installs beside forge's wheel, in two steps; each line has the hashes of the allowed files."""
 
-    Local version labels are dropped: torch's `+cpu` is about this machine, not the others.
-    """
-    from packaging.requirements import Requirement
+    wheels: str
+    """Installed from wheels alone, so that nothing is built with tools that no hash covers."""
+    sources: str = ""
+    """Built from source, without build isolation, after the wheels."""
 
-    found: dict[str, str] = {}
-    waiting = [(DISTRIBUTION, frozenset(("s3", "gcs", "azure")))]
-    seen: set[tuple[str, frozenset[str]]] = set()
-    while waiting:
-        name, extras = waiting.pop()
-        if (name, extras) in seen:
-            continue
-        seen.add((name, extras))
-        try:
-            known = distribution(name)
-        except PackageNotFoundError:  # an extra that is not installed here
-            continue
-        found[known.metadata["Name"].lower().replace("_", "-")] = known.version.partition("+")[0]
-        for line in known.requires or ():
-            needed = Requirement(line)
-            environments = [{"extra": extra} for extra in ("", *extras)]
-            if needed.marker is None or any(needed.marker.evaluate(one) for one in environments):
-                waiting.append((needed.name, frozenset(needed.extras)))
-    del found[DISTRIBUTION]
-    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
+    @classmethod
+    def locked(cls) -> Requirements:
+        """The lock file of forge. Raises: ClusterError if Ray or torch have another version on this machine."""
+        packages = read_lock(base_lock())
+        versions = {package.name: package.version for package in packages}
+        for name in _EQUAL:
+            here = version(name).partition("+")[0]
+            if here != versions.get(name):
+                raise ClusterError(
+                    f"{name} is {here} on this machine and {versions.get(name)} in forge's lock file, from which "
+                    f"it is installed on the others, and must be equal: pip install {name}=={versions.get(name)} "
+                    "here, or give wheels: (a folder with wheels of your versions) or python: in the cluster file"
+                )
+        wheels = [package for package in packages if package.name not in SOURCE_ONLY]
+        sources = [package for package in packages if package.name in SOURCE_ONLY]
+        return cls(wheels="".join(map(_line, wheels)), sources="".join(map(_line, sources)))
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Requirements:
+        """Every wheel in a folder, with its own hash.
+
+        Raises: ClusterError if the folder has two versions of a package, or lacks Ray or torch in this machine's.
+        """
+        found: dict[str, tuple[str, list[str]]] = {}
+        for path in sorted(folder.glob("*.whl")):
+            name, number = _name_and_version(path)
+            known, hashes = found.setdefault(name, (number, []))
+            if known != number:
+                raise ClusterError(f"wheels: {folder} has {name} in two versions, {known} and {number}; keep one")
+            hashes.append(file_sha256(path))
+        found.pop(DISTRIBUTION, None)  # forge's own wheel is built here
+        for name in _EQUAL:
+            here = version(name).partition("+")[0]
+            if name not in found or found[name][0].partition("+")[0] != here:
+                raise ClusterError(
+                    f"wheels: {folder} needs a wheel of {name} {here}, this machine's version, and has "
+                    f"{found[name][0] if name in found else 'none'}"
+                )
+        packages = (
+            LockedPackage(name=name, version=number, hashes=tuple(hashes))
+            for name, (number, hashes) in found.items()
+        )
+        return cls(wheels="".join(map(_line, packages)))
 
 
-def digest_of(wheel: bytes, requirements: str) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _line(package: LockedPackage) -> str:
+    return replace(package, needed_by=()).to_text()
+
+
+def _name_and_version(path: Path) -> tuple[str, str]:
+    from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
+    try:
+        name, number, _, _ = parse_wheel_filename(path.name)
+    except InvalidWheelFilename as error:
+        raise ClusterError(f"wheels: {printable(str(error), limit=200)}") from None
+    return str(name), str(number)
+
+
+def digest_of(wheel: bytes, requirements: Requirements) -> str:
     """The name of the environment that is built from these."""
-    return hashlib.blake2b(wheel + requirements.encode(), digest_size=8).hexdigest()
+    text = f"{requirements.wheels}\0{requirements.sources}"
+    return hashlib.blake2b(wheel + text.encode(), digest_size=8).hexdigest()
 
 
 def _sha256(content: bytes) -> str:
