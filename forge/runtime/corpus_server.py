@@ -7,6 +7,7 @@ cache, where the next run finds them.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def ensure_inputs(plan_json: str, *, run_folder: Path) -> str:
             folder, digest=digest, read=lambda name, offset: bytes(ray.get(server.read.remote(name, offset)))
         )
     return plan_to_json(replace(plan, corpus=replace(plan.corpus, folder=str(folder))))
+
+
+def end_corpus_server(run_id: str) -> None:
+    """End the corpus server of a run or a search, if there is one."""
+    with contextlib.suppress(ValueError, ray.exceptions.RayError):
+        ray.kill(ray.get_actor(f"{CORPUS_SERVER}{run_id}", namespace=NAMESPACE))
 
 
 def _server(plan: Plan, *, run_folder: Path) -> Any:

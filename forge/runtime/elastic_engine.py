@@ -23,7 +23,8 @@ from forge.errors import ClusterError
 from forge.plan.plan import Plan
 from forge.runs.reader import error_named
 from forge.runs.secrets import credentials
-from forge.runtime.actor_names import CORPUS_SERVER, HEAD, NAMESPACE, SUPERVISOR
+from forge.runtime.actor_names import HEAD, NAMESPACE, SUPERVISOR
+from forge.runtime.corpus_server import end_corpus_server
 from forge.runtime.start_agent import agent_actors_of
 from forge.runtime.supervised_run import RunConfig, resource_of
 from forge.runtime.supervisor_actor import CLOSE_TIMEOUT_S, SupervisorActor, SupervisorConfig
@@ -82,12 +83,6 @@ def clear_run(run_id: str) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(agent)
     end_corpus_server(run_id)
-
-
-def end_corpus_server(run_id: str) -> None:
-    """End the corpus server of a run or a search, if there is one."""
-    with contextlib.suppress(ValueError, ray.exceptions.RayError):
-        ray.kill(ray.get_actor(f"{CORPUS_SERVER}{run_id}", namespace=NAMESPACE))
 
 
 def _await_outcome(supervisor: Any, stop: threading.Event) -> Outcome:

@@ -17,12 +17,12 @@ import ray
 from ray.train import RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from forge.code_archive import restore_code
 from forge.errors import ClusterError, ForgeError
 from forge.events import NullReporter, RunFailed
 from forge.plan.plan import Plan, plan_from_json
 from forge.process import redirect_output
 from forge.runs.secrets import credentials
+from forge.runtime.corpus_server import end_corpus_server, ensure_inputs
 from forge.runtime.recorder_actor import ActorReporter
 
 
@@ -87,7 +87,10 @@ def train_on_ray(plan: Plan, *, run_folder: Path, run_id: str, recorder: Any) ->
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         run_config=RunConfig(name=run_id, storage_path=str(run_folder / ".ray")),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        end_corpus_server(run_id)
     # One more call after all that the ranks have sent, so that the driver reads complete files.
     ray.get(recorder.failure.remote())
 
@@ -102,11 +105,9 @@ def _rank_main(config: dict[str, Any]) -> None:
     rank = context.get_world_rank()
     redirect_output(Path(assignment.run_folder) / "logs" / f"rank-{rank}.log")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    plan = plan_from_json(assignment.plan_json)
-    if plan.code is not None:
-        restore_code(plan.code.digest, run_folder=Path(assignment.run_folder))
     reporter = ActorReporter(config["recorder"]) if rank == 0 else NullReporter()
     try:
+        plan = plan_from_json(ensure_inputs(assignment.plan_json, run_folder=Path(assignment.run_folder)))
         run_worker(
             plan,
             WorkerContext(

@@ -15,6 +15,7 @@ from forge.config.job import JobSpec
 from forge.config.overrides import search_of, trial_job
 from forge.config.search import SearchSpec
 from forge.errors import printable
+from forge.plan.inputs import CodeInfo
 from forge.plan.plan import Plan
 from forge.runs.trials import Trial, TrialTable
 
@@ -28,7 +29,10 @@ def best_job_yaml(plan: Plan, table: TrialTable, *, search_id: str) -> str | Non
     best = table.best(search.direction)
     if best is None:
         return None
-    comments = _comments(search, best, search_id=search_id, num_trials=len(table.trials))
+    comments = [
+        *_comments(search, best, search_id=search_id, num_trials=len(table.trials)),
+        *_code(plan.code, search_id=search_id),
+    ]
     job = trial_job(_terse(plan.job), best.values, is_proxied=False)
     return "".join(f"{_comment(line)}\n" for line in comments) + dump_job(job)
 
@@ -82,6 +86,12 @@ def _what_ran(search: SearchSpec) -> Iterator[str]:
         return
     yield "The trials were a proxy of the job below, which has not run with these values yet. In the proxy were:"
     yield from _listed(search.proxy)
+
+
+def _code(code: CodeInfo | None, *, search_id: str) -> Iterator[str]:
+    if code is not None:
+        yield f"The trials ran the code of the digest {code.digest}, which is in code.tar of {search_id};"
+        yield "a run of the job below packs the folder as it is then."
 
 
 def _listed(values: Mapping[str, Any]) -> Iterator[str]:

@@ -31,7 +31,7 @@ from forge.runs.reader import read_run
 from forge.runs.secrets import credentials
 from forge.runs.trials import Trial, TrialTable
 from forge.runtime.actor_names import HEAD, NAMESPACE
-from forge.runtime.elastic_engine import end_corpus_server
+from forge.runtime.corpus_server import end_corpus_server
 from forge.runtime.supervised_run import resource_of
 from forge.search.encoding import config_values
 from forge.search.node_pool import NodePool

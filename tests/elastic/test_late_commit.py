@@ -36,7 +36,8 @@ def test_rank_killed__writer_commits_afterwards__checkpoint_is_recorded_once(tmp
     saved = [event["step"] for event in run.of("CheckpointSaved")]
     assert len(saved) == len(set(saved))
     assert late[0]["step"] == min(event["step"] for event in late)
-    assert late[0]["size_bytes"] == run.of("CheckpointSaved")[0]["size_bytes"]
+    # The state file of each has metrics of other steps.
+    assert late[0]["size_bytes"] == pytest.approx(run.of("CheckpointSaved")[0]["size_bytes"], rel=0.01)
     assert late[0]["folder"] == str(run.folder / "checkpoints" / f"step-{late[0]['step']:08d}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from forge.config.job import JobSpec
 from forge.config.load import load_job
 from forge.config.overrides import trial_job
 from forge.errors import JobFileError
+from forge.plan.inputs import CodeInfo
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.runs.trials import TrialTable
 from forge.search.best_job import best_job_yaml
@@ -80,6 +82,13 @@ def test_best_job_yaml__comments__name_search_and_trial(tmp_path: Path) -> None:
     assert "search tune-tiny-0101: trial 2 of 2, with\n# eval/loss 2.5 at step 2 (less is better)." in text
     assert f"#   {LR}: 0.003\n#   {WARMUP}: 1\n" in text
     assert "# Every trial was the full job" in text and "steps." not in text
+
+
+def test_best_job_yaml__code_of_the_users__comments_name_what_the_trials_ran(tmp_path: Path) -> None:
+    code = CodeInfo(digest="0123456789abcdef" * 2, num_files=1, size_bytes=1)
+    text, _ = found(one_trial(), tmp_path, replace(search_plan(), code=code), search_id="tune-1")
+    assert f"# The trials ran the code of the digest {code.digest}, which is in code.tar of tune-1;\n" in text
+    assert "code.tar" not in found(one_trial(), tmp_path)[0]
 
 
 def test_best_job_yaml__stopped_trial__comments_say_at_which_step(tmp_path: Path) -> None:
