@@ -52,3 +52,17 @@ def default_cache_dir() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "forge"
+
+
+def make_private(folder: Path) -> None:
+    """Create a folder of forge's own, with missing parents, so that only this user can enter it.
+
+    One that exists and belongs to this user is closed to others.
+
+    Raises: OSError if it cannot be created.
+    """
+    for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid == os.getuid() and status.st_mode & 0o077:
+        folder.chmod(status.st_mode & 0o700)

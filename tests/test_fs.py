@@ -1,4 +1,4 @@
-"""forge.fs: atomic replacement of files."""
+"""forge.fs: atomic replacement of files, private folders."""
 
 from __future__ import annotations
 
@@ -38,3 +38,13 @@ def test_write_atomic__replace_fails__keeps_old_file_and_no_temporary(
 def test_write_atomic__missing_folder__raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         fs.write_atomic(tmp_path / "missing" / "x", "text")
+
+
+def test_make_private__missing_and_open_folders__only_this_user_enters(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    fs.make_private(tmp_path / "a" / "b")
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a", tmp_path / "a" / "b")] == [0o700] * 2
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    (tmp_path / "open").mkdir(mode=0o755)
+    fs.make_private(tmp_path / "open")
+    assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == 0o700

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from forge.errors import ClusterError, printable
-from forge.fs import write_atomic
+from forge.fs import make_private, write_atomic
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 """As in a cluster file; every file of the state folder is named after a cluster."""
@@ -259,7 +259,7 @@ def state_folder(name: str = "") -> Path:
     """
     folder = _state_home() / name
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(folder)
     except OSError as error:
         raise ClusterError(f"the state folder {folder} cannot be written: {error.strerror}") from error
     return folder

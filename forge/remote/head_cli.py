@@ -26,7 +26,7 @@ from typing import Any
 
 from forge.data.transfer import has_corpus, receive_corpus
 from forge.errors import ArgumentError, ClusterError, ForgeError
-from forge.fs import default_cache_dir
+from forge.fs import default_cache_dir, make_private
 from forge.plan.plan import plan_from_json, plan_to_json
 from forge.process import is_alive
 from forge.remote.secrets import stash_secrets, take_secrets
@@ -36,7 +36,8 @@ from forge.runtime.probe import local_gpu
 
 MARK = "\x1e"
 """Precedes every record and occurs in no log. Source: RFC 7464, where it precedes every text of a sequence."""
-_RUNS = Path("~/.forge/runs")
+_HOME = Path("~/.forge")
+_RUNS = _HOME / "runs"
 _HISTORY = ("events.jsonl", "metrics.jsonl")
 _START_TIMEOUT_S = 60.0
 _RESTART_TIMEOUT_S = 20.0
@@ -110,6 +111,8 @@ def _upload(options: argparse.Namespace) -> dict[str, Any]:
     if driver_pid(folder) is not None:
         raise ArgumentError(f"{options.run_id} is already running on the cluster; watch it: forge runs watch")
     try:
+        if options.folder is None:  # otherwise the user has chosen the place, and who may read it
+            make_private(_HOME.expanduser())
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         with tarfile.open(fileobj=io.BytesIO(sys.stdin.buffer.read())) as archive:
             members = [file for file in archive if file.name not in _HISTORY or not (folder / file.name).exists()]

@@ -25,6 +25,7 @@ from forge.checkpoint.manifest import step_name
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import stored_steps
 from forge.cluster.local.ray_cluster import require_private_token
+from forge.cluster.ray_cli import NO_METRICS
 from forge.code_archive import restore_code
 from forge.errors import CheckpointError, ClusterError, ForgeError, RunError
 from forge.events import (
@@ -132,6 +133,7 @@ class Driver:
             # The minimum of workers always has slots, if need be several ranks per core.
             cpus = max(os.cpu_count() or 1, self._plan.job.resources.workers.low)
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is not preempted
+            os.environ.update(NO_METRICS)
             options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 128 * 2**20}
         try:
             ray.init(self._address or "local", namespace=NAMESPACE, **options)

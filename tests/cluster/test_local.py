@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import psutil
 import pytest
 
 from forge.cluster.base import list_records
+from forge.cluster.local.provider import LocalCluster
 from forge.cluster.local.ray_cluster import find_local, require_private_token, stop_local
 from forge.cluster.local.ray_process import NodeProcess, boot_id
+from forge.errors import ClusterError
 from forge.process import start_ticks
 from tests.support.command import environment, family, forge, mentioning, start_forge, survivors, wait_for
+from tests.support.ports import answers, open_ports, requires_token
 
 
 def record_path(home: Path) -> Path:
@@ -88,6 +92,31 @@ class TestUp:
         assert token.stat().st_mode & 0o077 == 0
         for node in cluster["nodes"]:
             assert psutil.Process(node["pid"]).environ()["RAY_AUTH_MODE"] == "token"
+
+    def test_ports__reachable_from_other_machines__show_nothing_without_the_token(
+        self, cluster: dict[str, Any], home: Path
+    ) -> None:
+        processes = [process for node in nodes_of(home) for process in family(node["pid"])]
+        ports = open_ports(processes, host=cluster["address"].partition(":")[0])
+        assert len(ports) >= 3, ports
+        assert {f"{port} of {name[-60:]}": shown for port, name in ports.items() if (shown := answers(*port))} == {}
+        assert [name for port, name in ports.items() if not requires_token(*port)] == []
+        assert not [name for name in ports.values() if "ray.util.client" in name]
+
+    def test_status__another_process_has_the_dashboards_port__gets_no_token(
+        self, cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch, home: Path
+    ) -> None:
+        monkeypatch.setenv("FORGE_STATE", str(home / "state"))
+        found = find_local()
+        assert found is not None
+        with socket.create_server(("127.0.0.1", 0)) as thief:
+            thief.settimeout(0.2)
+            moved = replace(found, job_server=f"http://127.0.0.1:{thief.getsockname()[1]}")
+            monkeypatch.setattr("forge.cluster.local.provider.find_local", lambda: moved)
+            with pytest.raises(ClusterError, match="none of its processes listens on port"):
+                LocalCluster().status()
+            with pytest.raises(TimeoutError):
+                thief.accept()
 
     def test_down__leaves_no_process_and_no_state(self, cluster: dict[str, Any], home: Path) -> None:
         nodes = nodes_of(home)

@@ -261,6 +261,20 @@ def test_environment__has_prices_and_storage() -> None:
     assert environment_of(worker)["FORGE_USD_PER_HOUR"] == "12.5"
 
 
+def test_start_command__ray_of_kuberay__runs_ray_without_open_ports(tmp_path: Path) -> None:
+    for pod in pods_of(ray_cluster(spec(), ray_version=RAY)):
+        line = pod["containers"][0]["command"][-1]
+        python = tmp_path / "python"
+        python.write_text('#!/bin/sh\necho "$@"\n')
+        python.chmod(0o755)
+        command = 'ray start --head --resources="{\\"a\\": 1}" --block'
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "KUBERAY_GEN_RAY_START_CMD": command}
+        done = subprocess.run(
+            ["/bin/bash", "-c", line], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == '-P -m forge.cluster.ray_cli start --head --resources={"a": 1} --block\n'
+
+
 def test_worker_command__sigterm__writes_a_notice_and_ends_ray_later(tmp_path: Path) -> None:
     """The very command of the manifest, with a program in Ray's place that tells its pid and its arguments."""
     command = worker_of(ray_cluster(spec(), ray_version=RAY))["containers"][0]["command"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -267,27 +269,58 @@ def test_ssh__path_that_openssh_would_change__refused(path: str) -> None:
         SshHost(host="h", known_hosts=Path(path)).ssh()
 
 
-@pytest.mark.parametrize("name", ["John Doe", "50% h", 'a"b'])
-def test_ssh__odd_state_folder__host_key_is_kept_and_required(tmp_path: Path, name: str) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipedServer:
     """OpenSSH's real server, spoken to through a pipe, so that no port is needed."""
+
+    folder: Path
+
+    def proxy(self, host_key: str) -> str:
+        """The ProxyCommand that leads to it."""
+        Path("/run/sshd").mkdir(exist_ok=True)
+        (self.folder / "config").write_text(
+            f"HostKey {self.folder / host_key}\nAuthorizedKeysFile {self.folder / 'host.pub'}\n"
+            "StrictModes no\nUsePAM no\nPermitRootLogin yes\n"
+        )
+        return shlex.join(["/usr/sbin/sshd", "-i", "-f", str(self.folder / "config")])
+
+
+@pytest.fixture
+def sshd(tmp_path: Path) -> PipedServer:
     for key in ("host", "other"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / key], check=True)
+    return PipedServer(folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["John Doe", "50% h", 'a"b'])
+def test_ssh__odd_state_folder__host_key_is_kept_and_required(sshd: PipedServer, tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
     (folder / "id").symlink_to(tmp_path / "host")
-    Path("/run/sshd").mkdir(exist_ok=True)
 
     def log_in(host_key: str) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "config").write_text(
-            f"HostKey {tmp_path / host_key}\nAuthorizedKeysFile {tmp_path / 'host.pub'}\n"
-            "StrictModes no\nUsePAM no\nPermitRootLogin yes\n"
-        )
-        proxy = shlex.join(["/usr/sbin/sshd", "-i", "-f", str(tmp_path / "config")])
         machine = SshHost(host="h", known_hosts=folder / "known", identity_file=str(folder / "id"))
-        command = [*machine.ssh("-o", f"ProxyCommand={proxy}", "-o", "BatchMode=yes"), "echo", "hello"]
+        options = ("-o", f"ProxyCommand={sshd.proxy(host_key)}", "-o", "BatchMode=yes")
+        command = [*machine.ssh(*options), "echo", "hello"]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=20)
 
     assert log_in("host").stdout == "hello\n"
     assert (folder / "known").read_text().count("ssh-ed25519") == 1
     assert sorted(path.name for path in folder.iterdir()) == ["id", "known"]
     assert "Host key verification failed" in log_in("other").stderr
+
+
+def test_forward__real_openssh__token_reaches_the_far_port(
+    sshd: PipedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = shlex.quote(f"ProxyCommand={sshd.proxy('host')}")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -o {proxy} "$@"\n')
+    (programs / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    machine = SshHost(host="h", known_hosts=tmp_path / "known", identity_file=str(tmp_path / "host"))
+    with server(ANSWER) as (port, received), machine.forward(port) as local:
+        for _ in range(2):
+            assert ray_runs(f"http://127.0.0.1:{local}", token=TOKEN) == []
+    assert len(received) == 2 and TOKEN.encode() in received[0]

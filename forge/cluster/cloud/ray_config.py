@@ -318,9 +318,8 @@ def _gib(size_bytes: int) -> int:
 
 
 def _head_commands(spec: CloudSpec, *, plan: InstancePlan, python: str) -> list[str]:
-    ray = _ray(python)
     start = (
-        f"{ray} start --head --port={_RAY_PORT} --object-manager-port=8076 "
+        f"{_define_ray(python)}; ray start --head --port={_RAY_PORT} --object-manager-port=8076 "
         "--autoscaling-config=~/ray_bootstrap_config.yaml "
         f"--dashboard-host=127.0.0.1 --dashboard-port={DASHBOARD_PORT} --disable-usage-stats"
     )
@@ -329,13 +328,16 @@ def _head_commands(spec: CloudSpec, *, plan: InstancePlan, python: str) -> list[
         f"setsid nohup {shell_path(python)} -P -m forge.cluster.cloud.capacity_backoff "
         "> ~/.forge/capacity-backoff.log 2>&1 < /dev/null &"
     )
-    return [f"{ray} stop", f"{environment}; ulimit -n 65536; {start}", f"{environment}; {backoff}"]
+    stop = f"{_define_ray(python)}; ray stop"
+    return [stop, f"{environment}; ulimit -n 65536; {start}", f"{environment}; {backoff}"]
 
 
 def _worker_commands(spec: CloudSpec, *, plan: InstancePlan, python: str) -> list[str]:
-    ray = _ray(python)
-    start = f"{ray} start --address=$RAY_HEAD_IP:{_RAY_PORT} --object-manager-port=8076 --disable-usage-stats"
-    return [f"{ray} stop", f"{_environment(spec, plan=plan)}; ulimit -n 65536; {start}"]
+    start = (
+        f"{_define_ray(python)}; ray start --address=$RAY_HEAD_IP:{_RAY_PORT} --object-manager-port=8076 "
+        "--disable-usage-stats"
+    )
+    return [f"{_define_ray(python)}; ray stop", f"{_environment(spec, plan=plan)}; ulimit -n 65536; {start}"]
 
 
 def _environment(spec: CloudSpec, *, plan: InstancePlan) -> str:
@@ -363,6 +365,9 @@ def _environment(spec: CloudSpec, *, plan: InstancePlan) -> str:
     return f'export {exports}; case "$RAY_NODE_TYPE_NAME" in{prices} *) ;; esac'
 
 
-def _ray(python: str) -> str:
-    """Return the `ray` command of the environment in which forge is installed."""
-    return shell_path(f"{python.rpartition('/')[0]}/ray")
+def _define_ray(python: str) -> str:
+    """Make `ray` the command line of `forge.cluster.ray_cli`, which opens no port without the token.
+
+    Ray's launcher warns if the commands contain no `ray start`.
+    """
+    return f'ray() {{ {shell_path(python)} -P -m forge.cluster.ray_cli "$@"; }}'

@@ -8,17 +8,21 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from typing import IO
+from urllib.parse import urlsplit
 
 from forge.cluster.base import ClusterStatus, OnProgress, stdin_arguments
 from forge.cluster.dashboard import ray_nodes, ray_runs
 from forge.cluster.local.ray_cluster import (
     NAME,
+    LocalRayCluster,
     find_local,
     read_ray_token,
     require_private_token,
     start_local,
     stop_local,
 )
+from forge.cluster.local.ray_process import family_of
+from forge.cluster.tunnel import listens
 from forge.config.cluster import LocalSpec
 from forge.config.dump import dump_plain
 from forge.errors import ClusterError
@@ -51,7 +55,7 @@ class LocalCluster:
             return ClusterStatus(name=NAME, provider="local", address=None)
         if not cluster.job_server:
             raise ClusterError("the cluster on this machine was started by forge chaos, without a dashboard to ask")
-        url, token = cluster.job_server, self.token()
+        url, token = _own_job_server(cluster), self.token()
         nodes = ray_nodes(url, token=token, prices={})
         runs = tuple(ray_runs(url, token=token))
         return ClusterStatus(name=NAME, provider="local", address=cluster.address, nodes=tuple(nodes), runs=runs)
@@ -85,7 +89,21 @@ class LocalCluster:
         cluster = find_local()
         if cluster is None or not cluster.job_server:
             raise ClusterError("no cluster is up on this machine; start one: forge cluster up")
-        yield cluster.job_server
+        yield _own_job_server(cluster)
 
     def shell(self, machine: str | None) -> list[str]:
         return [os.environ.get("SHELL") or "/bin/sh"]
+
+
+def _own_job_server(cluster: LocalRayCluster) -> str:
+    """Return the job server's URL if the cluster's own process listens on its port.
+
+    Raises: ClusterError otherwise: another user's process may have taken the port, and would get the token.
+    """
+    port = urlsplit(cluster.job_server).port or 0
+    if not listens(family_of(cluster.nodes[0]), port=port):
+        raise ClusterError(
+            "the job server of the cluster on this machine has ended: none of its processes listens on port "
+            f"{port}; start the cluster again: forge cluster down, then forge cluster up"
+        )
+    return cluster.job_server

@@ -56,7 +56,7 @@ def launch(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
-        *([sys.executable, "-P", "-m", "forge.cluster.ssh.wait_and_join", after] if after else [_ray()]),
+        *(sys.executable, "-P", "-m", "forge.cluster.ray_cli", *(["--after", after] if after else [])),
         *("start", *arguments, "--block", "--disable-usage-stats"),
         # Ray's default is one port for all nodes of a machine; without this agent a head accepts no jobs.
         *("--dashboard-agent-listen-port", str(free_port())),
@@ -67,10 +67,6 @@ def launch(
         )
     ticks = start_ticks(process.pid)
     return NodeProcess(pid=process.pid, started_ticks=ticks or 0, boot_id=boot_id()), process
-
-
-def _ray() -> str:
-    return str(Path(sys.executable).with_name("ray"))
 
 
 def await_start(process: subprocess.Popen[bytes], *, log: Path) -> None:

@@ -120,7 +120,7 @@ class Package:
         )
         once = f"test -e {there}/complete || {{ {build}; }}"
         envs = shlex.quote(f"{facts['folder']}/envs")
-        line = f"mkdir -p {envs} && flock {there}.lock sh -c {shlex.quote(once)}"
+        line = f"umask 077; mkdir -p {envs} && flock {there}.lock sh -c {shlex.quote(once)}"
         done = host.run(line, stdin=self.content, timeout_s=_INSTALL_TIMEOUT_S, kill_on_disconnect=True)
         if done.returncode:
             raise ClusterError(f"forge could not be installed there: {last_line(done.stderr)}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -20,15 +21,14 @@ from typing import Any
 
 from forge.cluster.local.ray_process import NodeProcess, await_start, end_node, family_of, launch, require_free
 from forge.errors import ClusterError, ForgeError
-from forge.fs import write_atomic
+from forge.fs import make_private, write_atomic
 from forge.process import free_port
 
 _OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory for Ray's objects: forge sends pieces of a corpus through it, and no tensors."""
 
-_NO_METRICS = {"RAY_enable_metrics_collection": "0", "DASHBOARD_METRIC_PORT": "-1"}
-"""Where Prometheus' client is installed, Ray's processes serve metrics on all addresses without the token. One of
-them has no switch; an invalid port keeps it from listening. The monitor is only for autoscaling."""
+_TEMPORARY = Path("/tmp")
+_TEMPORARY_NAME = "temporary"
 _WORKER_PORTS = range(10002, 20000)
 """Source: `ray start --help`, --min-worker-port and --max-worker-port."""
 
@@ -55,7 +55,8 @@ def _up(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     Returns: `was_up`; and `job_port`, which is 0 except on the head.
     """
     state_folder = _state_folder(folder, request)
-    state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for private in (folder / "clusters", state_folder, Path("~/.forge").expanduser()):  # runs keep their logs there
+        make_private(private)
     known = _read_state(state_folder)
     if known is not None and known["node"].is_alive:
         _require_same_settings(known, request, state_folder)
@@ -66,7 +67,7 @@ def _up(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     _prepare_environment(request, state_folder / "token")
     is_head = request["head"] is None
     job_port = free_port() if is_head else 0
-    arguments = _ray_arguments(request, job_port=job_port)
+    arguments = _ray_arguments(request, job_port=job_port, temporary=_make_temporary(state_folder))
     log = state_folder / "ray.log"
     with _ignore_sigterm():  # until the process is recorded, so that `down` finds it
         node, process = launch(arguments, log=log, after=request["head"])
@@ -85,18 +86,30 @@ def _prepare_environment(request: dict[str, Any], token: Path) -> None:
     """Write the token, and set what Ray's processes inherit."""
     write_atomic(token, request["token"], mode=0o600)
     os.environ.pop("RAY_AUTH_TOKEN", None)  # of another cluster, and Ray would prefer it
-    os.environ.update(
-        request["environment"] | _NO_METRICS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    )
-    temporary = Path(request["temporary"])
-    shutil.rmtree(temporary, ignore_errors=True)
+    os.environ.update(request["environment"] | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+
+
+def _make_temporary(state_folder: Path) -> Path:
+    """Make a folder for Ray's logs and sockets, whose paths must be short; remove the former one.
+
+    Its name is random, so that another user of this host cannot take it before.
+    """
+    _remove_temporary(state_folder)
+    temporary = _TEMPORARY / f"forge-{secrets.token_hex(5)}"
+    write_atomic(state_folder / _TEMPORARY_NAME, str(temporary))  # first, so that `down` finds it
     temporary.mkdir(mode=0o700)
+    return temporary
 
 
-def _ray_arguments(request: dict[str, Any], *, job_port: int) -> list[str]:
+def _remove_temporary(state_folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree((state_folder / _TEMPORARY_NAME).read_text(), ignore_errors=True)
+
+
+def _ray_arguments(request: dict[str, Any], *, job_port: int, temporary: Path) -> list[str]:
     """Return the arguments of `ray start`. Raises: ClusterError if the head's port is taken."""
     arguments = ["--node-ip-address", request["address"], "--object-store-memory", str(_OBJECT_STORE_BYTES)]
-    arguments += ["--temp-dir", request["temporary"]]
+    arguments += ["--temp-dir", str(temporary)]
     if request["head"] is not None:
         return [*arguments, "--address", request["head"]]
     require_free(request["port"], message="is taken there ({}); choose another: ray_port in the cluster's file")
@@ -135,7 +148,7 @@ def _down(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         end_node(known["node"])
         left = [f"process {process.pid}" for process in family_of(known["node"])]
     if not left:
-        shutil.rmtree(request["temporary"], ignore_errors=True)
+        _remove_temporary(state_folder)
         shutil.rmtree(state_folder, ignore_errors=True)
     return {"left": left}
 

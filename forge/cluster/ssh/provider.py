@@ -8,8 +8,6 @@ that fails is reported with the reason, and the others continue if there are eno
 from __future__ import annotations
 
 import contextlib
-import getpass
-import hashlib
 import json
 import secrets
 import socket
@@ -316,7 +314,6 @@ class SshCluster:
             "host": host,
             "address": _address_of(host),
             "token": token,
-            "temporary": self._temporary_folder(host),
             "port": self._spec.ray_port,
             "head": None if host == self._head.host else f"{_address_of(self._head.host)}:{self._spec.ray_port}",
             "session": session,
@@ -336,7 +333,7 @@ class SshCluster:
             host,
             ready=BootstrappedHost(python=python, folder=folder),
             verb="down",
-            request={"cluster": self.name, "host": host, "temporary": self._temporary_folder(host)},
+            request={"cluster": self.name, "host": host},
             timeout_s=_STOP_TIMEOUT_S,
         )
         on_progress(NodeProgress(name=host, message="stopped"))
@@ -375,11 +372,6 @@ class SshCluster:
             "FORGE_STORAGE": spec.storage,
         }
         return {name: str(value) for name, value in variables.items() if value not in (None, "")}
-
-    def _temporary_folder(self, host: str) -> str:
-        """Return a folder of this cluster and user for Ray's logs and sockets; socket paths must be short."""
-        owner = f"{self._spec.user or getpass.getuser()}@{host}/{self.name}"
-        return f"/tmp/forge-{hashlib.blake2b(owner.encode(), digest_size=5).hexdigest()}"
 
 
 def _address_of(host: str) -> str:
