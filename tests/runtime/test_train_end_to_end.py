@@ -17,12 +17,14 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.util import get_node_ip_address
 
 import forge
 from forge.errors import RunError
 from forge.runs.reader import driver_pid, read_metrics, read_run
 from tests.support.command import environment, family, mentioning, start_forge, survivors, wait_for
 from tests.support.command import forge as run_forge
+from tests.support.ports import answers, open_ports
 from tests.support.wandb_file import read_history
 
 TOTAL_STEPS = 240
@@ -67,6 +69,8 @@ class Execution:
     out: str = ""
     err: str = ""
     left: list[str] = field(default_factory=list)
+    shown: dict[str, list[str]] = field(default_factory=dict)
+    """What the ports of Ray's processes answered without the token while the run trained."""
     status: str = ""
     step: int = 0
 
@@ -75,6 +79,12 @@ class Execution:
         wait_for(lambda: last_step(self.folder) >= step or self.process.poll() is not None)
         assert self.process.poll() is None, self.process.communicate()
         self.processes = family(self.driver)
+
+    def ask_ports(self) -> None:
+        """Ask every port of Ray's processes; ranks have others, which only the cluster's network protects."""
+        ray = [one for one in self.processes if one.name().startswith(("raylet", "gcs_server", "ray::"))]
+        ports = open_ports(ray, host=get_node_ip_address())
+        self.shown = {f"{port} of {name}": answers(*port) for port, name in ports.items()}
 
     def end(self) -> Execution:
         """Wait for the end, and note which processes are left."""
@@ -116,6 +126,7 @@ def whole(home: Path) -> Execution:
     """The undisturbed run."""
     execution = begin(home, "job.yaml", "--set", "checkpoint.to=peace", runs="peace")
     execution.reach(5)
+    execution.ask_ports()
     return execution.end()
 
 
@@ -202,6 +213,10 @@ class TestUndisturbed:
         assert len(agents) == 1
         for log in (whole.folder / "logs").iterdir():
             assert "Traceback" not in log.read_text()
+
+    def test_ports__of_ray_while_training__show_nothing_without_the_token(self, whole: Execution) -> None:
+        assert len(whole.shown) >= 3
+        assert {port: shown for port, shown in whole.shown.items() if shown} == {}
 
     def test_processes__after_the_end__none_left(self, whole: Execution) -> None:
         assert len(whole.processes) > 5
