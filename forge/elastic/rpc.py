@@ -383,8 +383,8 @@ def _require(keys: Handshake | None) -> Handshake:
 
 def _refusal(endpoint: Endpoint) -> AuthenticationError:
     return AuthenticationError(
-        f"{endpoint[0]}:{endpoint[1]} closed the connection during the handshake: it belongs to another run, or "
-        "the connection was redirected by address translation or a proxy"
+        f"{endpoint[0]}:{endpoint[1]} closed the connection during the handshake: its process is ending, it "
+        "belongs to another run, or the connection was redirected by address translation or a proxy"
     )
 
 
