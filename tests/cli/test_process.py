@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pty
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -153,10 +154,7 @@ def test_watch__signal__leaves_the_run_and_restores_the_terminal(
     home: Path, env: dict[str, str], number: int, code: int
 ) -> None:
     folder = make_run(home / "runs", "busy", steps=5)
-    with (folder / ".lock").open("w") as lock:  # as the process that carries a run holds it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    with holding_lock(folder):
         ours, theirs = pty.openpty()
         process = subprocess.Popen(
             [sys.executable, "-m", "forge.cli.app", "runs", "watch", "busy"],
@@ -173,6 +171,27 @@ def test_watch__signal__leaves_the_run_and_restores_the_terminal(
     assert b"Traceback" not in sent
     hidden, shown = sent.rfind(b"\x1b[?25l"), sent.rfind(b"\x1b[?25h")
     assert 0 <= hidden < shown
+
+
+@contextmanager
+def holding_lock(folder: Path) -> Iterator[None]:
+    """Hold a run's lock in a process that leads its own session, as a run's driver does."""
+    code = (
+        "import fcntl, os, sys, time\n"
+        "lock = open(sys.argv[1], 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "lock.write(str(os.getpid())); lock.flush()\n"
+        "print(flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-P", "-c", code, str(folder / ".lock")]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert driver.stdout is not None
+        driver.stdout.readline()
+        yield
+    finally:
+        driver.kill()
+        driver.wait()
 
 
 def modules_after(code: str, *, cwd: Path, env: dict[str, str]) -> set[str]:
@@ -227,7 +246,9 @@ def test_train__ctrl_c_during_preparation__exits_130(home: Path, env: dict[str, 
         cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
-    assert process.stderr.readline() == "reading the corpus\n"
+    lines = iter(process.stderr.readline, "")
+    assert next(lines) == "looking at the corpus\n"
+    assert any(line == "reading the corpus\n" for line in lines)
     assert wait_for(lambda: process.stderr.readline().startswith("training the tokenizer"))
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
