@@ -11,6 +11,8 @@ from forge.config.cluster import SECTIONS, CloudSpec, ClusterSpec, KubernetesSpe
 from forge.config.load import load_cluster
 from forge.errors import ArgumentError, ClusterError, printable
 
+_NotLocal = SshSpec | CloudSpec | KubernetesSpec
+
 
 def cluster_of(spec: ClusterSpec) -> Cluster:
     """The cluster that a file describes, whether it is up or not.
@@ -19,6 +21,7 @@ def cluster_of(spec: ClusterSpec) -> Cluster:
     """
     if isinstance(spec, LocalSpec):
         return LocalCluster(spec)
+    spec = _with_absolute_paths(spec)
     if spec.name == NAME:
         raise ArgumentError(f"name: {NAME} is reserved for the cluster on this machine; choose another name")
     # Imported here, so that a command pays only for the provider that it uses.
@@ -90,6 +93,19 @@ def find_cluster(name: str | None) -> Cluster:
 
 def _known() -> str:
     return ", ".join([NAME, *(other.name for other in list_records())])
+
+
+def _with_absolute_paths(spec: _NotLocal) -> _NotLocal:
+    """Return the file with paths of this machine that mean the same in any folder, as its record is used later."""
+    changes = {}
+    for key in ("identity_file", "wheels"):
+        path = getattr(spec, key, None)
+        if path is not None:
+            try:
+                changes[key] = str(Path(path).expanduser().absolute())
+            except (OSError, RuntimeError) as error:  # no home folder, or no current one
+                raise ArgumentError(f"{key}: {path} cannot be resolved on this machine: {error}") from None
+    return spec.model_copy(update=changes)
 
 
 def _recorded_spec(record: ClusterRecord) -> ClusterSpec:

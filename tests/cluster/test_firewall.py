@@ -247,3 +247,12 @@ def test_identity__names__are_unique_and_short_enough_for_every_cloud() -> None:
     assert len(f"ray-{long.ray_name}-worker") <= 64 - 8 - 1, "Ray's limit on GCP"
     with pytest.raises(ClusterError, match="has no id"):
         ClusterIdentity.of("big", {"id": "../x"})
+
+
+def test_up__state_folder_with_a_space__is_refused_before_anything_is_rented(
+    tools: CloudTools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORGE_STATE", str(tmp_path / "my state"))
+    with pytest.raises(ClusterError, match=r"key whose path has a space.*set FORGE_STATE to a folder without"):
+        CloudCluster(spec_of("gcp")).up(on_progress=ignore)
+    assert {call[3] for call in tools.calls()} <= {"list"}

@@ -181,3 +181,14 @@ def test_find_cluster__file_with_another_head__never_borrows_the_token(
         find_cluster(str(path))
     path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in (SPEC | {"min_machines": 1}).items()))
     assert find_cluster(str(path)).name == "lab"
+
+
+def test_cluster_of__paths_of_this_machine__mean_the_same_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for path, absolute in (("key", tmp_path / "key"), ("~/k/key", tmp_path / "k/key"), ("/k", Path("/k"))):
+        spec = SshSpec.model_validate(SPEC | {"identity_file": path, "wheels": path}, strict=False)
+        shown = cluster_of(spec).to_yaml()
+        assert f"identity_file: {absolute}\n" in shown and f"wheels: {absolute}\n" in shown

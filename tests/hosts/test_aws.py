@@ -23,6 +23,7 @@ from forge.cluster.base import NodeProgress, list_records, read_record, token_pa
 from forge.cluster.cloud import aws
 from forge.cluster.cloud.provider import CloudCluster
 from forge.cluster.registry import cluster_of, find_cluster
+from forge.cluster.tools import require_tools
 from forge.config.load import load_cluster, load_job
 from forge.runs.create import create_run
 from forge.runs.reader import read_metrics
@@ -41,6 +42,7 @@ NODES = (
 @pytest.fixture
 def box(_hosts_allowed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CloudBox]:
     """A cloud without machines, and an empty state folder."""
+    require_tools("aws")  # names what to install
     monkeypatch.setenv("FORGE_STATE", str(tmp_path / "state"))
     with CloudBox(regions=(REGION, "us-west-2")) as box:
         yield box

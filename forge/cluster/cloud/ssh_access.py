@@ -31,6 +31,11 @@ def make_key(spec: CloudSpec, *, folder: Path) -> SshKey:
     Raises: ClusterError if it cannot be used.
     """
     file = Path(spec.identity_file or folder / "key").expanduser()
+    if any(character.isspace() for character in str(file)):
+        raise ClusterError(
+            f"Ray's launcher cannot use a key whose path has a space: {file}; "
+            + ("set FORGE_STATE to a folder without" if spec.identity_file is None else "move identity_file")
+        )
     if spec.identity_file is None and not file.exists():
         # RSA is the one type that all three clouds accept.
         _ssh_keygen("-t", "rsa", "-b", "3072", "-N", "", "-C", f"forge-{spec.name}", "-f", str(file))

@@ -21,6 +21,7 @@ from typing import IO, Any
 import psutil
 
 from forge.cluster.base import stdin_arguments
+from forge.cluster.tools import TOOLS
 from forge.cluster.tunnel import listens, local_port
 from forge.errors import ClusterError, printable
 
@@ -198,8 +199,9 @@ def current_context() -> str | None:
 
 
 def _no_kubectl() -> ClusterError:
+    (kubectl,) = TOOLS["kubernetes"]
     return ClusterError(
-        "kubectl is not installed on this machine; install it: https://kubernetes.io/docs/tasks/tools/. "
+        f"kubectl is not installed on this machine; install it: {kubectl.remedy()}. "
         "Without it: forge cluster up FILE --dry-run prints the manifests"
     )
 
