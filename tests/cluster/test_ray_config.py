@@ -169,6 +169,29 @@ def test_start_commands__environment_has_cloud_price_and_storage(node_type: str,
     assert found.get("FORGE_USD_PER_HOUR") == {"head": "0.192", "spot-g5-xlarge": "0.25"}.get(node_type)
 
 
+def test_start_commands__every_ray__is_the_one_without_open_ports(tmp_path: Path) -> None:
+    """As Ray's launcher runs them: in a subshell of an interactive bash, after other commands."""
+    spec = spec_of()
+    python = tmp_path / "env" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    plan = plan_instances(spec, price_of=listed_price(spec))
+    install = ForgeInstall(python="~/env/python")
+    values = build_ray_config(spec, cluster=OURS, plan=plan, context=CONTEXT, install=install)
+    for command in (*values["head_start_ray_commands"][:2], *values["worker_start_ray_commands"]):
+        done = subprocess.run(
+            ["bash", "-c", f"true && ({command})"],
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "RAY_HEAD_IP": "10.0.0.1"},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
+        assert done.stdout.startswith(("-P -m forge.cluster.ray_cli start ", "-P -m forge.cluster.ray_cli stop\n"))
+    assert "ray start" in values["head_start_ray_commands"][1], "Ray's launcher looks for it"
+
+
 @given(
     low=st.integers(0, 5),
     more=st.integers(0, 60),
