@@ -28,11 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge.errors import UserCodeError
+from forge.foreign import read_file
 from forge.fs import default_cache_dir, sync_folder, write_atomic
 from forge.units import format_bytes
 
 ARCHIVE = "code.tar"
 """The archive's name in a run folder."""
+TRUST = "FORGE_TRUST_CODE"
+"""Environment variable with the digest of code that may be taken from a run folder and executed."""
 MAX_CODE_BYTES = 16 * 2**20
 """The archive travels to every machine, and Ray keeps it in memory on the way."""
 MAX_CODE_FILES = 1000
@@ -276,10 +279,24 @@ def restore_code(digest: str, *, run_folder: Path) -> Path:
     return code_folder(digest)
 
 
+def require_trusted(digest: str, *, run_folder: Path) -> None:
+    """Raises: UserCodeError unless the code of a run was packed or used on this machine before, or the environment
+    variable FORGE_TRUST_CODE names its digest: a run folder from elsewhere must not execute its code unasked."""
+    if has_code(digest) or os.environ.get(TRUST) == digest:
+        return
+    raise UserCodeError(
+        f"{run_folder.name} brings code of its own, which was never used on this machine and would be executed: "
+        f"read the files in {run_folder / ARCHIVE}, and if you trust them, run the command again with "
+        f"{TRUST}={digest}"
+    )
+
+
 def read_run_code(digest: str, *, run_folder: Path) -> PackedCode:
     """Read the archive of a run folder. Raises: UserCodeError."""
     try:
-        archive = (run_folder / ARCHIVE).read_bytes()
+        archive = read_file(run_folder / ARCHIVE, max_bytes=2 * MAX_CODE_BYTES)
+    except ValueError as error:
+        raise UserCodeError(f"the code archive of {run_folder.name} cannot be read: {error}") from error
     except OSError as error:
         raise UserCodeError(
             f"the code of {run_folder.name} is neither in the cache nor in {run_folder / ARCHIVE}: "

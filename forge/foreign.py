@@ -34,6 +34,8 @@ MAX_VALUES = 4_000_000
 """Values of one text; each takes at most about 230 bytes in memory, so this bounds the memory to 1 GB."""
 MAX_INT = 2**63
 """Bound of integers: file offsets and sizes fit, and so does every conversion to float."""
+MAX_ENTRIES = 1_000_000
+"""Files of one folder and its subfolders."""
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 _SCALARS = (str, bool, int, float, dict, list, tuple, type(None))
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -75,6 +77,29 @@ def open_file(path: Path) -> int:
         os.close(handle)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return handle
+
+
+def link_to_elsewhere(folder: Path) -> Path | None:
+    """Return a link below a folder that leads out of it, through which a write would change another file.
+
+    Links within the folder are fine; folders are not entered through links.
+
+    Raises: OSError if the folder cannot be read; ValueError if it has more than a million entries.
+    """
+    root, left = folder.resolve(), MAX_ENTRIES
+    pending = [root]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                left -= 1
+                if left < 0:
+                    raise ValueError(f"{folder} has more than {MAX_ENTRIES} files")
+                if entry.is_symlink():
+                    if not _resolves_into(Path(entry.path), root):
+                        return Path(entry.path)
+                elif entry.is_dir():
+                    pending.append(Path(entry.path))
+    return None
 
 
 def parse_json(text: bytes | str, *, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> Any:
@@ -260,6 +285,13 @@ def _field_types(kind: Any) -> dict[str, Any]:
 def _has_default(kind: type[Any], name: str) -> bool:
     field = next(field for field in dataclasses.fields(kind) if field.name == name)
     return not (field.default is field.default_factory is dataclasses.MISSING)
+
+
+def _resolves_into(link: Path, root: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # it leads to itself
+        return False
 
 
 def _require_depth(value: Any, max_depth: int) -> None:

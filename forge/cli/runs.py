@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,12 +26,22 @@ def list_(runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None
     """
     from forge.cli import display
     from forge.cli.follow import handle
+    from forge.errors import ForgeError
     from forge.runs.reader import list_runs, summary_record
     from forge.units import format_duration
 
-    found = list_runs(runs)
+    def on_skip(folder: Path, error: Exception) -> None:
+        display.warning(f"{folder.name} was skipped: {error}")
+
+    found = list_runs(runs, on_skip=on_skip)
     if output is Output.JSON:
-        display.print_json([summary_record(run) for run in found])
+        records = []
+        for run in found:
+            try:
+                records.append(summary_record(run))
+            except ForgeError as error:
+                on_skip(run.folder, error)
+        display.print_json(records)
         return
     if not found:
         display.message(f"no runs in {runs}")
@@ -73,6 +82,8 @@ def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOp
     failure = failure_of(found)
     if failure is not None:
         display.warning(str(failure))
+    if found.num_invalid:
+        display.warning(f"{found.num_invalid} lines of events.jsonl are not valid records and were skipped")
 
 
 @app.command()
@@ -94,8 +105,8 @@ def logs(
     Example:  forge runs logs latest --file driver -n 20
     """
     from forge.cli import display
-    from forge.errors import ArgumentError
     from forge.remote.mirror import remote_log
+    from forge.runs.logs import last_lines
     from forge.runs.reader import find_run, read_plan
     from forge.runs.remote_ref import read_remote_ref
 
@@ -104,14 +115,7 @@ def logs(
     if read_remote_ref(found) is not None:
         display.print_text(remote_log(found, name=name, lines=lines) or "(empty)")
         return
-    folder = found / "logs"
-    path = folder / f"{name}.log"
-    if not path.is_file():
-        names = ", ".join(sorted(log.stem for log in folder.glob("*.log"))) or "none yet"
-        raise ArgumentError(f"{path} does not exist; its logs are: {names}")
-    with path.open(errors="replace") as log:
-        last = deque(log, maxlen=lines)
-    display.print_text("".join(last) or "(empty)")
+    display.print_text(last_lines(found, name=name, lines=lines) or "(empty)")
 
 
 @app.command()

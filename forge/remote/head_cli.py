@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections import deque
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +29,7 @@ from forge.fs import default_cache_dir, make_private
 from forge.plan.plan import plan_from_json, plan_to_json
 from forge.process import is_alive
 from forge.remote.secrets import stash_secrets, take_secrets
+from forge.runs.logs import last_lines
 from forge.runs.reader import ENDINGS, count_records, driver_pid, follow
 from forge.runtime.driver_process import LocalRun
 from forge.runtime.probe import local_gpu
@@ -154,13 +154,7 @@ def _status(options: argparse.Namespace) -> dict[str, Any]:
 
 def _log(options: argparse.Namespace) -> str:
     """Return the last lines of one of the run's logs on the head."""
-    folder = options.folder / "logs"
-    path = folder / f"{options.name}.log"
-    if path.parent != folder or not path.is_file():
-        names = ", ".join(sorted(log.stem for log in folder.glob("*.log"))) or "none yet"
-        raise ArgumentError(f"{path} does not exist on the cluster's head; its logs are: {names}")
-    with path.open(errors="replace") as file:
-        return "".join(deque(file, maxlen=options.lines))
+    return last_lines(options.folder, name=options.name, lines=options.lines)
 
 
 _ANSWERS = {

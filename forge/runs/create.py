@@ -14,6 +14,7 @@ from forge.checkpoint.storage import open_storage
 from forge.code_archive import ARCHIVE, changed_files, code_folder, pack_code, read_run_code
 from forge.config.dump import dump_job
 from forge.errors import ArgumentError
+from forge.foreign import link_to_elsewhere
 from forge.fs import write_atomic
 from forge.plan.plan import Plan, config_digest, plan_to_json
 from forge.plan.search import changed_keys
@@ -64,6 +65,7 @@ def reopen_run(folder: Path, plan: Plan) -> None:
 
     Raises: ArgumentError if the new plan would change the loss curve, or how a search compares its trials.
     """
+    require_no_links(folder)
     before = read_plan(folder)
     _require_same_code(folder, before, plan)
     if config_digest(before.job, code=before.code) != config_digest(plan.job, code=plan.code):
@@ -79,6 +81,19 @@ def reopen_run(folder: Path, plan: Plan) -> None:
         )
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
     write_atomic(folder / "plan.json", plan_to_json(plan))
+
+
+def require_no_links(folder: Path) -> None:
+    """Raises: ArgumentError if a link in a run folder leads out of it: the run would write to another file."""
+    try:
+        link = link_to_elsewhere(folder)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"the run folder {folder} cannot be used: {error}") from error
+    if link is not None:
+        raise ArgumentError(
+            f"{link} is a link that leads out of the run folder, and the run would write through it; replace it by "
+            "what it leads to"
+        )
 
 
 def _require_same_code(folder: Path, before: Plan, plan: Plan) -> None:

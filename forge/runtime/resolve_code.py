@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from forge.code_archive import PackedCode, pack_code, read_run_code, unpack_code
+from forge.code_archive import PackedCode, pack_code, read_run_code, require_trusted, unpack_code
 from forge.config.load import LoadedJob
 from forge.errors import UserCodeError
 from forge.objective.registry import Direction
@@ -63,13 +63,20 @@ def with_run_code(loaded: LoadedJob, *, run_folder: Path) -> LoadedJob:
     The folder of another job file, or of `--set code=...`, is packed again, and refused by `reopen_run` if it
     differs.
 
-    Raises: UserCodeError if the run folder has lost its archive, or it was changed.
+    Raises: UserCodeError if the run folder has lost its archive, it was changed, or its code was never used on this
+        machine.
     """
     location = loaded.source.locations.get("code")
     is_own = Path(loaded.source.path).resolve() == (run_folder / "job.yaml").resolve()
     code = read_plan(run_folder).code
-    if code is None or not is_own or location is None or location.line is None:
+    if not is_own or location is None or location.line is None:
         return loaded
+    if code is None:
+        raise UserCodeError(
+            f"{run_folder / 'job.yaml'} names the code folder {loaded.job.code}, and the plan of the run has none: "
+            "the file was changed after the run began"
+        )
+    require_trusted(code.digest, run_folder=run_folder)
     return replace(loaded, code=read_run_code(code.digest, run_folder=run_folder))
 
 

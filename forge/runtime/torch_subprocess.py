@@ -12,16 +12,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from forge.code_archive import require_trusted
 from forge.errors import RunError
-from forge.runs.reader import error_named
+from forge.runs.reader import error_named, read_plan
 
 
 def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
     """Continue a prompt; the request's fields are those of `forge.serve.generate.GenerateRequest`.
 
     Returns: `step`, `prompt`, `text`.
-    Raises: CheckpointError if the run has no intact checkpoint; RunError if the process failed.
+    Raises: CheckpointError if the run has no intact checkpoint; UserCodeError if it brings code that was never used
+        on this machine; RunError if the process failed.
     """
+    plan = read_plan(run_folder)
+    if plan.code is not None:
+        require_trusted(plan.code.digest, run_folder=run_folder)
     return _run("forge.serve.generate", str(run_folder), request=request, what="cannot generate text")
 
 

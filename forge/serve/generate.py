@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import find_checkpoint
-from forge.code_archive import restore_code
+from forge.code_archive import require_trusted, restore_code
 from forge.data.tokenizer import prompt_tokenizer
 from forge.errors import CheckpointError, ForgeError
 from forge.model.families.base import BuildOptions, DataShape
@@ -64,6 +64,7 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
     """
     plan = read_plan(run_folder)
     if plan.code is not None:
+        require_trusted(plan.code.digest, run_folder=run_folder)
         restore_code(plan.code.digest, run_folder=run_folder)
         use_code(plan.code.digest)
     url = plan.job.checkpoint.url_of(str(run_folder))
