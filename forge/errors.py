@@ -18,6 +18,8 @@ pickle, because errors travel between processes.
 
 from __future__ import annotations
 
+import unicodedata
+
 
 class ForgeError(Exception):
     """Base class; caught in one place only, `forge.cli.app`."""
@@ -100,6 +102,30 @@ def printable(text: str, *, limit: int) -> str:
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
+
+
+_JOINERS = "\u200c\u200d"
+"""Zero-width (non-)joiners: invisible format characters that Persian, Indic scripts and emoji need."""
+
+
+def harmless(text: str) -> str:
+    """Replace the characters that could control a terminal or reorder text.
+
+    These are C0 and C1 controls except newline and tab, bidirectional marks and overrides, other invisible format
+    characters, line separators and unpaired surrogates.
+
+    A Windows line end becomes a newline.
+    """
+    if text.isprintable():
+        return text
+    return "".join(map(_harmless_character, text.replace("\r\n", "\n")))
+
+
+def _harmless_character(character: str) -> str:
+    if character.isprintable() or character in "\n\t" or character in _JOINERS:
+        return character
+    is_control = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "\N{REPLACEMENT CHARACTER}" if is_control else character
 
 
 def _counted(num_others: int) -> str:

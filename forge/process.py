@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -10,6 +11,8 @@ import socket
 import sys
 from pathlib import Path
 from typing import TextIO
+
+from forge.redact import redact_output
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MAX_ERROR_CHARS = 300
@@ -95,14 +98,31 @@ def raise_descriptor_limit() -> None:
 
 
 def redirect_output(path: Path) -> None:
-    """Append this process's stdout and stderr, including those of native libraries, to a log file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    """Append this process's stdout and stderr, including those of native libraries, to a log file.
+
+    What Python code prints is redacted.
+    """
+    handle = open_log(path)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
+    redact_output()
+
+
+def open_log(path: Path) -> int:
+    """Open a log for appending; it and its folder are for this user alone, as messages may contain secrets.
+
+    Returns: a file descriptor.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # the folder of another user, who chose its mode
+        path.parent.chmod(0o700)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with contextlib.suppress(PermissionError):
+        os.fchmod(handle, 0o600)
+    return handle
 
 
 def take_stdout() -> TextIO:

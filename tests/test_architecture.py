@@ -29,6 +29,7 @@ LAYERS = [
     {"user_code"},
     {"code_archive"},
     {"units", "events", "errors", "foreign", "fs", "process"},
+    {"redact"},
 ]
 """A package imports only from the layers below its own; packages of one layer are independent of each other."""
 
@@ -57,7 +58,7 @@ SAME_LAYER = {
 
 CLIENT_SIDE = {
     *("cli", "forge", "api", "cluster", "remote", "report", "runs", "checkpoint", "plan", "pricing", "config"),
-    *("registries", "user_code", "code_archive", "units", "events", "errors", "foreign", "fs", "process"),
+    *("registries", "user_code", "code_archive", "units", "events", "errors", "foreign", "fs", "process", "redact"),
 }
 TRAINING_SIDE = {"train", "model", "objective", "data", "checkpoint"}
 NOT_ON_THE_CLIENT_SIDE = {"torch", "deepspeed", "transformers"}

@@ -6,10 +6,15 @@ Nothing heavy is imported before a command needs it, so that `forge --help` answ
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from forge.cli import chaos, checkpoints, cluster, doctor, generate, runs, schema, train, tune
 from forge.cli.follow import INTERRUPTED
@@ -17,8 +22,30 @@ from forge.errors import ForgeError
 
 _PIPE_CLOSED = 141
 
+
+class HarmlessGroup(TyperGroup):
+    """Prints usage errors, which quote the arguments of the command line, without their control characters."""
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **options: Any) -> Any:  # type: ignore[override]
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **options)
+        try:
+            code = super().main(args, standalone_mode=False, **options)
+        except typer.Abort:  # Ctrl-C or the end of stdin at a question
+            sys.exit(INTERRUPTED)
+        except TyperException as error:
+            from forge.cli import display
+
+            text = io.StringIO()
+            error.show(file=text)  # type: ignore[attr-defined]
+            sys.stderr.write(display.harmless(text.getvalue()))
+            sys.exit(error.exit_code)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
 app = typer.Typer(
     name="forge",
+    cls=HarmlessGroup,
     help="Train large models on machines that can be preempted.",
     epilog="Start here:  forge train jobs/pretrain.yaml",
     no_args_is_help=True,

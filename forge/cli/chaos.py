@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -80,7 +81,7 @@ def replay(
         f"{result['num_removed']} machines lost and {result['num_added']} added; {result['steps']} steps, "
         f"{result['samples_per_s']:.1f} samples per second overall"
     )
-    display.next_command(f"forge runs show {result['folder']}", purpose="show the run")
+    display.next_command(f"forge runs show {shlex.quote(result['folder'])}", purpose="show the run")
 
 
 @app.command()
@@ -195,7 +196,7 @@ def _done(run: str, what: str) -> None:
     from forge.cli import display
 
     display.message(what)
-    display.next_command(f"forge runs watch {run}", purpose="watch the run")
+    display.next_command(f"forge runs watch {shlex.quote(run)}", purpose="watch the run")
 
 
 def _path_of(trace: Path) -> Path:

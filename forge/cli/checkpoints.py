@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -56,7 +57,7 @@ def list_(
         display.message(f"no checkpoints in {url}")
         return
     display.table(_COLUMNS, [_row(entry, whole="complete") for entry in found])
-    display.next_command(f"forge checkpoints verify {location}", purpose="verify their contents")
+    display.next_command(f"forge checkpoints verify {shlex.quote(location)}", purpose="verify their contents")
 
 
 @app.command()
@@ -92,7 +93,7 @@ def verify(
         resumed = f"a run resumes from {newest}" if newest else "none is left to resume from"
         raise CheckpointError(f"{len(broken)} of {len(found)} checkpoints in {url} are broken; {resumed}")
     display.next_command(
-        f"forge checkpoints export {location} --to DIR", purpose="export one as a Hugging Face folder"
+        f"forge checkpoints export {shlex.quote(location)} --to DIR", purpose="export one as a Hugging Face folder"
     )
 
 

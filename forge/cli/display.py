@@ -2,42 +2,63 @@
 
 Tables and summaries go to stdout, progress and messages to stderr. Colours and live displays are for terminals; on
 a pipe the same information comes as plain lines. rich respects NO_COLOR.
+
+Names and messages may come from run folders, clusters and models that others made. `harmless` removes what would
+control the terminal, and both consoles apply it to everything they draw, so a screen cannot leave it out. Messages
+also lose the values of this process's secrets.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-OUT = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
-ERR = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stderr.isatty())
+from forge.errors import harmless as harmless
+from forge.redact import redacted
 
 
-def message(text: str, *, console: Console = ERR) -> None:
+class HarmlessConsole(Console):
+    """A console that makes all text harmless which it draws, also that of live screens; its own codes stay."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield segment._replace(text=harmless(segment.text))
+
+
+OUT = HarmlessConsole(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+ERR = HarmlessConsole(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stderr.isatty())
+
+
+def message(text: str, *, console: Console | None = None) -> None:
     """Print one line to stderr."""
-    console.print(Text(text))
+    (console or ERR).print(Text(_shown(text)))
 
 
-def warning(text: str, *, console: Console = ERR) -> None:
+def warning(text: str, *, console: Console | None = None) -> None:
     """Print to stderr a problem that did not end the command."""
-    console.print(Text(f"! {text}", style="yellow"))
+    (console or ERR).print(Text(f"! {_shown(text)}", style="yellow"))
 
 
 def error(text: str) -> None:
     """Print to stderr the error that ended the command."""
-    ERR.print(Text.assemble(("error:", "bold red"), " ", text))
+    ERR.print(Text.assemble(("error:", "bold red"), " ", _shown(text)))
 
 
 def next_command(command: str, *, purpose: str) -> None:
     """Print to stderr the next useful command, as a dim line."""
-    ERR.print(Text(f"{purpose}: {command}", style="dim"))
+    ERR.print(Text(_line(f"{purpose}: {command}"), style="dim"))
 
 
 def print_json(value: Any) -> None:
@@ -46,16 +67,20 @@ def print_json(value: Any) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print text unchanged to stdout; on a terminal without its control characters."""
-    if sys.stdout.isatty():
-        text = harmless(text)
+    """Print text to stdout as it is, but without control characters: a pipe often leads to a terminal."""
+    text = harmless(text)
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
 
 
 def heading(name: str, text: str) -> None:
     """Print an empty line, a bold name and a text to stdout."""
     OUT.print()
-    OUT.print(Text.assemble((name, "bold"), f"  {text}"))
+    headline(name, text, console=OUT)
+
+
+def headline(name: str, text: str, *, console: Console) -> None:
+    """Print a bold name and a text."""
+    console.print(Text.assemble((_line(name), "bold"), f"  {_line(text)}"))
 
 
 def terminal_width() -> int | None:
@@ -63,22 +88,25 @@ def terminal_width() -> int | None:
     return OUT.width if OUT.is_terminal else None
 
 
-def facts(rows: Sequence[tuple[str, str]], *, console: Console = OUT) -> None:
+def facts(rows: Sequence[tuple[str, str]], *, console: Console | None = None) -> None:
     """Print names and texts in two columns."""
+    console = console or OUT
     if not console.is_terminal:
         for name, text in rows:
-            console.print(Text(f"{name:<11} {text}"))
+            console.print(Text(f"{_line(name):<11} {_shown(text)}"))
         return
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, text in rows:
-        grid.add_row(name, Text(text))
+        grid.add_row(Text(_line(name)), Text(_shown(text)))
     console.print(grid)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console = OUT) -> None:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console | None = None) -> None:
     """Print a table; columns whose name starts with `#` are numbers and are right-aligned."""
+    console = console or OUT
+    columns, rows = [_line(name) for name in columns], [[_line(cell) for cell in row] for row in rows]
     if not console.is_terminal:
         _print_plain_table(columns, rows, console=console)
         return
@@ -91,12 +119,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Con
     console.print(grid)
 
 
-def harmless(text: str) -> str:
-    """Replace control characters, so that text from a run folder or a model cannot control the terminal."""
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-        for character in text
-    )
+def _shown(text: str) -> str:
+    """Text that may have several lines, harmless and without the values of secrets."""
+    return harmless(redacted(text, os.environ))
+
+
+def _line(text: str) -> str:
+    """Text for one line, such as a cell of a table, in which a newline would look like another row."""
+    return _shown(text).replace("\n", "\N{REPLACEMENT CHARACTER}").replace("\t", " ")
 
 
 def _print_plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console) -> None:

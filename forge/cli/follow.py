@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -160,11 +161,11 @@ def show_search(run: RunSummary, *, has_table: bool) -> None:
 
 
 def handle(folder: Path) -> str:
-    """Return the name of a run for the command line: its id, or its folder if that is not under `runs`."""
+    """Return a run for a command line, quoted for a shell: its id, or its folder if that is not under `runs`."""
     from forge.runs.reader import search_folder
 
     search = search_folder(folder)
-    return folder.name if (search or folder).parent == Path("runs") else str(folder)
+    return shlex.quote(folder.name if (search or folder).parent == Path("runs") else str(folder))
 
 
 def _conclude_training(run: RunSummary, *, interrupted: bool, output: Output) -> None:
@@ -208,7 +209,8 @@ def _conclude_search(run: RunSummary, *, interrupted: bool, output: Output) -> N
     if summary.table.trials:
         display.message(f"report: {run.folder / 'report.html'}")
     if (run.folder / "best.yaml").exists():
-        display.next_command(f"forge train {run.folder / 'best.yaml'}", purpose="train with the best values")
+        best = shlex.quote(str(run.folder / "best.yaml"))
+        display.next_command(f"forge train {best}", purpose="train with the best values")
     no_result = no_result_error(summary)
     is_at_limit = run.status == "stopped" and bool((run.newest("RunStopped") or {}).get("reason"))
     if run.status == "finished" and no_result is not None:

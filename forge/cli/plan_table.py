@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rich.text import Text
-
 from forge.cli import display
 from forge.plan.plan import DraftPlan
 from forge.report.text import headline, plan_facts, search_facts
@@ -13,7 +11,7 @@ from forge.units import format_bytes
 def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
     """Print what a job will do: its size, its facts, and batch and memory at every number of workers."""
     console = display.ERR if to_stderr else display.OUT
-    console.print(Text.assemble((plan.job.name, "bold"), "  ", headline(plan)))
+    display.headline(plan.job.name, headline(plan), console=console)
     display.facts([*plan_facts(plan), *search_facts(plan)], console=console)
     columns = ["#workers", "#micro", "#accum.", "#pad", "#weights", "#grads", "#states", "#host", "#~total"]
     rows = []

@@ -49,7 +49,7 @@ class ClusterScreen:
         room = max(1, display.ERR.height - 2)
         lines = [
             Text(
-                f"{progress.name:<16} {progress.message}",
+                display.harmless(f"{progress.name:<16} {progress.message}"),
                 style="yellow" if progress.is_failure else "",
                 no_wrap=True,
                 overflow="ellipsis",

@@ -280,4 +280,4 @@ def show_goodput(goodput: GoodputReport, *, started: float) -> None:
 
 
 def _dim(text: str) -> Text:
-    return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
+    return Text(display.harmless(text), style="dim", no_wrap=True, overflow="ellipsis")

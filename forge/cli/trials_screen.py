@@ -95,12 +95,14 @@ class TuneScreen(LiveScreen):
     def _panel(self) -> Group:
         width, height = self.size
         width = max(1, width - 1)
-        head = [Text(cut(line, width=width), no_wrap=True, overflow="ellipsis") for line in self._head()]
+        head = [
+            Text(cut(display.harmless(line), width=width), no_wrap=True, overflow="ellipsis")
+            for line in self._head()
+        ]
         if self._phase:
             elapsed = format_duration(self._clock() - self._began)
-            head.append(
-                Text(cut(f"{self._phase} … {elapsed}", width=width), style="dim", no_wrap=True, overflow="ellipsis")
-            )
+            phase = cut(display.harmless(f"{self._phase} … {elapsed}"), width=width)
+            head.append(Text(phase, style="dim", no_wrap=True, overflow="ellipsis"))
         return Group(*head, *self._table(width, room=height - len(head) - 1))
 
     def _head(self) -> list[str]:
@@ -131,10 +133,10 @@ class TuneScreen(LiveScreen):
         best = table.best(mode)
         rows = trial_rows(shown, now=self._clock(), total_steps=self._plan.total_steps, best=best)
         head, *lines = fit_table(self._search.metric, rows, width=width)
-        texts = [Text(head, style="dim", no_wrap=True, overflow="ellipsis")]
+        texts = [Text(display.harmless(head), style="dim", no_wrap=True, overflow="ellipsis")]
         for trial, line in zip(shown, lines, strict=True):
             style = "bold" if trial is best else "dim" if trial.is_over else ""
-            texts.append(Text(line, style=style, no_wrap=True, overflow="ellipsis"))
+            texts.append(Text(display.harmless(line), style=style, no_wrap=True, overflow="ellipsis"))
         if not is_whole:
             hidden = f"… and {len(table.trials) - len(shown)} more"
             texts.append(Text(cut(hidden, width=width), style="dim", no_wrap=True, overflow="ellipsis"))

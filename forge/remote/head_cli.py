@@ -27,7 +27,7 @@ from forge.data.transfer import has_corpus, receive_corpus
 from forge.errors import ArgumentError, ClusterError, ForgeError
 from forge.fs import default_cache_dir, make_private
 from forge.plan.plan import plan_from_json, plan_to_json
-from forge.process import is_alive
+from forge.process import is_alive, open_log
 from forge.remote.secrets import stash_secrets, take_secrets
 from forge.runs.logs import last_lines
 from forge.runs.reader import ENDINGS, count_records, driver_pid, follow
@@ -113,7 +113,8 @@ def _upload(options: argparse.Namespace) -> dict[str, Any]:
     try:
         if options.folder is None:  # otherwise the user has chosen the place, and who may read it
             make_private(_HOME.expanduser())
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "logs").mkdir(exist_ok=True, mode=0o700)
         with tarfile.open(fileobj=io.BytesIO(sys.stdin.buffer.read())) as archive:
             members = [file for file in archive if file.name not in _HISTORY or not (folder / file.name).exists()]
             archive.extractall(folder, members=members, filter="data")
@@ -220,7 +221,7 @@ def _launch(folder: Path) -> int:
         environment.pop("RAY_ADDRESS"),
     ]
     log = folder / "logs" / "driver.log"
-    with log.open("ab") as output:
+    with os.fdopen(open_log(log), "ab") as output:
         started = subprocess.run(
             ["/bin/sh", "-c", 'setsid "$@" 1>&2 & echo $!', "sh", *command],
             env=environment | take_secrets(folder.name),

@@ -148,8 +148,8 @@ class RemoteRun:
         num_events, num_steps = count_records(self._folder)
         has_all = found["records"] == [num_events, num_steps]
         if not found["is_running"] and has_all:
-            (self._folder / "logs").mkdir(exist_ok=True)
-            write_atomic(self._folder / "logs" / "driver.log", "\n".join([*self._job_output, ""]))
+            (self._folder / "logs").mkdir(exist_ok=True, mode=0o700)
+            write_atomic(self._folder / "logs" / "driver.log", "\n".join([*self._job_output, ""]), mode=0o600)
             _forget_job(self._folder, self._ref)
             self._is_over = True
             return

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from forge.config.overrides import search_of
+from forge.errors import harmless
 from forge.fs import write_atomic
 from forge.report.figures import build_figures, labels, script
 from forge.report.search_summary import SearchSummary, search_summary
@@ -77,6 +79,9 @@ def _render(summary: SearchSummary) -> str:
         loader=FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: (
+            value if isinstance(value, Markup) else harmless(str(value))
+        ),  # Markup: plotly's code
     )
     environment.filters |= {"shown": shown, "number": number, "duration": _duration, "notes": _notes}
     run, search, table = summary.run, summary.search, summary.table

@@ -46,7 +46,8 @@ def fill_run_folder(folder: Path, plan: Plan) -> None:
     Raises: ArgumentError if the folder cannot be written; it is removed then.
     """
     try:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "logs").mkdir(exist_ok=True, mode=0o700)
         shutil.copytree(Path(plan.corpus.folder) / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
         (folder / "job.yaml").write_text(dump_job(plan.job))
         (folder / "plan.json").write_text(plan_to_json(plan))

@@ -41,6 +41,7 @@ from forge.events import (
 )
 from forge.plan.plan import Plan, plan_from_json
 from forge.process import first_line
+from forge.redact import redact_output
 from forge.runs.reader import error_named, read_run
 from forge.runs.recorder import append_event, last_recorded_step
 from forge.runs.secrets import credentials
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--address")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
+    redact_output()
     driver = Driver(folder, address=arguments.address)
     signal.signal(signal.SIGTERM, driver.on_signal)
     lock = _acquire(folder / ".lock")

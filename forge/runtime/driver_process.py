@@ -21,7 +21,7 @@ import psutil
 from forge.cluster.local.ray_cluster import find_local
 from forge.cluster.local.ray_process import session_members
 from forge.errors import ArgumentError
-from forge.process import has_open, is_alive
+from forge.process import has_open, is_alive, open_log
 from forge.runs.reader import LOCK, driver_pid
 
 DRIVER_MODULE = "forge.runtime.driver"
@@ -90,7 +90,7 @@ def start_driver(folder: Path) -> LocalRun:
     command = [sys.executable, "-P", "-m", DRIVER_MODULE, str(folder)]
     if cluster is not None:
         command += ["--address", cluster.address]
-    with (folder / "logs" / "driver.log").open("ab") as log:
+    with os.fdopen(open_log(folder / "logs" / "driver.log"), "ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )

@@ -24,7 +24,7 @@ from forge.elastic.supervisor import Outcome
 from forge.events import Event, SupervisorRestarted, SupervisorStarted
 from forge.plan.plan import plan_from_json
 from forge.pricing.budget import CostLimits, CostMeter, read_price
-from forge.process import raise_descriptor_limit, redirect_output
+from forge.process import open_log, raise_descriptor_limit, redirect_output
 from forge.runtime.actor_names import SUPERVISOR
 from forge.runtime.agent_actor import AgentActorConfig
 from forge.runtime.placement import Allocation
@@ -188,7 +188,7 @@ def _kill_agent(agent: AgentHandle | None) -> None:
 
 def _start_detached(command: tuple[str, ...], log: Path) -> None:
     """Start a process that outlives this actor: Ray kills an actor's children, but not their children."""
-    with log.open("ab") as output:
+    with os.fdopen(open_log(log), "ab") as output:
         subprocess.run(
             ["/bin/sh", "-c", '"$@" &', "sh", *command],
             check=False,

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from forge.process import is_alive
+from forge.process import is_alive, open_log
 
 _ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -98,8 +98,7 @@ def start_fork_server(plan_json: str, *, log: Path) -> ForkServer:
     """Start a process that imports everything that a rank of this plan needs."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     plan_fd = _memory_of(plan_json)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with os.fdopen(open_log(log), "ab") as output:
         process = subprocess.Popen(
             [
                 sys.executable,

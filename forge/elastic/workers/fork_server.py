@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 from forge.process import die_with_parent
+from forge.redact import redact_output
 
 _MAX_FDS = 253
 
@@ -29,6 +30,7 @@ def main() -> None:
     """Import everything, report readiness, and fork on request until the agent is gone."""
     sock: socket.socket | None = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent(int(sys.argv[3]))
+    redact_output()
     # Ctrl-C is sent to whole process groups; a run is stopped through its supervisor instead.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     plan = _read_all(int(sys.argv[2]))
