@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from forge.config import cluster_names as names
+from forge.config.secret import SECRET_PROBLEM, has_credential
 from forge.config.section import Bytes, Duration, FieldError, RangeFromZero, Section, Strings
 from forge.units import Range
 
@@ -69,6 +70,13 @@ class ClusterSection(Section):
         for text in names.strings_in(value):
             if not text.isprintable():
                 raise ValueError("must be one line of printable characters")
+        return value
+
+    @field_validator("storage")
+    @classmethod
+    def _has_no_credential(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value and has_credential(value):
+            raise ValueError(f"{SECRET_PROBLEM}; write the URL without its user, password and signature")
         return value
 
     @field_validator("name")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from forge.config.secret import is_secret
+from forge.config.secret import has_credential, is_secret
 from forge.config.section import FieldErrors
 from forge.config.yaml_reader import YamlNode, join_key
 from forge.errors import JobFileError
@@ -51,7 +51,7 @@ class SourceMap:
             path=self.path if location.line is not None else "--set",
             line=location.line,
             key=key or None,
-            value=location.text if is_shown else None,
+            value=location.text if is_shown and not _has_credential(location.text) else None,
             nearest=nearest,
         )
 
@@ -65,6 +65,11 @@ class SourceMap:
             if key in self.locations:
                 return self.locations[key]
         return SourceLocation(line=1, text="")
+
+
+def _has_credential(text: str) -> bool:
+    """Whether a value as written is a URL that must not be shown."""
+    return "://" in text and has_credential(text.strip("'\""))
 
 
 def map_source(root: YamlNode, *, path: str) -> SourceMap:

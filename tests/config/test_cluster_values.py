@@ -127,3 +127,29 @@ def test_value__as_clouds_name_things__is_accepted(tmp_path: Path, kind: str, ke
 
 def test_allow_from__one_address__becomes_a_network(tmp_path: Path) -> None:
     assert load(tmp_path, "aws", allow_from="203.0.113.4").allow_from == "203.0.113.4/32"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sftp://alice:hunter2pass@host/runs",
+        "s3://AKIA:hunter2pass@bucket/runs",
+        "https://alice@host/runs",
+        "abfs://container:hunter2pass@account.dfs.core.windows.net/runs",
+        "https://account.blob.core.windows.net/c?sv=1&sig=hunter2pass",
+        "s3://bucket/runs?secret_key=hunter2pass",
+        "s3://bucket/runs?X-Amz-Signature=hunter2pass",
+        "sftp://alice:hunter2pass@[/runs",
+    ],
+)
+def test_storage__url_with_a_credential__is_refused_and_not_shown(tmp_path: Path, url: str) -> None:
+    error = error_of(tmp_path, "ssh", storage=url)
+    assert error.key == "storage" and "must not be in a file" in str(error)
+    assert "hunter2pass" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "url", ["abfs://container@account.dfs.core.windows.net/runs", "s3://bucket/runs@1", "gs://b/r", "/shared/a@b"]
+)
+def test_storage__url_without_a_credential__is_accepted(tmp_path: Path, url: str) -> None:
+    assert load(tmp_path, "ssh", storage=url).storage == url
