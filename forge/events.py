@@ -274,6 +274,14 @@ class SampleGenerated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampleFailed:
+    """No text could be generated from the last weights; the run itself has finished."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingDegraded:
     """W&B cannot be reached; the run continues and records offline."""
 
@@ -398,6 +406,7 @@ Event = (
     | Evaluated
     | EarlyStopped
     | SampleGenerated
+    | SampleFailed
     | TrackingDegraded
     | TrialSuggested
     | TrialStarted

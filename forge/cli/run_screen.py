@@ -251,7 +251,9 @@ def show_summary(run: RunSummary, *, losses: Sequence[float]) -> None:
         for row in loss_curve(losses, width=min(72, max(20, width - 12))):
             display.OUT.print(Text(row, style="cyan", no_wrap=True))
     display.facts(summary_facts(run))
-    sample = run.newest("SampleGenerated")
+    sample, failed = run.newest("SampleGenerated"), run.newest("SampleFailed")
+    if failed:
+        display.message(f"no sample of its text: {display.harmless(failed['reason'])}")
     if sample:
         display.OUT.print()
         display.OUT.print(Text("a sample of its text", style="dim"))

@@ -229,6 +229,7 @@ def _write_cache(
         write = partial(write_user_examples, code_digest=code_digest) if is_own else write_examples
         index = write(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=_progress_of(report))
     files = {"tokenizer/tokenizer.json": tokenizer.content, "tokenizer/tokenizer_config.json": tokenizer.config}
+    files |= {f"tokenizer/{name}": text for name, text in tokenizer.files.items()}
     written = [store.write_file(folder, name=name, content=text.encode()) for name, text in files.items()]
     for name in {path.parent for path in folder.rglob("*")} - {folder}:
         sync_folder(name)

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -29,6 +29,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from forge.data.store import token_dtype
+from forge.data.tokenizer_files import TEMPLATE, further_files, further_templates, read_json
 from forge.data.word_pattern import word_pattern
 from forge.errors import DataError
 
@@ -68,6 +69,8 @@ class TextTokenizer:
     """Largest id + 1: the rows an embedding needs."""
     special_tokens: Literal["text", "tokens"] = "text"
     """`data.special_tokens`: how the names of special tokens inside a text are encoded."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Further files of a loaded tokenizer, by name: chat template and special tokens, kept for the export."""
 
     @property
     def dtype(self) -> str:
@@ -130,11 +133,18 @@ def load_tokenizer(location: str) -> TextTokenizer:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the Rust side raises bare Exception
         raise DataError(f"data.tokenizer.from_pretrained: {path} is not a tokenizer: {error}") from None
-    config = _read_json(path.with_name("tokenizer_config.json"))
+    config = read_json(path.with_name("tokenizer_config.json"))
     eot_token = _eot_token(tokenizer, config=config, folder=path.parent)
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     config["eos_token"] = config.get("eos_token") or eot_token
-    return _described(tokenizer, eot_token=eot_token, config=json.dumps(config, indent=2, ensure_ascii=False))
+    files = further_files(path.parent)
+    templates = further_templates(path.parent)
+    if templates:
+        default = files.pop(TEMPLATE, None)
+        templates = ([] if default is None else [{"name": "default", "template": default}]) + templates
+        config["chat_template"] = templates
+    described = _described(tokenizer, eot_token=eot_token, config=json.dumps(config, indent=2, ensure_ascii=False))
+    return replace(described, files=files)
 
 
 def _other_format(given: Path) -> Path | None:
@@ -191,7 +201,7 @@ def _described(tokenizer: Tokenizer, *, eot_token: str, config: str) -> TextToke
 
 
 def _eot_token(tokenizer: Tokenizer, *, config: dict[str, Any], folder: Path) -> str:
-    for settings in (config, _read_json(folder / "special_tokens_map.json")):
+    for settings in (config, read_json(folder / "special_tokens_map.json")):
         named = settings.get("eos_token")
         token = named.get("content") if isinstance(named, dict) else named
         if isinstance(token, str):
@@ -205,16 +215,6 @@ def _eot_token(tokenizer: Tokenizer, *, config: dict[str, Any], folder: Path) ->
         f"{folder}: nothing says which token ends a text. Put a tokenizer_config.json beside tokenizer.json,"
         ' like {"eos_token": "<|endoftext|>"}'
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    return content if isinstance(content, dict) else {}
 
 
 class Encoder:

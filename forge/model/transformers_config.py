@@ -45,6 +45,9 @@ def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
 def config_from_record(record: Mapping[str, Any]) -> PretrainedConfig:
     """Return the config that a checkpoint contains. Raises: ModelError if it is not one that forge writes."""
     body = {key: value for key, value in record.items() if key not in ("model_type", "auto_map")}
+    wrong = next(iter(size_problems(body)), None)
+    if wrong is not None:
+        raise ModelError(f"the config of the checkpoint cannot be used: {wrong[0]} {wrong[1]}")
     try:
         config = AutoConfig.for_model(record["model_type"], **body)
     except Exception as error:  # transformers validates with exceptions of several unrelated classes

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +19,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forge.model.isolation import require_isolation
+from forge.model.router_loss import RouterLoss, router_loss_of
 from forge.objective.base import IGNORED, Arrays, WeightedSum
 from forge.objective.cross_entropy import chunked_head_forward
 from forge.objective.registry import OBJECTIVES, Direction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Forward:
+    """The outputs of a forward pass that enter the loss."""
+
+    cross_entropy: Tensor
+    """Summed over the targets."""
+    router_logits: Sequence[Tensor] = ()
+    """Of each layer with experts, float[B·T, E]."""
 
 
 class CausalLm:
@@ -30,6 +42,8 @@ class CausalLm:
 
     def __init__(self) -> None:
         self._is_chunked = False
+        self._router: RouterLoss | None = None
+        self._is_router_known = False
 
     def use_chunks(self, model: nn.Module) -> None:
         """Compute the loss in chunks from here on; the logits must be a linear map of the last hidden state."""
@@ -42,21 +56,41 @@ class CausalLm:
         chosen = {"tokens": rows["tokens"], "targets": rows["targets"]}
         if "segment_ids" in rows and rows["segment_ids"].max(initial=0) > 1:
             chosen["position_ids"] = rows["position_ids"]
+        if "segment_ids" in rows and not rows["segment_ids"].all():
+            chosen["segment_ids"] = rows["segment_ids"]  # 0 at padding
         return {name: torch.from_numpy(array) for name, array in chosen.items()}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
-        """Shapes: tokens, targets, position_ids: int64[B, T], targets[b, t] following tokens[b, t]."""
-        weight = (batch["targets"] != IGNORED).sum()
-        return WeightedSum(sum=self._sum(model, batch), weight=weight)
+        """The cross entropy and, of a mixture of experts with `output_router_logits`, its auxiliary loss.
+
+        Shapes: tokens, targets, position_ids, segment_ids: int64[B, T], targets[b, t] following tokens[b, t].
+        """
+        if not self._is_router_known:
+            self._router, self._is_router_known = router_loss_of(model), True
+        weights = (batch["targets"] != IGNORED).sum(dim=1)
+        found = self._forward(model, batch)
+        if self._router is None:
+            return WeightedSum(sum=found.cross_entropy, weight=weights.sum())
+        is_token = batch["segment_ids"] > 0 if "segment_ids" in batch else None
+        auxiliary = self._router.row_sum(found.router_logits, weights=weights, is_token=is_token)
+        reported = WeightedSum(sum=auxiliary.detach(), weight=weights.sum())
+        return WeightedSum(
+            sum=found.cross_entropy + self._router.coefficient * auxiliary,
+            weight=weights.sum(),
+            metrics={"router_aux_loss": reported},
+        )
 
     def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, WeightedSum]:
         return {}
 
     def derived(self, means: Mapping[str, float]) -> Mapping[str, float]:
-        """The perplexity: `exp(loss)`, infinite where that overflows."""
-        return {"perplexity": math.exp(means["loss"]) if means["loss"] < 700 else math.inf}
+        """The perplexity: `exp` of the cross entropy, infinite where that overflows."""
+        cross_entropy = means["loss"]
+        if self._router is not None:
+            cross_entropy -= self._router.coefficient * means["router_aux_loss"]
+        return {"perplexity": math.exp(cross_entropy) if cross_entropy < 700 else math.inf}
 
-    def _sum(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def _forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> _Forward:
         inputs = {"input_ids": batch["tokens"]}
         targets = batch["targets"]
         if "position_ids" in batch:
@@ -67,15 +101,22 @@ class CausalLm:
                 targets = targets.reshape(1, -1)
         if not isinstance(model, PreTrainedModel):
             logits = model(**inputs).flatten(0, 1).float()
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            flat = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            return _Forward(cross_entropy=flat)
+        options: dict[str, Any] = {"use_cache": False}
+        if self._router is not None:
+            options["output_router_logits"] = True
         if not self._is_chunked:
-            out = model(**inputs, labels=targets, shift_labels=targets, num_items_in_batch=1, use_cache=False)
-            loss: Tensor = out.loss
-            return loss
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+            out = model(**inputs, labels=targets, shift_labels=targets, num_items_in_batch=1, **options)
+            if self._router is None:
+                return _Forward(cross_entropy=out.loss)
+            # Without what transformers has added, for all rows together.
+            plain = out.loss - self._router.coefficient * out.aux_loss
+            return _Forward(cross_entropy=plain, router_logits=out.router_logits)
+        out = model.base_model(**inputs, **options)
         # Through the head's own __call__, so that ZeRO 3 gathers its weight.
-        summed: Tensor = model.get_output_embeddings()(hidden, targets=targets)
-        return summed
+        summed = model.get_output_embeddings()(out.last_hidden_state, targets=targets)
+        return _Forward(cross_entropy=summed, router_logits=getattr(out, "router_logits", None) or ())
 
 
 def _is_flash(model: nn.Module) -> bool:

@@ -28,6 +28,8 @@ class RegisteredObjective:
 
 OBJECTIVES: dict[str, RegisteredObjective] = {
     "causal-lm": RegisteredObjective(
-        reference="forge.objective.causal_lm:CausalLm", metrics={"perplexity": "min"}, predicts_tokens=True
+        reference="forge.objective.causal_lm:CausalLm",
+        metrics={"perplexity": "min", "router_aux_loss": "min"},
+        predicts_tokens=True,
     ),
 }

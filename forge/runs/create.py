@@ -5,6 +5,7 @@ A run folder begins with `job.yaml`, `plan.json`, the tokenizer and the code arc
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import time
@@ -49,6 +50,9 @@ def fill_run_folder(folder: Path, plan: Plan) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "logs").mkdir(exist_ok=True, mode=0o700)
         shutil.copytree(Path(plan.corpus.folder) / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+        if plan.model.generation:
+            text = json.dumps(dict(plan.model.generation), indent=2, sort_keys=True)
+            write_atomic(folder / "tokenizer" / "generation_config.json", text + "\n")
         (folder / "job.yaml").write_text(dump_job(plan.job))
         (folder / "plan.json").write_text(plan_to_json(plan))
         if plan.code is not None:

@@ -37,6 +37,7 @@ from forge.events import (
     RunFinished,
     RunStarted,
     RunStopped,
+    SampleFailed,
     SampleGenerated,
 )
 from forge.plan.plan import Plan, plan_from_json
@@ -204,15 +205,17 @@ class Driver:
                 raise RunError(f"{first_line(error)}; the ranks' logs are in {self._folder / 'logs'}") from error
             raise error_named(failure.error, message=failure.message) from error
 
-    def _add_sample(self) -> None:
-        """Record a sample of generated text; if that fails, print why, since the run itself has finished."""
+    def _add_sample(self, step: int) -> None:
+        """Record a sample of generated text or, since the run itself has finished, why there is none."""
         from forge.serve.generate import GenerateRequest, generate
 
         prompt = _SAMPLE_PROMPTS.get(self._plan.job.data.source or "", "")
         try:
             made = generate(self._folder, GenerateRequest(prompt=prompt, max_tokens=_SAMPLE_TOKENS))
-        except Exception:
+        except Exception as error:
             traceback.print_exc()
+            reason = str(error) if isinstance(error, ForgeError) else f"{type(error).__name__}: {first_line(error)}"
+            self._record(SampleFailed(step=step, reason=reason))
             return
         self._record(SampleGenerated(step=made.step, prompt=made.prompt, text=made.text))
 
@@ -253,7 +256,7 @@ class Driver:
         if step < self._plan.total_steps and not read_run(self._folder).is_stopped_early:
             self._record(RunStopped(step=step, reason=self._stop_reason))
             return
-        self._add_sample()
+        self._add_sample(step)
         self._record(RunFinished(step=step))
 
     def _end_search(self) -> None:

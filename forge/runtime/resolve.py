@@ -20,7 +20,8 @@ from forge.config.section import FieldErrors
 from forge.data.look import look_at_corpus
 from forge.data.prepare import PrepareProgress, prepare
 from forge.data.tokenizer import load_tokenizer, special_token_names
-from forge.errors import PlanError
+from forge.data.tokenizer_files import vocabulary_problem
+from forge.errors import DataError, PlanError
 from forge.fs import default_cache_dir
 from forge.plan.inputs import CodeInfo, CorpusFiles, HardwareInfo, ModelInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
@@ -67,7 +68,7 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     if job.training.epochs is not None or _is_small(job.data, inputs.files):
         return _resolve(inputs, find_hardware=hardware, count_slots=count_local_slots)
     vocab_size, eot_id = _announced_vocabulary(job.data.tokenizer)
-    model = inspect_model(inputs.trained, vocab_size=vocab_size, eot_id=eot_id, code=inputs.code)
+    model = _inspected(inputs, vocab_size=vocab_size, eot_id=eot_id)
     _require_isolation(inputs.trained, model)
     with _with_lines(inputs.trained):
         draft = make_draft(job, model=model, hardware=hardware(job), files=inputs.files)
@@ -83,6 +84,8 @@ class _Inputs:
     """The job itself or, for a search, the trial with the job's own values."""
     code: CodeInfo | None
     files: CorpusFiles
+    notes: tuple[str, ...]
+    """What the plan says about the tokenizer."""
     on_progress: Callable[[PrepareProgress], None] | None
 
 
@@ -94,9 +97,10 @@ def _inputs(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None]
     if on_progress is not None:
         on_progress(PrepareProgress(phase="look"))
     data = trained.job.data
+    notes = check_tokenizer(trained)
     names = special_token_names(data.tokenizer.from_pretrained) if data.files is not None else ()
     files = look_at_corpus(data, special_tokens=names)
-    return _Inputs(loaded=loaded, trained=trained, code=code, files=files, on_progress=on_progress)
+    return _Inputs(loaded=loaded, trained=trained, code=code, files=files, notes=notes, on_progress=on_progress)
 
 
 def _resolve(
@@ -112,7 +116,7 @@ def _resolve(
         on_progress=inputs.on_progress,
         code_digest=code.digest if code is not None else None,
     )
-    model = inspect_model(trained, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=code)
+    model = _inspected(inputs, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
     _require_isolation(trained, model)
     with _with_lines(trained):
         plan = make_plan(
@@ -120,6 +124,44 @@ def _resolve(
         )
     _require_held_out(plan, inputs.loaded)
     return _with_search(replace(plan, code=code), inputs.loaded, count_slots=count_slots)
+
+
+def _inspected(inputs: _Inputs, *, vocab_size: int, eot_id: int) -> ModelInfo:
+    found = inspect_model(inputs.trained, vocab_size=vocab_size, eot_id=eot_id, code=inputs.code)
+    return replace(found, notes=(*found.notes, *inputs.notes))
+
+
+def check_tokenizer(loaded: LoadedJob) -> tuple[str, ...]:
+    """Check that pretrained weights are trained with the token ids of their own tokenizer.
+
+    Returns: what the plan says about it.
+    Raises: JobFileError if the folder has no tokenizer and none is given, or the given one has other ids;
+        DataError if the given one cannot be used.
+    """
+    job = loaded.job
+    source, given = job.model.from_pretrained, job.data.tokenizer.from_pretrained
+    if source is None or given is None:
+        return ()
+    try:
+        own = load_tokenizer(source)
+    except DataError as error:
+        if given != source:
+            return (
+                f"the tokenizer {given} is not compared with that of {source}, which has none that forge reads",
+            )
+        problem = str(error).removeprefix("data.tokenizer.from_pretrained: ")
+        raise loaded.source.error(
+            "model.from_pretrained",
+            f"no tokenizer is given in data.tokenizer, and that of the pretrained model cannot be used: {problem}",
+            show_value=False,
+        ) from error
+    difference = vocabulary_problem(own.content, given=load_tokenizer(given).content) if given != source else None
+    if difference is not None:
+        raise loaded.source.error(
+            "data.tokenizer.from_pretrained",
+            f"{difference}, so the embeddings would be those of other tokens; leave data.tokenizer out",
+        )
+    return ()
 
 
 def _is_small(data: DataSpec, files: CorpusFiles) -> bool:

@@ -26,7 +26,9 @@ from forge.code_archive import require_trusted, restore_code
 from forge.data.tokenizer import prompt_tokenizer
 from forge.errors import CheckpointError, ForgeError
 from forge.model.families.base import BuildOptions, DataShape
+from forge.model.families.causal_lm import build_from_config
 from forge.model.families.registry import family_of
+from forge.model.transformers_config import config_from_record
 from forge.plan.plan import Plan
 from forge.process import take_stdout
 from forge.runs.reader import read_plan
@@ -78,10 +80,11 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
     )
     model = load_model(plan, checkpoint, ema=request.ema)
     if isinstance(model, PreTrainedModel):
-        eot, max_positions = model.config.eos_token_id, plan.model.max_seq_len
+        ends = end_ids(plan.corpus.eot_id, model.config.eos_token_id, plan.model.generation.get("eos_token_id"))
+        max_positions = plan.model.max_seq_len
     else:  # a user model may support only the length it was trained on
-        eot, max_positions = plan.corpus.eot_id, plan.job.data.seq_len
-    text = _continue(model, tokenizer, request, eot=eot, max_positions=max_positions)
+        ends, max_positions = (plan.corpus.eot_id,), plan.job.data.seq_len
+    text = _continue(model, tokenizer, request, ends=ends, max_positions=max_positions)
     return Generated(step=checkpoint.progress.step, prompt=request.prompt, text=text)
 
 
@@ -94,7 +97,12 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
     data = DataShape(vocab_size=plan.corpus.vocab_size, seq_len=plan.job.data.seq_len, eot_id=plan.corpus.eot_id)
     dtype = torch.bfloat16 if plan.job.training.precision == "bf16" else torch.float32
     options = BuildOptions(dtype=dtype, device=torch.device("cpu"), seed=plan.job.training.seed, skip_init=True)
-    model: Any = family_of(plan.job.model).build(plan.job.model, data, options=options)
+    if checkpoint.shape.config:  # not from the job, whose `from_pretrained` folder may have moved since
+        model: Any = build_from_config(
+            config_from_record(checkpoint.shape.config), options=options, seq_len=data.seq_len
+        )
+    else:
+        model = family_of(plan.job.model).build(plan.job.model, data, options=options)
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     missing = {name for name, _ in model.named_parameters() if name not in checkpoint.shape.parameters}
     if missing:
@@ -109,22 +117,34 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
     return model.eval()
 
 
+def end_ids(*named: Any) -> tuple[int, ...]:
+    """Collect token ids that end a text, of configs that give one, a list of them, or none."""
+    every = [one for value in named for one in (value if isinstance(value, (list, tuple)) else [value])]
+    ids = [one for one in every if isinstance(one, int) and not isinstance(one, bool) and one >= 0]
+    return tuple(dict.fromkeys(ids))
+
+
 @torch.no_grad()
 def _continue(
-    model: nn.Module, tokenizer: Tokenizer, request: GenerateRequest, *, eot: int, max_positions: int | None
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    request: GenerateRequest,
+    *,
+    ends: tuple[int, ...],
+    max_positions: int | None,
 ) -> str:
     ids = tokenizer.encode(request.prompt, add_special_tokens=False).ids
-    tokens = torch.tensor([ids or [eot]])
+    tokens = torch.tensor([ids or [ends[0]]])
     torch.manual_seed(request.seed)
     written: list[int] = []
-    while len(written) < request.max_tokens and eot not in written:
+    while len(written) < request.max_tokens and not set(ends) & set(written):
         room = request.max_tokens - len(written)
         if max_positions is not None:
             # When the positions are used up, continue from the second half of the context.
             if tokens.shape[1] >= max_positions:
                 tokens = tokens[:, -max(1, max_positions // 2) :]
             room = min(room, max_positions - tokens.shape[1])
-        longer = _lengthen(model, tokens, request, num_tokens=room, eot=eot)
+        longer = _lengthen(model, tokens, request, num_tokens=room, ends=ends)
         written += longer[0, tokens.shape[1] :].tolist()
         tokens = longer
     text: str = tokenizer.decode(written, skip_special_tokens=True)
@@ -132,15 +152,20 @@ def _continue(
 
 
 def _lengthen(
-    model: nn.Module, tokens: torch.Tensor, request: GenerateRequest, *, num_tokens: int, eot: int
+    model: nn.Module, tokens: torch.Tensor, request: GenerateRequest, *, num_tokens: int, ends: tuple[int, ...]
 ) -> torch.Tensor:
-    """Append up to `num_tokens` tokens, ending after `eot`. Shapes: tokens: int64[1, T]."""
+    """Append up to `num_tokens` tokens, ending after any of `ends`. Shapes: tokens: int64[1, T]."""
     if isinstance(model, PreTrainedModel):
         settings: dict[str, Any] = {"do_sample": False}
         if request.temperature > 0:
             settings = {"do_sample": True, "temperature": request.temperature, "top_k": request.top_k}
         longer: torch.Tensor = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=num_tokens, pad_token_id=eot, **settings
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=num_tokens,
+            eos_token_id=list(ends),
+            pad_token_id=ends[0],
+            **settings,
         )
         return longer
     for _ in range(num_tokens):
@@ -150,7 +175,7 @@ def _lengthen(
         if request.temperature > 0:
             choice = torch.multinomial((top.values / request.temperature).softmax(dim=-1), 1)[0]
         tokens = torch.cat([tokens, top.indices[choice].view(1, 1)], dim=1)
-        if int(tokens[0, -1]) == eot:
+        if int(tokens[0, -1]) in ends:
             break
     return tokens
 

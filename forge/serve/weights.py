@@ -95,4 +95,9 @@ def _open_base(checkpoint: Checkpoint, base: BaseWeights) -> PretrainedWeights:
     difference = base_difference(base, BaseWeights(source=base.source, revision=files.revision, files=digests))
     if difference is not None:
         raise CheckpointError(f"{checkpoint.url}: {difference}. Restore the file")
-    return PretrainedWeights(files, build_on_meta(config_from_record(checkpoint.shape.config)))
+    held = checkpoint.shape.parameters
+    return PretrainedWeights(
+        files,
+        build_on_meta(config_from_record(checkpoint.shape.config)),
+        is_required=lambda name: name in held and held[name].kind == "base",
+    )

@@ -32,6 +32,7 @@ from forge.data.tokenizer import (
     special_token_names,
     train_tokenizer,
 )
+from forge.data.tokenizer_files import vocabulary_problem
 from forge.errors import DataError
 
 STDLIB = DataSpec(source="python-stdlib")
@@ -428,3 +429,59 @@ def helpers() -> list[psutil.Process]:
     """The processes that encode; other tests may have left multiprocessing's resource tracker."""
     living = [child for child in psutil.Process().children() if child.status() != "zombie"]
     return [child for child in living if "forge.data.tokenizer" in " ".join(child.cmdline())]
+
+
+def save_tokenizer(folder: Path, tokenizer: TextTokenizer, **files: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(tokenizer.content)
+    (folder / "tokenizer_config.json").write_text(tokenizer.config)
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_jinja", ".jinja").replace("_map", "_map.json")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_load_tokenizer__chat_template_and_special_tokens_beside_it__are_kept(
+    trained: TextTokenizer, tmp_path: Path
+) -> None:
+    template, tokens = "{% for m in messages %}{{ m }}{% endfor %}", '{"eos_token": "<|endoftext|>"}'
+    folder = save_tokenizer(tmp_path / "base", trained, chat_template_jinja=template, special_tokens_map=tokens)
+    assert load_tokenizer(str(folder)).files == {"chat_template.jinja": template, "special_tokens_map.json": tokens}
+
+
+def test_load_tokenizer__further_templates__are_those_that_transformers_reads(
+    trained: TextTokenizer, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = save_tokenizer(
+        tmp_path / "base", trained, chat_template_jinja="main", additional_chat_templates__tools_jinja="tools"
+    )
+    loaded = load_tokenizer(str(folder))
+    kept = save_tokenizer(tmp_path / "kept", loaded)
+    expected = {"default": "main", "tools": "tools"}
+    assert AutoTokenizer.from_pretrained(folder).chat_template == expected
+    assert AutoTokenizer.from_pretrained(kept).chat_template == expected
+
+
+def test_load_tokenizer__damaged_file_beside_it__is_one_clear_error(trained: TextTokenizer, tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "base", trained, special_tokens_map="{")
+    with pytest.raises(DataError, match=r"special_tokens_map\.json cannot be read"):
+        load_tokenizer(str(folder))
+
+
+def test_vocabulary_problem__same_or_longer_vocabulary__is_none(trained: TextTokenizer) -> None:
+    longer = Tokenizer.from_str(trained.content)
+    longer.add_special_tokens([AddedToken("<|user|>", special=True)])
+    assert vocabulary_problem(trained.content, given=trained.content) is None
+    assert vocabulary_problem(trained.content, given=longer.to_str()) is None
+
+
+def test_vocabulary_problem__tokens_with_other_ids__are_counted(trained: TextTokenizer) -> None:
+    body = json.loads(trained.content)
+    vocabulary = body["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    problem = vocabulary_problem(trained.content, given=json.dumps(body))
+    assert problem is not None
+    assert problem.startswith("2 of the 2,000 tokens of the pretrained model's own tokenizer have another id")

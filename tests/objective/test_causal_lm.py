@@ -127,7 +127,7 @@ def test_loss__rows_joined_for_flash_attention__is_the_same(monkeypatch: pytest.
 
 def test_batch__one_example_per_row__needs_no_mask() -> None:
     rows = packed([[example] for row in random_examples() for example in row])
-    assert set(CausalLm().batch(rows)) == {"tokens", "targets"}
+    assert set(CausalLm().batch(rows)) == {"tokens", "targets", "segment_ids"}  # no position_ids
     module = module_of("llama", attention="sdpa", chunked=True)
     padded, _ = loss_and_gradients(module, [rows])
     apart, _ = loss_and_gradients(module, [alone(example) for row in random_examples() for example in row])

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from forge.serve.generate import GenerateRequest, _continue
+from forge.serve.generate import GenerateRequest, _continue, end_ids
 
 NUM_POSITIONS = 16
 EOT = 0
@@ -40,14 +40,14 @@ def test_generate__max_tokens__is_reached(
     model: GPT2LMHeadModel, tokenizer: Tokenizer, num_prompt: int, max_tokens: int
 ) -> None:
     request = GenerateRequest(prompt="w5 " * num_prompt, max_tokens=max_tokens)
-    text = _continue(model, tokenizer, request, eot=EOT, max_positions=NUM_POSITIONS)
+    text = _continue(model, tokenizer, request, ends=(EOT,), max_positions=NUM_POSITIONS)
     assert len(text.split()) == max_tokens
 
 
 def test_generate__same_seed_or_temperature_0__same_text(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
     def text(*, seed: int, temperature: float) -> str:
         request = GenerateRequest(prompt="w5", max_tokens=40, seed=seed, temperature=temperature)
-        return _continue(model, tokenizer, request, eot=EOT, max_positions=NUM_POSITIONS)
+        return _continue(model, tokenizer, request, ends=(EOT,), max_positions=NUM_POSITIONS)
 
     assert text(seed=1, temperature=0.8) == text(seed=1, temperature=0.8) != text(seed=2, temperature=0.8)
     assert text(seed=1, temperature=0) == text(seed=2, temperature=0)
@@ -66,12 +66,41 @@ def test_continue__module_without_generate__is_sampled_token_by_token(
     tokenizer: Tokenizer, temperature: float
 ) -> None:
     request = GenerateRequest(prompt="w5", max_tokens=30, temperature=temperature, top_k=3)
-    text = _continue(_Counter(), tokenizer, request, eot=EOT, max_positions=NUM_POSITIONS)
+    text = _continue(_Counter(), tokenizer, request, ends=(EOT,), max_positions=NUM_POSITIONS)
     assert text.split() == [f"w{number}" for number in range(6, 36)]
 
 
 def test_continue__module_without_generate__ends_at_the_end_of_text(tokenizer: Tokenizer) -> None:
     request = GenerateRequest(prompt="w45", max_tokens=30, temperature=0.0)
-    text = _continue(_Counter(), tokenizer, request, eot=EOT, max_positions=NUM_POSITIONS)
+    text = _continue(_Counter(), tokenizer, request, ends=(EOT,), max_positions=NUM_POSITIONS)
     assert text.split()[:4] == ["w46", "w47", "w48", "w49"]
     assert len(text.split()) <= 5
+
+
+def test_continue__several_ends__stops_at_the_first(tokenizer: Tokenizer) -> None:
+    request = GenerateRequest(prompt="w5", max_tokens=30, temperature=0.0)
+    text = _continue(_Counter(), tokenizer, request, ends=(EOT, 9, 7), max_positions=NUM_POSITIONS)
+    assert text.split() == ["w6", "w7"]
+
+
+def test_continue__several_ends_of_a_transformers_model__stop_it(
+    model: GPT2LMHeadModel, tokenizer: Tokenizer
+) -> None:
+    request = GenerateRequest(prompt="w5", max_tokens=40, seed=3)
+    free = _continue(model, tokenizer, request, ends=(EOT,), max_positions=NUM_POSITIONS).split()
+    end = free[5]
+    text = _continue(model, tokenizer, request, ends=(EOT, int(end[1:])), max_positions=NUM_POSITIONS)
+    assert text.split() == free[: free.index(end) + 1]
+
+
+@pytest.mark.parametrize(
+    ("named", "ids"),
+    [
+        ((3, None), (3,)),
+        ((3, [0, 5]), (3, 0, 5)),
+        ((3, [5, 3], 7), (3, 5, 7)),
+        ((3, "</s>", [None, True, -1, 2.0]), (3,)),
+    ],
+)
+def test_end_ids__one_a_list_or_none__are_collected_once(named: tuple[object, ...], ids: tuple[int, ...]) -> None:
+    assert end_ids(*named) == ids

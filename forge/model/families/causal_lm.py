@@ -28,6 +28,7 @@ from forge.model.init import initialise
 from forge.model.isolation import isolation_problem
 from forge.model.look_ahead import probe_forward
 from forge.model.pretrained import PretrainedWeights, some
+from forge.model.router_loss import router_loss_of
 from forge.model.transformers_config import build_config, build_on_meta, check_keys, load_config, read_generation
 from forge.model.weight_files import is_downloaded, open_weight_files
 from forge.plan.inputs import ModelInfo
@@ -52,6 +53,7 @@ class CausalLmFamily:
             raise ModelError(probe.problem, key=origin)
         if probe.looks_ahead is None:
             notes += ("not checked whether it sees later tokens: no small copy of it can be run",)
+        notes += _check_router(spec, model)
         info = _count(model, config)
         if spec.from_pretrained is not None:
             frozen = info.num_parameters - info.num_trainable_parameters
@@ -120,6 +122,14 @@ def _look_ahead_problem(config: PretrainedConfig, *, seq_len: int) -> str:
     decoder = type(config).from_dict(config.to_dict() | {"is_decoder": True})
     is_cured = probe_forward(decoder, seq_len=seq_len).looks_ahead is False
     return f"{problem}; set model.is_decoder: true" if is_cured else problem
+
+
+def _check_router(spec: ModelSpec, model: Any) -> tuple[str, ...]:
+    """Return what the plan says about an auxiliary loss of experts. Raises: ModelError if it is not known."""
+    given = [key for key in spec.config_overrides if key in ("router_aux_loss_coef", "aux_loss_coef")]
+    if router_loss_of(model) is None and given:
+        return (f"model.{given[0]} has no effect without model.output_router_logits: true",)
+    return ()
 
 
 def _check_weights(spec: ModelSpec, model: Any) -> tuple[str, ...]:

@@ -1,0 +1,71 @@
+"""The files beside a tokenizer.json: settings, chat templates, special tokens; and a comparison of vocabularies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from forge.errors import DataError
+from forge.foreign import parse_json
+
+TEMPLATE = "chat_template.jinja"
+_FURTHER = (TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_tokens.json")
+"""Files beside tokenizer.json and tokenizer_config.json that transformers reads."""
+
+_MAX_FURTHER_BYTES = 4 * 2**20
+
+
+def vocabulary_problem(own: str, *, given: str) -> str | None:
+    """Say how many tokens of a model's own tokenizer have another id in the given one; None if none has."""
+    before, now = (Tokenizer.from_str(one).get_vocab(with_added_tokens=True) for one in (own, given))
+    moved = [token for token, number in before.items() if now.get(token) != number]
+    if not moved:
+        return None
+    first = min(moved, key=before.__getitem__)
+    there = f"id {now[first]}" if first in now else "no id"
+    return (
+        f"{len(moved):,} of the {len(before):,} tokens of the pretrained model's own tokenizer have another id or "
+        f"none in this one ({first!r}: id {before[first]} there, {there} here)"
+    )
+
+
+def further_files(folder: Path) -> dict[str, str]:
+    """Read what transformers reads beside a tokenizer.json, where it exists. Raises: DataError."""
+    found = {}
+    for name in _FURTHER:
+        path = folder / name
+        if not path.is_file():
+            continue
+        found[name] = _read_small(path)
+        if name.endswith(".json"):
+            read_json(path)  # refused here rather than by the loader of the exported folder
+    return found
+
+
+def further_templates(folder: Path) -> list[dict[str, str]]:
+    """Read chat templates with other names than `default`, in the form of tokenizer_config.json."""
+    paths = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return [{"name": path.stem, "template": _read_small(path)} for path in paths]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of settings; empty if there is none. Raises: DataError."""
+    try:
+        content = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _read_small(path: Path) -> str:
+    """Raises: DataError if a file is not text, or larger than any template."""
+    try:
+        if path.stat().st_size > _MAX_FURTHER_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
