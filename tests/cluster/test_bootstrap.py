@@ -7,14 +7,17 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forge.cluster.ssh import probe
+from forge.cluster.local.ray_process import NodeProcess, boot_id
+from forge.cluster.ssh import node_cli, probe
 from forge.cluster.ssh.bootstrap import clock_skew, require_usable
 from forge.errors import ClusterError
+from forge.process import start_ticks
 
 VERSION = platform.python_version()
 
@@ -86,3 +89,20 @@ def test_require_usable__unusable_host__says_why_and_what_to_do(
 )
 def test_clock_skew__slow_answer__is_not_counted(there: float, skew_s: float) -> None:
     assert clock_skew(there, began=100.0, ended=160.0) == skew_s
+
+
+def test_node_cli__node_of_another_cluster_of_the_name__is_neither_used_nor_stopped(tmp_path: Path) -> None:
+    """Two people log in to the same hosts as the same user, and call their clusters `lab`."""
+    folder = tmp_path / "clusters" / "lab" / "10.0.0.1"
+    folder.mkdir(parents=True)
+    request = {"cluster": "lab", "host": "10.0.0.1", "id": "ours", "port": 6379, "token": "t"}
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as theirs:
+        node = NodeProcess(pid=theirs.pid, started_ticks=start_ticks(theirs.pid) or 0, boot_id=boot_id())
+        facts = {"python": sys.executable, "session": "s", "job_port": 1, "port": 6379, "id": "theirs"}
+        (folder / "node.json").write_text(json.dumps(facts | {"node": asdict(node)}))
+        with pytest.raises(ClusterError, match=r"another cluster named 'lab' runs there.*Choose another name"):
+            node_cli._require_same_settings(facts, request, folder)
+        assert node_cli._down(tmp_path, request) == {"left": [], "is_other": True}
+        assert theirs.poll() is None and (folder / "node.json").exists()
+        assert node_cli._down(tmp_path, request | {"id": "theirs"}) == {"left": [], "is_other": False}
+        assert theirs.wait(timeout=20) is not None and not folder.exists()

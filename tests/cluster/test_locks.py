@@ -7,11 +7,13 @@ import re
 import socket
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from forge.cluster.locks import audit as audit_module
 from forge.cluster.locks.audit import ADVISORIES, audit, read_advisories
@@ -44,6 +46,17 @@ def test_lock__versions__are_those_of_the_constraints() -> None:
         for package in read_lock(path):
             wanted = pins.get(package.name, package.version)
             assert package.version == wanted, f"{name}.txt: {package.name}; run make lock"
+
+
+def test_lock__dependencies_of_pyproject__are_all_in_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = {one.name: one.version for one in read_lock(LOCKS["forge"])}
+    extras = [line for name in ("s3", "gcs", "azure") for line in project["optional-dependencies"][name]]
+    for line in (*project["dependencies"], *extras):
+        needed = Requirement(line)
+        assert needed.specifier.contains(versions.get(needed.name, "none"), prereleases=True), (
+            f"{line}; run make lock"
+        )
 
 
 @pytest.mark.parametrize(

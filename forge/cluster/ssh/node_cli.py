@@ -72,7 +72,7 @@ def _up(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     with _ignore_sigterm():  # until the process is recorded, so that `down` finds it
         node, process = launch(arguments, log=log, after=request["head"])
         state = {"node": asdict(node), "python": sys.executable, "session": request["session"]}
-        state |= {"job_port": job_port, "port": request["port"]}
+        state |= {"job_port": job_port, "port": request["port"], "id": request["id"]}
         write_atomic(state_folder / "node.json", json.dumps(state))
     try:
         await_start(process, log=log)
@@ -122,6 +122,11 @@ def _ray_arguments(request: dict[str, Any], *, job_port: int, temporary: Path) -
 
 def _require_same_settings(known: dict[str, Any], request: dict[str, Any], state_folder: Path) -> None:
     """Raises: ClusterError if the running node has another version, port or token than requested."""
+    if _is_of_another(known, request):
+        raise ClusterError(
+            f"another cluster named '{request['cluster']}' runs there, started from another machine; it was not "
+            "touched. Choose another name: in the cluster's file"
+        )
     first = f"forge cluster down {request['cluster']} first"
     if known["python"] != sys.executable:
         raise ClusterError(f"another version of forge runs there, {known['python']}; {first}")
@@ -140,9 +145,14 @@ def _status(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _down(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Stop this host's node. Returns: `left`, its processes that still run."""
+    """Stop this host's node, unless it belongs to another cluster of the name.
+
+    Returns: `left`, its processes that still run; and `is_other`.
+    """
     state_folder = _state_folder(folder, request)
     known = _read_state(state_folder)
+    if known is not None and _is_of_another(known, request):
+        return {"left": [], "is_other": True}
     left: list[str] = []
     if known is not None:
         end_node(known["node"])
@@ -150,7 +160,12 @@ def _down(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     if not left:
         _remove_temporary(state_folder)
         shutil.rmtree(state_folder, ignore_errors=True)
-    return {"left": left}
+    return {"left": left, "is_other": False}
+
+
+def _is_of_another(known: dict[str, Any], request: dict[str, Any]) -> bool:
+    """Whether the node was started by the cluster of another machine, whose user chose the same name."""
+    return bool(known.get("id", request["id"]) != request["id"])
 
 
 def _state_folder(folder: Path, request: dict[str, Any]) -> Path:

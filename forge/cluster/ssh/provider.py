@@ -57,6 +57,8 @@ class SshCluster:
         self._spec = spec
         self._hosts = {host: self._ssh_host(host) for host in spec.machines}
         self._head = self._hosts[spec.machines[0]]
+        self._id = ""
+        """Random, in the record and on the hosts: only nodes with it are this cluster's. Set by `up` and `down`."""
 
     @property
     def name(self) -> str:
@@ -84,6 +86,7 @@ class SshCluster:
             token = make_token(self.name)
             record = read_record(self.name)
             state = dict(record.state) if record else {}
+            self._id = str(state.setdefault("id", secrets.token_hex(8)))
             self._require_same_head(record)
             self._save_state(state)
             installs = state.setdefault("installs", {})
@@ -138,6 +141,7 @@ class SshCluster:
         with cluster_lock(self.name):
             record = read_record(self.name)
             installs = record.state.get("installs", {}) if record else {}
+            self._id = str(record.state.get("id", "")) if record else ""
             failures: dict[str, str] = {}
             stopped = map_hosts(
                 list(dict.fromkeys([*self._hosts, *installs])),  # hosts that left its file too
@@ -311,6 +315,7 @@ class SshCluster:
         on_progress(NodeProgress(name=host, message="starting Ray"))
         request = {
             "cluster": self.name,
+            "id": self._id,
             "host": host,
             "address": _address_of(host),
             "token": token,
@@ -333,10 +338,13 @@ class SshCluster:
             host,
             ready=BootstrappedHost(python=python, folder=folder),
             verb="down",
-            request={"cluster": self.name, "host": host},
+            request={"cluster": self.name, "host": host, "id": self._id},
             timeout_s=_STOP_TIMEOUT_S,
         )
-        on_progress(NodeProgress(name=host, message="stopped"))
+        message = "stopped"
+        if answer["is_other"]:
+            message = f"runs another cluster named '{self.name}', started from another machine; left as it is"
+        on_progress(NodeProgress(name=host, message=message))
         left: list[str] = answer["left"]
         return left
 
