@@ -52,6 +52,8 @@ def launch(request: Request) -> None:
         raise typer.BadParameter(f"give a job file, or --resume {name}", param_hint="FILE")
     resumed = _find_resumable(request) if request.resume is not None else None
     job_file = request.file or Path(resumed or ".") / "job.yaml"
+    if resumed is not None:
+        _compare(resumed, request, job_file)
     if resumed is not None and not request.dry_run and _is_finished(resumed, request, job_file):
         ended = read_run(resumed)
         last = f"stopped early at step {ended.step}" if ended.is_stopped_early else "reached its last step"
@@ -179,6 +181,22 @@ def _find_resumable(request: Request) -> Path:
             f"{folder.name} is still running, in process {pid}; watch it: forge runs watch {handle(folder)}"
         )
     return folder
+
+
+def _compare(folder: Path, request: Request, job_file: Path) -> None:
+    """Say what a job file and `--set` change of a run that is resumed. Raises: ArgumentError if they may not."""
+    from forge.cli import display
+    from forge.config.load import load_job
+    from forge.plan.plan import free_differences
+    from forge.runs.create import require_same_curve
+    from forge.runs.reader import read_plan
+
+    if request.file is None and not request.overrides:
+        return
+    before, now = read_plan(folder).job, load_job(job_file, overrides=request.overrides).job
+    require_same_curve(folder, before, now)
+    for difference in free_differences(before, now):
+        display.message(f"{folder.name}: {difference}")
 
 
 def _is_finished(folder: Path, request: Request, job_file: Path) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from forge.config.compare import Difference, differences
 from forge.config.job import JobSpec
 from forge.config.training import MAX_STEPS
 from forge.errors import DataError, PlanError
@@ -190,6 +191,26 @@ def config_digest(job: JobSpec, *, code: CodeInfo | None) -> str:
     Checkpoints store it, so that a run is never resumed with another configuration. The intervals of evaluation and
     checkpoints, the machines and the tracker may change between two starts.
     """
+    body = _deciding(job)
+    if code is not None and job.user_classes:
+        body["code"] = code.digest
+    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def curve_differences(before: JobSpec, now: JobSpec) -> list[Difference]:
+    """Return the changed keys that would change the loss curve of a run; code is compared elsewhere."""
+    return list(differences(_deciding(before), _deciding(now)))
+
+
+def free_differences(before: JobSpec, now: JobSpec) -> list[Difference]:
+    """Return the changed keys that a resumed run may take over: machines, intervals, trackers."""
+    fixed = {difference.key for difference in curve_differences(before, now)}
+    bodies = [job.model_dump(mode="json", exclude={"search"}) for job in (before, now)]
+    return [difference for difference in differences(*bodies) if difference.key not in fixed]
+
+
+def _deciding(job: JobSpec) -> dict[str, Any]:
+    """The part of a job that determines the loss curve."""
     body = job.model_dump(mode="json", include={"model", "data", "training"})
     for name in ("evaluate_every", "micro_batch_size", "zero", "activation_checkpointing", "cross_entropy"):
         body["training"].pop(name)
@@ -198,9 +219,7 @@ def config_digest(job: JobSpec, *, code: CodeInfo | None) -> str:
     for name, default in (("file_type", "auto"), ("special_tokens", "text")):
         if body["data"][name] == default:
             del body["data"][name]
-    if code is not None and job.user_classes:
-        body["code"] = code.digest
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return body
 
 
 def _resolved(

@@ -14,10 +14,11 @@ from pathlib import Path
 from forge.checkpoint.storage import open_storage
 from forge.code_archive import ARCHIVE, changed_files, code_folder, pack_code, read_run_code
 from forge.config.dump import dump_job
+from forge.config.job import JobSpec
 from forge.errors import ArgumentError
 from forge.foreign import link_to_elsewhere
 from forge.fs import write_atomic
-from forge.plan.plan import Plan, config_digest, plan_to_json
+from forge.plan.plan import Plan, config_digest, curve_differences, plan_to_json
 from forge.plan.search import changed_keys
 from forge.runs.reader import read_plan
 
@@ -73,16 +74,11 @@ def reopen_run(folder: Path, plan: Plan) -> None:
     require_no_links(folder)
     before = read_plan(folder)
     _require_same_code(folder, before, plan)
+    require_same_curve(folder, before.job, plan.job)
     if config_digest(before.job, code=before.code) != config_digest(plan.job, code=plan.code):
         raise ArgumentError(
-            f"cannot resume {folder.name}: the model, data or training section changed, so the loss curve would "
+            f"cannot resume {folder.name}: the code of a class that the job names changed, so the loss curve would "
             "not continue; start a new run"
-        )
-    changed = changed_keys(before.job.search, plan.job.search)
-    if changed:
-        raise ArgumentError(
-            f"cannot resume {folder.name}: {changed[0]} changed, so old and new trials would not be comparable; "
-            "start a new search (search.max_trials, max_hours, max_usd and trials_at_once may change)"
         )
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
     write_atomic(folder / "plan.json", plan_to_json(plan))
@@ -98,6 +94,35 @@ def require_no_links(folder: Path) -> None:
         raise ArgumentError(
             f"{link} is a link that leads out of the run folder, and the run would write through it; replace it by "
             "what it leads to"
+        )
+
+
+def require_same_curve(folder: Path, before: JobSpec, now: JobSpec) -> None:
+    """Check that a job may continue a run: only keys that do not change its loss curve, or its trials, differ.
+
+    Raises: ArgumentError naming the keys with both values.
+    """
+    changed = curve_differences(before, now)
+    if changed:
+        listed = "; ".join(map(str, changed[:_MAX_LISTED]))
+        more = f"; and {len(changed) - _MAX_LISTED} more" if len(changed) > _MAX_LISTED else ""
+        raise ArgumentError(
+            f"cannot resume {folder.name}: {listed}{more}. The loss curve would not be that of one job "
+            "(the learning rate, for example, follows the length of the whole run). Start a new run; to begin it "
+            f"from these weights, export them (forge checkpoints export {folder.name} --to FOLDER) and set "
+            "model.from_pretrained: FOLDER"
+        )
+    searched = changed_keys(before.search, now.search)
+    if searched:
+        raise ArgumentError(
+            f"cannot resume {folder.name}: {searched[0]} changed, so old and new trials would not be comparable; "
+            "start a new search (search.max_trials, max_hours, max_usd and trials_at_once may change)"
+        )
+    urls = [job.checkpoint.url_of(str(folder)) for job in (before, now)]
+    if urls[0] != urls[1]:
+        raise ArgumentError(
+            f"cannot resume {folder.name}: its checkpoints are in {urls[0]}, and this checkpoint.to would have "
+            f"them looked for in {urls[1]}"
         )
 
 

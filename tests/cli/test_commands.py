@@ -14,8 +14,11 @@ import typer.main
 from typer.testing import CliRunner, Result
 
 from forge.cli.app import app
+from forge.config.dump import dump_job
+from forge.config.load import load_job
 from forge.errors import ArgumentError, DataError, JobFileError
 from forge.events import RunFailed, RunFinished
+from tests.support.jobs import tiny_job
 from tests.support.runs import History, make_run
 
 ROOT = typer.main.get_command(app)
@@ -229,6 +232,40 @@ class TestRuns:
     def test_resume__finished_run__says_so(self, runs: Path) -> None:
         done = forge("train", "--resume", "done")
         assert (done.exit_code, "done has already reached its last step" in done.stderr) == (0, True)
+
+    @pytest.mark.parametrize(
+        ("key", "value", "said"),
+        [
+            ("training.total_steps", "40", "training.total_steps changed from 6 to 40"),
+            ("training.optimizer.lr", "0.5", "training.optimizer.lr changed from 0.01 to 0.5"),
+            ("data.seed", "9", "data.seed changed from 1 to 9"),
+            ("model.hidden_size", "64", "model.hidden_size changed from 32 to 64"),
+            ("checkpoint.to", "s3://bucket/runs", "them looked for in s3://bucket/runs/"),
+        ],
+    )
+    @pytest.mark.parametrize("run", ["done", "broken"])
+    @pytest.mark.parametrize("way", ["--set", "FILE"])
+    def test_resume__key_that_changes_the_curve__is_refused_by_name(
+        self, runs: Path, run: str, way: str, key: str, value: str, said: str
+    ) -> None:
+        job = dump_job(tiny_job())
+        (runs / run / "job.yaml").write_text(job)
+        arguments = ["--set", f"{key}={value}"]
+        if way == "FILE":
+            changed = load_job(runs / run / "job.yaml", overrides=[f"{key}={value}"]).job
+            (runs.parent / "other.yaml").write_text(dump_job(changed))
+            arguments = [str(runs.parent / "other.yaml")]
+        with pytest.raises(ArgumentError, match=f"cannot resume {run}: .*{said}"):
+            forge("train", "--resume", str(runs / run), *arguments)
+
+    def test_resume__finished_run_with_another_interval__says_what_changed_and_that_it_has_ended(
+        self, runs: Path
+    ) -> None:
+        (runs / "done" / "job.yaml").write_text(dump_job(tiny_job()))
+        done = forge("train", "--resume", "done", "--set", "checkpoint.keep=7")
+        assert done.exit_code == 0
+        assert "done: checkpoint.keep changed from 3 to 7" in done.stderr
+        assert "done has already reached its last step" in done.stderr
 
     def test_next_command__run_in_another_folder__has_its_path(self, home: Path) -> None:
         make_run(home / "elsewhere", "far")

@@ -319,7 +319,7 @@ class TestResuming:
             ("search.scheduler.grace_steps=3", "search.scheduler"),
             ("search.space={training.optimizer.lr: {choice: [0.001]}}", "search.space"),
             ("search.proxy={training.total_steps: 4}", "search.proxy"),
-            ("training.total_steps=9", "model, data or training section"),
+            ("training.total_steps=9", "training.total_steps changed from 4 to 9"),
         ],
     )
     def test_resume__changed_search__raises(self, home: Path, script: Script, change: str, blamed: str) -> None:
