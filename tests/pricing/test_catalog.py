@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from forge.config import cluster_names
 from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError
 from forge.plan.gpus import find_gpu
@@ -52,6 +53,15 @@ def test_workers_of__no_gpu__finds_types_with_eight_cpus(cloud: str) -> None:
 
 def test_workers_of__listed_type_outside_the_catalogue__is_used() -> None:
     assert workers_of(spec_of(gpu="X9", instance_types=["new.large"])) == ("new.large",)
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_catalogue__names__are_valid_in_a_cluster_file(cloud: str) -> None:
+    names = cluster_names.CLOUDS[cloud]
+    regions = regions_of(spec_of(cloud))
+    assert cluster_names.require_names(tuple(machine_types(cloud)), names.machine_type, what="a type") is None
+    assert cluster_names.require_names(regions, names.region, what="a region") is None
+    assert all(cluster_names.GPU.fullmatch(machine.gpu or "none") for machine in machine_types(cloud).values())
 
 
 def test_regions_of__auto_and_given() -> None:

@@ -103,7 +103,7 @@ class CloudCluster:
         plan = plan_instances(spec, price_of=listed_price(spec))
         record = read_record(self.name)
         # A cluster that was not started has no id yet.
-        cluster = ClusterIdentity.of(self.name, record.state if record is not None else {"id": _NO_ID})
+        cluster = ClusterIdentity.of(self.name, {"id": _NO_ID} | dict(record.state if record is not None else {}))
         install = preview_install(spec)
         return dump_plain(build_ray_config(spec, cluster=cluster, plan=plan, context=context, install=install))
 
