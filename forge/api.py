@@ -27,7 +27,7 @@ from forge.runs.create import create_run, reopen_run
 from forge.runs.reader import RunSummary, failure_of, find_run, follow, read_metrics, read_run
 from forge.runs.remote_ref import read_remote_ref
 from forge.runtime.driver_process import RunHandle, start_driver
-from forge.runtime.resolve import resolve, resolve_draft
+from forge.runtime.resolve import resolve, resolve_draft, with_data_folder
 from forge.runtime.resolve_code import with_run_code
 from forge.runtime.torch_subprocess import export_weights
 
@@ -134,7 +134,7 @@ def start(
     """
     loaded = _loaded(job)
     if resume is not None:
-        loaded = with_run_code(loaded, run_folder=resume)
+        loaded = with_data_folder(with_run_code(loaded, run_folder=resume), run_folder=resume)
     target = _target(cluster, resume)
     if target is None:
         plan = resolve(loaded, on_progress=on_progress)

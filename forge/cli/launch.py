@@ -45,6 +45,7 @@ def launch(request: Request) -> None:
     from forge.cli.progress import PrepareScreen
     from forge.config.overrides import check_kind
     from forge.runs.reader import read_plan, read_run
+    from forge.runtime.resolve import with_data_folder
     from forge.runtime.resolve_code import with_run_code
 
     if request.file is None and request.resume is None:
@@ -63,7 +64,7 @@ def launch(request: Request) -> None:
         return
     loaded = api.load_job(job_file, request.overrides)
     if resumed is not None:
-        loaded = with_run_code(loaded, run_folder=resumed)
+        loaded = with_data_folder(with_run_code(loaded, run_folder=resumed), run_folder=resumed)
     check_kind(loaded, is_search=request.is_search)
     if request.dry_run:
         arguments = run_arguments(request.file, request.overrides, cluster=request.cluster, resume=request.resume)

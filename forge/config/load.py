@@ -38,6 +38,8 @@ class LoadedJob:
     source: SourceMap
     code: PackedCode | None = None
     """What to use instead of the folder of `code:`; given for a resumed run, which keeps its own code."""
+    data_folder: str | None = None
+    """The folder that relative paths of `data:` refer to; None is the current one. Given for a resumed run."""
 
 
 def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:

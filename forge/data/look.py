@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 
 from forge.config.data import DataSpec
 from forge.data.corpus import text_of
@@ -63,6 +64,7 @@ def look_at_corpus(spec: DataSpec, *, special_tokens: Sequence[str] = ()) -> Cor
         ),
         num_sampled=num_sampled,
         special_tokens={name: count for name, count in spelled.items() if count},
+        folder=str(Path.cwd()),
     )
 
 

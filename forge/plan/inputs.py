@@ -81,6 +81,8 @@ class CorpusFiles:
     """Records that were parsed to see that they can be."""
     special_tokens: Mapping[str, int] = field(default_factory=dict)
     """Names of special tokens of the tokenizer that the text of the sample spells, and how often."""
+    folder: str = ""
+    """The working folder, to which relative patterns refer."""
 
     @property
     def num_files(self) -> int:

@@ -80,6 +80,12 @@ def reopen_run(folder: Path, plan: Plan) -> None:
             f"cannot resume {folder.name}: the code of a class that the job names changed, so the loss curve would "
             "not continue; start a new run"
         )
+    if before.corpus.digest != plan.corpus.digest:
+        raise ArgumentError(
+            f"cannot resume {folder.name}: the content of the corpus changed ({before.corpus.num_documents:,} "
+            f"documents then, {plan.corpus.num_documents:,} now), so the loss curve would not continue; restore "
+            "its files, or start a new run"
+        )
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
     write_atomic(folder / "plan.json", plan_to_json(plan))
 

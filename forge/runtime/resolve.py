@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 from forge.config.data import DataSpec, TokenizerSpec
@@ -26,6 +27,7 @@ from forge.fs import default_cache_dir
 from forge.plan.inputs import CodeInfo, CorpusFiles, HardwareInfo, ModelInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
 from forge.plan.search import plan_search
+from forge.runs.reader import read_plan
 from forge.runtime.probe import count_local_slots, hardware, inspect_model
 from forge.runtime.resolve_code import resolve_code
 
@@ -75,6 +77,16 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     return _with_search(replace(draft, code=inputs.code), inputs.loaded, count_slots=count_local_slots)
 
 
+def with_data_folder(loaded: LoadedJob, *, run_folder: Path) -> LoadedJob:
+    """Return the job of a run to resume: relative paths in its own job file mean what they meant at its start."""
+    files = read_plan(run_folder).files
+    location = loaded.source.locations.get("data.files")
+    is_own = Path(loaded.source.path).resolve() == (run_folder / "job.yaml").resolve()
+    if files is None or not files.folder or not is_own or location is None or location.line is None:
+        return loaded
+    return replace(loaded, data_folder=files.folder)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Inputs:
     """A job whose code was packed and whose corpus was looked at."""
@@ -83,6 +95,8 @@ class _Inputs:
     trained: LoadedJob
     """The job itself or, for a search, the trial with the job's own values."""
     code: CodeInfo | None
+    data: DataSpec
+    """As in the job, with the paths of a resumed run made absolute."""
     files: CorpusFiles
     notes: tuple[str, ...]
     """What the plan says about the tokenizer."""
@@ -96,11 +110,35 @@ def _inputs(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None]
     trained = with_directions(_trained(loaded), code)
     if on_progress is not None:
         on_progress(PrepareProgress(phase="look"))
-    data = trained.job.data
+    data = _rebased(trained.job.data, folder=loaded.data_folder)
     notes = check_tokenizer(trained)
     names = special_token_names(data.tokenizer.from_pretrained) if data.files is not None else ()
     files = look_at_corpus(data, special_tokens=names)
-    return _Inputs(loaded=loaded, trained=trained, code=code, files=files, notes=notes, on_progress=on_progress)
+    if loaded.data_folder is not None:
+        files = replace(files, folder=loaded.data_folder)
+    return _Inputs(
+        loaded=loaded,
+        trained=trained,
+        code=code,
+        data=data,
+        files=files,
+        notes=notes,
+        on_progress=on_progress,
+    )
+
+
+def _rebased(data: DataSpec, *, folder: str | None) -> DataSpec:
+    """Return the section with relative paths below a folder; as it is if that is the current one."""
+    if folder is None or Path(folder) == Path.cwd():
+        return data
+    source = data.tokenizer.from_pretrained
+    tokenizer = data.tokenizer.model_copy(update={"from_pretrained": source and _below(folder, source)})
+    files = data.files and tuple(_below(folder, pattern) for pattern in data.files)
+    return data.model_copy(update={"files": files, "tokenizer": tokenizer})
+
+
+def _below(folder: str, path: str) -> str:
+    return path if "://" in path or path.startswith(("/", "~")) else f"{folder}/{path}"
 
 
 def _resolve(
@@ -111,7 +149,7 @@ def _resolve(
 ) -> Plan:
     trained, code = inputs.trained, inputs.code
     corpus = prepare(
-        trained.job.data,
+        inputs.data,
         cache_dir=default_cache_dir(),
         on_progress=inputs.on_progress,
         code_digest=code.digest if code is not None else None,

@@ -10,10 +10,11 @@ import pytest
 
 from forge.config.load import load_job
 from forge.data import prepare
-from forge.errors import DataError
+from forge.errors import ArgumentError, DataError
 from forge.plan.plan import DraftPlan, Plan
+from forge.runs.create import create_run, reopen_run
 from forge.runtime import resolve
-from forge.runtime.resolve import resolve_draft
+from forge.runtime.resolve import resolve_draft, with_data_folder
 from tests.support.jobs import tiny_facts
 
 JOB = """\
@@ -71,3 +72,29 @@ def test_resolve_draft__large_corpus__is_looked_at_and_not_prepared(monkeypatch:
     Path("corpus.jsonl").write_text('{"body": "words"}\n')
     with pytest.raises(DataError, match="no key 'text'"):
         draft()
+
+
+def test_resume__from_another_folder__reads_the_corpus_that_the_run_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(*(f"document {i} " + "with some words " * 20 for i in range(20)))
+    plan = resolve.resolve(load_job("job.yaml"))
+    folder = create_run(plan).absolute()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = load_job(folder / "job.yaml")
+    with pytest.raises(DataError, match=r"corpus\.jsonl matches no file"):
+        resolve.resolve(loaded)
+    again = resolve.resolve(with_data_folder(loaded, run_folder=folder))
+    assert (again.corpus, again.job) == (plan.corpus, plan.job)
+    reopen_run(folder, again)
+    chosen = load_job(folder / "job.yaml", overrides=["data.files=corpus.jsonl"])
+    assert with_data_folder(chosen, run_folder=folder).data_folder is None
+
+
+def test_resume__corpus_changed__is_refused_before_anything_starts() -> None:
+    write_corpus(*(f"document {i} " + "with some words " * 20 for i in range(20)))
+    folder = create_run(resolve.resolve(load_job("job.yaml")))
+    write_corpus(*(f"document {i} " + "with other words " * 20 for i in range(21)))
+    with pytest.raises(ArgumentError, match=r"the content of the corpus changed .20 documents then, 21 now"):
+        reopen_run(folder, resolve.resolve(load_job("job.yaml")))

@@ -162,14 +162,15 @@ def _decode(stream: IO[bytes], *, path: str) -> Iterator[str]:
 
 def _read_lines(file: SourceFile, stream: IO[bytes], content: Content, source: FileSource) -> Iterator[Record]:
     number = offset = 0
+    shown = file.shown
     while line := stream.readline(MAX_RECORD_CHARS):
         number += 1
-        location = f"{file.shown}:{number}"
+        location = f"{shown}:{number}"
         if len(line) == MAX_RECORD_CHARS and not line.endswith(b"\n"):
             raise DataError(f"{location}: the line is longer than {MAX_RECORD_CHARS} bytes")
         if line.strip():
             text = _line_text(line, source=source, location=location, offset=offset)
-            yield _record(text, number, file=file, source=source, what="a line")
+            yield _record(text, name=f"{file.name}:{number}", location=location, source=source, what="a line")
         offset += len(line)
 
 
@@ -190,12 +191,13 @@ def _line_text(line: bytes, *, source: FileSource, location: str, offset: int) -
 
 def _read_values(file: SourceFile, stream: IO[bytes], content: Content, source: FileSource) -> Iterator[Record]:
     what = "an element" if content.layout == "array" else "a value"
-    for number, text in ValueReader(_decode(stream, path=file.shown), location=file.shown):
-        yield _record(text, number, file=file, source=source, what=what)
+    shown = file.shown
+    for number, text in ValueReader(_decode(stream, path=shown), location=shown):
+        location = f"{shown}:{number}"
+        yield _record(text, name=f"{file.name}:{number}", location=location, source=source, what=what)
 
 
-def _record(text: str, number: int, *, file: SourceFile, source: FileSource, what: str) -> Record:
-    location = f"{file.shown}:{number}"
+def _record(text: str, *, name: str, location: str, source: FileSource, what: str) -> Record:
     try:
         fields = parse_record(text, columns=source.columns)
     except ValueError as error:
@@ -203,7 +205,7 @@ def _record(text: str, number: int, *, file: SourceFile, source: FileSource, wha
     if not isinstance(fields, dict):
         raise DataError(f"{location}: {what} must be a JSON object, this one is {json_name(fields)}")
     _require_columns(fields, source.columns, location=location)
-    return Record(name=f"{file.name}:{number}", location=location, fields=fields)
+    return Record(name=name, location=location, fields=fields)
 
 
 def _require_columns(fields: dict[str, Any], columns: tuple[str, ...] | None, *, location: str) -> None:
@@ -221,8 +223,9 @@ def _read_csv(file: SourceFile, stream: IO[bytes], content: Content, source: Fil
     for column in source.columns or ():
         if column not in header:
             raise _no_column(file, column, header)
+    shown = file.shown
     for row in _rows(rows, file=file):
-        location = f"{file.shown}:{rows.line_num}"
+        location = f"{shown}:{rows.line_num}"
         if len(row) != len(header):
             raise DataError(
                 f"{location}: the row has {len(row)} columns, the header {len(header)}; put values that contain "
@@ -261,6 +264,7 @@ def _read_parquet(file: SourceFile, stream: IO[bytes], content: Content, source:
     if not stream.seekable():
         raise DataError(f"{file.shown} is a compressed Parquet file; decompress it")
     columns = list(source.columns) if source.columns else None
+    shown = file.shown
     try:
         table = pq.ParquetFile(stream)
         for column in columns or ():
@@ -270,7 +274,7 @@ def _read_parquet(file: SourceFile, stream: IO[bytes], content: Content, source:
         for batch in table.iter_batches(batch_size=256, columns=columns):
             for fields in _rows_of(batch):
                 number += 1
-                yield Record(name=f"{file.name}:{number}", location=f"{file.shown}:{number}", fields=fields)
+                yield Record(name=f"{file.name}:{number}", location=f"{shown}:{number}", fields=fields)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{file.shown} is not a readable parquet file: {printable(str(error), limit=300)}"
