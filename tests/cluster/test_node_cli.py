@@ -23,6 +23,7 @@ REQUEST = {
     "token": "secret",
     "head": None,
     "session": "1",
+    "id": "0" * 16,
     "environment": {},
 }
 
@@ -70,7 +71,7 @@ def test_up_and_down__temporary_folder__private_with_a_new_name_each_time(
         node_cli._up(folder, request)
         temporary = temporary_of(started[-1])
         assert (mode(temporary), len(str(temporary)) < 30) == (0o700, True)
-        assert node_cli._down(folder, request) == {"left": []}
+        assert node_cli._down(folder, request) == {"left": [], "is_other": False}
         assert not temporary.exists()
     assert temporary_of(started[0]) != temporary_of(started[1])
 
