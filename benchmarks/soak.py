@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from benchmarks.report import cpu_model
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEADING = "## Soak runs"
 GROUP_LIMIT_S = 1800.0
+_FUZZ_S = 240
+"""Time for each kind of mutated input, where `make test` takes ten seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,10 @@ GROUPS = (
     Group(name="ssh hosts", tests=("tests/hosts/test_ssh.py", "tests/hosts/test_hosts.py")),
     Group(name="network partition", tests=("tests/hosts/test_partition.py",)),
     Group(name="runs sharing a cluster", tests=("tests/elastic/test_sharing.py",)),
-    Group(name="faults", tests=("tests/elastic/test_faults.py", "tests/elastic/test_soak.py")),
+    Group(
+        name="faults",
+        tests=("tests/elastic/test_faults.py", "tests/elastic/test_soak.py", "tests/elastic/test_late_commit.py"),
+    ),
     Group(name="membership histories", tests=("tests/elastic/test_histories.py",)),
     Group(name="fork server", tests=("tests/elastic/test_fork_server.py",)),
     Group(
@@ -56,6 +62,7 @@ GROUPS = (
     Group(name="remote runs", tests=("tests/remote",)),
     Group(name="end to end", tests=("tests/runtime", "--ignore=tests/runtime/test_budget_run.py")),
     Group(name="benchmarks", tests=("tests/benchmarks/test_benchmarks_run.py",)),
+    Group(name="fuzzing", tests=("tests/fuzz", "-mnot slow")),  # for FORGE_FUZZ_SECONDS per kind of input
     Group(name="training and checkpoints", tests=("tests/train", "tests/checkpoint", "tests/data", "tests/cli")),
 )
 
@@ -98,7 +105,9 @@ def run_group(group: Group, *, limit_s: float) -> GroupResult:
         report = Path(name) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "slow", "-p", "no:cacheprovider", "--timeout=1500"]
         try:
-            done = subprocess.run([*command, f"--junit-xml={report}", *group.tests], check=False, timeout=limit_s)
+            command += [f"--junit-xml={report}", *group.tests]
+            environment = {"FORGE_FUZZ_SECONDS": str(_FUZZ_S)} | os.environ
+            done = subprocess.run(command, env=environment, check=False, timeout=limit_s)
             problem = None if done.returncode in (0, 1) else f"pytest ended with {done.returncode}"
         except subprocess.TimeoutExpired:
             problem = f"stopped after {limit_s:.0f} s"
