@@ -262,6 +262,13 @@ def test_wildcards__side_files__are_left_out_and_said(tmp_path: Path) -> None:
     assert texts_of(tmp_path / ".hidden.jsonl", tmp_path / ".git/*") == ["one", "two"] * 2
 
 
+def test_wildcards__folders_below_two_stars__are_skipped_once_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a/.git").mkdir(parents=True)
+    (tmp_path / "a/b.txt").write_text("one")
+    (matched,) = list_files([str(tmp_path / "**/*")])
+    assert [(one.path, one.reason) for one in matched.skipped] == [(f"{tmp_path}/a/.git/", "a hidden folder")]
+
+
 def test_wildcards__nothing_to_read__says_what_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(DataError, match=r"matches no file to read; skipped: .*a\.txt is an empty file"):

@@ -199,6 +199,12 @@ class TestUndisturbed:
         assert all(None not in record.values() for record in records)
         assert [record["train/tokens"] for record in records] == [256 * step for step in range(1, TOTAL_STEPS + 1)]
 
+    def test_events__finished__say_what_was_read(self, whole: Execution) -> None:
+        (read,) = [event for event in read_run(whole.folder).events if event["event"] == "CorpusRead"]
+        (pattern,) = read["patterns"]
+        assert (read["num_documents"], read["warnings"]) == (40, [])
+        assert pattern == {"pattern": "corpus/*.txt", "num_files": 40, "kinds": {"text": 40}, "skipped": {}}
+
     def test_wandb__finished__has_the_same_losses(self, whole: Execution) -> None:
         (record,) = whole.folder.glob("wandb/offline-run-*/run-*.wandb")
         history = [row for row in read_history(record) if "train/loss" in row]

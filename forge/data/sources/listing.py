@@ -252,6 +252,8 @@ class _LocalGlob:
                 self._take(path, mode=mode, size_bytes=size_bytes, reason=reason)
 
     def _take(self, path: str, *, mode: int, size_bytes: int, reason: str | None) -> None:
+        if stat.S_ISDIR(mode) and "**" in self._parts:
+            return  # visited, or skipped as a folder
         if reason is None and stat.S_ISDIR(mode):
             reason = "a folder (the pattern matches files; ** reaches below folders)"
         elif reason is None and not stat.S_ISREG(mode):
