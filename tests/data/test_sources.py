@@ -11,7 +11,10 @@ import os
 import socket
 import subprocess
 import tarfile
+import threading
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +323,33 @@ def test_remote_wildcards__side_files__are_left_out(tmp_path: Path) -> None:
         store.rm("/side", recursive=True)
 
 
+class _Quiet(SimpleHTTPRequestHandler):
+    """A web server without ranges, which also refuses HEAD if the name says so."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        if "nohead" in self.path:
+            self.send_error(405)
+        else:
+            super().do_HEAD()
+
+
+def test_web_server__without_ranges__is_read_by_content(tmp_path: Path) -> None:
+    for name in ("a.jsonl.gz", "nohead.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(LINES.encode()) * 2)
+    (tmp_path / "b.txt").write_text("text")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert texts_of(f"{url}/a.jsonl.gz", f"{url}/b.txt?x=1") == ["one", "two"] * 2 + ["text"]
+        assert texts_of(f"{url}/nohead.jsonl.gz") == ["one", "two"] * 2
+        with pytest.raises(DataError, match="matches no file"):
+            texts_of(f"{url}/missing.txt")
+        server.shutdown()
+
+
 def test_home__in_a_pattern__is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("one")
@@ -406,7 +436,7 @@ def test_record__larger_than_the_bound__parses_only_what_is_in_use(monkeypatch: 
         ('[{"text": "a"},]', "ends within a value, or the value is not JSON"),
         ('[{"text": "a"}] x', "something follows the end of the array"),
         ('["a"]', "not a line of JSON|must be a JSON object"),
-        ('{"data": [{"text": "a"}]}', "no key 'text'.*the keys are: 'data'"),
+        ('{"data": [{"text": "a"}]}', "no key 'text'.*the keys are: 'data'; if its records are in 'data', .*jq -c"),
     ],
 )
 def test_json__not_a_list_of_objects__is_refused(tmp_path: Path, content: str, message: str) -> None:

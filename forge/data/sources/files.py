@@ -11,6 +11,7 @@ import codecs
 import csv
 import json
 import lzma
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -211,7 +212,17 @@ def _record(text: str, *, name: str, location: str, source: FileSource, what: st
 def _require_columns(fields: dict[str, Any], columns: tuple[str, ...] | None, *, location: str) -> None:
     for column in columns or ():
         if column not in fields:
-            raise DataError(f"{location}: no key {column!r} (data.text_key); the keys are: {_listed(fields)}")
+            problem = f"no key {column!r} (data.text_key); the keys are: {_listed(fields)}"
+            raise DataError(f"{location}: {problem}{_advice(fields)}")
+
+
+def _advice(fields: dict[str, Any]) -> str:
+    """What to do about an object whose records are in one of its fields."""
+    for key, value in fields.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            query = printable(shlex.quote(f".[{json.dumps(key)}][]"), limit=100)
+            return f"; if its records are in {printable(repr(key), limit=80)}, write them one a line: jq -c {query}"
+    return ""
 
 
 def _read_csv(file: SourceFile, stream: IO[bytes], content: Content, source: FileSource) -> Iterator[Record]:

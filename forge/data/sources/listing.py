@@ -184,7 +184,10 @@ def _remote_infos(fs: Any, path: str, *, is_glob: bool) -> dict[str, int | None]
     if not is_glob:
         if not fs.exists(path):
             return {}
-        info = fs.info(path)
+        try:
+            info = fs.info(path)
+        except OSError:  # of a web server that refuses to tell the size
+            info = {}
         return {path: info.get("size")} if info.get("type") != "directory" else {}
     found = fs.glob(path, detail=True)
     if not found and "[" in path:
