@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,8 @@ def launch(request: Request) -> None:
     job_file = request.file or Path(resumed or ".") / "job.yaml"
     if resumed is not None:
         _compare(resumed, request, job_file)
+    if request.file is None:
+        _require_regular(job_file)
     if resumed is not None and not request.dry_run and _is_finished(resumed, request, job_file):
         ended = read_run(resumed)
         last = f"stopped early at step {ended.step}" if ended.is_stopped_early else "reached its last step"
@@ -198,6 +201,17 @@ def _compare(folder: Path, request: Request, job_file: Path) -> None:
     require_same_curve(folder, before, now)
     for difference in free_differences(before, now):
         display.message(f"{folder.name}: {difference}")
+
+
+def _require_regular(job_file: Path) -> None:
+    """Raises: ArgumentError if the job file of a run folder is a link or a pipe."""
+    from forge.errors import ArgumentError
+    from forge.foreign import open_file
+
+    try:
+        os.close(open_file(job_file))
+    except OSError as error:
+        raise ArgumentError(f"{job_file} cannot be read: {error.strerror}") from None
 
 
 def _is_finished(folder: Path, request: Request, job_file: Path) -> bool:

@@ -11,6 +11,7 @@ Export runs in its own process, because the client never imports torch.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -29,11 +30,14 @@ from forge.checkpoint.reader import Checkpoint, open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import find_checkpoint, verify_checkpoint
 from forge.errors import ArgumentError, CheckpointError, ForgeError
+from forge.foreign import read_file
 from forge.model.transformers_config import config_from_record
 from forge.process import take_stdout
 from forge.serve.weights import CheckpointWeights
 from forge.train.state import bytes_of
 
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_MAX_TOKENIZER_BYTES = 2**30
 _PIECE_NUMEL = 4 * 2**20
 _DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
 
@@ -108,10 +112,11 @@ def export(request: ExportRequest) -> Exported:
             config.save_pretrained(draft)
             GenerationConfig.from_model_config(config).save_pretrained(draft)
         if request.tokenizer is not None and Path(request.tokenizer).is_dir():
-            shutil.copytree(request.tokenizer, draft, dirs_exist_ok=True)
+            _copy_tokenizer(Path(request.tokenizer), draft)
         draft.rename(to)  # over an empty folder too
     except OSError as error:
-        raise ArgumentError(f"{to} cannot be written: {error.strerror or error}") from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise ArgumentError(f"{to} cannot be written: {error.strerror or error}{where}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     written = [target for targets in files.values() for target in targets]
@@ -126,6 +131,25 @@ def export(request: ExportRequest) -> Exported:
         num_files=len(files),
         is_transformers=config is not None,
     )
+
+
+def _copy_tokenizer(source: Path, to: Path) -> None:
+    """Copy the files of a run's tokenizer, and nothing else of its folder: no link to another file, no code, and no
+    file that would replace the model's own.
+
+    Raises: OSError, also for a link.
+    """
+    for path in sorted(source.iterdir()):
+        is_model_file = (to / path.name).exists() and path.name != "generation_config.json"
+        if path.suffix in _TOKENIZER_SUFFIXES and not is_model_file:
+            (to / path.name).write_bytes(_read_tokenizer_file(path))
+
+
+def _read_tokenizer_file(path: Path) -> bytes:
+    try:
+        return read_file(path, max_bytes=_MAX_TOKENIZER_BYTES)
+    except ValueError as error:
+        raise OSError(errno.EFBIG, str(error)) from None
 
 
 def _find(request: ExportRequest) -> Checkpoint:

@@ -110,7 +110,7 @@ def _link_results(run: Path, tmp_path: Path) -> None:
 
 
 def _block(run: Path, tmp_path: Path) -> None:
-    for name in ("events.jsonl", "metrics.jsonl", "remote.json", "logs/rank-0.log", ".lock"):
+    for name in ("events.jsonl", "metrics.jsonl", "remote.json", "logs/rank-0.log", ".lock", "job.yaml"):
         (run / name).unlink(missing_ok=True)
         os.mkfifo(run / name)
 
@@ -203,7 +203,8 @@ def test_generate__code_of_the_run__only_if_it_is_known_or_named(
 @pytest.mark.parametrize(
     ("attack", "problem"),
     [(_own_code, "brings code of its own"), (_changed_job, "and the plan of the run has none"),
-     (_loader_arguments, "trust_remote_code"), (_link_plan, "it is a link"), (_huge, "cannot be read")],
+     (_loader_arguments, "trust_remote_code"), (_block, "cannot be read"),
+     (_link_plan, "it is a link"), (_huge, "cannot be read")],
 )  # fmt: skip
 def test_resume__hostile_run_folder__is_refused_before_anything_starts(
     tmp_path: Path, run: Path, attack: Callable[[Path, Path], None], problem: str

@@ -57,7 +57,7 @@ def _check(folder: Path) -> None:
 
 def _mutate(step: Path, rng: random.Random, *, outside: Path) -> None:
     path = rng.choice(sorted(step.iterdir()))
-    if not path.is_file() or path.is_symlink():
+    if not path.is_file() or path.is_symlink() or path.stat().st_size > 2**20:
         return
     match rng.randrange(6):
         case 0:

@@ -14,7 +14,7 @@ from forge.checkpoint.reader import Checkpoint, open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError, CheckpointError
 from forge.plan.inputs import CorpusInfo
-from forge.serve.export import ExportRequest, export
+from forge.serve.export import ExportRequest, _copy_tokenizer, export
 from forge.serve.weights import CheckpointWeights
 from tests.support.jobs import synthetic_corpus, tiny_plan
 from tests.support.ranks import run_ranks
@@ -148,3 +148,20 @@ def test_export__no_averages__raises(corpus: CorpusInfo, tmp_path: Path) -> None
     run_ranks(plan, tmp_path / "run", world_size=1)
     with pytest.raises(CheckpointError, match="no ema weights"):
         export(ExportRequest(url=str(tmp_path / "run"), to=str(tmp_path / "out"), ema=True))
+
+
+def test_copy_tokenizer__hostile_folder__copies_no_code_and_replaces_no_model_file(tmp_path: Path) -> None:
+    source, to = tmp_path / "tokenizer", tmp_path / "export"
+    source.mkdir()
+    to.mkdir()
+    (to / "config.json").write_text("{}")
+    (to / "generation_config.json").write_text("{}")
+    for name in ("tokenizer.json", "config.json", "generation_config.json", "modeling.py", "model.safetensors"):
+        (source / name).write_text("from the run")
+    (source / "code").mkdir()
+    _copy_tokenizer(source, to)
+    held = {path.name: path.read_text() for path in to.iterdir()}
+    assert held == {"config.json": "{}", "tokenizer.json": "from the run", "generation_config.json": "from the run"}
+    (source / "vocab.txt").symlink_to("/etc/hostname")
+    with pytest.raises(OSError, match="it is a link"):
+        _copy_tokenizer(source, to)
