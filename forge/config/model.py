@@ -39,7 +39,10 @@ class ModelSpec(Section):
     Weights are initialised from `training.seed`."""
 
     from_pretrained: str | None = Field(None, min_length=1)
-    """A Hugging Face Hub id, or a local folder in its layout: config and weights are loaded from it."""
+    """A Hugging Face Hub id, or a local folder in its layout: config, safetensors weights and tokenizer are loaded
+    from it, and no code. All other keys of this section change its config: weights that only they add, such as
+    further layers, are drawn from `training.seed`; the plan lists them, and those that are not used. A tensor of
+    another shape is an error."""
 
     # A field whose name is a keyword of Python has to be declared through the class body's own namespace.
     __annotations__["class"] = "str | None"

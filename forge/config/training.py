@@ -101,7 +101,9 @@ class TrainingSpec(Section):
     """The optimisation; its result does not depend on the machines it runs on."""
 
     objective: ObjectiveName = "causal-lm"
-    """What is minimised. `causal-lm`: the mean cross entropy of the next token."""
+    """What is minimised. `causal-lm`: the mean cross entropy of the next token; of a mixture of experts with
+    `model.output_router_logits: true` also its auxiliary loss, for each sequence by itself, times
+    `model.router_aux_loss_coef`."""
 
     total_steps: Count | None = Field(None, ge=1, le=MAX_STEPS)
     """Length in optimizer steps. Give exactly one of `total_steps`, `total_tokens` and `epochs`."""

@@ -160,7 +160,7 @@ def outcome_of(path: Path, data: bytes) -> Any:
 
 
 def check_message(error: JobFileError) -> None:
-    message = str(error)
+    message = str(error).replace(str(error.path), "job.yaml")
     assert error.problem
     assert 0 < len(message) < MAX_MESSAGE
     assert message.replace("\n", "").isprintable()

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from forge.config.load import LoadedJob, load_job
 from forge.errors import JobFileError
-from forge.runtime.resolve import resolve_draft
+from forge.runtime.resolve import check_tokenizer, resolve_draft
 from tests.support.jobs import tiny_job
 
 MODELS = """\
@@ -56,3 +58,47 @@ def test_resolve_draft__packing_without_isolation__names_the_line_and_what_to_us
 
 def test_resolve_draft__packing_with_isolation__has_a_plan(home: Path) -> None:
     assert resolve_draft(packed_job(home, name="Isolating")).model.isolation_problem is None
+
+
+def pretrained_job(home: Path, *, base: str, tokenizer: str | None = None) -> LoadedJob:
+    body = tiny_job().model_dump(mode="json", exclude_unset=True)
+    body["model"] = {"from_pretrained": base}
+    body["data"]["tokenizer"] = {} if tokenizer is None else {"from_pretrained": tokenizer}
+    (home / "job.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+    return load_job(home / "job.yaml")
+
+
+def save_tokenizer(folder: Path, words: list[str]) -> None:
+    folder.mkdir()
+    made = Tokenizer(
+        WordLevel({"<eos>": 0} | {word: i for i, word in enumerate(words, start=1)}, unk_token="<eos>")
+    )
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+
+
+def test_check_tokenizer__same_or_longer_vocabulary__has_nothing_to_say(home: Path) -> None:
+    save_tokenizer(home / "base", ["a", "b"])
+    save_tokenizer(home / "longer", ["a", "b", "<user>"])
+    assert check_tokenizer(pretrained_job(home, base="./base")) == ()
+    assert check_tokenizer(pretrained_job(home, base="./base", tokenizer="./longer")) == ()
+
+
+def test_check_tokenizer__other_ids_than_the_bases_own__are_counted(home: Path) -> None:
+    save_tokenizer(home / "base", ["a", "b", "c"])
+    save_tokenizer(home / "other", ["b", "a", "c"])
+    said = r"2 of the 4 tokens .* \('a': id 1 there, id 2 here\), so the embeddings would be those of other tokens"
+    with pytest.raises(JobFileError, match=said) as caught:
+        check_tokenizer(pretrained_job(home, base="./base", tokenizer="./other"))
+    assert caught.value.key == "data.tokenizer.from_pretrained"
+    assert caught.value.line is not None
+
+
+def test_check_tokenizer__base_without_one__is_blamed_or_said(home: Path) -> None:
+    (home / "base").mkdir()
+    save_tokenizer(home / "other", ["a"])
+    with pytest.raises(JobFileError, match=r"no tokenizer is given in data\.tokenizer, and that of .*") as caught:
+        check_tokenizer(pretrained_job(home, base="./base"))
+    assert caught.value.key == "model.from_pretrained"
+    note = check_tokenizer(pretrained_job(home, base="./base", tokenizer="./other"))
+    assert note == ("the tokenizer ./other is not compared with that of ./base, which has none that forge reads",)
