@@ -123,7 +123,9 @@ def _secret_values(environment: Mapping[str, str]) -> tuple[str, ...]:
 @lru_cache(maxsize=8)
 def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
     forms = {form for value in values for part in _parts(value) for form in _forms(part) if len(form) >= MIN_CHARS}
-    return re.compile("|".join(re.escape(form) for form in sorted(forms, key=lambda form: (-len(form), form))))
+    ordered = sorted(forms, key=lambda form: (-len(form), form))
+    # Percent-encoding has upper-case or lower-case digits.
+    return re.compile("|".join(re.sub("%([0-9A-F]{2})", r"%(?i:\1)", re.escape(form)) for form in ordered))
 
 
 def _parts(value: str) -> Iterator[str]:
@@ -145,8 +147,7 @@ def _parts(value: str) -> Iterator[str]:
 def _forms(value: str) -> Iterator[str]:
     """Yield the ways in which a value may be written."""
     yield value
-    for encoded in (quote(value, safe=""), quote(value), quote_plus(value)):
-        yield from (encoded, re.sub("%[0-9A-F]{2}", lambda match: match[0].lower(), encoded))
+    yield from (quote(value, safe=""), quote(value), quote_plus(value))
     yield from (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
     content = value.encode(errors="surrogateescape")
     yield content.hex()

@@ -120,7 +120,7 @@ def show_dry(loaded: LoadedJob, *, arguments: str, output: Output) -> None:
     with PrepareScreen() as screen:
         plan = api.plan_job(loaded, on_progress=screen.show)
     if output is Output.JSON:
-        display.print_text(plan_to_json(plan))
+        display.print_text(plan_to_json(plan, is_file=True))
         return
     show_plan(plan)
     show_warnings(plan)

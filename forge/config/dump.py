@@ -9,11 +9,16 @@ import yaml
 
 from forge.config.job import JobSpec
 from forge.config.scalar import resolve
+from forge.config.templates import with_templates
 
 
-def dump_job(job: JobSpec) -> str:
-    """Return YAML text from which `load_job` reads an equal job; keys that were not set are left out."""
-    body = job.model_dump(mode="json", exclude_unset=True)
+def dump_job(job: JobSpec, *, templates: Mapping[str, str] | None = None) -> str:
+    """Return YAML text from which `load_job` reads an equal job; keys that were not set are left out.
+
+    Args:
+        templates: texts with `${env:NAME}` to write instead of the variables' values, as `LoadedJob` has them.
+    """
+    body = with_templates(job.model_dump(mode="json", exclude_unset=True), templates or {})
     return yaml.dump(body, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

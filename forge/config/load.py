@@ -7,8 +7,8 @@ of its lines, so that later checks, which know more than its types, can also nam
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from forge.config.job import JobSpec
 from forge.config.locations import SourceMap, combined, map_source, parent_key
 from forge.config.secret import SECRET_PROBLEM, is_secret
 from forge.config.section import Section
+from forge.config.templates import templates_of
 from forge.config.yaml_reader import YamlNode, compose, join_key, read_text
 from forge.errors import JobFileError
 
@@ -40,6 +41,8 @@ class LoadedJob:
     """What to use instead of the folder of `code:`; given for a resumed run, which keeps its own code."""
     data_folder: str | None = None
     """The folder that relative paths of `data:` refer to; None is the current one. Given for a resumed run."""
+    templates: Mapping[str, str] = field(default_factory=dict)
+    """Texts in which `${env:NAME}` was replaced, by the JSON pointer of their key; written files keep them."""
 
 
 def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:
@@ -56,7 +59,8 @@ def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:
     for override in overrides:
         root = _with_override(root, override, errors=errors)
     source = map_source(root, path=str(path))
-    return LoadedJob(job=_validated(root, JobSpec, source=source, errors=errors), source=source)
+    job = _validated(root, JobSpec, source=source, errors=errors)
+    return LoadedJob(job=job, source=source, templates=templates_of(root))
 
 
 def load_cluster(path: str | Path) -> ClusterSpec:

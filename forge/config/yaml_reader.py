@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from forge.config.scalar import has_control_characters, resolve, with_environment
+from forge.config.scalar import has_control_characters, resolve, url_problem, with_environment
 from forge.config.secret import SECRET_PROBLEM, is_secret
 from forge.errors import JobFileError, printable
 
@@ -43,6 +43,7 @@ class YamlNode:
         value: `str`, `int`, `float`, `bool`, `None`, `list[YamlNode]` or `dict[str, YamlNode]`.
         line: 1-based line of the key, or of the value if it has no key; None for a value from `--set`.
         text: a scalar as written; `[...]` or `{...}` for a list or mapping.
+        template: a text in which `${env:NAME}` was replaced, before that.
         size: number of nodes in this one, itself included, with every alias expanded.
         height: number of levels below it.
     """
@@ -50,6 +51,7 @@ class YamlNode:
     value: Any
     line: int | None
     text: str
+    template: str | None = None
     size: int = 1
     height: int = 0
 
@@ -169,19 +171,26 @@ class _Composer:
 
     def _scalar(self, key: str) -> YamlNode:
         event = self._event
-        written = " ".join(self._text[event.start_mark.index : event.end_mark.index].split())
-        value = event.value
+        written: str | None = " ".join(self._text[event.start_mark.index : event.end_mark.index].split())
+        value, template = event.value, None
         try:
             value = with_environment(value)
+            template = event.value if value != event.value else None
             if event.implicit[0]:
                 value = resolve(value)
             if isinstance(value, str) and has_control_characters(value):
                 raise ValueError("contains a control character")
+            if isinstance(value, str) and (problem := url_problem(value)) is not None:
+                written = None  # not shown
+                raise ValueError(problem)
         except ValueError as error:
             self._complain(str(error), event=event, key=key, value=written)
         self._count(1, event=event)
         self._advance()
-        return YamlNode(value=value, line=self._line(event), text=written)
+        template = template if isinstance(value, str) else None
+        return YamlNode(
+            value=value, line=self._line(event), text="…" if written is None else written, template=template
+        )
 
     def _mapping(self, key: str, *, depth: int) -> YamlNode:
         start = self._event

@@ -13,15 +13,17 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from forge.config.compare import Difference, differences
 from forge.config.job import JobSpec
+from forge.config.templates import with_templates, without_templates
 from forge.config.training import MAX_STEPS
 from forge.errors import DataError, PlanError
-from forge.foreign import from_record, parse_object
+from forge.foreign import from_record, parse_object, typed
 from forge.objective.registry import OBJECTIVES
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.deepspeed_config import deepspeed_config
@@ -73,6 +75,8 @@ class DraftPlan:
     """The files of the corpus, looked at before they are read."""
     warnings: tuple[str, ...] = ()
     """What was asked for and cannot be had; shown with the plan."""
+    templates: Mapping[str, str] = field(default_factory=dict)
+    """Texts of the job file with `${env:NAME}`, by JSON pointer (`forge.config.templates`); files keep them."""
     pause_at: int | None = None
     """Step after which a trial of a population pauses, with a checkpoint, until all trials have reached it."""
 
@@ -142,15 +146,25 @@ def packing_problem(job: JobSpec, model: ModelInfo) -> str | None:
     return f"{model.isolation_problem}, so the examples of a sequence would see each other; use {instead}"
 
 
-def plan_to_json(plan: DraftPlan) -> str:
-    """Return the plan as canonical JSON: sorted keys, no NaN, final newline; equal plans give equal bytes."""
+def plan_to_json(plan: DraftPlan, *, is_file: bool = False) -> str:
+    """Return the plan as canonical JSON: sorted keys, no NaN, final newline; equal plans give equal bytes.
+
+    Args:
+        is_file: keep `${env:NAME}` of the job file instead of the variables' values, which every reader then needs.
+    """
     body = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
-    body["job"] = plan.job.model_dump(mode="json")
-    for name in ("code", "search", "pause_at", "files", "warnings"):
-        if body[name] is None or body[name] == ():
+    body["job"] = written_job(plan) if is_file else plan.job.model_dump(mode="json")
+    for name in ("code", "search", "pause_at", "files", "warnings", "templates"):
+        if body[name] is None or body[name] in ((), {}):
             del body[name]
     body["format_version"] = FORMAT_VERSION
     return json.dumps(_plain(body), sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+
+def written_job(plan: DraftPlan) -> dict[str, Any]:
+    """Return the job as files and trackers show it: with `${env:NAME}` instead of the variables' values."""
+    body: dict[str, Any] = with_templates(plan.job.model_dump(mode="json"), plan.templates)
+    return body
 
 
 def plan_from_json(text: str | bytes) -> Plan:
@@ -164,7 +178,8 @@ def plan_from_json(text: str | bytes) -> Plan:
             raise PlanError(f"this plan was written by another version of forge (this one reads {FORMAT_VERSION})")
         if "corpus" not in body:
             raise PlanError("this plan has no corpus: it was made by a dry run, and cannot be run")
-        job = JobSpec.model_validate_json(json.dumps(body.pop("job", None)))
+        templates = typed(dict[str, str], body.get("templates", {}), where="templates")
+        job = JobSpec.model_validate_json(json.dumps(without_templates(body.pop("job", None), templates)))
         plan = from_record(Plan, body | {"job": job}, nan_for_null=True)
         _require_not_negative(plan)
     except (ValueError, RecursionError) as error:

@@ -121,7 +121,7 @@ def _upload(options: argparse.Namespace) -> dict[str, Any]:
         path = folder / "plan.json"
         plan = plan_from_json(path.read_text())
         corpus = replace(plan.corpus, folder=str(_corpus(Path(plan.corpus.folder).name)))
-        path.write_text(plan_to_json(replace(plan, corpus=corpus)))
+        path.write_text(plan_to_json(replace(plan, corpus=corpus), is_file=True))
     except (OSError, tarfile.TarError) as error:
         raise ClusterError(f"cannot write the run folder {folder} on the cluster: {error}") from error
     is_ready = has_corpus(Path(corpus.folder), digest=corpus.digest)

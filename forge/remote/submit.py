@@ -41,7 +41,7 @@ from forge.remote.mirror import (
 from forge.runs.reader import count_records, driver_pid
 from forge.runs.records import EVENTS, METRICS
 from forge.runs.remote_ref import RemoteRef, write_remote_ref
-from forge.runs.secrets import credentials, without_keys
+from forge.runs.secrets import credentials, variables_for, without_keys
 from forge.runtime.driver_process import LocalRun, RunHandle
 from forge.runtime.probe import count_slots, hardware
 from forge.runtime.resolve import resolve
@@ -224,7 +224,9 @@ def _upload(cluster: Cluster, plan: Plan, folder: Path) -> str:
         words, names = [*words, "--folder", str(folder.absolute())], ()
     elif plan.job.checkpoint.to.startswith("/"):  # a folder that all nodes share holds the run folder too
         words += ["--folder", f"{plan.job.checkpoint.to}/{folder.name}"]
-    stdin = json.dumps(credentials_for(cluster)).encode() + b"\n" + _packed(folder, names=names)
+    stdin = (
+        json.dumps(credentials_for(cluster) | variables_for(plan)).encode() + b"\n" + _packed(folder, names=names)
+    )
     uploaded = ask(cluster, *words, stdin=stdin, timeout_s=_SEND_TIMEOUT_S)
     if not uploaded["has_corpus"]:
         _send_corpus(cluster, plan)

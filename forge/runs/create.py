@@ -54,8 +54,8 @@ def fill_run_folder(folder: Path, plan: Plan) -> None:
         if plan.model.generation:
             text = json.dumps(dict(plan.model.generation), indent=2, sort_keys=True)
             write_atomic(folder / "tokenizer" / "generation_config.json", text + "\n")
-        (folder / "job.yaml").write_text(dump_job(plan.job))
-        (folder / "plan.json").write_text(plan_to_json(plan))
+        (folder / "job.yaml").write_text(dump_job(plan.job, templates=plan.templates))
+        (folder / "plan.json").write_text(plan_to_json(plan, is_file=True))
         if plan.code is not None:
             write_atomic(folder / ARCHIVE, pack_code(code_folder(plan.code.digest)).to_tar(), mode=0o600)
     except OSError as error:
@@ -87,7 +87,7 @@ def reopen_run(folder: Path, plan: Plan) -> None:
             "its files, or start a new run"
         )
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
-    write_atomic(folder / "plan.json", plan_to_json(plan))
+    write_atomic(folder / "plan.json", plan_to_json(plan, is_file=True))
 
 
 def require_no_links(folder: Path) -> None:

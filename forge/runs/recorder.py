@@ -36,8 +36,8 @@ from forge.events import (
     event_to_record,
 )
 from forge.process import first_line
+from forge.redact import redacted_values
 from forge.runs.records import EVENTS, METRICS, RecordReader, last_step_of
-from forge.runs.secrets import redacted
 
 # How long W&B may take to start before the run continues without it.
 _WANDB_INIT_TIMEOUT_S = 20
@@ -203,7 +203,7 @@ class Recorder:
             self.event(TrackingDegraded(reason=f"W&B stopped taking metrics: {error}"))
 
     def _write(self, file: TextIO, record: dict[str, Any]) -> None:
-        file.write(redacted(json.dumps(record, allow_nan=False), os.environ) + "\n")
+        file.write(json.dumps(redacted_values(record, os.environ), allow_nan=False) + "\n")
         file.flush()
 
 
@@ -219,8 +219,8 @@ def end_tracking() -> None:
 def append_event(folder: Path, event: Event) -> None:
     """Write one event without a recorder: before it was started, or after it died."""
     with open_whole_lines(folder / EVENTS) as file:
-        line = json.dumps({"time": round(time.time(), 3)} | event_to_record(event))
-        file.write(redacted(line, os.environ) + "\n")
+        record = {"time": round(time.time(), 3)} | event_to_record(event)
+        file.write(json.dumps(redacted_values(record, os.environ)) + "\n")
 
 
 def last_recorded_step(folder: Path) -> int:

@@ -1,17 +1,18 @@
-"""Select the environment variables that a run needs as secrets, and keep their values out of files and logs."""
+"""Select the environment variables that a run's processes need; `forge.redact` keeps them out of files and logs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
-_PREFIXES = ("WANDB_", "AWS_", "AZURE_", "GOOGLE_", "GCS_", "HF_")
+from forge.config.templates import variables_of
+from forge.plan.plan import Plan
+from forge.redact import CREDENTIAL_PREFIXES, is_secret_variable
+
 # Specific to a machine: instance metadata and container credentials are not forwarded.
 _MACHINE_WORDS = ("METADATA", "CONTAINER")
 # Names of files and profiles of the client machine, which do not exist on another.
 _LOCAL_SUFFIXES = ("_FILE", "_DIR", "_PROFILE", "_PATH", "GOOGLE_APPLICATION_CREDENTIALS")
-_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "CONNECTION_STRING")
-_MIN_CHARS = 8
-"""Shorter values are not secrets, and would match parts of ordinary text."""
 
 
 def credentials(environment: Mapping[str, str]) -> dict[str, str]:
@@ -19,7 +20,7 @@ def credentials(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(_PREFIXES)
+        if name.startswith(CREDENTIAL_PREFIXES)
         and not name.endswith(_LOCAL_SUFFIXES)
         and not any(word in name for word in _MACHINE_WORDS)
     }
@@ -30,13 +31,15 @@ def without_keys(environment: Mapping[str, str], *, prefixes: tuple[str, ...]) -
     return {
         name: value
         for name, value in environment.items()
-        if not (name.startswith(prefixes) and any(word in name for word in _WORDS))
+        if not (name.startswith(prefixes) and is_secret_variable(name))
     }
 
 
-def redacted(text: str, environment: Mapping[str, str]) -> str:
-    """Replace the values of the environment's secrets in `text` by `***`."""
-    for name, value in credentials(environment).items():
-        if len(value) >= _MIN_CHARS and any(word in name for word in _WORDS):
-            text = text.replace(value, "***")
-    return text
+def variables_for(plan: Plan) -> dict[str, str]:
+    """Return the variables that the job file names as `${env:NAME}`: the run's files have only their names."""
+    return {name: os.environ[name] for name in variables_of(plan.templates) if name in os.environ}
+
+
+def environment_of(plan: Plan) -> dict[str, str]:
+    """Return the environment variables of this process that a run's other processes need."""
+    return credentials(os.environ) | variables_for(plan)

@@ -40,7 +40,7 @@ from forge.events import (
     SampleFailed,
     SampleGenerated,
 )
-from forge.plan.plan import Plan, plan_from_json
+from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.process import first_line
 from forge.redact import redact_output
 from forge.runs.reader import error_named, read_run
@@ -161,7 +161,7 @@ class Driver:
             lifetime=None if self._plan.search else "detached",
             get_if_exists=True,
             resources=HEAD,
-        ).remote(str(self._folder), run_id, self._plan.job.model_dump_json(), credentials(os.environ))
+        ).remote(str(self._folder), run_id, plan_to_json(self._plan), credentials(os.environ))
         if is_new:  # otherwise this driver replaces one that was killed
             step = last_recorded_step(self._folder)
             self._record(RunStarted(run_id=run_id, total_steps=self._plan.total_steps, resumed_from_step=step))

@@ -7,7 +7,6 @@ to it.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import sys
 import threading
@@ -20,9 +19,9 @@ import ray
 from forge.cluster.local.ray_cluster import find_local
 from forge.elastic.supervisor import Outcome
 from forge.errors import ClusterError
-from forge.plan.plan import Plan
+from forge.plan.plan import Plan, plan_to_json
 from forge.runs.reader import error_named
-from forge.runs.secrets import credentials
+from forge.runs.secrets import environment_of
 from forge.runtime.actor_names import HEAD, NAMESPACE, SUPERVISOR
 from forge.runtime.corpus_server import end_corpus_server
 from forge.runtime.start_agent import agent_actors_of
@@ -57,10 +56,10 @@ def train_elastically(
         run_id=run_id,
         run=RunConfig(
             run_folder=str(run_folder),
-            plan_json=(run_folder / "plan.json").read_text(),
+            plan_json=plan_to_json(plan),
             secret=secrets.token_hex(32),
         ),
-        environment=credentials(os.environ),
+        environment=environment_of(plan),
         driver_command=command if address else (),
     )
     supervisor = SupervisorActor.options(  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from forge.errors import ClusterError, ForgeError
 from forge.events import NullReporter, RunFailed
-from forge.plan.plan import Plan, plan_from_json
+from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.process import redirect_output
 from forge.runs.secrets import credentials
 from forge.runtime.corpus_server import end_corpus_server, ensure_inputs
@@ -78,7 +78,7 @@ def train_on_ray(plan: Plan, *, run_folder: Path, run_id: str, recorder: Any) ->
         train_loop_config={
             "assignment": WorkerConfig(
                 run_folder=str(run_folder),
-                plan_json=(run_folder / "plan.json").read_text(),
+                plan_json=plan_to_json(plan),
                 environment=credentials(os.environ),
             ),
             "recorder": recorder,

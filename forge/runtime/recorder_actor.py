@@ -13,9 +13,9 @@ from typing import Any
 
 import ray
 
-from forge.config.job import JobSpec
 from forge.errors import RunError
 from forge.events import Event, RunFailed, StepMetrics
+from forge.plan.plan import plan_from_json, written_job
 from forge.process import redirect_output
 from forge.runs.recorder import Recorder
 
@@ -28,12 +28,12 @@ class RecorderActor:
     already written.
     """
 
-    def __init__(self, run_folder: str, run_id: str, job_json: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, run_folder: str, run_id: str, plan_json: str, environment: Mapping[str, str]) -> None:
         os.environ.update(environment)
         redirect_output(Path(run_folder) / "logs" / "recorder.log")
-        job = JobSpec.model_validate_json(job_json)
+        plan = plan_from_json(plan_json)
         self._recorder = Recorder(
-            Path(run_folder), run_id=run_id, wandb=job.tracking.wandb, config=job.model_dump(mode="json")
+            Path(run_folder), run_id=run_id, wandb=plan.job.tracking.wandb, config=written_job(plan)
         )
         self._stop = False
 

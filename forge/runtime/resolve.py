@@ -74,7 +74,8 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     _require_isolation(inputs.trained, model)
     with _with_lines(inputs.trained):
         draft = make_draft(job, model=model, hardware=hardware(job), files=inputs.files)
-    return _with_search(replace(draft, code=inputs.code), inputs.loaded, count_slots=count_local_slots)
+    draft = replace(draft, code=inputs.code, templates=loaded.templates)
+    return _with_search(draft, inputs.loaded, count_slots=count_local_slots)
 
 
 def with_data_folder(loaded: LoadedJob, *, run_folder: Path) -> LoadedJob:
@@ -161,7 +162,8 @@ def _resolve(
             trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job), files=inputs.files
         )
     _require_held_out(plan, inputs.loaded)
-    return _with_search(replace(plan, code=code), inputs.loaded, count_slots=count_slots)
+    plan = replace(plan, code=code, templates=inputs.loaded.templates)
+    return _with_search(plan, inputs.loaded, count_slots=count_slots)
 
 
 def _inspected(inputs: _Inputs, *, vocab_size: int, eot_id: int) -> ModelInfo:

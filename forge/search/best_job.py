@@ -34,7 +34,7 @@ def best_job_yaml(plan: Plan, table: TrialTable, *, search_id: str) -> str | Non
         *_code(plan.code, search_id=search_id),
     ]
     job = trial_job(_terse(plan.job), best.values, is_proxied=False)
-    return "".join(f"{_comment(line)}\n" for line in comments) + dump_job(job)
+    return "".join(f"{_comment(line)}\n" for line in comments) + dump_job(job, templates=plan.templates)
 
 
 def _terse(job: JobSpec) -> JobSpec:

@@ -282,7 +282,7 @@ def plan_trial(search: Plan, values: Mapping[str, Any]) -> Plan:
     usual = trial_job(search.job, usual_values(search.job))
     corpus = _corpus(search, job, usual)
     plan = make_plan(job, model=_model(search, job, usual, corpus), corpus=corpus, hardware=search.hardware)
-    return replace(plan, code=search.code)
+    return replace(plan, code=search.code, templates=search.templates)
 
 
 def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:

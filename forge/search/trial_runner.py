@@ -31,7 +31,7 @@ from forge.events import (
     StepMetrics,
     SupervisorRestarted,
 )
-from forge.plan.plan import Plan, plan_from_json
+from forge.plan.plan import Plan, plan_from_json, written_job
 from forge.pricing.budget import CostLimits, CostMeter
 from forge.process import redirect_output
 from forge.runs.reader import read_metrics
@@ -326,7 +326,7 @@ def _open_recorder(plan: Plan, assignment: TrialAssignment) -> Recorder:
         run_id=folder.name,
         group=assignment.group,
         wandb=plan.job.tracking.wandb,
-        config=plan.job.model_dump(mode="json"),
+        config=written_job(plan),
     )
 
 

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from forge.errors import RunError
+from forge.redact import redacted
 from forge.remote.secrets import stash_secrets, take_secrets
-from forge.runs.secrets import credentials, redacted
+from forge.runs.secrets import credentials
 
 _ENVIRONMENT = {
     "WANDB_API_KEY": "wandb-0123456789",
