@@ -1,4 +1,4 @@
-"""A format, a model and an objective of the user's own: with Ray Train, and in a search.
+"""A format, a model and an objective of the user's own: with Ray Train, in a search, and on a cluster elsewhere.
 
 The current folder has modules of the same names, which must never be imported.
 """
@@ -12,11 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from forge.code_archive import pack_code
 from forge.config.load import load_job
 from forge.plan.plan import plan_from_json
+from forge.remote.submit import RemoteTarget, preflight, resolve_remote, submit
+from forge.runs.create import create_run
 from forge.runs.reader import read_metrics, read_run
 from forge.runs.trials import TrialTable, trial_folder
 from tests.support.command import forge, start_forge, wait_for
+from tests.support.remote_client import elsewhere
 
 NUM_STEPS = 120
 JOB = f"""\
@@ -165,6 +169,26 @@ def test_forge_tune__metric_of_the_users_objective__finds_its_maximum(home: Path
     assert found[3e-2] > found[1e-9] + 0.2
     best = load_job(folder / "best.yaml").job
     assert (best.training.optimizer.lr, best.training.objective) == (3e-2, "my_losses:Smoothed")
+
+
+@pytest.mark.slow
+def test_cluster_elsewhere__code_arrives_as_archive_and_is_imported_there(home: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    with elsewhere(there, num_nodes=2) as cluster:
+        found = preflight(cluster)
+        target = RemoteTarget(cluster=cluster, python=found.python, gpu=found.gpu, storage=str(there / "shared"))
+        plan = resolve_remote(target, load_job(home / "job.yaml"))
+        folder = create_run(plan, root=str(home / "runs"))
+        shutil.rmtree(home / "src")
+        shutil.rmtree(home / "cache" / "code")  # only the archive in the run folder is left here
+        run = submit(target, plan, folder=folder)
+        wait_for(lambda: not run.is_alive(), timeout_s=120)
+        run.wait()
+    require_trained(folder)
+    assert plan.code is not None
+    assert pack_code(there / "cache" / "code" / plan.code.digest).digest == plan.code.digest
+    assert not (home / "cache" / "code").exists()
 
 
 def require_trained(folder: Path) -> None:
