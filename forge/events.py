@@ -508,8 +508,8 @@ def event_to_record(event: Event) -> dict[str, Any]:
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, RankLocation):
-        return dataclasses.asdict(value)
+    if isinstance(value, RankLocation | PatternRead):
+        return _finite(dataclasses.asdict(value))
     if isinstance(value, tuple):
         return [_finite(item) for item in value]
     if isinstance(value, Mapping):

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import wandb
 
-from forge.events import CheckpointSaved, RunFailed, StepRepeated, TrackingDegraded
+from forge.events import CheckpointSaved, CorpusRead, PatternRead, RunFailed, StepRepeated, TrackingDegraded
 from forge.runs.recorder import append_event, last_recorded_step
+from forge.runs.records import RecordReader
 from tests.support.runs import metrics, open_recorder
 from tests.support.wandb_file import read_history
 
@@ -47,6 +48,19 @@ def test_recorder__events_and_steps__lines_with_a_time(tmp_path: Path) -> None:
         "world_size": 2,
     }
     assert all(before - 1 < line["time"] < time.time() + 1 for line in (step, event))
+
+
+def test_recorder__what_the_corpus_was_read_as__is_read_back(tmp_path: Path) -> None:
+    pattern = PatternRead(pattern="*.txt", num_files=2, kinds={"text": 2}, skipped={"empty": 1})
+    read = CorpusRead(
+        num_documents=2, num_train_tokens=9, num_held_out_tokens=0, patterns=(pattern,), warnings=("short",)
+    )
+    open_recorder(tmp_path).event(read)
+    (found,) = RecordReader(tmp_path, kind="event").read()
+    assert found["patterns"] == [
+        {"pattern": "*.txt", "num_files": 2, "kinds": {"text": 2}, "skipped": {"empty": 1}}
+    ]
+    assert (found["event"], found["warnings"]) == ("CorpusRead", ["short"])
 
 
 def test_recorder__checkpoint_reported_again__is_recorded_once(tmp_path: Path) -> None:
