@@ -11,6 +11,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from forge.environment import expand_home, home_folder
+
 
 def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
     """Replace `path` with `content`: write a temporary file beside it, flush it to disk, rename it.
@@ -49,9 +51,9 @@ def sync_folder(folder: Path) -> None:
 def default_cache_dir() -> Path:
     """`$FORGE_CACHE`, else `$XDG_CACHE_HOME/forge`, else `~/.cache/forge`."""
     if chosen := os.environ.get("FORGE_CACHE"):
-        return Path(chosen).expanduser()
+        return Path(expand_home(chosen))
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "forge"
+    return (Path(base) if base else home_folder() / ".cache") / "forge"
 
 
 def make_private(folder: Path) -> None:

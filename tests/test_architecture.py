@@ -28,7 +28,9 @@ LAYERS = [
     {"registries"},  # the modules in REGISTRIES
     {"user_code"},
     {"code_archive"},
-    {"units", "events", "errors", "foreign", "fs", "process"},
+    {"fs"},
+    {"environment"},
+    {"units", "events", "errors", "foreign", "process", "limits"},
     {"redact"},
 ]
 """A package imports only from the layers below its own; packages of one layer are independent of each other."""
@@ -59,6 +61,7 @@ SAME_LAYER = {
 CLIENT_SIDE = {
     *("cli", "forge", "api", "cluster", "remote", "report", "runs", "checkpoint", "plan", "pricing", "config"),
     *("registries", "user_code", "code_archive", "units", "events", "errors", "foreign", "fs", "process", "redact"),
+    *("environment", "limits"),
 }
 TRAINING_SIDE = {"train", "model", "objective", "data", "checkpoint"}
 NOT_ON_THE_CLIENT_SIDE = {"torch", "deepspeed", "transformers"}

@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from forge.cli import chaos, checkpoints, cluster, doctor, generate, runs, schema, train, tune
 from forge.cli.follow import INTERRUPTED
+from forge.environment import adopt_environment, run_in_utf8
 from forge.errors import ForgeError
 
 _PIPE_CLOSED = 141
@@ -82,6 +83,8 @@ def _root(
 
 def main() -> None:
     """Run the command line; the entry point of `forge`."""
+    run_in_utf8()
+    adopt_environment()
     try:
         code = _run()
         sys.stdout.flush()

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from forge.environment import expand_home
 from forge.errors import ClusterError, printable
 from forge.fs import make_private, write_atomic
 
@@ -180,7 +181,7 @@ def read_record(name: str) -> ClusterRecord | None:
     if not _NAME.fullmatch(name):
         return None
     try:
-        record = ClusterRecord(**json.loads((_state_home() / "clusters" / f"{name}.json").read_text()))
+        record = ClusterRecord(**json.loads((state_home() / "clusters" / f"{name}.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     is_record = record.name == name and isinstance(record.spec, dict) and isinstance(record.state, dict)
@@ -189,7 +190,7 @@ def read_record(name: str) -> ClusterRecord | None:
 
 def list_records() -> list[ClusterRecord]:
     """The records of all clusters that were started from this machine and not stopped, except its own `local`."""
-    found = (read_record(path.stem) for path in sorted((_state_home() / "clusters").glob("*.json")))
+    found = (read_record(path.stem) for path in sorted((state_home() / "clusters").glob("*.json")))
     return [record for record in found if record is not None and record.provider != "local"]
 
 
@@ -257,11 +258,14 @@ def state_folder(name: str = "") -> Path:
 
     Raises: ClusterError if it cannot be created.
     """
-    folder = _state_home() / name
+    folder = state_home() / name
     try:
         make_private(folder)
     except OSError as error:
-        raise ClusterError(f"the state folder {folder} cannot be written: {error.strerror}") from error
+        raise ClusterError(
+            f"the state folder {folder} cannot be written: {error.strerror}; set HOME or FORGE_STATE "
+            "to a folder that this user can write"
+        ) from error
     return folder
 
 
@@ -274,9 +278,10 @@ def _state_file(name: str, kind: str) -> Path:
     return state_folder("clusters") / f"{name}.{kind}"
 
 
-def _state_home() -> Path:
-    home = os.environ.get("FORGE_STATE") or Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "forge"
-    return Path(home).expanduser()
+def state_home() -> Path:
+    """`$FORGE_STATE`, else `$XDG_STATE_HOME/forge`, else `~/.local/state/forge`."""
+    home = os.environ.get("FORGE_STATE") or f"{os.environ.get('XDG_STATE_HOME') or '~/.local/state'}/forge"
+    return Path(expand_home(home))
 
 
 def _create(path: Path) -> int:

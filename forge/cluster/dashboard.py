@@ -14,6 +14,8 @@ from forge.cluster.base import ClusterNode
 from forge.errors import ClusterError
 
 _TIMEOUT_S = 10.0
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""The URL is on loopback: a proxy of the environment (http_proxy) would look for it on its own machine."""
 _SUPERVISOR = "supervisor-"
 """The prefix of the names of runs' supervisor actors."""
 
@@ -46,7 +48,7 @@ def ray_runs(url: str, *, token: str) -> list[str]:
 def _get(url: str, path: str, token: str) -> Any:
     request = urllib.request.Request(f"{url}{path}", headers={"Authorization": f"Bearer {token}"})
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+        with _DIRECT.open(request, timeout=_TIMEOUT_S) as response:
             return json.load(response)["data"]
     except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
         raise ClusterError(f"the cluster's dashboard does not answer: {error}") from error

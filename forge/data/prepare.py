@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -35,6 +34,7 @@ from forge.data.unigram import unigram_perplexity
 from forge.data.user_format import write_user_examples
 from forge.errors import DataError
 from forge.fs import sync_folder
+from forge.limits import usable_cpus
 from forge.plan.inputs import CorpusInfo
 from forge.user_code import is_reference
 
@@ -272,7 +272,7 @@ def _pack(spec: DataSpec, *, folder: Path, tokenizer: TextTokenizer, split: Spli
     # The encoder is some batches ahead of the packer; tee keeps those in between.
     batches, ahead = itertools.tee(_batches(corpus.iter_documents(spec)))
     texts = ([document.text for document in batch] for batch in ahead)
-    num_processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    num_processes = min(usable_cpus(), MAX_PROCESSES)
     with closing(encode_batches(texts, tokenizer=tokenizer, num_processes=num_processes)) as encoded:
         try:
             for ids_of_batch, batch in zip(encoded, batches, strict=False):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from forge.config.resources import WandbSpec
+from forge.environment import home_folder
 from forge.events import (
     CheckpointSaved,
     EarlyStopped,
@@ -262,4 +263,4 @@ def _saved_steps(folder: Path) -> set[int]:
 
 
 def _has_netrc() -> bool:
-    return any((Path.home() / name).is_file() for name in (".netrc", "_netrc"))
+    return any((home_folder() / name).is_file() for name in (".netrc", "_netrc"))

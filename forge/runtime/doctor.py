@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,9 +15,22 @@ from typing import Literal
 
 import psutil
 
-from forge.cluster.local.ray_cluster import find_local
+from forge.cluster.base import state_home
+from forge.cluster.local.ray_cluster import find_local, token_path
 from forge.cluster.tools import TOOLS, missing_tools, remedies
+from forge.environment import (
+    LEAST_FILES,
+    child_environment,
+    foreign_variables,
+    is_writable,
+    nearest_existing,
+    ray_folder_problem,
+    require_loopback,
+    require_ray_folder,
+)
+from forge.errors import ClusterError, ForgeError
 from forge.fs import default_cache_dir
+from forge.limits import free_memory_bytes, usable_cpus, usable_memory_bytes
 from forge.runtime.probe import local_cpu, local_gpu
 from forge.units import format_bytes
 
@@ -23,6 +38,7 @@ from forge.units import format_bytes
 _LEAST_MEMORY_BYTES = 4 * 2**30
 _LEAST_DISK_BYTES = 2 * 2**30
 _LEAST_SHARED_BYTES = 256 * 2**20
+_WANTED_FILES = 4096
 _NEEDED = {
     "torch": "2.9",
     "deepspeed": "0.19.8",
@@ -47,15 +63,8 @@ class Finding:
 def examine() -> list[Finding]:
     """Run all checks."""
     return [
-        _python(),
-        *_packages(),
-        _processor(),
-        _gpu(),
-        _memory(),
-        *_disks(),
-        _cluster(),
-        *_providers(),
-        _wandb(),
+        *(_python(), *_packages(), _processor(), _gpu(), _memory(), *_disks()),
+        *(_temporary_files(), _open_files(), _loopback(), *_variables(), *_cluster(), *_providers(), _wandb()),
     ]
 
 
@@ -88,7 +97,9 @@ def _processor() -> Finding:
     flags = ""
     with contextlib.suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text()
-    found = f"{os.cpu_count()} cores, {local_cpu()}"
+    num_cpus, num_cores = usable_cpus(), os.cpu_count() or 1
+    limit = f" of {num_cores}, by affinity or a container's limit" if num_cpus < num_cores else ""
+    found = f"{num_cpus} core{'s' * (num_cpus > 1)}{limit}, {local_cpu()}"
     if "avx512_bf16" in flags or "amx_bf16" in flags:
         return Finding(what="processor", state="ok", found=f"{found}, bf16 in hardware")
     return Finding(
@@ -112,33 +123,94 @@ def _gpu() -> Finding:
 
 
 def _memory() -> Finding:
-    memory = psutil.virtual_memory()
-    found = f"{format_bytes(memory.available)} free of {format_bytes(memory.total)}"
-    return Finding(what="memory", state="ok" if memory.available > _LEAST_MEMORY_BYTES else "note", found=found)
+    free, total = free_memory_bytes(), usable_memory_bytes()
+    limit = ", the container's limit" if total < psutil.virtual_memory().total else ""
+    found = f"{format_bytes(free)} free of {format_bytes(total)}{limit}"
+    return Finding(what="memory", state="ok" if free > _LEAST_MEMORY_BYTES else "note", found=found)
 
 
 def _disks() -> list[Finding]:
+    return [
+        _folder("runs", Path.cwd, least=_LEAST_DISK_BYTES, fix="change to a folder that this user can write"),
+        _folder("cache", default_cache_dir, least=_LEAST_DISK_BYTES, fix="set HOME or FORGE_CACHE"),
+        _folder("state", state_home, least=0, fix="set HOME or FORGE_STATE"),
+        _folder("Ray's token", lambda: token_path().parent, least=0, fix="set HOME"),
+        _folder("shared memory", lambda: Path("/dev/shm"), least=_LEAST_SHARED_BYTES, fix="mount it"),
+    ]
+
+
+def _folder(what: str, find: Callable[[], Path], *, least: int, fix: str) -> Finding:
+    """Check a folder that is written to.
+
+    Args:
+        find: returns it; it need not exist yet.
+        least: the free space that it should have, in bytes.
+        fix: what to do if it cannot be written.
+    """
+    try:
+        path = find()
+        if not is_writable(path):
+            return Finding(what=what, state="broken", found=f"{path} cannot be written; {fix}")
+        free = shutil.disk_usage(nearest_existing(path)).free
+    except ForgeError as error:
+        return Finding(what=what, state="broken", found=str(error))
+    except OSError as error:  # such as a current folder that was deleted
+        return Finding(what=what, state="broken", found=f"{error.strerror}; {fix}")
+    is_low = free < least
+    found = f"{format_bytes(free)} free at {path}" + (f", want {format_bytes(least)}" if is_low else "")
+    return Finding(what=what, state="note" if is_low else "ok", found=found)
+
+
+def _temporary_files() -> Finding:
+    what, environment = "temporary files", child_environment()
+    try:
+        require_ray_folder()
+    except ClusterError as error:
+        return Finding(what=what, state="broken", found=str(error))
+    given, used = os.environ.get("TMPDIR"), environment.get("RAY_TMPDIR") or environment.get("TMPDIR") or "/tmp"
+    problem = ray_folder_problem(given) if given and used != given else None
+    if problem is not None:
+        return Finding(what=what, state="note", found=f"TMPDIR is {given}: {problem}; Ray's are in {used}")
+    return Finding(what=what, state="ok", found=f"Ray's are in {used}")
+
+
+def _open_files() -> Finding:
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY or limit >= _WANTED_FILES:
+        return Finding(what="open files", state="ok", found="no limit" if limit < 0 else f"at most {limit}")
+    found = f"at most {limit}, want {_WANTED_FILES}: raise the hard limit (ulimit -Hn, LimitNOFILE)"
+    return Finding(what="open files", state="broken" if limit < LEAST_FILES else "note", found=found)
+
+
+def _loopback() -> Finding:
+    try:
+        require_loopback()
+    except ClusterError as error:
+        return Finding(what="loopback", state="broken", found=str(error))
+    return Finding(what="loopback", state="ok", found="this machine reaches itself at 127.0.0.1")
+
+
+def _variables() -> list[Finding]:
+    """Variables of the environment that forge ignores, or that weaken it."""
     findings = []
-    paths = {"runs": Path.cwd(), "cache": default_cache_dir(), "shared memory": Path("/dev/shm")}
-    for what, path in paths.items():
-        while not path.exists():
-            path = path.parent
-        free = shutil.disk_usage(path).free
-        least = _LEAST_SHARED_BYTES if what == "shared memory" else _LEAST_DISK_BYTES
-        if not os.access(path, os.W_OK):
-            findings.append(Finding(what=what, state="broken", found=f"{path} cannot be written"))
-        else:
-            is_low = free < least
-            found = f"{format_bytes(free)} free at {path}" + (f", want {format_bytes(least)}" if is_low else "")
-            findings.append(Finding(what=what, state="note" if is_low else "ok", found=found))
+    if ignored := ", ".join(foreign_variables()):
+        found = f"{ignored}: forge uses none of another Ray job or W&B run"
+        findings.append(Finding(what="variables", state="note", found=found))
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode != "token":
+        found = f"RAY_AUTH_MODE is {mode}: Ray's ports ask for no token"
+        findings.append(Finding(what="Ray's ports", state="note", found=found, remedy="unset RAY_AUTH_MODE"))
     return findings
 
 
-def _cluster() -> Finding:
-    cluster = find_local()
+def _cluster() -> list[Finding]:
+    try:
+        cluster = find_local()
+    except (ForgeError, OSError):  # the state folder is a finding of its own
+        return []
     if cluster is None:
-        return Finding(what="cluster", state="ok", found="none up; each run starts its own")
-    return Finding(what="cluster", state="ok", found=f"up at {cluster.address}, {len(cluster.nodes)} nodes")
+        return [Finding(what="cluster", state="ok", found="none up; each run starts its own")]
+    return [Finding(what="cluster", state="ok", found=f"up at {cluster.address}, {len(cluster.nodes)} nodes")]
 
 
 def _providers() -> list[Finding]:

@@ -9,6 +9,7 @@ SIGTERM once: checkpoint, then stop. Twice: stop at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import logging
 import math
@@ -27,6 +28,7 @@ from forge.checkpoint.verify import stored_steps
 from forge.cluster.local.ray_cluster import require_private_token
 from forge.cluster.ray_cli import NO_METRICS
 from forge.code_archive import restore_code
+from forge.environment import adopt_environment, require_loopback, require_ray_folder
 from forge.errors import CheckpointError, ClusterError, ForgeError, RunError
 from forge.events import (
     CheckpointSaved,
@@ -40,6 +42,7 @@ from forge.events import (
     SampleFailed,
     SampleGenerated,
 )
+from forge.limits import usable_cpus
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.process import first_line
 from forge.redact import redact_output
@@ -64,6 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
     redact_output()
+    adopt_environment()
     driver = Driver(folder, address=arguments.address)
     signal.signal(signal.SIGTERM, driver.on_signal)
     lock = _acquire(folder / ".lock")
@@ -125,6 +129,9 @@ class Driver:
 
     def _connect(self) -> None:
         require_private_token()
+        if self._address is None:
+            require_ray_folder()
+            require_loopback()
         if self._plan.job.resources.engine == "ray-train":
             threading.Thread(target=_import_train, daemon=True).start()
         if self._plan.search is not None:
@@ -134,12 +141,14 @@ class Driver:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if self._address is None:
             # The minimum of workers always has slots, if need be several ranks per core.
-            cpus = max(os.cpu_count() or 1, self._plan.job.resources.workers.low)
+            cpus = max(usable_cpus(), self._plan.job.resources.workers.low)
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is not preempted
             os.environ.update(NO_METRICS)
             options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 128 * 2**20}
         try:
-            ray.init(self._address or "local", namespace=NAMESPACE, **options)
+            # Ray puts this process's current folder on the path of every actor; no module lies in this one.
+            with contextlib.chdir("/"):
+                ray.init(self._address or "local", namespace=NAMESPACE, **options)
         except Exception as error:  # Ray raises many unrelated classes here
             raise ClusterError(
                 f"cannot connect to Ray at {self._address or 'this machine'}: {first_line(error)}"

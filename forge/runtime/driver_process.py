@@ -20,6 +20,7 @@ import psutil
 
 from forge.cluster.local.ray_cluster import find_local
 from forge.cluster.local.ray_process import session_members
+from forge.environment import child_environment
 from forge.errors import ArgumentError
 from forge.process import has_open, is_alive, open_log
 from forge.runs.reader import LOCK, driver_pid
@@ -92,7 +93,12 @@ def start_driver(folder: Path) -> LocalRun:
         command += ["--address", cluster.address]
     with os.fdopen(open_log(folder / "logs" / "driver.log"), "ab") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=child_environment(),
         )
     try:
         while driver_pid(folder) != process.pid and process.poll() is None:

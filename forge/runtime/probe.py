@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from forge.cluster.base import ClusterStatus
 from forge.cluster.local.provider import LocalCluster
@@ -30,6 +29,7 @@ from forge.config.locations import combined
 from forge.config.model import ModelSpec
 from forge.errors import ClusterError, JobFileError, PlanError
 from forge.fs import default_cache_dir, write_atomic
+from forge.limits import usable_cpus, usable_memory_bytes
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import CodeInfo, HardwareInfo, ModelInfo
 
@@ -76,7 +76,7 @@ def hardware(job: JobSpec, *, gpu_there: tuple[str, int] | None = None, is_here:
         return _gpu_hardware(*found, precision=job.training.precision)
     if not is_here:
         return HardwareInfo(device="cpu", name="of the cluster", memory_bytes=None, peak_flops=None)
-    share = psutil.virtual_memory().total // job.resources.workers.high
+    share = usable_memory_bytes() // job.resources.workers.high
     return HardwareInfo(device="cpu", name=local_cpu(), memory_bytes=share, peak_flops=None)
 
 
@@ -90,7 +90,7 @@ def _gpu_hardware(name: str, memory_bytes: int, *, precision: str) -> HardwareIn
 def count_local_slots(found: HardwareInfo, job: JobSpec) -> int:
     """How many workers fit on the cluster that is up on this machine, otherwise on the machine itself."""
     # The minimum of workers always has slots, if need be several ranks per core.
-    num_slots = num_local_gpus() if found.device == "cuda" else max(os.cpu_count() or 1, job.resources.workers.low)
+    num_slots = num_local_gpus() if found.device == "cuda" else max(usable_cpus(), job.resources.workers.low)
     with contextlib.suppress(ClusterError):  # the cluster of `forge chaos` has no status
         status = LocalCluster().status()
         if status.address is not None:
@@ -133,21 +133,24 @@ def _key_error(loaded: LoadedJob, problem: str, *, key: str, choices: Sequence[s
 
 
 def local_gpu() -> tuple[str, int] | None:
-    """Name and memory in bytes of this machine's first GPU according to its driver; None without a GPU."""
+    """Name and memory in bytes of this machine's first GPU according to its driver; None if no GPU may be used."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        name, mib = answer.splitlines()[0].rsplit(",", 1)
+        listed = answer.splitlines()
+        if not num_visible_gpus(len(listed), os.environ):
+            return None
+        name, mib = listed[0].rsplit(",", 1)
         return name.strip(), int(mib) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 
 
 def num_local_gpus() -> int:
-    """Number of this machine's GPUs according to their driver."""
+    """Number of this machine's GPUs according to their driver, as far as CUDA_VISIBLE_DEVICES allows their use."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
@@ -155,8 +158,27 @@ def num_local_gpus() -> int:
         listed = subprocess.run(
             [tool, "--list-gpus"], capture_output=True, text=True, timeout=20, check=True
         ).stdout
-        return len(listed.splitlines())
+        return num_visible_gpus(sum(line.startswith("GPU ") for line in listed.splitlines()), os.environ)
     return 0
+
+
+def num_visible_gpus(num_gpus: int, environment: Mapping[str, str]) -> int:
+    """How many of the driver's GPUs CUDA shows to this process's children.
+
+    CUDA ignores what follows the first entry that is no device.
+
+    Source: CUDA C++ Programming Guide, CUDA environment variables.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return num_gpus
+    names = [name.strip() for name in visible.split(",")]
+    shown = itertools.takewhile(lambda name: _is_device(name, num_gpus=num_gpus), names)
+    return min(num_gpus, len(list(shown)))
+
+
+def _is_device(name: str, *, num_gpus: int) -> bool:
+    return int(name) < num_gpus if name.isdecimal() else name.startswith(("GPU-", "MIG-"))
 
 
 def local_cpu() -> str:

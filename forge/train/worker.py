@@ -7,7 +7,6 @@ checkpoint.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from forge.data.order import SampleOrder
 from forge.data.prepare import open_rows
 from forge.errors import CheckpointError
 from forge.events import CheckpointSkipped, GenerationStarted, Reporter, StepMetrics
+from forge.limits import usable_cpus
 from forge.plan.plan import Plan, config_digest
 from forge.train.async_checkpoint import AsyncCheckpointer
 from forge.train.engine import DTYPES, Engine, Rendezvous, build_engine, join_process_group
@@ -103,7 +103,7 @@ def run_worker(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(context.num_threads or max(1, (os.cpu_count() or 1) // context.local_world_size))
+        torch.set_num_threads(context.num_threads or max(1, usable_cpus() // context.local_world_size))
     join_process_group(device=device, rendezvous=context.rendezvous)
     clock.lap("rendezvous")
 

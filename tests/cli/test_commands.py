@@ -294,6 +294,52 @@ class TestDoctor:
         assert "fix torch: make setup" in done.stderr
         assert "ready" not in done.stderr
 
+    @pytest.mark.parametrize(
+        ("variables", "message"),
+        [
+            ({"HOME": "/proc", "FORGE_CACHE": ""}, "/proc/.cache/forge cannot be written; set HOME or FORGE_CACHE"),
+            ({"HOME": "/proc", "FORGE_STATE": ""}, "forge cannot be written; set HOME or FORGE_STATE"),
+            ({"HOME": "/proc", "RAY_AUTH_TOKEN_PATH": ""}, "/proc/.ray cannot be written; set HOME"),
+            ({"RAY_TMPDIR": "/" + "x" * 90}, "its path has 91 bytes"),
+        ],
+    )
+    def test_doctor__folders_that_cannot_be_used__not_ready(
+        self, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+    ) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        done = forge("doctor")
+        assert done.exit_code == 2
+        assert message in " ".join(done.stdout.split())
+        assert "ready" not in done.stderr
+
+    @pytest.mark.parametrize(
+        ("variables", "message"),
+        [
+            ({"TMPDIR": "/" + "x" * 90}, "Ray's are in /tmp"),
+            ({"RAY_ADDRESS": "auto"}, "RAY_ADDRESS: forge uses none of another Ray job"),
+            ({"RAY_AUTH_MODE": "disabled"}, "Ray's ports ask for no token"),
+        ],
+    )
+    def test_doctor__variables_that_are_ignored_or_weaken_a_cluster__are_named(
+        self, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+    ) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        done = forge("doctor")
+        assert done.exit_code == 0
+        assert message in " ".join(done.stdout.split())
+
+    def test_doctor__limits_of_a_container__are_what_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("forge.runtime.doctor.usable_cpus", lambda: 1)
+        monkeypatch.setattr("forge.runtime.doctor.usable_memory_bytes", lambda: 2**30)
+        monkeypatch.setattr("forge.runtime.doctor.free_memory_bytes", lambda: 2**29)
+        monkeypatch.setattr("resource.getrlimit", lambda _: (256, 256))
+        shown = " ".join(forge("doctor").stdout.split())
+        assert "1 core of " in shown
+        assert "512 MiB free of 1.00 GiB, the container's limit" in shown
+        assert "broken open files at most 256, want 4096" in shown
+
 
 class TestErrors:
     def test_errors__from_a_command__reach_main_unchanged(self, home: Path) -> None:

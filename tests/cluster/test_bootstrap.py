@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from forge.cluster.local.ray_process import NodeProcess, boot_id
-from forge.cluster.ssh import node_cli, probe
-from forge.cluster.ssh.bootstrap import clock_skew, require_usable
+from forge.cluster.ssh import node_cli
+from forge.cluster.ssh.bootstrap import clock_skew, probe_script, require_usable
 from forge.errors import ClusterError
 from forge.process import start_ticks
 
 VERSION = platform.python_version()
+MINOR = VERSION.rpartition(".")[0]
 
 
 def probed(tmp_path: Path, *, nvidia_smi: str | None = None) -> dict[str, Any]:
@@ -30,8 +31,8 @@ def probed(tmp_path: Path, *, nvidia_smi: str | None = None) -> dict[str, Any]:
         (tools / "nvidia-smi").write_text(f"#!/bin/sh\n{nvidia_smi}\n")
         (tools / "nvidia-smi").chmod(0o755)
     done = subprocess.run(
-        [sys.executable, "-", str(tmp_path / "not" / "there"), VERSION.rpartition(".")[0], sys.executable],
-        input=Path(probe.__file__).read_bytes(),
+        [sys.executable, "-I", "-S", "-", str(tmp_path / "not" / "there"), MINOR, sys.executable],
+        input=probe_script(),
         env={**os.environ, "PATH": f"{tools}:/usr/bin:/bin"},
         stdout=subprocess.PIPE,
         check=True,

@@ -324,3 +324,17 @@ def test_forward__real_openssh__token_reaches_the_far_port(
         for _ in range(2):
             assert ray_runs(f"http://127.0.0.1:{local}", token=TOKEN) == []
     assert len(received) == 2 and TOKEN.encode() in received[0]
+
+
+def test_dashboard__proxies_of_the_environment__are_not_asked(
+    monkeypatch: pytest.MonkeyPatch, closed_port: int
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    body = b'{"data": {"result": {"result": [{"state": "ALIVE", "name": "supervisor-mine"}]}}}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+    with server(head + body) as (port, received):
+        assert ray_runs(f"http://127.0.0.1:{port}", token=TOKEN) == ["mine"]
+    assert len(received) == 1

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from forge.config.load import LoadedJob, load_job
-from forge.runtime.probe import _job_file_error
+from forge.plan.inputs import HardwareInfo
+from forge.runtime.probe import _job_file_error, count_local_slots, hardware, num_visible_gpus
 
 JOB = """\
 name: small
@@ -48,3 +51,37 @@ def test_job_file_error__several_unknown_keys__are_all_named_with_their_nearest(
         ("model.hidden_sise", "hidden_size"),
         ("model.rms_nrm_eps", "rms_norm_eps"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        (None, 4),
+        ("", 0),
+        ("-1", 0),
+        ("0", 1),
+        ("0,2", 2),
+        ("0, 2", 2),
+        ("1,-1,2", 1),
+        ("7", 0),
+        ("GPU-8932f937", 1),
+        ("NoDevFiles", 0),
+    ],
+)
+def test_num_visible_gpus__cuda_visible_devices__are_those_before_the_first_that_is_none(
+    visible: str | None, count: int
+) -> None:
+    assert num_visible_gpus(4, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == count
+
+
+def test_count_local_slots__one_usable_cpu_of_many__is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forge.runtime.probe.usable_cpus", lambda: 1)
+    cpu = HardwareInfo(device="cpu", name="", memory_bytes=None, peak_flops=None)
+    assert count_local_slots(cpu, loaded(tmp_path).job) == 1
+
+
+def test_hardware__memory_limit_of_a_container__is_what_workers_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forge.runtime.probe.usable_memory_bytes", lambda: 2**30)
+    assert hardware(loaded(tmp_path, "resources.workers=1..4").job).memory_bytes == 2**28

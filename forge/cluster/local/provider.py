@@ -92,7 +92,8 @@ class LocalCluster:
         yield _own_job_server(cluster)
 
     def shell(self, machine: str | None) -> list[str]:
-        return [os.environ.get("SHELL") or "/bin/sh"]
+        hidden = ("-u", "PYTHONSAFEPATH", "-u", "PYTHONUTF8")  # for forge's own processes
+        return ["env", *hidden, os.environ.get("SHELL") or "/bin/sh"]
 
 
 def _own_job_server(cluster: LocalRayCluster) -> str:

@@ -18,7 +18,9 @@ import psutil
 
 from forge.cluster.base import ClusterRecord, cluster_lock, delete_state, read_record, state_folder, write_record
 from forge.cluster.local.ray_process import NodeProcess, await_start, end_node, family_of, launch, require_free
+from forge.environment import home_folder, require_loopback, require_ray_folder
 from forge.errors import ClusterError
+from forge.limits import usable_cpus
 from forge.process import free_port
 
 NAME = "local"
@@ -52,6 +54,8 @@ def start_local(*, num_nodes: int = 1, port: int | None = None) -> LocalRayClust
     Raises: ClusterError if the port is taken, or Ray does not start.
     """
     require_private_token()
+    require_ray_folder()
+    require_loopback()
     with cluster_lock(NAME, wait=True):
         cluster = find_local()
         if cluster is None:
@@ -71,6 +75,8 @@ def start_head_alone() -> LocalRayCluster:
     Raises: ClusterError if a cluster is up, or Ray does not start.
     """
     require_private_token()
+    require_ray_folder()
+    require_loopback()
     with cluster_lock(NAME, wait=True):
         if find_local() is not None:
             raise ClusterError("a cluster is already up on this machine; stop it: forge cluster down")
@@ -110,7 +116,7 @@ def require_private_token() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
-    path = _token_path()
+    path = token_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Ray would create it too, but readable by everyone.
@@ -120,7 +126,10 @@ def require_private_token() -> None:
         if path.is_file() and path.stat().st_mode & 0o077:
             path.chmod(0o600)
     except OSError as error:
-        raise ClusterError(f"Ray's token {path} cannot be written: {error.strerror}") from error
+        raise ClusterError(
+            f"Ray's token {path} cannot be written: {error.strerror}; set HOME to a folder that this user can "
+            "write, or RAY_AUTH_TOKEN_PATH to a file"
+        ) from error
 
 
 def read_ray_token() -> str:
@@ -129,13 +138,15 @@ def read_ray_token() -> str:
     Raises: ClusterError if it cannot be read.
     """
     try:
-        return os.environ.get("RAY_AUTH_TOKEN") or _token_path().read_text().strip()
+        return os.environ.get("RAY_AUTH_TOKEN") or token_path().read_text().strip()
     except OSError as error:
-        raise ClusterError(f"Ray's token {_token_path()} cannot be read: {error.strerror}") from error
+        raise ClusterError(f"Ray's token {token_path()} cannot be read: {error.strerror}") from error
 
 
-def _token_path() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+def token_path() -> Path:
+    """The file of Ray's token on this machine."""
+    chosen = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(chosen) if chosen else home_folder() / ".ray" / "auth_token"
 
 
 def _start_head(*, port: int, num_cpus: int, has_job_server: bool) -> LocalRayCluster:
@@ -202,7 +213,7 @@ def _record(cluster: LocalRayCluster) -> None:
 
 
 def _cpus_per_node(num_nodes: int) -> int:
-    return max(1, (os.cpu_count() or 1) // num_nodes)
+    return max(1, usable_cpus() // num_nodes)
 
 
 def _node_ip() -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from forge.environment import child_environment
 from forge.errors import ClusterError
 from forge.process import free_port, start_ticks
 
@@ -63,7 +64,12 @@ def launch(
     ]
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=child_environment(),
         )
     ticks = start_ticks(process.pid)
     return NodeProcess(pid=process.pid, started_ticks=ticks or 0, boot_id=boot_id()), process

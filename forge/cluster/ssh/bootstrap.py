@@ -20,12 +20,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from forge import limits
 from forge.cluster.locks.lock_file import LOCKS, base_lock
 from forge.cluster.ssh.session import SshHost
 from forge.cluster.ssh.wheel import Requirements, build_wheel, digest_of, wheel_name
 from forge.errors import ClusterError
 from forge.units import format_bytes
 
+_FUTURE = "from __future__ import annotations\n"
 _INSTALL_TIMEOUT_S = 3600.0
 _MAX_CLOCK_SKEW_S = 30.0
 """With clocks further apart the times of events would mislead."""
@@ -162,7 +164,7 @@ def probe(host: SshHost, *, folder: str, python: str | None) -> dict[str, Any]:
     Raises: ClusterError if the host is not reached, or has no Python.
     """
     minor = ".".join(platform.python_version_tuple()[:2])
-    script = Path(__file__).with_name("probe.py").read_bytes()
+    script = probe_script()
     words = shlex.join(["-", folder, minor, *([python] if python else [])])
     choice = f"if command -v python{minor} >/dev/null; then python{minor} {words}; else python3 {words}; fi"
     began = time.time()
@@ -173,6 +175,13 @@ def probe(host: SshHost, *, folder: str, python: str | None) -> dict[str, Any]:
         reason = last_line(done.stderr) or f"it ended with {done.returncode}"
         raise ClusterError(f"no Python could be run there, {reason}; install python{minor}") from None
     return facts | {"skew_s": clock_skew(facts["time"], began=began, ended=time.time())}
+
+
+def probe_script() -> bytes:
+    """Return the source of `forge.cluster.ssh.probe` and of what it imports, for a Python without forge."""
+    *_, source = Path(limits.__file__).read_text().partition(_FUTURE)
+    before, _, after = Path(__file__).with_name("probe.py").read_text().partition("from forge.limits import ")
+    return (before + source + after.partition("\n")[2]).encode()
 
 
 def clock_skew(there: float, *, began: float, ended: float) -> float:

@@ -22,6 +22,7 @@ from typing import Any
 from forge.cluster.local.ray_process import NodeProcess, await_start, end_node, family_of, launch, require_free
 from forge.errors import ClusterError, ForgeError
 from forge.fs import make_private, write_atomic
+from forge.limits import usable_cpus
 from forge.process import free_port
 
 _OBJECT_STORE_BYTES = 256 * 2**20
@@ -109,7 +110,7 @@ def _remove_temporary(state_folder: Path) -> None:
 def _ray_arguments(request: dict[str, Any], *, job_port: int, temporary: Path) -> list[str]:
     """Return the arguments of `ray start`. Raises: ClusterError if the head's port is taken."""
     arguments = ["--node-ip-address", request["address"], "--object-store-memory", str(_OBJECT_STORE_BYTES)]
-    arguments += ["--temp-dir", str(temporary)]
+    arguments += ["--temp-dir", str(temporary), "--num-cpus", str(usable_cpus())]
     if request["head"] is not None:
         return [*arguments, "--address", request["head"]]
     require_free(request["port"], message="is taken there ({}); choose another: ray_port in the cluster's file")

@@ -1,8 +1,8 @@
-"""Report facts about a host before forge is installed on it; runs in any Python, so it does not import forge.
+"""Report facts about a host before forge is installed on it, in any Python there.
 
-    python3 - FOLDER VERSION [PYTHON] < probe.py
+    python3 - FOLDER VERSION [PYTHON] < script
 
-prints one line of JSON.
+prints one line of JSON. The script is this file and, in place of its import, `forge.limits`: see `probe_script`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from forge.limits import usable_cpus, usable_memory_bytes
 
 PRINT_VERSIONS = """
 import json, platform
@@ -40,8 +42,8 @@ def main() -> None:
         "folder": str(folder),
         "free_bytes": shutil.disk_usage(str(existing)).free,
         "is_writable": os.access(str(existing), os.W_OK),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "num_cpus": os.cpu_count(),
+        "memory_bytes": usable_memory_bytes(),
+        "num_cpus": usable_cpus(),
         "gpus": found,
         "gpu_problem": gpu_problem,
         "python": python,

@@ -27,6 +27,7 @@ from forge.elastic.states import EndReason
 from forge.elastic.workers.fork_client import ForkServer, ForkServerPool
 from forge.elastic.workers.status_page import StatusField, StatusPage, create_status_page
 from forge.events import CheckpointSaved, GenerationStarted
+from forge.limits import usable_cpus
 from forge.process import is_suspended
 
 _RETRY_S = 0.2
@@ -235,7 +236,7 @@ class WorkerGroup:
             worker.status[StatusField.STOP] = 1
         fds = [theirs.fileno(), worker.status.fd, *([rendezvous_fd] if rank == 0 else [])]
         shards, shard_fds = self._shards(command, first_fd=len(fds))
-        num_cores = min(self._config.num_cores, os.cpu_count() or 1)
+        num_cores = min(self._config.num_cores, usable_cpus())
         spec = WorkerSpec(
             generation=command["generation"],
             rank=rank,
