@@ -104,6 +104,15 @@ class WandbSpec(Section):
     """`offline`: record in the run's folder, for a later `wandb sync`; `online`: stream, and record offline while
     the network is unavailable; `disabled`: no W&B."""
 
+    @field_validator("project")
+    @classmethod
+    def _is_a_project(cls, value: str) -> str:
+        # W&B refuses these when the run starts.
+        if len(value) > 128 or any(character in value for character in "/\\#?%:"):
+            hint = "; write the team as tracking.wandb.entity" if "/" in value else ""
+            raise ValueError(f"must be a W&B project: at most 128 characters, none of / \\ # ? % :{hint}")
+        return value
+
 
 class TrackingSpec(Section):
     """Experiment tracking besides `metrics.jsonl`."""

@@ -169,7 +169,7 @@ class Recorder:
                 name=self._run_id,
                 group=self._group,
                 dir=self._folder,
-                config=self._config,
+                config=redacted_values(self._config, os.environ),
                 resume="allow" if mode == "online" else None,
                 reinit="create_new",  # beside an earlier one that is still uploading
                 mode="online" if mode == "online" else "offline",

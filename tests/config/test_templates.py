@@ -72,7 +72,7 @@ class TestUrls:
          "https://b.s3.amazonaws.com/k?X-Amz-Signature=hunter2", "abfs://hunter2:x@account.dfs.core.windows.net/c",
          "https://:hunter2@host/x", "http://hunter2%40x@host/", "hf://hunter2@datasets/x", "x::ftp://u:hunter2@h/"],
     )  # fmt: skip
-    @pytest.mark.parametrize("key", ["files", "to", "project"])
+    @pytest.mark.parametrize("key", ["files", "to"])
     def test_load_job__credentials_in_a_url__are_refused_and_not_shown(
         self, write: Callable[..., Path], url: str, key: str
     ) -> None:
@@ -106,6 +106,13 @@ class TestUrls:
         with pytest.raises(JobFileError, match="of a URL") as caught:
             load_cluster(path)
         assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("project", ["team/forge", "a#b", "a?b", "50%", "a:b", "x" * 129])
+def test_load_job__no_project_of_wandb__is_refused_before_the_run(write: Callable[..., Path], project: str) -> None:
+    with pytest.raises(JobFileError, match="must be a W&B project") as caught:
+        load_job(write(project=f'"{project}"'))
+    assert ("tracking.wandb.entity" in str(caught.value)) == ("/" in project)
 
 
 VALUE = "/mnt/team-red-4711"
