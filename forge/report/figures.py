@@ -26,6 +26,8 @@ from forge.report.trial_rows import short_names, shown
 from forge.runs.trials import Trial, TrialTable
 from forge.search.importance import distributions, quiet_optuna
 
+_MAX_DRAWN = 1e150
+"""Larger values overflow when an axis is scaled."""
 _STATES = {
     "finished": TrialState.COMPLETE,
     "stopped": TrialState.COMPLETE,
@@ -117,7 +119,7 @@ def _frozen(trial: Trial, names: Mapping[str, str], axes: Mapping[str, BaseDistr
     state = _STATES.get(trial.status, TrialState.PRUNED)
     if state is TrialState.COMPLETE and not (trial.value is not None and math.isfinite(trial.value)):
         state = TrialState.PRUNED
-    params = {key: value for key, value in trial.values.items() if key in axes}
+    params = {key: value for key, value in trial.values.items() if key in axes and _fits(axes[key], value)}
     return optuna.trial.create_trial(
         state=state,
         value=trial.value if state is TrialState.COMPLETE else None,
@@ -125,6 +127,15 @@ def _frozen(trial: Trial, names: Mapping[str, str], axes: Mapping[str, BaseDistr
         distributions={names[key]: _widened(axes[key], value) for key, value in params.items()},
         intermediate_values=curve,
     )
+
+
+def _fits(axis: BaseDistribution, value: Any) -> bool:
+    """Whether a value from a file can be drawn on an axis, if need be by extending it."""
+    if isinstance(axis, CategoricalDistribution):
+        return True
+    assert isinstance(axis, (FloatDistribution, IntDistribution))
+    is_number = type(value) is int or (type(value) is float and isinstance(axis, FloatDistribution))
+    return is_number and abs(value) < _MAX_DRAWN and (value > 0 or not axis.log)
 
 
 def _param(value: Any, axis: BaseDistribution) -> Any:

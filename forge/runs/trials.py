@@ -16,6 +16,9 @@ from forge.plan.plan import Plan
 TRIALS = "trials"
 """Folder in the search's folder that holds one run folder per trial."""
 
+_MAX_GAP = 1000
+"""Trials are numbered one after the other; a file with a number far beyond the others was not written by forge."""
+
 Mode = Literal["min", "max"]
 
 
@@ -77,7 +80,7 @@ class TrialTable:
     def add(self, record: Mapping[str, Any]) -> None:
         """Take in one record of `events.jsonl`; events that do not concern trials are ignored."""
         kind = record.get("event")
-        if kind == "TrialSuggested":
+        if kind == "TrialSuggested" and 1 <= record["trial"] <= max(self.trials, default=0) + _MAX_GAP:
             self.trials[record["trial"]] = Trial(
                 number=record["trial"], values=dict(record["values"]), suggested_at=record["time"]
             )
