@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import re
 import socket
 import subprocess
 import tarfile
@@ -21,6 +22,8 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from forge.config.data import DataSpec
 from forge.data.corpus import iter_documents
@@ -453,6 +456,32 @@ def test_value_reader__any_block_size__gives_the_same_values() -> None:
             found = [json.loads(one) for _, one in ValueReader(blocks, location="a.json")]
             assert found == values
     assert find_end("[1", 0) is None and find_end('"a', 0) is None
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.integers() | st.text(st.sampled_from('ab"\\\\[]{},: é😀\n'), max_size=9),
+    lambda below: st.lists(below, max_size=5) | st.dictionaries(st.text('a"[}', max_size=3), below, max_size=4),
+    max_leaves=40,
+)
+
+
+@given(
+    st.lists(JSON_VALUES, min_size=1, max_size=4),
+    st.sampled_from([None, 1]),
+    st.booleans(),
+    st.sampled_from([2, 256]),
+)
+def test_find_end__any_json__is_where_python_ends_it(
+    values: list[Any], indent: int | None, is_ascii: bool, window: int
+) -> None:
+    text = json.dumps(values, indent=indent, ensure_ascii=is_ascii)
+    with pytest.MonkeyPatch.context() as patch:
+        pattern = json_values._WINDOW.pattern.replace("4096", str(window)).replace("{1,256}", f"{{1,{window}}}")
+        patch.setattr(json_values, "_WINDOW", re.compile(pattern, re.DOTALL))
+        assert find_end(text + ' ,"]', 0) == len(text)
+        assert find_end(text[:-1], 0) is None
+        found = [json.loads(one) for _, one in ValueReader([text], location="a.json")]
+    assert found == values
 
 
 @pytest.mark.parametrize(

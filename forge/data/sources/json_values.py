@@ -15,17 +15,26 @@ from typing import Any
 
 from forge.errors import DataError
 
-MAX_RECORD_CHARS = 1 << 26
-"""A record is parsed whole; a longer one (64 MiB) is a file of another kind."""
+MAX_RECORD_CHARS = 1 << 25
+"""A record is parsed whole; a longer one (32 MiB) is a file of another kind."""
 
 _LARGE_CHARS = 1 << 22
 """A record above 4 MiB is split first: its values could take 20 times the memory of their text."""
 
 _STRING = r'"(?:[^"\\]++|\\.)*+"'
+_BLANK = r"[ \t\r\n]*+"
+_FLAT = rf'[\[{{](?:[^"\[\]{{}}]++|{_STRING})*+[\]}}]'
+"""A list or object without another one in it."""
+
 _WHOLE_STRING = re.compile(_STRING, re.DOTALL)
-_STRUCTURE = re.compile(rf'{_STRING}|"|[\[{{]++|[\]}}]++', re.DOTALL)
+_STRUCTURE = re.compile(rf'(?:{_FLAT}[^"\[\]{{}}]*+)++|{_STRING}|[\[{{]++|[\]}}]++', re.DOTALL)
+"""What ends or nests values; flat ones are taken many at once."""
+_WINDOW = re.compile(rf'(?:[^"]{{1,4096}}+|{_STRING}){{1,256}}+', re.DOTALL)
+"""Some text that ends outside of strings."""
+_NEXT_ELEMENT = re.compile(rf"{_BLANK},{_BLANK}({_FLAT})(?={_BLANK}[,\]])", re.DOTALL)
 _SCALAR = re.compile(r"[^\s,\]}]++")
-_SPACE = re.compile(r"[ \t\r\n]*+")
+_FLAT_VALUE = re.compile(_FLAT, re.DOTALL)
+_SPACE = re.compile(_BLANK)
 _MAX_DIGITS = 4000
 """Python converts integers of up to 4,300 digits; a longer one becomes a float."""
 
@@ -69,19 +78,29 @@ def find_end(text: str, start: int) -> int | None:
     if first not in ("{", "["):
         scalar = _SCALAR.match(text, start)
         return scalar.end() if scalar else None
-    depth = 0
-    for found in _STRUCTURE.finditer(text, start):
-        token = found[0]
-        if token[0] == '"':
-            if len(token) == 1:
-                return None  # a string that is not complete
-        elif token[0] in "[{":
-            depth += len(token)
-        elif depth <= len(token):
-            return found.start() + depth
-        else:
-            depth -= len(token)
-    return None
+    return _container_end(text, start)
+
+
+def _container_end(text: str, start: int) -> int | None:
+    flat = _FLAT_VALUE.match(text, start)
+    if flat:
+        return flat.end()
+    depth, at = 0, start
+    while window := _WINDOW.match(text, at):
+        part, at = window[0], window.end()
+        if depth > part.count("]") + part.count("}"):  # it cannot end here
+            bare = _WHOLE_STRING.sub("", part)
+            depth += bare.count("[") + bare.count("{") - bare.count("]") - bare.count("}")
+            continue
+        for found in _STRUCTURE.finditer(text, window.start(), at):
+            token = found[0]
+            if token[0] in "[{":
+                depth += len(token) if token[-1] in "[{" else 0
+            elif token[0] in "]}":
+                if depth <= len(token):
+                    return found.start() + depth
+                depth -= len(token)
+    return None  # the end, or a string that is not complete
 
 
 class ValueReader:
@@ -100,7 +119,15 @@ class ValueReader:
     def __iter__(self) -> Iterator[tuple[int, str]]:
         is_array = self._next_char() == "["
         self._at += is_array
-        while (char := self._next_char()) and not (is_array and char == "]"):
+        while True:
+            if is_array and self._number and (element := _NEXT_ELEMENT.match(self._text, self._at)):
+                self._number += 1
+                self._at = element.end()
+                yield self._number, element[1]
+                continue
+            char = self._next_char()
+            if not char or (is_array and char == "]"):
+                break
             if is_array and self._number:
                 if char != ",":
                     raise self._error(f"a comma is missing before {char!r}")
