@@ -55,7 +55,7 @@ sbom: setup
 	$(BIN)/python -m forge.cluster.locks.sbom > sbom.json
 	@echo "wrote sbom.json"
 
-# Pins, hashes, installed files and known advisories; offline. ADVISORIES: a file or folder in the OSV format.
+# Pins, hashes and installed files, offline; with ADVISORIES, a file or folder in the OSV format, known advisories too.
 audit: setup
 	$(BIN)/python -m forge.cluster.locks.audit $(if $(ADVISORIES),--advisories $(ADVISORIES))
 

@@ -248,7 +248,7 @@ def test_train__ctrl_c_during_preparation__exits_130(home: Path, env: dict[str, 
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")
     assert next(lines) == "looking at the corpus\n"
-    assert any(line == "looking at the corpus\n" for line in lines)
+    assert any(line == "reading the corpus\n" for line in lines)
     assert wait_for(lambda: process.stderr.readline().startswith("training the tokenizer"))
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)

@@ -3,8 +3,8 @@
 1. Every locked package has one version and hashes.
 2. What is installed here is what is locked.
 3. The installed files are those that their wheels had: sizes and hashes of each package's RECORD.
-4. No locked or installed version is affected by a known advisory, as far as `advisories.json` or `--advisories`
-   knows: a file with a list of records in the OSV format, or a folder with one record in each file.
+4. With `--advisories`, no locked or installed version is affected by a known advisory. It takes a file with a list
+   of records in the OSV format, or a folder with one record in each file.
 
 What could not be checked is said. Exit code 1 if anything is wrong.
 """
@@ -28,7 +28,6 @@ from packaging.version import InvalidVersion, Version
 from forge.cluster.locks.lock_file import LOCKS, LockedPackage, read_lock
 from forge.errors import ArgumentError, ForgeError, printable
 
-ADVISORIES = Path(__file__).with_name("advisories.json")
 _MAX_BYTES = 256 * 2**20
 
 
@@ -66,7 +65,7 @@ class Advisory:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m forge.cluster.locks.audit")
-    parser.add_argument("--advisories", type=Path, default=ADVISORIES, help="a file or folder in the OSV format")
+    parser.add_argument("--advisories", type=Path, help="a file or folder in the OSV format")
     parser.add_argument("--no-files", action="store_true", help="do not read the installed files")
     options = parser.parse_args()
     try:
@@ -78,7 +77,7 @@ def main() -> None:
     sys.exit(1 if report.problems else 0)
 
 
-def audit(*, advisories: Path, reads_files: bool = True) -> AuditReport:
+def audit(*, advisories: Path | None = None, reads_files: bool = True) -> AuditReport:
     """Run all checks. Raises: ClusterError, ArgumentError if a lock file or the advisories cannot be read."""
     report = AuditReport()
     locked = {name: read_lock(path) for name, path in LOCKS.items()}
@@ -90,6 +89,11 @@ def audit(*, advisories: Path, reads_files: bool = True) -> AuditReport:
         _check_files(installed, report)
     else:
         report.unchecked.append("the installed files, as asked")
+    if advisories is None:
+        report.unchecked.append(
+            "known advisories: forge ships none; give a collection in the OSV format with --advisories"
+        )
+        return report
     everything = {(one.name, one.version) for packages in locked.values() for one in packages}
     others = {(_plain(one.metadata["Name"] or ""), one.version) for one in distributions()}
     _check_advisories(everything | others, read_advisories(advisories), report, source=advisories)
