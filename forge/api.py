@@ -24,6 +24,7 @@ from forge.remote.submit import RemoteTarget, preflight, resolve_remote, submit
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
 from forge.runs.checkpoints import CheckpointEntry, best_checkpoint
 from forge.runs.create import create_run, reopen_run
+from forge.runs.index import remember_run
 from forge.runs.reader import RunSummary, failure_of, find_run, follow, read_metrics, read_run
 from forge.runs.remote_ref import read_remote_ref
 from forge.runtime.driver_process import RunHandle, start_driver
@@ -147,6 +148,7 @@ def start(
     else:
         folder = resume
         reopen_run(folder, plan)
+    remember_run(folder)
     return start_driver(folder) if target is None else submit(target, plan, folder=folder)
 
 

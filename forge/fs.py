@@ -56,6 +56,12 @@ def default_cache_dir() -> Path:
     return (Path(base) if base else home_folder() / ".cache") / "forge"
 
 
+def state_home() -> Path:
+    """`$FORGE_STATE`, else `$XDG_STATE_HOME/forge`, else `~/.local/state/forge`."""
+    home = os.environ.get("FORGE_STATE") or f"{os.environ.get('XDG_STATE_HOME') or '~/.local/state'}/forge"
+    return Path(expand_home(home))
+
+
 def make_private(folder: Path) -> None:
     """Create a folder of forge's own, with missing parents, so that only this user can enter it.
 

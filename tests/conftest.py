@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,6 +29,10 @@ ALONE = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "FORGE_STATE" not in os.environ:  # tests must not add their runs to the index of this machine's user
+        folder = tempfile.mkdtemp(prefix="forge-state-")
+        os.environ["FORGE_STATE"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["FORGE_TEST_SEED"] = str(SEED)  # the same in the processes of pytest-xdist
 
 

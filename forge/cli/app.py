@@ -50,7 +50,6 @@ app = typer.Typer(
     help="Train large models on machines that can be preempted.",
     epilog="Start here:  forge train jobs/pretrain.yaml",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -9,6 +9,14 @@ from typing import Annotated
 import typer
 
 
+def complete_run(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the ids of runs that begin so, for the shell: those of the folder of runs, then those used before."""
+    from forge.runs.index import known_ids
+
+    root = context.params.get("runs") or Path("runs")
+    return [name for name in ["latest", *known_ids(Path(root))] if name.startswith(incomplete)]
+
+
 class Output(StrEnum):
     """How a result is printed."""
 
@@ -27,10 +35,20 @@ SetOption = Annotated[
 ]
 JobArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The job file.", show_default=False)]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's id, a unique prefix of it, its folder, or latest.")
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's id, a unique prefix of it, its folder, or latest.",
+        autocompletion=complete_run,
+    ),
 ]
 SearchArgument = Annotated[
-    str, typer.Argument(metavar="SEARCH", help="A search's id, a unique prefix of it, its folder, or latest.")
+    str,
+    typer.Argument(
+        metavar="SEARCH",
+        help="A search's id, a unique prefix of it, its folder, or latest.",
+        autocompletion=complete_run,
+    ),
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", help="The folder that holds the runs.")]
 ResumableJobArgument = Annotated[

@@ -1,8 +1,10 @@
-"""`forge runs`: list, show, watch and stop runs and searches."""
+"""`forge runs`: list, show, watch, stop, annotate and delete runs and searches."""
 
 from __future__ import annotations
 
+import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,13 +15,27 @@ from forge.cli.options import Output, OutputOption, RunArgument, RunsOption, Sea
 if TYPE_CHECKING:
     from forge.runs.reader import RunSummary
 
-app = typer.Typer(help="List, show, watch and stop runs and searches.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="List, show, watch, stop, annotate and delete runs and searches.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 _RUNS = Path("runs")
+_MAX_LISTED = 5
 
 
 @app.command("list")
-def list_(runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None:
+def list_(
+    runs: RunsOption = _RUNS,
+    every: Annotated[
+        bool, typer.Option("--all", help="Also list the runs of other folders that were used on this machine.")
+    ] = False,
+    tag: Annotated[
+        str | None, typer.Option("--tag", metavar="TAG", help="Only runs with this tag.", show_default=False)
+    ] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
     """List the runs of a folder, newest first.
 
     Example:  forge runs list -o json
@@ -27,13 +43,16 @@ def list_(runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None
     from forge.cli import display
     from forge.cli.follow import handle
     from forge.errors import ForgeError
+    from forge.runs.annotations import read_annotations
     from forge.runs.reader import list_runs, summary_record
     from forge.units import format_duration
 
     def on_skip(folder: Path, error: Exception) -> None:
         display.warning(f"{folder.name} was skipped: {error}")
 
-    found = list_runs(runs, on_skip=on_skip)
+    found = list_runs(runs, on_skip=on_skip) if not every else _all_runs(runs, on_skip=on_skip)
+    if tag is not None:
+        found = [run for run in found if tag in read_annotations(run.folder).tags]
     if output is Output.JSON:
         records = []
         for run in found:
@@ -44,14 +63,18 @@ def list_(runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None
         display.print_json(records)
         return
     if not found:
-        display.message(f"no runs in {runs}")
-        display.next_command("forge train jobs/pretrain.yaml", purpose="start one")
+        _say_where(runs, every=every, tag=tag)
         return
+    tags = [", ".join(read_annotations(run.folder).tags) for run in found]
     rows = []
-    for run in found:
+    for run, its_tags in zip(found, tags, strict=True):
         age = format_duration(max(1.0, time.time() - run.updated))
-        rows.append([run.run_id, run.status, *_progress(run), f"{age} ago"])
-    display.table(["run", "status", "#step", "#loss", "#held-out ppl", "#updated"], rows)
+        extra = [its_tags] if any(tags) else []
+        extra += [str(run.folder.parent.absolute())] if every else []
+        rows.append([run.run_id, run.status, *_progress(run), f"{age} ago", *extra])
+    columns = ["run", "status", "#step", "#loss", "#held-out ppl", "#updated"]
+    columns += (["tags"] if any(tags) else []) + (["folder"] if every else [])
+    display.table(columns, rows)
     display.next_command(f"forge runs show {handle(found[0].folder)}", purpose="show one")
 
 
@@ -65,6 +88,7 @@ def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOp
     from forge.cli.follow import print_record, show_search
     from forge.cli.plan_table import show_plan
     from forge.cli.run_screen import show_goodput, show_summary
+    from forge.runs.annotations import read_annotations
     from forge.runs.reader import failure_of, find_run, read_metrics, read_run
 
     folder = find_run(run, root=runs)
@@ -79,6 +103,11 @@ def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOp
         losses = [record["train/loss"] for record in read_metrics(folder) if record["train/loss"] is not None]
         show_summary(found, losses=losses)
         show_goodput(found.goodput(), started=found.started)
+    annotations = read_annotations(folder)
+    if annotations.tags or annotations.note:
+        display.heading("notes", ", ".join(annotations.tags))
+        if annotations.note:
+            display.print_text(annotations.note)
     failure = failure_of(found)
     if failure is not None:
         display.warning(str(failure))
@@ -191,6 +220,131 @@ def report(search: SearchArgument = "latest", runs: RunsOption = _RUNS) -> None:
         raise ArgumentError(f"{folder.name} has no trials yet, so there is nothing to report")
     write_results(folder)
     display.print_text(str(folder / "report.html"))
+
+
+@app.command()
+def tag(
+    run: RunArgument,
+    tags: Annotated[list[str], typer.Argument(metavar="TAG...", help="Tags to add.", show_default=False)],
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the tags instead.")] = False,
+    runs: RunsOption = _RUNS,
+) -> None:
+    """Add tags to a run; `forge runs list --tag TAG` lists the runs that have one.
+
+    Example:  forge runs tag latest baseline lr-sweep
+    """
+    from forge.cli import display
+    from forge.runs.annotations import change_tags
+    from forge.runs.reader import find_run
+
+    folder = find_run(run, root=runs)
+    now = change_tags(folder, remove=tags) if remove else change_tags(folder, add=tags)
+    display.message(f"{folder.name}: {', '.join(now.tags) or 'no tags'}")
+
+
+@app.command()
+def note(
+    run: RunArgument,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The note; '' removes it.", show_default=False)],
+    runs: RunsOption = _RUNS,
+) -> None:
+    """Write a note about a run, which `forge runs show` prints. It replaces the note before.
+
+    Example:  forge runs note latest 'diverged at 300; lr too high'
+    """
+    from forge.cli import display
+    from forge.runs.annotations import set_note
+    from forge.runs.reader import find_run
+
+    folder = find_run(run, root=runs)
+    set_note(folder, text)
+    display.message(f"the note of {folder.name} was {'written' if text else 'removed'}")
+
+
+@app.command()
+def delete(
+    run: RunArgument,
+    runs: RunsOption = _RUNS,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a run's folder, with its logs and checkpoints. A run that is running is refused.
+
+    Example:  forge runs delete tiny-0101-000000-abcd
+    """
+    import sys
+
+    from forge.cli import display
+    from forge.errors import ArgumentError
+    from forge.runs.delete import delete_run, require_deletable
+    from forge.runs.reader import find_run
+
+    folder = find_run(run, root=runs)
+    require_deletable(folder)
+    if not yes:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise ArgumentError(f"refusing to delete {folder} without confirmation; pass --yes")
+        display.message(f"everything in {folder.absolute()} will be deleted")
+        if not typer.confirm("Delete it?", err=True):
+            raise typer.Exit(2)
+    elsewhere = _kept_elsewhere(folder)
+    delete_run(folder)
+    display.message(f"deleted {folder}")
+    for kept in elsewhere:
+        display.message(f"kept: {kept}")
+
+
+def _all_runs(root: Path, *, on_skip: Callable[[Path, Exception], None]) -> list[RunSummary]:
+    """Return the runs of a folder and the known runs elsewhere; say which have vanished, and forget them."""
+    from forge.cli import display
+    from forge.runs.index import forget_runs, read_index
+    from forge.runs.reader import list_runs, read_runs
+
+    index = read_index()
+    if index.problem is not None:
+        display.warning(f"the index of runs cannot be read, so runs elsewhere are not listed: {index.problem}")
+    vanished = index.vanished()
+    if vanished:
+        listed = ", ".join(map(str, vanished[:_MAX_LISTED])) + (", ..." if len(vanished) > _MAX_LISTED else "")
+        number = "1 run is" if len(vanished) == 1 else f"{len(vanished)} runs are"
+        display.message(f"{number} no longer there and will not be listed again: {listed}")
+        forget_runs(vanished)
+    here = list_runs(root, on_skip=on_skip)
+    known = {run.folder.resolve() for run in here}
+    others = read_runs([path for path in index.existing() if path.resolve() not in known], on_skip=on_skip)
+    return sorted([*here, *others], key=lambda run: run.updated, reverse=True)
+
+
+def _say_where(root: Path, *, every: bool, tag: str | None) -> None:
+    """Say that no runs were found, where they were looked for, and where others are."""
+    from forge.cli import display
+    from forge.runs.index import read_index
+
+    tagged = f" with the tag {tag}" if tag is not None else ""
+    display.message(f"no runs{tagged} in {root.absolute()}" + (", and none known elsewhere" if every else ""))
+    elsewhere = 0 if every else len(read_index().existing())
+    if elsewhere:
+        number = "1 run is" if elsewhere == 1 else f"{elsewhere} runs are"
+        display.message(f"{number} in other folders; a run is found by its id from any folder")
+        more = f" --tag {shlex.quote(tag)}" if tag is not None else ""
+        display.next_command(f"forge runs list --all{more}", purpose="list them")
+    elif tag is None:
+        display.next_command("forge train jobs/pretrain.yaml", purpose="start one")
+
+
+def _kept_elsewhere(folder: Path) -> list[str]:
+    """Return what belongs to a run and is outside its folder, which deleting it keeps."""
+    from forge.errors import ForgeError
+    from forge.runs.reader import read_plan
+    from forge.runs.remote_ref import read_remote_ref
+
+    kept, ref = [], read_remote_ref(folder)
+    if ref is not None:
+        kept.append(f"its folder on the cluster '{ref.cluster}': {ref.folder}")
+    try:
+        url = read_plan(folder).job.checkpoint.url_of(str(folder))
+    except ForgeError:
+        return kept
+    return [*kept, f"its checkpoints in {url}"] if "://" in url else kept
 
 
 def _progress(run: RunSummary) -> list[str]:

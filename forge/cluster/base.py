@@ -20,9 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from forge.environment import expand_home
 from forge.errors import ClusterError, printable
-from forge.fs import make_private, write_atomic
+from forge.fs import make_private, state_home, write_atomic
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 """As in a cluster file; every file of the state folder is named after a cluster."""
@@ -276,12 +275,6 @@ def _state_file(name: str, kind: str) -> Path:
             f"{printable(name, limit=80)} is not a cluster's name: lower-case letters, digits, dashes"
         )
     return state_folder("clusters") / f"{name}.{kind}"
-
-
-def state_home() -> Path:
-    """`$FORGE_STATE`, else `$XDG_STATE_HOME/forge`, else `~/.local/state/forge`."""
-    home = os.environ.get("FORGE_STATE") or f"{os.environ.get('XDG_STATE_HOME') or '~/.local/state'}/forge"
-    return Path(expand_home(home))
 
 
 def _create(path: Path) -> int:

@@ -12,7 +12,7 @@ import fcntl
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,9 @@ from forge.errors import ArgumentError, ForgeError, PlanError, RunError, printab
 from forge.foreign import open_file, read_file
 from forge.plan.plan import Plan, plan_from_json
 from forge.process import is_alive
+from forge.runs.annotations import read_annotations
 from forge.runs.goodput import GoodputReport, goodput_of, moment
+from forge.runs.index import find_known, read_index, remember_run
 from forge.runs.record_order import StartBeforeSteps
 from forge.runs.records import RecordReader, last_step_of
 from forge.runs.remote_ref import read_remote_ref
@@ -85,12 +87,20 @@ class RunSummary:
 def find_run(name: str, *, root: Path, is_search: bool | None = None) -> Path:
     """Find a run's folder by its path, its id, a unique prefix of it, or `latest`; a trial's by its id.
 
+    A run that is not under `root` is found by its id if it was created or opened on this machine before.
+
     Args:
         is_search: whether `latest` means the newest search, or the newest other run; None for either.
 
     Raises: ArgumentError that lists the runs that exist.
     """
-    with contextlib.suppress(OSError):  # a name may be too long for a path
+    folder = _find_run(name, root=root, is_search=is_search)
+    remember_run(search_folder(folder) or folder)
+    return folder
+
+
+def _find_run(name: str, *, root: Path, is_search: bool | None) -> Path:
+    with contextlib.suppress(OSError, ValueError):  # a name may be too long for a path, or have a zero byte
         if name and (Path(name) / "plan.json").is_file():
             return Path(name)
     folders = _folders(root)
@@ -101,15 +111,18 @@ def find_run(name: str, *, root: Path, is_search: bool | None = None) -> Path:
     if search and len(Path(name).parts) == 1 and (trial / "plan.json").is_file():
         return trial
     exact = [folder for folder in folders if folder.name == name]
-    found = exact or [folder for folder in folders if name and folder.name.startswith(name)]
+    found = exact or [folder for folder in folders if name and folder.name.startswith(name)] or find_known(name)
     if len(found) == 1:
         return found[0]
-    known = ", ".join(folder.name for folder in (found or folders)[:5])
     if found:
-        raise ArgumentError(f"{name} could be any of {len(found)} runs: {known}")
-    shown = printable(name, limit=80)
+        is_one_folder = len({folder.parent for folder in found}) == 1
+        names = ", ".join(folder.name if is_one_folder else str(folder) for folder in found[:5])
+        raise ArgumentError(f"{name} could be any of {len(found)} runs: {names}")
+    known = ", ".join(folder.name for folder in folders[:5])
+    elsewhere = "" if known or not read_index().runs else "; list the runs in other folders: forge runs list --all"
     raise ArgumentError(
-        f"no run '{shown}' under {root}" + (f"; its runs are {known}" if known else ", which holds no runs")
+        f"no run '{printable(name, limit=80)}' under {root}"
+        + (f"; its runs are {known}" if known else f", which holds no runs{elsewhere}")
     )
 
 
@@ -127,8 +140,15 @@ def list_runs(
     Args:
         on_skip: called with each folder that has a plan but cannot be read, and why.
     """
+    return read_runs(_folders(root), on_skip=on_skip)
+
+
+def read_runs(
+    folders: Iterable[Path], *, on_skip: Callable[[Path, ForgeError], None] = lambda path, error: None
+) -> list[RunSummary]:
+    """Return the runs of these folders in their order; `on_skip` as for `list_runs`."""
     runs = []
-    for folder in _folders(root):
+    for folder in folders:
         try:
             runs.append(read_run(folder))
         except (ArgumentError, PlanError) as error:
@@ -192,10 +212,13 @@ def summary_record(run: RunSummary) -> dict[str, Any]:
     evaluated = run.newest("Evaluated", weights="current") or {}
     averaged = run.newest("Evaluated", weights="ema") or {}
     saved = run.newest("CheckpointSaved") or {}
+    annotations = read_annotations(run.folder)
     return {
         "run_id": run.run_id,
         "folder": str(run.folder),
         "status": run.status,
+        "tags": list(annotations.tags),
+        "note": annotations.note,
         "step": run.step,
         "total_steps": run.plan.total_steps,
         "started": run.started,

@@ -15,7 +15,6 @@ from typing import Literal
 
 import psutil
 
-from forge.cluster.base import state_home
 from forge.cluster.local.ray_cluster import find_local, token_path
 from forge.cluster.tools import TOOLS, missing_tools, remedies
 from forge.environment import (
@@ -29,7 +28,7 @@ from forge.environment import (
     require_ray_folder,
 )
 from forge.errors import ClusterError, ForgeError
-from forge.fs import default_cache_dir
+from forge.fs import default_cache_dir, state_home
 from forge.limits import free_memory_bytes, usable_cpus, usable_memory_bytes
 from forge.runtime.probe import local_cpu, local_gpu
 from forge.units import format_bytes

@@ -34,7 +34,8 @@ COMMANDS = (
     "runs logs RUN", "runs logs RUN --file ../../outside", "runs watch RUN", "runs stop RUN", "runs report RUN",
     "checkpoints list RUN", "checkpoints verify RUN", "generate RUN --prompt x", "train --resume RUN",
     "tune --resume RUN", "chaos kill RUN --rank 0", "chaos kill RUN --node 0", "chaos kill RUN --supervisor",
-    "chaos hang RUN --rank 0", "chaos notice --node 0 RUN",
+    "chaos hang RUN --rank 0", "chaos notice --node 0 RUN", "runs tag RUN a", "runs note RUN a",
+    "runs list --all", "runs delete RUN --yes",
 )  # fmt: skip
 MODULES = ("torch", "transformers", "ray", "json", "random", "queue", "forge", "my_code", "conf", "sitecustomize")
 SECRET = "the content of a private file"
@@ -228,5 +229,7 @@ def test_runs_list__one_bad_folder__is_named_and_the_others_are_listed(tmp_path:
 
 def _state_of(root: Path, *, without: Path) -> dict[str, tuple[int, int]]:
     """Size and time of change of every file, locks and caches of Python left out."""
-    paths = [path for path in root.rglob("*") if not path.is_relative_to(without) and path.is_file()]
+    index = {root / "FORGE_STATE" / name for name in ("runs.json", "runs.lock")}  # a command notes what it opened
+    found = [path for path in root.rglob("*") if path not in index and path.is_file()]
+    paths = [path for path in found if not path.is_relative_to(without)]
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}

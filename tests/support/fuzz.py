@@ -22,6 +22,7 @@ import copy
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -109,9 +110,15 @@ class _Watch:
         named = Path(os.fsdecode(path))
         # The last component is not followed: removing or renaming a link touches the link.
         real = f"{os.path.realpath(named.parent)}/{named.name}"
+        # A command notes the path of the run that it opened, in the state folder.
+        is_index = bool(_INDEX.fullmatch(named.name)) and str(named.parent) == os.environ.get("FORGE_STATE")
+        is_state = str(named) == os.environ.get("FORGE_STATE")
+        if is_index or is_state:
+            return True
         return real == "/dev/null" or "__pycache__" in real or f"{real}/".startswith(f"{self.inside}/")
 
 
+_INDEX = re.compile(r"runs\.(json|lock)|\.runs\.json\.[a-z0-9_]+\.tmp")
 _WATCH = _Watch()
 
 
