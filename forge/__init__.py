@@ -3,6 +3,7 @@
     run = forge.train_job("jobs/pretrain.yaml")
     run.metrics()["train/loss"]          # an array with one entry per step
     run.best_checkpoint()
+    run.generate("import ")              # the text after the prompt
     run.export("my-model")               # a Hugging Face folder
 
 The functions of `forge.api` are imported when they are first used.
@@ -13,9 +14,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from forge.api import load_job, load_run, plan_job, start, train_job, tune_job
+    from forge.api import attach_run, load_job, load_run, plan_job, resume_run, start, train_job, tune_job
 
-__all__ = ["load_job", "load_run", "plan_job", "start", "train_job", "tune_job"]
+__all__ = [
+    "attach_run",
+    "load_job",
+    "load_run",
+    "plan_job",
+    "resume_run",
+    "start",
+    "train_job",
+    "tune_job",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,19 +18,29 @@ from forge.config import load
 from forge.config.load import LoadedJob
 from forge.config.overrides import check_kind
 from forge.data.prepare import PrepareProgress
-from forge.errors import JobFileError
+from forge.errors import ArgumentError, JobFileError
 from forge.plan.plan import DraftPlan, Plan
+from forge.remote.mirror import find_run_handle
 from forge.remote.submit import RemoteTarget, preflight, resolve_remote, submit
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
 from forge.runs.checkpoints import CheckpointEntry, best_checkpoint
-from forge.runs.create import create_run, reopen_run
+from forge.runs.create import create_run, reopen_run, require_regular, require_same_curve
 from forge.runs.index import remember_run
-from forge.runs.reader import RunSummary, failure_of, find_run, follow, read_metrics, read_run
+from forge.runs.reader import (
+    RunSummary,
+    count_records,
+    failure_of,
+    find_run,
+    follow,
+    read_metrics,
+    read_run,
+    search_folder,
+)
 from forge.runs.remote_ref import read_remote_ref
 from forge.runtime.driver_process import RunHandle, start_driver
 from forge.runtime.resolve import resolve, resolve_draft, with_data_folder
 from forge.runtime.resolve_code import with_run_code
-from forge.runtime.torch_subprocess import export_weights
+from forge.runtime.torch_subprocess import export_weights, sample_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,6 +89,37 @@ class Run(RunSummary):
             tokenizer=str(self.folder / "tokenizer"),
         )
         return Path(answer["folder"])
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int = 50,
+        seed: int = 1,
+        ema: bool = False,
+    ) -> str:
+        """Continue a prompt with the newest checkpoint, as `forge generate` does.
+
+        Args:
+            temperature: 0 takes the likeliest token always.
+            top_k: sample among this many likeliest tokens.
+            ema: use the averaged weights.
+
+        Returns: the text after the prompt.
+        Raises: CheckpointError if there is no intact checkpoint; UserCodeError, RunError.
+        """
+        answer = sample_text(
+            self.folder,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            ema=ema,
+        )
+        return str(answer["text"])
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
@@ -152,11 +193,18 @@ def start(
     return start_driver(folder) if target is None else submit(target, plan, folder=folder)
 
 
-def train_job(job: str | Path | LoadedJob, *, cluster: str | None = None, on_record: OnRecord | None = None) -> Run:
+def train_job(
+    job: str | Path | LoadedJob,
+    *,
+    cluster: str | None = None,
+    on_progress: Callable[[PrepareProgress], None] | None = None,
+    on_record: OnRecord | None = None,
+) -> Run:
     """Train a job to its last step.
 
     Args:
         cluster: name or file of a cluster that is up; by default this machine.
+        on_progress: called while the corpus is prepared.
         on_record: called with every step and event.
 
     Returns: the run; its status is `finished`, or `stopped` if it was asked to stop from elsewhere.
@@ -164,7 +212,65 @@ def train_job(job: str | Path | LoadedJob, *, cluster: str | None = None, on_rec
     """
     loaded = _loaded(job)
     check_kind(loaded, is_search=False)
-    return _run_to_end(start(loaded, cluster=cluster), on_record=on_record)
+    return _run_to_end(start(loaded, cluster=cluster, on_progress=on_progress), on_record=on_record)
+
+
+def resume_run(
+    name: str | Path,
+    *,
+    root: str | Path = "runs",
+    overrides: Sequence[str] = (),
+    cluster: str | None = None,
+    on_progress: Callable[[PrepareProgress], None] | None = None,
+    on_record: OnRecord | None = None,
+) -> Run:
+    """Continue a run that ended early from its newest checkpoint to its last step.
+
+    Args:
+        name: as for `load_run`.
+        overrides: as for `load_job`; keys that would change the loss curve are refused.
+        cluster: name or file of a cluster that is up; by default the one that the run was on.
+        on_progress: called while the corpus is prepared, if that is needed again.
+        on_record: called with every step and event from now on.
+
+    Returns: the run; at once if it has finished.
+    Raises: as `train_job`; ArgumentError if it is running, a search or a trial.
+    """
+    folder = find_run(str(name), root=Path(root))
+    found = read_run(folder)
+    if found.plan.search is not None or search_folder(folder) is not None:
+        raise ArgumentError(f"{folder.name} is a search or one of its trials: forge tune --resume")
+    if found.status == "running":
+        raise ArgumentError(f"{folder.name} is running; follow it with attach_run")
+    require_regular(folder / "job.yaml")
+    loaded = load_job(folder / "job.yaml", overrides)
+    require_same_curve(folder, found.plan.job, loaded.job)
+    if found.status == "finished":
+        return _run_of(folder)
+    past = count_records(folder)
+    handle = start(loaded, cluster=cluster, resume=folder, on_progress=on_progress)
+    return _run_to_end(handle, on_record=on_record, past=past)
+
+
+def attach_run(name: str | Path, *, root: str | Path = "runs", on_record: OnRecord | None = None) -> Run:
+    """Wait until a run ends. An exception or Ctrl-C while waiting leaves the run running.
+
+    Args:
+        name: as for `load_run`.
+        on_record: called with every step and event from now on.
+
+    Returns: the run, also if it failed; at once if it is not running.
+    Raises: ArgumentError if there is no such run; what `on_record` raises.
+    """
+    folder = find_run(str(name), root=Path(root))
+    num_events, num_steps = count_records(folder)
+    handle = find_run_handle(search_folder(folder) or folder)
+    if handle is not None:
+        records = follow(folder, goes_on=handle.is_alive, past_events=num_events, past_steps=num_steps)
+        for record in records:
+            if record is not None and on_record is not None:
+                on_record(record)
+    return _run_of(folder)
 
 
 def tune_job(
@@ -195,10 +301,14 @@ def tune_job(
     return summary
 
 
-def _run_to_end(handle: RunHandle, *, on_record: OnRecord | None) -> Run:
-    """Follow a run until it ends. Raises: the error that ended it."""
+def _run_to_end(handle: RunHandle, *, on_record: OnRecord | None, past: tuple[int, int] = (0, 0)) -> Run:
+    """Follow a run until it ends. Raises: the error that ended it.
+
+    Args:
+        past: number of events and of steps recorded before it was resumed.
+    """
     try:
-        for record in follow(handle.folder, goes_on=handle.is_alive):
+        for record in follow(handle.folder, goes_on=handle.is_alive, past_events=past[0], past_steps=past[1]):
             if record is not None and on_record is not None:
                 on_record(record)
     except BaseException:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import forge
+from forge import api
+from forge.cli.generate import generate as command
+from forge.config.dump import dump_job
 from forge.errors import ArgumentError
-from forge.events import Evaluated, RunFinished
+from forge.events import Evaluated, RunFinished, RunStopped, event_to_record
 from tests.support.checkpoints import write
-from tests.support.runs import make_run
+from tests.support.jobs import tiny_job
+from tests.support.runs import make_run, metrics
 
 
 def evaluated(step: int, loss: float) -> Evaluated:
@@ -23,11 +31,11 @@ def evaluated(step: int, loss: float) -> Evaluated:
 
 def test_metrics__recorded_steps__one_float_array_per_metric(tmp_path: Path) -> None:
     make_run(tmp_path, "run", steps=3, endings=[RunFinished(step=3)])
-    metrics = forge.load_run("run", root=tmp_path).metrics()
-    assert metrics["step"].tolist() == [1, 2, 3]
-    np.testing.assert_allclose(metrics["train/loss"], [5.0, 2.5, 5 / 3])
-    assert np.isnan(metrics["speed/mfu"]).all()  # recorded as null
-    assert {array.dtype for array in metrics.values()} == {np.dtype(np.float64)}
+    arrays = forge.load_run("run", root=tmp_path).metrics()
+    assert arrays["step"].tolist() == [1, 2, 3]
+    np.testing.assert_allclose(arrays["train/loss"], [5.0, 2.5, 5 / 3])
+    assert np.isnan(arrays["speed/mfu"]).all()  # recorded as null
+    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float64)}
 
 
 @pytest.mark.parametrize(
@@ -68,3 +76,78 @@ def test_load_run__unknown_name__lists_the_runs(tmp_path: Path) -> None:
     make_run(tmp_path, "run")
     with pytest.raises(ArgumentError, match="its runs are run"):
         forge.load_run("other", root=tmp_path)
+
+
+class _Ended:
+    """A handle of a run whose driver ends while it is followed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def is_alive(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        return None
+
+
+def test_resume_run__stopped__starts_it_again_and_passes_on_new_records_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path, "run", steps=3, endings=[RunStopped(step=3)])
+    (folder / "job.yaml").write_text(dump_job(tiny_job()))
+    started: dict[str, Any] = {}
+
+    def start(loaded: Any, **options: Any) -> _Ended:
+        started.update(options)
+        with (folder / "events.jsonl").open("a") as file:
+            record = {"time": time.time()} | event_to_record(RunFinished(step=6))
+            file.write(json.dumps(record) + "\n")
+        return _Ended(folder)
+
+    monkeypatch.setattr(api, "start", start)
+    records: list[dict[str, Any]] = []
+    run = forge.resume_run("run", root=tmp_path, on_record=records.append)
+    assert started["resume"] == folder
+    assert [record["event"] for record in records] == ["RunFinished"]
+    assert run.status == "finished"
+
+
+@pytest.mark.parametrize("overrides", [["training.optimizer.lr=0.5"], ["training.total_steps=99"]])
+def test_resume_run__other_loss_curve__raises(tmp_path: Path, overrides: list[str]) -> None:
+    folder = make_run(tmp_path, "run", endings=[RunStopped(step=3)])
+    (folder / "job.yaml").write_text(dump_job(tiny_job()))
+    with pytest.raises(ArgumentError, match="cannot resume run"):
+        forge.resume_run("run", root=tmp_path, overrides=overrides)
+
+
+def test_attach_run__not_running__returns_it_at_once(tmp_path: Path) -> None:
+    make_run(tmp_path, "run", endings=[RunStopped(step=3)])
+    assert forge.attach_run("run", root=tmp_path).status == "stopped"
+
+
+def test_attach_run__running__passes_on_new_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path, "run", steps=3, endings=[RunStopped(step=3)])
+
+    def find(_: Path) -> _Ended:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics(4).as_record() | {"time": time.time()}) + "\n")
+        return _Ended(folder)
+
+    monkeypatch.setattr(api, "find_run_handle", find)
+    records: list[dict[str, Any]] = []
+    forge.attach_run("run", root=tmp_path, on_record=records.append)
+    assert [record["step"] for record in records] == [4]
+
+
+def test_generate__options__are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, "run")
+    asked: dict[str, Any] = {}
+
+    def sample(folder: Path, **request: Any) -> dict[str, Any]:
+        asked.update(request)
+        return {"step": 3, "prompt": request["prompt"], "text": "b"}
+
+    monkeypatch.setattr(api, "sample_text", sample)
+    assert forge.load_run("run", root=tmp_path).generate("a", temperature=0.0) == "b"
+    assert asked.keys() == inspect.signature(command).parameters.keys() - {"run", "runs", "output"}

@@ -186,6 +186,7 @@ def _conclude_training(run: RunSummary, *, interrupted: bool, output: Output) ->
         display.next_command(f"forge runs show {handle(search)}", purpose="see its search")
     else:
         purpose = "resume" if run.newest("CheckpointSaved") else "try again"
+        purpose = f"once that is fixed, {purpose}" if _is_permanent(run) else purpose
         display.next_command(f"forge train --resume {handle(run.folder)}", purpose=purpose)
     raise typer.Exit(code)
 
@@ -225,6 +226,15 @@ def _conclude_search(run: RunSummary, *, interrupted: bool, output: Output) -> N
     display.next_command(f"forge tune --resume {handle(run.folder)}", purpose=purpose)
     if not (is_at_limit and summary.best is not None):
         raise typer.Exit(code)
+
+
+def _is_permanent(run: RunSummary) -> bool:
+    """Whether the run failed because of the user's input, and would fail again if it was resumed unchanged."""
+    from forge.errors import ForgeError
+    from forge.runs.reader import failure_of
+
+    failure = failure_of(run)
+    return failure is not None and failure.exit_code == ForgeError.exit_code
 
 
 def _report_end(run: RunSummary, *, interrupted: bool) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -45,6 +44,7 @@ def launch(request: Request) -> None:
     from forge.cli import display
     from forge.cli.progress import PrepareScreen
     from forge.config.overrides import check_kind
+    from forge.runs.create import require_regular
     from forge.runs.reader import read_plan, read_run
     from forge.runtime.resolve import with_data_folder
     from forge.runtime.resolve_code import with_run_code
@@ -57,7 +57,7 @@ def launch(request: Request) -> None:
     if resumed is not None:
         _compare(resumed, request, job_file)
     if request.file is None:
-        _require_regular(job_file)
+        require_regular(job_file)
     if resumed is not None and not request.dry_run and _is_finished(resumed, request, job_file):
         ended = read_run(resumed)
         last = f"stopped early at step {ended.step}" if ended.is_stopped_early else "reached its last step"
@@ -201,17 +201,6 @@ def _compare(folder: Path, request: Request, job_file: Path) -> None:
     require_same_curve(folder, before, now)
     for difference in free_differences(before, now):
         display.message(f"{folder.name}: {difference}")
-
-
-def _require_regular(job_file: Path) -> None:
-    """Raises: ArgumentError if the job file of a run folder is a link or a pipe."""
-    from forge.errors import ArgumentError
-    from forge.foreign import open_file
-
-    try:
-        os.close(open_file(job_file))
-    except OSError as error:
-        raise ArgumentError(f"{job_file} cannot be read: {error.strerror}") from None
 
 
 def _is_finished(folder: Path, request: Request, job_file: Path) -> bool:

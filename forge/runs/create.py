@@ -6,6 +6,7 @@ A run folder begins with `job.yaml`, `plan.json`, the tokenizer and the code arc
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 import time
@@ -16,7 +17,7 @@ from forge.code_archive import ARCHIVE, changed_files, code_folder, pack_code, r
 from forge.config.dump import dump_job
 from forge.config.job import JobSpec
 from forge.errors import ArgumentError
-from forge.foreign import link_to_elsewhere
+from forge.foreign import link_to_elsewhere, open_file
 from forge.fs import write_atomic
 from forge.plan.plan import Plan, config_digest, curve_differences, plan_to_json
 from forge.plan.search import changed_keys
@@ -101,6 +102,14 @@ def require_no_links(folder: Path) -> None:
             f"{link} is a link that leads out of the run folder, and the run would write through it; replace it by "
             "what it leads to"
         )
+
+
+def require_regular(job_file: Path) -> None:
+    """Raises: ArgumentError if the job file of a run folder is a link or a pipe."""
+    try:
+        os.close(open_file(job_file))
+    except OSError as error:
+        raise ArgumentError(f"{job_file} cannot be read: {error.strerror}") from None
 
 
 def require_same_curve(folder: Path, before: JobSpec, now: JobSpec) -> None:
