@@ -41,9 +41,10 @@ def replay(
     """Train a job on simulated machines that join and leave as in a spot trace.
 
     A trace has a line for each change, in the order of time; times count from the first line. Either CSV, as Bamboo
-    writes it: milliseconds,add|remove,node (one machine a line). Or JSON Lines, as Parcae and forge chaos poisson
-    write them: [milliseconds, "add"|"remove"|"no-op", {"nodes": ["a", "b"]}]; "duration" in the object says how
-    many milliseconds follow at least. Blank lines and lines that begin with # are skipped; any other line is an error.
+    writes it, with one machine a line: milliseconds,add|remove,node. Or JSON Lines, as Parcae and forge chaos
+    poisson write them: [milliseconds, "add"|"remove"|"no-op", {"nodes": ["a", "b"]}]; "duration" in the object says
+    how many milliseconds follow at least. Blank lines and lines that begin with # are skipped; any other line is
+    an error.
 
     Example:  forge chaos replay trace.csv --job jobs/pretrain.yaml --nodes 4 --speed 10 -o json
     """

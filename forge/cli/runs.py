@@ -128,23 +128,41 @@ def logs(
         ),
     ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Number of lines.")] = 50,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what is written, until the run ends or Ctrl-C.")
+    ] = False,
 ) -> None:
     """Print the last lines of one of a run's logs.
 
-    Example:  forge runs logs latest --file driver -n 20
+    Example:  forge runs logs latest --file driver -n 20 -f
     """
+    import sys
+
     from forge.cli import display
+    from forge.errors import ArgumentError
     from forge.remote.mirror import remote_log
-    from forge.runs.logs import last_lines
-    from forge.runs.reader import find_run, read_plan
+    from forge.runs.logs import follow_log, last_lines, log_size
+    from forge.runs.reader import driver_pid, find_run, read_plan, search_folder
     from forge.runs.remote_ref import read_remote_ref
 
     found = find_run(run, root=runs)
     name = file or ("rank-0" if read_plan(found).search is None else "driver")
     if read_remote_ref(found) is not None:
+        if follow:
+            raise ArgumentError(
+                f"{found.name} runs on another machine, whose logs cannot be followed; follow its steps with: "
+                f"forge runs watch {found.name}"
+            )
         display.print_text(remote_log(found, name=name, lines=lines) or "(empty)")
         return
+    size = log_size(found, name=name)
     display.print_text(last_lines(found, name=name, lines=lines) or "(empty)")
+    if not follow:
+        return
+    owner = search_folder(found) or found
+    for text in follow_log(found, name=name, offset=size, goes_on=lambda: driver_pid(owner) is not None):
+        sys.stdout.write(display.harmless(text))
+        sys.stdout.flush()
 
 
 @app.command()
