@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
@@ -43,7 +44,8 @@ ERR = HarmlessConsole(stderr=True, highlight=False, markup=False, emoji=False, s
 
 def message(text: str, *, console: Console | None = None) -> None:
     """Print one line to stderr."""
-    (console or ERR).print(Text(_shown(text)))
+    console, shown = console or ERR, _shown(text)
+    console.print(Text(shown), soft_wrap=console.soft_wrap or "/" in shown)  # a path is not broken, to be copied
 
 
 def warning(text: str, *, console: Console | None = None) -> None:
@@ -58,7 +60,7 @@ def error(text: str) -> None:
 
 def next_command(command: str, *, purpose: str) -> None:
     """Print to stderr the next useful command, as a dim line."""
-    ERR.print(Text(_line(f"{purpose}: {command}"), style="dim"))
+    ERR.print(Text(_line(f"{purpose}: {command}"), style="dim"), soft_wrap=True)  # one line, to be copied
 
 
 def print_json(value: Any) -> None:
@@ -110,10 +112,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Con
     if not console.is_terminal:
         _print_plain_table(columns, rows, console=console)
         return
+    widths = _column_widths([column.lstrip("#") for column in columns], rows, total=console.width)
+    if widths is None:
+        _print_vertical(columns, rows, console=console)
+        return
     grid = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for column in columns:
+    for column, width in zip(columns, widths, strict=True):
         is_number = column.startswith("#")
-        grid.add_column(column.lstrip("#"), justify="right" if is_number else "left", overflow="fold")
+        grid.add_column(column.lstrip("#"), justify="right" if is_number else "left", overflow="fold", width=width)
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     console.print(grid)
@@ -127,6 +133,32 @@ def _shown(text: str) -> str:
 def _line(text: str) -> str:
     """Text for one line, such as a cell of a table, in which a newline would look like another row."""
     return _shown(text).replace("\n", "\N{REPLACEMENT CHARACTER}").replace("\t", " ")
+
+
+def _column_widths(names: Sequence[str], rows: Sequence[Sequence[str]], *, total: int) -> list[int] | None:
+    """Return the widths of columns, two blanks apart, that break no word; None if these do not fit."""
+    columns = [[name, *cells] for name, *cells in zip(names, *rows, strict=True)]
+    widths = [max(cell_len(cell) for cell in column) for column in columns]
+    least = [max(cell_len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    room = total - 2 * (len(columns) - 1)
+    while sum(widths) > room:
+        reducible = [index for index in range(len(widths)) if widths[index] > least[index]]
+        if not reducible:
+            return None
+        widths[max(reducible, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _print_vertical(columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console) -> None:
+    """Print a table that is wider than the terminal: a line for each cell, an empty line between rows."""
+    names = [column.lstrip("#") for column in columns]
+    width = max(map(len, names))
+    for number, row in enumerate(rows):
+        if number:
+            console.print()
+        for name, cell in zip(names, row, strict=True):
+            if cell:
+                console.print(Text.assemble((f"{name:<{width}}", "dim"), f"  {cell}"), soft_wrap=True)
 
 
 def _print_plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console) -> None:
