@@ -173,7 +173,10 @@ class TestRuns:
     def test_list__no_runs__names_the_next_command(self) -> None:
         done = forge("runs", "list")
         assert (done.exit_code, done.stdout) == (0, "")
-        assert done.stderr.splitlines() == ["no runs in runs", "start one: forge train jobs/pretrain.yaml"]
+        assert done.stderr.splitlines() == [
+            f"no runs in {Path('runs').absolute()}",
+            "start one: forge train jobs/pretrain.yaml",
+        ]
         assert json.loads(forge("runs", "list", "-o", "json").stdout) == []
 
     def test_show__failed_run__prints_plan_and_reason_unchanged(self, runs: Path) -> None:
