@@ -233,6 +233,7 @@ class TestRuns:
         assert forge("runs", "stop", "done").stderr == "done is not running\n"
 
     def test_resume__finished_run__says_so(self, runs: Path) -> None:
+        (runs / "done" / "job.yaml").write_text(dump_job(tiny_job()))
         done = forge("train", "--resume", "done")
         assert (done.exit_code, "done has already reached its last step" in done.stderr) == (0, True)
 
