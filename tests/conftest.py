@@ -42,6 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.alone)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Keep bytes out of node ids: compressed ones contain the time, and pytest-xdist compares the ids."""
+    return argname if isinstance(val, bytes) and len(val) > 16 else None
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=60, help="number of kills in tests/train/test_kills.py")
     parser.addoption("--faults", type=int, default=50, help="number of faults in tests/elastic/test_soak.py")

@@ -72,7 +72,8 @@ def test_best_checkpoint__no_checkpoints__is_none(tmp_path: Path) -> None:
     assert forge.load_run("run", root=tmp_path).best_checkpoint() is None
 
 
-def test_load_run__unknown_name__lists_the_runs(tmp_path: Path) -> None:
+def test_load_run__unknown_name__lists_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGE_STATE", str(tmp_path / "state"))  # the runs of other tests are in no index
     make_run(tmp_path, "run")
     with pytest.raises(ArgumentError, match="its runs are run"):
         forge.load_run("other", root=tmp_path)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 import forge as public
 from forge import api
 from forge.cli.app import app
+from forge.config.dump import dump_job
 from forge.config.load import load_job
 from forge.errors import ArgumentError, JobFileError, RunError
 from forge.events import CostUpdated, Event, RunFailed, RunFinished, RunStarted, RunStopped, event_to_record
@@ -29,6 +30,7 @@ from forge.runtime.driver_process import RunHandle
 from forge.runtime.resolve import resolve
 from tests.cli.conftest import JOB
 from tests.support.command import wait_for
+from tests.support.jobs import tiny_job
 from tests.support.runs import make_run
 from tests.support.tuning import LR, WARMUP, begun, ended, make_search
 
@@ -273,7 +275,8 @@ class TestWhileItIsRunning:
 class TestResuming:
     def test_resume__latest__newest_of_its_kind(self, home: Path, script: Script) -> None:
         planned_search(*THREE, RunStopped(step=0))
-        make_run(home / "runs", "trained", endings=[RunFinished(step=6)])
+        trained = make_run(home / "runs", "trained", endings=[RunFinished(step=6)])
+        (trained / "job.yaml").write_text(dump_job(tiny_job()))
         script.write([*ended(4, value=1.0), RunFinished(step=0)])
         done = forge("tune", "--resume", "latest")
         assert done.exit_code == 0

@@ -144,7 +144,7 @@ def test_allow_from__one_address__becomes_a_network(tmp_path: Path) -> None:
 )
 def test_storage__url_with_a_credential__is_refused_and_not_shown(tmp_path: Path, url: str) -> None:
     error = error_of(tmp_path, "ssh", storage=url)
-    assert error.key == "storage" and "must not be in a file" in str(error)
+    assert error.key == "storage" and "give credentials to the storage" in str(error)
     assert "hunter2pass" not in str(error)
 
 
