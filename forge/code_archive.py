@@ -29,7 +29,7 @@ from pathlib import Path
 
 from forge.errors import UserCodeError
 from forge.foreign import read_file
-from forge.fs import default_cache_dir, sync_folder, write_atomic
+from forge.fs import default_cache_dir, make_private, state_home, sync_folder, write_atomic
 from forge.units import format_bytes
 
 ARCHIVE = "code.tar"
@@ -279,10 +279,18 @@ def restore_code(digest: str, *, run_folder: Path) -> Path:
     return code_folder(digest)
 
 
+def trust_code(digest: str) -> None:
+    """Record in the state folder that a job of this user has used code; the cache may lose the code later."""
+    folder = state_home() / "trusted-code"
+    with suppress(OSError):  # then the code is trusted as long as the cache has it
+        make_private(folder)
+        (folder / digest).touch(mode=0o600)
+
+
 def require_trusted(digest: str, *, run_folder: Path) -> None:
     """Raises: UserCodeError unless the code of a run was packed or used on this machine before, or the environment
     variable FORGE_TRUST_CODE names its digest: a run folder from elsewhere must not execute its code unasked."""
-    if has_code(digest) or os.environ.get(TRUST) == digest:
+    if has_code(digest) or (state_home() / "trusted-code" / digest).is_file() or os.environ.get(TRUST) == digest:
         return
     raise UserCodeError(
         f"{run_folder.name} brings code of its own, which was never used on this machine and would be executed: "

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from forge.code_archive import PackedCode, pack_code, read_run_code, require_trusted, unpack_code
+from forge.code_archive import PackedCode, pack_code, read_run_code, require_trusted, trust_code, unpack_code
 from forge.config.load import LoadedJob
 from forge.errors import UserCodeError
 from forge.objective.registry import Direction
@@ -37,6 +37,7 @@ def resolve_code(loaded: LoadedJob) -> CodeInfo | None:
         code = loaded.code or _packed(Path(job.code).expanduser(), runs=Path(job.checkpoint.runs).expanduser())
         digest = code.digest
         unpack_code(code)
+        trust_code(digest)
     except UserCodeError as error:
         raise loaded.source.error("code", str(error), show_value=False) from error
     references = dict(_references(loaded))
