@@ -126,11 +126,8 @@ def find_local_run(folder: Path) -> LocalRun | None:
 
 
 def is_driver(folder: Path, pid: int) -> bool:
-    """Whether a process is the driver of a run: the leader of its session, and has the run's lock open."""
-    try:
-        return pid > 1 and has_open(pid, folder / LOCK) and os.getsid(pid) == pid
-    except OSError:
-        return False
+    """Whether a process is the driver of a run: it has the run's lock open."""
+    return pid > 1 and has_open(pid, folder / LOCK)
 
 
 def wait_until_free(folder: Path) -> None:

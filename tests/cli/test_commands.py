@@ -321,7 +321,7 @@ class TestDoctor:
         ("variables", "message"),
         [
             ({"TMPDIR": "/" + "x" * 90}, "Ray's are in /tmp"),
-            ({"RAY_ADDRESS": "auto"}, "RAY_ADDRESS: forge uses none of another Ray job"),
+            ({"RAY_ADDRESS": "auto"}, "forge uses none of another Ray job"),
             ({"RAY_AUTH_MODE": "disabled"}, "Ray's ports ask for no token"),
         ],
     )
