@@ -19,6 +19,7 @@ from forge.config.cluster import SECTIONS, ClusterSpec
 from forge.config.errors import field_errors
 from forge.config.job import JobSpec
 from forge.config.locations import SourceMap, combined, map_source, parent_key
+from forge.config.paths import with_home_folders
 from forge.config.secret import SECRET_PROBLEM, is_secret
 from forge.config.section import Section
 from forge.config.templates import templates_of
@@ -60,6 +61,7 @@ def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:
         root = _with_override(root, override, errors=errors)
     source = map_source(root, path=str(path))
     job = _validated(root, JobSpec, source=source, errors=errors)
+    job = with_home_folders(job, fail=source.error)
     return LoadedJob(job=job, source=source, templates=templates_of(root))
 
 
