@@ -23,7 +23,7 @@ TESTS = Path(__file__).parent
 ALONE = (
     *("benchmarks", "elastic", "examples", "hosts", "remote", "runtime", "serve", "train"),
     *("search/test_tune_end_to_end.py", "cluster/test_local.py", "cluster/test_training_on_pods.py"),
-    *("cli/test_commands.py", "cli/test_process.py", "checkpoint/test_storage.py", "model/test_pretrained.py"),
+    "checkpoint/test_storage.py",
 )
 """Folders and modules under tests/ that start Ray, ranks or hosts; `make test` runs them one at a time."""
 
