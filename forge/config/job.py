@@ -82,8 +82,8 @@ class JobSpec(Section):
             new = [key for key in ("train", "vocab_size") if key in tokenizer.model_fields_set]
             new = [key for key in new if getattr(tokenizer, key) != type(tokenizer).model_fields[key].default]
             problem = (
-                "is for a tokenizer that is trained anew, whose ids the embeddings of model.from_pretrained do not "
-                "know; leave data.tokenizer out to use the tokenizer of the pretrained model"
+                "is for a tokenizer trained on this corpus: the embeddings of model.from_pretrained do not "
+                "know its ids; leave data.tokenizer out to use the tokenizer of the pretrained model"
             )
             yield from (FieldError(f"data.tokenizer.{key}", problem) for key in new[:1])
 

@@ -2,7 +2,7 @@
 
 Ray would open port 22 to the whole world, create a key in `~/.ssh`, and start workers without access to the bucket.
 So forge creates a security group, a key and two roles for each cluster, all with its name and id as tags. What has
-the name without the id belongs to somebody else: it is neither changed nor deleted, and `up` is refused.
+the name without the id belongs to another owner: it is neither changed nor deleted, and `up` is refused.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def _allow(iam: Any, role: str, rights: list[dict[str, Any]]) -> None:
 def head_rights(cluster: ClusterIdentity, *, roles: Sequence[str]) -> list[dict[str, Any]]:
     """The head's rights: rent machines with the cluster's id as a tag, and tag and terminate those that have it.
 
-    A machine of somebody else has no such tag, and cannot be given one: tags are only set while a machine is
+    A machine of another owner has no such tag, and cannot be given one: tags are only set while a machine is
     created, or on what has the id already; and the id itself is never changed.
 
     Source: EC2 user guide, "Grant permission to tag resources on creation", "Control access using tags"; service
