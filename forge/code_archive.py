@@ -294,8 +294,7 @@ def require_trusted(digest: str, *, run_folder: Path) -> None:
         return
     raise UserCodeError(
         f"{run_folder.name} brings code of its own, which was never used on this machine and would be executed: "
-        f"read the files in {run_folder / ARCHIVE}, and if you trust them, run the command again with "
-        f"{TRUST}={digest}"
+        f"read {run_folder / ARCHIVE}, and if you trust it, run the command again with {TRUST}={digest}"
     )
 
 

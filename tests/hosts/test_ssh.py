@@ -384,19 +384,20 @@ class TestErrors:
         other.write_text(f'#!/bin/sh\n{sys.executable} "$@" | sed \'s/"ray": "[0-9.]*"/"ray": "2.9.9"/\'\n')
         other.chmod(0o755)
         match = r"it has ray 2\.9\.9, and this machine .*: .*python -m pip install ray=="
-        expect_failures(SshCluster(spec_of(hosts, name="older", python=str(other))), match=match)
+        assert expect_failures(SshCluster(spec_of(hosts, name="older", python=str(other))), match=match)
 
     def test_up__ray_port_taken__is_refused(self, hosts: Hosts) -> None:
         hold = "import socket, time; s = socket.socket(); s.bind(('', 7777)); s.listen(); time.sleep(60)"
         hosts.run(0, sys.executable, "-c", hold)
         time.sleep(0.5)
-        expect_failures(SshCluster(spec_of(hosts, name="taken", ray_port=7777)), match="port 7777 is taken there")
+        cluster = SshCluster(spec_of(hosts, name="taken", ray_port=7777))
+        assert expect_failures(cluster, match="port 7777 is taken there")
 
     def test_up__host_key_changed__is_refused(self, hosts: Hosts) -> None:
         cluster = SshCluster(
             spec_of(hosts, name="reinstalled", machines=(hosts.ip(2),), ray_port=7778, python="/nowhere/python")
         )
-        expect_failures(cluster, match="/nowhere/python does not run there")  # and its key is known now
+        assert expect_failures(cluster, match="/nowhere/python does not run there")  # and its key is known now
         hosts.kill(2)
         with another_host_key(hosts, 2):
             start(hosts, 2)
