@@ -33,14 +33,14 @@ def local_port(connect: Callable[[], socket.socket]) -> Iterator[int]:
     Args:
         connect: opens the connection to pass one on to; if it raises OSError, the accepted one is closed.
     """
-    opened: set[socket.socket] = set()
+    opened = _OpenSockets()
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=_accept, args=(server, connect, opened), daemon=True).start()
         try:
             yield server.getsockname()[1]
         finally:
-            for end in (server, *opened):  # wakes the threads that wait for them
-                _shut_down(end)
+            _shut_down(server)  # wakes the thread that waits for it
+            opened.shut_down()
 
 
 @contextlib.contextmanager
@@ -70,22 +70,49 @@ def listens(processes: Iterable[psutil.Process], *, port: int) -> bool:
     return False
 
 
-def _accept(server: socket.socket, connect: Callable[[], socket.socket], opened: set[socket.socket]) -> None:
+class _OpenSockets:
+    """The sockets of the connections that are being passed on; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._sockets: set[socket.socket] = set()
+        self._is_shut_down = False
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def holding(self, end: socket.socket) -> Iterator[None]:
+        """Hold a socket for the time of the block; after `shut_down` it is shut down at once."""
+        with self._lock:
+            self._sockets.add(end)
+            if self._is_shut_down:
+                _shut_down(end)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._sockets.discard(end)
+
+    def shut_down(self) -> None:
+        """Shut down every socket held now or later: wakes the threads that wait for them."""
+        with self._lock:
+            self._is_shut_down = True
+            for end in self._sockets:
+                _shut_down(end)
+
+
+def _accept(server: socket.socket, connect: Callable[[], socket.socket], opened: _OpenSockets) -> None:
     with contextlib.suppress(OSError):  # the server was shut down
         while True:
             near, _ = server.accept()
             threading.Thread(target=_pass_on, args=(near, connect, opened), daemon=True).start()
 
 
-def _pass_on(near: socket.socket, connect: Callable[[], socket.socket], opened: set[socket.socket]) -> None:
+def _pass_on(near: socket.socket, connect: Callable[[], socket.socket], opened: _OpenSockets) -> None:
     """Open the other connection, and copy bytes both ways until both directions have ended."""
-    with near, contextlib.suppress(OSError), connect() as far:
-        opened.update((near, far))
+    with near, contextlib.suppress(OSError), opened.holding(near), connect() as far, opened.holding(far):
         back = threading.Thread(target=_copy, args=(far, near), daemon=True)
         back.start()
         _copy(near, far)
         back.join()
-        opened.difference_update((near, far))
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:

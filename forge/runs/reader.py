@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import heapq
 import math
 import os
 import time
@@ -308,9 +309,7 @@ def follow(
     order = StartBeforeSteps()
     gone_since: float | None = None
     while True:
-        # Events first: a step recorded before the last event is then read too.
         records = _read_new(events, steps, folder=folder)
-        records.sort(key=lambda record: (record.get("event") in ENDINGS, moment(record)))
         ordered = order.add(records, now_s=time.monotonic())
         yield from ordered
         if any(record.get("event") in ENDINGS for record in records):
@@ -326,10 +325,14 @@ def follow(
 
 
 def _read_new(events: RecordReader, steps: RecordReader, *, folder: Path) -> list[dict[str, Any]]:
+    """Return what both files have got since the last call: each file in its order, the record of an end last."""
     try:
-        return [*events.read(), *steps.read()]
+        # Events first: a step recorded before the last event is then read too.
+        new_events = list(events.read())
+        records = list(heapq.merge(new_events, steps.read(), key=moment))
     except ValueError as error:
         raise ArgumentError(f"{folder} cannot be read: {error}") from error
+    return sorted(records, key=lambda record: record.get("event") in ENDINGS)
 
 
 def _status(folder: Path, events: tuple[dict[str, Any], ...]) -> Status:

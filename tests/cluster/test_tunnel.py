@@ -66,6 +66,23 @@ def test_local_port__bytes_pass_both_ways_until_closed() -> None:
         dial(local)
 
 
+def test_local_port__closed_while_a_connection_is_being_passed_on__connection_closed() -> None:
+    closing, asked = threading.Event(), threading.Event()
+    with server() as (port, _):
+
+        def connect() -> socket.socket:
+            asked.set()
+            closing.wait(5)
+            return dial(port)
+
+        with local_port(connect) as local:
+            kept = dial(local)
+            assert asked.wait(5)
+        closing.set()
+        with kept, contextlib.suppress(ConnectionResetError):
+            assert kept.recv(100) == b""
+
+
 def test_local_port__nothing_to_pass_on_to__connection_closed(closed_port: int) -> None:
     with local_port(lambda: dial(closed_port)) as local, dial(local) as connection:
         assert connection.recv(100) == b""

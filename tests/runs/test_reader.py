@@ -254,6 +254,12 @@ class TestFollowing:
         followed = self.followed(tmp_path, pid=os.getpid())
         assert followed == ["RunStarted", 1, 2, "Evaluated", 4, "RunFinished"]
 
+    def test_follow__events_of_the_same_millisecond__in_the_order_of_their_file(self, tmp_path: Path) -> None:
+        events = (STARTED, SAVED, WORKING, RunFinished(step=0))
+        write_lines(tmp_path / "events.jsonl", [{"time": 1.0} | event_to_record(event) for event in events])
+        followed = self.followed(tmp_path, pid=os.getpid())
+        assert followed == ["RunStarted", "CheckpointSaved", "GenerationStarted", "RunFinished"]
+
     def test_follow__past_records__are_skipped(self, tmp_path: Path) -> None:
         folder = make_run(tmp_path, steps=3, endings=[RunStopped(step=3), STARTED, RunFinished(step=3)])
         assert self.followed(folder, pid=os.getpid(), past_events=4, past_steps=2) == [3, "RunFinished"]
