@@ -83,6 +83,7 @@ ONLY_IN = {
 
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "manager", "misc"}
 MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +256,18 @@ def looks(module: Module) -> Iterator[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
             yield f"{module.file}:{node.lineno}: print() outside of cli"
     yield from unsafe_children(module)
+    yield from long_functions(module)
+
+
+def long_functions(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            documented = node.body[0] if ast.get_docstring(node) else None
+            in_docstring = (documented.end_lineno or 0) - documented.lineno + 1 if documented else 0
+            num_lines = (node.end_lineno or 0) - node.lineno + 1 - in_docstring
+            if num_lines > MAX_FUNCTION_LINES:
+                lines = f"{num_lines} lines, more than {MAX_FUNCTION_LINES}"
+                yield f"{module.file}:{node.lineno}: {node.name} has {lines}"
 
 
 def unsafe_children(module: Module) -> Iterator[str]:
@@ -314,6 +327,7 @@ FINE = '"""Fine."""\n'
         ("runs/utils.py", "", ":1: a module is named after one thing"),
         ("runs/x.py", "\nprint(1)", ":3: print() outside of cli"),
         ("runs/x.py", "x = 1\n" * 400, ":1: 401 lines; over 400"),
+        ("runs/x.py", "def f():\n" + "    g()\n" * 60, ":2: f has 61 lines, more than 60"),
     ],
 )
 def test_violations__each_planted_one__is_found(tmp_path: Path, file: str, source: str, expected: str) -> None:

@@ -21,6 +21,7 @@ from forge.events import (
     CheckpointFailed,
     CheckpointSaved,
     Evaluated,
+    Event,
     Reporter,
     SnapshotIntervalChanged,
     StepMetrics,
@@ -87,94 +88,225 @@ def train(
     Raises: DivergedError if the loss or the gradient norm is not finite, CheckpointError if the last checkpoint
         cannot be written.
     """
-    training = inputs.training
-    stopping = EarlyStopping(spec=training.early_stopping, directions=engine.metric_directions)
-    progress, saved_step = start, start.step
-    saved_at = evaluated_at = time.monotonic()
-    is_save_due = False
-    if progress.step >= inputs.last_step or stopping.is_over(progress):
-        on_started()
-    while progress.step < inputs.last_step and not stopping.is_over(progress):
-        step, began = progress.step + 1, time.monotonic()
-        is_last = step == inputs.last_step
+    loop = _TrainLoop(
+        engine, inputs, start=start, checkpointer=checkpointer, snapshots=snapshots, reporter=reporter
+    )
+    return loop.run(on_started=on_started)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """A step that has been made: what it was given, and what the engine returned."""
+
+    number: int
+    learning_rate: float
+    num_tokens: int
+    seconds: float
+    result: StepResult
+
+
+class _TrainLoop:
+    """The progress of one worker, and when it last saved and evaluated."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        inputs: TrainInputs,
+        *,
+        start: Progress,
+        checkpointer: AsyncCheckpointer,
+        snapshots: SnapshotPolicy | None,
+        reporter: Reporter,
+    ) -> None:
+        self._engine, self._inputs, self._reporter = engine, inputs, reporter
+        self._checkpointer, self._snapshots = checkpointer, snapshots
+        self._stopping = EarlyStopping(spec=inputs.training.early_stopping, directions=engine.metric_directions)
+        self._progress, self._saved_step = start, start.step
+        self._saved_at = self._evaluated_at = time.monotonic()
+        self._is_save_due = False
+
+    @property
+    def _is_over(self) -> bool:
+        return self._progress.step >= self._inputs.last_step or self._stopping.is_over(self._progress)
+
+    def run(self, *, on_started: Callable[[], None]) -> LoopResult:
+        """Train until the last step or a request to end; `on_started` is called after the first step."""
+        if self._is_over:
+            on_started()
+        start = self._progress
+        while not self._is_over:
+            step = self._make_step()
+            if self._progress is start:
+                on_started()
+            self._require_finite(step)
+            self._progress = replace(
+                self._progress, step=step.number, num_tokens=self._progress.num_tokens + step.num_tokens
+            )
+            found = self._evaluate_if_requested(step)
+            self._report_step(step, found)
+            if (result := self._save_as_requested(step)) is not None:
+                return result
+            if self._snapshots is not None:
+                self._adjust_interval(self._snapshots.interval, step)
+        self._end()
+        return LoopResult(progress=self._progress)
+
+    def _make_step(self) -> _Step:
+        inputs, training = self._inputs, self._inputs.training
+        number, began = self._progress.step + 1, time.monotonic()
+        is_last = number == inputs.last_step
         # A checkpoint that is due while another is being written begins when that one is committed.
-        is_save_due |= inputs.checkpoint.every.is_due(step=step, seconds_since_last=began - saved_at)
-        is_evaluation_due = training.evaluate_every.is_due(step=step, seconds_since_last=began - evaluated_at)
-        lr = learning_rate(training.schedule, step=step, total_steps=inputs.total_steps, peak=training.optimizer.lr)
-        totals = inputs.batches.totals(step)
-        tokens = totals.num_targets
-        result = engine.step(
-            step,
-            inputs.batches.of_step(step),
+        self._is_save_due |= inputs.checkpoint.every.is_due(step=number, seconds_since_last=began - self._saved_at)
+        is_evaluation_due = training.evaluate_every.is_due(
+            step=number, seconds_since_last=began - self._evaluated_at
+        )
+        lr = learning_rate(
+            training.schedule, step=number, total_steps=inputs.total_steps, peak=training.optimizer.lr
+        )
+        totals = inputs.batches.totals(number)
+        snapshots = self._snapshots
+        result = self._engine.step(
+            number,
+            inputs.batches.of_step(number),
             total_weight=totals.weight,
             lr=lr,
             requests=partial(
-                _requests,
-                reporter,
-                checkpointer,
-                save=is_last or is_save_due,
-                snapshot=snapshots is not None and snapshots.interval.is_due(step),
+                self._requests,
+                save=is_last or self._is_save_due,
+                snapshot=snapshots is not None and snapshots.interval.is_due(number),
                 evaluate=is_last or is_evaluation_due,
             ),
             snapshot_cost_s=snapshots.snapshotter.take_cost_s if snapshots else lambda: 0.0,
         )
-        step_s = time.monotonic() - began
-        if progress is start:
-            on_started()
-        if not _is_finite(result.loss, result.grad_norm):
-            saved_step = _report(checkpointer.finish(), reporter) or saved_step
-            raise _diverged(result.loss, result.grad_norm, step=step, lr=lr, saved_step=saved_step)
-        progress = replace(progress, step=step, num_tokens=progress.num_tokens + tokens)
+        seconds = time.monotonic() - began
+        return _Step(number=number, learning_rate=lr, num_tokens=totals.num_targets, seconds=seconds, result=result)
+
+    def _requests(self, *, save: bool, snapshot: bool, evaluate: bool) -> StepControl:
+        """Collect the control requests of this rank just before the all-reduce that ends a step."""
+        return StepControl(
+            stop=self._reporter.should_stop(),
+            drain=self._reporter.should_drain(),
+            save=save and not self._checkpointer.is_busy,
+            snapshot=snapshot,
+            evaluate=evaluate,
+            save_failed=self._checkpointer.has_failed,
+        )
+
+    def _require_finite(self, step: _Step) -> None:
+        """Raises: DivergedError if the weights are unusable after this step; an earlier checkpoint is completed."""
+        loss, grad_norm = step.result.loss, step.result.grad_norm
+        if math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm >= 0:
+            return
+        self._report(self._checkpointer.finish())
+        saved = self._saved_step
+        kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was written yet"
+        raise DivergedError(
+            f"step {step.number}: the loss is {loss} and the gradient norm {grad_norm}, at a learning rate of "
+            f"{step.learning_rate:.3g}; {kept}. Lower training.optimizer.lr, raise schedule.warmup_steps, or set "
+            "optimizer.grad_clip"
+        )
+
+    def _evaluate_if_requested(self, step: _Step) -> Evaluated | None:
+        if not (step.result.flags.evaluate and self._inputs.held_out.rows.num_rows):
+            return None
+        found = evaluate(
+            self._engine, self._inputs.held_out, step=step.number, weights="current", reporter=self._reporter
+        )
+        self._evaluated_at = time.monotonic()
+        self._progress = self._stopping.observe(found, progress=self._progress)
+        return found
+
+    def _report_step(self, step: _Step, found: Evaluated | None) -> None:
+        result, inputs = step.result, self._inputs
         extra = {f"train/{name}": value for name, value in result.metrics.items()}
-        held_out_loss = None
-        if result.flags.evaluate and inputs.held_out.rows.num_rows:
-            found = evaluate(engine, inputs.held_out, step=step, weights="current", reporter=reporter)
-            held_out_loss = found.loss
+        if found is not None:
             extra |= {f"eval/{name}": value for name, value in found.metrics.items()}
-            evaluated_at = time.monotonic()
-            progress = stopping.observe(found, progress=progress)
-        reporter.step(
+        self._reporter.step(
             StepMetrics(
-                step=step,
+                step=step.number,
                 loss=result.loss,
-                learning_rate=lr,
+                learning_rate=step.learning_rate,
                 grad_norm=result.grad_norm,
-                num_tokens=progress.num_tokens,
-                tokens_per_s=tokens / step_s,
-                mfu=inputs.flops_per_token * totals.num_tokens / step_s / inputs.peak_flops,
-                step_s=step_s,
+                num_tokens=self._progress.num_tokens,
+                tokens_per_s=step.num_tokens / step.seconds,
+                mfu=inputs.flops_per_token * step.num_tokens / step.seconds / inputs.peak_flops,
+                step_s=step.seconds,
                 peak_memory_gib=result.peak_memory_gib,
                 world_size=inputs.batches.plan.world_size,
-                held_out_loss=held_out_loss,
+                held_out_loss=found.loss if found is not None else None,
                 extra=extra,
             )
         )
-        saved_step = _report(checkpointer.outcomes(), reporter) or saved_step
-        if result.flags.save_failed:
-            _report(checkpointer.abort(), reporter)
-        if is_last or stopping.is_over(progress) or result.flags.stop:
-            _save_and_wait(checkpointer, progress, reporter)
-            if result.flags.stop:
-                return LoopResult(progress=progress)
-        elif result.flags.drain and snapshots is not None:
-            snapshots.snapshotter.begin(progress)
+
+    def _save_as_requested(self, step: _Step) -> LoopResult | None:
+        """Begin the checkpoint or the snapshot that all ranks agreed on; a result ends the loop here."""
+        flags, checkpointer, snapshots = step.result.flags, self._checkpointer, self._snapshots
+        self._report(checkpointer.outcomes())
+        if flags.save_failed:
+            self._report(checkpointer.abort())
+        if self._is_over or flags.stop:
+            self._save_and_wait()
+            if flags.stop:
+                return LoopResult(progress=self._progress)
+        elif flags.drain and snapshots is not None:
+            snapshots.snapshotter.begin(self._progress)
             snapshots.snapshotter.finish()
-            return LoopResult(progress=progress, is_drained=True)
-        elif result.flags.save:
-            checkpointer.begin(progress)
-            saved_at, is_save_due = time.monotonic(), False
-        elif result.flags.snapshot and snapshots is not None:
-            snapshots.snapshotter.begin(progress)
-        if snapshots is not None:
-            _adjust(snapshots.interval, result, step=step, step_s=step_s, reporter=reporter)
-    if stopping.is_over(progress):
-        reporter.event(stopping.event(progress))
-    is_whole = progress.step >= inputs.total_steps or stopping.is_over(progress)
-    if is_whole and training.ema is not None and inputs.held_out.rows.num_rows:
-        engine.state.swap_average()
-        evaluate(engine, inputs.held_out, step=progress.step, weights="ema", reporter=reporter)
-        engine.state.swap_average()
-    return LoopResult(progress=progress)
+            return LoopResult(progress=self._progress, is_drained=True)
+        elif flags.save:
+            checkpointer.begin(self._progress)
+            self._saved_at, self._is_save_due = time.monotonic(), False
+        elif flags.snapshot and snapshots is not None:
+            snapshots.snapshotter.begin(self._progress)
+        return None
+
+    def _save_and_wait(self) -> None:
+        """Save and wait until it is written; try twice, since the writer process may be killed and is restarted.
+
+        Raises: CheckpointError on every rank if it cannot be written.
+        """
+        step = self._progress.step
+        for _ in range(2):
+            self._checkpointer.begin(self._progress)
+            outcomes = self._checkpointer.finish()
+            failed = [
+                outcome
+                for outcome in outcomes
+                if not isinstance(outcome, CheckpointWritten) and outcome.step == step
+            ]
+            self._report(outcome for outcome in outcomes if outcome not in failed)
+            if not failed:
+                return
+        raise CheckpointError(f"the checkpoint of step {step} could not be written by {failed[0].reason}")
+
+    def _report(self, outcomes: Iterable[Outcome]) -> None:
+        """Report checkpoints; a failure in the middle of a run is no error."""
+        for outcome in outcomes:
+            self._reporter.event(_outcome_event(outcome))
+            if isinstance(outcome, CheckpointWritten):
+                self._saved_step = max(self._saved_step, outcome.step)
+
+    def _adjust_interval(self, interval: SnapshotInterval, step: _Step) -> None:
+        """Update the snapshot interval from the measured cost; step times differ between ranks, rank 0 decides."""
+        result = step.result
+        if result.flags.save or result.flags.snapshot:
+            interval.record_snapshot(step.number)
+        if interval.update(step_s=step.seconds, cost_s=result.snapshot_cost_s):
+            self._reporter.event(
+                SnapshotIntervalChanged(every=interval.every, seconds=interval.cost_s, share=interval.share)
+            )
+
+    def _end(self) -> None:
+        """Report an early stop, and evaluate the averaged weights of a whole run."""
+        progress, inputs = self._progress, self._inputs
+        is_stopped_early = self._stopping.is_over(progress)
+        if is_stopped_early:
+            self._reporter.event(self._stopping.event(progress))
+        is_whole = progress.step >= inputs.total_steps or is_stopped_early
+        if is_whole and inputs.training.ema is not None and inputs.held_out.rows.num_rows:
+            state = self._engine.state
+            state.swap_average()
+            evaluate(self._engine, inputs.held_out, step=progress.step, weights="ema", reporter=self._reporter)
+            state.swap_average()
 
 
 def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: str, reporter: Reporter) -> Evaluated:
@@ -193,81 +325,13 @@ def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: st
     return evaluated
 
 
-def _requests(
-    reporter: Reporter, checkpointer: AsyncCheckpointer, *, save: bool, snapshot: bool, evaluate: bool
-) -> StepControl:
-    """Collect the control requests of this rank just before the all-reduce that ends a step."""
-    return StepControl(
-        stop=reporter.should_stop(),
-        drain=reporter.should_drain(),
-        save=save and not checkpointer.is_busy,
-        snapshot=snapshot,
-        evaluate=evaluate,
-        save_failed=checkpointer.has_failed,
-    )
-
-
-def _adjust(
-    interval: SnapshotInterval, result: StepResult, *, step: int, step_s: float, reporter: Reporter
-) -> None:
-    """Update the snapshot interval from the measured cost; step times differ between ranks, rank 0 decides."""
-    if result.flags.save or result.flags.snapshot:
-        interval.record_snapshot(step)
-    if interval.update(step_s=step_s, cost_s=result.snapshot_cost_s):
-        reporter.event(SnapshotIntervalChanged(every=interval.every, seconds=interval.cost_s, share=interval.share))
-
-
-def _save_and_wait(checkpointer: AsyncCheckpointer, progress: Progress, reporter: Reporter) -> None:
-    """Save and wait until it is written; try twice, since the writer process may be killed and is restarted.
-
-    Raises: CheckpointError on every rank if it cannot be written.
-    """
-    for _ in range(2):
-        checkpointer.begin(progress)
-        outcomes = checkpointer.finish()
-        failed = [
-            outcome
-            for outcome in outcomes
-            if not isinstance(outcome, CheckpointWritten) and outcome.step == progress.step
-        ]
-        _report((outcome for outcome in outcomes if outcome not in failed), reporter)
-        if not failed:
-            return
-    raise CheckpointError(f"the checkpoint of step {progress.step} could not be written by {failed[0].reason}")
-
-
-def _report(outcomes: Iterable[Outcome], reporter: Reporter) -> int:
-    """Report checkpoints; a failure in the middle of a run is no error. Returns: the newest step saved, or 0."""
-    newest = 0
-    for outcome in outcomes:
-        if isinstance(outcome, CheckpointWritten):
-            newest = max(newest, outcome.step)
-            reporter.event(
-                CheckpointSaved(
-                    step=outcome.step,
-                    folder=outcome.folder,
-                    size_bytes=outcome.size_bytes,
-                    seconds=outcome.seconds,
-                    stall_s=outcome.stall_s,
-                )
-            )
-        else:
-            reporter.event(
-                CheckpointFailed(
-                    step=outcome.step, reason=f"the checkpoint could not be written by {outcome.reason}"
-                )
-            )
-    return newest
-
-
-def _is_finite(loss: float, grad_norm: float) -> bool:
-    return math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm >= 0
-
-
-def _diverged(loss: float, grad_norm: float, *, step: int, lr: float, saved_step: int) -> DivergedError:
-    """The error of the first step that is not finite: the weights are unusable from here on."""
-    kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "no checkpoint was written yet"
-    return DivergedError(
-        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}, at a learning rate of {lr:.3g}; "
-        f"{kept}. Lower training.optimizer.lr, raise schedule.warmup_steps, or set optimizer.grad_clip"
-    )
+def _outcome_event(outcome: Outcome) -> Event:
+    if isinstance(outcome, CheckpointWritten):
+        return CheckpointSaved(
+            step=outcome.step,
+            folder=outcome.folder,
+            size_bytes=outcome.size_bytes,
+            seconds=outcome.seconds,
+            stall_s=outcome.stall_s,
+        )
+    return CheckpointFailed(step=outcome.step, reason=f"the checkpoint could not be written by {outcome.reason}")

@@ -99,14 +99,9 @@ def run_worker(
     use_code(plan.code.digest if plan.code is not None else None)
     if elastic is not None:
         clock.on_lap = elastic.on_progress
-    device = torch.device(context.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(context.num_threads or max(1, usable_cpus() // context.local_world_size))
+    device = _use_device(context)
     join_process_group(device=device, rendezvous=context.rendezvous)
     clock.lap("rendezvous")
-
     state_source = elastic.state_source if elastic else None
     engine = _build(plan, context, device=device, skip_init=state_source is not None)
     clock.lap("build")
@@ -118,20 +113,6 @@ def run_worker(
     clock.lap("load")
     peak = find_peak(device, dtype=DTYPES[plan.job.training.precision])
     clock.lap("measure")
-    snapshotter = Snapshotter(engine.state, replica_client=elastic.replica_client) if elastic else None
-    replica_client = elastic.replica_client if elastic else None
-    checkpointer = AsyncCheckpointer(
-        engine.state,
-        url=context.checkpoints,
-        keep=plan.job.checkpoint.keep,
-        snapshotter=snapshotter,
-        unacked_metrics=lambda: replica_client.metadata().get("metrics", ()) if replica_client else (),
-    )
-    engine.before_update = checkpointer.settle
-    if elastic is not None:
-        engine.on_progress = checkpointer.on_wait = elastic.on_progress
-    every = plan.job.checkpoint.snapshot_every
-    interval = SnapshotInterval(fixed=None if every == "auto" else every)
 
     def report_started() -> None:
         clock.lap("first step")
@@ -146,6 +127,8 @@ def run_worker(
             )
         )
 
+    snapshots = _snapshot_policy(engine, plan, elastic) if elastic is not None else None
+    checkpointer = _checkpointer(engine, plan, context, elastic=elastic, snapshots=snapshots)
     is_drained = False
     try:
         result = train(
@@ -153,7 +136,7 @@ def run_worker(
             _train_inputs(plan, context, peak_flops=peak.flops),
             start=start,
             checkpointer=checkpointer,
-            snapshots=SnapshotPolicy(snapshotter=snapshotter, interval=interval) if snapshotter else None,
+            snapshots=snapshots,
             on_started=report_started,
             reporter=reporter,
         )
@@ -162,6 +145,46 @@ def run_worker(
     finally:
         if not is_drained:  # otherwise the writer processes complete a pending checkpoint on their own
             checkpointer.close()
+
+
+def _use_device(context: WorkerContext) -> torch.device:
+    """Select the device of this rank; on a CPU, its share of the cores."""
+    device = torch.device(context.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(context.num_threads or max(1, usable_cpus() // context.local_world_size))
+    return device
+
+
+def _snapshot_policy(engine: Engine, plan: Plan, elastic: ElasticContext) -> SnapshotPolicy:
+    every = plan.job.checkpoint.snapshot_every
+    return SnapshotPolicy(
+        snapshotter=Snapshotter(engine.state, replica_client=elastic.replica_client),
+        interval=SnapshotInterval(fixed=None if every == "auto" else every),
+    )
+
+
+def _checkpointer(
+    engine: Engine,
+    plan: Plan,
+    context: WorkerContext,
+    *,
+    elastic: ElasticContext | None,
+    snapshots: SnapshotPolicy | None,
+) -> AsyncCheckpointer:
+    """Build the checkpointer, and connect the engine's waits to it and to the supervisor's watch for hangs."""
+    checkpointer = AsyncCheckpointer(
+        engine.state,
+        url=context.checkpoints,
+        keep=plan.job.checkpoint.keep,
+        snapshotter=snapshots.snapshotter if snapshots is not None else None,
+        unacked_metrics=lambda: elastic.replica_client.metadata().get("metrics", ()) if elastic is not None else (),
+    )
+    engine.before_update = checkpointer.settle
+    if elastic is not None:
+        engine.on_progress = checkpointer.on_wait = elastic.on_progress
+    return checkpointer
 
 
 def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_init: bool) -> Engine:
