@@ -27,7 +27,8 @@ from typing import Any
 
 from benchmarks.program import Program, module, records_of, running, wait
 from benchmarks.report import Measured, print_table
-from forge.runs.goodput import MembershipChange, goodput_of
+from forge.runs.goodput import goodput_of
+from forge.runs.goodput_report import MembershipChange
 from forge.runs.reader import read_metrics, read_run
 
 SETTLE_S = 4.0

@@ -271,6 +271,8 @@ class SampleGenerated:
     step: int
     prompt: str
     text: str
+    seconds: float = 0.0
+    """To import torch, load the checkpoint and generate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,6 +281,8 @@ class SampleFailed:
 
     step: int
     reason: str
+    seconds: float = 0.0
+    """Until it failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ Source: cgroups(7); the kernel's cgroup-v1/memory.rst and cgroup-v2.rst.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def usable_cpus(root: Path = _ROOT) -> int:
     """
     num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([num_cpus, *(int(quota) for quota in _quotas(root))]))
+
+
+def cpu_name() -> str:
+    """The processor's name according to the kernel."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def usable_memory_bytes(root: Path = _ROOT) -> int:

@@ -80,7 +80,7 @@ def replay(
         return
     found = read_run(Path(result["folder"]))
     goodput = goodput_of(found.events, read_metrics(found.folder), now=None)
-    show_goodput(goodput, started=found.started)
+    show_goodput(goodput)
     for problem in result["problems"]:
         display.warning(problem)
     display.message(

@@ -176,7 +176,7 @@ def _conclude_training(run: RunSummary, *, interrupted: bool, output: Output) ->
         print_record(run)
     else:
         losses = [record["train/loss"] for record in read_metrics(run.folder) if record["train/loss"] is not None]
-        run_screen.show_summary(run, losses=losses)
+        run_screen.show_summary(run, goodput=run.goodput(), losses=losses)
     if run.status == "finished":
         display.next_command(f"forge generate {handle(run.folder)} --prompt 'import '", purpose="try it")
         return

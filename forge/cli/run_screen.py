@@ -28,7 +28,8 @@ from forge.report.text import (
     summary_facts,
 )
 from forge.runs.event_text import EventDescriber, workers
-from forge.runs.goodput import GoodputReport, GoodputTracker
+from forge.runs.goodput import GoodputTracker
+from forge.runs.goodput_report import GoodputReport
 from forge.runs.reader import RunSummary
 from forge.units import format_bytes, format_count, format_duration
 
@@ -204,8 +205,9 @@ class TrainScreen(LiveScreen):
         elapsed = format_duration(self._clock() - self._began)
         if not self._last:
             return Group(_dim(f"{self._phase} … {elapsed}"))
-        goodput = goodput_line(self._tracker.report(now=self._clock()), width=width)
-        lines: list[Any] = [self._progress(width, elapsed), self._numbers()]
+        report = self._tracker.report(now=self._clock())
+        goodput = goodput_line(report, width=width)
+        lines: list[Any] = [self._progress(width, format_duration(report.wall_s)), self._numbers()]
         lines += [_dim(text) for text in (goodput, self._phase) if text]
         if height >= 12:
             lines += [
@@ -213,13 +215,13 @@ class TrainScreen(LiveScreen):
             ]
         return Group(*lines)
 
-    def _progress(self, width: int, elapsed: str) -> Table:
+    def _progress(self, width: int, wall_time: str) -> Table:
         step, total = self._last["step"], self._plan.total_steps
         row = Table.grid(padding=(0, 1))
         for _ in range(3):
             row.add_column(no_wrap=True, overflow="ellipsis")
         bar = [ProgressBar(total=total, completed=step, width=min(40, width - 50))] if width >= 60 else []
-        row.add_row(Text(f"step {step}/{total}"), *bar, Text(f"{elapsed}, {self._time_left()} left", style="dim"))
+        row.add_row(Text(f"step {step}/{total}"), *bar, Text(f"{wall_time}, {self._time_left()} left", style="dim"))
         return row
 
     def _numbers(self) -> Text:
@@ -242,7 +244,7 @@ class TrainScreen(LiveScreen):
         return format_duration(seconds) if seconds >= 1 else "0s"
 
 
-def show_summary(run: RunSummary, *, losses: Sequence[float]) -> None:
+def show_summary(run: RunSummary, *, goodput: GoodputReport, losses: Sequence[float]) -> None:
     """Print how a run ended, its results, its files and a sample of its text."""
     status = "finished early" if run.is_stopped_early else run.status
     display.heading(run.run_id, f"{status} at step {run.step} of {run.plan.total_steps}")
@@ -250,7 +252,7 @@ def show_summary(run: RunSummary, *, losses: Sequence[float]) -> None:
     if width is not None and len(losses) > 1:
         for row in loss_curve(losses, width=min(72, max(20, width - 12))):
             display.OUT.print(Text(row, style="cyan", no_wrap=True))
-    display.facts(summary_facts(run))
+    display.facts(summary_facts(run, goodput))
     sample, failed = run.newest("SampleGenerated"), run.newest("SampleFailed")
     if failed:
         display.message(f"no sample of its text: {display.harmless(failed['reason'])}")
@@ -261,12 +263,8 @@ def show_summary(run: RunSummary, *, losses: Sequence[float]) -> None:
         display.OUT.print(Text.assemble((prompt, "bold"), text))
 
 
-def show_goodput(goodput: GoodputReport, *, started: float) -> None:
-    """Print where a run's time went, and its membership changes.
-
-    Args:
-        started: seconds since the epoch.
-    """
+def show_goodput(goodput: GoodputReport) -> None:
+    """Print where a run's time went, and its membership changes."""
     if not goodput.wall_s:
         return
     display.OUT.print()
@@ -275,7 +273,7 @@ def show_goodput(goodput: GoodputReport, *, started: float) -> None:
     display.table(["where the time went", "#seconds", "#share"], bucket_rows(goodput))
     if goodput.changes:
         display.OUT.print()
-        rows = change_rows(goodput, started=started, limit=_MAX_CHANGES)
+        rows = change_rows(goodput, limit=_MAX_CHANGES)
         display.table(["#after", "change", "workers", "#took", "what happened"], rows)
     if goodput.num_changes > _MAX_CHANGES:
         display.message(f"these are the last {_MAX_CHANGES} of {goodput.num_changes} changes; -o json has them all")

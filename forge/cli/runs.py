@@ -101,8 +101,9 @@ def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOp
         show_search(found, has_table=True)
     else:
         losses = [record["train/loss"] for record in read_metrics(folder) if record["train/loss"] is not None]
-        show_summary(found, losses=losses)
-        show_goodput(found.goodput(), started=found.started)
+        goodput = found.goodput()
+        show_summary(found, goodput=goodput, losses=losses)
+        show_goodput(goodput)
     annotations = read_annotations(folder)
     if annotations.tags or annotations.note:
         display.heading("notes", ", ".join(annotations.tags))

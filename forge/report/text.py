@@ -13,7 +13,7 @@ from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, SkippedFiles
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
-from forge.runs.goodput import BUCKETS, GoodputReport
+from forge.runs.goodput_report import BUCKETS, GoodputReport
 from forge.runs.reader import RunSummary
 from forge.units import format_bytes, format_count, format_duration
 
@@ -129,7 +129,7 @@ def search_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     return [*facts, ("proxy", f"{proxy} in every trial")] if proxy else facts
 
 
-def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
+def summary_facts(run: RunSummary, goodput: GoodputReport) -> list[tuple[str, str]]:
     """Describe the results and files of a run; `forge.runs.reader.failure_of` says why it ended early."""
     unigram = run.plan.corpus.unigram_perplexity
     facts: list[tuple[str, str]] = []
@@ -144,9 +144,10 @@ def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
             facts.append((name, text))
     if run.last:
         facts.append(
-            ("speed", f"{number(run.last['speed/tokens_per_s'], ',.0f')} tokens/s, "
-             f"MFU {number(run.last['speed/mfu'], '.3f')}, {format_duration(run.updated - run.started)} in all")
+            ("speed", f"{number(goodput.tokens_per_s, ',.0f')} tokens/s, MFU {number(goodput.mfu, '.3f')} "
+             f"(mean of {_counted(goodput.num_steps, 'step')})")
         )  # fmt: skip
+    facts.append(("wall time", _wall_time(goodput)))
     cost = run.newest("CostUpdated")
     if cost:
         facts.append(("cost", f"{cost['usd']:.2f} USD"))
@@ -155,6 +156,13 @@ def summary_facts(run: RunSummary) -> list[tuple[str, str]]:
         facts.append(("checkpoint", f"{saved['folder']}"))
     facts.append(("files", f"{run.folder} (metrics.jsonl, events.jsonl, logs, wandb)"))
     return facts
+
+
+def _wall_time(goodput: GoodputReport) -> str:
+    text = format_duration(goodput.wall_s)
+    if goodput.num_sessions < 2:
+        return text
+    return f"{text} in {goodput.num_sessions} sessions, without {format_duration(goodput.between_s)} between them"
 
 
 def evaluation_text(event: Mapping[str, Any]) -> str:
@@ -203,11 +211,11 @@ def bucket_rows(goodput: GoodputReport) -> list[list[str]]:
     return [*rows, ["wall time", f"{goodput.wall_s:,.1f}", "100.0%"]]
 
 
-def change_rows(goodput: GoodputReport, *, started: float, limit: int) -> list[list[str]]:
-    """Rows of the last changes: time since the start, cause, workers, seconds until the next step, reason."""
+def change_rows(goodput: GoodputReport, *, limit: int) -> list[list[str]]:
+    """Rows of the last changes: wall time until then, cause, workers, seconds until the next step, reason."""
     return [
         [
-            format_duration(max(0.0, change.time - started)),
+            format_duration(change.after_s),
             change.cause,
             f"{change.from_world_size or '-'} → {change.to_world_size or '-'}",
             "-" if change.seconds is None else format_duration(change.seconds),

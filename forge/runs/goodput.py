@@ -1,14 +1,5 @@
 """Attribute the wall time of a run to buckets: every second belongs to exactly one.
 
-    training     steps done for the first time
-    repeated     steps done again, and the unfinished part of an interrupted step
-    evaluating   measuring the held-out loss
-    saving       training waited for a checkpoint, or the run for its last checkpoint
-    stalled      from the last progress of a hung rank until the hang was detected
-    starting     from the start, or the end of a generation, until the first step of the next one begins
-    waiting      too few machines
-    other        the rest: between steps, and from the last step to the end of the run
-
 The input is the records of `events.jsonl` and `metrics.jsonl`, one by one, so that a screen can update a tracker
 while the run is running; no single record is required. The wall time is the sum of the run's sessions, each from
 RunStarted to its end; the time between sessions does not count. Every record advances the clock by the time since
@@ -21,89 +12,18 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from forge.runs.goodput_report import BUCKETS, Bucket, GoodputReport, MembershipChange
 from forge.runs.node_utilization import NodeSeconds
+from forge.runs.speed import MeanSpeed
 
 Record = Mapping[str, Any]
-Bucket = Literal["training", "repeated", "evaluating", "saving", "stalled", "starting", "waiting", "other"]
-BUCKETS: tuple[Bucket, ...] = get_args(Bucket)
-
 _FAILURES = ("hang", "failure")
 # Written just before the record of the step that they belong to.
 _BEFORE_THEIR_STEP = ("GenerationStarted", "Evaluated")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MembershipChange:
-    """The change from one generation to the next."""
-
-    time: float
-    """When it began, in seconds since the epoch."""
-    cause: str
-    reason: str
-    seconds_since_cause: float
-    """Seconds from its cause to its start; 0 if unknown."""
-    seconds: float | None = None
-    """Until the first step of the next generation ended; None if none did."""
-    parts: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of each part of starting the next generation."""
-    from_world_size: int | None = None
-    to_world_size: int | None = None
-    from_step: int | None = None
-    source: str | None = None
-    """Where the state came from: `memory`, `storage`."""
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether a step was completed after it."""
-        return self.seconds is not None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GoodputReport:
-    """Where the wall time of a run went."""
-
-    wall_s: float
-    seconds: Mapping[Bucket, float]
-    """Per bucket; they add up to the wall time."""
-    ideal_step_s: float
-    """Median of new steps at the largest world size of the run; nan before the first."""
-    goodput: float
-    """New steps × ideal step time / wall time; above 1 if fewer workers were faster. nan before the first step."""
-    node_goodput: float
-    """Node-seconds of first-time steps / node-seconds available; 0 to 1, or nan."""
-    num_steps: int
-    """First-time steps."""
-    num_repeated_steps: int
-    num_preemptions: int
-    """Notices, and machines lost without one."""
-    num_failures: int
-    """Changes caused by a rank that hung or failed."""
-    num_nodes: int
-    """Nodes now, or at the end of the run."""
-    changes: tuple[MembershipChange, ...]
-
-    @property
-    def num_changes(self) -> int:
-        return len(self.changes)
-
-    def share(self, bucket: Bucket) -> float:
-        """Return the share of a bucket in the wall time, 0 to 1."""
-        return self.seconds[bucket] / self.wall_s if self.wall_s else 0.0
-
-    def as_record(self) -> dict[str, Any]:
-        """Return the report as JSON values; unknown numbers become None."""
-        record = asdict(self) | {
-            "seconds": {bucket: round(seconds, 6) for bucket, seconds in self.seconds.items()},
-            "num_changes": self.num_changes,
-            "changes": [asdict(change) for change in self.changes],
-        }
-        return {
-            key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()
-        }
 
 
 def goodput_of(events: Iterable[Record], steps: Iterable[Record], *, now: float | None) -> GoodputReport:
@@ -135,7 +55,9 @@ class GoodputTracker:
 
     def __init__(self) -> None:
         self._seconds: dict[Bucket, float] = dict.fromkeys(BUCKETS, 0.0)
-        self._wall_s = 0.0
+        self._wall_s = self._between_s = 0.0
+        self._num_sessions = 0
+        self._speed = MeanSpeed()
         self._is_open = False
         self._at = -math.inf
         self._unassigned_s = 0.0
@@ -199,6 +121,10 @@ class GoodputTracker:
         available_s = self._nodes.available_s(elapsed_s)
         return GoodputReport(
             wall_s=wall_s,
+            num_sessions=self._num_sessions,
+            between_s=self._between_s,
+            tokens_per_s=self._speed.tokens_per_s,
+            mfu=self._speed.mfu,
             seconds=seconds,
             ideal_step_s=ideal_step_s,
             goodput=self._num_steps * ideal_step_s / wall_s if wall_s else math.nan,
@@ -221,6 +147,8 @@ class GoodputTracker:
                 self._take_evaluation(_number(record, "seconds"))
             case "CheckpointSaved":
                 self._take_checkpoint(record)
+            case "SampleGenerated" | "SampleFailed":
+                self._assign("sampling", _number(record, "seconds"))
             case "PreemptionNoticeReceived" if record.get("is_certain", True):
                 self._noticed.add(str(record.get("node")))
             case "MembershipChangeStarted":
@@ -258,6 +186,7 @@ class GoodputTracker:
             self._num_repeated += 1
             return
         self._num_steps += 1
+        self._speed.add(record, step_s=step_s)
         self._nodes.work(training_s)
         if self._world_size > self._largest_world_size:
             self._largest_world_size = self._world_size
@@ -285,6 +214,7 @@ class GoodputTracker:
             time=_number(record, "time"),
             cause=str(record.get("cause")),
             reason=str(record.get("reason")),
+            after_s=self._wall_s,
             seconds_since_cause=_number(record, "seconds_since_cause"),
             from_world_size=self._world_size or None,
         )
@@ -325,6 +255,9 @@ class GoodputTracker:
 
     def _open(self, time: float) -> None:
         self._is_open, self._phase, self._is_ending = True, "starting", False
+        self._num_sessions += 1
+        if self._at > -math.inf:
+            self._between_s += max(0.0, time - self._at)
         self._at = max(self._at, time)
 
     def _close(self, *, lost: bool) -> None:

@@ -24,7 +24,8 @@ from forge.foreign import open_file, read_file
 from forge.plan.plan import Plan, plan_from_json
 from forge.process import is_alive
 from forge.runs.annotations import read_annotations
-from forge.runs.goodput import GoodputReport, goodput_of, moment
+from forge.runs.goodput import goodput_of, moment
+from forge.runs.goodput_report import GoodputReport
 from forge.runs.index import find_known, read_index, remember_run
 from forge.runs.record_order import StartBeforeSteps
 from forge.runs.records import RecordReader, last_step_of

@@ -29,8 +29,8 @@ from forge.environment import (
 )
 from forge.errors import ClusterError, ForgeError
 from forge.fs import default_cache_dir, state_home
-from forge.limits import free_memory_bytes, usable_cpus, usable_memory_bytes
-from forge.runtime.probe import local_cpu, local_gpu
+from forge.limits import cpu_name, free_memory_bytes, usable_cpus, usable_memory_bytes
+from forge.runtime.probe import local_gpu
 from forge.units import format_bytes
 
 # `jobs/pretrain.yaml` needs these with room to spare.
@@ -98,7 +98,7 @@ def _processor() -> Finding:
         flags = Path("/proc/cpuinfo").read_text()
     num_cpus, num_cores = usable_cpus(), os.cpu_count() or 1
     limit = f" of {num_cores}, by affinity or a container's limit" if num_cpus < num_cores else ""
-    found = f"{num_cpus} core{'s' * (num_cpus > 1)}{limit}, {local_cpu()}"
+    found = f"{num_cpus} core{'s' * (num_cpus > 1)}{limit}, {cpu_name()}"
     if "avx512_bf16" in flags or "amx_bf16" in flags:
         return Finding(what="processor", state="ok", found=f"{found}, bf16 in hardware")
     return Finding(

@@ -216,6 +216,7 @@ class Driver:
 
     def _add_sample(self, step: int) -> None:
         """Record a sample of generated text or, since the run itself has finished, why there is none."""
+        began = time.monotonic()
         from forge.serve.generate import GenerateRequest, generate
 
         prompt = _SAMPLE_PROMPTS.get(self._plan.job.data.source or "", "")
@@ -224,9 +225,10 @@ class Driver:
         except Exception as error:
             traceback.print_exc()
             reason = str(error) if isinstance(error, ForgeError) else f"{type(error).__name__}: {first_line(error)}"
-            self._record(SampleFailed(step=step, reason=reason))
+            self._record(SampleFailed(step=step, reason=reason, seconds=time.monotonic() - began))
             return
-        self._record(SampleGenerated(step=made.step, prompt=made.prompt, text=made.text))
+        seconds = time.monotonic() - began
+        self._record(SampleGenerated(step=made.step, prompt=made.prompt, text=made.text, seconds=seconds))
 
     def _record_stored(self) -> None:
         """Record the checkpoints that no rank has reported, because a writer process outlived it."""

@@ -12,13 +12,11 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from forge.cluster.base import ClusterStatus
@@ -29,7 +27,7 @@ from forge.config.locations import combined
 from forge.config.model import ModelSpec
 from forge.errors import ClusterError, JobFileError, PlanError
 from forge.fs import default_cache_dir, write_atomic
-from forge.limits import usable_cpus, usable_memory_bytes
+from forge.limits import cpu_name, usable_cpus, usable_memory_bytes
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import CodeInfo, HardwareInfo, ModelInfo
 
@@ -77,7 +75,7 @@ def hardware(job: JobSpec, *, gpu_there: tuple[str, int] | None = None, is_here:
     if not is_here:
         return HardwareInfo(device="cpu", name="of the cluster", memory_bytes=None, peak_flops=None)
     share = usable_memory_bytes() // job.resources.workers.high
-    return HardwareInfo(device="cpu", name=local_cpu(), memory_bytes=share, peak_flops=None)
+    return HardwareInfo(device="cpu", name=cpu_name(), memory_bytes=share, peak_flops=None)
 
 
 def _gpu_hardware(name: str, memory_bytes: int, *, precision: str) -> HardwareInfo:
@@ -179,17 +177,6 @@ def num_visible_gpus(num_gpus: int, environment: Mapping[str, str]) -> int:
 
 def _is_device(name: str, *, num_gpus: int) -> bool:
     return int(name) < num_gpus if name.isdecimal() else name.startswith(("GPU-", "MIG-"))
-
-
-def local_cpu() -> str:
-    """The processor's name according to the kernel."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _cached_answer(request: dict[str, Any], *, is_cacheable: bool) -> dict[str, Any]:

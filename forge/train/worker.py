@@ -31,7 +31,7 @@ from forge.plan.plan import Plan, config_digest
 from forge.train.async_checkpoint import AsyncCheckpointer
 from forge.train.engine import DTYPES, Engine, Rendezvous, build_engine, join_process_group
 from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
-from forge.train.metrics import find_peak
+from forge.train.peak import find_peak
 from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import ReplicaClient, Snapshotter
 from forge.user_code import use_code

@@ -20,7 +20,8 @@ from forge.events import (
     SampleGenerated,
     WaitingForMachines,
 )
-from forge.runs.goodput import BUCKETS, GoodputReport, GoodputTracker, goodput_of, moment
+from forge.runs.goodput import GoodputTracker, goodput_of, moment
+from forge.runs.goodput_report import BUCKETS, GoodputReport
 from tests.support.runs import History
 
 SECONDS = st.floats(min_value=0.001, max_value=100.0)
@@ -144,6 +145,27 @@ def last_times(history: History) -> list[float]:
     return [records[-1]["time"] for records in (history.events, history.steps) if records]
 
 
+class TestSpeed:
+    def test_speed__several_steps__mean_by_time_without_repeated_ones(self) -> None:
+        history = started()
+        for step, (step_s, tokens_per_s, mfu) in enumerate([(1.0, 400.0, 0.4), (3.0, 100.0, 0.1)], start=1):
+            history.step(step, step_s)
+            history.steps[-1] |= {"speed/tokens_per_s": tokens_per_s, "speed/mfu": mfu}
+        history.change("loss")
+        history.form(1.0)
+        history.step(2, 100.0)  # repeated
+        found = report_of(history)
+        assert (found.tokens_per_s, found.mfu) == pytest.approx((175.0, 0.175))
+
+    def test_speed__mfu_unknown__nan(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.steps[-1] |= {"speed/tokens_per_s": 8.0, "speed/mfu": None}
+        found = report_of(history)
+        assert found.tokens_per_s == 8.0
+        assert math.isnan(found.mfu)
+
+
 class TestBuckets:
     @given(st.lists(st.tuples(st.sampled_from(ACTS), SECONDS), max_size=40))
     def test_buckets__history__every_second_in_its_bucket(self, acts: list[tuple[str, float]]) -> None:
@@ -248,6 +270,15 @@ class TestBuckets:
         history.saved(1, seconds=2.0, stall_s=0.1)
         history.spend(3.0, "other")
         history.record(SampleGenerated(step=1, prompt="", text=""))
+        history.record(RunFinished(step=1))
+        assert spent(report_of(history)) == pytest.approx(dict(+history.spent))
+
+    def test_sampling__sample_of_text__has_its_own_bucket(self) -> None:
+        history = started()
+        history.step(1, 1.0)
+        history.spend(0.5, "other")
+        history.spend(7.5, "sampling")
+        history.record(SampleGenerated(step=1, prompt="", text="", seconds=7.5))
         history.record(RunFinished(step=1))
         assert spent(report_of(history)) == pytest.approx(dict(+history.spent))
 

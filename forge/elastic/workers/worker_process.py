@@ -33,7 +33,7 @@ from forge.model.families.registry import family_of
 from forge.plan.plan import plan_from_json
 from forge.process import first_line, redirect_output
 from forge.train.engine import DTYPES, Rendezvous, import_late_modules
-from forge.train.metrics import measure_gemm_flops
+from forge.train.peak import measured_peak
 from forge.train.worker import ElasticContext, Stopwatch, WorkerContext, run_worker
 from forge.user_code import error_place, use_code
 
@@ -42,14 +42,14 @@ _SOCKET_BYTES = 8 * 2**20
 
 
 def import_for(plan_json: str) -> None:
-    """Import what a rank of this plan will, including the classes of its model, and measure a CPU's peak.
+    """Import what a rank of this plan will, including the classes of its model, and find a CPU's peak.
 
     User code that cannot be imported here is no error yet: the workers report it, and end the run with its message.
     """
     plan = plan_from_json(plan_json)
     import_late_modules(device=plan.hardware.device)
     if plan.hardware.device == "cpu":
-        measure_gemm_flops("cpu", dtype=DTYPES[plan.job.training.precision])
+        measured_peak("cpu", dtype=DTYPES[plan.job.training.precision])
     data = DataShape(vocab_size=plan.corpus.vocab_size, seq_len=plan.job.data.seq_len, eot_id=plan.corpus.eot_id)
     with contextlib.suppress(UserCodeError):
         use_code(plan.code.digest if plan.code is not None else None)
