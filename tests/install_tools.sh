@@ -10,6 +10,8 @@ need ip iproute2
 need ssh openssh-client
 need sshd openssh-server
 need rsync rsync
+need fish fish
+need tcsh tcsh
 [ -n "$packages" ] || exit 0
 
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

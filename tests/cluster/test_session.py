@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from forge.cluster.ssh.bootstrap import probe
 from forge.cluster.ssh.session import SshHost
 from forge.errors import ClusterError
+from tests.support.sshd import LOGIN_SHELLS, printing_home
 
 
 def ssh_host(tmp_path: Path, host: str, **options: object) -> SshHost:
@@ -81,6 +86,55 @@ def test_run__command_fails__returns_its_result(
         ["sh", "-c", "cat; echo $0 two  words; exit 3", "it's"], stdin=b"in ", kill_on_disconnect=kill_on_disconnect
     )
     assert (done.returncode, done.stdout) == (3, b"in it's two words\n")
+
+
+@pytest.fixture(params=LOGIN_SHELLS)
+def login_shell(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The program ssh hands its command to a login shell on this machine, whose start-up files print."""
+    shell = shutil.which(request.param)
+    if shell is None:
+        pytest.skip(f"{request.param} is not installed")
+    home = printing_home(tmp_path / "home")
+    ssh = tmp_path / "ssh"
+    ssh.write_text(
+        "#!/bin/sh\nfor last; do :; done\n"
+        f'exec env HOME={home} BASH_ENV={home}/.bashrc XDG_CONFIG_HOME={home}/.config {shell} -c "$last"\n'
+    )
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return shell
+
+
+@pytest.mark.parametrize("kill_on_disconnect", [False, True])
+def test_run__other_login_shell__output_is_the_commands(
+    tmp_path: Path, login_shell: str, kill_on_disconnect: bool
+) -> None:
+    words = ["it's", "a!b", "!!", "$HOME `id` *", "c\\d\n%e", "ü", '"', "~", ""]
+    done = ssh_host(tmp_path, "h").run(
+        ["sh", "-c", 'cat; printf "<%s>" "$@"; echo problem >&2; exit 3', "sh", *words],
+        stdin=b"in ",
+        kill_on_disconnect=kill_on_disconnect,
+    )
+    assert done.stdout.decode() == "in " + "".join(f"<{word}>" for word in words)
+    assert (done.returncode, done.stderr) == (3, b"problem\n")
+
+
+def test_probe__other_login_shell__reads_the_facts(tmp_path: Path, login_shell: str) -> None:
+    facts = probe(ssh_host(tmp_path, "h"), folder=str(tmp_path / "it's !here"), python=sys.executable)
+    assert facts["folder"] == str(tmp_path / "it's !here")
+    assert facts["versions"]["ray"] == metadata.version("ray")
+
+
+def test_run__login_shell_runs_no_command__says_what_it_must_do_without_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\ncat\necho 'This account is currently not available.'\nexit 1\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(ClusterError, match="login shell there ended with 1 and did not run") as raised:
+        ssh_host(tmp_path, "h").run(["cat"], stdin=b"token-of-the-cluster")
+    assert "token-of-the-cluster" not in str(raised.value)
 
 
 def test_run__ssh_not_installed__says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Clusters of existing hosts: real sshd, real Ray, every host with its own address."""
+"""Clusters of existing hosts: real sshd, real Ray, every host with its own address and its own login shell."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,16 @@ from forge.errors import ClusterError
 from forge.runs.reader import read_metrics, read_run
 from tests.support.command import environment, forge, mentioning, start_forge, wait_for
 from tests.support.hosts import Hosts, can_make_hosts
-from tests.support.sshd import SSHD, another_host_key, client_key, start_sshd, stranger_key
+from tests.support.sshd import (
+    LOGIN_SHELLS,
+    SSHD,
+    START_UP_TEXT,
+    another_host_key,
+    client_key,
+    start_sshd,
+    stranger_key,
+    use_login_shell,
+)
 
 JOB = """\
 name: far
@@ -59,7 +69,8 @@ def hosts() -> Iterator[Hosts]:
     if not (can_make_hosts() and Path(SSHD).exists()):
         pytest.skip("this needs the right to make network namespaces, iproute2, and OpenSSH's server")
     with Hosts(3) as hosts:
-        for host in range(hosts.count):
+        for host, shell in enumerate(LOGIN_SHELLS):
+            use_login_shell(hosts, host, shell)
             start(hosts, host)
         yield hosts
 
@@ -364,6 +375,14 @@ class TestErrors:
         done = machine.run("echo $PPID; exit 3", kill_on_disconnect=True)
         assert done.returncode == 3
         wait_for(lambda: not mentioning(f"-d /proc/{done.stdout.decode().strip()}", "/proc/$PPID"), timeout_s=5)
+
+    def test_run__any_login_shell__start_up_text_is_no_output(self, hosts: Hosts, machine: SshHost) -> None:
+        for host in range(hosts.count):
+            there = replace(machine, host=hosts.ip(host))
+            plain = subprocess.run([*there.ssh(), "true"], capture_output=True, check=True, timeout=20)
+            assert START_UP_TEXT.encode() in plain.stdout
+            done = there.run(["printf", "%s|", "it's", "a!b", "$HOME *", "c\\d\n%e", "ü"], stdin=b"")
+            assert (done.stdout.decode(), done.stderr) == ("it's|a!b|$HOME *|c\\d\n%e|ü|", b"")
 
     def test_up__key_not_authorized__is_refused(self, hosts: Hosts) -> None:
         other = spec_of(hosts, name="keyless", identity_file=str(stranger_key(hosts)))

@@ -124,10 +124,14 @@ class Hosts:
             etc: files that its processes see in `/etc`, by name.
         """
         self._make(host, neighbours=())
-        for name, text in (etc or {}).items():
-            (_FILES / self._name(host) / name).write_text(text)
+        self.write_etc(host, etc or {})
         _ip(self._neighbour(11 + host, _bridge_of(self._number)))
         wait_for(functools.partial(_is_open, self._name(host)), timeout_s=10)
+
+    def write_etc(self, host: int, files: Mapping[str, str]) -> None:
+        """Write files that the processes which are started from now on see in `/etc`, by name."""
+        for name, text in files.items():
+            (_FILES / self._name(host) / name).write_text(text)
 
     def remove(self, host: int) -> None:
         """Remove a host; its number is free again."""

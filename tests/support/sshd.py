@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import pwd
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,9 @@ from tests.support.command import wait_for
 from tests.support.hosts import Hosts
 
 SSHD = "/usr/sbin/sshd"
+LOGIN_SHELLS = ("tcsh", "fish", "bash")
+START_UP_TEXT = "Welcome to this machine"
+_START_UP_FILES = {"tcsh": ".tcshrc", "fish": ".config/fish/config.fish", "bash": ".bashrc"}
 _CONFIG = """\
 Port 22
 HostKey {folder}/host_key
@@ -71,6 +76,26 @@ def start_sshd(
     mounts = [f"mount -t tmpfs none {path}" for path in private]  # in the mount namespace that `ip` has created
     hosts.run(host, "/bin/sh", "-c", " && ".join([*mounts, f"exec {shlex.join(server)}"]))
     wait_for(lambda: _listens(folder), timeout_s=10)
+
+
+def printing_home(folder: Path) -> Path:
+    """Make a home whose start-up files print to both outputs, in each of `LOGIN_SHELLS`."""
+    for name in _START_UP_FILES.values():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"echo '{START_UP_TEXT}'\nsh -c 'echo {START_UP_TEXT} >&2'\n")
+    return folder
+
+
+def use_login_shell(hosts: Hosts, host: int, shell: str) -> None:
+    """Give root on a host one of `LOGIN_SHELLS`, with start-up files that print. Call it before `start_sshd`."""
+    path = shutil.which(shell)
+    assert path is not None, f"{shell} is not installed: tests/install_tools.sh"
+    home = printing_home(hosts.folder / f"home-{host}")
+    users = [user for user in pwd.getpwall() if user.pw_uid]
+    lines = [f"root:x:0:0:root:{home}:{path}"]
+    lines += [":".join(map(str, (*user[:6], user.pw_shell))) for user in users]
+    hosts.write_etc(host, {"passwd": "\n".join([*lines, ""])})
 
 
 @contextlib.contextmanager

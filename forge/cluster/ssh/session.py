@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from forge.cluster.base import stdin_arguments
+from forge.cluster.ssh.login_shell import after_marker, make_marker, wrap_line
 from forge.cluster.tunnel import local_port, private_folder
 from forge.errors import ClusterError
 
@@ -73,17 +74,20 @@ class SshHost:
         timeout_s: float = 60.0,
         kill_on_disconnect: bool = False,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a command, or a line for the shell there, and return its result, whatever its exit code.
+        """Run a command, or a line for `sh` there, and return its result, whatever its exit code.
+
+        The user may have another login shell, whose start-up files may print: see `forge.cluster.ssh.login_shell`.
 
         Args:
             kill_on_disconnect: end the command there if this process ends, times out or is interrupted.
 
-        Raises: ClusterError if the host is not reached, refuses the login, or takes too long.
+        Raises: ClusterError if the host is not reached, refuses the login or the command, or takes too long.
         """
         line = command if isinstance(command, str) else shlex.join(command)
         if kill_on_disconnect:
             line = _KILL_ON_DISCONNECT.format(line=line)
-        ssh = [*self.ssh("-T", "-o", "BatchMode=yes"), line]
+        marker = make_marker()
+        ssh = [*self.ssh("-T", "-o", "BatchMode=yes"), wrap_line(line, marker=marker)]
         try:
             done = _run(ssh, stdin_arguments(stdin), timeout_s=timeout_s)
         except FileNotFoundError:
@@ -96,7 +100,20 @@ class SshHost:
             raise ClusterError(f"{self.host} was cancelled: ssh was ended by signal {-done.returncode}")
         if done.returncode == _OPENSSH_FAILED:
             raise self._explain(done.stderr.decode(errors="replace"))
-        return done
+        return self._without_start_up_text(done, marker=marker)
+
+    def _without_start_up_text(
+        self, done: subprocess.CompletedProcess[bytes], *, marker: str
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Raises: ClusterError if the login shell ended before it ran the command."""
+        out, err = (after_marker(output, marker=marker) for output in (done.stdout, done.stderr))
+        if out is None:  # the output is not shown: another shell may have echoed the input, which can have secrets
+            raise ClusterError(
+                f"{self.host}: the login shell there ended with {done.returncode} and did not run forge's command; "
+                f"it must be a shell, and its start-up files must neither exit nor start another one: "
+                f"{shlex.join([*self.ssh(), 'echo works'])}"
+            )
+        return subprocess.CompletedProcess(done.args, done.returncode, out, done.stderr if err is None else err)
 
     @contextlib.contextmanager
     def forward(self, port: int) -> Iterator[int]:
