@@ -430,6 +430,12 @@ def test_record__larger_than_the_bound__parses_only_what_is_in_use(monkeypatch: 
     assert isinstance(everything["n"], UnparsedJson)
 
 
+def test_record__table_of_records_under_their_keys__is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({f"{number:x}": 0 for number in range(600_000)}))
+    with pytest.raises(DataError, match=r"a\.json:1: .*more than 100,000 keys; .*one to a line"):
+        texts_of(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

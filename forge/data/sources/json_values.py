@@ -18,6 +18,9 @@ from forge.errors import DataError
 MAX_RECORD_CHARS = 1 << 25
 """A record is parsed whole; a longer one (32 MiB) is a file of another kind."""
 
+MAX_FIELDS = 100_000
+"""Of a record above 4 MiB; an object with more is a table of records under their keys."""
+
 _LARGE_CHARS = 1 << 22
 """A record above 4 MiB is split first: its values could take 20 times the memory of their text."""
 
@@ -199,6 +202,10 @@ def _parse_fields(text: str, *, columns: Sequence[str] | None) -> Any:
         end = find_end(text, at)
         if end is None:
             raise ValueError(f"the value of {key[:80]!r} at character {at} is not complete")
+        if len(fields) == MAX_FIELDS and key not in fields:
+            raise ValueError(
+                f"the object has more than {MAX_FIELDS:,} keys; records are read from an array or one to a line"
+            )
         if columns is None or key in columns:
             value = text[at:end]
             if texts.setdefault(key, value) != value:
