@@ -23,6 +23,8 @@ class RunStarted:
     run_id: str
     total_steps: int
     resumed_from_step: int
+    startup_s: float = 0.0
+    """From the start of the driver until this event, in seconds: mostly the start of Ray."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from forge.report.trial_rows import (
     values_in_short,
 )
 from forge.runs.event_text import EventDescriber
+from forge.runs.goodput import GoodputTracker
 from forge.runs.trials import seconds_left
 from forge.units import format_duration
 
@@ -58,6 +59,7 @@ class TuneScreen(LiveScreen):
         self._events = EventDescriber()
         self._cost: Mapping[str, Any] = {}
         self._began = clock()
+        self._wall_time = GoodputTracker()
         self._phase = "starting"
         for record in past:
             self._take_state(record)
@@ -71,9 +73,8 @@ class TuneScreen(LiveScreen):
 
     def _take_state(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]
-        if kind == "RunStarted":
-            self._began = event["time"]
-        elif kind == "CostUpdated":
+        self._wall_time.add(event)
+        if kind == "CostUpdated":
             self._cost = event
         elif kind == "TrialStarted":
             self._phase = ""
@@ -100,8 +101,7 @@ class TuneScreen(LiveScreen):
             for line in self._head()
         ]
         if self._phase:
-            elapsed = format_duration(self._clock() - self._began)
-            phase = cut(display.harmless(f"{self._phase} … {elapsed}"), width=width)
+            phase = cut(display.harmless(f"{self._phase} … {self._elapsed()}"), width=width)
             head.append(Text(phase, style="dim", no_wrap=True, overflow="ellipsis"))
         return Group(*head, *self._table(width, room=height - len(head) - 1))
 
@@ -113,7 +113,7 @@ class TuneScreen(LiveScreen):
         num_over = sum(trial.is_over for trial in table.trials.values())
         left_s = seconds_left(table, num_trials=planned.num_trials, at_once=planned.trials_at_once)
         left = "" if left_s is None else f", about {format_duration(left_s)} left"
-        lines = [f"{num_over}/{planned.num_trials} trials  {format_duration(self._clock() - self._began)}{left}"]
+        lines = [f"{num_over}/{planned.num_trials} trials  {self._elapsed()}{left}"]
         best = table.best(self._search.direction)
         if best is not None:
             value = f"{self._search.metric} {format_value(best.value)}"
@@ -122,6 +122,11 @@ class TuneScreen(LiveScreen):
             usd = self._cost["usd_per_hour"] * (left_s or 0.0) / 3600
             lines.append(f"{self._cost['usd']:.2f} USD" + ("" if left_s is None else f", about {usd:.2f} more"))
         return lines
+
+    def _elapsed(self) -> str:
+        """Wall time of the search; before its first event, the time since the screen was opened."""
+        now = self._clock()
+        return format_duration(self._wall_time.report(now=now).wall_s or now - self._began)
 
     def _table(self, width: int, *, room: int) -> list[Text]:
         """The table in at most `room` lines, including its header and the line that counts hidden trials."""

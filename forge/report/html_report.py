@@ -24,7 +24,7 @@ from forge.report.figures import build_figures, labels, script
 from forge.report.search_summary import SearchSummary, search_summary
 from forge.report.text import number
 from forge.report.trial_rows import shown
-from forge.runs.reader import RunSummary, failure_of, read_run
+from forge.runs.reader import failure_of, read_run
 from forge.runs.trials import Trial
 from forge.search.importance import importances
 from forge.units import format_duration
@@ -63,13 +63,6 @@ def write_report(folder: Path) -> Path:
     path = folder / REPORT
     write_atomic(path, _render(search_summary(run)))
     return path
-
-
-def wall_seconds(run: RunSummary) -> float:
-    """Seconds from a search's first event to its last, or to now while it is running."""
-    if run.status == "running":
-        return time.time() - run.started
-    return float(run.events[-1]["time"]) - run.started if run.events else 0.0
 
 
 def _render(summary: SearchSummary) -> str:
@@ -122,7 +115,7 @@ def _tiles(summary: SearchSummary) -> Iterator[_Tile]:
         )
     plan = summary.run.plan.search
     at_once = f"{plan.trials_at_once} at once" if plan else ""
-    yield _Tile(name="wall time", value=format_duration(wall_seconds(summary.run)), note=at_once)
+    yield _Tile(name="wall time", value=format_duration(summary.run.goodput().wall_s), note=at_once)
     starts = [trial.start_s for trial in trials if trial.start_s is not None]
     if starts:
         num_warm = sum(trial.is_warm for trial in trials if trial.start_s is not None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from forge.config.overrides import search_of
 from forge.fs import write_atomic
-from forge.report.html_report import REPORT, wall_seconds, write_report
+from forge.report.html_report import REPORT, write_report
 from forge.runs.reader import RunSummary, read_run
 from forge.runs.trials import Trial, TrialTable, trial_id
 from forge.search.best_job import best_job_yaml
@@ -36,7 +36,7 @@ def search_record(run: RunSummary) -> dict[str, Any]:
         "best": best and _result(best, search_id=run.run_id),
         "importances": importances(search, table),
         "usd": (run.newest("CostUpdated") or {}).get("usd"),
-        "seconds": wall_seconds(run),
+        "seconds": run.goodput().wall_s,
         "trials": [_record(trial, search_id=run.run_id) for trial in table.trials.values()],
         "report": _existing(run.folder / REPORT),
         "best_yaml": _existing(run.folder / BEST),

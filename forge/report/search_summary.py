@@ -69,7 +69,7 @@ def outcome_facts(summary: SearchSummary) -> list[tuple[str, str]]:
         if own is not None and own is not best:
             facts.append(("job's own", f"trial {own.number}, {format_value(own.value)} at step {own.step}"))
         facts.append(("its run", trial_folder(str(run.folder), best.number)))
-    facts.append(("time", format_duration(run.updated - run.started)))
+    facts.append(("wall time", format_duration(run.goodput().wall_s)))
     cost = run.newest("CostUpdated")
     if cost:
         facts.append(("cost", f"{cost['usd']:.2f} USD"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from forge.config.job import JobSpec
-from forge.config.overrides import first_values, trial_job
+from forge.config.overrides import trial_job, usual_values
 from forge.config.search import SchedulerSpec, SearcherSpec
 from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, SkippedFiles
 from forge.plan.plan import DraftPlan, Plan
@@ -31,20 +31,31 @@ def headline(plan: DraftPlan) -> str:
 
 
 def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
-    """Describe model, data, training and hardware of a job; for a search, of its first trial."""
+    """Describe model, data, training and hardware of a job.
+
+    For a search, of the job with its own values, or with the first of the space if the space does not contain them;
+    each of these values says that it is searched.
+    """
     job = _trained(plan.job)
-    training = job.training
+    training, searched = job.training, set(plan.job.search.space) if plan.job.search is not None else set()
+
+    def said(key: str, value: object) -> str:
+        return f"{value} (searched)" if key in searched else f"{value}"
+
     num_positions = plan.total_steps * training.global_batch_size * job.data.seq_len
     total_flops = plan.flops_per_token * num_positions
     facts = [
         ("model", f"{plan.model.class_name}, {plan.model.num_layers} layers of {plan.model.hidden_size}"),
         (
             "batch",
-            f"{training.global_batch_size} sequences of {job.data.seq_len} tokens, "
-            f"the same at every number of workers",
+            f"{said('training.global_batch_size', training.global_batch_size)} sequences of "
+            f"{said('data.seq_len', job.data.seq_len)} tokens, the same at every number of workers",
         ),
-        ("training", f"{training.precision}, ZeRO {training.zero.stage}, lr {training.optimizer.lr:g} "
-         f"({training.schedule.kind}, {training.schedule.warmup_steps} steps of warm-up)"),
+        ("training", f"{said('training.precision', training.precision)}, "
+         f"ZeRO {said('training.zero.stage', training.zero.stage)}, "
+         f"lr {said('training.optimizer.lr', f'{training.optimizer.lr:g}')} "
+         f"({said('training.schedule.kind', training.schedule.kind)}, "
+         f"{said('training.schedule.warmup_steps', training.schedule.warmup_steps)} steps of warm-up)"),
         ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, "
          f"{format_count(total_flops)}FLOP in all"),
         ("hardware", _hardware(plan)),
@@ -235,8 +246,8 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _trained(job: JobSpec) -> JobSpec:
-    """Return the job itself, or the job of a search's first trial."""
-    return job if job.search is None else trial_job(job, first_values(job.search))
+    """Return the job itself; for a search, the job with the values that its plan was made with."""
+    return job if job.search is None else trial_job(job, usual_values(job))
 
 
 def _each(job: JobSpec) -> str:

@@ -2,9 +2,9 @@
 
 The input is the records of `events.jsonl` and `metrics.jsonl`, one by one, so that a screen can update a tracker
 while the run is running; no single record is required. The wall time is the sum of the run's sessions, each from
-RunStarted to its end; the time between sessions does not count. Every record advances the clock by the time since
-the previous record (by nothing if its time is earlier) and assigns a part of the unassigned seconds to a bucket;
-a record that ends a step or a generation assigns the rest. So the buckets always add up to the wall time.
+the start of its driver to its end; the time between sessions does not count. Every record advances the clock by the
+time since the previous record (by nothing if its time is earlier) and assigns a part of the unassigned seconds to a
+bucket; a record that ends a step or a generation assigns the rest. So the buckets always add up to the wall time.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class GoodputTracker:
         if kind == "RunStarted":
             if self._is_open:  # the session before ended without a record
                 self._close(lost=True)
-            self._open(time)
+            self._open(time - _number(record, "startup_s"))
         elif kind is None and not self._is_open:
             self._open(time - _number(record, "speed/step_s"))
         if self._is_open:

@@ -1,14 +1,17 @@
-"""Where the wall time of a run went. Every second is in one bucket:
+"""Where the wall time of a run went.
 
-training     steps done for the first time
-repeated     steps done again, and the unfinished part of an interrupted step
-evaluating   measuring the held-out loss
-saving       training waited for a checkpoint, or the run for its last checkpoint
-sampling     generating the sample of text at the end of the run; most of it is importing torch and transformers
-stalled      from the last progress of a hung rank until the hang was detected
-starting     from the start, or the end of a generation, until the first step of the next one begins
-waiting      too few machines
-other        the rest: between steps, and from the last step to the end of the run, without its sample
+Every second is in one bucket:
+
+    training     steps done for the first time
+    repeated     steps done again, and the unfinished part of an interrupted step
+    evaluating   measuring the held-out loss
+    saving       training waited for a checkpoint, or the run for its last checkpoint
+    sampling     generating the sample of text at the end of the run; most of it is importing torch and transformers
+    stalled      from the last progress of a hung rank until the hang was detected
+    starting     from the start of the driver, which starts Ray, or the end of a generation, until the first step of
+                 the next one begins
+    waiting      too few machines
+    other        the rest: between steps, and from the last step to the end of the run, without its sample
 """
 
 from __future__ import annotations

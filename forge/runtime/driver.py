@@ -83,6 +83,7 @@ class Driver:
     _plan: Plan
 
     def __init__(self, folder: Path, *, address: str | None) -> None:
+        self._began = time.monotonic()
         self._folder = folder
         self._address = address
         self._recorder: Any = None
@@ -173,7 +174,14 @@ class Driver:
         ).remote(str(self._folder), run_id, plan_to_json(self._plan), credentials(os.environ))
         if is_new:  # otherwise this driver replaces one that was killed
             step = last_recorded_step(self._folder)
-            self._record(RunStarted(run_id=run_id, total_steps=self._plan.total_steps, resumed_from_step=step))
+            self._record(
+                RunStarted(
+                    run_id=run_id,
+                    total_steps=self._plan.total_steps,
+                    resumed_from_step=step,
+                    startup_s=time.monotonic() - self._began,
+                )
+            )
             self._record(_corpus_read(self._plan))
             if step:
                 self._record_stored()

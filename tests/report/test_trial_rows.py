@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge.config.overrides import search_of
-from forge.events import Event, TrialEnded, TrialExploited, TrialReported, TrialStarted, event_to_record
-from forge.report.text import search_facts
+from forge.events import Event, RunStopped, TrialEnded, TrialExploited, TrialReported, TrialStarted, event_to_record
+from forge.report.search_record import search_record
+from forge.report.search_summary import outcome_facts, search_summary
+from forge.report.text import plan_facts, search_facts
 from forge.report.trial_event_text import TrialEventDescriber
 from forge.report.trial_rows import bars, fit_table, format_value, select_trials, short_names, shown, trial_rows
+from forge.runs.reader import read_run
 from forge.runs.trials import TrialTable
 from tests.support.jobs import tiny_plan
-from tests.support.tuning import BEGAN, LR, WARMUP, begun, ended, search_plan, suggested
+from tests.support.tuning import BEGAN, LR, WARMUP, begun, ended, make_search, search_plan, suggested
 
 TRIALS = [
     *ended(1, value=5.0),
@@ -170,6 +175,24 @@ class TestThePlan:
     )
     def test_search_facts__each_part__one_line(self, changes: dict[str, Any], name: str, text: str) -> None:
         assert dict(search_facts(search_plan(**changes)))[name] == text
+
+    def test_plan_facts__searched_value_in_the_space__is_that_of_the_job_and_says_so(self) -> None:
+        own = search_plan().job.training.optimizer.lr
+        training = dict(plan_facts(search_plan()))["training"]
+        assert f"lr {own:g} (searched) (" in training
+        assert "(searched) steps of warm-up" in training
+        assert training.count("searched") == 2
+
+    def test_outcome_facts__resumed_search__wall_time_without_the_time_between(self, tmp_path: Path) -> None:
+        folder = make_search(tmp_path, events=[*ended(1, value=1.0), RunStopped(step=0)])
+        lines = (folder / "events.jsonl").read_text().splitlines()
+        later = [json.loads(line) for line in lines]
+        later = [event | {"time": event["time"] + 1000.0} for event in later if event["event"] != "TrialSuggested"]
+        (folder / "events.jsonl").write_text("\n".join([*lines, *map(json.dumps, later)]) + "\n")
+        run = read_run(folder)
+        session_s = json.loads(lines[-1])["time"] - json.loads(lines[0])["time"]
+        assert dict(outcome_facts(search_summary(run)))["wall time"] == f"{2 * session_s:.0f}s"
+        assert search_record(run)["seconds"] == 2 * session_s
 
     @pytest.mark.parametrize(("max_trials", "text"), [(3, "3 of 6 combinations"), (None, "all 6 combinations")])
     def test_search_facts__grid__counts_combinations(self, max_trials: int | None, text: str) -> None:

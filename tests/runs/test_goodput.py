@@ -17,6 +17,7 @@ from forge.events import (
     PreemptionNoticeReceived,
     RunFailed,
     RunFinished,
+    RunStarted,
     SampleGenerated,
     WaitingForMachines,
 )
@@ -272,6 +273,16 @@ class TestBuckets:
         history.record(SampleGenerated(step=1, prompt="", text=""))
         history.record(RunFinished(step=1))
         assert spent(report_of(history)) == pytest.approx(dict(+history.spent))
+
+    def test_starting__start_of_ray__counts_from_the_start_of_the_driver(self) -> None:
+        history = History()
+        history.spend(4.0, "starting")
+        history.record(RunStarted(run_id="r", total_steps=9, resumed_from_step=0, startup_s=4.0))
+        history.form(2.0)
+        history.step(1, 1.0)
+        found = report_of(history)
+        assert spent(found) == pytest.approx(dict(+history.spent))
+        assert found.wall_s == pytest.approx(7.0)
 
     def test_sampling__sample_of_text__has_its_own_bucket(self) -> None:
         history = started()
