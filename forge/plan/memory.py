@@ -20,6 +20,10 @@ from forge.plan.inputs import ModelInfo
 
 USABLE_SHARE = 0.85
 """Share of a worker's memory that the plan fills; the rest is for the allocator, CUDA context and buffers."""
+LIBRARIES_BYTES = 425 * 2**20
+"""Resident memory of a rank on CPU before it builds the model: Python, torch, DeepSpeed and transformers.
+
+Source: measured with the versions of constraints.txt; tests/train/test_libraries.py measures it again."""
 MAX_AUTO_MICRO_BATCH = 8
 """Largest micro-batch that `auto` picks: small models gained nothing beyond it on any device we measured."""
 
@@ -35,6 +39,8 @@ class MemoryEstimate:
     activations_bytes: int
     host_bytes: int
     """In host memory: snapshots of this rank, replicas of another node's, and offloaded optimizer state."""
+    libraries_bytes: int = 0
+    """Python and the imported libraries, if the device is the CPU."""
     is_on_host: bool
     """Whether the device is the CPU, so that everything shares the host's memory."""
 
@@ -46,7 +52,8 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> int:
         """What the device must hold."""
-        return self.state_bytes + self.activations_bytes + (self.host_bytes if self.is_on_host else 0)
+        on_host = self.host_bytes + self.libraries_bytes if self.is_on_host else 0
+        return self.state_bytes + self.activations_bytes + on_host
 
     def fits(self, memory_bytes: int) -> bool:
         """Whether a device with this much memory can hold it."""
@@ -96,6 +103,7 @@ def estimate_memory(
         ema_bytes=0 if is_offloaded else ema,
         activations_bytes=activation_bytes(model, training, micro_batch_size=micro_batch_size, seq_len=seq_len),
         host_bytes=num_copies * snapshot + (optimizer + ema if is_offloaded else 0),
+        libraries_bytes=LIBRARIES_BYTES if is_on_host else 0,
         is_on_host=is_on_host,
     )
 

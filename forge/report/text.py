@@ -60,6 +60,10 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
          f"{format_count(total_flops)}FLOP in all"),
         ("hardware", _hardware(plan)),
     ]  # fmt: skip
+    libraries = plan.worlds[0].memory.libraries_bytes if plan.worlds else 0
+    if libraries:
+        held = f"{format_bytes(libraries)} of each worker's ~total are Python, torch, DeepSpeed and transformers"
+        facts.append(("memory", held))
     if isinstance(plan, Plan):
         corpus = plan.corpus
         epochs = plan.total_steps * training.global_batch_size / max(1, corpus.num_train_sequences)

@@ -1,0 +1,24 @@
+"""The memory of a rank's interpreter and libraries, which the plan adds on CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from forge.plan.memory import LIBRARIES_BYTES
+
+MEASURE = """
+import resource
+from forge.train.engine import import_late_modules
+import_late_modules(device="cpu")
+import forge.elastic.workers.worker_process
+import torch, transformers
+torch.randn(1024, 1024) @ torch.randn(1024, 1024)
+transformers.LlamaForCausalLM
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_libraries_bytes__imports_of_a_rank__are_what_the_plan_adds() -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=120, check=True)
+    assert 0.8 < int(done.stdout.splitlines()[-1]) / LIBRARIES_BYTES < 1.2
