@@ -23,6 +23,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from forge.cli.fold import fold
 from forge.errors import harmless as harmless
 from forge.redact import redacted
 
@@ -42,20 +43,23 @@ OUT = HarmlessConsole(highlight=False, markup=False, emoji=False, soft_wrap=not 
 ERR = HarmlessConsole(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 
 
+_MIN_FACT_WIDTH = 24
+"""With less room beside the names, the texts of facts are printed below them."""
+
+
 def message(text: str, *, console: Console | None = None) -> None:
-    """Print one line to stderr."""
-    console, shown = console or ERR, _shown(text)
-    console.print(Text(shown), soft_wrap=console.soft_wrap or "/" in shown)  # a path is not broken, to be copied
+    """Print a message to stderr."""
+    _print_folded(_shown(text), console=console or ERR)
 
 
 def warning(text: str, *, console: Console | None = None) -> None:
     """Print to stderr a problem that did not end the command."""
-    (console or ERR).print(Text(f"! {_shown(text)}", style="yellow"))
+    _print_folded(f"! {_shown(text)}", console=console or ERR, style="yellow")
 
 
 def error(text: str) -> None:
     """Print to stderr the error that ended the command."""
-    ERR.print(Text.assemble(("error:", "bold red"), " ", _shown(text)))
+    _print_folded(f" {_shown(text)}", console=ERR, begin="error:", begin_style="bold red")
 
 
 def next_command(command: str, *, purpose: str) -> None:
@@ -82,7 +86,7 @@ def heading(name: str, text: str) -> None:
 
 def headline(name: str, text: str, *, console: Console) -> None:
     """Print a bold name and a text."""
-    console.print(Text.assemble((_line(name), "bold"), f"  {_line(text)}"))
+    _print_folded(f"  {_line(text)}", console=console, begin=_line(name), begin_style="bold")
 
 
 def terminal_width() -> int | None:
@@ -97,12 +101,15 @@ def facts(rows: Sequence[tuple[str, str]], *, console: Console | None = None) ->
         for name, text in rows:
             console.print(Text(f"{_line(name):<11} {_shown(text)}"))
         return
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
+    widest = max((cell_len(_line(name)) for name, _ in rows), default=0) + 2
+    is_narrow = console.width - widest < _MIN_FACT_WIDTH
+    indent = " " * (2 if is_narrow else widest)
     for name, text in rows:
-        grid.add_row(Text(_line(name)), Text(_shown(text)))
-    console.print(grid)
+        lines = fold(_shown(text), width=console.width - len(indent))
+        label = _line(name)
+        first = "" if is_narrow else " " * (widest - cell_len(label)) + lines.pop(0)
+        rest = "".join(f"\n{indent}{line}" for line in lines)
+        console.print(Text.assemble((label, "dim"), first, rest), soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console | None = None) -> None:
@@ -123,6 +130,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Con
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     console.print(grid)
+
+
+def _print_folded(text: str, *, console: Console, style: str = "", begin: str = "", begin_style: str = "") -> None:
+    """Print a text whose words, paths and commands stay whole; on a pipe as it is.
+
+    Args:
+        begin: words before the text, with a style of their own.
+    """
+    whole = begin + text
+    lines = [whole] if console.soft_wrap else fold(whole, width=console.width)
+    at = min(len(begin), len(lines[0]))
+    shown = Text.assemble((lines[0][:at], begin_style), ("\n".join([lines[0][at:], *lines[1:]]), style))
+    console.print(shown, soft_wrap=True)  # as it is: a terminal shows the rest of a longer line on its next line
 
 
 def _shown(text: str) -> str:

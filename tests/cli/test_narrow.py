@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from forge.cli import display
@@ -48,3 +50,68 @@ def test_message_and_next_command__narrow_terminal__keep_paths_and_commands_on_o
         f"run tiny in {path}",
         f"show it: forge runs show {path} --runs elsewhere -o json",
     ]
+
+
+LONG_PATH = f"/home/user/{'folder/' * 12}runs/tiny-0101-000000-abcd"
+COMMAND = "forge train jobs/pretrain.yaml --set training.total_steps=50 --cluster lab"
+TEXTS = [
+    f"the checkpoint in {LONG_PATH} does not verify: 3 of 12 files have another size than the manifest says",
+    f"{LONG_PATH} is not a run; start it again with the values of before: {COMMAND}, then watch it",
+    "no cluster is up; forge train starts one and stops it at the end of the run, forge cluster up one that stays",
+    "rsync is missing, which copies forge to the head; install it: apt-get install rsync\n  then: forge cluster up",
+    "wörter in ünïcode 数据 and an emoji 🎉 between ordinary words that are long enough for several lines",
+]
+
+
+def printers() -> dict[str, Callable[[str, Console], None]]:
+    def facts(text: str, terminal: Console) -> None:
+        display.facts([("checkpoint", text), ("files", text)], console=terminal)
+
+    return {
+        "message": lambda text, terminal: display.message(text, console=terminal),
+        "warning": lambda text, terminal: display.warning(text, console=terminal),
+        "error": lambda text, terminal: display.error(text),
+        "headline": lambda text, terminal: display.headline("name", text.replace("\n", " "), console=terminal),
+        "facts": facts,
+    }
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 100])
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("printer", list(printers()))
+def test_text__narrow_terminal__breaks_between_words_and_never_in_a_path_or_command(
+    monkeypatch: pytest.MonkeyPatch, printer: str, text: str, width: int
+) -> None:
+    terminal = console(width)
+    monkeypatch.setattr(display, "ERR", terminal)
+    printers()[printer](text, terminal)
+    lines = printed(terminal).splitlines()
+    words = " ".join(lines).split()
+    assert [word for word in text.split() if word not in words] == []
+    for whole in (LONG_PATH, COMMAND, "apt-get install rsync"):
+        assert (whole in text) == any(whole in line for line in lines)
+    too_long = [line for line in lines if cell_len(line) > width]
+    assert [line for line in too_long if "/" not in line and "forge" not in line and "apt-get" not in line] == []
+
+
+def test_text__wide_terminal__one_line() -> None:
+    terminal = console(200)
+    display.message(TEXTS[2], console=terminal)
+    assert printed(terminal) == TEXTS[2] + "\n"
+
+
+def test_facts__folded_text__continues_below_its_beginning() -> None:
+    terminal = console(40)
+    display.facts([("model", "one two three four five six seven eight"), ("x", "nine")], console=terminal)
+    assert printed(terminal).splitlines() == [
+        "model  one two three four five six seven",
+        "       eight",
+        "x      nine",
+    ]
+
+
+def test_error__pipe__one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = display.HarmlessConsole(file=io.StringIO(), soft_wrap=True, color_system=None)
+    monkeypatch.setattr(display, "ERR", pipe)
+    display.error(TEXTS[0])
+    assert printed(pipe) == f"error: {TEXTS[0]}\n"
