@@ -103,6 +103,22 @@ class PreemptionNoticeReceived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KilledForMemory:
+    """Ray's memory monitor killed a process of the run, because its node had too little free memory."""
+
+    process: str
+    """`agent`, with the ranks of its node; `supervisor`, `recorder` or `corpus server`, which Ray restarts."""
+    node: str
+    """Of an agent; empty for the others."""
+    host: str
+    pid: int
+    used_gib: float
+    """Memory in use on the node."""
+    limit_gib: float
+    """Memory that the node has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WaitingForMachines:
     """The run is paused, its state safe, until its minimum number of workers is available."""
 
@@ -401,6 +417,7 @@ Event = (
     | WaitingForMachines
     | CostUpdated
     | MembershipChangeStarted
+    | KilledForMemory
     | RankHung
     | GenerationStarting
     | GenerationStarted

@@ -85,7 +85,7 @@ def follow_run(run: RunHandle, plan: Plan, *, past: Past) -> bool:
         watch_run(run, plan, folder=run.folder, past=past, on_record=note_interrupts)
     finally:
         signal.signal(signal.SIGINT, before)
-    run.wait()
+        run.wait()
     return num_interrupts > 0
 
 

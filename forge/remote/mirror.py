@@ -88,7 +88,7 @@ class RemoteRun:
         return self._folder
 
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and self._folder.exists()
 
     def request_stop(self) -> None:
         """Ask the head to stop the run; on another thread, since reaching it may take a while."""
@@ -96,7 +96,7 @@ class RemoteRun:
 
     def wait(self) -> None:
         """Return once the run is over, as far as can be seen from here."""
-        while self._thread.is_alive():
+        while self.is_alive():
             time.sleep(_POLL_S)
 
     def connection_messages(self) -> list[str]:
@@ -115,7 +115,7 @@ class RemoteRun:
     def _mirror(self) -> None:
         """Mirror records until the run has ended, reconnecting after every failure."""
         num_failures = 0
-        while not self._is_over:
+        while not self._is_over and self._folder.exists():
             began = time.monotonic()
             try:
                 self._follow_once()

@@ -44,6 +44,11 @@ class EventDescriber:
                 left_s = event["seconds_left"]
                 when = "soon" if left_s is None else f"in {format_duration(left_s)}"
                 return f"node {event['node']} will be preempted {when} (source: {event['source']})"
+            case "KilledForMemory":
+                ranks = " and its ranks" if event["process"] == "agent" else ""
+                used, limit = (_gib(event[key]) for key in ("used_gib", "limit_gib"))
+                where = f"on {event['host']}{ranks}, which used {used} of {limit}"
+                return f"Ray's memory monitor killed the {event['process']} {where}"
             case "RankHung":
                 silent = format_duration(event["silent_s"])
                 return f"no progress for {silent}, rank {event['rank']} is behind; every rank's log has its stacks"
@@ -78,6 +83,10 @@ def describe_start(event: Mapping[str, Any]) -> str:
     """`starting generation 3 with 2 workers from step 41 (memory)`."""
     text = f"starting generation {event['generation']} with {workers(event['world_size'])}"
     return f"{text} from step {event['from_step']} ({event['source']})" if event["from_step"] else text
+
+
+def _gib(size: float | None) -> str:
+    return "an unknown amount" if size is None else f"{size:.1f} GiB"
 
 
 def workers(count: int) -> str:

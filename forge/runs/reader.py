@@ -304,6 +304,8 @@ def follow(
     Args:
         goes_on: returns whether more records may be written.
         past_events, past_steps: number of records to skip.
+
+    Raises: ArgumentError if the records cannot be read; RunError if the run ended because its folder is gone.
     """
     events = RecordReader(folder, kind="event", skip=past_events)
     steps = RecordReader(folder, kind="step", skip=past_steps)
@@ -321,8 +323,17 @@ def follow(
                 gone_since = gone_since or time.monotonic()
                 if time.monotonic() - gone_since > 2 * _POLL_S:
                     yield from order.release()
+                    _require_run_folder(folder)
                     return
             time.sleep(_POLL_S)
+
+
+def _require_run_folder(folder: Path) -> None:
+    if not (folder / "plan.json").exists():
+        raise RunError(
+            f"the run folder {folder} was removed or moved while the run was in progress, and its records with it. "
+            "A run on this machine is ended then; one on a cluster goes on there: forge cluster status"
+        )
 
 
 def _read_new(events: RecordReader, steps: RecordReader, *, folder: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from forge.checkpoint.manifest import step_name
 from forge.checkpoint.storage import open_storage
@@ -34,6 +33,7 @@ from forge.events import (
     CheckpointSaved,
     CorpusRead,
     Event,
+    KilledForMemory,
     PatternRead,
     RunFailed,
     RunFinished,
@@ -41,22 +41,28 @@ from forge.events import (
     RunStopped,
     SampleFailed,
     SampleGenerated,
+    event_to_record,
 )
 from forge.limits import usable_cpus
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.process import first_line
 from forge.redact import redact_output
-from forge.runs.reader import error_named, read_run
+from forge.runs.reader import LOCK, error_named, read_run
 from forge.runs.recorder import append_event, last_recorded_step
 from forge.runs.secrets import credentials
 from forge.runtime.actor_names import HEAD, NAMESPACE, RECORDER
+from forge.runtime.driver_lock import acquire_lock
+from forge.runtime.driver_watch import watch_run
 
 _STOP_REPEAT_S = 1.0
-_LOCK_PATIENCE_S = 1.0
 _SAMPLE_PROMPTS = {"python-stdlib": "def "}
 _SAMPLE_TOKENS = 64
 _MAX_PATTERNS = 100
 _STORAGE_PATIENCE_S = 5.0
+_END_S = 15.0
+"""How long the actors of a run may take to end before this process ends without them."""
+_CLOSE_TIMEOUT_S = 120.0
+"""Longer than the recorder waits for W&B at the end."""
 
 
 def main() -> None:
@@ -70,7 +76,7 @@ def main() -> None:
     adopt_environment()
     driver = Driver(folder, address=arguments.address)
     signal.signal(signal.SIGTERM, driver.on_signal)
-    lock = _acquire(folder / ".lock")
+    lock = acquire_lock(folder / LOCK)
     exit_code = driver.run()
     lock.close()  # everything is written; clients need not wait until Ray has shut down
     driver.disconnect()
@@ -91,6 +97,9 @@ class Driver:
         self._search_stop_reason: str | None = ""
         self._stop = threading.Event()
         self._is_over = threading.Event()
+        self._kills: list[KilledForMemory] = []
+        self._ending = threading.RLock()
+        """Taken by the thread that records how the run ends, and never released."""
 
     def run(self) -> int:
         """Drive the run to its end. Returns: its exit code."""
@@ -100,7 +109,10 @@ class Driver:
                 restore_code(self._plan.code.digest, run_folder=self._folder)
             self._connect()
             self._start_recorder()
+            watch = {"is_over": self._is_over, "record": self._record_kill, "end": self._end_at_once}
+            threading.Thread(target=watch_run, args=(self._folder,), kwargs=watch, daemon=True).start()
             self._train()
+            self._ending.acquire()
             self._end()
             self._close(exit_code=0)
             return 0
@@ -108,10 +120,12 @@ class Driver:
             append_event(self._folder, RunStopped(step=last_recorded_step(self._folder)))
             return 0
         except ForgeError as error:
+            self._ending.acquire()
             self._fail(error)
             return error.exit_code
         except Exception as error:
             traceback.print_exc()
+            self._ending.acquire()
             self._fail(RunError(f"{type(error).__name__}: {first_line(error)}"))
             return RunError.exit_code
 
@@ -256,14 +270,55 @@ class Driver:
     def _record(self, event: Event) -> None:
         self._recorder.event.remote(event)
 
-    def _fail(self, error: ForgeError) -> None:
+    def _end_at_once(self, error: ForgeError) -> None:
+        """End the run and this process, whatever its main thread waits for; return if that is ending the run."""
+        if not self._ending.acquire(blocking=False):
+            return
+        sys.stderr.write(f"{error}\n")
+        self._is_over.set()
+        if (self._folder / LOCK).exists():
+            self._fail(error, timeout_s=_END_S)
+        ending = threading.Thread(target=self._end_actors, daemon=True)
+        ending.start()
+        ending.join(_END_S)
+        os._exit(error.exit_code)
+
+    def _end_actors(self) -> None:
+        """End all actors of the run, and the cluster if it was started for this run."""
+        import ray
+
+        ray.kill(self._recorder)
+        if self._plan.job.resources.engine == "elastic" and self._plan.search is None:
+            from forge.runtime.elastic_engine import clear_run
+
+            clear_run(self._folder.name)
+        ray.shutdown()
+
+    def _fail(self, error: ForgeError, *, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         failed = RunFailed(error=type(error).__name__, message=str(error))
         try:
             self._record_stored()
             self._record(failed)  # an actor keeps the order of calls, so this is written before it closes
-            self._close(exit_code=error.exit_code)
+            self._close(exit_code=error.exit_code, timeout_s=timeout_s)
         except Exception:  # without a recorder this process is the only writer
-            append_event(self._folder, failed)
+            self._end_recorder()
+            written = [event.items() for event in read_run(self._folder).events]
+            missing: tuple[Event, ...] = (*self._kills, failed)
+            for event in missing:
+                if not any(event_to_record(event).items() <= items for items in written):
+                    append_event(self._folder, event)
+
+    def _record_kill(self, kill: KilledForMemory) -> None:
+        self._kills.append(kill)
+        self._record(kill)
+
+    def _end_recorder(self) -> None:
+        """End the recorder, so that this process can write: it may be alive, but restarted all the time."""
+        import ray
+
+        if self._recorder is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(self._recorder)
 
     def _end(self) -> None:
         """Record that the run has finished or was stopped."""
@@ -285,10 +340,10 @@ class Driver:
         else:
             self._record(RunStopped(step=0, reason=self._search_stop_reason))
 
-    def _close(self, *, exit_code: int) -> None:
+    def _close(self, *, exit_code: int, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         import ray
 
-        ray.get(self._recorder.close.remote(exit_code))
+        ray.get(self._recorder.close.remote(exit_code), timeout=timeout_s)
         if self._plan.job.resources.engine == "elastic" and self._plan.search is None:
             from forge.runtime.elastic_engine import clear_run
 
@@ -301,24 +356,6 @@ class Driver:
         while not self._is_over.is_set():
             self._recorder.request_stop.remote()
             self._is_over.wait(_STOP_REPEAT_S)
-
-
-def _acquire(path: Path) -> TextIO:
-    """Lock the run and write this process's id into the lock file. Readers of the id also lock it, briefly."""
-    lock = path.open("a+")
-    deadline = time.monotonic() + _LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                sys.exit(f"another driver process holds {path}")
-            time.sleep(0.02)
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
 
 
 def _import_train() -> None:

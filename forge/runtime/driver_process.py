@@ -22,7 +22,7 @@ from forge.cluster.local.ray_cluster import find_local
 from forge.cluster.local.ray_process import session_members
 from forge.environment import child_environment
 from forge.errors import ArgumentError
-from forge.process import has_open, is_alive, open_log
+from forge.process import has_open, is_alive, open_log, start_ticks
 from forge.runs.reader import LOCK, driver_pid
 
 DRIVER_MODULE = "forge.runtime.driver"
@@ -57,12 +57,15 @@ class LocalRun:
     folder: Path
     pid: int
     """Of the driver."""
+    started_at: int | None = None
+    """Start time of that process, where it was the driver for certain."""
 
     def is_alive(self) -> bool:
         return is_alive(self.pid)
 
     def request_stop(self) -> None:
-        if is_driver(self.folder, self.pid):
+        # Without its folder a run has no lock that proves which process is its driver.
+        if is_driver(self.folder, self.pid) or self.started_at == start_ticks(self.pid) is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
 
@@ -106,7 +109,7 @@ def start_driver(folder: Path) -> LocalRun:
     except BaseException:  # Ctrl-C: no handle was returned, so the driver must not stay
         process.terminate()
         raise
-    return LocalRun(folder=folder, pid=process.pid)
+    return LocalRun(folder=folder, pid=process.pid, started_at=start_ticks(process.pid))
 
 
 def find_local_run(folder: Path) -> LocalRun | None:
@@ -122,7 +125,7 @@ def find_local_run(folder: Path) -> LocalRun | None:
             f"{folder / LOCK} is held by a process of another user or machine, and names process {pid} of this "
             "machine, which is not the run's driver"
         )
-    return LocalRun(folder=folder, pid=pid)
+    return LocalRun(folder=folder, pid=pid, started_at=start_ticks(pid))
 
 
 def is_driver(folder: Path, pid: int) -> bool:

@@ -8,6 +8,7 @@ from forge.events import (
     Event,
     GenerationStarted,
     GenerationStarting,
+    KilledForMemory,
     MembershipChangeStarted,
     NodeJoined,
     NodeLeft,
@@ -82,6 +83,10 @@ def test_describe__idle_node_left__has_its_own_line() -> None:
         (
             PreemptionNoticeReceived(node=NODE, source="aws", seconds_left=None, is_certain=False),
             "node 3f2a is at risk of preemption (source: aws)",
+        ),
+        (
+            KilledForMemory(process="agent", node=NODE, host="h", pid=7, used_gib=22.43, limit_gib=23.54),
+            "Ray's memory monitor killed the agent on h and its ranks, which used 22.4 GiB of 23.5 GiB",
         ),
         (
             RankHung(generation=1, rank=1, node=NODE, silent_s=8.2),
