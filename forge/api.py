@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from forge.runs.reader import (
     search_folder,
 )
 from forge.runs.remote_ref import read_remote_ref
+from forge.runs.trackers.registry import package_warnings, require_packages
 from forge.runtime.driver_process import RunHandle, start_driver
 from forge.runtime.resolve import resolve, resolve_draft, with_data_folder
 from forge.runtime.resolve_code import with_run_code
@@ -152,7 +153,8 @@ def plan_job(
 
     Raises: JobFileError, PlanError, DataError.
     """
-    return resolve_draft(_loaded(job), on_progress=on_progress)
+    plan = resolve_draft(_loaded(job), on_progress=on_progress)
+    return replace(plan, warnings=plan.warnings + package_warnings(plan.job.tracking))
 
 
 def start(
@@ -179,6 +181,7 @@ def start(
         loaded = with_data_folder(with_run_code(loaded, run_folder=resume), run_folder=resume)
     target = _target(cluster, resume)
     if target is None:
+        require_packages(loaded)
         plan = resolve(loaded, on_progress=on_progress)
     else:
         plan = resolve_remote(target, loaded, on_progress=on_progress)

@@ -18,10 +18,13 @@ from functools import lru_cache
 from typing import Any, TextIO, cast
 from urllib.parse import quote, quote_plus
 
-CREDENTIAL_PREFIXES = ("WANDB_", "AWS_", "AZURE_", "GOOGLE_", "GCS_", "HF_")
+CREDENTIAL_PREFIXES = ("WANDB_", "MLFLOW_", "AWS_", "AZURE_", "GOOGLE_", "GCS_", "HF_")
 """Variables of storage and tracking, most of which are credentials or name them."""
 _PLAIN_NAMES = frozenset(
-    ["AWS_REGION", "AWS_DEFAULT_REGION", "GOOGLE_CLOUD_PROJECT", "HF_HOME", "WANDB_ENTITY", "WANDB_PROJECT"]
+    [
+        *("AWS_REGION", "AWS_DEFAULT_REGION", "GOOGLE_CLOUD_PROJECT", "HF_HOME", "WANDB_ENTITY", "WANDB_PROJECT"),
+        *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
+    ]
 )
 _PLAIN_SUFFIXES = ("_FILE", "_DIR", "_PATH", "_PROFILE", "_SOCK", "_MODE", "GOOGLE_APPLICATION_CREDENTIALS")
 """Endings of names whose values are places or choices, not secrets."""

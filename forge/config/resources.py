@@ -114,8 +114,39 @@ class WandbSpec(Section):
         return value
 
 
+class MlflowSpec(Section):
+    """MLflow; requires `pip install 'forge-train[mlflow]'`. Credentials of a tracking server are read from the
+    environment only: `MLFLOW_TRACKING_TOKEN`, or `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`."""
+
+    uri: str | None = None
+    """The tracking server, such as `https://mlflow.example.com` or `${env:MLFLOW_TRACKING_URI}`, or a database
+    `sqlite:////data/mlflow.db` by its absolute path; by default `mlflow.db` in the run's folder."""
+
+    experiment: str = Field("forge", min_length=1, max_length=250)
+    """The MLflow experiment; it is created if it does not exist."""
+
+    @field_validator("uri")
+    @classmethod
+    def _is_a_tracking_uri(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        scheme, separator, place = value.partition("://")
+        is_known = scheme in ("http", "https") or (scheme == "sqlite" and place.startswith("//"))
+        if not separator or not is_known or not place.strip("/"):
+            raise ValueError("must be https://HOST, http://HOST:PORT, or sqlite://// and an absolute path")
+        return value
+
+
 class TrackingSpec(Section):
-    """Experiment tracking besides `metrics.jsonl`."""
+    """Experiment trackers besides `metrics.jsonl`, any number of them. Each has every step once, however often the
+    run is resumed; steps that a tracker could not take are sent when the run is resumed. See docs/tracking.md."""
 
     wandb: WandbSpec = WandbSpec()
     """One W&B run for the whole job, however often it is resumed."""
+
+    mlflow: MlflowSpec | None = None
+    """One MLflow run for the whole job: `mlflow: {}`, or with the keys below."""
+
+    tensorboard: bool = False
+    """Write TensorBoard's event files to `tensorboard/` in the run's folder; requires
+    `pip install 'forge-train[tensorboard]'`."""

@@ -26,7 +26,8 @@ _NAMES = {
         "tokenizer",
         "checkpoints",
         "wandb",
-        "mlruns",
+        "mlflow.db",
+        "mlflow.db-journal",  # of SQLite, after a kill
         "tensorboard",
         "report.html",
         "best.yaml",

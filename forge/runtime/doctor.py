@@ -30,6 +30,7 @@ from forge.environment import (
 from forge.errors import ClusterError, ForgeError
 from forge.fs import default_cache_dir, state_home
 from forge.limits import cpu_name, free_memory_bytes, usable_cpus, usable_memory_bytes
+from forge.runs.trackers.registry import PACKAGES
 from forge.runtime.probe import local_gpu
 from forge.units import format_bytes
 
@@ -63,7 +64,8 @@ def examine() -> list[Finding]:
     """Run all checks."""
     return [
         *(_python(), *_packages(), _processor(), _gpu(), _memory(), *_disks()),
-        *(_temporary_files(), _open_files(), _loopback(), *_variables(), *_cluster(), *_providers(), _wandb()),
+        *(_temporary_files(), _open_files(), _loopback(), *_variables(), *_cluster(), *_providers()),
+        *(_wandb(), *_trackers()),
     ]
 
 
@@ -233,6 +235,18 @@ def _wandb() -> Finding:
     if os.environ.get("WANDB_API_KEY"):
         return Finding(what="wandb key", state="ok", found="in the environment")
     return Finding(what="wandb key", state="note", found="not set: runs are recorded offline (WANDB_API_KEY)")
+
+
+def _trackers() -> list[Finding]:
+    """Packages that only some jobs need: a note where one is missing."""
+    findings = []
+    for needed in PACKAGES:
+        if needed.version:
+            findings.append(Finding(what=needed.key, state="ok", found=f"{needed.package} {needed.version}"))
+        else:
+            found = f"{needed.package} is not installed"
+            findings.append(Finding(what=needed.key, state="note", found=found, remedy=needed.remedy))
+    return findings
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from forge.runs.recorder import Recorder
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class RecorderActor:
-    """The single writer of a run's events, metrics and W&B run.
+    """The single writer of a run's events, metrics and trackers.
 
     Ray restarts it if its process dies and repeats calls that were not answered; `Recorder` skips steps that are
     already written.
@@ -33,7 +33,7 @@ class RecorderActor:
         redirect_output(Path(run_folder) / "logs" / "recorder.log")
         plan = plan_from_json(plan_json)
         self._recorder = Recorder(
-            Path(run_folder), run_id=run_id, wandb=plan.job.tracking.wandb, config=written_job(plan)
+            Path(run_folder), run_id=run_id, tracking=plan.job.tracking, config=written_job(plan)
         )
         self._stop = False
 
@@ -61,7 +61,7 @@ class RecorderActor:
         return self._recorder.failure
 
     def close(self, exit_code: int) -> None:
-        """Flush all files and end the W&B run."""
+        """Flush all files and end the runs of all trackers."""
         self._recorder.close(exit_code=exit_code)
 
 

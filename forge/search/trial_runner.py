@@ -325,7 +325,7 @@ def _open_recorder(plan: Plan, assignment: TrialAssignment) -> Recorder:
         folder,
         run_id=folder.name,
         group=assignment.group,
-        wandb=plan.job.tracking.wandb,
+        tracking=plan.job.tracking,
         config=written_job(plan),
     )
 

@@ -216,11 +216,26 @@ class _TrainLoop:
         self._progress = self._stopping.observe(found, progress=self._progress)
         return found
 
+    def _evaluate_average_at_end(self) -> dict[str, float]:
+        """Measure the averaged (EMA) weights after the run's last step.
+
+        Returns: the metrics under their keys in `metrics.jsonl`; empty before the last step and without an average.
+        """
+        inputs, progress, state = self._inputs, self._progress, self._engine.state
+        is_whole = progress.step >= inputs.total_steps or self._stopping.is_over(progress)
+        if not is_whole or inputs.training.ema is None or not inputs.held_out.rows.num_rows:
+            return {}
+        state.swap_average()
+        found = evaluate(self._engine, inputs.held_out, step=progress.step, weights="ema", reporter=self._reporter)
+        state.swap_average()
+        return {f"eval/ema_{name}": value for name, value in {"loss": found.loss, **found.metrics}.items()}
+
     def _report_step(self, step: _Step, found: Evaluated | None) -> None:
         result, inputs = step.result, self._inputs
         extra = {f"train/{name}": value for name, value in result.metrics.items()}
         if found is not None:
             extra |= {f"eval/{name}": value for name, value in found.metrics.items()}
+        extra |= self._evaluate_average_at_end()
         self._reporter.step(
             StepMetrics(
                 step=step.number,
@@ -298,15 +313,8 @@ class _TrainLoop:
     def _end(self) -> None:
         """Report an early stop, and evaluate the averaged weights of a whole run."""
         progress, inputs = self._progress, self._inputs
-        is_stopped_early = self._stopping.is_over(progress)
-        if is_stopped_early:
+        if self._stopping.is_over(progress):
             self._reporter.event(self._stopping.event(progress))
-        is_whole = progress.step >= inputs.total_steps or is_stopped_early
-        if is_whole and inputs.training.ema is not None and inputs.held_out.rows.num_rows:
-            state = self._engine.state
-            state.swap_average()
-            evaluate(self._engine, inputs.held_out, step=progress.step, weights="ema", reporter=self._reporter)
-            state.swap_average()
 
 
 def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: str, reporter: Reporter) -> Evaluated:

@@ -177,7 +177,7 @@ def test_wandb__online_without_network__offline_in_time_and_key_hidden(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed_port}")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr("forge.runs.recorder._WANDB_INIT_TIMEOUT_S", 3)
+    monkeypatch.setattr("forge.runs.trackers.wandb_tracker._INIT_TIMEOUT_S", 3)
     folder, began = tmp_path / "tiny-3", time.monotonic()
     (event,) = record_with_wandb(folder, mode="online")
     assert time.monotonic() - began < 20

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from forge.config.resources import WandbSpec
+from forge.config.resources import TrackingSpec
 from forge.events import (
     CheckpointSaved,
     Evaluated,
@@ -47,11 +47,15 @@ def metrics(step: int, *, loss: float | None = None, grad_norm: float = 1.0) -> 
     )
 
 
-def open_recorder(folder: Path, *, mode: str = "disabled") -> Recorder:
-    """A recorder, by default without W&B."""
+def open_recorder(folder: Path, *, mode: str = "disabled", **trackers: Any) -> Recorder:
+    """A recorder, by default without trackers.
+
+    Args:
+        trackers: other keys of `tracking`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    wandb = WandbSpec.model_validate({"project": "tests", "mode": mode})
-    return Recorder(folder, run_id=folder.name, wandb=wandb, config={"name": "tiny"})
+    tracking = TrackingSpec.model_validate({"wandb": {"project": "tests", "mode": mode}, **trackers})
+    return Recorder(folder, run_id=folder.name, tracking=tracking, config={"name": "tiny"})
 
 
 def make_run(

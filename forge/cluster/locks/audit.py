@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import csv
 import hashlib
 import json
 import re
@@ -169,24 +170,26 @@ def _check_installed(locked: Sequence[LockedPackage], report: AuditReport) -> li
 def _check_files(installed: Sequence[Distribution], report: AuditReport) -> None:
     num_files = num_launchers = 0
     for one in installed:
-        files = one.files
-        if files is None:
+        # `Distribution.files` leaves out files that are missing, from Python 3.12 on or with importlib_metadata.
+        record = one.read_text("RECORD")
+        if record is None:
             report.unchecked.append(f"the files of {one.metadata['Name']}: it has no RECORD")
             continue
-        for file in files:
-            if file.hash is None:  # the RECORD itself, and compiled code
+        for name, recorded, *_ in csv.reader(record.splitlines()):
+            if not recorded:  # the RECORD itself, and compiled code
                 continue
-            if file.parts[0] == "..":  # in `bin`, with the environment's own path in it
+            if name.startswith("../"):  # in `bin`, with the environment's own path in it
                 num_launchers += 1
                 continue
-            path = Path(str(file.locate()))
+            method, _, wanted = recorded.partition("=")
+            path = Path(str(one.locate_file(name)))
             if not path.is_file():
                 report.problems.append(f"{one.metadata['Name']}: {path} is missing")
                 continue
             num_files += 1
             with path.open("rb") as content:
-                digest = hashlib.file_digest(content, file.hash.mode).digest()
-            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.hash.value:
+                digest = hashlib.file_digest(content, method).digest()
+            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != wanted:
                 report.problems.append(f"{one.metadata['Name']}: {path} is not the file that was installed")
     report.checked.append(f"{num_files} installed files are compared with their packages' own records")
     report.unchecked.append(f"{num_launchers} launchers in bin, which pip writes for this environment")

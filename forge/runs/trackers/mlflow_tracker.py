@@ -1,0 +1,141 @@
+"""MLflow: one MLflow run, on a tracking server or in a SQLite file in the run's folder.
+
+The MLflow run is found again by its tag `forge.run_id`. Steps are sent in their order, and one transaction of
+MLflow's database holds a batch of them, so the newest step of a metric tells which steps the server has. Requests
+have short timeouts: what cannot be sent now is sent later, from `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from forge.config.resources import MlflowSpec
+from forge.runs.trackers.base import RunStatus, StepRanges, TrackedRow, TrackedRun
+
+DATABASE = "mlflow.db"
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # forge sends nothing to anyone but the tracking server
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the feed tries again
+}
+_RUN_TAG, _GROUP_TAG, _EVENTS_TAG = "forge.run_id", "forge.search", "forge.events"
+_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_LAST_KEY = "step"
+"""The metric that is written last of a step."""
+_MAX_BATCH = 1000
+"""Metrics of one request. Source: MLflow REST API, "Log Batch"."""
+_MAX_PARAMS = 100
+_MAX_VALUE_CHARS = 500
+_MAX_EVENTS_CHARS = 4900
+_CUT = "..."
+
+
+class MlflowTracker:
+    """Writes a run to MLflow."""
+
+    name: ClassVar[str] = "MLflow"
+    max_rows: ClassVar[int] = 100
+    pause_s: ClassVar[float] = 1.0
+
+    def __init__(self, spec: MlflowSpec, run: TrackedRun) -> None:
+        self._spec, self._run = spec, run
+        self._client: Any = None
+        self._id = ""
+        self._events: list[str] = []
+        """Lines of the tag `forge.events`."""
+        self._last_steps: dict[str, int] = {}
+        """The newest step of each metric that the server has."""
+
+    def start(self) -> StepRanges:
+        os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
+        from mlflow.tracking import MlflowClient
+
+        uri = self._spec.uri or f"sqlite:///{(self._run.folder / DATABASE).absolute()}"
+        self._client = MlflowClient(tracking_uri=uri)
+        found = self._find_run() or self._create_run()
+        self._id = found.info.run_id
+        self._client.update_run(self._id, status="RUNNING")
+        self._add_params(found.data.params)
+        self._events = found.data.tags.get(_EVENTS_TAG, "").splitlines()
+        self._last_steps = {metric.key: metric.step for metric in found.data.to_proto().metrics}
+        return StepRanges(range(1, self._last_steps.get(_LAST_KEY, 0) + 1))
+
+    def send(self, rows: Sequence[TrackedRow]) -> None:
+        batch: list[Any] = []
+        for row in rows:
+            metrics = list(self._metrics_of(row))
+            if len(batch) + len(metrics) > _MAX_BATCH:
+                self._client.log_batch(self._id, metrics=batch)
+                batch = []
+            batch += metrics
+        self._client.log_batch(self._id, metrics=batch)
+        self._add_events([f"step {row.step}: {text}" for row in rows for text in row.events])
+
+    def finish(self, status: RunStatus, events: Sequence[str]) -> None:
+        self._add_events([f"end: {text}" for text in events])
+        self._client.set_terminated(self._id, status=_STATUS[status])
+        self._client = None
+
+    def abandon(self) -> None:
+        self._client = None
+
+    def _find_run(self) -> Any:
+        experiment = self._client.get_experiment_by_name(self._spec.experiment)
+        if experiment is None:
+            return None
+        condition = f"tags.`{_RUN_TAG}` = '{self._run.run_id}'"
+        found = self._client.search_runs([experiment.experiment_id], filter_string=condition, max_results=1)
+        return found[0] if found else None
+
+    def _create_run(self) -> Any:
+        experiment = self._client.get_experiment_by_name(self._spec.experiment)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(self._spec.experiment)
+        tags = {_RUN_TAG: self._run.run_id}
+        if self._run.group is not None:
+            tags[_GROUP_TAG] = self._run.group
+        return self._client.create_run(number, tags=tags, run_name=self._run.run_id)
+
+    def _add_params(self, known: Mapping[str, str]) -> None:
+        """Write the job file as parameters. MLflow keeps first values; what a resumed run changes becomes a tag."""
+        from mlflow.entities import Param, RunTag
+
+        params = {key: _cut(value) for key, value in _flat(self._run.config)}
+        new = [Param(key, value) for key, value in params.items() if key not in known]
+        changed = [
+            RunTag(f"resumed.{key}", value) for key, value in params.items() if known.get(key, value) != value
+        ]
+        for start in range(0, len(new), _MAX_PARAMS):
+            self._client.log_batch(self._id, params=new[start : start + _MAX_PARAMS])
+        if changed:
+            self._client.log_batch(self._id, tags=changed[:_MAX_PARAMS])
+
+    def _add_events(self, lines: Sequence[str]) -> None:
+        """Append lines to the tag with the events; the oldest are left out beyond the length that MLflow allows."""
+        if not lines:
+            return
+        self._events += lines
+        while len("\n".join(self._events)) > _MAX_EVENTS_CHARS:
+            del self._events[0]
+        self._client.set_tag(self._id, _EVENTS_TAG, "\n".join(self._events))
+
+    def _metrics_of(self, row: TrackedRow) -> Iterator[Any]:
+        from mlflow.entities import Metric
+
+        for key, value in [*row.metrics.items(), (_LAST_KEY, row.step)]:
+            if row.step > self._last_steps.get(key, 0):
+                yield Metric(key, value, int(row.time * 1000), row.step)
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the values of nested mappings under keys such as `training.optimizer.lr`."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _flat(item, f"{key}.{name}" if key else str(name))
+    elif value is not None:
+        yield key, str(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_VALUE_CHARS else text[: _MAX_VALUE_CHARS - len(_CUT)] + _CUT

@@ -1,0 +1,164 @@
+"""W&B: one W&B run for a run of forge, however often it is resumed, online or in files for `wandb sync`.
+
+A step is one row of W&B's history, whose own step number is the training step, so that the rows of several files
+of one run do not overlap. If W&B cannot be reached, it records offline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, ClassVar
+
+from forge.config.resources import WandbSpec
+from forge.environment import home_folder
+from forge.process import first_line
+from forge.runs.trackers.base import EVENT_KEY, RunStatus, StepRanges, TrackedRow, TrackedRun
+from forge.runs.trackers.wandb_log import cut_incomplete_record, is_offline, log_files, steps_in, wait_until_closed
+
+# How long W&B may take to start before the run is recorded offline.
+_INIT_TIMEOUT_S = 20
+# How long W&B may take to upload the rest at the end; what is missing stays in the run folder for `wandb sync`.
+_FINISH_TIMEOUT_S = 60
+_API_TIMEOUT_S = 20
+# How long the process of W&B that a killed recorder left behind may take to end.
+_CLOSE_TIMEOUT_S = 10.0
+
+
+class WandbTracker:
+    """Writes a run to W&B."""
+
+    name: ClassVar[str] = "W&B"
+    max_rows: ClassVar[int] = 500
+    pause_s: ClassVar[float] = 0.0
+
+    def __init__(self, spec: WandbSpec, run: TrackedRun) -> None:
+        self._spec, self._run = spec, run
+        self._mode = spec.mode
+        self._tracker: Any = None
+        self._next_step = 0
+        """The least step that W&B takes."""
+
+    def start(self) -> StepRanges:
+        if self._mode == "online":
+            try:
+                if not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
+                    raise RuntimeError("W&B has no API key (set WANDB_API_KEY)")
+                return self._start()
+            except Exception as error:  # W&B raises many unrelated classes
+                self._run.report(f"{_sentence(error)}; recording offline instead")
+                self._mode = "offline"
+                self.abandon()
+        return self._start()
+
+    def send(self, rows: Sequence[TrackedRow]) -> None:
+        for row in rows:
+            values: dict[str, Any] = {"step": row.step, **row.metrics}
+            if row.events:
+                values[EVENT_KEY] = "; ".join(row.events)
+            # W&B takes no row below its last step; a row that fills an older gap gets the next number instead.
+            step = max(row.step, self._next_step)
+            self._tracker.log(values, step=step, commit=True)
+            self._next_step = step + 1
+
+    def finish(self, status: RunStatus, events: Sequence[str]) -> None:
+        if events:
+            self._tracker.summary[EVENT_KEY] = "; ".join(events)
+        self._tracker.summary["status"] = status
+        tracker, self._tracker = self._tracker, None
+        try:
+            tracker.finish(exit_code=1 if status == "failed" else 0)
+            if self._run.group is None:
+                import wandb
+
+                # `finish` does not wait for the file; the end of W&B's background service does.
+                wandb.teardown()
+        except Exception as error:  # the service may be gone
+            self._run.report(f"W&B did not finish: {first_line(error)}")
+
+    def abandon(self) -> None:
+        tracker, self._tracker = self._tracker, None
+        with contextlib.suppress(Exception):
+            if tracker is not None:
+                tracker.finish(exit_code=1)
+        if self._run.group is None:
+            end_wandb()  # its background service still holds the run's id; the next attempt needs it
+
+    def _start(self) -> StepRanges:
+        known = StepRanges(self._known_steps())
+        import wandb
+
+        self._tracker = wandb.init(
+            project=self._spec.project,
+            entity=self._spec.entity,
+            id=self._run.run_id,
+            name=self._run.run_id,
+            group=self._run.group,
+            dir=self._run.folder,
+            config=dict(self._run.config),
+            resume="allow" if self._mode == "online" else None,
+            reinit="create_new",  # beside an earlier one that is still uploading
+            mode="online" if self._mode == "online" else "offline",
+            settings=wandb.Settings(
+                init_timeout=_INIT_TIMEOUT_S,
+                finish_timeout=_FINISH_TIMEOUT_S,
+                finish_timeout_raises=True,
+                console="off",
+                silent=True,
+                disable_git=True,
+                save_code=False,
+                x_disable_meta=True,
+            ),
+        )
+        self._next_step = self._tracker.starting_step
+        self._tracker.define_metric("step")
+        self._tracker.define_metric("*", step_metric="step")
+        return known
+
+    def _known_steps(self) -> Iterator[int]:
+        """The steps of W&B's files of this run and, online, of its server."""
+        files = log_files(self._run.folder, run_id=self._run.run_id)
+        for path in files:
+            if not wait_until_closed(path, timeout_s=_CLOSE_TIMEOUT_S):
+                self._run.report(f"another process still writes {path.name}; steps may be in W&B twice")
+            elif removed := cut_incomplete_record(path):
+                self._run.report(f"W&B was killed: removed {removed} bytes of an incomplete row from {path.name}")
+        if self._mode != "online":
+            return chain.from_iterable(map(steps_in, files))
+        offline = chain.from_iterable(steps_in(path) for path in files if is_offline(path))
+        return chain(offline, self._uploaded_steps()) if files else offline
+
+    def _uploaded_steps(self) -> Iterator[int]:
+        """The steps that the server has; a killed W&B had not uploaded all of its file."""
+        import wandb
+
+        api = wandb.Api(timeout=_API_TIMEOUT_S)
+        entity = self._spec.entity or api.default_entity
+        path = f"{entity}/{self._spec.project}/{self._run.run_id}"
+        try:
+            run = api.run(path)
+        except ValueError:  # it has no such run
+            return
+        for row in run.scan_history(keys=["step"], page_size=10_000):
+            yield int(row["step"])
+
+
+def end_wandb() -> None:
+    """End W&B's background service, after which its files are complete."""
+    if "wandb" in sys.modules:
+        import wandb
+
+        with contextlib.suppress(Exception):  # it may be gone
+            wandb.teardown()
+
+
+def _sentence(error: Exception) -> str:
+    text = first_line(error)
+    return text if text.startswith("W&B") else f"W&B could not be started: {text}"
+
+
+def _has_netrc() -> bool:
+    return any((home_folder() / name).is_file() for name in (".netrc", "_netrc"))

@@ -1,0 +1,120 @@
+"""MLflow in a SQLite file, read back with MLflow's own client."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from forge.events import RunStopped
+from tests.support.runs import metrics, open_recorder
+from tests.support.tracked_run import kill_when, lose_a_node
+
+_TOKEN = "mlflow-token-0123456789"
+
+
+def client_of(folder: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def only_run(folder: Path) -> Run:
+    """The one run in a run folder's database."""
+    client = client_of(folder)
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return run
+
+
+def steps_of(folder: Path, key: str = "train/loss") -> Counter[int]:
+    history = client_of(folder).get_metric_history(only_run(folder).info.run_id, key)
+    return Counter(metric.step for metric in history)
+
+
+def test_mlflow__steps_events_and_config__are_read_back(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-1"
+    recorder = open_recorder(folder, mlflow={"experiment": "lab"})
+    for step in range(1, 5):
+        if step == 3:
+            lose_a_node(recorder, step)
+        recorder.step(metrics(step))
+    recorder.close(exit_code=0)
+    run = only_run(folder)
+    assert (run.info.run_name, run.info.status, run.data.params) == ("tiny-1", "FINISHED", {"name": "tiny"})
+    assert run.data.metrics["train/loss"] == pytest.approx(1.25)
+    assert steps_of(folder) == steps_of(folder, "elastic/world_size") == Counter(range(1, 5))
+    assert run.data.tags["forge.events"] == (
+        "step 3: node b was lost; starting generation 2 with 1 worker from step 2 (memory)"
+    )
+    assert client_of(folder).get_experiment_by_name("lab") is not None
+    assert "speed/mfu" not in run.data.metrics, "nan is no value"
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "event", "status"), [(1, None, "FAILED"), (0, RunStopped(step=1, reason="budget"), "KILLED")]
+)
+def test_mlflow__end_of_the_run__is_its_status(
+    tmp_path: Path, exit_code: int, event: RunStopped | None, status: str
+) -> None:
+    folder = tmp_path / "tiny-2"
+    recorder = open_recorder(folder, mlflow={})
+    recorder.step(metrics(1))
+    if event is not None:
+        recorder.event(event)
+    recorder.close(exit_code=exit_code)
+    assert only_run(folder).info.status == status
+
+
+def test_mlflow__killed_and_resumed__one_run_with_every_step_once(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-3"
+    client = client_of(folder)
+
+    def has_written() -> bool:
+        try:
+            return (folder / "mlflow.db").exists() and bool(steps_of(folder))
+        except Exception:  # MLflow is still creating its tables
+            return False
+
+    kill_when(folder, {"mlflow": {}}, steps=300, is_time=has_written)
+    assert only_run(folder).info.status == "RUNNING"
+    recorder = open_recorder(folder, mlflow={})
+    for step in range(290, 304):
+        recorder.step(metrics(step))
+    recorder.close(exit_code=0)
+    assert steps_of(folder) == Counter(range(1, 304))
+    assert only_run(folder).info.status == "FINISHED"
+    assert client.get_run(only_run(folder).info.run_id).data.metrics["train/loss"] == pytest.approx(5 / 303)
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_mlflow__server_unreachable__training_is_not_delayed_and_steps_are_sent_later(
+    tmp_path: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", _TOKEN)
+    monkeypatch.setattr("forge.runs.trackers.feed._LAST_ATTEMPT_S", 1.0)
+    monkeypatch.setattr("forge.runs.trackers.feed._RETRY_S", (0.2,))
+    folder = tmp_path / "tiny-4"
+    recorder = open_recorder(folder, mlflow={"uri": f"http://127.0.0.1:{closed_port}"})
+    began = time.monotonic()
+    for step in range(1, 51):
+        recorder.step(metrics(step))
+    assert time.monotonic() - began < 1.0
+    deadline = time.monotonic() + 60
+    while not events_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2.0)  # several attempts
+    recorder.close(exit_code=0)
+    degraded = [event["reason"] for event in events_of(folder) if event["event"] == "TrackingDegraded"]
+    assert len(degraded) <= 2 and "MLflow takes no metrics" in degraded[0], "said once, and at the end"
+    assert not [path for path in folder.rglob("*") if path.is_file() and _TOKEN.encode() in path.read_bytes()]
+
+    later = open_recorder(folder, mlflow={})  # as if the server were back
+    later.close(exit_code=0)
+    assert steps_of(folder) == Counter(range(1, 51))
