@@ -311,10 +311,9 @@ class _TrainLoop:
             )
 
     def _end(self) -> None:
-        """Report an early stop, and evaluate the averaged weights of a whole run."""
-        progress, inputs = self._progress, self._inputs
-        if self._stopping.is_over(progress):
-            self._reporter.event(self._stopping.event(progress))
+        """Report an early stop."""
+        if self._stopping.is_over(self._progress):
+            self._reporter.event(self._stopping.event(self._progress))
 
 
 def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: str, reporter: Reporter) -> Evaluated:
