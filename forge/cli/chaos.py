@@ -44,7 +44,7 @@ def replay(
     writes it, with one machine a line: milliseconds,add|remove,node. Or JSON Lines, as Parcae and forge chaos
     poisson write them: [milliseconds, "add"|"remove"|"no-op", {"nodes": ["a", "b"]}]; "duration" in the object says
     how many milliseconds follow at least. Blank lines and lines that begin with # are skipped; any other line is
-    an error.
+    an error. docs/chaos.md describes both formats.
 
     Example:  forge chaos replay trace.csv --job jobs/pretrain.yaml --nodes 4 --speed 10 -o json
     """
@@ -59,6 +59,7 @@ def replay(
     from forge.cli.progress import PrepareScreen
     from forge.cli.run_screen import TrainScreen, show_goodput
     from forge.config.load import load_job
+    from forge.report.text import replay_facts
     from forge.runs.goodput import goodput_of
     from forge.runs.reader import read_metrics, read_run
     from forge.runtime.resolve import resolve
@@ -83,10 +84,9 @@ def replay(
     show_goodput(goodput)
     for problem in result["problems"]:
         display.warning(problem)
-    display.message(
-        f"{result['num_removed']} machines lost and {result['num_added']} added; {result['steps']} steps, "
-        f"{result['samples_per_s']:.1f} samples per second overall"
-    )
+    display.OUT.print()
+    display.facts(replay_facts(goodput, num_added=result["num_added"], num_removed=result["num_removed"]))
+    display.message(f"{result['steps']} steps, {result['samples_per_s']:.1f} samples per second overall")
     display.next_command(f"forge runs show {shlex.quote(result['folder'])}", purpose="show the run")
 
 

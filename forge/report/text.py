@@ -203,6 +203,21 @@ def goodput_line(goodput: GoodputReport, *, width: int) -> str:
     return "  ".join(words)
 
 
+def replay_facts(goodput: GoodputReport, *, num_added: int, num_removed: int) -> list[tuple[str, str]]:
+    """Describe what a replayed trace did and what of it the run noticed.
+
+    Args:
+        num_added, num_removed: simulated nodes that were started, those at the start included, and killed.
+    """
+    unseen = num_added - goodput.num_nodes_joined, num_removed - goodput.num_nodes_left
+    seen = f"{goodput.num_nodes_joined:,} joined, {goodput.num_nodes_left:,} left"
+    before = "; the others were lost before the run used them, or added when it was ending" if any(unseen) else ""
+    return [
+        ("trace", f"{_counted(num_added, 'node')} added, {num_removed:,} removed"),
+        ("run", f"{seen}{before}; {_counted(goodput.num_preemptions, 'preemption')} while it used them"),
+    ]
+
+
 def goodput_facts(goodput: GoodputReport) -> list[tuple[str, str]]:
     """Describe the goodput of a run and what reduced it."""
     steps = f"{goodput.num_steps:,} new steps of {format_duration(goodput.ideal_step_s)}"

@@ -56,7 +56,7 @@ class GoodputTracker:
     def __init__(self) -> None:
         self._seconds: dict[Bucket, float] = dict.fromkeys(BUCKETS, 0.0)
         self._wall_s = self._between_s = 0.0
-        self._num_sessions = 0
+        self._num_sessions = self._num_joined = self._num_left = 0
         self._speed = MeanSpeed()
         self._is_open = False
         self._at = -math.inf
@@ -92,8 +92,10 @@ class GoodputTracker:
         if self._is_open:
             self._pass_time(time)
         if kind == "NodeJoined":
+            self._num_joined += 1
             self._nodes.join(str(record.get("node")))
         elif kind == "NodeLeft":
+            self._num_left += 1
             self._nodes.leave(str(record.get("node")))
         elif self._is_open:
             self._take(kind, record)
@@ -134,6 +136,8 @@ class GoodputTracker:
             num_preemptions=len(self._noticed) + self._num_losses,
             num_failures=self._num_failures,
             num_nodes=self._nodes.num_now,
+            num_nodes_joined=self._num_joined,
+            num_nodes_left=self._num_left,
             changes=(*self._former_changes, *self._changes),
         )
 

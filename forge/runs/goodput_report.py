@@ -85,6 +85,10 @@ class GoodputReport:
     """Changes caused by a rank that hung or failed."""
     num_nodes: int
     """Nodes now, or at the end of the run."""
+    num_nodes_joined: int
+    """Nodes on which an agent began to serve the run."""
+    num_nodes_left: int
+    """Nodes that left it; one that had no workers is no preemption."""
     changes: tuple[MembershipChange, ...]
 
     @property

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forge.events import NodeJoined, NodeLeft
 from forge.report.text import (
     bucket_rows,
     change_rows,
     evaluation_text,
     goodput_facts,
     goodput_line,
+    replay_facts,
     summary_facts,
 )
 from forge.runs.goodput import goodput_of
@@ -73,6 +75,24 @@ def test_goodput_facts__counts_changes() -> None:
     facts = dict(goodput_facts(eventful()))
     assert facts["goodput"] == "25.0% (2 new steps of 2s in 16s)"
     assert facts["changes"] == "1 change, 1 preemption, 0 failures, 1 step repeated"
+
+
+def test_replay_facts__nodes_lost_before_they_joined__counts_agree_with_the_goodput_report() -> None:
+    history = History()
+    history.start()
+    for node in ("a", "b"):
+        history.record(NodeJoined(node=node, host="10.0.0.1", num_slots=1, agent_pid=1))
+    history.form(1.0)
+    history.step(1, 1.0)
+    history.record(NodeLeft(node="b", reason="lost"))
+    history.change("loss", reason="node b lost")
+    goodput = goodput_of(history.events, history.steps, now=None)
+    facts = dict(replay_facts(goodput, num_added=5, num_removed=3))
+    assert facts["trace"] == "5 nodes added, 3 removed"
+    assert facts["run"].startswith("2 joined, 1 left; the others were lost before the run used them")
+    assert facts["run"].endswith("; 1 preemption while it used them")
+    assert "others" not in dict(replay_facts(goodput, num_added=2, num_removed=1))["run"]
+    assert (goodput.num_nodes_joined, goodput.num_nodes_left) == (2, 1)
 
 
 def test_summary_facts__resumed_run__one_clock_and_the_mean_speed(tmp_path: Path) -> None:
