@@ -244,7 +244,7 @@ class TestUp:
         )
         turned = tuple(reversed(spec_of(hosts).machines))
         expect_failures(
-            SshCluster(spec_of(hosts, machines=turned)), match=f"the head of 'lab' is {hosts.ip(0)}, and"
+            SshCluster(spec_of(hosts, machines=turned)), match=f"the head of 'lab' is {hosts.ip(0)}, but its file"
         )
         token = token_path("lab").read_text()
         token_path("lab").unlink()  # and another one is made
