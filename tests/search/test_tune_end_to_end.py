@@ -107,7 +107,7 @@ def test_forge_tune__ctrl_c__checkpoints_every_trial_and_resumes(home: Path) -> 
     process = start_forge("tune", "tune.yaml", *long, cwd=home)
     runs = home / "runs"
     folder: Path = wait_for(
-        lambda: next((path for path in runs.iterdir() if path.name != "x" and driver_pid(path)), None)
+        lambda: next((path for path in runs.glob("*") if path.name != "x" and driver_pid(path)), None)
     )
     wait_for(lambda: 1 in table_of(folder).trials and table_of(folder).trials[1].step >= 20)
     process.send_signal(signal.SIGINT)
