@@ -21,7 +21,7 @@ import re
 import stat
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -79,10 +79,13 @@ def open_file(path: Path) -> int:
     return handle
 
 
-def link_to_elsewhere(folder: Path) -> Path | None:
+def link_to_elsewhere(folder: Path, *, allowed: Sequence[str] = ()) -> Path | None:
     """Return a link below a folder that leads out of it, through which a write would change another file.
 
     Links within the folder are fine; folders are not entered through links.
+
+    Args:
+        allowed: patterns of `PurePath.match` for links, relative to the folder, that may lead anywhere.
 
     Raises: OSError if the folder cannot be read; ValueError if it has more than a million entries.
     """
@@ -95,8 +98,10 @@ def link_to_elsewhere(folder: Path) -> Path | None:
                 if left < 0:
                     raise ValueError(f"{folder} has more than {MAX_ENTRIES} files")
                 if entry.is_symlink():
-                    if not _resolves_into(Path(entry.path), root):
-                        return Path(entry.path)
+                    path = Path(entry.path)
+                    is_allowed = any(path.relative_to(root).match(pattern) for pattern in allowed)
+                    if not is_allowed and not _resolves_into(path, root):
+                        return path
                 elif entry.is_dir():
                     pending.append(Path(entry.path))
     return None

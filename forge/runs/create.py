@@ -26,6 +26,9 @@ from forge.runs.reader import read_plan
 _PROBE_PATIENCE_S = 5.0
 _MAX_LISTED = 5
 
+# Each run of W&B links to its log in W&B's cache, and nothing is written through the link of an earlier one.
+_LINKS_OF_WANDB = ("wandb/*run-*/logs/debug-core.log",)
+
 
 def create_run(plan: Plan, *, root: str | None = None) -> Path:
     """Create the folder of a new run.
@@ -94,7 +97,7 @@ def reopen_run(folder: Path, plan: Plan) -> None:
 def require_no_links(folder: Path) -> None:
     """Raises: ArgumentError if a link in a run folder leads out of it: the run would write to another file."""
     try:
-        link = link_to_elsewhere(folder)
+        link = link_to_elsewhere(folder, allowed=_LINKS_OF_WANDB)
     except (OSError, ValueError) as error:
         raise ArgumentError(f"the run folder {folder} cannot be used: {error}") from error
     if link is not None:

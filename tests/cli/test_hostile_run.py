@@ -180,6 +180,17 @@ def test_resume__links_that_lead_out__is_refused(
         reopen_run(run, plan_from_json((run / "plan.json").read_text()))
 
 
+def test_resume__links_that_wandb_leaves__is_fine(tmp_path: Path, run: Path) -> None:
+    logs = run / "wandb" / "offline-run-20261128_120523-tiny" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(tmp_path / "cache" / "core-debug.log")
+    (run / "wandb" / "latest-run").symlink_to(logs.parent.name)
+    reopen_run(run, plan_from_json((run / "plan.json").read_text()))
+    (logs / "debug.log").symlink_to(tmp_path / "cache" / "core-debug.log")
+    with pytest.raises(ArgumentError, match=r"debug\.log is a link that leads out of the run folder"):
+        reopen_run(run, plan_from_json((run / "plan.json").read_text()))
+
+
 def test_generate__code_of_the_run__only_if_it_is_known_or_named(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
