@@ -17,6 +17,7 @@ import psutil
 from forge.cluster.local.ray_cluster import find_local
 from forge.errors import ArgumentError
 from forge.process import has_open
+from forge.runs.nodes import nodes_now
 from forge.runs.reader import LOCK, driver_pid, read_run
 from forge.runs.remote_ref import read_remote_ref
 
@@ -84,14 +85,9 @@ def processes_of(folder: Path) -> RunProcesses:
     supervisors = [e["pid"] for e in run.events if e["event"] in ("SupervisorStarted", "SupervisorRestarted")]
     if run.status != "running" or driver is None or not supervisors:
         raise ArgumentError(f"{folder.name} is not running on the elastic engine")
-    agents: dict[str, int] = {}
     ranks: dict[int, int | None] = {}
     for event in run.events:
         match event["event"]:
-            case "NodeJoined":
-                agents[event["node"]] = event["agent_pid"]
-            case "NodeLeft":
-                agents.pop(event["node"], None)
             case "GenerationStarted":
                 ranks = {place["rank"]: place["pid"] for place in event["ranks"]}
             case "MembershipChangeStarted" | "RunStarted":
@@ -100,6 +96,7 @@ def processes_of(folder: Path) -> RunProcesses:
     roots = {node.pid for node in cluster.nodes if node.is_alive} if cluster is not None else set()
     if driver > 1 and has_open(driver, folder / LOCK):
         roots.add(driver)
+    agents = {node.name: node.agent_pid for node in nodes_now(run.events)}
     return RunProcesses(ranks=ranks, agents=agents, supervisor=supervisors[-1], roots=frozenset(roots))
 
 

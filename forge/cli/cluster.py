@@ -47,6 +47,7 @@ def up(
     Example:  forge cluster up cluster/ssh.yaml
     """
     from forge.cli import display
+    from forge.cli.cluster_table import show_access, status_record
     from forge.cli.progress import ClusterScreen
 
     cluster = _cluster_of(file, nodes=nodes, port=port)
@@ -61,29 +62,32 @@ def up(
         _after_interrupt(cluster)
         raise
     if output is Output.JSON:
-        display.print_json(_record(found))
+        display.print_json(status_record(found, runs={}))
         return
     cpus = sum(node.num_cpus for node in found.nodes if node.state == "alive")
     alive = sum(node.state == "alive" for node in found.nodes)
     display.message(f"cluster up at {found.address}: {alive} nodes, {cpus:g} CPUs")
+    show_access(found)
     option = "" if found.provider == "local" else f" --cluster {found.name}"
     display.next_command(f"forge train jobs/pretrain.yaml{option}", purpose="use it")
 
 
 @app.command()
 def status(name: _NameArgument = None, output: OutputOption = Output.TABLE) -> None:
-    """Show a cluster's nodes, its runs and its current cost.
+    """Show a cluster's nodes, its runs with the numbers of their nodes, its current cost, and how to reach its Ray.
 
     Example:  forge cluster status -o json
     """
     from forge.cli import display
+    from forge.cli.cluster_table import read_run_nodes, show_cluster, status_record
     from forge.cluster.base import list_records
     from forge.cluster.registry import find_cluster
 
     found = find_cluster(name).status()
+    runs = read_run_nodes(found)
     others = [record.name for record in list_records() if record.name != found.name]
     if output is Output.JSON:
-        display.print_json(_record(found))
+        display.print_json(status_record(found, runs=runs))
         return
     if found.address is None and not found.nodes:
         if name is None:
@@ -93,7 +97,8 @@ def status(name: _NameArgument = None, output: OutputOption = Output.TABLE) -> N
             display.message(f"the cluster '{found.name}' is not up")
             display.next_command(f"forge cluster down {found.name}", purpose="remove what is left of it")
     else:
-        _show(found)
+        show_cluster(found, runs=runs)
+        display.next_command(f"forge cluster down{_argument(found)}", purpose="stop it")
     if others and name is None:
         display.message(f"other clusters started from this machine: {', '.join(others)}")
 
@@ -217,31 +222,5 @@ def _after_interrupt(cluster: Cluster) -> None:
     display.next_command(f"forge cluster down {cluster.name}", purpose="stop it")
 
 
-def _show(found: ClusterStatus) -> None:
-    from forge.cli import display
-
-    cost = "" if found.usd_per_hour is None else f", {found.usd_per_hour:.2f} USD an hour"
-    display.message(f"cluster at {found.address}{cost}")
-    rows = [
-        [
-            node.node_id[:8] or "-",
-            node.state,
-            node.name,
-            node.kind,
-            f"{node.free_cpus:g}/{node.num_cpus:g}",
-            f"{node.num_gpus:g}",
-            "-" if node.usd_per_hour is None else f"{node.usd_per_hour:.2f}",
-        ]
-        for node in found.nodes
-    ]
-    display.table(["node", "state", "address", "kind", "#free CPUs", "#GPUs", "#USD/h"], rows)
-    if found.runs:
-        display.message(f"runs: {', '.join(found.runs)}")
-    name = "" if found.provider == "local" else f" {found.name}"
-    display.next_command(f"forge cluster down{name}", purpose="stop it")
-
-
-def _record(found: ClusterStatus) -> dict[str, object]:
-    from dataclasses import asdict
-
-    return asdict(found) | {"usd_per_hour": found.usd_per_hour}
+def _argument(found: ClusterStatus) -> str:
+    return "" if found.provider == "local" else f" {found.name}"

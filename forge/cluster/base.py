@@ -56,8 +56,11 @@ class ClusterNode:
     """Ray's node id."""
     num_cpus: float = 0.0
     free_cpus: float = 0.0
-    """CPUs that Ray has not allocated."""
+    """CPUs that Ray has neither allocated to an actor or task nor reserved in a placement group."""
     num_gpus: float = 0.0
+    free_gpus: float = 0.0
+    gone_s: float | None = None
+    """Seconds since it left the cluster; None if it is in it, or that is unknown."""
     usd_per_hour: float | None = None
     """Its current price; None if unknown."""
 
@@ -73,6 +76,8 @@ class ClusterStatus:
     nodes: tuple[ClusterNode, ...] = ()
     runs: tuple[str, ...] = ()
     """Ids of the runs on it."""
+    dashboard: str | None = None
+    """URL of Ray's dashboard on this machine, which requires the cluster's token; None if it is elsewhere."""
 
     @property
     def usd_per_hour(self) -> float | None:

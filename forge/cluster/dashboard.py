@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any
@@ -31,9 +33,11 @@ def ray_nodes(url: str, *, token: str, prices: Mapping[str, float | None]) -> li
     Raises: ClusterError if the dashboard does not answer, or refuses the token.
     """
     listed = _get(url, "/api/v0/nodes?detail=1&limit=10000", token)["result"]["result"]
-    # Only this endpoint has the CPUs in use; the dashboard refreshes it every few seconds.
+    groups = _get(url, "/api/v0/placement_groups?detail=1&limit=10000", token)["result"]["result"]
+    # Only this endpoint has what is used outside placement groups; the dashboard refreshes it every few seconds.
     used = _get(url, "/nodes?view=summary", token).get("nodeLogicalResources") or {}
-    nodes = [_node(one, used, prices) for one in listed]
+    reserved = _reserved(groups)
+    nodes = [_node(one, used, reserved, prices) for one in listed]
     return sorted(nodes, key=lambda node: (node.kind != "head", node.state != "alive", node.name))
 
 
@@ -54,17 +58,46 @@ def _get(url: str, path: str, token: str) -> Any:
         raise ClusterError(f"the cluster's dashboard does not answer: {error}") from error
 
 
-def _node(node: Mapping[str, Any], used: Mapping[str, str], prices: Mapping[str, float | None]) -> ClusterNode:
-    address, total = str(node["node_ip"]), node.get("resources_total") or {}
-    is_alive, cpus = node["state"] == "ALIVE", float(total.get("CPU", 0.0))
-    taken = re.search(r"([\d.]+)/[\d.]+ CPU", used.get(str(node["node_id"]), ""))
+def _reserved(groups: list[Mapping[str, Any]]) -> Counter[tuple[str, str]]:
+    """Sum up what placement groups reserve, by node id and resource: the slots of runs among them."""
+    reserved: Counter[tuple[str, str]] = Counter()
+    for group in groups:
+        for bundle in group.get("bundles") or () if group.get("state") == "CREATED" else ():
+            for resource, count in (bundle.get("unit_resources") or {}).items():
+                reserved[str(bundle.get("node_id")), str(resource)] += count
+    return reserved
+
+
+def _free(node_id: str, resource: str, total: float, used: str, reserved: Counter[tuple[str, str]]) -> float:
+    """What neither a placement group has reserved nor an actor or task outside of them uses.
+
+    Args:
+        used: Ray's lines such as `1.0/4.0 CPU (0.5 used of 2.0 reserved in placement groups)`, in which the first
+            number includes what is used inside the groups.
+    """
+    taken = re.search(rf"([\d.]+)/[\d.]+ {resource}\b(?: \(([\d.]+) used of)?", used)
+    outside = float(taken[1]) - float(taken[2] or 0.0) if taken else 0.0
+    return max(0.0, total - reserved[node_id, resource] - outside)
+
+
+def _node(
+    node: Mapping[str, Any],
+    used: Mapping[str, str],
+    reserved: Counter[tuple[str, str]],
+    prices: Mapping[str, float | None],
+) -> ClusterNode:
+    address, total, node_id = str(node["node_ip"]), node.get("resources_total") or {}, str(node["node_id"])
+    is_alive, cpus, gpus = node["state"] == "ALIVE", float(total.get("CPU", 0.0)), float(total.get("GPU", 0.0))
+    lines, ended_ms = used.get(node_id, ""), float(node.get("end_time_ms") or 0.0)
     return ClusterNode(
         name=address,
-        node_id=str(node["node_id"]),
+        node_id=node_id,
         kind="head" if node.get("is_head_node") else "worker",
         state="alive" if is_alive else "gone",
         num_cpus=cpus,
-        free_cpus=cpus - float(taken[1]) if taken else cpus,
-        num_gpus=float(total.get("GPU", 0.0)),
+        free_cpus=_free(node_id, "CPU", cpus, lines, reserved),
+        num_gpus=gpus,
+        free_gpus=_free(node_id, "GPU", gpus, lines, reserved),
+        gone_s=max(0.0, time.time() - ended_ms / 1000) if ended_ms and not is_alive else None,
         usd_per_hour=prices.get(address) if is_alive else None,
     )

@@ -243,8 +243,9 @@ def test_command__poisoned_names_and_messages__prints_harmless_text(run: Path, a
 def test_cluster_status__poisoned_nodes_and_runs__prints_harmless_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from forge.cli.cluster import _show
+    from forge.cli.cluster_table import show_cluster
     from forge.cluster.base import ClusterNode
+    from forge.runs.nodes import RunNode
 
     sent = io.StringIO()
     console = display.HarmlessConsole(file=sent, width=200)
@@ -253,7 +254,8 @@ def test_cluster_status__poisoned_nodes_and_runs__prints_harmless_text(
     node = ClusterNode(
         node_id=POISON, name=POISON, kind=POISON, state="alive", num_cpus=1.0, free_cpus=1.0, num_gpus=0.0
     )
-    _show(ClusterStatus(name="x", provider="ssh", address=POISON, nodes=(node,), runs=(POISON,)))
+    found = ClusterStatus(name="x", provider="ssh", address=POISON, nodes=(node,), runs=(POISON,), dashboard=POISON)
+    show_cluster(found, runs={POISON: [RunNode(name=POISON, agent_pid=1, is_noticed=True)]})
     assert is_harmless(sent.getvalue())
 
 

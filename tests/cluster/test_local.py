@@ -49,6 +49,9 @@ def cluster(home: Path) -> dict[str, Any]:
     done = forge("cluster", "up", cwd=home)
     assert done.returncode == 0, done.stderr
     assert re.search(r"cluster up at \S+: \d nodes, \d+ CPUs\n", done.stderr)
+    assert "dashboard: http://127.0.0.1:" in done.stderr
+    assert f"RAY_AUTH_MODE=token ray status --address {state_of(home)['address']}" in done.stderr
+    assert (Path.home() / ".ray" / "auth_token").read_text() not in done.stderr
     assert done.stdout == ""
     return state_of(home)
 

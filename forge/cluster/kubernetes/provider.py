@@ -330,4 +330,6 @@ def _show(on_progress: OnProgress, message: str) -> None:
 
 def _with_ray(node: ClusterNode, in_ray: ClusterNode | None) -> ClusterNode:
     """Add what Ray reports about a pod, if Ray knows it."""
-    return node if in_ray is None else replace(node, node_id=in_ray.node_id, free_cpus=in_ray.free_cpus)
+    if in_ray is None:
+        return node
+    return replace(node, node_id=in_ray.node_id, free_cpus=in_ray.free_cpus, free_gpus=in_ray.free_gpus)

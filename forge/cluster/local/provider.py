@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import IO
 from urllib.parse import urlsplit
@@ -27,6 +28,9 @@ from forge.config.cluster import LocalSpec
 from forge.config.dump import dump_plain
 from forge.errors import ClusterError
 
+_JOIN_TIMEOUT_S = 10.0
+_POLL_S = 0.2
+
 
 class LocalCluster:
     """The Ray cluster on this machine; there is one for each user, whatever the name in its file."""
@@ -40,8 +44,14 @@ class LocalCluster:
         self._spec = spec or LocalSpec(name=NAME, provider="local")
 
     def up(self, *, on_progress: OnProgress) -> ClusterStatus:
-        start_local(num_nodes=self._spec.nodes, port=self._spec.port)
-        return self.status()
+        cluster = start_local(num_nodes=self._spec.nodes, port=self._spec.port)
+        num_alive = sum(node.is_alive for node in cluster.nodes)
+        deadline = time.monotonic() + _JOIN_TIMEOUT_S
+        while True:  # the dashboard may know of a node a little later than the node itself
+            found = self.status()
+            if sum(node.state == "alive" for node in found.nodes) >= num_alive or time.monotonic() > deadline:
+                return found
+            time.sleep(_POLL_S)
 
     def price(self) -> None:
         return None
@@ -58,7 +68,9 @@ class LocalCluster:
         url, token = _own_job_server(cluster), self.token()
         nodes = ray_nodes(url, token=token, prices={})
         runs = tuple(ray_runs(url, token=token))
-        return ClusterStatus(name=NAME, provider="local", address=cluster.address, nodes=tuple(nodes), runs=runs)
+        return ClusterStatus(
+            name=NAME, provider="local", address=cluster.address, nodes=tuple(nodes), runs=runs, dashboard=url
+        )
 
     def down(self, *, on_progress: OnProgress) -> list[str]:
         stop_local()
