@@ -79,7 +79,11 @@ ONLY_IN = {
     "ray": ("forge/runtime/", "forge/search/", "forge/cluster/", "forge/remote/", "forge/chaos/"),
     "optuna": ("forge/search/importance.py", "forge/search/suggest.py", "forge/report/figures.py"),
     "plotly": ("forge/report/figures.py",),
-    "jinja2": ("forge/report/html_report.py", "forge/cluster/kubernetes/manifests.py"),
+    "jinja2": (
+        "forge/report/html_report.py",
+        "forge/cluster/kubernetes/manifests.py",
+        "forge/data/chat_template.py",
+    ),
 }
 """Foreign libraries that only the named files may import."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -36,6 +36,16 @@ class TokenizerSpec(Section):
         return self
 
 
+class ChatSpec(Section):
+    """What is learnt of conversations; only with `format: chat`."""
+
+    turns: Literal["all", "last"] = "all"
+    """Which turns of the assistant carry loss; nothing else of a conversation does."""
+
+    template: str | None = Field(None, min_length=1)
+    """A Jinja file with a chat template in the form of transformers; that of the tokenizer if it is left out."""
+
+
 class DataSpec(Section):
     """The training text: raw text → documents → token shards → the batch of step t."""
 
@@ -62,13 +72,19 @@ class DataSpec(Section):
     token. The same holds for the prompt of `forge generate`."""
 
     format: FormatName = "text"
-    """What a record becomes. `text`: every next token of the text is predicted. A class of your own gives the
-    examples of each record itself; it needs `packing: examples` or `none`."""
+    """What a record becomes. `text`: every next token of the text is predicted. `chat`: a conversation in the
+    tokenizer's chat template, of which the assistant's turns are predicted; a record has `messages` (or
+    `conversations`), `prompt` and `completion`, or `instruction` and `output`. A class of your own gives the
+    examples of each record itself. All but `text` need `packing: examples` or `none`."""
+
+    chat: ChatSpec = ChatSpec()
+    """What is learnt of conversations."""
 
     packing: Literal["concatenate", "examples", "none"] = "concatenate"
     """How sequences are filled. `concatenate`: documents end to end, separated by an end-of-text token, and cut
     anywhere. `examples`: whole examples share a sequence, and none sees another; a document longer than `seq_len`
-    is split, what remains is padding. `none`: one example per sequence, padded."""
+    is split, what remains is padding; the default unless the format is `text`. `none`: one example per sequence,
+    padded."""
 
     tokenizer: TokenizerSpec = TokenizerSpec()
     """The tokenizer; that of `model.from_pretrained` where this is set and the key is left out."""
@@ -83,9 +99,20 @@ class DataSpec(Section):
     """Seed of the sample order and of the choice of held-out documents. The order is the same for any number of
     workers."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _packing_of_the_format(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "packing" not in values and values.get("format", "text") != "text":
+            return {**values, "packing": "examples"}
+        return values
+
     @model_validator(mode="after")
     def _one_origin(self) -> DataSpec:
         errors: list[FieldError] = []
+        if self.format != "chat" and self.chat != ChatSpec():
+            errors.append(
+                FieldError("chat", f"is only for format: chat, not {self.format}", depends_on=("format",))
+            )
         if self.files is not None and not (self.files and all(self.files)):
             errors.append(FieldError("files", "must name at least one file or glob"))
         if self.packing == "concatenate" and self.format != "text":

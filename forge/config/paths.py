@@ -32,6 +32,7 @@ def with_home_folders(job: JobSpec, *, fail: Callable[[str, str], Exception]) ->
         "checkpoint": _with(job.checkpoint, to=resolved("checkpoint.to", job.checkpoint.to)),
         "data": _with(
             job.data,
+            chat=_with(job.data.chat, template=resolved("data.chat.template", job.data.chat.template)),
             files=job.data.files and tuple(resolved("data.files", pattern) for pattern in job.data.files),
             tokenizer=_with(
                 job.data.tokenizer,

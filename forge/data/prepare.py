@@ -26,7 +26,7 @@ from forge.data.cache import build_once, open_cache
 from forge.data.cache_index import FORMAT_VERSION, CacheIndex, ExampleLayout, read_index, write_index
 from forge.data.corpus import Document
 from forge.data.example_store import ExampleRows
-from forge.data.prepare_examples import write_examples
+from forge.data.prepare_examples import chat_settings, write_examples
 from forge.data.rows import RowStore, StreamRows
 from forge.data.store import Packer, Split, TokenStream
 from forge.data.tokenizer import TextTokenizer, encode_batches, load_tokenizer, train_tokenizer
@@ -148,6 +148,7 @@ def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: 
             "seq_len": spec.seq_len,
         }
         settings |= {"code": code_digest} if is_reference(spec.format) else {}
+        settings |= {"chat": asdict(chat_settings(spec))} if spec.format == "chat" else {}
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -22,7 +22,7 @@ from forge.config.data import DataSpec
 from forge.data.cache_index import CacheIndex, ExampleLayout, SplitSizes
 from forge.data.corpus import no_text
 from forge.data.example_store import ExampleWriter, write_rows
-from forge.data.formats.base import Example, ExampleFormat, FormatContext
+from forge.data.formats.base import ChatSettings, Example, ExampleFormat, FormatContext
 from forge.data.formats.build import build_format
 from forge.data.packing import pack_rows
 from forge.data.rows import IGNORED
@@ -32,10 +32,13 @@ from forge.data.store import FileEntry, document_key
 from forge.data.tokenizer import Encoder, TextTokenizer
 from forge.data.unigram import unigram_perplexity
 from forge.errors import DataError, UserCodeError
+from forge.foreign import read_file
 from forge.user_code import describe_error
 
 _BLOCK = 1 << 16
 """Examples counted at once."""
+
+_MAX_TEMPLATE_BYTES = 1 << 20
 
 _REASONS = ("records without an example", "examples of weight 0 dropped")
 """Reasons that forge itself counts."""
@@ -115,7 +118,20 @@ def _context(spec: DataSpec, *, tokenizer: TextTokenizer) -> FormatContext:
         eot_id=tokenizer.eot_id,
         vocab_size=tokenizer.vocab_size,
         encode=lambda text: np.frombuffer(encoder.encode([text])[0], dtype=tokenizer.dtype).astype(np.int64),
+        tokenizer=tokenizer,
+        chat=chat_settings(spec),
     )
+
+
+def chat_settings(spec: DataSpec) -> ChatSettings:
+    """Read `data.chat`. Raises: DataError if the template file cannot be read."""
+    if spec.chat.template is None:
+        return ChatSettings(turns=spec.chat.turns)
+    try:
+        content = read_file(Path(spec.chat.template), max_bytes=_MAX_TEMPLATE_BYTES)
+        return ChatSettings(turns=spec.chat.turns, template=content.decode())
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.chat.template: {spec.chat.template} cannot be read: {error}") from None
 
 
 def _counts_of(example_format: ExampleFormat) -> dict[str, int]:

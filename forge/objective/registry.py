@@ -26,10 +26,13 @@ class RegisteredObjective:
     """Whether every target must be a token id."""
 
 
+_CAUSAL_LM = RegisteredObjective(
+    reference="forge.objective.causal_lm:CausalLm",
+    metrics={"perplexity": "min", "router_aux_loss": "min"},
+    predicts_tokens=True,
+)
+
 OBJECTIVES: dict[str, RegisteredObjective] = {
-    "causal-lm": RegisteredObjective(
-        reference="forge.objective.causal_lm:CausalLm",
-        metrics={"perplexity": "min", "router_aux_loss": "min"},
-        predicts_tokens=True,
-    ),
+    "causal-lm": _CAUSAL_LM,
+    "chat": _CAUSAL_LM,  # the next token, where `data.format: chat` has targets
 }

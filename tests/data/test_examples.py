@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from forge.code_archive import PackedCode, unpack_code
-from forge.config.data import DataSpec
+from forge.config.data import ChatSpec, DataSpec
 from forge.data import cache_index, prepare_examples
 from forge.data.example_store import ExampleRows, ExampleWriter
 from forge.data.formats.base import Example, FormatContext
@@ -24,6 +24,7 @@ from forge.data.prepare import open_rows, prepare
 from forge.data.rows import IGNORED
 from forge.data.sources.base import Record
 from forge.data.store import checksum
+from forge.data.tokenizer import train_tokenizer
 from forge.errors import DataError, UserCodeError
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import make_plan
@@ -298,8 +299,14 @@ def test_writer__an_invalid_example__names_the_record(
 
 
 def test_build_format__every_registered_name__has_the_methods() -> None:
+    tokenizer = replace(train_tokenizer(["a"], vocab_size=300), files={"chat_template.jinja": "{{ messages }}"})
     context = FormatContext(
-        seq_len=16, text_key="text", eot_id=0, vocab_size=300, encode=lambda text: np.arange(len(text))
+        seq_len=16,
+        text_key="text",
+        eot_id=0,
+        vocab_size=300,
+        encode=lambda text: np.arange(len(text)),
+        tokenizer=tokenizer,
     )
     for name in FORMATS:
         assert callable(build_format(name, context=context).examples)
@@ -307,7 +314,18 @@ def test_build_format__every_registered_name__has_the_methods() -> None:
 
 def test_data__concatenate_with_a_format_of_ones_own__is_refused() -> None:
     with pytest.raises(ValueError, match="must be examples or none with format my_data:Reviews"):
-        DataSpec(source="python-stdlib", format="my_data:Reviews")
+        DataSpec(source="python-stdlib", format="my_data:Reviews", packing="concatenate")
+
+
+def test_data__packing_left_out__follows_the_format() -> None:
+    assert DataSpec(source="python-stdlib").packing == "concatenate"
+    assert DataSpec(source="python-stdlib", format="my_data:Reviews").packing == "examples"
+    assert DataSpec(files=("a.jsonl",), format="chat", packing="none").packing == "none"
+
+
+def test_data__chat_settings_of_another_format__are_refused() -> None:
+    with pytest.raises(ValueError, match="is only for format: chat, not text"):
+        DataSpec(source="python-stdlib", chat=ChatSpec(turns="last"))
 
 
 @pytest.mark.parametrize("name", ["txt", "my data:Reviews", "a:b:c"])

@@ -12,6 +12,7 @@ import torch
 
 from forge.data.formats.base import FormatContext
 from forge.data.sources.base import Record
+from forge.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -29,7 +30,14 @@ def test_format_of_the_page__record__becomes_an_example() -> None:
     def encode(text: str) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.array([len(word) for word in text.split()], dtype=np.int64)
 
-    context = FormatContext(seq_len=3, text_key="text", eot_id=0, vocab_size=16, encode=encode)
+    context = FormatContext(
+        seq_len=3,
+        text_key="text",
+        eot_id=0,
+        vocab_size=16,
+        encode=encode,
+        tokenizer=train_tokenizer(["a"], vocab_size=300),
+    )
     reviews = snippet("Reviews")["Reviews"](context)
     records = [Record(name="r:1", location="r:1", fields={"review": text}) for text in ("a bb ccc d e f g", "one")]
     (example,) = [example for record in records for example in reviews.examples(record)]

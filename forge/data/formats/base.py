@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forge.data.sources.base import Record
+from forge.data.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,14 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChatSettings:
+    """`data.chat`, with the content of the template file."""
+
+    turns: Literal["all", "last"] = "all"
+    template: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FormatContext:
     """What a format is built with."""
 
@@ -38,6 +47,8 @@ class FormatContext:
     vocab_size: int
     encode: Callable[[str], NDArray[np.int64]]
     """Token ids of a text; never the end-of-text token."""
+    tokenizer: TextTokenizer
+    chat: ChatSettings = ChatSettings()
 
 
 class ExampleFormat(Protocol):

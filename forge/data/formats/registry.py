@@ -6,5 +6,8 @@ A new format is one file in this folder and one line here. The configuration rea
 
 from __future__ import annotations
 
-FORMATS: dict[str, str] = {"text": "forge.data.formats.text:TextFormat"}
+FORMATS: dict[str, str] = {
+    "text": "forge.data.formats.text:TextFormat",
+    "chat": "forge.data.formats.chat:ChatFormat",
+}
 """Name to `module:Class` of an `ExampleFormat`."""

@@ -1,0 +1,217 @@
+"""A tokenizer's chat template: conversations as text, and which characters of it the assistant wrote.
+
+transformers renders the template, in its sandbox. Where the template marks the assistant's turns itself
+(`{% generation %}`), its marks count. Elsewhere a turn is what is added to the text that would ask for it
+(`add_generation_prompt`), which includes the token that ends the turn: a model that never learns to end its turn
+does not stop. A template that shows earlier turns differently once another follows (it drops their reasoning, say)
+is rendered once for each turn, so that each is learnt as it is asked for.
+
+Source: https://huggingface.co/docs/transformers/chat_templating
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from forge.data.conversations import ASSISTANT, Conversation, Message
+from forge.data.tokenizer import TextTokenizer
+from forge.data.tokenizer_files import TEMPLATE
+from forge.errors import DataError
+
+Turns = Literal["all", "last"]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MAX_TEXT_CHARS = 1 << 26
+"""A conversation renders to less than a few times its own length; a template with a loop can write without end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderedChat:
+    """The text of a conversation, and which of it carries loss."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    """[start, stop) in characters, in order: turns of the assistant, with the token that ends each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplate:
+    """A template and the variables that it is rendered with."""
+
+    source: str
+    variables: Mapping[str, str]
+    """The names of the special tokens, such as `bos_token`."""
+    special_tokens: tuple[str, ...]
+
+    @property
+    def marks_turns(self) -> bool:
+        """Whether the template says itself what the assistant wrote."""
+        return _GENERATION.search(self.source) is not None
+
+    def render(self, conversation: Conversation, *, turns: Turns) -> list[RenderedChat]:
+        """Render a conversation: as one text, or one for each turn if earlier turns are shown differently then.
+
+        Args:
+            turns: which turns of the assistant carry loss.
+
+        Raises: ValueError if the template refuses the conversation, or does not say where a turn ends.
+        """
+        messages = conversation.messages
+        ends = [number for number, message in enumerate(messages, start=1) if message["role"] == ASSISTANT]
+        if turns == "last":
+            ends = ends[-1:]
+        whole = self._text(conversation, messages=messages)
+        if self.marks_turns:
+            return [self._marked(conversation, whole=whole, turns=turns)]
+        turns_shown = [self._turn(conversation, end=end) for end in ends]
+        if all(whole.startswith(text[: span[1]]) for text, span in turns_shown):
+            return [RenderedChat(text=whole, spans=tuple(span for _, span in turns_shown))]
+        return [RenderedChat(text=text, spans=(span,)) for text, span in turns_shown]
+
+    def _marked(self, conversation: Conversation, *, whole: str, turns: Turns) -> RenderedChat:
+        found = self._rendered(conversation, messages=conversation.messages, return_assistant_tokens_mask=True)[1][
+            0
+        ]
+        spans = [self._with_end(whole, start=start, stop=stop) for start, stop in found if stop > start]
+        if not spans:
+            raise ValueError("the chat template marks nothing of the conversation as written by the assistant")
+        return RenderedChat(text=whole, spans=tuple(spans[-1:] if turns == "last" else spans))
+
+    def _with_end(self, text: str, *, start: int, stop: int) -> tuple[int, int]:
+        """Extend a marked turn by the token that ends it, if the template has left that out."""
+        if not text[start:stop].rstrip().endswith(self.special_tokens):
+            following = next((name for name in self.special_tokens if text.startswith(name, stop)), "")
+            stop += len(following)
+        return start, stop
+
+    def _turn(self, conversation: Conversation, *, end: int) -> tuple[str, tuple[int, int]]:
+        """Render the first `end` messages, the last of which is the assistant's, and find that one in the text."""
+        messages = conversation.messages
+        shown = self._text(conversation, messages=messages[:end])
+        asked, before = self._asking(conversation, messages=messages[: end - 1])
+        start = _common_length(asked, shown)
+        if start < len(before):
+            raise ValueError(
+                f"the chat template shows the messages before message {end} differently once it is there, so the "
+                "text that asks for it cannot be found"
+            )
+        stop = len(shown.rstrip())
+        last = next((name for name in self.special_tokens if shown.endswith(name, 0, stop)), None)
+        if last is None:
+            raise ValueError(
+                "the chat template ends a turn of the assistant with no special token, so a model would not "
+                f"learn to stop (it ends with {shown[max(0, stop - 30) : stop]!r}); set data.chat.template to one "
+                "that does"
+            )
+        return shown, (start, stop)
+
+    def _asking(self, conversation: Conversation, *, messages: Sequence[Message]) -> tuple[str, str]:
+        """Return the text that asks for the turn after some messages, and the same without the request."""
+        if messages:
+            asked = self._text(conversation, messages=messages, add_generation_prompt=True)
+            return asked, self._text(conversation, messages=messages)
+        try:
+            return self._text(conversation, messages=messages, add_generation_prompt=True), ""
+        except ValueError:
+            raise ValueError(
+                "the conversation begins with a turn of the assistant, which the chat template cannot ask for"
+            ) from None
+
+    def _text(
+        self, conversation: Conversation, *, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> str:
+        text: str = self._rendered(conversation, messages=messages, add_generation_prompt=add_generation_prompt)[0][
+            0
+        ]
+        if len(text) > _MAX_TEXT_CHARS:
+            raise ValueError(f"the chat template writes {len(text)} characters for one conversation")
+        return text
+
+    def _rendered(self, conversation: Conversation, *, messages: Sequence[Message], **options: Any) -> Any:
+        try:
+            return render_jinja_template(
+                conversations=[list(messages)],
+                tools=list(conversation.tools) or None,
+                chat_template=self.source,
+                **options,
+                **self.variables,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from None
+        except (
+            TypeError,
+            AttributeError,
+            KeyError,
+            IndexError,
+            ValueError,
+            RecursionError,
+            ArithmeticError,
+        ) as error:
+            raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from None
+
+
+def chat_template_of(tokenizer: TextTokenizer, *, own: str | None) -> ChatTemplate:
+    """Return the chat template of a tokenizer.
+
+    Args:
+        own: the content of `data.chat.template`, which takes precedence; None if there is none.
+
+    Raises: DataError if the tokenizer has none.
+    """
+    config = json.loads(tokenizer.files.get("special_tokens_map.json", "{}")) | json.loads(tokenizer.config)
+    source = own if own is not None else _template(tokenizer, config=config)
+    if source is None:
+        raise DataError(
+            "data.format: chat needs a chat template, and the tokenizer has none. Set "
+            "data.tokenizer.from_pretrained to the folder of a chat model, or data.chat.template to a Jinja file"
+        )
+    variables = {name: _token(config.get(name)) for name in _TOKEN_NAMES if _token(config.get(name))}
+    added = json.loads(tokenizer.content)["added_tokens"]
+    special = {tokenizer.eot_token, *(str(token["content"]) for token in added if token["special"])}
+    return ChatTemplate(
+        source=source,
+        variables=variables,
+        special_tokens=tuple(sorted(special, key=lambda name: (-len(name), name))),
+    )
+
+
+def _template(tokenizer: TextTokenizer, *, config: Mapping[str, Any]) -> str | None:
+    """The template, from its own file or the tokenizer's configuration, where it may be one of several by name."""
+    if TEMPLATE in tokenizer.files:
+        return tokenizer.files[TEMPLATE]
+    for given in (config.get("chat_template"), *_older(tokenizer)):
+        if isinstance(given, str):
+            return given
+        if isinstance(given, list):
+            named = {item.get("name"): item.get("template") for item in given if isinstance(item, Mapping)}
+            if isinstance(named.get("default"), str):
+                return str(named["default"])
+    return None
+
+
+def _older(tokenizer: TextTokenizer) -> Iterator[Any]:
+    if "chat_template.json" in tokenizer.files:
+        content = json.loads(tokenizer.files["chat_template.json"])
+        yield content.get("chat_template") if isinstance(content, Mapping) else None
+
+
+def _common_length(first: str, second: str) -> int:
+    """Return the number of characters that two texts begin with in common."""
+    for at, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return at
+    return min(len(first), len(second))
+
+
+def _token(value: Any) -> str:
+    """The name of a special token, which may be an object with its properties."""
+    name = value.get("content") if isinstance(value, Mapping) else value
+    return name if isinstance(name, str) else ""

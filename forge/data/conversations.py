@@ -1,0 +1,182 @@
+"""Records as conversations: messages with roles, in the form that chat templates of transformers take.
+
+Three kinds of records are read: a list of messages (`messages`, or `conversations` with `from` and `value`), a
+prompt with its completion (each a text or a list of messages), and an instruction with its output (Alpaca).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from forge.data.sources.base import Record
+from forge.data.sources.files import json_name
+from forge.errors import DataError
+from forge.foreign import parse_json
+
+Message = Mapping[str, Any]
+
+ASSISTANT = "assistant"
+_ROLES = ("system", "developer", "user", ASSISTANT, "tool")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": ASSISTANT,
+    "bing": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "model": ASSISTANT,
+    "bot": ASSISTANT,
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""Names in `from` of ShareGPT records, besides the roles themselves."""
+_LISTS = ("messages", "conversations", "conversation")
+_PROMPTS = {"prompt": ("completion", "response"), "instruction": ("output", "response")}
+"""The field that asks, and those that may answer."""
+_KINDS_HELP = (
+    "give a list of messages in 'messages' ({\"role\": ..., \"content\": ...}), 'prompt' with 'completion', or "
+    "'instruction' with 'output'"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Messages in order, and the tools that the assistant may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """As JSON schemas."""
+
+
+def conversation_of(record: Record) -> Conversation:
+    """Read a record as a conversation with at least one turn of the assistant.
+
+    Raises: DataError naming the record and the message, if it is not one, a turn of the assistant is empty, or a
+        value is not text.
+    """
+    try:
+        messages = _messages(record.fields)
+        _require_turns(messages)
+        return Conversation(messages=tuple(messages), tools=_tools(record.fields.get("tools")))
+    except ValueError as error:
+        raise DataError(f"{record.location}: {error}") from None
+
+
+def _messages(fields: Mapping[str, Any]) -> list[Message]:
+    system = fields.get("system")
+    head = [_message({"role": "system", "content": system}, number=1)] if system else []
+    for key in _LISTS:
+        if isinstance(fields.get(key), str):
+            raise ValueError(f"{key!r} must be a list of messages, it is a string")
+        if fields.get(key) is not None:
+            return head + _message_list(fields[key], key=key)
+    for question, answers in _PROMPTS.items():
+        if question not in fields:
+            continue
+        for answer in answers:
+            if answer in fields:
+                return head + _turn(fields, question=question, answer=answer)
+    keys = ", ".join(map(repr, list(fields)[:20])) or "none"
+    raise ValueError(f"the record is no conversation (its keys: {keys}); {_KINDS_HELP}")
+
+
+def _turn(fields: Mapping[str, Any], *, question: str, answer: str) -> list[Message]:
+    asked, answered = fields[question], fields[answer]
+    extra = fields.get("input") if question == "instruction" else None
+    if extra:
+        if not isinstance(extra, str) or not isinstance(asked, str):
+            raise ValueError(f"'input' and {question!r} must be strings")
+        asked = f"{asked}\n\n{extra}"
+    messages = _message_list(asked, key=question) if _is_list(asked) else [_message_of(asked, role="user")]
+    if _is_list(answered):
+        return messages + _message_list(answered, key=answer)
+    return [*messages, _message_of(answered, role=ASSISTANT, number=len(messages) + 1)]
+
+
+def _message_list(value: Any, *, key: str) -> list[Message]:
+    if not _is_list(value):
+        raise ValueError(f"{key!r} must be a list of messages, it is {json_name(value)}")
+    return [_message(item, number=number) for number, item in enumerate(value, start=1)]
+
+
+def _message_of(text: Any, *, role: str, number: int = 1) -> Message:
+    return _message({"role": role, "content": text}, number=number)
+
+
+def _message(item: Any, *, number: int) -> Message:
+    if not isinstance(item, Mapping):
+        raise ValueError(f"message {number} must be an object with 'role' and 'content', it is {json_name(item)}")
+    # Parquet gives every message of a column all fields of any of them, null where it has none.
+    message = {key: value for key, value in item.items() if value is not None}
+    role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
+    role = message.pop(role_key, None)
+    if not isinstance(role, str):
+        raise ValueError(f"message {number} has no 'role' (its keys: {', '.join(map(repr, item))})")
+    known = role if role in _ROLES else _SHAREGPT_ROLES.get(role)
+    if known is None:
+        near = get_close_matches(role, [*_ROLES, *_SHAREGPT_ROLES], n=1)
+        raise ValueError(
+            f"message {number} has the role {role!r}; it must be one of {', '.join(_ROLES)}"
+            + (f" (did you mean {near[0]}?)" if near else "")
+        )
+    content = message.pop(content_key, None)
+    calls = message.get("tool_calls")
+    if calls is not None and not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
+        raise ValueError(f"message {number}: 'tool_calls' must be a list of objects")
+    _require_text(content, number=number, may_lack=bool(calls))
+    return {**message, "role": known, "content": "" if content is None else content}
+
+
+def _require_text(content: Any, *, number: int, may_lack: bool) -> None:
+    if content is None and may_lack:
+        return
+    if content is None:
+        raise ValueError(f"message {number} has no 'content'")
+    parts = content if _is_list(content) else [{"type": "text", "text": content}]
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else json_name(part)
+            raise ValueError(f"message {number} has a part of the kind {kind!r}; only text can be trained on")
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise ValueError(f"the content of message {number} must be text, it is {json_name(text)}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            problem = f"half a surrogate pair at character {error.start}"
+            raise ValueError(f"message {number} is not valid Unicode: {problem}") from None
+
+
+def text_content(message: Message) -> str:
+    """Return the text of a message, of all its parts."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _require_turns(messages: Sequence[Message]) -> None:
+    turns = [number for number, message in enumerate(messages, start=1) if message["role"] == ASSISTANT]
+    if not turns:
+        raise ValueError("the conversation has no turn of the assistant, so nothing of it can be learnt")
+    for number in turns:
+        message = messages[number - 1]
+        if not text_content(message).strip() and not message.get("tool_calls"):
+            raise ValueError(f"message {number} is an empty turn of the assistant")
+
+
+def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Read the tools: a list of JSON schemas, or the same as text."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = parse_json(value)
+        except ValueError:
+            raise ValueError("'tools' must be a list of JSON schemas, it is text that is not JSON") from None
+    if value in (None, ""):
+        return ()
+    if not (_is_list(value) and all(isinstance(tool, Mapping) for tool in value)):
+        raise ValueError("'tools' must be a list of JSON schemas")
+    return tuple(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
