@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from forge.events import GenerationStarting, MembershipChangeStarted
 from tests.support.runs import metrics, open_recorder
 
@@ -21,7 +23,7 @@ _TIMEOUT_S = 90.0
 
 
 def kill_when(folder: Path, tracking: dict[str, Any], *, steps: int, is_time: Callable[[], bool]) -> None:
-    """Record the steps 1 to `steps` in a process of its own, and kill it with SIGKILL once `is_time()`."""
+    """Record the steps 1 to `steps` in a process of its own, and kill it and its children once `is_time()`."""
     with _recording(folder, tracking, steps) as process:
         deadline = time.monotonic() + _TIMEOUT_S
         while not is_time():
@@ -38,7 +40,9 @@ def _recording(folder: Path, tracking: dict[str, Any], steps: int) -> Iterator[s
     try:
         yield process
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        # W&B's process, which would otherwise write what it still has, goes first.
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            os.kill(one.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -1,8 +1,8 @@
 """Read W&B's own file of a run, `run-<id>.wandb`, which is complete only if W&B was closed.
 
 The file is a log of blocks of 32 KiB, like LevelDB's, with one protocol buffer a record. W&B writes whole blocks
-while it runs, so after a kill the last rows are missing and the last record is often incomplete. `wandb sync`
-uploads nothing that comes after an incomplete record, nor the run's later files; hence `cut_incomplete_record`.
+while it runs, so after a kill the last rows are missing, the last record is often incomplete, and a young file has
+no record at all. `wandb sync` stops at such a file and uploads none of the run's later ones; hence `repair_log`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from forge.process import has_open
 
@@ -34,11 +35,18 @@ class LogRecord:
     end: int
     """Its end in the file, in bytes."""
 
+    def message(self) -> Any:
+        """Return it as W&B's protocol buffer `Record`."""
+        from wandb.proto import wandb_internal_pb2
+
+        return wandb_internal_pb2.Record.FromString(self.content)
+
 
 def log_files(folder: Path, *, run_id: str) -> list[Path]:
     """Return the files that W&B wrote for a run, online and offline, in the order in which they were started."""
-    found = [path for path in folder.glob(f"wandb/*run-*/run-{run_id}.wandb") if not path.parent.is_symlink()]
-    return sorted(found, key=lambda path: path.parent.name.removeprefix("offline-"))
+    found = folder.glob(f"wandb/*run-*/run-{run_id}.wandb")
+    own = [path for path in found if not path.is_symlink() and not path.parent.is_symlink()]
+    return sorted(own, key=lambda path: path.parent.name.removeprefix("offline-"))
 
 
 def is_offline(path: Path) -> bool:
@@ -48,27 +56,32 @@ def is_offline(path: Path) -> bool:
 
 def steps_in(path: Path) -> Iterator[int]:
     """Yield the steps of all complete rows of a file."""
-    from wandb.proto import wandb_internal_pb2
-
     for record in read_log(path):
-        message = wandb_internal_pb2.Record()
-        message.ParseFromString(record.content)
-        for item in message.history.item:
+        for item in record.message().history.item:
             if (item.key or ".".join(item.nested_key)) == _STEP_KEY:
                 yield int(json.loads(item.value_json))
 
 
-def cut_incomplete_record(path: Path) -> int:
-    """Remove an incomplete record from the end of a file that is no longer written.
+def repair_log(path: Path) -> str | None:
+    """Make a file that is no longer written readable for `wandb sync`.
 
-    Returns: the number of bytes removed.
+    An incomplete record at its end is removed; a file without the record of the run, which has no rows either, is
+    deleted.
+
+    Returns: what was done; None if nothing had to be.
     """
-    end = max((record.end for record in read_log(path)), default=0)
-    size = path.stat().st_size
-    if not end or end == size:
-        return 0
+    has_run, end = False, 0
+    for record in read_log(path):
+        has_run = has_run or record.message().HasField("run")
+        end = record.end
+    if not has_run:
+        path.unlink()
+        return f"deleted {path.name}, in which W&B had written no row"
+    num_bytes = path.stat().st_size - end
+    if not num_bytes:
+        return None
     os.truncate(path, end)
-    return size - end
+    return f"removed {num_bytes} bytes of an incomplete row from {path.name}"
 
 
 def wait_until_closed(path: Path, *, timeout_s: float) -> bool:
@@ -86,22 +99,23 @@ def wait_until_closed(path: Path, *, timeout_s: float) -> bool:
 
 def read_log(path: Path) -> Iterator[LogRecord]:
     """Yield the complete records of a file."""
-    content = path.read_bytes()
-    position, parts = _PREAMBLE_BYTES, b""
-    while True:
-        left = _BLOCK_BYTES - position % _BLOCK_BYTES
-        if left < _HEADER.size:
-            position += left
-        if position + _HEADER.size > len(content):
-            return
-        _, size, kind = _HEADER.unpack_from(content, position)
-        start = position + _HEADER.size
-        position = start + size
-        if position > len(content) or kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
-            return
-        parts = content[start:position] if kind in (_FULL, _FIRST) else parts + content[start:position]
-        if kind in (_FULL, _LAST):
-            yield LogRecord(content=parts, end=position)
+    parts = b""
+    with path.open("rb") as file:
+        file.seek(_PREAMBLE_BYTES)
+        while True:
+            left = _BLOCK_BYTES - file.tell() % _BLOCK_BYTES
+            if left < _HEADER.size:
+                file.seek(left, os.SEEK_CUR)
+            header = file.read(_HEADER.size)
+            if len(header) < _HEADER.size:
+                return
+            _, size, kind = _HEADER.unpack(header)
+            part = file.read(size)
+            if len(part) < size or kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
+                return
+            parts = part if kind in (_FULL, _FIRST) else parts + part
+            if kind in (_FULL, _LAST):
+                yield LogRecord(content=parts, end=file.tell())
 
 
 def _other_processes() -> list[int]:

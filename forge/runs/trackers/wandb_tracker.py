@@ -17,7 +17,7 @@ from forge.config.resources import WandbSpec
 from forge.environment import home_folder
 from forge.process import first_line
 from forge.runs.trackers.base import EVENT_KEY, RunStatus, StepRanges, TrackedRow, TrackedRun
-from forge.runs.trackers.wandb_log import cut_incomplete_record, is_offline, log_files, steps_in, wait_until_closed
+from forge.runs.trackers.wandb_log import is_offline, log_files, repair_log, steps_in, wait_until_closed
 
 # How long W&B may take to start before the run is recorded offline.
 _INIT_TIMEOUT_S = 20
@@ -124,8 +124,9 @@ class WandbTracker:
         for path in files:
             if not wait_until_closed(path, timeout_s=_CLOSE_TIMEOUT_S):
                 self._run.report(f"another process still writes {path.name}; steps may be in W&B twice")
-            elif removed := cut_incomplete_record(path):
-                self._run.report(f"W&B was killed: removed {removed} bytes of an incomplete row from {path.name}")
+            elif repaired := repair_log(path):
+                self._run.report(f"W&B was killed: {repaired}; its rows are sent again")
+        files = log_files(self._run.folder, run_id=self._run.run_id)
         if self._mode != "online":
             return chain.from_iterable(map(steps_in, files))
         offline = chain.from_iterable(steps_in(path) for path in files if is_offline(path))

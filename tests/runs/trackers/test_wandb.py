@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 
-from forge.runs.trackers.wandb_log import cut_incomplete_record, log_files, read_log
+import wandb
+from forge.runs.trackers.wandb_log import log_files, read_log, repair_log
 from tests.support.runs import metrics, open_recorder
 from tests.support.tracked_run import kill_when
 from tests.support.wandb_file import read_history
@@ -61,7 +61,7 @@ def test_wandb__stopped_and_resumed_with_nothing_left__lost_rows_are_sent(tmp_pa
 
 
 @pytest.mark.parametrize("num_bytes", [1, 7, 100])
-def test_cut_incomplete_record__file_cut_short__ends_with_a_whole_record(tmp_path: Path, num_bytes: int) -> None:
+def test_repair_log__file_cut_short__ends_with_a_whole_record(tmp_path: Path, num_bytes: int) -> None:
     folder = tmp_path / "tiny-3"
     recorder = open_recorder(folder, mode="offline")
     for step in range(1, 6):
@@ -72,6 +72,13 @@ def test_cut_incomplete_record__file_cut_short__ends_with_a_whole_record(tmp_pat
     assert ends[-1] == path.stat().st_size
     path.write_bytes(path.read_bytes()[:-num_bytes])
     whole = max(end for end in ends if end <= ends[-1] - num_bytes)
-    assert cut_incomplete_record(path) == ends[-1] - num_bytes - whole
+    assert f"removed {ends[-1] - num_bytes - whole} bytes" in (repair_log(path) or "removed 0 bytes")
     assert path.stat().st_size == whole
-    assert cut_incomplete_record(path) == 0
+    assert repair_log(path) is None
+
+
+def test_repair_log__file_without_the_run__is_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "run-tiny-4.wandb"
+    path.write_bytes(b":W&B\xe1\xbe\x01\x00\x00\x00\x00")
+    assert "no row" in (repair_log(path) or "")
+    assert not path.exists()
