@@ -40,7 +40,7 @@ def read(folder, name, kind="master"):
 
 
 def main(checkpoints, name=None, kind="master", out=None):
-    for folder in sorted(Path(checkpoints).glob("step-*"), reverse=True):
+    for folder in sorted(Path(checkpoints).glob("step-*"), reverse=True) or [Path(checkpoints)]:
         try:
             state, held = load(folder)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

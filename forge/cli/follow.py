@@ -178,7 +178,7 @@ def _conclude_training(run: RunSummary, *, interrupted: bool, output: Output) ->
         losses = [record["train/loss"] for record in read_metrics(run.folder) if record["train/loss"] is not None]
         run_screen.show_summary(run, goodput=run.goodput(), losses=losses)
     if run.status == "finished":
-        display.next_command(f"forge generate {handle(run.folder)} --prompt 'import '", purpose="try it")
+        _suggest_use(run)
         return
     code = _report_end(run, interrupted=interrupted)
     search = search_folder(run.folder)
@@ -189,6 +189,19 @@ def _conclude_training(run: RunSummary, *, interrupted: bool, output: Output) ->
         purpose = f"once that is fixed, {purpose}" if _is_permanent(run) else purpose
         display.next_command(f"forge train --resume {handle(run.folder)}", purpose=purpose)
     raise typer.Exit(code)
+
+
+def _suggest_use(run: RunSummary) -> None:
+    """Suggest to generate with the prompt of the run's own sample, or to export a model that generates no text."""
+    from forge.cli import display
+
+    sample, name = run.newest("SampleGenerated"), handle(run.folder)
+    if sample is None and run.newest("SampleFailed") is not None:
+        display.next_command(f"forge checkpoints export {name} --to {name}-weights", purpose="export its weights")
+        return
+    prompt = sample["prompt"] if sample is not None else ""
+    option = f" --prompt {shlex.quote(prompt)}" if prompt and prompt.isprintable() else ""
+    display.next_command(f"forge generate {name}{option}", purpose="try it")
 
 
 def _conclude_search(run: RunSummary, *, interrupted: bool, output: Output) -> None:
@@ -229,12 +242,14 @@ def _conclude_search(run: RunSummary, *, interrupted: bool, output: Output) -> N
 
 
 def _is_permanent(run: RunSummary) -> bool:
-    """Whether the run failed because of the user's input, and would fail again if it was resumed unchanged."""
-    from forge.errors import ForgeError
+    """Whether the run would fail again if it was resumed unchanged: by the user's input, or because it diverged."""
+    from forge.errors import DivergedError, ForgeError
     from forge.runs.reader import failure_of
 
     failure = failure_of(run)
-    return failure is not None and failure.exit_code == ForgeError.exit_code
+    if failure is None:
+        return False
+    return failure.exit_code == ForgeError.exit_code or isinstance(failure, DivergedError)
 
 
 def _report_end(run: RunSummary, *, interrupted: bool) -> int:

@@ -30,8 +30,10 @@ def generate(
     from forge.cli import display
     from forge.runs.reader import find_run
     from forge.runtime.torch_subprocess import sample_text
+    from forge.units import format_duration
 
     folder = find_run(run, root=runs)
+    display.message(f"importing torch and transformers, then loading the newest checkpoint of {folder.name}")
     answer = sample_text(
         folder,
         prompt=prompt,
@@ -45,3 +47,5 @@ def generate(
         display.print_json(answer)
     else:
         display.print_text(answer["prompt"] + answer["text"])
+        took = f"{format_duration(answer['load_s'])} to load, {format_duration(answer['generate_s'])} to generate"
+        display.message(f"step {answer['step']}: {took}")

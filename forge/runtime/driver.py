@@ -241,8 +241,8 @@ class Driver:
         began = time.monotonic()
         from forge.serve.generate import GenerateRequest, generate
 
-        prompt = _SAMPLE_PROMPTS.get(self._plan.job.data.source or "", "")
         try:
+            prompt = _SAMPLE_PROMPTS.get(self._plan.job.data.source or "") or self._held_out_prompt()
             made = generate(self._folder, GenerateRequest(prompt=prompt, max_tokens=_SAMPLE_TOKENS))
         except Exception as error:
             traceback.print_exc()
@@ -251,6 +251,16 @@ class Driver:
             return
         seconds = time.monotonic() - began
         self._record(SampleGenerated(step=made.step, prompt=made.prompt, text=made.text, seconds=seconds))
+
+    def _held_out_prompt(self) -> str:
+        from forge.data.prompt import held_out_prompt
+        from forge.data.tokenizer import prompt_tokenizer
+
+        corpus, special_tokens = self._plan.corpus, self._plan.job.data.special_tokens
+        tokenizer = prompt_tokenizer(
+            self._folder / "tokenizer", eot_id=corpus.eot_id, special_tokens=special_tokens
+        )
+        return held_out_prompt(corpus, tokenizer=tokenizer)
 
     def _record_stored(self) -> None:
         """Record the checkpoints that no rank has reported, because a writer process outlived it."""

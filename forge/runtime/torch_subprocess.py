@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from forge.runs.reader import error_named, read_plan
 def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
     """Continue a prompt; the request's fields are those of `forge.serve.generate.GenerateRequest`.
 
-    Returns: `step`, `prompt`, `text`.
+    Returns: `step`, `prompt`, `text`, `generate_s`, and `load_s`: to import torch and load the checkpoint.
     Raises: CheckpointError if the run has no intact checkpoint; UserCodeError if it brings code that was never used
         on this machine; RunError if the process failed.
     """
     plan = read_plan(run_folder)
     if plan.code is not None:
         require_trusted(plan.code.digest, run_folder=run_folder)
-    return _run("forge.serve.generate", str(run_folder), request=request, what="cannot generate text")
+    began = time.monotonic()
+    answer = _run("forge.serve.generate", str(run_folder), request=request, what="cannot generate text")
+    return answer | {"load_s": time.monotonic() - began - answer.get("generate_s", 0.0)}
 
 
 def export_weights(**request: Any) -> dict[str, Any]:

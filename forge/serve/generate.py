@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ class Generated:
     step: int
     prompt: str
     text: str
+    generate_s: float
+    """Without loading the checkpoint."""
 
 
 def generate(run_folder: Path, request: GenerateRequest) -> Generated:
@@ -84,8 +87,10 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
         max_positions = plan.model.max_seq_len
     else:  # a user model may support only the length it was trained on
         ends, max_positions = (plan.corpus.eot_id,), plan.job.data.seq_len
+    began = time.monotonic()
     text = _continue(model, tokenizer, request, ends=ends, max_positions=max_positions)
-    return Generated(step=checkpoint.progress.step, prompt=request.prompt, text=text)
+    seconds = time.monotonic() - began
+    return Generated(step=checkpoint.progress.step, prompt=request.prompt, text=text, generate_s=seconds)
 
 
 def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from forge.cli.app import app
-from forge.events import RunFailed
+from forge.events import Event, RunFailed, RunFinished, SampleFailed, SampleGenerated
+from forge.runtime import torch_subprocess
 from tests.support.runs import make_run
 
 
@@ -16,6 +19,7 @@ from tests.support.runs import make_run
         ("DataError", "once that is fixed, try again: forge train --resume"),
         ("JobFileError", "once that is fixed, try again: forge train --resume"),
         ("UserCodeError", "once that is fixed, try again: forge train --resume"),
+        ("DivergedError", "once that is fixed, try again: forge train --resume"),
         ("ClusterError", "\ntry again: forge train --resume"),
         ("RunError", "\ntry again: forge train --resume"),
     ],
@@ -26,3 +30,36 @@ def test_end_of_a_run__failure__says_whether_it_can_succeed_unchanged(
     folder = make_run(tmp_path, endings=[RunFailed(error=error, message="the reason")])
     done = CliRunner().invoke(app, ["runs", "watch", str(folder)])
     assert hint in done.output
+
+
+PROMPT = "User: what's 3 plus 3?"
+SAMPLE = SampleGenerated(step=3, prompt=PROMPT, text="6")
+NO_SAMPLE = SampleFailed(step=3, reason="the model generates no text")
+
+
+@pytest.mark.parametrize(
+    ("events", "hint"),
+    [
+        ([SAMPLE], f"try it: forge generate NAME --prompt {shlex.quote(PROMPT)}"),
+        ([replace(SAMPLE, prompt="")], "try it: forge generate NAME"),
+        ([replace(SAMPLE, prompt="a\x1b[2J")], "try it: forge generate NAME"),
+        ([], "try it: forge generate NAME"),
+        ([NO_SAMPLE], "export its weights: forge checkpoints export NAME --to NAME-weights"),
+    ],
+)
+def test_end_of_a_run__finished__hint_fits_the_job(tmp_path: Path, events: list[Event], hint: str) -> None:
+    folder = make_run(tmp_path, steps=6, endings=[*events, RunFinished(step=6)])
+    done = CliRunner().invoke(app, ["runs", "watch", str(folder)])
+    assert done.output.splitlines()[-1] == hint.replace("NAME", str(folder))
+
+
+def test_generate__says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = {"step": 3, "prompt": "a", "text": "b", "generate_s": 2.0}
+    monkeypatch.setattr(torch_subprocess, "_run", lambda *_, **__: dict(answer))
+    folder = make_run(tmp_path)
+    done = CliRunner().invoke(app, ["generate", str(folder)])
+    assert done.stdout == "ab\n"
+    lines = done.stderr.splitlines()
+    assert lines[0] == f"importing torch and transformers, then loading the newest checkpoint of {folder.name}"
+    assert lines[1].startswith("step 3: ")
+    assert lines[1].endswith(" to load, 2s to generate")

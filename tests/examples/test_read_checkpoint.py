@@ -187,6 +187,15 @@ def test_it_lists_every_tensor_with_its_shape_and_kinds_and_imports_nothing_fore
     )
 
 
+def test_it_reads_one_checkpoint_given_its_own_folder(trained: Path, tmp_path: Path) -> None:
+    oldest = steps(trained)[-1]
+    listed = run(oldest)
+    assert (listed.returncode, listed.stdout) == (0, run(trained).stdout)
+    assert run(oldest, "lm_head.weight", "master", tmp_path / "out.npy").returncode == 0
+    held = open_checkpoint(open_storage(str(trained)), oldest.name)
+    assert np.load(tmp_path / "out.npy").tobytes() == elements(held, "lm_head.weight", "master")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,43 @@
+"""A prompt for a trained model that is of its corpus's own kind: the beginning of the first held-out sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from forge.data.prepare import open_rows
+from forge.data.rows import Arrays
+from forge.errors import ForgeError
+from forge.plan.inputs import CorpusInfo
+
+_MAX_TOKENS = 64
+_MAX_CHARS = 48
+
+
+def held_out_prompt(facts: CorpusInfo, *, tokenizer: Tokenizer) -> str:
+    """Return the first words of the held-out text, on one line; empty if there are none or they are no text."""
+    try:
+        _, held_out = open_rows(facts)
+        if not held_out.num_rows:
+            return ""
+        row = held_out.read(np.array([0]))
+        ids = row["tokens"][0, : _length_of_first(row)].tolist()
+    except (ForgeError, OSError, KeyError, IndexError):
+        return ""
+    if facts.eot_id in ids:
+        ids = ids[: ids.index(facts.eot_id)]
+    return first_words(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _length_of_first(row: Arrays) -> int:
+    """Tokens of the first example of a row, whose positions restart at the next; at most `_MAX_TOKENS`."""
+    restarts = np.flatnonzero(row["position_ids"][0] == 0)[1:] if "position_ids" in row else ()
+    return min([_MAX_TOKENS, *map(int, restarts)])
+
+
+def first_words(text: str) -> str:
+    """Return the first line that has printable text, cut after a word."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    if not line.isprintable() or len(line) <= _MAX_CHARS:
+        return line if line.isprintable() else ""
+    return line[: _MAX_CHARS + 1].rpartition(" ")[0] or line[:_MAX_CHARS]
