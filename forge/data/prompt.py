@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from tokenizers import Tokenizer
 
+from forge.config.data import DataSpec
 from forge.data.prepare import open_rows
 from forge.data.rows import Arrays
+from forge.data.tokenizer import prompt_tokenizer
 from forge.errors import ForgeError
 from forge.plan.inputs import CorpusInfo
 
+_SOURCE_PROMPTS = {"python-stdlib": "def "}
 _MAX_TOKENS = 64
 _MAX_CHARS = 48
+
+
+def sample_prompt(facts: CorpusInfo, data: DataSpec, *, tokenizer: Path) -> str:
+    """Return the prompt of a run's sample: that of its source if it has one, or else from the held-out text.
+
+    Args:
+        tokenizer: folder of the run's tokenizer.
+    """
+    if data.source in _SOURCE_PROMPTS:
+        return _SOURCE_PROMPTS[data.source]
+    found = prompt_tokenizer(tokenizer, eot_id=facts.eot_id, special_tokens=data.special_tokens)
+    return held_out_prompt(facts, tokenizer=found)
 
 
 def held_out_prompt(facts: CorpusInfo, *, tokenizer: Tokenizer) -> str:

@@ -55,7 +55,6 @@ from forge.runtime.driver_lock import acquire_lock
 from forge.runtime.driver_watch import watch_run
 
 _STOP_REPEAT_S = 1.0
-_SAMPLE_PROMPTS = {"python-stdlib": "def "}
 _SAMPLE_TOKENS = 64
 _MAX_PATTERNS = 100
 _STORAGE_PATIENCE_S = 5.0
@@ -239,10 +238,11 @@ class Driver:
     def _add_sample(self, step: int) -> None:
         """Record a sample of generated text or, since the run itself has finished, why there is none."""
         began = time.monotonic()
+        from forge.data.prompt import sample_prompt
         from forge.serve.generate import GenerateRequest, generate
 
         try:
-            prompt = _SAMPLE_PROMPTS.get(self._plan.job.data.source or "") or self._held_out_prompt()
+            prompt = sample_prompt(self._plan.corpus, self._plan.job.data, tokenizer=self._folder / "tokenizer")
             made = generate(self._folder, GenerateRequest(prompt=prompt, max_tokens=_SAMPLE_TOKENS))
         except Exception as error:
             traceback.print_exc()
@@ -251,16 +251,6 @@ class Driver:
             return
         seconds = time.monotonic() - began
         self._record(SampleGenerated(step=made.step, prompt=made.prompt, text=made.text, seconds=seconds))
-
-    def _held_out_prompt(self) -> str:
-        from forge.data.prompt import held_out_prompt
-        from forge.data.tokenizer import prompt_tokenizer
-
-        corpus, special_tokens = self._plan.corpus, self._plan.job.data.special_tokens
-        tokenizer = prompt_tokenizer(
-            self._folder / "tokenizer", eot_id=corpus.eot_id, special_tokens=special_tokens
-        )
-        return held_out_prompt(corpus, tokenizer=tokenizer)
 
     def _record_stored(self) -> None:
         """Record the checkpoints that no rank has reported, because a writer process outlived it."""

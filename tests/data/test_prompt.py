@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from forge.config.data import DataSpec
 from forge.data.prepare import prepare
-from forge.data.prompt import first_words, held_out_prompt
+from forge.data.prompt import first_words, held_out_prompt, sample_prompt
 from forge.plan.inputs import CorpusInfo
 
 LONG = "one two three four five six seven eight nine ten"
@@ -39,6 +39,14 @@ def test_held_out_prompt__nothing_held_out_or_no_corpus__empty(tmp_path: Path) -
     assert held_out_prompt(facts, tokenizer=tokenizer) == ""
     shutil.rmtree(facts.folder)
     assert held_out_prompt(facts, tokenizer=tokenizer) == ""
+
+
+def test_sample_prompt__source_with_a_prompt_of_its_own__has_that(tmp_path: Path) -> None:
+    facts, _ = prepared(tmp_path, packing="concatenate")
+    tokenizer = next(Path(facts.folder).rglob("tokenizer.json")).parent
+    assert sample_prompt(facts, DataSpec(source="python-stdlib"), tokenizer=tokenizer) == "def "
+    own = sample_prompt(facts, DataSpec(files=("chats.jsonl",)), tokenizer=tokenizer)
+    assert own.startswith("User: what is ")
 
 
 @pytest.mark.parametrize(

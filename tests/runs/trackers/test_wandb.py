@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import wandb
+
 from forge.runs.trackers.wandb_log import log_files, read_log, repair_log
 from tests.support.runs import metrics, open_recorder
 from tests.support.tracked_run import kill_when
