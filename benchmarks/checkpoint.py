@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
+from benchmarks.torchrun import run_under_torchrun
 
 STEPS = 10
 SAVE_RANKS, LOAD_RANKS = 2, 3
@@ -75,9 +76,7 @@ def main() -> None:
 def run_ranks(module: str, world_size: int, *, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Run a program under torchrun, which writes its result to a file."""
     answer = folder / f"{module}.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
-    command += ["-m", f"benchmarks.peers.{module}", json.dumps(request | {"answer": str(answer)})]
-    subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run_under_torchrun(module, world_size=world_size, request=request | {"answer": str(answer)}, stdout=sys.stderr)
     found: dict[str, Any] = json.loads(answer.read_text())
     return found
 

@@ -16,7 +16,6 @@ torch's fused AdamW, and plain attention for short sequences. Ratios are relativ
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import yaml
 
 from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
+from benchmarks.torchrun import run_under_torchrun
 
 WORKERS = 2
 SEQ_LEN = 256
@@ -130,13 +130,8 @@ def run_peer(module: str, *, steps: int, is_tuned: bool) -> dict[str, float]:
         "fused": is_tuned,
         "attention": "eager" if is_tuned else "sdpa",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(WORKERS)]
-    command += ["-m", f"benchmarks.peers.{module}", json.dumps(request)]
-    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True, env=quiet
-    )
-    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    output = run_under_torchrun(module, world_size=WORKERS, request=request, stdout=subprocess.PIPE, quiet=True)
+    answer: dict[str, float] = json.loads(output.splitlines()[-1])
     return answer
 
 
