@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forge.cli.options import Output, OutputOption, RunArgument, RunsOption, SearchArgument
+from forge.cli.run_logs import logs
 
 if TYPE_CHECKING:
     from forge.runs.reader import RunSummary
@@ -116,54 +117,7 @@ def show(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOp
         display.warning(f"{found.num_invalid} lines of events.jsonl are not valid records and were skipped")
 
 
-@app.command()
-def logs(
-    run: RunArgument = "latest",
-    runs: RunsOption = _RUNS,
-    file: Annotated[
-        str | None,
-        typer.Option(
-            "--file",
-            help="rank-0, rank-1, ..., recorder or driver; by default rank-0, and driver for a search.",
-            show_default=False,
-        ),
-    ] = None,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Number of lines.")] = 50,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with what is written, until the run ends or Ctrl-C.")
-    ] = False,
-) -> None:
-    """Print the last lines of one of a run's logs.
-
-    Example:  forge runs logs latest --file driver -n 20 -f
-    """
-    import sys
-
-    from forge.cli import display
-    from forge.errors import ArgumentError
-    from forge.remote.mirror import remote_log
-    from forge.runs.logs import follow_log, last_lines, log_size
-    from forge.runs.reader import driver_pid, find_run, read_plan, search_folder
-    from forge.runs.remote_ref import read_remote_ref
-
-    found = find_run(run, root=runs)
-    name = file or ("rank-0" if read_plan(found).search is None else "driver")
-    if read_remote_ref(found) is not None:
-        if follow:
-            raise ArgumentError(
-                f"{found.name} runs on another machine, whose logs cannot be followed; follow its steps with: "
-                f"forge runs watch {found.name}"
-            )
-        display.print_text(remote_log(found, name=name, lines=lines) or "(empty)")
-        return
-    size = log_size(found, name=name)
-    display.print_text(last_lines(found, name=name, lines=lines) or "(empty)")
-    if not follow:
-        return
-    owner = search_folder(found) or found
-    for text in follow_log(found, name=name, offset=size, goes_on=lambda: driver_pid(owner) is not None):
-        sys.stdout.write(display.harmless(text))
-        sys.stdout.flush()
+app.command()(logs)
 
 
 @app.command()

@@ -219,7 +219,7 @@ class TestRuns:
 
     def test_logs__last_lines__are_printed(self, runs: Path) -> None:
         (runs / "done" / "logs" / "rank-0.log").write_text("".join(f"line {number}\n" for number in range(99)))
-        assert forge("runs", "logs", "done", "-n", "2").stdout == "line 97\nline 98\n"
+        assert forge("runs", "logs", "done", "--file", "rank-0", "-n", "2").stdout == "line 97\nline 98\n"
         with pytest.raises(ArgumentError, match=r"rank-7.log does not exist; its logs are: rank-0"):
             forge("runs", "logs", "done", "--file", "rank-7")
 

@@ -389,7 +389,7 @@ class TestRuns:
 
     def test_logs__search__is_the_drivers(self, folder: Path) -> None:
         (folder / "logs" / "driver.log").write_text("hello\n")
-        assert forge("runs", "logs", "searched").stdout == "hello\n"
+        assert forge("runs", "logs", "searched", "--file", "driver").stdout == "hello\n"
 
     def test_report__search__writes_and_prints_the_path(self, folder: Path) -> None:
         done = forge("runs", "report", "latest")

@@ -7,8 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from forge.cli.app import app
+from forge.events import RunFailed
 from forge.runs import logs
-from forge.runs.logs import follow_log, log_size
+from forge.runs.logs import LibraryWarnings, follow_log, log_size
 from tests.support.runs import make_run
 
 
@@ -44,3 +45,59 @@ def test_logs_follow__run_that_is_not_running__prints_its_end_without_control_ch
     assert done.exit_code == 0
     assert "\x1b" not in done.output
     assert "b\n" in done.output
+
+
+PACKAGE = "/venv/lib/python3.11/site-packages"
+FUTURE = f"{PACKAGE}/torch/c10d_logger.py:83: FutureWarning: `x` is deprecated.\n  return func(*args)\n"
+RAY = f"{PACKAGE}/ray/context.py:468: RayDeprecationWarning: This is deprecated.\nUse y instead\n  not self.x\n"
+OWN = "/home/me/my_model.py:3: UserWarning: the mask is ignored\n  warnings.warn(text)\n"
+ERROR = (
+    f'Traceback (most recent call last):\n  File "{PACKAGE}/torch/x.py", line 3, in f\n    y()\nValueError: no\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "left", "counts"),
+    [
+        (FUTURE + "hello\n" + 2 * FUTURE, "hello\n", {"FutureWarning": 3}),
+        (RAY + "hello\n", "hello\n", {"RayDeprecationWarning": 1}),
+        (OWN + ERROR, OWN + ERROR, {}),
+        (FUTURE.partition("  ")[0] + ERROR, ERROR, {"FutureWarning": 1}),
+        ("no end", "no end", {}),
+        (f"{PACKAGE}/a.py:1: UserWarning: last", f"{PACKAGE}/a.py:1: UserWarning: last", {}),
+        ("", "", {}),
+    ],
+)
+def test_library_warnings__text__warnings_of_packages_are_folded_and_counted(
+    text: str, left: str, counts: dict[str, int]
+) -> None:
+    whole, pieces = LibraryWarnings(), LibraryWarnings()
+    assert (whole.fold(text), whole.counts) == (left, counts)
+    assert "".join(pieces.feed(character) for character in text) + pieces.close() == left
+    assert LibraryWarnings(are_shown=True).fold(text) == text
+
+
+def test_logs__run__its_own_lines_then_those_of_rank_0_without_warnings(log: Path) -> None:
+    log.write_text(FUTURE + "from the model\n" + FUTURE)
+    done = CliRunner().invoke(app, ["runs", "logs", str(log.parent.parent)])
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("step      1/6  loss ")
+    assert [line for line in lines if "held-out" in line]
+    assert lines[-2:] == ["--- rank-0.log", "from the model"]
+    assert done.stderr == "not shown: warnings of libraries (2 FutureWarning); --all shows them\n"
+
+
+def test_logs__all_or_one_file__shows_what_it_should(log: Path) -> None:
+    log.write_text(FUTURE + "from the model\n")
+    folder = str(log.parent.parent)
+    assert CliRunner().invoke(app, ["runs", "logs", folder, "--file", "rank-0"]).stdout == "from the model\n"
+    done = CliRunner().invoke(app, ["runs", "logs", folder, "--file", "rank-0", "--all"])
+    assert (done.stdout, done.stderr) == (FUTURE + "from the model\n", "")
+
+
+def test_logs__run_without_a_log_that_failed__shows_its_steps_and_why(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, endings=[RunFailed(error="RunError", message="the loss is not finite")])
+    done = CliRunner().invoke(app, ["runs", "logs", str(folder), "-n", "2"])
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[-1] == "failed: the loss is not finite"
+    assert len(done.stdout.splitlines()) == 2
