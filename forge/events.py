@@ -305,9 +305,10 @@ class SampleFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingDegraded:
-    """W&B cannot be reached; the run continues and records offline."""
+    """A tracker, such as W&B, cannot be reached or lacks steps; the run continues."""
 
     reason: str
+    """What happened, and where the steps are."""
 
 
 # Search

@@ -78,7 +78,7 @@ class Recorder:
             run_id=run_id,
             config=redacted_values(config, os.environ),
             group=group,
-            report=lambda reason: self.event(TrackingDegraded(reason=reason)),
+            report=self._report,
         )
         self._feeds: list[TrackerFeed] | None = None
         """None until the trackers are started."""
@@ -143,6 +143,11 @@ class Recorder:
             feed.begin_end("failed" if exit_code else self._status, timeout_s=_TRACKERS_END_S)
         for feed in feeds:
             feed.wait_for_end()
+
+    def _report(self, reason: str) -> None:
+        """Record why a tracker is degraded; called on the tracker's thread."""
+        with contextlib.suppress(OSError):  # the next record meets the same error, and the run ends with it
+            self.event(TrackingDegraded(reason=reason))
 
     def _write(self, file: TextIO, record: dict[str, Any]) -> None:
         line = json.dumps(redacted_values(record, os.environ), allow_nan=False) + "\n"

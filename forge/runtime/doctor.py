@@ -1,4 +1,4 @@
-"""`forge doctor`: checks of this machine, from Python and packages to GPU, memory, disk, cluster and W&B."""
+"""`forge doctor`: checks of this machine, from Python and packages to GPU, memory, disk, cluster and trackers."""
 
 from __future__ import annotations
 

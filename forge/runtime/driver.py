@@ -61,7 +61,7 @@ _STORAGE_PATIENCE_S = 5.0
 _END_S = 15.0
 """How long the actors of a run may take to end before this process ends without them."""
 _CLOSE_TIMEOUT_S = 120.0
-"""Longer than the recorder waits for W&B at the end."""
+"""Longer than the recorder waits for the trackers at the end."""
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ class TrialAssignment:
 
     run: RunConfig
     group: str
-    """The W&B group that the trials of a search share."""
+    """The group that the trials of a search share in the trackers."""
     reported_step: int
     """The newest step whose objective value the search knows already."""
     decided_at: float

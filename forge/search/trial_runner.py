@@ -62,7 +62,7 @@ class _ActiveTrial:
     run: SupervisedRun
     recorder: Recorder
     writer: ThreadPoolExecutor
-    """The one thread that writes: W&B and disks are slow, and the supervisor must not wait for them."""
+    """The one thread that writes: disks are slow, and the supervisor must not wait for them."""
     records: list[Mapping[str, Any]]
     first_step: FirstStep | None = None
     is_warm: list[bool] = field(default_factory=list)
@@ -84,7 +84,7 @@ class TrialRunnerActor:
         redirect_output(Path(nodes.folder) / "logs" / f"{name.removeprefix(SUPERVISOR)}.log")
         self._name, self._nodes = name, nodes
         self._closing: set[Future[None]] = set()
-        """Recorders of earlier trials whose W&B run is still being uploaded."""
+        """Recorders of earlier trials whose trackers are still being finished."""
         self._active: _ActiveTrial | None = None
         self._changed = asyncio.Event()
         self._ending = asyncio.Lock()
@@ -186,7 +186,7 @@ class TrialRunnerActor:
             active.writer.submit(active.recorder.event, RunStopped(step=active.recorder.last_step, reason=reason))
         exit_code = 0 if active.outcome is None or not active.outcome.error else 1
         closing = active.writer.submit(active.recorder.close, exit_code=exit_code)
-        active.writer.shutdown(wait=False)  # W&B may take a minute; the next trial does not wait for it
+        active.writer.shutdown(wait=False)  # the trackers may take a minute; the next trial does not wait for it
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
@@ -196,7 +196,7 @@ class TrialRunnerActor:
             self._placement.claim_slots()
 
     async def close(self) -> None:
-        """End the active trial, release all slots and finish all W&B uploads."""
+        """End the active trial, release all slots and finish all trackers."""
         await self.end_trial("")
         if self._placement is not None:
             await self._placement.stop(timeout_s=_CLOSE_S / 2)

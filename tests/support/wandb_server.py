@@ -23,7 +23,11 @@ class WandbServer:
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
         """Return the history of a run."""
-        return [json.loads(line) for _, line in sorted(self._history[run_id].items())]
+        return [json.loads(line) for _, line in sorted(self._history.get(run_id, {}).items())]
+
+    def forget(self, run_id: str, *, after: int) -> None:
+        """Keep only the first rows of a run."""
+        self._history[run_id] = {number: line for number, line in self._history[run_id].items() if number < after}
 
     def stream(self, run_id: str, files: dict[str, Any]) -> None:
         """Take lines of a run's files; a line that is there already is replaced."""

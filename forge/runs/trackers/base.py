@@ -6,10 +6,11 @@ own run and says which steps it already has.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -50,18 +51,26 @@ class StepRanges:
     """A set of steps, stored as ranges, since a run has many of them in a row."""
 
     def __init__(self, steps: Iterable[int] = ()) -> None:
-        ranges: list[list[int]] = []
+        self._ranges: list[tuple[int, int]] = []
+        """Start and stop of each, in the order of their starts; they may overlap."""
+        self._stops: list[int] = []
+        """The greatest stop of a range and those before it."""
+        start = stop = 0
         for step in steps:
-            if ranges and ranges[-1][1] == step:
-                ranges[-1][1] = step + 1
-            else:
-                ranges.append([step, step + 1])
-        ranges.sort()
-        self._starts = [start for start, _ in ranges]
-        self._stops = list(accumulate((stop for _, stop in ranges), max))  # ranges may overlap
+            if step != stop:
+                self.add(start, stop)
+                start = step
+            stop = step + 1
+        self.add(start, stop)
+
+    def add(self, start: int, stop: int) -> None:
+        """Add the steps from `start` to before `stop`; none if it is not larger."""
+        if start < stop:
+            insort(self._ranges, (start, stop))
+            self._stops = list(accumulate((stop for _, stop in self._ranges), max))
 
     def __contains__(self, step: int) -> bool:
-        position = bisect_right(self._starts, step)
+        position = bisect_right(self._ranges, step, key=itemgetter(0))
         return position > 0 and step < self._stops[position - 1]
 
 

@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any, ClassVar
 
 from forge.config.resources import WandbSpec
@@ -23,7 +22,6 @@ from forge.runs.trackers.wandb_log import is_offline, log_files, repair_log, ste
 _INIT_TIMEOUT_S = 20
 # How long W&B may take to upload the rest at the end; what is missing stays in the run folder for `wandb sync`.
 _FINISH_TIMEOUT_S = 60
-_API_TIMEOUT_S = 20
 # How long the process of W&B that a killed recorder left behind may take to end.
 _CLOSE_TIMEOUT_S = 10.0
 
@@ -88,7 +86,7 @@ class WandbTracker:
             end_wandb()  # its background service still holds the run's id; the next attempt needs it
 
     def _start(self) -> StepRanges:
-        known = StepRanges(self._known_steps())
+        known = StepRanges(self._steps_in_files())
         import wandb
 
         self._tracker = wandb.init(
@@ -116,35 +114,20 @@ class WandbTracker:
         self._next_step = self._tracker.starting_step
         self._tracker.define_metric("step")
         self._tracker.define_metric("*", step_metric="step")
+        # A server continues its run after the last row that it has, which a killed W&B may not have uploaded.
+        known.add(1, self._next_step)
         return known
 
-    def _known_steps(self) -> Iterator[int]:
-        """The steps of W&B's files of this run and, online, of its server."""
-        files = log_files(self._run.folder, run_id=self._run.run_id)
-        for path in files:
+    def _steps_in_files(self) -> Iterator[int]:
+        """The steps of W&B's files of this run, which are repaired first; online, those of the server are not."""
+        for path in log_files(self._run.folder, run_id=self._run.run_id):
             if not wait_until_closed(path, timeout_s=_CLOSE_TIMEOUT_S):
                 self._run.report(f"another process still writes {path.name}; steps may be in W&B twice")
             elif repaired := repair_log(path):
                 self._run.report(f"W&B was killed: {repaired}; its rows are sent again")
-        files = log_files(self._run.folder, run_id=self._run.run_id)
-        if self._mode != "online":
-            return chain.from_iterable(map(steps_in, files))
-        offline = chain.from_iterable(steps_in(path) for path in files if is_offline(path))
-        return chain(offline, self._uploaded_steps()) if files else offline
-
-    def _uploaded_steps(self) -> Iterator[int]:
-        """The steps that the server has; a killed W&B had not uploaded all of its file."""
-        import wandb
-
-        api = wandb.Api(timeout=_API_TIMEOUT_S)
-        entity = self._spec.entity or api.default_entity
-        path = f"{entity}/{self._spec.project}/{self._run.run_id}"
-        try:
-            run = api.run(path)
-        except ValueError:  # it has no such run
-            return
-        for row in run.scan_history(keys=["step"], page_size=10_000):
-            yield int(row["step"])
+        for path in log_files(self._run.folder, run_id=self._run.run_id):
+            if self._mode != "online" or is_offline(path):
+                yield from steps_in(path)
 
 
 def end_wandb() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -30,12 +31,30 @@ def only_run(folder: Path) -> Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, which take seconds to create, and no run."""
+    folder = tmp_path_factory.mktemp("database")
+    client_of(folder).search_experiments()
+    return folder / "mlflow.db"
+
+
+def copied(database: Path, folder: Path) -> Path:
+    """A run folder with a copy of the database."""
+    folder.mkdir()
+    shutil.copy(database, folder)
+    return folder
+
+
 def steps_of(folder: Path, key: str = "train/loss") -> Counter[int]:
     history = client_of(folder).get_metric_history(only_run(folder).info.run_id, key)
     return Counter(metric.step for metric in history)
 
 
-def test_mlflow__steps_events_and_config__are_read_back(tmp_path: Path) -> None:
+def test_mlflow__steps_events_and_config__are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of a run of MLflow that forge was started in.
+    for name, value in {"RUN_ID": "a" * 32, "EXPERIMENT_ID": "7", "TRACKING_URI": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(f"MLFLOW_{name}", value)
     folder = tmp_path / "tiny-1"
     recorder = open_recorder(folder, mlflow={"experiment": "lab"})
     for step in range(1, 5):
@@ -54,30 +73,30 @@ def test_mlflow__steps_events_and_config__are_read_back(tmp_path: Path) -> None:
     assert "speed/mfu" not in run.data.metrics, "nan is no value"
 
 
-@pytest.mark.parametrize(
-    ("exit_code", "event", "status"), [(1, None, "FAILED"), (0, RunStopped(step=1, reason="budget"), "KILLED")]
-)
-def test_mlflow__end_of_the_run__is_its_status(
-    tmp_path: Path, exit_code: int, event: RunStopped | None, status: str
-) -> None:
-    folder = tmp_path / "tiny-2"
+def test_mlflow__end_of_the_run__is_its_status(tmp_path: Path, database: Path) -> None:
+    folder = copied(database, tmp_path / "tiny-2")
     recorder = open_recorder(folder, mlflow={})
     recorder.step(metrics(1))
-    if event is not None:
-        recorder.event(event)
-    recorder.close(exit_code=exit_code)
-    assert only_run(folder).info.status == status
+    recorder.event(RunStopped(step=1, reason="budget"))
+    recorder.close(exit_code=0)
+    assert only_run(folder).info.status == "KILLED"
+    recorder = open_recorder(folder, mlflow={})
+    recorder.step(metrics(2))
+    recorder.close(exit_code=1)
+    assert only_run(folder).info.status == "FAILED"
 
 
-def test_mlflow__killed_and_resumed__one_run_with_every_step_once(tmp_path: Path) -> None:
-    folder = tmp_path / "tiny-3"
+def test_mlflow__killed_and_resumed__one_run_with_every_step_once(tmp_path: Path, database: Path) -> None:
+    folder = copied(database, tmp_path / "tiny-3")
     client = client_of(folder)
 
     def has_written() -> bool:
-        try:
-            return (folder / "mlflow.db").exists() and bool(steps_of(folder))
-        except Exception:  # MLflow is still creating its tables
-            return False
+        experiment = client.get_experiment_by_name("forge")
+        return (
+            experiment is not None
+            and bool(client.search_runs([experiment.experiment_id]))
+            and bool(steps_of(folder))
+        )
 
     kill_when(folder, {"mlflow": {}}, steps=300, is_time=has_written)
     assert only_run(folder).info.status == "RUNNING"
@@ -95,12 +114,12 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_mlflow__server_unreachable__training_is_not_delayed_and_steps_are_sent_later(
-    tmp_path: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch, database: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", _TOKEN)
     monkeypatch.setattr("forge.runs.trackers.feed._LAST_ATTEMPT_S", 1.0)
     monkeypatch.setattr("forge.runs.trackers.feed._RETRY_S", (0.2,))
-    folder = tmp_path / "tiny-4"
+    folder = copied(database, tmp_path / "tiny-4")
     recorder = open_recorder(folder, mlflow={"uri": f"http://127.0.0.1:{closed_port}"})
     began = time.monotonic()
     for step in range(1, 51):
@@ -109,7 +128,7 @@ def test_mlflow__server_unreachable__training_is_not_delayed_and_steps_are_sent_
     deadline = time.monotonic() + 60
     while not events_of(folder) and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(2.0)  # several attempts
+    time.sleep(1.0)  # several attempts
     recorder.close(exit_code=0)
     degraded = [event["reason"] for event in events_of(folder) if event["event"] == "TrackingDegraded"]
     assert len(degraded) <= 2 and "MLflow takes no metrics" in degraded[0], "said once, and at the end"

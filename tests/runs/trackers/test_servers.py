@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 from mlflow.tracking import MlflowClient
 
 from forge.process import free_port
-from forge.runs.trackers.wandb_log import log_files
+from forge.runs.trackers.wandb_log import is_offline, log_files
 from tests.runs.trackers.test_mlflow import events_of
 from tests.support.runs import metrics, open_recorder
 from tests.support.tracked_run import kill_when
@@ -117,3 +118,21 @@ def test_wandb_sync__files_of_a_killed_and_resumed_run__one_run_with_every_step_
         )
         assert result.returncode == 0, result.stderr
         assert Counter(row["step"] for row in server.rows(folder.name)) == Counter(range(1, 311))
+
+
+def test_wandb__online_killed_and_resumed__every_step_once_on_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny-1"
+    with wandb_server() as server:
+        for name, value in {"BASE_URL": server.url, "API_KEY": _KEY, "MODE": "online"}.items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        kill_when(folder, {"mode": "online"}, steps=300, is_time=lambda: bool(server.rows(folder.name)))
+        server.forget(folder.name, after=120)  # as if the kill had come before the last upload
+        wandb.teardown()  # W&B reads its environment once a process
+        recorder = open_recorder(folder, mode="online")
+        for step in range(290, 304):
+            recorder.step(metrics(step))
+        recorder.close(exit_code=0)
+        assert Counter(row["step"] for row in server.rows(folder.name)) == Counter(range(1, 304))
+        assert not [path for path in log_files(folder, run_id=folder.name) if is_offline(path)]

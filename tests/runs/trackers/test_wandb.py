@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import wandb
 
+from forge.events import Evaluated
 from forge.runs.trackers.wandb_log import log_files, read_log, repair_log
 from tests.support.runs import metrics, open_recorder
 from tests.support.tracked_run import kill_when
@@ -44,6 +45,7 @@ def test_wandb__killed_and_resumed__every_step_in_one_row(tmp_path: Path) -> Non
     recorder = open_recorder(folder, mode="offline")
     for step in range(380, 404):  # from a checkpoint of step 379
         recorder.step(metrics(step))
+    recorder.event(Evaluated(step=403, loss=2.0, metrics={}, num_tokens=9, weights="ema", seconds=0.1))
     recorder.close(exit_code=0)
     assert Counter(row["step"] for row in rows(folder)) == Counter(range(1, 404))
     assert all(row["_step"] == row["step"] for row in rows(folder)), "the numbers of several files must not overlap"
