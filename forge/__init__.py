@@ -1,8 +1,9 @@
 """forge trains large models on machines that can be preempted.
 
-    run = forge.train_job("jobs/pretrain.yaml")
+    run = forge.train_job("jobs/pretrain.yaml")      # prints progress; on_record=forge.quiet does not
     run.metrics()["train/loss"]          # an array with one entry per step
-    run.best_checkpoint()
+    run.history()                        # the same as one dict per step
+    run.best_checkpoint()                # its url is where the weights are
     run.generate("import ")              # the text after the prompt
     run.export("my-model")               # a Hugging Face folder
 
@@ -14,13 +15,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from forge.api import attach_run, load_job, load_run, plan_job, resume_run, start, train_job, tune_job
+    from forge.api import attach_run, load_job, load_run, plan_job, quiet, resume_run, start, train_job, tune_job
 
 __all__ = [
     "attach_run",
     "load_job",
     "load_run",
     "plan_job",
+    "quiet",
     "resume_run",
     "start",
     "train_job",

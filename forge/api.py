@@ -22,6 +22,7 @@ from forge.errors import ArgumentError, JobFileError
 from forge.plan.plan import DraftPlan, Plan
 from forge.remote.mirror import find_run_handle
 from forge.remote.submit import RemoteTarget, preflight, resolve_remote, submit
+from forge.report.progress_lines import ProgressLines
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
 from forge.runs.checkpoints import CheckpointEntry, best_checkpoint
 from forge.runs.create import create_run, reopen_run, require_regular, require_same_curve
@@ -33,6 +34,7 @@ from forge.runs.reader import (
     find_run,
     follow,
     read_metrics,
+    read_plan,
     read_run,
     search_folder,
 )
@@ -47,7 +49,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 OnRecord = Callable[[dict[str, Any]], None]
-"""Called with every step (`{"step": 1, "train/loss": ...}`) and every event (`{"event": "RunFinished", ...}`)."""
+"""Called with every step (`{"step": 1, "train/loss": ...}`) and every event (`{"event": "RunFinished", ...}`).
+
+Without one, progress is printed to stderr as plain lines; `quiet` prints nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,21 +69,31 @@ class Run(RunSummary):
         names = dict.fromkeys(name for record in records for name in record)
         return {name: np.array([_number(record.get(name)) for record in records]) for name in names}
 
+    def history(self) -> list[dict[str, Any]]:
+        """Return the recorded steps, one dict each, as in `pandas.DataFrame(run.history())`."""
+        return read_metrics(self.folder)
+
     def best_checkpoint(self) -> CheckpointEntry | None:
         """Return the complete checkpoint with the lowest held-out loss, or the newest if none was evaluated.
+
+        Its `url` is the folder, or the URL, that it is in.
 
         Raises: CheckpointError if the storage cannot be listed.
         """
         return best_checkpoint(self)
 
-    def export(self, to: str | Path, *, step: int | None = None) -> Path:
+    def export(
+        self, to: str | Path, *, step: int | None = None, on_progress: Callable[[int, int], None] | None = None
+    ) -> Path:
         """Write a checkpoint's weights as a Hugging Face folder, for `from_pretrained`.
 
         Of a model of the user's own it has the state dict as safetensors files, and no `config.json`.
 
         Args:
             step: of the checkpoint; by default the best one.
+            on_progress: called with the bytes that are written and those of all weights.
 
+        Returns: the folder.
         Raises: CheckpointError if there is no such checkpoint; ArgumentError if the folder cannot be written.
         """
         best = self.best_checkpoint() if step is None else None
@@ -88,6 +102,7 @@ class Run(RunSummary):
             to=str(to),
             step=best.step if best is not None else step,
             tokenizer=str(self.folder / "tokenizer"),
+            on_progress=on_progress,
         )
         return Path(answer["folder"])
 
@@ -123,6 +138,10 @@ class Run(RunSummary):
         return str(answer["text"])
 
 
+def quiet(record: dict[str, Any]) -> None:
+    """Ignore a record. As `on_record`, it turns the lines of progress off."""
+
+
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
     """Read and check a job file.
 
@@ -130,6 +149,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
         path: a YAML file.
         overrides: as `--set` takes them: `["training.total_steps=50"]`.
 
+    Returns: the job, with the sections of the file: `job.training.optimizer.lr`.
     Raises: JobFileError with every problem found.
     """
     return load.load_job(path, overrides=overrides)
@@ -208,7 +228,7 @@ def train_job(
     Args:
         cluster: name or file of a cluster that is up; by default this machine.
         on_progress: called while the corpus is prepared.
-        on_record: called with every step and event.
+        on_record: called with every step and event; by default, progress is printed (`OnRecord`).
 
     Returns: the run; its status is `finished`, or `stopped` if it was asked to stop from elsewhere.
     Raises: as `start`; afterwards the error that ended the run: RunError, ClusterError, CheckpointError.
@@ -311,8 +331,9 @@ def _run_to_end(handle: RunHandle, *, on_record: OnRecord | None, past: tuple[in
         past: number of events and of steps recorded before it was resumed.
     """
     try:
+        on_record = on_record or ProgressLines(read_plan(handle.folder))
         for record in follow(handle.folder, goes_on=handle.is_alive, past_events=past[0], past_steps=past[1]):
-            if record is not None and on_record is not None:
+            if record is not None:
                 on_record(record)
     except BaseException:
         handle.request_stop()

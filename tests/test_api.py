@@ -152,3 +152,43 @@ def test_generate__options__are_those_of_the_command(tmp_path: Path, monkeypatch
     monkeypatch.setattr(api, "sample_text", sample)
     assert forge.load_run("run", root=tmp_path).generate("a", temperature=0.0) == "b"
     assert asked.keys() == inspect.signature(command).parameters.keys() - {"run", "runs", "output"}
+
+
+def test_load_job__sections__are_attributes_of_the_loaded_job(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(dump_job(tiny_job()))
+    loaded = forge.load_job(tmp_path / "job.yaml", ["training.total_steps=7"])
+    assert loaded.training.total_steps == 7
+    for section in type(loaded.job).model_fields.keys() - {"code"}:  # `loaded.code` is the packed code
+        assert getattr(loaded, section) == getattr(loaded.job, section)
+
+
+def test_history__recorded_steps__one_dict_each(tmp_path: Path) -> None:
+    make_run(tmp_path, "run", steps=2)
+    run = forge.load_run("run", root=tmp_path)
+    assert [record["step"] for record in run.history()] == [1, 2]
+    assert run.history()[0]["train/loss"] == run.metrics()["train/loss"][0]
+
+
+def test_train_job__no_callback__prints_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path, "run", steps=6, endings=[RunFinished(step=6)])
+
+    class Handle:
+        """A run that has ended."""
+
+        def __init__(self) -> None:
+            self.folder = folder
+
+        def is_alive(self) -> bool:
+            return False
+
+        def wait(self) -> None:
+            pass
+
+    monkeypatch.setattr(api, "start", lambda *_, **__: Handle())
+    (tmp_path / "job.yaml").write_text(dump_job(tiny_job()))
+    forge.train_job(tmp_path / "job.yaml")
+    assert "step      6/6  loss " in capsys.readouterr().err
+    forge.train_job(tmp_path / "job.yaml", on_record=forge.quiet)
+    assert capsys.readouterr() == ("", "")

@@ -115,6 +115,7 @@ def export(
     Example:  forge checkpoints export latest --to my-model --dtype bf16
     """
     from forge.cli import display
+    from forge.cli.progress import ExportScreen
     from forge.runs.checkpoints import locate
     from forge.runtime.torch_subprocess import export_weights
     from forge.units import format_bytes, format_count, parse_bytes
@@ -125,15 +126,17 @@ def export(
         raise typer.BadParameter(str(error), param_hint="--shard-size") from error
     found = locate(location, root=runs)
     display.message(f"exporting {found.url}")
-    answer = export_weights(
-        url=found.url,
-        to=str(to),
-        step=step,
-        dtype=dtype.value,
-        ema=ema,
-        max_shard_bytes=max_shard_bytes,
-        tokenizer=str(found.tokenizer) if found.tokenizer else None,
-    )
+    with ExportScreen() as screen:
+        answer = export_weights(
+            on_progress=screen.show,
+            url=found.url,
+            to=str(to),
+            step=step,
+            dtype=dtype.value,
+            ema=ema,
+            max_shard_bytes=max_shard_bytes,
+            tokenizer=str(found.tokenizer) if found.tokenizer else None,
+        )
     if output is Output.JSON:
         display.print_json(answer)
         return

@@ -13,7 +13,7 @@ from rich.text import Text
 from forge.cli import display
 from forge.cluster.base import NodeProgress
 from forge.data.prepare import PrepareProgress
-from forge.units import format_count, format_duration
+from forge.units import format_bytes, format_count, format_duration
 
 _REFRESH_PER_S = 2
 
@@ -57,6 +57,25 @@ class ClusterScreen:
             for progress in shown[-room:]
         ]
         return Group(*lines, Text(f"… {format_duration(time.monotonic() - self._began)}", style="dim"))
+
+
+class ExportScreen:
+    """Progress of an export: one updating line on a terminal, nothing on a pipe."""
+
+    def __enter__(self) -> ExportScreen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write("")
+
+    def show(self, done: int, total: int) -> None:
+        """Show how many bytes are written."""
+        self._write(f"{format_bytes(done)} of {format_bytes(total)} written …"[: display.ERR.width - 1])
+
+    def _write(self, text: str) -> None:
+        if display.ERR.is_terminal:
+            sys.stderr.write(f"\r\033[K{text}")
+            sys.stderr.flush()
 
 
 class PrepareScreen:

@@ -25,6 +25,7 @@ from forge.report.text import (
     goodput_facts,
     goodput_line,
     number,
+    step_text,
     summary_facts,
 )
 from forge.runs.event_text import EventDescriber, workers
@@ -188,16 +189,7 @@ class TrainScreen(LiveScreen):
             self.note(self._line())
 
     def _line(self) -> str:
-        last = self._last
-        parts = [
-            f"step {last['step']:>6}/{self._plan.total_steps}",
-            f"loss {number(last['train/loss'], '.4f')}",
-            f"lr {number(last['train/learning_rate'], '.2e')}",
-            f"{number(last['speed/tokens_per_s'], ',.0f')} tokens/s",
-            f"MFU {number(last['speed/mfu'], '.2f')}",
-            f"{self._time_left()} left",
-        ]
-        return "  ".join(parts)
+        return f"{step_text(self._last, total_steps=self._plan.total_steps)}  {self._time_left()} left"
 
     def _panel(self) -> Group:
         width, height = self.size

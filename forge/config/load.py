@@ -16,13 +16,18 @@ from pydantic import ValidationError
 
 from forge.code_archive import PackedCode
 from forge.config.cluster import SECTIONS, ClusterSpec
+from forge.config.data import DataSpec
 from forge.config.errors import field_errors
 from forge.config.job import JobSpec
 from forge.config.locations import SourceMap, combined, map_source, parent_key
+from forge.config.model import ModelSpec
 from forge.config.paths import with_home_folders
+from forge.config.resources import CheckpointSpec, ResourcesSpec, TrackingSpec
+from forge.config.search import SearchSpec
 from forge.config.secret import SECRET_PROBLEM, is_secret
 from forge.config.section import Section
 from forge.config.templates import templates_of
+from forge.config.training import TrainingSpec
 from forge.config.yaml_reader import YamlNode, compose, join_key, read_text
 from forge.errors import JobFileError
 
@@ -34,7 +39,7 @@ _S = TypeVar("_S", bound=Section)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedJob:
-    """A job, and the location of each key in its file."""
+    """A job, and the location of each key in its file; its sections read `loaded.training.total_steps`."""
 
     job: JobSpec
     source: SourceMap
@@ -44,6 +49,38 @@ class LoadedJob:
     """The folder that relative paths of `data:` refer to; None is the current one. Given for a resumed run."""
     templates: Mapping[str, str] = field(default_factory=dict)
     """Texts in which `${env:NAME}` was replaced, by the JSON pointer of their key; written files keep them."""
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+    @property
+    def model(self) -> ModelSpec:
+        return self.job.model
+
+    @property
+    def data(self) -> DataSpec:
+        return self.job.data
+
+    @property
+    def training(self) -> TrainingSpec:
+        return self.job.training
+
+    @property
+    def checkpoint(self) -> CheckpointSpec:
+        return self.job.checkpoint
+
+    @property
+    def resources(self) -> ResourcesSpec:
+        return self.job.resources
+
+    @property
+    def tracking(self) -> TrackingSpec:
+        return self.job.tracking
+
+    @property
+    def search(self) -> SearchSpec | None:
+        return self.job.search
 
 
 def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:

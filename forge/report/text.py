@@ -180,6 +180,18 @@ def _wall_time(goodput: GoodputReport) -> str:
     return f"{text} in {goodput.num_sessions} sessions, without {format_duration(goodput.between_s)} between them"
 
 
+def step_text(step: Mapping[str, Any], *, total_steps: int) -> str:
+    """Describe a step of `metrics.jsonl` on one line."""
+    parts = [
+        f"step {step['step']:>6}/{total_steps}",
+        f"loss {number(step['train/loss'], '.4f')}",
+        f"lr {number(step['train/learning_rate'], '.2e')}",
+        f"{number(step['speed/tokens_per_s'], ',.0f')} tokens/s",
+        f"MFU {number(step['speed/mfu'], '.2f')}",
+    ]
+    return "  ".join(parts)
+
+
 def evaluation_text(event: Mapping[str, Any]) -> str:
     """Describe the metrics of an Evaluated event: the loss, and whatever the objective reports."""
     values = {"loss": event["loss"]} | event["metrics"]

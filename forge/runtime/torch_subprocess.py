@@ -5,17 +5,23 @@ Request and answer are JSON; an error is answered with its class and message and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from forge.code_archive import require_trusted
 from forge.errors import RunError
 from forge.runs.reader import error_named, read_plan
+
+OnBytes = Callable[[int, int], None]
+"""Called with the bytes that are done and those in all."""
 
 
 def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
@@ -33,28 +39,55 @@ def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
     return answer | {"load_s": time.monotonic() - began - answer.get("generate_s", 0.0)}
 
 
-def export_weights(**request: Any) -> dict[str, Any]:
-    """Write a folder of weights; the request's fields are those of `forge.serve.export.ExportRequest`.
+def export_weights(*, on_progress: OnBytes | None = None, **request: Any) -> dict[str, Any]:
+    """Write a folder of weights; the other arguments are the fields of `forge.serve.export.ExportRequest`.
+
+    Args:
+        on_progress: called with the bytes that are written and those of all weights, twice a second at most.
 
     Returns: `folder`, `step`, `num_parameters`, `size_bytes`, `num_files`, `is_transformers`.
     Raises: CheckpointError if there is no such checkpoint; ArgumentError if the folder cannot be written;
         RunError if the process failed.
     """
-    return _run("forge.serve.export", request=request, what="cannot export the weights")
+    what = "cannot export the weights"
+    return _run("forge.serve.export", request=request, what=what, on_progress=on_progress)
 
 
-def _run(module: str, *arguments: str, request: dict[str, Any], what: str) -> dict[str, Any]:
+def _run(
+    module: str, *arguments: str, request: dict[str, Any], what: str, on_progress: OnBytes | None = None
+) -> dict[str, Any]:
+    """Send a request to a module and return its answer, the last line of its stdout."""
     quiet = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-P", "-m", module, *arguments]
-    done = subprocess.run(
-        command, input=json.dumps(request), capture_output=True, text=True, env=quiet, check=False
-    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    last = ""
+    with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stderr=errors, env=quiet, **pipes) as child:
+        assert child.stdin is not None and child.stdout is not None, "both are pipes"
+        with contextlib.suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(json.dumps(request))
+        for last in child.stdout:
+            progress = _progress(last)
+            if progress is not None and on_progress is not None:
+                on_progress(*progress)
+        code = child.wait()
+        errors.seek(0)
+        stderr = errors.read().decode(errors="replace")
     try:
-        answer = json.loads(done.stdout)
+        answer = json.loads(last)
     except ValueError:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        lines = stderr.strip().splitlines() or [f"exit status {code}"]
         raise RunError(f"{what}: {lines[-1]}") from None
     if "error" in answer:
         raise error_named(answer["error"]["class"], message=answer["error"]["message"])
+    if "answer" not in answer:
+        raise RunError(f"{what}: the process ended with exit status {code}")
     found: dict[str, Any] = answer["answer"]
     return found
+
+
+def _progress(line: str) -> tuple[int, int] | None:
+    """The two numbers of a line of progress; None for other lines."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        done, total = json.loads(line)["progress"]
+        return int(done), int(total)
+    return None

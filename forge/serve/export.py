@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from forge.train.state import bytes_of
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _MAX_TOKENIZER_BYTES = 2**30
 _PIECE_NUMEL = 4 * 2**20
+_PROGRESS_S = 0.5
 _DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
 
 
@@ -89,8 +91,13 @@ class _Target:
         return self.numel * ITEM_BYTES[self.dtype]
 
 
-def export(request: ExportRequest) -> Exported:
+def export(
+    request: ExportRequest, *, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Exported:
     """Write a Hugging Face folder, or the state dict of a model of the user's own.
+
+    Args:
+        on_progress: called with the bytes that are written and those of all weights, after each tensor.
 
     Raises: CheckpointError if the checkpoint does not exist, is damaged, or has no EMA weights that are asked for;
         ArgumentError if the folder is not empty or cannot be written.
@@ -105,8 +112,16 @@ def export(request: ExportRequest) -> Exported:
             raise ArgumentError(f"{to} exists and is not empty; name another folder")
         draft.mkdir(parents=True)
         files = _files(checkpoint, weights, request)
+        total = sum(target.size_bytes for targets in files.values() for target in targets)
+        done = 0
+
+        def on_written(target: _Target) -> None:
+            nonlocal done
+            done += target.size_bytes
+            on_progress(done, total)
+
         for name, targets in files.items():
-            _write_file(draft / name, targets, weights, request)
+            _write_file(draft / name, targets, weights, request, on_written=on_written)
         _write_index(draft, files)
         if config is not None:
             config.save_pretrained(draft)
@@ -203,13 +218,21 @@ def _files(checkpoint: Checkpoint, weights: CheckpointWeights, request: ExportRe
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def _write_file(path: Path, targets: list[_Target], weights: CheckpointWeights, request: ExportRequest) -> None:
+def _write_file(
+    path: Path,
+    targets: list[_Target],
+    weights: CheckpointWeights,
+    request: ExportRequest,
+    *,
+    on_written: Callable[[_Target], None],
+) -> None:
     header = safetensors_header({t.name: (t.dtype, t.shape) for t in targets}, metadata={"format": "pt"})
     with path.open("wb") as file:
         file.write(header)
         for target in targets:
             for piece in _converted(target, weights, request):
                 file.write(bytes_of(piece))
+            on_written(target)
         file.flush()
         os.fsync(file.fileno())
 
@@ -231,10 +254,21 @@ def _write_index(folder: Path, files: dict[str, list[_Target]]) -> None:
 
 
 def main() -> None:
-    """Answer one request: `{"answer": {...}}`, or `{"error": {"class": ..., "message": ...}}`."""
-    stdout = take_stdout()
+    """Answer one request, after lines of `{"progress": [bytes done, bytes in all]}`.
+
+    The answer is `{"answer": {...}}`, or `{"error": {"class": ..., "message": ...}}`.
+    """
+    stdout, shown_at = take_stdout(), 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown_at
+        if done == total or time.monotonic() - shown_at > _PROGRESS_S:
+            shown_at = time.monotonic()
+            stdout.write(json.dumps({"progress": [done, total]}) + "\n")
+            stdout.flush()
+
     try:
-        answer = {"answer": asdict(export(ExportRequest(**json.load(sys.stdin))))}
+        answer = {"answer": asdict(export(ExportRequest(**json.load(sys.stdin)), on_progress=show))}
     except ForgeError as error:
         answer = {"error": {"class": type(error).__name__, "message": str(error)}}
     with stdout:

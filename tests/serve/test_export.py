@@ -14,6 +14,7 @@ from forge.checkpoint.reader import Checkpoint, open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError, CheckpointError
 from forge.plan.inputs import CorpusInfo
+from forge.runtime.torch_subprocess import export_weights
 from forge.serve.export import ExportRequest, _copy_tokenizer, export
 from forge.serve.weights import CheckpointWeights
 from tests.support.jobs import synthetic_corpus, tiny_plan
@@ -165,3 +166,22 @@ def test_copy_tokenizer__hostile_folder__copies_no_code_and_replaces_no_model_fi
     (source / "vocab.txt").symlink_to("/etc/hostname")
     with pytest.raises(OSError, match="it is a link"):
         _copy_tokenizer(source, to)
+
+
+def test_export_weights__in_its_own_process__reports_the_bytes_it_writes(llama: str, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    answer = export_weights(url=llama, to=str(tmp_path / "out"), on_progress=lambda *pair: seen.append(pair))
+    assert seen[-1] == (answer["size_bytes"], answer["size_bytes"])
+    assert seen == sorted(seen)
+    with pytest.raises(ArgumentError, match="not empty"):
+        export_weights(url=llama, to=str(tmp_path / "out"))
+
+
+def test_export__progress__ends_with_all_bytes(llama: str, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    request = ExportRequest(url=llama, to=str(tmp_path / "out"), max_shard_bytes=20_000)
+    exported = export(request, on_progress=lambda *pair: seen.append(pair))
+    done = [one for one, _ in seen]
+    assert done == sorted(done)
+    assert len(done) > exported.num_files > 1
+    assert seen[-1] == (exported.size_bytes, exported.size_bytes)
