@@ -50,6 +50,10 @@ class CorpusRead:
     """At most 100."""
     warnings: tuple[str, ...]
     """What was asked for and cannot be had; of the plan."""
+    num_skipped_records: int = 0
+    """Records that cannot be used and were left out."""
+    skipped_records: tuple[str, ...] = ()
+    """`FILE:LINE: what is wrong`, of the first 100."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

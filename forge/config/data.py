@@ -10,6 +10,7 @@ from forge.config.class_names import FormatName, SourceName
 from forge.config.section import Count, FieldError, Fraction, Section, Strings, raise_errors
 
 FileType = Literal["auto", "text", "json", "csv", "parquet"]
+BadRecordAction = Literal["fail", "skip"]
 
 
 class TokenizerSpec(Section):
@@ -65,6 +66,11 @@ class DataSpec(Section):
 
     text_key: str = Field("text", min_length=1)
     """The field of a JSON record, or the column of a CSV or Parquet file, that contains the text."""
+
+    on_bad_record: BadRecordAction = "fail"
+    """What happens if a record cannot be used: its line is not JSON, its text is missing, a conversation has an
+    empty turn. `fail`: nothing is trained, and the first of them and their number are named. `skip`: they are left
+    out; the plan shows how many there are, and lists them with file, line and reason."""
 
     special_tokens: Literal["text", "tokens"] = "text"
     """What the name of a special token of the tokenizer means where the text spells it (`<|end|>`). `text`:

@@ -64,6 +64,15 @@ class ExampleLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedRecords:
+    """Records that were left out because they cannot be used (`data.on_bad_record: skip`)."""
+
+    count: int = 0
+    listed: tuple[str, ...] = ()
+    """`FILE:LINE: what is wrong`, of the first ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheIndex:
     """Contents of a cache. `unigram_perplexity` is None if nothing is held out."""
 
@@ -81,6 +90,7 @@ class CacheIndex:
     """Files of an example store; then there are no token streams."""
     examples: ExampleLayout | None = None
     """None for token streams."""
+    skipped: SkippedRecords = SkippedRecords()
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -104,6 +114,8 @@ def write_index(folder: Path, *, index: CacheIndex) -> None:
     body = asdict(index)
     if index.examples is None:
         del body["tables"], body["examples"]
+    if not index.skipped.count:
+        del body["skipped"]
     content = {"format": FORMAT_VERSION, "blake2b": checksum(_canonical(body)), **body}
     write_file(folder, name=INDEX_NAME, content=json.dumps(content, indent=1).encode())
 

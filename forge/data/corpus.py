@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from forge.config.data import DataSpec
+from forge.data.bad_records import BadRecords
 from forge.data.sources.base import Record
 from forge.data.sources.build import build_source
 from forge.data.sources.files import json_name
@@ -28,16 +29,23 @@ class Document:
     """Whether this is the last piece."""
 
 
-def iter_documents(spec: DataSpec) -> Iterator[Document]:
+def iter_documents(spec: DataSpec, *, bad: BadRecords | None = None) -> Iterator[Document]:
     """Stream the corpus; pieces of one document follow each other.
 
-    Raises: DataError for a pattern without a match, an unreadable or malformed file, a missing text key,
-        text that is not a string or not UTF-8, or a corpus without any text.
+    Args:
+        bad: collects records without text, or whose text is not a string or not UTF-8; by default as
+            `data.on_bad_record` says.
+
+    Raises: DataError for a pattern without a match, an unreadable or malformed file, a corpus without any text, or
+        of `bad`.
     """
     is_empty = True
-    for document in _documents(build_source(spec, columns=(spec.text_key,)).records(), text_key=spec.text_key):
+    bad = bad or BadRecords(action=spec.on_bad_record)
+    records = build_source(spec, columns=(spec.text_key,)).records()
+    for document in _documents(records, text_key=spec.text_key, bad=bad):
         is_empty = False
         yield document
+    bad.close()
     if is_empty:
         raise no_text(spec)
 
@@ -49,12 +57,13 @@ def iter_sample(spec: DataSpec, *, max_chars: int, max_files: int = 1024) -> Ite
 
     Raises: DataError as `iter_documents`.
     """
+    bad = BadRecords(action=spec.on_bad_record, reads_on=False)
     parts = build_source(spec, columns=(spec.text_key,)).parts()
     chosen = [parts[i * len(parts) // max_files] for i in range(max_files)] if len(parts) > max_files else parts
     left = max_chars
     for number, part in enumerate(chosen):
         quota = left // (len(chosen) - number)
-        for document in _documents(part, text_key=spec.text_key):
+        for document in _documents(part, text_key=spec.text_key, bad=bad):
             text = document.text[:quota]
             quota -= len(text)
             left -= len(text)
@@ -92,9 +101,13 @@ def text_of(record: Record, *, text_key: str) -> str:
     return text
 
 
-def _documents(records: Iterable[Record], *, text_key: str) -> Iterator[Document]:
-    for record in records:
-        text = text_of(record, text_key=text_key)
+def _documents(records: Iterable[Record], *, text_key: str, bad: BadRecords) -> Iterator[Document]:
+    for record in bad.usable(records):
+        try:
+            text = text_of(record, text_key=text_key)
+        except DataError as error:
+            bad.add(str(error))
+            continue
         if not (record.starts and record.ends):  # the source has cut it already
             yield Document(name=record.name, text=text, starts=record.starts, ends=record.ends)
             continue

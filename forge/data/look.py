@@ -10,13 +10,14 @@ from itertools import groupby
 from pathlib import Path
 
 from forge.config.data import DataSpec
+from forge.data.bad_records import BadRecords
 from forge.data.corpus import text_of
 from forge.data.sources.base import Record
 from forge.data.sources.detect import open_content
 from forge.data.sources.files import FileSource, read_records, reading
 from forge.data.sources.listing import Matched, Skipped, SourceFile, list_files
 from forge.data.sources.stdlib import StdlibSource
-from forge.errors import printable
+from forge.errors import DataError, printable
 from forge.plan.inputs import CorpusFiles, PatternFiles, SkippedFiles
 
 MAX_OPENED = 10_000
@@ -52,10 +53,11 @@ def look_at_corpus(spec: DataSpec, *, special_tokens: Sequence[str] = ()) -> Cor
     sample = _sampled(listed, kinds_of_files)
     num_sampled = 0
     spelled = dict.fromkeys(special_tokens, 0)
+    bad = BadRecords(action=spec.on_bad_record, reads_on=False)
     for file in sample:
-        for record in _first_records(file, source=source):
+        for record in bad.usable(_first_records(file, source=source)):
             num_sampled += 1
-            text = text_of(record, text_key=spec.text_key) if spec.format == "text" else ""
+            text = _text(record, spec=spec, bad=bad)
             for name in spelled:
                 spelled[name] += text.count(name)
     return CorpusFiles(
@@ -66,6 +68,17 @@ def look_at_corpus(spec: DataSpec, *, special_tokens: Sequence[str] = ()) -> Cor
         special_tokens={name: count for name, count in spelled.items() if count},
         folder=str(Path.cwd()),
     )
+
+
+def _text(record: Record, *, spec: DataSpec, bad: BadRecords) -> str:
+    """The text of a record, empty for formats that have none or if it cannot be used."""
+    if spec.format != "text":
+        return ""
+    try:
+        return text_of(record, text_key=spec.text_key)
+    except DataError as error:
+        bad.add(str(error))
+        return ""
 
 
 def _kinds(files: Sequence[SourceFile], *, source: FileSource) -> list[str]:

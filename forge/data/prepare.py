@@ -22,8 +22,16 @@ from typing import Any, Literal
 
 from forge.config.data import DataSpec
 from forge.data import corpus, store
+from forge.data.bad_records import BadRecords
 from forge.data.cache import build_once, open_cache
-from forge.data.cache_index import FORMAT_VERSION, CacheIndex, ExampleLayout, read_index, write_index
+from forge.data.cache_index import (
+    FORMAT_VERSION,
+    CacheIndex,
+    ExampleLayout,
+    SkippedRecords,
+    read_index,
+    write_index,
+)
 from forge.data.corpus import Document
 from forge.data.example_store import ExampleRows
 from forge.data.prepare_examples import chat_settings, write_examples
@@ -56,6 +64,8 @@ EXAMPLES_VERSION = 2
 _BATCH_CHARS = 1 << 20
 """Text per encoding batch; 0.1 s of one process."""
 
+
+_MAX_SKIPPED_IN_PLAN = 100
 
 _log = logging.getLogger(__name__)
 
@@ -138,6 +148,8 @@ def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: 
         "held_out": spec.held_out,
         "seed": spec.seed,
     }
+    if spec.on_bad_record != "fail":  # what is prepared otherwise has no bad record
+        settings |= {"on_bad_record": spec.on_bad_record}
     if spec.files is not None:
         settings |= {"reader": READER_VERSION, "file_type": spec.file_type}
     if spec.packing != "concatenate":
@@ -173,6 +185,8 @@ def _facts(index: CacheIndex, *, folder: Path, seq_len: int) -> CorpusInfo:
         num_documents=index.num_documents,
         num_text_bytes=index.num_text_bytes,
         unigram_perplexity=math.nan if perplexity is None else perplexity,
+        num_skipped_records=index.skipped.count,
+        skipped_records=index.skipped.listed[:_MAX_SKIPPED_IN_PLAN],
         **sizes,
     )
 
@@ -242,12 +256,14 @@ def _write_cache(
 def _write_streams(
     spec: DataSpec, *, folder: Path, digest: str, tokenizer: TextTokenizer, report: _Report
 ) -> CacheIndex:
-    packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=_first_split(spec), report=report)
+    bad = BadRecords(action=spec.on_bad_record)
+    packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=_first_split(spec), report=report, bad=bad)
     second = _second_split(packed, held_out=spec.held_out)
     if second is not None:
         for path in folder.glob("*.tokens"):
             path.unlink()
-        packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=second, report=report)
+        bad = BadRecords(action=spec.on_bad_record)
+        packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=second, report=report, bad=bad)
     return CacheIndex(
         digest=digest,
         dtype=tokenizer.dtype,
@@ -259,6 +275,7 @@ def _write_streams(
         train=packed.train.close(),
         held_out=packed.held_out.close(),
         tokenizer=(),
+        skipped=SkippedRecords(count=bad.count, listed=tuple(bad.listed)),
     )
 
 
@@ -268,10 +285,18 @@ def _progress_of(report: _Report) -> Callable[[int, int, int], None]:
     )
 
 
-def _pack(spec: DataSpec, *, folder: Path, tokenizer: TextTokenizer, split: Split, report: _Report) -> Packer:
+def _pack(
+    spec: DataSpec,
+    *,
+    folder: Path,
+    tokenizer: TextTokenizer,
+    split: Split,
+    report: _Report,
+    bad: BadRecords,
+) -> Packer:
     packer = Packer(folder, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, split=split, seed=spec.seed)
     # The encoder is some batches ahead of the packer; tee keeps those in between.
-    batches, ahead = itertools.tee(_batches(corpus.iter_documents(spec)))
+    batches, ahead = itertools.tee(_batches(corpus.iter_documents(spec, bad=bad)))
     texts = ([document.text for document in batch] for batch in ahead)
     num_processes = min(usable_cpus(), MAX_PROCESSES)
     with closing(encode_batches(texts, tokenizer=tokenizer, num_processes=num_processes)) as encoded:

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge.config.data import DataSpec
-from forge.data.cache_index import CacheIndex, ExampleLayout, SplitSizes
+from forge.data.bad_records import BadRecords
+from forge.data.cache_index import CacheIndex, ExampleLayout, SkippedRecords, SplitSizes
 from forge.data.corpus import no_text
 from forge.data.example_store import ExampleWriter, write_rows
 from forge.data.formats.base import ChatSettings, Example, ExampleFormat, FormatContext
@@ -75,10 +76,12 @@ def write_examples(
     _counts_of(example_format)  # a wrong class fails before the corpus is read
     writer = ExampleWriter(folder, seq_len=spec.seq_len, vocab_size=tokenizer.vocab_size)
     try:
-        totals = _write_records(spec, writer=writer, example_format=example_format, report=report)
+        bad = BadRecords(action=spec.on_bad_record)
+        totals = _write_records(spec, writer=writer, example_format=example_format, report=report, bad=bad)
         tables = writer.close()
     finally:
         writer.abort()
+    bad.close()
     notes = _notes(totals, counts=_counts_of(example_format))
     if not writer.num_examples:
         found = ", ".join(f"{count} {reason}" for reason, count in notes.items())
@@ -89,7 +92,8 @@ def write_examples(
         spec, folder=folder, writer=writer, is_held_out=is_held_out, vocab_size=tokenizer.vocab_size
     )
     index = _index(tokenizer, digest=digest, totals=totals, unigram_perplexity=perplexity)
-    return replace(index, tables=(*tables, *row_tables), examples=layout)
+    skipped = SkippedRecords(count=bad.count, listed=tuple(bad.listed))
+    return replace(index, tables=(*tables, *row_tables), examples=layout, skipped=skipped)
 
 
 def _index(
@@ -161,13 +165,17 @@ def _write_records(
     writer: ExampleWriter,
     example_format: ExampleFormat,
     report: Callable[[int, int, int], None],
+    bad: BadRecords,
 ) -> _Totals:
     totals = _Totals()
-    for record in build_source(spec).records():
-        _add_record(record, writer=writer, example_format=example_format, spec=spec, totals=totals)
+    for record in bad.usable(build_source(spec).records()):
+        try:
+            _add_record(record, writer=writer, example_format=example_format, spec=spec, totals=totals)
+        except _UnusableRecord as error:
+            bad.add(str(error))
         if totals.documents % 1000 == 0:
             report(totals.documents, totals.text_bytes, writer.num_tokens)
-    if not totals.documents:
+    if not totals.documents and not bad.count:
         raise no_text(spec)
     return totals
 
@@ -220,33 +228,44 @@ def _add_record(
     spec: DataSpec,
     totals: _Totals,
 ) -> None:
+    location = f"{record.location} (format {type(example_format).__name__})"
+    # All at first: of a record that turns out to be unusable nothing is written or counted.
+    examples = list(_examples_of(record, example_format=example_format, location=location))
     content = _content(record, text_key=spec.text_key)
     totals.text_bytes += len(content)
     totals.documents += record.starts
+    totals.without_example += record.starts and not examples
     key = document_key(content, seed=spec.seed)
-    num_examples = 0
-    location = f"{record.location} (format {type(example_format).__name__})"
-    for example in _examples_of(record, example_format=example_format, location=location):
-        num_examples += 1
+    for example in examples:
         weight = getattr(example, "weight", None)
         if isinstance(weight, int | float | np.integer | np.floating) and weight == 0:
             totals.without_target += 1
         else:
             writer.add(example, key=key, location=location)
-    totals.without_example += record.starts and not num_examples
 
 
 def _examples_of(record: Record, *, example_format: ExampleFormat, location: str) -> Iterator[Example]:
-    """The examples of a record. Raises: DataError with the user's line if the format fails."""
+    """The examples of a record.
+
+    Raises: _UnusableRecord if the format refuses the record, DataError with the user's line if the format fails.
+    """
     try:
         examples: Any = example_format.examples(record)
-        if not isinstance(examples, Iterable):
-            raise DataError(f"{location}: examples must give an iterable of Example, not {_kind(examples)}")
-        yield from examples
-    except (DataError, UserCodeError):
+        is_iterable = isinstance(examples, Iterable)
+        if is_iterable:
+            yield from examples
+    except DataError as error:
+        raise _UnusableRecord(str(error)) from error
+    except UserCodeError:
         raise
     except (Exception, SystemExit) as error:
         raise DataError(f"{location}: {describe_error(error, fallback=_last_line(error))}") from error
+    if not is_iterable:
+        raise DataError(f"{location}: examples must give an iterable of Example, not {_kind(examples)}")
+
+
+class _UnusableRecord(DataError):
+    """A record that its format refuses."""
 
 
 def _last_line(error: BaseException) -> str:

@@ -35,6 +35,10 @@ class CorpusInfo:
     unigram_perplexity: float
     """Held-out perplexity of a unigram model (training frequencies, add-one smoothing): a baseline that any trained
     model must beat. nan if nothing is held out."""
+    num_skipped_records: int = 0
+    """Records that cannot be used and were left out (`data.on_bad_record: skip`)."""
+    skipped_records: tuple[str, ...] = ()
+    """`FILE:LINE: what is wrong`, of the first ones."""
     packing: str = "concatenate"
     """`data.packing`; the fields below are only for examples."""
     num_examples: int = 0

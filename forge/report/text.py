@@ -74,6 +74,8 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
             f"({_counted(corpus.num_held_out_sequences, 'sequence')}), "
             f"vocabulary {corpus.vocab_size:,}",
         ))  # fmt: skip
+        if corpus.num_skipped_records:
+            facts.insert(2, ("left out", _skipped_records(corpus)))
         if corpus.packing != "concatenate":
             facts.insert(2, ("sequences", _packed(corpus)))
     facts[1:1] = [*_files(plan.files), ("special tokens", _special_tokens(job))]
@@ -100,6 +102,13 @@ def _files(files: CorpusFiles | None) -> list[tuple[str, str]]:
 def _skipped(skipped: SkippedFiles) -> str:
     examples = ", ".join(skipped.examples[:2]) + (", …" if skipped.count > 2 else "")
     return f"{skipped.count:,}x {skipped.reason}: {examples}"
+
+
+def _skipped_records(corpus: CorpusInfo) -> str:
+    """Describe the records that cannot be used: how many, and the first of them."""
+    shown = "; ".join(corpus.skipped_records[:_MAX_REASONS])
+    more = "; …" if corpus.num_skipped_records > _MAX_REASONS else ""
+    return f"{_counted(corpus.num_skipped_records, 'record')} that cannot be used: {shown}{more}"
 
 
 def _special_tokens(job: JobSpec) -> str:

@@ -379,6 +379,8 @@ def _corpus_read(plan: Plan) -> CorpusRead:
             for found in patterns[:_MAX_PATTERNS]
         ),
         warnings=plan.warnings,
+        num_skipped_records=plan.corpus.num_skipped_records,
+        skipped_records=plan.corpus.skipped_records,
     )
 
 

@@ -20,6 +20,8 @@ class Record:
     """Whether this is the first piece of its record."""
     ends: bool = True
     """Whether this is the last piece."""
+    problem: str = ""
+    """Why the record cannot be read, with its location; then it has no fields."""
 
 
 class Source(Protocol):
@@ -29,7 +31,10 @@ class Source(Protocol):
         """Digest of the content, 32 hex digits; another content gives another digest."""
 
     def records(self) -> Iterator[Record]:
-        """All records in order. Memory must not grow with their number. Raises: DataError."""
+        """All records in order, those with a problem included. Memory must not grow with their number.
+
+        Raises: DataError if no further record can be found.
+        """
 
     def parts(self) -> Sequence[Iterable[Record]]:
         """The same records, part by part (a file, a shard), so that a sample can be spread evenly."""

@@ -170,8 +170,13 @@ def _read_lines(file: SourceFile, stream: IO[bytes], content: Content, source: F
         if len(line) == MAX_RECORD_CHARS and not line.endswith(b"\n"):
             raise DataError(f"{location}: the line is longer than {MAX_RECORD_CHARS} bytes")
         if line.strip():
-            text = _line_text(line, source=source, location=location, offset=offset)
-            yield _record(text, name=f"{file.name}:{number}", location=location, source=source, what="a line")
+            name = f"{file.name}:{number}"
+            try:
+                text = _line_text(line, source=source, location=location, offset=offset)
+                record = _record(text, name=name, location=location, source=source, what="a line")
+            except DataError as error:
+                record = _bad_record(error, name=name, location=location)
+            yield record
         offset += len(line)
 
 
@@ -194,8 +199,12 @@ def _read_values(file: SourceFile, stream: IO[bytes], content: Content, source: 
     what = "an element" if content.layout == "array" else "a value"
     shown = file.shown
     for number, text in ValueReader(_decode(stream, path=shown), location=shown):
-        location = f"{shown}:{number}"
-        yield _record(text, name=f"{file.name}:{number}", location=location, source=source, what=what)
+        name, location = f"{file.name}:{number}", f"{shown}:{number}"
+        try:
+            record = _record(text, name=name, location=location, source=source, what=what)
+        except DataError as error:
+            record = _bad_record(error, name=name, location=location)
+        yield record
 
 
 def _record(text: str, *, name: str, location: str, source: FileSource, what: str) -> Record:
@@ -207,6 +216,10 @@ def _record(text: str, *, name: str, location: str, source: FileSource, what: st
         raise DataError(f"{location}: {what} must be a JSON object, this one is {json_name(fields)}")
     _require_columns(fields, source.columns, location=location)
     return Record(name=name, location=location, fields=fields)
+
+
+def _bad_record(error: DataError, *, name: str, location: str) -> Record:
+    return Record(name=name, location=location, fields={}, problem=str(error))
 
 
 def _require_columns(fields: dict[str, Any], columns: tuple[str, ...] | None, *, location: str) -> None:
@@ -236,15 +249,14 @@ def _read_csv(file: SourceFile, stream: IO[bytes], content: Content, source: Fil
             raise _no_column(file, column, header)
     shown = file.shown
     for row in _rows(rows, file=file):
-        location = f"{shown}:{rows.line_num}"
+        name, location, problem = f"{file.name}:{rows.line_num}", f"{shown}:{rows.line_num}", ""
         if len(row) != len(header):
-            raise DataError(
+            problem = (
                 f"{location}: the row has {len(row)} columns, the header {len(header)}; put values that contain "
                 f"{content.delimiter!r} in quotation marks"
             )
-        yield Record(
-            name=f"{file.name}:{rows.line_num}", location=location, fields=dict(zip(header, row, strict=True))
-        )
+        fields = {} if problem else dict(zip(header, row, strict=True))
+        yield Record(name=name, location=location, fields=fields, problem=problem)
 
 
 def _rows(rows: Any, *, file: SourceFile) -> Iterator[list[str]]:

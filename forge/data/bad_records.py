@@ -1,0 +1,71 @@
+"""Records that cannot be used: all of them are named before training starts, or they are left out and counted.
+
+Only what is wrong with one record is treated here. A file that cannot be read, or whose records cannot be told
+apart, is an error in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from forge.config.data import BadRecordAction
+from forge.data.sources.base import Record
+from forge.errors import DataError
+
+MAX_LISTED = 1000
+"""Bad records whose place and problem are kept; all are counted."""
+_MAX_SHOWN = 5
+_READ_ON = 100_000
+"""Records that are still read after the first bad one, to say how many there are."""
+
+
+class BadRecords:
+    """Collects the bad records of one pass over a corpus.
+
+    Args:
+        action: `data.on_bad_record`.
+        reads_on: whether the pass goes on after a bad record although it will fail, to count them.
+    """
+
+    def __init__(self, *, action: BadRecordAction, reads_on: bool = True) -> None:
+        self._skips = action == "skip"
+        self._left = _READ_ON if reads_on else 0
+        self.count = 0
+        self.listed: list[str] = []
+        """`FILE:LINE: what is wrong`, of the first ones."""
+
+    def add(self, problem: str) -> None:
+        """Count a bad record. Raises: DataError if the pass must not go on."""
+        self.count += 1
+        if len(self.listed) < MAX_LISTED:
+            self.listed.append(problem)
+        if not self._skips and self._left <= 0:
+            raise self._error()
+
+    def usable(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Yield the records that could be read. Raises: DataError as `add`."""
+        for record in records:
+            if record.problem:
+                self.add(record.problem)
+                continue
+            if self.count and not self._skips:
+                self._left -= 1
+                if self._left <= 0:
+                    raise self._error()
+            yield record
+
+    def close(self) -> None:
+        """End the pass. Raises: DataError if there were bad records that are not to be skipped."""
+        if self.count and not self._skips:
+            raise self._error()
+
+    def _error(self) -> DataError:
+        if self.count == 1:
+            return DataError(self.listed[0])
+        shown = "\n".join(f"  {problem}" for problem in self.listed[:_MAX_SHOWN])
+        more = f"\n  and {self.count - _MAX_SHOWN:,} more" if self.count > _MAX_SHOWN else ""
+        at_least = "at least " if self._left <= 0 else ""
+        return DataError(
+            f"{at_least}{self.count:,} records cannot be used; data.on_bad_record: skip leaves them out:\n"
+            f"{shown}{more}"
+        )
