@@ -39,7 +39,7 @@ from forge.runs.reader import (
     search_folder,
 )
 from forge.runs.remote_ref import read_remote_ref
-from forge.runs.trackers.registry import package_warnings, require_packages
+from forge.runs.trackers.registry import package_warnings, require_credentials, require_packages
 from forge.runtime.driver_process import RunHandle, start_driver
 from forge.runtime.resolve import resolve, resolve_draft, with_data_folder
 from forge.runtime.resolve_code import with_run_code
@@ -200,6 +200,7 @@ def start(
     if resume is not None:
         loaded = with_data_folder(with_run_code(loaded, run_folder=resume), run_folder=resume)
     target = _target(cluster, resume)
+    require_credentials(loaded)
     if target is None:
         require_packages(loaded)
         plan = resolve(loaded, on_progress=on_progress)

@@ -116,7 +116,8 @@ class WandbSpec(Section):
 
 class MlflowSpec(Section):
     """MLflow; requires `pip install 'forge-train[mlflow]'`. Credentials of a tracking server are read from the
-    environment only: `MLFLOW_TRACKING_TOKEN`, or `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`."""
+    environment only: `MLFLOW_TRACKING_TOKEN`, or `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`, and are
+    sent only to the server that `MLFLOW_TRACKING_URI` in the environment names."""
 
     uri: str | None = None
     """The tracking server, such as `https://mlflow.example.com` or `${env:MLFLOW_TRACKING_URI}`, or a database

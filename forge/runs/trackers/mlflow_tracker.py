@@ -7,11 +7,14 @@ have short timeouts: what cannot be sent now is sent later, from `metrics.jsonl`
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from forge.config.resources import MlflowSpec
+from forge.environment import home_folder
+from forge.errors import ArgumentError
 from forge.runs.trackers.base import RunStatus, StepRanges, TrackedRow, TrackedRun
 
 DATABASE = "mlflow.db"
@@ -20,6 +23,8 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the feed tries again
 }
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_CREDENTIALS = tuple(f"MLFLOW_TRACKING_{name}" for name in ("TOKEN", "USERNAME", "PASSWORD", "AUTH", "AWS_SIGV4"))
 _RUN_TAG, _GROUP_TAG, _EVENTS_TAG = "forge.run_id", "forge.search", "forge.events"
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _LAST_KEY = "step"
@@ -49,6 +54,8 @@ class MlflowTracker:
         """The newest step of each metric that the server has."""
 
     def start(self) -> StepRanges:
+        if problem := credentials_problem(self._spec):
+            raise PermissionError(problem)
         os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
         from mlflow.tracking import MlflowClient
 
@@ -126,6 +133,25 @@ class MlflowTracker:
         for key, value in [*row.metrics.items(), (_LAST_KEY, row.step)]:
             if row.step > self._last_steps.get(key, 0):
                 yield Metric(key, value, int(row.time * 1000), row.step)
+
+
+def credentials_problem(spec: MlflowSpec) -> str | None:
+    """Return why MLflow's credentials must not be sent to the server that a job names; None if they may.
+
+    A job file or run folder from elsewhere may name any server, so the environment says which one they are for.
+    """
+    if spec.uri is None or not spec.uri.startswith("http"):
+        return None
+    found = [name for name in _CREDENTIALS if os.environ.get(name)]
+    with contextlib.suppress(ArgumentError):  # without a home folder there is no such file
+        file = home_folder() / ".mlflow" / "credentials"
+        found += [str(file)] if file.exists() else []
+    if not found or os.environ.get(_URI_VARIABLE, "").rstrip("/") == spec.uri.rstrip("/"):
+        return None
+    return (
+        f"{found[0]} is not sent to {spec.uri}, because {_URI_VARIABLE} does not name this server; set it to the "
+        "server that the credentials are for"
+    )
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from forge.config.load import LoadedJob
 from forge.config.resources import TrackingSpec
 from forge.runs.trackers.base import TrackedRun, Tracker
-from forge.runs.trackers.mlflow_tracker import MlflowTracker
+from forge.runs.trackers.mlflow_tracker import MlflowTracker, credentials_problem
 from forge.runs.trackers.tensorboard_tracker import TensorboardTracker
 from forge.runs.trackers.wandb_tracker import WandbTracker
 
@@ -56,6 +56,13 @@ def build_trackers(spec: TrackingSpec, run: TrackedRun) -> list[Tracker]:
     if spec.tensorboard:
         trackers.append(TensorboardTracker(run))
     return trackers
+
+
+def require_credentials(loaded: LoadedJob) -> None:
+    """Check that the credentials of the environment are for the servers that a job names. Raises: JobFileError."""
+    spec = loaded.job.tracking.mlflow
+    if spec is not None and (problem := credentials_problem(spec)):
+        raise loaded.source.error("tracking.mlflow.uri", problem, show_value=False)
 
 
 def require_packages(loaded: LoadedJob) -> None:

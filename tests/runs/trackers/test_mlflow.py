@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from forge.config.resources import MlflowSpec
 from forge.events import RunStopped
+from forge.runs.trackers.mlflow_tracker import credentials_problem
 from tests.support.runs import metrics, open_recorder
 from tests.support.tracked_run import kill_when, lose_a_node
 
@@ -117,6 +120,7 @@ def test_mlflow__server_unreachable__training_is_not_delayed_and_steps_are_sent_
     tmp_path: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch, database: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", _TOKEN)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}/")
     monkeypatch.setattr("forge.runs.trackers.feed._LAST_ATTEMPT_S", 1.0)
     monkeypatch.setattr("forge.runs.trackers.feed._RETRY_S", (0.2,))
     folder = copied(database, tmp_path / "tiny-4")
@@ -137,3 +141,46 @@ def test_mlflow__server_unreachable__training_is_not_delayed_and_steps_are_sent_
     later = open_recorder(folder, mlflow={})  # as if the server were back
     later.close(exit_code=0)
     assert steps_of(folder) == Counter(range(1, 51))
+
+
+@pytest.mark.parametrize("own", ["", "https://mlflow.example.com"])
+def test_mlflow__server_of_a_foreign_folder__gets_no_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", _TOKEN)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", own)
+    monkeypatch.setattr("forge.runs.trackers.feed._LAST_ATTEMPT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        recorder = open_recorder(tmp_path / "tiny-5", mlflow={"uri": uri})
+        recorder.step(metrics(1))
+        recorder.close(exit_code=0)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has connected
+            server.accept()
+    reason = events_of(tmp_path / "tiny-5")[0]["reason"]
+    assert f"MLFLOW_TRACKING_TOKEN is not sent to {uri}" in reason and _TOKEN not in reason
+
+
+@pytest.mark.parametrize(
+    ("uri", "own", "is_refused"),
+    [
+        ("https://a.example.com", "https://a.example.com/", False),
+        ("https://a.example.com", "https://b.example.com", True),
+        ("https://a.example.com", "", True),
+        ("sqlite:////tmp/mlflow.db", "", False),
+        (None, "", False),
+    ],
+)
+def test_credentials_problem__only_the_server_of_the_environment__gets_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str | None, own: str, is_refused: bool
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", own)
+    spec = MlflowSpec.model_validate({"uri": uri})
+    assert credentials_problem(spec) is None
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text("[mlflow]\n")
+    assert (credentials_problem(spec) is not None) == is_refused
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "x" * 9)
+    assert ("MLFLOW_TRACKING_PASSWORD" in (credentials_problem(spec) or "")) == is_refused
