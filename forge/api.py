@@ -43,6 +43,7 @@ from forge.runs.trackers.registry import package_warnings, require_credentials, 
 from forge.runtime.driver_process import RunHandle, start_driver
 from forge.runtime.resolve import resolve, resolve_draft, with_data_folder
 from forge.runtime.resolve_code import with_run_code
+from forge.runtime.resolve_space import with_space
 from forge.runtime.torch_subprocess import export_weights, sample_text
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def plan_job(
 
     Raises: JobFileError, PlanError, DataError.
     """
-    plan = resolve_draft(_loaded(job), on_progress=on_progress)
+    plan = with_space(resolve_draft(_loaded(job), on_progress=on_progress))
     return replace(plan, warnings=plan.warnings + package_warnings(plan.job.tracking))
 
 
@@ -203,7 +204,7 @@ def start(
     require_credentials(loaded)
     if target is None:
         require_packages(loaded)
-        plan = resolve(loaded, on_progress=on_progress)
+        plan = with_space(resolve(loaded, on_progress=on_progress), run_folder=resume)
     else:
         plan = resolve_remote(target, loaded, on_progress=on_progress)
     if on_plan is not None:

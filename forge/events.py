@@ -233,6 +233,8 @@ class CheckpointSaved:
     before the commit: it is then recorded with the next checkpoint, or when the run ends or is resumed."""
     stall_s: float
     """How long training was blocked by it; unknown (nan) likewise."""
+    removed: tuple[int, ...] = ()
+    """Steps of older checkpoints that were removed before it was written, because the disk had no room for both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

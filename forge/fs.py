@@ -48,6 +48,20 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def free_bytes(folder: Path) -> int | None:
+    """Return how much this user can still write to a folder's file system; None if that cannot be found out.
+
+    Args:
+        folder: it, or a parent of it, exists.
+    """
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), None)
+    try:
+        found = os.statvfs(existing or "/")
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
 def default_cache_dir() -> Path:
     """`$FORGE_CACHE`, else `$XDG_CACHE_HOME/forge`, else `~/.cache/forge`."""
     if chosen := os.environ.get("FORGE_CACHE"):

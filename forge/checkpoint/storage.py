@@ -36,6 +36,9 @@ class Storage(Protocol):
     def crc32(self, path: str) -> int:
         """Return the CRC-32 of a file, read in chunks. Raises: FileNotFoundError, OSError."""
 
+    def free_bytes(self) -> int | None:
+        """Return how much can still be written; None if there is no limit, or it is not known."""
+
     def open_staging(self, name: str, *, token: str) -> str:
         """Create the staging folder of a checkpoint, and return its name; all its writers pass the same token."""
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from forge.checkpoint.intervals import Range
 from forge.foreign import open_file, read_file
-from forge.fs import sync_folder
+from forge.fs import free_bytes, sync_folder
 
 MAX_SMALL_FILE_BYTES = 2**29
 """Of a manifest or state file; the largest manifests have about 60 bytes for each interval."""
@@ -78,6 +78,9 @@ class FolderStorage:
             while count := file.readinto(buffer):
                 crc = zlib.crc32(buffer[:count], crc)
         return crc
+
+    def free_bytes(self) -> int | None:
+        return free_bytes(self._root)
 
     def _open(self, path: str) -> io.FileIO:
         self._require_no_link(path)

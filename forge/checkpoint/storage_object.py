@@ -49,6 +49,9 @@ class BucketStorage:
             if entry["type"] == "file"
         }
 
+    def free_bytes(self) -> int | None:
+        return None
+
     def read(self, path: str) -> bytes:
         size = self._retry(lambda: int(self._fs.info(self._at(path)).get("size") or 0), f"read {path}")
         if size > MAX_SMALL_FILE_BYTES:

@@ -9,8 +9,8 @@ missing parts, and exits. It does not import torch.
 
 Commands and outcomes are lines of JSON. A save is a `WriteCommand`; `{"abort": token}` stops waiting for parts that
 will not be written. The outcomes of a save are `{"token", "part": bytes}`, then from rank 0's writer
-`{"token", "committed": bytes, "at": time, "stored": {step: bytes}}`, with all checkpoints that exist before the
-oldest are removed; or `{"token", "failed": reason}`.
+`{"token", "committed": bytes, "at": time, "stored": {step: bytes}, "removed": steps}`, with all checkpoints that
+exist before the oldest are removed, and those removed before to make room; or `{"token", "failed": reason}`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from forge.checkpoint.manifest import (
 )
 from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.snapshot_buffer import Snapshot, SnapshotBuffer, open_snapshot_buffer
+from forge.checkpoint.space import is_full, make_room, no_space_reason
 from forge.checkpoint.storage import Storage, open_storage
 from forge.checkpoint.verify import stored_steps, verify_checkpoint
 from forge.errors import CheckpointError
@@ -53,6 +54,9 @@ _POLL_S = 0.05
 _REMOTE_POLL_S = 1.0
 # How long a writer waits for missing parts after its rank has died, when no abort can arrive any more.
 _ORPHAN_TIMEOUT_S = 10.0
+# How often, and how far apart, a writer tries to write its part to a full disk.
+_SPACE_TRIES = 4
+_SPACE_RETRY_S = 0.5
 # Marker file of a complete part, with its manifest entry; removed before the checkpoint is published.
 _MARKER_SUFFIX = ".json"
 
@@ -147,22 +151,72 @@ def save(
 
     Raises: OSError, CheckpointError, EOFError; rank 0's writer removes the staging folder then.
     """
+    needed = command.world_size * buffer.layout.size_bytes
+    removed: list[int] = []
+    try:
+        if command.rank != 0:
+            part = _write_patiently(storage, buffer, command)
+            _report(outcome_fd, token=command.token, part=part.size_bytes)
+            return
+        removed += make_room(storage, needed_bytes=needed)
+        size = _save_first(storage, buffer, command, commands, outcome_fd=outcome_fd, removed=removed)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise CheckpointError(no_space_reason(storage, needed_bytes=needed, removed=removed)) from error
+    at = time.time()
+    stored = _stored(storage)
+    _report(outcome_fd, token=command.token, committed=size, at=at, stored=stored, removed=removed)
+    prune(storage, command)
+
+
+def _save_first(
+    storage: Storage,
+    buffer: SnapshotBuffer,
+    command: WriteCommand,
+    commands: CommandStream,
+    *,
+    outcome_fd: int,
+    removed: list[int],
+) -> int:
+    """Write rank 0's part and commit the checkpoint. Returns: its size in bytes.
+
+    Args:
+        removed: receives the steps of checkpoints that were removed to make room.
+
+    Raises: as `save`.
+    """
     staging = storage.open_staging(step_name(command.step), token=command.token)
-    if command.rank != 0:
-        part = write_part(storage, staging, buffer, command)
-        _report(outcome_fd, token=command.token, part=part.size_bytes)
-        return
     try:
         storage.lock(staging)
-        part = write_part(storage, staging, buffer, command)
+        try:
+            part = write_part(storage, staging, buffer, command)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            removed += make_room(storage, needed_bytes=None)
+            part = write_part(storage, staging, buffer, command)
         _report(outcome_fd, token=command.token, part=part.size_bytes)
-        size = commit(storage, staging, command, commands)
+        return commit(storage, staging, command, commands)
     except (OSError, CheckpointError, EOFError):
         storage.discard(staging, token=command.token)
         raise
-    at = time.time()
-    _report(outcome_fd, token=command.token, committed=size, at=at, stored=_stored(storage))
-    prune(storage, command)
+
+
+def _write_patiently(storage: Storage, buffer: SnapshotBuffer, command: WriteCommand) -> Part:
+    """Write the part of a rank other than 0, again if the disk is full: rank 0's writer makes room meanwhile.
+
+    Raises: as `write_part`.
+    """
+    for _ in range(_SPACE_TRIES - 1):
+        try:
+            staging = storage.open_staging(step_name(command.step), token=command.token)
+            return write_part(storage, staging, buffer, command)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            time.sleep(_SPACE_RETRY_S)
+    return write_part(storage, storage.open_staging(step_name(command.step), token=command.token), buffer, command)
 
 
 def write_part(storage: Storage, staging: str, buffer: SnapshotBuffer, command: WriteCommand) -> Part:

@@ -158,6 +158,9 @@ class TrainScreen(LiveScreen):
                 if event["seconds"] is not None:
                     seconds, stall = format_duration(event["seconds"]), format_duration(event["stall_s"])
                     how = f"written in {seconds}, training waited {stall}"
+                if event["removed"]:
+                    steps = ", ".join(map(str, event["removed"]))
+                    how += f"; the disk had no room beside those of step {steps}, which were removed first"
                 self.note(f"step {event['step']:>6}  checkpoint of {size} {how}")
             case "CheckpointFailed":
                 self.warn(f"step {event['step']}: {event['reason']}")

@@ -30,8 +30,8 @@ from forge.fs import write_atomic
 from forge.process import first_line
 from forge.remote.head_cli import MARK
 from forge.runs.create import require_no_links
+from forge.runs.patient_file import open_whole_lines
 from forge.runs.reader import ENDINGS, count_records, error_named, read_run
-from forge.runs.recorder import open_whole_lines
 from forge.runs.records import EVENTS, METRICS, event_record, step_record
 from forge.runs.remote_ref import RemoteRef, read_remote_ref, write_remote_ref
 from forge.runtime.driver_process import RunHandle, find_local_run

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from forge.config.resources import TrackingSpec
 from forge.events import (
@@ -34,6 +34,7 @@ from forge.events import (
     event_to_record,
 )
 from forge.redact import redacted_values
+from forge.runs.patient_file import PatientFile, open_whole_lines
 from forge.runs.records import EVENTS, METRICS, RecordReader, last_step_of
 from forge.runs.trackers.base import RunStatus, TrackedRun
 from forge.runs.trackers.feed import TrackerFeed
@@ -89,8 +90,8 @@ class Recorder:
         """The first failure that was reported."""
         self._saved_steps = _saved_steps(folder)
         """Steps whose CheckpointSaved is written: several processes may report the same checkpoint."""
-        self._events = open_whole_lines(folder / EVENTS)
-        self._metrics = open_whole_lines(folder / METRICS)
+        self._events = PatientFile(folder / EVENTS)
+        self._metrics = PatientFile(folder / METRICS)
         self.last_step = last_recorded_step(folder)
 
     def connect(self) -> None:
@@ -115,8 +116,7 @@ class Recorder:
         self._write(self._events, {"time": round(time.time(), 3)} | event_to_record(event))
         if isinstance(event, _FSYNCED):
             # After a power cut the newest checkpoint must not be ahead of the recorded steps.
-            os.fsync(self._events.fileno())
-            os.fsync(self._metrics.fileno())
+            self._sync()
 
     def step(self, metrics: StepMetrics) -> None:
         """Write one step; if it is already recorded, write a StepRepeated event instead."""
@@ -136,6 +136,7 @@ class Recorder:
 
     def close(self, *, exit_code: int) -> None:
         """End the trackers' runs once they have every step, or after a time limit; a second call does nothing."""
+        self._sync()
         if self._feeds is None and self.last_step:
             self.connect()  # the process before this one may have been killed before it had sent everything
         feeds, self._feeds = self._feeds or (), []
@@ -149,11 +150,16 @@ class Recorder:
         with contextlib.suppress(OSError):  # the next record meets the same error, and the run ends with it
             self.event(TrackingDegraded(reason=reason))
 
-    def _write(self, file: TextIO, record: dict[str, Any]) -> None:
-        line = json.dumps(redacted_values(record, os.environ), allow_nan=False) + "\n"
+    def _write(self, file: PatientFile, record: dict[str, Any]) -> None:
+        line = json.dumps(redacted_values(record, os.environ), allow_nan=False)
         with self._lock:
-            file.write(line)
-            file.flush()
+            file.write_line(line)
+
+    def _sync(self) -> None:
+        """Flush both files to disk."""
+        with self._lock:
+            self._events.sync()
+            self._metrics.sync()
 
 
 def end_tracking() -> None:
@@ -171,29 +177,6 @@ def append_event(folder: Path, event: Event) -> None:
 def last_recorded_step(folder: Path) -> int:
     """Return the last step in `metrics.jsonl`; 0 if there is none."""
     return int(last_step_of(folder).get("step", 0))
-
-
-def open_whole_lines(path: Path) -> TextIO:
-    """Open a file for appending, after removing a partial last line.
-
-    Raises: OSError if it cannot be written, or is a link, which may lead to another file.
-    """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    with os.fdopen(os.dup(handle), "rb+") as file:
-        file.truncate(_end_of_last_line(file))
-    return os.fdopen(handle, "a", encoding="utf-8")
-
-
-def _end_of_last_line(file: Any) -> int:
-    position = file.seek(0, os.SEEK_END)
-    while position > 0:
-        start = max(0, position - 4096)
-        file.seek(start)
-        found = file.read(position - start).rfind(b"\n")
-        if found >= 0:
-            return int(start + found + 1)
-        position = start
-    return 0
 
 
 def _saved_steps(folder: Path) -> set[int]:

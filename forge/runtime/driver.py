@@ -264,8 +264,9 @@ class Driver:
             return
         for step, size_bytes in stored.items():
             folder = f"{url}/{step_name(step)}"
-            unknown = {"seconds": math.nan, "stall_s": math.nan}
-            self._record(CheckpointSaved(step=step, folder=folder, size_bytes=size_bytes, **unknown))
+            self._record(
+                CheckpointSaved(step=step, folder=folder, size_bytes=size_bytes, seconds=math.nan, stall_s=math.nan)
+            )
 
     def _record(self, event: Event) -> None:
         self._recorder.event.remote(event)

@@ -46,6 +46,8 @@ class CheckpointWritten:
     """From the end of the step to the commit; nan if a writer committed it that outlived its ranks."""
     stall_s: float
     """How long training waited for it, on this rank; nan likewise."""
+    removed: tuple[int, ...] = ()
+    """Steps of older checkpoints that were removed before it was written, to make room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +202,11 @@ class AsyncCheckpointer:
             self._wait_until(lambda: all(pending.is_over for pending in self._pending.values()))
         return [*failed, *self.abort(), *self._broadcast(self.outcomes())]
 
+    def pause(self, seconds: float) -> None:
+        """Wait, and keep showing that this rank waits for the storage."""
+        end = time.monotonic() + seconds
+        self._wait_until(lambda: time.monotonic() > end)
+
     def close(self) -> None:
         """Wait until the writer process has finished and exited, and free the memory."""
         self._snapshotter.join()
@@ -268,6 +275,7 @@ class AsyncCheckpointer:
                     size_bytes=size,
                     seconds=pending.committed["at"] - pending.began if is_own else math.nan,
                     stall_s=math.nan if not is_own else pending.snapshot.stall_s if pending.snapshot else 0.0,
+                    removed=tuple(pending.committed["removed"]) if is_own else (),
                 )
 
 

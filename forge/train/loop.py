@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from forge.checkpoint.manifest import Progress
+from forge.checkpoint.space import NO_SPACE
 from forge.config.resources import CheckpointSpec
 from forge.config.training import TrainingSpec
 from forge.data.loader import HeldOutBatches, TrainBatches
@@ -26,12 +27,17 @@ from forge.events import (
     SnapshotIntervalChanged,
     StepMetrics,
 )
-from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten, Outcome
+from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten, Outcome, SaveFailed
 from forge.train.early_stopping import EarlyStopping
 from forge.train.engine import Engine, StepControl, StepResult
 from forge.train.lr_schedule import learning_rate
 from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import Snapshotter
+from forge.units import format_duration
+
+# How often, and how far apart, the last checkpoint of a run is tried while the disk is full.
+_SPACE_TRIES = 60
+_SPACE_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,21 +283,36 @@ class _TrainLoop:
     def _save_and_wait(self) -> None:
         """Save and wait until it is written; try twice, since the writer process may be killed and is restarted.
 
+        If the disk is full, try until `_SPACE_TRIES`: the state of a whole run must not be lost for that.
+
         Raises: CheckpointError on every rank if it cannot be written.
         """
-        step = self._progress.step
-        for _ in range(2):
-            self._checkpointer.begin(self._progress)
-            outcomes = self._checkpointer.finish()
-            failed = [
-                outcome
-                for outcome in outcomes
-                if not isinstance(outcome, CheckpointWritten) and outcome.step == step
-            ]
-            self._report(outcome for outcome in outcomes if outcome not in failed)
-            if not failed:
-                return
-        raise CheckpointError(f"the checkpoint of step {step} could not be written by {failed[0].reason}")
+        step, num_tries = self._progress.step, 0
+        while (failed := self._try_to_save()) is not None:
+            num_tries += 1
+            is_full = NO_SPACE in failed.reason
+            if num_tries >= (_SPACE_TRIES if is_full else 2):
+                break
+            if is_full:
+                if num_tries == 1:
+                    waits = f"the run waits {format_duration(_SPACE_TRIES * _SPACE_RETRY_S)} for space"
+                    self._report([replace(failed, reason=f"{failed.reason}; {waits}")])
+                self._checkpointer.pause(_SPACE_RETRY_S)
+        else:
+            return
+        raise CheckpointError(f"the checkpoint of step {step} could not be written by {failed.reason}")
+
+    def _try_to_save(self) -> SaveFailed | None:
+        """Save and wait until it is written. Returns: why it could not be written, the same on every rank."""
+        self._checkpointer.begin(self._progress)
+        outcomes = self._checkpointer.finish()
+        failed = [
+            outcome
+            for outcome in outcomes
+            if isinstance(outcome, SaveFailed) and outcome.step == self._progress.step
+        ]
+        self._report(outcome for outcome in outcomes if outcome not in failed)
+        return failed[0] if failed else None
 
     def _report(self, outcomes: Iterable[Outcome]) -> None:
         """Report checkpoints; a failure in the middle of a run is no error."""
@@ -340,5 +361,6 @@ def _outcome_event(outcome: Outcome) -> Event:
             size_bytes=outcome.size_bytes,
             seconds=outcome.seconds,
             stall_s=outcome.stall_s,
+            removed=outcome.removed,
         )
     return CheckpointFailed(step=outcome.step, reason=f"the checkpoint could not be written by {outcome.reason}")

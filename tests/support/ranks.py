@@ -60,7 +60,7 @@ class RecordingReporter:
 def run_ranks(plan: Plan, folder: Path, *, world_size: int, stop_after: int | None = None) -> Recording:
     """Run `forge.train.worker.run_worker` on `world_size` processes; checkpoints go under `folder`."""
     arguments = (plan_to_json(plan), str(folder), world_size, stop_after)
-    recordings: list[Recording] = on_ranks(_train, *arguments, world_size=world_size)
+    recordings: list[Recording] = on_ranks(train_one_rank, *arguments, world_size=world_size)
     first = recordings[0]
     for step in first.sample_ids:
         first.sample_ids[step] = [sample for recording in recordings for sample in recording.sample_ids[step]]
@@ -119,7 +119,8 @@ def _rank(
         torch.distributed.destroy_process_group()
 
 
-def _train(rank: int, plan_json: str, folder: str, world_size: int, stop_after: int | None) -> Recording:
+def train_one_rank(rank: int, plan_json: str, folder: str, world_size: int, stop_after: int | None) -> Recording:
+    """Train in this process as one rank of the process group."""
     from forge.train.worker import WorkerContext, run_worker
 
     reporter = RecordingReporter(stop_after)

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import math
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from forge.checkpoint.reader import list_checkpoints
-from forge.checkpoint.storage import open_storage
-from forge.checkpoint.verify import verify_checkpoint
 from forge.errors import CheckpointError, RunError
 from forge.events import CheckpointSaved, CheckpointSkipped, Evaluated
 from forge.plan.inputs import CorpusInfo
@@ -252,26 +247,3 @@ def dropping(
 
 def evaluations(recording: Recording) -> list[tuple[str, float]]:
     return [(event.weights, event.loss) for event in recording.events if isinstance(event, Evaluated)]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with space for one checkpoint of the tiny job, not for two."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)], check=False)
-    if mounted.returncode != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_train__disk_full__fails_and_keeps_previous_checkpoint(corpus: CorpusInfo, small_disk: Path) -> None:
-    plan = tiny_plan(corpus, checkpoint={"every": "2 steps", "keep": 3})
-    with pytest.raises(CheckpointError, match=r"could not be written by rank \d.*(No space left|os error 28)"):
-        run_ranks(plan, small_disk, world_size=2)
-    storage = open_storage(str(small_disk))
-    kept = list_checkpoints(storage)
-    assert kept == ["step-00000002"]
-    assert verify_checkpoint(storage, kept[0]) is None
-    assert not list(small_disk.glob(".staging*"))

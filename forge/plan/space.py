@@ -1,0 +1,55 @@
+"""Compare what a run writes to a disk with the free space there. Pure."""
+
+from __future__ import annotations
+
+import math
+
+from forge.config.training import TrainingSpec
+from forge.errors import PlanError
+from forge.plan.inputs import ModelInfo
+from forge.plan.plan import DraftPlan
+from forge.units import format_bytes
+
+RECORDS_BYTES = 16 * 2**20
+"""For the tokenizer, logs, events and metrics of a run; metrics have about 600 bytes a step."""
+
+
+def checkpoint_bytes(model: ModelInfo, training: TrainingSpec) -> int:
+    """Return the size of one checkpoint: fp32 weights and moments, averaged weights, frozen weights of its own."""
+    frozen = model.num_parameters - model.num_trainable_parameters - model.num_base_parameters
+    width = 2 if training.precision == "bf16" else 4
+    return (16 if training.ema else 12) * model.num_trainable_parameters + width * frozen
+
+
+def space_warning(plan: DraftPlan, *, folder: str, free_bytes: int) -> str | None:
+    """Compare the free space of a run's file system with what its checkpoints take; None if they fit.
+
+    Old checkpoints are removed after a new one is complete, so there is one more than `checkpoint.keep` for a
+    moment; where that does not fit, old ones are removed first, but never the newest.
+
+    Args:
+        folder: in which the run folders are.
+        free_bytes: what can be written there, the run's own earlier checkpoints included.
+
+    Raises: PlanError if not even one checkpoint fits.
+    """
+    checkpoint = plan.job.checkpoint
+    size = checkpoint_bytes(plan.model, plan.job.training)
+    num_written = math.inf if checkpoint.every.steps is None else plan.total_steps / checkpoint.every.steps
+    count = int(min(checkpoint.keep + 1, max(1.0, num_written)))
+    if plan.search is not None:  # each trial keeps its own
+        count = plan.search.num_trials * min(checkpoint.keep, count) + plan.search.trials_at_once
+    needed = count * size + RECORDS_BYTES
+    if needed <= free_bytes:
+        return None
+    text = (
+        f"the disk of {folder} has {format_bytes(free_bytes)} free, and the run takes up to "
+        f"{format_bytes(needed)}: {count} checkpoint{'s' * (count > 1)} of {format_bytes(size)} "
+        f"(checkpoint.keep: {checkpoint.keep}, and "
+        "the one being written), logs and metrics"
+    )
+    what_to_do = "free some space, lower checkpoint.keep, or set checkpoint.to to another disk or an object store"
+    if size > free_bytes:
+        raise PlanError(f"{text}. Not even one checkpoint fits, so no weights could be kept; {what_to_do}")
+    few = "only one fits, so later ones fail until space is free" if 2 * size > free_bytes else ""
+    return f"{text}. When it is full, {few or 'older ones are removed before a new one is written'}; {what_to_do}"
