@@ -97,11 +97,11 @@ def terminal_width() -> int | None:
 def facts(rows: Sequence[tuple[str, str]], *, console: Console | None = None) -> None:
     """Print names and texts in two columns."""
     console = console or OUT
+    widest = max((cell_len(_line(name)) for name, _ in rows), default=0) + 2
     if not console.is_terminal:
         for name, text in rows:
-            console.print(Text(f"{_line(name):<11} {_shown(text)}"))
+            console.print(Text(f"{_line(name)}{' ' * (widest - cell_len(_line(name)))}{_shown(text)}"))
         return
-    widest = max((cell_len(_line(name)) for name, _ in rows), default=0) + 2
     is_narrow = console.width - widest < _MIN_FACT_WIDTH
     indent = " " * (2 if is_narrow else widest)
     for name, text in rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,7 +89,7 @@ def _print_run(folder: Path, *, lines: int, follow: bool, warnings: LibraryWarni
     plan, counts = read_plan(folder), count_records(folder)
     name = "rank-0" if plan.search is None else "driver"
     size = log_size(folder, name=name)
-    display.print_text("\n".join(_past_lines(folder, plan)[-lines:]) or "(no steps yet)")
+    _print_lines(_past_lines(folder, plan)[-lines:] or ["(no steps yet)"])
     try:
         own = last_lines(folder, name=name, lines=lines, warnings=warnings)
     except ArgumentError:  # it does not exist yet, or is on another machine
@@ -105,12 +105,11 @@ def _past_lines(folder: Path, plan: Plan) -> list[str]:
     from forge.runs.goodput import moment
     from forge.runs.reader import failure_of, iter_metrics, read_run
 
-    sent, run = io.StringIO(), read_run(folder)
-    screen = _Screen(plan, sent)
-    for record in heapq.merge(run.events, iter_metrics(folder), key=moment):
-        screen.show(record)
+    run, screen = read_run(folder), _Screen(plan)
+    records = heapq.merge(run.events, iter_metrics(folder), key=moment)
+    lines = [line for record in records for line in screen.lines_of(record)]
     failure = failure_of(run)
-    return [*sent.getvalue().splitlines(), *(f"failed: {failure}".splitlines() if failure is not None else ())]
+    return [*lines, *(f"failed: {failure}".splitlines() if failure is not None else ())]
 
 
 def _follow_run(
@@ -123,10 +122,10 @@ def _follow_run(
     handle = find_run_handle(search_folder(folder) or folder)
     if handle is None:
         return
-    screen = _Screen(plan, sys.stdout)
+    screen = _Screen(plan)
     for record in follow(folder, goes_on=handle.is_alive, past_events=past[0], past_steps=past[1]):
         if record is not None:
-            screen.show(record)
+            _print_lines(screen.lines_of(record))
             continue
         text, offset = read_new(folder, name=name, offset=offset)
         _write(warnings.feed(text))
@@ -134,23 +133,36 @@ def _follow_run(
 
 
 class _Screen:
-    """A screen that prints plain lines by the clock of the records."""
+    """The plain lines of a run's screen, by the clock of its records."""
 
-    def __init__(self, plan: Plan, out: Any) -> None:
+    def __init__(self, plan: Plan) -> None:
         from forge.cli.display import HarmlessConsole
         from forge.cli.run_screen import TrainScreen
         from forge.cli.trials_screen import TuneScreen
 
+        self._sent = io.StringIO()
         console = HarmlessConsole(
-            file=out, soft_wrap=True, force_terminal=False, highlight=False, markup=False, emoji=False
+            file=self._sent, soft_wrap=True, force_terminal=False, highlight=False, markup=False, emoji=False
         )
         self._now = 0.0
         screen: type[TrainScreen] | type[TuneScreen] = TrainScreen if plan.search is None else TuneScreen
         self._screen: TrainScreen | TuneScreen = screen(plan, console=console, clock=lambda: self._now)
 
-    def show(self, record: Mapping[str, Any]) -> None:
+    def lines_of(self, record: Mapping[str, Any]) -> list[str]:
+        """Take in a record, and return the lines that it adds."""
         self._now = record["time"]
         self._screen.show(dict(record))
+        lines = self._sent.getvalue().splitlines()
+        self._sent.seek(0)
+        self._sent.truncate()
+        return lines
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    from forge.cli import display
+
+    for line in lines:
+        display.message(line, console=display.OUT)
 
 
 def _write(text: str) -> None:

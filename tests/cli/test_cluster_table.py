@@ -59,7 +59,7 @@ def nodes_of(*events: Event) -> list[RunNode]:
 
 def test_runs__nodes__have_the_numbers_that_node_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = nodes_of(*joined(*NAMES), NodeLeft(node=NAMES[0], reason="lost"))
-    assert f"{RUN} 0: 0d5ce920, 1: a35b908d\n" in shown(cluster(), {RUN: nodes}, monkeypatch)
+    assert f"{RUN}  0: 0d5ce920, 1: a35b908d\n" in shown(cluster(), {RUN: nodes}, monkeypatch)
     assert "are not known" in shown(cluster(), {}, monkeypatch)
 
 

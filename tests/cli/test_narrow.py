@@ -115,3 +115,9 @@ def test_error__pipe__one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "ERR", pipe)
     display.error(TEXTS[0])
     assert printed(pipe) == f"error: {TEXTS[0]}\n"
+
+
+def test_facts__pipe__texts_begin_in_one_column() -> None:
+    pipe = display.HarmlessConsole(file=io.StringIO(), soft_wrap=True, color_system=None)
+    display.facts([("held out, ema", "loss 1.0"), ("speed", "2 tokens/s")], console=pipe)
+    assert printed(pipe).splitlines() == ["held out, ema  loss 1.0", "speed          2 tokens/s"]
