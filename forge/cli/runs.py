@@ -196,6 +196,30 @@ def report(search: SearchArgument = "latest", runs: RunsOption = _RUNS) -> None:
 
 
 @app.command()
+def sync(run: RunArgument = "latest", runs: RunsOption = _RUNS, output: OutputOption = Output.TABLE) -> None:
+    """Send the trackers of a run that is over the steps that they lack, such as after a server did not answer.
+
+    Example:  forge runs sync latest
+    """
+    from dataclasses import asdict
+
+    from forge.cli import display
+    from forge.errors import RunError
+    from forge.runs.reader import find_run
+    from forge.runs.sync import sync_run
+
+    folder = find_run(run, root=runs)
+    results = sync_run(folder, on_reason=display.warning)
+    if output is Output.JSON:
+        display.print_json([asdict(result) for result in results])
+    for result in results:
+        display.message(f"{result.run_id}: sent {result.num_sent} steps to {result.tracker}")
+    missing = sorted({result.tracker for result in results if not result.is_complete})
+    if missing:
+        raise RunError(f"{', '.join(missing)} did not take every step; try again: forge runs sync {folder.name}")
+
+
+@app.command()
 def tag(
     run: RunArgument,
     tags: Annotated[list[str], typer.Argument(metavar="TAG...", help="Tags to add.", show_default=False)],

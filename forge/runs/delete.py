@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from forge.code_archive import ARCHIVE
@@ -14,6 +12,7 @@ from forge.errors import ArgumentError, PlanError, printable
 from forge.foreign import open_file
 from forge.runs.annotations import ANNOTATIONS
 from forge.runs.index import forget_runs
+from forge.runs.lock import hold_lock
 from forge.runs.reader import LOCK, driver_pid, read_run, search_folder
 from forge.runs.records import EVENTS, METRICS
 from forge.runs.remote_ref import REMOTE
@@ -83,21 +82,8 @@ def delete_run(folder: Path) -> None:
     """
     require_deletable(folder)
     try:
-        with _locked(folder):
+        with hold_lock(folder):
             shutil.rmtree(folder)
     except OSError as error:
         raise ArgumentError(f"{folder} cannot be deleted: {error}") from None
     forget_runs([folder])
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the run's lock, so that no driver starts meanwhile. Raises: ArgumentError if one holds it."""
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ArgumentError(f"{folder.name} was started meanwhile; it is not deleted") from None
-    finally:
-        os.close(handle)

@@ -23,7 +23,7 @@ from forge.runs.trackers.base import RunStatus, StepRanges, TrackedRow, TrackedR
 _RETRY_S = (2.0, 5.0, 15.0, 60.0)
 """Pauses before a tracker is started again; the last one repeats."""
 _LAST_ATTEMPT_S = 10.0
-"""How long the end of a run waits for a tracker that was not reached before."""
+"""How long the end of a run waits for a tracker that fails."""
 
 
 class TrackerFeed:
@@ -31,6 +31,11 @@ class TrackerFeed:
 
     def __init__(self, tracker: Tracker, run: TrackedRun) -> None:
         self._tracker, self._run = tracker, run
+        self.name = tracker.name
+        self.num_sent = 0
+        """Steps that this feed has sent."""
+        self.is_complete = False
+        """Whether the run is over and the tracker has all of it."""
         self._news = threading.Event()
         """Set when there is something to send, or the run is over."""
         self._ending: tuple[RunStatus, float] | None = None
@@ -53,10 +58,10 @@ class TrackerFeed:
         """Wait until the tracker has everything, or the time of `begin_end` is over; report what is missing."""
         assert self._ending is not None, "begin_end comes first"
         self._thread.join(max(0.0, self._ending[1] - time.monotonic()))
-        if self._thread.is_alive():
+        if not self.is_complete:
             self._run.report(
-                f"{self._tracker.name} did not take every step in time; all are in {METRICS}, and the rest is sent "
-                "when the run is resumed"
+                f"{self.name} did not take every step in time; all are in {METRICS}. Send the rest later: "
+                f"forge runs sync {self._run.run_id}"
             )
 
     def _feed(self) -> None:
@@ -84,9 +89,11 @@ class TrackerFeed:
             began = time.monotonic()
             while rows := records.read(self._tracker.max_rows):
                 self._tracker.send(rows)
+                self.num_sent += len(rows)
                 self._has_failed = False
             if ending is not None:
                 self._tracker.finish(ending[0], records.last_events())
+                self.is_complete = True
                 return
             self._news.wait()
             while self._ending is None and (left := began + self._tracker.pause_s - time.monotonic()) > 0:
@@ -96,6 +103,9 @@ class TrackerFeed:
         """Report the first of several failures in a row."""
         if not self._has_failed:
             self._has_failed = True
+            if self._ending is not None:
+                status, deadline = self._ending
+                self._ending = (status, min(deadline, time.monotonic() + _LAST_ATTEMPT_S))
             self._run.report(
                 f"{self._tracker.name} takes no metrics: {first_line(error)}; steps are in {METRICS} and are sent "
                 "when it takes them again"

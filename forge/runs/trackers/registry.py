@@ -60,8 +60,7 @@ def build_trackers(spec: TrackingSpec, run: TrackedRun) -> list[Tracker]:
 
 def require_credentials(loaded: LoadedJob) -> None:
     """Check that the credentials of the environment are for the servers that a job names. Raises: JobFileError."""
-    spec = loaded.job.tracking.mlflow
-    if spec is not None and (problem := credentials_problem(spec)):
+    if problem := _credentials_problem(loaded.job.tracking):
         raise loaded.source.error("tracking.mlflow.uri", problem, show_value=False)
 
 
@@ -80,6 +79,15 @@ def package_warnings(spec: TrackingSpec) -> tuple[str, ...]:
         f"{missing.key} requires {missing.package}, which is not installed on this machine: {missing.remedy}"
         for missing in _missing(spec)
     )
+
+
+def tracking_problem(spec: TrackingSpec) -> str | None:
+    """Return why a job's trackers cannot be used on this machine; None if they can."""
+    return next(iter(package_warnings(spec)), None) or _credentials_problem(spec)
+
+
+def _credentials_problem(spec: TrackingSpec) -> str | None:
+    return credentials_problem(spec.mlflow) if spec.mlflow is not None else None
 
 
 def _missing(spec: TrackingSpec) -> list[TrackerPackage]:

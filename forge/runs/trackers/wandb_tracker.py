@@ -45,14 +45,20 @@ class WandbTracker:
             try:
                 if not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
                     raise RuntimeError("W&B has no API key (set WANDB_API_KEY)")
-                return self._start()
+                known = StepRanges(self._steps_in_files())
+                self._open()
+                # The server continues its run after the last row that it has; a killed W&B may have had more.
+                known.add(1, self._next_step)
+                return known
             except Exception as error:  # W&B raises many unrelated classes
                 self._run.report(f"{_sentence(error)}; recording offline instead")
                 self._mode = "offline"
                 self.abandon()
-        return self._start()
+        return StepRanges(self._steps_in_files())
 
     def send(self, rows: Sequence[TrackedRow]) -> None:
+        if self._tracker is None:
+            self._open()  # offline, a file is created only if there is something for it
         for row in rows:
             values: dict[str, Any] = {"step": row.step, **row.metrics}
             if row.events:
@@ -63,6 +69,8 @@ class WandbTracker:
             self._next_step = step + 1
 
     def finish(self, status: RunStatus, events: Sequence[str]) -> None:
+        if self._tracker is None:
+            return
         if events:
             self._tracker.summary[EVENT_KEY] = "; ".join(events)
         self._tracker.summary["status"] = status
@@ -85,8 +93,8 @@ class WandbTracker:
         if self._run.group is None:
             end_wandb()  # its background service still holds the run's id; the next attempt needs it
 
-    def _start(self) -> StepRanges:
-        known = StepRanges(self._steps_in_files())
+    def _open(self) -> None:
+        """Start W&B's run, or continue it."""
         import wandb
 
         self._tracker = wandb.init(
@@ -114,9 +122,6 @@ class WandbTracker:
         self._next_step = self._tracker.starting_step
         self._tracker.define_metric("step")
         self._tracker.define_metric("*", step_metric="step")
-        # A server continues its run after the last row that it has, which a killed W&B may not have uploaded.
-        known.add(1, self._next_step)
-        return known
 
     def _steps_in_files(self) -> Iterator[int]:
         """The steps of W&B's files of this run, which are repaired first; online, those of the server are not."""

@@ -1,0 +1,86 @@
+"""`forge runs sync`: trackers get what they lack after the end of a run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from forge.errors import ArgumentError
+from forge.plan.plan import plan_to_json
+from forge.runs.lock import hold_lock
+from forge.runs.sync import sync_run
+from forge.runs.trackers.wandb_log import log_files
+from tests.runs.trackers.test_mlflow import only_run, steps_of
+from tests.runs.trackers.test_tensorboard import read
+from tests.support.command import forge
+from tests.support.jobs import tiny_plan
+from tests.support.runs import make_run
+from tests.support.wandb_file import read_history
+
+
+def untracked_run(folder: Path, *, steps: int = 6) -> Path:
+    """A run of which no tracker has anything, though its job names all of them."""
+    run = make_run(folder, steps=steps)
+    tracking = {"wandb": {"mode": "offline"}, "mlflow": {}, "tensorboard": True}
+    plan = tiny_plan()
+    job = plan.job.model_validate(plan.job.model_dump(mode="json") | {"tracking": tracking})
+    plan_text = json.loads(plan_to_json(plan)) | {"job": job.model_dump(mode="json")}
+    (run / "plan.json").write_text(json.dumps(plan_text))
+    return run
+
+
+def test_sync_run__nothing_sent_before__every_tracker_has_every_step_and_again_nothing_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run, reasons = untracked_run(tmp_path / "runs"), []
+    results = {result.tracker: result for result in sync_run(run, on_reason=reasons.append)}
+    assert {name: result.num_sent for name, result in results.items()} == {"W&B": 6, "MLflow": 6, "TensorBoard": 6}
+    assert all(result.is_complete for result in results.values()) and reasons == []
+    again = sync_run(run, on_reason=reasons.append)
+    assert {result.num_sent for result in again} == {0}
+    assert only_run(run).info.status == "KILLED", "a run that died can be resumed"
+    (file,) = log_files(run, run_id=run.name)
+    steps = Counter(range(1, 7))
+    assert Counter(row["step"] for row in read_history(file)) == steps_of(run) == steps
+    assert Counter(event.step for event in read(run).Scalars("train/loss")) == steps
+
+
+def test_sync_run__running_or_without_trackers__is_refused(tmp_path: Path) -> None:
+    run = untracked_run(tmp_path / "runs")
+    with hold_lock(run), pytest.raises(ArgumentError, match="is running"):
+        sync_run(run, on_reason=print)
+    other = make_run(tmp_path / "others")
+    text = json.loads((other / "plan.json").read_text())
+    text["job"]["tracking"]["wandb"]["mode"] = "disabled"
+    (other / "plan.json").write_text(json.dumps(text))
+    with pytest.raises(ArgumentError, match="no trackers"):
+        sync_run(other, on_reason=print)
+
+
+def test_sync_run__server_that_does_not_answer__is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed_port: int
+) -> None:
+    monkeypatch.setattr("forge.runs.trackers.feed._LAST_ATTEMPT_S", 1.0)
+    run = make_run(tmp_path / "runs")
+    text = json.loads((run / "plan.json").read_text())
+    text["job"]["tracking"] = {"wandb": {"mode": "disabled"}, "mlflow": {"uri": f"http://127.0.0.1:{closed_port}"}}
+    (run / "plan.json").write_text(json.dumps(text))
+    reasons: list[str] = []
+    (result,) = sync_run(run, on_reason=reasons.append)
+    assert not result.is_complete and result.num_sent == 0
+    assert "MLflow takes no metrics" in reasons[0] and f"forge runs sync {run.name}" in reasons[-1]
+
+
+def test_forge_runs_sync__run_that_is_over__says_what_was_sent(tmp_path: Path) -> None:
+    run = untracked_run(tmp_path / "runs")
+    text = json.loads((run / "plan.json").read_text())
+    text["job"]["tracking"] = {"wandb": {"mode": "disabled"}, "tensorboard": True}
+    (run / "plan.json").write_text(json.dumps(text))
+    first, again = (forge("runs", "sync", "latest", "-o", "json", cwd=tmp_path) for _ in range(2))
+    wanted = {"run_id": run.name, "tracker": "TensorBoard", "num_sent": 6, "is_complete": True}
+    assert json.loads(first.stdout) == [wanted] and "sent 6 steps to TensorBoard" in first.stderr
+    assert json.loads(again.stdout) == [wanted | {"num_sent": 0}]
