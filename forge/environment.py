@@ -50,10 +50,13 @@ def child_environment(environment: Mapping[str, str] | None = None) -> dict[str,
     - A user id without a name is its own name.
     - Ray's sockets are in a folder with a short path.
     - Variables of an outer Ray job or W&B run are left out.
+    - Under `uv run`, Ray's workers use the interpreter that runs forge.
     """
     given = os.environ if environment is None else environment
     found = {name: value for name, value in given.items() if not _FOREIGN.fullmatch(name)}
     found |= {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
+    # Otherwise Ray packs the current folder, and starts each worker by the same `uv run` in a copy of it.
+    found["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     if "PYTHONPATH" in found:  # an empty entry is the current folder
         found["PYTHONPATH"] = os.pathsep.join(filter(None, found["PYTHONPATH"].split(os.pathsep)))
     hosts = ",".join(found.get(name, "") for name in ("no_proxy", "NO_PROXY"))

@@ -127,3 +127,21 @@ def test_locale__not_utf8__prints_and_reads_every_character(tmp_path: Path, loca
     assert done.returncode == 2
     assert b"n\\xe4me" in done.stderr, done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_child_environment__started_by_uv_run__rays_workers_are_not(tmp_path: Path) -> None:
+    look = (
+        "import ray._private.worker as worker; from ray._private.runtime_env import uv_runtime_env_hook as hook; "
+        "print(bool(hook._get_uv_run_cmdline()), worker._maybe_modify_runtime_env({}, False))"
+    )
+    start = "import subprocess, sys; from forge.environment import child_environment as child; "
+    start += f"subprocess.run([sys.executable, '-c', {look!r}], env=child(), check=True)"
+    uv = Path(sys.executable).parent / "uv"
+    done = subprocess.run(
+        [uv, "run", "--offline", "--no-project", "--python", sys.executable, sys.executable, "-c", start],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "True {}\n", done.stderr

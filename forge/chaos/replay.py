@@ -8,6 +8,7 @@ is drained `notice_s` seconds before.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -27,6 +28,11 @@ from forge.runs.goodput import goodput_of
 from forge.runs.reader import failure_of, follow, read_metrics, read_run
 from forge.runtime.driver_process import start_driver
 from forge.runtime.placement import nodes_alive
+
+_LEAST_STARTS = 5.0
+"""Below this many starts of workers between two changes of a trace, a replay measures little but starts."""
+_LATE_STARTS = 3.0
+"""After this many changes without a first step, workers start too slowly for the trace for certain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +62,9 @@ def replay(
     plan: Plan,
     *,
     notice_s: float | None,
+    speed: float = 1.0,
     on_record: Callable[[dict[str, Any] | None], None] = lambda record: None,
+    on_warning: Callable[[str], None] = lambda text: None,
     on_start: Callable[[Path, int], None] = lambda folder, pid: None,
 ) -> dict[str, Any]:
     """Run a plan under a trace until one of them ends, then end the cluster.
@@ -64,9 +72,12 @@ def replay(
     Args:
         trace: scaled to what this machine can simulate.
         notice_s: seconds between the notice and the end of a node; None: nodes are killed without notice.
+        speed: how many times faster than recorded the trace is.
         on_record: called with every record of the run, and with None while there are none.
+        on_warning: called if the trace changes faster than workers start on this machine.
 
-    Returns: JSON values: seconds, steps, samples per second, goodput, and the run's id, folder and status.
+    Returns: JSON values: seconds, steps, samples per second, goodput, warnings, and the run's id, folder and
+        status.
     Raises: ClusterError, ArgumentError; whatever made the run fail.
     """
     with _simulated_nodes(notice_s or 0.0) as nodes:
@@ -81,10 +92,15 @@ def replay(
         later = [action for action in actions if action.at_s > 0]
         player = threading.Thread(target=_play, args=(later, nodes, began, is_over), daemon=True)
         player.start()
+        warnings: list[str] = []
+        pace = _Pace(interval_s=change_interval_s(trace), speed=speed)
         try:
             is_stopping = False
             for record in follow(folder, goes_on=run.is_alive):
                 on_record(record)
+                if (warning := pace.warning(record)) is not None:
+                    warnings.append(warning)
+                    on_warning(warning)
                 if time.monotonic() - began >= trace.duration_s and not is_stopping:
                     is_stopping = True
                     run.request_stop()
@@ -96,7 +112,50 @@ def replay(
             run.wait()
             is_over.set()
             player.join()
-    return _result(folder, plan, wall_s=wall_s, nodes=nodes)
+    return _result(folder, plan, wall_s=wall_s, nodes=nodes) | {"warnings": warnings}
+
+
+def change_interval_s(trace: Trace) -> float:
+    """Mean seconds between the changes of a trace after its beginning; infinity if there are none."""
+    num_changes = sum(change.at_s > 0 for change in trace.changes)
+    return trace.duration_s / num_changes if num_changes else math.inf
+
+
+def pace_warning(*, interval_s: float, start_s: float, speed: float) -> str | None:
+    """Compare how often the trace changes with how long workers take to start; None if there is time to train.
+
+    Args:
+        interval_s: between two changes of the trace, as it is played.
+        start_s: from the start of a node's agent to the first step of its workers, on this machine.
+        speed: how many times faster than recorded it is played.
+    """
+    if interval_s >= _LEAST_STARTS * start_s:
+        return None
+    slower = float(f"{speed * interval_s / (_LEAST_STARTS * start_s):.1g}")
+    return (
+        f"the trace changes every {interval_s:.1f} s at --speed {speed:g}, and workers take {start_s:.1f} s to "
+        "start on this machine, so most of the time goes into starting them; use about "
+        f"--speed {slower:g}, or fewer --nodes"
+    )
+
+
+class _Pace:
+    """Measures how long the first workers take to start, and warns once."""
+
+    def __init__(self, *, interval_s: float, speed: float) -> None:
+        self._interval_s, self._speed = interval_s, speed
+        self._began = time.monotonic()
+        self._is_over = False
+
+    def warning(self, record: dict[str, Any] | None) -> str | None:
+        """Return the warning when it is due, once: when the first workers have started, or are late."""
+        start_s = time.monotonic() - self._began
+        has_started = record is not None and record.get("event") == "GenerationStarted"
+        is_late = start_s > _LATE_STARTS * self._interval_s
+        if self._is_over or not (has_started or is_late):
+            return None
+        self._is_over = True
+        return pace_warning(interval_s=self._interval_s, start_s=start_s, speed=self._speed)
 
 
 def _play(actions: list[NodeAction], nodes: _SimulatedNodes, began: float, is_over: threading.Event) -> None:

@@ -75,7 +75,9 @@ def replay(
     with tempfile.TemporaryDirectory(prefix="forge-chaos-") as state:
         os.environ["FORGE_STATE"] = state
         with TrainScreen(plan, losses=[]) as screen:
-            result = play(schedule, plan, notice_s=notice, on_record=screen.show)
+            result = play(
+                schedule, plan, notice_s=notice, speed=speed, on_record=screen.show, on_warning=screen.warn
+            )
     if output is Output.JSON:
         display.print_json(result)
         return

@@ -30,6 +30,7 @@ from forge.errors import ArgumentError, ClusterError, ForgeError
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import HardwareInfo
 from forge.plan.plan import Plan
+from forge.remote.local_credentials import local_credentials_note
 from forge.remote.mirror import (
     RemoteRun,
     answer_of,
@@ -148,7 +149,7 @@ def _require_rights(cluster: Cluster, url: str) -> None:
 
 def credentials_for(cluster: Cluster) -> dict[str, str]:
     """The environment variables that a run on a cluster gets: no cloud keys if its machines have a role."""
-    found = credentials(os.environ)
+    found = credentials(os.environ, with_files=cluster.shares_files)
     return found if cluster.role is None else without_keys(found, prefixes=cluster.role.prefixes)
 
 
@@ -161,12 +162,14 @@ def resolve_remote(
     target: RemoteTarget, loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None
 ) -> Plan:
     """Plan a job that will run on a cluster. Raises: ArgumentError, and what `resolve` raises."""
-    return resolve(
+    plan = resolve(
         adapt_job(target, loaded),
         on_progress=on_progress,
         find_hardware=remote_hardware(target),
         count_slots=lambda found, _: count_slots(target.cluster.status(), found),
     )
+    note = local_credentials_note(target.cluster, url=plan.job.checkpoint.to, environment=os.environ)
+    return plan if note is None else replace(plan, warnings=(*plan.warnings, note))
 
 
 def submit(target: RemoteTarget, plan: Plan, *, folder: Path) -> RunHandle:

@@ -15,15 +15,24 @@ _MACHINE_WORDS = ("METADATA", "CONTAINER")
 _LOCAL_SUFFIXES = ("_FILE", "_DIR", "_PROFILE", "_PATH", "GOOGLE_APPLICATION_CREDENTIALS")
 
 
-def credentials(environment: Mapping[str, str]) -> dict[str, str]:
-    """Select the variables that storage and tracking need: credentials and endpoints."""
+def credentials(environment: Mapping[str, str], *, with_files: bool = False) -> dict[str, str]:
+    """Select the variables that storage and tracking need: credentials and endpoints.
+
+    Args:
+        with_files: also those that name a profile or a file, because the processes run on this machine.
+    """
     return {
         name: value
         for name, value in environment.items()
         if name.startswith(CREDENTIAL_PREFIXES)
-        and not name.endswith(_LOCAL_SUFFIXES)
+        and (with_files or not names_file(name))
         and not any(word in name for word in _MACHINE_WORDS)
     }
+
+
+def names_file(name: str) -> bool:
+    """Whether a variable of storage or tracking names a file or a profile, which another machine does not have."""
+    return name.startswith(CREDENTIAL_PREFIXES) and name.endswith(_LOCAL_SUFFIXES)
 
 
 def without_keys(environment: Mapping[str, str], *, prefixes: tuple[str, ...]) -> dict[str, str]:
@@ -40,6 +49,6 @@ def variables_for(plan: Plan) -> dict[str, str]:
     return {name: os.environ[name] for name in variables_of(plan.templates) if name in os.environ}
 
 
-def environment_of(plan: Plan) -> dict[str, str]:
+def environment_of(plan: Plan, *, with_files: bool = False) -> dict[str, str]:
     """Return the environment variables of this process that a run's other processes need."""
-    return credentials(os.environ) | variables_for(plan)
+    return credentials(os.environ, with_files=with_files) | variables_for(plan)

@@ -172,6 +172,7 @@ class Driver:
     def _start_recorder(self) -> None:
         import ray
 
+        from forge.runtime.local_cluster import is_local_cluster
         from forge.runtime.recorder_actor import RecorderActor
 
         run_id = self._folder.name
@@ -184,7 +185,12 @@ class Driver:
             lifetime=None if self._plan.search else "detached",
             get_if_exists=True,
             resources=HEAD,
-        ).remote(str(self._folder), run_id, plan_to_json(self._plan), credentials(os.environ))
+        ).remote(
+            str(self._folder),
+            run_id,
+            plan_to_json(self._plan),
+            credentials(os.environ, with_files=is_local_cluster()),
+        )
         if is_new:  # otherwise this driver replaces one that was killed
             step = last_recorded_step(self._folder)
             self._record(

@@ -24,6 +24,7 @@ from forge.runs.reader import error_named
 from forge.runs.secrets import environment_of
 from forge.runtime.actor_names import HEAD, NAMESPACE, SUPERVISOR
 from forge.runtime.corpus_server import end_corpus_server
+from forge.runtime.local_cluster import is_local_cluster
 from forge.runtime.start_agent import agent_actors_of
 from forge.runtime.supervised_run import RunConfig, resource_of
 from forge.runtime.supervisor_actor import CLOSE_TIMEOUT_S, SupervisorActor, SupervisorConfig
@@ -59,7 +60,7 @@ def train_elastically(
             plan_json=plan_to_json(plan),
             secret=secrets.token_hex(32),
         ),
-        environment=environment_of(plan),
+        environment=environment_of(plan, with_files=is_local_cluster()),
         driver_command=command if address else (),
     )
     supervisor = SupervisorActor.options(  # type: ignore[attr-defined]

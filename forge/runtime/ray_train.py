@@ -23,6 +23,7 @@ from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.process import redirect_output
 from forge.runs.secrets import credentials
 from forge.runtime.corpus_server import end_corpus_server, ensure_inputs
+from forge.runtime.local_cluster import is_local_cluster
 from forge.runtime.recorder_actor import ActorReporter
 
 
@@ -79,7 +80,7 @@ def train_on_ray(plan: Plan, *, run_folder: Path, run_id: str, recorder: Any) ->
             "assignment": WorkerConfig(
                 run_folder=str(run_folder),
                 plan_json=plan_to_json(plan),
-                environment=credentials(os.environ),
+                environment=credentials(os.environ, with_files=is_local_cluster()),
             ),
             "recorder": recorder,
         },

@@ -32,6 +32,7 @@ from forge.runs.secrets import credentials
 from forge.runs.trials import Trial, TrialTable
 from forge.runtime.actor_names import HEAD, NAMESPACE
 from forge.runtime.corpus_server import end_corpus_server
+from forge.runtime.local_cluster import is_local_cluster
 from forge.runtime.supervised_run import resource_of
 from forge.search.encoding import config_values
 from forge.search.node_pool import NodePool
@@ -136,7 +137,7 @@ class SearchCoordinator:
         self.nodes = NodePool(
             search_id=folder.name,
             folder=str(folder),
-            environment=credentials(os.environ),
+            environment=credentials(os.environ, with_files=is_local_cluster()),
             num_ranks=self._search_plan.trials_at_once * plan.job.resources.workers.low,
         )
         self._runners: dict[int, str] = {}

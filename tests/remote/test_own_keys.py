@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from forge.config.cluster import SECTIONS
 from forge.config.load import LoadedJob
 from forge.config.locations import SourceMap
 from forge.errors import ArgumentError
+from forge.remote.local_credentials import local_credentials_note
 from forge.remote.submit import RemoteTarget, adapt_job, credentials_for
 from tests.support.jobs import tiny_job
 
@@ -102,3 +104,68 @@ def test_adapt_job__storage_that_the_role_does_not_reach__is_refused(storage: st
 )
 def test_adapt_job__storage_that_is_reached__is_kept(storage: str, to: str, found: str) -> None:
     assert adapted(storage, to) == found
+
+
+FILES = {
+    "AWS_PROFILE": "research",
+    "AWS_SHARED_CREDENTIALS_FILE": "/home/me/keys",
+    "GOOGLE_APPLICATION_CREDENTIALS": "/home/me/key.json",
+    "AZURE_CONFIG_DIR": "/home/me/azure",
+}
+
+
+def test_credentials_for__names_of_profiles_and_files__go_to_clusters_of_this_machine_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in FILES.items():
+        monkeypatch.setenv(name, value)
+    assert credentials_for(cluster("local")).items() >= FILES.items()
+    for provider in ("ssh", "kubernetes", "aws"):
+        assert not credentials_for(cluster(provider)).keys() & FILES.keys()
+
+
+@pytest.mark.parametrize(
+    ("url", "named", "how"),
+    [
+        (
+            "s3://bucket/runs",
+            "AWS_PROFILE and AWS_SHARED_CREDENTIALS_FILE refer",
+            "aws configure export-credentials",
+        ),
+        ("gs://bucket/runs", "GOOGLE_APPLICATION_CREDENTIALS refers", "copy the file to all machines"),
+        ("abfs://place/runs", "AZURE_CONFIG_DIR refers", "AZURE_STORAGE_CONNECTION_STRING"),
+    ],
+)
+def test_local_credentials_note__profile_or_file__names_it_and_how_to_send_keys(
+    url: str, named: str, how: str
+) -> None:
+    note = local_credentials_note(cluster("ssh"), url=url, environment=FILES)
+    assert note is not None
+    assert note.startswith(named)
+    assert f"the machines of 'big' reach {url} by a role or files of their own, or not at all" in note
+    assert how in note
+
+
+def test_local_credentials_note__default_file__is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_credentials_note(cluster("ssh"), url="s3://bucket/runs", environment={}) is None
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws" / "credentials").touch()
+    note = local_credentials_note(cluster("ssh"), url="s3://bucket/runs", environment={})
+    assert note is not None and note.startswith("~/.aws/credentials refers to credentials in files of this machine")
+
+
+@pytest.mark.parametrize(
+    ("provider", "url", "environment"),
+    [
+        ("ssh", "s3://bucket/runs", FILES | {"AWS_ACCESS_KEY_ID": "sent"}),
+        ("ssh", "/shared/runs", FILES),
+        ("ssh", "memory://runs", FILES),
+        ("aws", "s3://bucket/runs", FILES),  # its machines have a role
+        ("local", "s3://bucket/runs", FILES),
+    ],
+)
+def test_local_credentials_note__nothing_stays_behind__is_none(
+    provider: str, url: str, environment: dict[str, str]
+) -> None:
+    assert local_credentials_note(cluster(provider), url=url, environment=environment) is None

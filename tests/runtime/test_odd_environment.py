@@ -20,6 +20,7 @@ resources: {workers: 1..2}
 POISON = "import pathlib\npathlib.Path({marker!r}).touch()\nraise SystemExit('the current folder was imported')\n"
 POISONED = ("queue", "random", "tokenizers", "ray", "torch", "psutil", "yaml", "forge", "numpy", "typer", "wandb")
 _FORGE = [sys.executable, "-P", "-m", "forge.cli.app"]
+_UV_RUN = [str(Path(sys.executable).parent / "uv"), "run", "--offline", "--no-project", "--python", sys.executable]
 _AS_ANOTHER_USER = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
 
 
@@ -64,7 +65,7 @@ def test_train__everything_odd_at_once__finishes_and_imports_nothing_from_the_cu
     for name in POISONED:
         (folder / f"{name}.py").write_text(POISON.format(marker=str(marker)))
     done = subprocess.run(
-        [*as_another_user(), *_FORGE, "train", "job.yaml"],
+        [*as_another_user(), *_UV_RUN, *_FORGE, "train", "job.yaml"],
         cwd=folder,
         env=odd_environment(folder),
         stdin=subprocess.DEVNULL,
