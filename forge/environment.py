@@ -128,6 +128,13 @@ def expand_home(path: str) -> str:
         ) from None
 
 
+def looked_in(path: str | Path) -> str:
+    """Return ` (looked in FOLDER)` for a message about a relative path that does not exist, else nothing."""
+    with contextlib.suppress(OSError):  # the current folder was removed
+        return "" if Path(path).is_absolute() or str(path).startswith("~") else f" (looked in {Path.cwd()})"
+    return " (the current folder does not exist any more)"
+
+
 def is_writable(path: Path) -> bool:
     """Whether files can be created in a folder, or in the nearest one above it that exists; tried, not asked."""
     try:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from forge.chaos.trace import NodeChange, Trace, TraceBuilder
+from forge.environment import looked_in
 from forge.errors import ArgumentError, printable
 
 _MAX_FILE_BYTES = 64 << 20
@@ -61,7 +62,8 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     except UnicodeDecodeError:
         raise ArgumentError(f"{path}:{number}: expected text in UTF-8") from None
     except OSError as error:
-        raise ArgumentError(f"{path} cannot be read: {error.strerror or error}") from error
+        place = looked_in(path) if isinstance(error, FileNotFoundError) else ""
+        raise ArgumentError(f"{path} cannot be read: {error.strerror or error}{place}") from error
 
 
 def _parse_csv(text: str) -> tuple[NodeChange, float] | None:

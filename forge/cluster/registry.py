@@ -9,6 +9,7 @@ from forge.cluster.local.provider import LocalCluster
 from forge.cluster.local.ray_cluster import NAME
 from forge.config.cluster import SECTIONS, CloudSpec, ClusterSpec, KubernetesSpec, LocalSpec, SshSpec
 from forge.config.load import load_cluster
+from forge.environment import looked_in
 from forge.errors import ArgumentError, ClusterError, printable
 
 _NotLocal = SshSpec | CloudSpec | KubernetesSpec
@@ -86,8 +87,8 @@ def find_cluster(name: str | None) -> Cluster:
     if _is_file(name):
         return cluster_of_file(name)
     raise ArgumentError(
-        f"'{printable(name, limit=200)}' is neither a cluster that was started from here nor a file; known "
-        f"clusters: {_known()}"
+        f"'{printable(name, limit=200)}' is neither a cluster that was started from here nor a "
+        f"file{looked_in(name)}; known clusters: {_known()}"
     )
 
 

@@ -22,6 +22,7 @@ import yaml
 
 from forge.config.scalar import has_control_characters, resolve, url_problem, with_environment
 from forge.config.secret import SECRET_PROBLEM, is_secret
+from forge.environment import looked_in
 from forge.errors import JobFileError, printable
 
 _MAX_BYTES = 2**20
@@ -73,7 +74,7 @@ def read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
-        raise JobFileError("no such file", path=str(path)) from None
+        raise JobFileError(f"no such file{looked_in(path)}", path=str(path)) from None
     except IsADirectoryError:
         raise JobFileError("is a folder; give the path of a file in it", path=str(path)) from None
     except (OSError, ValueError) as error:

@@ -31,6 +31,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from forge.data.store import token_dtype
 from forge.data.tokenizer_files import TEMPLATE, further_files, further_templates, read_json
 from forge.data.word_pattern import word_pattern
+from forge.environment import looked_in
 from forge.errors import DataError
 
 EOT_TOKEN = "<|endoftext|>"
@@ -114,8 +115,7 @@ def load_tokenizer(location: str) -> TextTokenizer:
     """
     given = Path(location).expanduser()
     path = given / "tokenizer.json" if given.is_dir() else given
-    other = _other_format(given)
-    if other is not None:
+    if (other := _other_format(given)) is not None:
         raise DataError(
             f"data.tokenizer.from_pretrained: {other} is a tokenizer of another format (SentencePiece, tiktoken, "
             'or a list of words), and there is no tokenizer.json; convert it once: python -c "from transformers '
@@ -123,8 +123,8 @@ def load_tokenizer(location: str) -> TextTokenizer:
         )
     if not path.is_file():
         raise DataError(
-            f"data.tokenizer.from_pretrained: {path} does not exist. Give a tokenizer.json or the folder of one;"
-            f" one from the Hub comes with: hf download ORG/NAME --include 'tokenizer*' --local-dir FOLDER"
+            f"data.tokenizer.from_pretrained: {path} does not exist{looked_in(path)}. Give a tokenizer.json or its "
+            "folder; one from the Hub: hf download ORG/NAME --include 'tokenizer*' --local-dir FOLDER"
         )
     try:
         text = path.read_text(encoding="utf-8")

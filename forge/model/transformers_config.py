@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from forge.config.model import ModelSpec, size_problems
+from forge.environment import looked_in
 from forge.errors import ModelError, PlanError
 from forge.foreign import parse_json
 from forge.model.families.base import DataShape
@@ -74,7 +75,7 @@ def check_keys(spec: ModelSpec) -> None:
     else:
         folder = spec.from_pretrained or ""
         if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
-            raise ModelError("there is no such folder", key="from_pretrained")
+            raise ModelError(f"there is no such folder{looked_in(folder)}", key="from_pretrained")
         config = load_config(folder)
     known = _config_keys(config)
     unknown = [key for key in spec.config_overrides if key not in known]

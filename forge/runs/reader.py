@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forge import errors
+from forge.environment import looked_in
 from forge.errors import ArgumentError, ForgeError, PlanError, RunError, printable
 from forge.foreign import open_file, read_file
 from forge.plan.plan import Plan, plan_from_json
@@ -123,7 +124,7 @@ def _find_run(name: str, *, root: Path, is_search: bool | None) -> Path:
     known = ", ".join(folder.name for folder in folders[:5])
     elsewhere = "" if known or not read_index().runs else "; list the runs in other folders: forge runs list --all"
     raise ArgumentError(
-        f"no run '{printable(name, limit=80)}' under {root}"
+        f"no run '{printable(name, limit=80)}' under {root}{looked_in(root)}"
         + (f"; its runs are {known}" if known else f", which holds no runs{elsewhere}")
     )
 

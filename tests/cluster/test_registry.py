@@ -87,7 +87,7 @@ def test_find_known__path_or_odd_name__is_no_cluster(tmp_path: Path, state: Path
 
 def test_find_cluster__unknown_name__lists_the_known() -> None:
     write_record(ClusterRecord(name="lab", provider="ssh", spec=SPEC))
-    with pytest.raises(ArgumentError, match=r"'x' is neither .* nor a file; known clusters: local, lab"):
+    with pytest.raises(ArgumentError, match=r"'x' is neither .* nor a file .*; known clusters: local, lab"):
         find_cluster("x")
 
 
