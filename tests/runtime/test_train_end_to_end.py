@@ -11,17 +11,21 @@ import json
 import random
 import signal
 import subprocess
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
 from ray.util import get_node_ip_address
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import forge
 from forge.errors import RunError
 from forge.runs.reader import driver_pid, read_metrics, read_run
+from forge.runs.trackers.wandb_log import log_files
 from tests.support.command import environment, family, mentioning, start_forge, survivors, wait_for
 from tests.support.command import forge as run_forge
 from tests.support.ports import answers, open_ports
@@ -40,7 +44,7 @@ training:
   evaluate_every: 120 steps
 checkpoint: {{every: 25 steps}}
 resources: {{workers: 2, gpu: none}}
-tracking: {{wandb: {{mode: offline}}}}
+tracking: {{wandb: {{mode: offline}}, tensorboard: true}}
 """
 TEXT = "the cat sat on a mat and saw one dog run past his old red barn while rain fell down hard"
 
@@ -135,7 +139,7 @@ def disturbed(home: Path) -> dict[str, Execution]:
     """The interrupted run, resumed from its newest checkpoint each time."""
     setting = ("--set", "checkpoint.to=trouble")
 
-    interrupted = begin(home, "job.yaml", *setting, runs="trouble")
+    interrupted = begin(home, "job.yaml", *setting, "--set", "tracking.mlflow.experiment=tiny", runs="trouble")
     interrupted.reach(20)
     interrupted.process.send_signal(signal.SIGINT)
     interrupted.end()
@@ -212,7 +216,8 @@ class TestUndisturbed:
 
     def test_run_folder__finished__has_all_files_and_logs(self, whole: Execution) -> None:
         there = {path.name for path in whole.folder.iterdir()}
-        assert there >= {"job.yaml", "plan.json", "events.jsonl", "metrics.jsonl", "checkpoints", "wandb"}
+        assert there >= {"job.yaml", "plan.json", "events.jsonl", "metrics.jsonl", "checkpoints"}
+        assert there >= {"wandb", "tensorboard"}
         logs = {path.stem for path in (whole.folder / "logs").iterdir()}
         agents = {name for name in logs if name.startswith("agent-")}
         assert logs - agents == {"driver", "recorder", "supervisor", "fork-server", "rank-0", "rank-1"}
@@ -285,6 +290,18 @@ class TestInterrupted:
         assert (run.code, run.status) == (0, "finished"), run.err
         assert [record["step"] for record in read_metrics(run.folder)] == list(range(1, TOTAL_STEPS + 1))
         assert losses(run.folder) == losses(whole.folder)
+
+    def test_trackers__interrupted_and_resumed__every_step_once(self, disturbed: dict[str, Execution]) -> None:
+        folder, steps = disturbed["finished"].folder, Counter(range(1, TOTAL_STEPS + 1))
+        files = log_files(folder, run_id=folder.name)
+        assert 2 <= len(files) <= 4, "a killed start may have left none"
+        assert Counter(row["step"] for path in files for row in read_history(path)) == steps
+        events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+        assert Counter(event.step for event in events.Scalars("train/loss")) == steps
+        client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+        (run,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+        assert Counter(value.step for value in client.get_metric_history(run.info.run_id, "train/loss")) == steps
+        assert run.info.status == "FINISHED" and "worker" in run.data.tags["forge.events"]
 
     def test_repeated_steps__after_resuming__have_the_same_losses(
         self, disturbed: dict[str, Execution], whole: Execution
