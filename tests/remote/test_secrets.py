@@ -15,6 +15,8 @@ from forge.runs.secrets import credentials
 
 _ENVIRONMENT = {
     "WANDB_API_KEY": "wandb-0123456789",
+    "MLFLOW_TRACKING_TOKEN": "mlflow-0123456789",
+    "MLFLOW_TRACKING_URI": "https://mlflow.example.com",
     "AWS_SECRET_ACCESS_KEY": "aws-secret-0123456789",
     "AWS_ENDPOINT_URL": "http://127.0.0.1:5000",
     "AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1338",
@@ -26,7 +28,10 @@ _ENVIRONMENT = {
 
 
 def test_credentials__environment__keeps_secrets_and_endpoints_only() -> None:
-    assert set(credentials(_ENVIRONMENT)) == {"WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"}
+    assert set(credentials(_ENVIRONMENT)) == {
+        *("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_URI"),
+        *("AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"),
+    }
 
 
 def test_redacted__text_with_secrets__hides_them_and_keeps_endpoints() -> None:
