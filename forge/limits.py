@@ -51,6 +51,11 @@ def free_memory_bytes(root: Path = _ROOT) -> int:
     return max(0, min([free, *(limit - used for limit, used in _memory(root))]))
 
 
+def out_of_memory_kills(root: Path = _ROOT) -> int:
+    """How many processes the kernel has killed on this machine since it started, because memory ran out."""
+    return _statistic(root / "proc/vmstat", "oom_kill")
+
+
 def _available_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):

@@ -113,6 +113,15 @@ def test_require_loopback__it_is_down__says_so_at_once(monkeypatch: pytest.Monke
         require_loopback()
 
 
+def test_require_loopback__network_namespace_without_loopback__says_so() -> None:
+    look = [sys.executable, "-c", "from forge.environment import require_loopback; require_loopback()"]
+    apart = ["unshare", "--net"]
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("a network namespace needs root")
+    done = subprocess.run([*apart, *look], capture_output=True, text=True, timeout=20, check=False)
+    assert "this machine does not reach itself at 127.0.0.1: Network is unreachable" in done.stderr
+
+
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX"}, {"LANG": "C"}])
 def test_locale__not_utf8__prints_and_reads_every_character(tmp_path: Path, locale: dict[str, str]) -> None:
     (tmp_path / "jöb.yaml").write_text("näme: ü\n", encoding="utf-8")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from forge.limits import free_memory_bytes, usable_cpus, usable_memory_bytes
+from forge.elastic.workers.worker_group import killed_reason
+from forge.limits import free_memory_bytes, out_of_memory_kills, usable_cpus, usable_memory_bytes
 
 GIB = 2**30
 NUM_CPUS = len(os.sched_getaffinity(0))
@@ -85,3 +86,17 @@ def test_usable_cpus__affinity_to_one_cpu__is_one() -> None:
         f"import os; os.sched_setaffinity(0, [{cpu}]); from forge.limits import usable_cpus; print(usable_cpus())"
     )
     assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=True).stdout == b"1\n"
+
+
+def test_out_of_memory_kills__of_the_kernel__are_counted(tmp_path: Path) -> None:
+    root = tree(tmp_path, V2, {"proc/vmstat": "pgfault 12\noom_kill 4\noom_kill_disable 9\n"})
+    assert out_of_memory_kills(root) == 4
+    assert out_of_memory_kills(tmp_path / "without") == 0  # an older kernel does not say
+    assert out_of_memory_kills() >= 0
+
+
+def test_killed__kernel_ran_out_of_memory_meanwhile__says_so_with_the_numbers() -> None:
+    assert killed_reason(num_kills_before=out_of_memory_kills()) == "its process was killed"
+    reason = killed_reason(num_kills_before=out_of_memory_kills() - 1)
+    assert "the kernel's out-of-memory killer was at work on its machine meanwhile (" in reason
+    assert "use fewer workers there, or a machine with more memory" in reason

@@ -24,8 +24,8 @@ data, so a test can replay any history. Times are seconds of one clock, passed w
 
 A generation continues from the newest step of which every rank's snapshot is complete in some node's memory, or
 from storage if that is newer. A node with a preemption notice is used until the time left is what a planned change
-needs. A preemption is not a failure: only generations that break before their first step while no node is lost
-count against the failure budget.
+needs. A preemption is not a failure: only generations that break while no node is lost, before their first step or
+before a step of theirs is kept, count against the failure budget.
 
 The module is long because it contains the response to every event of a run.
 """
@@ -79,6 +79,8 @@ QUARANTINE_S = 60.0
 YIELD_S = 15.0
 # Generations in a row that may break by themselves before their first step.
 MAX_STARTUP_FAILURES = 3
+# Generations in a row that may break by themselves, after their first step, before any step of theirs is kept.
+MAX_FRUITLESS = 8
 # How long a restarted supervisor waits for the agents of the generation it finds.
 RECOVERY_S = 4.0
 _HAS_RANKS = (Phase.STARTING, Phase.TRAINING, Phase.DRAINING)
@@ -346,6 +348,8 @@ def _break(state: MembershipState, now: float, *, cause: str, reason: str, silen
     """Stop a generation that cannot continue, and report why."""
     if state.phase is Phase.STARTING and cause != "loss":
         state = replace(state, failure=reason)
+    if state.phase is not Phase.DRAINING and cause == "failure":
+        state = replace(state, break_reason=reason)
     change = ChangeMembership(generation=state.generation, cause=cause, reason=reason, silent_s=silent_s)
     # A planned change was reported when draining began; it is not reported again if a rank breaks instead.
     reported = () if state.phase is Phase.DRAINING else (change,)
@@ -371,14 +375,37 @@ def _after_stop(state: MembershipState, now: float) -> Decision:
     if num_failures >= MAX_STARTUP_FAILURES:
         reason = f"{num_failures} generations in a row broke before their first step; the last: {state.failure}"
         return replace(state, phase=Phase.DONE), (FailRun(error="RunError", reason=reason),)
+    num_fruitless = _count_fruitless(state)
+    if num_fruitless >= MAX_FRUITLESS:
+        reason = (
+            f"{num_fruitless} generations in a row broke before any step after step {state.from_step} was kept; "
+            f"the last: {state.break_reason}"
+        )
+        return replace(state, phase=Phase.DONE), (FailRun(error="RunError", reason=reason),)
     former_size = len(state.assignment)
     state = replace(
-        state, phase=Phase.WAITING, num_failures=num_failures, failure="", assignment=(), ended_ranks=frozenset()
+        state,
+        phase=Phase.WAITING,
+        num_failures=num_failures,
+        num_fruitless=num_fruitless,
+        failure="",
+        break_reason="",
+        assignment=(),
+        ended_ranks=frozenset(),
     )
     state, actions = _wait(replace(state, flushing=None), now, former_size=former_size)
     if state.phase is not Phase.WAITING:
         return state, actions
     return state, (WaitForNodes(have=_usable_slots(state, now), need=state.min_workers), *actions)
+
+
+def _count_fruitless(state: MembershipState) -> int:
+    """Count the generations in a row that broke by themselves and kept no step; a lost node does not count."""
+    found = newest_complete_step(state)
+    newest = max(state.stored_step, found.step if found is not None else 0)
+    if newest > state.from_step:
+        return 0
+    return state.num_fruitless + bool(state.break_reason and not state.has_lost_node)
 
 
 def _wait(state: MembershipState, now: float, *, former_size: int = 0) -> Decision:
@@ -420,6 +447,7 @@ def _start(state: MembershipState, now: float, *, former_size: int = 0) -> Decis
         state,
         phase=Phase.STARTING,
         generation=start.generation,
+        from_step=start.step,
         assignment=assignment,
         ended_ranks=frozenset(),
         has_lost_node=False,

@@ -101,6 +101,12 @@ class MembershipState:
     """Generations in a row that broke by themselves before their first step."""
     failure: str = ""
     """Why the generation broke before its first step, if it did."""
+    break_reason: str = ""
+    """Why the generation broke by itself, before or after its first step, if it did."""
+    from_step: int = 0
+    """The step that the generation continues from."""
+    num_fruitless: int = 0
+    """Generations in a row that broke by themselves before any step of theirs was kept."""
     has_lost_node: bool = False
     """A node was lost since the generation started, so its end may not be its own fault."""
     flushing: ReplicatedStep | None = None

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from forge.elastic.membership import MAX_STARTUP_FAILURES, RECOVERY_S, YIELD_S, decide
+from forge.elastic.membership import MAX_FRUITLESS, MAX_STARTUP_FAILURES, RECOVERY_S, YIELD_S, decide
 from forge.elastic.states import (
     Action,
     AgentAttached,
@@ -178,6 +178,10 @@ class World:
                 assert step <= self.stored_step
                 assert self.is_stop_requested or step == TOTAL_STEPS
                 assert newest(complete_steps(known(self.state))) <= step
+            case FailRun(reason=reason) if "was kept" in reason:
+                self.is_over = True
+                assert len(self.generations) >= MAX_FRUITLESS
+                assert newest(complete_steps(known(self.state))) <= self.state.from_step
             case FailRun():
                 self.is_over = True
                 since = [g for number, g in self.generations.items() if number > self.last_started]

@@ -9,6 +9,7 @@ import pytest
 
 from forge.elastic.membership import (
     JOIN_WINDOW_S,
+    MAX_FRUITLESS,
     MAX_STARTUP_FAILURES,
     QUARANTINE_S,
     RECOVERY_S,
@@ -638,6 +639,32 @@ def test_startup_failures__after_first_step__not_counted() -> None:
     scenario.on(ended(0))
     scenario.stopped("a", "b")
     assert scenario.state.num_failures == 0
+
+
+def break_while_training(scenario: Scenario, *, is_lost: bool = False) -> list[Action]:
+    """The first step is made, then a rank breaks before a snapshot; with `is_lost`, its node is lost too."""
+    scenario.on(GenerationReady(generation=scenario.state.generation))
+    return break_while_starting(scenario, is_lost=is_lost)
+
+
+def test_failures__no_step_is_ever_kept__fail_the_run() -> None:
+    scenario = training("a", "b")
+    for _ in range(MAX_FRUITLESS - 1):
+        assert starts(break_while_training(scenario))
+    (fail,) = break_while_training(scenario)
+    assert isinstance(fail, FailRun)
+    assert "8 generations in a row broke before any step after step 0 was kept" in fail.reason
+    assert "out of memory" in fail.reason
+
+
+def test_failures__a_step_is_kept_or_a_node_is_lost__go_on() -> None:
+    scenario = training("a", "b")
+    for step in range(1, 3 * MAX_FRUITLESS):
+        scenario.on(CheckpointCommitted(step=step))
+        assert starts(break_while_training(scenario))
+    for _ in range(3 * MAX_FRUITLESS):
+        assert starts(break_while_training(scenario, is_lost=True))
+        scenario.on(came("b"))
 
 
 # --- connections

@@ -24,6 +24,17 @@ _UV_RUN = [str(Path(sys.executable).parent / "uv"), "run", "--offline", "--no-pr
 _AS_ANOTHER_USER = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
 
 
+_APART = ["unshare", "--mount", "--net", "sh", "-c"]
+_ENTER = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && ip link set lo up && exec "$@"'
+"""A container with Docker's default of shared memory, and without any network but loopback."""
+
+
+def in_a_container() -> list[str]:
+    """Return what runs a command with little shared memory and no network; nothing if this user may not."""
+    can = subprocess.run([*_APART, _ENTER, "sh", "true"], capture_output=True, check=False).returncode == 0
+    return [*_APART, _ENTER, "sh"] if can else []
+
+
 def as_another_user() -> list[str]:
     """Return what runs a command as a user id without a passwd entry; nothing if the kernel does not allow it."""
     try:
@@ -65,7 +76,7 @@ def test_train__everything_odd_at_once__finishes_and_imports_nothing_from_the_cu
     for name in POISONED:
         (folder / f"{name}.py").write_text(POISON.format(marker=str(marker)))
     done = subprocess.run(
-        [*as_another_user(), *_UV_RUN, *_FORGE, "train", "job.yaml"],
+        [*in_a_container(), *as_another_user(), *_UV_RUN, *_FORGE, "train", "job.yaml"],
         cwd=folder,
         env=odd_environment(folder),
         stdin=subprocess.DEVNULL,

@@ -27,8 +27,9 @@ from forge.elastic.states import EndReason
 from forge.elastic.workers.fork_client import ForkServer, ForkServerPool
 from forge.elastic.workers.status_page import StatusField, StatusPage, create_status_page
 from forge.events import CheckpointSaved, GenerationStarted
-from forge.limits import usable_cpus
+from forge.limits import free_memory_bytes, out_of_memory_kills, usable_cpus, usable_memory_bytes
 from forge.process import is_suspended
+from forge.units import format_bytes
 
 _RETRY_S = 0.2
 # A process whose socket is closed is reaped within this time.
@@ -49,6 +50,8 @@ class _Worker:
     started_ns: int = field(default_factory=time.monotonic_ns)
     send_began_ns: int = 0
     """The agent's CPU time when it began to replicate the last snapshot."""
+    num_memory_kills: int = field(default_factory=out_of_memory_kills)
+    """Of the kernel on this machine, when the rank was started."""
     pid: int | None = None
     replicator: Replicator | None = None
     has_reported_end: bool = False
@@ -336,13 +339,25 @@ class WorkerGroup:
             await asyncio.wait_for(worker.is_gone.wait(), timeout=_REAP_S)
         if not worker.has_reported_end:
             worker.has_reported_end = True
-            await self._report_end(worker, EndReason.BROKEN, step=0, reason="its process was killed", error="")
+            reason = killed_reason(num_kills_before=worker.num_memory_kills)
+            await self._report_end(worker, EndReason.BROKEN, step=0, reason=reason, error="")
 
     async def _report_end(self, worker: _Worker, end: str, **details: Any) -> None:
         await self._report(report="ended", generation=worker.generation, rank=worker.rank, end=str(end), **details)
 
     def _running(self) -> dict[int, _Worker]:
         return {rank: worker for rank, worker in self._workers.items() if not worker.is_gone.is_set()}
+
+
+def killed_reason(*, num_kills_before: int) -> str:
+    """Why a rank ended without a report, and whether it may be for want of memory."""
+    if out_of_memory_kills() <= num_kills_before:
+        return "its process was killed"
+    free, all_of_it = format_bytes(free_memory_bytes()), format_bytes(usable_memory_bytes())
+    return (
+        "its process was killed, and the kernel's out-of-memory killer was at work on its machine meanwhile "
+        f"({free} of {all_of_it} are free now): use fewer workers there, or a machine with more memory"
+    )
 
 
 def _note_replicated(worker: _Worker, step: int) -> None:
