@@ -25,7 +25,6 @@ from benchmarks.report import cpu_model
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEADING = "## Soak runs"
-GROUP_LIMIT_S = 1800.0
 _FUZZ_S = 240
 """Time for each kind of mutated input, where `make test` takes ten seconds."""
 
@@ -36,6 +35,7 @@ class Group:
 
     name: str
     tests: tuple[str, ...]
+    limit_s: float = 1800.0
 
 
 GROUPS = (
@@ -61,8 +61,10 @@ GROUPS = (
     Group(name="searches", tests=("tests/elastic/test_tune.py", "tests/search")),
     Group(name="remote runs", tests=("tests/remote",)),
     Group(name="end to end", tests=("tests/runtime", "--ignore=tests/runtime/test_budget_run.py")),
+    Group(name="trackers and replays", tests=("tests/runs", "tests/chaos")),
     Group(name="benchmarks", tests=("tests/benchmarks/test_benchmarks_run.py",)),
-    Group(name="fuzzing", tests=("tests/fuzz", "-mnot slow")),  # for FORGE_FUZZ_SECONDS per kind of input
+    # For FORGE_FUZZ_SECONDS per kind of input.
+    Group(name="fuzzing", tests=("tests/fuzz", "-mnot slow"), limit_s=6 * _FUZZ_S + 1800.0),
     Group(name="training and checkpoints", tests=("tests/train", "tests/checkpoint", "tests/data", "tests/cli")),
 )
 
@@ -92,7 +94,7 @@ def main() -> int:
     results = []
     for group in GROUPS:
         if group.name in options.only:
-            results.append(run_group(group, limit_s=GROUP_LIMIT_S))
+            results.append(run_group(group, limit_s=group.limit_s))
             print(table_row(results[-1]), flush=True)
     append_table(options.results, table(results))
     return 0 if all(result.is_clean for result in results) else 1
