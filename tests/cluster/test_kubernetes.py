@@ -305,7 +305,16 @@ RAY_SAYS = {
             }
         }
     },
-    "/nodes": {"data": {"nodeLogicalResources": {"cc": "6.0/8.0 CPU"}}},
+    "/api/v0/placement_groups": {
+        "data": {
+            "result": {
+                "result": [{"state": "CREATED", "bundles": [{"node_id": "cc", "unit_resources": {"CPU": 4.0}}]}]
+            }
+        }
+    },
+    "/nodes": {
+        "data": {"nodeLogicalResources": {"cc": "2.0/8.0 CPU (0.0 used of 4.0 reserved in placement groups)"}}
+    },
     "/api/v0/actors": {"data": {"result": {"result": [{"name": "supervisor-run-1", "state": "ALIVE"}]}}},
 }
 
