@@ -26,9 +26,11 @@ from forge.elastic.record_forwarder import RecorderClient, RecordForwarder
 from forge.elastic.replicas.flush import flush_shard
 from forge.elastic.replicas.store import ReplicaStore, locations_record
 from forge.elastic.rpc import Channel, Endpoint, Listener, Message, connect
+from forge.elastic.states import EndReason
 from forge.elastic.workers.fork_client import ForkServerPool
 from forge.elastic.workers.status_page import StatusField
 from forge.elastic.workers.worker_group import WorkerGroup
+from forge.errors import RunError
 from forge.pricing.budget import read_price
 
 # How long an agent lives without a supervisor: longer than Ray needs to restart one.
@@ -36,6 +38,7 @@ _MAX_ALONE_S = 60.0
 # The same, if Ray answers that the supervisor does not exist instead of that it is being restarted.
 _MAX_ALONE_NO_SUPERVISOR_S = 5.0
 _RETRY_S = 0.2
+_RECORDS_RETRY_S = 1.0
 _FIRST_HEARTBEAT_S = 0.25
 
 
@@ -83,7 +86,7 @@ class Agent:
         self._listener = Listener(host=self._config.host, secret=self._secret, serve=self._store.serve)
         self._rendezvous = _listen(self._config.host)
         self._tasks.start(self._workers.keep_fork_server())
-        self._tasks.start(self._forwarder.run())
+        self._tasks.start(self._forward_records())
         self._tasks.start(self._follow_supervisor())
         self._tasks.start(watch(os.environ, self._preemption_noticed))
         try:
@@ -246,6 +249,21 @@ class Agent:
             await self._report(report="flushed", step=command["step"], stored=sorted(stored.items()))
 
     # --- records and notices
+
+    async def _forward_records(self) -> None:
+        """Forward records; if the recorder cannot write them, the run must end: training would go on unrecorded."""
+        while True:
+            try:
+                await self._forwarder.run()
+            except RunError as error:
+                sys.stderr.write(f"{error}\n")
+                failed = {"step": 0, "reason": str(error), "error": "RunError"}
+                for rank in self._workers.world_sizes:
+                    generation = self._workers.generation
+                    await self._report(
+                        report="ended", generation=generation, rank=rank, end=str(EndReason.FAILED), **failed
+                    )
+                await asyncio.sleep(_RECORDS_RETRY_S)
 
     def _recorded(self, step: int) -> None:
         self._workers.set_recorded_step(step)

@@ -21,6 +21,7 @@ from forge.elastic.agent import Agent, NoSupervisorError
 from forge.elastic.agent_config import AgentConfig
 from forge.elastic.rpc import Endpoint
 from forge.elastic.workers.fork_client import ForkServerPool
+from forge.errors import RunError
 from forge.events import Event, NodeLeft, StepMetrics
 from forge.pricing.budget import read_price
 from forge.process import raise_descriptor_limit, redirect_output
@@ -159,7 +160,10 @@ class _RecorderActorClient:
         self._recorder, self._run_folder = recorder, run_folder
 
     async def write(self, records: list[tuple[str, Event | StepMetrics]]) -> None:
-        await self._recorder.write.remote(records, self._run_folder)
+        try:
+            await self._recorder.write.remote(records, self._run_folder)
+        except ray.exceptions.RayTaskError as error:
+            raise RunError(f"the run's events and metrics cannot be written: {error.cause}") from error
 
 
 async def _endpoint_of(supervisor: str) -> Endpoint:

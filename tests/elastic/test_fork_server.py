@@ -28,6 +28,7 @@ from forge.elastic.rpc import Channel, Endpoint, Listener, Message, pack
 from forge.elastic.states import ReplicaLocation
 from forge.elastic.workers.fork_client import ForkServerPool
 from forge.elastic.workers.status_page import StatusField, StatusPage, create_status_page
+from forge.errors import RunError
 from forge.events import CheckpointSaved, Event, StepMetrics
 from forge.plan.plan import plan_to_json
 from tests.support.command import survivors
@@ -137,8 +138,13 @@ class Recorder:
     def __init__(self) -> None:
         self.records: list[tuple[str, Event | StepMetrics]] = []
         self._has_report = asyncio.Event()
+        self.failure: RunError | None = None
+        """Raised by the next `write`."""
 
     async def write(self, records: list[tuple[str, Event | StepMetrics]]) -> None:
+        if (failure := self.failure) is not None:
+            self.failure = None
+            raise failure
         self.records += records
         self._has_report.set()
 
@@ -305,6 +311,21 @@ def test_agent__drain__no_step_lost(agent: AgentUnderTest) -> None:
         assert agent.recorder.steps == list(range(1, step + 1))
 
     agent.run(leave())
+
+
+def test_agent__recorder_cannot_write__reported_as_failed_and_records_are_kept(agent: AgentUnderTest) -> None:
+    async def fail() -> None:
+        await agent.start(1)
+        await agent.recorder.until_step(2)
+        agent.recorder.failure = RunError("the run's events and metrics cannot be written: disk gone")
+        failed = await agent.supervisor.ended(0)
+        assert (failed["end"], failed["error"]) == ("failed", "RunError")
+        assert failed["reason"] == "the run's events and metrics cannot be written: disk gone"
+        await agent.recorder.until_step(6)
+        assert agent.recorder.steps == list(range(1, max(agent.recorder.steps) + 1))
+        await agent.supervisor.stop()
+
+    agent.run(fail())
 
 
 def test_agent__rank_killed__reported_as_broken(agent: AgentUnderTest) -> None:

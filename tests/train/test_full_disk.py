@@ -63,15 +63,15 @@ def checkpoints_in(folder: Path) -> list[str]:
 
 def test_train__disk_without_room_for_one_more__ends_with_the_newest(corpus: CorpusInfo, small_disk: Path) -> None:
     resize(small_disk, "900k")  # for two, not for three
-    plan = plan_to_json(tiny_plan(corpus, training__total_steps=12, checkpoint={"every": "2 steps", "keep": 3}))
+    plan = plan_to_json(tiny_plan(corpus, training__total_steps=150, checkpoint={"every": "2 steps", "keep": 3}))
     recording = on_ranks(train_on_small_disk, plan, str(small_disk), None, world_size=2)[0]
     saved = [event for event in recording.events if isinstance(event, CheckpointSaved)]
-    assert saved[-1].step == 12
+    assert saved[-1].step == 150
     removed = [step for event in saved for step in event.removed]
     assert removed == [event.step for event in saved[: len(removed)]]  # oldest first
     assert len(removed) >= 1
     assert not [event for event in recording.events if isinstance(event, CheckpointFailed)]
-    assert checkpoints_in(small_disk)[0] == "step-00000012"
+    assert checkpoints_in(small_disk)[0] == "step-00000150"
 
 
 def test_train__disk_full_at_the_end__waits_for_space(corpus: CorpusInfo, small_disk: Path) -> None:
