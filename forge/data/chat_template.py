@@ -13,10 +13,15 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import psutil
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -31,6 +36,38 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_TEXT_CHARS = 1 << 26
 """A conversation renders to less than a few times its own length; a template with a loop can write without end."""
+
+
+MAX_RENDER_S = 5.0
+_MAX_RENDER_BYTES = 2**30
+
+
+class _TemplateTooSlowError(Exception):
+    """A template was stopped at its time limit."""
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Limit the time and the memory of what a template does; only in the main thread, which receives the alarm."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise _TemplateTooSlowError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = psutil.Process().memory_info().data + _MAX_RENDER_BYTES
+    before, timer = signal.signal(signal.SIGALRM, stop), (0.0, 0.0)
+    try:
+        if soft == resource.RLIM_INFINITY or soft > most:
+            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+        timer = signal.setitimer(signal.ITIMER_REAL, MAX_RENDER_S)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,13 +174,16 @@ class ChatTemplate:
 
     def _rendered(self, conversation: Conversation, *, messages: Sequence[Message], **options: Any) -> Any:
         try:
-            return render_jinja_template(
-                conversations=[list(messages)],
-                tools=list(conversation.tools) or None,
-                chat_template=self.source,
-                **options,
-                **self.variables,
-            )
+            with _bounded():
+                return render_jinja_template(
+                    conversations=[list(messages)],
+                    tools=list(conversation.tools) or None,
+                    chat_template=self.source,
+                    **options,
+                    **self.variables,
+                )
+        except (_TemplateTooSlowError, MemoryError):
+            raise ValueError(f"the chat template takes more than {MAX_RENDER_S:.0f} s or 1 GB for it") from None
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from None
         except (

@@ -34,12 +34,12 @@ from forge.data.cache_index import (
 )
 from forge.data.corpus import Document
 from forge.data.example_store import ExampleRows
+from forge.data.format_process import write_examples_in_process
 from forge.data.prepare_examples import chat_settings, write_examples
 from forge.data.rows import RowStore, StreamRows
 from forge.data.store import Packer, Split, TokenStream
 from forge.data.tokenizer import TextTokenizer, encode_batches, load_tokenizer, train_tokenizer
 from forge.data.unigram import unigram_perplexity
-from forge.data.user_format import write_user_examples
 from forge.errors import DataError
 from forge.fs import sync_folder
 from forge.limits import usable_cpus
@@ -240,8 +240,8 @@ def _write_cache(
     if spec.packing == "concatenate":
         index = _write_streams(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=report)
     else:
-        is_own = is_reference(spec.format)
-        write = partial(write_user_examples, code_digest=code_digest) if is_own else write_examples
+        is_apart = is_reference(spec.format) or spec.format == "chat"
+        write = partial(write_examples_in_process, code_digest=code_digest) if is_apart else write_examples
         index = write(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=_progress_of(report))
     files = {"tokenizer/tokenizer.json": tokenizer.content, "tokenizer/tokenizer_config.json": tokenizer.config}
     files |= {f"tokenizer/{name}": text for name, text in tokenizer.files.items()}

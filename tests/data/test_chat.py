@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from forge.data import chat_template
 from forge.data.conversations import conversation_of
 from forge.data.formats.base import ChatSettings, Example, FormatContext
 from forge.data.formats.chat import ChatFormat
@@ -287,6 +290,25 @@ def test_chat__template_that_cannot_show_it__names_the_record(
 ) -> None:
     with pytest.raises(DataError, match=f"^/data/a.jsonl:7: .*{message}"):
         examples(format_of(folder, template), messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 20000000000 }}",
+        "{% set n = namespace(t='x' * 1000) %}{% for i in range(99) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
+    ],
+)
+def test_chat__template_that_takes_time_or_memory_without_end__is_stopped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.5)
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(DataError, match=r"^/data/a.jsonl:7: the chat template takes more than"):
+        examples(format_of(folder, template), TURNS)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_chat__tokenizer_without_a_template__is_refused_with_what_to_do(folder: Path) -> None:

@@ -1,9 +1,10 @@
-"""Prepare examples with a format of the user's own, in a subprocess.
+"""Prepare examples in a subprocess: with a format of the user's own, or with a chat template.
 
-    python -P -m forge.data.user_format < request.json
+    python -P -m forge.data.format_process < request.json
 
-User code may import torch, print, or end its process, and the client that prepares the data must do none of these.
-What user code prints goes to stderr. The answers on stdout are lines of JSON: the progress, then the end.
+User code may import torch, print, or end its process, and a chat template may take memory and time without end; the
+client that prepares the data must do none of these. What user code prints goes to stderr. The answers on stdout are
+lines of JSON: the progress, then the end.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from forge.user_code import use_code
 _ERRORS = {"DataError": DataError, "UserCodeError": UserCodeError}
 
 
-def write_user_examples(
+def write_examples_in_process(
     spec: DataSpec,
     *,
     folder: Path,
@@ -38,7 +39,10 @@ def write_user_examples(
     code_digest: str | None,
     report: Callable[[int, int, int], None],
 ) -> CacheIndex:
-    """As `write_examples`, for a format in the code of this digest.
+    """As `write_examples`.
+
+    Args:
+        code_digest: of the code that the format is in; None for a built-in one.
 
     Raises: DataError, UserCodeError, OSError.
     """
@@ -50,7 +54,7 @@ def write_user_examples(
         "digest": digest,
         "tokenizer": asdict(tokenizer),
     }
-    command = [sys.executable, "-P", "-m", "forge.data.user_format"]
+    command = [sys.executable, "-P", "-m", "forge.data.format_process"]
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert process.stdin is not None and process.stdout is not None

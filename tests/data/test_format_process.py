@@ -1,4 +1,4 @@
-"""forge.data.user_format: examples of the user's own format are prepared in a subprocess."""
+"""forge.data.format_process: examples of the user's own format are prepared in a subprocess."""
 
 from __future__ import annotations
 
@@ -121,5 +121,5 @@ def test_prepare__interrupted__ends_the_subprocess(home: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         prepare(spec_of(home), cache_dir=home / "cache", code_digest=unpacked(FORMAT), on_progress=interrupt)
-    assert not [child for child in psutil.Process().children() if "forge.data.user_format" in child.cmdline()]
+    assert not [child for child in psutil.Process().children() if "forge.data.format_process" in child.cmdline()]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
