@@ -304,11 +304,11 @@ def test_chat__template_that_takes_time_or_memory_without_end__is_stopped(
     folder: Path, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
     monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.5)
-    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    limits, timer = resource.getrlimit(resource.RLIMIT_DATA), signal.getitimer(signal.ITIMER_REAL)[0]
     with pytest.raises(DataError, match=r"^/data/a.jsonl:7: the chat template takes more than"):
         examples(format_of(folder, template), TURNS)
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 1) == (timer > 1), "pytest's own timer goes on"
 
 
 def test_chat__tokenizer_without_a_template__is_refused_with_what_to_do(folder: Path) -> None:
