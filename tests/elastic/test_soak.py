@@ -103,6 +103,11 @@ class Faults:
         return self.run.agent(str(self._random_rank()["node"]))
 
 
+def num_losses(run: Run) -> int:
+    """Changes without notice so far, each of which may repeat a step."""
+    return sum(change["cause"] in ("loss", "hang", "failure") for change in run.of("MembershipChangeStarted"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_soak__random_faults__at_most_one_step_repeated_each(tmp_path: Path, pytestconfig: pytest.Config) -> None:
@@ -117,14 +122,15 @@ def test_soak__random_faults__at_most_one_step_repeated_each(tmp_path: Path, pyt
         for number in range(num_faults):
             time.sleep(faults_in_run.random.uniform(0.0, 4.0))
             fault = faults_in_run.kinds[number % len(faults_in_run.kinds)]
-            before, began = len(run.repeated()), time.monotonic()
+            before, losses_before, began = len(run.repeated()), num_losses(run), time.monotonic()
             fault()
             run.await_steps(3)
             repeated = len(run.repeated()) - before
             worst = max(worst, repeated)
             counts[fault.__name__] += 1
             print(f"{number + 1:3} {fault.__name__:18} {time.monotonic() - began:5.1f} s, repeated {repeated}")
-            assert repeated <= 1, fault.__name__
+            # A starved machine can lose a node to its silence while it recovers from the fault.
+            assert repeated <= max(1, num_losses(run) - losses_before), fault.__name__
         stop_run(run)
         assert leftovers(run) == []
     records = read_metrics(run.folder)
