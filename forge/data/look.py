@@ -45,7 +45,8 @@ def look_at_corpus(spec: DataSpec, *, special_tokens: Sequence[str] = ()) -> Cor
         files = StdlibSource(text_key=spec.text_key).files()
         listed = [Matched(pattern=str(spec.source), files=tuple(files), skipped=())]
         kinds = [{"Python source": len(files)}]
-        return CorpusFiles(patterns=tuple(map(_pattern_files, listed, kinds)), num_sampled=0)
+        patterns = tuple(map(_pattern_files, listed, kinds))
+        return CorpusFiles(patterns=patterns, num_sampled=0, folder=str(Path.cwd()))
     columns = (spec.text_key,) if spec.format == "text" else None
     source = FileSource(patterns=spec.files, file_type=spec.file_type, text_key=spec.text_key, columns=columns)
     listed = list_files(spec.files)

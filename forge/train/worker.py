@@ -7,10 +7,12 @@ checkpoint.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -96,6 +98,7 @@ def run_worker(
     Raises: RunError, CheckpointError, DataError, PlanError, UserCodeError.
     """
     clock = clock or Stopwatch()
+    enter_working_folder(plan)
     use_code(plan.code.digest if plan.code is not None else None)
     if elastic is not None:
         clock.on_lap = elastic.on_progress
@@ -145,6 +148,15 @@ def run_worker(
     finally:
         if not is_drained:  # otherwise the writer processes complete a pending checkpoint on their own
             checkpointer.close()
+
+
+def enter_working_folder(plan: Plan) -> None:
+    """Make relative paths in the job mean what they mean in the plan; Ray starts its processes elsewhere.
+
+    On another machine the folder may not exist, and only absolute paths can be used.
+    """
+    if plan.files is not None and plan.files.folder and Path(plan.files.folder).is_dir():
+        os.chdir(plan.files.folder)
 
 
 def _use_device(context: WorkerContext) -> torch.device:

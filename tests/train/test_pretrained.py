@@ -3,20 +3,26 @@ stage, and never the whole model in one rank's memory."""
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from forge.config.model import ModelSpec
+from forge.elastic.workers.fork_client import start_fork_server
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.causal_lm import CausalLmFamily
+from forge.plan.inputs import CorpusFiles
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.train.engine import join_process_group
 from tests.support.jobs import SEQ_LEN, VOCAB, synthetic_corpus, tiny_job, tiny_plan
@@ -50,6 +56,38 @@ def test_train__from_a_folder__has_the_losses_of_the_weights_in_it(
     plan = tiny_plan(corpus, model={"from_pretrained": str(tmp_path / "base")}, **changes)
     loaded = run_ranks(plan, tmp_path / "loaded", world_size=world_size)
     assert loaded.losses == drawn.losses
+
+
+def test_fork_server__relative_folder_and_another_current_one__finds_it(
+    tmp_path: Path, corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_first_weights(tmp_path / "base", "fp32")
+    monkeypatch.chdir(tmp_path)
+    files = CorpusFiles(patterns=(), num_sampled=0, folder=str(tmp_path))
+    plan = replace(tiny_plan(corpus, model={"from_pretrained": "base"}), files=files)
+    monkeypatch.chdir("/")  # as in Ray's processes
+    server = start_fork_server(plan_to_json(plan), log=tmp_path / "log")
+    try:
+        message = asyncio.run(asyncio.wait_for(server.receive(), timeout=120))
+        assert message is not None and "ready" in message, (tmp_path / "log").read_text()
+        (process,) = [
+            child for child in psutil.Process().children() if "forge.elastic.workers.fork_server" in child.cmdline()
+        ]
+        assert Path(process.cwd()) == tmp_path.resolve()
+    finally:
+        server.kill()
+
+
+def test_fork_server__folder_that_is_gone__is_ready_and_the_ranks_report_it(tmp_path: Path, corpus: Any) -> None:
+    save_first_weights(tmp_path / "base", "fp32")
+    plan = tiny_plan(corpus, model={"from_pretrained": str(tmp_path / "base")})
+    shutil.rmtree(tmp_path / "base")
+    server = start_fork_server(plan_to_json(plan), log=tmp_path / "log")
+    try:
+        message = asyncio.run(asyncio.wait_for(server.receive(), timeout=120))
+        assert message is not None and "ready" in message, (tmp_path / "log").read_text()
+    finally:
+        server.kill()
 
 
 def test_train__from_a_folder_and_resumed_at_another_size__goes_on(tmp_path: Path, corpus: Any) -> None:

@@ -26,7 +26,7 @@ from forge.elastic.commands import WorkerSpec
 from forge.elastic.replicas.restore import PeerStateSource, ShardLocation
 from forge.elastic.states import EndReason
 from forge.elastic.workers.status_page import StatusField, StatusPage
-from forge.errors import ForgeError, UserCodeError
+from forge.errors import ForgeError
 from forge.events import Event, NullReporter, StepMetrics
 from forge.model.families.base import DataShape
 from forge.model.families.registry import family_of
@@ -34,7 +34,7 @@ from forge.plan.plan import plan_from_json
 from forge.process import first_line, redirect_output
 from forge.train.engine import DTYPES, Rendezvous, import_late_modules
 from forge.train.peak import measured_peak
-from forge.train.worker import ElasticContext, Stopwatch, WorkerContext, run_worker
+from forge.train.worker import ElasticContext, Stopwatch, WorkerContext, enter_working_folder, run_worker
 from forge.user_code import error_place, use_code
 
 _POLL_S = 0.0005
@@ -44,14 +44,15 @@ _SOCKET_BYTES = 8 * 2**20
 def import_for(plan_json: str) -> None:
     """Import what a rank of this plan will, including the classes of its model, and find a CPU's peak.
 
-    User code that cannot be imported here is no error yet: the workers report it, and end the run with its message.
+    A model that cannot be used here is no error yet: the workers report it, and end the run with its message.
     """
     plan = plan_from_json(plan_json)
+    enter_working_folder(plan)
     import_late_modules(device=plan.hardware.device)
     if plan.hardware.device == "cpu":
         measured_peak("cpu", dtype=DTYPES[plan.job.training.precision])
     data = DataShape(vocab_size=plan.corpus.vocab_size, seq_len=plan.job.data.seq_len, eot_id=plan.corpus.eot_id)
-    with contextlib.suppress(UserCodeError):
+    with contextlib.suppress(ForgeError):
         use_code(plan.code.digest if plan.code is not None else None)
         family_of(plan.job.model).import_classes(plan.job.model, data)
 
