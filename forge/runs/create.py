@@ -22,6 +22,7 @@ from forge.fs import write_atomic
 from forge.plan.plan import Plan, config_digest, curve_differences, plan_to_json
 from forge.plan.search import changed_keys
 from forge.runs.reader import read_plan
+from forge.runs.trackers.mlflow_tracker import database_problem
 
 _PROBE_PATIENCE_S = 5.0
 _MAX_LISTED = 5
@@ -76,6 +77,8 @@ def reopen_run(folder: Path, plan: Plan) -> None:
     Raises: ArgumentError if the new plan would change the loss curve, or how a search compares its trials.
     """
     require_no_links(folder)
+    if problem := database_problem(plan.job.tracking.mlflow, folder=folder):
+        raise ArgumentError(f"cannot resume {folder.name}: {problem}")
     before = read_plan(folder)
     _require_same_code(folder, before, plan)
     require_same_curve(folder, before.job, plan.job)

@@ -11,12 +11,14 @@ from forge.errors import ArgumentError
 from forge.events import TrackingDegraded
 from forge.plan.plan import Plan, written_job
 from forge.redact import redacted_values
+from forge.runs.create import require_no_links
 from forge.runs.lock import hold_lock
 from forge.runs.reader import read_run, search_folder
 from forge.runs.recorder import append_event, end_tracking
 from forge.runs.remote_ref import read_remote_ref
 from forge.runs.trackers.base import RunStatus, TrackedRun
 from forge.runs.trackers.feed import TrackerFeed
+from forge.runs.trackers.mlflow_tracker import database_problem
 from forge.runs.trackers.registry import build_trackers, tracking_problem
 from forge.runs.trials import TRIALS
 
@@ -41,17 +43,21 @@ def sync_run(folder: Path, *, on_reason: Callable[[str], None]) -> list[SyncResu
     Args:
         on_reason: called with why a tracker does not take them, on another thread.
 
-    Raises: ArgumentError if the run is running, was recorded on another machine, has no trackers, or if one of them
-        cannot be used here; PlanError if the run cannot be read.
+    Raises: ArgumentError if the run is running, was recorded on another machine, has no trackers, has links that
+        lead out of it, or if one of its trackers cannot be used here; PlanError if the run cannot be read.
     """
+    folder = folder.resolve() if folder.name in ("", "..") else folder.absolute()  # its name is the run's id
     if read_remote_ref(folder) is not None:
         raise ArgumentError(f"{folder.name} was recorded on a cluster; sync it on the cluster's head")
     root = search_folder(folder) or folder
+    require_no_links(root)
     with hold_lock(root):
         run = read_run(folder)
         if run.status == "running":  # on another machine
             raise ArgumentError(f"{folder.name} is running; its trackers are fed")
         if problem := tracking_problem(run.plan.job.tracking):
+            raise ArgumentError(f"{folder.name}: {problem}")
+        if problem := database_problem(run.plan.job.tracking.mlflow, folder=root):
             raise ArgumentError(f"{folder.name}: {problem}")
         folders = [folder]
         if run.plan.search is not None:

@@ -10,7 +10,9 @@ import pytest
 
 from forge.errors import ArgumentError
 from forge.plan.plan import plan_to_json
+from forge.runs.create import reopen_run
 from forge.runs.lock import hold_lock
+from forge.runs.reader import read_plan
 from forge.runs.sync import sync_run
 from forge.runs.trackers.wandb_log import log_files
 from tests.runs.trackers.test_mlflow import only_run, steps_of
@@ -84,3 +86,68 @@ def test_forge_runs_sync__run_that_is_over__says_what_was_sent(tmp_path: Path) -
     wanted = {"run_id": run.name, "tracker": "TensorBoard", "num_sent": 6, "is_complete": True}
     assert json.loads(first.stdout) == [wanted] and "sent 6 steps to TensorBoard" in first.stderr
     assert json.loads(again.stdout) == [wanted | {"num_sent": 0}]
+
+
+def set_tracking(run: Path, tracking: dict[str, object]) -> None:
+    text = json.loads((run / "plan.json").read_text())
+    text["job"]["tracking"] = tracking
+    (run / "plan.json").write_text(json.dumps(text))
+
+
+@pytest.mark.parametrize(
+    "name", ["wandb", "tensorboard", "mlflow.db", ".lock", "events.jsonl", "trials/trial-00000"]
+)
+def test_sync_run__link_out_of_the_folder__is_refused_and_nothing_is_written(tmp_path: Path, name: str) -> None:
+    run, victim = untracked_run(tmp_path / "runs"), tmp_path / "victim"
+    victim.mkdir()
+    link = run / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(victim / "x" if "." in name else victim)
+    with pytest.raises(ArgumentError, match="is a link that leads out of the run folder"):
+        sync_run(run, on_reason=print)
+    assert not list(victim.iterdir())
+
+
+def test_sync_run__trial_that_is_a_link__is_refused(tmp_path: Path) -> None:
+    search, victim = untracked_run(tmp_path / "runs"), untracked_run(tmp_path / "victims")
+    (search / "trials").mkdir()
+    trial = search / "trials" / "trial-00000"
+    trial.symlink_to(victim)
+    before = sorted(victim.rglob("*"))
+    with pytest.raises(ArgumentError, match="is a link that leads out of the run folder"):
+        sync_run(search, on_reason=print)
+    assert sorted(victim.rglob("*")) == before
+
+
+def test_sync_run__database_outside_the_folder__only_if_the_environment_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = untracked_run(tmp_path / "runs"), tmp_path / "other.db"
+    for uri in (f"sqlite:///{other}", f"sqlite:///{run}/../../other.db", f"sqlite:///{run}/m.db?uri=true"):
+        set_tracking(run, {"wandb": {"mode": "disabled"}, "mlflow": {"uri": uri}})
+        with pytest.raises(ArgumentError, match="a database outside the run's folder"):
+            sync_run(run, on_reason=print)
+    assert not other.exists()
+    uri = f"sqlite:///{other}"
+    set_tracking(run, {"wandb": {"mode": "disabled"}, "mlflow": {"uri": uri}})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (result,) = sync_run(run, on_reason=print)
+    assert result.is_complete and other.exists()
+
+
+def test_reopen_run__database_outside_the_folder__is_refused(tmp_path: Path) -> None:
+    run = untracked_run(tmp_path / "runs")
+    set_tracking(run, {"mlflow": {"uri": f"sqlite:///{tmp_path}/other.db"}})
+    with pytest.raises(ArgumentError, match=r"cannot resume .* a database outside the run's folder"):
+        reopen_run(run, read_plan(run))
+
+
+def test_forge_runs_sync__current_folder__has_the_folders_name_as_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = untracked_run(tmp_path / "runs")
+    set_tracking(run, {"wandb": {"mode": "disabled"}, "tensorboard": True})
+    monkeypatch.chdir(run)
+    (result,) = sync_run(Path(), on_reason=print)
+    assert result.run_id == run.name and result.is_complete

@@ -18,6 +18,7 @@ class WandbServer:
 
     def __init__(self) -> None:
         self.url = ""
+        self.num_requests = 0
         self._history: dict[str, dict[int, str]] = {}
         """Lines of each run's history, by their number."""
 
@@ -63,6 +64,10 @@ class WandbServer:
 
 class _Handler(BaseHTTPRequestHandler):
     wandb: WandbServer
+
+    def parse_request(self) -> bool:
+        self.wandb.num_requests += 1
+        return super().parse_request()
 
     def log_message(self, *_: object) -> None:
         pass

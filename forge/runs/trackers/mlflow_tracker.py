@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from forge.config.resources import MlflowSpec
@@ -151,6 +152,24 @@ def credentials_problem(spec: MlflowSpec) -> str | None:
     return (
         f"{found[0]} is not sent to {spec.uri}, because {_URI_VARIABLE} does not name this server; set it to the "
         "server that the credentials are for"
+    )
+
+
+def database_problem(spec: MlflowSpec | None, *, folder: Path) -> str | None:
+    """Return why the database that the plan of a run names is not opened; None if it may be.
+
+    A run folder from elsewhere may name any file of this machine. It is in the run's folder, or the environment
+    names it too.
+    """
+    if spec is None or spec.uri is None or not spec.uri.startswith("sqlite:"):
+        return None
+    path = Path(spec.uri.removeprefix("sqlite:///"))
+    is_inside = "?" not in spec.uri and path.resolve().is_relative_to(folder.resolve())
+    if is_inside or os.environ.get(_URI_VARIABLE) == spec.uri:
+        return None
+    return (
+        f"tracking.mlflow.uri names {spec.uri}, a database outside the run's folder; if you want it to be written, "
+        f"set {_URI_VARIABLE} to the same URI"
     )
 
 

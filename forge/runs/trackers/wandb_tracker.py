@@ -97,13 +97,14 @@ class WandbTracker:
         """Start W&B's run, or continue it."""
         import wandb
 
+        ignore_workspace_settings()
         self._tracker = wandb.init(
             project=self._spec.project,
             entity=self._spec.entity,
             id=self._run.run_id,
             name=self._run.run_id,
             group=self._run.group,
-            dir=self._run.folder,
+            dir=self._run.folder.absolute(),
             config=dict(self._run.config),
             resume="allow" if self._mode == "online" else None,
             reinit="create_new",  # beside an earlier one that is still uploading
@@ -133,6 +134,21 @@ class WandbTracker:
         for path in log_files(self._run.folder, run_id=self._run.run_id):
             if self._mode != "online" or is_offline(path):
                 yield from steps_in(path)
+
+
+def ignore_workspace_settings() -> None:
+    """Keep W&B from reading `./wandb/settings` and `./.wandb/settings`; the user's own settings file is still read.
+
+    A current folder that was copied from elsewhere would choose the server that gets the API key, its headers
+    and its proxies. W&B has no setting for this.
+
+    Raises: RuntimeError if this version of W&B finds the file in another way.
+    """
+    from wandb.sdk.wandb_settings import Settings
+
+    if not isinstance(getattr(Settings, "settings_workspace", None), property):
+        raise RuntimeError("W&B: this version reads ./wandb/settings in a way that forge does not know")
+    Settings.settings_workspace = property(lambda _: os.devnull)
 
 
 def end_wandb() -> None:

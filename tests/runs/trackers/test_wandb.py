@@ -14,6 +14,7 @@ from forge.runs.trackers.wandb_log import log_files, read_log, repair_log
 from tests.support.runs import metrics, open_recorder
 from tests.support.tracked_run import kill_when
 from tests.support.wandb_file import read_history
+from tests.support.wandb_server import wandb_server
 
 _BLOCK_BYTES = 32768
 
@@ -84,3 +85,22 @@ def test_repair_log__file_without_the_run__is_deleted(tmp_path: Path) -> None:
     path.write_bytes(b":W&B\xe1\xbe\x01\x00\x00\x00\x00")
     assert "no row" in (repair_log(path) or "")
     assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", ".wandb"])
+def test_wandb__settings_in_the_current_folder__are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    cwd, user = tmp_path / "foreign", tmp_path / "home/.config/wandb"
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    with wandb_server() as foreign, wandb_server() as own:
+        for folder, server in ((cwd / name, foreign), (user, own)):
+            folder.mkdir(parents=True)
+            (folder / "settings").write_text(f"[default]\nbase_url = {server.url}\n")
+        monkeypatch.chdir(cwd)
+        recorder = open_recorder(tmp_path / "tiny-5", mode="online")
+        recorder.step(metrics(1))
+        recorder.close(exit_code=0)
+        wandb.teardown()
+        assert foreign.num_requests == 0 and own.num_requests > 0
+        assert [row["step"] for row in own.rows("tiny-5")] == [1]
