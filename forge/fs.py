@@ -54,8 +54,8 @@ def free_bytes(folder: Path) -> int | None:
     Args:
         folder: it, or a parent of it, exists.
     """
-    existing = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), None)
     try:
+        existing = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), None)
         found = os.statvfs(existing or "/")
     except OSError:
         return None

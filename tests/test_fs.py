@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from forge import fs
+from forge.fs import free_bytes
 
 
 def test_write_atomic__existing_file__is_replaced_with_mode(tmp_path: Path) -> None:
@@ -48,3 +49,8 @@ def test_make_private__missing_and_open_folders__only_this_user_enters(tmp_path:
     (tmp_path / "open").mkdir(mode=0o755)
     fs.make_private(tmp_path / "open")
     assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == 0o700
+
+
+def test_free_bytes__name_too_long_for_any_file__is_unknown_or_that_of_the_parent(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path / ("x" * 300)) is None
+    assert free_bytes(tmp_path / "new") == free_bytes(tmp_path)

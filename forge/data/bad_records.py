@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator
 
 from forge.config.data import BadRecordAction
 from forge.data.sources.base import Record
-from forge.errors import DataError
+from forge.errors import DataError, printable
 
 MAX_LISTED = 1000
 """Bad records whose place and problem are kept; all are counted."""
 _MAX_SHOWN = 5
+_MAX_PROBLEM_CHARS = 500
 _READ_ON = 100_000
 """Records that are still read after the first bad one, to say how many there are."""
 
@@ -38,7 +39,7 @@ class BadRecords:
         """Count a bad record. Raises: DataError if the pass must not go on."""
         self.count += 1
         if len(self.listed) < MAX_LISTED:
-            self.listed.append(problem)
+            self.listed.append(printable(problem, limit=_MAX_PROBLEM_CHARS))
         if not self._skips and self._left <= 0:
             raise self._error()
 

@@ -38,6 +38,8 @@ _MAX_TEXT_CHARS = 1 << 26
 """A conversation renders to less than a few times its own length; a template with a loop can write without end."""
 
 
+_FAILURES = (TypeError, AttributeError, LookupError, ValueError, RecursionError, ArithmeticError, SyntaxError)
+"""What a template can raise besides its own errors; a SyntaxError comes from code that Jinja makes of it."""
 MAX_RENDER_S = 5.0
 _MAX_RENDER_BYTES = 2**30
 
@@ -101,6 +103,13 @@ class ChatTemplate:
 
         Raises: ValueError if the template refuses the conversation, or does not say where a turn ends.
         """
+        try:
+            with _bounded():
+                return self._render(conversation, turns=turns)
+        except (_TemplateTooSlowError, MemoryError):
+            raise ValueError(f"the chat template takes more than {MAX_RENDER_S:.0f} s or 1 GB for it") from None
+
+    def _render(self, conversation: Conversation, *, turns: Turns) -> list[RenderedChat]:
         messages = conversation.messages
         ends = [number for number, message in enumerate(messages, start=1) if message["role"] == ASSISTANT]
         if turns == "last":
@@ -174,16 +183,13 @@ class ChatTemplate:
 
     def _rendered(self, conversation: Conversation, *, messages: Sequence[Message], **options: Any) -> Any:
         try:
-            with _bounded():
-                return render_jinja_template(
-                    conversations=[list(messages)],
-                    tools=list(conversation.tools) or None,
-                    chat_template=self.source,
-                    **options,
-                    **self.variables,
-                )
-        except (_TemplateTooSlowError, MemoryError):
-            raise ValueError(f"the chat template takes more than {MAX_RENDER_S:.0f} s or 1 GB for it") from None
+            return render_jinja_template(
+                conversations=[list(messages)],
+                tools=list(conversation.tools) or None,
+                chat_template=self.source,
+                **options,
+                **self.variables,
+            )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from None
         except (
@@ -244,11 +250,15 @@ def _older(tokenizer: TextTokenizer) -> Iterator[Any]:
 
 
 def _common_length(first: str, second: str) -> int:
-    """Return the number of characters that two texts begin with in common."""
-    for at, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return at
-    return min(len(first), len(second))
+    """Return the number of characters that two texts begin with in common, by bisection."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if second.startswith(first[:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _token(value: Any) -> str:

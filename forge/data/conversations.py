@@ -31,6 +31,8 @@ _SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 """Names in `from` of ShareGPT records, besides the roles themselves."""
+MAX_MESSAGES = 1000
+"""Every turn of the assistant is rendered with all messages before it."""
 _LISTS = ("messages", "conversations", "conversation")
 _PROMPTS = {"prompt": ("completion", "response"), "instruction": ("output", "response")}
 """The field that asks, and those that may answer."""
@@ -77,7 +79,7 @@ def _messages(fields: Mapping[str, Any]) -> list[Message]:
         for answer in answers:
             if answer in fields:
                 return head + _turn(fields, question=question, answer=answer)
-    keys = ", ".join(map(repr, list(fields)[:20])) or "none"
+    keys = f"{', '.join(map(repr, list(fields)[:20])) or 'none':.500}"
     raise ValueError(f"the record is no conversation (its keys: {keys}); {_KINDS_HELP}")
 
 
@@ -97,6 +99,8 @@ def _turn(fields: Mapping[str, Any], *, question: str, answer: str) -> list[Mess
 def _message_list(value: Any, *, key: str) -> list[Message]:
     if not _is_list(value):
         raise ValueError(f"{key!r} must be a list of messages, it is {json_name(value)}")
+    if len(value) > MAX_MESSAGES:
+        raise ValueError(f"the conversation has {len(value):,} messages; at most {MAX_MESSAGES:,} are read")
     return [_message(item, number=number) for number, item in enumerate(value, start=1)]
 
 
@@ -112,12 +116,12 @@ def _message(item: Any, *, number: int) -> Message:
     role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
     role = message.pop(role_key, None)
     if not isinstance(role, str):
-        raise ValueError(f"message {number} has no 'role' (its keys: {', '.join(map(repr, item))})")
+        raise ValueError(f"message {number} has no 'role' (its keys: {', '.join(map(repr, item)):.200})")
     known = role if role in _ROLES else _SHAREGPT_ROLES.get(role)
     if known is None:
         near = get_close_matches(role, [*_ROLES, *_SHAREGPT_ROLES], n=1)
         raise ValueError(
-            f"message {number} has the role {role!r}; it must be one of {', '.join(_ROLES)}"
+            f"message {number} has the role {role!r:.80}; it must be one of {', '.join(_ROLES)}"
             + (f" (did you mean {near[0]}?)" if near else "")
         )
     content = message.pop(content_key, None)
@@ -125,7 +129,14 @@ def _message(item: Any, *, number: int) -> Message:
     if calls is not None and not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
         raise ValueError(f"message {number}: 'tool_calls' must be a list of objects")
     _require_text(content, number=number, may_lack=bool(calls))
-    return {**message, "role": known, "content": "" if content is None else content}
+    return {**message, "role": known, "content": _joined(content)}
+
+
+def _joined(content: Any) -> Any:
+    """Join the text parts of a content: a name of a special token could be cut in two by them."""
+    if _is_list(content):
+        return "".join(part["text"] for part in content)
+    return "" if content is None else content
 
 
 def _require_text(content: Any, *, number: int, may_lack: bool) -> None:
@@ -137,7 +148,7 @@ def _require_text(content: Any, *, number: int, may_lack: bool) -> None:
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else json_name(part)
-            raise ValueError(f"message {number} has a part of the kind {kind!r}; only text can be trained on")
+            raise ValueError(f"message {number} has a part of the kind {kind!r:.80}; only text can be trained on")
         text = part.get("text")
         if not isinstance(text, str):
             raise ValueError(f"the content of message {number} must be text, it is {json_name(text)}")
@@ -148,19 +159,13 @@ def _require_text(content: Any, *, number: int, may_lack: bool) -> None:
             raise ValueError(f"message {number} is not valid Unicode: {problem}") from None
 
 
-def text_content(message: Message) -> str:
-    """Return the text of a message, of all its parts."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
 def _require_turns(messages: Sequence[Message]) -> None:
     turns = [number for number, message in enumerate(messages, start=1) if message["role"] == ASSISTANT]
     if not turns:
         raise ValueError("the conversation has no turn of the assistant, so nothing of it can be learnt")
     for number in turns:
         message = messages[number - 1]
-        if not text_content(message).strip() and not message.get("tool_calls"):
+        if not message["content"].strip() and not message.get("tool_calls"):
             raise ValueError(f"message {number} is an empty turn of the assistant")
 
 

@@ -6,7 +6,6 @@ ordinary characters unless `data.special_tokens` is `tokens`, so that no message
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,13 @@ from forge.errors import DataError
 
 _FIRST_STAND_IN = 0xF0000
 """Private-use characters stand for names of special tokens in messages while a template is rendered."""
+
+
+_MAX_CHARS_PER_TOKEN = 256
+"""A conversation with more characters for each token of a row is not a long one but another kind of record."""
+
+_Tokens = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Ids int64[n], and the characters [start, stop) of each, int64[n, 2]."""
 
 
 class ChatFormat:
@@ -48,17 +54,35 @@ class ChatFormat:
         try:
             stand_ins = _stand_ins(conversation, names=self._names)
             rendered = self._template.render(_replaced(conversation, stand_ins), turns=self._context.chat.turns)
+            names = {character: name for name, character in stand_ins.items()}
+            encoded = [self._encoded(one, names=names) for one in rendered]
         except ValueError as error:
             raise DataError(f"{record.location}: {error}") from None
+        except RecursionError:
+            raise DataError(f"{record.location}: the conversation is nested too deeply") from None
         self._counts["conversations shown once per turn"] += len(rendered) > 1
-        for one in rendered:
-            yield self._example(one, names={character: name for name, character in stand_ins.items()})
+        for one, tokens in zip(rendered, encoded, strict=True):
+            yield self._example(one, tokens=tokens)
 
     def counts(self) -> Mapping[str, int]:
         return self._counts
 
-    def _example(self, rendered: RenderedChat, *, names: Mapping[str, str]) -> Example:
-        ids, offsets = self._encode(rendered.text, names=names)
+    def _encoded(self, rendered: RenderedChat, *, names: Mapping[str, str]) -> _Tokens:
+        """Encode a text. Raises: ValueError if it is too long to be cut with reason, or not Unicode."""
+        most = self._context.seq_len * _MAX_CHARS_PER_TOKEN
+        if len(rendered.text) > most:
+            raise ValueError(
+                f"the conversation has {len(rendered.text):,} characters, more than {most:,}, which is far beyond "
+                f"data.seq_len: {self._context.seq_len}"
+            )
+        try:
+            rendered.text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a surrogate pair is at character {error.start} of the rendered text") from None
+        return self._encode(rendered.text, names=names)
+
+    def _example(self, rendered: RenderedChat, *, tokens: _Tokens) -> Example:
+        ids, offsets = tokens
         has_loss = np.zeros(len(ids), dtype=bool)
         last_tokens = []
         for start, stop in rendered.spans:
@@ -76,7 +100,7 @@ class ChatFormat:
         arrays = {"tokens": ids[: max(0, end - 1)], "targets": targets}
         return Example(arrays=arrays, weight=float((targets != IGNORED).sum()))
 
-    def _encode(self, text: str, *, names: Mapping[str, str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _encode(self, text: str, *, names: Mapping[str, str]) -> _Tokens:
         """Encode a text in which characters stand for names. Returns: ids and their [start, stop) in the text.
 
         Shapes: int64[n], int64[n, 2].
@@ -103,12 +127,25 @@ def _stand_ins(conversation: Conversation, *, names: Sequence[str]) -> dict[str,
 
     Raises: ValueError if a conversation has such characters itself.
     """
-    text = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, default=str)
-    spelt = [name for name in names if name in text]
+    texts = list(_texts([conversation.messages, conversation.tools]))
+    spelt = [name for name in names if any(name in text for text in texts)]
     chosen = {name: chr(_FIRST_STAND_IN + number) for number, name in enumerate(spelt)}
-    if any(character in text for character in chosen.values()):
+    if any(character in text for character in chosen.values() for text in texts):
         raise ValueError("a message has both names of special tokens and private-use characters from U+F0000")
     return chosen
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _texts(item)
 
 
 def _replaced(conversation: Conversation, stand_ins: Mapping[str, str]) -> Conversation:
