@@ -102,9 +102,9 @@ def export(folder: Path) -> dict[str, int]:
     to = folder / "exported"
     request = json.dumps({"url": str(folder / "forge"), "to": str(to)})
     base, _ = peak_of(["-c", "import forge.serve.export"], text="")
-    peak, answer = peak_of(["-m", "forge.serve.export"], text=request)
+    peak, answer = peak_of(["-m", "forge.serve.export"], text=request)  # after lines of its progress
     shutil.rmtree(to)
-    return {"growth_bytes": peak - base, "model_bytes": json.loads(answer)["answer"]["size_bytes"]}
+    return {"growth_bytes": peak - base, "model_bytes": json.loads(answer.splitlines()[-1])["answer"]["size_bytes"]}
 
 
 def peak_of(arguments: list[str], *, text: str) -> tuple[int, str]:
