@@ -106,6 +106,7 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
         model: Any = build_from_config(
             config_from_record(checkpoint.shape.config), options=options, seq_len=data.seq_len
         )
+        model.tie_weights()
     else:
         model = family_of(plan.job.model).build(plan.job.model, data, options=options)
     held = dict(model.named_parameters()) | dict(model.named_buffers())

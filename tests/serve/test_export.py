@@ -16,6 +16,7 @@ from forge.errors import ArgumentError, CheckpointError
 from forge.plan.inputs import CorpusInfo
 from forge.runtime.torch_subprocess import export_weights
 from forge.serve.export import ExportRequest, _copy_tokenizer, export
+from forge.serve.generate import load_model
 from forge.serve.weights import CheckpointWeights
 from tests.support.jobs import synthetic_corpus, tiny_plan
 from tests.support.ranks import run_ranks
@@ -73,10 +74,17 @@ def require_equal(folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype, e
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "llama"])
-def test_export__every_architecture__loads_from_its_folder(corpus: CorpusInfo, tmp_path: Path, model: str) -> None:
+def test_export__every_architecture__loads_from_its_folder_and_from_its_checkpoint(
+    corpus: CorpusInfo, tmp_path: Path, model: str
+) -> None:
     url = trained(corpus, tmp_path / "run", model, stage=3 if model == "gpt2" else 1)
     export(ExportRequest(url=url, to=str(tmp_path / "out"), dtype="fp32"))
     require_equal(tmp_path / "out", checkpoint_of(url), dtype=torch.float32)
+    loaded = load_model(tiny_plan(corpus, model=MODELS[model]), checkpoint_of(url))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=next(loaded.parameters()).dtype)
+    parameters = dict(loaded.named_parameters())
+    assert set(parameters) == {name for name, _ in exported.named_parameters()}
+    assert all(torch.equal(parameters[name], parameter) for name, parameter in exported.named_parameters())
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
