@@ -62,7 +62,7 @@ def checkpoints_in(folder: Path) -> list[str]:
 
 
 def test_train__disk_without_room_for_one_more__ends_with_the_newest(corpus: CorpusInfo, small_disk: Path) -> None:
-    resize(small_disk, "900k")  # for two, not for three
+    resize(small_disk, "1000k")  # for two, not for three
     plan = plan_to_json(tiny_plan(corpus, training__total_steps=150, checkpoint={"every": "2 steps", "keep": 3}))
     recording = on_ranks(train_on_small_disk, plan, str(small_disk), None, world_size=2)[0]
     saved = [event for event in recording.events if isinstance(event, CheckpointSaved)]
