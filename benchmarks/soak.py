@@ -60,7 +60,10 @@ GROUPS = (
     Group(name="budget", tests=("tests/runtime/test_budget_run.py",)),
     Group(name="searches", tests=("tests/elastic/test_tune.py", "tests/search")),
     Group(name="remote runs", tests=("tests/remote",)),
-    Group(name="end to end", tests=("tests/runtime", "--ignore=tests/runtime/test_budget_run.py")),
+    Group(
+        name="end to end",
+        tests=("tests/runtime", "tests/examples", "--ignore=tests/runtime/test_budget_run.py"),
+    ),
     Group(name="trackers and replays", tests=("tests/runs", "tests/chaos")),
     Group(name="benchmarks", tests=("tests/benchmarks/test_benchmarks_run.py",)),
     # For FORGE_FUZZ_SECONDS per kind of input.

@@ -158,6 +158,15 @@ class MembershipChangeStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForkServerFailed:
+    """The process from which a node's ranks are forked ended before it was ready; it is started again."""
+
+    node: str
+    reason: str
+    """How it ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankHung:
     """No rank has made progress for too long; the stack traces of all ranks are in their logs."""
 
@@ -425,6 +434,7 @@ Event = (
     | CostUpdated
     | MembershipChangeStarted
     | KilledForMemory
+    | ForkServerFailed
     | RankHung
     | GenerationStarting
     | GenerationStarted

@@ -14,6 +14,7 @@ import builtins
 import collections.abc
 import dataclasses
 import errno
+import fnmatch
 import json
 import math
 import os
@@ -79,15 +80,17 @@ def open_file(path: Path) -> int:
     return handle
 
 
-def link_to_elsewhere(folder: Path, *, allowed: Sequence[str] = ()) -> Path | None:
-    """Return a link below a folder that leads out of it, through which a write would change another file.
+def require_plain_tree(folder: Path, *, allowed_links: Sequence[str] = ()) -> None:
+    """Check that a folder has regular files, folders and links that stay within it, and nothing else.
 
-    Links within the folder are fine; folders are not entered through links.
+    A write through a link would change a file elsewhere; opening a pipe can wait forever. Folders are not entered
+    through links.
 
     Args:
-        allowed: patterns of `PurePath.match` for links, relative to the folder, that may lead anywhere.
+        allowed_links: patterns such as `logs/*.log` of links, relative to the folder, that may lead anywhere.
 
-    Raises: OSError if the folder cannot be read; ValueError if it has more than a million entries.
+    Raises: OSError if the folder cannot be read; ValueError naming an entry that is something else, or if there
+        are more than a million.
     """
     root, left = folder.resolve(), MAX_ENTRIES
     pending = [root]
@@ -99,12 +102,15 @@ def link_to_elsewhere(folder: Path, *, allowed: Sequence[str] = ()) -> Path | No
                     raise ValueError(f"{folder} has more than {MAX_ENTRIES} files")
                 if entry.is_symlink():
                     path = Path(entry.path)
-                    is_allowed = any(path.relative_to(root).match(pattern) for pattern in allowed)
-                    if not is_allowed and not _resolves_into(path, root):
-                        return path
+                    parts = path.relative_to(root).parts
+                    if not any(_match(parts, pattern) for pattern in allowed_links) and not _resolves_into(
+                        path, root
+                    ):
+                        raise ValueError(f"{path} is a link that leads out of the folder")
                 elif entry.is_dir():
                     pending.append(Path(entry.path))
-    return None
+                elif not entry.is_file():
+                    raise ValueError(f"{entry.path} is neither a file nor a folder")
 
 
 def parse_json(text: bytes | str, *, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> Any:
@@ -290,6 +296,12 @@ def _field_types(kind: Any) -> dict[str, Any]:
 def _has_default(kind: type[Any], name: str) -> bool:
     field = next(field for field in dataclasses.fields(kind) if field.name == name)
     return not (field.default is field.default_factory is dataclasses.MISSING)
+
+
+def _match(parts: Sequence[str], pattern: str) -> bool:
+    """Whether a whole path matches a pattern; `PurePath.match` compares its end only."""
+    patterns = pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
 def _resolves_into(link: Path, root: Path) -> bool:

@@ -133,7 +133,7 @@ class MlflowSpec(Section):
             return None
         scheme, separator, place = value.partition("://")
         is_known = scheme in ("http", "https") or (scheme == "sqlite" and place.startswith("//"))
-        if not separator or not is_known or not place.strip("/"):
+        if not separator or not is_known or not place.strip("/") or not value.isprintable():
             raise ValueError("must be https://HOST, http://HOST:PORT, or sqlite://// and an absolute path")
         return value
 

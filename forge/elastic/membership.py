@@ -25,7 +25,8 @@ data, so a test can replay any history. Times are seconds of one clock, passed w
 A generation continues from the newest step of which every rank's snapshot is complete in some node's memory, or
 from storage if that is newer. A node with a preemption notice is used until the time left is what a planned change
 needs. A preemption is not a failure: only generations that break while no node is lost, before their first step or
-before a step of theirs is kept, count against the failure budget.
+before a step of theirs is kept, count against the failure budget. A run whose nodes are never ready, because their
+fork servers end while they import what the job needs, ends as well.
 
 The module is long because it contains the response to every event of a run.
 """
@@ -77,7 +78,8 @@ JOIN_WINDOW_S = 1.0
 QUARANTINE_S = 60.0
 # How long slots that were released for another run are not claimed again.
 YIELD_S = 15.0
-# Generations in a row that may break by themselves before their first step.
+# Generations in a row that may break by themselves before their first step, and fork servers of each node that may
+# end before they are ready.
 MAX_STARTUP_FAILURES = 3
 # Generations in a row that may break by themselves, after their first step, before any step of theirs is kept.
 MAX_FRUITLESS = 8
@@ -93,8 +95,8 @@ def decide(state: MembershipState, event: Event, *, now: float) -> Decision:
     match event:
         case AgentAttached():
             return _attach(state, event, now)
-        case NodeReady(node=name, is_ready=is_ready) if name in state.nodes:
-            return _advance(_with_node(state, name, is_ready=is_ready), now)
+        case NodeReady(node=name) if name in state.nodes:
+            return _advance(_note_ready(state, event), now)
         case NodeLost(node=name, reason=reason) if name in state.nodes:
             return _node_lost(state, name, reason, now)
         case SlotsChanged(node=name) if name in state.nodes:
@@ -202,6 +204,18 @@ def _recover_generation(state: MembershipState, event: AgentAttached, now: float
     )
     return state, tuple(
         StopGeneration(node=name, generation=event.generation, keep_replicas=True) for name in sorted(others)
+    )
+
+
+def _note_ready(state: MembershipState, event: NodeReady) -> MembershipState:
+    node = state.nodes[event.node]
+    failed = not event.is_ready and not node.is_ready
+    return _with_node(
+        state,
+        event.node,
+        is_ready=event.is_ready,
+        num_failed_starts=node.num_failed_starts + 1 if failed else 0,
+        start_failure=event.reason if failed else "",
     )
 
 
@@ -416,10 +430,20 @@ def _wait(state: MembershipState, now: float, *, former_size: int = 0) -> Decisi
         return replace(state, phase=Phase.DONE), (FinishRun(step=state.stored_step),)
     if not state.stopping_nodes and _usable_slots(state, now) >= state.min_workers:
         return _start(state, now, former_size=former_size)
+    if unsaved is None and (reason := _start_failure(state)):
+        return replace(state, phase=Phase.DONE), (FailRun(error="RunError", reason=reason),)
     if unsaved is None or unsaved == state.flushing:
         return state, ()
     flush = FlushToStorage(step=unsaved.step, generation=unsaved.generation, world_size=unsaved.world_size)
     return replace(state, flushing=unsaved), (flush,)
+
+
+def _start_failure(state: MembershipState) -> str:
+    """Return why no node will ever be ready, if the fork servers of all of them end again and again."""
+    if not state.nodes or any(node.num_failed_starts < MAX_STARTUP_FAILURES for node in state.nodes.values()):
+        return ""
+    name, node = next(iter(state.nodes.items()))
+    return f"no worker could be started: on {name} the process that starts them {node.start_failure}"
 
 
 def _start(state: MembershipState, now: float, *, former_size: int = 0) -> Decision:

@@ -40,7 +40,7 @@ def event_from(report: Message, *, node: str) -> Event | None:
         case "heartbeat" if "replicas" in report:
             return ReplicasHeld(node=node, replicas=locations_from_record(report["replicas"]))
         case "ready":
-            return NodeReady(node=node, is_ready=report["is_ready"])
+            return NodeReady(node=node, is_ready=report["is_ready"], reason=report.get("reason", ""))
         case "ended":
             return RankEnded(
                 generation=report["generation"],

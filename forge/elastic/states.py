@@ -50,6 +50,10 @@ class MemberNode:
     """Slots that belong to the run's minimum and are never released."""
     is_ready: bool = False
     """Its fork server has imported everything."""
+    num_failed_starts: int = 0
+    """Fork servers in a row that ended before they were ready."""
+    start_failure: str = ""
+    """How the last of them ended."""
     preempted_at: float | None = None
     """When it will be taken away, if notice was given."""
     quarantined_until: tuple[float, ...] = ()
@@ -143,6 +147,8 @@ class NodeReady:
 
     node: str
     is_ready: bool = True
+    reason: str = ""
+    """How it died."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -204,8 +204,15 @@ class Supervisor:
         event = event_from(report, node=node)
         if event is not None:
             self.apply(event)
-        if report["report"] == "ready" and report["is_ready"]:
+        if isinstance(event, states.NodeReady):
+            self._note_ready(node, event)
+
+    def _note_ready(self, node: str, ready: states.NodeReady) -> None:
+        member = self.state.nodes.get(node)
+        if ready.is_ready:
             self._record_joined(node)
+        elif member is not None and member.num_failed_starts == 1:  # the next ones are not listed
+            self._record_event(events.ForkServerFailed(node=node, reason=ready.reason))
 
     def apply(self, event: Event) -> None:
         """Decide on an event and execute the actions."""

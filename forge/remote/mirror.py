@@ -29,7 +29,7 @@ from forge.foreign import parse_object
 from forge.fs import write_atomic
 from forge.process import first_line
 from forge.remote.head_cli import MARK
-from forge.runs.create import require_no_links
+from forge.runs.create import require_plain_folder
 from forge.runs.patient_file import open_whole_lines
 from forge.runs.reader import ENDINGS, count_records, error_named, read_run
 from forge.runs.records import EVENTS, METRICS, event_record, step_record
@@ -56,7 +56,7 @@ def find_run_handle(folder: Path) -> RunHandle | None:
     except ArgumentError as error:
         _forget_job(folder, ref)
         raise ArgumentError(f"{folder.name} was on the cluster '{ref.cluster}': {error}") from error
-    require_no_links(folder)
+    require_plain_folder(folder)
     return RemoteRun(folder, ref, cluster=cluster)
 
 

@@ -17,7 +17,7 @@ from forge.code_archive import ARCHIVE, changed_files, code_folder, pack_code, r
 from forge.config.dump import dump_job
 from forge.config.job import JobSpec
 from forge.errors import ArgumentError
-from forge.foreign import link_to_elsewhere, open_file
+from forge.foreign import open_file, require_plain_tree
 from forge.fs import write_atomic
 from forge.plan.plan import Plan, config_digest, curve_differences, plan_to_json
 from forge.plan.search import changed_keys
@@ -28,7 +28,7 @@ _PROBE_PATIENCE_S = 5.0
 _MAX_LISTED = 5
 
 # Each run of W&B links to its log in W&B's cache, and nothing is written through the link of an earlier one.
-_LINKS_OF_WANDB = ("wandb/*run-*/logs/debug-core.log",)
+_LINKS_OF_WANDB = ("wandb/*run-*/logs/debug-core.log", "trials/*/wandb/*run-*/logs/debug-core.log")
 
 
 def create_run(plan: Plan, *, root: str | None = None) -> Path:
@@ -76,7 +76,7 @@ def reopen_run(folder: Path, plan: Plan) -> None:
 
     Raises: ArgumentError if the new plan would change the loss curve, or how a search compares its trials.
     """
-    require_no_links(folder)
+    require_plain_folder(folder)
     if problem := database_problem(plan.job.tracking.mlflow, folder=folder):
         raise ArgumentError(f"cannot resume {folder.name}: {problem}")
     before = read_plan(folder)
@@ -97,17 +97,16 @@ def reopen_run(folder: Path, plan: Plan) -> None:
     write_atomic(folder / "plan.json", plan_to_json(plan, is_file=True))
 
 
-def require_no_links(folder: Path) -> None:
-    """Raises: ArgumentError if a link in a run folder leads out of it: the run would write to another file."""
+def require_plain_folder(folder: Path) -> None:
+    """Check a run folder before anything is written to it.
+
+    Raises: ArgumentError if a link in it leads out of it, since the run would write to another file, or if it has
+        pipes or devices.
+    """
     try:
-        link = link_to_elsewhere(folder, allowed=_LINKS_OF_WANDB)
+        require_plain_tree(folder, allowed_links=_LINKS_OF_WANDB)
     except (OSError, ValueError) as error:
         raise ArgumentError(f"the run folder {folder} cannot be used: {error}") from error
-    if link is not None:
-        raise ArgumentError(
-            f"{link} is a link that leads out of the run folder, and the run would write through it; replace it by "
-            "what it leads to"
-        )
 
 
 def require_regular(job_file: Path) -> None:

@@ -49,6 +49,10 @@ class EventDescriber:
                 used, limit = (_gib(event[key]) for key in ("used_gib", "limit_gib"))
                 where = f"on {event['host']}{ranks}, which used {used} of {limit}"
                 return f"Ray's memory monitor killed the {event['process']} {where}"
+            case "ForkServerFailed":
+                return (
+                    f"node {event['node']} could not start workers, and tries again: its process {event['reason']}"
+                )
             case "RankHung":
                 silent = format_duration(event["silent_s"])
                 return f"no progress for {silent}, rank {event['rank']} is behind; every rank's log has its stacks"

@@ -14,8 +14,16 @@ from forge.runs.reader import LOCK
 
 @contextlib.contextmanager
 def hold_lock(folder: Path) -> Iterator[None]:
-    """Hold a run's lock, so that no driver starts meanwhile. Raises: ArgumentError if one holds it."""
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    """Hold a run's lock, so that no driver starts meanwhile.
+
+    Raises: ArgumentError if a driver holds it, or if the lock file cannot be opened.
+    """
+    try:
+        handle = os.open(
+            folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644
+        )
+    except OSError as error:
+        raise ArgumentError(f"{folder.name} cannot be locked: {folder / LOCK}: {error.strerror}") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

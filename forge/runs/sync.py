@@ -11,10 +11,12 @@ from forge.errors import ArgumentError
 from forge.events import TrackingDegraded
 from forge.plan.plan import Plan, written_job
 from forge.redact import redacted_values
-from forge.runs.create import require_no_links
+from forge.runs.create import require_plain_folder
 from forge.runs.lock import hold_lock
+from forge.runs.patient_file import open_whole_lines
 from forge.runs.reader import read_run, search_folder
 from forge.runs.recorder import append_event, end_tracking
+from forge.runs.records import EVENTS
 from forge.runs.remote_ref import read_remote_ref
 from forge.runs.trackers.base import RunStatus, TrackedRun
 from forge.runs.trackers.feed import TrackerFeed
@@ -50,7 +52,8 @@ def sync_run(folder: Path, *, on_reason: Callable[[str], None]) -> list[SyncResu
     if read_remote_ref(folder) is not None:
         raise ArgumentError(f"{folder.name} was recorded on a cluster; sync it on the cluster's head")
     root = search_folder(folder) or folder
-    require_no_links(root)
+    require_plain_folder(root)
+    _require_appendable(folder / EVENTS)
     with hold_lock(root):
         run = read_run(folder)
         if run.status == "running":  # on another machine
@@ -66,6 +69,14 @@ def sync_run(folder: Path, *, on_reason: Callable[[str], None]) -> list[SyncResu
     if not results:
         raise ArgumentError(f"{folder.name} has no trackers: its job sets none under tracking")
     return results
+
+
+def _require_appendable(path: Path) -> None:
+    """Check that what a tracker does not take can be recorded. Raises: ArgumentError if not."""
+    try:
+        open_whole_lines(path).close()
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _sync(folder: Path, *, group: str, on_reason: Callable[[str], None]) -> list[SyncResult]:

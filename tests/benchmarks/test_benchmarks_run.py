@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FAST = ("cluster", "cold_start", "controller_scale", "data", "kills")
-SLOW = ("checkpoint", "elastic_replay", "recovery", "snapshot_overhead", "throughput", "tune")
+FAST = ("cluster", "controller_scale", "data", "kills")
+SLOW = ("checkpoint", "cold_start", "elastic_replay", "recovery", "snapshot_overhead", "throughput", "tune")
 """Several programs with Ray or DeepSpeed each; half a minute and more even at their smallest size."""
 
 

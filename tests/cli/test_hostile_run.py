@@ -176,7 +176,7 @@ def test_resume__links_that_lead_out__is_refused(
     tmp_path: Path, run: Path, attack: Callable[[Path, Path], None]
 ) -> None:
     attack(run, tmp_path)
-    with pytest.raises(ArgumentError, match="is a link that leads out of the run folder"):
+    with pytest.raises(ArgumentError, match="is a link that leads out of the folder"):
         reopen_run(run, plan_from_json((run / "plan.json").read_text()))
 
 
@@ -187,7 +187,7 @@ def test_resume__links_that_wandb_leaves__is_fine(tmp_path: Path, run: Path) -> 
     (run / "wandb" / "latest-run").symlink_to(logs.parent.name)
     reopen_run(run, plan_from_json((run / "plan.json").read_text()))
     (logs / "debug.log").symlink_to(tmp_path / "cache" / "core-debug.log")
-    with pytest.raises(ArgumentError, match=r"debug\.log is a link that leads out of the run folder"):
+    with pytest.raises(ArgumentError, match=r"debug\.log is a link that leads out of the folder"):
         reopen_run(run, plan_from_json((run / "plan.json").read_text()))
 
 

@@ -296,6 +296,44 @@ def test_start__fork_server_dead__node_left_out_until_ready() -> None:
     assert causes(scenario.after(JOIN_WINDOW_S)) == ["growth"]
 
 
+def test_start__fork_servers_of_all_nodes_end_again_and_again__run_fails_with_the_reason() -> None:
+    scenario = waiting(low=2)
+    for name in "ab":
+        scenario.on(came(name, is_ready=False))
+    failed = [NodeReady(node=name, is_ready=False, reason="ended: no torch") for name in "abaaab"]
+    assert not any(scenario.on(event) for event in failed)
+    assert scenario.on(NodeReady(node="b", is_ready=False)) == [
+        FailRun(
+            error="RunError",
+            reason="no worker could be started: on a the process that starts them ended: no torch",
+        )
+    ]
+
+
+def test_start__fork_server_that_was_ready_or_another_node__run_waits() -> None:
+    scenario = waiting(low=2)
+    for name in "ab":
+        scenario.on(came(name, is_ready=False))
+    for _ in range(9):
+        assert scenario.on(NodeReady(node="a", is_ready=False)) == []
+        assert scenario.on(NodeReady(node="b")) == []
+        assert scenario.on(NodeReady(node="b", is_ready=False)) == []
+    scenario.on(NodeReady(node="b"))
+    assert scenario.on(NodeReady(node="a")) == [start(1, "a", "b")]
+
+
+def test_start__fork_servers_end_but_a_step_is_in_memory_only__it_is_written_first() -> None:
+    scenario = training("a", low=1)
+    scenario.on(ReplicasHeld(node="a", replicas=snapshots(7, 0, of=1)))
+    scenario.on(NodeReady(node="a", is_ready=False))
+    scenario.on(ended(0))
+    scenario.stopped("a")
+    actions = [action for _ in range(5) for action in scenario.on(NodeReady(node="a", is_ready=False))]
+    assert actions == []
+    (end,) = scenario.on(CheckpointCommitted(step=7))
+    assert isinstance(end, FailRun)
+
+
 def test_start__nodes_with_replicas_first() -> None:
     scenario = training("a", "b", high=2)
     scenario.on(came("aa"))

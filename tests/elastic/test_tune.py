@@ -121,6 +121,7 @@ def actor_pid(cluster: Machines, name: str) -> int:
     return pid
 
 
+@pytest.mark.slow  # over a minute
 def test_search__killed_processes__results_of_an_undisturbed_search(cluster: Machines) -> None:
     undisturbed = start(cluster)
     undisturbed.await_end()

@@ -6,6 +6,7 @@ import pytest
 
 from forge.events import (
     Event,
+    ForkServerFailed,
     GenerationStarted,
     GenerationStarting,
     KilledForMemory,
@@ -87,6 +88,11 @@ def test_describe__idle_node_left__has_its_own_line() -> None:
         (
             KilledForMemory(process="agent", node=NODE, host="h", pid=7, used_gib=22.43, limit_gib=23.54),
             "Ray's memory monitor killed the agent on h and its ranks, which used 22.4 GiB of 23.5 GiB",
+        ),
+        (
+            ForkServerFailed(node=NODE, reason="ended with exit code 1: ImportError (fork-server.log)"),
+            "node 3f2a could not start workers, and tries again: its process ended with exit code 1: ImportError "
+            "(fork-server.log)",
         ),
         (
             RankHung(generation=1, rank=1, node=NODE, silent_s=8.2),

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import sqlite3
+import struct
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +15,7 @@ import pytest
 
 from forge.errors import ArgumentError
 from forge.plan.plan import plan_to_json
-from forge.runs.create import reopen_run
+from forge.runs.create import reopen_run, require_plain_folder
 from forge.runs.lock import hold_lock
 from forge.runs.reader import read_plan
 from forge.runs.sync import sync_run
@@ -104,7 +109,7 @@ def test_sync_run__link_out_of_the_folder__is_refused_and_nothing_is_written(tmp
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(victim / "x" if "." in name else victim)
-    with pytest.raises(ArgumentError, match="is a link that leads out of the run folder"):
+    with pytest.raises(ArgumentError, match="is a link that leads out of the folder"):
         sync_run(run, on_reason=print)
     assert not list(victim.iterdir())
 
@@ -115,7 +120,7 @@ def test_sync_run__trial_that_is_a_link__is_refused(tmp_path: Path) -> None:
     trial = search / "trials" / "trial-00000"
     trial.symlink_to(victim)
     before = sorted(victim.rglob("*"))
-    with pytest.raises(ArgumentError, match="is a link that leads out of the run folder"):
+    with pytest.raises(ArgumentError, match="is a link that leads out of the folder"):
         sync_run(search, on_reason=print)
     assert sorted(victim.rglob("*")) == before
 
@@ -151,3 +156,65 @@ def test_forge_runs_sync__current_folder__has_the_folders_name_as_its_id(
     monkeypatch.chdir(run)
     (result,) = sync_run(Path(), on_reason=print)
     assert result.run_id == run.name and result.is_complete
+
+
+@pytest.mark.parametrize("name", ["tensorboard/events.out.tfevents.1", "wandb/run-1", "mlflow.db", "events.jsonl"])
+def test_sync_run__pipe_in_the_folder__is_refused(tmp_path: Path, name: str) -> None:
+    run = untracked_run(tmp_path / "runs")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(ArgumentError, match=rf"{re.escape(name)} is neither a file nor a folder"):
+        sync_run(run, on_reason=print)
+
+
+@pytest.mark.parametrize("name", [".lock", "events.jsonl"])
+def test_sync_run__folder_in_the_place_of_a_file__is_refused(tmp_path: Path, name: str) -> None:
+    run = untracked_run(tmp_path / "runs")
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    with pytest.raises(ArgumentError, match=rf"{name}( cannot be written)?: Is a directory"):
+        sync_run(run, on_reason=print)
+
+
+def test_sync_run__record_of_gigabytes__is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forge.runs.trackers.feed._LAST_ATTEMPT_S", 1.0)
+    run = untracked_run(tmp_path / "runs")
+    set_tracking(run, {"wandb": {"mode": "disabled"}, "tensorboard": True})
+    (run / "tensorboard").mkdir()
+    with (run / "tensorboard" / "events.out.tfevents.1").open("wb") as file:
+        file.write(struct.pack("<Q", 2**33) + bytes(4))
+        file.truncate(2**34)
+    reasons: list[str] = []
+    (result,) = sync_run(run, on_reason=reasons.append)
+    assert not result.is_complete and "has a record of 8589934592 bytes" in reasons[0]
+
+
+def test_sync_run__database_with_a_trigger__is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forge.runs.trackers.feed._LAST_ATTEMPT_S", 1.0)
+    run = untracked_run(tmp_path / "runs")
+    set_tracking(run, {"wandb": {"mode": "disabled"}, "mlflow": {}})
+    assert sync_run(run, on_reason=print)[0].is_complete
+    with contextlib.closing(sqlite3.connect(run / "mlflow.db")) as database:
+        database.execute(
+            "CREATE TRIGGER forever AFTER UPDATE ON runs BEGIN INSERT INTO tags SELECT x, x, x FROM "
+            "(WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x FROM n); END"
+        )
+        database.commit()
+    reasons: list[str] = []
+    (result,) = sync_run(run, on_reason=reasons.append)
+    assert not result.is_complete and "triggers that MLflow does not make, such as 'forever'" in reasons[0]
+
+
+def test_sync_run__link_of_wandb_in_a_trial__is_allowed(tmp_path: Path) -> None:
+    run, log = untracked_run(tmp_path / "runs"), tmp_path / "debug-core.log"
+    log.touch()
+    for folder in (run / "wandb" / "offline-run-1-x" / "logs", run / "trials" / "t" / "wandb" / "run-1" / "logs"):
+        folder.mkdir(parents=True)
+        (folder / "debug-core.log").symlink_to(log)
+    require_plain_folder(run)
+    deeper = run / "logs" / "wandb" / "run-1" / "logs"
+    deeper.mkdir(parents=True)
+    (deeper / "debug-core.log").symlink_to(log)
+    with pytest.raises(ArgumentError, match="leads out of the folder"):
+        require_plain_folder(run)

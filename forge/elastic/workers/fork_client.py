@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from forge.foreign import read_file_end
 from forge.process import is_alive, open_log
 
 _ENVIRONMENT = {
@@ -21,6 +22,10 @@ _ENVIRONMENT = {
     # Importing numpy would start threads for its linear algebra, which no rank uses.
     "OPENBLAS_NUM_THREADS": "1",
 }
+
+_MAX_LAST_LINE_BYTES = 2000
+_END_S = 10.0
+"""How long a process may take to end after its socket was closed."""
 
 
 class ForkServer:
@@ -50,6 +55,16 @@ class ForkServer:
         if self._process is not None:
             return self._process.poll() is None
         return self._pid is None or is_alive(self._pid)
+
+    async def wait_ended(self) -> str:
+        """Wait for the end of the process, which has closed its socket, and return how it ended."""
+        try:
+            code = None if self._process is None else await asyncio.to_thread(self._process.wait, timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        if code is None:
+            return "ended"
+        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     def replan(self, plan_json: str) -> None:
         """Import everything for another run's plan; it reports again when it is ready."""
@@ -133,6 +148,16 @@ class ForkServerPool:
     def has_ready(self) -> bool:
         """Whether an idle fork server is ready."""
         return any(process.is_ready and process.is_alive for process in self._idle)
+
+    @property
+    def log_text(self) -> str:
+        """The last line that a fork server has written to its log, after a colon, and the log's name."""
+        try:
+            lines = read_file_end(self._log, max_bytes=_MAX_LAST_LINE_BYTES).decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f": {last} ({self._log.name})" if last else ""
 
     def prepare(self, plan_json: str, *, count: int) -> None:
         """Start fork servers until `count` are idle."""

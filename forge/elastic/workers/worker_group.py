@@ -184,11 +184,12 @@ class WorkerGroup:
             self._fork_server = self._pool.take(self._config.plan_json)
             while (message := await self._fork_server.receive()) is not None:
                 self._fork_server_says(message)
+            reason = await self._fork_server.wait_ended() + self._pool.log_text
             self._fork_server.kill()
             self._fork_server = None
             for worker in self._running().values():
                 worker.is_gone.set()
-            await self._report(report="ready", is_ready=False)
+            await self._report(report="ready", is_ready=False, reason=reason)
             await asyncio.sleep(_RETRY_S)
 
     async def release_fork_server(self) -> None:

@@ -6,7 +6,7 @@ own run and says which steps it already has.
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -51,27 +51,30 @@ class StepRanges:
     """A set of steps, stored as ranges, since a run has many of them in a row."""
 
     def __init__(self, steps: Iterable[int] = ()) -> None:
-        self._ranges: list[tuple[int, int]] = []
-        """Start and stop of each, in the order of their starts; they may overlap."""
-        self._stops: list[int] = []
-        """The greatest stop of a range and those before it."""
+        ranges: list[tuple[int, int]] = []
         start = stop = 0
         for step in steps:
             if step != stop:
-                self.add(start, stop)
+                ranges.append((start, stop))
                 start = step
             stop = step + 1
-        self.add(start, stop)
+        ranges.append((start, stop))
+        self._set(ranges)
 
     def add(self, start: int, stop: int) -> None:
         """Add the steps from `start` to before `stop`; none if it is not larger."""
         if start < stop:
-            insort(self._ranges, (start, stop))
-            self._stops = list(accumulate((stop for _, stop in self._ranges), max))
+            self._set([*self._ranges, (start, stop)])
 
     def __contains__(self, step: int) -> bool:
         position = bisect_right(self._ranges, step, key=itemgetter(0))
         return position > 0 and step < self._stops[position - 1]
+
+    def _set(self, ranges: list[tuple[int, int]]) -> None:
+        self._ranges = sorted(ranges)
+        """Start and stop of each, in the order of their starts; they may overlap."""
+        self._stops = list(accumulate((stop for _, stop in self._ranges), max))
+        """The greatest stop of a range and those before it."""
 
 
 class Tracker(Protocol):

@@ -45,7 +45,7 @@ class TrackerFeed:
         self._thread.start()
 
     def wake(self) -> None:
-        """Say that there are new records."""
+        """Let the thread read the new records."""
         self._news.set()
 
     def begin_end(self, status: RunStatus, *, timeout_s: float) -> None:

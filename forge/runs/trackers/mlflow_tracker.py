@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +35,11 @@ _LAST_KEY = "step"
 _MAX_BATCH = 1000
 """Metrics of one request. Source: MLflow REST API, "Log Batch"."""
 _MAX_PARAMS = 100
+_MAX_TRIGGER_CHARS = 2000
+_REFUSAL = re.compile(
+    r"CREATE TRIGGER \w+\s+BEFORE \w+ ON \w+\s+FOR EACH ROW\s+WHEN [\w.!=<>\s]+"
+    r"BEGIN\s+SELECT RAISE\(ABORT, '[^']*'\);\s*END"
+)
 _MAX_VALUE_CHARS = 500
 _MAX_EVENTS_CHARS = 4900
 _CUT = "..."
@@ -61,6 +68,8 @@ class MlflowTracker:
         from mlflow.tracking import MlflowClient
 
         uri = self._spec.uri or f"sqlite:///{(self._run.folder / DATABASE).absolute()}"
+        if problem := _schema_problem(uri):
+            raise PermissionError(problem)
         self._client = MlflowClient(tracking_uri=uri)
         found = self._find_run() or self._create_run()
         self._id = found.info.run_id
@@ -171,6 +180,20 @@ def database_problem(spec: MlflowSpec | None, *, folder: Path) -> str | None:
         f"tracking.mlflow.uri names {spec.uri}, a database outside the run's folder; if you want it to be written, "
         f"set {_URI_VARIABLE} to the same URI"
     )
+
+
+def _schema_problem(uri: str) -> str | None:
+    """Return why a database is not written to: it has views or triggers, which would run with every write.
+
+    MLflow's own triggers do nothing but refuse a change.
+    """
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:") or not path.is_file():
+        return None
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        found = connection.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('view', 'trigger')")
+        odd = [name for name, sql in found if not _REFUSAL.fullmatch(str(sql)[:_MAX_TRIGGER_CHARS])]
+    return f"{path} has views or triggers that MLflow does not make, such as {odd[0]!r:.80}" if odd else None
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from forge.foreign import open_file
 from forge.runs.trackers.base import EVENT_KEY, RunStatus, StepRanges, TrackedRow, TrackedRun
 
 FOLDER = "tensorboard"
@@ -23,6 +24,8 @@ _PREFIX = "events.out.tfevents."
 _LENGTH = struct.Struct("<Q")
 _HEADER_BYTES, _FOOTER_BYTES = 12, 4
 """Of a record: its length with a checksum, and the checksum of its content. Source: TensorFlow, "TFRecord"."""
+_MAX_RECORD_BYTES = 16 * 2**20
+"""A record has the metrics of one step, or the job file."""
 _CONFIG_KEY, _STATUS_KEY = "job", "status"
 
 
@@ -102,11 +105,15 @@ def _steps_in(path: Path) -> Iterator[int]:
 
 
 def _records_in(path: Path) -> Iterator[bytes]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with os.fdopen(open_file(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         while len(header := file.read(_HEADER_BYTES)) == _HEADER_BYTES:
             (length,) = _LENGTH.unpack_from(header)
             if file.tell() + length + _FOOTER_BYTES > size:
                 return
+            if length > _MAX_RECORD_BYTES:
+                raise ValueError(
+                    f"{path.name} has a record of {length} bytes; forge reads at most {_MAX_RECORD_BYTES}"
+                )
             yield file.read(length)
             file.seek(_FOOTER_BYTES, os.SEEK_CUR)

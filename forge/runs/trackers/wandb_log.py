@@ -7,7 +7,7 @@ no record at all. `wandb sync` stops at such a file and uploads none of the run'
 
 from __future__ import annotations
 
-import json
+import glob
 import os
 import struct
 import time
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.foreign import open_file, parse_json, typed
 from forge.process import has_open
 
 _PREAMBLE_BYTES = 7
@@ -23,6 +24,8 @@ _BLOCK_BYTES = 32768
 _HEADER = struct.Struct("<IHB")
 """Checksum, length and kind of a part of a record. Source: LevelDB documentation, "log_format"."""
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+_MAX_RECORD_BYTES = 16 * 2**20
+"""A record has the metrics of one step, or the job file."""
 _STEP_KEY = "step"
 _POLL_S = 0.1
 
@@ -44,8 +47,8 @@ class LogRecord:
 
 def log_files(folder: Path, *, run_id: str) -> list[Path]:
     """Return the files that W&B wrote for a run, online and offline, in the order in which they were started."""
-    found = folder.glob(f"wandb/*run-*/run-{run_id}.wandb")
-    own = [path for path in found if not path.is_symlink() and not path.parent.is_symlink()]
+    found = folder.glob(f"wandb/*run-*/run-{glob.escape(run_id)}.wandb")
+    own = [path for path in found if not path.is_symlink() and not path.parent.is_symlink() and path.is_file()]
     return sorted(own, key=lambda path: path.parent.name.removeprefix("offline-"))
 
 
@@ -59,7 +62,7 @@ def steps_in(path: Path) -> Iterator[int]:
     for record in read_log(path):
         for item in record.message().history.item:
             if (item.key or ".".join(item.nested_key)) == _STEP_KEY:
-                yield int(json.loads(item.value_json))
+                yield typed(int, parse_json(item.value_json))
 
 
 def repair_log(path: Path) -> str | None:
@@ -98,9 +101,12 @@ def wait_until_closed(path: Path, *, timeout_s: float) -> bool:
 
 
 def read_log(path: Path) -> Iterator[LogRecord]:
-    """Yield the complete records of a file."""
-    parts = b""
-    with path.open("rb") as file:
+    """Yield the complete records of a file.
+
+    Raises: OSError if it cannot be read; ValueError if a record is larger than any that W&B writes for forge.
+    """
+    parts = bytearray()
+    with os.fdopen(open_file(path), "rb") as file:
         file.seek(_PREAMBLE_BYTES)
         while True:
             left = _BLOCK_BYTES - file.tell() % _BLOCK_BYTES
@@ -113,9 +119,13 @@ def read_log(path: Path) -> Iterator[LogRecord]:
             part = file.read(size)
             if len(part) < size or kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
                 return
-            parts = part if kind in (_FULL, _FIRST) else parts + part
+            if kind in (_FULL, _FIRST):
+                parts.clear()
+            parts += part
+            if len(parts) > _MAX_RECORD_BYTES:
+                raise ValueError(f"{path.name} has a record of more than {_MAX_RECORD_BYTES} bytes")
             if kind in (_FULL, _LAST):
-                yield LogRecord(content=parts, end=file.tell())
+                yield LogRecord(content=bytes(parts), end=file.tell())
 
 
 def _other_processes() -> list[int]:
