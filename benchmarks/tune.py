@@ -62,7 +62,7 @@ JOB: Mapping[str, Any] = {
     "training": {
         "total_steps": 40,
         "global_batch_size": 8,
-        "schedule": {"kind": "cosine", "warmup_steps": 5, "final_fraction": 0.1},
+        "schedule": {"kind": "cosine", "warmup": 5, "final_fraction": 0.1},
         "precision": "fp32",
         "evaluate_every": "20 steps",
     },
@@ -148,7 +148,7 @@ def prepare_work(folder: Path) -> Work:
         "total_steps": spec.training.total_steps,
         "global_batch_size": spec.training.global_batch_size,
         "evaluate_every": spec.training.evaluate_every.steps,
-        "warmup_steps": schedule.warmup_steps,
+        "warmup_steps": schedule.warmup.steps,
         "final_fraction": schedule.final_fraction,
         "weight_decay": optimizer.weight_decay,
         "betas": (optimizer.beta1, optimizer.beta2),

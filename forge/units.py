@@ -23,6 +23,7 @@ _NUMBER = re.compile(r"\s*([0-9][0-9_]{,99}(?:\.[0-9]{1,99})?(?:[eE][+-]?[0-9]{1
 _STEPS = re.compile(r"\s*([0-9][0-9_]{,17})\s*steps?\s*")
 _RANGE = re.compile(r"\s*([0-9]{1,18})\s*(?:\.\.\s*([0-9]{1,18})\s*)?")
 _FRACTION = re.compile(r"\s*([0-9]{0,99}\.?[0-9]{1,99}(?:[eE][+-]?[0-9]{1,3})?)\s*(%?)\s*")
+_LENGTH = re.compile(r"\s*([0-9][0-9_.]{,99}\s?[A-Za-z]?)\s*?(?:\s(step|token)s?)?\s*")
 _LARGEST = 2**63 - 1
 
 
@@ -55,6 +56,38 @@ class Every:
         if self.seconds is not None:
             return seconds_since_last >= self.seconds
         return self.steps is not None and step % self.steps == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Length:
+    """A part of a training: a number of steps, of predicted tokens, or a share of it."""
+
+    steps: int | None = None
+    tokens: int | None = None
+    percent: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.steps, self.tokens, self.percent) if value is not None]
+        if len(given) != 1:
+            raise ValueError("a length is a number of steps, a number of tokens or a share")
+        if not 0 <= given[0] < math.inf:
+            raise ValueError("a length must not be negative")
+        if self.percent is not None and self.percent > 100:
+            raise ValueError("must be at most 100%, the whole training")
+
+    def __str__(self) -> str:
+        """Return the text that `parse_length` reads back exactly: `20 steps`, `2000000 tokens`, `3%`."""
+        if self.percent is not None:
+            return f"{self.percent!r}%".replace(".0%", "%")
+        return f"{self.steps} steps" if self.steps is not None else f"{self.tokens} tokens"
+
+    def in_steps(self, *, total_steps: int, tokens_per_step: int) -> int:
+        """Return the number of whole steps, rounded up."""
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is not None:
+            return -(-self.tokens // tokens_per_step)
+        return math.ceil(total_steps * Fraction(repr(self.percent)) / 100)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +130,19 @@ def parse_every(text: str) -> Every:
     return Every(seconds=_seconds(text, otherwise="is not an interval; write it like '50 steps' or '10m'"))
 
 
+def parse_length(text: str | int) -> Length:
+    """`20`, `20 steps`, `3%` or `2M tokens`."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return Length(steps=text)
+    if isinstance(text, str) and text.rstrip().endswith("%"):
+        return Length(percent=float(_percent(text)))
+    match = _LENGTH.fullmatch(text) if isinstance(text, str) else None
+    if not match:
+        raise ValueError("is not a length; write it like 20 steps, 3% or 2M tokens")
+    count = parse_count(match[1])
+    return Length(tokens=count) if match[2] == "token" else Length(steps=count)
+
+
 def parse_range(text: str | int) -> Range:
     """`2..16` or `4`."""
     if isinstance(text, int) and not isinstance(text, bool):
@@ -113,14 +159,8 @@ def parse_fraction(text: str | int | float) -> float:
         if not abs(text) <= _LARGEST:
             raise ValueError("must be a finite number")
         return float(text)
-    match = _FRACTION.fullmatch(text) if isinstance(text, str) else None
-    if not match:
-        raise ValueError("is not a fraction; write it like 1% or 0.01")
     # Exact arithmetic, so that 0.7% is the float nearest to 0.007.
-    value = Fraction(match[1]) / (100 if match[2] else 1)
-    if value > _LARGEST:
-        raise ValueError("must be a finite number")
-    return float(value)
+    return float(_percent(text) / 100)
 
 
 def format_bytes(size_bytes: float) -> str:
@@ -168,6 +208,17 @@ def _whole(text: str | int | float, *, units: dict[str, int], example: str) -> i
     if value > _LARGEST:
         raise ValueError(f"must not be larger than {_LARGEST}")
     return int(value)
+
+
+def _percent(text: object) -> Fraction:
+    """`1%` → 1, `0.01` → 1."""
+    match = _FRACTION.fullmatch(text) if isinstance(text, str) else None
+    if not match:
+        raise ValueError("is not a fraction; write it like 1% or 0.01")
+    value = Fraction(match[1]) * (1 if match[2] else 100)
+    if value > 100 * _LARGEST:
+        raise ValueError("must be a finite number")
+    return value
 
 
 def _seconds(text: object, *, otherwise: str) -> float:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge import units
-from forge.units import Every, Range
+from forge.units import Every, Length, Range
 
 PARSERS: list[Callable[[Any], object]] = [
     units.parse_bytes,
@@ -20,6 +20,7 @@ PARSERS: list[Callable[[Any], object]] = [
     units.parse_every,
     units.parse_range,
     units.parse_fraction,
+    units.parse_length,
 ]
 
 
@@ -45,6 +46,10 @@ PARSERS: list[Callable[[Any], object]] = [
         (units.parse_range, "2..16", Range(low=2, high=16)),
         (units.parse_range, "4", Range(low=4, high=4)),
         (units.parse_range, 4, Range(low=4, high=4)),
+        (units.parse_length, 20, Length(steps=20)),
+        (units.parse_length, "1 step", Length(steps=1)),
+        (units.parse_length, "0.7%", Length(percent=0.7)),
+        (units.parse_length, "2.5M tokens", Length(tokens=2_500_000)),
         (units.parse_fraction, "1%", 0.01),
         (units.parse_fraction, "0.7%", 0.007),
         (units.parse_fraction, "0.01", 0.01),
@@ -71,6 +76,11 @@ def test_parse__valid_text__gives_the_value(parse: Callable[[Any], object], text
         (units.parse_every, "0 steps", "at least 1 step"),
         (units.parse_range, "16..2", "below its start"),
         (units.parse_range, True, "not a range"),
+        (units.parse_length, "0.03", "20M"),
+        (units.parse_length, 0.03, "3%"),
+        (units.parse_length, "101%", "100%"),
+        (units.parse_length, -1, "negative"),
+        (units.parse_length, "3 days", "3%"),
         (units.parse_fraction, "many", "1%"),
         (units.parse_fraction, [1], "1%"),
         (units.parse_fraction, math.inf, "finite"),
@@ -100,7 +110,18 @@ def test_parse__anything__returns_or_raises_value_error(parse: Callable[[Any], o
     except ValueError as error:
         assert len(str(error)) < 120
     else:
-        assert isinstance(parsed, (Every, Range)) or math.isfinite(parsed)  # type: ignore[arg-type]
+        assert isinstance(parsed, (Every, Length, Range)) or math.isfinite(parsed)  # type: ignore[arg-type]
+
+
+@given(
+    st.one_of(
+        st.builds(Length, steps=st.integers(0, 10**17)),
+        st.builds(Length, tokens=st.integers(0, 10**17)),
+        st.builds(Length, percent=st.floats(0, 100)),
+    )
+)
+def test_length__formatted__is_parsed_back(length: Length) -> None:
+    assert units.parse_length(str(length)) == length
 
 
 @given(

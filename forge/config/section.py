@@ -29,7 +29,7 @@ class FieldError(ValueError):
     """Raised by a section's validator to report a problem of one of its keys.
 
     Args:
-        key: relative to the section, such as `schedule.warmup_steps`; empty in the validator of one key's type.
+        key: relative to the section, such as `schedule.warmup`; empty in the validator of one key's type.
         problem: one sentence, without the key.
         nearest: what to write instead, if that is clear.
         depends_on: other keys, relative to the section, whose values decide whether this is a problem.
@@ -60,6 +60,14 @@ def raise_errors(errors: Sequence[FieldError]) -> None:
 
 def _read_interval(value: Any) -> units.Every:
     return value if isinstance(value, units.Every) else units.parse_every(value)
+
+
+def _read_length(value: Any) -> units.Length:
+    return value if isinstance(value, units.Length) else units.parse_length(value)
+
+
+def _write_length(value: units.Length) -> int | str:
+    return value.steps if value.steps is not None else str(value)
 
 
 def _read_range(value: Any) -> units.Range:
@@ -120,6 +128,14 @@ Interval = Annotated[
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "examples": ["50 steps", "10m"]}),
 ]
+
+TrainLength = Annotated[
+    units.Length,
+    BeforeValidator(_read_length),
+    PlainSerializer(_write_length),
+    WithJsonSchema({"type": ["integer", "string"], "examples": ["3%", "2M tokens"]}),
+]
+"""A part of a training."""
 
 WholeRange = Annotated[
     units.Range,

@@ -7,51 +7,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from forge.config.class_names import ObjectiveName
-from forge.config.section import Count, FieldError, Fraction, Interval, Number, Section, WholeOrAuto, raise_errors
-from forge.units import Every
+from forge.config.optimizer import OptimizerSpec
+from forge.config.schedule import ScheduleSpec
+from forge.config.section import Count, FieldError, Interval, Number, Section, WholeOrAuto, raise_errors
+from forge.units import Every, Length
 
 MAX_STEPS = 10**10
 """Limit of a run; more than any run needs, and the positions of its samples still fit into 64 bits."""
-
-
-class OptimizerSpec(Section):
-    """AdamW (arXiv 1711.05101); moments and master weights are fp32."""
-
-    name: Literal["adamw"] = "adamw"
-    """The optimizer: torch's implementation, so that nothing is compiled at run time."""
-
-    lr: Number = Field(3e-4, gt=0)
-    """Peak learning rate, reached at the end of the warm-up. The default is a common starting
-    point for AdamW; small models usually take more."""
-
-    weight_decay: Number = Field(0.1, ge=0)
-    """Decoupled weight decay, applied to matrices only, not to biases, norms and other vectors. 0.1 is usual for
-    language models."""
-
-    beta1: Number = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-
-    beta2: Number = Field(0.95, ge=0, lt=1)
-    """Decay of the second moment. 0.95, lower than AdamW's usual 0.999, is common for language models."""
-
-    eps: Number = Field(1e-8, gt=0)
-    """Added to the denominator of the update."""
-
-    grad_clip: Number = Field(1.0, ge=0)
-    """Maximum global gradient norm; 0 disables clipping. DeepSpeed's `gradient_clipping`."""
-
-
-class ScheduleSpec(Section):
-    """The learning rate; it depends on the step only, never on the number of workers."""
-
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
-
-    warmup_steps: Count = Field(0, ge=0)
-    """Steps over which the learning rate rises linearly from 0 to `optimizer.lr`."""
-
-    final_fraction: Fraction = Field(0.1, ge=0, le=1)
-    """Learning rate of the last step as a share of `optimizer.lr`; ignored by `constant`."""
 
 
 class ZeroSpec(Section):
@@ -162,22 +124,36 @@ class TrainingSpec(Section):
         if micro != "auto" and not 1 <= micro <= self.global_batch_size:
             problem = f"must be in 1..{self.global_batch_size}, the global batch size"
             errors.append(FieldError("micro_batch_size", problem, depends_on=("global_batch_size",)))
-        if self.total_steps is not None and (too_long := self.warmup_problem(self.total_steps)) is not None:
-            errors.append(FieldError("schedule.warmup_steps", too_long, depends_on=("total_steps",)))
+        if self.total_steps is not None:
+            too_long = self.schedule_problem(self.total_steps, tokens_per_step=None)
+            if too_long is not None:
+                key, problem = too_long
+                errors.append(FieldError(f"schedule.{key}", problem, depends_on=("total_steps",)))
         raise_errors(errors)
         lengths = [self.total_steps, self.total_tokens, self.epochs]
         if sum(length is not None for length in lengths) != 1:
             raise ValueError("give exactly one of 'total_steps', 'total_tokens' and 'epochs'")
         return self
 
-    def warmup_problem(self, total_steps: int) -> str | None:
-        """Say why the warm-up does not fit a training of this many steps; None if it does."""
-        warmup = self.schedule.warmup_steps
-        if warmup <= total_steps:
-            return None
+    def schedule_problem(self, total_steps: int, *, tokens_per_step: int | None) -> tuple[str, str] | None:
+        """Return the key of `schedule` that does not fit a training of this many steps, and why; None if all do.
+
+        Args:
+            tokens_per_step: None if it is not known yet; lengths in tokens are not checked then.
+        """
         length = f"total_steps is {total_steps}"
         if self.total_tokens is not None:
             length = f"total_tokens {self.total_tokens} is {total_steps} steps"
         elif self.epochs is not None:
             length = f"epochs {self.epochs:g} is {total_steps} steps"
-        return f"is longer than the training: {warmup} warm-up steps, but {length}"
+        used = 0
+        for key, name in (("warmup", "warm-up"), ("decay", "decay")):
+            given: Length | None = getattr(self.schedule, key)
+            if given is None or (given.tokens is not None and tokens_per_step is None):
+                continue
+            steps = given.in_steps(total_steps=total_steps, tokens_per_step=tokens_per_step or 1)
+            before = f" after {used} of warm-up" if used else ""
+            if used + steps > total_steps:
+                return key, f"is longer than the training: {steps} {name} steps{before}, but {length}"
+            used += steps
+        return None

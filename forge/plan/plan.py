@@ -36,6 +36,7 @@ from forge.plan.inputs import (
     ModelInfo,
 )
 from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
+from forge.plan.schedule import ScheduleSteps, schedule_steps
 from forge.plan.search import SearchPlan
 from forge.plan.warnings import corpus_warnings
 from forge.user_code import is_reference
@@ -84,6 +85,13 @@ class DraftPlan:
     def total_tokens(self) -> int:
         """Predicted tokens over the whole run."""
         return self.total_steps * self.tokens_per_step
+
+    @property
+    def schedule_steps(self) -> ScheduleSteps:
+        """The lengths of the learning rate schedule in steps."""
+        return schedule_steps(
+            self.job.training.schedule, total_steps=self.total_steps, tokens_per_step=self.tokens_per_step
+        )
 
     def for_world_size(self, world_size: int) -> WorldSizePlan:
         """Return the part of the plan for one world size. Raises: PlanError if the job does not allow it."""
@@ -231,6 +239,10 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
         body["training"].pop(name)
     if body["training"]["early_stopping"] is None:
         del body["training"]["early_stopping"]
+    for section in ("optimizer", "schedule"):  # keys that do not apply
+        body["training"][section] = {
+            key: value for key, value in body["training"][section].items() if value not in (None, {})
+        }
     for name, default in (("file_type", "auto"), ("special_tokens", "text")):
         if body["data"][name] == default:
             del body["data"][name]
@@ -330,9 +342,9 @@ def _total_steps(job: JobSpec, corpus: CorpusInfo | None, *, tokens_per_step: in
     if steps > MAX_STEPS:
         key = "total_tokens" if job.training.total_tokens is not None else "epochs"
         raise PlanError(f"is {steps:,} steps; a run has at most {MAX_STEPS:,}", job_key=f"training.{key}")
-    problem = job.training.warmup_problem(steps)
+    problem = job.training.schedule_problem(steps, tokens_per_step=tokens_per_step)
     if problem is not None:
-        raise PlanError(problem, job_key="training.schedule.warmup_steps")
+        raise PlanError(problem[1], job_key=f"training.schedule.{problem[0]}")
     return steps
 
 

@@ -55,7 +55,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
          f"ZeRO {said('training.zero.stage', training.zero.stage)}, "
          f"lr {said('training.optimizer.lr', f'{training.optimizer.lr:g}')} "
          f"({said('training.schedule.kind', training.schedule.kind)}, "
-         f"{said('training.schedule.warmup_steps', training.schedule.warmup_steps)} steps of warm-up)"),
+         f"{said('training.schedule.warmup', plan.schedule_steps.warmup)} steps of warm-up)"),
         ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, "
          f"{format_count(total_flops)}FLOP in all"),
         ("hardware", _hardware(plan)),

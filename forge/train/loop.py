@@ -27,6 +27,7 @@ from forge.events import (
     SnapshotIntervalChanged,
     StepMetrics,
 )
+from forge.plan.schedule import ScheduleSteps
 from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten, Outcome, SaveFailed
 from forge.train.early_stopping import EarlyStopping
 from forge.train.engine import Engine, StepControl, StepResult
@@ -47,6 +48,7 @@ class TrainInputs:
     training: TrainingSpec
     checkpoint: CheckpointSpec
     total_steps: int
+    schedule_steps: ScheduleSteps
     pause_at: int | None
     """The step after which to stop with a checkpoint, before the last one."""
     batches: TrainBatches
@@ -167,7 +169,7 @@ class _TrainLoop:
             step=number, seconds_since_last=began - self._evaluated_at
         )
         lr = learning_rate(
-            training.schedule, step=number, total_steps=inputs.total_steps, peak=training.optimizer.lr
+            training.schedule, step=number, lengths=inputs.schedule_steps, peak=training.optimizer.lr
         )
         totals = inputs.batches.totals(number)
         snapshots = self._snapshots
@@ -208,7 +210,7 @@ class _TrainLoop:
         kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was written yet"
         raise DivergedError(
             f"step {step.number}: the loss is {loss} and the gradient norm {grad_norm}, at a learning rate of "
-            f"{step.learning_rate:.3g}; {kept}. Lower training.optimizer.lr, raise schedule.warmup_steps, or set "
+            f"{step.learning_rate:.3g}; {kept}. Lower training.optimizer.lr, raise schedule.warmup, or set "
             "optimizer.grad_clip"
         )
 

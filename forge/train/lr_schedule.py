@@ -4,23 +4,49 @@ from __future__ import annotations
 
 import math
 
-from forge.config.training import ScheduleSpec
+from forge.config.schedule import ScheduleSpec
+from forge.plan.schedule import ScheduleSteps
+
+_TIMESCALE_STEPS = 10_000
 
 
-def learning_rate(schedule: ScheduleSpec, *, step: int, total_steps: int, peak: float) -> float:
+def learning_rate(schedule: ScheduleSpec, *, step: int, lengths: ScheduleSteps, peak: float) -> float:
     """The rate of step `step`, counted from 1.
 
-    Warm-up: `peak · step / warmup_steps`, reaching the peak at its last step. After it, with
-    `x = (step - warmup) / (total - warmup)` in (0, 1] and final fraction f:
-    cosine `peak · (f + (1 - f) · (1 + cos πx) / 2)`, linear `peak · (1 - (1 - f) · x)`.
+    Warm-up over w steps: `peak · step / w`, reaching the peak at its last step. After it `peak · factor`, with the
+    final fraction f: `f + (1 - f) · left`, where x in (0, 1] is the finished share of the steps after the warm-up:
 
-    Source: cosine as in SGDR, arXiv 1608.03983, equation 5, without restarts.
+        cosine       left = (1 + cos πx) / 2
+        linear       left = 1 - x
+        polynomial   left = (1 - x) ** power
+        wsd          left = 1 until the decay of its last steps; x is the finished share of the decay, and
+                     left = 1 - √x, 1 - x or (1 + cos πx) / 2
+        inverse-sqrt factor = √(timescale / (step - w + timescale))
+
+    Source: cosine as in SGDR, arXiv 1608.03983, equation 5, without restarts; the others as in
+    transformers.optimization, whose functions of step s give the rate of step s here.
     """
-    warmup = schedule.warmup_steps
+    warmup = lengths.warmup
     if step <= warmup:
         return peak * step / warmup
-    if schedule.kind == "constant" or total_steps <= warmup:
+    if schedule.kind == "constant" or lengths.total <= warmup:
         return peak
-    done = min(1.0, (step - warmup) / (total_steps - warmup))
-    left = (1 + math.cos(math.pi * done)) / 2 if schedule.kind == "cosine" else 1 - done
-    return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * left)
+    if schedule.kind == "inverse-sqrt":
+        timescale = schedule.timescale or warmup or _TIMESCALE_STEPS
+        return peak * math.sqrt(timescale / (step - warmup + timescale))
+    floor = schedule.final_fraction
+    return peak * (floor + (1 - floor) * _left(schedule, step=step, lengths=lengths))
+
+
+def _left(schedule: ScheduleSpec, *, step: int, lengths: ScheduleSteps) -> float:
+    """Return the share of the decay that is left, from 1 to 0."""
+    first = lengths.total - lengths.decay if schedule.kind == "wsd" else lengths.warmup
+    if step <= first:
+        return 1.0
+    done = min(1.0, (step - first) / (lengths.total - first))
+    shape = schedule.decay_shape if schedule.kind == "wsd" else schedule.kind
+    if shape == "cosine":
+        return (1 + math.cos(math.pi * done)) / 2
+    if shape == "1-sqrt":
+        return 1 - math.sqrt(done)
+    return float((1 - done) ** (schedule.power or 1.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from forge.config.training import OptimizerSpec
+from forge.config.optimizer import OptimizerSpec
 
 
 def build_optimizer(module: nn.Module, spec: OptimizerSpec, *, device: torch.device) -> torch.optim.AdamW:

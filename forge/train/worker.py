@@ -236,6 +236,7 @@ def _train_inputs(plan: Plan, context: WorkerContext, *, peak_flops: float) -> T
         training=job.training,
         checkpoint=job.checkpoint,
         total_steps=plan.total_steps,
+        schedule_steps=plan.schedule_steps,
         pause_at=plan.pause_at,
         batches=TrainBatches(
             rows=train_rows,

@@ -53,13 +53,13 @@ def test_tune_screen__terminal__shows_best_and_newest_that_fit() -> None:
     lines = panel(shown(events, size=(90, 10)))
     assert lines == [
         "8/12 trials  37s, about 3s left",
-        "best: trial 8, eval/loss 2.0000  lr=0.008 warmup_steps=8",
+        "best: trial 8, eval/loss 2.0000  lr=0.008 warmup=8",
         "1.25 USD, about 3.00 more",
-        "trial  status    step  eval/loss  values                   time",
-        "    9  running    2/6     9.5000  lr=0.009 warmup_steps=9    3s",
-        "   *8  finished   6/6     2.0000  lr=0.008 warmup_steps=8    3s",
-        "    7  finished   6/6     3.0000  lr=0.007 warmup_steps=7    3s",
-        "    6  finished   6/6     4.0000  lr=0.006 warmup_steps=6    3s",
+        "trial  status    step  eval/loss  values             time",
+        "    9  running    2/6     9.5000  lr=0.009 warmup=9    3s",
+        "   *8  finished   6/6     2.0000  lr=0.008 warmup=8    3s",
+        "    7  finished   6/6     3.0000  lr=0.007 warmup=7    3s",
+        "    6  finished   6/6     4.0000  lr=0.006 warmup=6    3s",
         "… and 5 more",
     ]
 
@@ -88,7 +88,7 @@ def test_tune_screen__pipe__one_line_per_event() -> None:
     lines = shown([START, *ended(1, value=1.0), lost], size=None).splitlines()
     assert lines == [
         "starting the first trials",
-        "trial 1 started in 1.2s: lr=0.001 warmup_steps=1",
+        "trial 1 started in 1.2s: lr=0.001 warmup=1",
         "trial 1 step 6 eval/loss 1.0000",
         "trial 1 finished at step 6, eval/loss 1.0000",
         "node b left: connection closed",

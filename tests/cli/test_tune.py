@@ -40,7 +40,7 @@ TUNE = (
 search:
   space:
     training.optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
-    training.schedule.warmup_steps: {int: [0, 3]}
+    training.schedule.warmup: {int: [0, 3]}
   max_trials: 4
   max_hours: 8
   scheduler: {kind: asha, grace_steps: 2}
@@ -115,7 +115,7 @@ class TestThePlan:
         assert lines[0][1].startswith("each trial: ")
         assert lines[0][1].endswith(" 3 steps")
         assert ["searched", "training.optimizer.lr           0.0001 to 0.01, log-uniform"] in lines
-        assert ["training.schedule.warmup_steps", "0 to 3, whole numbers"] in lines
+        assert ["training.schedule.warmup", "0 to 3, whole numbers"] in lines
         assert ["limits", "8 hours"] in lines
         assert ["metric", "eval/loss, less is better"] in lines
         said = done.stderr.splitlines()
@@ -168,12 +168,12 @@ class TestASearch:
         lines = done.stderr.splitlines()
         assert done.exit_code == 0
         assert f"search {folder.name} in runs/{folder.name}" in lines
-        assert "trial 1 started in 1.2s: lr=0.001 warmup_steps=1" in lines
+        assert "trial 1 started in 1.2s: lr=0.001 warmup=1" in lines
         assert "trial 1 step 6 eval/loss 5.5000" in lines
         assert "trial 2 stopped by asha at step 2, eval/loss 7.0000" in lines
         assert lines[-1] == f"train with the best values: forge train runs/{folder.name}/best.yaml"
         assert f"{folder.name}  finished after 3 of 4 trials" in done.stdout
-        assert "trial 3, eval/loss 5.2500 at step 6: lr=0.003 warmup_steps=3" in done.stdout
+        assert "trial 3, eval/loss 5.2500 at step 6: lr=0.003 warmup=3" in done.stdout
         assert "1.50 USD" in done.stdout
         assert "█" in done.stdout
         assert (folder / "best.yaml").exists()
@@ -364,8 +364,8 @@ class TestRuns:
         done = forge("runs", "show", "searched")
         lines = [line.split() for line in done.stdout.splitlines()]
         assert done.exit_code == 0
-        assert ["4", "unfinished", "2/6", "6.0000", "lr=0.004", "warmup_steps=4", "-"] in lines
-        assert ["*3", "finished", "6/6", "5.2500", "lr=0.003", "warmup_steps=3", "3s"] in lines
+        assert ["4", "unfinished", "2/6", "6.0000", "lr=0.004", "warmup=4", "-"] in lines
+        assert ["*3", "finished", "6/6", "5.2500", "lr=0.003", "warmup=3", "3s"] in lines
         assert [line[0] for line in lines if len(line) == 7 and line[2].endswith("/6")] == ["4", "*3", "2", "1"]
 
     def test_show__json__is_the_search_record(self, folder: Path) -> None:

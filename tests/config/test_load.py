@@ -205,9 +205,20 @@ def test_load_job__scalar__is_read_as_yaml_1_2(write: Callable[[str], Path], wri
         ),
         (
             "total_steps: 10",
-            "total_steps: 10\n  schedule: {warmup_steps: 11}",
-            "job.yaml:9: training.schedule.warmup_steps: is longer than the training: 11 warm-up steps, "
+            "total_steps: 10\n  schedule: {warmup: 11}",
+            "job.yaml:9: training.schedule.warmup: is longer than the training: 11 warm-up steps, "
             "but total_steps is 10 (got 11)",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  schedule: {warmup: 3 days}",
+            "job.yaml:9: training.schedule.warmup: is not a length; write it like 20 steps, 3% or 2M tokens "
+            "(got 3 days)",
+        ),
+        (
+            "total_steps: 10",
+            "total_steps: 10\n  schedule: {kind: cosine, decay: 10%}",
+            "job.yaml:9: training.schedule.decay: is only for kind: wsd (got 10%)",
         ),
         (
             "total_steps: 10",
@@ -591,14 +602,14 @@ def test_load_job__problems_of_keys_sections_and_between_sections__are_all_repor
     text = SMALL.replace("seq_len: 64", "seq_len: 1\n  text_kei: body\n  files: []").replace(
         "total_steps: 10",
         "total_steps: 10\n  objective: my_losses:Ranking\n  micro_batch_size: 64\n"
-        "  schedule: {kind: steps, warmup_steps: 12}\n  early_stopping: {metric: eval/loss}",
+        "  schedule: {kind: steps, warmup: 12}\n  early_stopping: {metric: eval/loss}",
     )
     with pytest.raises(JobFileError) as caught:
         load_job(write(text), overrides=["data.held_out=0", "model.trust_remote_code=true", "model.revision=x"])
     found = {error.key for error in (caught.value, *caught.value.others)}
     assert found == {
         "data.seq_len", "data.text_kei", "data.files", "training.schedule.kind", "training.micro_batch_size",
-        "training.schedule.warmup_steps", "training.objective", "training.early_stopping",
+        "training.schedule.warmup", "training.objective", "training.early_stopping",
         "model.trust_remote_code", "model.revision",
     }  # fmt: skip
 

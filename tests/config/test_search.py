@@ -15,11 +15,11 @@ JOB = """\
 name: tune
 model: {architecture: llama, hidden_size: 64, num_hidden_layers: 2}
 data: {source: python-stdlib}
-training: {total_steps: 60, optimizer: {lr: 1.0e-3}, schedule: {warmup_steps: 5}}
+training: {total_steps: 60, optimizer: {lr: 1.0e-3}, schedule: {warmup: 5}}
 search:
   space:
     training.optimizer.lr: {loguniform: [1.0e-4, 3.0e-2]}
-    training.schedule.warmup_steps: {int: [0, 20]}
+    training.schedule.warmup: {int: [0, 20]}
     model.intermediate_size: {of: model.hidden_size, times: 4}
   proxy: {model.num_hidden_layers: 1}
   max_trials: 8
@@ -56,7 +56,7 @@ def load(folder: Path, old: str = "", new: str = "", *, overrides: tuple[str, ..
         ("of: model.hidden_size, times: 4", "of: model.hidden_size", r":9: .*one of 'times' and 'divided_by'"),
         ("times: 4", "tims: 4", r":9: .*unknown key; did you mean 'times'"),
         (
-            "training.schedule.warmup_steps: {",
+            "training.schedule.warmup: {",
             "resources.workers: {",
             r":8: .*does not affect the result of the training",
         ),
@@ -93,10 +93,10 @@ def test_dump_job__with_a_search__loads_equal(tmp_path: Path) -> None:
 
 def test_trial_job__proxy_values_and_computed_keys__are_set(tmp_path: Path) -> None:
     job = load(tmp_path).job
-    values = {"training.optimizer.lr": 0.02, "training.schedule.warmup_steps": 3}
+    values = {"training.optimizer.lr": 0.02, "training.schedule.warmup": 3}
     trial = trial_job(job, values)
     assert trial.search is None
-    assert (trial.training.optimizer.lr, trial.training.schedule.warmup_steps) == (0.02, 3)
+    assert (trial.training.optimizer.lr, trial.training.schedule.warmup.steps) == (0.02, 3)
     assert trial.model.config_overrides == {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 256}
     whole = trial_job(job, values, is_proxied=False)
     assert whole.model.config_overrides == {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256}
@@ -116,7 +116,7 @@ def test_override__dotted_key_of_the_space__is_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("", "", {"training.optimizer.lr": 1e-3, "training.schedule.warmup_steps": 5}),
+        ("", "", {"training.optimizer.lr": 1e-3, "training.schedule.warmup": 5}),
         ("lr: 1.0e-3", "lr: 1.0", None),
         ("[0, 20]", "[6, 20]", None),
         ("loguniform: [1.0e-4, 3.0e-2]", "choice: [0.1, 0.2]", None),

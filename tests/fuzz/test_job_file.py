@@ -28,7 +28,7 @@ from tests.support.jobs import CPU, UNPREPARED, tiny_facts
 JOBS = sorted((Path(__file__).parents[2] / "jobs").rglob("*.yaml"))
 SEARCH = {
     "space": {"training.optimizer.lr": {"loguniform": [1e-4, 1e-2]},
-              "training.schedule.warmup_steps": {"int": [0, 4]}},
+              "training.schedule.warmup": {"int": [0, 4]}},
     "scheduler": {"kind": "asha", "grace_steps": 2},
 }  # fmt: skip
 TINY: dict[str, Any] = {
@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
     "model": {"architecture": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "data": {"source": "python-stdlib", "seq_len": 16, "tokenizer": {"vocab_size": 300}},
-    "training": {"total_steps": 6, "global_batch_size": 12, "schedule": {"warmup_steps": 2}},
+    "training": {"total_steps": 6, "global_batch_size": 12, "schedule": {"warmup": 2}},
     "resources": {"workers": "1..4", "gpu": "none"},
 }  # fmt: skip
 ARCHITECTURES = ["llama", "gpt2", "mixtral", "qwen3", "bert", "roberta", "gemma3_text", "mamba", "opt", "nonsense"]

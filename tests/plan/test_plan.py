@@ -80,11 +80,37 @@ def test_make_plan__warm_up_longer_than_a_length_in_any_unit__is_refused(
     length: dict[str, float], said: str
 ) -> None:
     changes: dict[str, object] = {f"training__{key}": value for key, value in length.items()}
-    changes |= {"training__total_steps": None, "training__schedule": {"warmup_steps": 6}}
-    message = r"training\.schedule\.warmup_steps: is longer than the training: 6 warm-up steps, but "
+    changes |= {"training__total_steps": None, "training__schedule": {"warmup": 6}}
+    message = r"training\.schedule\.warmup: is longer than the training: 6 warm-up steps, but "
     with pytest.raises(PlanError, match=message + said) as caught:
         plan(**changes)
-    assert caught.value.job_key == "training.schedule.warmup_steps"
+    assert caught.value.job_key == "training.schedule.warmup"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ({"warmup": "961 tokens"}, r"warmup: is longer than the training: 6 warm-up steps, but .* is 5 steps"),
+        ({"kind": "wsd", "warmup": "961 tokens"}, r"warmup: is longer than the training: 6 warm-up"),
+        (
+            {"kind": "wsd", "warmup": "50%", "decay": "60%"},
+            r"decay: is longer than the training: 3 decay steps after 3 of warm-up, but .* is 5 steps",
+        ),
+    ],
+)
+def test_make_plan__schedule_longer_than_the_training__is_refused(schedule: dict[str, object], said: str) -> None:
+    changes: dict[str, object] = {"training__total_steps": None, "training__total_tokens": 12 * 16 * 5}
+    with pytest.raises(PlanError, match=said):
+        plan(**changes, training__schedule=schedule)
+
+
+def test_schedule_steps__lengths_in_any_unit__are_whole_steps() -> None:
+    made = plan(
+        training__total_steps=100, training__schedule={"kind": "wsd", "warmup": "3.5%", "decay": "1k tokens"}
+    )
+    assert (made.schedule_steps.warmup, made.schedule_steps.decay) == (4, 6)
+    text = plan_to_json(made)
+    assert plan_from_json(text).schedule_steps == made.schedule_steps
 
 
 @pytest.mark.parametrize("length", [{"total_tokens": 2**62}, {"epochs": 1e6}])

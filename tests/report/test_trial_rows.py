@@ -46,7 +46,7 @@ def drawn(*, width: int) -> list[str]:
 @pytest.mark.parametrize(
     ("keys", "names"),
     [
-        ([LR, WARMUP], ["lr", "warmup_steps"]),
+        ([LR, WARMUP], ["lr", "warmup"]),
         (["a.b.lr", "a.c.lr", "name"], ["b.lr", "c.lr", "name"]),
         (["x.lr", "lr"], ["x.lr", "lr"]),
         ([], []),
@@ -65,12 +65,12 @@ def test_select_trials__running_then_best_then_newest() -> None:
 
 def test_fit_table__wide__has_everything() -> None:
     assert drawn(width=80) == [
-        "trial  status    step  eval/loss  values                   time",
-        "    4  running    2/6     4.5000  lr=0.004 warmup_steps=4   48s",
-        "   *2  finished   6/6     4.0000  lr=0.002 warmup_steps=2    3s",
-        "    5  waiting    0/6          -  lr=0.005 warmup_steps=5   45s",
-        "    3  stopped    2/6     8.0000  lr=0.003 warmup_steps=3    3s",
-        "    1  finished   6/6     5.0000  lr=0.001 warmup_steps=1    3s",
+        "trial  status    step  eval/loss  values             time",
+        "    4  running    2/6     4.5000  lr=0.004 warmup=4   48s",
+        "   *2  finished   6/6     4.0000  lr=0.002 warmup=2    3s",
+        "    5  waiting    0/6          -  lr=0.005 warmup=5   45s",
+        "    3  stopped    2/6     8.0000  lr=0.003 warmup=3    3s",
+        "    1  finished   6/6     5.0000  lr=0.001 warmup=1    3s",
     ]
 
 
@@ -117,7 +117,7 @@ def test_format_value__keeps_distinguishing_digits() -> None:
 def test_bars__proportional_and_sorted() -> None:
     shares = {WARMUP: 0.25, LR: 0.5, "x": float("nan"), "y": 0.0}
     assert bars(shares, width=4) == [
-        ["lr", "50%", "████"], ["warmup_steps", "25%", "██"], ["y", "0%", ""], ["x", "-", ""],
+        ["lr", "50%", "████"], ["warmup", "25%", "██"], ["y", "0%", ""], ["x", "-", ""],
     ]  # fmt: skip
     assert bars({}) == []
 
@@ -135,9 +135,9 @@ def test_describe__trial_event__one_line() -> None:
         TrialEnded(trial=9, status="failed", step=4, value=None),
     ]
     assert [line for record in records(events) if (line := describer.describe(record))] == [
-        "trial 1 started in 1.2s: lr=0.001 warmup_steps=1",
+        "trial 1 started in 1.2s: lr=0.001 warmup=1",
         "trial 1 step 2 eval/loss 5.2500",
-        "trial 1 resumed after 300ms: lr=0.001 warmup_steps=1",
+        "trial 1 resumed after 300ms: lr=0.001 warmup=1",
         "trial 1 step 4 eval/loss is not a number",
         "trial 1 continues from trial 3 at step 4: lr=0.002",
         "trial 1 stopped by asha at step 4, eval/loss 5.0000",

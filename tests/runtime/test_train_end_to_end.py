@@ -40,7 +40,7 @@ training:
   total_steps: {TOTAL_STEPS}
   global_batch_size: 8
   optimizer: {{lr: 1.0e-2}}
-  schedule: {{warmup_steps: 5}}
+  schedule: {{warmup: 5}}
   evaluate_every: 120 steps
 checkpoint: {{every: 25 steps}}
 resources: {{workers: 2, gpu: none}}

@@ -43,7 +43,7 @@ def one_trial(*, values: dict[str, Any] = VALUES, **options: Any) -> TrialTable:
     "changes",
     [
         {},
-        {"training__schedule": {"kind": "constant", "warmup_steps": 2}},
+        {"training__schedule": {"kind": "constant", "warmup": 2}},
         {"training__ema": {"decay": 0.99}},
         {"training__total_steps": None, "training__total_tokens": 5000, "resources__workers": "2"},
         {"checkpoint": {"every": "50 steps", "to": "s3://bucket/runs"}},

@@ -47,7 +47,7 @@ def trained(corpus: CorpusInfo, folder: Path, model: str = "llama", *, stage: in
         corpus,
         model=MODELS[model],
         training__total_steps=2,
-        training__schedule={"warmup_steps": 1},
+        training__schedule={"warmup": 1},
         training__zero={"stage": stage},
         training__ema={"decay": 0.5},
     )
@@ -153,7 +153,7 @@ def test_export__missing_checkpoint__raises(
 
 
 def test_export__no_averages__raises(corpus: CorpusInfo, tmp_path: Path) -> None:
-    plan = tiny_plan(corpus, training__total_steps=1, training__schedule={"warmup_steps": 0})
+    plan = tiny_plan(corpus, training__total_steps=1, training__schedule={"warmup": 0})
     run_ranks(plan, tmp_path / "run", world_size=1)
     with pytest.raises(CheckpointError, match="no ema weights"):
         export(ExportRequest(url=str(tmp_path / "run"), to=str(tmp_path / "out"), ema=True))

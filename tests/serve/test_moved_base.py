@@ -50,7 +50,7 @@ def run_from(base: Path, folder: Path, corpus: Any, **model: object) -> Plan:
         corpus,
         model=spec.model_dump(exclude_unset=True),
         training__total_steps=2,
-        training__schedule={"warmup_steps": 1},
+        training__schedule={"warmup": 1},
         training__zero={"stage": 2},
     )
     plan = replace(plan, model=info)

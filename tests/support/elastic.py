@@ -35,7 +35,7 @@ training:
   global_batch_size: 6
   precision: fp32
   optimizer: {{lr: {lr}}}
-  schedule: {{kind: constant, warmup_steps: 5}}
+  schedule: {{kind: constant, warmup: 5}}
   zero: {{stage: {stage}}}
 checkpoint: {{every: 100000 steps, snapshot_every: 1}}
 resources: {{workers: "{workers}", gpu: none}}

@@ -36,7 +36,7 @@ def tiny_job(**changes: Any) -> JobSpec:
             "total_steps": 6,
             "global_batch_size": 12,
             "optimizer": {"lr": 1e-2},
-            "schedule": {"warmup_steps": 2},
+            "schedule": {"warmup": 2},
             "zero": {"stage": 1},
         },
         "resources": {"workers": "1..4", "gpu": "none"},

@@ -29,7 +29,7 @@ from forge.runs.trials import TrialTable
 from tests.support.jobs import tiny_job, tiny_plan
 
 LR = "training.optimizer.lr"
-WARMUP = "training.schedule.warmup_steps"
+WARMUP = "training.schedule.warmup"
 DECAY = "training.optimizer.weight_decay"
 SPACE = {LR: {"loguniform": [1e-4, 1e-1]}, WARMUP: {"choice": [0, 1, 2, 4]}, DECAY: {"uniform": [0.0, 0.3]}}
 

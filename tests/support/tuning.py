@@ -27,7 +27,7 @@ from tests.support.runs import make_run
 
 BEGAN = 1_000_000.0
 LR = "training.optimizer.lr"
-WARMUP = "training.schedule.warmup_steps"
+WARMUP = "training.schedule.warmup"
 SEARCH: dict[str, Any] = {
     "space": {LR: {"loguniform": [1e-4, 1e-2]}, WARMUP: {"int": [0, 4]}},
     "max_trials": 4,
