@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from forge.cluster.registry import find_cluster, find_known
 from forge.config import load
@@ -75,7 +75,9 @@ class Run(RunSummary):
         return read_metrics(self.folder)
 
     def best_checkpoint(self) -> CheckpointEntry | None:
-        """Return the complete checkpoint with the lowest held-out loss, or the newest if none was evaluated.
+        """Return the best complete checkpoint, or the newest if none was evaluated.
+
+        The best one by the metric of `training.early_stopping`, else by the held-out loss.
 
         Its `url` is the folder, or the URL, that it is in.
 
@@ -84,14 +86,18 @@ class Run(RunSummary):
         return best_checkpoint(self)
 
     def export(
-        self, to: str | Path, *, step: int | None = None, on_progress: Callable[[int, int], None] | None = None
+        self,
+        to: str | Path,
+        *,
+        step: int | Literal["best"] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> Path:
         """Write a checkpoint's weights as a Hugging Face folder, for `from_pretrained`.
 
         Of a model of the user's own it has the state dict as safetensors files, and no `config.json`.
 
         Args:
-            step: of the checkpoint; by default the best one.
+            step: of the checkpoint; by default the best one, or the newest if none was evaluated.
             on_progress: called with the bytes that are written and those of all weights.
 
         Returns: the folder.
@@ -116,13 +122,15 @@ class Run(RunSummary):
         top_k: int = 50,
         seed: int = 1,
         ema: bool = False,
+        step: int | Literal["best"] | None = None,
     ) -> str:
-        """Continue a prompt with the newest checkpoint, as `forge generate` does.
+        """Continue a prompt with a checkpoint, as `forge generate` does.
 
         Args:
             temperature: 0 takes the likeliest token always.
             top_k: sample among this many likeliest tokens.
             ema: use the averaged weights.
+            step: of the checkpoint; by default the newest.
 
         Returns: the text after the prompt.
         Raises: CheckpointError if there is no intact checkpoint; UserCodeError, RunError.
@@ -135,6 +143,7 @@ class Run(RunSummary):
             top_k=top_k,
             seed=seed,
             ema=ema,
+            step=step,
         )
         return str(answer["text"])
 

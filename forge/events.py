@@ -244,6 +244,8 @@ class CheckpointSaved:
     """How long training was blocked by it; unknown (nan) likewise."""
     removed: tuple[int, ...] = ()
     """Steps of older checkpoints that were removed before it was written, because the disk had no room for both."""
+    is_best: bool = False
+    """Whether it was written because its evaluation is among the best (`checkpoint.keep_best`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from forge.checkpoint.intervals import ITEM_BYTES, KINDS, Layout, layout_from_record, safetensors_header
 from forge.foreign import MAX_INT, file_name, from_record, parse_object, typed
@@ -42,6 +42,12 @@ class Progress:
     """With `training.early_stopping`: the best value of its metric; None before the first finite one."""
     best_step: int = 0
     num_evaluations_since_best: int = 0
+    metric: str = ""
+    """What compares the checkpoints of a run, such as `eval/loss`; empty if this step was not evaluated."""
+    metric_value: float | None = None
+    """Its value at this very step; None if the step was not evaluated, or the value is not finite."""
+    metric_direction: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger value is better."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

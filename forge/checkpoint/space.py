@@ -2,7 +2,7 @@
 
 Old checkpoints are removed after a new one is complete, so for a moment there is one more than `checkpoint.keep`.
 Where that does not fit, old ones are removed first, but never the newest that is complete: if the new one cannot be
-written after all, the run can still be resumed.
+written after all, the run can still be resumed. Nor are the best ones of `checkpoint.keep_best`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 
+from forge.checkpoint.best import best_scores
 from forge.checkpoint.manifest import step_name
 from forge.checkpoint.storage import Storage
 from forge.checkpoint.verify import stored_steps
@@ -24,11 +25,12 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def make_room(storage: Storage, *, needed_bytes: int | None) -> list[int]:
+def make_room(storage: Storage, *, needed_bytes: int | None, keep_best: int = 0) -> list[int]:
     """Remove old checkpoints, oldest first, until a new one fits; the newest complete one is kept.
 
     Args:
         needed_bytes: of the new checkpoint; None: remove all but the newest.
+        keep_best: how many of the best checkpoints are kept, too.
 
     Returns: the steps of the removed ones.
     Raises: OSError, CheckpointError if the storage cannot be read.
@@ -36,7 +38,8 @@ def make_room(storage: Storage, *, needed_bytes: int | None) -> list[int]:
     removed: list[int] = []
     if needed_bytes is not None and _fits(storage, needed_bytes):
         return removed
-    for step in list(stored_steps(storage))[:-1]:
+    best = {score.step for score in best_scores(storage, count=keep_best)}
+    for step in [step for step in list(stored_steps(storage))[:-1] if step not in best]:
         storage.remove(step_name(step))
         removed.append(step)
         if needed_bytes is not None and _fits(storage, needed_bytes):

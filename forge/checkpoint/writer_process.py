@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from forge.checkpoint.best import best_scores
 from forge.checkpoint.manifest import (
     MANIFEST,
     Part,
@@ -73,6 +74,8 @@ class WriteCommand:
     token: str
     """Identifies this save; equal on all ranks."""
     keep: int
+    keep_best: int = 0
+    """How many of the best checkpoints are kept besides."""
     state: str
     """Content of the state file; written by rank 0 only."""
 
@@ -158,7 +161,7 @@ def save(
             part = _write_patiently(storage, buffer, command)
             _report(outcome_fd, token=command.token, part=part.size_bytes)
             return
-        removed += make_room(storage, needed_bytes=needed)
+        removed += make_room(storage, needed_bytes=needed, keep_best=command.keep_best)
         size = _save_first(storage, buffer, command, commands, outcome_fd=outcome_fd, removed=removed)
     except OSError as error:
         if not is_full(error):
@@ -194,7 +197,7 @@ def _save_first(
         except OSError as error:
             if not is_full(error):
                 raise
-            removed += make_room(storage, needed_bytes=None)
+            removed += make_room(storage, needed_bytes=None, keep_best=command.keep_best)
             part = write_part(storage, staging, buffer, command)
         _report(outcome_fd, token=command.token, part=part.size_bytes)
         return commit(storage, staging, command, commands)
@@ -261,15 +264,19 @@ def commit(storage: Storage, staging: str, command: WriteCommand, commands: Comm
 
 
 def prune(storage: Storage, command: WriteCommand) -> None:
-    """Keep the newest `keep` checkpoints with correct sizes; remove older ones, and what dead writers have left.
+    """Keep the newest `keep` checkpoints with correct sizes and the `keep_best` best ones; remove older ones, and
+    what dead writers have left.
 
     A failure to remove is logged, and does not fail the save.
     """
     try:
         storage.sweep(own=command.membership, up_to=command.token)
+        best = {step_name(score.step) for score in best_scores(storage, count=command.keep_best)}
         kept = 0
         for name in list_checkpoints(storage):
             if kept >= command.keep and name < step_name(command.step):
+                if name in best:
+                    continue
                 storage.remove(name)
             elif verify_checkpoint(storage, name, with_checksums=False) is None:
                 kept += 1

@@ -34,7 +34,9 @@ LocationArgument = Annotated[
         help="A run's id, a unique prefix of it, its folder, or latest; or a folder or URL of checkpoints.",
     ),
 ]
-StepOption = Annotated[int | None, typer.Option("--step", min=1, help="The checkpoint of this step.")]
+StepOption = Annotated[
+    str | None, typer.Option("--step", metavar="STEP", help="The checkpoint of this step, or best.")
+]
 
 
 @app.command("list")
@@ -77,7 +79,7 @@ def verify(
 
     url = locate(location, root=runs).url
     found = []
-    for entry in entries(url, step=step, with_checksums=True):
+    for entry in entries(url, step=parse_step(step), with_checksums=True):
         found.append(entry)
         if output is not Output.JSON:
             display.message(f"{entry.name}  {entry.problem or 'verified'}")
@@ -124,6 +126,7 @@ def export(
         max_shard_bytes = parse_bytes(shard_size)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--shard-size") from error
+    wanted = parse_step(step)
     found = locate(location, root=runs)
     display.message(f"exporting {found.url}")
     with ExportScreen() as screen:
@@ -131,7 +134,7 @@ def export(
             on_progress=screen.show,
             url=found.url,
             to=str(to),
-            step=step,
+            step=wanted,
             dtype=dtype.value,
             ema=ema,
             max_shard_bytes=max_shard_bytes,
@@ -153,7 +156,16 @@ def export(
     display.next_command(f'safetensors.torch.load_file("{answer["folder"]}/{file}")', purpose="in Python")
 
 
-_COLUMNS = ("checkpoint", "#tokens", "#size", "#parts", "average", "")
+def parse_step(text: str | None) -> int | str | None:
+    """Return the number of a step, or `best`. Raises: typer.BadParameter for anything else."""
+    if text is None or text == "best":
+        return text
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is neither a step from 1 on nor best", param_hint="--step")
+    return int(text)
+
+
+_COLUMNS = ("checkpoint", "#tokens", "#size", "#parts", "average", "evaluation", "")
 
 
 def _row(entry: CheckpointEntry, *, whole: str) -> list[str]:
@@ -165,5 +177,6 @@ def _row(entry: CheckpointEntry, *, whole: str) -> list[str]:
         "-" if entry.size_bytes is None else format_bytes(entry.size_bytes),
         "-" if entry.num_parts is None else str(entry.num_parts),
         "yes" if entry.has_average else "",
+        "" if entry.metric_value is None else f"{entry.metric} {entry.metric_value:.4f}{' (best)' * entry.is_best}",
         whole if entry.problem is None else f"broken: {entry.problem}",
     ]

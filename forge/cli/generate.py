@@ -1,4 +1,4 @@
-"""`forge generate`: text from a run's newest checkpoint."""
+"""`forge generate`: text from a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from forge.cli.checkpoints import StepOption, parse_step
 from forge.cli.options import Output, OutputOption, RunArgument, RunsOption
 
 
@@ -20,10 +21,11 @@ def generate(
     top_k: Annotated[int, typer.Option(min=1, help="Sample among this many likeliest tokens.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 1,
     ema: Annotated[bool, typer.Option("--ema", help="Use the averaged (EMA) weights.")] = False,
+    step: StepOption = None,
     runs: RunsOption = Path("runs"),
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Continue a prompt with a run's newest checkpoint.
+    """Continue a prompt with a run's newest checkpoint, or another one.
 
     Example:  forge generate latest --prompt 'def main('
     """
@@ -33,7 +35,9 @@ def generate(
     from forge.units import format_duration
 
     folder = find_run(run, root=runs)
-    display.message(f"importing torch and transformers, then loading the newest checkpoint of {folder.name}")
+    wanted = parse_step(step)
+    which = "newest checkpoint" if wanted is None else "best checkpoint" if wanted == "best" else f"step {wanted}"
+    display.message(f"importing torch and transformers, then loading the {which} of {folder.name}")
     answer = sample_text(
         folder,
         prompt=prompt,
@@ -42,6 +46,7 @@ def generate(
         top_k=top_k,
         seed=seed,
         ema=ema,
+        step=wanted,
     )
     if output is Output.JSON:
         display.print_json(answer)

@@ -161,7 +161,8 @@ class TrainScreen(LiveScreen):
                 if event["removed"]:
                     steps = ", ".join(map(str, event["removed"]))
                     how += f"; the disk had no room beside those of step {steps}, which were removed first"
-                self.note(f"step {event['step']:>6}  checkpoint of {size} {how}")
+                best = ", the best so far" if event["is_best"] else ""
+                self.note(f"step {event['step']:>6}  checkpoint of {size} {how}{best}")
             case "CheckpointFailed":
                 self.warn(f"step {event['step']}: {event['reason']}")
             case "CheckpointSkipped":

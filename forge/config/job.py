@@ -65,6 +65,9 @@ class JobSpec(Section):
             # Its embeddings are of these ids. The section is frozen; this is still its construction.
             tokenizer = TokenizerSpec(from_pretrained=self.model.from_pretrained)
             self.__dict__["data"] = self.data.model_copy(update={"tokenizer": tokenizer})
+        if self.checkpoint.keep_best is None:
+            keep_best = 0 if self.training.early_stopping is None else 1
+            self.__dict__["checkpoint"] = self.checkpoint.model_copy(update={"keep_best": keep_best})
         return self
 
     def _problems(self) -> Iterator[FieldError]:
@@ -77,6 +80,9 @@ class JobSpec(Section):
         if self.training.early_stopping is not None and not self.data.held_out:
             problem = f"{self.training.early_stopping.metric} is measured on held-out data, but data.held_out is 0"
             yield FieldError("training.early_stopping", problem, depends_on=("data.held_out",))
+        if self.checkpoint.keep_best and not self.data.held_out:
+            problem = "the best checkpoint is chosen by held-out data, but data.held_out is 0"
+            yield FieldError("checkpoint.keep_best", problem, depends_on=("data.held_out",))
         tokenizer = self.data.tokenizer
         if self.model.from_pretrained is not None and tokenizer.from_pretrained is None:
             new = [key for key in ("train", "vocab_size") if key in tokenizer.model_fields_set]

@@ -49,6 +49,11 @@ class CheckpointSpec(Section):
     keep: int = Field(3, ge=1)
     """How many of the newest checkpoints are kept; older ones are deleted."""
 
+    keep_best: int | None = Field(None, ge=0, le=1000)
+    """How many of the best checkpoints are kept beside the newest, by the metric of `training.early_stopping`, else
+    by `eval/loss`. Each step whose evaluation is among the best is saved at once; the best one is named `best`, as
+    in `forge checkpoints export RUN --step best`. By default 1 with `training.early_stopping`, else 0."""
+
     snapshot_every: WholeOrAuto = "auto"
     """Steps between snapshots of the state to the memory of two machines; losing a machine repeats at most this
     many steps. `auto`: every step if a snapshot costs at most 1 % of a step, otherwise every n-th."""

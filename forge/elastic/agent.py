@@ -240,6 +240,7 @@ class Agent:
                 world_size=command["world_size"],
                 url=self._config.checkpoints,
                 keep=self._config.keep,
+                keep_best=self._config.keep_best,
                 token=command["token"],
             )
 

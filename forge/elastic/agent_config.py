@@ -24,4 +24,5 @@ class AgentConfig:
     plan_json: str
     checkpoints: str
     keep: int
+    keep_best: int = 0
     secret: str

@@ -24,8 +24,8 @@ def checkpoint_bytes(model: ModelInfo, training: TrainingSpec) -> int:
 def space_warning(plan: DraftPlan, *, folder: str, free_bytes: int) -> str | None:
     """Compare the free space of a run's file system with what its checkpoints take; None if they fit.
 
-    Old checkpoints are removed after a new one is complete, so there is one more than `checkpoint.keep` for a
-    moment; where that does not fit, old ones are removed first, but never the newest.
+    Old checkpoints are removed after a new one is complete, so there is one more than `checkpoint.keep` and
+    `checkpoint.keep_best` for a moment; where that does not fit, old ones are removed first, but never the newest.
 
     Args:
         folder: in which the run folders are.
@@ -36,16 +36,17 @@ def space_warning(plan: DraftPlan, *, folder: str, free_bytes: int) -> str | Non
     checkpoint = plan.job.checkpoint
     size = checkpoint_bytes(plan.model, plan.job.training)
     num_written = math.inf if checkpoint.every.steps is None else plan.total_steps / checkpoint.every.steps
-    count = int(min(checkpoint.keep + 1, max(1.0, num_written)))
+    num_best = checkpoint.keep_best or 0
+    count = num_best + int(min(checkpoint.keep + 1, max(1.0, num_written)))
     if plan.search is not None:  # each trial keeps its own
-        count = plan.search.num_trials * min(checkpoint.keep, count) + plan.search.trials_at_once
+        count = plan.search.num_trials * min(checkpoint.keep + num_best, count) + plan.search.trials_at_once
     needed = count * size + RECORDS_BYTES
     if needed <= free_bytes:
         return None
     text = (
         f"the disk of {folder} has {format_bytes(free_bytes)} free, and the run takes up to "
         f"{format_bytes(needed)}: {count} checkpoint{'s' * (count > 1)} of {format_bytes(size)} "
-        f"(checkpoint.keep: {checkpoint.keep}, and "
+        f"(checkpoint.keep: {checkpoint.keep}{f', keep_best: {num_best}' * (num_best > 0)}, and "
         "the one being written), logs and metrics"
     )
     what_to_do = "free some space, lower checkpoint.keep, or set checkpoint.to to another disk or an object store"

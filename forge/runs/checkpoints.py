@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from forge.checkpoint.best import BEST, best_name, best_scores
 from forge.checkpoint.manifest import step_name
 from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import Storage, open_storage
@@ -35,6 +36,12 @@ class CheckpointEntry:
     size_bytes: int | None
     num_parts: int | None
     has_average: bool
+    metric: str
+    """What the run's checkpoints are compared by; empty if its step was not evaluated."""
+    metric_value: float | None
+    """Its value at this step."""
+    is_best: bool
+    """Whether it is the best of those that can be used, and is named `best`."""
     problem: str | None
     """Why it cannot be used; None if it passed every check."""
 
@@ -53,27 +60,35 @@ def locate(name: str, *, root: Path) -> CheckpointLocation:
     return CheckpointLocation(url=plan.job.checkpoint.url_of(str(folder)), tokenizer=folder / "tokenizer")
 
 
-def entries(url: str, *, step: int | None = None, with_checksums: bool = False) -> Iterator[CheckpointEntry]:
+def entries(url: str, *, step: int | str | None = None, with_checksums: bool = False) -> Iterator[CheckpointEntry]:
     """Yield every checkpoint at a URL, newest first, or the one of `step`.
 
     Args:
+        step: a number, or `best`.
         with_checksums: read and verify every byte; otherwise only file sizes are compared.
 
-    Raises: CheckpointError if the storage cannot be listed; ArgumentError if it has no checkpoint of that step.
+    Raises: CheckpointError if the storage cannot be listed, or has no best checkpoint; ArgumentError if it has no
+        checkpoint of that step.
     """
     storage = open_storage(url)
     names = list_checkpoints(storage)
+    best = [step_name(score.step) for score in best_scores(storage, count=1)]
     if step is not None:
-        if step_name(step) not in names:
+        name = best_name(storage) if step == BEST else step_name(int(step))
+        if name not in names:
             known = ", ".join(name.removeprefix("step-").lstrip("0") for name in names[:5]) or "none"
             raise ArgumentError(f"{url} has no checkpoint of step {step}; it has steps: {known}")
-        names = [step_name(step)]
+        names = [name]
     for name in names:
-        yield _entry(storage, name, problem=verify_checkpoint(storage, name, with_checksums=with_checksums))
+        problem = verify_checkpoint(storage, name, with_checksums=with_checksums)
+        yield _entry(storage, name, problem=problem, is_best=name in best)
 
 
 def best_checkpoint(run: RunSummary) -> CheckpointEntry | None:
-    """Return the complete checkpoint with the lowest held-out loss, or the newest if none was evaluated.
+    """Return the best complete checkpoint by the run's metric, or the newest if none was evaluated.
+
+    The metric is that of `training.early_stopping`, else the held-out loss. Checkpoints of an earlier forge do not
+    record it, and are compared by the held-out loss of the run's events.
 
     Raises: CheckpointError if the storage cannot be listed.
     """
@@ -84,10 +99,13 @@ def best_checkpoint(run: RunSummary) -> CheckpointEntry | None:
     complete = [
         entry for entry in entries(run.plan.job.checkpoint.url_of(str(run.folder))) if entry.problem is None
     ]
+    best = next((entry for entry in complete if entry.is_best), None)
+    if best is not None:
+        return best
     return min(complete, key=lambda entry: losses.get(entry.step or 0, math.inf), default=None)
 
 
-def _entry(storage: Storage, name: str, *, problem: str | None) -> CheckpointEntry:
+def _entry(storage: Storage, name: str, *, problem: str | None, is_best: bool) -> CheckpointEntry:
     try:
         found = open_checkpoint(storage, name)
     except CheckpointError as error:
@@ -99,6 +117,9 @@ def _entry(storage: Storage, name: str, *, problem: str | None) -> CheckpointEnt
             size_bytes=None,
             num_parts=None,
             has_average=False,
+            metric="",
+            metric_value=None,
+            is_best=False,
             problem=problem or str(error),
         )
     return CheckpointEntry(
@@ -109,5 +130,8 @@ def _entry(storage: Storage, name: str, *, problem: str | None) -> CheckpointEnt
         size_bytes=found.manifest.size_bytes,
         num_parts=len(found.manifest.parts),
         has_average="ema" in found.kinds,
+        metric=found.progress.metric,
+        metric_value=found.progress.metric_value,
+        is_best=is_best and problem is None,
         problem=problem,
     )

@@ -80,6 +80,7 @@ class SupervisedRun:
             plan_json=self.config.plan_json,
             checkpoints=self._checkpoints,
             keep=self.plan.job.checkpoint.keep,
+            keep_best=self.plan.job.checkpoint.keep_best or 0,
             secret=self.config.secret,
         )
 

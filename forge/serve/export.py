@@ -25,12 +25,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
+from forge.checkpoint.best import open_verified
 from forge.checkpoint.intervals import ITEM_BYTES, safetensors_header
-from forge.checkpoint.manifest import step_name
-from forge.checkpoint.reader import Checkpoint, open_checkpoint
+from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
-from forge.checkpoint.verify import find_checkpoint, verify_checkpoint
-from forge.errors import ArgumentError, CheckpointError, ForgeError
+from forge.errors import ArgumentError, ForgeError
 from forge.foreign import read_file
 from forge.model.transformers_config import config_from_record
 from forge.process import take_stdout
@@ -52,8 +51,8 @@ class ExportRequest:
     """Folder or URL of the run's checkpoints."""
     to: str
     """The folder to write; it must be empty or not exist."""
-    step: int | None = None
-    """None: the newest checkpoint that verifies."""
+    step: int | str | None = None
+    """A step, or `best`; None: the newest checkpoint that verifies."""
     dtype: str = "bf16"
     """`bf16` or `fp32`, for floating-point tensors."""
     ema: bool = False
@@ -102,7 +101,7 @@ def export(
     Raises: CheckpointError if the checkpoint does not exist, is damaged, or has no EMA weights that are asked for;
         ArgumentError if the folder is not empty or cannot be written.
     """
-    checkpoint = _find(request)
+    checkpoint = open_verified(open_storage(request.url), step=request.step)
     weights = CheckpointWeights(checkpoint, ema=request.ema)
     config = _config(checkpoint, request)
     to = Path(request.to)
@@ -165,23 +164,6 @@ def _read_tokenizer_file(path: Path) -> bytes:
         return read_file(path, max_bytes=_MAX_TOKENIZER_BYTES)
     except ValueError as error:
         raise OSError(errno.EFBIG, str(error)) from None
-
-
-def _find(request: ExportRequest) -> Checkpoint:
-    storage = open_storage(request.url)
-    if request.step is not None:
-        name = step_name(request.step)
-        problem = verify_checkpoint(storage, name)
-        if problem is not None:
-            raise CheckpointError(f"{storage.url}/{name}: {problem}")
-        return open_checkpoint(storage, name)
-    skipped: list[str] = []
-    found = find_checkpoint(storage, on_skip=lambda name, why: skipped.append(f"{name}: {why}"))
-    if found is None:
-        raise CheckpointError(
-            f"{storage.url} holds no checkpoint that verifies ({'; '.join(skipped) or 'none at all'})"
-        )
-    return found
 
 
 def _config(checkpoint: Checkpoint, request: ExportRequest) -> PretrainedConfig | None:

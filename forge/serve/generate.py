@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
+from forge.checkpoint.best import open_verified
 from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
-from forge.checkpoint.verify import find_checkpoint
 from forge.code_archive import require_trusted, restore_code
 from forge.data.tokenizer import prompt_tokenizer
 from forge.errors import CheckpointError, ForgeError
@@ -49,6 +49,8 @@ class GenerateRequest:
     seed: int = 1
     ema: bool = False
     """Use the averaged (EMA) weights."""
+    step: int | str | None = None
+    """Of the checkpoint, or `best`; None: the newest that verifies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +65,10 @@ class Generated:
 
 
 def generate(run_folder: Path, request: GenerateRequest) -> Generated:
-    """Continue a prompt with a run's newest checkpoint.
+    """Continue a prompt with a checkpoint of a run.
 
-    Raises: CheckpointError if no checkpoint verifies, or `ema` is set and it has no averaged weights.
+    Raises: CheckpointError if there is no such checkpoint that verifies, or `ema` is set and it has no averaged
+        weights.
     """
     plan = read_plan(run_folder)
     if plan.code is not None:
@@ -73,11 +76,7 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
         restore_code(plan.code.digest, run_folder=run_folder)
         use_code(plan.code.digest)
     url = plan.job.checkpoint.url_of(str(run_folder))
-    skipped: list[str] = []
-    checkpoint = find_checkpoint(open_storage(url), on_skip=lambda name, why: skipped.append(f"{name}: {why}"))
-    if checkpoint is None:
-        why = "; ".join(skipped) or "the run has not written one yet"
-        raise CheckpointError(f"{run_folder} has no checkpoint to generate from ({why})")
+    checkpoint = open_verified(open_storage(url), step=request.step)
     tokenizer = prompt_tokenizer(
         run_folder / "tokenizer", eot_id=plan.corpus.eot_id, special_tokens=plan.job.data.special_tokens
     )

@@ -48,6 +48,8 @@ class CheckpointWritten:
     """How long training waited for it, on this rank; nan likewise."""
     removed: tuple[int, ...] = ()
     """Steps of older checkpoints that were removed before it was written, to make room."""
+    is_best: bool = False
+    """Whether it was written because its evaluation is among the best."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,7 @@ class PendingCheckpoint:
     step: int
     began: float
     """Wall-clock time, comparable with that of the writer process."""
+    is_best: bool = False
     snapshot: PendingSnapshot | None = None
     has_part: bool = False
     committed: dict[str, Any] | None = None
@@ -88,6 +91,7 @@ class AsyncCheckpointer:
         *,
         url: str,
         keep: int,
+        keep_best: int = 0,
         snapshotter: Snapshotter | None = None,
         unacked_metrics: Callable[[], Sequence[Mapping[str, Any]]] = list,
     ) -> None:
@@ -96,10 +100,12 @@ class AsyncCheckpointer:
         Args:
             url: folder or URL of the run's checkpoints.
             keep: number of newest checkpoints to keep.
+            keep_best: number of best checkpoints to keep besides.
             snapshotter: takes the snapshots; by default one for checkpoints only.
             unacked_metrics: returns metrics not acknowledged by the recorder yet; called on rank 0.
         """
-        self._state, self._url, self._keep, self._unacked_metrics = state, url, keep, unacked_metrics
+        self._state, self.url, self._unacked_metrics = state, url, unacked_metrics
+        self._keep, self._keep_best = keep, keep_best
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         token: list[str] = [secrets.token_hex(MEMBERSHIP_DIGITS // 2)]
         dist.broadcast_object_list(token, src=0)
@@ -126,11 +132,15 @@ class AsyncCheckpointer:
         self._listen()
         return any(pending.failure for pending in self._pending.values())
 
-    def begin(self, progress: Progress) -> None:
-        """Start a checkpoint of the current state, which must not change before `settle`; collective."""
+    def begin(self, progress: Progress, *, is_best: bool = False) -> None:
+        """Start a checkpoint of the current state, which must not change before `settle`; collective.
+
+        Args:
+            is_best: whether it is written because its evaluation is among the best; only reported.
+        """
         self._num_begun += 1
         token = f"{self._token}{self._num_begun:04x}"
-        pending = self._pending[token] = PendingCheckpoint(step=progress.step, began=time.time())
+        pending = self._pending[token] = PendingCheckpoint(step=progress.step, began=time.time(), is_best=is_best)
         state = ""
         if self._rank == 0:
             state = state_bytes(progress, self._state.shape, unacked_metrics=self._unacked_metrics()).decode()
@@ -143,13 +153,14 @@ class AsyncCheckpointer:
             self._writer.send(
                 asdict(
                     WriteCommand(
-                        url=self._url,
+                        url=self.url,
                         step=progress.step,
                         slot=snapshot.slot,
                         rank=self._rank,
                         world_size=self._world_size,
                         token=token,
                         keep=self._keep,
+                        keep_best=self._keep_best,
                         state=state,
                     )
                 )
@@ -271,11 +282,12 @@ class AsyncCheckpointer:
                 self._returned.add(step)
                 yield CheckpointWritten(
                     step=step,
-                    folder=f"{self._url}/{step_name(step)}",
+                    folder=f"{self.url}/{step_name(step)}",
                     size_bytes=size,
                     seconds=pending.committed["at"] - pending.began if is_own else math.nan,
                     stall_s=math.nan if not is_own else pending.snapshot.stall_s if pending.snapshot else 0.0,
                     removed=tuple(pending.committed["removed"]) if is_own else (),
+                    is_best=is_own and pending.is_best,
                 )
 
 

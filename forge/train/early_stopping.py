@@ -1,5 +1,7 @@
 """Ends a run whose evaluations no longer improve: `training.early_stopping`.
 
+Its metric, by default `eval/loss`, is also what the best checkpoints are chosen by.
+
 The best value and the number of evaluations since then are in `Progress`, so that snapshots and checkpoints carry
 them, and a run that is resized or resumed stops at the step at which it would have stopped anyway. Every rank
 decides from the same all-reduced values, so that all stop at the same step.
@@ -28,9 +30,15 @@ class EarlyStopping:
 
     def observe(self, evaluated: Evaluated, *, progress: Progress) -> Progress:
         """Return the progress after an evaluation. Raises: RunError if it has no value of the metric."""
+        value, best = self._value(evaluated), progress.best_value
+        progress = replace(
+            progress,
+            metric=self._metric,
+            metric_value=value if math.isfinite(value) else None,
+            metric_direction="min" if self._sign < 0 else "max",
+        )
         if self.spec is None:
             return progress
-        value, best = self._value(evaluated), progress.best_value
         gain = math.inf if best is None else (value - best) * self._sign
         if math.isfinite(value) and gain > self.spec.min_delta:
             return replace(progress, best_value=value, best_step=evaluated.step, num_evaluations_since_best=0)
@@ -48,9 +56,12 @@ class EarlyStopping:
         )
 
     @property
+    def _metric(self) -> str:
+        return "eval/loss" if self.spec is None else self.spec.metric
+
+    @property
     def _name(self) -> str:
-        assert self.spec is not None
-        return self.spec.metric.removeprefix("eval/")
+        return self._metric.removeprefix("eval/")
 
     @property
     def _sign(self) -> int:

@@ -29,6 +29,7 @@ from forge.events import (
 )
 from forge.plan.schedule import ScheduleSteps
 from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten, Outcome, SaveFailed
+from forge.train.best_checkpoint import BestCheckpoints
 from forge.train.early_stopping import EarlyStopping
 from forge.train.engine import Engine, StepControl, StepResult
 from forge.train.lr_schedule import learning_rate
@@ -132,6 +133,7 @@ class _TrainLoop:
         self._progress, self._saved_step = start, start.step
         self._saved_at = self._evaluated_at = time.monotonic()
         self._is_save_due = False
+        self._best = BestCheckpoints(url=checkpointer.url, count=inputs.checkpoint.keep_best or 0)
 
     @property
     def _is_over(self) -> bool:
@@ -141,14 +143,17 @@ class _TrainLoop:
         """Train until the last step or a request to end; `on_started` is called after the first step."""
         if self._is_over:
             on_started()
+        elif self._best.is_due(self._progress):  # the generation that evaluated this step ended before it was saved
+            self._checkpointer.begin(self._progress, is_best=True)
         start = self._progress
         while not self._is_over:
             step = self._make_step()
             if self._progress is start:
                 on_started()
             self._require_finite(step)
+            num_tokens = self._progress.num_tokens + step.num_tokens
             self._progress = replace(
-                self._progress, step=step.number, num_tokens=self._progress.num_tokens + step.num_tokens
+                self._progress, step=step.number, num_tokens=num_tokens, metric="", metric_value=None
             )
             found = self._evaluate_if_requested(step)
             self._report_step(step, found)
@@ -267,22 +272,25 @@ class _TrainLoop:
         self._report(checkpointer.outcomes())
         if flags.save_failed:
             self._report(checkpointer.abort())
+        is_best = self._best.is_due(self._progress)
         if self._is_over or flags.stop:
-            self._save_and_wait()
+            self._save_and_wait(is_best=is_best)
             if flags.stop:
                 return LoopResult(progress=self._progress)
         elif flags.drain and snapshots is not None:
             snapshots.snapshotter.begin(self._progress)
             snapshots.snapshotter.finish()
             return LoopResult(progress=self._progress, is_drained=True)
-        elif flags.save:
-            checkpointer.begin(self._progress)
+        elif flags.save or is_best:
+            if is_best:  # it cannot be saved later
+                self._report(checkpointer.finish())
+            checkpointer.begin(self._progress, is_best=is_best)
             self._saved_at, self._is_save_due = time.monotonic(), False
         elif flags.snapshot and snapshots is not None:
             snapshots.snapshotter.begin(self._progress)
         return None
 
-    def _save_and_wait(self) -> None:
+    def _save_and_wait(self, *, is_best: bool) -> None:
         """Save and wait until it is written; try twice, since the writer process may be killed and is restarted.
 
         If the disk is full, try until `_SPACE_TRIES`: the state of a whole run must not be lost for that.
@@ -290,7 +298,7 @@ class _TrainLoop:
         Raises: CheckpointError on every rank if it cannot be written.
         """
         step, num_tries = self._progress.step, 0
-        while (failed := self._try_to_save()) is not None:
+        while (failed := self._try_to_save(is_best=is_best)) is not None:
             num_tries += 1
             is_full = NO_SPACE in failed.reason
             if num_tries >= (_SPACE_TRIES if is_full else 2):
@@ -304,9 +312,9 @@ class _TrainLoop:
             return
         raise CheckpointError(f"the checkpoint of step {step} could not be written by {failed.reason}")
 
-    def _try_to_save(self) -> SaveFailed | None:
+    def _try_to_save(self, *, is_best: bool) -> SaveFailed | None:
         """Save and wait until it is written. Returns: why it could not be written, the same on every rank."""
-        self._checkpointer.begin(self._progress)
+        self._checkpointer.begin(self._progress, is_best=is_best)
         outcomes = self._checkpointer.finish()
         failed = [
             outcome
@@ -322,6 +330,8 @@ class _TrainLoop:
             self._reporter.event(_outcome_event(outcome))
             if isinstance(outcome, CheckpointWritten):
                 self._saved_step = max(self._saved_step, outcome.step)
+            else:
+                self._best.forget()
 
     def _adjust_interval(self, interval: SnapshotInterval, step: _Step) -> None:
         """Update the snapshot interval from the measured cost; step times differ between ranks, rank 0 decides."""
@@ -364,5 +374,6 @@ def _outcome_event(outcome: Outcome) -> Event:
             seconds=outcome.seconds,
             stall_s=outcome.stall_s,
             removed=outcome.removed,
+            is_best=outcome.is_best,
         )
     return CheckpointFailed(step=outcome.step, reason=f"the checkpoint could not be written by {outcome.reason}")

@@ -190,6 +190,7 @@ def _checkpointer(
         engine.state,
         url=context.checkpoints,
         keep=plan.job.checkpoint.keep,
+        keep_best=plan.job.checkpoint.keep_best or 0,
         snapshotter=snapshots.snapshotter if snapshots is not None else None,
         unacked_metrics=lambda: elastic.replica_client.metadata().get("metrics", ()) if elastic is not None else (),
     )

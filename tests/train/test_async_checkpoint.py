@@ -76,10 +76,10 @@ def test_finish__writer_killed__fails_once_on_every_rank(tmp_path: Path, victim:
 def block_a_rank(rank: int, url: str, victim: int) -> list[list[Any]]:
     checkpointer = checkpointer_for(url, world_size=3)
     if rank == victim:
-        checkpointer._url = f"{url}/file"
+        checkpointer.url = f"{url}/file"
     checkpointer.begin(PROGRESS)
     outcomes = [checkpointer.finish()]
-    checkpointer._url = url
+    checkpointer.url = url
     checkpointer.begin(PROGRESS)
     outcomes.append(checkpointer.finish())
     checkpointer.close()

@@ -17,7 +17,15 @@ from forge.checkpoint.writer_process import WriteCommand
 
 
 async def flush_shard(
-    buffer: SnapshotBuffer, *, step: int, rank: int, world_size: int, url: str, keep: int, token: str
+    buffer: SnapshotBuffer,
+    *,
+    step: int,
+    rank: int,
+    world_size: int,
+    url: str,
+    keep: int,
+    keep_best: int = 0,
+    token: str,
 ) -> dict[int, int]:
     """Write one rank's shard of a checkpoint, and commit the checkpoint if the rank is 0.
 
@@ -39,6 +47,7 @@ async def flush_shard(
         world_size=world_size,
         token=token,
         keep=keep,
+        keep_best=keep_best,
         state=state,
     )
     process = await asyncio.create_subprocess_exec(
