@@ -62,6 +62,12 @@ def redacted(text: str, environment: Mapping[str, str]) -> str:
     return text
 
 
+def secret_ranges(text: str, environment: Mapping[str, str]) -> list[tuple[int, int]]:
+    """Return where the values of the environment's secrets are in `text`, as [start, stop) of characters."""
+    values = _secret_values(environment)
+    return [found.span() for found in _pattern(values).finditer(text)] if values and text else []
+
+
 def redacted_values(value: Any, environment: Mapping[str, str]) -> Any:
     """Redact every string in lists and mappings, before they are encoded as JSON; keys stay as they are."""
     if isinstance(value, str):

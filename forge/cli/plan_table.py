@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from forge.cli import display
+from forge.cli.data_view import show_examples
 from forge.plan.plan import DraftPlan
 from forge.report.text import headline, plan_facts, search_facts
 from forge.units import format_bytes
 
 
 def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
-    """Print what a job will do: its size, its facts, and batch and memory at every number of workers."""
+    """Print what a job will do: its size, its facts, batch and memory at every number of workers, and examples."""
     console = display.ERR if to_stderr else display.OUT
     display.headline(plan.job.name, headline(plan), console=console)
     display.facts([*plan_facts(plan), *search_facts(plan)], console=console)
@@ -34,6 +35,8 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
         columns.append("")
         rows = [[*row, "" if world.fits else "does not fit"] for row, world in zip(rows, plan.worlds, strict=True)]
     display.table(columns, rows, console=console)
+    if plan.view is not None:
+        show_examples(plan.view.examples, console=console)
 
 
 def show_warnings(plan: DraftPlan) -> None:

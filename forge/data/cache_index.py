@@ -18,6 +18,7 @@ import numpy as np
 from forge.data.store import FileEntry, checksum, hash_file, verify_sizes, write_file
 from forge.errors import DataError
 from forge.foreign import file_name, from_record, parse_object, read_file
+from forge.plan.data_view import Lengths
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -91,6 +92,8 @@ class CacheIndex:
     examples: ExampleLayout | None = None
     """None for token streams."""
     skipped: SkippedRecords = SkippedRecords()
+    lengths: Lengths | None = None
+    """Of all documents (token streams) or examples; None in caches of versions that did not record them."""
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -116,6 +119,8 @@ def write_index(folder: Path, *, index: CacheIndex) -> None:
         del body["tables"], body["examples"]
     if not index.skipped.count:
         del body["skipped"]
+    if index.lengths is None:
+        del body["lengths"]
     content = {"format": FORMAT_VERSION, "blake2b": checksum(_canonical(body)), **body}
     write_file(folder, name=INDEX_NAME, content=json.dumps(content, indent=1).encode())
 

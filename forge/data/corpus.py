@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from forge.config.data import DataSpec
 from forge.data.bad_records import BadRecords
 from forge.data.sources.base import Record
-from forge.data.sources.build import build_source
+from forge.data.sources.build import SampleSize, build_source
 from forge.data.sources.files import json_name
 from forge.data.sources.pieces import blocks_of, pieces_of
 from forge.errors import DataError
@@ -29,19 +29,22 @@ class Document:
     """Whether this is the last piece."""
 
 
-def iter_documents(spec: DataSpec, *, bad: BadRecords | None = None) -> Iterator[Document]:
+def iter_documents(
+    spec: DataSpec, *, bad: BadRecords | None = None, sample: SampleSize | None = None
+) -> Iterator[Document]:
     """Stream the corpus; pieces of one document follow each other.
 
     Args:
         bad: collects records without text, or whose text is not a string or not UTF-8; by default as
             `data.on_bad_record` says.
+        sample: how much is read; None: everything.
 
     Raises: DataError for a pattern without a match, an unreadable or malformed file, a corpus without any text, or
         of `bad`.
     """
     is_empty = True
     bad = bad or BadRecords(action=spec.on_bad_record)
-    records = build_source(spec, columns=(spec.text_key,)).records()
+    records = build_source(spec, columns=(spec.text_key,), sample=sample).records()
     for document in _documents(records, text_key=spec.text_key, bad=bad):
         is_empty = False
         yield document

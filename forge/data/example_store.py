@@ -299,6 +299,34 @@ class ExampleRows:
         return {**filled, "position_ids": position_ids, "segment_ids": segment_ids}
 
     @property
+    def num_examples(self) -> int:
+        sizes: SplitSizes = getattr(self._layout, self.split)
+        return sizes.num_examples
+
+    @property
+    def num_stored(self) -> int:
+        """Examples of both splits."""
+        return self._layout.train.num_examples + self._layout.held_out.num_examples
+
+    def example_numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers, in the order of the records, of the examples at positions [0, num_examples) of the rows."""
+        members = self._mapped(f"{self.split}/row_examples", dtype="<i8")
+        return np.asarray(members[positions], dtype=np.int64)
+
+    def numbers_between(self, first: int, stop: int) -> list[int]:
+        """The numbers in [first, stop) of the split's examples, ascending; reads 8 bytes of every example."""
+        members = self._mapped(f"{self.split}/row_examples", dtype="<i8")
+        return sorted(members[(members >= first) & (members < stop)].tolist())
+
+    def example(self, number: int) -> Arrays:
+        """The arrays of one example of either split, as they are stored. Shapes: [n] or [n, d]."""
+        first, last = self._mapped("examples/offsets", dtype="<i8")[number : number + 2].tolist()
+        return {
+            column.name: self._mapped(f"columns/{column.name}", dtype=column.dtype, shape=column.shape)[first:last]
+            for column in self._layout.columns
+        }
+
+    @property
     def _layout(self) -> ExampleLayout:
         assert self.index.examples is not None
         return self.index.examples

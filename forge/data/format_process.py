@@ -22,6 +22,7 @@ from typing import Any
 from forge.config.data import DataSpec
 from forge.data.cache_index import CacheIndex, read_index, write_index
 from forge.data.prepare_examples import write_examples
+from forge.data.sources.build import SampleSize
 from forge.data.tokenizer import TextTokenizer
 from forge.errors import DataError, UserCodeError
 from forge.process import die_with_parent, ending, take_stdout
@@ -38,6 +39,7 @@ def write_examples_in_process(
     tokenizer: TextTokenizer,
     code_digest: str | None,
     report: Callable[[int, int, int], None],
+    sample: SampleSize | None = None,
 ) -> CacheIndex:
     """As `write_examples`.
 
@@ -53,6 +55,7 @@ def write_examples_in_process(
         "folder": str(folder),
         "digest": digest,
         "tokenizer": asdict(tokenizer),
+        "sample": asdict(sample) if sample is not None else None,
     }
     command = [sys.executable, "-P", "-m", "forge.data.format_process"]
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
@@ -97,6 +100,7 @@ def main() -> None:
             digest=request["digest"],
             tokenizer=TextTokenizer(**request["tokenizer"]),
             report=lambda *counts: answer(progress=counts),
+            sample=SampleSize(**request["sample"]) if request["sample"] is not None else None,
         )
         write_index(folder, index=index)
     except (DataError, UserCodeError) as error:

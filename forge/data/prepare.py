@@ -8,13 +8,11 @@ concatenate`, `seq_len` is not part of the digest. `forge.data.cache` builds the
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,48 +20,35 @@ from typing import Any, Literal
 
 from forge.config.data import DataSpec
 from forge.data import corpus, store
-from forge.data.bad_records import BadRecords
 from forge.data.cache import build_once, open_cache
 from forge.data.cache_index import (
     FORMAT_VERSION,
     CacheIndex,
     ExampleLayout,
-    SkippedRecords,
     read_index,
     write_index,
 )
-from forge.data.corpus import Document
 from forge.data.example_store import ExampleRows
 from forge.data.format_process import write_examples_in_process
 from forge.data.prepare_examples import chat_settings, write_examples
+from forge.data.prepare_streams import write_streams
 from forge.data.rows import RowStore, StreamRows
-from forge.data.store import Packer, Split, TokenStream
-from forge.data.tokenizer import TextTokenizer, encode_batches, load_tokenizer, train_tokenizer
-from forge.data.unigram import unigram_perplexity
+from forge.data.sources.build import SampleSize
+from forge.data.store import TokenStream
+from forge.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from forge.errors import DataError
 from forge.fs import sync_folder
-from forge.limits import usable_cpus
 from forge.plan.inputs import CorpusInfo
 from forge.user_code import is_reference
 
 TOKENIZER_SAMPLE_CHARS = 1 << 26
 """Most text that a tokenizer is trained on; more hardly changes the first 10⁵ merges."""
 
-SMALL_CORPUS_CHARS = 1 << 26
-"""Up to this size a corpus is read twice (half a second), to hold out exactly the requested share."""
-
-MAX_PROCESSES = 16
-"""With more, the single process that reads and writes is the bottleneck."""
-
 READER_VERSION = 2
 """Must change whenever the same files give other records."""
 
 EXAMPLES_VERSION = 2
 """Must change whenever the same records give other examples or rows."""
-
-_BATCH_CHARS = 1 << 20
-"""Text per encoding batch; 0.1 s of one process."""
-
 
 _MAX_SKIPPED_IN_PLAN = 100
 
@@ -136,6 +121,31 @@ def open_rows(facts: CorpusInfo) -> tuple[RowStore, RowStore]:
         for entries in (index.train, index.held_out)
     )
     return train, held_out
+
+
+def prepare_sample(
+    spec: DataSpec, *, size: SampleSize, folder: Path, code_digest: str | None = None
+) -> CorpusInfo | None:
+    """Prepare a sample of a corpus in an empty folder; the corpus is neither hashed nor read whole.
+
+    A tokenizer that is to be trained is trained on as much text.
+
+    Returns: the facts; None if the sample does not fill a sequence.
+    Raises: DataError as `prepare`; UserCodeError.
+    """
+    location = spec.tokenizer.from_pretrained
+    index = _write_cache(
+        spec,
+        folder=folder,
+        digest="sample",
+        tokenizer=load_tokenizer(location) if location else None,
+        report=lambda _: None,
+        code_digest=code_digest,
+        sample=size,
+    )
+    if index.examples is None and index.num_train_tokens <= spec.seq_len:
+        return None
+    return _facts(index, folder=folder, seq_len=spec.seq_len)
 
 
 def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: str | None) -> str:
@@ -230,19 +240,22 @@ def _write_cache(
     tokenizer: TextTokenizer | None,
     report: _Report,
     code_digest: str | None,
+    sample: SampleSize | None = None,
 ) -> CacheIndex:
     """Write all files of the cache, the index last."""
     if tokenizer is None:
         report(PrepareProgress(phase="tokenizer"))
-        sample = corpus.iter_sample(spec, max_chars=TOKENIZER_SAMPLE_CHARS)
-        tokenizer = train_tokenizer(sample, vocab_size=spec.tokenizer.vocab_size)
+        max_chars = TOKENIZER_SAMPLE_CHARS if sample is None else sample.num_chars
+        text = corpus.iter_sample(spec, max_chars=max_chars)
+        tokenizer = train_tokenizer(text, vocab_size=spec.tokenizer.vocab_size)
     tokenizer = replace(tokenizer, special_tokens=spec.special_tokens)
     if spec.packing == "concatenate":
-        index = _write_streams(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=report)
+        write: Callable[..., CacheIndex] = write_streams
     else:
         is_apart = is_reference(spec.format) or spec.format == "chat"
         write = partial(write_examples_in_process, code_digest=code_digest) if is_apart else write_examples
-        index = write(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=_progress_of(report))
+    progress = _progress_of(report)
+    index = write(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=progress, sample=sample)
     files = {"tokenizer/tokenizer.json": tokenizer.content, "tokenizer/tokenizer_config.json": tokenizer.config}
     files |= {f"tokenizer/{name}": text for name, text in tokenizer.files.items()}
     written = [store.write_file(folder, name=name, content=text.encode()) for name, text in files.items()]
@@ -253,114 +266,7 @@ def _write_cache(
     return index
 
 
-def _write_streams(
-    spec: DataSpec, *, folder: Path, digest: str, tokenizer: TextTokenizer, report: _Report
-) -> CacheIndex:
-    bad = BadRecords(action=spec.on_bad_record)
-    packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=_first_split(spec), report=report, bad=bad)
-    second = _second_split(packed, held_out=spec.held_out)
-    if second is not None:
-        for path in folder.glob("*.tokens"):
-            path.unlink()
-        bad = BadRecords(action=spec.on_bad_record)
-        packed = _pack(spec, folder=folder, tokenizer=tokenizer, split=second, report=report, bad=bad)
-    return CacheIndex(
-        digest=digest,
-        dtype=tokenizer.dtype,
-        vocab_size=tokenizer.vocab_size,
-        eot_id=tokenizer.eot_id,
-        num_documents=packed.num_documents,
-        num_text_bytes=packed.num_text_bytes,
-        unigram_perplexity=unigram_perplexity(packed.train.counts, held_out_counts=packed.held_out.counts),
-        train=packed.train.close(),
-        held_out=packed.held_out.close(),
-        tokenizer=(),
-        skipped=SkippedRecords(count=bad.count, listed=tuple(bad.listed)),
-    )
-
-
 def _progress_of(report: _Report) -> Callable[[int, int, int], None]:
     return lambda documents, size, tokens: report(
         PrepareProgress(phase="tokens", num_documents=documents, num_text_bytes=size, num_tokens=tokens)
     )
-
-
-def _pack(
-    spec: DataSpec,
-    *,
-    folder: Path,
-    tokenizer: TextTokenizer,
-    split: Split,
-    report: _Report,
-    bad: BadRecords,
-) -> Packer:
-    packer = Packer(folder, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, split=split, seed=spec.seed)
-    # The encoder is some batches ahead of the packer; tee keeps those in between.
-    batches, ahead = itertools.tee(_batches(corpus.iter_documents(spec, bad=bad)))
-    texts = ([document.text for document in batch] for batch in ahead)
-    num_processes = min(usable_cpus(), MAX_PROCESSES)
-    with closing(encode_batches(texts, tokenizer=tokenizer, num_processes=num_processes)) as encoded:
-        try:
-            for ids_of_batch, batch in zip(encoded, batches, strict=False):
-                for document, ids in zip(batch, ids_of_batch, strict=True):
-                    packer.add(document.text.encode(), ids=ids, starts=document.starts, ends=document.ends)
-                report(_tokens_so_far(packer))
-            packer.close()
-        finally:
-            packer.abort()
-    return packer
-
-
-def _tokens_so_far(packer: Packer) -> PrepareProgress:
-    return PrepareProgress(
-        phase="tokens",
-        num_documents=packer.num_documents,
-        num_text_bytes=packer.num_text_bytes,
-        num_tokens=packer.num_tokens,
-    )
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_chars = 0
-    for document in documents:
-        batch.append(document)
-        num_chars += len(document.text)
-        if num_chars >= _BATCH_CHARS:
-            yield batch
-            batch, num_chars = [], 0
-    if batch:
-        yield batch
-
-
-def _first_split(spec: DataSpec) -> Split:
-    """Hold out documents in the order of their keys until they reach the share; at least one, never all.
-
-    A corpus above `SMALL_CORPUS_CHARS` is split by the keys alone: among many documents, those with keys in the
-    lowest 1 % have about 1 % of the text.
-    """
-    sizes: dict[int, int] = {}
-    total = key = 0
-    for document in corpus.iter_documents(spec) if spec.held_out else ():
-        if document.starts:
-            key = store.document_key(document.text.encode(), seed=spec.seed)
-        sizes[key] = sizes.get(key, 0) + len(document.text)
-        total += len(document.text)
-        if total > SMALL_CORPUS_CHARS:
-            return Split(key_below=int(spec.held_out * store.KEY_SPACE))
-    keys = sorted(sizes)
-    wanted = total * spec.held_out
-    for key, following in itertools.pairwise(keys):
-        wanted -= sizes[key]
-        if wanted <= 0 or following == keys[-1]:
-            return Split(key_below=following)
-    return Split()
-
-
-def _second_split(packed: Packer, *, held_out: float) -> Split | None:
-    """Return another split if the first left one side empty: one document, or the end of the only one."""
-    if held_out == 0 or (packed.train.num_tokens and packed.held_out.num_tokens):
-        return None
-    if packed.smallest_key < packed.largest_key:
-        return Split(key_below=packed.smallest_key + 1)
-    return Split(tail_from=packed.num_tokens - math.ceil(packed.num_tokens * held_out))

@@ -25,10 +25,11 @@ from forge.data.corpus import no_text
 from forge.data.example_store import ExampleWriter, write_rows
 from forge.data.formats.base import ChatSettings, Example, ExampleFormat, FormatContext
 from forge.data.formats.build import build_format
+from forge.data.lengths import counts_of, lengths_of
 from forge.data.packing import pack_rows
 from forge.data.rows import IGNORED
 from forge.data.sources.base import Record
-from forge.data.sources.build import build_source
+from forge.data.sources.build import SampleSize, build_source
 from forge.data.store import FileEntry, document_key
 from forge.data.tokenizer import Encoder, TextTokenizer
 from forge.data.unigram import unigram_perplexity
@@ -64,11 +65,13 @@ def write_examples(
     digest: str,
     tokenizer: TextTokenizer,
     report: Callable[[int, int, int], None],
+    sample: SampleSize | None = None,
 ) -> CacheIndex:
     """Write all examples and the row tables. Returns: the index, without the files of the tokenizer.
 
     Args:
         report: called with the number of documents, bytes and tokens so far.
+        sample: how much of the source is read; None: everything.
 
     Raises: DataError if a record or an example is not valid, or there is none; UserCodeError; OSError.
     """
@@ -77,7 +80,10 @@ def write_examples(
     writer = ExampleWriter(folder, seq_len=spec.seq_len, vocab_size=tokenizer.vocab_size)
     try:
         bad = BadRecords(action=spec.on_bad_record)
-        totals = _write_records(spec, writer=writer, example_format=example_format, report=report, bad=bad)
+        records = build_source(spec, sample=sample).records()
+        totals = _write_records(
+            spec, records=records, writer=writer, example_format=example_format, report=report, bad=bad
+        )
         tables = writer.close()
     finally:
         writer.abort()
@@ -85,7 +91,8 @@ def write_examples(
     notes = _notes(totals, counts=_counts_of(example_format))
     if not writer.num_examples:
         found = ", ".join(f"{count} {reason}" for reason, count in notes.items())
-        raise DataError(f"the corpus has no training example ({totals.documents} records: {found})")
+        of = "the corpus" if sample is None else "the sample of the corpus"
+        raise DataError(f"{of} has no training example ({totals.documents} records: {found})")
     is_held_out = _choose_held_out(writer.keys, writer.lengths, share=spec.held_out)
     layout, row_tables = _write_layout(spec, folder=folder, writer=writer, is_held_out=is_held_out, notes=notes)
     perplexity = _unigram(
@@ -93,7 +100,8 @@ def write_examples(
     )
     index = _index(tokenizer, digest=digest, totals=totals, unigram_perplexity=perplexity)
     skipped = SkippedRecords(count=bad.count, listed=tuple(bad.listed))
-    return replace(index, tables=(*tables, *row_tables), examples=layout, skipped=skipped)
+    lengths = lengths_of(counts_of(writer.lengths))
+    return replace(index, tables=(*tables, *row_tables), examples=layout, skipped=skipped, lengths=lengths)
 
 
 def _index(
@@ -162,13 +170,14 @@ def _counts_of(example_format: ExampleFormat) -> dict[str, int]:
 def _write_records(
     spec: DataSpec,
     *,
+    records: Iterable[Record],
     writer: ExampleWriter,
     example_format: ExampleFormat,
     report: Callable[[int, int, int], None],
     bad: BadRecords,
 ) -> _Totals:
     totals = _Totals()
-    for record in bad.usable(build_source(spec).records()):
+    for record in bad.usable(records):
         try:
             _add_record(record, writer=writer, example_format=example_format, spec=spec, totals=totals)
         except _UnusableRecord as error:

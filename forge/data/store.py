@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,6 +212,9 @@ class Packer:
         self.num_text_bytes = 0
         self.smallest_key = KEY_SPACE
         self.largest_key = -1
+        self.lengths: Counter[int] = Counter()
+        """How many documents have each number of tokens, the end-of-text token included."""
+        self._length = 0
         self._split = split
         self._seed = seed
         self._eot = np.array([eot_id], dtype=token_dtype(vocab_size)).tobytes()
@@ -227,6 +231,9 @@ class Packer:
             self._start_document(document_key(content, seed=self._seed))
         if ends:
             ids += self._eot
+        self._length += len(ids) // len(self._eot)
+        if ends:
+            self.lengths[self._length] += 1
         if self._split.tail_from is None:
             self._side.append(ids)
         else:
@@ -246,6 +253,7 @@ class Packer:
     def _start_document(self, key: int) -> None:
         self._side = self.held_out if key < self._split.key_below else self.train
         self.num_documents += 1
+        self._length = 0
         self.smallest_key = min(self.smallest_key, key)
         self.largest_key = max(self.largest_key, key)
 

@@ -26,6 +26,7 @@ from forge.errors import DataError, PlanError
 from forge.foreign import from_record, parse_object, typed
 from forge.objective.registry import OBJECTIVES
 from forge.plan.batch import BatchPlan, plan_batch
+from forge.plan.data_view import DataView
 from forge.plan.deepspeed_config import deepspeed_config
 from forge.plan.flops import flops_per_token
 from forge.plan.inputs import (
@@ -74,6 +75,8 @@ class DraftPlan:
     """None if the job is a single run."""
     files: CorpusFiles | None = None
     """The files of the corpus, looked at before they are read."""
+    view: DataView | None = None
+    """What training sees of the corpus, or of a sample of it; None if nothing of it was prepared."""
     warnings: tuple[str, ...] = ()
     """What was asked for and cannot be had; shown with the plan."""
     templates: Mapping[str, str] = field(default_factory=dict)
@@ -162,7 +165,7 @@ def plan_to_json(plan: DraftPlan, *, is_file: bool = False) -> str:
     """
     body = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     body["job"] = written_job(plan) if is_file else plan.job.model_dump(mode="json")
-    for name in ("code", "search", "pause_at", "files", "warnings", "templates"):
+    for name in ("code", "search", "pause_at", "files", "view", "warnings", "templates"):
         if body[name] is None or body[name] in ((), {}):
             del body[name]
     body["format_version"] = FORMAT_VERSION

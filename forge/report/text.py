@@ -11,6 +11,7 @@ from forge.config.overrides import trial_job, usual_values
 from forge.config.search import SchedulerSpec, SearcherSpec
 from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, SkippedFiles
 from forge.plan.plan import DraftPlan, Plan
+from forge.report.data_view import view_facts
 from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
 from forge.runs.goodput_report import BUCKETS, GoodputReport
@@ -78,6 +79,10 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
             facts.insert(2, ("left out", _skipped_records(corpus)))
         if corpus.packing != "concatenate":
             facts.insert(2, ("sequences", _packed(corpus)))
+    if plan.view is not None:
+        names = [name for name, _ in facts]
+        at = 1 + max(names.index(name) for name in ("model", "corpus", "sequences") if name in names)
+        facts[at:at] = view_facts(plan.view)
     facts[1:1] = [*_files(plan.files), ("special tokens", _special_tokens(job))]
     if plan.code is not None:
         facts.append(("code", _code(job, plan.code)))

@@ -30,6 +30,7 @@ from forge.plan.search import plan_search
 from forge.runs.reader import read_plan
 from forge.runtime.probe import count_local_slots, hardware, inspect_model
 from forge.runtime.resolve_code import resolve_code
+from forge.runtime.resolve_view import view_sample, with_view
 
 _SMALL_BYTES = 1 << 21
 _SMALL_FILES = 500
@@ -60,8 +61,8 @@ def resolve(
 
 
 def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> DraftPlan:
-    """Make the plan of a dry run on this machine: as `resolve`, but the corpus is only looked at. It is prepared if
-    `training.epochs` makes the number of steps depend on it, or if that takes no more than seconds.
+    """Make the plan of a dry run on this machine: as `resolve`, but only a sample of the corpus is prepared. All of
+    it is if `training.epochs` makes the number of steps depend on it, or if that takes no more than seconds.
 
     Raises: JobFileError, DataError, PlanError.
     """
@@ -74,7 +75,8 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     _require_isolation(inputs.trained, model)
     with _with_lines(inputs.trained):
         draft = make_draft(job, model=model, hardware=hardware(job), files=inputs.files)
-    draft = replace(draft, code=inputs.code, templates=loaded.templates)
+    view = view_sample(job, data=inputs.data, code_digest=_digest_of(inputs.code))
+    draft = replace(draft, code=inputs.code, templates=loaded.templates, view=view)
     return _with_search(draft, inputs.loaded, count_slots=count_local_slots)
 
 
@@ -153,7 +155,7 @@ def _resolve(
         inputs.data,
         cache_dir=default_cache_dir(),
         on_progress=inputs.on_progress,
-        code_digest=code.digest if code is not None else None,
+        code_digest=_digest_of(code),
     )
     model = _inspected(inputs, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
     _require_isolation(trained, model)
@@ -162,8 +164,12 @@ def _resolve(
             trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job), files=inputs.files
         )
     _require_held_out(plan, inputs.loaded)
-    plan = replace(plan, code=code, templates=inputs.loaded.templates)
+    plan = replace(with_view(plan), code=code, templates=inputs.loaded.templates)
     return _with_search(plan, inputs.loaded, count_slots=count_slots)
+
+
+def _digest_of(code: CodeInfo | None) -> str | None:
+    return code.digest if code is not None else None
 
 
 def _inspected(inputs: _Inputs, *, vocab_size: int, eot_id: int) -> ModelInfo:
@@ -207,8 +213,9 @@ def check_tokenizer(loaded: LoadedJob) -> tuple[str, ...]:
 def _is_small(data: DataSpec, files: CorpusFiles) -> bool:
     """Whether a corpus is prepared in seconds, so that a dry run can say how many tokens and passes it has."""
     is_plain = all("," not in kind for pattern in files.patterns for kind in pattern.kinds)  # not compressed
-    is_text = data.files is not None and data.format == "text"
-    return is_text and is_plain and files.num_files <= _SMALL_FILES and files.size_bytes <= _SMALL_BYTES
+    return (
+        data.files is not None and is_plain and files.num_files <= _SMALL_FILES and files.size_bytes <= _SMALL_BYTES
+    )
 
 
 @contextmanager

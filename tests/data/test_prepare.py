@@ -21,12 +21,13 @@ import psutil
 import pytest
 
 from forge.config.data import DataSpec, TokenizerSpec
-from forge.data import cache, store
+from forge.data import cache, prepare_streams, store
 from forge.data import prepare as module
 from forge.data.cache_index import read_index, verify
-from forge.data.prepare import PrepareProgress, open_rows, prepare, unigram_perplexity
+from forge.data.prepare import PrepareProgress, open_rows, prepare
 from forge.data.rows import StreamRows
 from forge.data.tokenizer import Encoder, load_tokenizer
+from forge.data.unigram import unigram_perplexity
 from forge.errors import DataError
 from forge.fs import default_cache_dir
 from forge.plan.inputs import CorpusInfo
@@ -108,7 +109,7 @@ def test_the_held_out_share_is_one_of_the_text(words: Path, tmp_path: Path) -> N
 def test_a_corpus_too_large_to_read_twice_is_split_by_keys_alone(
     words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SMALL_CORPUS_CHARS", 100)
+    monkeypatch.setattr(prepare_streams, "SMALL_CORPUS_CHARS", 100)
     _, held_out = documents_of(prepare(spec_of(words, seed=3), cache_dir=tmp_path / "cache"))
     threshold = store.KEY_SPACE // 10
     assert held_out == [t for t in texts_of(words) if store.document_key(t.encode(), seed=3) < threshold]
@@ -145,7 +146,7 @@ def test_nothing_is_held_out_if_nothing_shall_be(words: Path, tmp_path: Path) ->
 def test_of_two_documents_one_is_held_out(
     tmp_path: Path, share: float, is_small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SMALL_CORPUS_CHARS", 10**6 if is_small else 10)
+    monkeypatch.setattr(prepare_streams, "SMALL_CORPUS_CHARS", 10**6 if is_small else 10)
     write_documents(tmp_path / "two.jsonl", ["the first of two " * 9, "the second of two " * 9])
     for seed in range(4):
         spec = spec_of(tmp_path / "two.jsonl", held_out=share, seed=seed)

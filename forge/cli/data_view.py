@@ -1,0 +1,87 @@
+"""Examples as the model sees them, drawn with the part that carries loss marked.
+
+Every line that carries loss begins with the word `loss`, also without colours. On a terminal it is green as well,
+and special tokens are magenta, so that text which only spells their names looks different; elsewhere they are in
+brackets.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from rich.cells import chop_cells
+from rich.console import Console
+from rich.text import Text
+
+from forge.cli import display
+from forge.cli.fold import fold
+from forge.plan.data_view import ShownExample, Span
+from forge.redact import redacted
+from forge.report.data_view import ExampleLine, example_lines, example_title
+
+_LOSS_MARK = "loss │ "
+_MASKED_MARK = "     │ "
+_OPEN, _CLOSE = "⟦", "⟧"
+"""Around special tokens where there are no colours."""
+_MIN_TEXT_WIDTH = 8
+
+
+def show_examples(examples: Sequence[ShownExample], *, console: Console, is_whole: bool = False) -> None:
+    """Print examples one below the other.
+
+    Args:
+        is_whole: print every line of a long text.
+    """
+    if not examples:
+        return
+    console.print()
+    is_plain = console.no_color or console.color_system is None
+    legend = "what the model sees; it learns to predict the lines marked `loss`"
+    legend += f"; special tokens are in {_OPEN}{_CLOSE}" if is_plain else ""
+    for part in [legend] if console.soft_wrap else fold(legend, width=console.width):
+        console.print(Text(part, style="dim"), soft_wrap=True)
+    for example in examples:
+        console.print()
+        console.print(Text(example_title(example), style="bold"), soft_wrap=True)
+        for line in example_lines(example, is_whole=is_whole):
+            for text in _drawn(line, width=None if console.soft_wrap else console.width, is_plain=is_plain):
+                console.print(text, soft_wrap=True)
+        for name, values in example.arrays.items():
+            console.print(Text(f"     {display.harmless(name)}: {values}", style="dim"), soft_wrap=True)
+
+
+def _drawn(line: ExampleLine, *, width: int | None, is_plain: bool) -> Iterable[Text]:
+    """A line with its mark; as many as needed where it is wider than the terminal."""
+    room = None if width is None else max(_MIN_TEXT_WIDTH, width - len(_LOSS_MARK))
+    mark, mark_style = (_LOSS_MARK, "green") if line.has_loss else (_MASKED_MARK, "dim")
+    for pieces in _wrapped(line.pieces, room=room, is_plain=is_plain):
+        yield Text.assemble((mark, mark_style), *pieces)
+
+
+def _wrapped(pieces: Sequence[Span], *, room: int | None, is_plain: bool) -> Iterable[list[tuple[str, str]]]:
+    styled = [(character, style) for text, style in _styled(pieces, is_plain=is_plain) for character in text]
+    whole = "".join(character for character, _ in styled)
+    at = 0
+    for part in chop_cells(whole, room) if room is not None else [whole]:
+        group = styled[at : at + len(part)]
+        at += len(part)
+        yield [
+            ("".join(character for character, _ in same), style)
+            for style, same in groupby(group, key=lambda one: one[1])
+        ]
+
+
+def _styled(pieces: Sequence[Span], *, is_plain: bool) -> Iterable[tuple[str, str]]:
+    for piece in pieces:
+        style = {"omitted": "dim italic", "special": "magenta"}.get(piece.kind, "green" if piece.has_loss else "")
+        is_marked = is_plain and piece.kind == "special" and piece.text
+        text = _shown(piece.text)
+        yield f"{_OPEN}{text}{_CLOSE}" if is_marked else text, style
+        if piece.target:
+            yield f" → {_shown(piece.target)} ", "bold green"
+
+
+def _shown(text: str) -> str:
+    return display.harmless(redacted(text, os.environ)).replace("\n", "\N{REPLACEMENT CHARACTER}")

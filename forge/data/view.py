@@ -1,0 +1,173 @@
+"""What training will see of a prepared corpus, with examples as text.
+
+Only the index and the examples that are shown are read, so the time does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from forge.data.cache_index import CacheIndex, read_index
+from forge.data.example_store import ExampleRows
+from forge.data.order import SampleOrder
+from forge.data.prepare import open_rows
+from forge.data.rows import IGNORED, Arrays, RowStore
+from forge.data.spans import SpanReader
+from forge.errors import ArgumentError
+from forge.plan.data_view import DataView, ShownExample
+from forge.plan.inputs import CorpusInfo
+
+SHOWN_IN_PLAN = 3
+CHARS_IN_PLAN = 400
+"""Most characters of a span in a plan."""
+MAX_SHOWN = 1000
+SPLITS = ("train", "held_out")
+_SHOWN_VALUES = 8
+_ALWAYS_SHOWN = {"tokens", "targets", "part"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which examples are shown."""
+
+    count: int = SHOWN_IN_PLAN
+    """This many, spread evenly by a seeded order."""
+    index: int | None = None
+    """From this one on, in the order of the records."""
+    split: str | None = None
+    """`train` or `held_out`; None: `train`, or for an index whichever it is in."""
+    max_chars: int = CHARS_IN_PLAN
+
+
+def view_corpus(
+    facts: CorpusInfo,
+    *,
+    seed: int,
+    predicts_tokens: bool | None,
+    selection: Selection = Selection(),
+    num_sampled_records: int | None = None,
+    passes: float | None = None,
+) -> DataView:
+    """Describe a prepared corpus.
+
+    Args:
+        seed: of the choice of examples.
+        predicts_tokens: whether targets are token ids; None if that is not known (an objective of the user's own).
+        num_sampled_records: if the corpus is a sample.
+        passes: over the training sequences, by the whole run.
+
+    Raises: DataError if the cache cannot be read; ArgumentError for an index that does not exist.
+    """
+    index = read_index(Path(facts.folder))
+    layout = index.examples
+    num_rows = facts.num_train_sequences
+    num_tokens = num_rows * facts.seq_len if layout is None else layout.train.num_tokens
+    return DataView(
+        num_sampled_records=num_sampled_records,
+        num_examples=num_rows if layout is None else layout.train.num_examples,
+        num_sequences=num_rows,
+        num_tokens=num_tokens,
+        num_targets=num_tokens if layout is None else layout.train.num_targets,
+        padding=facts.padding,
+        passes=passes,
+        lengths=index.lengths,
+        notes=facts.notes,
+        num_skipped_records=facts.num_skipped_records,
+        examples=_shown(facts, index=index, seed=seed, predicts_tokens=predicts_tokens, selection=selection),
+    )
+
+
+def _shown(
+    facts: CorpusInfo, *, index: CacheIndex, seed: int, predicts_tokens: bool | None, selection: Selection
+) -> tuple[ShownExample, ...]:
+    content = (Path(facts.folder) / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    special = {token["id"] for token in json.loads(content)["added_tokens"] if token["special"]}
+    reader = SpanReader(
+        tokenizer=Tokenizer.from_str(content),
+        special_ids=frozenset({facts.eot_id, *special}),
+        predicts_tokens=predicts_tokens,
+        max_chars=selection.max_chars,
+    )
+    train, held_out = open_rows(facts)
+    sides = dict(zip(SPLITS, (train, held_out), strict=True))
+    if selection.index is None:
+        split = selection.split or "train"
+        chosen = [(split, number) for number in _spread(sides[split], count=selection.count, seed=seed)]
+    else:
+        chosen = _following(sides, first=selection.index, count=selection.count, split=selection.split)
+    return tuple(
+        _shown_example(sides[split], number=number, split=split, reader=reader) for split, number in chosen
+    )
+
+
+def _spread(rows: RowStore, *, count: int, seed: int) -> list[int]:
+    """Numbers of examples in a seeded order, without any twice."""
+    total = rows.num_examples if isinstance(rows, ExampleRows) else rows.num_rows
+    if not total:
+        return []
+    order = SampleOrder(num_samples=total, seed=seed)
+    positions = order.samples(np.arange(min(count, total), dtype=np.int64))
+    numbers = rows.example_numbers(positions) if isinstance(rows, ExampleRows) else positions
+    return [int(number) for number in numbers]
+
+
+def _following(sides: dict[str, RowStore], *, first: int, count: int, split: str | None) -> list[tuple[str, int]]:
+    """The split and number of up to `count` examples from `first` on.
+
+    Raises: ArgumentError if there is no such example, or it is in the other split.
+    """
+    train = sides["train"]
+    if not isinstance(train, ExampleRows):
+        split = split or "train"
+        total = sides[split].num_rows
+        _require_index(first, total=total, of=f"{split} sequences")
+        return [(split, number) for number in range(first, min(first + count, total))]
+    _require_index(first, total=train.num_stored, of="examples")
+    stop = min(first + count, train.num_stored)
+    in_train = set(train.numbers_between(first, stop))
+    found = [("train" if number in in_train else "held_out", number) for number in range(first, stop)]
+    if split is not None and found[0][0] != split:
+        raise ArgumentError(f"example {first} is in the split {found[0][0]}, not in {split}")
+    return [(where, number) for where, number in found if split in (None, where)]
+
+
+def _require_index(index: int, *, total: int, of: str) -> None:
+    if not 0 <= index < total:
+        known = f"they are numbered from 0 to {total - 1:,}" if total else "there are none"
+        raise ArgumentError(f"there is no number {index:,} among the {of}; {known}")
+
+
+def _shown_example(rows: RowStore, *, number: int, split: str, reader: SpanReader) -> ShownExample:
+    arrays: Arrays
+    if isinstance(rows, ExampleRows):
+        arrays = rows.example(number)
+    else:
+        arrays = {name: values[0] for name, values in rows.read(np.array([number], dtype=np.int64)).items()}
+    return ShownExample(
+        index=number,
+        split=split,
+        num_tokens=len(arrays["tokens"]),
+        num_targets=int((arrays["targets"] != IGNORED).sum()),
+        spans=reader.spans(arrays),
+        arrays={name: _beginning(values) for name, values in arrays.items() if name not in _ALWAYS_SHOWN},
+    )
+
+
+def _beginning(values: NDArray[Any]) -> str:
+    """The first values of an array, or its only one."""
+    flat = values.reshape(-1)
+    if len(flat) and (flat == flat[0]).all():
+        return f"{flat[0]:g} at every position"
+    return _listed(flat[:_SHOWN_VALUES].tolist()) + (", …" if len(flat) > _SHOWN_VALUES else "")
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

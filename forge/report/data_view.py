@@ -1,0 +1,99 @@
+"""Describe what training sees of the data, as (name, text) pairs and as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from forge.plan.data_view import DataView, Lengths, ShownExample, Span
+
+_NEWLINE = "↵"
+_TAB = "⇥"
+_MAX_LINES_OF_SPAN = 6
+"""In a plan; of a longer span the first and the last lines are shown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleLine:
+    """One line of an example, in one style but for its special tokens."""
+
+    has_loss: bool
+    pieces: tuple[Span, ...]
+    """Without newlines; their other control characters are as in the data."""
+
+
+def view_facts(view: DataView) -> list[tuple[str, str]]:
+    """Describe the numbers of a view; of a whole corpus, `plan_facts` has those of `CorpusInfo`."""
+    is_sample = view.num_sampled_records is not None
+    facts = [("sample", _sample(view))] if is_sample else []
+    if view.lengths is not None:
+        facts.append(("lengths", _lengths(view.lengths)))
+    else:
+        facts.append(("lengths", "not recorded by the version of forge that prepared this corpus"))
+    share = view.num_targets / max(1, view.num_tokens)
+    return [*facts, ("loss", f"{view.num_targets:,} of {view.num_tokens:,} tokens carry loss ({share:.1%})")]
+
+
+def example_title(example: ShownExample) -> str:
+    """Describe an example in a few words."""
+    return (
+        f"example {example.index:,} ({example.split.replace('_', ' ')}): {example.num_tokens:,} tokens, "
+        f"{example.num_targets:,} with loss"
+    )
+
+
+def example_lines(example: ShownExample, *, is_whole: bool = False) -> Iterator[ExampleLine]:
+    """The text of an example, broken where the loss begins or ends, at its newlines, and between parts.
+
+    Args:
+        is_whole: keep every line; otherwise the middle of long spans is left out.
+    """
+    for (has_loss, _part), spans in groupby(example.spans, key=lambda span: (span.has_loss, span.part)):
+        lines = list(_lines(list(spans)))
+        hidden = 0 if is_whole else len(lines) - _MAX_LINES_OF_SPAN
+        if hidden > 1:
+            mark = Span(text=f"… {hidden:,} more lines …", has_loss=has_loss, kind="omitted")
+            half = _MAX_LINES_OF_SPAN // 2
+            lines = [*lines[:half], [mark], *lines[-half:]]
+        for line in lines:
+            yield ExampleLine(has_loss=has_loss, pieces=tuple(line))
+
+
+def _lines(spans: list[Span]) -> Iterator[list[Span]]:
+    line: list[Span] = []
+    for span in spans:
+        first, *rest = span.text.replace("\t", _TAB).split("\n")
+        line.append(_with_text(span, first + _NEWLINE * bool(rest), is_last=not rest))
+        for number, text in enumerate(rest, start=1):
+            yield line
+            is_last = number == len(rest)
+            line = [_with_text(span, text + ("" if is_last else _NEWLINE), is_last=is_last)]
+    if any(piece.text or piece.target for piece in line):
+        yield line
+
+
+def _with_text(span: Span, text: str, *, is_last: bool) -> Span:
+    target = span.target if is_last else ""
+    return Span(text=text, has_loss=span.has_loss, kind=span.kind, target=target, part=span.part)
+
+
+def _sample(view: DataView) -> str:
+    parts = [
+        f"the corpus is not prepared; this is of {view.num_sampled_records:,} records",
+        f"{view.num_examples:,} examples in {view.num_sequences:,} sequences",
+        f"{view.padding:.1%} padding",
+        *(f"{count:,} {reason}" for reason, count in view.notes.items()),
+    ]
+    if view.num_skipped_records:
+        parts.append(f"{view.num_skipped_records:,} records that cannot be used")
+    return ", ".join(parts)
+
+
+def _lengths(lengths: Lengths) -> str:
+    if lengths.shortest == lengths.longest:
+        return f"{lengths.longest:,} tokens each ({lengths.count:,} counted)"
+    return (
+        f"{lengths.shortest:,} to {lengths.longest:,} tokens, mean {lengths.mean:,.0f}, median {lengths.median:,}, "
+        f"90% at most {lengths.p90:,}, 99% at most {lengths.p99:,}"
+    )

@@ -1,0 +1,68 @@
+"""Add to a plan what training will see of the data: of the prepared corpus, or of a sample of its records."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from forge.config.data import DataSpec
+from forge.config.job import JobSpec
+from forge.data.prepare import prepare_sample
+from forge.data.sources.build import SampleSize
+from forge.data.view import Selection, view_corpus
+from forge.objective.registry import OBJECTIVES
+from forge.plan.data_view import DataView
+from forge.plan.plan import Plan
+
+_SAMPLE_RECORDS = 400
+_SAMPLE_PARTS = 8
+_SAMPLE_CHARS = 1 << 20
+_MAX_SAMPLE_CHARS = 1 << 24
+_CHARS_PER_TOKEN = 8
+"""More than text has, so that the sample fills a sequence of concatenated documents."""
+
+
+def with_view(plan: Plan) -> Plan:
+    """Return the plan of a job with a prepared corpus, with the view of it. Raises: DataError."""
+    job = plan.job
+    passes = plan.total_steps * job.training.global_batch_size / plan.corpus.num_train_sequences
+    view = view_corpus(plan.corpus, seed=job.data.seed, predicts_tokens=predicts_tokens(job), passes=passes)
+    return replace(plan, view=view)
+
+
+def view_sample(
+    job: JobSpec,
+    *,
+    data: DataSpec,
+    code_digest: str | None,
+    selection: Selection = Selection(),  # noqa: B008 — frozen
+) -> DataView | None:
+    """Describe a sample of a corpus, which is prepared in a folder that is deleted afterwards.
+
+    Args:
+        data: the section with the paths to read.
+        code_digest: of the unpacked code of the job.
+
+    Returns: None if the sample does not fill a sequence.
+    Raises: DataError for a record that cannot be used; UserCodeError.
+    """
+    num_chars = min(max(_SAMPLE_CHARS, _CHARS_PER_TOKEN * data.seq_len), _MAX_SAMPLE_CHARS)
+    size = SampleSize(num_records=_SAMPLE_RECORDS, num_chars=num_chars, num_parts=_SAMPLE_PARTS)
+    with tempfile.TemporaryDirectory(prefix="forge-sample-") as folder:
+        facts = prepare_sample(data, size=size, folder=Path(folder), code_digest=code_digest)
+        if facts is None:
+            return None
+        return view_corpus(
+            facts,
+            seed=data.seed,
+            predicts_tokens=predicts_tokens(job),
+            selection=selection,
+            num_sampled_records=facts.num_documents + facts.num_skipped_records,
+        )
+
+
+def predicts_tokens(job: JobSpec) -> bool | None:
+    """Whether the objective's targets are token ids; None for one of the user's own."""
+    known = OBJECTIVES.get(job.training.objective)
+    return known.predicts_tokens if known is not None else None
