@@ -73,6 +73,7 @@ ONLY_IN = {
     "pydantic": ("forge/config/",),
     "yaml": ("forge/config/",),
     "deepspeed": ("forge/train/engine.py", "forge/train/state.py"),
+    "peft": ("forge/model/adapters.py",),
     "wandb": ("forge/runs/trackers/wandb_tracker.py", "forge/runs/trackers/wandb_log.py"),
     "mlflow": ("forge/runs/trackers/mlflow_tracker.py",),
     "tensorboard": ("forge/runs/trackers/tensorboard_tracker.py",),

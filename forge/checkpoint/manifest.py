@@ -85,6 +85,8 @@ class ModelShape:
     """The transformers config, which makes a checkpoint self-contained; empty for any other model."""
     base: BaseWeights | None = None
     """Source of the values of kind `base`; None without such parameters."""
+    adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The fields of `forge.model.adapters.AdapterConfig`; empty without adapters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,12 +234,14 @@ def shape_record(shape: ModelShape) -> dict[str, Any]:
     """Return a model's shape as JSON."""
     parameters = {name: dataclasses.asdict(entry) for name, entry in shape.parameters.items()}
     record = {"parameters": parameters, "tied": dict(shape.tied), "config": dict(shape.config)}
-    return record | ({"base": base_record(shape.base)} if shape.base is not None else {})
+    record |= {"base": base_record(shape.base)} if shape.base is not None else {}
+    return record | ({"adapters": dict(shape.adapters)} if shape.adapters else {})
 
 
 def shape_from_record(record: Mapping[str, Any]) -> ModelShape:
     """Parse the output of `shape_record`. Raises: ValueError with the reason if it is not valid."""
-    found = {name: record[name] for name in ("parameters", "tied", "config", "base") if name in record}
+    names = ("parameters", "tied", "config", "base", "adapters")
+    found = {name: record[name] for name in names if name in record}
     shape = from_record(ModelShape, found)
     for name, parameter in shape.parameters.items():
         if parameter.dtype not in ITEM_BYTES or parameter.kind not in (*KINDS, "base"):

@@ -106,13 +106,15 @@ def export(
     step: StepOption = None,
     dtype: Annotated[Precision, typer.Option(help="dtype of the weights.")] = Precision.BF16,
     ema: Annotated[bool, typer.Option("--ema", help="Export the averaged (EMA) weights.")] = False,
+    adapters: Annotated[bool, typer.Option("--adapters", help="Export LoRA adapters alone, for peft.")] = False,
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest size of one file.")] = "5GB",
     runs: RunsOption = _RUNS,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Write the weights of a checkpoint as a Hugging Face folder for `from_pretrained`.
 
-    Of a model of your own: the safetensors files of its state dict.
+    LoRA adapters are merged into the weights. With --adapters the folder holds them alone, for
+    `PeftModel.from_pretrained`. Of a model of your own: the safetensors files of its state dict.
 
     Example:  forge checkpoints export latest --to my-model --dtype bf16
     """
@@ -137,6 +139,7 @@ def export(
             step=wanted,
             dtype=dtype.value,
             ema=ema,
+            adapters=adapters,
             max_shard_bytes=max_shard_bytes,
             tokenizer=str(found.tokenizer) if found.tokenizer else None,
         )
@@ -148,6 +151,11 @@ def export(
         f"step {answer['step']}: {format_count(answer['num_parameters'])} parameters, "
         f"{format_bytes(answer['size_bytes'])} in {files}, in {answer['folder']}"
     )
+    if adapters:
+        load = f'PeftModel.from_pretrained(model, "{answer["folder"]}")'
+        display.message(f"adapters alone, for the model {answer['base']}")
+        display.next_command(load, purpose="in Python")
+        return
     if answer["is_transformers"]:
         display.next_command(f'AutoModelForCausalLM.from_pretrained("{answer["folder"]}")', purpose="in Python")
         return

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
+from forge.config.lora import LoraSpec
 from forge.config.section import FieldError, Section, Strings, raise_errors
 
 _ORIGINS = ("architecture", "from_pretrained", "class")
@@ -58,12 +59,25 @@ class ModelSpec(Section):
     """Parameters that are not trained: names or glob patterns, such as `model.embed_tokens` or
     `model.layers.[0-9].*`. A pattern also matches everything below the name it matches."""
 
+    lora: LoraSpec | None = None
+    """Train adapters, and freeze the weights of `from_pretrained`."""
+
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSpec:
         if "model_type" in self.config_overrides:
             raise FieldError("model_type", "forge has another name for this key", nearest="architecture")
         if sum(getattr(self, name) is not None for name in _ORIGINS) != 1:
             raise ValueError("give one of 'architecture', 'from_pretrained' and 'class'")
+        return self
+
+    @model_validator(mode="after")
+    def _adapts_pretrained_weights(self) -> ModelSpec:
+        if self.lora is not None and self.from_pretrained is None:
+            problem = "adapts frozen pretrained weights, and this model has none: its weights would stay random"
+            raise FieldError("lora", f"{problem}; give from_pretrained, or leave lora out")
+        if self.lora is not None and self.freeze:
+            problem = "has no use beside lora, which freezes every weight of from_pretrained"
+            raise FieldError("freeze", f"{problem}; name the layers to adapt in lora.targets", depends_on=("lora",))
         return self
 
     @model_validator(mode="after")

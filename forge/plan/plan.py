@@ -246,6 +246,8 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
         body["training"][section] = {
             key: value for key, value in body["training"][section].items() if value not in (None, {})
         }
+    if body["model"]["lora"] is None:
+        del body["model"]["lora"]
     for name, default in (("file_type", "auto"), ("special_tokens", "text")):
         if body["data"][name] == default:
             del body["data"][name]

@@ -1,6 +1,7 @@
 """Export a checkpoint as a Hugging Face folder that `from_pretrained` loads.
 
-A model of the user's own has no such folder: its state dict is exported as safetensors files.
+Adapters are merged into their weights, or exported alone as a folder of peft (`forge.serve.merge`). A model of the
+user's own has no such folder: its state dict is exported as safetensors files.
 
     python -m forge.serve.export < request.json > answer.json
 
@@ -33,6 +34,13 @@ from forge.errors import ArgumentError, ForgeError
 from forge.foreign import read_file
 from forge.model.transformers_config import config_from_record
 from forge.process import take_stdout
+from forge.serve.merge import (
+    ADAPTER_FILE,
+    MergedWeights,
+    exported_names,
+    require_adapters,
+    write_adapter_config,
+)
 from forge.serve.weights import CheckpointWeights
 from forge.train.state import bytes_of
 
@@ -61,6 +69,8 @@ class ExportRequest:
     """Largest file; a larger single tensor has its own file."""
     tokenizer: str | None = None
     """A folder with tokenizer files, which are copied to the export."""
+    adapters: bool = False
+    """Export the adapters alone, as a folder for peft; without it they are merged into the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +84,8 @@ class Exported:
     num_files: int
     is_transformers: bool
     """Whether the folder has a `config.json`, which `from_pretrained` needs."""
+    base: str | None = None
+    """Of a folder of adapters: the model that they are for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +93,9 @@ class _Target:
     """One tensor of an exported file."""
 
     name: str
+    """In the file."""
+    source: str
+    """Name in the checkpoint."""
     dtype: str
     shape: tuple[int, ...]
     numel: int
@@ -102,8 +117,8 @@ def export(
         ArgumentError if the folder is not empty or cannot be written.
     """
     checkpoint = open_verified(open_storage(request.url), step=request.step)
-    weights = CheckpointWeights(checkpoint, ema=request.ema)
-    config = _config(checkpoint, request)
+    weights = _weights(checkpoint, request)
+    config = None if request.adapters else _config(checkpoint, request)
     to = Path(request.to)
     draft = to.with_name(f".{to.name}.{os.getpid()}.draft")
     try:
@@ -122,6 +137,8 @@ def export(
         for name, targets in files.items():
             _write_file(draft / name, targets, weights, request, on_written=on_written)
         _write_index(draft, files)
+        if request.adapters:
+            write_adapter_config(draft, checkpoint.shape)
         if config is not None:
             config.save_pretrained(draft)
             GenerationConfig.from_model_config(config).save_pretrained(draft)
@@ -139,12 +156,23 @@ def export(
         folder=str(to),
         step=checkpoint.progress.step,
         num_parameters=sum(
-            target.numel for target in written if target.name in kinds and kinds[target.name].kind != "buffer"
+            target.numel for target in written if target.source in kinds and kinds[target.source].kind != "buffer"
         ),
         size_bytes=sum(target.size_bytes for target in written),
         num_files=len(files),
         is_transformers=config is not None,
+        base=checkpoint.shape.base.source if request.adapters and checkpoint.shape.base is not None else None,
     )
+
+
+def _weights(checkpoint: Checkpoint, request: ExportRequest) -> CheckpointWeights | MergedWeights:
+    """The weights to export. Raises: CheckpointError if the checkpoint does not have them."""
+    weights = CheckpointWeights(checkpoint, ema=request.ema, needs_base=not request.adapters)
+    if request.adapters:
+        require_adapters(checkpoint)
+    elif checkpoint.shape.adapters:
+        return MergedWeights(weights, checkpoint)
+    return weights
 
 
 def _copy_tokenizer(source: Path, to: Path) -> None:
@@ -176,34 +204,38 @@ def _config(checkpoint: Checkpoint, request: ExportRequest) -> PretrainedConfig 
     return config
 
 
-def _files(checkpoint: Checkpoint, weights: CheckpointWeights, request: ExportRequest) -> dict[str, list[_Target]]:
+def _files(
+    checkpoint: Checkpoint, weights: CheckpointWeights | MergedWeights, request: ExportRequest
+) -> dict[str, list[_Target]]:
     """Group the tensors, in order, into files of at most `max_shard_bytes`, named as in transformers.
 
     transformers ties weights by its config; the state dict of any other model has a tied one under each name.
     """
     shape = checkpoint.shape
-    tied = {} if shape.config else {name: shape.parameters[of] for name, of in shape.tied.items()}
+    names = exported_names(shape, adapters=request.adapters)
+    names |= {} if shape.config else {name: name for name in shape.tied}
     groups: list[list[_Target]] = []
     size = 0
-    for name, parameter in [*shape.parameters.items(), *tied.items()]:
-        interval = weights.interval(name)
+    for source, name in names.items():
+        parameter = shape.parameters[shape.tied.get(source, source)]
+        interval = weights.interval(source)
         is_float = interval.dtype.startswith(("F", "BF"))
         dtype = _DTYPES[request.dtype][0] if is_float else interval.dtype
-        target = _Target(name=name, dtype=dtype, shape=parameter.shape, numel=interval.numel)
-        if not groups or size + target.size_bytes > request.max_shard_bytes:
+        target = _Target(name=name, source=source, dtype=dtype, shape=parameter.shape, numel=interval.numel)
+        if not groups or (size + target.size_bytes > request.max_shard_bytes and not request.adapters):
             groups.append([])
             size = 0
         groups[-1].append(target)
         size += target.size_bytes
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {ADAPTER_FILE if request.adapters else "model.safetensors": groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
 def _write_file(
     path: Path,
     targets: list[_Target],
-    weights: CheckpointWeights,
+    weights: CheckpointWeights | MergedWeights,
     request: ExportRequest,
     *,
     on_written: Callable[[_Target], None],
@@ -219,9 +251,11 @@ def _write_file(
         os.fsync(file.fileno())
 
 
-def _converted(target: _Target, weights: CheckpointWeights, request: ExportRequest) -> Iterator[torch.Tensor]:
-    held = weights.interval(target.name).dtype
-    for piece in weights.pieces(target.name, max_numel=_PIECE_NUMEL):
+def _converted(
+    target: _Target, weights: CheckpointWeights | MergedWeights, request: ExportRequest
+) -> Iterator[torch.Tensor]:
+    held = weights.interval(target.source).dtype
+    for piece in weights.pieces(target.source, max_numel=_PIECE_NUMEL):
         yield piece.to(_DTYPES[request.dtype][1]) if target.dtype != held else piece
 
 

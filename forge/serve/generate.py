@@ -26,6 +26,8 @@ from forge.checkpoint.storage import open_storage
 from forge.code_archive import require_trusted, restore_code
 from forge.data.tokenizer import prompt_tokenizer
 from forge.errors import CheckpointError, ForgeError
+from forge.model.adapter_names import unwrapped_name
+from forge.model.adapters import adapter_config_from_record, add_adapters
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.causal_lm import build_from_config
 from forge.model.families.registry import family_of
@@ -106,10 +108,13 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
             config_from_record(checkpoint.shape.config), options=options, seq_len=data.seq_len
         )
         model.tie_weights()
+        if checkpoint.shape.adapters:
+            add_adapters(model, adapter_config_from_record(checkpoint.shape.adapters))
     else:
         model = family_of(plan.job.model).build(plan.job.model, data, options=options)
-    held = dict(model.named_parameters()) | dict(model.named_buffers())
-    missing = {name for name, _ in model.named_parameters() if name not in checkpoint.shape.parameters}
+    named = unwrapped_name if checkpoint.shape.adapters else str
+    held = {named(name): value for name, value in (*model.named_parameters(), *model.named_buffers())}
+    missing = {named(name) for name, _ in model.named_parameters()} - set(checkpoint.shape.parameters)
     if missing:
         raise CheckpointError(
             f"{checkpoint.url} lacks {len(missing)} parameters of the model, {min(missing)} among them"

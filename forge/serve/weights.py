@@ -29,16 +29,18 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 class CheckpointWeights:
     """Reads the value of any parameter or buffer of a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, *, ema: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, ema: bool = False, needs_base: bool = True) -> None:
         """Args:
         ema: read the averaged (EMA) weights of trained parameters.
+        needs_base: whether weights that the checkpoint only refers to will be read.
 
         Raises: CheckpointError if the checkpoint has no EMA weights, or its base weights are missing or changed.
         """
         if ema and "ema" not in checkpoint.kinds:
             raise CheckpointError(f"{checkpoint.url} holds no ema weights: the job has no training.ema")
         self._checkpoint, self._ema = checkpoint, ema
-        self._base = None if checkpoint.shape.base is None else _open_base(checkpoint, checkpoint.shape.base)
+        base = checkpoint.shape.base if needs_base else None
+        self._base = None if base is None else _open_base(checkpoint, base)
 
     def interval(self, name: str) -> Interval:
         """The interval of a whole parameter or buffer."""

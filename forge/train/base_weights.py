@@ -1,4 +1,5 @@
-"""Which pretrained weights the frozen parameters of a run come from: digests that all nodes agree on."""
+"""Which pretrained weights a run begins with, and which its frozen parameters come from: digests that all nodes
+agree on."""
 
 from __future__ import annotations
 
@@ -6,11 +7,27 @@ import os
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
-from forge.checkpoint.manifest import BaseWeights
+from forge.checkpoint.manifest import BaseWeights, ModelShape
 from forge.errors import CheckpointError
 from forge.fs import default_cache_dir
-from forge.model.weight_files import WeightFiles, digest_file
+from forge.model.adapter_names import has_adapters
+from forge.model.adapter_weights import AdaptedWeights
+from forge.model.adapters import adapter_layers
+from forge.model.pretrained import PretrainedWeights
+from forge.model.weight_files import DTYPES, WeightFiles, digest_file
+
+
+def initial_weights(
+    base: PretrainedWeights, model: nn.Module, shape: ModelShape, *, seed: int
+) -> PretrainedWeights | AdaptedWeights:
+    """The values that training begins with: the pretrained weights and, if the model has any, new adapters."""
+    if not has_adapters(model):
+        return base
+    types = {name: DTYPES[parameter.dtype] for name, parameter in shape.parameters.items()}
+    shapes = {name: parameter.shape for name, parameter in shape.parameters.items()}
+    return AdaptedWeights(base, adapter_layers(model), shapes=shapes, types=types, seed=seed)
 
 
 def digest_base(files: WeightFiles) -> BaseWeights:

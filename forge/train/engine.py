@@ -33,13 +33,14 @@ from forge.config.model import ModelSpec
 from forge.config.training import TrainingSpec
 from forge.data.loader import MicroBatch
 from forge.errors import ModelError, RunError
+from forge.model.adapters import modules_reading_weights
 from forge.model.dropout import SampleDropout, model_has_dropout
 from forge.model.families.base import BuildOptions, DataShape, Sharding
 from forge.model.families.registry import family_of
 from forge.objective.base import ObjectiveModule, derived_metrics
 from forge.objective.build import build_objective
 from forge.objective.causal_lm import CausalLm
-from forge.train.base_weights import digest_base
+from forge.train.base_weights import digest_base, initial_weights
 from forge.train.metric_sums import MetricSums
 from forge.train.metrics import peak_memory_gib
 from forge.train.optimizer import build_optimizer
@@ -337,6 +338,8 @@ def build_engine(
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise ModelError("has no gradient_checkpointing_enable() for activation_checkpointing", key="class")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    for whole in modules_reading_weights(model):
+        deepspeed.utils.set_z3_leaf_module(whole, True)
     objective = build_objective(training.objective)
     module = ObjectiveModule(model, objective=objective)
     optimizer = build_optimizer(module, training.optimizer, device=device)
@@ -360,7 +363,7 @@ def build_engine(
     )
     built.state.load_base(weights)
     if not skip_init:
-        built.state.load_weights(weights)
+        built.state.load_weights(initial_weights(weights, model, built.state.shape, seed=training.seed))
     return built
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from forge.checkpoint.manifest import BaseWeights, ModelShape, Parameter
+from forge.model.adapter_names import has_adapters, unwrapped_name
+from forge.model.adapters import adapter_record
 from forge.objective.base import MODEL_PREFIX
 
 DTYPE_NAMES = {
@@ -39,12 +41,13 @@ def shape_of(engine: Any, *, base: BaseWeights | None = None) -> ModelShape:
     for name, buffer in named_buffers(module):
         parameters[name] = Parameter(shape=tuple(buffer.shape), dtype=DTYPE_NAMES[buffer.dtype], kind="buffer")
     first = {id(p): name for name, p in named_parameters(module)}
-    every = [(plain_name(name), p) for name, p in module.named_parameters(remove_duplicate=False)]
+    every = [(_plain_name(module, name), p) for name, p in module.named_parameters(remove_duplicate=False)]
     return ModelShape(
         parameters=parameters,
         tied={name: first[id(p)] for name, p in every if first[id(p)] != name},
         config=_config_of(getattr(module, "model", module)),
         base=base,
+        adapters=adapter_record(getattr(module, "model", module)),
     )
 
 
@@ -58,12 +61,13 @@ def _config_of(model: Any) -> dict[str, Any]:
 
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """List each parameter once, by its name in the transformers model."""
-    return [(plain_name(name), parameter) for name, parameter in module.named_parameters()]
+    return [(_plain_name(module, name), parameter) for name, parameter in module.named_parameters()]
 
 
-def plain_name(name: str) -> str:
-    """Convert a name in the `ObjectiveModule` to that in the model."""
-    return name.removeprefix(MODEL_PREFIX)
+def _plain_name(module: nn.Module, name: str) -> str:
+    """Convert a name in the `ObjectiveModule` to that in the model, without the wrappers of adapters."""
+    plain = name.removeprefix(MODEL_PREFIX)
+    return unwrapped_name(plain) if has_adapters(getattr(module, "model", module)) else plain
 
 
 def named_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -71,4 +75,4 @@ def named_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if name not in parameters and isinstance(tensor, Tensor):
-            yield plain_name(name), tensor
+            yield _plain_name(module, name), tensor

@@ -8,6 +8,7 @@ afterwards (`forge.model.pretrained`).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
+from forge.model.adapter_targets import AdapterTargets, find_targets
+from forge.model.adapters import adapter_config, add_adapters, require_peft
 from forge.model.dropout import has_dropout
 from forge.model.families.base import BuildOptions, DataShape, parameter_counts
 from forge.model.freeze import freeze_parameters
@@ -54,6 +57,7 @@ class CausalLmFamily:
         if probe.looks_ahead is None:
             notes += ("not checked whether it sees later tokens: no small copy of it can be run",)
         notes += _check_router(spec, model)
+        notes += _adapt(spec, data, model)
         info = _count(model, config)
         if spec.from_pretrained is not None:
             frozen = info.num_parameters - info.num_trainable_parameters
@@ -73,6 +77,7 @@ class CausalLmFamily:
                 initialise(model, seed=options.seed, gather=gather, only=absent)
         model.tie_weights()
         freeze_parameters(model, spec.freeze)
+        _adapt(spec, data, model)
         return cast(nn.Module, model)
 
     def open_pretrained(self, spec: ModelSpec, data: DataShape) -> PretrainedWeights:
@@ -81,6 +86,35 @@ class CausalLmFamily:
 
     def import_classes(self, spec: ModelSpec, data: DataShape) -> None:
         build_on_meta(build_config(spec, data))
+
+
+def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module) -> tuple[str, ...]:
+    """Put the adapters of `model.lora` into a model, if it has that section.
+
+    Returns: what the plan says about them.
+    Raises: ModelError, PlanError.
+    """
+    if spec.lora is None:
+        return ()
+    require_peft()
+    # The model itself may be partitioned, and its weights may have no shape.
+    whole = build_on_meta(build_config(spec, data))
+    is_here = Path(spec.from_pretrained or "").expanduser().is_dir() or is_downloaded(spec.from_pretrained or "")
+    absent = _open_weights(spec, whole).absent if is_here and spec.config_overrides else ()
+    targets = find_targets(whole, spec.lora, absent=absent)
+    add_adapters(model, adapter_config(spec.lora, targets), trained=targets.trained)
+    return _about_adapters(spec, targets, model)
+
+
+def _about_adapters(spec: ModelSpec, targets: AdapterTargets, model: nn.Module) -> tuple[str, ...]:
+    """Return what the plan says about adapters: on which layers they are, and how much is trained."""
+    assert spec.lora is not None
+    names = Counter(name.rpartition(".")[2] for name in (*targets.modules, *targets.parameters))
+    listed = ", ".join(f"{count} {name}" for name, count in names.items())
+    whole = f"; trained whole: {some(targets.trained)}" if targets.trained else ""
+    kind = "DoRA" if spec.lora.dora else "LoRA"
+    about = f"{kind} adapters of rank {spec.lora.rank} and alpha {spec.lora.scaled_alpha:g} on {listed}{whole}"
+    return (about, *targets.notes)
 
 
 def build_from_config(config: PretrainedConfig, *, options: BuildOptions, seq_len: int) -> PreTrainedModel:
