@@ -19,13 +19,14 @@ from forge.config.load import LoadedJob
 from forge.config.overrides import check_kind
 from forge.data.prepare import PrepareProgress
 from forge.errors import ArgumentError, JobFileError
+from forge.plan.lengths import is_same_length
 from forge.plan.plan import DraftPlan, Plan
 from forge.remote.mirror import find_run_handle
 from forge.remote.submit import RemoteTarget, preflight, resolve_remote, submit
 from forge.report.progress_lines import ProgressLines
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
 from forge.runs.checkpoints import CheckpointEntry, best_checkpoint
-from forge.runs.create import create_run, reopen_run, require_regular, require_same_curve
+from forge.runs.create import create_run, reopen_run, require_regular, require_same_curve, resumed_plan
 from forge.runs.index import remember_run
 from forge.runs.reader import (
     RunSummary,
@@ -216,6 +217,8 @@ def start(
         plan = with_space(resolve(loaded, on_progress=on_progress), run_folder=resume)
     else:
         plan = resolve_remote(target, loaded, on_progress=on_progress)
+    if resume is not None:
+        plan = resumed_plan(resume, plan)
     if on_plan is not None:
         on_plan(plan, target)
     if resume is None:
@@ -258,7 +261,9 @@ def resume_run(
     on_progress: Callable[[PrepareProgress], None] | None = None,
     on_record: OnRecord | None = None,
 ) -> Run:
-    """Continue a run that ended early from its newest checkpoint to its last step.
+    """Continue a run from its newest checkpoint to its last step.
+
+    With another length, as in `overrides=["training.total_steps=2000"]`, also a run that has finished.
 
     Args:
         name: as for `load_run`.
@@ -267,7 +272,7 @@ def resume_run(
         on_progress: called while the corpus is prepared, if that is needed again.
         on_record: called with every step and event from now on.
 
-    Returns: the run; at once if it has finished.
+    Returns: the run; at once if it has finished and has the same length.
     Raises: as `train_job`; ArgumentError if it is running, a search or a trial.
     """
     folder = find_run(str(name), root=Path(root))
@@ -279,7 +284,7 @@ def resume_run(
     require_regular(folder / "job.yaml")
     loaded = load_job(folder / "job.yaml", overrides)
     require_same_curve(folder, found.plan.job, loaded.job)
-    if found.status == "finished":
+    if found.status == "finished" and is_same_length(found.plan.job, loaded.job):
         return _run_of(folder)
     past = count_records(folder)
     handle = start(loaded, cluster=cluster, resume=folder, on_progress=on_progress)

@@ -28,6 +28,22 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LengthChanged:
+    """The run was resumed with another length; its learning rate follows the new one from a step on."""
+
+    from_step: int
+    """The first step whose learning rate follows the new length."""
+    before: str
+    """The length until then, as in the job: `total_steps: 1000`."""
+    total_steps_before: int
+    total_steps: int
+    learning_rate_before: float
+    """Of the step before; nan if it is step 0."""
+    learning_rate: float
+    """Of `from_step`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PatternRead:
     """What one entry of `data.files` gave; the paths of what was skipped are in `plan.json`."""
 
@@ -426,6 +442,7 @@ class RunFailed:
 
 Event = (
     RunStarted
+    | LengthChanged
     | CorpusRead
     | SupervisorStarted
     | SupervisorRestarted

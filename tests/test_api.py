@@ -114,7 +114,7 @@ def test_resume_run__stopped__starts_it_again_and_passes_on_new_records_alone(
     assert run.status == "finished"
 
 
-@pytest.mark.parametrize("overrides", [["training.optimizer.lr=0.5"], ["training.total_steps=99"]])
+@pytest.mark.parametrize("overrides", [["training.optimizer.lr=0.5"], ["data.seed=99"]])
 def test_resume_run__other_loss_curve__raises(tmp_path: Path, overrides: list[str]) -> None:
     folder = make_run(tmp_path, "run", endings=[RunStopped(step=3)])
     (folder / "job.yaml").write_text(dump_job(tiny_job()))

@@ -26,7 +26,7 @@ def fork_checkpoint(source: Storage, target: Storage, *, step: int, config_diges
 
     Args:
         step: step of the checkpoint to copy.
-        config_digest: digest of the run that continues from the copy; see `forge.plan.plan.config_digest`.
+        config_digest: digest of the run that continues from the copy; see `forge.plan.curve.config_digest`.
 
     Raises: CheckpointError if the checkpoint in `source` does not verify, or the copy cannot be written.
     """

@@ -35,7 +35,7 @@ class Progress:
     step: int
     num_tokens: int
     config_digest: str
-    """Digest of all settings that determine the loss curve; see `forge.plan.plan.config_digest`."""
+    """Digest of all settings that determine the loss curve; see `forge.plan.curve.config_digest`."""
     corpus: str
     """Digest of the prepared corpus."""
     best_value: float | None = None

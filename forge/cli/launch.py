@@ -71,7 +71,7 @@ def launch(request: Request) -> None:
     check_kind(loaded, is_search=request.is_search)
     if request.dry_run:
         arguments = run_arguments(request.file, request.overrides, cluster=request.cluster, resume=request.resume)
-        show_dry(loaded, arguments=arguments, output=request.output)
+        show_dry(loaded, arguments=arguments, output=request.output, resumed=resumed)
         return
     past = Past(events=(), steps=()) if resumed is None else past_of(resumed)
     with PrepareScreen() as preparing:
@@ -105,20 +105,24 @@ def run_arguments(
     return shlex.join(words)
 
 
-def show_dry(loaded: LoadedJob, *, arguments: str, output: Output) -> None:
+def show_dry(loaded: LoadedJob, *, arguments: str, output: Output, resumed: Path | None = None) -> None:
     """Show the plan of a job; nothing is started.
 
     Args:
         arguments: of the command that runs it.
+        resumed: the folder of the run that it would resume.
     """
     from forge import api
     from forge.cli import display
     from forge.cli.plan_table import show_plan, show_warnings
     from forge.cli.progress import PrepareScreen
     from forge.plan.plan import plan_to_json
+    from forge.runs.create import resumed_plan
 
     with PrepareScreen() as screen:
         plan = api.plan_job(loaded, on_progress=screen.show)
+    if resumed is not None:
+        plan = resumed_plan(resumed, plan)
     if output is Output.JSON:
         display.print_text(plan_to_json(plan, is_file=True))
         return
@@ -191,7 +195,7 @@ def _compare(folder: Path, request: Request, job_file: Path) -> None:
     """Say what a job file and `--set` change of a run that is resumed. Raises: ArgumentError if they may not."""
     from forge.cli import display
     from forge.config.load import load_job
-    from forge.plan.plan import free_differences
+    from forge.plan.curve import free_differences
     from forge.runs.create import require_same_curve
     from forge.runs.reader import read_plan
 
@@ -204,14 +208,19 @@ def _compare(folder: Path, request: Request, job_file: Path) -> None:
 
 
 def _is_finished(folder: Path, request: Request, job_file: Path) -> bool:
-    """Whether a run is at its last step; a search also has to have as many trials as are requested now."""
+    """Whether a run is at its last step, also of the length that is requested now; a search also has to have as
+    many trials."""
     from forge.config.load import load_job
+    from forge.plan.lengths import is_same_length
     from forge.plan.search import count_trials
     from forge.runs.reader import read_run
     from forge.runs.trials import TrialTable
 
     run = read_run(folder)
-    if run.status != "finished" or not request.is_search:
-        return run.status == "finished"
-    search = load_job(job_file, overrides=request.overrides).job.search
+    if run.status != "finished":
+        return False
+    job = load_job(job_file, overrides=request.overrides).job
+    if not request.is_search:
+        return is_same_length(run.plan.job, job)
+    search = job.search
     return search is not None and count_trials(search) <= len(TrialTable(run.events).trials)

@@ -66,8 +66,9 @@ class JobSpec(Section):
             tokenizer = TokenizerSpec(from_pretrained=self.model.from_pretrained)
             self.__dict__["data"] = self.data.model_copy(update={"tokenizer": tokenizer})
         if self.checkpoint.keep_best is None:
-            keep_best = 0 if self.training.early_stopping is None else 1
-            self.__dict__["checkpoint"] = self.checkpoint.model_copy(update={"keep_best": keep_best})
+            checkpoint = self.checkpoint.model_copy()  # without making it a key that the user has set
+            checkpoint.__dict__["keep_best"] = 0 if self.training.early_stopping is None else 1
+            self.__dict__["checkpoint"] = checkpoint
         return self
 
     def _problems(self) -> Iterator[FieldError]:

@@ -10,7 +10,6 @@ A dry run ends with a `DraftPlan`; a `Plan` also has the prepared corpus, and on
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from forge.config.compare import Difference, differences
 from forge.config.job import JobSpec
 from forge.config.templates import with_templates, without_templates
 from forge.config.training import MAX_STEPS
@@ -37,7 +35,7 @@ from forge.plan.inputs import (
     ModelInfo,
 )
 from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
-from forge.plan.schedule import ScheduleSteps, schedule_steps
+from forge.plan.schedule import FormerLength, ScheduleSteps, schedule_steps
 from forge.plan.search import SearchPlan
 from forge.plan.warnings import corpus_warnings
 from forge.user_code import is_reference
@@ -83,6 +81,8 @@ class DraftPlan:
     """Texts of the job file with `${env:NAME}`, by JSON pointer (`forge.config.templates`); files keep them."""
     pause_at: int | None = None
     """Step after which a trial of a population pauses, with a checkpoint, until all trials have reached it."""
+    former_lengths: tuple[FormerLength, ...] = ()
+    """Of a run that was resumed with another length, the oldest first (`forge.plan.lengths`)."""
 
     @property
     def total_tokens(self) -> int:
@@ -91,10 +91,14 @@ class DraftPlan:
 
     @property
     def schedule_steps(self) -> ScheduleSteps:
-        """The lengths of the learning rate schedule in steps."""
-        return schedule_steps(
+        """The lengths of the learning rate schedule in steps; a warm-up that an earlier length has ended stays."""
+        lengths = schedule_steps(
             self.job.training.schedule, total_steps=self.total_steps, tokens_per_step=self.tokens_per_step
         )
+        former = self.former_lengths[-1] if self.former_lengths else None
+        if former is not None and former.until_step >= former.schedule.warmup:
+            return dataclasses.replace(lengths, warmup=former.schedule.warmup)
+        return lengths
 
     def for_world_size(self, world_size: int) -> WorldSizePlan:
         """Return the part of the plan for one world size. Raises: PlanError if the job does not allow it."""
@@ -165,7 +169,7 @@ def plan_to_json(plan: DraftPlan, *, is_file: bool = False) -> str:
     """
     body = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     body["job"] = written_job(plan) if is_file else plan.job.model_dump(mode="json")
-    for name in ("code", "search", "pause_at", "files", "view", "warnings", "templates"):
+    for name in ("code", "search", "pause_at", "files", "view", "warnings", "templates", "former_lengths"):
         if body[name] is None or body[name] in ((), {}):
             del body[name]
     body["format_version"] = FORMAT_VERSION
@@ -208,50 +212,6 @@ def _require_not_negative(value: Any, *, name: str = "") -> None:
     elif dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
             _require_not_negative(getattr(value, f.name), name=f.name)
-
-
-def config_digest(job: JobSpec, *, code: CodeInfo | None) -> str:
-    """Return a digest of everything that determines the loss curve, and of nothing else: model, data and training,
-    and the code of a job that names a class in it.
-
-    Checkpoints store it, so that a run is never resumed with another configuration. The intervals of evaluation and
-    checkpoints, the machines and the tracker may change between two starts.
-    """
-    body = _deciding(job)
-    if code is not None and job.user_classes:
-        body["code"] = code.digest
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def curve_differences(before: JobSpec, now: JobSpec) -> list[Difference]:
-    """Return the changed keys that would change the loss curve of a run; code is compared elsewhere."""
-    return list(differences(_deciding(before), _deciding(now)))
-
-
-def free_differences(before: JobSpec, now: JobSpec) -> list[Difference]:
-    """Return the changed keys that a resumed run may take over: machines, intervals, trackers."""
-    fixed = {difference.key for difference in curve_differences(before, now)}
-    bodies = [job.model_dump(mode="json", exclude={"search"}) for job in (before, now)]
-    return [difference for difference in differences(*bodies) if difference.key not in fixed]
-
-
-def _deciding(job: JobSpec) -> dict[str, Any]:
-    """The part of a job that determines the loss curve."""
-    body = job.model_dump(mode="json", include={"model", "data", "training"})
-    for name in ("evaluate_every", "micro_batch_size", "zero", "activation_checkpointing", "cross_entropy"):
-        body["training"].pop(name)
-    if body["training"]["early_stopping"] is None:
-        del body["training"]["early_stopping"]
-    for section in ("optimizer", "schedule"):  # keys that do not apply
-        body["training"][section] = {
-            key: value for key, value in body["training"][section].items() if value not in (None, {})
-        }
-    if body["model"]["lora"] is None:
-        del body["model"]["lora"]
-    for name, default in (("file_type", "auto"), ("special_tokens", "text")):
-        if body["data"][name] == default:
-            del body["data"][name]
-    return body
 
 
 def _resolved(

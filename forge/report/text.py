@@ -16,6 +16,7 @@ from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
 from forge.runs.goodput_report import BUCKETS, GoodputReport
 from forge.runs.reader import RunSummary
+from forge.train.lr_schedule import length_change
 from forge.units import format_bytes, format_count, format_duration
 
 _MAX_PATTERNS = 8
@@ -86,7 +87,22 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     facts[1:1] = [*_files(plan.files), ("special tokens", _special_tokens(job))]
     if plan.code is not None:
         facts.append(("code", _code(job, plan.code)))
+    if plan.former_lengths:
+        facts.append(("length", _length_change(plan)))
     return facts + [("note", note) for note in plan.model.notes]
+
+
+def _length_change(plan: DraftPlan) -> str:
+    """Describe what a resumed run with another length does from its next step on."""
+    change, kind = length_change(plan), plan.job.training.schedule.kind
+    before = change.learning_rate_before
+    rates = f"{change.learning_rate:.3g} at step {change.from_step:,}"
+    if math.isfinite(before):
+        rates = f"{before:.3g} at step {change.from_step - 1:,} and {rates}"
+    return (
+        f"{change.total_steps:,} steps instead of {change.total_steps_before:,}; from step {change.from_step:,} on "
+        f"the {kind} schedule follows the new length: learning rate {rates}"
+    )
 
 
 def _files(files: CorpusFiles | None) -> list[tuple[str, str]]:

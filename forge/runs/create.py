@@ -16,12 +16,14 @@ from forge.checkpoint.storage import open_storage
 from forge.code_archive import ARCHIVE, changed_files, code_folder, pack_code, read_run_code
 from forge.config.dump import dump_job
 from forge.config.job import JobSpec
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, PlanError
 from forge.foreign import open_file, require_plain_tree
 from forge.fs import write_atomic
-from forge.plan.plan import Plan, config_digest, curve_differences, plan_to_json
+from forge.plan.curve import config_digest, curve_differences, with_length_of
+from forge.plan.lengths import PlanT, continue_plan, is_same_length
+from forge.plan.plan import Plan, plan_to_json
 from forge.plan.search import changed_keys
-from forge.runs.reader import read_plan
+from forge.runs.reader import read_plan, read_run
 from forge.runs.trackers.mlflow_tracker import database_problem
 
 _PROBE_PATIENCE_S = 5.0
@@ -71,6 +73,20 @@ def fill_run_folder(folder: Path, plan: Plan) -> None:
         ) from error
 
 
+def resumed_plan(folder: Path, plan: PlanT) -> PlanT:
+    """Return the plan of a run that is resumed: with the lengths that it had before.
+
+    Raises: ArgumentError if the run cannot have this length.
+    """
+    if plan.search is not None:
+        return plan
+    run = read_run(folder)
+    try:
+        return continue_plan(plan, before=run.plan, last_step=run.step, is_stopped_early=run.is_stopped_early)
+    except PlanError as error:
+        raise ArgumentError(f"cannot resume {folder.name}: {error}") from error
+
+
 def reopen_run(folder: Path, plan: Plan) -> None:
     """Replace the plan of a run that ended early, before it is resumed from its newest checkpoint.
 
@@ -82,7 +98,8 @@ def reopen_run(folder: Path, plan: Plan) -> None:
     before = read_plan(folder)
     _require_same_code(folder, before, plan)
     require_same_curve(folder, before.job, plan.job)
-    if config_digest(before.job, code=before.code) != config_digest(plan.job, code=plan.code):
+    now = with_length_of(plan.job, before.job) if plan.search is None else plan.job
+    if config_digest(before.job, code=before.code) != config_digest(now, code=plan.code):
         raise ArgumentError(
             f"cannot resume {folder.name}: the code of a class that the job names changed, so the loss curve would "
             "not continue; start a new run"
@@ -94,6 +111,9 @@ def reopen_run(folder: Path, plan: Plan) -> None:
             "its files, or start a new run"
         )
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
+    if plan.search is None and not is_same_length(before.job, plan.job):  # the next resume reads it
+        job = with_length_of(before.job, plan.job)
+        write_atomic(folder / "job.yaml", dump_job(job, templates=before.templates))
     write_atomic(folder / "plan.json", plan_to_json(plan, is_file=True))
 
 
@@ -127,10 +147,8 @@ def require_same_curve(folder: Path, before: JobSpec, now: JobSpec) -> None:
         listed = "; ".join(map(str, changed[:_MAX_LISTED]))
         more = f"; and {len(changed) - _MAX_LISTED} more" if len(changed) > _MAX_LISTED else ""
         raise ArgumentError(
-            f"cannot resume {folder.name}: {listed}{more}. The loss curve would not be that of one job "
-            "(the learning rate, for example, follows the length of the whole run). Start a new run; to begin it "
-            f"from these weights, export them (forge checkpoints export {folder.name} --to FOLDER) and set "
-            "model.from_pretrained: FOLDER"
+            f"cannot resume {folder.name}: {listed}{more}. The loss curve would not be that of one job. Start a "
+            f"new run; to begin it from these weights, set model.init_from: {folder.name}"
         )
     searched = changed_keys(before.search, now.search)
     if searched:

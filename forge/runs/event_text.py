@@ -68,6 +68,12 @@ class EventDescriber:
                 every = "every step" if event["every"] == 1 else f"every {event['every']} steps"
                 cost = f"{format_duration(event['seconds'])} each, {event['share']:.1%} of the time"
                 return f"snapshots to memory {every} from now on ({cost})"
+            case "LengthChanged":
+                rates = f"{event['learning_rate']:.3g} at step {event['from_step']}"
+                if event["learning_rate_before"] is not None:
+                    rates = f"{event['learning_rate_before']:.3g} at step {event['from_step'] - 1}, {rates}"
+                steps = f"{event['total_steps_before']:,} to {event['total_steps']:,} steps"
+                return f"the length changed from {steps} (it was {event['before']}); learning rate {rates}"
             case "EarlyStopped":
                 best = event["best"]
                 since = f"better than {best:.5g} of step {event['best_step']}" if best is not None else "a number"

@@ -31,13 +31,10 @@ from forge.environment import adopt_environment, require_loopback, require_ray_f
 from forge.errors import CheckpointError, ClusterError, ForgeError, RunError
 from forge.events import (
     CheckpointSaved,
-    CorpusRead,
     Event,
     KilledForMemory,
-    PatternRead,
     RunFailed,
     RunFinished,
-    RunStarted,
     RunStopped,
     SampleFailed,
     SampleGenerated,
@@ -53,10 +50,10 @@ from forge.runs.secrets import credentials
 from forge.runtime.actor_names import HEAD, NAMESPACE, RECORDER
 from forge.runtime.driver_lock import acquire_lock
 from forge.runtime.driver_watch import watch_run
+from forge.runtime.start_events import start_events
 
 _STOP_REPEAT_S = 1.0
 _SAMPLE_TOKENS = 64
-_MAX_PATTERNS = 100
 _STORAGE_PATIENCE_S = 5.0
 _END_S = 15.0
 """How long the actors of a run may take to end before this process ends without them."""
@@ -193,15 +190,9 @@ class Driver:
         )
         if is_new:  # otherwise this driver replaces one that was killed
             step = last_recorded_step(self._folder)
-            self._record(
-                RunStarted(
-                    run_id=run_id,
-                    total_steps=self._plan.total_steps,
-                    resumed_from_step=step,
-                    startup_s=time.monotonic() - self._began,
-                )
-            )
-            self._record(_corpus_read(self._plan))
+            began_s = time.monotonic() - self._began
+            for event in start_events(self._plan, folder=self._folder, step=step, startup_s=began_s):
+                self._record(event)
             if step:
                 self._record_stored()
         threading.Thread(target=self._forward_stop, daemon=True).start()
@@ -368,27 +359,6 @@ class Driver:
 def _import_train() -> None:
     """Import Ray Train (torch, pandas) while Ray's own processes start."""
     import forge.runtime.ray_train  # noqa: F401
-
-
-def _corpus_read(plan: Plan) -> CorpusRead:
-    patterns = plan.files.patterns if plan.files is not None else ()
-    return CorpusRead(
-        num_documents=plan.corpus.num_documents,
-        num_train_tokens=plan.corpus.num_train_tokens,
-        num_held_out_tokens=plan.corpus.num_held_out_tokens,
-        patterns=tuple(
-            PatternRead(
-                pattern=found.pattern,
-                num_files=found.num_files,
-                kinds=found.kinds,
-                skipped={one.reason: one.count for one in found.skipped},
-            )
-            for found in patterns[:_MAX_PATTERNS]
-        ),
-        warnings=plan.warnings,
-        num_skipped_records=plan.corpus.num_skipped_records,
-        skipped_records=plan.corpus.skipped_records,
-    )
 
 
 def _import_search() -> None:

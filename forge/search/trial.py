@@ -29,8 +29,9 @@ from forge.config.locations import SourceMap
 from forge.config.overrides import search_of, trial_job, usual_values
 from forge.errors import DivergedError, ForgeError, RunError
 from forge.events import TrialStarted
+from forge.plan.curve import config_digest
 from forge.plan.inputs import CorpusInfo, ModelInfo
-from forge.plan.plan import Plan, config_digest, make_plan, plan_from_json, plan_to_json
+from forge.plan.plan import Plan, make_plan, plan_from_json, plan_to_json
 from forge.runs.create import fill_run_folder
 from forge.runs.reader import error_named
 from forge.runs.trials import trial_folder

@@ -27,7 +27,7 @@ from forge.events import (
     SnapshotIntervalChanged,
     StepMetrics,
 )
-from forge.plan.schedule import ScheduleSteps
+from forge.plan.schedule import FormerLength, ScheduleSteps
 from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten, Outcome, SaveFailed
 from forge.train.best_checkpoint import BestCheckpoints
 from forge.train.early_stopping import EarlyStopping
@@ -50,12 +50,19 @@ class TrainInputs:
     checkpoint: CheckpointSpec
     total_steps: int
     schedule_steps: ScheduleSteps
+    former_lengths: tuple[FormerLength, ...] = ()
+    """Of a run that was resumed with another length; the schedule of its earlier steps."""
     pause_at: int | None
     """The step after which to stop with a checkpoint, before the last one."""
     batches: TrainBatches
     held_out: HeldOutBatches
     flops_per_token: int
     peak_flops: float
+
+    def schedule_of(self, step: int) -> ScheduleSteps:
+        """Return the lengths that the learning rate of a step follows."""
+        former = (length.schedule for length in self.former_lengths if step <= length.until_step)
+        return next(former, self.schedule_steps)
 
     @property
     def last_step(self) -> int:
@@ -174,7 +181,7 @@ class _TrainLoop:
             step=number, seconds_since_last=began - self._evaluated_at
         )
         lr = learning_rate(
-            training.schedule, step=number, lengths=inputs.schedule_steps, peak=training.optimizer.lr
+            training.schedule, step=number, lengths=inputs.schedule_of(number), peak=training.optimizer.lr
         )
         totals = inputs.batches.totals(number)
         snapshots = self._snapshots

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 from forge.config.schedule import ScheduleSpec
+from forge.events import LengthChanged
+from forge.plan.plan import DraftPlan
 from forge.plan.schedule import ScheduleSteps
 
 _TIMESCALE_STEPS = 10_000
@@ -36,6 +38,25 @@ def learning_rate(schedule: ScheduleSpec, *, step: int, lengths: ScheduleSteps, 
         return peak * math.sqrt(timescale / (step - warmup + timescale))
     floor = schedule.final_fraction
     return peak * (floor + (1 - floor) * _left(schedule, step=step, lengths=lengths))
+
+
+def length_change(plan: DraftPlan) -> LengthChanged:
+    """Describe the latest change of a run's length, with the learning rates on both sides of it.
+
+    Args:
+        plan: of a run with a former length.
+    """
+    former, training = plan.former_lengths[-1], plan.job.training
+    schedule, peak, step = training.schedule, training.optimizer.lr, former.until_step
+    before = learning_rate(schedule, step=step, lengths=former.schedule, peak=peak) if step else math.nan
+    return LengthChanged(
+        from_step=step + 1,
+        before=former.given,
+        total_steps_before=former.schedule.total,
+        total_steps=plan.total_steps,
+        learning_rate_before=before,
+        learning_rate=learning_rate(schedule, step=step + 1, lengths=plan.schedule_steps, peak=peak),
+    )
 
 
 def _left(schedule: ScheduleSpec, *, step: int, lengths: ScheduleSteps) -> float:

@@ -29,7 +29,8 @@ from forge.data.prepare import open_rows
 from forge.errors import CheckpointError
 from forge.events import CheckpointSkipped, GenerationStarted, Reporter, StepMetrics
 from forge.limits import usable_cpus
-from forge.plan.plan import Plan, config_digest
+from forge.plan.curve import run_digest
+from forge.plan.plan import Plan
 from forge.train.async_checkpoint import AsyncCheckpointer
 from forge.train.engine import DTYPES, Engine, Rendezvous, build_engine, join_process_group
 from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
@@ -238,6 +239,7 @@ def _train_inputs(plan: Plan, context: WorkerContext, *, peak_flops: float) -> T
         checkpoint=job.checkpoint,
         total_steps=plan.total_steps,
         schedule_steps=plan.schedule_steps,
+        former_lengths=plan.former_lengths,
         pause_at=plan.pause_at,
         batches=TrainBatches(
             rows=train_rows,
@@ -262,7 +264,7 @@ def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Pr
     Every rank reads only what it needs, and verifies its share of the checksums.
     Raises: CheckpointError if it is of another job, or cannot be read.
     """
-    digest, corpus = config_digest(plan.job, code=plan.code), plan.corpus.digest
+    digest, corpus = run_digest(plan), plan.corpus.digest
     share = dist.get_rank(), dist.get_world_size()
     storage = open_storage(url)
     for name in _all_gather(lambda: list_checkpoints(storage))[0]:

@@ -18,7 +18,7 @@ from forge.config.dump import dump_job
 from forge.config.load import load_job
 from forge.errors import ArgumentError, DataError, JobFileError
 from forge.events import RunFailed, RunFinished
-from tests.support.jobs import tiny_job
+from tests.support.jobs import tiny_job, tiny_plan
 from tests.support.runs import History, make_run
 
 ROOT = typer.main.get_command(app)
@@ -240,7 +240,6 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("key", "value", "said"),
         [
-            ("training.total_steps", "40", "training.total_steps changed from 6 to 40"),
             ("training.optimizer.lr", "0.5", "training.optimizer.lr changed from 0.01 to 0.5"),
             ("data.seed", "9", "data.seed changed from 1 to 9"),
             ("model.hidden_size", "64", "model.hidden_size changed from 32 to 64"),
@@ -261,6 +260,22 @@ class TestRuns:
             arguments = [str(runs.parent / "other.yaml")]
         with pytest.raises(ArgumentError, match=f"cannot resume {run}: .*{said}"):
             forge("train", "--resume", str(runs / run), *arguments)
+
+    @pytest.mark.parametrize(("steps", "said"), [(2, "already reached step 3"), (40, "")])
+    def test_resume__other_length__is_planned_unless_the_run_is_past_it(
+        self, runs: Path, monkeypatch: pytest.MonkeyPatch, steps: int, said: str
+    ) -> None:
+        (runs / "done" / "job.yaml").write_text(dump_job(tiny_job()))
+        plan = tiny_plan(training__total_steps=steps)
+        monkeypatch.setattr("forge.api.plan_job", lambda *_, **__: plan)
+        arguments = ["train", "--resume", "done", "--set", f"training.total_steps={steps}", "--dry-run"]
+        if said:
+            with pytest.raises(ArgumentError, match=f"cannot resume done: total_steps: {steps} is .*{said}"):
+                forge(*arguments)
+            return
+        done = forge(*arguments)
+        assert f"done: training.total_steps changed from 6 to {steps}" in done.stderr
+        assert f"{steps} steps instead of 6; from step 4 on" in " ".join(done.stdout.split())
 
     def test_resume__finished_run_with_another_interval__says_what_changed_and_that_it_has_ended(
         self, runs: Path

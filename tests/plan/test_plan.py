@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 
 from forge.errors import PlanError
+from forge.plan.curve import config_digest
 from forge.plan.inputs import CorpusInfo, HardwareInfo
 from forge.plan.memory import LIBRARIES_BYTES, USABLE_SHARE
 from forge.plan.plan import (
     DraftPlan,
     Plan,
-    config_digest,
     make_draft,
     make_plan,
     plan_from_json,

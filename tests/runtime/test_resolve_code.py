@@ -15,8 +15,9 @@ from forge.config.load import LoadedJob, load_job
 from forge.config.locations import SourceMap
 from forge.config.search import SearchSpec
 from forge.errors import ArgumentError, JobFileError
+from forge.plan.curve import config_digest
 from forge.plan.inputs import CodeInfo
-from forge.plan.plan import Plan, config_digest, plan_from_json, plan_to_json
+from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.runs.create import fill_run_folder, reopen_run
 from forge.runtime.resolve import with_directions
 from forge.runtime.resolve_code import resolve_code, with_run_code
