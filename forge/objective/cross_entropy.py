@@ -29,11 +29,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         """Shapes: hidden: [N, H], weight: [V, H], bias: [V] or None, targets: int64[N]; returns float32[]."""
         needs_gradient = any(ctx.needs_input_grad)
+        # A frozen head (adapters) needs no gradient of its own.
+        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         # Summed over chunks in fp32: in bf16 every further chunk would round the sum.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_gradient and bias is not None else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         rows = max(16, _CHUNK_LOGITS.get(hidden.device.type, 2**26) // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             chunk, goals = hidden[start : start + rows], targets[start : start + rows]
@@ -45,14 +47,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             powers = logits.sub_(largest).exp_()
             sums = powers.sum(dim=1, keepdim=True)
             total += ((sums.log() + largest - goal_logits) * kept.unsqueeze(1)).sum()
-            if grad_hidden is None or grad_weight is None:
+            if grad_hidden is None:
                 continue
             # d loss / d logits = softmax - one-hot, for the rows that count.
             grad_logits = powers.mul_(kept.unsqueeze(1) / sums)
             grad_logits.scatter_add_(1, index, -kept.unsqueeze(1).float())
             grad_low = grad_logits.to(hidden.dtype)
             torch.mm(grad_low, weight, out=grad_hidden[start : start + rows])
-            grad_weight += grad_low.T @ chunk
+            if grad_weight is not None:
+                grad_weight += grad_low.T @ chunk
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
         if needs_gradient:
@@ -61,13 +64,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         """Scale the gradients that the forward pass has already made."""
         (grad,) = grad_outputs
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         return (
             grad_hidden * grad.to(grad_hidden.dtype),
-            (grad_weight * grad).to(ctx.weight_dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
             None if grad_bias is None else (grad_bias * grad).to(ctx.weight_dtype),
             None,
         )

@@ -10,12 +10,14 @@ from forge.plan.inputs import ModelInfo
 
 
 def flops_per_token(model: ModelInfo, *, seq_len: int) -> int:
-    """Return the FLOPs of forward and backward per predicted token: `6·N + 12·L·H·Q·T`.
+    """Return the FLOPs of forward and backward per predicted token: `6·N - 2·F + 12·L·H·Q·T`.
 
     N is the number of parameters that each token is multiplied with (not the input embedding, which is a look-up),
-    L the number of layers, H·Q the width of all attention heads, T the sequence length in tokens. Attention is
-    counted as if it were not causal, as in the paper.
+    F those of them that are frozen, whose own gradient is not computed, L the number of layers, H·Q the width of
+    all attention heads, T the sequence length in tokens. Attention is counted as if it were not causal, as in the
+    paper.
 
     Source: PaLM, arXiv 2204.02311, appendix B.
     """
-    return 6 * model.num_matmul_parameters + 12 * model.num_layers * model.attention_width * seq_len
+    products = 6 * model.num_matmul_parameters - 2 * model.num_frozen_matmul_parameters
+    return products + 12 * model.num_layers * model.attention_width * seq_len

@@ -9,7 +9,7 @@ from typing import Any
 from forge.config.job import JobSpec
 from forge.config.overrides import trial_job, usual_values
 from forge.config.search import SchedulerSpec, SearcherSpec
-from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, SkippedFiles
+from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, ModelInfo, SkippedFiles
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.data_view import view_facts
 from forge.report.trial_rows import shown
@@ -47,7 +47,11 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     num_positions = plan.total_steps * training.global_batch_size * job.data.seq_len
     total_flops = plan.flops_per_token * num_positions
     facts = [
-        ("model", f"{plan.model.class_name}, {plan.model.num_layers} layers of {plan.model.hidden_size}"),
+        (
+            "model",
+            f"{plan.model.class_name}, {plan.model.num_layers} layers of {plan.model.hidden_size}"
+            f"{_trained_share(plan.model)}",
+        ),
         (
             "batch",
             f"{said('training.global_batch_size', training.global_batch_size)} sequences of "
@@ -103,6 +107,14 @@ def _length_change(plan: DraftPlan) -> str:
         f"{change.total_steps:,} steps instead of {change.total_steps_before:,}; from step {change.from_step:,} on "
         f"the {kind} schedule follows the new length: learning rate {rates}"
     )
+
+
+def _trained_share(model: ModelInfo) -> str:
+    """Say how much of a model is trained, if that is not all of it."""
+    if model.num_trainable_parameters == model.num_parameters:
+        return ""
+    share = 100 * model.num_trainable_parameters / model.num_parameters
+    return f"; {format_count(model.num_trainable_parameters)} parameters are trained ({share:.2g} %)"
 
 
 def _files(files: CorpusFiles | None) -> list[tuple[str, str]]:

@@ -120,3 +120,13 @@ def test_it_holds_a_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True)
     ChunkedCrossEntropy.apply(hidden, weight, None, torch.zeros(512, dtype=torch.int64)).backward()
     assert largest == 16 * 4096
+
+
+def test_frozen_head__gives_the_same_hidden_gradient_and_none_of_its_own() -> None:
+    trained, frozen = tiny_model(), tiny_model()
+    frozen.lm_head.weight.requires_grad_(False)
+    _, expected = loss_and_gradients(trained, chunked=True)
+    _, found = loss_and_gradients(frozen, chunked=True)
+    assert set(expected) - set(found) == {"model.lm_head.weight"}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)

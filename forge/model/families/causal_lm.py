@@ -85,7 +85,9 @@ class CausalLmFamily:
         return _open_weights(spec, build_on_meta(build_config(spec, data)))
 
     def import_classes(self, spec: ModelSpec, data: DataShape) -> None:
-        build_on_meta(build_config(spec, data))
+        model = build_on_meta(build_config(spec, data))
+        if spec.lora is not None:
+            add_adapters(model, adapter_config(spec.lora, find_targets(model, spec.lora, absent=())))
 
 
 def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module) -> tuple[str, ...]:
@@ -233,16 +235,19 @@ def _count(model: Any, config: PretrainedConfig) -> ModelInfo:
     }
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
     active = (getattr(text, "num_experts_per_tok", None) or experts or 1) / (experts or 1)
-    multiplied = 0
+    multiplied = frozen = 0
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and id(parameter) not in looked_up:
-            multiplied += round(parameter.numel() * (active if "experts" in name else 1))
+            count = round(parameter.numel() * (active if "experts" in name else 1))
+            multiplied += count
+            frozen += 0 if parameter.requires_grad else count
     heads = getattr(text, "num_attention_heads", None) or 1
     return ModelInfo(
         architecture=config.model_type,
         class_name=type(model).__name__,
         **parameter_counts(model),
         num_matmul_parameters=multiplied,
+        num_frozen_matmul_parameters=frozen,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
