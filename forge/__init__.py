@@ -15,13 +15,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from forge.api import attach_run, load_job, load_run, plan_job, quiet, resume_run, start, train_job, tune_job
+    from forge.api import (
+        attach_run,
+        inspect_data,
+        load_job,
+        load_run,
+        plan_job,
+        prepare_data,
+        quiet,
+        resume_run,
+        start,
+        train_job,
+        tune_job,
+    )
 
 __all__ = [
     "attach_run",
+    "inspect_data",
     "load_job",
     "load_run",
     "plan_job",
+    "prepare_data",
     "quiet",
     "resume_run",
     "start",

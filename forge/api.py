@@ -2,7 +2,7 @@
 
 The CLI calls the same functions. A run is executed by a driver process, so torch is never imported here, and the
 caller may detach from it (`start`) or wait for it (`train_job`, `tune_job`); an exception or Ctrl-C while waiting
-stops the run with a checkpoint.
+stops the run with a checkpoint. The module is long because all public functions are here; most of it is docstrings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from forge.config import load
 from forge.config.load import LoadedJob
 from forge.config.overrides import check_kind
 from forge.data.prepare import PrepareProgress
+from forge.data.view import Selection
 from forge.errors import ArgumentError, JobFileError
+from forge.plan.data_view import DataView
+from forge.plan.inputs import CorpusInfo
 from forge.plan.lengths import is_same_length
 from forge.plan.plan import DraftPlan, Plan
 from forge.remote.mirror import find_run_handle
@@ -42,6 +45,8 @@ from forge.runs.reader import (
 from forge.runs.remote_ref import read_remote_ref
 from forge.runs.trackers.registry import package_warnings, require_credentials, require_packages
 from forge.runtime.driver_process import RunHandle, start_driver
+from forge.runtime.resolve import inspect_data as resolve_view
+from forge.runtime.resolve import prepare_data as resolve_prepared
 from forge.runtime.resolve import resolve, resolve_draft, with_data_folder
 from forge.runtime.resolve_code import with_run_code
 from forge.runtime.resolve_space import with_space
@@ -186,6 +191,41 @@ def plan_job(
     """
     plan = with_space(resolve_draft(_loaded(job), on_progress=on_progress))
     return replace(plan, warnings=plan.warnings + package_warnings(plan.job.tracking))
+
+
+def prepare_data(
+    job: str | Path | LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None
+) -> CorpusInfo:
+    """Prepare the corpus of a job, if it is not in the cache, as `forge data prepare` does.
+
+    Raises: JobFileError, DataError, UserCodeError.
+    """
+    return resolve_prepared(_loaded(job), on_progress=on_progress)
+
+
+def inspect_data(
+    job: str | Path | LoadedJob,
+    *,
+    count: int = 3,
+    index: int | None = None,
+    split: str | None = None,
+    max_chars: int = 4000,
+    on_progress: Callable[[PrepareProgress], None] | None = None,
+) -> DataView:
+    """Describe what training will see of the data, with examples as text, as `forge data inspect` does.
+
+    A large corpus that is not prepared is sampled; `num_sampled_records` of the view is not None then.
+
+    Args:
+        count: of the examples, spread over the corpus.
+        index: show `count` examples from this one on, in the order of the records.
+        split: `train` or `held_out`.
+        max_chars: of a text between two changes of loss; longer ones are cut in the middle.
+
+    Raises: JobFileError, DataError, UserCodeError; ArgumentError for an index or a split that does not exist.
+    """
+    selection = Selection(count=count, index=index, split=split, max_chars=max_chars)
+    return resolve_view(_loaded(job), selection=selection, on_progress=on_progress)
 
 
 def start(

@@ -92,11 +92,21 @@ def load_job(path: str | Path, *, overrides: Sequence[str] = ()) -> LoadedJob:
 
     Raises: JobFileError with all problems, in the order of the file.
     """
+    return load_job_text(read_text(Path(path)), path=str(path), overrides=overrides)
+
+
+def load_job_text(text: str, *, path: str, overrides: Sequence[str] = ()) -> LoadedJob:
+    """As `load_job`, of the text of a file.
+
+    Args:
+        path: what errors call it.
+    """
     errors: list[JobFileError] = []
-    root = _read(path, errors=errors, parts="a job needs at least a name, a model, data and training", keys="model")
+    parts = "a job needs at least a name, a model, data and training"
+    root = _parsed(text, path=path, errors=errors, parts=parts, keys="model")
     for override in overrides:
         root = _with_override(root, override, errors=errors)
-    source = map_source(root, path=str(path))
+    source = map_source(root, path=path)
     job = _validated(root, JobSpec, source=source, errors=errors)
     job = with_home_folders(job, fail=source.error)
     return LoadedJob(job=job, source=source, templates=templates_of(root))
@@ -108,7 +118,8 @@ def load_cluster(path: str | Path) -> ClusterSpec:
     Raises: JobFileError with all problems, in the order of the file.
     """
     errors: list[JobFileError] = []
-    root = _read(path, errors=errors, parts="a cluster needs at least a name and a provider", keys="provider")
+    parts = "a cluster needs at least a name and a provider"
+    root = _parsed(read_text(Path(path)), path=str(path), errors=errors, parts=parts, keys="provider")
     source = map_source(root, path=str(path))
     provider = root.value["provider"].value if "provider" in root.value else None
     section = SECTIONS.get(provider) if isinstance(provider, str) else None
@@ -120,13 +131,13 @@ def load_cluster(path: str | Path) -> ClusterSpec:
     return _validated(root, section, source=source, errors=errors)
 
 
-def _read(path: str | Path, *, errors: list[JobFileError], parts: str, keys: str) -> YamlNode:
+def _parsed(text: str, *, path: str, errors: list[JobFileError], parts: str, keys: str) -> YamlNode:
     """Return the nodes of a file, whose top level is a mapping."""
-    root = compose(read_text(Path(path)), path=str(path), errors=errors)
+    root = compose(text, path=path, errors=errors)
     if root.value is None:
-        raise JobFileError(f"is empty; {parts}", path=str(path))
+        raise JobFileError(f"is empty; {parts}", path=path)
     if not isinstance(root.value, dict):
-        raise JobFileError(f"must contain keys such as 'name:' and '{keys}:'", path=str(path), line=root.line)
+        raise JobFileError(f"must contain keys such as 'name:' and '{keys}:'", path=path, line=root.line)
     return root
 
 

@@ -87,7 +87,7 @@ def prepare(
     report(PrepareProgress(phase="fingerprint"))
     loaded = load_tokenizer(spec.tokenizer.from_pretrained) if spec.tokenizer.from_pretrained else None
     digest = _cache_key(spec, tokenizer=loaded, code_digest=code_digest)
-    folder = cache_dir.absolute() / "data" / f"{_corpus_name(spec)}-{digest[:16]}"
+    folder = _cache_folder(spec, cache_dir=cache_dir, digest=digest)
     try:
         index = open_cache(folder, digest=digest)
     except DataError:
@@ -100,6 +100,23 @@ def prepare(
             on_wait=lambda: report(PrepareProgress(phase="waiting")),
         )
     return _facts(index, folder=folder, seq_len=spec.seq_len)
+
+
+def find_prepared(spec: DataSpec, *, cache_dir: Path, code_digest: str | None = None) -> CorpusInfo | None:
+    """Return the facts of a corpus that was prepared before and did not change; None if there is none.
+
+    Raises: DataError if the corpus or the tokenizer cannot be read.
+    """
+    folder = cache_dir.absolute() / "data"
+    if not any(folder.glob(f"{_corpus_name(spec)}-*")):
+        return None  # without reading the corpus
+    loaded = load_tokenizer(spec.tokenizer.from_pretrained) if spec.tokenizer.from_pretrained else None
+    digest = _cache_key(spec, tokenizer=loaded, code_digest=code_digest)
+    folder = _cache_folder(spec, cache_dir=cache_dir, digest=digest)
+    try:
+        return _facts(open_cache(folder, digest=digest), folder=folder, seq_len=spec.seq_len)
+    except DataError:
+        return None
 
 
 def open_rows(facts: CorpusInfo) -> tuple[RowStore, RowStore]:
@@ -172,6 +189,10 @@ def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: 
         settings |= {"code": code_digest} if is_reference(spec.format) else {}
         settings |= {"chat": asdict(chat_settings(spec))} if spec.format == "chat" else {}
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _cache_folder(spec: DataSpec, *, cache_dir: Path, digest: str) -> Path:
+    return cache_dir.absolute() / "data" / f"{_corpus_name(spec)}-{digest[:16]}"
 
 
 def _corpus_name(spec: DataSpec) -> str:

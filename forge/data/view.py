@@ -28,7 +28,9 @@ from forge.plan.inputs import CorpusInfo
 SHOWN_IN_PLAN = 3
 CHARS_IN_PLAN = 400
 """Most characters of a span in a plan."""
-MAX_SHOWN = 1000
+MIN_CHARS = 20
+MAX_VALUES = {"count": 1000, "max_chars": 1_000_000}
+"""Of the fields of `Selection`."""
 SPLITS = ("train", "held_out")
 _SHOWN_VALUES = 8
 _ALWAYS_SHOWN = {"tokens", "targets", "part"}
@@ -45,6 +47,14 @@ class Selection:
     split: str | None = None
     """`train` or `held_out`; None: `train`, or for an index whichever it is in."""
     max_chars: int = CHARS_IN_PLAN
+
+    def __post_init__(self) -> None:
+        """Raises: ArgumentError for another split, or numbers out of range."""
+        if self.split not in (None, *SPLITS):
+            raise ArgumentError(f"{self.split!r} is no split; give one of {', '.join(SPLITS)}")
+        for name, value, least in (("count", self.count, 1), ("max_chars", self.max_chars, MIN_CHARS)):
+            if not least <= value <= MAX_VALUES[name]:
+                raise ArgumentError(f"{name} must be in {least}..{MAX_VALUES[name]:,}, it is {value:,}")
 
 
 def view_corpus(

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from forge.plan.data_view import DataView, Lengths, ShownExample, Span
+from forge.plan.inputs import CorpusInfo
+from forge.units import format_count
 
 _NEWLINE = "↵"
 _TAB = "⇥"
+_MAX_SKIPPED = 6
+"""Records that cannot be used and are named."""
 _MAX_LINES_OF_SPAN = 6
 """In a plan; of a longer span the first and the last lines are shown."""
 
@@ -23,6 +27,23 @@ class ExampleLine:
     """Without newlines; their other control characters are as in the data."""
 
 
+def corpus_facts(corpus: CorpusInfo, *, passes: float | None = None) -> list[tuple[str, str]]:
+    """Describe a prepared corpus: its size, its sequences, and records that were left out.
+
+    Args:
+        passes: of a run over the training sequences.
+    """
+    epochs = "" if passes is None else f" ({passes:.2f} epochs)"
+    size = (
+        f"{corpus.num_documents:,} documents, {format_count(corpus.num_train_tokens)} training tokens{epochs}, "
+        f"{format_count(corpus.num_held_out_tokens)} held out "
+        f"({_counted(corpus.num_held_out_sequences, 'sequence')}), vocabulary {corpus.vocab_size:,}"
+    )
+    facts = [("corpus", size)]
+    facts += [("sequences", _packed(corpus))] if corpus.packing != "concatenate" else []
+    return facts + ([("left out", _skipped_records(corpus))] if corpus.num_skipped_records else [])
+
+
 def view_facts(view: DataView) -> list[tuple[str, str]]:
     """Describe the numbers of a view; of a whole corpus, `plan_facts` has those of `CorpusInfo`."""
     is_sample = view.num_sampled_records is not None
@@ -33,6 +54,11 @@ def view_facts(view: DataView) -> list[tuple[str, str]]:
         facts.append(("lengths", "not recorded by the version of forge that prepared this corpus"))
     share = view.num_targets / max(1, view.num_tokens)
     return [*facts, ("loss", f"{view.num_targets:,} of {view.num_tokens:,} tokens carry loss ({share:.1%})")]
+
+
+def example_facts(view: DataView) -> list[tuple[str, str]]:
+    """Describe examples, sequences, padding, and what was cut, dropped or left out."""
+    return [("examples", ", ".join(_counts(view)))]
 
 
 def example_title(example: ShownExample) -> str:
@@ -79,15 +105,19 @@ def _with_text(span: Span, text: str, *, is_last: bool) -> Span:
 
 
 def _sample(view: DataView) -> str:
+    origin = f"the corpus is not prepared; this is of {view.num_sampled_records:,} records"
+    return ", ".join([origin, *_counts(view)])
+
+
+def _counts(view: DataView) -> list[str]:
     parts = [
-        f"the corpus is not prepared; this is of {view.num_sampled_records:,} records",
         f"{view.num_examples:,} examples in {view.num_sequences:,} sequences",
         f"{view.padding:.1%} padding",
         *(f"{count:,} {reason}" for reason, count in view.notes.items()),
     ]
     if view.num_skipped_records:
         parts.append(f"{view.num_skipped_records:,} records that cannot be used")
-    return ", ".join(parts)
+    return parts
 
 
 def _lengths(lengths: Lengths) -> str:
@@ -97,3 +127,22 @@ def _lengths(lengths: Lengths) -> str:
         f"{lengths.shortest:,} to {lengths.longest:,} tokens, mean {lengths.mean:,.0f}, median {lengths.median:,}, "
         f"90% at most {lengths.p90:,}, 99% at most {lengths.p99:,}"
     )
+
+
+def _skipped_records(corpus: CorpusInfo) -> str:
+    """Describe the records that cannot be used: how many, and the first of them."""
+    shown = "; ".join(corpus.skipped_records[:_MAX_SKIPPED])
+    more = "; …" if corpus.num_skipped_records > _MAX_SKIPPED else ""
+    return f"{_counted(corpus.num_skipped_records, 'record')} that cannot be used: {shown}{more}"
+
+
+def _packed(corpus: CorpusInfo) -> str:
+    """Describe packing: numbers of examples and sequences, padding, and what was split or dropped."""
+    num_rows = corpus.num_train_sequences + corpus.num_held_out_sequences
+    parts = [f"{corpus.num_examples:,} examples in {num_rows:,} sequences", f"{corpus.padding:.1%} padding"]
+    parts += [f"{count:,} {reason}" for reason, count in corpus.notes.items()]
+    return ", ".join(parts)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

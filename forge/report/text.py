@@ -9,9 +9,9 @@ from typing import Any
 from forge.config.job import JobSpec
 from forge.config.overrides import trial_job, usual_values
 from forge.config.search import SchedulerSpec, SearcherSpec
-from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, ModelInfo, SkippedFiles
+from forge.plan.inputs import CodeInfo, CorpusFiles, ModelInfo, SkippedFiles
 from forge.plan.plan import DraftPlan, Plan
-from forge.report.data_view import view_facts
+from forge.report.data_view import corpus_facts, view_facts
 from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
 from forge.runs.goodput_report import BUCKETS, GoodputReport
@@ -70,25 +70,12 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     if libraries:
         held = f"{format_bytes(libraries)} of each worker's ~total are Python, torch, DeepSpeed and transformers"
         facts.append(("memory", held))
+    data: list[tuple[str, str]] = []
     if isinstance(plan, Plan):
-        corpus = plan.corpus
-        epochs = plan.total_steps * training.global_batch_size / max(1, corpus.num_train_sequences)
-        facts.insert(1, (
-            "corpus",
-            f"{corpus.num_documents:,} documents, {format_count(corpus.num_train_tokens)} training tokens "
-            f"({epochs:.2f} epochs), {format_count(corpus.num_held_out_tokens)} held out "
-            f"({_counted(corpus.num_held_out_sequences, 'sequence')}), "
-            f"vocabulary {corpus.vocab_size:,}",
-        ))  # fmt: skip
-        if corpus.num_skipped_records:
-            facts.insert(2, ("left out", _skipped_records(corpus)))
-        if corpus.packing != "concatenate":
-            facts.insert(2, ("sequences", _packed(corpus)))
-    if plan.view is not None:
-        names = [name for name, _ in facts]
-        at = 1 + max(names.index(name) for name in ("model", "corpus", "sequences") if name in names)
-        facts[at:at] = view_facts(plan.view)
-    facts[1:1] = [*_files(plan.files), ("special tokens", _special_tokens(job))]
+        passes = plan.total_steps * training.global_batch_size / max(1, plan.corpus.num_train_sequences)
+        data = corpus_facts(plan.corpus, passes=passes)
+    data += view_facts(plan.view) if plan.view is not None else []
+    facts[1:1] = [*_files(plan.files), ("special tokens", _special_tokens(job)), *data]
     if plan.code is not None:
         facts.append(("code", _code(job, plan.code)))
     if plan.former_lengths:
@@ -137,25 +124,10 @@ def _skipped(skipped: SkippedFiles) -> str:
     return f"{skipped.count:,}x {skipped.reason}: {examples}"
 
 
-def _skipped_records(corpus: CorpusInfo) -> str:
-    """Describe the records that cannot be used: how many, and the first of them."""
-    shown = "; ".join(corpus.skipped_records[:_MAX_REASONS])
-    more = "; …" if corpus.num_skipped_records > _MAX_REASONS else ""
-    return f"{_counted(corpus.num_skipped_records, 'record')} that cannot be used: {shown}{more}"
-
-
 def _special_tokens(job: JobSpec) -> str:
     if job.data.special_tokens == "tokens":
         return "encoded as tokens where the text spells them (data.special_tokens: tokens)"
     return "ordinary characters where the text spells them (data.special_tokens: text)"
-
-
-def _packed(corpus: CorpusInfo) -> str:
-    """Describe packing: numbers of examples and sequences, padding, and what was split or dropped."""
-    num_rows = corpus.num_train_sequences + corpus.num_held_out_sequences
-    parts = [f"{corpus.num_examples:,} examples in {num_rows:,} sequences", f"{corpus.padding:.1%} padding"]
-    parts += [f"{count:,} {reason}" for reason, count in corpus.notes.items()]
-    return ", ".join(parts)
 
 
 def _code(job: JobSpec, code: CodeInfo) -> str:

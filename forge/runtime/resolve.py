@@ -19,18 +19,20 @@ from forge.config.metrics import check_metrics
 from forge.config.overrides import check_space, trial_job, usual_values
 from forge.config.section import FieldErrors
 from forge.data.look import look_at_corpus
-from forge.data.prepare import PrepareProgress, prepare
+from forge.data.prepare import PrepareProgress, find_prepared, prepare
 from forge.data.tokenizer import load_tokenizer, special_token_names
 from forge.data.tokenizer_files import vocabulary_problem
-from forge.errors import DataError, PlanError
+from forge.data.view import Selection, view_corpus
+from forge.errors import ArgumentError, DataError, PlanError
 from forge.fs import default_cache_dir
-from forge.plan.inputs import CodeInfo, CorpusFiles, HardwareInfo, ModelInfo
+from forge.plan.data_view import DataView
+from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
 from forge.plan.search import plan_search
 from forge.runs.reader import read_plan
 from forge.runtime.probe import count_local_slots, hardware, inspect_model
 from forge.runtime.resolve_code import resolve_code
-from forge.runtime.resolve_view import view_sample, with_view
+from forge.runtime.resolve_view import predicts_tokens, view_sample, with_view
 
 _SMALL_BYTES = 1 << 21
 _SMALL_FILES = 500
@@ -78,6 +80,35 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     view = view_sample(job, data=inputs.data, code_digest=_digest_of(inputs.code))
     draft = replace(draft, code=inputs.code, templates=loaded.templates, view=view)
     return _with_search(draft, inputs.loaded, count_slots=count_local_slots)
+
+
+def prepare_data(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> CorpusInfo:
+    """Prepare the corpus of a job, if it is not in the cache. Raises: JobFileError, DataError, UserCodeError."""
+    return _prepared(_inputs(loaded, on_progress=on_progress))
+
+
+def inspect_data(
+    loaded: LoadedJob, *, selection: Selection, on_progress: Callable[[PrepareProgress], None] | None = None
+) -> DataView:
+    """Describe what training will see of a job's data; of a large corpus that is not prepared, of a sample.
+
+    Raises: JobFileError, DataError, UserCodeError; ArgumentError for an index of a corpus that is not prepared, or
+        one that does not exist.
+    """
+    inputs = _inputs(loaded, on_progress=on_progress)
+    job, digest = inputs.trained.job, _digest_of(inputs.code)
+    corpus = find_prepared(inputs.data, cache_dir=default_cache_dir(), code_digest=digest)
+    if corpus is None and _is_small(job.data, inputs.files):
+        corpus = _prepared(inputs)
+    if corpus is not None:
+        return view_corpus(corpus, seed=job.data.seed, predicts_tokens=predicts_tokens(job), selection=selection)
+    if selection.index is not None:
+        path = inputs.loaded.source.path
+        raise ArgumentError(f"only a prepared corpus has numbered examples; first: forge data prepare {path}")
+    view = view_sample(job, data=inputs.data, code_digest=digest, selection=selection)
+    if view is None:
+        raise DataError(f"a sample of the corpus does not fill one sequence of data.seq_len: {job.data.seq_len}")
+    return view
 
 
 def with_data_folder(loaded: LoadedJob, *, run_folder: Path) -> LoadedJob:
@@ -151,12 +182,7 @@ def _resolve(
     count_slots: Callable[[HardwareInfo, JobSpec], int],
 ) -> Plan:
     trained, code = inputs.trained, inputs.code
-    corpus = prepare(
-        inputs.data,
-        cache_dir=default_cache_dir(),
-        on_progress=inputs.on_progress,
-        code_digest=_digest_of(code),
-    )
+    corpus = _prepared(inputs)
     model = _inspected(inputs, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
     _require_isolation(trained, model)
     with _with_lines(trained):
@@ -166,6 +192,15 @@ def _resolve(
     _require_held_out(plan, inputs.loaded)
     plan = replace(with_view(plan), code=code, templates=inputs.loaded.templates)
     return _with_search(plan, inputs.loaded, count_slots=count_slots)
+
+
+def _prepared(inputs: _Inputs) -> CorpusInfo:
+    return prepare(
+        inputs.data,
+        cache_dir=default_cache_dir(),
+        on_progress=inputs.on_progress,
+        code_digest=_digest_of(inputs.code),
+    )
 
 
 def _digest_of(code: CodeInfo | None) -> str | None:

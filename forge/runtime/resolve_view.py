@@ -16,7 +16,7 @@ from forge.plan.data_view import DataView
 from forge.plan.plan import Plan
 
 _SAMPLE_RECORDS = 400
-_SAMPLE_PARTS = 8
+_SAMPLE_PARTS = 16
 _SAMPLE_CHARS = 1 << 20
 _MAX_SAMPLE_CHARS = 1 << 24
 _CHARS_PER_TOKEN = 8

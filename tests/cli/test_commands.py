@@ -64,7 +64,9 @@ class TestPlan:
         done = forge(*arguments)
         assert done.exit_code == 0
         assert "4 steps" in done.stdout
-        assert [line.split()[:3] for line in done.stdout.splitlines()[-2:]] == [["1", "8", "1"], ["2", "4", "1"]]
+        table, _, examples = done.stdout.partition("\n\n")
+        assert [line.split()[:3] for line in table.splitlines()[-2:]] == [["1", "8", "1"], ["2", "4", "1"]]
+        assert examples.count("\nexample ") == 3 and "\nloss │ " in examples
         assert done.stderr.endswith("train it: forge train job.yaml\n")
         assert not (home / "runs").exists()
 
@@ -365,3 +367,35 @@ class TestErrors:
         (home / "job.yaml").write_text((home / "job.yaml").read_text().replace("seq_len", "sequence_length"))
         with pytest.raises(JobFileError, match=r"job\.yaml:3: data\.sequence_length: unknown key"):
             forge("plan", "job.yaml")
+
+
+@pytest.mark.usefixtures("home")
+class TestData:
+    def test_prepare_and_inspect__table__show_numbers_and_examples(self) -> None:
+        done = forge("data", "prepare", "job.yaml")
+        assert done.exit_code == 0 and "training tokens" in done.stdout
+        done = forge("data", "inspect", "job.yaml", "-n", "2", "--split", "held_out")
+        assert done.exit_code == 0
+        assert done.stdout.count("example ") == 2 and "(held out)" in done.stdout
+        assert "tokens carry loss (100.0%)" in done.stdout
+        assert "\nloss │ " in done.stdout
+
+    def test_inspect__json__is_the_view_alone(self) -> None:
+        view = json.loads(forge("data", "inspect", "job.yaml", "--index", "1", "-n", "2", "-o", "json").stdout)
+        assert [example["index"] for example in view["examples"]] == [1, 2]
+        assert view["num_sampled_records"] is None and view["lengths"]["count"] == 8
+        assert {span["has_loss"] for span in view["examples"][0]["spans"]} == {True, False}
+
+    def test_inspect__data_without_a_job__takes_its_settings_from_set(self, home: Path) -> None:
+        (home / "more.jsonl").write_text("".join(json.dumps({"body": f"text {i}"}) + "\n" for i in range(40)))
+        settings = ["data.text_key=body", "data.packing=examples", "data.tokenizer.vocab_size=300"]
+        done = forge("data", "inspect", "more.jsonl", *(word for one in settings for word in ("--set", one)))
+        assert done.exit_code == 0 and "examples in" in done.stdout
+        with pytest.raises(DataError, match="no key 'text'"):
+            forge("data", "inspect", "more.jsonl")
+        with pytest.raises(JobFileError, match=r"data\.format"):
+            forge("data", "inspect", "more.jsonl", "--set", "data.format=chats")
+
+    def test_inspect__no_such_example__says_which_there_are(self) -> None:
+        with pytest.raises(ArgumentError, match="no number 100,000 among the train sequences"):
+            forge("data", "inspect", "job.yaml", "--index", "100000")

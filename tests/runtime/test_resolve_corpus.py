@@ -10,11 +10,12 @@ import pytest
 
 from forge.config.load import load_job
 from forge.data import prepare
+from forge.data.view import Selection
 from forge.errors import ArgumentError, DataError
 from forge.plan.plan import DraftPlan, Plan
 from forge.runs.create import create_run, reopen_run
 from forge.runtime import resolve
-from forge.runtime.resolve import resolve_draft, with_data_folder
+from forge.runtime.resolve import inspect_data, prepare_data, resolve_draft, with_data_folder
 from tests.support.jobs import tiny_facts
 
 JOB = """\
@@ -98,3 +99,44 @@ def test_resume__corpus_changed__is_refused_before_anything_starts() -> None:
     write_corpus(*(f"document {i} " + "with other words " * 20 for i in range(21)))
     with pytest.raises(ArgumentError, match=r"the content of the corpus changed .20 documents then, 21 now"):
         reopen_run(folder, resolve.resolve(load_job("job.yaml")))
+
+
+def test_resolve_draft__large_corpus__shows_a_sample_as_the_model_will_see_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(*(f"document {i} " + "with some words " * 20 for i in range(900)))
+    monkeypatch.setattr(resolve, "_SMALL_BYTES", 10)
+    for packing in ("concatenate", "examples", "none"):
+        view = draft(f"data.packing={packing}").view
+        assert view is not None and view.num_sampled_records == 400 and view.passes is None
+        assert len(view.examples) == 3 and view.lengths is not None
+        assert "some words" in "".join(span.text for example in view.examples for span in example.spans)
+    assert not (tmp_path / "cache" / "data").exists()
+
+
+def test_resolve_draft__small_corpus__shows_all_of_it_with_its_passes() -> None:
+    write_corpus(*(f"document {i} " + "with some words " * 20 for i in range(40)))
+    plan = draft()
+    assert isinstance(plan, Plan) and plan.view is not None
+    assert plan.view.passes == pytest.approx(4 * 8 / plan.corpus.num_train_sequences)
+    assert plan.view.num_sampled_records is None
+
+
+def test_inspect_data__large_corpus__is_sampled_until_it_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(*(f"document {i} " + "with some words " * 20 for i in range(900)))
+    monkeypatch.setattr(resolve, "_SMALL_BYTES", 10)
+    loaded = load_job("job.yaml", overrides=["data.packing=examples"])
+    assert inspect_data(loaded, selection=Selection()).num_sampled_records == 400
+    with pytest.raises(ArgumentError, match=r"forge data prepare job\.yaml"):
+        inspect_data(loaded, selection=Selection(index=3))
+    prepare_data(loaded)
+    view = inspect_data(loaded, selection=Selection(index=3, count=2))
+    assert view.num_sampled_records is None and [example.index for example in view.examples] == [3, 4]
+    write_corpus("another corpus " * 20)
+    assert inspect_data(loaded, selection=Selection()).num_sampled_records == 1
+
+
+@pytest.mark.parametrize("wrong", [{"split": "test"}, {"count": 0}, {"count": 10**6}, {"max_chars": 1}])
+def test_selection__out_of_range__is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError):
+        Selection(**wrong)
