@@ -17,11 +17,12 @@ from forge.data.order import SampleOrder
 from forge.data.prepare import open_rows
 from forge.errors import CheckpointError
 from forge.model.adapter_weights import first_factor
+from forge.plan.curve import curve_differences
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
 from tests.serve.test_export import MODELS
 from tests.serve.test_export_adapters import save_base
-from tests.support.jobs import synthetic_corpus, tiny_plan
+from tests.support.jobs import synthetic_corpus, tiny_job, tiny_plan
 from tests.support.ranks import run_ranks
 from tests.train.test_frozen import newest
 from tests.train.test_pretrained import save_first_weights
@@ -177,3 +178,8 @@ def test_train__experts_in_one_tensor__has_the_losses_of_one_rank(
     plan = plan_of(tmp_path / "base", corpus, lora, training__zero={"stage": stage})
     many = run_ranks(plan, tmp_path / "many", world_size=2)
     assert many.losses == pytest.approx(one.losses, rel=1e-4)
+
+
+def test_curve_differences__another_rank__names_the_key() -> None:
+    before, now = (tiny_job(model={"from_pretrained": "x", "lora": {"rank": rank}}) for rank in (4, 8))
+    assert [difference.key for difference in curve_differences(before, now)] == ["model.lora.rank"]
