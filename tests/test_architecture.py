@@ -53,6 +53,7 @@ SAME_LAYER = {
     ("chaos", "cluster"),
     ("chaos", "runtime"),
     ("elastic", "runs"),
+    ("objective", "data"),
     ("plan", "pricing"),
     ("objective", "model"),
 }
@@ -72,7 +73,7 @@ ONLY_IN = {
     "rich": ("forge/cli/",),
     "pydantic": ("forge/config/",),
     "yaml": ("forge/config/",),
-    "deepspeed": ("forge/train/engine.py", "forge/train/state.py"),
+    "deepspeed": ("forge/train/engine.py", "forge/train/process_group.py", "forge/train/state.py"),
     "peft": ("forge/model/adapters.py",),
     "wandb": ("forge/runs/trackers/wandb_tracker.py", "forge/runs/trackers/wandb_log.py"),
     "mlflow": ("forge/runs/trackers/mlflow_tracker.py",),

@@ -104,7 +104,7 @@ def _deepspeed_rank(rank: int, world_size: int, port: int, folder: str, first_st
     import deepspeed
     import torch
 
-    from forge.train.engine import join_process_group
+    from forge.train.process_group import join_process_group
 
     torch.set_num_threads(1)
     join_process_group(device=torch.device("cpu"))

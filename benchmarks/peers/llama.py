@@ -18,9 +18,12 @@ import torch.distributed as dist
 
 from forge.config.job import JobSpec
 from forge.data.loader import MicroBatch
+from forge.model.families.base import DataShape
+from forge.objective.causal_lm import CausalLm
 from forge.plan.batch import plan_batch
 from forge.plan.deepspeed_config import deepspeed_config
-from forge.train.engine import Engine, StepControl, build_engine, join_process_group
+from forge.train.engine import Engine, StepControl, build_engine
+from forge.train.process_group import join_process_group
 
 CORPUS = "synthetic"
 _VOCAB = 20480
@@ -65,9 +68,8 @@ def build(spec: JobSpec, *, changes: dict[str, Any]) -> Engine:
         spec.model,
         spec.training,
         deepspeed_config=deepspeed_config(spec.training, batch) | changes,
-        vocab_size=_VOCAB,
-        seq_len=_SEQ_LEN,
-        eot_id=0,
+        data=DataShape(vocab_size=_VOCAB, seq_len=_SEQ_LEN, eot_id=0),
+        objective=CausalLm(),
         device=torch.device("cpu"),
         has_linear_head=True,
     )

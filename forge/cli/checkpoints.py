@@ -157,7 +157,7 @@ def export(
         display.next_command(load, purpose="in Python")
         return
     if answer["is_transformers"]:
-        display.next_command(f'AutoModelForCausalLM.from_pretrained("{answer["folder"]}")', purpose="in Python")
+        display.next_command(f'{answer["auto_class"]}.from_pretrained("{answer["folder"]}")', purpose="in Python")
         return
     file = "model.safetensors" if answer["num_files"] == 1 else "model-*.safetensors"
     display.message(f"a model of your own has no config.json: {file} holds its state dict")

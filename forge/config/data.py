@@ -24,6 +24,10 @@ class TokenizerSpec(Section):
     """Entries of a trained vocabulary, special tokens included; at least the 256 bytes and the end-of-text token.
     A small corpus may give fewer."""
 
+    special_tokens: Strings = ()
+    """Special tokens of a trained tokenizer besides the end-of-text token, such as `[MASK]`; by default those that
+    the objective needs."""
+
     from_pretrained: str | None = Field(None, min_length=1)
     """A `tokenizer.json` file, or a folder that contains one."""
 
@@ -34,6 +38,8 @@ class TokenizerSpec(Section):
         # Compared with the default, not asked whether it was written: a plan's copy of the job writes it.
         if self.from_pretrained and self.vocab_size != type(self).model_fields["vocab_size"].default:
             raise FieldError("vocab_size", "is only for trained tokenizers; a loaded one has its own")
+        if self.from_pretrained and self.special_tokens:
+            raise FieldError("special_tokens", "is only for trained tokenizers; a loaded one has its own")
         return self
 
 

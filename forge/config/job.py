@@ -14,6 +14,8 @@ from forge.config.resources import CheckpointSpec, ResourcesSpec, TrackingSpec
 from forge.config.search import SearchSpec
 from forge.config.section import FieldError, FieldErrors, Section, raise_errors
 from forge.config.training import TrainingSpec
+from forge.data.formats.registry import FORMATS
+from forge.objective.registry import OBJECTIVES
 from forge.user_code import is_reference
 
 _NAME = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
@@ -69,6 +71,11 @@ class JobSpec(Section):
             checkpoint = self.checkpoint.model_copy()  # without making it a key that the user has set
             checkpoint.__dict__["keep_best"] = 0 if self.training.early_stopping is None else 1
             self.__dict__["checkpoint"] = checkpoint
+        objective = OBJECTIVES.get(self.training.objective)
+        tokenizer = self.data.tokenizer
+        if objective is not None and tokenizer.from_pretrained is None and not tokenizer.special_tokens:
+            tokenizer = tokenizer.model_copy(update={"special_tokens": objective.special_tokens})
+            self.__dict__["data"] = self.data.model_copy(update={"tokenizer": tokenizer})
         return self
 
     def _problems(self) -> Iterator[FieldError]:
@@ -93,6 +100,25 @@ class JobSpec(Section):
                 "know its ids; leave data.tokenizer out to use the tokenizer of the pretrained model"
             )
             yield from (FieldError(f"data.tokenizer.{key}", problem) for key in new[:1])
+
+        yield from self._objective_problems()
+
+    def _objective_problems(self) -> Iterator[FieldError]:
+        """Yield what the objective finds wrong with the data."""
+        name, tokenizer = self.training.objective, self.data.tokenizer
+        objective = OBJECTIVES.get(name)
+        if objective is None:
+            return
+        if objective.formats and self.data.format in FORMATS and self.data.format not in objective.formats:
+            fitting = " or ".join(objective.formats)
+            problem = f"must be {fitting} for training.objective: {name}"
+            yield FieldError(
+                "data.format", problem, nearest=objective.formats[0], depends_on=("training.objective",)
+            )
+        missing = [token for token in objective.special_tokens if token not in tokenizer.special_tokens]
+        if tokenizer.special_tokens and missing and tokenizer.from_pretrained is None:
+            problem = f"lacks {', '.join(missing)}, which training.objective: {name} needs"
+            yield FieldError("data.tokenizer.special_tokens", problem, depends_on=("training.objective",))
 
     @property
     def user_classes(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from forge.config.class_names import ObjectiveName
 from forge.config.optimizer import OptimizerSpec
 from forge.config.schedule import ScheduleSpec
-from forge.config.section import Count, FieldError, Interval, Number, Section, WholeOrAuto, raise_errors
+from forge.config.section import Count, FieldError, Fraction, Interval, Number, Section, WholeOrAuto, raise_errors
 from forge.units import Every, Length
 
 MAX_STEPS = 10**10
@@ -34,6 +34,17 @@ class ZeroSpec(Section):
         if self.offload != "none" and self.stage == 0:
             raise FieldError("offload", "needs stage 1, 2 or 3: stage 0 shards nothing")
         return self
+
+
+class MaskingSpec(Section):
+    """Which tokens are masked; only with `objective: masked-lm`. Of them 80 % become the mask token, 10 % a random
+    token, and 10 % stay (arXiv 1810.04805)."""
+
+    share: Fraction = Field(0.15, gt=0, lt=1)
+    """Share of the tokens of a sequence, rounded to whole tokens, at least one; special tokens are never masked."""
+
+    whole_words: bool = False
+    """Mask all tokens of a word, or none."""
 
 
 class EmaSpec(Section):
@@ -65,7 +76,11 @@ class TrainingSpec(Section):
     objective: ObjectiveName = "causal-lm"
     """What is minimised. `causal-lm`: the mean cross entropy of the next token; of a mixture of experts with
     `model.output_router_logits: true` also its auxiliary loss, for each sequence by itself, times
-    `model.router_aux_loss_coef`."""
+    `model.router_aux_loss_coef`. `chat`: the same of conversations. `masked-lm`: the mean cross entropy of masked
+    tokens, for encoders such as BERT."""
+
+    masking: MaskingSpec = MaskingSpec()
+    """Masks of `masked-lm`."""
 
     total_steps: Count | None = Field(None, ge=1, le=MAX_STEPS)
     """Length in optimizer steps. Give exactly one of `total_steps`, `total_tokens` and `epochs`."""
@@ -129,6 +144,9 @@ class TrainingSpec(Section):
             if too_long is not None:
                 key, problem = too_long
                 errors.append(FieldError(f"schedule.{key}", problem, depends_on=("total_steps",)))
+        if self.objective != "masked-lm" and self.masking != MaskingSpec():
+            problem = f"is only for objective: masked-lm, not {self.objective}"
+            errors.append(FieldError("masking", problem, depends_on=("objective",)))
         raise_errors(errors)
         lengths = [self.total_steps, self.total_tokens, self.epochs]
         if sum(length is not None for length in lengths) != 1:

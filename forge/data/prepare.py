@@ -167,6 +167,8 @@ def prepare_sample(
 
 def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: str | None) -> str:
     described = asdict(tokenizer) if tokenizer else {"train": "bpe", "vocab_size": spec.tokenizer.vocab_size}
+    if spec.tokenizer.special_tokens:
+        described |= {"added": list(spec.tokenizer.special_tokens)}
     settings: dict[str, object] = {
         "format": FORMAT_VERSION,
         "corpus": corpus.fingerprint(spec),
@@ -268,7 +270,9 @@ def _write_cache(
         report(PrepareProgress(phase="tokenizer"))
         max_chars = TOKENIZER_SAMPLE_CHARS if sample is None else sample.num_chars
         text = corpus.iter_sample(spec, max_chars=max_chars)
-        tokenizer = train_tokenizer(text, vocab_size=spec.tokenizer.vocab_size)
+        tokenizer = train_tokenizer(
+            text, vocab_size=spec.tokenizer.vocab_size, special_tokens=spec.tokenizer.special_tokens
+        )
     tokenizer = replace(tokenizer, special_tokens=spec.special_tokens)
     if spec.packing == "concatenate":
         write: Callable[..., CacheIndex] = write_streams

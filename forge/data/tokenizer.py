@@ -29,7 +29,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from forge.data.store import token_dtype
-from forge.data.tokenizer_files import TEMPLATE, further_files, further_templates, read_json
+from forge.data.tokenizer_files import ROLES, TEMPLATE, further_files, further_templates, read_json
 from forge.data.word_pattern import word_pattern
 from forge.environment import looked_in
 from forge.errors import DataError
@@ -78,8 +78,8 @@ class TextTokenizer:
         return token_dtype(self.vocab_size)
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
-    """Train a byte-level BPE: GPT-2's word pattern, all 256 bytes, end of text as id 0.
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = ()) -> TextTokenizer:
+    """Train a byte-level BPE: GPT-2's word pattern, all 256 bytes, end of text as id 0, then `special_tokens`.
 
     The same texts give the same tokenizer. A small sample may give fewer than `vocab_size` entries,
     because pairs seen once are not merged.
@@ -92,7 +92,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[EOT_TOKEN],
+        special_tokens=[EOT_TOKEN, *special_tokens],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -102,6 +102,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
         "eos_token": EOT_TOKEN,
         "clean_up_tokenization_spaces": False,
     }
+    config |= {role: token for role, token in ROLES.items() if token in special_tokens}
     return _described(tokenizer, eot_token=EOT_TOKEN, config=json.dumps(config, indent=2))
 
 
@@ -165,8 +166,7 @@ def special_token_names(location: str | None) -> tuple[str, ...]:
     if location is None:
         return (EOT_TOKEN,)
     tokenizer = load_tokenizer(location)
-    added = json.loads(tokenizer.content)["added_tokens"]
-    named = [str(token["content"]) for token in added if token["special"]]
+    named = (str(token["content"]) for token in json.loads(tokenizer.content)["added_tokens"] if token["special"])
     return tuple(dict.fromkeys([tokenizer.eot_token, *named]))
 
 

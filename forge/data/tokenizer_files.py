@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ _FURTHER = (TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_to
 _MAX_FURTHER_BYTES = 4 * 2**20
 
 
+ROLES = {"mask_token": "[MASK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+"""What the special tokens of a trained tokenizer are for, by the keys of transformers' tokenizer_config.json."""
+
+
 def vocabulary_problem(own: str, *, given: str) -> str | None:
     """Say how many tokens of a model's own tokenizer have another id in the given one; None if none has."""
     before, now = (Tokenizer.from_str(one).get_vocab(with_added_tokens=True) for one in (own, given))
@@ -29,6 +35,41 @@ def vocabulary_problem(own: str, *, given: str) -> str | None:
         f"{len(moved):,} of the {len(before):,} tokens of the pretrained model's own tokenizer have another id or "
         f"none in this one ({first!r}: id {before[first]} there, {there} here)"
     )
+
+
+def special_ids(folder: Path) -> dict[str, int]:
+    """Return the ids of a tokenizer's special tokens, by their names in the vocabulary.
+
+    Raises: DataError if its `tokenizer.json` cannot be read.
+    """
+    added = read_json(folder / "tokenizer.json").get("added_tokens", [])
+    return {str(token["content"]): int(token["id"]) for token in added if token.get("special")}
+
+
+def role_token(folder: Path, role: str) -> str | None:
+    """Return the token of a role such as `mask_token`; None if no file names one. Raises: DataError."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        given = read_json(folder / name).get(role)
+        token = given.get("content") if isinstance(given, dict) else given
+        if isinstance(token, str):
+            return token
+    return None
+
+
+def special_roles(*, content: str, config: str, files: Mapping[str, str]) -> dict[str, str]:
+    """Return the tokens that a tokenizer's files name for a role, such as `mask_token`, and that are special.
+
+    Args:
+        content, config, files: as in `TextTokenizer`.
+    """
+    special = {token["content"] for token in json.loads(content)["added_tokens"] if token["special"]}
+    found = {}
+    for text in (files.get("special_tokens_map.json", "{}"), config):
+        for role, given in json.loads(text).items():
+            token = given.get("content") if isinstance(given, dict) else given
+            if role.endswith("_token") and isinstance(token, str) and token in special:
+                found[role] = token
+    return found
 
 
 def further_files(folder: Path) -> dict[str, str]:

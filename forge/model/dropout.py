@@ -45,7 +45,7 @@ class SampleDropout:
         """Register hooks on every module, to know which one calls dropout."""
         self._seed = seed
         self._step = 0
-        self._positions: list[int] = []
+        self._samples: list[str] = []
         self._calls: list[tuple[str, list[int]]] = []
         self._plain = torch.nn.functional.dropout
         for name, module in model.named_modules():
@@ -60,27 +60,39 @@ class SampleDropout:
         """Restore torch's own dropout."""
         torch.nn.functional.dropout = self._plain
 
-    def begin(self, *, step: int, positions: NDArray[np.int64]) -> None:
+    def begin(
+        self, *, step: int, positions: NDArray[np.int64], sequence_rows: NDArray[np.int64] | None = None
+    ) -> None:
         """Set the micro-batch that is computed next.
 
+        Args:
+            sequence_rows: the row of each sequence, in ascending order, if the model is not given one per row.
+
         Shapes: positions: int64[m], positions of its rows in the global order; -1 for padding rows.
+            sequence_rows: int64[n].
         """
         self._step = step
-        self._positions = positions.tolist()
+        self._samples = [str(position) for position in positions.tolist()]
+        if sequence_rows is not None:
+            first = np.searchsorted(sequence_rows, sequence_rows)
+            numbers = np.arange(len(sequence_rows)) - first
+            self._samples = [
+                f"{self._samples[row]}.{number}" for row, number in zip(sequence_rows, numbers, strict=True)
+            ]
 
     def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         """Apply dropout with a separate mask for each sample; arguments as of `torch.nn.functional.dropout`.
 
         Shapes: input: [m·k, ...], with the k rows of a sample adjacent.
         """
-        if not training or p <= 0 or not self._positions or input.shape[0] % len(self._positions):
+        if not training or p <= 0 or not self._samples or input.shape[0] % len(self._samples):
             return self._plain(input, p, training, inplace)
         location = self._next_location()
-        rows = input.shape[0] // len(self._positions)
+        rows = input.shape[0] // len(self._samples)
         mask = torch.empty(input.shape, dtype=input.dtype, device=input.device)
         generator = torch.Generator(device=input.device)
-        for index, position in enumerate(self._positions):
-            generator.manual_seed(_stream(self._seed, self._step, position, location))
+        for index, sample in enumerate(self._samples):
+            generator.manual_seed(_stream(self._seed, self._step, sample, location))
             mask[index * rows : (index + 1) * rows].bernoulli_(1 - p, generator=generator)
         scaled = mask.div_(1 - p) if p < 1 else mask
         return input.mul_(scaled) if inplace else input * scaled
@@ -103,6 +115,6 @@ class SampleDropout:
         self._calls.pop()
 
 
-def _stream(seed: int, step: int, position: int, location: str) -> int:
-    digest = hashlib.blake2b(f"{seed}/{step}/{position}/{location}".encode(), digest_size=8).digest()
+def _stream(seed: int, step: int, sample: str, location: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{step}/{sample}/{location}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
+from forge.model.auto_classes import AUTO_CLASSES, build_on_meta
+from forge.objective.registry import AutoClass
 from forge.process import one_line
 
-_NUM_TOKENS = 16
+NUM_TOKENS = 16
 _VOCAB = 64
 _TOLERANCE = 1e-4
 """Relative to the largest output; experts see other numbers of tokens in the two runs, which rounds differently."""
@@ -49,8 +51,10 @@ class ForwardProbe:
     """Why a forward pass fails, if it does."""
 
 
-def probe_forward(config: PretrainedConfig, *, seq_len: int) -> ForwardProbe:
-    """Run a small random copy of a transformers causal LM.
+def probe_forward(
+    config: PretrainedConfig, *, seq_len: int, auto_class: AutoClass = "AutoModelForCausalLM"
+) -> ForwardProbe:
+    """Run a small random copy of a transformers model that maps tokens to outputs.
 
     Args:
         config: of the whole model; it is not changed.
@@ -58,20 +62,20 @@ def probe_forward(config: PretrainedConfig, *, seq_len: int) -> ForwardProbe:
     """
     problem, is_certain = None, False
     for is_narrow in (True, False):
-        model = _small_copy(config, seq_len=seq_len, is_narrow=is_narrow)
+        model = small_copy(config, seq_len=seq_len, is_narrow=is_narrow, auto_class=auto_class)
         if model is None:
             continue
-        sequences = _sequences(model.config)
+        sequences = probe_sequences(model.config)
         try:
             sees = looks_ahead(partial(_logits, model), sequences)
         except Exception as error:  # whatever it is; of a narrow copy, its sizes may not fit together
-            is_long = _runs(model, sequences[:1, : _NUM_TOKENS // 2])
+            is_long = _runs(model, sequences[:1, : NUM_TOKENS // 2])
             which = f"over {seq_len} tokens fails, though one over fewer works" if is_long else "fails"
             problem = f"a forward pass {which}: {one_line(error)}"
             is_certain = not is_narrow
             continue
         return ForwardProbe(looks_ahead=sees)
-    if problem is not None and (is_certain or _fails_on_meta(config)):
+    if problem is not None and (is_certain or _fails_on_meta(config, auto_class=auto_class)):
         return ForwardProbe(looks_ahead=None, problem=problem)
     return ForwardProbe(looks_ahead=None)
 
@@ -91,17 +95,17 @@ def looks_ahead(forward: Callable[[Tensor], Tensor], sequences: Tensor) -> bool:
     return bool((before - after).abs().max() > _TOLERANCE * scale)
 
 
-def _sequences(config: PretrainedConfig) -> Tensor:
+def probe_sequences(config: PretrainedConfig) -> Tensor:
     """Different tokens, none of them special. Shapes: int64[2, 16]."""
     special = {
         value for key, value in config.to_dict().items() if key.endswith("_token_id") and isinstance(value, int)
     }
     ids = [token for token in range(1, _VOCAB) if token not in special]
-    return torch.tensor([ids[: 2 * _NUM_TOKENS : 2], ids[1 : 2 * _NUM_TOKENS + 1 : 2]])
+    return torch.tensor([ids[: 2 * NUM_TOKENS : 2], ids[1 : 2 * NUM_TOKENS + 1 : 2]])
 
 
 @torch.no_grad()
-def _small_copy(config: PretrainedConfig, *, seq_len: int, is_narrow: bool) -> Any:
+def small_copy(config: PretrainedConfig, *, seq_len: int, is_narrow: bool, auto_class: AutoClass) -> Any:
     """Build a copy with weights that let every input through.
 
     Args:
@@ -114,9 +118,12 @@ def _small_copy(config: PretrainedConfig, *, seq_len: int, is_narrow: bool) -> A
     try:
         small = type(config).from_dict(_shrunk(config.to_dict(), seq_len=seq_len, is_narrow=is_narrow))
         small._attn_implementation = "eager"
-        if sum(parameter.numel() for parameter in _on_meta(small).parameters()) > _MAX_PARAMETERS:
+        if (
+            sum(parameter.numel() for parameter in _on_meta(small, auto_class=auto_class).parameters())
+            > _MAX_PARAMETERS
+        ):
             return None
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=False)
+        model = AUTO_CLASSES[auto_class].cls.from_config(small, dtype=torch.float32, trust_remote_code=False)
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]))
@@ -128,7 +135,8 @@ def _small_copy(config: PretrainedConfig, *, seq_len: int, is_narrow: bool) -> A
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    logits: Tensor = model(input_ids=tokens, **options).logits
     return logits
 
 
@@ -141,16 +149,16 @@ def _runs(model: Any, tokens: Tensor) -> bool:
     return True
 
 
-def _fails_on_meta(config: PretrainedConfig) -> bool:
+def _fails_on_meta(config: PretrainedConfig, *, auto_class: AutoClass) -> bool:
     """Whether a pass of the whole model fails without values, where one of its class with default keys works."""
     tokens = torch.zeros(1, 8, dtype=torch.int64, device="meta")
     with torch.device("meta"):
-        return not _runs(_on_meta(config), tokens) and _runs(_on_meta(type(config)()), tokens)
+        own, default = (_on_meta(one, auto_class=auto_class) for one in (config, type(config)()))
+        return not _runs(own, tokens) and _runs(default, tokens)
 
 
-def _on_meta(config: PretrainedConfig) -> Any:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False).eval()
+def _on_meta(config: PretrainedConfig, *, auto_class: AutoClass) -> Any:
+    return build_on_meta(copy.deepcopy(config), auto_class=auto_class).eval()
 
 
 def _shrunk(body: Mapping[str, Any], *, seq_len: int, is_narrow: bool) -> dict[str, Any]:
@@ -174,7 +182,7 @@ def _shrunk(body: Mapping[str, Any], *, seq_len: int, is_narrow: bool) -> dict[s
         elif key.endswith("_token_id") and isinstance(value, list):
             value = 0
         elif key in ("max_position_embeddings", "n_positions", "n_ctx") and isinstance(value, int):
-            value = value - seq_len + _NUM_TOKENS if value >= seq_len else value
+            value = value - seq_len + NUM_TOKENS if value >= seq_len else value
         elif is_narrow and isinstance(value, int) and not isinstance(value, bool):
             value = _narrow(key, value, body)
         small[key] = value

@@ -11,16 +11,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, PretrainedConfig
 
 from forge.config.model import ModelSpec, size_problems
 from forge.environment import looked_in
 from forge.errors import ModelError, PlanError
 from forge.foreign import parse_json
+from forge.model.auto_classes import AUTO_CLASSES
 from forge.model.families.base import DataShape
 from forge.model.weight_files import lfs_problem
+from forge.objective.registry import AutoClass
 from forge.process import one_line
 
 _MAX_CONFIG_BYTES = 16 * 2**20
@@ -57,26 +57,22 @@ def config_from_record(record: Mapping[str, Any]) -> PretrainedConfig:
     return config
 
 
-def build_on_meta(config: PretrainedConfig) -> Any:
-    """Build a model on the meta device, which allocates no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-def check_keys(spec: ModelSpec) -> None:
+def check_keys(spec: ModelSpec, *, auto_class: AutoClass) -> None:
     """Raises: ModelError for an unknown architecture, folder or keys of the config."""
+    known_models, noun = AUTO_CLASSES[auto_class].architectures, AUTO_CLASSES[auto_class].noun
     if spec.architecture is not None:
-        if spec.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            choices = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-            raise ModelError(
-                "transformers has no causal language model of this name", key="architecture", choices=choices
-            )
+        if spec.architecture not in known_models:
+            problem = f"transformers has no {noun} of this name"
+            raise ModelError(problem, key="architecture", choices=tuple(sorted(known_models)))
         config = AutoConfig.for_model(spec.architecture)
     else:
         folder = spec.from_pretrained or ""
         if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
             raise ModelError(f"there is no such folder{looked_in(folder)}", key="from_pretrained")
         config = load_config(folder)
+        if config.model_type not in known_models:
+            problem = f"{folder} is of the architecture {config.model_type}, of which transformers has no {noun}"
+            raise ModelError(problem, key="from_pretrained")
     known = _config_keys(config)
     unknown = [key for key in spec.config_overrides if key not in known]
     if unknown:

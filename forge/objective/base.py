@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from forge.config.training import TrainingSpec
 from forge.errors import RunError
 from forge.objective.registry import Direction
 
 Arrays = Mapping[str, NDArray[Any]]
-"""Arrays by name, all with the same first two dimensions: rows and positions."""
+"""Arrays by name, all with the same first two dimensions, rows and positions; `row_seeds` has one value a row."""
 
 IGNORED = -100
 """Target of a position that carries no loss; torch's own convention, and that of `forge.data.rows`."""
@@ -41,11 +43,25 @@ class WeightedSum:
     """Of a loss: metrics that come out of the same forward pass, reported at every step as `train/<name>`."""
 
 
-class Objective(Protocol):
-    """What is minimised. The class is built without arguments, once in every worker.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveContext:
+    """What a built-in objective may be built with."""
 
-    A further method `derived(means) -> Mapping[str, float]` is called if there is one: metrics computed from the
-    means of the others, such as a perplexity from the loss.
+    training: TrainingSpec
+    """The job's `training:` section."""
+    tokenizer: Path
+    """The folder with the tokenizer's files."""
+    has_positionwise_head: bool = False
+    """`ModelInfo.has_positionwise_head` of the plan."""
+
+
+class Objective(Protocol):
+    """What is minimised. The class is built without arguments, once in every worker; a built-in one whose
+    constructor has a parameter `context` gets an `ObjectiveContext`.
+
+    Two further methods are called if there are any. `derived(means) -> Mapping[str, float]` gives metrics computed
+    from the means of the others, such as a perplexity from the loss. `weight(batch) -> float` gives the number of
+    loss terms of a batch that `batch` has made, where it is not what the format gave its examples.
     """
 
     metric_directions: Mapping[str, Direction]
@@ -55,7 +71,12 @@ class Objective(Protocol):
         """Choose and convert what the model is given.
 
         Shapes: rows: `tokens` and `targets` int64[m, T]; of examples also `position_ids` and `segment_ids`
-        int64[m, T], and every other array of the format.
+        int64[m, T], and every other array of the format; `row_seeds` uint64[m], a number for each row drawn from
+        `training.seed`, the step and the row, the same at every world size; of held-out rows the same at every
+        evaluation.
+
+        Returns: tensors for the model. If they have other sequences than one for each row, `sequence_rows` int64[n]
+        says from which row each comes, so that dropout does not depend on how rows share a batch.
         """
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
@@ -100,6 +121,12 @@ class ObjectiveModule(nn.Module):
             raise RunError(f"{name} reports the metric {unknown[0]!r}, but its metric_directions are: {declared}")
         self.result = {"loss": loss, **found}
         return loss.sum
+
+
+def batch_weight(objective: Objective, batch: Mapping[str, Tensor]) -> float | None:
+    """Return the number of loss terms of a batch, if the objective decides on it."""
+    count: Callable[[Mapping[str, Tensor]], float] | None = getattr(objective, "weight", None)
+    return None if count is None else float(count(batch))
 
 
 def derived_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:

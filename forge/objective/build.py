@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import cast
 
 from forge.errors import UserCodeError
-from forge.objective.base import RESERVED_METRICS, Objective
+from forge.objective.base import RESERVED_METRICS, Objective, ObjectiveContext
 from forge.objective.registry import OBJECTIVES, Direction
 from forge.user_code import is_reference, load_builtin_class, load_class, user_code_errors
 
 _METRIC_NAME = re.compile("[a-z][a-z0-9_]*")
 
 
-def build_objective(name: str) -> Objective:
+def build_objective(name: str, *, context: ObjectiveContext | None = None) -> Objective:
     """Build an objective.
 
     Args:
         name: of the registry, or `module:Class` in the code folder in use.
+        context: passed to a built-in class whose constructor has a parameter of this name.
 
     Raises: UserCodeError if the user's class cannot be imported, lacks a method, or cannot be built.
     """
     if not is_reference(name):
-        return cast(Objective, load_builtin_class(OBJECTIVES[name].reference)())
+        cls = load_builtin_class(OBJECTIVES[name].reference)
+        takes_context = "context" in inspect.signature(cls).parameters
+        return cast(Objective, cls(context=context) if takes_context else cls())
     found = load_class(name, base=Objective)
     with user_code_errors(name):
         require_directions(name, found)

@@ -7,11 +7,14 @@ this table, so the module imports no torch: `forge.objective.build` imports the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Direction = Literal["min", "max"]
 """Whether smaller or larger values of a metric are better."""
+
+AutoClass = Literal["AutoModelForCausalLM", "AutoModelForMaskedLM"]
+"""The classes of transformers by which a model of an architecture is built."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +27,38 @@ class RegisteredObjective:
     """Every metric besides the loss; the class's `metric_directions`."""
     predicts_tokens: bool
     """Whether every target must be a token id."""
+    auto_class: AutoClass = "AutoModelForCausalLM"
+    """What the model is."""
+    formats: tuple[str, ...] = ()
+    """Values of `data.format` with the examples that it learns from, the usual one first; empty: any."""
+    special_tokens: tuple[str, ...] = ()
+    """What a tokenizer that is trained on the corpus has besides the end-of-text token."""
+    separates_examples: bool = False
+    """Whether it takes the examples of a packed row apart, so that the model need not keep them apart."""
 
 
 _CAUSAL_LM = RegisteredObjective(
     reference="forge.objective.causal_lm:CausalLm",
     metrics={"perplexity": "min", "router_aux_loss": "min"},
     predicts_tokens=True,
+    formats=("text", "chat"),
 )
 
 OBJECTIVES: dict[str, RegisteredObjective] = {
     "causal-lm": _CAUSAL_LM,
-    "chat": _CAUSAL_LM,  # the next token, where `data.format: chat` has targets
+    "chat": replace(_CAUSAL_LM, formats=("chat",)),  # the next token, where the format has targets
+    "masked-lm": RegisteredObjective(
+        reference="forge.objective.masked_lm:MaskedLm",
+        metrics={"perplexity": "min", "accuracy": "max"},
+        predicts_tokens=True,
+        formats=("text",),
+        auto_class="AutoModelForMaskedLM",
+        special_tokens=("[MASK]",),
+        separates_examples=True,
+    ),
 }
+
+
+def auto_class_of(objective: str) -> AutoClass:
+    """The class of transformers that a model is built by; of a user's own objective, a causal language model's."""
+    return OBJECTIVES[objective].auto_class if objective in OBJECTIVES else "AutoModelForCausalLM"

@@ -123,6 +123,8 @@ class ModelInfo:
     """In tokens; None if the positions do not limit it."""
     has_linear_head: bool
     """Whether logits are a linear map of the last hidden state; the loss may be computed in chunks then."""
+    has_positionwise_head: bool = field(default=False, kw_only=True)
+    """Of a masked language model: whether logits may be computed at the masked positions alone."""
     isolation_problem: str | None
     """Why examples that share a row would see each other, such as "TinyMixer takes no position_ids"; None if each
     sees only itself."""

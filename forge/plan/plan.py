@@ -38,7 +38,6 @@ from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_s
 from forge.plan.schedule import FormerLength, ScheduleSteps, schedule_steps
 from forge.plan.search import SearchPlan
 from forge.plan.warnings import corpus_warnings
-from forge.user_code import is_reference
 
 FORMAT_VERSION = 3
 
@@ -155,7 +154,10 @@ def packing_problem(job: JobSpec, model: ModelInfo) -> str | None:
 
     An objective of the user's own calls the model itself, and may keep the examples apart by other means.
     """
-    if job.data.packing != "examples" or model.isolation_problem is None or is_reference(job.training.objective):
+    objective = OBJECTIVES.get(job.training.objective)
+    if job.data.packing != "examples" or model.isolation_problem is None or objective is None:
+        return None
+    if objective.separates_examples:
         return None
     instead = "none, or concatenate" if job.data.format == "text" else "none"
     return f"{model.isolation_problem}, so the examples of a sequence would see each other; use {instead}"
@@ -277,7 +279,7 @@ def _check_model(job: JobSpec, model: ModelInfo, corpus: CorpusInfo | None) -> N
             f"{corpus.vocab_size - model.vocab_size} tokens would have no embedding; leave model.vocab_size out "
             "to take the tokenizer's"
         )
-    if model.look_ahead_problem is not None and job.training.objective == "causal-lm":
+    if model.look_ahead_problem is not None and job.training.objective in OBJECTIVES:
         origin = next(key for key in ("architecture", "from_pretrained", "class") if getattr(job.model, key))
         raise PlanError(
             f"{model.look_ahead_problem}, so it would learn to copy the next token, not to predict it; "

@@ -28,6 +28,7 @@ from forge.config.model import ModelSpec
 from forge.errors import ClusterError, JobFileError, PlanError
 from forge.fs import default_cache_dir, write_atomic
 from forge.limits import cpu_name, usable_cpus, usable_memory_bytes
+from forge.objective.registry import auto_class_of
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import CodeInfo, HardwareInfo, ModelInfo
 
@@ -44,6 +45,7 @@ def inspect_model(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None, cod
         "vocab_size": vocab_size,
         "seq_len": job.data.seq_len,
         "eot_id": eot_id,
+        "auto_class": auto_class_of(job.training.objective),
         "code": code.digest if code is not None and "model.class" in job.user_classes else None,
     }
     answer = _cached_answer(request, is_cacheable=job.model.from_pretrained is None)

@@ -21,10 +21,11 @@ from forge.config.section import FieldErrors
 from forge.data.look import look_at_corpus
 from forge.data.prepare import PrepareProgress, find_prepared, prepare
 from forge.data.tokenizer import load_tokenizer, special_token_names
-from forge.data.tokenizer_files import vocabulary_problem
+from forge.data.tokenizer_files import ROLES, special_roles, vocabulary_problem
 from forge.data.view import Selection, view_corpus
 from forge.errors import ArgumentError, DataError, PlanError
 from forge.fs import default_cache_dir
+from forge.objective.registry import OBJECTIVES
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
@@ -146,7 +147,9 @@ def _inputs(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None]
         on_progress(PrepareProgress(phase="look"))
     data = _rebased(trained.job.data, folder=loaded.data_folder)
     notes = check_tokenizer(trained)
+    _require_special_tokens(trained)
     names = special_token_names(data.tokenizer.from_pretrained) if data.files is not None else ()
+    names += data.tokenizer.special_tokens if data.files is not None else ()
     files = look_at_corpus(data, special_tokens=names)
     if loaded.data_folder is not None:
         files = replace(files, folder=loaded.data_folder)
@@ -243,6 +246,26 @@ def check_tokenizer(loaded: LoadedJob) -> tuple[str, ...]:
             f"{difference}, so the embeddings would be those of other tokens; leave data.tokenizer out",
         )
     return ()
+
+
+def _require_special_tokens(loaded: LoadedJob) -> None:
+    """Raises: JobFileError if a loaded tokenizer lacks a token that the objective needs."""
+    objective, source = OBJECTIVES.get(loaded.job.training.objective), loaded.job.data.tokenizer.from_pretrained
+    if objective is None or source is None:
+        return
+    tokenizer = load_tokenizer(source)
+    found = special_roles(content=tokenizer.content, config=tokenizer.config, files=tokenizer.files)
+    roles = [role for role, token in ROLES.items() if token in objective.special_tokens]
+    missing = [role for role in roles if role not in found]
+    if missing:
+        key = "data.tokenizer.from_pretrained"
+        if key not in loaded.source.locations:
+            key = "model.from_pretrained"
+        raise loaded.source.error(
+            key,
+            f"its tokenizer names no {' and no '.join(missing)} in tokenizer_config.json, which "
+            f"training.objective: {loaded.job.training.objective} needs",
+        )
 
 
 def _is_small(data: DataSpec, files: CorpusFiles) -> bool:

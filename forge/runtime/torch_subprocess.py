@@ -45,7 +45,7 @@ def export_weights(*, on_progress: OnBytes | None = None, **request: Any) -> dic
     Args:
         on_progress: called with the bytes that are written and those of all weights, twice a second at most.
 
-    Returns: `folder`, `step`, `num_parameters`, `size_bytes`, `num_files`, `is_transformers`.
+    Returns: `folder`, `step`, `num_parameters`, `size_bytes`, `num_files`, `is_transformers`, `auto_class`.
     Raises: CheckpointError if there is no such checkpoint; ArgumentError if the folder cannot be written;
         RunError if the process failed.
     """

@@ -32,6 +32,7 @@ from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError, ForgeError
 from forge.foreign import read_file
+from forge.model.auto_classes import auto_class_of_config
 from forge.model.transformers_config import config_from_record
 from forge.process import take_stdout
 from forge.serve.merge import (
@@ -86,6 +87,8 @@ class Exported:
     """Whether the folder has a `config.json`, which `from_pretrained` needs."""
     base: str | None = None
     """Of a folder of adapters: the model that they are for."""
+    auto_class: str | None = None
+    """The class of transformers that loads the folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +144,8 @@ def export(
             write_adapter_config(draft, checkpoint.shape)
         if config is not None:
             config.save_pretrained(draft)
-            GenerationConfig.from_model_config(config).save_pretrained(draft)
+            if auto_class_of_config(config) == "AutoModelForCausalLM":
+                GenerationConfig.from_model_config(config).save_pretrained(draft)
         if request.tokenizer is not None and Path(request.tokenizer).is_dir():
             _copy_tokenizer(Path(request.tokenizer), draft)
         draft.rename(to)  # over an empty folder too
@@ -162,6 +166,7 @@ def export(
         num_files=len(files),
         is_transformers=config is not None,
         base=checkpoint.shape.base.source if request.adapters and checkpoint.shape.base is not None else None,
+        auto_class=None if config is None else auto_class_of_config(config),
     )
 
 

@@ -25,13 +25,14 @@ from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.code_archive import require_trusted, restore_code
 from forge.data.tokenizer import prompt_tokenizer
-from forge.errors import CheckpointError, ForgeError
+from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.model.adapter_names import unwrapped_name
 from forge.model.adapters import adapter_config_from_record, add_adapters
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.causal_lm import build_from_config
 from forge.model.families.registry import family_of
 from forge.model.transformers_config import config_from_record
+from forge.objective.registry import auto_class_of
 from forge.plan.plan import Plan
 from forge.process import take_stdout
 from forge.runs.reader import read_plan
@@ -70,9 +71,14 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
     """Continue a prompt with a checkpoint of a run.
 
     Raises: CheckpointError if there is no such checkpoint that verifies, or `ema` is set and it has no averaged
-        weights.
+        weights; ArgumentError if the model is not a causal language model.
     """
     plan = read_plan(run_folder)
+    if auto_class_of(plan.job.training.objective) != "AutoModelForCausalLM":
+        raise ArgumentError(
+            f"{run_folder.name} was trained with training.objective: {plan.job.training.objective}, and only a "
+            "causal language model continues a text"
+        )
     if plan.code is not None:
         require_trusted(plan.code.digest, run_folder=run_folder)
         restore_code(plan.code.digest, run_folder=run_folder)
@@ -100,13 +106,11 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
     Raises: CheckpointError if the checkpoint belongs to another model, or holds no averaged weights.
     """
     weights = CheckpointWeights(checkpoint, ema=ema)
-    data = DataShape(vocab_size=plan.corpus.vocab_size, seq_len=plan.job.data.seq_len, eot_id=plan.corpus.eot_id)
+    data = DataShape.of(plan)
     dtype = torch.bfloat16 if plan.job.training.precision == "bf16" else torch.float32
     options = BuildOptions(dtype=dtype, device=torch.device("cpu"), seed=plan.job.training.seed, skip_init=True)
     if checkpoint.shape.config:  # not from the job, whose `from_pretrained` folder may have moved since
-        model: Any = build_from_config(
-            config_from_record(checkpoint.shape.config), options=options, seq_len=data.seq_len
-        )
+        model: Any = build_from_config(config_from_record(checkpoint.shape.config), options=options, data=data)
         model.tie_weights()
         if checkpoint.shape.adapters:
             add_adapters(model, adapter_config_from_record(checkpoint.shape.adapters))

@@ -23,7 +23,8 @@ from forge.errors import CheckpointError
 from forge.model.adapter_names import is_adapter
 from forge.model.adapter_weights import merged
 from forge.model.adapters import AdapterLayer, adapter_config_from_record, adapter_layers, add_adapters
-from forge.model.transformers_config import build_on_meta, config_from_record
+from forge.model.auto_classes import auto_class_of_config, build_on_meta
+from forge.model.transformers_config import config_from_record
 from forge.serve.weights import CheckpointWeights
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -41,7 +42,8 @@ class MergedWeights:
     """The weights of a checkpoint, each with its adapter added; read as `CheckpointWeights`."""
 
     def __init__(self, weights: CheckpointWeights, checkpoint: Checkpoint) -> None:
-        model = build_on_meta(config_from_record(checkpoint.shape.config))
+        config = config_from_record(checkpoint.shape.config)
+        model = build_on_meta(config, auto_class=auto_class_of_config(config))
         add_adapters(model, adapter_config_from_record(checkpoint.shape.adapters))
         self._weights, self._shape = weights, checkpoint.shape
         self._layers = {layer.weight: layer for layer in adapter_layers(model)}

@@ -15,8 +15,9 @@ from forge.checkpoint.manifest import BaseWeights, base_difference
 from forge.checkpoint.reader import Checkpoint
 from forge.errors import CheckpointError
 from forge.fs import default_cache_dir
+from forge.model.auto_classes import auto_class_of_config, build_on_meta
 from forge.model.pretrained import PretrainedWeights
-from forge.model.transformers_config import build_on_meta, config_from_record
+from forge.model.transformers_config import config_from_record
 from forge.model.weight_files import digest_file, open_weight_files
 from forge.train.model_shape import DTYPE_NAMES
 from forge.train.state import bytes_of
@@ -97,9 +98,9 @@ def _open_base(checkpoint: Checkpoint, base: BaseWeights) -> PretrainedWeights:
     difference = base_difference(base, BaseWeights(source=base.source, revision=files.revision, files=digests))
     if difference is not None:
         raise CheckpointError(f"{checkpoint.url}: {difference}. Restore the file")
-    held = checkpoint.shape.parameters
+    held, config = checkpoint.shape.parameters, config_from_record(checkpoint.shape.config)
     return PretrainedWeights(
         files,
-        build_on_meta(config_from_record(checkpoint.shape.config)),
+        build_on_meta(config, auto_class=auto_class_of_config(config)),
         is_required=lambda name: name in held and held[name].kind == "base",
     )

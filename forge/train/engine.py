@@ -10,9 +10,7 @@ collective that DeepSpeed would build in the background (70 s) is declared unava
 
 from __future__ import annotations
 
-import datetime
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +20,10 @@ from typing import Any
 
 import deepspeed
 import deepspeed.ops
+import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import compiler
+from numpy.typing import NDArray
 from torch import nn
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
@@ -37,16 +36,17 @@ from forge.model.adapters import modules_reading_weights
 from forge.model.dropout import SampleDropout, model_has_dropout
 from forge.model.families.base import BuildOptions, DataShape, Sharding
 from forge.model.families.registry import family_of
-from forge.objective.base import ObjectiveModule, derived_metrics
-from forge.objective.build import build_objective
+from forge.objective.base import Objective, ObjectiveModule, batch_weight, derived_metrics
 from forge.objective.causal_lm import CausalLm
 from forge.train.base_weights import digest_base, initial_weights
 from forge.train.metric_sums import MetricSums
 from forge.train.metrics import peak_memory_gib
 from forge.train.optimizer import build_optimizer
+from forge.train.row_seeds import row_seeds
 from forge.train.state import TrainState
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+_Inputs = Mapping[str, torch.Tensor]
+"""What an objective makes of a micro-batch."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -78,63 +78,6 @@ class StepResult:
     snapshot_cost_s: float
     """Maximum over all ranks."""
     flags: StepControl
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendezvous:
-    """Address of a generation's TCP store, on rank 0's machine."""
-
-    host: str
-    port: int
-    listen_fd: int | None = None
-    """On rank 0: a socket that already listens on the port, so that no other process can take it."""
-
-
-def join_process_group(*, device: torch.device, rendezvous: Rendezvous | None = None) -> None:
-    """Join the process group of `WORLD_SIZE` ranks as rank `RANK`; collective.
-
-    Args:
-        rendezvous: address of the store; by default `MASTER_ADDR` and `MASTER_PORT`.
-    """
-    import_late_modules(device=device.type)
-    if rendezvous is not None:
-        _init_with_store(rendezvous, device=device)  # DeepSpeed uses the existing group
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=COLLECTIVE_TIMEOUT,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
-
-
-def import_late_modules(*, device: str) -> None:
-    """Import modules that DeepSpeed would import when an engine is built, and choose its accelerator."""
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        # DeepSpeed compiles this operator on first use where it can; it serves inference only.
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
-    _import_muon_uncompiled()
-
-
-def _init_with_store(rendezvous: Rendezvous, *, device: torch.device) -> None:
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        rendezvous.host,
-        rendezvous.port,
-        world_size,
-        rank == 0,
-        COLLECTIVE_TIMEOUT,
-        wait_for_workers=False,
-        master_listen_fd=rendezvous.listen_fd,
-    )
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
 
 
 class Engine:
@@ -186,18 +129,19 @@ class Engine:
 
         Raises: ValueError if `total_weight` is not above 0.
         """
+        engine = self._engine
+        batches, total_weight = self._prepared(step, micro_batches, total_weight=total_weight)
         if not total_weight > 0:
             raise ValueError(f"step {step} has a total weight of {total_weight}: it has no loss to minimise")
-        engine = self._engine
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         engine.train()
         sums = MetricSums(sorted(self.metric_directions), device=self.device)
-        for batch in micro_batches:
+        for batch, inputs in batches:
             if self._dropout is not None:
-                self._dropout.begin(step=step, positions=batch.positions)
+                self._dropout.begin(step=step, positions=batch.positions, sequence_rows=_sequence_rows(inputs))
             self.on_progress()
-            loss = self._forward(batch)
+            loss = self._forward(inputs)
             sums.add(self._module.result)
             engine.backward(loss * (engine.dp_world_size / total_weight), scale_wrt_gas=False)
             self.on_progress()
@@ -237,18 +181,36 @@ class Engine:
         with torch.no_grad():
             for batch in micro_batches:
                 self.on_progress()
-                self._forward(batch, with_metrics=True)
+                self._forward(self._inputs(0, batch), with_metrics=True)
                 sums.add(self._module.result)
         dist.all_reduce(sums.values)
         self._engine.train()
         return derived_metrics(self._module.objective, sums.means())
 
-    def _forward(self, batch: MicroBatch, *, with_metrics: bool = False) -> torch.Tensor:
-        inputs = {
-            name: values.to(self.device, non_blocking=True)
-            for name, values in self._module.objective.batch(batch.arrays).items()
-        }
-        loss: torch.Tensor = self._engine(inputs, with_metrics=with_metrics)
+    def _prepared(
+        self, step: int, micro_batches: Iterable[MicroBatch], *, total_weight: float
+    ) -> tuple[Iterable[tuple[MicroBatch, _Inputs]], float]:
+        """Convert micro-batches for the model: one after the other, or all first if their weights must be added up.
+
+        Returns: them, and the total weight of the step.
+        """
+        converted = ((batch, self._inputs(step, batch)) for batch in micro_batches)
+        if not hasattr(self._module.objective, "weight"):
+            return converted, total_weight
+        batches = list(converted)
+        own = sum(batch_weight(self._module.objective, inputs) or 0.0 for _, inputs in batches)
+        total = torch.tensor(own, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return batches, total.item()
+
+    def _inputs(self, step: int, batch: MicroBatch) -> _Inputs:
+        """Convert a micro-batch; step 0 is an evaluation."""
+        seeds = row_seeds(self._training.seed, step=step, positions=batch.positions)
+        return self._module.objective.batch({**batch.arrays, "row_seeds": seeds})
+
+    def _forward(self, inputs: _Inputs, *, with_metrics: bool = False) -> torch.Tensor:
+        moved = {name: values.to(self.device, non_blocking=True) for name, values in inputs.items()}
+        loss: torch.Tensor = self._engine(moved, with_metrics=with_metrics)
         return loss
 
     def _check_weight(self, weight: float, *, total_weight: float, step: int) -> None:
@@ -302,14 +264,17 @@ class _Shared:
     flags: StepControl
 
 
+def _sequence_rows(inputs: _Inputs) -> NDArray[np.int64] | None:
+    return inputs["sequence_rows"].numpy() if "sequence_rows" in inputs else None
+
+
 def build_engine(
     model_spec: ModelSpec,
     training: TrainingSpec,
     *,
     deepspeed_config: dict[str, Any],
-    vocab_size: int,
-    seq_len: int,
-    eot_id: int,
+    data: DataShape,
+    objective: Objective,
     device: torch.device,
     has_linear_head: bool,
     skip_init: bool = False,
@@ -322,7 +287,7 @@ def build_engine(
         has_linear_head: `ModelInfo.has_linear_head` of the plan: whether the loss may be computed in chunks.
         skip_init: do not initialise the weights, as all of them will be loaded.
     """
-    family, data = family_of(model_spec), DataShape(vocab_size=vocab_size, seq_len=seq_len, eot_id=eot_id)
+    family = family_of(model_spec)
     model = family.build(
         model_spec,
         data,
@@ -340,7 +305,6 @@ def build_engine(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     for whole in modules_reading_weights(model):
         deepspeed.utils.set_z3_leaf_module(whole, True)
-    objective = build_objective(training.objective)
     module = ObjectiveModule(model, objective=objective)
     optimizer = build_optimizer(module, training.optimizer, device=device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
@@ -365,19 +329,6 @@ def build_engine(
     if not skip_init:
         built.state.load_weights(initial_weights(weights, model, built.state.shape, seed=training.seed))
     return built
-
-
-def _import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon without torch's compiler, which its decorators would load (1.2 s a rank).
-
-    `deepspeed.initialize` imports it to ask whether its optimizer is a Muon; forge's never is.
-    """
-    compile_ = compiler.compile
-    compiler.compile = lambda *_, **__: lambda function: function
-    try:
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-    finally:
-        compiler.compile = compile_
 
 
 def _sharding(deepspeed_config: dict[str, Any]) -> Sharding:

@@ -29,12 +29,16 @@ from forge.data.prepare import open_rows
 from forge.errors import CheckpointError
 from forge.events import CheckpointSkipped, GenerationStarted, Reporter, StepMetrics
 from forge.limits import usable_cpus
+from forge.model.families.base import DataShape
+from forge.objective.base import ObjectiveContext
+from forge.objective.build import build_objective
 from forge.plan.curve import run_digest
 from forge.plan.plan import Plan
 from forge.train.async_checkpoint import AsyncCheckpointer
-from forge.train.engine import DTYPES, Engine, Rendezvous, build_engine, join_process_group
+from forge.train.engine import DTYPES, Engine, build_engine
 from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
 from forge.train.peak import find_peak
+from forge.train.process_group import Rendezvous, join_process_group
 from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import ReplicaClient, Snapshotter
 from forge.user_code import use_code
@@ -207,12 +211,19 @@ def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_ini
         plan.job.model,
         plan.job.training,
         deepspeed_config=plan.for_world_size(context.world_size).deepspeed,
-        vocab_size=plan.corpus.vocab_size,
-        seq_len=plan.job.data.seq_len,
-        eot_id=plan.corpus.eot_id,
+        data=DataShape.of(plan),
+        objective=build_objective(plan.job.training.objective, context=_objective_context(plan)),
         device=device,
         skip_init=skip_init,
         has_linear_head=plan.model.has_linear_head,
+    )
+
+
+def _objective_context(plan: Plan) -> ObjectiveContext:
+    return ObjectiveContext(
+        training=plan.job.training,
+        tokenizer=Path(plan.corpus.folder) / "tokenizer",
+        has_positionwise_head=plan.model.has_positionwise_head,
     )
 
 

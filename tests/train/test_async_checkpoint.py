@@ -19,7 +19,7 @@ from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import find_checkpoint, verify_checkpoint
 from forge.train.async_checkpoint import AsyncCheckpointer, SaveFailed
-from forge.train.engine import join_process_group
+from forge.train.process_group import join_process_group
 from tests.support.command import wait_for
 from tests.support.odd import differing, odd_state, write_pattern
 from tests.support.ranks import on_ranks

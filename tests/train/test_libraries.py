@@ -9,7 +9,7 @@ from forge.plan.memory import LIBRARIES_BYTES
 
 MEASURE = """
 import pathlib, re
-from forge.train.engine import import_late_modules
+from forge.train.process_group import import_late_modules
 import_late_modules(device="cpu")
 import forge.elastic.workers.worker_process
 import torch, transformers

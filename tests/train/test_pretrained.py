@@ -22,9 +22,10 @@ from forge.config.model import ModelSpec
 from forge.elastic.workers.fork_client import start_fork_server
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.causal_lm import CausalLmFamily
+from forge.objective.causal_lm import CausalLm
 from forge.plan.inputs import CorpusFiles
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
-from forge.train.engine import join_process_group
+from forge.train.process_group import join_process_group
 from tests.support.jobs import SEQ_LEN, VOCAB, synthetic_corpus, tiny_job, tiny_plan
 from tests.support.ranks import on_ranks, run_ranks
 
@@ -133,7 +134,8 @@ def peaks_of(rank: int, plan_json: str, folder: str, world_size: int) -> dict[st
     engine_module.family_of = lambda spec: SimpleNamespace(build=build, open_pretrained=family.open_pretrained)  # type: ignore[assignment, return-value]
     engine = engine_module.build_engine(
         spec, plan.job.training, deepspeed_config=plan.for_world_size(world_size).deepspeed,
-        vocab_size=LARGE_VOCAB, seq_len=16, eot_id=0, device=torch.device("cpu"), has_linear_head=True,
+        data=DataShape(vocab_size=LARGE_VOCAB, seq_len=16, eot_id=0), objective=CausalLm(),
+        device=torch.device("cpu"), has_linear_head=True,
         skip_init=True,
     )  # fmt: skip
     weights = family.open_pretrained(spec, data)

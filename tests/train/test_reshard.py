@@ -15,7 +15,7 @@ from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import verify_checkpoint
 from forge.serve.weights import CheckpointWeights
 from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten
-from forge.train.engine import join_process_group
+from forge.train.process_group import join_process_group
 from tests.support.odd import MATRIX, VARIANTS, differing, odd_state, write_pattern
 from tests.support.ranks import on_ranks
 

@@ -19,7 +19,10 @@ STAGES = [0, 1, 2, 3]
 
 def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
     """Return a rank's claims, and the number of elements of its state and parameters."""
-    from forge.train.engine import build_engine, join_process_group
+    from forge.model.families.base import DataShape
+    from forge.objective.causal_lm import CausalLm
+    from forge.train.engine import build_engine
+    from forge.train.process_group import join_process_group
 
     plan: Plan = plan_from_json(plan_json)
     device = torch.device("cpu")
@@ -28,7 +31,8 @@ def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     engine = build_engine(
         plan.job.model, plan.job.training, deepspeed_config=config,
-        vocab_size=VOCAB, seq_len=16, eot_id=0, device=device, has_linear_head=True,
+        data=DataShape(vocab_size=VOCAB, seq_len=16, eot_id=0), objective=CausalLm(),
+        device=device, has_linear_head=True,
     )  # fmt: skip
     state = engine.state
     return {

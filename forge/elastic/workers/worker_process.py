@@ -32,8 +32,9 @@ from forge.model.families.base import DataShape
 from forge.model.families.registry import family_of
 from forge.plan.plan import plan_from_json
 from forge.process import first_line, redirect_output
-from forge.train.engine import DTYPES, Rendezvous, import_late_modules
+from forge.train.engine import DTYPES
 from forge.train.peak import measured_peak
+from forge.train.process_group import Rendezvous, import_late_modules
 from forge.train.worker import ElasticContext, Stopwatch, WorkerContext, enter_working_folder, run_worker
 from forge.user_code import error_place, use_code
 
@@ -51,10 +52,9 @@ def import_for(plan_json: str) -> None:
     import_late_modules(device=plan.hardware.device)
     if plan.hardware.device == "cpu":
         measured_peak("cpu", dtype=DTYPES[plan.job.training.precision])
-    data = DataShape(vocab_size=plan.corpus.vocab_size, seq_len=plan.job.data.seq_len, eot_id=plan.corpus.eot_id)
     with contextlib.suppress(ForgeError):
         use_code(plan.code.digest if plan.code is not None else None)
-        family_of(plan.job.model).import_classes(plan.job.model, data)
+        family_of(plan.job.model).import_classes(plan.job.model, DataShape.of(plan))
 
 
 def run_worker_process(spec_record: Mapping[str, Any], *, fds: list[int], plan_json: str) -> int:

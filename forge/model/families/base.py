@@ -17,16 +17,31 @@ from torch import nn
 from forge.config.model import ModelSpec
 from forge.model.init import GatherParameters
 from forge.model.pretrained import PretrainedWeights
+from forge.objective.registry import AutoClass, auto_class_of
 from forge.plan.inputs import ModelInfo
+from forge.plan.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataShape:
-    """The sizes that a model takes from the data."""
+    """What a model takes from the data and the objective."""
 
     vocab_size: int
     seq_len: int
     eot_id: int | None
+    auto_class: AutoClass = "AutoModelForCausalLM"
+    """The class of transformers that the objective trains."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> DataShape:
+        """Return that of a plan."""
+        corpus, job = plan.corpus, plan.job
+        return cls(
+            vocab_size=corpus.vocab_size,
+            seq_len=job.data.seq_len,
+            eot_id=corpus.eot_id,
+            auto_class=auto_class_of(job.training.objective),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

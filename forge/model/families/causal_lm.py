@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -24,16 +24,19 @@ from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
 from forge.model.adapter_targets import AdapterTargets, find_targets
 from forge.model.adapters import adapter_config, add_adapters, require_peft
+from forge.model.auto_classes import AUTO_CLASSES, build_on_meta
 from forge.model.dropout import has_dropout
 from forge.model.families.base import BuildOptions, DataShape, parameter_counts
 from forge.model.freeze import freeze_parameters
 from forge.model.init import initialise
 from forge.model.isolation import isolation_problem
 from forge.model.look_ahead import probe_forward
+from forge.model.position_wise import has_positionwise_head
 from forge.model.pretrained import PretrainedWeights, some
 from forge.model.router_loss import router_loss_of
-from forge.model.transformers_config import build_config, build_on_meta, check_keys, load_config, read_generation
+from forge.model.transformers_config import build_config, check_keys, load_config, read_generation
 from forge.model.weight_files import is_downloaded, open_weight_files
+from forge.objective.registry import AutoClass
 from forge.plan.inputs import ModelInfo
 from forge.process import one_line
 
@@ -46,15 +49,16 @@ class CausalLmFamily:
     """Models that `AutoModelForCausalLM` knows."""
 
     def inspect(self, spec: ModelSpec, data: DataShape) -> ModelInfo:
-        check_keys(spec)
+        check_keys(spec, auto_class=data.auto_class)
         config, model = _build_or_blame(spec, data)
         freeze_parameters(model, spec.freeze)
-        notes = _check_weights(spec, model) if spec.from_pretrained is not None else ()
-        probe = probe_forward(config, seq_len=data.seq_len)
+        notes = _check_weights(spec, model, auto_class=data.auto_class) if spec.from_pretrained is not None else ()
+        probe = probe_forward(config, seq_len=data.seq_len, auto_class=data.auto_class)
         if probe.problem is not None:
             origin = "architecture" if spec.from_pretrained is None else "from_pretrained"
             raise ModelError(probe.problem, key=origin)
-        if probe.looks_ahead is None:
+        is_causal = data.auto_class == "AutoModelForCausalLM"
+        if is_causal and probe.looks_ahead is None:
             notes += ("not checked whether it sees later tokens: no small copy of it can be run",)
         notes += _check_router(spec, model)
         notes += _adapt(spec, data, model)
@@ -62,12 +66,15 @@ class CausalLmFamily:
         if spec.from_pretrained is not None:
             frozen = info.num_parameters - info.num_trainable_parameters
             info = replace(info, num_base_parameters=frozen, generation=read_generation(spec.from_pretrained))
-        problem = _look_ahead_problem(config, seq_len=data.seq_len) if probe.looks_ahead else None
+        if data.auto_class == "AutoModelForMaskedLM":
+            is_positionwise = has_positionwise_head(config, seq_len=data.seq_len, auto_class=data.auto_class)
+            info = replace(info, has_positionwise_head=is_positionwise)
+        problem = _look_ahead_problem(config, seq_len=data.seq_len) if is_causal and probe.looks_ahead else None
         return replace(info, notes=notes, look_ahead_problem=problem)
 
     def build(self, spec: ModelSpec, data: DataShape, *, options: BuildOptions) -> nn.Module:
         config = build_config(spec, data)
-        model = build_from_config(config, options=options, seq_len=data.seq_len)
+        model = build_from_config(config, options=options, data=data)
         gather = options.sharding.gather if options.sharding else None
         if not options.skip_init and spec.from_pretrained is None:
             initialise(model, seed=options.seed, gather=gather)
@@ -82,10 +89,11 @@ class CausalLmFamily:
 
     def open_pretrained(self, spec: ModelSpec, data: DataShape) -> PretrainedWeights:
         assert spec.from_pretrained is not None
-        return _open_weights(spec, build_on_meta(build_config(spec, data)))
+        model = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
+        return _open_weights(spec, model, auto_class=data.auto_class)
 
     def import_classes(self, spec: ModelSpec, data: DataShape) -> None:
-        model = build_on_meta(build_config(spec, data))
+        model = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
         if spec.lora is not None:
             add_adapters(model, adapter_config(spec.lora, find_targets(model, spec.lora, absent=())))
 
@@ -100,9 +108,11 @@ def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module) -> tuple[str, ...
         return ()
     require_peft()
     # The model itself may be partitioned, and its weights may have no shape.
-    whole = build_on_meta(build_config(spec, data))
+    whole = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
     is_here = Path(spec.from_pretrained or "").expanduser().is_dir() or is_downloaded(spec.from_pretrained or "")
-    absent = _open_weights(spec, whole).absent if is_here and spec.config_overrides else ()
+    absent = (
+        _open_weights(spec, whole, auto_class=data.auto_class).absent if is_here and spec.config_overrides else ()
+    )
     targets = find_targets(whole, spec.lora, absent=absent)
     add_adapters(model, adapter_config(spec.lora, targets), trained=targets.trained)
     return _about_adapters(spec, targets, model)
@@ -119,9 +129,9 @@ def _about_adapters(spec: ModelSpec, targets: AdapterTargets, model: nn.Module) 
     return (about, *targets.notes)
 
 
-def build_from_config(config: PretrainedConfig, *, options: BuildOptions, seq_len: int) -> PreTrainedModel:
+def build_from_config(config: PretrainedConfig, *, options: BuildOptions, data: DataShape) -> PreTrainedModel:
     """Build a model whose weights have no values yet."""
-    is_short = options.device.type == "cpu" and seq_len <= _PLAIN_ATTENTION_TOKENS
+    is_short = options.device.type == "cpu" and data.seq_len <= _PLAIN_ATTENTION_TOKENS
     # Fused attention draws its dropout from a stream of its own, which a seed per sample cannot reach.
     if has_dropout(config) or (is_short and config._attn_implementation is None):
         config._attn_implementation = "eager"
@@ -129,11 +139,11 @@ def build_from_config(config: PretrainedConfig, *, options: BuildOptions, seq_le
     with no_init_weights(), sharding.construct() if sharding else nullcontext():
         return cast(
             PreTrainedModel,
-            AutoModelForCausalLM.from_config(config, dtype=options.dtype, trust_remote_code=False),
+            AUTO_CLASSES[data.auto_class].cls.from_config(config, dtype=options.dtype, trust_remote_code=False),
         )
 
 
-def _open_weights(spec: ModelSpec, model: Any) -> PretrainedWeights:
+def _open_weights(spec: ModelSpec, model: Any, *, auto_class: AutoClass) -> PretrainedWeights:
     """Open the weights of `from_pretrained`; parameters that only the job's keys add to its model may be absent.
 
     Raises: ModelError if weights of the folder's own model are missing, or any has another shape; PlanError.
@@ -141,7 +151,7 @@ def _open_weights(spec: ModelSpec, model: Any) -> PretrainedWeights:
     files = open_weight_files(spec.from_pretrained or "")
     if not spec.config_overrides:
         return PretrainedWeights(files, model)
-    own = PretrainedWeights(files, build_on_meta(load_config(files.source)))
+    own = PretrainedWeights(files, build_on_meta(load_config(files.source), auto_class=auto_class))
     own_names = set(own.names)
     try:
         return PretrainedWeights(files, model, is_required=own_names.__contains__)
@@ -152,7 +162,8 @@ def _open_weights(spec: ModelSpec, model: Any) -> PretrainedWeights:
 
 def _look_ahead_problem(config: PretrainedConfig, *, seq_len: int) -> str:
     """Describe a model that sees later tokens, and the key that would change it, if there is one."""
-    problem = f"in {type(build_on_meta(config)).__name__} with these keys a position sees the tokens after it"
+    model = build_on_meta(config, auto_class="AutoModelForCausalLM")
+    problem = f"in {type(model).__name__} with these keys a position sees the tokens after it"
     if getattr(config, "is_decoder", True):
         return problem
     decoder = type(config).from_dict(config.to_dict() | {"is_decoder": True})
@@ -168,7 +179,7 @@ def _check_router(spec: ModelSpec, model: Any) -> tuple[str, ...]:
     return ()
 
 
-def _check_weights(spec: ModelSpec, model: Any) -> tuple[str, ...]:
+def _check_weights(spec: ModelSpec, model: Any, *, auto_class: AutoClass) -> tuple[str, ...]:
     """Check names and shapes of the pretrained weights, from the headers of their files.
 
     Returns: what the plan has to say about them.
@@ -177,7 +188,7 @@ def _check_weights(spec: ModelSpec, model: Any) -> tuple[str, ...]:
     source = spec.from_pretrained or ""
     if not Path(source).expanduser().is_dir() and not is_downloaded(source):
         return (f"the weights of {source} are not on this machine; their names and shapes are not checked yet",)
-    weights = _open_weights(spec, model)
+    weights = _open_weights(spec, model, auto_class=auto_class)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     untrained = sorted(set(frozen) & set(weights.absent))
     if untrained:
@@ -196,7 +207,7 @@ def _build_or_blame(spec: ModelSpec, data: DataShape) -> tuple[PretrainedConfig,
     """Build the config, and the model on the meta device. Raises: ModelError with the keys of the job to blame."""
     try:
         config = build_config(spec, data)
-        return config, build_on_meta(config)
+        return config, build_on_meta(config, auto_class=data.auto_class)
     except PlanError as error:
         failure: Exception = error
         problem = error.problem
@@ -218,7 +229,7 @@ def _blamed(spec: ModelSpec, data: DataShape, *, problem: str) -> tuple[str, ...
     for key in spec.config_overrides:
         rest = {name: value for name, value in spec.model_dump(exclude_unset=True).items() if name != key}
         try:
-            build_on_meta(build_config(ModelSpec.model_validate(rest), data))
+            build_on_meta(build_config(ModelSpec.model_validate(rest), data), auto_class=data.auto_class)
         except Exception:  # any failure: this key is not the only cause
             continue
         found.append(key)

@@ -1,0 +1,54 @@
+"""The auto classes of transformers, by which a model of an architecture is built for an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+from forge.objective.registry import AutoClass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoModel:
+    """One auto class."""
+
+    cls: Any
+    architectures: Mapping[str, Any]
+    """`model_type` → the names of its classes."""
+    noun: str
+    """What its models are, for messages."""
+
+
+AUTO_CLASSES: Mapping[AutoClass, AutoModel] = {
+    "AutoModelForCausalLM": AutoModel(
+        cls=AutoModelForCausalLM,
+        architectures=modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        noun="causal language model",
+    ),
+    "AutoModelForMaskedLM": AutoModel(
+        cls=AutoModelForMaskedLM,
+        architectures=modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        noun="masked language model",
+    ),
+}
+
+
+def auto_class_of_config(config: PretrainedConfig) -> AutoClass:
+    """The auto class of a config that forge has written, whose `architectures` names the class of the model."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    for name, auto in AUTO_CLASSES.items():
+        known = auto.architectures.get(config.model_type, ())
+        if named in ((known,) if isinstance(known, str) else known):
+            return name
+    return "AutoModelForCausalLM"
+
+
+def build_on_meta(config: PretrainedConfig, *, auto_class: AutoClass) -> Any:
+    """Build a model on the meta device, which allocates no memory."""
+    with torch.device("meta"):
+        return AUTO_CLASSES[auto_class].cls.from_config(config, trust_remote_code=False)

@@ -1,0 +1,31 @@
+"""What built-in objectives are built with, in tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from forge.config.training import TrainingSpec
+from forge.data.tokenizer import train_tokenizer
+from forge.objective.base import ObjectiveContext
+
+TEXT = ("the quick brown fox jumps over the lazy dog; " * 20, "pack my box with five dozen liquor jugs. " * 20)
+SPECIAL = ("[MASK]", "[PAD]", "[CLS]", "[SEP]")
+
+
+def write_tokenizer(folder: Path, *, vocab_size: int = 300) -> None:
+    """Write a byte-level BPE with every special token that an objective may need."""
+    tokenizer = train_tokenizer(TEXT, vocab_size=vocab_size, special_tokens=SPECIAL)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer.content)
+    (folder / "tokenizer_config.json").write_text(tokenizer.config)
+
+
+def context_of(folder: Path, **training: Any) -> ObjectiveContext:
+    """A context whose tokenizer is written into the folder."""
+    write_tokenizer(folder)
+    return ObjectiveContext(
+        training=TrainingSpec.model_validate({"total_steps": 1, **training}),
+        tokenizer=folder,
+        has_positionwise_head=True,
+    )
