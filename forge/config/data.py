@@ -58,13 +58,26 @@ class DataSpec(Section):
 
     source: SourceName | None = None
     """`python-stdlib`: the Python sources of the running interpreter's standard library, real text that every
-    machine has without a download. Give either `source` or `files`."""
+    machine has without a download. Give one of `source`, `files` and `dataset`."""
 
     files: Strings | None = None
     """A glob or fsspec URL, or a list of them: text files (one document each), JSON lines, JSON arrays, CSV or
     Parquet (one document per record); gzip, bzip2, xz, zstd and lz4 are decompressed. Local paths, `s3://`,
     `gs://`, `https://`. Wildcards leave out hidden files, side files of macOS and Jupyter, and empty files; links
     are followed. `forge plan` shows what is read and what is not."""
+
+    dataset: str | None = Field(None, min_length=1)
+    """A data set in the layout of the Hugging Face hub: a local folder, or `ORG/NAME` on the hub, for which
+    `HF_TOKEN` is taken from the environment. Its Parquet, JSON, CSV or text files are read, none is run."""
+
+    subset: str | None = Field(None, min_length=1)
+    """The subset of `dataset`, which its README.md lists as `config_name`; the default one if it is left out."""
+
+    split: str = Field("train", min_length=1)
+    """The split of `dataset` that is read; `held_out` is a share of it."""
+
+    revision: str | None = Field(None, pattern=r"^[\w./-]{1,200}$")
+    """Branch, tag or commit of `dataset` on the hub; the newest if it is left out."""
 
     file_type: FileType = "auto"
     """What `files` are. `auto`: found out from the content and the name of each file; archives, notebooks and other
@@ -132,7 +145,11 @@ class DataSpec(Section):
             errors.append(FieldError("packing", problem, nearest="examples"))
         if self.file_type != "auto" and self.source is not None:
             errors.append(FieldError("file_type", "is only for 'files'"))
+        if self.dataset is None:
+            of_dataset = {"subset": None, "split": "train", "revision": None}
+            given = [key for key, default in of_dataset.items() if getattr(self, key) != default]
+            errors += [FieldError(key, "is only for 'dataset'") for key in given]
         raise_errors(errors)
-        if (self.source is None) == (self.files is None):
-            raise ValueError("give either 'source' or 'files'")
+        if sum(origin is not None for origin in (self.source, self.files, self.dataset)) != 1:
+            raise ValueError("give one of 'source', 'files' and 'dataset'")
         return self

@@ -33,6 +33,7 @@ def with_home_folders(job: JobSpec, *, fail: Callable[[str, str], Exception]) ->
         "data": _with(
             job.data,
             chat=_with(job.data.chat, template=resolved("data.chat.template", job.data.chat.template)),
+            dataset=resolved("data.dataset", job.data.dataset),
             files=job.data.files and tuple(resolved("data.files", pattern) for pattern in job.data.files),
             tokenizer=_with(
                 job.data.tokenizer,

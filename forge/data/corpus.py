@@ -82,7 +82,8 @@ def fingerprint(spec: DataSpec) -> str:
 
 def no_text(spec: DataSpec) -> DataError:
     """The error of a corpus without any text."""
-    origin = f"data.files {', '.join(spec.files)}" if spec.files else f"data.source {spec.source}"
+    origin = f"data.files {', '.join(spec.files)}" if spec.files else f"data.dataset {spec.dataset}"
+    origin = f"data.source {spec.source}" if spec.source else origin
     return DataError(f"the corpus has no text: every file of {origin} is empty")
 
 

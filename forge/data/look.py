@@ -13,9 +13,10 @@ from forge.config.data import DataSpec
 from forge.data.bad_records import BadRecords
 from forge.data.corpus import text_of
 from forge.data.sources.base import Record
+from forge.data.sources.build import file_source
 from forge.data.sources.detect import open_content
 from forge.data.sources.files import FileSource, read_records, reading
-from forge.data.sources.listing import Matched, Skipped, SourceFile, list_files
+from forge.data.sources.listing import Matched, Skipped, SourceFile
 from forge.data.sources.stdlib import StdlibSource
 from forge.errors import DataError, printable
 from forge.plan.inputs import CorpusFiles, PatternFiles, SkippedFiles
@@ -41,15 +42,15 @@ def look_at_corpus(spec: DataSpec, *, special_tokens: Sequence[str] = ()) -> Cor
 
     Raises: DataError as reading the corpus would, for what can be seen in the sample.
     """
-    if spec.files is None:
+    if spec.source is not None:
         files = StdlibSource(text_key=spec.text_key).files()
         listed = [Matched(pattern=str(spec.source), files=tuple(files), skipped=())]
         kinds = [{"Python source": len(files)}]
         patterns = tuple(map(_pattern_files, listed, kinds))
         return CorpusFiles(patterns=patterns, num_sampled=0, folder=str(Path.cwd()))
     columns = (spec.text_key,) if spec.format == "text" else None
-    source = FileSource(patterns=spec.files, file_type=spec.file_type, text_key=spec.text_key, columns=columns)
-    listed = list_files(spec.files)
+    source = file_source(spec, columns=columns)
+    listed = list(source.matched())
     kinds_of_files = [_kinds(matched.files, source=source) for matched in listed]
     sample = _sampled(listed, kinds_of_files)
     num_sampled = 0

@@ -179,7 +179,7 @@ def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: 
     }
     if spec.on_bad_record != "fail":  # what is prepared otherwise has no bad record
         settings |= {"on_bad_record": spec.on_bad_record}
-    if spec.files is not None:
+    if spec.source is None:
         settings |= {"reader": READER_VERSION, "file_type": spec.file_type}
     if spec.packing != "concatenate":
         settings |= {
@@ -198,10 +198,11 @@ def _cache_folder(spec: DataSpec, *, cache_dir: Path, digest: str) -> Path:
 
 
 def _corpus_name(spec: DataSpec) -> str:
-    """A readable folder name: the source, or the last part of the first pattern without wildcards."""
-    if spec.files is None:
-        return str(spec.source)
-    fixed = re.split(r"[*?\[]", spec.files[0], maxsplit=1)[0].rstrip("/")
+    """A readable folder name: the source, or the last part of the data set or first pattern without wildcards."""
+    if spec.source is not None:
+        return spec.source
+    given = spec.files[0] if spec.files else str(spec.dataset)
+    fixed = re.split(r"[*?\[]", given, maxsplit=1)[0].rstrip("/")
     word = fixed.rpartition("/")[2].partition(".")[0]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", word).strip("-")[:40] or "corpus"
 

@@ -73,7 +73,8 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
         }
     if body["model"]["lora"] is None:
         del body["model"]["lora"]
-    for name, default in (("file_type", "auto"), ("special_tokens", "text")):
+    of_dataset = (("dataset", None), ("subset", None), ("split", "train"), ("revision", None))
+    for name, default in (("file_type", "auto"), ("special_tokens", "text"), *of_dataset):
         if body["data"][name] == default:
             del body["data"][name]
     return body

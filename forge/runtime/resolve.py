@@ -115,7 +115,8 @@ def inspect_data(
 def with_data_folder(loaded: LoadedJob, *, run_folder: Path) -> LoadedJob:
     """Return the job of a run to resume: relative paths in its own job file mean what they meant at its start."""
     files = read_plan(run_folder).files
-    location = loaded.source.locations.get("data.files")
+    locations = loaded.source.locations
+    location = locations.get("data.files") or locations.get("data.dataset")
     is_own = Path(loaded.source.path).resolve() == (run_folder / "job.yaml").resolve()
     if files is None or not files.folder or not is_own or location is None or location.line is None:
         return loaded
@@ -148,8 +149,8 @@ def _inputs(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None]
     data = _rebased(trained.job.data, folder=loaded.data_folder)
     notes = check_tokenizer(trained)
     _require_special_tokens(trained)
-    names = special_token_names(data.tokenizer.from_pretrained) if data.files is not None else ()
-    names += data.tokenizer.special_tokens if data.files is not None else ()
+    names = special_token_names(data.tokenizer.from_pretrained) if data.source is None else ()
+    names += data.tokenizer.special_tokens if data.source is None else ()
     files = look_at_corpus(data, special_tokens=names)
     if loaded.data_folder is not None:
         files = replace(files, folder=loaded.data_folder)
@@ -171,7 +172,10 @@ def _rebased(data: DataSpec, *, folder: str | None) -> DataSpec:
     source = data.tokenizer.from_pretrained
     tokenizer = data.tokenizer.model_copy(update={"from_pretrained": source and _below(folder, source)})
     files = data.files and tuple(_below(folder, pattern) for pattern in data.files)
-    return data.model_copy(update={"files": files, "tokenizer": tokenizer})
+    dataset = data.dataset
+    if dataset is not None and Path(folder, dataset).is_dir():  # otherwise the name of one on the hub
+        dataset = _below(folder, dataset)
+    return data.model_copy(update={"files": files, "dataset": dataset, "tokenizer": tokenizer})
 
 
 def _below(folder: str, path: str) -> str:
@@ -271,9 +275,7 @@ def _require_special_tokens(loaded: LoadedJob) -> None:
 def _is_small(data: DataSpec, files: CorpusFiles) -> bool:
     """Whether a corpus is prepared in seconds, so that a dry run can say how many tokens and passes it has."""
     is_plain = all("," not in kind for pattern in files.patterns for kind in pattern.kinds)  # not compressed
-    return (
-        data.files is not None and is_plain and files.num_files <= _SMALL_FILES and files.size_bytes <= _SMALL_BYTES
-    )
+    return data.source is None and is_plain and files.num_files <= _SMALL_FILES and files.size_bytes <= _SMALL_BYTES
 
 
 @contextmanager

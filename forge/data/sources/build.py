@@ -9,6 +9,7 @@ from typing import cast
 
 from forge.config.data import DataSpec
 from forge.data.sources.base import Record, Source
+from forge.data.sources.dataset import list_dataset
 from forge.data.sources.files import FileSource
 from forge.data.sources.registry import SOURCES
 from forge.user_code import load_builtin_class
@@ -67,7 +68,16 @@ def build_source(
 
 def _whole_source(spec: DataSpec, *, columns: tuple[str, ...] | None) -> Source:
     if spec.source is None:
-        return FileSource(
-            patterns=spec.files or (), file_type=spec.file_type, text_key=spec.text_key, columns=columns
-        )
+        return file_source(spec, columns=columns)
     return cast(Source, load_builtin_class(SOURCES[spec.source])(text_key=spec.text_key))
+
+
+def file_source(spec: DataSpec, *, columns: tuple[str, ...] | None) -> FileSource:
+    """Build the source of `data.files` or `data.dataset`. Raises: DataError as `list_dataset`."""
+    return FileSource(
+        patterns=spec.files or (),
+        file_type=spec.file_type,
+        text_key=spec.text_key,
+        columns=columns,
+        listed=(list_dataset(spec),) if spec.dataset is not None else None,
+    )

@@ -24,13 +24,23 @@ from forge.config.data import FileType
 from forge.data.sources.base import Record
 from forge.data.sources.detect import Content, open_content
 from forge.data.sources.json_values import MAX_RECORD_CHARS, UnparsedJson, ValueReader, parse_record
-from forge.data.sources.listing import SourceFile, list_files
+from forge.data.sources.listing import Matched, SourceFile, list_files
 from forge.data.sources.pieces import PIECE_CHARS, pieces_of
 from forge.data.store import hash_file, new_hash
 from forge.errors import DataError, printable
 from forge.process import one_line
 
-_REMOTE_IDENTITY = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "mtime", "created")
+_REMOTE_IDENTITY = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "crc32c",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "created",
+    "blob_id",
+)
 """What the file systems of fsspec call the version of a file."""
 
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -47,16 +57,22 @@ class FileSource:
         file_type: `data.file_type`: what the files are; `auto` finds it out.
         text_key: field that holds the content of a text file.
         columns: fields that every record must have; others are not read where the file type allows it. None: all.
+        listed: the files, if they are known already; the patterns do not count then.
     """
 
     patterns: tuple[str, ...]
     file_type: FileType = "auto"
     text_key: str = "text"
     columns: tuple[str, ...] | None = None
+    listed: tuple[Matched, ...] | None = None
+
+    def matched(self) -> Sequence[Matched]:
+        """The files of every pattern. Raises: DataError as `list_files`."""
+        return self.listed if self.listed is not None else list_files(self.patterns)
 
     def files(self) -> list[SourceFile]:
         """Every file once, in order. Raises: DataError as `list_files`."""
-        return [file for matched in list_files(self.patterns) for file in matched.files]
+        return [file for matched in self.matched() for file in matched.files]
 
     def fingerprint(self) -> str:
         """Digest of names and content.
