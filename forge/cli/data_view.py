@@ -1,6 +1,7 @@
 """Examples as the model sees them, drawn with the part that carries loss marked.
 
-Every line that carries loss begins with the word `loss`, also without colours. On a terminal it is green as well,
+Every line that carries loss begins with the word `loss`, also without colours. Where loss begins and ends at every
+few tokens, lines are not broken there, and what carries loss is in «». On a terminal it is green as well,
 and special tokens are magenta, so that text which only spells their names looks different; elsewhere they are in
 brackets.
 """
@@ -17,9 +18,9 @@ from rich.text import Text
 
 from forge.cli import display
 from forge.cli.fold import fold
-from forge.plan.data_view import ShownExample, Span
+from forge.plan.data_view import ShownExample
 from forge.redact import redacted
-from forge.report.data_view import ExampleLine, example_lines, example_title
+from forge.report.data_view import ExampleLine, example_lines, example_title, visible
 
 _LOSS_MARK = "loss │ "
 _MASKED_MARK = "     │ "
@@ -38,14 +39,18 @@ def show_examples(examples: Sequence[ShownExample], *, console: Console, is_whol
         return
     console.print()
     is_plain = console.no_color or console.color_system is None
-    legend = "what the model sees; it learns to predict the lines marked `loss`"
+    legend = "what the model sees; it learns to predict the lines marked `loss`, of those with «» what is in them"
     legend += f"; special tokens are in {_OPEN}{_CLOSE}" if is_plain else ""
     for part in [legend] if console.soft_wrap else fold(legend, width=console.width):
         console.print(Text(part, style="dim"), soft_wrap=True)
     for example in examples:
         console.print()
         console.print(Text(example_title(example), style="bold"), soft_wrap=True)
+        shown_part = 0
         for line in example_lines(example, is_whole=is_whole):
+            if line.part is not None and line.part != shown_part:
+                shown_part = line.part
+                console.print(Text(f"part {shown_part}", style="dim"), soft_wrap=True)
             for text in _drawn(line, width=None if console.soft_wrap else console.width, is_plain=is_plain):
                 console.print(text, soft_wrap=True)
         for name, values in example.arrays.items():
@@ -56,12 +61,12 @@ def _drawn(line: ExampleLine, *, width: int | None, is_plain: bool) -> Iterable[
     """A line with its mark; as many as needed where it is wider than the terminal."""
     room = None if width is None else max(_MIN_TEXT_WIDTH, width - len(_LOSS_MARK))
     mark, mark_style = (_LOSS_MARK, "green") if line.has_loss else (_MASKED_MARK, "dim")
-    for pieces in _wrapped(line.pieces, room=room, is_plain=is_plain):
+    for pieces in _wrapped(line, room=room, is_plain=is_plain):
         yield Text.assemble((mark, mark_style), *pieces)
 
 
-def _wrapped(pieces: Sequence[Span], *, room: int | None, is_plain: bool) -> Iterable[list[tuple[str, str]]]:
-    styled = [(character, style) for text, style in _styled(pieces, is_plain=is_plain) for character in text]
+def _wrapped(line: ExampleLine, *, room: int | None, is_plain: bool) -> Iterable[list[tuple[str, str]]]:
+    styled = [(character, style) for text, style in _styled(line, is_plain=is_plain) for character in text]
     whole = "".join(character for character, _ in styled)
     at = 0
     for part in chop_cells(whole, room) if room is not None else [whole]:
@@ -73,14 +78,18 @@ def _wrapped(pieces: Sequence[Span], *, room: int | None, is_plain: bool) -> Ite
         ]
 
 
-def _styled(pieces: Sequence[Span], *, is_plain: bool) -> Iterable[tuple[str, str]]:
-    for piece in pieces:
-        style = {"omitted": "dim italic", "special": "magenta"}.get(piece.kind, "green" if piece.has_loss else "")
-        is_marked = is_plain and piece.kind == "special" and piece.text
+def _styled(line: ExampleLine, *, is_plain: bool) -> Iterable[tuple[str, str]]:
+    for piece in line.pieces:
+        loss_style = "green" if piece.has_loss else ""
+        is_marked = line.is_inline and piece.has_loss and piece.kind != "omitted"
         text = _shown(piece.text)
-        yield f"{_OPEN}{text}{_CLOSE}" if is_marked else text, style
+        if is_plain and piece.kind == "special" and text:
+            text = f"{_OPEN}{text}{_CLOSE}"
+        yield "«" * is_marked, loss_style
+        yield text, {"omitted": "dim italic", "special": "magenta"}.get(piece.kind, loss_style)
         if piece.target:
-            yield f" → {_shown(piece.target)} ", "bold green"
+            yield f" → {_shown(visible(piece.target))}", "bold green"
+        yield "»" * is_marked, loss_style
 
 
 def _shown(text: str) -> str:

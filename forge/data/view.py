@@ -6,7 +6,7 @@ Only the index and the examples that are shown are read, so the time does not gr
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from forge.data.cache_index import CacheIndex, read_index
+from forge.data.cache_index import read_index
 from forge.data.example_store import ExampleRows
 from forge.data.order import SampleOrder
 from forge.data.prepare import open_rows
@@ -57,12 +57,22 @@ class Selection:
                 raise ArgumentError(f"{name} must be in {least}..{MAX_VALUES[name]:,}, it is {value:,}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveView:
+    """How an objective sees the stored examples."""
+
+    predicts_tokens: bool | None
+    """Whether targets are token ids; None if that is not known (an objective of the user's own)."""
+    show: Callable[[Arrays, int], Arrays] | None = None
+    """Gives the arrays of an example, and its number, as a step sees them; None: as they are stored."""
+
+
 def view_corpus(
     facts: CorpusInfo,
     *,
+    objective: ObjectiveView,
     seed: int,
-    predicts_tokens: bool | None,
-    selection: Selection = Selection(),
+    selection: Selection | None = None,
     num_sampled_records: int | None = None,
     passes: float | None = None,
 ) -> DataView:
@@ -70,7 +80,8 @@ def view_corpus(
 
     Args:
         seed: of the choice of examples.
-        predicts_tokens: whether targets are token ids; None if that is not known (an objective of the user's own).
+        selection: the examples that are shown; by default three.
+        objective: how it sees the examples.
         num_sampled_records: if the corpus is a sample.
         passes: over the training sequences, by the whole run.
 
@@ -80,30 +91,36 @@ def view_corpus(
     layout = index.examples
     num_rows = facts.num_train_sequences
     num_tokens = num_rows * facts.seq_len if layout is None else layout.train.num_tokens
+    num_targets = num_tokens if layout is None else layout.train.num_targets
+    examples = _shown(facts, seed=seed, objective=objective, selection=selection or Selection())
+    if objective.show is not None:
+        share = sum(one.num_targets for one in examples) / max(1, sum(one.num_tokens for one in examples))
+        num_targets = round(share * num_tokens)
     return DataView(
         num_sampled_records=num_sampled_records,
         num_examples=num_rows if layout is None else layout.train.num_examples,
         num_sequences=num_rows,
         num_tokens=num_tokens,
-        num_targets=num_tokens if layout is None else layout.train.num_targets,
+        num_targets=num_targets,
+        is_estimate=objective.show is not None,
         padding=facts.padding,
         passes=passes,
         lengths=index.lengths,
         notes=facts.notes,
         num_skipped_records=facts.num_skipped_records,
-        examples=_shown(facts, index=index, seed=seed, predicts_tokens=predicts_tokens, selection=selection),
+        examples=examples,
     )
 
 
 def _shown(
-    facts: CorpusInfo, *, index: CacheIndex, seed: int, predicts_tokens: bool | None, selection: Selection
+    facts: CorpusInfo, *, seed: int, objective: ObjectiveView, selection: Selection
 ) -> tuple[ShownExample, ...]:
     content = (Path(facts.folder) / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
     special = {token["id"] for token in json.loads(content)["added_tokens"] if token["special"]}
     reader = SpanReader(
         tokenizer=Tokenizer.from_str(content),
         special_ids=frozenset({facts.eot_id, *special}),
-        predicts_tokens=predicts_tokens,
+        predicts_tokens=objective.predicts_tokens,
         max_chars=selection.max_chars,
     )
     train, held_out = open_rows(facts)
@@ -114,7 +131,8 @@ def _shown(
     else:
         chosen = _following(sides, first=selection.index, count=selection.count, split=selection.split)
     return tuple(
-        _shown_example(sides[split], number=number, split=split, reader=reader) for split, number in chosen
+        _shown_example(sides[split], number=number, split=split, reader=reader, show=objective.show)
+        for split, number in chosen
     )
 
 
@@ -155,12 +173,15 @@ def _require_index(index: int, *, total: int, of: str) -> None:
         raise ArgumentError(f"there is no number {index:,} among the {of}; {known}")
 
 
-def _shown_example(rows: RowStore, *, number: int, split: str, reader: SpanReader) -> ShownExample:
+def _shown_example(
+    rows: RowStore, *, number: int, split: str, reader: SpanReader, show: Callable[[Arrays, int], Arrays] | None
+) -> ShownExample:
     arrays: Arrays
     if isinstance(rows, ExampleRows):
         arrays = rows.example(number)
     else:
         arrays = {name: values[0] for name, values in rows.read(np.array([number], dtype=np.int64)).items()}
+    arrays = arrays if show is None else show(arrays, number)
     return ShownExample(
         index=number,
         split=split,

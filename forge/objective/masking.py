@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from forge.config.training import MaskingSpec
-from forge.data.rows import IGNORED
+from forge.config.training import MaskingSpec, TrainingSpec
+from forge.data.rows import IGNORED, Arrays
 from forge.data.tokenizer_files import read_json, role_token, special_ids
 from forge.errors import DataError
 
@@ -92,6 +93,27 @@ def draw_masks(
         replaced = chosen[(fate >= _SHARE_MASKED) & (fate < _SHARE_MASKED + _SHARE_RANDOM)]
         masked[i, replaced] = draw.choice(kinds.ordinary, size=len(replaced))
     return masked, targets
+
+
+def show_masks(arrays: Arrays, *, seed: int, training: TrainingSpec, tokenizer: Path) -> Arrays:
+    """Mask one example as a step might; every step draws other masks.
+
+    Shapes: arrays: `tokens` int[n] and others. Returns: the same with masks in `tokens`, and new `targets`.
+    """
+    tokens = np.asarray(arrays["tokens"], dtype=np.int64)[None]
+    masked, targets = draw_masks(
+        tokens,
+        is_token=np.ones(tokens.shape, dtype=np.bool_),
+        seeds=np.array([seed], dtype=np.uint64),
+        spec=training.masking,
+        kinds=_kinds_of(tokenizer),
+    )
+    return {**arrays, "tokens": masked[0], "targets": targets[0]}
+
+
+@lru_cache(maxsize=1)
+def _kinds_of(tokenizer: Path) -> TokenKinds:
+    return TokenKinds.of(tokenizer)
 
 
 def _chosen(

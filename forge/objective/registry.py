@@ -33,6 +33,9 @@ class RegisteredObjective:
     """Values of `data.format` with the examples that it learns from, the usual one first; empty: any."""
     special_tokens: tuple[str, ...] = ()
     """What a tokenizer that is trained on the corpus has besides the end-of-text token."""
+    show: str | None = None
+    """`module:function` that gives an example as a step sees it, where the objective changes the stored one, as by
+    masks: `show(arrays, *, seed, training, tokenizer)`, without torch. The plan shows the result."""
     separates_examples: bool = False
     """Whether it takes the examples of a packed row apart, so that the model need not keep them apart."""
 
@@ -54,6 +57,7 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
         formats=("text",),
         auto_class="AutoModelForMaskedLM",
         special_tokens=("[MASK]",),
+        show="forge.objective.masking:show_masks",
         separates_examples=True,
     ),
 }

@@ -71,6 +71,8 @@ class DataView:
     """Positions of the training sequences that are not padding."""
     num_targets: int
     """Of these, the positions at which something is predicted."""
+    is_estimate: bool = False
+    """Whether `num_targets` is estimated by the examples shown, as the objective draws targets in every step."""
     padding: float
     """Share of the positions of the training sequences that hold no token."""
     passes: float | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from forge.plan.data_view import DataView, Lengths, ShownExample, Span
 from forge.plan.inputs import CorpusInfo
@@ -12,6 +12,9 @@ from forge.units import format_count
 
 _NEWLINE = "↵"
 _TAB = "⇥"
+_MAX_SWITCHES = 20
+"""Beginnings and ends of loss that each get a line of their own."""
+_MAX_LINES_INLINE = 10
 _MAX_SKIPPED = 6
 """Records that cannot be used and are named."""
 _MAX_LINES_OF_SPAN = 6
@@ -20,9 +23,12 @@ _MAX_LINES_OF_SPAN = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExampleLine:
-    """One line of an example, in one style but for its special tokens."""
+    """One line of an example."""
 
     has_loss: bool
+    is_inline: bool
+    """Whether only some pieces of the line may carry loss; elsewhere all or none do."""
+    part: int | None
     pieces: tuple[Span, ...]
     """Without newlines; their other control characters are as in the data."""
 
@@ -53,7 +59,11 @@ def view_facts(view: DataView) -> list[tuple[str, str]]:
     else:
         facts.append(("lengths", "not recorded by the version of forge that prepared this corpus"))
     share = view.num_targets / max(1, view.num_tokens)
-    return [*facts, ("loss", f"{view.num_targets:,} of {view.num_tokens:,} tokens carry loss ({share:.1%})")]
+    if view.is_estimate:
+        loss = f"about {share:.1%} of {view.num_tokens:,} tokens carry loss, others in every step"
+    else:
+        loss = f"{view.num_targets:,} of {view.num_tokens:,} tokens carry loss ({share:.1%})"
+    return [*facts, ("loss", loss)]
 
 
 def example_facts(view: DataView) -> list[tuple[str, str]]:
@@ -70,20 +80,32 @@ def example_title(example: ShownExample) -> str:
 
 
 def example_lines(example: ShownExample, *, is_whole: bool = False) -> Iterator[ExampleLine]:
-    """The text of an example, broken where the loss begins or ends, at its newlines, and between parts.
+    """The text of an example, line by line.
+
+    A line ends where the loss begins or ends. Where that would be at every few tokens, as with masks, it does not,
+    and what carries loss is marked within the line.
 
     Args:
-        is_whole: keep every line; otherwise the middle of long spans is left out.
+        is_whole: keep every line; otherwise the middle of long texts is left out.
     """
-    for (has_loss, _part), spans in groupby(example.spans, key=lambda span: (span.has_loss, span.part)):
+    switches = sum(one.has_loss != other.has_loss for one, other in pairwise(example.spans))
+    is_inline = switches > _MAX_SWITCHES or any(span.target for span in example.spans)
+    most = _MAX_LINES_INLINE if is_inline else _MAX_LINES_OF_SPAN
+    for (_, part), spans in groupby(example.spans, key=lambda span: (span.has_loss or is_inline, span.part)):
         lines = list(_lines(list(spans)))
-        hidden = 0 if is_whole else len(lines) - _MAX_LINES_OF_SPAN
+        hidden = 0 if is_whole else len(lines) - most
         if hidden > 1:
-            mark = Span(text=f"… {hidden:,} more lines …", has_loss=has_loss, kind="omitted")
-            half = _MAX_LINES_OF_SPAN // 2
-            lines = [*lines[:half], [mark], *lines[-half:]]
+            mark = Span(text=f"… {hidden:,} more lines …", has_loss=lines[0][0].has_loss, kind="omitted")
+            lines = [*lines[: most // 2], [mark], *lines[-(most // 2) :]]
         for line in lines:
-            yield ExampleLine(has_loss=has_loss, pieces=tuple(line))
+            has_loss = any(piece.has_loss and piece.kind != "omitted" for piece in line)
+            has_loss = has_loss if is_inline else line[0].has_loss
+            yield ExampleLine(has_loss=has_loss, is_inline=is_inline, part=part, pieces=tuple(line))
+
+
+def visible(text: str) -> str:
+    """Show newlines and tabs of a text on one line."""
+    return text.replace("\n", _NEWLINE).replace("\t", _TAB)
 
 
 def _lines(spans: list[Span]) -> Iterator[list[Span]]:

@@ -33,7 +33,7 @@ from forge.plan.search import plan_search
 from forge.runs.reader import read_plan
 from forge.runtime.probe import count_local_slots, hardware, inspect_model
 from forge.runtime.resolve_code import resolve_code
-from forge.runtime.resolve_view import predicts_tokens, view_sample, with_view
+from forge.runtime.resolve_view import objective_view, view_sample, with_view
 
 _SMALL_BYTES = 1 << 21
 _SMALL_FILES = 500
@@ -102,7 +102,9 @@ def inspect_data(
     if corpus is None and _is_small(job.data, inputs.files):
         corpus = _prepared(inputs)
     if corpus is not None:
-        return view_corpus(corpus, seed=job.data.seed, predicts_tokens=predicts_tokens(job), selection=selection)
+        return view_corpus(
+            corpus, seed=job.data.seed, objective=objective_view(job, corpus=corpus), selection=selection
+        )
     if selection.index is not None:
         path = inputs.loaded.source.path
         raise ArgumentError(f"only a prepared corpus has numbered examples; first: forge data prepare {path}")

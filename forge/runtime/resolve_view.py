@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from forge.config.data import DataSpec
 from forge.config.job import JobSpec
 from forge.data.prepare import prepare_sample
+from forge.data.rows import Arrays
 from forge.data.sources.build import SampleSize
-from forge.data.view import Selection, view_corpus
+from forge.data.view import ObjectiveView, Selection, view_corpus
 from forge.objective.registry import OBJECTIVES
 from forge.plan.data_view import DataView
+from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
 
 _SAMPLE_RECORDS = 400
@@ -27,7 +30,9 @@ def with_view(plan: Plan) -> Plan:
     """Return the plan of a job with a prepared corpus, with the view of it. Raises: DataError."""
     job = plan.job
     passes = plan.total_steps * job.training.global_batch_size / plan.corpus.num_train_sequences
-    view = view_corpus(plan.corpus, seed=job.data.seed, predicts_tokens=predicts_tokens(job), passes=passes)
+    view = view_corpus(
+        plan.corpus, seed=job.data.seed, objective=objective_view(job, corpus=plan.corpus), passes=passes
+    )
     return replace(plan, view=view)
 
 
@@ -36,7 +41,7 @@ def view_sample(
     *,
     data: DataSpec,
     code_digest: str | None,
-    selection: Selection = Selection(),  # noqa: B008 — frozen
+    selection: Selection | None = None,
 ) -> DataView | None:
     """Describe a sample of a corpus, which is prepared in a folder that is deleted afterwards.
 
@@ -56,13 +61,23 @@ def view_sample(
         return view_corpus(
             facts,
             seed=data.seed,
-            predicts_tokens=predicts_tokens(job),
+            objective=objective_view(job, corpus=facts),
             selection=selection,
             num_sampled_records=facts.num_documents + facts.num_skipped_records,
         )
 
 
-def predicts_tokens(job: JobSpec) -> bool | None:
-    """Whether the objective's targets are token ids; None for one of the user's own."""
+def objective_view(job: JobSpec, *, corpus: CorpusInfo) -> ObjectiveView:
+    """How the objective of a job sees the examples; of one of the user's own, as they are stored."""
     known = OBJECTIVES.get(job.training.objective)
-    return known.predicts_tokens if known is not None else None
+    if known is None or known.show is None:
+        return ObjectiveView(predicts_tokens=known.predicts_tokens if known is not None else None)
+    module, _, name = known.show.partition(":")
+    function = getattr(import_module(module), name)
+    tokenizer = Path(corpus.folder) / "tokenizer"
+
+    def show(arrays: Arrays, number: int) -> Arrays:
+        shown: Arrays = function(arrays, seed=number, training=job.training, tokenizer=tokenizer)
+        return shown
+
+    return ObjectiveView(predicts_tokens=known.predicts_tokens, show=show)

@@ -85,7 +85,7 @@ def test_show_examples__narrow_terminal__breaks_lines_under_their_mark(width: in
 
 def test_show_examples__target__stands_behind_its_position() -> None:
     text = drawn(MASKED)
-    assert "loss │ ⟦[MASK]⟧ → capital" in text
+    assert "loss │ the «⟦[MASK]⟧ → capital»" in text
     assert "score: 0.5 at every position" in text
 
 
@@ -102,3 +102,16 @@ def test_show_examples__secret_of_the_environment__is_masked(monkeypatch: pytest
     span = Span(text="the key is sk-4711-abcdefgh.", has_loss=False)
     example = ShownExample(index=1, split="train", num_tokens=9, num_targets=9, spans=(span,))
     assert "4711" not in drawn(example) and "***" in drawn(example)
+
+
+def test_show_examples__loss_at_every_few_tokens__keeps_lines_whole() -> None:
+    words = [Span(text=f"word {i} ", has_loss=i % 2 == 0) for i in range(60)]
+    example = ShownExample(index=1, split="train", num_tokens=9, num_targets=9, spans=tuple(words))
+    assert drawn(example).splitlines()[-1].startswith("loss │ «word 0 »word 1 «word 2 »word 3 ")
+
+
+def test_show_examples__parts__have_a_line_of_their_own() -> None:
+    spans = [Span(text="same", has_loss=False, part=0)]
+    spans += [Span(text=text, has_loss=True, part=part) for text, part in (("good", 0), ("bad", 1))]
+    example = ShownExample(index=1, split="train", num_tokens=9, num_targets=9, spans=tuple(spans))
+    assert drawn(example).splitlines()[4:] == ["     │ same", "loss │ good", "part 1", "loss │ bad"]

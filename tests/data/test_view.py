@@ -26,7 +26,7 @@ from forge.data.sources.base import Record
 from forge.data.sources.build import SampleSize, build_source
 from forge.data.store import checksum
 from forge.data.tokenizer import Encoder, TextTokenizer, load_tokenizer
-from forge.data.view import Selection, view_corpus
+from forge.data.view import ObjectiveView, Selection, view_corpus
 from forge.errors import ArgumentError, DataError
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CorpusInfo
@@ -52,7 +52,7 @@ def spec_of(path: Path, **changes: Any) -> DataSpec:
 
 
 def view_of(facts: CorpusInfo, **changes: Any) -> DataView:
-    return view_corpus(facts, seed=1, predicts_tokens=True, selection=Selection(**changes))
+    return view_corpus(facts, seed=1, objective=ObjectiveView(predicts_tokens=True), selection=Selection(**changes))
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=200))
@@ -167,7 +167,9 @@ def test_view__format_with_parts_labels_and_vectors__shows_all_of_them(
 ) -> None:
     monkeypatch.setattr(prepare_examples, "build_format", lambda _, *, context: Labelled(context))
     facts = prepare(spec_of(records, packing="examples"), cache_dir=tmp_path)
-    view = view_corpus(facts, seed=1, predicts_tokens=False, selection=Selection(count=300))
+    view = view_corpus(
+        facts, seed=1, objective=ObjectiveView(predicts_tokens=False), selection=Selection(count=300)
+    )
     assert view.notes == {"texts cut at 20": 7}
     for example in view.examples:
         assert example.spans[0].target == "2" and example.num_targets == 1

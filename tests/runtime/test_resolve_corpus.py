@@ -140,3 +140,14 @@ def test_inspect_data__large_corpus__is_sampled_until_it_is_prepared(monkeypatch
 def test_selection__out_of_range__is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError):
         Selection(**wrong)
+
+
+def test_resolve_draft__masked_lm__shows_masks_and_what_is_behind_them() -> None:
+    write_corpus(*(f"document {i} " + "with some words " * 20 for i in range(40)))
+    view = draft("training.objective=masked-lm", "model.architecture=bert").view
+    assert view is not None and view.is_estimate
+    assert view.num_targets == pytest.approx(0.15 * view.num_tokens, rel=0.1)
+    spans = [span for example in view.examples for span in example.spans]
+    masks = [span for span in spans if span.text.strip() == "[MASK]"]
+    assert masks and all(span.has_loss and span.kind == "special" and span.target for span in masks)
+    assert any(span.target.strip() in ("with", "some", "words") for span in masks)
