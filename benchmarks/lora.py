@@ -76,7 +76,7 @@ def snapshot_bytes(folder: Path, base: Path, lora: dict[str, Any] | None) -> int
         "model": {"from_pretrained": str(base)} | ({"lora": lora} if lora is not None else {}),
         "data": {"files": str(folder / "text.txt"), "seq_len": 32, "held_out": 0},
         "training": {"total_steps": 1, "global_batch_size": 1, "zero": {"stage": 1}},
-        "checkpoint": {"runs": str(folder / "runs")},
+        "checkpoint": {"to": str(folder / "runs")},
         "resources": {"workers": 1},
         "tracking": {"wandb": {"mode": "disabled"}},
     }

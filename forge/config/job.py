@@ -85,6 +85,9 @@ class JobSpec(Section):
             problem = "names a class of your own; add the folder it is in, such as 'code: ./src'"
             for key, reference in self.user_classes.items():
                 yield FieldError(key, f"{reference} {problem}", depends_on=("code",))
+        if self.model.lora is not None and self.model.lora.quantize != "none" and self.training.zero.stage == 3:
+            problem = "ZeRO 3 divides the weights among workers, which 4 bits do not allow; use zero.stage 0 to 2"
+            yield FieldError("model.lora.quantize", problem, depends_on=("training.zero.stage",))
         if self.training.early_stopping is not None and not self.data.held_out:
             problem = f"{self.training.early_stopping.metric} is measured on held-out data, but data.held_out is 0"
             yield FieldError("training.early_stopping", problem, depends_on=("data.held_out",))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
 
-from forge.config.section import Number, Section, Strings
+from pydantic import Field, model_validator
+
+from forge.config.section import FieldError, Number, Section, Strings
 
 ALL_LINEAR = "all-linear"
 
@@ -37,9 +39,23 @@ class LoraSpec(Section):
     rslora: bool = False
     """Scale by `alpha / √rank` (rank-stabilised LoRA, arXiv 2312.03732). peft: `use_rslora`."""
 
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4`: keep the frozen linear layers in 4 bits (QLoRA, arXiv 2305.14314), by bitsandbytes, which is not
+    installed with forge. All but the output head and what is trained whole; not under ZeRO 3, and not with `dora`.
+    transformers: `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)`."""
+
     modules_to_save: Strings = ()
     """Modules that are trained whole beside the adapters, by name or pattern, such as `lm_head`. They are in
     snapshots and checkpoints in full."""
+
+    @model_validator(mode="after")
+    def _knows_its_weights(self) -> LoraSpec:
+        if self.dora and self.quantize != "none":
+            problem = (
+                "begins with the lengths of the weights' rows, which quantize changes; leave one of the two out"
+            )
+            raise FieldError("dora", problem, depends_on=("quantize",))
+        return self
 
     @property
     def scaled_alpha(self) -> float:

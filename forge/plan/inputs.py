@@ -137,6 +137,8 @@ class ModelInfo:
     """`generation_config.json` of `from_pretrained`, kept for the export."""
     num_frozen_matmul_parameters: int = 0
     """Of `num_matmul_parameters` those that are not trained: no gradient of theirs is computed."""
+    num_quantised_parameters: int = 0
+    """Frozen parameters that are kept in 4 bits (`model.lora.quantize`)."""
     num_base_parameters: int = 0
     """Frozen parameters of `from_pretrained`: snapshots and checkpoints refer to them and do not contain them."""
     activation_bytes_per_row: int | None = None

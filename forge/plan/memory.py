@@ -24,6 +24,10 @@ LIBRARIES_BYTES = 425 * 2**20
 """Resident memory of a rank on CPU before it builds the model: Python, torch, DeepSpeed and transformers.
 
 Source: measured with the versions of constraints.txt; tests/train/test_libraries.py measures it again."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Of a parameter in 4 bits: for each 64 there is a scale of 8 bits, and for each 256 scales one in fp32.
+
+Source: QLoRA, arXiv 2305.14314, section 3, "Double Quantization"."""
 MAX_AUTO_MICRO_BATCH = 8
 """Largest micro-batch that `auto` picks: small models gained nothing beyond it on any device we measured."""
 
@@ -85,7 +89,8 @@ def estimate_memory(
     # A separate master copy exists unless fp32 weights are updated in place (ZeRO 0).
     master = 4 if half or stage > 0 else 0
     shards = world_size if stage >= 1 else 1
-    weights = width * parameters
+    quantised = model.num_quantised_parameters
+    weights = width * (parameters - quantised) + round(NF4_BYTES * quantised)
     if stage == 3:
         # The shard, and the largest module while it is gathered for its forward or backward.
         weights = weights // world_size + width * model.largest_module_parameters

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from forge.checkpoint.manifest import BaseWeights, ModelShape, Parameter
 from forge.model.adapter_names import has_adapters, unwrapped_name
 from forge.model.adapters import adapter_record
+from forge.model.quantise import quantised_weights
 from forge.objective.base import MODEL_PREFIX
 
 DTYPE_NAMES = {
@@ -30,10 +31,11 @@ def shape_of(engine: Any, *, base: BaseWeights | None = None) -> ModelShape:
         base: the pretrained weights that parameters which are not trained refer to.
     """
     module = engine.module
+    quantised = {_plain_name(module, name): whole for name, whole in quantised_weights(module).items()}
     parameters = {
         name: Parameter(
-            shape=tuple(getattr(p, "ds_shape", p.shape)),
-            dtype=DTYPE_NAMES[p.dtype],
+            shape=tuple(quantised[name].shape) if name in quantised else tuple(getattr(p, "ds_shape", p.shape)),
+            dtype=DTYPE_NAMES[quantised[name].dtype if name in quantised else p.dtype],
             kind="master" if p.requires_grad else "frozen" if base is None else "base",
         )
         for name, p in named_parameters(module)
@@ -73,6 +75,7 @@ def _plain_name(module: nn.Module, name: str) -> str:
 def named_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors of the state dict that are not parameters, such as a router's bias."""
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    quantised = tuple(f"{name}." for name in quantised_weights(module))  # with their scales
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if name not in parameters and isinstance(tensor, Tensor):
+        if name not in parameters and isinstance(tensor, Tensor) and not name.startswith(quantised):
             yield _plain_name(module, name), tensor

@@ -294,7 +294,8 @@ def _constants(engine: Any, *, frozen: str) -> Iterator[Shard]:
     divided, rank = engine.zero_optimization_stage() == 3, engine.global_rank
     named: list[tuple[str, Any]] = list(named_parameters(engine.module))
     for name, parameter in named:
-        if parameter.requires_grad:
+        # What is quantised has its values already.
+        if parameter.requires_grad or getattr(parameter, "quant_state", None) is not None:
             continue
         if divided:
             start = rank * parameter.partition_numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from forge.config.model import ModelSpec
 from forge.errors import ModelError
-from forge.model import adapters
+from forge.model import adapters, quantise
 from forge.model.families.base import DataShape
 from forge.model.families.causal_lm import CausalLmFamily
 from forge.plan.flops import flops_per_token
 from forge.plan.inputs import ModelInfo
+from forge.plan.memory import estimate_memory
 from tests.serve.test_export import MODELS
 from tests.serve.test_export_adapters import save_base
-from tests.support.jobs import SEQ_LEN, VOCAB
+from tests.support.jobs import SEQ_LEN, VOCAB, tiny_job
 
 DATA = DataShape(vocab_size=VOCAB, seq_len=SEQ_LEN, eot_id=0)
 
@@ -129,11 +131,46 @@ def test_inspect__without_peft__names_the_command(bases: Path, monkeypatch: pyte
         ({"from_pretrained": "x", "lora": {"dropout": 1.0}}, "less than 1"),
         ({"from_pretrained": "x", "lora": {"alpha": 0}}, "greater than 0"),
         ({"from_pretrained": "x", "lora": {"r": 8}}, "Extra inputs are not permitted"),
+        ({"from_pretrained": "x", "lora": {"dora": True, "quantize": "nf4"}}, "leave one of the two out"),
     ],
 )
 def test_model_section__lora_that_cannot_be__is_refused(section: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         ModelSpec.model_validate(section)
+
+
+def test_inspect__qlora__counts_what_is_kept_in_4_bits(bases: Path) -> None:
+    info = inspect(bases / "llama", targets="q_proj", quantize="nf4", modules_to_save="layers.1.mlp")
+    layer = 4 * 32 * 32 + 3 * 32 * 64
+    assert info.num_quantised_parameters == 2 * layer - 3 * 32 * 64  # no embedding, no head, not what is trained
+    assert info.num_parameters == inspect(bases / "llama", targets="q_proj").num_parameters
+    assert any("frozen linear layers in 4 bits" in note for note in info.notes)
+    sizes = [
+        estimate_memory(
+            replace(info, num_quantised_parameters=count),
+            tiny_job().training,
+            world_size=1,
+            micro_batch_size=1,
+            seq_len=SEQ_LEN,
+            is_on_host=True,
+        ).weights_bytes
+        for count in (0, info.num_quantised_parameters)
+    ]
+    assert sizes[0] - sizes[1] == pytest.approx((2 - 0.516) * info.num_quantised_parameters, rel=0.01)
+
+
+def test_inspect__qlora_without_bitsandbytes__names_the_command(
+    bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantise, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install bitsandbytes==") as caught:
+        inspect(bases / "llama", quantize="nf4")
+    assert caught.value.key == "lora.quantize"
+
+
+def test_job__qlora_under_zero_3__is_refused() -> None:
+    with pytest.raises(ValidationError, match="ZeRO 3 divides the weights among workers"):
+        tiny_job(model={"from_pretrained": "x", "lora": {"quantize": "nf4"}}, training__zero={"stage": 3})
 
 
 def test_flops__frozen_weights__are_counted_without_their_gradient(bases: Path) -> None:
@@ -150,5 +187,6 @@ def test_flops__frozen_weights__are_counted_without_their_gradient(bases: Path) 
 
 
 def test_training_modules__without_lora__do_not_import_peft() -> None:
-    code = "import sys, forge.train.worker, forge.serve.export; sys.exit('peft' in sys.modules)"
+    found = "bool({'peft', 'bitsandbytes'} & set(sys.modules))"
+    code = f"import sys, forge.train.worker, forge.serve.export; sys.exit({found})"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from forge.data.loader import TrainBatches
 from forge.data.order import SampleOrder
@@ -64,7 +64,15 @@ def peft_losses(base: Path, plan: Plan, *, learning_rates: list[float]) -> list[
         modules_to_save=list(spec.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    options = {"quantization_config": quantised} if spec.quantize == "nf4" else {}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options), config)
+    model.train()  # bitsandbytes packs 4-bit weights in another order on CPU, in evaluation mode
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_A." in name:
@@ -109,8 +117,9 @@ def peft_losses(base: Path, plan: Plan, *, learning_rates: list[float]) -> list[
         ALL | {"targets": ["q_proj", "down_proj"], "rslora": True},
         ALL | {"dora": True},
         ALL | {"targets": "q_proj", "modules_to_save": "lm_head"},
+        ALL | {"targets": ["q_proj", "up_proj"], "quantize": "nf4"},
     ],
-    ids=["all-linear", "by-name-rslora", "dora", "modules-to-save"],
+    ids=["all-linear", "by-name-rslora", "dora", "modules-to-save", "qlora"],
 )
 def test_train__one_rank__has_the_losses_of_peft(
     base: Path, corpus: CorpusInfo, tmp_path: Path, lora: dict[str, Any]
@@ -183,3 +192,18 @@ def test_train__experts_in_one_tensor__has_the_losses_of_one_rank(
 def test_curve_differences__another_rank__names_the_key() -> None:
     before, now = (tiny_job(model={"from_pretrained": "x", "lora": {"rank": rank}}) for rank in (4, 8))
     assert [difference.key for difference in curve_differences(before, now)] == ["model.lora.rank"]
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (2, 3)])
+def test_train__qlora__any_world_size_and_resume_have_the_losses_of_one_rank(
+    base: Path, corpus: CorpusInfo, tmp_path: Path, stage: int, world_size: int
+) -> None:
+    lora = ALL | {"quantize": "nf4", "dropout": 0.1}
+    one = run_ranks(plan_of(base, corpus, lora), tmp_path / "one", world_size=1)
+    plan = plan_of(base, corpus, lora, training__zero={"stage": stage}, training__evaluate_every="2 steps")
+    first = run_ranks(plan, tmp_path / "many", world_size=world_size, stop_after=3)
+    rest = run_ranks(plan_of(base, corpus, lora), tmp_path / "many", world_size=1)
+    assert [*first.losses, *rest.losses] == pytest.approx(one.losses, rel=1e-4)
+    whole = {name: one.shape for name, one in newest(tmp_path / "many").shape.parameters.items()}
+    assert whole["model.layers.0.mlp.up_proj.weight"] == (64, 32)
+    assert {one.kind for one in newest(tmp_path / "many").shape.parameters.values()} == {"master", "base"}

@@ -33,6 +33,7 @@ from forge.model.isolation import isolation_problem
 from forge.model.look_ahead import probe_forward
 from forge.model.position_wise import has_positionwise_head
 from forge.model.pretrained import PretrainedWeights, some
+from forge.model.quantise import num_quantised, quantise, require_bitsandbytes
 from forge.model.router_loss import router_loss_of
 from forge.model.transformers_config import build_config, check_keys, load_config, read_generation
 from forge.model.weight_files import is_downloaded, open_weight_files
@@ -61,8 +62,10 @@ class CausalLmFamily:
         if is_causal and probe.looks_ahead is None:
             notes += ("not checked whether it sees later tokens: no small copy of it can be run",)
         notes += _check_router(spec, model)
-        notes += _adapt(spec, data, model)
+        notes += _adapt(spec, data, model, device=None)
         info = _count(model, config)
+        if spec.lora is not None and spec.lora.quantize != "none":
+            info = replace(info, num_quantised_parameters=num_quantised(model))
         if spec.from_pretrained is not None:
             frozen = info.num_parameters - info.num_trainable_parameters
             info = replace(info, num_base_parameters=frozen, generation=read_generation(spec.from_pretrained))
@@ -84,7 +87,7 @@ class CausalLmFamily:
                 initialise(model, seed=options.seed, gather=gather, only=absent)
         model.tie_weights()
         freeze_parameters(model, spec.freeze)
-        _adapt(spec, data, model)
+        _adapt(spec, data, model, device=options.device)
         return cast(nn.Module, model)
 
     def open_pretrained(self, spec: ModelSpec, data: DataShape) -> PretrainedWeights:
@@ -98,8 +101,11 @@ class CausalLmFamily:
             add_adapters(model, adapter_config(spec.lora, find_targets(model, spec.lora, absent=())))
 
 
-def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module) -> tuple[str, ...]:
+def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module, *, device: torch.device | None) -> tuple[str, ...]:
     """Put the adapters of `model.lora` into a model, if it has that section.
+
+    Args:
+        device: where weights are quantised, if the job says so; None if they will have no values.
 
     Returns: what the plan says about them.
     Raises: ModelError, PlanError.
@@ -110,11 +116,14 @@ def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module) -> tuple[str, ...
     # The model itself may be partitioned, and its weights may have no shape.
     whole = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
     is_here = Path(spec.from_pretrained or "").expanduser().is_dir() or is_downloaded(spec.from_pretrained or "")
-    absent = (
-        _open_weights(spec, whole, auto_class=data.auto_class).absent if is_here and spec.config_overrides else ()
-    )
-    targets = find_targets(whole, spec.lora, absent=absent)
+    weights = _open_weights(spec, whole, auto_class=data.auto_class) if is_here else None
+    targets = find_targets(whole, spec.lora, absent=weights.absent if weights is not None else ())
     add_adapters(model, adapter_config(spec.lora, targets), trained=targets.trained)
+    if spec.lora.quantize != "none":
+        require_bitsandbytes()
+        if device is not None:
+            weights = weights or _open_weights(spec, whole, auto_class=data.auto_class)
+            quantise(model, weights, trained=targets.trained, device=device)
     return _about_adapters(spec, targets, model)
 
 
@@ -126,6 +135,8 @@ def _about_adapters(spec: ModelSpec, targets: AdapterTargets, model: nn.Module) 
     whole = f"; trained whole: {some(targets.trained)}" if targets.trained else ""
     kind = "DoRA" if spec.lora.dora else "LoRA"
     about = f"{kind} adapters of rank {spec.lora.rank} and alpha {spec.lora.scaled_alpha:g} on {listed}{whole}"
+    if spec.lora.quantize != "none":
+        about += "; frozen linear layers in 4 bits (NF4)"
     return (about, *targets.notes)
 
 
