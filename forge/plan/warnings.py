@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 
 from forge.config.job import JobSpec
+from forge.plan.data_view import DataView
 from forge.plan.inputs import CorpusFiles, CorpusInfo
 
+_CUT = " cut at seq_len"
+"""What formats call examples that lose their end."""
+_MAX_CUT = 0.1
+_MAX_PADDING = 0.5
+_MIN_LOSS = 0.01
 _MAX_NAMES = 5
 _TOLERANCE = 1.05
 """Passes over the corpus, as a multiple of `training.epochs`, that rounding up to whole steps may give unsaid."""
@@ -21,6 +27,42 @@ def corpus_warnings(job: JobSpec, *, files: CorpusFiles | None, corpus: CorpusIn
     """
     warnings = [_special_tokens(job, files), _held_out(job, corpus), _passes(job, corpus)]
     return tuple(warning for warning in warnings if warning)
+
+
+def view_warnings(view: DataView, *, seq_len: int) -> tuple[str, ...]:
+    """Return one sentence for each thing in the examples that is rarely meant.
+
+    Args:
+        seq_len: `data.seq_len`.
+    """
+    warnings = [_cut(view, seq_len=seq_len), _padding(view), _loss(view)]
+    return tuple(warning for warning in warnings if warning)
+
+
+def _cut(view: DataView, *, seq_len: int) -> str | None:
+    reason, count = max(
+        ((reason, count) for reason, count in view.notes.items() if _CUT in reason),
+        key=lambda item: item[1],
+        default=("", 0),
+    )
+    if count <= _MAX_CUT * max(view.num_examples, view.lengths.count if view.lengths is not None else 0):
+        return None
+    return f"{count:,} {reason}: what lies beyond {seq_len:,} tokens is not learnt; raise data.seq_len"
+
+
+def _padding(view: DataView) -> str | None:
+    if view.padding <= _MAX_PADDING:
+        return None
+    return f"{view.padding:.0%} of the sequences is padding; set data.packing: examples, or lower data.seq_len"
+
+
+def _loss(view: DataView) -> str | None:
+    if not view.num_tokens or view.num_targets >= _MIN_LOSS * view.num_tokens:
+        return None
+    return (
+        f"only {view.num_targets / view.num_tokens:.2%} of the tokens carry loss; see the examples whether that is "
+        "what should be learnt"
+    )
 
 
 def _special_tokens(job: JobSpec, files: CorpusFiles | None) -> str | None:

@@ -30,6 +30,7 @@ from forge.plan.data_view import DataView
 from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
 from forge.plan.search import plan_search
+from forge.plan.warnings import view_warnings
 from forge.runs.reader import read_plan
 from forge.runtime.probe import count_local_slots, hardware, inspect_model
 from forge.runtime.resolve_code import resolve_code
@@ -79,7 +80,9 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     with _with_lines(inputs.trained):
         draft = make_draft(job, model=model, hardware=hardware(job), files=inputs.files)
     view = view_sample(job, data=inputs.data, code_digest=_digest_of(inputs.code))
-    draft = replace(draft, code=inputs.code, templates=loaded.templates, view=view)
+    more = view_warnings(view, seq_len=job.data.seq_len) if view is not None else ()
+    draft = replace(draft, view=view, warnings=draft.warnings + more)
+    draft = replace(draft, code=inputs.code, templates=loaded.templates)
     return _with_search(draft, inputs.loaded, count_slots=count_local_slots)
 
 

@@ -17,6 +17,7 @@ from forge.objective.registry import OBJECTIVES
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
+from forge.plan.warnings import view_warnings
 
 _SAMPLE_RECORDS = 400
 _SAMPLE_PARTS = 16
@@ -33,7 +34,7 @@ def with_view(plan: Plan) -> Plan:
     view = view_corpus(
         plan.corpus, seed=job.data.seed, objective=objective_view(job, corpus=plan.corpus), passes=passes
     )
-    return replace(plan, view=view)
+    return replace(plan, view=view, warnings=plan.warnings + view_warnings(view, seq_len=job.data.seq_len))
 
 
 def view_sample(

@@ -114,7 +114,7 @@ class TestThePlan:
         lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
         assert lines[0][1].startswith("each trial: ")
         assert lines[0][1].endswith(" 3 steps")
-        assert ["searched", "training.optimizer.lr           0.0001 to 0.01, log-uniform"] in lines
+        assert ["searched", "training.optimizer.lr     0.0001 to 0.01, log-uniform"] in lines
         assert ["training.schedule.warmup", "0 to 3, whole numbers"] in lines
         assert ["limits", "8 hours"] in lines
         assert ["metric", "eval/loss, less is better"] in lines

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from forge.plan.data_view import DataView
 from forge.plan.inputs import CorpusFiles
 from forge.plan.plan import plan_from_json, plan_to_json
-from forge.plan.warnings import corpus_warnings
+from forge.plan.warnings import corpus_warnings, view_warnings
 from tests.support.jobs import UNPREPARED, tiny_job, tiny_plan
 
 EPOCHS: dict[str, Any] = {"training__total_steps": None, "training__epochs": 1}
@@ -55,3 +56,49 @@ def test_plan__files_and_warnings__survive_json() -> None:
     plan = replace(tiny_plan(), files=SPELLED, warnings=("a", "b"))
     again = plan_from_json(plan_to_json(plan))
     assert (again.files, again.warnings) == (SPELLED, ("a", "b"))
+
+
+def view(**changes: Any) -> DataView:
+    body: dict[str, Any] = {
+        "num_sampled_records": None,
+        "num_examples": 100,
+        "num_sequences": 50,
+        "num_tokens": 10_000,
+        "num_targets": 4_000,
+        "padding": 0.02,
+        "passes": 1.0,
+        "lengths": None,
+        "notes": {},
+        "num_skipped_records": 0,
+        "examples": (),
+    }
+    return DataView(**(body | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (
+            {"notes": {"conversations cut at seq_len": 11}},
+            "11 conversations cut at seq_len: what lies beyond 64 tok",
+        ),
+        ({"padding": 0.51}, "51% of the sequences is padding; set data.packing: examples"),
+        ({"num_targets": 99}, "only 0.99% of the tokens carry loss"),
+    ],
+)
+def test_view_warnings__what_is_rarely_meant__is_said(changes: dict[str, Any], warning: str) -> None:
+    found = view_warnings(view(**changes), seq_len=64)
+    assert len(found) == 1 and found[0].startswith(warning)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"notes": {"conversations cut at seq_len": 10}},
+        {"notes": {"documents split at seq_len": 99}},
+        {"padding": 0.5},
+    ],
+)
+def test_view_warnings__ordinary_data__are_empty(changes: dict[str, Any]) -> None:
+    assert view_warnings(view(**changes), seq_len=64) == ()
