@@ -49,6 +49,7 @@ from forge.runtime.resolve import inspect_data as resolve_view
 from forge.runtime.resolve import prepare_data as resolve_prepared
 from forge.runtime.resolve import resolve, resolve_draft, with_data_folder
 from forge.runtime.resolve_code import with_run_code
+from forge.runtime.resolve_init import with_init
 from forge.runtime.resolve_space import with_space
 from forge.runtime.torch_subprocess import export_weights, sample_text
 
@@ -247,7 +248,7 @@ def start(
 
     Raises: JobFileError, PlanError, DataError, ArgumentError, ClusterError.
     """
-    loaded = _loaded(job)
+    loaded = with_init(_loaded(job), resume=resume)
     if resume is not None:
         loaded = with_data_folder(with_run_code(loaded, run_folder=resume), run_folder=resume)
     target = _target(cluster, resume)
@@ -322,7 +323,7 @@ def resume_run(
     if found.status == "running":
         raise ArgumentError(f"{folder.name} is running; follow it with attach_run")
     require_regular(folder / "job.yaml")
-    loaded = load_job(folder / "job.yaml", overrides)
+    loaded = with_init(load_job(folder / "job.yaml", overrides), resume=folder)
     require_same_curve(folder, found.plan.job, loaded.job)
     if found.status == "finished" and is_same_length(found.plan.job, loaded.job):
         return _run_of(folder)

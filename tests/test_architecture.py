@@ -56,6 +56,7 @@ SAME_LAYER = {
     ("objective", "data"),
     ("plan", "pricing"),
     ("objective", "model"),
+    ("model", "checkpoint"),
 }
 """Imports that are allowed between packages of one layer; cycles of modules are rejected everywhere."""
 

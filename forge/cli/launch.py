@@ -48,6 +48,7 @@ def launch(request: Request) -> None:
     from forge.runs.reader import read_plan, read_run
     from forge.runtime.resolve import with_data_folder
     from forge.runtime.resolve_code import with_run_code
+    from forge.runtime.resolve_init import with_init
 
     if request.file is None and request.resume is None:
         name = "SEARCH" if request.is_search else "RUN"
@@ -65,7 +66,7 @@ def launch(request: Request) -> None:
         display.message(f"{resumed.name} has already {done}")
         conclude(resumed, interrupted=False, output=request.output)
         return
-    loaded = api.load_job(job_file, request.overrides)
+    loaded = with_init(api.load_job(job_file, request.overrides), resume=resumed)
     if resumed is not None:
         loaded = with_data_folder(with_run_code(loaded, run_folder=resumed), run_folder=resumed)
     check_kind(loaded, is_search=request.is_search)
@@ -198,10 +199,12 @@ def _compare(folder: Path, request: Request, job_file: Path) -> None:
     from forge.plan.curve import free_differences
     from forge.runs.create import require_same_curve
     from forge.runs.reader import read_plan
+    from forge.runtime.resolve_init import with_init
 
     if request.file is None and not request.overrides:
         return
-    before, now = read_plan(folder).job, load_job(job_file, overrides=request.overrides).job
+    before = read_plan(folder).job
+    now = with_init(load_job(job_file, overrides=request.overrides), resume=folder).job
     require_same_curve(folder, before, now)
     for difference in free_differences(before, now):
         display.message(f"{folder.name}: {difference}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from pydantic import Field, field_validator, model_validator
 
+from forge.config.checkpoint_path import tokenizer_of
 from forge.config.data import DataSpec, TokenizerSpec
 from forge.config.metrics import check_metrics
 from forge.config.model import ModelSpec
@@ -65,7 +66,7 @@ class JobSpec(Section):
         raise_errors(errors)
         if self.model.from_pretrained is not None and self.data.tokenizer.from_pretrained is None:
             # Its embeddings are of these ids. The section is frozen; this is still its construction.
-            tokenizer = TokenizerSpec(from_pretrained=self.model.from_pretrained)
+            tokenizer = TokenizerSpec(from_pretrained=tokenizer_of(self.model.from_pretrained))
             self.__dict__["data"] = self.data.model_copy(update={"tokenizer": tokenizer})
         if self.checkpoint.keep_best is None:
             checkpoint = self.checkpoint.model_copy()  # without making it a key that the user has set
@@ -95,11 +96,12 @@ class JobSpec(Section):
             problem = "the best checkpoint is chosen by held-out data, but data.held_out is 0"
             yield FieldError("checkpoint.keep_best", problem, depends_on=("data.held_out",))
         tokenizer = self.data.tokenizer
-        if self.model.from_pretrained is not None and tokenizer.from_pretrained is None:
+        pretrained = next((key for key in ("from_pretrained", "init_from") if getattr(self.model, key)), None)
+        if pretrained is not None and tokenizer.from_pretrained is None:
             new = [key for key in ("train", "vocab_size") if key in tokenizer.model_fields_set]
             new = [key for key in new if getattr(tokenizer, key) != type(tokenizer).model_fields[key].default]
             problem = (
-                "is for a tokenizer trained on this corpus: the embeddings of model.from_pretrained do not "
+                f"is for a tokenizer trained on this corpus: the embeddings of model.{pretrained} do not "
                 "know its ids; leave data.tokenizer out to use the tokenizer of the pretrained model"
             )
             yield from (FieldError(f"data.tokenizer.{key}", problem) for key in new[:1])

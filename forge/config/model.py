@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from forge.config.lora import LoraSpec
 from forge.config.section import FieldError, Section, Strings, raise_errors
 
-_ORIGINS = ("architecture", "from_pretrained", "class")
+_ORIGINS = ("architecture", "from_pretrained", "init_from", "class")
 
 _LOADER_ARGUMENTS = frozenset({
     "adapter_kwargs", "auto_map", "cache_dir", "code_revision", "custom_generate", "custom_pipeline", "device_map",
@@ -41,9 +41,15 @@ class ModelSpec(Section):
 
     from_pretrained: str | None = Field(None, min_length=1)
     """A Hugging Face Hub id, or a local folder in its layout: config, safetensors weights and tokenizer are loaded
-    from it, and no code. All other keys of this section change its config: weights that only they add, such as
-    further layers, are drawn from `training.seed`; the plan lists them, and those that are not used. A tensor of
-    another shape is an error."""
+    from it, and no code. Or one checkpoint of a run, such as `runs/RUN/checkpoints/step-00001000`. All other keys
+    of this section change its config: weights that only they add, such as further layers, are drawn from
+    `training.seed`; the plan lists them, and those that are not used. A tensor of another shape is an error."""
+
+    init_from: str | None = Field(None, min_length=1)
+    """Start from the weights of another run: its id, a unique prefix of it, its folder, or `latest`; or a folder or
+    URL of checkpoints, one checkpoint, or an exported folder. Of a run, the best checkpoint is taken or, if no step
+    was evaluated, the newest; the plan says which, and the run keeps to it. The run's tokenizer is the default; the
+    model is the run's, and other keys change its config, as with `from_pretrained`."""
 
     # A field whose name is a keyword of Python has to be declared through the class body's own namespace.
     __annotations__["class"] = "str | None"
@@ -67,12 +73,12 @@ class ModelSpec(Section):
         if "model_type" in self.config_overrides:
             raise FieldError("model_type", "forge has another name for this key", nearest="architecture")
         if sum(getattr(self, name) is not None for name in _ORIGINS) != 1:
-            raise ValueError("give one of 'architecture', 'from_pretrained' and 'class'")
+            raise ValueError("give one of 'architecture', 'from_pretrained', 'init_from' and 'class'")
         return self
 
     @model_validator(mode="after")
     def _adapts_pretrained_weights(self) -> ModelSpec:
-        if self.lora is not None and self.from_pretrained is None:
+        if self.lora is not None and self.from_pretrained is None and self.init_from is None:
             problem = "adapts frozen pretrained weights, and this model has none: its weights would stay random"
             raise FieldError("lora", f"{problem}; give from_pretrained, or leave lora out")
         if self.lora is not None and self.freeze:

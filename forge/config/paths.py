@@ -28,7 +28,11 @@ def with_home_folders(job: JobSpec, *, fail: Callable[[str, str], Exception]) ->
 
     changes: dict[str, Any] = {
         "code": resolved("code", job.code),
-        "model": _with(job.model, from_pretrained=resolved("model.from_pretrained", job.model.from_pretrained)),
+        "model": _with(
+            job.model,
+            from_pretrained=resolved("model.from_pretrained", job.model.from_pretrained),
+            init_from=resolved("model.init_from", job.model.init_from),
+        ),
         "checkpoint": _with(job.checkpoint, to=resolved("checkpoint.to", job.checkpoint.to)),
         "data": _with(
             job.data,

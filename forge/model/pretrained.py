@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from forge.errors import ModelError
-from forge.model.weight_files import StoredTensor, WeightFiles
+from forge.model.weight_files import TensorReader, WeightFiles
 
 _MOST_NAMED = 5
 
@@ -56,7 +56,7 @@ class PretrainedWeights:
         self.files, self._model = files, model
         self._is_required = is_required
         self.absent: tuple[str, ...] = ()
-        self._plain: dict[str, StoredTensor] = {}
+        self._plain: dict[str, TensorReader] = {}
         self._joined: dict[str, _Joined] = {}
         self._last: tuple[str, dict[str, Tensor]] | None = None
         """The most recently joined tensors."""
@@ -97,7 +97,8 @@ class PretrainedWeights:
         unused = []
         for key in sorted(self.files.tensors, key=dot_natural_key):
             name, pattern = rename(key, renamings, converters)
-            if name not in expected and key in expected:
+            is_own = self.files.digests is not None  # a checkpoint has the names of the model
+            if key in expected and (is_own or name not in expected):
                 name, pattern = key, None
             if name not in expected:
                 unused.append(key)
@@ -164,7 +165,7 @@ class PretrainedWeights:
         wrong = (part.dtype for part in parts if not part.dtype.is_floating_point or part.dtype.itemsize < 2)
         return next(wrong, None)
 
-    def _make(self, group: _Joined, *, load: Callable[[StoredTensor], Tensor]) -> dict[str, Tensor]:
+    def _make(self, group: _Joined, *, load: Callable[[TensorReader], Tensor]) -> dict[str, Tensor]:
         if load is _read_whole and self._last is not None and self._last[0] == group.target:
             return self._last[1]
         self._last = None
@@ -178,13 +179,13 @@ class PretrainedWeights:
         return made
 
 
-def _read_whole(stored: StoredTensor) -> Tensor:
+def _read_whole(stored: TensorReader) -> Tensor:
     flat = torch.empty(stored.numel, dtype=stored.dtype)
     stored.read_into(flat)
     return flat.view(stored.shape)
 
 
-def _on_meta(stored: StoredTensor) -> Tensor:
+def _on_meta(stored: TensorReader) -> Tensor:
     return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
 

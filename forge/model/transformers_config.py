@@ -13,9 +13,11 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from forge.checkpoint.source import open_source
+from forge.config.checkpoint_path import is_checkpoint, tokenizer_of
 from forge.config.model import ModelSpec, size_problems
 from forge.environment import looked_in
-from forge.errors import ModelError, PlanError
+from forge.errors import CheckpointError, ModelError, PlanError
 from forge.foreign import parse_json
 from forge.model.auto_classes import AUTO_CLASSES
 from forge.model.families.base import DataShape
@@ -85,6 +87,8 @@ def load_config(source: str) -> PretrainedConfig:
 
     Raises: ModelError if the config cannot be read, needs code of its folder, or is of quantised weights.
     """
+    if is_checkpoint(source):
+        return _config_of_checkpoint(source)
     folder = Path(source).expanduser()
     try:
         if folder.is_dir():
@@ -110,13 +114,27 @@ def load_config(source: str) -> PretrainedConfig:
     return config
 
 
+def _config_of_checkpoint(source: str) -> PretrainedConfig:
+    try:
+        record = open_source(source).shape.config
+    except CheckpointError as error:
+        raise ModelError(str(error), key="from_pretrained") from error
+    if not record:
+        raise ModelError(
+            f"{source} is of a class of your own, and has no config of transformers", key="from_pretrained"
+        )
+    return config_from_record(record)
+
+
 def read_generation(source: str) -> dict[str, Any]:
     """Return the content of a folder's or hub id's `generation_config.json`; empty if it has none.
 
     Raises: ModelError if the file cannot be read.
     """
     path = Path(source).expanduser() / _GENERATION
-    if not path.parent.is_dir():
+    if is_checkpoint(source):
+        path = Path(tokenizer_of(source)) / _GENERATION
+    elif not path.parent.is_dir():
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 

@@ -12,16 +12,17 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
 from torch import Tensor
 
+from forge.config.checkpoint_path import is_checkpoint
 from forge.errors import PlanError
 from forge.fs import write_atomic
 from forge.process import one_line
@@ -39,6 +40,25 @@ _MAX_HEADER_BYTES = 100 * 2**20
 _CHUNK_BYTES = 8 * 2**20
 _PIECE_NUMEL = 4 * 2**20
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+class TensorReader(Protocol):
+    """One tensor of pretrained weights, read by range."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def numel(self) -> int: ...
+
+    def read_into(self, out: Tensor, *, start: int = 0) -> None:
+        """Fill a flat tensor with the elements from `start` on, converted to its type.
+
+        Raises: OSError, EOFError, CheckpointError.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +99,11 @@ class WeightFiles:
     revision: str | None
     """The commit, for a hub id."""
     paths: tuple[Path, ...]
-    tensors: dict[str, StoredTensor]
+    tensors: Mapping[str, TensorReader]
     """By the name in the file."""
+    digests: Mapping[str, str] | None = None
+    """Of the content, if it is known without reading the files: of a checkpoint, whose tensors have the names of
+    the model."""
 
 
 def open_weight_files(source: str) -> WeightFiles:
@@ -142,8 +165,17 @@ def digest_file(path: Path, *, cache: Path | None = None) -> str:
     return digest.hexdigest()
 
 
+def content_digests(files: WeightFiles, *, cache: Path) -> dict[str, str]:
+    """Return the digest of every weight file by name; see `digest_file`. Raises: OSError."""
+    if files.digests is not None:
+        return dict(files.digests)
+    return {path.name: digest_file(path, cache=cache) for path in files.paths}
+
+
 def is_downloaded(source: str) -> bool:
-    """Whether the weights of a hub id are on this machine."""
+    """Whether the weights of a hub id are on this machine, or those of a checkpoint can be read from it."""
+    if is_checkpoint(source):
+        return True
     from huggingface_hub import snapshot_download
 
     try:

@@ -147,6 +147,22 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InitInfo:
+    """The checkpoint that a run starts from."""
+
+    source: str
+    """Absolute path, or URL."""
+    step: int
+    digest: str
+    """Of its manifest, which has the checksums of all its files."""
+    metric: str = ""
+    """What its run compares checkpoints by; empty if this step was not evaluated."""
+    metric_value: float | None = None
+    is_best: bool = False
+    """Whether it was the best of its run when the plan was made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CodeInfo:
     """The packed folder of `code:`, as `forge.code_archive` packs it."""
 

@@ -32,6 +32,7 @@ from forge.plan.inputs import (
     CorpusFiles,
     CorpusInfo,
     HardwareInfo,
+    InitInfo,
     ModelInfo,
 )
 from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
@@ -80,6 +81,8 @@ class DraftPlan:
     """Texts of the job file with `${env:NAME}`, by JSON pointer (`forge.config.templates`); files keep them."""
     pause_at: int | None = None
     """Step after which a trial of a population pauses, with a checkpoint, until all trials have reached it."""
+    init: InitInfo | None = None
+    """The checkpoint that the weights come from; None if they come from elsewhere."""
     former_lengths: tuple[FormerLength, ...] = ()
     """Of a run that was resumed with another length, the oldest first (`forge.plan.lengths`)."""
 
@@ -171,7 +174,7 @@ def plan_to_json(plan: DraftPlan, *, is_file: bool = False) -> str:
     """
     body = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     body["job"] = written_job(plan) if is_file else plan.job.model_dump(mode="json")
-    for name in ("code", "search", "pause_at", "files", "view", "warnings", "templates", "former_lengths"):
+    for name in ("code", "search", "pause_at", "files", "view", "warnings", "templates", "init", "former_lengths"):
         if body[name] is None or body[name] in ((), {}):
             del body[name]
     body["format_version"] = FORMAT_VERSION

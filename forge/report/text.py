@@ -9,7 +9,7 @@ from typing import Any
 from forge.config.job import JobSpec
 from forge.config.overrides import trial_job, usual_values
 from forge.config.search import SchedulerSpec, SearcherSpec
-from forge.plan.inputs import CodeInfo, CorpusFiles, ModelInfo, SkippedFiles
+from forge.plan.inputs import CodeInfo, CorpusFiles, InitInfo, ModelInfo, SkippedFiles
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.data_view import corpus_facts, view_facts
 from forge.report.trial_rows import shown
@@ -78,9 +78,18 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     facts[1:1] = [*_files(plan.files), ("special tokens", _special_tokens(job)), *data]
     if plan.code is not None:
         facts.append(("code", _code(job, plan.code)))
+    if plan.init is not None:
+        facts.append(("weights", _init(plan.init)))
     if plan.former_lengths:
         facts.append(("length", _length_change(plan)))
     return facts + [("note", note) for note in plan.model.notes]
+
+
+def _init(init: InitInfo) -> str:
+    """Describe the checkpoint that a run starts from."""
+    score = "" if init.metric_value is None else f", {init.metric} {init.metric_value:.4f}"
+    best = " (the best of its run)" if init.is_best else ""
+    return f"step {init.step:,}{score}{best}, from {init.source}, digest {init.digest[:12]}"
 
 
 def _length_change(plan: DraftPlan) -> str:

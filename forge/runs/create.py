@@ -110,6 +110,11 @@ def reopen_run(folder: Path, plan: Plan) -> None:
             f"documents then, {plan.corpus.num_documents:,} now), so the loss curve would not continue; restore "
             "its files, or start a new run"
         )
+    if before.init is not None and plan.init is not None and before.init.digest != plan.init.digest:
+        raise ArgumentError(
+            f"cannot resume {folder.name}: the checkpoint that it started from, {before.init.source}, has another "
+            f"content now (digest {before.init.digest[:12]} then, {plan.init.digest[:12]} now); start a new run"
+        )
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
     if plan.search is None and not is_same_length(before.job, plan.job):  # the next resume reads it
         job = with_length_of(before.job, plan.job)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from forge.config.checkpoint_path import tokenizer_of
 from forge.config.data import DataSpec, TokenizerSpec
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
@@ -23,17 +24,18 @@ from forge.data.prepare import PrepareProgress, find_prepared, prepare
 from forge.data.tokenizer import load_tokenizer, special_token_names
 from forge.data.tokenizer_files import ROLES, special_roles, vocabulary_problem
 from forge.data.view import Selection, view_corpus
-from forge.errors import ArgumentError, DataError, PlanError
+from forge.errors import ArgumentError, CheckpointError, DataError, PlanError
 from forge.fs import default_cache_dir
 from forge.objective.registry import OBJECTIVES
 from forge.plan.data_view import DataView
-from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, ModelInfo
+from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, InitInfo, ModelInfo
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
 from forge.plan.search import plan_search
 from forge.plan.warnings import view_warnings
 from forge.runs.reader import read_plan
 from forge.runtime.probe import count_local_slots, hardware, inspect_model
 from forge.runtime.resolve_code import resolve_code
+from forge.runtime.resolve_init import init_info, with_init
 from forge.runtime.resolve_view import objective_view, view_sample, with_view
 
 _SMALL_BYTES = 1 << 21
@@ -82,7 +84,8 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     view = view_sample(job, data=inputs.data, code_digest=_digest_of(inputs.code))
     more = view_warnings(view, seq_len=job.data.seq_len) if view is not None else ()
     draft = replace(draft, view=view, warnings=draft.warnings + more)
-    draft = replace(draft, code=inputs.code, templates=loaded.templates)
+    init = _init_of(inputs.trained)
+    draft = replace(draft, code=inputs.code, templates=loaded.templates, init=init)
     return _with_search(draft, inputs.loaded, count_slots=count_local_slots)
 
 
@@ -145,6 +148,7 @@ class _Inputs:
 
 
 def _inputs(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None) -> _Inputs:
+    loaded = with_init(loaded)
     _trained(loaded)  # complains of the search space before code is packed
     code = resolve_code(loaded)
     loaded = with_directions(loaded, code)
@@ -202,7 +206,8 @@ def _resolve(
             trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job), files=inputs.files
         )
     _require_held_out(plan, inputs.loaded)
-    plan = replace(with_view(plan), code=code, templates=inputs.loaded.templates)
+    init = _init_of(trained)
+    plan = replace(with_view(plan), code=code, templates=inputs.loaded.templates, init=init)
     return _with_search(plan, inputs.loaded, count_slots=count_slots)
 
 
@@ -219,6 +224,14 @@ def _digest_of(code: CodeInfo | None) -> str | None:
     return code.digest if code is not None else None
 
 
+def _init_of(loaded: LoadedJob) -> InitInfo | None:
+    """The checkpoint that a job starts from. Raises: JobFileError if it cannot be read."""
+    try:
+        return init_info(loaded.job)
+    except CheckpointError as error:
+        raise loaded.source.error("model.from_pretrained", str(error), show_value=False) from error
+
+
 def _inspected(inputs: _Inputs, *, vocab_size: int, eot_id: int) -> ModelInfo:
     found = inspect_model(inputs.trained, vocab_size=vocab_size, eot_id=eot_id, code=inputs.code)
     return replace(found, notes=(*found.notes, *inputs.notes))
@@ -232,9 +245,10 @@ def check_tokenizer(loaded: LoadedJob) -> tuple[str, ...]:
         DataError if the given one cannot be used.
     """
     job = loaded.job
-    source, given = job.model.from_pretrained, job.data.tokenizer.from_pretrained
-    if source is None or given is None:
+    given = job.data.tokenizer.from_pretrained
+    if job.model.from_pretrained is None or given is None:
         return ()
+    source = tokenizer_of(job.model.from_pretrained)
     try:
         own = load_tokenizer(source)
     except DataError as error:

@@ -16,9 +16,10 @@ from forge.checkpoint.reader import Checkpoint
 from forge.errors import CheckpointError
 from forge.fs import default_cache_dir
 from forge.model.auto_classes import auto_class_of_config, build_on_meta
+from forge.model.checkpoint_files import open_weights
 from forge.model.pretrained import PretrainedWeights
 from forge.model.transformers_config import config_from_record
-from forge.model.weight_files import digest_file, open_weight_files
+from forge.model.weight_files import content_digests
 from forge.train.model_shape import DTYPE_NAMES
 from forge.train.state import bytes_of
 
@@ -90,9 +91,9 @@ class CheckpointWeights:
 
 
 def _open_base(checkpoint: Checkpoint, base: BaseWeights) -> PretrainedWeights:
-    files = open_weight_files(base.source)
+    files = open_weights(base.source)
     try:
-        digests = {path.name: digest_file(path, cache=default_cache_dir() / "digests") for path in files.paths}
+        digests = content_digests(files, cache=default_cache_dir() / "digests")
     except OSError as error:
         raise CheckpointError(f"base weights cannot be read: {error}") from error
     difference = base_difference(base, BaseWeights(source=base.source, revision=files.revision, files=digests))

@@ -38,7 +38,7 @@ def digest_base(files: WeightFiles) -> BaseWeights:
     Raises: CheckpointError on every rank if a file cannot be read, or is not the same on all nodes.
     """
     first, step = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    own: dict[str, str] = {}
+    own = dict(files.digests or {})
     failure = None
     try:
         for path in files.paths[first::step]:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from forge.checkpoint.intervals import Interval
 from forge.checkpoint.manifest import BaseWeights, Progress, base_difference
 from forge.checkpoint.reader import list_checkpoints, open_checkpoint
+from forge.checkpoint.source import source_digest, source_problem
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import verify_checkpoint
 from forge.data.loader import HeldOutBatches, TrainBatches
@@ -33,6 +34,7 @@ from forge.model.families.base import DataShape
 from forge.objective.base import ObjectiveContext
 from forge.objective.build import build_objective
 from forge.plan.curve import run_digest
+from forge.plan.inputs import InitInfo
 from forge.plan.plan import Plan
 from forge.train.async_checkpoint import AsyncCheckpointer
 from forge.train.engine import DTYPES, Engine, build_engine
@@ -207,6 +209,8 @@ def _checkpointer(
 
 def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_init: bool) -> Engine:
     """Build the engine for one world size; collective."""
+    if plan.init is not None and not skip_init:
+        _verify_init(plan.init, checkpoints=context.checkpoints)
     return build_engine(
         plan.job.model,
         plan.job.training,
@@ -225,6 +229,26 @@ def _objective_context(plan: Plan) -> ObjectiveContext:
         tokenizer=Path(plan.corpus.folder) / "tokenizer",
         has_positionwise_head=plan.model.has_positionwise_head,
     )
+
+
+def _verify_init(init: InitInfo, *, checkpoints: str) -> None:
+    """Verify the checkpoint that a run starts from, before its first step; collective, each rank its share.
+
+    Args:
+        checkpoints: of the run itself; once it has any, its state comes from there.
+
+    Raises: CheckpointError if it is damaged, or another one than the plan was made for.
+    """
+    share = dist.get_rank(), dist.get_world_size()
+    if _all_gather(lambda: list_checkpoints(open_storage(checkpoints)))[0]:
+        return
+    digests = _all_gather(partial(source_digest, init.source))
+    if set(digests) != {init.digest}:
+        raise CheckpointError(f"{init.source} has other content than when the plan was made; plan the job again")
+    problems = _all_gather(partial(source_problem, init.source, share=share))
+    problem = next((problem for problem in problems if problem), None)
+    if problem is not None:
+        raise CheckpointError(f"{init.source}: {problem}")
 
 
 def _load_from_memory(engine: Engine, source: StateSource) -> Progress:

@@ -102,5 +102,5 @@ def test_tokenizer__left_out_with_an_architecture__is_trained() -> None:
     "keys", [{}, {"architecture": "llama", "class": "m:C"}, {"architecture": "a", "from_pretrained": "b"}]
 )
 def test_model__not_exactly_one_origin__is_refused(keys: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="give one of 'architecture', 'from_pretrained' and 'class'"):
+    with pytest.raises(ValueError, match="give one of 'architecture', 'from_pretrained', 'init_from' and 'class'"):
         ModelSpec.model_validate(keys)

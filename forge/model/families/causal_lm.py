@@ -25,6 +25,7 @@ from forge.errors import ModelError, PlanError
 from forge.model.adapter_targets import AdapterTargets, find_targets
 from forge.model.adapters import adapter_config, add_adapters, require_peft
 from forge.model.auto_classes import AUTO_CLASSES, build_on_meta
+from forge.model.checkpoint_files import open_weights
 from forge.model.dropout import has_dropout
 from forge.model.families.base import BuildOptions, DataShape, parameter_counts
 from forge.model.freeze import freeze_parameters
@@ -36,7 +37,7 @@ from forge.model.pretrained import PretrainedWeights, some
 from forge.model.quantise import num_quantised, quantise, require_bitsandbytes
 from forge.model.router_loss import router_loss_of
 from forge.model.transformers_config import build_config, check_keys, load_config, read_generation
-from forge.model.weight_files import is_downloaded, open_weight_files
+from forge.model.weight_files import is_downloaded
 from forge.objective.registry import AutoClass
 from forge.plan.inputs import ModelInfo
 from forge.process import one_line
@@ -159,7 +160,7 @@ def _open_weights(spec: ModelSpec, model: Any, *, auto_class: AutoClass) -> Pret
 
     Raises: ModelError if weights of the folder's own model are missing, or any has another shape; PlanError.
     """
-    files = open_weight_files(spec.from_pretrained or "")
+    files = open_weights(spec.from_pretrained or "")
     if not spec.config_overrides:
         return PretrainedWeights(files, model)
     own = PretrainedWeights(files, build_on_meta(load_config(files.source), auto_class=auto_class))
