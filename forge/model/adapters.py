@@ -23,6 +23,7 @@ from forge.errors import ModelError
 from forge.foreign import from_record
 from forge.model.adapter_names import ADAPTER_NAME, PARTS, has_adapters, is_adapter, unwrapped_name
 from forge.model.adapter_targets import AdapterTargets
+from forge.process import one_line
 
 _MAX_RANK = 4096
 
@@ -128,7 +129,10 @@ def add_adapters(model: nn.Module, config: AdapterConfig, *, trained: Sequence[s
     # From meta tensors peft learns shapes and computes no values.
     with _as_meta(model, weights) as held, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it sets `fan_in_fan_out` for Conv1D by itself
-        inject_adapter_in_model(settings, model, low_cpu_mem_usage=True)
+        try:
+            inject_adapter_in_model(settings, model, low_cpu_mem_usage=True)
+        except ValueError as error:  # of a layer that peft has no adapter for
+            raise ModelError(f"peft cannot adapt the model: {one_line(error)}", key="lora") from error
     _allocate(model, like=held)
     model._forge_adapters = config  # type: ignore[assignment]
     for name, parameter in model.named_parameters():

@@ -119,7 +119,7 @@ def write_adapter_config(folder: Path, shape: ModelShape) -> None:
         "revision": shape.base.revision if shape.base is not None else None,
         "inference_mode": True,
         "r": config.rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
         "lora_dropout": config.dropout,
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,

@@ -186,6 +186,30 @@ def test_flops__frozen_weights__are_counted_without_their_gradient(bases: Path) 
     assert flops_per_token(info, seq_len=SEQ_LEN) * SEQ_LEN == pytest.approx(counter.get_total_flops(), rel=0.08)
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"rank": 10**9}, "rank 1000000000"),
+        ({"rank": "8"}, "rank: expected"),
+        ({"code": "import os"}, "code"),
+        ({"modules": ["model.layers.0.input_layernorm"]}, "peft cannot adapt the model"),
+        ({"modules": ["model"]}, r"no model\.weight to adapt"),
+        ({"modules": ["../../etc"]}, "no ../../etc to adapt"),
+        ({"modules": [], "parameters": ["lm_head.bias"]}, r"no lm_head\.bias to adapt"),
+    ],
+)
+def test_adapters_of_a_checkpoint__that_no_forge_wrote__are_refused(
+    bases: Path, changes: dict[str, Any], problem: str
+) -> None:
+    record: dict[str, Any] = {
+        "rank": 4, "alpha": 4.0, "dropout": 0.0, "use_dora": False, "use_rslora": False, "modules": [],
+        "parameters": [],
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(bases / "llama")
+    with pytest.raises(ModelError, match=problem):
+        adapters.add_adapters(model, adapters.adapter_config_from_record(record | changes))
+
+
 def test_training_modules__without_lora__do_not_import_peft() -> None:
     found = "bool({'peft', 'bitsandbytes'} & set(sys.modules))"
     code = f"import sys, forge.train.worker, forge.serve.export; sys.exit({found})"

@@ -20,6 +20,7 @@ from forge.model.adapter_weights import first_factor
 from forge.plan.curve import curve_differences
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
+from forge.serve.weights import CheckpointWeights
 from tests.serve.test_export import MODELS
 from tests.serve.test_export_adapters import save_base
 from tests.support.jobs import synthetic_corpus, tiny_job, tiny_plan
@@ -145,14 +146,24 @@ def test_train__any_stage_and_world_size__has_the_losses_of_one_rank(
 def test_resume__another_world_size_and_stage__keeps_the_curve(
     base: Path, corpus: CorpusInfo, tmp_path: Path
 ) -> None:
-    lora = ALL | {"dropout": 0.1}
-    whole = run_ranks(plan_of(base, corpus, lora), tmp_path / "whole", world_size=1)
+    def plan(stage: int) -> Plan:
+        lora = ALL | {"dropout": 0.1}
+        return plan_of(base, corpus, lora, training__zero={"stage": stage}, training__ema={"decay": 0.9})
+
+    whole = run_ranks(plan(0), tmp_path / "whole", world_size=1)
     folder = tmp_path / "changed"
-    run_ranks(plan_of(base, corpus, lora, training__zero={"stage": 1}), folder, world_size=2, stop_after=2)
-    run_ranks(plan_of(base, corpus, lora, training__zero={"stage": 3}), folder, world_size=3, stop_after=4)
-    rest = run_ranks(plan_of(base, corpus, lora, training__zero={"stage": 2}), folder, world_size=1)
+    run_ranks(plan(1), folder, world_size=2, stop_after=2)
+    run_ranks(plan(3), folder, world_size=3, stop_after=4)
+    rest = run_ranks(plan(2), folder, world_size=1)
     assert [metrics.step for metrics in rest.steps] == [5, 6]
     assert rest.losses == pytest.approx(whole.losses[4:], rel=1e-4)
+    averages = [
+        {name: value for name, value in CheckpointWeights(newest(path), ema=True).tensors() if ".lora_" in name}
+        for path in (tmp_path / "whole", folder)
+    ]
+    assert len(averages[0]) == 28
+    for name, value in averages[0].items():
+        torch.testing.assert_close(averages[1][name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_checkpoint__lora__holds_the_adapters_alone(base: Path, corpus: CorpusInfo, tmp_path: Path) -> None:
