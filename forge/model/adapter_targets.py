@@ -77,6 +77,13 @@ def find_targets(model: nn.Module, spec: LoraSpec, *, absent: Collection[str]) -
     )
 
 
+def require_dropout_by_sample(spec: LoraSpec, *, attention: str) -> None:
+    """Raises: ModelError if rows of a batch are joined, so that dropout cannot be drawn for each of them."""
+    if spec.dropout and attention.startswith("flash"):
+        problem = f"is drawn for each row, and {attention} joins the rows of a batch; use attn_implementation: sdpa"
+        raise ModelError(problem, key="lora.dropout")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Candidates:
     """The layers of a model, by whether they can have an adapter."""

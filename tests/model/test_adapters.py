@@ -15,9 +15,11 @@ from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from forge.config.lora import LoraSpec
 from forge.config.model import ModelSpec
 from forge.errors import ModelError
 from forge.model import adapters, quantise
+from forge.model.adapter_targets import require_dropout_by_sample
 from forge.model.families.base import DataShape
 from forge.model.families.causal_lm import CausalLmFamily
 from forge.plan.flops import flops_per_token
@@ -106,6 +108,14 @@ def test_inspect__unusable_entry__is_refused_with_the_reason(
     with pytest.raises(ModelError, match=problem) as caught:
         inspect(bases / architecture, **lora)
     assert caught.value.key == key
+
+
+def test_dropout__attention_that_joins_rows__is_refused() -> None:
+    with pytest.raises(ModelError, match="flash_attention_2 joins the rows of a batch") as caught:
+        require_dropout_by_sample(LoraSpec(dropout=0.1), attention="flash_attention_2")
+    assert caught.value.key == "lora.dropout"
+    require_dropout_by_sample(LoraSpec(dropout=0.1), attention="sdpa")
+    require_dropout_by_sample(LoraSpec(), attention="flash_attention_2")
 
 
 def test_inspect__pattern_over_other_layers__says_which_stay_as_they_are(bases: Path) -> None:

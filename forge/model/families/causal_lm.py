@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
-from forge.model.adapter_targets import AdapterTargets, find_targets
+from forge.model.adapter_targets import AdapterTargets, find_targets, require_dropout_by_sample
 from forge.model.adapters import adapter_config, add_adapters, require_peft
 from forge.model.auto_classes import AUTO_CLASSES, build_on_meta
 from forge.model.checkpoint_files import open_weights
@@ -117,6 +117,7 @@ def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module, *, device: torch.
     # The model itself may be partitioned, and its weights may have no shape.
     whole = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
     is_here = Path(spec.from_pretrained or "").expanduser().is_dir() or is_downloaded(spec.from_pretrained or "")
+    require_dropout_by_sample(spec.lora, attention=str(whole.config._attn_implementation))
     weights = _open_weights(spec, whole, auto_class=data.auto_class) if is_here else None
     targets = find_targets(whole, spec.lora, absent=weights.absent if weights is not None else ())
     add_adapters(model, adapter_config(spec.lora, targets), trained=targets.trained)
