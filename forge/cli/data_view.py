@@ -41,16 +41,16 @@ def show_examples(examples: Sequence[ShownExample], *, console: Console, is_whol
     is_plain = console.no_color or console.color_system is None
     legend = "what the model sees; it learns to predict the lines marked `loss`, of those with «» what is in them"
     legend += f"; special tokens are in {_OPEN}{_CLOSE}" if is_plain else ""
-    for part in [legend] if console.soft_wrap else fold(legend, width=console.width):
-        console.print(Text(part, style="dim"), soft_wrap=True)
+    for legend_line in [legend] if console.soft_wrap else fold(legend, width=console.width):
+        console.print(Text(legend_line, style="dim"), soft_wrap=True)
     for example in examples:
         console.print()
         console.print(Text(example_title(example), style="bold"), soft_wrap=True)
-        shown_part = 0
+        part: str | None = None
         for line in example_lines(example, is_whole=is_whole):
-            if line.part is not None and line.part != shown_part:
-                shown_part = line.part
-                console.print(Text(f"part {shown_part}", style="dim"), soft_wrap=True)
+            if line.part is not None and line.part != part:
+                part = line.part
+                console.print(Text(f"{_MASKED_MARK}[{display.harmless(part)}]", style="dim"), soft_wrap=True)
             for text in _drawn(line, width=None if console.soft_wrap else console.width, is_plain=is_plain):
                 console.print(text, soft_wrap=True)
         for name, values in example.arrays.items():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -41,12 +41,14 @@ class SpanReader:
     Args:
         predicts_tokens: whether targets are token ids; None if only the data can tell.
         max_chars: of a span; its beginning and its end are kept.
+        part_names: what the values of the array `part` are called; their numbers if they have no name.
     """
 
     tokenizer: Tokenizer
     special_ids: Set[int]
     predicts_tokens: bool | None
     max_chars: int
+    part_names: Mapping[int, str] = field(default_factory=dict)
 
     def spans(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[Span, ...]:
         """The spans of one example. Shapes: arrays: `tokens` and `targets` int[n], and maybe `part`, int[n]."""
@@ -71,7 +73,7 @@ class SpanReader:
                 has_loss=bool(has_loss[start]),
                 kind=kind,
                 target=self._target(targets[start:stop]) if has_target else "",
-                part=None if part is None else int(part[start]),
+                part=None if part is None else self.part_names.get(int(part[start]), str(part[start])),
             )
             pieces += self._decoded(tokens, start=start, stop=stop, like=like)
         return tuple(self._cut(list(_without_secrets(pieces))))
@@ -174,9 +176,13 @@ def _alignment(
         return "other"
     is_target = targets != IGNORED
     is_followed = is_target[:-1] if part is None else is_target[:-1] & (part[1:] == part[:-1])
-    if (tokens[1:] == targets[:-1])[is_followed].all() and (is_followed.any() or predicts_tokens):
+    if is_followed.any() and (tokens[1:] == targets[:-1])[is_followed].all():
         return "next"
-    return "same" if (tokens == targets)[is_target].all() else "other"
+    is_undecided = not is_followed.any() and predicts_tokens  # only last positions predict
+    is_same = (tokens == targets)[is_target].all()
+    if is_same and not (is_undecided and part is None):
+        return "same"
+    return "next" if is_undecided else "other"
 
 
 def _shifted(

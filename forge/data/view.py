@@ -6,8 +6,8 @@ Only the index and the examples that are shown are read, so the time does not gr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class ObjectiveView:
 
     predicts_tokens: bool | None
     """Whether targets are token ids; None if that is not known (an objective of the user's own)."""
+    part_names: Mapping[int, str] = field(default_factory=dict)
+    """What the values of the array `part` are called."""
     show: Callable[[Arrays, int], Arrays] | None = None
     """Gives the arrays of an example, and its number, as a step sees them; None: as they are stored."""
 
@@ -122,6 +124,7 @@ def _shown(
         special_ids=frozenset({facts.eot_id, *special}),
         predicts_tokens=objective.predicts_tokens,
         max_chars=selection.max_chars,
+        part_names=objective.part_names,
     )
     train, held_out = open_rows(facts)
     sides = dict(zip(SPLITS, (train, held_out), strict=True))

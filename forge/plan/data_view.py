@@ -38,8 +38,8 @@ class Span:
     kind: SpanKind = "text"
     target: str = ""
     """What is predicted at these positions if it is not the text itself: a label, or the tokens behind a mask."""
-    part: int | None = None
-    """The value of the array `part` there, in formats whose examples have several parts."""
+    part: str | None = None
+    """The name or number of the part, in formats whose examples have several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

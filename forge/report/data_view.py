@@ -28,7 +28,7 @@ class ExampleLine:
     has_loss: bool
     is_inline: bool
     """Whether only some pieces of the line may carry loss; elsewhere all or none do."""
-    part: int | None
+    part: str | None
     pieces: tuple[Span, ...]
     """Without newlines; their other control characters are as in the data."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from forge.config.data import DataSpec
 from forge.config.job import JobSpec
+from forge.data.formats.registry import PART_NAMES
 from forge.data.prepare import prepare_sample
 from forge.data.rows import Arrays
 from forge.data.sources.build import SampleSize
@@ -71,8 +72,10 @@ def view_sample(
 def objective_view(job: JobSpec, *, corpus: CorpusInfo) -> ObjectiveView:
     """How the objective of a job sees the examples; of one of the user's own, as they are stored."""
     known = OBJECTIVES.get(job.training.objective)
+    names = PART_NAMES.get(job.data.format, {})
     if known is None or known.show is None:
-        return ObjectiveView(predicts_tokens=known.predicts_tokens if known is not None else None)
+        predicts_tokens = known.predicts_tokens if known is not None else None
+        return ObjectiveView(predicts_tokens=predicts_tokens, part_names=names)
     module, _, name = known.show.partition(":")
     function = getattr(import_module(module), name)
     tokenizer = Path(corpus.folder) / "tokenizer"
@@ -81,4 +84,4 @@ def objective_view(job: JobSpec, *, corpus: CorpusInfo) -> ObjectiveView:
         shown: Arrays = function(arrays, seed=number, training=job.training, tokenizer=tokenizer)
         return shown
 
-    return ObjectiveView(predicts_tokens=known.predicts_tokens, show=show)
+    return ObjectiveView(predicts_tokens=known.predicts_tokens, part_names=names, show=show)

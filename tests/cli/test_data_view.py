@@ -111,7 +111,13 @@ def test_show_examples__loss_at_every_few_tokens__keeps_lines_whole() -> None:
 
 
 def test_show_examples__parts__have_a_line_of_their_own() -> None:
-    spans = [Span(text="same", has_loss=False, part=0)]
-    spans += [Span(text=text, has_loss=True, part=part) for text, part in (("good", 0), ("bad", 1))]
+    spans = [Span(text="same", has_loss=False, part="chosen")]
+    spans += [Span(text=text, has_loss=True, part=part) for text, part in (("good", "chosen"), ("bad", "rejected"))]
     example = ShownExample(index=1, split="train", num_tokens=9, num_targets=9, spans=tuple(spans))
-    assert drawn(example).splitlines()[4:] == ["     │ same", "loss │ good", "part 1", "loss │ bad"]
+    assert drawn(example).splitlines()[4:] == [
+        "     │ [chosen]",
+        "     │ same",
+        "loss │ good",
+        "     │ [rejected]",
+        "loss │ bad",
+    ]

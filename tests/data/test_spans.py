@@ -122,11 +122,15 @@ def test_spans__parts__are_apart_and_each_ends_with_its_own_target() -> None:
         "targets": np.array([*[IGNORED] * (len(one) - 1), EOT, *other[1:], EOT]),
         "part": np.array([0] * len(one) + [1] * len(other)),
     }
-    spans = reader().spans(arrays)
-    by_part = {part: [span for span in spans if span.part == part] for part in (0, 1)}
-    assert texts(tuple(by_part[0])) == [("the capital", False), ("<|endoftext|>", True)]
+    spans = reader(part_names={0: "chosen"}).spans(arrays)
+    by_part = {part: [span for span in spans if span.part == part] for part in ("chosen", "1")}
+    assert texts(tuple(by_part["chosen"])) == [("the capital", False), ("<|endoftext|>", True)]
     first = BYTES.decode(other[:1])
-    assert texts(tuple(by_part[1])) == [(first, False), ("of France"[len(first) :], True), ("<|endoftext|>", True)]
+    assert texts(tuple(by_part["1"])) == [
+        (first, False),
+        ("of France"[len(first) :], True),
+        ("<|endoftext|>", True),
+    ]
 
 
 @pytest.mark.parametrize("part", [np.array([-1, 0]), np.array([0.5, 1.0]), np.zeros((2, 3), dtype=int)])
@@ -170,3 +174,13 @@ def test_spans__secret_across_the_border_of_the_loss__is_removed(monkeypatch: py
         spans = reader().spans(next_token(ids, learnt=[i >= border for i in range(len(ids))]))
         shown = "".join(span.text for span in spans)
         assert shown.replace("***", "").split() == ["before", "after"], border
+
+
+def test_spans__second_part_that_predicts_itself__carries_loss_whatever_its_length() -> None:
+    source = BYTES.encode("the capital").ids
+    for target in (BYTES.encode(" is Paris").ids, BYTES.encode("n").ids):
+        tokens = np.array([*source, *target])
+        part = np.repeat([1, 2], [len(source), len(target)])
+        spans = reader().spans({"tokens": tokens, "targets": np.where(part == 2, tokens, IGNORED), "part": part})
+        assert texts(spans) == [("the capital", False), (BYTES.decode(target), True)]
+        assert not any(span.target for span in spans)

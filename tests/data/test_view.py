@@ -173,7 +173,7 @@ def test_view__format_with_parts_labels_and_vectors__shows_all_of_them(
     assert view.notes == {"texts cut at 20": 7}
     for example in view.examples:
         assert example.spans[0].target == "2" and example.num_targets == 1
-        assert {span.part for span in example.spans} <= {0, 1}
+        assert {span.part for span in example.spans} <= {"0", "1"}
         assert example.arrays == {"score": "0.5 at every position", "box": "0, 1, 2, 3, 4, 5, 6, 7, …"}
 
 

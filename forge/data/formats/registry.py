@@ -11,3 +11,9 @@ FORMATS: dict[str, str] = {
     "chat": "forge.data.formats.chat:ChatFormat",
 }
 """Name to `module:Class` of an `ExampleFormat`."""
+
+PART_NAMES: dict[str, dict[int, str]] = {
+    "pair": {1: "source", 2: "target"},
+    "preference": {1: "chosen", 2: "rejected"},
+}
+"""What the plan calls the values of the array `part`, of formats whose examples have several parts."""
