@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+)
 from transformers.models.auto import modeling_auto
 
 from forge.objective.registry import AutoClass
@@ -22,6 +28,8 @@ class AutoModel:
     """`model_type` → the names of its classes."""
     noun: str
     """What its models are, for messages."""
+    has_labels: bool = False
+    """Whether the data decide about the outputs, and the head may be new on pretrained weights."""
 
 
 AUTO_CLASSES: Mapping[AutoClass, AutoModel] = {
@@ -34,6 +42,18 @@ AUTO_CLASSES: Mapping[AutoClass, AutoModel] = {
         cls=AutoModelForMaskedLM,
         architectures=modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         noun="masked language model",
+    ),
+    "AutoModelForSequenceClassification": AutoModel(
+        cls=AutoModelForSequenceClassification,
+        architectures=modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        noun="classifier of sequences",
+        has_labels=True,
+    ),
+    "AutoModelForTokenClassification": AutoModel(
+        cls=AutoModelForTokenClassification,
+        architectures=modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        noun="classifier of tokens",
+        has_labels=True,
     ),
 }
 

@@ -30,6 +30,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     use_code(request.pop("code"))
     spec = ModelSpec.model_validate_json(json.dumps(request.pop("model")))
+    request["label_names"] = tuple(request.get("label_names", ()))
     try:
         info = family_of(spec).inspect(spec, DataShape(**request))
         answer = {"facts": dataclasses.asdict(info)}

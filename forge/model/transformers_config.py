@@ -27,6 +27,7 @@ from forge.process import one_line
 
 _MAX_CONFIG_BYTES = 16 * 2**20
 _GENERATION = "generation_config.json"
+_LABEL_KEYS = ("num_labels", "id2label", "label2id", "problem_type")
 
 
 def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
@@ -40,6 +41,8 @@ def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
         config = _with_overrides(config, given, source=spec.from_pretrained) if given else config
     else:
         config = _new_config(spec.architecture, given, data=data)
+    if AUTO_CLASSES[data.auto_class].has_labels:
+        _set_labels(config, data, given=given)
     _check_attention(config)
     _check_taken(config, given)
     return config
@@ -75,6 +78,10 @@ def check_keys(spec: ModelSpec, *, auto_class: AutoClass) -> None:
         if config.model_type not in known_models:
             problem = f"{folder} is of the architecture {config.model_type}, of which transformers has no {noun}"
             raise ModelError(problem, key="from_pretrained")
+    of_data = [key for key in _LABEL_KEYS if key in spec.config_overrides]
+    if AUTO_CLASSES[auto_class].has_labels and of_data:
+        problem = "follows from the labels of the data and the objective; leave it out"
+        raise ModelError(problem, key=of_data[0], more_keys=tuple(of_data[1:]))
     known = _config_keys(config)
     unknown = [key for key in spec.config_overrides if key not in known]
     if unknown:
@@ -184,6 +191,23 @@ def _new_config(architecture: str | None, given: Mapping[str, Any], *, data: Dat
         return AutoConfig.for_model(architecture, **(derived | dict(given)))
     except Exception as error:  # transformers validates with exceptions of several unrelated classes
         raise PlanError(f"{architecture}: {one_line(error)}", job_key="model.architecture") from error
+
+
+def _set_labels(config: PretrainedConfig, data: DataShape, *, given: Mapping[str, Any]) -> None:
+    """Give a classifier's config the labels of the data, and the padding token that follows a sequence.
+
+    Decoders classify at the last token that is not padding, so it must be that of the tokenizer; where it has none
+    this is the end-of-text token, which no text contains.
+    """
+    if data.num_labels is not None:
+        names = data.label_names or tuple(f"LABEL_{number}" for number in range(data.num_labels))
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        config.problem_type = data.problem_type
+    text = config.get_text_config()
+    own = text.pad_token_id if data.pad_id is None or "pad_token_id" in given else data.pad_id
+    for part in (config, text):
+        part.pad_token_id = data.eot_id if own is None else own
 
 
 def _with_overrides(base: PretrainedConfig, given: Mapping[str, Any], *, source: str) -> PretrainedConfig:

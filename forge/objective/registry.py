@@ -13,7 +13,12 @@ from typing import Literal
 Direction = Literal["min", "max"]
 """Whether smaller or larger values of a metric are better."""
 
-AutoClass = Literal["AutoModelForCausalLM", "AutoModelForMaskedLM"]
+AutoClass = Literal[
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+]
 """The classes of transformers by which a model of an architecture is built."""
 
 
@@ -36,6 +41,8 @@ class RegisteredObjective:
     show: str | None = None
     """`module:function` that gives an example as a step sees it, where the objective changes the stored one, as by
     masks: `show(arrays, *, seed, training, tokenizer)`, without torch. The plan shows the result."""
+    num_labels: int | None = None
+    """Outputs of the head of a sequence or token classifier, where the objective fixes their number."""
     separates_examples: bool = False
     """Whether it takes the examples of a packed row apart, so that the model need not keep them apart."""
 
@@ -66,3 +73,8 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
 def auto_class_of(objective: str) -> AutoClass:
     """The class of transformers that a model is built by; of a user's own objective, a causal language model's."""
     return OBJECTIVES[objective].auto_class if objective in OBJECTIVES else "AutoModelForCausalLM"
+
+
+def num_labels_of(objective: str) -> int | None:
+    """The number of outputs that an objective fixes; None if it does not."""
+    return OBJECTIVES[objective].num_labels if objective in OBJECTIVES else None

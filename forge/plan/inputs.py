@@ -119,6 +119,8 @@ class ModelInfo:
     attention_width: int
     """Number of heads × head dimension."""
     vocab_size: int
+    num_outputs: int | None = field(default=None, kw_only=True)
+    """Logits of a classifier; None if they are of the vocabulary."""
     max_seq_len: int | None
     """In tokens; None if the positions do not limit it."""
     has_linear_head: bool

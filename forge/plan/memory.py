@@ -143,8 +143,8 @@ def activation_bytes(model: ModelInfo, training: TrainingSpec, *, micro_batch_si
         layers = model.num_layers * layer
     # Plain: logits in the model's precision, an fp32 copy, its softmax and gradient. Chunked: one chunk
     # of at most 2**21 logits, plus the fp32 gradient of the head that is summed over chunks.
-    if training.cross_entropy == "plain":
-        logits = tokens * model.vocab_size * (2 * width + 8)
+    if training.cross_entropy == "plain" or model.num_outputs is not None:
+        logits = tokens * (model.num_outputs or model.vocab_size) * (2 * width + 8)
     else:
         logits = 12 * min(2**21, tokens * model.vocab_size) + 4 * model.vocab_size * model.hidden_size
     return tokens * layers + logits

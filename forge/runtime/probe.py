@@ -28,7 +28,7 @@ from forge.config.model import ModelSpec
 from forge.errors import ClusterError, JobFileError, PlanError
 from forge.fs import default_cache_dir, write_atomic
 from forge.limits import cpu_name, usable_cpus, usable_memory_bytes
-from forge.objective.registry import auto_class_of
+from forge.objective.registry import auto_class_of, num_labels_of
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import CodeInfo, HardwareInfo, ModelInfo
 
@@ -46,6 +46,7 @@ def inspect_model(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None, cod
         "seq_len": job.data.seq_len,
         "eot_id": eot_id,
         "auto_class": auto_class_of(job.training.objective),
+        "num_labels": num_labels_of(job.training.objective),
         "code": code.digest if code is not None and "model.class" in job.user_classes else None,
     }
     answer = _cached_answer(request, is_cacheable=job.model.from_pretrained is None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -17,9 +17,11 @@ from torch import nn
 from forge.config.model import ModelSpec
 from forge.model.init import GatherParameters
 from forge.model.pretrained import PretrainedWeights
-from forge.objective.registry import AutoClass, auto_class_of
+from forge.objective.registry import AutoClass, auto_class_of, num_labels_of
 from forge.plan.inputs import ModelInfo
 from forge.plan.plan import Plan
+
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,14 @@ class DataShape:
     eot_id: int | None
     auto_class: AutoClass = "AutoModelForCausalLM"
     """The class of transformers that the objective trains."""
+    num_labels: int | None = None
+    """Outputs of a sequence or token classifier; None: as the config of the model says."""
+    label_names: tuple[str, ...] = ()
+    """Their names, in order; empty: transformers' `LABEL_0`, ..."""
+    problem_type: ProblemType | None = None
+    """What they mean, in the word of transformers' configs."""
+    pad_id: int | None = None
+    """The tokenizer's padding token; None if it names none."""
 
     @classmethod
     def of(cls, plan: Plan) -> DataShape:
@@ -41,6 +51,7 @@ class DataShape:
             seq_len=job.data.seq_len,
             eot_id=corpus.eot_id,
             auto_class=auto_class_of(job.training.objective),
+            num_labels=num_labels_of(job.training.objective),
         )
 
 

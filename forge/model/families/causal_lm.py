@@ -32,6 +32,7 @@ from forge.model.freeze import freeze_parameters
 from forge.model.init import initialise
 from forge.model.isolation import isolation_problem
 from forge.model.look_ahead import probe_forward
+from forge.model.new_head import folder_model, require_same_labels, require_whole_modules
 from forge.model.position_wise import has_positionwise_head
 from forge.model.pretrained import PretrainedWeights, some
 from forge.model.quantise import num_quantised, quantise, require_bitsandbytes
@@ -46,6 +47,8 @@ from forge.process import one_line
 # 128, 1.08 at 256, 1.07 at 512, 0.70 at 1024 (a training step of a small Llama in bf16, one core).
 _PLAIN_ATTENTION_TOKENS = 512
 
+_SEQUENCES: AutoClass = "AutoModelForSequenceClassification"
+
 
 class CausalLmFamily:
     """Models that `AutoModelForCausalLM` knows."""
@@ -54,7 +57,7 @@ class CausalLmFamily:
         check_keys(spec, auto_class=data.auto_class)
         config, model = _build_or_blame(spec, data)
         freeze_parameters(model, spec.freeze)
-        notes = _check_weights(spec, model, auto_class=data.auto_class) if spec.from_pretrained is not None else ()
+        notes = _check_weights(spec, model, data=data) if spec.from_pretrained is not None else ()
         probe = probe_forward(config, seq_len=data.seq_len, auto_class=data.auto_class)
         if probe.problem is not None:
             origin = "architecture" if spec.from_pretrained is None else "from_pretrained"
@@ -64,7 +67,7 @@ class CausalLmFamily:
             notes += ("not checked whether it sees later tokens: no small copy of it can be run",)
         notes += _check_router(spec, model)
         notes += _adapt(spec, data, model, device=None)
-        info = _count(model, config)
+        info = _count(model, config, data=data)
         if spec.lora is not None and spec.lora.quantize != "none":
             info = replace(info, num_quantised_parameters=num_quantised(model))
         if spec.from_pretrained is not None:
@@ -82,7 +85,7 @@ class CausalLmFamily:
         gather = options.sharding.gather if options.sharding else None
         if not options.skip_init and spec.from_pretrained is None:
             initialise(model, seed=options.seed, gather=gather)
-        elif not options.skip_init and spec.config_overrides:
+        elif not options.skip_init and _may_lack_weights(spec, data):
             absent = self.open_pretrained(spec, data).absent
             if absent:
                 initialise(model, seed=options.seed, gather=gather, only=absent)
@@ -94,7 +97,7 @@ class CausalLmFamily:
     def open_pretrained(self, spec: ModelSpec, data: DataShape) -> PretrainedWeights:
         assert spec.from_pretrained is not None
         model = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
-        return _open_weights(spec, model, auto_class=data.auto_class)
+        return _open_weights(spec, model, data=data)
 
     def import_classes(self, spec: ModelSpec, data: DataShape) -> None:
         model = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
@@ -118,13 +121,13 @@ def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module, *, device: torch.
     whole = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
     is_here = Path(spec.from_pretrained or "").expanduser().is_dir() or is_downloaded(spec.from_pretrained or "")
     require_dropout_by_sample(spec.lora, attention=str(whole.config._attn_implementation))
-    weights = _open_weights(spec, whole, auto_class=data.auto_class) if is_here else None
+    weights = _open_weights(spec, whole, data=data) if is_here else None
     targets = find_targets(whole, spec.lora, absent=weights.absent if weights is not None else ())
     add_adapters(model, adapter_config(spec.lora, targets), trained=targets.trained)
     if spec.lora.quantize != "none":
         require_bitsandbytes()
         if device is not None:
-            weights = weights or _open_weights(spec, whole, auto_class=data.auto_class)
+            weights = weights or _open_weights(spec, whole, data=data)
             quantise(model, weights, trained=targets.trained, device=device)
     return _about_adapters(spec, targets, model)
 
@@ -156,21 +159,39 @@ def build_from_config(config: PretrainedConfig, *, options: BuildOptions, data: 
         )
 
 
-def _open_weights(spec: ModelSpec, model: Any, *, auto_class: AutoClass) -> PretrainedWeights:
-    """Open the weights of `from_pretrained`; parameters that only the job's keys add to its model may be absent.
+def _may_lack_weights(spec: ModelSpec, data: DataShape) -> bool:
+    """Whether a folder need not have every weight of the model."""
+    return bool(spec.config_overrides) or AUTO_CLASSES[data.auto_class].has_labels
+
+
+def _open_weights(spec: ModelSpec, model: Any, *, data: DataShape) -> PretrainedWeights:
+    """Open the weights of `from_pretrained`. What only the job's keys add to its model may be absent; of a
+    classifier also the head, where the folder is of a model without one.
 
     Raises: ModelError if weights of the folder's own model are missing, or any has another shape; PlanError.
     """
     files = open_weights(spec.from_pretrained or "")
-    if not spec.config_overrides:
+    if not _may_lack_weights(spec, data):
         return PretrainedWeights(files, model)
-    own = PretrainedWeights(files, build_on_meta(load_config(files.source), auto_class=auto_class))
-    own_names = set(own.names)
+    own_config = load_config(files.source)
+    if AUTO_CLASSES[data.auto_class].has_labels:
+        folder = folder_model(model, own_config)
+        own_names = folder.required
+        if folder.has_head:
+            require_same_labels(own_config, model.config, source=files.source)
+    else:
+        own = build_on_meta(own_config, auto_class=data.auto_class)
+        own_names = frozenset(name for name, _ in own.named_parameters())
     try:
-        return PretrainedWeights(files, model, is_required=own_names.__contains__)
+        weights = PretrainedWeights(files, model, is_required=own_names.__contains__)
     except ModelError as error:
+        if not spec.config_overrides:
+            raise
         keys = ", ".join(f"{key}: {value}" for key, value in spec.config_overrides.items())
         raise ModelError(f"{error.problem}; the job sets {keys}", key=next(iter(spec.config_overrides))) from error
+    if not spec.config_overrides:
+        require_whole_modules(weights, weights.absent)
+    return weights
 
 
 def _look_ahead_problem(config: PretrainedConfig, *, seq_len: int) -> str:
@@ -192,7 +213,7 @@ def _check_router(spec: ModelSpec, model: Any) -> tuple[str, ...]:
     return ()
 
 
-def _check_weights(spec: ModelSpec, model: Any, *, auto_class: AutoClass) -> tuple[str, ...]:
+def _check_weights(spec: ModelSpec, model: Any, *, data: DataShape) -> tuple[str, ...]:
     """Check names and shapes of the pretrained weights, from the headers of their files.
 
     Returns: what the plan has to say about them.
@@ -201,17 +222,20 @@ def _check_weights(spec: ModelSpec, model: Any, *, auto_class: AutoClass) -> tup
     source = spec.from_pretrained or ""
     if not Path(source).expanduser().is_dir() and not is_downloaded(source):
         return (f"the weights of {source} are not on this machine; their names and shapes are not checked yet",)
-    weights = _open_weights(spec, model, auto_class=auto_class)
+    weights = _open_weights(spec, model, data=data)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     untrained = sorted(set(frozen) & set(weights.absent))
     if untrained:
         raise ModelError(f"freezes weights that are not in {source}: {some(untrained)}", key="freeze")
     keys = ", ".join(f"{key}: {value}" for key, value in spec.config_overrides.items())
+    reason = f" (the job sets {keys})" if keys else ""
+    what = "a new head, " if AUTO_CLASSES[data.auto_class].has_labels and not keys else ""
     notes = []
     if weights.absent:
-        notes.append(f"not in {source}, drawn from the seed (the job sets {keys}): {some(weights.absent)}")
+        notes.append(f"not in {source}, {what}drawn from the seed{reason}: {some(weights.absent)}")
+    elif AUTO_CLASSES[data.auto_class].has_labels:
+        notes.append(require_same_labels(load_config(source), model.config, source=source))
     if weights.unused:
-        reason = f" (the job sets {keys})" if keys else ""
         notes.append(f"in {source}, but not in the model, so not used{reason}: {some(weights.unused)}")
     return tuple(notes)
 
@@ -249,8 +273,9 @@ def _blamed(spec: ModelSpec, data: DataShape, *, problem: str) -> tuple[str, ...
     return tuple(sorted(found, key=lambda key: key not in problem))
 
 
-def _count(model: Any, config: PretrainedConfig) -> ModelInfo:
+def _count(model: Any, config: PretrainedConfig, *, data: DataShape) -> ModelInfo:
     text = config.get_text_config()
+    per_token = _uses_per_token(model, seq_len=data.seq_len) if data.auto_class == _SEQUENCES else {}
     head = model.get_output_embeddings()
     looked_up = {
         id(module.weight)
@@ -262,7 +287,8 @@ def _count(model: Any, config: PretrainedConfig) -> ModelInfo:
     multiplied = frozen = 0
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and id(parameter) not in looked_up:
-            count = round(parameter.numel() * (active if "experts" in name else 1))
+            share = per_token.get(id(parameter), 1.0)
+            count = round(parameter.numel() * (active if "experts" in name else share))
             multiplied += count
             frozen += 0 if parameter.requires_grad else count
     heads = getattr(text, "num_attention_heads", None) or 1
@@ -277,10 +303,37 @@ def _count(model: Any, config: PretrainedConfig) -> ModelInfo:
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
         vocab_size=text.vocab_size,
+        num_outputs=data.num_labels,
         max_seq_len=getattr(text, "max_position_embeddings", None),
         isolation_problem=isolation_problem(model),
         has_linear_head=has_linear_head(model),  # last, since it changes the model
     )
+
+
+def _uses_per_token(model: Any, *, seq_len: int) -> dict[int, float]:
+    """How often a token is multiplied with the weight of each linear layer: a layer that is given one vector of a
+    sequence, as pooling layers and classifiers are, counts as one part in `seq_len`.
+
+    Args:
+        model: on the meta device.
+    """
+    rows: dict[int, float] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda linear, given: rows.update({id(linear.weight): given[0].numel() // linear.in_features})
+        )
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"))
+    except Exception:  # one that reads values: every layer counts for every token
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {weight: 1 / seq_len for weight, count in rows.items() if count == 1}
 
 
 def has_linear_head(model: Any) -> bool:
