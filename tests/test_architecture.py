@@ -75,7 +75,7 @@ ONLY_IN = {
     "pydantic": ("forge/config/",),
     "yaml": ("forge/config/",),
     "deepspeed": ("forge/train/engine.py", "forge/train/process_group.py", "forge/train/state.py"),
-    "bitsandbytes": ("forge/model/quantise.py",),
+    "bitsandbytes": ("forge/model/quantise.py", "forge/train/optimizer_8bit.py"),
     "peft": ("forge/model/adapters.py",),
     "wandb": ("forge/runs/trackers/wandb_tracker.py", "forge/runs/trackers/wandb_log.py"),
     "mlflow": ("forge/runs/trackers/mlflow_tracker.py",),

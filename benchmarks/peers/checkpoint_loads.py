@@ -24,7 +24,7 @@ import torch.distributed as dist  # isort: skip
 from benchmarks.peers.checkpoint_saves import gathered
 from benchmarks.peers.memory import peak_bytes, reset_peak
 from forge.train.engine import Engine
-from forge.train.state import TRAINED, bytes_of
+from forge.train.state import bytes_of
 from forge.train.worker import _load_newest
 
 
@@ -81,7 +81,7 @@ def gathered_digest(engine: Engine) -> list[Any]:
     digest = hashlib.blake2b()
     for shard in engine.state.shards:
         if shard.constant is None:
-            for kind in TRAINED:
+            for kind in ("master", "exp_avg", "exp_avg_sq"):
                 digest.update(bytes_of(engine.state.tensor(shard, kind)))
     return gathered(digest.hexdigest())  # type: ignore[arg-type]
 

@@ -15,8 +15,16 @@ from typing import Any
 
 from forge.foreign import MAX_INT
 
-KINDS = ("master", "ema", "frozen", "buffer", "exp_avg", "exp_avg_sq")
+OPTIMIZER_KINDS = (
+    "exp_avg", "exp_avg_sq", "momentum_buffer", "variance", "row_var", "col_var",
+    "exp_avg_8bit", "exp_avg_sq_8bit", "exp_avg_absmax", "exp_avg_sq_absmax",
+)  # fmt: skip
+"""State of optimizers, by torch's names; `absmax` are the scales of 8-bit states, by bitsandbytes' name."""
+
+KINDS = ("master", "ema", "frozen", "buffer", *OPTIMIZER_KINDS)
 """In the order of a file: first the values of the model, last what only training needs."""
+
+_BLOCK_8BIT = 256
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -51,6 +59,18 @@ class Interval:
     def key(self) -> str:
         """Key of the tensor in a safetensors file; the parameter name comes last, as it may contain slashes."""
         return f"{self.kind}/{self.start}/{self.name}"
+
+
+def kind_numel(kind: str, shape: tuple[int, ...]) -> int:
+    """Return the number of elements that a parameter has in one kind; their order is that of the parameter.
+
+    `row_var` and `col_var` have one for each row or column of each matrix in the last two dimensions, `absmax` one
+    for each 256 elements, all others one for each element.
+    """
+    numel = math.prod(shape)
+    if kind in ("row_var", "col_var"):
+        return numel // shape[-1 if kind == "row_var" else -2] if len(shape) >= 2 and numel else 0
+    return -(-numel // _BLOCK_8BIT) if kind.endswith("_absmax") else numel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

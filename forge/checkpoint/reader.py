@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from forge.checkpoint.intervals import Interval, IntervalIndex
+from forge.checkpoint.intervals import Interval, IntervalIndex, kind_numel
 from forge.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -166,7 +166,7 @@ def _require_complete(manifest: Manifest, shape: ModelShape) -> None:
     for (kind, name), intervals in held.items():
         parameter = shape.parameters.get(name)
         edges = [0, *(edge for interval in sorted(intervals) for edge in interval)]
-        edges.append(math.prod(parameter.shape) if parameter else -1)
+        edges.append(kind_numel(kind, parameter.shape) if parameter else -1)
         if edges[::2] != edges[1::2]:
             raise ValueError(f"its parts do not hold every element of {name} ({kind}) exactly once")
 

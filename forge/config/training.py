@@ -15,6 +15,11 @@ from forge.units import Every, Length
 MAX_STEPS = 10**10
 """Limit of a run; more than any run needs, and the positions of its samples still fit into 64 bits."""
 
+_NO_SHARDS_8BIT = (
+    "needs zero.stage: 0: its moments are quantised in blocks of 256 elements of a parameter, and the shards of "
+    "stages 1 to 3 begin within a block; at these stages lion and adafactor need less memory than adamw"
+)
+
 
 class ZeroSpec(Section):
     """DeepSpeed ZeRO (arXiv 1910.02054): which parts of the training state are sharded over the workers."""
@@ -147,6 +152,8 @@ class TrainingSpec(Section):
         if self.objective != "masked-lm" and self.masking != MaskingSpec():
             problem = f"is only for objective: masked-lm, not {self.objective}"
             errors.append(FieldError("masking", problem, depends_on=("objective",)))
+        if self.optimizer.name == "adamw-8bit" and self.zero.stage != 0:
+            errors.append(FieldError("optimizer.name", _NO_SHARDS_8BIT, depends_on=("zero.stage",)))
         raise_errors(errors)
         lengths = [self.total_steps, self.total_tokens, self.epochs]
         if sum(length is not None for length in lengths) != 1:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
+from forge.config.parameter_names import matching, near
 from forge.errors import ModelError
 
 
@@ -20,17 +19,10 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     for pattern in patterns:
-        matched = [name for name in named if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
+        matched = matching(pattern, named)
         if not matched:
-            raise ModelError(f"{pattern!r} matches no parameter{_near(pattern, list(named))}", key="freeze")
+            raise ModelError(f"{pattern!r} matches no parameter{near(pattern, named)}", key="freeze")
         for name in matched:
             named[name].requires_grad_(False)
     if patterns and not any(parameter.requires_grad for parameter in named.values()):
         raise ModelError("matches every parameter: nothing would be trained", key="freeze")
-
-
-def _near(pattern: str, names: list[str]) -> str:
-    """Suggest up to three names of parameters or modules that resemble a pattern."""
-    modules = {name.rpartition(".")[0] for name in names}
-    near = difflib.get_close_matches(pattern.replace("*", ""), sorted({*names, *modules}), n=3, cutoff=0.4)
-    return f"; names like it are {', '.join(near)}" if near else ""

@@ -1,8 +1,8 @@
 """Keep frozen linear layers in 4 bits while adapters are trained (QLoRA, arXiv 2305.14314), by bitsandbytes.
 
 Each weight is read from the pretrained files, quantised on the device and freed again, one at a time. Checkpoints
-refer to the files, as for any frozen weight; what is quantised is made again at every start. Only this module
-imports bitsandbytes.
+refer to the files, as for any frozen weight; what is quantised is made again at every start. bitsandbytes is
+imported here and in `forge.train.optimizer_8bit`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def quantise(model: nn.Module, weights: PretrainedWeights, *, trained: Sequence[
     Raises: ModelError if bitsandbytes is missing; CheckpointError if a weight cannot be read.
     """
     require_bitsandbytes()
-    with _without_hub_kernels():
+    with without_hub_kernels():
         from bitsandbytes.nn import Linear4bit, Params4bit
     options: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
     for name in quantised_layers(model, trained=trained):
@@ -100,7 +100,7 @@ def quantised_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _without_hub_kernels() -> Iterator[None]:
+def without_hub_kernels() -> Iterator[None]:
     """Keep bitsandbytes from loading kernels of the Hub, which is code that forge does not execute."""
     log = logging.getLogger("bitsandbytes")
     before, level = sys.modules.get("kernels"), log.level

@@ -6,6 +6,7 @@ therefore runs in a subprocess), `forge.data.prepare` makes CorpusInfo, `forge.r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -98,6 +99,20 @@ class CorpusFiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedParameter:
+    """A parameter that is trained; tied ones count once."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Literal["embedding", "head", "convolution", "other"] = "other"
+    """The module that it is a weight of, which optimizers for matrices distinguish."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """A model, counted on the meta device without allocating its weights."""
 
@@ -141,6 +156,8 @@ class ModelInfo:
     """Of `num_matmul_parameters` those that are not trained: no gradient of theirs is computed."""
     num_quantised_parameters: int = 0
     """Frozen parameters that are kept in 4 bits (`model.lora.quantize`)."""
+    trained: tuple[TrainedParameter, ...] = ()
+    """The parameters that are trained, in the order of the model."""
     num_base_parameters: int = 0
     """Frozen parameters of `from_pretrained`: snapshots and checkpoints refer to them and do not contain them."""
     activation_bytes_per_row: int | None = None

@@ -1,9 +1,10 @@
 """Memory estimate of one worker, split by purpose.
 
 Model state follows the ZeRO paper (arXiv 1910.02054, section 3.1 and figure 1). In bf16, with an fp32 master copy
-and first and second moment, it takes 2Ψ + 2Ψ + 12Ψ bytes for Ψ parameters; each term is divided by the world size W
-from the ZeRO stage that shards it. In fp32 under ZeRO 0 the weights are their own master copy: 4Ψ + 4Ψ + 8Ψ; ZeRO 1
-to 3 keep a separate fp32 partition in that case too.
+and AdamW's first and second moment, it takes 2Ψ + 2Ψ + 12Ψ bytes for Ψ parameters; each term is divided by the
+world size W from the ZeRO stage that shards it. In fp32 under ZeRO 0 the weights are their own master copy: 4Ψ + 4Ψ
++ 8Ψ; ZeRO 1 to 3 keep a separate fp32 partition in that case too. Other optimizers have other states than these 8Ψ
+(`forge.plan.parameter_groups`).
 
 Activations follow Korthikanti et al. (arXiv 2205.05198, equation 2) without attention scores, because torch's
 scaled_dot_product_attention does not store them. They are an estimate (shown with ~); model state is exact up to
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 from forge.config.training import TrainingSpec
 from forge.plan.inputs import ModelInfo
+from forge.plan.parameter_groups import OptimizerState
 
 USABLE_SHARE = 0.85
 """Share of a worker's memory that the plan fills; the rest is for the allocator, CUDA context and buffers."""
@@ -72,6 +74,7 @@ def estimate_memory(
     micro_batch_size: int,
     seq_len: int,
     is_on_host: bool,
+    state: OptimizerState,
     num_copies: int = 1,
 ) -> MemoryEstimate:
     """Estimate the memory of one worker at one world size.
@@ -79,6 +82,7 @@ def estimate_memory(
     Args:
         micro_batch_size: in sequences.
         seq_len: tokens per sequence.
+        state: of the optimizer; see `optimizer_state`.
         num_copies: copies of one rank's state in host memory; see `num_copies_in_memory`.
     """
     stage = training.zero.stage
@@ -95,11 +99,11 @@ def estimate_memory(
         # The shard, and the largest module while it is gathered for its forward or backward.
         weights = weights // world_size + width * model.largest_module_parameters
     gradients = width * trainable // (world_size if stage >= 2 else 1)
-    optimizer = (master + 8) * trainable // shards
+    optimizer = (master * trainable + state.sharded_bytes) // shards + state.replicated_bytes
     ema = 4 * trainable // shards if training.ema else 0
     # A rank snapshots its share at every stage; frozen parameters in their own precision, or not at all.
     frozen = parameters - trainable - model.num_base_parameters
-    snapshot = ((16 if training.ema else 12) * trainable + width * frozen) // world_size
+    snapshot = ((8 if training.ema else 4) * trainable + state.total_bytes + width * frozen) // world_size
     is_offloaded = training.zero.offload == "cpu" and not is_on_host
     return MemoryEstimate(
         weights_bytes=weights,

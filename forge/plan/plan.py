@@ -36,6 +36,7 @@ from forge.plan.inputs import (
     ModelInfo,
 )
 from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
+from forge.plan.parameter_groups import OptimizerState, groups_of, optimizer_state
 from forge.plan.schedule import FormerLength, ScheduleSteps, schedule_steps
 from forge.plan.search import SearchPlan
 from forge.plan.warnings import corpus_warnings
@@ -234,6 +235,7 @@ def _resolved(
     if packing is not None:
         raise PlanError(f"data.packing: {packing}")
     tokens_per_step = _tokens_per_step(job, corpus)
+    state = optimizer_state(groups_of(job.training, model))
     return {
         "job": job,
         "model": model,
@@ -244,7 +246,7 @@ def _resolved(
         "tokens_per_step": tokens_per_step,
         "flops_per_token": flops_per_token(model, seq_len=job.data.seq_len),
         "worlds": tuple(
-            _plan_world_size(job, model=model, hardware=hardware, world_size=world_size)
+            _plan_world_size(job, model=model, hardware=hardware, world_size=world_size, state=state)
             for world_size in job.resources.workers
         ),
     }
@@ -258,7 +260,9 @@ def _tokens_per_step(job: JobSpec, corpus: CorpusInfo | None) -> int:
     return max(1, round(size * corpus.num_train_tokens / corpus.num_train_sequences))
 
 
-def _plan_world_size(job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo, world_size: int) -> WorldSizePlan:
+def _plan_world_size(
+    job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo, world_size: int, state: OptimizerState
+) -> WorldSizePlan:
     estimate = partial(
         estimate_memory,
         model,
@@ -266,6 +270,7 @@ def _plan_world_size(job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo, 
         world_size=world_size,
         seq_len=job.data.seq_len,
         is_on_host=hardware.device == "cpu",
+        state=state,
         num_copies=num_copies_in_memory(engine=job.resources.engine, world_size=world_size),
     )
     micro = max_micro_batch_size(job.training, estimate=estimate, memory_bytes=hardware.memory_bytes)

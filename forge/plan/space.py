@@ -7,6 +7,7 @@ import math
 from forge.config.training import TrainingSpec
 from forge.errors import PlanError
 from forge.plan.inputs import ModelInfo
+from forge.plan.parameter_groups import groups_of, optimizer_state
 from forge.plan.plan import DraftPlan
 from forge.units import format_bytes
 
@@ -15,10 +16,11 @@ RECORDS_BYTES = 16 * 2**20
 
 
 def checkpoint_bytes(model: ModelInfo, training: TrainingSpec) -> int:
-    """Return the size of one checkpoint: fp32 weights and moments, averaged weights, frozen weights of its own."""
+    """Return the size of one checkpoint: fp32 weights, the optimizer's state, averaged weights, frozen weights."""
     frozen = model.num_parameters - model.num_trainable_parameters - model.num_base_parameters
     width = 2 if training.precision == "bf16" else 4
-    return (16 if training.ema else 12) * model.num_trainable_parameters + width * frozen
+    state = optimizer_state(groups_of(training, model))
+    return (8 if training.ema else 4) * model.num_trainable_parameters + state.total_bytes + width * frozen
 
 
 def space_warning(plan: DraftPlan, *, folder: str, free_bytes: int) -> str | None:

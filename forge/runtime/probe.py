@@ -26,6 +26,7 @@ from forge.config.load import LoadedJob
 from forge.config.locations import combined
 from forge.config.model import ModelSpec
 from forge.errors import ClusterError, JobFileError, PlanError
+from forge.foreign import from_record
 from forge.fs import default_cache_dir, write_atomic
 from forge.limits import cpu_name, usable_cpus, usable_memory_bytes
 from forge.objective.registry import auto_class_of, num_labels_of
@@ -52,7 +53,7 @@ def inspect_model(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None, cod
     answer = _cached_answer(request, is_cacheable=job.model.from_pretrained is None)
     if "complaint" in answer:
         raise _job_file_error(loaded, **answer["complaint"])
-    return ModelInfo(**answer["facts"])
+    return from_record(ModelInfo, answer["facts"])
 
 
 def hardware(job: JobSpec, *, gpu_there: tuple[str, int] | None = None, is_here: bool = True) -> HardwareInfo:
@@ -189,8 +190,8 @@ def _cached_answer(request: dict[str, Any], *, is_cacheable: bool) -> dict[str, 
     if is_cacheable:
         try:
             answer: dict[str, Any] = json.loads(path.read_text())
-            ModelInfo(**answer["facts"])
-            return answer
+            if from_record(ModelInfo, answer["facts"]).trained:
+                return answer
         except (OSError, ValueError, KeyError, TypeError):
             pass
     answer = _inspect(request)

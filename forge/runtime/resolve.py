@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -79,6 +80,7 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     vocab_size, eot_id = _announced_vocabulary(job.data.tokenizer)
     model = _inspected(inputs, vocab_size=vocab_size, eot_id=eot_id)
     _require_isolation(inputs.trained, model)
+    _require_bitsandbytes(inputs.trained)
     with _with_lines(inputs.trained):
         draft = make_draft(job, model=model, hardware=hardware(job), files=inputs.files)
     view = view_sample(job, data=inputs.data, code_digest=_digest_of(inputs.code))
@@ -201,6 +203,7 @@ def _resolve(
     corpus = _prepared(inputs)
     model = _inspected(inputs, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
     _require_isolation(trained, model)
+    _require_bitsandbytes(trained)
     with _with_lines(trained):
         plan = make_plan(
             trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job), files=inputs.files
@@ -347,6 +350,16 @@ def _require_isolation(loaded: LoadedJob, model: ModelInfo) -> None:
     problem = packing_problem(loaded.job, model)
     if problem is not None:
         raise loaded.source.error("data.packing", problem)
+
+
+def _require_bitsandbytes(loaded: LoadedJob) -> None:
+    """Raises: JobFileError if the optimizer is one of bitsandbytes', which is not installed."""
+    if loaded.job.training.optimizer.name == "adamw-8bit" and find_spec("bitsandbytes") is None:
+        raise loaded.source.error(
+            "training.optimizer.name",
+            "needs the package bitsandbytes, which is not installed: pip install bitsandbytes, here and on every "
+            "machine; or use lion, whose state is half of adamw's",
+        )
 
 
 def _require_held_out(plan: Plan, loaded: LoadedJob) -> None:

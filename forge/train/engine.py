@@ -4,7 +4,7 @@ The loss of a step is the sum over all ranks divided by the total weight of the 
 computes from the store. Each rank scales its part by `world_size / total_weight` before DeepSpeed averages over
 the ranks, so ranks with fewer rows, or with none in a micro-step, change nothing.
 
-Nothing is compiled at run time: the optimizer is torch's own AdamW, and on CPU the shared-memory
+Nothing is compiled at run time: no optimizer is one of DeepSpeed's, and on CPU the shared-memory
 collective that DeepSpeed would build in the background (70 s) is declared unavailable.
 """
 
@@ -134,7 +134,7 @@ class Engine:
         if not total_weight > 0:
             raise ValueError(f"step {step} has a total weight of {total_weight}: it has no loss to minimise")
         for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         engine.train()
         sums = MetricSums(sorted(self.metric_directions), device=self.device)
         for batch, inputs in batches:

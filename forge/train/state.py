@@ -1,12 +1,12 @@
 """Training state in rank-independent coordinates.
 
-A rank owns *shards*: intervals `[start, stop)` of a parameter's flattened elements, each in several
-kinds: `master` (the fp32 weight), `exp_avg`, `exp_avg_sq` (AdamW's moments) and `ema` of what is trained;
-`frozen` of a parameter that is not trained, and `buffer` of a tensor that is not a parameter, both with the model's
-type; `base` of a parameter that is not trained and was read from pretrained weights, to which a checkpoint refers
-instead of storing it. Saving writes the shards that a rank claims, loading reads the shards that it owns. Only this
-module depends on DeepSpeed's layout of the state, through private names; `shards_of` therefore checks the sizes and
-types it found, and its error names the release it was written for.
+A rank owns *shards*: intervals `[start, stop)` of a parameter's flattened elements, each in several kinds:
+`master` (the fp32 weight), the optimizer's (AdamW's `exp_avg` and `exp_avg_sq`) and `ema` of what is trained;
+`frozen` of a parameter that is not trained, and `buffer` of a tensor that is not a parameter, both with the
+model's type; `base` of a parameter that is not trained and was read from pretrained weights, to which a checkpoint
+refers instead of storing it. Saving writes the shards that a rank claims, loading reads the shards that it owns.
+Only this module and `flat_layout` depend on DeepSpeed's layout of the state, through private names; `shards_of`
+therefore checks the sizes and types it found, and its error names the release it was written for.
 
     ZeRO 0       bf16: one fp32 tensor per parameter, whole on every rank; fp32: the parameter itself
     ZeRO 1, 2    one flat fp32 vector per parameter group and rank; `_hp_mapping` locates a parameter in it
@@ -18,7 +18,6 @@ types it found, and its error names the release it was written for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -27,38 +26,14 @@ from torch import Tensor
 from forge.checkpoint.intervals import Interval, pack
 from forge.checkpoint.manifest import BaseWeights
 from forge.errors import CheckpointError
+from forge.train.flat_layout import layouts_of
 from forge.train.model_shape import DTYPE_NAMES, named_buffers, named_parameters, shape_of
+from forge.train.optimizer import STATE_KINDS, replicated_state, reset_state, set_step
+from forge.train.shard import Shard
 
-TRAINED = ("master", "exp_avg", "exp_avg_sq")
 _KNOWN_RELEASE = "0.19.8"
 # Size of a read into host memory where the state is not on the host.
 _STAGING_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Shard:
-    """One interval of one parameter, and its location on this rank.
-
-    `owner` is the tensor that contains it, for a trained parameter the one that the optimizer updates. The interval
-    starts at `offset` in it, and in every tensor of the same size (moments, average). `constant` is the only kind
-    of a tensor that is not trained.
-    """
-
-    name: str
-    start: int
-    stop: int
-    owner: Tensor
-    offset: int
-    constant: str | None = None
-
-    def view(self, flat: Tensor) -> Tensor:
-        """Return the interval in a tensor with the layout of `owner`, as a view."""
-        return flat.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
-
-    def narrow(self, start: int, stop: int) -> Shard:
-        """Return the part of the shard within `[start, stop)`."""
-        start, stop = max(start, self.start), max(min(stop, self.stop), max(start, self.start))
-        return replace(self, start=start, stop=stop, offset=self.offset + start - self.start)
 
 
 class Readable(Protocol):
@@ -91,15 +66,23 @@ class TrainState:
         self._engine = engine
         self._torch_optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
         trained = shards_of(engine)
+        layouts = layouts_of(engine, trained)
+        reset_state(self._torch_optimizer, layouts)
+        self._state_kinds = {id(layout.owner): STATE_KINDS[layout.algorithm] for layout in layouts}
+        replicated = [
+            Shard(
+                name=name, start=0, stop=tensor.numel(), owner=tensor, offset=0, constant=kind, is_replicated=True
+            )
+            for name, kind, tensor in replicated_state(self._torch_optimizer, layouts)
+        ]
         constants = list(_constants(engine, frozen="frozen" if base is None else "base"))
-        self.shards = trained + [shard for shard in constants if shard.constant != "base"]
+        self.shards = trained + replicated + [shard for shard in constants if shard.constant != "base"]
         """Shards this rank loads from a checkpoint."""
         self.base_shards = [shard for shard in constants if shard.constant == "base"]
         """Shards this rank loads from the base weights."""
         self.claims = [_claim(shard, engine) for shard in self.shards]
         """Shards this rank saves: over all ranks, every element once."""
         self._owners = list({id(shard.owner): shard.owner for shard in trained}.values())
-        self._reset_moments()
         self._averages = {id(owner): owner.detach().clone() for owner in self._owners} if keep_average else {}
         saved = [(shard, kind) for shard in self.claims for kind in self.kinds_of(shard)]
         by_key = {(shard.name, kind): (shard, kind) for shard, kind in saved}
@@ -119,7 +102,8 @@ class TrainState:
         """Return the kinds of a shard in this run."""
         if shard.constant is not None:
             return (shard.constant,)
-        return (*TRAINED, "ema") if self._averages else TRAINED
+        kinds = ("master", *self._state_kinds[id(shard.owner)])
+        return (*kinds, "ema") if self._averages else kinds
 
     def interval(self, shard: Shard, kind: str) -> Interval:
         """Return the interval of a shard in one kind."""
@@ -224,9 +208,8 @@ class TrainState:
 
     @torch.no_grad()
     def resume(self, *, step: int) -> None:
-        """Continue from the loaded state: set AdamW's step count and refresh the weights; collective."""
-        for owner in self._owners:
-            self._torch_optimizer.state[owner]["step"].fill_(float(step))
+        """Continue from the loaded state: set the optimizer's step count and refresh the weights; collective."""
+        set_step(self._torch_optimizer, step=step)
         self.refresh_weights()
 
     @torch.no_grad()
@@ -248,19 +231,6 @@ class TrainState:
         elif hasattr(optimizer, "fp32_groups"):
             for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
                 torch._foreach_copy_([p.data for p in low], [p.detach() for p in high])
-
-    @torch.no_grad()
-    def _reset_moments(self) -> None:
-        """Create AdamW's state, which it would otherwise create at its first step, with step 0.
-
-        DeepSpeed's bf16 optimizer of ZeRO 0 takes an empty step when it is built, which would count in the bias
-        correction.
-        """
-        for owner in self._owners:
-            state = self._torch_optimizer.state[owner]
-            for kind in ("exp_avg", "exp_avg_sq"):
-                state[kind] = torch.zeros_like(owner, dtype=torch.float32, requires_grad=False)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device)
 
 
 def shards_of(engine: Any) -> list[Shard]:
@@ -314,7 +284,7 @@ def _claim(shard: Shard, engine: Any) -> Shard:
     stage = engine.zero_optimization_stage()
     if shard.constant == "buffer":  # may differ between ranks; rank 0's is saved
         return shard if engine.global_rank == 0 else shard.narrow(0, 0)
-    if stage == 0 or (stage < 3 and shard.constant is not None):
+    if stage == 0 or shard.is_replicated or (stage < 3 and shard.constant is not None):
         world, rank, size = engine.dp_world_size, engine.global_rank, shard.stop
         return shard.narrow(rank * size // world, (rank + 1) * size // world)
     return shard

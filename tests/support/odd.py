@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from forge.plan.batch import plan_batch
 from forge.plan.deepspeed_config import deepspeed_config
-from forge.train.state import Shard, TrainState
+from forge.train.shard import Shard
+from forge.train.state import TrainState
 from tests.support.jobs import tiny_job
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
-from forge.train.state import TRAINED, shards_of
+from forge.train.state import shards_of
 from tests.support.jobs import VOCAB, tiny_plan
 from tests.support.ranks import on_ranks
 
@@ -38,7 +38,8 @@ def ownership(rank: int, plan_json: str, world_size: int) -> dict[str, Any]:
     return {
         "claims": [(shard.name, shard.start, shard.stop) for shard in state.claims],
         "kinds": {
-            kind: sum(state.tensor(shard, kind).numel() for shard in state.shards) for kind in (*TRAINED, "ema")
+            kind: sum(state.tensor(shard, kind).numel() for shard in state.shards)
+            for kind in ("master", "exp_avg", "exp_avg_sq", "ema")
         },
         "whole_parameters": sum(p.numel() for p in engine._engine.module.parameters()),
     }

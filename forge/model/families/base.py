@@ -16,6 +16,7 @@ from torch import nn
 
 from forge.config.model import ModelSpec
 from forge.model.init import GatherParameters
+from forge.model.parameters import trained_parameters
 from forge.model.pretrained import PretrainedWeights
 from forge.objective.registry import AutoClass, auto_class_of, num_labels_of
 from forge.plan.inputs import ModelInfo
@@ -106,4 +107,5 @@ def parameter_counts(model: nn.Module) -> dict[str, Any]:
         "largest_module_parameters": max(
             sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()
         ),
+        "trained": trained_parameters(model),
     }
