@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, dora": ("gpt2", {"dora": True}),
     "mixtral": ("mixtral", {"targets": ["q_proj", "experts"]}),
 }
+FAST = ("llama, dora, modules to save", "gpt2", "mixtral")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,9 @@ def logits_of(model: nn.Module) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES]
+)
 def test_export__adapters__have_the_logits_of_the_run_in_peft_and_merged(
     corpus: CorpusInfo, tmp_path: Path, case: str
 ) -> None:

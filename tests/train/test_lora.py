@@ -132,10 +132,24 @@ def test_train__one_rank__has_the_losses_of_peft(
     assert ours.losses[-1] < ours.losses[0]
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(1, 2), (2, 3), (3, 1), (3, 2), (3, 3)])
-@pytest.mark.parametrize("lora", [ALL | {"dropout": 0.2}, ALL | {"dora": True}], ids=["dropout", "dora"])
+DROPOUT, DORA = ALL | {"dropout": 0.2}, ALL | {"dora": True}
+
+
+@pytest.mark.parametrize(
+    ("lora", "stage", "world_size"),
+    [
+        (DROPOUT, 2, 3),
+        (DROPOUT, 3, 2),
+        (DORA, 3, 2),
+        *(
+            pytest.param(lora, stage, world_size, marks=pytest.mark.slow)
+            for lora in (DROPOUT, DORA)
+            for stage, world_size in ((0, 3), (1, 2), (3, 1), (3, 3))
+        ),
+    ],
+)
 def test_train__any_stage_and_world_size__has_the_losses_of_one_rank(
-    base: Path, corpus: CorpusInfo, tmp_path: Path, stage: int, world_size: int, lora: dict[str, Any]
+    base: Path, corpus: CorpusInfo, tmp_path: Path, lora: dict[str, Any], stage: int, world_size: int
 ) -> None:
     one = run_ranks(plan_of(base, corpus, lora), tmp_path / "one", world_size=1)
     plan = plan_of(base, corpus, lora, training__zero={"stage": stage}, training__activation_checkpointing=True)
@@ -188,7 +202,7 @@ def test_resume__another_rank__is_refused_by_name(base: Path, corpus: CorpusInfo
         run_ranks(plan_of(base, corpus, ALL | {"alpha": 9}), tmp_path, world_size=1)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_train__experts_in_one_tensor__has_the_losses_of_one_rank(
     corpus: CorpusInfo, tmp_path: Path, stage: int
 ) -> None:
@@ -205,6 +219,7 @@ def test_curve_differences__another_rank__names_the_key() -> None:
     assert [difference.key for difference in curve_differences(before, now)] == ["model.lora.rank"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (2, 3)])
 def test_train__qlora__any_world_size_and_resume_have_the_losses_of_one_rank(
     base: Path, corpus: CorpusInfo, tmp_path: Path, stage: int, world_size: int
