@@ -190,7 +190,7 @@ def plan_job(
 
     Raises: JobFileError, PlanError, DataError.
     """
-    plan = with_space(resolve_draft(_loaded(job), on_progress=on_progress))
+    plan = with_space(resolve_draft(_loaded(job), on_progress=on_progress), must_fit=False)
     return replace(plan, warnings=plan.warnings + package_warnings(plan.job.tracking))
 
 
@@ -255,7 +255,7 @@ def start(
     require_credentials(loaded)
     if target is None:
         require_packages(loaded)
-        plan = with_space(resolve(loaded, on_progress=on_progress), run_folder=resume)
+        plan = with_space(resolve(loaded, on_progress=on_progress), run_folder=resume, must_fit=True)
     else:
         plan = resolve_remote(target, loaded, on_progress=on_progress)
     if resume is not None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from forge.cli import display
 from forge.cli.data_view import show_examples
-from forge.plan.plan import DraftPlan
+from forge.plan.plan import DraftPlan, WorldSizePlan
 from forge.report.text import headline, plan_facts, search_facts
 from forge.units import format_bytes
+
+_MAX_SIZES = 16
+"""Numbers of workers that are listed one by one."""
 
 
 def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
@@ -16,7 +21,8 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
     display.facts([*plan_facts(plan), *search_facts(plan)], console=console)
     columns = ["#workers", "#micro", "#accum.", "#pad", "#weights", "#grads", "#states", "#host", "#~total"]
     rows = []
-    for world in plan.worlds:
+    shown = _shown(plan.worlds)
+    for world in shown:
         batch, need = world.batch, world.memory
         rows.append(
             [
@@ -33,10 +39,26 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
         )
     if any(world.fits is False for world in plan.worlds):
         columns.append("")
-        rows = [[*row, "" if world.fits else "does not fit"] for row, world in zip(rows, plan.worlds, strict=True)]
+        rows = [[*row, "" if world.fits else "does not fit"] for row, world in zip(rows, shown, strict=True)]
     display.table(columns, rows, console=console)
+    if len(shown) < len(plan.worlds):
+        display.message(
+            f"{len(plan.worlds) - len(shown):,} further numbers of workers: see -o json", console=console
+        )
     if plan.view is not None:
         show_examples(plan.view.examples, console=console)
+
+
+def _shown(worlds: Sequence[WorldSizePlan]) -> Sequence[WorldSizePlan]:
+    """Return all sizes if they are few; else powers of two, the first, the last, and the first that fits."""
+    if len(worlds) <= _MAX_SIZES:
+        return worlds
+    fitting = next((world for world in worlds if world.fits is not False), None)
+    return [
+        world
+        for world in worlds
+        if world in (worlds[0], worlds[-1], fitting) or world.batch.world_size.bit_count() == 1
+    ]
 
 
 def show_warnings(plan: DraftPlan) -> None:

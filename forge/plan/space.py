@@ -23,7 +23,7 @@ def checkpoint_bytes(model: ModelInfo, training: TrainingSpec) -> int:
     return (8 if training.ema else 4) * model.num_trainable_parameters + state.total_bytes + width * frozen
 
 
-def space_warning(plan: DraftPlan, *, folder: str, free_bytes: int) -> str | None:
+def space_warning(plan: DraftPlan, *, folder: str, free_bytes: int, must_fit: bool) -> str | None:
     """Compare the free space of a run's file system with what its checkpoints take; None if they fit.
 
     Old checkpoints are removed after a new one is complete, so there is one more than `checkpoint.keep` and
@@ -32,8 +32,9 @@ def space_warning(plan: DraftPlan, *, folder: str, free_bytes: int) -> str | Non
     Args:
         folder: in which the run folders are.
         free_bytes: what can be written there, the run's own earlier checkpoints included.
+        must_fit: whether the run is about to start there.
 
-    Raises: PlanError if not even one checkpoint fits.
+    Raises: PlanError if it must fit and not even one checkpoint does.
     """
     checkpoint = plan.job.checkpoint
     size = checkpoint_bytes(plan.model, plan.job.training)
@@ -53,6 +54,9 @@ def space_warning(plan: DraftPlan, *, folder: str, free_bytes: int) -> str | Non
     )
     what_to_do = "free some space, lower checkpoint.keep, or set checkpoint.to to another disk or an object store"
     if size > free_bytes:
-        raise PlanError(f"{text}. Not even one checkpoint fits, so no weights could be kept; {what_to_do}")
+        text = f"{text}. Not even one checkpoint fits, so no weights could be kept; {what_to_do}"
+        if must_fit:
+            raise PlanError(text)
+        return text
     few = "only one fits, so later ones fail until space is free" if 2 * size > free_bytes else ""
     return f"{text}. When it is full, {few or 'older ones are removed before a new one is written'}; {what_to_do}"

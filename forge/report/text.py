@@ -9,6 +9,7 @@ from typing import Any
 from forge.config.job import JobSpec
 from forge.config.overrides import trial_job, usual_values
 from forge.config.search import SchedulerSpec, SearcherSpec
+from forge.config.training import TrainingSpec
 from forge.plan.inputs import CodeInfo, CorpusFiles, InitInfo, ModelInfo, SkippedFiles
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.data_view import corpus_facts, view_facts
@@ -75,6 +76,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         passes = plan.total_steps * training.global_batch_size / max(1, plan.corpus.num_train_sequences)
         data = corpus_facts(plan.corpus, passes=passes)
     data += view_facts(plan.view) if plan.view is not None else []
+    data += _masks(training) if training.objective == "masked-lm" else []
     facts[1:1] = [*_files(plan.files), ("special tokens", _special_tokens(job)), *data]
     if plan.code is not None:
         facts.append(("code", _code(job, plan.code)))
@@ -90,6 +92,12 @@ def _init(init: InitInfo) -> str:
     score = "" if init.metric_value is None else f", {init.metric} {init.metric_value:.4f}"
     best = " (the best of its run)" if init.is_best else ""
     return f"step {init.step:,}{score}{best}, from {init.source}, digest {init.digest[:12]}"
+
+
+def _masks(training: TrainingSpec) -> list[tuple[str, str]]:
+    words = "whole words, " if training.masking.whole_words else ""
+    share = f"{words}{training.masking.share:.1%} of each sequence"
+    return [("masks", f"{share}, others at every step; only they carry loss")]
 
 
 def _length_change(plan: DraftPlan) -> str:

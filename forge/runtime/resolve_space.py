@@ -15,15 +15,16 @@ from forge.plan.space import space_warning
 _PlanT = TypeVar("_PlanT", bound=DraftPlan)
 
 
-def with_space(plan: _PlanT, *, run_folder: Path | None = None) -> _PlanT:
+def with_space(plan: _PlanT, *, run_folder: Path | None = None, must_fit: bool) -> _PlanT:
     """Return the plan of a run on this machine, with a warning if its checkpoints may not fit.
 
     Checkpoints in an object store are not counted: their size has no limit that could be known.
 
     Args:
         run_folder: of a run that is resumed; its checkpoints are replaced by the new ones.
+        must_fit: whether the run is about to start; a dry run may be of one that is to train elsewhere.
 
-    Raises: PlanError if not even one checkpoint of a new run fits.
+    Raises: PlanError if it must fit and not even one checkpoint of a new run does.
     """
     checkpoint = plan.job.checkpoint
     root = Path(checkpoint.runs) if run_folder is None else run_folder
@@ -32,5 +33,5 @@ def with_space(plan: _PlanT, *, run_folder: Path | None = None) -> _PlanT:
         return plan
     if run_folder is not None:
         free += sum(stored_steps(open_storage(checkpoint.url_of(str(run_folder)))).values())
-    warning = space_warning(plan, folder=str(root), free_bytes=free)
+    warning = space_warning(plan, folder=str(root), free_bytes=free, must_fit=must_fit)
     return plan if warning is None else replace(plan, warnings=(*plan.warnings, warning))

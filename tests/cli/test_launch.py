@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from forge.cli.app import app
 from forge.cli.launch import Request, confirm_plan
 from forge.cli.options import Output
+from forge.cli.plan_table import show_plan
 from forge.cluster.local.provider import LocalCluster
 from forge.errors import ArgumentError
 from forge.remote.submit import RemoteTarget
@@ -61,3 +62,15 @@ def test_dry_run__yes__is_accepted(home: Path, command: str) -> None:
     arguments = [command, "job.yaml"] + (["--dry-run", "--yes"] if command == "train" else [])
     assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
     assert not (home / "runs").exists()
+
+
+def test_show_plan__many_numbers_of_workers__lists_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan(tiny_plan(resources__workers="3..100", training__global_batch_size=100))
+    text = capsys.readouterr()
+    listed = [
+        int(line.split()[0])
+        for line in text.out.splitlines()
+        if line.strip()[:1].isdigit() and "further" not in line
+    ]
+    assert listed == [3, 4, 8, 16, 32, 64, 100]
+    assert "91 further numbers of workers: see -o json" in text.out + text.err

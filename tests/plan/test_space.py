@@ -13,12 +13,15 @@ from forge.plan.space import RECORDS_BYTES, checkpoint_bytes, space_warning
 from tests.support.jobs import tiny_plan
 
 
-def space(free_mib: float, *, every: str = "10m", **changes: Any) -> str | None:
+def space(free_mib: float, *, every: str = "10m", must_fit: bool = True, **changes: Any) -> str | None:
     """The warning for a model of 1 MiB parameters, so 12 MiB a checkpoint."""
     plan = tiny_plan(checkpoint={"every": every, "keep": 3}, **changes)
     facts = replace(plan.model, num_parameters=2**20, num_trainable_parameters=2**20, num_base_parameters=0)
     return space_warning(
-        replace(plan, model=facts), folder="runs", free_bytes=int(free_mib * 2**20) + RECORDS_BYTES
+        replace(plan, model=facts),
+        folder="runs",
+        free_bytes=int(free_mib * 2**20) + RECORDS_BYTES,
+        must_fit=must_fit,
     )
 
 
@@ -42,6 +45,8 @@ def test_space_warning__some_fit__says_the_numbers_and_what_happens(free: float,
 def test_space_warning__not_even_one_fits__is_refused() -> None:
     with pytest.raises(PlanError, match="Not even one checkpoint fits, so no weights could be kept; free"):
         space(11.9 - RECORDS_BYTES / 2**20)
+    warning = space(11.9 - RECORDS_BYTES / 2**20, must_fit=False)  # a plan of a run that trains elsewhere
+    assert warning is not None and "Not even one checkpoint fits" in warning
 
 
 def test_checkpoint_bytes__averaged_and_frozen_weights__are_counted() -> None:
