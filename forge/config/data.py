@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from forge.config.class_names import FormatName, SourceName
 from forge.config.section import Count, FieldError, Fraction, Section, Strings, raise_errors
+from forge.data.formats.registry import TEMPLATE_FORMATS
 
 FileType = Literal["auto", "text", "json", "csv", "parquet"]
 BadRecordAction = Literal["fail", "skip"]
@@ -44,13 +45,22 @@ class TokenizerSpec(Section):
 
 
 class ChatSpec(Section):
-    """What is learnt of conversations; only with `format: chat`."""
+    """What is learnt of conversations; only with `format: chat` and, the template alone, `preference`."""
 
     turns: Literal["all", "last"] = "all"
     """Which turns of the assistant carry loss; nothing else of a conversation does."""
 
     template: str | None = Field(None, min_length=1)
     """A Jinja file with a chat template in the form of transformers; that of the tokenizer if it is left out."""
+
+
+class PreferenceSpec(Section):
+    """How preference pairs are read; only with `format: preference`."""
+
+    texts: Literal["auto", "chat", "plain"] = "auto"
+    """What a pair of texts is. `chat`: a turn of the user and answers of the assistant, in the chat template.
+    `plain`: the prompt with each answer right after it, ended by the end-of-text token. `auto`: `chat` if there is
+    a template, else `plain`. Lists of messages are always in the chat template."""
 
 
 class DataSpec(Section):
@@ -99,11 +109,16 @@ class DataSpec(Section):
     format: FormatName = "text"
     """What a record becomes. `text`: every next token of the text is predicted. `chat`: a conversation in the
     tokenizer's chat template, of which the assistant's turns are predicted; a record has `messages` (or
-    `conversations`), `prompt` and `completion`, or `instruction` and `output`. A class of your own gives the
+    `conversations`), `prompt` and `completion`, or `instruction` and `output`. `preference`: two answers to a
+    prompt, of which one is preferred: `prompt`, `chosen` and `rejected` as texts or lists of messages, or `chosen`
+    and `rejected` that begin with the same prompt. A class of your own gives the
     examples of each record itself. All but `text` need `packing: examples` or `none`."""
 
     chat: ChatSpec = ChatSpec()
     """What is learnt of conversations."""
+
+    preference: PreferenceSpec = PreferenceSpec()
+    """How preference pairs are read."""
 
     packing: Literal["concatenate", "examples", "none"] = "concatenate"
     """How sequences are filled. `concatenate`: documents end to end, separated by an end-of-text token, and cut
@@ -134,10 +149,16 @@ class DataSpec(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> DataSpec:
         errors: list[FieldError] = []
-        if self.format != "chat" and self.chat != ChatSpec():
+        if self.format not in TEMPLATE_FORMATS and self.chat != ChatSpec():
             errors.append(
                 FieldError("chat", f"is only for format: chat, not {self.format}", depends_on=("format",))
             )
+        if self.format == "preference" and self.chat.turns != "all":
+            problem = "is only for format: chat; of a preference pair the answers carry loss"
+            errors.append(FieldError("chat.turns", problem, depends_on=("format",)))
+        if self.format != "preference" and self.preference != PreferenceSpec():
+            problem = f"is only for format: preference, not {self.format}"
+            errors.append(FieldError("preference", problem, depends_on=("format",)))
         if self.files is not None and not (self.files and all(self.files)):
             errors.append(FieldError("files", "must name at least one file or glob"))
         if self.packing == "concatenate" and self.format != "text":

@@ -120,10 +120,35 @@ class JobSpec(Section):
             yield FieldError(
                 "data.format", problem, nearest=objective.formats[0], depends_on=("training.objective",)
             )
+        if objective.has_reference_model:
+            yield from self._reference_problems()
         missing = [token for token in objective.special_tokens if token not in tokenizer.special_tokens]
         if tokenizer.special_tokens and missing and tokenizer.from_pretrained is None:
             problem = f"lacks {', '.join(missing)}, which training.objective: {name} needs"
             yield FieldError("data.tokenizer.special_tokens", problem, depends_on=("training.objective",))
+
+    def _reference_problems(self) -> Iterator[FieldError]:
+        """Yield why there is no model to compare with."""
+        name, lora = self.training.objective, self.model.lora
+        if self.model.from_pretrained is None and self.model.init_from is None:
+            problem = (
+                f"{name} compares the model with what it was before training, which must be model.from_pretrained "
+                "or model.init_from; train without one with objective: orpo"
+            )
+            yield FieldError("training.objective", problem, depends_on=("model",))
+        if self.training.dpo.reference != "adapters_off":
+            if lora is not None and lora.quantize != "none":
+                problem = "must be adapters_off with model.lora.quantize: the reference is quantised too"
+                yield FieldError(
+                    "training.dpo.reference", problem, nearest="adapters_off", depends_on=("model.lora",)
+                )
+            return
+        if lora is None:
+            problem = "adapters_off needs model.lora: without adapters the model itself changes"
+            yield FieldError("training.dpo.reference", problem, nearest="precomputed", depends_on=("model",))
+        elif lora.modules_to_save:
+            problem = "adapters_off is no reference beside model.lora.modules_to_save, whose weights change"
+            yield FieldError("training.dpo.reference", problem, nearest="precomputed", depends_on=("model.lora",))
 
     @property
     def user_classes(self) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from forge.config.class_names import ObjectiveName
 from forge.config.optimizer import OptimizerSpec
+from forge.config.preference import DpoSpec, OrpoSpec, PairLoss
 from forge.config.schedule import ScheduleSpec
 from forge.config.section import Count, FieldError, Fraction, Interval, Number, Section, WholeOrAuto, raise_errors
 from forge.units import Every, Length
@@ -82,10 +84,17 @@ class TrainingSpec(Section):
     """What is minimised. `causal-lm`: the mean cross entropy of the next token; of a mixture of experts with
     `model.output_router_logits: true` also its auxiliary loss, for each sequence by itself, times
     `model.router_aux_loss_coef`. `chat`: the same of conversations. `masked-lm`: the mean cross entropy of masked
-    tokens, for encoders such as BERT."""
+    tokens, for encoders such as BERT. `dpo`, `ipo` and `orpo`: learn from pairs of answers, of which one is
+    preferred; each pair counts once."""
 
     masking: MaskingSpec = MaskingSpec()
     """Masks of `masked-lm`."""
+
+    dpo: DpoSpec = DpoSpec()
+    """Loss of `dpo` and `ipo`."""
+
+    orpo: OrpoSpec = OrpoSpec()
+    """Loss of `orpo`."""
 
     total_steps: Count | None = Field(None, ge=1, le=MAX_STEPS)
     """Length in optimizer steps. Give exactly one of `total_steps`, `total_tokens` and `epochs`."""
@@ -154,11 +163,30 @@ class TrainingSpec(Section):
             errors.append(FieldError("masking", problem, depends_on=("objective",)))
         if self.optimizer.name == "adamw-8bit" and self.zero.stage != 0:
             errors.append(FieldError("optimizer.name", _NO_SHARDS_8BIT, depends_on=("zero.stage",)))
+        errors += self._pair_problems()
         raise_errors(errors)
         lengths = [self.total_steps, self.total_tokens, self.epochs]
         if sum(length is not None for length in lengths) != 1:
             raise ValueError("give exactly one of 'total_steps', 'total_tokens' and 'epochs'")
         return self
+
+    @property
+    def pair_loss(self) -> PairLoss:
+        """The loss of `dpo` and `ipo`."""
+        return self.dpo.loss or ("ipo" if self.objective == "ipo" else "sigmoid")
+
+    def _pair_problems(self) -> Iterator[FieldError]:
+        if self.objective not in ("dpo", "ipo") and self.dpo != DpoSpec():
+            problem = f"is only for objective: dpo or ipo, not {self.objective}"
+            yield FieldError("dpo", problem, depends_on=("objective",))
+        elif self.objective == "ipo" and self.pair_loss != "ipo":
+            problem = "must be ipo or left out with objective: ipo; other losses are of objective: dpo"
+            yield FieldError("dpo.loss", problem, nearest="ipo", depends_on=("objective",))
+        elif self.objective == "ipo" and self.dpo.label_smoothing:
+            yield FieldError("dpo.label_smoothing", "has no meaning for the loss ipo", depends_on=("objective",))
+        if self.objective != "orpo" and self.orpo != OrpoSpec():
+            problem = f"is only for objective: orpo, not {self.objective}"
+            yield FieldError("orpo", problem, depends_on=("objective",))
 
     def schedule_problem(self, total_steps: int, *, tokens_per_step: int | None) -> tuple[str, str] | None:
         """Return the key of `schedule` that does not fit a training of this many steps, and why; None if all do.

@@ -205,20 +205,26 @@ class ChatTemplate:
 
 
 def chat_template_of(tokenizer: TextTokenizer, *, own: str | None) -> ChatTemplate:
-    """Return the chat template of a tokenizer.
+    """As `find_chat_template`. Raises: DataError if the tokenizer has none."""
+    found = find_chat_template(tokenizer, own=own)
+    if found is None:
+        raise DataError(
+            "conversations need a chat template, and the tokenizer has none. Set data.tokenizer.from_pretrained to "
+            "the folder of a chat model, or data.chat.template to a Jinja file"
+        )
+    return found
+
+
+def find_chat_template(tokenizer: TextTokenizer, *, own: str | None) -> ChatTemplate | None:
+    """Return the chat template of a tokenizer; None if it has none.
 
     Args:
         own: the content of `data.chat.template`, which takes precedence; None if there is none.
-
-    Raises: DataError if the tokenizer has none.
     """
     config = json.loads(tokenizer.files.get("special_tokens_map.json", "{}")) | json.loads(tokenizer.config)
     source = own if own is not None else _template(tokenizer, config=config)
     if source is None:
-        raise DataError(
-            "data.format: chat needs a chat template, and the tokenizer has none. Set "
-            "data.tokenizer.from_pretrained to the folder of a chat model, or data.chat.template to a Jinja file"
-        )
+        return None
     variables = {name: _token(config.get(name)) for name in _TOKEN_NAMES if _token(config.get(name))}
     added = json.loads(tokenizer.content)["added_tokens"]
     special = {tokenizer.eot_token, *(str(token["content"]) for token in added if token["special"])}

@@ -59,8 +59,8 @@ def conversation_of(record: Record) -> Conversation:
     """
     try:
         messages = _messages(record.fields)
-        _require_turns(messages)
-        return Conversation(messages=tuple(messages), tools=_tools(record.fields.get("tools")))
+        require_turns(messages)
+        return Conversation(messages=tuple(messages), tools=tools_of(record.fields.get("tools")))
     except ValueError as error:
         raise DataError(f"{record.location}: {error}") from None
 
@@ -72,7 +72,7 @@ def _messages(fields: Mapping[str, Any]) -> list[Message]:
         if isinstance(fields.get(key), str):
             raise ValueError(f"{key!r} must be a list of messages, it is a string")
         if fields.get(key) is not None:
-            return head + _message_list(fields[key], key=key)
+            return head + message_list(fields[key], key=key)
     for question, answers in _PROMPTS.items():
         if question not in fields:
             continue
@@ -90,21 +90,23 @@ def _turn(fields: Mapping[str, Any], *, question: str, answer: str) -> list[Mess
         if not isinstance(extra, str) or not isinstance(asked, str):
             raise ValueError(f"'input' and {question!r} must be strings")
         asked = f"{asked}\n\n{extra}"
-    messages = _message_list(asked, key=question) if _is_list(asked) else [_message_of(asked, role="user")]
-    if _is_list(answered):
-        return messages + _message_list(answered, key=answer)
-    return [*messages, _message_of(answered, role=ASSISTANT, number=len(messages) + 1)]
+    messages = message_list(asked, key=question) if is_list(asked) else [message_of(asked, role="user")]
+    if is_list(answered):
+        return messages + message_list(answered, key=answer)
+    return [*messages, message_of(answered, role=ASSISTANT, number=len(messages) + 1)]
 
 
-def _message_list(value: Any, *, key: str) -> list[Message]:
-    if not _is_list(value):
+def message_list(value: Any, *, key: str) -> list[Message]:
+    """Read a list of messages. Raises: ValueError naming the message."""
+    if not is_list(value):
         raise ValueError(f"{key!r} must be a list of messages, it is {json_name(value)}")
     if len(value) > MAX_MESSAGES:
         raise ValueError(f"the conversation has {len(value):,} messages; at most {MAX_MESSAGES:,} are read")
     return [_message(item, number=number) for number, item in enumerate(value, start=1)]
 
 
-def _message_of(text: Any, *, role: str, number: int = 1) -> Message:
+def message_of(text: Any, *, role: str, number: int = 1) -> Message:
+    """Return a text as a message. Raises: ValueError if it is none."""
     return _message({"role": role, "content": text}, number=number)
 
 
@@ -126,7 +128,7 @@ def _message(item: Any, *, number: int) -> Message:
         )
     content = message.pop(content_key, None)
     calls = message.get("tool_calls")
-    if calls is not None and not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
+    if calls is not None and not (is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
         raise ValueError(f"message {number}: 'tool_calls' must be a list of objects")
     _require_text(content, number=number, may_lack=bool(calls))
     return {**message, "role": known, "content": _joined(content)}
@@ -134,7 +136,7 @@ def _message(item: Any, *, number: int) -> Message:
 
 def _joined(content: Any) -> Any:
     """Join the text parts of a content: a name of a special token could be cut in two by them."""
-    if _is_list(content):
+    if is_list(content):
         return "".join(part["text"] for part in content)
     return "" if content is None else content
 
@@ -144,7 +146,7 @@ def _require_text(content: Any, *, number: int, may_lack: bool) -> None:
         return
     if content is None:
         raise ValueError(f"message {number} has no 'content'")
-    parts = content if _is_list(content) else [{"type": "text", "text": content}]
+    parts = content if is_list(content) else [{"type": "text", "text": content}]
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else json_name(part)
@@ -159,7 +161,8 @@ def _require_text(content: Any, *, number: int, may_lack: bool) -> None:
             raise ValueError(f"message {number} is not valid Unicode: {problem}") from None
 
 
-def _require_turns(messages: Sequence[Message]) -> None:
+def require_turns(messages: Sequence[Message]) -> None:
+    """Raises: ValueError if the assistant writes nothing in these messages, or a turn of it is empty."""
     turns = [number for number, message in enumerate(messages, start=1) if message["role"] == ASSISTANT]
     if not turns:
         raise ValueError("the conversation has no turn of the assistant, so nothing of it can be learnt")
@@ -169,7 +172,7 @@ def _require_turns(messages: Sequence[Message]) -> None:
             raise ValueError(f"message {number} is an empty turn of the assistant")
 
 
-def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
     """Read the tools: a list of JSON schemas, or the same as text."""
     if isinstance(value, str) and value.strip():
         try:
@@ -178,10 +181,11 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
             raise ValueError("'tools' must be a list of JSON schemas, it is text that is not JSON") from None
     if value in (None, ""):
         return ()
-    if not (_is_list(value) and all(isinstance(tool, Mapping) for tool in value)):
+    if not (is_list(value) and all(isinstance(tool, Mapping) for tool in value)):
         raise ValueError("'tools' must be a list of JSON schemas")
     return tuple(value)
 
 
-def _is_list(value: Any) -> bool:
+def is_list(value: Any) -> bool:
+    """Whether a value is a list, and not a string."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)

@@ -30,6 +30,7 @@ from forge.data.cache_index import (
 )
 from forge.data.example_store import ExampleRows
 from forge.data.format_process import write_examples_in_process
+from forge.data.formats.registry import TEMPLATE_FORMATS
 from forge.data.prepare_examples import chat_settings, write_examples
 from forge.data.prepare_streams import write_streams
 from forge.data.rows import RowStore, StreamRows
@@ -189,7 +190,8 @@ def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: 
             "seq_len": spec.seq_len,
         }
         settings |= {"code": code_digest} if is_reference(spec.format) else {}
-        settings |= {"chat": asdict(chat_settings(spec))} if spec.format == "chat" else {}
+        settings |= {"chat": asdict(chat_settings(spec))} if spec.format in TEMPLATE_FORMATS else {}
+        settings |= {"preference": spec.preference.model_dump()} if spec.format == "preference" else {}
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -278,7 +280,7 @@ def _write_cache(
     if spec.packing == "concatenate":
         write: Callable[..., CacheIndex] = write_streams
     else:
-        is_apart = is_reference(spec.format) or spec.format == "chat"
+        is_apart = is_reference(spec.format) or spec.format in TEMPLATE_FORMATS
         write = partial(write_examples_in_process, code_digest=code_digest) if is_apart else write_examples
     progress = _progress_of(report)
     index = write(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=progress, sample=sample)

@@ -23,7 +23,7 @@ from forge.data.bad_records import BadRecords
 from forge.data.cache_index import CacheIndex, ExampleLayout, SkippedRecords, SplitSizes
 from forge.data.corpus import no_text
 from forge.data.example_store import ExampleWriter, write_rows
-from forge.data.formats.base import ChatSettings, Example, ExampleFormat, FormatContext
+from forge.data.formats.base import ChatSettings, Example, ExampleFormat, FormatContext, PreferenceSettings
 from forge.data.formats.build import build_format
 from forge.data.lengths import counts_of, lengths_of
 from forge.data.packing import pack_rows
@@ -132,6 +132,7 @@ def _context(spec: DataSpec, *, tokenizer: TextTokenizer) -> FormatContext:
         encode=lambda text: np.frombuffer(encoder.encode([text])[0], dtype=tokenizer.dtype).astype(np.int64),
         tokenizer=tokenizer,
         chat=chat_settings(spec),
+        preference=PreferenceSettings(texts=spec.preference.texts),
     )
 
 

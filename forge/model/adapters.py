@@ -180,6 +180,25 @@ def modules_reading_weights(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Run a model as if it had no adapters, for the duration of a context.
+
+    peft's own switch also changes which parameters are trained, which DeepSpeed has taken note of.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
+
+
+@contextmanager
 def _as_meta(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
     """Replace parameters by meta tensors of their whole shape for the duration of a context.
 

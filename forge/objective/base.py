@@ -53,6 +53,8 @@ class ObjectiveContext:
     """The folder with the tokenizer's files."""
     has_positionwise_head: bool = False
     """`ModelInfo.has_positionwise_head` of the plan."""
+    keeps_examples_apart: bool = False
+    """Whether the model keeps sequences apart that share a row, by positions that restart."""
 
 
 class Objective(Protocol):

@@ -96,7 +96,7 @@ class CausalLm:
         if "position_ids" in batch:
             require_isolation(model)
             inputs["position_ids"] = batch["position_ids"]
-            if _is_flash(model):
+            if is_flash(model):
                 inputs = {name: values.reshape(1, -1) for name, values in inputs.items()}
                 targets = targets.reshape(1, -1)
         if not isinstance(model, PreTrainedModel):
@@ -119,6 +119,7 @@ class CausalLm:
         return _Forward(cross_entropy=summed, router_logits=getattr(out, "router_logits", None) or ())
 
 
-def _is_flash(model: nn.Module) -> bool:
+def is_flash(model: nn.Module) -> bool:
+    """Whether a model uses flash attention, which takes packed examples only in a single row."""
     config = getattr(model, "config", None)
     return str(getattr(config, "_attn_implementation", "")).startswith("flash")

@@ -43,6 +43,8 @@ class RegisteredObjective:
     masks: `show(arrays, *, seed, training, tokenizer)`, without torch. The plan shows the result."""
     num_labels: int | None = None
     """Outputs of the head of a sequence or token classifier, where the objective fixes their number."""
+    has_reference_model: bool = False
+    """Whether it compares the model with what it was before training."""
     separates_examples: bool = False
     """Whether it takes the examples of a packed row apart, so that the model need not keep them apart."""
 
@@ -52,6 +54,22 @@ _CAUSAL_LM = RegisteredObjective(
     metrics={"perplexity": "min", "router_aux_loss": "min"},
     predicts_tokens=True,
     formats=("text", "chat"),
+)
+
+_PAIR_METRICS: dict[str, Direction] = {
+    "rewards_chosen": "max",
+    "rewards_rejected": "min",
+    "rewards_margin": "max",
+    "accuracy": "max",
+}
+
+_DPO = RegisteredObjective(
+    reference="forge.objective.preference:Dpo",
+    metrics=_PAIR_METRICS,
+    predicts_tokens=True,
+    formats=("preference",),
+    separates_examples=True,
+    has_reference_model=True,
 )
 
 OBJECTIVES: dict[str, RegisteredObjective] = {
@@ -66,6 +84,14 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
         special_tokens=("[MASK]",),
         show="forge.objective.masking:show_masks",
         separates_examples=True,
+    ),
+    "dpo": _DPO,
+    "ipo": _DPO,  # with another default of training.dpo.loss
+    "orpo": replace(
+        _DPO,
+        reference="forge.objective.preference:Orpo",
+        metrics={**_PAIR_METRICS, "nll": "min", "log_odds": "max"},
+        has_reference_model=False,
     ),
 }
 

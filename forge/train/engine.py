@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import deepspeed
 import deepspeed.ops
@@ -37,13 +37,21 @@ from forge.model.dropout import SampleDropout, model_has_dropout
 from forge.model.families.base import BuildOptions, DataShape, Sharding
 from forge.model.families.registry import family_of
 from forge.objective.base import Objective, ObjectiveModule, batch_weight, derived_metrics
-from forge.objective.causal_lm import CausalLm
 from forge.train.base_weights import digest_base, initial_weights
 from forge.train.metric_sums import MetricSums
 from forge.train.metrics import peak_memory_gib
 from forge.train.optimizer import build_optimizer
 from forge.train.row_seeds import row_seeds
 from forge.train.state import TrainState
+
+
+@runtime_checkable
+class _Chunked(Protocol):
+    """An objective that can do without the logits of the whole micro-batch."""
+
+    def use_chunks(self, model: nn.Module) -> None:
+        """Compute logits in chunks from here on."""
+
 
 _Inputs = Mapping[str, torch.Tensor]
 """What an objective makes of a micro-batch."""
@@ -308,7 +316,7 @@ def build_engine(
     module = ObjectiveModule(model, objective=objective)
     optimizer = build_optimizer(module, training.optimizer, device=device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
-    if isinstance(objective, CausalLm) and training.cross_entropy == "chunked" and has_linear_head:
+    if isinstance(objective, _Chunked) and training.cross_entropy == "chunked" and has_linear_head:
         objective.use_chunks(model)
     dropout = SampleDropout(model, seed=training.seed) if model_has_dropout(model) else None
     if dropout is not None:

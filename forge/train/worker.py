@@ -228,6 +228,7 @@ def _objective_context(plan: Plan) -> ObjectiveContext:
         training=plan.job.training,
         tokenizer=Path(plan.corpus.folder) / "tokenizer",
         has_positionwise_head=plan.model.has_positionwise_head,
+        keeps_examples_apart=plan.model.isolation_problem is None,
     )
 
 

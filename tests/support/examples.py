@@ -1,10 +1,12 @@
-"""Prepared examples with random masked targets."""
+"""Prepared examples: with random masked targets, and preference pairs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from forge.data.cache_index import CacheIndex, ExampleLayout, SplitSizes, write_index
 from forge.data.example_store import ExampleWriter, write_rows
@@ -18,16 +20,46 @@ from tests.support.jobs import SEQ_LEN, VOCAB
 def masked_corpus(folder: Path, *, packing: str, num_examples: int = 160) -> CorpusInfo:
     """Examples of 2 to SEQ_LEN tokens, of whose targets one to all are predicted; a tenth is held out."""
     rng = np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = ExampleWriter(folder, seq_len=SEQ_LEN, vocab_size=VOCAB)
-    for number in range(num_examples):
+    examples = []
+    for _ in range(num_examples):
         length = int(rng.integers(2, SEQ_LEN + 1))
         ids = rng.integers(0, VOCAB, size=length + 1)
         ids[1::2] = (ids[:-1:2] * 5 + 3) % VOCAB
         targets = ids[1:].copy()
         targets[rng.permutation(length)[: rng.integers(0, length)]] = IGNORED
         weight = float((targets != IGNORED).sum())
-        writer.add(Example(arrays={"tokens": ids[:-1], "targets": targets}, weight=weight), key=number, location="")
+        examples.append(Example(arrays={"tokens": ids[:-1], "targets": targets}, weight=weight))
+    return example_corpus(folder, examples, packing=packing, digest=f"masked-{packing}")
+
+
+def pair_corpus(folder: Path, *, packing: str = "examples", num_pairs: int = 80) -> CorpusInfo:
+    """Preference pairs: in chosen answers each token follows from the one before, in rejected ones none does."""
+    rng = np.random.default_rng(1)
+    examples = []
+    for _ in range(num_pairs):
+        prompt = rng.integers(1, VOCAB, size=int(rng.integers(1, 3))).tolist()
+        arrays: dict[str, list[NDArray[np.int64]]] = {"tokens": [], "targets": [], "part": []}
+        for part in (1, 2):
+            answer: list[int] = []
+            for _ in range(int(rng.integers(1, 4))):
+                last = [*prompt, *answer][-1]
+                answer.append(int((last * 5 + 3) % VOCAB if part == 1 else rng.integers(1, VOCAB)))
+            ids = np.array([*prompt, *answer, 0])
+            arrays["tokens"].append(ids[:-1])
+            arrays["targets"].append(np.where(np.arange(1, len(ids)) < len(prompt), IGNORED, ids[1:]))
+            arrays["part"].append(np.full(len(ids) - 1, part))
+        joined = {name: np.concatenate(values) for name, values in arrays.items()}
+        examples.append(Example(arrays=joined, weight=1.0))
+    return example_corpus(folder, examples, packing=packing, digest=f"pairs-{packing}")
+
+
+def example_corpus(folder: Path, examples: Sequence[Example], *, packing: str, digest: str) -> CorpusInfo:
+    """Prepare examples; a tenth is held out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    num_examples = len(examples)
+    writer = ExampleWriter(folder, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    for number, example in enumerate(examples):
+        writer.add(example, key=number, location="")
     tables = writer.close()
     splits = {}
     for name, chosen in (
@@ -45,7 +77,7 @@ def masked_corpus(folder: Path, *, packing: str, num_examples: int = 160) -> Cor
             num_targets=int(writer.num_targets[chosen].sum()),
         )
     index = CacheIndex(
-        digest=f"masked-{packing}",
+        digest=digest,
         dtype="<u2",
         vocab_size=VOCAB,
         eot_id=0,

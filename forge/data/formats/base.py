@@ -37,6 +37,13 @@ class ChatSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceSettings:
+    """`data.preference`."""
+
+    texts: Literal["auto", "chat", "plain"] = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FormatContext:
     """What a format is built with."""
 
@@ -49,6 +56,7 @@ class FormatContext:
     """Token ids of a text; never the end-of-text token."""
     tokenizer: TextTokenizer
     chat: ChatSettings = ChatSettings()
+    preference: PreferenceSettings = PreferenceSettings()
 
 
 class ExampleFormat(Protocol):

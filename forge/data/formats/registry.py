@@ -9,6 +9,7 @@ from __future__ import annotations
 FORMATS: dict[str, str] = {
     "text": "forge.data.formats.text:TextFormat",
     "chat": "forge.data.formats.chat:ChatFormat",
+    "preference": "forge.data.formats.preference:PreferenceFormat",
 }
 """Name to `module:Class` of an `ExampleFormat`."""
 
@@ -17,3 +18,6 @@ PART_NAMES: dict[str, dict[int, str]] = {
     "preference": {1: "chosen", 2: "rejected"},
 }
 """What the plan calls the values of the array `part`, of formats whose examples have several parts."""
+
+TEMPLATE_FORMATS = ("chat", "preference")
+"""Formats that render a chat template, which `data.chat.template` may give."""

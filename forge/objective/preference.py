@@ -1,0 +1,183 @@
+"""Objectives on preference pairs: DPO and its relatives, which compare with a reference model, and ORPO.
+
+A pair is one term of the loss. Where the model keeps examples apart, all sides of a row are one sequence with
+positions that restart, so nothing is padding; elsewhere each side is a padded sequence. The head sees the positions
+of the answers alone.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from forge.config.preference import DpoSpec
+from forge.errors import RunError
+from forge.model.adapters import adapters_disabled
+from forge.objective.base import Arrays, ObjectiveContext, WeightedSum
+from forge.objective.causal_lm import is_flash
+from forge.objective.pair_losses import PAIR_LOSSES, LogRatios, log_odds_ratio
+from forge.objective.pairs import REFERENCE_LOG_PROBS, PairRows
+from forge.objective.registry import OBJECTIVES, Direction
+from forge.objective.token_log_probs import log_prob_head_forward, log_probs_of
+
+
+class PairLogProbs:
+    """The log-probabilities of answers under a causal language model."""
+
+    def __init__(self, *, keeps_examples_apart: bool) -> None:
+        self._is_packed = keeps_examples_apart
+        self._is_chunked = False
+
+    def use_chunks(self, model: nn.Module) -> None:
+        """Compute logits in chunks from here on; they must be a linear map of the last hidden state."""
+        assert isinstance(model, PreTrainedModel), "only a transformers model is known to have a linear head"
+        head: Any = model.get_output_embeddings()
+        head.forward = types.MethodType(log_prob_head_forward, head)
+        self._is_chunked = True
+
+    def batch(self, pairs: PairRows) -> dict[str, Tensor]:
+        """Convert rows: what the model is given, `where` and `targets` int64[k], and the `sides` of these."""
+        arrays = pairs.packed() if self._is_packed else pairs.separated()
+        arrays |= {"targets": pairs.targets(), "sides": pairs.sides, "lengths": pairs.num_targets()}
+        return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
+
+    def tokens(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Log-probabilities of the targets, float32[k]. The model runs even if there are none, as ranks must run it
+        together; the result is then one value times 0."""
+        where, targets = batch["where"], batch["targets"]
+        if not len(where):
+            return self._tokens(model, batch, where=where.new_zeros(1), targets=targets.new_zeros(1)) * 0
+        return self._tokens(model, batch, where=where, targets=targets)
+
+    def sides(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The sums of the sides, float32[p, 2]: chosen and rejected; a graph to the model even without any."""
+        found = self.tokens(model, batch)
+        sums = found.new_zeros(len(batch["lengths"]))
+        if not len(batch["where"]):
+            return sums.reshape(-1, 2) + found.sum()
+        return sums.index_add(0, batch["sides"], found).reshape(-1, 2)
+
+    def _tokens(self, model: nn.Module, batch: Mapping[str, Tensor], *, where: Tensor, targets: Tensor) -> Tensor:
+        inputs = {"input_ids": batch["tokens"]}
+        if "position_ids" in batch:
+            inputs["position_ids"] = batch["position_ids"]
+            if is_flash(model):
+                inputs = {name: values.reshape(1, -1) for name, values in inputs.items()}
+        elif isinstance(model, PreTrainedModel):
+            inputs["attention_mask"] = batch["attention_mask"]
+        if not isinstance(model, PreTrainedModel):
+            return log_probs_of(model(**inputs).flatten(0, 1)[where], targets)
+        if not self._is_chunked:
+            return log_probs_of(model(**inputs, use_cache=False).logits.flatten(0, 1)[where], targets)
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[where]
+        # Through the head's own __call__, so that ZeRO 3 gathers its weight.
+        found: Tensor = model.get_output_embeddings()(hidden, tokens=targets)
+        return found
+
+
+class _PairObjective:
+    """What objectives on pairs share."""
+
+    def __init__(self, *, context: ObjectiveContext) -> None:
+        self._log_probs = PairLogProbs(keeps_examples_apart=context.keeps_examples_apart)
+
+    def use_chunks(self, model: nn.Module) -> None:
+        """Compute logits in chunks from here on."""
+        self._log_probs.use_chunks(model)
+
+    def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, WeightedSum]:
+        return {}
+
+
+class Dpo(_PairObjective):
+    """Direct preference optimisation with any loss of `training.dpo.loss`."""
+
+    metric_directions: ClassVar[Mapping[str, Direction]] = OBJECTIVES["dpo"].metrics
+
+    def __init__(self, *, context: ObjectiveContext) -> None:
+        super().__init__(context=context)
+        self._spec: DpoSpec = context.training.dpo
+        self._loss = PAIR_LOSSES[context.training.pair_loss]
+
+    def batch(self, rows: Arrays) -> dict[str, Tensor]:
+        """Convert rows of pairs; `reference` float32[p, 2] of those whose reference was computed beforehand."""
+        pairs = PairRows.of(rows)
+        batch = self._log_probs.batch(pairs)
+        if self._spec.reference == "precomputed":
+            if REFERENCE_LOG_PROBS not in rows:
+                raise RunError(
+                    "the prepared data have no log-probabilities of the reference model; prepare them again"
+                )
+            sums = pairs.sums(rows[REFERENCE_LOG_PROBS]).reshape(-1, 2)
+            batch["reference"] = torch.from_numpy(sums.astype(np.float32))
+        return batch
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
+        """The loss of each pair, and its implicit rewards `β log(policy / reference)`."""
+        reference = batch["reference"] if "reference" in batch else self._without_adapters(model, batch)
+        ratios = self._log_probs.sides(model, batch) - reference
+        lengths = batch["lengths"].reshape(-1, 2).float()
+        losses = self._loss(
+            LogRatios(
+                chosen=ratios[:, 0],
+                rejected=ratios[:, 1],
+                chosen_lengths=lengths[:, 0],
+                rejected_lengths=lengths[:, 1],
+            ),
+            self._spec.beta,
+            self._spec.label_smoothing,
+        )
+        return _weighted(losses, rewards=self._spec.beta * ratios.detach())
+
+    def _without_adapters(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), adapters_disabled(model):
+                return self._log_probs.sides(model, batch)
+        finally:
+            model.train(was_training)
+
+
+class Orpo(_PairObjective):
+    """Cross entropy of the chosen answer and the log odds ratio of the two; each pair counts once."""
+
+    metric_directions: ClassVar[Mapping[str, Direction]] = OBJECTIVES["orpo"].metrics
+
+    def __init__(self, *, context: ObjectiveContext) -> None:
+        super().__init__(context=context)
+        self._beta = context.training.orpo.beta
+
+    def batch(self, rows: Arrays) -> dict[str, Tensor]:
+        return self._log_probs.batch(PairRows.of(rows))
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
+        """`-log p(chosen) / n - β log σ(log odds ratio)` of each pair, of means per token."""
+        means = self._log_probs.sides(model, batch) / batch["lengths"].reshape(-1, 2)
+        log_odds = log_odds_ratio(means[:, 0], means[:, 1])
+        cross_entropy = -means[:, 0]
+        losses = cross_entropy - self._beta * F.logsigmoid(log_odds)
+        found = {"nll": cross_entropy.detach().sum(), "log_odds": log_odds.detach().sum()}
+        further = {name: WeightedSum(sum=value, weight=len(means)) for name, value in found.items()}
+        return _weighted(losses, rewards=self._beta * means.detach(), further=further)
+
+
+def _weighted(losses: Tensor, *, rewards: Tensor, further: Mapping[str, WeightedSum] | None = None) -> WeightedSum:
+    """The summed losses, with the metrics of their pairs."""
+    count = len(losses)
+    chosen, rejected = rewards.unbind(1)
+    sums = {
+        "rewards_chosen": chosen.sum(),
+        "rewards_rejected": rejected.sum(),
+        "rewards_margin": (chosen - rejected).sum(),
+        "accuracy": (chosen > rejected).float().sum(),
+    }
+    found = {name: WeightedSum(sum=value, weight=count) for name, value in sums.items()}
+    return WeightedSum(sum=losses.sum(), weight=count, metrics={**found, **(further or {})})
