@@ -32,6 +32,18 @@ class TokenizerSpec(Section):
     from_pretrained: str | None = Field(None, min_length=1)
     """A `tokenizer.json` file, or a folder that contains one."""
 
+    add_tokens: Strings = ()
+    """Special tokens to add to a loaded tokenizer, such as `<tool>`; their ids follow the largest one. If the
+    pretrained embedding has no rows for them, set `model.resize_embeddings`. Text spells them only with
+    `data.special_tokens: tokens`, or in a chat template."""
+
+    @model_validator(mode="after")
+    def _adds_each_token_once(self) -> TokenizerSpec:
+        wrong = [token for token in self.add_tokens if not token.strip() or self.add_tokens.count(token) > 1]
+        if wrong:
+            raise FieldError("add_tokens", f"must be different texts, not {wrong[0]!r}")
+        return self
+
     @model_validator(mode="after")
     def _one_origin(self) -> TokenizerSpec:
         if self.train and self.from_pretrained:

@@ -66,7 +66,9 @@ class JobSpec(Section):
         raise_errors(errors)
         if self.model.from_pretrained is not None and self.data.tokenizer.from_pretrained is None:
             # Its embeddings are of these ids. The section is frozen; this is still its construction.
-            tokenizer = TokenizerSpec(from_pretrained=tokenizer_of(self.model.from_pretrained))
+            tokenizer = TokenizerSpec(
+                from_pretrained=tokenizer_of(self.model.from_pretrained), add_tokens=self.data.tokenizer.add_tokens
+            )
             self.__dict__["data"] = self.data.model_copy(update={"tokenizer": tokenizer})
         if self.checkpoint.keep_best is None:
             checkpoint = self.checkpoint.model_copy()  # without making it a key that the user has set
@@ -96,6 +98,10 @@ class JobSpec(Section):
             problem = "the best checkpoint is chosen by held-out data, but data.held_out is 0"
             yield FieldError("checkpoint.keep_best", problem, depends_on=("data.held_out",))
         tokenizer = self.data.tokenizer
+        is_loaded = tokenizer.from_pretrained or self.model.from_pretrained or self.model.init_from
+        if tokenizer.add_tokens and not is_loaded:
+            problem = "is for a loaded tokenizer; a trained one has special_tokens"
+            yield FieldError("data.tokenizer.add_tokens", problem, nearest="special_tokens")
         pretrained = next((key for key in ("from_pretrained", "init_from") if getattr(self.model, key)), None)
         if pretrained is not None and tokenizer.from_pretrained is None:
             new = [key for key in ("train", "vocab_size") if key in tokenizer.model_fields_set]

@@ -51,6 +51,10 @@ class ModelSpec(Section):
     was evaluated, the newest; the plan says which, and the run keeps to it. The run's tokenizer is the default; the
     model is the run's, and other keys change its config, as with `from_pretrained`."""
 
+    resize_embeddings: bool = False
+    """Enlarge the embedding and the output head of pretrained weights to the tokenizer's vocabulary, or to
+    `vocab_size` if that is given. Each added row is the mean of the existing ones, and is trained."""
+
     # A field whose name is a keyword of Python has to be declared through the class body's own namespace.
     __annotations__["class"] = "str | None"
     locals()["class"] = Field(
@@ -74,6 +78,12 @@ class ModelSpec(Section):
             raise FieldError("model_type", "forge has another name for this key", nearest="architecture")
         if sum(getattr(self, name) is not None for name in _ORIGINS) != 1:
             raise ValueError("give one of 'architecture', 'from_pretrained', 'init_from' and 'class'")
+        return self
+
+    @model_validator(mode="after")
+    def _resizes_pretrained_weights(self) -> ModelSpec:
+        if self.resize_embeddings and self.from_pretrained is None and self.init_from is None:
+            raise FieldError("resize_embeddings", "is for pretrained weights; a new model has the tokenizer's size")
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from forge.config.data import DataSpec
 from forge.data import corpus, store
+from forge.data.added_tokens import open_tokenizer
 from forge.data.cache import build_once, open_cache
 from forge.data.cache_index import (
     FORMAT_VERSION,
@@ -36,7 +37,7 @@ from forge.data.prepare_streams import write_streams
 from forge.data.rows import RowStore, StreamRows
 from forge.data.sources.build import SampleSize
 from forge.data.store import TokenStream
-from forge.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from forge.data.tokenizer import TextTokenizer, train_tokenizer
 from forge.errors import DataError
 from forge.fs import sync_folder
 from forge.plan.inputs import CorpusInfo
@@ -86,7 +87,7 @@ def prepare(
     """
     report = on_progress or (lambda _: None)
     report(PrepareProgress(phase="fingerprint"))
-    loaded = load_tokenizer(spec.tokenizer.from_pretrained) if spec.tokenizer.from_pretrained else None
+    loaded = open_tokenizer(spec.tokenizer)
     digest = _cache_key(spec, tokenizer=loaded, code_digest=code_digest)
     folder = _cache_folder(spec, cache_dir=cache_dir, digest=digest)
     try:
@@ -111,7 +112,7 @@ def find_prepared(spec: DataSpec, *, cache_dir: Path, code_digest: str | None = 
     folder = cache_dir.absolute() / "data"
     if not any(folder.glob(f"{_corpus_name(spec)}-*")):
         return None  # without reading the corpus
-    loaded = load_tokenizer(spec.tokenizer.from_pretrained) if spec.tokenizer.from_pretrained else None
+    loaded = open_tokenizer(spec.tokenizer)
     digest = _cache_key(spec, tokenizer=loaded, code_digest=code_digest)
     folder = _cache_folder(spec, cache_dir=cache_dir, digest=digest)
     try:
@@ -151,12 +152,11 @@ def prepare_sample(
     Returns: the facts; None if the sample does not fill a sequence.
     Raises: DataError as `prepare`; UserCodeError.
     """
-    location = spec.tokenizer.from_pretrained
     index = _write_cache(
         spec,
         folder=folder,
         digest="sample",
-        tokenizer=load_tokenizer(location) if location else None,
+        tokenizer=open_tokenizer(spec.tokenizer),
         report=lambda _: None,
         code_digest=code_digest,
         sample=size,

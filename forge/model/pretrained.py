@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from forge.errors import ModelError
+from forge.model.grown_tensor import GrownTensor
 from forge.model.weight_files import TensorReader, WeightFiles
 
 _MOST_NAMED = 5
@@ -41,15 +42,23 @@ class PretrainedWeights:
     Attributes:
         unused: names in the files that the model does not have.
         absent: parameters of the model that are not in the files, and need not be.
+        grown: parameters with a row for each token that have more rows than in the files.
     """
 
     def __init__(
-        self, files: WeightFiles, model: Any, *, is_required: Callable[[str], bool] = lambda name: True
+        self,
+        files: WeightFiles,
+        model: Any,
+        *,
+        is_required: Callable[[str], bool] = lambda name: True,
+        may_grow: bool = False,
     ) -> None:
         """Args:
         files: the safetensors files of the folder.
         model: the transformers model on the meta device.
         is_required: whether the files must have a parameter of the model, by its name.
+        may_grow: whether what has a row for each token of the model's vocabulary may have fewer in the files; the
+            missing rows are the mean of those there.
 
         Raises: ModelError naming weights that are missing or of another shape.
         """
@@ -61,6 +70,8 @@ class PretrainedWeights:
         self._last: tuple[str, dict[str, Tensor]] | None = None
         """The most recently joined tensors."""
         self.unused: tuple[str, ...] = ()
+        self._grown: dict[str, GrownTensor] = {}
+        self._may_grow = may_grow
         self._map_names()
         self._resolve_ties()
         self._check_shapes()
@@ -69,6 +80,10 @@ class PretrainedWeights:
     def names(self) -> tuple[str, ...]:
         """The parameters of the model."""
         return tuple(name for name, _ in self._model.named_parameters())
+
+    @property
+    def grown(self) -> tuple[str, ...]:
+        return tuple(self._grown)
 
     def __contains__(self, name: str) -> bool:
         return name in self._plain or name in self._joined
@@ -79,7 +94,9 @@ class PretrainedWeights:
 
         Raises: OSError, EOFError.
         """
-        if name in self._plain:
+        if name in self._grown:
+            self._grown[name].read_into(out, start=start)
+        elif name in self._plain:
             self._plain[name].read_into(out, start=start)
         else:
             whole = self._make(self._joined[name], load=_read_whole)[name]
@@ -132,6 +149,8 @@ class PretrainedWeights:
                 absent.append(name)
             elif parameter.is_floating_point() and (found := self._quantised_type_of(name)) is not None:
                 quantised.append(f"{name} ({str(found).removeprefix('torch.')})")
+            elif self._has_fewer_rows(name, shape, wanted=tuple(parameter.shape)):
+                self._grown[name] = GrownTensor(stored=self._plain[name], num_rows=parameter.shape[0])
             elif shape != tuple(parameter.shape):
                 wrong.append(f"{name} is {_times(shape)} there and {_times(tuple(parameter.shape))} in the model")
         self.absent = tuple(absent)
@@ -149,6 +168,12 @@ class PretrainedWeights:
             )
         if wrong:
             raise ModelError(f"{self.files.source} has other shapes: {some(wrong)}", key="from_pretrained")
+
+    def _has_fewer_rows(self, name: str, shape: tuple[int, ...], *, wanted: tuple[int, ...]) -> bool:
+        """Whether a tensor of the files lacks only rows of tokens, and the model may have more."""
+        if not self._may_grow or name not in self._plain or not shape or shape[1:] != wanted[1:]:
+            return False
+        return 0 < shape[0] < wanted[0] and wanted[0] == int(self._model.config.get_text_config().vocab_size)
 
     def _shape_of(self, name: str) -> tuple[int, ...] | None:
         if name in self._plain:

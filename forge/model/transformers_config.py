@@ -38,6 +38,8 @@ def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
     given = spec.config_overrides
     if spec.from_pretrained is not None:
         config = load_config(spec.from_pretrained)
+        if spec.resize_embeddings and data.vocab_size > config.get_text_config().vocab_size:
+            given = {"vocab_size": data.vocab_size, **given}
         config = _with_overrides(config, given, source=spec.from_pretrained) if given else config
     else:
         config = _new_config(spec.architecture, given, data=data)

@@ -65,8 +65,10 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
     body = job.model_dump(mode="json", include={"model", "data", "training"})
     for name in ("evaluate_every", "micro_batch_size", "zero", "activation_checkpointing", "cross_entropy"):
         body["training"].pop(name)
-    if body["model"].get("init_from") is None:
-        body["model"].pop("init_from", None)
+    for section, key in (("model", "init_from"), ("model", "resize_embeddings"), ("tokenizer", "add_tokens")):
+        values = body["data"]["tokenizer"] if section == "tokenizer" else body["model"]
+        if not values.get(key):
+            values.pop(key, None)
     if body["training"]["early_stopping"] is None:
         del body["training"]["early_stopping"]
     for section in ("optimizer", "schedule"):  # keys that do not apply

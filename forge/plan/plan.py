@@ -282,10 +282,12 @@ def _plan_world_size(
 
 def _check_model(job: JobSpec, model: ModelInfo, corpus: CorpusInfo | None) -> None:
     if corpus and corpus.vocab_size > model.vocab_size:
+        what_to_do = "leave model.vocab_size out to take the tokenizer's"
+        if job.model.from_pretrained is not None:
+            what_to_do = "set model.resize_embeddings: true to add rows, each the mean of the existing ones"
         raise PlanError(
             f"the tokenizer has {corpus.vocab_size} tokens, but model.vocab_size is {model.vocab_size}: "
-            f"{corpus.vocab_size - model.vocab_size} tokens would have no embedding; leave model.vocab_size out "
-            "to take the tokenizer's"
+            f"{corpus.vocab_size - model.vocab_size} tokens would have no embedding; {what_to_do}"
         )
     if model.look_ahead_problem is not None and job.training.objective in OBJECTIVES:
         origin = next(key for key in ("architecture", "from_pretrained", "class") if getattr(job.model, key))

@@ -20,6 +20,7 @@ from forge.config.load import LoadedJob
 from forge.config.metrics import check_metrics
 from forge.config.overrides import check_space, trial_job, usual_values
 from forge.config.section import FieldErrors
+from forge.data.added_tokens import with_added_tokens
 from forge.data.look import look_at_corpus
 from forge.data.prepare import PrepareProgress, find_prepared, prepare
 from forge.data.tokenizer import load_tokenizer, special_token_names
@@ -383,5 +384,5 @@ def _announced_vocabulary(spec: TokenizerSpec) -> tuple[int, int]:
     """Vocabulary size and end-of-text id, known before the corpus is prepared; tokenizers forge trains use id 0."""
     if spec.from_pretrained is None:
         return spec.vocab_size, 0
-    tokenizer = load_tokenizer(spec.from_pretrained)
+    tokenizer = with_added_tokens(load_tokenizer(spec.from_pretrained), spec.add_tokens)
     return tokenizer.vocab_size, tokenizer.eot_id

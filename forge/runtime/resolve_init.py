@@ -109,5 +109,6 @@ def _rewritten(job: JobSpec, *, source: str, tokenizer: str) -> JobSpec:
     model.model_fields_set.discard("init_from")
     data = job.data
     if data.tokenizer.from_pretrained is None:
-        data = data.model_copy(update={"tokenizer": TokenizerSpec(from_pretrained=tokenizer)})
+        spec = TokenizerSpec(from_pretrained=tokenizer, add_tokens=data.tokenizer.add_tokens)
+        data = data.model_copy(update={"tokenizer": spec})
     return job.model_copy(update={"model": model, "data": data})

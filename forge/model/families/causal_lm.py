@@ -172,7 +172,7 @@ def _open_weights(spec: ModelSpec, model: Any, *, data: DataShape) -> Pretrained
     """
     files = open_weights(spec.from_pretrained or "")
     if not _may_lack_weights(spec, data):
-        return PretrainedWeights(files, model)
+        return PretrainedWeights(files, model, may_grow=spec.resize_embeddings)
     own_config = load_config(files.source)
     if AUTO_CLASSES[data.auto_class].has_labels:
         folder = folder_model(model, own_config)
@@ -183,7 +183,9 @@ def _open_weights(spec: ModelSpec, model: Any, *, data: DataShape) -> Pretrained
         own = build_on_meta(own_config, auto_class=data.auto_class)
         own_names = frozenset(name for name, _ in own.named_parameters())
     try:
-        weights = PretrainedWeights(files, model, is_required=own_names.__contains__)
+        weights = PretrainedWeights(
+            files, model, is_required=own_names.__contains__, may_grow=spec.resize_embeddings
+        )
     except ModelError as error:
         if not spec.config_overrides:
             raise
@@ -227,10 +229,16 @@ def _check_weights(spec: ModelSpec, model: Any, *, data: DataShape) -> tuple[str
     untrained = sorted(set(frozen) & set(weights.absent))
     if untrained:
         raise ModelError(f"freezes weights that are not in {source}: {some(untrained)}", key="freeze")
+    if spec.resize_embeddings and (spec.lora is not None or set(frozen) & set(weights.grown)):
+        raise ModelError(
+            "adds rows that must be trained, and the job freezes the embedding; train all weights, save the folder "
+            "and adapt that one",
+            key="resize_embeddings",
+        )
     keys = ", ".join(f"{key}: {value}" for key, value in spec.config_overrides.items())
     reason = f" (the job sets {keys})" if keys else ""
     what = "a new head, " if AUTO_CLASSES[data.auto_class].has_labels and not keys else ""
-    notes = []
+    notes = [_about_growth(weights, model)] if weights.grown else []
     if weights.absent:
         notes.append(f"not in {source}, {what}drawn from the seed{reason}: {some(weights.absent)}")
     elif AUTO_CLASSES[data.auto_class].has_labels:
@@ -238,6 +246,15 @@ def _check_weights(spec: ModelSpec, model: Any, *, data: DataShape) -> tuple[str
     if weights.unused:
         notes.append(f"in {source}, but not in the model, so not used{reason}: {some(weights.unused)}")
     return tuple(notes)
+
+
+def _about_growth(weights: PretrainedWeights, model: Any) -> str:
+    """Say which tensors get rows for new tokens."""
+    rows = model.config.get_text_config().vocab_size
+    return (
+        f"enlarged to {rows:,} rows (model.resize_embeddings): {some(weights.grown)}; each added row is the mean "
+        "of the existing ones"
+    )
 
 
 def _build_or_blame(spec: ModelSpec, data: DataShape) -> tuple[PretrainedConfig, Any]:
