@@ -76,7 +76,7 @@ def _open_checkpoint(source: str) -> WeightFiles:
     if shape.adapters:
         raise PlanError(
             f"model.from_pretrained: {source} holds adapters, not the weights of a model: export them merged "
-            "(forge checkpoints export RUN --to FOLDER --merge) and give that folder"
+            "(forge checkpoints export RUN --to FOLDER) and give that folder"
         )
     base = None if shape.base is None else _open_base(source, shape.base)
     tensors: dict[str, TensorReader] = {}

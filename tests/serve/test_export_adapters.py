@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from forge.config.model import ModelSpec
-from forge.errors import CheckpointError
+from forge.errors import CheckpointError, PlanError
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.causal_lm import CausalLmFamily
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
+from forge.runtime.resolve_init import init_info
 from forge.serve.export import ExportRequest, export
 from forge.serve.generate import load_model
 from tests.serve.test_export import LLAMA, MODELS
@@ -115,3 +118,43 @@ def test_export__adapters_of_a_run_without_any__is_refused(corpus: CorpusInfo, t
     run_ranks(tiny_plan(corpus), tmp_path, world_size=1, stop_after=1)
     with pytest.raises(CheckpointError, match=r"holds no adapters: the job has no model\.lora"):
         export(ExportRequest(url=str(tmp_path), to=str(tmp_path / "out"), adapters=True))
+
+
+def test_train__adapters_of_another_run__begin_from_its_checkpoint_and_are_merged_into_it(
+    corpus: CorpusInfo, tmp_path: Path
+) -> None:
+    run_ranks(tiny_plan(corpus, training__precision="fp32"), tmp_path / "first", world_size=1, stop_after=2)
+    source = tmp_path / "first" / "step-00000002"
+    plan = plan_of(source, corpus, {})
+    plan = replace(plan, init=init_info(plan.job))
+    ours = run_ranks(plan, tmp_path / "run", world_size=2)
+    export(ExportRequest(url=str(tmp_path / "first"), to=str(tmp_path / "base"), dtype="fp32"))
+    same = run_ranks(plan_of(tmp_path / "base", corpus, {}), tmp_path / "same", world_size=2)
+    assert ours.losses == same.losses
+
+    for name in ("run", "same"):
+        export(ExportRequest(url=str(tmp_path / name), to=str(tmp_path / f"{name}-merged"), dtype="fp32"))
+    found = [load_file(tmp_path / f"{name}-merged" / "model.safetensors") for name in ("run", "same")]
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=0, atol=0)
+
+    again = plan_of(tmp_path / "run" / "step-00000003", corpus, {})
+    with pytest.raises(PlanError, match=r"holds adapters, not the weights of a model: export them merged"):
+        CausalLmFamily().inspect(again.job.model, DataShape(vocab_size=VOCAB, seq_len=SEQ_LEN, eot_id=0))
+
+
+def test_inspect__classifier_with_adapters__trains_its_new_head_whole(tmp_path: Path) -> None:
+    save_base(tmp_path, LLAMA)
+    spec = ModelSpec.model_validate({"from_pretrained": str(tmp_path), "lora": {"rank": 4}})
+    shape = DataShape(
+        vocab_size=VOCAB,
+        seq_len=SEQ_LEN,
+        eot_id=0,
+        auto_class="AutoModelForSequenceClassification",
+        num_labels=3,
+        pad_id=0,
+    )
+    info = CausalLmFamily().inspect(spec, shape)
+    assert any("trained whole: score.weight" in note for note in info.notes)
+    sizes = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
+    assert info.num_trainable_parameters == sizes + 3 * 32

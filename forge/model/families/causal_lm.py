@@ -109,7 +109,7 @@ def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module, *, device: torch.
     """Put the adapters of `model.lora` into a model, if it has that section.
 
     Args:
-        device: where weights are quantised, if the job says so; None if they will have no values.
+        device: where weights are quantised, if the job says so; None if the model is only inspected.
 
     Returns: what the plan says about them.
     Raises: ModelError, PlanError.
@@ -119,15 +119,15 @@ def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module, *, device: torch.
     require_peft()
     # The model itself may be partitioned, and its weights may have no shape.
     whole = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
-    is_here = Path(spec.from_pretrained or "").expanduser().is_dir() or is_downloaded(spec.from_pretrained or "")
+    source = spec.from_pretrained or ""
+    is_here = device is not None or Path(source).expanduser().is_dir() or is_downloaded(source)
     require_dropout_by_sample(spec.lora, attention=str(whole.config._attn_implementation))
     weights = _open_weights(spec, whole, data=data) if is_here else None
     targets = find_targets(whole, spec.lora, absent=weights.absent if weights is not None else ())
     add_adapters(model, adapter_config(spec.lora, targets), trained=targets.trained)
     if spec.lora.quantize != "none":
         require_bitsandbytes()
-        if device is not None:
-            weights = weights or _open_weights(spec, whole, data=data)
+        if device is not None and weights is not None:
             quantise(model, weights, trained=targets.trained, device=device)
     return _about_adapters(spec, targets, model)
 
