@@ -61,6 +61,11 @@ class EmaSpec(Section):
     """Decay per step: `ema ← decay · ema + (1 - decay) · weights`. In the first steps
     `(1 + step) / (10 + step)` is used while it is smaller, so that the average forgets the initial weights."""
 
+    evaluate: Literal["end", "always"] = "end"
+    """When the held-out metrics of the average are measured, as `eval/ema_loss` and `eval/ema_NAME`: after the last
+    step, or at every evaluation, which then takes twice as long. `forge checkpoints export --ema` and `forge
+    generate --ema` use the average at any time."""
+
 
 class EarlyStoppingSpec(Section):
     """End the run when an evaluation metric no longer improves; it ends as finished, with a checkpoint."""

@@ -71,6 +71,8 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
             values.pop(key, None)
     if body["training"]["early_stopping"] is None:
         del body["training"]["early_stopping"]
+    if body["training"]["ema"] is not None:
+        del body["training"]["ema"]["evaluate"]
     for section in ("optimizer", "schedule"):  # keys that do not apply
         body["training"][section] = {
             key: value for key, value in body["training"][section].items() if value not in (None, {})

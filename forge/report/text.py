@@ -13,6 +13,7 @@ from forge.config.training import TrainingSpec
 from forge.plan.inputs import CodeInfo, CorpusFiles, InitInfo, ModelInfo, SkippedFiles
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.data_view import corpus_facts, view_facts
+from forge.report.optimizer_text import optimizer_facts
 from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
 from forge.runs.goodput_report import BUCKETS, GoodputReport
@@ -63,6 +64,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
          f"lr {said('training.optimizer.lr', f'{training.optimizer.lr:g}')} "
          f"({said('training.schedule.kind', training.schedule.kind)}, "
          f"{said('training.schedule.warmup', plan.schedule_steps.warmup)} steps of warm-up)"),
+        *optimizer_facts(plan),
         ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, "
          f"{format_count(total_flops)}FLOP in all"),
         ("hardware", _hardware(plan)),

@@ -236,14 +236,20 @@ class _TrainLoop:
         self._progress = self._stopping.observe(found, progress=self._progress)
         return found
 
-    def _evaluate_average_at_end(self) -> dict[str, float]:
-        """Measure the averaged (EMA) weights after the run's last step.
+    def _evaluate_average(self, *, is_evaluated: bool) -> dict[str, float]:
+        """Measure the averaged (EMA) weights after the run's last step, or with `ema.evaluate: always` at each
+        evaluation.
 
-        Returns: the metrics under their keys in `metrics.jsonl`; empty before the last step and without an average.
+        Args:
+            is_evaluated: whether the weights themselves were measured after this step.
+
+        Returns: the metrics under their keys in `metrics.jsonl`; empty if they are not measured.
         """
         inputs, progress, state = self._inputs, self._progress, self._engine.state
-        is_whole = progress.step >= inputs.total_steps or self._stopping.is_over(progress)
-        if not is_whole or inputs.training.ema is None or not inputs.held_out.rows.num_rows:
+        ema, is_last = inputs.training.ema, progress.step >= inputs.total_steps or self._stopping.is_over(progress)
+        if ema is None or not inputs.held_out.rows.num_rows:
+            return {}
+        if not is_last and not (is_evaluated and ema.evaluate == "always"):
             return {}
         state.swap_average()
         found = evaluate(self._engine, inputs.held_out, step=progress.step, weights="ema", reporter=self._reporter)
@@ -255,7 +261,7 @@ class _TrainLoop:
         extra = {f"train/{name}": value for name, value in result.metrics.items()}
         if found is not None:
             extra |= {f"eval/{name}": value for name, value in found.metrics.items()}
-        extra |= self._evaluate_average_at_end()
+        extra |= self._evaluate_average(is_evaluated=found is not None)
         self._reporter.step(
             StepMetrics(
                 step=step.number,

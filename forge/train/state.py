@@ -193,8 +193,8 @@ class TrainState:
         Source: `num_updates` of TensorFlow's ExponentialMovingAverage.
         """
         decay = min(decay, (1 + step) / (10 + step))
-        for owner in self._owners:
-            self._averages[id(owner)].lerp_(owner.detach(), 1 - decay)
+        averages = [self._averages[id(owner)] for owner in self._owners]
+        torch._foreach_lerp_(averages, [owner.detach() for owner in self._owners], 1 - decay)
 
     @torch.no_grad()
     def swap_average(self) -> None:

@@ -11,7 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FAST = ("cluster", "controller_scale", "data", "kills")
-SLOW = ("checkpoint", "cold_start", "elastic_replay", "lora", "recovery", "snapshot_overhead", "throughput", "tune")
+SLOW = (
+    "checkpoint",
+    "cold_start",
+    "elastic_replay",
+    "ema",
+    "lora",
+    "recovery",
+    "snapshot_overhead",
+    "throughput",
+    "tune",
+)
 """Several programs with Ray or DeepSpeed each; half a minute and more even at their smallest size."""
 
 
