@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +16,7 @@ from forge.data.prepare import prepare_sample
 from forge.data.rows import Arrays
 from forge.data.sources.build import SampleSize
 from forge.data.view import ObjectiveView, Selection, view_corpus
+from forge.errors import DataError
 from forge.objective.registry import OBJECTIVES
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CorpusInfo
@@ -56,8 +59,8 @@ def view_sample(
     """
     num_chars = min(max(_SAMPLE_CHARS, _CHARS_PER_TOKEN * data.seq_len), _MAX_SAMPLE_CHARS)
     size = SampleSize(num_records=_SAMPLE_RECORDS, num_chars=num_chars, num_parts=_SAMPLE_PARTS)
-    with tempfile.TemporaryDirectory(prefix="forge-sample-") as folder:
-        facts = prepare_sample(data, size=size, folder=Path(folder), code_digest=code_digest)
+    with _folder() as folder:
+        facts = prepare_sample(data, size=size, folder=folder, code_digest=code_digest)
         if facts is None:
             return None
         return view_corpus(
@@ -67,6 +70,19 @@ def view_sample(
             selection=selection,
             num_sampled_records=facts.num_documents + facts.num_skipped_records,
         )
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder that is deleted afterwards. Raises: DataError if it cannot be written."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="forge-sample-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        place = tempfile.gettempdir()
+        raise DataError(
+            f"a sample of the corpus cannot be prepared in {place}: {error.strerror or error}; set TMPDIR"
+        ) from error
 
 
 def objective_view(job: JobSpec, *, corpus: CorpusInfo) -> ObjectiveView:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from forge.data.view import Selection
 from forge.errors import ArgumentError, DataError
 from forge.plan.plan import DraftPlan, Plan
 from forge.runs.create import create_run, reopen_run
-from forge.runtime import resolve
+from forge.runtime import resolve, resolve_view
 from forge.runtime.resolve import inspect_data, prepare_data, resolve_draft, with_data_folder
 from tests.support.jobs import tiny_facts
 
@@ -151,3 +152,15 @@ def test_resolve_draft__masked_lm__shows_masks_and_what_is_behind_them() -> None
     masks = [span for span in spans if span.text.strip() == "[MASK]"]
     assert masks and all(span.has_loss and span.kind == "special" and span.target for span in masks)
     assert any(span.target.strip() in ("with", "some", "words") for span in masks)
+
+
+def test_resolve_draft__no_room_for_a_sample__says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus("some words " * 50)
+    monkeypatch.setattr(resolve, "_SMALL_BYTES", 10)
+
+    def fill(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(resolve_view, "prepare_sample", fill)
+    with pytest.raises(DataError, match=r"a sample .* No space left on device; set TMPDIR"):
+        draft()
