@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 from forge.config.job import JobSpec
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CorpusFiles, CorpusInfo
 
-_CUT = " cut at seq_len"
-"""What formats call examples that lose their end."""
+_CUT = re.compile(r"\bcut\b")
+"""In what formats call examples that lose their end."""
 _MAX_CUT = 0.1
 _MAX_PADDING = 0.5
 _MIN_LOSS = 0.01
@@ -41,7 +42,7 @@ def view_warnings(view: DataView, *, seq_len: int) -> tuple[str, ...]:
 
 def _cut(view: DataView, *, seq_len: int) -> str | None:
     reason, count = max(
-        ((reason, count) for reason, count in view.notes.items() if _CUT in reason),
+        ((reason, count) for reason, count in view.notes.items() if _CUT.search(reason)),
         key=lambda item: item[1],
         default=("", 0),
     )

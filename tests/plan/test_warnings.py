@@ -82,6 +82,10 @@ def view(**changes: Any) -> DataView:
             {"notes": {"conversations cut at seq_len": 11}},
             "11 conversations cut at seq_len: what lies beyond 64 tok",
         ),
+        (
+            {"notes": {"pairs cut: longer than seq_len": 30}},
+            "30 pairs cut: longer than seq_len: what lies beyond 64",
+        ),
         ({"padding": 0.51}, "51% of the sequences is padding; set data.packing: examples"),
         ({"num_targets": 99}, "only 0.99% of the tokens carry loss"),
     ],
