@@ -24,6 +24,12 @@ from forge.model.grown_tensor import GrownTensor
 from forge.model.weight_files import TensorReader, WeightFiles
 
 _MOST_NAMED = 5
+_PACKED_SUFFIXES = (
+    *(".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
+    *(".absmax", ".quant_map", ".SCB", ".weight_format", ".quant_state.bitsandbytes__nf4"),
+    *(".quant_state.bitsandbytes__fp4", "_proj_blocks", "_proj_scales"),
+)
+"""Ends of the names of tensors beside quantised weights, by the libraries that write them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -155,11 +161,15 @@ class PretrainedWeights:
                 wrong.append(f"{name} is {_times(shape)} there and {_times(tuple(parameter.shape))} in the model")
         self.absent = tuple(absent)
         missing = [name for name in absent if self._is_required(name)]
-        if missing:
+        packed = [key for key in self.unused if key.endswith(_PACKED_SUFFIXES)]
+        if packed and (missing or quantised):
             raise ModelError(
-                f"{self.files.source} lacks {some(missing)}: a {type(self._model).__name__} needs every weight",
+                f"{self.files.source} holds {len(packed)} tensors of quantised weights (GPTQ, AWQ, bitsandbytes or "
+                f"the like): {some(packed)}. Give the model that they were quantised from, or save it dequantised",
                 key="from_pretrained",
             )
+        if missing:
+            raise ModelError(self._about_missing(missing), key="from_pretrained")
         if quantised:
             raise ModelError(
                 f"{self.files.source} holds weights that are not plain floating point: {some(quantised)}; their "
@@ -168,6 +178,18 @@ class PretrainedWeights:
             )
         if wrong:
             raise ModelError(f"{self.files.source} has other shapes: {some(wrong)}", key="from_pretrained")
+
+    def _about_missing(self, missing: Sequence[str]) -> str:
+        """Describe weights that the files must have; many unknown ones beside them are of another architecture."""
+        name = type(self._model).__name__
+        count = f"{len(missing)} weights, " if len(missing) > _MOST_NAMED else ""
+        problem = f"{self.files.source} lacks {count}{some(missing)}: a {name} needs every weight"
+        if len(self.unused) < len(missing):
+            return problem
+        return (
+            f"{problem}. It has {len(self.unused)} tensors that a {name} does not have, {self.unused[0]} among "
+            "them: they are of another architecture than its config.json"
+        )
 
     def _has_fewer_rows(self, name: str, shape: tuple[int, ...], *, wanted: tuple[int, ...]) -> bool:
         """Whether a tensor of the files lacks only rows of tokens, and the model may have more."""

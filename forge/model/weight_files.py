@@ -39,6 +39,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20
 _CHUNK_BYTES = 8 * 2**20
 _PIECE_NUMEL = 4 * 2**20
+_MOST_NAMED = 5
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -118,16 +119,18 @@ def open_weight_files(source: str) -> WeightFiles:
         revision = folder.name
     paths = tuple(folder / name for name in _file_names(folder, source))
     tensors: dict[str, StoredTensor] = {}
+    problems: list[str] = []
     for path in paths:
         try:
-            problem = lfs_problem(path)
-            if problem is not None:
-                raise PlanError(f"model.from_pretrained: {problem} ({path})")
-            tensors |= _read_header(path)
+            pointer = lfs_problem(path)
+            tensors |= _read_header(path) if pointer is None else {}
+            problems += [f"{pointer} ({path})"] if pointer is not None else []
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise PlanError(
-                f"model.from_pretrained: {path} is not a whole safetensors file: {one_line(error)}"
-            ) from error
+            problems.append(f"{path} is not a whole safetensors file: {one_line(error)}")
+    if problems:
+        count = f"{len(problems)} of {len(paths)} files of {source} cannot be used: " if len(paths) > 1 else ""
+        more = f"; and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+        raise PlanError(f"model.from_pretrained: {count}{'; '.join(problems[:_MOST_NAMED])}{more}")
     return WeightFiles(source=source, revision=revision, paths=paths, tensors=tensors)
 
 
@@ -210,13 +213,25 @@ def _file_names(folder: Path, source: str) -> Iterable[str]:
             ) from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise PlanError(f"model.from_pretrained: {source} lacks {', '.join(missing)}, named in {_INDEX}")
+            listed = ", ".join(missing[:_MOST_NAMED])
+            more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+            raise PlanError(
+                f"model.from_pretrained: {source} lacks {len(missing)} of its {len(names)} weight files, named in "
+                f"{_INDEX}: {listed}{more}"
+            )
         return names
     if any(folder.glob("pytorch_model*.bin*")):
         raise PlanError(
             f"model.from_pretrained: {source} holds pytorch_model.bin and no {_SINGLE}; loading a pickle executes "
             "code, so forge refuses it. Convert it where you trust it: "
             f'AutoModelForCausalLM.from_pretrained("{source}").save_pretrained("{source}-safetensors")'
+        )
+    packed = sorted(path.name for path in folder.glob("*.gguf"))
+    if packed:
+        raise PlanError(
+            f"model.from_pretrained: {source} holds GGUF files ({len(packed)}, such as {packed[0]}), whose weights "
+            "are packed for inference. Give the model that they were made from, or convert them with transformers: "
+            "from_pretrained(FOLDER, gguf_file=FILE), then save_pretrained"
         )
     raise PlanError(f"model.from_pretrained: {source} holds neither {_SINGLE} nor {_INDEX}")
 
@@ -241,11 +256,22 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         if any(type(number) is not int or number < 0 for number in (first, last, *entry["shape"])):
             raise ValueError(f"{name} has a shape or offsets that are not whole numbers from 0 on")
         tensor = StoredTensor(path=path, offset=8 + length + first, dtype=dtype, shape=tuple(entry["shape"]))
-        if last - first != tensor.numel * dtype.itemsize or 8 + length + last > size:
-            raise ValueError(f"{name} does not lie within the file")
+        if last - first != tensor.numel * dtype.itemsize:
+            raise ValueError(f"{name} has {last - first} bytes, which is not what its shape takes")
         found[name] = tensor
+    _check_size(found, size=size)
     _check_overlap(found)
     return found
+
+
+def _check_size(tensors: dict[str, StoredTensor], *, size: int) -> None:
+    ends = {name: tensor.offset + tensor.numel * tensor.dtype.itemsize for name, tensor in tensors.items()}
+    outside = [name for name, end in ends.items() if end > size]
+    if outside:
+        raise ValueError(
+            f"it is cut short: {size:,} bytes instead of {max(ends.values()):,}, so that {len(outside)} of its "
+            f"{len(tensors)} tensors are not whole, {outside[0]} among them"
+        )
 
 
 def _check_overlap(tensors: dict[str, StoredTensor]) -> None:

@@ -180,6 +180,66 @@ def test_inspect__folder_with_missing_weights__is_refused_before_anything_starts
         CausalLmFamily().inspect(ModelSpec(from_pretrained=str(tmp_path)), DATA)
 
 
+@pytest.mark.parametrize("suffix", ["qweight", "weight_packed", "weight.absmax", "SCB"])
+def test_open__quantised_weights_without_a_word_in_the_config__are_counted_and_named(
+    tmp_path: Path, suffix: str
+) -> None:
+    saved_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.up_proj"
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.int8)
+        tensors[f"{name}.{suffix}"] = torch.zeros(4, dtype=torch.int32)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=rf"holds 2 tensors of quantised weights .*layers\.0\.mlp\.up_proj\.{suffix}"
+    ):
+        opened(tmp_path)
+
+
+def test_open__weights_of_another_architecture__are_counted_on_both_sides(tmp_path: Path) -> None:
+    saved_model(tmp_path / "gpt2", "gpt2")
+    saved_model(tmp_path / "llama")
+    (tmp_path / "gpt2" / "model.safetensors").replace(tmp_path / "llama" / "model.safetensors")
+    with pytest.raises(
+        ModelError, match=r"lacks \d+ weights, .* and \d+ more: .*\d+ tensors .*another architecture"
+    ):
+        opened(tmp_path / "llama")
+
+
+def test_open__gguf_alone__is_named_with_the_way_out(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.Q4_1.gguf")
+    with pytest.raises(PlanError, match=r"GGUF files \(1, such as model\.Q4_1\.gguf\).*gguf_file"):
+        opened(tmp_path)
+
+
+def test_open__several_files_are_damaged__all_are_named_and_counted(tmp_path: Path) -> None:
+    saved_model(tmp_path, max_bytes="20KB")
+    first, second, *rest = sorted(tmp_path.glob("model-*.safetensors"))
+    first.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    size = second.stat().st_size
+    second.write_bytes(second.read_bytes()[:-4])
+    with pytest.raises(PlanError) as caught:
+        opened(tmp_path)
+    said = str(caught.value)
+    assert f"2 of {2 + len(rest)} files of {tmp_path} cannot be used" in said
+    assert f"{first.name} is a git-lfs pointer" in said
+    assert f"cut short: {size - 4:,} bytes instead of {size:,}, so that 1 of its" in said
+
+
+def test_open__shards_are_missing__are_counted(tmp_path: Path) -> None:
+    saved_model(tmp_path, max_bytes="20KB")
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    for file in files[:2]:
+        file.unlink()
+    with pytest.raises(
+        PlanError, match=rf"lacks 2 of its {len(files)} weight files, .*{files[0].name}, {files[1].name}"
+    ):
+        opened(tmp_path)
+
+
 def test_open__pickled_weights__are_refused(tmp_path: Path) -> None:
     saved_model(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
