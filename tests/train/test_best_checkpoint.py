@@ -26,7 +26,7 @@ def overfitting_plan(corpus: CorpusInfo, **changes: object) -> Plan:
             "training__total_steps": STEPS,
             "training__evaluate_every": "1 step",
             "training__optimizer": {"lr": 0.1, "grad_clip": 0},
-            "training__schedule": {"warmup_steps": 10, "kind": "constant"},
+            "training__schedule": {"warmup": 10, "kind": "constant"},
             "checkpoint": {"keep": 1, "keep_best": 1, "every": "1000 steps"},
             **changes,
         },
