@@ -21,6 +21,7 @@ from forge.errors import ModelError
 
 _LINEAR = (nn.Linear, Conv1D)
 _TARGETS, _SAVED = "lora.targets", "lora.modules_to_save"
+_WHOLE = "is trained whole"
 _EXPERT_DIMENSIONS = 3
 _MOST_NAMED = 12
 
@@ -103,7 +104,7 @@ class _Candidates:
         for name, module in model.named_modules():
             own = dict(module.named_parameters(recurse=False))
             if any(f"{name}.{leaf}" in trained for leaf in own):
-                others[name] = "is trained whole"
+                others[name] = _WHOLE
             elif isinstance(module, _LINEAR) and id(module.weight) in embeddings:
                 others[name] = "shares its weight with the embedding, which a merged adapter would change too"
             elif isinstance(module, _LINEAR):
@@ -120,8 +121,9 @@ class _Candidates:
         refused = [name for name in self.others if _selects(entry, name)]
         names = _last_names([*self.linear, *self.experts])
         if refused:
-            whole = "" if self.others[refused[0]] == "is trained whole" else ", or train it whole: modules_to_save"
-            return f"{refused[0]} {self.others[refused[0]]}; layers with one are {_listed(names)}{whole}"
+            why = self.others[refused[0]]
+            whole = "" if why == _WHOLE else "; to train it whole, name it in lora.modules_to_save"
+            return f"{refused[0]} {why}; the layers that can be adapted are {_listed(names)}{whole}"
         near = difflib.get_close_matches(entry.replace("*", ""), names, n=1, cutoff=0.4)
         guess = f" (did you mean {near[0]!r}?)" if near else ""
         return f"{entry!r} matches no layer{guess}; the layers that can be adapted are {_listed(names)}"
