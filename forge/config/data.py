@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from forge.config.class_names import FormatName, SourceName
+from forge.config.classification import LabelsSpec
 from forge.config.section import Count, FieldError, Fraction, Section, Strings, raise_errors
 from forge.data.formats.registry import TEMPLATE_FORMATS
 
@@ -123,14 +124,18 @@ class DataSpec(Section):
     tokenizer's chat template, of which the assistant's turns are predicted; a record has `messages` (or
     `conversations`), `prompt` and `completion`, or `instruction` and `output`. `preference`: two answers to a
     prompt, of which one is preferred: `prompt`, `chosen` and `rejected` as texts or lists of messages, or `chosen`
-    and `rejected` that begin with the same prompt. A class of your own gives the
-    examples of each record itself. All but `text` need `packing: examples` or `none`."""
+    and `rejected` that begin with the same prompt. `labelled`: a text, or two, or a list of words, with what a
+    classifier says about it (docs/classification.md). A class of your own gives the examples of each record itself.
+    All but `text` need `packing: examples` or `none`."""
 
     chat: ChatSpec = ChatSpec()
     """What is learnt of conversations."""
 
     preference: PreferenceSpec = PreferenceSpec()
     """How preference pairs are read."""
+
+    labels: LabelsSpec = LabelsSpec()
+    """The labels of `labelled` records."""
 
     packing: Literal["concatenate", "examples", "none"] = "concatenate"
     """How sequences are filled. `concatenate`: documents end to end, separated by an end-of-text token, and cut
@@ -171,6 +176,9 @@ class DataSpec(Section):
         if self.format != "preference" and self.preference != PreferenceSpec():
             problem = f"is only for format: preference, not {self.format}"
             errors.append(FieldError("preference", problem, depends_on=("format",)))
+        if self.format != "labelled" and self.labels != LabelsSpec():
+            problem = f"is only for format: labelled, not {self.format}"
+            errors.append(FieldError("labels", problem, depends_on=("format",)))
         if self.files is not None and not (self.files and all(self.files)):
             errors.append(FieldError("files", "must name at least one file or glob"))
         if self.packing == "concatenate" and self.format != "text":

@@ -79,6 +79,9 @@ class JobSpec(Section):
         if objective is not None and tokenizer.from_pretrained is None and not tokenizer.special_tokens:
             tokenizer = tokenizer.model_copy(update={"special_tokens": objective.special_tokens})
             self.__dict__["data"] = self.data.model_copy(update={"tokenizer": tokenizer})
+        if self.data.format == "labelled" and self.data.labels.kind is None:
+            labels = self.data.labels.model_copy(update={"kind": self.training.classification.kind})
+            self.__dict__["data"] = self.data.model_copy(update={"labels": labels})
         return self
 
     def _problems(self) -> Iterator[FieldError]:
@@ -128,8 +131,26 @@ class JobSpec(Section):
             )
         if objective.has_reference_model:
             yield from self._reference_problems()
+        if name == "classification" and self.model.class_reference is not None:
+            problem = "is not possible with training.objective: classification, which trains models of transformers"
+            yield FieldError("model.class", problem, depends_on=("training.objective",))
+        kind, given = self.training.classification.kind, self.data.labels.kind
+        if name == "classification" and given not in (None, kind):
+            problem = f"must be that of training.classification.kind: {kind}; leave it out"
+            yield FieldError("data.labels.kind", problem, depends_on=("training.classification.kind",))
+        if kind == "regression" and self.data.labels.names is not None:
+            yield FieldError("data.labels.names", "is not for kind: regression, whose labels are numbers")
+        weights, names = self.training.classification.class_weights, self.data.labels.names
+        if isinstance(weights, tuple) and names is not None and len(weights) != len(names):
+            problem = f"has {len(weights)} weights for {len(names)} labels"
+            yield FieldError("training.classification.class_weights", problem, depends_on=("data.labels.names",))
         missing = [token for token in objective.special_tokens if token not in tokenizer.special_tokens]
-        if tokenizer.special_tokens and missing and tokenizer.from_pretrained is None:
+        if (
+            objective.needs_special_tokens
+            and tokenizer.special_tokens
+            and missing
+            and tokenizer.from_pretrained is None
+        ):
             problem = f"lacks {', '.join(missing)}, which training.objective: {name} needs"
             yield FieldError("data.tokenizer.special_tokens", problem, depends_on=("training.objective",))
 

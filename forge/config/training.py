@@ -8,10 +8,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from forge.config.class_names import ObjectiveName
+from forge.config.classification import ClassificationSpec
 from forge.config.optimizer import OptimizerSpec
 from forge.config.preference import DpoSpec, OrpoSpec, PairLoss
 from forge.config.schedule import ScheduleSpec
 from forge.config.section import Count, FieldError, Fraction, Interval, Number, Section, WholeOrAuto, raise_errors
+from forge.objective.registry import AutoClass, auto_class_of
 from forge.units import Every, Length
 
 MAX_STEPS = 10**10
@@ -90,7 +92,7 @@ class TrainingSpec(Section):
     `model.output_router_logits: true` also its auxiliary loss, for each sequence by itself, times
     `model.router_aux_loss_coef`. `chat`: the same of conversations. `masked-lm`: the mean cross entropy of masked
     tokens, for encoders such as BERT. `dpo`, `ipo` and `orpo`: learn from pairs of answers, of which one is
-    preferred; each pair counts once."""
+    preferred; each pair counts once. `classification`: labels or numbers for texts or their words."""
 
     masking: MaskingSpec = MaskingSpec()
     """Masks of `masked-lm`."""
@@ -100,6 +102,9 @@ class TrainingSpec(Section):
 
     orpo: OrpoSpec = OrpoSpec()
     """Loss of `orpo`."""
+
+    classification: ClassificationSpec = ClassificationSpec()
+    """Labels of `classification`."""
 
     total_steps: Count | None = Field(None, ge=1, le=MAX_STEPS)
     """Length in optimizer steps. Give exactly one of `total_steps`, `total_tokens` and `epochs`."""
@@ -169,6 +174,9 @@ class TrainingSpec(Section):
         if self.optimizer.name == "adamw-8bit" and self.zero.stage != 0:
             errors.append(FieldError("optimizer.name", _NO_SHARDS_8BIT, depends_on=("zero.stage",)))
         errors += self._pair_problems()
+        if self.objective != "classification" and self.classification != ClassificationSpec():
+            problem = f"is only for objective: classification, not {self.objective}"
+            errors.append(FieldError("classification", problem, depends_on=("objective",)))
         raise_errors(errors)
         lengths = [self.total_steps, self.total_tokens, self.epochs]
         if sum(length is not None for length in lengths) != 1:
@@ -192,6 +200,13 @@ class TrainingSpec(Section):
         if self.objective != "orpo" and self.orpo != OrpoSpec():
             problem = f"is only for objective: orpo, not {self.objective}"
             yield FieldError("orpo", problem, depends_on=("objective",))
+
+    @property
+    def auto_class(self) -> AutoClass:
+        """The class of transformers that a model of an architecture is built by."""
+        if self.objective == "classification" and self.classification.kind == "token":
+            return "AutoModelForTokenClassification"
+        return auto_class_of(self.objective)
 
     def schedule_problem(self, total_steps: int, *, tokens_per_step: int | None) -> tuple[str, str] | None:
         """Return the key of `schedule` that does not fit a training of this many steps, and why; None if all do.

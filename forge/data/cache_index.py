@@ -74,6 +74,17 @@ class SkippedRecords:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LabelIndex:
+    """The labels of the examples (`format: labelled`), in the order of their numbers."""
+
+    names: tuple[str, ...]
+    """Empty for numbers."""
+    train: tuple[int, ...]
+    """How often each is the label of a training example, or of a word of one."""
+    held_out: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheIndex:
     """Contents of a cache. `unigram_perplexity` is None if nothing is held out."""
 
@@ -94,6 +105,10 @@ class CacheIndex:
     skipped: SkippedRecords = SkippedRecords()
     lengths: Lengths | None = None
     """Of all documents (token streams) or examples; None in caches of versions that did not record them."""
+    labels: LabelIndex | None = None
+    """None unless the format is `labelled`."""
+    pad_id: int | None = None
+    """The tokenizer's padding token; None if it names none, or the format is another."""
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -121,6 +136,10 @@ def write_index(folder: Path, *, index: CacheIndex) -> None:
         del body["skipped"]
     if index.lengths is None:
         del body["lengths"]
+    if index.labels is None:
+        del body["labels"]
+    if index.pad_id is None:
+        del body["pad_id"]
     content = {"format": FORMAT_VERSION, "blake2b": checksum(_canonical(body)), **body}
     write_file(folder, name=INDEX_NAME, content=json.dumps(content, indent=1).encode())
 
@@ -182,7 +201,9 @@ def _check_values(index: CacheIndex) -> None:
     """Raises: ValueError for a value that the readers of the cache cannot use."""
     if index.dtype not in _TOKEN_DTYPES:
         raise ValueError(f"dtype is {index.dtype!r}")
-    layout = index.examples
+    layout, labels = index.examples, index.labels
+    if labels is not None and not len(labels.names) == len(labels.train) == len(labels.held_out):
+        raise ValueError("labels has lists of different lengths")
     if layout is None:
         return
     if layout.seq_len < 1 or layout.train.num_rows < 1:

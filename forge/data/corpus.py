@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from forge.config.classification import LabelsSpec
 from forge.config.data import DataSpec
 from forge.data.bad_records import BadRecords
 from forge.data.sources.base import Record
@@ -61,12 +62,13 @@ def iter_sample(spec: DataSpec, *, max_chars: int, max_files: int = 1024) -> Ite
     Raises: DataError as `iter_documents`.
     """
     bad = BadRecords(action=spec.on_bad_record, reads_on=False)
-    parts = build_source(spec, columns=(spec.text_key,)).parts()
+    labels = spec.labels if spec.format == "labelled" else None
+    parts = build_source(spec, columns=(spec.text_key,) if labels is None else None).parts()
     chosen = [parts[i * len(parts) // max_files] for i in range(max_files)] if len(parts) > max_files else parts
     left = max_chars
     for number, part in enumerate(chosen):
         quota = left // (len(chosen) - number)
-        for document in _documents(part, text_key=spec.text_key, bad=bad):
+        for document in _documents(part, text_key=spec.text_key, bad=bad, labels=labels):
             text = document.text[:quota]
             quota -= len(text)
             left -= len(text)
@@ -105,10 +107,24 @@ def text_of(record: Record, *, text_key: str) -> str:
     return text
 
 
-def _documents(records: Iterable[Record], *, text_key: str, bad: BadRecords) -> Iterator[Document]:
+def _texts_of(record: Record, *, text_key: str, labels: LabelsSpec) -> str:
+    """The texts of a labelled record. Raises: DataError as `text_of`."""
+    words = record.fields.get(labels.words_key)
+    if labels.kind == "token" and isinstance(words, list):
+        return " ".join(word for word in words if isinstance(word, str))
+    text, pair = text_of(record, text_key=text_key), record.fields.get(labels.pair_key)
+    return f"{text}\n{pair}" if isinstance(pair, str) else text
+
+
+def _documents(
+    records: Iterable[Record], *, text_key: str, bad: BadRecords, labels: LabelsSpec | None = None
+) -> Iterator[Document]:
     for record in bad.usable(records):
         try:
-            text = text_of(record, text_key=text_key)
+            if labels is None:
+                text = text_of(record, text_key=text_key)
+            else:
+                text = _texts_of(record, text_key=text_key, labels=labels)
         except DataError as error:
             bad.add(str(error))
             continue

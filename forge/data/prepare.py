@@ -38,9 +38,10 @@ from forge.data.rows import RowStore, StreamRows
 from forge.data.sources.build import SampleSize
 from forge.data.store import TokenStream
 from forge.data.tokenizer import TextTokenizer, train_tokenizer
+from forge.data.tokenizer_files import role_id
 from forge.errors import DataError
 from forge.fs import sync_folder
-from forge.plan.inputs import CorpusInfo
+from forge.plan.inputs import CorpusInfo, LabelsInfo
 from forge.user_code import is_reference
 
 TOKENIZER_SAMPLE_CHARS = 1 << 26
@@ -192,6 +193,7 @@ def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: 
         settings |= {"code": code_digest} if is_reference(spec.format) else {}
         settings |= {"chat": asdict(chat_settings(spec))} if spec.format in TEMPLATE_FORMATS else {}
         settings |= {"preference": spec.preference.model_dump()} if spec.format == "preference" else {}
+        settings |= {"labels": spec.labels.model_dump(mode="json")} if spec.format == "labelled" else {}
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -223,7 +225,21 @@ def _facts(index: CacheIndex, *, folder: Path, seq_len: int) -> CorpusInfo:
         unigram_perplexity=math.nan if perplexity is None else perplexity,
         num_skipped_records=index.skipped.count,
         skipped_records=index.skipped.listed[:_MAX_SKIPPED_IN_PLAN],
+        labels=_labels(index),
+        pad_id=index.pad_id,
         **sizes,
+    )
+
+
+def _labels(index: CacheIndex) -> LabelsInfo | None:
+    found = index.labels
+    if found is None or index.examples is None:
+        return None
+    return LabelsInfo(
+        names=found.names,
+        train_counts=found.train,
+        held_out_counts=found.held_out,
+        num_train=index.examples.train.num_targets,
     )
 
 
@@ -290,6 +306,9 @@ def _write_cache(
     for name in {path.parent for path in folder.rglob("*")} - {folder}:
         sync_folder(name)
     index = replace(index, tokenizer=tuple(written))
+    if index.labels is not None:
+        pad_id = role_id("pad_token", content=tokenizer.content, config=tokenizer.config, files=tokenizer.files)
+        index = replace(index, pad_id=pad_id)
     write_index(folder, index=index)
     return index
 

@@ -23,8 +23,17 @@ from forge.data.bad_records import BadRecords
 from forge.data.cache_index import CacheIndex, ExampleLayout, SkippedRecords, SplitSizes
 from forge.data.corpus import no_text
 from forge.data.example_store import ExampleWriter, write_rows
-from forge.data.formats.base import ChatSettings, Example, ExampleFormat, FormatContext, PreferenceSettings
+from forge.data.formats.base import (
+    ChatSettings,
+    Example,
+    ExampleFormat,
+    FormatContext,
+    LabelSettings,
+    PreferenceSettings,
+)
 from forge.data.formats.build import build_format
+from forge.data.label_counts import count_labels
+from forge.data.labels import label_settings
 from forge.data.lengths import counts_of, lengths_of
 from forge.data.packing import pack_rows
 from forge.data.rows import IGNORED
@@ -75,14 +84,17 @@ def write_examples(
 
     Raises: DataError if a record or an example is not valid, or there is none; UserCodeError; OSError.
     """
-    example_format = build_format(spec.format, context=_context(spec, tokenizer=tokenizer))
+    source = build_source(spec, sample=sample)
+    labels = None
+    if spec.format == "labelled":
+        labels = label_settings(spec.labels, source.records(), is_sample=sample is not None)
+    example_format = build_format(spec.format, context=_context(spec, tokenizer=tokenizer, labels=labels))
     _counts_of(example_format)  # a wrong class fails before the corpus is read
     writer = ExampleWriter(folder, seq_len=spec.seq_len, vocab_size=tokenizer.vocab_size)
     try:
         bad = BadRecords(action=spec.on_bad_record)
-        records = build_source(spec, sample=sample).records()
         totals = _write_records(
-            spec, records=records, writer=writer, example_format=example_format, report=report, bad=bad
+            spec, records=source.records(), writer=writer, example_format=example_format, report=report, bad=bad
         )
         tables = writer.close()
     finally:
@@ -101,7 +113,10 @@ def write_examples(
     index = _index(tokenizer, digest=digest, totals=totals, unigram_perplexity=perplexity)
     skipped = SkippedRecords(count=bad.count, listed=tuple(bad.listed))
     lengths = lengths_of(counts_of(writer.lengths))
-    return replace(index, tables=(*tables, *row_tables), examples=layout, skipped=skipped, lengths=lengths)
+    index = replace(index, tables=(*tables, *row_tables), examples=layout, skipped=skipped, lengths=lengths)
+    if labels is None:
+        return index
+    return replace(index, labels=count_labels(folder, writer, labels=labels, is_held_out=is_held_out))
 
 
 def _index(
@@ -122,7 +137,7 @@ def _index(
     )
 
 
-def _context(spec: DataSpec, *, tokenizer: TextTokenizer) -> FormatContext:
+def _context(spec: DataSpec, *, tokenizer: TextTokenizer, labels: LabelSettings | None) -> FormatContext:
     encoder = Encoder(tokenizer)
     return FormatContext(
         seq_len=spec.seq_len,
@@ -133,6 +148,7 @@ def _context(spec: DataSpec, *, tokenizer: TextTokenizer) -> FormatContext:
         tokenizer=tokenizer,
         chat=chat_settings(spec),
         preference=PreferenceSettings(texts=spec.preference.texts),
+        labels=labels or LabelSettings(),
     )
 
 

@@ -26,20 +26,25 @@ from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from forge.data.store import token_dtype
-from forge.data.tokenizer_files import ROLES, TEMPLATE, further_files, further_templates, read_json
+from forge.data.tokenizer_files import (
+    CLS_TOKEN,
+    EOT_TOKEN,
+    ROLES,
+    SEP_TOKEN,
+    TEMPLATE,
+    bert_template,
+    find_eot_token,
+    further_files,
+    further_templates,
+    read_json,
+    set_special_tokens,
+)
 from forge.data.word_pattern import word_pattern
 from forge.environment import looked_in
 from forge.errors import DataError
-
-EOT_TOKEN = "<|endoftext|>"
-"""End of text of a trained tokenizer, with id 0; the name GPT-2 gave it."""
-
-_COMMON_EOT_TOKENS = (EOT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "[SEP]")
-"""Tried in this order if the tokenizer's folder names none: GPT-2, Llama 3, Llama 2 and T5, Gemma,
-DeepSeek, BERT."""
 
 _OTHER_SUFFIXES = {".model", ".tiktoken"}
 _OTHER_NAMES = {"vocab.json", "vocab.txt", "merges.txt", "tekken.json"}
@@ -81,6 +86,8 @@ class TextTokenizer:
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = ()) -> TextTokenizer:
     """Train a byte-level BPE: GPT-2's word pattern, all 256 bytes, end of text as id 0, then `special_tokens`.
 
+    With [CLS] and [SEP] among them, it has BERT's template for a text and for a pair of texts.
+
     The same texts give the same tokenizer. A small sample may give fewer than `vocab_size` entries,
     because pairs seen once are not merged.
 
@@ -97,6 +104,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Se
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if {CLS_TOKEN, SEP_TOKEN} <= set(special_tokens):
+        tokenizer.post_processor = bert_template(tokenizer)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOT_TOKEN,
@@ -135,7 +144,7 @@ def load_tokenizer(location: str) -> TextTokenizer:
     except Exception as error:  # the Rust side raises bare Exception
         raise DataError(f"data.tokenizer.from_pretrained: {path} is not a tokenizer: {error}") from None
     config = read_json(path.with_name("tokenizer_config.json"))
-    eot_token = _eot_token(tokenizer, config=config, folder=path.parent)
+    eot_token = find_eot_token(tokenizer, config=config, folder=path.parent)
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     config["eos_token"] = config.get("eos_token") or eot_token
     files = further_files(path.parent)
@@ -173,15 +182,15 @@ def special_token_names(location: str | None) -> tuple[str, ...]:
 def prompt_tokenizer(folder: Path, *, eot_id: int, special_tokens: Literal["text", "tokens"]) -> Tokenizer:
     """Load the tokenizer of a run for its prompts, which follow the rule of `data.special_tokens`."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    _set_special_tokens(tokenizer, eot_token=tokenizer.id_to_token(eot_id) or "", special_tokens=special_tokens)
+    set_special_tokens(tokenizer, eot_token=tokenizer.id_to_token(eot_id) or "", special_tokens=special_tokens)
     return tokenizer
 
 
-def _set_special_tokens(tokenizer: Tokenizer, *, eot_token: str, special_tokens: str) -> None:
-    """Choose what the names of special tokens in a text become; the end-of-text token is always one of them."""
-    if eot_token:
-        tokenizer.add_special_tokens([AddedToken(eot_token, special=True, normalized=False)])
-    tokenizer.encode_special_tokens = special_tokens == "text"
+def parse_tokenizer(tokenizer: TextTokenizer) -> Tokenizer:
+    """Build the tokenizer of the library, which follows the rule of `data.special_tokens`."""
+    backend = Tokenizer.from_str(tokenizer.content)
+    set_special_tokens(backend, eot_token=tokenizer.eot_token, special_tokens=tokenizer.special_tokens)
+    return backend
 
 
 def _described(tokenizer: Tokenizer, *, eot_token: str, config: str) -> TextTokenizer:
@@ -200,23 +209,6 @@ def _described(tokenizer: Tokenizer, *, eot_token: str, config: str) -> TextToke
     )
 
 
-def _eot_token(tokenizer: Tokenizer, *, config: dict[str, Any], folder: Path) -> str:
-    for settings in (config, read_json(folder / "special_tokens_map.json")):
-        named = settings.get("eos_token")
-        token = named.get("content") if isinstance(named, dict) else named
-        if isinstance(token, str):
-            if tokenizer.token_to_id(token) is None:
-                raise DataError(f"{folder}: eos_token {token!r} is not in the vocabulary of tokenizer.json")
-            return token
-    for token in _COMMON_EOT_TOKENS:
-        if tokenizer.token_to_id(token) is not None:
-            return token
-    raise DataError(
-        f"{folder}: nothing says which token ends a text. Put a tokenizer_config.json beside tokenizer.json,"
-        ' like {"eos_token": "<|endoftext|>"}'
-    )
-
-
 class Encoder:
     """Encodes texts, each by itself; no text can contain the end-of-text id.
 
@@ -227,8 +219,7 @@ class Encoder:
 
     def __init__(self, tokenizer: TextTokenizer, *, words: Mapping[str, bytes] | None = None) -> None:
         self._tokenizer = tokenizer
-        self._backend = Tokenizer.from_str(tokenizer.content)
-        _set_special_tokens(self._backend, eot_token=tokenizer.eot_token, special_tokens=tokenizer.special_tokens)
+        self._backend = parse_tokenizer(tokenizer)
         self._is_text = tokenizer.special_tokens == "text"
         is_wordwise = self._is_text and _is_wordwise(json.loads(self._backend.to_str()))
         self.words = _Words(self, known=words or {}) if is_wordwise else None

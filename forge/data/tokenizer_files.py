@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
 from forge.errors import DataError
 from forge.foreign import parse_json
@@ -19,7 +19,16 @@ _FURTHER = (TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_to
 _MAX_FURTHER_BYTES = 4 * 2**20
 
 
-ROLES = {"mask_token": "[MASK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+EOT_TOKEN = "<|endoftext|>"
+"""End of text of a trained tokenizer, with id 0; the name GPT-2 gave it."""
+
+_COMMON_EOT_TOKENS = (EOT_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "[SEP]")
+"""Tried in this order if the tokenizer's folder names none: GPT-2, Llama 3, Llama 2 and T5, Gemma,
+DeepSeek, BERT."""
+
+CLS_TOKEN, SEP_TOKEN = "[CLS]", "[SEP]"
+
+ROLES = {"mask_token": "[MASK]", "pad_token": "[PAD]", "cls_token": CLS_TOKEN, "sep_token": SEP_TOKEN}
 """What the special tokens of a trained tokenizer are for, by the keys of transformers' tokenizer_config.json."""
 
 
@@ -70,6 +79,54 @@ def special_roles(*, content: str, config: str, files: Mapping[str, str]) -> dic
             if role.endswith("_token") and isinstance(token, str) and token in special:
                 found[role] = token
     return found
+
+
+def role_id(role: str, *, content: str, config: str, files: Mapping[str, str]) -> int | None:
+    """Return the id of the token of a role such as `pad_token`; None if no file names one that is special.
+
+    Args:
+        content, config, files: as in `TextTokenizer`.
+    """
+    name = special_roles(content=content, config=config, files=files).get(role)
+    added = json.loads(content)["added_tokens"]
+    return next((int(token["id"]) for token in added if token["content"] == name), None)
+
+
+def bert_template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
+    """The template of BERT for a text and for a pair of texts. Source: arXiv 1810.04805, figure 2."""
+    return processors.TemplateProcessing(
+        single=f"{CLS_TOKEN} $A {SEP_TOKEN}",
+        pair=f"{CLS_TOKEN} $A {SEP_TOKEN} $B:1 {SEP_TOKEN}:1",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in (CLS_TOKEN, SEP_TOKEN)],
+    )
+
+
+def set_special_tokens(tokenizer: Tokenizer, *, eot_token: str, special_tokens: str) -> None:
+    """Choose what the names of special tokens in a text become; the end-of-text token is always one of them."""
+    if eot_token:
+        tokenizer.add_special_tokens([AddedToken(eot_token, special=True, normalized=False)])
+    tokenizer.encode_special_tokens = special_tokens == "text"
+
+
+def find_eot_token(tokenizer: Tokenizer, *, config: dict[str, Any], folder: Path) -> str:
+    """Return the token that ends a text: the one that a folder's files name, else a common one.
+
+    Raises: DataError if there is none.
+    """
+    for settings in (config, read_json(folder / "special_tokens_map.json")):
+        named = settings.get("eos_token")
+        token = named.get("content") if isinstance(named, dict) else named
+        if isinstance(token, str):
+            if tokenizer.token_to_id(token) is None:
+                raise DataError(f"{folder}: eos_token {token!r} is not in the vocabulary of tokenizer.json")
+            return token
+    for token in _COMMON_EOT_TOKENS:
+        if tokenizer.token_to_id(token) is not None:
+            return token
+    raise DataError(
+        f"{folder}: nothing says which token ends a text. Put a tokenizer_config.json beside tokenizer.json,"
+        ' like {"eos_token": "<|endoftext|>"}'
+    )
 
 
 def further_files(folder: Path) -> dict[str, str]:

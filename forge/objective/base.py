@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from forge.config.training import TrainingSpec
 from forge.errors import RunError
 from forge.objective.registry import Direction
+from forge.plan.inputs import LabelsInfo
 
 Arrays = Mapping[str, NDArray[Any]]
 """Arrays by name, all with the same first two dimensions, rows and positions; `row_seeds` has one value a row."""
@@ -41,6 +42,8 @@ class WeightedSum:
     weight: Tensor | float
     metrics: Mapping[str, WeightedSum] = field(default_factory=dict)
     """Of a loss: metrics that come out of the same forward pass, reported at every step as `train/<name>`."""
+    counts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of a loss: vectors that are added up over all rows, for metrics that are no mean, such as the F1 score."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +58,19 @@ class ObjectiveContext:
     """`ModelInfo.has_positionwise_head` of the plan."""
     keeps_examples_apart: bool = False
     """Whether the model keeps sequences apart that share a row, by positions that restart."""
+    labels: LabelsInfo | None = None
+    """`CorpusInfo.labels` of the plan."""
 
 
 class Objective(Protocol):
     """What is minimised. The class is built without arguments, once in every worker; a built-in one whose
     constructor has a parameter `context` gets an `ObjectiveContext`.
 
-    Two further methods are called if there are any. `derived(means) -> Mapping[str, float]` gives metrics computed
+    Further methods are called if there are any. `derived(means) -> Mapping[str, float]` gives metrics computed
     from the means of the others, such as a perplexity from the loss. `weight(batch) -> float` gives the number of
     loss terms of a batch that `batch` has made, where it is not what the format gave its examples.
+    `metrics_of(counts) -> Mapping[str, float]` gives metrics computed from the sums, over all ranks, of the
+    vectors in `WeightedSum.counts`; `count_sizes: Mapping[str, int]` are their lengths.
     """
 
     metric_directions: Mapping[str, Direction]
@@ -131,13 +138,23 @@ def batch_weight(objective: Objective, batch: Mapping[str, Tensor]) -> float | N
     return None if count is None else float(count(batch))
 
 
-def derived_metrics(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
-    """Return the means, and what the objective derives from them.
+def count_sizes(objective: Objective) -> Mapping[str, int]:
+    """The lengths of the vectors that an objective counts; empty if it counts none."""
+    found: Mapping[str, int] = getattr(objective, "count_sizes", {})
+    return found
+
+
+def derived_metrics(
+    objective: Objective, means: Mapping[str, float], *, counts: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Return the means, and what the objective derives from them and from its counts.
 
     Raises: RunError for a derived metric that is not declared, is already among the means, or is not a number.
     """
     derive: Callable[[Mapping[str, float]], Mapping[str, Any]] | None = getattr(objective, "derived", None)
     derived = dict(derive(means)) if derive is not None and means else {}
+    if counts and means:
+        derived |= objective.metrics_of(counts)  # type: ignore[attr-defined]
     for name, value in derived.items():
         problem = None
         if name in means or name in RESERVED_METRICS:

@@ -38,6 +38,8 @@ class RegisteredObjective:
     """Values of `data.format` with the examples that it learns from, the usual one first; empty: any."""
     special_tokens: tuple[str, ...] = ()
     """What a tokenizer that is trained on the corpus has besides the end-of-text token."""
+    needs_special_tokens: bool = True
+    """Whether every tokenizer must have them."""
     show: str | None = None
     """`module:function` that gives an example as a step sees it, where the objective changes the stored one, as by
     masks: `show(arrays, *, seed, training, tokenizer)`, without torch. The plan shows the result."""
@@ -92,6 +94,16 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
         reference="forge.objective.preference:Orpo",
         metrics={**_PAIR_METRICS, "nll": "min", "log_odds": "max"},
         has_reference_model=False,
+    ),
+    "classification": RegisteredObjective(
+        reference="forge.objective.classification:Classification",
+        metrics={"accuracy": "max", "f1": "max", "mse": "min", "r2": "max"},
+        predicts_tokens=False,
+        formats=("labelled",),
+        auto_class="AutoModelForSequenceClassification",
+        special_tokens=("[PAD]", "[CLS]", "[SEP]"),
+        needs_special_tokens=False,
+        separates_examples=True,
     ),
 }
 

@@ -73,6 +73,10 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
         del body["training"]["early_stopping"]
     if body["training"]["ema"] is not None:
         del body["training"]["ema"]["evaluate"]
+    if job.training.objective != "classification":
+        del body["training"]["classification"]
+    if job.data.format != "labelled":
+        del body["data"]["labels"]
     for section in ("optimizer", "schedule"):  # keys that do not apply
         body["training"][section] = {
             key: value for key, value in body["training"][section].items() if value not in (None, {})

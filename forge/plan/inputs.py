@@ -15,6 +15,28 @@ from forge.objective.registry import Direction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LabelsInfo:
+    """The labels of a corpus, in the order of their numbers; none if it has numbers instead."""
+
+    names: tuple[str, ...]
+    train_counts: tuple[int, ...]
+    """How often each is the label of a training example, or of a word of one."""
+    held_out_counts: tuple[int, ...]
+    num_train: int
+    """Training examples, or labelled words of them."""
+
+    @property
+    def baseline(self) -> float:
+        """Share of the held-out labels that are the most frequent label of the training data: the accuracy of a
+        constant answer. nan if nothing is held out."""
+        total = sum(self.held_out_counts)
+        if not total:
+            return math.nan
+        best = max(range(len(self.names)), key=self.train_counts.__getitem__)
+        return self.held_out_counts[best] / total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusInfo:
     """A prepared corpus: token shards that any rank can read."""
 
@@ -40,6 +62,10 @@ class CorpusInfo:
     """Records that cannot be used and were left out (`data.on_bad_record: skip`)."""
     skipped_records: tuple[str, ...] = ()
     """`FILE:LINE: what is wrong`, of the first ones."""
+    labels: LabelsInfo | None = None
+    """None unless the format is `labelled`."""
+    pad_id: int | None = None
+    """The tokenizer's padding token, of such a corpus; None if it names none."""
     packing: str = "concatenate"
     """`data.packing`; the fields below are only for examples."""
     num_examples: int = 0

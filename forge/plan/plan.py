@@ -231,6 +231,7 @@ def _resolved(
     """Return the fields that a draft and a plan share."""
     _check_model(job, model, corpus)
     _check_targets(job, corpus)
+    _check_class_weights(job, corpus)
     packing = packing_problem(job, model)
     if packing is not None:
         raise PlanError(f"data.packing: {packing}")
@@ -311,6 +312,16 @@ def _check_targets(job: JobSpec, corpus: CorpusInfo | None) -> None:
             f"{corpus.foreign_target} is no token id, but training.objective {job.training.objective} predicts "
             f"tokens: targets must be in 0..{corpus.vocab_size - 1}, or -100 where nothing is predicted"
         )
+
+
+def _check_class_weights(job: JobSpec, corpus: CorpusInfo | None) -> None:
+    """Raises: PlanError if there is another number of weights than of labels."""
+    given = job.training.classification.class_weights
+    if corpus is None or corpus.labels is None or isinstance(given, str):
+        return
+    if len(given) != len(corpus.labels.names):
+        problem = f"has {len(given)} weights, but the data have {len(corpus.labels.names)} labels"
+        raise PlanError(problem, job_key="training.classification.class_weights")
 
 
 def _total_steps(job: JobSpec, corpus: CorpusInfo | None, *, tokens_per_step: int) -> int:

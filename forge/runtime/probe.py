@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -29,13 +30,23 @@ from forge.errors import ClusterError, JobFileError, PlanError
 from forge.foreign import from_record
 from forge.fs import default_cache_dir, write_atomic
 from forge.limits import cpu_name, usable_cpus, usable_memory_bytes
-from forge.objective.registry import auto_class_of, num_labels_of
 from forge.plan.gpus import find_gpu
-from forge.plan.inputs import CodeInfo, HardwareInfo, ModelInfo
+from forge.plan.inputs import CodeInfo, CorpusInfo, HardwareInfo, ModelInfo
+from forge.plan.outputs import outputs_of
 
 
-def inspect_model(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None, code: CodeInfo | None) -> ModelInfo:
+def inspect_model(
+    loaded: LoadedJob,
+    *,
+    vocab_size: int,
+    eot_id: int | None,
+    code: CodeInfo | None,
+    corpus: CorpusInfo | None = None,
+) -> ModelInfo:
     """Parameters and FLOPs of the job's model.
+
+    Args:
+        corpus: with the labels of a classifier; None if it is not prepared.
 
     Raises: JobFileError for a key or value of `model:` that transformers does not know; PlanError if the inspection
         itself failed.
@@ -46,8 +57,7 @@ def inspect_model(loaded: LoadedJob, *, vocab_size: int, eot_id: int | None, cod
         "vocab_size": vocab_size,
         "seq_len": job.data.seq_len,
         "eot_id": eot_id,
-        "auto_class": auto_class_of(job.training.objective),
-        "num_labels": num_labels_of(job.training.objective),
+        **asdict(outputs_of(job, corpus=corpus)),
         "code": code.digest if code is not None and "model.class" in job.user_classes else None,
     }
     answer = _cached_answer(request, is_cacheable=job.model.from_pretrained is None)

@@ -31,6 +31,7 @@ from forge.fs import default_cache_dir
 from forge.objective.registry import OBJECTIVES
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, InitInfo, ModelInfo
+from forge.plan.outputs import must_find_labels
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
 from forge.plan.search import plan_search
 from forge.plan.warnings import view_warnings
@@ -70,13 +71,13 @@ def resolve(
 
 def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> DraftPlan:
     """Make the plan of a dry run on this machine: as `resolve`, but only a sample of the corpus is prepared. All of
-    it is if `training.epochs` makes the number of steps depend on it, or if that takes no more than seconds.
+    it is if the number of steps (`training.epochs`) or the labels depend on it, or if that takes only seconds.
 
     Raises: JobFileError, DataError, PlanError.
     """
     inputs = _inputs(loaded, on_progress=on_progress)
     job = inputs.trained.job
-    if job.training.epochs is not None or _is_small(job.data, inputs.files):
+    if job.training.epochs is not None or must_find_labels(job) or _is_small(job.data, inputs.files):
         return _resolve(inputs, find_hardware=hardware, count_slots=count_local_slots)
     vocab_size, eot_id = _announced_vocabulary(job.data.tokenizer)
     model = _inspected(inputs, vocab_size=vocab_size, eot_id=eot_id)
@@ -202,7 +203,7 @@ def _resolve(
 ) -> Plan:
     trained, code = inputs.trained, inputs.code
     corpus = _prepared(inputs)
-    model = _inspected(inputs, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id)
+    model = _inspected(inputs, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, corpus=corpus)
     _require_isolation(trained, model)
     _require_bitsandbytes(trained)
     with _with_lines(trained):
@@ -236,8 +237,8 @@ def _init_of(loaded: LoadedJob) -> InitInfo | None:
         raise loaded.source.error("model.from_pretrained", str(error), show_value=False) from error
 
 
-def _inspected(inputs: _Inputs, *, vocab_size: int, eot_id: int) -> ModelInfo:
-    found = inspect_model(inputs.trained, vocab_size=vocab_size, eot_id=eot_id, code=inputs.code)
+def _inspected(inputs: _Inputs, *, vocab_size: int, eot_id: int, corpus: CorpusInfo | None = None) -> ModelInfo:
+    found = inspect_model(inputs.trained, vocab_size=vocab_size, eot_id=eot_id, code=inputs.code, corpus=corpus)
     return replace(found, notes=(*found.notes, *inputs.notes))
 
 
@@ -278,7 +279,7 @@ def check_tokenizer(loaded: LoadedJob) -> tuple[str, ...]:
 def _require_special_tokens(loaded: LoadedJob) -> None:
     """Raises: JobFileError if a loaded tokenizer lacks a token that the objective needs."""
     objective, source = OBJECTIVES.get(loaded.job.training.objective), loaded.job.data.tokenizer.from_pretrained
-    if objective is None or source is None:
+    if objective is None or source is None or not objective.needs_special_tokens:
         return
     tokenizer = load_tokenizer(source)
     found = special_roles(content=tokenizer.content, config=tokenizer.config, files=tokenizer.files)

@@ -36,7 +36,7 @@ from forge.model.adapters import modules_reading_weights
 from forge.model.dropout import SampleDropout, model_has_dropout
 from forge.model.families.base import BuildOptions, DataShape, Sharding
 from forge.model.families.registry import family_of
-from forge.objective.base import Objective, ObjectiveModule, batch_weight, derived_metrics
+from forge.objective.base import Objective, ObjectiveModule, batch_weight, count_sizes, derived_metrics
 from forge.train.base_weights import digest_base, initial_weights
 from forge.train.metric_sums import MetricSums
 from forge.train.metrics import peak_memory_gib
@@ -144,7 +144,7 @@ class Engine:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         engine.train()
-        sums = MetricSums(sorted(self.metric_directions), device=self.device)
+        sums = self._sums()
         for batch, inputs in batches:
             if self._dropout is not None:
                 self._dropout.begin(step=step, positions=batch.positions, sequence_rows=_sequence_rows(inputs))
@@ -169,7 +169,7 @@ class Engine:
         self._check_weight(shared.weight, total_weight=total_weight, step=step)
         mean, means = shared.loss_sum / total_weight, shared.means
         if math.isfinite(mean):
-            means = derived_metrics(self._module.objective, means | {"loss": mean})
+            means = derived_metrics(self._module.objective, means | {"loss": mean}, counts=shared.counts)
         return StepResult(
             loss=mean,
             metrics={name: value for name, value in means.items() if name != "loss"},
@@ -185,7 +185,7 @@ class Engine:
         Returns: an empty mapping if no row has a loss.
         """
         self._engine.eval()
-        sums = MetricSums(sorted(self.metric_directions), device=self.device)
+        sums = self._sums()
         with torch.no_grad():
             for batch in micro_batches:
                 self.on_progress()
@@ -193,7 +193,11 @@ class Engine:
                 sums.add(self._module.result)
         dist.all_reduce(sums.values)
         self._engine.train()
-        return derived_metrics(self._module.objective, sums.means())
+        return derived_metrics(self._module.objective, sums.means(), counts=sums.counts())
+
+    def _sums(self) -> MetricSums:
+        sizes = count_sizes(self._module.objective)
+        return MetricSums(sorted(self.metric_directions), device=self.device, count_sizes=sizes)
 
     def _prepared(
         self, step: int, micro_batches: Iterable[MicroBatch], *, total_weight: float
@@ -254,6 +258,7 @@ class Engine:
             loss_sum=sums.values[0].item(),
             weight=sums.values[1].item(),
             means=sums.means(),
+            counts=sums.counts(),
             memory_gib=per_rank[:world_size],
             snapshot_cost_s=per_rank[world_size:],
             flags=StepControl(**{name: value > 0 for name, value in zip(names, flags, strict=True)}),
@@ -267,6 +272,7 @@ class _Shared:
     loss_sum: float
     weight: float
     means: dict[str, float]
+    counts: dict[str, torch.Tensor]
     memory_gib: list[float]
     snapshot_cost_s: list[float]
     flags: StepControl

@@ -229,6 +229,7 @@ def _objective_context(plan: Plan) -> ObjectiveContext:
         tokenizer=Path(plan.corpus.folder) / "tokenizer",
         has_positionwise_head=plan.model.has_positionwise_head,
         keeps_examples_apart=plan.model.isolation_problem is None,
+        labels=plan.corpus.labels,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from forge.config.training import TrainingSpec
 from forge.data.tokenizer import train_tokenizer
 from forge.objective.base import ObjectiveContext
+from forge.plan.inputs import LabelsInfo
 
 TEXT = ("the quick brown fox jumps over the lazy dog; " * 20, "pack my box with five dozen liquor jugs. " * 20)
 SPECIAL = ("[MASK]", "[PAD]", "[CLS]", "[SEP]")
@@ -28,4 +29,5 @@ def context_of(folder: Path, **training: Any) -> ObjectiveContext:
         training=TrainingSpec.model_validate({"total_steps": 1, **training}),
         tokenizer=folder,
         has_positionwise_head=True,
+        labels=LabelsInfo(names=("bad", "good"), train_counts=(1, 1), held_out_counts=(1, 1), num_train=2),
     )

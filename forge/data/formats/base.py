@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from forge.config.classification import LabelKind
 from forge.data.sources.base import Record
 from forge.data.tokenizer import TextTokenizer
 
@@ -44,6 +45,20 @@ class PreferenceSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LabelSettings:
+    """`data.labels`, with what was found in the records."""
+
+    kind: LabelKind = "single"
+    key: str = "label"
+    words_key: str = "tokens"
+    pair_key: str = "text_pair"
+    names: tuple[str, ...] = ()
+    """Of all labels, in the order of their numbers."""
+    has_pairs: bool = False
+    """Whether any record has a second text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FormatContext:
     """What a format is built with."""
 
@@ -57,6 +72,7 @@ class FormatContext:
     tokenizer: TextTokenizer
     chat: ChatSettings = ChatSettings()
     preference: PreferenceSettings = PreferenceSettings()
+    labels: LabelSettings = LabelSettings()
 
 
 class ExampleFormat(Protocol):

@@ -10,11 +10,13 @@ FORMATS: dict[str, str] = {
     "text": "forge.data.formats.text:TextFormat",
     "chat": "forge.data.formats.chat:ChatFormat",
     "preference": "forge.data.formats.preference:PreferenceFormat",
+    "labelled": "forge.data.formats.labelled:LabelledFormat",
 }
 """Name to `module:Class` of an `ExampleFormat`."""
 
 PART_NAMES: dict[str, dict[int, str]] = {
     "pair": {1: "source", 2: "target"},
+    "labelled": {1: "text", 2: "pair"},
     "preference": {1: "chosen", 2: "rejected"},
 }
 """What the plan calls the values of the array `part`, of formats whose examples have several parts."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,11 +18,10 @@ from forge.config.model import ModelSpec
 from forge.model.init import GatherParameters
 from forge.model.parameters import trained_parameters
 from forge.model.pretrained import PretrainedWeights
-from forge.objective.registry import AutoClass, auto_class_of, num_labels_of
+from forge.objective.registry import AutoClass
 from forge.plan.inputs import ModelInfo
+from forge.plan.outputs import ProblemType, outputs_of
 from forge.plan.plan import Plan
-
-ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +50,7 @@ class DataShape:
             vocab_size=corpus.vocab_size,
             seq_len=job.data.seq_len,
             eot_id=corpus.eot_id,
-            auto_class=auto_class_of(job.training.objective),
-            num_labels=num_labels_of(job.training.objective),
+            **asdict(outputs_of(job, corpus=corpus)),
         )
 
 
