@@ -42,6 +42,7 @@ class SpanReader:
         predicts_tokens: whether targets are token ids; None if only the data can tell.
         max_chars: of a span; its beginning and its end are kept.
         part_names: what the values of the array `part` are called; their numbers if they have no name.
+        label_names: what targets that are no tokens are called; likewise.
     """
 
     tokenizer: Tokenizer
@@ -49,6 +50,7 @@ class SpanReader:
     predicts_tokens: bool | None
     max_chars: int
     part_names: Mapping[int, str] = field(default_factory=dict)
+    label_names: Sequence[str] = ()
 
     def spans(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[Span, ...]:
         """The spans of one example. Shapes: arrays: `tokens` and `targets` int[n], and maybe `part`, int[n]."""
@@ -130,7 +132,9 @@ class SpanReader:
             text = self.tokenizer.decode(targets[:_MAX_TARGET_CHARS].tolist(), skip_special_tokens=False)
             text = redacted(text, os.environ)
         else:
-            text = " ".join(map(str, targets[:_MAX_TARGET_CHARS].tolist()))
+            names = self.label_names
+            numbers = targets[:_MAX_TARGET_CHARS].tolist()
+            text = ", ".join(names[one] if 0 <= one < len(names) else str(one) for one in numbers)
         return text if len(text) <= _MAX_TARGET_CHARS else text[: _MAX_TARGET_CHARS - 1] + "…"
 
 
