@@ -78,7 +78,7 @@ def test_view__concatenated__has_the_lengths_of_documents_and_whole_sequences(
 
 
 def test_view__document_in_pieces__counts_once(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("some words " * 300_000)
+    (tmp_path / "a.txt").write_text("some words " * 120_000)
     facts = prepare(spec_of(tmp_path / "a.txt"), cache_dir=tmp_path / "cache")
     lengths = read_index(Path(facts.folder)).lengths
     assert lengths is not None
