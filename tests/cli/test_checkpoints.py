@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
+from forge.api import load_run
 from forge.checkpoint.intervals import Interval
 from forge.checkpoint.manifest import state_bytes
 from forge.cli.app import app
@@ -45,6 +47,51 @@ def test_list__run__newest_first(run: Path, name: str) -> None:
     lines = forge("list", name).stdout.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["step-00000030", "step-00000020", "step-00000010"]
     assert all(line.endswith("complete") for line in lines[1:])
+
+
+@pytest.fixture
+def scored(run: Path) -> Path:
+    """A run whose best checkpoint is that of step 20, by accuracy."""
+    for step, value in ((10, 0.5), (20, 0.75), (30, 0.25)):
+        body = replace(progress(step), metric="eval/accuracy", metric_value=value, metric_direction="max")
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        shutil.rmtree(folder)
+        write(str(run / "checkpoints"), step, state=state_bytes(body, model_shape()).decode())
+    return run
+
+
+def test_list__evaluated_steps__marks_the_best(scored: Path) -> None:
+    lines = [line for line in forge("list").stdout.splitlines() if line.endswith("complete")]
+    assert ["(best)" in line for line in lines] == [False, True, False]
+    assert "eval/accuracy 0.7500 (best)" in lines[1]
+    found = json.loads(forge("list", "-o", "json").stdout)
+    assert [(entry["step"], entry["is_best"], entry["metric_value"]) for entry in found] == [
+        (30, False, 0.25),
+        (20, True, 0.75),
+        (10, False, 0.5),
+    ]
+
+
+def test_verify__step_best__is_the_best(scored: Path) -> None:
+    done = forge("verify", "--step", "best", "-o", "json")
+    assert [entry["name"] for entry in json.loads(done.stdout)] == ["step-00000020"]
+
+
+def test_verify__step_best_of_steps_without_evaluation__says_how_to_have_one(run: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no best checkpoint.*keep_best: 1"):
+        forge("verify", "--step", "best")
+
+
+@pytest.mark.parametrize("step", ["0", "-1", "worst", "1e3", "٣"])
+def test_verify__step_that_is_none__is_a_usage_error(run: Path, step: str) -> None:
+    done = forge("verify", "--step", step)
+    assert (done.exit_code, "neither a step from 1 on nor best" in done.output) == (2, True)
+
+
+def test_best_checkpoint__run_of_the_api__is_the_one_that_the_list_marks(scored: Path) -> None:
+    found = load_run(scored).best_checkpoint()
+    assert found is not None
+    assert (found.name, found.metric) == ("step-00000020", "eval/accuracy")
 
 
 def test_list__folder_of_checkpoints__is_accepted(run: Path) -> None:

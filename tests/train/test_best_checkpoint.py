@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from forge.checkpoint.best import best_scores, open_verified
+from forge.checkpoint.manifest import state_bytes
 from forge.checkpoint.reader import list_checkpoints
 from forge.checkpoint.storage import open_storage
 from forge.events import CheckpointSaved, Evaluated
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
+from forge.train.best_checkpoint import BestCheckpoints
+from forge.train.process_group import join_process_group
+from tests.support.checkpoints import model_shape, progress, write
 from tests.support.jobs import tiny_job, tiny_plan
-from tests.support.ranks import Recording, run_ranks
+from tests.support.ranks import Recording, on_ranks, run_ranks
 
 STEPS = 10
 
@@ -66,6 +72,25 @@ def test_keep_best__stopped_and_resumed_at_another_world_size__is_that_of_the_wh
     losses |= losses_of(run_ranks(plan, tmp_path / "parts", world_size=1))
     assert sorted(losses) == list(range(1, STEPS + 1))
     assert steps_in(tmp_path / "parts") == [min(losses, key=losses.__getitem__), STEPS]
+
+
+def decide(rank: int, url: str) -> list[bool]:
+    join_process_group(device=torch.device("cpu"))
+    best = BestCheckpoints(url=url, count=1)
+    scored = [
+        replace(progress(step), metric="eval/loss", metric_value=value)
+        for step, value in ((3, 2.0), (4, 1.0), (5, 1.5), (6, 1.0))
+    ]
+    found = [best.is_due(one) for one in scored]
+    best.forget()  # that of step 4 was not written
+    return [*found, best.is_due(scored[2]), best.is_due(progress(7)), best.is_due(scored[3])]
+
+
+def test_is_due__stored_better_worse_and_failed__follows_what_is_stored(tmp_path: Path) -> None:
+    body = replace(progress(3), metric="eval/loss", metric_value=2.0)
+    write(str(tmp_path), 3, state=state_bytes(body, model_shape()).decode())
+    expected = [False, True, False, False, True, False, True]
+    assert on_ranks(decide, str(tmp_path), world_size=2) == [expected, expected]
 
 
 def test_keep_best__early_stopping_is_set__is_1_unless_given() -> None:
