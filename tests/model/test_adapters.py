@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from forge.model.families.base import DataShape
 from forge.model.families.causal_lm import CausalLmFamily
 from forge.plan.flops import flops_per_token
 from forge.plan.inputs import ModelInfo
-from forge.plan.memory import estimate_memory
+from forge.plan.plan import make_plan
 from tests.serve.test_export import MODELS
 from tests.serve.test_export_adapters import save_base
-from tests.support.jobs import SEQ_LEN, VOCAB, tiny_job
+from tests.support.jobs import CPU, SEQ_LEN, UNPREPARED, VOCAB, tiny_facts, tiny_job
 
 DATA = DataShape(vocab_size=VOCAB, seq_len=SEQ_LEN, eot_id=0)
 
@@ -156,14 +155,9 @@ def test_inspect__qlora__counts_what_is_kept_in_4_bits(bases: Path) -> None:
     assert info.num_parameters == inspect(bases / "llama", targets="q_proj").num_parameters
     assert any("frozen linear layers in 4 bits" in note for note in info.notes)
     sizes = [
-        estimate_memory(
-            replace(info, num_quantised_parameters=count),
-            tiny_job().training,
-            world_size=1,
-            micro_batch_size=1,
-            seq_len=SEQ_LEN,
-            is_on_host=True,
-        ).weights_bytes
+        make_plan(tiny_job(), model=tiny_facts(num_quantised_parameters=count), corpus=UNPREPARED, hardware=CPU)
+        .for_world_size(1)
+        .memory.weights_bytes
         for count in (0, info.num_quantised_parameters)
     ]
     assert sizes[0] - sizes[1] == pytest.approx((2 - 0.516) * info.num_quantised_parameters, rel=0.01)
