@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from forge.data.cache_index import LabelIndex
 from forge.data.example_store import ExampleWriter
 from forge.data.formats.base import LabelSettings
-from forge.data.formats.labelled import BITS
+from forge.data.label_bits import BITS, bits_of
 from forge.data.rows import IGNORED
 
 _BLOCK = 1 << 14
@@ -38,12 +38,6 @@ def count_labels(
                 counts[side] += np.bincount(targets[where], minlength=num_labels)
     train, held_out = (tuple(side.tolist()) for side in counts)
     return LabelIndex(names=labels.names, train=train, held_out=held_out)
-
-
-def bits_of(words: NDArray[np.integer], *, count: int) -> NDArray[np.int64]:
-    """The single bits of words. Shapes: words: int[n, d]; returns: int64[n, count], 0 or 1."""
-    numbers = np.arange(count)
-    return (words[:, numbers // BITS].astype(np.int64) >> (numbers % BITS)) & 1
 
 
 def _blocks(

@@ -4,7 +4,7 @@ What a target means depends on the objective, and is recognised by the data:
 
 - the next token (language models, the decoder of seq2seq): the text itself carries loss;
 - the token at the same position (masked language models): likewise, or what is behind the mask is the `target`;
-- a label (classification): the `target` is its number.
+- a label or a number (`format: labelled`): the `target` is its name, or what it is; else the number of the label.
 
 Every text is bounded: an example may have millions of tokens, and a token thousands of characters.
 """
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from forge.data.label_bits import bits_of
 from forge.data.rows import IGNORED
 from forge.plan.data_view import Span, SpanKind
 from forge.redact import redacted, secret_ranges
@@ -42,7 +43,7 @@ class SpanReader:
         predicts_tokens: whether targets are token ids; None if only the data can tell.
         max_chars: of a span; its beginning and its end are kept.
         part_names: what the values of the array `part` are called; their numbers if they have no name.
-        label_names: what targets that are no tokens are called; likewise.
+        label_names: what targets that are labels are called, empty for numbers; None if they are no labels.
     """
 
     tokenizer: Tokenizer
@@ -50,44 +51,55 @@ class SpanReader:
     predicts_tokens: bool | None
     max_chars: int
     part_names: Mapping[int, str] = field(default_factory=dict)
-    label_names: Sequence[str] = ()
+    label_names: Sequence[str] | None = None
 
     def spans(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[Span, ...]:
         """The spans of one example. Shapes: arrays: `tokens` and `targets` int[n], and maybe `part`, int[n]."""
         tokens = np.asarray(arrays["tokens"], dtype=np.int64)
         targets = np.asarray(arrays["targets"], dtype=np.int64)
         part = _part_of(arrays)
-        alignment = _alignment(tokens, targets, part=part, predicts_tokens=self.predicts_tokens)
+        labels = None if self.label_names is None else texts_of_labels(arrays, names=self.label_names)
+        alignment: _Alignment = "other"
+        if labels is None:
+            alignment = _alignment(tokens, targets, part=part, predicts_tokens=self.predicts_tokens)
         if alignment == "next":
             tokens, has_loss, part = _shifted(tokens, targets, part=part)
         else:
             has_loss = targets != IGNORED
         pieces: list[Span] = []
-        borders = self._borders(tokens, has_loss, part=part)
+        borders = self._borders(tokens, has_loss, part=part, is_each_apart=labels is not None)
         for start, stop in _kept(list(pairwise(borders))):
             if stop < start:
                 pieces.append(Span(text=f"… {start - stop:,} more parts …", has_loss=False, kind="omitted"))
                 continue
             kind: SpanKind = "special" if int(tokens[start]) in self.special_ids else "text"
             has_target = alignment == "other" and has_loss[start]
+            named = None if labels is None else labels[start:stop]
             like = Span(
                 text="",
                 has_loss=bool(has_loss[start]),
                 kind=kind,
-                target=self._target(targets[start:stop]) if has_target else "",
+                target=self._target(targets[start:stop], labels=named) if has_target else "",
                 part=None if part is None else self.part_names.get(int(part[start]), str(part[start])),
             )
             pieces += self._decoded(tokens, start=start, stop=stop, like=like)
         return tuple(self._cut(list(_without_secrets(pieces))))
 
     def _borders(
-        self, tokens: NDArray[np.int64], has_loss: NDArray[np.bool_], *, part: NDArray[Any] | None
+        self,
+        tokens: NDArray[np.int64],
+        has_loss: NDArray[np.bool_],
+        *,
+        part: NDArray[Any] | None,
+        is_each_apart: bool,
     ) -> list[int]:
         """Where the loss begins or ends, special tokens begin or end, and parts change."""
         is_special = np.isin(tokens, np.fromiter(self.special_ids, dtype=np.int64))
         changes = (has_loss[1:] != has_loss[:-1]) | (is_special[1:] != is_special[:-1])
         if part is not None:
             changes |= part[1:] != part[:-1]
+        if is_each_apart:
+            changes |= has_loss[1:]
         return [0, *(np.flatnonzero(changes) + 1).tolist(), len(tokens)]
 
     def _decoded(self, tokens: NDArray[np.int64], *, start: int, stop: int, like: Span) -> Iterator[Span]:
@@ -127,15 +139,28 @@ class SpanReader:
             return whole[len(before) :]
         return self.tokenizer.decode(tokens[start:stop].tolist(), skip_special_tokens=False)
 
-    def _target(self, targets: NDArray[np.int64]) -> str:
-        if self.predicts_tokens:
+    def _target(self, targets: NDArray[np.int64], *, labels: Sequence[str] | None) -> str:
+        if labels is not None:
+            text = redacted(", ".join(labels), os.environ)
+        elif self.predicts_tokens:
             text = self.tokenizer.decode(targets[:_MAX_TARGET_CHARS].tolist(), skip_special_tokens=False)
             text = redacted(text, os.environ)
         else:
-            names = self.label_names
-            numbers = targets[:_MAX_TARGET_CHARS].tolist()
-            text = ", ".join(names[one] if 0 <= one < len(names) else str(one) for one in numbers)
+            text = ", ".join(map(str, targets[:_MAX_TARGET_CHARS].tolist()))
         return text if len(text) <= _MAX_TARGET_CHARS else text[: _MAX_TARGET_CHARS - 1] + "…"
+
+
+def texts_of_labels(arrays: Mapping[str, NDArray[Any]], *, names: Sequence[str]) -> list[str]:
+    """What the array `targets` of a labelled text says at every position; see `forge.data.formats.labelled`."""
+    targets = arrays["targets"].tolist()
+    if "values" in arrays:
+        texts = [f"{value:g}" for value in arrays["values"].tolist()]
+    elif "label_bits" in arrays:
+        chosen = bits_of(arrays["label_bits"], count=len(names))
+        texts = [", ".join(names[i] for i in np.flatnonzero(row).tolist()) or "no label" for row in chosen]
+    else:
+        texts = [names[target] if 0 <= target < len(names) else str(target) for target in targets]
+    return ["" if target == IGNORED else text for target, text in zip(targets, texts, strict=True)]
 
 
 def _kept(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

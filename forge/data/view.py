@@ -34,6 +34,8 @@ MAX_VALUES = {"count": 1000, "max_chars": 1_000_000}
 SPLITS = ("train", "held_out")
 _SHOWN_VALUES = 8
 _ALWAYS_SHOWN = {"tokens", "targets", "part"}
+_SHOWN_AS_TARGET = {"values", "label_bits"}
+"""Of labelled texts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,7 @@ def view_corpus(
         num_tokens=num_tokens,
         num_targets=num_targets,
         is_estimate=objective.show is not None,
+        has_labels=facts.labels is not None,
         padding=facts.padding,
         passes=passes,
         lengths=index.lengths,
@@ -117,6 +120,7 @@ def view_corpus(
 def _shown(
     facts: CorpusInfo, *, seed: int, objective: ObjectiveView, selection: Selection
 ) -> tuple[ShownExample, ...]:
+    labels = facts.labels
     content = (Path(facts.folder) / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
     special = {token["id"] for token in json.loads(content)["added_tokens"] if token["special"]}
     reader = SpanReader(
@@ -125,6 +129,7 @@ def _shown(
         predicts_tokens=objective.predicts_tokens,
         max_chars=selection.max_chars,
         part_names=objective.part_names,
+        label_names=None if labels is None else labels.names,
     )
     train, held_out = open_rows(facts)
     sides = dict(zip(SPLITS, (train, held_out), strict=True))
@@ -185,13 +190,14 @@ def _shown_example(
     else:
         arrays = {name: values[0] for name, values in rows.read(np.array([number], dtype=np.int64)).items()}
     arrays = arrays if show is None else show(arrays, number)
+    hidden = _ALWAYS_SHOWN | (_SHOWN_AS_TARGET if reader.label_names is not None else set())
     return ShownExample(
         index=number,
         split=split,
         num_tokens=len(arrays["tokens"]),
         num_targets=int((arrays["targets"] != IGNORED).sum()),
         spans=reader.spans(arrays),
-        arrays={name: _beginning(values) for name, values in arrays.items() if name not in _ALWAYS_SHOWN},
+        arrays={name: _beginning(values) for name, values in arrays.items() if name not in hidden},
     )
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from forge.data.label_counts import bits_of
+from forge.data.label_bits import bits_of
 from forge.objective.base import IGNORED, Arrays, ObjectiveContext, WeightedSum
 from forge.objective.class_weights import weights_of
 from forge.objective.examples import sequences_of

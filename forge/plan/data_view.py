@@ -73,6 +73,8 @@ class DataView:
     """Of these, the positions at which something is predicted."""
     is_estimate: bool = False
     """Whether `num_targets` is estimated by the examples shown, as the objective draws targets in every step."""
+    has_labels: bool = False
+    """Whether targets are labels or numbers, of which a text has one."""
     padding: float
     """Share of the positions of the training sequences that hold no token."""
     passes: float | None

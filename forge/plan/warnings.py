@@ -58,7 +58,7 @@ def _padding(view: DataView) -> str | None:
 
 
 def _loss(view: DataView) -> str | None:
-    if not view.num_tokens or view.num_targets >= _MIN_LOSS * view.num_tokens:
+    if view.has_labels or not view.num_tokens or view.num_targets >= _MIN_LOSS * view.num_tokens:
         return None
     return (
         f"only {view.num_targets / view.num_tokens:.2%} of the tokens carry loss; see the examples whether that is "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
+from forge.errors import printable
 from forge.plan.data_view import DataView, Lengths, ShownExample, Span
-from forge.plan.inputs import CorpusInfo
+from forge.plan.inputs import CorpusInfo, LabelsInfo
 from forge.units import format_count
 
 _NEWLINE = "↵"
@@ -15,6 +17,8 @@ _TAB = "⇥"
 _MAX_SWITCHES = 20
 """Beginnings and ends of loss that each get a line of their own."""
 _MAX_LINES_INLINE = 10
+_MAX_LABELS, _MAX_LABEL_CHARS = 6, 40
+"""Names of labels that are shown."""
 _MAX_SKIPPED = 6
 """Records that cannot be used and are named."""
 _MAX_LINES_OF_SPAN = 6
@@ -47,6 +51,7 @@ def corpus_facts(corpus: CorpusInfo, *, passes: float | None = None) -> list[tup
     )
     facts = [("corpus", size)]
     facts += [("sequences", _packed(corpus))] if corpus.packing != "concatenate" else []
+    facts += [("labels", _labels(corpus.labels))] if corpus.labels is not None and corpus.labels.names else []
     return facts + ([("left out", _skipped_records(corpus))] if corpus.num_skipped_records else [])
 
 
@@ -59,11 +64,25 @@ def view_facts(view: DataView) -> list[tuple[str, str]]:
     else:
         facts.append(("lengths", "not recorded by the version of forge that prepared this corpus"))
     share = view.num_targets / max(1, view.num_tokens)
-    if view.is_estimate:
+    if view.has_labels:
+        loss = f"at {view.num_targets:,} of {view.num_tokens:,} tokens, where a label or a number is learnt"
+    elif view.is_estimate:
         loss = f"about {share:.1%} of {view.num_tokens:,} tokens carry loss, others in every step"
     else:
         loss = f"{view.num_targets:,} of {view.num_tokens:,} tokens carry loss ({share:.1%})"
     return [*facts, ("loss", loss)]
+
+
+def _labels(labels: LabelsInfo) -> str:
+    """Their number, their names, and the accuracy of a constant answer."""
+    names = [printable(name, limit=_MAX_LABEL_CHARS) for name in labels.names[:_MAX_LABELS]]
+    more = f" and {len(labels.names) - _MAX_LABELS:,} more" if len(labels.names) > _MAX_LABELS else ""
+    most = max(range(len(labels.names)), key=labels.train_counts.__getitem__)
+    name = printable(labels.names[most], limit=_MAX_LABEL_CHARS)
+    frequent = f"; most frequent: {name}, {labels.train_counts[most] / max(1, sum(labels.train_counts)):.1%}"
+    if not math.isnan(labels.baseline):
+        frequent += f" ({labels.baseline:.1%} of the held-out labels)"
+    return f"{len(labels.names):,}: {', '.join(names)}{more}{frequent}"
 
 
 def example_facts(view: DataView) -> list[tuple[str, str]]:

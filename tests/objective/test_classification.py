@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score, r2_score
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from forge.config.training import TrainingSpec
-from forge.data.formats.labelled import BITS
+from forge.data.label_bits import BITS
 from forge.objective.base import IGNORED, ObjectiveContext, derived_metrics
 from forge.objective.classification import Classification
 from forge.plan.inputs import LabelsInfo

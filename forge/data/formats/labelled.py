@@ -16,15 +16,13 @@ from tokenizers import Encoding
 
 from forge.data.corpus import text_of
 from forge.data.formats.base import Example, FormatContext
+from forge.data.label_bits import BITS
 from forge.data.labels import LabelNumbers, names_of, number_of, value_of
 from forge.data.rows import IGNORED
 from forge.data.sources.base import Record
 from forge.data.sources.files import json_name
 from forge.data.tokenizer import parse_tokenizer
 from forge.errors import DataError
-
-BITS = 31
-"""Labels in one value of the array `label_bits`, whose values are of the type int32."""
 
 _MAX_CHARS_PER_TOKEN = 256
 """What a text has beyond so many characters for each token of a row is not tokenized."""
