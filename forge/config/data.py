@@ -76,6 +76,30 @@ class PreferenceSpec(Section):
     a template, else `plain`. Lists of messages are always in the chat template."""
 
 
+class PairSpec(Section):
+    """Where a record has its source and its target; only with `format: pair`."""
+
+    source: str = Field("source", min_length=1)
+    """The field with the text that the encoder reads; in a table within the record with dots: `translation.en`."""
+
+    target: str = Field("target", min_length=1)
+    """The field with the text that the decoder learns to write."""
+
+    prefix: str = Field("", max_length=1000)
+    """Text before every source, such as `summarize: `, by which T5 tells tasks apart; `forge generate` adds it
+    too."""
+
+    truncation: Literal["none", "source"] = "none"
+    """What happens to a pair longer than `seq_len`. `none`: it is a record that cannot be used, see
+    `on_bad_record`. `source`: the end of its source is cut; the plan counts how often."""
+
+    @model_validator(mode="after")
+    def _are_two(self) -> PairSpec:
+        if self.source == self.target:
+            raise FieldError("target", "is also the source", depends_on=("source",))
+        return self
+
+
 class DataSpec(Section):
     """The training text: raw text → documents → token shards → the batch of step t."""
 
@@ -125,8 +149,9 @@ class DataSpec(Section):
     `conversations`), `prompt` and `completion`, or `instruction` and `output`. `preference`: two answers to a
     prompt, of which one is preferred: `prompt`, `chosen` and `rejected` as texts or lists of messages, or `chosen`
     and `rejected` that begin with the same prompt. `labelled`: a text, or two, or a list of words, with what a
-    classifier says about it (docs/classification.md). A class of your own gives the examples of each record itself.
-    All but `text` need `packing: examples` or `none`."""
+    classifier says about it (docs/classification.md). `pair`: a source and a target, for translation and summaries;
+    `seq_len` is the length of both together, each with its end-of-text token. A class of your own gives the
+    examples of each record itself. All but `text` need `packing: examples` or `none`."""
 
     chat: ChatSpec = ChatSpec()
     """What is learnt of conversations."""
@@ -136,6 +161,9 @@ class DataSpec(Section):
 
     labels: LabelsSpec = LabelsSpec()
     """The labels of `labelled` records."""
+
+    pair: PairSpec = PairSpec()
+    """Sources and targets of `format: pair`."""
 
     packing: Literal["concatenate", "examples", "none"] = "concatenate"
     """How sequences are filled. `concatenate`: documents end to end, separated by an end-of-text token, and cut
@@ -179,6 +207,10 @@ class DataSpec(Section):
         if self.format != "labelled" and self.labels != LabelsSpec():
             problem = f"is only for format: labelled, not {self.format}"
             errors.append(FieldError("labels", problem, depends_on=("format",)))
+        if self.format != "pair" and self.pair != PairSpec():
+            errors.append(
+                FieldError("pair", f"is only for format: pair, not {self.format}", depends_on=("format",))
+            )
         if self.files is not None and not (self.files and all(self.files)):
             errors.append(FieldError("files", "must name at least one file or glob"))
         if self.packing == "concatenate" and self.format != "text":

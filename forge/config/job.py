@@ -16,7 +16,7 @@ from forge.config.search import SearchSpec
 from forge.config.section import FieldError, FieldErrors, Section, raise_errors
 from forge.config.training import TrainingSpec
 from forge.data.formats.registry import FORMATS
-from forge.objective.registry import OBJECTIVES
+from forge.objective.registry import OBJECTIVES, SENTINELS
 from forge.user_code import is_reference
 
 _NAME = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
@@ -151,8 +151,26 @@ class JobSpec(Section):
             and missing
             and tokenizer.from_pretrained is None
         ):
-            problem = f"lacks {', '.join(missing)}, which training.objective: {name} needs"
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            problem = f"lacks {', '.join(missing[:3])}{more}, which training.objective: {name} needs"
             yield FieldError("data.tokenizer.special_tokens", problem, depends_on=("training.objective",))
+        if name == "span-corruption":
+            yield from self._span_problems()
+
+    def _span_problems(self) -> Iterator[FieldError]:
+        """Yield that a sequence has more spans than there are sentinels, or a vocabulary no room for these."""
+        count = self.training.spans.num_spans(self.data.seq_len)
+        if count > len(SENTINELS):
+            problem = (
+                f"has {count} spans with training.spans, and T5 has {len(SENTINELS)} sentinels: lower it, or raise "
+                "training.spans.mean_length"
+            )
+            yield FieldError("data.seq_len", problem, depends_on=("training.spans",))
+        least, tokenizer = 258 + len(SENTINELS), self.data.tokenizer
+        is_trained = not (tokenizer.from_pretrained or self.model.from_pretrained or self.model.init_from)
+        if is_trained and tokenizer.vocab_size < least:
+            problem = f"must be at least {least}: bytes, end of text, padding and {len(SENTINELS)} sentinels"
+            yield FieldError("data.tokenizer.vocab_size", problem, depends_on=("training.objective",))
 
     def _reference_problems(self) -> Iterator[FieldError]:
         """Yield why there is no model to compare with."""

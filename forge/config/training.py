@@ -56,6 +56,26 @@ class MaskingSpec(Section):
     """Mask all tokens of a word, or none."""
 
 
+class SpanCorruptionSpec(Section):
+    """Which spans are replaced by sentinels; only with `objective: span-corruption` (arXiv 1910.10683, section
+    3.1.4)."""
+
+    share: Fraction = Field(0.15, gt=0, lt=1)
+    """Share of the tokens of a sequence that are replaced, rounded to whole tokens, at least one."""
+
+    mean_length: Number = Field(3.0, ge=1, le=1000)
+    """Mean number of tokens of a replaced span."""
+
+    def num_noise_tokens(self, length: int) -> int:
+        """The number of tokens that are replaced in a sequence of at least 2."""
+        return min(max(round(length * self.share), 1), length - 1)
+
+    def num_spans(self, length: int) -> int:
+        """The number of spans in a sequence of at least 2 tokens."""
+        noise = self.num_noise_tokens(length)
+        return max(1, min(round(noise / self.mean_length), length - noise))
+
+
 class EmaSpec(Section):
     """Exponential moving average (EMA) of the weights, stored in fp32 next to the master weights."""
 
@@ -92,7 +112,10 @@ class TrainingSpec(Section):
     `model.output_router_logits: true` also its auxiliary loss, for each sequence by itself, times
     `model.router_aux_loss_coef`. `chat`: the same of conversations. `masked-lm`: the mean cross entropy of masked
     tokens, for encoders such as BERT. `dpo`, `ipo` and `orpo`: learn from pairs of answers, of which one is
-    preferred; each pair counts once. `classification`: labels or numbers for texts or their words."""
+    preferred; each pair counts once. `classification`: labels or numbers for texts or their words. `seq2seq`: the
+    mean cross entropy of the tokens of targets, given their sources, for encoder-decoders such as T5, BART and
+    `transformer-2017`. `span-corruption`: the same of spans of a text, given the text without them, to pretrain
+    T5."""
 
     masking: MaskingSpec = MaskingSpec()
     """Masks of `masked-lm`."""
@@ -105,6 +128,9 @@ class TrainingSpec(Section):
 
     classification: ClassificationSpec = ClassificationSpec()
     """Labels of `classification`."""
+
+    spans: SpanCorruptionSpec = SpanCorruptionSpec()
+    """Spans of `span-corruption`."""
 
     total_steps: Count | None = Field(None, ge=1, le=MAX_STEPS)
     """Length in optimizer steps. Give exactly one of `total_steps`, `total_tokens` and `epochs`."""
@@ -177,6 +203,9 @@ class TrainingSpec(Section):
         if self.objective != "classification" and self.classification != ClassificationSpec():
             problem = f"is only for objective: classification, not {self.objective}"
             errors.append(FieldError("classification", problem, depends_on=("objective",)))
+        if self.objective != "span-corruption" and self.spans != SpanCorruptionSpec():
+            problem = f"is only for objective: span-corruption, not {self.objective}"
+            errors.append(FieldError("spans", problem, depends_on=("objective",)))
         raise_errors(errors)
         lengths = [self.total_steps, self.total_tokens, self.epochs]
         if sum(length is not None for length in lengths) != 1:

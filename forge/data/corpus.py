@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from forge.config.classification import LabelsSpec
 from forge.config.data import DataSpec
 from forge.data.bad_records import BadRecords
+from forge.data.pairs import checked_text, pair_of
 from forge.data.sources.base import Record
 from forge.data.sources.build import SampleSize, build_source
-from forge.data.sources.files import json_name
 from forge.data.sources.pieces import blocks_of, pieces_of
 from forge.errors import DataError
 
@@ -46,7 +46,7 @@ def iter_documents(
     is_empty = True
     bad = bad or BadRecords(action=spec.on_bad_record)
     records = build_source(spec, columns=(spec.text_key,), sample=sample).records()
-    for document in _documents(records, text_key=spec.text_key, bad=bad):
+    for document in _documents(records, spec=spec, bad=bad):
         is_empty = False
         yield document
     bad.close()
@@ -62,13 +62,12 @@ def iter_sample(spec: DataSpec, *, max_chars: int, max_files: int = 1024) -> Ite
     Raises: DataError as `iter_documents`.
     """
     bad = BadRecords(action=spec.on_bad_record, reads_on=False)
-    labels = spec.labels if spec.format == "labelled" else None
-    parts = build_source(spec, columns=(spec.text_key,) if labels is None else None).parts()
+    parts = build_source(spec, columns=(spec.text_key,) if spec.format == "text" else None).parts()
     chosen = [parts[i * len(parts) // max_files] for i in range(max_files)] if len(parts) > max_files else parts
     left = max_chars
     for number, part in enumerate(chosen):
         quota = left // (len(chosen) - number)
-        for document in _documents(part, text_key=spec.text_key, bad=bad, labels=labels):
+        for document in _documents(part, spec=spec, bad=bad):
             text = document.text[:quota]
             quota -= len(text)
             left -= len(text)
@@ -94,20 +93,20 @@ def text_of(record: Record, *, text_key: str) -> str:
     if text_key not in record.fields:
         keys = ", ".join(map(repr, record.fields)) or "none"
         raise DataError(f"{record.location}: no key {text_key!r} (data.text_key); the keys are: {keys}")
-    text = record.fields[text_key]
-    if not isinstance(text, str):
-        raise DataError(f"{record.location}: {text_key!r} must be a string, it is {json_name(text)}")
-    try:
-        if not text.isascii():
-            text.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half a surrogate pair, which is no character and has no UTF-8.
-        problem = f"half a surrogate pair at character {error.start}"
-        raise DataError(f"{record.location}: the text is not valid Unicode: {problem}") from None
-    return text
+    return checked_text(record.fields[text_key], key=text_key, location=record.location)
 
 
-def _texts_of(record: Record, *, text_key: str, labels: LabelsSpec) -> str:
+def texts_of(record: Record, *, spec: DataSpec) -> tuple[str, ...]:
+    """The texts of a record that its format reads: of a pair both. Raises: DataError."""
+    if spec.format == "pair":
+        pair = pair_of(record, spec=spec.pair)
+        return pair.source, pair.target
+    if spec.format == "labelled":
+        return (_labelled_text(record, text_key=spec.text_key, labels=spec.labels),)
+    return (text_of(record, text_key=spec.text_key),)
+
+
+def _labelled_text(record: Record, *, text_key: str, labels: LabelsSpec) -> str:
     """The texts of a labelled record. Raises: DataError as `text_of`."""
     words = record.fields.get(labels.words_key)
     if labels.kind == "token" and isinstance(words, list):
@@ -116,20 +115,20 @@ def _texts_of(record: Record, *, text_key: str, labels: LabelsSpec) -> str:
     return f"{text}\n{pair}" if isinstance(pair, str) else text
 
 
-def _documents(
-    records: Iterable[Record], *, text_key: str, bad: BadRecords, labels: LabelsSpec | None = None
-) -> Iterator[Document]:
+def _documents(records: Iterable[Record], *, spec: DataSpec, bad: BadRecords) -> Iterator[Document]:
     for record in bad.usable(records):
         try:
-            if labels is None:
-                text = text_of(record, text_key=text_key)
-            else:
-                text = _texts_of(record, text_key=text_key, labels=labels)
+            texts = texts_of(record, spec=spec)
         except DataError as error:
             bad.add(str(error))
             continue
-        if not (record.starts and record.ends):  # the source has cut it already
-            yield Document(name=record.name, text=text, starts=record.starts, ends=record.ends)
-            continue
-        for piece in pieces_of(blocks_of(text)):
-            yield Document(name=record.name, text=piece.text, starts=piece.starts, ends=piece.ends)
+        for text in texts:
+            yield from _pieces(record, text=text)
+
+
+def _pieces(record: Record, *, text: str) -> Iterator[Document]:
+    if not (record.starts and record.ends):  # the source has cut it already
+        yield Document(name=record.name, text=text, starts=record.starts, ends=record.ends)
+        return
+    for piece in pieces_of(blocks_of(text)):
+        yield Document(name=record.name, text=piece.text, starts=piece.starts, ends=piece.ends)

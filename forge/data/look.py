@@ -11,7 +11,7 @@ from pathlib import Path
 
 from forge.config.data import DataSpec
 from forge.data.bad_records import BadRecords
-from forge.data.corpus import text_of
+from forge.data.corpus import texts_of
 from forge.data.sources.base import Record
 from forge.data.sources.build import file_source
 from forge.data.sources.detect import open_content
@@ -74,10 +74,10 @@ def look_at_corpus(spec: DataSpec, *, special_tokens: Sequence[str] = ()) -> Cor
 
 def _text(record: Record, *, spec: DataSpec, bad: BadRecords) -> str:
     """The text of a record, empty for formats that have none or if it cannot be used."""
-    if spec.format != "text":
+    if spec.format not in ("text", "pair"):
         return ""
     try:
-        return text_of(record, text_key=spec.text_key)
+        return "\n".join(texts_of(record, spec=spec))
     except DataError as error:
         bad.add(str(error))
         return ""
@@ -115,7 +115,7 @@ def _first_records(file: SourceFile, *, source: FileSource) -> Iterator[Record]:
     num_chars = 0
     for number, record in enumerate(read_records(file, source=source)):
         yield record
-        num_chars += len(str(record.fields.get(source.text_key, "")))
+        num_chars += sum(len(value) for value in record.fields.values() if isinstance(value, str))
         if number + 1 >= _SAMPLE_RECORDS or num_chars >= _SAMPLE_CHARS:
             return
 

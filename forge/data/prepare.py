@@ -38,7 +38,7 @@ from forge.data.rows import RowStore, StreamRows
 from forge.data.sources.build import SampleSize
 from forge.data.store import TokenStream
 from forge.data.tokenizer import TextTokenizer, train_tokenizer
-from forge.data.tokenizer_files import role_id
+from forge.data.tokenizer_files import role_id, role_token, special_ids
 from forge.errors import DataError
 from forge.fs import sync_folder
 from forge.plan.inputs import CorpusInfo, LabelsInfo
@@ -194,6 +194,7 @@ def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: 
         settings |= {"chat": asdict(chat_settings(spec))} if spec.format in TEMPLATE_FORMATS else {}
         settings |= {"preference": spec.preference.model_dump()} if spec.format == "preference" else {}
         settings |= {"labels": spec.labels.model_dump(mode="json")} if spec.format == "labelled" else {}
+        settings |= {"pair": spec.pair.model_dump()} if spec.format == "pair" else {}
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -226,7 +227,7 @@ def _facts(index: CacheIndex, *, folder: Path, seq_len: int) -> CorpusInfo:
         num_skipped_records=index.skipped.count,
         skipped_records=index.skipped.listed[:_MAX_SKIPPED_IN_PLAN],
         labels=_labels(index),
-        pad_id=index.pad_id,
+        pad_id=_pad_id(folder / "tokenizer") if index.pad_id is None else index.pad_id,
         **sizes,
     )
 
@@ -241,6 +242,12 @@ def _labels(index: CacheIndex) -> LabelsInfo | None:
         held_out_counts=found.held_out,
         num_train=index.examples.train.num_targets,
     )
+
+
+def _pad_id(tokenizer: Path) -> int | None:
+    """The id of the padding token that a tokenizer's files name, if they name one."""
+    token = role_token(tokenizer, "pad_token")
+    return None if token is None else special_ids(tokenizer).get(token)
 
 
 def _stream_sizes(index: CacheIndex, *, seq_len: int) -> dict[str, Any]:
@@ -290,7 +297,10 @@ def _write_cache(
         max_chars = TOKENIZER_SAMPLE_CHARS if sample is None else sample.num_chars
         text = corpus.iter_sample(spec, max_chars=max_chars)
         tokenizer = train_tokenizer(
-            text, vocab_size=spec.tokenizer.vocab_size, special_tokens=spec.tokenizer.special_tokens
+            text,
+            vocab_size=spec.tokenizer.vocab_size,
+            special_tokens=spec.tokenizer.special_tokens,
+            adds_end=spec.format == "pair",
         )
     tokenizer = replace(tokenizer, special_tokens=spec.special_tokens)
     if spec.packing == "concatenate":
@@ -306,9 +316,8 @@ def _write_cache(
     for name in {path.parent for path in folder.rglob("*")} - {folder}:
         sync_folder(name)
     index = replace(index, tokenizer=tuple(written))
-    if index.labels is not None:
-        pad_id = role_id("pad_token", content=tokenizer.content, config=tokenizer.config, files=tokenizer.files)
-        index = replace(index, pad_id=pad_id)
+    pad_id = role_id("pad_token", content=tokenizer.content, config=tokenizer.config, files=tokenizer.files)
+    index = replace(index, pad_id=pad_id)
     write_index(folder, index=index)
     return index
 

@@ -149,6 +149,7 @@ def _context(spec: DataSpec, *, tokenizer: TextTokenizer, labels: LabelSettings 
         chat=chat_settings(spec),
         preference=PreferenceSettings(texts=spec.preference.texts),
         labels=labels or LabelSettings(),
+        pair=spec.pair,
     )
 
 
@@ -342,7 +343,7 @@ def _unigram(
     spec: DataSpec, *, folder: Path, writer: ExampleWriter, is_held_out: NDArray[np.bool_], vocab_size: int
 ) -> float | None:
     """The perplexity of a unigram model on the held-out targets; None where targets need not be text."""
-    if spec.format != "text":
+    if spec.format not in ("text", "pair"):
         return None
     counts = np.zeros((2, vocab_size), dtype=np.int64)
     for targets, side in _targets_by_side(folder, writer, is_held_out=is_held_out):

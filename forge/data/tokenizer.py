@@ -26,7 +26,7 @@ from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from forge.data.store import token_dtype
 from forge.data.tokenizer_files import (
@@ -39,16 +39,13 @@ from forge.data.tokenizer_files import (
     find_eot_token,
     further_files,
     further_templates,
+    other_format,
     read_json,
     set_special_tokens,
 )
 from forge.data.word_pattern import word_pattern
 from forge.environment import looked_in
 from forge.errors import DataError
-
-_OTHER_SUFFIXES = {".model", ".tiktoken"}
-_OTHER_NAMES = {"vocab.json", "vocab.txt", "merges.txt", "tekken.json"}
-"""Files of tokenizers that are not read: SentencePiece, tiktoken, and the older files of GPT-2 and BERT."""
 
 _MAX_WORDS = 1 << 18
 """Size of the word cache; about 50 MB. It is cleared when full; frequent words soon return to it."""
@@ -83,13 +80,18 @@ class TextTokenizer:
         return token_dtype(self.vocab_size)
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = ()) -> TextTokenizer:
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = (), adds_end: bool = False
+) -> TextTokenizer:
     """Train a byte-level BPE: GPT-2's word pattern, all 256 bytes, end of text as id 0, then `special_tokens`.
 
     With [CLS] and [SEP] among them, it has BERT's template for a text and for a pair of texts.
 
     The same texts give the same tokenizer. A small sample may give fewer than `vocab_size` entries,
     because pairs seen once are not merged.
+
+    Args:
+        adds_end: whether transformers' tokenizer, when it is called, puts the end of text after it, as T5's does.
 
     Source: Sennrich et al., arXiv 1508.07909; Radford et al., GPT-2, 2019, section 2.2.
     """
@@ -106,6 +108,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, special_tokens: Se
     tokenizer.train_from_iterator(texts, trainer)
     if {CLS_TOKEN, SEP_TOKEN} <= set(special_tokens):
         tokenizer.post_processor = bert_template(tokenizer)
+    elif adds_end:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {EOT_TOKEN}", special_tokens=[(EOT_TOKEN, tokenizer.token_to_id(EOT_TOKEN))]
+        )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOT_TOKEN,
@@ -125,7 +131,7 @@ def load_tokenizer(location: str) -> TextTokenizer:
     """
     given = Path(location).expanduser()
     path = given / "tokenizer.json" if given.is_dir() else given
-    if (other := _other_format(given)) is not None:
+    if (other := other_format(given)) is not None:
         raise DataError(
             f"data.tokenizer.from_pretrained: {other} is a tokenizer of another format (SentencePiece, tiktoken, "
             'or a list of words), and there is no tokenizer.json; convert it once: python -c "from transformers '
@@ -155,16 +161,6 @@ def load_tokenizer(location: str) -> TextTokenizer:
         config["chat_template"] = templates
     described = _described(tokenizer, eot_token=eot_token, config=json.dumps(config, indent=2, ensure_ascii=False))
     return replace(described, files=files)
-
-
-def _other_format(given: Path) -> Path | None:
-    """The file of a tokenizer in another format; None if there is none, or a tokenizer.json beside it."""
-    if not given.is_dir():
-        return given if given.suffix in _OTHER_SUFFIXES and given.is_file() else None
-    if (given / "tokenizer.json").exists():
-        return None
-    names = sorted(path for path in given.iterdir() if path.suffix in _OTHER_SUFFIXES or path.name in _OTHER_NAMES)
-    return names[0] if names else None
 
 
 def special_token_names(location: str | None) -> tuple[str, ...]:

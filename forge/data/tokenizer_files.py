@@ -32,6 +32,21 @@ ROLES = {"mask_token": "[MASK]", "pad_token": "[PAD]", "cls_token": CLS_TOKEN, "
 """What the special tokens of a trained tokenizer are for, by the keys of transformers' tokenizer_config.json."""
 
 
+_OTHER_SUFFIXES = {".model", ".tiktoken"}
+_OTHER_NAMES = {"vocab.json", "vocab.txt", "merges.txt", "tekken.json"}
+"""Files of tokenizers that are not read: SentencePiece, tiktoken, and the older files of GPT-2 and BERT."""
+
+
+def other_format(given: Path) -> Path | None:
+    """Return the file of a tokenizer in another format; None if there is none, or a tokenizer.json beside it."""
+    if not given.is_dir():
+        return given if given.suffix in _OTHER_SUFFIXES and given.is_file() else None
+    if (given / "tokenizer.json").exists():
+        return None
+    names = sorted(path for path in given.iterdir() if path.suffix in _OTHER_SUFFIXES or path.name in _OTHER_NAMES)
+    return names[0] if names else None
+
+
 def vocabulary_problem(own: str, *, given: str) -> str | None:
     """Say how many tokens of a model's own tokenizer have another id in the given one; None if none has."""
     before, now = (Tokenizer.from_str(one).get_vocab(with_added_tokens=True) for one in (own, given))
@@ -55,6 +70,11 @@ def special_ids(folder: Path) -> dict[str, int]:
     return {str(token["content"]): int(token["id"]) for token in added if token.get("special")}
 
 
+def special_names(content: str) -> set[str]:
+    """Return the names of the special tokens of a tokenizer. Args: content: of its `tokenizer.json`."""
+    return {str(token["content"]) for token in json.loads(content)["added_tokens"] if token["special"]}
+
+
 def role_token(folder: Path, role: str) -> str | None:
     """Return the token of a role such as `mask_token`; None if no file names one. Raises: DataError."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -71,8 +91,7 @@ def special_roles(*, content: str, config: str, files: Mapping[str, str]) -> dic
     Args:
         content, config, files: as in `TextTokenizer`.
     """
-    special = {token["content"] for token in json.loads(content)["added_tokens"] if token["special"]}
-    found = {}
+    special, found = special_names(content), {}
     for text in (files.get("special_tokens_map.json", "{}"), config):
         for role, given in json.loads(text).items():
             token = given.get("content") if isinstance(given, dict) else given

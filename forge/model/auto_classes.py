@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PretrainedConfig,
@@ -42,6 +43,11 @@ AUTO_CLASSES: Mapping[AutoClass, AutoModel] = {
         cls=AutoModelForMaskedLM,
         architectures=modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         noun="masked language model",
+    ),
+    "AutoModelForSeq2SeqLM": AutoModel(
+        cls=AutoModelForSeq2SeqLM,
+        architectures=modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        noun="encoder-decoder for text",
     ),
     "AutoModelForSequenceClassification": AutoModel(
         cls=AutoModelForSequenceClassification,

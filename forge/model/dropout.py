@@ -11,6 +11,7 @@ applies to the recomputation of activation checkpointing, which may run in one o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,10 @@ def model_has_dropout(model: nn.Module) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
+_AXIS_STEPS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)
+"""Distances of the places of elements that are neighbours on an axis. Source: the primes of xxHash32."""
+
+
 class SampleDropout:
     """A replacement for torch's dropout; `begin` sets the samples of each micro-batch."""
 
@@ -46,6 +51,8 @@ class SampleDropout:
         self._seed = seed
         self._step = 0
         self._samples: list[str] = []
+        self._is_padded = False
+        """Whether samples are padded to the longest of their micro-batch."""
         self._calls: list[tuple[str, list[int]]] = []
         self._plain = torch.nn.functional.dropout
         for name, module in model.named_modules():
@@ -66,13 +73,15 @@ class SampleDropout:
         """Set the micro-batch that is computed next.
 
         Args:
-            sequence_rows: the row of each sequence, in ascending order, if the model is not given one per row.
+            sequence_rows: the row of each sequence, in ascending order, if the model is given examples of rows,
+                padded to the longest.
 
         Shapes: positions: int64[m], positions of its rows in the global order; -1 for padding rows.
             sequence_rows: int64[n].
         """
         self._step = step
         self._samples = [str(position) for position in positions.tolist()]
+        self._is_padded = sequence_rows is not None
         if sequence_rows is not None:
             first = np.searchsorted(sequence_rows, sequence_rows)
             numbers = np.arange(len(sequence_rows)) - first
@@ -89,10 +98,17 @@ class SampleDropout:
             return self._plain(input, p, training, inplace)
         location = self._next_location()
         rows = input.shape[0] // len(self._samples)
+        seeds = [_stream(self._seed, self._step, sample, location) for sample in self._samples]
+        if self._is_padded and not _is_prefix_stable(input, rows=rows):
+            scale = 1 / (1 - p) if p < 1 else 0.0
+            scaled = (
+                padding_free_mask(input.shape, seeds=seeds, p=p, device=input.device).to(input.dtype).mul_(scale)
+            )
+            return input.mul_(scaled) if inplace else input * scaled
         mask = torch.empty(input.shape, dtype=input.dtype, device=input.device)
         generator = torch.Generator(device=input.device)
-        for index, sample in enumerate(self._samples):
-            generator.manual_seed(_stream(self._seed, self._step, sample, location))
+        for index, seed in enumerate(seeds):
+            generator.manual_seed(seed)
             mask[index * rows : (index + 1) * rows].bernoulli_(1 - p, generator=generator)
         scaled = mask.div_(1 - p) if p < 1 else mask
         return input.mul_(scaled) if inplace else input * scaled
@@ -113,6 +129,49 @@ class SampleDropout:
 
     def _leaving(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._calls.pop()
+
+
+def padding_free_mask(shape: Sequence[int], *, seeds: Sequence[int], p: float, device: torch.device) -> Tensor:
+    """Draw what dropout keeps, such that an element depends on the seed of its sample and its indices alone.
+
+    So a longer padding adds elements and changes none, also where it is within the tensor, as in attention weights.
+    A stream of random numbers would go on elsewhere. The hash is the 32-bit finaliser of MurmurHash3, once over the
+    indices, which all samples share, and once with the seed.
+
+    Args:
+        shape: of the input, [n·k, ...] with the k rows of each of the n samples adjacent.
+
+    Returns: bool of this shape.
+    """
+    own = (shape[0] // len(seeds), *shape[1:])
+    places = torch.zeros(own, dtype=torch.int32, device=device)
+    for axis, size in enumerate(own):
+        steps = torch.arange(size, dtype=torch.int64, device=device) * _AXIS_STEPS[axis % len(_AXIS_STEPS)]
+        places += _as_int32(steps).view(-1, *[1] * (len(own) - axis - 1))
+    starts = torch.tensor([seed & 0xFFFFFFFF for seed in seeds], dtype=torch.int64, device=device)
+    mixed = _mix(_mix(places) ^ _as_int32(starts).view(-1, *[1] * len(own)))
+    threshold = min(round(p * 2**31), 2**31 - 1)
+    return ((mixed & 0x7FFFFFFF) >= threshold).view(*shape)
+
+
+def _is_prefix_stable(input: Tensor, *, rows: int) -> bool:
+    """Whether padding only adds elements after those of a sample, [n, length, ...], drawn in order."""
+    return input.device.type == "cpu" and rows == 1 and input.ndim <= 3
+
+
+def _mix(values: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3; int32, in place. Source: A. Appleby, MurmurHash3, `fmix32`."""
+    values ^= (values >> 16) & 0xFFFF
+    values *= -2048144789  # 0x85ebca6b
+    values ^= (values >> 13) & 0x7FFFF
+    values *= -1028477387  # 0xc2b2ae35
+    values ^= (values >> 16) & 0xFFFF
+    return values
+
+
+def _as_int32(values: Tensor) -> Tensor:
+    """The lowest 32 bits of int64, as int32."""
+    return (((values + 2**31) & 0xFFFFFFFF) - 2**31).to(torch.int32)
 
 
 def _stream(seed: int, step: int, sample: str, location: str) -> int:

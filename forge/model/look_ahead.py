@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from forge.model.auto_classes import AUTO_CLASSES, build_on_meta
+from forge.model.seq2seq import seq2seq_logits
 from forge.objective.registry import AutoClass
 from forge.process import one_line
 
@@ -33,7 +34,9 @@ _MAX_PARAMETERS = 60_000_000
 _SMALL_SIZES: Mapping[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("encoder_attention_heads",), 4),
+    **dict.fromkeys(("d_ff", "encoder_ffn_dim"), 64),
+    **dict.fromkeys(("d_kv", "head_dim", "v_head_dim", "qk_nope_head_dim", "q_lora_rank", "kv_lora_rank"), 16),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "moe_intermediate_size"), 64),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
     "qk_rope_head_dim": 8, "rotary_dim": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
@@ -67,9 +70,9 @@ def probe_forward(
             continue
         sequences = probe_sequences(model.config)
         try:
-            sees = looks_ahead(partial(_logits, model), sequences)
+            sees = looks_ahead(partial(_logits, model, auto_class=auto_class), sequences)
         except Exception as error:  # whatever it is; of a narrow copy, its sizes may not fit together
-            is_long = _runs(model, sequences[:1, : NUM_TOKENS // 2])
+            is_long = _runs(model, sequences[:1, : NUM_TOKENS // 2], auto_class=auto_class)
             which = f"over {seq_len} tokens fails, though one over fewer works" if is_long else "fails"
             problem = f"a forward pass {which}: {one_line(error)}"
             is_certain = not is_narrow
@@ -134,16 +137,21 @@ def small_copy(config: PretrainedConfig, *, seq_len: int, is_narrow: bool, auto_
     return model.eval()
 
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
+def _logits(model: Any, tokens: Tensor, *, auto_class: AutoClass) -> Tensor:
+    """Logits of the tokens; of an encoder-decoder, of the tokens as labels of a fixed source."""
+    if auto_class == "AutoModelForSeq2SeqLM":
+        # Some rules move the last label, an end of text, to the front; it is the same in all sequences.
+        labels = torch.cat([tokens[:, :-1], torch.zeros_like(tokens[:, -1:])], dim=1)
+        return seq2seq_logits(model, source=torch.full_like(tokens, 3), labels=labels)
     options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     logits: Tensor = model(input_ids=tokens, **options).logits
     return logits
 
 
-def _runs(model: Any, tokens: Tensor) -> bool:
+def _runs(model: Any, tokens: Tensor, *, auto_class: AutoClass) -> bool:
     try:
         with torch.no_grad():
-            _logits(model, tokens)
+            _logits(model, tokens, auto_class=auto_class)
     except Exception:  # whatever it is
         return False
     return True
@@ -154,7 +162,7 @@ def _fails_on_meta(config: PretrainedConfig, *, auto_class: AutoClass) -> bool:
     tokens = torch.zeros(1, 8, dtype=torch.int64, device="meta")
     with torch.device("meta"):
         own, default = (_on_meta(one, auto_class=auto_class) for one in (config, type(config)()))
-        return not _runs(own, tokens) and _runs(default, tokens)
+        return not _runs(own, tokens, auto_class=auto_class) and _runs(default, tokens, auto_class=auto_class)
 
 
 def _on_meta(config: PretrainedConfig, *, auto_class: AutoClass) -> Any:

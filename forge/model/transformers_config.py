@@ -185,10 +185,13 @@ def _new_config(architecture: str | None, given: Mapping[str, Any], *, data: Dat
         names = {base.attribute_map.get(key, key) for key in given}
         derived: dict[str, Any] = {"vocab_size": data.vocab_size, "max_position_embeddings": data.seq_len}
         derived |= {"bos_token_id": data.eot_id, "eos_token_id": data.eot_id, "pad_token_id": None}
+        if data.auto_class == "AutoModelForSeq2SeqLM":
+            derived |= _seq2seq_tokens(base, data)
         derived = {
             key: value
             for key, value in derived.items()
-            if hasattr(base, key) and base.attribute_map.get(key, key) not in names
+            if (hasattr(base, key) or key == "decoder_start_token_id")
+            and base.attribute_map.get(key, key) not in names
         }
         return AutoConfig.for_model(architecture, **(derived | dict(given)))
     except Exception as error:  # transformers validates with exceptions of several unrelated classes
@@ -210,6 +213,21 @@ def _set_labels(config: PretrainedConfig, data: DataShape, *, given: Mapping[str
     own = text.pad_token_id if data.pad_id is None or "pad_token_id" in given else data.pad_id
     for part in (config, text):
         part.pad_token_id = data.eot_id if own is None else own
+
+
+def _seq2seq_tokens(base: PretrainedConfig, data: DataShape) -> dict[str, Any]:
+    """The padding token, and the token that a decoder starts with: the padding token as in T5, or the end of text
+    where the architecture has it so by default, as BART.
+
+    The longest source has one token more than the row it was made of, if every span of it is a single token.
+    """
+    start, end = getattr(base, "decoder_start_token_id", None), getattr(base, "eos_token_id", None)
+    tokens = {
+        "pad_token_id": data.pad_id,
+        "decoder_start_token_id": data.eot_id if start is not None and start == end else data.pad_id,
+        "max_position_embeddings": data.seq_len + 1,
+    }
+    return tokens | ({"forced_eos_token_id": data.eot_id} if getattr(base, "forced_eos_token_id", None) else {})
 
 
 def _with_overrides(base: PretrainedConfig, given: Mapping[str, Any], *, source: str) -> PretrainedConfig:

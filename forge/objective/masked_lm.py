@@ -51,7 +51,9 @@ class MaskedLm:
             spec=self._spec,
             kinds=self._kinds,
         )
-        chosen: dict[str, NDArray[Any]] = {"tokens": masked, "targets": targets, "sequence_rows": sequences.rows}
+        chosen: dict[str, NDArray[Any]] = {"tokens": masked, "targets": targets}
+        if "segment_ids" in rows:
+            chosen["sequence_rows"] = sequences.rows
         if not sequences.is_token.all():
             chosen["attention_mask"] = sequences.is_token.astype(np.int64)
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in chosen.items()}

@@ -16,6 +16,7 @@ Direction = Literal["min", "max"]
 AutoClass = Literal[
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
 ]
@@ -74,6 +75,19 @@ _DPO = RegisteredObjective(
     has_reference_model=True,
 )
 
+SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
+"""The special tokens of T5 that stand for spans, in the order of the spans."""
+
+_SEQ2SEQ = RegisteredObjective(
+    reference="forge.objective.seq2seq:Seq2Seq",
+    metrics={"perplexity": "min", "accuracy": "max"},
+    predicts_tokens=True,
+    formats=("pair",),
+    auto_class="AutoModelForSeq2SeqLM",
+    special_tokens=("[PAD]",),
+    separates_examples=True,
+)
+
 OBJECTIVES: dict[str, RegisteredObjective] = {
     "causal-lm": _CAUSAL_LM,
     "chat": replace(_CAUSAL_LM, formats=("chat",)),  # the next token, where the format has targets
@@ -104,6 +118,13 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
         special_tokens=("[PAD]", "[CLS]", "[SEP]"),
         needs_special_tokens=False,
         separates_examples=True,
+    ),
+    "seq2seq": _SEQ2SEQ,
+    "span-corruption": replace(
+        _SEQ2SEQ,
+        reference="forge.objective.span_corruption:SpanCorruption",
+        formats=("text",),
+        special_tokens=("[PAD]", *SENTINELS),
     ),
 }
 

@@ -7,7 +7,9 @@ import json
 from typing import Any
 
 from forge.config.compare import Difference, differences
+from forge.config.data import PairSpec
 from forge.config.job import JobSpec
+from forge.config.training import MaskingSpec, SpanCorruptionSpec
 from forge.plan.inputs import CodeInfo
 from forge.plan.plan import DraftPlan
 
@@ -81,6 +83,13 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
         body["training"][section] = {
             key: value for key, value in body["training"][section].items() if value not in (None, {})
         }
+    for section, name, unset in (
+        ("data", "pair", PairSpec()),
+        ("training", "masking", MaskingSpec()),
+        ("training", "spans", SpanCorruptionSpec()),
+    ):
+        if body[section][name] == unset.model_dump(mode="json"):
+            del body[section][name]
     if body["model"]["lora"] is None:
         del body["model"]["lora"]
     of_dataset = (("dataset", None), ("subset", None), ("split", "train"), ("revision", None))

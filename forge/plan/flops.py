@@ -6,18 +6,55 @@ and backward pass require, recomputation not counted, divided by the hardware's 
 
 from __future__ import annotations
 
-from forge.plan.inputs import ModelInfo
+from dataclasses import dataclass
+
+from forge.config.job import JobSpec
+from forge.plan.inputs import CorpusInfo, ModelInfo
 
 
-def flops_per_token(model: ModelInfo, *, seq_len: int) -> int:
-    """Return the FLOPs of forward and backward per predicted token: `6·N - 2·F + 12·L·H·Q·T`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceShares:
+    """How many positions an encoder-decoder computes for each position of the data."""
+
+    encoder: float
+    decoder: float
+
+
+def sequence_shares(job: JobSpec, corpus: CorpusInfo | None) -> SequenceShares:
+    """Return the shares of a job: of pairs those of sources and targets, of text what its spans make of it.
+
+    Without a prepared corpus the two texts of a pair count as equally long.
+    """
+    if job.training.objective == "span-corruption":
+        spans = job.training.spans
+        sentinels = spans.share / spans.mean_length
+        return SequenceShares(encoder=1 - spans.share + sentinels, decoder=spans.share + sentinels)
+    if corpus is None or job.data.packing == "concatenate":
+        return SequenceShares(encoder=0.5, decoder=0.5)
+    filled = corpus.num_train_sequences * corpus.seq_len * (1 - corpus.padding)
+    targets = min(1.0, corpus.num_train_tokens / max(1.0, filled))
+    return SequenceShares(encoder=1 - targets, decoder=targets)
+
+
+def flops_per_token(model: ModelInfo, *, seq_len: int, shares: SequenceShares | None = None) -> int:
+    """Return the FLOPs of forward and backward per position of the data: `6·N - 2·F + 12·L·H·Q·T`.
 
     N is the number of parameters that each token is multiplied with (not the input embedding, which is a look-up),
     F those of them that are frozen, whose own gradient is not computed, L the number of layers, H·Q the width of
     all attention heads, T the sequence length in tokens. Attention is counted as if it were not causal, as in the
-    paper.
+    paper. Of an encoder-decoder, N, F and L are the sums of those of encoder and decoder, each times its share of
+    the positions; a layer of the decoder has two attentions.
+
+    Args:
+        shares: of an encoder-decoder.
 
     Source: PaLM, arXiv 2204.02311, appendix B.
     """
     products = 6 * model.num_matmul_parameters - 2 * model.num_frozen_matmul_parameters
-    return products + 12 * model.num_layers * model.attention_width * seq_len
+    layers: float = model.num_layers
+    if model.num_encoder_layers and shares is not None:
+        sources = 6 * model.num_source_matmul_parameters - 2 * model.num_frozen_source_matmul_parameters
+        products = round(shares.encoder * sources + shares.decoder * (products - sources))
+        num_decoder_layers = model.num_layers - model.num_encoder_layers
+        layers = shares.encoder * model.num_encoder_layers + shares.decoder * 2 * num_decoder_layers
+    return products + round(12 * layers * model.attention_width * seq_len)

@@ -65,7 +65,7 @@ class CorpusInfo:
     labels: LabelsInfo | None = None
     """None unless the format is `labelled`."""
     pad_id: int | None = None
-    """The tokenizer's padding token, of such a corpus; None if it names none."""
+    """Token id of the token that fills up a text, if the tokenizer names one."""
     packing: str = "concatenate"
     """`data.packing`; the fields below are only for examples."""
     num_examples: int = 0
@@ -184,6 +184,13 @@ class ModelInfo:
     """Frozen parameters that are kept in 4 bits (`model.lora.quantize`)."""
     trained: tuple[TrainedParameter, ...] = ()
     """The parameters that are trained, in the order of the model."""
+    num_source_matmul_parameters: int = 0
+    """Of an encoder-decoder, those of `num_matmul_parameters` that the tokens of sources are multiplied with, and
+    not those of targets."""
+    num_frozen_source_matmul_parameters: int = 0
+    """Of `num_frozen_matmul_parameters` likewise."""
+    num_encoder_layers: int = 0
+    """Of an encoder-decoder, those of `num_layers` that read the source."""
     num_base_parameters: int = 0
     """Frozen parameters of `from_pretrained`: snapshots and checkpoints refer to them and do not contain them."""
     activation_bytes_per_row: int | None = None

@@ -38,7 +38,11 @@ def outputs_of(job: JobSpec, *, corpus: CorpusInfo | None) -> ModelOutputs:
     """
     training = job.training
     if training.objective != "classification":
-        return ModelOutputs(auto_class=training.auto_class, num_labels=num_labels_of(training.objective))
+        return ModelOutputs(
+            auto_class=training.auto_class,
+            num_labels=num_labels_of(training.objective),
+            pad_id=None if corpus is None else corpus.pad_id,
+        )
     names = job.data.labels.names or ()
     if corpus is not None and corpus.labels is not None:
         names = corpus.labels.names

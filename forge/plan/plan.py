@@ -26,7 +26,7 @@ from forge.objective.registry import OBJECTIVES
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.data_view import DataView
 from forge.plan.deepspeed_config import deepspeed_config
-from forge.plan.flops import flops_per_token
+from forge.plan.flops import flops_per_token, sequence_shares
 from forge.plan.inputs import (
     CodeInfo,
     CorpusFiles,
@@ -245,7 +245,7 @@ def _resolved(
         "warnings": corpus_warnings(job, files=files, corpus=corpus),
         "total_steps": _total_steps(job, corpus, tokens_per_step=tokens_per_step),
         "tokens_per_step": tokens_per_step,
-        "flops_per_token": flops_per_token(model, seq_len=job.data.seq_len),
+        "flops_per_token": flops_per_token(model, seq_len=job.data.seq_len, shares=sequence_shares(job, corpus)),
         "worlds": tuple(
             _plan_world_size(job, model=model, hardware=hardware, world_size=world_size, state=state)
             for world_size in job.resources.workers

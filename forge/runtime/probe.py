@@ -26,6 +26,7 @@ from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.locations import combined
 from forge.config.model import ModelSpec
+from forge.data.vocabulary import Vocabulary
 from forge.errors import ClusterError, JobFileError, PlanError
 from forge.foreign import from_record
 from forge.fs import default_cache_dir, write_atomic
@@ -36,12 +37,7 @@ from forge.plan.outputs import outputs_of
 
 
 def inspect_model(
-    loaded: LoadedJob,
-    *,
-    vocab_size: int,
-    eot_id: int | None,
-    code: CodeInfo | None,
-    corpus: CorpusInfo | None = None,
+    loaded: LoadedJob, *, vocabulary: Vocabulary, code: CodeInfo | None, corpus: CorpusInfo | None = None
 ) -> ModelInfo:
     """Parameters and FLOPs of the job's model.
 
@@ -54,10 +50,11 @@ def inspect_model(
     job = loaded.job
     request = {
         "model": job.model.model_dump(mode="json"),
-        "vocab_size": vocab_size,
+        "vocab_size": vocabulary.size,
         "seq_len": job.data.seq_len,
-        "eot_id": eot_id,
+        "eot_id": vocabulary.eot_id,
         **asdict(outputs_of(job, corpus=corpus)),
+        "pad_id": vocabulary.pad_id,
         "code": code.digest if code is not None and "model.class" in job.user_classes else None,
     }
     answer = _cached_answer(request, is_cacheable=job.model.from_pretrained is None)

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from forge.config.checkpoint_path import tokenizer_of
-from forge.config.data import DataSpec, TokenizerSpec
+from forge.config.data import DataSpec
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.metrics import check_metrics
 from forge.config.overrides import check_space, trial_job, usual_values
 from forge.config.section import FieldErrors
-from forge.data.added_tokens import with_added_tokens
 from forge.data.look import look_at_corpus
 from forge.data.prepare import PrepareProgress, find_prepared, prepare
 from forge.data.tokenizer import load_tokenizer, special_token_names
-from forge.data.tokenizer_files import ROLES, special_roles, vocabulary_problem
+from forge.data.tokenizer_files import ROLES, special_names, special_roles, vocabulary_problem
 from forge.data.view import Selection, view_corpus
+from forge.data.vocabulary import Vocabulary, announced_vocabulary, vocabulary_of
 from forge.errors import ArgumentError, CheckpointError, DataError, PlanError
 from forge.fs import default_cache_dir
 from forge.objective.registry import OBJECTIVES
@@ -79,8 +79,7 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     job = inputs.trained.job
     if job.training.epochs is not None or must_find_labels(job) or _is_small(job.data, inputs.files):
         return _resolve(inputs, find_hardware=hardware, count_slots=count_local_slots)
-    vocab_size, eot_id = _announced_vocabulary(job.data.tokenizer)
-    model = _inspected(inputs, vocab_size=vocab_size, eot_id=eot_id)
+    model = _inspected(inputs, vocabulary=announced_vocabulary(job.data.tokenizer))
     _require_isolation(inputs.trained, model)
     _require_bitsandbytes(inputs.trained)
     with _with_lines(inputs.trained):
@@ -203,7 +202,7 @@ def _resolve(
 ) -> Plan:
     trained, code = inputs.trained, inputs.code
     corpus = _prepared(inputs)
-    model = _inspected(inputs, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, corpus=corpus)
+    model = _inspected(inputs, vocabulary=vocabulary_of(corpus), corpus=corpus)
     _require_isolation(trained, model)
     _require_bitsandbytes(trained)
     with _with_lines(trained):
@@ -237,8 +236,8 @@ def _init_of(loaded: LoadedJob) -> InitInfo | None:
         raise loaded.source.error("model.from_pretrained", str(error), show_value=False) from error
 
 
-def _inspected(inputs: _Inputs, *, vocab_size: int, eot_id: int, corpus: CorpusInfo | None = None) -> ModelInfo:
-    found = inspect_model(inputs.trained, vocab_size=vocab_size, eot_id=eot_id, code=inputs.code, corpus=corpus)
+def _inspected(inputs: _Inputs, *, vocabulary: Vocabulary, corpus: CorpusInfo | None = None) -> ModelInfo:
+    found = inspect_model(inputs.trained, vocabulary=vocabulary, code=inputs.code, corpus=corpus)
     return replace(found, notes=(*found.notes, *inputs.notes))
 
 
@@ -285,13 +284,15 @@ def _require_special_tokens(loaded: LoadedJob) -> None:
     found = special_roles(content=tokenizer.content, config=tokenizer.config, files=tokenizer.files)
     roles = [role for role, token in ROLES.items() if token in objective.special_tokens]
     missing = [role for role in roles if role not in found]
+    added = special_names(tokenizer.content)
+    missing += [token for token in objective.special_tokens if token not in (*ROLES.values(), *added)][:1]
     if missing:
         key = "data.tokenizer.from_pretrained"
         if key not in loaded.source.locations:
             key = "model.from_pretrained"
         raise loaded.source.error(
             key,
-            f"its tokenizer names no {' and no '.join(missing)} in tokenizer_config.json, which "
+            f"its tokenizer has no {' and no '.join(missing)} in tokenizer_config.json and tokenizer.json, which "
             f"training.objective: {loaded.job.training.objective} needs",
         )
 
@@ -379,11 +380,3 @@ def _require_held_out(plan: Plan, loaded: LoadedJob) -> None:
     raise loaded.source.error(
         "data.held_out", f"holds out no full sequence of {plan.corpus.seq_len} tokens, so {use}; raise it"
     )
-
-
-def _announced_vocabulary(spec: TokenizerSpec) -> tuple[int, int]:
-    """Vocabulary size and end-of-text id, known before the corpus is prepared; tokenizers forge trains use id 0."""
-    if spec.from_pretrained is None:
-        return spec.vocab_size, 0
-    tokenizer = with_added_tokens(load_tokenizer(spec.from_pretrained), spec.add_tokens)
-    return tokenizer.vocab_size, tokenizer.eot_id

@@ -27,6 +27,7 @@ from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.locations import SourceMap
 from forge.config.overrides import search_of, trial_job, usual_values
+from forge.data.vocabulary import vocabulary_of
 from forge.errors import DivergedError, ForgeError, RunError
 from forge.events import TrialStarted
 from forge.plan.curve import config_digest
@@ -301,4 +302,4 @@ def _model(search: Plan, job: JobSpec, usual: JobSpec, corpus: CorpusInfo) -> Mo
     if job.model == usual.model and job.data.seq_len == usual.data.seq_len and corpus == search.corpus:
         return search.model
     loaded = LoadedJob(job=job, source=SourceMap(path="the trial's job", locations={}))
-    return inspect_model(loaded, vocab_size=corpus.vocab_size, eot_id=corpus.eot_id, code=search.code)
+    return inspect_model(loaded, vocabulary=vocabulary_of(corpus), code=search.code)

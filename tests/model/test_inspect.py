@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from forge.config.model import ModelSpec
 from forge.errors import ModelError
 from forge.model.families.base import DataShape
-from forge.model.families.causal_lm import has_linear_head
+from forge.model.families.count import has_linear_head
 from forge.model.families.registry import family_of
 from forge.plan.flops import flops_per_token
 from forge.plan.inputs import ModelInfo

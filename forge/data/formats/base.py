@@ -5,13 +5,14 @@ An example has arrays of one length, and the number of loss terms that it contri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forge.config.classification import LabelKind
+from forge.config.data import PairSpec
 from forge.data.sources.base import Record
 from forge.data.tokenizer import TextTokenizer
 
@@ -73,6 +74,7 @@ class FormatContext:
     chat: ChatSettings = ChatSettings()
     preference: PreferenceSettings = PreferenceSettings()
     labels: LabelSettings = LabelSettings()
+    pair: PairSpec = field(default_factory=PairSpec)
 
 
 class ExampleFormat(Protocol):

@@ -11,6 +11,7 @@ FORMATS: dict[str, str] = {
     "chat": "forge.data.formats.chat:ChatFormat",
     "preference": "forge.data.formats.preference:PreferenceFormat",
     "labelled": "forge.data.formats.labelled:LabelledFormat",
+    "pair": "forge.data.formats.pair:PairFormat",
 }
 """Name to `module:Class` of an `ExampleFormat`."""
 

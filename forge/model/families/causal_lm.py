@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
@@ -27,27 +26,25 @@ from forge.model.adapters import adapter_config, add_adapters, require_peft
 from forge.model.auto_classes import AUTO_CLASSES, build_on_meta
 from forge.model.checkpoint_files import open_weights
 from forge.model.dropout import has_dropout
-from forge.model.families.base import BuildOptions, DataShape, parameter_counts
+from forge.model.families.base import BuildOptions, DataShape
+from forge.model.families.count import count_model
 from forge.model.freeze import freeze_parameters
 from forge.model.init import initialise
-from forge.model.isolation import isolation_problem
 from forge.model.look_ahead import probe_forward
 from forge.model.new_head import folder_model, require_same_labels, require_whole_modules
 from forge.model.position_wise import has_positionwise_head
 from forge.model.pretrained import PretrainedWeights, some
 from forge.model.quantise import num_quantised, quantise, require_bitsandbytes
 from forge.model.router_loss import router_loss_of
+from forge.model.seq2seq import parameters_of_sources
 from forge.model.transformers_config import build_config, check_keys, load_config, read_generation
 from forge.model.weight_files import is_downloaded
-from forge.objective.registry import AutoClass
 from forge.plan.inputs import ModelInfo
 from forge.process import one_line
 
 # On CPU torch's fused attention is slower than three plain products up to this many tokens: 1.18 times at
 # 128, 1.08 at 256, 1.07 at 512, 0.70 at 1024 (a training step of a small Llama in bf16, one core).
 _PLAIN_ATTENTION_TOKENS = 512
-
-_SEQUENCES: AutoClass = "AutoModelForSequenceClassification"
 
 
 class CausalLmFamily:
@@ -60,14 +57,19 @@ class CausalLmFamily:
         notes = _check_weights(spec, model, data=data) if spec.from_pretrained is not None else ()
         probe = probe_forward(config, seq_len=data.seq_len, auto_class=data.auto_class)
         if probe.problem is not None:
-            origin = "architecture" if spec.from_pretrained is None else "from_pretrained"
-            raise ModelError(probe.problem, key=origin)
-        is_causal = data.auto_class == "AutoModelForCausalLM"
-        if is_causal and probe.looks_ahead is None:
+            raise ModelError(probe.problem, key=_origin(spec))
+        is_causal, is_seq2seq = (
+            data.auto_class == name for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+        )
+        if is_seq2seq and probe.looks_ahead:
+            raise ModelError("the decoder sees the tokens after the one that it predicts", key=_origin(spec))
+        if (is_causal or is_seq2seq) and probe.looks_ahead is None:
             notes += ("not checked whether it sees later tokens: no small copy of it can be run",)
         notes += _check_router(spec, model)
         notes += _adapt(spec, data, model, device=None)
-        info = _count(model, config, data=data)
+        info = count_model(
+            model, config, data=data, of_sources=parameters_of_sources(config) if is_seq2seq else None
+        )
         if spec.lora is not None and spec.lora.quantize != "none":
             info = replace(info, num_quantised_parameters=num_quantised(model))
         if spec.from_pretrained is not None:
@@ -103,6 +105,10 @@ class CausalLmFamily:
         model = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
         if spec.lora is not None:
             add_adapters(model, adapter_config(spec.lora, find_targets(model, spec.lora, absent=())))
+
+
+def _origin(spec: ModelSpec) -> str:
+    return "architecture" if spec.from_pretrained is None else "from_pretrained"
 
 
 def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module, *, device: torch.device | None) -> tuple[str, ...]:
@@ -288,112 +294,3 @@ def _blamed(spec: ModelSpec, data: DataShape, *, problem: str) -> tuple[str, ...
             continue
         found.append(key)
     return tuple(sorted(found, key=lambda key: key not in problem))
-
-
-def _count(model: Any, config: PretrainedConfig, *, data: DataShape) -> ModelInfo:
-    text = config.get_text_config()
-    per_token = _uses_per_token(model, seq_len=data.seq_len) if data.auto_class == _SEQUENCES else {}
-    head = model.get_output_embeddings()
-    looked_up = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and not (head is not None and module.weight is head.weight)
-    }
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
-    active = (getattr(text, "num_experts_per_tok", None) or experts or 1) / (experts or 1)
-    multiplied = frozen = 0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and id(parameter) not in looked_up:
-            share = per_token.get(id(parameter), 1.0)
-            count = round(parameter.numel() * (active if "experts" in name else share))
-            multiplied += count
-            frozen += 0 if parameter.requires_grad else count
-    heads = getattr(text, "num_attention_heads", None) or 1
-    return ModelInfo(
-        architecture=config.model_type,
-        class_name=type(model).__name__,
-        **parameter_counts(model),
-        num_matmul_parameters=multiplied,
-        num_frozen_matmul_parameters=frozen,
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
-        vocab_size=text.vocab_size,
-        num_outputs=data.num_labels,
-        max_seq_len=getattr(text, "max_position_embeddings", None),
-        isolation_problem=isolation_problem(model),
-        has_linear_head=has_linear_head(model),  # last, since it changes the model
-    )
-
-
-def _uses_per_token(model: Any, *, seq_len: int) -> dict[int, float]:
-    """How often a token is multiplied with the weight of each linear layer: a layer that is given one vector of a
-    sequence, as pooling layers and classifiers are, counts as one part in `seq_len`.
-
-    Args:
-        model: on the meta device.
-    """
-    rows: dict[int, float] = {}
-    handles = [
-        module.register_forward_pre_hook(
-            lambda linear, given: rows.update({id(linear.weight): given[0].numel() // linear.in_features})
-        )
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"))
-    except Exception:  # one that reads values: every layer counts for every token
-        return {}
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {weight: 1 / seq_len for weight, count in rows.items() if count == 1}
-
-
-def has_linear_head(model: Any) -> bool:
-    """Whether logits are the head's linear map of the base model's last hidden state, and nothing more.
-
-    The loss is computed in chunks of logits then. Caps, scales and layers between base model and head have too
-    many names to list them, so the model is run on the meta device with its base model replaced by one that
-    returns a marked tensor: the head must be called once, on exactly this tensor, and the logits must be exactly
-    what it returned. A model that does not call its base model as a whole (OPT) counts as not linear.
-
-    Args:
-        model: a transformers causal LM on the meta device, which is changed; throw it away.
-    """
-    head, base = model.get_output_embeddings(), model.base_model
-    if type(head) is not nn.Linear or base is model:
-        return False
-    hidden = torch.empty(1, 8, head.in_features, device="meta")
-    calls: list[tuple[Tensor, Tensor, int]] = []
-    base.forward = lambda *_, **__: _HiddenState(last_hidden_state=hidden)
-    head.register_forward_hook(lambda _, given, out: calls.append((given[0], out, out._version)))
-    tokens = torch.zeros(1, 8, dtype=torch.int64, device="meta")
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=tokens, use_cache=False).logits
-    except Exception:  # the class needs more of its base model than a hidden state: not known to be linear
-        return False
-    if len(calls) != 1:
-        return False
-    given, out, version = calls[0]
-    return _is_same(given, hidden) and _is_same(logits, out) and logits._version == version
-
-
-class _HiddenState(BaseModelOutputWithPast):  # type: ignore[misc]
-    """A model output of which only the last hidden state is set; all other fields are None."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same view of the same memory."""
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata and (
-        one.shape,
-        one.stride(),
-        one.storage_offset(),
-    ) == (other.shape, other.stride(), other.storage_offset())

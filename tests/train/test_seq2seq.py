@@ -1,0 +1,85 @@
+"""Encoder-decoders on real ranks: the losses do not depend on the machines, with dropout too."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from forge.config.data import DataSpec
+from forge.data.prepare import prepare
+from forge.objective.registry import OBJECTIVES
+from forge.plan.inputs import CorpusInfo
+from forge.plan.plan import Plan, make_plan
+from tests.support.jobs import CPU, synthetic_corpus, tiny_facts, tiny_job
+from tests.support.objectives import write_tokenizer
+from tests.support.ranks import run_ranks
+
+SEQ_LEN = 24
+MODELS: dict[str, Any] = {
+    "t5": {"architecture": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> CorpusInfo:
+    """Words and the same in another order; several pairs share a row."""
+    draw, folder = np.random.default_rng(0), tmp_path_factory.mktemp("pairs")
+    words = ["ab", "cd", "ef", "gh"]
+    texts = [list(draw.choice(words, size=draw.integers(1, 4))) for _ in range(200)]
+    records = ({"source": " ".join(text), "target": " ".join(text[::-1])} for text in texts)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    spec = DataSpec(
+        files=(str(folder / "pairs.jsonl"),), format="pair", seq_len=SEQ_LEN, held_out=0.1,
+        tokenizer={"vocab_size": 270, "special_tokens": ["[PAD]"]},
+    )  # fmt: skip
+    return prepare(spec, cache_dir=folder)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> CorpusInfo:
+    folder = tmp_path_factory.mktemp("texts")
+    corpus = synthetic_corpus(folder)
+    write_tokenizer(folder / "tokenizer", special_tokens=OBJECTIVES["span-corruption"].special_tokens)
+    return replace(corpus, pad_id=1)
+
+
+def plan_of(corpus: CorpusInfo, stage: int, *, architecture: str = "t5", **changes: Any) -> Plan:
+    changes = {"training__objective": "seq2seq", "data__format": "pair", "data__seq_len": SEQ_LEN} | changes
+    size = max(400, corpus.vocab_size)
+    job = tiny_job(
+        model=MODELS[architecture] | {"vocab_size": size}, training__precision="fp32",
+        training__zero={"stage": stage}, **changes,
+    )  # fmt: skip
+    model = tiny_facts(vocab_size=size, max_seq_len=None, has_linear_head=False)
+    return make_plan(job, model=model, corpus=corpus, hardware=CPU)
+
+
+def test_train__any_world_size_and_stage__losses_are_equal_and_a_resize_keeps_the_curve(
+    pairs: CorpusInfo, tmp_path: Path
+) -> None:
+    alone = run_ranks(plan_of(pairs, 0), tmp_path / "alone", world_size=1)
+    assert alone.losses[-1] < alone.losses[0] and len(alone.losses) == 6
+    for stage, world_size in ((2, 2), (3, 3)):
+        found = run_ranks(plan_of(pairs, stage), tmp_path / f"{stage}", world_size=world_size)
+        assert found.losses == pytest.approx(alone.losses, rel=1e-4), (stage, world_size)
+        assert found.steps[-1].held_out_loss == pytest.approx(alone.steps[-1].held_out_loss, rel=1e-4)
+    first = run_ranks(plan_of(pairs, 1), tmp_path / "run", world_size=2, stop_after=3)
+    rest = run_ranks(plan_of(pairs, 3), tmp_path / "run", world_size=1)
+    assert first.losses + rest.losses == pytest.approx(alone.losses, rel=1e-4)
+    assert 0 <= alone.steps[0].extra["train/accuracy"] <= 1
+
+
+def test_train__span_corruption__draws_the_same_spans_at_every_world_size(
+    texts: CorpusInfo, tmp_path: Path
+) -> None:
+    changes = {"training__objective": "span-corruption", "data__format": "text", "data__seq_len": 16}
+    changes |= {"data__tokenizer": {"vocab_size": 400}}
+    alone = run_ranks(plan_of(texts, 0, **changes), tmp_path / "alone", world_size=1)
+    found = run_ranks(plan_of(texts, 2, **changes), tmp_path / "both", world_size=2)
+    assert found.losses == pytest.approx(alone.losses, rel=1e-4)
+    assert alone.losses[-1] < alone.losses[0]
