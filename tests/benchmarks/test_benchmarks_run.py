@@ -16,6 +16,7 @@ SLOW = (
     "cold_start",
     "elastic_replay",
     "ema",
+    "finetune",
     "lora",
     "recovery",
     "snapshot_overhead",

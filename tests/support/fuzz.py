@@ -9,7 +9,7 @@ signalled.
 
     FORGE_FUZZ_SEED=...     repeat the session with this seed; printed with each failure and at the end
     FORGE_FUZZ_CASES=...    number of cases per kind; by default as many as fit in `FORGE_FUZZ_SECONDS`
-    FORGE_FUZZ_SECONDS=...  10 by default
+    FORGE_FUZZ_SECONDS=...  5 by default
     FORGE_FUZZ_FIRST=...    number of the first case
 
 A failure is kept under `tests/fuzz/cases/<kind>/`; the cases there run first, each time.
@@ -273,7 +273,7 @@ def _numbers(began: float) -> Iterator[int]:
         yield from range(first, first + int(os.environ["FORGE_FUZZ_CASES"]))
         return
     number = first
-    while time.monotonic() - began < float(os.environ.get("FORGE_FUZZ_SECONDS") or 10):
+    while time.monotonic() - began < float(os.environ.get("FORGE_FUZZ_SECONDS") or 5):
         yield number
         number += 1
 
