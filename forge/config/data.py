@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from forge.config.class_names import FormatName, SourceName
 from forge.config.classification import LabelsSpec
+from forge.config.embedding import EmbeddingSpec
 from forge.config.section import Count, FieldError, Fraction, Section, Strings, raise_errors
 from forge.data.formats.registry import TEMPLATE_FORMATS
 
@@ -150,8 +151,9 @@ class DataSpec(Section):
     prompt, of which one is preferred: `prompt`, `chosen` and `rejected` as texts or lists of messages, or `chosen`
     and `rejected` that begin with the same prompt. `labelled`: a text, or two, or a list of words, with what a
     classifier says about it (docs/classification.md). `pair`: a source and a target, for translation and summaries;
-    `seq_len` is the length of both together, each with its end-of-text token. A class of your own gives the
-    examples of each record itself. All but `text` need `packing: examples` or `none`."""
+    `seq_len` is the length of both together, each with its end-of-text token. `embedding`: a query and a text that
+    belongs to it, and maybe texts that do not; `seq_len` is the length of all of them together. A class of your own
+    gives the examples of each record itself. All but `text` need `packing: examples` or `none`."""
 
     chat: ChatSpec = ChatSpec()
     """What is learnt of conversations."""
@@ -164,6 +166,9 @@ class DataSpec(Section):
 
     pair: PairSpec = PairSpec()
     """Sources and targets of `format: pair`."""
+
+    embedding: EmbeddingSpec = EmbeddingSpec()
+    """Texts that belong together."""
 
     packing: Literal["concatenate", "examples", "none"] = "concatenate"
     """How sequences are filled. `concatenate`: documents end to end, separated by an end-of-text token, and cut
@@ -211,6 +216,9 @@ class DataSpec(Section):
             errors.append(
                 FieldError("pair", f"is only for format: pair, not {self.format}", depends_on=("format",))
             )
+        if self.format != "embedding" and self.embedding != EmbeddingSpec():
+            problem = f"is only for format: embedding, not {self.format}"
+            errors.append(FieldError("embedding", problem, depends_on=("format",)))
         if self.files is not None and not (self.files and all(self.files)):
             errors.append(FieldError("files", "must name at least one file or glob"))
         if self.packing == "concatenate" and self.format != "text":

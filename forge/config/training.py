@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from forge.config.class_names import ObjectiveName
 from forge.config.classification import ClassificationSpec
+from forge.config.embedding import ContrastiveSpec
 from forge.config.optimizer import OptimizerSpec
 from forge.config.preference import DpoSpec, OrpoSpec, PairLoss
 from forge.config.schedule import ScheduleSpec
@@ -115,7 +116,7 @@ class TrainingSpec(Section):
     preferred; each pair counts once. `classification`: labels or numbers for texts or their words. `seq2seq`: the
     mean cross entropy of the tokens of targets, given their sources, for encoder-decoders such as T5, BART and
     `transformer-2017`. `span-corruption`: the same of spans of a text, given the text without them, to pretrain
-    T5."""
+    T5. `contrastive`: embeddings of texts, such that those of a pair are alike."""
 
     masking: MaskingSpec = MaskingSpec()
     """Masks of `masked-lm`."""
@@ -131,6 +132,9 @@ class TrainingSpec(Section):
 
     spans: SpanCorruptionSpec = SpanCorruptionSpec()
     """Spans of `span-corruption`."""
+
+    contrastive: ContrastiveSpec = ContrastiveSpec()
+    """Loss of `contrastive`."""
 
     total_steps: Count | None = Field(None, ge=1, le=MAX_STEPS)
     """Length in optimizer steps. Give exactly one of `total_steps`, `total_tokens` and `epochs`."""
@@ -197,6 +201,9 @@ class TrainingSpec(Section):
         if self.objective != "masked-lm" and self.masking != MaskingSpec():
             problem = f"is only for objective: masked-lm, not {self.objective}"
             errors.append(FieldError("masking", problem, depends_on=("objective",)))
+        if self.objective != "contrastive" and self.contrastive != ContrastiveSpec():
+            problem = f"is only for objective: contrastive, not {self.objective}"
+            errors.append(FieldError("contrastive", problem, depends_on=("objective",)))
         if self.optimizer.name == "adamw-8bit" and self.zero.stage != 0:
             errors.append(FieldError("optimizer.name", _NO_SHARDS_8BIT, depends_on=("zero.stage",)))
         errors += self._pair_problems()

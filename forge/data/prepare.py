@@ -60,12 +60,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareProgress:
-    """Progress of the preparation; the counts belong to the phases `tokens` and, of examples, `reference`."""
+    """Progress of the preparation; the counts belong to the phase `tokens`."""
 
-    phase: Literal["look", "fingerprint", "waiting", "tokenizer", "tokens", "reference"]
+    phase: Literal["look", "fingerprint", "waiting", "tokenizer", "tokens"]
     num_documents: int = 0
-    num_documents_in_all: int = 0
-    """0 where that is not known."""
     num_text_bytes: int = 0
     num_tokens: int = 0
 
@@ -197,6 +195,7 @@ def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: 
         settings |= {"preference": spec.preference.model_dump()} if spec.format == "preference" else {}
         settings |= {"labels": spec.labels.model_dump(mode="json")} if spec.format == "labelled" else {}
         settings |= {"pair": spec.pair.model_dump()} if spec.format == "pair" else {}
+        settings |= {"embedding": spec.embedding.model_dump()} if spec.format == "embedding" else {}
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

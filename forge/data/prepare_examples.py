@@ -150,6 +150,7 @@ def _context(spec: DataSpec, *, tokenizer: TextTokenizer, labels: LabelSettings 
         preference=PreferenceSettings(texts=spec.preference.texts),
         labels=labels or LabelSettings(),
         pair=spec.pair,
+        embedding=spec.embedding,
     )
 
 

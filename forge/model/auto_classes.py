@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import (
+    MODEL_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PretrainedConfig,
+    PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
 
@@ -32,6 +35,25 @@ class AutoModel:
     has_labels: bool = False
     """Whether the data decide about the outputs, and the head may be new on pretrained weights."""
 
+
+class _HeadlessModel:
+    """transformers' `AutoModel`, without the pooling layer behind the hidden states that BERT and others add."""
+
+    @staticmethod
+    def from_config(config: PretrainedConfig, *, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+        assert not trust_remote_code, "code of a model's folder is never executed"
+        cls: Any = MODEL_MAPPING[type(config)]
+        cls = cls[0] if isinstance(cls, tuple) else cls
+        if "add_pooling_layer" in inspect.signature(cls.__init__).parameters:
+            options["add_pooling_layer"] = False
+        built: PreTrainedModel = cls._from_config(config, **options)
+        return built
+
+
+_TEXT_MODELS = {
+    **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    **modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+}
 
 AUTO_CLASSES: Mapping[AutoClass, AutoModel] = {
     "AutoModelForCausalLM": AutoModel(
@@ -60,6 +82,15 @@ AUTO_CLASSES: Mapping[AutoClass, AutoModel] = {
         architectures=modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
         noun="classifier of tokens",
         has_labels=True,
+    ),
+    "AutoModel": AutoModel(
+        cls=_HeadlessModel,
+        architectures={
+            name: cls
+            for name, cls in modeling_auto.MODEL_MAPPING_NAMES.items()
+            if name in _TEXT_MODELS and name not in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        },
+        noun="encoder or decoder that gives each token of a text a hidden state",
     ),
 }
 

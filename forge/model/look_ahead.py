@@ -70,7 +70,7 @@ def probe_forward(
             continue
         sequences = probe_sequences(model.config)
         try:
-            sees = looks_ahead(partial(_logits, model, auto_class=auto_class), sequences)
+            sees = looks_ahead(partial(_outputs, model, auto_class=auto_class), sequences)
         except Exception as error:  # whatever it is; of a narrow copy, its sizes may not fit together
             is_long = _runs(model, sequences[:1, : NUM_TOKENS // 2], auto_class=auto_class)
             which = f"over {seq_len} tokens fails, though one over fewer works" if is_long else "fails"
@@ -137,21 +137,23 @@ def small_copy(config: PretrainedConfig, *, seq_len: int, is_narrow: bool, auto_
     return model.eval()
 
 
-def _logits(model: Any, tokens: Tensor, *, auto_class: AutoClass) -> Tensor:
-    """Logits of the tokens; of an encoder-decoder, of the tokens as labels of a fixed source."""
+def _outputs(model: Any, tokens: Tensor, *, auto_class: AutoClass) -> Tensor:
+    """Logits of the tokens, or hidden states of a model without a head; of an encoder-decoder, logits of the tokens
+    as labels of a fixed source."""
     if auto_class == "AutoModelForSeq2SeqLM":
         # Some rules move the last label, an end of text, to the front; it is the same in all sequences.
         labels = torch.cat([tokens[:, :-1], torch.zeros_like(tokens[:, -1:])], dim=1)
         return seq2seq_logits(model, source=torch.full_like(tokens, 3), labels=labels)
     options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    logits: Tensor = model(input_ids=tokens, **options).logits
-    return logits
+    out = model(input_ids=tokens, **options)
+    found: Tensor = out.logits if "logits" in out else out.last_hidden_state
+    return found
 
 
 def _runs(model: Any, tokens: Tensor, *, auto_class: AutoClass) -> bool:
     try:
         with torch.no_grad():
-            _logits(model, tokens, auto_class=auto_class)
+            _outputs(model, tokens, auto_class=auto_class)
     except Exception:  # whatever it is
         return False
     return True

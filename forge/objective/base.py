@@ -6,12 +6,13 @@ engine divides the sum over all ranks by the total weight of the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -97,6 +98,34 @@ class Objective(Protocol):
         `eval/<name>`, beside those of the loss."""
 
 
+@runtime_checkable
+class TwoPassObjective(Protocol):
+    """An objective with a loss whose terms depend on all rows of a step, as with in-batch negatives.
+
+    A step then runs all micro-batches twice, at first without gradient. What the model draws at random is equal in
+    both passes. If the step has a single micro-batch, there is no first pass, and `loss` does all of it.
+    """
+
+    def first_pass(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Run the model on a micro-batch without gradient. Returns: what is needed of it."""
+
+    def second_inputs(self, results: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
+        """Return what is added to each micro-batch before `loss` is called for it; collective.
+
+        Args:
+            results: of this rank's micro-batches in the step.
+        """
+
+    def held_out(
+        self, results: Sequence[Mapping[str, Tensor]], *, positions: Sequence[NDArray[Any]]
+    ) -> Mapping[str, WeightedSum]:
+        """Return the loss, under `loss`, and the metrics of this rank's held-out micro-batches; collective.
+
+        Args:
+            positions: of the rows of each micro-batch among the held-out rows, -1 for rows that only fill up.
+        """
+
+
 class ObjectiveModule(nn.Module):
     """A model with its objective, as one module for DeepSpeed.
 
@@ -110,16 +139,24 @@ class ObjectiveModule(nn.Module):
         self._objective = (objective,)  # in a tuple: an objective that is a module must not add parameters
         self.result: Mapping[str, WeightedSum] = {}
         """Results of the last forward pass; the loss is under `loss`."""
+        self.first_result: Mapping[str, Tensor] = {}
+        """That of the last first pass."""
 
     @property
     def objective(self) -> Objective:
         return self._objective[0]
 
-    def forward(self, batch: Mapping[str, Tensor], *, with_metrics: bool = False) -> Tensor:
-        """Return the summed loss of a batch.
+    def forward(
+        self, batch: Mapping[str, Tensor], *, with_metrics: bool = False, is_first_pass: bool = False
+    ) -> Tensor:
+        """Return the summed loss of a batch; 0 in a first pass, whose result is in `first_result`.
 
         Raises: RunError if the objective reports a metric that it does not declare.
         """
+        if is_first_pass:
+            assert isinstance(self.objective, TwoPassObjective), "only such an objective has a first pass"
+            self.first_result = self.objective.first_pass(self.model, batch)
+            return torch.zeros(())
         loss = self.objective.loss(self.model, batch)
         further = self.objective.metrics(self.model, batch) if with_metrics else {}
         found = {**loss.metrics, **further}

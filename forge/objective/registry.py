@@ -19,6 +19,7 @@ AutoClass = Literal[
     "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
+    "AutoModel",
 ]
 """The classes of transformers by which a model of an architecture is built."""
 
@@ -125,6 +126,14 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
         reference="forge.objective.span_corruption:SpanCorruption",
         formats=("text",),
         special_tokens=("[PAD]", *SENTINELS),
+    ),
+    "contrastive": RegisteredObjective(
+        reference="forge.objective.contrastive:Contrastive",
+        metrics={"accuracy": "max", "mrr": "max"},
+        predicts_tokens=True,
+        formats=("embedding",),
+        auto_class="AutoModel",
+        separates_examples=True,
     ),
 }
 

@@ -161,7 +161,7 @@ class ModelInfo:
     """Number of heads × head dimension."""
     vocab_size: int
     num_outputs: int | None = field(default=None, kw_only=True)
-    """Logits of a classifier; None if they are of the vocabulary."""
+    """Logits of a classifier, or the values of an embedding; None if the outputs are logits of the vocabulary."""
     max_seq_len: int | None
     """In tokens; None if the positions do not limit it."""
     has_linear_head: bool

@@ -20,10 +20,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import deepspeed
 import deepspeed.ops
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import nn
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
@@ -36,8 +34,16 @@ from forge.model.adapters import modules_reading_weights
 from forge.model.dropout import SampleDropout, model_has_dropout
 from forge.model.families.base import BuildOptions, DataShape, Sharding
 from forge.model.families.registry import family_of
-from forge.objective.base import Objective, ObjectiveModule, batch_weight, count_sizes, derived_metrics
+from forge.objective.base import (
+    Objective,
+    ObjectiveModule,
+    TwoPassObjective,
+    batch_weight,
+    count_sizes,
+    derived_metrics,
+)
 from forge.train.base_weights import digest_base, initial_weights
+from forge.train.first_pass import Prepared, with_first_pass
 from forge.train.metric_sums import MetricSums
 from forge.train.metrics import peak_memory_gib
 from forge.train.optimizer import build_optimizer
@@ -137,7 +143,7 @@ class Engine:
 
         Raises: ValueError if `total_weight` is not above 0.
         """
-        engine = self._engine
+        engine, objective = self._engine, self._module.objective
         batches, total_weight = self._prepared(step, micro_batches, total_weight=total_weight)
         if not total_weight > 0:
             raise ValueError(f"step {step} has a total weight of {total_weight}: it has no loss to minimise")
@@ -145,9 +151,8 @@ class Engine:
             group["lr"] = lr * group["lr_factor"]
         engine.train()
         sums = self._sums()
-        for batch, inputs in batches:
-            if self._dropout is not None:
-                self._dropout.begin(step=step, positions=batch.positions, sequence_rows=_sequence_rows(inputs))
+        for batch, inputs in with_first_pass(objective, batches, run=partial(self._first_pass, step=step)):
+            self._begin_dropout(step, batch, inputs)
             self.on_progress()
             loss = self._forward(inputs)
             sums.add(self._module.result)
@@ -186,11 +191,19 @@ class Engine:
         """
         self._engine.eval()
         sums = self._sums()
+        objective = self._module.objective
         with torch.no_grad():
+            results, positions = [], []
             for batch in micro_batches:
                 self.on_progress()
-                self._forward(self._inputs(0, batch), with_metrics=True)
-                sums.add(self._module.result)
+                if isinstance(objective, TwoPassObjective):
+                    results.append(self._first_pass((batch, self._inputs(0, batch)), step=0))
+                    positions.append(batch.positions)
+                else:
+                    self._forward(self._inputs(0, batch), with_metrics=True)
+                    sums.add(self._module.result)
+            if isinstance(objective, TwoPassObjective) and results:
+                sums.add(objective.held_out(results, positions=positions))
         dist.all_reduce(sums.values)
         self._engine.train()
         return derived_metrics(self._module.objective, sums.means(), counts=sums.counts())
@@ -215,14 +228,26 @@ class Engine:
         dist.all_reduce(total)
         return batches, total.item()
 
+    def _first_pass(self, prepared: Prepared, *, step: int) -> Mapping[str, torch.Tensor]:
+        batch, inputs = prepared
+        self._begin_dropout(step, batch, inputs)
+        self.on_progress()
+        self._forward(inputs, is_first_pass=True)
+        return self._module.first_result
+
+    def _begin_dropout(self, step: int, batch: MicroBatch, inputs: _Inputs) -> None:
+        if self._dropout is not None:
+            rows = inputs["sequence_rows"].numpy() if "sequence_rows" in inputs else None
+            self._dropout.begin(step=step, positions=batch.positions, sequence_rows=rows)
+
     def _inputs(self, step: int, batch: MicroBatch) -> _Inputs:
         """Convert a micro-batch; step 0 is an evaluation."""
         seeds = row_seeds(self._training.seed, step=step, positions=batch.positions)
         return self._module.objective.batch({**batch.arrays, "row_seeds": seeds})
 
-    def _forward(self, inputs: _Inputs, *, with_metrics: bool = False) -> torch.Tensor:
+    def _forward(self, inputs: _Inputs, *, with_metrics: bool = False, is_first_pass: bool = False) -> torch.Tensor:
         moved = {name: values.to(self.device, non_blocking=True) for name, values in inputs.items()}
-        loss: torch.Tensor = self._engine(moved, with_metrics=with_metrics)
+        loss: torch.Tensor = self._engine(moved, with_metrics=with_metrics, is_first_pass=is_first_pass)
         return loss
 
     def _check_weight(self, weight: float, *, total_weight: float, step: int) -> None:
@@ -276,10 +301,6 @@ class _Shared:
     memory_gib: list[float]
     snapshot_cost_s: list[float]
     flags: StepControl
-
-
-def _sequence_rows(inputs: _Inputs) -> NDArray[np.int64] | None:
-    return inputs["sequence_rows"].numpy() if "sequence_rows" in inputs else None
 
 
 def build_engine(

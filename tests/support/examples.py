@@ -1,4 +1,4 @@
-"""Prepared examples: with random masked targets, and preference pairs."""
+"""Prepared examples: with random masked targets, preference pairs, and texts that belong together."""
 
 from __future__ import annotations
 
@@ -51,6 +51,21 @@ def pair_corpus(folder: Path, *, packing: str = "examples", num_pairs: int = 80)
         joined = {name: np.concatenate(values) for name, values in arrays.items()}
         examples.append(Example(arrays=joined, weight=1.0))
     return example_corpus(folder, examples, packing=packing, digest=f"pairs-{packing}")
+
+
+def text_pair_corpus(folder: Path, *, packing: str = "examples", num_pairs: int = 90) -> CorpusInfo:
+    """Texts that belong together: each token of the second one follows from one of the first; some have a third."""
+    rng = np.random.default_rng(2)
+    examples = []
+    for number in range(num_pairs):
+        query = rng.integers(1, VOCAB, size=int(rng.integers(1, 4)))
+        texts = [query, (query * 5 + 3) % VOCAB]
+        if number % 3 == 0:
+            texts.append(rng.integers(1, VOCAB, size=2))
+        tokens = np.concatenate(texts)
+        part = np.repeat(np.arange(1, len(texts) + 1), [len(text) for text in texts])
+        examples.append(Example(arrays={"tokens": tokens, "targets": tokens.copy(), "part": part}, weight=1.0))
+    return example_corpus(folder, examples, packing=packing, digest=f"texts-{packing}")
 
 
 def example_corpus(folder: Path, examples: Sequence[Example], *, packing: str, digest: str) -> CorpusInfo:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from forge.config.classification import LabelKind
 from forge.config.data import PairSpec
+from forge.config.embedding import EmbeddingSpec
 from forge.data.sources.base import Record
 from forge.data.tokenizer import TextTokenizer
 
@@ -75,6 +76,7 @@ class FormatContext:
     preference: PreferenceSettings = PreferenceSettings()
     labels: LabelSettings = LabelSettings()
     pair: PairSpec = field(default_factory=PairSpec)
+    embedding: EmbeddingSpec = field(default_factory=EmbeddingSpec)
 
 
 class ExampleFormat(Protocol):

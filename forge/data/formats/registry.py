@@ -12,6 +12,7 @@ FORMATS: dict[str, str] = {
     "preference": "forge.data.formats.preference:PreferenceFormat",
     "labelled": "forge.data.formats.labelled:LabelledFormat",
     "pair": "forge.data.formats.pair:PairFormat",
+    "embedding": "forge.data.formats.embedding:EmbeddingFormat",
 }
 """Name to `module:Class` of an `ExampleFormat`."""
 
@@ -19,6 +20,7 @@ PART_NAMES: dict[str, dict[int, str]] = {
     "pair": {1: "source", 2: "target"},
     "labelled": {1: "text", 2: "pair"},
     "preference": {1: "chosen", 2: "rejected"},
+    "embedding": {1: "query", 2: "positive", 3: "negative"},
 }
 """What the plan calls the values of the array `part`, of formats whose examples have several parts."""
 

@@ -65,7 +65,7 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
         intermediate_size=_width_of_mlp(text),
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
         vocab_size=text.vocab_size,
-        num_outputs=data.num_labels,
+        num_outputs=text.hidden_size if data.auto_class == "AutoModel" else data.num_labels,
         max_seq_len=getattr(text, "max_position_embeddings", None),
         isolation_problem=isolation_problem(model),
         has_linear_head=not is_seq2seq and has_linear_head(model),  # last, since it changes the model
