@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from forge.model.transformer_2017 import ARCHITECTURE, Transformer2017ForConditionalGeneration
 from forge.objective.registry import AutoClass
 
 
@@ -68,7 +69,10 @@ AUTO_CLASSES: Mapping[AutoClass, AutoModel] = {
     ),
     "AutoModelForSeq2SeqLM": AutoModel(
         cls=AutoModelForSeq2SeqLM,
-        architectures=modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        architectures={
+            **modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            ARCHITECTURE: Transformer2017ForConditionalGeneration.__name__,
+        },
         noun="encoder-decoder for text",
     ),
     "AutoModelForSequenceClassification": AutoModel(

@@ -9,12 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
 
+from forge.checkpoint.best import open_verified
+from forge.checkpoint.storage import open_storage
 from forge.config.data import DataSpec
 from forge.data.prepare import prepare
 from forge.objective.registry import OBJECTIVES
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan, make_plan
+from forge.serve.export import ExportRequest, export
+from forge.serve.generate import load_model
 from tests.support.jobs import CPU, synthetic_corpus, tiny_facts, tiny_job
 from tests.support.objectives import write_tokenizer
 from tests.support.ranks import run_ranks
@@ -22,6 +28,13 @@ from tests.support.ranks import run_ranks
 SEQ_LEN = 24
 MODELS: dict[str, Any] = {
     "t5": {"architecture": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
+    "transformer-2017": {
+        "architecture": "transformer-2017",
+        "d_model": 32,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+    },
 }
 
 
@@ -72,6 +85,22 @@ def test_train__any_world_size_and_stage__losses_are_equal_and_a_resize_keeps_th
     rest = run_ranks(plan_of(pairs, 3), tmp_path / "run", world_size=1)
     assert first.losses + rest.losses == pytest.approx(alone.losses, rel=1e-4)
     assert 0 <= alone.steps[0].extra["train/accuracy"] <= 1
+
+
+def test_train__transformer_of_2017_under_zero_3__has_the_losses_of_one_rank(
+    pairs: CorpusInfo, tmp_path: Path
+) -> None:
+    plans = [plan_of(pairs, stage, architecture="transformer-2017") for stage in (0, 3)]
+    alone = run_ranks(plans[0], tmp_path / "alone", world_size=1)
+    found = run_ranks(plans[1], tmp_path / "both", world_size=2)
+    assert found.losses == pytest.approx(alone.losses, rel=1e-4)
+    exported = export(ExportRequest(url=str(tmp_path / "both"), to=str(tmp_path / "hf"), dtype="fp32"))
+    assert exported.auto_class == "AutoModelForSeq2SeqLM"
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf")
+    own = load_model(plans[1], open_verified(open_storage(str(tmp_path / "both"))))
+    ids = torch.arange(2, 12)[None]
+    outs = [model(input_ids=ids, decoder_input_ids=ids).logits for model in (loaded, own)]
+    torch.testing.assert_close(*outs, rtol=0, atol=0)
 
 
 def test_train__span_corruption__draws_the_same_spans_at_every_world_size(
