@@ -108,6 +108,8 @@ class PrepareScreen:
         if progress.phase == "tokens" and progress.num_documents:
             done = f"{progress.num_documents:,} documents, {format_count(progress.num_tokens)} tokens"
             text = f"{text}: {done}"
+        elif progress.num_documents_in_all:
+            text = f"{text}: {progress.num_documents:,} of {progress.num_documents_in_all:,} examples"
         if display.ERR.is_terminal:
             sys.stderr.write("\r\033[K" + f"{text} …"[: display.ERR.width - 1])
             sys.stderr.flush()
@@ -121,4 +123,5 @@ _PREPARE_PHASES = {
     "waiting": "waiting for another process that is preparing the same corpus",
     "tokenizer": "training the tokenizer",
     "tokens": "tokenizing",
+    "reference": "computing the log-probabilities of the reference model",
 }

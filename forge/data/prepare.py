@@ -60,10 +60,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareProgress:
-    """Progress of the preparation; the counts belong to the phase `tokens`."""
+    """Progress of the preparation; the counts belong to the phases `tokens` and, of examples, `reference`."""
 
-    phase: Literal["look", "fingerprint", "waiting", "tokenizer", "tokens"]
+    phase: Literal["look", "fingerprint", "waiting", "tokenizer", "tokens", "reference"]
     num_documents: int = 0
+    num_documents_in_all: int = 0
+    """0 where that is not known."""
     num_text_bytes: int = 0
     num_tokens: int = 0
 

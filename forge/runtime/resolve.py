@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -39,6 +40,7 @@ from forge.runs.reader import read_plan
 from forge.runtime.probe import count_local_slots, hardware, inspect_model
 from forge.runtime.resolve_code import resolve_code
 from forge.runtime.resolve_init import init_info, with_init
+from forge.runtime.resolve_reference import reference_notes, with_reference
 from forge.runtime.resolve_view import objective_view, view_sample, with_view
 
 _SMALL_BYTES = 1 << 21
@@ -71,14 +73,15 @@ def resolve(
 
 def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> DraftPlan:
     """Make the plan of a dry run on this machine: as `resolve`, but only a sample of the corpus is prepared. All of
-    it is if the number of steps (`training.epochs`) or the labels depend on it, or if that takes only seconds.
+    it is if the number of steps (`training.epochs`) or the labels depend on it, or if that takes only seconds. A
+    reference model is not asked.
 
     Raises: JobFileError, DataError, PlanError.
     """
     inputs = _inputs(loaded, on_progress=on_progress)
     job = inputs.trained.job
     if job.training.epochs is not None or must_find_labels(job) or _is_small(job.data, inputs.files):
-        return _resolve(inputs, find_hardware=hardware, count_slots=count_local_slots)
+        return _resolve(inputs, find_hardware=hardware, count_slots=count_local_slots, is_draft=True)
     model = _inspected(inputs, vocabulary=announced_vocabulary(job.data.tokenizer))
     _require_isolation(inputs.trained, model)
     _require_bitsandbytes(inputs.trained)
@@ -93,8 +96,14 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
 
 
 def prepare_data(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> CorpusInfo:
-    """Prepare the corpus of a job, if it is not in the cache. Raises: JobFileError, DataError, UserCodeError."""
-    return _prepared(_inputs(loaded, on_progress=on_progress))
+    """Prepare the corpus of a job, if it is not in the cache, and what its reference model says about it.
+
+    Raises: JobFileError, DataError, UserCodeError, PlanError, CheckpointError.
+    """
+    inputs = _inputs(loaded, on_progress=on_progress)
+    job, corpus = inputs.trained.job, _prepared(inputs)
+    find = partial(_inspected, inputs, vocabulary=vocabulary_of(corpus), corpus=corpus)
+    return with_reference(corpus, job=job, find_model=find, on_progress=on_progress)
 
 
 def inspect_data(
@@ -199,6 +208,7 @@ def _resolve(
     *,
     find_hardware: Callable[[JobSpec], HardwareInfo],
     count_slots: Callable[[HardwareInfo, JobSpec], int],
+    is_draft: bool = False,
 ) -> Plan:
     trained, code = inputs.trained, inputs.code
     corpus = _prepared(inputs)
@@ -210,6 +220,8 @@ def _resolve(
             trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job), files=inputs.files
         )
     _require_held_out(plan, inputs.loaded)
+    ask = partial(with_reference, only_if_computed=is_draft, on_progress=inputs.on_progress)
+    plan = replace(plan, corpus=ask(corpus, job=trained.job, find_model=lambda: model))
     init = _init_of(trained)
     plan = replace(with_view(plan), code=code, templates=inputs.loaded.templates, init=init)
     return _with_search(plan, inputs.loaded, count_slots=count_slots)
@@ -238,7 +250,7 @@ def _init_of(loaded: LoadedJob) -> InitInfo | None:
 
 def _inspected(inputs: _Inputs, *, vocabulary: Vocabulary, corpus: CorpusInfo | None = None) -> ModelInfo:
     found = inspect_model(inputs.trained, vocabulary=vocabulary, code=inputs.code, corpus=corpus)
-    return replace(found, notes=(*found.notes, *inputs.notes))
+    return replace(found, notes=(*found.notes, *inputs.notes, *reference_notes(inputs.trained.job)))
 
 
 def check_tokenizer(loaded: LoadedJob) -> tuple[str, ...]:

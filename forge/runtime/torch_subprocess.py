@@ -1,4 +1,5 @@
-"""Commands that need torch, run in a subprocess, so that the CLI never imports it: text generation and export.
+"""Commands that need torch, run in a subprocess, so that the CLI never imports it: text generation, export, and the
+log-probabilities of a reference model.
 
 Request and answer are JSON; an error is answered with its class and message and raised again here.
 """
@@ -21,7 +22,7 @@ from forge.errors import RunError
 from forge.runs.reader import error_named, read_plan
 
 OnBytes = Callable[[int, int], None]
-"""Called with the bytes that are done and those in all."""
+"""Called with the bytes, or whatever is counted, that are done and those in all."""
 
 
 def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
@@ -51,6 +52,20 @@ def export_weights(*, on_progress: OnBytes | None = None, **request: Any) -> dic
     """
     what = "cannot export the weights"
     return _run("forge.serve.export", request=request, what=what, on_progress=on_progress)
+
+
+def reference_log_probs(*, on_progress: OnBytes | None = None, **request: Any) -> dict[str, Any]:
+    """Compute the log-probabilities of a reference model; arguments are the fields of `ReferenceRequest`.
+
+    Args:
+        on_progress: called with the examples that are done and those in all, twice a second at most.
+
+    Returns: `corpus`: `folder` and `digest` of the corpus with them; None as the request's `only_if_computed` says.
+    Raises: DataError, CheckpointError, PlanError; RunError if the process failed.
+    """
+    what = "cannot compute the log-probabilities of the reference model"
+    request["parent"] = os.getpid()
+    return _run("forge.train.reference", request=request, what=what, on_progress=on_progress)
 
 
 def _run(
