@@ -56,13 +56,17 @@ class YamlNode:
     size: int = 1
     height: int = 0
 
-    def plain(self) -> Any:
-        """Return the value as plain Python data, without lines."""
+    def plain(self, *, is_written: bool = False) -> Any:
+        """Return the value as plain Python data, without lines.
+
+        Args:
+            is_written: `${env:NAME}` stays as it is written.
+        """
         if isinstance(self.value, dict):
-            return {key: child.plain() for key, child in self.value.items()}
+            return {key: child.plain(is_written=is_written) for key, child in self.value.items()}
         if isinstance(self.value, list):
-            return [child.plain() for child in self.value]
-        return self.value
+            return [child.plain(is_written=is_written) for child in self.value]
+        return self.template if is_written and self.template is not None else self.value
 
 
 def read_text(path: Path) -> str:

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsspec.utils import glob_translate
-
 from forge.config.data import DataSpec
 from forge.config.yaml_reader import compose
 from forge.data.sources.listing import Matched, Skipped, SourceFile, list_files
+from forge.data.sources.path_glob import matching_paths
 from forge.environment import looked_in
 from forge.errors import DataError, JobFileError, printable
 
@@ -51,12 +50,13 @@ def list_dataset(spec: DataSpec) -> Matched:
     """
     name = spec.dataset or ""
     try:
-        listed = list_files([f"{_root_of(spec)}/**"])[0]
+        root = _root_of(spec)
+        listed = list_files([f"{root}/**"], within=None if "://" in root else _places(root))[0]
     except DataError as error:
         raise DataError(str(error).replace("data.files: ", "data.dataset: ", 1)) from None
     files = {file.name: file for file in listed.files}
     patterns = _configured(spec, readme=files.get("README.md"))
-    splits = _by_patterns(files, patterns) if patterns else _by_names(_with_records(files))
+    splits = _by_patterns(files, patterns, name=name) if patterns else _by_names(_with_records(files))
     if not any(splits.values()):
         raise DataError(f"data.dataset: {printable(name, limit=300)} {_nothing_to_read(files)}")
     wanted = _split_named(spec.split, splits)
@@ -87,6 +87,12 @@ def _root_of(spec: DataSpec) -> str:
             f"data.dataset: {printable(name, limit=300)} is no folder{looked_in(Path(name))} and no name on the hub"
         )
     return f"hf://datasets/{name}" + (f"@{spec.revision}" if spec.revision else "")
+
+
+def _places(root: str) -> tuple[str, ...]:
+    """Where the links of a folder may lead: into it or, from a snapshot of the hub's cache, to its files."""
+    real = Path(root).resolve()
+    return (str(real), *[str(real.parent.parent / "blobs")] * (real.parent.name == "snapshots"))
 
 
 def _configured(spec: DataSpec, *, readme: SourceFile | None) -> _Patterns | None:
@@ -125,7 +131,7 @@ def _configs(readme: SourceFile) -> list[_Config]:
         with readme.fs.open(readme.path, "rb") as file:
             text = file.read(_MAX_README_BYTES).decode(errors="replace")
         block = _configs_block(text)
-        found = compose(block, path=readme.shown, errors=[]).plain()["configs"] if block else []
+        found = compose(block, path=readme.shown, errors=[]).plain(is_written=True)["configs"] if block else []
         return [_config(entry) for entry in found]
     except (OSError, JobFileError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise DataError(f"data.dataset: the `configs` in {readme.shown} cannot be read: {error!s:.300}") from None
@@ -158,12 +164,13 @@ def _strings(value: Any) -> list[str]:
     return [str(one).removeprefix("./") for one in (value if isinstance(value, list) else [value])]
 
 
-def _by_patterns(files: Mapping[str, SourceFile], patterns: _Patterns) -> dict[str, list[str]]:
-    splits = {}
-    for split, paths in patterns.items():
-        matchers = [re.compile(glob_translate(path)) for path in paths]
-        splits[split] = [name for name in files if any(matcher.match(name) for matcher in matchers)]
-    return splits
+def _by_patterns(files: Mapping[str, SourceFile], patterns: _Patterns, *, name: str) -> dict[str, list[str]]:
+    paths = list(files)
+    try:
+        return {split: matching_paths(given, paths) for split, given in patterns.items()}
+    except ValueError as error:
+        problem = f"the `configs` in its README.md cannot be used: {error}"
+        raise DataError(f"data.dataset: {printable(name, limit=300)}: {problem}") from None
 
 
 def _with_records(files: Mapping[str, SourceFile]) -> list[str]:
@@ -217,11 +224,15 @@ def _skipped(
     files: Mapping[str, SourceFile], *, splits: Mapping[str, Sequence[str]], wanted: str
 ) -> Iterator[Skipped]:
     chosen = set(splits[wanted])
+    split_of: dict[str, str] = {}
+    for split, members in splits.items():
+        for name in members:
+            split_of.setdefault(name, split)
     for name, file in files.items():
         if name in chosen:
             continue
-        split = next((split for split, members in splits.items() if name in members), None)
-        reason = f"a file of the split {printable(split, limit=80)}" if split else "a file without a split"
+        other = split_of.get(name)
+        reason = f"a file of the split {printable(other, limit=80)}" if other else "a file without a split"
         yield Skipped(path=file.path, reason=reason)
 
 

@@ -72,8 +72,11 @@ class Matched:
     skipped: tuple[Skipped, ...]
 
 
-def list_files(patterns: Sequence[str]) -> list[Matched]:
+def list_files(patterns: Sequence[str], *, within: Sequence[str] | None = None) -> list[Matched]:
     """Match patterns in order; the files of each are sorted by path, and every file is listed once.
+
+    Args:
+        within: folders, without links in their paths, that local links may lead into; others are skipped.
 
     Raises: DataError for a pattern that matches no file to read, a folder, a link to nothing, or a store that
         cannot be listed.
@@ -81,7 +84,7 @@ def list_files(patterns: Sequence[str]) -> list[Matched]:
     listed: list[Matched] = []
     taken: dict[tuple[int, str], str] = {}  # fsspec keeps one instance per file system
     for pattern in patterns:
-        found = _match(pattern)
+        found = _match(pattern, within=within)
         files, skipped = [], list(found.skipped)
         for file in found.files:
             key = id(file.fs), os.path.realpath(file.path) if file.is_local else file.path
@@ -98,13 +101,16 @@ def _second_name(first: str, path: str) -> str:
     return "a file that an earlier pattern names" if first == path else "a second name of a file that is read"
 
 
-def _match(pattern: str) -> Matched:
+def _match(pattern: str, *, within: Sequence[str] | None) -> Matched:
     try:
         fs, path = fsspec.core.url_to_fs(pattern)
     except (ImportError, ValueError) as error:  # the package of this protocol is missing, or no such protocol
         raise DataError(f"data.files: {pattern} cannot be opened: {error}") from None
     is_local = isinstance(fs, LocalFileSystem)
-    found = _match_local(fs, path, pattern=pattern) if is_local else _match_remote(fs, path, pattern=pattern)
+    if is_local:
+        found = _match_local(fs, path, pattern=pattern, within=within)
+    else:
+        found = _match_remote(fs, path, pattern=pattern)
     if not found.files:
         place = f" (looked in {Path.cwd()})" if is_local else ""
         problem = f"no file to read; skipped: {_listed(found.skipped)}" if found.skipped else f"no file{place}"
@@ -117,10 +123,10 @@ def _listed(skipped: Sequence[Skipped]) -> str:
     return "; ".join(listed) + (f"; and {len(skipped) - 3} more" if len(skipped) > 3 else "")
 
 
-def _match_local(fs: Any, path: str, *, pattern: str) -> Matched:
+def _match_local(fs: Any, path: str, *, pattern: str, within: Sequence[str] | None) -> Matched:
     if os.path.lexists(path) or not _MAGIC.search(path):
         return _one_local(fs, path, pattern=pattern)
-    walk = _LocalGlob(path, pattern=pattern)
+    walk = _LocalGlob(path, pattern=pattern, within=within)
     paths = sorted(walk.files)
     root = _fixed_part(path)
     files = [
@@ -212,10 +218,10 @@ def _fixed_part(path: str) -> str:
 class _LocalGlob:
     """Walks the folders of a local pattern. `files` has the size of every match, `skipped` the rest of them."""
 
-    def __init__(self, path: str, *, pattern: str) -> None:
+    def __init__(self, path: str, *, pattern: str, within: Sequence[str] | None) -> None:
         self.files: dict[str, int] = {}
         self.skipped: list[Skipped] = []
-        self._pattern = pattern
+        self._pattern, self._within = pattern, within
         parts = tuple(part for part in path.split("/") if part)
         if any("**" in part and part != "**" for part in parts):
             raise DataError(f"data.files: {pattern} is not a valid pattern: '**' must stand alone between slashes")
@@ -241,6 +247,10 @@ class _LocalGlob:
             yield folder, real, index + 1
         for name in self._names(folder, part):
             path = f"{folder.rstrip('/')}/{name}"
+            if _MAGIC.search(part) and self._leads_out(path):
+                if part != "**":  # whose entries are visited once more
+                    self._skip(path, "a link that leads out of the folder")
+                continue
             mode, size_bytes = self._stat(path, is_exact=is_last)
             is_folder = stat.S_ISDIR(mode)
             reason = None if part == name else _side_reason(name, pattern_part=part, is_folder=is_folder)
@@ -268,6 +278,13 @@ class _LocalGlob:
 
     def _skip(self, path: str, reason: str) -> None:
         self.skipped.append(Skipped(path=path, reason=reason))
+
+    def _leads_out(self, path: str) -> bool:
+        """Whether a path is a link to a place where links may not lead."""
+        if self._within is None or not os.path.islink(path):  # noqa: PTH114
+            return False
+        target = os.path.realpath(path)
+        return not any(target == place or target.startswith(place.rstrip("/") + "/") for place in self._within)
 
     def _names(self, folder: str, part: str) -> list[str]:
         if not _MAGIC.search(part):
