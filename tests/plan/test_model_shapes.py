@@ -21,6 +21,8 @@ PUBLISHED = {
     "gpt3-175b": 174_604_259_328,
     "bert-base": 109_514_298,
     "bert-large": 335_174_458,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
     "llama3-1b": 1_235_814_400,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
@@ -34,7 +36,11 @@ def test_job__published_shape__has_its_parameters_and_plans_up_to_4096_gpus(name
     sizes = ["resources.workers=1..4096", "training.global_batch_size=4096"]
     job = load_job(JOBS / f"{name}.yaml", overrides=sizes).job
     data = DataShape(
-        vocab_size=8192, seq_len=job.data.seq_len, eot_id=0, auto_class=auto_class_of(job.training.objective)
+        vocab_size=8192,
+        seq_len=job.data.seq_len,
+        eot_id=0,
+        auto_class=auto_class_of(job.training.objective),
+        pad_id=1,
     )
     model = family_of(job.model).inspect(job.model, data)
     assert model.num_parameters == PUBLISHED[name]
