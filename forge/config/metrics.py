@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from forge.config.search import SearchSpec
 from forge.config.section import FieldError, raise_errors
 from forge.config.training import TrainingSpec
-from forge.objective.registry import OBJECTIVES, Direction
+from forge.objective.registry import NUMBER_METRICS, OBJECTIVES, Direction
 from forge.user_code import is_reference
 
 Directions = Mapping[str, Direction]
@@ -49,7 +49,9 @@ def check_metrics(
     Raises: FieldErrors for metrics that are not reported.
     """
     objectives = _objectives(training, search)
-    tables = [OBJECTIVES[name].metrics if name in OBJECTIVES else of_user.get(name) for name in objectives]
+    tables = [
+        _builtin_metrics(name, training, search) if name in OBJECTIVES else of_user.get(name) for name in objectives
+    ]
     known = _common([reported_metrics(table) for table in tables if table is not None])
     is_complete = all(table is not None for table in tables)
     stopping = training.early_stopping
@@ -68,6 +70,16 @@ def check_metrics(
     found = search.model_copy()
     found.__dict__["mode"] = known[search.metric]  # without making it a key that the user has set
     return found
+
+
+def _builtin_metrics(name: str, training: TrainingSpec, search: SearchSpec | None) -> Directions:
+    """The metrics of a built-in objective; of a classifier, those of its kind."""
+    metrics = OBJECTIVES[name].metrics
+    is_fixed = search is None or "training.classification.kind" not in {**search.space, **search.proxy}
+    if name != "classification" or not is_fixed:
+        return metrics
+    of_numbers = training.classification.kind == "regression"
+    return {key: metrics[key] for key in metrics if (key in NUMBER_METRICS) is of_numbers}
 
 
 def _unknown(name: str, known: list[str], *, key: str, what: str) -> list[FieldError]:

@@ -53,6 +53,9 @@ class RegisteredObjective:
     """Whether it takes the examples of a packed row apart, so that the model need not keep them apart."""
 
 
+NUMBER_METRICS = frozenset({"mse", "r2"})
+"""Metrics of `classification` that only `kind: regression` reports; the others, only the other kinds."""
+
 _CAUSAL_LM = RegisteredObjective(
     reference="forge.objective.causal_lm:CausalLm",
     metrics={"perplexity": "min", "router_aux_loss": "min"},

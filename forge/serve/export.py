@@ -31,8 +31,8 @@ from forge.checkpoint.intervals import ITEM_BYTES, safetensors_header
 from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError, ForgeError
-from forge.foreign import read_file
-from forge.model.auto_classes import auto_class_of_config
+from forge.foreign import parse_object, read_file
+from forge.model.auto_classes import AUTO_CLASSES, auto_class_of_config
 from forge.model.transformers_config import config_from_record
 from forge.process import take_stdout
 from forge.serve.merge import (
@@ -148,6 +148,8 @@ def export(
                 GenerationConfig.from_model_config(config).save_pretrained(draft)
         if request.tokenizer is not None and Path(request.tokenizer).is_dir():
             _copy_tokenizer(Path(request.tokenizer), draft)
+            if config is not None:
+                _name_inputs(draft / "tokenizer_config.json", config)
         draft.rename(to)  # over an empty folder too
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
@@ -190,6 +192,22 @@ def _copy_tokenizer(source: Path, to: Path) -> None:
         is_model_file = (to / path.name).exists() and path.name != "generation_config.json"
         if path.suffix in _TOKENIZER_SUFFIXES and not is_model_file:
             (to / path.name).write_bytes(_read_tokenizer_file(path))
+
+
+def _name_inputs(path: Path, config: PretrainedConfig) -> None:
+    """Have the tokenizer of a classifier give the types of tokens, with which it was trained, if it knows any.
+
+    Raises: OSError.
+    """
+    has_types = (getattr(config, "type_vocab_size", None) or 0) > 1
+    if not AUTO_CLASSES[auto_class_of_config(config)].has_labels or not has_types or not path.exists():
+        return
+    try:
+        body = parse_object(path.read_bytes())
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    body["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps(body, indent=2, ensure_ascii=False))
 
 
 def _read_tokenizer_file(path: Path) -> bytes:
