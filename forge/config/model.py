@@ -26,6 +26,7 @@ _IMPLEMENTATIONS = frozenset({"attn_implementation", "experts_implementation"})
 
 _MAX_WHOLE = 2**31 - 1
 _MAX_LAYERS = 10_000
+_MAX_LABELS = 1_000_000  # transformers makes a name for each
 """No model has as many; transformers builds one module for each, also to count them."""
 
 
@@ -142,7 +143,7 @@ def size_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         values: keys of a transformers config, of a job or of a `config.json`.
     """
     for key, value in values.items():
-        limit = _MAX_LAYERS if "layer" in key else _MAX_WHOLE
+        limit = _MAX_LAYERS if "layer" in key else _MAX_LABELS if key == "num_labels" else _MAX_WHOLE
         if isinstance(value, Mapping):
             yield from ((f"{key}.{inner}", problem) for inner, problem in size_problems(value))
         elif isinstance(value, int) and abs(value) > limit:

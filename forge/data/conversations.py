@@ -33,6 +33,8 @@ _SHAREGPT_ROLES = {
 """Names in `from` of ShareGPT records, besides the roles themselves."""
 MAX_MESSAGES = 1000
 """Every turn of the assistant is rendered with all messages before it."""
+_MAX_ROLE_CHARS = 80
+"""What is compared with the known roles; comparing takes memory for every character."""
 _LISTS = ("messages", "conversations", "conversation")
 _PROMPTS = {"prompt": ("completion", "response"), "instruction": ("output", "response")}
 """The field that asks, and those that may answer."""
@@ -121,7 +123,7 @@ def _message(item: Any, *, number: int) -> Message:
         raise ValueError(f"message {number} has no 'role' (its keys: {', '.join(map(repr, item)):.200})")
     known = role if role in _ROLES else _SHAREGPT_ROLES.get(role)
     if known is None:
-        near = get_close_matches(role, [*_ROLES, *_SHAREGPT_ROLES], n=1)
+        near = get_close_matches(role[:_MAX_ROLE_CHARS], [*_ROLES, *_SHAREGPT_ROLES], n=1)
         raise ValueError(
             f"message {number} has the role {role!r:.80}; it must be one of {', '.join(_ROLES)}"
             + (f" (did you mean {near[0]}?)" if near else "")

@@ -21,6 +21,8 @@ from forge.errors import DataError
 
 MAX_FOUND = 1000
 """Most labels that are taken from the records; a field with more is more likely to be something else."""
+_MAX_LABEL_CHARS = 1000
+"""Labels are in the plan, in every checkpoint and in the exported config."""
 _MAX_SUGGESTED = 100
 """Unknown labels that are compared with all names."""
 _MAX_NAMED = 8
@@ -136,6 +138,15 @@ def _name(value: Any, *, record: Record, key: str) -> str:
         raise DataError(f"{record.location}: {key!r} must be a label, it is {json_name(value)}")
     if not value.strip():
         raise DataError(f"{record.location}: {key!r} is an empty label")
+    if len(value) > _MAX_LABEL_CHARS:
+        problem = f"has {len(value):,} characters; a label has at most {_MAX_LABEL_CHARS:,}"
+        raise DataError(f"{record.location}: {key!r} {problem}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            problem = f"has half a surrogate pair at character {error.start}"
+            raise DataError(f"{record.location}: {key!r} {problem}") from None
     return value
 
 

@@ -32,6 +32,7 @@ from forge.data.store import token_dtype
 from forge.data.tokenizer_files import (
     CLS_TOKEN,
     EOT_TOKEN,
+    MAX_JSON_BYTES,
     ROLES,
     SEP_TOKEN,
     TEMPLATE,
@@ -46,6 +47,9 @@ from forge.data.tokenizer_files import (
 from forge.data.word_pattern import word_pattern
 from forge.environment import looked_in
 from forge.errors import DataError
+
+MAX_VOCABULARY = 1 << 24
+"""Published models have up to a million tokens."""
 
 _MAX_WORDS = 1 << 18
 """Size of the word cache; about 50 MB. It is cleared when full; frequent words soon return to it."""
@@ -143,6 +147,8 @@ def load_tokenizer(location: str) -> TextTokenizer:
             "folder; one from the Hub: hf download ORG/NAME --include 'tokenizer*' --local-dir FOLDER"
         )
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise DataError(f"it has {path.stat().st_size} bytes")
         text = path.read_text(encoding="utf-8")
         if text.startswith("version https://git-lfs"):
             raise DataError("it is a pointer of Git LFS; fetch the file: git lfs pull")
@@ -194,6 +200,9 @@ def _described(tokenizer: Tokenizer, *, eot_token: str, config: str) -> TextToke
     tokenizer.no_truncation()
     tokenizer.no_padding()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    largest = max(vocabulary.values())
+    if largest >= MAX_VOCABULARY:  # to write one takes memory for every id below the largest
+        raise DataError(f"the tokenizer has a token with the id {largest}; forge reads ids below {MAX_VOCABULARY}")
     content = json.loads(tokenizer.to_str())
     content["model"].pop("dropout", None)
     return TextTokenizer(
@@ -201,7 +210,7 @@ def _described(tokenizer: Tokenizer, *, eot_token: str, config: str) -> TextToke
         config=config,
         eot_token=eot_token,
         eot_id=vocabulary[eot_token],
-        vocab_size=max(vocabulary.values()) + 1,
+        vocab_size=largest + 1,
     )
 
 

@@ -10,13 +10,14 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, processors
 
 from forge.errors import DataError
-from forge.foreign import parse_json
+from forge.foreign import parse_object
 
 TEMPLATE = "chat_template.jinja"
 _FURTHER = (TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_tokens.json")
 """Files beside tokenizer.json and tokenizer_config.json that transformers reads."""
 
 _MAX_FURTHER_BYTES = 4 * 2**20
+MAX_JSON_BYTES = 256 * 2**20
 
 
 EOT_TOKEN = "<|endoftext|>"
@@ -170,12 +171,14 @@ def further_templates(folder: Path) -> list[dict[str, str]]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of settings; empty if there is none. Raises: DataError."""
     try:
-        content = parse_json(path.read_bytes())
+        size = path.stat().st_size
+        if not path.is_file() or size > MAX_JSON_BYTES:  # reading a pipe would wait for ever
+            raise ValueError(f"it has {size} bytes" if path.is_file() else "it is not a file")
+        return parse_object(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    return content if isinstance(content, dict) else {}
 
 
 def _read_small(path: Path) -> str:

@@ -22,6 +22,8 @@ from forge.fs import default_cache_dir
 from forge.model.weight_files import DTYPES, TensorReader, WeightFiles, content_digests, open_weight_files
 
 _PIECE_NUMEL = 4 * 2**20
+_MAX_DEPTH = 16
+"""Checkpoints that refer to others for weights that are not trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +63,19 @@ def open_weights(source: str) -> WeightFiles:
     """Open pretrained weights: a folder, a hub id, or a checkpoint by its path or URL.
 
     Raises: PlanError if there are none, they are damaged, or a checkpoint holds adapters or refers to weights that
-        have changed.
+        have changed, or to itself.
     """
-    return _open_checkpoint(source) if is_checkpoint(source) else open_weight_files(source)
+    return _open_weights(source, depth=0)
 
 
-def _open_checkpoint(source: str) -> WeightFiles:
+def _open_weights(source: str, *, depth: int) -> WeightFiles:
+    return _open_checkpoint(source, depth=depth) if is_checkpoint(source) else open_weight_files(source)
+
+
+def _open_checkpoint(source: str, *, depth: int) -> WeightFiles:
+    if depth > _MAX_DEPTH:
+        problem = f"{source} refers to a checkpoint that refers to another, and so on, {_MAX_DEPTH} times"
+        raise PlanError(f"model.from_pretrained: {problem}")
     try:
         checkpoint = open_source(source)
         digest = source_digest(source)
@@ -78,7 +87,7 @@ def _open_checkpoint(source: str) -> WeightFiles:
             f"model.from_pretrained: {source} holds adapters, not the weights of a model: export them merged "
             "(forge checkpoints export RUN --to FOLDER) and give that folder"
         )
-    base = None if shape.base is None else _open_base(source, shape.base)
+    base = None if shape.base is None else _open_base(source, shape.base, depth=depth + 1)
     tensors: dict[str, TensorReader] = {}
     for name, parameter in shape.parameters.items():
         if parameter.kind != "base":
@@ -94,9 +103,9 @@ def _open_checkpoint(source: str) -> WeightFiles:
     return WeightFiles(source=source, revision=None, paths=(), tensors=tensors, digests={"manifest.json": digest})
 
 
-def _open_base(source: str, base: BaseWeights) -> WeightFiles:
+def _open_base(source: str, base: BaseWeights, *, depth: int) -> WeightFiles:
     """Open the weights that a checkpoint refers to. Raises: PlanError if they are missing or have changed."""
-    files = open_weights(base.source)
+    files = _open_weights(base.source, depth=depth)
     try:
         digests = content_digests(files, cache=default_cache_dir() / "digests")
     except OSError as error:

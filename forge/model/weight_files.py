@@ -24,6 +24,7 @@ from torch import Tensor
 
 from forge.config.checkpoint_path import is_checkpoint
 from forge.errors import PlanError
+from forge.foreign import MAX_INT, parse_json
 from forge.fs import write_atomic
 from forge.process import one_line
 
@@ -37,6 +38,8 @@ DTYPES = {
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20
+_MAX_FILES = 10_000
+_MAX_DIMENSIONS = 64  # as torch
 _CHUNK_BYTES = 8 * 2**20
 _PIECE_NUMEL = 4 * 2**20
 _MOST_NAMED = 5
@@ -202,7 +205,12 @@ def _file_names(folder: Path, source: str) -> Iterable[str]:
         return [_SINGLE]
     if (folder / _INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+            size = (folder / _INDEX).stat().st_size
+            if size > _MAX_HEADER_BYTES:
+                raise ValueError(f"it has {size} bytes")
+            names = sorted(set(parse_json((folder / _INDEX).read_bytes())["weight_map"].values()))
+            if len(names) > _MAX_FILES:
+                raise ValueError(f"it names {len(names):,} files")
             if any(not isinstance(name, str) or name != Path(name).name for name in names):
                 raise ValueError("it names files outside of the folder")
             if not names:
@@ -243,7 +251,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
             raise ValueError(f"its header claims {length} bytes")
-        header: Any = json.loads(file.read(length))
+        header: Any = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is not a table of tensors")
     header.pop("__metadata__", None)
@@ -253,8 +261,10 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         if dtype is None:
             raise ValueError(f"{name} has the type {entry['dtype']}, which forge does not read")
         first, last = entry["data_offsets"]
-        if any(type(number) is not int or number < 0 for number in (first, last, *entry["shape"])):
-            raise ValueError(f"{name} has a shape or offsets that are not whole numbers from 0 on")
+        if len(entry["shape"]) > _MAX_DIMENSIONS:
+            raise ValueError(f"{name} has {len(entry['shape']):,} dimensions")
+        if any(type(number) is not int or not 0 <= number < MAX_INT for number in (first, last, *entry["shape"])):
+            raise ValueError(f"{name} has a shape or offsets that are not whole numbers from 0 to 2⁶³")
         tensor = StoredTensor(path=path, offset=8 + length + first, dtype=dtype, shape=tuple(entry["shape"]))
         if last - first != tensor.numel * dtype.itemsize:
             raise ValueError(f"{name} has {last - first} bytes, which is not what its shape takes")
