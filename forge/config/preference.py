@@ -1,4 +1,4 @@
-"""`training.dpo` and `training.orpo`: how preference pairs are learnt from."""
+"""`training.dpo`, `training.orpo` and `training.reward`: how preference pairs are learnt from."""
 
 from __future__ import annotations
 
@@ -47,3 +47,11 @@ class OrpoSpec(Section):
 
     beta: Number = Field(0.1, gt=0)
     """Weight of the odds ratio beside the cross entropy of the chosen answer; λ in the paper."""
+
+
+class RewardSpec(Section):
+    """A reward model; only with `objective: reward`."""
+
+    center_coefficient: Number = Field(0.0, ge=0)
+    """Weight of `(reward(chosen) + reward(rejected))²`, which keeps rewards near 0 (arXiv 2312.09244); trl's
+    `center_rewards_coefficient`."""

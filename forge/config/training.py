@@ -11,7 +11,7 @@ from forge.config.class_names import ObjectiveName
 from forge.config.classification import ClassificationSpec
 from forge.config.embedding import ContrastiveSpec
 from forge.config.optimizer import OptimizerSpec
-from forge.config.preference import DpoSpec, OrpoSpec, PairLoss
+from forge.config.preference import DpoSpec, OrpoSpec, PairLoss, RewardSpec
 from forge.config.schedule import ScheduleSpec
 from forge.config.section import Count, FieldError, Fraction, Interval, Number, Section, WholeOrAuto, raise_errors
 from forge.objective.registry import AutoClass, auto_class_of
@@ -113,10 +113,11 @@ class TrainingSpec(Section):
     `model.output_router_logits: true` also its auxiliary loss, for each sequence by itself, times
     `model.router_aux_loss_coef`. `chat`: the same of conversations. `masked-lm`: the mean cross entropy of masked
     tokens, for encoders such as BERT. `dpo`, `ipo` and `orpo`: learn from pairs of answers, of which one is
-    preferred; each pair counts once. `classification`: labels or numbers for texts or their words. `seq2seq`: the
-    mean cross entropy of the tokens of targets, given their sources, for encoder-decoders such as T5, BART and
-    `transformer-2017`. `span-corruption`: the same of spans of a text, given the text without them, to pretrain
-    T5. `contrastive`: embeddings of texts, such that those of a pair are alike."""
+    preferred; each pair counts once. `reward`: a number for an answer, larger for the preferred one, from the same
+    pairs. `classification`: labels or numbers for texts or their words. `seq2seq`: the mean cross entropy of the
+    tokens of targets, given their sources, for encoder-decoders such as T5, BART and `transformer-2017`.
+    `span-corruption`: the same of spans of a text, given the text without them, to pretrain T5. `contrastive`:
+    embeddings of texts, such that those of a pair are alike."""
 
     masking: MaskingSpec = MaskingSpec()
     """Masks of `masked-lm`."""
@@ -126,6 +127,9 @@ class TrainingSpec(Section):
 
     orpo: OrpoSpec = OrpoSpec()
     """Loss of `orpo`."""
+
+    reward: RewardSpec = RewardSpec()
+    """Loss of `reward`."""
 
     classification: ClassificationSpec = ClassificationSpec()
     """Labels of `classification`."""
@@ -236,6 +240,9 @@ class TrainingSpec(Section):
         if self.objective != "orpo" and self.orpo != OrpoSpec():
             problem = f"is only for objective: orpo, not {self.objective}"
             yield FieldError("orpo", problem, depends_on=("objective",))
+        if self.objective != "reward" and self.reward != RewardSpec():
+            problem = f"is only for objective: reward, not {self.objective}"
+            yield FieldError("reward", problem, depends_on=("objective",))
 
     @property
     def auto_class(self) -> AutoClass:

@@ -76,7 +76,7 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
         """The loss, with the counts that metrics are computed from."""
-        logits = _logits(model, batch).float()
+        logits = classifier_logits(model, batch).float()
         if self._kind == "regression":
             return _squared_error(logits.squeeze(-1), batch["goals"], has_goal=batch["has_goal"])
         if self._kind == "multi":
@@ -149,7 +149,7 @@ def _squared_error(found: Tensor, goals: Tensor, *, has_goal: Tensor) -> Weighte
     return WeightedSum(sum=error, weight=len(given), counts={_ERRORS: torch.stack(sums)})
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def classifier_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The logits of every sequence, or of every token; padding is the token that the model knows as such."""
     tokens, config = batch["tokens"], model.config
     inputs = {"input_ids": tokens}

@@ -71,19 +71,29 @@ class PairRows:
             position_ids[start : start + length] = np.arange(length)
         return {"tokens": tokens, "position_ids": position_ids.reshape(tokens.shape), "where": self.where}
 
-    def separated(self) -> dict[str, NDArray[Any]]:
-        """One padded sequence for each side; a single token if there is none."""
-        count, longest = max(1, len(self.starts)), int(self.lengths.max(initial=1))
+    def separated(self, *, with_last: bool = False) -> dict[str, NDArray[Any]]:
+        """One padded sequence for each side; a single token if there is none.
+
+        Args:
+            with_last: add the token that the last position predicts, which no position holds; there is no `where`
+                then.
+        """
+        lengths = self.lengths + with_last
+        count, longest = max(1, len(self.starts)), int(lengths.max(initial=1))
         tokens = np.zeros((count, longest), dtype=np.int64)
         is_token = np.zeros((count, longest), dtype=np.int64)
         is_token[:, 0] = 1
         flat = self.arrays["tokens"].reshape(-1)
         for i, (start, length) in enumerate(zip(self.starts.tolist(), self.lengths.tolist(), strict=True)):
             tokens[i, :length] = flat[start : start + length]
-            is_token[i, :length] = 1
+            is_token[i, : length + with_last] = 1
+        if with_last and len(self.starts):
+            last = self.starts + self.lengths - 1
+            tokens[np.arange(count), self.lengths] = self.arrays["targets"].reshape(-1)[last]
         where = self.where - self.starts[self.sides] + self.sides * longest
         rows = self.rows if len(self.rows) else np.zeros(1, dtype=np.int64)
-        return {"tokens": tokens, "attention_mask": is_token, "where": where, "sequence_rows": rows}
+        found = {"tokens": tokens, "attention_mask": is_token, "sequence_rows": rows}
+        return found if with_last else {**found, "where": where}
 
     def targets(self) -> NDArray[np.int64]:
         """int64[k]."""

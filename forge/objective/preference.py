@@ -134,7 +134,7 @@ class Dpo(_PairObjective):
             self._spec.beta,
             self._spec.label_smoothing,
         )
-        return _weighted(losses, rewards=self._spec.beta * ratios.detach())
+        return pair_sums(losses, rewards=self._spec.beta * ratios.detach())
 
     def _without_adapters(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         was_training = model.training
@@ -166,10 +166,10 @@ class Orpo(_PairObjective):
         losses = cross_entropy - self._beta * F.logsigmoid(log_odds)
         found = {"nll": cross_entropy.detach().sum(), "log_odds": log_odds.detach().sum()}
         further = {name: WeightedSum(sum=value, weight=len(means)) for name, value in found.items()}
-        return _weighted(losses, rewards=self._beta * means.detach(), further=further)
+        return pair_sums(losses, rewards=self._beta * means.detach(), further=further)
 
 
-def _weighted(losses: Tensor, *, rewards: Tensor, further: Mapping[str, WeightedSum] | None = None) -> WeightedSum:
+def pair_sums(losses: Tensor, *, rewards: Tensor, further: Mapping[str, WeightedSum] | None = None) -> WeightedSum:
     """The summed losses, with the metrics of their pairs."""
     count = len(losses)
     chosen, rejected = rewards.unbind(1)

@@ -113,6 +113,15 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
         metrics={**_PAIR_METRICS, "nll": "min", "log_odds": "max"},
         has_reference_model=False,
     ),
+    "reward": RegisteredObjective(
+        reference="forge.objective.reward:Reward",
+        metrics=_PAIR_METRICS,
+        predicts_tokens=True,
+        formats=("preference",),
+        auto_class="AutoModelForSequenceClassification",
+        num_labels=1,
+        separates_examples=True,
+    ),
     "classification": RegisteredObjective(
         reference="forge.objective.classification:Classification",
         metrics={"accuracy": "max", "f1": "max", "mse": "min", "r2": "max"},

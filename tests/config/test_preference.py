@@ -35,6 +35,7 @@ def load(folder: Path, **changes: Any) -> Any:
         ({"training__dpo": {"loss": "hinge", "label_smoothing": 0.1}}, "smoothing: has no meaning for the loss h"),
         ({"training__objective": "orpo", "training__dpo": {"beta": 0.2}}, "dpo: is only for objective: dpo or ipo"),
         ({"training__orpo": {"beta": 0.2}}, "orpo: is only for objective: orpo"),
+        ({"training__reward": {"center_coefficient": 0.1}}, "reward: is only for objective: reward"),
         ({"training__objective": "ipo", "training__dpo": {"loss": "sigmoid"}}, r"dpo\.loss: must be ipo"),
         ({"training__objective": "ipo", "training__dpo": {"label_smoothing": 0.1}}, "no meaning for the loss ipo"),
         ({"model": {"from_pretrained": None, "architecture": "llama"}}, r"must be model\.from_pretrained or"),

@@ -37,11 +37,11 @@ def plan_of(corpus: CorpusInfo, *, stage: int, **changes: Any) -> Plan:
     return tiny_plan(corpus, **fixed, **changes)
 
 
-@pytest.mark.parametrize("objective", ["orpo", "adapters_off"])
+@pytest.mark.parametrize("objective", ["orpo", "adapters_off", "reward"])
 def test_train__any_world_size_and_stage__losses_are_equal_and_a_resize_keeps_the_curve(
     corpus: CorpusInfo, base: Path, tmp_path: Path, objective: str
 ) -> None:
-    changes: dict[str, Any] = {"training__objective": "orpo"}
+    changes: dict[str, Any] = {"training__objective": "reward" if objective == "reward" else "orpo"}
     if objective == "adapters_off":
         model = {"from_pretrained": str(base), "lora": LORA}
         changes = {
