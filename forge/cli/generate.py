@@ -13,7 +13,7 @@ from forge.cli.options import Output, OutputOption, RunArgument, RunsOption
 
 def generate(
     run: RunArgument = "latest",
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")] = "",
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue, or the source.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sampling temperature; 0: always the likeliest token.")
@@ -25,7 +25,7 @@ def generate(
     runs: RunsOption = Path("runs"),
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Continue a prompt with a run's newest checkpoint, or another one.
+    """Continue a prompt with a run's newest checkpoint, or another one; an encoder-decoder writes its target.
 
     Example:  forge generate latest --prompt 'def main('
     """
@@ -51,6 +51,6 @@ def generate(
     if output is Output.JSON:
         display.print_json(answer)
     else:
-        display.print_text(answer["prompt"] + answer["text"])
+        display.print_text(answer["prompt"] + ("" if answer["continues"] else "\n\n") + answer["text"])
         took = f"{format_duration(answer['load_s'])} to load, {format_duration(answer['generate_s'])} to generate"
         display.message(f"step {answer['step']}: {took}")

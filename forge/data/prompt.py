@@ -28,7 +28,7 @@ def sample_prompt(facts: CorpusInfo, data: DataSpec, *, tokenizer: Path) -> str:
     if data.source in _SOURCE_PROMPTS:
         return _SOURCE_PROMPTS[data.source]
     found = prompt_tokenizer(tokenizer, eot_id=facts.eot_id, special_tokens=data.special_tokens)
-    return held_out_prompt(facts, tokenizer=found)
+    return held_out_prompt(facts, tokenizer=found).removeprefix(data.pair.prefix)  # which is added to every source
 
 
 def held_out_prompt(facts: CorpusInfo, *, tokenizer: Tokenizer) -> str:

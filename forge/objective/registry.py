@@ -138,6 +138,7 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
         reference="forge.objective.span_corruption:SpanCorruption",
         formats=("text",),
         special_tokens=("[PAD]", *SENTINELS),
+        show="forge.objective.spans:show_spans",
     ),
     "contrastive": RegisteredObjective(
         reference="forge.objective.contrastive:Contrastive",

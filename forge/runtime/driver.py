@@ -247,7 +247,8 @@ class Driver:
             self._record(SampleFailed(step=step, reason=reason, seconds=time.monotonic() - began))
             return
         seconds = time.monotonic() - began
-        self._record(SampleGenerated(step=made.step, prompt=made.prompt, text=made.text, seconds=seconds))
+        shown = made.prompt if made.continues else f"{made.prompt} → "
+        self._record(SampleGenerated(step=made.step, prompt=shown, text=made.text, seconds=seconds))
 
     def _record_stored(self) -> None:
         """Record the checkpoints that no rank has reported, because a writer process outlived it."""

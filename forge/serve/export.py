@@ -144,7 +144,7 @@ def export(
             write_adapter_config(draft, checkpoint.shape)
         if config is not None:
             config.save_pretrained(draft)
-            if auto_class_of_config(config) == "AutoModelForCausalLM":
+            if auto_class_of_config(config) in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
                 GenerationConfig.from_model_config(config).save_pretrained(draft)
         if request.tokenizer is not None and Path(request.tokenizer).is_dir():
             _copy_tokenizer(Path(request.tokenizer), draft)

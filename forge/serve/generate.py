@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import nn
@@ -24,7 +25,8 @@ from forge.checkpoint.best import open_verified
 from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.code_archive import require_trusted, restore_code
-from forge.data.tokenizer import prompt_tokenizer
+from forge.data.text_frame import text_frame
+from forge.data.tokenizer import load_tokenizer, prompt_tokenizer
 from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.model.adapter_names import unwrapped_name
 from forge.model.adapters import adapter_config_from_record, add_adapters
@@ -65,19 +67,22 @@ class Generated:
     text: str
     generate_s: float
     """Without loading the checkpoint."""
+    continues: bool = True
+    """Whether the text follows the prompt; that of an encoder-decoder is another one."""
 
 
 def generate(run_folder: Path, request: GenerateRequest) -> Generated:
-    """Continue a prompt with a checkpoint of a run.
+    """Continue a prompt with a checkpoint of a run; of an encoder-decoder it is the source of what is written.
 
     Raises: CheckpointError if there is no such checkpoint that verifies, or `ema` is set and it has no averaged
-        weights; ArgumentError if the model is not a causal language model.
+        weights; ArgumentError if the model writes no text.
     """
     plan = read_plan(run_folder)
-    if auto_class_of(plan.job.training.objective) != "AutoModelForCausalLM":
+    name = plan.job.training.objective
+    if auto_class_of(name) != "AutoModelForCausalLM" and name != "seq2seq":
         raise ArgumentError(
-            f"{run_folder.name} was trained with training.objective: {plan.job.training.objective}, and only a "
-            "causal language model continues a text"
+            f"{run_folder.name} was trained with training.objective: {name}, and only a causal language model "
+            "continues a text, and only one of seq2seq writes the target of a source"
         )
     if plan.code is not None:
         require_trusted(plan.code.digest, run_folder=run_folder)
@@ -95,9 +100,19 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
     else:  # a user model may support only the length it was trained on
         ends, max_positions = (plan.corpus.eot_id,), plan.job.data.seq_len
     began = time.monotonic()
-    text = _continue(model, tokenizer, request, ends=ends, max_positions=max_positions)
+    if name == "seq2seq":
+        source = _source_ids(plan, request.prompt, tokenizer=tokenizer, folder=run_folder / "tokenizer")
+        text = _write_target(model, tokenizer, request, source=source, ends=ends)
+    else:
+        text = _continue(model, tokenizer, request, ends=ends, max_positions=max_positions)
     seconds = time.monotonic() - began
-    return Generated(step=checkpoint.progress.step, prompt=request.prompt, text=text, generate_s=seconds)
+    return Generated(
+        step=checkpoint.progress.step,
+        prompt=request.prompt,
+        text=text,
+        generate_s=seconds,
+        continues=name != "seq2seq",
+    )
 
 
 def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
@@ -138,6 +153,44 @@ def end_ids(*named: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
+def _source_ids(plan: Plan, prompt: str, *, tokenizer: Tokenizer, folder: Path) -> list[int]:
+    """Token ids of a source as the encoder was trained on it, cut to what it reads at once."""
+    frame = text_frame(load_tokenizer(str(folder)))
+    ids = tokenizer.encode(plan.job.data.pair.prefix + prompt, add_special_tokens=False).ids
+    room = min(plan.job.data.seq_len, plan.model.max_seq_len or plan.job.data.seq_len) - frame.num_tokens
+    return list(map(int, frame.around(np.array(ids[:room], dtype=np.int64))))
+
+
+@torch.no_grad()
+def _write_target(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    request: GenerateRequest,
+    *,
+    source: list[int],
+    ends: tuple[int, ...],
+) -> str:
+    torch.manual_seed(request.seed)
+    ids = torch.tensor([source])
+    written = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=request.max_tokens,
+        eos_token_id=list(ends),
+        pad_token_id=model.config.pad_token_id,
+        decoder_start_token_id=model.config.decoder_start_token_id,
+        **_sampling(request),
+    )
+    text: str = tokenizer.decode(written[0, 1:].tolist(), skip_special_tokens=True)
+    return text
+
+
+def _sampling(request: GenerateRequest) -> dict[str, Any]:
+    if request.temperature > 0:
+        return {"do_sample": True, "temperature": request.temperature, "top_k": request.top_k}
+    return {"do_sample": False}
+
+
 @torch.no_grad()
 def _continue(
     model: nn.Module,
@@ -170,16 +223,13 @@ def _lengthen(
 ) -> torch.Tensor:
     """Append up to `num_tokens` tokens, ending after any of `ends`. Shapes: tokens: int64[1, T]."""
     if isinstance(model, PreTrainedModel):
-        settings: dict[str, Any] = {"do_sample": False}
-        if request.temperature > 0:
-            settings = {"do_sample": True, "temperature": request.temperature, "top_k": request.top_k}
         longer: torch.Tensor = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=num_tokens,
             eos_token_id=list(ends),
             pad_token_id=ends[0],
-            **settings,
+            **_sampling(request),
         )
         return longer
     for _ in range(num_tokens):

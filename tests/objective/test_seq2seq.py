@@ -129,3 +129,16 @@ def test_inspect__folder_without_a_first_token__is_refused(tmp_path: Path) -> No
     AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **T5, vocab_size=VOCAB)).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="decoder_start_token_id"):
         CausalLmFamily().inspect(ModelSpec(from_pretrained=str(tmp_path)), SHAPE)
+
+
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
+def test_inspect__adapters_on_an_encoder_decoder__are_counted_and_leave_the_rest(
+    architecture: str, tmp_path: Path
+) -> None:
+    small(architecture).save_pretrained(tmp_path)
+    spec = ModelSpec.model_validate(
+        {"from_pretrained": str(tmp_path), "lora": {"rank": 2, "targets": "all-linear"}}
+    )
+    info = CausalLmFamily().inspect(spec, SHAPE)
+    assert 0 < info.num_trainable_parameters < info.num_parameters / 4
+    assert 0 < info.num_frozen_source_matmul_parameters <= info.num_source_matmul_parameters

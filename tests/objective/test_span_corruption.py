@@ -11,7 +11,8 @@ import pytest
 from forge.config.training import SpanCorruptionSpec
 from forge.objective.base import IGNORED
 from forge.objective.registry import SENTINELS
-from forge.objective.span_corruption import SpanCorruption, draw_spans, random_segmentation, with_sentinels
+from forge.objective.span_corruption import SpanCorruption
+from forge.objective.spans import draw_spans, random_segmentation, show_spans, with_sentinels
 from tests.support.objectives import context_of
 
 EOT, FIRST_SENTINEL = 0, 2
@@ -126,3 +127,12 @@ def test_batch__row_that_fills_up__has_no_labels(tmp_path: Path) -> None:
     rows["targets"][1] = IGNORED
     batch = objective.batch(rows)
     assert (batch["labels"][0] != IGNORED).any() and not (batch["labels"][1] != IGNORED).any()
+
+
+def test_show_spans__an_example__is_the_source_and_the_target_that_a_step_may_draw(tmp_path: Path) -> None:
+    context = context_of(tmp_path, objective="span-corruption")
+    tokens = np.arange(110, 170)
+    shown = show_spans({"tokens": tokens}, seed=3, training=context.training, tokenizer=tmp_path)
+    source, target = (shown["tokens"][shown["part"] == part].tolist() for part in (1, 2))
+    assert rebuilt(source, target) == tokens.tolist()
+    assert shown["targets"].tolist() == [IGNORED] * len(source) + target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM
+from tokenizers import Tokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from forge.checkpoint.best import open_verified
 from forge.checkpoint.storage import open_storage
@@ -18,9 +20,9 @@ from forge.config.data import DataSpec
 from forge.data.prepare import prepare
 from forge.objective.registry import OBJECTIVES
 from forge.plan.inputs import CorpusInfo
-from forge.plan.plan import Plan, make_plan
+from forge.plan.plan import Plan, make_plan, plan_to_json
 from forge.serve.export import ExportRequest, export
-from forge.serve.generate import load_model
+from forge.serve.generate import GenerateRequest, generate, load_model
 from tests.support.jobs import CPU, synthetic_corpus, tiny_facts, tiny_job
 from tests.support.objectives import write_tokenizer
 from tests.support.ranks import run_ranks
@@ -87,20 +89,29 @@ def test_train__any_world_size_and_stage__losses_are_equal_and_a_resize_keeps_th
     assert 0 <= alone.steps[0].extra["train/accuracy"] <= 1
 
 
-def test_train__transformer_of_2017_under_zero_3__has_the_losses_of_one_rank(
+def test_train__transformer_of_2017__is_the_same_on_two_ranks_exported_and_generating(
     pairs: CorpusInfo, tmp_path: Path
 ) -> None:
     plans = [plan_of(pairs, stage, architecture="transformer-2017") for stage in (0, 3)]
     alone = run_ranks(plans[0], tmp_path / "alone", world_size=1)
-    found = run_ranks(plans[1], tmp_path / "both", world_size=2)
+    found = run_ranks(plans[1], tmp_path / "both" / "checkpoints", world_size=2)
     assert found.losses == pytest.approx(alone.losses, rel=1e-4)
-    exported = export(ExportRequest(url=str(tmp_path / "both"), to=str(tmp_path / "hf"), dtype="fp32"))
+    url = str(tmp_path / "both" / "checkpoints")
+    exported = export(ExportRequest(url=url, to=str(tmp_path / "hf"), dtype="fp32"))
     assert exported.auto_class == "AutoModelForSeq2SeqLM"
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf")
-    own = load_model(plans[1], open_verified(open_storage(str(tmp_path / "both"))))
+    own = load_model(plans[1], open_verified(open_storage(url)))
     ids = torch.arange(2, 12)[None]
     outs = [model(input_ids=ids, decoder_input_ids=ids).logits for model in (loaded, own)]
     torch.testing.assert_close(*outs, rtol=0, atol=0)
+    (tmp_path / "both" / "plan.json").write_text(plan_to_json(plans[1], is_file=True))
+    shutil.copytree(Path(pairs.folder) / "tokenizer", tmp_path / "both" / "tokenizer")
+    made = generate(tmp_path / "both", GenerateRequest(prompt="ab cd", temperature=0, max_tokens=4))
+    source = AutoTokenizer.from_pretrained(tmp_path / "both" / "tokenizer")("ab cd", return_tensors="pt")
+    assert source["input_ids"][0, -1] == pairs.eot_id and not made.continues
+    written = loaded.generate(source["input_ids"], max_new_tokens=4)[0, 1:].tolist()
+    tokenizer = Tokenizer.from_file(str(tmp_path / "both" / "tokenizer" / "tokenizer.json"))
+    assert made.text == tokenizer.decode(written, skip_special_tokens=True)
 
 
 def test_train__span_corruption__draws_the_same_spans_at_every_world_size(

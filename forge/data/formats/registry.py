@@ -18,6 +18,7 @@ FORMATS: dict[str, str] = {
 
 PART_NAMES: dict[str, dict[int, str]] = {
     "pair": {1: "source", 2: "target"},
+    "text": {1: "source", 2: "target"},  # what span corruption makes of it
     "labelled": {1: "text", 2: "pair"},
     "preference": {1: "chosen", 2: "rejected"},
     "embedding": {1: "query", 2: "positive", 3: "negative"},
