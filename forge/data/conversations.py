@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from forge.data.format_hint import format_hint
 from forge.data.sources.base import Record
 from forge.data.sources.files import json_name
 from forge.errors import DataError
@@ -82,7 +83,8 @@ def _messages(fields: Mapping[str, Any]) -> list[Message]:
             if answer in fields:
                 return head + _turn(fields, question=question, answer=answer)
     keys = f"{', '.join(map(repr, list(fields)[:20])) or 'none':.500}"
-    raise ValueError(f"the record is no conversation (its keys: {keys}); {_KINDS_HELP}")
+    hint = format_hint(fields, given="chat")
+    raise ValueError(f"the record is no conversation (its keys: {keys}); {_KINDS_HELP}{hint}")
 
 
 def _turn(fields: Mapping[str, Any], *, question: str, answer: str) -> list[Message]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from forge.config.classification import LabelsSpec
 from forge.config.data import DataSpec
 from forge.data.bad_records import BadRecords
+from forge.data.format_hint import format_hint
 from forge.data.pairs import checked_text, pair_of
 from forge.data.sources.base import Record
 from forge.data.sources.build import SampleSize, build_source
@@ -91,8 +92,8 @@ def no_text(spec: DataSpec) -> DataError:
 def text_of(record: Record, *, text_key: str) -> str:
     """The text field of a record. Raises: DataError if it is no string, or not valid Unicode."""
     if text_key not in record.fields:
-        keys = ", ".join(map(repr, record.fields)) or "none"
-        raise DataError(f"{record.location}: no key {text_key!r} (data.text_key); the keys are: {keys}")
+        keys, hint = ", ".join(map(repr, record.fields)) or "none", format_hint(record.fields, given="text")
+        raise DataError(f"{record.location}: no key {text_key!r} (data.text_key); the keys are: {keys}{hint}")
     return checked_text(record.fields[text_key], key=text_key, location=record.location)
 
 

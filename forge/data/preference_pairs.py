@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from forge.data.conversations import ASSISTANT, Message, is_list, message_list, message_of, require_turns, tools_of
+from forge.data.format_hint import format_hint
 from forge.data.sources.base import Record
 from forge.data.sources.files import json_name
 from forge.errors import DataError
@@ -86,7 +87,7 @@ def _require_answers(fields: Mapping[str, Any]) -> None:
             meant = f" (is {near[0]!r} meant?)" if near and near[0] not in ANSWERS else ""
             raise ValueError(
                 f"the record has no {name!r}{meant}; a preference pair has 'prompt', 'chosen' and 'rejected' (its "
-                f"keys: {', '.join(map(repr, keys)) or 'none':.500})"
+                f"keys: {', '.join(map(repr, keys)) or 'none':.500}){format_hint(keys, given='preference')}"
             )
         if not isinstance(value, str) and not is_list(value):
             raise ValueError(f"{name!r} must be a text or a list of messages, it is {json_name(value)}")

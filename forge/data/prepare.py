@@ -247,6 +247,15 @@ def _labels(index: CacheIndex) -> LabelsInfo | None:
     )
 
 
+def _require_no_conversations(spec: DataSpec) -> None:
+    """Raises: DataError if a tokenizer would have to be trained on conversations, which have no text field."""
+    if spec.format == "chat":
+        raise DataError(
+            "data.format: chat needs a tokenizer, and none is trained on conversations; set "
+            "data.tokenizer.from_pretrained to the folder of a chat model"
+        )
+
+
 def _pad_id(tokenizer: Path) -> int | None:
     """The id of the padding token that a tokenizer's files name, if they name one."""
     token = role_token(tokenizer, "pad_token")
@@ -296,6 +305,7 @@ def _write_cache(
 ) -> CacheIndex:
     """Write all files of the cache, the index last."""
     if tokenizer is None:
+        _require_no_conversations(spec)
         report(PrepareProgress(phase="tokenizer"))
         max_chars = TOKENIZER_SAMPLE_CHARS if sample is None else sample.num_chars
         text = corpus.iter_sample(spec, max_chars=max_chars)

@@ -39,7 +39,7 @@ from forge.plan.warnings import view_warnings
 from forge.runs.reader import read_plan
 from forge.runtime.probe import count_local_slots, hardware, inspect_model
 from forge.runtime.resolve_code import resolve_code
-from forge.runtime.resolve_init import init_info, with_init
+from forge.runtime.resolve_init import init_info, missing_weights, with_init
 from forge.runtime.resolve_reference import reference_notes, with_reference
 from forge.runtime.resolve_view import objective_view, view_sample, with_view
 
@@ -273,9 +273,12 @@ def check_tokenizer(loaded: LoadedJob) -> tuple[str, ...]:
                 f"the tokenizer {given} is not compared with that of {source}, which has none that forge reads",
             )
         problem = str(error).removeprefix("data.tokenizer.from_pretrained: ")
+        unusable = (
+            f"no tokenizer is given in data.tokenizer, and that of the pretrained model cannot be used: {problem}"
+        )
         raise loaded.source.error(
             "model.from_pretrained",
-            f"no tokenizer is given in data.tokenizer, and that of the pretrained model cannot be used: {problem}",
+            missing_weights(job.model.from_pretrained) or unusable,
             show_value=False,
         ) from error
     difference = vocabulary_problem(own.content, given=load_tokenizer(given).content) if given != source else None

@@ -18,6 +18,7 @@ from forge.config.checkpoint_path import is_checkpoint, tokenizer_of
 from forge.config.data import TokenizerSpec
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
+from forge.environment import looked_in
 from forge.errors import ArgumentError, CheckpointError, PlanError
 from forge.plan.inputs import InitInfo
 from forge.runs.checkpoints import locate
@@ -112,3 +113,14 @@ def _rewritten(job: JobSpec, *, source: str, tokenizer: str) -> JobSpec:
         spec = TokenizerSpec(from_pretrained=tokenizer, add_tokens=data.tokenizer.add_tokens)
         data = data.model_copy(update={"tokenizer": spec})
     return job.model_copy(update={"model": model, "data": data})
+
+
+def missing_weights(source: str) -> str | None:
+    """What is wrong if there is nothing where the pretrained weights should be; None if there is something."""
+    path = Path(source).expanduser()
+    if "://" in source or path.exists():
+        return None
+    return (
+        f"{source} does not exist{looked_in(path)}; forge reads a local folder. A model of the Hub: "
+        "hf download ORG/NAME --local-dir FOLDER"
+    )

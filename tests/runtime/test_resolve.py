@@ -94,6 +94,13 @@ def test_check_tokenizer__other_ids_than_the_bases_own__are_counted(home: Path) 
     assert caught.value.line is not None
 
 
+def test_check_tokenizer__missing_base__is_named_before_its_tokenizer(home: Path) -> None:
+    with pytest.raises(JobFileError, match=r"ORG/model does not exist \(looked in .*hf download") as caught:
+        check_tokenizer(pretrained_job(home, base="ORG/model"))
+    assert caught.value.key == "model.from_pretrained" and "data.tokenizer" not in caught.value.problem
+    assert caught.value.line is not None
+
+
 def test_check_tokenizer__base_without_one__is_blamed_or_said(home: Path) -> None:
     (home / "base").mkdir()
     save_tokenizer(home / "other", ["a"])

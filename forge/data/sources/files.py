@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from forge.config.data import FileType
+from forge.data.format_hint import format_hint
 from forge.data.sources.base import Record
 from forge.data.sources.detect import Content, open_content
 from forge.data.sources.json_values import MAX_RECORD_CHARS, UnparsedJson, ValueReader, parse_record
@@ -246,7 +247,9 @@ def _require_columns(fields: dict[str, Any], columns: tuple[str, ...] | None, *,
 
 
 def _advice(fields: dict[str, Any]) -> str:
-    """What to do about an object whose records are in one of its fields."""
+    """What to do about an object of another format, or one whose records are in one of its fields."""
+    if hint := format_hint(fields, given="text"):
+        return hint
     for key, value in fields.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             query = printable(shlex.quote(f".[{json.dumps(key)}][]"), limit=100)
