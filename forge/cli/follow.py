@@ -61,7 +61,7 @@ def screen_of(plan: Plan, *, past: Past) -> TrainScreen | TuneScreen:
 
 
 def follow_run(run: RunHandle, plan: Plan, *, past: Past) -> bool:
-    """Show a run until it ends. Ctrl-C once asks it to stop, twice stops it now.
+    """Show a run until it ends. Ctrl-C once asks it to stop, twice stops it now; SIGTERM ends the command alone.
 
     Returns: whether Ctrl-C was pressed.
     """
@@ -83,9 +83,17 @@ def follow_run(run: RunHandle, plan: Plan, *, past: Past) -> bool:
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         watch_run(run, plan, folder=run.folder, past=past, on_record=note_interrupts)
+    except SystemExit:  # SIGTERM: see LiveScreen
+        from forge.cli import display
+
+        display.next_command(f"forge runs watch {handle(run.folder)}", purpose="the run continues; follow it")
+        raise
+    except BaseException:
+        run.wait()
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
-        run.wait()
+    run.wait()
     return num_interrupts > 0
 
 

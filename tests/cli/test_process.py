@@ -149,6 +149,31 @@ def test_output__closed_pipe__exits_141(home: Path, env: dict[str, str]) -> None
     assert b"BrokenPipe" not in process.stderr
 
 
+def test_train__sigterm__ends_the_command_and_leaves_the_run(home: Path, env: dict[str, str]) -> None:
+    folder = make_run(home / "runs", "busy", steps=5)
+    follow = (
+        "import os, sys; from pathlib import Path; from forge.cli.follow import follow_run, past_of; "
+        "from forge.runs.reader import read_plan; from forge.runtime.driver_process import LocalRun; "
+        "folder = Path(sys.argv[1]); run = LocalRun(folder=folder, pid=os.getppid()); "
+        "follow_run(run, read_plan(folder), past=past_of(folder))"
+    )
+    with holding_lock(folder):
+        process = subprocess.Popen(
+            [sys.executable, "-c", follow, str(folder)], cwd=home, env=env, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        wait_for(lambda: handles_sigterm(process.pid))
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "the run continues" in said and f"forge runs watch {folder}" in said
+
+
+def handles_sigterm(pid: int) -> bool:
+    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_watch__signal__leaves_the_run_and_restores_the_terminal(
     home: Path, env: dict[str, str], number: int, code: int
