@@ -37,7 +37,10 @@ def plan_of(corpus: CorpusInfo, *, stage: int, **changes: Any) -> Plan:
     return tiny_plan(corpus, **fixed, **changes)
 
 
-@pytest.mark.parametrize("objective", ["orpo", "adapters_off", "reward"])
+@pytest.mark.parametrize(
+    "objective",
+    ["adapters_off", pytest.param("orpo", marks=pytest.mark.slow), pytest.param("reward", marks=pytest.mark.slow)],
+)
 def test_train__any_world_size_and_stage__losses_are_equal_and_a_resize_keeps_the_curve(
     corpus: CorpusInfo, base: Path, tmp_path: Path, objective: str
 ) -> None:
