@@ -26,6 +26,7 @@ from forge.data.sources.base import Record
 from forge.data.sources.detect import Content, open_content
 from forge.data.sources.json_values import MAX_RECORD_CHARS, UnparsedJson, ValueReader, parse_record
 from forge.data.sources.listing import Matched, SourceFile, list_files
+from forge.data.sources.parquet_batches import batches
 from forge.data.sources.pieces import PIECE_CHARS, pieces_of
 from forge.data.store import hash_file, new_hash
 from forge.errors import DataError, printable
@@ -313,7 +314,7 @@ def _read_parquet(file: SourceFile, stream: IO[bytes], content: Content, source:
             if column not in table.schema_arrow.names:
                 raise _no_column(file, column, table.schema_arrow.names)
         number = 0
-        for batch in table.iter_batches(batch_size=256, columns=columns):
+        for batch in batches(table, stream, columns=columns):
             for fields in _rows_of(batch):
                 number += 1
                 yield Record(name=f"{file.name}:{number}", location=f"{shown}:{number}", fields=fields)
