@@ -44,8 +44,9 @@ def corpus_facts(corpus: CorpusInfo, *, passes: float | None = None) -> list[tup
         passes: of a run over the training sequences.
     """
     epochs = "" if passes is None else f" ({passes:.2f} epochs)"
+    tokens = "training tokens" if corpus.packing == "concatenate" else "training tokens with loss"
     size = (
-        f"{corpus.num_documents:,} documents, {format_count(corpus.num_train_tokens)} training tokens{epochs}, "
+        f"{corpus.num_documents:,} documents, {format_count(corpus.num_train_tokens)} {tokens}{epochs}, "
         f"{format_count(corpus.num_held_out_tokens)} held out "
         f"({_counted(corpus.num_held_out_sequences, 'sequence')}), vocabulary {corpus.vocab_size:,}"
     )
@@ -62,7 +63,7 @@ def view_facts(view: DataView) -> list[tuple[str, str]]:
     if view.lengths is not None:
         facts.append(("lengths", _lengths(view.lengths)))
     else:
-        facts.append(("lengths", "not recorded by the version of forge that prepared this corpus"))
+        facts.append(("lengths", "not recorded by the version of forge that prepared this corpus in the cache"))
     share = view.num_targets / max(1, view.num_tokens)
     if view.has_labels:
         loss = f"at {view.num_targets:,} of {view.num_tokens:,} tokens, where a label or a number is learnt"

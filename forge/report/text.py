@@ -26,11 +26,12 @@ _MAX_REASONS = 6
 
 
 def headline(plan: DraftPlan) -> str:
-    """Describe the size of a job in a few words."""
+    """Describe the size of a job in a few words; of examples, only the predicted tokens are counted."""
+    with_loss = " with loss" if isinstance(plan, Plan) and plan.corpus.packing != "concatenate" else ""
     return (
         f"{'each trial: ' if plan.search else ''}"
         f"{format_count(plan.model.num_parameters)} parameters, "
-        f"{format_count(plan.total_tokens)} tokens, {plan.total_steps:,} steps"
+        f"{format_count(plan.total_tokens)} tokens{with_loss}, {_counted(plan.total_steps, 'step')}"
     )
 
 
@@ -63,7 +64,8 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
          f"ZeRO {said('training.zero.stage', training.zero.stage)}, "
          f"lr {said('training.optimizer.lr', f'{training.optimizer.lr:g}')} "
          f"({said('training.schedule.kind', training.schedule.kind)}, "
-         f"{said('training.schedule.warmup', plan.schedule_steps.warmup)} steps of warm-up)"),
+         f"{said('training.schedule.warmup', plan.schedule_steps.warmup)} "
+         f"{'step' if plan.schedule_steps.warmup == 1 else 'steps'} of warm-up)"),
         *optimizer_facts(plan),
         ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, "
          f"{format_count(total_flops)}FLOP in all"),

@@ -114,3 +114,9 @@ def test_job_schema__name__is_checked_as_by_load_job() -> None:
         except ValueError:
             is_valid = False
         assert is_valid == (re.search(pattern, name) is not None)
+
+
+def test_readme__named_jobs__exist() -> None:
+    readme = (JOBS[0].parents[1] / "README.md").read_text()
+    named = set(re.findall(r"\bjobs/([\w-]+\.yaml)", readme))
+    assert named and named <= {path.name for path in JOBS}

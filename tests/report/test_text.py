@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from forge.report.text import (
     evaluation_text,
     goodput_facts,
     goodput_line,
+    headline,
+    plan_facts,
     replay_facts,
     summary_facts,
 )
 from forge.runs.goodput import goodput_of
 from forge.runs.goodput_report import GoodputReport
 from forge.runs.reader import read_run
+from tests.support.jobs import UNPREPARED, tiny_plan
 from tests.support.runs import History
 
 
@@ -126,3 +130,10 @@ def test_change_rows__time_cause_and_duration() -> None:
 )
 def test_evaluation_text__metrics_of_any_objective__shown_by_name(event: dict[str, Any], text: str) -> None:
     assert evaluation_text(event) == text
+
+
+def test_plan_text__examples__says_that_only_tokens_with_loss_are_counted() -> None:
+    examples = tiny_plan(replace(UNPREPARED, packing="examples"))
+    assert "tokens with loss, " in headline(examples) and "with loss" not in headline(tiny_plan())
+    assert "training tokens with loss (" in dict(plan_facts(examples))["corpus"]
+    assert "training tokens (" in dict(plan_facts(tiny_plan()))["corpus"]
