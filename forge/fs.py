@@ -7,11 +7,17 @@ never empty. The price is one fsync of the file and one of its folder.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
 
+import xxhash
+
 from forge.environment import expand_home, home_folder
+
+_DIGEST_CHUNK_BYTES = 8 * 2**20
 
 
 def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
@@ -88,3 +94,29 @@ def make_private(folder: Path) -> None:
     status = folder.stat()
     if status.st_uid == os.getuid() and status.st_mode & 0o077:
         folder.chmod(status.st_mode & 0o700)
+
+
+def digest_file(path: Path, *, cache: Path | None = None) -> str:
+    """Return the xxh3_128 digest of a file's content.
+
+    Args:
+        cache: a folder with digests of earlier calls; a file whose size, inode, and times of modification and
+            change are the same as then is not read again.
+    """
+    about = path.stat()
+    key = hashlib.blake2b(str(path.resolve()).encode(), digest_size=16).hexdigest()
+    known = [about.st_size, about.st_mtime_ns, about.st_ino, about.st_ctime_ns]
+    if cache is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads((cache / f"{key}.json").read_text())
+            if record["file"] == known:
+                return str(record["digest"])
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_DIGEST_CHUNK_BYTES):
+            digest.update(chunk)
+    if cache is not None:
+        with contextlib.suppress(OSError):  # without the cache, the file is read again next time
+            cache.mkdir(parents=True, exist_ok=True)
+            write_atomic(cache / f"{key}.json", json.dumps({"file": known, "digest": digest.hexdigest()}))
+    return digest.hexdigest()

@@ -6,13 +6,17 @@ A location may have been written elsewhere; what it contains is read as data, li
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
 
 from forge.checkpoint.best import best_scores
 from forge.checkpoint.manifest import MANIFEST, step_name
 from forge.checkpoint.reader import Checkpoint, list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import Storage, open_storage
 from forge.checkpoint.verify import verify_checkpoint
+from forge.config.checkpoint_path import is_checkpoint
 from forge.errors import CheckpointError
+from forge.fs import default_cache_dir, digest_file
 
 
 def open_source(source: str) -> Checkpoint:
@@ -43,6 +47,24 @@ def source_digest(source: str) -> str:
         return hashlib.blake2b(storage.read(f"{name}/{MANIFEST}"), digest_size=16).hexdigest()
     except OSError as error:
         raise CheckpointError(f"{source}: {MANIFEST} cannot be read: {error}") from error
+
+
+def weights_digest(source: str) -> str:
+    """Return a digest of the weights of a checkpoint, or of a folder's config and safetensors files.
+
+    Raises: CheckpointError if there are none, or they cannot be read.
+    """
+    if is_checkpoint(source):
+        return source_digest(source)
+    folder = Path(source).expanduser()
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    if not any(path.suffix == ".safetensors" for path in paths):
+        raise CheckpointError(f"{source} has no safetensors files")
+    try:
+        digests = [(path.name, digest_file(path, cache=default_cache_dir() / "digests")) for path in paths]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return hashlib.blake2b(json.dumps(digests).encode(), digest_size=16).hexdigest()
 
 
 def choose_source(url: str) -> str:

@@ -123,6 +123,9 @@ class JobSpec(Section):
         objective = OBJECTIVES.get(name)
         if objective is None:
             return
+        if name == "distillation" and self.training.distillation.teacher is None:
+            problem = "is missing: the folder of a causal language model, a run or a checkpoint"
+            yield FieldError("training.distillation.teacher", problem, depends_on=("training.objective",))
         if objective.formats and self.data.format in FORMATS and self.data.format not in objective.formats:
             fitting = " or ".join(objective.formats)
             problem = f"must be {fitting} for training.objective: {name}"

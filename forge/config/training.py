@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from forge.config.class_names import ObjectiveName
 from forge.config.classification import ClassificationSpec
+from forge.config.distillation import DistillationSpec
 from forge.config.embedding import ContrastiveSpec
 from forge.config.optimizer import OptimizerSpec
 from forge.config.preference import DpoSpec, OrpoSpec, PairLoss, RewardSpec
@@ -117,7 +118,8 @@ class TrainingSpec(Section):
     pairs. `classification`: labels or numbers for texts or their words. `seq2seq`: the mean cross entropy of the
     tokens of targets, given their sources, for encoder-decoders such as T5, BART and `transformer-2017`.
     `span-corruption`: the same of spans of a text, given the text without them, to pretrain T5. `contrastive`:
-    embeddings of texts, such that those of a pair are alike."""
+    embeddings of texts, such that those of a pair are alike. `distillation`: the mean cross entropy of the next
+    token mixed with the divergence from a teacher."""
 
     masking: MaskingSpec = MaskingSpec()
     """Masks of `masked-lm`."""
@@ -139,6 +141,9 @@ class TrainingSpec(Section):
 
     contrastive: ContrastiveSpec = ContrastiveSpec()
     """Loss of `contrastive`."""
+
+    distillation: DistillationSpec = DistillationSpec()
+    """Teacher and loss of `distillation`."""
 
     total_steps: Count | None = Field(None, ge=1, le=MAX_STEPS)
     """Length in optimizer steps. Give exactly one of `total_steps`, `total_tokens` and `epochs`."""
@@ -208,6 +213,9 @@ class TrainingSpec(Section):
         if self.objective != "contrastive" and self.contrastive != ContrastiveSpec():
             problem = f"is only for objective: contrastive, not {self.objective}"
             errors.append(FieldError("contrastive", problem, depends_on=("objective",)))
+        if self.objective != "distillation" and self.distillation != DistillationSpec():
+            problem = f"is only for objective: distillation, not {self.objective}"
+            errors.append(FieldError("distillation", problem, depends_on=("objective",)))
         if self.optimizer.name == "adamw-8bit" and self.zero.stage != 0:
             errors.append(FieldError("optimizer.name", _NO_SHARDS_8BIT, depends_on=("zero.stage",)))
         errors += self._pair_problems()

@@ -8,9 +8,6 @@ Source: https://huggingface.co/docs/safetensors/index#format
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,13 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import xxhash
 from torch import Tensor
 
 from forge.config.checkpoint_path import is_checkpoint
 from forge.errors import PlanError
 from forge.foreign import MAX_INT, parse_json
-from forge.fs import write_atomic
+from forge.fs import digest_file
 from forge.process import one_line
 
 DTYPES = {
@@ -143,32 +139,6 @@ def lfs_problem(path: Path) -> str | None:
         is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
     problem = "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
     return f"{path.name} {problem}" if is_pointer else None
-
-
-def digest_file(path: Path, *, cache: Path | None = None) -> str:
-    """Return the xxh3_128 digest of a file's content.
-
-    Args:
-        cache: a folder with digests of earlier calls; a file whose size, inode, and times of modification and
-            change are the same as then is not read again.
-    """
-    about = path.stat()
-    key = hashlib.blake2b(str(path.resolve()).encode(), digest_size=16).hexdigest()
-    known = [about.st_size, about.st_mtime_ns, about.st_ino, about.st_ctime_ns]
-    if cache is not None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            record = json.loads((cache / f"{key}.json").read_text())
-            if record["file"] == known:
-                return str(record["digest"])
-    digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    if cache is not None:
-        with contextlib.suppress(OSError):  # without the cache, the file is read again next time
-            cache.mkdir(parents=True, exist_ok=True)
-            write_atomic(cache / f"{key}.json", json.dumps({"file": known, "digest": digest.hexdigest()}))
-    return digest.hexdigest()
 
 
 def content_digests(files: WeightFiles, *, cache: Path) -> dict[str, str]:

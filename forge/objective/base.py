@@ -59,6 +59,10 @@ class ObjectiveContext:
     """`ModelInfo.has_positionwise_head` of the plan."""
     keeps_examples_apart: bool = False
     """Whether the model keeps sequences apart that share a row, by positions that restart."""
+    vocab_size: int | None = None
+    """Of the tokenizer."""
+    teacher: nn.Module | None = None
+    """Of a distillation."""
     labels: LabelsInfo | None = None
     """`CorpusInfo.labels` of the plan."""
 

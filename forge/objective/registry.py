@@ -140,6 +140,11 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
         special_tokens=("[PAD]", *SENTINELS),
         show="forge.objective.spans:show_spans",
     ),
+    "distillation": replace(
+        _CAUSAL_LM,
+        reference="forge.objective.distillation:Distillation",
+        metrics={"cross_entropy": "min", "divergence": "min", "agreement": "max", "perplexity": "min"},
+    ),
     "contrastive": RegisteredObjective(
         reference="forge.objective.contrastive:Contrastive",
         metrics={"accuracy": "max", "mrr": "max"},

@@ -8,6 +8,8 @@ from typing import Any
 
 from forge.config.compare import Difference, differences
 from forge.config.data import PairSpec
+from forge.config.distillation import DistillationSpec
+from forge.config.embedding import ContrastiveSpec, EmbeddingSpec
 from forge.config.job import JobSpec
 from forge.config.training import MaskingSpec, SpanCorruptionSpec
 from forge.plan.inputs import CodeInfo
@@ -87,6 +89,9 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
         ("data", "pair", PairSpec()),
         ("training", "masking", MaskingSpec()),
         ("training", "spans", SpanCorruptionSpec()),
+        ("data", "embedding", EmbeddingSpec()),
+        ("training", "contrastive", ContrastiveSpec()),
+        ("training", "distillation", DistillationSpec()),
     ):
         if body[section][name] == unset.model_dump(mode="json"):
             del body[section][name]

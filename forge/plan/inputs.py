@@ -199,6 +199,19 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherInfo:
+    """The teacher of a distillation, which every worker holds whole."""
+
+    source: str
+    """Absolute path, or URL."""
+    digest: str
+    class_name: str
+    num_parameters: int
+    forward_flops_per_token: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InitInfo:
     """The checkpoint that a run starts from."""
 

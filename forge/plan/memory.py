@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from forge.config.training import TrainingSpec
-from forge.plan.inputs import ModelInfo
+from forge.plan.inputs import ModelInfo, TeacherInfo
 from forge.plan.parameter_groups import OptimizerState
 
 USABLE_SHARE = 0.85
@@ -76,6 +76,7 @@ def estimate_memory(
     is_on_host: bool,
     state: OptimizerState,
     num_copies: int = 1,
+    teacher: TeacherInfo | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of one worker at one world size.
 
@@ -84,6 +85,7 @@ def estimate_memory(
         seq_len: tokens per sequence.
         state: of the optimizer; see `optimizer_state`.
         num_copies: copies of one rank's state in host memory; see `num_copies_in_memory`.
+        teacher: of a distillation, held whole by every worker.
     """
     stage = training.zero.stage
     half = training.precision == "bf16"
@@ -105,12 +107,17 @@ def estimate_memory(
     frozen = parameters - trainable - model.num_base_parameters
     snapshot = ((8 if training.ema else 4) * trainable + state.total_bytes + width * frozen) // world_size
     is_offloaded = training.zero.offload == "cpu" and not is_on_host
+    activations = activation_bytes(model, training, micro_batch_size=micro_batch_size, seq_len=seq_len)
+    if teacher is not None:
+        weights += width * teacher.num_parameters
+        # The logits of both, those of the student with their gradient; distributions are made of a chunk at a time.
+        activations += micro_batch_size * seq_len * width * (2 * model.vocab_size + teacher.vocab_size)
     return MemoryEstimate(
         weights_bytes=weights,
         gradients_bytes=gradients,
         optimizer_bytes=0 if is_offloaded else optimizer,
         ema_bytes=0 if is_offloaded else ema,
-        activations_bytes=activation_bytes(model, training, micro_batch_size=micro_batch_size, seq_len=seq_len),
+        activations_bytes=activations,
         host_bytes=num_copies * snapshot + (optimizer + ema if is_offloaded else 0),
         libraries_bytes=LIBRARIES_BYTES if is_on_host else 0,
         is_on_host=is_on_host,

@@ -34,6 +34,7 @@ from forge.plan.inputs import (
     HardwareInfo,
     InitInfo,
     ModelInfo,
+    TeacherInfo,
 )
 from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
 from forge.plan.parameter_groups import OptimizerState, groups_of, optimizer_state
@@ -84,6 +85,8 @@ class DraftPlan:
     """Step after which a trial of a population pauses, with a checkpoint, until all trials have reached it."""
     init: InitInfo | None = None
     """The checkpoint that the weights come from; None if they come from elsewhere."""
+    teacher: TeacherInfo | None = None
+    """Of a distillation."""
     former_lengths: tuple[FormerLength, ...] = ()
     """Of a run that was resumed with another length, the oldest first (`forge.plan.lengths`)."""
 
@@ -119,18 +122,24 @@ class Plan(DraftPlan):
 
 
 def make_draft(
-    job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo, files: CorpusFiles | None = None
+    job: JobSpec,
+    *,
+    model: ModelInfo,
+    hardware: HardwareInfo,
+    files: CorpusFiles | None = None,
+    teacher: TeacherInfo | None = None,
 ) -> DraftPlan:
     """Resolve a job whose corpus is not prepared.
 
     Args:
         files: of the corpus, if they were looked at.
+        teacher: of a distillation.
 
     Raises: PlanError if the job cannot be run: more workers than sequences in a batch, sequences longer than the
         model's positions, examples in one row that the model does not keep apart, or a length in epochs, which only
         the corpus turns into steps.
     """
-    return DraftPlan(**_resolved(job, model=model, hardware=hardware, corpus=None, files=files))
+    return DraftPlan(**_resolved(job, model=model, hardware=hardware, corpus=None, files=files, teacher=teacher))
 
 
 def make_plan(
@@ -140,16 +149,18 @@ def make_plan(
     corpus: CorpusInfo,
     hardware: HardwareInfo,
     files: CorpusFiles | None = None,
+    teacher: TeacherInfo | None = None,
 ) -> Plan:
     """Resolve a job.
 
     Args:
         files: of the corpus, if they were looked at.
+        teacher: of a distillation.
 
     Raises: PlanError as `make_draft`, or if the model's vocabulary is smaller than the tokenizer's; DataError if
         the objective predicts tokens and the corpus has a target that is none.
     """
-    resolved = _resolved(job, model=model, hardware=hardware, corpus=corpus, files=files)
+    resolved = _resolved(job, model=model, hardware=hardware, corpus=corpus, files=files, teacher=teacher)
     return Plan(**resolved, corpus=corpus)
 
 
@@ -175,7 +186,8 @@ def plan_to_json(plan: DraftPlan, *, is_file: bool = False) -> str:
     """
     body = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     body["job"] = written_job(plan) if is_file else plan.job.model_dump(mode="json")
-    for name in ("code", "search", "pause_at", "files", "view", "warnings", "templates", "init", "former_lengths"):
+    optional = ("code", "search", "pause_at", "files", "view", "warnings", "templates", "init", "teacher")
+    for name in (*optional, "former_lengths"):
         if body[name] is None or body[name] in ((), {}):
             del body[name]
     body["format_version"] = FORMAT_VERSION
@@ -227,6 +239,7 @@ def _resolved(
     hardware: HardwareInfo,
     corpus: CorpusInfo | None,
     files: CorpusFiles | None,
+    teacher: TeacherInfo | None,
 ) -> dict[str, Any]:
     """Return the fields that a draft and a plan share."""
     _check_model(job, model, corpus)
@@ -237,6 +250,7 @@ def _resolved(
         raise PlanError(f"data.packing: {packing}")
     tokens_per_step = _tokens_per_step(job, corpus)
     state = optimizer_state(groups_of(job.training, model))
+    flops = flops_per_token(model, seq_len=job.data.seq_len, shares=sequence_shares(job, corpus))
     return {
         "job": job,
         "model": model,
@@ -245,9 +259,12 @@ def _resolved(
         "warnings": corpus_warnings(job, files=files, corpus=corpus),
         "total_steps": _total_steps(job, corpus, tokens_per_step=tokens_per_step),
         "tokens_per_step": tokens_per_step,
-        "flops_per_token": flops_per_token(model, seq_len=job.data.seq_len, shares=sequence_shares(job, corpus)),
+        "flops_per_token": flops + (teacher.forward_flops_per_token if teacher is not None else 0),
+        "teacher": teacher,
         "worlds": tuple(
-            _plan_world_size(job, model=model, hardware=hardware, world_size=world_size, state=state)
+            _plan_world_size(
+                job, model=model, hardware=hardware, world_size=world_size, state=state, teacher=teacher
+            )
             for world_size in job.resources.workers
         ),
     }
@@ -262,7 +279,13 @@ def _tokens_per_step(job: JobSpec, corpus: CorpusInfo | None) -> int:
 
 
 def _plan_world_size(
-    job: JobSpec, *, model: ModelInfo, hardware: HardwareInfo, world_size: int, state: OptimizerState
+    job: JobSpec,
+    *,
+    model: ModelInfo,
+    hardware: HardwareInfo,
+    world_size: int,
+    state: OptimizerState,
+    teacher: TeacherInfo | None,
 ) -> WorldSizePlan:
     estimate = partial(
         estimate_memory,
@@ -273,6 +296,7 @@ def _plan_world_size(
         is_on_host=hardware.device == "cpu",
         state=state,
         num_copies=num_copies_in_memory(engine=job.resources.engine, world_size=world_size),
+        teacher=teacher,
     )
     micro = max_micro_batch_size(job.training, estimate=estimate, memory_bytes=hardware.memory_bytes)
     batch = plan_batch(job.training.global_batch_size, world_size=world_size, max_micro_batch_size=micro)

@@ -10,7 +10,7 @@ from forge.config.job import JobSpec
 from forge.config.overrides import trial_job, usual_values
 from forge.config.search import SchedulerSpec, SearcherSpec
 from forge.config.training import TrainingSpec
-from forge.plan.inputs import CodeInfo, CorpusFiles, InitInfo, ModelInfo, SkippedFiles
+from forge.plan.inputs import CodeInfo, CorpusFiles, InitInfo, ModelInfo, SkippedFiles, TeacherInfo
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.data_view import corpus_facts, view_facts
 from forge.report.optimizer_text import optimizer_facts
@@ -86,9 +86,17 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         facts.append(("code", _code(job, plan.code)))
     if plan.init is not None:
         facts.append(("weights", _init(plan.init)))
+    if plan.teacher is not None:
+        facts.append(("teacher", _teacher(plan.teacher)))
     if plan.former_lengths:
         facts.append(("length", _length_change(plan)))
     return facts + [("note", note) for note in plan.model.notes]
+
+
+def _teacher(teacher: TeacherInfo) -> str:
+    size = format_count(teacher.num_parameters)
+    origin = f"from {teacher.source}, digest {teacher.digest[:12]}"
+    return f"{teacher.class_name}, {size} parameters, whole in every worker, {origin}"
 
 
 def _init(init: InitInfo) -> str:

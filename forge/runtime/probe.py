@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from forge.cluster.base import ClusterStatus
@@ -31,8 +32,9 @@ from forge.errors import ClusterError, JobFileError, PlanError
 from forge.foreign import from_record
 from forge.fs import default_cache_dir, write_atomic
 from forge.limits import cpu_name, usable_cpus, usable_memory_bytes
+from forge.plan.flops import flops_per_token
 from forge.plan.gpus import find_gpu
-from forge.plan.inputs import CodeInfo, CorpusInfo, HardwareInfo, ModelInfo
+from forge.plan.inputs import CodeInfo, CorpusInfo, HardwareInfo, ModelInfo, TeacherInfo
 from forge.plan.outputs import outputs_of
 
 
@@ -61,6 +63,55 @@ def inspect_model(
     if "complaint" in answer:
         raise _job_file_error(loaded, **answer["complaint"])
     return from_record(ModelInfo, answer["facts"])
+
+
+def inspect_teacher(loaded: LoadedJob, *, vocabulary: Vocabulary) -> TeacherInfo | None:
+    """Count the teacher of a distillation; None if the job has none.
+
+    Raises: JobFileError if it is no causal language model, or its weights cannot be used.
+    """
+    job, spec = loaded.job, loaded.job.training.distillation
+    if spec.teacher is None:
+        return None
+    request = {
+        "model": ModelSpec(from_pretrained=spec.teacher).model_dump(mode="json"),
+        "vocab_size": vocabulary.size,
+        "seq_len": job.data.seq_len,
+        "eot_id": vocabulary.eot_id,
+        "code": None,
+    }
+    answer = _inspect(request)
+    key = "training.distillation.teacher"
+    if "complaint" in answer:
+        raise loaded.source.error(key, answer["complaint"]["problem"])
+    found = from_record(ModelInfo, answer["facts"])
+    problem = found.look_ahead_problem
+    if job.data.packing == "examples" and found.isolation_problem is not None:
+        problem = f"{found.isolation_problem}, so the examples of a sequence would see each other"
+    if found.max_seq_len is not None and found.max_seq_len < job.data.seq_len:
+        problem = f"it has positions for {found.max_seq_len} tokens, but data.seq_len is {job.data.seq_len}"
+    if found.vocab_size < vocabulary.size:
+        problem = f"it has logits of {found.vocab_size} tokens, but the tokenizer has {vocabulary.size}"
+    if problem is not None:
+        raise loaded.source.error(key, problem)
+    return TeacherInfo(
+        source=spec.teacher,
+        digest=spec.digest or "",
+        class_name=found.class_name,
+        num_parameters=found.num_parameters,
+        forward_flops_per_token=flops_per_token(found, seq_len=job.data.seq_len) // 3,
+        vocab_size=found.vocab_size,
+    )
+
+
+def require_bitsandbytes(loaded: LoadedJob) -> None:
+    """Raises: JobFileError if the optimizer is one of bitsandbytes', which is not installed."""
+    if loaded.job.training.optimizer.name == "adamw-8bit" and find_spec("bitsandbytes") is None:
+        raise loaded.source.error(
+            "training.optimizer.name",
+            "needs the package bitsandbytes, which is not installed: pip install bitsandbytes, here and on every "
+            "machine; or use lion, whose state is half of adamw's",
+        )
 
 
 def hardware(job: JobSpec, *, gpu_there: tuple[str, int] | None = None, is_here: bool = True) -> HardwareInfo:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,10 +36,11 @@ from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_prob
 from forge.plan.search import plan_search
 from forge.plan.warnings import view_warnings
 from forge.runs.reader import read_plan
-from forge.runtime.probe import count_local_slots, hardware, inspect_model
+from forge.runtime.probe import count_local_slots, hardware, inspect_model, inspect_teacher, require_bitsandbytes
 from forge.runtime.resolve_code import resolve_code
 from forge.runtime.resolve_init import init_info, missing_weights, with_init
 from forge.runtime.resolve_reference import reference_notes, with_reference
+from forge.runtime.resolve_teacher import check_teacher_tokenizer
 from forge.runtime.resolve_view import objective_view, view_sample, with_view
 
 _SMALL_BYTES = 1 << 21
@@ -82,11 +82,13 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     job = inputs.trained.job
     if job.training.epochs is not None or must_find_labels(job) or _is_small(job.data, inputs.files):
         return _resolve(inputs, find_hardware=hardware, count_slots=count_local_slots, is_draft=True)
-    model = _inspected(inputs, vocabulary=announced_vocabulary(job.data.tokenizer))
+    vocabulary = announced_vocabulary(job.data.tokenizer)
+    model = _inspected(inputs, vocabulary=vocabulary)
+    teacher = inspect_teacher(inputs.trained, vocabulary=vocabulary)
     _require_isolation(inputs.trained, model)
-    _require_bitsandbytes(inputs.trained)
+    require_bitsandbytes(inputs.trained)
     with _with_lines(inputs.trained):
-        draft = make_draft(job, model=model, hardware=hardware(job), files=inputs.files)
+        draft = make_draft(job, model=model, hardware=hardware(job), files=inputs.files, teacher=teacher)
     view = view_sample(job, data=inputs.data, code_digest=_digest_of(inputs.code))
     more = view_warnings(view, seq_len=job.data.seq_len) if view is not None else ()
     draft = replace(draft, view=view, warnings=draft.warnings + more)
@@ -169,6 +171,7 @@ def _inputs(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None]
         on_progress(PrepareProgress(phase="look"))
     data = _rebased(trained.job.data, folder=loaded.data_folder)
     notes = check_tokenizer(trained)
+    check_teacher_tokenizer(trained)
     _require_special_tokens(trained)
     names = special_token_names(data.tokenizer.from_pretrained) if data.source is None else ()
     names += data.tokenizer.special_tokens if data.source is None else ()
@@ -213,11 +216,13 @@ def _resolve(
     trained, code = inputs.trained, inputs.code
     corpus = _prepared(inputs)
     model = _inspected(inputs, vocabulary=vocabulary_of(corpus), corpus=corpus)
+    teacher = inspect_teacher(trained, vocabulary=vocabulary_of(corpus))
     _require_isolation(trained, model)
-    _require_bitsandbytes(trained)
+    require_bitsandbytes(trained)
     with _with_lines(trained):
+        found = find_hardware(trained.job)
         plan = make_plan(
-            trained.job, model=model, corpus=corpus, hardware=find_hardware(trained.job), files=inputs.files
+            trained.job, model=model, corpus=corpus, hardware=found, files=inputs.files, teacher=teacher
         )
     _require_held_out(plan, inputs.loaded)
     ask = partial(with_reference, only_if_computed=is_draft, on_progress=inputs.on_progress)
@@ -368,16 +373,6 @@ def _require_isolation(loaded: LoadedJob, model: ModelInfo) -> None:
     problem = packing_problem(loaded.job, model)
     if problem is not None:
         raise loaded.source.error("data.packing", problem)
-
-
-def _require_bitsandbytes(loaded: LoadedJob) -> None:
-    """Raises: JobFileError if the optimizer is one of bitsandbytes', which is not installed."""
-    if loaded.job.training.optimizer.name == "adamw-8bit" and find_spec("bitsandbytes") is None:
-        raise loaded.source.error(
-            "training.optimizer.name",
-            "needs the package bitsandbytes, which is not installed: pip install bitsandbytes, here and on every "
-            "machine; or use lion, whose state is half of adamw's",
-        )
 
 
 def _require_held_out(plan: Plan, loaded: LoadedJob) -> None:

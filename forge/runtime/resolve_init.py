@@ -12,24 +12,24 @@ from pathlib import Path
 
 from forge.checkpoint.best import best_scores
 from forge.checkpoint.manifest import step_name
-from forge.checkpoint.source import choose_source, open_source, source_digest
+from forge.checkpoint.source import open_source, source_digest
 from forge.checkpoint.storage import open_storage
-from forge.config.checkpoint_path import is_checkpoint, tokenizer_of
+from forge.config.checkpoint_path import is_checkpoint
 from forge.config.data import TokenizerSpec
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.environment import looked_in
 from forge.errors import ArgumentError, CheckpointError, PlanError
 from forge.plan.inputs import InitInfo
-from forge.runs.checkpoints import locate
 from forge.runs.reader import read_plan
-from forge.runs.remote_ref import read_remote_ref
+from forge.runtime.find_weights import find_weights, is_same_run
+from forge.runtime.resolve_teacher import with_teacher
 
 _KEY = "model.init_from"
 
 
 def with_init(loaded: LoadedJob, *, resume: Path | None = None) -> LoadedJob:
-    """Return a job that names what `model.init_from` stands for in `model.from_pretrained`.
+    """Return a job that names what `model.init_from` stands for in `model.from_pretrained`, and its teacher.
 
     Args:
         resume: folder of a run that is resumed: it keeps the checkpoint that it started from, if that is of the run
@@ -37,15 +37,16 @@ def with_init(loaded: LoadedJob, *, resume: Path | None = None) -> LoadedJob:
 
     Raises: JobFileError if there is no such run, or it has no complete checkpoint.
     """
+    loaded = with_teacher(loaded, resume=resume)
     name = loaded.job.model.init_from
     if name is None:
         return loaded
     try:
-        source, tokenizer = _find(name, root=Path(loaded.job.checkpoint.runs))
+        source, tokenizer = find_weights(name, root=Path(loaded.job.checkpoint.runs))
     except (ArgumentError, CheckpointError, PlanError, OSError, ValueError) as error:
         raise loaded.source.error(_KEY, str(error)) from error
     former = read_plan(resume).job if resume is not None else None
-    if former is not None and _is_same_run(former.model.from_pretrained, source):
+    if former is not None and is_same_run(former.model.from_pretrained, source):
         source, tokenizer = former.model.from_pretrained or "", former.data.tokenizer.from_pretrained or ""
     source_map = loaded.source
     if _KEY in source_map.locations:
@@ -73,36 +74,6 @@ def init_info(job: JobSpec) -> InitInfo | None:
         metric_value=progress.metric_value,
         is_best=bool(best) and step_name(best[0].step) == source.rstrip("/").rpartition("/")[2],
     )
-
-
-def _find(name: str, *, root: Path) -> tuple[str, str]:
-    """Return the absolute path or URL of a checkpoint or exported folder, and the folder of its tokenizer."""
-    if is_checkpoint(name):
-        return _absolute(name), tokenizer_of(_absolute(name))
-    folder = Path(name)
-    if "://" not in name and (folder / "config.json").is_file() and not (folder / "plan.json").exists():
-        return _absolute(name), _absolute(name)
-    found = locate(name, root=root)
-    try:
-        source = _absolute(choose_source(found.url))
-    except CheckpointError as error:
-        run = found.tokenizer.parent if found.tokenizer is not None else None
-        ref = read_remote_ref(run) if run is not None else None
-        if ref is None:
-            raise
-        raise CheckpointError(f"{error}; the run was trained on the cluster '{ref.cluster}'") from error
-    return source, _absolute(str(found.tokenizer)) if found.tokenizer is not None else tokenizer_of(source)
-
-
-def _is_same_run(source: str | None, other: str) -> bool:
-    """Whether two checkpoints are in one folder."""
-    if source is None or not is_checkpoint(source) or not is_checkpoint(other):
-        return False
-    return source.rpartition("/")[0] == other.rpartition("/")[0]
-
-
-def _absolute(source: str) -> str:
-    return source if "://" in source else str(Path(source).absolute())
 
 
 def _rewritten(job: JobSpec, *, source: str, tokenizer: str) -> JobSpec:

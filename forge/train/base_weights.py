@@ -11,12 +11,12 @@ from torch import nn
 
 from forge.checkpoint.manifest import BaseWeights, ModelShape
 from forge.errors import CheckpointError
-from forge.fs import default_cache_dir
+from forge.fs import default_cache_dir, digest_file
 from forge.model.adapter_names import has_adapters
 from forge.model.adapter_weights import AdaptedWeights
 from forge.model.adapters import adapter_layers
 from forge.model.pretrained import PretrainedWeights
-from forge.model.weight_files import DTYPES, WeightFiles, digest_file
+from forge.model.weight_files import DTYPES, WeightFiles
 
 
 def initial_weights(

@@ -132,7 +132,7 @@ class _Reader:
         self._device = torch.device(kind)
         options = BuildOptions(dtype=_DTYPES[request.precision], device=self._device, seed=request.seed)
         self._model = family_of(model).build(model, data, options=options)
-        _load(self._model, weights)
+        load_weights(self._model, weights)
         self._model.to(self._device).eval()
         self._log_probs = PairLogProbs(keeps_examples_apart=request.keeps_examples_apart)
         if request.has_linear_head:
@@ -166,7 +166,8 @@ class _Reader:
                     at += length
 
 
-def _load(model: nn.Module, weights: PretrainedWeights) -> None:
+def load_weights(model: nn.Module, weights: PretrainedWeights) -> None:
+    """Read every parameter of a whole model. Raises: CheckpointError if the weights cannot be read."""
     try:
         for name, parameter in model.named_parameters():
             if name in weights:

@@ -43,6 +43,7 @@ from forge.train.peak import find_peak
 from forge.train.process_group import Rendezvous, join_process_group
 from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import ReplicaClient, Snapshotter
+from forge.train.teacher import build_teacher
 from forge.user_code import use_code
 
 T = TypeVar("T")
@@ -216,20 +217,24 @@ def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_ini
         plan.job.training,
         deepspeed_config=plan.for_world_size(context.world_size).deepspeed,
         data=DataShape.of(plan),
-        objective=build_objective(plan.job.training.objective, context=_objective_context(plan)),
+        objective=build_objective(plan.job.training.objective, context=_objective_context(plan, device=device)),
         device=device,
         skip_init=skip_init,
         has_linear_head=plan.model.has_linear_head,
     )
 
 
-def _objective_context(plan: Plan) -> ObjectiveContext:
+def _objective_context(plan: Plan, *, device: torch.device) -> ObjectiveContext:
+    training = plan.job.training
+    dtype = DTYPES[training.precision]
     return ObjectiveContext(
         training=plan.job.training,
         tokenizer=Path(plan.corpus.folder) / "tokenizer",
         has_positionwise_head=plan.model.has_positionwise_head,
         keeps_examples_apart=plan.model.isolation_problem is None,
         labels=plan.corpus.labels,
+        vocab_size=plan.corpus.vocab_size,
+        teacher=build_teacher(training.distillation, DataShape.of(plan), dtype=dtype, device=device),
     )
 
 

@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
+from forge.fs import digest_file
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.causal_lm import CausalLmFamily
 from forge.model.pretrained import PretrainedWeights
-from forge.model.weight_files import digest_file, open_weight_files
+from forge.model.weight_files import open_weight_files
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97,
