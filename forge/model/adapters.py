@@ -209,7 +209,10 @@ def _as_meta(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, nn.Pa
     try:
         for name in names:
             path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
+            try:
+                module = model.get_submodule(path)
+            except AttributeError:
+                raise ModelError(f"the model has no {path} to adapt") from None
             parameter = module._parameters.get(leaf)
             if parameter is None:
                 raise ModelError(f"the model has no {name} to adapt")

@@ -200,6 +200,7 @@ def test_flops__frozen_weights__are_counted_without_their_gradient(bases: Path) 
         ({"modules": ["model"]}, r"no model\.weight to adapt"),
         ({"modules": ["../../etc"]}, "no ../../etc to adapt"),
         ({"modules": [], "parameters": ["lm_head.bias"]}, r"no lm_head\.bias to adapt"),
+        ({"modules": [], "parameters": ["foo.bar.weight"]}, r"no foo\.bar to adapt"),
     ],
 )
 def test_adapters_of_a_checkpoint__that_no_forge_wrote__are_refused(
