@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FAST = ("cluster", "controller_scale", "data", "kills")
+FAST = ("controller_scale", "data")
 SLOW = (
     "checkpoint",
+    "cluster",
     "cold_start",
     "elastic_replay",
     "ema",
     "finetune",
+    "kills",
     "lora",
     "recovery",
     "snapshot_overhead",

@@ -54,7 +54,7 @@ def test_end_of_a_run__finished__hint_fits_the_job(tmp_path: Path, events: list[
 
 
 def test_generate__says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = {"step": 3, "prompt": "a", "text": "b", "generate_s": 2.0}
+    answer = {"step": 3, "prompt": "a", "text": "b", "generate_s": 2.0, "continues": True}
     monkeypatch.setattr(torch_subprocess, "_run", lambda *_, **__: dict(answer))
     folder = make_run(tmp_path)
     done = CliRunner().invoke(app, ["generate", str(folder)])

@@ -161,7 +161,7 @@ def test_load_job__scalar__is_read_as_yaml_1_2(write: Callable[[str], Path], wri
             "seq_len: 64",
             "seq_len: 64\n  tokenizer: {zzz: 1}",
             "job.yaml:7: data.tokenizer.zzz: unknown key; the keys of 'data.tokenizer' are "
-            "train, vocab_size, special_tokens, from_pretrained",
+            "train, vocab_size, special_tokens, from_pretrained, add_tokens",
         ),
         (
             "source: python-stdlib",

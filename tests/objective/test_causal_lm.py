@@ -121,7 +121,7 @@ def test_loss__rows_joined_for_flash_attention__is_the_same(monkeypatch: pytest.
     module = module_of("llama", attention="sdpa", chunked=chunked)
     rows = module.objective.batch(packed(random_examples()))
     expected = module(rows)
-    monkeypatch.setattr(causal_lm, "_is_flash", lambda model: True)
+    monkeypatch.setattr(causal_lm, "is_flash", lambda model: True)
     torch.testing.assert_close(module(rows), expected)
 
 

@@ -33,7 +33,9 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FORGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        resolve, "inspect_model", lambda *_, vocab_size, **__: tiny_facts(vocab_size=vocab_size, max_seq_len=64)
+        resolve,
+        "inspect_model",
+        lambda *_, vocabulary, **__: tiny_facts(vocab_size=vocabulary.size, max_seq_len=64),
     )
     Path("job.yaml").write_text(JOB)
 

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.checkpoint import storage_fs, writer_process
-from forge.checkpoint.intervals import ITEM_BYTES, KINDS, Interval, Layout, pack
+from forge.checkpoint.intervals import ITEM_BYTES, Interval, Layout, pack
 from forge.checkpoint.manifest import ModelShape, Parameter, Progress, state_bytes
 from forge.checkpoint.reader import list_checkpoints
 from forge.checkpoint.snapshot_buffer import NUM_SLOTS, create_snapshot_buffer
@@ -76,8 +76,9 @@ writer.main()
 """
 
 _TRAINED = {"embed.weight": 60_000, "layers.0.weight": 30_000, "norm.weight": 257}
+_KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 _STATE = [
-    *(("F32", kind, name, n) for kind in KINDS if kind not in ("frozen", "buffer") for name, n in _TRAINED.items()),
+    *(("F32", kind, name, n) for kind in _KINDS for name, n in _TRAINED.items()),
     ("BF16", "frozen", "old.weight", 5_001),
     ("F32", "buffer", "inv_freq", 33),
 ]

@@ -47,7 +47,7 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(name.removeprefix("step-")) for name in list_checkpoints(open_storage(str(folder))))
 
 
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (3, 3)])
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), pytest.param(3, 3, marks=pytest.mark.slow)])
 def test_keep_best__loss_rises_again__keeps_the_step_of_the_lowest_and_the_last(
     corpus: CorpusInfo, tmp_path: Path, world_size: int, stage: int
 ) -> None:

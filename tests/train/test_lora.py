@@ -138,9 +138,9 @@ DROPOUT, DORA = ALL | {"dropout": 0.2}, ALL | {"dora": True}
 @pytest.mark.parametrize(
     ("lora", "stage", "world_size"),
     [
-        (DROPOUT, 2, 3),
         (DROPOUT, 3, 2),
-        (DORA, 3, 2),
+        pytest.param(DROPOUT, 2, 3, marks=pytest.mark.slow),
+        pytest.param(DORA, 3, 2, marks=pytest.mark.slow),
         *(
             pytest.param(lora, stage, world_size, marks=pytest.mark.slow)
             for lora in (DROPOUT, DORA)
@@ -202,7 +202,8 @@ def test_resume__another_rank__is_refused_by_name(base: Path, corpus: CorpusInfo
         run_ranks(plan_of(base, corpus, ALL | {"alpha": 9}), tmp_path, world_size=1)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_train__experts_in_one_tensor__has_the_losses_of_one_rank(
     corpus: CorpusInfo, tmp_path: Path, stage: int
 ) -> None:

@@ -211,6 +211,7 @@ def test_losses__any_world_size_and_stage__are_those_of_one_rank(
         assert_losses(found, expected[optimizer], optimizer=optimizer)
 
 
+@pytest.mark.slow  # test_state and test_optimizer_8bit hold the same for the quick set
 def test_resume__another_world_size_and_stage__keeps_the_curve(
     corpus: CorpusInfo, tmp_path: Path, expected: dict[str, list[float]]
 ) -> None:

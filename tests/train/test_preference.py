@@ -39,8 +39,9 @@ def plan_of(corpus: CorpusInfo, *, stage: int, **changes: Any) -> Plan:
 
 @pytest.mark.parametrize(
     "objective",
-    ["adapters_off", pytest.param("orpo", marks=pytest.mark.slow), pytest.param("reward", marks=pytest.mark.slow)],
+    ["adapters_off", "orpo", "reward"],
 )
+@pytest.mark.slow  # test_reference trains preference pairs at several world sizes in the quick set
 def test_train__any_world_size_and_stage__losses_are_equal_and_a_resize_keeps_the_curve(
     corpus: CorpusInfo, base: Path, tmp_path: Path, objective: str
 ) -> None:
