@@ -131,7 +131,7 @@ def _chosen(
     chosen: list[int] = []
     for index in draw.permutation(len(words)).tolist():
         word = words[index]
-        if not chosen or len(chosen) + len(word) <= count:  # a long first word is taken, so that there is one
+        if not chosen or len(chosen) + len(word) <= count:  # the first is taken whatever its length
             chosen += word
         if len(chosen) >= count:
             break
