@@ -360,6 +360,14 @@ def start(words: Path, cache_dir: Path) -> subprocess.Popen[str]:
     return process
 
 
+def answer_of(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a process of `start` printed, until its end. `communicate` would miss what `readline` has read ahead."""
+    assert process.stdout is not None and process.stderr is not None
+    answer = process.stdout.read(), process.stderr.read()
+    process.wait(timeout=60)
+    return answer
+
+
 @contextmanager
 def fork(action: Callable[[], object]) -> Iterator[int]:
     """A child that does one thing, forked so that it starts in no time; its pid."""
@@ -417,7 +425,7 @@ def test_leftovers_of_another_dead_preparation_are_removed_and_live_ones_stay(wo
 def test_two_at_once_build_one_cache_and_agree(words: Path, tmp_path: Path) -> None:
     write_documents(words, texts_of(words) * 20)
     both = [start(words, tmp_path / "cache") for _ in range(2)]
-    answers = [process.communicate(timeout=60) for process in both]
+    answers = [answer_of(process) for process in both]
     assert [process.returncode for process in both] == [0, 0], answers
     assert answers[0][0] == answers[1][0]
     assert answers[0][1] == answers[1][1] == ""
