@@ -45,7 +45,12 @@ GROUPS = (
     Group(name="runs sharing a cluster", tests=("tests/elastic/test_sharing.py",)),
     Group(
         name="faults",
-        tests=("tests/elastic/test_faults.py", "tests/elastic/test_soak.py", "tests/elastic/test_late_commit.py"),
+        tests=(
+            "tests/elastic/test_faults.py",
+            "tests/elastic/test_soak.py",
+            "tests/elastic/test_late_commit.py",
+            "tests/elastic/test_lora.py",
+        ),
     ),
     Group(name="membership histories", tests=("tests/elastic/test_histories.py",)),
     Group(name="fork server", tests=("tests/elastic/test_fork_server.py",)),
@@ -68,7 +73,10 @@ GROUPS = (
     Group(name="benchmarks", tests=("tests/benchmarks/test_benchmarks_run.py",)),
     # For FORGE_FUZZ_SECONDS per kind of input.
     Group(name="fuzzing", tests=("tests/fuzz", "-mnot slow"), limit_s=6 * _FUZZ_S + 1800.0),
-    Group(name="training and checkpoints", tests=("tests/train", "tests/checkpoint", "tests/data", "tests/cli")),
+    Group(
+        name="training and checkpoints",
+        tests=("tests/train", "tests/checkpoint", "tests/data", "tests/cli", "tests/serve"),
+    ),
 )
 
 

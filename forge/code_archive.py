@@ -4,8 +4,8 @@ An archive is an uncompressed tar file with sorted names and no times or owners,
 bytes. Its digest covers names and contents. It is unpacked into `<cache>/code/<digest>`, a folder that only its
 owner can write, and is used from there only if its files still have that digest. Nothing is imported here.
 
-Whenever code is unpacked, what no process has used for `UNUSED_DAYS` is removed from the cache, and logged. Each use
-sets the time of the folder, and a process that imports from it holds a shared lock on it until it ends.
+Whenever code is unpacked, what no process has used for `UNUSED_DAYS` is removed from the cache, and logged. Each
+use sets the time of the folder, and a process that imports from it holds a shared lock on it until it ends.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_smoothed_lm__padding_and_two_halves__agree_with_torch_and_add_up(home: 
     assert whole.metrics["accuracy"].sum == hits == sum(half.metrics["accuracy"].sum for half in halves)
 
 
-@pytest.mark.slow  # the other example takes the same path
+@pytest.mark.slow  # tests/runtime/test_user_code_end_to_end.py takes the same path
 def test_custom_model__trained_by_two_workers__learns_and_writes_text(home: Path) -> None:
     source = home / "examples" / "custom-model" / "src" / "my_models.py"
     source.write_text(source.read_text() + "\nprint('noise')\n")  # must not end up in any answer
@@ -134,6 +134,7 @@ def test_custom_model__trained_by_two_workers__learns_and_writes_text(home: Path
     assert not (home / "cache" / "code").exists()
 
 
+@pytest.mark.slow  # tests/runtime/test_user_code_end_to_end.py takes the same path
 def test_custom_objective__trained_by_two_workers__learns_and_reports_its_metric(home: Path) -> None:
     folder = train(home, "custom-objective")
     records = read_metrics(folder)

@@ -157,6 +157,7 @@ def test_train__any_stage_and_world_size__has_the_losses_of_one_rank(
     assert many.losses == pytest.approx(one.losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_resume__another_world_size_and_stage__keeps_the_curve(
     base: Path, corpus: CorpusInfo, tmp_path: Path
 ) -> None:
