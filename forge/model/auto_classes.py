@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -15,11 +15,13 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    EncoderDecoderModel,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
 
+from forge.model import composite
 from forge.model.transformer_2017 import ARCHITECTURE, Transformer2017ForConditionalGeneration
 from forge.objective.registry import AutoClass
 
@@ -51,6 +53,21 @@ class _HeadlessModel:
         return built
 
 
+class _EncoderDecoder:
+    """transformers' `AutoModelForSeq2SeqLM`; an encoder that was named by itself has no pooling layer."""
+
+    @staticmethod
+    def from_config(config: PretrainedConfig, *, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+        if config.model_type != composite.ARCHITECTURE:
+            return cast(
+                PreTrainedModel,
+                AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=trust_remote_code, **options),
+            )
+        encoder = _HeadlessModel.from_config(config.encoder, trust_remote_code=trust_remote_code, **options)
+        decoder = AutoModelForCausalLM.from_config(config.decoder, trust_remote_code=trust_remote_code, **options)
+        return EncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)
+
+
 _TEXT_MODELS = {
     **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     **modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -68,7 +85,7 @@ AUTO_CLASSES: Mapping[AutoClass, AutoModel] = {
         noun="masked language model",
     ),
     "AutoModelForSeq2SeqLM": AutoModel(
-        cls=AutoModelForSeq2SeqLM,
+        cls=_EncoderDecoder,
         architectures={
             **modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
             ARCHITECTURE: Transformer2017ForConditionalGeneration.__name__,

@@ -20,13 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from forge.model.composite import encoder_of
+
 
 def has_dropout(config: PretrainedConfig) -> bool:
     """Whether any of a config's dropout rates is above zero."""
-    values = config.get_text_config().to_dict()
     return any(
         isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-        for key, value in values.items()
+        for part in (config.get_text_config(), encoder_of(config))
+        for key, value in part.to_dict().items()
         if "drop" in key
     )
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from forge.model.auto_classes import AUTO_CLASSES, build_on_meta
+from forge.model.composite import PARTS
 from forge.model.seq2seq import seq2seq_logits
 from forge.objective.registry import AutoClass
 from forge.process import one_line
@@ -179,7 +180,7 @@ def _shrunk(body: Mapping[str, Any], *, seq_len: int, is_narrow: bool) -> dict[s
     kept = list(kept) if len(kept) > 1 or num_layers < 2 else [0, 1]
     small: dict[str, Any] = {}
     for key, value in body.items():
-        if isinstance(value, dict) and key.endswith("_config"):
+        if isinstance(value, dict) and (key.endswith("_config") or key in PARTS):
             value = _shrunk(value, seq_len=seq_len, is_narrow=is_narrow)
         elif isinstance(value, list) and num_layers > 1 and len(value) == num_layers:
             value = [value[index] for index in kept]

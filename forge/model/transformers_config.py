@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from forge.environment import looked_in
 from forge.errors import CheckpointError, ModelError, PlanError
 from forge.foreign import parse_json
 from forge.model.auto_classes import AUTO_CLASSES
+from forge.model.composite import ARCHITECTURE, PARTS, check_parts, part_keys
 from forge.model.families.base import DataShape
 from forge.model.weight_files import lfs_problem
 from forge.objective.registry import AutoClass
@@ -42,7 +44,7 @@ def build_config(spec: ModelSpec, data: DataShape) -> PretrainedConfig:
             given = {"vocab_size": data.vocab_size, **given}
         config = _with_overrides(config, given, source=spec.from_pretrained) if given else config
     else:
-        config = _new_config(spec.architecture, given, data=data)
+        config = _new_model_config(spec.architecture, given, data=data)
     if AUTO_CLASSES[data.auto_class].has_labels:
         _set_labels(config, data, given=given)
     _check_attention(config)
@@ -84,11 +86,22 @@ def check_keys(spec: ModelSpec, *, auto_class: AutoClass) -> None:
     if AUTO_CLASSES[auto_class].has_labels and of_data:
         problem = "follows from the labels of the data and the objective; leave it out"
         raise ModelError(problem, key=of_data[0], more_keys=tuple(of_data[1:]))
+    if spec.architecture == ARCHITECTURE:
+        check_parts(spec.config_overrides)
+        for name in PARTS:
+            part = spec.config_overrides[name]
+            _require_known(AutoConfig.for_model(part["architecture"]), part.keys() - {"architecture"}, f"{name}.")
+    _require_known(config, spec.config_overrides)
+
+
+def _require_known(config: PretrainedConfig, given: Iterable[str], prefix: str = "") -> None:
+    """Raises: ModelError if a config has no such keys; `prefix` is that of their names in the job."""
     known = _config_keys(config)
-    unknown = [key for key in spec.config_overrides if key not in known]
+    unknown = [prefix + key for key in given if key not in known]
     if unknown:
         problem = f"{type(config).__name__} has no such key"
-        raise ModelError(problem, key=unknown[0], more_keys=tuple(unknown[1:]), choices=tuple(sorted(known)))
+        choices = tuple(sorted(prefix + key for key in known))
+        raise ModelError(problem, key=unknown[0], more_keys=tuple(unknown[1:]), choices=choices)
 
 
 def load_config(source: str) -> PretrainedConfig:
@@ -179,6 +192,21 @@ def _read_table(path: Path) -> dict[str, Any]:
     return body
 
 
+def _new_model_config(architecture: str | None, given: Mapping[str, Any], *, data: DataShape) -> PretrainedConfig:
+    if architecture != ARCHITECTURE:
+        return _new_config(architecture, given, data=data)
+    check_parts(given)
+    parts = {
+        name: _new_config(
+            given[name]["architecture"],
+            {"pad_token_id": data.pad_id, "max_position_embeddings": data.seq_len + 1} | part_keys(given, name),
+            data=replace(data, auto_class="AutoModel"),
+        ).to_dict()
+        for name in PARTS
+    }
+    return _new_config(architecture, dict(given) | parts, data=data)
+
+
 def _new_config(architecture: str | None, given: Mapping[str, Any], *, data: DataShape) -> PretrainedConfig:
     try:
         base = AutoConfig.for_model(architecture)
@@ -190,7 +218,7 @@ def _new_config(architecture: str | None, given: Mapping[str, Any], *, data: Dat
         derived = {
             key: value
             for key, value in derived.items()
-            if (hasattr(base, key) or key == "decoder_start_token_id")
+            if (hasattr(base, key) or key in ("decoder_start_token_id", "eos_token_id", "bos_token_id"))
             and base.attribute_map.get(key, key) not in names
         }
         return AutoConfig.for_model(architecture, **(derived | dict(given)))

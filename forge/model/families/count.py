@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from forge.model.adapter_names import unwrapped_name
+from forge.model.composite import encoder_of
 from forge.model.families.base import DataShape, parameter_counts
 from forge.model.isolation import isolation_problem
 from forge.objective.registry import AutoClass
@@ -51,6 +52,7 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
     is_seq2seq = of_sources is not None
     decoders = (getattr(text, key, None) for key in ("num_decoder_layers", "decoder_layers"))
     num_decoder_layers = next((count for count in decoders if count), text.num_hidden_layers)
+    num_encoder_layers = encoder_of(config).num_hidden_layers
     return ModelInfo(
         architecture=config.model_type,
         class_name=type(model).__name__,
@@ -59,8 +61,8 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
         num_frozen_matmul_parameters=frozen,
         num_source_matmul_parameters=sources,
         num_frozen_source_matmul_parameters=frozen_sources,
-        num_encoder_layers=text.num_hidden_layers if is_seq2seq else 0,
-        num_layers=text.num_hidden_layers + (num_decoder_layers if is_seq2seq else 0),
+        num_encoder_layers=num_encoder_layers if is_seq2seq else 0,
+        num_layers=num_encoder_layers + (num_decoder_layers if is_seq2seq else 0),
         hidden_size=text.hidden_size,
         intermediate_size=_width_of_mlp(text),
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
