@@ -4,8 +4,8 @@
 
 A random Llama (of `mlm` a random BERT) of 4 layers of 256, a vocabulary of 4,096, rows of 256 tokens, 16 rows a
 step, bf16, ZeRO 1, two workers; random records whose lengths vary. forge runs as a user runs it: `forge train` with
-Ray, recorder and screen. The peers run under torchrun with DeepSpeed, torch's fused AdamW and plain attention, the
-fastest for short rows on CPU.
+Ray, recorder and screen. The peers run under torchrun, with DeepSpeed and with DistributedDataParallel, with
+torch's fused AdamW and plain attention, the fastest for short rows on CPU.
 
     sft    chat, packed, loss on the assistant's turns: TRL's SFTTrainer with both ways of packing
     lora   the same with LoRA of rank 8 on all linear layers: SFTTrainer with peft
@@ -42,13 +42,14 @@ RATIOS = {
     "dpo": ("ratio_vs_dpo_trainer", "≥ 1.3"),
     "mlm": ("ratio_vs_trainer_mlm", "≥ 1.2"),
 }
+_PACKED = ({"packing": "bfd", "micro": 1}, {"packing": "wrapped", "micro": 8})
 _PEERS: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
-    "sft": ("trl_trainer", ({"packing": "bfd", "micro": 1}, {"packing": "wrapped", "micro": 8})),
-    "lora": ("trl_trainer", ({"packing": "bfd", "micro": 1}, {"packing": "wrapped", "micro": 8})),
+    "sft": ("trl_trainer", _PACKED),
+    "lora": ("trl_trainer", _PACKED),
     "dpo": ("trl_trainer", ({"micro": 2}, {"micro": 8})),
     "mlm": ("mlm_trainer", ({"micro": 8},)),
 }
-"""Program and variants of the peer of each kind of work."""
+"""Program and variants of the peer of each kind of work; each runs with and without DeepSpeed."""
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ def measure(kind: str, *, folder: Path, steps: int, repeats: int) -> tuple[dict[
     for _ in range(repeats):
         speed, padding = run_forge(kind, folder=folder, steps=steps)
         speeds["forge"].append(speed)
-        for variant in variants:
+        for variant in ({**one, "deepspeed": on} for one in variants for on in (True, False)):
             name = " ".join([module, *(f"{key}={value}" for key, value in variant.items())])
             request = {"kind": kind, "base": str(folder / "base"), "records": str(folder / "records.jsonl")}
             request |= {"seq_len": SEQ_LEN, "batch": BATCH, "warm_up": WARM_UP, "steps": steps, **variant}

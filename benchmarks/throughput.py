@@ -5,12 +5,13 @@
 A small Llama (4 layers of 256, vocabulary 8,192, sequences of 256), 16 sequences a step, bf16, ZeRO 1,
 two workers. forge runs as a user runs it: `forge train` with Ray, recorder, W&B (offline) and screen.
 The peers run only their loop under torchrun, each as usually written and also tuned to forge's defaults on CPU:
-torch's fused AdamW, and plain attention for short sequences. Ratios are relative to the faster.
+torch's fused AdamW, and plain attention for short sequences. Ratios are relative to the fastest.
 
     forge            defaults: chunked cross entropy
     forge plain      the transformers model's own loss; the same arithmetic as the peers'
     bare             a bare DeepSpeed loop
     trainer          transformers' Trainer with DeepSpeed
+    trainer ddp      the same with DistributedDataParallel, tuned: autocast over fp32 weights
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ MODEL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-CONTENDERS = ("forge", "forge plain", "bare", "bare tuned", "trainer", "trainer tuned")
+CONTENDERS = ("forge", "forge plain", "bare", "bare tuned", "trainer", "trainer tuned", "trainer ddp")
 KINDS = ("forge", "bare", "trainer")
 AIMS = {"overhead_ratio": "≥ 0.98", "ratio_vs_bare": "≥ 1.15", "ratio_vs_hf_trainer": "≥ 1.2", "mfu": "≥ 0.45"}
 
@@ -69,7 +70,7 @@ def run(contender: str, *, folder: Path, steps: int) -> dict[str, float]:
     if kind == "forge":
         return run_forge(folder, steps=steps, cross_entropy=variant or "chunked")
     module = {"bare": "deepspeed_loop", "trainer": "hf_trainer"}[kind]
-    return run_peer(module, steps=steps, is_tuned=variant == "tuned")
+    return run_peer(module, steps=steps, variant=variant)
 
 
 def run_forge(folder: Path, *, steps: int, cross_entropy: str) -> dict[str, float]:
@@ -117,7 +118,7 @@ def run_forge(folder: Path, *, steps: int, cross_entropy: str) -> dict[str, floa
     }
 
 
-def run_peer(module: str, *, steps: int, is_tuned: bool) -> dict[str, float]:
+def run_peer(module: str, *, steps: int, variant: str) -> dict[str, float]:
     """Run a peer under torchrun; its last line is its result."""
     request: dict[str, Any] = {
         "model": {"model_type": "llama", **MODEL},
@@ -127,8 +128,9 @@ def run_peer(module: str, *, steps: int, is_tuned: bool) -> dict[str, float]:
         "lr": 1e-3,
         "warm_up": WARM_UP,
         "steps": steps,
-        "fused": is_tuned,
-        "attention": "eager" if is_tuned else "sdpa",
+        "fused": bool(variant),
+        "attention": "eager" if variant else "sdpa",
+        "deepspeed": variant != "ddp",
     }
     output = run_under_torchrun(module, world_size=WORKERS, request=request, stdout=subprocess.PIPE, quiet=True)
     answer: dict[str, float] = json.loads(output.splitlines()[-1])
@@ -155,7 +157,7 @@ def report(runs: dict[str, list[dict[str, float]]], *, json_path: Path | None) -
 
 
 def _fastest(speeds: dict[str, Measured], kind: str) -> float | None:
-    """Return tokens/s of the faster variant of a contender; None if it did not run."""
+    """Return tokens/s of the fastest variant of a contender; None if it did not run."""
     return max((speed.median for name, speed in speeds.items() if name.partition(" ")[0] == kind), default=None)
 
 

@@ -1,23 +1,21 @@
-"""The transformers Trainer with DeepSpeed, on the same model and batch.
+"""The transformers Trainer on the same model and batch, with its default optimizer, torch's fused AdamW.
 
     python -m torch.distributed.run --nproc_per_node 2 -m benchmarks.peers.hf_trainer REQUEST
 
-REQUEST as for `deepspeed_loop`. Rank 0 prints `{"tokens_per_s": ...}` as its last line.
+REQUEST as for `deepspeed_loop`, without `fused`, and `deepspeed`: else DistributedDataParallel. Rank 0 prints
+`{"tokens_per_s": ...}` as its last line.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 import time
-
-os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ["ACCELERATE_USE_CPU"] = "1"
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.peers.trainer_arguments import require_engine, trainer_arguments
 
 
 class Tokens(torch.utils.data.Dataset):
@@ -52,44 +50,23 @@ def main() -> None:
     torch.set_num_threads(1)
     vocab_size, seq_len, micro = request["vocab_size"], request["seq_len"], request["micro_batch_size"]
     config = AutoConfig.for_model(**request["model"], vocab_size=vocab_size, max_position_embeddings=seq_len)
-    settings = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "zero_optimization": {"stage": 1},
-        "bf16": {"enabled": True},
-        "gradient_clipping": 1.0,
-        "steps_per_print": 10**9,
-    }
-    if not request["fused"]:
-        settings["optimizer"] = {"type": "AdamW", "params": {"lr": request["lr"], "torch_adam": True}}
-        settings["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 1}}
-    arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=micro,
-        max_steps=request["warm_up"] + request["steps"],
-        learning_rate=request["lr"],
-        bf16=True,
-        use_cpu=True,
-        deepspeed=settings,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=10,
-        max_grad_norm=1.0,
-        ddp_backend="gloo",
-        disable_tqdm=True,
-        optim="adamw_torch_fused" if request["fused"] else "adamw_torch",
-        lr_scheduler_type="constant",
+    arguments = trainer_arguments(
+        deepspeed=request["deepspeed"],
+        micro=micro,
+        steps=request["warm_up"] + request["steps"],
+        lr=request["lr"],
     )
     stopwatch = Stopwatch(warm_up=request["warm_up"], steps=request["steps"])
     trainer = Trainer(
         model=AutoModelForCausalLM.from_config(config, attn_implementation=request["attention"]),
-        args=arguments,
+        args=TrainingArguments(**arguments),
         train_dataset=Tokens(vocab_size=vocab_size, seq_len=seq_len),
         callbacks=[stopwatch],
     )
+    require_engine(trainer, deepspeed=request["deepspeed"])
     trainer.train()
-    if arguments.process_index == 0:
-        tokens = request["steps"] * micro * arguments.world_size * seq_len
+    if trainer.args.process_index == 0:
+        tokens = request["steps"] * micro * trainer.args.world_size * seq_len
         print(json.dumps({"tokens_per_s": tokens / stopwatch.seconds}), flush=True)
 
 

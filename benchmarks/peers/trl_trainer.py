@@ -1,9 +1,10 @@
-"""TRL's SFTTrainer or DPOTrainer with DeepSpeed, with or without peft's LoRA, on given records.
+"""TRL's SFTTrainer or DPOTrainer, with or without peft's LoRA, on given records.
 
     python -m torch.distributed.run --nproc_per_node 2 -m benchmarks.peers.trl_trainer REQUEST
 
 REQUEST: JSON with `kind` (sft, lora, dpo), `base`, `records`, `seq_len`, `batch` and `micro` (rows of a step and of
-a forward pass of one rank), `packing` (a strategy of SFTConfig), `warm_up`, `steps`. Rank 0 prints
+a forward pass of one rank), `packing` (a strategy of SFTConfig), `deepspeed` (else DistributedDataParallel),
+`warm_up`, `steps`. Rank 0 prints
 `{"tokens_per_s": ..., "pairs_per_s": ...}` as its last line; tokens without padding.
 """
 
@@ -12,26 +13,27 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
+from pathlib import Path
 from typing import Any
-
-os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ["ACCELERATE_USE_CPU"] = "1"
 
 import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.peers.hf_trainer import Stopwatch
+from benchmarks.peers.trainer_arguments import require_engine, trainer_arguments
 
 
 def main() -> None:
     request = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    records = load_dataset("json", data_files=request["records"], split="train", cache_dir=tempfile.mkdtemp())
+    # One folder for all ranks: there rank 0 leaves the log-probabilities of the reference for the others.
+    cache_dir = str(Path(request["records"]).with_suffix(".cache"))
+    records = load_dataset("json", data_files=request["records"], split="train", cache_dir=cache_dir)
     model = AutoModelForCausalLM.from_pretrained(request["base"], attn_implementation="eager")
     stopwatch = Stopwatch(warm_up=request["warm_up"], steps=request["steps"])
     trainer, tokens_per_row = _trainer(request, model=model, records=records, stopwatch=stopwatch)
+    require_engine(trainer, deepspeed=request["deepspeed"])
     trainer.train()
     if trainer.args.process_index == 0:
         rows = request["steps"] * request["batch"]
@@ -45,33 +47,13 @@ def main() -> None:
 def _trainer(request: dict[str, Any], *, model: Any, records: Any, stopwatch: Stopwatch) -> tuple[Any, float]:
     """Build the trainer. Returns: it, and the mean tokens of a row."""
     world_size = int(os.environ["WORLD_SIZE"])
-    shared: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": request["micro"],
-        "gradient_accumulation_steps": request["batch"] // world_size // request["micro"],
-        "max_steps": request["warm_up"] + request["steps"],
-        "learning_rate": 1e-3,
-        "bf16": True,
-        "use_cpu": True,
-        "deepspeed": {
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "zero_optimization": {"stage": 1},
-            "bf16": {"enabled": True},
-            "gradient_clipping": 1.0,
-            "steps_per_print": 10**9,
-        },
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 10,
-        "max_grad_norm": 1.0,
-        "ddp_backend": "gloo",
-        "disable_tqdm": True,
-        "optim": "adamw_torch_fused",
-        "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
-        "max_length": request["seq_len"],
-    }
+    shared = trainer_arguments(
+        deepspeed=request["deepspeed"],
+        micro=request["micro"],
+        accumulate=request["batch"] // world_size // request["micro"],
+        steps=request["warm_up"] + request["steps"],
+        lr=1e-3,
+    ) | {"gradient_checkpointing": False, "max_length": request["seq_len"]}
     tokenizer = AutoTokenizer.from_pretrained(request["base"])
     common = {"model": model, "train_dataset": records, "processing_class": tokenizer, "callbacks": [stopwatch]}
     if request["kind"] == "dpo":
