@@ -84,9 +84,14 @@ class ModelShape:
     config: Mapping[str, Any]
     """The transformers config, which makes a checkpoint self-contained; empty for any other model."""
     base: BaseWeights | None = None
-    """Source of the values of kind `base`; None without such parameters."""
+    """The weights that parameters of kind `base` are read from, or that the objective compares the model with."""
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The fields of `forge.model.adapters.AdapterConfig`; empty without adapters."""
+
+    @property
+    def values_base(self) -> BaseWeights | None:
+        """`base` if values of parameters are read from it."""
+        return self.base if any(one.kind == "base" for one in self.parameters.values()) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,9 +278,9 @@ def base_difference(held: BaseWeights | None, wanted: BaseWeights | None) -> str
         now = wanted.files.get(name)
         if now != digest:
             change = f"had the digest {digest}, now {now}" if now else "is missing"
-            return f"{name} of {held.source}, which the frozen parameters were taken from, {change}"
+            return f"{name} of {held.source}, which frozen parameters or the reference are taken from, {change}"
     extra = min(set(wanted.files) - set(held.files))
-    return f"{held.source}, which the frozen parameters were taken from, now has {extra} as well"
+    return f"{held.source}, which frozen parameters or the reference are taken from, now has {extra} as well"
 
 
 def part_record(part: Part) -> dict[str, Any]:

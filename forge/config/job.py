@@ -184,19 +184,31 @@ class JobSpec(Section):
                 "or model.init_from; train without one with objective: orpo"
             )
             yield FieldError("training.objective", problem, depends_on=("model",))
-        if self.training.dpo.reference != "adapters_off":
-            if lora is not None and lora.quantize != "none":
-                problem = "must be adapters_off with model.lora.quantize: the reference is quantised too"
-                yield FieldError(
-                    "training.dpo.reference", problem, nearest="adapters_off", depends_on=("model.lora",)
-                )
-            return
         if lora is None:
-            problem = "adapters_off needs model.lora: without adapters the model itself changes"
-            yield FieldError("training.dpo.reference", problem, nearest="precomputed", depends_on=("model",))
-        elif lora.modules_to_save:
-            problem = "adapters_off is no reference beside model.lora.modules_to_save, whose weights change"
-            yield FieldError("training.dpo.reference", problem, nearest="precomputed", depends_on=("model.lora",))
+            return
+        if self.training.dpo.reference == "stored" and lora.quantize != "none":
+            problem = "must be live with model.lora.quantize: the reference is quantised too"
+            yield FieldError("training.dpo.reference", problem, nearest="live", depends_on=("model.lora",))
+        if self.training.dpo.reference == "live" and lora.modules_to_save:
+            problem = "live is no reference beside model.lora.modules_to_save, whose weights change"
+            yield FieldError("training.dpo.reference", problem, nearest="stored", depends_on=("model.lora",))
+
+    @property
+    def has_live_reference(self) -> bool:
+        """Whether the objective asks a reference model in every step."""
+        objective = OBJECTIVES.get(self.training.objective)
+        has_one = objective is not None and objective.has_reference_model
+        return has_one and self.training.dpo.reference == "live"
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether every worker holds a reference beside the model; under adapters the model itself is one."""
+        return self.has_live_reference and self.model.lora is None
+
+    @property
+    def holds_teacher(self) -> bool:
+        """Whether every worker holds the teacher of a distillation."""
+        return self.training.distillation.teacher is not None
 
     @property
     def user_classes(self) -> dict[str, str]:

@@ -29,10 +29,11 @@ class DpoSpec(Section):
     """Share of the pairs that are taken to be labelled the wrong way round; only with `sigmoid`, which becomes
     conservative DPO, and `robust`."""
 
-    reference: Literal["precomputed", "adapters_off"] = "precomputed"
-    """How the reference, the model of `from_pretrained`, is asked. `precomputed`: its log-probabilities are
-    computed once, before training starts, and stored with the prepared data; no worker holds it. `adapters_off`:
-    only with `model.lora`: in every step, by the model without its adapters, which takes one more forward pass."""
+    reference: Literal["stored", "live"] = "stored"
+    """How the reference, the model of `from_pretrained`, is asked. `stored`: its log-probabilities are computed
+    once, before training starts, and stored with the prepared data; no worker holds it. `live`: in every step, with
+    one more forward pass: by the model without its adapters under `model.lora`, otherwise by a second model
+    that every worker holds whole, in `training.precision`."""
 
     @model_validator(mode="after")
     def _smooths_a_loss_that_has_it(self) -> DpoSpec:

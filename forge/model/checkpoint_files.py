@@ -87,7 +87,7 @@ def _open_checkpoint(source: str, *, depth: int) -> WeightFiles:
             f"model.from_pretrained: {source} holds adapters, not the weights of a model: export them merged "
             "(forge checkpoints export RUN --to FOLDER) and give that folder"
         )
-    base = None if shape.base is None else _open_base(source, shape.base, depth=depth + 1)
+    base = None if shape.values_base is None else _open_base(source, shape.values_base, depth=depth + 1)
     tensors: dict[str, TensorReader] = {}
     for name, parameter in shape.parameters.items():
         if parameter.kind != "base":

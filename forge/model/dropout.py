@@ -11,7 +11,7 @@ applies to the recomputation of activation checkpointing, which may run in one o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,33 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from forge.errors import ModelError
 from forge.model.composite import encoder_of
+
+_DRAWN_PER_BATCH = ("layerdrop", "jitter")
+"""In the names of rates at which models of transformers skip layers or disturb the inputs of routers, by random
+numbers that are drawn for a whole batch or in its order."""
+
+
+def require_randomness_by_sample(config: PretrainedConfig) -> None:
+    """Raises: ModelError if training would draw random numbers that depend on how a batch is divided."""
+    for path, value in _numbers(config.to_dict()):
+        if value > 0 and any(word in path for word in _DRAWN_PER_BATCH):
+            key, _, rest = path.partition(".")
+            drawn = "skips whole layers at random" if "layerdrop" in path else "multiplies inputs by random numbers"
+            raise ModelError(
+                f"{f'{rest}: ' if rest else ''}{value:g} {drawn}, drawn for a micro-batch and not for each of "
+                "its samples, so losses would depend on the number of workers: set it to 0",
+                key=key,
+            )
+
+
+def _numbers(body: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in body.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, prefix=f"{prefix}{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value
 
 
 def has_dropout(config: PretrainedConfig) -> bool:

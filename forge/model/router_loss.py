@@ -23,7 +23,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from forge.errors import ModelError
 
 _ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
-_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+"""Names of its factor in transformers' configs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,20 @@ class RouterLoss:
                 total = total + weight * self.function(tuple(rows), self.num_experts, self.top_k)
         return total
 
+    def of_positions(self, logits: Sequence[Tensor], where: Tensor) -> Tensor:
+        """Return the auxiliary loss of some tokens together, float32[], without the coefficient.
+
+        Args:
+            logits: of the router of each layer, float[B·T, E].
+            where: int64[k], flat positions.
+        """
+        return self.function(tuple(layer.float()[where] for layer in logits), self.num_experts, self.top_k)
+
+
+def has_router_loss(model: nn.Module) -> bool:
+    """Whether transformers has an auxiliary loss for a model, whether or not it is asked for."""
+    return _function_of(model) is not None and any(hasattr(model, name) for name in COEFFICIENTS)
+
 
 def router_loss_of(model: nn.Module) -> RouterLoss | None:
     """Find the auxiliary loss of a transformers model with `output_router_logits`; None if it has none.
@@ -64,8 +79,8 @@ def router_loss_of(model: nn.Module) -> RouterLoss | None:
     text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
     if not isinstance(model, PreTrainedModel) or not getattr(text, "output_router_logits", False):
         return None
-    found: Any = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    coefficient = next((getattr(model, name) for name in _COEFFICIENTS if hasattr(model, name)), None)
+    found = _function_of(model)
+    coefficient = next((getattr(model, name) for name in COEFFICIENTS if hasattr(model, name)), None)
     sizes = [getattr(model, name, None) for name in ("num_experts", "num_experts_per_tok")]
     is_known = found is not None and list(inspect.signature(found).parameters) == _ARGUMENTS
     if not is_known or coefficient is None or not all(isinstance(size, int) for size in sizes):
@@ -76,3 +91,7 @@ def router_loss_of(model: nn.Module) -> RouterLoss | None:
         )
     num_experts, top_k = (int(size or 0) for size in sizes)
     return RouterLoss(coefficient=float(coefficient), num_experts=num_experts, top_k=top_k, function=found)
+
+
+def _function_of(model: nn.Module) -> Any:
+    return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)

@@ -62,7 +62,9 @@ class ObjectiveContext:
     vocab_size: int | None = None
     """Of the tokenizer."""
     teacher: nn.Module | None = None
-    """Of a distillation."""
+    """Of a distillation; None if its outputs are stored with the data."""
+    reference: nn.Module | None = None
+    """Of a preference objective, where it is held beside the model."""
     labels: LabelsInfo | None = None
     """`CorpusInfo.labels` of the plan."""
 

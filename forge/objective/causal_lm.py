@@ -71,8 +71,7 @@ class CausalLm:
         found = self._forward(model, batch)
         if self._router is None:
             return WeightedSum(sum=found.cross_entropy, weight=weights.sum())
-        is_token = batch["segment_ids"] > 0 if "segment_ids" in batch else None
-        auxiliary = self._router.row_sum(found.router_logits, weights=weights, is_token=is_token)
+        auxiliary = auxiliary_sum(self._router, found.router_logits, batch)
         reported = WeightedSum(sum=auxiliary.detach(), weight=weights.sum())
         return WeightedSum(
             sum=found.cross_entropy + self._router.coefficient * auxiliary,
@@ -117,6 +116,13 @@ class CausalLm:
         # Through the head's own __call__, so that ZeRO 3 gathers its weight.
         summed = model.get_output_embeddings()(out.last_hidden_state, targets=targets)
         return _Forward(cross_entropy=summed, router_logits=getattr(out, "router_logits", None) or ())
+
+
+def auxiliary_sum(router: RouterLoss, logits: Sequence[Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+    """The auxiliary loss of the rows of a batch, each as often as it has targets."""
+    weights = (batch["targets"] != IGNORED).sum(dim=1)
+    is_token = batch["segment_ids"] > 0 if "segment_ids" in batch else None
+    return router.row_sum(logits, weights=weights, is_token=is_token)
 
 
 def is_flash(model: nn.Module) -> bool:

@@ -6,7 +6,8 @@ The teacher is no part of the trained module: it is in no snapshot and no checkp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,9 @@ from transformers import PreTrainedModel
 from forge.config.distillation import DistillationSpec
 from forge.errors import RunError
 from forge.model.isolation import require_isolation
+from forge.model.router_loss import RouterLoss, router_loss_of
 from forge.objective.base import IGNORED, Arrays, ObjectiveContext, WeightedSum
-from forge.objective.causal_lm import CausalLm, is_flash
+from forge.objective.causal_lm import CausalLm, auxiliary_sum, is_flash
 from forge.objective.divergence import forward_divergence
 from forge.objective.registry import OBJECTIVES, Direction
 
@@ -33,6 +35,8 @@ class Distillation:
         self._teacher = context.teacher
         self._vocab_size = context.vocab_size
         self._rows = CausalLm()
+        self._router: RouterLoss | None = None
+        self._is_router_known = False
 
     def batch(self, rows: Arrays) -> dict[str, Tensor]:
         return self._rows.batch(rows)
@@ -41,11 +45,14 @@ class Distillation:
         """The mix of both terms at every target."""
         if self._teacher is None:
             raise RunError("objective: distillation has no teacher")
+        if not self._is_router_known:
+            self._router, self._is_router_known = router_loss_of(model), True
         where = torch.nonzero(batch["targets"].flatten() != IGNORED).flatten()
         goals, count = batch["targets"].flatten()[where], len(where)
-        logits = _logits(model, batch)[where]
+        outputs = _outputs(model, batch, with_router=self._router is not None)
+        logits = outputs.logits[where]
         with torch.no_grad():
-            taught = _logits(self._teacher, batch)[where]
+            taught = _outputs(self._teacher, batch).logits[where]
         size = min(logits.shape[1], taught.shape[1], self._vocab_size or logits.shape[1])
         spec = self._spec
         apart = forward_divergence(
@@ -54,8 +61,12 @@ class Distillation:
         entropy = F.cross_entropy(logits.float(), goals, reduction="sum")
         agreed = (logits[:, :size].argmax(dim=1) == taught[:, :size].argmax(dim=1)).sum()
         sums = {"cross_entropy": entropy.detach(), "divergence": apart.detach(), "agreement": agreed}
+        total = spec.weight * apart + (1 - spec.weight) * entropy
+        if self._router is not None:
+            auxiliary = auxiliary_sum(self._router, outputs.router_logits, batch)
+            total, sums["router_aux_loss"] = total + self._router.coefficient * auxiliary, auxiliary.detach()
         return WeightedSum(
-            sum=spec.weight * apart + (1 - spec.weight) * entropy,
+            sum=total,
             weight=count,
             metrics={name: WeightedSum(sum=value, weight=count) for name, value in sums.items()},
         )
@@ -69,8 +80,15 @@ class Distillation:
         return {"perplexity": math.exp(entropy) if entropy < 700 else math.inf}
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits [B·T, V]."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outputs:
+    """Of a forward pass: logits [B·T, V], and those of the routers of each layer with experts."""
+
+    logits: Tensor
+    router_logits: Sequence[Tensor] = ()
+
+
+def _outputs(model: nn.Module, batch: Mapping[str, Tensor], *, with_router: bool = False) -> _Outputs:
     inputs = {"input_ids": batch["tokens"]}
     if "position_ids" in batch:
         require_isolation(model)
@@ -78,8 +96,7 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         if is_flash(model):
             inputs = {name: values.reshape(1, -1) for name, values in inputs.items()}
     if not isinstance(model, PreTrainedModel):
-        found: Tensor = model(**inputs)
-        return found.flatten(0, 1)
-    out: Any = model(**inputs, use_cache=False)
-    logits: Tensor = out.logits
-    return logits.flatten(0, 1)
+        return _Outputs(logits=model(**inputs).flatten(0, 1))
+    options: dict[str, Any] = {"output_router_logits": True} if with_router else {}
+    out: Any = model(**inputs, use_cache=False, **options)
+    return _Outputs(logits=out.logits.flatten(0, 1), router_logits=out.router_logits if with_router else ())

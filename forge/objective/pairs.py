@@ -95,6 +95,14 @@ class PairRows:
         found = {"tokens": tokens, "attention_mask": is_token, "sequence_rows": rows}
         return found if with_last else {**found, "where": where}
 
+    def texts(self, *, is_packed: bool) -> NDArray[np.int64]:
+        """First and last flat position of each side, the last excluded, in the layout of `packed` or `separated`.
+
+        Shapes: returns int64[s, 2].
+        """
+        starts = self.starts if is_packed else np.arange(len(self.starts)) * int(self.lengths.max(initial=1))
+        return np.stack([starts, starts + self.lengths], axis=1)
+
     def targets(self) -> NDArray[np.int64]:
         """int64[k]."""
         return np.asarray(self.arrays["targets"].reshape(-1)[self.where], dtype=np.int64)

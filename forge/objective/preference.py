@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from forge.config.preference import DpoSpec
 from forge.errors import RunError
 from forge.model.adapters import adapters_disabled
+from forge.model.router_loss import RouterLoss, router_loss_of
 from forge.objective.base import Arrays, ObjectiveContext, WeightedSum
 from forge.objective.causal_lm import is_flash
 from forge.objective.pair_losses import PAIR_LOSSES, LogRatios, log_odds_ratio
@@ -28,12 +30,25 @@ from forge.objective.registry import OBJECTIVES, Direction
 from forge.objective.token_log_probs import log_prob_head_forward, log_probs_of
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairOutputs:
+    """What a model says about pairs."""
+
+    log_probs: Tensor
+    """Sums of the answers, float32[p, 2]: chosen and rejected; a graph to the model even without any."""
+    auxiliary: Tensor | None
+    """Of a mixture of experts with an auxiliary loss: its sum over pairs, each of both of its texts together."""
+    router: RouterLoss | None
+
+
 class PairLogProbs:
     """The log-probabilities of answers under a causal language model."""
 
     def __init__(self, *, keeps_examples_apart: bool) -> None:
         self._is_packed = keeps_examples_apart
         self._is_chunked = False
+        self._router: RouterLoss | None = None
+        self._is_router_known = False
 
     def use_chunks(self, model: nn.Module) -> None:
         """Compute logits in chunks from here on; they must be a linear map of the last hidden state."""
@@ -43,28 +58,44 @@ class PairLogProbs:
         self._is_chunked = True
 
     def batch(self, pairs: PairRows) -> dict[str, Tensor]:
-        """Convert rows: what the model is given, `where` and `targets` int64[k], and the `sides` of these."""
+        """Convert rows: what the model is given, `where` and `targets` int64[k], the `sides` of these, and
+        `texts` int64[s, 2], the flat positions at which each side begins and ends."""
         arrays = pairs.packed() if self._is_packed else pairs.separated()
         arrays |= {"targets": pairs.targets(), "sides": pairs.sides, "lengths": pairs.num_targets()}
+        arrays["texts"] = pairs.texts(is_packed=self._is_packed)
         return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
 
     def tokens(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Log-probabilities of the targets, float32[k]. The model runs even if there are none, as ranks must run it
         together; the result is then one value times 0."""
-        where, targets = batch["where"], batch["targets"]
-        if not len(where):
-            return self._tokens(model, batch, where=where.new_zeros(1), targets=targets.new_zeros(1)) * 0
-        return self._tokens(model, batch, where=where, targets=targets)
+        return self._tokens(model, batch, options={})[0]
 
     def sides(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """The sums of the sides, float32[p, 2]: chosen and rejected; a graph to the model even without any."""
-        found = self.tokens(model, batch)
-        sums = found.new_zeros(len(batch["lengths"]))
-        if not len(batch["where"]):
-            return sums.reshape(-1, 2) + found.sum()
-        return sums.index_add(0, batch["sides"], found).reshape(-1, 2)
+        """`PairOutputs.log_probs`."""
+        return _side_sums(self.tokens(model, batch), batch)
 
-    def _tokens(self, model: nn.Module, batch: Mapping[str, Tensor], *, where: Tensor, targets: Tensor) -> Tensor:
+    def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> PairOutputs:
+        """Run the model that is trained."""
+        if not self._is_router_known:
+            self._router, self._is_router_known = router_loss_of(model), True
+        router = self._router
+        found, out = self._tokens(model, batch, options={"output_router_logits": True} if router else {})
+        auxiliary = None
+        if router is not None:
+            pairs = batch["texts"].reshape(-1, 4).tolist()
+            own = [torch.cat([torch.arange(a, b), torch.arange(c, d)]).to(found.device) for a, b, c, d in pairs]
+            each = [router.of_positions(out.router_logits, where) for where in own]
+            auxiliary = torch.stack(each).sum() if each else torch.zeros((), device=found.device)
+        return PairOutputs(log_probs=_side_sums(found, batch), auxiliary=auxiliary, router=router)
+
+    def _tokens(
+        self, model: nn.Module, batch: Mapping[str, Tensor], *, options: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """The log-probabilities, and the output of the model."""
+        where, targets = batch["where"], batch["targets"]
+        is_filler = not len(where)
+        if is_filler:
+            where, targets = where.new_zeros(1), targets.new_zeros(1)
         inputs = {"input_ids": batch["tokens"]}
         if "position_ids" in batch:
             inputs["position_ids"] = batch["position_ids"]
@@ -72,14 +103,24 @@ class PairLogProbs:
                 inputs = {name: values.reshape(1, -1) for name, values in inputs.items()}
         elif isinstance(model, PreTrainedModel):
             inputs["attention_mask"] = batch["attention_mask"]
+        out: Any = None
         if not isinstance(model, PreTrainedModel):
-            return log_probs_of(model(**inputs).flatten(0, 1)[where], targets)
-        if not self._is_chunked:
-            return log_probs_of(model(**inputs, use_cache=False).logits.flatten(0, 1)[where], targets)
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[where]
-        # Through the head's own __call__, so that ZeRO 3 gathers its weight.
-        found: Tensor = model.get_output_embeddings()(hidden, tokens=targets)
-        return found
+            found = log_probs_of(model(**inputs).flatten(0, 1)[where], targets)
+        elif not self._is_chunked:
+            out = model(**inputs, use_cache=False, **options)
+            found = log_probs_of(out.logits.flatten(0, 1)[where], targets)
+        else:
+            out = model.base_model(**inputs, use_cache=False, **options)
+            # Through the head's own __call__, so that ZeRO 3 gathers its weight.
+            found = model.get_output_embeddings()(out.last_hidden_state.flatten(0, 1)[where], tokens=targets)
+        return (found * 0 if is_filler else found), out
+
+
+def _side_sums(log_probs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    sums = log_probs.new_zeros(len(batch["lengths"]))
+    if not len(batch["where"]):
+        return sums.reshape(-1, 2) + log_probs.sum()
+    return sums.index_add(0, batch["sides"], log_probs).reshape(-1, 2)
 
 
 class _PairObjective:
@@ -105,12 +146,18 @@ class Dpo(_PairObjective):
         super().__init__(context=context)
         self._spec: DpoSpec = context.training.dpo
         self._loss = PAIR_LOSSES[context.training.pair_loss]
+        self._reference = context.reference
+
+    def use_chunks(self, model: nn.Module) -> None:
+        super().use_chunks(model)
+        if self._reference is not None:
+            self._log_probs.use_chunks(self._reference)
 
     def batch(self, rows: Arrays) -> dict[str, Tensor]:
         """Convert rows of pairs; `reference` float32[p, 2] of those whose reference was computed beforehand."""
         pairs = PairRows.of(rows)
         batch = self._log_probs.batch(pairs)
-        if self._spec.reference == "precomputed":
+        if self._spec.reference == "stored":
             if REFERENCE_LOG_PROBS not in rows:
                 raise RunError(
                     "the prepared data have no log-probabilities of the reference model; prepare them again"
@@ -121,8 +168,9 @@ class Dpo(_PairObjective):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
         """The loss of each pair, and its implicit rewards `β log(policy / reference)`."""
-        reference = batch["reference"] if "reference" in batch else self._without_adapters(model, batch)
-        ratios = self._log_probs.sides(model, batch) - reference
+        reference = batch["reference"] if "reference" in batch else self._live(model, batch)
+        found = self._log_probs.outputs(model, batch)
+        ratios = found.log_probs - reference
         lengths = batch["lengths"].reshape(-1, 2).float()
         losses = self._loss(
             LogRatios(
@@ -134,9 +182,13 @@ class Dpo(_PairObjective):
             self._spec.beta,
             self._spec.label_smoothing,
         )
-        return pair_sums(losses, rewards=self._spec.beta * ratios.detach())
+        return with_auxiliary(pair_sums(losses, rewards=self._spec.beta * ratios.detach()), found)
 
-    def _without_adapters(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def _live(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the reference says: the model held beside, else the model itself without its adapters."""
+        if self._reference is not None:
+            with torch.no_grad():
+                return self._log_probs.sides(self._reference, batch)
         was_training = model.training
         model.eval()
         try:
@@ -160,13 +212,26 @@ class Orpo(_PairObjective):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
         """`-log p(chosen) / n - β log σ(log odds ratio)` of each pair, of means per token."""
-        means = self._log_probs.sides(model, batch) / batch["lengths"].reshape(-1, 2)
+        outputs = self._log_probs.outputs(model, batch)
+        means = outputs.log_probs / batch["lengths"].reshape(-1, 2)
         log_odds = log_odds_ratio(means[:, 0], means[:, 1])
         cross_entropy = -means[:, 0]
         losses = cross_entropy - self._beta * F.logsigmoid(log_odds)
         found = {"nll": cross_entropy.detach().sum(), "log_odds": log_odds.detach().sum()}
         further = {name: WeightedSum(sum=value, weight=len(means)) for name, value in found.items()}
-        return pair_sums(losses, rewards=self._beta * means.detach(), further=further)
+        return with_auxiliary(pair_sums(losses, rewards=self._beta * means.detach(), further=further), outputs)
+
+
+def with_auxiliary(loss: WeightedSum, outputs: PairOutputs) -> WeightedSum:
+    """Add the auxiliary loss of experts to that of the pairs, if there is one."""
+    if outputs.router is None or outputs.auxiliary is None:
+        return loss
+    reported = WeightedSum(sum=outputs.auxiliary.detach(), weight=loss.weight)
+    return replace(
+        loss,
+        sum=loss.sum + outputs.router.coefficient * outputs.auxiliary,
+        metrics={**loss.metrics, "router_aux_loss": reported},
+    )
 
 
 def pair_sums(losses: Tensor, *, rewards: Tensor, further: Mapping[str, WeightedSum] | None = None) -> WeightedSum:

@@ -49,6 +49,8 @@ class RegisteredObjective:
     """Outputs of the head of a sequence or token classifier, where the objective fixes their number."""
     has_reference_model: bool = False
     """Whether it compares the model with what it was before training."""
+    has_head_at_targets: bool = False
+    """Whether a linear output head is computed at the positions with a target alone."""
     separates_examples: bool = False
     """Whether it takes the examples of a packed row apart, so that the model need not keep them apart."""
 
@@ -72,11 +74,12 @@ _PAIR_METRICS: dict[str, Direction] = {
 
 _DPO = RegisteredObjective(
     reference="forge.objective.preference:Dpo",
-    metrics=_PAIR_METRICS,
+    metrics={**_PAIR_METRICS, "router_aux_loss": "min"},
     predicts_tokens=True,
     formats=("preference",),
     separates_examples=True,
     has_reference_model=True,
+    has_head_at_targets=True,
 )
 
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
@@ -110,7 +113,7 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
     "orpo": replace(
         _DPO,
         reference="forge.objective.preference:Orpo",
-        metrics={**_PAIR_METRICS, "nll": "min", "log_odds": "max"},
+        metrics={**_DPO.metrics, "nll": "min", "log_odds": "max"},
         has_reference_model=False,
     ),
     "reward": RegisteredObjective(
@@ -143,7 +146,13 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
     "distillation": replace(
         _CAUSAL_LM,
         reference="forge.objective.distillation:Distillation",
-        metrics={"cross_entropy": "min", "divergence": "min", "agreement": "max", "perplexity": "min"},
+        metrics={
+            "cross_entropy": "min",
+            "divergence": "min",
+            "agreement": "max",
+            "perplexity": "min",
+            "router_aux_loss": "min",
+        },
     ),
     "contrastive": RegisteredObjective(
         reference="forge.objective.contrastive:Contrastive",

@@ -180,6 +180,10 @@ class ModelInfo:
     """`generation_config.json` of `from_pretrained`, kept for the export."""
     num_frozen_matmul_parameters: int = 0
     """Of `num_matmul_parameters` those that are not trained: no gradient of theirs is computed."""
+    num_head_matmul_parameters: int = 0
+    """Those of `num_matmul_parameters` after the base model: the output head."""
+    num_frozen_head_matmul_parameters: int = 0
+    """Of `num_frozen_matmul_parameters` likewise."""
     num_quantised_parameters: int = 0
     """Frozen parameters that are kept in 4 bits (`model.lora.quantize`)."""
     trained: tuple[TrainedParameter, ...] = ()
@@ -200,7 +204,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherInfo:
-    """The teacher of a distillation, which every worker holds whole."""
+    """The teacher of a distillation."""
 
     source: str
     """Absolute path, or URL."""
@@ -209,6 +213,10 @@ class TeacherInfo:
     num_parameters: int
     forward_flops_per_token: int
     vocab_size: int
+    is_stored: bool = False
+    """Whether its outputs are stored with the data; otherwise every worker holds it whole."""
+    stored_bytes: int | None = None
+    """Size of these on the disk; None if the corpus is not prepared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

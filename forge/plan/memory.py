@@ -30,6 +30,8 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of a parameter in 4 bits: for each 64 there is a scale of 8 bits, and for each 256 scales one in fp32.
 
 Source: QLoRA, arXiv 2305.14314, section 3, "Double Quantization"."""
+WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+"""Of a parameter, by `training.precision`."""
 MAX_AUTO_MICRO_BATCH = 8
 """Largest micro-batch that `auto` picks: small models gained nothing beyond it on any device we measured."""
 
@@ -77,6 +79,7 @@ def estimate_memory(
     state: OptimizerState,
     num_copies: int = 1,
     teacher: TeacherInfo | None = None,
+    holds_reference: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory of one worker at one world size.
 
@@ -85,11 +88,12 @@ def estimate_memory(
         seq_len: tokens per sequence.
         state: of the optimizer; see `optimizer_state`.
         num_copies: copies of one rank's state in host memory; see `num_copies_in_memory`.
-        teacher: of a distillation, held whole by every worker.
+        teacher: of a distillation.
+        holds_reference: every worker holds the model as it was before training, too.
     """
     stage = training.zero.stage
     half = training.precision == "bf16"
-    width = 2 if half else 4
+    width = WEIGHT_BYTES[training.precision]
     parameters = model.num_parameters
     trainable = model.num_trainable_parameters
     # A separate master copy exists unless fp32 weights are updated in place (ZeRO 0).
@@ -108,10 +112,17 @@ def estimate_memory(
     snapshot = ((8 if training.ema else 4) * trainable + state.total_bytes + width * frozen) // world_size
     is_offloaded = training.zero.offload == "cpu" and not is_on_host
     activations = activation_bytes(model, training, micro_batch_size=micro_batch_size, seq_len=seq_len)
+    tokens = micro_batch_size * seq_len
     if teacher is not None:
-        weights += width * teacher.num_parameters
         # The logits of both, those of the student with their gradient; distributions are made of a chunk at a time.
-        activations += micro_batch_size * seq_len * width * (2 * model.vocab_size + teacher.vocab_size)
+        activations += tokens * width * 2 * model.vocab_size
+        if not teacher.is_stored:
+            weights += width * teacher.num_parameters
+            activations += tokens * width * teacher.vocab_size
+    if holds_reference:
+        weights += width * parameters
+        if training.cross_entropy == "plain" or not model.has_linear_head:
+            activations += tokens * model.vocab_size * (width + 4)  # and a copy in fp32
     return MemoryEstimate(
         weights_bytes=weights,
         gradients_bytes=gradients,
@@ -152,9 +163,12 @@ def activation_bytes(model: ModelInfo, training: TrainingSpec, *, micro_batch_si
         layers = model.num_layers * model.hidden_size * width + layer
     else:
         layers = model.num_layers * layer
-    # Plain: logits in the model's precision, an fp32 copy, its softmax and gradient. Chunked: one chunk
-    # of at most 2**21 logits, plus the fp32 gradient of the head that is summed over chunks.
-    if training.cross_entropy == "plain" or model.num_outputs is not None:
+    # Plain: logits in the model's precision, an fp32 copy, its softmax and gradient; of masked tokens alone where
+    # the head allows it. Chunked: one chunk of at most 2**21 logits, plus the fp32 gradient of the head that is
+    # summed over chunks.
+    if model.has_positionwise_head:
+        logits = round(tokens * training.masking.share) * model.vocab_size * (2 * width + 8)
+    elif training.cross_entropy == "plain" or model.num_outputs is not None:
         logits = tokens * (model.num_outputs or model.vocab_size) * (2 * width + 8)
     else:
         logits = 12 * min(2**21, tokens * model.vocab_size) + 4 * model.vocab_size * model.hidden_size

@@ -26,7 +26,7 @@ from forge.objective.registry import OBJECTIVES
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.data_view import DataView
 from forge.plan.deepspeed_config import deepspeed_config
-from forge.plan.flops import flops_per_token, sequence_shares
+from forge.plan.flops import flops_per_token, forward_flops_per_token, head_share, sequence_shares
 from forge.plan.inputs import (
     CodeInfo,
     CorpusFiles,
@@ -250,7 +250,6 @@ def _resolved(
         raise PlanError(f"data.packing: {packing}")
     tokens_per_step = _tokens_per_step(job, corpus)
     state = optimizer_state(groups_of(job.training, model))
-    flops = flops_per_token(model, seq_len=job.data.seq_len, shares=sequence_shares(job, corpus))
     return {
         "job": job,
         "model": model,
@@ -259,7 +258,7 @@ def _resolved(
         "warnings": corpus_warnings(job, files=files, corpus=corpus),
         "total_steps": _total_steps(job, corpus, tokens_per_step=tokens_per_step),
         "tokens_per_step": tokens_per_step,
-        "flops_per_token": flops + (teacher.forward_flops_per_token if teacher is not None else 0),
+        "flops_per_token": _flops(job, model=model, corpus=corpus, teacher=teacher),
         "teacher": teacher,
         "worlds": tuple(
             _plan_world_size(
@@ -268,6 +267,16 @@ def _resolved(
             for world_size in job.resources.workers
         ),
     }
+
+
+def _flops(job: JobSpec, *, model: ModelInfo, corpus: CorpusInfo | None, teacher: TeacherInfo | None) -> int:
+    """FLOPs of a step per position of the data, those of a model that is asked beside included."""
+    seq_len, share = job.data.seq_len, head_share(job, model, corpus)
+    shares = sequence_shares(job, corpus)
+    flops = flops_per_token(model, seq_len=seq_len, shares=shares, share_of_head=share)
+    if job.has_live_reference:
+        flops += forward_flops_per_token(model, seq_len=seq_len, share_of_head=share)
+    return flops + (teacher.forward_flops_per_token if teacher is not None and not teacher.is_stored else 0)
 
 
 def _tokens_per_step(job: JobSpec, corpus: CorpusInfo | None) -> int:
@@ -297,6 +306,7 @@ def _plan_world_size(
         state=state,
         num_copies=num_copies_in_memory(engine=job.resources.engine, world_size=world_size),
         teacher=teacher,
+        holds_reference=job.holds_reference,
     )
     micro = max_micro_batch_size(job.training, estimate=estimate, memory_bytes=hardware.memory_bytes)
     batch = plan_batch(job.training.global_batch_size, world_size=world_size, max_micro_batch_size=micro)

@@ -255,7 +255,7 @@ def _init_of(loaded: LoadedJob) -> InitInfo | None:
 
 def _inspected(inputs: _Inputs, *, vocabulary: Vocabulary, corpus: CorpusInfo | None = None) -> ModelInfo:
     found = inspect_model(inputs.trained, vocabulary=vocabulary, code=inputs.code, corpus=corpus)
-    return replace(found, notes=(*found.notes, *inputs.notes, *reference_notes(inputs.trained.job)))
+    return replace(found, notes=(*found.notes, *inputs.notes, *reference_notes(inputs.trained.job, found)))
 
 
 def check_tokenizer(loaded: LoadedJob) -> tuple[str, ...]:

@@ -10,24 +10,29 @@ from forge.config.job import JobSpec
 from forge.data.prepare import PrepareProgress
 from forge.objective.registry import OBJECTIVES
 from forge.plan.inputs import CorpusInfo, ModelInfo
+from forge.plan.memory import WEIGHT_BYTES
 from forge.runtime.torch_subprocess import reference_log_probs
+from forge.units import format_bytes
 
 _COMPUTED = "reference: log-probabilities of the pretrained weights, computed once and stored with the data"
 _ADAPTERS_OFF = "reference: the model without its adapters, asked in every step"
+_HELD = "reference: the pretrained weights, {} more in every worker beside the model, asked in every step"
 
 
 def needs_reference(job: JobSpec) -> bool:
     """Whether the log-probabilities of a reference model are computed before the job is trained."""
     objective = OBJECTIVES.get(job.training.objective)
     has_one = objective is not None and objective.has_reference_model
-    return has_one and job.training.dpo.reference == "precomputed"
+    return has_one and not job.has_live_reference
 
 
-def reference_notes(job: JobSpec) -> tuple[str, ...]:
+def reference_notes(job: JobSpec, model: ModelInfo) -> tuple[str, ...]:
     """What the plan says about the reference."""
     objective = OBJECTIVES.get(job.training.objective)
     if objective is None or not objective.has_reference_model:
         return ()
+    if job.holds_reference:
+        return (_HELD.format(format_bytes(WEIGHT_BYTES[job.training.precision] * model.num_parameters)),)
     return (_COMPUTED if needs_reference(job) else _ADAPTERS_OFF,)
 
 

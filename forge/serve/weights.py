@@ -41,7 +41,7 @@ class CheckpointWeights:
         if ema and "ema" not in checkpoint.kinds:
             raise CheckpointError(f"{checkpoint.url} holds no ema weights: the job has no training.ema")
         self._checkpoint, self._ema = checkpoint, ema
-        base = checkpoint.shape.base if needs_base else None
+        base = checkpoint.shape.values_base if needs_base else None
         self._base = None if base is None else _open_base(checkpoint, base)
 
     def interval(self, name: str) -> Interval:

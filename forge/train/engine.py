@@ -313,6 +313,7 @@ def build_engine(
     device: torch.device,
     has_linear_head: bool,
     skip_init: bool = False,
+    pins_base: bool = False,
 ) -> Engine:
     """Build the model, its loss and its optimizer, and pass them to DeepSpeed; collective.
 
@@ -321,6 +322,8 @@ def build_engine(
     Args:
         has_linear_head: `ModelInfo.has_linear_head` of the plan: whether the loss may be computed in chunks.
         skip_init: do not initialise the weights, as all of them will be loaded.
+        pins_base: checkpoints name the pretrained weights even if they do not refer to any, since the objective
+            compares with them.
     """
     family = family_of(model_spec)
     model = family.build(
@@ -356,9 +359,9 @@ def build_engine(
         sys.stderr.write(
             f"{model_spec.from_pretrained}: tensors that the model does not have are not used: {names}\n"
         )
-    has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    pins_base = pins_base or any(not parameter.requires_grad for parameter in model.parameters())
     built = Engine(
-        engine, training=training, dropout=dropout, base=digest_base(weights.files) if has_frozen else None
+        engine, training=training, dropout=dropout, base=digest_base(weights.files) if pins_base else None
     )
     built.state.load_base(weights)
     if not skip_init:

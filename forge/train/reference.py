@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from forge.config.model import ModelSpec
 from forge.data.cache_index import read_index
@@ -31,7 +30,7 @@ from forge.errors import CheckpointError, DataError, ForgeError
 from forge.foreign import from_record
 from forge.fs import default_cache_dir
 from forge.limits import usable_cpus
-from forge.model.families.base import BuildOptions, DataShape
+from forge.model.families.base import DataShape
 from forge.model.families.registry import family_of
 from forge.model.pretrained import PretrainedWeights
 from forge.model.transformers_config import build_config
@@ -40,6 +39,7 @@ from forge.objective.pairs import REFERENCE_LOG_PROBS, PairRows
 from forge.objective.preference import PairLogProbs
 from forge.plan.inputs import CorpusInfo
 from forge.process import die_with_parent, take_stdout
+from forge.train.frozen_model import build_frozen
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _VERSION = 1
@@ -130,10 +130,9 @@ class _Reader:
         kind = "cuda" if request.uses_gpu and torch.cuda.is_available() else "cpu"
         torch.set_num_threads(max(1, usable_cpus()))
         self._device = torch.device(kind)
-        options = BuildOptions(dtype=_DTYPES[request.precision], device=self._device, seed=request.seed)
-        self._model = family_of(model).build(model, data, options=options)
-        load_weights(self._model, weights)
-        self._model.to(self._device).eval()
+        self._model = build_frozen(
+            model, data, dtype=_DTYPES[request.precision], device=self._device, seed=request.seed
+        )
         self._log_probs = PairLogProbs(keeps_examples_apart=request.keeps_examples_apart)
         if request.has_linear_head:
             self._log_probs.use_chunks(self._model)
@@ -164,16 +163,6 @@ class _Reader:
                     length = len(example["tokens"])
                     yield row[at : at + length]
                     at += length
-
-
-def load_weights(model: nn.Module, weights: PretrainedWeights) -> None:
-    """Read every parameter of a whole model. Raises: CheckpointError if the weights cannot be read."""
-    try:
-        for name, parameter in model.named_parameters():
-            if name in weights:
-                weights.read_into(name, parameter.data.view(-1))
-    except (OSError, EOFError) as error:
-        raise CheckpointError(f"pretrained weights cannot be read: {error}") from error
 
 
 def _batches(

@@ -89,7 +89,7 @@ class TrainState:
         self.layout = pack(self.interval(shard, kind) for shard, kind in saved)
         """Layout of a snapshot: the intervals this rank saves."""
         self._sources = [(*by_key[interval.name, interval.kind], at) for interval, at in self.layout.with_offsets()]
-        self.shape = shape_of(engine, base=base if self.base_shards else None)
+        self.shape = shape_of(engine, base=base)
         """The tensors of the model; equal on every rank."""
 
     @property

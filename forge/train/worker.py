@@ -38,12 +38,12 @@ from forge.plan.inputs import InitInfo
 from forge.plan.plan import Plan
 from forge.train.async_checkpoint import AsyncCheckpointer
 from forge.train.engine import DTYPES, Engine, build_engine
+from forge.train.frozen_model import build_frozen, build_teacher
 from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
 from forge.train.peak import find_peak
 from forge.train.process_group import Rendezvous, join_process_group
 from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import ReplicaClient, Snapshotter
-from forge.train.teacher import build_teacher
 from forge.user_code import use_code
 
 T = TypeVar("T")
@@ -221,20 +221,22 @@ def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_ini
         device=device,
         skip_init=skip_init,
         has_linear_head=plan.model.has_linear_head,
+        pins_base=plan.job.holds_reference,
     )
 
 
 def _objective_context(plan: Plan, *, device: torch.device) -> ObjectiveContext:
-    training = plan.job.training
-    dtype = DTYPES[training.precision]
+    job, training, data = plan.job, plan.job.training, DataShape.of(plan)
+    build: dict[str, Any] = {"dtype": DTYPES[training.precision], "device": device}
     return ObjectiveContext(
-        training=plan.job.training,
+        training=training,
         tokenizer=Path(plan.corpus.folder) / "tokenizer",
         has_positionwise_head=plan.model.has_positionwise_head,
         keeps_examples_apart=plan.model.isolation_problem is None,
         labels=plan.corpus.labels,
         vocab_size=plan.corpus.vocab_size,
-        teacher=build_teacher(training.distillation, DataShape.of(plan), dtype=dtype, device=device),
+        teacher=build_teacher(training.distillation, data, **build) if job.holds_teacher else None,
+        reference=build_frozen(job.model, data, seed=training.seed, **build) if job.holds_reference else None,
     )
 
 

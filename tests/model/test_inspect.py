@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from forge.config.model import ModelSpec
 from forge.errors import ModelError
 from forge.model.families.base import DataShape
 from forge.model.families.count import has_linear_head
 from forge.model.families.registry import family_of
+from forge.model.position_wise import selected_positions
 from forge.plan.flops import flops_per_token
 from forge.plan.inputs import ModelInfo
 
@@ -51,6 +52,56 @@ def test_flops_agree_with_torchs_own_counter() -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(1, 16, dtype=torch.int64), use_cache=False)
     assert flops_per_token(facts, seq_len=16) * 16 == pytest.approx(3 * counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("masked", [1, 5, 16])
+def test_flops__masked_language_model__are_those_of_the_masked_positions(masked: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sizes = SIZES | {"vocab_size": 997, "max_position_embeddings": 16}
+    spec = ModelSpec.model_validate({"architecture": "bert", **sizes})
+    data = DataShape(vocab_size=997, seq_len=16, eot_id=0, auto_class="AutoModelForMaskedLM", pad_id=1)
+    facts = family_of(spec).inspect(spec, data)
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", attn_implementation="eager", **sizes))
+    where = torch.arange(masked)
+    with FlopCounterMode(display=False) as counter, selected_positions(model, where):
+        logits = model(input_ids=torch.zeros(1, 16, dtype=torch.int64)).logits
+        logits.sum().backward()
+    found = flops_per_token(facts, seq_len=16, share_of_head=masked / 16) * 16
+    assert facts.has_positionwise_head and logits.shape[1] == masked
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        (
+            {"architecture": "xglm", "layerdrop": 0.1, "d_model": 64, "num_layers": 2, "attention_heads": 2},
+            "layerdrop",
+        ),
+        ({"architecture": "mixtral", "router_jitter_noise": 0.01, **SIZES}, "router_jitter_noise"),
+    ],
+)
+def test_random_numbers_of_a_whole_batch_are_refused(keys: dict[str, object], key: str) -> None:
+    with pytest.raises(ModelError, match="drawn for a micro-batch") as caught:
+        ask(**keys)
+    assert caught.value.key == key
+    if key == "layerdrop":
+        assert ask(**(keys | {key: 0.0})).class_name == "XGLMForCausalLM"
+
+
+def test_layerdrop_of_an_encoder_decoder_is_refused_and_can_be_turned_off() -> None:
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+             "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+    data = DataShape(vocab_size=97, seq_len=16, eot_id=0, auto_class="AutoModelForSeq2SeqLM", pad_id=1)
+    for architecture, given in (("bart", {"encoder_layerdrop": 0.1}), ("m2m_100", {})):
+        spec = ModelSpec.model_validate({"architecture": architecture, **sizes, **given})
+        with pytest.raises(ModelError, match="skips whole layers at random") as caught:
+            family_of(spec).inspect(spec, data)
+        assert caught.value.key == "encoder_layerdrop"
+    off = {"encoder_layerdrop": 0, "decoder_layerdrop": 0.0}
+    spec = ModelSpec.model_validate({"architecture": "m2m_100", **sizes, **off})
+    assert family_of(spec).inspect(spec, data).class_name == "M2M100ForConditionalGeneration"
 
 
 def test_of_a_mixture_of_experts_only_the_active_share_counts() -> None:

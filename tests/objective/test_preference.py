@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from forge.errors import RunError
 from forge.model.adapters import AdapterConfig, add_adapters
-from forge.objective.base import ObjectiveContext
+from forge.objective.base import ObjectiveContext, ObjectiveModule
 from forge.objective.build import build_objective
 from forge.objective.pair_losses import PAIR_LOSSES, log_odds_ratio
 from forge.objective.pairs import REFERENCE_LOG_PROBS
@@ -34,9 +34,11 @@ def llama(seed: int = 0, **keys: Any) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **(SIZES | keys))).eval()
 
 
-def objective_of(folder: Path, name: str, *, is_packed: bool = True, **training: Any) -> Any:
+def objective_of(folder: Path, name: str, *, is_packed: bool = True, reference: Any = None, **training: Any) -> Any:
     made = context_of(folder, objective=name, **training)
-    context = ObjectiveContext(training=made.training, tokenizer=folder, keeps_examples_apart=is_packed)
+    context = ObjectiveContext(
+        training=made.training, tokenizer=folder, keeps_examples_apart=is_packed, reference=reference
+    )
     return build_objective(name, context=context)
 
 
@@ -96,10 +98,35 @@ def test_dpo__every_layout__is_the_loss_and_gradient_of_single_unpadded_sequence
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
     metrics = {name: float(one.sum) / 3 for name, one in found.metrics.items()}
     assert metrics["rewards_margin"] == pytest.approx(metrics["rewards_chosen"] - metrics["rewards_rejected"])
-    assert metrics["accuracy"] in (0, 1 / 3, 2 / 3, 1) and set(metrics) == set(objective.metric_directions)
+    assert metrics["accuracy"] in (0, 1 / 3, 2 / 3, 1) and set(metrics) == set(objective.metric_directions) - {
+        "router_aux_loss"
+    }
 
 
-def test_dpo__adapters_off__is_the_loss_against_the_base_and_trains_only_the_adapters(tmp_path: Path) -> None:
+def test_dpo__reference_held_beside__is_the_loss_and_the_gradient_of_the_stored_one(tmp_path: Path) -> None:
+    model, reference = llama(0), llama(1)
+    stored = objective_of(tmp_path, "dpo", dpo={"beta": 0.3})
+    expected = stored.loss(model, stored.batch(with_reference(rows_of(*PAIRS), reference)))
+    wanted = gradients(model, expected.sum)
+    for is_packed, is_chunked in ((True, True), (False, False)):
+        settings = {"beta": 0.3, "reference": "live"}
+        held = llama(1).requires_grad_(False)
+        live = objective_of(tmp_path, "dpo", is_packed=is_packed, reference=held, dpo=settings)
+        if is_chunked:
+            live.use_chunks(model)
+        batch = live.batch(rows_of(*PAIRS))
+        found = live.loss(model, batch)
+        assert "reference" not in batch and len(list(ObjectiveModule(model, objective=live).parameters())) == len(
+            wanted
+        )
+        torch.testing.assert_close(found.sum, expected.sum, rtol=1e-5, atol=1e-6)
+        for name, gradient in gradients(model, found.sum).items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_dpo__live_reference_of_adapters__is_the_loss_against_the_base_and_trains_only_the_adapters(
+    tmp_path: Path,
+) -> None:
     base, model = llama(0), llama(0)
     names = tuple(f"model.layers.{i}.self_attn.{kind}_proj" for i in (0, 1) for kind in "qv")
     config = AdapterConfig(
@@ -110,7 +137,7 @@ def test_dpo__adapters_off__is_the_loss_against_the_base_and_trains_only_the_ada
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
-    off = objective_of(tmp_path, "dpo", dpo={"reference": "adapters_off"})
+    off = objective_of(tmp_path, "dpo", dpo={"reference": "live"})
     found = off.loss(model, off.batch(rows_of(*PAIRS)))
     beforehand = objective_of(tmp_path, "dpo")
     expected = beforehand.loss(model, beforehand.batch(with_reference(rows_of(*PAIRS), base)))

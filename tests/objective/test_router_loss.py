@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +18,14 @@ from forge.errors import ModelError
 from forge.model.families.base import DataShape
 from forge.model.families.causal_lm import CausalLmFamily
 from forge.objective.base import IGNORED, ObjectiveModule
+from forge.objective.build import build_objective
 from forge.objective.causal_lm import CausalLm
+from forge.objective.pairs import REFERENCE_LOG_PROBS
+from forge.objective.registry import AutoClass
 from tests.objective.test_cross_entropy import VOCAB, batch, tiny_model
+from tests.support.objectives import context_of
+from tests.support.pairs import PAIRS
+from tests.support.pairs import rows_of as pair_rows
 
 EXPERTS: dict[str, dict[str, object]] = {
     "mixtral": {"num_local_experts": 4, "num_key_value_heads": 1},
@@ -136,6 +145,91 @@ def test_loss__experts_without_router_logits__has_no_auxiliary_loss() -> None:
     assert set(module.result) == {"loss"}
 
 
+PAIR_SETTINGS: dict[str, dict[str, object]] = {"dpo": {"reference": "stored"}, "orpo": {"beta": 0.4}}
+
+
+@pytest.mark.parametrize("name", PAIR_SETTINGS)
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_pairs__any_layout__add_the_auxiliary_loss_of_transformers_for_each_pair(
+    tmp_path: Path, name: str, is_packed: bool, is_chunked: bool
+) -> None:
+    """trl adds `coefficient * aux_loss` of a batch with both texts of its pairs; here of every pair by itself."""
+    losses, gradients = [], []
+    for coefficient in (0.0, 0.7):
+        model = experts(coefficient=coefficient, vocab_size=100)
+        context = context_of(tmp_path, objective=name, **{name: PAIR_SETTINGS[name]})
+        objective: Any = build_objective(name, context=replace(context, keeps_examples_apart=is_packed))
+        if is_chunked:
+            objective.use_chunks(model)
+        rows = pair_rows(*PAIRS)
+        rows[REFERENCE_LOG_PROBS] = np.zeros(rows["tokens"].shape, dtype=np.float32)
+        found = objective.loss(model, objective.batch(rows))
+        model.zero_grad()
+        found.sum.backward()
+        losses.append(found)
+        gradients.append(model.model.layers[0].mlp.gate.weight.grad.clone())
+        filler = objective.batch(
+            {name: values * 0 + (name == "targets") * IGNORED for name, values in rows.items()}
+        )
+        assert float(objective.loss(model, filler).sum.detach()) == 0
+    expected = sum(plain_auxiliary(experts(vocab_size=100), pair) for pair in PAIRS)
+    reported = losses[1].metrics["router_aux_loss"]
+    assert float(reported.sum) == pytest.approx(expected, rel=1e-4) and reported.weight == 3
+    assert float((losses[1].sum - losses[0].sum).detach()) == pytest.approx(0.7 * expected, rel=1e-4)
+    assert not torch.allclose(gradients[0], gradients[1], rtol=1e-2)
+
+
+def test_distillation__experts__adds_the_auxiliary_loss_of_transformers(tmp_path: Path) -> None:
+    row = rows_of(batch(), 1)
+    num_targets = int((row["targets"] != IGNORED).sum())
+    found = []
+    for coefficient in (0.0, 0.7):
+        context = context_of(tmp_path, objective="distillation", distillation={"teacher": "unused"})
+        objective = build_objective("distillation", context=replace(context, teacher=tiny_model()))
+        model = experts(coefficient=coefficient)
+        loss = objective.loss(model, objective.batch({name: values.numpy() for name, values in row.items()}))
+        loss.sum.backward()
+        gradient = model.model.layers[0].mlp.gate.weight.grad
+        found.append((float(loss.sum.detach()), float(loss.metrics["router_aux_loss"].sum), gradient))
+    expected = num_targets * float(experts()(input_ids=row["tokens"]).aux_loss.detach())
+    assert found[1][1] == pytest.approx(expected, rel=1e-4)
+    assert found[1][0] - found[0][0] == pytest.approx(0.7 * expected, rel=1e-4)
+    assert not torch.allclose(found[0][2], found[1][2], rtol=1e-2)
+
+
+def plain_auxiliary(model: PreTrainedModel, pair: Any) -> float:
+    """Of one padded batch with both texts of a pair, as transformers and trl run it."""
+    texts = [prompt + answer[:-1] for prompt, answer in pair]
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+    with torch.no_grad():
+        return float(model(input_ids=ids, attention_mask=mask).aux_loss)
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "architecture", "keys"),
+    [
+        ("AutoModelForSequenceClassification", "mixtral", EXPERTS["mixtral"]),
+        ("AutoModel", "mixtral", EXPERTS["mixtral"]),
+    ],
+)
+def test_inspect__auxiliary_loss_that_no_objective_computes__is_refused_or_said(
+    auto_class: AutoClass, architecture: str, keys: dict[str, object]
+) -> None:
+    data = DataShape(
+        vocab_size=VOCAB, seq_len=16, eot_id=0, auto_class=auto_class, num_labels=1, problem_type="regression"
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    spec = ModelSpec.model_validate({"architecture": architecture, **sizes, **keys, "output_router_logits": True})
+    with pytest.raises(ModelError, match="auxiliary loss of experts is no part of the loss") as caught:
+        CausalLmFamily().inspect(spec, data)
+    assert caught.value.key == "output_router_logits"
+    plain = ModelSpec.model_validate({"architecture": architecture, **sizes, **keys})
+    assert any("no auxiliary loss" in note for note in CausalLmFamily().inspect(plain, data).notes)
+
+
 def ask(**keys: object) -> tuple[str, ...]:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     spec = ModelSpec.model_validate({"architecture": "mixtral", **sizes, **EXPERTS["mixtral"], **keys})
@@ -147,6 +241,7 @@ def test_inspect__coefficient_without_router_logits__is_said() -> None:
         "model.router_aux_loss_coef has no effect without model.output_router_logits: true",
     )
     assert ask(router_aux_loss_coef=0.5, output_router_logits=True) == ()
+    assert ask() == ("no auxiliary loss for the routers of the experts; model.output_router_logits: true adds it",)
 
 
 def test_inspect__auxiliary_loss_that_is_not_known__is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,14 @@ def test_dpo__one_batch__has_the_loss_and_the_gradients_of_trl(trainer: Any, tmp
     objective.use_chunks(mine)
     found = objective.loss(mine, objective.batch(with_reference(rows_of(*PAIRS), llama(1)))).sum / len(PAIRS)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    live = objective_of(
+        tmp_path, "dpo", reference=llama(1),
+        dpo={"loss": name, "beta": 0.3, "label_smoothing": smoothing, "reference": "live"},
+    )  # fmt: skip
+    beside = live.loss(mine, live.batch(rows_of(*PAIRS))).sum / len(PAIRS)
+    torch.testing.assert_close(beside, expected, rtol=1e-4, atol=1e-5)
+    for parameter, gradient in gradients(mine, beside).items():
+        torch.testing.assert_close(gradient, wanted[parameter], rtol=1e-3, atol=1e-5)
     for parameter, gradient in gradients(mine, found).items():
         torch.testing.assert_close(gradient, wanted[parameter], rtol=1e-3, atol=1e-5)
 

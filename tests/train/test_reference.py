@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from forge.data.cache_index import read_index
@@ -23,10 +25,11 @@ from forge.data.example_store import ExampleRows
 from forge.data.further_column import FurtherColumn, Values, add_column, done_parts, find_column
 from forge.data.prepare import open_rows
 from forge.data.rows import IGNORED
-from forge.errors import DataError
+from forge.errors import CheckpointError, DataError
 from forge.objective.pairs import REFERENCE_LOG_PROBS
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
+from forge.serve.export import ExportRequest, export
 from forge.train.reference import ReferenceRequest, reference_corpus
 from tests.support.examples import pair_corpus
 from tests.support.ranks import run_ranks
@@ -172,7 +175,38 @@ def test_main__killed_while_it_computes__goes_on_when_it_is_started_again(
     assert lines[-1]["answer"]["corpus"]["folder"] and not list(parts.glob(".*.parts"))
 
 
-def test_train__precomputed_reference__begins_at_the_loss_of_no_difference_at_any_world_size(
+@pytest.mark.slow
+def test_train__reference_held_beside__has_the_curve_of_the_stored_one_and_must_not_change(
+    corpus: CorpusInfo, base: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "base"
+    shutil.copytree(base, copied)
+    with_column = reference_corpus(request_of(corpus, copied))
+    assert with_column is not None
+
+    def plan(facts: CorpusInfo, reference: str) -> Plan:
+        return plan_of(
+            facts, stage=1, model={"from_pretrained": str(copied)}, training__objective="dpo",
+            training__dpo={"beta": 0.5, "reference": reference}, training__optimizer={"lr": 0.01},
+        )  # fmt: skip
+
+    stored = run_ranks(plan(with_column, "stored"), tmp_path / "stored", world_size=2)
+    live = run_ranks(plan(corpus, "live"), tmp_path / "live", world_size=2, stop_after=3)
+    assert stored.losses[0] == pytest.approx(np.log(2), rel=1e-5)
+    assert live.losses == pytest.approx(stored.losses[:3], rel=1e-5)
+    export(ExportRequest(url=str(tmp_path / "live"), to=str(tmp_path / "out")))
+    file = next(copied.glob("*.safetensors"))
+    tensors = load_file(file)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{file.name} of .*, which frozen parameters or the reference"):
+        run_ranks(plan(corpus, "live"), tmp_path / "live", world_size=1)
+    shutil.rmtree(copied)
+    export(ExportRequest(url=str(tmp_path / "live"), to=str(tmp_path / "again")))  # needs no reference
+    exported = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "again")]
+    assert all(torch.equal(value, exported[1][name]) for name, value in exported[0].items())
+
+
+def test_train__stored_reference__begins_at_the_loss_of_no_difference_at_any_world_size(
     corpus: CorpusInfo, base: Path, tmp_path: Path
 ) -> None:
     found = reference_corpus(request_of(corpus, base))

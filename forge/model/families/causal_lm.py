@@ -25,7 +25,7 @@ from forge.model.adapter_targets import AdapterTargets, find_targets, require_dr
 from forge.model.adapters import adapter_config, add_adapters, require_peft
 from forge.model.auto_classes import AUTO_CLASSES, build_on_meta
 from forge.model.checkpoint_files import open_weights
-from forge.model.dropout import has_dropout
+from forge.model.dropout import has_dropout, require_randomness_by_sample
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.count import count_model
 from forge.model.freeze import freeze_parameters
@@ -35,7 +35,7 @@ from forge.model.new_head import folder_model, require_same_labels, require_whol
 from forge.model.position_wise import has_positionwise_head
 from forge.model.pretrained import PretrainedWeights, some
 from forge.model.quantise import num_quantised, quantise, require_bitsandbytes
-from forge.model.router_loss import router_loss_of
+from forge.model.router_loss import COEFFICIENTS, has_router_loss, router_loss_of
 from forge.model.seq2seq import parameters_of_sources
 from forge.model.transformers_config import build_config, check_keys, load_config, read_generation
 from forge.model.weight_files import is_downloaded
@@ -53,6 +53,7 @@ class CausalLmFamily:
     def inspect(self, spec: ModelSpec, data: DataShape) -> ModelInfo:
         check_keys(spec, auto_class=data.auto_class)
         config, model = _build_or_blame(spec, data)
+        require_randomness_by_sample(config)
         freeze_parameters(model, spec.freeze)
         notes = _check_weights(spec, model, data=data) if spec.from_pretrained is not None else ()
         probe = probe_forward(config, seq_len=data.seq_len, auto_class=data.auto_class)
@@ -65,7 +66,7 @@ class CausalLmFamily:
             raise ModelError("the decoder sees the tokens after the one that it predicts", key=_origin(spec))
         if (is_causal or is_seq2seq) and probe.looks_ahead is None:
             notes += ("not checked whether it sees later tokens: no small copy of it can be run",)
-        notes += _check_router(spec, model)
+        notes += _check_router(spec, model, data=data)
         notes += _adapt(spec, data, model, device=None)
         info = count_model(
             model, config, data=data, of_sources=parameters_of_sources(config) if is_seq2seq else None
@@ -213,11 +214,29 @@ def _look_ahead_problem(config: PretrainedConfig, *, seq_len: int) -> str:
     return f"{problem}; set model.is_decoder: true" if is_cured else problem
 
 
-def _check_router(spec: ModelSpec, model: Any) -> tuple[str, ...]:
-    """Return what the plan says about an auxiliary loss of experts. Raises: ModelError if it is not known."""
-    given = [key for key in spec.config_overrides if key in ("router_aux_loss_coef", "aux_loss_coef")]
-    if router_loss_of(model) is None and given:
+def _check_router(spec: ModelSpec, model: Any, *, data: DataShape) -> tuple[str, ...]:
+    """Return what the plan says about an auxiliary loss of experts.
+
+    Raises: ModelError if the model asks for one that forge does not compute.
+    """
+    given = [key for key in COEFFICIENTS if key in spec.config_overrides]
+    if data.auto_class != "AutoModelForCausalLM":
+        text = model.config.get_text_config()
+        if getattr(text, "output_router_logits", False):
+            raise ModelError(
+                f"the auxiliary loss of experts is no part of the loss of a {AUTO_CLASSES[data.auto_class].noun}, "
+                "so its routers would be trained without it; set it to false to do so",
+                key="output_router_logits",
+            )
+        if any(getattr(text, key, 0) for key in COEFFICIENTS):
+            return ("the routers of the experts are trained by the loss of the objective alone: no auxiliary loss",)
+        return ()
+    if router_loss_of(model) is not None:
+        return ()
+    if given:
         return (f"model.{given[0]} has no effect without model.output_router_logits: true",)
+    if has_router_loss(model):
+        return ("no auxiliary loss for the routers of the experts; model.output_router_logits: true adds it",)
     return ()
 
 

@@ -37,7 +37,9 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
     }
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
     active = (getattr(text, "num_experts_per_tok", None) or experts or 1) / (experts or 1)
+    of_head = _head_parameters(model)
     multiplied = frozen = 0
+    in_head = frozen_in_head = 0
     sources = frozen_sources = 0
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and id(parameter) not in looked_up:
@@ -45,6 +47,9 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
             count = round(parameter.numel() * (active if "experts" in name else share))
             multiplied += count
             frozen += 0 if parameter.requires_grad else count
+            if id(parameter) in of_head:
+                in_head += count
+                frozen_in_head += 0 if parameter.requires_grad else count
             if of_sources is not None and unwrapped_name(name) in of_sources:
                 sources += count
                 frozen_sources += 0 if parameter.requires_grad else count
@@ -59,6 +64,8 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
         **parameter_counts(model),
         num_matmul_parameters=multiplied,
         num_frozen_matmul_parameters=frozen,
+        num_head_matmul_parameters=in_head,
+        num_frozen_head_matmul_parameters=frozen_in_head,
         num_source_matmul_parameters=sources,
         num_frozen_source_matmul_parameters=frozen_sources,
         num_encoder_layers=num_encoder_layers if is_seq2seq else 0,
@@ -98,6 +105,13 @@ def _uses_per_token(model: Any, *, seq_len: int) -> dict[int, float]:
         for handle in handles:
             handle.remove()
     return {weight: 1 / seq_len for weight, count in rows.items() if count == 1}
+
+
+def _head_parameters(model: Any) -> set[int]:
+    """Ids of the parameters that are used after the base model, including an embedding that is also the head."""
+    inner = {id(module) for module in model.base_model.modules()}
+    after = (module for module in model.modules() if id(module) not in inner)
+    return {id(parameter) for module in after for parameter in module.parameters(recurse=False)}
 
 
 def _width_of_mlp(config: PretrainedConfig) -> int:
