@@ -81,6 +81,8 @@ ONLY_IN = {
     "mlflow": ("forge/runs/trackers/mlflow_tracker.py",),
     "tensorboard": ("forge/runs/trackers/tensorboard_tracker.py",),
     "ray": ("forge/runtime/", "forge/search/", "forge/cluster/", "forge/remote/", "forge/chaos/"),
+    "sacrebleu": ("forge/evaluate/metrics/",),
+    "re2": ("forge/evaluate/answers.py",),
     "optuna": ("forge/search/importance.py", "forge/search/suggest.py", "forge/report/figures.py"),
     "plotly": ("forge/report/figures.py",),
     "jinja2": (

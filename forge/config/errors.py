@@ -143,6 +143,8 @@ def _unknown_key(loc: Loc, *, root: type[Section], source: SourceMap) -> JobFile
         problem, nearest = "unknown key; forge has another name for it", _OTHER_WORDS[name]
     elif near:
         problem, nearest = "unknown key", near[0]
+    elif not fields:
+        problem = f"unknown key; {_named(section_key)} has no keys"
     else:
         problem = f"unknown key; the keys of {_named(section_key)} are {', '.join(fields)}"
     return source.error(_dotted(loc), problem, nearest=nearest, show_value=False)

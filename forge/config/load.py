@@ -26,6 +26,7 @@ from forge.config.resources import CheckpointSpec, ResourcesSpec, TrackingSpec
 from forge.config.search import SearchSpec
 from forge.config.secret import SECRET_PROBLEM, is_secret
 from forge.config.section import Section
+from forge.config.task import TaskSpec
 from forge.config.templates import templates_of
 from forge.config.training import TrainingSpec
 from forge.config.yaml_reader import YamlNode, compose, join_key, read_text
@@ -129,6 +130,36 @@ def load_cluster(path: str | Path) -> ClusterSpec:
         problem = f"must be one of {known}" if provider is not None else f"is missing; give one of {known}"
         raise source.error("provider", problem, nearest=near[0] if near else None)
     return _validated(root, section, source=source, errors=errors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedTask:
+    """A task of `forge eval`, and the location of each key in its file."""
+
+    task: TaskSpec
+    source: SourceMap
+
+
+def load_task(path: str | Path) -> LoadedTask:
+    """Read a task file.
+
+    Raises: JobFileError with all problems, in the order of the file.
+    """
+    return load_task_text(read_text(Path(path)), path=str(path))
+
+
+def load_task_text(text: str, *, path: str) -> LoadedTask:
+    """As `load_task`, of the text of a file.
+
+    Args:
+        path: what errors call it.
+    """
+    errors: list[JobFileError] = []
+    parts = "a task needs at least a name, a kind, data, a target and metrics"
+    root = _parsed(text, path=path, errors=errors, parts=parts, keys="kind")
+    source = map_source(root, path=path)
+    task = _validated(root, TaskSpec, source=source, errors=errors)
+    return LoadedTask(task=task, source=source)
 
 
 def _parsed(text: str, *, path: str, errors: list[JobFileError], parts: str, keys: str) -> YamlNode:

@@ -1,7 +1,7 @@
-"""JSON schema of the job file, with which editors complete keys, show their meaning and mark errors.
+"""JSON schemas of job files and task files, with which editors complete keys, show their meaning and mark errors.
 
-It is less strict than `load_job`, which also checks units and constraints between keys. It rejects `${env:NAME}` in
-place of a number, which `load_job` accepts.
+They are less strict than `load_job` and `load_task`, which also check units and constraints between keys. They
+reject `${env:NAME}` in place of a number, which those accept.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from forge.config.fields import known_sections
 from forge.config.job import JobSpec
+from forge.config.section import Section
+from forge.config.task import TaskSpec
+from forge.config.task_metrics import MetricsSpec
 from forge.units import Every, Range
 
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
@@ -20,12 +23,29 @@ _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "ex
 
 def job_schema() -> dict[str, Any]:
     """Return the JSON schema (2020-12) of a job file."""
-    schema: dict[str, Any] = _tidied(JobSpec.model_json_schema(schema_generator=_Generator))
-    for key, section in known_sections(JobSpec):
+    return _schema_of(JobSpec, title="A forge job")
+
+
+def task_schema() -> dict[str, Any]:
+    """Return the JSON schema (2020-12) of a task file of `forge eval`."""
+    schema = _schema_of(TaskSpec, title="A task of forge eval")
+    properties, names = schema["properties"], list(MetricsSpec.model_fields)
+    name, description = {"enum": names}, properties["metrics"].pop("description")
+    forms = [properties["metrics"], name, {"type": "array", "items": name, "minItems": 1}]
+    properties["metrics"] = {"description": description, "anyOf": forms}
+    answer = properties["answer"]
+    readings = schema["$defs"]["AnswerSpec"]["properties"]["read"]["enum"]
+    answer["anyOf"] = [{"$ref": answer.pop("$ref")}, {"enum": readings}]
+    return schema
+
+
+def _schema_of(root: type[Section], *, title: str) -> dict[str, Any]:
+    schema: dict[str, Any] = _tidied(root.model_json_schema(schema_generator=_Generator))
+    for key, section in known_sections(root):
         properties = schema["$defs"][section.__name__]["properties"] if key else schema["properties"]
         for name, field in section.model_fields.items():
             properties[name] |= _bounds(field)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A forge job", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **schema}
 
 
 class _Generator(GenerateJsonSchema):

@@ -52,7 +52,7 @@ def test_lock__versions__are_those_of_the_constraints() -> None:
 def test_lock__dependencies_of_pyproject__are_all_in_it() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = {one.name: one.version for one in read_lock(LOCKS["forge"])}
-    names = ("s3", "gcs", "azure", "mlflow", "tensorboard")
+    names = ("s3", "gcs", "azure", "mlflow", "tensorboard", "eval")
     extras = [line for name in names for line in project["optional-dependencies"][name]]
     for line in (*project["dependencies"], *extras):
         needed = Requirement(line)
