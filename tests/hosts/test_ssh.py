@@ -161,6 +161,7 @@ def num_alive(hosts: Hosts) -> int:
 
 # Each test works alone and in any order. They share a cluster, because one takes ten seconds to start.
 class TestUp:
+    @pytest.mark.slow
     def test_up__host_unreachable__goes_on_without_it_and_up_again_repairs(
         self, cluster: str, hosts: Hosts, home: Path
     ) -> None:

@@ -81,6 +81,7 @@ def steps_of(folder: Path) -> list[int]:
     return [record["step"] for record in read_metrics(folder)]
 
 
+@pytest.mark.slow
 def test_remote_run__client_and_job_killed__records_arrive_once_until_stopped(
     cluster: Elsewhere, there: Path, home: Path
 ) -> None:

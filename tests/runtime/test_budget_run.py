@@ -42,6 +42,7 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_forge_train__budget_spent__stops_with_a_checkpoint_and_the_cost(home: Path) -> None:
     run = train(home, "job.yaml")
     assert run["step"] >= 1
