@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import math
 import os
 import signal
@@ -24,11 +23,9 @@ from typing import Any
 from forge.checkpoint.manifest import step_name
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import stored_steps
-from forge.cluster.local.ray_cluster import require_private_token
-from forge.cluster.ray_cli import NO_METRICS
 from forge.code_archive import restore_code
-from forge.environment import adopt_environment, require_loopback, require_ray_folder
-from forge.errors import CheckpointError, ClusterError, ForgeError, RunError
+from forge.environment import adopt_environment
+from forge.errors import CheckpointError, ForgeError, RunError
 from forge.events import (
     CheckpointSaved,
     Event,
@@ -40,7 +37,6 @@ from forge.events import (
     SampleGenerated,
     event_to_record,
 )
-from forge.limits import usable_cpus
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.process import first_line
 from forge.redact import redact_output
@@ -50,6 +46,7 @@ from forge.runs.secrets import credentials
 from forge.runtime.actor_names import HEAD, NAMESPACE, RECORDER
 from forge.runtime.driver_lock import acquire_lock
 from forge.runtime.driver_watch import watch_run
+from forge.runtime.ray_connection import connect, prepare_connection
 from forge.runtime.start_events import start_events
 
 _STOP_REPEAT_S = 1.0
@@ -139,31 +136,13 @@ class Driver:
         ray.shutdown()
 
     def _connect(self) -> None:
-        require_private_token()
-        if self._address is None:
-            require_ray_folder()
-            require_loopback()
+        prepare_connection(self._address)
         if self._plan.job.resources.engine == "ray-train":
             threading.Thread(target=_import_train, daemon=True).start()
         if self._plan.search is not None:
             threading.Thread(target=_import_search, daemon=True).start()
-        import ray
-
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-        if self._address is None:
-            # The minimum of workers always has slots, if need be several ranks per core.
-            cpus = max(usable_cpus(), self._plan.job.resources.workers.low)
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is not preempted
-            os.environ.update(NO_METRICS)
-            options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 128 * 2**20}
-        try:
-            # Ray puts this process's current folder on the path of every actor; no module lies in this one.
-            with contextlib.chdir("/"):
-                ray.init(self._address or "local", namespace=NAMESPACE, **options)
-        except Exception as error:  # Ray raises many unrelated classes here
-            raise ClusterError(
-                f"cannot connect to Ray at {self._address or 'this machine'}: {first_line(error)}"
-            ) from error
+        # The minimum of workers always has slots, if need be several ranks per core.
+        connect(self._address, min_cpus=self._plan.job.resources.workers.low)
         signal.signal(signal.SIGTERM, self.on_signal)  # ray.init has replaced it
 
     def _start_recorder(self) -> None:

@@ -17,12 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from forge.cluster.local.ray_process import session_members
 from forge.code_archive import require_trusted
 from forge.errors import RunError
 from forge.runs.reader import error_named, read_plan
 
 OnBytes = Callable[[int, int], None]
 """Called with the bytes, or whatever is counted, that are done and those in all."""
+_STOP_S = 20.0
 
 
 def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
@@ -68,23 +72,65 @@ def reference_log_probs(*, on_progress: OnBytes | None = None, **request: Any) -
     return _run("forge.train.reference", request=request, what=what, on_progress=on_progress)
 
 
-def _run(
-    module: str, *arguments: str, request: dict[str, Any], what: str, on_progress: OnBytes | None = None
+def run_driver(
+    module: str,
+    *,
+    request: dict[str, Any],
+    what: str,
+    on_progress: OnBytes | None = None,
+    on_message: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Send a request to a module and return its answer, the last line of its stdout."""
+    """Have a module that drives a shard map answer a request; Ctrl-C stops it and leaves what is done.
+
+    Args:
+        module: with `forge.runtime.shard_process.answer_request` as its main function.
+        what: begins the message if the process fails: `cannot evaluate`.
+        on_message: called with what happens meanwhile, such as a lost worker.
+
+    Raises: the error that it reports; RunError if the process failed.
+    """
+    request["parent"] = os.getpid()
+    return _run(module, request=request, what=what, on_progress=on_progress, on_message=on_message, is_driver=True)
+
+
+def _run(
+    module: str,
+    *arguments: str,
+    request: dict[str, Any],
+    what: str,
+    on_progress: OnBytes | None = None,
+    on_message: Callable[[str], None] | None = None,
+    is_driver: bool = False,
+) -> dict[str, Any]:
+    """Send a request to a module and return its answer, the last line of its stdout.
+
+    Args:
+        is_driver: it starts a session of its own, and is asked to stop if this process is interrupted.
+    """
     quiet = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-P", "-m", module, *arguments]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes["start_new_session"] = is_driver
     last = ""
     with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stderr=errors, env=quiet, **pipes) as child:
         assert child.stdin is not None and child.stdout is not None, "both are pipes"
         with contextlib.suppress(BrokenPipeError), child.stdin:
             child.stdin.write(json.dumps(request))
-        for last in child.stdout:
-            progress = _progress(last)
-            if progress is not None and on_progress is not None:
-                on_progress(*progress)
-        code = child.wait()
+        try:
+            for last in child.stdout:
+                progress, message = _progress(last), _message(last)
+                if progress is not None and on_progress is not None:
+                    on_progress(*progress)
+                if message is not None and on_message is not None:
+                    on_message(message)
+            code = child.wait()
+        except BaseException:
+            if is_driver:
+                _stop(child)
+            raise
+        finally:
+            if is_driver:
+                _end_session(child.pid)
         errors.seek(0)
         stderr = errors.read().decode(errors="replace")
     try:
@@ -98,6 +144,28 @@ def _run(
         raise RunError(f"{what}: the process ended with exit status {code}")
     found: dict[str, Any] = answer["answer"]
     return found
+
+
+def _stop(driver: subprocess.Popen[str]) -> None:
+    """Ask a driver to stop; end it if it does not."""
+    driver.terminate()
+    try:
+        driver.communicate(timeout=_STOP_S)
+    except subprocess.TimeoutExpired:
+        driver.kill()
+
+
+def _end_session(leader: int) -> None:
+    """End what a driver that was killed has left: Ray's own processes, which would retry for a minute."""
+    for process in session_members(leader):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _message(line: str) -> str | None:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(line)["message"])
+    return None
 
 
 def _progress(line: str) -> tuple[int, int] | None:

@@ -1,0 +1,145 @@
+"""The process that drives a shard map for `forge eval` or `forge generate`: its request, its progress, its answer.
+
+The client starts it with `torch_subprocess.run_driver` and a request as JSON on stdin. It writes lines of JSON to
+stdout: `{"progress": [3, 12]}`, `{"message": "..."}`, and at the end `{"answer": ...}` or `{"error": ...}`.
+SIGTERM, or the end of the client, stops it; finished shards are stored by then.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from forge.environment import adopt_environment
+from forge.errors import ArgumentError, ForgeError, RunError
+from forge.process import die_with_parent, first_line, open_log, take_stdout
+from forge.redact import redact_output
+from forge.runs.secrets import credentials
+from forge.runtime.ray_connection import connect, prepare_connection
+from forge.runtime.shard_files import ShardFiles
+from forge.runtime.shard_map import MapOptions, MapTotals, ShardMap, StoppedError
+from forge.runtime.shard_worker import ShardWorkerSpec
+
+
+class ShardProcess:
+    """This process, while it answers one request."""
+
+    def __init__(self, stdout: TextIO) -> None:
+        self._stdout = stdout
+        self._stop = threading.Event()
+
+    def message(self, text: str) -> None:
+        """Tell the client something that its user should read."""
+        self._write({"message": text})
+
+    def progress(self, done: int, total: int) -> None:
+        """Tell the client how much is done."""
+        self._write({"progress": [done, total]})
+
+    def map(
+        self,
+        shards: Iterable[Any],
+        *,
+        spec: ShardWorkerSpec,
+        files: ShardFiles,
+        total: int,
+        num_workers: int | None = None,
+        address: str | None = None,
+        resource: str = "auto",
+    ) -> MapTotals:
+        """Compute the shards that have no result, on the cluster at an address or on this machine.
+
+        Args:
+            shards: inputs, as JSON values.
+            spec: of the workers; credentials of this machine are added to it.
+            files: the results; a lock in their folder keeps a second process out.
+            total: number of shards, for the progress.
+            num_workers: the most; None: as many as the cluster has slots.
+            address: of the Ray cluster; None: one that ends with this process.
+            resource: `CPU`, `GPU`, or `auto`: GPUs where the cluster has any.
+
+        Raises: what `ShardMap.run` raises; ArgumentError if another process computes the same; RunError if stopped.
+        """
+        files.prepare()
+        lock = _lock(files.folder)
+        prepare_connection(address)
+        import ray
+
+        connect(address, min_cpus=num_workers or 1)
+        self._take_signals()
+        from forge.runtime.local_cluster import is_local_cluster
+
+        if resource == "auto":
+            resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
+        keys = credentials(os.environ, with_files=is_local_cluster())
+        done: list[int] = []
+
+        def on_done(number: int) -> None:
+            done.append(number)
+            self.progress(len(done), total)
+
+        try:
+            return ShardMap(
+                replace(spec, environment=keys),
+                files=files,
+                options=MapOptions(num_workers=num_workers, resource="GPU" if resource == "GPU" else "CPU"),
+                stop=self._stop,
+                on_done=on_done,
+                on_message=self.message,
+            ).run(shards)
+        except StoppedError:
+            raise RunError(f"stopped with {len(done)} of {total} shards stored; start it again to go on") from None
+        finally:
+            ray.shutdown()
+            os.close(lock)
+
+    def _take_signals(self) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client receives it, and asks this process to stop
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._stdout.write(json.dumps(line) + "\n")
+        self._stdout.flush()
+
+
+def answer_request(handle: Callable[[dict[str, Any], ShardProcess], Any]) -> None:
+    """Answer the request on stdin; the `main` of a module that `torch_subprocess.run_driver` starts.
+
+    Args:
+        handle: returns the answer as JSON values; an error that it raises is sent to the client.
+    """
+    stdout = take_stdout()
+    redact_output()
+    adopt_environment()
+    request = json.load(sys.stdin)
+    die_with_parent(request.pop("parent"), signal_number=signal.SIGTERM)
+    process = ShardProcess(stdout)
+    try:
+        line = {"answer": handle(request, process)}
+    except ForgeError as error:
+        line = {"error": {"class": type(error).__name__, "message": str(error)}}
+    except Exception as error:
+        traceback.print_exc()
+        line = {"error": {"class": "RunError", "message": f"{type(error).__name__}: {first_line(error)}"}}
+    with stdout:
+        json.dump(line, stdout)
+
+
+def _lock(folder: Path) -> int:
+    """Lock a folder of results; the lock ends with this process. Raises: ArgumentError if another one has it."""
+    handle = open_log(folder.parent / f".{folder.name}.lock")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ArgumentError(f"another process computes the results in {folder}; wait for it, or end it") from None
+    return handle
