@@ -25,9 +25,11 @@ where. forge decides that itself: it loads no code of a model's folder or of the
 _IMPLEMENTATIONS = frozenset({"attn_implementation", "experts_implementation"})
 
 _MAX_WHOLE = 2**31 - 1
+_MAX_LISTED = 2**24
+"""Of a number in a list, which may be a count (`attention_types: [[[global], 12]]`) or a token id."""
 _MAX_LAYERS = 10_000
-_MAX_LABELS = 1_000_000  # transformers makes a name for each
 """No model has as many; transformers builds one module for each, also to count them."""
+_MAX_LABELS = 1_000_000  # transformers makes a name for each
 
 
 class ModelSpec(Section):
@@ -148,3 +150,10 @@ def size_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from ((f"{key}.{inner}", problem) for inner, problem in size_problems(value))
         elif isinstance(value, int) and abs(value) > limit:
             yield key, f"must be at most {limit}"
+        elif isinstance(value, list | tuple):
+            inside = {f"[{number}]": item for number, item in enumerate(value)}
+            most = min(limit, _MAX_LISTED)
+            wrong = [inner for inner, item in inside.items() if isinstance(item, int) and abs(item) > most]
+            yield from ((f"{key}{inner}", f"must be at most {most}") for inner in wrong[:1])
+            nested = {inner: item for inner, item in inside.items() if isinstance(item, Mapping | list | tuple)}
+            yield from ((f"{key}{inner}", problem) for inner, problem in size_problems(nested))

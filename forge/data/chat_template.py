@@ -29,6 +29,7 @@ from forge.data.conversations import ASSISTANT, Conversation, Message
 from forge.data.tokenizer import TextTokenizer
 from forge.data.tokenizer_files import TEMPLATE
 from forge.errors import DataError
+from forge.process import one_line
 
 Turns = Literal["all", "last"]
 
@@ -41,6 +42,8 @@ _MAX_TEXT_CHARS = 1 << 26
 _FAILURES = (TypeError, AttributeError, LookupError, ValueError, RecursionError, ArithmeticError, SyntaxError)
 """What a template can raise besides its own errors; a SyntaxError comes from code that Jinja makes of it."""
 MAX_RENDER_S = 5.0
+_MAX_CPU_S = 10.0
+"""After which the kernel ends the process: a computation within one operation (3**10**9) ends at no alarm."""
 _MAX_RENDER_BYTES = 2**30
 
 
@@ -50,7 +53,10 @@ class _TemplateTooSlowError(Exception):
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Limit the time and the memory of what a template does; only in the main thread, which receives the alarm."""
+    """Limit the time and the memory of what a template does; only in the main thread, which receives the alarm.
+
+    A template that does not end at the alarm ends the process, by SIGPROF.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -65,8 +71,10 @@ def _bounded() -> Iterator[None]:
         if soft == resource.RLIM_INFINITY or soft > most:
             resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
         timer = signal.setitimer(signal.ITIMER_REAL, MAX_RENDER_S)
+        signal.setitimer(signal.ITIMER_PROF, _MAX_CPU_S)
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
@@ -191,17 +199,9 @@ class ChatTemplate:
                 **self.variables,
             )
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from None
-        except (
-            TypeError,
-            AttributeError,
-            KeyError,
-            IndexError,
-            ValueError,
-            RecursionError,
-            ArithmeticError,
-        ) as error:
-            raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from None
+            raise ValueError(f"the chat template refuses the conversation: {one_line(error)}") from None
+        except _FAILURES as error:
+            raise ValueError(f"the chat template fails: {type(error).__name__}: {one_line(error)}") from None
 
 
 def chat_template_of(tokenizer: TextTokenizer, *, own: str | None) -> ChatTemplate:

@@ -75,7 +75,10 @@ def write_examples_in_process(
                     raise OSError(*answer["os_error"])
                 else:
                     return read_index(folder)
-        raise DataError(f"data.format {spec.format} ended its process ({ending(process.wait())}); see its output")
+        code = process.wait()
+        if code == -signal.SIGPROF:
+            raise DataError("the chat template does not end: it computes for ever in one operation, for one record")
+        raise DataError(f"data.format {spec.format} ended its process ({ending(code)}); see its output")
     finally:
         process.kill()
         process.wait()

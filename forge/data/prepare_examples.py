@@ -41,6 +41,7 @@ from forge.data.sources.base import Record
 from forge.data.sources.build import SampleSize, build_source
 from forge.data.store import FileEntry, document_key
 from forge.data.tokenizer import Encoder, TextTokenizer
+from forge.data.tokenizer_backend import is_panic
 from forge.data.unigram import unigram_perplexity
 from forge.errors import DataError, UserCodeError
 from forge.foreign import read_file
@@ -286,7 +287,9 @@ def _examples_of(record: Record, *, example_format: ExampleFormat, location: str
         raise _UnusableRecord(str(error)) from error
     except UserCodeError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if not isinstance(error, (Exception, SystemExit)) and not is_panic(error):
+            raise
         raise DataError(f"{location}: {describe_error(error, fallback=_last_line(error))}") from error
     if not is_iterable:
         raise DataError(f"{location}: examples must give an iterable of Example, not {_kind(examples)}")

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from forge.config.data import DataSpec
 from forge.data.prepare import open_rows
 from forge.data.rows import Arrays
-from forge.data.tokenizer import prompt_tokenizer
+from forge.data.tokenizer_files import prompt_tokenizer
 from forge.errors import ForgeError
 from forge.plan.inputs import CorpusInfo
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from forge.data.tokenizer import TextTokenizer
+from forge.data.tokenizer_backend import tokenizer_errors
 from forge.data.tokenizer_files import special_roles
 from forge.errors import DataError
 
@@ -36,10 +37,11 @@ def text_frame(tokenizer: TextTokenizer) -> TextFrame:
 
     T5 puts `</s>` after it, BART `<s>` before and `</s>` after it, a byte-level BPE of its own kind nothing.
 
-    Raises: DataError if it puts a token there that says something about the text, such as its language.
+    Raises: DataError if it puts a token there that says something about the text, such as its language, or fails.
     """
-    backend = Tokenizer.from_str(tokenizer.content)
-    plain, whole = (backend.encode(_PROBE, add_special_tokens=added).ids for added in (False, True))
+    with tokenizer_errors():
+        backend = Tokenizer.from_str(tokenizer.content)
+        plain, whole = (backend.encode(_PROBE, add_special_tokens=added).ids for added in (False, True))
     at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0) if plain else 0
     before, after = whole[:at], whole[at + len(plain) :]
     roles = special_roles(content=tokenizer.content, config=tokenizer.config, files=tokenizer.files)

@@ -29,6 +29,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from forge.data.store import token_dtype
+from forge.data.tokenizer_backend import open_backend, tokenizer_errors
 from forge.data.tokenizer_files import (
     CLS_TOKEN,
     EOT_TOKEN,
@@ -152,8 +153,8 @@ def load_tokenizer(location: str) -> TextTokenizer:
         text = path.read_text(encoding="utf-8")
         if text.startswith("version https://git-lfs"):
             raise DataError("it is a pointer of Git LFS; fetch the file: git lfs pull")
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the Rust side raises bare Exception
+        tokenizer = open_backend(text)
+    except (OSError, ValueError, DataError) as error:
         raise DataError(f"data.tokenizer.from_pretrained: {path} is not a tokenizer: {error}") from None
     config = read_json(path.with_name("tokenizer_config.json"))
     eot_token = find_eot_token(tokenizer, config=config, folder=path.parent)
@@ -181,16 +182,10 @@ def special_token_names(location: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys([tokenizer.eot_token, *named]))
 
 
-def prompt_tokenizer(folder: Path, *, eot_id: int, special_tokens: Literal["text", "tokens"]) -> Tokenizer:
-    """Load the tokenizer of a run for its prompts, which follow the rule of `data.special_tokens`."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    set_special_tokens(tokenizer, eot_token=tokenizer.id_to_token(eot_id) or "", special_tokens=special_tokens)
-    return tokenizer
-
-
 def parse_tokenizer(tokenizer: TextTokenizer) -> Tokenizer:
     """Build the tokenizer of the library, which follows the rule of `data.special_tokens`."""
-    backend = Tokenizer.from_str(tokenizer.content)
+    with tokenizer_errors():
+        backend = Tokenizer.from_str(tokenizer.content)
     set_special_tokens(backend, eot_token=tokenizer.eot_token, special_tokens=tokenizer.special_tokens)
     return backend
 
@@ -219,7 +214,7 @@ class Encoder:
 
     `words` is what it remembers; None where it encodes whole texts.
 
-    Raises: DataError from `encode` if the tokenizer turns ordinary characters into its end-of-text token.
+    Raises: DataError from `encode` if the tokenizer turns ordinary characters into its end-of-text token, or fails.
     """
 
     def __init__(self, tokenizer: TextTokenizer, *, words: Mapping[str, bytes] | None = None) -> None:
@@ -234,24 +229,29 @@ class Encoder:
         if self.words is not None:
             split, lookup = word_pattern().findall, self.words.__getitem__
             return [b"".join(map(lookup, split(text))) for text in texts]
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        with tokenizer_errors():
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [self._packed(text, ids=found.ids) for text, found in zip(texts, encodings, strict=True)]
 
     def encode_word(self, word: str) -> bytes:
         """The ids of one text, not remembered."""
-        return self._packed(word, ids=self._backend.encode(word, add_special_tokens=False).ids)
+        return self._packed(word, ids=self._ids(word))
 
     def _packed(self, text: str, *, ids: list[int]) -> bytes:
         if self._is_text and self._tokenizer.eot_id in ids:
             ids = self._ids_without_eot(text)
         return np.array(ids, dtype=self._tokenizer.dtype).tobytes()
 
+    def _ids(self, text: str) -> list[int]:
+        with tokenizer_errors():
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+
     def _ids_without_eot(self, text: str) -> list[int]:
         """Encode a text with every occurrence of the end-of-text token's name split in two."""
         token = self._tokenizer.eot_token
         head, *rest = text.split(token)
         torn = [head] + [part for after in rest for part in (token[:1], token[1:] + after)]
-        ids = [i for part in torn for i in self._backend.encode(part, add_special_tokens=False).ids]
+        ids = [i for part in torn for i in self._ids(part)]
         if self._tokenizer.eot_id in ids:
             raise DataError(
                 f"the tokenizer turns ordinary text into its end-of-text token {token!r} (at {text[:80]!r});"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer, processors
 
+from forge.data.tokenizer_backend import open_backend
 from forge.errors import DataError
-from forge.foreign import parse_object
+from forge.foreign import parse_object, read_file
+from forge.process import one_line
 
 TEMPLATE = "chat_template.jinja"
 _FURTHER = (TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_tokens.json")
@@ -67,8 +69,12 @@ def special_ids(folder: Path) -> dict[str, int]:
 
     Raises: DataError if its `tokenizer.json` cannot be read.
     """
-    added = read_json(folder / "tokenizer.json").get("added_tokens", [])
-    return {str(token["content"]): int(token["id"]) for token in added if token.get("special")}
+    path = folder / "tokenizer.json"
+    try:
+        added = read_json(path).get("added_tokens", [])
+        return {str(token["content"]): int(token["id"]) for token in added if token.get("special")}
+    except (TypeError, AttributeError, LookupError, ValueError) as error:
+        raise DataError(f"{path}: its added tokens cannot be read: {one_line(error)}") from None
 
 
 def special_names(content: str) -> set[str]:
@@ -126,6 +132,20 @@ def set_special_tokens(tokenizer: Tokenizer, *, eot_token: str, special_tokens: 
     if eot_token:
         tokenizer.add_special_tokens([AddedToken(eot_token, special=True, normalized=False)])
     tokenizer.encode_special_tokens = special_tokens == "text"
+
+
+def prompt_tokenizer(folder: Path, *, eot_id: int, special_tokens: Literal["text", "tokens"]) -> Tokenizer:
+    """Load the tokenizer of a run for its prompts, which follow the rule of `data.special_tokens`.
+
+    Raises: DataError if its file cannot be used.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = open_backend(read_file(path, max_bytes=MAX_JSON_BYTES))
+    except (OSError, ValueError, DataError) as error:
+        raise DataError(f"{path} is not a tokenizer: {one_line(error)}") from None
+    set_special_tokens(tokenizer, eot_token=tokenizer.id_to_token(eot_id) or "", special_tokens=special_tokens)
+    return tokenizer
 
 
 def find_eot_token(tokenizer: Tokenizer, *, config: dict[str, Any], folder: Path) -> str:

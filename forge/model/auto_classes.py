@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import (
     MODEL_MAPPING,
     AutoModelForCausalLM,
@@ -21,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from forge.errors import ModelError
 from forge.model import composite
 from forge.model.transformer_2017 import ARCHITECTURE, Transformer2017ForConditionalGeneration
 from forge.objective.registry import AutoClass
@@ -67,6 +70,9 @@ class _EncoderDecoder:
         decoder = AutoModelForCausalLM.from_config(config.decoder, trust_remote_code=trust_remote_code, **options)
         return EncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)
 
+
+MAX_MODULES = 250_000
+"""DeepSeek-V3 has 61 layers of 257 experts, about 50,000 modules. These take about 1 GB of memory."""
 
 _TEXT_MODELS = {
     **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -127,6 +133,29 @@ def auto_class_of_config(config: PretrainedConfig) -> AutoClass:
 
 
 def build_on_meta(config: PretrainedConfig, *, auto_class: AutoClass) -> Any:
-    """Build a model on the meta device, which allocates no memory."""
-    with torch.device("meta"):
+    """Build a model on the meta device, which allocates no memory. Raises: ModelError as `limited_modules`."""
+    with torch.device("meta"), limited_modules():
         return AUTO_CLASSES[auto_class].cls.from_config(config, trust_remote_code=False)
+
+
+@contextmanager
+def limited_modules() -> Iterator[None]:
+    """Stop building a model that has more modules than any.
+
+    A few numbers of a config (layers × experts, say) can ask for more than the memory holds.
+
+    Raises: ModelError.
+    """
+    count = 0
+
+    def on_module(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_MODULES:
+            raise ModelError(f"the config describes a model of more than {MAX_MODULES:,} modules")
+
+    handle = register_module_module_registration_hook(on_module)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import sys
 
 from forge.config.model import ModelSpec
@@ -20,6 +21,9 @@ from forge.model.families.registry import family_of
 from forge.process import take_stdout
 from forge.user_code import use_code
 
+MAX_CPU_S = 900
+"""A model of 250,000 modules takes a minute."""
+
 
 def main() -> None:
     """Answer one request: `{"facts": {...}}`, or `{"complaint": {...}}`.
@@ -27,6 +31,7 @@ def main() -> None:
     Whatever the user's modules or transformers print goes to stderr, so that stdout holds the answer alone.
     """
     stdout = take_stdout()
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S + 1))
     request = json.load(sys.stdin)
     use_code(request.pop("code"))
     spec = ModelSpec.model_validate_json(json.dumps(request.pop("model")))

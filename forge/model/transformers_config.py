@@ -174,7 +174,10 @@ def _check_file(path: Path) -> None:
     """Raises: ValueError for a file that no model has; OSError."""
     if not path.is_file():
         raise ValueError("there is no config.json in it")
-    wrong = next(iter(size_problems(_read_table(path))), None)
+    body = _read_table(path)
+    if "configuration_files" in body:  # by which transformers would read another file, unchecked
+        raise ValueError("it refers to other files by `configuration_files`; remove the key")
+    wrong = next(iter(size_problems(body)), None)
     if wrong is not None:
         raise ValueError(f"{wrong[0]} {wrong[1]}")
 

@@ -36,6 +36,7 @@ from forge.plan.flops import forward_flops_per_token
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import CodeInfo, CorpusInfo, HardwareInfo, ModelInfo, TeacherInfo
 from forge.plan.outputs import outputs_of
+from forge.process import ending
 
 _ANSWER = 2
 """Must change whenever `forge.model.inspect` answers an equal request otherwise, since answers are kept."""
@@ -274,6 +275,6 @@ def _inspect(request: dict[str, Any]) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        lines = done.stderr.strip().splitlines() or [ending(done.returncode)]
         raise PlanError(f"cannot inspect the model: {lines[-1]}") from None
     return answer

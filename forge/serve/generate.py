@@ -26,10 +26,12 @@ from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.code_archive import require_trusted, restore_code
 from forge.data.text_frame import text_frame
-from forge.data.tokenizer import load_tokenizer, prompt_tokenizer
+from forge.data.tokenizer import load_tokenizer
+from forge.data.tokenizer_files import prompt_tokenizer
 from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.model.adapter_names import unwrapped_name
 from forge.model.adapters import adapter_config_from_record, add_adapters
+from forge.model.auto_classes import build_on_meta
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.causal_lm import build_from_config
 from forge.model.families.registry import family_of
@@ -125,25 +127,45 @@ def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
     dtype = torch.bfloat16 if plan.job.training.precision == "bf16" else torch.float32
     options = BuildOptions(dtype=dtype, device=torch.device("cpu"), seed=plan.job.training.seed, skip_init=True)
     if checkpoint.shape.config:  # not from the job, whose `from_pretrained` folder may have moved since
-        model: Any = build_from_config(config_from_record(checkpoint.shape.config), options=options, data=data)
-        model.tie_weights()
-        if checkpoint.shape.adapters:
-            add_adapters(model, adapter_config_from_record(checkpoint.shape.adapters))
+        config = config_from_record(checkpoint.shape.config)
+        # Compared first without memory: a config may describe a model far larger than the checkpoint.
+        _tensors_of(_adapted(build_on_meta(config, auto_class=data.auto_class), checkpoint), checkpoint)
+        built = build_from_config(config, options=options, data=data)
+        built.tie_weights()
+        model: Any = _adapted(built, checkpoint)
     else:
         model = family_of(plan.job.model).build(plan.job.model, data, options=options)
+    held = _tensors_of(model, checkpoint)
+    with torch.no_grad():
+        for name, tensor in weights.tensors():
+            held[name].copy_(tensor)
+    return model.eval()
+
+
+def _adapted(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """Put the adapters of a checkpoint into a model. Raises: ModelError."""
+    if checkpoint.shape.adapters:
+        add_adapters(model, adapter_config_from_record(checkpoint.shape.adapters))
+    return model
+
+
+def _tensors_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model by their names in a checkpoint.
+
+    Raises: CheckpointError if the checkpoint lacks a parameter, or a tensor of it has another shape or no place.
+    """
     named = unwrapped_name if checkpoint.shape.adapters else str
+    stored = checkpoint.shape.parameters
     held = {named(name): value for name, value in (*model.named_parameters(), *model.named_buffers())}
-    missing = {named(name) for name, _ in model.named_parameters()} - set(checkpoint.shape.parameters)
+    missing = {named(name) for name, _ in model.named_parameters()} - set(stored)
     if missing:
         raise CheckpointError(
             f"{checkpoint.url} lacks {len(missing)} parameters of the model, {min(missing)} among them"
         )
-    with torch.no_grad():
-        for name, tensor in weights.tensors():
-            if name not in held or held[name].shape != tensor.shape:
-                raise CheckpointError(f"{checkpoint.url} does not match the model of its plan: {name}")
-            held[name].copy_(tensor)
-    return model.eval()
+    for name, parameter in stored.items():
+        if name not in held or tuple(held[name].shape) != parameter.shape:
+            raise CheckpointError(f"{checkpoint.url} does not match the model of its plan: {name}")
+    return held
 
 
 def end_ids(*named: Any) -> tuple[int, ...]:

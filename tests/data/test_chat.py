@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 from collections.abc import Mapping
@@ -376,6 +377,26 @@ def test_chat__template_that_takes_time_or_memory_without_end__is_stopped(
         examples(format_of(folder, template), TURNS)
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 1) == (timer > 1), "pytest's own timer goes on"
+
+
+def test_chat__template_that_no_alarm_reaches__ends_its_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python handles a signal between two operations, and 3**(10**9) is one of hours."""
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.1)
+    monkeypatch.setattr(chat_template, "_MAX_CPU_S", 0.2)
+    chat = format_of(folder, "{% set power = 3 ** (10 ** 9) %}")
+    pid = os.fork()
+    if not pid:
+        list(chat.examples(record({"messages": TURNS})))
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGPROF
+
+
+def test_chat__template_with_a_long_complaint__is_shortened(folder: Path) -> None:
+    with pytest.raises(DataError, match="the chat template refuses the conversation: xxx") as caught:
+        examples(format_of(folder, "{{ raise_exception('x' * 10**6) }}"), TURNS)
+    assert len(str(caught.value)) < 1000
 
 
 def test_chat__tokenizer_without_a_template__is_refused_with_what_to_do(folder: Path) -> None:

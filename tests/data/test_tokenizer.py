@@ -28,11 +28,10 @@ from forge.data.tokenizer import (
     TextTokenizer,
     encode_batches,
     load_tokenizer,
-    prompt_tokenizer,
     special_token_names,
     train_tokenizer,
 )
-from forge.data.tokenizer_files import vocabulary_problem
+from forge.data.tokenizer_files import prompt_tokenizer, vocabulary_problem
 from forge.errors import DataError
 
 STDLIB = DataSpec(source="python-stdlib")

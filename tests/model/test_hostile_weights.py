@@ -8,12 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
-from forge.checkpoint.manifest import BaseWeights
+from forge.checkpoint.manifest import BaseWeights, ModelShape, Parameter
 from forge.errors import ModelError, PlanError
+from forge.model import auto_classes
 from forge.model import checkpoint_files as module
+from forge.model.auto_classes import build_on_meta
 from forge.model.transformers_config import load_config
 from forge.model.weight_files import open_weight_files
+from forge.objective.registry import AutoClass
 
 
 def write_header(folder: Path, header: Any) -> None:
@@ -58,10 +62,46 @@ def test_load_config__a_hundred_million_labels__are_refused(tmp_path: Path) -> N
         load_config(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"configuration_files": ["config.4.0.0.json"]}, "it refers to other files by `configuration_files`"),
+        ({"attention_types": [[["global"], 10**9]]}, r"attention_types\[0\]\[1\] must be at most 16777216"),
+        ({"block_sizes": [1, 10**9]}, r"block_sizes\[1\] must be at most"),
+        ({"text_config": {"layer_counts": [10**5]}}, r"text_config.layer_counts\[0\] must be at most 10000"),
+    ],
+)
+def test_load_config__size_that_another_file_or_a_list_hides__is_refused(
+    tmp_path: Path, keys: dict[str, Any], problem: str
+) -> None:
+    hidden = {"model_type": "llama", "num_hidden_layers": 10**9}
+    (tmp_path / "config.4.0.0.json").write_text(json.dumps(hidden))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | keys))
+    with pytest.raises(ModelError, match=problem):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "auto_class"),
+    [
+        ("switch_transformers", {"num_experts": 10**8}, "AutoModelForSeq2SeqLM"),
+        ("funnel", {"block_sizes": [10**9]}, "AutoModelForMaskedLM"),
+    ],
+)
+def test_build_on_meta__modules_without_end__are_refused(
+    architecture: str, keys: dict[str, Any], auto_class: AutoClass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_classes, "MAX_MODULES", 500)
+    config = AutoConfig.for_model(architecture, **keys)
+    with pytest.raises(ModelError, match="a model of more than 500 modules"):
+        build_on_meta(config, auto_class=auto_class)
+
+
 def test_open_weights__checkpoint_that_refers_to_itself__is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     source = "runs/run/checkpoints/step-00000001"
     base = BaseWeights(source=source, revision=None, files={})
-    checkpoint = SimpleNamespace(shape=SimpleNamespace(adapters={}, base=base, parameters={}))
+    referred = Parameter(shape=(1,), dtype="F32", kind="base")
+    checkpoint = SimpleNamespace(shape=ModelShape(parameters={"a": referred}, tied={}, config={}, base=base))
     monkeypatch.setattr(module, "open_source", lambda source: checkpoint)
     monkeypatch.setattr(module, "source_digest", lambda source: "0")
     with pytest.raises(PlanError, match="refers to a checkpoint that refers to another"):

@@ -23,7 +23,7 @@ from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
 from forge.model.adapter_targets import AdapterTargets, find_targets, require_dropout_by_sample
 from forge.model.adapters import adapter_config, add_adapters, require_peft
-from forge.model.auto_classes import AUTO_CLASSES, build_on_meta
+from forge.model.auto_classes import AUTO_CLASSES, build_on_meta, limited_modules
 from forge.model.checkpoint_files import open_weights
 from forge.model.dropout import has_dropout, require_randomness_by_sample
 from forge.model.families.base import BuildOptions, DataShape
@@ -159,7 +159,7 @@ def build_from_config(config: PretrainedConfig, *, options: BuildOptions, data: 
     if has_dropout(config) or (is_short and config._attn_implementation is None):
         config._attn_implementation = "eager"
     sharding = options.sharding
-    with no_init_weights(), sharding.construct() if sharding else nullcontext():
+    with no_init_weights(), limited_modules(), sharding.construct() if sharding else nullcontext():
         return cast(
             PreTrainedModel,
             AUTO_CLASSES[data.auto_class].cls.from_config(config, dtype=options.dtype, trust_remote_code=False),
