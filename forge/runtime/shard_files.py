@@ -1,7 +1,7 @@
-"""The results of a shard map: one file for each shard, written atomically, with a digest of what it depends on.
+"""The results of a shard map: one file for each shard, written atomically and named by a digest of its inputs.
 
-A file is complete or absent after a kill at any moment. Its first line has the digest of the shard's inputs and of
-its second line, the result as JSON. The bytes depend on inputs and result alone, not on workers or time.
+A file is complete or absent after a kill at any moment. Its first line has a digest of its second line, which is
+the result as JSON. Name and bytes depend on inputs and result alone, not on workers, time or other shards of a map.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from forge.foreign import parse_object, read_file
 from forge.fs import write_atomic
 
 _MAX_BYTES = 256 * 2**20
-_TEMPORARY = re.compile(r"\.shard-\d+\.jsonl\..*\.tmp")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.jsonl\..*\.tmp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,41 +41,40 @@ class ShardFiles:
         except OSError as error:
             raise RunError(f"cannot store results in {self.folder}: {error.strerror}") from error
 
-    def inputs_digest(self, inputs: Any) -> str:
-        """The digest of a shard's inputs, together with everything else that its result depends on."""
+    def key(self, inputs: Any) -> str:
+        """The name of a shard's result: a digest of its inputs and of all else that the result depends on."""
         return hashlib.blake2b(f"{self.digest}\n{_json(inputs)}".encode(), digest_size=16).hexdigest()
 
-    def read(self, number: int, *, inputs_digest: str) -> Any:
-        """Return a shard's result; None if there is none, or one of other inputs, or it is damaged."""
+    def read(self, key: str) -> Any:
+        """Return a result; None if there is none, or it is damaged."""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            head, result = read_file(self._path(number), max_bytes=_MAX_BYTES).splitlines()
-            if parse_object(head) == self._head(inputs_digest, result):
+            head, result = read_file(self._path(key), max_bytes=_MAX_BYTES).splitlines()
+            if parse_object(head) == _head(result):
                 return json.loads(result)
         return None
 
-    def write(self, number: int, result: Any, *, inputs_digest: str) -> None:
-        """Store a shard's result. Raises: RunError if the disk does not take it."""
+    def write(self, key: str, result: Any) -> None:
+        """Store a result. Raises: RunError if the disk does not take it."""
         line = _json(result).encode()
         try:
-            write_atomic(self._path(number), _json(self._head(inputs_digest, line)).encode() + b"\n" + line + b"\n")
+            write_atomic(self._path(key), _json(_head(line)).encode() + b"\n" + line + b"\n")
         except OSError as error:
             raise RunError(f"cannot store a result in {self.folder}: {error.strerror}") from error
 
-    def read_all(self, num_shards: int) -> Iterator[Any]:
-        """The results of a finished map in the order of its shards. Raises: RunError if one is missing."""
-        for number in range(num_shards):
-            try:
-                _, result = read_file(self._path(number), max_bytes=_MAX_BYTES).splitlines()
-                yield json.loads(result)
-            except (OSError, ValueError) as error:
-                raise RunError(f"cannot read the result of shard {number}: {error}") from error
+    def read_all(self, shards: Iterable[Any]) -> Iterator[Any]:
+        """The results of a finished map, in the order of the inputs. Raises: RunError if one is missing."""
+        for inputs in shards:
+            found = self.read(self.key(inputs))
+            if found is None:
+                raise RunError(f"a result in {self.folder} was removed or changed; start it again")
+            yield found
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"shard-{number:06d}.jsonl"
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.jsonl"
 
-    @staticmethod
-    def _head(inputs_digest: str, result: bytes) -> dict[str, str]:
-        return {"inputs": inputs_digest, "result": hashlib.blake2b(result, digest_size=16).hexdigest()}
+
+def _head(result: bytes) -> dict[str, str]:
+    return {"digest": hashlib.blake2b(result, digest_size=16).hexdigest()}
 
 
 def _json(value: Any) -> str:

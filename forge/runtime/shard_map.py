@@ -75,7 +75,7 @@ class StoppedError(Exception):
 class _Shard:
     number: int
     inputs: Any
-    digest: str
+    key: str
     failures: list[str] = field(default_factory=list)
     num_losses: int = 0
 
@@ -156,9 +156,9 @@ class ShardMap:
     def _unfinished(self, shards: Iterable[Any]) -> Iterator[_Shard]:
         for number, inputs in enumerate(shards):
             self._totals.num_shards += 1
-            digest = self._files.inputs_digest(inputs)
-            if self._files.read(number, inputs_digest=digest) is None:
-                yield _Shard(number=number, inputs=inputs, digest=digest)
+            key = self._files.key(inputs)
+            if self._files.read(key) is None:
+                yield _Shard(number=number, inputs=inputs, key=key)
             else:
                 self._totals.num_reused += 1
                 self._on_done(number)
@@ -232,7 +232,7 @@ class ShardMap:
         shard, worker.shard = worker.shard, None
         assert shard is not None, "a loaded worker with an answer had a shard"
         if answer.error is None:
-            self._files.write(shard.number, answer.result, inputs_digest=shard.digest)
+            self._files.write(shard.key, answer.result)
             self._on_done(shard.number)
             return
         sys.stderr.write(answer.traceback)

@@ -109,7 +109,7 @@ def test_run__stopped_and_started_again__computes_only_what_is_missing(
     with pytest.raises(StoppedError):
         case.run(shards("dies once", "plain"), on_done=stop_after_five)
     assert len(case.contents()) == len(done) == 5
-    (case.folder / ".shard-000007.jsonl.abc.tmp").write_text("of a process that was killed while it wrote")
+    (case.folder / f".{'0' * 32}.jsonl.abc.tmp").write_text("of a process that was killed while it wrote")
     damaged = case.folder / sorted(case.contents())[1]
     damaged.write_bytes(damaged.read_bytes()[:-3])
     case.stop.clear()
