@@ -89,6 +89,7 @@ ONLY_IN = {
         "forge/report/html_report.py",
         "forge/cluster/kubernetes/manifests.py",
         "forge/data/chat_template.py",
+        "forge/evaluate/prompt.py",
     ),
 }
 """Foreign libraries that only the named files may import."""

@@ -107,6 +107,9 @@ class CacheIndex:
     """Of all documents (token streams) or examples; None in caches of versions that did not record them."""
     labels: LabelIndex | None = None
     """None unless the format is `labelled`."""
+    held_out_below: int | None = None
+    """Held out are the documents whose key is below this one; None if nothing is, if it is the end of the only
+    document, and in caches of versions that did not record it."""
     pad_id: int | None = None
     """The tokenizer's padding token; None if it names none, or the format is another."""
 
@@ -138,8 +141,9 @@ def write_index(folder: Path, *, index: CacheIndex) -> None:
         del body["lengths"]
     if index.labels is None:
         del body["labels"]
-    if index.pad_id is None:
-        del body["pad_id"]
+    for name in ("pad_id", "held_out_below"):
+        if body[name] is None:
+            del body[name]
     content = {"format": FORMAT_VERSION, "blake2b": checksum(_canonical(body)), **body}
     write_file(folder, name=INDEX_NAME, content=json.dumps(content, indent=1).encode())
 

@@ -47,12 +47,12 @@ _MAX_CPU_S = 10.0
 _MAX_RENDER_BYTES = 2**30
 
 
-class _TemplateTooSlowError(Exception):
+class TemplateTooSlowError(Exception):
     """A template was stopped at its time limit."""
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
+def limited() -> Iterator[None]:
     """Limit the time and the memory of what a template does; only in the main thread, which receives the alarm.
 
     A template that does not end at the alarm ends the process, by SIGPROF.
@@ -62,7 +62,7 @@ def _bounded() -> Iterator[None]:
         return
 
     def stop(number: int, frame: object) -> None:
-        raise _TemplateTooSlowError
+        raise TemplateTooSlowError
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = psutil.Process().memory_info().data + _MAX_RENDER_BYTES
@@ -112,9 +112,9 @@ class ChatTemplate:
         Raises: ValueError if the template refuses the conversation, or does not say where a turn ends.
         """
         try:
-            with _bounded():
+            with limited():
                 return self._render(conversation, turns=turns)
-        except (_TemplateTooSlowError, MemoryError):
+        except (TemplateTooSlowError, MemoryError):
             raise ValueError(f"the chat template takes more than {MAX_RENDER_S:.0f} s or 1 GB for it") from None
 
     def _render(self, conversation: Conversation, *, turns: Turns) -> list[RenderedChat]:

@@ -46,13 +46,13 @@ def checked_text(text: Any, *, key: str, location: str) -> str:
 
 
 def _text(record: Record, *, key: str, of: str) -> str:
-    text = checked_text(_field(record, key=key, of=of), key=key, location=record.location)
+    text = checked_text(field_of(record, key=key, of=of), key=key, location=record.location)
     if not text.strip():
         raise DataError(f"{record.location}: {key!r} is empty")
     return text
 
 
-def _field(record: Record, *, key: str, of: str) -> Any:
+def field_of(record: Record, *, key: str, of: str) -> Any:
     """The value of a field; one whose name has dots may be in a table within the record."""
     if key in record.fields:
         return record.fields[key]

@@ -114,7 +114,9 @@ def write_examples(
     index = _index(tokenizer, digest=digest, totals=totals, unigram_perplexity=perplexity)
     skipped = SkippedRecords(count=bad.count, listed=tuple(bad.listed))
     lengths = lengths_of(counts_of(writer.lengths))
+    below = _held_out_below(writer.keys, is_held_out=is_held_out)
     index = replace(index, tables=(*tables, *row_tables), examples=layout, skipped=skipped, lengths=lengths)
+    index = replace(index, held_out_below=below)
     if labels is None:
         return index
     return replace(index, labels=count_labels(folder, writer, labels=labels, is_held_out=is_held_out))
@@ -260,7 +262,7 @@ def _add_record(
     location = f"{record.location} (format {type(example_format).__name__})"
     # All at first: of a record that turns out to be unusable nothing is written or counted.
     examples = list(_examples_of(record, example_format=example_format, location=location))
-    content = _content(record, text_key=spec.text_key)
+    content = record_content(record, text_key=spec.text_key)
     totals.text_bytes += len(content)
     totals.documents += record.starts
     totals.without_example += record.starts and not examples
@@ -308,7 +310,7 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _content(record: Record, *, text_key: str) -> bytes:
+def record_content(record: Record, *, text_key: str) -> bytes:
     """The content that decides whether a record is held out; equal records are on the same side."""
     text = record.fields.get(text_key)
     if isinstance(text, str) and len(record.fields) == 1:
@@ -341,6 +343,14 @@ def _choose_held_out(keys: NDArray[np.uint64], lengths: NDArray[np.int64], *, sh
     sizes = np.cumsum(np.bincount(inverse, weights=lengths))
     last = min(int(np.searchsorted(sizes, share * sizes[-1])), len(unique) - 2)
     return np.asarray(inverse <= last)
+
+
+def _held_out_below(keys: NDArray[np.uint64], *, is_held_out: NDArray[np.bool_]) -> int | None:
+    """The smallest key that is not held out; None if records are on both sides, or nothing is held out."""
+    if not is_held_out.any() or is_held_out.all():
+        return None
+    smallest = int(keys[~is_held_out].min())
+    return smallest if int(keys[is_held_out].max()) < smallest else None
 
 
 def _unigram(

@@ -215,7 +215,7 @@ class Packer:
         self.lengths: Counter[int] = Counter()
         """How many documents have each number of tokens, the end-of-text token included."""
         self._length = 0
-        self._split = split
+        self.split = split
         self._seed = seed
         self._eot = np.array([eot_id], dtype=token_dtype(vocab_size)).tobytes()
         self._side = self.train
@@ -234,10 +234,10 @@ class Packer:
         self._length += len(ids) // len(self._eot)
         if ends:
             self.lengths[self._length] += 1
-        if self._split.tail_from is None:
+        if self.split.tail_from is None:
             self._side.append(ids)
         else:
-            room = max(0, self._split.tail_from - self.train.num_tokens) * len(self._eot)
+            room = max(0, self.split.tail_from - self.train.num_tokens) * len(self._eot)
             self.train.append(ids[:room])
             self.held_out.append(ids[room:])
 
@@ -251,7 +251,7 @@ class Packer:
         self.held_out.abort()
 
     def _start_document(self, key: int) -> None:
-        self._side = self.held_out if key < self._split.key_below else self.train
+        self._side = self.held_out if key < self.split.key_below else self.train
         self.num_documents += 1
         self._length = 0
         self.smallest_key = min(self.smallest_key, key)

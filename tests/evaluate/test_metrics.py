@@ -136,7 +136,7 @@ def test_classes__recorded_labels__are_scikit_learns(average: str) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcd")), min_size=1, max_size=30))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 def test_classes__any_labels__are_scikit_learns(pairs: list[tuple[str, str]]) -> None:
     examples = [ScoredExample(prediction=a, target=b) for a, b in pairs]
     predicted, expected = zip(*pairs, strict=True)
@@ -284,7 +284,7 @@ def test_ranks_of__ties_and_nan__are_behind() -> None:
 
 
 @given(st.integers(2, 20), st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 def test_ranking__random_scores__are_those_of_scikit_learn(count: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     scores, relevant = draw.permutation(count) / count, sorted({0, int(draw.integers(count))})
@@ -326,8 +326,8 @@ HOSTILE = [
     " ",
     "\x00\x1b[2J\u202e",
     "\ud800",
-    "a" * 5000,
-    "a " * 5000,
+    "a" * 500,
+    "a " * 500,
     "é",
     "e\u0301",
     "𝔘𝔫𝔦",
