@@ -86,7 +86,7 @@ class ModelShape:
     base: BaseWeights | None = None
     """The weights that parameters of kind `base` are read from, or that the objective compares the model with."""
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The fields of `forge.model.adapters.AdapterConfig`; empty without adapters."""
+    """The fields of `forge.checkpoint.adapter_config.AdapterConfig`; empty without adapters."""
 
     @property
     def values_base(self) -> BaseWeights | None:

@@ -101,11 +101,11 @@ class JobSpec(Section):
             problem = "the best checkpoint is chosen by held-out data, but data.held_out is 0"
             yield FieldError("checkpoint.keep_best", problem, depends_on=("data.held_out",))
         tokenizer = self.data.tokenizer
-        is_loaded = tokenizer.from_pretrained or self.model.from_pretrained or self.model.init_from
+        is_loaded = tokenizer.from_pretrained or self.model.is_pretrained
         if tokenizer.add_tokens and not is_loaded:
             problem = "is for a loaded tokenizer; a trained one has special_tokens"
             yield FieldError("data.tokenizer.add_tokens", problem, nearest="special_tokens")
-        pretrained = next((key for key in ("from_pretrained", "init_from") if getattr(self.model, key)), None)
+        pretrained = next(iter(self.model.origins_of_weights), None)
         if pretrained is not None and tokenizer.from_pretrained is None:
             new = [key for key in ("train", "vocab_size") if key in tokenizer.model_fields_set]
             new = [key for key in new if getattr(tokenizer, key) != type(tokenizer).model_fields[key].default]
@@ -129,9 +129,7 @@ class JobSpec(Section):
         if objective.formats and self.data.format in FORMATS and self.data.format not in objective.formats:
             fitting = " or ".join(objective.formats)
             problem = f"must be {fitting} for training.objective: {name}"
-            yield FieldError(
-                "data.format", problem, nearest=objective.formats[0], depends_on=("training.objective",)
-            )
+            yield FieldError("data.format", problem, depends_on=("training.objective",))
         if objective.has_reference_model:
             yield from self._reference_problems()
         if name == "classification" and self.model.class_reference is not None:
@@ -170,7 +168,7 @@ class JobSpec(Section):
             )
             yield FieldError("data.seq_len", problem, depends_on=("training.spans",))
         least, tokenizer = 258 + len(SENTINELS), self.data.tokenizer
-        is_trained = not (tokenizer.from_pretrained or self.model.from_pretrained or self.model.init_from)
+        is_trained = not (tokenizer.from_pretrained or self.model.is_pretrained)
         if is_trained and tokenizer.vocab_size < least:
             problem = f"must be at least {least}: bytes, end of text, padding and {len(SENTINELS)} sentinels"
             yield FieldError("data.tokenizer.vocab_size", problem, depends_on=("training.objective",))
@@ -178,17 +176,23 @@ class JobSpec(Section):
     def _reference_problems(self) -> Iterator[FieldError]:
         """Yield why there is no model to compare with."""
         name, lora = self.training.objective, self.model.lora
-        if self.model.from_pretrained is None and self.model.init_from is None:
+        if not self.model.is_pretrained:
             problem = (
                 f"{name} compares the model with what it was before training, which must be model.from_pretrained "
                 "or model.init_from; train without one with objective: orpo"
             )
             yield FieldError("training.objective", problem, depends_on=("model",))
+        if lora is not None and lora.init_from is not None:
+            problem = (
+                f"{name} compares the model with what it was before training, which must be the model without its "
+                "adapters; give the run in model.init_from, which merges them"
+            )
+            yield FieldError("model.lora.init_from", problem, depends_on=("training.objective",))
         if lora is None:
             return
         if self.training.dpo.reference == "stored" and lora.quantize != "none":
             problem = "must be live with model.lora.quantize: the reference is quantised too"
-            yield FieldError("training.dpo.reference", problem, nearest="live", depends_on=("model.lora",))
+            yield FieldError("training.dpo.reference", problem, depends_on=("model.lora",))
         if self.training.dpo.reference == "live" and lora.modules_to_save:
             problem = "live is no reference beside model.lora.modules_to_save, whose weights change"
             yield FieldError("training.dpo.reference", problem, nearest="stored", depends_on=("model.lora",))

@@ -52,7 +52,8 @@ class ModelSpec(Section):
     """Start from the weights of another run: its id, a unique prefix of it, its folder, or `latest`; or a folder or
     URL of checkpoints, one checkpoint, or an exported folder. Of a run, the best checkpoint is taken or, if no step
     was evaluated, the newest; the plan says which, and the run keeps to it. The run's tokenizer is the default; the
-    model is the run's, and other keys change its config, as with `from_pretrained`."""
+    model is the run's, and other keys change its config, as with `from_pretrained`. Adapters are merged into their
+    weights; to go on with them, see `lora.init_from`. Of a run of a `class`, name the class too."""
 
     resize_embeddings: bool = False
     """Enlarge the embedding and the output head of pretrained weights to the tokenizer's vocabulary, or to
@@ -65,7 +66,8 @@ class ModelSpec(Section):
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
         description="A class from the folder of `code`, as `module:Class`, such as `my_models:TinyMixer`: an "
         "`nn.Module` whose `forward(input_ids)` returns logits. All other keys of this section are passed to its "
-        "constructor, and so are `vocab_size`, `seq_len` and `eot_id` if it takes them.",
+        "constructor, and so are `vocab_size`, `seq_len` and `eot_id` if it takes them. With `init_from` or "
+        "`from_pretrained` its weights are those of a checkpoint or of an exported state dict.",
     )
 
     freeze: Strings = ()
@@ -79,21 +81,31 @@ class ModelSpec(Section):
     def _one_origin(self) -> ModelSpec:
         if "model_type" in self.config_overrides:
             raise FieldError("model_type", "forge has another name for this key", nearest="architecture")
-        if sum(getattr(self, name) is not None for name in _ORIGINS) != 1:
+        given = [name for name in _ORIGINS if getattr(self, name) is not None]
+        if given in (["from_pretrained", "class"], ["init_from", "class"]):
+            return self  # the weights of a class
+        if self.adapters_from is not None and given not in ([], ["from_pretrained"]):
+            problem = f"has weights of its own, of which the adapters are; leave {given[0]} out"
+            raise FieldError("lora.init_from", problem, depends_on=(given[0],))
+        if len(given) != 1 and self.adapters_from is None:
             raise ValueError("give one of 'architecture', 'from_pretrained', 'init_from' and 'class'")
         return self
 
     @model_validator(mode="after")
     def _resizes_pretrained_weights(self) -> ModelSpec:
-        if self.resize_embeddings and self.from_pretrained is None and self.init_from is None:
+        if self.resize_embeddings and not self.is_pretrained:
             raise FieldError("resize_embeddings", "is for pretrained weights; a new model has the tokenizer's size")
+        if self.resize_embeddings and self.class_reference is not None:
+            raise FieldError("resize_embeddings", "is for models of transformers", depends_on=("class",))
         return self
 
     @model_validator(mode="after")
     def _adapts_pretrained_weights(self) -> ModelSpec:
-        if self.lora is not None and self.from_pretrained is None and self.init_from is None:
+        if self.lora is not None and not self.is_pretrained:
             problem = "adapts frozen pretrained weights, and this model has none: its weights would stay random"
             raise FieldError("lora", f"{problem}; give from_pretrained, or leave lora out")
+        if self.lora is not None and self.class_reference is not None:
+            raise FieldError("lora", "is for models of transformers", depends_on=("class",))
         if self.lora is not None and self.freeze:
             problem = "has no use beside lora, which freezes every weight of from_pretrained"
             raise FieldError("freeze", f"{problem}; name the layers to adapt in lora.targets", depends_on=("lora",))
@@ -113,6 +125,23 @@ class ModelSpec(Section):
         """The value of the key `class`."""
         reference: str | None = getattr(self, "class")
         return reference
+
+    @property
+    def adapters_from(self) -> str | None:
+        """`lora.init_from`, if there is a section `lora`."""
+        return None if self.lora is None else self.lora.init_from
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether training begins with weights that exist."""
+        return bool(self.origins_of_weights)
+
+    @property
+    def origins_of_weights(self) -> dict[str, str]:
+        """The keys that name weights which exist, with their values."""
+        given = {"from_pretrained": self.from_pretrained, "init_from": self.init_from}
+        given["lora.init_from"] = self.adapters_from
+        return {key: value for key, value in given.items() if value is not None}
 
     @property
     def config_overrides(self) -> dict[str, Any]:

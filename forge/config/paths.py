@@ -32,6 +32,8 @@ def with_home_folders(job: JobSpec, *, fail: Callable[[str, str], Exception]) ->
             job.model,
             from_pretrained=resolved("model.from_pretrained", job.model.from_pretrained),
             init_from=resolved("model.init_from", job.model.init_from),
+            lora=job.model.lora
+            and _with(job.model.lora, init_from=resolved("model.lora.init_from", job.model.lora.init_from)),
         ),
         "checkpoint": _with(job.checkpoint, to=resolved("checkpoint.to", job.checkpoint.to)),
         "data": _with(

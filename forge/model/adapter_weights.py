@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from forge.model.adapters import AdapterLayer
 from forge.model.init import stream
 from forge.model.pretrained import PretrainedWeights
+from forge.model.weight_files import TensorReader
 
 
 class AdaptedWeights:
-    """The initial values of a model with new adapters: those of the pretrained weights, and of the adapters."""
+    """The initial values of a model with adapters: those of the pretrained weights, and of the adapters."""
 
     def __init__(
         self,
@@ -32,24 +33,26 @@ class AdaptedWeights:
         shapes: Mapping[str, tuple[int, ...]],
         types: Mapping[str, torch.dtype],
         seed: int,
+        earlier: Mapping[str, TensorReader] | None = None,
     ) -> None:
         """Args:
         shapes: of every parameter of the model, by its unwrapped name.
         types: likewise.
+        earlier: what another run has trained of these adapters, and of the weights beside them.
         """
         self._base, self._shapes, self._types, self._seed = base, shapes, types, seed
-        self._layers = {
-            f"{layer.prefix}.{part}.weight": (layer, part)
-            for layer in layers
-            for part in ("lora_A", "lora_B", *["lora_magnitude_vector"] * layer.use_dora)
-        }
+        self._earlier = earlier or {}
+        self._layers = {f"{layer.prefix}.{part}.weight": (layer, part) for layer in layers for part in layer.parts}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._layers or name in self._base
+        return name in self._layers or name in self._base or name in self._earlier
 
     @torch.no_grad()
     def read_into(self, name: str, out: Tensor, *, start: int = 0) -> None:
         """Fill a flat tensor with elements from `start` on, converted to its type. Raises: OSError, EOFError."""
+        if name in self._earlier:
+            self._earlier[name].read_into(out, start=start)
+            return
         if name not in self._layers:
             self._base.read_into(name, out, start=start)
             return

@@ -18,29 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from forge.checkpoint.adapter_config import AdapterConfig
 from forge.config.lora import LoraSpec
 from forge.errors import ModelError
-from forge.foreign import from_record
 from forge.model.adapter_names import ADAPTER_NAME, PARTS, has_adapters, is_adapter, unwrapped_name
 from forge.model.adapter_targets import AdapterTargets
 from forge.process import one_line
-
-_MAX_RANK = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterConfig:
-    """The adapters of a model, as its checkpoints record them."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    use_dora: bool
-    use_rslora: bool
-    modules: tuple[str, ...]
-    """Full names of the linear layers that have one."""
-    parameters: tuple[str, ...]
-    """Full names of the weights of experts that have one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +41,11 @@ class AdapterLayer:
     is_transposed: bool
     """Whether the weight is stored as inputs × outputs (GPT-2's Conv1D, some experts)."""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """peft's modules of the adapter, each with one parameter `weight`."""
+        return PARTS if self.use_dora else PARTS[:2]
+
 
 def adapter_config(spec: LoraSpec, targets: AdapterTargets) -> AdapterConfig:
     """The adapters of a job."""
@@ -70,19 +58,6 @@ def adapter_config(spec: LoraSpec, targets: AdapterTargets) -> AdapterConfig:
         modules=targets.modules,
         parameters=targets.parameters,
     )
-
-
-def adapter_config_from_record(record: Mapping[str, Any]) -> AdapterConfig:
-    """The adapters of a checkpoint. Raises: ModelError if the record is not one that forge writes."""
-    try:
-        found = from_record(AdapterConfig, dict(record))
-    except ValueError as error:
-        raise ModelError(f"the adapters of the checkpoint cannot be used: {error}") from error
-    if not (1 <= found.rank <= _MAX_RANK and 0 <= found.dropout < 1):
-        raise ModelError(
-            f"the adapters of the checkpoint cannot be used: rank {found.rank}, dropout {found.dropout}"
-        )
-    return found
 
 
 def adapter_record(model: nn.Module) -> dict[str, Any]:

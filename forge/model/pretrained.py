@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -61,7 +62,7 @@ class PretrainedWeights:
     ) -> None:
         """Args:
         files: the safetensors files of the folder.
-        model: the transformers model on the meta device.
+        model: the model on the meta device; the names of one that is none of transformers are those in the files.
         is_required: whether the files must have a parameter of the model, by its name.
         may_grow: whether what has a row for each token of the model's vocabulary may have fewer in the files; the
             missing rows are the mean of those there.
@@ -110,16 +111,16 @@ class PretrainedWeights:
 
     def _map_names(self) -> None:
         expected = self._model.state_dict()
-        rules = get_model_conversion_mapping(self._model)
+        is_plain = not isinstance(self._model, PreTrainedModel)  # a class of the user's own
+        rules = [] if is_plain else get_model_conversion_mapping(self._model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-        rename = partial(
-            rename_source_key, base_model_prefix=self._model.base_model_prefix, meta_state_dict=expected
-        )
+        prefix = "" if is_plain else self._model.base_model_prefix
+        rename = partial(rename_source_key, base_model_prefix=prefix, meta_state_dict=expected)
         unused = []
         for key in sorted(self.files.tensors, key=dot_natural_key):
-            name, pattern = rename(key, renamings, converters)
+            name, pattern = (key, None) if is_plain else rename(key, renamings, converters)
             is_own = self.files.digests is not None  # a checkpoint has the names of the model
             if key in expected and (is_own or name not in expected):
                 name, pattern = key, None
@@ -133,7 +134,7 @@ class PretrainedWeights:
                 group.parts.append((key, pattern))
                 for target in rule.target_patterns:
                     self._joined[name.replace(rule.target_patterns[0], target)] = group
-        ignored = self._model._keys_to_ignore_on_load_unexpected or ()
+        ignored = () if is_plain else self._model._keys_to_ignore_on_load_unexpected or ()
         self.unused = tuple(key for key in unused if not any(re.search(pattern, key) for pattern in ignored))
 
     def _resolve_ties(self) -> None:

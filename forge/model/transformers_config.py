@@ -143,7 +143,8 @@ def _config_of_checkpoint(source: str) -> PretrainedConfig:
         raise ModelError(str(error), key="from_pretrained") from error
     if not record:
         raise ModelError(
-            f"{source} is of a class of your own, and has no config of transformers", key="from_pretrained"
+            f"{source} is of a class of your own: name it in model.class, with the keys of its constructor",
+            key="from_pretrained",
         )
     return config_from_record(record)
 

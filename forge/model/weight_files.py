@@ -104,6 +104,8 @@ class WeightFiles:
     digests: Mapping[str, str] | None = None
     """Of the content, if it is known without reading the files: of a checkpoint, whose tensors have the names of
     the model."""
+    num_merged: int = 0
+    """Tensors of a checkpoint to which an adapter is added."""
 
 
 def open_weight_files(source: str) -> WeightFiles:

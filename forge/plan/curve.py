@@ -97,6 +97,8 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
             del body[section][name]
     if body["model"]["lora"] is None:
         del body["model"]["lora"]
+    elif body["model"]["lora"]["init_from"] is None:
+        del body["model"]["lora"]["init_from"]
     of_dataset = (("dataset", None), ("subset", None), ("split", "train"), ("revision", None))
     for name, default in (("file_type", "auto"), ("special_tokens", "text"), *of_dataset):
         if body["data"][name] == default:

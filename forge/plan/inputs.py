@@ -221,7 +221,7 @@ class TeacherInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitInfo:
-    """The checkpoint that a run starts from."""
+    """A checkpoint that a run starts from."""
 
     source: str
     """Absolute path, or URL."""

@@ -85,6 +85,8 @@ class DraftPlan:
     """Step after which a trial of a population pauses, with a checkpoint, until all trials have reached it."""
     init: InitInfo | None = None
     """The checkpoint that the weights come from; None if they come from elsewhere."""
+    adapters_init: InitInfo | None = None
+    """The checkpoint that the adapters come from; None if they are new, or there are none."""
     teacher: TeacherInfo | None = None
     """Of a distillation."""
     former_lengths: tuple[FormerLength, ...] = ()

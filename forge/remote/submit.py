@@ -112,12 +112,13 @@ def adapt_job(target: RemoteTarget, loaded: LoadedJob) -> LoadedJob:
     job, cluster = loaded.job, target.cluster
     if cluster.shares_files:
         return loaded
-    weights = job.model.from_pretrained
-    if weights is not None and Path(weights).is_dir():
+    for key, weights in job.model.origins_of_weights.items():
+        if not Path(weights).is_dir():
+            continue
         path = str(Path(weights).absolute())
         if not ask(cluster, "check", "--folder", path)["has_folder"]:
             raise ArgumentError(
-                f"model.from_pretrained is the folder {weights}, which does not exist on '{cluster.name}': "
+                f"model.{key} is the folder {weights}, which does not exist on '{cluster.name}': "
                 f"copy it to {path} on every node of the cluster"
             )
     if "://" in job.checkpoint.to:

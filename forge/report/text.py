@@ -86,6 +86,8 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         facts.append(("code", _code(job, plan.code)))
     if plan.init is not None:
         facts.append(("weights", _init(plan.init)))
+    if plan.adapters_init is not None:
+        facts.append(("adapters", _init(plan.adapters_init)))
     if plan.teacher is not None:
         facts.append(("teacher", _teacher(plan.teacher)))
     if plan.former_lengths:

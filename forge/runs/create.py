@@ -98,8 +98,8 @@ def reopen_run(folder: Path, plan: Plan) -> None:
     before = read_plan(folder)
     _require_same_code(folder, before, plan)
     require_same_curve(folder, before.job, plan.job)
-    now = with_length_of(plan.job, before.job) if plan.search is None else plan.job
-    if config_digest(before.job, code=before.code) != config_digest(now, code=plan.code):
+    job = with_length_of(plan.job, before.job) if plan.search is None else plan.job
+    if config_digest(before.job, code=before.code) != config_digest(job, code=plan.code):
         raise ArgumentError(
             f"cannot resume {folder.name}: the code of a class that the job names changed, so the loss curve would "
             "not continue; start a new run"
@@ -110,11 +110,12 @@ def reopen_run(folder: Path, plan: Plan) -> None:
             f"documents then, {plan.corpus.num_documents:,} now), so the loss curve would not continue; restore "
             "its files, or start a new run"
         )
-    if before.init is not None and plan.init is not None and before.init.digest != plan.init.digest:
-        raise ArgumentError(
-            f"cannot resume {folder.name}: the checkpoint that it started from, {before.init.source}, has another "
-            f"content now (digest {before.init.digest[:12]} then, {plan.init.digest[:12]} now); start a new run"
-        )
+    for then, now in ((before.init, plan.init), (before.adapters_init, plan.adapters_init)):
+        if then is not None and now is not None and then.digest != now.digest:
+            raise ArgumentError(
+                f"cannot resume {folder.name}: the checkpoint that it started from, {then.source}, has another "
+                f"content now (digest {then.digest[:12]} then, {now.digest[:12]} now); start a new run"
+            )
     _require_writable(plan.job.checkpoint.url_of(str(folder)))
     if plan.search is None and not is_same_length(before.job, plan.job):  # the next resume reads it
         job = with_length_of(before.job, plan.job)

@@ -10,13 +10,16 @@ from forge.errors import CheckpointError
 from forge.runs.checkpoints import locate
 from forge.runs.remote_ref import read_remote_ref
 
+_EXPORTED = ("config.json", "model.safetensors", "model.safetensors.index.json")
+
 
 def find_weights(name: str, *, root: Path) -> tuple[str, str]:
     """Return the absolute path or URL of a checkpoint or exported folder, and the folder of its tokenizer."""
     if is_checkpoint(name):
         return _absolute(name), tokenizer_of(_absolute(name))
     folder = Path(name)
-    if "://" not in name and (folder / "config.json").is_file() and not (folder / "plan.json").exists():
+    is_export = any((folder / file).is_file() for file in _EXPORTED)
+    if "://" not in name and is_export and not (folder / "plan.json").exists():
         return _absolute(name), _absolute(name)
     found = locate(name, root=root)
     try:

@@ -30,7 +30,7 @@ from forge.errors import ArgumentError, CheckpointError, DataError, PlanError
 from forge.fs import default_cache_dir
 from forge.objective.registry import OBJECTIVES
 from forge.plan.data_view import DataView
-from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, InitInfo, ModelInfo
+from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.outputs import must_find_labels
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
 from forge.plan.search import plan_search
@@ -92,8 +92,7 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     view = view_sample(job, data=inputs.data, code_digest=_digest_of(inputs.code))
     more = view_warnings(view, seq_len=job.data.seq_len) if view is not None else ()
     draft = replace(draft, view=view, warnings=draft.warnings + more)
-    init = _init_of(inputs.trained)
-    draft = replace(draft, code=inputs.code, templates=loaded.templates, init=init)
+    draft = _with_inits(replace(draft, code=inputs.code, templates=loaded.templates), inputs.trained)
     return _with_search(draft, inputs.loaded, count_slots=count_local_slots)
 
 
@@ -227,8 +226,7 @@ def _resolve(
     _require_held_out(plan, inputs.loaded)
     ask = partial(with_reference, only_if_computed=is_draft, on_progress=inputs.on_progress)
     plan = replace(plan, corpus=ask(corpus, job=trained.job, find_model=lambda: model))
-    init = _init_of(trained)
-    plan = replace(with_view(plan), code=code, templates=inputs.loaded.templates, init=init)
+    plan = _with_inits(replace(with_view(plan), code=code, templates=inputs.loaded.templates), trained)
     return _with_search(plan, inputs.loaded, count_slots=count_slots)
 
 
@@ -245,12 +243,16 @@ def _digest_of(code: CodeInfo | None) -> str | None:
     return code.digest if code is not None else None
 
 
-def _init_of(loaded: LoadedJob) -> InitInfo | None:
-    """The checkpoint that a job starts from. Raises: JobFileError if it cannot be read."""
+def _with_inits(plan: _PlanT, loaded: LoadedJob) -> _PlanT:
+    """Add the checkpoints that a job starts from. Raises: JobFileError if one cannot be read."""
+    model = loaded.job.model
+    key = "model.from_pretrained"
     try:
-        return init_info(loaded.job)
+        init = init_info(model.from_pretrained)
+        key = "model.lora.init_from"
+        return replace(plan, init=init, adapters_init=init_info(model.adapters_from))
     except CheckpointError as error:
-        raise loaded.source.error("model.from_pretrained", str(error), show_value=False) from error
+        raise loaded.source.error(key, str(error), show_value=False) from error
 
 
 def _inspected(inputs: _Inputs, *, vocabulary: Vocabulary, corpus: CorpusInfo | None = None) -> ModelInfo:

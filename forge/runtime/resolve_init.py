@@ -23,13 +23,15 @@ from forge.errors import ArgumentError, CheckpointError, PlanError
 from forge.plan.inputs import InitInfo
 from forge.runs.reader import read_plan
 from forge.runtime.find_weights import find_weights, is_same_run
+from forge.runtime.resolve_adapters import with_adapters
 from forge.runtime.resolve_teacher import with_teacher
 
 _KEY = "model.init_from"
 
 
 def with_init(loaded: LoadedJob, *, resume: Path | None = None) -> LoadedJob:
-    """Return a job that names what `model.init_from` stands for in `model.from_pretrained`, and its teacher.
+    """Return a job that names what `model.init_from` stands for in `model.from_pretrained`; its adapters and its
+    teacher likewise.
 
     Args:
         resume: folder of a run that is resumed: it keeps the checkpoint that it started from, if that is of the run
@@ -37,7 +39,7 @@ def with_init(loaded: LoadedJob, *, resume: Path | None = None) -> LoadedJob:
 
     Raises: JobFileError if there is no such run, or it has no complete checkpoint.
     """
-    loaded = with_teacher(loaded, resume=resume)
+    loaded = with_adapters(with_teacher(loaded, resume=resume), resume=resume)
     name = loaded.job.model.init_from
     if name is None:
         return loaded
@@ -55,12 +57,11 @@ def with_init(loaded: LoadedJob, *, resume: Path | None = None) -> LoadedJob:
     return replace(loaded, job=_rewritten(loaded.job, source=source, tokenizer=tokenizer), source=source_map)
 
 
-def init_info(job: JobSpec) -> InitInfo | None:
-    """Return what the plan records about the checkpoint that a job starts from; None if it names none.
+def init_info(source: str | None) -> InitInfo | None:
+    """Return what the plan records about a checkpoint that a job starts from; None if it is a folder, or none.
 
     Raises: CheckpointError if it cannot be read.
     """
-    source = job.model.from_pretrained
     if source is None or not is_checkpoint(source):
         return None
     progress, digest = open_source(source).progress, source_digest(source)

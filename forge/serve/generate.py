@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
+from forge.checkpoint.adapter_config import adapter_config_from_record
 from forge.checkpoint.best import open_verified
 from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
@@ -30,7 +31,7 @@ from forge.data.tokenizer import load_tokenizer
 from forge.data.tokenizer_files import prompt_tokenizer
 from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.model.adapter_names import unwrapped_name
-from forge.model.adapters import adapter_config_from_record, add_adapters
+from forge.model.adapters import add_adapters
 from forge.model.auto_classes import build_on_meta
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.causal_lm import build_from_config

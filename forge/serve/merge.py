@@ -8,7 +8,7 @@ Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forge.checkpoint.adapter_config import adapter_config_from_record, shortest_names
 from forge.checkpoint.intervals import Interval
 from forge.checkpoint.manifest import ModelShape
 from forge.checkpoint.reader import Checkpoint
 from forge.errors import CheckpointError
 from forge.model.adapter_names import is_adapter
-from forge.model.adapter_weights import merged
-from forge.model.adapters import AdapterLayer, adapter_config_from_record, adapter_layers, add_adapters
-from forge.model.auto_classes import auto_class_of_config, build_on_meta
-from forge.model.transformers_config import config_from_record
+from forge.model.checkpoint_files import layers_with_adapters, merged_weight
 from forge.serve.weights import CheckpointWeights
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -42,11 +40,8 @@ class MergedWeights:
     """The weights of a checkpoint, each with its adapter added; read as `CheckpointWeights`."""
 
     def __init__(self, weights: CheckpointWeights, checkpoint: Checkpoint) -> None:
-        config = config_from_record(checkpoint.shape.config)
-        model = build_on_meta(config, auto_class=auto_class_of_config(config))
-        add_adapters(model, adapter_config_from_record(checkpoint.shape.adapters))
         self._weights, self._shape = weights, checkpoint.shape
-        self._layers = {layer.weight: layer for layer in adapter_layers(model)}
+        self._layers = {layer.weight: layer for layer in layers_with_adapters(checkpoint.shape)}
 
     def interval(self, name: str) -> Interval:
         """The interval of a whole parameter or buffer; a merged one is fp32."""
@@ -59,19 +54,10 @@ class MergedWeights:
         Raises: CheckpointError if they cannot be read.
         """
         if name in self._layers:
-            yield from torch.split(self._merged(self._layers[name]).reshape(-1), max_numel)
+            merged = merged_weight(self._layers[name], read=self._whole)
+            yield from torch.split(merged.reshape(-1), max_numel)
         else:
             yield from self._weights.pieces(name, max_numel=max_numel)
-
-    def _merged(self, layer: AdapterLayer) -> Tensor:
-        magnitude = self._whole(f"{layer.prefix}{_MAGNITUDE}") if layer.use_dora else None
-        return merged(
-            self._whole(layer.weight),
-            layer,
-            factor_a=self._whole(f"{layer.prefix}.lora_A.weight"),
-            factor_b=self._whole(f"{layer.prefix}.lora_B.weight"),
-            magnitude=magnitude,
-        )
 
     def _whole(self, name: str) -> Tensor:
         if name not in self._shape.parameters:
@@ -124,7 +110,7 @@ def write_adapter_config(folder: Path, shape: ModelShape) -> None:
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
         "bias": "none",
-        "target_modules": _shortest(config.modules, shape),
+        "target_modules": list(shortest_names(config.modules, shape=shape)),
         "target_parameters": list(config.parameters) or None,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
     }
@@ -133,12 +119,3 @@ def write_adapter_config(folder: Path, shape: ModelShape) -> None:
 
 def _peft_name(name: str) -> str:
     return name.removesuffix(".weight") if name.endswith(_MAGNITUDE) else name
-
-
-def _shortest(modules: Iterable[str], shape: ModelShape) -> list[str]:
-    """Name modules by their last names, where these select the same modules; else in full."""
-    wanted = set(modules)
-    ends = sorted({name.rpartition(".")[2] for name in wanted})
-    every = {name.rpartition(".")[0] for name in [*shape.parameters, *shape.tied]}
-    selected = {name for name in every if name.rpartition(".")[2] in ends}
-    return ends if selected == wanted else sorted(wanted)

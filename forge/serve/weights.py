@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from forge.checkpoint.intervals import Interval
-from forge.checkpoint.manifest import BaseWeights, base_difference
 from forge.checkpoint.reader import Checkpoint
 from forge.errors import CheckpointError
-from forge.fs import default_cache_dir
-from forge.model.auto_classes import auto_class_of_config, build_on_meta
-from forge.model.checkpoint_files import open_weights
-from forge.model.pretrained import PretrainedWeights
-from forge.model.transformers_config import config_from_record
-from forge.model.weight_files import content_digests
+from forge.model.checkpoint_files import open_base
 from forge.train.model_shape import DTYPE_NAMES
 from forge.train.state import bytes_of
 
@@ -42,7 +36,7 @@ class CheckpointWeights:
             raise CheckpointError(f"{checkpoint.url} holds no ema weights: the job has no training.ema")
         self._checkpoint, self._ema = checkpoint, ema
         base = checkpoint.shape.values_base if needs_base else None
-        self._base = None if base is None else _open_base(checkpoint, base)
+        self._base = None if base is None else open_base(checkpoint.shape, owner=checkpoint.url)
 
     def interval(self, name: str) -> Interval:
         """The interval of a whole parameter or buffer."""
@@ -88,20 +82,3 @@ class CheckpointWeights:
                     self._base.read_into(interval.name, flat, start=interval.start)
                 except (OSError, EOFError) as error:
                     raise CheckpointError(f"base weights cannot be read: {error}") from error
-
-
-def _open_base(checkpoint: Checkpoint, base: BaseWeights) -> PretrainedWeights:
-    files = open_weights(base.source)
-    try:
-        digests = content_digests(files, cache=default_cache_dir() / "digests")
-    except OSError as error:
-        raise CheckpointError(f"base weights cannot be read: {error}") from error
-    difference = base_difference(base, BaseWeights(source=base.source, revision=files.revision, files=digests))
-    if difference is not None:
-        raise CheckpointError(f"{checkpoint.url}: {difference}. Restore the file")
-    held, config = checkpoint.shape.parameters, config_from_record(checkpoint.shape.config)
-    return PretrainedWeights(
-        files,
-        build_on_meta(config, auto_class=auto_class_of_config(config)),
-        is_required=lambda name: name in held and held[name].kind == "base",
-    )

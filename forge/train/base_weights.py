@@ -15,19 +15,25 @@ from forge.fs import default_cache_dir, digest_file
 from forge.model.adapter_names import has_adapters
 from forge.model.adapter_weights import AdaptedWeights
 from forge.model.adapters import adapter_layers
+from forge.model.checkpoint_files import open_trained
 from forge.model.pretrained import PretrainedWeights
 from forge.model.weight_files import DTYPES, WeightFiles
 
 
 def initial_weights(
-    base: PretrainedWeights, model: nn.Module, shape: ModelShape, *, seed: int
+    base: PretrainedWeights, model: nn.Module, shape: ModelShape, *, seed: int, adapters_from: str | None = None
 ) -> PretrainedWeights | AdaptedWeights:
-    """The values that training begins with: the pretrained weights and, if the model has any, new adapters."""
+    """The values that training begins with: the pretrained weights and, if the model has any, the adapters.
+
+    Args:
+        adapters_from: the checkpoint of another run with these adapters; None: new ones.
+    """
     if not has_adapters(model):
         return base
     types = {name: DTYPES[parameter.dtype] for name, parameter in shape.parameters.items()}
     shapes = {name: parameter.shape for name, parameter in shape.parameters.items()}
-    return AdaptedWeights(base, adapter_layers(model), shapes=shapes, types=types, seed=seed)
+    earlier = open_trained(adapters_from) if adapters_from is not None else {}
+    return AdaptedWeights(base, adapter_layers(model), shapes=shapes, types=types, seed=seed, earlier=earlier)
 
 
 def digest_base(files: WeightFiles) -> BaseWeights:

@@ -365,7 +365,9 @@ def build_engine(
     )
     built.state.load_base(weights)
     if not skip_init:
-        built.state.load_weights(initial_weights(weights, model, built.state.shape, seed=training.seed))
+        source = model_spec.adapters_from
+        first = initial_weights(weights, model, built.state.shape, seed=training.seed, adapters_from=source)
+        built.state.load_weights(first)
     return built
 
 

@@ -210,8 +210,9 @@ def _checkpointer(
 
 def _build(plan: Plan, context: WorkerContext, *, device: torch.device, skip_init: bool) -> Engine:
     """Build the engine for one world size; collective."""
-    if plan.init is not None and not skip_init:
-        _verify_init(plan.init, checkpoints=context.checkpoints)
+    for init in (plan.init, plan.adapters_init):
+        if init is not None and not skip_init:
+            _verify_init(init, checkpoints=context.checkpoints)
     return build_engine(
         plan.job.model,
         plan.job.training,

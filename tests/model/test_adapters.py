@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from forge.checkpoint.adapter_config import adapter_config_from_record
 from forge.config.lora import LoraSpec
 from forge.config.model import ModelSpec
 from forge.errors import ModelError
@@ -212,7 +213,7 @@ def test_adapters_of_a_checkpoint__that_no_forge_wrote__are_refused(
     }  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(bases / "llama")
     with pytest.raises(ModelError, match=problem):
-        adapters.add_adapters(model, adapters.adapter_config_from_record(record | changes))
+        adapters.add_adapters(model, adapter_config_from_record(record | changes))
 
 
 def test_training_modules__without_lora__do_not_import_peft() -> None:

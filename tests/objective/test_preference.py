@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from forge.checkpoint.adapter_config import AdapterConfig
 from forge.errors import RunError
-from forge.model.adapters import AdapterConfig, add_adapters
+from forge.model.adapters import add_adapters
 from forge.objective.base import ObjectiveContext, ObjectiveModule
 from forge.objective.build import build_objective
 from forge.objective.pair_losses import PAIR_LOSSES, log_odds_ratio

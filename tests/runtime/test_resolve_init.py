@@ -57,7 +57,7 @@ def test_with_init__run__is_its_best_checkpoint_else_its_newest(
     loaded = with_init(job_from(tmp_path, names[form]))
     assert (loaded.job.model.init_from, loaded.job.model.from_pretrained) == (None, paths[expected - 1])
     assert loaded.job.data.tokenizer.from_pretrained == str(run / "tokenizer")
-    found = init_info(loaded.job)
+    found = init_info(loaded.job.model.from_pretrained)
     assert found is not None
     assert (found.step, found.is_best, found.metric_value) == (expected, is_best, values[expected - 1])
     assert len(found.digest) == 32
@@ -75,7 +75,7 @@ def test_with_init__exported_folder__is_from_pretrained(tmp_path: Path) -> None:
     (tmp_path / "exported" / "config.json").write_text("{}")
     job = with_init(job_from(tmp_path, tmp_path / "exported")).job
     assert (job.model.from_pretrained, job.data.tokenizer.from_pretrained) == (str(tmp_path / "exported"),) * 2
-    assert init_info(job) is None
+    assert init_info(job.model.from_pretrained) is None
 
 
 def test_with_init__resumed_run__keeps_the_checkpoint_that_it_started_from(tmp_path: Path, run: Path) -> None:
@@ -139,6 +139,6 @@ def test_job__init_from_and_a_tokenizer_of_its_own__is_refused(tmp_path: Path) -
 
 def test_init_info__value_that_is_not_a_number__is_unknown(tmp_path: Path, run: Path) -> None:
     add_checkpoint(run, 1, None)
-    found = init_info(with_init(job_from(tmp_path, RUN)).job)
+    found = init_info(with_init(job_from(tmp_path, RUN)).job.model.from_pretrained)
     assert found is not None
     assert (found.metric_value, math.isfinite(found.step)) == (None, True)

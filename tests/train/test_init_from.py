@@ -34,7 +34,7 @@ def checkpoint(corpus: CorpusInfo, tmp_path_factory: pytest.TempPathFactory) -> 
 def plan_from(source: Path, corpus: CorpusInfo, **changes: Any) -> Plan:
     model = {"from_pretrained": str(source)}
     plan = tiny_plan(corpus, **{"model": model, "training__total_steps": 3, **changes})
-    return replace(plan, init=init_info(plan.job))
+    return replace(plan, init=init_info(plan.job.model.from_pretrained))
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (2, 3), (3, 2)])

@@ -24,7 +24,7 @@ from forge.errors import ModelError, PlanError
 from forge.model.adapter_targets import AdapterTargets, find_targets, require_dropout_by_sample
 from forge.model.adapters import adapter_config, add_adapters, require_peft
 from forge.model.auto_classes import AUTO_CLASSES, build_on_meta, limited_modules
-from forge.model.checkpoint_files import open_weights
+from forge.model.checkpoint_files import open_weights, require_same_adapters
 from forge.model.dropout import has_dropout, require_randomness_by_sample
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.count import count_model
@@ -131,7 +131,10 @@ def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module, *, device: torch.
     require_dropout_by_sample(spec.lora, attention=str(whole.config._attn_implementation))
     weights = _open_weights(spec, whole, data=data) if is_here else None
     targets = find_targets(whole, spec.lora, absent=weights.absent if weights is not None else ())
-    add_adapters(model, adapter_config(spec.lora, targets), trained=targets.trained)
+    config = adapter_config(spec.lora, targets)
+    if spec.lora.init_from is not None and weights is not None:
+        require_same_adapters(spec.lora.init_from, config, trained=targets.trained, files=weights.files)
+    add_adapters(model, config, trained=targets.trained)
     if spec.lora.quantize != "none":
         require_bitsandbytes()
         if device is not None and weights is not None:
@@ -149,6 +152,8 @@ def _about_adapters(spec: ModelSpec, targets: AdapterTargets, model: nn.Module) 
     about = f"{kind} adapters of rank {spec.lora.rank} and alpha {spec.lora.scaled_alpha:g} on {listed}{whole}"
     if spec.lora.quantize != "none":
         about += "; frozen linear layers in 4 bits (NF4)"
+    if spec.lora.init_from is not None:
+        about += f"; begun from those of {spec.lora.init_from}"
     return (about, *targets.notes)
 
 
@@ -268,6 +273,9 @@ def _check_weights(spec: ModelSpec, model: Any, *, data: DataShape) -> tuple[str
         notes.append(f"not in {source}, {what}drawn from the seed{reason}: {some(weights.absent)}")
     elif AUTO_CLASSES[data.auto_class].has_labels:
         notes.append(require_same_labels(load_config(source), model.config, source=source))
+    if weights.files.num_merged:
+        count = weights.files.num_merged
+        notes.append(f"{source} holds adapters, which are added to {count} of its weights (merged in fp32)")
     if weights.unused:
         notes.append(f"in {source}, but not in the model, so not used{reason}: {some(weights.unused)}")
     return tuple(notes)

@@ -13,6 +13,8 @@ The class is an `nn.Module` and follows this interface:
   tokens up to t only.
 - Optional argument `position_ids: int64[B, T]` of `forward`, needed for `data.packing: examples`: they restart at
   each example of a row, and no example may see another.
+- With `from_pretrained` or `init_from` the values of all parameters are those of a checkpoint or of an exported
+  state dict, whose names and shapes must be those of the class.
 - Optional attributes, for the plan's table: `num_layers`, `hidden_size`.
 - Optional method `gradient_checkpointing_enable(gradient_checkpointing_kwargs)`, as in transformers, needed for
   `training.activation_checkpointing`.
@@ -34,12 +36,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from forge.config.model import ModelSpec
 from forge.errors import ModelError
+from forge.model.checkpoint_files import open_weights
 from forge.model.families.base import BuildOptions, DataShape, parameter_counts
 from forge.model.freeze import freeze_parameters
 from forge.model.init import stream
 from forge.model.isolation import isolation_problem
 from forge.model.look_ahead import looks_ahead
-from forge.model.pretrained import PretrainedWeights
+from forge.model.pretrained import PretrainedWeights, some
 from forge.plan.inputs import ModelInfo
 from forge.user_code import describe_error, load_class
 
@@ -55,10 +58,18 @@ class UserClassFamily:
             model = _construct(spec, data)
         freeze_parameters(model, spec.freeze)
         cost = _measure(model, data)
+        counts = parameter_counts(model)
+        notes: tuple[str, ...] = ()
+        if spec.from_pretrained is not None:
+            source, unused = spec.from_pretrained, _open(spec, model).unused
+            notes = (f"in {source}, but not in the model, so not used: {some(unused)}",) if unused else ()
+        num_frozen = counts["num_parameters"] - counts["num_trainable_parameters"]
         return ModelInfo(
             architecture=spec.class_reference or "",
             class_name=type(model).__name__,
-            **parameter_counts(model),
+            **counts,
+            notes=notes,
+            num_base_parameters=num_frozen if spec.from_pretrained is not None else 0,
             num_matmul_parameters=cost["flops"] // (2 * data.seq_len),
             num_layers=int(getattr(model, "num_layers", 0)),
             hidden_size=int(getattr(model, "hidden_size", 0)),
@@ -87,7 +98,8 @@ class UserClassFamily:
         return model
 
     def open_pretrained(self, spec: ModelSpec, data: DataShape) -> PretrainedWeights:
-        raise AssertionError("a section with `class` has no `from_pretrained`")
+        with torch.device("meta"):
+            return _open(spec, _construct(spec, data))
 
     def import_classes(self, spec: ModelSpec, data: DataShape) -> None:
         _load(spec)
@@ -97,6 +109,14 @@ def _load(spec: ModelSpec) -> type[nn.Module]:
     assert spec.class_reference is not None
     found: type[nn.Module] = load_class(spec.class_reference, base=nn.Module)
     return found
+
+
+def _open(spec: ModelSpec, model: nn.Module) -> PretrainedWeights:
+    """The weights of a checkpoint or an exported state dict, by the names of a model.
+
+    Raises: ModelError, PlanError.
+    """
+    return PretrainedWeights(open_weights(spec.from_pretrained or ""), model)
 
 
 def _construct(spec: ModelSpec, data: DataShape) -> nn.Module:
