@@ -90,6 +90,12 @@ class TokenStream:
             self._fill(window, start=index * seq_len)
         return windows
 
+    def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The tokens [start, stop) of the stream. Shapes: int64[stop - start]."""
+        window = np.empty(stop - start, dtype=np.int64)
+        self._fill(window, start=start)
+        return window
+
     def _fill(self, window: NDArray[np.int64], *, start: int) -> None:
         filled = 0
         while filled < len(window):

@@ -35,6 +35,8 @@ class TaskExample:
 
     id: str
     """The name of its record, `test.jsonl:17`; with a number if several have that name."""
+    question: str = ""
+    """The prompt alone."""
     prompt: str = ""
     """With the instruction and the few-shot examples; of `classify` and `embed` the text alone."""
     messages: tuple[Message, ...] = ()
@@ -54,6 +56,12 @@ class TaskExample:
     def continuations(self) -> tuple[str, ...]:
         """What is scored after the prompt."""
         return tuple(f"{self.separator}{choice}" for choice in self.choices)
+
+    @property
+    def own_texts(self) -> tuple[str, ...]:
+        """What the example asks, without few-shot examples, and what is right."""
+        asked = self.question or " ".join(self.words)
+        return (asked, self.text_pair or "", *(_texts(self.target) if self.target is not None else ()))
 
     @property
     def digest(self) -> str:
@@ -91,13 +99,15 @@ class Task:
         words = _strings(asked, record=record, key="prompt") if isinstance(asked, list) else ()
         if words and not (self.spec.kind == "classify" and self.spec.label_kind == "token"):
             raise DataError(f"{record.location}: the prompt is a list; only tags of words have one")
+        question = "" if words else _text(asked, record=record, key="prompt")
         pair, choices = self._text_pair, self._choices_of(record)
         target, gains = self._target_of(record, choices=choices)
         if self.spec.kind == "log-likelihood":
             choices = (str(target),)
         return TaskExample(
             id=record.name,
-            prompt="" if words else _text(asked, record=record, key="prompt"),
+            question=question,
+            prompt=question,
             words=words,
             text_pair=None if pair is None else _text(pair(record), record=record, key="text_pair"),
             choices=choices,
