@@ -28,7 +28,7 @@ from forge.remote.mirror import find_run_handle
 from forge.remote.submit import RemoteTarget, preflight, resolve_remote, submit
 from forge.report.progress_lines import ProgressLines
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
-from forge.runs.checkpoints import CheckpointEntry, best_checkpoint
+from forge.runs.checkpoints import CheckpointEntry, best_checkpoint, embedding_of
 from forge.runs.create import create_run, reopen_run, require_regular, require_same_curve, resumed_plan
 from forge.runs.index import remember_run
 from forge.runs.reader import (
@@ -116,6 +116,7 @@ class Run(RunSummary):
             to=str(to),
             step=best.step if best is not None else step,
             tokenizer=str(self.folder / "tokenizer"),
+            embedding=embedding_of(self.plan.job),
             on_progress=on_progress,
         )
         return Path(answer["folder"])

@@ -120,7 +120,7 @@ def export(
     """
     from forge.cli import display
     from forge.cli.progress import ExportScreen
-    from forge.runs.checkpoints import locate
+    from forge.runs.checkpoints import embedding_of, locate
     from forge.runtime.torch_subprocess import export_weights
     from forge.units import format_bytes, format_count, parse_bytes
 
@@ -142,6 +142,7 @@ def export(
             adapters=adapters,
             max_shard_bytes=max_shard_bytes,
             tokenizer=str(found.tokenizer) if found.tokenizer else None,
+            embedding=embedding_of(found.job) if not adapters else None,
         )
     if output is Output.JSON:
         display.print_json(answer)
@@ -155,6 +156,9 @@ def export(
         load = f'PeftModel.from_pretrained(model, "{answer["folder"]}")'
         display.message(f"adapters alone, for the model {answer['base']}")
         display.next_command(load, purpose="in Python")
+        return
+    if answer["is_embedding"]:
+        display.next_command(f'SentenceTransformer("{answer["folder"]}")', purpose="in Python")
         return
     if answer["is_transformers"]:
         display.next_command(f'{answer["auto_class"]}.from_pretrained("{answer["folder"]}")', purpose="in Python")

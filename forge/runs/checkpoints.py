@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from forge.checkpoint.best import BEST, best_name, best_scores
 from forge.checkpoint.manifest import step_name
 from forge.checkpoint.reader import list_checkpoints, open_checkpoint
 from forge.checkpoint.storage import Storage, open_storage
 from forge.checkpoint.verify import verify_checkpoint
+from forge.config.job import JobSpec
 from forge.errors import ArgumentError, CheckpointError
 from forge.runs.reader import RunSummary, find_run, read_plan
 
@@ -23,6 +25,8 @@ class CheckpointLocation:
     url: str
     tokenizer: Path | None
     """Folder; None if the location is not a run."""
+    job: JobSpec | None = None
+    """That of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +61,18 @@ def locate(name: str, *, root: Path) -> CheckpointLocation:
         return CheckpointLocation(url=name.rstrip("/"), tokenizer=None)
     folder = find_run(name, root=root)
     plan = read_plan(folder)
-    return CheckpointLocation(url=plan.job.checkpoint.url_of(str(folder)), tokenizer=folder / "tokenizer")
+    url = plan.job.checkpoint.url_of(str(folder))
+    return CheckpointLocation(url=url, tokenizer=folder / "tokenizer", job=plan.job)
+
+
+def embedding_of(job: JobSpec | None) -> dict[str, Any] | None:
+    """How a job makes embeddings, as fields of `forge.serve.sentence_transformers.EmbeddingModel`; None if it does
+    not."""
+    if job is None or job.training.objective != "contrastive":
+        return None
+    spec = job.training.contrastive
+    prefixes = {name: getattr(job.data.embedding, name) for name in ("query_prefix", "passage_prefix")}
+    return {"pooling": spec.pooling, "similarity": spec.similarity, "max_seq_len": job.data.seq_len, **prefixes}
 
 
 def entries(url: str, *, step: int | str | None = None, with_checksums: bool = False) -> Iterator[CheckpointEntry]:

@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from forge.serve.merge import (
     require_adapters,
     write_adapter_config,
 )
+from forge.serve.sentence_transformers import EmbeddingModel, write_embedding_files
 from forge.serve.weights import CheckpointWeights
 from forge.train.state import bytes_of
 
@@ -72,6 +73,8 @@ class ExportRequest:
     """A folder with tokenizer files, which are copied to the export."""
     adapters: bool = False
     """Export the adapters alone, as a folder for peft; without it they are merged into the weights."""
+    embedding: Mapping[str, Any] | None = None
+    """Fields of EmbeddingModel, if the run trains embeddings: the folder is one of sentence-transformers, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,8 @@ class Exported:
     """Of a folder of adapters: the model that they are for."""
     auto_class: str | None = None
     """The class of transformers that loads the folder."""
+    is_embedding: bool = False
+    """Whether `SentenceTransformer` of the library sentence-transformers loads it, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +155,9 @@ def export(
             _copy_tokenizer(Path(request.tokenizer), draft)
             if config is not None:
                 _name_inputs(draft / "tokenizer_config.json", config)
+        is_embedding = config is not None and request.embedding is not None
+        if config is not None and request.embedding is not None:
+            _write_embedding_files(draft, config, EmbeddingModel(**request.embedding))
         draft.rename(to)  # over an empty folder too
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
@@ -169,6 +177,7 @@ def export(
         is_transformers=config is not None,
         base=checkpoint.shape.base.source if request.adapters and checkpoint.shape.base is not None else None,
         auto_class=None if config is None else auto_class_of_config(config),
+        is_embedding=is_embedding,
     )
 
 
@@ -208,6 +217,14 @@ def _name_inputs(path: Path, config: PretrainedConfig) -> None:
         raise OSError(errno.EINVAL, str(error), str(path)) from None
     body["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     path.write_text(json.dumps(body, indent=2, ensure_ascii=False))
+
+
+def _write_embedding_files(folder: Path, config: PretrainedConfig, model: EmbeddingModel) -> None:
+    """Raises: OSError."""
+    try:
+        write_embedding_files(folder, config, model)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error), str(folder / "tokenizer_config.json")) from None
 
 
 def _read_tokenizer_file(path: Path) -> bytes:
