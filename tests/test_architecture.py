@@ -20,6 +20,7 @@ LAYERS = [
     {"cli"},
     {"forge", "api"},  # forge/__init__.py and forge/api.py, the public API
     {"runtime", "remote", "search", "cluster", "report", "chaos", "serve", "evaluate"},
+    {"inference"},
     {"runs", "elastic"},
     {"train"},
     {"checkpoint", "model", "objective", "data"},

@@ -71,6 +71,18 @@ class ChatEncoder:
         except RecursionError:
             raise ValueError("the conversation is nested too deeply") from None
 
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Encode a conversation with what asks for the next turn of the assistant. Raises: ValueError as `chat`."""
+        assert self._template is not None, "conversations need a template"
+        try:
+            stand_ins = _stand_ins(conversation, names=self._names)
+            text = self._template.render_prompt(_replaced(conversation, stand_ins))
+            self._require_text(text)
+            ids, _ = self._encode(text, names={character: name for name, character in stand_ins.items()})
+            return [int(token) for token in ids]
+        except RecursionError:
+            raise ValueError("the conversation is nested too deeply") from None
+
     def text(self, prompt: str, *, answer: str) -> EncodedText:
         """Encode a text and what follows it, which carries loss, with the end-of-text token.
 

@@ -117,6 +117,14 @@ class ChatTemplate:
         except (TemplateTooSlowError, MemoryError):
             raise ValueError(f"the chat template takes more than {MAX_RENDER_S:.0f} s or 1 GB for it") from None
 
+    def render_prompt(self, conversation: Conversation) -> str:
+        """Render a conversation with what asks for the assistant's next turn. Raises: ValueError as `render`."""
+        try:
+            with limited():
+                return self._text(conversation, messages=conversation.messages, add_generation_prompt=True)
+        except (TemplateTooSlowError, MemoryError):
+            raise ValueError(f"the chat template takes more than {MAX_RENDER_S:.0f} s or 1 GB for it") from None
+
     def _render(self, conversation: Conversation, *, turns: Turns) -> list[RenderedChat]:
         messages = conversation.messages
         ends = [number for number, message in enumerate(messages, start=1) if message["role"] == ASSISTANT]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from forge.model.look_ahead import NUM_TOKENS, probe_sequences, small_copy
 from forge.objective.registry import AutoClass
@@ -57,3 +58,17 @@ def selected_positions(model: Any, where: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits of last hidden states, by all that a model does to them after its base model.
+
+    Shapes: hidden: [k, H]; result: float32[k, V].
+    """
+    base = model.base_model
+    base.forward = lambda *arguments, **options: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    try:
+        logits: Tensor = model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits
+    finally:
+        del base.forward  # which restores that of the class
+    return logits[0].float()

@@ -32,6 +32,7 @@ from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError, ForgeError
 from forge.foreign import parse_object, read_file
+from forge.inference.weights import CheckpointWeights
 from forge.model.auto_classes import AUTO_CLASSES, auto_class_of_config
 from forge.model.transformers_config import config_from_record
 from forge.process import take_stdout
@@ -43,7 +44,6 @@ from forge.serve.merge import (
     write_adapter_config,
 )
 from forge.serve.sentence_transformers import EmbeddingModel, write_embedding_files
-from forge.serve.weights import CheckpointWeights
 from forge.train.state import bytes_of
 
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")

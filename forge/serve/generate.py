@@ -21,27 +21,19 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
-from forge.checkpoint.adapter_config import adapter_config_from_record
 from forge.checkpoint.best import open_verified
-from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.code_archive import require_trusted, restore_code
 from forge.data.text_frame import text_frame
 from forge.data.tokenizer import load_tokenizer
 from forge.data.tokenizer_files import prompt_tokenizer
-from forge.errors import ArgumentError, CheckpointError, ForgeError
-from forge.model.adapter_names import unwrapped_name
-from forge.model.adapters import add_adapters
-from forge.model.auto_classes import build_on_meta
-from forge.model.families.base import BuildOptions, DataShape
-from forge.model.families.causal_lm import build_from_config
-from forge.model.families.registry import family_of
-from forge.model.transformers_config import config_from_record
+from forge.errors import ArgumentError, ForgeError
+from forge.inference.checkpoint_model import load_model
+from forge.inference.loaded import end_ids
 from forge.objective.registry import auto_class_of
 from forge.plan.plan import Plan
 from forge.process import take_stdout
 from forge.runs.reader import read_plan
-from forge.serve.weights import CheckpointWeights
 from forge.user_code import use_code
 
 
@@ -116,64 +108,6 @@ def generate(run_folder: Path, request: GenerateRequest) -> Generated:
         generate_s=seconds,
         continues=name != "seq2seq",
     )
-
-
-def load_model(plan: Plan, checkpoint: Checkpoint, *, ema: bool = False) -> Any:
-    """Build the model of a plan with the weights of one checkpoint, in evaluation mode.
-
-    Raises: CheckpointError if the checkpoint belongs to another model, or holds no averaged weights.
-    """
-    weights = CheckpointWeights(checkpoint, ema=ema)
-    data = DataShape.of(plan)
-    dtype = torch.bfloat16 if plan.job.training.precision == "bf16" else torch.float32
-    options = BuildOptions(dtype=dtype, device=torch.device("cpu"), seed=plan.job.training.seed, skip_init=True)
-    if checkpoint.shape.config:  # not from the job, whose `from_pretrained` folder may have moved since
-        config = config_from_record(checkpoint.shape.config)
-        # Compared first without memory: a config may describe a model far larger than the checkpoint.
-        _tensors_of(_adapted(build_on_meta(config, auto_class=data.auto_class), checkpoint), checkpoint)
-        built = build_from_config(config, options=options, data=data)
-        built.tie_weights()
-        model: Any = _adapted(built, checkpoint)
-    else:
-        model = family_of(plan.job.model).build(plan.job.model, data, options=options)
-    held = _tensors_of(model, checkpoint)
-    with torch.no_grad():
-        for name, tensor in weights.tensors():
-            held[name].copy_(tensor)
-    return model.eval()
-
-
-def _adapted(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """Put the adapters of a checkpoint into a model. Raises: ModelError."""
-    if checkpoint.shape.adapters:
-        add_adapters(model, adapter_config_from_record(checkpoint.shape.adapters))
-    return model
-
-
-def _tensors_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model by their names in a checkpoint.
-
-    Raises: CheckpointError if the checkpoint lacks a parameter, or a tensor of it has another shape or no place.
-    """
-    named = unwrapped_name if checkpoint.shape.adapters else str
-    stored = checkpoint.shape.parameters
-    held = {named(name): value for name, value in (*model.named_parameters(), *model.named_buffers())}
-    missing = {named(name) for name, _ in model.named_parameters()} - set(stored)
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.url} lacks {len(missing)} parameters of the model, {min(missing)} among them"
-        )
-    for name, parameter in stored.items():
-        if name not in held or tuple(held[name].shape) != parameter.shape:
-            raise CheckpointError(f"{checkpoint.url} does not match the model of its plan: {name}")
-    return held
-
-
-def end_ids(*named: Any) -> tuple[int, ...]:
-    """Collect token ids that end a text, of configs that give one, a list of them, or none."""
-    every = [one for value in named for one in (value if isinstance(value, (list, tuple)) else [value])]
-    ids = [one for one in every if isinstance(one, int) and not isinstance(one, bool) and one >= 0]
-    return tuple(dict.fromkeys(ids))
 
 
 def _source_ids(plan: Plan, prompt: str, *, tokenizer: Tokenizer, folder: Path) -> list[int]:

@@ -21,9 +21,9 @@ from forge.checkpoint.intervals import Interval
 from forge.checkpoint.manifest import ModelShape
 from forge.checkpoint.reader import Checkpoint
 from forge.errors import CheckpointError
+from forge.inference.weights import CheckpointWeights
 from forge.model.adapter_names import is_adapter
 from forge.model.checkpoint_files import layers_with_adapters, merged_weight
-from forge.serve.weights import CheckpointWeights
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _MAGNITUDE = ".lora_magnitude_vector.weight"

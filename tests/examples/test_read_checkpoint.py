@@ -32,8 +32,8 @@ from forge.checkpoint.manifest import (
 )
 from forge.checkpoint.reader import Checkpoint, open_checkpoint
 from forge.checkpoint.storage import open_storage
+from forge.inference.weights import CheckpointWeights
 from forge.plan.inputs import CorpusInfo
-from forge.serve.weights import CheckpointWeights
 from forge.train.model_shape import DTYPE_NAMES
 from forge.train.state import bytes_of
 from tests.support.jobs import tiny_plan

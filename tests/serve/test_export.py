@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from forge.checkpoint.reader import Checkpoint, open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError, CheckpointError
+from forge.inference.checkpoint_model import load_model
+from forge.inference.weights import CheckpointWeights
 from forge.plan.inputs import CorpusInfo
 from forge.runtime.torch_subprocess import export_weights
 from forge.serve.export import ExportRequest, _copy_tokenizer, export
-from forge.serve.generate import load_model
-from forge.serve.weights import CheckpointWeights
 from tests.support.jobs import synthetic_corpus, tiny_plan
 from tests.support.ranks import run_ranks
 

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from forge.config.model import ModelSpec
 from forge.errors import CheckpointError
+from forge.inference.checkpoint_model import load_model
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.causal_lm import CausalLmFamily
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
 from forge.runtime.resolve_init import init_info
 from forge.serve.export import ExportRequest, export
-from forge.serve.generate import load_model
 from tests.serve.test_export import LLAMA, MODELS
 from tests.support.jobs import SEQ_LEN, VOCAB, synthetic_corpus, tiny_plan
 from tests.support.ranks import run_ranks

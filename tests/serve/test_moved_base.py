@@ -19,12 +19,13 @@ from forge.checkpoint.reader import open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.config.model import ModelSpec
 from forge.errors import ForgeError
+from forge.inference.checkpoint_model import load_model
 from forge.model.families.base import DataShape
 from forge.model.families.causal_lm import CausalLmFamily
 from forge.plan.plan import Plan
 from forge.runs.create import fill_run_folder
 from forge.serve.export import ExportRequest, export
-from forge.serve.generate import GenerateRequest, generate, load_model
+from forge.serve.generate import GenerateRequest, generate
 from tests.support.jobs import SEQ_LEN, VOCAB, synthetic_corpus, tiny_plan
 from tests.support.ranks import run_ranks
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from forge.checkpoint.reader import open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.events import Evaluated
+from forge.inference.weights import CheckpointWeights
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan, plan_to_json
-from forge.serve.weights import CheckpointWeights
 from tests.support.jobs import tiny_plan
 from tests.support.ranks import on_ranks, run_ranks
 from tests.train.test_pretrained import save_first_weights

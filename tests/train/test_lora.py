@@ -16,11 +16,11 @@ from forge.data.loader import TrainBatches
 from forge.data.order import SampleOrder
 from forge.data.prepare import open_rows
 from forge.errors import CheckpointError
+from forge.inference.weights import CheckpointWeights
 from forge.model.adapter_weights import first_factor
 from forge.plan.curve import curve_differences
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
-from forge.serve.weights import CheckpointWeights
 from tests.serve.test_export import MODELS
 from tests.serve.test_export_adapters import save_base
 from tests.support.jobs import synthetic_corpus, tiny_job, tiny_plan

@@ -13,7 +13,7 @@ from forge.checkpoint.manifest import Progress, step_name
 from forge.checkpoint.reader import open_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import verify_checkpoint
-from forge.serve.weights import CheckpointWeights
+from forge.inference.weights import CheckpointWeights
 from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten
 from forge.train.process_group import join_process_group
 from tests.support.odd import MATRIX, VARIANTS, differing, odd_state, write_pattern

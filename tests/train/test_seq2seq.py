@@ -18,11 +18,12 @@ from forge.checkpoint.best import open_verified
 from forge.checkpoint.storage import open_storage
 from forge.config.data import DataSpec
 from forge.data.prepare import prepare
+from forge.inference.checkpoint_model import load_model
 from forge.objective.registry import OBJECTIVES
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan, make_plan, plan_to_json
 from forge.serve.export import ExportRequest, export
-from forge.serve.generate import GenerateRequest, generate, load_model
+from forge.serve.generate import GenerateRequest, generate
 from tests.support.jobs import CPU, synthetic_corpus, tiny_facts, tiny_job
 from tests.support.objectives import write_tokenizer
 from tests.support.ranks import run_ranks

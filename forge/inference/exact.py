@@ -1,0 +1,90 @@
+"""Compute the logits of one sequence alone in fp64, which decides where batched arithmetic cannot.
+
+Products of matrices of other shapes round differently, so the logits of a sequence depend a little on what it is
+batched with. Where the two largest are closer than that, the tokens are chosen from these logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forge.inference.loaded import LoadedModel
+
+TIE = 1e-6
+"""Logits closer than this in fp64 are equal, as of two equal rows of an output embedding; the smaller id wins.
+Norms of transformers models compute in fp32 within it."""
+_NOISE = {torch.float32: 2.0**-13, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
+"""Bounds of the difference that batching makes, relative to the largest logit."""
+
+
+def noise_bound(logits: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """The largest difference between logits of a row that batching may make. Shapes: [n, V] → [n]."""
+    return logits.abs().amax(dim=-1).clamp(min=1.0) * _NOISE[dtype]
+
+
+@torch.inference_mode()
+def exact_logits(loaded: LoadedModel, ids: Sequence[int], *, first: int, source: Sequence[int] = ()) -> Tensor:
+    """Logits for the tokens from `first` on, and for the one after the last, in fp64 on the CPU.
+
+    Args:
+        ids: a whole sequence; of an encoder-decoder what the decoder reads, with its start token.
+        first: at least 1.
+        source: what the encoder reads.
+
+    Shapes: result: float64[len(ids) - first + 1, V].
+    """
+    tokens = torch.tensor([list(ids)], device=loaded.device)
+    with double_precision(loaded.model):
+        if source:
+            encoded = torch.tensor([list(source)], device=loaded.device)
+            found = loaded.model(input_ids=encoded, decoder_input_ids=tokens, use_cache=False).logits
+        elif loaded.is_transformers:
+            found = loaded.model(input_ids=tokens, use_cache=False).logits
+        else:
+            found = loaded.model(tokens)
+    chosen: Tensor = found[0, first - 1 :].double().cpu()
+    return chosen
+
+
+@contextmanager
+def double_precision(model: Any) -> Iterator[None]:
+    """Let every module of a model compute in fp64, by converting its own parameters while it runs."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):  # a table is larger than what is looked up
+                handle = module.register_forward_hook(lambda module, arguments, output: output.double())
+                stack.callback(handle.remove)
+            elif module._parameters:
+                stack.enter_context(_converted(module))
+        yield
+
+
+@contextmanager
+def _converted(module: nn.Module) -> Iterator[None]:
+    held: dict[str, Tensor] = {}
+
+    def convert(module: nn.Module, arguments: Any) -> None:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                held[name] = parameter.data
+                parameter.data = parameter.data.double()
+
+    def restore(module: nn.Module, arguments: Any, output: Any) -> None:
+        for name, data in held.items():
+            module._parameters[name].data = data  # type: ignore[union-attr]
+        held.clear()
+
+    handles = (
+        module.register_forward_pre_hook(convert),
+        module.register_forward_hook(restore, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,165 @@
+"""Generated texts depend on their prompt alone: not on the batch, the order, or what else is generated."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from forge.errors import ArgumentError
+from forge.inference.exact import exact_logits
+from forge.inference.generate import generate
+from forge.inference.loaded import Dtype, LoadedModel, load
+from forge.inference.sampling import Generation, SamplingParams
+from forge.inference.sequences import Chooser
+from tests.inference.conftest import TEXTS
+
+NUM_PROMPTS = 12
+
+
+def prompts(*, shared: str = "") -> list[str]:
+    chosen = random.Random(5)
+    words = " ".join(TEXTS).split()
+    return [shared + " ".join(chosen.choices(words, k=chosen.randint(1, 12))) for _ in range(NUM_PROMPTS)]
+
+
+def texts_of(
+    loaded: LoadedModel,
+    asked: list[str],
+    sampling: SamplingParams,
+    *,
+    order: list[int] | None = None,
+    batch_tokens: int | None = None,
+) -> list[Generation]:
+    """The texts in the order of the prompts, when they are generated in another one."""
+    order = order or list(range(len(asked)))
+    made = list(generate(loaded, [asked[at] for at in order], sampling, batch_tokens=batch_tokens))
+    return sorted(made, key=lambda one: (order[one.index], one.number))
+
+
+def ids_of(found: list[Generation]) -> list[tuple[int, ...]]:
+    return [one.token_ids for one in found]
+
+
+def greedy_alone(loaded: LoadedModel, prompt: str, *, max_tokens: int) -> tuple[int, ...]:
+    """What exact arithmetic writes, token by token."""
+    ids = loaded.encode(prompt)
+    start = len(ids)
+    while len(ids) < start + max_tokens:
+        ids.append(int(exact_logits(loaded, ids, first=len(ids))[-1].argmax()))
+        if ids[-1] in loaded.end_ids:
+            break
+    return tuple(ids[start:])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shared", ["", TEXTS[1] * 2])
+def test_generate__greedy__same_at_every_batch_and_order(llama_folder: Path, dtype: Dtype, shared: str) -> None:
+    loaded = load(llama_folder, dtype=dtype, device="cpu")
+    asked, sampling = prompts(shared=shared), SamplingParams(max_tokens=16)
+    expected = [greedy_alone(loaded, prompt, max_tokens=16) for prompt in asked]
+    assert len({len(ids) for ids in expected}) > 1 or len(set(expected)) > NUM_PROMPTS // 2, "the texts differ"
+    for batch_tokens in (1, 200, 900, None):
+        order = list(range(NUM_PROMPTS))
+        random.Random(batch_tokens).shuffle(order)
+        found = texts_of(loaded, asked, sampling, order=order, batch_tokens=batch_tokens)
+        assert ids_of(found) == expected, f"batch_tokens {batch_tokens}"
+
+
+def test_generate__half_of_the_prompts__same_texts(llama: LoadedModel) -> None:
+    asked, sampling = prompts(), SamplingParams(max_tokens=12)
+    whole = ids_of(texts_of(llama, asked, sampling))
+    halves = [ids_of(texts_of(llama, asked[part::2], sampling)) for part in (0, 1)]
+    assert [halves[at % 2][at // 2] for at in range(NUM_PROMPTS)] == whole
+
+
+def test_correct__text_with_a_wrong_token__is_cut_there(llama: LoadedModel) -> None:
+    asked, sampling = prompts()[0], SamplingParams(max_tokens=8)
+    right = greedy_alone(llama, asked, max_tokens=8)
+    chooser = Chooser(llama, sampling)
+    text = chooser.text(index=0, number=0, prompt=llama.encode(asked))
+    text.ids, text.is_close = [*right[:3], (right[3] + 1) % 250 + 1, *right[4:]], True
+    assert chooser.correct(text)
+    assert tuple(text.ids) == right[:4]
+    assert not text.is_close
+
+
+def test_generate__sampling__depends_on_seed_and_prompt_alone(llama: LoadedModel) -> None:
+    asked = prompts()
+    sampling = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, top_k=50, seed=3, n=2)
+    whole = ids_of(texts_of(llama, asked, sampling))
+    assert (
+        ids_of(texts_of(llama, asked, sampling, order=list(reversed(range(NUM_PROMPTS))), batch_tokens=100))
+        == whole
+    )
+    assert len(whole) == 2 * NUM_PROMPTS
+    assert whole[0] != whole[1], "the texts of one prompt differ"
+    other = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, top_k=50, seed=4, n=2)
+    assert ids_of(texts_of(llama, asked, other)) != whole
+
+
+def test_generate__stop_string__ends_before_it(llama: LoadedModel) -> None:
+    free = next(generate(llama, [prompts()[1]], SamplingParams(max_tokens=20)))
+    stop = free.text[5:7]
+    made = next(generate(llama, [prompts()[1]], SamplingParams(max_tokens=20, stop=("\0", stop))))
+    assert made.text == free.text[: free.text.index(stop)]
+    assert made.finish_reason == "stop"
+
+
+def test_generate__token_that_ends__is_not_in_the_text(llama: LoadedModel) -> None:
+    free = next(generate(llama, [prompts()[2]], SamplingParams(max_tokens=20)))
+    end = free.token_ids[4]
+    made = next(generate(llama, [prompts()[2]], SamplingParams(max_tokens=20, stop_ids=(end,))))
+    count = free.token_ids.index(end)
+    assert made.token_ids == free.token_ids[: count + 1]
+    assert made.text == llama.decode(list(free.token_ids[:count]))
+    assert made.finish_reason == "stop"
+
+
+def test_generate__logprobs__are_those_of_the_sequence(llama: LoadedModel) -> None:
+    made = next(generate(llama, [prompts()[3]], SamplingParams(max_tokens=6, logprobs=3)))
+    whole = [*llama.encode(prompts()[3]), *made.token_ids]
+    with torch.inference_mode():
+        shares = llama.model(torch.tensor([whole])).logits[0].log_softmax(dim=-1)
+    assert made.logprobs is not None
+    start = len(whole) - len(made.token_ids)
+    for at, one in enumerate(made.logprobs):
+        assert one.token_id == made.token_ids[at]
+        assert one.logprob == pytest.approx(float(shares[start + at - 1, one.token_id]), abs=1e-4)
+        assert one.top[0] == pytest.approx((one.token_id, one.logprob)), "greedy decoding takes the likeliest"
+        assert len(one.top) == 3
+
+
+def test_generate__prompt_longer_than_the_model__keeps_its_end(llama: LoadedModel) -> None:
+    assert llama.max_positions is not None
+    made = next(generate(llama, [" ".join(TEXTS * 30)], SamplingParams(max_tokens=20, ignore_end=True)))
+    assert made.cut_tokens > 0
+    assert made.prompt_tokens + made.completion_tokens == llama.max_positions
+
+
+def test_generate__beams__are_those_of_transformers(llama: LoadedModel) -> None:
+    made = list(generate(llama, prompts()[:2], SamplingParams(max_tokens=8, num_beams=4, n=2)))
+    assert [(one.index, one.number) for one in made] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    ids = torch.tensor([llama.encode(prompts()[0])])
+    expected = llama.model.generate(
+        ids, max_new_tokens=8, num_beams=4, do_sample=False, eos_token_id=llama.end_ids[0], pad_token_id=0
+    )
+    assert made[0].token_ids == tuple(expected[0, ids.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"stop": ("",)}, "stop"),
+        ({"num_beams": 2, "temperature": 1.0}, "num_beams"),
+        ({"n": 2}, "n larger than 1"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_sampling_params__value_out_of_range__is_named(wrong: dict[str, object], named: str) -> None:
+    with pytest.raises(ArgumentError, match=named):
+        SamplingParams(**wrong)  # type: ignore[arg-type]
