@@ -85,9 +85,9 @@ class ForkServer:
             if not text:
                 return None
             message: dict[str, Any] = json.loads(text)
-            self._pid = message.get("pid", self._pid)
-            if "ready" in message and message["epoch"] == self._epoch:
-                self.is_ready = True
+            if "ready" in message:  # the pid of a "forked" message is that of the rank
+                self._pid = message.get("pid", self._pid)
+                self.is_ready = self.is_ready or message["epoch"] == self._epoch
             if self.is_ready:
                 return message
 
