@@ -72,7 +72,7 @@ GROUPS = (
     Group(name="trackers and replays", tests=("tests/runs", "tests/chaos")),
     Group(name="benchmarks", tests=("tests/benchmarks/test_benchmarks_run.py",)),
     # For FORGE_FUZZ_SECONDS per kind of input.
-    Group(name="fuzzing", tests=("tests/fuzz", "-mnot slow"), limit_s=6 * _FUZZ_S + 1800.0),
+    Group(name="fuzzing", tests=("tests/fuzz", "-mslow or not slow"), limit_s=8 * _FUZZ_S + 1800.0),
     Group(
         name="training and checkpoints",
         tests=("tests/train", "tests/checkpoint", "tests/data", "tests/cli", "tests/serve"),

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from forge.errors import UserCodeError
 from forge.foreign import read_file
-from forge.fs import default_cache_dir, make_private, state_home, sync_folder, write_atomic
+from forge.fs import default_cache_dir, leads_to_folder, make_private, state_home, sync_folder, write_atomic
 from forge.units import format_bytes
 
 ARCHIVE = "code.tar"
@@ -86,8 +86,8 @@ def pack_code(folder: Path) -> PackedCode:
     Raises: UserCodeError if it is no folder, has no Python file, exceeds `MAX_CODE_BYTES` or `MAX_CODE_FILES`,
         cannot be read, or contains something other than files and folders, such as a link that leads out of it.
     """
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
+    if not leads_to_folder(folder):
+        problem = "is not a folder" if os.path.exists(folder) else "does not exist"  # noqa: PTH110 — of any length
         raise UserCodeError(f"{folder.absolute()} {problem}")
     root = folder.resolve()
     try:

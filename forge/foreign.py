@@ -176,6 +176,17 @@ class LineReader:
                     yield line[:-1]
 
 
+def require_direct_url(url: str) -> None:
+    """Check that a URL names files, and not a file that says where they are and expands templates (fsspec's
+    `reference`): with one, a run folder would choose any file of this machine to be read, and how much of it.
+
+    Raises: ValueError.
+    """
+    schemes = [part.partition("://")[0] for part in url.split("::")]
+    if "reference" in schemes:
+        raise ValueError("the file system `reference` is not supported: it reads files that another file names")
+
+
 def file_name(value: Any) -> str:
     """Return a value that is the name of a file within a folder. Raises: ValueError if it may lead elsewhere."""
     if not isinstance(value, str):

@@ -54,6 +54,22 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def leads_to_folder(path: Path) -> bool:
+    """Whether a path of any text leads to a folder; False if it is too long for a path, or may not be looked at."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def leads_to_file(path: Path) -> bool:
+    """Whether a path of any text leads to a file; False as for `leads_to_folder`."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def free_bytes(folder: Path) -> int | None:
     """Return how much this user can still write to a folder's file system; None if that cannot be found out.
 

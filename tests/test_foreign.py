@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -9,6 +10,9 @@ from typing import Any, Literal
 
 import pytest
 
+from forge.checkpoint.storage import open_storage
+from forge.data.sources.listing import list_files
+from forge.errors import CheckpointError, DataError
 from forge.foreign import LineReader, file_name, from_record, parse_json, parse_object, read_file
 
 
@@ -153,3 +157,15 @@ class TestFromRecord:
             from_record(Outer, {"loss": 1.0})
         with pytest.raises(ValueError, match="expected a JSON object, found a list of 0"):
             from_record(Outer, [])
+
+
+@pytest.mark.parametrize("url", ["reference://::file:///{}", "reference::file://{}", "reference://a/*::{}"])
+def test_url__file_that_names_other_files__is_not_followed(tmp_path: Path, url: str) -> None:
+    (tmp_path / "private").write_text("secret")
+    names = {"a/step-00000001/manifest.json": [str(tmp_path / "private")]}
+    (tmp_path / "names.json").write_text(json.dumps({"version": 1, "refs": names}))
+    with pytest.raises(DataError, match="the file system `reference` is not supported"):
+        list_files([url.format(tmp_path / "names.json")])
+    if url.startswith("reference://"):  # another is the path of a folder
+        with pytest.raises(CheckpointError, match="the file system `reference` is not supported"):
+            open_storage(url.format(tmp_path / "names.json"))

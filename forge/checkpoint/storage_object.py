@@ -18,6 +18,7 @@ from forge.checkpoint.intervals import Range
 from forge.checkpoint.manifest import MANIFEST
 from forge.checkpoint.storage_fs import MAX_SMALL_FILE_BYTES
 from forge.errors import CheckpointError
+from forge.foreign import require_direct_url
 
 T = TypeVar("T")
 # There are no locks: a folder without a manifest and without new objects for this long counts as abandoned.
@@ -164,6 +165,7 @@ def _connect(url: str) -> tuple[Any, str]:
     import fsspec  # slow to import, so only if an object store is used
 
     try:
+        require_direct_url(url)
         fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "az": "azure"}.get(url.partition("://")[0])

@@ -48,6 +48,7 @@ from forge.data.tokenizer_files import (
 from forge.data.word_pattern import word_pattern
 from forge.environment import looked_in
 from forge.errors import DataError
+from forge.fs import leads_to_file, leads_to_folder
 
 MAX_VOCABULARY = 1 << 24
 """Published models have up to a million tokens."""
@@ -135,14 +136,14 @@ def load_tokenizer(location: str) -> TextTokenizer:
     Raises: DataError if there is no such file, it is no tokenizer, or nothing says which token ends a text.
     """
     given = Path(location).expanduser()
-    path = given / "tokenizer.json" if given.is_dir() else given
+    path = given / "tokenizer.json" if leads_to_folder(given) else given
     if (other := other_format(given)) is not None:
         raise DataError(
             f"data.tokenizer.from_pretrained: {other} is a tokenizer of another format (SentencePiece, tiktoken, "
             'or a list of words), and there is no tokenizer.json; convert it once: python -c "from transformers '
             f"import AutoTokenizer; AutoTokenizer.from_pretrained('{other.parent}').save_pretrained('NEW_FOLDER')\""
         )
-    if not path.is_file():
+    if not leads_to_file(path):
         raise DataError(
             f"data.tokenizer.from_pretrained: {path} does not exist{looked_in(path)}. Give a tokenizer.json or its "
             "folder; one from the Hub: hf download ORG/NAME --include 'tokenizer*' --local-dir FOLDER"

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 from forge.data.tokenizer_backend import open_backend
 from forge.errors import DataError
 from forge.foreign import parse_object, read_file
+from forge.fs import leads_to_file, leads_to_folder
 from forge.process import one_line
 
 TEMPLATE = "chat_template.jinja"
@@ -42,8 +43,8 @@ _OTHER_NAMES = {"vocab.json", "vocab.txt", "merges.txt", "tekken.json"}
 
 def other_format(given: Path) -> Path | None:
     """Return the file of a tokenizer in another format; None if there is none, or a tokenizer.json beside it."""
-    if not given.is_dir():
-        return given if given.suffix in _OTHER_SUFFIXES and given.is_file() else None
+    if not leads_to_folder(given):
+        return given if given.suffix in _OTHER_SUFFIXES and leads_to_file(given) else None
     if (given / "tokenizer.json").exists():
         return None
     names = sorted(path for path in given.iterdir() if path.suffix in _OTHER_SUFFIXES or path.name in _OTHER_NAMES)

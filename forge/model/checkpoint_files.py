@@ -23,7 +23,7 @@ from forge.checkpoint.source import open_source, source_digest
 from forge.config.checkpoint_path import is_checkpoint
 from forge.errors import CheckpointError, ModelError, PlanError
 from forge.fs import default_cache_dir
-from forge.model.adapter_names import is_adapter
+from forge.model.adapter_names import is_adapter, unwrapped_name
 from forge.model.adapter_weights import merged
 from forge.model.adapters import AdapterLayer, adapter_layers, add_adapters
 from forge.model.auto_classes import auto_class_of_config, build_on_meta
@@ -224,10 +224,19 @@ def require_base(base: BaseWeights, files: WeightFiles, *, owner: str) -> None:
 
 
 def layers_with_adapters(shape: ModelShape) -> list[AdapterLayer]:
-    """The adapters of a checkpoint's model. Raises: ModelError if peft is missing, or has no such adapters."""
+    """The adapters of a checkpoint's model.
+
+    Raises: ModelError if peft is missing, or has no such adapters, or they do not fit its tensors.
+    """
     config = config_from_record(shape.config)
     model = build_on_meta(config, auto_class=auto_class_of_config(config))
     add_adapters(model, adapter_config_from_record(shape.adapters))
+    for wrapped, value in model.named_parameters():
+        name, wanted = unwrapped_name(wrapped), tuple(value.shape)
+        found = shape.parameters.get(name)
+        if found is None or found.shape != wanted:
+            held = f"has {name} with the shape {list(found.shape)}" if found is not None else f"has no {name}"
+            raise ModelError(f"the checkpoint {held}, and its config and adapters describe one of {list(wanted)}")
     return adapter_layers(model)
 
 

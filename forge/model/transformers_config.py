@@ -20,6 +20,7 @@ from forge.config.model import ModelSpec, size_problems
 from forge.environment import looked_in
 from forge.errors import CheckpointError, ModelError, PlanError
 from forge.foreign import parse_json
+from forge.fs import leads_to_folder
 from forge.model.auto_classes import AUTO_CLASSES
 from forge.model.composite import ARCHITECTURE, PARTS, check_parts, part_keys
 from forge.model.families.base import DataShape
@@ -76,7 +77,7 @@ def check_keys(spec: ModelSpec, *, auto_class: AutoClass) -> None:
         config = AutoConfig.for_model(spec.architecture)
     else:
         folder = spec.from_pretrained or ""
-        if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
+        if folder.startswith((".", "/", "~")) and not leads_to_folder(Path(folder).expanduser()):
             raise ModelError(f"there is no such folder{looked_in(folder)}", key="from_pretrained")
         config = load_config(folder)
         if config.model_type not in known_models:
@@ -113,9 +114,11 @@ def load_config(source: str) -> PretrainedConfig:
         return _config_of_checkpoint(source)
     folder = Path(source).expanduser()
     try:
-        if folder.is_dir():
+        if leads_to_folder(folder):
             _check_file(folder / "config.json")
-        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            str(folder) if leads_to_folder(folder) else source, trust_remote_code=False
+        )
     except Exception as error:  # transformers validates with exceptions of several unrelated classes
         problem = f"the config of {source} cannot be used: {one_line(error)}"
         if "trust_remote_code" in str(error):
@@ -157,7 +160,7 @@ def read_generation(source: str) -> dict[str, Any]:
     path = Path(source).expanduser() / _GENERATION
     if is_checkpoint(source):
         path = Path(tokenizer_of(source)) / _GENERATION
-    elif not path.parent.is_dir():
+    elif not leads_to_folder(path.parent):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from forge.config.checkpoint_path import is_checkpoint
 from forge.errors import PlanError
 from forge.foreign import MAX_INT, parse_json
-from forge.fs import digest_file
+from forge.fs import digest_file, leads_to_folder
 from forge.process import one_line
 
 DTYPES = {
@@ -115,7 +115,7 @@ def open_weight_files(source: str) -> WeightFiles:
     """
     folder = Path(source).expanduser()
     revision = None
-    if not folder.is_dir():
+    if not leads_to_folder(folder):
         folder = _download(source)
         revision = folder.name
     paths = tuple(folder / name for name in _file_names(folder, source))

@@ -15,6 +15,7 @@ from forge.checkpoint.storage import Storage, open_storage
 from forge.checkpoint.verify import verify_checkpoint
 from forge.config.job import JobSpec
 from forge.errors import ArgumentError, CheckpointError
+from forge.fs import leads_to_folder
 from forge.runs.reader import RunSummary, find_run, read_plan
 
 
@@ -57,7 +58,7 @@ def locate(name: str, *, root: Path) -> CheckpointLocation:
     """
     if "://" in name:
         return CheckpointLocation(url=name.rstrip("/"), tokenizer=None)
-    if name and Path(name).is_dir() and any(Path(name).glob("step-*")):
+    if name and leads_to_folder(Path(name)) and any(Path(name).glob("step-*")):
         return CheckpointLocation(url=name.rstrip("/"), tokenizer=None)
     folder = find_run(name, root=root)
     plan = read_plan(folder)

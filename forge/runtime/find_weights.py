@@ -7,6 +7,7 @@ from pathlib import Path
 from forge.checkpoint.source import choose_source
 from forge.config.checkpoint_path import is_checkpoint, tokenizer_of
 from forge.errors import CheckpointError
+from forge.fs import leads_to_file
 from forge.runs.checkpoints import locate
 from forge.runs.remote_ref import read_remote_ref
 
@@ -18,7 +19,7 @@ def find_weights(name: str, *, root: Path) -> tuple[str, str]:
     if is_checkpoint(name):
         return _absolute(name), tokenizer_of(_absolute(name))
     folder = Path(name)
-    is_export = any((folder / file).is_file() for file in _EXPORTED)
+    is_export = any(leads_to_file(folder / file) for file in _EXPORTED)
     if "://" not in name and is_export and not (folder / "plan.json").exists():
         return _absolute(name), _absolute(name)
     found = locate(name, root=root)

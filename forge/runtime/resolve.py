@@ -27,7 +27,7 @@ from forge.data.tokenizer_files import ROLES, special_names, special_roles, voca
 from forge.data.view import Selection, view_corpus
 from forge.data.vocabulary import Vocabulary, announced_vocabulary, vocabulary_of
 from forge.errors import ArgumentError, CheckpointError, DataError, PlanError
-from forge.fs import default_cache_dir
+from forge.fs import default_cache_dir, leads_to_folder
 from forge.objective.registry import OBJECTIVES
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, ModelInfo
@@ -196,7 +196,7 @@ def _rebased(data: DataSpec, *, folder: str | None) -> DataSpec:
     tokenizer = data.tokenizer.model_copy(update={"from_pretrained": source and _below(folder, source)})
     files = data.files and tuple(_below(folder, pattern) for pattern in data.files)
     dataset = data.dataset
-    if dataset is not None and Path(folder, dataset).is_dir():  # otherwise the name of one on the hub
+    if dataset is not None and leads_to_folder(Path(folder, dataset)):  # otherwise the name of one on the hub
         dataset = _below(folder, dataset)
     return data.model_copy(update={"files": files, "dataset": dataset, "tokenizer": tokenizer})
 

@@ -20,6 +20,7 @@ from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.environment import looked_in
 from forge.errors import ArgumentError, CheckpointError, PlanError
+from forge.fs import leads_to_folder
 from forge.plan.inputs import InitInfo
 from forge.runs.reader import read_plan
 from forge.runtime.find_weights import find_weights, is_same_run
@@ -90,7 +91,7 @@ def _rewritten(job: JobSpec, *, source: str, tokenizer: str) -> JobSpec:
 def missing_weights(source: str) -> str | None:
     """What is wrong if there is nothing where the pretrained weights should be; None if there is something."""
     path = Path(source).expanduser()
-    if "://" in source or path.exists():
+    if "://" in source or leads_to_folder(path):
         return None
     return (
         f"{source} does not exist{looked_in(path)}; forge reads a local folder. A model of the Hub: "

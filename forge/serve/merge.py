@@ -60,8 +60,6 @@ class MergedWeights:
             yield from self._weights.pieces(name, max_numel=max_numel)
 
     def _whole(self, name: str) -> Tensor:
-        if name not in self._shape.parameters:
-            raise CheckpointError(f"the checkpoint has no {name}, which its adapters need")
         shape = self._shape.parameters[name].shape
         flat = [piece.float() for piece in self._weights.pieces(name, max_numel=2**62)]
         return (torch.cat(flat) if flat else torch.empty(0)).view(shape)
@@ -84,6 +82,7 @@ def require_adapters(checkpoint: Checkpoint) -> None:
     shape = checkpoint.shape
     if not shape.adapters:
         raise CheckpointError(f"{checkpoint.url} holds no adapters: the job has no model.lora")
+    layers_with_adapters(shape)
     whole = {name for name, one in shape.parameters.items() if one.kind == "master" and not is_adapter(name)}
     tied = next((of for of in shape.tied.values() if of in whole), None)
     if tied is not None:

@@ -244,3 +244,34 @@ def _state_of(root: Path, *, without: Path) -> dict[str, tuple[int, int]]:
     found = [path for path in root.rglob("*") if path not in index and path.is_file()]
     paths = [path for path in found if not path.is_relative_to(without)]
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "/a" * 3000, "é" * 200])
+@pytest.mark.parametrize("command", ["checkpoints list NAME", "checkpoints export NAME --to out", "runs show NAME"])
+def test_every_command__name_longer_than_any_path__is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = _forge(command.replace("NAME", name), tmp_path)
+    assert isinstance(done.exception, ForgeError)
+
+
+@pytest.mark.parametrize("key", ["code", "data.dataset", "model.from_pretrained", "model.init_from"])
+def test_plan__path_longer_than_any__is_an_error_of_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "a.txt").write_text("words\n" * 200)
+    body = {
+        "name": "long", "model": {"architecture": "llama"}, "data": {"files": "a.txt", "seq_len": 8},
+        "training": {"total_steps": 1, "global_batch_size": 1, "optimizer": {"lr": 1e-3}},
+    }  # fmt: skip
+    section, _, name = key.rpartition(".")
+    part: dict[str, Any] = {name: "a" * 300}
+    if section == "data.tokenizer":
+        part = {"files": "a.txt", "tokenizer": part}
+    body |= part if not section else {section.partition(".")[0]: part}
+    (tmp_path / "job.yaml").write_text(json.dumps(body))
+    with pytest.raises(ForgeError, match=r"a{50}"):
+        api.plan_job(api.load_job(tmp_path / "job.yaml"))

@@ -22,6 +22,7 @@ from forge.data.sources.listing import Matched, Skipped, SourceFile, list_files
 from forge.data.sources.path_glob import matching_paths
 from forge.environment import looked_in
 from forge.errors import DataError, JobFileError, printable
+from forge.fs import leads_to_folder
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _KEYWORDS = {
@@ -78,7 +79,7 @@ def list_dataset(spec: DataSpec) -> Matched:
 def _root_of(spec: DataSpec) -> str:
     """The folder, or the URL of the repository. Raises: DataError if the name can be neither."""
     name = spec.dataset or ""
-    if Path(name).is_dir():
+    if leads_to_folder(Path(name)):
         if spec.revision is not None:
             raise DataError(f"data.revision: is for data sets of the hub, but {name} is a folder")
         return name.rstrip("/")

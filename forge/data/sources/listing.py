@@ -20,6 +20,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from forge.errors import DataError, printable
+from forge.foreign import require_direct_url
 from forge.process import one_line
 
 _SIDE_FOLDERS = {
@@ -103,6 +104,7 @@ def _second_name(first: str, path: str) -> str:
 
 def _match(pattern: str, *, within: Sequence[str] | None) -> Matched:
     try:
+        require_direct_url(pattern)
         fs, path = fsspec.core.url_to_fs(pattern)
     except (ImportError, ValueError) as error:  # the package of this protocol is missing, or no such protocol
         raise DataError(f"data.files: {pattern} cannot be opened: {error}") from None

@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 
 from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
+from forge.fs import leads_to_folder
 from forge.model.adapter_targets import AdapterTargets, find_targets, require_dropout_by_sample
 from forge.model.adapters import adapter_config, add_adapters, require_peft
 from forge.model.auto_classes import AUTO_CLASSES, build_on_meta, limited_modules
@@ -127,7 +128,7 @@ def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module, *, device: torch.
     # The model itself may be partitioned, and its weights may have no shape.
     whole = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
     source = spec.from_pretrained or ""
-    is_here = device is not None or Path(source).expanduser().is_dir() or is_downloaded(source)
+    is_here = device is not None or leads_to_folder(Path(source).expanduser()) or is_downloaded(source)
     require_dropout_by_sample(spec.lora, attention=str(whole.config._attn_implementation))
     weights = _open_weights(spec, whole, data=data) if is_here else None
     targets = find_targets(whole, spec.lora, absent=weights.absent if weights is not None else ())
@@ -252,7 +253,7 @@ def _check_weights(spec: ModelSpec, model: Any, *, data: DataShape) -> tuple[str
     Raises: ModelError, PlanError.
     """
     source = spec.from_pretrained or ""
-    if not Path(source).expanduser().is_dir() and not is_downloaded(source):
+    if not leads_to_folder(Path(source).expanduser()) and not is_downloaded(source):
         return (f"the weights of {source} are not on this machine; their names and shapes are not checked yet",)
     weights = _open_weights(spec, model, data=data)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
