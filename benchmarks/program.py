@@ -46,11 +46,12 @@ class Program:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], *, folder: Path) -> Iterator[Program]:
+def running(command: Sequence[str], *, folder: Path, threads: int | None = 1) -> Iterator[Program]:
     """Run a program in its own session; at the end kill all processes that it started.
 
     Args:
         folder: for its temporary files, forge's state and cache, its `answer` (stdout) and `log` (stderr).
+        threads: of torch; None: one for each core.
     """
     mark = secrets.token_hex(8)
     environment = os.environ | {
@@ -59,7 +60,7 @@ def running(command: Sequence[str], *, folder: Path) -> Iterator[Program]:
         "FORGE_CACHE": str(folder / "cache"),
         "FORGE_STATE": str(folder / "state"),
         "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
+        **({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -21,6 +21,7 @@ SLOW = (
     "kills",
     "lora",
     "recovery",
+    "serve",
     "snapshot_overhead",
     "throughput",
     "tune",

@@ -1,0 +1,186 @@
+"""Serving: tokens per second and time to the first token, beside `transformers serve`.
+
+    python -m benchmarks.serve [--model FOLDER] [--clients 1 8 32] --json FILE
+
+Clients in another process stream greedy continuations of different prompts of 40 to 250 tokens, 48 tokens each.
+Each client waits for its answer before it asks again. All contenders compute in bf16 with all cores.
+
+    forge engine          clients call the engine in its own process, without HTTP and Ray
+    forge serve           as a user runs it
+    transformers serve    one request after another
+    the same with --continuous-batching
+
+Ratios are relative to the best variant of the peer, of each figure and number of clients. vLLM's releases need
+other versions of torch and transformers than forge's, so it is not among the peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from tokenizers import Tokenizer
+
+from benchmarks.finetune_inputs import save_base
+from benchmarks.program import FORGE, Program, module, running
+from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
+from benchmarks.serve_load import LoadResult, build_prompts, completions, measure_load
+
+MAX_TOKENS = 48
+START_S = 300
+MODEL = Path(__file__).parents[1] / ".fixtures" / "smollm2"
+SERVERS = ("forge serve", "transformers serve", "transformers serve --continuous-batching")
+ENGINE = "forge engine"
+_WARM_UP_SEED = 1000
+
+Figures = dict[str, dict[int, list[LoadResult]]]
+"""Contender → number of clients → repeats."""
+
+
+def main() -> None:
+    """Measure every contender `--repeats` times, in turn."""
+    parser = benchmark_parser(__doc__, repeats=3)
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of a transformers model")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--only", nargs="+", choices=(ENGINE, *SERVERS), default=(ENGINE, *SERVERS))
+    options = parse_options(parser, smallest={"clients": [2], "model": None})
+    found: Figures = {name: {number: [] for number in options.clients} for name in options.only}
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as name:
+        model = options.model
+        if model is None:
+            model = Path(name) / "tiny"
+            save_base(model, kind="sft")
+        for repeat in range(options.repeats):
+            for contender in options.only:
+                folder = Path(name) / f"{options.only.index(contender)}-{repeat}"
+                folder.mkdir()
+                results = measure(contender, model=model, clients=options.clients, folder=folder, seed=repeat)
+                for number, result in zip(options.clients, results, strict=True):
+                    found[contender][number].append(result)
+                    print(f"  {contender}, {number} clients: {result.tokens_per_s:.1f} tokens/s", file=sys.stderr)
+    figures = figures_of(found, clients=options.clients)
+    report(found, clients=options.clients, figures=figures)
+    write_json(options.json, figures=figures)
+
+
+def measure(contender: str, *, model: Path, clients: Sequence[int], folder: Path, seed: int) -> list[LoadResult]:
+    """Start a contender and let each number of clients use it, after a warm-up. Returns: what they measured."""
+    loads = [(max(clients), _WARM_UP_SEED, max(clients))]
+    loads += [(number, seed * 100 + number, max(8, 2 * number)) for number in clients]
+    if contender == ENGINE:
+        request = {"model": str(model), "dtype": "bf16", "max_tokens": MAX_TOKENS, "loads": loads}
+        with running(module("bare_engine", request), folder=folder, threads=None) as program:
+            if program.process.wait():
+                raise RuntimeError(program.last_words())
+        lines = [json.loads(line) for line in (folder / "answer").read_text().splitlines()]
+        results = [LoadResult(tokens_per_s=line["tokens_per_s"], first_s=tuple(line["first_s"])) for line in lines]
+    else:
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        with serving(contender, model=model, folder=folder) as url:
+            results = asyncio.run(use_server(url, name=str(model), loads=loads, tokenizer=tokenizer))
+    return results[1:]
+
+
+async def use_server(
+    url: str, *, name: str, loads: Sequence[tuple[int, int, int]], tokenizer: Tokenizer
+) -> list[LoadResult]:
+    """Measure loads: number of clients, seed and number of prompts."""
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        ask = completions(session, url, model=name, max_tokens=MAX_TOKENS)
+        return [
+            await measure_load(
+                ask,
+                build_prompts(prompts, seed=seed),
+                num_clients=number,
+                count=lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids),
+            )
+            for number, seed, prompts in loads
+        ]
+
+
+@contextmanager
+def serving(contender: str, *, model: Path, folder: Path) -> Iterator[str]:
+    """Run a server. Yields: its address, when it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    if contender == "forge serve":
+        command = [FORGE, "serve", str(model), "--model-name", str(model), "--port", str(port)]
+    else:
+        command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--port", str(port)]
+        command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "bfloat16", *contender.split()[2:]]
+    with running(command, folder=folder, threads=None) as program:
+        wait_for(program, port=port)
+        yield f"http://127.0.0.1:{port}"
+
+
+def wait_for(program: Program, *, port: int) -> None:
+    """Wait until a server answers on a port. Raises: RuntimeError if it ends, or takes too long."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and program.process.poll() is None:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+                connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+                if b" 200 " in connection.recv(100):
+                    return
+        except OSError:
+            pass
+        time.sleep(0.3)
+    raise RuntimeError(f"the server does not answer:\n{program.last_words()}")
+
+
+def figures_of(found: Figures, *, clients: Sequence[int]) -> dict[str, Any]:
+    """Medians of each contender, ratios to the best peer, and the cost of HTTP and Ray."""
+    figures: dict[str, Any] = {"all": {}}
+    for number in clients:
+        speed = {name: statistics.median(one.tokens_per_s for one in runs[number]) for name, runs in found.items()}
+        first = {
+            name: statistics.median(quantile(one, 0.99) for one in runs[number]) for name, runs in found.items()
+        }
+        figures["all"][number] = {"tokens_per_s": speed, "p99_first_s": first}
+        peers = [name for name in SERVERS[1:] if name in speed]
+        own = "forge serve" if "forge serve" in speed else ENGINE
+        if peers and own in speed:
+            figures[f"ratio_tokens_per_s_{number}"] = speed[own] / max(speed[name] for name in peers)
+            figures[f"ratio_p99_first_s_{number}"] = first[own] / min(first[name] for name in peers)
+        if {ENGINE, "forge serve"} <= speed.keys():
+            figures[f"overhead_{number}"] = 1 - speed["forge serve"] / speed[ENGINE]
+    return figures
+
+
+def quantile(result: LoadResult, share: float) -> float:
+    """The smallest time that at least `share` of the answers did not exceed."""
+    ordered = sorted(result.first_s)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def report(found: Figures, *, clients: Sequence[int], figures: dict[str, Any]) -> None:
+    """Print a table for each number of clients, and the ratios."""
+    for number in clients:
+        rows = []
+        for name, runs in found.items():
+            cells = [Measured(values=tuple(one.tokens_per_s for one in runs[number])).text(".1f")]
+            cells += [
+                Measured(values=tuple(quantile(one, share) for one in runs[number])).text(".2f")
+                for share in (0.5, 0.99)
+            ]
+            rows.append([name, *cells])
+        header = ["contender", "tokens/s", "first token, median s", "99 %, s"]
+        print_table(f"{number} clients", header=header, rows=rows)
+    for name, value in figures.items():
+        if name != "all":
+            print(f"{name} {value:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""Write texts for many requests at once: the engine behind `forge serve`.
+
+A thread runs the model step by step (`schedule`, `model_step`, `choose`); requests join and leave between steps.
+`submit` is called from asyncio and streams a request's tokens. If the thread fails, every request fails with its
+error and the engine stays unhealthy, so that its replica is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from forge.errors import ArgumentError
+from forge.inference.loaded import LoadedModel
+from forge.inference.sampling import SamplingParams
+from forge.process import one_line
+from forge.serve.adapters import AdapterWeights, ServedAdapters
+from forge.serve.choose import Choice, choose
+from forge.serve.model_step import PackedModel, SeparateModel, StepModel
+from forge.serve.prefixes import Prefixes
+from forge.serve.request import (
+    EngineError,
+    EngineOptions,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    QueueFullError,
+    TokenEvent,
+)
+from forge.serve.rows import ALIGN, UnsupportedAttention
+from forge.serve.schedule import BatchLimits, Schedule
+from forge.serve.sequence import RunningSequence
+
+_RATE_S = 10.0
+_RECENT = 1000
+
+
+@dataclass(slots=True, kw_only=True)
+class _Counts:
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    first_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    written: deque[tuple[float, int]] = field(default_factory=deque)
+
+
+class _Stream(AsyncIterator[TokenEvent]):
+    """The events of one request, in the event loop that submitted it."""
+
+    def __init__(self, engine: ServingEngine, request: EngineRequest) -> None:
+        self.request = request
+        self.loop = asyncio.get_running_loop()
+        self.began = time.monotonic()
+        self.queue: asyncio.Queue[TokenEvent | EngineError] = asyncio.Queue()
+        self._engine = engine
+        self._open = request.sampling.n
+
+    async def __anext__(self) -> TokenEvent:
+        if not self._open:
+            raise StopAsyncIteration
+        event = await self.queue.get()
+        if isinstance(event, EngineError):
+            self._open = 0
+            raise event
+        self._open -= event.finish_reason is not None
+        return event
+
+    async def aclose(self) -> None:
+        """Cancel the request, unless it is finished."""
+        if self._open:
+            self._open = 0
+            self._engine.cancel(self.request.request_id)
+
+
+class ServingEngine:
+    """Runs one model for many requests.
+
+    Args:
+        loaded: a causal language model; its attention implementation is replaced by one of the same results.
+        adapters: by the names that requests choose them by.
+
+    Raises: ArgumentError if adapters do not belong to the model.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        options: EngineOptions | None = None,
+        adapters: Mapping[str, AdapterWeights] | None = None,
+    ) -> None:
+        self.options = options or EngineOptions()
+        self._tokenizer: Any = getattr(loaded.tokenizer, "backend_tokenizer", loaded.tokenizer)
+        self._ends = frozenset(loaded.end_ids)
+        self._adapters = ServedAdapters(loaded.model, adapters or {}, digest=loaded.digest)
+        self._model, self._reason = _step_model(loaded.model, self._adapters)
+        cache_tokens = self.options.cache_tokens // ALIGN * ALIGN
+        self.max_length = min(loaded.max_positions or cache_tokens, cache_tokens)
+        limits = BatchLimits(
+            max_rows=self.options.max_rows, cache_tokens=cache_tokens, step_tokens=self.options.step_tokens
+        )
+        is_packed = isinstance(self._model, PackedModel)
+        self._prefixes = Prefixes(max_tokens=self.options.prefix_tokens if is_packed else 0)
+        self._schedule = Schedule(limits=limits, rows=self._model.rows, prefixes=self._prefixes)
+        self._inbox: SimpleQueue[list[RunningSequence] | str | None] = SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._lock = threading.Lock()
+        self._counts = _Counts()
+        self._error: str | None = None
+        self._thread = threading.Thread(target=self._run, name="forge-engine", daemon=True)
+        self._thread.start()
+        # A thread that is inside torch when the interpreter ends would abort the process.
+        self._finalizer = weakref.finalize(self, _stop, self._inbox, self._thread)
+
+    def submit(self, request: EngineRequest) -> _Stream:
+        """Queue a request, and return its events; closing the iterator, or `cancel`, ends it.
+
+        Raises: ArgumentError if the prompt is empty, too long or has unknown tokens; QueueFullError; EngineError.
+        """
+        sampling = self._checked(request)
+        stream = _Stream(self, request)
+        sequences: list[RunningSequence] = []
+        for index in range(sampling.n):
+            leader = sequences[0] if sequences else None
+            sequence = RunningSequence(
+                request_id=request.request_id,
+                index=index,
+                prompt=request.prompt,
+                sampling=sampling,
+                adapter=request.adapter,
+                is_repeatable=request.is_repeatable or sampling.temperature == 0,
+                tokenizer=self._tokenizer,
+                leader=leader,
+            )
+            sequences.append(sequence)
+        with self._lock:
+            if self._error is not None:
+                raise EngineError(self._error)
+            if request.request_id in self._streams:
+                raise ArgumentError(f"a request with the id {request.request_id} is running")
+            waiting = self._num_waiting()
+            if waiting and waiting + sampling.n > self.options.max_waiting:
+                raise QueueFullError(
+                    f"{waiting} texts wait already, and {self.options.max_waiting} may; try again later",
+                    retry_after_s=self._retry_after_s(),
+                )
+            self._streams[request.request_id] = stream
+            self._inbox.put(sequences)
+        return stream
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step; what is not running is ignored."""
+        self._inbox.put(request_id)
+
+    def stats(self) -> EngineStats:
+        counts, now = self._counts, time.monotonic()
+        written = sum(number for at, number in tuple(counts.written) if at > now - _RATE_S)
+        return EngineStats(
+            is_healthy=self._error is None,
+            error=self._error,
+            is_packed=self._reason is None,
+            reason=self._reason,
+            running=self._schedule.num_running,
+            waiting=self._num_waiting(),
+            cache_tokens=self.options.cache_tokens,
+            used_tokens=self._schedule.num_tokens,
+            prefix_tokens=self._prefixes.num_tokens,
+            tokens_per_s=written / _RATE_S,
+            time_to_first_token_s=tuple(counts.first_s),
+            num_prompt_tokens=counts.prompt,
+            num_cached_tokens=counts.cached,
+            num_completion_tokens=counts.completion,
+            num_finished=counts.finished,
+            num_cancelled=counts.cancelled,
+            num_preemptions=self._schedule.num_preemptions,
+        )
+
+    def close(self) -> None:
+        """Stop the thread; requests that are running fail."""
+        self._finalizer()
+
+    def _checked(self, request: EngineRequest) -> SamplingParams:
+        prompt, sampling = request.prompt, request.sampling
+        vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        if not prompt:
+            raise ArgumentError("the prompt has no tokens")
+        if len(prompt) >= self.max_length:
+            raise ArgumentError(
+                f"the prompt has {len(prompt)} tokens; with the answer's first it may have {self.max_length}"
+            )
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise ArgumentError(f"the prompt has tokens outside the vocabulary of {vocabulary}")
+        if request.adapter is not None and request.adapter not in self._adapters.names:
+            names = ", ".join(sorted(self._adapters.names)) or "none"
+            raise ArgumentError(f"no adapters are named {request.adapter}; those of this model are {names}")
+        if sampling.num_beams != 1:
+            raise ArgumentError("beam search is not served; use forge generate")
+        return sampling
+
+    def _num_waiting(self) -> int:
+        return len(self._schedule.waiting) + self._inbox.qsize()
+
+    def _retry_after_s(self) -> float:
+        recent = sorted(self._counts.first_s)
+        return min(60.0, max(1.0, recent[len(recent) // 2] if recent else 1.0))
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._receive():
+                    self._step()
+            error = "the engine is closed"
+        except Exception as failure:
+            error = f"the engine failed: {type(failure).__name__}: {one_line(failure)}"
+        with self._lock:
+            self._error = error
+            streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            _deliver([(stream, EngineError(error))])
+
+    def _receive(self) -> bool:
+        """Take in what was submitted; wait for it if nothing runs. Returns False when the engine is closed."""
+        is_idle = not self._schedule.num_running and not self._schedule.waiting
+        try:
+            while True:
+                message = self._inbox.get(block=is_idle)
+                is_idle = False
+                if message is None:
+                    return False
+                if isinstance(message, str):
+                    self._cancel(message)
+                else:
+                    for sequence in message:
+                        self._schedule.add(sequence)
+        except Empty:
+            return True
+
+    def _cancel(self, request_id: str) -> None:
+        stream = self._streams.get(request_id)
+        events = []
+        for sequence in [one for one in self._schedule if one.request_id == request_id]:
+            self._schedule.remove(sequence)
+            self._counts.cancelled += 1
+            last = sequence.tokens[-1]
+            event = self._event(sequence, Choice(token_id=last), text=sequence.text.finish(), reason="cancelled")
+            events.append((stream, event))
+        with self._lock:
+            self._streams.pop(request_id, None)
+        _deliver(events)
+
+    def _step(self) -> None:
+        step = self._schedule.plan()
+        if step is None:
+            return
+        logits = self._model.logits(step)
+        self._schedule.computed(step)
+        due = [(row, one) for row, one in enumerate(self._schedule.decoding) if one.is_complete]
+        if not due:
+            return
+        if len(due) < len(logits):
+            logits = logits[[row for row, _ in due]]
+        sequences = [one for _, one in due]
+        events = [
+            (self._streams.get(one.request_id), self._append(one, choice))
+            for one, choice in zip(sequences, choose(logits, sequences), strict=True)
+        ]
+        self._count(events)
+        _deliver(events)
+
+    def _append(self, sequence: RunningSequence, choice: Choice) -> TokenEvent:
+        """Add a token to a text, and take the text out if it ends."""
+        sequence.tokens.append(choice.token_id)
+        self._counts.completion += 1
+        text = ""
+        reason: FinishReason | None = None
+        if self._is_end(choice.token_id, sequence.sampling):
+            reason = "stop"
+        else:
+            text = sequence.text.push(choice.token_id)
+            if sequence.text.stopped_by is not None:
+                reason = "stop"
+            elif sequence.num_written >= sequence.sampling.max_tokens or len(sequence.tokens) >= self.max_length:
+                reason = "length"
+        if reason is not None:
+            text += sequence.text.finish()
+            reason = "stop" if sequence.text.stopped_by is not None else reason
+            self._schedule.remove(sequence)
+            self._counts.finished += 1
+            if not any(one.request_id == sequence.request_id for one in self._schedule):
+                with self._lock:
+                    self._streams.pop(sequence.request_id, None)
+        return self._event(sequence, choice, text=text, reason=reason)
+
+    def _is_end(self, token_id: int, sampling: SamplingParams) -> bool:
+        return token_id in sampling.stop_ids or (token_id in self._ends and not sampling.ignore_end)
+
+    def _event(
+        self, sequence: RunningSequence, choice: Choice, *, text: str, reason: FinishReason | None
+    ) -> TokenEvent:
+        return TokenEvent(
+            index=sequence.index,
+            token_id=choice.token_id,
+            text=text,
+            logprob=choice.logprob,
+            top_logprobs=choice.top,
+            finish_reason=reason,
+            stopped_by=sequence.text.stopped_by,
+            prompt_tokens=sequence.num_prompt,
+            cached_tokens=sequence.num_cached,
+            completion_tokens=sequence.num_written,
+        )
+
+    def _count(self, events: Sequence[tuple[_Stream | None, TokenEvent]]) -> None:
+        now, counts = time.monotonic(), self._counts
+        counts.written.append((now, len(events)))
+        while counts.written[0][0] < now - _RATE_S:
+            counts.written.popleft()
+        for stream, event in events:
+            if event.completion_tokens == 1:
+                counts.prompt += event.prompt_tokens
+                counts.cached += event.cached_tokens
+                if stream is not None:
+                    counts.first_s.append(now - stream.began)
+
+
+def _stop(inbox: SimpleQueue[Any], thread: threading.Thread) -> None:
+    inbox.put(None)
+    thread.join()
+
+
+def _step_model(model: Any, adapters: ServedAdapters) -> tuple[StepModel, str | None]:
+    """Choose how a model is run, and the reason if its texts are not computed in one batch."""
+    if not isinstance(model, PreTrainedModel):
+        return SeparateModel(model, adapters=adapters), "it is not a model of transformers"
+    try:
+        return PackedModel(model, adapters=adapters), None
+    except UnsupportedAttention as error:
+        return SeparateModel(model, adapters=adapters), str(error)
+
+
+def _deliver(events: Iterable[tuple[_Stream | None, TokenEvent | EngineError]]) -> None:
+    """Hand events to the event loops of their streams, with one call per loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TokenEvent | EngineError]]] = {}
+    for stream, event in events:
+        if stream is not None:
+            by_loop.setdefault(stream.loop, []).append((stream, event))
+    for loop, found in by_loop.items():
+        with suppress(RuntimeError):  # the loop is closed: its streams have no reader
+            loop.call_soon_threadsafe(_put, found)
+
+
+def _put(events: Sequence[tuple[_Stream, TokenEvent | EngineError]]) -> None:
+    for stream, event in events:
+        stream.queue.put_nowait(event)

@@ -1,0 +1,193 @@
+"""One forward pass of a model over the running sequences.
+
+`PackedModel` computes all sequences at once, in a packed batch (`forge.serve.rows`). It needs a model of
+transformers whose attention can be replaced, and compares its first results with those of the unchanged model; a
+model that does not pass is run by `SeparateModel`, one sequence after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from forge.serve.adapters import ServedAdapters
+from forge.serve.rows import ATTENTION, PromptPiece, Rows, StepLayout, UnsupportedAttention, using
+from forge.serve.schedule import PlannedStep
+from forge.serve.sequence import RunningSequence
+
+_PAD = 4
+"""Matrix products of this many tokens, and of multiples, have the same bits for the same token."""
+_PROBE_TOKENS = 40
+_PROBE_STOPS = (1, 20, 38, 39, 40)
+_PROBE_TOLERANCE = 0.05
+"""Of the largest logit. Wrong attention differs by more, and bf16's rounding by less."""
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class StepModel(Protocol):
+    """A model and the keys and values of its running sequences."""
+
+    rows: Any
+
+    def logits(self, step: PlannedStep) -> Tensor:
+        """Compute a step: float32[N, V], of each decoding sequence, then of each prompt that it completes."""
+
+
+class PackedModel:
+    """A transformers model whose attention reads rows.
+
+    Raises: UnsupportedAttention if the model's attention cannot be replaced, or gives other logits when it is.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, adapters: ServedAdapters) -> None:
+        self.rows = Rows()
+        self._model = model
+        self._adapters = adapters
+        self._like = next(model.parameters())
+        self._no_mask = self._like.new_zeros(1, 1, 1, 1)  # models pass a mask of four dimensions on as it is
+        layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+        if not layers <= _KNOWN_LAYERS:
+            raise UnsupportedAttention(f"it has layers of {', '.join(sorted(layers - _KNOWN_LAYERS))}")
+        before = model.config._attn_implementation
+        expected = _whole_logits(model)
+        try:
+            model.set_attn_implementation(ATTENTION)
+            _compare(self._probe, expected)
+        except Exception:
+            model.set_attn_implementation(before)
+            raise
+        self.rows = Rows()
+
+    def logits(self, step: PlannedStep) -> Tensor:
+        positions = [one.num_computed for one in step.decoding]
+        tokens = [one.tokens[one.num_computed] for one in step.decoding]
+        named = [one.adapter for one in step.decoding]
+        keep = list(range(len(tokens)))
+        at = list(positions)
+        for sequence, piece in step.prompts:
+            tokens += sequence.tokens[piece.start : piece.stop]
+            named += [sequence.adapter] * (piece.stop - piece.start)
+            at += range(piece.start, piece.stop)
+            if piece.stop == sequence.num_prefill:
+                keep.append(len(tokens) - 1)
+        num_kept = len(keep)
+        if any(one.is_repeatable for one in (*step.decoding, *(one for one, _ in step.prompts))):
+            padding = -len(tokens) % _PAD
+            tokens += [0] * padding
+            at += [0] * padding
+            keep += keep[-1:] * (-num_kept % _PAD)
+        pieces = [piece for _, piece in step.prompts]
+        layout = StepLayout(self.rows, positions=positions, pieces=pieces, like=self._like)
+        with self._adapters.using(named):
+            found = self._forward(tokens, at, layout, keep=keep)
+        return found[:num_kept]
+
+    @torch.inference_mode()
+    def _forward(self, tokens: list[int], at: list[int], layout: StepLayout, *, keep: list[int]) -> Tensor:
+        device = self._like.device
+        with using(layout):
+            output = self._model(
+                torch.tensor([tokens], device=device),
+                attention_mask=self._no_mask,
+                position_ids=torch.tensor([at], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(keep, device=device, dtype=torch.int64),
+            )
+        logits: Tensor = output.logits[0].float()
+        return logits
+
+    def _probe(self, tokens: list[int], start: int, stop: int) -> Tensor:
+        self.rows.resize(num_rows=1, length=2 * _PROBE_TOKENS)
+        pieces = [PromptPiece(row=0, start=start, stop=stop, offset=0)] if stop - start > 1 else []
+        layout = StepLayout(self.rows, positions=[] if pieces else [start], pieces=pieces, like=self._like)
+        return self._forward(tokens[start:stop], list(range(start, stop)), layout, keep=[stop - start - 1])[0]
+
+
+class SeparateRows:
+    """The state of each running sequence of a `SeparateModel`, by row."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.length = 0
+        self.states: dict[int, Any] = {}
+
+    def resize(self, *, num_rows: int, length: int) -> None:
+        self.num_rows, self.length = num_rows, length
+
+    def copy(self, *, source: int, to: int, length: int) -> None:
+        self.states[to] = self.states.pop(source, None)
+
+
+class SeparateModel:
+    """Any causal language model, one sequence after another.
+
+    If the model cannot continue from its cache, such as a model of the user's own, each token is computed from the
+    whole text.
+    """
+
+    def __init__(self, model: nn.Module, *, adapters: ServedAdapters) -> None:
+        self.rows = SeparateRows()
+        self._model = model
+        self._adapters = adapters
+        self._device = next(model.parameters()).device
+        self._has_cache = isinstance(model, PreTrainedModel)
+        if isinstance(model, PreTrainedModel):
+            try:
+                _compare(lambda tokens, start, stop: self._compute(0, tokens, start, stop), _whole_logits(model))
+            except (UnsupportedAttention, AttributeError, ValueError, RuntimeError, TypeError):
+                self._has_cache = False
+        self.rows.states.clear()
+
+    @torch.inference_mode()
+    def logits(self, step: PlannedStep) -> Tensor:
+        found = []
+        for row, sequence in enumerate(step.decoding):
+            found.append(self._extend(row, sequence, sequence.num_computed, sequence.num_computed + 1))
+        for sequence, piece in step.prompts:
+            last = self._extend(piece.row, sequence, piece.start, piece.stop)
+            if piece.stop == sequence.num_prefill:
+                found.append(last)
+        return torch.stack(found) if found else torch.empty(0)
+
+    def _extend(self, row: int, sequence: RunningSequence, start: int, stop: int) -> Tensor:
+        with self._adapters.using([sequence.adapter] * (stop - (start if self._has_cache else 0))):
+            return self._compute(row, sequence.tokens, start, stop)
+
+    def _compute(self, row: int, tokens: list[int], start: int, stop: int) -> Tensor:
+        first = start if self._has_cache else 0
+        ids = torch.tensor([tokens[first:stop]], device=self._device)
+        if not self._has_cache:
+            output = (
+                self._model(ids, use_cache=False) if isinstance(self._model, PreTrainedModel) else self._model(ids)
+            )
+        else:
+            state = self.rows.states.get(row) if start else None
+            output = self._model(ids, past_key_values=state, use_cache=True)
+            self.rows.states[row] = output.past_key_values
+        last: Tensor = getattr(output, "logits", output)[0, -1].float()
+        return last
+
+
+def _whole_logits(model: PreTrainedModel) -> Tensor:
+    """Logits of a short text at the ends of the pieces that `_compare` computes it in."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.tensor([[token % vocabulary for token in range(_PROBE_TOKENS)]], device=model.device)
+    ends = [stop - 1 for stop in _PROBE_STOPS]
+    with torch.inference_mode():
+        logits: Tensor = model(ids, use_cache=False).logits[0, ends].float()
+    return logits
+
+
+def _compare(extend: Callable[[list[int], int, int], Tensor], expected: Tensor) -> None:
+    """Compute the text of `_whole_logits` in pieces. Raises: UnsupportedAttention if the logits differ."""
+    tokens = [token % expected.shape[1] for token in range(_PROBE_TOKENS)]
+    with torch.inference_mode():
+        found = torch.stack([extend(tokens, *border) for border in pairwise((0, *_PROBE_STOPS))])
+    difference = float((found - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+    if not difference <= _PROBE_TOLERANCE:
+        raise UnsupportedAttention(f"its logits differ by {difference:.2g} of the largest one in pieces")
