@@ -123,5 +123,5 @@ _PREPARE_PHASES = {
     "waiting": "waiting for another process that is preparing the same corpus",
     "tokenizer": "training the tokenizer",
     "tokens": "tokenizing",
-    "reference": "computing the log-probabilities of the reference model",
+    "outputs": "asking the reference model or the teacher",
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
 
-from forge.config.section import Count, Fraction, Number, Section
+from pydantic import Field, model_validator
+
+from forge.config.section import Count, FieldError, Fraction, Number, Section
 
 
 class DistillationSpec(Section):
@@ -12,8 +14,7 @@ class DistillationSpec(Section):
 
     teacher: str | None = Field(None, min_length=1)
     """The folder of a causal language model, a checkpoint, or a run: its best checkpoint, else its newest. It must
-    have the tokenizer of the student, which is the default of `data.tokenizer`. Every worker holds all of it, in
-    `training.precision`."""
+    have the tokenizer of the student, which is the default of `data.tokenizer`."""
 
     digest: str | None = Field(None, pattern="^[0-9a-f]{32}$")
     """Of the teacher's files. Filled in when a run starts, so that no run is resumed with another teacher; give it
@@ -28,3 +29,18 @@ class DistillationSpec(Section):
 
     top_k: Count | None = Field(None, ge=1)
     """Compare only the teacher's K most probable tokens, and all others as one; by default every token."""
+
+    teacher_logits: Literal["live", "stored"] = "live"
+    """How the teacher is asked. `live`: in every step, by every worker, which holds all of it in
+    `training.precision`. `stored`: once, before training starts; its `top_k` tokens at every target are stored with
+    the prepared data, 8 bytes for each, and no worker holds it."""
+
+    @model_validator(mode="after")
+    def _stores_some_tokens(self) -> DistillationSpec:
+        if self.teacher_logits == "stored" and self.top_k is None:
+            problem = (
+                "is missing: teacher_logits: stored takes 8 bytes for each of the top_k tokens at every target, so "
+                "say how many, such as 32"
+            )
+            raise FieldError("top_k", problem, depends_on=("teacher_logits",))
+        return self

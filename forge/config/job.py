@@ -212,7 +212,8 @@ class JobSpec(Section):
     @property
     def holds_teacher(self) -> bool:
         """Whether every worker holds the teacher of a distillation."""
-        return self.training.distillation.teacher is not None
+        spec = self.training.distillation
+        return spec.teacher is not None and spec.teacher_logits == "live"
 
     @property
     def user_classes(self) -> dict[str, str]:

@@ -22,6 +22,8 @@ from forge.plan.data_view import Lengths
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
+COLUMN_FILE = "columns/{}.bin"
+"""Name of the file of a column."""
 _FOLDERS = {"tokenizer", "examples", "columns", "train", "held_out"}
 """The folders in a cache; all of its files are in them or beside the index."""
 MAX_INDEX_BYTES = 64 * 2**20
@@ -36,6 +38,15 @@ class Column:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamColumns:
+    """Arrays computed for the windows of token streams (`packing: concatenate`), those of the training stream
+    first: `columns/<array>.bin`."""
+
+    seq_len: int
+    columns: tuple[Column, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +123,8 @@ class CacheIndex:
     document, and in caches of versions that did not record it."""
     pad_id: int | None = None
     """The tokenizer's padding token; None if it names none, or the format is another."""
+    stream_columns: StreamColumns | None = None
+    """None unless something was computed for the windows of token streams."""
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -134,14 +147,16 @@ def write_index(folder: Path, *, index: CacheIndex) -> None:
     """Write `index.json`, with a checksum of its own; call it when all other files are on the disk."""
     body = asdict(index)
     if index.examples is None:
-        del body["tables"], body["examples"]
+        del body["examples"]
+    if not index.tables:
+        del body["tables"]
     if not index.skipped.count:
         del body["skipped"]
     if index.lengths is None:
         del body["lengths"]
     if index.labels is None:
         del body["labels"]
-    for name in ("pad_id", "held_out_below"):
+    for name in ("pad_id", "held_out_below", "stream_columns"):
         if body[name] is None:
             del body[name]
     content = {"format": FORMAT_VERSION, "blake2b": checksum(_canonical(body)), **body}
@@ -208,13 +223,16 @@ def _check_values(index: CacheIndex) -> None:
     layout, labels = index.examples, index.labels
     if labels is not None and not len(labels.names) == len(labels.train) == len(labels.held_out):
         raise ValueError("labels has lists of different lengths")
+    stream = index.stream_columns
+    for column in (layout.columns if layout is not None else ()) + (stream.columns if stream is not None else ()):
+        if column.dtype not in _COLUMN_DTYPES or min(column.shape, default=1) < 1:
+            raise ValueError(f"column {column.name!r} has the dtype {column.dtype!r} and the shape {column.shape}")
+    if stream is not None and stream.seq_len < 1:
+        raise ValueError(f"stream_columns.seq_len is {stream.seq_len}")
     if layout is None:
         return
     if layout.seq_len < 1 or layout.train.num_rows < 1:
         raise ValueError(f"seq_len is {layout.seq_len}, train.num_rows is {layout.train.num_rows}")
-    for column in layout.columns:
-        if column.dtype not in _COLUMN_DTYPES:
-            raise ValueError(f"the dtype of column {column.name!r} is {column.dtype!r}")
     if not {"tokens", "targets"} <= {column.name for column in layout.columns}:
         raise ValueError("examples.columns lacks 'tokens' or 'targets'")
 

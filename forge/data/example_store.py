@@ -14,12 +14,11 @@ A row is padded to `seq_len`. This module needs only numpy: workers import it.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from forge.data.cache_index import CacheIndex, Column, ExampleLayout, SplitSizes
 from forge.data.formats.base import Example
 from forge.data.rows import IGNORED, Arrays
-from forge.data.store import FileEntry, new_hash, verify_sizes, write_file
+from forge.data.store import FileEntry, HashedFile, verify_sizes, write_file
 from forge.errors import DataError
 
 _DTYPES = {"i": "<i4", "u": "<i4", "b": "<i4", "f": "<f4"}
@@ -47,7 +46,7 @@ class ExampleWriter:
         self._seq_len = seq_len
         self._vocab_size = vocab_size
         self._columns: dict[str, Column] = {}
-        self._files: dict[str, _HashedFile] = {}
+        self._files: dict[str, HashedFile] = {}
         self._lengths, self._targets = array("q"), array("q")
         self._weights, self._keys = array("d"), array("Q")
         self.num_tokens = 0
@@ -116,7 +115,7 @@ class ExampleWriter:
         (self._folder / "columns").mkdir(exist_ok=True)
         for name, values in arrays.items():
             self._columns[name] = Column(name=name, dtype=_DTYPES[values.dtype.kind], shape=values.shape[1:])
-            self._files[name] = _HashedFile(self._folder, name=f"columns/{name}.bin")
+            self._files[name] = HashedFile(self._folder, name=f"columns/{name}.bin")
 
     def _check(self, arrays: Mapping[str, NDArray[Any]], *, weight: float, location: str) -> int:
         for name in ("tokens", "targets"):
@@ -182,33 +181,6 @@ def _arrays_of(example: Example, *, location: str) -> dict[str, NDArray[Any]]:
         return {name: np.asarray(values) for name, values in arrays.items()}
     except (ValueError, TypeError) as error:
         raise DataError(f"{location}: an example has an array that numpy cannot build: {error}") from error
-
-
-class _HashedFile:
-    """A new file whose checksum is computed while it is written."""
-
-    def __init__(self, folder: Path, *, name: str) -> None:
-        self._name = name
-        self._file: IO[bytes] = (folder / name).open("wb")
-        self._hash = new_hash()
-        self._size_bytes = 0
-
-    def write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._hash.update(content)
-        self._size_bytes += len(content)
-
-    def close(self) -> FileEntry:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return FileEntry(name=self._name, size_bytes=self._size_bytes, blake2b=self._hash.hexdigest())
-
-    def abort(self) -> None:
-        try:
-            self._file.close()
-        except OSError:  # a full disk refuses the buffered rest; the error was already raised once
-            return
 
 
 def write_rows(

@@ -34,7 +34,7 @@ from forge.data.format_process import write_examples_in_process
 from forge.data.formats.registry import TEMPLATE_FORMATS
 from forge.data.prepare_examples import chat_settings, write_examples
 from forge.data.prepare_streams import write_streams
-from forge.data.rows import RowStore, StreamRows
+from forge.data.rows import RowStore, StreamRows, WindowColumns
 from forge.data.sources.build import SampleSize
 from forge.data.store import TokenStream
 from forge.data.tokenizer import TextTokenizer, train_tokenizer
@@ -60,9 +60,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareProgress:
-    """Progress of the preparation; the counts belong to the phases `tokens` and, of examples, `reference`."""
+    """Progress of the preparation; the counts belong to the phases `tokens` and, of examples, `outputs`."""
 
-    phase: Literal["look", "fingerprint", "waiting", "tokenizer", "tokens", "reference"]
+    phase: Literal["look", "fingerprint", "waiting", "tokenizer", "tokens", "outputs"]
     num_documents: int = 0
     num_documents_in_all: int = 0
     """0 where that is not known."""
@@ -142,7 +142,13 @@ def open_rows(facts: CorpusInfo) -> tuple[RowStore, RowStore]:
         StreamRows(stream=TokenStream(folder=folder, entries=entries, dtype=index.dtype), seq_len=facts.seq_len)
         for entries in (index.train, index.held_out)
     )
-    return train, held_out
+    further = index.stream_columns
+    if further is None:
+        return train, held_out
+    if further.seq_len != facts.seq_len:
+        raise DataError(f"{folder} was made for data.seq_len {further.seq_len}, not {facts.seq_len}; plan again")
+    columns = partial(WindowColumns, folder=folder, layout=further, num_windows=train.num_rows + held_out.num_rows)
+    return replace(train, further=columns(first=0)), replace(held_out, further=columns(first=train.num_rows))
 
 
 def prepare_sample(

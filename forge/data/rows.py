@@ -6,14 +6,18 @@ so that the loader, the loop and the objectives know no file format.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forge.data.cache_index import COLUMN_FILE, Column, StreamColumns
 from forge.data.store import TokenStream
+from forge.errors import DataError
 
 IGNORED = -100
 """Target of a position that carries no loss; torch's own convention."""
@@ -50,12 +54,62 @@ class RowStore(Protocol):
         """
 
 
+@dataclass(slots=True, kw_only=True)
+class WindowColumns:
+    """Arrays computed for the windows of a token stream, memory-mapped; see `StreamColumns`.
+
+    Raises: DataError if a file has another size than its windows need.
+    """
+
+    folder: Path
+    layout: StreamColumns
+    first: int
+    """Windows in the files before those of this stream."""
+    num_windows: int
+    """In the files."""
+    _maps: dict[str, NDArray[Any]] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for column in self.layout.columns:
+            dtype, path = np.dtype(column.dtype), self._path(column)
+            wanted = self.num_windows * self.layout.seq_len * dtype.itemsize * math.prod(column.shape)
+            if not path.is_file() or path.stat().st_size != wanted:
+                raise DataError(f"{path} must have {wanted} bytes: those of {self.num_windows} windows; delete it")
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.folder, self.layout, self.first, self.num_windows  # never the mapped files
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.folder, self.layout, self.first, self.num_windows = state
+        self._maps = {}
+
+    def read(self, rows: NDArray[np.int64]) -> Arrays:
+        """Shapes: rows: int64[n] → [n, seq_len, ...], integers as int64."""
+        types = {column.name: np.int64 if column.dtype == "<i4" else np.float32 for column in self.layout.columns}
+        return {
+            column.name: self._mapped(column)[rows + self.first].astype(types[column.name])
+            for column in self.layout.columns
+        }
+
+    def _mapped(self, column: Column) -> NDArray[Any]:
+        mapped = self._maps.get(column.name)
+        if mapped is None:
+            flat: NDArray[Any] = np.memmap(self._path(column), dtype=column.dtype, mode="r").view(np.ndarray)
+            mapped = self._maps[column.name] = flat.reshape(-1, self.layout.seq_len, *column.shape)
+        return mapped
+
+    def _path(self, column: Column) -> Path:
+        return self.folder / COLUMN_FILE.format(column.name)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamRows:
     """Windows of a token stream that do not overlap (`packing: concatenate`): every position is predicted."""
 
     stream: TokenStream
     seq_len: int
+    further: WindowColumns | None = None
+    """What was computed for the windows."""
 
     @property
     def num_rows(self) -> int:
@@ -72,4 +126,8 @@ class StreamRows:
 
     def read(self, rows: NDArray[np.int64]) -> Arrays:
         windows = self.stream.read(rows, self.seq_len)
-        return {"tokens": np.ascontiguousarray(windows[:, :-1]), "targets": np.ascontiguousarray(windows[:, 1:])}
+        found: Arrays = {
+            "tokens": np.ascontiguousarray(windows[:, :-1]),
+            "targets": np.ascontiguousarray(windows[:, 1:]),
+        }
+        return found if self.further is None else {**found, **self.further.read(rows)}

@@ -285,6 +285,34 @@ def write_file(folder: Path, *, name: str, content: bytes) -> FileEntry:
     return FileEntry(name=name, size_bytes=len(content), blake2b=checksum(content))
 
 
+class HashedFile:
+    """A new file whose checksum is computed while it is written."""
+
+    def __init__(self, folder: Path, *, name: str) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        self._name = name
+        self._file: IO[bytes] = (folder / name).open("wb")
+        self._hash = new_hash()
+        self._size_bytes = 0
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+        self._size_bytes += len(content)
+
+    def close(self) -> FileEntry:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileEntry(name=self._name, size_bytes=self._size_bytes, blake2b=self._hash.hexdigest())
+
+    def abort(self) -> None:
+        try:
+            self._file.close()
+        except OSError:  # a full disk refuses the buffered rest; the error was already raised once
+            return
+
+
 def verify_sizes(folder: Path, entries: tuple[FileEntry, ...]) -> None:
     """Cheap, done on every opening.
 

@@ -21,8 +21,13 @@ from forge.model.isolation import require_isolation
 from forge.model.router_loss import RouterLoss, router_loss_of
 from forge.objective.base import IGNORED, Arrays, ObjectiveContext, WeightedSum
 from forge.objective.causal_lm import CausalLm, auxiliary_sum, is_flash
-from forge.objective.divergence import forward_divergence
+from forge.objective.divergence import forward_divergence, stored_divergence
 from forge.objective.registry import OBJECTIVES, Direction
+
+TEACHER_TOKENS = "teacher_tokens"
+"""The array with the tokens that the teacher finds most probable at a target, in descending order; 0 elsewhere."""
+TEACHER_LOG_PROBS = "teacher_log_probs"
+"""The array with their log-probabilities at the temperature of the job."""
 
 
 class Distillation:
@@ -39,27 +44,31 @@ class Distillation:
         self._is_router_known = False
 
     def batch(self, rows: Arrays) -> dict[str, Tensor]:
-        return self._rows.batch(rows)
+        """Convert rows; of stored outputs of the teacher those at the targets, [k, top_k]."""
+        batch = self._rows.batch(rows)
+        if self._spec.teacher_logits == "live":
+            return batch
+        where = rows["targets"].reshape(-1) != IGNORED
+        for name in (TEACHER_TOKENS, TEACHER_LOG_PROBS):
+            if name not in rows:
+                raise RunError("the prepared data have no outputs of the teacher; prepare them again")
+            batch[name] = torch.from_numpy(rows[name].reshape(-1, rows[name].shape[-1])[where])
+        return batch
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
         """The mix of both terms at every target."""
-        if self._teacher is None:
-            raise RunError("objective: distillation has no teacher")
         if not self._is_router_known:
             self._router, self._is_router_known = router_loss_of(model), True
         where = torch.nonzero(batch["targets"].flatten() != IGNORED).flatten()
         goals, count = batch["targets"].flatten()[where], len(where)
-        outputs = _outputs(model, batch, with_router=self._router is not None)
+        outputs = model_outputs(model, batch, with_router=self._router is not None)
         logits = outputs.logits[where]
-        with torch.no_grad():
-            taught = _outputs(self._teacher, batch).logits[where]
-        size = min(logits.shape[1], taught.shape[1], self._vocab_size or logits.shape[1])
         spec = self._spec
-        apart = forward_divergence(
-            logits[:, :size], taught[:, :size], temperature=spec.temperature, top_k=spec.top_k
-        ).sum()
+        compared = (
+            self._stored(logits, batch) if TEACHER_TOKENS in batch else self._live(logits, batch, where=where)
+        )
+        apart, agreed = compared
         entropy = F.cross_entropy(logits.float(), goals, reduction="sum")
-        agreed = (logits[:, :size].argmax(dim=1) == taught[:, :size].argmax(dim=1)).sum()
         sums = {"cross_entropy": entropy.detach(), "divergence": apart.detach(), "agreement": agreed}
         total = spec.weight * apart + (1 - spec.weight) * entropy
         if self._router is not None:
@@ -71,6 +80,25 @@ class Distillation:
             metrics={name: WeightedSum(sum=value, weight=count) for name, value in sums.items()},
         )
 
+    def _live(self, logits: Tensor, batch: Mapping[str, Tensor], *, where: Tensor) -> tuple[Tensor, Tensor]:
+        """The summed divergence from the teacher's logits, and how often both find the same token likeliest."""
+        if self._teacher is None:
+            raise RunError("objective: distillation has no teacher")
+        with torch.no_grad():
+            taught = model_outputs(self._teacher, batch).logits[where]
+        size = min(logits.shape[1], taught.shape[1], self._vocab_size or logits.shape[1])
+        own, taught = logits[:, :size], taught[:, :size]
+        apart = forward_divergence(own, taught, temperature=self._spec.temperature, top_k=self._spec.top_k)
+        return apart.sum(), (own.argmax(dim=1) == taught.argmax(dim=1)).sum()
+
+    def _stored(self, logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The same of the teacher's stored outputs."""
+        own, tokens = logits[:, : self._vocab_size], batch[TEACHER_TOKENS]
+        apart = stored_divergence(
+            own, tokens=tokens, log_probs=batch[TEACHER_LOG_PROBS], temperature=self._spec.temperature
+        )
+        return apart.sum(), (own.argmax(dim=1) == tokens[:, 0]).sum()
+
     def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, WeightedSum]:
         return {}
 
@@ -81,14 +109,15 @@ class Distillation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Outputs:
+class CausalOutputs:
     """Of a forward pass: logits [B·T, V], and those of the routers of each layer with experts."""
 
     logits: Tensor
     router_logits: Sequence[Tensor] = ()
 
 
-def _outputs(model: nn.Module, batch: Mapping[str, Tensor], *, with_router: bool = False) -> _Outputs:
+def model_outputs(model: nn.Module, batch: Mapping[str, Tensor], *, with_router: bool = False) -> CausalOutputs:
+    """Run a causal language model on the rows of a batch."""
     inputs = {"input_ids": batch["tokens"]}
     if "position_ids" in batch:
         require_isolation(model)
@@ -96,7 +125,7 @@ def _outputs(model: nn.Module, batch: Mapping[str, Tensor], *, with_router: bool
         if is_flash(model):
             inputs = {name: values.reshape(1, -1) for name, values in inputs.items()}
     if not isinstance(model, PreTrainedModel):
-        return _Outputs(logits=model(**inputs).flatten(0, 1))
+        return CausalOutputs(logits=model(**inputs).flatten(0, 1))
     options: dict[str, Any] = {"output_router_logits": True} if with_router else {}
     out: Any = model(**inputs, use_cache=False, **options)
-    return _Outputs(logits=out.logits.flatten(0, 1), router_logits=out.router_logits if with_router else ())
+    return CausalOutputs(logits=out.logits.flatten(0, 1), router_logits=out.router_logits if with_router else ())

@@ -5,6 +5,9 @@ Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 150
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -24,20 +27,49 @@ def forward_divergence(student: Tensor, teacher: Tensor, *, temperature: float, 
 
     Shapes: student, teacher: float[n, V]. Returns: float32[n].
     """
+    return _in_chunks(_divergence, student, teacher, temperature, top_k)
+
+
+def stored_divergence(student: Tensor, *, tokens: Tensor, log_probs: Tensor, temperature: float) -> Tensor:
+    """`forward_divergence` with a `top_k`, from what `top_log_probs` gave of the teacher.
+
+    Shapes: student: float[n, V]; tokens: int64[n, k]; log_probs: float32[n, k]. Returns: float32[n].
+    """
+    return _in_chunks(_from_top, student, tokens, log_probs, temperature)
+
+
+def top_log_probs(teacher: Tensor, *, temperature: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """The largest log-probabilities at temperature T, descending, and their tokens.
+
+    Shapes: teacher: float[n, V]. Returns: float32[n, k], int64[n, k].
+    """
+    return torch.log_softmax(teacher.float() / temperature, dim=1).topk(top_k, dim=1)
+
+
+def _in_chunks(function: Callable[..., Tensor], student: Tensor, *arguments: Any) -> Tensor:
+    """Call a function on a few rows of all tensors at a time."""
     rows = max(16, _CHUNK_LOGITS.get(student.device.type, 2**26) // student.shape[1])
-    chunks = zip(torch.split(student, rows), torch.split(teacher, rows), strict=True)
-    found = [checkpoint(_divergence, *pair, temperature, top_k, use_reentrant=False) for pair in chunks]
+    found = []
+    for start in range(0, max(1, len(student)), rows):
+        own = [one[start : start + rows] if isinstance(one, Tensor) else one for one in (student, *arguments)]
+        found.append(checkpoint(function, *own, use_reentrant=False))
     return torch.cat(found)
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    if top_k is not None and top_k < teacher.shape[1]:
+        top, tokens = top_log_probs(teacher, temperature=temperature, top_k=top_k)
+        return _from_top(student, tokens, top, temperature)
     log_q = torch.log_softmax(student.float() / temperature, dim=1)
     log_p = torch.log_softmax(teacher.float() / temperature, dim=1)
-    if top_k is None or top_k >= log_p.shape[1]:
-        return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1)
-    top, tokens = log_p.topk(top_k, dim=1)
-    compared = log_q.gather(1, tokens)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def _from_top(student: Tensor, tokens: Tensor, top: Tensor, temperature: float) -> Tensor:
+    compared = torch.log_softmax(student.float() / temperature, dim=1).gather(1, tokens)
     kept = (top.exp() * (top - compared)).sum(dim=1)
+    if tokens.shape[1] == student.shape[1]:
+        return temperature**2 * kept
     rest_p, rest_q = _log_rest(top), _log_rest(compared)
     return temperature**2 * (kept + rest_p.exp() * (rest_p - rest_q))
 

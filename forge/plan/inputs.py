@@ -213,10 +213,9 @@ class TeacherInfo:
     num_parameters: int
     forward_flops_per_token: int
     vocab_size: int
-    is_stored: bool = False
-    """Whether its outputs are stored with the data; otherwise every worker holds it whole."""
     stored_bytes: int | None = None
-    """Size of these on the disk; None if the corpus is not prepared."""
+    """Size of its outputs on the disk (`teacher_logits: stored`); None if there are none, or the corpus is not
+    prepared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -116,7 +116,7 @@ def estimate_memory(
     if teacher is not None:
         # The logits of both, those of the student with their gradient; distributions are made of a chunk at a time.
         activations += tokens * width * 2 * model.vocab_size
-        if not teacher.is_stored:
+        if training.distillation.teacher_logits == "live":
             weights += width * teacher.num_parameters
             activations += tokens * width * teacher.vocab_size
     if holds_reference:

@@ -278,7 +278,7 @@ def _flops(job: JobSpec, *, model: ModelInfo, corpus: CorpusInfo | None, teacher
     flops = flops_per_token(model, seq_len=seq_len, shares=shares, share_of_head=share)
     if job.has_live_reference:
         flops += forward_flops_per_token(model, seq_len=seq_len, share_of_head=share)
-    return flops + (teacher.forward_flops_per_token if teacher is not None and not teacher.is_stored else 0)
+    return flops + (teacher.forward_flops_per_token if teacher is not None and job.holds_teacher else 0)
 
 
 def _tokens_per_step(job: JobSpec, corpus: CorpusInfo | None) -> int:

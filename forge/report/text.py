@@ -89,16 +89,19 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     if plan.adapters_init is not None:
         facts.append(("adapters", _init(plan.adapters_init)))
     if plan.teacher is not None:
-        facts.append(("teacher", _teacher(plan.teacher)))
+        facts.append(("teacher", _teacher(plan.teacher, job)))
     if plan.former_lengths:
         facts.append(("length", _length_change(plan)))
     return facts + [("note", note) for note in plan.model.notes]
 
 
-def _teacher(teacher: TeacherInfo) -> str:
-    size = format_count(teacher.num_parameters)
-    origin = f"from {teacher.source}, digest {teacher.digest[:12]}"
-    return f"{teacher.class_name}, {size} parameters, whole in every worker, {origin}"
+def _teacher(teacher: TeacherInfo, job: JobSpec) -> str:
+    use = "whole in every worker"
+    if not job.holds_teacher:
+        size = "" if teacher.stored_bytes is None else f"{format_bytes(teacher.stored_bytes)} "
+        use = f"asked once, its outputs stored with the data ({size}on the disk)"
+    count = format_count(teacher.num_parameters)
+    return f"{teacher.class_name}, {count} parameters, {use}, from {teacher.source}, digest {teacher.digest[:12]}"
 
 
 def _init(init: InitInfo) -> str:

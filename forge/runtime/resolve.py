@@ -39,7 +39,7 @@ from forge.runs.reader import read_plan
 from forge.runtime.probe import count_local_slots, hardware, inspect_model, inspect_teacher, require_bitsandbytes
 from forge.runtime.resolve_code import resolve_code
 from forge.runtime.resolve_init import init_info, missing_weights, with_init
-from forge.runtime.resolve_reference import reference_notes, with_reference
+from forge.runtime.resolve_outputs import reference_notes, with_outputs, with_stored_size
 from forge.runtime.resolve_teacher import check_teacher_tokenizer
 from forge.runtime.resolve_view import objective_view, view_sample, with_view
 
@@ -74,7 +74,7 @@ def resolve(
 def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> DraftPlan:
     """Make the plan of a dry run on this machine: as `resolve`, but only a sample of the corpus is prepared. All of
     it is if the number of steps (`training.epochs`) or the labels depend on it, or if that takes only seconds. A
-    reference model is not asked.
+    reference model or a teacher is not asked.
 
     Raises: JobFileError, DataError, PlanError.
     """
@@ -97,14 +97,14 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
 
 
 def prepare_data(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> CorpusInfo:
-    """Prepare the corpus of a job, if it is not in the cache, and what its reference model says about it.
+    """Prepare the corpus of a job, if it is not in the cache, and what its reference or its teacher says about it.
 
     Raises: JobFileError, DataError, UserCodeError, PlanError, CheckpointError.
     """
     inputs = _inputs(loaded, on_progress=on_progress)
     job, corpus = inputs.trained.job, _prepared(inputs)
     find = partial(_inspected, inputs, vocabulary=vocabulary_of(corpus), corpus=corpus)
-    return with_reference(corpus, job=job, find_model=find, on_progress=on_progress)
+    return with_outputs(corpus, job=job, find_model=find, on_progress=on_progress)
 
 
 def inspect_data(
@@ -216,6 +216,7 @@ def _resolve(
     corpus = _prepared(inputs)
     model = _inspected(inputs, vocabulary=vocabulary_of(corpus), corpus=corpus)
     teacher = inspect_teacher(trained, vocabulary=vocabulary_of(corpus))
+    teacher = with_stored_size(teacher, job=trained.job, corpus=corpus)
     _require_isolation(trained, model)
     require_bitsandbytes(trained)
     with _with_lines(trained):
@@ -224,7 +225,7 @@ def _resolve(
             trained.job, model=model, corpus=corpus, hardware=found, files=inputs.files, teacher=teacher
         )
     _require_held_out(plan, inputs.loaded)
-    ask = partial(with_reference, only_if_computed=is_draft, on_progress=inputs.on_progress)
+    ask = partial(with_outputs, only_if_computed=is_draft, on_progress=inputs.on_progress)
     plan = replace(plan, corpus=ask(corpus, job=trained.job, find_model=lambda: model))
     plan = _with_inits(replace(with_view(plan), code=code, templates=inputs.loaded.templates), trained)
     return _with_search(plan, inputs.loaded, count_slots=count_slots)

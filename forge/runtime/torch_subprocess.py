@@ -1,5 +1,5 @@
 """Commands that need torch, run in a subprocess, so that the CLI never imports it: text generation, export, and the
-log-probabilities of a reference model.
+outputs of a reference model or a teacher that are stored with prepared data.
 
 Request and answer are JSON; an error is answered with its class and message and raised again here.
 """
@@ -58,8 +58,8 @@ def export_weights(*, on_progress: OnBytes | None = None, **request: Any) -> dic
     return _run("forge.serve.export", request=request, what=what, on_progress=on_progress)
 
 
-def reference_log_probs(*, on_progress: OnBytes | None = None, **request: Any) -> dict[str, Any]:
-    """Compute the log-probabilities of a reference model; arguments are the fields of `ReferenceRequest`.
+def stored_outputs(*, on_progress: OnBytes | None = None, **request: Any) -> dict[str, Any]:
+    """Compute what a model says about prepared data; arguments are the fields of `OutputsRequest`.
 
     Args:
         on_progress: called with the examples that are done and those in all, twice a second at most.
@@ -67,9 +67,9 @@ def reference_log_probs(*, on_progress: OnBytes | None = None, **request: Any) -
     Returns: `corpus`: `folder` and `digest` of the corpus with them; None as the request's `only_if_computed` says.
     Raises: DataError, CheckpointError, PlanError; RunError if the process failed.
     """
-    what = "cannot compute the log-probabilities of the reference model"
+    what = f"cannot compute the outputs of the {'reference model' if request['top_k'] is None else 'teacher'}"
     request["parent"] = os.getpid()
-    return _run("forge.train.reference", request=request, what=what, on_progress=on_progress)
+    return _run("forge.train.stored_outputs", request=request, what=what, on_progress=on_progress)
 
 
 def run_driver(

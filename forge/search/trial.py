@@ -283,23 +283,33 @@ def plan_trial(search: Plan, values: Mapping[str, Any]) -> Plan:
         job = job.model_copy(update={"checkpoint": checkpoint})
     usual = trial_job(search.job, usual_values(search.job))
     corpus = _corpus(search, job, usual)
-    plan = make_plan(job, model=_model(search, job, usual, corpus), corpus=corpus, hardware=search.hardware)
+    model = _model(search, job, usual, corpus)
+    plan = make_plan(job, model=model, corpus=corpus, hardware=search.hardware, teacher=search.teacher)
     return replace(plan, code=search.code, templates=search.templates)
 
 
 def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:
-    """Return the search's corpus, or prepare another if the trial changes the data section."""
-    if job.data == usual.data:
+    """Return the search's corpus, or prepare another if the trial changes the data section, or what is stored of a
+    reference or a teacher."""
+    from forge.runtime.resolve_outputs import outputs_key, with_outputs
+
+    if job.data == usual.data and outputs_key(job) == outputs_key(usual):
         return search.corpus
     from forge.data.prepare import prepare
     from forge.fs import default_cache_dir
 
     code = search.code.digest if search.code is not None else None
-    return prepare(job.data, cache_dir=default_cache_dir(), code_digest=code)
+    corpus = prepare(job.data, cache_dir=default_cache_dir(), code_digest=code)
+    find = partial(_inspected, search, job, corpus)
+    return with_outputs(corpus, job=job, find_model=find, on_progress=None)
 
 
 def _model(search: Plan, job: JobSpec, usual: JobSpec, corpus: CorpusInfo) -> ModelInfo:
     if job.model == usual.model and job.data.seq_len == usual.data.seq_len and corpus == search.corpus:
         return search.model
+    return _inspected(search, job, corpus)
+
+
+def _inspected(search: Plan, job: JobSpec, corpus: CorpusInfo) -> ModelInfo:
     loaded = LoadedJob(job=job, source=SourceMap(path="the trial's job", locations={}))
     return inspect_model(loaded, vocabulary=vocabulary_of(corpus), code=search.code)

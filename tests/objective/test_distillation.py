@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from forge.errors import RunError
 from forge.objective.base import IGNORED
-from forge.objective.distillation import Distillation
+from forge.objective.distillation import TEACHER_LOG_PROBS, TEACHER_TOKENS, Distillation
 from forge.objective.divergence import forward_divergence
 from tests.support.objectives import context_of
 
@@ -36,7 +37,8 @@ def small(*, seed: int, hidden_size: int = 32, vocab_size: int = 300) -> Any:
 
 def objective_of(folder: Path, teacher: Any, **settings: Any) -> Distillation:
     context = context_of(folder, objective="distillation", distillation={"teacher": "unused", **settings})
-    return Distillation(context=replace(context, teacher=teacher.eval(), vocab_size=300))
+    held = None if teacher is None else teacher.eval()
+    return Distillation(context=replace(context, teacher=held, vocab_size=300))
 
 
 def rows_of(*lengths: int, seq_len: int = 20) -> dict[str, np.ndarray]:
@@ -88,6 +90,66 @@ def test_loss__any_temperature__has_the_value_and_gradient_of_plain_torch(
     for name, gradient in gradients.items():
         torch.testing.assert_close(student.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-5)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def stored_outputs(teacher: Any, rows: dict[str, np.ndarray], *, temperature: float, top_k: int) -> dict[str, Any]:
+    """What `forge.train.stored_outputs` stores of rows, by plain torch."""
+    with torch.no_grad():
+        logits = teacher(input_ids=torch.from_numpy(rows["tokens"])).logits[..., :300]
+    top, tokens = F.log_softmax(logits.float() / temperature, dim=-1).topk(top_k, dim=-1)
+    return {**rows, TEACHER_TOKENS: tokens.numpy(), TEACHER_LOG_PROBS: top.numpy()}
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (7, 2.0), (300, 0.8)])
+def test_loss__stored_outputs__have_the_value_and_gradient_of_the_restricted_divergence_of_plain_torch(
+    tmp_path: Path, top_k: int, temperature: float
+) -> None:
+    student, teacher = small(seed=0), small(seed=1, hidden_size=64, vocab_size=320)
+    settings = {"temperature": temperature, "top_k": top_k, "weight": 0.7}
+    live = objective_of(tmp_path, teacher, **settings)
+    stored = objective_of(tmp_path, None, teacher_logits="stored", **settings)
+    rows = rows_of()
+    batches = {
+        live: live.batch(rows),
+        stored: stored.batch(stored_outputs(teacher, rows, temperature=temperature, top_k=top_k)),
+    }
+    found, gradients = [], []
+    for objective, batch in batches.items():
+        student.zero_grad()
+        loss = objective.loss(student, batch)
+        loss.sum.backward()
+        found.append(loss)
+        gradients.append({name: parameter.grad.clone() for name, parameter in student.named_parameters()})
+    targets = torch.from_numpy(rows["targets"])
+    kept = targets != IGNORED
+    with torch.no_grad():
+        q = F.softmax(student(input_ids=torch.from_numpy(rows["tokens"])).logits[kept] / temperature, dim=-1)
+        p = F.softmax(
+            teacher(input_ids=torch.from_numpy(rows["tokens"])).logits[kept][:, :300] / temperature, dim=-1
+        )
+    where = p.topk(top_k).indices
+    expected = (p.gather(1, where) * (p.gather(1, where) / q.gather(1, where)).log()).sum(dim=1)
+    if top_k < 300:
+        rest_p, rest_q = (1 - each.gather(1, where).sum(dim=1) for each in (p, q))
+        expected += rest_p * (rest_p / rest_q).log()
+    divergence = temperature**2 * float(expected.sum())
+    assert float(found[1].metrics["divergence"].sum) == pytest.approx(divergence, rel=1e-4)
+    assert float(found[1].sum.detach()) == pytest.approx(float(found[0].sum.detach()), rel=1e-5)
+    assert float(found[1].metrics["agreement"].sum) == float(found[0].metrics["agreement"].sum)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_batch__data_without_the_stored_outputs__is_named(tmp_path: Path) -> None:
+    objective = objective_of(tmp_path, None, teacher_logits="stored", top_k=3)
+    with pytest.raises(RunError, match="no outputs of the teacher; prepare them again"):
+        objective.batch(rows_of())
+    rows = {name: values * 0 + (name == "targets") * IGNORED for name, values in rows_of().items()}
+    filler = stored_outputs(small(seed=1), rows, temperature=1.0, top_k=3)
+    student = small(seed=0)
+    found = objective.loss(student, objective.batch(filler))
+    found.sum.backward()
+    assert (float(found.sum.detach()), found.weight) == (0, 0)
 
 
 def test_loss__examples_of_a_row__equal_each_alone(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from forge.data.cache_index import read_index
+from forge.data.cache_index import Column, read_index
 from forge.data.example_store import ExampleRows
-from forge.data.further_column import FurtherColumn, Values, add_column, done_parts, find_column
+from forge.data.further_columns import FurtherColumns, Values, add_columns, done_parts, find_columns, record_type
 from forge.data.prepare import open_rows
 from forge.data.rows import IGNORED
 from forge.errors import CheckpointError, DataError
@@ -30,7 +30,7 @@ from forge.objective.pairs import REFERENCE_LOG_PROBS
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
 from forge.serve.export import ExportRequest, export
-from forge.train.reference import ReferenceRequest, reference_corpus
+from forge.train.stored_outputs import OutputsRequest, corpus_with_outputs
 from tests.support.examples import pair_corpus
 from tests.support.ranks import run_ranks
 from tests.train.test_preference import LORA, plan_of
@@ -49,8 +49,8 @@ def corpus(tmp_path: Path) -> CorpusInfo:
     return pair_corpus(tmp_path / "data" / "pairs-0")
 
 
-def request_of(corpus: CorpusInfo, base: Path, **changes: Any) -> ReferenceRequest:
-    request = ReferenceRequest(
+def request_of(corpus: CorpusInfo, base: Path, **changes: Any) -> OutputsRequest:
+    request = OutputsRequest(
         parent=os.getpid(), model={"from_pretrained": str(base)}, precision="fp32", seed=1, uses_gpu=False,
         corpus={name: None if value != value else value for name, value in vars_of(corpus).items()},
         has_linear_head=True, keeps_examples_apart=True,
@@ -66,12 +66,12 @@ def stored(corpus: CorpusInfo) -> ExampleRows:
     return ExampleRows(folder=Path(corpus.folder), index=read_index(Path(corpus.folder)), split="train")
 
 
-def test_reference_corpus__any_way_to_run_the_model__has_the_values_of_transformers(
+def test_reference__any_way_to_run_the_model__has_the_values_of_transformers(
     corpus: CorpusInfo, base: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    assert reference_corpus(request_of(corpus, base, only_if_computed=True)) is None
-    found = reference_corpus(request_of(corpus, base))
+    assert corpus_with_outputs(request_of(corpus, base, only_if_computed=True)) is None
+    found = corpus_with_outputs(request_of(corpus, base))
     assert found is not None and found.digest != corpus.digest
     rows = stored(found)
     for number in range(rows.num_stored):
@@ -88,34 +88,35 @@ def test_reference_corpus__any_way_to_run_the_model__has_the_values_of_transform
         np.testing.assert_allclose(example[REFERENCE_LOG_PROBS], expected, rtol=1e-4, atol=1e-5)
     own = stored(corpus).example(3)
     assert all((rows.example(3)[name] == own[name]).all() for name in own)
-    again = reference_corpus(request_of(corpus, base, only_if_computed=True))
+    again = corpus_with_outputs(request_of(corpus, base, only_if_computed=True))
     assert again == found
-    other = reference_corpus(request_of(corpus, base, precision="bf16", keeps_examples_apart=False))
+    other = corpus_with_outputs(request_of(corpus, base, precision="bf16", keeps_examples_apart=False))
     assert other is not None and other.digest != found.digest
     close = stored(other).example(5)[REFERENCE_LOG_PROBS]
     np.testing.assert_allclose(close, rows.example(5)[REFERENCE_LOG_PROBS], atol=0.05)
 
 
-def test_reference_corpus__other_weights_or_keys__are_computed_again(
+def test_reference__other_weights_or_keys__are_computed_again(
     corpus: CorpusInfo, base: Path, tmp_path: Path
 ) -> None:
-    first = reference_corpus(request_of(corpus, base))
+    first = corpus_with_outputs(request_of(corpus, base))
     adapted = {"from_pretrained": str(base), "lora": LORA}
-    assert reference_corpus(request_of(corpus, base, model=adapted, only_if_computed=True)) == first
+    assert corpus_with_outputs(request_of(corpus, base, model=adapted, only_if_computed=True)) == first
     changed = {"from_pretrained": str(base), "rms_norm_eps": 0.1}
-    assert reference_corpus(request_of(corpus, base, model=changed, only_if_computed=True)) is None
+    assert corpus_with_outputs(request_of(corpus, base, model=changed, only_if_computed=True)) is None
     model = AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
     model.save_pretrained(tmp_path / "other")
     moved = {"from_pretrained": str(tmp_path / "other")}
-    assert reference_corpus(request_of(corpus, base, model=moved, only_if_computed=True)) is None
+    assert corpus_with_outputs(request_of(corpus, base, model=moved, only_if_computed=True)) is None
 
 
-def test_add_column__stopped_in_the_middle__goes_on_with_the_part_after_the_last_whole_one(
+def test_add_columns__stopped_in_the_middle__goes_on_with_the_part_after_the_last_whole_one(
     corpus: CorpusInfo,
 ) -> None:
-    column = FurtherColumn(name="scores", digest="c" * 32, corpus=corpus)
+    layout = (Column(name="scores", dtype="<f4", shape=()), Column(name="pairs", dtype="<i4", shape=(2,)))
+    column = FurtherColumns(columns=layout, digest="c" * 32, corpus=corpus)
     rows, begun = stored(corpus), []
 
     def compute(first: int, *, fails_at: int | None) -> Iterator[Values]:
@@ -123,35 +124,38 @@ def test_add_column__stopped_in_the_middle__goes_on_with_the_part_after_the_last
         for number in range(first, rows.num_stored):
             if number == fails_at:
                 raise KeyboardInterrupt
-            yield np.full(len(rows.example(number)["tokens"]), number, dtype=np.float32)
+            values = np.zeros(len(rows.example(number)["tokens"]), dtype=record_type(layout))
+            values["scores"], values["pairs"] = number, [number, -number]
+            yield values
 
     ticks = iter(range(10**6))
     add = {"part_is_due": lambda: next(ticks) % 10 == 9}
     with pytest.raises(KeyboardInterrupt):
-        add_column(column, compute=lambda first: compute(first, fails_at=37), **add)
+        add_columns(column, compute=lambda first: compute(first, fails_at=37), **add)
     parts = column.folder.with_name(f".{column.folder.name}.parts")
-    assert find_column(column) is None and len(done_parts(parts)) == 3
+    assert find_columns(column) is None and len(done_parts(parts)) == 3
     damaged = done_parts(parts)[2]
     damaged.write_bytes(damaged.read_bytes()[:-4] + b"\0\0\0\1")
-    found = add_column(column, compute=lambda first: compute(first, fails_at=None), **add)
+    found = add_columns(column, compute=lambda first: compute(first, fails_at=None), **add)
     assert begun == [0, 20] and not parts.exists()
     whole = stored(found)
     assert all((whole.example(i)["scores"] == i).all() for i in range(whole.num_stored))
-    add_column(column, compute=lambda first: compute(first, fails_at=0), **add)  # it is there
+    assert all((whole.example(i)["pairs"] == [i, -i]).all() for i in range(whole.num_stored))
+    add_columns(column, compute=lambda first: compute(first, fails_at=0), **add)  # it is there
     with pytest.raises(DataError, match="values of 0 examples"):
-        add_column(replace(column, digest="d" * 32), compute=lambda first: iter(()), **add)
+        add_columns(replace(column, digest="d" * 32), compute=lambda first: iter(()), **add)
 
 
 @pytest.mark.slow
 def test_main__killed_while_it_computes__goes_on_when_it_is_started_again(
     corpus: CorpusInfo, base: Path, tmp_path: Path
 ) -> None:
-    request = {name: getattr(request_of(corpus, base), name) for name in ReferenceRequest.__dataclass_fields__}
+    request = {name: getattr(request_of(corpus, base), name) for name in OutputsRequest.__dataclass_fields__}
     script = (
-        "import forge.train.reference as r, time\n"
-        "r._PART_S = 0.0; r._BATCH_TOKENS = {'cpu': 1}; whole = r._as_rows\n"
+        "import forge.train.stored_outputs as r, forge.train.output_readers as o, time\n"
+        "r._PART_S = 0.0; r.BATCH_TOKENS = {'cpu': 1}; whole = o.as_rows\n"
         "def slow(*a, **k):\n    time.sleep(0.05); return whole(*a, **k)\n"
-        "r._as_rows = slow; r.main()"
+        "o.as_rows = slow; r.main()"
     )
 
     def start(command: list[str]) -> subprocess.Popen[str]:
@@ -169,7 +173,7 @@ def test_main__killed_while_it_computes__goes_on_when_it_is_started_again(
         child.kill()
     assert child.returncode == -signal.SIGKILL
     num_done = len(list(parts.glob(".*.parts/*.bin")))
-    with start([sys.executable, "-P", "-m", "forge.train.reference"]) as child:
+    with start([sys.executable, "-P", "-m", "forge.train.stored_outputs"]) as child:
         lines = [json.loads(line) for line in child.stdout or () if line.startswith("{")]
     assert num_done >= 3 and lines[0]["progress"][0] >= 3 and lines[0]["progress"][1] == 80
     assert lines[-1]["answer"]["corpus"]["folder"] and not list(parts.glob(".*.parts"))
@@ -181,7 +185,7 @@ def test_train__reference_held_beside__has_the_curve_of_the_stored_one_and_must_
 ) -> None:
     copied = tmp_path / "base"
     shutil.copytree(base, copied)
-    with_column = reference_corpus(request_of(corpus, copied))
+    with_column = corpus_with_outputs(request_of(corpus, copied))
     assert with_column is not None
 
     def plan(facts: CorpusInfo, reference: str) -> Plan:
@@ -209,7 +213,7 @@ def test_train__reference_held_beside__has_the_curve_of_the_stored_one_and_must_
 def test_train__stored_reference__begins_at_the_loss_of_no_difference_at_any_world_size(
     corpus: CorpusInfo, base: Path, tmp_path: Path
 ) -> None:
-    found = reference_corpus(request_of(corpus, base))
+    found = corpus_with_outputs(request_of(corpus, base))
     assert found is not None
 
     def plan(stage: int) -> Plan:
