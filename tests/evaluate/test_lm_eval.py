@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [
         {
             "question": " ".join(WORDS[at : at + 5]),
-            "options": [WORDS[at], f"{WORDS[at + 1]} and {WORDS[3]}", WORDS[5]],
+            "options": [WORDS[at], f"{WORDS[at + 1]} and {WORDS[3]}", f"no {WORDS[5]}"],
             "right": at % 3,
             "text": " ".join(WORDS[at:] * (at + 1)),
         }
