@@ -38,28 +38,55 @@ class MetricScore:
     signature: str
 
 
-def score_metric(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResampledScores:
+    """The values of a metric of one model, and of each resample of its examples."""
+
+    metric: Metric
+    num_examples: int
+    values: Mapping[str, float]
+    resampled: Mapping[str, Floats]
+    """Shapes: [resamples]."""
+
+    @property
+    def scores(self) -> dict[str, MetricScore]:
+        """The values with their intervals, by name."""
+        found = {}
+        for name, direction in self.metric.directions.items():
+            low, high = _interval(self.resampled[name])
+            found[name] = MetricScore(
+                value=self.values[name],
+                low=low,
+                high=high,
+                direction=direction,
+                num_examples=self.num_examples,
+                signature=self.metric.signature,
+            )
+        return found
+
+
+def resample(
     metric: Metric, examples: Sequence[ScoredExample], *, seed: int = 1, num_resamples: int = NUM_RESAMPLES
-) -> dict[str, MetricScore]:
-    """Return every value of a metric, by name.
+) -> ResampledScores:
+    """Compute a metric of the outputs of a model.
 
     Raises: DataError for an example that the metric cannot read.
     """
+    if not examples:
+        undefined = {name: np.full(1, math.nan) for name in metric.directions}
+        values = dict.fromkeys(metric.directions, math.nan)
+        return ResampledScores(metric=metric, num_examples=0, values=values, resampled=undefined)
     table = metric.statistics(examples)
-    values = metric.values(_total(table)) if examples else {}
-    resampled = _resampled(metric, table, seed=seed, num_resamples=num_resamples) if examples else {}
-    found = {}
-    for name, direction in metric.directions.items():
-        low, high = _interval(resampled[name]) if examples else (math.nan, math.nan)
-        found[name] = MetricScore(
-            value=float(values[name][0]) if examples else math.nan,
-            low=low,
-            high=high,
-            direction=direction,
-            num_examples=len(examples),
-            signature=metric.signature,
-        )
-    return found
+    values = {name: float(found[0]) for name, found in metric.values(_total(table)).items()}
+    resampled = _resampled(metric, table, seed=seed, num_resamples=num_resamples)
+    return ResampledScores(metric=metric, num_examples=len(examples), values=values, resampled=resampled)
+
+
+def score_metric(
+    metric: Metric, examples: Sequence[ScoredExample], *, seed: int = 1, num_resamples: int = NUM_RESAMPLES
+) -> dict[str, MetricScore]:
+    """Return every value of a metric with its interval, by name. Raises: DataError as `resample`."""
+    return resample(metric, examples, seed=seed, num_resamples=num_resamples).scores
 
 
 def score_examples(metric: Metric, examples: Sequence[ScoredExample]) -> dict[str, Floats]:
@@ -70,37 +97,26 @@ def score_examples(metric: Metric, examples: Sequence[ScoredExample]) -> dict[st
     return {name: values[name] for name in metric.of_examples if name in values}
 
 
-def p_values(
-    metric: Metric,
-    first: Sequence[ScoredExample],
-    second: Sequence[ScoredExample],
-    *,
-    seed: int = 1,
-    num_resamples: int = NUM_RESAMPLES,
-) -> dict[str, float]:
-    """Two-sided p-values of the differences between two models on the same examples.
+def p_values(first: ResampledScores, second: ResampledScores) -> dict[str, float]:
+    """Two-sided p-values of the differences between two models, by the name of the value.
 
     The differences of the resamples, shifted to have the mean 0, are what differences would be if the models were
     equally good. p is the share of them that is at least as large as the observed one, (count + 1) / (number + 1).
 
     Args:
-        first, second: the outputs of the models, example by example.
+        first, second: of the same examples in the same order, with the same seed.
 
-    Raises: ValueError if their numbers differ; DataError.
+    Raises: ValueError if the numbers of examples differ.
     """
-    if len(first) != len(second):
-        raise ValueError(f"outputs of {len(first)} and {len(second)} examples cannot be paired")
-    if not first:
-        return dict.fromkeys(metric.directions, math.nan)
-    tables = [metric.statistics(examples) for examples in (first, second)]
-    observed = [metric.values(_total(table)) for table in tables]
-    resampled = [_resampled(metric, table, seed=seed, num_resamples=num_resamples) for table in tables]
-    return {
-        name: _p_value(
-            float(observed[0][name][0] - observed[1][name][0]), differences=resampled[0][name] - resampled[1][name]
-        )
-        for name in metric.directions
-    }
+    if first.num_examples != second.num_examples:
+        raise ValueError(f"outputs of {first.num_examples} and {second.num_examples} examples cannot be paired")
+    with np.errstate(invalid="ignore"):  # the difference of two infinite perplexities
+        return {
+            name: _p_value(
+                first.values[name] - second.values[name], differences=first.resampled[name] - second.resampled[name]
+            )
+            for name in first.metric.directions
+        }
 
 
 def _p_value(observed: float, *, differences: Floats) -> float:

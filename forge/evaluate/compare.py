@@ -14,7 +14,7 @@ from typing import Any
 
 from forge.config.compare import differences
 from forge.config.task import TaskSpec
-from forge.evaluate.bootstrap import MetricScore, p_values, score_metric
+from forge.evaluate.bootstrap import MetricScore, p_values, resample
 from forge.evaluate.metrics.base import Metric, ScoredExample
 from forge.evaluate.metrics.build import build_metrics
 from forge.objective.registry import Direction
@@ -110,7 +110,7 @@ def compare(models: Sequence[EvaluatedModel], *, tasks: Sequence[TaskSpec]) -> C
         notes += _notes(models, outputs, task=task.name)
         everything = [example for one in outputs if one is not None for example in one.examples]
         for metric in build_metrics(task.metrics, examples=everything, label_kind=task.label_kind).values():
-            scored = [_scored(metric, one, first=outputs[0], seed=task.seed) for one in outputs]
+            scored = _scored(metric, outputs, seed=task.seed)
             for name, direction in metric.directions.items():
                 columns.append(_column(task.name, name, scored))
                 cells.append(_cells(name, scored, direction=direction))
@@ -139,14 +139,17 @@ def _notes(models: Sequence[EvaluatedModel], outputs: Sequence[TaskOutputs | Non
             yield f"{task}: {names} were asked different examples, so they have no p-value"
 
 
-def _scored(metric: Metric, outputs: TaskOutputs | None, *, first: TaskOutputs | None, seed: int) -> _Scored:
-    if outputs is None:
-        return _Scored(scores={}, p_values={})
-    is_paired = first is not None and first is not outputs and first.ids == outputs.ids
-    return _Scored(
-        scores=score_metric(metric, outputs.examples, seed=seed),
-        p_values=p_values(metric, first.examples, outputs.examples, seed=seed) if is_paired and first else {},
-    )
+def _scored(metric: Metric, outputs: Sequence[TaskOutputs | None], *, seed: int) -> list[_Scored]:
+    """The scores of every model, and the p-values of those that were asked what the first was."""
+    found = [None if one is None else resample(metric, one.examples, seed=seed) for one in outputs]
+    first, reference = outputs[0], found[0]
+    scored = []
+    for number, (one, resampled) in enumerate(zip(outputs, found, strict=True)):
+        compared = {}
+        if number and resampled and reference and one and first and one.ids == first.ids:
+            compared = p_values(reference, resampled)
+        scored.append(_Scored(scores=resampled.scores if resampled else {}, p_values=compared))
+    return scored
 
 
 def _column(task: str, name: str, scored: Sequence[_Scored]) -> ScoreColumn:

@@ -12,7 +12,7 @@ import pytest
 
 from forge.config.task_metrics import MetricsSpec
 from forge.evaluate import bootstrap
-from forge.evaluate.bootstrap import p_values, score_metric
+from forge.evaluate.bootstrap import p_values, resample, score_metric
 from forge.evaluate.metrics.base import Metric, ScoredExample
 from forge.evaluate.metrics.build import build_metrics
 
@@ -29,6 +29,13 @@ def metric_of(name: str, examples: list[ScoredExample]) -> Metric:
 
 def answers(right: list[bool]) -> list[ScoredExample]:
     return [ScoredExample(prediction="a" if one else "b", target="a") for one in right]
+
+
+def p_of(
+    metric: Metric, first: list[ScoredExample], second: list[ScoredExample], *, num_resamples: int = 1000
+) -> dict[str, float]:
+    found = (resample(metric, one, num_resamples=num_resamples) for one in (first, second))
+    return p_values(*found)
 
 
 def test_intervals__of_a_share__cover_the_truth_as_often_as_they_say() -> None:
@@ -70,7 +77,7 @@ def test_p_values__bleu__are_near_those_of_sacrebleu() -> None:
     test = PairedTest(systems, {"BLEU": sacrebleu.BLEU()}, references, test_type="bs", n_samples=2000)
     _, scores = test()
     expected = next(one for name, results in scores.items() if name == "BLEU" for one in results[1:])
-    found = p_values(metric_of("bleu", TEXTS), TEXTS, worse, num_resamples=2000)["bleu"]
+    found = p_of(metric_of("bleu", TEXTS), TEXTS, worse, num_resamples=2000)["bleu"]
     # sacrebleu counts differences in one direction only; its p is half as large if they are symmetric.
     assert found == pytest.approx(2 * expected.p_value, abs=0.06)
 
@@ -78,9 +85,9 @@ def test_p_values__bleu__are_near_those_of_sacrebleu() -> None:
 def test_p_values__equal_models__are_1_and_clear_differences_small() -> None:
     good, bad = answers([True] * 60 + [False] * 10), answers([True] * 20 + [False] * 50)
     metric = metric_of("accuracy", good)
-    assert p_values(metric, good, good) == {"accuracy": 1.0}
-    assert p_values(metric, good, bad)["accuracy"] <= 0.002
-    assert p_values(metric, good, bad) == p_values(metric, bad, good)
+    assert p_of(metric, good, good) == {"accuracy": 1.0}
+    assert p_of(metric, good, bad)["accuracy"] <= 0.002
+    assert p_of(metric, good, bad) == p_of(metric, bad, good)
 
 
 def test_p_values__models_that_do_not_differ__are_spread_evenly() -> None:
@@ -88,14 +95,14 @@ def test_p_values__models_that_do_not_differ__are_spread_evenly() -> None:
     found, metric = [], metric_of("accuracy", [])
     for _ in range(60):
         one, other = ((draw.random(100) < 0.5).tolist() for _ in range(2))
-        found.append(p_values(metric, answers(one), answers(other), num_resamples=200)["accuracy"])
+        found.append(p_of(metric, answers(one), answers(other), num_resamples=200)["accuracy"])
     assert sum(p < 0.05 for p in found) <= 9 and 0.3 < np.mean(found) < 0.75
 
 
 def test_p_values__numbers_that_differ_and_undefined_scores__are_refused_or_nan() -> None:
     metric: Any = metric_of("accuracy", [])
     with pytest.raises(ValueError, match="cannot be paired"):
-        p_values(metric, answers([True]), answers([]))
-    assert math.isnan(p_values(metric, [], [])["accuracy"])
+        p_of(metric, answers([True]), answers([]))
+    assert math.isnan(p_of(metric, [], [])["accuracy"])
     broken = [ScoredExample(prediction=None, target=1.0)]
-    assert math.isnan(p_values(metric_of("mse", broken), broken, broken)["mse"])
+    assert math.isnan(p_of(metric_of("mse", broken), broken, broken)["mse"])
