@@ -73,7 +73,10 @@ NOT_ON_THE_TRAINING_SIDE = {"typer", "rich", "ray"}
 ONLY_IN = {
     "typer": ("forge/cli/",),
     "rich": ("forge/cli/",),
-    "pydantic": ("forge/config/",),
+    "pydantic": ("forge/config/", "forge/serve/http/bodies.py"),
+    "fastapi": ("forge/serve/http/",),
+    "starlette": ("forge/serve/http/",),
+    "uvicorn": ("forge/serve/http/connection.py", "forge/runtime/serve_process.py"),
     "yaml": ("forge/config/",),
     "deepspeed": ("forge/train/engine.py", "forge/train/process_group.py", "forge/train/state.py"),
     "bitsandbytes": ("forge/model/quantise.py", "forge/train/optimizer_8bit.py"),

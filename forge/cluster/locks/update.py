@@ -21,7 +21,7 @@ _CLOUD_SDKS = {
     ),
 }
 """Source: Ray documentation, "Launching Ray Clusters"."""
-_EXTRAS = ("s3", "gcs", "azure", "mlflow", "tensorboard", "eval")
+_EXTRAS = ("s3", "gcs", "azure", "mlflow", "tensorboard", "serve", "eval")
 _OLDEST_PYTHON = "3.11"
 _OLDEST_PYTHON_OF_UV = "3.8"
 """uv, and a pip that works on another environment, run in the image's own Python, where 3.11 is missing."""

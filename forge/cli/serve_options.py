@@ -1,0 +1,55 @@
+"""The options of `forge serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="RUN|FOLDER", help="A run, or a folder of a model in the form of transformers.")
+]
+ServerArgument = Annotated[
+    str | None, typer.Argument(metavar="[SERVER]", help="A server's name; by default the only one that runs.")
+]
+EmaOption = Annotated[bool, typer.Option("--ema", help="Serve the averaged (EMA) weights.")]
+NameOption = Annotated[str, typer.Option("--name", help="Of the server, for the other commands.")]
+ModelNameOption = Annotated[
+    str | None,
+    typer.Option("--model-name", help="What clients give as model; by default the run's or folder's name."),
+]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="NAME=RUN|FOLDER", help="LoRA adapters over the model, served as NAME."),
+]
+HostOption = Annotated[str, typer.Option("--host", help="Address to listen on; others than loopback require keys.")]
+PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")]
+KeysOption = Annotated[
+    Path | None, typer.Option("--keys", metavar="FILE", help="File of API keys, made by forge serve key.")
+]
+TlsCertOption = Annotated[
+    Path | None, typer.Option("--tls-cert", metavar="FILE", help="Certificate chain (PEM) for https.")
+]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option("--tls-key", metavar="FILE", help="Private key of the certificate.")
+]
+ReplicasOption = Annotated[
+    str,
+    typer.Option("--replicas", metavar="N or N..M", help="Copies of the model; of a range as many as needed."),
+]
+MaxRunningOption = Annotated[
+    int, typer.Option("--max-running", min=1, max=4096, help="Texts that one replica generates at once.")
+]
+MaxQueueOption = Annotated[
+    int, typer.Option("--max-queue", min=1, help="Requests that may wait; more are refused with 429.")
+]
+RequestsOption = Annotated[float | None, typer.Option("--requests-per-minute", help="Of each key.")]
+TokensOption = Annotated[
+    float | None, typer.Option("--tokens-per-minute", help="Of each key, of prompts and answers.")
+]
+SecondsOption = Annotated[float | None, typer.Option("--seconds-per-request", help="An answer is cut there.")]
+DrainOption = Annotated[float, typer.Option("--drain", min=0, help="Seconds for running requests at the end.")]
+CheckOption = Annotated[
+    bool, typer.Option("--check/--no-check", help="First compare served log-probabilities with the model's own.")
+]

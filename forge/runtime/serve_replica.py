@@ -1,0 +1,281 @@
+"""The model of a server as a deployment of Ray Serve, and the `ModelBackend` that calls it.
+
+Requests reach replicas through deployment handles alone: Ray Serve's own HTTP and gRPC proxies are not started, so
+nothing of it listens. A generation is one streaming call, whose cancellation cancels the generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+
+from forge.errors import ClusterError
+from forge.limits import usable_cpus
+from forge.process import first_line, redirect_output
+from forge.serve.calls import (
+    GenerateCall,
+    LabelAnswer,
+    ReplicaLostError,
+    ServedModel,
+    TextAnswer,
+    TextDelta,
+    TextOptions,
+    VectorAnswer,
+)
+from forge.serve.http.errors import ApiError
+from forge.serve.http.settings import ServerSettings
+
+_log = logging.getLogger("forge.serve")
+_T = TypeVar("_T")
+_HEALTH_PERIOD_S = 5.0
+_UPSCALE_DELAY_S = 10.0
+_DOWNSCALE_DELAY_S = 300.0
+_TARGET_LOAD = 0.7
+"""Share of `max_running` above which Ray Serve adds a replica."""
+_MAX_CALLS = 100_000
+"""Calls that may wait in a replica; the server itself bounds them."""
+_LOST = (RayError, DeploymentUnavailableError, ReplicaUnavailableError, BackPressureError)
+"""Of a call whose replica is gone; an error of its code is a `RayTaskError`, which is a `RayError` too."""
+
+
+class ModelReplica:
+    """One copy of the model, with its engine."""
+
+    def __init__(self, settings: ServerSettings, folder: str) -> None:
+        """Args:
+        folder: of the server, for the log.
+        """
+        _open_no_port()
+        self._id = serve.get_replica_context().replica_id.unique_id
+        redirect_output(Path(folder) / "logs" / f"replica-{self._id}.log")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // settings.max_replicas)))
+        from forge.serve.service import ModelService
+
+        self._service = ModelService.start(settings)
+
+    def describe(self) -> ServedModel:
+        return self._service.info
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve every few seconds, which replaces the replica if it raises."""
+        self._service.require_healthy()
+        await self._service.warm_up()
+
+    def stats(self) -> tuple[str, dict[str, Any]]:
+        return self._id, self._service.stats() | {"pid": os.getpid(), "node": ray.util.get_node_ip_address()}
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Sequence[TextDelta] | Exception, None]:
+        """Generate; an error that is expected is the last item, because Ray would wrap it."""
+        from forge.serve.request import EngineError
+
+        try:
+            async with contextlib.aclosing(self._service.generate(call)) as batches:
+                async for batch in batches:
+                    yield batch
+        except ApiError as error:
+            yield error
+        except EngineError as error:
+            yield ReplicaLostError(str(error))
+
+    async def embed(self, texts: Sequence[str]) -> VectorAnswer | ApiError:
+        return await _answered(self._service.embed(texts))
+
+    async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer | ApiError:
+        return await _answered(self._service.classify(texts))
+
+    async def translate(self, texts: Sequence[str], options: TextOptions) -> TextAnswer | ApiError:
+        return await _answered(self._service.translate(texts, options=options))
+
+
+async def _answered(work: Awaitable[_T]) -> _T | ApiError:
+    try:
+        return await work
+    except ApiError as error:
+        return error
+
+
+class RayBackend:
+    """The replicas of one application of Ray Serve."""
+
+    def __init__(self, handle: Any, *, app: str, info: ServedModel) -> None:
+        self.info, self.app = info, app
+        self._handle = handle
+        self._num_calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Sequence[TextDelta], None]:
+        with self._counted():
+            response = self._handle.options(stream=True).generate.remote(call)
+            is_over = False
+            try:
+                while True:
+                    try:
+                        batch = await anext(response)
+                    except StopAsyncIteration:
+                        is_over = True
+                        return
+                    if isinstance(batch, Exception):
+                        is_over = True
+                        raise batch
+                    yield batch
+            except RayTaskError:
+                is_over = True
+                raise
+            except _LOST as error:
+                is_over = True
+                raise ReplicaLostError(first_line(error)) from error
+            finally:
+                if not is_over:
+                    response.cancel()
+
+    async def embed(self, texts: Sequence[str]) -> VectorAnswer:
+        answer: VectorAnswer = await self._call(lambda: self._handle.embed.remote(texts))
+        return answer
+
+    async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer:
+        answer: LabelAnswer = await self._call(lambda: self._handle.classify.remote(texts))
+        return answer
+
+    async def translate(self, texts: Sequence[str], *, options: TextOptions) -> TextAnswer:
+        answer: TextAnswer = await self._call(lambda: self._handle.translate.remote(texts, options))
+        return answer
+
+    async def stats(self) -> Mapping[str, Mapping[str, Any]]:
+        """The state of the replicas that answer."""
+        try:
+            responses = self._handle.broadcast("stats")
+            found = await asyncio.to_thread(responses.results, timeout_s=_HEALTH_PERIOD_S)
+        except (TimeoutError, *_LOST) as error:
+            _log.warning("the replicas do not say how they are: %s", first_line(error))
+            return {}
+        return dict(found)
+
+    async def wait_idle(self, *, timeout_s: float) -> bool:
+        """Wait until no call is running. Returns: whether that is so."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        return self._idle.is_set()
+
+    async def _call(self, send: Callable[[], Any]) -> Any:
+        with self._counted():
+            response = send()
+            try:
+                answer = await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except RayTaskError:
+                raise
+            except _LOST as error:
+                raise ReplicaLostError(first_line(error)) from error
+            if isinstance(answer, ApiError):
+                raise answer
+            return answer
+
+    @contextlib.contextmanager
+    def _counted(self) -> Any:
+        self._num_calls += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_calls -= 1
+            if not self._num_calls:
+                self._idle.set()
+
+
+def _open_no_port() -> None:
+    """Keep the replica from listening for gRPC calls of other deployments.
+
+    That port listens on all addresses, knows no token and unpickles what it gets. Nothing of forge uses it.
+
+    Raises: ClusterError if this version of Ray Serve opens it in another way.
+    """
+    from ray.serve._private import replica
+
+    if not hasattr(replica, "add_port_to_grpc_server"):
+        raise ClusterError("this version of Ray Serve opens a port without authentication; use the pinned one")
+    replica.add_port_to_grpc_server = lambda server, address: 0
+
+
+def start_serve() -> None:
+    """Start Ray Serve without its proxies."""
+    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
+
+
+def deploy(settings: ServerSettings, *, app: str, folder: Path) -> RayBackend:
+    """Deploy the model as an application and wait until a replica is ready.
+
+    Raises: ClusterError with the reason if none becomes ready.
+    """
+    replicas: dict[str, Any] = {"num_replicas": settings.min_replicas}
+    if settings.max_replicas > settings.min_replicas:
+        replicas = {
+            "autoscaling_config": {
+                "min_replicas": settings.min_replicas,
+                "max_replicas": settings.max_replicas,
+                "target_ongoing_requests": max(1.0, settings.max_running * _TARGET_LOAD),
+                "upscale_delay_s": _UPSCALE_DELAY_S,
+                "downscale_delay_s": _DOWNSCALE_DELAY_S,
+            }
+        }
+    deployment = serve.deployment(ModelReplica).options(
+        name="model",
+        max_ongoing_requests=_MAX_CALLS,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        graceful_shutdown_timeout_s=settings.drain_s,
+        max_constructor_retry_count=1,
+        ray_actor_options=_resources(),
+        **replicas,
+    )
+    try:
+        handle = serve.run(deployment.bind(settings, str(folder)), name=app, route_prefix=None)
+        info = handle.describe.remote().result()
+    except (RuntimeError, *_LOST) as error:
+        reason = _failure_of(app) or first_line(error)
+        remove(app)
+        raise ClusterError(f"no replica of the model became ready: {reason}") from error
+    return RayBackend(handle, app=app, info=info)
+
+
+def remove(app: str) -> None:
+    """Delete an application; its replicas end once their running requests have ended."""
+    with contextlib.suppress(RayError, RuntimeError):
+        serve.delete(app)
+
+
+def running_replicas(app: str) -> int:
+    """How many replicas of an application are ready."""
+    found = serve.status().applications.get(app)
+    if found is None:
+        return 0
+    return sum(deployment.replica_states.get("RUNNING", 0) for deployment in found.deployments.values())
+
+
+def _failure_of(app: str) -> str:
+    """The last line of what Ray Serve says about an application that failed."""
+    found = serve.status().applications.get(app)
+    texts = [found.message, *(each.message for each in found.deployments.values())] if found else []
+    lines = [line.strip() for text in texts for line in text.splitlines() if "Error" in line]
+    return lines[-1] if lines else ""
+
+
+def _resources() -> dict[str, Any]:
+    gpus = ray.cluster_resources().get("GPU", 0)
+    return {"num_gpus": 1} if gpus else {"num_cpus": 1}

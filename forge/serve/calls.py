@@ -1,0 +1,134 @@
+"""What the HTTP server asks of a model and what it gets back: plain data without torch, sent to replicas."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """The model that a server serves."""
+
+    name: str
+    kind: str
+    """`causal-lm`, `seq2seq`, `classification`, `embedding`, `masked-lm` or `reward`."""
+    max_positions: int | None
+    digest: str
+    """Of the weights; `system_fingerprint` of the answers."""
+    labels: tuple[str, ...] = ()
+    has_chat_template: bool = False
+    takes_tools: bool = False
+    adapters: tuple[str, ...] = ()
+    """Further names that can be asked for."""
+    start_check: str = ""
+    """What the comparison of log-probabilities at the start has found."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """How texts are generated: the fields of `forge.inference.sampling.SamplingParams`, which needs torch."""
+
+    max_tokens: int | None = None
+    """None: as many as fit behind the prompt."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    """None: another text each time."""
+    stop: tuple[str, ...] = ()
+    num_beams: int = 1
+    n: int = 1
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateCall:
+    """One prompt, of which `options.n` texts are generated: either `prompt` or `messages`."""
+
+    request_id: str
+    model: str
+    options: TextOptions
+    prompt: str | tuple[int, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    flush_s: float = 0.0
+    """Tokens of this time are sent together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScore:
+    """A generated token, its log-probability, and the likeliest tokens at its place."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextDelta:
+    """A piece of one of the texts of a call."""
+
+    index: int
+    """Of the text, from 0."""
+    text: str = ""
+    num_tokens: int = 0
+    scores: tuple[TokenScore, ...] = ()
+    finish_reason: str | None = None
+    """`stop` or `length`, in the last piece of a text."""
+    prompt_tokens: int = 0
+    """In the first piece of a call."""
+    restarts: bool = False
+    """All texts of the call begin again with the next piece, because their replica was lost."""
+
+
+class ReplicaLostError(Exception):
+    """The replica that worked on a call is gone."""
+
+
+class ModelBackend(Protocol):
+    """A model, in this process or in replicas. Every method may raise `ApiError` and `ReplicaLostError`."""
+
+    @property
+    def info(self) -> ServedModel: ...
+
+    def generate(self, call: GenerateCall) -> AsyncGenerator[Sequence[TextDelta], None]:
+        """Generate; closing the generator cancels the generation."""
+
+    async def embed(self, texts: Sequence[str]) -> VectorAnswer: ...
+
+    async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer: ...
+
+    async def translate(self, texts: Sequence[str], *, options: TextOptions) -> TextAnswer: ...
+
+    async def stats(self) -> Mapping[str, Mapping[str, Any]]:
+        """The state of every replica, by its id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorAnswer:
+    """A vector for each text."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelAnswer:
+    """What a classifier says about each text: `label`, `labels`, `scores` and `value`, as in `/v1/classify`."""
+
+    results: tuple[Mapping[str, Any], ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextAnswer:
+    """The text written for each source, and why it ended."""
+
+    texts: tuple[str, ...]
+    finish_reasons: tuple[str, ...]
+    prompt_tokens: int
+    completion_tokens: int = field(default=0)

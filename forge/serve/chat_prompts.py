@@ -1,0 +1,126 @@
+"""Token ids of conversations, made in a process of its own: a chat template of a foreign folder is foreign code.
+
+    python -m forge.serve.chat_prompts < (tokenizer and template, then one conversation per line) > (ids per line)
+
+The template runs in transformers' sandbox, with limits of time and memory, which a process can only set for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from forge.data.chat_encoder import ChatEncoder
+from forge.data.chat_template import MAX_RENDER_S, ChatTemplate
+from forge.data.conversations import Conversation
+from forge.data.tokenizer import TextTokenizer
+from forge.environment import child_environment
+from forge.process import die_with_parent, one_line, take_stdout
+
+_PATIENCE_S = MAX_RENDER_S + 25.0
+_MAX_TOKENS = 1 << 24
+"""The model's own limit is checked by its engine."""
+
+
+class ChatPrompts:
+    """Encodes conversations, one at a time; usable from any thread and event loop."""
+
+    def __init__(self, tokenizer: TextTokenizer, *, template: ChatTemplate) -> None:
+        self._setup = json.dumps({"tokenizer": asdict(tokenizer), "template": asdict(template)})
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    async def encode(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]]
+    ) -> list[int]:
+        """Return the ids of a conversation and of what asks for the next turn of the assistant.
+
+        Raises: ValueError if the template refuses the conversation, or takes too long for it.
+        """
+        line = json.dumps({"messages": list(messages), "tools": list(tools)})
+        answer = await asyncio.to_thread(self._ask, line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        ids: list[int] = answer["ids"]
+        return ids
+
+    def start(self) -> None:
+        """Start the process if it does not run."""
+        with self._lock:
+            self._running()
+
+    def close(self) -> None:
+        """End the process; the next conversation starts another."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with process:  # closes its pipes
+                pass
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "forge.serve.chat_prompts", str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=child_environment() | {"TRANSFORMERS_VERBOSITY": "error"},
+            )
+            _write(self._process, self._setup)
+        return self._process
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        with self._lock:
+            process = self._running()
+            timer = threading.Timer(_PATIENCE_S, process.kill)
+            timer.start()
+            try:
+                _write(process, line)
+                assert process.stdout is not None, "it is a pipe"
+                written = process.stdout.readline()
+            finally:
+                timer.cancel()
+        if not written:
+            raise ValueError("the chat template ended its process, or takes too long")
+        answer: dict[str, Any] = json.loads(written)
+        return answer
+
+
+def _write(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None, "it is a pipe"
+    with contextlib.suppress(OSError):  # said by the answer that does not come
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+
+
+def main() -> None:
+    """Answer every conversation with its ids, or with the reason why it has none."""
+    stdout = take_stdout()
+    setup = json.loads(sys.stdin.readline())
+    template = setup["template"] | {"special_tokens": tuple(setup["template"]["special_tokens"])}
+    encoder = ChatEncoder(
+        TextTokenizer(**setup["tokenizer"]), seq_len=_MAX_TOKENS, template=ChatTemplate(**template)
+    )
+    for line in sys.stdin:
+        given = json.loads(line)
+        try:
+            found = Conversation(messages=tuple(given["messages"]), tools=tuple(given["tools"]))
+            answer: dict[str, Any] = {"ids": encoder.prompt(found)}
+        except ValueError as error:
+            answer = {"error": one_line(error)}
+        stdout.write(json.dumps(answer) + "\n")
+        stdout.flush()
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    main()

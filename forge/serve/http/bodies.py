@@ -1,0 +1,246 @@
+"""The bodies of requests, as OpenAI's API has them, and forge's own two.
+
+Types are strict and unknown fields are refused. A field of OpenAI's API that would change the answer and that forge
+does not do is refused too, unless it has its neutral value; one that changes nothing is accepted.
+
+Source: https://platform.openai.com/docs/api-reference
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from forge.serve.http.errors import ApiError
+
+MAX_CHOICES = 64
+"""Texts that one request may ask for."""
+_MAX_TOKENS = 1 << 24
+_MAX_STOPS = 16
+_MAX_LOGPROBS = 20
+_MAX_SEED = 2**63 - 1
+
+Text = Annotated[str, Field(max_length=1 << 26)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    model: str
+    user: str | None = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream has besides its text."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Sampled(_Body):
+    """How the text is chosen."""
+
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Probability | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-_MAX_SEED, le=_MAX_SEED)] | None = None
+    stop: Text | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=_MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # As vLLM's server has them, for samplers that OpenAI's API does not name.
+    top_k: Annotated[int, Field(ge=-1, le=_MAX_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    # Without effect on the answer.
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    # Refused unless neutral.
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(filter(None, given))
+
+    def require_supported(self) -> None:
+        """Raises: ApiError for the first field that would be ignored."""
+        for name, neutral in self._refused().items():
+            if getattr(self, name) not in (None, *neutral):
+                raise ApiError(f"{name} is not supported", code="unsupported_parameter", param=name)
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("stream_options requires stream: true", code="invalid_value", param="stream_options")
+
+    def _refused(self) -> dict[str, tuple[Any, ...]]:
+        return {"presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},)}
+
+
+class CompletionBody(_Sampled):
+    """`/v1/completions`."""
+
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    )
+    max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+    def _refused(self) -> dict[str, tuple[Any, ...]]:
+        return super()._refused() | {"suffix": ("",), "best_of": (self.n or 1,)}
+
+    @property
+    def prompts(self) -> tuple[str | tuple[int, ...], ...]:
+        """One prompt for each entry."""
+        given = self.prompt
+        if isinstance(given, str):
+            return (given,)
+        if isinstance(given[0], int):
+            return (tuple(given),)
+        return tuple(each if isinstance(each, str) else tuple(each) for each in given)
+
+
+class TextPart(BaseModel):
+    """A part of a message. Pictures and sounds are refused by its type."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    type: Literal["text"]
+    text: Text
+
+
+class FunctionCall(BaseModel):
+    """What the model asked a tool to do."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: str
+    arguments: Text
+
+
+class ToolCall(BaseModel):
+    """A call of a tool in an earlier turn."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _require_content(self) -> ChatMessage:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("a message needs content")
+        return self
+
+
+class FunctionTool(BaseModel):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class OfferedTool(BaseModel):
+    """An entry of `tools`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class ChatBody(_Sampled):
+    """`/v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[OfferedTool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    reasoning_effort: str | None = None
+
+    def _refused(self) -> dict[str, tuple[Any, ...]]:
+        return super()._refused() | {
+            "response_format": ({"type": "text"},),
+            "modalities": (["text"],),
+            "reasoning_effort": (),
+            "tool_choice": ("none", "auto"),
+        }
+
+    def require_supported(self) -> None:
+        super().require_supported()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError("top_logprobs requires logprobs: true", code="invalid_value", param="top_logprobs")
+
+
+class EmbeddingBody(_Body):
+    """`/v1/embeddings`."""
+
+    input: Text | TokenIds | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """One text for each entry. Raises: ApiError for token ids."""
+        given = [self.input] if isinstance(self.input, str) else self.input
+        texts = tuple(each for each in given if isinstance(each, str))
+        if len(texts) < len(given):
+            raise ApiError("input must be text; token ids are not supported", code="invalid_value", param="input")
+        return texts
+
+
+class ClassifyBody(_Body):
+    """`/v1/classify`: texts, or pairs of texts, of which each gets its labels with their probabilities."""
+
+    input: (
+        Text
+        | Annotated[
+            list[Text | Annotated[list[Text], Field(min_length=2, max_length=2)]],
+            Field(min_length=1, max_length=2048),
+        ]
+    )
+
+
+class TranslateBody(_Body):
+    """`/v1/translate`: sources, of which each gets the text that an encoder-decoder writes for it."""
+
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=64)] | None = None

@@ -1,0 +1,58 @@
+"""A connection that bounds the time and the size of request headers, which uvicorn's own does not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEADER_TIMEOUT_S = 15.0
+_MAX_HEADER_BYTES = 64 * 2**10
+
+
+class LimitedConnection(HttpToolsProtocol):
+    """Closes a connection whose request headers are not complete in time, or are too large."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _num_header_bytes = 0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await_headers()
+
+    def data_received(self, data: bytes) -> None:
+        is_waiting = self._timer is not None
+        if is_waiting:
+            self._num_header_bytes += len(data)
+        elif self._is_between_requests():
+            self._await_headers()
+        super().data_received(data)
+        if self._timer is not None and self._num_header_bytes > _MAX_HEADER_BYTES:
+            self.send_400_response("The request's headers are too large.")
+            self._headers_complete()
+
+    def on_headers_complete(self) -> None:
+        self._headers_complete()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._headers_complete()
+        super().connection_lost(exc)
+
+    def _is_between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _await_headers(self) -> None:
+        self._num_header_bytes = 0
+        self._timer = asyncio.get_running_loop().call_later(HEADER_TIMEOUT_S, self._time_out)
+
+    def _headers_complete(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_out(self) -> None:
+        self._timer = None
+        if self.transport is not None and not self.transport.is_closing():
+            self.send_400_response("The request's headers did not arrive in time.")

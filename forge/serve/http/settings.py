@@ -1,0 +1,108 @@
+"""What a server is told: the model, where it listens, its limits. Written to `server.json` of its folder."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from dataclasses import asdict, dataclass, field
+
+from forge.errors import ArgumentError
+from forge.process import one_line
+from forge.serve.http.api_keys import KeyLimits
+
+SETTINGS, STATUS, UPDATE = "server.json", "status.json", "update.json"
+"""Files in the folder of a server: its options, its state once a second, the last request for other weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """The options of `forge serve`."""
+
+    name: str
+    """Of the server, for `forge serve status|stop|logs|update`."""
+    source: str
+    """The run folder or exported folder that is served."""
+    model_name: str
+    """What clients give as `model`."""
+    step: int | str | None = None
+    ema: bool = False
+    adapters: tuple[str, ...] = ()
+    """Adapters over the served base, as NAME=FOLDER; each is a model of its own name."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    limits: KeyLimits = field(default_factory=KeyLimits)
+    """Of a key whose own limits are not given, and of all clients together where no key is needed."""
+    max_queue: int = 256
+    """Requests that wait for their first token; more are refused with status 429."""
+    max_running: int = 64
+    """Requests that one replica generates for at the same time."""
+    max_body_bytes: int = 4 * 2**20
+    """Of a request. A prompt of a million tokens has about four bytes per token."""
+    body_timeout_s: float = 30.0
+    """For the whole body of a request to arrive."""
+    write_timeout_s: float = 60.0
+    """For a client to read the next part of its answer."""
+    drain_s: float = 120.0
+    """How long running requests may take to end once the server stops."""
+    min_replicas: int = 1
+    max_replicas: int = 1
+    verify_start: bool = True
+    """Compare served log-probabilities with the model's own before requests are accepted."""
+
+    def named_adapters(self) -> dict[str, str]:
+        """The folders of the adapters, by name. Raises: ArgumentError if a name is missing or taken."""
+        found: dict[str, str] = {}
+        for text in self.adapters:
+            name, _, source = text.partition("=")
+            if not name or not source or name in found or name == self.model_name:
+                raise ArgumentError(f"--adapter {text} must be NAME=RUN or NAME=FOLDER, with a name of its own")
+            found[name] = source
+        return found
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it listens for this machine alone."""
+        return is_loopback(self.host)
+
+    @property
+    def url(self) -> str:
+        """Where it is reached from this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        return f"{'https' if self.tls_cert else 'http'}://{shown}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's loopback."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def require_authentication(settings: ServerSettings, *, has_keys: bool) -> None:
+    """Check that a server which other machines reach has keys. Raises: ArgumentError that says how to make one."""
+    if settings.is_loopback or has_keys:
+        return
+    raise ArgumentError(
+        f"--host {settings.host} is reached by other machines, and no API key is set, so everyone could use the "
+        "model; make one with forge serve key, and name its file with --keys, or set FORGE_SERVE_API_KEYS"
+    )
+
+
+def settings_to_json(settings: ServerSettings) -> str:
+    """Write settings as the JSON of `server.json`."""
+    return json.dumps(asdict(settings), indent=1) + "\n"
+
+
+def settings_from_json(text: str) -> ServerSettings:
+    """Read `server.json`. Raises: ArgumentError if it is not that of this version."""
+    try:
+        fields = json.loads(text)
+        limits = KeyLimits(**fields.pop("limits"))
+        return ServerSettings(**fields | {"limits": limits, "adapters": tuple(fields["adapters"])})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArgumentError(f"the settings of the server cannot be read: {one_line(error)}") from error

@@ -1,0 +1,297 @@
+"""A model that answers the calls of the HTTP server: text by the engine, vectors and labels by single passes."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from forge.errors import ArgumentError
+from forge.inference.encode import classify, embed
+from forge.inference.generate import generate
+from forge.inference.loaded import Dtype, LoadedModel, load
+from forge.inference.sampling import SamplingParams
+from forge.process import one_line
+from forge.serve.adapters import load_adapters
+from forge.serve.batcher import Batcher
+from forge.serve.calls import (
+    GenerateCall,
+    LabelAnswer,
+    ServedModel,
+    TextAnswer,
+    TextDelta,
+    TextOptions,
+    TokenScore,
+    VectorAnswer,
+)
+from forge.serve.chat_prompts import ChatPrompts
+from forge.serve.engine import ServingEngine
+from forge.serve.http.errors import ApiError
+from forge.serve.http.settings import ServerSettings
+from forge.serve.request import EngineError, EngineOptions, EngineRequest, QueueFullError, TokenEvent
+from forge.serve.start_check import StartCheck
+
+_LOWEST_LOGPROB = -9999.0
+"""Instead of minus infinity, which JSON does not have; OpenAI's API does the same."""
+_MAX_WAITING = 1 << 20
+"""The server bounds what waits."""
+
+
+class ModelService:
+    """One loaded model.
+
+    Args:
+        engine: of a causal language model; None for other kinds.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, settings: ServerSettings, engine: ServingEngine | None) -> None:
+        self._loaded, self._engine = loaded, engine
+        self._batcher = Batcher(self._work)
+        template = loaded.chat_template if loaded.kind == "causal-lm" else None
+        self._chats = None if template is None else ChatPrompts(loaded.text_tokenizer, template=template)
+        self.info = ServedModel(
+            name=settings.model_name,
+            kind=loaded.kind,
+            max_positions=loaded.max_positions if engine is None else engine.max_length,
+            digest=loaded.digest,
+            labels=loaded.labels,
+            has_chat_template=template is not None,
+            adapters=tuple(settings.named_adapters()),
+            takes_tools=template is not None and "tools" in template.source,
+        )
+
+    @classmethod
+    def start(cls, settings: ServerSettings) -> ModelService:
+        """Load the model that a server serves. Raises: what `load` raises; RunError if the check fails."""
+        dtype: Dtype = "bf16" if torch.cuda.is_available() else "fp32"
+        loaded = load(settings.source, step=settings.step, ema=settings.ema, dtype=dtype)
+        if settings.adapters and loaded.kind != "causal-lm":
+            raise ArgumentError(
+                f"{loaded.name} is a {loaded.kind} model, and adapters are served over causal-lm ones"
+            )
+        if loaded.kind != "causal-lm":
+            return cls(loaded, settings=settings, engine=None)
+        check = StartCheck.prepare(loaded, source=settings.source) if settings.verify_start else None
+        options = EngineOptions(max_rows=settings.max_running, max_waiting=_MAX_WAITING)
+        adapters = {name: load_adapters(source) for name, source in settings.named_adapters().items()}
+        service = cls(loaded, settings=settings, engine=ServingEngine(loaded, options=options, adapters=adapters))
+        if check is not None:
+            assert service._engine is not None
+            found = check.run(service._engine)
+            service.info = replace(service.info, start_check=found)
+        return service
+
+    def require_healthy(self) -> None:
+        """Raises: EngineError if the engine has failed."""
+        if self._engine is not None and (error := self._engine.stats().error) is not None:
+            raise EngineError(error)
+
+    async def warm_up(self) -> None:
+        """Start the process that renders chats, which the first chat would wait for."""
+        if self._chats is not None:
+            await asyncio.to_thread(self._chats.start)
+
+    def stats(self) -> dict[str, Any]:
+        """How busy the engine is."""
+        if self._engine is None:
+            return {}
+        found = self._engine.stats()
+        return {
+            "running": found.running,
+            "waiting": found.waiting,
+            "tokens_per_s": found.tokens_per_s,
+            "cache_use": found.used_tokens / found.cache_tokens,
+            "cached_tokens": found.num_cached_tokens,
+        }
+
+    def close(self) -> None:
+        """End the engine and the process that renders chats."""
+        if self._chats is not None:
+            self._chats.close()
+        if self._engine is not None:
+            self._engine.close()
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Sequence[TextDelta], None]:
+        """Generate the texts of a call. Raises: ApiError if the call cannot be done; EngineError."""
+        assert self._engine is not None, "the routes generate with causal language models only"
+        prompt = await self._prompt(call)
+        stream = self._submit(call, prompt=prompt)
+        pieces = _Pieces(self._loaded, prompt_tokens=len(prompt), wants_scores=call.options.logprobs is not None)
+        try:
+            async for events in _gathered(stream, flush_s=call.flush_s):
+                yield pieces.of(events)
+        finally:
+            await stream.aclose()
+
+    def _submit(self, call: GenerateCall, *, prompt: Sequence[int]) -> Any:
+        assert self._engine is not None
+        options, room = call.options, self._engine.max_length - len(prompt)
+        if room < 1:
+            raise ApiError(
+                f"the prompt has {len(prompt)} tokens, and the model reads {self._engine.max_length}",
+                code="context_length_exceeded",
+                param="messages" if call.messages else "prompt",
+            )
+        try:
+            return self._engine.submit(
+                EngineRequest(
+                    request_id=f"{call.request_id}-{secrets.token_hex(4)}",
+                    prompt=prompt,
+                    sampling=_sampling(options, room=room),
+                    adapter=None if call.model == self.info.name else call.model,
+                    is_repeatable=options.seed is not None,
+                )
+            )
+        except QueueFullError as error:
+            raise ApiError(str(error), status=429, code="queue_full", retry_after_s=error.retry_after_s) from error
+        except ArgumentError as error:
+            raise ApiError(str(error), code="invalid_value") from error
+
+    async def embed(self, texts: Sequence[str]) -> VectorAnswer:
+        """The vector of each text. Raises: ApiError."""
+        vectors = await self._single("embed", texts)
+        return VectorAnswer(
+            vectors=tuple(tuple(map(float, vector)) for vector in vectors), prompt_tokens=self._count(texts)
+        )
+
+    async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer:
+        """The labels of each text or pair of texts. Raises: ApiError."""
+        found = await self._single("classify", texts)
+        results = tuple(
+            {"label": each.label, "labels": each.labels, "scores": each.probabilities, "value": each.value}
+            for each in found
+        )
+        return LabelAnswer(results=results, prompt_tokens=self._count(texts))
+
+    async def translate(self, texts: Sequence[str], *, options: TextOptions) -> TextAnswer:
+        """The text that an encoder-decoder writes for each source. Raises: ApiError."""
+        made = await self._single("translate", texts, options=options)
+        return TextAnswer(
+            texts=tuple(each.text for each in made),
+            finish_reasons=tuple(each.finish_reason for each in made),
+            prompt_tokens=sum(each.prompt_tokens for each in made),
+            completion_tokens=sum(each.completion_tokens for each in made),
+        )
+
+    async def _single(
+        self, verb: str, texts: Sequence[Any], *, options: TextOptions | None = None
+    ) -> Sequence[Any]:
+        try:
+            return await self._batcher.do(texts, key=(verb, options))
+        except (ArgumentError, ValueError) as error:
+            raise ApiError(one_line(error), code="invalid_value", param="input") from error
+
+    def _work(self, key: Any, texts: Sequence[Any]) -> Sequence[Any]:
+        """Called in a thread, one batch at a time."""
+        verb, options = key
+        if verb == "embed":
+            return embed(self._loaded, texts)
+        if verb == "classify":
+            return classify(self._loaded, texts)
+        room = self._loaded.max_positions or options.max_tokens
+        made = generate(self._loaded, texts, _sampling(options, room=max(1, room - 1)))
+        return sorted(made, key=lambda each: each.index)
+
+    def _count(self, texts: Sequence[Any]) -> int:
+        """Tokens of texts, or of pairs of them."""
+        encode = self._loaded.tokenizer.encode
+        return sum(len(encode(text).ids if isinstance(text, str) else encode(*text).ids) for text in texts)
+
+    async def _prompt(self, call: GenerateCall) -> Sequence[int]:
+        if call.messages:
+            assert self._chats is not None, "the route requires a template"
+            try:
+                return await self._chats.encode(call.messages, tools=call.tools)
+            except ValueError as error:
+                raise ApiError(str(error), code="invalid_messages", param="messages") from error
+        if isinstance(call.prompt, str):
+            return self._loaded.encode(call.prompt) or list(self._loaded.end_ids[:1])
+        return call.prompt or ()
+
+
+class _Pieces:
+    """Turns the events of a request into pieces for its client."""
+
+    def __init__(self, loaded: LoadedModel, *, prompt_tokens: int, wants_scores: bool) -> None:
+        self._tokenizer = loaded.tokenizer
+        self._prompt_tokens, self._wants_scores = prompt_tokens, wants_scores
+        self._counts: dict[int, int] = {}
+
+    def of(self, events: Sequence[TokenEvent]) -> list[TextDelta]:
+        """One piece for each text that the events are of."""
+        grouped: dict[int, list[TokenEvent]] = {}
+        for event in events:
+            grouped.setdefault(event.index, []).append(event)
+        pieces = [self._piece(index, group) for index, group in grouped.items()]
+        if self._prompt_tokens and pieces:
+            pieces[0] = replace(pieces[0], prompt_tokens=self._prompt_tokens)
+            self._prompt_tokens = 0
+        return pieces
+
+    def _piece(self, index: int, events: Sequence[TokenEvent]) -> TextDelta:
+        last, before = events[-1], self._counts.get(index, 0)
+        self._counts[index] = last.completion_tokens
+        if last.finish_reason == "cancelled":
+            raise ApiError("the generation was cancelled", status=503, code="cancelled", retry_after_s=1.0)
+        return TextDelta(
+            index=index,
+            text="".join(event.text for event in events),
+            num_tokens=last.completion_tokens - before,
+            scores=tuple(map(self._score, events)) if self._wants_scores else (),
+            finish_reason=last.finish_reason,
+        )
+
+    def _score(self, event: TokenEvent) -> TokenScore:
+        top = tuple((self._text(token), _finite(logprob)) for token, logprob in event.top_logprobs)
+        logprob = event.logprob if event.logprob is not None else _LOWEST_LOGPROB
+        return TokenScore(token=self._text(event.token_id), logprob=_finite(logprob), top=top)
+
+    def _text(self, token_id: int) -> str:
+        """The text of a token; of a part of a character its name in the vocabulary, as no two may be equal."""
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text if "\N{REPLACEMENT CHARACTER}" not in text else str(self._tokenizer.id_to_token(token_id))
+
+
+async def _gathered(stream: Any, *, flush_s: float) -> AsyncGenerator[list[TokenEvent], None]:
+    """The events of a stream: the first at once, then those of each `flush_s` together."""
+    loop = asyncio.get_running_loop()
+    try:
+        yield [await anext(stream)]
+        while True:
+            events = [await anext(stream)]
+            try:
+                async with asyncio.timeout_at(loop.time() + flush_s):
+                    while True:
+                        events.append(await anext(stream))
+            except TimeoutError:
+                yield events
+            except StopAsyncIteration:
+                yield events
+                return
+    except StopAsyncIteration:
+        return
+
+
+def _sampling(options: TextOptions, *, room: int) -> SamplingParams:
+    seed = secrets.randbits(62) if options.seed is None else options.seed % 2**62
+    return SamplingParams(
+        max_tokens=room if options.max_tokens is None else min(options.max_tokens, room),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=max(0, options.top_k),
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=seed,
+        stop=options.stop,
+        num_beams=options.num_beams,
+        n=options.n,
+        logprobs=options.logprobs,
+    )
+
+
+def _finite(logprob: float) -> float:
+    return max(_LOWEST_LOGPROB, logprob)
