@@ -51,7 +51,7 @@ from forge.runtime.resolve import resolve, resolve_draft, with_data_folder
 from forge.runtime.resolve_code import with_run_code
 from forge.runtime.resolve_init import with_init
 from forge.runtime.resolve_space import with_space
-from forge.runtime.torch_subprocess import export_weights, sample_text
+from forge.runtime.torch_subprocess import answer_prompts, export_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,36 +123,31 @@ class Run(RunSummary):
 
     def generate(
         self,
-        prompt: str = "",
+        prompt: str | Sequence[Mapping[str, Any]] = "",
         *,
-        max_tokens: int = 128,
-        temperature: float = 0.8,
-        top_k: int = 50,
-        seed: int = 1,
+        chat: bool = False,
         ema: bool = False,
         step: int | Literal["best"] | None = None,
+        **sampling: Any,
     ) -> str:
-        """Continue a prompt with a checkpoint, as `forge generate` does.
+        """Continue a prompt with a checkpoint, or answer a conversation, as `forge generate` does.
 
         Args:
-            temperature: 0 takes the likeliest token always.
-            top_k: sample among this many likeliest tokens.
+            prompt: a text, or the messages of a conversation.
+            chat: the text is a turn of the user.
             ema: use the averaged weights.
             step: of the checkpoint; by default the newest.
+            sampling: `max_tokens`, `temperature`, `top_p`, `top_k`, `stop`, `seed` and the other fields of
+                `forge.inference.sampling.SamplingParams`.
 
         Returns: the text after the prompt.
-        Raises: CheckpointError if there is no intact checkpoint; UserCodeError, RunError.
+        Raises: CheckpointError if there is no intact checkpoint; ArgumentError if the model writes no text, or
+            for a wrong value; UserCodeError, RunError.
         """
-        answer = sample_text(
-            self.folder,
-            prompt=prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-            ema=ema,
-            step=step,
-        )
+        config = {"source": str(self.folder), "step": step, "ema": ema, "chat": chat, "sampling": sampling}
+        [answer] = answer_prompts(config, [{"prompt": prompt}])["answers"]
+        if "text" not in answer:
+            raise ArgumentError(f"{self.folder.name} writes no text; `forge generate` shows what it answers")
         return str(answer["text"])
 
 

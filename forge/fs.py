@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
@@ -20,21 +21,23 @@ from forge.environment import expand_home, home_folder
 _DIGEST_CHUNK_BYTES = 8 * 2**20
 
 
-def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
+def write_atomic(path: Path, content: str | bytes | Iterable[bytes], *, mode: int = 0o644) -> None:
     """Replace `path` with `content`: write a temporary file beside it, flush it to disk, rename it.
 
     Args:
+        content: pieces are written one after the other.
         mode: permissions of the new file; `0o600` for secrets.
 
     Raises: OSError if the folder cannot be written; `path` is unchanged then and no temporary file is left.
     """
     data = content.encode() if isinstance(content, str) else content
+    pieces = [data] if isinstance(data, bytes) else data
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), mode)
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

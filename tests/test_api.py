@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import time
@@ -14,10 +13,10 @@ import pytest
 
 import forge
 from forge import api
-from forge.cli.generate import generate as command
 from forge.config.dump import dump_job
 from forge.errors import ArgumentError
 from forge.events import Evaluated, RunFinished, RunStopped, event_to_record
+from forge.inference.answer import AnswerConfig
 from tests.support.checkpoints import write
 from tests.support.jobs import tiny_job
 from tests.support.runs import make_run, metrics
@@ -141,17 +140,20 @@ def test_attach_run__running__passes_on_new_records(tmp_path: Path, monkeypatch:
     assert [record["step"] for record in records] == [4]
 
 
-def test_generate__options__are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate__options__reach_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path, "run")
-    asked: dict[str, Any] = {}
+    asked: list[dict[str, Any]] = []
 
-    def sample(folder: Path, **request: Any) -> dict[str, Any]:
-        asked.update(request)
-        return {"step": 3, "prompt": request["prompt"], "text": "b"}
+    def answers(config: dict[str, Any], records: list[Any]) -> dict[str, Any]:
+        asked.append({**config, "records": records})
+        return {"answers": [{"text": "b"}]}
 
-    monkeypatch.setattr(api, "sample_text", sample)
-    assert forge.load_run("run", root=tmp_path).generate("a", temperature=0.0) == "b"
-    assert asked.keys() == inspect.signature(command).parameters.keys() - {"run", "runs", "output"}
+    monkeypatch.setattr(api, "answer_prompts", answers)
+    assert forge.load_run("run", root=tmp_path).generate("a", step=3, chat=True, temperature=0.0) == "b"
+    [found] = asked
+    assert found.pop("records") == [{"prompt": "a"}]
+    assert AnswerConfig(**found).sampling == {"temperature": 0.0}
+    assert found["step"] == 3 and found["chat"]
 
 
 def test_load_job__sections__are_attributes_of_the_loaded_job(tmp_path: Path) -> None:

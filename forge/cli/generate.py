@@ -1,56 +1,179 @@
-"""`forge generate`: text from a checkpoint of a run."""
+"""`forge generate`: what a model answers to one prompt or a file of them: text, chat turns, labels, embeddings."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from forge.cli.checkpoints import StepOption, parse_step
-from forge.cli.options import Output, OutputOption, RunArgument, RunsOption
+from forge.cli.options import RunsOption, complete_run
+
+_FORMATS = ("table", "json")
+
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|FOLDER",
+        help="A run's id, a unique prefix of it, its folder, or latest; or a folder with a model.",
+        autocompletion=complete_run,
+    ),
+]
+PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="The text to continue, or the source.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="The prompt is a turn of the user, in the chat template.")]
+SystemOption = Annotated[str | None, typer.Option(help="The system message; implies --chat.")]
+InputOption = Annotated[
+    Path | None, typer.Option("--input", help="JSON lines of prompts: strings, or objects with prompt or messages.")
+]
+AnswersOption = Annotated[
+    str, typer.Option("--output", "-o", help="table or json; with --input, the file to write.")
+]
+MaxTokensOption = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="0: the likeliest token; the default for targets and beams, else 0.8."),
+]
+TopPOption = Annotated[float, typer.Option(help="Sample among the likeliest tokens up to this share.")]
+TopKOption = Annotated[
+    int | None, typer.Option(min=0, help="Sample among so many likeliest tokens, 0: all. By default 50.")
+]
+MinPOption = Annotated[float, typer.Option(help="Sample among tokens with this share of the largest probability.")]
+PenaltyOption = Annotated[float, typer.Option(help="Above 1: tokens that occurred are less likely.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
+BeamsOption = Annotated[int, typer.Option(min=1, help="Beam search with so many beams.")]
+NumOption = Annotated[int, typer.Option("-n", min=1, help="Texts for each prompt.")]
+LogprobsOption = Annotated[
+    int | None, typer.Option(min=0, help="Give each token's log-probability and so many likeliest tokens.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Random seed.")]
+DtypeOption = Annotated[str, typer.Option(help="fp32 or bf16: in which the model computes.")]
+EmaOption = Annotated[bool, typer.Option("--ema", help="Use the averaged (EMA) weights.")]
 
 
 def generate(
-    run: RunArgument = "latest",
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue, or the source.")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="Sampling temperature; 0: always the likeliest token.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1, help="Sample among this many likeliest tokens.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 1,
-    ema: Annotated[bool, typer.Option("--ema", help="Use the averaged (EMA) weights.")] = False,
+    source: SourceArgument = "latest",
+    prompt: PromptOption = "",
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    input_file: InputOption = None,
+    output: AnswersOption = "table",
+    max_tokens: MaxTokensOption = 128,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = None,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    stop: StopOption = None,
+    beams: BeamsOption = 1,
+    n: NumOption = 1,
+    logprobs: LogprobsOption = None,
+    seed: SeedOption = 1,
+    dtype: DtypeOption = "fp32",
+    ema: EmaOption = False,
     step: StepOption = None,
     runs: RunsOption = Path("runs"),
-    output: OutputOption = Output.TABLE,
 ) -> None:
-    """Continue a prompt with a run's newest checkpoint, or another one; an encoder-decoder writes its target.
+    """Continue a prompt, answer a chat turn, translate, classify or embed, as the model was trained.
 
     Example:  forge generate latest --prompt 'def main('
+
+    With --input and --output all prompts of a file are answered; started again, it continues where it was stopped.
     """
     from forge.cli import display
+    from forge.runtime.torch_subprocess import answer_prompts
+
+    _check(output, input_file=input_file, prompt=prompt, dtype=dtype)
+    folder = _folder(source, runs=runs)
+    sampling = {
+        **{"max_tokens": max_tokens, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
+        **{"stop": stop or [], "num_beams": beams, "n": n, "logprobs": logprobs, "seed": seed},
+        **({} if temperature is None else {"temperature": temperature, "top_k": 50 if temperature else 0}),
+        **({} if top_k is None else {"top_k": top_k}),
+    }
+    config = {
+        **{"source": str(folder), "step": parse_step(step), "ema": ema, "dtype": dtype},
+        **{"chat": chat or system is not None, "system": system, "sampling": sampling},
+    }
+    display.message(f"importing torch and transformers, then loading {folder.name}")
+    if input_file is not None:
+        _answer_file(config, source=input_file, output=Path(output))
+        return
+    answer = answer_prompts(config, [prompt])
+    if output == "json":
+        display.print_json({**answer.pop("answers")[0], **answer, "prompt": prompt})
+    else:
+        _print(answer, prompt=prompt, is_chat=bool(config["chat"]))
+
+
+def _check(output: str, *, input_file: Path | None, prompt: str, dtype: str) -> None:
+    """Raises: ArgumentError for options that do not go together."""
+    from forge.errors import ArgumentError
+
+    if dtype not in ("fp32", "bf16"):
+        raise ArgumentError(f"--dtype is fp32 or bf16, not {dtype}")
+    if input_file is None and output not in _FORMATS:
+        raise ArgumentError(
+            f"--output {output}: without --input it is table or json; give the prompts by --input FILE"
+        )
+    if input_file is not None and output in _FORMATS:
+        raise ArgumentError("--input needs --output FILE, for the answers")
+    if input_file is not None and prompt:
+        raise ArgumentError("give --prompt or --input, not both")
+
+
+def _folder(source: str, *, runs: Path) -> Path:
+    """The folder of a model, or of a run. Raises: ArgumentError."""
     from forge.runs.reader import find_run
-    from forge.runtime.torch_subprocess import sample_text
+
+    folder = Path(source).expanduser()
+    is_model = (folder / "config.json").is_file() and not (folder / "plan.json").is_file()
+    return folder if is_model else find_run(source, root=runs)
+
+
+def _answer_file(config: dict[str, Any], *, source: Path, output: Path) -> None:
+    from forge.cli import display
+    from forge.cli.progress import ExportScreen
+    from forge.runtime.torch_subprocess import answer_file
     from forge.units import format_duration
 
-    folder = find_run(run, root=runs)
-    wanted = parse_step(step)
-    which = "newest checkpoint" if wanted is None else "best checkpoint" if wanted == "best" else f"step {wanted}"
-    display.message(f"importing torch and transformers, then loading the {which} of {folder.name}")
-    answer = sample_text(
-        folder,
-        prompt=prompt,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-        ema=ema,
-        step=wanted,
+    with ExportScreen() as screen:
+        found = answer_file(config, source=source, output=output, on_progress=screen.show_answers)
+    reused = f", {found['num_reused']:,} of them from before" if found["num_reused"] else ""
+    display.message(
+        f"{found['num_answers']:,} answers{reused} in {output}, in {format_duration(found['answer_s'])}"
     )
-    if output is Output.JSON:
-        display.print_json(answer)
-    else:
-        display.print_text(answer["prompt"] + ("" if answer["continues"] else "\n\n") + answer["text"])
-        took = f"{format_duration(answer['load_s'])} to load, {format_duration(answer['generate_s'])} to generate"
-        display.message(f"step {answer['step']}: {took}")
+
+
+def _print(answer: dict[str, Any], *, prompt: str, is_chat: bool) -> None:
+    from forge.cli import display
+    from forge.units import format_duration
+
+    [first] = answer["answers"]
+    texts = first.get("texts", [first])
+    for number, made in enumerate(texts):
+        if number:
+            display.print_text("")
+        display.print_text(_shown(made, prompt=prompt, kind=answer["kind"], is_chat=is_chat))
+        if made.get("cut_tokens"):
+            display.warning(f"the first {made['cut_tokens']} tokens of the prompt were cut: the model has no room")
+    if answer["has_chat_template"] and not is_chat and answer["kind"] == "causal-lm":
+        display.message("the model has a chat template: with --chat the prompt is a turn of the user")
+    took = f"{format_duration(answer['load_s'])} to load, {format_duration(answer['answer_s'])} to answer"
+    where = answer["name"] if answer["step"] is None else f"step {answer['step']}"
+    display.message(f"{where}: {took}")
+
+
+def _shown(made: dict[str, Any], *, prompt: str, kind: str, is_chat: bool) -> str:
+    """An answer as text: what was generated, behind the prompt that it continues; labels; or numbers."""
+    if "text" in made:
+        if is_chat or kind == "seq2seq":
+            return str(made["text"])
+        return prompt + str(made["text"])
+    if "embedding" in made:
+        return " ".join(f"{value:.6f}" for value in made["embedding"])
+    if "value" in made:
+        return f"{made['value']:.6g}"
+    shares = sorted(made["probabilities"].items(), key=lambda item: -item[1])
+    return "\n".join(f"{share:6.1%}  {name}" for name, share in shares) or " ".join(made["labels"])

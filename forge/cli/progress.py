@@ -60,10 +60,14 @@ class ClusterScreen:
 
 
 class ExportScreen:
-    """Progress of an export: one updating line on a terminal, nothing on a pipe."""
+    """Progress of an export, or of answers: one updating line on a terminal, nothing on a pipe."""
 
     def __enter__(self) -> ExportScreen:
         return self
+
+    def show_answers(self, done: int, total: int) -> None:
+        """Show how many prompts are answered."""
+        self._write(f"{done:,} of {total:,} prompts answered …"[: display.ERR.width - 1])
 
     def __exit__(self, *_: object) -> None:
         self._write("")

@@ -20,7 +20,7 @@ from forge.foreign import parse_json
 Message = Mapping[str, Any]
 
 ASSISTANT = "assistant"
-_ROLES = ("system", "developer", "user", ASSISTANT, "tool")
+ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 _SHAREGPT_ROLES = {
     "human": "user",
     "gpt": ASSISTANT,
@@ -123,11 +123,11 @@ def _message(item: Any, *, number: int) -> Message:
     role = message.pop(role_key, None)
     if not isinstance(role, str):
         raise ValueError(f"message {number} has no 'role' (its keys: {', '.join(map(repr, item)):.200})")
-    known = role if role in _ROLES else _SHAREGPT_ROLES.get(role)
+    known = role if role in ROLES else _SHAREGPT_ROLES.get(role)
     if known is None:
-        near = get_close_matches(role[:_MAX_ROLE_CHARS], [*_ROLES, *_SHAREGPT_ROLES], n=1)
+        near = get_close_matches(role[:_MAX_ROLE_CHARS], [*ROLES, *_SHAREGPT_ROLES], n=1)
         raise ValueError(
-            f"message {number} has the role {role!r:.80}; it must be one of {', '.join(_ROLES)}"
+            f"message {number} has the role {role!r:.80}; it must be one of {', '.join(ROLES)}"
             + (f" (did you mean {near[0]}?)" if near else "")
         )
     content = message.pop(content_key, None)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from forge.config.data import DataSpec
+from forge.data.conversations import ROLES
 from forge.data.prepare import open_rows
-from forge.data.rows import Arrays
+from forge.data.rows import IGNORED, Arrays
 from forge.data.tokenizer_files import prompt_tokenizer
 from forge.errors import ForgeError
 from forge.plan.inputs import CorpusInfo
@@ -44,6 +46,39 @@ def held_out_prompt(facts: CorpusInfo, *, tokenizer: Tokenizer) -> str:
     if facts.eot_id in ids:
         ids = ids[: ids.index(facts.eot_id)]
     return first_words(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutTurn:
+    """What the first held-out conversation asks for."""
+
+    ids: tuple[int, ...]
+    """Token ids up to the first turn that carries loss."""
+    shown: str
+    """The first words of the message before it."""
+
+
+def held_out_turn(facts: CorpusInfo, *, tokenizer: Tokenizer) -> HeldOutTurn | None:
+    """Return the prompt of the first held-out example with targets of its own; None if there is none."""
+    try:
+        _, held_out = open_rows(facts)
+        if not held_out.num_rows:
+            return None
+        row = held_out.read(np.array([0]))
+        first = int(np.flatnonzero(row["targets"][0] != IGNORED)[0])
+    except (ForgeError, OSError, KeyError, IndexError):
+        return None
+    ids = row["tokens"][0, : first + 1].tolist()
+    parts: list[list[int]] = [[]]
+    for token in ids:
+        if tokenizer.decode([token], skip_special_tokens=True):
+            parts[-1].append(token)
+        elif parts[-1]:
+            parts.append([])
+    texts = [text for text in (tokenizer.decode(part).strip() for part in parts) if text]
+    asked = texts[-2] if len(texts) > 1 else "".join(texts)  # the last one asks for the answer
+    role, _, content = asked.partition("\n")
+    return HeldOutTurn(ids=tuple(ids), shown=first_words(content if role in ROLES and content else asked))
 
 
 def _length_of_first(row: Arrays) -> int:

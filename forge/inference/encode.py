@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from tokenizers import Encoding
 from torch import Tensor
 
 from forge.errors import ArgumentError
@@ -23,8 +22,18 @@ from forge.inference.rows import bucket_length, fixed_batches
 from forge.objective.classification import classifier_logits
 from forge.objective.contrastive import pool
 
-Text = str | tuple[str, str]
-"""A text, or a pair of texts."""
+Text = str | tuple[str, str] | list[int]
+"""A text, a pair of texts, or token ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Encoded:
+    """The tokens of one text, with the special ones around it."""
+
+    ids: list[int]
+    type_ids: list[int]
+    spans: list[tuple[int, int]]
+    """[start, stop) in characters of each token; empty for a special one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,26 +74,34 @@ def embed(loaded: LoadedModel, texts: Sequence[str]) -> list[NDArray[np.float32]
     return [vector.numpy() for vector in _outputs(loaded, _encoded(loaded, texts))]
 
 
-def _encoded(loaded: LoadedModel, texts: Sequence[Text]) -> list[Encoding]:
+def _encoded(loaded: LoadedModel, texts: Sequence[Text]) -> list[_Encoded]:
     """Token ids in the template of the tokenizer; the end of a too long text is cut, of a pair the longer."""
     limits = [limit for limit in (loaded.max_source, loaded.max_positions) if limit is not None]
     if limits:
         loaded.tokenizer.enable_truncation(min(limits), strategy="longest_first")
     try:
-        return [
-            loaded.tokenizer.encode(text) if isinstance(text, str) else loaded.tokenizer.encode(*text)
-            for text in texts
-        ]
+        return [_encoded_one(loaded, text, limit=min(limits, default=None)) for text in texts]
     finally:
         loaded.tokenizer.no_truncation()
 
 
+def _encoded_one(loaded: LoadedModel, text: Text, *, limit: int | None) -> _Encoded:
+    if isinstance(text, list):
+        ids = text[:limit]
+        return _Encoded(ids=ids, type_ids=[0] * len(ids), spans=[(0, 0)] * len(ids))
+    found = loaded.tokenizer.encode(text) if isinstance(text, str) else loaded.tokenizer.encode(*text)
+    spans = [
+        (0, 0) if special else span for span, special in zip(found.offsets, found.special_tokens_mask, strict=True)
+    ]
+    return _Encoded(ids=found.ids, type_ids=found.type_ids, spans=spans)
+
+
 @torch.inference_mode()
-def _outputs(loaded: LoadedModel, encoded: Sequence[Encoding]) -> list[Tensor]:
+def _outputs(loaded: LoadedModel, encoded: Sequence[_Encoded]) -> list[Tensor]:
     """Logits or embedding of each text, float32 on the CPU."""
     found: list[Tensor | None] = [None] * len(encoded)
 
-    def shape(one: Encoding) -> tuple[int, ...]:
+    def shape(one: _Encoded) -> tuple[int, ...]:
         return bucket_length(len(one.ids), limit=loaded.max_positions), int(any(one.type_ids))
 
     for (width, has_types), numbers in fixed_batches(encoded, key=shape, device=loaded.device):
@@ -130,13 +147,13 @@ def _classified(loaded: LoadedModel, logits: Tensor) -> Classified:
     )
 
 
-def _words(loaded: LoadedModel, text: Text, encoded: Encoding, logits: Tensor) -> Classified:
+def _words(loaded: LoadedModel, text: Text, encoded: _Encoded, logits: Tensor) -> Classified:
     """The label of each word, which is that of its first token; of words that were cut there is none."""
-    whole = text if isinstance(text, str) else text[0]
+    whole = text if isinstance(text, str) else str(text[0])
     starts = np.cumsum([0, *(len(word) + 1 for word in whole.split(" ")[:-1])])
     chosen: dict[int, str] = {}
-    for position, (begin, end) in enumerate(encoded.offsets):
-        if end > begin and not encoded.special_tokens_mask[position]:
+    for position, (begin, end) in enumerate(encoded.spans):
+        if end > begin:
             word = int(np.searchsorted(starts, end - 1, side="right")) - 1
             chosen.setdefault(word, loaded.labels[int(logits[position].argmax())])
     return Classified(label=None, labels=tuple(chosen.values()), probabilities={}, value=None)

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer
-from transformers import AutoModel, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from forge.checkpoint.best import open_verified
@@ -29,7 +30,7 @@ from forge.code_archive import require_trusted, restore_code
 from forge.data.chat_encoder import ChatEncoder
 from forge.data.chat_template import ChatTemplate, find_chat_template
 from forge.data.conversations import Conversation
-from forge.data.text_frame import text_frame
+from forge.data.text_frame import TextFrame, text_frame
 from forge.data.tokenizer import TextTokenizer, load_tokenizer, parse_tokenizer
 from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.foreign import parse_object, read_file
@@ -84,6 +85,10 @@ class LoadedModel:
     end_ids: tuple[int, ...]
     """Any of these tokens ends a generated text."""
     chat_template: ChatTemplate | None
+    chat_encoder: ChatEncoder
+    """Encodes conversations, if there is a chat template."""
+    frame: TextFrame | None
+    """What stands around the source of an encoder-decoder; None for other kinds."""
     labels: tuple[str, ...]
     """Names of a classifier's outputs; empty for other kinds, and for numbers."""
     problem_type: str | None
@@ -129,13 +134,8 @@ class LoadedModel:
 
         Raises: ArgumentError if the tokenizer has no chat template; ValueError if the template refuses it.
         """
-        if self.chat_template is None:
-            raise ArgumentError(
-                f"{self.name} has no chat template: its tokenizer names none. Give plain prompts, or train with "
-                "data.chat.template"
-            )
-        encoder = ChatEncoder(self.text_tokenizer, seq_len=_ANY_LENGTH, template=self.chat_template)
-        return encoder.prompt(conversation)
+        self.require_chat()
+        return self.chat_encoder.prompt(conversation)
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens, without special ones."""
@@ -150,13 +150,22 @@ class LoadedModel:
                 "one, and only an encoder-decoder (seq2seq) writes the target of a source"
             )
 
+    def require_chat(self) -> None:
+        """Raises: ArgumentError if there is no chat template."""
+        if self.chat_template is None:
+            raise ArgumentError(
+                f"{self.name} has no chat template: its tokenizer names none. Give plain prompts, or train with "
+                "data.chat.template"
+            )
+
     def require_transformers(self, what: str) -> None:
         """Raises: ArgumentError if the model is a module of the user's own."""
         if not self.is_transformers:
             raise ArgumentError(f"{self.name} is a model of your own class; {what} requires one of transformers")
 
     def _source(self, text: str) -> list[int]:
-        frame = text_frame(self.text_tokenizer)
+        frame = self.frame
+        assert frame is not None, "an encoder-decoder has one"
         ids = self.tokenizer.encode(self.prefix + text, add_special_tokens=False).ids
         room = None if self.max_source is None else max(0, self.max_source - frame.num_tokens)
         return list(map(int, frame.around(np.array(ids[:room], dtype=np.int64))))
@@ -220,6 +229,7 @@ def _load_run(folder: Path, *, step: int | str | None, ema: bool) -> LoadedModel
     checkpoint = open_verified(open_storage(job.checkpoint.url_of(str(folder))), step=step)
     model = load_model(plan, checkpoint, ema=ema)
     tokenizer = replace(load_tokenizer(str(folder / "tokenizer")), special_tokens=job.data.special_tokens)
+    template = find_chat_template(tokenizer, own=_own_template(plan))
     is_reward = job.training.objective == "reward"
     is_own = not isinstance(model, PreTrainedModel)  # a user model may support only the length it was trained on
     limit = job.data.seq_len if is_own else plan.model.max_seq_len
@@ -235,7 +245,9 @@ def _load_run(folder: Path, *, step: int | str | None, ema: bool) -> LoadedModel
         digest=_digest_of(checkpoint, ema=ema),
         max_positions=limit,
         end_ids=ends if is_own else end_ids(list(ends), named),
-        chat_template=find_chat_template(tokenizer, own=_own_template(plan)),
+        chat_template=template,
+        chat_encoder=ChatEncoder(tokenizer, seq_len=_ANY_LENGTH, template=template),
+        frame=text_frame(tokenizer) if job.training.auto_class == "AutoModelForSeq2SeqLM" else None,
         labels=() if is_reward or is_own else _labels(model.config),
         problem_type=None if is_own else model.config.problem_type,
         start_ids=() if is_own else _start_ids(model.config, plan.model.generation),
@@ -253,6 +265,7 @@ def _load_folder(folder: Path) -> LoadedModel:
     files = open_weight_files(str(folder))
     model = _read_folder(folder, auto_class=name)
     tokenizer = load_tokenizer(str(folder))
+    template = find_chat_template(tokenizer, own=None)
     generation = read_generation(str(folder))
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     pooling = _pooling(folder)
@@ -270,7 +283,9 @@ def _load_folder(folder: Path) -> LoadedModel:
         digest=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
         max_positions=limit,
         end_ids=end_ids(tokenizer.eot_id, config.eos_token_id, generation.get("eos_token_id")),
-        chat_template=find_chat_template(tokenizer, own=None),
+        chat_template=template,
+        chat_encoder=ChatEncoder(tokenizer, seq_len=_ANY_LENGTH, template=template),
+        frame=text_frame(tokenizer) if name == "AutoModelForSeq2SeqLM" else None,
         labels=_labels(config) if AUTO_CLASSES[name].has_labels else (),
         problem_type=getattr(config, "problem_type", None),
         start_ids=_start_ids(config, generation),
@@ -282,7 +297,7 @@ def _load_folder(folder: Path) -> LoadedModel:
 
 def _read_folder(folder: Path, *, auto_class: AutoClass) -> Any:
     """Load the model with every weight. Raises: ArgumentError if transformers cannot, or weights are missing."""
-    loader: Any = AutoModel if auto_class == "AutoModel" else AUTO_CLASSES[auto_class].cls
+    loader: Any = getattr(transformers, auto_class)
     shown = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -69,10 +69,15 @@ def _extend(loaded: LoadedModel, group: Sequence[GrowingText], *, chooser: Choos
     room = max(text.max_tokens - len(text.ids) for text in group)
     loaded.model.generate(
         **_inputs(loaded, group),
-        generation_config=GenerationConfig(max_new_tokens=room, do_sample=False, pad_token_id=loaded.pad_id),
+        generation_config=GenerationConfig(max_new_tokens=room, do_sample=False, **_special(loaded)),
         logits_processor=[_Processor(loop)],
         stopping_criteria=[_Criteria(loop)],
     )
+
+
+def _special(loaded: LoadedModel) -> dict[str, int]:
+    start = {"decoder_start_token_id": loaded.start_ids[0]} if loaded.start_ids else {}
+    return {"pad_token_id": loaded.pad_id, **start}
 
 
 def _inputs(loaded: LoadedModel, group: Sequence[GrowingText]) -> dict[str, Tensor]:
@@ -141,7 +146,7 @@ def _beams(
         early_stopping=False,
         do_sample=False,
         eos_token_id=sorted(chooser.ends) or None,
-        pad_token_id=loaded.pad_id,
+        **_special(loaded),
     )
     for number, row in enumerate(loaded.model.generate(**_inputs(loaded, [text]), generation_config=config)):
         ids = row[len(text.prompt) :].tolist()

@@ -50,7 +50,6 @@ from forge.runtime.ray_connection import connect, prepare_connection
 from forge.runtime.start_events import start_events
 
 _STOP_REPEAT_S = 1.0
-_SAMPLE_TOKENS = 64
 _STORAGE_PATIENCE_S = 5.0
 _END_S = 15.0
 """How long the actors of a run may take to end before this process ends without them."""
@@ -214,20 +213,17 @@ class Driver:
     def _add_sample(self, step: int) -> None:
         """Record a sample of generated text or, since the run itself has finished, why there is none."""
         began = time.monotonic()
-        from forge.data.prompt import sample_prompt
-        from forge.serve.generate import GenerateRequest, generate
+        from forge.inference.sample import sample
 
         try:
-            prompt = sample_prompt(self._plan.corpus, self._plan.job.data, tokenizer=self._folder / "tokenizer")
-            made = generate(self._folder, GenerateRequest(prompt=prompt, max_tokens=_SAMPLE_TOKENS))
+            made = sample(self._plan, run_folder=self._folder)
         except Exception as error:
             traceback.print_exc()
             reason = str(error) if isinstance(error, ForgeError) else f"{type(error).__name__}: {first_line(error)}"
             self._record(SampleFailed(step=step, reason=reason, seconds=time.monotonic() - began))
             return
         seconds = time.monotonic() - began
-        shown = made.prompt if made.continues else f"{made.prompt} → "
-        self._record(SampleGenerated(step=made.step, prompt=shown, text=made.text, seconds=seconds))
+        self._record(SampleGenerated(step=made.step, prompt=made.prompt, text=made.text, seconds=seconds))
 
     def _record_stored(self) -> None:
         """Record the checkpoints that no rank has reported, because a writer process outlived it."""

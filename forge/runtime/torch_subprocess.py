@@ -1,4 +1,4 @@
-"""Commands that need torch, run in a subprocess, so that the CLI never imports it: text generation, export, and the
+"""Commands that need torch, run in a subprocess, so that the CLI never imports it: generation, export, and the
 outputs of a reference model or a teacher that are stored with prepared data.
 
 Request and answer are JSON; an error is answered with its class and message and raised again here.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,54 @@ from forge.code_archive import require_trusted
 from forge.errors import RunError
 from forge.runs.reader import error_named, read_plan
 
+_ANSWERS, _NO_ANSWER = "forge.runtime.answer_process", "the model cannot answer"
+
 OnBytes = Callable[[int, int], None]
 """Called with the bytes, or whatever is counted, that are done and those in all."""
 _STOP_S = 20.0
 
 
-def sample_text(run_folder: Path, **request: Any) -> dict[str, Any]:
-    """Continue a prompt; the request's fields are those of `forge.serve.generate.GenerateRequest`.
+def answer_prompts(config: Mapping[str, Any], records: Sequence[Any]) -> dict[str, Any]:
+    """Answer prompts with the model of a run or a folder.
 
-    Returns: `step`, `prompt`, `text`, `generate_s`, and `load_s`: to import torch and load the checkpoint.
-    Raises: CheckpointError if the run has no intact checkpoint; UserCodeError if it brings code that was never used
-        on this machine; RunError if the process failed.
+    Args:
+        config: the fields of `forge.inference.answer.AnswerConfig`.
+        records: prompts as of `forge.inference.answer`.
+
+    Returns: `answers`, `name`, `kind`, `step`, `digest`, `has_chat_template`, `answer_s`, and `load_s`: to import
+        torch and load the model.
+    Raises: CheckpointError if a run has no intact checkpoint; UserCodeError if it brings code that was never used
+        on this machine; ArgumentError, DataError; RunError if the process failed.
     """
-    plan = read_plan(run_folder)
-    if plan.code is not None:
-        require_trusted(plan.code.digest, run_folder=run_folder)
+    _require_trusted(config)
     began = time.monotonic()
-    answer = _run("forge.serve.generate", str(run_folder), request=request, what="cannot generate text")
-    return answer | {"load_s": time.monotonic() - began - answer.get("generate_s", 0.0)}
+    answer = _run(_ANSWERS, request={"config": dict(config), "records": list(records)}, what=_NO_ANSWER)
+    return answer | {"load_s": time.monotonic() - began - answer.get("answer_s", 0.0)}
+
+
+def answer_file(
+    config: Mapping[str, Any], *, source: Path, output: Path, on_progress: OnBytes | None = None
+) -> dict[str, Any]:
+    """Answer all prompts of a JSONL file; started again after a stop, it computes what is missing.
+
+    Args:
+        output: a new JSONL file with an answer for each prompt, in order.
+        on_progress: called with the prompts that are answered and those in all.
+
+    Returns: as `answer_prompts`, with `num_answers` and `num_reused` in place of `answers`.
+    Raises: as `answer_prompts`.
+    """
+    _require_trusted(config)
+    request = {"config": dict(config), "input": str(source), "output": str(output)}
+    return _run(_ANSWERS, request=request, what=_NO_ANSWER, on_progress=on_progress)
+
+
+def _require_trusted(config: Mapping[str, Any]) -> None:
+    folder = Path(config["source"])
+    if (folder / "plan.json").is_file():
+        plan = read_plan(folder)
+        if plan.code is not None:
+            require_trusted(plan.code.digest, run_folder=folder)
 
 
 def export_weights(*, on_progress: OnBytes | None = None, **request: Any) -> dict[str, Any]:

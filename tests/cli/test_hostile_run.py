@@ -23,7 +23,7 @@ from forge.plan.inputs import CodeInfo
 from forge.plan.plan import plan_from_json, plan_to_json
 from forge.runs.create import reopen_run
 from forge.runtime import torch_subprocess
-from forge.runtime.torch_subprocess import sample_text
+from forge.runtime.torch_subprocess import answer_prompts
 from tests.support import checkpoints
 from tests.support.fuzz import watched
 from tests.support.jobs import tiny_job, tiny_plan
@@ -198,17 +198,17 @@ def test_generate__code_of_the_run__only_if_it_is_known_or_named(
     asked: list[str] = []
     monkeypatch.setattr(torch_subprocess, "_run", lambda module, *_, **__: asked.append(module) or {})
     with pytest.raises(ForgeError, match=f"brings code of its own, .* run the command again with {TRUST}={digest}"):
-        sample_text(run, prompt="x")
+        answer_prompts({"source": str(run)}, ["x"])
     assert not has_code(digest)
     monkeypatch.setenv(TRUST, "0" * 32)
     with pytest.raises(ForgeError, match="brings code of its own"):
-        sample_text(run, prompt="x")
+        answer_prompts({"source": str(run)}, ["x"])
     assert asked == []
     monkeypatch.setenv(TRUST, digest)
-    sample_text(run, prompt="x")
+    answer_prompts({"source": str(run)}, ["x"])
     monkeypatch.delenv(TRUST)
     unpack_code(PackedCode(files={"my_code.py": f"open({str(tmp_path / 'executed')!r}, 'w')\n".encode()}))
-    sample_text(run, prompt="x")
+    answer_prompts({"source": str(run)}, ["x"])
     assert len(asked) == 2
 
 

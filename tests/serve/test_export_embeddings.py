@@ -15,11 +15,11 @@ from transformers import AutoModel, AutoTokenizer
 from forge.config.job import JobSpec
 from forge.data.prepare import prepare
 from forge.data.tokenizer import train_tokenizer
+from forge.inference.checkpoint_model import load_model
 from forge.objective.contrastive import pool
 from forge.plan.plan import Plan, make_plan
 from forge.runs.checkpoints import embedding_of
 from forge.serve.export import ExportRequest, export
-from forge.serve.generate import load_model
 from tests.support.jobs import CPU, tiny_facts, tiny_job
 from tests.support.ranks import run_ranks
 from tests.train.test_frozen import newest

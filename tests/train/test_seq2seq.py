@@ -18,12 +18,12 @@ from forge.checkpoint.best import open_verified
 from forge.checkpoint.storage import open_storage
 from forge.config.data import DataSpec
 from forge.data.prepare import prepare
+from forge.inference.answer import AnswerConfig, Answerer
 from forge.inference.checkpoint_model import load_model
 from forge.objective.registry import OBJECTIVES
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan, make_plan, plan_to_json
 from forge.serve.export import ExportRequest, export
-from forge.serve.generate import GenerateRequest, generate
 from tests.support.jobs import CPU, synthetic_corpus, tiny_facts, tiny_job
 from tests.support.objectives import write_tokenizer
 from tests.support.ranks import run_ranks
@@ -118,12 +118,13 @@ def test_train__other_architecture__is_the_same_on_two_ranks_exported_and_genera
     torch.testing.assert_close(*outs, rtol=tolerance, atol=tolerance)
     (tmp_path / "both" / "plan.json").write_text(plan_to_json(plans[1], is_file=True))
     shutil.copytree(Path(pairs.folder) / "tokenizer", tmp_path / "both" / "tokenizer")
-    made = generate(tmp_path / "both", GenerateRequest(prompt="ab cd", temperature=0, max_tokens=4))
+    config = AnswerConfig(source=str(tmp_path / "both"), sampling={"temperature": 0, "max_tokens": 4})
+    [made] = Answerer(config)(["ab cd"])
     source = AutoTokenizer.from_pretrained(tmp_path / "both" / "tokenizer")("ab cd", return_tensors="pt")
-    assert source["input_ids"][0, -1] == pairs.eot_id and not made.continues
+    assert source["input_ids"][0, -1] == pairs.eot_id
     written = loaded.generate(source["input_ids"], max_new_tokens=4)[0, 1:].tolist()
     tokenizer = Tokenizer.from_file(str(tmp_path / "both" / "tokenizer" / "tokenizer.json"))
-    assert made.text == tokenizer.decode(written, skip_special_tokens=True)
+    assert made["text"] == tokenizer.decode(written, skip_special_tokens=True)
 
 
 def test_train__span_corruption__draws_the_same_spans_at_every_world_size(
