@@ -29,7 +29,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from forge.data.store import token_dtype
-from forge.data.tokenizer_backend import open_backend, tokenizer_errors
+from forge.data.tokenizer_backend import open_backend, tokenizer_errors, without_endless_words
 from forge.data.tokenizer_files import (
     CLS_TOKEN,
     EOT_TOKEN,
@@ -111,7 +111,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(without_endless_words(texts), trainer)
     if {CLS_TOKEN, SEP_TOKEN} <= set(special_tokens):
         tokenizer.post_processor = bert_template(tokenizer)
     elif adds_end:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +25,8 @@ _MAX_ADDED_CHARS = 4 * 2**20
 """Of all added tokens together: the automaton that finds them takes about 80 bytes for each."""
 _MAX_GROWTH = 64
 """How many times longer a normalizer can make a text; the longest replacement of NFKC has 18 characters."""
+_MAX_WORD = 2000
+_ENDLESS_WORD = re.compile(rf"(?<!\w)\w{{{_MAX_WORD}}}|(?<![^\w\s])[^\w\s]{{{_MAX_WORD}}}|(?<!\s)\s{{{_MAX_WORD}}}")
 _MAX_AROUND = 1000
 """Tokens that a template puts around a text."""
 
@@ -52,6 +55,18 @@ def tokenizer_errors() -> Iterator[None]:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise DataError(f"the tokenizer fails: {one_line(error)}") from None
+
+
+def without_endless_words(texts: Iterable[str]) -> Iterator[str]:
+    """Cut texts that have a word of thousands of characters into pieces.
+
+    The time to train on a word grows with the square of its length: hours for one of 3 MB. Other texts stay whole.
+    """
+    for text in texts:
+        if _ENDLESS_WORD.search(text):
+            yield from (text[start : start + _MAX_WORD] for start in range(0, len(text), _MAX_WORD))
+        else:
+            yield text
 
 
 def is_panic(error: BaseException) -> bool:

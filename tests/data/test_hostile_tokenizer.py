@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from forge.config.data import DataSpec
 from forge.data.prepare import prepare
-from forge.data.tokenizer import MAX_VOCABULARY, Encoder, load_tokenizer
+from forge.data.tokenizer import MAX_VOCABULARY, Encoder, load_tokenizer, train_tokenizer
+from forge.data.tokenizer_backend import without_endless_words
 from forge.data.tokenizer_files import prompt_tokenizer, special_ids
 from forge.errors import DataError
 
@@ -113,6 +114,16 @@ def test_encoder__text_that_the_tokenizer_cannot_encode__is_an_error_with_the_re
     if "Split" not in str(parts):  # whose expression is slow for long texts only
         with pytest.raises(DataError, match=problem):
             prepare(job, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("word", ["a" * 10**6, "-" * 10**6, " " * 10**6, "b c " + "a" * 10**6 + " d"])
+def test_train_tokenizer__word_of_a_million_characters__is_cut(word: str) -> None:
+    pieces = list(without_endless_words(["plain text", word, "word " * 10**5]))
+    assert "".join(pieces) == "plain text" + word + "word " * 10**5
+    assert (pieces[0], pieces[-1]) == ("plain text", "word " * 10**5)
+    assert max(map(len, pieces[1:-1])) == 2000
+    trained = train_tokenizer([word], vocab_size=280)
+    assert trained.vocab_size > 257
 
 
 def test_prompt_tokenizer__pipe_or_link_in_a_run__is_refused(tmp_path: Path) -> None:
