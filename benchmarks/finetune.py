@@ -82,7 +82,11 @@ def measure(kind: str, *, folder: Path, steps: int, repeats: int) -> tuple[dict[
         speeds["forge"].append(speed)
         for variant in ({**one, "deepspeed": on} for one in variants for on in (True, False)):
             name = " ".join([module, *(f"{key}={value}" for key, value in variant.items())])
-            request = {"kind": kind, "base": str(folder / "base"), "records": str(folder / "records.jsonl")}
+            request: dict[str, Any] = {
+                "kind": kind,
+                "base": str(folder / "base"),
+                "records": str(folder / "records.jsonl"),
+            }
             request |= {"seq_len": SEQ_LEN, "batch": BATCH, "warm_up": WARM_UP, "steps": steps, **variant}
             output = run_under_torchrun(
                 module, world_size=WORKERS, request=request, stdout=subprocess.PIPE, quiet=True

@@ -290,7 +290,7 @@ def largest_difference(runs: Mapping[str, Sequence[Search]]) -> float:
     every = [run.losses for of in runs.values() for run in of]
     if any(set(losses) != set(LEARNING_RATES) for losses in every):
         raise RuntimeError(f"not all have judged the trials {LEARNING_RATES}: {runs}")
-    known = [[losses[rate] for losses in every if losses[rate] is not None] for rate in LEARNING_RATES]
+    known = [[loss for losses in every if (loss := losses[rate]) is not None] for rate in LEARNING_RATES]
     spreads = [max(losses) - min(losses) for losses in known]
     if not max(spreads) <= TOLERANCE:
         raise RuntimeError(f"last losses differ by {max(spreads)}, more than {TOLERANCE}: {runs}")

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from benchmarks.peers.llama import CORPUS, deepspeed_engine
 from forge.checkpoint.manifest import Progress
 from forge.config.job import JobSpec
-from forge.plan.plan import config_digest
+from forge.plan.curve import config_digest
 from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten
 from forge.train.engine import Engine
 

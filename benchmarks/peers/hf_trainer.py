@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from benchmarks.peers.trainer_arguments import require_engine, trainer_arguments
 
 
-class Tokens(torch.utils.data.Dataset):
+class Tokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Random sequences, with themselves as labels."""
 
     def __init__(self, *, vocab_size: int, seq_len: int) -> None:
@@ -31,7 +31,7 @@ class Tokens(torch.utils.data.Dataset):
         return {"input_ids": self._tokens[index], "labels": self._tokens[index]}
 
 
-class Stopwatch(TrainerCallback):
+class Stopwatch(TrainerCallback):  # type: ignore[misc]
     """Seconds from the end of the warm-up to the last step."""
 
     def __init__(self, *, warm_up: int, steps: int) -> None:

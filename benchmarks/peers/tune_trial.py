@@ -44,7 +44,7 @@ def train(request: dict[str, Any], *, lr: float, report: Callable[[dict[str, flo
         for group in optimizer.param_groups:
             group["lr"] = rate_of(step, request, peak=lr)
         chosen = order.samples(np.arange((step - 1) * rows, step * rows, dtype=np.int64))
-        loss_of(model, tokens.read(chosen, request["seq_len"])).backward()
+        loss_of(model, tokens.read(chosen, request["seq_len"])).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), request["grad_clip"])
         optimizer.step()
         optimizer.zero_grad()
@@ -76,10 +76,11 @@ def build_optimizer(model: Any, request: dict[str, Any]) -> torch.optim.AdamW:
 
 def rate_of(step: int, request: dict[str, Any], *, peak: float) -> float:
     """A linear warm-up, then half a cosine down to a fraction of the peak."""
-    warm_up, fraction = request["warmup_steps"], request["final_fraction"]
+    warm_up: int = request["warmup_steps"]
+    fraction: float = request["final_fraction"]
     if step <= warm_up:
         return peak * step / warm_up
-    done = (step - warm_up) / (request["total_steps"] - warm_up)
+    done: float = (step - warm_up) / (request["total_steps"] - warm_up)
     return peak * (fraction + (1 - fraction) * (1 + math.cos(math.pi * done)) / 2)
 
 
@@ -94,9 +95,11 @@ def loss_of(model: Any, windows: np.ndarray[Any, Any], *, reduction: str = "mean
 def evaluate(model: Any, held_out: TokenStream, request: dict[str, Any]) -> float:
     """Mean cross entropy over all held-out sequences."""
     model.eval()
-    total = sum(loss_of(model, rows, reduction="sum").item() for rows in all_rows(held_out, request["seq_len"]))
+    total: float = sum(
+        loss_of(model, rows, reduction="sum").item() for rows in all_rows(held_out, request["seq_len"])
+    )
     model.train()
-    return total / (held_out.num_sequences(request["seq_len"]) * request["seq_len"])
+    return total / float(held_out.num_sequences(request["seq_len"]) * request["seq_len"])
 
 
 def all_rows(held_out: TokenStream, seq_len: int) -> Iterator[np.ndarray[Any, Any]]:

@@ -80,8 +80,9 @@ class Objective(Protocol):
     vectors in `WeightedSum.counts`; `count_sizes: Mapping[str, int]` are their lengths.
     """
 
-    metric_directions: Mapping[str, Direction]
-    """Every metric that may be reported besides the loss, and whether less or more of it is better."""
+    @property
+    def metric_directions(self) -> Mapping[str, Direction]:
+        """Every metric that may be reported besides the loss, and whether less or more of it is better."""
 
     def batch(self, rows: Arrays) -> dict[str, Tensor]:
         """Choose and convert what the model is given.
