@@ -305,6 +305,18 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationProgress:
+    """An evaluation on held-out data is still running."""
+
+    step: int
+    weights: str
+    """`current` or `ema`."""
+    num_done: int
+    """Batches of rank 0."""
+    num_batches: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EarlyStopped:
     """The run ended before its last step because an evaluation metric no longer improved."""
 
@@ -463,6 +475,7 @@ Event = (
     | CheckpointSkipped
     | StepRepeated
     | Evaluated
+    | EvaluationProgress
     | EarlyStopped
     | SampleGenerated
     | SampleFailed

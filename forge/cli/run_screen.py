@@ -21,6 +21,7 @@ from forge.report.curve import loss_curve
 from forge.report.text import (
     bucket_rows,
     change_rows,
+    evaluating_text,
     evaluation_text,
     goodput_facts,
     goodput_line,
@@ -148,8 +149,10 @@ class TrainScreen(LiveScreen):
                 peak = event["peak_flops"]
                 measured = f", peak {format_count(peak)}FLOP/s ({event['peak_source']})" if peak else ""
                 self.note(f"training on {workers(self._world_size)} ({event['device'].split(':')[0]}){measured}")
+            case "EvaluationProgress":
+                self._show_evaluation(event)
             case "Evaluated":
-                self._evaluated = event
+                self._evaluated, self._phase = event, ""
                 which = "" if event["weights"] == "current" else f" ({event['weights']} weights)"
                 self.note(f"step {event['step']:>6}  held-out {evaluation_text(event)}{which}")
             case "CheckpointSaved":
@@ -170,6 +173,14 @@ class TrainScreen(LiveScreen):
             case "TrackingDegraded":
                 self.warn(event["reason"])
         self._describe(event)
+
+    def _show_evaluation(self, event: dict[str, Any]) -> None:
+        text, now = evaluating_text(event), self._clock()
+        if self._live:
+            self._phase = text
+        elif now - self._last_line_at >= _PLAIN_INTERVAL_S:
+            self._last_line_at = now
+            self.note(f"step {event['step']:>6}  {text}")
 
     def _describe(self, event: dict[str, Any]) -> None:
         line = self._events.describe(event)

@@ -118,9 +118,9 @@ class CacheIndex:
     """Of all documents (token streams) or examples; None in caches of versions that did not record them."""
     labels: LabelIndex | None = None
     """None unless the format is `labelled`."""
-    held_out_below: int | None = None
-    """Held out are the documents whose key is below this one; None if nothing is, if it is the end of the only
-    document, and in caches of versions that did not record it."""
+    held_out_below: str | None = None
+    """Held out are the documents whose key is below this one, in hex, as keys have 64 bits; None if nothing is held
+    out, if it is the end of the only document, and in caches of versions that did not record it."""
     pad_id: int | None = None
     """The tokenizer's padding token; None if it names none, or the format is another."""
     stream_columns: StreamColumns | None = None
@@ -220,6 +220,8 @@ def _check_values(index: CacheIndex) -> None:
     """Raises: ValueError for a value that the readers of the cache cannot use."""
     if index.dtype not in _TOKEN_DTYPES:
         raise ValueError(f"dtype is {index.dtype!r}")
+    if index.held_out_below is not None:
+        int(index.held_out_below, 16)
     layout, labels = index.examples, index.labels
     if labels is not None and not len(labels.names) == len(labels.train) == len(labels.held_out):
         raise ValueError("labels has lists of different lengths")

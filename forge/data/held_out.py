@@ -36,12 +36,13 @@ def held_out_records(spec: DataSpec, *, index: CacheIndex) -> Iterator[Record]:
             "the prepared data do not say which records are held out: they are the end of a single document, or "
             "were prepared by an older forge; prepare them again, or give the task files of its own"
         )
+    below = int(index.held_out_below, 16)
     bad = BadRecords(action=spec.on_bad_record)
     is_held_out = False
     for record in bad.usable(build_source(spec).records()):
         if record.starts or spec.packing != "concatenate":
             try:
-                is_held_out = document_key(_content(record, spec=spec), seed=spec.seed) < index.held_out_below
+                is_held_out = document_key(_content(record, spec=spec), seed=spec.seed) < below
             except DataError as error:
                 bad.add(str(error))
                 is_held_out = False

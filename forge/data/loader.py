@@ -87,10 +87,15 @@ class HeldOutBatches:
         """Number of predicted tokens of all ranks."""
         return int(self.rows.num_targets(np.arange(self.rows.num_rows)).sum())
 
+    @property
+    def num_batches(self) -> int:
+        """Micro-batches of each rank."""
+        return -(-self.rows.num_rows // (self.world_size * self.micro_batch_size))
+
     def __iter__(self) -> Iterator[MicroBatch]:
         total = self.rows.num_rows
         per_round = self.world_size * self.micro_batch_size
-        for start in range(self.rank * self.micro_batch_size, -(-total // per_round) * per_round, per_round):
+        for start in range(self.rank * self.micro_batch_size, self.num_batches * per_round, per_round):
             chosen = np.arange(start, min(start + self.micro_batch_size, total), dtype=np.int64)
             yield _filled(self.rows, chosen, positions=chosen, size=self.micro_batch_size)
 

@@ -345,12 +345,12 @@ def _choose_held_out(keys: NDArray[np.uint64], lengths: NDArray[np.int64], *, sh
     return np.asarray(inverse <= last)
 
 
-def _held_out_below(keys: NDArray[np.uint64], *, is_held_out: NDArray[np.bool_]) -> int | None:
-    """The smallest key that is not held out; None if records are on both sides, or nothing is held out."""
+def _held_out_below(keys: NDArray[np.uint64], *, is_held_out: NDArray[np.bool_]) -> str | None:
+    """The smallest key that is not held out, in hex; None if records are on both sides, or nothing is held out."""
     if not is_held_out.any() or is_held_out.all():
         return None
     smallest = int(keys[~is_held_out].min())
-    return smallest if int(keys[is_held_out].max()) < smallest else None
+    return f"{smallest:x}" if int(keys[is_held_out].max()) < smallest else None
 
 
 def _unigram(

@@ -74,7 +74,7 @@ def write_streams(
         tokenizer=(),
         skipped=SkippedRecords(count=bad.count, listed=tuple(bad.listed)),
         lengths=lengths_of(packed.lengths),
-        held_out_below=packed.split.key_below if packed.split.tail_from is None else None,
+        held_out_below=f"{packed.split.key_below:x}" if packed.split.tail_from is None else None,
     )
 
 

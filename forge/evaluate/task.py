@@ -339,6 +339,9 @@ def _strings(value: Any, *, record: Record, key: str) -> tuple[str, ...]:
 
 def _choice(given: Any, *, choices: tuple[str, ...], record: Record) -> str:
     """The right choice, by its text or its number."""
+    twice = next((choice for at, choice in enumerate(choices) if choice in choices[:at]), None)
+    if twice is not None:
+        raise DataError(f"{record.location}: the choices have {twice!r:.60} twice")
     if isinstance(given, str) and given in choices:
         return given
     number = int(given) if isinstance(given, bool | int) or (isinstance(given, str) and given.isdecimal()) else -1

@@ -63,7 +63,8 @@ def view_facts(view: DataView) -> list[tuple[str, str]]:
     if view.lengths is not None:
         facts.append(("lengths", _lengths(view.lengths)))
     else:
-        facts.append(("lengths", "not recorded by the version of forge that prepared this corpus in the cache"))
+        cure = "delete its folder in $FORGE_CACHE/data, and it is prepared again"
+        facts.append(("lengths", f"not recorded by the version of forge that prepared this corpus; {cure}"))
     share = view.num_targets / max(1, view.num_tokens)
     if view.has_labels:
         loss = f"at {view.num_targets:,} of {view.num_tokens:,} tokens, where a label or a number is learnt"

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from forge.config.overrides import search_of
 from forge.errors import harmless
 from forge.plan.plan import Plan
-from forge.report.text import evaluation_text, step_text
+from forge.report.text import evaluating_text, evaluation_text, step_text
 from forge.report.trial_event_text import TrialEventDescriber
 from forge.runs.event_text import EventDescriber
 
@@ -19,7 +19,8 @@ _INTERVAL_S = 5.0
 
 
 class ProgressLines:
-    """Prints the first and the last step, one every five seconds, evaluations, trials and membership changes.
+    """Prints the first and the last step, one every five seconds, evaluations and how far a long one is, trials and
+    membership changes.
 
     Args:
         out: by default stderr.
@@ -47,6 +48,11 @@ class ProgressLines:
                 return None
             self._printed_at = self._clock()
             return step_text(record, total_steps=self._plan.total_steps)
+        if record["event"] == "EvaluationProgress":
+            if self._clock() - self._printed_at < _INTERVAL_S:
+                return None
+            self._printed_at = self._clock()
+            return f"step {record['step']:>6}  {evaluating_text(record)}"
         if record["event"] == "Evaluated":
             return f"step {record['step']:>6}  held-out {evaluation_text(record)}"
         trial = self._trials.describe(record) if self._trials is not None else None

@@ -240,6 +240,12 @@ def step_text(step: Mapping[str, Any], *, total_steps: int) -> str:
     return "  ".join(parts)
 
 
+def evaluating_text(event: Mapping[str, Any]) -> str:
+    """Describe an EvaluationProgress event."""
+    which = "" if event["weights"] == "current" else f" the {event['weights']} weights"
+    return f"evaluating{which}: {event['num_done']:,} of {event['num_batches']:,} batches"
+
+
 def evaluation_text(event: Mapping[str, Any]) -> str:
     """Describe the metrics of an Evaluated event: the loss, and whatever the objective reports."""
     values = {"loss": event["loss"]} | event["metrics"]

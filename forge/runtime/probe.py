@@ -108,9 +108,13 @@ def inspect_teacher(loaded: LoadedJob, *, vocabulary: Vocabulary) -> TeacherInfo
     )
 
 
-def require_bitsandbytes(loaded: LoadedJob) -> None:
-    """Raises: JobFileError if the optimizer is one of bitsandbytes', which is not installed."""
-    if loaded.job.training.optimizer.name == "adamw-8bit" and find_spec("bitsandbytes") is None:
+def require_packages(loaded: LoadedJob) -> None:
+    """Raises: JobFileError if the job needs peft or bitsandbytes and it is not installed."""
+    lora, optimizer = loaded.job.model.lora, loaded.job.training.optimizer.name
+    if lora is not None and find_spec("peft") is None:
+        problem = "needs the package peft, which is not installed: pip install peft==0.21.2"
+        raise loaded.source.error("model.lora", problem, show_value=False)
+    if optimizer == "adamw-8bit" and find_spec("bitsandbytes") is None:
         raise loaded.source.error(
             "training.optimizer.name",
             "needs the package bitsandbytes, which is not installed: pip install bitsandbytes, here and on every "

@@ -6,6 +6,7 @@ started and no run folder is created.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from forge.config.checkpoint_path import tokenizer_of
 from forge.config.data import DataSpec
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
@@ -22,13 +22,11 @@ from forge.config.overrides import check_space, trial_job, usual_values
 from forge.config.section import FieldErrors
 from forge.data.look import look_at_corpus
 from forge.data.prepare import PrepareProgress, find_prepared, prepare
-from forge.data.tokenizer import load_tokenizer, special_token_names
-from forge.data.tokenizer_files import ROLES, special_names, special_roles, vocabulary_problem
+from forge.data.tokenizer import special_token_names
 from forge.data.view import Selection, view_corpus
 from forge.data.vocabulary import Vocabulary, announced_vocabulary, vocabulary_of
 from forge.errors import ArgumentError, CheckpointError, DataError, PlanError
 from forge.fs import default_cache_dir, leads_to_folder
-from forge.objective.registry import OBJECTIVES
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.outputs import must_find_labels
@@ -36,11 +34,12 @@ from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_prob
 from forge.plan.search import plan_search
 from forge.plan.warnings import view_warnings
 from forge.runs.reader import read_plan
-from forge.runtime.probe import count_local_slots, hardware, inspect_model, inspect_teacher, require_bitsandbytes
+from forge.runtime.probe import count_local_slots, hardware, inspect_model, inspect_teacher, require_packages
 from forge.runtime.resolve_code import resolve_code
-from forge.runtime.resolve_init import init_info, missing_weights, with_init
+from forge.runtime.resolve_init import init_info, with_init
 from forge.runtime.resolve_outputs import reference_notes, with_outputs, with_stored_size
 from forge.runtime.resolve_teacher import check_teacher_tokenizer
+from forge.runtime.resolve_tokenizer import check_tokenizer, require_special_tokens
 from forge.runtime.resolve_view import objective_view, view_sample, with_view
 
 _SMALL_BYTES = 1 << 21
@@ -86,7 +85,6 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     model = _inspected(inputs, vocabulary=vocabulary)
     teacher = inspect_teacher(inputs.trained, vocabulary=vocabulary)
     _require_isolation(inputs.trained, model)
-    require_bitsandbytes(inputs.trained)
     with _with_lines(inputs.trained):
         draft = make_draft(job, model=model, hardware=hardware(job), files=inputs.files, teacher=teacher)
     view = view_sample(job, data=inputs.data, code_digest=_digest_of(inputs.code))
@@ -166,15 +164,17 @@ def _inputs(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None]
     code = resolve_code(loaded)
     loaded = with_directions(loaded, code)
     trained = with_directions(_trained(loaded), code)
+    require_packages(trained)
     if on_progress is not None:
         on_progress(PrepareProgress(phase="look"))
     data = _rebased(trained.job.data, folder=loaded.data_folder)
     notes = check_tokenizer(trained)
     check_teacher_tokenizer(trained)
-    _require_special_tokens(trained)
+    require_special_tokens(trained)
     names = special_token_names(data.tokenizer.from_pretrained) if data.source is None else ()
     names += data.tokenizer.special_tokens if data.source is None else ()
-    files = look_at_corpus(data, special_tokens=names)
+    with _with_data_lines(loaded):
+        files = look_at_corpus(data, special_tokens=names)
     if loaded.data_folder is not None:
         files = replace(files, folder=loaded.data_folder)
     return _Inputs(
@@ -218,7 +218,6 @@ def _resolve(
     teacher = inspect_teacher(trained, vocabulary=vocabulary_of(corpus))
     teacher = with_stored_size(teacher, job=trained.job, corpus=corpus)
     _require_isolation(trained, model)
-    require_bitsandbytes(trained)
     with _with_lines(trained):
         found = find_hardware(trained.job)
         plan = make_plan(
@@ -232,12 +231,13 @@ def _resolve(
 
 
 def _prepared(inputs: _Inputs) -> CorpusInfo:
-    return prepare(
-        inputs.data,
-        cache_dir=default_cache_dir(),
-        on_progress=inputs.on_progress,
-        code_digest=_digest_of(inputs.code),
-    )
+    with _with_data_lines(inputs.loaded):
+        return prepare(
+            inputs.data,
+            cache_dir=default_cache_dir(),
+            on_progress=inputs.on_progress,
+            code_digest=_digest_of(inputs.code),
+        )
 
 
 def _digest_of(code: CodeInfo | None) -> str | None:
@@ -261,65 +261,6 @@ def _inspected(inputs: _Inputs, *, vocabulary: Vocabulary, corpus: CorpusInfo | 
     return replace(found, notes=(*found.notes, *inputs.notes, *reference_notes(inputs.trained.job, found)))
 
 
-def check_tokenizer(loaded: LoadedJob) -> tuple[str, ...]:
-    """Check that pretrained weights are trained with the token ids of their own tokenizer.
-
-    Returns: what the plan says about it.
-    Raises: JobFileError if the folder has no tokenizer and none is given, or the given one has other ids;
-        DataError if the given one cannot be used.
-    """
-    job = loaded.job
-    given = job.data.tokenizer.from_pretrained
-    if job.model.from_pretrained is None or given is None:
-        return ()
-    source = tokenizer_of(job.model.from_pretrained)
-    try:
-        own = load_tokenizer(source)
-    except DataError as error:
-        if given != source:
-            return (
-                f"the tokenizer {given} is not compared with that of {source}, which has none that forge reads",
-            )
-        problem = str(error).removeprefix("data.tokenizer.from_pretrained: ")
-        unusable = (
-            f"no tokenizer is given in data.tokenizer, and that of the pretrained model cannot be used: {problem}"
-        )
-        raise loaded.source.error(
-            "model.from_pretrained",
-            missing_weights(job.model.from_pretrained) or unusable,
-            show_value=False,
-        ) from error
-    difference = vocabulary_problem(own.content, given=load_tokenizer(given).content) if given != source else None
-    if difference is not None:
-        raise loaded.source.error(
-            "data.tokenizer.from_pretrained",
-            f"{difference}, so the embeddings would be those of other tokens; leave data.tokenizer out",
-        )
-    return ()
-
-
-def _require_special_tokens(loaded: LoadedJob) -> None:
-    """Raises: JobFileError if a loaded tokenizer lacks a token that the objective needs."""
-    objective, source = OBJECTIVES.get(loaded.job.training.objective), loaded.job.data.tokenizer.from_pretrained
-    if objective is None or source is None or not objective.needs_special_tokens:
-        return
-    tokenizer = load_tokenizer(source)
-    found = special_roles(content=tokenizer.content, config=tokenizer.config, files=tokenizer.files)
-    roles = [role for role, token in ROLES.items() if token in objective.special_tokens]
-    missing = [role for role in roles if role not in found]
-    added = special_names(tokenizer.content)
-    missing += [token for token in objective.special_tokens if token not in (*ROLES.values(), *added)][:1]
-    if missing:
-        key = "data.tokenizer.from_pretrained"
-        if key not in loaded.source.locations:
-            key = "model.from_pretrained"
-        raise loaded.source.error(
-            key,
-            f"its tokenizer has no {' and no '.join(missing)} in tokenizer_config.json and tokenizer.json, which "
-            f"training.objective: {loaded.job.training.objective} needs",
-        )
-
-
 def _is_small(data: DataSpec, files: CorpusFiles) -> bool:
     """Whether a corpus is prepared in seconds, so that a dry run can say how many tokens and passes it has."""
     is_plain = all("," not in kind for pattern in files.patterns for kind in pattern.kinds)  # not compressed
@@ -335,6 +276,24 @@ def _with_lines(loaded: LoadedJob) -> Iterator[None]:
         if error.job_key is None:
             raise
         raise loaded.source.error(error.job_key, error.problem) from error
+
+
+@contextmanager
+def _with_data_lines(loaded: LoadedJob) -> Iterator[None]:
+    """Add the line of the job file to a DataError that begins with a key of it."""
+    try:
+        yield
+    except DataError as error:
+        text = str(error)
+        named = re.match(r"(data(?:\.\w+)+): ", text)
+        key = named[1] if named is not None else ""
+        for number, pattern in enumerate(loaded.job.data.files or ()):
+            key = f"data.files[{number}]" if text.startswith(f"data.files: {pattern} ") else key
+        locations = loaded.source.locations
+        location = locations.get(key) or locations.get(key.partition("[")[0])
+        if location is None or location.line is None:
+            raise
+        raise DataError(f"{loaded.source.path}:{location.line}: {text}") from error
 
 
 def with_directions(loaded: LoadedJob, code: CodeInfo | None) -> LoadedJob:

@@ -32,6 +32,7 @@ from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten, O
 from forge.train.best_checkpoint import BestCheckpoints
 from forge.train.early_stopping import EarlyStopping
 from forge.train.engine import Engine, StepControl, StepResult
+from forge.train.evaluation import evaluate
 from forge.train.lr_schedule import learning_rate
 from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import Snapshotter
@@ -360,22 +361,6 @@ class _TrainLoop:
         """Report an early stop."""
         if self._stopping.is_over(self._progress):
             self._reporter.event(self._stopping.event(self._progress))
-
-
-def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: str, reporter: Reporter) -> Evaluated:
-    """Measure the loss and the metrics of the objective over all held-out rows; collective."""
-    began = time.monotonic()
-    means = engine.evaluate(held_out)
-    evaluated = Evaluated(
-        step=step,
-        loss=means.pop("loss"),
-        metrics=means,
-        num_tokens=held_out.num_targets,
-        weights=weights,
-        seconds=time.monotonic() - began,
-    )
-    reporter.event(evaluated)
-    return evaluated
 
 
 def _outcome_event(outcome: Outcome) -> Event:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from forge.cli.run_screen import TrainScreen
+from forge.events import EvaluationProgress
 from forge.runs.goodput import moment
 from tests.support.jobs import tiny_plan
 from tests.support.runs import History
@@ -97,3 +98,11 @@ def test_train_screen__pipe__one_line_per_change_and_no_goodput() -> None:
         "starting generation 1 with 2 workers",
     ]
     assert "goodput" not in " ".join(lines)
+
+
+@pytest.mark.parametrize("terminal_width", [80, None])
+def test_train_screen__long_evaluation__says_how_far_it_is(terminal_width: int | None) -> None:
+    history = eventful()
+    history.now += 6
+    history.record(EvaluationProgress(step=1, weights="current", num_done=12, num_batches=40))
+    assert "evaluating: 12 of 40 batches" in shown(history, terminal_width=terminal_width)

@@ -74,11 +74,12 @@ def test_examples__choices__are_found_by_text_or_number(build: Build) -> None:
     ]
     records += [{"q": "x", "options": ["a", "b"], "right": wrong} for wrong in ("c", 2, -1, None, 0.5)]
     records += [{"q": "x", "options": [], "right": 0}, {"q": "x", "right": 0}]
+    records += [{"q": "x", "options": ["a", "a"], "right": 0}]
     text = "kind: multiple-choice\nprompt: q\ntarget: right\nchoices: options\nmetrics: accuracy\n"
     found = build(records, text).examples()
     assert [example.target for example in found.examples] == ["b"] * 4
     assert found.examples[0].continuations == (" a", " b")
-    assert found.num_skipped == len(found.skipped) == 7 and "data.jsonl:5: the target 'c'" in found.skipped[0]
+    assert found.num_skipped == len(found.skipped) == 8 and "data.jsonl:5: the target 'c'" in found.skipped[0]
 
 
 def test_examples__list_of_choices__may_have_templates(build: Build) -> None:

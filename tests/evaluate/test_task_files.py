@@ -21,6 +21,7 @@ JOBS = Path(__file__).parents[2] / "jobs"
 TASKS = sorted((JOBS / "eval").glob("*.yaml"))
 DATA = {
     "chat": ("chat", "chat"),
+    "masked-lm": ("masked-lm", ""),
     "preferences": ("reward", "preferences"),
     "preferences-chat": ("dpo", "preferences"),
     "retrieval": ("embedding", "debian"),

@@ -61,3 +61,17 @@ def test_progress_lines__control_characters__are_harmless() -> None:
 def test_quiet__any_record__prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     forge.quiet({"time": 1.0, "event": SnapshotIntervalChanged.__name__})
     assert capsys.readouterr() == ("", "")
+
+
+def test_progress_lines__long_evaluation__says_how_far_it_is_every_five_seconds() -> None:
+    from forge.events import EvaluationProgress, event_to_record
+
+    records = [
+        {"time": 100.0 + seconds}
+        | event_to_record(EvaluationProgress(step=7, weights="current", num_done=seconds, num_batches=1000))
+        for seconds in range(2, 14, 2)
+    ]
+    assert printed(records, plan=tiny_plan()) == [
+        "step      7  evaluating: 2 of 1,000 batches",
+        "step      7  evaluating: 8 of 1,000 batches",
+    ]

@@ -11,7 +11,8 @@ from tokenizers.models import WordLevel
 
 from forge.config.load import LoadedJob, load_job
 from forge.errors import JobFileError
-from forge.runtime.resolve import check_tokenizer, resolve_draft
+from forge.runtime.resolve import resolve_draft
+from forge.runtime.resolve_tokenizer import check_tokenizer
 from tests.support.jobs import tiny_job
 
 MODELS = """\

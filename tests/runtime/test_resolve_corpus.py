@@ -12,10 +12,10 @@ import pytest
 from forge.config.load import load_job
 from forge.data import prepare
 from forge.data.view import Selection
-from forge.errors import ArgumentError, DataError
+from forge.errors import ArgumentError, DataError, JobFileError
 from forge.plan.plan import DraftPlan, Plan
 from forge.runs.create import create_run, reopen_run
-from forge.runtime import resolve, resolve_view
+from forge.runtime import probe, resolve, resolve_view
 from forge.runtime.resolve import inspect_data, prepare_data, resolve_draft, with_data_folder
 from tests.support.jobs import tiny_facts
 
@@ -75,6 +75,23 @@ def test_resolve_draft__large_corpus__is_looked_at_and_not_prepared(monkeypatch:
     write_corpus("")
     Path("corpus.jsonl").write_text('{"body": "words"}\n')
     with pytest.raises(DataError, match="no key 'text'"):
+        draft()
+
+
+def test_resolve_draft__pattern_without_files__names_its_line() -> None:
+    Path("job.yaml").write_text(JOB.replace("files: corpus.jsonl", "files: [corpus.jsonl,\n  'nowhere/*.txt']"))
+    write_corpus("some words")
+    with pytest.raises(DataError, match=r"job\.yaml:4: data\.files: nowhere/\*\.txt matches no file"):
+        draft()
+
+
+def test_resolve_draft__adapters_without_peft__are_refused_before_the_corpus_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = JOB.replace("{architecture: llama}", "{from_pretrained: ./base, lora: {rank: 4}}")
+    Path("job.yaml").write_text(job.replace(", tokenizer: {vocab_size: 300}", ""))
+    monkeypatch.setattr(probe, "find_spec", lambda name: None)
+    with pytest.raises(JobFileError, match=r"model\.lora: needs the package peft"):
         draft()
 
 

@@ -1,0 +1,65 @@
+"""Pseudo-log-likelihoods are those of a loop over the tokens, at any order and beyond the model's length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from forge.data.tokenizer import train_tokenizer
+from forge.errors import ArgumentError
+from forge.inference.loaded import LoadedModel, load
+from forge.inference.pseudo import pseudo_log_likelihoods
+from tests.inference.conftest import TEXTS, write_model
+
+POSITIONS = 24
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    tokenizer = train_tokenizer(TEXTS, vocab_size=300, special_tokens=("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.3,
+    )
+    return load(write_model(tmp_path_factory.mktemp("bert"), BertForMaskedLM(config), tokenizer), device="cpu")
+
+
+def plain(loaded: LoadedModel, ids: list[int], *, mask_id: int) -> float:
+    total = 0.0
+    for position, token in enumerate(ids):
+        if 0 < position < len(ids) - 1:
+            masked = torch.tensor([ids])
+            masked[0, position] = mask_id
+            total += loaded.model(input_ids=masked).logits[0, position].log_softmax(dim=-1)[token].item()
+    return total
+
+
+def test_pseudo_log_likelihoods__texts__are_those_of_a_loop(bert: LoadedModel) -> None:
+    texts = ["def train", "the old town", "a"]
+    found = pseudo_log_likelihoods(bert, texts)
+    mask_id = bert.tokenizer.token_to_id("[MASK]")
+    for text, score in zip(texts, found, strict=True):
+        ids = bert.tokenizer.encode(text).ids
+        assert score.num_tokens == len(ids) - 2, "without [CLS] and [SEP]"
+        assert score.total == pytest.approx(plain(bert, ids, mask_id=mask_id), abs=1e-4)
+    assert found == pseudo_log_likelihoods(bert, texts[::-1])[::-1], "bit for bit"
+
+
+def test_pseudo_log_likelihoods__long_text__is_scored_in_parts(bert: LoadedModel) -> None:
+    text = " ".join(TEXTS)
+    (score,) = pseudo_log_likelihoods(bert, [text])
+    assert score.num_tokens == len(bert.tokenizer.encode(text, add_special_tokens=False).ids) > POSITIONS
+    assert score.num_bytes == len(text)
+
+
+def test_pseudo_log_likelihoods__empty_text_and_other_models(bert: LoadedModel, llama: LoadedModel) -> None:
+    assert pseudo_log_likelihoods(bert, [""])[0].num_tokens == 0
+    with pytest.raises(ArgumentError, match="is a causal-lm model"):
+        pseudo_log_likelihoods(llama, ["a"])
