@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from forge.config.load import LoadedJob, load_job
 from forge.errors import JobFileError
 from forge.plan.curve import curve_differences
-from forge.plan.plan import Plan
+from forge.plan.plan import Plan, make_plan
 from forge.report.text import plan_facts
 from forge.runtime.resolve import resolve, resolve_draft
 from forge.runtime.resolve_init import with_init
@@ -125,10 +125,10 @@ def test_resolve__stored_outputs__are_computed_before_a_run_and_shown_in_the_pla
         "".join(json.dumps({"text": f"line {i} of a text"}) + "\n" for i in range(400))
     )
     keys = [f"model.{name}={value}" for name, value in sizes.items()]
-    distillation = "training.distillation"
+    section = "training.distillation"
     loaded = job_of(
         tmp_path, folder, *keys, f"data={{files: {tmp_path}/text.jsonl, seq_len: 16}}", "resources.workers=1",
-        f"{distillation}.teacher_logits=stored", f"{distillation}.top_k=4",
+        f"{section}.teacher_logits=stored", f"{section}.top_k=4",
     )  # fmt: skip
     draft = resolve_draft(loaded)
     assert draft.teacher is not None and isinstance(draft, Plan)
@@ -142,6 +142,9 @@ def test_resolve__stored_outputs__are_computed_before_a_run_and_shown_in_the_pla
     assert sum(path.stat().st_size for path in Path(plan.corpus.folder).glob("columns/*")) == count * 4 * 8
     assert ("outputs", count // 16) in shown and plan.corpus.digest != draft.corpus.digest
     assert resolve(loaded).corpus == plan.corpus
-    live = resolve_draft(job_of(tmp_path, folder, *keys, f"data={{files: {tmp_path}/text.jsonl, seq_len: 16}}"))
+    distillation = plan.job.training.distillation.model_copy(update={"teacher_logits": "live"})
+    training = plan.job.training.model_copy(update={"distillation": distillation})
+    job = plan.job.model_copy(update={"training": training})
+    live = make_plan(job, model=plan.model, corpus=draft.corpus, hardware=plan.hardware, teacher=plan.teacher)
     assert live.flops_per_token > plan.flops_per_token
     assert live.worlds[0].memory.weights_bytes > plan.worlds[0].memory.weights_bytes

@@ -49,8 +49,13 @@ MODELS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> CorpusInfo:
+    return word_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+def word_pairs(folder: Path) -> CorpusInfo:
     """Words and the same in another order; several pairs share a row."""
-    draw, folder = np.random.default_rng(0), tmp_path_factory.mktemp("pairs")
+    folder.mkdir(exist_ok=True)
+    draw = np.random.default_rng(0)
     words = ["ab", "cd", "ef", "gh"]
     texts = [list(draw.choice(words, size=draw.integers(1, 4))) for _ in range(200)]
     records = ({"source": " ".join(text), "target": " ".join(text[::-1])} for text in texts)
