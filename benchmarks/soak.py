@@ -65,6 +65,7 @@ GROUPS = (
     Group(name="budget", tests=("tests/runtime/test_budget_run.py",)),
     Group(name="searches", tests=("tests/elastic/test_tune.py", "tests/search")),
     Group(name="remote runs", tests=("tests/remote",)),
+    Group(name="evaluation", tests=("tests/evaluate",)),
     Group(
         name="end to end",
         tests=("tests/runtime", "tests/examples", "--ignore=tests/runtime/test_budget_run.py"),

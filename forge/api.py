@@ -56,6 +56,8 @@ from forge.runtime.torch_subprocess import answer_prompts, export_weights
 if TYPE_CHECKING:
     import numpy as np
 
+    from forge.evaluate.client import Evaluation
+
 OnRecord = Callable[[dict[str, Any]], None]
 """Called with every step (`{"step": 1, "train/loss": ...}`) and every event (`{"event": "RunFinished", ...}`).
 
@@ -375,6 +377,55 @@ def tune_job(
     if no_result is not None:
         raise no_result
     return summary
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    tasks: Sequence[str | Path],
+    *,
+    root: str | Path = "runs",
+    step: int | str | None = None,
+    ema: bool = False,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    limit: int | None = None,
+    workers: int | None = None,
+    contamination: bool | None = None,
+    cluster: str | None = None,
+    on_message: Callable[[str], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score runs and folders of weights in tasks, as `forge eval` does.
+
+    Args:
+        models: runs as for `load_run`, or folders of weights.
+        tasks: task files, or names of those in `jobs/eval`.
+        step: of the checkpoint of runs, or `best`; by default the newest.
+        ema: use the averaged weights.
+        dtype: in which models compute.
+        limit: most examples of each task.
+        workers: most workers; by default one for each CPU or GPU of the cluster.
+        contamination: whether the training data of runs are searched for the examples; by default unless they have
+            more than 500M tokens.
+        cluster: name of a cluster; by default the one that is up on this machine, or else this machine.
+        on_message: called with what was read, reused, or happened to workers.
+        on_progress: called with the shards of a model that are done and those in all.
+
+    Raises: ArgumentError, JobFileError, DataError, CheckpointError, ClusterError, RunError.
+    """
+    from forge.evaluate.client import EvaluateOptions, evaluate_models
+
+    options = EvaluateOptions(
+        step=step,
+        ema=ema,
+        dtype=dtype,
+        limit=limit,
+        num_workers=workers,
+        contamination=contamination,
+        cluster=cluster,
+    )
+    return evaluate_models(
+        models, tasks, options=options, root=Path(root), on_message=on_message, on_progress=on_progress
+    )
 
 
 def _run_to_end(handle: RunHandle, *, on_record: OnRecord | None, past: tuple[int, int] = (0, 0)) -> Run:

@@ -328,6 +328,26 @@ class EarlyStopped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TasksScored:
+    """A checkpoint was scored in the tasks of `evaluate`; intervals and answers are in `evaluation.jsonl`."""
+
+    step: int
+    scores: Mapping[str, float]
+    """Values that are defined, by `TASK/METRIC`."""
+    num_examples: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TasksFailed:
+    """A checkpoint could not be scored; the run itself has finished."""
+
+    step: int
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleGenerated:
     """Text generated from the current weights."""
 
@@ -477,6 +497,8 @@ Event = (
     | Evaluated
     | EvaluationProgress
     | EarlyStopped
+    | TasksScored
+    | TasksFailed
     | SampleGenerated
     | SampleFailed
     | TrackingDegraded

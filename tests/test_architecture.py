@@ -45,6 +45,8 @@ SAME_LAYER = {
     ("runtime", "cluster"),
     ("runtime", "search"),
     ("runtime", "serve"),
+    ("evaluate", "runtime"),
+    ("evaluate", "cluster"),
     ("remote", "cluster"),
     ("remote", "runtime"),
     ("remote", "chaos"),

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from forge.cli import chaos, checkpoints, cluster, data, doctor, generate, runs, schema, serve, train, tune
+from forge.cli import chaos, checkpoints, cluster, data, doctor, eval, generate, runs, schema, serve, train, tune
 from forge.cli.follow import INTERRUPTED
 from forge.environment import adopt_environment, run_in_utf8
 from forge.errors import ForgeError
@@ -60,6 +60,7 @@ app.command("plan")(train.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")
+app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
 app.add_typer(serve.app, name="serve")
 app.add_typer(cluster.app, name="cluster")

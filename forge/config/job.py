@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from forge.config.checkpoint_path import tokenizer_of
 from forge.config.data import DataSpec, TokenizerSpec
+from forge.config.evaluate import EvaluateSpec
 from forge.config.metrics import check_metrics
 from forge.config.model import ModelSpec
 from forge.config.resources import CheckpointSpec, ResourcesSpec, TrackingSpec
@@ -42,6 +43,9 @@ class JobSpec(Section):
 
     training: TrainingSpec
     """What is minimised, for how long, and with which optimizer."""
+
+    evaluate: EvaluateSpec | None = None
+    """Tasks that the run is scored in after its last step."""
 
     checkpoint: CheckpointSpec = CheckpointSpec()
     """Durable checkpoints, and snapshots in memory."""
@@ -87,6 +91,9 @@ class JobSpec(Section):
     def _problems(self) -> Iterator[FieldError]:
         if self.search is not None and self.resources.engine != "elastic":
             yield FieldError("resources.engine", "`search` requires engine: elastic", nearest="elastic")
+        if self.search is not None and self.evaluate is not None:
+            problem = "is for single runs; score the best trial of a search with forge eval"
+            yield FieldError("evaluate", problem, depends_on=("search",))
         if self.code is None:
             problem = "names a class of your own; add the folder it is in, such as 'code: ./src'"
             for key, reference in self.user_classes.items():

@@ -9,8 +9,6 @@ in fp32, also if its weights are stored in bf16: forge.inference.generate says w
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +22,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from forge.checkpoint.best import open_verified
-from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.code_archive import require_trusted, restore_code
 from forge.data.chat_encoder import ChatEncoder
@@ -34,28 +31,18 @@ from forge.data.text_frame import TextFrame, text_frame
 from forge.data.tokenizer import TextTokenizer, load_tokenizer, parse_tokenizer
 from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.foreign import parse_object, read_file
-from forge.fs import default_cache_dir
 from forge.inference.checkpoint_model import load_model
+from forge.inference.identity import KINDS, Kind, digest_of, digest_of_folder
 from forge.model.auto_classes import AUTO_CLASSES, auto_class_of_config
 from forge.model.transformers_config import load_config, read_generation
-from forge.model.weight_files import content_digests, open_weight_files
 from forge.objective.registry import AutoClass
 from forge.plan.plan import Plan
 from forge.process import one_line
 from forge.runs.reader import read_plan
 from forge.user_code import use_code
 
-Kind = Literal["causal-lm", "seq2seq", "classification", "token-classification", "embedding", "masked-lm", "reward"]
 Dtype = Literal["fp32", "bf16"]
 
-_KINDS: Mapping[AutoClass, Kind] = {
-    "AutoModelForCausalLM": "causal-lm",
-    "AutoModelForSeq2SeqLM": "seq2seq",
-    "AutoModelForSequenceClassification": "classification",
-    "AutoModelForTokenClassification": "token-classification",
-    "AutoModelForMaskedLM": "masked-lm",
-    "AutoModel": "embedding",
-}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PROBE = "a"
 _MAX_POOLING_BYTES = 2**16
@@ -240,9 +227,9 @@ def _load_run(folder: Path, *, step: int | str | None, ema: bool) -> LoadedModel
         tokenizer=parse_tokenizer(tokenizer),
         text_tokenizer=tokenizer,
         name=folder.resolve().name,
-        kind="reward" if is_reward else _KINDS[job.training.auto_class],
+        kind="reward" if is_reward else KINDS[job.training.auto_class],
         step=checkpoint.progress.step,
-        digest=_digest_of(checkpoint, ema=ema),
+        digest=digest_of(checkpoint, ema=ema),
         max_positions=limit,
         end_ids=ends if is_own else end_ids(list(ends), named),
         chat_template=template,
@@ -262,25 +249,20 @@ def _load_run(folder: Path, *, step: int | str | None, ema: bool) -> LoadedModel
 def _load_folder(folder: Path) -> LoadedModel:
     config = load_config(str(folder))
     name = auto_class_of_config(config)
-    files = open_weight_files(str(folder))
     model = _read_folder(folder, auto_class=name)
     tokenizer = load_tokenizer(str(folder))
     template = find_chat_template(tokenizer, own=None)
     generation = read_generation(str(folder))
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     pooling = _pooling(folder)
-    try:
-        digests = content_digests(files, cache=default_cache_dir() / "digests")
-    except OSError as error:
-        raise ArgumentError(f"{folder} cannot be read: {one_line(error)}") from error
     return LoadedModel(
         model=model,
         tokenizer=parse_tokenizer(tokenizer),
         text_tokenizer=tokenizer,
         name=folder.resolve().name,
-        kind=_KINDS[name],
+        kind=KINDS[name],
         step=None,
-        digest=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
+        digest=digest_of_folder(folder),
         max_positions=limit,
         end_ids=end_ids(tokenizer.eot_id, config.eos_token_id, generation.get("eos_token_id")),
         chat_template=template,
@@ -322,16 +304,6 @@ def _read_folder(folder: Path, *, auto_class: AutoClass) -> Any:
             f"{folder} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} among them"
         )
     return model
-
-
-def _digest_of(checkpoint: Checkpoint, *, ema: bool) -> str:
-    base = checkpoint.shape.base
-    body = {
-        "parts": sorted((part.crc32, part.size_bytes) for part in checkpoint.manifest.parts),
-        "base": None if base is None else dict(base.files),
-        "ema": ema,
-    }
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _start_ids(config: Any, generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -79,12 +79,13 @@ class _Row:
 
 
 def log_likelihoods(
-    loaded: LoadedModel, pairs: Sequence[tuple[str, str]], *, shared: str = ""
+    loaded: LoadedModel, pairs: Sequence[tuple[str | Sequence[int], str]], *, shared: str = ""
 ) -> list[LogLikelihood]:
     """Score each continuation after its context.
 
     Args:
-        pairs: (context, continuation); an empty context is the token that begins a text.
+        pairs: (context, continuation); an empty context is the token that begins a text. Token ids are a context
+            too, as of `loaded.encode_chat`.
         shared: a text that contexts begin with, whose computation they share. It changes scores by rounding only,
             and must be the same for all parts of one data set.
 
@@ -131,11 +132,10 @@ def _first(loaded: LoadedModel) -> Ids:
     return loaded.before or loaded.end_ids[:1]
 
 
-def _encode_pair(loaded: LoadedModel, context: str, continuation: str) -> tuple[Ids, Ids]:
-    if loaded.kind == "seq2seq":
-        return tuple(loaded.encode(context)), tuple(
-            loaded.tokenizer.encode(continuation, add_special_tokens=False).ids
-        )
+def _encode_pair(loaded: LoadedModel, context: str | Sequence[int], continuation: str) -> tuple[Ids, Ids]:
+    if loaded.kind == "seq2seq" or not isinstance(context, str):
+        ids = loaded.encode(context) if isinstance(context, str) else context
+        return tuple(ids), tuple(loaded.tokenizer.encode(continuation, add_special_tokens=False).ids)
     blanks = len(context) - len(context.rstrip())
     if blanks:
         context, continuation = context[:-blanks], context[-blanks:] + continuation

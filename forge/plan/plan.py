@@ -89,6 +89,8 @@ class DraftPlan:
     """The checkpoint that the adapters come from; None if they are new, or there are none."""
     teacher: TeacherInfo | None = None
     """Of a distillation."""
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    """Texts of the task files of `evaluate`, by their paths."""
     former_lengths: tuple[FormerLength, ...] = ()
     """Of a run that was resumed with another length, the oldest first (`forge.plan.lengths`)."""
 

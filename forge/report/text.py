@@ -14,10 +14,12 @@ from forge.plan.inputs import CodeInfo, CorpusFiles, InitInfo, ModelInfo, Skippe
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.data_view import corpus_facts, view_facts
 from forge.report.optimizer_text import optimizer_facts
+from forge.report.score_text import score_text, tasks_text
 from forge.report.trial_rows import shown
 from forge.runs.event_text import short, workers
 from forge.runs.goodput_report import BUCKETS, GoodputReport
 from forge.runs.reader import RunSummary
+from forge.runs.scores import newest_scores, read_scores
 from forge.train.lr_schedule import length_change
 from forge.units import format_bytes, format_count, format_duration
 
@@ -90,6 +92,8 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         facts.append(("adapters", _init(plan.adapters_init)))
     if plan.teacher is not None:
         facts.append(("teacher", _teacher(plan.teacher, job)))
+    if plan.job.evaluate is not None:
+        facts.append(("evaluate", tasks_text(plan.job.evaluate)))
     if plan.former_lengths:
         facts.append(("length", _length_change(plan)))
     return facts + [("note", note) for note in plan.model.notes]
@@ -205,6 +209,7 @@ def summary_facts(run: RunSummary, goodput: GoodputReport) -> list[tuple[str, st
             if weights == "current" and "perplexity" in evaluated["metrics"] and math.isfinite(unigram):
                 text += f" (a unigram model of the same tokens has {unigram:.1f})"
             facts.append((name, text))
+    facts += [(f"task {score.task}", score_text(score)) for score in newest_scores(read_scores(run.folder))]
     if run.last:
         facts.append(
             ("speed", f"{number(goodput.tokens_per_s, ',.0f')} tokens/s, MFU {number(goodput.mfu, '.3f')} "

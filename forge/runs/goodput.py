@@ -153,6 +153,8 @@ class GoodputTracker:
                 self._take_checkpoint(record)
             case "SampleGenerated" | "SampleFailed":
                 self._assign("sampling", _number(record, "seconds"))
+            case "TasksScored" | "TasksFailed":
+                self._take_evaluation(_number(record, "seconds"))
             case "PreemptionNoticeReceived" if record.get("is_certain", True):
                 self._noticed.add(str(record.get("node")))
             case "MembershipChangeStarted":

@@ -305,7 +305,23 @@ class Driver:
             self._record(RunStopped(step=step, reason=self._stop_reason))
             return
         self._add_sample(step)
+        self._score_tasks(step)
         self._record(RunFinished(step=step))
+
+    def _score_tasks(self, step: int) -> None:
+        """Score the run in the tasks of its job, on the slots that its workers have left."""
+        if not self._plan.tasks or self._stop.is_set():
+            return
+        import ray
+
+        from forge.runtime.score_tasks import score_tasks
+
+        if self._plan.job.resources.engine == "elastic":
+            from forge.runtime.elastic_engine import clear_run
+
+            clear_run(self._folder.name)
+        address = ray.get_runtime_context().gcs_address
+        score_tasks(self._plan, folder=self._folder, step=step, address=address, record=self._record)
 
     def _end_search(self) -> None:
         """Record that every trial is over, or that the search was stopped."""

@@ -38,6 +38,7 @@ from forge.runtime.probe import count_local_slots, hardware, inspect_model, insp
 from forge.runtime.resolve_code import resolve_code
 from forge.runtime.resolve_init import init_info, with_init
 from forge.runtime.resolve_outputs import reference_notes, with_outputs, with_stored_size
+from forge.runtime.resolve_tasks import with_tasks
 from forge.runtime.resolve_teacher import check_teacher_tokenizer
 from forge.runtime.resolve_tokenizer import check_tokenizer, require_special_tokens
 from forge.runtime.resolve_view import objective_view, view_sample, with_view
@@ -91,7 +92,7 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     more = view_warnings(view, seq_len=job.data.seq_len) if view is not None else ()
     draft = replace(draft, view=view, warnings=draft.warnings + more)
     draft = _with_inits(replace(draft, code=inputs.code, templates=loaded.templates), inputs.trained)
-    return _with_search(draft, inputs.loaded, count_slots=count_local_slots)
+    return _with_search(with_tasks(draft, inputs.loaded), inputs.loaded, count_slots=count_local_slots)
 
 
 def prepare_data(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> CorpusInfo:
@@ -227,7 +228,7 @@ def _resolve(
     ask = partial(with_outputs, only_if_computed=is_draft, on_progress=inputs.on_progress)
     plan = replace(plan, corpus=ask(corpus, job=trained.job, find_model=lambda: model))
     plan = _with_inits(replace(with_view(plan), code=code, templates=inputs.loaded.templates), trained)
-    return _with_search(plan, inputs.loaded, count_slots=count_slots)
+    return _with_search(with_tasks(plan, inputs.loaded), inputs.loaded, count_slots=count_slots)
 
 
 def _prepared(inputs: _Inputs) -> CorpusInfo:

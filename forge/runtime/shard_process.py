@@ -47,7 +47,7 @@ class ShardProcess:
 
     def map(
         self,
-        shards: Iterable[Any],
+        shards: Callable[[], Iterable[Any]],
         *,
         spec: ShardWorkerSpec,
         files: ShardFiles,
@@ -59,7 +59,7 @@ class ShardProcess:
         """Compute the shards that have no result, on the cluster at an address or on this machine.
 
         Args:
-            shards: inputs, as JSON values.
+            shards: returns their inputs, as JSON values; called twice.
             spec: of the workers; credentials of this machine are added to it.
             files: the results; a lock in their folder keeps a second process out.
             total: number of shards, for the progress.
@@ -71,6 +71,10 @@ class ShardProcess:
         """
         files.prepare()
         lock = _lock(files.folder)
+        if all(files.read(files.key(inputs)) is not None for inputs in shards()):  # no cluster is needed
+            os.close(lock)
+            self.progress(total, total)
+            return MapTotals(num_shards=total, num_reused=total)
         prepare_connection(address)
         import ray
 
@@ -95,7 +99,7 @@ class ShardProcess:
                 stop=self._stop,
                 on_done=on_done,
                 on_message=self.message,
-            ).run(shards)
+            ).run(shards())
         except StoppedError:
             raise RunError(f"stopped with {len(done)} of {total} shards stored; start it again to go on") from None
         finally:

@@ -10,11 +10,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from forge.config.resources import WandbSpec
 from forge.environment import home_folder
 from forge.process import first_line
+from forge.runs.scores import TaskScore
 from forge.runs.trackers.base import EVENT_KEY, RunStatus, StepRanges, TrackedRow, TrackedRun
 from forge.runs.trackers.wandb_log import is_offline, log_files, repair_log, steps_in, wait_until_closed
 
@@ -95,30 +97,13 @@ class WandbTracker:
 
     def _open(self) -> None:
         """Start W&B's run, or continue it."""
-        import wandb
-
-        ignore_workspace_settings()
-        self._tracker = wandb.init(
-            project=self._spec.project,
-            entity=self._spec.entity,
-            id=self._run.run_id,
-            name=self._run.run_id,
+        self._tracker = _init(
+            self._spec,
+            folder=self._run.folder,
+            run_id=self._run.run_id,
+            mode=self._mode,
             group=self._run.group,
-            dir=self._run.folder.absolute(),
             config=dict(self._run.config),
-            resume="allow" if self._mode == "online" else None,
-            reinit="create_new",  # beside an earlier one that is still uploading
-            mode="online" if self._mode == "online" else "offline",
-            settings=wandb.Settings(
-                init_timeout=_INIT_TIMEOUT_S,
-                finish_timeout=_FINISH_TIMEOUT_S,
-                finish_timeout_raises=True,
-                console="off",
-                silent=True,
-                disable_git=True,
-                save_code=False,
-                x_disable_meta=True,
-            ),
         )
         self._next_step = self._tracker.starting_step
         self._tracker.define_metric("step")
@@ -134,6 +119,81 @@ class WandbTracker:
         for path in log_files(self._run.folder, run_id=self._run.run_id):
             if self._mode != "online" or is_offline(path):
                 yield from steps_in(path)
+
+
+def log_scores(spec: WandbSpec, *, folder: Path, run_id: str, scores: Sequence[TaskScore]) -> str | None:
+    """Write scores of tasks to a W&B run of their own, `RUN-tasks`, whose steps are those of the checkpoints.
+
+    W&B takes no row below the last step of a run, so the run itself cannot have them.
+
+    Returns: why that was not possible; None if it was.
+    """
+    rows: dict[int, dict[str, float]] = {}
+    for score in scores:
+        found = {f"{score.task}/{name}": value.value for name, value in score.values.items()}
+        rows.setdefault(score.step or 0, {}).update({name: v for name, v in found.items() if v is not None})
+    name = f"{run_id}-tasks"
+    try:
+        if spec.mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
+            raise RuntimeError("W&B has no API key (set WANDB_API_KEY)")
+        tracker = _init(
+            spec,
+            folder=folder,
+            run_id=name,
+            mode=spec.mode,
+            group=run_id,
+            config={"run": run_id},
+            job_type="evaluation",
+        )
+        tracker.define_metric("step")
+        tracker.define_metric("*", step_metric="step")
+        for step, values in sorted(rows.items()):
+            tracker.log({"step": step, **values})
+        tracker.finish()
+    except Exception as error:  # W&B raises many unrelated classes
+        return _sentence(error)
+    finally:
+        end_wandb()
+    return None
+
+
+def _init(
+    spec: WandbSpec,
+    *,
+    folder: Path,
+    run_id: str,
+    mode: str,
+    group: str | None,
+    config: dict[str, Any],
+    job_type: str | None = None,
+) -> Any:
+    """Start a run of W&B, or continue it."""
+    import wandb
+
+    ignore_workspace_settings()
+    return wandb.init(
+        project=spec.project,
+        entity=spec.entity,
+        id=run_id,
+        name=run_id,
+        group=group,
+        job_type=job_type,
+        dir=folder.absolute(),
+        config=config,
+        resume="allow" if mode == "online" else None,
+        reinit="create_new",  # beside an earlier one that is still uploading
+        mode="online" if mode == "online" else "offline",
+        settings=wandb.Settings(
+            init_timeout=_INIT_TIMEOUT_S,
+            finish_timeout=_FINISH_TIMEOUT_S,
+            finish_timeout_raises=True,
+            console="off",
+            silent=True,
+            disable_git=True,
+            save_code=False,
+            x_disable_meta=True,
+        ),
+    )
 
 
 def ignore_workspace_settings() -> None:

@@ -1,0 +1,179 @@
+"""Evaluate models from a client: find runs and task files, and have a process of its own score each model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from forge.cluster.local.ray_cluster import find_local
+from forge.cluster.registry import find_cluster
+from forge.config.load import LoadedTask, load_task
+from forge.config.task import TaskSpec
+from forge.errors import ArgumentError
+from forge.evaluate.compare import Comparison, EvaluatedModel, compare
+from forge.evaluate.results import read_outputs
+from forge.foreign import from_record
+from forge.plan.plan import written_job
+from forge.runs.reader import find_run, read_plan
+from forge.runs.scores import TaskScore
+from forge.runtime.torch_subprocess import run_driver
+
+TASKS = Path("jobs/eval")
+"""Where a task that is given by its name is looked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateOptions:
+    """How models are evaluated."""
+
+    step: int | str | None = None
+    """Of a run's checkpoint, or `best`; None: the newest."""
+    ema: bool = False
+    """Use the averaged weights."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which models compute."""
+    limit: int | None = None
+    """Most examples of each task."""
+    num_workers: int | None = None
+    """None: as many as the cluster has CPUs or GPUs."""
+    contamination: bool | None = None
+    """Whether the training data of runs are searched for the examples; None: unless they have many tokens."""
+    cluster: str | None = None
+    """Name of a cluster; None: the one that is up on this machine, or else this machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelScores:
+    """The scores of one model."""
+
+    source: str
+    """The folder of the run, or of the weights."""
+    folder: Path
+    """Which has `evaluation.jsonl` and the answers."""
+    scores: tuple[TaskScore, ...]
+    """In the order of the tasks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The scores of several models, and their table."""
+
+    models: tuple[ModelScores, ...]
+    comparison: Comparison
+
+
+def evaluate_models(
+    sources: Sequence[str | Path],
+    tasks: Sequence[str | Path],
+    *,
+    options: EvaluateOptions,
+    root: Path = Path("runs"),
+    on_message: Callable[[str], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluate models, one after the other, and compare them.
+
+    Args:
+        sources: runs by their ids, prefixes or folders, or folders of weights.
+        tasks: task files, or names of those in `jobs/eval`.
+        root: the folder of runs.
+        on_message: called with what was read, reused, or happened to workers.
+        on_progress: called with the shards that are done and those in all, of one model.
+
+    Raises: ArgumentError, JobFileError before anything is started; then what `forge.evaluate.run.evaluate` raises.
+    """
+    if not sources or not tasks:
+        raise ArgumentError("give at least one run or folder, and at least one task")
+    folders = [find_source(source, root=root) for source in sources]
+    loaded = [(path, load_task(path)) for path in map(find_task, tasks)]
+    _require_different(loaded)
+    address = _address(options.cluster)
+    found = []
+    for folder in folders:
+        if len(folders) > 1 and on_message is not None:
+            on_message(f"evaluating {folder}")
+        request: dict[str, Any] = {
+            "source": str(folder.absolute()),
+            "tasks": [[str(path), path.read_text(encoding="utf-8")] for path, _ in loaded],
+            "step": options.step if (folder / "plan.json").is_file() else None,
+            "ema": options.ema,
+            "dtype": options.dtype,
+            "limit": options.limit,
+            "num_workers": options.num_workers,
+            "contamination": options.contamination,
+            "address": address,
+        }
+        answer = run_driver(
+            "forge.evaluate.run",
+            request=request,
+            what=f"cannot evaluate {folder.name}",
+            on_progress=on_progress,
+            on_message=on_message,
+        )
+        scores = tuple(from_record(TaskScore, score) for score in answer["scores"])
+        found.append(ModelScores(source=str(folder), folder=Path(answer["folder"]), scores=scores))
+    return Evaluation(models=tuple(found), comparison=_compared(found, tasks=[one.task for _, one in loaded]))
+
+
+def find_source(name: str | Path, *, root: Path) -> Path:
+    """Return the folder of a run or of weights. Raises: ArgumentError that lists the runs that exist."""
+    path = Path(name).expanduser()
+    return path if (path / "config.json").is_file() else find_run(str(name), root=root)
+
+
+def find_task(name: str | Path) -> Path:
+    """Return a task file: a path, or the name of one in `jobs/eval`. Raises: ArgumentError if there is none."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    named = TASKS / f"{name}.yaml"
+    if named.exists():
+        return named
+    known = sorted(file.stem for file in TASKS.glob("*.yaml"))
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(known)}" if known else ""
+    raise ArgumentError(f"there is no task file {name}, and no {named}{hint}")
+
+
+def _compared(models: Sequence[ModelScores], *, tasks: Sequence[TaskSpec]) -> Comparison:
+    names = [Path(model.source).resolve().name for model in models]
+    is_clear = len(set(names)) == len(names)
+    evaluated = [
+        EvaluatedModel(
+            name=name if is_clear else model.source,
+            outputs={score.task: read_outputs(model.folder / score.examples) for score in model.scores},
+            job=_job(Path(model.source)),
+        )
+        for name, model in zip(names, models, strict=True)
+    ]
+    return compare(evaluated, tasks=tasks)
+
+
+def _job(folder: Path) -> dict[str, Any] | None:
+    return written_job(read_plan(folder)) if (folder / "plan.json").is_file() else None
+
+
+def _require_different(tasks: Sequence[tuple[Path, LoadedTask]]) -> None:
+    """Raises: JobFileError if two tasks have the same name."""
+    seen: dict[str, Path] = {}
+    for path, loaded in tasks:
+        other = seen.setdefault(loaded.task.name, path)
+        if other is not path:
+            raise loaded.source.error("name", f"is also the name of the task in {other}")
+
+
+def _address(cluster: str | None) -> str | None:
+    """The address of the Ray cluster to use; None: one of its own.
+
+    Raises: ArgumentError for a cluster of other machines; ClusterError if it is not up.
+    """
+    if cluster is not None and not find_cluster(cluster).shares_files:
+        raise ArgumentError(
+            f"the machines of '{cluster}' do not see this machine's files, where weights and tasks are; run "
+            "forge eval on its head, where runs of the cluster are in ~/.forge/runs"
+        )
+    local = find_local()
+    return None if local is None else local.address

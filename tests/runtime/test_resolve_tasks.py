@@ -1,0 +1,73 @@
+"""`evaluate:` of a job: task files are checked when the plan is made, and kept in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from forge.config.load import LoadedJob, load_job
+from forge.errors import JobFileError
+from forge.plan.plan import Plan, plan_from_json, plan_to_json
+from forge.report.text import plan_facts
+from forge.runtime.resolve_tasks import with_tasks
+from tests.support.jobs import synthetic_corpus, tiny_plan
+
+JOB = """
+name: tiny
+model: {architecture: llama}
+data: {files: a.txt, held_out: 0.1}
+training: {total_steps: 3}
+evaluate:
+  tasks: TASKS
+  limit: 20
+"""
+TASK = "name: NAME\nkind: KIND\ndata: {held_out: true}\ntarget: text\nmetrics: METRIC\nprompt: text\n"
+
+
+def job_of(folder: Path, tasks: str, job: str = JOB) -> LoadedJob:
+    (folder / "job.yaml").write_text(job.replace("TASKS", tasks))
+    return load_job(folder / "job.yaml")
+
+
+def write_task(folder: Path, *, file: str, name: str = "text", kind: str = "log-likelihood") -> str:
+    metric = {"log-likelihood": "perplexity", "classify": "accuracy"}[kind]
+    text = TASK.replace("NAME", name).replace("KIND", kind).replace("METRIC", metric)
+    (folder / file).write_text(text)
+    return str(folder / file)
+
+
+def plan_of(folder: Path, loaded: LoadedJob) -> Plan:
+    plan = tiny_plan(synthetic_corpus(folder / "corpus"))
+    job = plan.job.model_copy(update={"evaluate": loaded.job.evaluate})
+    return with_tasks(replace(plan, job=job), loaded)
+
+
+def test_with_tasks__file__is_kept_in_the_plan_and_shown(tmp_path: Path) -> None:
+    path = write_task(tmp_path, file="a.yaml")
+    plan = plan_of(tmp_path, job_of(tmp_path, path))
+    assert plan.tasks == {path: Path(path).read_text()}
+    assert plan_from_json(plan_to_json(plan)).tasks == plan.tasks
+    facts = dict(plan_facts(plan))
+    assert facts["evaluate"].startswith(f"the last checkpoint in {path}, at most 20 examples each; the machines")
+
+
+def test_with_tasks__wrong_tasks__are_named_with_the_line_of_the_job(tmp_path: Path) -> None:
+    one, other = write_task(tmp_path, file="a.yaml"), write_task(tmp_path, file="b.yaml")
+    with pytest.raises(JobFileError, match=r"job\.yaml:7: .*b\.yaml: has the name of the task in .*a\.yaml"):
+        plan_of(tmp_path, job_of(tmp_path, f"[{one}, {other}]"))
+    wrong = write_task(tmp_path, file="c.yaml", kind="classify")
+    with pytest.raises(JobFileError, match=r"is for models of the kind classification .*, and this is a causal-lm"):
+        plan_of(tmp_path, job_of(tmp_path, wrong))
+    with pytest.raises(JobFileError, match=r"missing\.yaml.*no such file"):
+        plan_of(tmp_path, job_of(tmp_path, str(tmp_path / "missing.yaml")))
+    Path(one).write_text("name: a\nkindd: generate\n")
+    with pytest.raises(JobFileError, match=r"a\.yaml:2: kindd: unknown key"):
+        plan_of(tmp_path, job_of(tmp_path, one))
+
+
+def test_load_job__search_with_tasks__is_refused(tmp_path: Path) -> None:
+    search = "search: {metric: eval/loss, max_trials: 2, space: {training.seed: {choice: [1, 2]}}}\n"
+    with pytest.raises(JobFileError, match="evaluate: is for single runs"):
+        job_of(tmp_path, "a.yaml", JOB + search)
