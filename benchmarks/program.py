@@ -40,6 +40,16 @@ class Program:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
+    def cpu_s(self) -> float:
+        """CPU time that it and what it started, and is running, have used."""
+        total = 0.0
+        for process in psutil.process_iter():
+            if _is_marked(process, self.environment[_MARK]):
+                with contextlib.suppress(psutil.Error):
+                    times = process.cpu_times()
+                    total += times.user + times.system
+        return total
+
     def last_words(self) -> str:
         """Return the last lines of its stderr."""
         return "\n".join((self.folder / "log").read_text(errors="replace").splitlines()[-40:])

@@ -17,6 +17,7 @@ other versions of torch and transformers than forge's, so it is not among the pe
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
 import statistics
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def main() -> None:
     parser = benchmark_parser(__doc__, repeats=3)
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of a transformers model")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--threads", type=int, help="of torch; by default one for each core")
     parser.add_argument("--only", nargs="+", choices=(ENGINE, *SERVERS), default=(ENGINE, *SERVERS))
     options = parse_options(parser, smallest={"clients": [2], "model": None})
     found: Figures = {name: {number: [] for number in options.clients} for name in options.only}
@@ -60,68 +63,94 @@ def main() -> None:
         if model is None:
             model = Path(name) / "tiny"
             save_base(model, kind="sft")
-        for repeat in range(options.repeats):
-            for contender in options.only:
-                folder = Path(name) / f"{options.only.index(contender)}-{repeat}"
-                folder.mkdir()
-                results = measure(contender, model=model, clients=options.clients, folder=folder, seed=repeat)
-                for number, result in zip(options.clients, results, strict=True):
-                    found[contender][number].append(result)
-                    print(f"  {contender}, {number} clients: {result.tokens_per_s:.1f} tokens/s", file=sys.stderr)
+        for repeat, contender in itertools.product(range(options.repeats), options.only):
+            folder = Path(name) / f"{options.only.index(contender)}-{repeat}"
+            folder.mkdir()
+            start = Start(contender=contender, model=model, folder=folder, threads=options.threads)
+            results = measure(start, clients=options.clients, seed=repeat)
+            for number, result in zip(options.clients, results, strict=True):
+                found[contender][number].append(result)
+                print(f"  {contender}, {number} clients: {result.text()}", file=sys.stderr)
     figures = figures_of(found, clients=options.clients)
     report(found, clients=options.clients, figures=figures)
     write_json(options.json, figures=figures)
 
 
-def measure(contender: str, *, model: Path, clients: Sequence[int], folder: Path, seed: int) -> list[LoadResult]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What is started, and how."""
+
+    contender: str
+    model: Path
+    folder: Path
+    threads: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """A running server."""
+
+    url: str
+    program: Program
+
+
+def measure(start: Start, *, clients: Sequence[int], seed: int) -> list[LoadResult]:
     """Start a contender and let each number of clients use it, after a warm-up. Returns: what they measured."""
     loads = [(max(clients), _WARM_UP_SEED, max(clients))]
     loads += [(number, seed * 100 + number, max(8, 2 * number)) for number in clients]
-    if contender == ENGINE:
-        request = {"model": str(model), "dtype": "bf16", "max_tokens": MAX_TOKENS, "loads": loads}
-        with running(module("bare_engine", request), folder=folder, threads=None) as program:
+    if start.contender == ENGINE:
+        request = {"model": str(start.model), "dtype": "bf16", "max_tokens": MAX_TOKENS, "loads": loads}
+        command = module("bare_engine", request)
+        with running(command, folder=start.folder, threads=start.threads) as program:
             if program.process.wait():
                 raise RuntimeError(program.last_words())
-        lines = [json.loads(line) for line in (folder / "answer").read_text().splitlines()]
-        results = [LoadResult(tokens_per_s=line["tokens_per_s"], first_s=tuple(line["first_s"])) for line in lines]
+        lines = [json.loads(line) for line in (start.folder / "answer").read_text().splitlines()]
+        results = [LoadResult(**line) for line in lines]
     else:
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        with serving(contender, model=model, folder=folder) as url:
-            results = asyncio.run(use_server(url, name=str(model), loads=loads, tokenizer=tokenizer))
+        tokenizer = Tokenizer.from_file(str(start.model / "tokenizer.json"))
+        with serving(start) as server:
+            results = asyncio.run(use_server(server, name=str(start.model), loads=loads, tokenizer=tokenizer))
     return results[1:]
 
 
 async def use_server(
-    url: str, *, name: str, loads: Sequence[tuple[int, int, int]], tokenizer: Tokenizer
+    server: Server, *, name: str, loads: Sequence[tuple[int, int, int]], tokenizer: Tokenizer
 ) -> list[LoadResult]:
     """Measure loads: number of clients, seed and number of prompts."""
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-        ask = completions(session, url, model=name, max_tokens=MAX_TOKENS)
+        ask = completions(session, server.url, model=name, max_tokens=MAX_TOKENS)
         return [
             await measure_load(
                 ask,
                 build_prompts(prompts, seed=seed),
                 num_clients=number,
                 count=lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids),
+                cpu_s=server.program.cpu_s,
             )
             for number, seed, prompts in loads
         ]
 
 
 @contextmanager
-def serving(contender: str, *, model: Path, folder: Path) -> Iterator[str]:
-    """Run a server. Yields: its address, when it answers."""
+def serving(start: Start) -> Iterator[Server]:
+    """Run a server. Yields: it, when it answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    if contender == "forge serve":
-        command = [FORGE, "serve", str(model), "--model-name", str(model), "--port", str(port)]
+    if start.contender == "forge serve":
+        command = [FORGE, "serve", str(start.model), "--model-name", str(start.model), "--port", str(port)]
     else:
-        command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--port", str(port)]
-        command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "bfloat16", *contender.split()[2:]]
-    with running(command, folder=folder, threads=None) as program:
+        command = [
+            str(Path(sys.executable).with_name("transformers")),
+            "serve",
+            str(start.model),
+            "--port",
+            str(port),
+        ]
+        command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "bfloat16", *start.contender.split()[2:]]
+    with running(command, folder=start.folder, threads=start.threads) as program:
         wait_for(program, port=port)
-        yield f"http://127.0.0.1:{port}"
+        yield Server(url=f"http://127.0.0.1:{port}", program=program)
 
 
 def wait_for(program: Program, *, port: int) -> None:
@@ -147,11 +176,15 @@ def figures_of(found: Figures, *, clients: Sequence[int]) -> dict[str, Any]:
         first = {
             name: statistics.median(quantile(one, 0.99) for one in runs[number]) for name, runs in found.items()
         }
-        figures["all"][number] = {"tokens_per_s": speed, "p99_first_s": first}
+        work = {
+            name: statistics.median(one.tokens_per_cpu_s for one in runs[number]) for name, runs in found.items()
+        }
+        figures["all"][number] = {"tokens_per_s": speed, "tokens_per_cpu_s": work, "p99_first_s": first}
         peers = [name for name in SERVERS[1:] if name in speed]
         own = "forge serve" if "forge serve" in speed else ENGINE
         if peers and own in speed:
             figures[f"ratio_tokens_per_s_{number}"] = speed[own] / max(speed[name] for name in peers)
+            figures[f"ratio_tokens_per_cpu_s_{number}"] = work[own] / max(work[name] for name in peers)
             figures[f"ratio_p99_first_s_{number}"] = first[own] / min(first[name] for name in peers)
         if {ENGINE, "forge serve"} <= speed.keys():
             figures[f"overhead_{number}"] = 1 - speed["forge serve"] / speed[ENGINE]
@@ -170,12 +203,13 @@ def report(found: Figures, *, clients: Sequence[int], figures: dict[str, Any]) -
         rows = []
         for name, runs in found.items():
             cells = [Measured(values=tuple(one.tokens_per_s for one in runs[number])).text(".1f")]
+            cells.append(Measured(values=tuple(one.tokens_per_cpu_s for one in runs[number])).text(".1f"))
             cells += [
                 Measured(values=tuple(quantile(one, share) for one in runs[number])).text(".2f")
                 for share in (0.5, 0.99)
             ]
             rows.append([name, *cells])
-        header = ["contender", "tokens/s", "first token, median s", "99 %, s"]
+        header = ["contender", "tokens/s", "per CPU second", "first token, median s", "99 %, s"]
         print_table(f"{number} clients", header=header, rows=rows)
     for name, value in figures.items():
         if name != "all":

@@ -25,8 +25,14 @@ class LoadResult:
     """What the clients of one run saw."""
 
     tokens_per_s: float
-    first_s: tuple[float, ...]
+    tokens_per_cpu_s: float
+    """Per second of CPU time of the server's processes."""
+    first_s: Sequence[float]
     """Time to the first text of each answer."""
+
+    def text(self) -> str:
+        """For the log."""
+        return f"{self.tokens_per_s:.1f} tokens/s, {self.tokens_per_cpu_s:.1f} per CPU second"
 
 
 def build_prompts(number: int, *, seed: int) -> list[str]:
@@ -38,12 +44,18 @@ def build_prompts(number: int, *, seed: int) -> list[str]:
 
 
 async def measure_load(
-    ask: Ask, prompts: Sequence[str], *, num_clients: int, count: Callable[[str], int]
+    ask: Ask,
+    prompts: Sequence[str],
+    *,
+    num_clients: int,
+    count: Callable[[str], int],
+    cpu_s: Callable[[], float],
 ) -> LoadResult:
     """Let clients ask for an answer to every prompt.
 
     Args:
         count: gives the number of tokens of an answer.
+        cpu_s: gives the CPU time that the server has used.
     """
     first: list[float] = []
     tokens = 0
@@ -59,9 +71,12 @@ async def measure_load(
                 text += piece
             tokens += count(text)
 
-    began = time.perf_counter()
+    began, used = time.perf_counter(), cpu_s()
     await asyncio.gather(*(client(prompts[number::num_clients]) for number in range(num_clients)))
-    return LoadResult(tokens_per_s=tokens / (time.perf_counter() - began), first_s=tuple(first))
+    seconds, used = time.perf_counter() - began, cpu_s() - used
+    return LoadResult(
+        tokens_per_s=tokens / seconds, tokens_per_cpu_s=tokens / max(used, 1e-3), first_s=tuple(first)
+    )
 
 
 def completions(session: aiohttp.ClientSession, url: str, *, model: str, max_tokens: int) -> Ask:

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import json
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 
@@ -42,8 +43,8 @@ async def _measure(request: dict[str, object]) -> None:
 
     for number, seed, prompts in request["loads"]:  # type: ignore[attr-defined]
         given = build_prompts(prompts, seed=seed)
-        result = await measure_load(ask, given, num_clients=number, count=count)
-        print(json.dumps({"clients": number, **asdict(result)}), flush=True)
+        result = await measure_load(ask, given, num_clients=number, count=count, cpu_s=time.process_time)
+        print(json.dumps(asdict(result)), flush=True)
     engine.close()
 
 
