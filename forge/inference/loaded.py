@@ -163,7 +163,7 @@ def load(
     *,
     step: int | str | None = None,
     ema: bool = False,
-    dtype: Dtype = "fp32",
+    dtype: Dtype | None = "fp32",
     device: str | None = None,
 ) -> LoadedModel:
     """Load the model of a run folder, or of a folder of transformers, such as `forge checkpoints export` writes.
@@ -173,7 +173,7 @@ def load(
         step: of a run: a step or `best`; None: the newest checkpoint that verifies.
         ema: of a run: its averaged (EMA) weights.
         dtype: in which the model computes. With bf16 texts are generated as fast as the machine can, and then
-            verified (see `forge.inference.generate`).
+            verified (see `forge.inference.generate`). None: bf16 if the weights are and the device computes in it.
         device: such as `cuda`; None: the GPU if there is one.
 
     Raises: CheckpointError if the run has no such checkpoint; ArgumentError if the folder holds neither a run nor a
@@ -195,8 +195,17 @@ def load(
     if found.is_transformers:  # sampling is decided by the caller, not by the folder
         found.model.generation_config = GenerationConfig()
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found.model.to(device=where, dtype=_DTYPES[dtype]).requires_grad_(False).eval()
+    found.model.to(device=where, dtype=_DTYPES[dtype or _native(found.model, device=where)]).requires_grad_(
+        False
+    ).eval()
     return found
+
+
+def _native(model: Any, *, device: str) -> Dtype:
+    """The type in which a device computes with stored weights: bf16 only where it does not emulate it."""
+    able = torch.cpu.get_capabilities()
+    is_fast = device != "cpu" or able.get("avx512_bf16") or able.get("amx_bf16")
+    return "bf16" if is_fast and next(model.parameters()).dtype == torch.bfloat16 else "fp32"
 
 
 def end_ids(*named: Any) -> tuple[int, ...]:

@@ -84,11 +84,12 @@ class PackedModel:
         pieces = [piece for _, piece in step.prompts]
         layout = StepLayout(self.rows, positions=positions, pieces=pieces, like=self._like)
         with self._adapters.using(named):
-            found = self._forward(tokens, at, layout, keep=keep)
-        return found[:num_kept]
+            return self._forward(tokens, at, layout, keep=keep, num_kept=num_kept)
 
     @torch.inference_mode()
-    def _forward(self, tokens: list[int], at: list[int], layout: StepLayout, *, keep: list[int]) -> Tensor:
+    def _forward(
+        self, tokens: list[int], at: list[int], layout: StepLayout, *, keep: list[int], num_kept: int = 1
+    ) -> Tensor:
         device = self._like.device
         with using(layout):
             output = self._model(
@@ -98,7 +99,7 @@ class PackedModel:
                 use_cache=False,
                 logits_to_keep=torch.tensor(keep, device=device, dtype=torch.int64),
             )
-        logits: Tensor = output.logits[0].float()
+        logits: Tensor = output.logits[0, :num_kept].float()
         return logits
 
     def _probe(self, tokens: list[int], start: int, stop: int) -> Tensor:

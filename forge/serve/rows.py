@@ -121,14 +121,15 @@ class StepLayout:
         self._dtype = like.dtype
         self._masks: dict[Any, Tensor] = {}
 
-    def decoding_mask(self, *, window: int | None) -> Tensor:
-        """0 at the positions that a row's newest token reads and -inf elsewhere: [A, 1, 1, length]."""
-        if (window, None) not in self._masks:
+    def decoding_mask(self, *, window: int | None, group: int) -> Tensor:
+        """0 at the positions that a row's newest token reads and -inf elsewhere: [A, 1, group, length]."""
+        key = (window, group)
+        if key not in self._masks:
             at = torch.arange(self.length, device=self.positions.device)
             last = self.positions[:, None]
             seen = at <= last if window is None else (at <= last) & (at > last - window)
-            self._masks[window, None] = self._additive(seen)[:, None, None]
-        return self._masks[window, None]
+            self._masks[key] = self._additive(seen)[:, None, None].expand(-1, -1, group, -1)
+        return self._masks[key]
 
     def prompt_mask(self, *, start: int, stop: int, window: int | None) -> Tensor:
         """The same of the positions `[start, stop)` of a prompt: [stop - start, stop]."""
@@ -191,7 +192,7 @@ def rows_attention(
         keys[layout.indices, :, layout.positions] = key[0, :, new].transpose(0, 1)
         values[layout.indices, :, layout.positions] = value[0, :, new].transpose(0, 1)
         groups = query[0, :, new].transpose(0, 1).reshape(num_decoding, key.shape[1], -1, query.shape[3])
-        mask = layout.decoding_mask(window=sliding_window).expand(-1, -1, groups.shape[2], -1)
+        mask = layout.decoding_mask(window=sliding_window, group=groups.shape[2])
         read = slice(0, layout.length)
         found = scaled_dot_product_attention(
             groups, keys[new, :, read], values[new, :, read], attn_mask=mask, scale=scaling

@@ -8,12 +8,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from forge.errors import ArgumentError
 from forge.inference.encode import classify, embed
 from forge.inference.generate import generate
-from forge.inference.loaded import Dtype, LoadedModel, load
+from forge.inference.loaded import LoadedModel, load
 from forge.inference.sampling import SamplingParams
 from forge.process import one_line
 from forge.serve.adapters import load_adapters
@@ -67,8 +65,7 @@ class ModelService:
     @classmethod
     def start(cls, settings: ServerSettings) -> ModelService:
         """Load the model that a server serves. Raises: what `load` raises; RunError if the check fails."""
-        dtype: Dtype = "bf16" if torch.cuda.is_available() else "fp32"
-        loaded = load(settings.source, step=settings.step, ema=settings.ema, dtype=dtype)
+        loaded = load(settings.source, step=settings.step, ema=settings.ema, dtype=None)
         if settings.adapters and loaded.kind != "causal-lm":
             raise ArgumentError(
                 f"{loaded.name} is a {loaded.kind} model, and adapters are served over causal-lm ones"
