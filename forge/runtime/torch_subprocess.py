@@ -180,7 +180,7 @@ def _stop(driver: subprocess.Popen[str]) -> None:
     """Ask a driver to stop; end it if it does not."""
     driver.terminate()
     try:
-        driver.communicate(timeout=_STOP_S)
+        driver.wait(timeout=_STOP_S)
     except subprocess.TimeoutExpired:
         driver.kill()
 
