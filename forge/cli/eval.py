@@ -40,7 +40,7 @@ def evaluate(
     ],
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--tasks", "-t", metavar="FILE|NAME", help="Task files, or names of those in jobs/eval."),
+        typer.Option("--tasks", "-t", metavar="FILE|NAME", help="Task files, names in jobs/eval, or lm-eval:NAME."),
     ] = None,
     step: StepOption = None,
     ema: Annotated[bool, typer.Option("--ema", help="Use the averaged (EMA) weights.")] = False,
@@ -93,7 +93,7 @@ def evaluate(
 
         render = to_markdown if output is EvaluationOutput.MARKDOWN else to_latex
         display.print_text(render(found.comparison))
-    for one in found.models:
+    for one in filter(lambda model: model.scores, found.models):
         display.message(f"scores and answers: {one.folder / SCORES}")
 
 

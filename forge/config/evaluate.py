@@ -30,7 +30,7 @@ class EvaluateSpec(Section):
 KINDS_OF_MODELS: Mapping[TaskKind, tuple[str, ...]] = {
     "generate": ("causal-lm", "seq2seq"),
     "multiple-choice": ("causal-lm", "seq2seq", "reward"),
-    "log-likelihood": ("causal-lm", "seq2seq"),
+    "log-likelihood": ("causal-lm", "seq2seq", "masked-lm"),
     "classify": ("classification", "token-classification"),
     "embed": ("embedding",),
 }

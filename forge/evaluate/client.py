@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,22 @@ from forge.config.load import LoadedTask, load_task
 from forge.config.task import TaskSpec
 from forge.errors import ArgumentError
 from forge.evaluate.compare import Comparison, EvaluatedModel, compare
+from forge.evaluate.lm_eval import (
+    LmEvalOptions,
+    LmEvalScore,
+    require_lm_eval,
+    score_with_lm_eval,
+    with_lm_eval,
+)
 from forge.evaluate.results import read_outputs
 from forge.foreign import from_record
 from forge.plan.plan import written_job
 from forge.runs.reader import find_run, read_plan
 from forge.runs.scores import TaskScore
 from forge.runtime.torch_subprocess import run_driver
+
+LM_EVAL = "lm-eval:"
+"""Begins the name of a task of lm-eval."""
 
 TASKS = Path("jobs/eval")
 """Where a task that is given by its name is looked for."""
@@ -78,7 +88,7 @@ def evaluate_models(
 
     Args:
         sources: runs by their ids, prefixes or folders, or folders of weights.
-        tasks: task files, or names of those in `jobs/eval`.
+        tasks: task files, or names of those in `jobs/eval`; `lm-eval:NAME` and `lm-eval:FILE` are tasks of lm-eval.
         root: the folder of runs.
         on_message: called with what was read, reused, or happened to workers.
         on_progress: called with the shards that are done and those in all, of one model.
@@ -88,11 +98,18 @@ def evaluate_models(
     if not sources or not tasks:
         raise ArgumentError("give at least one run or folder, and at least one task")
     folders = [find_source(source, root=root) for source in sources]
-    loaded = [(path, load_task(path)) for path in map(find_task, tasks)]
+    harness = [str(task).removeprefix(LM_EVAL) for task in tasks if str(task).startswith(LM_EVAL)]
+    own = [task for task in tasks if not str(task).startswith(LM_EVAL)]
+    loaded = [(path, load_task(path)) for path in map(find_task, own)]
     _require_different(loaded)
-    address = _address(options.cluster)
+    if harness:
+        _require_harness(harness, options=options)
+    address = _address(options.cluster) if loaded else None
     found = []
     for folder in folders:
+        if not loaded:
+            found.append(ModelScores(source=str(folder), folder=folder, scores=()))
+            continue
         if len(folders) > 1 and on_message is not None:
             on_message(f"evaluating {folder}")
         request: dict[str, Any] = {
@@ -115,7 +132,33 @@ def evaluate_models(
         )
         scores = tuple(from_record(TaskScore, score) for score in answer["scores"])
         found.append(ModelScores(source=str(folder), folder=Path(answer["folder"]), scores=scores))
-    return Evaluation(models=tuple(found), comparison=_compared(found, tasks=[one.task for _, one in loaded]))
+    comparison = _compared(found, tasks=[one.task for _, one in loaded])
+    if harness:
+        comparison = with_lm_eval(comparison, list(_of_harness(folders, harness, options, on_message)))
+    return Evaluation(models=tuple(found), comparison=comparison)
+
+
+def _require_harness(tasks: Sequence[str], *, options: EvaluateOptions) -> None:
+    """Raises: ArgumentError if lm-eval is not installed, a task file does not exist, or an option is not for it."""
+    require_lm_eval(tasks)
+    if options.ema or options.cluster is not None:
+        raise ArgumentError(
+            "tasks of lm-eval run on this machine, on the weights as they are trained; leave out --ema "
+            "and --cluster"
+        )
+
+
+def _of_harness(
+    folders: Sequence[Path],
+    tasks: Sequence[str],
+    options: EvaluateOptions,
+    on_message: Callable[[str], None] | None,
+) -> Iterator[list[LmEvalScore]]:
+    given = LmEvalOptions(limit=options.limit, dtype="bfloat16" if options.dtype == "bf16" else "float32")
+    for folder in folders:
+        if on_message is not None:
+            on_message(f"lm-eval scores {folder} in {', '.join(tasks)}")
+        yield score_with_lm_eval(str(folder), tasks=tasks, root=folder.parent, step=options.step, options=given)
 
 
 def find_source(name: str | Path, *, root: Path) -> Path:

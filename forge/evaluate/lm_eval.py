@@ -14,14 +14,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from forge.errors import ArgumentError, RunError, harmless
+from forge.evaluate.compare import Comparison, ScoreCell, ScoreColumn
 from forge.foreign import parse_object, read_file
 from forge.objective.registry import Direction
+from forge.runs.checkpoints import locate
+from forge.runtime.torch_subprocess import export_weights
 
 _MAX_RESULT_BYTES = 64 * 2**20
 _LAST_LINES = 12
@@ -60,6 +63,46 @@ class LmEvalScore:
     """Version of lm-eval and of the task, and the number of few-shot examples."""
 
 
+def score_with_lm_eval(
+    model: str,
+    *,
+    tasks: Sequence[str],
+    root: Path,
+    step: int | str | None = None,
+    options: LmEvalOptions = LmEvalOptions(),
+) -> list[LmEvalScore]:
+    """Score a run, whose checkpoint is exported in fp32 for it and deleted afterwards, or a folder of weights.
+
+    Args:
+        model: a run by its id, a prefix of it or its folder, or a folder in the layout of the hub.
+        tasks: as of `run_lm_eval`.
+        root: the folder of runs.
+        step: of the checkpoint, or `best`; None: the newest.
+
+    Raises: as `run_lm_eval`; ArgumentError, CheckpointError if the run or its checkpoint cannot be found.
+    """
+    require_lm_eval(tasks)
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return run_lm_eval(folder, tasks=tasks, options=options)
+    found = locate(model, root=root)
+    tokenizer = None if found.tokenizer is None else str(found.tokenizer)
+    with tempfile.TemporaryDirectory(prefix="forge-exported-") as draft:
+        exported = Path(draft) / "model"
+        export_weights(url=found.url, to=str(exported), step=step, dtype="fp32", tokenizer=tokenizer)
+        return run_lm_eval(exported, tasks=tasks, options=options)
+
+
+def require_lm_eval(tasks: Sequence[str]) -> list[str]:
+    """Return the tasks as the harness names them.
+
+    Raises: ArgumentError if it is not installed, or a task file does not exist.
+    """
+    if find_spec("lm_eval") is None:
+        raise ArgumentError("tasks of lm-eval need their harness: pip install 'forge-train[lm-eval]'")
+    return [_task_of(task) for task in tasks]
+
+
 def run_lm_eval(
     folder: Path, *, tasks: Sequence[str], options: LmEvalOptions = LmEvalOptions(), log: Path | None = None
 ) -> list[LmEvalScore]:
@@ -72,9 +115,7 @@ def run_lm_eval(
 
     Raises: ArgumentError if lm-eval is not installed, or a task file does not exist; RunError if the harness fails.
     """
-    if find_spec("lm_eval") is None:
-        raise ArgumentError("tasks of lm-eval need their harness: pip install 'forge-train[lm-eval]'")
-    names = [_task_of(task) for task in tasks]
+    names = require_lm_eval(tasks)
     with tempfile.TemporaryDirectory(prefix="forge-lm-eval-") as draft:
         scratch = Path(draft)
         config = scratch / "config.yaml"
@@ -89,6 +130,45 @@ def run_lm_eval(
         if code != 0 or not results:
             raise RunError(f"lm-eval ended with exit code {code}; its last lines:\n{_last_lines(log)}")
         return list(_scores(parse_object(read_file(results[-1], max_bytes=_MAX_RESULT_BYTES))))
+
+
+def with_lm_eval(comparison: Comparison, scores: Sequence[Sequence[LmEvalScore]]) -> Comparison:
+    """Add the harness's scores to a table, with intervals of 1.96 standard errors to both sides, and no p-values.
+
+    Args:
+        scores: of each model of the comparison.
+    """
+    columns = dict.fromkeys((one.task, one.metric) for of_model in scores for one in of_model)
+    added: list[ScoreColumn] = []
+    cells: list[list[ScoreCell | None]] = []
+    for column in columns:
+        found = [next((one for one in of_model if (one.task, one.metric) == column), None) for of_model in scores]
+        first = next(one for one in found if one is not None)
+        direction = first.direction or "max"
+        added.append(
+            ScoreColumn(
+                task=first.task,
+                value_name=first.metric,
+                direction=direction,
+                signature=first.signature,
+                num_examples=first.num_examples,
+            )
+        )
+        values = [one.value for one in found if one is not None and not math.isnan(one.value)]
+        best = (max if direction == "max" else min)(values, default=math.nan)
+        is_compared = len(scores) > 1 and first.direction is not None
+        cells.append(
+            [None if one is None else _cell(one, is_best=is_compared and one.value == best) for one in found]
+        )
+    rows = tuple((*row, *(column[at] for column in cells)) for at, row in enumerate(comparison.rows))
+    note = "scores of lm-eval have intervals of 1.96 of its standard errors to both sides, and no p-values"
+    return replace(comparison, columns=(*comparison.columns, *added), rows=rows, notes=(*comparison.notes, note))
+
+
+def _cell(score: LmEvalScore, *, is_best: bool) -> ScoreCell:
+    half = 1.96 * score.stderr
+    low, high = score.value - half, score.value + half
+    return ScoreCell(score=score.value, low=low, high=high, p_value=None, is_best=is_best)
 
 
 def _task_of(task: str) -> str:

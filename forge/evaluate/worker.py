@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from forge.data.conversations import Conversation
+from forge.errors import ArgumentError
 from forge.evaluate.run_files import find_run_files
 from forge.inference.encode import classify, embed
 from forge.inference.generate import generate
 from forge.inference.loaded import load
+from forge.inference.pseudo import pseudo_log_likelihoods
 from forge.inference.sampling import SamplingParams
-from forge.inference.score import log_likelihoods, text_log_likelihoods
+from forge.inference.score import TextLogLikelihood, log_likelihoods, text_log_likelihoods
 
 Example = Mapping[str, Any]
 
@@ -64,6 +66,8 @@ class EvaluationWorker:
         """
         if self._loaded.kind == "reward":
             return [self._rewards(example) for example in examples]
+        if self._loaded.kind == "masked-lm":
+            return [[[one.total, None, one.num_tokens]] for one in self._masked(examples)]
         if is_text and not any(example["prompt"] or example.get("messages") for example in examples):
             texts = [example["continuations"][0] for example in examples]
             return [[[one.total, None, one.num_tokens]] for one in text_log_likelihoods(self._loaded, texts)]
@@ -80,6 +84,11 @@ class EvaluationWorker:
             ]
             for example in examples
         ]
+
+    def _masked(self, examples: list[Example]) -> list[TextLogLikelihood]:
+        if any(example["prompt"] or example.get("messages") for example in examples):
+            raise ArgumentError("a masked language model scores whole texts: leave out the prompt of the task")
+        return pseudo_log_likelihoods(self._loaded, [example["continuations"][0] for example in examples])
 
     def _rewards(self, example: Example) -> list[Any]:
         texts = [example["prompt"] + continuation for continuation in example["continuations"]]

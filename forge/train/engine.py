@@ -341,8 +341,8 @@ def build_engine(
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise ModelError("has no gradient_checkpointing_enable() for activation_checkpointing", key="class")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    for whole in modules_reading_weights(model):
-        deepspeed.utils.set_z3_leaf_module(whole, True)
+    if training.zero.stage == 3:
+        _gather_whole_modules(model)
     module = ObjectiveModule(model, objective=objective)
     optimizer = build_optimizer(module, training.optimizer, device=device)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config)
@@ -369,6 +369,15 @@ def build_engine(
         first = initial_weights(weights, model, built.state.shape, seed=training.seed, adapters_from=source)
         built.state.load_weights(first)
     return built
+
+
+def _gather_whole_modules(model: nn.Module) -> None:
+    """Have ZeRO 3 gather the weights of modules that read them otherwise than through their own layers."""
+    whole = modules_reading_weights(model)
+    for module in whole:
+        deepspeed.utils.set_z3_leaf_module(module, True)
+    if whole:  # DeepSpeed frees their weights before their backward pass if their inputs need no gradient
+        model.enable_input_require_grads()  # type: ignore[operator]
 
 
 def _sharding(deepspeed_config: dict[str, Any]) -> Sharding:
