@@ -33,7 +33,7 @@ def main() -> None:
     llama.join()
     spec = llama.job(is_small=request["is_small"])
     engine = llama.build(spec, changes={"checkpoint": {"load_universal": True}})
-    plan: Any = SimpleNamespace(job=spec, corpus=SimpleNamespace(digest=llama.CORPUS), code=None)
+    plan: Any = SimpleNamespace(job=spec, corpus=SimpleNamespace(digest=llama.CORPUS), code=None, former_lengths=())
     reporter: Any = SimpleNamespace(event=print)
 
     def load_forge() -> None:
