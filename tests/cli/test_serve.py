@@ -1,0 +1,73 @@
+"""`forge serve` before a server is started: what is refused, keys, and the state of servers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from forge.cli.app import app
+from forge.errors import ArgumentError
+from forge.fs import state_home
+from forge.runtime.servers import find_server, list_servers, server_folder
+from forge.serve.http.api_keys import KeyLimits, KeyRing
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FORGE_STATE", str(tmp_path / "state"))
+    monkeypatch.delenv("FORGE_SERVE_API_KEYS", raising=False)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path
+
+
+def forge(*words: str) -> Any:
+    return CliRunner().invoke(app, ["serve", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host", "0.0.0.0"], "no API key is set"),
+        (["--tokens-per-minute", "-1"], "must be a positive number"),
+        (["--tls-cert", "a.pem"], "needed together"),
+        (["--replicas", "many"], "--replicas"),
+        (["--adapter", "alone"], "NAME=RUN"),
+        (["--name", "../other"], "not a server's name"),
+    ],
+)
+def test_serve__wrong_options__refused_before_anything_starts(state: Path, words: list[str], message: str) -> None:
+    result = forge(str(state / "model"), *words)
+    assert isinstance(result.exception, ArgumentError)
+    assert message in str(result.exception)
+    assert not (state_home() / "servers").exists()
+
+
+def test_serve__no_such_run__says_so(state: Path) -> None:
+    result = forge("missing", "--runs", str(state))
+    assert isinstance(result.exception, ArgumentError) and "missing" in str(result.exception)
+
+
+def test_serve_key__to_a_file__prints_the_key_once(state: Path) -> None:
+    result = forge("key", "alice", "--to", str(state / "keys.toml"))
+    key = result.stdout.strip().splitlines()[-1]
+    ring = KeyRing((), file=state / "keys.toml", limits=KeyLimits())
+    assert ring.find(f"Bearer {key}") is not None
+    assert isinstance(forge("key", "a b").exception, ArgumentError)
+
+
+def test_serve_status__servers_that_ended__are_shown(state: Path) -> None:
+    for name, content in (("one", json.dumps({"state": "stopped", "message": "done"})), ("two", "[" * 9000)):
+        folder = server_folder(name)
+        folder.mkdir(parents=True)
+        (folder / "status.json").write_text(content)
+    assert [server.state for server in list_servers()] == ["stopped", "died"]
+    records = json.loads(forge("status", "-o", "json").stdout)
+    assert [record["name"] for record in records] == ["one", "two"]
+    with pytest.raises(ArgumentError, match="known: one, two"):
+        find_server("three")
+    assert "does not run" in forge("stop", "one").output
