@@ -148,7 +148,7 @@ class ModelServer:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if self._address is None:
             os.environ.update(NO_METRICS)
-            cpus = max(usable_cpus(), self._settings.max_replicas + 1)
+            cpus = max(usable_cpus(), 2 * self._settings.max_replicas)  # an update runs both
             options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 128 * 2**20}
         try:
             with contextlib.chdir("/"):  # the current folder of every actor

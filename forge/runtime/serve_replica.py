@@ -224,6 +224,7 @@ def deploy(settings: ServerSettings, *, app: str, folder: Path) -> RayBackend:
 
     Raises: ClusterError with the reason if none becomes ready.
     """
+    resource = _require_room(settings)
     replicas: dict[str, Any] = {"num_replicas": settings.min_replicas}
     if settings.max_replicas > settings.min_replicas:
         replicas = {
@@ -241,7 +242,7 @@ def deploy(settings: ServerSettings, *, app: str, folder: Path) -> RayBackend:
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_s,
         max_constructor_retry_count=1,
-        ray_actor_options=_resources(),
+        ray_actor_options={f"num_{resource.lower()}s": 1},
         **replicas,
     )
     try:
@@ -276,6 +277,16 @@ def _failure_of(app: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _resources() -> dict[str, Any]:
-    gpus = ray.cluster_resources().get("GPU", 0)
-    return {"num_gpus": 1} if gpus else {"num_cpus": 1}
+def _require_room(settings: ServerSettings) -> str:
+    """Return the resource of which each replica takes one.
+
+    Raises: ClusterError if the cluster has fewer free than there are replicas, which would wait without end.
+    """
+    resource = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
+    free = int(ray.available_resources().get(resource, 0))
+    if free < settings.min_replicas:
+        raise ClusterError(
+            f"{settings.min_replicas} replicas take one {resource} each, and {free} of the cluster are free; an "
+            "update needs them beside those in use. End something on it, add nodes, or ask for fewer --replicas"
+        )
+    return resource

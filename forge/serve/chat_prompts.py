@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ from forge.data.chat_template import MAX_RENDER_S, ChatTemplate
 from forge.data.conversations import Conversation
 from forge.data.tokenizer import TextTokenizer
 from forge.environment import child_environment
-from forge.process import die_with_parent, one_line, take_stdout
+from forge.process import one_line, take_stdout
 
 _PATIENCE_S = MAX_RENDER_S + 25.0
 _MAX_TOKENS = 1 << 24
@@ -69,7 +68,7 @@ class ChatPrompts:
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "forge.serve.chat_prompts", str(os.getpid())],
+                [sys.executable, "-P", "-m", "forge.serve.chat_prompts"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -103,7 +102,7 @@ def _write(process: subprocess.Popen[str], line: str) -> None:
 
 
 def main() -> None:
-    """Answer every conversation with its ids, or with the reason why it has none."""
+    """Answer every conversation with its ids, or with the reason why it has none, until stdin is closed."""
     stdout = take_stdout()
     setup = json.loads(sys.stdin.readline())
     template = setup["template"] | {"special_tokens": tuple(setup["template"]["special_tokens"])}
@@ -122,5 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent(int(sys.argv[1]))
     main()

@@ -1,0 +1,161 @@
+"""Embeddings, classification and translation over tiny models; hostile chat templates and slow headers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from forge.data.chat_template import find_chat_template
+from forge.data.tokenizer import load_tokenizer
+from forge.inference.encode import classify, embed
+from forge.inference.loaded import load
+from forge.serve.chat_prompts import ChatPrompts
+from forge.serve.http import connection
+from forge.serve.http.settings import ServerSettings
+from forge.serve.service import ModelService
+from tests.support.objectives import write_tokenizer
+from tests.support.serving import LocalBackend, RunningServer, info_of, running
+
+TEXTS = ["the quick brown fox", "dog", "pack my box with five dozen liquor jugs"]
+_BERT = BertConfig(
+    vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+    max_position_embeddings=64, id2label={0: "bad", 1: "good", 2: "odd"},
+)  # fmt: skip
+_T5 = T5Config(
+    vocab_size=300, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, pad_token_id=2, eos_token_id=0,
+    decoder_start_token_id=2,
+)  # fmt: skip
+
+
+def folder_of(folder: Path, build: Callable[[], PreTrainedModel]) -> Path:
+    write_tokenizer(folder)
+    torch.manual_seed(0)
+    build().save_pretrained(folder)
+    return folder
+
+
+def client_of(server: RunningServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def backend_of(folder: Path) -> LocalBackend:
+    return LocalBackend(ModelService.start(ServerSettings(name="test", source=str(folder), model_name="tiny")))
+
+
+def test_embeddings__texts__are_the_models_vectors(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, lambda: BertModel(_BERT))
+    expected = np.stack(embed(load(folder), TEXTS))
+    with running(backend_of(folder)) as server, client_of(server) as client:
+        found = client.embeddings.create(model="tiny", input=TEXTS)  # base64, as the client asks for
+        assert np.allclose([each.embedding for each in found.data], expected, atol=1e-6)
+        short = client.embeddings.create(model="tiny", input=TEXTS[0], dimensions=5, encoding_format="float")
+        assert np.linalg.norm(short.data[0].embedding) == pytest.approx(1)
+        assert found.usage.prompt_tokens > len(TEXTS)
+        with pytest.raises(openai.BadRequestError, match="dimensions"):
+            client.embeddings.create(model="tiny", input="a", dimensions=500)
+        with pytest.raises(openai.BadRequestError, match="continues no text"):
+            client.completions.create(model="tiny", prompt="a")
+
+
+def test_classify__texts_of_many_clients__are_the_models_labels(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, lambda: BertForSequenceClassification(_BERT))
+    loaded = load(folder)
+    expected = [each.probabilities for each in classify(loaded, TEXTS)]
+    pair = classify(loaded, [("the", "dog")])[0].probabilities
+    with running(backend_of(folder)) as server, ThreadPoolExecutor(8) as pool:
+
+        def ask(value: Any) -> Any:
+            body = {"model": "tiny", "input": value}
+            return httpx.post(f"{server.url}/v1/classify", json=body, trust_env=False, timeout=60).json()["data"]
+
+        for answer in pool.map(ask, [TEXTS] * 8):
+            assert [each["scores"] for each in answer] == [pytest.approx(scores) for scores in expected]
+        assert ask([["the", "dog"]])[0]["scores"] == pytest.approx(pair)
+        assert ask("dog")[0]["label"] == max(expected[1], key=expected[1].__getitem__)
+
+
+def test_translate__sources__have_targets(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, lambda: T5ForConditionalGeneration(_T5))
+    with running(backend_of(folder)) as server:
+        body = {"model": "tiny", "input": TEXTS, "max_tokens": 5}
+        answer = httpx.post(f"{server.url}/v1/translate", json=body, trust_env=False, timeout=60).json()
+        assert len(answer["data"]) == len(TEXTS)
+        assert {each["finish_reason"] for each in answer["data"]} <= {"stop", "length"}
+        assert 0 < answer["usage"]["completion_tokens"] <= 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for a in range(10**5) %}{% for b in range(10**5) %}{% endfor %}{% endfor %}", "more than"),
+        ("{{ raise_exception('no thanks') }}", "no thanks"),
+        ("{{ messages[0].__class__.__mro__ }}", "template"),
+        ("{{ 'a' * 10**12 }}", "template"),
+    ],
+)
+def test_chat_template__hostile__is_refused_and_the_next_one_answered(
+    tmp_path: Path, template: str, message: str
+) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    found = find_chat_template(tokenizer, own="{% if messages[0].content == 'x' %}" + template + "{% endif %}y")
+    assert found is not None
+    prompts = ChatPrompts(tokenizer, template=found)
+    try:
+        with pytest.raises(ValueError, match=message):
+            asyncio.run(prompts.encode([{"role": "user", "content": "x"}], tools=()))
+        assert asyncio.run(prompts.encode([{"role": "user", "content": "z"}], tools=()))
+    finally:
+        prompts.close()
+
+
+class NoModel:
+    """A backend for requests that never reach one."""
+
+    info = info_of()
+
+
+@pytest.mark.parametrize("is_later", [False, True])
+def test_headers__that_do_not_end__close_the_connection(monkeypatch: pytest.MonkeyPatch, is_later: bool) -> None:
+    monkeypatch.setattr(connection, "HEADER_TIMEOUT_S", 0.3)
+    with running(NoModel()) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        if is_later:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(10_000).startswith(b"HTTP/1.1 200")
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
+        assert client.recv(10_000).startswith(b"HTTP/1.1 400")
+        assert client.recv(10_000) == b""
+
+
+def test_headers__too_large__close_the_connection() -> None:
+    with running(NoModel()) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            for number in range(10_000):
+                client.sendall(f"X-{number}: {'a' * 1000}\r\n".encode())
+
+
+def test_openapi__of_the_server__names_its_routes() -> None:
+    with running(NoModel()) as server:
+        routes = json.loads(httpx.get(f"{server.url}/openapi.json", trust_env=False).text)["paths"]
+        assert {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/classify"} <= set(routes)
