@@ -123,7 +123,7 @@ async def in_browser(folder: Path, url: str, use: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: tests/install_tools.sh")
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_page__by_keyboard__chats_and_is_named_for_screen_readers(server: RunningServer, tmp_path: Path) -> None:
     async def use(browser: Browser) -> None:
         await browser.wait("document.title.startsWith('tiny <b>')")
@@ -153,7 +153,7 @@ def test_page__by_keyboard__chats_and_is_named_for_screen_readers(server: Runnin
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: tests/install_tools.sh")
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_page__server_with_keys__asks_for_one(backend: LocalBackend, tmp_path: Path) -> None:
     key, file = new_key(), tmp_path / "keys.toml"
     file.write_text(table_of("page", key=key))
