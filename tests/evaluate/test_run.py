@@ -160,6 +160,7 @@ def scores_of(evaluation: Evaluation) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_evaluate__machine_is_killed_and_another_joins__scores_are_those_of_one_worker(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: None
 ) -> None:
@@ -203,7 +204,7 @@ def test_log_scores__offline__are_a_run_of_w_and_b_with_the_steps_of_the_checkpo
     spec = WandbSpec(mode="offline", project="p")
     scores = [score(step=9), score(step=3), score(step=3, task="u")]
     assert log_scores(spec, folder=tmp_path, run_id="tiny-1", scores=scores) is None
-    (path,) = tmp_path.glob("wandb/*/run-tiny-1-tasks.wandb")
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-tiny-1-tasks.wandb")
     rows = [{key: row[key] for key in row if not key.startswith("_")} for row in read_history(path)]
     assert rows == [{"step": 3, "t/accuracy": 0.5, "u/accuracy": 0.5}, {"step": 9, "t/accuracy": 0.5}]
     assert read_groups(path)[-1] == "tiny-1"
