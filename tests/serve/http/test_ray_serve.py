@@ -85,15 +85,17 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         min_replicas=2,
         max_replicas=2,
     )
-    start_server(settings)
-    await_ready("test", on_message=print)
-    yield Served(settings=settings, other=write_causal_lm(root / "other", seed=1))
-    process = server_process("test")
-    if process is not None:
-        process.request_stop()
-        process.wait()
-    os.environ.clear()
-    os.environ.update(before)
+    try:
+        start_server(settings)
+        await_ready("test", on_message=print)
+        yield Served(settings=settings, other=write_causal_lm(root / "other", seed=1))
+    finally:
+        process = server_process("test")
+        if process is not None:
+            process.request_stop()
+            process.wait()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def await_replicas(served: Served, count: int) -> None:
