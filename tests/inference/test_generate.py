@@ -163,3 +163,13 @@ def test_generate__beams__are_those_of_transformers(llama: LoadedModel) -> None:
 def test_sampling_params__value_out_of_range__is_named(wrong: dict[str, object], named: str) -> None:
     with pytest.raises(ArgumentError, match=named):
         SamplingParams(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"), [({"avx512_bf16": True}, torch.bfloat16), ({"avx512_f": True}, torch.float32)]
+)
+def test_bf16_weights_are_computed_in_bf16_where_the_cpu_can(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, able: dict[str, bool], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert next(load(llama_folder, dtype=None, device="cpu").model.parameters()).dtype == expected
