@@ -96,7 +96,7 @@ def generate(
         **{"source": str(folder), "step": parse_step(step), "ema": ema, "dtype": dtype},
         **{"chat": chat or system is not None, "system": system, "sampling": sampling},
     }
-    display.message(f"importing torch and transformers, then loading {folder.name}")
+    display.message(f"importing torch and transformers, then loading {_named(folder, step=config['step'])}")
     if input_file is not None:
         _answer_file(config, source=input_file, output=Path(output))
         return
@@ -105,6 +105,13 @@ def generate(
         display.print_json({**answer.pop("answers")[0], **answer, "prompt": prompt})
     else:
         _print(answer, prompt=prompt, is_chat=bool(config["chat"]))
+
+
+def _named(folder: Path, *, step: int | str | None) -> str:
+    if not (folder / "plan.json").is_file():
+        return folder.name
+    which = "newest checkpoint" if step is None else "best checkpoint" if step == "best" else f"step {step}"
+    return f"the {which} of {folder.name}"
 
 
 def _check(output: str, *, input_file: Path | None, prompt: str, dtype: str) -> None:

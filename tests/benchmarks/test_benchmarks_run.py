@@ -17,6 +17,7 @@ SLOW = (
     "cold_start",
     "elastic_replay",
     "ema",
+    "evaluate",
     "finetune",
     "kills",
     "lora",

@@ -54,12 +54,13 @@ def test_end_of_a_run__finished__hint_fits_the_job(tmp_path: Path, events: list[
 
 
 def test_generate__says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = {"step": 3, "prompt": "a", "text": "b", "generate_s": 2.0, "continues": True}
+    answer = {"step": 3, "kind": "causal-lm", "name": "run", "has_chat_template": False, "answer_s": 2.0}
+    answer |= {"answers": [{"text": "b", "finish_reason": "length"}]}
     monkeypatch.setattr(torch_subprocess, "_run", lambda *_, **__: dict(answer))
     folder = make_run(tmp_path)
-    done = CliRunner().invoke(app, ["generate", str(folder)])
+    done = CliRunner().invoke(app, ["generate", str(folder), "--prompt", "a"])
     assert done.stdout == "ab\n"
     lines = done.stderr.splitlines()
     assert lines[0] == f"importing torch and transformers, then loading the newest checkpoint of {folder.name}"
     assert lines[1].startswith("step 3: ")
-    assert lines[1].endswith(" to load, 2s to generate")
+    assert lines[1].endswith(" to load, 2s to answer")
