@@ -96,7 +96,7 @@ def generate(
         **{"source": str(folder), "step": parse_step(step), "ema": ema, "dtype": dtype},
         **{"chat": chat or system is not None, "system": system, "sampling": sampling},
     }
-    display.message(f"importing torch and transformers, then loading {_named(folder, step=config['step'])}")
+    display.message(f"importing torch and transformers, then loading {_named(folder, step=parse_step(step))}")
     if input_file is not None:
         _answer_file(config, source=input_file, output=Path(output))
         return
