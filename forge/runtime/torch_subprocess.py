@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from forge.cluster.local.ray_cluster import require_private_token
 from forge.cluster.local.ray_process import session_members
 from forge.code_archive import require_trusted
 from forge.errors import RunError
@@ -119,6 +120,7 @@ def run_driver(
 
     Raises: the error that it reports; RunError if the process failed.
     """
+    require_private_token()  # the driver imports Ray at once, which reads the mode then
     request["parent"] = os.getpid()
     return _run(module, request=request, what=what, on_progress=on_progress, on_message=on_message, is_driver=True)
 

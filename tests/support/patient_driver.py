@@ -17,7 +17,7 @@ def handle(request: dict[str, Any], process: ShardProcess) -> dict[str, Any]:
         raise DataError("no such data")
     if request["work"] == "wait":
         time.sleep(600)
-    return {"work": request["work"]}
+    return {"work": request["work"], "ray": os.environ.get("RAY_AUTH_MODE")}
 
 
 if __name__ == "__main__":
