@@ -16,7 +16,7 @@ from forge.inference.sampling import Generation, SamplingParams
 from forge.inference.sequences import Chooser
 from tests.inference.conftest import TEXTS
 
-NUM_PROMPTS = 12
+NUM_PROMPTS = 8
 
 
 def prompts(*, shared: str = "") -> list[str]:
@@ -58,10 +58,10 @@ def greedy_alone(loaded: LoadedModel, prompt: str, *, max_tokens: int) -> tuple[
 @pytest.mark.parametrize("shared", ["", TEXTS[1] * 2])
 def test_generate__greedy__same_at_every_batch_and_order(llama_folder: Path, dtype: Dtype, shared: str) -> None:
     loaded = load(llama_folder, dtype=dtype, device="cpu")
-    asked, sampling = prompts(shared=shared), SamplingParams(max_tokens=16)
-    expected = [greedy_alone(loaded, prompt, max_tokens=16) for prompt in asked]
+    asked, sampling = prompts(shared=shared), SamplingParams(max_tokens=10)
+    expected = [greedy_alone(loaded, prompt, max_tokens=10) for prompt in asked]
     assert len({len(ids) for ids in expected}) > 1 or len(set(expected)) > NUM_PROMPTS // 2, "the texts differ"
-    for batch_tokens in (1, 200, 900, None):
+    for batch_tokens in (1, 200, None):
         order = list(range(NUM_PROMPTS))
         random.Random(batch_tokens).shuffle(order)
         found = texts_of(loaded, asked, sampling, order=order, batch_tokens=batch_tokens)
