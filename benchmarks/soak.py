@@ -76,7 +76,15 @@ GROUPS = (
     Group(name="fuzzing", tests=("tests/fuzz", "-mslow or not slow"), limit_s=8 * _FUZZ_S + 1800.0),
     Group(
         name="training and checkpoints",
-        tests=("tests/train", "tests/checkpoint", "tests/data", "tests/cli", "tests/serve", "tests/evaluate"),
+        tests=(
+            "tests/train",
+            "tests/checkpoint",
+            "tests/data",
+            "tests/cli",
+            "tests/serve",
+            "tests/evaluate",
+            "tests/inference",
+        ),
     ),
 )
 

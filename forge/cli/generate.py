@@ -49,6 +49,9 @@ LogprobsOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Random seed.")]
 DtypeOption = Annotated[str, typer.Option(help="fp32 or bf16: in which the model computes.")]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="With --input: answer with so many processes of this machine, on Ray.")
+]
 EmaOption = Annotated[bool, typer.Option("--ema", help="Use the averaged (EMA) weights.")]
 
 
@@ -71,6 +74,7 @@ def generate(
     logprobs: LogprobsOption = None,
     seed: SeedOption = 1,
     dtype: DtypeOption = "fp32",
+    workers: WorkersOption = None,
     ema: EmaOption = False,
     step: StepOption = None,
     runs: RunsOption = Path("runs"),
@@ -98,7 +102,7 @@ def generate(
     }
     display.message(f"importing torch and transformers, then loading {_named(folder, step=parse_step(step))}")
     if input_file is not None:
-        _answer_file(config, source=input_file, output=Path(output))
+        _answer_file(config, source=input_file, output=Path(output), num_workers=workers)
         return
     answer = answer_prompts(config, [prompt])
     if output == "json":
@@ -139,14 +143,16 @@ def _folder(source: str, *, runs: Path) -> Path:
     return folder if is_model else find_run(source, root=runs)
 
 
-def _answer_file(config: dict[str, Any], *, source: Path, output: Path) -> None:
+def _answer_file(config: dict[str, Any], *, source: Path, output: Path, num_workers: int | None) -> None:
     from forge.cli import display
     from forge.cli.progress import ExportScreen
     from forge.runtime.torch_subprocess import answer_file
     from forge.units import format_duration
 
     with ExportScreen() as screen:
-        found = answer_file(config, source=source, output=output, on_progress=screen.show_answers)
+        found = answer_file(
+            config, source=source, output=output, num_workers=num_workers, on_progress=screen.show_answers
+        )
     reused = f", {found['num_reused']:,} of them from before" if found["num_reused"] else ""
     display.message(
         f"{found['num_answers']:,} answers{reused} in {output}, in {format_duration(found['answer_s'])}"

@@ -51,19 +51,28 @@ def answer_prompts(config: Mapping[str, Any], records: Sequence[Any]) -> dict[st
 
 
 def answer_file(
-    config: Mapping[str, Any], *, source: Path, output: Path, on_progress: OnBytes | None = None
+    config: Mapping[str, Any],
+    *,
+    source: Path,
+    output: Path,
+    num_workers: int | None = None,
+    on_progress: OnBytes | None = None,
 ) -> dict[str, Any]:
     """Answer all prompts of a JSONL file; started again after a stop, it computes what is missing.
 
     Args:
         output: a new JSONL file with an answer for each prompt, in order.
+        num_workers: answer with so many workers of Ray on this machine; None: in one process, without Ray.
         on_progress: called with the prompts that are answered and those in all.
 
     Returns: as `answer_prompts`, with `num_answers` and `num_reused` in place of `answers`.
     Raises: as `answer_prompts`.
     """
     _require_trusted(config)
-    request = {"config": dict(config), "input": str(source), "output": str(output)}
+    request: dict[str, Any] = {"config": dict(config), "input": str(source), "output": str(output)}
+    if num_workers is not None:
+        request["num_workers"] = num_workers
+        return run_driver("forge.runtime.answer_map", request=request, what=_NO_ANSWER, on_progress=on_progress)
     return _run(_ANSWERS, request=request, what=_NO_ANSWER, on_progress=on_progress)
 
 
