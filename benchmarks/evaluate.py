@@ -80,7 +80,9 @@ def measure(contender: str, *, model: Path, task: dict[str, Any], folder: Path) 
     name, dtype = contender.replace(",", "").split()[:2]
     size = int(contender.rpartition(" ")[2]) if name == "lm-eval" else 0
     request = {"contender": name, "model": str(model), "dtype": dtype, "batch_size": size, **task}
-    with running(module("score_models", request), folder=folder, threads=None) as program:
+    (folder / "request.json").write_text(json.dumps(request))
+    command = module("score_models", {"file": str(folder / "request.json")})  # too long for a command line
+    with running(command, folder=folder, threads=None) as program:
         if program.process.wait():
             raise RuntimeError(program.last_words())
     found: dict[str, Any] = json.loads((folder / "answer").read_text().splitlines()[-1])

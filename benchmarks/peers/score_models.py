@@ -1,8 +1,9 @@
 """Generation and scoring for an evaluation, by forge or by `lm-eval --model hf`.
 
-    python -m benchmarks.peers.score_models '{"contender": "forge", "model": FOLDER, "dtype": "fp32", ...}'
+    python -m benchmarks.peers.score_models '{"file": FILE}'
 
-Prints one JSON line: seconds of each kind of work without loading the model, and what came out.
+The file has the contender, the model and the task as JSON. Prints one JSON line: seconds of each kind of work
+without loading the model, and what came out.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
 def main() -> None:
     """Load the model, then do both kinds of work."""
-    request = json.loads(sys.argv[1])
+    request = json.loads(Path(json.loads(sys.argv[1])["file"]).read_text())
     generate, score = _forge(request) if request["contender"] == "forge" else _lm_eval(request)
     found: dict[str, Any] = {}
     for name, work, inputs in (
