@@ -67,7 +67,7 @@ def start(
 ) -> None:
     """Serve a run's newest checkpoint, or an exported folder, until Ctrl-C; with --detach in the background.
 
-    Example:  forge serve latest --port 8000
+    Example:  forge serve start latest --port 8000   (`start` may be left out)
     """
     from forge.serve.http.api_keys import KeyLimits
     from forge.serve.http.settings import ServerSettings

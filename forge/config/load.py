@@ -18,6 +18,7 @@ from forge.code_archive import PackedCode
 from forge.config.cluster import SECTIONS, ClusterSpec
 from forge.config.data import DataSpec
 from forge.config.errors import field_errors
+from forge.config.evaluate import EvaluateSpec
 from forge.config.job import JobSpec
 from forge.config.locations import SourceMap, combined, map_source, parent_key
 from forge.config.model import ModelSpec
@@ -74,6 +75,10 @@ class LoadedJob:
     @property
     def resources(self) -> ResourcesSpec:
         return self.job.resources
+
+    @property
+    def evaluate(self) -> EvaluateSpec | None:
+        return self.job.evaluate
 
     @property
     def tracking(self) -> TrackingSpec:
