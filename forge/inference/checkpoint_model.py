@@ -15,8 +15,8 @@ from forge.model.adapter_names import unwrapped_name
 from forge.model.adapters import add_adapters
 from forge.model.auto_classes import build_on_meta
 from forge.model.families.base import BuildOptions, DataShape
-from forge.model.families.causal_lm import build_from_config
 from forge.model.families.registry import family_of
+from forge.model.families.transformers_family import build_from_config
 from forge.model.transformers_config import config_from_record
 from forge.plan.plan import Plan
 

@@ -18,7 +18,7 @@ from forge.config.load import LoadedJob, load_job
 from forge.config.overrides import check_space, trial_job, usual_values
 from forge.errors import JobFileError
 from forge.model.families.base import DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.plan.plan import make_draft, make_plan, plan_from_json, plan_to_json
 from forge.report.text import plan_facts, search_facts
 from tests.config.test_hostile_files import MUTATIONS, NASTY, check_message
@@ -106,14 +106,14 @@ def process(folder: Path) -> None:
 def inspect(loaded: LoadedJob) -> None:
     vocab_size = min(loaded.job.data.tokenizer.vocab_size, 1000)
     data = DataShape(vocab_size=vocab_size, seq_len=loaded.job.data.seq_len, eot_id=0)
-    CausalLmFamily().inspect(loaded.job.model, data)
+    TransformersFamily().inspect(loaded.job.model, data)
 
 
 def test_job_file__mutated__becomes_a_plan_or_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    CausalLmFamily().inspect(  # its imports are not a case's
+    TransformersFamily().inspect(  # its imports are not a case's
         JobSpec.model_validate(TINY).model, DataShape(vocab_size=300, seq_len=16, eot_id=0)
     )
     result = run_cases("job file", make=make, check=process, root=tmp_path)

@@ -21,7 +21,7 @@ from forge.errors import ModelError
 from forge.model import adapters, quantise
 from forge.model.adapter_targets import require_dropout_by_sample
 from forge.model.families.base import DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.plan.flops import flops_per_token
 from forge.plan.inputs import ModelInfo
 from forge.plan.plan import make_plan
@@ -42,7 +42,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def inspect(base: Path, **lora: Any) -> ModelInfo:
     spec = ModelSpec.model_validate({"from_pretrained": str(base), "lora": {"rank": 4} | lora})
-    return CausalLmFamily().inspect(spec, DATA)
+    return TransformersFamily().inspect(spec, DATA)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama, tied", "gpt2"])

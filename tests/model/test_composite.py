@@ -13,7 +13,7 @@ from forge.errors import ModelError
 from forge.model.composite import encoder_of
 from forge.model.dropout import has_dropout
 from forge.model.families.base import BuildOptions, DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.model.seq2seq import seq2seq_logits
 from forge.model.transformers_config import build_config, check_keys
 
@@ -39,14 +39,14 @@ def test_build_config__two_berts__get_vocabulary_tokens_and_cross_attention() ->
 
 
 def test_inspect__encoder_is_deeper__counts_both() -> None:
-    info = CausalLmFamily().inspect(spec(encoder={"num_hidden_layers": 3}), DATA)
+    info = TransformersFamily().inspect(spec(encoder={"num_hidden_layers": 3}), DATA)
     assert (info.class_name, info.num_encoder_layers, info.num_layers) == ("EncoderDecoderModel", 3, 4)
     assert info.num_source_matmul_parameters > 3 * (4 * 32 * 32 + 2 * 32 * 64)
 
 
 def test_build__same_weights__logits_are_those_of_transformers() -> None:
     options = BuildOptions(dtype=torch.float32, device=torch.device("cpu"), seed=3, skip_init=False)
-    model = CausalLmFamily().build(spec(decoder={"num_hidden_layers": 2}), DATA, options=options).eval()
+    model = TransformersFamily().build(spec(decoder={"num_hidden_layers": 2}), DATA, options=options).eval()
     encoder, decoder = BertConfig(**model.config.encoder.to_dict()), BertConfig(**model.config.decoder.to_dict())
     peer = EncoderDecoderModel(
         encoder=BertModel(encoder, add_pooling_layer=False), decoder=BertLMHeadModel(decoder)

@@ -20,7 +20,7 @@ from transformers import (
 from forge.config.model import ModelSpec
 from forge.errors import ModelError
 from forge.model.families.base import BuildOptions, DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.plan.inputs import ModelInfo
 
 SIZES: dict[str, Any] = {
@@ -53,7 +53,7 @@ def save(folder: Path, architecture: str, *, auto: Any, **keys: Any) -> Any:
 
 def inspect(folder: Path, data: DataShape = SEQUENCES, **keys: Any) -> ModelInfo:
     spec = ModelSpec.model_validate({"from_pretrained": str(folder), **keys})
-    return CausalLmFamily().inspect(spec, data)
+    return TransformersFamily().inspect(spec, data)
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ def test_inspect__model_without_a_classifier__has_a_new_head_from_the_seed(
 ) -> None:
     save(tmp_path, architecture, auto=auto)
     spec = ModelSpec(from_pretrained=str(tmp_path))
-    weights = CausalLmFamily().open_pretrained(spec, SEQUENCES)
+    weights = TransformersFamily().open_pretrained(spec, SEQUENCES)
     assert {name.rpartition(".")[0] for name in weights.absent} == new
     info = inspect(tmp_path)
     assert any("a new head, drawn from the seed" in note for note in info.notes)
     assert any("not used" in note for note in info.notes) is (auto is not AutoModel and architecture != "gpt2")
-    first, again = (CausalLmFamily().build(spec, SEQUENCES, options=OPTIONS) for _ in range(2))
+    first, again = (TransformersFamily().build(spec, SEQUENCES, options=OPTIONS) for _ in range(2))
     heads = [dict(model.named_parameters()) for model in (first, again)]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in weights.absent)
     matrix = next(heads[0][name] for name in weights.absent if name.endswith("weight"))
@@ -92,7 +92,7 @@ def test_inspect__model_without_a_classifier__has_a_new_head_from_the_seed(
 def test_inspect__token_classifier__has_a_new_head(tmp_path: Path) -> None:
     save(tmp_path, "bert", auto=AutoModelForMaskedLM)
     spec = ModelSpec(from_pretrained=str(tmp_path))
-    weights = CausalLmFamily().open_pretrained(spec, TOKENS)
+    weights = TransformersFamily().open_pretrained(spec, TOKENS)
     assert set(weights.absent) == {"classifier.weight", "classifier.bias"}
 
 
@@ -171,11 +171,11 @@ def test_inspect__lora__trains_the_new_head_whole(tmp_path: Path) -> None:
 def test_build__from_scratch__has_the_labels(auto: Any) -> None:
     data = SEQUENCES if auto is AutoModelForSequenceClassification else TOKENS
     spec = ModelSpec.model_validate({"architecture": "bert", **{k: SIZES[k] for k in list(SIZES)[:4]}})
-    model = CausalLmFamily().build(spec, data, options=OPTIONS)
+    model = TransformersFamily().build(spec, data, options=OPTIONS)
     assert model.config.label2id == {"bad": 0, "good": 1, "odd": 2}
     assert model.config.pad_token_id == 0
     assert model.classifier.out_features == 3
-    assert CausalLmFamily().inspect(spec, data).class_name.startswith("BertFor")
+    assert TransformersFamily().inspect(spec, data).class_name.startswith("BertFor")
 
 
 def drop(folder: Path, *names: str) -> None:

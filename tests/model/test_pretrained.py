@@ -16,7 +16,7 @@ from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
 from forge.fs import digest_file
 from forge.model.families.base import BuildOptions, DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.model.pretrained import PretrainedWeights
 from forge.model.weight_files import open_weight_files
 
@@ -43,7 +43,7 @@ def saved_model(
 
 
 def opened(folder: Path) -> PretrainedWeights:
-    return CausalLmFamily().open_pretrained(ModelSpec(from_pretrained=str(folder)), DATA)
+    return TransformersFamily().open_pretrained(ModelSpec(from_pretrained=str(folder)), DATA)
 
 
 def differing(weights: PretrainedWeights, model: Any) -> list[str]:
@@ -146,7 +146,7 @@ def test_inspect__config_that_cannot_be_used__is_refused_without_a_prompt(
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(ModelError, match=message):
-        CausalLmFamily().inspect(ModelSpec(from_pretrained=str(tmp_path)), DATA)
+        TransformersFamily().inspect(ModelSpec(from_pretrained=str(tmp_path)), DATA)
     assert capfd.readouterr().out == ""
 
 
@@ -178,7 +178,7 @@ def test_inspect__folder_with_missing_weights__is_refused_before_anything_starts
     saved_model(tmp_path)
     without(tmp_path / "model.safetensors", "model.norm.weight")
     with pytest.raises(ModelError, match=r"lacks model\.norm\.weight"):
-        CausalLmFamily().inspect(ModelSpec(from_pretrained=str(tmp_path)), DATA)
+        TransformersFamily().inspect(ModelSpec(from_pretrained=str(tmp_path)), DATA)
 
 
 @pytest.mark.parametrize("suffix", ["qweight", "weight_packed", "weight.absmax", "SCB"])
@@ -340,7 +340,7 @@ def spec_of(folder: Path, **keys: object) -> ModelSpec:
 
 def built(spec: ModelSpec, *, seed: int = 1) -> Any:
     options = BuildOptions(dtype=torch.float32, device=torch.device("cpu"), seed=seed)
-    return CausalLmFamily().build(spec, DATA, options=options)
+    return TransformersFamily().build(spec, DATA, options=options)
 
 
 @pytest.mark.parametrize(
@@ -351,9 +351,9 @@ def test_inspect__more_layers_than_the_folder__are_said_and_drawn_from_the_seed(
 ) -> None:
     saved_model(tmp_path, architecture)
     spec = spec_of(tmp_path, **{key: 4})
-    note = CausalLmFamily().inspect(spec, DATA).notes[0]
+    note = TransformersFamily().inspect(spec, DATA).notes[0]
     assert note.startswith(f"not in {tmp_path}, drawn from the seed (the job sets {key}: 4): ")
-    absent = CausalLmFamily().open_pretrained(spec, DATA).absent
+    absent = TransformersFamily().open_pretrained(spec, DATA).absent
     assert absent
     assert {name.split(".")[2] for name in absent} == {"2", "3"}
     torch.rand(7)
@@ -368,7 +368,7 @@ def test_inspect__more_layers_than_the_folder__are_said_and_drawn_from_the_seed(
 
 def test_inspect__fewer_layers_than_the_folder__names_what_is_not_used(tmp_path: Path) -> None:
     saved_model(tmp_path)
-    notes = CausalLmFamily().inspect(spec_of(tmp_path, num_hidden_layers=1), DATA).notes
+    notes = TransformersFamily().inspect(spec_of(tmp_path, num_hidden_layers=1), DATA).notes
     assert len(notes) == 1
     assert notes[0].startswith(
         f"in {tmp_path}, but not in the model, so not used (the job sets num_hidden_layers: 1)"
@@ -378,7 +378,7 @@ def test_inspect__fewer_layers_than_the_folder__names_what_is_not_used(tmp_path:
 
 def test_inspect__same_keys_as_the_folder__has_nothing_to_say(tmp_path: Path) -> None:
     saved_model(tmp_path)
-    assert CausalLmFamily().inspect(spec_of(tmp_path, num_hidden_layers=2), DATA).notes == ()
+    assert TransformersFamily().inspect(spec_of(tmp_path, num_hidden_layers=2), DATA).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_inspect__key_that_changes_a_shape__is_named_with_both_shapes(tmp_path: 
     with pytest.raises(
         ModelError, match=r"has other shapes: .* there and .* in the model.*; the job sets "
     ) as caught:
-        CausalLmFamily().inspect(spec_of(tmp_path, **keys), DATA)
+        TransformersFamily().inspect(spec_of(tmp_path, **keys), DATA)
     assert caught.value.key == next(iter(keys))
 
 
@@ -403,13 +403,13 @@ def test_inspect__folder_that_lacks_its_own_weights__is_refused_with_more_layers
     saved_model(tmp_path)
     without(tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(ModelError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
-        CausalLmFamily().inspect(spec_of(tmp_path, num_hidden_layers=3), DATA)
+        TransformersFamily().inspect(spec_of(tmp_path, num_hidden_layers=3), DATA)
 
 
 def test_inspect__freeze_of_weights_that_are_not_in_the_folder__is_refused(tmp_path: Path) -> None:
     saved_model(tmp_path)
     with pytest.raises(ModelError, match=r"freezes weights that are not in .*model\.layers\.2\.") as caught:
-        CausalLmFamily().inspect(spec_of(tmp_path, num_hidden_layers=3, freeze="model.layers.2"), DATA)
+        TransformersFamily().inspect(spec_of(tmp_path, num_hidden_layers=3, freeze="model.layers.2"), DATA)
     assert caught.value.key == "freeze"
 
 
@@ -427,7 +427,7 @@ def test_inspect__value_that_the_config_refuses__blames_its_key(
 ) -> None:
     saved_model(tmp_path, architecture)
     with pytest.raises(ModelError) as caught:
-        CausalLmFamily().inspect(spec_of(tmp_path, **keys), DATA)
+        TransformersFamily().inspect(spec_of(tmp_path, **keys), DATA)
     assert (caught.value.key, caught.value.suspects) == (suspects[0], suspects)
     assert "\n" not in caught.value.problem
 
@@ -437,7 +437,7 @@ def test_inspect__git_lfs_pointer__is_said(tmp_path: Path, name: str) -> None:
     saved_model(tmp_path)
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
     with pytest.raises(PlanError, match=rf"{name} is a git-lfs pointer, not the file itself: run `git lfs pull`"):
-        CausalLmFamily().inspect(spec_of(tmp_path), DATA)
+        TransformersFamily().inspect(spec_of(tmp_path), DATA)
 
 
 @pytest.mark.timeout(30)
@@ -451,13 +451,13 @@ def test_inspect__folder_whose_config_has_sizes_without_end__is_refused(
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(ModelError, match="must be at most"):
-        CausalLmFamily().inspect(spec_of(tmp_path), DATA)
+        TransformersFamily().inspect(spec_of(tmp_path), DATA)
 
 
 def test_inspect__unknown_keys__are_all_named(tmp_path: Path) -> None:
     saved_model(tmp_path)
     with pytest.raises(ModelError) as caught:
-        CausalLmFamily().inspect(spec_of(tmp_path, hiden_size=1, rms_nrm_eps=2), DATA)
+        TransformersFamily().inspect(spec_of(tmp_path, hiden_size=1, rms_nrm_eps=2), DATA)
     assert (caught.value.key, caught.value.more_keys) == ("hiden_size", ("rms_nrm_eps",))
 
 
@@ -465,7 +465,7 @@ def test_inspect__folder__keeps_its_generation_config(tmp_path: Path) -> None:
     saved_model(tmp_path)
     body = {"eos_token_id": [0, 5], "temperature": 0.7, "do_sample": True}
     (tmp_path / "generation_config.json").write_text(json.dumps(body))
-    assert CausalLmFamily().inspect(spec_of(tmp_path), DATA).generation == body
+    assert TransformersFamily().inspect(spec_of(tmp_path), DATA).generation == body
 
 
 def without(file: Path, *names: str) -> None:

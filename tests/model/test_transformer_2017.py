@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from forge.config.model import ModelSpec
 from forge.errors import ModelError
 from forge.model.families.base import BuildOptions, DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.model.transformer_2017 import (
     DecoderLayer,
     EncoderLayer,
@@ -115,7 +115,7 @@ def test_sinusoids__every_dimension__is_the_formula_of_the_paper() -> None:
 def test_inspect__base_and_big_model__have_the_published_sizes() -> None:
     for sizes, published in (({}, 65e6), ({"d_model": 1024, "d_ff": 4096, "num_heads": 16}, 213e6)):
         spec = ModelSpec.model_validate({"architecture": "transformer-2017", "vocab_size": 37_000, **sizes})
-        info = CausalLmFamily().inspect(spec, SHAPE)
+        info = TransformersFamily().inspect(spec, SHAPE)
         assert info.num_parameters == pytest.approx(published, rel=0.04)  # tables 3 and 4 round
         assert info.num_layers == 12 and info.num_encoder_layers == 6
         assert info.num_source_matmul_parameters > info.num_matmul_parameters / 4
@@ -123,7 +123,7 @@ def test_inspect__base_and_big_model__have_the_published_sizes() -> None:
 
 def test_inspect__width_that_heads_do_not_divide__is_refused() -> None:
     with pytest.raises(ModelError, match="multiple of num_heads: 5"):
-        CausalLmFamily().inspect(
+        TransformersFamily().inspect(
             ModelSpec.model_validate(SPEC.model_dump(exclude_unset=True) | {"num_heads": 5}), SHAPE
         )
 
@@ -131,11 +131,11 @@ def test_inspect__width_that_heads_do_not_divide__is_refused() -> None:
 def test_build__from_a_seed__ties_and_scales_the_embedding() -> None:
     options = BuildOptions(dtype=torch.float32, device=torch.device("cpu"), seed=1)
     spec = ModelSpec.model_validate({"architecture": "transformer-2017", **SIZES | {"d_model": 128}})
-    model: Any = CausalLmFamily().build(spec, SHAPE, options=options)
+    model: Any = TransformersFamily().build(spec, SHAPE, options=options)
     assert model.lm_head.weight is model.encoder.embedding.tokens.weight
     assert model.lm_head.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
     assert model.config.decoder_start_token_id == model.config.pad_token_id == 1
-    again: Any = CausalLmFamily().build(spec, SHAPE, options=options)
+    again: Any = TransformersFamily().build(spec, SHAPE, options=options)
     assert all(bool((a == b).all()) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 

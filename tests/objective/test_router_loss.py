@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from forge.config.model import ModelSpec
 from forge.errors import ModelError
 from forge.model.families.base import DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.objective.base import IGNORED, ObjectiveModule
 from forge.objective.build import build_objective
 from forge.objective.causal_lm import CausalLm
@@ -224,16 +224,16 @@ def test_inspect__auxiliary_loss_that_no_objective_computes__is_refused_or_said(
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     spec = ModelSpec.model_validate({"architecture": architecture, **sizes, **keys, "output_router_logits": True})
     with pytest.raises(ModelError, match="auxiliary loss of experts is no part of the loss") as caught:
-        CausalLmFamily().inspect(spec, data)
+        TransformersFamily().inspect(spec, data)
     assert caught.value.key == "output_router_logits"
     plain = ModelSpec.model_validate({"architecture": architecture, **sizes, **keys})
-    assert any("no auxiliary loss" in note for note in CausalLmFamily().inspect(plain, data).notes)
+    assert any("no auxiliary loss" in note for note in TransformersFamily().inspect(plain, data).notes)
 
 
 def ask(**keys: object) -> tuple[str, ...]:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     spec = ModelSpec.model_validate({"architecture": "mixtral", **sizes, **EXPERTS["mixtral"], **keys})
-    return tuple(CausalLmFamily().inspect(spec, DataShape(vocab_size=VOCAB, seq_len=16, eot_id=0)).notes)
+    return tuple(TransformersFamily().inspect(spec, DataShape(vocab_size=VOCAB, seq_len=16, eot_id=0)).notes)
 
 
 def test_inspect__coefficient_without_router_logits__is_said() -> None:
@@ -246,7 +246,7 @@ def test_inspect__coefficient_without_router_logits__is_said() -> None:
 
 def test_inspect__auxiliary_loss_that_is_not_known__is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func")
-    monkeypatch.setattr("forge.model.families.causal_lm.probe_forward", lambda *_, **__: _Fine())
+    monkeypatch.setattr("forge.model.families.transformers_family.probe_forward", lambda *_, **__: _Fine())
     with pytest.raises(ModelError, match="auxiliary loss of MixtralForCausalLM is not known") as caught:
         ask(output_router_logits=True)
     assert caught.value.key == "output_router_logits"

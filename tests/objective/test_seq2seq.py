@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from forge.config.model import ModelSpec
 from forge.errors import ModelError, RunError
 from forge.model.families.base import DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.model.transformers_config import build_config
 from forge.objective.base import IGNORED
 from forge.objective.seq2seq import Seq2Seq
@@ -113,7 +113,7 @@ def test_build_config__new_models__start_as_the_architecture_does() -> None:
     ],
 )
 def test_inspect__t5__counts_the_published_parameters(keys: dict[str, int], count: int) -> None:
-    info = CausalLmFamily().inspect(ModelSpec.model_validate({"architecture": "t5", **keys}), SHAPE)
+    info = TransformersFamily().inspect(ModelSpec.model_validate({"architecture": "t5", **keys}), SHAPE)
     assert info.num_parameters == count
     assert info.num_layers == 2 * info.num_encoder_layers == 2 * keys["num_layers"]
     width, layers, inner = keys["d_model"], keys["num_layers"], keys["d_ff"]
@@ -128,7 +128,7 @@ def test_inspect__t5__counts_the_published_parameters(keys: dict[str, int], coun
 def test_inspect__folder_without_a_first_token__is_refused(tmp_path: Path) -> None:
     AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **T5, vocab_size=VOCAB)).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="decoder_start_token_id"):
-        CausalLmFamily().inspect(ModelSpec(from_pretrained=str(tmp_path)), SHAPE)
+        TransformersFamily().inspect(ModelSpec(from_pretrained=str(tmp_path)), SHAPE)
 
 
 @pytest.mark.parametrize("architecture", ["t5", "bart"])
@@ -139,6 +139,6 @@ def test_inspect__adapters_on_an_encoder_decoder__are_counted_and_leave_the_rest
     spec = ModelSpec.model_validate(
         {"from_pretrained": str(tmp_path), "lora": {"rank": 2, "targets": "all-linear"}}
     )
-    info = CausalLmFamily().inspect(spec, SHAPE)
+    info = TransformersFamily().inspect(spec, SHAPE)
     assert 0 < info.num_trainable_parameters < info.num_parameters / 4
     assert 0 < info.num_frozen_source_matmul_parameters <= info.num_source_matmul_parameters

@@ -19,7 +19,7 @@ from forge.config.model import ModelSpec
 from forge.errors import CheckpointError
 from forge.inference.checkpoint_model import load_model
 from forge.model.families.base import BuildOptions, DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import Plan
 from forge.runtime.resolve_init import init_info
@@ -49,7 +49,7 @@ def save_base(folder: Path, model: dict[str, Any]) -> None:
     """Save a model with the weights of a seed."""
     options = BuildOptions(dtype=torch.float32, device=torch.device("cpu"), seed=7)
     data = DataShape(vocab_size=VOCAB, seq_len=SEQ_LEN, eot_id=0)
-    built: Any = CausalLmFamily().build(ModelSpec.model_validate(model), data, options=options)
+    built: Any = TransformersFamily().build(ModelSpec.model_validate(model), data, options=options)
     built.save_pretrained(folder)
 
 
@@ -150,7 +150,7 @@ def test_inspect__classifier_with_adapters__trains_its_new_head_whole(tmp_path: 
         num_labels=3,
         pad_id=0,
     )
-    info = CausalLmFamily().inspect(spec, shape)
+    info = TransformersFamily().inspect(spec, shape)
     assert any("trained whole: score.weight" in note for note in info.notes)
     sizes = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
     assert info.num_trainable_parameters == sizes + 3 * 32

@@ -22,7 +22,7 @@ from forge.errors import ForgeError
 from forge.inference.answer import AnswerConfig, Answerer
 from forge.inference.checkpoint_model import load_model
 from forge.model.families.base import DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.plan.plan import Plan
 from forge.runs.create import fill_run_folder
 from forge.serve.export import ExportRequest, export
@@ -46,7 +46,7 @@ def save_base(folder: Path) -> None:
 def run_from(base: Path, folder: Path, corpus: Any, **model: object) -> Plan:
     """Train two steps from a base whose folder is then moved away. Returns: the plan of the run in `folder`."""
     spec = ModelSpec.model_validate({"from_pretrained": str(base), **model})
-    info = CausalLmFamily().inspect(spec, DataShape(vocab_size=VOCAB, seq_len=SEQ_LEN, eot_id=0))
+    info = TransformersFamily().inspect(spec, DataShape(vocab_size=VOCAB, seq_len=SEQ_LEN, eot_id=0))
     plan = tiny_plan(
         corpus,
         model=spec.model_dump(exclude_unset=True),

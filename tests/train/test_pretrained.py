@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from forge.config.model import ModelSpec
 from forge.elastic.workers.fork_client import start_fork_server
 from forge.model.families.base import BuildOptions, DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.objective.causal_lm import CausalLm
 from forge.plan.inputs import CorpusFiles
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
@@ -36,7 +36,7 @@ def save_first_weights(folder: Path, precision: str) -> None:
     """Those that a run of the tiny job would draw from its seed."""
     job = tiny_job()
     options = BuildOptions(dtype=DTYPES[precision], device=torch.device("cpu"), seed=job.training.seed)
-    model: Any = CausalLmFamily().build(
+    model: Any = TransformersFamily().build(
         job.model, DataShape(vocab_size=VOCAB, seq_len=SEQ_LEN, eot_id=0), options=options
     )
     model.save_pretrained(folder, max_shard_size="20KB")
@@ -117,12 +117,12 @@ def peaks_of(rank: int, plan_json: str, folder: str, world_size: int) -> dict[st
     plan: Plan = plan_from_json(plan_json)
     spec, data = ModelSpec(from_pretrained=folder), DataShape(vocab_size=LARGE_VOCAB, seq_len=16, eot_id=0)
     join_process_group(device=torch.device("cpu"))
-    family: ModelFamily = CausalLmFamily()
+    family: ModelFamily = TransformersFamily()
     family.import_classes(spec, data)  # the code itself takes memory, which is not the model's
     peaks: dict[str, int] = {}
 
     def build(*arguments: Any, **named: Any) -> Any:
-        return measured("build", lambda: CausalLmFamily().build(*arguments, **named))
+        return measured("build", lambda: TransformersFamily().build(*arguments, **named))
 
     def measured(what: str, action: Callable[[], Any]) -> Any:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far

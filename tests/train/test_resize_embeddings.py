@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
 from forge.model.families.base import DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import make_plan
 from tests.support.jobs import CPU, SEQ_LEN, VOCAB, tiny_facts, tiny_job, tiny_plan
@@ -60,7 +60,7 @@ def test_train__embedding_is_enlarged__has_the_losses_of_weights_that_were_resiz
 
 def inspected(folder: Path, vocab_size: int = VOCAB, **keys: Any) -> Any:
     spec = ModelSpec(from_pretrained=str(folder), **keys)
-    return CausalLmFamily().inspect(spec, DataShape(vocab_size=vocab_size, seq_len=SEQ_LEN, eot_id=0))
+    return TransformersFamily().inspect(spec, DataShape(vocab_size=vocab_size, seq_len=SEQ_LEN, eot_id=0))
 
 
 def test_inspect__resize_embeddings__says_what_grows(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_inspect__vocab_size_is_set_beside_it__is_the_number_of_rows(tmp_path: P
     spec = ModelSpec.model_validate(
         {"from_pretrained": str(tmp_path), "resize_embeddings": True, "vocab_size": 160}
     )
-    found = CausalLmFamily().inspect(spec, DataShape(vocab_size=101, seq_len=SEQ_LEN, eot_id=0))
+    found = TransformersFamily().inspect(spec, DataShape(vocab_size=101, seq_len=SEQ_LEN, eot_id=0))
     assert found.vocab_size == 160
 
 

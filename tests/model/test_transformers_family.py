@@ -1,4 +1,4 @@
-"""Causal language models: weights from a seed, configs from a job."""
+"""Models of transformers: weights from a seed, configs from a job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from forge.config.model import ModelSpec
 from forge.errors import PlanError
 from forge.model.families.base import BuildOptions, DataShape
-from forge.model.families.causal_lm import CausalLmFamily
+from forge.model.families.transformers_family import TransformersFamily
 from forge.model.transformers_config import build_config
 
 DATA = DataShape(vocab_size=97, seq_len=16, eot_id=0)
@@ -22,7 +22,7 @@ LLAMA = {
 
 def build(seed: int = 1, *, skip_init: bool = False, **keys: object) -> torch.nn.Module:
     options = BuildOptions(dtype=torch.float32, device=torch.device("cpu"), seed=seed, skip_init=skip_init)
-    return CausalLmFamily().build(ModelSpec.model_validate(LLAMA | keys), DATA, options=options)
+    return TransformersFamily().build(ModelSpec.model_validate(LLAMA | keys), DATA, options=options)
 
 
 def test_build__same_seed__same_weights_whatever_was_drawn_before() -> None:
@@ -107,7 +107,8 @@ def test_build__skip_init__draws_nothing_and_fills_buffers(
     drawn = build(**keys)
     monkeypatch.setattr(torch.nn.init, "normal_", lambda *_, **__: pytest.fail("a weight was initialised"))
     monkeypatch.setattr(
-        "forge.model.families.causal_lm.initialise", lambda *_, **__: pytest.fail("weights were initialised")
+        "forge.model.families.transformers_family.initialise",
+        lambda *_, **__: pytest.fail("weights were initialised"),
     )
     blank = build(skip_init=True, **keys)
     assert {n: p.shape for n, p in blank.named_parameters()} == {n: p.shape for n, p in drawn.named_parameters()}

@@ -1,4 +1,4 @@
-"""Causal language models of transformers: an `architecture` by name, or the folder of `from_pretrained`.
+"""Models of the auto classes of transformers: an `architecture` by name, or the folder of `from_pretrained`.
 
 The config consists of the job's keys, with vocabulary and positions taken from the data. `forge.model.init`
 initialises the weights. With `from_pretrained` the model is built without values, and each rank reads its own shard
@@ -48,8 +48,8 @@ from forge.process import one_line
 _PLAIN_ATTENTION_TOKENS = 512
 
 
-class CausalLmFamily:
-    """Models that `AutoModelForCausalLM` knows."""
+class TransformersFamily:
+    """Models that the auto classes of transformers know, and `transformer-2017`."""
 
     def inspect(self, spec: ModelSpec, data: DataShape) -> ModelInfo:
         check_keys(spec, auto_class=data.auto_class)
