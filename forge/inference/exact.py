@@ -19,7 +19,9 @@ TIE = 1e-6
 """Logits closer than this in fp64 are equal, as of two equal rows of an output embedding; the smaller id wins.
 Norms of transformers models compute in fp32 within it."""
 _NOISE = {torch.float32: 2.0**-13, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
-"""Bounds of the difference that batching makes, relative to the largest logit."""
+"""Bounds of the difference that batching makes, relative to the largest logit.
+
+With SmolLM2-135M, 8 texts of 32 tokens alone and in one batch: at most 8.1e-7 in fp32 and 0.016 in bf16."""
 
 
 def noise_bound(logits: Tensor, *, dtype: torch.dtype) -> Tensor:

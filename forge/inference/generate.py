@@ -6,8 +6,8 @@
 Batched arithmetic rounds differently in batches of other shapes, so two likely tokens can change places. Where the
 choice of a token was closer than that, the finished text is compared with the logits of that sequence alone in fp64
 (`forge.inference.exact`): from the first token that differs on it is generated again. So greedy text is the same at
-every batch size, order and number of workers. In fp32 about one text in a hundred is compared, in bf16 nearly all
-are, which is why fp32 is the default.
+every batch size, order and number of workers. In fp32 few choices are that close, in bf16 more than half are, so
+fp32 is the default.
 
 Speed: prompts are sorted by length; what all begin with is computed once; finished texts leave their slot to the
 next prompt (`forge.inference.slots`); only the last position of a prompt has logits.
