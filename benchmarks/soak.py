@@ -82,7 +82,6 @@ GROUPS = (
             "tests/data",
             "tests/cli",
             "tests/serve",
-            "tests/evaluate",
             "tests/inference",
         ),
     ),

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FAST = ("controller_scale", "data")
+FAST = ("controller_scale",)
 SLOW = (
     "checkpoint",
     "cluster",
     "cold_start",
+    "data",
     "elastic_replay",
     "ema",
     "evaluate",

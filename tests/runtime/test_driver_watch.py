@@ -120,7 +120,8 @@ def test_train__memory_monitor_kills_all_the_time__ends_with_the_reason(home: Pa
     assert 0 < kills[0]["used_gib"] < kills[0]["limit_gib"]
 
 
-@pytest.mark.parametrize("moment", ["forming", pytest.param("training", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["forming", "training"])
 def test_train__run_folder_removed__ends_within_seconds_and_says_so(home: Path, moment: str) -> None:
     client = start_forge("train", "job.yaml", cwd=home)
     folder = wait_for(lambda: client.poll() or next(home.glob("runs/*/events.jsonl"), None)).parent

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.command import environment
 
 JOB = """\
@@ -64,6 +66,7 @@ def few_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
 
 
+@pytest.mark.slow
 def test_train__everything_odd_at_once__finishes_and_imports_nothing_from_the_current_folder(
     tmp_path: Path,
 ) -> None:

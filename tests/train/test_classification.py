@@ -84,6 +84,7 @@ def masked_lm(folder: Path) -> dict[str, Any]:
     return {"from_pretrained": str(folder)}
 
 
+@pytest.mark.slow
 def test_train__any_world_size_and_stage__losses_are_equal_and_the_export_answers_alike(tmp_path: Path) -> None:
     base, balanced = masked_lm(tmp_path / "base"), {"kind": "single", "class_weights": "balanced"}
 

@@ -30,6 +30,7 @@ def plan_of(corpus: CorpusInfo, stage: int, **changes: object) -> Plan:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_train__any_world_size_stage_and_micro_batch__losses_are_equal_and_a_resize_keeps_the_curve(
     corpus: CorpusInfo, tmp_path: Path
 ) -> None:

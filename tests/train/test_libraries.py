@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from forge.plan.memory import LIBRARIES_BYTES
 
 MEASURE = """
@@ -20,6 +22,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_libraries_bytes__imports_of_a_rank__are_what_the_plan_adds() -> None:
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=120, check=True)
     assert (

@@ -87,6 +87,7 @@ def plan_of(corpus: CorpusInfo, stage: int, *, architecture: str = "t5", **chang
     return make_plan(job, model=model, corpus=corpus, hardware=CPU)
 
 
+@pytest.mark.slow
 def test_train__any_world_size_and_stage__losses_are_equal_and_a_resize_keeps_the_curve(
     pairs: CorpusInfo, tmp_path: Path
 ) -> None:
