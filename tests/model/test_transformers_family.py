@@ -103,7 +103,7 @@ def test_build__skip_init__draws_nothing_and_fills_buffers(
     keys: dict[str, object] = {"architecture": architecture, "num_key_value_heads": 2}
     if architecture == "gpt2":
         keys = {"architecture": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
-        monkeypatch.setattr("tests.model.test_causal_lm.LLAMA", {})
+        monkeypatch.setattr("tests.model.test_transformers_family.LLAMA", {})
     drawn = build(**keys)
     monkeypatch.setattr(torch.nn.init, "normal_", lambda *_, **__: pytest.fail("a weight was initialised"))
     monkeypatch.setattr(
