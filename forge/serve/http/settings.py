@@ -1,4 +1,4 @@
-"""What a server is told: the model, where it listens, its limits. Written to `server.json` of its folder."""
+"""Settings of a server: the model, its address, its limits. They are written to `server.json` of its folder."""
 
 from __future__ import annotations
 
