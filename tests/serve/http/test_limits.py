@@ -154,7 +154,11 @@ def test_rate_limit__less_than_one_per_minute__admits_after_that_time() -> None:
     clock = Clock()
     limiter, key = RateLimiter(clock=clock), key_of(requests_per_minute=0.5)
     limiter.admit(key)
-    clock.now += 121
+    clock.now += 60
+    with pytest.raises(ApiError) as caught:
+        limiter.admit(key)
+    assert 59 <= int(caught.value.headers()["Retry-After"]) <= 61
+    clock.now += 61
     limiter.admit(key)
 
 

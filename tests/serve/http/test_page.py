@@ -164,6 +164,7 @@ def test_page__server_with_keys__asks_for_one(backend: LocalBackend, tmp_path: P
         await browser.press("Enter", code=13)
         await browser.value("document.getElementById('access').requestSubmit()")
         await browser.wait("document.activeElement.id == 'input'")
+        assert await browser.value("document.getElementById('access').hidden") is True
 
     with running(backend, keys=KeyRing((), file=file, limits=KeyLimits())) as server:
         asyncio.run(in_browser(tmp_path, server.url, use))
