@@ -90,15 +90,25 @@ def start_driver(folder: Path) -> LocalRun:
     It uses the cluster that is up on this machine, otherwise starts one that ends with it. A driver that ends
     before it holds the lock has written the reason to `logs/driver.log`.
     """
+    process = start_holder(DRIVER_MODULE, folder=folder, log="driver.log")
+    return LocalRun(folder=folder, pid=process.pid, started_at=start_ticks(process.pid))
+
+
+def start_holder(module: str, *, folder: Path, log: str) -> subprocess.Popen[bytes]:
+    """Start a module in a session of its own; return once it holds the folder's lock, or has ended.
+
+    It is given the address of the cluster that is up on this machine, if there is one. Ctrl-C meanwhile ends it:
+    no handle was returned.
+    """
     cluster = find_local()
-    command = [sys.executable, "-P", "-m", DRIVER_MODULE, str(folder)]
+    command = [sys.executable, "-P", "-m", module, str(folder)]
     if cluster is not None:
         command += ["--address", cluster.address]
-    with os.fdopen(open_log(folder / "logs" / "driver.log"), "ab") as log:
+    with os.fdopen(open_log(folder / "logs" / log), "ab") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env=child_environment(),
@@ -106,10 +116,10 @@ def start_driver(folder: Path) -> LocalRun:
     try:
         while driver_pid(folder) != process.pid and process.poll() is None:
             time.sleep(_POLL_S)
-    except BaseException:  # Ctrl-C: no handle was returned, so the driver must not stay
+    except BaseException:
         process.terminate()
         raise
-    return LocalRun(folder=folder, pid=process.pid, started_at=start_ticks(process.pid))
+    return process
 
 
 def find_local_run(folder: Path) -> LocalRun | None:

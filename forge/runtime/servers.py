@@ -7,12 +7,9 @@ process holds as long as it lives.
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,14 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from forge.cluster.local.ray_cluster import find_local
-from forge.environment import child_environment
 from forge.errors import ArgumentError, ClusterError, RunError, printable
 from forge.foreign import parse_object, read_file
 from forge.fs import make_private, state_home, write_atomic
-from forge.process import open_log
 from forge.runs.reader import driver_pid, error_named
-from forge.runtime.driver_process import LocalRun, find_local_run
+from forge.runtime.driver_process import LocalRun, find_local_run, start_holder
 from forge.serve.http.settings import SETTINGS, STATUS, UPDATE, ServerSettings, settings_to_json
 
 SERVER_MODULE = "forge.runtime.serve_process"
@@ -107,25 +101,7 @@ def start_server(settings: ServerSettings) -> ServerStatus:
         (folder / left).unlink(missing_ok=True)
     shutil.rmtree(folder / "logs", ignore_errors=True)
     write_atomic(folder / SETTINGS, settings_to_json(settings), mode=0o600)
-    cluster = find_local()
-    command = [sys.executable, "-P", "-m", SERVER_MODULE, str(folder)]
-    if cluster is not None:
-        command += ["--address", cluster.address]
-    with os.fdopen(open_log(folder / "logs" / "server.log"), "ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=child_environment(),
-        )
-    try:
-        while driver_pid(folder) != process.pid and process.poll() is None:
-            time.sleep(_POLL_S)
-    except BaseException:
-        process.terminate()
-        raise
+    process = start_holder(SERVER_MODULE, folder=folder, log="server.log")
     status = _status(folder)
     if process.poll() is not None and status.state not in _NOT_READY:
         raise RunError(f"the server ended at once; its log is {folder / 'logs' / 'server.log'}")
