@@ -33,6 +33,8 @@ _LONG_POLL_S = 2.0
 _RETRY_S = 0.2
 # Ray restarts a supervisor sooner.
 _MAX_SILENCE_S = 40.0
+# Ray starts the actor's process, which imports forge; on a crowded machine that takes most of a minute.
+_MAX_START_S = 180.0
 
 
 def train_elastically(
@@ -88,22 +90,23 @@ def clear_run(run_id: str) -> None:
 def _await_outcome(supervisor: Any, stop: threading.Event) -> Outcome:
     """Ask the supervisor repeatedly, because Ray may restart it in between.
 
-    Raises: ClusterError if it has been unreachable for too long, so the cluster must be lost.
+    Raises: ClusterError if it did not start in time, or has been unreachable for too long, so the cluster must be
+        lost.
     """
-    answered_at = time.monotonic()
+    answered_at, limit_s, problem = time.monotonic(), _MAX_START_S, "has not started the run's supervisor within"
     while True:
         try:
             if stop.is_set():
                 ray.get(supervisor.stop.remote(), timeout=CLOSE_TIMEOUT_S)
             outcome: Outcome | None = ray.get(supervisor.outcome.remote(_LONG_POLL_S), timeout=4 * _LONG_POLL_S)
         except ray.exceptions.RayError as error:
-            if time.monotonic() - answered_at > _MAX_SILENCE_S:
-                raise ClusterError(f"the cluster has not answered for {_MAX_SILENCE_S:.0f} s: {error}") from error
+            if time.monotonic() - answered_at > limit_s:
+                raise ClusterError(f"the cluster {problem} {limit_s:.0f} s: {error}") from error
             time.sleep(_RETRY_S)
             continue
         if outcome is not None:
             return outcome
-        answered_at = time.monotonic()
+        answered_at, limit_s, problem = time.monotonic(), _MAX_SILENCE_S, "has not answered for"
 
 
 def _require_enough_slots(plan: Plan) -> None:
