@@ -1,0 +1,210 @@
+"""Estimate of the time of an optimizer step on GPUs that were not measured.
+
+The time of one micro-batch on one GPU is the sum of
+- matrix products: FLOPs ÷ (peak × efficiency). The efficiency grows with the width of the model and with the tokens
+  of the micro-batch; the faster the GPU, the larger both must be to keep it busy;
+- attention of FlashAttention's kind, which does not store scores: FLOPs (the upper half of a causal mask is not
+  computed) ÷ (peak × its own efficiency);
+- operations limited by memory (norms, activation functions, residual sums, the loss): bytes ÷ memory bandwidth.
+With activation checkpointing the layers' forward pass is computed twice. The communication of the ZeRO stage runs
+beside it: the longer of the two counts in full and a share of the shorter, because they use the same memory and
+are not overlapped at the first and the last layer. The optimizer reads and writes its state once in a step.
+
+A collective operation of W ranks moves V·(W-1)/W bytes per rank through the slowest link of a ring: that within a
+node, or all network cards of a node together (Rajbhandari et al., arXiv 1910.02054, section 7; NCCL's rings leave
+a node once for all of its GPUs).
+
+The ten constants of `Efficiency` were fitted to 104 measured configurations of 125M to 70B parameters on 8 to 512
+A100 and H100 GPUs, published by MosaicML (LLM Foundry, scripts/train/benchmarking/README.md at commit 8c8dd48f,
+Apache-2.0). `python -m benchmarks.forecast --published FILE --fit` fits them again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from forge.plan.gpus import Gpu
+
+_REFERENCE_FLOPS = 312e12
+"""Peak of the GPU to which the constants refer: A100, bf16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiency:
+    """Constants of the estimate; see this module's docstring for their origin."""
+
+    matmul: float = 0.886
+    """Share of the peak that products of wide matrices reach with many tokens."""
+    half_width: float = 517.0
+    """Hidden size at which a product takes twice as long as that share would make it, on the reference GPU."""
+    half_tokens: float = 394.0
+    """Tokens in a micro-batch, likewise."""
+    balance_exponent: float = 0.849
+    """How both grow with the peak of the GPU."""
+    attention: float = 0.32
+    """Share of the peak that attention reaches on the reference GPU."""
+    attention_exponent: float = 0.479
+    """How that share falls with the peak."""
+    activation_traffic: float = 1.405
+    """Bytes read and written by operations limited by memory ÷ bytes of the activations of a layer."""
+    intra_node: float = 0.551
+    """Share of the bandwidth within a node that collective operations reach."""
+    inter_node: float = 0.405
+    """Share of the bandwidth between nodes, likewise."""
+    exposed: float = 0.63
+    """Share of the shorter of computation and communication that the longer does not hide."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interconnect:
+    """Links between the GPUs of a job."""
+
+    gpus_per_node: int
+    inter_node_bytes_per_s: float
+    """Of all network cards of a node together, one direction."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """What one GPU does in one optimizer step."""
+
+    tokens: int
+    """In a micro-batch."""
+    num_micro_batches: int
+    matmul_flops: float
+    """Of a token, forward and backward; recomputation not counted."""
+    recomputed_flops: float = 0.0
+    """Of a token: the layers' forward products that activation checkpointing repeats."""
+    attention_flops: float
+    """Of a token, forward, as computed: half of all pairs under a causal mask."""
+    hidden_size: int
+    activation_bytes: float
+    """Of a token, in all layers together."""
+    logit_bytes: float
+    """Of a token, read and written by the output head and the loss."""
+    weight_bytes: float
+    """Of all parameters, as they are gathered."""
+    gradient_bytes: float
+    """Of the trained ones, as they are reduced."""
+    state_bytes: float
+    """Optimizer state, master weights and gradients that one rank reads and writes in a step."""
+    stage: int
+    world_size: int
+    peak_flops: float
+    """Of the GPU in the job's precision, FLOP/s."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Estimated seconds of one optimizer step, by part."""
+
+    matmul_s: float
+    attention_s: float
+    memory_s: float
+    communication_s: float
+    """As long as it takes by itself."""
+    optimizer_s: float
+    total_s: float
+    """Less than the sum: communication is partly hidden."""
+    tokens: int
+    """Of one GPU in the step."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of one GPU."""
+        return self.tokens / self.total_s
+
+
+def estimate_step(
+    work: StepWork, *, gpu: Gpu, interconnect: Interconnect, efficiency: Efficiency | None = None
+) -> StepTime:
+    """Estimate the time of one optimizer step."""
+    constants = efficiency or Efficiency()
+    speed = work.peak_flops / _REFERENCE_FLOPS
+    share = _matmul_share(work, speed=speed, constants=constants)
+    passes = 4 if work.recomputed_flops else 3
+    attention_share = constants.attention * math.pow(speed, -constants.attention_exponent)
+    # The backward pass of such attention computes the scores again: 2.5 forward passes.
+    attention_flops = (passes + 0.5) * work.attention_flops
+    traffic = constants.activation_traffic * passes * work.activation_bytes + work.logit_bytes
+    matmul_s = work.tokens * (work.matmul_flops + work.recomputed_flops) / (work.peak_flops * share)
+    attention_s = work.tokens * attention_flops / (work.peak_flops * attention_share)
+    memory_s = work.tokens * traffic / gpu.memory_bytes_per_s
+    computed_s = work.num_micro_batches * (matmul_s + attention_s + memory_s)
+    communication_s = _bytes_moved(work) / _bandwidth(gpu, interconnect, work.world_size, constants)
+    optimizer_s = work.state_bytes / gpu.memory_bytes_per_s
+    hidden = (1 - constants.exposed) * min(computed_s, communication_s)
+    return StepTime(
+        matmul_s=work.num_micro_batches * matmul_s,
+        attention_s=work.num_micro_batches * attention_s,
+        memory_s=work.num_micro_batches * memory_s,
+        communication_s=communication_s,
+        optimizer_s=optimizer_s,
+        total_s=computed_s + communication_s - hidden + optimizer_s,
+        tokens=work.tokens * work.num_micro_batches,
+    )
+
+
+def _matmul_share(work: StepWork, *, speed: float, constants: Efficiency) -> float:
+    needed = math.pow(speed, constants.balance_exponent)
+    slowdown = 1 + needed * (constants.half_width / work.hidden_size + constants.half_tokens / work.tokens)
+    return constants.matmul / slowdown
+
+
+def _bytes_moved(work: StepWork) -> float:
+    """Bytes that each rank sends in a step.
+
+    Stage 3 gathers the weights for the forward and the backward pass of each micro-batch and reduces its
+    gradients; stage 2 reduces the gradients of each micro-batch; stages 0 and 1 reduce once in a step. Stages 1 and
+    2 gather the updated weights once; stage 0 sends the sums of the gradients back instead.
+
+    Source: ZeRO, arXiv 1910.02054, section 7.
+    """
+    micro_batches = work.num_micro_batches
+    moved = {
+        0: 2 * work.gradient_bytes,
+        1: work.gradient_bytes + work.weight_bytes,
+        2: micro_batches * work.gradient_bytes + work.weight_bytes,
+        3: micro_batches * (work.gradient_bytes + 2 * work.weight_bytes),
+    }[work.stage]
+    return moved * (work.world_size - 1) / work.world_size
+
+
+def _bandwidth(gpu: Gpu, interconnect: Interconnect, world_size: int, constants: Efficiency) -> float:
+    """Bytes per second of a ring of all ranks."""
+    within = gpu.link_bytes_per_s * constants.intra_node
+    if world_size <= interconnect.gpus_per_node:
+        return within
+    between = interconnect.inter_node_bytes_per_s * constants.inter_node
+    return between if interconnect.gpus_per_node == 1 else min(within, between)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """An estimate with its uncertainty: 80 % of measured values lie between `low` and `high`."""
+
+    low: float
+    likely: float
+    high: float
+
+    def scaled(self, factor: float) -> Estimate:
+        """All three, multiplied by a positive number."""
+        return Estimate(low=self.low * factor, likely=self.likely * factor, high=self.high * factor)
+
+    def inverted(self, numerator: float = 1.0) -> Estimate:
+        """`numerator` ÷ each, in ascending order again."""
+        return Estimate(low=numerator / self.high, likely=numerator / self.likely, high=numerator / self.low)
+
+
+def with_uncertainty(tokens_per_s: float, *, gpu: Gpu) -> Estimate:
+    """Return the range of an estimated throughput.
+
+    On the GPUs that the constants were fitted to, published runs of well-tuned programs lie within it; others, and
+    forge's own engine, were not measured there, so that the lower end is further away.
+    """
+    low, high = (0.80, 1.10) if gpu.name in _FITTED else (0.55, 1.20)
+    return Estimate(low=low * tokens_per_s, likely=tokens_per_s, high=high * tokens_per_s)
+
+
+_FITTED = frozenset({"A100-40GB", "A100-80GB", "H100-80GB"})
