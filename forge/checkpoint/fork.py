@@ -41,7 +41,6 @@ def fork_checkpoint(source: Storage, target: Storage, *, step: int, config_diges
     state = state_bytes(replace(original.progress, config_digest=config_digest), original.shape)
     try:
         staging = target.open_staging(name, token=token)
-        target.lock(staging)
         for part in original.manifest.parts:
             _copy_part(source, f"{name}/{part.name}", part, target, f"{staging}/{part.name}")
         target.write(f"{staging}/{state_name(token=token)}", lambda: [state])

@@ -40,10 +40,10 @@ class Storage(Protocol):
         """Return how much can still be written; None if there is no limit, or it is not known."""
 
     def open_staging(self, name: str, *, token: str) -> str:
-        """Create the staging folder of a checkpoint, and return its name; all its writers pass the same token."""
+        """Create the staging folder of a checkpoint and return its name; all its writers pass the same token.
 
-    def lock(self, staging: str) -> None:
-        """Mark a staging folder as in use, for as long as this process lives."""
+        It counts as in use until this process ends or opens the staging folder of another checkpoint.
+        """
 
     def write(self, path: str, chunks: Callable[[], Iterable[memoryview | bytes]]) -> None:
         """Write a file durably. Raises: OSError."""

@@ -1,8 +1,8 @@
 """Checkpoints in a folder of a file system that all writers share.
 
-A checkpoint is written to a staging folder, flushed and renamed. Rank 0's writer holds a lock on the staging
-folder, so that abandoned folders can be told from those in use. It does not use fsspec, which neither flushes nor
-locks.
+A checkpoint is written to a staging folder, flushed and renamed. Each writer holds a shared lock on the staging
+folder, so that abandoned folders can be told from those in use, and one that a fast writer has filled is kept for a
+slow one. It does not use fsspec, which neither flushes nor locks.
 """
 
 from __future__ import annotations
@@ -95,14 +95,13 @@ class FolderStorage:
     def open_staging(self, name: str, *, token: str) -> str:
         staging = f"{_STAGING}{name}-{token}"
         (self._root / staging).mkdir(parents=True, exist_ok=True)
-        return staging
-
-    def lock(self, staging: str) -> None:
-        """Lock the folder; the kernel releases the lock when this process dies."""
-        handle = os.open(self._root / staging, os.O_RDONLY)
-        self._locks[staging] = handle
+        for former in list(self._locks):
+            self._unlock(former)
+        # The kernel releases the lock when this process dies.
+        handle = self._locks[staging] = os.open(self._root / staging, os.O_RDONLY)
         with contextlib.suppress(OSError):  # a file system without locks: only age counts
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        return staging
 
     def write(self, path: str, chunks: Callable[[], Iterable[memoryview | bytes]]) -> None:
         """Write and flush; large aligned chunks bypass the page cache where the file system allows it."""
@@ -151,9 +150,9 @@ class FolderStorage:
         """Remove staging folders without a lock holder, and earlier ones of the caller."""
         for staging in self._root.glob(f"{_STAGING}*"):
             token = staging.name.rpartition("-")[2]
-            is_own = token.startswith(own)  # a later one may not be locked yet
-            is_dead = token <= up_to if is_own else _is_abandoned(staging)
-            if is_dead:
+            if not token.startswith(own):
+                _remove_abandoned(staging)
+            elif token <= up_to:  # a later one may not be locked yet
                 shutil.rmtree(staging, ignore_errors=True)
                 self._unlock(staging.name)
 
@@ -186,19 +185,24 @@ def _write_direct(direct: int | None, data: memoryview, offset: int) -> int:
         raise
 
 
-def _is_abandoned(staging: Path) -> bool:
-    """Whether the writer of a staging folder has died: its lock is free, or nothing was written for a long time."""
+def _remove_abandoned(staging: Path) -> None:
+    """Remove a staging folder whose writers have died: no lock is held, or nothing was written for a long time."""
     try:
-        age_s = time.time() - max(path.stat().st_mtime for path in (staging, *staging.iterdir()))
         handle = os.open(staging, os.O_RDONLY)
     except OSError:
-        return False
+        return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return age_s > _LOCK_GRACE_S
-    except BlockingIOError:
-        return False
-    except OSError:
-        return age_s > _ABANDONED_AFTER_S
+        limit_s = _LOCK_GRACE_S
+        try:
+            # Kept while files are removed: a writer that opens the folder meanwhile then finds that it is gone.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:
+            limit_s = _ABANDONED_AFTER_S
+        with contextlib.suppress(OSError):
+            age_s = time.time() - max(path.stat().st_mtime for path in (staging, *staging.iterdir()))
+            if age_s > limit_s:
+                shutil.rmtree(staging, ignore_errors=True)
     finally:
         os.close(handle)

@@ -89,9 +89,6 @@ class BucketStorage:
         """Return the final name: without a manifest it is not a checkpoint yet."""
         return name
 
-    def lock(self, staging: str) -> None:
-        """Do nothing: there are no locks, only age counts."""
-
     def write(self, path: str, chunks: Callable[[], Iterable[memoryview | bytes]]) -> None:
         """Write an object; start over if it fails."""
 

@@ -191,7 +191,6 @@ def _save_first(
     """
     staging = storage.open_staging(step_name(command.step), token=command.token)
     try:
-        storage.lock(staging)
         try:
             part = write_part(storage, staging, buffer, command)
         except OSError as error:

@@ -43,9 +43,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def staging_in(storage: Storage, name: str = "step-00000001", token: str = "aaaaaaaa0001") -> str:
-    staging = storage.open_staging(name, token=token)
-    storage.lock(staging)
-    return staging
+    return storage.open_staging(name, token=token)
 
 
 def test_write__file__is_read_back_completely_and_in_ranges(url: str) -> None:
@@ -219,7 +217,7 @@ def test_sweep__folder__removes_staging_of_dead_writers_only(
     monkeypatch.setattr(folder_module, "_LOCK_GRACE_S", 0.0)
     code = (
         "import sys, time; from forge.checkpoint.storage import open_storage; s = open_storage(sys.argv[1]);"
-        "s.lock(s.open_staging('step-00000001', token='cccccccc0001')); print('held', flush=True); time.sleep(60)"
+        "s.open_staging('step-00000001', token='cccccccc0001'); print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
@@ -231,6 +229,21 @@ def test_sweep__folder__removes_staging_of_dead_writers_only(
     time.sleep(0.05)
     storage.sweep(own="aaaaaaaa", up_to="aaaaaaaa0001")
     assert not list(tmp_path.glob(".staging-*"))
+
+
+def test_sweep__writer_that_has_written_its_part__keeps_it_until_the_writer_opens_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "_LOCK_GRACE_S", 0.0)
+    of_rank_1, of_other_job = open_storage(str(tmp_path)), open_storage(str(tmp_path))
+    first = of_rank_1.open_staging("step-00000001", token="cccccccc0001")
+    of_rank_1.write(f"{first}/part", lambda: [b"abc"])  # the writer of rank 0 has not started yet
+    time.sleep(0.02)
+    of_other_job.sweep(own="aaaaaaaa", up_to="aaaaaaaa0001")
+    assert of_rank_1.files(first) == {"part": 3}
+    second = of_rank_1.open_staging("step-00000002", token="cccccccc0002")
+    of_other_job.sweep(own="aaaaaaaa", up_to="aaaaaaaa0001")
+    assert [path.name for path in tmp_path.iterdir()] == [second]
 
 
 def test_sweep__own_staging__removes_up_to_token_only(tmp_path: Path) -> None:

@@ -567,7 +567,6 @@ def _mark_phases(marks: mmap.mmap, mark: int) -> None:
     writer_phases = {"save": "save", "_wait_for_parts": "await", "prune": "prune"}
     storage_phases = {
         "open_staging": "stage",
-        "lock": "stage",
         "write": None,
         "remove_files": "unmark",
         "publish": "manifest",
