@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -108,9 +108,21 @@ class Watch:
             return begun_s is not None and any(at > begun_s for at in formed)
 
         limit_s = _LIMIT_S if cause else _START_LIMIT_S
-        if not wait(is_formed, self._process, deadline=time.monotonic() + limit_s, poll_s=0.25):
+        self._await(is_formed, f"generation after {cause or 'the start'}", limit_s=limit_s)
+
+    def await_world(self, size: int) -> None:
+        """Wait until the newest generation has this size. Raises: as `await_formed`."""
+
+        def is_formed() -> bool:
+            formed = self._events("GenerationStarted")
+            return bool(formed) and formed[-1]["world_size"] == size
+
+        self._await(is_formed, f"generation of {size} ranks", limit_s=_START_LIMIT_S)
+
+    def _await(self, is_so: Callable[[], bool], what: str, *, limit_s: float) -> None:
+        if not wait(is_so, self._process, deadline=time.monotonic() + limit_s, poll_s=0.25):
             events = "\n".join(str(event) for event in self._events()[-30:])
-            raise RuntimeError(f"no generation after {cause or 'the start'} within {limit_s:.0f} s:\n{events}")
+            raise RuntimeError(f"no {what} within {limit_s:.0f} s:\n{events}")
 
     def _events(self, kind: str | None = None) -> list[dict[str, Any]]:
         files = (self._folder / "runs").glob("*/events.jsonl")
@@ -142,6 +154,21 @@ def costs_of(folder: Path) -> dict[str, list[Cost]]:
             print(f"  a change that was not meant to be: {change}", file=sys.stderr)
             continue
         costs[change.cause].append(Cost(seconds=seconds, parts_s=change.parts))
+    return costs
+
+
+def costs_of_losses(folder: Path, lost_s: Sequence[float]) -> list[Cost]:
+    """Return the time from each loss of a machine to the end of the first step of the others.
+
+    Args:
+        lost_s: when machines were lost, by `time.time()`.
+    """
+    changes = [change for change in changes_of(folder) if change.cause == "loss" and change.seconds is not None]
+    costs = []
+    for at in lost_s:
+        change = next(change for change in changes if change.time > at)
+        assert change.seconds is not None
+        costs.append(Cost(seconds=change.time + change.seconds - at, parts_s=change.parts))
     return costs
 
 

@@ -18,7 +18,6 @@ Figures are tokens/s without padding, and pairs/s of `dpo`. Ratios are relative 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from typing import Any
 import yaml
 
 from benchmarks.finetune_inputs import SEQ_LEN, save_base, write_records
-from benchmarks.program import FORGE
+from benchmarks.program import records_of, train_to_end
 from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 from benchmarks.torchrun import run_under_torchrun
 
@@ -104,18 +103,8 @@ def run_forge(kind: str, *, folder: Path, steps: int) -> tuple[float, float]:
     """
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job_of(kind, folder=folder, steps=steps)))
-    done = subprocess.run(
-        [FORGE, "train", str(path), "--yes", "-o", "json"],
-        env=os.environ | {"FORGE_STATE": str(folder / "state")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-4000:])
-    run = Path(json.loads(done.stdout)["folder"])
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    run = train_to_end(path, environment={"FORGE_STATE": str(folder / "state")})
+    metrics = records_of(run / "metrics.jsonl")
     seconds = metrics[-2]["time"] - metrics[WARM_UP - 1]["time"]
     corpus = json.loads((run / "plan.json").read_text())["corpus"]
     num_rows = (metrics[-2]["step"] - WARM_UP) * BATCH

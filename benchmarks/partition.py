@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.changes import SETTLE_S, Cost, Watch, changes_of, report
+from benchmarks.changes import SETTLE_S, Watch, costs_of_losses, report
 from benchmarks.peers.forge_elastic import write_job
 from benchmarks.program import end_on_sigterm, uninterrupted
 from forge.config.load import load_job
@@ -49,7 +49,7 @@ def measure_partition(job: Mapping[str, Any], *, repeats: int) -> dict[str, Any]
                 watch.await_formed("loss", since_s=cut_s[-1])
                 time.sleep(SETTLE_S)
                 add_again(host, hosts, watch)
-        return report({"partition_recovery": costs_of(folder, cut_s)})
+        return report({"partition_recovery": costs_of_losses(folder, cut_s)})
 
 
 @contextlib.contextmanager
@@ -82,14 +82,3 @@ def add_again(host: int, hosts: Hosts, watch: Watch) -> None:
     hosts.join_ray(host)
     watch.await_formed("growth", since_s=began_s)
     time.sleep(SETTLE_S)
-
-
-def costs_of(folder: Path, cut_s: list[float]) -> list[Cost]:
-    """Return the recovery time of every cut."""
-    changes = [change for change in changes_of(folder) if change.cause == "loss" and change.seconds is not None]
-    costs = []
-    for at in cut_s:
-        change = next(change for change in changes if change.time > at)
-        assert change.seconds is not None
-        costs.append(Cost(seconds=change.time + change.seconds - at, parts_s=change.parts))
-    return costs

@@ -55,6 +55,27 @@ class Program:
         return "\n".join((self.folder / "log").read_text(errors="replace").splitlines()[-40:])
 
 
+def train_to_end(job: Path, *arguments: str, environment: Mapping[str, str]) -> Path:
+    """Run `forge train`. Returns: the folder of the finished run.
+
+    Args:
+        environment: added to that of this process.
+
+    Raises: RuntimeError with the end of its stderr.
+    """
+    done = subprocess.run(
+        [FORGE, "train", str(job), "--yes", *arguments, "-o", "json"],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return Path(json.loads(done.stdout)["folder"])
+
+
 @contextlib.contextmanager
 def running(command: Sequence[str], *, folder: Path, threads: int | None = 1) -> Iterator[Program]:
     """Run a program in its own session; at the end kill all processes that it started.

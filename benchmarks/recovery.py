@@ -59,7 +59,9 @@ WARM_UP = 10
 """Steps of all nodes together before any kill."""
 KILLS_SPREAD_S = 20.0
 STEPS_AFTER = 3
+START_LIMIT_S = 240.0
 LIMIT_S = 240.0
+"""From the kill."""
 CONTENDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "forge": ("forge_elastic", {"snapshot_every": 1}),
     "forge_auto": ("forge_elastic", {}),
@@ -96,8 +98,10 @@ def main() -> None:
         for name in runs:
             if repeat < repeats[name]:
                 kill_after_s = 0.0 if options.smallest else KILLS_SPREAD_S * (repeat + 0.5) / repeats[name]
-                runs[name].append(measure(name, kill_after_s=kill_after_s))
-                print(f"  {name}: {runs[name][-1]}", file=sys.stderr)
+                recovery = measure(name, kill_after_s=kill_after_s)
+                runs[name].append(recovery)
+                if recovery is not None:
+                    print(f"  {name}: {recovery}", file=sys.stderr)
     figures: dict[str, Any] = report(runs) if runs else {}
     write_json(options.json, figures=figures)  # what is measured is kept, whatever happens to the rest
     for name, measure_more in (("changes", measure_changes), ("partition", measure_partition)):
@@ -113,21 +117,25 @@ def measure(name: str, *, kill_after_s: float) -> Recovery | None:
         kill_after_s: delay of the kill after the warm-up.
     """
     program_name, settings = CONTENDERS[name]
-    deadline = time.monotonic() + LIMIT_S
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as text:
         folder = Path(text)
         request = {**JOB, **settings, "folder": text, "nodes": NODES}
         steps = folder / "steps.jsonl"
         with running(module(program_name, request), folder=folder) as program:
+            deadline = time.monotonic() + START_LIMIT_S
             if not wait(lambda: is_warm(records_of(steps)), program.process, deadline=deadline):
                 raise RuntimeError(f"{name} did not begin to train:\n{program.last_words()}")
             time.sleep(kill_after_s)
             program.say(f"remove {VICTIM}")
+            deadline = time.monotonic() + LIMIT_S
             wait(lambda: recovery_of(records_of(steps)) is not None, program.process, deadline=deadline)
-            last_words = program.last_words()
+            exit_code, last_words = program.process.poll(), program.last_words()
         recovery = recovery_of(records_of(steps))
         if recovery is None:
-            print(f"{name} did not recover:\n{last_words}", file=sys.stderr)
+            reason = f"within {LIMIT_S:.0f} s" if exit_code is None else f": its program ended with {exit_code}"
+            worlds = [record["world_size"] for record in records_of(steps) if "step" in record][-10:]
+            print(f"  {name}: no {STEPS_AFTER} steps of {NODES - 1} workers {reason}.", file=sys.stderr)
+            print(f"Workers of its last steps: {worlds}; its last output:\n{last_words}", file=sys.stderr)
         elif program_name == "forge_elastic":
             recovery = replace(recovery, parts_s=changes_of(folder)[-1].parts)
         return recovery

@@ -14,10 +14,8 @@ checkpoint, are left out. `overhead` is the median step with snapshots ÷ the me
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.forge_elastic import write_job
-from benchmarks.program import FORGE, Program, module, records_of, running, wait
+from benchmarks.program import Program, module, records_of, running, train_to_end, wait
 from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 
 _NODES = 2
@@ -100,17 +98,7 @@ def train(job: Path, program: Program, *, snapshot_every: int | str, num_steps: 
         "training.total_steps": _WARM_UP + num_steps + 1,
     }
     settings = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-    done = subprocess.run(
-        [FORGE, "train", str(job), *settings, "-o", "json"],
-        env=dict(program.environment),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-4000:])
-    folder = Path(json.loads(done.stdout)["folder"])
+    folder = train_to_end(job, *settings, environment=program.environment)
     ends_s = [record["time"] for record in records_of(folder / "metrics.jsonl")]
     paced = [
         event["every"]

@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.program import records_of, train_to_end
 from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 from benchmarks.torchrun import run_under_torchrun
 
@@ -93,16 +94,9 @@ def run_forge(folder: Path, *, steps: int, cross_entropy: str) -> dict[str, floa
     }
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job))
-    answer = subprocess.run(
-        [str(Path(sys.executable).with_name("forge")), "train", str(path), "-o", "json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        check=True,
-        text=True,
-    )
-    run_folder = Path(json.loads(answer.stdout)["folder"])
-    metrics = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    events = [json.loads(line) for line in (run_folder / "events.jsonl").read_text().splitlines()]
+    run_folder = train_to_end(path, environment={"FORGE_STATE": str(folder / "state")})
+    metrics = records_of(run_folder / "metrics.jsonl")
+    events = records_of(run_folder / "events.jsonl")
     # The last step waits for the evaluation after it before it is recorded, so it is left out.
     first, last = metrics[WARM_UP - 1], metrics[-2]
     seconds = last["time"] - first["time"]

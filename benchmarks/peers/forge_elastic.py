@@ -3,8 +3,9 @@
     python -m benchmarks.peers.forge_elastic REQUEST
 
 REQUEST is that of `torchrun_elastic`, max_nodes where more may come, and snapshot_every where it is not to be
-forge's default; there is no use for checkpoint_every. The cluster is forge's own: a head that takes no
-ranks, and nodes of one rank each. With `"model": null` there are machines and no run. `steps.jsonl` has a
+forge's default; there is no use for checkpoint_every. A model without `model_type` is the section of a job
+file, whose tokenizer comes with it, and `files` names the corpus. The cluster is forge's own: a head that takes
+no ranks, and nodes of one rank each. With `"model": null` there are machines and no run. `steps.jsonl` has a
 line for every step as the run recorded it, done again or not, one when the machines are there, and one for
 all that is done to a machine:
 
@@ -96,22 +97,22 @@ def run_folder(request: dict[str, Any]) -> Path | None:
 
 
 def write_job(request: dict[str, Any], *, workers: int) -> Path:
-    """The job of a request, with a corpus of random words. Returns: the job file.
+    """The job of a request, by default with a corpus of random words. Returns: the job file.
 
     Nothing is held out, as the peers evaluate nothing either; whatever is not named has its default.
     """
     folder = Path(request["folder"])
-    (folder / "corpus.txt").write_text(random_text())
-    model = {key: value for key, value in request["model"].items() if key != "model_type"}
+    model, data = dict(request["model"]), {"seq_len": request["seq_len"], "held_out": 0}
+    if "model_type" in model:
+        (folder / "corpus.txt").write_text(random_text())
+        model["architecture"] = model.pop("model_type")
+        data |= {"files": str(folder / "corpus.txt"), "tokenizer": {"vocab_size": request["vocab_size"]}}
+    else:
+        data["files"] = request["files"]
     job = {
         "name": "elastic",
-        "model": {"architecture": request["model"]["model_type"], **model},
-        "data": {
-            "files": str(folder / "corpus.txt"),
-            "tokenizer": {"vocab_size": request["vocab_size"]},
-            "seq_len": request["seq_len"],
-            "held_out": 0,
-        },
+        "model": model,
+        "data": data,
         "training": {
             "total_steps": 10**6,
             "global_batch_size": request["global_batch_size"],
