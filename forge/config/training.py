@@ -110,16 +110,16 @@ class TrainingSpec(Section):
     """The optimisation; its result does not depend on the machines it runs on."""
 
     objective: ObjectiveName = "causal-lm"
-    """What is minimised. `causal-lm`: the mean cross entropy of the next token; of a mixture of experts with
-    `model.output_router_logits: true` also its auxiliary loss, for each sequence by itself, times
-    `model.router_aux_loss_coef`. `chat`: the same of conversations. `masked-lm`: the mean cross entropy of masked
-    tokens, for encoders such as BERT. `dpo`, `ipo` and `orpo`: learn from pairs of answers, of which one is
-    preferred; each pair counts once. `reward`: a number for an answer, larger for the preferred one, from the same
-    pairs. `classification`: labels or numbers for texts or their words. `seq2seq`: the mean cross entropy of the
-    tokens of targets, given their sources, for encoder-decoders such as T5, BART and `transformer-2017`.
-    `span-corruption`: the same of spans of a text, given the text without them, to pretrain T5. `contrastive`:
-    embeddings of texts, such that those of a pair are alike. `distillation`: the mean cross entropy of the next
-    token mixed with the divergence from a teacher."""
+    """What is minimised. `causal-lm`: the mean cross entropy of the next token. `chat`: the same of
+    conversations. `masked-lm`: the mean cross entropy of masked tokens, for encoders such as BERT. `dpo`, `ipo`
+    and `orpo`: learn from pairs of answers, of which one is preferred; each pair counts once. `reward`: a number
+    for an answer, larger for the preferred one, from the same pairs. `classification`: labels or numbers for
+    texts or their words. `seq2seq`: the mean cross entropy of the tokens of targets, given their sources, for
+    encoder-decoders such as T5, BART and `transformer-2017`. `span-corruption`: the same of spans of a text,
+    given the text without them, to pretrain T5. `contrastive`: embeddings of texts, such that those of a pair are
+    alike. `distillation`: the mean cross entropy of the next token mixed with the divergence from a teacher. Of a
+    mixture of experts with `model.output_router_logits: true` also its auxiliary loss, for each sequence, pair or
+    query by itself, times `model.router_aux_loss_coef`."""
 
     masking: MaskingSpec = MaskingSpec()
     """Masks of `masked-lm`."""

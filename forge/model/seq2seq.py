@@ -24,13 +24,20 @@ def decoder_inputs(model: Any, labels: Tensor) -> dict[str, Tensor]:
     return {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels=labels)}
 
 
-def seq2seq_logits(model: Any, *, source: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Return the logits that predict labels.
+def seq2seq_output(model: Any, *, source: Tensor, labels: Tensor, **options: Any) -> Any:
+    """Return what a model says about labels; its `logits` float[n, T, V] predict them.
 
-    Shapes: source, attention_mask: int64[n, S]; labels: int64[n, T]. Returns: float[n, T, V].
+    Args:
+        options: of the model's forward pass, such as `attention_mask` int64[n, S].
+
+    Shapes: source: int64[n, S]; labels: int64[n, T].
     """
-    masked = {} if attention_mask is None else {"attention_mask": attention_mask}
-    logits: Tensor = model(input_ids=source, **masked, **decoder_inputs(model, labels), use_cache=False).logits
+    return model(input_ids=source, **options, **decoder_inputs(model, labels), use_cache=False)
+
+
+def seq2seq_logits(model: Any, *, source: Tensor, labels: Tensor) -> Tensor:
+    """`seq2seq_output(...).logits`."""
+    logits: Tensor = seq2seq_output(model, source=source, labels=labels).logits
     return logits
 
 

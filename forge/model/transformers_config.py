@@ -24,6 +24,7 @@ from forge.fs import leads_to_folder
 from forge.model.auto_classes import AUTO_CLASSES
 from forge.model.composite import ARCHITECTURE, PARTS, check_parts, part_keys
 from forge.model.families.base import DataShape
+from forge.model.router_loss import COEFFICIENTS
 from forge.model.weight_files import lfs_problem
 from forge.objective.registry import AutoClass
 from forge.process import one_line
@@ -321,4 +322,6 @@ def _config_keys(config: PretrainedConfig) -> set[str]:
         if initialiser is not None:
             names |= set(inspect.signature(initialiser).parameters)
     names.add("attn_implementation")
+    if names & set(COEFFICIENTS):  # an argument of the forward pass alone in Switch Transformers
+        names.add("output_router_logits")
     return {name for name in names if not name.startswith("_")} - {"self", "kwargs", "args"}

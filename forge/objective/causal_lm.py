@@ -7,7 +7,6 @@ at each of them, and builds a block-diagonal causal mask, or under flash attenti
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forge.model.isolation import require_isolation
-from forge.model.router_loss import RouterLoss, router_loss_of
+from forge.model.router_loss import AUXILIARY, router_losses_of
 from forge.objective.base import IGNORED, Arrays, WeightedSum
 from forge.objective.cross_entropy import chunked_head_forward
 from forge.objective.registry import OBJECTIVES, Direction
+from forge.objective.router import Routers, perplexity, with_router_losses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +42,7 @@ class CausalLm:
 
     def __init__(self) -> None:
         self._is_chunked = False
-        self._router: RouterLoss | None = None
-        self._is_router_known = False
+        self._routers: Routers = {}
 
     def use_chunks(self, model: nn.Module) -> None:
         """Compute the loss in chunks from here on; the logits must be a linear map of the last hidden state."""
@@ -65,29 +64,18 @@ class CausalLm:
 
         Shapes: tokens, targets, position_ids, segment_ids: int64[B, T], targets[b, t] following tokens[b, t].
         """
-        if not self._is_router_known:
-            self._router, self._is_router_known = router_loss_of(model), True
-        weights = (batch["targets"] != IGNORED).sum(dim=1)
+        self._routers = router_losses_of(model)
         found = self._forward(model, batch)
-        if self._router is None:
-            return WeightedSum(sum=found.cross_entropy, weight=weights.sum())
-        auxiliary = auxiliary_sum(self._router, found.router_logits, batch)
-        reported = WeightedSum(sum=auxiliary.detach(), weight=weights.sum())
-        return WeightedSum(
-            sum=found.cross_entropy + self._router.coefficient * auxiliary,
-            weight=weights.sum(),
-            metrics={"router_aux_loss": reported},
-        )
+        loss = WeightedSum(sum=found.cross_entropy, weight=(batch["targets"] != IGNORED).sum())
+        sums = auxiliary_sums(self._routers, found.router_logits, batch)
+        return with_router_losses(loss, routers=self._routers, sums=sums)
 
     def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, WeightedSum]:
         return {}
 
     def derived(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """The perplexity: `exp` of the cross entropy, infinite where that overflows."""
-        cross_entropy = means["loss"]
-        if self._router is not None:
-            cross_entropy -= self._router.coefficient * means["router_aux_loss"]
-        return {"perplexity": math.exp(cross_entropy) if cross_entropy < 700 else math.inf}
+        return {"perplexity": perplexity(means, routers=self._routers)}
 
     def _forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> _Forward:
         inputs = {"input_ids": batch["tokens"]}
@@ -103,14 +91,14 @@ class CausalLm:
             flat = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
             return _Forward(cross_entropy=flat)
         options: dict[str, Any] = {"use_cache": False}
-        if self._router is not None:
+        if self._routers:
             options["output_router_logits"] = True
         if not self._is_chunked:
             out = model(**inputs, labels=targets, shift_labels=targets, num_items_in_batch=1, **options)
-            if self._router is None:
+            if not self._routers:
                 return _Forward(cross_entropy=out.loss)
             # Without what transformers has added, for all rows together.
-            plain = out.loss - self._router.coefficient * out.aux_loss
+            plain = out.loss - self._routers[AUXILIARY].coefficient * out.aux_loss
             return _Forward(cross_entropy=plain, router_logits=out.router_logits)
         out = model.base_model(**inputs, **options)
         # Through the head's own __call__, so that ZeRO 3 gathers its weight.
@@ -118,11 +106,11 @@ class CausalLm:
         return _Forward(cross_entropy=summed, router_logits=getattr(out, "router_logits", None) or ())
 
 
-def auxiliary_sum(router: RouterLoss, logits: Sequence[Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-    """The auxiliary loss of the rows of a batch, each as often as it has targets."""
+def auxiliary_sums(routers: Routers, logits: Sequence[Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The losses of routers of the rows of a batch, each as often as it has targets."""
     weights = (batch["targets"] != IGNORED).sum(dim=1)
     is_token = batch["segment_ids"] > 0 if "segment_ids" in batch else None
-    return router.row_sum(logits, weights=weights, is_token=is_token)
+    return {name: router.row_sum(logits, weights=weights, is_token=is_token) for name, router in routers.items()}
 
 
 def is_flash(model: nn.Module) -> bool:

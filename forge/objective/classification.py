@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from forge.data.label_bits import bits_of
+from forge.model.router_loss import recorded_router_logits, router_losses_of
 from forge.objective.base import IGNORED, Arrays, ObjectiveContext, WeightedSum
 from forge.objective.class_weights import weights_of
 from forge.objective.examples import sequences_of
 from forge.objective.registry import OBJECTIVES, Direction
+from forge.objective.router import with_router_losses
 
 _F1, _ERRORS = "labels", "errors"
 _MAX_F1_LABELS = 2000
@@ -76,12 +78,34 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
         """The loss, with the counts that metrics are computed from."""
-        logits = classifier_logits(model, batch).float()
+        routers = router_losses_of(model)
+        with recorded_router_logits(model) as router_logits:
+            logits = classifier_logits(model, batch).float()
+        mask = batch.get("attention_mask")
+        sums = {
+            name: router.row_sum(
+                router_logits,
+                weights=self._row_weights(batch),
+                is_token=None if mask is None else mask > 0,
+            )
+            for name, router in routers.items()
+        }
+        return with_router_losses(self._plain_loss(logits, batch), routers=routers, sums=sums)
+
+    def _plain_loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> WeightedSum:
         if self._kind == "regression":
             return _squared_error(logits.squeeze(-1), batch["goals"], has_goal=batch["has_goal"])
         if self._kind == "multi":
             return self._binary(logits, batch["goals"], has_goal=batch["has_goal"])
         return self._cross_entropy(logits.flatten(0, -2), batch["goals"].flatten())
+
+    def _row_weights(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The weight of each sequence in the loss, [n]."""
+        if "has_goal" in batch:
+            return batch["has_goal"].float()
+        goals = batch["goals"].reshape(len(batch["goals"]), -1)
+        weights = torch.ones(self._num_labels) if self._weights is None else self._weights
+        return (weights.to(goals.device)[goals.clamp(min=0)] * (goals != IGNORED)).sum(dim=1)
 
     def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, WeightedSum]:
         return {}

@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from forge.config.embedding import ContrastiveSpec
+from forge.model.router_loss import router_losses_of
 from forge.objective.base import Arrays, ObjectiveContext, WeightedSum
 from forge.objective.in_batch import InBatchLoss, Texts, in_batch_loss
 from forge.objective.registry import OBJECTIVES, Direction
+from forge.objective.router import Routers, position_sums, with_router_losses
 from forge.objective.text_parts import TextParts
 
 
@@ -35,6 +37,7 @@ class Contrastive:
     def __init__(self, *, context: ObjectiveContext) -> None:
         self._spec: ContrastiveSpec = context.training.contrastive
         self._rows_per_step = context.training.global_batch_size
+        self._routers: Routers = {}
 
     def batch(self, rows: Arrays) -> dict[str, Tensor]:
         """Take the texts apart.
@@ -52,8 +55,10 @@ class Contrastive:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def first_pass(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        embeddings, router_sums = self._outputs(model, batch)
         return {
-            "embeddings": self._embeddings(model, batch),
+            "embeddings": embeddings,
+            **router_sums,
             **{name: batch[name] for name in ("parts", "contents", "sequence_rows")},
         }
 
@@ -78,18 +83,22 @@ class Contrastive:
         found = self._compared(results, groups=groups)
         count = sum(_num_queries(result) for result in results)
         terms = _columns(found).double().sum(dim=0)
-        return {"loss": WeightedSum(sum=terms[0], weight=count), **_metrics(terms, count=count)}
+        sums = {name: torch.stack([result[name] for result in results]).sum() for name in self._routers}
+        loss = WeightedSum(sum=terms[0], weight=count, metrics=_metrics(terms, count=count))
+        loss = with_router_losses(loss, routers=self._routers, sums=sums)
+        return {"loss": loss, **loss.metrics}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
         """The terms of the batch's queries, with the gradient of all terms of the step through its texts."""
-        embeddings = self._embeddings(model, batch)
+        embeddings, router_sums = self._outputs(model, batch)
         if "gradients" not in batch:  # it is the only micro-batch
             own = {"embeddings": embeddings.detach(), "parts": batch["parts"], "contents": batch["contents"]}
             batch = {**batch, **self.second_inputs([own])[0]}
         through = (embeddings * batch["gradients"]).sum()
         count, terms = _num_queries(batch), batch["terms"]
         total = through + (terms[0] - through).detach()
-        return WeightedSum(sum=total, weight=count, metrics=_metrics(terms, count=count))
+        loss = WeightedSum(sum=total, weight=count, metrics=_metrics(terms, count=count))
+        return with_router_losses(loss, routers=self._routers, sums=router_sums)
 
     def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, WeightedSum]:
         return {}
@@ -101,12 +110,21 @@ class Contrastive:
         own = Texts(embeddings=embeddings, parts=parts, contents=contents, groups=groups)
         return in_batch_loss(own, spec=self._spec)
 
-    def _embeddings(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """float32[n, d], of length 1 if they are compared by cosine."""
-        mask = batch["attention_mask"]
-        hidden = model(input_ids=batch["tokens"], attention_mask=mask).last_hidden_state
-        pooled = pool(hidden, mask=mask, pooling=self._spec.pooling)
-        return F.normalize(pooled, dim=1) if self._spec.similarity == "cosine" else pooled
+    def _outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The embeddings float32[n, d], of length 1 if they are compared by cosine; and the sum of each loss of
+        routers over the queries, each with its texts."""
+        mask, self._routers = batch["attention_mask"], router_losses_of(model)
+        out = model(input_ids=batch["tokens"], attention_mask=mask)
+        pooled = pool(out.last_hidden_state, mask=mask, pooling=self._spec.pooling)
+        embeddings = F.normalize(pooled, dim=1) if self._spec.similarity == "cosine" else pooled
+        if not self._routers:
+            return embeddings, {}
+        query_of = (batch["parts"] == 1).cumsum(dim=0)
+        groups = [
+            torch.nonzero((mask * (query_of == number)[:, None]).flatten()).flatten()
+            for number in range(1, _num_queries(batch) + 1)
+        ]
+        return embeddings, position_sums(self._routers, out.router_logits, groups)
 
 
 def pool(hidden: Tensor, *, mask: Tensor, pooling: str) -> Tensor:

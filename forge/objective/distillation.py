@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from forge.config.distillation import DistillationSpec
 from forge.errors import RunError
 from forge.model.isolation import require_isolation
-from forge.model.router_loss import RouterLoss, router_loss_of
+from forge.model.router_loss import router_losses_of
 from forge.objective.base import IGNORED, Arrays, ObjectiveContext, WeightedSum
-from forge.objective.causal_lm import CausalLm, auxiliary_sum, is_flash
+from forge.objective.causal_lm import CausalLm, auxiliary_sums, is_flash
 from forge.objective.divergence import forward_divergence, stored_divergence
 from forge.objective.registry import OBJECTIVES, Direction
+from forge.objective.router import with_router_losses
 
 TEACHER_TOKENS = "teacher_tokens"
 """The array with the tokens that the teacher finds most probable at a target, in descending order; 0 elsewhere."""
@@ -40,8 +41,6 @@ class Distillation:
         self._teacher = context.teacher
         self._vocab_size = context.vocab_size
         self._rows = CausalLm()
-        self._router: RouterLoss | None = None
-        self._is_router_known = False
 
     def batch(self, rows: Arrays) -> dict[str, Tensor]:
         """Convert rows; of stored outputs of the teacher those at the targets, [k, top_k]."""
@@ -57,11 +56,10 @@ class Distillation:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
         """The mix of both terms at every target."""
-        if not self._is_router_known:
-            self._router, self._is_router_known = router_loss_of(model), True
+        routers = router_losses_of(model)
         where = torch.nonzero(batch["targets"].flatten() != IGNORED).flatten()
         goals, count = batch["targets"].flatten()[where], len(where)
-        outputs = model_outputs(model, batch, with_router=self._router is not None)
+        outputs = model_outputs(model, batch, with_router=bool(routers))
         logits = outputs.logits[where]
         spec = self._spec
         compared = (
@@ -70,15 +68,13 @@ class Distillation:
         apart, agreed = compared
         entropy = F.cross_entropy(logits.float(), goals, reduction="sum")
         sums = {"cross_entropy": entropy.detach(), "divergence": apart.detach(), "agreement": agreed}
-        total = spec.weight * apart + (1 - spec.weight) * entropy
-        if self._router is not None:
-            auxiliary = auxiliary_sum(self._router, outputs.router_logits, batch)
-            total, sums["router_aux_loss"] = total + self._router.coefficient * auxiliary, auxiliary.detach()
-        return WeightedSum(
-            sum=total,
+        loss = WeightedSum(
+            sum=spec.weight * apart + (1 - spec.weight) * entropy,
             weight=count,
             metrics={name: WeightedSum(sum=value, weight=count) for name, value in sums.items()},
         )
+        router_sums = auxiliary_sums(routers, outputs.router_logits, batch)
+        return with_router_losses(loss, routers=routers, sums=router_sums)
 
     def _live(self, logits: Tensor, batch: Mapping[str, Tensor], *, where: Tensor) -> tuple[Tensor, Tensor]:
         """The summed divergence from the teacher's logits, and how often both find the same token likeliest."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 from forge.config.preference import DpoSpec
 from forge.errors import RunError
 from forge.model.adapters import adapters_disabled
-from forge.model.router_loss import RouterLoss, router_loss_of
+from forge.model.router_loss import router_losses_of
 from forge.objective.base import Arrays, ObjectiveContext, WeightedSum
 from forge.objective.causal_lm import is_flash
 from forge.objective.pair_losses import PAIR_LOSSES, LogRatios, log_odds_ratio
 from forge.objective.pairs import REFERENCE_LOG_PROBS, PairRows
 from forge.objective.registry import OBJECTIVES, Direction
+from forge.objective.router import Routers, position_sums, with_router_losses
 from forge.objective.token_log_probs import log_prob_head_forward, log_probs_of
 
 
@@ -36,9 +37,9 @@ class PairOutputs:
 
     log_probs: Tensor
     """Sums of the answers, float32[p, 2]: chosen and rejected; a graph to the model even without any."""
-    auxiliary: Tensor | None
-    """Of a mixture of experts with an auxiliary loss: its sum over pairs, each of both of its texts together."""
-    router: RouterLoss | None
+    routers: Routers
+    auxiliary: Mapping[str, Tensor]
+    """The sum of each loss of routers over pairs, each of both of its texts together."""
 
 
 class PairLogProbs:
@@ -47,8 +48,6 @@ class PairLogProbs:
     def __init__(self, *, keeps_examples_apart: bool) -> None:
         self._is_packed = keeps_examples_apart
         self._is_chunked = False
-        self._router: RouterLoss | None = None
-        self._is_router_known = False
 
     def use_chunks(self, model: nn.Module) -> None:
         """Compute logits in chunks from here on; they must be a linear map of the last hidden state."""
@@ -76,17 +75,14 @@ class PairLogProbs:
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> PairOutputs:
         """Run the model that is trained."""
-        if not self._is_router_known:
-            self._router, self._is_router_known = router_loss_of(model), True
-        router = self._router
-        found, out = self._tokens(model, batch, options={"output_router_logits": True} if router else {})
-        auxiliary = None
-        if router is not None:
+        routers = router_losses_of(model)
+        found, out = self._tokens(model, batch, options={"output_router_logits": True} if routers else {})
+        auxiliary = {}
+        if routers:
             pairs = batch["texts"].reshape(-1, 4).tolist()
             own = [torch.cat([torch.arange(a, b), torch.arange(c, d)]).to(found.device) for a, b, c, d in pairs]
-            each = [router.of_positions(out.router_logits, where) for where in own]
-            auxiliary = torch.stack(each).sum() if each else torch.zeros((), device=found.device)
-        return PairOutputs(log_probs=_side_sums(found, batch), auxiliary=auxiliary, router=router)
+            auxiliary = position_sums(routers, out.router_logits, own)
+        return PairOutputs(log_probs=_side_sums(found, batch), routers=routers, auxiliary=auxiliary)
 
     def _tokens(
         self, model: nn.Module, batch: Mapping[str, Tensor], *, options: dict[str, Any]
@@ -182,7 +178,8 @@ class Dpo(_PairObjective):
             self._spec.beta,
             self._spec.label_smoothing,
         )
-        return with_auxiliary(pair_sums(losses, rewards=self._spec.beta * ratios.detach()), found)
+        summed = pair_sums(losses, rewards=self._spec.beta * ratios.detach())
+        return with_router_losses(summed, routers=found.routers, sums=found.auxiliary)
 
     def _live(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What the reference says: the model held beside, else the model itself without its adapters."""
@@ -219,19 +216,8 @@ class Orpo(_PairObjective):
         losses = cross_entropy - self._beta * F.logsigmoid(log_odds)
         found = {"nll": cross_entropy.detach().sum(), "log_odds": log_odds.detach().sum()}
         further = {name: WeightedSum(sum=value, weight=len(means)) for name, value in found.items()}
-        return with_auxiliary(pair_sums(losses, rewards=self._beta * means.detach(), further=further), outputs)
-
-
-def with_auxiliary(loss: WeightedSum, outputs: PairOutputs) -> WeightedSum:
-    """Add the auxiliary loss of experts to that of the pairs, if there is one."""
-    if outputs.router is None or outputs.auxiliary is None:
-        return loss
-    reported = WeightedSum(sum=outputs.auxiliary.detach(), weight=loss.weight)
-    return replace(
-        loss,
-        sum=loss.sum + outputs.router.coefficient * outputs.auxiliary,
-        metrics={**loss.metrics, "router_aux_loss": reported},
-    )
+        summed = pair_sums(losses, rewards=self._beta * means.detach(), further=further)
+        return with_router_losses(summed, routers=outputs.routers, sums=outputs.auxiliary)
 
 
 def pair_sums(losses: Tensor, *, rewards: Tensor, further: Mapping[str, WeightedSum] | None = None) -> WeightedSum:

@@ -58,9 +58,12 @@ class RegisteredObjective:
 NUMBER_METRICS = frozenset({"mse", "r2"})
 """Metrics of `classification` that only `kind: regression` reports; the others, only the other kinds."""
 
+_ROUTER: dict[str, Direction] = {"router_aux_loss": "min"}
+"""Of a mixture of experts with `output_router_logits`."""
+
 _CAUSAL_LM = RegisteredObjective(
     reference="forge.objective.causal_lm:CausalLm",
-    metrics={"perplexity": "min", "router_aux_loss": "min"},
+    metrics={"perplexity": "min", **_ROUTER},
     predicts_tokens=True,
     formats=("text", "chat"),
 )
@@ -74,7 +77,7 @@ _PAIR_METRICS: dict[str, Direction] = {
 
 _DPO = RegisteredObjective(
     reference="forge.objective.preference:Dpo",
-    metrics={**_PAIR_METRICS, "router_aux_loss": "min"},
+    metrics={**_PAIR_METRICS, **_ROUTER},
     predicts_tokens=True,
     formats=("preference",),
     separates_examples=True,
@@ -87,7 +90,7 @@ SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
 
 _SEQ2SEQ = RegisteredObjective(
     reference="forge.objective.seq2seq:Seq2Seq",
-    metrics={"perplexity": "min", "accuracy": "max"},
+    metrics={"perplexity": "min", "accuracy": "max", **_ROUTER, "router_z_loss": "min"},
     predicts_tokens=True,
     formats=("pair",),
     auto_class="AutoModelForSeq2SeqLM",
@@ -118,7 +121,7 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
     ),
     "reward": RegisteredObjective(
         reference="forge.objective.reward:Reward",
-        metrics=_PAIR_METRICS,
+        metrics={**_PAIR_METRICS, **_ROUTER},
         predicts_tokens=True,
         formats=("preference",),
         auto_class="AutoModelForSequenceClassification",
@@ -127,7 +130,7 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
     ),
     "classification": RegisteredObjective(
         reference="forge.objective.classification:Classification",
-        metrics={"accuracy": "max", "f1": "max", "mse": "min", "r2": "max"},
+        metrics={"accuracy": "max", "f1": "max", "mse": "min", "r2": "max", **_ROUTER},
         predicts_tokens=False,
         formats=("labelled",),
         auto_class="AutoModelForSequenceClassification",
@@ -151,12 +154,12 @@ OBJECTIVES: dict[str, RegisteredObjective] = {
             "divergence": "min",
             "agreement": "max",
             "perplexity": "min",
-            "router_aux_loss": "min",
+            **_ROUTER,
         },
     ),
     "contrastive": RegisteredObjective(
         reference="forge.objective.contrastive:Contrastive",
-        metrics={"accuracy": "max", "mrr": "max"},
+        metrics={"accuracy": "max", "mrr": "max", **_ROUTER},
         predicts_tokens=True,
         formats=("embedding",),
         auto_class="AutoModel",

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forge.model.router_loss import recorded_router_logits, router_losses_of
 from forge.objective.base import Arrays, ObjectiveContext, WeightedSum
 from forge.objective.classification import classifier_logits
 from forge.objective.pairs import PairRows
 from forge.objective.preference import pair_sums
 from forge.objective.registry import OBJECTIVES, Direction
+from forge.objective.router import position_sums, with_router_losses
 
 
 class Reward:
@@ -39,13 +41,18 @@ class Reward:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
         """The loss of each pair, and the rewards. The model runs even if there is no pair."""
-        scores = classifier_logits(model, batch).float().squeeze(-1)
+        routers = router_losses_of(model)
+        with recorded_router_logits(model) as router_logits:
+            scores = classifier_logits(model, batch).float().squeeze(-1)
         is_filler = not int(batch["num_sides"])
         rewards = scores.new_zeros(0, 2) + scores.sum() if is_filler else scores.reshape(-1, 2)
         losses = -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
         if self._center:
             losses = losses + self._center * rewards.sum(dim=1) ** 2
-        return pair_sums(losses, rewards=rewards.detach())
+        summed = pair_sums(losses, rewards=rewards.detach())
+        pairs = () if is_filler else batch["attention_mask"].flatten().reshape(len(rewards), -1)
+        at = [torch.nonzero(pair).flatten() + number * len(pair) for number, pair in enumerate(pairs)]
+        return with_router_losses(summed, routers=routers, sums=position_sums(routers, router_logits, at))
 
     def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, WeightedSum]:
         return {}

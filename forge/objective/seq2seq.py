@@ -6,7 +6,6 @@ shifted to the right behind a first token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -18,16 +17,21 @@ from torch import Tensor, nn
 
 from forge.data.formats.pair import SOURCE, TARGET
 from forge.errors import RunError
-from forge.model.seq2seq import seq2seq_logits
+from forge.model.router_loss import router_losses_of
+from forge.model.seq2seq import seq2seq_output
 from forge.objective.base import IGNORED, Arrays, WeightedSum
 from forge.objective.examples import sequences_of
 from forge.objective.registry import OBJECTIVES, Direction
+from forge.objective.router import Routers, perplexity, with_router_losses
 
 
 class Seq2Seq:
     """Translation, summaries and whatever else maps a text to a text, by transformers' encoder-decoders."""
 
     metric_directions: ClassVar[Mapping[str, Direction]] = OBJECTIVES["seq2seq"].metrics
+
+    def __init__(self) -> None:
+        self._routers: Routers = {}
 
     def batch(self, rows: Arrays) -> dict[str, Tensor]:
         """Take pairs apart.
@@ -47,24 +51,33 @@ class Seq2Seq:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
         """The cross entropy of the labels, and how many of them are predicted as the likeliest."""
-        labels = batch["labels"]
-        logits = seq2seq_logits(
-            model, source=batch["source"], labels=labels, attention_mask=batch["attention_mask"]
-        )
+        labels, mask = batch["labels"], batch["attention_mask"]
+        self._routers = router_losses_of(model)
+        options = {"output_router_logits": True} if self._routers else {}
+        out = seq2seq_output(model, source=batch["source"], labels=labels, attention_mask=mask, **options)
+        logits = out.logits
         goals = labels.flatten()
         where = torch.nonzero(goals != IGNORED).flatten()
         chosen, goals = logits.flatten(0, 1)[where].float(), goals[where]
         total = F.cross_entropy(chosen, goals, reduction="sum")
         hits = (chosen.argmax(dim=-1) == goals).sum()
         weight = len(where)
-        return WeightedSum(sum=total, weight=weight, metrics={"accuracy": WeightedSum(sum=hits, weight=weight)})
+        loss = WeightedSum(sum=total, weight=weight, metrics={"accuracy": WeightedSum(sum=hits, weight=weight)})
+        is_label = labels != IGNORED
+        weights = is_label.sum(dim=1)
+        sums = {
+            name: router.row_sum(out.encoder_router_logits, weights=weights, is_token=mask > 0)
+            + router.row_sum(out.decoder_router_logits, weights=weights, is_token=is_label)
+            for name, router in self._routers.items()
+        }
+        return with_router_losses(loss, routers=self._routers, sums=sums)
 
     def metrics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, WeightedSum]:
         return {}
 
     def derived(self, means: Mapping[str, float]) -> Mapping[str, float]:
-        """The perplexity of the targets: `exp` of the loss, infinite where that overflows."""
-        return {"perplexity": math.exp(means["loss"]) if means["loss"] < 700 else math.inf}
+        """The perplexity of the targets: `exp` of the cross entropy, infinite where that overflows."""
+        return {"perplexity": perplexity(means, routers=self._routers)}
 
 
 def tensors(

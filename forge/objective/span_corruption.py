@@ -18,6 +18,7 @@ class SpanCorruption(Seq2Seq):
     """The loss of `seq2seq` for pairs that are drawn from a text, others in every step."""
 
     def __init__(self, *, context: ObjectiveContext) -> None:
+        super().__init__()
         self._spec = context.training.spans
         self._special = SentinelTokens.of(context.tokenizer)
 

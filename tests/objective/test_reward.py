@@ -36,7 +36,7 @@ def test_reward__pairs_in_a_row__is_the_loss_of_whole_unpadded_sequences(
     context = context_of(tmp_path, objective="reward", reward={"center_coefficient": center})
     objective = build_objective("reward", context=context)
     found = objective.loss(model, objective.batch(rows_of(*PAIRS, num_filler=1)))
-    assert found.weight == 3 and set(found.metrics) == set(objective.metric_directions)
+    assert found.weight == 3 and {*found.metrics, "router_aux_loss"} == set(objective.metric_directions)
     torch.testing.assert_close(found.sum, total, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients(model, found.sum).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)

@@ -21,7 +21,6 @@ from forge.objective.base import IGNORED, ObjectiveModule
 from forge.objective.build import build_objective
 from forge.objective.causal_lm import CausalLm
 from forge.objective.pairs import REFERENCE_LOG_PROBS
-from forge.objective.registry import AutoClass
 from tests.objective.test_cross_entropy import VOCAB, batch, tiny_model
 from tests.support.objectives import context_of
 from tests.support.pairs import PAIRS
@@ -208,28 +207,6 @@ def plain_auxiliary(model: PreTrainedModel, pair: Any) -> float:
         return float(model(input_ids=ids, attention_mask=mask).aux_loss)
 
 
-@pytest.mark.parametrize(
-    ("auto_class", "architecture", "keys"),
-    [
-        ("AutoModelForSequenceClassification", "mixtral", EXPERTS["mixtral"]),
-        ("AutoModel", "mixtral", EXPERTS["mixtral"]),
-    ],
-)
-def test_inspect__auxiliary_loss_that_no_objective_computes__is_refused_or_said(
-    auto_class: AutoClass, architecture: str, keys: dict[str, object]
-) -> None:
-    data = DataShape(
-        vocab_size=VOCAB, seq_len=16, eot_id=0, auto_class=auto_class, num_labels=1, problem_type="regression"
-    )
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    spec = ModelSpec.model_validate({"architecture": architecture, **sizes, **keys, "output_router_logits": True})
-    with pytest.raises(ModelError, match="auxiliary loss of experts is no part of the loss") as caught:
-        TransformersFamily().inspect(spec, data)
-    assert caught.value.key == "output_router_logits"
-    plain = ModelSpec.model_validate({"architecture": architecture, **sizes, **keys})
-    assert any("no auxiliary loss" in note for note in TransformersFamily().inspect(plain, data).notes)
-
-
 def ask(**keys: object) -> tuple[str, ...]:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     spec = ModelSpec.model_validate({"architecture": "mixtral", **sizes, **EXPERTS["mixtral"], **keys})
@@ -247,7 +224,7 @@ def test_inspect__coefficient_without_router_logits__is_said() -> None:
 def test_inspect__auxiliary_loss_that_is_not_known__is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func")
     monkeypatch.setattr("forge.model.families.transformers_family.probe_forward", lambda *_, **__: _Fine())
-    with pytest.raises(ModelError, match="auxiliary loss of MixtralForCausalLM is not known") as caught:
+    with pytest.raises(ModelError, match="transformers has no auxiliary loss for MixtralForCausalLM") as caught:
         ask(output_router_logits=True)
     assert caught.value.key == "output_router_logits"
 

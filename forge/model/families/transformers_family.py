@@ -36,7 +36,7 @@ from forge.model.new_head import folder_model, require_same_labels, require_whol
 from forge.model.position_wise import has_positionwise_head
 from forge.model.pretrained import PretrainedWeights, some
 from forge.model.quantise import num_quantised, quantise, require_bitsandbytes
-from forge.model.router_loss import COEFFICIENTS, has_router_loss, router_loss_of
+from forge.model.router_loss import COEFFICIENTS, has_router_loss, require_routing_by_row, router_losses_of
 from forge.model.seq2seq import parameters_of_sources
 from forge.model.transformers_config import build_config, check_keys, load_config, read_generation
 from forge.model.weight_files import is_downloaded
@@ -67,7 +67,7 @@ class TransformersFamily:
             raise ModelError("the decoder sees the tokens after the one that it predicts", key=_origin(spec))
         if (is_causal or is_seq2seq) and probe.looks_ahead is None:
             notes += ("not checked whether it sees later tokens: no small copy of it can be run",)
-        notes += _check_router(spec, model, data=data)
+        notes += _check_router(spec, model)
         notes += _adapt(spec, data, model, device=None)
         info = count_model(
             model, config, data=data, of_sources=parameters_of_sources(config) if is_seq2seq else None
@@ -220,24 +220,14 @@ def _look_ahead_problem(config: PretrainedConfig, *, seq_len: int) -> str:
     return f"{problem}; set model.is_decoder: true" if is_cured else problem
 
 
-def _check_router(spec: ModelSpec, model: Any, *, data: DataShape) -> tuple[str, ...]:
+def _check_router(spec: ModelSpec, model: Any) -> tuple[str, ...]:
     """Return what the plan says about an auxiliary loss of experts.
 
     Raises: ModelError if the model asks for one that forge does not compute.
     """
     given = [key for key in COEFFICIENTS if key in spec.config_overrides]
-    if data.auto_class != "AutoModelForCausalLM":
-        text = model.config.get_text_config()
-        if getattr(text, "output_router_logits", False):
-            raise ModelError(
-                f"the auxiliary loss of experts is no part of the loss of a {AUTO_CLASSES[data.auto_class].noun}, "
-                "so its routers would be trained without it; set it to false to do so",
-                key="output_router_logits",
-            )
-        if any(getattr(text, key, 0) for key in COEFFICIENTS):
-            return ("the routers of the experts are trained by the loss of the objective alone: no auxiliary loss",)
-        return ()
-    if router_loss_of(model) is not None:
+    require_routing_by_row(model, key=_origin(spec))
+    if router_losses_of(model):
         return ()
     if given:
         return (f"model.{given[0]} has no effect without model.output_router_logits: true",)
