@@ -37,9 +37,18 @@ MAX_INT = 2**63
 """Bound of integers: file offsets and sizes fit, and so does every conversion to float."""
 MAX_ENTRIES = 1_000_000
 """Files of one folder and its subfolders."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 _SCALARS = (str, bool, int, float, dict, list, tuple, type(None))
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def lfs_problem(path: Path) -> str | None:
+    """Say that a file is only a git-lfs pointer to the real one; None if it is not. Raises: OSError."""
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    problem = "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
+    return f"{path.name} {problem}" if is_pointer else None
 
 
 def read_file(path: Path, *, max_bytes: int) -> bytes:

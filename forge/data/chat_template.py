@@ -26,6 +26,7 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from forge.data.conversations import ASSISTANT, Conversation, Message
+from forge.data.pairs import is_blank
 from forge.data.tokenizer import TextTokenizer
 from forge.data.tokenizer_files import TEMPLATE
 from forge.errors import DataError
@@ -142,17 +143,38 @@ class ChatTemplate:
         found = self._rendered(conversation, messages=conversation.messages, return_assistant_tokens_mask=True)[1][
             0
         ]
-        spans = [self._with_end(whole, start=start, stop=stop) for start, stop in found if stop > start]
-        if not spans:
+        marks = [(start, stop) for start, stop in found if stop > start]
+        if not marks:
             raise ValueError("the chat template marks nothing of the conversation as written by the assistant")
+        following = [*(start for start, _ in marks[1:]), len(whole)]
+        spans = [
+            self._with_end(whole, mark=mark, until=until) for mark, until in zip(marks, following, strict=True)
+        ]
         return RenderedChat(text=whole, spans=tuple(spans[-1:] if turns == "last" else spans))
 
-    def _with_end(self, text: str, *, start: int, stop: int) -> tuple[int, int]:
-        """Extend a marked turn by the token that ends it, if the template has left that out."""
-        if not text[start:stop].rstrip().endswith(self.special_tokens):
-            following = next((name for name in self.special_tokens if text.startswith(name, stop)), "")
-            stop += len(following)
-        return start, stop
+    def _with_end(self, text: str, *, mark: tuple[int, int], until: int) -> tuple[int, int]:
+        """Extend a marked text by the token that ends its turn, if the template has left that out.
+
+        Args:
+            until: where the next marked text begins, which may be of the same turn.
+
+        Raises: ValueError if the turn ends, and not with a special token.
+        """
+        start, stop = mark
+        if text[start:stop].rstrip().endswith(self.special_tokens):
+            return start, stop
+        between = text[stop:until]
+        end = len(between) - len(between.lstrip())
+        last = next((name for name in self.special_tokens if between.startswith(name, end)), None)
+        if last is not None:
+            return start, stop + end + len(last)
+        if until < len(text) and not any(name in between for name in self.special_tokens):
+            return start, stop
+        raise ValueError(
+            "the chat template marks a turn of the assistant ({% generation %}) that no special token ends, so a "
+            f"model would not learn to stop (what follows the mark: {between[:30]!r}); set data.chat.template to "
+            "one that does"
+        )
 
     def _turn(self, conversation: Conversation, *, end: int) -> tuple[str, tuple[int, int]]:
         """Render the first `end` messages, the last of which is the assistant's, and find that one in the text."""
@@ -173,6 +195,8 @@ class ChatTemplate:
                 f"learn to stop (it ends with {shown[max(0, stop - 30) : stop]!r}); set data.chat.template to one "
                 "that does"
             )
+        if is_blank(shown[start : stop - len(last)]):
+            raise ValueError(f"the chat template shows nothing of message {end}, a turn of the assistant")
         return shown, (start, stop)
 
     def _asking(self, conversation: Conversation, *, messages: Sequence[Message]) -> tuple[str, str]:

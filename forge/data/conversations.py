@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from forge.data.format_hint import format_hint
+from forge.data.pairs import is_blank
 from forge.data.sources.base import Record
 from forge.data.sources.files import json_name
 from forge.errors import DataError
@@ -172,7 +173,7 @@ def require_turns(messages: Sequence[Message]) -> None:
         raise ValueError("the conversation has no turn of the assistant, so nothing of it can be learnt")
     for number in turns:
         message = messages[number - 1]
-        if not message["content"].strip() and not message.get("tool_calls"):
+        if is_blank(message["content"]) and not message.get("tool_calls"):
             raise ValueError(f"message {number} is an empty turn of the assistant")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from forge.config.classification import LabelsSpec
 from forge.data.formats.base import LabelSettings
+from forge.data.pairs import is_blank
 from forge.data.sources.base import Record
 from forge.data.sources.files import json_name
 from forge.errors import DataError
@@ -136,7 +137,7 @@ def _name(value: Any, *, record: Record, key: str) -> str:
         return json.dumps(value)
     if not isinstance(value, str):
         raise DataError(f"{record.location}: {key!r} must be a label, it is {json_name(value)}")
-    if not value.strip():
+    if is_blank(value):
         raise DataError(f"{record.location}: {key!r} is an empty label")
     if len(value) > _MAX_LABEL_CHARS:
         problem = f"has {len(value):,} characters; a label has at most {_MAX_LABEL_CHARS:,}"

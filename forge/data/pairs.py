@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import category
 
 from forge.config.data import PairSpec
 from forge.data.sources.base import Record
@@ -45,9 +46,14 @@ def checked_text(text: Any, *, key: str, location: str) -> str:
     return text
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character: white space and format characters (zero-width space, BOM) alone."""
+    return all(character.isspace() or category(character) == "Cf" for character in text)
+
+
 def _text(record: Record, *, key: str, of: str) -> str:
     text = checked_text(field_of(record, key=key, of=of), key=key, location=record.location)
-    if not text.strip():
+    if is_blank(text):
         raise DataError(f"{record.location}: {key!r} is empty")
     return text
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from forge.data.conversations import ASSISTANT, Message, is_list, message_list, message_of, require_turns, tools_of
 from forge.data.format_hint import format_hint
+from forge.data.pairs import is_blank
 from forge.data.sources.base import Record
 from forge.data.sources.files import json_name
 from forge.errors import DataError
@@ -91,7 +92,7 @@ def _require_answers(fields: Mapping[str, Any]) -> None:
             )
         if not isinstance(value, str) and not is_list(value):
             raise ValueError(f"{name!r} must be a text or a list of messages, it is {json_name(value)}")
-        if not value or (isinstance(value, str) and not value.strip()):
+        if not value or (isinstance(value, str) and is_blank(value)):
             raise ValueError(f"{name!r} is empty")
 
 
@@ -111,7 +112,7 @@ def _text_pair(prompt: str | None, *, chosen: str, rejected: str) -> TextPair:
                 "do not contain it either"
             )
         return TextPair(prompt=chosen[:length], chosen=chosen[length:], rejected=rejected[length:])
-    if not prompt.strip():
+    if is_blank(prompt):
         raise ValueError("'prompt' is empty")
     return TextPair(prompt=prompt, chosen=chosen, rejected=rejected)
 

@@ -48,6 +48,7 @@ from forge.data.tokenizer_files import (
 from forge.data.word_pattern import word_pattern
 from forge.environment import looked_in
 from forge.errors import DataError
+from forge.foreign import lfs_problem
 from forge.fs import leads_to_file, leads_to_folder
 
 MAX_VOCABULARY = 1 << 24
@@ -151,10 +152,9 @@ def load_tokenizer(location: str) -> TextTokenizer:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise DataError(f"it has {path.stat().st_size} bytes")
-        text = path.read_text(encoding="utf-8")
-        if text.startswith("version https://git-lfs"):
-            raise DataError("it is a pointer of Git LFS; fetch the file: git lfs pull")
-        tokenizer = open_backend(text)
+        if (pointer := lfs_problem(path)) is not None:
+            raise DataError(pointer)
+        tokenizer = open_backend(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, DataError) as error:
         raise DataError(f"data.tokenizer.from_pretrained: {path} is not a tokenizer: {error}") from None
     config = read_json(path.with_name("tokenizer_config.json"))

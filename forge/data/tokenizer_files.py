@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from forge.data.tokenizer_backend import open_backend
 from forge.errors import DataError
-from forge.foreign import parse_object, read_file
+from forge.foreign import lfs_problem, parse_object, read_file
 from forge.fs import leads_to_file, leads_to_folder
 from forge.process import one_line
 
@@ -195,6 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if not path.is_file() or size > MAX_JSON_BYTES:  # reading a pipe would wait for ever
             raise ValueError(f"it has {size} bytes" if path.is_file() else "it is not a file")
+        _require_content(path)
         return parse_object(path.read_bytes())
     except FileNotFoundError:
         return {}
@@ -207,6 +208,13 @@ def _read_small(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_FURTHER_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
+        _require_content(path)
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _require_content(path: Path) -> None:
+    """Raises: ValueError if a file is a git-lfs pointer."""
+    if (problem := lfs_problem(path)) is not None:
+        raise ValueError(problem)

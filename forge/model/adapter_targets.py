@@ -52,27 +52,26 @@ def find_targets(model: nn.Module, spec: LoraSpec, *, absent: Collection[str]) -
     saved = [name for entry in spec.modules_to_save for name in _saved(model, entry)]
     trained = tuple(dict.fromkeys([*saved, *absent]))
     found = _Candidates.of(model, trained=trained)
-    modules: list[str] = []
-    parameters: list[str] = []
+    chosen: set[str] = set()
     notes: list[str] = []
+    wrong = [entry for entry in spec.targets if entry != ALL_LINEAR and not found.chosen_by(entry)]
+    if wrong:
+        count = f"{len(wrong)} of {len(spec.targets)} entries ({_listed(wrong)}): " if len(wrong) > 1 else ""
+        raise ModelError(count + found.problem(wrong[0]), key=_TARGETS)
     for entry in spec.targets:
         if entry == ALL_LINEAR:
-            modules += found.all_linear
+            chosen.update(found.all_linear)
             notes += found.about_all_linear()
             continue
-        chosen = [name for name in found.linear if _selects(entry, name)]
-        experts = [name for name in found.experts if _selects(entry, name)]
-        if not chosen and not experts:
-            raise ModelError(found.problem(entry), key=_TARGETS)
-        modules += chosen
-        parameters += experts
+        chosen.update(found.chosen_by(entry))
         notes += found.about_skipped(entry)
-    if not modules and not parameters:
+    if not chosen:
         raise ModelError("the model has no linear layer to adapt", key=_TARGETS)
+    parameters = tuple(name for name in found.experts if name in chosen)
     _require_possible(spec, parameters)
     return AdapterTargets(
-        modules=tuple(name for name in found.linear if name in set(modules)),
-        parameters=tuple(name for name in found.experts if name in set(parameters)),
+        modules=tuple(name for name in found.linear if name in chosen),
+        parameters=parameters,
         trained=trained,
         notes=tuple(notes),
     )
@@ -115,6 +114,10 @@ class _Candidates:
             elif own:
                 others[name] = f"is of the class {type(module).__name__}; adapters are for linear layers"
         return cls(linear=tuple(linear), all_linear=tuple(all_linear), experts=tuple(experts), others=others)
+
+    def chosen_by(self, entry: str) -> list[str]:
+        """The layers and experts that an entry matches."""
+        return [name for name in (*self.linear, *self.experts) if _selects(entry, name)]
 
     def problem(self, entry: str) -> str:
         """Say why an entry gives no layer, and which names would."""

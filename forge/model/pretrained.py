@@ -25,6 +25,7 @@ from forge.model.grown_tensor import GrownTensor
 from forge.model.weight_files import TensorReader, WeightFiles
 
 _MOST_NAMED = 5
+_PIECE_NUMEL = 2**20
 _PACKED_SUFFIXES = (
     *(".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
     *(".absmax", ".quant_map", ".SCB", ".weight_format", ".quant_state.bitsandbytes__nf4"),
@@ -79,6 +80,8 @@ class PretrainedWeights:
         self.unused: tuple[str, ...] = ()
         self._grown: dict[str, GrownTensor] = {}
         self._may_grow = may_grow
+        self._copies: dict[str, str] = {}
+        """Further names of tied parameters that the files have too → the first name."""
         self._map_names()
         self._resolve_ties()
         self._check_shapes()
@@ -142,11 +145,25 @@ class PretrainedWeights:
         first: dict[int, str] = {}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             known = first.setdefault(id(parameter), name)
+            if known != name and known in self._plain and name in self._plain:
+                self._copies[name] = known
             if known not in self and name in self:
                 if name in self._plain:
                     self._plain[known] = self._plain[name]
                 else:
                     self._joined[known] = self._joined[name]
+
+    def require_equal_ties(self, *, key: str) -> None:
+        """Raises: ModelError about `key` if the files have two tensors for one parameter, and they differ; OSError,
+        EOFError.
+        """
+        for further, name in self._copies.items():
+            if not _are_equal(self._plain[further], self._plain[name]):
+                raise ModelError(
+                    f"{further} and {name} differ in {self.files.source}, and the model has one weight for both; "
+                    "set model.tie_word_embeddings: false to keep both",
+                    key=key,
+                )
 
     def _check_shapes(self) -> None:
         absent, wrong, quantised = [], [], []
@@ -178,19 +195,22 @@ class PretrainedWeights:
                 key="from_pretrained",
             )
         if wrong:
-            raise ModelError(f"{self.files.source} has other shapes: {some(wrong)}", key="from_pretrained")
+            raise ModelError(
+                f"{self.files.source} has {len(wrong)} other shapes: {some(wrong)}", key="from_pretrained"
+            )
 
     def _about_missing(self, missing: Sequence[str]) -> str:
-        """Describe weights that the files must have; many unknown ones beside them are of another architecture."""
+        """Describe weights that the files must have, and unknown tensors beside them."""
         name = type(self._model).__name__
+        others = f"{len(self.unused)} that it does not have, {self.unused[0]} among them" if self.unused else ""
+        if others and 2 * len(missing) > sum(1 for _ in self._model.parameters()):
+            return (
+                f"the weights of {self.files.source} are of another architecture than its config.json: they lack "
+                f"{len(missing)} that a {name} needs, {some(missing)}; they have {others}"
+            )
         count = f"{len(missing)} weights, " if len(missing) > _MOST_NAMED else ""
         problem = f"{self.files.source} lacks {count}{some(missing)}: a {name} needs every weight"
-        if len(self.unused) < len(missing):
-            return problem
-        return (
-            f"{problem}. It has {len(self.unused)} tensors that a {name} does not have, {self.unused[0]} among "
-            "them: they are of another architecture than its config.json"
-        )
+        return f"{problem}. It has {others}" if others else problem
 
     def _has_fewer_rows(self, name: str, shape: tuple[int, ...], *, wanted: tuple[int, ...]) -> bool:
         """Whether a tensor of the files lacks only rows of tokens, and the model may have more."""
@@ -241,6 +261,19 @@ def some(names: Sequence[str]) -> str:
     """List at most five names, and the number of the rest."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def _are_equal(first: TensorReader, second: TensorReader) -> bool:
+    """Whether two tensors of files are the same; a few MiB at a time. Raises: OSError, EOFError."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    for start in range(0, first.numel, _PIECE_NUMEL):
+        pieces = [torch.empty(min(_PIECE_NUMEL, first.numel - start), dtype=first.dtype) for _ in range(2)]
+        first.read_into(pieces[0], start=start)
+        second.read_into(pieces[1], start=start)
+        if not torch.equal(*pieces):
+            return False
+    return True
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -19,13 +19,12 @@ from forge.config.checkpoint_path import is_checkpoint, tokenizer_of
 from forge.config.model import ModelSpec, size_problems
 from forge.environment import looked_in
 from forge.errors import CheckpointError, ModelError, PlanError
-from forge.foreign import parse_json
+from forge.foreign import lfs_problem, parse_json
 from forge.fs import leads_to_folder
 from forge.model.auto_classes import AUTO_CLASSES
 from forge.model.composite import ARCHITECTURE, PARTS, check_parts, part_keys
 from forge.model.families.base import DataShape
 from forge.model.router_loss import COEFFICIENTS
-from forge.model.weight_files import lfs_problem
 from forge.objective.registry import AutoClass
 from forge.process import one_line
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from forge.config.checkpoint_path import is_checkpoint
 from forge.errors import PlanError
-from forge.foreign import MAX_INT, parse_json
+from forge.foreign import MAX_INT, lfs_problem, parse_json
 from forge.fs import digest_file, leads_to_folder
 from forge.process import one_line
 
@@ -39,7 +39,6 @@ _MAX_DIMENSIONS = 64  # as torch
 _CHUNK_BYTES = 8 * 2**20
 _PIECE_NUMEL = 4 * 2**20
 _MOST_NAMED = 5
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class TensorReader(Protocol):
@@ -135,14 +134,6 @@ def open_weight_files(source: str) -> WeightFiles:
     return WeightFiles(source=source, revision=revision, paths=paths, tensors=tensors)
 
 
-def lfs_problem(path: Path) -> str | None:
-    """Say that a file is only a git-lfs pointer to the real one; None if it is not. Raises: OSError."""
-    with path.open("rb") as file:
-        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
-    problem = "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
-    return f"{path.name} {problem}" if is_pointer else None
-
-
 def content_digests(files: WeightFiles, *, cache: Path) -> dict[str, str]:
     """Return the digest of every weight file by name; see `digest_file`. Raises: OSError."""
     if files.digests is not None:
@@ -176,6 +167,9 @@ def _file_names(folder: Path, source: str) -> Iterable[str]:
     if (folder / _SINGLE).is_file():
         return [_SINGLE]
     if (folder / _INDEX).is_file():
+        pointer = lfs_problem(folder / _INDEX)
+        if pointer is not None:
+            raise PlanError(f"model.from_pretrained: {pointer} ({folder})")
         try:
             size = (folder / _INDEX).stat().st_size
             if size > _MAX_HEADER_BYTES:
@@ -213,13 +207,17 @@ def _file_names(folder: Path, source: str) -> Iterable[str]:
             "are packed for inference. Give the model that they were made from, or convert them with transformers: "
             "from_pretrained(FOLDER, gguf_file=FILE), then save_pretrained"
         )
-    raise PlanError(f"model.from_pretrained: {source} holds neither {_SINGLE} nor {_INDEX}")
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = f"; it holds {len(others)} other .safetensors files, such as {others[0]}" if others else ""
+    raise PlanError(f"model.from_pretrained: {source} holds neither {_SINGLE} nor {_INDEX}{found}")
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Raises: OSError; ValueError, KeyError, TypeError, RecursionError for an invalid header."""
     size = path.stat().st_size
     with path.open("rb") as file:
+        if not size:
+            raise ValueError("it is empty")
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
             raise ValueError(f"its header claims {length} bytes")

@@ -321,12 +321,14 @@ def _plan_world_size(
 
 def _check_model(job: JobSpec, model: ModelInfo, corpus: CorpusInfo | None) -> None:
     if corpus and corpus.vocab_size > model.vocab_size:
-        what_to_do = "leave model.vocab_size out to take the tokenizer's"
-        if job.model.from_pretrained is not None:
+        is_new = job.model.from_pretrained is None
+        what_to_do = "leave it out to take the tokenizer's"
+        if not is_new:
             what_to_do = "set model.resize_embeddings: true to add rows, each the mean of the existing ones"
         raise PlanError(
-            f"the tokenizer has {corpus.vocab_size} tokens, but model.vocab_size is {model.vocab_size}: "
-            f"{corpus.vocab_size - model.vocab_size} tokens would have no embedding; {what_to_do}"
+            f"the tokenizer has {corpus.vocab_size:,} tokens, but the embedding has {model.vocab_size:,} rows: "
+            f"{corpus.vocab_size - model.vocab_size:,} tokens would have none; {what_to_do}",
+            job_key="model.vocab_size" if is_new else "model.from_pretrained",
         )
     if model.look_ahead_problem is not None and job.training.objective in OBJECTIVES:
         origin = next(key for key in ("architecture", "from_pretrained", "class") if getattr(job.model, key))
@@ -336,10 +338,9 @@ def _check_model(job: JobSpec, model: ModelInfo, corpus: CorpusInfo | None) -> N
             job_key=f"model.{origin}",
         )
     if model.max_seq_len is not None and job.data.seq_len > model.max_seq_len:
-        raise PlanError(
-            f"data.seq_len is {job.data.seq_len}, but the model has positions for {model.max_seq_len} tokens; "
-            "lower data.seq_len or raise model.max_position_embeddings"
-        )
+        problem = f"the model has positions for {model.max_seq_len:,} tokens; lower it or raise"
+        problem = f"is {job.data.seq_len:,}, but {problem} model.max_position_embeddings"
+        raise PlanError(problem, job_key="data.seq_len")
 
 
 def _check_targets(job: JobSpec, corpus: CorpusInfo | None) -> None:

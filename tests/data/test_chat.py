@@ -53,6 +53,14 @@ CALLS_TOOLS = (
     "{{ '<call>' + (c.function | tojson) }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+MARKED_WITHOUT_ANY_END = MARKED.replace("<|im_end|>", "").replace("<|im_start|>", "")
+MARKED_BEFORE_TEXT = MARKED.replace("{{ '<|im_end|>' }}{% endgeneration %}", "{% endgeneration %} over<|im_end|>")
+MARKED_BEFORE_SPACE = MARKED_BEFORE_TEXT.replace(" over", "{{ '\n' }}")
+MARKED_IN_PIECES = MARKED_WITHOUT_END.replace(
+    "{{ m.content }}{% endgeneration %}",
+    "{{ m.content[:2] }}{% endgeneration %}|{% generation %}{{ m.content[2:] }}{% endgeneration %}",
+)
+SHOWS_NO_ANSWER = CHATML.replace("{{ m.content }}", "{% if m.role != 'assistant' %}{{ m.content }}{% endif %}")
 NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 
 USER = {"role": "user", "content": "a"}
@@ -134,6 +142,13 @@ def shown(folder: Path, example: Example) -> str:
 def test_chat__chatml__learns_each_turn_with_its_end_and_nothing_else(folder: Path, template: str) -> None:
     (example,) = examples(format_of(folder, template), TURNS)
     assert learnt(folder, example) == ["It is 4.<|im_end|>", "Six, naïve one.<|im_end|>"]
+
+
+def test_chat__marks_that_end_before_the_turn__include_the_token_that_ends_it(folder: Path) -> None:
+    (example,) = examples(format_of(folder, MARKED_BEFORE_SPACE), TURNS)
+    assert learnt(folder, example) == ["It is 4.\n<|im_end|>", "Six, naïve one.\n<|im_end|>"]
+    (example,) = examples(format_of(folder, MARKED_IN_PIECES), TURNS)
+    assert learnt(folder, example) == ["It", " is 4.<|im_end|>", "Si", "x, naïve one.<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
@@ -250,6 +265,7 @@ def test_conversation_of__each_kind_of_record__has_its_roles(fields: dict[str, A
             {"messages": [USER, {"role": "assistant", "content": " "}]},
             "message 2 is an empty turn of the assistant",
         ),
+        ({"prompt": "a", "completion": "\u200b\ufeff\n"}, "message 2 is an empty turn of the assistant"),
         ({"prompt": "a", "completion": ""}, "message 2 is an empty turn of the assistant"),
         ({"messages": [USER, {"role": "asistant", "content": "b"}]}, r"'asistant'.*\(did you mean assistant\?\)"),
         (
@@ -274,6 +290,9 @@ def test_conversation_of__anything_else__names_the_record_and_message(fields: di
     ("template", "messages", "message"),
     [
         (NO_END, TURNS, "ends a turn of the assistant with no special token, so a model would not learn to stop"),
+        (MARKED_WITHOUT_ANY_END, TURNS, r"marks a turn .* that no special token ends, .* follows the mark: '\\n"),
+        (MARKED_BEFORE_TEXT, TURNS, "that no special token ends, .* follows the mark: ' over<"),
+        (SHOWS_NO_ANSWER, TURNS, "the chat template shows nothing of message 3, a turn of the assistant"),
         (LLAMA_2, TURNS, "the chat template refuses the conversation: no system turn"),
         ("{{ messages[0].nothing.more }}", TURNS, "the chat template refuses the conversation"),
         ("{{ 1 + messages }}", TURNS, "the chat template fails: TypeError"),

@@ -347,8 +347,18 @@ def test_load__a_folder_with_another_format__says_how_to_convert_it(tmp_path: Pa
 
 def test_load__a_pointer_of_git_lfs__is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
-    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer: it is a pointer of Git LFS"):
+    with pytest.raises(
+        DataError, match=r"tokenizer\.json is not a tokenizer: tokenizer\.json is a git-lfs pointer"
+    ):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"])
+def test_load__a_pointer_of_git_lfs_beside_it__is_named(tmp_path: Path, name: str) -> None:
+    folder = save_tokenizer(tmp_path / "base", train_tokenizer(["a b"] * 9, vocab_size=260))
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    with pytest.raises(DataError, match=rf"{name} cannot be read: {name} is a git-lfs pointer"):
+        load_tokenizer(str(folder))
 
 
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:

@@ -91,6 +91,12 @@ def test_inspect__targets__select_by_name_pattern_and_parent(bases: Path, target
     ("architecture", "lora", "key", "problem"),
     [
         ("llama", {"targets": "q_porj"}, "lora.targets", r"'q_porj' matches no layer \(did you mean 'q_proj'\?\)"),
+        (
+            "llama",
+            {"targets": ["c_attn", "q_proj", "c_proj"]},
+            "lora.targets",
+            r"2 of 3 entries \(c_attn, c_proj\): 'c_attn' matches no layer.*k_proj",
+        ),
         ("llama", {"targets": ["q_proj", "qkv"]}, "lora.targets", r"'qkv' matches no layer.*gate_proj, k_proj"),
         ("llama", {"targets": "embed_tokens"}, "lora.targets", "is of the class Embedding.*modules_to_save"),
         ("llama", {"targets": "model.norm"}, "lora.targets", "is of the class LlamaRMSNorm"),

@@ -199,14 +199,18 @@ def test_open__quantised_weights_without_a_word_in_the_config__are_counted_and_n
         opened(tmp_path)
 
 
-def test_open__weights_of_another_architecture__are_counted_on_both_sides(tmp_path: Path) -> None:
-    saved_model(tmp_path / "gpt2", "gpt2")
-    saved_model(tmp_path / "llama")
-    (tmp_path / "gpt2" / "model.safetensors").replace(tmp_path / "llama" / "model.safetensors")
+@pytest.mark.parametrize(("weights", "config"), [("gpt2", "llama"), ("llama", "gpt2")])
+def test_open__weights_of_another_architecture__are_counted_on_both_sides(
+    tmp_path: Path, weights: str, config: str
+) -> None:
+    for name in (weights, config):
+        saved_model(tmp_path / name, name)
+    (tmp_path / weights / "model.safetensors").replace(tmp_path / config / "model.safetensors")
     with pytest.raises(
-        ModelError, match=r"lacks \d+ weights, .* and \d+ more: .*\d+ tensors .*another architecture"
+        ModelError,
+        match=r"of another architecture .* lack \d+ that a .* and \d+ more; they have \d+ that it does not",
     ):
-        opened(tmp_path / "llama")
+        opened(tmp_path / config)
 
 
 def test_open__gguf_alone__is_named_with_the_way_out(tmp_path: Path) -> None:
@@ -248,13 +252,15 @@ def test_open__pickled_weights__are_refused(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["short", "header", "index", "missing"])
+@pytest.mark.parametrize("damage", ["short", "empty", "header", "index", "missing"])
 def test_open__damaged_files__are_one_clear_line(tmp_path: Path, damage: str) -> None:
     saved_model(tmp_path, max_bytes="20KB" if damage in ("index", "missing") else "5GB")
     index = tmp_path / "model.safetensors.index.json"
     file = next(tmp_path.glob("model*.safetensors"))
     if damage == "short":
         file.write_bytes(file.read_bytes()[:-4])
+    elif damage == "empty":
+        file.write_bytes(b"")
     elif damage == "header":
         file.write_bytes(b"\xff" * 64)
     elif damage == "index":
@@ -393,7 +399,7 @@ def test_inspect__same_keys_as_the_folder__has_nothing_to_say(tmp_path: Path) ->
 def test_inspect__key_that_changes_a_shape__is_named_with_both_shapes(tmp_path: Path, keys: dict[str, int]) -> None:
     saved_model(tmp_path)
     with pytest.raises(
-        ModelError, match=r"has other shapes: .* there and .* in the model.*; the job sets "
+        ModelError, match=r"has \d+ other shapes: .* there and .* in the model.*; the job sets "
     ) as caught:
         TransformersFamily().inspect(spec_of(tmp_path, **keys), DATA)
     assert caught.value.key == next(iter(keys))
@@ -432,12 +438,25 @@ def test_inspect__value_that_the_config_refuses__blames_its_key(
     assert "\n" not in caught.value.problem
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
+)
 def test_inspect__git_lfs_pointer__is_said(tmp_path: Path, name: str) -> None:
-    saved_model(tmp_path)
+    saved_model(tmp_path, max_bytes="20KB" if "index" in name else "5GB")
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
     with pytest.raises(PlanError, match=rf"{name} is a git-lfs pointer, not the file itself: run `git lfs pull`"):
         TransformersFamily().inspect(spec_of(tmp_path), DATA)
+
+
+def test_inspect__tied_weight_that_the_files_have_twice__must_be_the_same(tmp_path: Path) -> None:
+    saved_model(tmp_path)
+    with pytest.raises(ModelError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ in ") as caught:
+        TransformersFamily().inspect(spec_of(tmp_path, tie_word_embeddings=True), DATA)
+    assert caught.value.key == "tie_word_embeddings"
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    TransformersFamily().inspect(spec_of(tmp_path, tie_word_embeddings=True), DATA)
 
 
 @pytest.mark.timeout(30)

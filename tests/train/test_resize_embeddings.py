@@ -91,8 +91,9 @@ def test_inspect__vocab_size_is_set_beside_it__is_the_number_of_rows(tmp_path: P
 def test_make_plan__vocabulary_is_larger_than_the_embedding__is_refused_and_says_the_key(tmp_path: Path) -> None:
     job = tiny_job(model={"from_pretrained": str(tmp_path)})
     corpus = tiny_plan().corpus
-    with pytest.raises(PlanError, match=r"28 tokens would have no embedding; set model.resize_embeddings: true"):
+    with pytest.raises(PlanError, match=r"28 tokens would have none; set model.resize_embeddings: true") as caught:
         make_plan(job, model=tiny_facts(vocab_size=OLD), corpus=corpus, hardware=CPU)
+    assert caught.value.job_key == "model.from_pretrained"
 
 
 @pytest.mark.parametrize("keys", [{"freeze": ["model.embed_tokens"]}, {"lora": {"rank": 4}}])

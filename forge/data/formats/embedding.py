@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from forge.data.corpus import text_of
 from forge.data.formats.base import Example, FormatContext
+from forge.data.pairs import is_blank
 from forge.data.sources.base import Record
 from forge.data.sources.files import json_name
 from forge.errors import DataError
@@ -97,7 +98,7 @@ def _text(record: Record, *, key: str) -> str:
         keys = ", ".join(map(repr, record.fields)) or "none"
         raise DataError(f"{record.location}: no key {key!r} (data.embedding); the keys are: {keys}")
     text = text_of(record, text_key=key)
-    if not text.strip():
+    if is_blank(text):
         raise DataError(f"{record.location}: {key!r} is empty")
     return text
 
@@ -114,7 +115,7 @@ def _texts(record: Record, *, key: str) -> list[str]:
     for number, one in enumerate(found):
         if not isinstance(one, str):
             raise DataError(f"{record.location}: {key}[{number}] must be a string, it is {json_name(one)}")
-        if not one.strip():
+        if is_blank(one):
             raise DataError(f"{record.location}: {key}[{number}] is empty")
         if not one.isascii():
             _require_unicode(one, name=f"{key}[{number}]", record=record)

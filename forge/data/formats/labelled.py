@@ -18,6 +18,7 @@ from forge.data.corpus import text_of
 from forge.data.formats.base import Example, FormatContext
 from forge.data.label_bits import BITS
 from forge.data.labels import LabelNumbers, names_of, number_of, value_of
+from forge.data.pairs import is_blank
 from forge.data.rows import IGNORED
 from forge.data.sources.base import Record
 from forge.data.sources.files import json_name
@@ -114,7 +115,7 @@ class LabelledFormat:
 
     def _text(self, record: Record, *, key: str) -> str:
         text = text_of(record, text_key=key)
-        if not text.strip():
+        if is_blank(text):
             raise DataError(f"{record.location}: {key!r} is empty")
         return text
 

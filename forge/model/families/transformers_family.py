@@ -246,6 +246,8 @@ def _check_weights(spec: ModelSpec, model: Any, *, data: DataShape) -> tuple[str
     if not leads_to_folder(Path(source).expanduser()) and not is_downloaded(source):
         return (f"the weights of {source} are not on this machine; their names and shapes are not checked yet",)
     weights = _open_weights(spec, model, data=data)
+    tie = "tie_word_embeddings"
+    weights.require_equal_ties(key=tie if tie in spec.config_overrides else "from_pretrained")
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     untrained = sorted(set(frozen) & set(weights.absent))
     if untrained:
