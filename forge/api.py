@@ -208,6 +208,7 @@ def inspect_data(
     count: int = 3,
     index: int | None = None,
     split: str | None = None,
+    part: str | None = None,
     max_chars: int = 4000,
     on_progress: Callable[[PrepareProgress], None] | None = None,
 ) -> DataView:
@@ -219,11 +220,12 @@ def inspect_data(
         count: of the examples, spread over the corpus.
         index: show `count` examples from this one on, in the order of the records.
         split: `train` or `held_out`.
+        part: of `data.mixture`; an index needs one.
         max_chars: of a text between two changes of loss; longer ones are cut in the middle.
 
     Raises: JobFileError, DataError, UserCodeError; ArgumentError for an index or a split that does not exist.
     """
-    selection = Selection(count=count, index=index, split=split, max_chars=max_chars)
+    selection = Selection(count=count, index=index, split=split, part=part, max_chars=max_chars)
     return resolve_view(_loaded(job), selection=selection, on_progress=on_progress)
 
 

@@ -66,6 +66,7 @@ def inspect(
     split: Annotated[
         SplitName | None, typer.Option("--split", help="Examples that are trained on, or held out.")
     ] = None,
+    part: Annotated[str | None, typer.Option("--part", help="Only of this part of data.mixture.")] = None,
     max_chars: Annotated[
         int, typer.Option("--max-chars", min=20, max=1_000_000, help="Cut longer texts in the middle.")
     ] = 4000,
@@ -88,7 +89,13 @@ def inspect(
     loaded = _loaded(file, overrides=overrides or [])
     with PrepareScreen() as screen:
         view = api.inspect_data(
-            loaded, count=count, index=index, split=split, max_chars=max_chars, on_progress=screen.show
+            loaded,
+            count=count,
+            index=index,
+            split=split,
+            part=part,
+            max_chars=max_chars,
+            on_progress=screen.show,
         )
     if output is Output.JSON:
         display.print_json(asdict(view))

@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from forge.config.class_names import FormatName, SourceName
 from forge.config.classification import LabelsSpec
 from forge.config.embedding import EmbeddingSpec
+from forge.config.mixture import MAX_PARTS, FileType, MixtureParts, mixture_problems, origin_problems
 from forge.config.section import Count, FieldError, Fraction, Section, Strings, raise_errors
 from forge.data.formats.registry import TEMPLATE_FORMATS
 
-FileType = Literal["auto", "text", "json", "csv", "parquet"]
 BadRecordAction = Literal["fail", "skip"]
 
 
@@ -106,7 +106,7 @@ class DataSpec(Section):
 
     source: SourceName | None = None
     """`python-stdlib`: the Python sources of the running interpreter's standard library, real text that every
-    machine has without a download. Give one of `source`, `files` and `dataset`."""
+    machine has without a download. Give one of `source`, `files`, `dataset` and `mixture`."""
 
     files: Strings | None = None
     """A glob or fsspec URL, or a list of them: text files (one document each), JSON lines, JSON arrays, CSV or
@@ -126,6 +126,10 @@ class DataSpec(Section):
 
     revision: str | None = Field(None, pattern=r"^[\w./-]{1,200}$")
     """Branch, tag or commit of `dataset` on the hub; the newest if it is left out."""
+
+    mixture: MixtureParts = Field((), json_schema_extra={"maxItems": MAX_PARTS})
+    """Several corpora that are read together, each with a `name` and a `weight`. Every part is prepared by itself,
+    held out from, and read in an order of its own, pass after pass; changing a weight prepares nothing again."""
 
     file_type: FileType = "auto"
     """What `files` are. `auto`: found out from the content and the name of each file; archives, notebooks and other
@@ -219,18 +223,32 @@ class DataSpec(Section):
         if self.format != "embedding" and self.embedding != EmbeddingSpec():
             problem = f"is only for format: embedding, not {self.format}"
             errors.append(FieldError("embedding", problem, depends_on=("format",)))
-        if self.files is not None and not (self.files and all(self.files)):
-            errors.append(FieldError("files", "must name at least one file or glob"))
         if self.packing == "concatenate" and self.format != "text":
             problem = f"must be examples or none with format {self.format}"
             errors.append(FieldError("packing", problem, nearest="examples"))
-        if self.file_type != "auto" and self.source is not None:
-            errors.append(FieldError("file_type", "is only for 'files'"))
-        if self.dataset is None:
-            of_dataset = {"subset": None, "split": "train", "revision": None}
-            given = [key for key, default in of_dataset.items() if getattr(self, key) != default]
-            errors += [FieldError(key, "is only for 'dataset'") for key in given]
+        errors += [*origin_problems(self), *mixture_problems(self.mixture)]
+        origins = {"source": self.source, "files": self.files, "dataset": self.dataset}
+        given = [key for key, origin in origins.items() if origin is not None]
+        if self.mixture and given:
+            problem = f"is instead of {given[0]!r}; make that a part of it"
+            errors.append(FieldError("mixture", problem, depends_on=(given[0],)))
         raise_errors(errors)
-        if sum(origin is not None for origin in (self.source, self.files, self.dataset)) != 1:
-            raise ValueError("give one of 'source', 'files' and 'dataset'")
+        if len(given) + bool(self.mixture) != 1:
+            raise ValueError("give one of 'source', 'files', 'dataset' and 'mixture'")
         return self
+
+    @property
+    def parts(self) -> tuple[DataSpec, ...]:
+        """The section of each part of the mixture, as if it were given alone."""
+        keys = ("source", "files", "dataset", "subset", "split", "revision")
+        return tuple(
+            self.model_copy(
+                update={
+                    "mixture": (),
+                    **{key: getattr(part, key) for key in keys},
+                    "file_type": self.file_type if part.file_type == "auto" else part.file_type,
+                    "text_key": part.text_key or self.text_key,
+                }
+            )
+            for part in self.mixture
+        )

@@ -32,9 +32,9 @@ def known_keys(root: type[Section]) -> Iterator[str]:
 
 def section_at(loc: Loc, *, root: type[Section]) -> type[Section] | None:
     """Return the type of the section at `loc`; None if that key is not a section."""
-    section, names = root, iter(loc)
+    section, names = root, iter([name for name in loc if isinstance(name, str)])  # a list has sections of one type
     for name in names:
-        field = section.model_fields.get(str(name))
+        field = section.model_fields.get(name)
         inner = next(_sections_in(field.annotation), None) if field else None
         if inner is None:
             return None
@@ -63,7 +63,7 @@ def _is_mapping(annotation: Any) -> bool:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    """`A | B` → `A`, `B`; any other annotation → itself."""
+    """`A | B` → `A`, `B`; `tuple[A, ...]` → `A`, `...`; any other annotation → itself."""
     if typing.get_origin(annotation) in (None, Literal):
         return (annotation,)
     return typing.get_args(annotation)

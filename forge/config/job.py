@@ -64,7 +64,9 @@ class JobSpec(Section):
         """Check sections against each other, and fill in what one says about another."""
         errors = list(self._problems())
         try:
-            self.__dict__["search"] = check_metrics(self.training, self.search, of_user={})
+            self.__dict__["search"] = check_metrics(
+                self.training, self.search, of_user={}, parts=[part.name for part in self.data.mixture]
+            )
         except FieldErrors as error:
             errors += error.errors
         raise_errors(errors)
@@ -149,6 +151,9 @@ class JobSpec(Section):
         if kind == "regression" and self.data.labels.names is not None:
             yield FieldError("data.labels.names", "is not for kind: regression, whose labels are numbers")
         weights, names = self.training.classification.class_weights, self.data.labels.names
+        if self.data.mixture and self.data.format == "labelled" and names is None and kind != "regression":
+            problem = "is missing: the parts of data.mixture must number the same labels alike, so name them"
+            yield FieldError("data.labels.names", problem, depends_on=("data.mixture",))
         if isinstance(weights, tuple) and names is not None and len(weights) != len(names):
             problem = f"has {len(weights)} weights for {len(names)} labels"
             yield FieldError("training.classification.class_weights", problem, depends_on=("data.labels.names",))

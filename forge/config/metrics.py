@@ -8,7 +8,7 @@ the plan is made.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from forge.config.search import SearchSpec
 from forge.config.section import FieldError, raise_errors
@@ -29,20 +29,29 @@ RUN_METRICS: Directions = {
 """What every run reports, by its key in `metrics.jsonl`."""
 
 
-def reported_metrics(declared: Directions) -> dict[str, Direction]:
-    """Return all metrics of a run whose objective declares these, by key in `metrics.jsonl`."""
+def reported_metrics(declared: Directions, *, parts: Sequence[str] = ()) -> dict[str, Direction]:
+    """Return all metrics of a run whose objective declares these, by key in `metrics.jsonl`.
+
+    Args:
+        parts: names of the parts of a mixture.
+    """
     own = {f"{kind}/{name}": direction for kind in ("eval", "train") for name, direction in declared.items()}
-    return {**RUN_METRICS, **own}
+    return {**RUN_METRICS, **dict.fromkeys((f"eval/loss/{part}" for part in parts), "min"), **own}
 
 
 def check_metrics(
-    training: TrainingSpec, search: SearchSpec | None, *, of_user: Mapping[str, Directions]
+    training: TrainingSpec,
+    search: SearchSpec | None,
+    *,
+    of_user: Mapping[str, Directions],
+    parts: Sequence[str] = (),
 ) -> SearchSpec | None:
     """Check the metrics that a job names.
 
     Args:
         of_user: `metric_directions` of objectives of the user's own, as far as known; a metric that only another
             one may report is not checked.
+        parts: names of the parts of `data.mixture`.
 
     Returns: the search with its mode: unless given, the direction of its metric.
 
@@ -52,7 +61,7 @@ def check_metrics(
     tables = [
         _builtin_metrics(name, training, search) if name in OBJECTIVES else of_user.get(name) for name in objectives
     ]
-    known = _common([reported_metrics(table) for table in tables if table is not None])
+    known = _common([reported_metrics(table, parts=parts) for table in tables if table is not None])
     is_complete = all(table is not None for table in tables)
     stopping = training.early_stopping
     errors: list[FieldError] = []

@@ -41,6 +41,15 @@ def with_home_folders(job: JobSpec, *, fail: Callable[[str, str], Exception]) ->
             chat=_with(job.data.chat, template=resolved("data.chat.template", job.data.chat.template)),
             dataset=resolved("data.dataset", job.data.dataset),
             files=job.data.files and tuple(resolved("data.files", pattern) for pattern in job.data.files),
+            mixture=tuple(
+                _with(
+                    part,
+                    dataset=resolved(f"data.mixture[{number}].dataset", part.dataset),
+                    files=part.files
+                    and tuple(resolved(f"data.mixture[{number}].files", pattern) for pattern in part.files),
+                )
+                for number, part in enumerate(job.data.mixture)
+            ),
             tokenizer=_with(
                 job.data.tokenizer,
                 from_pretrained=resolved("data.tokenizer.from_pretrained", job.data.tokenizer.from_pretrained),

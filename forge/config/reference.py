@@ -72,6 +72,8 @@ def _written_as(prop: Mapping[str, Any], *, key: str) -> str:
 def _alternatives(prop: Mapping[str, Any], *, key: str) -> list[str]:
     if "$ref" in prop:
         return [f"[section](#{key.replace('.', '').lower()})"]
+    if "$ref" in prop.get("items", {}):
+        return [f"a list of [sections](#{key.replace('.', '').lower()})"]
     if "additionalProperties" in prop:
         inner = prop["additionalProperties"]
         below = (
@@ -108,7 +110,7 @@ _SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 
 def _default(prop: Mapping[str, Any]) -> str:
     value = prop.get("default")
-    if value is None or isinstance(value, dict):
+    if value in (None, []) or isinstance(value, dict):
         return "–"
     return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
 

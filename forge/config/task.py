@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, mo
 
 from forge.config.class_names import SourceName
 from forge.config.classification import LabelKind
-from forge.config.data import BadRecordAction, DataSpec, FileType
+from forge.config.data import BadRecordAction, DataSpec
+from forge.config.mixture import FileType
 from forge.config.section import Count, FieldError, Number, Section, Strings, raise_errors
 from forge.config.task_metrics import MetricsSpec, TaskKind
 

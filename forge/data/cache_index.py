@@ -24,8 +24,10 @@ FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 COLUMN_FILE = "columns/{}.bin"
 """Name of the file of a column."""
+PARTS = "parts"
+"""The folder of a mixture with a cache for each part."""
 _FOLDERS = {"tokenizer", "examples", "columns", "train", "held_out"}
-"""The folders in a cache; all of its files are in them or beside the index."""
+"""The folders in a cache; all of its files are in them, beside the index, or in a part."""
 MAX_INDEX_BYTES = 64 * 2**20
 _TOKEN_DTYPES = {"<u2", "<u4"}
 _COLUMN_DTYPES = {"<i4", "<f4"}
@@ -96,6 +98,14 @@ class LabelIndex:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartEntry:
+    """One part of a mixture: a cache of its own in the folder `parts/<name>`."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheIndex:
     """Contents of a cache. `unigram_perplexity` is None if nothing is held out."""
 
@@ -110,7 +120,7 @@ class CacheIndex:
     held_out: tuple[FileEntry, ...]
     tokenizer: tuple[FileEntry, ...]
     tables: tuple[FileEntry, ...] = ()
-    """Files of an example store; then there are no token streams."""
+    """Files of an example store, or of the parts of a mixture; then there are no token streams."""
     examples: ExampleLayout | None = None
     """None for token streams."""
     skipped: SkippedRecords = SkippedRecords()
@@ -125,6 +135,8 @@ class CacheIndex:
     """The tokenizer's padding token; None if it names none, or the format is another."""
     stream_columns: StreamColumns | None = None
     """None unless something was computed for the windows of token streams."""
+    parts: tuple[PartEntry, ...] = ()
+    """Of a mixture."""
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -148,8 +160,9 @@ def write_index(folder: Path, *, index: CacheIndex) -> None:
     body = asdict(index)
     if index.examples is None:
         del body["examples"]
-    if not index.tables:
-        del body["tables"]
+    for name in ("tables", "parts"):
+        if not body[name]:
+            del body[name]
     if not index.skipped.count:
         del body["skipped"]
     if index.lengths is None:
@@ -204,10 +217,15 @@ def verify(folder: Path, *, index: CacheIndex) -> None:
 
 def _check_names(index: CacheIndex) -> None:
     """Raises: ValueError for a file outside of the cache's folder, or one that no cache contains."""
-    names = [entry.name for entry in index.files]
+    names, parts = [entry.name for entry in index.files], {file_name(part.name) for part in index.parts}
     for name in names:
         folder, slash, file = name.rpartition("/")
-        if (slash and folder not in _FOLDERS) or name == INDEX_NAME:
+        if folder.startswith(f"{PARTS}/"):
+            _, part, *rest = folder.split("/")
+            is_known = part in parts and (not rest or "/".join(rest) in _FOLDERS)
+        else:
+            is_known = (not slash or folder in _FOLDERS) and name != INDEX_NAME
+        if not is_known:
             raise ValueError(f"it names {name!r:.80}, where no cache has a file")
         file_name(file)
     if len(set(names)) < len(names):

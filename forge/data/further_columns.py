@@ -10,7 +10,6 @@ examples are their windows, those of the training stream first.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -24,7 +23,7 @@ from forge.data.cache import build_once, open_cache
 from forge.data.cache_index import COLUMN_FILE, CacheIndex, Column, StreamColumns, read_index, write_index
 from forge.data.store import FileEntry, HashedFile
 from forge.errors import DataError
-from forge.fs import sync_folder, write_atomic
+from forge.fs import link_or_copy, sync_folder, write_atomic
 from forge.plan.inputs import CorpusInfo
 
 _PART = re.compile(r"(\d+)-(\d+)-([0-9a-f]{32})\.bin")
@@ -165,7 +164,7 @@ def _write(further: FurtherColumns, *, draft: Path, parts: Path) -> CacheIndex:
     index = read_index(own)
     for entry in index.files:
         (draft / entry.name).parent.mkdir(exist_ok=True)
-        _link(own / entry.name, draft / entry.name)
+        link_or_copy(own / entry.name, draft / entry.name)
     written = _write_columns(
         further.columns, draft=draft, parts=parts, length=num_positions(index, seq_len=seq_len)
     )
@@ -197,13 +196,6 @@ def _write_columns(columns: tuple[Column, ...], *, draft: Path, parts: Path, len
     finally:
         for file in files.values():
             file.abort()
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
 
 
 def _stop_of(part: Path) -> int:

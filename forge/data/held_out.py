@@ -7,17 +7,36 @@ the prepared data records; so they are found by one pass over the source, withou
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 
 from forge.config.data import DataSpec
 from forge.data.bad_records import BadRecords
-from forge.data.cache_index import CacheIndex
+from forge.data.cache_index import PARTS, CacheIndex, read_index
 from forge.data.corpus import text_of
+from forge.data.mixture_parts import each_part
 from forge.data.prepare_examples import record_content
 from forge.data.sources.base import Record
 from forge.data.sources.build import build_source
 from forge.data.sources.pieces import blocks_of, pieces_of
 from forge.data.store import document_key
 from forge.errors import DataError
+
+
+def held_out_of_run(spec: DataSpec, *, folder: Path) -> Iterator[Record]:
+    """Yield the held-out records of a run; of a mixture, part after part.
+
+    Args:
+        spec: the data of the run.
+        folder: of its prepared data.
+
+    Raises: DataError as `held_out_records`.
+    """
+    if not spec.mixture:
+        return held_out_records(spec, index=read_index(folder))
+    return chain.from_iterable(
+        each_part(spec, lambda name, part: held_out_records(part, index=read_index(folder / PARTS / name)))
+    )
 
 
 def held_out_records(spec: DataSpec, *, index: CacheIndex) -> Iterator[Record]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forge.data.order import SampleOrder
+from forge.data.order import Order
 from forge.data.rows import IGNORED, Arrays, RowStore
 from forge.plan.batch import BatchPlan
 
@@ -48,7 +48,7 @@ class TrainBatches:
     """The micro-batches of one rank at every step."""
 
     rows: RowStore
-    order: SampleOrder
+    order: Order
     plan: BatchPlan
     rank: int
 

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from forge.config.data import DataSpec
 from forge.data.bad_records import BadRecords
 from forge.data.corpus import texts_of
+from forge.data.mixture_parts import each_part
 from forge.data.sources.base import Record
-from forge.data.sources.build import file_source
+from forge.data.sources.build import file_source, listed_files
 from forge.data.sources.detect import open_content
 from forge.data.sources.files import FileSource, read_records, reading
 from forge.data.sources.listing import Matched, Skipped, SourceFile
@@ -40,8 +43,35 @@ def look_at_corpus(spec: DataSpec, *, special_tokens: Sequence[str] = ()) -> Cor
     Args:
         special_tokens: names of the tokenizer's special tokens, to be counted in the sample.
 
-    Raises: DataError as reading the corpus would, for what can be seen in the sample.
+    Raises: DataError as reading the corpus would, for what can be seen in the sample; for a file in two parts of a
+        mixture.
     """
+    if not spec.mixture:
+        return _look(spec, special_tokens=special_tokens)
+    patterns: list[PatternFiles] = []
+    special, num_sampled = Counter[str](), 0
+    part_of: dict[str, str] = {}
+
+    def look(name: str, section: DataSpec) -> CorpusFiles:
+        for file in listed_files(section):
+            other = part_of.setdefault(file.path, name)
+            if other != name:
+                raise DataError(f"{file.shown} is in part {other} too; one would train on what the other holds out")
+        found = _look(section, special_tokens=special_tokens)
+        return replace(
+            found, patterns=tuple(replace(one, pattern=f"{name}: {one.pattern}") for one in found.patterns)
+        )
+
+    for found in each_part(spec, look):
+        patterns += found.patterns
+        special.update(found.special_tokens)
+        num_sampled += found.num_sampled
+    return CorpusFiles(
+        patterns=tuple(patterns), num_sampled=num_sampled, special_tokens=dict(special), folder=str(Path.cwd())
+    )
+
+
+def _look(spec: DataSpec, *, special_tokens: Sequence[str]) -> CorpusFiles:
     if spec.source is not None:
         files = StdlibSource(text_key=spec.text_key).files()
         listed = [Matched(pattern=str(spec.source), files=tuple(files), skipped=())]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +26,18 @@ _NUM_ROUNDS = 8
 """Luby & Rackoff need 4 with perfect round functions on large domains; the halves of a small corpus have
 few values, where 4 rounds leave a bias that the tests see and 8 do not."""
 
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15
 """2⁶⁴ / golden ratio, the increment of splitmix64: Steele, Lea & Flood, OOPSLA 2014."""
 
 _BLOCK = 1 << 16
 """Positions permuted at once: the temporaries stay in the processor's cache."""
+
+
+class Order(Protocol):
+    """The row at each position of the endless training order."""
+
+    def samples(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Shapes: positions: int64[n], counted from 0 → int64[n]. Raises: ValueError if a position is negative."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +75,7 @@ class SampleOrder:
     def _keys(self, epochs: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """One 64-bit key for each (seed, epoch)."""
         seed = np.array([self.seed % (1 << 64)], dtype=np.uint64)
-        return _mix(_mix(seed) + (epochs + np.uint64(1)) * np.uint64(_GOLDEN))
+        return mix(mix(seed) + (epochs + np.uint64(1)) * np.uint64(GOLDEN))
 
     def _permute(self, values: NDArray[np.uint64], *, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Apply the network to each value until the result is below `num_samples` (cycle walking)."""
@@ -85,15 +93,15 @@ def _network(values: NDArray[np.uint64], *, keys: NDArray[np.uint64], high: int,
     size_left, size_right = np.uint64(high), np.uint64(low)
     left, right = np.divmod(values, size_right)
     for number in range(_NUM_ROUNDS):
-        round_keys = keys + np.uint64((number + 1) * _GOLDEN % (1 << 64))
+        round_keys = keys + np.uint64((number + 1) * GOLDEN % (1 << 64))
         if number % 2 == 0:
-            left = (left + _mix(right ^ round_keys) % size_left) % size_left
+            left = (left + mix(right ^ round_keys) % size_left) % size_left
         else:
-            right = (right + _mix(left ^ round_keys) % size_right) % size_right
+            right = (right + mix(left ^ round_keys) % size_right) % size_right
     return left * size_right + right
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finalizer of splitmix64: every bit of the input changes every bit of the output."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from forge.data.added_tokens import open_tokenizer
 from forge.data.cache import build_once, open_cache
 from forge.data.cache_index import (
     FORMAT_VERSION,
+    PARTS,
     CacheIndex,
     ExampleLayout,
     read_index,
@@ -34,9 +35,9 @@ from forge.data.format_process import write_examples_in_process
 from forge.data.formats.registry import TEMPLATE_FORMATS
 from forge.data.prepare_examples import chat_settings, write_examples
 from forge.data.prepare_streams import write_streams
-from forge.data.rows import RowStore, StreamRows, WindowColumns
+from forge.data.rows import MixedRows, RowStore, StreamRows, WindowColumns
 from forge.data.sources.build import SampleSize
-from forge.data.store import TokenStream
+from forge.data.store import FileEntry, TokenStream
 from forge.data.tokenizer import TextTokenizer, train_tokenizer
 from forge.data.tokenizer_files import role_id, role_token, special_ids
 from forge.errors import DataError
@@ -91,7 +92,7 @@ def prepare(
     report = on_progress or (lambda _: None)
     report(PrepareProgress(phase="fingerprint"))
     loaded = open_tokenizer(spec.tokenizer)
-    digest = _cache_key(spec, tokenizer=loaded, code_digest=code_digest)
+    digest = cache_key(spec, tokenizer=loaded, code_digest=code_digest)
     folder = _cache_folder(spec, cache_dir=cache_dir, digest=digest)
     try:
         index = open_cache(folder, digest=digest)
@@ -113,10 +114,10 @@ def find_prepared(spec: DataSpec, *, cache_dir: Path, code_digest: str | None = 
     Raises: DataError if the corpus or the tokenizer cannot be read.
     """
     folder = cache_dir.absolute() / "data"
-    if not any(folder.glob(f"{_corpus_name(spec)}-*")):
+    if not any(folder.glob(f"{corpus_name(spec)}-*")):
         return None  # without reading the corpus
     loaded = open_tokenizer(spec.tokenizer)
-    digest = _cache_key(spec, tokenizer=loaded, code_digest=code_digest)
+    digest = cache_key(spec, tokenizer=loaded, code_digest=code_digest)
     folder = _cache_folder(spec, cache_dir=cache_dir, digest=digest)
     try:
         return _facts(open_cache(folder, digest=digest), folder=folder, seq_len=spec.seq_len)
@@ -133,6 +134,13 @@ def open_rows(facts: CorpusInfo) -> tuple[RowStore, RowStore]:
     index = read_index(folder)
     if index.digest != facts.digest:
         raise DataError(f"{folder} holds the corpus {index.digest}, the plan says {facts.digest}; plan again")
+    if facts.parts or index.parts:
+        if [part.name for part in facts.parts] != [part.name for part in index.parts]:
+            raise DataError(f"{folder} holds other parts of a mixture than the plan; plan again")
+        sides = [open_rows(part) for part in parts_of(facts)]
+        return MixedRows(parts=tuple(train for train, _ in sides)), MixedRows(
+            parts=tuple(held for _, held in sides)
+        )
     if index.examples is not None:
         return (
             ExampleRows(folder=folder, index=index, split="train"),
@@ -149,6 +157,12 @@ def open_rows(facts: CorpusInfo) -> tuple[RowStore, RowStore]:
         raise DataError(f"{folder} was made for data.seq_len {further.seq_len}, not {facts.seq_len}; plan again")
     columns = partial(WindowColumns, folder=folder, layout=further, num_windows=train.num_rows + held_out.num_rows)
     return replace(train, further=columns(first=0)), replace(held_out, further=columns(first=train.num_rows))
+
+
+def parts_of(facts: CorpusInfo) -> tuple[CorpusInfo, ...]:
+    """Return the parts of a mixture where a run reads them; of another corpus, itself."""
+    folder = Path(facts.folder) / PARTS
+    return tuple(replace(part.corpus, folder=str(folder / part.name)) for part in facts.parts) or (facts,)
 
 
 def prepare_sample(
@@ -175,7 +189,7 @@ def prepare_sample(
     return _facts(index, folder=folder, seq_len=spec.seq_len)
 
 
-def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: str | None) -> str:
+def cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: str | None) -> str:
     described = asdict(tokenizer) if tokenizer else {"train": "bpe", "vocab_size": spec.tokenizer.vocab_size}
     if spec.tokenizer.special_tokens:
         described |= {"added": list(spec.tokenizer.special_tokens)}
@@ -208,10 +222,10 @@ def _cache_key(spec: DataSpec, *, tokenizer: TextTokenizer | None, code_digest: 
 
 
 def _cache_folder(spec: DataSpec, *, cache_dir: Path, digest: str) -> Path:
-    return cache_dir.absolute() / "data" / f"{_corpus_name(spec)}-{digest[:16]}"
+    return cache_dir.absolute() / "data" / f"{corpus_name(spec)}-{digest[:16]}"
 
 
-def _corpus_name(spec: DataSpec) -> str:
+def corpus_name(spec: DataSpec) -> str:
     """A readable folder name: the source, or the last part of the data set or first pattern without wildcards."""
     if spec.source is not None:
         return spec.source
@@ -253,7 +267,7 @@ def _labels(index: CacheIndex) -> LabelsInfo | None:
     )
 
 
-def _require_no_conversations(spec: DataSpec) -> None:
+def require_no_conversations(spec: DataSpec) -> None:
     """Raises: DataError if a tokenizer would have to be trained on conversations, which have no text field."""
     if spec.format == "chat":
         raise DataError(
@@ -311,16 +325,10 @@ def _write_cache(
 ) -> CacheIndex:
     """Write all files of the cache, the index last."""
     if tokenizer is None:
-        _require_no_conversations(spec)
+        require_no_conversations(spec)
         report(PrepareProgress(phase="tokenizer"))
         max_chars = TOKENIZER_SAMPLE_CHARS if sample is None else sample.num_chars
-        text = corpus.iter_sample(spec, max_chars=max_chars)
-        tokenizer = train_tokenizer(
-            text,
-            vocab_size=spec.tokenizer.vocab_size,
-            special_tokens=spec.tokenizer.special_tokens,
-            adds_end=spec.format == "pair",
-        )
+        tokenizer = trained_tokenizer(spec, corpus.iter_sample(spec, max_chars=max_chars))
     tokenizer = replace(tokenizer, special_tokens=spec.special_tokens)
     if spec.packing == "concatenate":
         write: Callable[..., CacheIndex] = write_streams
@@ -329,16 +337,30 @@ def _write_cache(
         write = partial(write_examples_in_process, code_digest=code_digest) if is_apart else write_examples
     progress = _progress_of(report)
     index = write(spec, folder=folder, digest=digest, tokenizer=tokenizer, report=progress, sample=sample)
-    files = {"tokenizer/tokenizer.json": tokenizer.content, "tokenizer/tokenizer_config.json": tokenizer.config}
-    files |= {f"tokenizer/{name}": text for name, text in tokenizer.files.items()}
-    written = [store.write_file(folder, name=name, content=text.encode()) for name, text in files.items()]
+    index = replace(index, tokenizer=write_tokenizer(folder, tokenizer))
     for name in {path.parent for path in folder.rglob("*")} - {folder}:
         sync_folder(name)
-    index = replace(index, tokenizer=tuple(written))
     pad_id = role_id("pad_token", content=tokenizer.content, config=tokenizer.config, files=tokenizer.files)
     index = replace(index, pad_id=pad_id)
     write_index(folder, index=index)
     return index
+
+
+def trained_tokenizer(spec: DataSpec, texts: Iterable[str]) -> TextTokenizer:
+    """Train the tokenizer of a job."""
+    return train_tokenizer(
+        texts,
+        vocab_size=spec.tokenizer.vocab_size,
+        special_tokens=spec.tokenizer.special_tokens,
+        adds_end=spec.format == "pair",
+    )
+
+
+def write_tokenizer(folder: Path, tokenizer: TextTokenizer) -> tuple[FileEntry, ...]:
+    """Write the files of a tokenizer into the folder `tokenizer` of a cache."""
+    files = {"tokenizer/tokenizer.json": tokenizer.content, "tokenizer/tokenizer_config.json": tokenizer.config}
+    files |= {f"tokenizer/{name}": text for name, text in tokenizer.files.items()}
+    return tuple(store.write_file(folder, name=name, content=text.encode()) for name, text in files.items())
 
 
 def _progress_of(report: _Report) -> Callable[[int, int, int], None]:

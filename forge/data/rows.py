@@ -7,7 +7,7 @@ so that the loader, the loop and the objectives know no file format.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,3 +131,58 @@ class StreamRows:
             "targets": np.ascontiguousarray(windows[:, 1:]),
         }
         return found if self.further is None else {**found, **self.further.read(rows)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedRows:
+    """The rows of several stores, one store after the other; all have the same arrays."""
+
+    parts: tuple[RowStore, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(part.num_rows for part in self.parts)
+
+    @property
+    def seq_len(self) -> int:
+        return self.parts[0].seq_len
+
+    def weights(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        result = np.empty(len(rows), dtype=np.float64)
+        for part, where, own in self._split(rows):
+            result[where] = part.weights(own)
+        return result
+
+    def num_targets(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        result = np.empty(len(rows), dtype=np.int64)
+        for part, where, own in self._split(rows):
+            result[where] = part.num_targets(own)
+        return result
+
+    def num_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        result = np.empty(len(rows), dtype=np.int64)
+        for part, where, own in self._split(rows):
+            result[where] = part.num_tokens(own)
+        return result
+
+    def read(self, rows: NDArray[np.int64]) -> Arrays:
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.num_rows:
+            raise IndexError(f"rows run from 0 to {self.num_rows - 1}, asked for {rows.tolist()}")
+        result = {
+            name: np.empty((len(rows), *values.shape[1:]), dtype=values.dtype)
+            for name, values in self.parts[0].read(rows[:0]).items()
+        }
+        for part, where, own in self._split(rows):
+            for name, values in part.read(own).items():
+                result[name][where] = values
+        return result
+
+    def _split(self, rows: NDArray[np.int64]) -> Iterator[tuple[RowStore, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield each part that rows are asked of, where they are among `rows`, and their numbers in the part."""
+        first = 0
+        for part in self.parts:
+            stop = first + part.num_rows
+            where = np.flatnonzero((rows >= first) & (rows < stop))
+            if len(where):
+                yield part, where, rows[where] - first
+            first = stop

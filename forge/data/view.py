@@ -49,6 +49,8 @@ class Selection:
     split: str | None = None
     """`train` or `held_out`; None: `train`, or for an index whichever it is in."""
     max_chars: int = CHARS_IN_PLAN
+    part: str | None = None
+    """Of a mixture, the part; None: all of them."""
 
     def __post_init__(self) -> None:
         """Raises: ArgumentError for another split, or numbers out of range."""

@@ -23,7 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from forge.data.cache_index import read_index
+from forge.data.cache_index import PARTS, read_index
 from forge.data.example_store import ExampleRows
 from forge.data.store import TokenStream
 from forge.evaluate.task import TaskExample
@@ -123,6 +123,10 @@ def training_texts(folder: Path, *, shard: int = 0, num_shards: int = 1) -> Iter
     Raises: DataError if the prepared data are missing or damaged.
     """
     index = read_index(folder)
+    for part in index.parts:
+        yield from training_texts(folder / PARTS / part.name, shard=shard, num_shards=num_shards)
+    if index.parts:
+        return
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     if index.examples is not None:
         blocks = _blocks_of_examples(ExampleRows(folder=folder, index=index, split="train"), shard, num_shards)

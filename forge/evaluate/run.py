@@ -16,8 +16,7 @@ from typing import Any
 
 from forge.config.evaluate import task_problem
 from forge.config.load import load_task_text
-from forge.data.cache_index import read_index
-from forge.data.held_out import held_out_records
+from forge.data.held_out import held_out_of_run
 from forge.data.sources.base import Record
 from forge.errors import ArgumentError
 from forge.evaluate.contamination import count_in_corpus, overlaps, task_ngrams, training_texts
@@ -101,7 +100,7 @@ def _read(task: Task, source: Path, *, limit: int | None) -> TaskShards:
 
 def _held_out(folder: Path) -> Iterator[Record]:
     plan = read_plan(folder)
-    return held_out_records(plan.job.data, index=read_index(Path(plan.corpus.folder)))
+    return held_out_of_run(plan.job.data, folder=Path(plan.corpus.folder))
 
 
 def _files(request: EvaluationRequest, model: ModelIdentity) -> ShardFiles:

@@ -103,4 +103,8 @@ def _deciding(job: JobSpec) -> dict[str, Any]:
     for name, default in (("file_type", "auto"), ("special_tokens", "text"), *of_dataset):
         if body["data"][name] == default:
             del body["data"][name]
+    # By name, so that a difference is named by the part and its key.
+    body["data"]["mixture"] = {part.pop("name"): part for part in body["data"]["mixture"]}
+    if not job.data.mixture:
+        del body["data"]["mixture"]
     return body

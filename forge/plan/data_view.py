@@ -56,6 +56,8 @@ class ShownExample:
     spans: tuple[Span, ...]
     arrays: Mapping[str, str] = field(default_factory=dict)
     """The beginning of every further array."""
+    of_part: str | None = None
+    """The part of the mixture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +82,26 @@ class DataView:
     passes: float | None
     """How often the run sees every training sequence, on average; None for a sample."""
     lengths: Lengths | None
-    """Of the training and the held-out side; None if the cache is of a version that did not record them."""
+    """Of the training and the held-out side; None of a mixture, and if the cache does not record them."""
     notes: Mapping[str, int]
     """What was split, cut or dropped while the examples were made, by reason."""
     num_skipped_records: int
     """Records that cannot be used (`data.on_bad_record: skip`)."""
     examples: tuple[ShownExample, ...]
+    parts: tuple[PartView, ...] = ()
+    """Of a mixture; its own numbers are sums."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartView:
+    """One part of a mixture."""
+
+    name: str
+    num_documents: int
+    num_held_out_sequences: int
+    asked: float | None
+    """Share of the sequences that a run is to read, between 0 and 1; None if it follows from unknown sizes."""
+    got: float | None
+    """The same in whole sequences of a block."""
+    view: DataView
+    """Without examples."""

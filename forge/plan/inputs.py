@@ -75,6 +75,22 @@ class CorpusInfo:
     """What was split or dropped while the examples were made, by reason."""
     foreign_target: str | None = None
     """Record, format and value of the first target that is no token id; None if all are."""
+    parts: tuple[CorpusPart, ...] = ()
+    """Of a mixture; its other numbers are sums over all parts."""
+
+    @property
+    def alone(self) -> tuple[CorpusInfo, ...]:
+        """The corpora of the parts, or the corpus itself."""
+        return tuple(part.corpus for part in self.parts) or (self,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusPart:
+    """One part of a mixture."""
+
+    name: str
+    corpus: CorpusInfo
+    """As prepared by itself; a run reads it in the folder of the mixture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

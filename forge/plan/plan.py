@@ -37,6 +37,7 @@ from forge.plan.inputs import (
     TeacherInfo,
 )
 from forge.plan.memory import MemoryEstimate, estimate_memory, max_micro_batch_size, num_copies_in_memory
+from forge.plan.mixture import as_read, epoch_sequences
 from forge.plan.parameter_groups import OptimizerState, groups_of, optimizer_state
 from forge.plan.schedule import FormerLength, ScheduleSteps, schedule_steps
 from forge.plan.search import SearchPlan
@@ -252,17 +253,19 @@ def _resolved(
     packing = packing_problem(job, model)
     if packing is not None:
         raise PlanError(f"data.packing: {packing}")
-    tokens_per_step = _tokens_per_step(job, corpus)
+    read = None if corpus is None else as_read(job.data, corpus)
+    tokens_per_step = _tokens_per_step(job, read)
+    total_steps = _total_steps(job, corpus, tokens_per_step=tokens_per_step)
     state = optimizer_state(groups_of(job.training, model))
     return {
         "job": job,
         "model": model,
         "hardware": hardware,
         "files": files,
-        "warnings": corpus_warnings(job, files=files, corpus=corpus),
-        "total_steps": _total_steps(job, corpus, tokens_per_step=tokens_per_step),
+        "warnings": corpus_warnings(job, files=files, corpus=corpus, total_steps=total_steps),
+        "total_steps": total_steps,
         "tokens_per_step": tokens_per_step,
-        "flops_per_token": _flops(job, model=model, corpus=corpus, teacher=teacher),
+        "flops_per_token": _flops(job, model=model, corpus=read, teacher=teacher),
         "teacher": teacher,
         "worlds": tuple(
             _plan_world_size(
@@ -384,7 +387,7 @@ def _length_in_steps(job: JobSpec, corpus: CorpusInfo | None, *, tokens_per_step
     assert training.epochs is not None, "JobSpec requires exactly one of the three"
     if corpus is None:
         raise PlanError("training.epochs needs a prepared corpus: without it the number of steps is unknown")
-    return math.ceil(training.epochs * corpus.num_train_sequences / training.global_batch_size)
+    return math.ceil(training.epochs * epoch_sequences(job.data, corpus) / training.global_batch_size)
 
 
 def _plain(value: Any) -> Any:

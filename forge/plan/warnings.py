@@ -8,6 +8,7 @@ import re
 from forge.config.job import JobSpec
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CorpusFiles, CorpusInfo
+from forge.plan.mixture import epoch_sequences, part_shares
 
 _CUT = re.compile(r"\bcut\b")
 """In what formats call examples that lose their end."""
@@ -15,11 +16,17 @@ _MAX_CUT = 0.1
 _MAX_PADDING = 0.5
 _MIN_LOSS = 0.01
 _MAX_NAMES = 5
+MAX_PASSES = 4.0
+"""Passes over a part of a mixture that are worth nearly as much as new text.
+
+Source: Muennighoff et al., "Scaling Data-Constrained Language Models", 2023, figure 5."""
 _TOLERANCE = 1.05
 """Passes over the corpus, as a multiple of `training.epochs`, that rounding up to whole steps may give unsaid."""
 
 
-def corpus_warnings(job: JobSpec, *, files: CorpusFiles | None, corpus: CorpusInfo | None) -> tuple[str, ...]:
+def corpus_warnings(
+    job: JobSpec, *, files: CorpusFiles | None, corpus: CorpusInfo | None, total_steps: int
+) -> tuple[str, ...]:
     """Return one sentence for each thing that the corpus does not allow, with what to do.
 
     Args:
@@ -27,6 +34,9 @@ def corpus_warnings(job: JobSpec, *, files: CorpusFiles | None, corpus: CorpusIn
         corpus: None if it is not prepared.
     """
     warnings = [_special_tokens(job, files), _held_out(job, corpus), _passes(job, corpus)]
+    if corpus is not None:
+        num_positions = total_steps * job.training.global_batch_size
+        warnings += [*_unevaluated_parts(job, corpus), *_repeated_parts(job, corpus, num_positions=num_positions)]
     return tuple(warning for warning in warnings if warning)
 
 
@@ -88,10 +98,31 @@ def _held_out(job: JobSpec, corpus: CorpusInfo | None) -> str | None:
     )
 
 
+def _repeated_parts(job: JobSpec, corpus: CorpusInfo, *, num_positions: int) -> list[str]:
+    return [
+        f"part {one.name} of the mixture is read {one.passes(num_positions):.1f} times by this run: little is "
+        f"learnt from text that is repeated more than {MAX_PASSES:g} times; lower its share from {one.got:.2%} to "
+        f"{one.got * MAX_PASSES / one.passes(num_positions):.2%}, or add text to it"
+        for one in part_shares(job.data, corpus)
+        if one.passes(num_positions) > MAX_PASSES
+    ]
+
+
+def _unevaluated_parts(job: JobSpec, corpus: CorpusInfo) -> list[str]:
+    if not job.data.held_out or not corpus.num_held_out_sequences:
+        return []
+    return [
+        f"part {part.name} of the mixture is not evaluated: data.held_out: {job.data.held_out:g} leaves it "
+        f"{part.corpus.num_held_out_tokens:,} held-out tokens, fewer than one sequence of {corpus.seq_len:,}"
+        for part in corpus.parts
+        if not part.corpus.num_held_out_sequences
+    ]
+
+
 def _passes(job: JobSpec, corpus: CorpusInfo | None) -> str | None:
     if corpus is None:
         return None
-    size, num_sequences = job.training.global_batch_size, corpus.num_train_sequences
+    size, num_sequences = job.training.global_batch_size, epoch_sequences(job.data, corpus)
     if size > num_sequences:
         return (
             f"the corpus has {num_sequences:,} training sequences, fewer than one batch of {size:,}: every step "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from forge.errors import printable
-from forge.plan.data_view import DataView, Lengths, ShownExample, Span
+from forge.plan.data_view import DataView, Lengths, PartView, ShownExample, Span
 from forge.plan.inputs import CorpusInfo, LabelsInfo
 from forge.units import format_count
 
@@ -62,7 +62,7 @@ def view_facts(view: DataView) -> list[tuple[str, str]]:
     facts = [("sample", _sample(view))] if is_sample else []
     if view.lengths is not None:
         facts.append(("lengths", _lengths(view.lengths)))
-    else:
+    elif not view.parts:
         cure = "delete its folder in $FORGE_CACHE/data, and it is prepared again"
         facts.append(("lengths", f"not recorded by the version of forge that prepared this corpus; {cure}"))
     share = view.num_targets / max(1, view.num_tokens)
@@ -72,7 +72,38 @@ def view_facts(view: DataView) -> list[tuple[str, str]]:
         loss = f"about {share:.1%} of {view.num_tokens:,} tokens carry loss, others in every step"
     else:
         loss = f"{view.num_targets:,} of {view.num_tokens:,} tokens carry loss ({share:.1%})"
-    return [*facts, ("loss", loss)]
+    return [*facts, ("loss", loss), *_parts(view)]
+
+
+def _parts(view: DataView) -> list[tuple[str, str]]:
+    """Describe the parts of a mixture, one row for each."""
+    with_shares = [part for part in view.parts if part.got is not None]
+    tokens = {
+        part.name: (part.got or 0) * part.view.num_tokens / max(1, part.view.num_sequences) for part in with_shares
+    }
+    total = sum(tokens.values())
+    return [(f"part {part.name}", _part(part, tokens.get(part.name, 0) / max(1, total))) for part in view.parts]
+
+
+def _part(part: PartView, token_share: float) -> str:
+    """Describe a part: what of the run it is, how often it is read, and what is in it."""
+    view, words = part.view, []
+    if part.got is not None and part.asked is not None:
+        asked = "" if f"{part.asked:.2%}" == f"{part.got:.2%}" else f" (asked {part.asked:.3%})"
+        words.append(f"{part.got:.2%} of the sequences{asked}, {token_share:.1%} of the tokens")
+    if view.passes is not None:
+        words.append(f"{view.passes:.2f} passes")
+    held_out = f"{part.num_held_out_sequences:,} held out"
+    words.append(
+        f"{part.num_documents:,} records, {format_count(view.num_tokens)} tokens in {view.num_sequences:,} "
+        f"sequences ({view.padding:.1%} padding), {held_out}"
+    )
+    words += [f"{count:,} {reason}" for reason, count in view.notes.items()]
+    if view.num_skipped_records:
+        words.append(f"{view.num_skipped_records:,} records that cannot be used")
+    if view.lengths is not None:
+        words.append(_lengths(view.lengths))
+    return "; ".join(words)
 
 
 def _labels(labels: LabelsInfo) -> str:
@@ -94,8 +125,9 @@ def example_facts(view: DataView) -> list[tuple[str, str]]:
 
 def example_title(example: ShownExample) -> str:
     """Describe an example in a few words."""
+    of_part = "" if example.of_part is None else f" of part {example.of_part}"
     return (
-        f"example {example.index:,} ({example.split.replace('_', ' ')}): {example.num_tokens:,} tokens, "
+        f"example {example.index:,}{of_part} ({example.split.replace('_', ' ')}): {example.num_tokens:,} tokens, "
         f"{example.num_targets:,} with loss"
     )
 

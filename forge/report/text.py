@@ -11,6 +11,7 @@ from forge.config.overrides import trial_job, usual_values
 from forge.config.search import SchedulerSpec, SearcherSpec
 from forge.config.training import TrainingSpec
 from forge.plan.inputs import CodeInfo, CorpusFiles, InitInfo, ModelInfo, SkippedFiles, TeacherInfo
+from forge.plan.mixture import epoch_sequences
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.data_view import corpus_facts, view_facts
 from forge.report.optimizer_text import optimizer_facts
@@ -79,7 +80,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         facts.append(("memory", held))
     data: list[tuple[str, str]] = []
     if isinstance(plan, Plan):
-        passes = plan.total_steps * training.global_batch_size / max(1, plan.corpus.num_train_sequences)
+        passes = plan.total_steps * training.global_batch_size / max(1, epoch_sequences(job.data, plan.corpus))
         data = corpus_facts(plan.corpus, passes=passes)
     data += view_facts(plan.view) if plan.view is not None else []
     data += _masks(training) if training.objective == "masked-lm" else []

@@ -12,18 +12,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from forge.config.data import DataSpec
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.metrics import check_metrics
+from forge.config.mixture import MixturePart
 from forge.config.overrides import check_space, trial_job, usual_values
 from forge.config.section import FieldErrors
 from forge.data.look import look_at_corpus
-from forge.data.prepare import PrepareProgress, find_prepared, prepare
+from forge.data.mixture import find_corpus, prepare_corpus
+from forge.data.mixture_view import view_data
+from forge.data.prepare import PrepareProgress
 from forge.data.tokenizer import special_token_names
-from forge.data.view import Selection, view_corpus
+from forge.data.view import Selection
 from forge.data.vocabulary import Vocabulary, announced_vocabulary, vocabulary_of
 from forge.errors import ArgumentError, CheckpointError, DataError, PlanError
 from forge.fs import default_cache_dir, leads_to_folder
@@ -45,6 +48,7 @@ from forge.runtime.resolve_view import objective_view, view_sample, with_view
 
 _SMALL_BYTES = 1 << 21
 _SMALL_FILES = 500
+_ORIGINS = ("data.files", "data.dataset", "data.mixture")
 
 _PlanT = TypeVar("_PlanT", bound=DraftPlan)
 
@@ -88,7 +92,8 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     _require_isolation(inputs.trained, model)
     with _with_lines(inputs.trained):
         draft = make_draft(job, model=model, hardware=hardware(job), files=inputs.files, teacher=teacher)
-    view = view_sample(job, data=inputs.data, code_digest=_digest_of(inputs.code))
+    with _with_lines(inputs.trained):
+        view = view_sample(job, data=inputs.data, code_digest=_digest_of(inputs.code))
     more = view_warnings(view, seq_len=job.data.seq_len) if view is not None else ()
     draft = replace(draft, view=view, warnings=draft.warnings + more)
     draft = _with_inits(replace(draft, code=inputs.code, templates=loaded.templates), inputs.trained)
@@ -116,17 +121,18 @@ def inspect_data(
     """
     inputs = _inputs(loaded, on_progress=on_progress)
     job, digest = inputs.trained.job, _digest_of(inputs.code)
-    corpus = find_prepared(inputs.data, cache_dir=default_cache_dir(), code_digest=digest)
+    corpus = find_corpus(inputs.data, cache_dir=default_cache_dir(), code_digest=digest)
     if corpus is None and _is_small(job.data, inputs.files):
         corpus = _prepared(inputs)
     if corpus is not None:
-        return view_corpus(
-            corpus, seed=job.data.seed, objective=objective_view(job, corpus=corpus), selection=selection
-        )
+        with _with_lines(inputs.trained):
+            objective = objective_view(job, corpus=corpus)
+            return view_data(corpus, data=job.data, objective=objective, selection=selection)
     if selection.index is not None:
         path = inputs.loaded.source.path
         raise ArgumentError(f"only a prepared corpus has numbered examples; first: forge data prepare {path}")
-    view = view_sample(job, data=inputs.data, code_digest=digest, selection=selection)
+    with _with_lines(inputs.trained):
+        view = view_sample(job, data=inputs.data, code_digest=digest, selection=selection)
     if view is None:
         raise DataError(f"a sample of the corpus does not fill one sequence of data.seq_len: {job.data.seq_len}")
     return view
@@ -136,7 +142,7 @@ def with_data_folder(loaded: LoadedJob, *, run_folder: Path) -> LoadedJob:
     """Return the job of a run to resume: relative paths in its own job file mean what they meant at its start."""
     files = read_plan(run_folder).files
     locations = loaded.source.locations
-    location = locations.get("data.files") or locations.get("data.dataset")
+    location = next((locations[key] for key in _ORIGINS if key in locations), None)
     is_own = Path(loaded.source.path).resolve() == (run_folder / "job.yaml").resolve()
     if files is None or not files.folder or not is_own or location is None or location.line is None:
         return loaded
@@ -195,11 +201,16 @@ def _rebased(data: DataSpec, *, folder: str | None) -> DataSpec:
         return data
     source = data.tokenizer.from_pretrained
     tokenizer = data.tokenizer.model_copy(update={"from_pretrained": source and _below(folder, source)})
-    files = data.files and tuple(_below(folder, pattern) for pattern in data.files)
-    dataset = data.dataset
+    mixture = tuple(part.model_copy(update=_paths_below(folder, part)) for part in data.mixture)
+    return data.model_copy(update={**_paths_below(folder, data), "mixture": mixture, "tokenizer": tokenizer})
+
+
+def _paths_below(folder: str, origin: DataSpec | MixturePart) -> dict[str, Any]:
+    files = origin.files and tuple(_below(folder, pattern) for pattern in origin.files)
+    dataset = origin.dataset
     if dataset is not None and leads_to_folder(Path(folder, dataset)):  # otherwise the name of one on the hub
         dataset = _below(folder, dataset)
-    return data.model_copy(update={"files": files, "dataset": dataset, "tokenizer": tokenizer})
+    return {"files": files, "dataset": dataset}
 
 
 def _below(folder: str, path: str) -> str:
@@ -233,7 +244,7 @@ def _resolve(
 
 def _prepared(inputs: _Inputs) -> CorpusInfo:
     with _with_data_lines(inputs.loaded):
-        return prepare(
+        return prepare_corpus(
             inputs.data,
             cache_dir=default_cache_dir(),
             on_progress=inputs.on_progress,
@@ -286,7 +297,7 @@ def _with_data_lines(loaded: LoadedJob) -> Iterator[None]:
         yield
     except DataError as error:
         text = str(error)
-        named = re.match(r"(data(?:\.\w+)+): ", text)
+        named = re.match(r"(data(?:\.\w+|\[\d+\])+): ", text)
         key = named[1] if named is not None else ""
         for number, pattern in enumerate(loaded.job.data.files or ()):
             key = f"data.files[{number}]" if text.startswith(f"data.files: {pattern} ") else key
@@ -304,7 +315,9 @@ def with_directions(loaded: LoadedJob, code: CodeInfo | None) -> LoadedJob:
     """
     job = loaded.job
     try:
-        search = check_metrics(job.training, job.search, of_user=code.metric_directions if code is not None else {})
+        directions = code.metric_directions if code is not None else {}
+        parts = [part.name for part in job.data.mixture]
+        search = check_metrics(job.training, job.search, of_user=directions, parts=parts)
     except FieldErrors as error:
         raise loaded.source.errors(error) from error
     return replace(loaded, job=job.model_copy(update={"search": search})) if job.search is not None else loaded

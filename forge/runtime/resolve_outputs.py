@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from forge.config.job import JobSpec
 from forge.config.model import ModelSpec
 from forge.data.cache_index import read_index
 from forge.data.further_columns import num_positions
+from forge.data.mixture import mix
 from forge.data.prepare import PrepareProgress
 from forge.objective.registry import OBJECTIVES
 from forge.plan.inputs import CorpusInfo, ModelInfo, TeacherInfo
@@ -56,7 +58,7 @@ def with_stored_size(teacher: TeacherInfo | None, *, job: JobSpec, corpus: Corpu
     top_k = job.training.distillation.top_k
     if teacher is None or job.holds_teacher or top_k is None:
         return teacher
-    count = num_positions(read_index(Path(corpus.folder)), seq_len=corpus.seq_len)
+    count = sum(num_positions(read_index(Path(one.folder)), seq_len=one.seq_len) for one in corpus.alone)
     return replace(teacher, stored_bytes=count * min(top_k, corpus.vocab_size) * _TOKEN_BYTES)
 
 
@@ -77,6 +79,11 @@ def with_outputs(
 
     Raises: DataError, CheckpointError, PlanError; RunError if the process failed.
     """
+    if corpus.parts:
+        ask = partial(with_outputs, job=job, find_model=cache(find_model), on_progress=on_progress)
+        parts = [replace(part, corpus=ask(part.corpus, only_if_computed=only_if_computed)) for part in corpus.parts]
+        is_complete = all(now.corpus != then.corpus for now, then in zip(parts, corpus.parts, strict=True))
+        return mix(parts, home=Path(corpus.folder).parent) if is_complete else corpus
     teacher = job.training.distillation
     settings: dict[str, Any]
     if has_reference(job) and not job.has_live_reference:

@@ -12,10 +12,11 @@ from pathlib import Path
 from forge.config.data import DataSpec
 from forge.config.job import JobSpec
 from forge.data.formats.registry import PART_NAMES
-from forge.data.prepare import prepare_sample
+from forge.data.mixture import sample_corpus
+from forge.data.mixture_view import view_data
 from forge.data.rows import Arrays
 from forge.data.sources.build import SampleSize
-from forge.data.view import ObjectiveView, Selection, view_corpus
+from forge.data.view import ObjectiveView, Selection
 from forge.errors import DataError
 from forge.objective.registry import OBJECTIVES
 from forge.plan.data_view import DataView
@@ -34,9 +35,11 @@ _CHARS_PER_TOKEN = 8
 def with_view(plan: Plan) -> Plan:
     """Return the plan of a job with a prepared corpus, with the view of it. Raises: DataError."""
     job = plan.job
-    passes = plan.total_steps * job.training.global_batch_size / plan.corpus.num_train_sequences
-    view = view_corpus(
-        plan.corpus, seed=job.data.seed, objective=objective_view(job, corpus=plan.corpus), passes=passes
+    view = view_data(
+        plan.corpus,
+        data=job.data,
+        objective=objective_view(job, corpus=plan.corpus),
+        num_positions=plan.total_steps * job.training.global_batch_size,
     )
     return replace(plan, view=view, warnings=plan.warnings + view_warnings(view, seq_len=job.data.seq_len))
 
@@ -60,16 +63,11 @@ def view_sample(
     num_chars = min(max(_SAMPLE_CHARS, _CHARS_PER_TOKEN * data.seq_len), _MAX_SAMPLE_CHARS)
     size = SampleSize(num_records=_SAMPLE_RECORDS, num_chars=num_chars, num_parts=_SAMPLE_PARTS)
     with _folder() as folder:
-        facts = prepare_sample(data, size=size, folder=folder, code_digest=code_digest)
+        facts = sample_corpus(data, size=size, folder=folder, code_digest=code_digest)
         if facts is None:
             return None
-        return view_corpus(
-            facts,
-            seed=data.seed,
-            objective=objective_view(job, corpus=facts),
-            selection=selection,
-            num_sampled_records=facts.num_documents + facts.num_skipped_records,
-        )
+        objective = objective_view(job, corpus=facts)
+        return view_data(facts, data=data, objective=objective, selection=selection, is_sample=True)
 
 
 @contextmanager

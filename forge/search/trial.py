@@ -295,11 +295,11 @@ def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:
 
     if job.data == usual.data and outputs_key(job) == outputs_key(usual):
         return search.corpus
-    from forge.data.prepare import prepare
+    from forge.data.mixture import prepare_corpus
     from forge.fs import default_cache_dir
 
     code = search.code.digest if search.code is not None else None
-    corpus = prepare(job.data, cache_dir=default_cache_dir(), code_digest=code)
+    corpus = prepare_corpus(job.data, cache_dir=default_cache_dir(), code_digest=code)
     find = partial(_inspected, search, job, corpus)
     return with_outputs(corpus, job=job, find_model=find, on_progress=None)
 

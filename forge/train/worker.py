@@ -25,7 +25,7 @@ from forge.checkpoint.source import source_digest, source_problem
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import verify_checkpoint
 from forge.data.loader import HeldOutBatches, TrainBatches
-from forge.data.order import SampleOrder
+from forge.data.mixture_order import build_order
 from forge.data.prepare import open_rows
 from forge.errors import CheckpointError
 from forge.events import CheckpointSkipped, GenerationStarted, Reporter, StepMetrics
@@ -288,7 +288,7 @@ def _train_inputs(plan: Plan, context: WorkerContext, *, peak_flops: float) -> T
         pause_at=plan.pause_at,
         batches=TrainBatches(
             rows=train_rows,
-            order=SampleOrder(num_samples=train_rows.num_rows, seed=job.data.seed),
+            order=build_order(job.data, plan.corpus),
             plan=world.batch,
             rank=context.rank,
         ),

@@ -17,13 +17,13 @@ SPELLED = CorpusFiles(patterns=(), num_sampled=3, special_tokens={"<|user|>": 2,
 
 def warnings(*, num_train: int, num_held_out: int = 5, files: CorpusFiles | None = None, **changes: Any) -> str:
     corpus = replace(UNPREPARED, num_train_sequences=num_train, num_held_out_sequences=num_held_out)
-    return "\n".join(corpus_warnings(tiny_job(**changes), files=files, corpus=corpus))
+    return "\n".join(corpus_warnings(tiny_job(**changes), files=files, corpus=corpus, total_steps=10))
 
 
 def test_corpus_warnings__nothing_to_say__are_empty() -> None:
     assert warnings(num_train=1200, **EPOCHS) == ""
     assert warnings(num_train=12) == ""
-    assert corpus_warnings(tiny_job(), files=None, corpus=None) == ()
+    assert corpus_warnings(tiny_job(), files=None, corpus=None, total_steps=10) == ()
 
 
 def test_corpus_warnings__held_out_below_one_sequence__says_that_nothing_is_evaluated() -> None:

@@ -180,6 +180,6 @@ def test_resolve_draft__no_room_for_a_sample__says_where(monkeypatch: pytest.Mon
     def fill(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(resolve_view, "prepare_sample", fill)
+    monkeypatch.setattr(resolve_view, "sample_corpus", fill)
     with pytest.raises(DataError, match=r"a sample .* No space left on device; set TMPDIR"):
         draft()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from forge.config.data import FileType
+from forge.config.mixture import FileType
 from forge.data.sources.json_values import find_end
 from forge.data.sources.listing import SourceFile
 from forge.errors import DataError

@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from forge.config.data import FileType
+from forge.config.mixture import FileType
 from forge.data.format_hint import format_hint
 from forge.data.sources.base import Record
 from forge.data.sources.detect import Content, open_content
