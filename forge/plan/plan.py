@@ -175,9 +175,9 @@ def packing_problem(job: JobSpec, model: ModelInfo) -> str | None:
     An objective of the user's own calls the model itself, and may keep the examples apart by other means.
     """
     objective = OBJECTIVES.get(job.training.objective)
-    if job.data.packing != "examples" or model.isolation_problem is None or objective is None:
+    if job.data.packing != "examples" or model.isolation_problem is None:
         return None
-    if objective.separates_examples:
+    if objective is None or objective.separates_examples:
         return None
     instead = "none, or concatenate" if job.data.format == "text" else "none"
     return f"{model.isolation_problem}, so the examples of a sequence would see each other; use {instead}"
@@ -250,8 +250,7 @@ def _resolved(
     _check_model(job, model, corpus)
     _check_targets(job, corpus)
     _check_class_weights(job, corpus)
-    packing = packing_problem(job, model)
-    if packing is not None:
+    if (packing := packing_problem(job, model)) is not None:
         raise PlanError(f"data.packing: {packing}")
     read = None if corpus is None else as_read(job.data, corpus)
     tokens_per_step = _tokens_per_step(job, read)
@@ -358,11 +357,9 @@ def _check_targets(job: JobSpec, corpus: CorpusInfo | None) -> None:
 
 def _check_class_weights(job: JobSpec, corpus: CorpusInfo | None) -> None:
     """Raises: PlanError if there is another number of weights than of labels."""
-    given = job.training.classification.class_weights
-    if corpus is None or corpus.labels is None or isinstance(given, str):
-        return
-    if len(given) != len(corpus.labels.names):
-        problem = f"has {len(given)} weights, but the data have {len(corpus.labels.names)} labels"
+    given, labels = job.training.classification.class_weights, corpus.labels if corpus is not None else None
+    if labels is not None and not isinstance(given, str) and len(given) != len(labels.names):
+        problem = f"has {len(given)} weights, but the data have {len(labels.names)} labels"
         raise PlanError(problem, job_key="training.classification.class_weights")
 
 
@@ -372,8 +369,7 @@ def _total_steps(job: JobSpec, corpus: CorpusInfo | None, *, tokens_per_step: in
     if steps > MAX_STEPS:
         key = "total_tokens" if job.training.total_tokens is not None else "epochs"
         raise PlanError(f"is {steps:,} steps; a run has at most {MAX_STEPS:,}", job_key=f"training.{key}")
-    problem = job.training.schedule_problem(steps, tokens_per_step=tokens_per_step)
-    if problem is not None:
+    if (problem := job.training.schedule_problem(steps, tokens_per_step=tokens_per_step)) is not None:
         raise PlanError(problem[1], job_key=f"training.schedule.{problem[0]}")
     return steps
 
