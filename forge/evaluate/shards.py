@@ -33,6 +33,8 @@ class TaskShards:
         asked: dict[str, Any] = {"kind": spec.kind}
         if spec.kind == "generate":
             asked |= {"sampling": spec.sampling.model_dump(mode="json")}
+        elif self.data.examples and self.data.examples[0].shared:
+            asked |= {"shared": self.data.examples[0].shared}
         items = self._texts if spec.kind == "embed" else [_asked(one, kind=spec.kind) for one in self.data.examples]
         size = _SIZES[spec.kind]
         for start in range(0, len(items), size):

@@ -39,6 +39,8 @@ class TaskExample:
     """The prompt alone."""
     prompt: str = ""
     """With the instruction and the few-shot examples; of `classify` and `embed` the text alone."""
+    shared: str = ""
+    """What the prompts of all examples of the task begin with: the instruction and the few-shot examples."""
     messages: tuple[Message, ...] = ()
     """The same as turns, with `prompt_format: chat`; the last is the user's."""
     words: tuple[str, ...] = ()
@@ -302,8 +304,9 @@ def _with_shots(example: TaskExample, *, task: TaskSpec, shots: Sequence[TaskExa
         return replace(example, messages=(*turns, {"role": "user", "content": example.prompt}))
     parts = [task.instruction] if task.instruction else []
     parts += [shot.prompt + _separator(shot.prompt, task=task) + _texts(shot.target)[0] for shot in shots]
-    prompt = task.few_shot.separator.join([*parts, example.prompt]) if parts else example.prompt
-    return replace(example, prompt=prompt, separator=_separator(prompt, task=task))
+    shared = "".join(part + task.few_shot.separator for part in parts)
+    prompt = shared + example.prompt
+    return replace(example, prompt=prompt, shared=shared, separator=_separator(prompt, task=task))
 
 
 def _separator(prompt: str, *, task: TaskSpec) -> str:

@@ -41,7 +41,7 @@ class EvaluationWorker:
         if kind == "embed":
             texts: Any = examples
             return [vector.tolist() for vector in embed(self._loaded, texts)]
-        return self._score(examples, is_text=kind == "log-likelihood")
+        return self._score(examples, is_text=kind == "log-likelihood", shared=inputs.get("shared", ""))
 
     def _generate(
         self, examples: list[Example], *, sampling: Mapping[str, Any], report: Callable[[], None]
@@ -58,11 +58,12 @@ class EvaluationWorker:
             report()
         return found
 
-    def _score(self, examples: list[Example], *, is_text: bool) -> list[Any]:
+    def _score(self, examples: list[Example], *, is_text: bool, shared: str) -> list[Any]:
         """`[log-likelihood, is greedy, tokens]` of each continuation of each example.
 
         Args:
             is_text: whether there is one continuation each, which is a whole text if nothing is before it.
+            shared: what every prompt of the task begins with, which is computed once.
         """
         if self._loaded.kind == "reward":
             return [self._rewards(example) for example in examples]
@@ -76,7 +77,7 @@ class EvaluationWorker:
             for example in examples
             for continuation in example["continuations"]
         ]
-        scores = iter(log_likelihoods(self._loaded, pairs))
+        scores = iter(log_likelihoods(self._loaded, pairs, shared=shared))
         return [
             [
                 [score.total, score.is_greedy, score.num_tokens]

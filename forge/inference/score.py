@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache
 from forge.errors import ArgumentError
 from forge.inference.loaded import LoadedModel
 from forge.inference.rows import bucket_length, fixed_batches
-from forge.inference.transformers_loop import can_use_slots
+from forge.inference.transformers_loop import can_pack
 from forge.model.position_wise import head_logits
 
 _DEFAULT_WINDOW = 1024
@@ -149,7 +149,7 @@ def _encode_pair(loaded: LoadedModel, context: str | Sequence[int], continuation
 
 def _shared_ids(loaded: LoadedModel, shared: str) -> Ids:
     """The tokens of a shared text but its last, which may be joined to what follows."""
-    if not shared or loaded.kind != "causal-lm" or not can_use_slots(loaded):
+    if not shared or loaded.kind != "causal-lm" or not can_pack(loaded):
         return ()
     return tuple(loaded.encode(shared)[:-1])
 
@@ -191,7 +191,7 @@ def _fitting(loaded: LoadedModel, context: Ids, continuation: Ids) -> tuple[Ids,
 
 def _pack(loaded: LoadedModel, pairs: Sequence[tuple[Ids, Ids]], *, prefix: Ids) -> list[tuple[_Row, bool]]:
     """Put continuations of one context into one row. Returns: rows, and whether each begins with the prefix."""
-    may_pack = can_use_slots(loaded)
+    may_pack = can_pack(loaded)
     open_rows: dict[Ids, list[int]] = {}
     groups: list[list[int]] = []
     for number in sorted(range(len(pairs)), key=pairs.__getitem__):  # a row must not depend on the caller's order
@@ -285,7 +285,7 @@ def _logits(
     device = loaded.device
     flat = (where + torch.arange(len(batch))[:, None] * width).flatten().to(device)
     inputs: dict[str, Any] = {"input_ids": tokens.to(device)}
-    if not can_use_slots(loaded):
+    if not can_pack(loaded):
         is_own = not loaded.is_transformers
         whole = loaded.model(tokens.to(device)) if is_own else loaded.model(**inputs, use_cache=False).logits
         chosen: Tensor = whole.flatten(0, 1)[flat].float()

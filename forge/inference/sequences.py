@@ -54,15 +54,15 @@ class Chooser:
     """Chooses next tokens, and finds out whether a text has ended."""
 
     def __init__(self, loaded: LoadedModel, sampling: SamplingParams) -> None:
-        self._loaded, self._sampling = loaded, sampling
+        self._loaded, self.sampling = loaded, sampling
         self._dtype = next(loaded.model.parameters()).dtype
         ends = () if sampling.ignore_end else loaded.end_ids
         self.ends = frozenset({*ends, *sampling.stop_ids})
 
     def text(self, *, index: int, number: int, prompt: Sequence[int]) -> GrowingText:
         """Begin a text, with the beginning of the prompt cut where the model has not enough positions."""
-        prompt, cut, room = list(prompt) or [*self._loaded.end_ids[:1]], 0, self._sampling.max_tokens
-        seed = prompt_seed(prompt, seed=self._sampling.seed, number=number)
+        prompt, cut, room = list(prompt) or [*self._loaded.end_ids[:1]], 0, self.sampling.max_tokens
+        seed = prompt_seed(prompt, seed=self.sampling.seed, number=number)
         source: list[int] = []
         limit = self._loaded.max_positions
         if self._loaded.kind == "seq2seq":
@@ -86,14 +86,19 @@ class Chooser:
         logits = logits.float()
         found = self._scores(logits, texts, offsets=[len(text.ids) for text in texts])
         top = found.topk(min(2, found.shape[-1]), dim=-1)
-        bound = noise_bound(logits, dtype=self._dtype) / (self._sampling.temperature or 1.0)
+        bound = noise_bound(logits, dtype=self._dtype) / (self.sampling.temperature or 1.0)
         is_close = top.values[:, 0] - top.values[:, -1] < bound
         for text, close in zip(texts, is_close.tolist(), strict=True):
             text.is_close |= close
         return [int(token) for token in top.indices[:, 0].tolist()]
 
-    def needs_check(self, text: GrowingText) -> bool:
-        return text.is_close or self._sampling.logprobs is not None
+    def needs_check(self, text: GrowingText, *, verifies: bool = True) -> bool:
+        """Whether a finished text is compared with exact arithmetic.
+
+        Args:
+            verifies: whether the text could be another one in another batch.
+        """
+        return (verifies and text.is_close) or self.sampling.logprobs is not None
 
     def correct(self, text: GrowingText) -> bool:
         """Compare a text with exact arithmetic, and cut it after the first token that differs, which is replaced.
@@ -106,7 +111,7 @@ class Chooser:
         positions = range(text.num_exact, len(text.ids))
         for row, position in zip(logits, positions, strict=True):
             chosen = self._exact_choice(row, text, position=position)
-            if self._sampling.logprobs is not None:
+            if self.sampling.logprobs is not None:
                 text.logprobs[position:] = [self._logprob(row, chosen)]
             is_other = chosen != text.ids[position]
             text.num_exact = position + 1
@@ -119,7 +124,7 @@ class Chooser:
     def ending(self, text: GrowingText) -> Ending | None:
         """Why a text ends with its last token; None if it goes on."""
         is_end = bool(text.ids) and text.ids[-1] in self.ends
-        stop = self._sampling.stop
+        stop = self.sampling.stop
         if stop:
             written = self._loaded.decode(text.ids)
             found = [at for at in (written.find(one) for one in stop) if at >= 0]
@@ -137,22 +142,22 @@ class Chooser:
             text=ending.text,
             token_ids=tuple(text.ids),
             finish_reason=ending.reason,
-            logprobs=None if self._sampling.logprobs is None else tuple(text.logprobs),
+            logprobs=None if self.sampling.logprobs is None else tuple(text.logprobs),
             prompt_tokens=len(text.source or text.prompt),
             cut_tokens=text.cut_tokens,
             completion_tokens=len(text.ids),
         )
 
     def _scores(self, logits: Tensor, texts: Sequence[GrowingText], *, offsets: Sequence[int]) -> Tensor:
-        if self._sampling.repetition_penalty != 1.0:
+        if self.sampling.repetition_penalty != 1.0:
             seen = torch.zeros_like(logits, dtype=torch.bool)
             for row, (text, offset) in enumerate(zip(texts, offsets, strict=True)):
                 seen[row, [*text.prompt, *text.ids[:offset]]] = True
-            logits = penalised(logits, seen, penalty=self._sampling.repetition_penalty)
+            logits = penalised(logits, seen, penalty=self.sampling.repetition_penalty)
         noise = None
-        if self._sampling.temperature > 0:
+        if self.sampling.temperature > 0:
             noise = gumbel_noise([text.seed for text in texts], offsets, num_tokens=logits.shape[-1])
-        return scores(logits, self._sampling, noise=noise)
+        return scores(logits, self.sampling, noise=noise)
 
     def _exact_choice(self, logits: Tensor, text: GrowingText, *, position: int) -> int:
         found = self._scores(logits[None], [text], offsets=[position])[0]
@@ -160,6 +165,6 @@ class Chooser:
 
     def _logprob(self, logits: Tensor, token: int) -> TokenLogprob:
         shares = logits.log_softmax(dim=-1)
-        top = shares.topk(min(self._sampling.logprobs or 0, len(shares)))
+        top = shares.topk(min(self.sampling.logprobs or 0, len(shares)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return TokenLogprob(token_id=token, logprob=float(shares[token]), top=tuple(pairs))

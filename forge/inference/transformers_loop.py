@@ -24,8 +24,8 @@ _NEEDED = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"
 _GROUP = 32
 
 
-def can_use_slots(loaded: LoadedModel) -> bool:
-    """Whether texts of a model can be generated in slots of one cache (`forge.inference.slots`)."""
+def can_pack(loaded: LoadedModel) -> bool:
+    """Whether sequences of a model can be computed together that a mask or rows keep apart."""
     if not loaded.is_transformers or loaded.kind != "causal-lm" or isolation_problem(loaded.model) is not None:
         return False
     types = set(getattr(loaded.model.config.get_text_config(), "layer_types", None) or _PLAIN_LAYERS)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forge.inference.running import RunningSequence
 from forge.inference.sampling import SamplingParams
-from forge.serve.sequence import RunningSequence
 
 _BLOCK = 256
 _CANDIDATES = 1024

@@ -23,12 +23,15 @@ from transformers import PreTrainedModel
 
 from forge.errors import ArgumentError
 from forge.inference.loaded import LoadedModel
+from forge.inference.model_step import PackedModel, SeparateModel, StepModel
+from forge.inference.packed_rows import ALIGN, UnsupportedAttention
+from forge.inference.prefixes import Prefixes
+from forge.inference.running import RunningSequence
 from forge.inference.sampling import SamplingParams
+from forge.inference.schedule import BatchLimits, Schedule
 from forge.process import one_line
 from forge.serve.adapters import AdapterWeights, ServedAdapters
 from forge.serve.choose import Choice, choose
-from forge.serve.model_step import PackedModel, SeparateModel, StepModel
-from forge.serve.prefixes import Prefixes
 from forge.serve.request import (
     EngineError,
     EngineOptions,
@@ -38,9 +41,6 @@ from forge.serve.request import (
     QueueFullError,
     TokenEvent,
 )
-from forge.serve.rows import ALIGN, UnsupportedAttention
-from forge.serve.schedule import BatchLimits, Schedule
-from forge.serve.sequence import RunningSequence
 
 _RATE_S = 10.0
 _RECENT = 1000

@@ -16,9 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from forge.inference.running import TextStream
 from forge.inference.sampling import SamplingParams
 from forge.serve.choose import choose
-from forge.serve.sequence import TextStream
 from tests.serve.test_engine import byte_tokenizer
 
 DRAWS = 4000

@@ -157,7 +157,7 @@ def test_texts_of_several_adapters_in_one_batch_equal_those_of_peft(
     tmp_path: Path, is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_packed:
-        monkeypatch.setattr("forge.serve.model_step._KNOWN_LAYERS", set())
+        monkeypatch.setattr("forge.inference.model_step._KNOWN_LAYERS", set())
     folders = {name: peft_folder(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second"))}
     engine = ServingEngine(tiny(LLAMA), adapters={name: load_adapters(folder) for name, folder in folders.items()})
     names = [None, "first", "second", "first"]

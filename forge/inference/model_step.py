@@ -1,24 +1,33 @@
 """One forward pass of a model over the running sequences.
 
-`PackedModel` computes all sequences at once, in a packed batch (`forge.serve.rows`). It needs a model of
+`PackedModel` computes all sequences at once, in a packed batch (`forge.inference.packed_rows`). It needs a model of
 transformers whose attention can be replaced, and compares its first results with those of the unchanged model; a
 model that does not pass is run by `SeparateModel`, one sequence after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from forge.serve.adapters import ServedAdapters
-from forge.serve.rows import ATTENTION, PromptPiece, Rows, StepLayout, UnsupportedAttention, using
-from forge.serve.schedule import PlannedStep
-from forge.serve.sequence import RunningSequence
+from forge.inference.packed_rows import (
+    ATTENTION,
+    PromptPiece,
+    Rows,
+    StepLayout,
+    UnsupportedAttention,
+    aligned,
+    using,
+)
+from forge.inference.running import RunningSequence
+from forge.inference.schedule import PlannedStep
 
 _PAD = 4
 """Matrix products of this many tokens, and of multiples, have the same bits for the same token."""
@@ -26,6 +35,7 @@ _PROBE_TOKENS = 40
 _PROBE_STOPS = (1, 20, 38, 39, 40)
 _PROBE_TOLERANCE = 0.05
 """Of the largest logit. Wrong attention differs by more, and bf16's rounding by less."""
+_REPEATABLE: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -38,13 +48,20 @@ class StepModel(Protocol):
         """Compute a step: float32[N, V], of each decoding sequence, then of each prompt that it completes."""
 
 
+class TokenAdapters(Protocol):
+    """Adapters over a model, chosen for each token of a batch."""
+
+    def using(self, tokens: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Use an adapter for each token of the batches that this thread computes; None: the model alone."""
+
+
 class PackedModel:
     """A transformers model whose attention reads rows.
 
     Raises: UnsupportedAttention if the model's attention cannot be replaced, or gives other logits when it is.
     """
 
-    def __init__(self, model: PreTrainedModel, *, adapters: ServedAdapters) -> None:
+    def __init__(self, model: PreTrainedModel, *, adapters: TokenAdapters | None = None) -> None:
         self.rows = Rows()
         self._model = model
         self._adapters = adapters
@@ -54,6 +71,8 @@ class PackedModel:
         if not layers <= _KNOWN_LAYERS:
             raise UnsupportedAttention(f"it has layers of {', '.join(sorted(layers - _KNOWN_LAYERS))}")
         before = model.config._attn_implementation
+        if before == ATTENTION:  # its results were compared when it was set
+            return
         expected = _whole_logits(model)
         try:
             model.set_attn_implementation(ATTENTION)
@@ -83,7 +102,7 @@ class PackedModel:
             keep += keep[-1:] * (-num_kept % _PAD)
         pieces = [piece for _, piece in step.prompts]
         layout = StepLayout(self.rows, positions=positions, pieces=pieces, like=self._like)
-        with self._adapters.using(named):
+        with nullcontext() if self._adapters is None else self._adapters.using(named):
             return self._forward(tokens, at, layout, keep=keep, num_kept=num_kept)
 
     @torch.inference_mode()
@@ -101,6 +120,39 @@ class PackedModel:
             )
         logits: Tensor = output.logits[0, :num_kept].float()
         return logits
+
+    def is_repeatable(self) -> bool:
+        """Whether a token has the same bits alone and in a batch with others, at the lengths of a short probe."""
+        if self._model not in _REPEATABLE:
+            _REPEATABLE[self._model] = torch.equal(self._alone_and_among(1), self._alone_and_among(9))
+            self.rows = Rows()
+        return _REPEATABLE[self._model]
+
+    def _alone_and_among(self, count: int) -> Tensor:
+        """Logits of a text's last three tokens, in the last of `count` rows; the others hold longer texts.
+
+        Shapes: result: float32[3, V].
+        """
+        vocabulary = self._model.config.get_text_config().vocab_size
+        lengths = [_PROBE_TOKENS + 11 * row for row in range(1, count)] + [_PROBE_TOKENS]
+        self.rows.resize(num_rows=count, length=aligned(max(lengths) + 3))
+        pieces: list[PromptPiece] = []
+        tokens: list[int] = []
+        at: list[int] = []
+        for row, length in enumerate(lengths):
+            pieces.append(PromptPiece(row=row, start=0, stop=length, offset=len(tokens)))
+            tokens += [(7 * one + row - count) % vocabulary for one in range(length)]
+            at += range(length)
+        found = []
+        positions: list[int] = []
+        for _ in range(3):
+            padding, keep = -len(tokens) % _PAD, [len(tokens) - 1] * _PAD
+            layout = StepLayout(self.rows, positions=positions, pieces=pieces, like=self._like)
+            logits = self._forward([*tokens, *[0] * padding], [*at, *[0] * padding], layout, keep=keep)
+            found.append(logits[0])
+            positions, pieces = [length + len(found) - 1 for length in lengths], []
+            tokens, at = [len(found)] * count, positions
+        return torch.stack(found)
 
     def _probe(self, tokens: list[int], start: int, stop: int) -> Tensor:
         self.rows.resize(num_rows=1, length=2 * _PROBE_TOKENS)
@@ -131,7 +183,7 @@ class SeparateModel:
     whole text.
     """
 
-    def __init__(self, model: nn.Module, *, adapters: ServedAdapters) -> None:
+    def __init__(self, model: nn.Module, *, adapters: TokenAdapters | None = None) -> None:
         self.rows = SeparateRows()
         self._model = model
         self._adapters = adapters
@@ -156,7 +208,8 @@ class SeparateModel:
         return torch.stack(found) if found else torch.empty(0)
 
     def _extend(self, row: int, sequence: RunningSequence, start: int, stop: int) -> Tensor:
-        with self._adapters.using([sequence.adapter] * (stop - (start if self._has_cache else 0))):
+        named = [sequence.adapter] * (stop - (start if self._has_cache else 0))
+        with nullcontext() if self._adapters is None else self._adapters.using(named):
             return self._compute(row, sequence.tokens, start, stop)
 
     def _compute(self, row: int, tokens: list[int], start: int, stop: int) -> Tensor:

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 from torch import Tensor
 
-from forge.serve.rows import ALIGN, Rows
+from forge.inference.packed_rows import ALIGN, Rows
 
 
 class Prefixes:

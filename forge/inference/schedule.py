@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from forge.serve.prefixes import Prefixes
-from forge.serve.rows import ALIGN, PromptPiece, Rows, aligned
-from forge.serve.sequence import RunningSequence
+from forge.inference.packed_rows import ALIGN, PromptPiece, Rows, aligned
+from forge.inference.prefixes import Prefixes
+from forge.inference.running import RunningSequence
 
 _MIN_LENGTH = 4 * ALIGN
 
