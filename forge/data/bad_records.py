@@ -25,26 +25,24 @@ class BadRecords:
 
     Args:
         action: `data.on_bad_record`.
-        reads_on: whether the pass goes on after a bad record although it will fail, to count them.
+        is_sample: whether the pass reads a part of the corpus, so that there may be more of them.
     """
 
-    def __init__(self, *, action: BadRecordAction, reads_on: bool = True) -> None:
+    def __init__(self, *, action: BadRecordAction, is_sample: bool = False) -> None:
         self._skips = action == "skip"
-        self._left = _READ_ON if reads_on else 0
+        self._left, self._is_sample = _READ_ON, is_sample
         self.count = 0
         self.listed: list[str] = []
         """`FILE:LINE: what is wrong`, of the first ones."""
 
     def add(self, problem: str) -> None:
-        """Count a bad record. Raises: DataError if the pass must not go on."""
+        """Count a bad record."""
         self.count += 1
         if len(self.listed) < MAX_LISTED:
             self.listed.append(printable(problem, limit=_MAX_PROBLEM_CHARS))
-        if not self._skips and self._left <= 0:
-            raise self._error()
 
     def usable(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Yield the records that could be read. Raises: DataError as `add`."""
+        """Yield the records that could be read. Raises: DataError if the pass must not go on."""
         for record in records:
             if record.problem:
                 self.add(record.problem)
@@ -65,7 +63,7 @@ class BadRecords:
             return DataError(self.listed[0])
         shown = "\n".join(f"  {problem}" for problem in self.listed[:_MAX_SHOWN])
         more = f"\n  and {self.count - _MAX_SHOWN:,} more" if self.count > _MAX_SHOWN else ""
-        at_least = "at least " if self._left <= 0 else ""
+        at_least = "at least " if self._is_sample or self._left <= 0 else ""
         return DataError(
             f"{at_least}{self.count:,} records cannot be used; data.on_bad_record: skip leaves them out:\n"
             f"{shown}{more}"

@@ -45,7 +45,7 @@ def iter_documents(
         of `bad`.
     """
     is_empty = True
-    bad = bad or BadRecords(action=spec.on_bad_record)
+    bad = bad or BadRecords(action=spec.on_bad_record, is_sample=sample is not None)
     records = build_source(spec, columns=(spec.text_key,), sample=sample).records()
     for document in _documents(records, spec=spec, bad=bad):
         is_empty = False
@@ -58,11 +58,12 @@ def iter_documents(
 def iter_sample(spec: DataSpec, *, max_chars: int, max_files: int = 1024) -> Iterator[str]:
     """At most `max_chars` characters, spread evenly: the beginnings of up to `max_files` parts of the source.
 
-    What a short part does not use goes to those after it, so a corpus within the bounds is read whole.
+    What a short part does not use goes to those after it, so a corpus within the bounds is read whole. Records that
+    cannot be used are left out; the preparation of the corpus names them all.
 
-    Raises: DataError as `iter_documents`.
+    Raises: DataError for a file that cannot be read, or if there is no end of bad records.
     """
-    bad = BadRecords(action=spec.on_bad_record, reads_on=False)
+    bad = BadRecords(action=spec.on_bad_record)
     parts = build_source(spec, columns=(spec.text_key,) if spec.format == "text" else None).parts()
     chosen = [parts[i * len(parts) // max_files] for i in range(max_files)] if len(parts) > max_files else parts
     left = max_chars

@@ -34,6 +34,8 @@ _SAMPLE_RECORDS = 50
 _SAMPLE_CHARS = 1 << 18
 """Most of one file."""
 _MAX_EXAMPLES = 5
+_COUNTED_BYTES = 2**26
+"""In a corpus of at most this size bad records are found when it is prepared, all of them."""
 _UNOPENED = "not opened yet"
 
 
@@ -85,14 +87,14 @@ def _look(spec: DataSpec, *, special_tokens: Sequence[str]) -> CorpusFiles:
     sample = _sampled(listed, kinds_of_files)
     num_sampled = 0
     spelled = dict.fromkeys(special_tokens, 0)
-    bad = BadRecords(action=spec.on_bad_record, reads_on=False)
+    bad = BadRecords(action=spec.on_bad_record, is_sample=True)
     for file in sample:
         for record in bad.usable(_first_records(file, source=source)):
             num_sampled += 1
             text = _text(record, spec=spec, bad=bad)
             for name in spelled:
                 spelled[name] += text.count(name)
-    return CorpusFiles(
+    found = CorpusFiles(
         patterns=tuple(
             _pattern_files(matched, _counted(kinds)) for matched, kinds in zip(listed, kinds_of_files, strict=True)
         ),
@@ -100,6 +102,9 @@ def _look(spec: DataSpec, *, special_tokens: Sequence[str]) -> CorpusFiles:
         special_tokens={name: count for name, count in spelled.items() if count},
         folder=str(Path.cwd()),
     )
+    if found.size_bytes > _COUNTED_BYTES:
+        bad.close()
+    return found
 
 
 def _text(record: Record, *, spec: DataSpec, bad: BadRecords) -> str:

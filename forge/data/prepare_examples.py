@@ -93,7 +93,7 @@ def write_examples(
     _counts_of(example_format)  # a wrong class fails before the corpus is read
     writer = ExampleWriter(folder, seq_len=spec.seq_len, vocab_size=tokenizer.vocab_size)
     try:
-        bad = BadRecords(action=spec.on_bad_record)
+        bad = BadRecords(action=spec.on_bad_record, is_sample=sample is not None)
         totals = _write_records(
             spec, records=source.records(), writer=writer, example_format=example_format, report=report, bad=bad
         )
@@ -103,9 +103,10 @@ def write_examples(
     bad.close()
     notes = _notes(totals, counts=_counts_of(example_format))
     if not writer.num_examples:
-        found = ", ".join(f"{count} {reason}" for reason, count in notes.items())
+        left_out = {f"records that cannot be used, such as {bad.listed[0]}": bad.count} if bad.count else {}
+        found = ", ".join(f"{count:,} {reason}" for reason, count in (notes | left_out).items())
         of = "the corpus" if sample is None else "the sample of the corpus"
-        raise DataError(f"{of} has no training example ({totals.documents} records: {found})")
+        raise DataError(f"{of} has no training example ({totals.documents + bad.count:,} records: {found})")
     is_held_out = _choose_held_out(writer.keys, writer.lengths, share=spec.held_out)
     layout, row_tables = _write_layout(spec, folder=folder, writer=writer, is_held_out=is_held_out, notes=notes)
     perplexity = _unigram(

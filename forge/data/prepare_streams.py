@@ -53,13 +53,13 @@ def write_streams(
     Raises: DataError if a record cannot be used; OSError.
     """
     pack = partial(_pack, spec, folder=folder, tokenizer=tokenizer, report=report, sample=sample)
-    bad = BadRecords(action=spec.on_bad_record)
+    bad = BadRecords(action=spec.on_bad_record, is_sample=sample is not None)
     packed = pack(split=_first_split(spec, sample=sample), bad=bad)
     second = _second_split(packed, held_out=spec.held_out)
     if second is not None:
         for path in folder.glob("*.tokens"):
             path.unlink()
-        bad = BadRecords(action=spec.on_bad_record)
+        bad = BadRecords(action=spec.on_bad_record, is_sample=sample is not None)
         packed = pack(split=second, bad=bad)
     return CacheIndex(
         digest=digest,

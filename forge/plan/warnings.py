@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 from forge.config.job import JobSpec
+from forge.errors import printable
 from forge.plan.data_view import DataView
-from forge.plan.inputs import CorpusFiles, CorpusInfo
+from forge.plan.inputs import CorpusFiles, CorpusInfo, LabelsInfo
 from forge.plan.mixture import epoch_sequences, part_shares
 
 _CUT = re.compile(r"\bcut\b")
 """In what formats call examples that lose their end."""
+_DROPPED = re.compile(r"\bdropped\b")
 _MAX_CUT = 0.1
 _MAX_PADDING = 0.5
 _MIN_LOSS = 0.01
-_MAX_NAMES = 5
+_MAX_NAMES, _MAX_NAME_CHARS = 5, 60
 MAX_PASSES = 4.0
 """Passes over a part of a mixture that are worth nearly as much as new text.
 
@@ -37,6 +40,7 @@ def corpus_warnings(
     if corpus is not None:
         num_positions = total_steps * job.training.global_batch_size
         warnings += [*_unevaluated_parts(job, corpus), *_repeated_parts(job, corpus, num_positions=num_positions)]
+    warnings += _labels(corpus.labels) if corpus is not None and corpus.labels is not None else []
     return tuple(warning for warning in warnings if warning)
 
 
@@ -46,7 +50,7 @@ def view_warnings(view: DataView, *, seq_len: int) -> tuple[str, ...]:
     Args:
         seq_len: `data.seq_len`.
     """
-    warnings = [_cut(view, seq_len=seq_len), _padding(view), _loss(view)]
+    warnings = [_cut(view, seq_len=seq_len), _dropped(view), _padding(view), _loss(view)]
     return tuple(warning for warning in warnings if warning)
 
 
@@ -59,6 +63,34 @@ def _cut(view: DataView, *, seq_len: int) -> str | None:
     if count <= _MAX_CUT * max(view.num_examples, view.lengths.count if view.lengths is not None else 0):
         return None
     return f"{count:,} {reason}: what lies beyond {seq_len:,} tokens is not learnt; raise data.seq_len"
+
+
+def _dropped(view: DataView) -> str | None:
+    found = {reason: count for reason, count in view.notes.items() if _DROPPED.search(reason)}
+    reason, count = max(found.items(), key=lambda item: item[1], default=("", 0))
+    if count <= _MAX_CUT * (view.num_examples + sum(found.values())):
+        return None
+    return f"{count:,} {reason}; {view.num_examples:,} examples are left"
+
+
+def _labels(labels: LabelsInfo) -> list[str | None]:
+    """Labels that are never learnt, and those that are likely to be one."""
+    never = [name for name, count in zip(labels.names, labels.train_counts, strict=True) if not count]
+    similar: dict[str, list[str]] = {}
+    for name in labels.names:
+        similar.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    doubled = [repr(name) for names in similar.values() if len(names) > 1 for name in names]
+    return [
+        f"{len(never):,} labels have no training example: {_some(never)}" if never else None,
+        f"labels that differ by white space or case alone: {_some(doubled)}; if they are one, correct the data"
+        if doubled
+        else None,
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(printable(name, limit=_MAX_NAME_CHARS) for name in names[:_MAX_NAMES]) + more
 
 
 def _padding(view: DataView) -> str | None:
@@ -80,9 +112,8 @@ def _special_tokens(job: JobSpec, files: CorpusFiles | None) -> str | None:
     if files is None or not files.special_tokens or job.data.special_tokens == "tokens":
         return None
     names = [f"{name} ({count:,}x)" for name, count in files.special_tokens.items()]
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return (
-        f"the text spells special tokens of the tokenizer: {', '.join(names[:_MAX_NAMES])}{more} in the sample; "
+        f"the text spells special tokens of the tokenizer: {_some(names)} in the sample; "
         "they are ordinary characters (data.special_tokens: text). If the text is yours and they mark its "
         "structure, set data.special_tokens: tokens"
     )

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from forge.config.data import DataSpec
-from forge.data import bad_records
+from forge.data import bad_records, look
 from forge.data.bad_records import BadRecords
 from forge.data.look import look_at_corpus
-from forge.data.prepare import open_rows, prepare
+from forge.data.prepare import open_rows, prepare, prepare_sample
 from forge.data.sources.base import Record
+from forge.data.sources.build import SampleSize
 from forge.errors import DataError
 
 TEXT = "the cat sat on a mat and saw one dog run past. " * 20
@@ -64,7 +65,7 @@ def test_skip__bad_records_of_each_kind__are_left_out_and_listed(tmp_path: Path,
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_fail__bad_records_of_each_kind__are_all_counted(tmp_path: Path, name: str, packing: str) -> None:
     path = write_corpus(tmp_path, name, bad=BAD_LINES[name] * 3)
-    tokenizer = {"from_pretrained": prepared_tokenizer(tmp_path)}
+    tokenizer = {"from_pretrained": prepared_tokenizer(tmp_path)} if packing == "examples" else {}
     with pytest.raises(DataError) as caught:
         prepare(spec_of(path, packing=packing, tokenizer=tokenizer), cache_dir=tmp_path / "cache")
     count = 3 * len(BAD_LINES[name])
@@ -86,18 +87,27 @@ def test_fail__one_bad_record__is_named_alone(tmp_path: Path) -> None:
 
 def test_skip__nothing_is_left__says_how_many_were_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("[1]\n[2]\n")
-    with pytest.raises(DataError, match=r"no training example .*|no text.*"):
+    with pytest.raises(DataError, match=r"no text.*"):
         prepare(spec_of(tmp_path / "a.jsonl", on_bad_record="skip"), cache_dir=tmp_path / "cache")
+    spec = spec_of(tmp_path / "a.jsonl", on_bad_record="skip", packing="examples")
+    with pytest.raises(DataError, match=r"no training example \(2 records: 2 records that cannot be used, .*:1: "):
+        prepare(spec, cache_dir=tmp_path / "cache")
 
 
-@pytest.mark.parametrize("action", ["fail", "skip"])
-def test_look__bad_record_in_the_sample__follows_the_setting(tmp_path: Path, action: str) -> None:
+def test_look__bad_record_in_the_sample__is_left_to_the_preparation_of_a_small_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_corpus(tmp_path, "a.jsonl", bad=["[1]"])
-    if action == "skip":
-        assert look_at_corpus(spec_of(path, on_bad_record=action)).num_sampled == 2
-    else:
-        with pytest.raises(DataError, match=f"{path}:2: "):
-            look_at_corpus(spec_of(path, on_bad_record=action))
+    assert look_at_corpus(spec_of(path)).num_sampled == 2
+    monkeypatch.setattr(look, "_COUNTED_BYTES", 0)
+    assert look_at_corpus(spec_of(path, on_bad_record="skip")).num_sampled == 2
+    with pytest.raises(DataError, match=f"{path}:2: "):
+        look_at_corpus(spec_of(path))
+    sampled = SampleSize(num_records=9, num_chars=10_000, num_parts=1)
+    path = write_corpus(tmp_path, "a.jsonl", bad=["[1]", "[2]"])
+    (tmp_path / "sample").mkdir()
+    with pytest.raises(DataError, match=r"^at least 2 records cannot be used"):
+        prepare_sample(spec_of(path), size=sampled, folder=tmp_path / "sample")
 
 
 def test_skip__conversations__are_left_out_with_their_reason(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from forge.config.embedding import EmbeddingSpec
+from forge.data.formats import embedding
 from forge.data.formats.base import Example, FormatContext
 from forge.data.formats.embedding import EmbeddingFormat
 from forge.data.sources.base import Record
@@ -79,6 +80,9 @@ def test_examples__texts_too_long__are_cut_longest_first_and_counted() -> None:
     assert lengths == [query, (20 - query) // 2, 20 - query - (20 - query) // 2]
     assert all(text.startswith("[CLS]") and text.endswith("[SEP]") for text in texts_of(example))
     assert built.counts()["texts cut at seq_len"] == 2
+    assert not built.counts()[embedding._UNREAD]
+    list(built.examples(Record(name="a", location="a", fields={"query": "a", "positive": "b", "negatives": ["c"]})))
+    assert built.counts()[embedding._UNREAD] == 1
     huge = {"query": "dog", "positive": "a b" * 3_000_000}
     (example,) = built.examples(Record(name="a", location="a", fields=huge))
     assert len(example.arrays["tokens"]) == 20

@@ -47,7 +47,10 @@ def test_look__sample__parses_every_kind_and_counts_special_tokens(tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", ['{"body": 1}\n', "no json\n", '{"text": 7}\n'])
-def test_look__a_sample_that_cannot_be_parsed__is_refused(tmp_path: Path, content: str) -> None:
+def test_look__a_sample_that_cannot_be_parsed__is_refused(
+    tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look, "_COUNTED_BYTES", 0)
     for i in range(30):
         (tmp_path / f"{i:02}.txt").write_text("text")
     (tmp_path / "a.jsonl").write_text(content)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, processors
 
 from forge.config.data import DataSpec, PairSpec
+from forge.data import look
 from forge.data.example_store import ExampleRows
 from forge.data.formats.base import Example, FormatContext
 from forge.data.formats.pair import PairFormat
@@ -172,7 +173,10 @@ def test_prepare__bad_pairs__are_named_with_their_lines_or_skipped(
     assert facts.num_skipped_records == 4 and facts.num_examples == 40
 
 
-def test_look_at_corpus__pairs__are_checked_before_they_are_prepared(pairs: Callable[..., DataSpec]) -> None:
+def test_look_at_corpus__pairs__are_checked_before_they_are_prepared(
+    pairs: Callable[..., DataSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look, "_COUNTED_BYTES", 0)
     with pytest.raises(DataError, match=r"pairs.jsonl:2: no key 'target'"):
         look_at_corpus(pairs(GOOD[0], '{"source": "a"}'))
     spelled = look_at_corpus(pairs('{"source": "a [PAD]", "target": "[PAD]"}'), special_tokens=("[PAD]",))

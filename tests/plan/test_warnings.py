@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from forge.plan.data_view import DataView
-from forge.plan.inputs import CorpusFiles
+from forge.plan.inputs import CorpusFiles, LabelsInfo
 from forge.plan.plan import plan_from_json, plan_to_json
 from forge.plan.warnings import corpus_warnings, view_warnings
 from tests.support.jobs import UNPREPARED, tiny_job, tiny_plan
@@ -50,6 +50,24 @@ def test_corpus_warnings__special_tokens_in_the_text__names_them_unless_they_are
     found = warnings(num_train=1200, files=SPELLED)
     assert "<|user|> (2x), <|end|> (1x) in the sample; they are ordinary characters" in found
     assert warnings(num_train=1200, files=SPELLED, data__special_tokens="tokens") == ""
+
+
+def test_corpus_warnings__labels_without_examples_and_of_one_name__are_named() -> None:
+    names = ("Good", "bad", "good ", "never")
+    labels = LabelsInfo(names=names, train_counts=(3, 2, 1, 0), held_out_counts=(0, 0, 0, 1), num_train=6)
+    corpus = replace(UNPREPARED, num_train_sequences=1200, num_held_out_sequences=5, labels=labels)
+    found = corpus_warnings(tiny_job(), files=None, corpus=corpus, total_steps=10)
+    assert found[0] == "1 labels have no training example: never"
+    assert found[1].startswith("labels that differ by white space or case alone: 'Good', 'good '; if they are one")
+    usual = replace(labels, names=("a", "b"), train_counts=(1, 1), held_out_counts=(1, 1))
+    assert corpus_warnings(tiny_job(), files=None, corpus=replace(corpus, labels=usual), total_steps=10) == ()
+
+
+def test_view_warnings__many_examples_are_dropped__says_how_many_are_left() -> None:
+    reason = "pairs dropped: the prompt leaves no room for an answer"
+    assert view_warnings(view(notes={reason: 11, "pairs dropped: both answers are the same": 2}), seq_len=64) == ()
+    found = view_warnings(view(notes={reason: 300}), seq_len=64)
+    assert found == (f"300 {reason}; 100 examples are left",)
 
 
 def test_plan__files_and_warnings__survive_json() -> None:

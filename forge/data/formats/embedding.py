@@ -23,6 +23,7 @@ from forge.errors import DataError
 QUERY, POSITIVE = 1, 2
 """Values of `part`; larger ones are negatives."""
 
+_UNREAD = "records whose negatives have another field than data.embedding.negative, and are not used"
 _MAX_CHARS_PER_TOKEN = 256
 """Of a text longer than this for each token of an example, only its beginning is tokenised."""
 
@@ -37,7 +38,7 @@ class EmbeddingFormat:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._num_around = len(self._tokenizer.encode("").ids)
-        self._counts = dict.fromkeys(("texts cut at seq_len", "negatives beyond max_negatives"), 0)
+        self._counts = dict.fromkeys(("texts cut at seq_len", "negatives beyond max_negatives", _UNREAD), 0)
 
     def examples(self, record: Record) -> Iterator[Example]:
         spec = self._spec
@@ -46,6 +47,8 @@ class EmbeddingFormat:
         passages = [_text(record, key=spec.positive), *negatives[: spec.max_negatives]]
         texts = [query, *(spec.passage_prefix + passage for passage in passages)]
         parts = self._encoded(texts, record=record)
+        unread = spec.negative not in record.fields and any(key.lower().startswith("neg") for key in record.fields)
+        self._counts[_UNREAD] += unread
         self._counts["negatives beyond max_negatives"] += len(negatives[spec.max_negatives :])
         tokens = np.concatenate(parts)
         numbers = np.repeat(np.arange(1, len(parts) + 1), [len(part) for part in parts])
