@@ -56,21 +56,27 @@ class Program:
 
 
 def train_to_end(job: Path, *arguments: str, environment: Mapping[str, str]) -> Path:
-    """Run `forge train`. Returns: the folder of the finished run.
+    """Run `forge train`; however this ends, so does the run. Returns: the folder of the finished run.
 
     Args:
         environment: added to that of this process.
 
     Raises: RuntimeError with the end of its stderr.
     """
-    done = subprocess.run(
-        [FORGE, "train", str(job), "--yes", *arguments, "-o", "json"],
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    mark = secrets.token_hex(8)
+    end_on_sigterm()
+    try:
+        done = subprocess.run(
+            [FORGE, "train", str(job), "--yes", *arguments, "-o", "json"],
+            env=os.environ | {_MARK: mark, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        with uninterrupted():
+            _kill_marked(mark)
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
     return Path(json.loads(done.stdout)["folder"])
