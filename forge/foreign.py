@@ -38,6 +38,7 @@ MAX_INT = 2**63
 MAX_ENTRIES = 1_000_000
 """Files of one folder and its subfolders."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_HEADER_BYTES = 100 * 2**20  # of a safetensors file
 _MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 _SCALARS = (str, bool, int, float, dict, list, tuple, type(None))
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -146,6 +147,26 @@ def parse_object(text: bytes | str, *, max_values: int = MAX_VALUES) -> dict[str
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, found {_kind(value)}")
     return value
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Read the table of tensors of a safetensors file, and where their values begin.
+
+    Raises: OSError; ValueError if the header is not valid. Source:
+        https://huggingface.co/docs/safetensors/index#format
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if not size:
+            raise ValueError("it is empty")
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"its header claims {length} bytes")
+        header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a table of tensors")
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 class LineReader:

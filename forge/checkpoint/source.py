@@ -50,14 +50,16 @@ def source_digest(source: str) -> str:
 
 
 def weights_digest(source: str) -> str:
-    """Return a digest of the weights of a checkpoint, or of a folder's config and safetensors files.
+    """Return a digest of the weights of a checkpoint, or of a folder's configs and safetensors files.
 
     Raises: CheckpointError if there are none, or they cannot be read.
     """
     if is_checkpoint(source):
         return source_digest(source)
     folder = Path(source).expanduser()
-    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    paths = sorted(
+        path for kind in ("*.safetensors", "config.json", "adapter_config.json") for path in folder.glob(kind)
+    )
     if not any(path.suffix == ".safetensors" for path in paths):
         raise CheckpointError(f"{source} has no safetensors files")
     try:

@@ -49,9 +49,10 @@ class LoraSpec(Section):
     snapshots and checkpoints in full."""
 
     init_from: str | None = Field(None, min_length=1)
-    """Go on with the adapters of another run, named as in `model.init_from`. Its keys of this section are the
-    defaults; those given must be the same, apart from `dropout` and `quantize`. `from_pretrained` is by default
-    what the run's adapters were trained on, and must have the same content."""
+    """Go on with the adapters of another run, named as in `model.init_from`, or of a folder that peft has written
+    (`adapter_config.json`, `adapter_model.safetensors`). Its keys of this section are the defaults; those given
+    must be the same, apart from `dropout` and `quantize`. `from_pretrained` is by default what the adapters were
+    trained on, and must have the same content."""
 
     @model_validator(mode="after")
     def _knows_its_weights(self) -> LoraSpec:

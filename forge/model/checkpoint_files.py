@@ -27,6 +27,7 @@ from forge.model.adapter_names import is_adapter, unwrapped_name
 from forge.model.adapter_weights import merged
 from forge.model.adapters import AdapterLayer, adapter_layers, add_adapters
 from forge.model.auto_classes import auto_class_of_config, build_on_meta
+from forge.model.peft_weights import open_peft_folder
 from forge.model.pretrained import PretrainedWeights, some
 from forge.model.transformers_config import config_from_record
 from forge.model.weight_files import DTYPES, TensorReader, WeightFiles, content_digests, open_weight_files
@@ -149,7 +150,9 @@ def open_weights(source: str) -> WeightFiles:
 
 
 def open_trained(source: str) -> dict[str, TensorReader]:
-    """Open what a checkpoint holds of trained parameters, by name. Raises: PlanError."""
+    """Open what a checkpoint or an adapter folder holds of trained parameters, by name. Raises: PlanError."""
+    if not is_checkpoint(source):
+        return open_peft_folder(source)
     checkpoint = _open(source)
     return {
         name: _own_tensor(checkpoint, name)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from forge.config.checkpoint_path import is_checkpoint
 from forge.errors import PlanError
-from forge.foreign import MAX_INT, lfs_problem, parse_json
+from forge.foreign import MAX_INT, lfs_problem, parse_json, safetensors_header
 from forge.fs import digest_file, leads_to_folder
 from forge.process import one_line
 
@@ -122,16 +122,25 @@ def open_weight_files(source: str) -> WeightFiles:
     problems: list[str] = []
     for path in paths:
         try:
-            pointer = lfs_problem(path)
-            tensors |= _read_header(path) if pointer is None else {}
-            problems += [f"{pointer} ({path})"] if pointer is not None else []
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            problems.append(f"{path} is not a whole safetensors file: {one_line(error)}")
+            tensors |= open_safetensors(path)
+        except PlanError as error:
+            problems.append(error.problem)
     if problems:
         count = f"{len(problems)} of {len(paths)} files of {source} cannot be used: " if len(paths) > 1 else ""
         more = f"; and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         raise PlanError(f"model.from_pretrained: {count}{'; '.join(problems[:_MOST_NAMED])}{more}")
     return WeightFiles(source=source, revision=revision, paths=paths, tensors=tensors)
+
+
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Find the tensors of one file. Raises: PlanError if it is damaged, or no safetensors file."""
+    try:
+        pointer = lfs_problem(path)
+        if pointer is not None:
+            raise PlanError(f"{pointer} ({path})")
+        return _read_header(path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PlanError(f"{path} is not a whole safetensors file: {one_line(error)}") from error
 
 
 def content_digests(files: WeightFiles, *, cache: Path) -> dict[str, str]:
@@ -214,17 +223,7 @@ def _file_names(folder: Path, source: str) -> Iterable[str]:
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Raises: OSError; ValueError, KeyError, TypeError, RecursionError for an invalid header."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if not size:
-            raise ValueError("it is empty")
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"its header claims {length} bytes")
-        header: Any = parse_json(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("its header is not a table of tensors")
-    header.pop("__metadata__", None)
+    header, begin = safetensors_header(path)
     found: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         dtype = DTYPES.get(entry["dtype"])
@@ -235,11 +234,11 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{name} has {len(entry['shape']):,} dimensions")
         if any(type(number) is not int or not 0 <= number < MAX_INT for number in (first, last, *entry["shape"])):
             raise ValueError(f"{name} has a shape or offsets that are not whole numbers from 0 to 2⁶³")
-        tensor = StoredTensor(path=path, offset=8 + length + first, dtype=dtype, shape=tuple(entry["shape"]))
+        tensor = StoredTensor(path=path, offset=begin + first, dtype=dtype, shape=tuple(entry["shape"]))
         if last - first != tensor.numel * dtype.itemsize:
             raise ValueError(f"{name} has {last - first} bytes, which is not what its shape takes")
         found[name] = tensor
-    _check_size(found, size=size)
+    _check_size(found, size=path.stat().st_size)
     _check_overlap(found)
     return found
 

@@ -236,13 +236,14 @@ class TeacherInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitInfo:
-    """A checkpoint that a run starts from."""
+    """A checkpoint, or an adapter folder of peft, that a run starts from."""
 
     source: str
     """Absolute path, or URL."""
-    step: int
+    step: int | None
+    """None for a folder."""
     digest: str
-    """Of its manifest, which has the checksums of all its files."""
+    """Of its manifest, which has the checksums of all its files; of a folder, of its files."""
     metric: str = ""
     """What its run compares checkpoints by; empty if this step was not evaluated."""
     metric_value: float | None = None

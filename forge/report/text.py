@@ -110,7 +110,9 @@ def _teacher(teacher: TeacherInfo, job: JobSpec) -> str:
 
 
 def _init(init: InitInfo) -> str:
-    """Describe the checkpoint that a run starts from."""
+    """Describe the checkpoint or the adapter folder that a run starts from."""
+    if init.step is None:
+        return f"those of peft in {init.source}, digest {init.digest[:12]}"
     score = "" if init.metric_value is None else f", {init.metric} {init.metric_value:.4f}"
     best = " (the best of its run)" if init.is_best else ""
     return f"step {init.step:,}{score}{best}, from {init.source}, digest {init.digest[:12]}"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from forge.checkpoint.best import best_scores
 from forge.checkpoint.manifest import step_name
-from forge.checkpoint.source import open_source, source_digest
+from forge.checkpoint.peft_folder import is_peft_folder
+from forge.checkpoint.source import open_source, source_digest, weights_digest
 from forge.checkpoint.storage import open_storage
 from forge.config.checkpoint_path import is_checkpoint
 from forge.config.data import TokenizerSpec
@@ -59,10 +60,13 @@ def with_init(loaded: LoadedJob, *, resume: Path | None = None) -> LoadedJob:
 
 
 def init_info(source: str | None) -> InitInfo | None:
-    """Return what the plan records about a checkpoint that a job starts from; None if it is a folder, or none.
+    """Return what the plan records about a checkpoint or an adapter folder that a job starts from; None if it is
+    another folder, or none.
 
     Raises: CheckpointError if it cannot be read.
     """
+    if source is not None and is_peft_folder(source):
+        return InitInfo(source=source, step=None, digest=weights_digest(source))
     if source is None or not is_checkpoint(source):
         return None
     progress, digest = open_source(source).progress, source_digest(source)

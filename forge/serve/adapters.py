@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from forge.checkpoint.adapter_config import adapter_config_from_record
 from forge.checkpoint.best import open_verified
+from forge.checkpoint.peft_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError
 from forge.foreign import parse_object, read_file
@@ -33,7 +34,6 @@ from forge.process import one_line
 from forge.runs.reader import read_plan
 
 _MAX_CONFIG_BYTES = 2**20
-_CONFIG, _WEIGHTS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 _UNSERVED = (
     "use_dora",
     "target_parameters",
@@ -74,8 +74,8 @@ def load_adapters(source: str | Path, *, step: int | str | None = None, ema: boo
     folder = Path(source)
     if (folder / "plan.json").is_file():
         return _of_run(folder, step=step, ema=ema)
-    if step is not None or ema or not (folder / _CONFIG).is_file():
-        raise ArgumentError(f"{folder} is neither a run nor a folder of adapters ({_CONFIG})")
+    if step is not None or ema or not (folder / CONFIG_FILE).is_file():
+        raise ArgumentError(f"{folder} is neither a run nor a folder of adapters ({CONFIG_FILE})")
     return _of_folder(folder)
 
 
@@ -161,8 +161,8 @@ def _of_run(folder: Path, *, step: int | str | None, ema: bool) -> AdapterWeight
 
 def _of_folder(folder: Path) -> AdapterWeights:
     try:
-        body = parse_object(read_file(folder / _CONFIG, max_bytes=_MAX_CONFIG_BYTES))
-        tensors = load_file(folder / _WEIGHTS)
+        body = parse_object(read_file(folder / CONFIG_FILE, max_bytes=_MAX_CONFIG_BYTES))
+        tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise ArgumentError(f"the adapters of {folder} cannot be read: {one_line(error)}") from error
     beyond = [key for key in _UNSERVED if body.get(key)]
@@ -171,9 +171,9 @@ def _of_folder(folder: Path) -> AdapterWeights:
         raise ArgumentError(f"{folder} has adapters that can only be merged ({what}): merge them and serve that")
     rank, alpha = body.get("r"), body.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
-        raise ArgumentError(f"{folder / _CONFIG} names no rank and scale: r {rank}, lora_alpha {alpha}")
+        raise ArgumentError(f"{folder / CONFIG_FILE} names no rank and scale: r {rank}, lora_alpha {alpha}")
     scale = alpha / (rank**0.5 if body.get("use_rslora") else rank)
-    plain = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     return AdapterWeights(source=str(folder), layers=_paired(plain, scale=scale, source=folder), base_digest=None)
 
 

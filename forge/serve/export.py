@@ -28,6 +28,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from forge.checkpoint.best import open_verified
 from forge.checkpoint.intervals import ITEM_BYTES, safetensors_header
+from forge.checkpoint.peft_folder import WEIGHTS_FILE
 from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.errors import ArgumentError, ForgeError
@@ -37,7 +38,6 @@ from forge.model.auto_classes import AUTO_CLASSES, auto_class_of_config
 from forge.model.transformers_config import config_from_record
 from forge.process import take_stdout
 from forge.serve.merge import (
-    ADAPTER_FILE,
     MergedWeights,
     exported_names,
     require_adapters,
@@ -268,7 +268,7 @@ def _files(
         groups[-1].append(target)
         size += target.size_bytes
     if len(groups) == 1:
-        return {ADAPTER_FILE if request.adapters else "model.safetensors": groups[0]}
+        return {WEIGHTS_FILE if request.adapters else "model.safetensors": groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from forge.checkpoint.adapter_config import adapter_config_from_record, shortest_names
 from forge.checkpoint.intervals import Interval
 from forge.checkpoint.manifest import ModelShape
+from forge.checkpoint.peft_folder import CONFIG_FILE, PREFIX
 from forge.checkpoint.reader import Checkpoint
 from forge.errors import CheckpointError
 from forge.inference.weights import CheckpointWeights
 from forge.model.adapter_names import is_adapter
 from forge.model.checkpoint_files import layers_with_adapters, merged_weight
 
-ADAPTER_FILE = "adapter_model.safetensors"
 _MAGNITUDE = ".lora_magnitude_vector.weight"
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -74,7 +74,7 @@ def exported_names(shape: ModelShape, *, adapters: bool) -> dict[str, str]:
     if not adapters:
         return {name: name for name in shape.parameters if not (shape.adapters and is_adapter(name))}
     trained = [name for name, parameter in shape.parameters.items() if parameter.kind == "master"]
-    return {name: f"base_model.model.{_peft_name(name)}" for name in trained}
+    return {name: f"{PREFIX}{_peft_name(name)}" for name in trained}
 
 
 def require_adapters(checkpoint: Checkpoint) -> None:
@@ -113,7 +113,7 @@ def write_adapter_config(folder: Path, shape: ModelShape) -> None:
         "target_parameters": list(config.parameters) or None,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
 
 
 def _peft_name(name: str) -> str:

@@ -34,6 +34,7 @@ from forge.model.adapters import modules_reading_weights
 from forge.model.dropout import SampleDropout, model_has_dropout
 from forge.model.families.base import BuildOptions, DataShape, Sharding
 from forge.model.families.registry import family_of
+from forge.model.pretrained import some
 from forge.objective.base import (
     Objective,
     ObjectiveModule,
@@ -355,7 +356,7 @@ def build_engine(
         return Engine(engine, training=training, dropout=dropout)
     weights = family.open_pretrained(model_spec, data)
     if weights.unused and dist.get_rank() == 0:
-        names = ", ".join(weights.unused)
+        names = some(weights.unused)
         sys.stderr.write(
             f"{model_spec.from_pretrained}: tensors that the model does not have are not used: {names}\n"
         )

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from forge.checkpoint.intervals import Interval
 from forge.checkpoint.manifest import BaseWeights, Progress, base_difference
 from forge.checkpoint.reader import list_checkpoints, open_checkpoint
-from forge.checkpoint.source import source_digest, source_problem
+from forge.checkpoint.source import source_problem, weights_digest
 from forge.checkpoint.storage import open_storage
 from forge.checkpoint.verify import verify_checkpoint
 from forge.data.loader import HeldOutBatches, TrainBatches
@@ -242,7 +242,8 @@ def _objective_context(plan: Plan, *, device: torch.device) -> ObjectiveContext:
 
 
 def _verify_init(init: InitInfo, *, checkpoints: str) -> None:
-    """Verify the checkpoint that a run starts from, before its first step; collective, each rank its share.
+    """Verify the checkpoint or adapter folder that a run starts from, before its first step; collective, each rank
+    its share.
 
     Args:
         checkpoints: of the run itself; once it has any, its state comes from there.
@@ -252,9 +253,11 @@ def _verify_init(init: InitInfo, *, checkpoints: str) -> None:
     share = dist.get_rank(), dist.get_world_size()
     if _all_gather(lambda: list_checkpoints(open_storage(checkpoints)))[0]:
         return
-    digests = _all_gather(partial(source_digest, init.source))
+    digests = _all_gather(partial(weights_digest, init.source))
     if set(digests) != {init.digest}:
         raise CheckpointError(f"{init.source} has other content than when the plan was made; plan the job again")
+    if init.step is None:
+        return  # a folder, all of whose bytes are in the digest
     problems = _all_gather(partial(source_problem, init.source, share=share))
     problem = next((problem for problem in problems if problem), None)
     if problem is not None:

@@ -114,6 +114,18 @@ def test_train__going_on_with_adapters__begins_where_they_were_and_refers_to_the
     assert rest.losses == pytest.approx(own.losses[1:], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_train__going_on_with_an_exported_adapter_folder__has_the_losses_of_going_on_with_the_run(
+    corpus: CorpusInfo, first: Path, tmp_path: Path
+) -> None:
+    export(ExportRequest(url=str(first), to=str(tmp_path / "peft"), dtype="fp32", adapters=True))
+    models = [continued(first), continued(first, init_from=str(tmp_path / "peft"))]
+    ours, theirs = (
+        run_ranks(plan_of(corpus, model), tmp_path / str(i), world_size=2) for i, model in enumerate(models)
+    )
+    assert ours.losses == theirs.losses
+
+
 @pytest.mark.parametrize(
     ("lora", "key", "problem"),
     [

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from forge.config.checkpoint_path import is_checkpoint
 from forge.config.model import ModelSpec
 from forge.errors import ModelError, PlanError
 from forge.fs import leads_to_folder
@@ -33,6 +34,7 @@ from forge.model.freeze import freeze_parameters
 from forge.model.init import initialise
 from forge.model.look_ahead import probe_forward
 from forge.model.new_head import folder_model, require_same_labels, require_whole_modules
+from forge.model.peft_weights import require_peft_folder
 from forge.model.position_wise import has_positionwise_head
 from forge.model.pretrained import PretrainedWeights, some
 from forge.model.quantise import num_quantised, quantise, require_bitsandbytes
@@ -127,20 +129,24 @@ def _adapt(spec: ModelSpec, data: DataShape, model: nn.Module, *, device: torch.
     require_peft()
     # The model itself may be partitioned, and its weights may have no shape.
     whole = build_on_meta(build_config(spec, data), auto_class=data.auto_class)
-    source = spec.from_pretrained or ""
-    is_here = device is not None or leads_to_folder(Path(source).expanduser()) or is_downloaded(source)
+    base = spec.from_pretrained or ""
+    is_here = device is not None or leads_to_folder(Path(base).expanduser()) or is_downloaded(base)
     require_dropout_by_sample(spec.lora, attention=str(whole.config._attn_implementation))
     weights = _open_weights(spec, whole, data=data) if is_here else None
     targets = find_targets(whole, spec.lora, absent=weights.absent if weights is not None else ())
     config = adapter_config(spec.lora, targets)
-    if spec.lora.init_from is not None and weights is not None:
-        require_same_adapters(spec.lora.init_from, config, trained=targets.trained, files=weights.files)
+    source, notes = spec.lora.init_from, cast(tuple[str, ...], ())
+    if source is not None and is_checkpoint(source) and weights is not None:
+        require_same_adapters(source, config, trained=targets.trained, files=weights.files)
+    elif source is not None and not is_checkpoint(source):
+        add_adapters(whole, config, trained=targets.trained)
+        notes = require_peft_folder(source, whole, files=weights.files if weights is not None else None)
     add_adapters(model, config, trained=targets.trained)
     if spec.lora.quantize != "none":
         require_bitsandbytes()
         if device is not None and weights is not None:
             quantise(model, weights, trained=targets.trained, device=device)
-    return _about_adapters(spec, targets, model)
+    return (*_about_adapters(spec, targets, model), *notes)
 
 
 def _about_adapters(spec: ModelSpec, targets: AdapterTargets, model: nn.Module) -> tuple[str, ...]:
