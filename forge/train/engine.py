@@ -356,10 +356,8 @@ def build_engine(
         return Engine(engine, training=training, dropout=dropout)
     weights = family.open_pretrained(model_spec, data)
     if weights.unused and dist.get_rank() == 0:
-        names = some(weights.unused)
-        sys.stderr.write(
-            f"{model_spec.from_pretrained}: tensors that the model does not have are not used: {names}\n"
-        )
+        unused = f"tensors that the model does not have are not used: {some(weights.unused)}"
+        sys.stderr.write(f"{model_spec.from_pretrained}: {unused}\n")
     pins_base = pins_base or any(not parameter.requires_grad for parameter in model.parameters())
     built = Engine(
         engine, training=training, dropout=dropout, base=digest_base(weights.files) if pins_base else None
