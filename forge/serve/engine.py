@@ -32,6 +32,7 @@ from forge.inference.schedule import BatchLimits, Schedule
 from forge.process import one_line
 from forge.serve.adapters import AdapterWeights, ServedAdapters
 from forge.serve.choose import Choice, choose
+from forge.serve.packed_linear import pack_linears
 from forge.serve.request import (
     EngineError,
     EngineOptions,
@@ -346,9 +347,11 @@ def _step_model(model: Any, adapters: ServedAdapters) -> tuple[StepModel, str | 
     if not isinstance(model, PreTrainedModel):
         return SeparateModel(model, adapters=adapters), "it is not a model of transformers"
     try:
-        return PackedModel(model, adapters=adapters), None
+        packed = PackedModel(model, adapters=adapters)
     except UnsupportedAttention as error:
         return SeparateModel(model, adapters=adapters), str(error)
+    pack_linears(model)
+    return packed, None
 
 
 def _deliver(events: Iterable[tuple[_Stream | None, TokenEvent | EngineError]]) -> None:
