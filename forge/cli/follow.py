@@ -200,15 +200,20 @@ def _conclude_training(run: RunSummary, *, interrupted: bool, output: Output) ->
 
 
 def _suggest_use(run: RunSummary) -> None:
-    """Suggest to generate with the prompt of the run's own sample, or to export a model that generates no text."""
+    """Suggest to generate with the prompt of the run's own sample, or to export a model that answers none."""
     from forge.cli import display
 
     sample, name = run.newest("SampleGenerated"), handle(run.folder)
-    if sample is None and run.newest("SampleFailed") is not None:
+    job = run.plan.job
+    has_failed = sample is None and run.newest("SampleFailed") is not None
+    if has_failed or job.training.objective in ("masked-lm", "span-corruption", "reward"):
         display.next_command(f"forge checkpoints export {name} --to {name}-weights", purpose="export its weights")
         return
-    prompt = sample["prompt"] if sample is not None else ""
-    option = f" --prompt {shlex.quote(prompt)}" if prompt and prompt.isprintable() else ""
+    shown = sample["prompt"] if sample is not None else ""
+    prompt = shown.removesuffix(" → ")
+    is_turn = prompt != shown and job.training.auto_class == "AutoModelForCausalLM"
+    option = " --chat" * is_turn
+    option += f" --prompt {shlex.quote(prompt)}" if prompt and prompt.isprintable() else ""
     display.next_command(f"forge generate {name}{option}", purpose="try it")
 
 

@@ -252,7 +252,7 @@ class TrainScreen(LiveScreen):
 
 
 def show_summary(run: RunSummary, *, goodput: GoodputReport, losses: Sequence[float]) -> None:
-    """Print how a run ended, its results, its files and a sample of its text."""
+    """Print how a run ended, its results, its files and a sample of its answers."""
     status = "finished early" if run.is_stopped_early else run.status
     display.heading(run.run_id, f"{status} at step {run.step} of {run.plan.total_steps}")
     width = display.terminal_width()
@@ -262,10 +262,10 @@ def show_summary(run: RunSummary, *, goodput: GoodputReport, losses: Sequence[fl
     display.facts(summary_facts(run, goodput))
     sample, failed = run.newest("SampleGenerated"), run.newest("SampleFailed")
     if failed:
-        display.message(f"no sample of its text: {display.harmless(failed['reason'])}")
+        display.message(f"no sample of its answers: {display.harmless(failed['reason'])}")
     if sample:
         display.OUT.print()
-        display.OUT.print(Text("a sample of its text", style="dim"))
+        display.OUT.print(Text("a sample of its answers", style="dim"))
         prompt, text = display.harmless(sample["prompt"]), display.harmless(sample["text"])
         display.OUT.print(Text.assemble((prompt, "bold"), text))
 

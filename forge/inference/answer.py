@@ -53,7 +53,10 @@ class Answerer:
         self.sampling = sampling_of(config.sampling, loaded=self.loaded)
         is_asked = config.chat or config.system is not None
         if is_asked and self.loaded.kind not in ("causal-lm", "reward"):
-            raise ArgumentError(f"{self.loaded.name} is a {self.loaded.kind} model, which has no conversations")
+            raise ArgumentError(
+                f"{self.loaded.name} is a {self.loaded.kind} model, which has no conversations; leave out --chat "
+                "and --system, and give the text as the prompt"
+            )
         if is_asked:
             self.loaded.require_chat()
 

@@ -134,7 +134,8 @@ class LoadedModel:
         if self.kind not in ("causal-lm", "seq2seq"):
             raise ArgumentError(
                 f"{self.name} is a {self.kind} model and writes no text: only a causal language model continues "
-                "one, and only an encoder-decoder (seq2seq) writes the target of a source"
+                "one, and only an encoder-decoder (seq2seq) writes the target of a source; forge generate gives "
+                "labels, rewards and embeddings of the models that have them"
             )
 
     def require_chat(self) -> None:

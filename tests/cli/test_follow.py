@@ -43,6 +43,10 @@ NO_SAMPLE = SampleFailed(step=3, reason="the model generates no text")
         ([SAMPLE], f"try it: forge generate NAME --prompt {shlex.quote(PROMPT)}"),
         ([replace(SAMPLE, prompt="")], "try it: forge generate NAME"),
         ([replace(SAMPLE, prompt="a\x1b[2J")], "try it: forge generate NAME"),
+        (
+            [replace(SAMPLE, prompt=f"{PROMPT} → ")],
+            f"try it: forge generate NAME --chat --prompt {shlex.quote(PROMPT)}",
+        ),
         ([], "try it: forge generate NAME"),
         ([NO_SAMPLE], "export its weights: forge checkpoints export NAME --to NAME-weights"),
     ],

@@ -171,7 +171,7 @@ class TestUndisturbed:
         assert (whole.code, whole.status, whole.step) == (0, "finished", TOTAL_STEPS), whole.err
         assert f"finished at step {TOTAL_STEPS} of {TOTAL_STEPS}" in whole.out
         assert "(a unigram model of the same tokens has " in whole.out
-        assert "a sample of its text" in whole.out
+        assert "a sample of its answers" in whole.out
         assert f"try it: forge generate peace/{whole.folder.name}" in whole.err
 
     def test_loss__finished__has_halved(self, whole: Execution) -> None:

@@ -68,11 +68,19 @@ def text_pair_corpus(folder: Path, *, packing: str = "examples", num_pairs: int 
     return example_corpus(folder, examples, packing=packing, digest=f"texts-{packing}")
 
 
-def example_corpus(folder: Path, examples: Sequence[Example], *, packing: str, digest: str) -> CorpusInfo:
+def example_corpus(
+    folder: Path,
+    examples: Sequence[Example],
+    *,
+    packing: str,
+    digest: str,
+    seq_len: int = SEQ_LEN,
+    vocab_size: int = VOCAB,
+) -> CorpusInfo:
     """Prepare examples; a tenth is held out."""
     folder.mkdir(parents=True, exist_ok=True)
     num_examples = len(examples)
-    writer = ExampleWriter(folder, seq_len=SEQ_LEN, vocab_size=VOCAB)
+    writer = ExampleWriter(folder, seq_len=seq_len, vocab_size=vocab_size)
     for number, example in enumerate(examples):
         writer.add(example, key=number, location="")
     tables = writer.close()
@@ -82,7 +90,7 @@ def example_corpus(folder: Path, examples: Sequence[Example], *, packing: str, d
         ("held_out", np.arange(num_examples // 10)),
     ):
         (folder / name).mkdir()
-        rows = [chosen[row] for row in pack_rows(writer.lengths[chosen], seq_len=SEQ_LEN, seed=1)]
+        rows = [chosen[row] for row in pack_rows(writer.lengths[chosen], seq_len=seq_len, seed=1)]
         rows = rows if packing == "examples" else [chosen[i : i + 1] for i in range(len(chosen))]
         tables += write_rows(folder, name=name, rows=rows, examples=writer)
         splits[name] = SplitSizes(
@@ -94,7 +102,7 @@ def example_corpus(folder: Path, examples: Sequence[Example], *, packing: str, d
     index = CacheIndex(
         digest=digest,
         dtype="<u2",
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         eot_id=0,
         num_documents=num_examples,
         num_text_bytes=0,
@@ -104,22 +112,22 @@ def example_corpus(folder: Path, examples: Sequence[Example], *, packing: str, d
         tokenizer=(),
         tables=tuple(tables),
         examples=ExampleLayout(
-            seq_len=SEQ_LEN, packing=packing, columns=writer.columns, notes={}, foreign_target=None, **splits
+            seq_len=seq_len, packing=packing, columns=writer.columns, notes={}, foreign_target=None, **splits
         ),
     )
     write_index(folder, index=index)
     return CorpusInfo(
         folder=str(folder),
         digest=index.digest,
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         eot_id=0,
-        seq_len=SEQ_LEN,
+        seq_len=seq_len,
         num_documents=num_examples,
         num_text_bytes=0,
         num_train_tokens=splits["train"].num_targets,
         num_held_out_tokens=splits["held_out"].num_targets,
         num_train_sequences=splits["train"].num_rows,
         num_held_out_sequences=splits["held_out"].num_rows,
-        unigram_perplexity=float(VOCAB),
+        unigram_perplexity=float(vocab_size),
         packing=packing,
     )
