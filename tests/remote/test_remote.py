@@ -199,6 +199,7 @@ def test_submit__unreadable_corpus__raises_at_once(cluster: Elsewhere, there: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_remote_search__trials_arrive_here(
     cluster: Elsewhere, there: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +211,7 @@ def test_remote_search__trials_arrive_here(
     assert plan.search.trials_at_once == 2
     folder = create_run(plan, root=str(home / "runs"))
     run_handle = submit(target, plan, folder=folder)
-    wait_for(lambda: not run_handle.is_alive(), timeout_s=150)
+    wait_for(lambda: not run_handle.is_alive(), timeout_s=300, about=lambda: read_run(folder).events[-5:])
     run_handle.wait()
     assert read_run(folder).status == "finished", read_run(folder).events[-1]
     trials = TrialTable(read_run(folder).events).trials

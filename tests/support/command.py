@@ -50,12 +50,12 @@ def start_forge(*arguments: str | Path, cwd: Path, env: dict[str, str] | None = 
     )
 
 
-def wait_for(what: Callable[[], Any], *, timeout_s: float = 90.0) -> Any:
-    """Call `what` until it returns something true. Returns: that. Raises: TimeoutError."""
+def wait_for(what: Callable[[], Any], *, timeout_s: float = 90.0, about: Callable[[], object] = str) -> Any:
+    """Call `what` until it returns something true. Returns: that. Raises: TimeoutError with the text of `about`."""
     deadline = time.monotonic() + timeout_s
     while not (answer := what()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} stayed false for {timeout_s} s")
+            raise TimeoutError(f"{what} stayed false for {timeout_s} s; {about()}")
         time.sleep(0.02)
     return answer
 

@@ -115,6 +115,9 @@ class Run:
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["event"] == kind]
 
+    def newest_events(self) -> str:
+        return f"step {self.step}, newest events: {self.events[-5:]}"
+
     @property
     def step(self) -> int:
         return len(read_metrics(self.folder))
@@ -134,13 +137,13 @@ class Run:
 
     def await_world(self, size: int, *, timeout_s: float = 60.0) -> None:
         """Wait until a generation of this size has taken three steps."""
-        wait_for(lambda: self.formed["world_size"] == size, timeout_s=timeout_s)
+        wait_for(lambda: self.formed["world_size"] == size, timeout_s=timeout_s, about=self.newest_events)
         self.await_steps(3)
 
     def await_steps(self, count: int, *, timeout_s: float = 60.0) -> None:
         """Wait until `count` more steps are recorded."""
         goal = self.step + count
-        wait_for(lambda: self.step >= goal, timeout_s=timeout_s)
+        wait_for(lambda: self.step >= goal, timeout_s=timeout_s, about=self.newest_events)
 
     def repeated(self, *, since: float = 0.0) -> list[int]:
         return [event["step"] for event in self.of("StepRepeated") if event["time"] >= since]
@@ -149,7 +152,7 @@ class Run:
         """Cause a fault, and wait until another generation trains. Returns: seconds to its first step."""
         before, began = self.formed["generation"], time.time()
         fault()
-        wait_for(lambda: self.formed["generation"] > before, timeout_s=timeout_s)
+        wait_for(lambda: self.formed["generation"] > before, timeout_s=timeout_s, about=self.newest_events)
         first = next(e["time"] for e in self.of("GenerationStarted") if e["generation"] > before)
         self.await_steps(3, timeout_s=timeout_s)
         return float(first - began)
