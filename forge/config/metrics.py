@@ -67,6 +67,8 @@ def check_metrics(
     errors: list[FieldError] = []
     if stopping is not None and (is_complete or not stopping.metric.startswith("eval/")):
         evaluated = [name for name in known if name.startswith("eval/")]
+        if training.ema is not None and training.ema.evaluate == "always":
+            evaluated += [f"eval/ema_{name.removeprefix('eval/')}" for name in evaluated]
         errors += _unknown(stopping.metric, evaluated, key="training.early_stopping.metric", what="evaluations")
     if search is not None and is_complete:
         errors += _unknown(search.metric, list(known), key="search.metric", what="trials")

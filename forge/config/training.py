@@ -95,8 +95,8 @@ class EarlyStoppingSpec(Section):
     """End the run when an evaluation metric no longer improves; it ends as finished, with a checkpoint."""
 
     metric: str = "eval/loss"
-    """`eval/loss`, or `eval/NAME` for a metric that the objective reports; whether less or more of it is better
-    follows from the objective."""
+    """`eval/loss`, or `eval/NAME` for a metric that the objective reports; with `ema.evaluate: always` also of the
+    averaged weights, such as `eval/ema_loss`. Whether less or more of it is better follows from the objective."""
 
     patience: Count = Field(3, ge=1)
     """Number of evaluations in a row without improvement after which the run stops; the same step on any number of

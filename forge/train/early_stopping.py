@@ -29,7 +29,12 @@ class EarlyStopping:
     """Of what the objective reports besides the loss, by name."""
 
     def observe(self, evaluated: Evaluated, *, progress: Progress) -> Progress:
-        """Return the progress after an evaluation. Raises: RunError if it has no value of the metric."""
+        """Return the progress after an evaluation; one of other weights than the metric's does not change it.
+
+        Raises: RunError if it has no value of the metric.
+        """
+        if (evaluated.weights == "ema") is not self._is_of_average:
+            return progress
         value, best = self._value(evaluated), progress.best_value
         progress = replace(
             progress,
@@ -61,11 +66,16 @@ class EarlyStopping:
 
     @property
     def _name(self) -> str:
-        return self._metric.removeprefix("eval/")
+        return self._metric.removeprefix("eval/ema_" if self._is_of_average else "eval/")
+
+    @property
+    def _is_of_average(self) -> bool:
+        own = self._metric.removeprefix("eval/")
+        return own.startswith("ema_") and own not in self.directions
 
     @property
     def _sign(self) -> int:
-        return -1 if self._name == "loss" or self.directions[self._name] == "min" else 1
+        return -1 if self._name.partition("/")[0] == "loss" or self.directions[self._name] == "min" else 1
 
     def _value(self, evaluated: Evaluated) -> float:
         values = {"loss": evaluated.loss, **evaluated.metrics}

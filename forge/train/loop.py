@@ -255,6 +255,8 @@ class _TrainLoop:
         state.swap_average()
         found = evaluate(self._engine, inputs.held_out, step=progress.step, weights="ema", reporter=self._reporter)
         state.swap_average()
+        if is_evaluated:
+            self._progress = self._stopping.observe(found, progress=self._progress)
         return {f"eval/ema_{name}": value for name, value in {"loss": found.loss, **found.metrics}.items()}
 
     def _report_step(self, step: _Step, found: Evaluated | None) -> None:
