@@ -55,14 +55,17 @@ _LOST = (RayError, DeploymentUnavailableError, ReplicaUnavailableError, BackPres
 class ModelReplica:
     """One copy of the model, with its engine."""
 
-    def __init__(self, settings: ServerSettings, folder: str) -> None:
+    def __init__(self, settings: ServerSettings, folder: str, threads: str | None) -> None:
         """Args:
         folder: of the server, for the log.
+        threads: `OMP_NUM_THREADS` of the server; None: divide the node's cores among the replicas.
         """
         _open_no_port()
         self._id = serve.get_replica_context().replica_id.unique_id
         redirect_output(Path(folder) / "logs" / f"replica-{self._id}.log")
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // settings.max_replicas)))
+        # Ray has set 1, the number of CPUs that the replica reserves.
+        os.environ["OMP_NUM_THREADS"] = threads or str(max(1, usable_cpus() // settings.max_replicas))
+        _log.warning("torch computes with %s threads", os.environ["OMP_NUM_THREADS"])
         from forge.serve.service import ModelService
 
         self._service = ModelService.start(settings)
@@ -246,7 +249,8 @@ def deploy(settings: ServerSettings, *, app: str, folder: Path) -> RayBackend:
         **replicas,
     )
     try:
-        handle = serve.run(deployment.bind(settings, str(folder)), name=app, route_prefix=None)
+        threads = os.environ.get("OMP_NUM_THREADS")
+        handle = serve.run(deployment.bind(settings, str(folder), threads), name=app, route_prefix=None)
         info = handle.describe.remote().result()
     except (RuntimeError, *_LOST) as error:
         reason = _failure_of(app) or first_line(error)
