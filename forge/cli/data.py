@@ -45,7 +45,8 @@ def prepare(file: JobArgument, overrides: SetOption = None, output: OutputOption
     if output is Output.JSON:
         display.print_json(asdict(corpus))
         return
-    display.facts([*corpus_facts(corpus), ("folder", corpus.folder)])
+    parts = [(f"part {part.name}", text) for part in corpus.parts for _, text in corpus_facts(part.corpus)]
+    display.facts([*corpus_facts(corpus), *parts, ("folder", corpus.folder)])
     arguments = shlex.join([str(file), *(word for one in overrides or [] for word in ("--set", one))])
     display.next_command(f"forge data inspect {arguments}", purpose="see examples")
 

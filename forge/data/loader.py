@@ -7,8 +7,8 @@ whose targets are all ignored. Every rank computes the totals of a step from the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class MicroBatch:
 
     arrays: Arrays
     positions: NDArray[np.int64]
+    part: str | None = None
+    """Of a mixture, the part that held-out rows are from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +77,17 @@ class TrainBatches:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutBatches:
-    """One rank's part of the held-out rows, in order; the same number of micro-batches on every rank."""
+    """One rank's share of the held-out rows, in order; the same number of micro-batches on every rank.
+
+    A micro-batch has rows of one part of a mixture, so that the loss of each part is known.
+    """
 
     rows: RowStore
     rank: int
     world_size: int
     micro_batch_size: int
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """The number of rows of each part of a mixture, in their order."""
 
     @property
     def num_targets(self) -> int:
@@ -90,21 +97,42 @@ class HeldOutBatches:
     @property
     def num_batches(self) -> int:
         """Micro-batches of each rank."""
-        return -(-self.rows.num_rows // (self.world_size * self.micro_batch_size))
+        return sum(-(-count // self._per_round) for count in self._counts.values())
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        total = self.rows.num_rows
-        per_round = self.world_size * self.micro_batch_size
-        for start in range(self.rank * self.micro_batch_size, self.num_batches * per_round, per_round):
-            chosen = np.arange(start, min(start + self.micro_batch_size, total), dtype=np.int64)
-            yield _filled(self.rows, chosen, positions=chosen, size=self.micro_batch_size)
+        first = 0
+        for part, count in self._counts.items():
+            for at in range(self.rank * self.micro_batch_size, count + self._missing(count), self._per_round):
+                chosen = np.arange(first + at, first + min(at + self.micro_batch_size, count), dtype=np.int64)
+                yield _filled(self.rows, chosen, positions=chosen, size=self.micro_batch_size, part=part)
+            first += count
+
+    def _missing(self, count: int) -> int:
+        """What a number of rows lacks to whole rounds of all ranks."""
+        return -count % self._per_round
+
+    @property
+    def _per_round(self) -> int:
+        return self.world_size * self.micro_batch_size
+
+    @property
+    def _counts(self) -> Mapping[str | None, int]:
+        counts: dict[str | None, int] = dict(self.parts.items())
+        return counts or {None: self.rows.num_rows}
 
 
-def _filled(rows: RowStore, chosen: NDArray[np.int64], *, positions: NDArray[np.int64], size: int) -> MicroBatch:
+def _filled(
+    rows: RowStore,
+    chosen: NDArray[np.int64],
+    *,
+    positions: NDArray[np.int64],
+    size: int,
+    part: str | None = None,
+) -> MicroBatch:
     missing = size - len(chosen)
     arrays = {name: _with_empty_rows(name, array, count=missing) for name, array in rows.read(chosen).items()}
     padded = np.concatenate([positions, np.full(missing, -1, dtype=np.int64)])
-    return MicroBatch(arrays=arrays, positions=padded)
+    return MicroBatch(arrays=arrays, positions=padded, part=part)
 
 
 def _with_empty_rows(name: str, array: NDArray[Any], *, count: int) -> NDArray[Any]:

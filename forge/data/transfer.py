@@ -81,7 +81,7 @@ def _open_file(folder: Path, name: str) -> int:
     """
     path = folder / name
     try:
-        if path.parent != folder and path.parent.is_symlink():
+        if any(above.is_symlink() for above in path.parents if above.is_relative_to(folder) and above != folder):
             raise OSError(errno.ELOOP, "its folder is a link")
         return open_file(path)
     except OSError as error:

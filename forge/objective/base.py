@@ -124,12 +124,17 @@ class TwoPassObjective(Protocol):
         """
 
     def held_out(
-        self, results: Sequence[Mapping[str, Tensor]], *, positions: Sequence[NDArray[Any]]
+        self,
+        results: Sequence[Mapping[str, Tensor]],
+        *,
+        positions: Sequence[NDArray[Any]],
+        parts: Sequence[str | None] = (),
     ) -> Mapping[str, WeightedSum]:
         """Return the loss, under `loss`, and the metrics of this rank's held-out micro-batches; collective.
 
         Args:
             positions: of the rows of each micro-batch among the held-out rows, -1 for rows that only fill up.
+            parts: of a mixture, the part of each micro-batch; the loss of each part is then under `loss/<part>`.
         """
 
 

@@ -71,7 +71,11 @@ class Contrastive:
         return [{"gradients": gradients, "terms": terms.sum(dim=0)} for gradients, terms in pairs]
 
     def held_out(
-        self, results: Sequence[Mapping[str, Tensor]], *, positions: Sequence[NDArray[np.int64]]
+        self,
+        results: Sequence[Mapping[str, Tensor]],
+        *,
+        positions: Sequence[NDArray[np.int64]],
+        parts: Sequence[str | None] = (),
     ) -> dict[str, WeightedSum]:
         """Compare held-out texts with those of as many rows as a step has, in their order."""
         groups = torch.cat(
@@ -80,13 +84,21 @@ class Contrastive:
                 for result, at in zip(results, positions, strict=True)
             ]
         )
-        found = self._compared(results, groups=groups)
-        count = sum(_num_queries(result) for result in results)
-        terms = _columns(found).double().sum(dim=0)
+        columns = _columns(self._compared(results, groups=groups)).double()
+        terms = [one.sum(dim=0) for one in torch.split(columns, [len(result["parts"]) for result in results])]
+        loss = self._summed(results, terms)
+        found = {"loss": loss, **loss.metrics}
+        for part in dict.fromkeys(parts):
+            own = [number for number, name in enumerate(parts) if name == part]
+            found[f"loss/{part}"] = self._summed([results[i] for i in own], [terms[i] for i in own])
+        return found
+
+    def _summed(self, results: Sequence[Mapping[str, Tensor]], terms: Sequence[Tensor]) -> WeightedSum:
+        """The loss and the metrics of some held-out micro-batches."""
+        count, total = sum(_num_queries(result) for result in results), torch.stack(list(terms)).sum(dim=0)
         sums = {name: torch.stack([result[name] for result in results]).sum() for name in self._routers}
-        loss = WeightedSum(sum=terms[0], weight=count, metrics=_metrics(terms, count=count))
-        loss = with_router_losses(loss, routers=self._routers, sums=sums)
-        return {"loss": loss, **loss.metrics}
+        loss = WeightedSum(sum=total[0], weight=count, metrics=_metrics(total, count=count))
+        return with_router_losses(loss, routers=self._routers, sums=sums)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> WeightedSum:
         """The terms of the batch's queries, with the gradient of all terms of the step through its texts."""

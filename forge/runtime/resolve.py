@@ -353,10 +353,12 @@ def _require_isolation(loaded: LoadedJob, model: ModelInfo) -> None:
 
 def _require_held_out(plan: Plan, loaded: LoadedJob) -> None:
     """Raises: JobFileError if an `eval/` metric has a use but no sequence is held out for it."""
-    if plan.corpus.num_held_out_sequences:
-        return
     metric = loaded.job.search.metric if loaded.job.search is not None else ""
     stopping = plan.job.training.early_stopping
+    missing = {f"eval/loss/{p.name}" for p in plan.corpus.parts if not p.corpus.num_held_out_sequences}
+    is_missing = metric in missing or (stopping is not None and stopping.metric in missing)
+    if plan.corpus.num_held_out_sequences and not is_missing:
+        return
     if metric.startswith("eval/"):
         use = f"trials cannot be compared by {metric}"
     elif stopping is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -185,33 +185,39 @@ class Engine:
             flags=shared.flags,
         )
 
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
+    def evaluate(self, micro_batches: Iterable[MicroBatch], *, parts: Sequence[str] = ()) -> dict[str, float]:
         """Mean loss, under `loss`, and mean metrics over all ranks' batches; collective.
+
+        Args:
+            parts: of a mixture; the mean loss of each is under `loss/<part>`.
 
         Returns: an empty mapping if no row has a loss.
         """
         self._engine.eval()
-        sums = self._sums()
+        sums = self._sums(parts)
         objective = self._module.objective
         with torch.no_grad():
-            results, positions = [], []
+            results, positions, names = [], [], []
             for batch in micro_batches:
                 self.on_progress()
                 if isinstance(objective, TwoPassObjective):
                     results.append(self._first_pass((batch, self._inputs(0, batch)), step=0))
                     positions.append(batch.positions)
+                    names.append(batch.part)
                 else:
                     self._forward(self._inputs(0, batch), with_metrics=True)
                     sums.add(self._module.result)
+                    sums.add({f"loss/{batch.part}": self._module.result["loss"]})
             if isinstance(objective, TwoPassObjective) and results:
-                sums.add(objective.held_out(results, positions=positions))
+                of_parts = {"parts": names} if parts else {}
+                sums.add(objective.held_out(results, positions=positions, **of_parts))
         dist.all_reduce(sums.values)
         self._engine.train()
         return derived_metrics(self._module.objective, sums.means(), counts=sums.counts())
 
-    def _sums(self) -> MetricSums:
-        sizes = count_sizes(self._module.objective)
-        return MetricSums(sorted(self.metric_directions), device=self.device, count_sizes=sizes)
+    def _sums(self, parts: Sequence[str] = ()) -> MetricSums:
+        sizes, names = count_sizes(self._module.objective), [f"loss/{part}" for part in parts]
+        return MetricSums([*sorted(self.metric_directions), *names], device=self.device, count_sizes=sizes)
 
     def _prepared(
         self, step: int, micro_batches: Iterable[MicroBatch], *, total_weight: float

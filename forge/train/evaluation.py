@@ -18,7 +18,8 @@ _PART = 20
 def evaluate(engine: Engine, held_out: HeldOutBatches, *, step: int, weights: str, reporter: Reporter) -> Evaluated:
     """Measure the loss and the metrics of the objective over all held-out rows; collective."""
     began = time.monotonic()
-    means = engine.evaluate(with_progress(held_out, step=step, weights=weights, reporter=reporter))
+    batches = with_progress(held_out, step=step, weights=weights, reporter=reporter)
+    means = engine.evaluate(batches, parts=tuple(held_out.parts))
     evaluated = Evaluated(
         step=step,
         loss=means.pop("loss"),

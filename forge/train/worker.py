@@ -300,6 +300,7 @@ def _train_inputs(plan: Plan, context: WorkerContext, *, peak_flops: float) -> T
             rank=context.rank,
             world_size=context.world_size,
             micro_batch_size=world.batch.micro_batch_size,
+            parts={part.name: part.corpus.num_held_out_sequences for part in plan.corpus.parts},
         ),
         flops_per_token=plan.flops_per_token,
         peak_flops=peak_flops,

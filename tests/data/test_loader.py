@@ -97,6 +97,21 @@ def test_the_held_out_sequences_are_seen_once_by_all_ranks_together(
     assert seen == list(range(rows[1].num_rows))
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_held_out_batches__of_a_mixture__have_rows_of_one_part(
+    rows: tuple[RowStore, RowStore], world_size: int
+) -> None:
+    parts = {"first": 5, "none": 0, "rest": rows[1].num_rows - 5}
+    of_rank = [
+        HeldOutBatches(rows=rows[1], rank=rank, world_size=world_size, micro_batch_size=3, parts=parts)
+        for rank in range(world_size)
+    ]
+    per_rank = [list(rank) for rank in of_rank]
+    assert {len(batches) for batches in per_rank} == {of_rank[0].num_batches}
+    seen = [(int(p), batch.part) for batches in per_rank for batch in batches for p in batch.positions if p >= 0]
+    assert sorted(seen) == [(row, "first" if row < 5 else "rest") for row in range(rows[1].num_rows)]
+
+
 @settings(max_examples=30, deadline=None)
 @given(step=st.integers(1, 500), size=st.integers(1, 24), data=st.data())
 def test_totals__any_world_size__are_those_of_the_rows_of_the_step(

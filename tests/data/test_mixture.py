@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,19 @@ def test_fetch_corpus__mixture__arrives_with_all_parts(facts: CorpusInfo, tmp_pa
     assert (here.read(rows)["tokens"] == there.read(rows)["tokens"]).all()
 
 
+@pytest.mark.parametrize("link", ["parts", "parts/small", "tokenizer"])
+def test_read_chunk__through_a_linked_folder__is_refused(facts: CorpusInfo, tmp_path: Path, link: str) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(facts.folder, folder)
+    (folder / link).rename(tmp_path / "elsewhere")
+    (folder / link).symlink_to(tmp_path / "elsewhere")
+    below = next(path for path in sorted((tmp_path / "elsewhere").rglob("*.json")))
+    name = f"{link}/{below.relative_to(tmp_path / 'elsewhere')}"
+    name = name if link != "parts" else "parts/small/index.json"
+    with pytest.raises(DataError, match="its folder is a link"):
+        read_chunk(folder, name=name, offset=0)
+
+
 def test_open_rows__another_mixture_than_planned__is_refused(facts: CorpusInfo, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="other parts"):
         open_rows(replace(facts, parts=tuple(reversed(facts.parts))))
@@ -244,6 +258,24 @@ def test_held_out_of_run__mixture__gives_the_records_of_every_part(
 def test_training_texts__mixture__have_the_text_of_every_part(facts: CorpusInfo) -> None:
     text = "".join(training_texts(Path(facts.folder)))
     assert text.count("little") > 40 and text.count("large") > 240
+
+
+def test_prepare_corpus__labelled_parts__number_labels_alike(tmp_path: Path) -> None:
+    records = {"first": [("good", "up"), ("fine", "up"), ("bad", "down")], "second": [("poor", "down")] * 3}
+    for name, rows in records.items():
+        lines = (json.dumps({"text": f"{text} {i}", "label": label}) for i, (text, label) in enumerate(rows * 9))
+        (tmp_path / name).write_text("\n".join(lines))
+    spec = spec_of(
+        {name: tmp_path / name for name in records},
+        shares={name: {} for name in records},
+        format="labelled",
+        labels={"kind": "single", "names": ["up", "down"]},
+    )
+    facts = prepare_corpus(spec, cache_dir=tmp_path)
+    assert facts.labels is not None
+    counts = [up + other for up, other in zip(facts.labels.train_counts, facts.labels.held_out_counts, strict=True)]
+    assert (facts.labels.names, counts) == (("up", "down"), [18, 36])
+    assert facts.num_examples == 54 and open_rows(facts)[0].num_rows == facts.num_train_sequences
 
 
 # ---- what is wrong

@@ -195,8 +195,14 @@ def test_held_out__any_micro_batches__compares_within_the_rows_of_a_step(tmp_pat
             found.append({k: float(v.sum) for k, v in objective.held_out(results, positions=positions).items()})
         groups = [examples[0:2], examples[2:4], examples[4:5]]
         expected = sum(float(whole_batch_loss(model, group)) for group in groups)
+        of_parts = objective.held_out(results, positions=positions, parts=["a", "b"])
+        second = objective.held_out(results[1:], positions=positions[1:])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert len(results) == 2 and set(of_parts) == {"loss", "accuracy", "mrr", "loss/a", "loss/b"}
+    assert float(of_parts["loss/a"].sum + of_parts["loss/b"].sum) == pytest.approx(found[0]["loss"], rel=1e-6)
+    assert (of_parts["loss/a"].weight, of_parts["loss/b"].weight) == (3, 2)
+    assert float(of_parts["loss/b"].sum) > float(second["loss"].sum)  # the first part's texts are negatives too
 
 
 def test_batch__rows_that_fill_up__have_no_loss_but_run_the_model(tmp_path: Path) -> None:

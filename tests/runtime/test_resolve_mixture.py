@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from forge.config.load import load_job
+from forge.data.cache_index import Column
+from forge.data.further_columns import FurtherColumns, add_columns, record_type
+from forge.data.prepare import open_rows
 from forge.data.view import Selection
 from forge.errors import ArgumentError, DataError, JobFileError
+from forge.foreign import from_record
+from forge.plan.inputs import CorpusInfo
 from forge.plan.plan import DraftPlan, Plan, plan_from_json, plan_to_json
 from forge.report.text import plan_facts
 from forge.runs.create import create_run, reopen_run
-from forge.runtime import resolve
+from forge.runtime import resolve, resolve_outputs
 from forge.runtime.resolve import inspect_data, resolve_draft
+from forge.runtime.resolve_outputs import with_outputs
 from tests.support.jobs import tiny_facts
 
 JOB = """\
@@ -104,6 +113,43 @@ def test_inspect_data__mixture__shows_the_examples_of_one_part() -> None:
     assert [(example.of_part, example.index) for example in view.examples] == [("mail", 0), ("mail", 1)]
     with pytest.raises(ArgumentError, match="give one with --part: news, mail"):
         inspect_data(load_job("job.yaml"), selection=Selection(index=0))
+
+
+def test_with_outputs__mixture__computes_those_of_every_part_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = draft()
+    assert isinstance(plan, Plan)
+    column = Column(name="scores", dtype="<f4", shape=())
+    computed: list[int] = []
+
+    def stored(*, corpus: dict[str, Any], **_: Any) -> dict[str, Any]:
+        facts = from_record(CorpusInfo, corpus, nan_for_null=True)
+        further = FurtherColumns(columns=(column,), digest=f"ff{facts.digest[:30]}", corpus=facts)
+        count = facts.num_train_sequences + facts.num_held_out_sequences
+
+        def compute(first: int) -> Iterator[Any]:
+            computed.append(count)
+            for number in range(first, count):
+                yield np.full(16, number, dtype=record_type((column,)))
+
+        found = add_columns(further, compute=compute, part_is_due=lambda: False)
+        return {"corpus": {"folder": found.folder, "digest": found.digest}}
+
+    monkeypatch.setattr(resolve_outputs, "stored_outputs", stored)
+    monkeypatch.setattr(resolve_outputs, "has_reference", lambda _: True)
+    ask = partial(with_outputs, plan.corpus, job=plan.job, find_model=lambda: plan.model, on_progress=None)
+    found = ask()
+    assert ask() == found != plan.corpus and len(computed) == 2
+    train, held_out = open_rows(found)
+    for rows in (train, held_out):
+        assert rows.read(np.arange(rows.num_rows))["scores"].shape == (rows.num_rows, 16)
+    first = plan.corpus.parts[0].corpus.num_train_sequences
+    assert train.read(np.array([first]))["scores"][0].tolist() == [0.0] * 16
+
+
+def test_early_stopping__by_a_part_that_holds_nothing_out__is_refused() -> None:
+    write("mail.jsonl", *(f"mail {letter} {'x' * 28}" for letter in "abc"))
+    with pytest.raises(JobFileError, match=r"data.held_out.* cannot measure eval/loss/mail"):
+        draft("training.early_stopping={metric: eval/loss/mail, patience: 1}", "data.held_out=0.01")
 
 
 def test_reopen_run__another_weight__is_refused_by_name(tmp_path: Path) -> None:
