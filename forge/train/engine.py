@@ -186,31 +186,26 @@ class Engine:
         )
 
     def evaluate(self, micro_batches: Iterable[MicroBatch], *, parts: Sequence[str] = ()) -> dict[str, float]:
-        """Mean loss, under `loss`, and mean metrics over all ranks' batches; collective.
-
-        Args:
-            parts: of a mixture; the mean loss of each is under `loss/<part>`.
-
-        Returns: an empty mapping if no row has a loss.
+        """Mean loss, under `loss`, those of the parts of a mixture, under `loss/<part>`, and mean metrics over all
+        ranks' batches, empty if no row has a loss; collective.
         """
         self._engine.eval()
         sums = self._sums(parts)
         objective = self._module.objective
         with torch.no_grad():
-            results, positions, names = [], [], []
+            results, taken = [], []
             for batch in micro_batches:
                 self.on_progress()
                 if isinstance(objective, TwoPassObjective):
                     results.append(self._first_pass((batch, self._inputs(0, batch)), step=0))
-                    positions.append(batch.positions)
-                    names.append(batch.part)
+                    taken.append((batch.positions, batch.part))
                 else:
                     self._forward(self._inputs(0, batch), with_metrics=True)
                     sums.add(self._module.result)
                     sums.add({f"loss/{batch.part}": self._module.result["loss"]})
             if isinstance(objective, TwoPassObjective) and results:
-                of_parts = {"parts": names} if parts else {}
-                sums.add(objective.held_out(results, positions=positions, **of_parts))
+                of_parts = {"parts": [part for _, part in taken]} if parts else {}
+                sums.add(objective.held_out(results, positions=[at for at, _ in taken], **of_parts))
         dist.all_reduce(sums.values)
         self._engine.train()
         return derived_metrics(self._module.objective, sums.means(), counts=sums.counts())
