@@ -48,6 +48,7 @@ def start(
     step: StepOption = None,
     ema: opt.EmaOption = False,
     adapter: opt.AdapterOption = None,
+    engine: opt.EngineOption = opt.EngineName.AUTO,
     host: opt.HostOption = "127.0.0.1",
     port: opt.PortOption = 8000,
     keys: opt.KeysOption = None,
@@ -83,7 +84,7 @@ def start(
         adapters=_adapters(adapter, runs=runs), host=host, port=port, keys_file=_absolute(keys), limits=limits,
         tls_cert=_absolute(tls_cert), tls_key=_absolute(tls_key), drain_s=drain, verify_start=check,
         max_queue=max_queue, max_running=max_running, min_replicas=max(1, wanted.low),
-        max_replicas=max(1, wanted.high),
+        engine=engine.value, max_replicas=max(1, wanted.high),
     )  # fmt: skip
     _serve(settings, detach=detach, output=output)
 
@@ -345,7 +346,7 @@ def _facts(server: ServerStatus) -> list[tuple[str, str]]:
     rows = [("server", server.name), ("state", server.state), ("says", server.message)]
     rows += [
         (name, str(found[key]))
-        for name, key in (("address", "url"), ("model", "model"), ("serves", "source"))
+        for name, key in (("address", "url"), ("model", "model"), ("serves", "source"), ("engine", "engine"))
         if key in found
     ]
     if "replicas" not in found:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class EngineName(StrEnum):
+    """The engines of `forge serve`."""
+
+    AUTO = "auto"
+    FORGE = "forge"
+    VLLM = "vllm"
+
 
 SourceArgument = Annotated[
     str, typer.Argument(metavar="RUN|FOLDER", help="A run, or a folder of a model in the form of transformers.")
@@ -22,6 +32,14 @@ ModelNameOption = Annotated[
 AdapterOption = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="NAME=RUN|FOLDER", help="LoRA adapters over the model, served as NAME."),
+]
+EngineOption = Annotated[
+    EngineName,
+    typer.Option(
+        "--engine",
+        help="What generates: forge's own engine, or vLLM in an environment of its own, which is installed at its "
+        "first use. auto: vLLM where it is installed and replicas have an NVIDIA GPU.",
+    ),
 ]
 HostOption = Annotated[str, typer.Option("--host", help="Address to listen on; others than loopback require keys.")]
 PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")]

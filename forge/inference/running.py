@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Items
 from random import Random
+from typing import Literal
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -107,6 +109,32 @@ class RunningSequence:
     def is_complete(self) -> bool:
         """Whether every token is computed, so that the next one can be chosen."""
         return self.num_computed == len(self.tokens)
+
+    def append(
+        self, token_id: int, *, ends: Collection[int], max_length: int
+    ) -> tuple[str, Literal["stop", "length"] | None]:
+        """Add a written token. Returns: the text that is certain now, and why the text ends, if it does.
+
+        Args:
+            ends: tokens that end a text of this model.
+            max_length: most tokens of prompt and text together.
+        """
+        self.tokens.append(token_id)
+        sampling = self.sampling
+        text = ""
+        reason: Literal["stop", "length"] | None = None
+        if token_id in sampling.stop_ids or (token_id in ends and not sampling.ignore_end):
+            reason = "stop"
+        else:
+            text = self.text.push(token_id)
+            if self.text.stopped_by is not None:
+                reason = "stop"
+            elif self.num_written >= sampling.max_tokens or len(self.tokens) >= max_length:
+                reason = "length"
+        if reason is not None:
+            text += self.text.finish()
+            reason = "stop" if self.text.stopped_by is not None else reason
+        return text, reason
 
     def restart(self) -> None:
         """Forget the row. Written tokens of a repeatable text are computed one by one again, as the first time."""

@@ -91,7 +91,9 @@ class ModelServer:
             self._say("starting", "starting Ray")
             self._connect()
             from forge.runtime.serve_replica import deploy
+            from forge.runtime.vllm_replicas import prepare_vllm
 
+            prepare_vllm(self._settings, on_message=lambda message: self._say("starting", message))
             self._say("starting", f"loading {self._settings.source}")
             self._backend = deploy(self._settings, app=self._app, folder=self._folder)
             self._serving = Serving(
@@ -275,6 +277,7 @@ class ModelServer:
         if hasattr(self, "_serving"):
             status |= self._serving.admission.counts() | self._serving.telemetry.figures()
             status |= {"replicas": self._num_replicas, "digest": self._backend.info.digest}
+            status["engine"] = self._backend.info.engine
         write_atomic(self._folder / STATUS, json.dumps(status) + "\n", mode=0o600)
 
 

@@ -26,6 +26,7 @@ from ray.serve.exceptions import (
 from forge.errors import ClusterError
 from forge.limits import usable_cpus
 from forge.process import first_line, redirect_output
+from forge.runtime.vllm_replicas import vllm_place
 from forge.serve.calls import (
     GenerateCall,
     LabelAnswer,
@@ -68,7 +69,9 @@ class ModelReplica:
         _log.warning("torch computes with %s threads", os.environ["OMP_NUM_THREADS"])
         from forge.serve.service import ModelService
 
-        self._service = ModelService.start(settings)
+        self._service = ModelService.start(
+            settings, vllm=vllm_place(settings, folder=Path(folder), replica=self._id)
+        )
 
     def describe(self) -> ServedModel:
         return self._service.info

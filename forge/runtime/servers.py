@@ -22,7 +22,7 @@ from forge.foreign import parse_object, read_file
 from forge.fs import make_private, state_home, write_atomic
 from forge.runs.reader import driver_pid, error_named
 from forge.runtime.driver_process import LocalRun, find_local_run, start_holder
-from forge.serve.http.settings import SETTINGS, STATUS, UPDATE, ServerSettings, settings_to_json
+from forge.serve.http.settings import EXPORTS, SETTINGS, STATUS, UPDATE, ServerSettings, settings_to_json
 
 SERVER_MODULE = "forge.runtime.serve_process"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,47}")
@@ -99,7 +99,8 @@ def start_server(settings: ServerSettings) -> ServerStatus:
     make_private(folder)
     for left in (STATUS, UPDATE):
         (folder / left).unlink(missing_ok=True)
-    shutil.rmtree(folder / "logs", ignore_errors=True)
+    for left in ("logs", EXPORTS):
+        shutil.rmtree(folder / left, ignore_errors=True)
     write_atomic(folder / SETTINGS, settings_to_json(settings), mode=0o600)
     process = start_holder(SERVER_MODULE, folder=folder, log="server.log")
     status = _status(folder)

@@ -22,6 +22,8 @@ class ServedModel:
     takes_tools: bool = False
     adapters: tuple[str, ...] = ()
     """Further names that can be asked for."""
+    engine: str = "forge"
+    """`forge`, or `vllm` and its version."""
     start_check: str = ""
     """What the comparison of log-probabilities at the start has found."""
 

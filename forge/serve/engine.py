@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -27,7 +27,6 @@ from forge.inference.model_step import PackedModel, SeparateModel, StepModel
 from forge.inference.packed_rows import ALIGN, UnsupportedAttention
 from forge.inference.prefixes import Prefixes
 from forge.inference.running import RunningSequence
-from forge.inference.sampling import SamplingParams
 from forge.inference.schedule import BatchLimits, Schedule
 from forge.process import one_line
 from forge.serve.adapters import AdapterWeights, ServedAdapters
@@ -41,7 +40,9 @@ from forge.serve.request import (
     FinishReason,
     QueueFullError,
     TokenEvent,
+    require_answerable,
 )
+from forge.serve.stream import EventStream
 
 _RATE_S = 10.0
 _RECENT = 1000
@@ -56,34 +57,6 @@ class _Counts:
     cancelled: int = 0
     first_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
     written: deque[tuple[float, int]] = field(default_factory=deque)
-
-
-class _Stream(AsyncIterator[TokenEvent]):
-    """The events of one request, in the event loop that submitted it."""
-
-    def __init__(self, engine: ServingEngine, request: EngineRequest) -> None:
-        self.request = request
-        self.loop = asyncio.get_running_loop()
-        self.began = time.monotonic()
-        self.queue: asyncio.Queue[TokenEvent | EngineError] = asyncio.Queue()
-        self._engine = engine
-        self._open = request.sampling.n
-
-    async def __anext__(self) -> TokenEvent:
-        if not self._open:
-            raise StopAsyncIteration
-        event = await self.queue.get()
-        if isinstance(event, EngineError):
-            self._open = 0
-            raise event
-        self._open -= event.finish_reason is not None
-        return event
-
-    async def aclose(self) -> None:
-        """Cancel the request, unless it is finished."""
-        if self._open:
-            self._open = 0
-            self._engine.cancel(self.request.request_id)
 
 
 class ServingEngine:
@@ -117,7 +90,7 @@ class ServingEngine:
         self._prefixes = Prefixes(max_tokens=self.options.prefix_tokens if is_packed else 0)
         self._schedule = Schedule(limits=limits, rows=self._model.rows, prefixes=self._prefixes)
         self._inbox: SimpleQueue[list[RunningSequence] | str | None] = SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, EventStream] = {}
         self._lock = threading.Lock()
         self._counts = _Counts()
         self._error: str | None = None
@@ -126,13 +99,18 @@ class ServingEngine:
         # A thread that is inside torch when the interpreter ends would abort the process.
         self._finalizer = weakref.finalize(self, _stop, self._inbox, self._thread)
 
-    def submit(self, request: EngineRequest) -> _Stream:
+    def submit(self, request: EngineRequest) -> EventStream:
         """Queue a request, and return its events; closing the iterator, or `cancel`, ends it.
 
         Raises: ArgumentError if the prompt is empty, too long or has unknown tokens; QueueFullError; EngineError.
         """
-        sampling = self._checked(request)
-        stream = _Stream(self, request)
+        sampling = require_answerable(
+            request,
+            vocabulary=self._tokenizer.get_vocab_size(with_added_tokens=True),
+            max_length=self.max_length,
+            adapters=self._adapters.names,
+        )
+        stream = EventStream(request, cancel=self.cancel)
         sequences: list[RunningSequence] = []
         for index in range(sampling.n):
             leader = sequences[0] if sequences else None
@@ -192,24 +170,6 @@ class ServingEngine:
     def close(self) -> None:
         """Stop the thread; requests that are running fail."""
         self._finalizer()
-
-    def _checked(self, request: EngineRequest) -> SamplingParams:
-        prompt, sampling = request.prompt, request.sampling
-        vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        if not prompt:
-            raise ArgumentError("the prompt has no tokens")
-        if len(prompt) >= self.max_length:
-            raise ArgumentError(
-                f"the prompt has {len(prompt)} tokens; with the answer's first it may have {self.max_length}"
-            )
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ArgumentError(f"the prompt has tokens outside the vocabulary of {vocabulary}")
-        if request.adapter is not None and request.adapter not in self._adapters.names:
-            names = ", ".join(sorted(self._adapters.names)) or "none"
-            raise ArgumentError(f"no adapters are named {request.adapter}; those of this model are {names}")
-        if sampling.num_beams != 1:
-            raise ArgumentError("beam search is not served; use forge generate")
-        return sampling
 
     def _num_waiting(self) -> int:
         return len(self._schedule.waiting) + self._inbox.qsize()
@@ -283,30 +243,15 @@ class ServingEngine:
 
     def _append(self, sequence: RunningSequence, choice: Choice) -> TokenEvent:
         """Add a token to a text, and take the text out if it ends."""
-        sequence.tokens.append(choice.token_id)
         self._counts.completion += 1
-        text = ""
-        reason: FinishReason | None = None
-        if self._is_end(choice.token_id, sequence.sampling):
-            reason = "stop"
-        else:
-            text = sequence.text.push(choice.token_id)
-            if sequence.text.stopped_by is not None:
-                reason = "stop"
-            elif sequence.num_written >= sequence.sampling.max_tokens or len(sequence.tokens) >= self.max_length:
-                reason = "length"
+        text, reason = sequence.append(choice.token_id, ends=self._ends, max_length=self.max_length)
         if reason is not None:
-            text += sequence.text.finish()
-            reason = "stop" if sequence.text.stopped_by is not None else reason
             self._schedule.remove(sequence)
             self._counts.finished += 1
             if not any(one.request_id == sequence.request_id for one in self._schedule):
                 with self._lock:
                     self._streams.pop(sequence.request_id, None)
         return self._event(sequence, choice, text=text, reason=reason)
-
-    def _is_end(self, token_id: int, sampling: SamplingParams) -> bool:
-        return token_id in sampling.stop_ids or (token_id in self._ends and not sampling.ignore_end)
 
     def _event(
         self, sequence: RunningSequence, choice: Choice, *, text: str, reason: FinishReason | None
@@ -324,7 +269,7 @@ class ServingEngine:
             completion_tokens=sequence.num_written,
         )
 
-    def _count(self, events: Sequence[tuple[_Stream | None, TokenEvent]]) -> None:
+    def _count(self, events: Sequence[tuple[EventStream | None, TokenEvent]]) -> None:
         now, counts = time.monotonic(), self._counts
         counts.written.append((now, len(events)))
         while counts.written[0][0] < now - _RATE_S:
@@ -354,9 +299,9 @@ def _step_model(model: Any, adapters: ServedAdapters) -> tuple[StepModel, str | 
     return packed, None
 
 
-def _deliver(events: Iterable[tuple[_Stream | None, TokenEvent | EngineError]]) -> None:
+def _deliver(events: Iterable[tuple[EventStream | None, TokenEvent | EngineError]]) -> None:
     """Hand events to the event loops of their streams, with one call per loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TokenEvent | EngineError]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent | EngineError]]] = {}
     for stream, event in events:
         if stream is not None:
             by_loop.setdefault(stream.loop, []).append((stream, event))
@@ -365,6 +310,6 @@ def _deliver(events: Iterable[tuple[_Stream | None, TokenEvent | EngineError]]) 
             loop.call_soon_threadsafe(_put, found)
 
 
-def _put(events: Sequence[tuple[_Stream, TokenEvent | EngineError]]) -> None:
+def _put(events: Sequence[tuple[EventStream, TokenEvent | EngineError]]) -> None:
     for stream, event in events:
         stream.queue.put_nowait(event)

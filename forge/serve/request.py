@@ -1,12 +1,12 @@
-"""What a caller gives to the engine (`forge.serve.engine`) and gets from it."""
+"""What a caller gives to an engine (`forge.serve.engine`, `forge.serve.vllm.engine`) and gets from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from forge.errors import ForgeError
+from forge.errors import ArgumentError, ForgeError
 from forge.inference.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -99,3 +99,28 @@ class EngineStats:
     num_finished: int
     num_cancelled: int
     num_preemptions: int
+
+
+def require_answerable(
+    request: EngineRequest, *, vocabulary: int, max_length: int, adapters: Collection[str]
+) -> SamplingParams:
+    """Return the request's sampling parameters.
+
+    Raises: ArgumentError if the prompt is empty, too long or has unknown tokens, or the request asks for adapters
+        that the model does not have, or for beam search.
+    """
+    prompt, sampling = request.prompt, request.sampling
+    if not prompt:
+        raise ArgumentError("the prompt has no tokens")
+    if len(prompt) >= max_length:
+        raise ArgumentError(
+            f"the prompt has {len(prompt)} tokens; with the answer's first it may have {max_length}"
+        )
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        raise ArgumentError(f"the prompt has tokens outside the vocabulary of {vocabulary}")
+    if request.adapter is not None and request.adapter not in adapters:
+        names = ", ".join(sorted(adapters)) or "none"
+        raise ArgumentError(f"no adapters are named {request.adapter}; those of this model are {names}")
+    if sampling.num_beams != 1:
+        raise ArgumentError("beam search is not served; use forge generate")
+    return sampling

@@ -32,6 +32,8 @@ from forge.serve.http.errors import ApiError
 from forge.serve.http.settings import ServerSettings
 from forge.serve.request import EngineError, EngineOptions, EngineRequest, QueueFullError, TokenEvent
 from forge.serve.start_check import StartCheck
+from forge.serve.stream import EventStream, TextEngine
+from forge.serve.vllm.start import VllmPlace, VllmStart, require_servable
 
 _LOWEST_LOGPROB = -9999.0
 """Instead of minus infinity, which JSON does not have; OpenAI's API does the same."""
@@ -46,7 +48,7 @@ class ModelService:
         engine: of a causal language model; None for other kinds.
     """
 
-    def __init__(self, loaded: LoadedModel, *, settings: ServerSettings, engine: ServingEngine | None) -> None:
+    def __init__(self, loaded: LoadedModel, *, settings: ServerSettings, engine: TextEngine | None) -> None:
         self._loaded, self._engine = loaded, engine
         self._batcher = Batcher(self._work)
         template = loaded.chat_template if loaded.kind == "causal-lm" else None
@@ -63,22 +65,44 @@ class ModelService:
         )
 
     @classmethod
-    def start(cls, settings: ServerSettings) -> ModelService:
-        """Load the model that a server serves. Raises: what `load` raises; RunError if the check fails."""
+    def start(cls, settings: ServerSettings, *, vllm: VllmPlace | None = None) -> ModelService:
+        """Load the model that a server serves.
+
+        Args:
+            vllm: where vLLM is installed; without it forge's engine is used.
+
+        Raises: what `load` raises; ClusterError if vLLM cannot be started; RunError if the check fails.
+        """
         loaded = load(settings.source, step=settings.step, ema=settings.ema, dtype=None)
         if settings.adapters and loaded.kind != "causal-lm":
             raise ArgumentError(
                 f"{loaded.name} is a {loaded.kind} model, and adapters are served over causal-lm ones"
             )
+        if settings.engine == "vllm":
+            require_servable(loaded)
+        elif vllm is not None and not (loaded.kind == "causal-lm" and loaded.is_transformers):
+            vllm = None  # --engine auto
         if loaded.kind != "causal-lm":
             return cls(loaded, settings=settings, engine=None)
         check = StartCheck.prepare(loaded, source=settings.source) if settings.verify_start else None
         options = EngineOptions(max_rows=settings.max_running, max_waiting=_MAX_WAITING)
         adapters = {name: load_adapters(source) for name, source in settings.named_adapters().items()}
-        service = cls(loaded, settings=settings, engine=ServingEngine(loaded, options=options, adapters=adapters))
+        engine: TextEngine
+        if vllm is None:
+            engine = ServingEngine(loaded, options=options, adapters=adapters)
+        else:
+            start = VllmStart.prepare(loaded, settings, weights=adapters, options=options)
+            loaded = replace(loaded, model=None)  # its memory is vLLM's now
+            engine = start.run(loaded, vllm)
+        service = cls(loaded, settings=settings, engine=engine)
+        if vllm is not None:
+            service.info = replace(service.info, engine=f"vllm {vllm.install.version}")
         if check is not None:
-            assert service._engine is not None
-            found = check.run(service._engine)
+            try:
+                found = check.run(engine)
+            except BaseException:
+                service.close()
+                raise
             service.info = replace(service.info, start_check=found)
         return service
 
@@ -121,10 +145,12 @@ class ModelService:
         try:
             async for events in _gathered(stream, flush_s=call.flush_s):
                 yield pieces.of(events)
+        except ArgumentError as error:  # vLLM refuses it
+            raise ApiError(str(error), code="invalid_value") from error
         finally:
             await stream.aclose()
 
-    def _submit(self, call: GenerateCall, *, prompt: Sequence[int]) -> Any:
+    def _submit(self, call: GenerateCall, *, prompt: Sequence[int]) -> EventStream:
         assert self._engine is not None
         options, room = call.options, self._engine.max_length - len(prompt)
         if room < 1:
@@ -253,7 +279,7 @@ class _Pieces:
         return text if "\N{REPLACEMENT CHARACTER}" not in text else str(self._tokenizer.id_to_token(token_id))
 
 
-async def _gathered(stream: Any, *, flush_s: float) -> AsyncGenerator[list[TokenEvent], None]:
+async def _gathered(stream: EventStream, *, flush_s: float) -> AsyncGenerator[list[TokenEvent], None]:
     """The events of a stream: the first at once, then those of each `flush_s` together."""
     loop = asyncio.get_running_loop()
     try:

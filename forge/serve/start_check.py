@@ -24,8 +24,8 @@ from forge.errors import ForgeError, RunError
 from forge.inference.loaded import LoadedModel
 from forge.inference.sampling import SamplingParams
 from forge.runs.reader import read_plan
-from forge.serve.engine import ServingEngine
 from forge.serve.request import EngineRequest
+from forge.serve.stream import TextEngine
 
 _NUM_TEXTS = 4
 _MAX_TOKENS = 64
@@ -74,7 +74,7 @@ class StartCheck:
             tolerance=_TOLERANCES.get(dtype, max(_TOLERANCES.values())),
         )
 
-    def run(self, engine: ServingEngine) -> str:
+    def run(self, engine: TextEngine) -> str:
         """Ask the engine. Returns: what was found, in one line. Raises: RunError if it differs."""
         with ThreadPoolExecutor(1) as thread:  # the caller may be in an event loop
             served = thread.submit(asyncio.run, self._served(engine)).result()
@@ -90,7 +90,7 @@ class StartCheck:
             )
         return text
 
-    async def _served(self, engine: ServingEngine) -> list[Sequence[tuple[int, float]]]:
+    async def _served(self, engine: TextEngine) -> list[Sequence[tuple[int, float]]]:
         sampling = SamplingParams(max_tokens=1, logprobs=_NUM_TOP)
 
         async def top(number: int, prompt: Sequence[int]) -> Sequence[tuple[int, float]]:

@@ -18,11 +18,12 @@ from packaging.requirements import Requirement
 
 from forge.cluster.locks import audit as audit_module
 from forge.cluster.locks.audit import audit, read_advisories
-from forge.cluster.locks.lock_file import LOCKS, read_lock
+from forge.cluster.locks.lock_file import ENGINE_LOCKS, LOCKS, read_lock
 from forge.cluster.locks.sbom import bill_of_materials
 from forge.errors import ArgumentError, ClusterError
 
 ROOT = Path(__file__).parents[2]
+EVERY = {**LOCKS, **ENGINE_LOCKS}
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +34,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", EVERY)
 def test_lock__every_package__has_one_version_and_hashes_and_no_address(name: str) -> None:
-    packages, text = read_lock(LOCKS[name]), LOCKS[name].read_text()
+    packages, text = read_lock(EVERY[name]), EVERY[name].read_text()
     assert packages and "".join(one.to_text() for one in packages) == text, "as it was written"
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for one in packages for digest in one.hashes)
     assert not re.search(r"https?:|--(extra-)?index|--find-links|@ ", text)
@@ -83,7 +84,7 @@ def test_bill_of_materials__has_every_package_once_and_is_reproducible() -> None
     bill = bill_of_materials()
     assert bill == bill_of_materials()
     refs = [one["bom-ref"] for one in bill["components"]]
-    locked = {(one.name, one.version) for path in LOCKS.values() for one in read_lock(path)}
+    locked = {(one.name, one.version) for path in EVERY.values() for one in read_lock(path)}
     assert {(one["name"], one["version"]) for one in bill["components"]} == locked and len(refs) == len(locked)
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
     assert re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", bill["serialNumber"])

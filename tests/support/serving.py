@@ -41,24 +41,24 @@ TEMPLATE = (
 )
 
 
-def write_causal_lm(folder: Path, *, seed: int = 0, max_positions: int = 128) -> Path:
+def write_causal_lm(folder: Path, *, seed: int = 0, max_positions: int = 128, **shape: Any) -> Path:
     """Write a random Llama of 2 layers with a tokenizer and a chat template, as a folder of transformers."""
     write_tokenizer(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
     torch.manual_seed(seed)
-    shape = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=max_positions,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
+    sizes: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": max_positions,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes | shape)).save_pretrained(folder)
     return folder
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from forge.cluster.locks.lock_file import LOCKS, LockedPackage, read_lock
+from forge.cluster.locks.lock_file import ENGINE_LOCKS, LOCKS, LockedPackage, read_lock
 from forge.errors import ArgumentError, ForgeError, printable
 
 _MAX_BYTES = 256 * 2**20
@@ -81,7 +81,7 @@ def main() -> None:
 def audit(*, advisories: Path | None = None, reads_files: bool = True) -> AuditReport:
     """Run all checks. Raises: ClusterError, ArgumentError if a lock file or the advisories cannot be read."""
     report = AuditReport()
-    locked = {name: read_lock(path) for name, path in LOCKS.items()}
+    locked = {name: read_lock(path) for name, path in {**LOCKS, **ENGINE_LOCKS}.items()}
     num_packages = sum(map(len, locked.values()))
     num_hashes = sum(len(one.hashes) for packages in locked.values() for one in packages)
     report.checked.append(f"{num_packages} locked packages have one version each, and {num_hashes} hashes together")

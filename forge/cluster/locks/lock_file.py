@@ -3,7 +3,8 @@
 `forge.txt` has forge's own dependencies; `aws.txt`, `gcp.txt` and `azure.txt` what Ray's launcher needs on a head
 besides, in versions that fit; `uv.txt` has uv, which fetches Python where an image lacks the right one. pip takes
 a file only if its hash is in the list (`--require-hashes`), wherever it was downloaded from. The files name no
-package index. `make lock` writes them, `make sbom` and `make audit` read them.
+package index. `make lock` writes them, `make sbom` and `make audit` read them. `vllm-cpu.txt` and `vllm-cuda.txt`
+have vLLM for the environment that `forge serve` makes for it, in versions that do not fit beside forge's own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from forge.errors import ClusterError
 
 _FOLDER = Path(__file__).parent
 LOCKS: Mapping[str, Path] = {name: _FOLDER / f"{name}.txt" for name in ("forge", "aws", "gcp", "azure", "uv")}
+ENGINE_LOCKS: Mapping[str, Path] = {name: _FOLDER / f"{name}.txt" for name in ("vllm-cpu", "vllm-cuda")}
+"""Of vLLM's environments, by their names: for CPython 3.11 on x86-64 Linux."""
 SOURCE_ONLY = frozenset({"deepspeed"})
 """Packages that are published as source only: built with the locked setuptools, after their dependencies."""
 _PIN = re.compile(r"([a-z0-9][a-z0-9._-]*)==([A-Za-z0-9.!+-]+)(?:\s*;\s*(.+?))?")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from forge.cluster.locks.lock_file import LOCKS, LockedPackage, read_lock
+from forge.cluster.locks.lock_file import ENGINE_LOCKS, LOCKS, LockedPackage, read_lock
 
 _FORGE = "forge-train"
 _NAMESPACE = uuid.UUID("6ba7b811-9dad-11d1-80b4-00c04fd430c8")
@@ -31,11 +31,12 @@ def bill_of_materials() -> dict[str, Any]:
     """The bill of materials as plain values. Raises: ClusterError if a lock file cannot be read."""
     found: dict[str, LockedPackage] = {}
     scopes: dict[str, set[str]] = {}
-    for name, path in LOCKS.items():
+    locks = {**LOCKS, **ENGINE_LOCKS}
+    for name, path in locks.items():
         for package in read_lock(path):
             found.setdefault(_purl(package.name, package.version), package)
             scopes.setdefault(_purl(package.name, package.version), set()).add(name)
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in LOCKS.values())).hexdigest()
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in locks.values())).hexdigest()
     forge = _purl(_FORGE, version(_FORGE))
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",

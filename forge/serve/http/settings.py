@@ -12,6 +12,8 @@ from forge.serve.http.api_keys import KeyLimits
 
 SETTINGS, STATUS, UPDATE = "server.json", "status.json", "update.json"
 """Files in the folder of a server: its options, its state once a second, the last request for other weights."""
+EXPORTS = "exports"
+"""In that folder: weights of runs, while vLLM loads them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,8 @@ class ServerSettings:
     """The run folder or exported folder that is served."""
     model_name: str
     """What clients give as `model`."""
+    engine: str = "auto"
+    """`forge`, `vllm`, or `auto`: vLLM where replicas have an NVIDIA GPU and its environment was made."""
     step: int | str | None = None
     ema: bool = False
     adapters: tuple[str, ...] = ()
