@@ -9,9 +9,10 @@ Each client waits for its answer before it asks again. All contenders compute in
     forge serve           as a user runs it
     transformers serve    one request after another
     the same with --continuous-batching
+    vllm serve            from the environment that forge serve --engine vllm has made, if it was made
+    forge serve --engine vllm
 
-Ratios are relative to the best variant of the peer, of each figure and number of clients. vLLM's releases need
-other versions of torch and transformers than forge's, so it is not among the peers.
+Ratios are relative to the best variant of the peers, of each figure and number of clients.
 """
 
 from __future__ import annotations
@@ -37,12 +38,15 @@ from benchmarks.finetune_inputs import save_base
 from benchmarks.program import FORGE, Program, module, running
 from benchmarks.report import Measured, benchmark_parser, parse_options, print_table, write_json
 from benchmarks.serve_load import LoadResult, build_prompts, completions, measure_load
+from forge.runtime.vllm_environment import find_vllm
+from forge.serve.vllm.process import VLLM_MODULE
 
 MAX_TOKENS = 48
 START_S = 300
 MODEL = Path(__file__).parents[1] / ".fixtures" / "smollm2"
 SERVERS = ("forge serve", "transformers serve", "transformers serve --continuous-batching")
 ENGINE = "forge engine"
+VLLM, OVER_VLLM = "vllm serve", "forge serve --engine vllm"
 _WARM_UP_SEED = 1000
 
 Figures = dict[str, dict[int, list[LoadResult]]]
@@ -55,7 +59,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of a transformers model")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--threads", type=int, help="of torch; by default one for each core")
-    parser.add_argument("--only", nargs="+", choices=(ENGINE, *SERVERS), default=(ENGINE, *SERVERS))
+    parser.add_argument("--only", nargs="+", choices=(ENGINE, *SERVERS, VLLM, OVER_VLLM), default=contenders())
     options = parse_options(parser, smallest={"clients": [2], "model": None})
     found: Figures = {name: {number: [] for number in options.clients} for name in options.only}
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as name:
@@ -137,8 +141,11 @@ def serving(start: Start) -> Iterator[Server]:
     """Run a server. Yields: it, when it answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    if start.contender == "forge serve":
+    if start.contender in ("forge serve", OVER_VLLM):
         command = [FORGE, "serve", str(start.model), "--model-name", str(start.model), "--port", str(port)]
+        command += ["--engine", "vllm" if start.contender == OVER_VLLM else "forge"]
+    elif start.contender == VLLM:
+        command = vllm_command(start.model, port=port)
     else:
         command = [
             str(Path(sys.executable).with_name("transformers")),
@@ -148,9 +155,38 @@ def serving(start: Start) -> Iterator[Server]:
             str(port),
         ]
         command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "bfloat16", *start.contender.split()[2:]]
+    if start.contender == OVER_VLLM and (install := find_vllm(is_cuda=False)) is not None:
+        (start.folder / "cache").mkdir()
+        (start.folder / "cache" / "vllm").symlink_to(install.python.parents[2])
     with running(command, folder=start.folder, threads=start.threads) as program:
         wait_for(program, port=port)
         yield Server(url=f"http://127.0.0.1:{port}", program=program)
+
+
+def contenders() -> tuple[str, ...]:
+    """All that can be measured here: vLLM only where forge has made its environment."""
+    vllm = () if find_vllm(is_cuda=False) is None else (VLLM, OVER_VLLM)
+    return (ENGINE, *SERVERS, *vllm)
+
+
+def vllm_command(model: Path, *, port: int) -> list[str]:
+    """vLLM's own server, with as large a cache as forge gives it. Raises: RuntimeError if it is not installed."""
+    install = find_vllm(is_cuda=False)
+    if install is None:
+        raise RuntimeError("vLLM is not installed; forge serve FOLDER --engine vllm installs it")
+    command = ["env", "HF_HUB_OFFLINE=1", "VLLM_NO_USAGE_STATS=1", "VLLM_CPU_OMP_THREADS_BIND=nobind"]
+    command += [
+        str(install.python),
+        "-I",
+        "-m",
+        VLLM_MODULE,
+        "--model",
+        str(model),
+        "--served-model-name",
+        str(model),
+    ]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+    return [*command, "--kv-cache-memory-bytes", str(2 * 2**30)]
 
 
 def wait_for(program: Program, *, port: int) -> None:
@@ -180,7 +216,7 @@ def figures_of(found: Figures, *, clients: Sequence[int]) -> dict[str, Any]:
             name: statistics.median(one.tokens_per_cpu_s for one in runs[number]) for name, runs in found.items()
         }
         figures["all"][number] = {"tokens_per_s": speed, "tokens_per_cpu_s": work, "p99_first_s": first}
-        peers = [name for name in SERVERS[1:] if name in speed]
+        peers = [name for name in (*SERVERS[1:], VLLM) if name in speed]
         own = "forge serve" if "forge serve" in speed else ENGINE
         if peers and own in speed:
             figures[f"ratio_tokens_per_s_{number}"] = speed[own] / max(speed[name] for name in peers)

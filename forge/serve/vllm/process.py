@@ -28,7 +28,7 @@ from forge.process import ending, open_log
 MODEL = "model"
 """The name of the model itself in requests to vLLM; those of adapters begin with `ADAPTER`."""
 ADAPTER = "adapter:"
-_MODULE = "vllm.entrypoints.launchers.api_server.entry"
+VLLM_MODULE = "vllm.entrypoints.launchers.api_server.entry"
 """What `vllm serve` runs; that command itself does not find its version in the CPU build."""
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Source: vllm.config.lora, MaxLoRARanks, version 0.32.0."""
@@ -127,7 +127,7 @@ class VllmProcess:
         options = self._options
         python = str(options.install.python)
         command = [python, "-I", "-c", _DIE_WITH_PARENT, str(os.getpid())]
-        command += ["-m", _MODULE, *options.arguments(self.address)]
+        command += ["-m", VLLM_MODULE, *options.arguments(self.address)]
         with os.fdopen(open_log(options.log), "ab") as output:
             return subprocess.Popen(
                 command,

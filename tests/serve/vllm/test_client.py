@@ -77,7 +77,7 @@ def ask(
     loaded: Any = SimpleNamespace(tokenizer=tokenizer, end_ids=(END,))
 
     async def run() -> tuple[list[TokenEvent], dict[str, Any]]:
-        server = Peer(str(tmp_path / "api.sock"), chunks=chunks, **peer)
+        server: Any = Peer(str(tmp_path / "api.sock"), chunks=chunks, **peer)
         app = web.Application()
         app.router.add_post("/v1/completions", server.answer)
         runner = web.AppRunner(app, handler_cancellation=True)
@@ -89,7 +89,7 @@ def ask(
                 process=server,
                 max_length=64,
                 cache_tokens=640,
-                adapters=("own",),  # type: ignore[arg-type]
+                adapters=("own",),
             )
             request = EngineRequest(
                 request_id="r",
