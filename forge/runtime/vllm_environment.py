@@ -209,7 +209,7 @@ def _folder(packages: VllmPackages) -> Path:
     """Where an environment is: named by what is in it, and by the Python that it uses."""
     content = ENGINE_LOCKS[packages.lock].read_bytes() + sys.version.encode() + sys.base_prefix.encode()
     digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    return default_cache_dir() / "vllm" / f"{packages.lock}-{digest}"
+    return default_cache_dir().absolute() / "vllm" / f"{packages.lock}-{digest}"
 
 
 def _install(folder: Path, *, is_cuda: bool) -> VllmInstall:
