@@ -108,12 +108,12 @@ def test_start__check__compares_log_probabilities(service: ModelService) -> None
     service.require_healthy()
 
 
-@pytest.mark.parametrize("adapter", [None, "own"])
+@pytest.mark.parametrize("name", [None, "own"])
 def test_greedy_text_and_scores__equal_those_of_forges_engine(
-    service: ModelService, own: ServingEngine, adapter: str | None
+    service: ModelService, own: ServingEngine, name: str | None
 ) -> None:
     assert service._engine is not None
-    options: dict[str, Any] = {"max_tokens": 20, "logprobs": 3, "adapter": adapter, "repetition_penalty": 1.1}
+    options: dict[str, Any] = {"max_tokens": 20, "logprobs": 3, "adapter": name, "repetition_penalty": 1.1}
     served = asyncio.run(all_events(service._engine, **options))
     expected = asyncio.run(all_events(own, **options))
     for ours, theirs in zip(served, expected, strict=True):
