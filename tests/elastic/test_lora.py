@@ -67,7 +67,7 @@ def test_killed_rank_and_machine__lora__repeat_at_most_one_step_each(tmp_path: P
     )
     with machines(tmp_path, count=2) as cluster:
         run = start_run(cluster)
-        run.await_world(2, timeout_s=120)
+        run.await_world(2, timeout_s=300)
         sizes = wait_for(lambda: snapshot_sizes(run))
         # Buffers have up to three areas, each with the master weights and two moments of half the parameters.
         assert max(sizes) < 1.1 * 3 * 12 * NUM_ADAPTER_PARAMETERS / 2
