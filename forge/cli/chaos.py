@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,6 +92,70 @@ def replay(
     display.facts(replay_facts(goodput, num_added=result["num_added"], num_removed=result["num_removed"]))
     display.message(f"{result['steps']} steps, {result['samples_per_s']:.1f} samples per second overall")
     display.next_command(f"forge runs show {shlex.quote(result['folder'])}", purpose="show the run")
+
+
+@app.command()
+def simulate(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A spot trace; - for stdin.")],
+    policy: Annotated[
+        list[str] | None, typer.Option(help="elastic, restart or rigid; repeat it for several. All by default.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Scale the trace to at most this many machines.")] = None,
+    step: Annotated[float, typer.Option(help="Seconds of a step on all machines.")] = 10.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="The run ends after these steps.")] = None,
+    min_nodes: Annotated[int, typer.Option(min=1, help="With fewer machines the run waits.")] = 1,
+    fixed_nodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Machines that `rigid` trains on; half of the trace's most by default."),
+    ] = None,
+    pause: Annotated[
+        float | None, typer.Option(help="Seconds that a change costs `elastic`, measured ones by default.")
+    ] = None,
+    notice: Annotated[
+        float, typer.Option(min=0.0, help="Seconds between a machine's notice and its removal; 0: no notice.")
+    ] = 30.0,
+    restart: Annotated[float, typer.Option(help="Seconds to start all processes and read a checkpoint.")] = 120.0,
+    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 600.0,
+    node_start: Annotated[float, typer.Option(help="Seconds until a new machine's workers can train.")] = 14.0,
+    usd_per_node_hour: Annotated[float | None, typer.Option(min=0.0, help="Price of a machine.")] = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Compute what a run on a spot trace would train, lose and cost, without training.
+
+    A trace is read as by `forge chaos replay`. The policies: elastic, as forge trains; restart, where every change
+    restarts all processes from the last checkpoint; rigid, the same on a fixed number of machines.
+
+    Example:  forge chaos simulate trace.csv --step 12 --usd-per-node-hour 1.20
+    """
+    from forge.chaos.simulate import POLICIES, SimulationSettings, read_policy
+    from forge.chaos.simulate import simulate as run
+    from forge.chaos.trace_file import read_trace
+    from forge.chaos.trace_scale import scale
+    from forge.cli import display
+    from forge.report.simulation_text import SIMULATION_COLUMNS, simulation_row, simulation_settings_text
+
+    policies = [read_policy(name) for name in policy] if policy else list(POLICIES)
+    settings = SimulationSettings(
+        step_s=step,
+        total_steps=math.inf if steps is None else steps,
+        min_nodes=min_nodes,
+        num_nodes=fixed_nodes,
+        node_start_s=node_start,
+        notice_s=notice or None,
+        restart_s=restart,
+        checkpoint_every_s=checkpoint_every,
+        usd_per_node_hour=usd_per_node_hour,
+    )
+    if pause is not None:
+        settings = replace(settings, loss_pause_s=pause, planned_pause_s=pause)
+    history = read_trace(_path_of(trace))
+    history = history if nodes is None else scale(history, num_nodes=nodes)
+    results = [run(history, each, settings=settings) for each in policies]
+    if output is Output.JSON:
+        display.print_json({"settings": asdict(settings), "runs": [asdict(result) for result in results]})
+        return
+    display.message(simulation_settings_text(settings, trace=history))
+    display.table(SIMULATION_COLUMNS, [simulation_row(result, total_steps=steps) for result in results])
 
 
 @app.command()

@@ -23,7 +23,9 @@ def environment(folder: Path, **changes: str) -> dict[str, str]:
     return kept | {"FORGE_CACHE": str(folder / "cache"), "FORGE_STATE": str(folder / "state")} | changes
 
 
-def forge(*arguments: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def forge(
+    *arguments: str | Path, cwd: Path, env: dict[str, str] | None = None, timeout_s: float = 180
+) -> subprocess.CompletedProcess[str]:
     """Run `forge ARGUMENTS` on pipes until it ends."""
     return subprocess.run(
         [*_FORGE, *map(str, arguments)],
@@ -32,7 +34,7 @@ def forge(*arguments: str | Path, cwd: Path, env: dict[str, str] | None = None) 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=timeout_s,
         check=False,
     )
 
