@@ -127,12 +127,12 @@ def simulate(
 
     Example:  forge chaos simulate trace.csv --step 12 --usd-per-node-hour 1.20
     """
-    from forge.chaos.simulate import POLICIES, SimulationSettings, read_policy
     from forge.chaos.simulate import simulate as run
+    from forge.chaos.simulation import POLICIES, SimulationSettings, read_policy
     from forge.chaos.trace_file import read_trace
     from forge.chaos.trace_scale import scale
     from forge.cli import display
-    from forge.report.simulation_text import SIMULATION_COLUMNS, simulation_row, simulation_settings_text
+    from forge.cli.simulation_table import SIMULATION_COLUMNS, simulation_row, simulation_settings_text
 
     policies = [read_policy(name) for name in policy] if policy else list(POLICIES)
     settings = SimulationSettings(

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from forge.chaos.simulate import POLICIES, Policy, SimulatedRun, SimulationSettings, simulate
+from forge.chaos.simulate import simulate
+from forge.chaos.simulation import POLICIES, Policy, SimulatedRun, SimulationSettings
 from forge.chaos.trace import Trace, TraceBuilder, poisson
 from forge.chaos.trace_file import read_trace
 from forge.cli.app import app
@@ -165,7 +166,7 @@ def test_4096_nodes_for_30_days__below_a_minute() -> None:
     ],
 )
 def test_settings__impossible__refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ArgumentError, match="of a simulation is .*; expected"):
+    with pytest.raises(ArgumentError, match=r"of a simulation is .*; expected"):
         SimulationSettings(**wrong)  # type: ignore[arg-type]
 
 

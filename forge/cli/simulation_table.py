@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from forge.chaos.simulate import SimulatedRun, SimulationSettings
+from forge.chaos.simulation import SimulatedRun, SimulationSettings
 from forge.chaos.trace import Trace
 from forge.report.text import number
 from forge.units import format_duration
