@@ -150,7 +150,16 @@ class ChatTemplate:
         spans = [
             self._with_end(whole, mark=mark, until=until) for mark, until in zip(marks, following, strict=True)
         ]
-        return RenderedChat(text=whole, spans=tuple(spans[-1:] if turns == "last" else spans))
+        if turns == "last":  # a turn may be marked in several pieces, of which the last has the token that ends it
+            ended = [
+                number for number, (start, stop) in enumerate(spans[:-1], start=1) if self._ends(whole[start:stop])
+            ]
+            spans = spans[max(ended, default=0) :]
+        return RenderedChat(text=whole, spans=tuple(spans))
+
+    def _ends(self, text: str) -> bool:
+        """Whether a text ends with a special token, but for white space."""
+        return text.rstrip().endswith(self.special_tokens)
 
     def _with_end(self, text: str, *, mark: tuple[int, int], until: int) -> tuple[int, int]:
         """Extend a marked text by the token that ends its turn, if the template has left that out.
@@ -161,7 +170,7 @@ class ChatTemplate:
         Raises: ValueError if the turn ends, and not with a special token.
         """
         start, stop = mark
-        if text[start:stop].rstrip().endswith(self.special_tokens):
+        if self._ends(text[start:stop]):
             return start, stop
         between = text[stop:until]
         end = len(between) - len(between.lstrip())

@@ -97,6 +97,8 @@ def missing_weights(source: str) -> str | None:
     path = Path(source).expanduser()
     if "://" in source or leads_to_folder(path):
         return None
+    if path.is_file():
+        return f"{source} is a file; give the folder of the model"
     return (
         f"{source} does not exist{looked_in(path)}; forge reads a local folder. A model of the Hub: "
         "hf download ORG/NAME --local-dir FOLDER"

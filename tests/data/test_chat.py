@@ -149,6 +149,8 @@ def test_chat__marks_that_end_before_the_turn__include_the_token_that_ends_it(fo
     assert learnt(folder, example) == ["It is 4.\n<|im_end|>", "Six, naïve one.\n<|im_end|>"]
     (example,) = examples(format_of(folder, MARKED_IN_PIECES), TURNS)
     assert learnt(folder, example) == ["It", " is 4.<|im_end|>", "Si", "x, naïve one.<|im_end|>"]
+    (example,) = examples(format_of(folder, MARKED_IN_PIECES, turns="last"), TURNS)
+    assert learnt(folder, example) == ["Si", "x, naïve one.<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])

@@ -88,7 +88,8 @@ class PreferenceFormat:
                 f"an answer has {num_turns} turns of the assistant, and the chat template shows earlier turns "
                 "differently once another follows, so that it cannot be learnt as one; give answers of one turn"
             )
-        return EncodedText(ids=encoded[0].ids, turns=encoded[0].turns[-num_turns:])
+        turns = encoded[0].turns
+        return EncodedText(ids=encoded[0].ids, turns=turns if num_turns == 1 else turns[-num_turns:])
 
     def _example(self, chosen: _Side, rejected: _Side) -> Example | None:
         """Join two sides; None if they do not fit, or the cut leaves no difference."""
