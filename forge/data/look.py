@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +17,7 @@ from forge.data.bad_records import BadRecords
 from forge.data.corpus import texts_of
 from forge.data.mixture_parts import each_part
 from forge.data.sources.base import Record
-from forge.data.sources.build import file_source, listed_files
+from forge.data.sources.build import file_source
 from forge.data.sources.detect import open_content
 from forge.data.sources.files import FileSource, read_records, reading
 from forge.data.sources.listing import Matched, Skipped, SourceFile
@@ -52,14 +53,15 @@ def look_at_corpus(spec: DataSpec, *, special_tokens: Sequence[str] = ()) -> Cor
         return _look(spec, special_tokens=special_tokens)
     patterns: list[PatternFiles] = []
     special, num_sampled = Counter[str](), 0
-    part_of: dict[str, str] = {}
+    part_of: dict[tuple[int, str], str] = {}
 
     def look(name: str, section: DataSpec) -> CorpusFiles:
-        for file in listed_files(section):
-            other = part_of.setdefault(file.path, name)
-            if other != name:
+        def require_own(file: SourceFile) -> None:
+            key = id(file.fs), os.path.realpath(file.path) if file.is_local else file.path
+            if (other := part_of.setdefault(key, name)) != name:
                 raise DataError(f"{file.shown} is in part {other} too; one would train on what the other holds out")
-        found = _look(section, special_tokens=special_tokens)
+
+        found = _look(section, special_tokens=special_tokens, on_file=require_own)
         return replace(
             found, patterns=tuple(replace(one, pattern=f"{name}: {one.pattern}") for one in found.patterns)
         )
@@ -73,9 +75,13 @@ def look_at_corpus(spec: DataSpec, *, special_tokens: Sequence[str] = ()) -> Cor
     )
 
 
-def _look(spec: DataSpec, *, special_tokens: Sequence[str]) -> CorpusFiles:
+def _look(
+    spec: DataSpec, *, special_tokens: Sequence[str], on_file: Callable[[SourceFile], None] = lambda _: None
+) -> CorpusFiles:
     if spec.source is not None:
         files = StdlibSource(text_key=spec.text_key).files()
+        for file in files:
+            on_file(file)
         listed = [Matched(pattern=str(spec.source), files=tuple(files), skipped=())]
         kinds = [{"Python source": len(files)}]
         patterns = tuple(map(_pattern_files, listed, kinds))
@@ -83,6 +89,8 @@ def _look(spec: DataSpec, *, special_tokens: Sequence[str]) -> CorpusFiles:
     columns = (spec.text_key,) if spec.format == "text" else None
     source = file_source(spec, columns=columns)
     listed = list(source.matched())
+    for file in (file for matched in listed for file in matched.files):
+        on_file(file)
     kinds_of_files = [_kinds(matched.files, source=source) for matched in listed]
     sample = _sampled(listed, kinds_of_files)
     num_sampled = 0

@@ -179,10 +179,8 @@ class MixedRows:
 
     def _split(self, rows: NDArray[np.int64]) -> Iterator[tuple[RowStore, NDArray[np.int64], NDArray[np.int64]]]:
         """Yield each part that rows are asked of, where they are among `rows`, and their numbers in the part."""
-        first = 0
-        for part in self.parts:
-            stop = first + part.num_rows
-            where = np.flatnonzero((rows >= first) & (rows < stop))
-            if len(where):
-                yield part, where, rows[where] - first
-            first = stop
+        stops = np.cumsum([part.num_rows for part in self.parts])
+        numbers = np.searchsorted(stops, rows, side="right")
+        for number in np.unique(numbers).tolist():
+            part, where = self.parts[number], np.flatnonzero(numbers == number)
+            yield part, where, rows[where] - (stops[number] - part.num_rows)

@@ -301,6 +301,16 @@ def test_look_at_corpus__a_file_in_two_parts__is_refused(files: dict[str, Path])
         look_at_corpus(spec_of({"large": files["large"], "small": files["large"].parent / "l*.jsonl"}))
 
 
+def test_look_at_corpus__a_file_under_two_names__is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").symlink_to(files["large"])
+    with pytest.raises(DataError, match=r"other.jsonl is in part large too"):
+        look_at_corpus(spec_of({"large": files["large"], "small": tmp_path / "other.jsonl"}))
+    spec = spec_of(files).model_dump(mode="json")
+    spec["mixture"] = [{"name": name, "source": "python-stdlib"} for name in ("a", "b")]
+    with pytest.raises(DataError, match=r"^data.mixture\[1\]: part b: .* is in part a too"):
+        look_at_corpus(DataSpec.model_validate(spec))
+
+
 def test_look_at_corpus__mixture__lists_the_files_of_every_part(files: dict[str, Path]) -> None:
     found = look_at_corpus(spec_of(files))
     assert [pattern.pattern.partition(":")[0] for pattern in found.patterns] == ["large", "small"]

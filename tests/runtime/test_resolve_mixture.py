@@ -23,7 +23,7 @@ from forge.plan.plan import DraftPlan, Plan, plan_from_json, plan_to_json
 from forge.report.text import plan_facts
 from forge.runs.create import create_run, reopen_run
 from forge.runtime import resolve, resolve_outputs
-from forge.runtime.resolve import inspect_data, resolve_draft
+from forge.runtime.resolve import inspect_data, resolve_draft, with_data_folder
 from forge.runtime.resolve_outputs import with_outputs
 from tests.support.jobs import tiny_facts
 
@@ -161,3 +161,17 @@ def test_reopen_run__another_weight__is_refused_by_name(tmp_path: Path) -> None:
     assert isinstance(other, Plan) and other.corpus == plan.corpus
     with pytest.raises(ArgumentError, match=r"data.mixture.mail.weight changed from 1.0 to 2.0"):
         reopen_run(folder, other)
+
+
+def test_resume__mixture_from_another_folder__reads_the_files_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = draft()
+    assert isinstance(plan, Plan)
+    folder = create_run(plan).absolute()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = resolve_draft(with_data_folder(load_job(folder / "job.yaml"), run_folder=folder))
+    assert isinstance(again, Plan)
+    assert (again.corpus, again.job) == (plan.corpus, plan.job)
+    reopen_run(folder, again)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import cast
@@ -11,7 +11,6 @@ from forge.config.data import DataSpec
 from forge.data.sources.base import Record, Source
 from forge.data.sources.dataset import list_dataset
 from forge.data.sources.files import FileSource
-from forge.data.sources.listing import SourceFile
 from forge.data.sources.registry import SOURCES
 from forge.user_code import load_builtin_class
 
@@ -71,14 +70,6 @@ def _whole_source(spec: DataSpec, *, columns: tuple[str, ...] | None) -> Source:
     if spec.source is None:
         return file_source(spec, columns=columns)
     return cast(Source, load_builtin_class(SOURCES[spec.source])(text_key=spec.text_key))
-
-
-def listed_files(spec: DataSpec) -> list[SourceFile]:
-    """The files of a job's corpus. Raises: DataError as `list_files`."""
-    if spec.source is None:
-        return file_source(spec, columns=None).files()
-    files: Callable[[], list[SourceFile]] = getattr(_whole_source(spec, columns=None), "files", list)
-    return files()
 
 
 def file_source(spec: DataSpec, *, columns: tuple[str, ...] | None) -> FileSource:
