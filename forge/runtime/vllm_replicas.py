@@ -33,20 +33,26 @@ def prepare_vllm(settings: ServerSettings, *, on_message: Callable[[str], None])
         return
     nodes = [node for node in ray.nodes() if node["Alive"]]
     with_gpu = [node for node in nodes if node["Resources"].get("GPU")]
-    prepare = ray.remote(num_cpus=0, max_retries=0)(_prepare_here)
+    here = ray.get_runtime_context().get_node_id()
+    prepare = ray.remote(num_cpus=0, max_retries=0)(_prepare_there)
     running = [
-        prepare.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            is_cuda=bool(with_gpu)
+        (
+            node["NodeManagerAddress"],
+            prepare.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                is_cuda=bool(with_gpu)
+            ),
         )
         for node in with_gpu or nodes
+        if node["NodeID"] != here
     ]
-    for node, messages in zip(with_gpu or nodes, running, strict=True):
-        where = "" if len(running) == 1 else f"{node['NodeManagerAddress']}: "
+    if any(node["NodeID"] == here for node in with_gpu or nodes):
+        make_vllm(is_cuda=bool(with_gpu), on_message=on_message)
+    for address, messages in running:
         for reference in messages:
             message = ray.get(reference)
             if isinstance(message, Exception):
-                raise ClusterError(f"{where}{message}")
-            on_message(f"{where}{message}")
+                raise ClusterError(f"{address}: {message}")
+            on_message(f"{address}: {message}")
 
 
 def vllm_place(settings: ServerSettings, *, folder: Path, replica: str) -> VllmPlace | None:
@@ -67,8 +73,8 @@ def vllm_place(settings: ServerSettings, *, folder: Path, replica: str) -> VllmP
     return VllmPlace(install=install, log=folder / "logs" / f"vllm-{replica}.log", exports=folder / EXPORTS)
 
 
-def _prepare_here(*, is_cuda: bool) -> Iterator[Any]:
-    """Make the environment of this machine. Yields: messages; an error that is expected is the last one."""
+def _prepare_there(*, is_cuda: bool) -> Iterator[Any]:
+    """Make the environment of another machine, as a task there. Yields: messages; an error is the last one."""
     said: SimpleQueue[Any] = SimpleQueue()
 
     def work() -> None:

@@ -13,6 +13,7 @@ import pytest
 from forge.errors import ClusterError
 from forge.runtime import vllm_environment
 from forge.runtime.vllm_environment import VllmPackages, find_vllm, make_vllm
+from forge.runtime.vllm_replicas import _prepare_there
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,8 @@ def test_make_vllm__machine_without_locked_packages__is_refused(
     said: list[str] = []
     with pytest.raises(ClusterError, match=reason):
         make_vllm(is_cuda=False, on_message=said.append)
+    there = list(_prepare_there(is_cuda=False))
+    assert [type(one) for one in there] == [ClusterError] and reason in str(there[0]), "as on other machines"
     assert not said and not [path for path in cache.rglob("*") if path.suffix != ".lock" and path.is_file()]
 
 
