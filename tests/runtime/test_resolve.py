@@ -104,8 +104,8 @@ def test_check_tokenizer__missing_base__is_named_before_its_tokenizer(home: Path
 
 def test_check_tokenizer__base_is_a_file__says_to_give_its_folder(home: Path) -> None:
     save_tokenizer(home / "base", ["a"])
-    with pytest.raises(JobFileError, match=r"base/tokenizer\.json is a file; give the folder of the model"):
-        check_tokenizer(pretrained_job(home, base="./base/tokenizer.json"))
+    with pytest.raises(JobFileError, match=r"base/tokenizer_config\.json is a file; give the folder of the model"):
+        check_tokenizer(pretrained_job(home, base="./base/tokenizer_config.json"))
 
 
 def test_check_tokenizer__base_without_one__is_blamed_or_said(home: Path) -> None:
