@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from forge.checkpoint.best import open_verified
 from forge.checkpoint.reader import Checkpoint
 from forge.checkpoint.storage import open_storage
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, ForgeError
 from forge.fs import default_cache_dir
 from forge.model.auto_classes import auto_class_of_config
 from forge.model.transformers_config import load_config
 from forge.model.weight_files import content_digests, open_weight_files
 from forge.objective.registry import AutoClass
-from forge.process import one_line
+from forge.process import one_line, take_stdout
 from forge.runs.reader import read_plan
 
 Kind = Literal["causal-lm", "seq2seq", "classification", "token-classification", "embedding", "masked-lm", "reward"]
@@ -87,3 +89,20 @@ def digest_of(checkpoint: Checkpoint, *, ema: bool) -> str:
         "ema": ema,
     }
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def main() -> None:
+    """Answer a request on stdin, the arguments of `identify` and `environment`, as `forge.remote` asks it."""
+    stdout = take_stdout()
+    request = json.load(sys.stdin)
+    os.environ.update(request.pop("environment"))
+    try:
+        line: dict[str, object] = {"answer": asdict(identify(**request))}
+    except ForgeError as error:
+        line = {"error": {"class": type(error).__name__, "message": str(error)}}
+    with stdout:
+        stdout.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ in fp32, also if its weights are stored in bf16: forge.inference.generate says w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from forge.data.text_frame import TextFrame, text_frame
 from forge.data.tokenizer import TextTokenizer, load_tokenizer, parse_tokenizer
 from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.foreign import parse_object, read_file
+from forge.inference.adapters import load_adapters, merge_adapters
 from forge.inference.checkpoint_model import load_model
 from forge.inference.identity import KINDS, Kind, digest_of, digest_of_folder
 from forge.model.auto_classes import AUTO_CLASSES, auto_class_of_config
@@ -166,6 +167,7 @@ def load(
     ema: bool = False,
     dtype: Dtype | None = "fp32",
     device: str | None = None,
+    adapters: Sequence[str | Path] = (),
 ) -> LoadedModel:
     """Load the model of a run folder, or of a folder of transformers, such as `forge checkpoints export` writes.
 
@@ -176,6 +178,8 @@ def load(
         dtype: in which the model computes. With bf16 texts are generated as fast as the machine can, and then
             verified (see `forge.inference.generate`). None: bf16 if the weights are and the device computes in it.
         device: such as `cuda`; None: the GPU if there is one.
+        adapters: LoRA adapters that are merged into the weights, one after the other: folders of runs (the newest
+            checkpoint) or of peft.
 
     Raises: CheckpointError if the run has no such checkpoint; ArgumentError if the folder holds neither a run nor a
         model; ModelError, PlanError, DataError if it cannot be used; UserCodeError for code that is not trusted.
@@ -196,9 +200,12 @@ def load(
     if found.is_transformers:  # sampling is decided by the caller, not by the folder
         found.model.generation_config = GenerationConfig()
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found.model.to(device=where, dtype=_DTYPES[dtype or _native(found.model, device=where)]).requires_grad_(
-        False
-    ).eval()
+    chosen = _DTYPES[dtype or _native(found.model, device=where)]
+    for adapter in map(Path, adapters):
+        found.require_transformers("merging adapters")
+        digest = merge_adapters(found.model.float(), load_adapters(adapter), digest=found.digest)
+        found = replace(found, digest=digest, name=f"{found.name}+{adapter.resolve().name}")
+    found.model.to(device=where, dtype=chosen).requires_grad_(False).eval()
     return found
 
 

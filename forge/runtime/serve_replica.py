@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,9 +24,13 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
+from forge.code_archive import TRUST
 from forge.errors import ClusterError
 from forge.limits import usable_cpus
 from forge.process import first_line, redirect_output
+from forge.runs.run_files import find_run_files, pack_run
+from forge.runs.secrets import credentials
+from forge.runtime.local_cluster import is_local_cluster
 from forge.runtime.vllm_replicas import vllm_place
 from forge.serve.calls import (
     GenerateCall,
@@ -43,8 +48,6 @@ from forge.serve.http.settings import ServerSettings
 _log = logging.getLogger("forge.serve")
 _T = TypeVar("_T")
 _HEALTH_PERIOD_S = 5.0
-_UPSCALE_DELAY_S = 10.0
-_DOWNSCALE_DELAY_S = 300.0
 _TARGET_LOAD = 0.7
 """Share of `max_running` above which Ray Serve adds a replica."""
 _MAX_CALLS = 100_000
@@ -56,12 +59,22 @@ _LOST = (RayError, DeploymentUnavailableError, ReplicaUnavailableError, BackPres
 class ModelReplica:
     """One copy of the model, with its engine."""
 
-    def __init__(self, settings: ServerSettings, folder: str, threads: str | None) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        folder: str,
+        threads: str | None,
+        packed: Mapping[str, str],
+        environment: Mapping[str, str],
+    ) -> None:
         """Args:
         folder: of the server, for the log.
         threads: `OMP_NUM_THREADS` of the server; None: divide the node's cores among the replicas.
+        packed: the small files of runs, by their folders, for a node that does not see them.
+        environment: credentials for storage.
         """
         _open_no_port()
+        os.environ.update(environment)
         self._id = serve.get_replica_context().replica_id.unique_id
         redirect_output(Path(folder) / "logs" / f"replica-{self._id}.log")
         # Ray has set 1, the number of CPUs that the replica reserves.
@@ -69,9 +82,8 @@ class ModelReplica:
         _log.warning("torch computes with %s threads", os.environ["OMP_NUM_THREADS"])
         from forge.serve.service import ModelService
 
-        self._service = ModelService.start(
-            settings, vllm=vllm_place(settings, folder=Path(folder), replica=self._id)
-        )
+        here = _readable(settings, packed=packed)
+        self._service = ModelService.start(here, vllm=vllm_place(here, folder=Path(folder), replica=self._id))
 
     def describe(self) -> ServedModel:
         return self._service.info
@@ -105,6 +117,16 @@ class ModelReplica:
 
     async def translate(self, texts: Sequence[str], options: TextOptions) -> TextAnswer | ApiError:
         return await _answered(self._service.translate(texts, options=options))
+
+
+def _readable(settings: ServerSettings, *, packed: Mapping[str, str]) -> ServerSettings:
+    """The settings with folders of this node."""
+
+    def here(folder: str) -> str:
+        return str(find_run_files(Path(folder), packed=packed.get(folder)))
+
+    adapters = tuple(f"{name}={here(folder)}" for name, folder in settings.named_adapters().items())
+    return replace(settings, source=here(settings.source), adapters=adapters)
 
 
 async def _answered(work: Awaitable[_T]) -> _T | ApiError:
@@ -238,8 +260,8 @@ def deploy(settings: ServerSettings, *, app: str, folder: Path) -> RayBackend:
                 "min_replicas": settings.min_replicas,
                 "max_replicas": settings.max_replicas,
                 "target_ongoing_requests": max(1.0, settings.max_running * _TARGET_LOAD),
-                "upscale_delay_s": _UPSCALE_DELAY_S,
-                "downscale_delay_s": _DOWNSCALE_DELAY_S,
+                "upscale_delay_s": settings.upscale_delay_s,
+                "downscale_delay_s": settings.downscale_delay_s,
             }
         }
     deployment = serve.deployment(ModelReplica).options(
@@ -252,14 +274,27 @@ def deploy(settings: ServerSettings, *, app: str, folder: Path) -> RayBackend:
         **replicas,
     )
     try:
-        threads = os.environ.get("OMP_NUM_THREADS")
-        handle = serve.run(deployment.bind(settings, str(folder), threads), name=app, route_prefix=None)
+        bound = deployment.bind(
+            settings, str(folder), os.environ.get("OMP_NUM_THREADS"), _packed(settings), _environment()
+        )
+        handle = serve.run(bound, name=app, route_prefix=None)
         info = handle.describe.remote().result()
     except (RuntimeError, *_LOST) as error:
         reason = _failure_of(app) or first_line(error)
         remove(app)
         raise ClusterError(f"no replica of the model became ready: {reason}") from error
     return RayBackend(handle, app=app, info=info)
+
+
+def _packed(settings: ServerSettings) -> dict[str, str]:
+    folders = (settings.source, *settings.named_adapters().values())
+    return {folder: content for folder in folders if (content := pack_run(Path(folder))) is not None}
+
+
+def _environment() -> dict[str, str]:
+    """What replicas need of this process's environment."""
+    keys = credentials(os.environ, with_files=is_local_cluster())
+    return keys | ({TRUST: os.environ[TRUST]} if TRUST in os.environ else {})
 
 
 def remove(app: str) -> None:

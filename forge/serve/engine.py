@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from forge.errors import ArgumentError
+from forge.inference.adapters import AdapterWeights, ServedAdapters
 from forge.inference.loaded import LoadedModel
 from forge.inference.model_step import PackedModel, SeparateModel, StepModel
 from forge.inference.packed_rows import ALIGN, UnsupportedAttention
@@ -29,7 +30,6 @@ from forge.inference.prefixes import Prefixes
 from forge.inference.running import RunningSequence
 from forge.inference.schedule import BatchLimits, Schedule
 from forge.process import one_line
-from forge.serve.adapters import AdapterWeights, ServedAdapters
 from forge.serve.choose import Choice, choose
 from forge.serve.packed_linear import pack_linears
 from forge.serve.request import (

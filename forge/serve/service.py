@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from forge.errors import ArgumentError
+from forge.inference.adapters import load_adapters
 from forge.inference.encode import classify, embed
 from forge.inference.generate import generate
 from forge.inference.loaded import LoadedModel, load
 from forge.inference.sampling import SamplingParams
 from forge.process import one_line
-from forge.serve.adapters import load_adapters
 from forge.serve.batcher import Batcher
 from forge.serve.calls import (
     GenerateCall,

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from forge.errors import ArgumentError
+from forge.inference.adapters import load_adapters
 from forge.inference.sampling import SamplingParams
-from forge.serve.adapters import load_adapters
 from forge.serve.engine import ServingEngine
 from forge.serve.request import EngineError, EngineOptions, EngineRequest, QueueFullError, TokenEvent
 

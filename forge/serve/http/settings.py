@@ -53,6 +53,10 @@ class ServerSettings:
     """How long running requests may take to end once the server stops."""
     min_replicas: int = 1
     max_replicas: int = 1
+    upscale_delay_s: float = 10.0
+    """How long the load has to be high before a replica is added."""
+    downscale_delay_s: float = 300.0
+    """How long the load has to be low before one is removed: loading it again takes longer than waiting."""
     verify_start: bool = True
     """Compare served log-probabilities with the model's own before requests are accepted."""
 

@@ -17,6 +17,7 @@ import openai
 import psutil
 import pytest
 import torch
+from forge.serve.adapters import load_adapters
 from peft import LoraConfig, get_peft_model
 from ray.util import get_node_ip_address
 from transformers import AutoModelForCausalLM
@@ -26,7 +27,6 @@ from forge.inference.sampling import SamplingParams
 from forge.process import free_port
 from forge.runtime.servers import await_ready, find_server, server_process, start_server, update_server
 from forge.runtime.vllm_environment import find_vllm
-from forge.serve.adapters import load_adapters
 from forge.serve.engine import ServingEngine
 from forge.serve.http.settings import ServerSettings
 from forge.serve.request import EngineError, EngineRequest, TokenEvent

@@ -126,6 +126,30 @@ class ServedAdapters:
         return add
 
 
+@torch.no_grad()
+def merge_adapters(model: nn.Module, adapter: AdapterWeights, *, digest: str) -> str:
+    """Add an adapter's update to the weights of a model in fp32: `W + scale * B A`.
+
+    Args:
+        digest: of the model (`LoadedModel.digest`).
+
+    Returns: the new digest.
+    Raises: ArgumentError if the adapter does not belong to the model.
+    """
+    if adapter.base_digest not in (None, digest):
+        raise ArgumentError(f"the adapters of {adapter.source} were trained on other weights than these")
+    modules, state = dict(model.named_modules()), hashlib.sha256(digest.encode())
+    for layer in sorted(adapter.layers):
+        module = modules.get(layer)
+        update = _placed(adapter.layers[layer], module, name=layer)
+        assert module is not None, "checked by _placed"
+        added, weight = update.scale * (update.up @ update.down), module.weight
+        weight += added if added.shape == weight.shape else added.T
+        for part in (update.down, update.up):
+            state.update(f"{layer} {tuple(part.shape)} {update.scale}".encode() + part.cpu().numpy().tobytes())
+    return state.hexdigest()
+
+
 def _placed(update: LowRankUpdate, module: nn.Module | None, *, name: str) -> LowRankUpdate:
     weight: Any = getattr(module, "weight", None)
     shape = (update.up.shape[0], update.down.shape[1])
