@@ -348,6 +348,25 @@ class TasksFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsComputed:
+    """Progress of a map over shards on a cluster: an evaluation, or a file of prompts."""
+
+    num_done: int
+    num_shards: int
+    num_lost: int = 0
+    """Workers that were lost or replaced."""
+    most_workers: int = 0
+    """0 until the map is complete."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapMessage:
+    """What happened to the workers of such a map."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleGenerated:
     """Text generated from the current weights."""
 
@@ -499,6 +518,8 @@ Event = (
     | EarlyStopped
     | TasksScored
     | TasksFailed
+    | ShardsComputed
+    | MapMessage
     | SampleGenerated
     | SampleFailed
     | TrackingDegraded

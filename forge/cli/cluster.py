@@ -114,8 +114,10 @@ def down(name: _NameArgument = None) -> None:
     from forge.cluster.local.ray_cluster import NAME, stop_local
     from forge.cluster.registry import find_cluster
     from forge.errors import ClusterError
+    from forge.remote.servers import stop_servers_of
 
     cluster = find_cluster(name)
+    stop_servers_of(cluster, on_message=display.message)
     if cluster.name == NAME:
         count = stop_local()
         display.message(f"cluster down: {count} nodes stopped" if count else "no cluster is up")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from forge.cli.checkpoints import StepOption, parse_step
-from forge.cli.options import RunsOption, complete_run
+from forge.cli.options import ClusterOption, RunsOption, complete_run
 
 _FORMATS = ("table", "json")
 
@@ -50,7 +50,8 @@ LogprobsOption = Annotated[
 SeedOption = Annotated[int, typer.Option(min=0, help="Random seed.")]
 DtypeOption = Annotated[str, typer.Option(help="fp32 or bf16: in which the model computes.")]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=1, help="With --input: answer with so many processes of this machine, on Ray.")
+    int | None,
+    typer.Option(min=1, help="With --input: answer with so many processes, on Ray; by default all of --cluster."),
 ]
 EmaOption = Annotated[bool, typer.Option("--ema", help="Use the averaged (EMA) weights.")]
 
@@ -75,6 +76,7 @@ def generate(
     seed: SeedOption = 1,
     dtype: DtypeOption = "fp32",
     workers: WorkersOption = None,
+    cluster: ClusterOption = None,
     ema: EmaOption = False,
     step: StepOption = None,
     runs: RunsOption = Path("runs"),
@@ -88,7 +90,7 @@ def generate(
     from forge.cli import display
     from forge.runtime.torch_subprocess import answer_prompts
 
-    _check(output, input_file=input_file, prompt=prompt, dtype=dtype)
+    _check(output, input_file=input_file, prompt=prompt, dtype=dtype, cluster=cluster)
     folder = _folder(source, runs=runs)
     sampling = {
         **{"max_tokens": max_tokens, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
@@ -102,7 +104,7 @@ def generate(
     }
     display.message(f"importing torch and transformers, then loading {_named(folder, step=parse_step(step))}")
     if input_file is not None:
-        _answer_file(config, source=input_file, output=Path(output), num_workers=workers)
+        _answer_file(config, source=input_file, output=Path(output), num_workers=workers, cluster=cluster)
         return
     answer = answer_prompts(config, [prompt])
     if output == "json":
@@ -118,7 +120,7 @@ def _named(folder: Path, *, step: int | str | None) -> str:
     return f"the {which} of {folder.name}"
 
 
-def _check(output: str, *, input_file: Path | None, prompt: str, dtype: str) -> None:
+def _check(output: str, *, input_file: Path | None, prompt: str, dtype: str, cluster: str | None) -> None:
     """Raises: ArgumentError for options that do not go together."""
     from forge.errors import ArgumentError
 
@@ -130,6 +132,8 @@ def _check(output: str, *, input_file: Path | None, prompt: str, dtype: str) -> 
         )
     if input_file is not None and output in _FORMATS:
         raise ArgumentError("--input needs --output FILE, for the answers")
+    if input_file is None and cluster is not None:
+        raise ArgumentError("--cluster answers files of prompts: give --input and --output, or leave it out")
     if input_file is not None and prompt:
         raise ArgumentError("give --prompt or --input, not both")
 
@@ -143,7 +147,9 @@ def _folder(source: str, *, runs: Path) -> Path:
     return folder if is_model else find_run(source, root=runs)
 
 
-def _answer_file(config: dict[str, Any], *, source: Path, output: Path, num_workers: int | None) -> None:
+def _answer_file(
+    config: dict[str, Any], *, source: Path, output: Path, num_workers: int | None, cluster: str | None
+) -> None:
     from forge.cli import display
     from forge.cli.progress import ExportScreen
     from forge.runtime.torch_subprocess import answer_file
@@ -151,7 +157,13 @@ def _answer_file(config: dict[str, Any], *, source: Path, output: Path, num_work
 
     with ExportScreen() as screen:
         found = answer_file(
-            config, source=source, output=output, num_workers=num_workers, on_progress=screen.show_answers
+            config,
+            source=source,
+            output=output,
+            num_workers=num_workers,
+            cluster=cluster,
+            on_progress=screen.show_answers,
+            on_message=display.message,
         )
     reused = f", {found['num_reused']:,} of them from before" if found["num_reused"] else ""
     display.message(

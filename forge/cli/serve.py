@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +15,10 @@ from typer.core import TyperGroup
 
 from forge.cli import serve_options as opt
 from forge.cli.checkpoints import StepOption, parse_step
-from forge.cli.options import DetachOption, Output, OutputOption, RunsOption
+from forge.cli.options import ClusterOption, DetachOption, Output, OutputOption, RunsOption
+from forge.cli.serve_table import server_facts, server_record, server_row
 
 if TYPE_CHECKING:
-    from forge.runtime.servers import ServerStatus
     from forge.serve.http.settings import ServerSettings
     from forge.units import Range
 
@@ -62,11 +64,14 @@ def start(
     seconds_per_request: opt.SecondsOption = None,
     drain: opt.DrainOption = 120.0,
     check: opt.CheckOption = True,
+    cluster: ClusterOption = None,
     detach: DetachOption = False,
     runs: RunsOption = Path("runs"),
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Serve a run's newest checkpoint, or an exported folder, until Ctrl-C; with --detach in the background.
+
+    With --cluster the server runs on the cluster's head, and its port there is reached by the same port here.
 
     Example:  forge serve start latest --port 8000   (`start` may be left out)
     """
@@ -86,28 +91,28 @@ def start(
         max_queue=max_queue, max_running=max_running, min_replicas=max(1, wanted.low),
         engine=engine.value, max_replicas=max(1, wanted.high),
     )  # fmt: skip
-    _serve(settings, detach=detach, output=output)
+    _serve(settings, cluster=cluster, detach=detach, output=output)
 
 
 @app.command("status")
 def status(name: opt.ServerArgument = None, output: OutputOption = Output.TABLE) -> None:
-    """Show the servers of this machine: what they serve, their load, and what a million tokens cost.
+    """Show the servers of this machine and its clusters: what they serve, their load, and what tokens cost.
 
     Example:  forge serve status
     """
     from forge.cli import display
-    from forge.runtime.servers import find_server, list_servers
+    from forge.remote.servers import find_any_server, list_any_servers
 
-    servers = list_servers() if name is None else [find_server(name)]
+    servers = list_any_servers() if name is None else [find_any_server(name)]
     if output is Output.JSON:
-        display.print_json([_record(server) for server in servers])
+        display.print_json([server_record(server) for server in servers])
     elif not servers:
         display.message("no server was started on this machine; start one: forge serve RUN")
     elif name is not None or len(servers) == 1:
-        display.facts(_facts(servers[0]))
+        display.facts(server_facts(servers[0]))
     else:
         columns = ("server", "state", "address", "model", "replicas", "running", "waiting", "tokens/s")
-        display.table(columns, [_row(server) for server in servers])
+        display.table(columns, [server_row(server) for server in servers])
 
 
 @app.command("stop")
@@ -120,10 +125,11 @@ def stop(
     Example:  forge serve stop
     """
     from forge.cli import display
-    from forge.runtime.servers import find_server, server_process
+    from forge.remote.servers import find_any_server, remote_server
+    from forge.runtime.servers import server_process
 
-    server = find_server(name)
-    process = server_process(server.name)
+    server = find_any_server(name)
+    process = (remote_server(server.name) or server_process(server.name)) if server.is_alive else None
     if process is None:
         display.message(f"the server '{server.name}' does not run ({server.state})")
         return
@@ -132,7 +138,7 @@ def stop(
         process.request_stop()
     display.message(f"stopping '{server.name}': running requests are finished first")
     process.wait()
-    display.message(f"stopped: {find_server(server.name).message}")
+    display.message(f"stopped: {find_any_server(server.name).message}")
 
 
 @app.command("logs")
@@ -149,16 +155,36 @@ def logs(
     Example:  forge serve logs -n 20 -f
     """
     from forge.cli import display
-    from forge.runs.logs import follow_log, last_lines, log_size
-    from forge.runtime.servers import find_server
+    from forge.remote.servers import find_any_server, follow_server, server_lines
 
-    folder = find_server(name).folder
-    size = log_size(folder, name=file)
-    display.print_text(last_lines(folder, name=file, lines=lines) or "(empty)")
+    server = find_any_server(name)
+    display.print_text(server_lines(server, name=file, lines=lines) or "(empty)")
     if follow:
-        for text in follow_log(folder, name=file, offset=size, goes_on=lambda: find_server(folder.name).is_alive):
+        for text in follow_server(server, name=file):
             sys.stdout.write(display.harmless(text))
             sys.stdout.flush()
+
+
+@app.command("connect")
+def connect(
+    name: opt.ServerArgument = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port on this machine; by default the server's.")
+    ] = None,
+) -> None:
+    """Reach a server on a cluster by a port of this machine, until Ctrl-C, which leaves the server running.
+
+    Example:  forge serve connect chat --port 9000
+    """
+    import threading
+
+    from forge.cli import display
+    from forge.remote.servers import find_any_server
+
+    server = find_any_server(name)
+    with _tunnel(server.name, local=port):
+        display.message("Ctrl-C ends the connection; the server goes on")
+        threading.Event().wait()
 
 
 @app.command("update")
@@ -176,11 +202,11 @@ def update(
     Example:  forge serve update latest
     """
     from forge.cli import display
-    from forge.runtime.servers import find_server, update_server
+    from forge.remote.servers import find_any_server, update_any_server
 
-    server = find_server(name)
+    server = find_any_server(name)
     changes = {"source": str(_source(source, runs=runs)), "step": parse_step(step), "ema": ema}
-    display.message(update_server(server.name, changes, on_message=display.message))
+    display.message(update_any_server(server, changes, on_message=display.message))
 
 
 @app.command("key")
@@ -206,58 +232,79 @@ def key(
     display.print_text(made)
 
 
-def _serve(settings: ServerSettings, *, detach: bool, output: Output) -> None:
+def _serve(settings: ServerSettings, *, cluster: str | None, detach: bool, output: Output) -> None:
     """Start a server, wait until it is ready, and follow it unless detached."""
     from forge.cli import display
-    from forge.runtime.servers import await_ready, start_server
+    from forge.remote.servers import find_any_server, start_any_server
+    from forge.runtime.servers import await_ready
 
     _require_valid(settings)
     display.message(f"serving {settings.source} as '{settings.model_name}'")
-    start_server(settings)
+    start_any_server(settings, cluster=cluster, on_message=display.message)
     try:
-        ready = await_ready(settings.name, on_message=display.message)
+        ready = await_ready(settings.name, on_message=display.message, look=find_any_server)
     except KeyboardInterrupt:
         _stop(settings.name)
         raise
     if output is Output.JSON:
-        display.print_json(_record(ready))
+        display.print_json(server_record(ready))
     else:
         if ready.message:
             display.message(ready.message)
         if not settings.is_loopback and settings.tls_cert is None:
             display.warning("keys and texts travel unencrypted to other machines; give --tls-cert and --tls-key")
-        display.message(f"ready at {settings.url}/v1 (page: {settings.url}/)")
+        where = "" if "cluster" not in ready.record else f" on the head of '{ready.record['cluster']}'"
+        display.message(f"ready at {settings.url}/v1 (page: {settings.url}/){where}")
     if detach:
+        if "cluster" in ready.record:
+            display.next_command(f"forge serve connect {settings.name}", purpose="reach it from this machine")
         display.next_command(f"forge serve status {settings.name}", purpose="load and cost")
         return
-    _follow(settings.name)
+    with _tunnel(settings.name, local=None):
+        _follow(settings.name)
+
+
+@contextlib.contextmanager
+def _tunnel(name: str, *, local: int | None) -> Iterator[None]:
+    """Reach a server on a cluster by a port of this machine; nothing for one of this machine."""
+    from urllib.parse import urlsplit
+
+    from forge.cli import display
+    from forge.remote.servers import find_any_server, remote_server
+
+    remote = remote_server(name)
+    if remote is None:
+        yield
+        return
+    url = urlsplit(str(find_any_server(name).record.get("url", "")))
+    with remote.forward(url.port or 0, local=local or url.port or 0) as port:
+        display.message(f"reached from this machine at {url.scheme}://127.0.0.1:{port}/v1")
+        yield
 
 
 def _follow(name: str) -> None:
     """Print the server's log until it ends; Ctrl-C drains it, a second one ends it."""
     from forge.cli import display
     from forge.errors import RunError
-    from forge.runs.logs import follow_log, log_size
-    from forge.runtime.servers import find_server
+    from forge.remote.servers import find_any_server, follow_server
 
-    folder = find_server(name).folder
-    size = log_size(folder, name="server")
     try:
-        for text in follow_log(folder, name="server", offset=size, goes_on=lambda: find_server(name).is_alive):
+        for text in follow_server(find_any_server(name)):
             sys.stderr.write(display.harmless(text))
     except KeyboardInterrupt:
         display.message("stopping: running requests are finished first; Ctrl-C again ends now")
         _stop(name)
-    server = find_server(name)
+    server = find_any_server(name)
     if server.state in ("failed", "died"):
         raise RunError(f"the server {server.state}: {server.message or 'see forge serve logs'}")
     display.message(f"stopped: {server.message}")
 
 
 def _stop(name: str) -> None:
+    from forge.remote.servers import remote_server
     from forge.runtime.servers import server_process
 
-    process = server_process(name)
+    process = remote_server(name) or server_process(name)
     if process is None:
         return
     process.request_stop()
@@ -270,11 +317,17 @@ def _stop(name: str) -> None:
 
 def _source(source: str, *, runs: Path, marker: str = "config.json") -> Path:
     """The folder to serve: one that has the file `marker`, or that of a run. Raises: ArgumentError."""
+    from forge.errors import ArgumentError
     from forge.runs.reader import find_run
 
     given = Path(source).expanduser()
-    folder = given if (given / marker).is_file() else find_run(source, root=runs)
-    return folder.absolute()
+    if (given / marker).is_file():
+        return given.absolute()
+    try:
+        return find_run(source, root=runs).absolute()
+    except ArgumentError as error:
+        what = f"the folder {given} has no {marker}" if given.is_dir() else f"there is no folder {given.absolute()}"
+        raise ArgumentError(f"{what}, and {error}") from None
 
 
 def _adapters(given: list[str] | None, *, runs: Path) -> tuple[str, ...]:
@@ -319,54 +372,3 @@ def _range(text: str) -> Range:
         return parse_range(text)
     except ValueError as error:
         raise ArgumentError(f"--replicas: {error}") from error
-
-
-def _record(server: ServerStatus) -> dict[str, Any]:
-    return {**server.record, "name": server.name, "state": server.state, "folder": str(server.folder)}
-
-
-def _row(server: ServerStatus) -> tuple[str, ...]:
-    found = server.record
-    speed = found.get("tokens_per_s")
-    return (
-        server.name,
-        server.state,
-        str(found.get("url", "")),
-        str(found.get("model", "")),
-        *(str(found.get(name, "")) for name in ("replicas", "running", "waiting")),
-        "" if speed is None else f"{speed:.1f}",
-    )
-
-
-def _facts(server: ServerStatus) -> list[tuple[str, str]]:
-    """The state of one server, line by line."""
-    from forge.units import format_count, format_duration
-
-    found = server.record
-    rows = [("server", server.name), ("state", server.state), ("says", server.message)]
-    rows += [
-        (name, str(found[key]))
-        for name, key in (("address", "url"), ("model", "model"), ("serves", "source"), ("engine", "engine"))
-        if key in found
-    ]
-    if "replicas" not in found:
-        return [row for row in rows if row[1]]
-    busy, usd = found["busy_tokens_per_s"], found["usd_per_million_tokens"]
-    speed = f"{found['tokens_per_s']:.1f} tokens/s over the last minute"
-    if busy is not None:
-        speed += f", {busy:.1f} while requests ran"
-    price = f"{usd:.2f} USD per million generated tokens" if usd is not None else "unknown"
-    if found["usd_per_hour"] is None:
-        price = "unknown: set FORGE_USD_PER_HOUR to the machine's price"
-    rows += [
-        ("up for", format_duration(found["uptime_s"])),
-        ("replicas", str(found["replicas"])),
-        ("requests", f"{found['running']} running, {found['waiting']} waiting"),
-        (
-            "tokens",
-            f"{format_count(found['prompt_tokens'])} read, {format_count(found['completion_tokens'])} generated",
-        ),
-        ("speed", speed),
-        ("cost", price),
-    ]
-    return [row for row in rows if row[1]]

@@ -159,6 +159,15 @@ class Cluster(Protocol):
         Raises: ClusterError if it is not reached.
         """
 
+    def forward(self, port: int, *, local: int = 0) -> AbstractContextManager[int]:
+        """Open a tunnel from this machine's loopback to a port of the head's; yields the port on this machine.
+
+        Args:
+            local: the port on this machine; 0: a free one.
+
+        Raises: ClusterError if the head is not reached, or the port is taken.
+        """
+
     def shell(self, machine: str | None) -> list[str]:
         """Return the command that opens a shell on a node, on the head if None."""
 

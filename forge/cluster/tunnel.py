@@ -27,14 +27,21 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]{1,80}")
 
 
 @contextlib.contextmanager
-def local_port(connect: Callable[[], socket.socket]) -> Iterator[int]:
-    """Listen on a free port of loopback and pass every connection on.
+def local_port(connect: Callable[[], socket.socket], *, port: int = 0) -> Iterator[int]:
+    """Listen on a port of loopback and pass every connection on.
 
     Args:
         connect: opens the connection to pass one on to; if it raises OSError, the accepted one is closed.
+        port: of this machine; 0: a free one.
+
+    Raises: ClusterError if the port is taken.
     """
     opened = _OpenSockets()
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    try:
+        server = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise ClusterError(f"port {port} of this machine cannot be listened on: {error.strerror}") from error
+    with server:
         threading.Thread(target=_accept, args=(server, connect, opened), daemon=True).start()
         try:
             yield server.getsockname()[1]

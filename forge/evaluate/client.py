@@ -52,7 +52,7 @@ class EvaluateOptions:
     contamination: bool | None = None
     """Whether the training data of runs are searched for the examples; None: unless they have many tokens."""
     cluster: str | None = None
-    """Name of a cluster; None: the one that is up on this machine, or else this machine."""
+    """Name or file of a cluster; None: the one that is up on this machine, or else this machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,8 @@ def evaluate_models(
     _require_different(loaded)
     if harness:
         _require_harness(harness, options=options)
-    address = _address(options.cluster) if loaded else None
+    is_elsewhere = options.cluster is not None and not find_cluster(options.cluster).shares_files
+    local = find_local() if loaded and not is_elsewhere else None
     found = []
     for folder in folders:
         if not loaded:
@@ -121,7 +122,8 @@ def evaluate_models(
             "limit": options.limit,
             "num_workers": options.num_workers,
             "contamination": options.contamination,
-            "address": address,
+            "address": None if local is None else local.address,
+            "cluster": options.cluster if is_elsewhere else None,
         }
         answer = run_driver(
             "forge.evaluate.run",
@@ -206,17 +208,3 @@ def _require_different(tasks: Sequence[tuple[Path, LoadedTask]]) -> None:
         other = seen.setdefault(loaded.task.name, path)
         if other is not path:
             raise loaded.source.error("name", f"is also the name of the task in {other}")
-
-
-def _address(cluster: str | None) -> str | None:
-    """The address of the Ray cluster to use; None: one of its own.
-
-    Raises: ArgumentError for a cluster of other machines; ClusterError if it is not up.
-    """
-    if cluster is not None and not find_cluster(cluster).shares_files:
-        raise ArgumentError(
-            f"the machines of '{cluster}' do not see this machine's files, where weights and tasks are; run "
-            "forge eval on its head, where runs of the cluster are in ~/.forge/runs"
-        )
-    local = find_local()
-    return None if local is None else local.address

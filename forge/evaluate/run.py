@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from forge.cluster.registry import find_cluster
 from forge.config.evaluate import task_problem
 from forge.config.load import load_task_text
 from forge.data.held_out import held_out_of_run
@@ -21,12 +22,15 @@ from forge.data.sources.base import Record
 from forge.errors import ArgumentError
 from forge.evaluate.contamination import count_in_corpus, overlaps, task_ngrams, training_texts
 from forge.evaluate.results import answers_path, count_read, score_task, task_digest, write_answers
-from forge.evaluate.run_files import pack_run
 from forge.evaluate.shards import TaskShards
 from forge.evaluate.task import Task, build_task
 from forge.fs import default_cache_dir
 from forge.inference.identity import ModelIdentity, identify
+from forge.remote.models import PlacedModel, place_model
+from forge.remote.shard_task import RemoteMap
+from forge.remote.submit import preflight
 from forge.runs.reader import read_plan
+from forge.runs.run_files import pack_run
 from forge.runs.scores import TaskScore, append_score, read_scores
 from forge.runs.trackers.wandb_tracker import log_scores
 from forge.runtime.shard_files import ShardFiles
@@ -56,6 +60,8 @@ class EvaluationRequest:
     """Of the Ray cluster; None: one that ends with this process."""
     contamination: bool | None = None
     """Whether the run's training data are searched for the examples; None: unless they have many tokens."""
+    cluster: str | None = None
+    """Name or file of a cluster of other machines, on which the shards are answered."""
     folder: str | None = None
     """Where the scores are written; None: the folder of the run, or of the cache for a folder of weights."""
 
@@ -67,20 +73,44 @@ def evaluate(request: EvaluationRequest, process: ShardProcess) -> dict[str, Any
     """
     tasks = [build_task(load_task_text(text, path=path)) for path, text in request.tasks]
     source = Path(request.source)
-    model = identify(source, step=request.step, ema=request.ema)
+    there = _place(request, process)
+    model = _identify(request, there)
     for task in tasks:
         _require_kind(task, model)
     found = [_read(task, source, limit=request.limit) for task in tasks]
     for shards in found:
         process.message(f"task {shards.task.spec.name}: {count_read(shards.data)}")
     files = _files(request, model)
-    _answer(found, files, request=request, model=model, process=process)
+    _answer(found, files, request=request, model=model, process=process, there=there)
     folder = Path(request.folder) if request.folder is not None else source if model.is_run else files.folder.parent
     before = read_scores(folder)
     scores = [_score(one, files, request=request, model=model, folder=folder, process=process) for one in found]
     if model.is_run:
         _log(Path(request.source), [score for score in scores if score not in before], process=process)
     return {"scores": [asdict(score) for score in scores], "folder": str(folder)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Elsewhere:
+    """A model on the cluster that answers."""
+
+    model: PlacedModel
+    map: RemoteMap
+
+
+def _place(request: EvaluationRequest, process: ShardProcess) -> _Elsewhere | None:
+    """Give the cluster the model; None if this machine, or its own cluster, answers."""
+    if request.cluster is None:
+        return None
+    target = preflight(find_cluster(request.cluster))
+    model = place_model(target, Path(request.source), step=request.step, on_message=process.message)
+    return _Elsewhere(model=model, map=RemoteMap(target, model))
+
+
+def _identify(request: EvaluationRequest, there: _Elsewhere | None) -> ModelIdentity:
+    if there is None:
+        return identify(request.source, step=request.step, ema=request.ema)
+    return ModelIdentity(**there.model.identify(step=request.step, ema=request.ema))
 
 
 def _require_kind(task: Task, model: ModelIdentity) -> None:
@@ -117,9 +147,10 @@ def _answer(
     request: EvaluationRequest,
     model: ModelIdentity,
     process: ShardProcess,
+    there: _Elsewhere | None,
 ) -> None:
     config: dict[str, Any] = {
-        "source": request.source,
+        "source": request.source if there is None else there.model.folder,
         "step": model.step,
         "ema": request.ema,
         "dtype": request.dtype,
@@ -137,6 +168,7 @@ def _answer(
         total=total,
         num_workers=request.num_workers,
         address=request.address,
+        elsewhere=None if there is None else there.map,
     )
     if totals.num_reused:
         process.message(f"{totals.num_reused} of {total} shards were answered before, by the same weights")

@@ -9,15 +9,28 @@ from typing import Any
 
 from forge.data.conversations import Conversation
 from forge.errors import ArgumentError
-from forge.evaluate.run_files import find_run_files
+from forge.inference.answer import AnswerConfig, Answerer
 from forge.inference.encode import classify, embed
 from forge.inference.generate import generate
 from forge.inference.loaded import load
 from forge.inference.pseudo import pseudo_log_likelihoods
 from forge.inference.sampling import SamplingParams
 from forge.inference.score import TextLogLikelihood, log_likelihoods, text_log_likelihoods
+from forge.runs.run_files import find_run_files
 
 Example = Mapping[str, Any]
+
+
+class AnswerWorker(Answerer):
+    """Answers prompts (`forge generate`) on machines that may not see the run folder.
+
+    `config` has the fields of `AnswerConfig`, and `packed`: the small files of a run, or None.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        options = dict(config)
+        source = find_run_files(Path(options.pop("source")), packed=options.pop("packed"))
+        super().__init__(AnswerConfig(source=str(source), **options))
 
 
 class EvaluationWorker:

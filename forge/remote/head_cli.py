@@ -1,9 +1,10 @@
 """The commands that `forge.remote` runs on a cluster's head: `python -m forge.remote.head_cli VERB`.
 
-`check` reports versions and hardware; `receive` stores a corpus and `upload` a run folder and its secrets, both
-from stdin; `status`, `stop`, `log` and `drain` manage runs and nodes. Each prints one line of JSON: the result or
-the error. `run` and `follow` are the entry points of Ray jobs: they print every record of the run on its own line,
-after a prefix, until the run ends.
+`check` reports versions and hardware. `receive` stores a corpus, `upload` a run folder and its secrets, `store` any
+other folder, `serve` the settings of a server, and `stash` secrets, all from stdin; `fetch` sends results back.
+`status`, `stop`, `log`, `more`, `server`, `update`, `discard` and `drain` manage runs, maps, servers and nodes.
+Each prints one line of JSON, the result or the error; `fetch` a tar file. `run`, `follow` and `launch` are entry
+points of Ray jobs: the first two print every record of a run on its own line, after a prefix, until the run ends.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import io
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -25,14 +28,18 @@ from typing import Any
 
 from forge.data.transfer import has_corpus, receive_corpus
 from forge.errors import ArgumentError, ClusterError, ForgeError
+from forge.foreign import file_name
 from forge.fs import default_cache_dir, make_private
 from forge.plan.plan import plan_from_json, plan_to_json
 from forge.process import is_alive, open_log
 from forge.remote.secrets import stash_secrets, take_secrets
-from forge.runs.logs import last_lines
+from forge.runs.logs import last_lines, log_size, read_new
 from forge.runs.reader import ENDINGS, count_records, driver_pid, follow
-from forge.runtime.driver_process import LocalRun
+from forge.runs.records import EVENTS
+from forge.runtime.driver_process import DRIVER_MODULE, MAP, MAP_DRIVER_MODULE, RESULTS, LocalRun
 from forge.runtime.probe import local_gpu
+from forge.runtime.servers import SERVER_MODULE, prepare_server, server_status, write_update
+from forge.serve.http.settings import SETTINGS, settings_from_json
 
 MARK = "\x1e"
 """Precedes every record and occurs in no log. Source: RFC 7464, where it precedes every text of a sequence."""
@@ -43,6 +50,7 @@ _START_TIMEOUT_S = 60.0
 _RESTART_TIMEOUT_S = 20.0
 """The supervisor needs a few seconds to notice that the driver was killed, and to start another."""
 _POLL_S = 0.05
+_FETCH_BYTES = 64 * 2**20
 
 
 def main() -> None:
@@ -56,11 +64,25 @@ def main() -> None:
     upload = verbs.add_parser("upload")
     upload.add_argument("run_id")
     upload.add_argument("--folder", type=Path)
-    for verb in ("run", "follow"):
+    verbs.add_parser("serve")
+    for verb in ("server", "update"):
+        verbs.add_parser(verb).add_argument("folder", type=Path)
+    more = verbs.add_parser("more")
+    more.add_argument("folder", type=Path)
+    more.add_argument("name")
+    more.add_argument("offset", type=int)
+    for verb in ("run", "follow", "launch"):
         job = verbs.add_parser(verb)
         job.add_argument("folder", type=Path)
         job.add_argument("--events", type=int, default=0)
         job.add_argument("--steps", type=int, default=0)
+    store = verbs.add_parser("store")
+    store.add_argument("name")
+    store.add_argument("--root", type=Path, default=_HOME)
+    verbs.add_parser("stored").add_argument("name")
+    verbs.add_parser("stash").add_argument("name")
+    verbs.add_parser("fetch").add_argument("folder", type=Path)
+    verbs.add_parser("discard").add_argument("folder", type=Path)
     drain = verbs.add_parser("drain")
     drain.add_argument("node_id")
     drain.add_argument("seconds", type=float)
@@ -72,8 +94,11 @@ def main() -> None:
     log.add_argument("name")
     log.add_argument("lines", type=int)
     options = parser.parse_args()
-    if options.verb in ("run", "follow"):
+    if options.verb in ("run", "follow", "launch"):
         sys.exit(_run_job(options))
+    if options.verb == "fetch":
+        _fetch(options.folder)
+        return
     try:
         answer = {"answer": _ANSWERS[options.verb](options)}
     except ForgeError as error:
@@ -130,6 +155,92 @@ def _upload(options: argparse.Namespace) -> dict[str, Any]:
     return {"folder": str(folder), "has_corpus": is_ready}
 
 
+def _store(options: argparse.Namespace) -> str:
+    """Unpack a folder from stdin beside its final place, then put it there; one that exists is kept.
+
+    Of a map that has ended, the former files are replaced and the results kept.
+    """
+    folder: Path = options.root.expanduser().absolute() / options.name
+    if ".." in folder.parts:
+        raise ArgumentError(f"{options.name!r} leads out of its folder")
+    if driver_pid(folder) is not None:
+        raise ArgumentError(f"{folder.name} is already running on the cluster")
+    try:
+        make_private(folder.parent)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
+            with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as archive:
+                archive.extractall(draft, filter="data")
+            if not folder.exists():
+                Path(draft).rename(folder)
+                Path(draft).mkdir()  # what TemporaryDirectory removes
+            elif (folder / MAP).exists():
+                (folder / EVENTS).unlink(missing_ok=True)
+                for path in Path(draft).iterdir():
+                    path.replace(folder / path.name)
+        if (folder / MAP).exists():
+            (folder / "logs").mkdir(exist_ok=True, mode=0o700)
+    except (OSError, tarfile.TarError) as error:
+        raise ClusterError(f"cannot write {folder} on the cluster: {error}") from error
+    return str(folder)
+
+
+def _stored(options: argparse.Namespace) -> str | None:
+    """The folder that `store` has made of this name; None if there is none."""
+    folder: Path = _HOME.expanduser().absolute() / options.name
+    return str(folder) if folder.is_dir() else None
+
+
+def _stash(options: argparse.Namespace) -> bool:
+    stash_secrets(options.name, json.loads(sys.stdin.buffer.read()))
+    return True
+
+
+def _fetch(folder: Path) -> None:
+    """Write results of a map as a tar file to stdout, up to about `_FETCH_BYTES`.
+
+    The keys of wanted results are on stdin, as JSON; those without a result are left out.
+    """
+    size = 0
+    with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as archive:
+        for key in json.load(sys.stdin):
+            path = folder / RESULTS / file_name(f"{key}.jsonl")
+            if path.is_file() and size < _FETCH_BYTES:
+                archive.add(path, arcname=path.name)
+                size += path.stat().st_size
+
+
+def _discard(options: argparse.Namespace) -> bool:
+    """Delete the folder of a map that does not run any more."""
+    folder: Path = options.folder
+    if driver_pid(folder) is not None or not (folder / MAP).is_file():
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def _serve(options: argparse.Namespace) -> str:
+    """Write the folder of a server, from its settings and the files that they name. Returns: the folder."""
+    request = json.load(sys.stdin)
+    return str(prepare_server(settings_from_json(json.dumps(request["settings"])), files=request["files"]))
+
+
+def _server(options: argparse.Namespace) -> dict[str, Any]:
+    found = server_status(options.folder)
+    return {"record": dict(found.record), "is_alive": found.is_alive}
+
+
+def _update(options: argparse.Namespace) -> bool:
+    write_update(options.folder, json.load(sys.stdin))
+    return True
+
+
+def _more(options: argparse.Namespace) -> list[Any]:
+    """What was appended to a log since an offset, and the new offset; of -1: nothing, and the log's size."""
+    if options.offset < 0:
+        return ["", log_size(options.folder, name=options.name)]
+    return list(read_new(options.folder, name=options.name, offset=options.offset))
+
+
 def _stop(options: argparse.Namespace) -> bool:
     pid = driver_pid(options.folder)
     if pid is not None:
@@ -162,6 +273,14 @@ _ANSWERS = {
     "check": _check,
     "receive": _receive,
     "upload": _upload,
+    "store": _store,
+    "stored": _stored,
+    "stash": _stash,
+    "discard": _discard,
+    "serve": _serve,
+    "server": _server,
+    "update": _update,
+    "more": _more,
     "stop": _stop,
     "drain": _drain,
     "status": _status,
@@ -173,10 +292,12 @@ def _run_job(options: argparse.Namespace) -> int:
     """Start a run or only follow it, and print its records. Returns: the exit code; 0 if the run ended."""
     folder: Path = options.folder
     try:
-        if options.verb == "run":
+        if options.verb != "follow":
             pid = _launch(folder)
             sys.stdout.write(f"driver: process {pid} of {platform.node()}, the cluster's head\n")
             sys.stdout.flush()
+        if options.verb == "launch":  # a server has no records
+            return 0
     except ForgeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -211,16 +332,10 @@ def _launch(folder: Path) -> int:
     Raises: ClusterError if it does not take the run's lock; its log has the reason.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_JOB_")}
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "forge.runtime.driver",
-        str(folder),
-        "--address",
-        environment.pop("RAY_ADDRESS"),
-    ]
-    log = folder / "logs" / "driver.log"
+    is_server = (folder / SETTINGS).is_file()
+    module = MAP_DRIVER_MODULE if (folder / MAP).is_file() else SERVER_MODULE if is_server else DRIVER_MODULE
+    command = [sys.executable, "-P", "-m", module, str(folder), "--address", environment.pop("RAY_ADDRESS")]
+    log = folder / "logs" / ("server.log" if is_server else "driver.log")
     with os.fdopen(open_log(log), "ab") as output:
         started = subprocess.run(
             ["/bin/sh", "-c", 'setsid "$@" 1>&2 & echo $!', "sh", *command],

@@ -36,6 +36,7 @@ from forge.runs.records import EVENTS, METRICS, event_record, step_record
 from forge.runs.remote_ref import RemoteRef, read_remote_ref, write_remote_ref
 from forge.runtime.driver_process import RunHandle, find_local_run
 
+HEAD_CLI = "forge.remote.head_cli"
 _RETRY_S = (0.5, 1.0, 2.0, 5.0)
 _POLL_S = 0.05
 
@@ -233,7 +234,7 @@ def submit_job(client: Any, ref: RemoteRef, *, verb: str, python: str) -> None:
 
     Raises: ClusterError if it is not accepted.
     """
-    command = [python, "-P", "-m", "forge.remote.head_cli", verb, ref.folder]
+    command = [python, "-P", "-m", HEAD_CLI, verb, ref.folder]
     command += ["--events", str(ref.events), "--steps", str(ref.steps)]
     try:
         client.submit_job(
@@ -243,14 +244,15 @@ def submit_job(client: Any, ref: RemoteRef, *, verb: str, python: str) -> None:
         raise ClusterError(f"'{ref.cluster}' did not accept the job: {first_line(error)}") from error
 
 
-def ask(cluster: Cluster, *words: str, stdin: bytes = b"", timeout_s: float = 60.0) -> Any:
+def ask(cluster: Cluster, *words: str, stdin: bytes = b"", timeout_s: float = 60.0, module: str = HEAD_CLI) -> Any:
     """Run a command of `head_cli` on the head and return its result.
+
+    Args:
+        module: another one that answers in the same way.
 
     Raises: the error that the command reports; ClusterError if the head cannot be reached.
     """
-    done = cluster.on_head(
-        ["python", "-P", "-m", "forge.remote.head_cli", *words], stdin=stdin, timeout_s=timeout_s
-    )
+    done = cluster.on_head(["python", "-P", "-m", module, *words], stdin=stdin, timeout_s=timeout_s)
     return answer_of(cluster, done.stdout, done.stderr)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from forge.cluster.base import Cluster
 from forge.code_archive import ARCHIVE
@@ -32,6 +32,7 @@ from forge.plan.inputs import HardwareInfo
 from forge.plan.plan import Plan
 from forge.remote.local_credentials import local_credentials_note
 from forge.remote.mirror import (
+    HEAD_CLI,
     RemoteRun,
     answer_of,
     ask,
@@ -241,25 +242,33 @@ def _upload(cluster: Cluster, plan: Plan, folder: Path) -> str:
 
 def _send_corpus(cluster: Cluster, plan: Plan) -> None:
     folder, digest = Path(plan.corpus.folder), plan.corpus.digest
+    send_stream(cluster, "receive", folder.name, digest, write=lambda stream: send_corpus(folder, stream=stream))
+
+
+def send_stream(cluster: Cluster, *words: str, write: Callable[[IO[bytes]], None]) -> Any:
+    """Run a command of `head_cli` with what `write` writes as its stdin. Returns: its result.
+
+    Raises: as `ask`, and what `write` raises.
+    """
     read_fd, write_fd = os.pipe()
     problems: list[Exception] = []
 
     def send() -> None:
         try:
             with os.fdopen(write_fd, "wb") as stream:
-                send_corpus(folder, stream=stream)
+                write(stream)
         except (OSError, ForgeError) as error:  # the error of the other end is more precise, if there is one
             problems.append(error)
 
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     with os.fdopen(read_fd, "rb") as stream:
-        command = ["python", "-P", "-m", "forge.remote.head_cli", "receive", folder.name, digest]
+        command = ["python", "-P", "-m", HEAD_CLI, *words]
         done = cluster.on_head(command, stdin=stream, timeout_s=_SEND_TIMEOUT_S)
     thread.join()
     if problems and isinstance(problems[0], ForgeError):
         raise problems[0]
-    answer_of(cluster, done.stdout, done.stderr)
+    return answer_of(cluster, done.stdout, done.stderr)
 
 
 def _packed(folder: Path, *, names: tuple[str, ...]) -> bytes:

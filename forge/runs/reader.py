@@ -330,7 +330,7 @@ def follow(
 
 
 def _require_run_folder(folder: Path) -> None:
-    if not (folder / "plan.json").exists():
+    if not any((folder / name).exists() for name in ("plan.json", "map.json")):
         raise RunError(
             f"the run folder {folder} was removed or moved while the run was in progress, and its records with it. "
             "A run on this machine is ended then; one on a cluster goes on there: forge cluster status"

@@ -27,6 +27,9 @@ from forge.runs.reader import LOCK, driver_pid
 
 DRIVER_MODULE = "forge.runtime.driver"
 """Run with `python -m`. Tests of the CLI and the API replace it by a scripted driver, and nothing else."""
+MAP_DRIVER_MODULE = "forge.runtime.map_driver"
+MAP, INPUTS, RESULTS = "map.json", "inputs.jsonl", "results"
+"""Files in the folder of a map: what is computed, a shard on each line, and the results."""
 _POLL_S = 0.05
 
 

@@ -271,6 +271,7 @@ class ModelServer:
         self._state, self._message = state, message
         status: dict[str, Any] = {"pid": os.getpid(), "state": state, "message": message, "update": self._update}
         status |= {"error": error} if error is not None else {}
+        status |= {"ray_address": self._address} if self._address is not None else {}
         if hasattr(self, "_settings"):
             status |= {"name": self._settings.name, "url": self._settings.url, "model": self._settings.model_name}
             status |= {"source": self._settings.source}

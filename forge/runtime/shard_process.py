@@ -17,8 +17,9 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
+from forge.code_archive import TRUST
 from forge.environment import adopt_environment
 from forge.errors import ArgumentError, ForgeError, RunError
 from forge.process import die_with_parent, first_line, open_log, take_stdout
@@ -30,12 +31,37 @@ from forge.runtime.shard_map import MapOptions, MapTotals, ShardMap, StoppedErro
 from forge.runtime.shard_worker import ShardWorkerSpec
 
 
-class ShardProcess:
-    """This process, while it answers one request."""
+class MapElsewhere(Protocol):
+    """Computes the shards that have no result on a cluster of other machines; `forge.remote.shard_task`."""
 
-    def __init__(self, stdout: TextIO) -> None:
-        self._stdout = stdout
+    def __call__(
+        self,
+        shards: Iterable[Any],
+        *,
+        spec: ShardWorkerSpec,
+        files: ShardFiles,
+        num_workers: int | None,
+        stop: threading.Event,
+        process: ShardProcess,
+    ) -> MapTotals:
+        """Raises: as `ShardMap.run`."""
+
+
+class ShardProcess:
+    """This process, while it answers one request.
+
+    Args:
+        parent: the client; if it has gone, what runs on another machine is left running.
+    """
+
+    def __init__(self, stdout: TextIO | None, *, parent: int | None = None) -> None:
+        self._stdout, self._parent = stdout, parent
         self._stop = threading.Event()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was asked to stop."""
+        return self._stop.is_set()
 
     def message(self, text: str) -> None:
         """Tell the client something that its user should read."""
@@ -55,6 +81,7 @@ class ShardProcess:
         num_workers: int | None = None,
         address: str | None = None,
         resource: str = "auto",
+        elsewhere: MapElsewhere | None = None,
     ) -> MapTotals:
         """Compute the shards that have no result, on the cluster at an address or on this machine.
 
@@ -66,6 +93,7 @@ class ShardProcess:
             num_workers: the most; None: as many as the cluster has slots.
             address: of the Ray cluster; None: one that ends with this process.
             resource: `CPU`, `GPU`, or `auto`: GPUs where the cluster has any.
+            elsewhere: computes them on a cluster of other machines instead.
 
         Raises: what `ShardMap.run` raises; ArgumentError if another process computes the same; RunError if stopped.
         """
@@ -75,16 +103,27 @@ class ShardProcess:
             os.close(lock)
             self.progress(total, total)
             return MapTotals(num_shards=total, num_reused=total)
+        self.take_signals()
+        if elsewhere is not None:
+            try:
+                return elsewhere(
+                    shards(), spec=spec, files=files, num_workers=num_workers, stop=self._stop, process=self
+                )
+            except StoppedError as error:
+                raise RunError(f"stopped: {error}; start it again to go on") from None
+            finally:
+                os.close(lock)
         prepare_connection(address)
         import ray
 
         connect(address, min_cpus=num_workers or 1)
-        self._take_signals()
+        self.take_signals()  # ray.init has replaced the handler
         from forge.runtime.local_cluster import is_local_cluster
 
         if resource == "auto":
             resource = "GPU" if ray.cluster_resources().get("GPU", 0) >= 1 else "CPU"
         keys = credentials(os.environ, with_files=is_local_cluster())
+        keys |= {TRUST: os.environ[TRUST]} if TRUST in os.environ else {}
         done: list[int] = []
 
         def on_done(number: int) -> None:
@@ -106,11 +145,17 @@ class ShardProcess:
             ray.shutdown()
             os.close(lock)
 
-    def _take_signals(self) -> None:
+    def take_signals(self) -> None:
+        """Stop at SIGTERM."""
         signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client receives it, and asks this process to stop
 
+    def has_client(self) -> bool:
+        """Whether the client still runs."""
+        return self._parent is None or os.getppid() == self._parent
+
     def _write(self, line: dict[str, Any]) -> None:
+        assert self._stdout is not None, "a process without a client records events instead"
         self._stdout.write(json.dumps(line) + "\n")
         self._stdout.flush()
 
@@ -125,8 +170,9 @@ def answer_request(handle: Callable[[dict[str, Any], ShardProcess], Any]) -> Non
     redact_output()
     adopt_environment()
     request = json.load(sys.stdin)
-    die_with_parent(request.pop("parent"), signal_number=signal.SIGTERM)
-    process = ShardProcess(stdout)
+    parent = request.pop("parent")
+    die_with_parent(parent, signal_number=signal.SIGTERM)
+    process = ShardProcess(stdout, parent=parent)
     try:
         line = {"answer": handle(request, process)}
     except ForgeError as error:

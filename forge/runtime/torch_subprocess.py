@@ -19,8 +19,9 @@ from typing import Any
 
 import psutil
 
-from forge.cluster.local.ray_cluster import require_private_token
+from forge.cluster.local.ray_cluster import find_local, require_private_token
 from forge.cluster.local.ray_process import session_members
+from forge.cluster.registry import find_cluster
 from forge.code_archive import require_trusted
 from forge.errors import RunError
 from forge.runs.reader import error_named, read_plan
@@ -56,23 +57,37 @@ def answer_file(
     source: Path,
     output: Path,
     num_workers: int | None = None,
+    cluster: str | None = None,
     on_progress: OnBytes | None = None,
+    on_message: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Answer all prompts of a JSONL file; started again after a stop, it computes what is missing.
 
     Args:
         output: a new JSONL file with an answer for each prompt, in order.
-        num_workers: answer with so many workers of Ray on this machine; None: in one process, without Ray.
-        on_progress: called with the prompts that are answered and those in all.
+        num_workers: answer with so many workers of Ray; None: in one process, without Ray; with a cluster: as many
+            as it has CPUs or GPUs.
+        cluster: name or file of a cluster; None: this machine.
+        on_progress: called with the prompts (on Ray the shards of prompts) that are answered and those in all.
+        on_message: called with what happens to workers and the cluster.
 
     Returns: as `answer_prompts`, with `num_answers` and `num_reused` in place of `answers`.
     Raises: as `answer_prompts`.
     """
     _require_trusted(config)
     request: dict[str, Any] = {"config": dict(config), "input": str(source), "output": str(output)}
-    if num_workers is not None:
-        request["num_workers"] = num_workers
-        return run_driver("forge.runtime.answer_map", request=request, what=_NO_ANSWER, on_progress=on_progress)
+    if num_workers is not None or cluster is not None:
+        local = find_local() if cluster is not None else None
+        is_elsewhere = cluster is not None and not find_cluster(cluster).shares_files
+        request |= {"num_workers": num_workers, "cluster": cluster if is_elsewhere else None}
+        request["address"] = None if local is None or is_elsewhere else local.address
+        return run_driver(
+            "forge.evaluate.answer_map",
+            request=request,
+            what=_NO_ANSWER,
+            on_progress=on_progress,
+            on_message=on_message,
+        )
     return _run(_ANSWERS, request=request, what=_NO_ANSWER, on_progress=on_progress)
 
 

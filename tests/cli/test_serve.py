@@ -49,7 +49,12 @@ def test_serve__wrong_options__refused_before_anything_starts(state: Path, words
 
 def test_serve__no_such_run__says_so(state: Path) -> None:
     result = forge("missing", "--runs", str(state))
-    assert isinstance(result.exception, ArgumentError) and "missing" in str(result.exception)
+    assert isinstance(result.exception, ArgumentError)
+    assert str(result.exception).startswith(
+        f"there is no folder {Path.cwd() / 'missing'}, and no run 'missing' under"
+    )
+    (state / "empty").mkdir()
+    assert "empty has no config.json, and no run" in str(forge(str(state / "empty")).exception)
 
 
 def test_serve_key__to_a_file__prints_the_key_once(state: Path) -> None:

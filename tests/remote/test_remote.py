@@ -8,7 +8,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from forge.runs.reader import read_metrics, read_run
 from forge.runs.trials import TrialTable
 from forge.runtime.resolve import resolve
 from tests.support.command import environment, mentioning, wait_for
-from tests.support.remote_client import Elsewhere, elsewhere
+from tests.support.remote_client import Elsewhere
 
 JOB = """\
 name: far
@@ -41,17 +40,6 @@ search:
   max_trials: 3
 """
 SECRET = "planted-0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("there")
-
-
-@pytest.fixture(scope="module")
-def cluster(there: Path) -> Iterator[Elsewhere]:
-    with elsewhere(there, num_nodes=1) as cluster:
-        yield cluster
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import IO, Any
 
@@ -197,6 +197,9 @@ class CloudCluster:
     def job_server(self) -> Iterator[str]:
         with self._head().host.forward(DASHBOARD_PORT) as port:
             yield f"http://127.0.0.1:{port}"
+
+    def forward(self, port: int, *, local: int = 0) -> AbstractContextManager[int]:
+        return self._head().host.forward(port, local=local)
 
     def shell(self, machine: str | None) -> list[str]:
         """Workers are reached through the head, which may be the only machine with a public address."""

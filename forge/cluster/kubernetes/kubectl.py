@@ -116,7 +116,7 @@ class Kubectl:
         return subprocess.CompletedProcess(done.args, done.returncode, done.stdout, stderr)
 
     @contextlib.contextmanager
-    def forward(self, pod: str, port: int) -> Iterator[int]:
+    def forward(self, pod: str, port: int, *, local: int = 0) -> Iterator[int]:
         """Forward a port of this machine's loopback to a port of a pod; yields the local port.
 
         kubectl listens on a port of its own choice. If it ends, another process may take that port, so each
@@ -134,8 +134,8 @@ class Kubectl:
         with tunnel:
             try:
                 port = self._await_forward(tunnel)
-                with local_port(lambda: _connect_to(tunnel, port)) as local:
-                    yield local
+                with local_port(lambda: _connect_to(tunnel, port), port=local) as listening:
+                    yield listening
             finally:
                 tunnel.kill()  # it has nothing to clean up
 

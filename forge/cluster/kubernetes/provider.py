@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.metadata import version
 from typing import IO, Any
@@ -185,6 +186,10 @@ class KubernetesCluster:
         kubectl = self._kubectl()
         with kubectl.forward(self._head(kubectl).name, DASHBOARD_PORT) as port:
             yield f"http://127.0.0.1:{port}"
+
+    def forward(self, port: int, *, local: int = 0) -> AbstractContextManager[int]:
+        kubectl = self._kubectl()
+        return kubectl.forward(self._head(kubectl).name, port, local=local)
 
     def shell(self, machine: str | None) -> list[str]:
         """Raises: ClusterError if the cluster has no such pod."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import IO
 from urllib.parse import urlsplit
 
@@ -102,6 +103,9 @@ class LocalCluster:
         if cluster is None or not cluster.job_server:
             raise ClusterError("no cluster is up on this machine; start one: forge cluster up")
         yield _own_job_server(cluster)
+
+    def forward(self, port: int, *, local: int = 0) -> AbstractContextManager[int]:
+        return contextlib.nullcontext(port)
 
     def shell(self, machine: str | None) -> list[str]:
         hidden = ("-u", "PYTHONSAFEPATH", "-u", "PYTHONUTF8")  # for forge's own processes

@@ -14,6 +14,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import IO, Any
 
@@ -170,6 +171,9 @@ class SshCluster:
     def job_server(self) -> Iterator[str]:
         with self._head.forward(int(self._state()["job_port"])) as port:
             yield f"http://127.0.0.1:{port}"
+
+    def forward(self, port: int, *, local: int = 0) -> AbstractContextManager[int]:
+        return self._head.forward(port, local=local)
 
     def shell(self, machine: str | None) -> list[str]:
         """Raises: ClusterError if the cluster has no such host."""

@@ -116,10 +116,13 @@ class SshHost:
         return subprocess.CompletedProcess(done.args, done.returncode, out, done.stderr if err is None else err)
 
     @contextlib.contextmanager
-    def forward(self, port: int) -> Iterator[int]:
+    def forward(self, port: int, *, local: int = 0) -> Iterator[int]:
         """Forward a port of this machine's loopback to a port of the host's loopback; yields the local port.
 
         ssh itself forwards a Unix socket that only this user can reach: see `forge.cluster.tunnel`.
+
+        Args:
+            local: the port of this machine; 0: a free one.
 
         Raises: ClusterError as `run`, or if ssh does not forward in time.
         """
@@ -132,8 +135,8 @@ class SshHost:
             ) as tunnel:
                 try:
                     self._await_forward(tunnel, path)
-                    with local_port(lambda: _connect_unix(path)) as local:
-                        yield local
+                    with local_port(lambda: _connect_unix(path), port=local) as listening:
+                        yield listening
                 finally:
                     tunnel.terminate()
 

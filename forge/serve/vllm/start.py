@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from forge.errors import ArgumentError, ClusterError
+from forge.inference.adapters import AdapterWeights, ServedAdapters
 from forge.inference.loaded import LoadedModel
 from forge.limits import free_memory_bytes
 from forge.runs.reader import read_plan
-from forge.serve.adapters import AdapterWeights, ServedAdapters
 from forge.serve.export import ExportRequest, export
 from forge.serve.http.settings import ServerSettings
 from forge.serve.request import EngineOptions

@@ -17,11 +17,11 @@ import openai
 import psutil
 import pytest
 import torch
-from forge.serve.adapters import load_adapters
 from peft import LoraConfig, get_peft_model
 from ray.util import get_node_ip_address
 from transformers import AutoModelForCausalLM
 
+from forge.inference.adapters import load_adapters
 from forge.inference.loaded import load
 from forge.inference.sampling import SamplingParams
 from forge.process import free_port
