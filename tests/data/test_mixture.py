@@ -12,6 +12,7 @@ import pytest
 
 from forge.config.data import DataSpec
 from forge.data.held_out import held_out_of_run
+from forge.data.loader import TrainBatches
 from forge.data.look import look_at_corpus
 from forge.data.mixture import find_corpus, mix, prepare_corpus
 from forge.data.mixture_order import MixtureOrder, build_order, interleaved
@@ -174,6 +175,24 @@ def test_prepare_corpus__mixture__has_the_rows_of_every_part_prepared_alone(
     with pytest.raises(IndexError):
         train.read(np.array([first]))
     assert {(Path(part.corpus.folder) / "index.json").stat().st_nlink for part in facts.parts} == {2}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_train_batches__mixture_at_any_world_size__have_the_rows_and_totals_of_one_worker(
+    files: dict[str, Path], facts: CorpusInfo, world_size: int
+) -> None:
+    rows, order = open_rows(facts)[0], build_order(spec_of(files), facts)
+
+    def seen(size: int) -> list[Any]:
+        plan = plan_batch(10, world_size=size, max_micro_batch_size=2)
+        ranks = [TrainBatches(rows=rows, order=order, plan=plan, rank=rank) for rank in range(size)]
+        taken = [(b, at) for step in (1, 9) for rank in ranks for b in rank.of_step(step) for at in range(2)]
+        return [
+            *((int(b.positions[at]), b.arrays["tokens"][at].tolist()) for b, at in taken if b.positions[at] >= 0),
+            *{rank.totals(step) for step in (1, 9) for rank in ranks},
+        ]
+
+    assert seen(world_size) == seen(1)
 
 
 def test_prepare_corpus__other_weights__prepares_nothing_again(
