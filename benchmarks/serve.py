@@ -2,7 +2,7 @@
 
     python -m benchmarks.serve [--model FOLDER] [--clients 1 8 32] --json FILE
 
-Clients in another process stream greedy continuations of different prompts of 40 to 250 tokens, 48 tokens each.
+Clients in another process stream greedy continuations of different prompts of 40 to 250 tokens, 32 tokens each.
 Each client waits for its answer before it asks again. All contenders compute in bf16 with all cores.
 
     forge engine          clients call the engine in its own process, without HTTP and Ray
@@ -41,13 +41,14 @@ from benchmarks.serve_load import LoadResult, build_prompts, completions, measur
 from forge.runtime.vllm_environment import find_vllm
 from forge.serve.vllm.process import VLLM_MODULE
 
-MAX_TOKENS = 48
+MAX_TOKENS = 32
 START_S = 300
 MODEL = Path(__file__).parents[1] / ".fixtures" / "smollm2"
 SERVERS = ("forge serve", "transformers serve", "transformers serve --continuous-batching")
 ENGINE = "forge engine"
 VLLM, OVER_VLLM = "vllm serve", "forge serve --engine vllm"
 _WARM_UP_SEED = 1000
+_WARM_UP_CLIENTS = 8
 
 Figures = dict[str, dict[int, list[LoadResult]]]
 """Contender → number of clients → repeats."""
@@ -100,11 +101,11 @@ class Server:
 
 def measure(start: Start, *, clients: Sequence[int], seed: int) -> list[LoadResult]:
     """Start a contender and let each number of clients use it, after a warm-up. Returns: what they measured."""
-    loads = [(max(clients), _WARM_UP_SEED, max(clients))]
+    loads = [(_WARM_UP_CLIENTS, _WARM_UP_SEED, _WARM_UP_CLIENTS)]
     loads += [(number, seed * 100 + number, max(8, 2 * number)) for number in clients]
     if start.contender == ENGINE:
         request = {"model": str(start.model), "dtype": "bf16", "max_tokens": MAX_TOKENS, "loads": loads}
-        command = module("bare_engine", request)
+        command = ["env", "GOMP_SPINCOUNT=2000", *module("bare_engine", request)]  # as in a replica
         with running(command, folder=start.folder, threads=start.threads) as program:
             if program.process.wait():
                 raise RuntimeError(program.last_words())

@@ -52,6 +52,9 @@ _TARGET_LOAD = 0.7
 """Share of `max_running` above which Ray Serve adds a replica."""
 _MAX_CALLS = 100_000
 """Calls that may wait in a replica; the server itself bounds them."""
+_SPINS = 2000
+"""Turns that a thread of OpenMP waits for another before it sleeps. With libgomp's 300,000 waiting threads take the
+cores from others: on a busy machine a step used six times as much CPU time."""
 _LOST = (RayError, DeploymentUnavailableError, ReplicaUnavailableError, BackPressureError)
 """Of a call whose replica is gone; an error of its code is a `RayTaskError`, which is a `RayError` too."""
 
@@ -79,6 +82,7 @@ class ModelReplica:
         redirect_output(Path(folder) / "logs" / f"replica-{self._id}.log")
         # Ray has set 1, the number of CPUs that the replica reserves.
         os.environ["OMP_NUM_THREADS"] = threads or str(max(1, usable_cpus() // settings.max_replicas))
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
         _log.warning("torch computes with %s threads", os.environ["OMP_NUM_THREADS"])
         from forge.serve.service import ModelService
 

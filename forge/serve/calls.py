@@ -58,7 +58,7 @@ class GenerateCall:
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     flush_s: float = 0.0
-    """Tokens of this time are sent together."""
+    """Shortest time between two pieces, except at the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

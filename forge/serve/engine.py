@@ -312,4 +312,4 @@ def _deliver(events: Iterable[tuple[EventStream | None, TokenEvent | EngineError
 
 def _put(events: Sequence[tuple[EventStream, TokenEvent | EngineError]]) -> None:
     for stream, event in events:
-        stream.queue.put_nowait(event)
+        stream.put(event)

@@ -143,7 +143,7 @@ class ModelService:
         stream = self._submit(call, prompt=prompt)
         pieces = _Pieces(self._loaded, prompt_tokens=len(prompt), wants_scores=call.options.logprobs is not None)
         try:
-            async for events in _gathered(stream, flush_s=call.flush_s):
+            while events := await stream.take(flush_s=call.flush_s):
                 yield pieces.of(events)
         except ArgumentError as error:  # vLLM refuses it
             raise ApiError(str(error), code="invalid_value") from error
@@ -277,26 +277,6 @@ class _Pieces:
         """The text of a token; of a part of a character its name in the vocabulary, as no two may be equal."""
         text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text if "\N{REPLACEMENT CHARACTER}" not in text else str(self._tokenizer.id_to_token(token_id))
-
-
-async def _gathered(stream: EventStream, *, flush_s: float) -> AsyncGenerator[list[TokenEvent], None]:
-    """The events of a stream: the first at once, then those of each `flush_s` together."""
-    loop = asyncio.get_running_loop()
-    try:
-        yield [await anext(stream)]
-        while True:
-            events = [await anext(stream)]
-            try:
-                async with asyncio.timeout_at(loop.time() + flush_s):
-                    while True:
-                        events.append(await anext(stream))
-            except TimeoutError:
-                yield events
-            except StopAsyncIteration:
-                yield events
-                return
-    except StopAsyncIteration:
-        return
 
 
 def _sampling(options: TextOptions, *, room: int) -> SamplingParams:

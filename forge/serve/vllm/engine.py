@@ -160,7 +160,7 @@ class VllmEngine:
                         return
             raise EngineError(self._process.error() or "vLLM ended an answer before its text was complete")
         except ForgeError as error:
-            stream.queue.put_nowait(error)
+            stream.put(error)
         finally:
             totals.cancelled += len(unfinished)
             del totals.running[request.request_id]
@@ -173,7 +173,7 @@ class VllmEngine:
             if event.completion_tokens == 1:
                 totals.prompt += event.prompt_tokens
                 totals.first_s.append(time.monotonic() - stream.began)
-            stream.queue.put_nowait(event)
+            stream.put(event)
             if event.finish_reason is not None:
                 unfinished.discard(event.index)
                 totals.finished += 1
