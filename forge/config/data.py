@@ -37,7 +37,7 @@ class TokenizerSpec(Section):
     add_tokens: Strings = ()
     """Special tokens to add to a loaded tokenizer, such as `<tool>`; their ids follow the largest one. If the
     pretrained embedding has no rows for them, set `model.resize_embeddings`. Text spells them only with
-    `data.special_tokens: tokens`, or in a chat template."""
+    `data.special_tokens: parse`, or in a chat template."""
 
     @model_validator(mode="after")
     def _adds_each_token_once(self) -> TokenizerSpec:
@@ -143,9 +143,9 @@ class DataSpec(Section):
     empty turn. `fail`: nothing is trained, and the first of them and their number are named. `skip`: they are left
     out; the plan shows how many there are, and lists them with file, line and reason."""
 
-    special_tokens: Literal["text", "tokens"] = "text"
+    special_tokens: Literal["text", "parse"] = "text"
     """What the name of a special token of the tokenizer means where the text spells it (`<|end|>`). `text`:
-    ordinary characters, so that text from elsewhere cannot end a document or fake a turn. `tokens`: the special
+    ordinary characters, so that text from elsewhere cannot end a document or fake a turn. `parse`: the special
     token. The same holds for the prompt of `forge generate`."""
 
     format: FormatName = "text"

@@ -1,6 +1,6 @@
 """Token ids of conversations in a chat template, and which of them the assistant wrote.
 
-Names of special tokens inside a message are ordinary characters unless `data.special_tokens` is `tokens`, so that
+Names of special tokens inside a message are ordinary characters unless `data.special_tokens` is `parse`, so that
 no message can end its turn or begin another.
 """
 

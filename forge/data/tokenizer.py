@@ -77,7 +77,7 @@ class TextTokenizer:
     eot_id: int
     vocab_size: int
     """Largest id + 1: the rows an embedding needs."""
-    special_tokens: Literal["text", "tokens"] = "text"
+    special_tokens: Literal["text", "parse"] = "text"
     """`data.special_tokens`: how the names of special tokens inside a text are encoded."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Further files of a loaded tokenizer, by name: chat template and special tokens, kept for the export."""

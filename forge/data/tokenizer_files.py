@@ -135,7 +135,7 @@ def set_special_tokens(tokenizer: Tokenizer, *, eot_token: str, special_tokens: 
     tokenizer.encode_special_tokens = special_tokens == "text"
 
 
-def prompt_tokenizer(folder: Path, *, eot_id: int, special_tokens: Literal["text", "tokens"]) -> Tokenizer:
+def prompt_tokenizer(folder: Path, *, eot_id: int, special_tokens: Literal["text", "parse"]) -> Tokenizer:
     """Load the tokenizer of a run for its prompts, which follow the rule of `data.special_tokens`.
 
     Raises: DataError if its file cannot be used.

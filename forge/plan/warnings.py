@@ -109,13 +109,13 @@ def _loss(view: DataView) -> str | None:
 
 
 def _special_tokens(job: JobSpec, files: CorpusFiles | None) -> str | None:
-    if files is None or not files.special_tokens or job.data.special_tokens == "tokens":
+    if files is None or not files.special_tokens or job.data.special_tokens == "parse":
         return None
     names = [f"{name} ({count:,}x)" for name, count in files.special_tokens.items()]
     return (
         f"the text spells special tokens of the tokenizer: {_some(names)} in the sample; "
         "they are ordinary characters (data.special_tokens: text). If the text is yours and they mark its "
-        "structure, set data.special_tokens: tokens"
+        "structure, set data.special_tokens: parse"
     )
 
 

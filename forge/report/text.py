@@ -166,8 +166,8 @@ def _skipped(skipped: SkippedFiles) -> str:
 
 
 def _special_tokens(job: JobSpec) -> str:
-    if job.data.special_tokens == "tokens":
-        return "encoded as tokens where the text spells them (data.special_tokens: tokens)"
+    if job.data.special_tokens == "parse":
+        return "parsed where the text spells them (data.special_tokens: parse)"
     return "ordinary characters where the text spells them (data.special_tokens: text)"
 
 

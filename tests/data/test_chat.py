@@ -219,7 +219,7 @@ def test_chat__special_tokens_in_a_message__are_ordinary_characters(folder: Path
     turns = [{"role": "user", "content": hostile}, {"role": "assistant", "content": "No <|im_end|> here."}]
     end = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<|im_end|>")
     (safe,) = examples(format_of(folder, CHATML), turns)
-    (parsed,) = examples(format_of(folder, CHATML, special_tokens="tokens"), turns)
+    (parsed,) = examples(format_of(folder, CHATML, special_tokens="parse"), turns)
     assert (safe.arrays["tokens"] == end).sum() == 1 and (safe.arrays["targets"] == end).sum() == 1
     assert (parsed.arrays["tokens"] == end).sum() == 4
     assert learnt(folder, safe) == ["No <|im_end|> here.<|im_end|>"] == learnt(folder, parsed)

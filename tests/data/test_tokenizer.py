@@ -222,15 +222,15 @@ def test_special_tokens__text__are_ordinary_characters(tmp_path: Path) -> None:
 
 
 def test_special_tokens__tokens__are_those_tokens_and_end_of_text_too(tmp_path: Path) -> None:
-    loaded = replace(chat_tokenizer(tmp_path), special_tokens="tokens")
+    loaded = replace(chat_tokenizer(tmp_path), special_tokens="parse")
     expected = Tokenizer.from_str(loaded.content).encode(TURN + EOT_TOKEN, add_special_tokens=False).ids
     assert ids_of(Encoder(loaded), TURN + EOT_TOKEN) == [expected]
     assert len(expected) == 5 and expected[-1] == loaded.eot_id
 
 
-@pytest.mark.parametrize("special_tokens", ["text", "tokens"])
+@pytest.mark.parametrize("special_tokens", ["text", "parse"])
 def test_prompt_tokenizer__either_rule__encodes_a_prompt_as_the_corpus(
-    tmp_path: Path, special_tokens: Literal["text", "tokens"]
+    tmp_path: Path, special_tokens: Literal["text", "parse"]
 ) -> None:
     loaded = replace(chat_tokenizer(tmp_path), special_tokens=special_tokens)
     prompt = prompt_tokenizer(tmp_path, eot_id=loaded.eot_id, special_tokens=special_tokens)

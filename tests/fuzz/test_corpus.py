@@ -192,7 +192,7 @@ def make(folder: Path, rng: random.Random) -> None:
         "file_type": rng.choice(FILE_TYPES),
         "text_key": rng.choice([*["text"] * 12, "id", '"']),
         "packing": rng.choice(PACKINGS),
-        "special_tokens": rng.choice(["text", "tokens"]),
+        "special_tokens": rng.choice(["text", "parse"]),
         "prepare": rng.random() < 0.15,
     }
     if rng.random() < 0.1:

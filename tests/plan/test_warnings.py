@@ -49,7 +49,7 @@ def test_corpus_warnings__an_epoch_in_whole_batches__says_how_many_passes(num_tr
 def test_corpus_warnings__special_tokens_in_the_text__names_them_unless_they_are_wanted() -> None:
     found = warnings(num_train=1200, files=SPELLED)
     assert "<|user|> (2x), <|end|> (1x) in the sample; they are ordinary characters" in found
-    assert warnings(num_train=1200, files=SPELLED, data__special_tokens="tokens") == ""
+    assert warnings(num_train=1200, files=SPELLED, data__special_tokens="parse") == ""
 
 
 def test_corpus_warnings__labels_without_examples_and_of_one_name__are_named() -> None:
