@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 
+from forge.config.evaluate import METRIC_PREFIX
 from forge.config.search import SearchSpec
 from forge.config.section import FieldError, raise_errors
 from forge.config.training import TrainingSpec
@@ -65,7 +66,8 @@ def check_metrics(
     is_complete = all(table is not None for table in tables)
     stopping = training.early_stopping
     errors: list[FieldError] = []
-    if stopping is not None and (is_complete or not stopping.metric.startswith("eval/")):
+    is_of_task = stopping is not None and stopping.metric.startswith(METRIC_PREFIX)  # checked with the task files
+    if stopping is not None and not is_of_task and (is_complete or not stopping.metric.startswith("eval/")):
         evaluated = [name for name in known if name.startswith("eval/")]
         if training.ema is not None and training.ema.evaluate == "always":
             evaluated += [f"eval/ema_{name.removeprefix('eval/')}" for name in evaluated]

@@ -96,7 +96,8 @@ class EarlyStoppingSpec(Section):
 
     metric: str = "eval/loss"
     """`eval/loss`, or `eval/NAME` for a metric that the objective reports; with `ema.evaluate: always` also of the
-    averaged weights, such as `eval/ema_loss`. Whether less or more of it is better follows from the objective."""
+    averaged weights, such as `eval/ema_loss`. `evaluate/TASK/METRIC` for a task of `evaluate` whose `every` is not
+    `end`. Whether less or more of it is better follows from the objective or the task."""
 
     patience: Count = Field(3, ge=1)
     """Number of evaluations in a row without improvement after which the run stops; the same step on any number of

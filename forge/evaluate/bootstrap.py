@@ -77,9 +77,18 @@ def resample(
         values = dict.fromkeys(metric.directions, math.nan)
         return ResampledScores(metric=metric, num_examples=0, values=values, resampled=undefined)
     table = metric.statistics(examples)
-    values = {name: float(found[0]) for name, found in metric.values(_total(table)).items()}
+    values = _point_values(metric, table)
     resampled = _resampled(metric, table, seed=seed, num_resamples=num_resamples)
     return ResampledScores(metric=metric, num_examples=len(examples), values=values, resampled=resampled)
+
+
+def point_values(metric: Metric, examples: Sequence[ScoredExample]) -> dict[str, float]:
+    """The values of a metric without intervals. Raises: DataError for an example that the metric cannot read."""
+    return _point_values(metric, metric.statistics(examples))
+
+
+def _point_values(metric: Metric, table: sparse.csr_array) -> dict[str, float]:
+    return {name: float(found[0]) for name, found in metric.values(_total(table)).items()}
 
 
 def score_metric(

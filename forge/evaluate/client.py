@@ -12,7 +12,7 @@ from forge.cluster.local.ray_cluster import find_local
 from forge.cluster.registry import find_cluster
 from forge.config.load import LoadedTask, load_task
 from forge.config.task import TaskSpec
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, printable
 from forge.evaluate.compare import Comparison, EvaluatedModel, compare
 from forge.evaluate.lm_eval import (
     LmEvalOptions,
@@ -166,7 +166,13 @@ def _of_harness(
 def find_source(name: str | Path, *, root: Path) -> Path:
     """Return the folder of a run or of weights. Raises: ArgumentError that lists the runs that exist."""
     path = Path(name).expanduser()
-    return path if (path / "config.json").is_file() else find_run(str(name), root=root)
+    if (path / "config.json").is_file():
+        return path
+    try:
+        return find_run(str(name), root=root)
+    except ArgumentError as error:
+        lacks = "has no config.json, so it holds no model" if path.is_dir() else "is no folder"
+        raise ArgumentError(f"{printable(str(path), limit=80)} {lacks}; {error}") from None
 
 
 def find_task(name: str | Path) -> Path:

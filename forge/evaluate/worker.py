@@ -12,7 +12,7 @@ from forge.errors import ArgumentError
 from forge.inference.answer import AnswerConfig, Answerer
 from forge.inference.encode import classify, embed
 from forge.inference.generate import generate
-from forge.inference.loaded import load
+from forge.inference.loaded import LoadedModel, load
 from forge.inference.pseudo import pseudo_log_likelihoods
 from forge.inference.sampling import SamplingParams
 from forge.inference.score import TextLogLikelihood, log_likelihoods, text_log_likelihoods
@@ -33,16 +33,11 @@ class AnswerWorker(Answerer):
         super().__init__(AnswerConfig(source=str(source), **options))
 
 
-class EvaluationWorker:
-    """Answers shards as `forge.evaluate.shards` makes them.
+class ShardAnswerer:
+    """Answers shards as `forge.evaluate.shards` makes them."""
 
-    `config` has the arguments of `load`, and `packed`: the small files of a run, or None.
-    """
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        options = dict(config)
-        source = find_run_files(Path(options.pop("source")), packed=options.pop("packed"))
-        self._loaded = load(source, **options)
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
 
     def __call__(self, inputs: Mapping[str, Any], *, report: Callable[[], None]) -> list[Any]:
         examples: list[Example] = inputs["examples"]
@@ -124,3 +119,15 @@ class EvaluationWorker:
             return self._loaded.encode_chat(Conversation(messages=tuple(example["messages"])))
         prompt: str = example["prompt"]
         return prompt
+
+
+class EvaluationWorker(ShardAnswerer):
+    """The same with a model that it loads.
+
+    `config` has the arguments of `load`, and `packed`: the small files of a run, or None.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        options = dict(config)
+        source = find_run_files(Path(options.pop("source")), packed=options.pop("packed"))
+        super().__init__(load(source, **options))

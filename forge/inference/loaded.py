@@ -231,9 +231,26 @@ def _load_run(folder: Path, *, step: int | str | None, ema: bool) -> LoadedModel
         use_code(plan.code.digest)
     job = plan.job
     checkpoint = open_verified(open_storage(job.checkpoint.url_of(str(folder))), step=step)
-    model = load_model(plan, checkpoint, ema=ema)
-    tokenizer = replace(load_tokenizer(str(folder / "tokenizer")), special_tokens=job.data.special_tokens)
-    template = find_chat_template(tokenizer, own=_own_template(plan))
+    return loaded_of_plan(
+        plan,
+        load_model(plan, checkpoint, ema=ema),
+        tokenizer=folder / "tokenizer",
+        name=folder.resolve().name,
+        step=checkpoint.progress.step,
+        digest=digest_of(checkpoint, ema=ema),
+    )
+
+
+def loaded_of_plan(plan: Plan, model: Any, *, tokenizer: Path, name: str, step: int, digest: str) -> LoadedModel:
+    """A model of a run as `load` returns it.
+
+    Args:
+        model: with its weights, in evaluation mode.
+        tokenizer: the folder with the tokenizer's files.
+    """
+    job = plan.job
+    text_tokenizer = replace(load_tokenizer(str(tokenizer)), special_tokens=job.data.special_tokens)
+    template = find_chat_template(text_tokenizer, own=_own_template(plan))
     is_reward = job.training.objective == "reward"
     is_own = not isinstance(model, PreTrainedModel)  # a user model may support only the length it was trained on
     limit = job.data.seq_len if is_own else plan.model.max_seq_len
@@ -241,21 +258,21 @@ def _load_run(folder: Path, *, step: int | str | None, ema: bool) -> LoadedModel
     named = plan.model.generation.get("eos_token_id")
     return LoadedModel(
         model=model,
-        tokenizer=parse_tokenizer(tokenizer),
-        text_tokenizer=tokenizer,
-        name=folder.resolve().name,
+        tokenizer=parse_tokenizer(text_tokenizer),
+        text_tokenizer=text_tokenizer,
+        name=name,
         kind="reward" if is_reward else KINDS[job.training.auto_class],
-        step=checkpoint.progress.step,
-        digest=digest_of(checkpoint, ema=ema),
+        step=step,
+        digest=digest,
         max_positions=limit,
         end_ids=ends if is_own else end_ids(list(ends), named),
         chat_template=template,
-        chat_encoder=ChatEncoder(tokenizer, seq_len=_ANY_LENGTH, template=template),
-        frame=text_frame(tokenizer) if job.training.auto_class == "AutoModelForSeq2SeqLM" else None,
+        chat_encoder=ChatEncoder(text_tokenizer, seq_len=_ANY_LENGTH, template=template),
+        frame=text_frame(text_tokenizer) if job.training.auto_class == "AutoModelForSeq2SeqLM" else None,
         labels=() if is_reward or is_own else _labels(model.config),
         problem_type=None if is_own else model.config.problem_type,
         start_ids=() if is_own else _start_ids(model.config, plan.model.generation),
-        before=_before(parse_tokenizer(tokenizer)),
+        before=_before(parse_tokenizer(text_tokenizer)),
         max_source=min(job.data.seq_len, limit or job.data.seq_len),
         prefix=job.data.pair.prefix,
         pooling=job.training.contrastive.pooling,

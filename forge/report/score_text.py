@@ -11,7 +11,11 @@ def tasks_text(spec: EvaluateSpec) -> str:
     which = {"last": "last checkpoint", "best": "best checkpoint", "kept": "kept checkpoints"}
     most = "" if spec.limit is None else f", at most {spec.limit:,} examples each"
     tasks = ", ".join(spec.tasks)
-    return f"the {which[spec.checkpoints]} in {tasks}{most}; the machines are kept for it after the last step"
+    when = ""
+    if spec.is_in_training:
+        when = "at each evaluation" if spec.every == "evaluation" else f"every {spec.every}"
+        when = f"{when} the current weights, of which each worker then holds a copy, and at the end "
+    return f"{when}the {which[spec.checkpoints]} in {tasks}{most}; the machines are kept for it after the last step"
 
 
 def score_text(score: TaskScore) -> str:

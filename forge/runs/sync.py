@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from forge.config.resources import WandbSpec
 from forge.errors import ArgumentError
 from forge.events import TrackingDegraded
 from forge.plan.plan import Plan, written_job
@@ -18,10 +19,12 @@ from forge.runs.reader import read_run, search_folder
 from forge.runs.recorder import append_event, end_tracking
 from forge.runs.records import EVENTS
 from forge.runs.remote_ref import read_remote_ref
+from forge.runs.scores import read_scores
 from forge.runs.trackers.base import RunStatus, TrackedRun
 from forge.runs.trackers.feed import TrackerFeed
 from forge.runs.trackers.mlflow_tracker import database_problem
 from forge.runs.trackers.registry import build_trackers, tracking_problem
+from forge.runs.trackers.wandb_tracker import OF_TASKS, log_scores, scores_sent
 from forge.runs.trials import TRIALS
 
 _TIMEOUT_S = 600.0
@@ -99,7 +102,28 @@ def _sync(folder: Path, *, group: str, on_reason: Callable[[str], None]) -> list
     for feed in feeds:
         feed.wait_for_end()
     end_tracking()
-    return [
+    results = [
         SyncResult(run_id=folder.name, tracker=feed.name, num_sent=feed.num_sent, is_complete=feed.is_complete)
         for feed in feeds
+    ]
+    return results + _sync_scores(folder, spec=plan.job.tracking.wandb, report=report)
+
+
+def _sync_scores(folder: Path, *, spec: WandbSpec, report: Callable[[str], None]) -> list[SyncResult]:
+    """Send the scores of tasks that W&B's run `RUN-tasks` lacks. Returns: nothing if there are no scores."""
+    scores = read_scores(folder)
+    if spec.mode == "disabled" or not scores:
+        return []
+    sent = scores_sent(folder, run_id=folder.name)
+    missing = [score for score in scores if (score.step or 0, score.task) not in sent]
+    problem = log_scores(spec, folder=folder, run_id=folder.name, scores=missing) if missing else None
+    if problem is not None:
+        report(problem)
+    return [
+        SyncResult(
+            run_id=f"{folder.name}{OF_TASKS}",
+            tracker="W&B",
+            num_sent=len({score.step for score in missing}) if problem is None else 0,
+            is_complete=problem is None,
+        )
     ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from forge.config.data import DataSpec
+from forge.config.evaluate import METRIC_PREFIX
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.metrics import check_metrics
@@ -355,6 +356,8 @@ def _require_held_out(plan: Plan, loaded: LoadedJob) -> None:
     """Raises: JobFileError if an `eval/` metric has a use but no sequence is held out for it."""
     metric = loaded.job.search.metric if loaded.job.search is not None else ""
     stopping = plan.job.training.early_stopping
+    if stopping is not None and stopping.metric.startswith(METRIC_PREFIX):
+        return
     missing = {f"eval/loss/{p.name}" for p in plan.corpus.parts if not p.corpus.num_held_out_sequences}
     is_missing = metric in missing or (stopping is not None and stopping.metric in missing)
     if plan.corpus.num_held_out_sequences and not is_missing:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from forge.config.evaluate import kind_of_model, task_problem
+from forge.config.evaluate import METRIC_PREFIX, kind_of_model, task_problem
 from forge.config.load import LoadedJob, load_task_text
+from forge.config.task import TaskSpec
 from forge.config.yaml_reader import read_text
 from forge.environment import expand_home
 from forge.plan.plan import DraftPlan
@@ -21,9 +23,11 @@ def with_tasks(plan: _Plan, loaded: LoadedJob) -> _Plan:
     Raises: JobFileError for a file that is no task, or a task that the job's model cannot do.
     """
     if plan.job.evaluate is None:
+        _check_stopping(loaded, [])
         return plan
     texts: dict[str, str] = {}
     names: dict[str, str] = {}
+    tasks: list[TaskSpec] = []
     for path in plan.job.evaluate.tasks:
         text = read_text(Path(expand_home(path)))
         task = load_task_text(text, path=path).task
@@ -32,7 +36,33 @@ def with_tasks(plan: _Plan, loaded: LoadedJob) -> _Plan:
             problem = "its data are the held-out ones of the run, but data.held_out is 0"
         if task.name in names:
             problem = f"has the name of the task in {names[task.name]}, {task.name}"
+        lora = plan.job.model.lora
+        if plan.job.evaluate.is_in_training and lora is not None and lora.quantize != "none":
+            problem = "model.lora.quantize is possible with evaluate.every: end alone"
         if problem is not None:
             raise loaded.source.error("evaluate.tasks", f"{path}: {problem}", show_value=False)
         texts[path], names[task.name] = text, path
+        tasks.append(task)
+    _check_stopping(loaded, tasks)
     return replace(plan, tasks=texts)
+
+
+def _check_stopping(loaded: LoadedJob, tasks: list[TaskSpec]) -> None:
+    """Raises: JobFileError if early stopping names a metric of a task that no evaluation reports."""
+    stopping, spec = loaded.job.training.early_stopping, loaded.job.evaluate
+    if stopping is None or not stopping.metric.startswith(METRIC_PREFIX):
+        return
+    name, _, value = stopping.metric.removeprefix(METRIC_PREFIX).partition("/")
+    task = next((task for task in tasks if task.name == name), None)
+    chosen = list(task.metrics.chosen) if task is not None else []
+    known = [f"{METRIC_PREFIX}{task.name}/{metric}" for task in tasks for metric in task.metrics.chosen]
+    if spec is None or not spec.is_in_training:
+        problem = "is a metric of a task, which is scored during training only with evaluate.every: evaluation"
+    elif not any(value.startswith(metric.removesuffix("_at_k")) or value.endswith(metric) for metric in chosen):
+        problem = f"is not a metric of the tasks: {', '.join(known)}"
+    else:
+        return
+    nearest = next(iter(difflib.get_close_matches(stopping.metric, known, n=1)), None)
+    if nearest is not None and nearest != stopping.metric:
+        problem += f"; did you mean {nearest}?"
+    raise loaded.source.error("training.early_stopping.metric", problem)

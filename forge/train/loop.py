@@ -36,6 +36,7 @@ from forge.train.evaluation import evaluate
 from forge.train.lr_schedule import learning_rate
 from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import Snapshotter
+from forge.train.task_scores import TaskScorer, TaskScores, score_tasks
 from forge.units import format_duration
 
 # How often, and how far apart, the last checkpoint of a run is tried while the disk is full.
@@ -57,6 +58,8 @@ class TrainInputs:
     """The step after which to stop with a checkpoint, before the last one."""
     batches: TrainBatches
     held_out: HeldOutBatches
+    tasks: TaskScorer | None = None
+    """Scores the tasks of `evaluate` between steps; None if they are not."""
     flops_per_token: int
     peak_flops: float
 
@@ -163,8 +166,8 @@ class _TrainLoop:
             self._progress = replace(
                 self._progress, step=step.number, num_tokens=num_tokens, metric="", metric_value=None
             )
-            found = self._evaluate_if_requested(step)
-            self._report_step(step, found)
+            found, scores = self._evaluate_if_requested(step)
+            self._report_step(step, found, scores=scores)
             if (result := self._save_as_requested(step)) is not None:
                 return result
             if self._snapshots is not None:
@@ -181,6 +184,7 @@ class _TrainLoop:
         is_evaluation_due = training.evaluate_every.is_due(
             step=number, seconds_since_last=began - self._evaluated_at
         )
+        is_evaluation_due |= inputs.tasks is not None and inputs.tasks.is_due(number)
         lr = learning_rate(
             training.schedule, step=number, lengths=inputs.schedule_of(number), peak=training.optimizer.lr
         )
@@ -227,15 +231,22 @@ class _TrainLoop:
             "optimizer.grad_clip"
         )
 
-    def _evaluate_if_requested(self, step: _Step) -> Evaluated | None:
-        if not (step.result.flags.evaluate and self._inputs.held_out.rows.num_rows):
-            return None
-        found = evaluate(
-            self._engine, self._inputs.held_out, step=step.number, weights="current", reporter=self._reporter
-        )
+    def _evaluate_if_requested(self, step: _Step) -> tuple[Evaluated | None, TaskScores | None]:
+        if not step.result.flags.evaluate:
+            return None, None
+        found = None
+        if self._inputs.held_out.rows.num_rows:
+            found = evaluate(
+                self._engine, self._inputs.held_out, step=step.number, weights="current", reporter=self._reporter
+            )
+        scores = None
+        tasks, is_last = self._inputs.tasks, step.number == self._inputs.last_step
+        if tasks is not None and tasks.is_scored(step.number, is_last=is_last):
+            weights = self._engine.state.whole_weights()
+            scores = score_tasks(tasks, weights, step=step.number, reporter=self._reporter)
         self._evaluated_at = time.monotonic()
-        self._progress = self._stopping.observe(found, progress=self._progress)
-        return found
+        self._progress = self._stopping.observe(found, progress=self._progress, tasks=scores)
+        return found, scores
 
     def _evaluate_average(self, *, is_evaluated: bool) -> dict[str, float]:
         """Measure the averaged (EMA) weights after the run's last step, or with `ema.evaluate: always` at each
@@ -259,11 +270,12 @@ class _TrainLoop:
             self._progress = self._stopping.observe(found, progress=self._progress)
         return {f"eval/ema_{name}": value for name, value in {"loss": found.loss, **found.metrics}.items()}
 
-    def _report_step(self, step: _Step, found: Evaluated | None) -> None:
+    def _report_step(self, step: _Step, found: Evaluated | None, *, scores: TaskScores | None) -> None:
         result, inputs = step.result, self._inputs
         extra = {f"train/{name}": value for name, value in result.metrics.items()}
         if found is not None:
             extra |= {f"eval/{name}": value for name, value in found.metrics.items()}
+        extra |= scores.values if scores is not None else {}
         extra |= self._evaluate_average(is_evaluated=found is not None)
         self._reporter.step(
             StepMetrics(

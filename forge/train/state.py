@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+import deepspeed
 import torch
 from torch import Tensor
 
@@ -207,6 +208,15 @@ class TrainState:
         self.refresh_weights()
 
     @torch.no_grad()
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter and buffer of the model, whole, one at a time; collective under ZeRO 3."""
+        model = self._engine.module.model
+        is_sharded = self._engine.zero_optimization_stage() == 3
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
+                yield name, parameter.data
+        yield from model.named_buffers()
+
     def resume(self, *, step: int) -> None:
         """Continue from the loaded state: set the optimizer's step count and refresh the weights; collective."""
         set_step(self._torch_optimizer, step=step)

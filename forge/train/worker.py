@@ -44,6 +44,7 @@ from forge.train.peak import find_peak
 from forge.train.process_group import Rendezvous, join_process_group
 from forge.train.snapshot_interval import SnapshotInterval
 from forge.train.snapshotter import ReplicaClient, Snapshotter
+from forge.train.task_scores import build_scorer
 from forge.user_code import use_code
 
 T = TypeVar("T")
@@ -144,7 +145,7 @@ def run_worker(
     try:
         result = train(
             engine,
-            _train_inputs(plan, context, peak_flops=peak.flops),
+            _train_inputs(plan, context, engine, peak_flops=peak.flops),
             start=start,
             checkpointer=checkpointer,
             snapshots=snapshots,
@@ -278,7 +279,7 @@ def _load_from_memory(engine: Engine, source: StateSource) -> Progress:
     return source.progress
 
 
-def _train_inputs(plan: Plan, context: WorkerContext, *, peak_flops: float) -> TrainInputs:
+def _train_inputs(plan: Plan, context: WorkerContext, engine: Engine, *, peak_flops: float) -> TrainInputs:
     """Collect the loop's batches and settings. Raises: DataError if the prepared corpus cannot be opened."""
     job, world = plan.job, plan.for_world_size(context.world_size)
     train_rows, held_out_rows = open_rows(plan.corpus)
@@ -302,6 +303,7 @@ def _train_inputs(plan: Plan, context: WorkerContext, *, peak_flops: float) -> T
             micro_batch_size=world.batch.micro_batch_size,
             parts={part.name: part.corpus.num_held_out_sequences for part in plan.corpus.parts},
         ),
+        tasks=build_scorer(plan, device=engine.device, on_progress=lambda: engine.on_progress()),
         flops_per_token=plan.flops_per_token,
         peak_flops=peak_flops,
     )

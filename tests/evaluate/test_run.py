@@ -16,7 +16,7 @@ from forge.config.load import load_task_text
 from forge.config.resources import WandbSpec
 from forge.data.tokenizer import train_tokenizer
 from forge.errors import ArgumentError
-from forge.evaluate.client import EvaluateOptions, Evaluation, evaluate_models, find_task
+from forge.evaluate.client import EvaluateOptions, Evaluation, evaluate_models, find_source, find_task
 from forge.evaluate.results import read_outputs, score_task, task_digest, write_answers
 from forge.evaluate.shards import TaskShards
 from forge.evaluate.task import build_task
@@ -24,7 +24,7 @@ from forge.evaluate.worker import EvaluationWorker
 from forge.inference.identity import identify
 from forge.inference.loaded import load
 from forge.runs.scores import TaskScore, TaskValue, append_score, newest_scores, read_scores
-from forge.runs.trackers.wandb_tracker import log_scores
+from forge.runs.trackers.wandb_tracker import log_scores, scores_sent
 from tests.inference.conftest import write_model
 from tests.support.wandb_file import read_groups, read_history
 
@@ -200,6 +200,13 @@ def test_evaluate__machine_is_killed_and_another_joins__scores_are_those_of_one_
 
 
 @pytest.mark.slow
+def test_find_source__neither_folder_nor_run__both_are_said(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"nothing is no folder; no run '.*nothing' under .*runs"):
+        find_source(tmp_path / "nothing", root=tmp_path / "runs")
+    with pytest.raises(ArgumentError, match=r"has no config.json, so it holds no model; no run"):
+        find_source(tmp_path, root=tmp_path / "runs")
+
+
 def test_log_scores__offline__are_a_run_of_w_and_b_with_the_steps_of_the_checkpoints(tmp_path: Path) -> None:
     spec = WandbSpec(mode="offline", project="p")
     scores = [score(step=9), score(step=3), score(step=3, task="u")]
@@ -207,4 +214,5 @@ def test_log_scores__offline__are_a_run_of_w_and_b_with_the_steps_of_the_checkpo
     (path,) = tmp_path.glob("wandb/offline-run-*/run-tiny-1-tasks.wandb")
     rows = [{key: row[key] for key in row if not key.startswith("_")} for row in read_history(path)]
     assert rows == [{"step": 3, "t/accuracy": 0.5, "u/accuracy": 0.5}, {"step": 9, "t/accuracy": 0.5}]
+    assert scores_sent(tmp_path, run_id="tiny-1") >= {(3, "t"), (3, "u"), (9, "t")}
     assert read_groups(path)[-1] == "tiny-1"

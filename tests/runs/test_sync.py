@@ -18,6 +18,7 @@ from forge.plan.plan import plan_to_json
 from forge.runs.create import reopen_run, require_plain_folder
 from forge.runs.lock import hold_lock
 from forge.runs.reader import read_plan
+from forge.runs.scores import TaskScore, TaskValue, append_score
 from forge.runs.sync import sync_run
 from forge.runs.trackers.wandb_log import log_files
 from tests.runs.trackers.test_mlflow import only_run, steps_of
@@ -54,6 +55,27 @@ def test_sync_run__nothing_sent_before__every_tracker_has_every_step_and_again_n
     steps = Counter(range(1, 7))
     assert Counter(row["step"] for row in read_history(file)) == steps_of(run) == steps
     assert Counter(event.step for event in read(run).Scalars("train/loss")) == steps
+
+
+def test_sync_run__scores_of_tasks__are_sent_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = make_run(tmp_path / "runs")
+    text = json.loads((run / "plan.json").read_text())
+    text["job"]["tracking"] = {"wandb": {"mode": "offline"}}
+    (run / "plan.json").write_text(json.dumps(text))
+    value = TaskValue(value=0.5, low=0.4, high=0.6, direction="max", num_examples=9, signature="accuracy")
+    names = {"task": "t", "kind": "generate", "model": run.name, "task_digest": "t"}
+    for step in (2, 4):
+        score = TaskScore(
+            **names, model_digest=str(step), step=step, ema=False, values={"accuracy": value}, num_examples=9,
+            num_skipped=0, contamination=None, examples="",
+        )  # fmt: skip
+        append_score(run, score)
+    for expected in (2, 0):
+        (found,) = (one for one in sync_run(run, on_reason=print) if one.run_id == f"{run.name}-tasks")
+        assert (found.num_sent, found.is_complete) == (expected, True)
+    (file,) = log_files(run, run_id=f"{run.name}-tasks")
+    assert [(row["step"], row["t/accuracy"]) for row in read_history(file)] == [(2, 0.5), (4, 0.5)]
 
 
 def test_sync_run__running_or_without_trackers__is_refused(tmp_path: Path) -> None:

@@ -53,6 +53,23 @@ def test_with_tasks__file__is_kept_in_the_plan_and_shown(tmp_path: Path) -> None
     assert facts["evaluate"].startswith(f"the last checkpoint in {path}, at most 20 examples each; the machines")
 
 
+def test_with_tasks__metric_of_a_task_as_that_of_early_stopping__is_checked(tmp_path: Path) -> None:
+    path = write_task(tmp_path, file="a.yaml")
+    job = JOB.replace("{total_steps: 3}", "{total_steps: 3, early_stopping: {metric: METRIC}}")
+    every = job.replace("limit: 20", "every: evaluation")
+    loaded = job_of(tmp_path, path, every.replace("METRIC", "evaluate/text/perplexity"))
+    assert dict(plan_facts(plan_of(tmp_path, loaded)))["evaluate"].startswith(
+        "at each evaluation the current weights"
+    )
+    wrong = r"job\.yaml:5: .*is not a metric of the tasks: evaluate/text/perplexity; did you mean evaluate"
+    with pytest.raises(JobFileError, match=wrong):
+        plan_of(tmp_path, job_of(tmp_path, path, every.replace("METRIC", "evaluate/tex/perplexity")))
+    with pytest.raises(JobFileError, match=r"job\.yaml:5: .*only with evaluate.every: evaluation"):
+        plan_of(tmp_path, job_of(tmp_path, path, job.replace("METRIC", "evaluate/text/perplexity")))
+    with pytest.raises(JobFileError, match=r"must be 'end', 'evaluation' or a number of steps such as '500 steps'"):
+        job_of(tmp_path, path, job.replace("limit: 20", "every: 10m"))
+
+
 def test_with_tasks__wrong_tasks__are_named_with_the_line_of_the_job(tmp_path: Path) -> None:
     one, other = write_task(tmp_path, file="a.yaml"), write_task(tmp_path, file="b.yaml")
     with pytest.raises(JobFileError, match=r"job\.yaml:7: .*b\.yaml: has the name of the task in .*a\.yaml"):

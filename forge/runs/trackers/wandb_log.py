@@ -57,12 +57,19 @@ def is_offline(path: Path) -> bool:
     return path.parent.name.startswith("offline-")
 
 
+def rows_in(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield all complete rows of a file."""
+    for record in read_log(path):
+        items = record.message().history.item
+        if items:
+            yield {item.key or ".".join(item.nested_key): parse_json(item.value_json) for item in items}
+
+
 def steps_in(path: Path) -> Iterator[int]:
     """Yield the steps of all complete rows of a file."""
-    for record in read_log(path):
-        for item in record.message().history.item:
-            if (item.key or ".".join(item.nested_key)) == _STEP_KEY:
-                yield typed(int, parse_json(item.value_json))
+    for row in rows_in(path):
+        if _STEP_KEY in row:
+            yield typed(int, row[_STEP_KEY])
 
 
 def repair_log(path: Path) -> str | None:

@@ -18,7 +18,7 @@ from forge.environment import home_folder
 from forge.process import first_line
 from forge.runs.scores import TaskScore
 from forge.runs.trackers.base import EVENT_KEY, RunStatus, StepRanges, TrackedRow, TrackedRun
-from forge.runs.trackers.wandb_log import is_offline, log_files, repair_log, steps_in, wait_until_closed
+from forge.runs.trackers.wandb_log import is_offline, log_files, repair_log, rows_in, steps_in, wait_until_closed
 
 # How long W&B may take to start before the run is recorded offline.
 _INIT_TIMEOUT_S = 20
@@ -26,6 +26,10 @@ _INIT_TIMEOUT_S = 20
 _FINISH_TIMEOUT_S = 60
 # How long the process of W&B that a killed recorder left behind may take to end.
 _CLOSE_TIMEOUT_S = 10.0
+
+
+OF_TASKS = "-tasks"
+"""Ends the id of W&B's run with the scores of a run."""
 
 
 class WandbTracker:
@@ -121,6 +125,17 @@ class WandbTracker:
                 yield from steps_in(path)
 
 
+def scores_sent(folder: Path, *, run_id: str) -> set[tuple[int, str]]:
+    """Which steps and tasks W&B's files of `RUN-tasks` have, so that they are not sent twice."""
+    return {
+        (int(row["step"]), name.partition("/")[0])
+        for path in log_files(folder, run_id=run_id + OF_TASKS)
+        for row in rows_in(path)
+        if isinstance(row.get("step"), int | float)
+        for name in row
+    }
+
+
 def log_scores(spec: WandbSpec, *, folder: Path, run_id: str, scores: Sequence[TaskScore]) -> str | None:
     """Write scores of tasks to a W&B run of their own, `RUN-tasks`, whose steps are those of the checkpoints.
 
@@ -132,7 +147,7 @@ def log_scores(spec: WandbSpec, *, folder: Path, run_id: str, scores: Sequence[T
     for score in scores:
         found = {f"{score.task}/{name}": value.value for name, value in score.values.items()}
         rows.setdefault(score.step or 0, {}).update({name: v for name, v in found.items() if v is not None})
-    name = f"{run_id}-tasks"
+    name = run_id + OF_TASKS
     try:
         if spec.mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
             raise RuntimeError("W&B has no API key (set WANDB_API_KEY)")
