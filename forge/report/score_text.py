@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from forge.config.evaluate import EvaluateSpec
 from forge.runs.scores import TaskScore
+from forge.units import format_bytes
 
 
-def tasks_text(spec: EvaluateSpec) -> str:
-    """Describe `evaluate` of a job."""
+def tasks_text(spec: EvaluateSpec, *, copy_bytes: int) -> str:
+    """Describe `evaluate` of a job.
+
+    Args:
+        copy_bytes: of the weights that each worker holds once more while it scores them during training.
+    """
     which = {"last": "last checkpoint", "best": "best checkpoint", "kept": "kept checkpoints"}
     most = "" if spec.limit is None else f", at most {spec.limit:,} examples each"
     tasks = ", ".join(spec.tasks)
     when = ""
     if spec.is_in_training:
+        size = format_bytes(copy_bytes)
         when = "at each evaluation" if spec.every == "evaluation" else f"every {spec.every}"
-        when = f"{when} the current weights, of which each worker then holds a copy, and at the end "
+        when = f"{when} the current weights, of which each worker then holds a copy ({size}), and at the end "
     return f"{when}the {which[spec.checkpoints]} in {tasks}{most}; the machines are kept for it after the last step"
 
 

@@ -61,6 +61,7 @@ def test_with_tasks__metric_of_a_task_as_that_of_early_stopping__is_checked(tmp_
     assert dict(plan_facts(plan_of(tmp_path, loaded)))["evaluate"].startswith(
         "at each evaluation the current weights"
     )
+    assert "a copy (56.3 KiB), and at the end the last" in dict(plan_facts(plan_of(tmp_path, loaded)))["evaluate"]
     wrong = r"job\.yaml:5: .*is not a metric of the tasks: evaluate/text/perplexity; did you mean evaluate"
     with pytest.raises(JobFileError, match=wrong):
         plan_of(tmp_path, job_of(tmp_path, path, every.replace("METRIC", "evaluate/tex/perplexity")))
