@@ -60,6 +60,7 @@ SAME_LAYER = {
     ("elastic", "runs"),
     ("objective", "data"),
     ("plan", "pricing"),
+    ("pricing", "plan"),
     ("objective", "model"),
     ("model", "checkpoint"),
 }

@@ -1,7 +1,8 @@
 """Catalogue of the machine types that clouds rent: GPUs, size and list price.
 
-The data and their sources are in `catalog.toml` next to this file. The catalogue finds machine types by GPU,
-gives Ray their size where Ray's cloud provider does not know it, and a list price where no live price is known.
+The data and their sources are in `catalog.toml` next to this file, the prices in `prices.csv`. The catalogue finds
+machine types by GPU, gives Ray their size where Ray's cloud provider does not know it, and the list price of the
+cloud's home region where no region is chosen yet; `forge.pricing.offers` has the prices of all regions.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import difflib
 import functools
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError, JobFileError
+from forge.pricing.price_list import ListedPrice, listed_prices
 
 _HEADS = {"aws": "m6i.xlarge", "gcp": "e2-standard-4", "azure": "Standard_D4s_v5"}
 """Four CPUs and 16 GiB are enough for Ray's control store, the supervisor and the recorder."""
@@ -34,25 +36,25 @@ class MachineType:
     num_gpus: int
     num_cpus: int
     memory_gib: float
+    inter_node_gbps: float | None
+    """Network to other machines in Gbit/s; None if unknown."""
     usd_per_hour: float | None
-    """On-demand price; None if unknown, as for the spot price."""
+    """On-demand price in the cloud's home region, or the highest of all if it has none; None if unknown."""
     spot_usd_per_hour: float | None
+    """Of the region's most expensive zone."""
 
 
 @functools.cache
 def machine_types(cloud: str) -> Mapping[str, MachineType]:
     """Return all machine types of a cloud, by name."""
+    prices: dict[str, list[ListedPrice]] = {}
+    for price in listed_prices():
+        if price.cloud == cloud:
+            prices.setdefault(price.instance, []).append(price)
+    home = catalog_table()["home"][cloud]
     return {
-        name: MachineType(
-            name=name,
-            gpu=gpu,
-            num_gpus=num_gpus,
-            num_cpus=num_cpus,
-            memory_gib=memory_gib,
-            usd_per_hour=price or None,
-            spot_usd_per_hour=spot_price or None,
-        )
-        for name, (gpu, num_gpus, num_cpus, memory_gib, price, spot_price) in _table()[cloud].items()
+        name: _machine_type(name, values, prices.get(name, []), home=home)
+        for name, values in catalog_table()[cloud].items()
     }
 
 
@@ -107,10 +109,31 @@ def size_of(name: str, *, cloud: str) -> MachineType:
 
 def regions_of(spec: CloudSpec) -> tuple[str, ...]:
     """Return the regions (zones on gcp) to try, in order: those of the file, or the catalogue's for `auto`."""
-    return tuple(_table()["regions"][spec.provider]) if spec.regions == ("auto",) else spec.regions
+    return tuple(catalog_table()["regions"][spec.provider]) if spec.regions == ("auto",) else spec.regions
+
+
+def _machine_type(name: str, values: Sequence[Any], prices: Sequence[ListedPrice], *, home: str) -> MachineType:
+    """Args:
+    prices: of all regions; where the home region does not sell it, the most expensive one stands for it.
+    """
+    gpu, num_gpus, num_cpus, memory_gib, *network = values
+    listed = [price for price in prices if price.region == home] or prices
+    return MachineType(
+        name=name,
+        gpu=gpu,
+        num_gpus=num_gpus,
+        num_cpus=num_cpus,
+        memory_gib=memory_gib,
+        inter_node_gbps=network[0] if network else None,
+        usd_per_hour=max((price.usd_per_hour for price in listed if price.usd_per_hour), default=None),
+        spot_usd_per_hour=max(
+            (price.spot_usd_per_hour for price in listed if price.spot_usd_per_hour), default=None
+        ),
+    )
 
 
 @functools.cache
-def _table() -> dict[str, Any]:
+def catalog_table() -> dict[str, Any]:
+    """Return `catalog.toml` as it is."""
     text = files("forge.pricing").joinpath("catalog.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
