@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from uvicorn.loops.auto import auto_loop_factory
 
 from forge.cluster.local.ray_cluster import require_private_token
 from forge.cluster.ray_cli import NO_METRICS
@@ -99,7 +100,8 @@ class ModelServer:
             self._serving = Serving(
                 settings=self._settings, backend=self._backend, keys=keys, usd_per_hour=read_price(os.environ)
             )
-            asyncio.run(self._serve(listener))
+            with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+                runner.run(self._serve(listener))
             self._say("stopped", self._message)
             return 0
         except ForgeError as error:
@@ -208,6 +210,7 @@ class ModelServer:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        self._backend.close()
 
     def _begin_stop(self, reason: str) -> None:
         if not self._stop.is_set():
@@ -264,6 +267,7 @@ class ModelServer:
         if not await former.wait_idle(timeout_s=wanted.drain_s):
             message += f"; requests to the former weights were cut after {wanted.drain_s:.0f} s"
         await asyncio.to_thread(remove, former.app)
+        former.close()
         _log.info("updated: %s", message)
         self._update = {"id": request.get("id"), "state": "done", "message": message}
 

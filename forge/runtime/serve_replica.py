@@ -1,7 +1,8 @@
 """The model of a server as a deployment of Ray Serve, and the `ModelBackend` that calls it.
 
 Requests reach replicas through deployment handles alone: Ray Serve's own HTTP and gRPC proxies are not started, so
-nothing of it listens. A generation is one streaming call, whose cancellation cancels the generation.
+nothing of it listens. A generation is one streaming call, whose cancellation cancels the generation; its pieces
+take the `piece_channel` if the replica is on the server's machine, and return through Ray otherwise.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from forge.process import first_line, redirect_output
 from forge.runs.run_files import find_run_files, pack_run
 from forge.runs.secrets import credentials
 from forge.runtime.local_cluster import is_local_cluster
+from forge.runtime.piece_channel import Inbox, Item, PieceReceiver, PieceSenders, ReturnAddress
 from forge.runtime.vllm_replicas import vllm_place
 from forge.serve.calls import (
     GenerateCall,
@@ -52,6 +54,8 @@ _TARGET_LOAD = 0.7
 """Share of `max_running` above which Ray Serve adds a replica."""
 _MAX_CALLS = 100_000
 """Calls that may wait in a replica; the server itself bounds them."""
+_LATE_S = 10.0
+"""How long after a call's return its last pieces may come by the channel."""
 _SPINS = 2000
 """Turns that a thread of OpenMP waits for another before it sleeps. With libgomp's 300,000 waiting threads take the
 cores from others: on a busy machine a step used six times as much CPU time."""
@@ -88,6 +92,7 @@ class ModelReplica:
 
         here = _readable(settings, packed=packed)
         self._service = ModelService.start(here, vllm=vllm_place(here, folder=Path(folder), replica=self._id))
+        self._senders = PieceSenders()
 
     def describe(self) -> ServedModel:
         return self._service.info
@@ -100,14 +105,27 @@ class ModelReplica:
     def stats(self) -> tuple[str, dict[str, Any]]:
         return self._id, self._service.stats() | {"pid": os.getpid(), "node": ray.util.get_node_ip_address()}
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Sequence[TextDelta] | Exception, None]:
-        """Generate; an error that is expected is the last item, because Ray would wrap it."""
+    async def generate(self, call: GenerateCall, address: ReturnAddress) -> AsyncGenerator[Item, None]:
+        """Generate; the items are sent to the address, and yielded where it cannot be reached."""
+        sender = await self._senders.to(address.path)
+        async with contextlib.aclosing(self._items(call)) as items:
+            async for item in items:
+                if sender is None:
+                    yield item
+                elif sender.is_open:
+                    sender.send(address.call, item)
+                else:
+                    return  # the server's process has ended
+
+    async def _items(self, call: GenerateCall) -> AsyncGenerator[Item, None]:
+        """The pieces of a call and its end; an error that is expected is an item, because Ray would wrap it."""
         from forge.serve.request import EngineError
 
         try:
             async with contextlib.aclosing(self._service.generate(call)) as batches:
                 async for batch in batches:
                     yield batch
+            yield None
         except ApiError as error:
             yield error
         except EngineError as error:
@@ -145,32 +163,29 @@ class RayBackend:
 
     def __init__(self, handle: Any, *, app: str, info: ServedModel) -> None:
         self.info, self.app = info, app
-        self._handle = handle
+        self._handle, self._streaming = handle, handle.options(stream=True)
+        self._receiver = PieceReceiver()
+        self._forwarding: set[asyncio.Task[None]] = set()
         self._num_calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Sequence[TextDelta], None]:
-        with self._counted():
-            response = self._handle.options(stream=True).generate.remote(call)
+        path = await self._receiver.listen()
+        with self._counted(), self._receiver.inbox() as (number, inbox):
+            address = ReturnAddress(path=path, call=number)
+            response = self._streaming.generate.remote(call, address)
+            forwarding = asyncio.ensure_future(_forward(response, inbox))
+            self._forwarding.add(forwarding)
+            forwarding.add_done_callback(self._forwarding.discard)
             is_over = False
             try:
-                while True:
-                    try:
-                        batch = await anext(response)
-                    except StopAsyncIteration:
-                        is_over = True
-                        return
-                    if isinstance(batch, Exception):
-                        is_over = True
-                        raise batch
-                    yield batch
-            except RayTaskError:
+                while (pieces := await inbox.take()) is not None:
+                    yield pieces
+                is_over = True
+            except Exception:
                 is_over = True
                 raise
-            except _LOST as error:
-                is_over = True
-                raise ReplicaLostError(first_line(error)) from error
             finally:
                 if not is_over:
                     response.cancel()
@@ -196,6 +211,10 @@ class RayBackend:
             _log.warning("the replicas do not say how they are: %s", first_line(error))
             return {}
         return dict(found)
+
+    def close(self) -> None:
+        """Close what the replicas send pieces to."""
+        self._receiver.close()
 
     async def wait_idle(self, *, timeout_s: float) -> bool:
         """Wait until no call is running. Returns: whether that is so."""
@@ -230,6 +249,22 @@ class RayBackend:
             self._num_calls -= 1
             if not self._num_calls:
                 self._idle.set()
+
+
+async def _forward(response: Any, inbox: Inbox) -> None:
+    """Put into a call's inbox what it returns through Ray, and with what it fails."""
+    try:
+        async for item in response:
+            inbox.put(item)
+    except RayTaskError as error:
+        inbox.put(error)
+    except _LOST as error:
+        inbox.put(ReplicaLostError(first_line(error)))
+    except Exception as error:
+        inbox.put(error)
+    if not inbox.is_over:
+        await asyncio.sleep(_LATE_S)
+        inbox.put(ReplicaLostError("its answer has no end"))
 
 
 def _open_no_port() -> None:

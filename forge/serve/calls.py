@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 
@@ -85,6 +85,26 @@ class TextDelta:
     """In the first piece of a call."""
     restarts: bool = False
     """All texts of the call begin again with the next piece, because their replica was lost."""
+
+
+def merge_deltas(deltas: Sequence[TextDelta]) -> Sequence[TextDelta]:
+    """Join the pieces of each text, in the order in which the texts first occur."""
+    if len(deltas) < 2:
+        return deltas
+    grouped: dict[int, list[TextDelta]] = {}
+    for delta in deltas:
+        grouped.setdefault(delta.index, []).append(delta)
+    return [_joined(group) if len(group) > 1 else group[0] for group in grouped.values()]
+
+
+def _joined(deltas: Sequence[TextDelta]) -> TextDelta:
+    return replace(
+        deltas[-1],
+        text="".join(each.text for each in deltas),
+        num_tokens=sum(each.num_tokens for each in deltas),
+        scores=tuple(score for each in deltas for score in each.scores),
+        prompt_tokens=sum(each.prompt_tokens for each in deltas),
+    )
 
 
 class ReplicaLostError(Exception):
