@@ -44,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="forge-state-")
         os.environ["FORGE_STATE"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    # Ray starts workers with niceness 15: beside other work on the same cores ranks get a few percent of the CPU.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ["FORGE_TEST_SEED"] = str(SEED)  # the same in the processes of pytest-xdist
 
 
