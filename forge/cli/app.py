@@ -16,7 +16,21 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from forge.cli import chaos, checkpoints, cluster, data, doctor, eval, generate, runs, schema, serve, train, tune
+from forge.cli import (
+    chaos,
+    checkpoints,
+    cluster,
+    data,
+    doctor,
+    eval,
+    generate,
+    prices,
+    runs,
+    schema,
+    serve,
+    train,
+    tune,
+)
 from forge.cli.follow import INTERRUPTED
 from forge.environment import adopt_environment, run_in_utf8
 from forge.errors import ForgeError
@@ -57,6 +71,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("plan")(train.plan)
+app.command("prices")(prices.prices)
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")

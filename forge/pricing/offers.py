@@ -1,90 +1,29 @@
 """Where machines are for rent, and at what price: the offers of all clouds in one form.
 
-`load_offers` returns the prices that forge can know: those fetched last (`refresh=True` asks the clouds, see
-`forge.pricing.fetch`), and for clouds that were never asked those of the price list shipped with forge. What is
-unknown is None, never zero; the notes of the table say how old the prices of each cloud are.
+`load_offers` returns the prices that forge can know: of each cloud the newest of those fetched (`refresh=True`
+asks the clouds, see `forge.pricing.fetch`) and those of the price list shipped with forge. What is unknown is None,
+never zero; the notes of the table say how old the prices of each cloud are, and what could not be asked.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
 
-from forge.plan.gpus import find_gpu
-from forge.pricing.catalog import MachineType, catalog_table, machine_types
+from forge.errors import ForgeError
+from forge.pricing.catalog import catalog_table, machine_types
+from forge.pricing.fetch.sources import FETCHERS
+from forge.pricing.offer import InterruptionBand as InterruptionBand
+from forge.pricing.offer import Offer as Offer
+from forge.pricing.offer import build_offer
 from forge.pricing.price_list import listed_prices
+from forge.pricing.snapshot import Fetch, PriceSnapshot, SpotRisk, read_snapshot, save_snapshot
 
 CLOUDS = ("aws", "gcp", "azure")
-_POWER_USAGE_EFFECTIVENESS = 1.09
-"""Energy of the data centre ÷ energy of its machines. Source: Google's fleet-wide average of 2024."""
-_SAME_PRICE = 0.999
-"""A spot price above this share of the on-demand price is no discount: the zone sells no spot capacity."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InterruptionBand:
-    """Share of spot instances that the cloud interrupts in a month, as AWS Spot Advisor publishes it."""
-
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if self.low <= 0:
-            return f"<{self.high:.0%}"
-        return f">{self.low:.0%}" if self.high >= 1 else f"{self.low * 100:.0f}-{self.high:.0%}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """A machine type for rent in one region, or in one zone of it.
-
-    A price that is zero, negative or not finite is unknown (None); a spot price that is not below the on-demand
-    price means that no spot capacity is sold (None).
-    """
-
-    cloud: str
-    instance: str
-    gpu: str
-    """Its name in `forge.plan.gpus` if it is there; empty for a machine without GPU."""
-    num_gpus: int
-    gpu_memory_gib: float
-    """Of one GPU."""
-    num_cpus: int
-    memory_gib: float
-    inter_node_gbps: float | None
-    """Network to other machines in Gbit/s; None if unknown."""
-    region: str
-    zone: str | None
-    """None: the whole region. AWS's zones by id, such as `use1-az4`, which all accounts share."""
-    usd_per_hour: float | None
-    """On demand, for the whole machine; None if unknown or not sold."""
-    spot_usd_per_hour: float | None
-    """None if unknown or not sold."""
-    interruption: InterruptionBand | None
-    observed: date
-    source: str
-    co2_g_per_hour: float | None
-    """Of the machine's GPUs at their power limit; None if the region's grid is unknown."""
-
-    def __post_init__(self) -> None:
-        price, spot = _known(self.usd_per_hour), _known(self.spot_usd_per_hour)
-        if price is not None and spot is not None and spot > price * _SAME_PRICE:
-            spot = None
-        object.__setattr__(self, "usd_per_hour", price)
-        object.__setattr__(self, "spot_usd_per_hour", spot)
-
-    def price(self, *, spot: bool) -> float | None:
-        """USD per hour of the machine; None if unknown or not sold."""
-        return self.spot_usd_per_hour if spot else self.usd_per_hour
-
-    @property
-    def place(self) -> str:
-        """The zone if the offer is of one, else the region."""
-        return self.region if self.zone is None else f"{self.region} ({self.zone})"
+SOURCES = ("aws", "spot-advisor", "azure", "gcp", "gpuhunt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +35,34 @@ class OfferTable:
     """Age of each cloud's prices, what was not asked, and what failed."""
 
 
-def load_offers() -> OfferTable:
-    """Return the offers of the price list shipped with forge."""
-    offers = offline_offers()
-    return OfferTable(offers=offers, notes=age_notes(offers, today=date.today()))
+def load_offers(
+    *, offline: bool = False, refresh: bool = False, fetchers: Mapping[str, Fetch] = FETCHERS
+) -> OfferTable:
+    """Return the newest prices of each cloud that are known on this machine.
+
+    Args:
+        offline: use only the price list shipped with forge.
+        refresh: ask all sources first, and keep their answers for later calls.
+        fetchers: by name of the source.
+    """
+    today = datetime.now(UTC).date()
+    if offline:
+        return OfferTable(offers=offline_offers(), notes=_age_notes(offline_offers(), today=today))
+    notes: list[str] = []
+    if refresh:
+        notes += _refresh(fetchers, today=today)
+    snapshots: dict[str, PriceSnapshot] = {}
+    for source in SOURCES:
+        try:
+            snapshot = read_snapshot(source)
+        except (OSError, ValueError) as error:
+            notes.append(f"{source}: the cached prices cannot be read and are ignored: {error}")
+            continue
+        if snapshot is not None:
+            snapshots[source] = snapshot
+            notes += [f"{source}: {note}" for note in snapshot.notes]
+    offers = _merge(snapshots)
+    return OfferTable(offers=offers, notes=(*_age_notes(offers, today=today), *notes))
 
 
 @functools.cache
@@ -124,46 +87,74 @@ def offline_offers() -> tuple[Offer, ...]:
     )
 
 
-def build_offer(
-    machine: MachineType,
-    *,
-    cloud: str,
-    region: str,
-    zone: str | None = None,
-    usd_per_hour: float | None,
-    spot_usd_per_hour: float | None,
-    interruption: InterruptionBand | None = None,
-    observed: date,
-    source: str,
-) -> Offer:
-    """Return the offer of a machine type of the catalogue."""
-    gpu = find_gpu(machine.gpu) if machine.gpu else None
-    return Offer(
-        cloud=cloud,
-        instance=machine.name,
-        gpu=gpu.name if gpu else machine.gpu,
-        num_gpus=machine.num_gpus,
-        gpu_memory_gib=gpu.memory_gib if gpu else 0,
-        num_cpus=machine.num_cpus,
-        memory_gib=machine.memory_gib,
-        inter_node_gbps=machine.inter_node_gbps,
-        region=region,
-        zone=zone,
-        usd_per_hour=usd_per_hour,
-        spot_usd_per_hour=spot_usd_per_hour,
-        interruption=interruption,
-        observed=observed,
-        source=source,
-        co2_g_per_hour=_co2_g_per_hour(gpu.name, machine.num_gpus, cloud=cloud, region=region) if gpu else None,
-    )
+def _refresh(fetchers: Mapping[str, Fetch], *, today: date) -> list[str]:
+    """Ask all sources and keep what they answer. Returns: a line for each that failed."""
+
+    def ask(source: str) -> str | None:
+        try:
+            save_snapshot(fetchers[source](today))
+        except (ForgeError, OSError, ValueError) as error:
+            return f"{source}: was not asked or did not answer: {error}; earlier prices are used"
+        return None
+
+    with ThreadPoolExecutor(max_workers=len(fetchers) or 1) as pool:
+        return [failure for failure in pool.map(ask, fetchers) if failure is not None]
 
 
-def age_notes(offers: tuple[Offer, ...], *, today: date) -> tuple[str, ...]:
-    """Say how old the prices of each cloud are, a line per cloud."""
-    days: Mapping[str, set[date]] = defaultdict(set)
+def _merge(snapshots: Mapping[str, PriceSnapshot]) -> tuple[Offer, ...]:
+    """Return of each cloud the newest answer: its own, gpuhunt's or the shipped list's, in this order if equal."""
+    candidates: dict[str, list[tuple[Offer, ...]]] = {}
+    for offers in (
+        *(snapshots[cloud].offers for cloud in CLOUDS if cloud in snapshots),
+        snapshots["gpuhunt"].offers if "gpuhunt" in snapshots else (),
+        offline_offers(),
+    ):
+        for cloud, own in _by_cloud(offers).items():
+            candidates.setdefault(cloud, []).append(own)
+    risks = snapshots["spot-advisor"].risks if "spot-advisor" in snapshots else ()
+    merged: list[Offer] = []
+    for cloud in sorted(
+        candidates, key=lambda one: (one not in CLOUDS, CLOUDS.index(one) if one in CLOUDS else one)
+    ):
+        newest = max(candidates[cloud], key=lambda offers: max(offer.observed for offer in offers))
+        merged += _with_risks(newest, risks) if cloud == "aws" else newest
+    return tuple(merged)
+
+
+def _by_cloud(offers: Sequence[Offer]) -> dict[str, tuple[Offer, ...]]:
+    found: dict[str, list[Offer]] = {}
     for offer in offers:
-        days[offer.cloud].add(offer.observed)
-    return tuple(f"{cloud}: prices as of {_span(days[cloud], today=today)}" for cloud in days)
+        found.setdefault(offer.cloud, []).append(offer)
+    return {cloud: tuple(own) for cloud, own in found.items()}
+
+
+def _with_risks(offers: Sequence[Offer], risks: Sequence[SpotRisk]) -> list[Offer]:
+    """Add Spot Advisor's interruption bands, and estimate the spot prices of regions where none is known."""
+    known = {(risk.instance, risk.region): risk for risk in risks}
+    priced = {(offer.instance, offer.region) for offer in offers if offer.spot_usd_per_hour is not None}
+    found: list[Offer] = []
+    for offer in offers:
+        place = offer.instance, offer.region
+        risk = known.get(place)
+        if risk is not None and offer.spot_usd_per_hour is not None:
+            offer = replace(offer, interruption=risk.interruption)
+        elif risk is not None and risk.savings and offer.usd_per_hour is not None and place not in priced:
+            offer = replace(
+                offer,
+                spot_usd_per_hour=offer.usd_per_hour * (1 - risk.savings),
+                interruption=risk.interruption,
+                source=f"{offer.source}; spot estimated from Spot Advisor's average savings, within a factor of 2",
+            )
+        found.append(offer)
+    return found
+
+
+def _age_notes(offers: Sequence[Offer], *, today: date) -> tuple[str, ...]:
+    """Say how old the prices of each cloud are, a line per cloud."""
+    return tuple(
+        f"{cloud}: prices as of {_span({offer.observed for offer in own}, today=today)}"
+        for cloud, own in _by_cloud(offers).items()
+    )
 
 
 def _span(days: set[date], *, today: date) -> str:
@@ -171,15 +162,3 @@ def _span(days: set[date], *, today: date) -> str:
     age = (today - oldest).days
     since = f"{oldest}" if oldest == newest else f"{oldest} to {newest}"
     return f"{since}, up to {age} days old" if age > 0 else since
-
-
-def _known(price: float | None) -> float | None:
-    return price if price is not None and 0 < price < math.inf else None
-
-
-def _co2_g_per_hour(gpu: str, num_gpus: int, *, cloud: str, region: str) -> float | None:
-    """Power limit of the GPUs × the data centre's overhead × carbon intensity of the grid, which GCP publishes."""
-    grid, watts = catalog_table()["grid_g_per_kwh"].get(region), catalog_table()["gpu_watts"].get(gpu)
-    if cloud != "gcp" or grid is None or watts is None:
-        return None
-    return float(watts) / 1000 * num_gpus * _POWER_USAGE_EFFECTIVENESS * float(grid)

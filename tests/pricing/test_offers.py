@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from forge.errors import ClusterError
 from forge.plan.gpus import find_gpu
 from forge.pricing.catalog import catalog_table, machine_types
-from forge.pricing.offers import CLOUDS, InterruptionBand, Offer, age_notes, build_offer, offline_offers
+from forge.pricing.offer import InterruptionBand, Offer, build_offer
+from forge.pricing.offers import CLOUDS, load_offers, offline_offers
 from forge.pricing.price_list import listed_prices
+from forge.pricing.snapshot import Fetch, PriceSnapshot, SpotRisk
 
 SHARED = Path(__file__).parents[3] / "shared" / "prices"
 
@@ -100,12 +106,110 @@ def test_interruption_band__is_shown_as_the_advisor_does() -> None:
     assert [str(InterruptionBand(low=low, high=high)) for low, high in bands] == ["<5%", "5-10%", "15-20%", ">20%"]
 
 
-def test_age_notes__old_prices__say_their_age() -> None:
-    offers = (offer(observed=date(2026, 11, 1)), offer(observed=date(2026, 10, 1)), offer(cloud="gcp"))
-    assert age_notes(offers, today=date(2026, 11, 1)) == (
-        "aws: prices as of 2026-10-01 to 2026-11-01, up to 31 days old",
-        "gcp: prices as of 2026-11-01",
+def answer(source: str, *offers: Offer, **parts: Any) -> Mapping[str, Fetch]:
+    return {source: lambda today: PriceSnapshot(source=source, observed=today, offers=offers, **parts)}
+
+
+def refuse(_: date) -> PriceSnapshot:
+    raise ClusterError("Azure's price list (127.0.0.1) cannot be reached: Connection refused")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FORGE_CACHE", str(tmp_path))
+    return tmp_path / "prices"
+
+
+@pytest.mark.usefixtures("cache")
+def test_load_offers__never_asked__shipped_list_with_its_age() -> None:
+    found = load_offers()
+    assert found.offers == offline_offers()
+    assert found.notes[0].startswith("aws: prices as of 2025-06-28 to 2026-04-01, up to ")
+    assert found.notes[0].endswith(" days old")
+
+
+def test_load_offers__refresh__is_kept_and_replaces_the_cloud(cache: Path) -> None:
+    today = datetime.now(UTC).date()
+    fresh = offer(observed=today, zone="use1-az4", interruption=InterruptionBand(low=0.05, high=0.1))
+    first = load_offers(refresh=True, fetchers=answer("aws", fresh, notes=("3 entries were skipped",)))
+    assert [one for one in first.offers if one.cloud == "aws"] == [fresh]
+    assert any(one.cloud == "gcp" for one in first.offers), "clouds that did not answer keep the shipped list"
+    assert first.notes[0] == f"aws: prices as of {today}"
+    assert first.notes[-1] == "aws: 3 entries were skipped"
+    assert load_offers() == first
+    assert load_offers(offline=True).offers == offline_offers()
+    assert [path.name for path in cache.iterdir()] == ["aws.json"]
+
+
+@pytest.mark.usefixtures("cache")
+def test_load_offers__no_network__says_so_and_uses_the_shipped_list() -> None:
+    found = load_offers(refresh=True, fetchers={"azure": refuse})
+    assert found.offers == offline_offers()
+    assert found.notes[-1].startswith(
+        "azure: was not asked or did not answer: Azure's price list (127.0.0.1) cannot"
     )
+    assert found.notes[-1].endswith("earlier prices are used")
+
+
+@pytest.mark.usefixtures("cache")
+def test_load_offers__stale_cache__gives_way_to_a_newer_shipped_list() -> None:
+    load_offers(refresh=True, fetchers=answer("aws", offer(observed=date(2025, 1, 1))))
+    assert load_offers().offers == offline_offers()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"form": 1}', '{"form": 99}', '{"form": 1, "observed": "x"}'])
+def test_load_offers__broken_cache__is_ignored_and_said(cache: Path, content: str) -> None:
+    cache.mkdir()
+    (cache / "gcp.json").write_text(content)
+    found = load_offers()
+    assert found.offers == offline_offers()
+    assert found.notes[-1].startswith("gcp: the cached prices cannot be read and are ignored:")
+
+
+@pytest.mark.usefixtures("cache")
+def test_load_offers__cached_prices_of_zero__stay_unknown() -> None:
+    today = datetime.now(UTC).date()
+    load_offers(
+        refresh=True, fetchers=answer("aws", offer(observed=today, usd_per_hour=None, spot_usd_per_hour=None))
+    )
+    path = Path(os.environ["FORGE_CACHE"]) / "prices" / "aws.json"
+    path.write_text(path.read_text().replace('"usd_per_hour": null', '"usd_per_hour": 0'))
+    found = next(one for one in load_offers().offers if one.cloud == "aws")
+    assert found.usd_per_hour is None
+
+
+@pytest.mark.usefixtures("cache")
+def test_load_offers__spot_advisor__gives_bands_and_estimates_what_is_unknown() -> None:
+    today = datetime.now(UTC).date()
+    band = InterruptionBand(low=0.1, high=0.15)
+    risks = tuple(
+        SpotRisk(instance="p5.48xlarge", region=region, interruption=band, savings=0.5)
+        for region in ("us-east-1", "us-east-2")
+    )
+    priced = offer(observed=today, zone="use1-az4")
+    unpriced = offer(observed=today, spot_usd_per_hour=None)
+    elsewhere = offer(observed=today, spot_usd_per_hour=None, region="us-east-2")
+    fetchers = {**answer("aws", priced, unpriced, elsewhere), **answer("spot-advisor", risks=risks)}
+    found = [one for one in load_offers(refresh=True, fetchers=fetchers).offers if one.cloud == "aws"]
+    assert [(one.spot_usd_per_hour, one.interruption) for one in found] == [
+        (20.0, band),
+        (None, None),
+        (pytest.approx(27.52), band),
+    ]
+    assert "estimated" in found[2].source
+
+
+@pytest.mark.usefixtures("cache")
+def test_load_offers__gpuhunt__adds_clouds_and_never_hides_newer_prices() -> None:
+    today = datetime.now(UTC).date()
+    small = offer(cloud="lambdalabs", instance="gpu_8x_h100", observed=today)
+    fetchers = {
+        **answer("aws", offer(observed=today)),
+        **answer("gpuhunt", small, offer(observed=today, region="x")),
+    }
+    found = load_offers(refresh=True, fetchers=fetchers).offers
+    assert {one.region for one in found if one.cloud == "aws"} == {"us-east-1"}, "AWS's own answer comes first"
+    assert [one.cloud for one in found][-1] == "lambdalabs"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no price lists beside this checkout")

@@ -1,0 +1,11 @@
+"""All sources of live prices, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from forge.pricing.fetch.azure import fetch_azure
+from forge.pricing.fetch.spot_advisor import fetch_spot_advisor
+from forge.pricing.snapshot import Fetch
+
+FETCHERS: Mapping[str, Fetch] = {"spot-advisor": fetch_spot_advisor, "azure": fetch_azure}
