@@ -93,9 +93,9 @@ ONLY_IN = {
     "sacrebleu": ("forge/evaluate/metrics/",),
     "re2": ("forge/evaluate/answers.py",),
     "optuna": ("forge/search/importance.py", "forge/search/suggest.py", "forge/report/figures.py"),
-    "plotly": ("forge/report/figures.py",),
+    "plotly": ("forge/report/figures.py", "forge/report/page.py"),
     "jinja2": (
-        "forge/report/html_report.py",
+        "forge/report/page.py",
         "forge/cluster/kubernetes/manifests.py",
         "forge/data/chat_template.py",
         "forge/evaluate/prompt.py",

@@ -42,14 +42,6 @@ RunArgument = Annotated[
         autocompletion=complete_run,
     ),
 ]
-SearchArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SEARCH",
-        help="A search's id, a unique prefix of it, its folder, or latest.",
-        autocompletion=complete_run,
-    ),
-]
 RunsOption = Annotated[Path, typer.Option("--runs", help="The folder that holds the runs.")]
 ResumableJobArgument = Annotated[
     Path | None,

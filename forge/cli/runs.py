@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forge.cli.options import Output, OutputOption, RunArgument, RunsOption, SearchArgument
+from forge.cli.options import Output, OutputOption, RunArgument, RunsOption
 from forge.cli.run_logs import logs
 
 if TYPE_CHECKING:
@@ -174,24 +174,25 @@ def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
 
 
 @app.command()
-def report(search: SearchArgument = "latest", runs: RunsOption = _RUNS) -> None:
-    """Write a search's report.html and best.yaml with its trials so far.
+def report(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
+    """Write report.html of a run or a search so far, one file to open in a browser; for a search also best.yaml.
 
     Example:  forge runs report latest
     """
     from forge.cli import display
-    from forge.cli.follow import handle
     from forge.errors import ArgumentError
+    from forge.report.run_report import write_run_report
     from forge.report.search_record import write_results
     from forge.runs.reader import find_run, read_run
 
-    folder = find_run(search, root=runs, is_search=True)
+    folder = find_run(run, root=runs)
     found = read_run(folder)
     if found.plan.search is None:
-        raise ArgumentError(f"{folder.name} is not a search; show it with: forge runs show {handle(folder)}")
-    if not any(event["event"] == "TrialSuggested" for event in found.events):
+        write_run_report(folder)
+    elif any(event["event"] == "TrialSuggested" for event in found.events):
+        write_results(folder)
+    else:
         raise ArgumentError(f"{folder.name} has no trials yet, so there is nothing to report")
-    write_results(folder)
     display.print_text(str(folder / "report.html"))
 
 

@@ -1,16 +1,15 @@
 """The figures of a search's report, drawn by `optuna.visualization` from a study built in memory.
 
-Takes the search and its trial table; returns HTML fragments that work once `script` is on the page. Names of keys
-and values of choices come from the job file. plotly would read them as markup, so they are escaped when the study
-is built, and everything drawn from it is safe.
+Takes the search and its trial table; returns what plotly.js draws. Names of keys and values of choices come from
+the job file. plotly would read them as markup, so they are escaped when the study is built, and everything drawn
+from it is safe.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import optuna
@@ -18,10 +17,9 @@ import plotly.graph_objects as go
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import plot_intermediate_values, plot_optimization_history, plot_parallel_coordinate
-from plotly.offline import get_plotlyjs
 
 from forge.config.search import SearchSpec
-from forge.errors import printable
+from forge.report.page import PageFigure, label
 from forge.report.trial_rows import short_names, shown
 from forge.runs.trials import Trial, TrialTable
 from forge.search.importance import distributions, quiet_optuna
@@ -38,29 +36,14 @@ _STATES = {
 }
 _FAR_OUT = 12.0
 """Interquartile ranges beyond the quartiles where an axis ends; trials stopped early by a scheduler stay inside."""
-_MAX_LABEL_CHARS = 28
 _BEST_COLOR = "#e2571b"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportFigure:
-    """One figure with its heading; without HTML if there is nothing to draw yet."""
-
-    title: str
-    note: str
-    html: str
-
-
-def script() -> str:
-    """The whole of plotly.js, so that the page loads nothing."""
-    return f"<script>{get_plotlyjs()}</script>"
-
-
-def build_figures(search: SearchSpec, table: TrialTable, shares: Mapping[str, float]) -> Iterator[ReportFigure]:
+def build_figures(search: SearchSpec, table: TrialTable, shares: Mapping[str, float]) -> Iterator[PageFigure]:
     """Draw the optimization history, the learning curves, the parallel coordinates and the importances."""
     with quiet_optuna():
         study = build_study(search, table)
-        metric = _safe(search.metric)
+        metric = label(search.metric)
         ended = [trial for trial in study.trials if trial.state is TrialState.COMPLETE]
         values = [trial.value for trial in ended]
         reported = [value for trial in study.trials for value in trial.intermediate_values.values()]
@@ -111,7 +94,7 @@ def labels(search: SearchSpec) -> dict[str, str]:
 
 
 def axis_labels(keys: Sequence[str]) -> dict[str, str]:
-    return {key: _safe(name) for key, name in short_names(keys).items()}
+    return {key: label(name) for key, name in short_names(keys).items()}
 
 
 def _frozen(trial: Trial, names: Mapping[str, str], axes: Mapping[str, BaseDistribution]) -> FrozenTrial:
@@ -144,7 +127,7 @@ def _param(value: Any, axis: BaseDistribution) -> Any:
 
 def _choice(value: Any) -> Any:
     """Keep numbers, so that Optuna orders the axis; convert other values to escaped text."""
-    return value if type(value) in (int, float) else _safe(shown(value))
+    return value if type(value) in (int, float) else label(shown(value))
 
 
 def _widened(axis: BaseDistribution, value: Any) -> BaseDistribution:
@@ -184,9 +167,10 @@ def _figure(
     otherwise: str,
     shown_on_y: Sequence[float | None] = (),
     y_title: str | None = None,
-) -> ReportFigure:
+) -> PageFigure:
+    key = title.lower().replace(" ", "-")
     if figure is None:
-        return ReportFigure(title=title, note=otherwise, html="")
+        return PageFigure(key=key, title=title, note=otherwise, spec=None)
     finite = [value for value in shown_on_y if value is not None]
     low, high = _fence(finite) if finite else (-math.inf, math.inf)
     hidden = sum(not low <= value <= high for value in finite)
@@ -199,16 +183,12 @@ def _figure(
     figure.update_layout(
         title=None,
         template="plotly_white",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
         height=figure.layout.height or 380,
         margin={"l": 60, "r": 20, "t": 20, "b": 50},
     )
-    html = figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=title.lower().replace(" ", "-"),
-        config={"responsive": True, "displayModeBar": False},
-    )
-    return ReportFigure(title=title, note=note, html=html)
+    return PageFigure(key=key, title=title, note=note, spec=json.loads(figure.to_json()))
 
 
 def _fence(values: Sequence[float]) -> tuple[float, float]:
@@ -217,8 +197,3 @@ def _fence(values: Sequence[float]) -> tuple[float, float]:
     quarter, three_quarters = ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4]
     box = (three_quarters - quarter) or math.inf
     return max(ordered[0], quarter - _FAR_OUT * box), min(ordered[-1], three_quarters + _FAR_OUT * box)
-
-
-def _safe(text: str) -> str:
-    """Shorten a text and escape what plotly would read as markup."""
-    return escape(printable(text, limit=_MAX_LABEL_CHARS), quote=False)

@@ -1,29 +1,21 @@
 """Write `report.html` of a search: its best trial, figures and a table of all trials.
 
-Reads only the search's folder, whether the search is running or not. The page contains its styles, its figures and
-plotly.js, and its content security policy forbids every request. Jinja2 escapes all text of the job file and
-the events; `search.html.j2` marks only the figures as safe HTML, and `forge.report.figures` escapes their text.
+Reads only the search's folder, whether the search is running or not. `forge.report.page` says why the page loads
+nothing, and `forge.report.figures` escapes the text of the figures.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from forge.config.overrides import search_of
-from forge.errors import harmless
 from forge.fs import write_atomic
-from forge.report.figures import build_figures, labels, script
+from forge.report.figures import build_figures, labels
+from forge.report.page import STATUS_COLORS, PageTile, render_page
 from forge.report.search_summary import SearchSummary, search_summary
 from forge.report.text import number
-from forge.report.trial_rows import shown
 from forge.runs.reader import failure_of, read_run
 from forge.runs.trials import Trial
 from forge.search.importance import importances
@@ -31,25 +23,6 @@ from forge.units import format_duration
 
 REPORT = "report.html"
 """In the search's folder."""
-
-_COLORS = {
-    "finished": "#2f6bd8",
-    "stopped": "#c08a1e",
-    "diverged": "#8a4fbf",
-    "failed": "#cf3e3e",
-    "died": "#cf3e3e",
-    "running": "#1d9a6c",
-    "waiting": "#8b95a3",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tile:
-    """One number at the top of the page."""
-
-    name: str
-    value: str
-    note: str
 
 
 def write_report(folder: Path) -> Path:
@@ -66,21 +39,10 @@ def write_report(folder: Path) -> Path:
 
 
 def _render(summary: SearchSummary) -> str:
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        loader=FileSystemLoader(Path(__file__).parent),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: (
-            value if isinstance(value, Markup) else harmless(str(value))
-        ),  # Markup: plotly's code
-    )
-    environment.filters |= {"shown": shown, "number": number, "duration": _duration, "notes": _notes}
     run, search, table = summary.run, summary.search, summary.table
-    return environment.get_template("search.html.j2").render(
-        colors=_COLORS,
-        script=script(),
+    return render_page(
+        "search.html.j2",
+        filters={"notes": _notes},
         run=run,
         headline=_headline(summary),
         failure=failure_of(run),
@@ -91,7 +53,6 @@ def _render(summary: SearchSummary) -> str:
         figures=list(build_figures(search, table, importances(search, table))),
         names=labels(search),
         trials=list(table.trials.values()),
-        written_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
 
 
@@ -104,26 +65,26 @@ def _headline(summary: SearchSummary) -> str:
     return " · ".join(words)
 
 
-def _tiles(summary: SearchSummary) -> Iterator[_Tile]:
+def _tiles(summary: SearchSummary) -> Iterator[PageTile]:
     trials, counts, best = list(summary.table.trials.values()), summary.table.counts(), summary.best
     progress = f"{len(trials)} of {summary.num_trials}" if len(trials) < summary.num_trials else f"{len(trials)}"
-    by_status = ", ".join(f"{counts[status]} {status}" for status in _COLORS if status in counts)
-    yield _Tile(name="trials", value=progress, note=by_status or "none yet")
+    by_status = ", ".join(f"{counts[status]} {status}" for status in STATUS_COLORS if status in counts)
+    yield PageTile(name="trials", value=progress, note=by_status or "none yet")
     if best is not None:
-        yield _Tile(
+        yield PageTile(
             name=f"best {summary.search.metric}", value=number(best.value, ".5g"), note=f"trial {best.number}"
         )
     plan = summary.run.plan.search
     at_once = f"{plan.trials_at_once} at once" if plan else ""
-    yield _Tile(name="wall time", value=format_duration(summary.run.goodput().wall_s), note=at_once)
+    yield PageTile(name="wall time", value=format_duration(summary.run.goodput().wall_s), note=at_once)
     starts = [trial.start_s for trial in trials if trial.start_s is not None]
     if starts:
         num_warm = sum(trial.is_warm for trial in trials if trial.start_s is not None)
         note = f"median; {num_warm} of {len(starts)} warm"
-        yield _Tile(name="start of a trial", value=format_duration(statistics.median(starts)), note=note)
+        yield PageTile(name="start of a trial", value=format_duration(statistics.median(starts)), note=note)
     cost = summary.run.newest("CostUpdated")
     if cost is not None:
-        yield _Tile(name="cost", value=f"{number(cost.get('usd'), ',.2f')} USD", note="all machines together")
+        yield PageTile(name="cost", value=f"{number(cost.get('usd'), ',.2f')} USD", note="all machines together")
 
 
 def _best_note(summary: SearchSummary) -> str:
@@ -146,7 +107,3 @@ def _notes(trial: Trial) -> str:
 
 def _exploits(trial: Trial) -> str:
     return "; ".join(f"from trial {donor} at step {step}" for step, donor in trial.moves)
-
-
-def _duration(seconds: float | None) -> str:
-    return format_duration(math.nan if seconds is None else seconds)

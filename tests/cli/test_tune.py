@@ -396,14 +396,12 @@ class TestRuns:
         assert (done.exit_code, done.stdout) == (0, "runs/searched/report.html\n")
         assert (folder / "report.html").exists()
 
-    @pytest.mark.parametrize(
-        ("name", "message"),
-        [
-            ("trained", "trained is not a search; show it with: forge runs show trained"),
-            ("new", "new has no trials yet"),
-        ],
-    )
-    def test_report__run_or_empty_search__raises(self, home: Path, folder: Path, name: str, message: str) -> None:
+    def test_report__search_without_trials__raises(self, home: Path, folder: Path) -> None:
         make_search(home / "runs", "new")
-        with pytest.raises(ArgumentError, match=message):
-            forge("runs", "report", name)
+        with pytest.raises(ArgumentError, match="new has no trials yet"):
+            forge("runs", "report", "new")
+
+    def test_report__run__writes_and_prints_the_path(self, home: Path, folder: Path) -> None:
+        done = forge("runs", "report", "trained")
+        assert (done.exit_code, done.stdout) == (0, "runs/trained/report.html\n")
+        assert "Repeat it" in (home / "runs" / "trained" / "report.html").read_text()

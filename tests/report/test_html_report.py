@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,14 @@ import pytest
 from forge.config.load import load_job
 from forge.errors import JobFileError
 from forge.events import RunFailed
-from forge.report.figures import axis_labels, build_study, script
+from forge.report.figures import axis_labels, build_study
 from forge.report.html_report import write_report
+from forge.report.page import plotly_code
 from forge.report.search_record import search_record, write_results
 from forge.runs.reader import read_run
+from tests.support.pages import Elements, own_text
 from tests.support.runs import make_run
 from tests.support.searches import LR, WARMUP, SearchHistory, lifelike, search_plan, search_spec
-
-
-def own_text(page: Path) -> str:
-    """The page without the script that draws."""
-    return page.read_text(encoding="utf-8").replace(script(), "")
 
 
 def test_report__finished_search__holds_figures_trials_and_cost(tmp_path: Path) -> None:
@@ -31,7 +27,7 @@ def test_report__finished_search__holds_figures_trials_and_cost(tmp_path: Path) 
     write_results(folder)
     whole = (folder / "report.html").read_text(encoding="utf-8")
     text = own_text(folder / "report.html")
-    assert whole.count(script()) == 1
+    assert whole.count(plotly_code()) == 1
     for expected in ("12 finished, 2 stopped, 1 diverged, 1 failed", "1.76 USD", "CUDA out of memory on rank 0"):
         assert expected in text
     for figure in ("optimization-history", "learning-curves", "parallel-coordinates", "importances"):
@@ -107,22 +103,6 @@ def test_report__one_searched_key__parallel_coordinates(space: dict, values: lis
     assert 'id="parallel-coordinates"' in text
 
 
-class Elements(HTMLParser):
-    """The elements of a page, as a browser finds them, and its text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.text: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
 def test_report__hostile_names_and_values__are_text_and_never_elements(tmp_path: Path) -> None:
     evil = "</script><evil x=\"'&"
     history = SearchHistory()
@@ -139,9 +119,8 @@ def test_report__hostile_names_and_values__are_text_and_never_elements(tmp_path:
     harmless_page = Elements(own_text(write_report(same.write(tmp_path, harmless, name="name"))))
     assert hostile_page.tags == harmless_page.tags
     assert "<evil>" in hostile_page.text
-    figures = [text for text in hostile_page.text if "Plotly.newPlot" in text]
-    assert figures
-    assert not any("<evil" in text for text in figures)
+    assert len(hostile_page.figures) >= 3
+    assert "<evil" not in json.dumps(hostile_page.figures)
 
 
 def test_report__run_without_search__raises(tmp_path: Path) -> None:
