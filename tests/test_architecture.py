@@ -46,6 +46,7 @@ SAME_LAYER = {
     ("runtime", "search"),
     ("runtime", "serve"),
     ("evaluate", "runtime"),
+    ("runtime", "evaluate"),
     ("evaluate", "cluster"),
     ("evaluate", "remote"),
     ("remote", "cluster"),

@@ -100,7 +100,7 @@ def open_verified(storage: Storage, *, step: int | str | None = None) -> Checkpo
     skipped: list[str] = []
     found = find_checkpoint(storage, on_skip=lambda name, why: skipped.append(f"{name}: {why}"))
     if found is None:
-        why = "; ".join(skipped) or "none at all"
+        why = "; ".join(skipped) or "there is none: the run has written none yet, or they were deleted or moved"
         raise CheckpointError(f"{storage.url} holds no checkpoint that verifies ({why})")
     return found
 

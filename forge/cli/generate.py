@@ -88,10 +88,11 @@ def generate(
     With --input and --output all prompts of a file are answered; started again, it continues where it was stopped.
     """
     from forge.cli import display
+    from forge.runs.find_model import find_model
     from forge.runtime.torch_subprocess import answer_prompts
 
     _check(output, input_file=input_file, prompt=prompt, dtype=dtype, cluster=cluster)
-    folder = _folder(source, runs=runs)
+    folder = find_model(source, root=runs)
     sampling = {
         **{"max_tokens": max_tokens, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
         **{"stop": stop or [], "num_beams": beams, "n": n, "logprobs": logprobs, "seed": seed},
@@ -121,7 +122,8 @@ def _named(folder: Path, *, step: int | str | None) -> str:
 
 
 def _check(output: str, *, input_file: Path | None, prompt: str, dtype: str, cluster: str | None) -> None:
-    """Raises: ArgumentError for options that do not go together."""
+    """Raises: ArgumentError for options that do not go together, or a file of prompts that does not exist."""
+    from forge.environment import looked_in
     from forge.errors import ArgumentError
 
     if dtype not in ("fp32", "bf16"):
@@ -132,19 +134,13 @@ def _check(output: str, *, input_file: Path | None, prompt: str, dtype: str, clu
         )
     if input_file is not None and output in _FORMATS:
         raise ArgumentError("--input needs --output FILE, for the answers")
+    if input_file is not None and not input_file.is_file():
+        lacks = "is a folder" if input_file.is_dir() else f"does not exist{looked_in(input_file)}"
+        raise ArgumentError(f"--input {input_file} {lacks}; give a file of prompts, one JSON line each")
     if input_file is None and cluster is not None:
         raise ArgumentError("--cluster answers files of prompts: give --input and --output, or leave it out")
     if input_file is not None and prompt:
         raise ArgumentError("give --prompt or --input, not both")
-
-
-def _folder(source: str, *, runs: Path) -> Path:
-    """The folder of a model, or of a run. Raises: ArgumentError."""
-    from forge.runs.reader import find_run
-
-    folder = Path(source).expanduser()
-    is_model = (folder / "config.json").is_file() and not (folder / "plan.json").is_file()
-    return folder if is_model else find_run(source, root=runs)
 
 
 def _answer_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ class ServeGroup(TyperGroup):
 app = typer.Typer(
     cls=ServeGroup,
     no_args_is_help=True,
-    help="Serve a model behind OpenAI's API: forge serve RUN|FOLDER.",
+    help="Serve a model behind OpenAI's API: forge serve RUN|FOLDER; its options: forge serve start -h.",
     rich_markup_mode=None,
 )
 
@@ -79,6 +80,8 @@ def start(
     from forge.serve.http.settings import ServerSettings
 
     folder, wanted = _source(source, runs=runs), _range(replicas)
+    if cluster is None:
+        _require_checkpoint(folder, step=parse_step(step))
     limits = KeyLimits(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
@@ -316,18 +319,32 @@ def _stop(name: str) -> None:
 
 
 def _source(source: str, *, runs: Path, marker: str = "config.json") -> Path:
-    """The folder to serve: one that has the file `marker`, or that of a run. Raises: ArgumentError."""
+    """The folder to serve. Raises: ArgumentError, with the subcommand if it was misspelt."""
     from forge.errors import ArgumentError
-    from forge.runs.reader import find_run
+    from forge.runs.find_model import find_model
 
-    given = Path(source).expanduser()
-    if (given / marker).is_file():
-        return given.absolute()
     try:
-        return find_run(source, root=runs).absolute()
+        return find_model(source, root=runs, marker=marker).absolute()
     except ArgumentError as error:
-        what = f"the folder {given} has no {marker}" if given.is_dir() else f"there is no folder {given.absolute()}"
-        raise ArgumentError(f"{what}, and {error}") from None
+        commands = [command.name for command in app.registered_commands if command.name]
+        nearest = difflib.get_close_matches(source, commands, n=1, cutoff=0.7)
+        hint = f"; did you mean forge serve {nearest[0]}?" if nearest else ""
+        raise ArgumentError(f"{error}{hint}") from None
+
+
+def _require_checkpoint(folder: Path, *, step: int | str | None) -> None:
+    """Raises: ArgumentError, CheckpointError if a run has no checkpoint to serve; object storage is not read."""
+    from forge.errors import ArgumentError
+    from forge.runs.checkpoints import entries, locate
+
+    if not (folder / "plan.json").is_file():
+        return
+    url = locate(str(folder), root=folder.parent).url
+    if "://" not in url and next(entries(url, step=step), None) is None:
+        raise ArgumentError(
+            f"{folder.name} has no checkpoint in {url}: the run has written none yet, or they were deleted or "
+            "moved; checkpoint.every of its job says when it writes one, and Ctrl-C in the run writes one"
+        )
 
 
 def _adapters(given: list[str] | None, *, runs: Path) -> tuple[str, ...]:

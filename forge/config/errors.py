@@ -16,7 +16,8 @@ from forge.config.fields import Loc, known_keys, literal_values, section_at
 from forge.config.locations import SourceMap, parent_key
 from forge.config.section import FieldError, FieldErrors, Section
 from forge.config.yaml_reader import join_key
-from forge.errors import JobFileError
+from forge.errors import JobFileError, printable
+from forge.process import one_line
 
 _OTHER_WORDS = {
     "learning_rate": "training.optimizer.lr",
@@ -83,6 +84,15 @@ def field_errors(
     # `nam:` is an unknown key and also leaves `name` missing: report this one mistake once.
     meant = {join_key(parent_key(other.key or ""), other.nearest or "") for other in found}
     return [other for other in found if other.problem != _MISSING or other.key not in meant]
+
+
+def invalid_value(error: Exception) -> str:
+    """Return on one line why a stored section cannot be read: its first key that this version does not accept."""
+    if not isinstance(error, ValidationError):
+        return one_line(error)
+    first = error.errors(include_url=False, include_context=False)[0]
+    value = printable(repr(first["input"]), limit=60)
+    return f"this version of forge does not accept its {_dotted(first['loc'])}: {first['msg']} (got {value})"
 
 
 def _translated(

@@ -12,7 +12,7 @@ from forge.cluster.local.ray_cluster import find_local
 from forge.cluster.registry import find_cluster
 from forge.config.load import LoadedTask, load_task
 from forge.config.task import TaskSpec
-from forge.errors import ArgumentError, printable
+from forge.errors import ArgumentError
 from forge.evaluate.compare import Comparison, EvaluatedModel, compare
 from forge.evaluate.lm_eval import (
     LmEvalOptions,
@@ -22,9 +22,11 @@ from forge.evaluate.lm_eval import (
     with_lm_eval,
 )
 from forge.evaluate.results import read_outputs
+from forge.evaluate.task import build_task
 from forge.foreign import from_record
 from forge.plan.plan import written_job
-from forge.runs.reader import find_run, read_plan
+from forge.runs.find_model import find_model
+from forge.runs.reader import read_plan
 from forge.runs.scores import TaskScore
 from forge.runtime.torch_subprocess import run_driver
 
@@ -97,11 +99,13 @@ def evaluate_models(
     """
     if not sources or not tasks:
         raise ArgumentError("give at least one run or folder, and at least one task")
-    folders = [find_source(source, root=root) for source in sources]
+    folders = [find_model(source, root=root) for source in sources]
     harness = [str(task).removeprefix(LM_EVAL) for task in tasks if str(task).startswith(LM_EVAL)]
     own = [task for task in tasks if not str(task).startswith(LM_EVAL)]
     loaded = [(path, load_task(path)) for path in map(find_task, own)]
     _require_different(loaded)
+    for _, task in loaded:
+        build_task(task)
     if harness:
         _require_harness(harness, options=options)
     is_elsewhere = options.cluster is not None and not find_cluster(options.cluster).shares_files
@@ -161,18 +165,6 @@ def _of_harness(
         if on_message is not None:
             on_message(f"lm-eval scores {folder} in {', '.join(tasks)}")
         yield score_with_lm_eval(str(folder), tasks=tasks, root=folder.parent, step=options.step, options=given)
-
-
-def find_source(name: str | Path, *, root: Path) -> Path:
-    """Return the folder of a run or of weights. Raises: ArgumentError that lists the runs that exist."""
-    path = Path(name).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    try:
-        return find_run(str(name), root=root)
-    except ArgumentError as error:
-        lacks = "has no config.json, so it holds no model" if path.is_dir() else "is no folder"
-        raise ArgumentError(f"{printable(str(path), limit=80)} {lacks}; {error}") from None
 
 
 def find_task(name: str | Path) -> Path:

@@ -128,7 +128,9 @@ def run_lm_eval(
             ).returncode
         results = sorted((scratch / "results").rglob("results*.json"))
         if code != 0 or not results:
-            raise RunError(f"lm-eval ended with exit code {code}; its last lines:\n{_last_lines(log)}")
+            lines = _last_lines(log)
+            shown = "".join(f"\n  {line}" for line in lines)
+            raise RunError(f"lm-eval ended with exit code {code}: {lines[-1].strip()}; its last lines:{shown}")
         return list(_scores(parse_object(read_file(results[-1], max_bytes=_MAX_RESULT_BYTES))))
 
 
@@ -228,7 +230,7 @@ def _scores(results: Mapping[str, Any]) -> Iterator[LmEvalScore]:
             )
 
 
-def _last_lines(log: Path) -> str:
+def _last_lines(log: Path) -> list[str]:
     text = log.read_bytes()[-20_000:].decode("utf-8", "replace")
-    lines = [line for line in harmless(text).splitlines() if line.strip()]
-    return "\n".join(f"  {line[:300]}" for line in lines[-_LAST_LINES:])
+    lines = [line.rstrip()[:300] for line in harmless(text).splitlines() if line.strip()]
+    return lines[-_LAST_LINES:] or ["it printed nothing"]

@@ -19,7 +19,7 @@ from forge.config.evaluate import task_problem
 from forge.config.load import load_task_text
 from forge.data.held_out import held_out_of_run
 from forge.data.sources.base import Record
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, DataError
 from forge.evaluate.contamination import count_in_corpus, overlaps, task_ngrams, training_texts
 from forge.evaluate.results import answers_path, count_read, score_task, task_digest, write_answers
 from forge.evaluate.shards import TaskShards
@@ -125,7 +125,10 @@ def _read(task: Task, source: Path, *, limit: int | None) -> TaskShards:
         spec = task.spec.model_copy(update={"limit": min(limit, task.spec.limit or limit)})
         task = replace(task, spec=spec)
     held_out = partial(_held_out, source) if (source / "plan.json").is_file() else None
-    return TaskShards(task=task, data=task.examples(held_out=held_out))
+    try:
+        return TaskShards(task=task, data=task.examples(held_out=held_out))
+    except (ArgumentError, DataError) as error:
+        raise type(error)(f"task {task.spec.name}: {error}") from error
 
 
 def _held_out(folder: Path) -> Iterator[Record]:

@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from forge.config.load import LoadedTask
@@ -221,13 +222,26 @@ def task_records(data: TaskDataSpec, *, held_out: HeldOut | None) -> Iterable[Re
     if data.held_out:
         if held_out is None:
             raise ArgumentError(
-                "data.held_out is for runs; of a folder of weights it is not known. Give the task files"
+                "data.held_out: true means the records that a run held out, which is not known of a folder of "
+                "weights; name files in the task (data.files), or evaluate the run"
             )
         return held_out()
     spec = data.as_data()
     files = None if spec.files is None else tuple(map(_expanded, spec.files))
     dataset = None if spec.dataset is None else _expanded(spec.dataset)
     return build_source(spec.model_copy(update={"files": files, "dataset": dataset})).records()
+
+
+def first_example(task: Task) -> TaskExample | None:
+    """Read the first example of a task that has data of its own; None if it is left out as a bad record.
+
+    Raises: DataError for data that cannot be found, or a record that is no example of the task.
+    """
+    bad = BadRecords(action=task.spec.data.on_bad_record)
+    records = task_records(task.spec.data, held_out=None)
+    found = next(_usable(task, islice(records, 1), bad=bad, count=Counter()), None)
+    bad.close()
+    return found[1] if found is not None else None
 
 
 def _expanded(path: str) -> str:
@@ -255,7 +269,7 @@ def _read_examples(task: Task, *, held_out: HeldOut | None) -> TaskExamples:
     if len(drawn) < shots.num:
         raise DataError(f"few_shot.num is {shots.num}, but there are only {len(drawn)} records to take them from")
     if not chosen:
-        raise DataError(f"task {spec.name} has no examples: none of its records can be used")
+        raise DataError("there are no examples: none of the records can be used")
     examples = [_with_shots(example, task=spec, shots=[shot for _, shot in drawn]) for _, example in chosen]
     return TaskExamples(
         examples=tuple(_with_unique_ids(examples)),

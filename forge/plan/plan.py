@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from forge.config.errors import invalid_value
 from forge.config.job import JobSpec
 from forge.config.templates import with_templates, without_templates
 from forge.config.training import MAX_STEPS
@@ -221,7 +222,7 @@ def plan_from_json(text: str | bytes) -> Plan:
         plan = from_record(Plan, body | {"job": job}, nan_for_null=True)
         _require_not_negative(plan)
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"not a plan of forge: {error}") from error
+        raise PlanError(f"not a plan of forge: {invalid_value(error)}") from error
     return plan
 
 

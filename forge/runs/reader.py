@@ -187,7 +187,7 @@ def read_plan(folder: Path) -> Plan:
         return plan_from_json(read_file(folder / "plan.json", max_bytes=MAX_PLAN_BYTES))
     except OSError as error:
         raise ArgumentError(f"{folder} holds no run: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, PlanError) as error:
         raise PlanError(f"the plan of {folder} cannot be read: {error}") from error
 
 

@@ -21,7 +21,7 @@ from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.environment import looked_in
 from forge.errors import ArgumentError, CheckpointError, PlanError
-from forge.fs import leads_to_folder
+from forge.fs import leads_to_file, leads_to_folder
 from forge.plan.inputs import InitInfo
 from forge.runs.reader import read_plan
 from forge.runtime.find_weights import find_weights, is_same_run
@@ -97,7 +97,7 @@ def missing_weights(source: str) -> str | None:
     path = Path(source).expanduser()
     if "://" in source or leads_to_folder(path):
         return None
-    if path.is_file():
+    if leads_to_file(path):
         return f"{source} is a file; give the folder of the model"
     return (
         f"{source} does not exist{looked_in(path)}; forge reads a local folder. A model of the Hub: "

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from forge.config.evaluate import METRIC_PREFIX, kind_of_model, task_problem
-from forge.config.load import LoadedJob, load_task_text
+from forge.config.load import LoadedJob, LoadedTask, load_task_text
 from forge.config.task import TaskSpec
 from forge.config.yaml_reader import read_text
 from forge.environment import expand_home
+from forge.errors import DataError
 from forge.plan.plan import DraftPlan
 
 _Plan = TypeVar("_Plan", bound=DraftPlan)
@@ -30,7 +31,7 @@ def with_tasks(plan: _Plan, loaded: LoadedJob) -> _Plan:
     tasks: list[TaskSpec] = []
     for path in plan.job.evaluate.tasks:
         text = read_text(Path(expand_home(path)))
-        task = load_task_text(text, path=path).task
+        task = _checked(load_task_text(text, path=path))
         problem = task_problem(task.kind, model=kind_of_model(plan.job.training))
         if task.data.held_out and not plan.job.data.held_out:
             problem = "its data are the held-out ones of the run, but data.held_out is 0"
@@ -45,6 +46,22 @@ def with_tasks(plan: _Plan, loaded: LoadedJob) -> _Plan:
         tasks.append(task)
     _check_stopping(loaded, tasks)
     return replace(plan, tasks=texts)
+
+
+def _checked(loaded: LoadedTask) -> TaskSpec:
+    """Compile the templates of a task, and read the first record of its own files.
+
+    Raises: JobFileError with the line in the task file.
+    """
+    from forge.evaluate.task import build_task, first_example  # imports jinja2
+
+    task = build_task(loaded)
+    try:
+        if loaded.task.data.files is not None:
+            first_example(task)
+    except DataError as error:
+        raise loaded.source.error("data", str(error), show_value=False) from None
+    return loaded.task
 
 
 def _check_stopping(loaded: LoadedJob, tasks: list[TaskSpec]) -> None:

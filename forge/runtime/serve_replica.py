@@ -29,6 +29,7 @@ from forge.code_archive import TRUST
 from forge.errors import ClusterError
 from forge.limits import usable_cpus
 from forge.process import first_line, redirect_output
+from forge.runs.reader import error_named
 from forge.runs.run_files import find_run_files, pack_run
 from forge.runs.secrets import credentials
 from forge.runtime.local_cluster import is_local_cluster
@@ -50,6 +51,8 @@ from forge.serve.http.settings import ServerSettings
 _log = logging.getLogger("forge.serve")
 _T = TypeVar("_T")
 _HEALTH_PERIOD_S = 5.0
+_OWN_ERRORS = "forge.errors."
+"""How Ray names one of forge's errors in a traceback."""
 _TARGET_LOAD = 0.7
 """Share of `max_running` above which Ray Serve adds a replica."""
 _MAX_CALLS = 100_000
@@ -321,7 +324,11 @@ def deploy(settings: ServerSettings, *, app: str, folder: Path) -> RayBackend:
     except (RuntimeError, *_LOST) as error:
         reason = _failure_of(app) or first_line(error)
         remove(app)
-        raise ClusterError(f"no replica of the model became ready: {reason}") from error
+        is_own = reason.startswith(_OWN_ERRORS)
+        kind, _, message = (
+            reason.removeprefix(_OWN_ERRORS).partition(": ") if is_own else ("ClusterError", "", reason)
+        )
+        raise error_named(kind, message=f"no replica of the model became ready: {message}") from error
     return RayBackend(handle, app=app, info=info)
 
 

@@ -31,6 +31,8 @@ API_KEYS = KEYS_VARIABLE
 SERVER_MODULE = "forge.runtime.serve_process"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,47}")
 _POLL_S = 0.1
+_END_S = 30.0
+"""How long a server that failed may take to shut Ray down."""
 _MAX_STATUS_BYTES = 2**20
 _NOT_READY = ("failed", "stopped")
 
@@ -94,7 +96,10 @@ def choose_server(servers: list[ServerStatus]) -> ServerStatus:
     alive = [server for server in servers if server.is_alive] or servers
     if len(alive) == 1:
         return alive[0]
-    raise ArgumentError(f"{len(alive)} servers run; name one: {_names(alive)}" if alive else _NONE)
+    if not alive:
+        raise ArgumentError(_NONE)
+    problem = f"{len(alive)} servers run" if alive[0].is_alive else "no server runs, and several have ended"
+    raise ArgumentError(f"{problem}; name one: {_names(alive)}")
 
 
 def start_server(settings: ServerSettings) -> ServerStatus:
@@ -160,10 +165,18 @@ def await_ready(name: str, *, on_message: Callable[[str], None], look: Look | No
         if status.state in (*_NOT_READY, "died"):
             kind = str(status.record.get("error", "RunError"))
             reason = status.message or "its process ended without a reason"
+            _await_end(status.folder)
             raise error_named(kind, message=f"{reason}; the log is {status.folder / 'logs' / 'server.log'}")
         if status.message:
             on_message(status.message)
     raise AssertionError("the states of a server do not end")
+
+
+def _await_end(folder: Path) -> None:
+    """Wait until the process of a server that failed has ended, so that the next command can start another."""
+    deadline = time.monotonic() + _END_S
+    while driver_pid(folder) is not None and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def update_server(

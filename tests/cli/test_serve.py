@@ -14,6 +14,7 @@ from forge.errors import ArgumentError
 from forge.fs import state_home
 from forge.runtime.servers import find_server, list_servers, server_folder
 from forge.serve.http.api_keys import KeyLimits, KeyRing
+from tests.support.runs import make_run
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +51,19 @@ def test_serve__wrong_options__refused_before_anything_starts(state: Path, words
 def test_serve__no_such_run__says_so(state: Path) -> None:
     result = forge("missing", "--runs", str(state))
     assert isinstance(result.exception, ArgumentError)
-    assert str(result.exception).startswith(
-        f"there is no folder {Path.cwd() / 'missing'}, and no run 'missing' under"
-    )
+    assert str(result.exception).startswith("no run 'missing' under")
+    assert str(result.exception).endswith("there is no folder of this name either")
+    assert str(forge("stpo").exception).endswith("did you mean forge serve stop?")
     (state / "empty").mkdir()
-    assert "empty has no config.json, and no run" in str(forge(str(state / "empty")).exception)
+    assert "empty has no config.json, so it holds no model; no run" in str(forge(str(state / "empty")).exception)
+
+
+def test_serve__run_without_a_checkpoint__refused_before_anything_starts(state: Path) -> None:
+    run = make_run(state / "runs", "mine-0101-000000-abcd")
+    result = forge(str(run))
+    assert isinstance(result.exception, ArgumentError)
+    assert "mine-0101-000000-abcd has no checkpoint in" in str(result.exception)
+    assert not (state_home() / "servers").exists()
 
 
 def test_serve_key__to_a_file__prints_the_key_once(state: Path) -> None:

@@ -152,5 +152,5 @@ def test_run_lm_eval__local_task_files__score_as_forge_does(
 def test_run_lm_eval__task_that_cannot_run__is_an_error_with_the_last_lines(folder: Path, tmp_path: Path) -> None:
     task = tmp_path / "broken.yaml"
     task.write_text("task: broken\ndataset_path: no_such_dataset_anywhere\noutput_type: multiple_choice\n")
-    with pytest.raises(RunError, match=r"lm-eval ended with exit code 1; its last lines:\n  "):
+    with pytest.raises(RunError, match=r"lm-eval ended with exit code 1: \S.*; its last lines:\n  "):
         run_lm_eval(folder / "model", tasks=[str(task)], options=LmEvalOptions(device="cpu"))

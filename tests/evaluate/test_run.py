@@ -16,7 +16,7 @@ from forge.config.load import load_task_text
 from forge.config.resources import WandbSpec
 from forge.data.tokenizer import train_tokenizer
 from forge.errors import ArgumentError
-from forge.evaluate.client import EvaluateOptions, Evaluation, evaluate_models, find_source, find_task
+from forge.evaluate.client import EvaluateOptions, Evaluation, evaluate_models, find_task
 from forge.evaluate.results import read_outputs, score_task, task_digest, write_answers
 from forge.evaluate.shards import TaskShards
 from forge.evaluate.task import build_task
@@ -197,14 +197,6 @@ def test_evaluate__machine_is_killed_and_another_joins__scores_are_those_of_one_
     )
     assert scores_of(repeated) == scores_of(found[1])
     assert any("9 of 9 shards were answered before" in message for message in again)
-
-
-@pytest.mark.slow
-def test_find_source__neither_folder_nor_run__both_are_said(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"nothing is no folder; no run '.*nothing' under .*runs"):
-        find_source(tmp_path / "nothing", root=tmp_path / "runs")
-    with pytest.raises(ArgumentError, match=r"has no config.json, so it holds no model; no run"):
-        find_source(tmp_path, root=tmp_path / "runs")
 
 
 def test_log_scores__offline__are_a_run_of_w_and_b_with_the_steps_of_the_checkpoints(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_build_task__wrong_template_or_pattern__is_named_with_its_line(
 
 def test_examples__held_out__needs_a_run() -> None:
     task = build_task(load_task_text("name: t\ndata: {held_out: true}\n" + GENERATE, path="task.yaml"))
-    with pytest.raises(ArgumentError, match="is for runs"):
+    with pytest.raises(ArgumentError, match="the records that a run held out"):
         task.examples()
 
 

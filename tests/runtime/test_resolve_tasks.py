@@ -85,6 +85,23 @@ def test_with_tasks__wrong_tasks__are_named_with_the_line_of_the_job(tmp_path: P
         plan_of(tmp_path, job_of(tmp_path, one))
 
 
+def test_with_tasks__template_or_data_of_a_task__are_checked_with_its_line(tmp_path: Path) -> None:
+    path = write_task(tmp_path, file="a.yaml")
+    text, data = Path(path).read_text(), tmp_path / "data.jsonl"
+    files = text.replace("{held_out: true}", f"{{files: {data}}}")
+    data.write_text('{"text": "a"}\n')
+    for given, message in (
+        (text.replace("target: text", 'target: "{{ text "'), r"a\.yaml:4: target: is not a Jinja template"),
+        (files.replace("data.jsonl", "none.jsonl"), r"a\.yaml:3: data: .*none\.jsonl matches no file"),
+        (files.replace("target: text", "target: txt"), r"a\.yaml:3: data: .*no key 'txt' \(target\)"),
+    ):
+        Path(path).write_text(given)
+        with pytest.raises(JobFileError, match=message):
+            plan_of(tmp_path, job_of(tmp_path, path))
+    Path(path).write_text(files)
+    assert plan_of(tmp_path, job_of(tmp_path, path)).tasks == {path: files}
+
+
 def test_load_job__search_with_tasks__is_refused(tmp_path: Path) -> None:
     search = "search: {metric: eval/loss, max_trials: 2, space: {training.seed: {choice: [1, 2]}}}\n"
     with pytest.raises(JobFileError, match="evaluate: is for single runs"):
