@@ -12,6 +12,7 @@ import typer
 
 from forge.cli.options import Output, OutputOption, RunArgument, RunsOption
 from forge.cli.run_logs import logs
+from forge.cli.run_reports import compare, report
 
 if TYPE_CHECKING:
     from forge.runs.reader import RunSummary
@@ -173,27 +174,8 @@ def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
     display.next_command(f"forge {'tune' if is_search else 'train'} --resume {handle(folder)}", purpose="resume")
 
 
-@app.command()
-def report(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
-    """Write report.html of a run or a search so far, one file to open in a browser; for a search also best.yaml.
-
-    Example:  forge runs report latest
-    """
-    from forge.cli import display
-    from forge.errors import ArgumentError
-    from forge.report.run_report import write_run_report
-    from forge.report.search_record import write_results
-    from forge.runs.reader import find_run, read_run
-
-    folder = find_run(run, root=runs)
-    found = read_run(folder)
-    if found.plan.search is None:
-        write_run_report(folder)
-    elif any(event["event"] == "TrialSuggested" for event in found.events):
-        write_results(folder)
-    else:
-        raise ArgumentError(f"{folder.name} has no trials yet, so there is nothing to report")
-    display.print_text(str(folder / "report.html"))
+app.command()(report)
+app.command()(compare)
 
 
 @app.command()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from forge.config.yaml_reader import join_key
+
+MAX_DIFFERENCES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,33 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, key: str =
             yield from differences(one, other, key=at)
         elif one != other:
             yield Difference(key=at, before=one, now=other)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobDifference:
+    """A key that is not the same in several jobs."""
+
+    key: str
+    values: tuple[Any, ...]
+    """One for each job."""
+
+
+def job_differences(jobs: Sequence[Mapping[str, Any] | None]) -> list[JobDifference]:
+    """Return the keys whose values differ between jobs, but for their names; the first 100. None is no job."""
+    known = [job for job in jobs if job is not None]
+    keys = dict.fromkeys(one.key for job in known[1:] for one in differences(known[0], job))
+    return [
+        JobDifference(key=key, values=tuple(_value_at(job, key) for job in jobs))
+        for key in list(keys)[:MAX_DIFFERENCES]
+        if key != "name"
+    ]
+
+
+def _value_at(job: Mapping[str, Any] | None, key: str) -> Any:
+    found: Any = job
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
 
 
 def _shown(value: Any) -> str:

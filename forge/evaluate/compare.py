@@ -12,14 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from forge.config.compare import differences
+from forge.config.compare import JobDifference, job_differences
 from forge.config.task import TaskSpec
 from forge.evaluate.bootstrap import MetricScore, p_values, resample
 from forge.evaluate.metrics.base import Metric, ScoredExample
 from forge.evaluate.metrics.build import build_metrics
 from forge.objective.registry import Direction
-
-MAX_DIFFERENCES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +64,6 @@ class ScoreCell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobDifference:
-    """A key of the jobs that is not the same for all models."""
-
-    key: str
-    values: tuple[Any, ...]
-    """One for each model."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """The table, what differs between the jobs, and what a reader must know."""
 
@@ -118,7 +107,7 @@ def compare(models: Sequence[EvaluatedModel], *, tasks: Sequence[TaskSpec]) -> C
         models=tuple(model.name for model in models),
         columns=tuple(columns),
         rows=tuple(zip(*cells, strict=True)) if cells else tuple(() for _ in models),
-        differences=tuple(_job_differences(models)),
+        differences=tuple(job_differences([model.job for model in models])),
         notes=tuple(notes),
     )
 
@@ -178,22 +167,6 @@ def _cells(name: str, scored: Sequence[_Scored], *, direction: Direction) -> lis
         else None
         for one in scored
     ]
-
-
-def _job_differences(models: Sequence[EvaluatedModel]) -> Iterator[JobDifference]:
-    """Keys whose values differ between the jobs of models that have one; the first 100."""
-    jobs = [model.job for model in models if model.job is not None]
-    keys = dict.fromkeys(one.key for job in jobs[1:] for one in differences(jobs[0], job))
-    for key in list(keys)[:MAX_DIFFERENCES]:
-        if key != "name":
-            yield JobDifference(key=key, values=tuple(_value_at(model.job, key) for model in models))
-
-
-def _value_at(job: Mapping[str, Any] | None, key: str) -> Any:
-    found: Any = job
-    for name in key.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

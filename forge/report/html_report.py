@@ -44,6 +44,7 @@ def _render(summary: SearchSummary) -> str:
         "search.html.j2",
         filters={"notes": _notes},
         run=run,
+        is_running=run.status == "running",
         headline=_headline(summary),
         failure=failure_of(run),
         tiles=list(_tiles(summary)),

@@ -128,6 +128,28 @@ def cost_figure(events: Iterable[Mapping[str, Any]], *, since: float) -> PageFig
     )
 
 
+def curves_figure(
+    series: Mapping[str, RunSeries], *, key: str, title: str, since: Mapping[str, float] | None = None
+) -> PageFigure:
+    """The losses of several runs in one figure, a colour for each; held-out losses are dashed.
+
+    Args:
+        series: by the name of a run.
+        since: when each run started: draw over hours instead of steps.
+    """
+    data: list[dict[str, Any]] = []
+    for count, (run, one) in enumerate(series.items()):
+        x = one.steps if since is None else _hours(one.times, since=since[run])
+        color, name = PALETTE[count % len(PALETTE)], label(run)
+        data.append(_line(x, one.values["train/loss"], name=name, color=color) | {"legendgroup": str(count)})
+        held_out = _line(x, one.values["eval/loss"], name=f"{name}, held out", color=color, mode="lines+markers")
+        held_out["line"] |= {"dash": "dash"}
+        data.append(held_out | {"legendgroup": str(count)})
+    x_axis = {"title": {"text": "step"}} if since is None else _HOURS
+    layout = {"xaxis": x_axis, "yaxis": {"title": {"text": "loss"}}}
+    return _figure(key, title=title, note="dashed: on held-out data", data=data, layout=layout, height=420)
+
+
 _HOURS = {"title": {"text": "hours since the start"}, "rangemode": "tozero"}
 
 

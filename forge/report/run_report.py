@@ -76,6 +76,7 @@ def render_run(run: RunSummary) -> str:
     return render_page(
         "run.html.j2",
         run=run,
+        is_running=run.status == "running",
         status="finished early" if run.is_stopped_early else run.status,
         headline=headline(run.plan),
         tags=annotations.tags,

@@ -401,6 +401,15 @@ class TestRuns:
         with pytest.raises(ArgumentError, match="new has no trials yet"):
             forge("runs", "report", "new")
 
+    def test_compare__two_runs__table_json_and_page(self, home: Path, folder: Path) -> None:
+        make_run(home / "runs", "other", steps=4)
+        done = forge("runs", "compare", "trained", "other", "--html", "both.html")
+        assert done.exit_code == 0
+        assert done.stdout.split()[:3] == ["trained", "other", "status"]
+        assert "Loss over steps" in (home / "both.html").read_text()
+        printed = forge("runs", "compare", "trained", "other", "-o", "json").stdout
+        assert [run["run_id"] for run in json.loads(printed)["runs"]] == ["trained", "other"]
+
     def test_report__run__writes_and_prints_the_path(self, home: Path, folder: Path) -> None:
         done = forge("runs", "report", "trained")
         assert (done.exit_code, done.stdout) == (0, "runs/trained/report.html\n")
