@@ -26,6 +26,7 @@ from forge.cli import (
     generate,
     prices,
     runs,
+    scaling,
     schema,
     serve,
     train,
@@ -78,6 +79,7 @@ app.add_typer(checkpoints.app, name="checkpoints")
 app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
 app.add_typer(serve.app, name="serve")
+app.command("scaling")(scaling.scaling)
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(chaos.app, name="chaos")
 app.command("doctor")(doctor.doctor)

@@ -11,12 +11,26 @@ from forge.cli.options import (
     ClusterOption,
     DetachOption,
     DryRunOption,
-    JobArgument,
     Output,
     OutputOption,
     ResumableJobArgument,
     SetOption,
     YesOption,
+)
+from forge.cli.scaling import (
+    BudgetOption,
+    FlopsOption,
+    GpuOption,
+    HoursOption,
+    InferenceTokensOption,
+    LawOption,
+    NumGpusOption,
+    OptionalJobArgument,
+    SizingClusterOption,
+    SizingRequest,
+    SpotOption,
+    WriteOption,
+    plan_size,
 )
 
 
@@ -51,11 +65,48 @@ def train(
     )
 
 
-def plan(file: JobArgument, overrides: SetOption = None, output: OutputOption = Output.TABLE) -> None:
+def plan(
+    file: OptionalJobArgument = None,
+    overrides: SetOption = None,
+    budget: BudgetOption = None,
+    flops: FlopsOption = None,
+    hours: HoursOption = None,
+    inference_tokens: InferenceTokensOption = None,
+    law: LawOption = None,
+    gpu: GpuOption = None,
+    gpus: NumGpusOption = None,
+    spot: SpotOption = False,
+    cluster: SizingClusterOption = None,
+    write: WriteOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
     """Show what a job will do: batch, memory, FLOPs and steps at every number of workers. Starts nothing.
 
-    Example:  forge plan jobs/pretrain.yaml -o json
+    With --budget, --flops or --hours: choose the size of the model and its number of tokens by scaling laws, show
+    what that gives, and write the job file. FILE, if given, has the data and everything else.
+
+    Examples:  forge plan jobs/pretrain.yaml -o json;  forge plan --budget 5000usd
     """
+    request = SizingRequest(
+        file=file,
+        overrides=overrides or [],
+        budget=budget,
+        flops=flops,
+        hours=hours,
+        inference_tokens=inference_tokens,
+        law=law,
+        gpu=gpu,
+        num_gpus=gpus,
+        spot=spot,
+        cluster=cluster,
+        write=write,
+        output=output,
+    )
+    if request.is_given:
+        plan_size(request)
+        return
+    if file is None:
+        raise typer.BadParameter("give a job file, or --budget, --flops or --hours", param_hint="FILE")
     from forge.config.load import load_job
 
     show_dry(

@@ -14,6 +14,7 @@ runs because the published ones neither fit them nor agree with approaches 1 and
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,21 +60,36 @@ class ScalingLaw:
     token_exponent: float
     """β"""
     loss_sd: float | None = None
-    """Standard deviation of a predicted loss; None if unknown."""
+    """Standard deviation of a measured loss from the law; None if unknown."""
+    covariance: tuple[tuple[float, ...], ...] = ()
+    """Of the estimates of E, ln A, α, ln B, β; empty if it is unknown."""
 
     def loss(self, scale: ModelScale) -> float:
         """Return the expected loss."""
-        of_parameters = self.parameter_factor / scale.num_parameters**self.parameter_exponent
-        return self.irreducible_loss + of_parameters + self.token_factor / scale.num_tokens**self.token_exponent
+        return self.irreducible_loss + sum(self._terms(scale))
 
     def loss_range(self, scale: ModelScale) -> Estimate | None:
         """Return the expected loss and the range that contains 80 % of outcomes; None if its error is unknown."""
         if self.loss_sd is None:
             return None
-        loss = self.loss(scale)
-        return Estimate(
-            low=loss - QUANTILE * self.loss_sd, likely=loss, high=loss + QUANTILE * self.loss_sd
+        of_parameters, of_tokens = self._terms(scale)
+        slopes = (
+            1.0,
+            of_parameters,
+            -of_parameters * math.log(scale.num_parameters),
+            of_tokens,
+            -of_tokens * math.log(scale.num_tokens),
         )
+        rows = zip(slopes, self.covariance, strict=True) if self.covariance else ()
+        variance = sum(slope * sum(map(operator.mul, row, slopes)) for slope, row in rows)
+        spread = QUANTILE * math.sqrt(self.loss_sd**2 + max(0.0, variance))
+        loss = self.loss(scale)
+        return Estimate(low=loss - spread, likely=loss, high=loss + spread)
+
+    def _terms(self, scale: ModelScale) -> tuple[float, float]:
+        """`A/N^α` and `B/D^β`."""
+        of_parameters = self.parameter_factor / scale.num_parameters**self.parameter_exponent
+        return of_parameters, self.token_factor / scale.num_tokens**self.token_exponent
 
     def best_scale(self, flops: float, *, inference_tokens: float = 0.0) -> ModelScale:
         """Return the size with the least loss for so many FLOPs of training.
@@ -86,7 +102,9 @@ class ScalingLaw:
 
         def excess(log_parameters: float) -> float:
             tokens = flops / 6 / math.exp(log_parameters)
-            left = math.log(self.parameter_exponent * self.parameter_factor) - self.parameter_exponent * log_parameters
+            left = (
+                math.log(self.parameter_exponent * self.parameter_factor) - self.parameter_exponent * log_parameters
+            )
             right = math.log(self.token_exponent * self.token_factor) - self.token_exponent * math.log(tokens)
             return left - right - math.log1p(inference_tokens / (3 * tokens))
 
@@ -175,9 +193,12 @@ def batch_and_rate(scale: ModelScale) -> BatchAndRate:
 
 
 def bisect_log(is_too_large: Callable[[float], bool], *, low: float, high: float) -> float:
-    """Return the largest value between two positive ones that is not too large, to a relative 1e-9 or so."""
+    """Return the largest value between two positive ones that is not too large.
+
+    To a relative 1e-6 if one is less than 1e7 times the other.
+    """
     bottom, top = math.log(low), math.log(high)
-    for _ in range(40):
+    for _ in range(24):
         middle = (bottom + top) / 2
         if is_too_large(math.exp(middle)):
             top = middle

@@ -1,0 +1,324 @@
+"""`forge scaling`, and `forge plan` with a limit instead of a size: which model a budget buys."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forge.cli.options import Output, OutputOption, RunsOption
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from forge.plan.machines import Machines
+    from forge.plan.scaling import ModelScale, ScalingLaw
+    from forge.plan.sizing import Limit
+    from forge.pricing.offers import Offer
+
+_PANEL = "Size from a limit"
+
+
+def _option(*names: str, metavar: str | None = None, help: str) -> Any:
+    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=_PANEL)
+
+
+OptionalJobArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="FILE", help="The job file; not needed with --budget, --flops or --hours."),
+]
+BudgetOption = Annotated[str | None, _option("--budget", metavar="USD", help="Most to spend, as in 5000usd.")]
+FlopsOption = Annotated[str | None, _option("--flops", metavar="FLOPS", help="FLOPs of training, as in 1e21.")]
+HoursOption = Annotated[
+    str | None, _option("--hours", metavar="TIME", help="Longest training, as in 24h or 24; needs the GPUs.")
+]
+InferenceTokensOption = Annotated[
+    str | None,
+    _option("--inference-tokens", metavar="COUNT", help="Tokens the model will process; more: a smaller model."),
+]
+LawOption = Annotated[
+    Path | None, _option("--law", metavar="FILE", help="Law of your own runs, written by forge scaling.")
+]
+GpuOption = Annotated[str | None, _option("--gpu", metavar="NAME", help="GPU to train on, as in H100.")]
+NumGpusOption = Annotated[int | None, _option("--gpus", metavar="COUNT", help="How many GPUs.")]
+SpotOption = Annotated[bool, _option("--spot", help="At spot prices instead of on-demand prices.")]
+SizingClusterOption = Annotated[
+    str | None, _option("--cluster", metavar="FILE", help="Cluster file with the GPUs to train on.")
+]
+WriteOption = Annotated[
+    Path | None, _option("--write", metavar="FILE", help="The job file to write; by default NAME-SIZE.yaml.")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizingRequest:
+    """The options of `forge plan` that choose a size."""
+
+    file: Path | None
+    overrides: list[str]
+    budget: str | None
+    flops: str | None
+    hours: str | None
+    inference_tokens: str | None
+    law: Path | None
+    gpu: str | None
+    num_gpus: int | None
+    spot: bool
+    cluster: str | None
+    write: Path | None
+    output: Output
+
+    @property
+    def is_given(self) -> bool:
+        """Whether any of them is given."""
+        others = (self.inference_tokens, self.law, self.gpu, self.num_gpus, self.cluster, self.write)
+        return any(value is not None for value in (self.budget, self.flops, self.hours, *others)) or self.spot
+
+
+def plan_size(request: SizingRequest) -> None:
+    """Choose a model and its tokens for a limit, show it, and write its job file.
+
+    Raises: PlanError if nothing keeps to the limit; ArgumentError for a file that may not be overwritten;
+        JobFileError for a wrong job or cluster file.
+    """
+    from forge.cli import display
+    from forge.cli.scaling_table import show_sizing, sizing_notes, sizing_record
+    from forge.config.dump import dump_plain
+    from forge.plan.scaling import BESIROGLU
+    from forge.plan.sized_job import job_comment, require_sizable, sized_job, vocab_size_of
+    from forge.plan.sizing import Goal, patient_run
+    from forge.runs.scaling_runs import read_law
+
+    base = _base_job(request)
+    require_sizable(base)
+    vocab_size = vocab_size_of(base)
+    goal = Goal(
+        limit=_limit(request),
+        law=read_law(request.law).law if request.law else BESIROGLU,
+        inference_tokens=_count(request.inference_tokens or "0", option="--inference-tokens"),
+        seq_len=int(base["data"]["seq_len"]),
+        vocab_size=vocab_size,
+    )
+    ladders, notes = _machines(request)
+    run = patient_run(goal, ladders)
+    path = request.write or Path(f"{sized_job(run, base=base)['name']}.yaml")
+    text = job_comment(run) + dump_plain(sized_job(run, base=base))
+    _write_job(path, text)
+    notes += sizing_notes(run)
+    if request.output is Output.JSON:
+        display.print_json(sizing_record(run, notes=notes) | {"job_file": str(path)})
+    else:
+        show_sizing(run, notes=notes)
+    display.message(f"wrote {path}")
+    display.next_command(f"forge plan {path}", purpose="plan it")
+
+
+def scaling(
+    fit: Annotated[
+        Path, typer.Argument(metavar="FIT", help="The file of the law: written if RUNS are given, else read.")
+    ],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Finished runs to fit: ids, folders or unique prefixes."),
+    ] = None,
+    parameters: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Predict the loss of a model of this size, with --tokens.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="COUNT", help="Tokens of the prediction.")] = None,
+    flops: Annotated[
+        str | None, typer.Option(metavar="FLOPS", help="Predict the best model for so many FLOPs.")
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Fit a scaling law to your own small runs, and say what the next size would reach.
+
+    Example:  forge scaling law.yaml ladder-1 ladder-2 ladder-3 ladder-4 ladder-5
+    """
+    from forge.cli import display
+    from forge.cli.scaling_table import prediction, show_law
+    from forge.plan.scaling_fit import check_held_out, fit_law, fit_warnings, next_scale
+    from forge.runs.scaling_runs import LawFile, read_law, read_points, write_law
+
+    notes: tuple[str, ...] = ()
+    if names:
+        found = read_points(names, root=runs)
+        law_file = LawFile(law=fit_law(found.points), runs=found.points)
+        write_law(fit, law_file.law, runs=law_file.runs)
+        notes = found.notes
+        display.message(f"wrote {fit}")
+    else:
+        law_file = read_law(fit)
+    points = law_file.runs
+    scales = {"next size": next_scale(points)} if len(points) > 1 else {}
+    scales |= _asked_scales(law_file.law, parameters=parameters, tokens=tokens, flops=flops)
+    checked = check_held_out(points)
+    notes += fit_warnings(points) if points else ()
+    if output is Output.JSON:
+        display.print_json(
+            {
+                "law": asdict(law_file.law),
+                "runs": [asdict(point) | {"predicted": law_file.law.loss(point.scale)} for point in points],
+                "held_out": asdict(checked) | {"error": checked.error} if checked else None,
+                "predictions": {name: prediction(law_file.law, scale) for name, scale in scales.items()},
+                "notes": notes,
+            }
+        )
+        return
+    show_law(law_file, scales=scales)
+    if checked is not None:
+        display.message(
+            f"fitted to the others, the law predicts {checked.predicted:.3f} for {checked.name}, which reached "
+            f"{checked.measured:.3f}: {abs(checked.error):.1%} off"
+        )
+    for note in notes:
+        display.warning(note)
+    display.next_command(f"forge plan --law {fit} --budget 100usd", purpose="size a model by it")
+
+
+def _base_job(request: SizingRequest) -> Mapping[str, Any]:
+    from forge.config.load import load_job
+    from forge.config.templates import with_templates
+    from forge.plan.sized_job import BASE_JOB
+
+    if request.file is None:
+        return BASE_JOB
+    loaded = load_job(request.file, overrides=request.overrides)
+    body = loaded.job.model_dump(mode="json", exclude_unset=True)
+    body["data"]["seq_len"] = loaded.job.data.seq_len
+    written: Mapping[str, Any] = with_templates(body, loaded.templates)
+    return written
+
+
+def _limit(request: SizingRequest) -> Limit:
+    from forge.plan.sizing import Limit
+
+    given = {"--budget": request.budget, "--flops": request.flops, "--hours": request.hours}
+    chosen = [(name, text) for name, text in given.items() if text is not None]
+    if len(chosen) != 1:
+        names = " and ".join(name for name, _ in chosen)
+        problem = f"{names} were given; " if chosen else ""
+        raise typer.BadParameter(f"{problem}give one of --budget, --flops and --hours", param_hint="--budget")
+    name, text = chosen[0]
+    if name == "--budget":
+        return Limit(kind="usd", amount=_number(text.lower().removesuffix("usd").replace("$", ""), option=name))
+    if name == "--flops":
+        return Limit(kind="flops", amount=_number(text, option=name))
+    if (request.gpu is None or request.num_gpus is None) and request.cluster is None:
+        raise typer.BadParameter("hours of which GPUs? Give --gpu and --gpus, or --cluster", param_hint="--hours")
+    return Limit(kind="hours", amount=_hours(text))
+
+
+def _number(text: str, *, option: str) -> float:
+    import math
+
+    try:
+        value = float(text.replace(",", "").replace("_", ""))
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        example, unit = {"--budget": ("5000usd", "USD"), "--flops": ("1e21", "FLOPs")}[option]
+        raise typer.BadParameter(f"{text!r} is not a positive number of {unit}, as in {example}", param_hint=option)
+    return value
+
+
+def _hours(text: str) -> float:
+    from forge.units import parse_duration_s
+
+    try:
+        return parse_duration_s(text if not text.replace(".", "", 1).isdigit() else f"{text}h") / 3600
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} {error}", param_hint="--hours") from error
+
+
+def _count(text: str, *, option: str) -> int:
+    from forge.units import parse_count
+
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} {error}", param_hint=option) from error
+
+
+def _machines(request: SizingRequest) -> tuple[list[list[Machines]], list[str]]:
+    """Machines to choose from, and where their prices come from."""
+    from forge.plan.machines import offered_machines, require_gpu
+    from forge.pricing.offers import load_offers
+
+    if request.num_gpus is not None and request.num_gpus < 1:
+        raise typer.BadParameter("must be at least 1", param_hint="--gpus")
+    table = load_offers()
+    if request.cluster is not None:
+        if request.gpu is not None or request.num_gpus is not None:
+            raise typer.BadParameter("leave --gpu and --gpus out: the file has them", param_hint="--cluster")
+        return _cluster_machines(request.cluster, offers=table.offers, spot=request.spot), list(table.notes)
+    gpu = require_gpu(request.gpu) if request.gpu else None
+    return offered_machines(table.offers, spot=request.spot, gpu=gpu, num_gpus=request.num_gpus), list(table.notes)
+
+
+def _cluster_machines(path: str, *, offers: Iterable[Offer], spot: bool) -> list[list[Machines]]:
+    """The workers of a cluster file, all of them. Raises: ArgumentError if it does not name their GPUs."""
+    from forge.config.cluster import CloudSpec, KubernetesSpec
+    from forge.config.load import load_cluster
+    from forge.errors import ArgumentError
+    from forge.plan.machines import Machines, interconnect, offered_machines, require_gpu
+    from forge.pricing.catalog import workers_of
+
+    spec = load_cluster(path)
+    if not isinstance(spec, (CloudSpec, KubernetesSpec)) or spec.gpu == "none":
+        raise ArgumentError(f"{path} does not say which GPUs its machines have; give --gpu and --gpus instead")
+    count = max(1, spec.workers.high)
+    gpu = require_gpu(spec.gpu)
+    if isinstance(spec, CloudSpec):
+        types = workers_of(spec)
+        regions = None if spec.regions == ("auto",) else set(spec.regions)
+        allowed = [
+            offer
+            for offer in offers
+            if offer.cloud == spec.provider
+            and offer.instance in types
+            and (regions is None or any(region.startswith(offer.region) for region in regions))
+        ]
+        return offered_machines(allowed, spot=spot or spec.spot, gpu=gpu, num_machines=count)
+    machines = Machines(
+        name=f"{count} workers of {spec.name} with {spec.gpus_per_worker} {gpu.name}",
+        gpu=gpu,
+        num_gpus=count * spec.gpus_per_worker,
+        interconnect=interconnect(gpus_per_node=spec.gpus_per_worker, gbps=None),
+        usd_per_hour=None,
+    )
+    return [[machines]]
+
+
+def _write_job(path: Path, text: str) -> None:
+    from forge.errors import ArgumentError
+    from forge.fs import write_atomic
+    from forge.plan.sized_job import HEADER
+
+    try:
+        if path.exists() and not path.read_text(errors="replace").startswith(HEADER):
+            raise ArgumentError(f"{path} exists and was not written by forge plan; give another --write FILE")
+        write_atomic(path, text)
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _asked_scales(
+    law: ScalingLaw, *, parameters: str | None, tokens: str | None, flops: str | None
+) -> dict[str, ModelScale]:
+    from forge.plan.scaling import ModelScale
+
+    if (parameters is None) != (tokens is None):
+        raise typer.BadParameter("--parameters and --tokens go together", param_hint="--parameters")
+    scales = {}
+    if parameters is not None and tokens is not None:
+        num_parameters = _count(parameters, option="--parameters")
+        num_tokens = _count(tokens, option="--tokens")
+        if min(num_parameters, num_tokens) < 1:
+            raise typer.BadParameter("must be at least 1", param_hint="--parameters")
+        scales["asked for"] = ModelScale(num_parameters=num_parameters, num_tokens=num_tokens)
+    if flops is not None:
+        scales[f"best for {flops} FLOPs"] = law.best_scale(_number(flops, option="--flops"))
+    return scales

@@ -1,0 +1,104 @@
+"""The job file of a sized run: a base job with the model, length, batch, rate and machines of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from forge.errors import PlanError
+from forge.plan.sizing import SizedRun
+from forge.units import format_count
+
+HEADER = "# Written by `forge plan`"
+BASE_JOB: Mapping[str, Any] = {
+    "name": "sized",
+    "model": {"architecture": "llama"},
+    "data": {
+        "files": "corpus/*.jsonl",
+        "tokenizer": {"train": "bpe", "vocab_size": 32768},
+        "seq_len": 2048,
+        "held_out": "0.1%",
+    },
+    "training": {"total_steps": 1},
+}
+"""What the job is made of if no job file is given."""
+DEFAULT_VOCAB_SIZE = 32768
+"""Of a base job whose tokenizer is loaded and whose model has no `vocab_size`."""
+_ARCHITECTURES = frozenset({"llama", "mistral"})
+_EVALUATIONS = 20
+_WARMUP = "1%"
+
+
+def vocab_size_of(job: Mapping[str, Any]) -> int:
+    """Return the vocabulary of a job, as written."""
+    tokenizer = job["data"].get("tokenizer", {})
+    if "vocab_size" in job["model"]:
+        return int(job["model"]["vocab_size"])
+    return int(tokenizer.get("vocab_size", 8192)) if "from_pretrained" not in tokenizer else DEFAULT_VOCAB_SIZE
+
+
+def require_sizable(job: Mapping[str, Any]) -> None:
+    """Raises: PlanError if the size of the job's model cannot be chosen."""
+    model = job["model"]
+    if model.get("architecture") not in _ARCHITECTURES:
+        given = next((f"{key}: {model[key]}" for key in ("architecture", "class") if model.get(key)), "its weights")
+        raise PlanError(
+            f"the size of the model is given by {given}; a size is chosen for model.architecture llama or mistral",
+            job_key="model",
+        )
+    if (objective := job["training"].get("objective", "causal-lm")) != "causal-lm":
+        raise PlanError(f"the laws are of causal language models, not of {objective}", job_key="training.objective")
+
+
+def sized_job(run: SizedRun, *, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the job as plain values.
+
+    The sections of the base stay but for what the size decides: the keys of the model's shape, the length, batch,
+    learning rate, warm-up, ZeRO stage, activation checkpointing, precision, the interval of evaluation, and the
+    workers and their GPU.
+    """
+    shape = asdict(run.shape)
+    if "vocab_size" not in base["model"]:
+        del shape["vocab_size"]  # the tokenizer's
+    former = base["training"]
+    training = {key: value for key, value in former.items() if key not in ("total_steps", "epochs")}
+    optimizer = dict(training.get("optimizer", {})) | {"lr": run.learning_rate}
+    rows = run.batch.global_batch_size
+    steps = -(-run.num_tokens // (rows * run.goal.seq_len))
+    training |= {
+        "total_tokens": run.num_tokens,
+        "global_batch_size": rows,
+        "micro_batch_size": "auto",
+        "optimizer": optimizer,
+        "schedule": dict(training.get("schedule", {"kind": "cosine"})) | {"warmup": _WARMUP},
+        "precision": "bf16",
+        "zero": {"stage": run.training.zero.stage},
+        "activation_checkpointing": run.training.activation_checkpointing,
+        "evaluate_every": f"{max(1, steps // _EVALUATIONS)} steps",
+    }
+    most = run.machines.num_gpus
+    resources = dict(base.get("resources", {}))
+    resources |= {"workers": most if most == 1 else f"{-(-most // 2)}..{most}", "gpu": run.machines.gpu.name}
+    if run.goal.limit.kind == "usd":
+        resources["max_usd"] = run.goal.limit.amount
+    size = format_count(run.shape.num_parameters).lower().replace(".", "-")
+    return {
+        **base,
+        "name": f"{str(base['name'])[:38]}-{size}",
+        "model": {**base["model"], **shape},
+        "training": training,
+        "resources": resources,
+    }
+
+
+def job_comment(run: SizedRun) -> str:
+    """Return the lines that say what the file was made for, beginning with `HEADER`."""
+    scale, hours = run.scale, run.hours
+    lines = [
+        f"{HEADER} for {run.goal.limit}: {format_count(scale.num_parameters)} parameters,",
+        f"# {format_count(scale.num_tokens)} tokens ({scale.num_tokens / scale.num_parameters:.3g} per parameter)",
+        f"# by {run.goal.law.name}.",
+        f"# {run.machines.name}: {hours.low:.3g} to {hours.high:.3g} hours of training steps.",
+    ]
+    return "\n".join(lines) + "\n"

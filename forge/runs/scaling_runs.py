@@ -1,0 +1,122 @@
+"""The runs that a scaling law is fitted to, and the file of the law."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from forge.errors import ArgumentError, printable
+from forge.foreign import from_record, parse_object, read_file
+from forge.fs import write_atomic
+from forge.plan.scaling import ScalingLaw
+from forge.plan.scaling_fit import RunPoint
+from forge.runs.reader import find_run, read_metrics, read_run
+
+_LAST_SHARE = 0.05
+"""Of the steps, whose mean training loss stands for a held-out loss that was not measured."""
+_MAX_FILE_BYTES = 2**20
+_COMMENT = "# A scaling law, written by `forge scaling`; `forge plan --law FILE` sizes models by it.\n"
+"""The rest of the file is JSON, which is YAML too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LawFile:
+    """A fitted law and the runs that it was fitted to."""
+
+    law: ScalingLaw
+    runs: tuple[RunPoint, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingRuns:
+    """Finished runs, and what there is to say about them."""
+
+    points: tuple[RunPoint, ...]
+    notes: tuple[str, ...]
+
+
+def read_points(names: Sequence[str], *, root: Path) -> ScalingRuns:
+    """Read the size, the tokens and the last loss of runs.
+
+    Raises: ArgumentError if a run does not exist or has not finished, or if the runs' losses cannot be compared:
+        other objectives, or vocabularies of another size.
+    """
+    points, notes = [], []
+    corpora, kinds = set(), {}
+    for folder in dict.fromkeys(find_run(name, root=root) for name in names):
+        run = read_run(folder)
+        if run.status != "finished" or run.is_stopped_early:
+            state = "stopped early" if run.is_stopped_early else f"is {run.status}"
+            raise ArgumentError(
+                f"{run.run_id} {state}: its learning rate has not reached its end, so its loss is not that of its "
+                "tokens; leave it out, or resume it"
+            )
+        steps = read_metrics(folder)
+        held_out = [step["eval/loss"] for step in steps if step.get("eval/loss") is not None]
+        loss = held_out[-1] if held_out and steps[-1].get("eval/loss") is not None else None
+        if loss is None:
+            last = [step["train/loss"] for step in steps[-max(1, round(_LAST_SHARE * len(steps))) :]]
+            loss = statistics.fmean(value for value in last if value is not None)
+            notes.append(f"{run.run_id}: no held-out loss at its last step; the mean training loss of the last 5 %")
+        tokens = int(steps[-1]["train/tokens"])
+        if not (math.isfinite(loss) and loss > 0 and tokens > 0):
+            raise ArgumentError(f"{run.run_id}: its last loss is {loss} after {tokens} tokens")
+        if (epochs := tokens / max(1, run.plan.corpus.num_train_tokens)) > 4:
+            notes.append(
+                f"{run.run_id} repeats its corpus {epochs:.1f} times; beyond 4 times, repeated tokens are worth "
+                "less than new ones (Muennighoff et al. 2023)"
+            )
+        kinds[run.run_id] = (run.plan.job.training.objective, run.plan.corpus.vocab_size)
+        corpora.add(run.plan.corpus.digest)
+        points.append(
+            RunPoint(
+                name=run.run_id, num_parameters=run.plan.model.num_parameters, num_tokens=tokens, loss=float(loss)
+            )
+        )
+    if len(set(kinds.values())) > 1:
+        listed = "; ".join(f"{name}: {kind}, {size:,} tokens" for name, (kind, size) in kinds.items())
+        raise ArgumentError(f"losses of other objectives or vocabularies cannot be compared: {listed}")
+    if len(corpora) > 1:
+        notes.append(
+            f"the runs have {len(corpora)} different corpora; a law needs losses of the same held-out text"
+        )
+    return ScalingRuns(points=tuple(points), notes=tuple(notes))
+
+
+def write_law(path: Path, law: ScalingLaw, *, runs: Sequence[RunPoint]) -> None:
+    """Write the file of a law. Raises: ArgumentError if something else has this name."""
+    if path.is_dir():
+        raise ArgumentError(f"{path} is a folder; the first argument is the file that the law is written to")
+    if path.exists():
+        read_law(path)
+    body = {"law": asdict(law), "runs": [asdict(run) for run in runs]}
+    try:
+        write_atomic(path, _COMMENT + json.dumps(body, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def read_law(path: Path) -> LawFile:
+    """Read the file of a law. Raises: ArgumentError if it is none."""
+    try:
+        text = read_file(path, max_bytes=_MAX_FILE_BYTES).decode()
+        comment, _, body = text.partition("\n")
+        if not comment.startswith("# A scaling law"):
+            raise ValueError("its first line is not that of `forge scaling`")
+        found = from_record(LawFile, parse_object(body))
+        constants = asdict(found.law)
+        numbers = {key: value for key, value in constants.items() if isinstance(value, float)}
+        wrong = [key for key, value in numbers.items() if not 0 < value < math.inf]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {numbers[wrong[0]]}, not a positive number")
+        if found.law.covariance and [len(row) for row in found.law.covariance] != [5] * 5:
+            raise ValueError("covariance is not 5 rows of 5 numbers")
+    except FileNotFoundError as error:
+        raise ArgumentError(f"there is no file {path}; give RUNS to fit a law and write it") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise ArgumentError(f"{path} is not the file of a law: {printable(str(error), limit=300)}") from error
+    return found
