@@ -116,7 +116,8 @@ def _loaded(file: str, *, overrides: list[str]) -> LoadedJob:
     job = {
         "name": "inspect",
         "model": {"architecture": "llama"},
-        "data": {"files": file},
+        "data": {},
         "training": {"total_steps": 1, "global_batch_size": 1, "optimizer": {"lr": 1e-3}},
     }
-    return load_job_text(json.dumps(job), path=file, overrides=overrides)
+    # As --set, the data have no line in a job file that errors would name.
+    return load_job_text(json.dumps(job), path=file, overrides=[f"data.files={json.dumps(file)}", *overrides])

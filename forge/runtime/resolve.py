@@ -302,6 +302,8 @@ def _with_data_lines(loaded: LoadedJob) -> Iterator[None]:
         key = named[1] if named is not None else ""
         for number, pattern in enumerate(loaded.job.data.files or ()):
             key = f"data.files[{number}]" if text.startswith(f"data.files: {pattern} ") else key
+        if not key:
+            raise
         locations = loaded.source.locations
         location = locations.get(key) or locations.get(key.partition("[")[0])
         if location is None or location.line is None:

@@ -395,6 +395,11 @@ class TestData:
             forge("data", "inspect", "more.jsonl")
         with pytest.raises(JobFileError, match=r"data\.format"):
             forge("data", "inspect", "more.jsonl", "--set", "data.format=chats")
+        with pytest.raises(DataError, match=r"^data\.files: none\.jsonl matches no file"):
+            forge("data", "inspect", "none.jsonl")
+        (home / "bad.jsonl").write_text('{"text": "a"}\nno JSON\n')
+        with pytest.raises(DataError, match=r"^/\S*bad\.jsonl:2: not a line of JSON"):
+            forge("data", "inspect", "bad.jsonl")
 
     def test_inspect__no_such_example__says_which_there_are(self) -> None:
         with pytest.raises(ArgumentError, match="no number 100,000 among the train sequences"):
