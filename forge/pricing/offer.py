@@ -110,7 +110,7 @@ def build_offer(
         interruption=interruption,
         observed=observed,
         source=source,
-        co2_g_per_hour=_co2_g_per_hour(gpu.name, machine.num_gpus, cloud=cloud, region=region) if gpu else None,
+        co2_g_per_hour=co2_g_per_hour(gpu.name, machine.num_gpus, cloud=cloud, region=region) if gpu else None,
     )
 
 
@@ -118,7 +118,7 @@ def _known(price: float | None) -> float | None:
     return price if price is not None and 0 < price < math.inf else None
 
 
-def _co2_g_per_hour(gpu: str, num_gpus: int, *, cloud: str, region: str) -> float | None:
+def co2_g_per_hour(gpu: str, num_gpus: int, *, cloud: str, region: str) -> float | None:
     """Power limit of the GPUs × the data centre's overhead × carbon intensity of the grid, which GCP publishes."""
     grid, watts = catalog_table()["grid_g_per_kwh"].get(region), catalog_table()["gpu_watts"].get(gpu)
     if cloud != "gcp" or grid is None or watts is None:

@@ -56,7 +56,7 @@ class JsonClient:
 
     def _read(self, url: str) -> bytes:
         request = urllib.request.Request(url, headers={"Accept": "application/json", **self.headers})
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+        with _OPENER.open(request, timeout=self.timeout_s) as response:
             content: bytes = response.read(self.max_bytes + 1)
         if len(content) > self.max_bytes:
             raise ClusterError(f"{self.name} answered more than {self.max_bytes >> 20} MiB")
@@ -69,3 +69,13 @@ def _seconds(text: str | None, *, otherwise: float) -> float:
         return min(max(float(text or ""), 0.0), _MAX_WAIT_S)
     except ValueError:
         return otherwise
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Takes a redirect for a refusal: the headers may have a key, which belongs to this server only."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect())
