@@ -29,7 +29,7 @@ LAYERS = [
     {"registries"},  # the modules in REGISTRIES
     {"user_code"},
     {"code_archive"},
-    {"fs"},
+    {"fs", "aws_client"},
     {"environment"},
     {"units", "events", "errors", "foreign", "process", "limits"},
     {"redact"},
@@ -70,7 +70,7 @@ SAME_LAYER = {
 CLIENT_SIDE = {
     *("cli", "forge", "api", "cluster", "remote", "report", "runs", "checkpoint", "plan", "pricing", "config"),
     *("registries", "user_code", "code_archive", "units", "events", "errors", "foreign", "fs", "process", "redact"),
-    *("environment", "limits"),
+    *("environment", "limits", "aws_client"),
 }
 TRAINING_SIDE = {"train", "model", "objective", "data", "checkpoint"}
 NOT_ON_THE_CLIENT_SIDE = {"torch", "deepspeed", "transformers"}

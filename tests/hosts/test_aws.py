@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
+from forge.aws_client import client
 from forge.cluster.base import NodeProgress, list_records, read_record, token_path
-from forge.cluster.cloud import aws
 from forge.cluster.cloud.provider import CloudCluster
 from forge.cluster.registry import cluster_of, find_cluster
 from forge.cluster.tools import require_tools
@@ -111,7 +111,7 @@ def test_up_and_down__rent_a_private_cluster_and_leave_nothing(
         assert sources == [box.network], "only the cluster and this machine are allowed"
 
     requests: list[str] = []
-    events = aws.client("ec2", REGION).meta.events
+    events = client("ec2", REGION).meta.events
     events.register("before-call.ec2", lambda model, **_: requests.append(model.name), unique_id="test")
     nodes = cluster.status().nodes
     events.unregister("before-call.ec2", unique_id="test")

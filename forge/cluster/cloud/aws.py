@@ -1,32 +1,22 @@
-"""AWS requests that Ray's launcher does not make: regions, spot prices, instances, termination.
-
-Only this module imports boto3; `forge.cluster.cloud.aws_network` uses its clients. Every error of AWS is
-converted to one sentence that says what to do.
-"""
+"""AWS requests that Ray's launcher does not make: regions, spot prices, instances, termination."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
+from forge.aws_client import ANY_REGION, aws_errors, client
 from forge.cluster.base import ClusterNode
 from forge.cluster.cloud.state import CLUSTER_TAG, ID_TAG, ClusterIdentity
 from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError
 from forge.pricing.catalog import machine_types
+from forge.pricing.fetch.aws import zone_spot_prices
 
-ANY_REGION = "us-east-1"
-"""The region for requests about the account; every account has it."""
 _GONE_TIMEOUT_S = 300.0
-_session_lock = threading.Lock()
 _POLL_S = 1.0
 _ALIVE = ("pending", "running", "stopping", "stopped")
 """States in which an instance costs something, if only its disk."""
@@ -179,75 +169,6 @@ def terminate_all(cluster: ClusterIdentity, *, region: str) -> list[str]:
     return [instance.id for instance in list_instances(cluster, region=region)]
 
 
-def client(service: str, region: str) -> Any:
-    """A boto3 client, created once. Raises: ClusterError if boto3 is not installed."""
-    environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-    return _client(service, region, environment)
-
-
-@functools.lru_cache(maxsize=128)
-def _client(service: str, region: str, environment: tuple[tuple[str, str], ...]) -> Any:
-    from botocore.config import Config
-
-    config = Config(connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 4})
-    with _session_lock:  # unlike clients, a session is not thread-safe
-        return _session(environment).client(service, region_name=region, config=config)
-
-
-@functools.lru_cache(maxsize=4)
-def _session(environment: tuple[tuple[str, str], ...]) -> Any:
-    """Return the session of all clients; parsing its service definitions takes longer than a request."""
-    try:
-        import boto3
-    except ImportError:
-        raise ClusterError("clusters on AWS need boto3: pip install 'forge-train[aws]'") from None
-    return boto3.session.Session()
-
-
-@contextlib.contextmanager
-def aws_errors(region: str) -> Iterator[None]:
-    """Turn errors of boto3 into ClusterError with one sentence that says what to do."""
-    try:
-        import botocore.exceptions as wrong
-    except ImportError:
-        raise ClusterError("clusters on AWS need boto3: pip install 'forge-train[aws]'") from None
-    fix = "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-    try:
-        yield
-    except (wrong.NoCredentialsError, wrong.PartialCredentialsError, wrong.ProfileNotFound) as error:
-        raise ClusterError(f"no AWS credentials were found: {error}; {fix}") from None
-    except wrong.ClientError as error:
-        code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
-        if code in _REFUSED:
-            raise ClusterError(f"AWS does not accept the credentials in {region}: {code}; {fix}") from None
-        if code in ("UnauthorizedOperation", "AccessDenied", "AccessDeniedException"):
-            raise ClusterError(
-                f"these credentials do not allow {error.operation_name} in {region}: {message}; "
-                "docs/operations.md lists the rights that forge needs"
-            ) from None
-        raise ClusterError(f"AWS refuses {error.operation_name} in {region}: {code}: {message}") from None
-    except (wrong.BotoCoreError, wrong.HTTPClientError) as error:
-        raise ClusterError(f"AWS's service in {region} cannot be reached: {error}") from None
-
-
-_REFUSED = {
-    *("AuthFailure", "InvalidClientTokenId", "SignatureDoesNotMatch", "UnrecognizedClientException"),
-    *("ExpiredToken", "ExpiredTokenException", "RequestExpired", "InvalidAccessKeyId", "OptInRequired"),
-}
-
-
-@contextlib.contextmanager
-def ignore_codes(*codes: str) -> Iterator[None]:
-    """Ignore AWS errors with these codes: the request was redundant."""
-    import botocore.exceptions
-
-    try:
-        yield
-    except botocore.exceptions.ClientError as error:
-        if error.response["Error"]["Code"] not in codes:
-            raise
-
-
 def _is_offered(region: str, names: Sequence[str]) -> bool:
     with aws_errors(region):
         found = client("ec2", region).describe_instance_type_offerings(
@@ -258,20 +179,8 @@ def _is_offered(region: str, names: Sequence[str]) -> bool:
 
 def _spot_prices(region: str, names: Sequence[str]) -> dict[str, float]:
     prices: dict[str, float] = {}
-    with aws_errors(region):
-        pages = (
-            client("ec2", region)
-            .get_paginator("describe_spot_price_history")
-            .paginate(
-                InstanceTypes=list(names),
-                ProductDescriptions=["Linux/UNIX"],
-                StartTime=datetime.now(UTC),  # only the current price of each zone
-            )
-        )
-        for page in pages:
-            for entry in page["SpotPriceHistory"]:
-                name, price = entry["InstanceType"], float(entry["SpotPrice"])
-                prices[name] = min(price, prices.get(name, price))
+    for (name, _), price in zone_spot_prices(region, names=names).items():
+        prices[name] = min(price, prices.get(name, price))
     return prices
 
 

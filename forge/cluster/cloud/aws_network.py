@@ -15,16 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from forge.cluster.cloud.aws import (
-    ANY_REGION,
-    aws_errors,
-    client,
-    foreign,
-    ignore_codes,
-    require_no_other,
-    tag_filters,
-    tags_of,
-)
+from forge.aws_client import ANY_REGION, aws_errors, client, ignore_codes
+from forge.cluster.cloud.aws import foreign, require_no_other, tag_filters, tags_of
 from forge.cluster.cloud.state import CLUSTER_TAG, ID_TAG, OWNER, ClusterIdentity
 from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError

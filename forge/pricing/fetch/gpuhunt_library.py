@@ -45,6 +45,10 @@ def fetch_gpuhunt(today: date, *, catalog: Any = None) -> PriceSnapshot:
         raise ClusterError("gpuhunt reached no cloud that has NVIDIA GPUs")
     if others := sum(not _is_usable(item) for item in items if item.gpu_count):
         notes.append(f"{others} offers were left out: not NVIDIA's, with ARM CPUs, or for reservation only")
+    skipped = [found[1] for note in notes if (found := re.match(r"Skipping provider (\w+?)(?:Provider)?:", note))]
+    if skipped:
+        notes = [note for note in notes if not note.startswith("Skipping provider")]
+        notes.append(f"not asked, because they need credentials: {', '.join(skipped)}")
     return PriceSnapshot(source="gpuhunt", observed=today, offers=tuple(offers), notes=tuple(notes))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import warnings
 import zipfile
 from datetime import date
 from typing import Any
@@ -56,7 +58,10 @@ def fetched() -> Any:
     with serve_prices(reply) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPUHUNT_CATALOG_URL", server.url)
         catalog = gpuhunt.Catalog(balance_resources=False)
-        return fetch_gpuhunt(TODAY, catalog=catalog)
+        found = fetch_gpuhunt(TODAY, catalog=catalog)
+        with warnings.catch_warnings(action="ignore"):
+            gc.collect()  # gpuhunt leaves its connections to the garbage collector
+        return found
 
 
 def only(fetched: Any, **keys: Any) -> Offer:

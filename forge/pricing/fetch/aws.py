@@ -1,0 +1,143 @@
+"""AWS's on-demand prices and current spot prices by zone, which need credentials of any account.
+
+Rights: pricing:GetProducts, ec2:DescribeSpotPriceHistory, ec2:DescribeAvailabilityZones.
+Sources: the actions GetProducts of AWS Price List Query and DescribeSpotPriceHistory of EC2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, date, datetime
+from typing import Any
+
+from forge.aws_client import ANY_REGION, aws_errors, client
+from forge.errors import ClusterError
+from forge.pricing.catalog import machine_types
+from forge.pricing.offer import Offer, build_offer
+from forge.pricing.snapshot import PriceSnapshot
+
+_AT_ONCE = 16
+_LINUX = {
+    "operatingSystem": "Linux",
+    "preInstalledSw": "NA",
+    "tenancy": "Shared",
+    "capacitystatus": "Used",
+    "marketoption": "OnDemand",
+}
+"""Attributes of a product that is a plain machine with Linux."""
+
+
+def fetch_aws(today: date) -> PriceSnapshot:
+    """Return the prices of the catalogue's machine types in all regions.
+
+    The spot prices of a region that refuses, such as one that the account has not enabled, are unknown.
+
+    Raises: ClusterError if boto3 or credentials are missing, or AWS does not answer.
+    """
+    names = tuple(machine_types("aws"))
+    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+        found = dict(zip(names, pool.map(_on_demand_prices, names), strict=True))
+        regions: dict[str, list[str]] = {}
+        for name, prices in found.items():
+            for region in prices:
+                regions.setdefault(region, []).append(name)
+        spot = dict(zip(regions, pool.map(_spot_by_zone_id, regions, regions.values()), strict=True))
+    if not regions:
+        raise ClusterError("AWS's price list has none of the machine types that forge knows")
+    offers: list[Offer] = []
+    for name, prices in found.items():
+        for region, price in prices.items():
+            zones = spot[region]
+            offers += _offers(name, region, price, zones=zones if isinstance(zones, dict) else {}, today=today)
+    refused = [
+        f"no spot prices of {region}: {answer}" for region, answer in spot.items() if isinstance(answer, str)
+    ]
+    return PriceSnapshot(source="aws", observed=today, offers=tuple(offers), notes=tuple(refused))
+
+
+def zone_spot_prices(region: str, *, names: Sequence[str]) -> dict[tuple[str, str], float]:
+    """Return the current spot prices of Linux in USD per hour, by instance type and name of the zone.
+
+    Raises: ClusterError if AWS cannot be asked.
+    """
+    prices: dict[tuple[str, str], float] = {}
+    with aws_errors(region):
+        pages = (
+            client("ec2", region)
+            .get_paginator("describe_spot_price_history")
+            .paginate(
+                InstanceTypes=list(names),
+                ProductDescriptions=["Linux/UNIX"],
+                StartTime=datetime.now(UTC),  # only the current price of each zone
+            )
+        )
+        for page in pages:
+            for entry in page["SpotPriceHistory"]:
+                prices[entry["InstanceType"], entry.get("AvailabilityZone", "")] = float(entry["SpotPrice"])
+    return prices
+
+
+def _on_demand_prices(name: str) -> dict[str, float]:
+    """Return the price of a machine type by region. Raises: ClusterError if AWS cannot be asked."""
+    wanted = [
+        {"Type": "TERM_MATCH", "Field": field, "Value": value}
+        for field, value in (_LINUX | {"instanceType": name}).items()
+    ]
+    prices: dict[str, float] = {}
+    with aws_errors(ANY_REGION):
+        pages = client("pricing", ANY_REGION).get_paginator("get_products")
+        for page in pages.paginate(ServiceCode="AmazonEC2", Filters=wanted):
+            for text in page["PriceList"]:
+                region, price = _price(json.loads(text))
+                if region and price:
+                    prices[region] = price
+    return prices
+
+
+def _price(product: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """Return region and USD per hour of a product; None where the product does not say it."""
+    region = product.get("product", {}).get("attributes", {}).get("regionCode")
+    for term in product.get("terms", {}).get("OnDemand", {}).values():
+        for dimension in term.get("priceDimensions", {}).values():
+            usd = dimension.get("pricePerUnit", {}).get("USD")
+            if dimension.get("unit") == "Hrs" and usd is not None:
+                return region, float(usd)
+    return region, None
+
+
+def _spot_by_zone_id(region: str, names: Sequence[str]) -> dict[tuple[str, str], float] | str:
+    """Return the spot prices by machine type and zone id, or why the region does not answer."""
+    try:
+        prices = zone_spot_prices(region, names=names)
+        with aws_errors(region):
+            zones = client("ec2", region).describe_availability_zones(AllAvailabilityZones=True)[
+                "AvailabilityZones"
+            ]
+    except ClusterError as error:
+        return str(error)
+    # The zone named us-east-1a is another one in another account; its id is the same for all.
+    ids = {zone.get("ZoneName"): zone.get("ZoneId") for zone in zones}
+    return {(name, ids[zone]): price for (name, zone), price in prices.items() if ids.get(zone)}
+
+
+def _offers(
+    name: str, region: str, price: float, *, zones: Mapping[tuple[str, str], float], today: date
+) -> list[Offer]:
+    """Return the offer of the region, and one of each zone that sells spot capacity."""
+
+    def offer(zone: str | None, spot: float | None) -> Offer:
+        return build_offer(
+            machine_types("aws")[name],
+            cloud="aws",
+            region=region,
+            zone=zone,
+            usd_per_hour=price,
+            spot_usd_per_hour=spot,
+            observed=today,
+            source="AWS price list; spot price of the zone" if zone else "AWS price list",
+        )
+
+    in_zones = [offer(zone, spot) for (machine, zone), spot in sorted(zones.items()) if machine == name]
+    return [offer(None, None), *(one for one in in_zones if one.spot_usd_per_hour is not None)]
