@@ -109,7 +109,7 @@ def test_answer__client_killed__next_one_follows_and_fetches(
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not output.exists()
-    [driver] = [line for line in mentioning("forge.runtime.map_driver") if "setsid" not in line]
+    [driver] = drivers(there)
     process = Recorded()
     found = answer(request_of(model, prompts, output), process)
     assert process.says("which was started on 'elsewhere' before") and not process.says("sending")
@@ -118,7 +118,7 @@ def test_answer__client_killed__next_one_follows_and_fetches(
     few = request_of(model, write_prompts(home / "few.jsonl", 40), expected)
     answer(few | {"cluster": None, "address": cluster.status().address}, Recorded())
     assert lines_of(output)[:40] == lines_of(expected)
-    assert driver not in mentioning("forge.runtime.map_driver")
+    assert driver not in drivers(there)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_answer__stopped__continues_with_what_is_left(
     first.send_signal(signal.SIGTERM)  # as `forge generate` does at Ctrl-C
     text, _ = first.communicate(timeout=120)
     assert "shards are left; start it again" in text
-    wait_for(lambda: mentioning("forge.runtime.map_driver") == [])
+    wait_for(lambda: drivers(there) == [])
     stored = len(list((home / ".answers.jsonl.shards").glob("*.jsonl")))
     assert 1 <= stored < 6
     found = answer(request_of(model, prompts, output), Recorded())
@@ -143,6 +143,12 @@ def start_client(home: Path, there: Path, model: Path, prompts: Path, output: Pa
     command += map(str, (home, there, model, prompts, output))
     env = environment(home, PYTHONPATH=str(Path(__file__).parents[2]))
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def drivers(there: Path) -> list[str]:
+    """Command lines of this cluster's drivers of maps; other tests may run some too."""
+    lines = mentioning("forge.runtime.map_driver")
+    return [line for line in lines if str(there) in line and "setsid" not in line]
 
 
 def num_results(there: Path) -> int:

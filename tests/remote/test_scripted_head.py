@@ -102,6 +102,7 @@ def compute(
     )
 
 
+@pytest.mark.slow
 def test_map__remote__results_arrive_and_nothing_is_left(target: RemoteTarget, there: Path, tmp_path: Path) -> None:
     files, process = ShardFiles(folder=tmp_path / "results", digest="x"), Recorded()
     files.prepare()
