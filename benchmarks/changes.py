@@ -122,7 +122,10 @@ class Watch:
     def _await(self, is_so: Callable[[], bool], what: str, *, limit_s: float) -> None:
         if not wait(is_so, self._process, deadline=time.monotonic() + limit_s, poll_s=0.25):
             events = "\n".join(str(event) for event in self._events()[-30:])
-            raise RuntimeError(f"no {what} within {limit_s:.0f} s:\n{events}")
+            code = self._process.poll()
+            reason = f"within {limit_s:.0f} s" if code is None else f"before the program ended with {code}"
+            done = [record for record in records_of(self._folder / "steps.jsonl") if "step" not in record]
+            raise RuntimeError(f"no {what} {reason}; machines: {done}; events:\n{events}")
 
     def _events(self, kind: str | None = None) -> list[dict[str, Any]]:
         files = (self._folder / "runs").glob("*/events.jsonl")
