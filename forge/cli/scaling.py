@@ -11,12 +11,12 @@ import typer
 from forge.cli.options import Output, OutputOption, RunsOption
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
     from forge.plan.machines import Machines
     from forge.plan.scaling import ModelScale, ScalingLaw
     from forge.plan.sizing import Limit
-    from forge.pricing.offers import Offer
+    from forge.pricing.offer import Offer
 
 _PANEL = "Size from a limit"
 
@@ -43,6 +43,9 @@ LawOption = Annotated[
 ]
 GpuOption = Annotated[str | None, _option("--gpu", metavar="NAME", help="GPU to train on, as in H100.")]
 NumGpusOption = Annotated[int | None, _option("--gpus", metavar="COUNT", help="How many GPUs.")]
+RegionOption = Annotated[
+    str | None, _option("--region", metavar="NAME", help="A part of the world (eu, us, asia), or a region.")
+]
 SpotOption = Annotated[bool, _option("--spot", help="At spot prices instead of on-demand prices.")]
 SizingClusterOption = Annotated[
     str | None, _option("--cluster", metavar="FILE", help="Cluster file with the GPUs to train on.")
@@ -66,6 +69,7 @@ class SizingRequest:
     gpu: str | None
     num_gpus: int | None
     spot: bool
+    region: str | None
     cluster: str | None
     write: Path | None
     output: Output
@@ -73,7 +77,7 @@ class SizingRequest:
     @property
     def is_given(self) -> bool:
         """Whether any of them is given."""
-        others = (self.inference_tokens, self.law, self.gpu, self.num_gpus, self.cluster, self.write)
+        others = (self.inference_tokens, self.law, self.gpu, self.num_gpus, self.region, self.cluster, self.write)
         return any(value is not None for value in (self.budget, self.flops, self.hours, *others)) or self.spot
 
 
@@ -244,52 +248,57 @@ def _count(text: str, *, option: str) -> int:
 
 def _machines(request: SizingRequest) -> tuple[list[list[Machines]], list[str]]:
     """Machines to choose from, and where their prices come from."""
-    from forge.plan.machines import offered_machines, require_gpu
+    from forge.plan.machines import offered_machines
+    from forge.pricing.choose import OfferFilter, find_offers
     from forge.pricing.offers import load_offers
 
     if request.num_gpus is not None and request.num_gpus < 1:
         raise typer.BadParameter("must be at least 1", param_hint="--gpus")
     table = load_offers()
+    notes = list(table.notes)
     if request.cluster is not None:
-        if request.gpu is not None or request.num_gpus is not None:
-            raise typer.BadParameter("leave --gpu and --gpus out: the file has them", param_hint="--cluster")
-        return _cluster_machines(request.cluster, offers=table.offers, spot=request.spot), list(table.notes)
-    gpu = require_gpu(request.gpu) if request.gpu else None
-    return offered_machines(table.offers, spot=request.spot, gpu=gpu, num_gpus=request.num_gpus), list(table.notes)
+        if any((request.gpu, request.num_gpus, request.region)):
+            raise typer.BadParameter("the file has --gpu, --gpus and --region", param_hint="--cluster")
+        return _cluster_machines(request.cluster, offers=table.offers, spot=request.spot), notes
+    wanted = OfferFilter(gpu=request.gpu, spot=request.spot, region=request.region)
+    found = find_offers(table.offers, wanted=wanted)
+    return offered_machines(found, spot=request.spot, num_gpus=request.num_gpus), notes
 
 
-def _cluster_machines(path: str, *, offers: Iterable[Offer], spot: bool) -> list[list[Machines]]:
+def _cluster_machines(path: str, *, offers: Sequence[Offer], spot: bool) -> list[list[Machines]]:
     """The workers of a cluster file, all of them. Raises: ArgumentError if it does not name their GPUs."""
     from forge.config.cluster import CloudSpec, KubernetesSpec
     from forge.config.load import load_cluster
     from forge.errors import ArgumentError
-    from forge.plan.machines import Machines, interconnect, offered_machines, require_gpu
+    from forge.plan.gpus import find_gpu
+    from forge.plan.machines import Machines, interconnect, offered_machines
     from forge.pricing.catalog import workers_of
+    from forge.pricing.choose import OfferFilter, find_offers
 
     spec = load_cluster(path)
-    if not isinstance(spec, (CloudSpec, KubernetesSpec)) or spec.gpu == "none":
-        raise ArgumentError(f"{path} does not say which GPUs its machines have; give --gpu and --gpus instead")
+    gpu = find_gpu(spec.gpu) if isinstance(spec, (CloudSpec, KubernetesSpec)) else None
+    if gpu is None or not isinstance(spec, (CloudSpec, KubernetesSpec)):
+        raise ArgumentError(f"{path} names no GPU that forge knows; give --gpu and --gpus instead")
     count = max(1, spec.workers.high)
-    gpu = require_gpu(spec.gpu)
-    if isinstance(spec, CloudSpec):
-        types = workers_of(spec)
-        regions = None if spec.regions == ("auto",) else set(spec.regions)
-        allowed = [
-            offer
-            for offer in offers
-            if offer.cloud == spec.provider
-            and offer.instance in types
-            and (regions is None or any(region.startswith(offer.region) for region in regions))
-        ]
-        return offered_machines(allowed, spot=spot or spec.spot, gpu=gpu, num_machines=count)
-    machines = Machines(
-        name=f"{count} workers of {spec.name} with {spec.gpus_per_worker} {gpu.name}",
-        gpu=gpu,
-        num_gpus=count * spec.gpus_per_worker,
-        interconnect=interconnect(gpus_per_node=spec.gpus_per_worker, gbps=None),
-        usd_per_hour=None,
-    )
-    return [[machines]]
+    if isinstance(spec, KubernetesSpec):
+        machines = Machines(
+            name=f"{count} workers of {spec.name} with {spec.gpus_per_worker} {gpu.name}",
+            gpu=gpu,
+            num_gpus=count * spec.gpus_per_worker,
+            interconnect=interconnect(gpus_per_node=spec.gpus_per_worker, gbps=None),
+            usd_per_hour=None,
+        )
+        return [[machines]]
+    types, anywhere, spot = workers_of(spec), spec.regions == ("auto",), spot or spec.spot
+    allowed = [
+        offer
+        for offer in offers
+        if offer.cloud == spec.provider
+        and offer.instance in types
+        and (anywhere or any(region.startswith(offer.region) for region in spec.regions))
+    ]
+    found = find_offers(allowed, wanted=OfferFilter(gpu=spec.gpu, spot=spot))
+    return offered_machines(found, spot=spot, num_machines=count)
 
 
 def _write_job(path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ def show_sizing(run: SizedRun, *, notes: Sequence[str]) -> None:
         ("model", f"llama, {shape.num_hidden_layers} layers of {shape.hidden_size:,}, {heads}"),
         (
             "training",
-            f"{scale.training_flops:.3g} FLOPs, {scale.num_tokens / scale.num_parameters:.1f} tokens/param.",
+            f"{scale.training_flops:.3g} FLOPs, {scale.num_tokens / scale.num_parameters:.1f} tokens per parameter",
         ),
         ("batch", f"{run.batch.global_batch_size:,} x {run.goal.seq_len:,} tokens, lr {run.learning_rate:g}"),
         ("machines", run.machines.name),

@@ -26,6 +26,7 @@ from forge.cli.scaling import (
     LawOption,
     NumGpusOption,
     OptionalJobArgument,
+    RegionOption,
     SizingClusterOption,
     SizingRequest,
     SpotOption,
@@ -76,6 +77,7 @@ def plan(
     gpu: GpuOption = None,
     gpus: NumGpusOption = None,
     spot: SpotOption = False,
+    region: RegionOption = None,
     cluster: SizingClusterOption = None,
     write: WriteOption = None,
     output: OutputOption = Output.TABLE,
@@ -85,7 +87,8 @@ def plan(
     With --budget, --flops or --hours: choose the size of the model and its number of tokens by scaling laws, show
     what that gives, and write the job file. FILE, if given, has the data and everything else.
 
-    Examples:  forge plan jobs/pretrain.yaml -o json;  forge plan --budget 5000usd
+    Example:  forge plan jobs/pretrain.yaml -o json
+    Example:  forge plan --budget 5000usd
     """
     request = SizingRequest(
         file=file,
@@ -98,6 +101,7 @@ def plan(
         gpu=gpu,
         num_gpus=gpus,
         spot=spot,
+        region=region,
         cluster=cluster,
         write=write,
         output=output,

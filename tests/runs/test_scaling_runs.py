@@ -1,0 +1,160 @@
+"""Runs that a scaling law is fitted to: what is read of them, what is refused, and six that are really trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from forge.config.load import load_job_text
+from forge.errors import ArgumentError
+from forge.events import RunFinished
+from forge.plan.plan import plan_to_json
+from forge.plan.scaling import HOFFMANN, ModelScale
+from forge.plan.scaling_fit import RunPoint, check_held_out, fit_law
+from forge.runs.scaling_runs import read_law, read_points, write_law
+from forge.runtime.resolve import resolve
+from tests.support.ranks import run_ranks
+from tests.support.runs import make_run, open_recorder
+
+LADDER = (
+    (32, 2, 100_000),
+    (48, 2, 150_000),
+    (64, 2, 220_000),
+    (96, 2, 330_000),
+    (128, 3, 500_000),
+    (192, 3, 750_000),
+)
+"""Width, layers and tokens of the six runs; 8 times as many FLOPs from one to the next but one."""
+JOB = """
+name: ladder-{width}
+model:
+  architecture: llama
+  hidden_size: {width}
+  intermediate_size: {mlp}
+  num_hidden_layers: {layers}
+  num_attention_heads: 2
+  num_key_value_heads: 2
+  tie_word_embeddings: true
+data:
+  source: python-stdlib
+  tokenizer: {{train: bpe, vocab_size: 1024}}
+  seq_len: 128
+training:
+  total_tokens: {tokens}
+  global_batch_size: 16
+  optimizer: {{lr: 4.0e-3}}
+  schedule: {{kind: cosine, warmup: 5%}}
+  precision: fp32
+  zero: {{stage: 0}}
+  evaluate_every: 100000 steps
+checkpoint: {{every: 10h}}
+"""
+
+
+def finished(root: Path, name: str, *, steps: int = 40) -> Path:
+    return make_run(root, name, steps=steps, endings=[RunFinished(step=steps)])
+
+
+def test_points__finished_run__parameters_tokens_and_a_loss(tmp_path: Path) -> None:
+    finished(tmp_path, "tiny-0101-000000-aaaa")
+    found = read_points(["tiny-0101-000000-aaaa"], root=tmp_path)
+    (point,) = found.points
+    assert point.num_tokens == 192 * 40
+    assert point.num_parameters > 0
+    assert point.loss == pytest.approx((5 / 39 + 5 / 40) / 2)
+    assert "no held-out loss at its last step" in found.notes[0]
+
+
+def test_points__run_that_has_not_finished__refused(tmp_path: Path) -> None:
+    make_run(tmp_path, "tiny-0101-000000-aaaa")
+    with pytest.raises(ArgumentError, match="has not reached its end"):
+        read_points(["tiny-0101-000000-aaaa"], root=tmp_path)
+
+
+def test_points__another_vocabulary__refused(tmp_path: Path) -> None:
+    names = ["tiny-0101-000000-aaaa", "tiny-0101-000000-bbbb"]
+    for name in names:
+        finished(tmp_path, name)
+    plan = tmp_path / names[0] / "plan.json"
+    body = json.loads(plan.read_text())
+    body["corpus"]["vocab_size"] += 1
+    plan.write_text(json.dumps(body))
+    with pytest.raises(ArgumentError, match="cannot be compared"):
+        read_points(names, root=tmp_path)
+
+
+@pytest.fixture
+def law_points() -> list[RunPoint]:
+    scales = [ModelScale(num_parameters=1e5 * 2**step, num_tokens=1e6 * 2**step) for step in range(4)]
+    return [
+        RunPoint(
+            name=f"r{i}",
+            num_parameters=round(s.num_parameters),
+            num_tokens=round(s.num_tokens),
+            loss=HOFFMANN.loss(s),
+        )
+        for i, s in enumerate(scales)
+    ]
+
+
+def test_law__written_and_read__equal(tmp_path: Path, law_points: list[RunPoint]) -> None:
+    law, file = fit_law(law_points), tmp_path / "law.yaml"
+    write_law(file, law, runs=law_points)
+    write_law(file, law, runs=law_points)  # over itself
+    found = read_law(file)
+    assert found.law == law
+    assert list(found.runs) == law_points
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("name: job\n", "its first line"),
+        ("# A scaling law\n{", "not the file of a law"),
+        ("# A scaling law\n" + "[" * 100_000, "not the file of a law"),
+        ('# A scaling law\n{"law": {"name": 3}, "runs": []}', "not the file of a law"),
+    ],
+)
+def test_law__another_file__neither_read_nor_overwritten(
+    text: str, problem: str, tmp_path: Path, law_points: list[RunPoint]
+) -> None:
+    file = tmp_path / "law.yaml"
+    file.write_text(text)
+    with pytest.raises(ArgumentError, match=problem):
+        read_law(file)
+    with pytest.raises(ArgumentError, match=problem):
+        write_law(file, fit_law(law_points), runs=law_points)
+    assert file.read_text() == text
+
+
+def test_law__negative_constant__refused(tmp_path: Path, law_points: list[RunPoint]) -> None:
+    file = tmp_path / "law.yaml"
+    write_law(file, replace(fit_law(law_points), token_exponent=-0.1), runs=law_points)
+    with pytest.raises(ArgumentError, match=r"token_exponent is -0\.1"):
+        read_law(file)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_law__six_trained_runs__predicts_the_held_out_largest_within_3_percent(tmp_path: Path) -> None:
+    for width, layers, tokens in LADDER:
+        text = JOB.format(width=width, mlp=3 * width, layers=layers, tokens=tokens)
+        plan = resolve(load_job_text(text, path="ladder.yaml"))
+        recording = run_ranks(plan, tmp_path / f"ranks-{width}", world_size=1)
+        folder = tmp_path / "runs" / f"ladder-{width}-0101-000000-aaaa"
+        folder.mkdir(parents=True)
+        (folder / "plan.json").write_text(plan_to_json(plan))
+        recorder = open_recorder(folder)
+        for metrics in recording.steps:
+            recorder.step(metrics)
+        recorder.event(RunFinished(step=plan.total_steps))
+        recorder.close(exit_code=0)
+    names = [f"ladder-{width}-0101-000000-aaaa" for width, _, _ in LADDER]
+    found = read_points(names, root=tmp_path / "runs")
+    checked = check_held_out(found.points)
+    assert checked is not None
+    assert checked.name.startswith("ladder-192")
+    assert abs(checked.error) < 0.03
