@@ -10,7 +10,6 @@ import typer
 from forge.cli.options import Output, OutputOption
 
 if TYPE_CHECKING:
-    from forge.pricing.choose import OfferFilter
     from forge.pricing.offers import Offer
 
 _ROWS = 20
@@ -62,7 +61,7 @@ def prices(
     if output is Output.JSON:
         display.print_json({"offers": [_record(offer) for offer in found], "notes": table.notes})
         return
-    _print_table(found[:limit], wanted=wanted)
+    _print_table(found[:limit], spot=spot)
     if len(found) > limit:
         display.message(f"{len(found) - limit} more places: --limit {len(found)}")
     for note in table.notes:
@@ -71,34 +70,32 @@ def prices(
         display.next_command("forge prices --refresh", purpose="prices of today")
 
 
-def _print_table(offers: Sequence[Offer], *, wanted: OfferFilter) -> None:
+def _print_table(offers: Sequence[Offer], *, spot: bool) -> None:
+    """Print the offers; a column that would say nothing is left out."""
     from forge.cli import display
     from forge.pricing.choose import usd_per_exaflop
 
-    columns = ["GPU", "cloud", "region", "machine", "#GPUs", "#USD/GPU-h", "#USD/h", "#USD/EFLOP"]
-    columns += ["interrupted"] if wanted.spot else ["#spot USD/GPU-h"]
-    rows = []
-    for offer in offers:
-        if wanted.spot:
-            last = "" if offer.interruption is None else str(offer.interruption)
-        else:
-            last = _number(offer.price(spot=True, per_gpu=True), digits=2)
-        rows.append(
-            [
-                offer.gpu,
-                offer.cloud,
-                offer.place,
-                offer.instance,
-                str(offer.num_gpus),
-                _number(offer.price(spot=wanted.spot, per_gpu=True), digits=2),
-                _number(offer.price(spot=wanted.spot), digits=2),
-                _number(usd_per_exaflop(offer, spot=wanted.spot), digits=4),
-                last,
-                _number(_co2_per_gpu(offer), digits=0),
-                str(offer.observed),
-            ]
-        )
-    display.table([*columns, "#g CO2/GPU-h", "as of"], rows)
+    columns = {
+        "GPU": [offer.gpu for offer in offers],
+        "cloud": [offer.cloud for offer in offers],
+        "region": [offer.place if spot else offer.region for offer in offers],
+        "machine": [offer.instance for offer in offers],
+        "#GPUs": [str(offer.num_gpus) for offer in offers],
+        "#USD per GPU-h": [_number(offer.price(spot=spot, per_gpu=True), digits=2) for offer in offers],
+        "#USD per h": [_number(offer.price(spot=spot), digits=2) for offer in offers],
+        "#USD per EFLOP": [_number(usd_per_exaflop(offer, spot=spot), digits=3) for offer in offers],
+        "#spot USD per GPU-h": [
+            "" if spot else _number(offer.price(spot=True, per_gpu=True), digits=2) for offer in offers
+        ],
+        "interrupted": [str(offer.interruption or "") if spot else "" for offer in offers],
+        "#g CO2 per GPU-h": [_number(_co2_per_gpu(offer), digits=0) for offer in offers],
+        "as of": [str(offer.observed) for offer in offers],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    if len(set(columns["GPU"])) == 1:
+        display.headline(columns["GPU"][0], "spot" if spot else "on demand", console=display.OUT)
+        del shown["GPU"]
+    display.table([*shown], [list(row) for row in zip(*shown.values(), strict=True)])
 
 
 def _record(offer: Offer) -> dict[str, Any]:

@@ -48,19 +48,18 @@ def load_offers(
     today = datetime.now(UTC).date()
     if offline:
         return OfferTable(offers=offline_offers(), notes=_age_notes(offline_offers(), today=today))
-    notes: list[str] = []
-    if refresh:
-        notes += _refresh(fetchers, today=today)
-    snapshots: dict[str, PriceSnapshot] = {}
+    fresh, notes = _refresh(fetchers, today=today) if refresh else ({}, [])
+    snapshots = dict(fresh)
     for source in SOURCES:
-        try:
-            snapshot = read_snapshot(source)
-        except (OSError, ValueError) as error:
-            notes.append(f"{source}: the cached prices cannot be read and are ignored: {error}")
-            continue
-        if snapshot is not None:
-            snapshots[source] = snapshot
-            notes += [f"{source}: {note}" for note in snapshot.notes]
+        if source not in fresh:
+            try:
+                earlier = read_snapshot(source)
+            except (OSError, ValueError) as error:
+                notes.append(f"{source}: the cached prices cannot be read and are ignored: {error}")
+                continue
+            if earlier is not None:
+                snapshots[source] = earlier
+    notes += [f"{source}: {note}" for source, snapshot in snapshots.items() for note in snapshot.notes]
     offers = _merge(snapshots)
     return OfferTable(offers=offers, notes=(*_age_notes(offers, today=today), *notes))
 
@@ -87,18 +86,25 @@ def offline_offers() -> tuple[Offer, ...]:
     )
 
 
-def _refresh(fetchers: Mapping[str, Fetch], *, today: date) -> list[str]:
-    """Ask all sources and keep what they answer. Returns: a line for each that failed."""
+def _refresh(fetchers: Mapping[str, Fetch], *, today: date) -> tuple[dict[str, PriceSnapshot], list[str]]:
+    """Ask all sources and keep what they answer. Returns: the answers, and a line for each problem."""
 
-    def ask(source: str) -> str | None:
+    def ask(source: str) -> PriceSnapshot | str:
         try:
-            save_snapshot(fetchers[source](today))
-        except (ForgeError, OSError, ValueError) as error:
+            return fetchers[source](today)
+        except ForgeError as error:
             return f"{source}: was not asked or did not answer: {error}; earlier prices are used"
-        return None
 
-    with ThreadPoolExecutor(max_workers=len(fetchers) or 1) as pool:
-        return [failure for failure in pool.map(ask, fetchers) if failure is not None]
+    with ThreadPoolExecutor(max_workers=max(1, len(fetchers))) as pool:
+        answers = dict(zip(fetchers, pool.map(ask, fetchers), strict=True))
+    fresh = {source: answer for source, answer in answers.items() if not isinstance(answer, str)}
+    notes = [answer for answer in answers.values() if isinstance(answer, str)]
+    try:
+        for snapshot in fresh.values():
+            save_snapshot(snapshot)
+    except OSError as error:
+        notes.append(f"the prices cannot be kept for later: {error}; choose another cache with FORGE_CACHE")
+    return fresh, notes
 
 
 def _merge(snapshots: Mapping[str, PriceSnapshot]) -> tuple[Offer, ...]:

@@ -25,9 +25,11 @@ def test_prices__gpu__table_with_places_and_the_day() -> None:
     result = prices("H100", "--spot", "--region", "eu", "--max-interruption", "10%")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert lines[0].split()[:4] == ["GPU", "cloud", "region", "machine"] and lines[0].endswith("as of")
-    assert lines[1].split()[:4] == ["H100-80GB", "aws", "eu-north-1", "(eun1-az3)"]
-    assert lines[1].endswith("2026-04-01")
+    assert lines[0] == "H100-80GB  spot"
+    assert lines[1].split()[:3] == ["cloud", "region", "machine"] and lines[1].endswith("as of")
+    assert lines[2].split()[:5] == ["aws", "eu-north-1", "(eun1-az3)", "p5.48xlarge", "8"]
+    assert lines[2].endswith("2026-04-01")
+    assert "CO2" not in lines[1], "no grid is known there"
     assert "aws: prices as of 2025-06-28" in result.stderr and "days old" in result.stderr
 
 
@@ -45,7 +47,7 @@ def test_prices__without_gpu__each_gpu_once() -> None:
 def test_prices__limit__says_how_many_more() -> None:
     result = prices("L4", "--limit", "2")
     assert result.exit_code == 0
-    assert len(result.stdout.splitlines()) == 3
+    assert len(result.stdout.splitlines()) == 4
     assert "more places: --limit" in result.stderr
 
 

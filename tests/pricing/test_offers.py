@@ -151,6 +151,14 @@ def test_load_offers__no_network__says_so_and_uses_the_shipped_list() -> None:
     assert found.notes[-1].endswith("earlier prices are used")
 
 
+def test_load_offers__cache_cannot_be_written__prices_are_used_and_it_is_said(cache: Path) -> None:
+    cache.write_text("a file where the folder would be")
+    fresh = offer(observed=datetime.now(UTC).date())
+    found = load_offers(refresh=True, fetchers=answer("aws", fresh))
+    assert [one for one in found.offers if one.cloud == "aws"] == [fresh]
+    assert any("cannot be kept for later" in note for note in found.notes)
+
+
 @pytest.mark.usefixtures("cache")
 def test_load_offers__stale_cache__gives_way_to_a_newer_shipped_list() -> None:
     load_offers(refresh=True, fetchers=answer("aws", offer(observed=date(2025, 1, 1))))
