@@ -6,6 +6,7 @@ Sources: the actions GetProducts of AWS Price List Query and DescribeSpotPriceHi
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 from forge.aws_client import ANY_REGION, aws_errors, client
 from forge.errors import ClusterError
 from forge.pricing.catalog import machine_types
+from forge.pricing.fetch.http_json import MALFORMED
 from forge.pricing.offer import Offer, build_offer
 from forge.pricing.snapshot import PriceSnapshot
 
@@ -75,7 +77,8 @@ def zone_spot_prices(region: str, *, names: Sequence[str]) -> dict[tuple[str, st
         )
         for page in pages:
             for entry in page["SpotPriceHistory"]:
-                prices[entry["InstanceType"], entry.get("AvailabilityZone", "")] = float(entry["SpotPrice"])
+                with contextlib.suppress(*MALFORMED):  # without a price or zone
+                    prices[entry["InstanceType"], entry["AvailabilityZone"]] = float(entry["SpotPrice"])
     return prices
 
 
@@ -90,21 +93,20 @@ def _on_demand_prices(name: str) -> dict[str, float]:
         pages = client("pricing", ANY_REGION).get_paginator("get_products")
         for page in pages.paginate(ServiceCode="AmazonEC2", Filters=wanted):
             for text in page["PriceList"]:
-                region, price = _price(json.loads(text))
-                if region and price:
+                with contextlib.suppress(*MALFORMED):
+                    region, price = _price(json.loads(text))
                     prices[region] = price
     return prices
 
 
-def _price(product: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """Return region and USD per hour of a product; None where the product does not say it."""
-    region = product.get("product", {}).get("attributes", {}).get("regionCode")
-    for term in product.get("terms", {}).get("OnDemand", {}).values():
-        for dimension in term.get("priceDimensions", {}).values():
-            usd = dimension.get("pricePerUnit", {}).get("USD")
-            if dimension.get("unit") == "Hrs" and usd is not None:
-                return region, float(usd)
-    return region, None
+def _price(product: Any) -> tuple[str, float]:
+    """Return region and USD per hour of a product. Raises: one of MALFORMED if it does not say them."""
+    region = product["product"]["attributes"]["regionCode"]
+    for term in product["terms"]["OnDemand"].values():
+        for dimension in term["priceDimensions"].values():
+            if dimension["unit"] == "Hrs" and (price := float(dimension["pricePerUnit"]["USD"])) > 0:
+                return str(region), price
+    raise ValueError("no price per hour")
 
 
 def _spot_by_zone_id(region: str, names: Sequence[str]) -> dict[tuple[str, str], float] | str:

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 
 from forge.errors import ClusterError
 from forge.pricing.catalog import machine_types
-from forge.pricing.fetch.http_json import JsonClient
+from forge.pricing.fetch.http_json import MALFORMED, JsonClient
 from forge.pricing.offer import build_offer
 from forge.pricing.snapshot import PriceSnapshot
 
@@ -33,7 +33,7 @@ def fetch_azure(today: date, *, url: str = _URL, client: JsonClient | None = Non
     for item in _items(url, client or JsonClient(name="Azure's price list", headers={})):
         try:
             key, price = _price(item)
-        except (KeyError, TypeError, ValueError):
+        except MALFORMED:
             skipped += 1
             continue
         if key is not None and key[0] in known and price[1] > 0:
@@ -81,7 +81,7 @@ def _items(url: str, client: JsonClient) -> Iterator[Any]:
 def _price(item: Mapping[str, Any]) -> tuple[tuple[str, str, bool] | None, tuple[str, float]]:
     """Return (machine type, region, whether it is spot) and (day, price); no key if it is another product.
 
-    Raises: KeyError, TypeError or ValueError if something is missing.
+    Raises: one of MALFORMED if something is missing.
     """
     product, meter = str(item["productName"]), str(item["meterName"])
     price = str(item.get("effectiveStartDate") or ""), float(item["retailPrice"])

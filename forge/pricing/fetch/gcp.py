@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from forge.errors import ClusterError
 from forge.pricing.catalog import MachineType, machine_types
-from forge.pricing.fetch.http_json import JsonClient
+from forge.pricing.fetch.http_json import MALFORMED, JsonClient
 from forge.pricing.offer import Offer, build_offer
 from forge.pricing.snapshot import PriceSnapshot
 
@@ -72,7 +72,7 @@ def fetch_gcp(today: date, *, url: str = _URL, client: JsonClient | None = None)
     for sku in _skus(url, client):
         try:
             _add_sku(parts, sku)
-        except (KeyError, IndexError, TypeError, ValueError):
+        except MALFORMED:
             skipped += 1
     offers = [offer for machine in machine_types("gcp").values() for offer in _offers(machine, parts, today=today)]
     if not offers:
@@ -96,7 +96,7 @@ def _skus(url: str, client: JsonClient) -> Iterator[Any]:
 
 
 def _add_sku(parts: dict[str, _Places], sku: Mapping[str, Any]) -> None:
-    """Add the price of one part. Raises: KeyError, IndexError, TypeError or ValueError if something is missing."""
+    """Add the price of one part. Raises: one of MALFORMED if something is missing."""
     category, description = sku["category"], str(sku["description"])
     if category["usageType"] not in ("OnDemand", "Preemptible") or any(
         one in description for one in _OTHER_PRODUCTS

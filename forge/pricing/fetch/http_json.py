@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 from forge.errors import ClusterError
 
+MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+"""What reading an entry of another form than the documented one raises."""
 _BUSY = (429, 500, 502, 503, 504)
 _MAX_WAIT_S = 30.0
 

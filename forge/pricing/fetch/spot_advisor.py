@@ -11,7 +11,7 @@ from typing import Any
 
 from forge.errors import ClusterError
 from forge.pricing.catalog import machine_types
-from forge.pricing.fetch.http_json import JsonClient
+from forge.pricing.fetch.http_json import MALFORMED, JsonClient
 from forge.pricing.offer import InterruptionBand
 from forge.pricing.snapshot import PriceSnapshot, SpotRisk
 
@@ -24,7 +24,7 @@ def fetch_spot_advisor(today: date, *, url: str = _URL, client: JsonClient | Non
     try:
         bands = _bands(answer["ranges"])
         regions = dict(answer["spot_advisor"])
-    except (KeyError, TypeError, ValueError):
+    except MALFORMED:
         raise ClusterError("AWS Spot Advisor's file has changed its form") from None
     risks: list[SpotRisk] = []
     skipped = 0
@@ -35,7 +35,7 @@ def fetch_spot_advisor(today: date, *, url: str = _URL, client: JsonClient | Non
                 continue
             try:
                 risks.append(_risk(entry, instance=name, region=str(region), bands=bands))
-            except (KeyError, TypeError, ValueError):
+            except MALFORMED:
                 skipped += 1
     if not risks:
         raise ClusterError("AWS Spot Advisor's file has none of the machine types that forge knows")
