@@ -6,7 +6,7 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: setup tools train test check soak fixtures docs bench lock sbom audit clean
+.PHONY: setup tools train test check soak fixtures docs bench prices lock sbom audit clean
 
 setup: .venv/setup-done
 
@@ -49,6 +49,10 @@ docs: setup
 
 bench: setup
 	for name in data cold_start throughput checkpoint kills; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+# The price list that forge ships, from the clouds' prices of today; needs what `forge prices --refresh` needs.
+prices: setup
+	$(BIN)/python -m forge.pricing.update
 
 # Versions and hashes of everything that forge installs on other machines, after a change of constraints.txt. Needs a
 # package index; nothing else here does.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 
 from forge.errors import ForgeError
-from forge.pricing.catalog import catalog_table, machine_types
+from forge.pricing.catalog import machine_types
 from forge.pricing.fetch.sources import FETCHERS
 from forge.pricing.offer import InterruptionBand as InterruptionBand
 from forge.pricing.offer import Offer as Offer
@@ -22,7 +22,7 @@ from forge.pricing.offer import build_offer
 from forge.pricing.price_list import listed_prices
 from forge.pricing.snapshot import Fetch, PriceSnapshot, SpotRisk, read_snapshot, save_snapshot
 
-CLOUDS = ("aws", "gcp", "azure")
+CLOUDS = ("aws", "azure", "gcp")
 SOURCES = ("aws", "spot-advisor", "azure", "gcp", "gpuhunt")
 
 
@@ -67,7 +67,6 @@ def load_offers(
 @functools.cache
 def offline_offers() -> tuple[Offer, ...]:
     """Return the offers of the price list shipped with forge, of all machine types in the catalogue."""
-    sources = {name: (date.fromisoformat(day), text) for name, (day, text) in catalog_table()["sources"].items()}
     return tuple(
         build_offer(
             machine_types(price.cloud)[price.instance],
@@ -79,8 +78,8 @@ def offline_offers() -> tuple[Offer, ...]:
             interruption=None
             if price.interruption is None
             else InterruptionBand(low=price.interruption[0], high=price.interruption[1]),
-            observed=sources[price.source][0],
-            source=sources[price.source][1],
+            observed=price.observed,
+            source=price.source,
         )
         for price in listed_prices()
     )

@@ -19,8 +19,9 @@ from forge.plan.gpus import find_gpu
 from forge.pricing.catalog import catalog_table, machine_types
 from forge.pricing.offer import InterruptionBand, Offer, build_offer
 from forge.pricing.offers import CLOUDS, load_offers, offline_offers
-from forge.pricing.price_list import listed_prices
+from forge.pricing.price_list import listed_prices, read_prices, write_prices
 from forge.pricing.snapshot import Fetch, PriceSnapshot, SpotRisk
+from forge.pricing.update import listed
 
 SHARED = Path(__file__).parents[3] / "shared" / "prices"
 
@@ -63,8 +64,22 @@ def test_offline_offers__every_line__has_a_known_type_source_and_plausible_price
         assert not found.gpu or find_gpu(found.gpu), found
         assert date(2025, 1, 1) < found.observed < date(2026, 12, 1)
         assert found.source
-    used = {price.source for price in listed_prices()}
-    assert used == catalog_table()["sources"].keys()
+
+
+def test_write_prices__shipped_list__is_read_back_the_same() -> None:
+    written = write_prices(listed(offline_offers()))
+    assert set(read_prices(written)) == set(listed_prices())
+    assert write_prices(read_prices(written)) == written
+
+
+def test_write_prices__other_clouds_and_types__are_left_out() -> None:
+    known = offer(interruption=InterruptionBand(low=0.2, high=1.0), zone="use1-az4")
+    others = [offer(cloud="runpod"), offer(instance="p9.big")]
+    assert write_prices(listed([known, *others])).splitlines() == [
+        "# aws-1,2026-11-01,test",
+        "cloud,instance,region,zone,usd_per_hour,spot_usd_per_hour,interruption_percent,source",
+        "aws,p5.48xlarge,us-east-1,use1-az4,55.04,20,20-100,aws-1",
+    ]
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
