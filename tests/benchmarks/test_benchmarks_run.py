@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FAST = ("controller_scale", "forecast")
+FAST = ("controller_scale", "deadline", "forecast")
 SLOW = (
     "checkpoint",
     "cluster",
