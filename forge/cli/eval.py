@@ -63,13 +63,14 @@ def evaluate(
     """
     from forge import api
     from forge.cli import display
+    from forge.cli.progress import answers_kept
     from forge.errors import ArgumentError
     from forge.runs.scores import SCORES
 
     names = [name for given in tasks or [] for name in given.split(",") if name]
     if not names:
         raise ArgumentError("name at least one task: --tasks FILE, or a name in jobs/eval")
-    with ShardScreen() as screen:
+    with answers_kept(), ShardScreen() as screen:
         found = api.evaluate(
             models,
             names,

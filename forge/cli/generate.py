@@ -91,7 +91,8 @@ def generate(
     from forge.runs.find_model import find_model
     from forge.runtime.torch_subprocess import answer_prompts
 
-    _check(output, input_file=input_file, prompt=prompt, dtype=dtype, cluster=cluster)
+    is_chat = chat or system is not None
+    _check(output, input_file=input_file, prompt=prompt, is_chat=is_chat, dtype=dtype, cluster=cluster)
     folder = find_model(source, root=runs)
     sampling = {
         **{"max_tokens": max_tokens, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
@@ -101,7 +102,7 @@ def generate(
     }
     config = {
         **{"source": str(folder), "step": parse_step(step), "ema": ema, "dtype": dtype},
-        **{"chat": chat or system is not None, "system": system, "sampling": sampling},
+        **{"chat": is_chat, "system": system, "sampling": sampling},
     }
     display.message(f"importing torch and transformers, then loading {_named(folder, step=parse_step(step))}")
     if input_file is not None:
@@ -111,7 +112,7 @@ def generate(
     if output == "json":
         display.print_json({**answer.pop("answers")[0], **answer, "prompt": prompt})
     else:
-        _print(answer, prompt=prompt, is_chat=bool(config["chat"]))
+        _print(answer, prompt=prompt, is_chat=is_chat)
 
 
 def _named(folder: Path, *, step: int | str | None) -> str:
@@ -121,7 +122,9 @@ def _named(folder: Path, *, step: int | str | None) -> str:
     return f"the {which} of {folder.name}"
 
 
-def _check(output: str, *, input_file: Path | None, prompt: str, dtype: str, cluster: str | None) -> None:
+def _check(
+    output: str, *, input_file: Path | None, prompt: str, is_chat: bool, dtype: str, cluster: str | None
+) -> None:
     """Raises: ArgumentError for options that do not go together, or a file of prompts that does not exist."""
     from forge.environment import looked_in
     from forge.errors import ArgumentError
@@ -139,6 +142,8 @@ def _check(output: str, *, input_file: Path | None, prompt: str, dtype: str, clu
         raise ArgumentError(f"--input {input_file} {lacks}; give a file of prompts, one JSON line each")
     if input_file is None and cluster is not None:
         raise ArgumentError("--cluster answers files of prompts: give --input and --output, or leave it out")
+    if is_chat and input_file is None and not prompt:
+        raise ArgumentError("--chat and --system need the user's turn: give --prompt TEXT, or --input FILE")
     if input_file is not None and prompt:
         raise ArgumentError("give --prompt or --input, not both")
 
@@ -147,11 +152,11 @@ def _answer_file(
     config: dict[str, Any], *, source: Path, output: Path, num_workers: int | None, cluster: str | None
 ) -> None:
     from forge.cli import display
-    from forge.cli.progress import ExportScreen
+    from forge.cli.progress import ExportScreen, answers_kept
     from forge.runtime.torch_subprocess import answer_file
     from forge.units import format_duration
 
-    with ExportScreen() as screen:
+    with answers_kept(), ExportScreen() as screen:
         found = answer_file(
             config,
             source=source,
@@ -161,7 +166,7 @@ def _answer_file(
             on_progress=screen.show_answers,
             on_message=display.message,
         )
-    reused = f", {found['num_reused']:,} of them from before" if found["num_reused"] else ""
+    reused = f" ({found['num_reused']:,} of them from before)" if found["num_reused"] else ""
     display.message(
         f"{found['num_answers']:,} answers{reused} in {output}, in {format_duration(found['answer_s'])}"
     )

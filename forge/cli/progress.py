@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from rich.console import Group
 from rich.live import Live
@@ -57,6 +59,16 @@ class ClusterScreen:
             for progress in shown[-room:]
         ]
         return Group(*lines, Text(f"… {format_duration(time.monotonic() - self._began)}", style="dim"))
+
+
+@contextlib.contextmanager
+def answers_kept() -> Iterator[None]:
+    """Say at Ctrl-C that the same command goes on from what was answered."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        display.message("stopped; what was answered is kept, and the same command goes on from there")
+        raise
 
 
 class ExportScreen:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from forge import api
 from forge.cli.app import app
+from forge.errors import ArgumentError
 from forge.events import Event, RunFailed, RunFinished, SampleFailed, SampleGenerated
 from forge.runtime import torch_subprocess
 from tests.support.runs import make_run
@@ -68,3 +71,36 @@ def test_generate__says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.Mo
     assert lines[0] == f"importing torch and transformers, then loading the newest checkpoint of {folder.name}"
     assert lines[1].startswith("step 3: ")
     assert lines[1].endswith(" to load, 2s to answer")
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_ctrl_c__answers_so_far__message_says_that_they_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch_subprocess, "answer_file", interrupted)
+    monkeypatch.setattr(api, "evaluate", interrupted)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "prompts.jsonl").write_text('"a"\n')
+    options = (
+        ["--input", str(tmp_path / "prompts.jsonl"), "-o", "answers.jsonl"]
+        if command == "generate"
+        else ["-t", "x"]
+    )
+    done = CliRunner().invoke(app, [command, str(tmp_path), *options[command]])
+    assert done.exit_code == 130
+    assert "what was answered is kept, and the same command goes on from there" in done.stderr
+
+
+def test_generate__wrong_file_of_prompts_or_no_turn__refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for options, message in (
+        (["--input", str(tmp_path / "none.jsonl"), "-o", "a.jsonl"], r"none\.jsonl does not exist; give a file"),
+        (["--input", str(tmp_path), "-o", "a.jsonl"], r"is a folder; give a file of prompts"),
+        (["--chat"], r"^--chat and --system need the user's turn"),
+    ):
+        done = CliRunner().invoke(app, ["generate", str(tmp_path), *options])
+        assert isinstance(done.exception, ArgumentError)
+        assert re.search(message, str(done.exception)) and "importing torch" not in done.stderr
