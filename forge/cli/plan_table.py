@@ -8,7 +8,7 @@ from forge.cli import display
 from forge.cli.data_view import show_examples
 from forge.plan.plan import DraftPlan, WorldSizePlan
 from forge.report.text import headline, plan_facts, search_facts
-from forge.units import format_bytes
+from forge.units import format_bytes, format_duration
 
 _MAX_SIZES = 16
 """Numbers of workers that are listed one by one."""
@@ -21,6 +21,8 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
     display.facts([*plan_facts(plan), *search_facts(plan)], console=console)
     columns = ["#workers", "#micro", "#accum.", "#pad", "#weights", "#grads", "#states", "#host", "#~total"]
     rows = []
+    hours = {world.world_size: world.hours for world in plan.forecast.worlds} if plan.forecast else {}
+    columns += ["#~time"] if hours else []
     shown = _shown(plan.worlds)
     for world in shown:
         batch, need = world.batch, world.memory
@@ -35,6 +37,7 @@ def show_plan(plan: DraftPlan, *, to_stderr: bool = False) -> None:
                 format_bytes(need.optimizer_bytes + need.ema_bytes),
                 format_bytes(need.host_bytes),
                 format_bytes(need.total_bytes),
+                *([format_duration(3600 * hours[batch.world_size].likely)] if hours else []),
             ]
         )
     if any(world.fits is False for world in plan.worlds):

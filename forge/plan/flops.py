@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from forge.config.job import JobSpec
 from forge.objective.registry import OBJECTIVES
-from forge.plan.inputs import CorpusInfo, ModelInfo
+from forge.plan.inputs import CorpusInfo, ModelInfo, TeacherInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,3 +88,13 @@ def forward_flops_per_token(model: ModelInfo, *, seq_len: int, share_of_head: fl
     """Return the FLOPs of a forward pass alone, per position of the data: a third of `flops_per_token`."""
     whole = replace(model, num_frozen_matmul_parameters=0, num_frozen_head_matmul_parameters=0)
     return flops_per_token(whole, seq_len=seq_len, share_of_head=share_of_head) // 3
+
+
+def flops_of_job(job: JobSpec, *, model: ModelInfo, corpus: CorpusInfo | None, teacher: TeacherInfo | None) -> int:
+    """Return the FLOPs of a step per position of the data, those of a model that is asked beside included."""
+    seq_len, share = job.data.seq_len, head_share(job, model, corpus)
+    shares = sequence_shares(job, corpus)
+    flops = flops_per_token(model, seq_len=seq_len, shares=shares, share_of_head=share)
+    if job.has_live_reference:
+        flops += forward_flops_per_token(model, seq_len=seq_len, share_of_head=share)
+    return flops + (teacher.forward_flops_per_token if teacher is not None and job.holds_teacher else 0)

@@ -27,7 +27,8 @@ from forge.objective.registry import OBJECTIVES
 from forge.plan.batch import BatchPlan, plan_batch
 from forge.plan.data_view import DataView
 from forge.plan.deepspeed_config import deepspeed_config
-from forge.plan.flops import flops_per_token, forward_flops_per_token, head_share, sequence_shares
+from forge.plan.durations import Forecast
+from forge.plan.flops import flops_of_job
 from forge.plan.inputs import (
     CodeInfo,
     CorpusFiles,
@@ -45,6 +46,11 @@ from forge.plan.search import SearchPlan
 from forge.plan.warnings import corpus_warnings
 
 FORMAT_VERSION = 3
+_OPTIONAL = (
+    *("code", "search", "pause_at", "files", "view", "warnings", "templates", "init", "teacher"),
+    *("former_lengths", "forecast"),
+)
+"""Fields of a plan that are left out of its file if they are empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +101,8 @@ class DraftPlan:
     """Texts of the task files of `evaluate`, by their paths."""
     former_lengths: tuple[FormerLength, ...] = ()
     """Of a run that was resumed with another length, the oldest first (`forge.plan.lengths`)."""
+    forecast: Forecast | None = None
+    """How long it takes (`forge.plan.forecast`); None if no forecast was made."""
 
     @property
     def total_tokens(self) -> int:
@@ -192,8 +200,7 @@ def plan_to_json(plan: DraftPlan, *, is_file: bool = False) -> str:
     """
     body = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     body["job"] = written_job(plan) if is_file else plan.job.model_dump(mode="json")
-    optional = ("code", "search", "pause_at", "files", "view", "warnings", "templates", "init", "teacher")
-    for name in (*optional, "former_lengths"):
+    for name in _OPTIONAL:
         if body[name] is None or body[name] in ((), {}):
             del body[name]
     body["format_version"] = FORMAT_VERSION
@@ -265,25 +272,15 @@ def _resolved(
         "warnings": corpus_warnings(job, files=files, corpus=corpus, total_steps=total_steps),
         "total_steps": total_steps,
         "tokens_per_step": tokens_per_step,
-        "flops_per_token": _flops(job, model=model, corpus=read, teacher=teacher),
+        "flops_per_token": flops_of_job(job, model=model, corpus=read, teacher=teacher),
         "teacher": teacher,
         "worlds": tuple(
-            _plan_world_size(
+            plan_world_size(
                 job, model=model, hardware=hardware, world_size=world_size, state=state, teacher=teacher
             )
             for world_size in job.resources.workers
         ),
     }
-
-
-def _flops(job: JobSpec, *, model: ModelInfo, corpus: CorpusInfo | None, teacher: TeacherInfo | None) -> int:
-    """FLOPs of a step per position of the data, those of a model that is asked beside included."""
-    seq_len, share = job.data.seq_len, head_share(job, model, corpus)
-    shares = sequence_shares(job, corpus)
-    flops = flops_per_token(model, seq_len=seq_len, shares=shares, share_of_head=share)
-    if job.has_live_reference:
-        flops += forward_flops_per_token(model, seq_len=seq_len, share_of_head=share)
-    return flops + (teacher.forward_flops_per_token if teacher is not None and job.holds_teacher else 0)
 
 
 def _tokens_per_step(job: JobSpec, corpus: CorpusInfo | None) -> int:
@@ -294,7 +291,7 @@ def _tokens_per_step(job: JobSpec, corpus: CorpusInfo | None) -> int:
     return max(1, round(size * corpus.num_train_tokens / corpus.num_train_sequences))
 
 
-def _plan_world_size(
+def plan_world_size(
     job: JobSpec,
     *,
     model: ModelInfo,

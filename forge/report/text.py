@@ -14,6 +14,7 @@ from forge.plan.inputs import CodeInfo, CorpusFiles, InitInfo, ModelInfo, Skippe
 from forge.plan.mixture import epoch_sequences
 from forge.plan.plan import DraftPlan, Plan
 from forge.report.data_view import corpus_facts, view_facts
+from forge.report.forecast_text import forecast_facts
 from forge.report.optimizer_text import optimizer_facts
 from forge.report.score_text import score_text, tasks_text
 from forge.report.trial_rows import shown
@@ -73,6 +74,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
         ("arithmetic", f"{format_count(plan.flops_per_token)}FLOP per token, "
          f"{format_count(total_flops)}FLOP in all"),
         ("hardware", _hardware(plan)),
+        *forecast_facts(plan),
     ]  # fmt: skip
     libraries = plan.worlds[0].memory.libraries_bytes if plan.worlds else 0
     if libraries:

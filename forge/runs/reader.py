@@ -106,7 +106,7 @@ def _find_run(name: str, *, root: Path, is_search: bool | None) -> Path:
     with contextlib.suppress(OSError, ValueError):  # a name may be too long for a path, or have a zero byte
         if name and (Path(name) / "plan.json").is_file():
             return Path(name)
-    folders = _folders(root)
+    folders = run_folders(root)
     if name == "latest" and folders:
         return _newest(folders, is_search=is_search, root=root)
     search = name.rpartition("-")[0]
@@ -143,7 +143,7 @@ def list_runs(
     Args:
         on_skip: called with each folder that has a plan but cannot be read, and why.
     """
-    return read_runs(_folders(root), on_skip=on_skip)
+    return read_runs(run_folders(root), on_skip=on_skip)
 
 
 def read_runs(
@@ -378,7 +378,7 @@ def _newest(folders: list[Path], *, is_search: bool | None, root: Path) -> Path:
     raise ArgumentError(f"no {'search' if is_search else 'run that is not a search'} under {root}")
 
 
-def _folders(root: Path) -> list[Path]:
+def run_folders(root: Path) -> list[Path]:
     """Return the folders under `root` that hold a plan, newest first."""
     changed: dict[Path, float] = {}
     try:

@@ -32,11 +32,13 @@ from forge.data.vocabulary import Vocabulary, announced_vocabulary, vocabulary_o
 from forge.errors import ArgumentError, CheckpointError, DataError, PlanError
 from forge.fs import default_cache_dir, leads_to_folder
 from forge.plan.data_view import DataView
+from forge.plan.forecast import forecast
 from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.outputs import must_find_labels
 from forge.plan.plan import DraftPlan, Plan, make_draft, make_plan, packing_problem
 from forge.plan.search import plan_search
 from forge.plan.warnings import view_warnings
+from forge.runs.former_runs import former_runs
 from forge.runs.reader import read_plan
 from forge.runtime.probe import count_local_slots, hardware, inspect_model, inspect_teacher, require_packages
 from forge.runtime.resolve_code import resolve_code
@@ -98,7 +100,8 @@ def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress],
     more = view_warnings(view, seq_len=job.data.seq_len) if view is not None else ()
     draft = replace(draft, view=view, warnings=draft.warnings + more)
     draft = _with_inits(replace(draft, code=inputs.code, templates=loaded.templates), inputs.trained)
-    return _with_search(with_tasks(draft, inputs.loaded), inputs.loaded, count_slots=count_local_slots)
+    draft = _with_search(with_tasks(draft, inputs.loaded), inputs.loaded, count_slots=count_local_slots)
+    return _with_forecast(draft)
 
 
 def prepare_data(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> CorpusInfo:
@@ -240,7 +243,13 @@ def _resolve(
     ask = partial(with_outputs, only_if_computed=is_draft, on_progress=inputs.on_progress)
     plan = replace(plan, corpus=ask(corpus, job=trained.job, find_model=lambda: model))
     plan = _with_inits(replace(with_view(plan), code=code, templates=inputs.loaded.templates), trained)
-    return _with_search(with_tasks(plan, inputs.loaded), inputs.loaded, count_slots=count_slots)
+    return _with_forecast(_with_search(with_tasks(plan, inputs.loaded), inputs.loaded, count_slots=count_slots))
+
+
+def _with_forecast(plan: _PlanT) -> _PlanT:
+    """Add how long the job takes, by what former runs in its folder measured on the same device."""
+    former = former_runs(Path(plan.job.checkpoint.runs), hardware=plan.hardware)
+    return replace(plan, forecast=forecast(plan, former=former))
 
 
 def _prepared(inputs: _Inputs) -> CorpusInfo:

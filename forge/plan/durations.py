@@ -1,0 +1,36 @@
+"""How long a job takes: the forecast that a plan carries, and the former runs that it can be based on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from forge.plan.throughput import Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorldHours:
+    """The forecast at one world size."""
+
+    world_size: int
+    hours: Estimate
+    """From the start of the driver to the end of the run, without preemptions or waiting for machines."""
+    step_s: float
+    """Likely, as are all of the following."""
+    evaluation_s: float
+    """Of all evaluations on held-out data together."""
+    checkpoint_s: float
+    """Training waits for checkpoints, and the run for the last one."""
+    startup_s: float
+    """Until the first step."""
+    run_id: str | None = None
+    """The former run whose measured speed it is based on; None if it is an estimate alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """The hours of a job at each world size."""
+
+    worlds: tuple[WorldHours, ...]
+    """Ascending; empty if nothing is known of the device's speed."""
+    notes: tuple[str, ...]
+    """What it is based on, and what it assumes or leaves out."""
