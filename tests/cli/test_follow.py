@@ -84,11 +84,7 @@ def test_ctrl_c__answers_so_far__message_says_that_they_are_kept(
     monkeypatch.setattr(api, "evaluate", interrupted)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "prompts.jsonl").write_text('"a"\n')
-    options = (
-        ["--input", str(tmp_path / "prompts.jsonl"), "-o", "answers.jsonl"]
-        if command == "generate"
-        else ["-t", "x"]
-    )
+    options = {"generate": ["--input", str(tmp_path / "prompts.jsonl"), "-o", "answers.jsonl"], "eval": ["-t", "x"]}
     done = CliRunner().invoke(app, [command, str(tmp_path), *options[command]])
     assert done.exit_code == 130
     assert "what was answered is kept, and the same command goes on from there" in done.stderr
