@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -16,7 +16,9 @@ from forge.errors import ClusterError
 from forge.process import first_line
 from forge.runtime.vllm_environment import find_vllm, make_vllm
 from forge.serve.http.settings import EXPORTS, ServerSettings
-from forge.serve.vllm.start import VllmPlace
+
+if TYPE_CHECKING:
+    from forge.serve.vllm.start import VllmPlace
 
 _log = logging.getLogger("forge.serve")
 
@@ -61,6 +63,8 @@ def vllm_place(settings: ServerSettings, *, folder: Path, replica: str) -> VllmP
     Raises: ClusterError if vLLM is asked for and cannot be installed.
     """
     import torch
+
+    from forge.serve.vllm.start import VllmPlace
 
     is_cuda = torch.cuda.is_available()
     if settings.engine == "vllm":  # a machine that joined later has no environment yet

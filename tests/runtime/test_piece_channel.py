@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -160,3 +162,9 @@ def test_listen__the_path_is_too_long__returns_through_ray(
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     assert asyncio.run(answered(Replica([[delta("a")], None], is_near=False)))[0] == "a"
     assert "through Ray" in caplog.text
+
+
+def test_module_of_replicas__imported__does_not_import_torch() -> None:
+    """A replica sets torch's threads in the environment, which torch reads when it is imported."""
+    code = "import forge.runtime.serve_replica, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
