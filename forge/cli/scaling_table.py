@@ -8,7 +8,7 @@ from typing import Any
 
 from forge.cli import display
 from forge.plan.machines import ASSUMED_INTER_NODE_GBPS, interconnect
-from forge.plan.scaling import OTHER_LAWS, ModelScale, ScalingLaw
+from forge.plan.scaling import BESIROGLU, FITTED_SIZES, OTHER_LAWS, WORTHWHILE_PASSES, ModelScale, ScalingLaw
 from forge.plan.sizing import PATIENCE_HOURS, SizedRun
 from forge.plan.throughput import Estimate
 from forge.runs.scaling_runs import LawFile
@@ -35,7 +35,7 @@ def show_sizing(run: SizedRun, *, notes: Sequence[str]) -> None:
         ("machines", run.machines.name),
         ("engine", _engine(run)),
         ("speed", f"{_range(rate, ',.0f')} tokens/s"),
-        ("hours", _range(run.hours, ",.1f")),
+        ("time", _times(run.hours)),
         ("USD", "unknown price" if run.usd is None else _range(run.usd, ",.2f")),
         ("loss", f"{_loss(law, scale)} nats per token, by {law.name}"),
     ]
@@ -65,6 +65,16 @@ def sizing_notes(run: SizedRun) -> list[str]:
         "losses of published laws are those of their corpora: on other text the value differs, the ratio of tokens "
         "to parameters is similar",
     ]
+    smallest, largest = FITTED_SIZES
+    if run.goal.law is BESIROGLU and not smallest <= run.shape.num_parameters <= largest:
+        notes.append(
+            f"the law was fitted to models of {format_count(smallest)} to {format_count(largest)} parameters; this "
+            "is an extrapolation"
+        )
+    notes.append(
+        f"the corpus needs {format_count(run.num_tokens / WORTHWHILE_PASSES)} tokens or more: read more than "
+        f"{WORTHWHILE_PASSES} times, tokens are worth less than new ones"
+    )
     links = run.machines.interconnect
     if run.machines.num_gpus > links.gpus_per_node and links == interconnect(
         gpus_per_node=links.gpus_per_node, gbps=None
@@ -72,7 +82,8 @@ def sizing_notes(run: SizedRun) -> list[str]:
         notes.append(f"assumed: {ASSUMED_INTER_NODE_GBPS:.0f} Gbit/s between machines")
     if run.hours.likely > PATIENCE_HOURS:
         notes.append(f"takes {format_duration(3600 * run.hours.likely)}; --gpus COUNT asks for more GPUs")
-    if run.goal.law.best_scale(run.scale.training_flops).num_parameters < 0.8 * run.shape.num_parameters:
+    best = run.goal.law.best_scale(run.scale.training_flops, inference_tokens=run.goal.inference_tokens)
+    if best.num_parameters < 0.8 * run.shape.num_parameters:
         notes.append("the best model would be smaller than the smallest with this vocabulary")
     return notes
 
@@ -166,6 +177,11 @@ def _loss(law: ScalingLaw, scale: ModelScale) -> str:
 
 def _range(value: Estimate, form: str) -> str:
     return f"{value.likely:{form}} ({value.low:{form}} to {value.high:{form}})"
+
+
+def _times(hours: Estimate) -> str:
+    low, likely, high = (format_duration(3600 * value) for value in (hours.low, hours.likely, hours.high))
+    return f"{likely} ({low} to {high})"
 
 
 def _text(loss: float | None) -> str:

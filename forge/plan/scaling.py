@@ -169,6 +169,12 @@ KAPLAN = FrontierLaw(
     loss_scale=3.1e8 * _PETAFLOP_DAY,
     loss_exponent=0.050,
 )
+FITTED_SIZES = (44e6, 16.2e9)
+"""Parameters of the smallest and the largest model of Hoffmann et al. 2022, table A9."""
+WORTHWHILE_PASSES = 4
+"""So many times a corpus may be read before its tokens are worth clearly less than new ones.
+
+Source: Muennighoff et al. 2023, arXiv 2305.16264, abstract."""
 OTHER_LAWS: tuple[ScalingLaw | FrontierLaw, ...] = (HOFFMANN, HOFFMANN_1, KAPLAN)
 """Shown beside the law that is used."""
 

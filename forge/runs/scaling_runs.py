@@ -12,9 +12,9 @@ from pathlib import Path
 from forge.errors import ArgumentError, printable
 from forge.foreign import from_record, parse_object, read_file
 from forge.fs import write_atomic
-from forge.plan.scaling import ScalingLaw
+from forge.plan.scaling import WORTHWHILE_PASSES, ScalingLaw
 from forge.plan.scaling_fit import RunPoint
-from forge.runs.reader import find_run, read_metrics, read_run
+from forge.runs.reader import RunSummary, find_run, read_metrics, read_run
 
 _LAST_SHARE = 0.05
 """Of the steps, whose mean training loss stands for a held-out loss that was not measured."""
@@ -42,49 +42,65 @@ class ScalingRuns:
 def read_points(names: Sequence[str], *, root: Path) -> ScalingRuns:
     """Read the size, the tokens and the last loss of runs.
 
-    Raises: ArgumentError if a run does not exist or has not finished, or if the runs' losses cannot be compared:
-        other objectives, or vocabularies of another size.
+    Raises: ArgumentError if a run does not exist, has not finished, or began with trained weights, or if the
+        runs' losses cannot be compared: other objectives, or vocabularies of another size.
     """
-    points, notes = [], []
+    points: list[RunPoint] = []
+    notes: list[str] = []
     corpora, kinds = set(), {}
     for folder in dict.fromkeys(find_run(name, root=root) for name in names):
         run = read_run(folder)
-        if run.status != "finished" or run.is_stopped_early:
-            state = "stopped early" if run.is_stopped_early else f"is {run.status}"
-            raise ArgumentError(
-                f"{run.run_id} {state}: its learning rate has not reached its end, so its loss is not that of its "
-                "tokens; leave it out, or resume it"
-            )
-        steps = read_metrics(folder)
-        held_out = [step["eval/loss"] for step in steps if step.get("eval/loss") is not None]
-        loss = held_out[-1] if held_out and steps[-1].get("eval/loss") is not None else None
-        if loss is None:
-            last = [step["train/loss"] for step in steps[-max(1, round(_LAST_SHARE * len(steps))) :]]
-            loss = statistics.fmean(value for value in last if value is not None)
-            notes.append(f"{run.run_id}: no held-out loss at its last step; the mean training loss of the last 5 %")
-        tokens = int(steps[-1]["train/tokens"])
-        if not (math.isfinite(loss) and loss > 0 and tokens > 0):
-            raise ArgumentError(f"{run.run_id}: its last loss is {loss} after {tokens} tokens")
-        if (epochs := tokens / max(1, run.plan.corpus.num_train_tokens)) > 4:
+        _require_comparable(run)
+        point = _point(run, notes=notes)
+        if (passes := point.num_tokens / max(1, run.plan.corpus.num_train_tokens)) > WORTHWHILE_PASSES:
             notes.append(
-                f"{run.run_id} repeats its corpus {epochs:.1f} times; beyond 4 times, repeated tokens are worth "
-                "less than new ones (Muennighoff et al. 2023)"
+                f"{run.run_id} reads its corpus {passes:.1f} times; after {WORTHWHILE_PASSES} times, repeated "
+                "tokens are worth less than new ones (Muennighoff et al. 2023, arXiv 2305.16264)"
             )
         kinds[run.run_id] = (run.plan.job.training.objective, run.plan.corpus.vocab_size)
         corpora.add(run.plan.corpus.digest)
-        points.append(
-            RunPoint(
-                name=run.run_id, num_parameters=run.plan.model.num_parameters, num_tokens=tokens, loss=float(loss)
-            )
-        )
+        points.append(point)
     if len(set(kinds.values())) > 1:
         listed = "; ".join(f"{name}: {kind}, {size:,} tokens" for name, (kind, size) in kinds.items())
         raise ArgumentError(f"losses of other objectives or vocabularies cannot be compared: {listed}")
     if len(corpora) > 1:
-        notes.append(
-            f"the runs have {len(corpora)} different corpora; a law needs losses of the same held-out text"
-        )
+        notes.append(f"the runs have {len(corpora)} corpora; a law needs losses of the same held-out text")
     return ScalingRuns(points=tuple(points), notes=tuple(notes))
+
+
+def _require_comparable(run: RunSummary) -> None:
+    """Raises: ArgumentError if the loss of a run is not that of its size and tokens."""
+    if run.status != "finished" or run.is_stopped_early:
+        state = "stopped early" if run.is_stopped_early else f"is {run.status}"
+        raise ArgumentError(
+            f"{run.run_id} {state}: its learning rate has not reached its end, so its loss is not that of its "
+            "tokens; leave it out, or resume it"
+        )
+    if run.plan.search is not None:
+        raise ArgumentError(f"{run.run_id} is a search; name runs, or its trials")
+    if run.plan.job.model.is_pretrained:
+        raise ArgumentError(f"{run.run_id} began with trained weights, whose tokens are not counted; leave it out")
+
+
+def _point(run: RunSummary, *, notes: list[str]) -> RunPoint:
+    """The size, the tokens and the last loss of a run. Raises: ArgumentError if they are not recorded."""
+    steps = read_metrics(run.folder)
+    last = steps[-1] if steps else {}
+    loss = last.get("eval/loss")
+    if loss is None:
+        newest = steps[-max(1, round(_LAST_SHARE * len(steps))) :]
+        losses = [step["train/loss"] for step in newest if step.get("train/loss") is not None]
+        loss = statistics.fmean(losses) if losses else None
+        notes.append(f"{run.run_id}: no held-out loss at its last step; the mean training loss of the last 5 %")
+    tokens = last.get("train/tokens")
+    if not loss or not tokens or not (0 < loss < math.inf and 1 <= tokens < math.inf):
+        raise ArgumentError(f"{run.run_id} cannot be used: its last loss is {loss}, after {tokens} tokens")
+    return RunPoint(
+        name=run.run_id,
+        num_parameters=run.plan.model.num_parameters,
+        num_tokens=int(tokens),
+        loss=float(loss),
+    )
 
 
 def write_law(path: Path, law: ScalingLaw, *, runs: Sequence[RunPoint]) -> None:
@@ -113,6 +129,8 @@ def read_law(path: Path) -> LawFile:
         wrong = [key for key, value in numbers.items() if not 0 < value < math.inf]
         if wrong:
             raise ValueError(f"{wrong[0]} is {numbers[wrong[0]]}, not a positive number")
+        if any(min(run.num_parameters, run.num_tokens, run.loss) <= 0 for run in found.runs):
+            raise ValueError("a run has no parameters, no tokens or no loss")
         if found.law.covariance and [len(row) for row in found.law.covariance] != [5] * 5:
             raise ValueError("covariance is not 5 rows of 5 numbers")
     except FileNotFoundError as error:

@@ -56,7 +56,7 @@ def law_points(count: int = 4) -> list[RunPoint]:
 def test_plan__budget__shows_every_law_and_writes_the_job(folder: Path) -> None:
     done = forge("plan", "--budget", "5000usd")
     assert done.exit_code == 0
-    for text in ("approach 3 corrected", "approach 1", "Kaplan 2020", "USD", "hours", "loss"):
+    for text in ("approach 3 corrected", "approach 1", "Kaplan 2020", "USD", "time", "loss"):
         assert text in done.stdout
     assert "prices as of" in done.stderr
     (written,) = folder.glob("sized-*.yaml")

@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from forge.config.load import load_job_text
 from forge.errors import ArgumentError
 from forge.events import RunFinished
-from forge.plan.plan import plan_to_json
 from forge.plan.scaling import HOFFMANN, ModelScale
-from forge.plan.scaling_fit import RunPoint, check_held_out, fit_law
+from forge.plan.scaling_fit import RunPoint, fit_law
 from forge.runs.scaling_runs import read_law, read_points, write_law
-from forge.runtime.resolve import resolve
-from tests.support.ranks import run_ranks
-from tests.support.runs import make_run, open_recorder
+from tests.support.command import forge
+from tests.support.runs import make_run
 
 LADDER = (
     (32, 2, 100_000),
@@ -27,7 +24,7 @@ LADDER = (
     (128, 3, 500_000),
     (192, 3, 750_000),
 )
-"""Width, layers and tokens of the six runs; 8 times as many FLOPs from one to the next but one."""
+"""Width, layers and tokens of the six runs."""
 JOB = """
 name: ladder-{width}
 model:
@@ -50,7 +47,8 @@ training:
   precision: fp32
   zero: {{stage: 0}}
   evaluate_every: 100000 steps
-checkpoint: {{every: 10h}}
+checkpoint: {{every: 10h, keep: 1}}
+tracking: {{wandb: {{mode: disabled}}}}
 """
 
 
@@ -138,23 +136,17 @@ def test_law__negative_constant__refused(tmp_path: Path, law_points: list[RunPoi
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1500)
 def test_law__six_trained_runs__predicts_the_held_out_largest_within_3_percent(tmp_path: Path) -> None:
     for width, layers, tokens in LADDER:
-        text = JOB.format(width=width, mlp=3 * width, layers=layers, tokens=tokens)
-        plan = resolve(load_job_text(text, path="ladder.yaml"))
-        recording = run_ranks(plan, tmp_path / f"ranks-{width}", world_size=1)
-        folder = tmp_path / "runs" / f"ladder-{width}-0101-000000-aaaa"
-        folder.mkdir(parents=True)
-        (folder / "plan.json").write_text(plan_to_json(plan))
-        recorder = open_recorder(folder)
-        for metrics in recording.steps:
-            recorder.step(metrics)
-        recorder.event(RunFinished(step=plan.total_steps))
-        recorder.close(exit_code=0)
-    names = [f"ladder-{width}-0101-000000-aaaa" for width, _, _ in LADDER]
-    found = read_points(names, root=tmp_path / "runs")
-    checked = check_held_out(found.points)
-    assert checked is not None
-    assert checked.name.startswith("ladder-192")
-    assert abs(checked.error) < 0.03
+        file = tmp_path / f"ladder-{width}.yaml"
+        file.write_text(JOB.format(width=width, mlp=3 * width, layers=layers, tokens=tokens))
+        done = forge("train", file, cwd=tmp_path, timeout_s=400)
+        assert done.returncode == 0, done.stderr[-2000:]
+    names = [f"ladder-{width}" for width, _, _ in LADDER]
+    done = forge("scaling", "law.yaml", *names, "-o", "json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    checked = json.loads(done.stdout)["held_out"]
+    assert checked["name"].startswith("ladder-192")
+    assert abs(checked["error"]) < 0.03
+    assert read_law(tmp_path / "law.yaml").runs[-1].num_parameters == 1_635_648
