@@ -28,6 +28,17 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentRecorded:
+    """Versions where the driver runs, recorded whenever a run starts or is resumed."""
+
+    python: str
+    platform: str
+    """Operating system and processor: `Linux-6.1-x86_64-with-glibc2.36`."""
+    packages: Mapping[str, str]
+    """Version of each package that the result depends on, by its name on PyPI."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LengthChanged:
     """The run was resumed with another length; its learning rate follows the new one from a step on."""
 
@@ -493,6 +504,7 @@ class RunFailed:
 
 Event = (
     RunStarted
+    | EnvironmentRecorded
     | LengthChanged
     | CorpusRead
     | SupervisorStarted

@@ -45,6 +45,7 @@ SAME_LAYER = {
     ("runtime", "cluster"),
     ("runtime", "search"),
     ("runtime", "serve"),
+    ("runtime", "report"),
     ("evaluate", "runtime"),
     ("runtime", "evaluate"),
     ("evaluate", "cluster"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from forge.errors import ArgumentError, harmless
 from forge.fs import write_atomic
+from forge.process import first_line
 from forge.report.page import PageFigure, PageTile, render_page
 from forge.report.run_environment import environment_facts, repeat_lines
 from forge.report.run_figures import cost_figure, loss_figure, speed_figure, workers_figure
@@ -22,13 +23,16 @@ from forge.report.run_series import read_series
 from forge.report.text import change_rows, goodput_facts, headline, number, plan_facts, summary_facts
 from forge.runs.annotations import read_annotations
 from forge.runs.goodput_report import BUCKETS, Bucket, GoodputReport
-from forge.runs.reader import RunSummary, failure_of, iter_metrics, read_run
+from forge.runs.reader import RunSummary, failure_of, iter_metrics, read_plan, read_run
+from forge.runs.records import METRICS
 from forge.runs.scores import newest_scores, read_scores
-from forge.units import format_count, format_duration
+from forge.units import format_bytes, format_count, format_duration
 
 REPORT = "report.html"
 """In the run's folder."""
 _MAX_CHANGES = 100
+_MAX_BYTES_AT_END = 2**26
+"""Of `metrics.jsonl`, about 200,000 steps: reading more would keep the process of a run alive for seconds."""
 _BUCKET_COLORS: dict[Bucket, str] = {
     "training": "#1d9a6c",
     "repeated": "#cf3e3e",
@@ -66,6 +70,24 @@ def write_run_report(folder: Path) -> Path:
     except OSError as error:
         raise ArgumentError(f"cannot write {path}: {error.strerror or error}") from error
     return path
+
+
+def write_end_report(folder: Path) -> str | None:
+    """Write the report of a run that has ended, whatever state its folder is in.
+
+    Returns: why it was not written, for the log; None if it was.
+    """
+    try:
+        size_bytes = (folder / METRICS).stat().st_size if (folder / METRICS).exists() else 0
+        if size_bytes > _MAX_BYTES_AT_END:
+            return (
+                f"no report was written: {METRICS} has {format_bytes(size_bytes)}; forge runs report {folder.name}"
+            )
+        if read_plan(folder).search is None:  # the report of a search is written by its client
+            write_run_report(folder)
+    except Exception as error:  # the run has ended as recorded
+        return f"no report was written: {type(error).__name__}: {first_line(error)}"
+    return None
 
 
 def render_run(run: RunSummary) -> str:

@@ -228,7 +228,7 @@ def summary_facts(run: RunSummary, goodput: GoodputReport) -> list[tuple[str, st
     saved = run.newest("CheckpointSaved")
     if saved:
         facts.append(("checkpoint", f"{saved['folder']}"))
-    facts.append(("files", f"{run.folder} (metrics.jsonl, events.jsonl, logs, wandb)"))
+    facts.append(("files", f"{run.folder} (report.html, metrics.jsonl, events.jsonl, logs, wandb)"))
     return facts
 
 

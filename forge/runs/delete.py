@@ -16,6 +16,7 @@ from forge.runs.lock import hold_lock
 from forge.runs.reader import LOCK, driver_pid, read_run, search_folder
 from forge.runs.records import EVENTS, METRICS
 from forge.runs.remote_ref import REMOTE
+from forge.runs.scores import SCORES
 from forge.runs.trials import TRIALS
 
 _NAMES = {
@@ -30,6 +31,9 @@ _NAMES = {
         "tensorboard",
         "report.html",
         "best.yaml",
+        SCORES,
+        f".{SCORES}.lock",
+        "evaluations",  # the answers to tasks
         TRIALS,
         ".ray",
     ),

@@ -72,6 +72,7 @@ def main() -> None:
     exit_code = driver.run()
     lock.close()  # everything is written; clients need not wait until Ray has shut down
     driver.disconnect()
+    driver.write_report()
     sys.exit(exit_code)
 
 
@@ -133,6 +134,14 @@ class Driver:
 
         self._is_over.set()
         ray.shutdown()
+
+    def write_report(self) -> None:
+        """Write report.html of a run, at its very end: nothing waits for it, and it changes no exit code."""
+        from forge.report.run_report import write_end_report
+
+        problem = write_end_report(self._folder)
+        if problem is not None:
+            sys.stderr.write(f"{problem}\n")
 
     def _connect(self) -> None:
         prepare_connection(self._address)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from forge.events import CorpusRead, Event, LengthChanged, PatternRead, RunStarted
+from forge.events import CorpusRead, EnvironmentRecorded, Event, LengthChanged, PatternRead, RunStarted
 from forge.plan.plan import Plan
 from forge.runs.reader import read_run
 from forge.train.lr_schedule import length_change
 
 _MAX_PATTERNS = 100
+_PACKAGES = (
+    "forge-train",
+    "torch",
+    "deepspeed",
+    "ray",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "peft",
+    "bitsandbytes",
+)
 
 
 def start_events(plan: Plan, *, folder: Path, step: int, startup_s: float) -> list[Event]:
@@ -24,7 +38,15 @@ def start_events(plan: Plan, *, folder: Path, step: int, startup_s: float) -> li
         run_id=folder.name, total_steps=plan.total_steps, resumed_from_step=step, startup_s=startup_s
     )
     changed = _unrecorded_change(plan, folder=folder)
-    return [started, *([changed] if changed is not None else []), _corpus_read(plan)]
+    return [started, _environment(), *([changed] if changed is not None else []), _corpus_read(plan)]
+
+
+def _environment() -> EnvironmentRecorded:
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # peft and others are optional
+            versions[name] = version(name)
+    return EnvironmentRecorded(python=platform.python_version(), platform=platform.platform(), packages=versions)
 
 
 def _unrecorded_change(plan: Plan, *, folder: Path) -> LengthChanged | None:

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from forge.errors import ArgumentError
 from forge.events import CostUpdated, NodeJoined, RunFailed, RunFinished, SampleGenerated
-from forge.report.run_report import write_run_report
+from forge.report.run_report import write_end_report, write_run_report
 from forge.report.run_series import read_series
 from forge.runs.annotations import change_tags, set_note
 from forge.runs.scores import TaskScore, TaskValue, append_score
 from tests.support.pages import Elements, own_text
 from tests.support.runs import History, make_run, metrics
+from tests.support.searches import SearchHistory, search_plan
 
 EVIL = "</script><evil x=\"'&"
 
@@ -157,6 +158,31 @@ def test_report__repeat__command_works_in_a_shell(tmp_path: Path) -> None:
 def test_report__folder_without_a_run__raises(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="holds no run"):
         write_run_report(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["plan.json", "events.jsonl", "metrics.jsonl", "evaluation.jsonl"])
+def test_write_end_report__damaged_folder__never_raises(damage: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    assert write_end_report(folder) is None
+    (folder / "report.html").unlink()
+    (folder / damage).unlink(missing_ok=True)
+    (folder / damage).mkdir()
+    problem = write_end_report(folder)
+    assert (problem is None) == (folder / "report.html").exists() == (damage == "evaluation.jsonl")
+
+
+def test_write_end_report__very_many_steps__names_the_command_instead(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.truncate(2**27)
+    assert "128 MiB; forge runs report tiny" in (write_end_report(folder) or "")
+    assert not (folder / "report.html").exists()
+
+
+def test_write_end_report__search__is_left_to_its_client(tmp_path: Path) -> None:
+    folder = SearchHistory().write(tmp_path, search_plan())
+    assert write_end_report(folder) is None
+    assert not (folder / "report.html").exists()
 
 
 @given(st.integers(0, 300), st.integers(1, 40))

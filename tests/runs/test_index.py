@@ -183,6 +183,9 @@ class TestDelete:
         outside.mkdir()
         (outside / "kept").touch()
         (folder / "checkpoints").symlink_to(outside)
+        (folder / "evaluations").mkdir()
+        for name in ("report.html", "evaluation.jsonl", ".evaluation.jsonl.lock"):
+            (folder / name).touch()
         (folder / "logs" / "driver.log").symlink_to(outside / "kept")
         remember_run(folder)
         code, text = forge("runs", "delete", str(folder))

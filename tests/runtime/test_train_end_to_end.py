@@ -13,6 +13,7 @@ import signal
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from forge.runs.reader import driver_pid, read_metrics, read_run
 from forge.runs.trackers.wandb_log import log_files
 from tests.support.command import environment, family, mentioning, start_forge, survivors, wait_for
 from tests.support.command import forge as run_forge
+from tests.support.pages import Elements, own_text
 from tests.support.ports import answers, open_ports
 from tests.support.wandb_file import read_history
 
@@ -208,6 +210,16 @@ class TestUndisturbed:
         (pattern,) = read["patterns"]
         assert (read["num_documents"], read["warnings"]) == (40, [])
         assert pattern == {"pattern": "corpus/*.txt", "num_files": 40, "kinds": {"text": 40}, "skipped": {}}
+
+    def test_report__finished__has_every_step_and_the_environment(self, whole: Execution) -> None:
+        wait_for((whole.folder / "report.html").exists)  # written after the command has ended
+        page = Elements(own_text(whole.folder / "report.html"))
+        training, held_out = page.figures["loss"]["data"]
+        assert training["y"] == losses(whole.folder)
+        assert held_out["x"] == [120, 240]
+        assert f"torch {version('torch')}, " in " ".join(page.text)
+        command = " ".join(page.text).partition("forge train")[2].splitlines()[0].strip()
+        assert command == str(whole.folder.resolve() / "job.yaml")
 
     def test_wandb__finished__has_the_same_losses(self, whole: Execution) -> None:
         (record,) = whole.folder.glob("wandb/offline-run-*/run-*.wandb")

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import re
-import shutil
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import httpx
 import pytest
 
 from forge.serve.http.api_keys import KeyLimits, KeyRing, new_key, table_of
 from forge.serve.http.settings import ServerSettings
 from forge.serve.service import ModelService
+from tests.support.browser import CHROMIUM, Browser, in_browser
 from tests.support.serving import LocalBackend, RunningServer, running, write_causal_lm
 
-CHROMIUM = shutil.which("chromium")
 FILES = ("", "page/index.html", "page/page.css", "page/page.js")
 
 
@@ -50,76 +44,6 @@ def test_page__its_files__come_from_this_server_and_load_nothing_else(server: Ru
         assert not re.search(r"<script>|\son\w+=|innerHTML|eval\(", response.text), "text is never markup"
     for name in ("page/../service.py", "page/%2e%2e/service.py", "page/page.py", "page/"):
         assert httpx.get(f"{server.url}/{name}", trust_env=False).status_code == 404
-
-
-class Browser:
-    """A page in headless Chromium, driven by the DevTools protocol."""
-
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self._socket, self._number = socket, 0
-
-    async def call(self, method: str, **params: Any) -> dict[str, Any]:
-        self._number += 1
-        await self._socket.send_json({"id": self._number, "method": method, "params": params})
-        while True:
-            answer = json.loads((await self._socket.receive(timeout=30)).data)
-            if answer.get("id") == self._number:
-                assert "error" not in answer, answer
-                found: dict[str, Any] = answer["result"]
-                return found
-
-    async def value(self, script: str) -> Any:
-        found = await self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
-
-    async def wait(self, script: str) -> None:
-        deadline = time.monotonic() + 30
-        while not await self.value(script):
-            assert time.monotonic() < deadline, (script, await self.value("document.body.innerText"))
-            await asyncio.sleep(0.05)
-
-    async def type(self, text: str) -> None:
-        await self.call("Input.insertText", text=text)
-
-    async def press(self, key: str, *, modifiers: int = 0, code: int = 0) -> None:
-        for kind in ("keyDown", "keyUp"):
-            await self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=modifiers,
-                windowsVirtualKeyCode=code,
-            )  # fmt: skip
-
-
-async def in_browser(folder: Path, url: str, use: Any) -> None:
-    """Open a page in Chromium and use it."""
-    assert CHROMIUM is not None
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--remote-debugging-port=0",
-        "--no-first-run",
-    ]
-    process = subprocess.Popen(
-        [*command, f"--user-data-dir={folder / 'profile'}", "--no-proxy-server", "about:blank"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stderr is not None
-        port = next(found[1] for line in process.stderr if (found := re.search(r"ws://127.0.0.1:(\d+)/", line)))
-        async with aiohttp.ClientSession() as session:
-            pages = await (await session.get(f"http://127.0.0.1:{port}/json/list")).json(content_type=None)
-            where = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
-            async with session.ws_connect(where, max_msg_size=0) as socket:
-                browser = Browser(socket)
-                await browser.call("Page.enable")
-                await browser.call("Page.navigate", url=url)
-                await use(browser)
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.slow
