@@ -23,6 +23,7 @@ from tests.support.remote_client import Elsewhere
 from tests.support.remote_map_client import request_of
 from tests.support.serving import write_causal_lm
 
+pytestmark = pytest.mark.timeout(900)
 TASK = """\
 name: river
 data: {files: DATA}
@@ -105,7 +106,7 @@ def test_answer__client_killed__next_one_follows_and_fetches(
 ) -> None:
     prompts, output = write_prompts(home / "prompts.jsonl", 1500), home / "answers.jsonl"
     first = start_client(home, there, model, prompts, output)
-    wait_for(lambda: num_results(there) >= 1, timeout_s=120)
+    wait_for(lambda: num_results(there) >= 1, timeout_s=300)
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not output.exists()
@@ -127,11 +128,11 @@ def test_answer__stopped__continues_with_what_is_left(
 ) -> None:
     prompts, output = write_prompts(home / "prompts.jsonl", 1400), home / "answers.jsonl"
     first = start_client(home, there, model, prompts, output)
-    wait_for(lambda: num_results(there) >= 1, timeout_s=120)
+    wait_for(lambda: num_results(there) >= 1, timeout_s=300)
     first.send_signal(signal.SIGTERM)  # as `forge generate` does at Ctrl-C
-    text, _ = first.communicate(timeout=120)
+    text, _ = first.communicate(timeout=300)
     assert "shards are left; start it again" in text
-    wait_for(lambda: drivers(there) == [])
+    wait_for(lambda: drivers(there) == [], timeout_s=240)
     stored = len(list((home / ".answers.jsonl.shards").glob("*.jsonl")))
     assert 1 <= stored < 6
     found = answer(request_of(model, prompts, output), Recorded())

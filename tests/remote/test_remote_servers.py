@@ -33,6 +33,8 @@ from tests.support.command import wait_for
 from tests.support.remote_client import Elsewhere
 from tests.support.serving import write_causal_lm
 
+pytestmark = pytest.mark.timeout(900)
+
 
 def test_list_any_servers__cluster_is_gone__stopped_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
