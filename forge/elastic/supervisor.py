@@ -144,11 +144,12 @@ class Supervisor:
             if registration["generation"] == self.state.generation or self.state.generation == 0:
                 self._pids[int(rank)] = pid
         self._meter.add_agent(node, host=connection.host, usd_per_hour=registration["usd_per_hour"])
-        self.apply(attached_from(registration, slots=self._placement.slots_of(node)))
+        attached = attached_from(registration, slots=self._placement.slots_of(node))
+        if registration["is_ready"]:
+            self._record_joined(node, num_slots=attached.num_slots)
+        self.apply(attached)
         if registration["running_ranks"]:  # started by a supervisor before this one
             self._placement.set_used(Counter(self.state.assignment))
-        if registration["is_ready"]:
-            self._record_joined(node)
         if self.state.phase is Phase.DRAINING:  # the flag may have been lost with the connection
             self._set_flag("DRAIN")
         if self.state.is_stopping:
@@ -202,17 +203,18 @@ class Supervisor:
             case "flushed":
                 self._flush_ended(report)
         event = event_from(report, node=node)
+        known = self.state.nodes.get(node)
+        if isinstance(event, states.NodeReady) and event.is_ready:
+            self._record_joined(node, num_slots=known.num_slots if known else 0)
         if event is not None:
             self.apply(event)
-        if isinstance(event, states.NodeReady):
-            self._note_ready(node, event)
+        if isinstance(event, states.NodeReady) and not event.is_ready:
+            self._note_failed_start(node, event)
 
-    def _note_ready(self, node: str, ready: states.NodeReady) -> None:
+    def _note_failed_start(self, node: str, failed: states.NodeReady) -> None:
         member = self.state.nodes.get(node)
-        if ready.is_ready:
-            self._record_joined(node)
-        elif member is not None and member.num_failed_starts == 1:  # the next ones are not listed
-            self._record_event(events.ForkServerFailed(node=node, reason=ready.reason))
+        if member is not None and member.num_failed_starts == 1:  # the next ones are not listed
+            self._record_event(events.ForkServerFailed(node=node, reason=failed.reason))
 
     def apply(self, event: Event) -> None:
         """Decide on an event and execute the actions."""
@@ -257,12 +259,14 @@ class Supervisor:
         else:
             self._tasks.start(self._flushes.retry(lambda: self.state))
 
-    def _record_joined(self, node: str) -> None:
+    def _record_joined(self, node: str, *, num_slots: int) -> None:
+        """Record that a node is available, before the generation that it makes possible."""
         if node not in self._joined and node in self._connections:
             self._joined.add(node)
-            connection, known = self._connections[node], self.state.nodes.get(node)
-            num_slots, pid = known.num_slots if known else 0, connection.agent_pid
-            joined = events.NodeJoined(node=node, host=connection.host, num_slots=num_slots, agent_pid=pid)
+            connection = self._connections[node]
+            joined = events.NodeJoined(
+                node=node, host=connection.host, num_slots=num_slots, agent_pid=connection.agent_pid
+            )
             self._record_event(joined)
 
     # --- checks that time triggers

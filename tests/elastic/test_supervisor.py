@@ -13,7 +13,7 @@ from forge.elastic.commands import source_shards, start_commands
 from forge.elastic.states import MemberNode, MembershipState, Phase, ReplicaLocation, StartGeneration
 from forge.elastic.supervisor import Supervisor
 from forge.errors import ClusterError
-from forge.events import CostUpdated, Event, PreemptionNoticeReceived
+from forge.events import CostUpdated, Event, GenerationStarting, NodeJoined, PreemptionNoticeReceived
 from forge.pricing.budget import CostLimits, CostMeter, read_price
 from tests.support.placement import FixedPlacement
 
@@ -104,6 +104,18 @@ def run_scene(script: Callable[[Scene], None], **options: Any) -> None:
         script(Scene(**options))
 
     asyncio.run(run())
+
+
+def test_node_ready__first_of_a_run__joins_before_its_generation_starts() -> None:
+    """In the other order goodput would count the time before as that of an available node."""
+
+    def script(scene: Scene) -> None:
+        first, second, *rest = scene.recorded
+        assert isinstance(first, NodeJoined) and (first.node, first.num_slots) == ("a", 1)
+        assert isinstance(second, GenerationStarting)
+        assert [event.node for event in rest if isinstance(event, NodeJoined)] == ["b"]
+
+    run_scene(script)
 
 
 def test_preemption_notice__repeated__recorded_once() -> None:
