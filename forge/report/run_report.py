@@ -18,6 +18,7 @@ from forge.process import first_line
 from forge.report.page import PageFigure, PageTile, render_page
 from forge.report.run_environment import environment_facts, repeat_lines
 from forge.report.run_figures import cost_figure, loss_figure, speed_figure, workers_figure
+from forge.report.run_forecast import forecast_rows
 from forge.report.run_scores import score_rows
 from forge.report.run_series import read_series
 from forge.report.text import change_rows, goodput_facts, headline, number, plan_facts, summary_facts
@@ -95,6 +96,7 @@ def render_run(run: RunSummary) -> str:
     goodput, annotations = run.goodput(), read_annotations(run.folder)
     figures = list(run_figures(run, goodput))
     sample = run.newest("SampleGenerated")
+    forecast, forecast_note = forecast_rows(run, goodput)
     return render_page(
         "run.html.j2",
         run=run,
@@ -111,6 +113,8 @@ def render_run(run: RunSummary) -> str:
         changes=change_rows(goodput, limit=_MAX_CHANGES),
         num_changes=goodput.num_changes,
         costs=cost_facts(run),
+        forecast=forecast,
+        forecast_note=forecast_note,
         scores=score_rows(newest_scores(read_scores(run.folder))),
         results=[fact for fact in summary_facts(run, goodput) if not fact[0].startswith("task ")],
         plan=plan_facts(run.plan),

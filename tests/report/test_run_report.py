@@ -16,10 +16,16 @@ from hypothesis import strategies as st
 
 from forge.errors import ArgumentError
 from forge.events import CostUpdated, NodeJoined, RunFailed, RunFinished, SampleGenerated
+from forge.plan.durations import Forecast, WorldHours
+from forge.plan.plan import plan_to_json
+from forge.plan.throughput import Estimate
+from forge.report.run_forecast import forecast_rows
 from forge.report.run_report import write_end_report, write_run_report
 from forge.report.run_series import read_series
 from forge.runs.annotations import change_tags, set_note
+from forge.runs.reader import read_run
 from forge.runs.scores import TaskScore, TaskValue, append_score
+from tests.support.jobs import tiny_plan
 from tests.support.pages import Elements, own_text
 from tests.support.runs import History, make_run, metrics
 from tests.support.searches import SearchHistory, search_plan
@@ -122,6 +128,26 @@ def test_report__hostile_names_and_events__are_text_and_never_elements(tmp_path:
     assert hostile_page.tags == harmless_page.tags
     assert EVIL in hostile_page.text
     assert "<evil" not in json.dumps(hostile_page.figures)
+
+
+def test_report__plan_with_a_forecast__is_beside_what_happened(tmp_path: Path) -> None:
+    history = eventful()
+    folder = history.write(tmp_path, "run")
+    estimate = Estimate(low=0.02, likely=0.025, high=0.03)
+    world = WorldHours(world_size=2, hours=estimate, step_s=2.0, evaluation_s=8.0, checkpoint_s=0.0, startup_s=40.0)
+    plan = replace(tiny_plan(), forecast=Forecast(worlds=(world,), notes=()))
+    (folder / "plan.json").write_text(plan_to_json(plan))
+    run = read_run(folder)
+    rows, note = forecast_rows(run, run.goodput())
+    found = {row.name: (row.forecast, row.happened, row.ratio) for row in rows}
+    assert found["wall time"] == ("1m 30s (1m 12s to 1m 48s)", "1m 04s", "0.71")
+    assert found["a step"] == ("2s", "1s", "0.50")
+    assert found["starts"] == ("40s", "20s", "0.50")
+    assert found["evaluations"] == ("8s", "4s", "0.50")
+    assert found["checkpoints"][2] == "-"
+    assert found["memory of a worker"][1] == "512 MiB"
+    assert note.startswith("at 2 workers")
+    assert "Forecast and what happened" in own_text(write_run_report(folder))
 
 
 def only_started() -> History:
