@@ -142,7 +142,7 @@ def patient_run(goal: Goal, ladders: Iterable[Sequence[Machines]]) -> SizedRun:
     """
     ladders = list(ladders)
     fewest = [one for ladder in ladders if (one := _fewest(goal, ladder)) is not None]
-    return best_run(goal, fewest or [ladder[-1] for ladder in ladders])
+    return best_run(goal, fewest or [machines for ladder in ladders for machines in ladder])
 
 
 def _fewest(goal: Goal, group: Sequence[Machines]) -> Machines | None:

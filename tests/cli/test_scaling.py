@@ -122,7 +122,7 @@ def test_plan__wrong_options__usage_error(arguments: tuple[str, ...], problem: s
     [
         (("--budget", "5usd", "--gpu", "H1000"), "did you mean"),
         (("--budget", "5usd", "--region", "atlantis"), "is sold in the region"),
-        (("--budget", "1e-9usd"), "too little"),
+        (("--budget", "1e-9usd", "--gpu", "L4"), "too little"),
         (("--flops", "1e27", "--gpu", "L4", "--gpus", "8"), "fits on none"),
     ],
 )
