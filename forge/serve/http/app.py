@@ -214,7 +214,10 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = {404: f"there is no route {request.url.path[:120]}", 405: f"{request.method} is not for this route"}
+    path = request.url.path[:120]
+    is_near = any(getattr(route, "path", "") == f"/v1{path}" for route in request.app.routes)
+    hint = f"; did you mean /v1{path}? The base URL of clients ends with /v1" if is_near else ""
+    message = {404: f"there is no route {path}{hint}", 405: f"{request.method} is not for this route"}
     answer = ApiError(message.get(error.status_code, str(error.detail)), status=error.status_code)
     return JSONResponse(answer.body(), status_code=error.status_code, headers=dict(error.headers or {}))
 

@@ -44,4 +44,14 @@ class Serving:
                 param="model",
             )
         if info.kind not in kinds:
-            raise ApiError(f"{name} is a model of kind {info.kind}, which {what}", code="wrong_kind", param="model")
+            use = f"; its route is {_ROUTES[info.kind]}" if info.kind in _ROUTES else ""
+            problem = f"{name} is a model of kind {info.kind}, which {what}{use}"
+            raise ApiError(problem, code="wrong_kind", param="model")
+
+
+_ROUTES = {
+    **{"causal-lm": "/v1/chat/completions or /v1/completions", "embedding": "/v1/embeddings"},
+    **dict.fromkeys(("classification", "token-classification", "reward"), "/v1/classify"),
+    "seq2seq": "/v1/translate",
+}
+"""By the kind of a model."""

@@ -44,11 +44,13 @@ async function connect() {
   const kind = KINDS[state.kind];
   at("title").textContent = state.model.id;
   document.title = `${state.model.id} – forge serve`;
-  const length = state.model.max_model_len ? `, ${state.model.max_model_len} tokens with its answer` : "";
+  const isText = ["chat", "completion"].includes(state.kind);
+  const share = isText ? " in prompt and answer" : "";
+  const length = state.model.max_model_len ? `, at most ${state.model.max_model_len} tokens${share}` : "";
   at("about").textContent = `A ${state.model.kind} model${length}.`;
   at("input-label").textContent = kind.label;
   at("input-help").textContent = kind.help;
-  at("sampling").hidden = !["chat", "completion"].includes(state.kind);
+  at("sampling").hidden = !isText;
   at("access").hidden = true;
   at("ask").hidden = at("answers").hidden = false;
   at("input").focus();

@@ -176,6 +176,19 @@ def test_completion__wrong_body__says_what_is_wrong(server: RunningServer, case:
         assert error["param"] == param
 
 
+def test_route__of_another_kind_or_without_v1__the_right_one_is_named(server: RunningServer) -> None:
+    base = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError, match=r"did you mean /v1/chat/completions\? The base URL"):
+        base.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}])
+    base = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.BadRequestError, match="makes no embeddings; its route is /v1/chat/completions"):
+        base.embeddings.create(model="tiny", input="a")
+    assert (
+        httpx.get(f"{server.url}/nothing", trust_env=False).json()["error"]["message"]
+        == "there is no route /nothing"
+    )
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "nonsense", '{"model": NaN}', "[" * 100_000, "null", '"text"'])
 def test_completion__no_json_object__status_400(server: RunningServer, text: str) -> None:
     response = post(server, content=text, headers={"Content-Type": "application/json"})

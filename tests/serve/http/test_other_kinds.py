@@ -141,10 +141,13 @@ def test_headers__that_do_not_end__close_the_connection(monkeypatch: pytest.Monk
     with running(NoModel()) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
         if is_later:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert client.recv(10_000).startswith(b"HTTP/1.1 200")
+            answer = b""
+            while not answer.endswith(b'{"status":"ok"}'):  # head and body may come apart
+                answer += client.recv(10_000)
+            assert answer.startswith(b"HTTP/1.1 200")
         client.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
-        assert client.recv(10_000).startswith(b"HTTP/1.1 400")
-        assert client.recv(10_000) == b""
+        answer = b"".join(iter(lambda: client.recv(10_000), b""))
+        assert answer.startswith(b"HTTP/1.1 400")
 
 
 def test_headers__too_large__close_the_connection() -> None:
