@@ -48,7 +48,7 @@ RegionOption = Annotated[
 ]
 SpotOption = Annotated[bool, _option("--spot", help="At spot prices instead of on-demand prices.")]
 SizingClusterOption = Annotated[
-    str | None, _option("--cluster", metavar="FILE", help="Cluster file with the GPUs to train on.")
+    str | None, _option("--cluster", metavar="NAME", help="Cluster, or cluster file, with the GPUs to train on.")
 ]
 WriteOption = Annotated[
     Path | None, _option("--write", metavar="FILE", help="The job file to write; by default NAME-SIZE.yaml.")
@@ -265,8 +265,13 @@ def _machines(request: SizingRequest) -> tuple[list[list[Machines]], list[str]]:
     return offered_machines(found, spot=request.spot, num_gpus=request.num_gpus), notes
 
 
-def _cluster_machines(path: str, *, offers: Sequence[Offer], spot: bool) -> list[list[Machines]]:
-    """The workers of a cluster file, all of them. Raises: ArgumentError if it does not name their GPUs."""
+def _cluster_machines(name: str, *, offers: Sequence[Offer], spot: bool) -> list[list[Machines]]:
+    """All workers of a cluster that was started from here, or of a file.
+
+    Raises: ArgumentError if it does not name their GPUs.
+    """
+    from forge.cluster.base import read_record
+    from forge.cluster.registry import recorded_spec
     from forge.config.cluster import CloudSpec, KubernetesSpec
     from forge.config.load import load_cluster
     from forge.errors import ArgumentError
@@ -275,10 +280,11 @@ def _cluster_machines(path: str, *, offers: Sequence[Offer], spot: bool) -> list
     from forge.pricing.catalog import workers_of
     from forge.pricing.choose import OfferFilter, find_offers
 
-    spec = load_cluster(path)
+    record = read_record(name)
+    spec = recorded_spec(record) if record is not None else load_cluster(name)
     gpu = find_gpu(spec.gpu) if isinstance(spec, (CloudSpec, KubernetesSpec)) else None
     if gpu is None or not isinstance(spec, (CloudSpec, KubernetesSpec)):
-        raise ArgumentError(f"{path} names no GPU that forge knows; give --gpu and --gpus instead")
+        raise ArgumentError(f"{name} names no GPU that forge knows; give --gpu and --gpus instead")
     count = max(1, spec.workers.high)
     if isinstance(spec, KubernetesSpec):
         machines = Machines(

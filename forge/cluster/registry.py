@@ -52,7 +52,7 @@ def find_known(name: str) -> Cluster:
             f"'{printable(name, limit=200)}' is not a cluster that was started from here; known clusters: "
             f"{_known()}"
         )
-    return cluster_of(_recorded_spec(record))
+    return cluster_of(recorded_spec(record))
 
 
 def cluster_of_file(path: str | Path) -> Cluster:
@@ -62,7 +62,7 @@ def cluster_of_file(path: str | Path) -> Cluster:
     """
     spec = load_cluster(path)
     record = read_record(spec.name)
-    if record is not None and _head_of(_recorded_spec(record), record) != _head_of(spec, record):
+    if record is not None and _head_of(recorded_spec(record), record) != _head_of(spec, record):
         raise ArgumentError(
             f"{printable(str(path), limit=200)} describes another cluster than '{spec.name}', which was started "
             f"from here: its head differs. Use the name, {spec.name}, choose another name: in the file, or stop "
@@ -83,7 +83,7 @@ def find_cluster(name: str | None) -> Cluster:
         return LocalCluster()
     record = read_record(name)
     if record is not None:
-        return cluster_of(_recorded_spec(record))
+        return cluster_of(recorded_spec(record))
     if _is_file(name):
         return cluster_of_file(name)
     raise ArgumentError(
@@ -109,7 +109,7 @@ def _with_absolute_paths(spec: _NotLocal) -> _NotLocal:
     return spec.model_copy(update=changes)
 
 
-def _recorded_spec(record: ClusterRecord) -> ClusterSpec:
+def recorded_spec(record: ClusterRecord) -> ClusterSpec:
     """Return the cluster file that a record has. Raises: ClusterError if it is not valid any more."""
     try:
         return SECTIONS[record.provider].model_validate(dict(record.spec), strict=False)
