@@ -247,6 +247,7 @@ def _serve(settings: ServerSettings, *, cluster: str | None, detach: bool, outpu
     try:
         ready = await_ready(settings.name, on_message=display.message, look=find_any_server)
     except KeyboardInterrupt:
+        display.message("stopping the server, which is not ready yet; Ctrl-C again ends it at once")
         _stop(settings.name)
         raise
     if output is Output.JSON:

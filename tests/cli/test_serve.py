@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from forge.cli.app import app
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, ClusterError
 from forge.fs import state_home
+from forge.remote import servers as remote_servers
+from forge.runtime import servers as runtime_servers
 from forge.runtime.servers import find_server, list_servers, server_folder
 from forge.serve.http.api_keys import KeyLimits, KeyRing
 from tests.support.runs import make_run
@@ -85,3 +87,29 @@ def test_serve_status__servers_that_ended__are_shown(state: Path) -> None:
     with pytest.raises(ArgumentError, match="known: one, two"):
         find_server("three")
     assert "does not run" in forge("stop", "one").output
+
+
+def test_serve__ctrl_c_before_it_is_ready__says_that_it_stops(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(remote_servers, "start_any_server", lambda *_, **__: None)
+    monkeypatch.setattr(runtime_servers, "await_ready", interrupted)
+    done = forge(str(state / "model"))
+    assert done.exit_code == 130
+    assert "stopping the server, which is not ready yet" in done.stderr
+
+
+def test_serve__failed__returns_once_its_process_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = server_folder("one")
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text(
+        json.dumps({"state": "failed", "message": "no room", "error": "ClusterError"})
+    )
+    alive = iter([4711, 4711, None])
+    monkeypatch.setattr(runtime_servers, "driver_pid", lambda _: next(alive, None))
+    with pytest.raises(ClusterError, match="no room; the log is"):
+        runtime_servers.await_ready("one", on_message=print)
+    assert next(alive, "used up") == "used up"
+    (folder.parent / "two").mkdir()
+    assert "no server runs, and several have ended; name one: one, two" in str(forge("stop").exception)
