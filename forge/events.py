@@ -165,6 +165,8 @@ class CostUpdated:
     """Total, over all restarts of the run."""
     usd_per_hour: float
     """Current rate of all its machines together."""
+    saved_usd: float = 0.0
+    """How much more the same machines would have cost on demand, as far as their clusters know."""
 
 
 # Generations: each is one set of workers

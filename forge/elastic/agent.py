@@ -31,7 +31,7 @@ from forge.elastic.workers.fork_client import ForkServerPool
 from forge.elastic.workers.status_page import StatusField
 from forge.elastic.workers.worker_group import WorkerGroup
 from forge.errors import RunError
-from forge.pricing.budget import read_price
+from forge.pricing.budget import read_price, read_saving
 
 # How long an agent lives without a supervisor: longer than Ray needs to restart one.
 _MAX_ALONE_S = 60.0
@@ -162,6 +162,7 @@ class Agent:
             "is_ready": workers.is_ready,
             "pid": os.getpid(),
             "usd_per_hour": read_price(os.environ),
+            "saving_usd_per_hour": read_saving(os.environ),
             "generation": workers.generation,
             "running_ranks": {str(rank): world_size for rank, world_size in workers.world_sizes.items()},
             "pids": {str(rank): pid for rank, pid in workers.pids.items()},

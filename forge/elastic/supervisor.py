@@ -143,7 +143,12 @@ class Supervisor:
         for rank, pid in registration["pids"].items():
             if registration["generation"] == self.state.generation or self.state.generation == 0:
                 self._pids[int(rank)] = pid
-        self._meter.add_agent(node, host=connection.host, usd_per_hour=registration["usd_per_hour"])
+        self._meter.add_agent(
+            node,
+            host=connection.host,
+            usd_per_hour=registration["usd_per_hour"],
+            saving_usd_per_hour=registration.get("saving_usd_per_hour", 0.0),
+        )
         attached = attached_from(registration, slots=self._placement.slots_of(node))
         if registration["is_ready"]:
             self._record_joined(node, num_slots=attached.num_slots)
@@ -309,14 +314,10 @@ class Supervisor:
         """Stop with a checkpoint if the run exceeds its budget."""
         self._meter.count(now)
         if self._meter.take_report(now):
-            self._record_cost()
+            self._record_event(self._meter.cost())
         if not self.state.is_stopping and (violation := self._meter.violation()):
             self._stop_reason = violation
             self.stop()
-
-    def _record_cost(self) -> None:
-        meter = self._meter
-        self._record_event(events.CostUpdated(usd=meter.spent_usd, usd_per_hour=meter.usd_per_hour))
 
     # --- actions
 
@@ -394,5 +395,5 @@ class Supervisor:
     def _end(self, outcome: Outcome) -> None:
         if not self.outcome.done():
             if self._meter.spent_usd:
-                self._record_cost()
+                self._record_event(self._meter.cost())
             self.outcome.set_result(outcome)

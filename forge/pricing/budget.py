@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from forge.errors import ClusterError
+from forge.events import CostUpdated
 
 PRICE_VARIABLE = "FORGE_USD_PER_HOUR"
 """Environment variable with the price of one machine, USD per hour."""
+ON_DEMAND_VARIABLE = "FORGE_ON_DEMAND_USD_PER_HOUR"
+"""Environment variable of a spot machine with the price of the same machine on demand, if that is known."""
 LIMIT_VARIABLE = "FORGE_MAX_USD_PER_HOUR"
 """Environment variable on the head with the cluster file's `max_usd_per_hour`, for all machines together."""
 
@@ -25,6 +28,15 @@ def read_price(environment: Mapping[str, str]) -> float | None:
     Raises: ClusterError if the variable does not hold a price.
     """
     return _read_usd(environment, PRICE_VARIABLE)
+
+
+def read_saving(environment: Mapping[str, str]) -> float:
+    """Return how much less than on demand the machine with this environment costs, in USD per hour; 0 if unknown.
+
+    Raises: ClusterError if a variable does not hold a price.
+    """
+    price, on_demand = read_price(environment), _read_usd(environment, ON_DEMAND_VARIABLE)
+    return max(0.0, on_demand - price) if price is not None and on_demand is not None else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,34 +59,50 @@ class CostLimits:
 class CostMeter:
     """Adds up the cost of a run from the price of its machines and the time between two calls of `count`."""
 
-    def __init__(self, limits: CostLimits, *, head: str, head_usd_per_hour: float | None, spent_usd: float) -> None:
+    def __init__(
+        self,
+        limits: CostLimits,
+        *,
+        head: str,
+        head_usd_per_hour: float | None,
+        spent_usd: float,
+        saved_usd: float = 0.0,
+    ) -> None:
         """Args:
         head: address of the machine with the supervisor.
         spent_usd: what this run has cost before this process started.
+        saved_usd: how much less than on demand, likewise.
         """
         self._limits, self._head = limits, {head: head_usd_per_hour}
         self._prices: dict[str, tuple[str, float | None]] = {}
         self._usd_per_hour: float | None = None
+        self._saving_usd_per_hour = 0.0
         self._counted_at: float | None = None
         self._reported: tuple[float, float] | None = None
-        self.spent_usd = spent_usd
+        self.spent_usd, self.saved_usd = spent_usd, saved_usd
+        self._savings: dict[str, tuple[str, float]] = {}
 
     @property
     def usd_per_hour(self) -> float:
         """Sum over all machines with a known price; a machine with several agents counts once."""
         if self._usd_per_hour is None:  # cached: read several times per second, over thousands of machines
             machines = self._head | dict(self._prices.values())
+            self._saving_usd_per_hour = sum(dict(self._savings.values()).values())
             self._usd_per_hour = sum(price for price in machines.values() if price is not None)
         return self._usd_per_hour
 
-    def add_agent(self, node: str, *, host: str, usd_per_hour: float | None) -> None:
+    def add_agent(
+        self, node: str, *, host: str, usd_per_hour: float | None, saving_usd_per_hour: float = 0.0
+    ) -> None:
         """Count the machine of an agent that has connected."""
         self._prices[node] = (host, usd_per_hour)
+        self._savings[node] = (host, saving_usd_per_hour)
         self._usd_per_hour = None
 
     def remove_agent(self, node: str) -> None:
         """Stop counting the machine of an agent that is gone, unless another agent runs on it."""
         self._prices.pop(node, None)
+        self._savings.pop(node, None)
         self._usd_per_hour = None
 
     def count(self, now: float) -> None:
@@ -84,7 +112,9 @@ class CostMeter:
             now: seconds on a monotonic clock.
         """
         if self._counted_at is not None:
-            self.spent_usd += self.usd_per_hour * (now - self._counted_at) / 3600
+            hours = (now - self._counted_at) / 3600
+            self.spent_usd += self.usd_per_hour * hours
+            self.saved_usd += self._saving_usd_per_hour * hours
         self._counted_at = now
 
     def take_report(self, now: float) -> bool:
@@ -94,6 +124,10 @@ class CostMeter:
             return False
         self._reported = (now, rate)
         return bool(rate) or last is not None
+
+    def cost(self) -> CostUpdated:
+        """Return the event that reports the cost so far."""
+        return CostUpdated(usd=self.spent_usd, usd_per_hour=self.usd_per_hour, saved_usd=self.saved_usd)
 
     def violation(self) -> str | None:
         """Return why the run must stop, or None while it is within its limits.

@@ -184,6 +184,14 @@ def cost_facts(run: RunSummary) -> list[tuple[str, str]]:
     if cost is None or cost["usd"] is None:
         return []
     facts = [("so far", f"{cost['usd']:,.2f} USD, of all machines and restarts together")]
+    if cost["saved_usd"]:
+        on_demand = cost["usd"] + cost["saved_usd"]
+        facts.append(
+            (
+                "on demand",
+                f"{on_demand:,.2f} USD for the same hours, of which {cost['saved_usd'] / on_demand:.0%} was saved",
+            )
+        )
     tokens, limit = run.last.get("train/tokens"), run.plan.job.resources.max_usd
     if tokens:
         facts.append(("per token", f"{cost['usd'] / tokens * 1e6:,.4g} USD per million training tokens"))

@@ -133,12 +133,13 @@ class SupervisorActor:
     def _build_meter(self) -> CostMeter:
         resources = self._plan.job.resources
         limits = CostLimits(usd=resources.max_usd, usd_per_hour=resources.max_usd_per_hour).capped_by(os.environ)
-        spent_usd = largest_recorded(Path(self._config.run.run_folder) / "events.jsonl", "CostUpdated", "usd")
+        history = Path(self._config.run.run_folder) / "events.jsonl"
         return CostMeter(
             limits,
             head=ray.util.get_node_ip_address(),
             head_usd_per_hour=read_price(os.environ),
-            spent_usd=spent_usd,
+            spent_usd=largest_recorded(history, "CostUpdated", "usd"),
+            saved_usd=largest_recorded(history, "CostUpdated", "saved_usd"),
         )
 
     def _record(self, event: Event) -> None:

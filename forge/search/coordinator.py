@@ -23,7 +23,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 
 from forge.config.overrides import own_values, search_of, trial_job, usual_values
 from forge.errors import RunError
-from forge.events import CostUpdated, Event, TrialEnded, TrialSuggested, event_to_record
+from forge.events import Event, TrialEnded, TrialSuggested, event_to_record
 from forge.plan.plan import Plan, plan_to_json
 from forge.plan.search import SearchPlan
 from forge.pricing.budget import CostLimits, CostMeter, read_price
@@ -283,7 +283,7 @@ class SearchCoordinator:
             self._record_cost()
 
     def _record_cost(self) -> None:
-        counted = CostUpdated(usd=self._meter.spent_usd, usd_per_hour=self._meter.usd_per_hour)
+        counted = self._meter.cost()
         self._recorder.event.remote(counted)
 
     # --- values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forge.errors import ClusterError
-from forge.pricing.budget import CostLimits, CostMeter, read_price
+from forge.pricing.budget import CostLimits, CostMeter, read_price, read_saving
 
 
 def meter(limits: CostLimits = CostLimits(), *, spent_usd: float = 0.0) -> CostMeter:  # noqa: B008 (frozen)
@@ -32,6 +32,24 @@ def test_count__rate_changes_in_between__adds_each_rate_for_its_time() -> None:
     counted.add_agent("a", host="x", usd_per_hour=3.0)
     counted.count(100.0 + 3600)
     assert counted.spent_usd == pytest.approx(5.0 + 0.5 * 1.0 + 0.5 * 4.0)
+
+
+def test_count__spot_machines__adds_what_they_cost_less_than_on_demand() -> None:
+    counted = CostMeter(CostLimits(), head="h", head_usd_per_hour=1.0, spent_usd=2.0, saved_usd=4.0)
+    for node in ("a", "b"):  # two agents on one machine
+        counted.add_agent(node, host="x", usd_per_hour=3.0, saving_usd_per_hour=6.0)
+    counted.add_agent("c", host="y", usd_per_hour=9.0)
+    counted.count(0.0)
+    counted.count(1800.0)
+    assert (counted.spent_usd, counted.saved_usd) == (2.0 + 6.5, 4.0 + 3.0)
+
+
+@pytest.mark.parametrize(
+    ("price", "on_demand", "saving"),
+    [("3", "9", 6.0), ("9", "9", 0.0), ("9", "3", 0.0), ("", "9", 0.0), ("3", "", 0.0)],
+)
+def test_read_saving__known_or_not__difference_or_zero(price: str, on_demand: str, saving: float) -> None:
+    assert read_saving({"FORGE_USD_PER_HOUR": price, "FORGE_ON_DEMAND_USD_PER_HOUR": on_demand}) == saving
 
 
 def test_take_report__same_rate__is_due_once_per_minute() -> None:

@@ -52,7 +52,7 @@ def eventful(*, text: str = "lost") -> History:
             history.change("growth", reason=text)
             history.nodes = ("a", "c")
             history.form(5.0)
-    history.record(CostUpdated(usd=1.25, usd_per_hour=3.0))
+    history.record(CostUpdated(usd=1.25, usd_per_hour=3.0, saved_usd=3.75))
     return history
 
 
@@ -82,7 +82,16 @@ def test_report__run_with_changes__has_figures_changes_cost_and_scores(tmp_path:
     change_tags(folder, add=["baseline"])
     page = Elements(own_text(write_run_report(folder)))
     text = " ".join(page.text)
-    for expected in ("1.25 USD", "2 → 1", "1 → 2", "0.8125", "0.75 to 0.875", "baseline", "2 changes"):
+    for expected in (
+        "1.25 USD",
+        "5.00 USD for the same hours, of which 75% was saved",
+        "2 → 1",
+        "1 → 2",
+        "0.8125",
+        "0.75 to 0.875",
+        "baseline",
+        "2 changes",
+    ):
         assert expected in text, expected
     figures = page.figures
     assert set(figures) == {"loss", "speed", "workers", "cost"}

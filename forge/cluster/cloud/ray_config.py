@@ -358,11 +358,19 @@ def _environment(spec: CloudSpec, *, plan: InstancePlan) -> str:
     exports = " ".join(f"{name}={shell_path(value)}" for name, value in values.items())
     options = {HEAD: plan.head, **{option.node_type: option for option in plan.workers}}
     prices = "".join(
-        f" {node_type}) export FORGE_USD_PER_HOUR={option.usd_per_hour:.6g};;"
+        f" {node_type}) export FORGE_USD_PER_HOUR={option.usd_per_hour:.6g}{_on_demand(option, spec)};;"
         for node_type, option in options.items()
         if option.usd_per_hour is not None
     )
     return f'export {exports}; case "$RAY_NODE_TYPE_NAME" in{prices} *) ;; esac'
+
+
+def _on_demand(option: InstanceOption, spec: CloudSpec) -> str:
+    """The price of a spot machine on demand, which the cost of a run is compared with."""
+    known = machine_types(spec.provider).get(option.machine_type) if option.is_spot else None
+    if known is None or known.usd_per_hour is None:
+        return ""
+    return f" FORGE_ON_DEMAND_USD_PER_HOUR={known.usd_per_hour:.6g}"
 
 
 def _define_ray(python: str) -> str:
