@@ -178,8 +178,14 @@ def handle(folder: Path) -> str:
 
 def _conclude_training(run: RunSummary, *, interrupted: bool, output: Output) -> None:
     from forge.cli import display, run_screen
+    from forge.report.run_report import write_end_report
     from forge.runs.reader import read_metrics, search_folder
+    from forge.runs.remote_ref import read_remote_ref
 
+    if read_remote_ref(run.folder) is not None:  # its driver writes the report on the cluster
+        problem = write_end_report(run.folder)
+        if problem is not None:
+            display.message(problem)
     if output is Output.JSON:
         print_record(run)
     else:

@@ -25,6 +25,7 @@ from forge.config.load import load_job
 from forge.errors import ArgumentError, JobFileError, RunError
 from forge.events import CostUpdated, Event, RunFailed, RunFinished, RunStarted, RunStopped, event_to_record
 from forge.runs.create import create_run
+from forge.runs.remote_ref import RemoteRef, write_remote_ref
 from forge.runtime import driver_process
 from forge.runtime.driver_process import RunHandle
 from forge.runtime.resolve import resolve
@@ -400,6 +401,13 @@ class TestRuns:
         make_search(home / "runs", "new")
         with pytest.raises(ArgumentError, match="new has no trials yet"):
             forge("runs", "report", "new")
+
+    def test_watch__run_of_a_cluster_that_ended__writes_its_report_here(self, home: Path) -> None:
+        folder = make_run(home / "runs", "away", steps=6, endings=[RunFinished(step=6)])
+        ref = RemoteRef(cluster="big", folder="/home/u/runs/away", job="", events=0, steps=0)
+        write_remote_ref(folder, ref)
+        assert forge("runs", "watch", "away").exit_code == 0
+        assert "big, its folder there /home/u/runs/away" in (folder / "report.html").read_text()
 
     def test_compare__two_runs__table_json_and_page(self, home: Path, folder: Path) -> None:
         make_run(home / "runs", "other", steps=4)
