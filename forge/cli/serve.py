@@ -182,9 +182,15 @@ def connect(
     import threading
 
     from forge.cli import display
-    from forge.remote.servers import find_any_server
+    from forge.errors import ArgumentError
+    from forge.remote.servers import find_any_server, remote_server
 
     server = find_any_server(name)
+    if not server.is_alive:
+        raise ArgumentError(f"the server '{server.name}' does not run ({server.state}); start it: forge serve RUN")
+    if remote_server(server.name) is None:
+        url = server.record.get("url", "")
+        raise ArgumentError(f"the server '{server.name}' runs on this machine: {url}/v1 needs no connection")
     with _tunnel(server.name, local=port):
         display.message("Ctrl-C ends the connection; the server goes on")
         threading.Event().wait()

@@ -12,7 +12,7 @@ from forge.config.load import LoadedJob, LoadedTask, load_task_text
 from forge.config.task import TaskSpec
 from forge.config.yaml_reader import read_text
 from forge.environment import expand_home
-from forge.errors import DataError
+from forge.errors import DataError, JobFileError
 from forge.plan.plan import DraftPlan
 
 _Plan = TypeVar("_Plan", bound=DraftPlan)
@@ -30,7 +30,10 @@ def with_tasks(plan: _Plan, loaded: LoadedJob) -> _Plan:
     names: dict[str, str] = {}
     tasks: list[TaskSpec] = []
     for path in plan.job.evaluate.tasks:
-        text = read_text(Path(expand_home(path)))
+        try:
+            text = read_text(Path(expand_home(path)))
+        except JobFileError as error:
+            raise loaded.source.error("evaluate.tasks", f"{path}: {error.problem}", show_value=False) from None
         task = _checked(load_task_text(text, path=path))
         problem = task_problem(task.kind, model=kind_of_model(plan.job.training))
         if task.data.held_out and not plan.job.data.held_out:

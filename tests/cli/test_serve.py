@@ -100,7 +100,7 @@ def test_serve__ctrl_c_before_it_is_ready__says_that_it_stops(state: Path, monke
     assert "stopping the server, which is not ready yet" in done.stderr
 
 
-def test_serve__failed__returns_once_its_process_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve__server_that_failed_or_runs_here__is_named_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = server_folder("one")
     folder.mkdir(parents=True)
     (folder / "status.json").write_text(
@@ -111,5 +111,10 @@ def test_serve__failed__returns_once_its_process_has_ended(monkeypatch: pytest.M
     with pytest.raises(ClusterError, match="no room; the log is"):
         runtime_servers.await_ready("one", on_message=print)
     assert next(alive, "used up") == "used up"
+    assert "the server 'one' does not run (failed)" in str(forge("connect", "one").exception)
+    monkeypatch.setattr(runtime_servers, "driver_pid", lambda _: 4711)
+    (folder / "status.json").write_text(json.dumps({"state": "ready", "url": "http://127.0.0.1:8000"}))
+    assert "http://127.0.0.1:8000/v1 needs no connection" in str(forge("connect", "one").exception)
+    monkeypatch.setattr(runtime_servers, "driver_pid", lambda _: None)
     (folder.parent / "two").mkdir()
     assert "no server runs, and several have ended; name one: one, two" in str(forge("stop").exception)

@@ -78,7 +78,7 @@ def test_with_tasks__wrong_tasks__are_named_with_the_line_of_the_job(tmp_path: P
     wrong = write_task(tmp_path, file="c.yaml", kind="classify")
     with pytest.raises(JobFileError, match=r"is for models of the kind classification .*, and this is a causal-lm"):
         plan_of(tmp_path, job_of(tmp_path, wrong))
-    with pytest.raises(JobFileError, match=r"missing\.yaml.*no such file"):
+    with pytest.raises(JobFileError, match=r"job\.yaml:7: evaluate\.tasks: .*missing\.yaml: no such file"):
         plan_of(tmp_path, job_of(tmp_path, str(tmp_path / "missing.yaml")))
     Path(one).write_text("name: a\nkindd: generate\n")
     with pytest.raises(JobFileError, match=r"a\.yaml:2: kindd: unknown key"):
