@@ -144,7 +144,7 @@ def curves_figure(
         data.append(_line(x, one.values["train/loss"], name=name, color=color) | {"legendgroup": str(count)})
         held_out = _line(x, one.values["eval/loss"], name=f"{name}, held out", color=color, mode="lines+markers")
         held_out["line"] |= {"dash": "dash"}
-        data.append(held_out | {"legendgroup": str(count)})
+        data.append(held_out | {"legendgroup": str(count), "showlegend": False})
     x_axis = {"title": {"text": "step"}} if since is None else _HOURS
     layout = {"xaxis": x_axis, "yaxis": {"title": {"text": "loss"}}}
     return _figure(key, title=title, note="dashed: on held-out data", data=data, layout=layout, height=420)
@@ -214,7 +214,7 @@ def _figure(
         "paper_bgcolor": _CLEAR,
         "plot_bgcolor": _CLEAR,
         "font": {"family": "inherit", "size": 12},
-        "legend": {"orientation": "h", "y": 1.12},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         "showlegend": len(drawn) > 1,
         "hovermode": "closest",
     }

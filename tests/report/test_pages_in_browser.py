@@ -39,6 +39,11 @@ INSIDE = """[...document.querySelectorAll('.chart')].every(chart => {
         && drawn.bottom <= outer.bottom;
 })"""
 """Whether every figure is drawn in its card."""
+TABLES_INSIDE = """[...document.querySelectorAll('.wide')].every(table => {
+    const inner = table.getBoundingClientRect(), outer = table.parentElement.getBoundingClientRect();
+    return inner.left >= outer.left && inner.right <= outer.right && inner.bottom <= outer.bottom;
+})"""
+"""Whether every table, which scrolls by itself, ends at the edge of its card."""
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,7 @@ def test_page__in_every_look__draws_fits_and_executes_nothing(
                 await browser.value("dispatchEvent(new Event('beforeprint'))")
             await asyncio.sleep(0.5)
             assert await browser.value(INSIDE), name
+            assert await browser.value(TABLES_INSIDE), name
             shot = await browser.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
             (kept / f"{kind}-{name}.png").write_bytes(base64.b64decode(shot["data"]))
             assert await browser.value("document.documentElement.scrollWidth") <= look["width"], name
