@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from forge.plan.sizing import Limit
     from forge.pricing.offer import Offer
 
+_MOST_HOURS = 1_000_000
 _PANEL = "Size from a limit"
 
 
@@ -222,9 +223,10 @@ def _number(text: str, *, option: str) -> float:
         value = float(text.replace(",", "").replace("_", ""))
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        example, unit = {"--budget": ("5000usd", "USD"), "--flops": ("1e21", "FLOPs")}[option]
-        raise typer.BadParameter(f"{text!r} is not a positive number of {unit}, as in {example}", param_hint=option)
+    example, unit, most = {"--budget": ("5000usd", "USD", 1e12), "--flops": ("1e21", "FLOPs", 1e30)}[option]
+    if not 0 < value <= most:
+        problem = f"{text!r} is not a positive number of {unit} up to {most:g}, as in {example}"
+        raise typer.BadParameter(problem, param_hint=option)
     return value
 
 
@@ -232,7 +234,10 @@ def _hours(text: str) -> float:
     from forge.units import parse_duration_s
 
     try:
-        return parse_duration_s(text if not text.replace(".", "", 1).isdigit() else f"{text}h") / 3600
+        hours = parse_duration_s(text if not text.replace(".", "", 1).isdigit() else f"{text}h") / 3600
+        if hours > _MOST_HOURS:
+            raise ValueError(f"is longer than {_MOST_HOURS:,} hours")
+        return hours
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} {error}", param_hint="--hours") from error
 

@@ -82,6 +82,8 @@ def sizing_notes(run: SizedRun) -> list[str]:
         notes.append(f"assumed: {ASSUMED_INTER_NODE_GBPS:.0f} Gbit/s between machines")
     if run.hours.likely > PATIENCE_HOURS:
         notes.append(f"takes {format_duration(3600 * run.hours.likely)}; --gpus COUNT asks for more GPUs")
+    if run.taken(run.goal.limit.kind) < 0.9 * run.goal.limit.amount:
+        notes.append(f"larger models do not fit on these GPUs, so {run.goal.limit} are not used up; give more GPUs")
     best = run.goal.law.best_scale(run.scale.training_flops, inference_tokens=run.goal.inference_tokens)
     if best.num_parameters < 0.8 * run.shape.num_parameters:
         notes.append("the best model would be smaller than the smallest with this vocabulary")

@@ -31,11 +31,13 @@ _WARMUP = "1%"
 
 
 def vocab_size_of(job: Mapping[str, Any]) -> int:
-    """Return the vocabulary of a job, as written."""
+    """Return the vocabulary of a job, as written. Raises: PlanError if it is no positive number."""
     tokenizer = job["data"].get("tokenizer", {})
-    if "vocab_size" in job["model"]:
-        return int(job["model"]["vocab_size"])
-    return int(tokenizer.get("vocab_size", 8192)) if "from_pretrained" not in tokenizer else DEFAULT_VOCAB_SIZE
+    trained = DEFAULT_VOCAB_SIZE if tokenizer.get("from_pretrained") else tokenizer.get("vocab_size", 8192)
+    size = job["model"].get("vocab_size", trained)
+    if not isinstance(size, int) or size < 1:
+        raise PlanError(f"{size!r} is not a number of tokens", job_key="model.vocab_size")
+    return size
 
 
 def require_sizable(job: Mapping[str, Any]) -> None:

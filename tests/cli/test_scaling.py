@@ -82,6 +82,11 @@ def test_plan__hours_on_a_cluster_file__all_its_workers(folder: Path) -> None:
     assert "us-east-1" in found["machines"]
 
 
+def test_plan__more_hours_than_the_largest_model_that_fits__says_so() -> None:
+    done = forge("plan", "--hours", "10000", "--gpu", "L4", "--gpus", "1")
+    assert "larger models do not fit on these GPUs, so 10,000.0 hours are not used up" in done.stderr
+
+
 def test_plan__law_of_own_runs__used_instead_of_the_published_one(folder: Path) -> None:
     write_law(folder / "law.yaml", fit_law(law_points()), runs=law_points())
     done = forge("plan", "--flops", "1e19", "--law", "law.yaml", "-o", "json")
@@ -102,6 +107,9 @@ def test_plan__file_of_somebody_else__not_overwritten(folder: Path) -> None:
         (("--budget", "0usd"), "is not a positive number of USD"),
         (("--budget", "nan"), "is not a positive number of USD"),
         (("--flops", "1e999"), "is not a positive number of FLOPs"),
+        (("--flops", "1e31"), "up to 1e+30"),
+        (("--budget", "1e300usd"), "up to 1e+12"),
+        (("--hours", "9999999h", "--gpu", "H100", "--gpus", "8"), "longer than 1,000,000 hours"),
         (("--hours", "24h"), "hours of which GPUs"),
         (("--hours", "soon", "--gpu", "H100", "--gpus", "8"), "is not a duration"),
         (("--budget", "5", "--flops", "1e20"), "give one of"),

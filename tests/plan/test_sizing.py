@@ -137,6 +137,12 @@ def test_job__with_sections_of_its_own__kept() -> None:
     assert job["checkpoint"] == {"keep": 9}
 
 
+@pytest.mark.parametrize("size", ["abc", 0, -5, 2.5])
+def test_vocabulary__not_a_number_of_tokens__error(size: object) -> None:
+    with pytest.raises(PlanError, match="not a number of tokens"):
+        vocab_size_of({**BASE_JOB, "model": {"architecture": "llama", "vocab_size": size}})
+
+
 @pytest.mark.parametrize(
     "change",
     [{"model": {"from_pretrained": "x"}}, {"model": {"architecture": "gpt2"}}, {"training": {"objective": "chat"}}],
