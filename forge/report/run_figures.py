@@ -109,7 +109,10 @@ def workers_figure(events: Iterable[Mapping[str, Any]], *, since: float, until: 
         title="World size",
         note="0 while no generation trains",
         data=[trace] if any(sizes) else [],
-        layout={"xaxis": _HOURS, "yaxis": {"title": {"text": "workers"}, "rangemode": "tozero", "tickformat": "d"}},
+        layout={
+            "xaxis": _HOURS,
+            "yaxis": {"title": {"text": "workers"}, "rangemode": "tozero", "dtick": -(-max(sizes) // 6) or 1},
+        },
     )
 
 
@@ -117,13 +120,14 @@ def cost_figure(events: Iterable[Mapping[str, Any]], *, since: float) -> PageFig
     """What the run had cost over the hours since the start."""
     costs = [event for event in events if event["event"] == "CostUpdated" and event["usd"] is not None]
     costs = costs[:: len(costs) // 1500 + 1] + costs[-1:]
-    hours = _hours([event["time"] for event in costs], since=since)
-    trace = _line(hours, [event["usd"] for event in costs], name="USD", color=PALETTE[4])
+    hours = _hours([since, *(event["time"] for event in costs)], since=since)
+    usd = [0.0, *(event["usd"] for event in costs)]
+    trace = _line(hours, usd, name="USD", color=PALETTE[4])
     return _figure(
         "cost",
         title="Cost so far",
         note="of all machines together",
-        data=[trace],
+        data=[trace] if costs else [],
         layout={"xaxis": _HOURS, "yaxis": {"title": {"text": "USD"}, "rangemode": "tozero"}},
     )
 
