@@ -4,9 +4,11 @@ Model state follows the ZeRO paper (arXiv 1910.02054, section 3.1 and figure 1).
 and AdamW's first and second moment, it takes 2Ψ + 2Ψ + 12Ψ bytes for Ψ parameters; each term is divided by the
 world size W from the ZeRO stage that shards it. In fp32 under ZeRO 0 the weights are their own master copy: 4Ψ + 4Ψ
 + 8Ψ; ZeRO 1 to 3 keep a separate fp32 partition in that case too. Other optimizers have other states than these 8Ψ
-(`forge.plan.parameter_groups`). DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`, and likewise for
-ZeRO 3) also count the gradients in fp32 during an update, 4Ψ ÷ W bytes, when the activations are gone, and under
-ZeRO 3 the gradient of the largest module; tests/plan/test_memory_deepspeed.py holds every difference.
+(`forge.plan.parameter_groups`).
+
+DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`, and likewise for ZeRO 3) also count the
+gradients in fp32 during an update, 4Ψ ÷ W bytes, when the activations are gone, and under ZeRO 3 the gradient of
+the largest module; tests/plan/test_memory_deepspeed.py holds every difference.
 
 Activations follow Korthikanti et al. (arXiv 2205.05198, equation 2) without attention scores, because torch's
 scaled_dot_product_attention does not store them. They are an estimate (shown with ~); model state is exact up to
