@@ -17,7 +17,6 @@ from forge.config.locations import SourceMap, parent_key
 from forge.config.section import FieldError, FieldErrors, Section
 from forge.config.yaml_reader import join_key
 from forge.errors import JobFileError, printable
-from forge.process import one_line
 
 _OTHER_WORDS = {
     "learning_rate": "training.optimizer.lr",
@@ -86,13 +85,16 @@ def field_errors(
     return [other for other in found if other.problem != _MISSING or other.key not in meant]
 
 
-def invalid_value(error: Exception) -> str:
-    """Return on one line why a stored section cannot be read: its first key that this version does not accept."""
+def invalid_value(error: Exception) -> str | None:
+    """Return on one line which key of a stored job this version does not accept; None for other errors."""
     if not isinstance(error, ValidationError):
-        return one_line(error)
+        return None
     first = error.errors(include_url=False, include_context=False)[0]
     value = printable(repr(first["input"]), limit=60)
-    return f"this version of forge does not accept its {_dotted(first['loc'])}: {first['msg']} (got {value})"
+    return (
+        f"this version of forge does not accept {_dotted(first['loc'])} of its job: {first['msg']} (got {value}); "
+        "use the version that wrote it"
+    )
 
 
 def _translated(

@@ -44,6 +44,7 @@ from forge.plan.parameter_groups import OptimizerState, groups_of, optimizer_sta
 from forge.plan.schedule import FormerLength, ScheduleSteps, schedule_steps
 from forge.plan.search import SearchPlan
 from forge.plan.warnings import corpus_warnings
+from forge.process import one_line
 
 FORMAT_VERSION = 3
 _OPTIONAL = (
@@ -229,7 +230,7 @@ def plan_from_json(text: str | bytes) -> Plan:
         plan = from_record(Plan, body | {"job": job}, nan_for_null=True)
         _require_not_negative(plan)
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"not a plan of forge: {invalid_value(error)}") from error
+        raise PlanError(invalid_value(error) or f"not a plan of forge: {one_line(error)}") from error
     return plan
 
 

@@ -42,6 +42,14 @@ def test_plan_from_json__round_trip__keeps_every_byte() -> None:
     assert plan_to_json(plan_from_json(text)) == text
 
 
+def test_plan_from_json__job_of_another_version__names_the_key_on_one_line() -> None:
+    text = plan_to_json(plan()).replace('"reference": "stored"', '"reference": "precomputed"')
+    with pytest.raises(
+        PlanError, match=r"^this version .* not accept training\.dpo\.reference .*; use the version that wrote it$"
+    ):
+        plan_from_json(text)
+
+
 def test_plan_to_json__nan__is_null() -> None:
     assert json.loads(plan_to_json(plan()))["corpus"]["unigram_perplexity"] is None
 
