@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import ArgumentError, printable
+from forge.foreign import read_file
 from forge.fs import write_atomic
 
 KEYS_VARIABLE = "FORGE_SERVE_API_KEYS"
@@ -31,6 +32,8 @@ _PREFIX = "forge-"
 _MIN_CHARS = 20
 """A shorter key could be guessed."""
 _MAX_FILE_BYTES = 2**20
+_MAX_LIMIT = 1e15
+"""An integer of TOML may be too large for a float."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -123,15 +126,18 @@ def read_keys(path: Path, *, limits: KeyLimits) -> tuple[ApiKey, ...]:
     Raises: ArgumentError if the file cannot be read, is writable by other users, or has an invalid key or limit.
     """
     try:
-        status = path.stat()
-        if status.st_mode & 0o022:
+        file = path.resolve()  # a secret of Kubernetes is a link
+        if file.stat().st_mode & 0o022:
             raise ArgumentError(f"{path} is writable by other users, who could add keys: chmod go-w {path}")
-        if status.st_size > _MAX_FILE_BYTES:
-            raise ArgumentError(f"{path} has {status.st_size} bytes; a file of keys has at most {_MAX_FILE_BYTES}")
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArgumentError(f"the file of keys {path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = read_file(file, max_bytes=_MAX_FILE_BYTES)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ArgumentError(f"the file of keys {path} cannot be read: {reason}") from error
+    except ValueError as error:
+        raise ArgumentError(f"the file of keys is too large: {error}") from error
+    try:
+        tables = tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(f"{path} is not TOML: {printable(str(error), limit=200)}") from error
     return tuple(_key(name, table, path=path, limits=limits) for name, table in tables.items())
 
@@ -149,8 +155,8 @@ def _key(name: str, table: Any, *, path: Path, limits: KeyLimits) -> ApiKey:
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise ArgumentError(f"{where}: sha256 must be the key's digest, 64 hex digits: forge serve key {name}")
     for limit, value in table.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ArgumentError(f"{where}: {limit} must be a positive number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_LIMIT:
+            raise ArgumentError(f"{where}: {limit} must be a positive number, at most {_MAX_LIMIT:g}")
     own = KeyLimits(**({each.name: getattr(limits, each.name) for each in fields(KeyLimits)} | table))
     return ApiKey(name=name, sha256=digest, limits=own)
 

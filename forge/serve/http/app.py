@@ -6,6 +6,7 @@ model in its own process.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
@@ -35,7 +36,7 @@ _DEFAULT_TRANSLATION_TOKENS = 256
 
 def build_app(serving: Serving) -> Guard:
     """Build the ASGI application of a server."""
-    app = FastAPI(title="forge", docs_url=None, redoc_url=None)
+    app = FastAPI(title="forge", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
@@ -141,8 +142,10 @@ async def _admitted(serving: Serving, request: Request, work: Callable[[], Await
     key = serving.key_of(request)
     serving.limiter.admit(key)
     ticket = serving.admission.enter()
+    limit_s = key.limits.seconds_per_request
     try:
-        answer = await unless_gone(request, repeated(work))
+        async with asyncio.timeout(limit_s):
+            answer = await unless_gone(request, repeated(work))
         num_generated = getattr(answer, "completion_tokens", 0)
         serving.limiter.charge(key, num_tokens=answer.prompt_tokens + num_generated)
         serving.telemetry.prompted(answer.prompt_tokens, key=key.name)
@@ -150,6 +153,13 @@ async def _admitted(serving: Serving, request: Request, work: Callable[[], Await
             serving.telemetry.generated(num_generated, key=key.name)
         request.state.entry["prompt_tokens"] = answer.prompt_tokens
         return answer
+    except TimeoutError:
+        serving.telemetry.cut("time")
+        raise ApiError(
+            f"the answer takes more than the {limit_s:g} s that its key allows; send less at once",
+            status=503,
+            code="time_limit",
+        ) from None
     finally:
         ticket.close()
 
@@ -214,7 +224,7 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = request.url.path[:120]
+    path = request.scope["path"][:120]  # request.url needs a valid Host header
     is_near = any(getattr(route, "path", "") == f"/v1{path}" for route in request.app.routes)
     hint = f"; did you mean /v1{path}? The base URL of clients ends with /v1" if is_near else ""
     message = {404: f"there is no route {path}{hint}", 405: f"{request.method} is not for this route"}

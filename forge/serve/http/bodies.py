@@ -8,10 +8,12 @@ Source: https://platform.openai.com/docs/api-reference
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from forge.foreign import parse_json
 from forge.serve.http.errors import ApiError
 
 MAX_CHOICES = 64
@@ -21,22 +23,35 @@ _MAX_STOPS = 16
 _MAX_LOGPROBS = 20
 _MAX_SEED = 2**63 - 1
 
+_Item = TypeVar("_Item")
+_MAX_FIELDS = 64
+"""Of one object: each unknown one would be an error of its own, which costs many times the memory of its text."""
+
 Text = Annotated[str, Field(max_length=1 << 26)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Items = Annotated[list[_Item], Field(fail_fast=True)]
+"""A list that is refused at its first wrong item: a body has room for a million, with several errors each."""
+TokenIds = Annotated[Items[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
-class _Body(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _require_few_fields(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > _MAX_FIELDS:
+            raise ValueError(f"it has {len(given)} fields, more than any object of this API")
+        return given
+
+
+class _Body(_Strict):
     model: str
     user: str | None = None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Strict):
     """What a stream has besides its text."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -49,7 +64,7 @@ class _Sampled(_Body):
     top_p: Probability | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-_MAX_SEED, le=_MAX_SEED)] | None = None
-    stop: Text | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=_MAX_STOPS)] | None = None
+    stop: Text | Annotated[Items[Annotated[str, Field(min_length=1)]], Field(max_length=_MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # As vLLM's server has them, for samplers that OpenAI's API does not name.
@@ -65,7 +80,7 @@ class _Sampled(_Body):
     # Refused unless neutral.
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -90,8 +105,8 @@ class CompletionBody(_Sampled):
     prompt: (
         Text
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
+        | Annotated[Items[Text], Field(min_length=1)]
+        | Annotated[Items[TokenIds], Field(min_length=1)]
     )
     max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
@@ -113,43 +128,35 @@ class CompletionBody(_Sampled):
         return tuple(each if isinstance(each, str) else tuple(each) for each in given)
 
 
-class TextPart(BaseModel):
+class TextPart(_Strict):
     """A part of a message. Pictures and sounds are refused by its type."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     type: Literal["text"]
     text: Text
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(_Strict):
     """What the model asked a tool to do."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     name: str
     arguments: Text
 
 
-class ToolCall(BaseModel):
+class ToolCall(_Strict):
     """A call of a tool in an earlier turn."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(_Strict):
     """One turn of a conversation."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Items[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
 
@@ -160,21 +167,27 @@ class ChatMessage(BaseModel):
         return self
 
 
-class FunctionTool(BaseModel):
+class FunctionTool(_Strict):
     """A function that the model may call."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    @field_validator("parameters")
+    @classmethod
+    def _require_plain(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Refuse what cannot be sent to a replica, or written into a prompt: deep nesting, half characters."""
+        try:
+            parse_json(json.dumps(given))
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        return given
 
-class OfferedTool(BaseModel):
+
+class OfferedTool(_Strict):
     """An entry of `tools`."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     type: Literal["function"]
     function: FunctionTool
@@ -183,16 +196,16 @@ class OfferedTool(BaseModel):
 class ChatBody(_Sampled):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=10_000)]
     max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[OfferedTool], Field(max_length=128)] | None = None
+    tools: Annotated[Items[OfferedTool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    modalities: Items[str] | None = None
     reasoning_effort: str | None = None
 
     def _refused(self) -> dict[str, tuple[Any, ...]]:
@@ -212,7 +225,7 @@ class ChatBody(_Sampled):
 class EmbeddingBody(_Body):
     """`/v1/embeddings`."""
 
-    input: Text | TokenIds | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    input: Text | TokenIds | Annotated[Items[Text], Field(min_length=1, max_length=2048)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
@@ -232,7 +245,7 @@ class ClassifyBody(_Body):
     input: (
         Text
         | Annotated[
-            list[Text | Annotated[list[Text], Field(min_length=2, max_length=2)]],
+            Items[Text | Annotated[Items[Text], Field(min_length=2, max_length=2)]],
             Field(min_length=1, max_length=2048),
         ]
     )
@@ -241,6 +254,6 @@ class ClassifyBody(_Body):
 class TranslateBody(_Body):
     """`/v1/translate`: sources, of which each gets the text that an encoder-decoder writes for it."""
 
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    input: Text | Annotated[Items[Text], Field(min_length=1, max_length=2048)]
     max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
     num_beams: Annotated[int, Field(ge=1, le=64)] | None = None

@@ -12,7 +12,11 @@ _MAX_HEADER_BYTES = 64 * 2**10
 
 
 class LimitedConnection(HttpToolsProtocol):
-    """Closes a connection whose request headers are not complete in time, or are too large."""
+    """Closes a connection whose request headers are not complete in time, or are too large.
+
+    Bytes count until a part of a body or the end of the headers comes: also trailers behind a body in chunks, and
+    the headers of a next request that is sent while the first is answered, are kept in memory.
+    """
 
     _timer: asyncio.TimerHandle | None = None
     _num_header_bytes = 0
@@ -22,19 +26,24 @@ class LimitedConnection(HttpToolsProtocol):
         self._await_headers()
 
     def data_received(self, data: bytes) -> None:
-        is_waiting = self._timer is not None
-        if is_waiting:
-            self._num_header_bytes += len(data)
-        elif self._is_between_requests():
+        is_between = self._is_between_requests()
+        if self._timer is None and is_between:
             self._await_headers()
+        self._num_header_bytes += len(data)
         super().data_received(data)
-        if self._timer is not None and self._num_header_bytes > _MAX_HEADER_BYTES:
-            self.send_400_response("The request's headers are too large.")
+        if self._num_header_bytes > _MAX_HEADER_BYTES and not self.transport.is_closing():
+            if is_between:
+                self.send_400_response("The request's headers are too large.")
             self._headers_complete()
+            self.transport.close()
 
     def on_headers_complete(self) -> None:
         self._headers_complete()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_header_bytes = 0
+        super().on_body(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_complete()
@@ -44,10 +53,10 @@ class LimitedConnection(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _await_headers(self) -> None:
-        self._num_header_bytes = 0
         self._timer = asyncio.get_running_loop().call_later(HEADER_TIMEOUT_S, self._time_out)
 
     def _headers_complete(self) -> None:
+        self._num_header_bytes = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -83,7 +83,8 @@ class Guard:
 
         try:
             scope["state"]["key"] = self._admit(scope, headers)
-            body = await self._read_body(headers, receive)
+            most = 0 if _is_open(scope["path"]) else self._settings.max_body_bytes
+            body = await self._read_body(receive, most=most)
             await self._app(scope, _replay(body, receive), guarded_send)
         except ApiError as error:
             await error.response()(scope, receive, guarded_send)
@@ -98,8 +99,7 @@ class Guard:
         """Check who asks. Returns: the key; None where none is needed. Raises: ApiError."""
         if self._keys.is_open and self._settings.is_loopback:
             self._require_own_host(headers)
-        path = str(scope["path"])
-        if path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX) or self._keys.is_open:
+        if _is_open(scope["path"]) or self._keys.is_open:
             return None
         try:
             self._keys.refresh()
@@ -129,9 +129,9 @@ class Guard:
                     code="foreign_host",
                 )
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
+    async def _read_body(self, receive: Receive, *, most: int) -> bytes:
         """Read a request's body. Raises: ApiError if it is too large or too slow; ClientGoneError."""
-        most, parts, size = self._settings.max_body_bytes, [], 0
+        parts, size = [], 0
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
                 while True:
@@ -167,6 +167,11 @@ class Guard:
             key = scope["state"].get("key")
             record = entry | {"key": key.name if key else None, "route": route, "status": status}
             _log.info(json.dumps(record | {"seconds": round(seconds, 4)}))
+
+
+def _is_open(path: str) -> bool:
+    """Whether a path needs no key. It takes no body either: any client could fill the memory with them."""
+    return path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

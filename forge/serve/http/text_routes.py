@@ -14,6 +14,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from forge.foreign import parse_json
 from forge.serve.calls import GenerateCall, TextDelta, TextOptions
 from forge.serve.http.answers import AnswerChoice, AnswerForm
 from forge.serve.http.bodies import MAX_CHOICES, ChatBody, ChatMessage, CompletionBody
@@ -228,8 +229,8 @@ def _message(message: ChatMessage) -> dict[str, Any]:
     if message.role == "developer":
         shown["role"] = "system"
     for call in shown.get("tool_calls", ()):
-        with contextlib.suppress(ValueError, RecursionError):
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        with contextlib.suppress(ValueError):  # else they stay text
+            call["function"]["arguments"] = parse_json(call["function"]["arguments"])
     return shown
 
 

@@ -56,12 +56,23 @@ class ToolCallParser:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(value, Mapping) or value.get("name") not in self._names:
+        name = value.get("name") if isinstance(value, Mapping) else None
+        if not isinstance(name, str) or name not in self._names:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
         written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        function = {"name": value["name"], "arguments": written}
+        if not _is_utf8(written):
+            return None  # half a surrogate pair, by an escape of JSON: the answer could not be sent
+        function = {"name": name, "arguments": written}
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _overlap(text: str, marker: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
 from forge.errors import ArgumentError
 from forge.serve.calls import GenerateCall, ReplicaLostError, TextDelta, TextOptions
@@ -26,6 +28,7 @@ from forge.serve.http.api_keys import (
     new_key,
     read_keys,
 )
+from forge.serve.http.bodies import ChatBody, ClassifyBody, CompletionBody, EmbeddingBody
 from forge.serve.http.errors import ApiError
 from forge.serve.http.generation import Generator, Usage
 from forge.serve.http.rate_limit import RateLimiter
@@ -80,6 +83,10 @@ def test_key_file__added_keys__are_found_and_not_stored(tmp_path: Path) -> None:
         (f"['a b']\nsha256 = '{digest_of('x')}'\n", "a table with a name"),
         ("a = 3", "a table with a name"),
         ("[a\n", "is not TOML"),
+        ("a = " + "[" * 10_000, "is not TOML"),
+        ("a = " + "9" * 5_000, "is not TOML"),
+        (f"[a]\nsha256 = '{digest_of('x')}'\ntokens_per_minute = 1{'0' * 400}\n", "positive number"),
+        ("#" * (2**20 + 1), "too large"),
         ("\xff", "is not TOML"),
     ],
 )
@@ -94,6 +101,67 @@ def test_key_file__others_may_write_it__is_refused(tmp_path: Path) -> None:
     (tmp_path / "keys.toml").chmod(0o666)
     with pytest.raises(ArgumentError, match="writable by other users"):
         read_keys(tmp_path / "keys.toml", limits=NO_LIMITS)
+
+
+def test_key_file__becomes_a_pipe__former_keys_stay_in_force(tmp_path: Path) -> None:
+    file, key = tmp_path / "keys.toml", new_key()
+    add_key(tmp_path / "real.toml", name="a", key=key)
+    file.symlink_to("real.toml")  # as Kubernetes mounts secrets
+    ring = KeyRing((), file=file, limits=NO_LIMITS)
+    file.unlink()
+    os.mkfifo(file, 0o600)
+    with pytest.raises(ArgumentError, match="cannot be read"):
+        ring.refresh()
+    assert ring.find(f"Bearer {key}") is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"name": ["now"], "arguments": {}}', '{"name": {}}', '{"name": "now", "arguments": {"at": "\\ud800"}}'],
+)
+def test_tool_calls__unusable_ones__are_content(text: str) -> None:
+    parser = ToolCallParser(frozenset({"now"}))
+    content = parser.feed(text)
+    rest, calls = parser.finish()
+    assert (content + rest, calls) == (text, [])
+
+
+def chat_of(**fields: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionBody, {"model": "m", "prompt": [None] * 10_000}),
+        (CompletionBody, {"model": "m", "prompt": [[None] * 10_000]}),
+        (CompletionBody, {"model": "m", "prompt": "x", **{f"a{number}": 0 for number in range(10_000)}}),
+        (EmbeddingBody, {"model": "m", "input": [None] * 10_000}),
+        (ClassifyBody, {"model": "m", "input": [[None] * 10_000] * 10}),
+        (ChatBody, chat_of(messages=[None] * 9_000)),
+        (ChatBody, chat_of(messages=[{"role": "user", "content": [{}] * 10_000}])),
+        (ChatBody, chat_of(messages=[{"role": "assistant", "tool_calls": [{}] * 10_000}])),
+        (ChatBody, chat_of(modalities=[None] * 10_000)),
+        (ChatBody, chat_of(stop=[None] * 10_000)),
+    ],
+)
+def test_body__many_wrong_values__is_refused_at_the_first(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() <= 8
+
+
+def test_body__logit_bias_of_many_tokens__is_not_supported() -> None:
+    body = ChatBody.model_validate(chat_of(logit_bias=dict.fromkeys(map(str, range(10_000)))))
+    with pytest.raises(ApiError, match="logit_bias is not supported"):
+        body.require_supported()
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 200 + "1" + "}" * 200, '{"a": "\\ud800"}'])
+def test_tools__parameters_that_no_prompt_can_have__are_refused(text: str) -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": json.loads(text)}}
+    with pytest.raises(ValidationError, match="parameters"):
+        ChatBody.model_validate(chat_of(tools=[tool]))
 
 
 def test_environment__short_key__is_refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from forge.data.chat_template import find_chat_template
 from forge.data.tokenizer import load_tokenizer
 from forge.inference.encode import classify, embed
 from forge.inference.loaded import load
+from forge.serve.calls import VectorAnswer
 from forge.serve.chat_prompts import ChatPrompts
 from forge.serve.http import connection
+from forge.serve.http.api_keys import KEYS_VARIABLE, KeyLimits, KeyRing, keys_of_environment, new_key
 from forge.serve.http.settings import ServerSettings
 from forge.serve.service import ModelService
 from tests.support.objectives import write_tokenizer
@@ -156,6 +158,67 @@ def test_headers__too_large__close_the_connection() -> None:
         with pytest.raises(OSError, match=r"reset|pipe"):
             for number in range(10_000):
                 client.sendall(f"X-{number}: {'a' * 1000}\r\n".encode())
+
+
+@pytest.mark.parametrize("start", [b"0\r\n", b"5;"])
+def test_trailers_and_chunk_extensions__too_large__close_the_connection(start: bytes) -> None:
+    with running(NoModel()) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(
+            b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n" + start
+        )
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            for _ in range(10_000):
+                client.sendall(b"X: " + b"a" * 1000 + (b"" if start == b"5;" else b"\r\n"))
+
+
+def test_body__in_chunks_larger_than_headers_may_be__arrives() -> None:
+    chunk = b"%x\r\n%s\r\n" % (50_000, b"[" * 50_000)
+    with running(NoModel()) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(8):
+            client.sendall(chunk)
+        client.sendall(b"0\r\n\r\n")
+        assert client.recv(10_000).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "host", "status"),
+    [
+        ("GET", "/nowhere", "[", 404),
+        ("GET", "/health/", "elsewhere.example", 404),  # no redirect to a host that the client names
+        ("POST", "/health", "localhost", 413),
+        ("POST", "/page/page.js", "localhost", 413),
+    ],
+)
+def test_request__hostile_host_or_body_without_a_key__is_answered(
+    method: str, path: str, host: str, status: int
+) -> None:
+    key = new_key()
+    keys = keys_of_environment({KEYS_VARIABLE: key}, limits=KeyLimits())
+    headers = {"Host": host, "Authorization": f"Bearer {key}"}
+    with running(NoModel(), keys=KeyRing(keys, limits=KeyLimits())) as server:
+        answer = httpx.request(
+            method, server.url + path, headers=headers, content=b"x" if method == "POST" else b"", trust_env=False
+        )
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+class SlowModel:
+    """A backend of embeddings that never come."""
+
+    info = info_of(kind="embedding")
+
+    async def embed(self, texts: Sequence[str]) -> VectorAnswer:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+
+def test_embeddings__longer_than_the_keys_time__are_cut() -> None:
+    with running(SlowModel(), limits=KeyLimits(seconds_per_request=0.2)) as server:
+        answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": "x"}, trust_env=False)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "time_limit")
+        assert server.serving.admission.num_requests == 0
 
 
 def test_openapi__of_the_server__names_its_routes() -> None:
