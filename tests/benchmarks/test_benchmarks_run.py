@@ -22,6 +22,7 @@ SLOW = (
     "finetune",
     "kills",
     "lora",
+    "memory",
     "recovery",
     "serve",
     "snapshot_overhead",
