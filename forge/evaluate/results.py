@@ -16,12 +16,13 @@ from forge.evaluate.metrics.base import ScoredExample
 from forge.evaluate.metrics.build import build_metrics
 from forge.evaluate.shards import TaskShards
 from forge.evaluate.task import TaskExamples
-from forge.foreign import parse_object
+from forge.foreign import parse_object, read_file
 from forge.fs import write_atomic
 from forge.runs.scores import TaskValue, finite
 
 ANSWERS = "evaluations"
 """The folder of the files with the answers, in that of the run."""
+_MAX_BYTES = 2**32
 
 
 def score_task(shards: TaskShards, outputs: Sequence[ScoredExample]) -> dict[str, TaskValue]:
@@ -55,7 +56,7 @@ def write_answers(path: Path, shards: TaskShards, outputs: Sequence[ScoredExampl
 def read_outputs(path: Path) -> TaskOutputs:
     """Read a file of `write_answers`. Raises: RunError if that cannot be done."""
     try:
-        records = [parse_object(line) for line in path.read_bytes().splitlines()]
+        records = [parse_object(line) for line in read_file(path, max_bytes=_MAX_BYTES).splitlines()]
         return TaskOutputs(
             ids=tuple(f"{record['id']} {record['prompt']}" for record in records),
             examples=tuple(_output(record["output"]) for record in records),
@@ -103,7 +104,9 @@ def _lines(shards: TaskShards, outputs: Sequence[ScoredExample]) -> Iterator[dic
         }
 
 
-def _output(record: Mapping[str, Any]) -> ScoredExample:
+def _output(record: Any) -> ScoredExample:
+    if not isinstance(record, dict):
+        raise ValueError("an output is not a JSON object")
     fields: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
     return ScoredExample(**fields)
 
