@@ -55,10 +55,19 @@ def exact_logits(loaded: LoadedModel, ids: Sequence[int], *, first: int, source:
 
 @contextmanager
 def double_precision(model: Any) -> Iterator[None]:
-    """Let every module of a model compute in fp64, by converting its own parameters while it runs."""
+    """Let every module of a model compute in fp64, by converting its own parameters while it runs.
+
+    A layer with adapters is converted as a whole: peft reads the dtypes of its parts before they compute.
+    """
     with ExitStack() as stack:
+        parts: set[nn.Module] = set()
         for module in model.modules():
-            if isinstance(module, nn.Embedding):  # a table is larger than what is looked up
+            if module in parts:
+                continue
+            if hasattr(module, "cast_input_dtype_enabled"):
+                parts.update(module.modules())
+                stack.enter_context(_converted(module, recurse=True))
+            elif isinstance(module, nn.Embedding):  # a table is larger than what is looked up
                 handle = module.register_forward_hook(lambda module, arguments, output: output.double())
                 stack.callback(handle.remove)
             elif module._parameters:
@@ -67,18 +76,18 @@ def double_precision(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _converted(module: nn.Module) -> Iterator[None]:
-    held: dict[str, Tensor] = {}
+def _converted(module: nn.Module, *, recurse: bool = False) -> Iterator[None]:
+    held: dict[nn.Parameter, Tensor] = {}
 
     def convert(module: nn.Module, arguments: Any) -> None:
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point():
-                held[name] = parameter.data
+        for parameter in module.parameters(recurse=recurse):
+            if parameter.is_floating_point():
+                held[parameter] = parameter.data
                 parameter.data = parameter.data.double()
 
     def restore(module: nn.Module, arguments: Any, output: Any) -> None:
-        for name, data in held.items():
-            module._parameters[name].data = data  # type: ignore[union-attr]
+        for parameter, data in held.items():
+            parameter.data = data
         held.clear()
 
     handles = (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 from forge.errors import ArgumentError
 from forge.inference.exact import exact_logits
@@ -52,6 +54,23 @@ def greedy_alone(loaded: LoadedModel, prompt: str, *, max_tokens: int) -> tuple[
         if ids[-1] in loaded.end_ids:
             break
     return tuple(ids[start:])
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_exact_logits__adapters__are_those_of_the_whole_model_in_fp64(
+    llama_folder: Path, dtype: Dtype, use_dora: bool
+) -> None:
+    loaded = load(llama_folder, dtype=dtype, device="cpu")
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, use_dora=use_dora)
+    model = inject_adapter_in_model(adapters, loaded.model).eval()
+    ids = loaded.encode(TEXTS[0])
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    found = exact_logits(replace(loaded, model=model), ids, first=1)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    with torch.inference_mode():
+        expected = model.double()(input_ids=torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
