@@ -93,7 +93,7 @@ def router_losses_of(model: nn.Module) -> dict[str, RouterLoss]:
 
     Raises: ModelError if it has one that cannot be computed by rows.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "config"):
         return {}
     if not getattr(model.config.get_text_config(), "output_router_logits", False):
         return {}

@@ -73,8 +73,16 @@ def test_exact_logits__adapters__are_those_of_the_whole_model_in_fp64(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("shared", ["", TEXTS[1] * 2])
+@pytest.mark.parametrize(
+    ("dtype", "shared"),
+    [
+        ("fp32", ""),
+        ("bf16", TEXTS[1] * 2),
+        pytest.param("fp32", TEXTS[1] * 2, marks=pytest.mark.slow),
+        pytest.param("bf16", "", marks=pytest.mark.slow),
+    ],
+    ids=["fp32", "bf16, shared beginning", "fp32, shared beginning", "bf16"],
+)
 def test_generate__greedy__same_at_every_batch_and_order(llama_folder: Path, dtype: Dtype, shared: str) -> None:
     loaded = load(llama_folder, dtype=dtype, device="cpu")
     asked, sampling = prompts(shared=shared), SamplingParams(max_tokens=10)

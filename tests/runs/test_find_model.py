@@ -17,7 +17,10 @@ def test_find_model__folder_of_weights__is_found_by_its_marker(tmp_path: Path) -
         find_model(tmp_path, root=tmp_path / "runs", marker="adapter_config.json")
 
 
-def test_find_model__neither_folder_nor_run__likeliest_cause_first(tmp_path: Path) -> None:
+def test_find_model__neither_folder_nor_run__likeliest_cause_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORGE_STATE", str(tmp_path / "state"))  # its index may know of runs in other folders
     (tmp_path / "smollm2").mkdir()
     root = tmp_path / "runs"
     for name, message in (

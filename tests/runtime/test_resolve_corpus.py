@@ -58,7 +58,7 @@ def test_resolve_draft__short_documents__says_that_nothing_is_evaluated() -> Non
 def test_resolve_draft__special_tokens_in_the_text__are_counted_and_selectable() -> None:
     write_corpus(*["<|endoftext|>" + "some words " * 50] * 20)
     assert any("<|endoftext|> (20x)" in warning for warning in draft().warnings)
-    assert not any("spells" in warning for warning in draft("data.special_tokens=tokens").warnings)
+    assert not any("spells" in warning for warning in draft("data.special_tokens=parse").warnings)
 
 
 def test_resolve_draft__large_corpus__is_looked_at_and_not_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
