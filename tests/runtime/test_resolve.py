@@ -57,6 +57,7 @@ def test_resolve_draft__packing_without_isolation__names_the_line_and_what_to_us
     assert "packing: examples" in (home / "job.yaml").read_text().splitlines()[(caught.value.line or 0) - 1]
 
 
+@pytest.mark.slow
 def test_resolve_draft__packing_with_isolation__has_a_plan(home: Path) -> None:
     assert resolve_draft(packed_job(home, name="Isolating")).model.isolation_problem is None
 

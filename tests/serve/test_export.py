@@ -176,6 +176,7 @@ def test_copy_tokenizer__hostile_folder__copies_no_code_and_replaces_no_model_fi
         _copy_tokenizer(source, to)
 
 
+@pytest.mark.slow
 def test_export_weights__in_its_own_process__reports_the_bytes_it_writes(llama: str, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     answer = export_weights(url=llama, to=str(tmp_path / "out"), on_progress=lambda *pair: seen.append(pair))
