@@ -189,8 +189,8 @@ def _is_spot_worth_it(now: Situation, *, price: float, is_filling: bool) -> bool
 
 
 def _best_region(now: Situation) -> int:
-    """The region to be in: another one only if it has twice as many machines for the run, because all of them start
-    anew there, or as many at a much lower price."""
+    """Choose the region. A move restarts all machines, so another region needs twice as many machines for the run,
+    or as many at a much lower price."""
 
     def count(i: int) -> int:
         return min(now.num_nodes, now.regions[i].num_available)

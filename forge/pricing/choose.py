@@ -38,7 +38,7 @@ class OfferFilter:
 def find_offers(offers: Sequence[Offer], *, wanted: OfferFilter) -> list[Offer]:
     """Return the offers with a known price, the cheapest per GPU-hour first; of each region the cheapest zone.
 
-    Raises: ArgumentError if nobody sells it, with what is sold instead.
+    Raises: ArgumentError if no cloud offers it; the message lists the GPUs on offer.
     """
     found = [offer for offer in offers if offer.num_gpus]
     if wanted.gpu is not None:

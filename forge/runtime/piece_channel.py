@@ -36,7 +36,7 @@ class ReturnAddress:
 
 
 class Inbox:
-    """What one call has returned and nobody has taken yet."""
+    """The pieces that one call has returned and its caller has not read."""
 
     def __init__(self) -> None:
         self._pieces: list[TextDelta] = []

@@ -116,4 +116,5 @@ def test_server__killed__died(cluster: Elsewhere, tmp_path: Path) -> None:
     start_any_server(settings_of(write_causal_lm(tmp_path / "tiny")), cluster="elsewhere", on_message=print)
     pid = await_ready("far", on_message=print, look=find_any_server).record["pid"]
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: find_any_server("far").state == "died")
+    found = wait_for(lambda: (seen := find_any_server("far")).state == "died" and seen)
+    assert found.state == "died"
