@@ -46,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     # Ray starts workers with niceness 15: beside other work on the same cores ranks get a few percent of the CPU.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray's library reads this once, when it is first imported: every process of the tests has the same mode as forge.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ["FORGE_TEST_SEED"] = str(SEED)  # the same in the processes of pytest-xdist
 
 
@@ -100,7 +102,7 @@ def closed_port() -> Iterator[int]:
 def _module_environment() -> Iterator[None]:
     """Undo what the tests of a module, its fixtures and the tested code changed in `os.environ`.
 
-    forge sets `RAY_AUTH_MODE` where it talks to a cluster; a later module's `ray.init` must not see it.
+    forge sets variables of Ray where it talks to a cluster; a later module's `ray.init` must not see them.
     Within a module the changes stay: its fixtures may have made them.
     """
     before = dict(os.environ)

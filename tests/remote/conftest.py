@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -9,8 +8,6 @@ import pytest
 
 from tests.support.remote_client import Elsewhere, elsewhere
 
-# A process of forge that connects to a cluster has this mode before it imports Ray, which reads it once.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
 _FINDERS = ("evaluate.answer_map.find_cluster", "evaluate.run.find_cluster")
 _FINDERS += ("remote.servers.find_cluster", "remote.servers.find_known")
 
