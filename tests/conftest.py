@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     # Ray starts workers with niceness 15: beside other work on the same cores ranks get a few percent of the CPU.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Ray's library reads this once, when it is first imported: every process of the tests has the same mode as forge.
+    # Ray reads this once, when it is first imported: every process of the tests has the same mode as forge.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ["FORGE_TEST_SEED"] = str(SEED)  # the same in the processes of pytest-xdist
 

@@ -12,6 +12,7 @@ import functools
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from typing import Any
 
@@ -110,6 +111,14 @@ def size_of(name: str, *, cloud: str) -> MachineType:
 def regions_of(spec: CloudSpec) -> tuple[str, ...]:
     """Return the regions (zones on gcp) to try, in order: those of the file, or the catalogue's for `auto`."""
     return tuple(catalog_table()["regions"][spec.provider]) if spec.regions == ("auto",) else spec.regions
+
+
+def area_of(region: str) -> str | None:
+    """Return the part of the world in which a region is, a key of the catalogue's `areas`; None if unknown."""
+    areas: dict[str, list[str]] = catalog_table()["areas"]
+    # The largest parts of the world have patterns that also fit regions of smaller ones.
+    names = sorted(areas, key=lambda area: area in ("asia", "us"))
+    return next((area for area in names if any(fnmatchcase(region, pattern) for pattern in areas[area])), None)
 
 
 def _machine_type(name: str, values: Sequence[Any], prices: Sequence[ListedPrice], *, home: str) -> MachineType:
