@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 # Start of a run and its supervisor
@@ -81,6 +81,8 @@ class CorpusRead:
     """Records that cannot be used and were left out."""
     skipped_records: tuple[str, ...] = ()
     """`FILE:LINE: what is wrong`, of the first 100."""
+    noted_records: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """`FILE:LINE` of the first records that were cut, dropped or split, by reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ class ExampleLayout:
     """What was split or dropped while the examples were made, by reason."""
     foreign_target: str | None
     """Record, format and value of the first target that is no token id; None if all are."""
+    noted_records: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """`FILE:LINE` of the first records of each of the `notes` of which these are known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +162,8 @@ def write_index(folder: Path, *, index: CacheIndex) -> None:
     body = asdict(index)
     if index.examples is None:
         del body["examples"]
+    elif not index.examples.noted_records:
+        del body["examples"]["noted_records"]
     for name in ("tables", "parts"):
         if not body[name]:
             del body[name]

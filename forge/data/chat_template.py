@@ -32,7 +32,8 @@ from forge.data.tokenizer_files import TEMPLATE
 from forge.errors import DataError
 from forge.process import one_line
 
-Turns = Literal["all", "last"]
+Turns = Literal["all", "last"] | int
+"""Which turns of the assistant carry loss; a number: the last ones, so many."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -108,7 +109,7 @@ class ChatTemplate:
         """Render a conversation: as one text, or one for each turn if earlier turns are shown differently then.
 
         Args:
-            turns: which turns of the assistant carry loss.
+            turns: which turns of the assistant carry loss; there must be as many as a number says.
 
         Raises: ValueError if the template refuses the conversation, or does not say where a turn ends.
         """
@@ -129,17 +130,18 @@ class ChatTemplate:
     def _render(self, conversation: Conversation, *, turns: Turns) -> list[RenderedChat]:
         messages = conversation.messages
         ends = [number for number, message in enumerate(messages, start=1) if message["role"] == ASSISTANT]
-        if turns == "last":
-            ends = ends[-1:]
+        if turns != "all":
+            ends = ends[-(1 if turns == "last" else turns) :]
         whole = self._text(conversation, messages=messages)
         if self.marks_turns:
-            return [self._marked(conversation, whole=whole, turns=turns)]
+            return [self._marked(conversation, whole=whole, first=ends[0])]
         turns_shown = [self._turn(conversation, end=end) for end in ends]
         if all(whole.startswith(text[: span[1]]) for text, span in turns_shown):
             return [RenderedChat(text=whole, spans=tuple(span for _, span in turns_shown))]
         return [RenderedChat(text=text, spans=(span,)) for text, span in turns_shown]
 
-    def _marked(self, conversation: Conversation, *, whole: str, turns: Turns) -> RenderedChat:
+    def _marked(self, conversation: Conversation, *, whole: str, first: int) -> RenderedChat:
+        """Return what the template marks from a message on, the assistant's first that carries loss (from 1)."""
         found = self._rendered(conversation, messages=conversation.messages, return_assistant_tokens_mask=True)[1][
             0
         ]
@@ -150,12 +152,31 @@ class ChatTemplate:
         spans = [
             self._with_end(whole, mark=mark, until=until) for mark, until in zip(marks, following, strict=True)
         ]
-        if turns == "last":  # a turn may be marked in several pieces, of which the last has the token that ends it
-            ended = [
-                number for number, (start, stop) in enumerate(spans[:-1], start=1) if self._ends(whole[start:stop])
-            ]
-            spans = spans[max(ended, default=0) :]
+        start = self._marks_from(conversation, whole=whole, first=first)
+        spans = [span for span in spans if span[1] > start]
+        if not spans:
+            raise ValueError(f"the chat template marks nothing of message {first}, a turn of the assistant")
         return RenderedChat(text=whole, spans=tuple(spans))
+
+    def _marks_from(self, conversation: Conversation, *, whole: str, first: int) -> int:
+        """Return where the messages from one on begin in the text: a turn may be marked in several pieces.
+
+        Raises: ValueError if the messages before it are shown differently.
+        """
+        before = conversation.messages[: first - 1]
+        if not any(message["role"] == ASSISTANT for message in before):
+            return 0
+        asked, shown = self._asking(conversation, messages=before)
+        shown = shown.rstrip()
+        if whole.startswith(shown):
+            return len(shown)
+        start = _common_length(asked, whole)  # a template may end the whole text in a way of its own
+        if start < len(shown):
+            raise ValueError(
+                f"the chat template shows the messages before message {first} differently once it is there, so "
+                "what it marks of the turns from there on cannot be found"
+            )
+        return start
 
     def _ends(self, text: str) -> bool:
         """Whether a text ends with a special token, but for white space."""

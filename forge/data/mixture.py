@@ -26,6 +26,7 @@ from forge.data import corpus
 from forge.data.cache import build_once, open_cache
 from forge.data.cache_index import INDEX_NAME, PARTS, CacheIndex, PartEntry, SkippedRecords, read_index, write_index
 from forge.data.mixture_parts import each_part
+from forge.data.noted_records import joined_places
 from forge.data.prepare import (
     TOKENIZER_SAMPLE_CHARS,
     PrepareProgress,
@@ -281,6 +282,7 @@ def _facts(parts: Sequence[CorpusPart], *, folder: Path, digest: str) -> CorpusI
         num_examples=sum(one.num_examples for one in every),
         padding=sum(one.padding * one.num_train_sequences for one in every) / sums["num_train_sequences"],
         notes=dict(notes),
+        noted_records=joined_places(one.noted_records for one in every),
         foreign_target=foreign[0] if foreign else None,
         parts=tuple(parts),
     )

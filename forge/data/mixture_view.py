@@ -86,6 +86,7 @@ def _joined(parts: Sequence[PartView], *, facts: CorpusInfo, passes: float | Non
         passes=passes,
         lengths=None,
         notes=dict(notes),
+        noted_records=facts.noted_records,
         num_skipped_records=facts.num_skipped_records,
         examples=tuple(example for view in views for example in view.examples),
         parts=tuple(replace(part, view=replace(part.view, examples=())) for part in parts),

@@ -309,6 +309,7 @@ def _example_sizes(layout: ExampleLayout) -> dict[str, Any]:
         "num_examples": train.num_examples + held_out.num_examples,
         "padding": 1 - train.num_tokens / (train.num_rows * layout.seq_len),
         "notes": layout.notes,
+        "noted_records": layout.noted_records,
         "foreign_target": layout.foreign_target,
     }
 

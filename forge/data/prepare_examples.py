@@ -9,7 +9,7 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -35,6 +35,7 @@ from forge.data.formats.build import build_format
 from forge.data.label_counts import count_labels
 from forge.data.labels import label_settings
 from forge.data.lengths import counts_of, lengths_of
+from forge.data.noted_records import NotedRecords
 from forge.data.packing import pack_rows
 from forge.data.rows import IGNORED
 from forge.data.sources.base import Record
@@ -52,7 +53,7 @@ _BLOCK = 1 << 16
 
 _MAX_TEMPLATE_BYTES = 1 << 20
 
-_REASONS = ("records without an example", "examples of weight 0 dropped")
+_REASONS = _NO_EXAMPLE, _NO_TARGET = "records without an example", "examples of weight 0 dropped"
 """Reasons that forge itself counts."""
 
 
@@ -62,10 +63,8 @@ class _Totals:
 
     documents: int = 0
     text_bytes: int = 0
-    without_example: int = 0
-    """Records."""
-    without_target: int = 0
-    """Examples of weight 0, which are dropped."""
+    noted: NotedRecords = field(default_factory=NotedRecords)
+    """Of `_REASONS`."""
 
 
 def write_examples(
@@ -89,7 +88,8 @@ def write_examples(
     labels = None
     if spec.format == "labelled":
         labels = label_settings(spec.labels, source.records(), is_sample=sample is not None)
-    example_format = build_format(spec.format, context=_context(spec, tokenizer=tokenizer, labels=labels))
+    context = _context(spec, tokenizer=tokenizer, labels=labels)
+    example_format = build_format(spec.format, context=context)
     _counts_of(example_format)  # a wrong class fails before the corpus is read
     writer = ExampleWriter(folder, seq_len=spec.seq_len, vocab_size=tokenizer.vocab_size)
     try:
@@ -109,6 +109,7 @@ def write_examples(
         raise DataError(f"{of} has no training example ({totals.documents + bad.count:,} records: {found})")
     is_held_out = _choose_held_out(writer.keys, writer.lengths, share=spec.held_out)
     layout, row_tables = _write_layout(spec, folder=folder, writer=writer, is_held_out=is_held_out, notes=notes)
+    layout = replace(layout, noted_records={**totals.noted.listed, **context.noted.listed})
     perplexity = _unigram(
         spec, folder=folder, writer=writer, is_held_out=is_held_out, vocab_size=tokenizer.vocab_size
     )
@@ -214,8 +215,7 @@ def _write_records(
 
 def _notes(totals: _Totals, *, counts: Mapping[str, int]) -> dict[str, int]:
     """What was split or dropped, by reason."""
-    own = dict(zip(_REASONS, (totals.without_example, totals.without_target), strict=True))
-    return {reason: count for reason, count in (own | dict(counts)).items() if count}
+    return {reason: count for reason, count in (dict(totals.noted.counts) | dict(counts)).items() if count}
 
 
 def _write_layout(
@@ -266,12 +266,12 @@ def _add_record(
     content = record_content(record, text_key=spec.text_key)
     totals.text_bytes += len(content)
     totals.documents += record.starts
-    totals.without_example += record.starts and not examples
+    totals.noted.add(_NO_EXAMPLE, record, count=record.starts and not examples)
     key = document_key(content, seed=spec.seed)
     for example in examples:
         weight = getattr(example, "weight", None)
         if isinstance(weight, int | float | np.integer | np.floating) and weight == 0:
-            totals.without_target += 1
+            totals.noted.add(_NO_TARGET, record)
         else:
             writer.add(example, key=key, location=location)
 

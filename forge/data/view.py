@@ -114,6 +114,7 @@ def view_corpus(
         passes=passes,
         lengths=index.lengths,
         notes=facts.notes,
+        noted_records=facts.noted_records,
         num_skipped_records=facts.num_skipped_records,
         examples=examples,
     )

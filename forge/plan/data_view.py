@@ -85,6 +85,8 @@ class DataView:
     """Of the training and the held-out side; None of a mixture, and if the cache does not record them."""
     notes: Mapping[str, int]
     """What was split, cut or dropped while the examples were made, by reason."""
+    noted_records: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """`FILE:LINE` of the first records of each of the `notes` of which these are known."""
     num_skipped_records: int
     """Records that cannot be used (`data.on_bad_record: skip`)."""
     examples: tuple[ShownExample, ...]

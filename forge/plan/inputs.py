@@ -73,6 +73,8 @@ class CorpusInfo:
     """Share of the positions of the training sequences that hold no token."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """What was split or dropped while the examples were made, by reason."""
+    noted_records: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """`FILE:LINE` of the first records of each of the `notes` of which these are known."""
     foreign_target: str | None = None
     """Record, format and value of the first target that is no token id; None if all are."""
     parts: tuple[CorpusPart, ...] = ()

@@ -72,7 +72,7 @@ def view_facts(view: DataView) -> list[tuple[str, str]]:
         loss = f"about {share:.1%} of {view.num_tokens:,} tokens carry loss, others in every step"
     else:
         loss = f"{view.num_targets:,} of {view.num_tokens:,} tokens carry loss ({share:.1%})"
-    return [*facts, ("loss", loss), *_parts(view)]
+    return [*facts, ("loss", loss), *_parts(view), *_noted(view)]
 
 
 def _parts(view: DataView) -> list[tuple[str, str]]:
@@ -202,6 +202,14 @@ def _lengths(lengths: Lengths) -> str:
         f"{lengths.shortest:,} to {lengths.longest:,} tokens, mean {lengths.mean:,.0f}, median {lengths.median:,}, "
         f"90% at most {lengths.p90:,}, 99% at most {lengths.p99:,}"
     )
+
+
+def _noted(view: DataView) -> list[tuple[str, str]]:
+    """List the first records that were cut, dropped or split, one row for each reason."""
+    return [
+        ("records", f"{reason}: {', '.join(places[:_MAX_SKIPPED])}{', …' if len(places) > _MAX_SKIPPED else ''}")
+        for reason, places in view.noted_records.items()
+    ]
 
 
 def _skipped_records(corpus: CorpusInfo) -> str:

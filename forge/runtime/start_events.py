@@ -80,4 +80,5 @@ def _corpus_read(plan: Plan) -> CorpusRead:
         warnings=plan.warnings,
         num_skipped_records=plan.corpus.num_skipped_records,
         skipped_records=plan.corpus.skipped_records,
+        noted_records=plan.corpus.noted_records,
     )

@@ -151,6 +151,15 @@ def test_chat__marks_that_end_before_the_turn__include_the_token_that_ends_it(fo
     assert learnt(folder, example) == ["It", " is 4.<|im_end|>", "Si", "x, naïve one.<|im_end|>"]
     (example,) = examples(format_of(folder, MARKED_IN_PIECES, turns="last"), TURNS)
     assert learnt(folder, example) == ["Si", "x, naïve one.<|im_end|>"]
+    template = MARKED_IN_PIECES.replace("{{ m.content[:2] }}", "{{ m.content[:2] + '<s>' }}")
+    (example,) = examples(format_of(folder, template, turns="last"), TURNS)
+    assert learnt(folder, example) == ["Si<s>", "x, naïve one.<|im_end|>"], "a special token may stand in a turn"
+
+
+def test_chat__last_of_turns_marked_where_earlier_ones_are_shown_differently__is_refused(folder: Path) -> None:
+    template = "{{ messages | length }}" + MARKED
+    with pytest.raises(DataError, match="messages before message 5 differently"):
+        examples(format_of(folder, template, turns="last"), TURNS)
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
@@ -236,7 +245,6 @@ def test_chat__longer_than_seq_len__is_cut_and_counted(folder: Path) -> None:
     assert chat.counts() == {
         "conversations cut at seq_len": 1,
         "turns lost by the cut": 1,
-        "conversations shown once per turn": 0,
     }
 
 

@@ -9,18 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from forge.config.data import DataSpec
 from forge.data.formats.base import ChatSettings, Example, FormatContext, PreferenceSettings
 from forge.data.formats.preference import PreferenceFormat, _lengths
+from forge.data.noted_records import MAX_NOTED
 from forge.data.prepare import open_rows, prepare
 from forge.data.rows import IGNORED
 from forge.data.sources.base import Record
 from forge.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from forge.data.view import ObjectiveView, view_corpus
 from forge.errors import DataError
+from forge.objective.pairs import PairRows
+from forge.objective.preference import PairLogProbs
+from forge.report.data_view import view_facts
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content }}{{ '<|im_end|>\n' }}{% endfor %}"
@@ -30,6 +37,12 @@ DROPS_REASONING = CHATML.replace(
     "{{ m.content }}",
     "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
     "{% else %}{{ m.content }}{% endif %}",
+)
+MARKED_IN_PIECES = CHATML.replace(
+    "{{ m.content }}{{ '<|im_end|>\n' }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content[:2] }}{% endgeneration %}|{% generation %}"
+    "{{ m.content[2:] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}",
 )
 ASK = {"role": "user", "content": "What is 2 + 2?"}
 GOOD, BAD = {"role": "assistant", "content": "It is 4."}, {"role": "assistant", "content": "Five or so."}
@@ -210,6 +223,62 @@ def test_examples__messages_without_a_template__are_named(tokenizer: TextTokeniz
         examples_of(format_of(tokenizer, template=None), prompt=[ASK], chosen=[GOOD], rejected=[BAD])
     with pytest.raises(DataError, match="need a chat template"):
         format_of(tokenizer, template=None, texts="chat")
+
+
+def test_examples__answers_of_several_turns_in_pieces__have_the_log_probability_of_all_pieces(
+    folder: Path, tokenizer: TextTokenizer
+) -> None:
+    """Of transformers' own mask, on single sequences."""
+    prompt = [ASK, BAD, {"role": "user", "content": "Really?"}]
+    answers = ([GOOD, ASK, {**GOOD, "content": "Four."}], [BAD, {**ASK, "content": "So?"}, BAD])
+    (example,) = examples_of(
+        format_of(tokenizer, template=MARKED_IN_PIECES, seq_len=500),
+        **{"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", vocab_size=tokenizer.vocab_size, num_key_value_heads=2, **sizes)
+    ).eval()
+    reference = PreTrainedTokenizerFast.from_pretrained(folder)
+    options = {"chat_template": MARKED_IN_PIECES, "return_assistant_tokens_mask": True, "return_dict": True}
+    sums, counts = [], []
+    for answer in answers:
+        encoded = reference.apply_chat_template([*prompt, *answer], **options)
+        ids, mask = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["assistant_masks"])
+        mask[: len(reference.apply_chat_template(prompt, **options)["input_ids"])] = 0
+        found = model(input_ids=ids[None]).logits[0, :-1].detach().log_softmax(-1)
+        sums.append(float(found[torch.arange(len(ids) - 1), ids[1:]][mask[1:] > 0].sum()))
+        counts.append(int(mask.sum()))
+    rows = {name: values[None] for name, values in example.arrays.items()}
+    pairs = PairRows.of({**rows, "segment_ids": np.ones_like(rows["tokens"])})
+    log_probs = PairLogProbs(keeps_examples_apart=False)
+    found = log_probs.sides(model, log_probs.batch(pairs))
+    assert pairs.num_targets().tolist() == counts
+    assert found[0].tolist() == pytest.approx(sums, rel=1e-5)
+
+
+def test_prepare__pairs_without_room_or_cut__are_listed_by_file_and_line(folder: Path, tmp_path: Path) -> None:
+    good = {**TEXTS, "prompt": "What is 3 + 2?"}
+    long = {**good, "rejected": "Five or so. " * 40}
+    no_room = {**good, "prompt": "What is 2 + 2?" * 40}
+    records = [good, no_room, {**good, "prompt": "?"}, long, *[no_room | {"id": i} for i in range(30)]]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+    spec = DataSpec.model_validate({
+        "files": str(path), "format": "preference", "seq_len": 120, "held_out": 0.1,
+        "chat": {"template": str(tmp_path / "chatml.jinja")}, "tokenizer": {"from_pretrained": str(folder)},
+    })  # fmt: skip
+    facts = prepare(spec, cache_dir=tmp_path / "cache")
+    reason = "pairs dropped: the prompt leaves no room for an answer"
+    assert facts.notes[reason] == 31 and len(facts.noted_records[reason]) == MAX_NOTED
+    assert facts.noted_records[reason][:2] == (f"{path}:2", f"{path}:5")
+    assert facts.noted_records["pairs cut: longer than seq_len with both answers"] == (f"{path}:4",)
+    assert prepare(spec, cache_dir=tmp_path / "cache") == facts, "the cache remembers where they are"
+    seen = view_corpus(facts, objective=ObjectiveView(predicts_tokens=True), seed=1)
+    rows = [text for name, text in view_facts(seen) if name == "records"]
+    assert f"{reason}: {path}:2, {path}:5, " in "\n".join(rows) and any(row.endswith(", …") for row in rows)
 
 
 def test_prepare__bad_pairs_among_good_ones__are_all_counted_or_skipped(folder: Path, tmp_path: Path) -> None:

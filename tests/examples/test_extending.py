@@ -45,6 +45,7 @@ def test_format_of_the_page__record__becomes_an_example() -> None:
     assert example.arrays["targets"].tolist() == [2, 3, 1]
     assert example.weight == 3.0
     assert reviews.counts() == {"empty reviews": 1}
+    assert context.noted.listed == {"empty reviews": ("r:1",)}
 
 
 @pytest.mark.parametrize("name", re.findall(r"\]\(([^)#]+)\)", PAGE))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from forge.config.classification import LabelKind
 from forge.config.data import PairSpec
 from forge.config.embedding import EmbeddingSpec
+from forge.data.noted_records import NotedRecords
 from forge.data.sources.base import Record
 from forge.data.tokenizer import TextTokenizer
 
@@ -77,6 +78,8 @@ class FormatContext:
     labels: LabelSettings = LabelSettings()
     pair: PairSpec = field(default_factory=PairSpec)
     embedding: EmbeddingSpec = field(default_factory=EmbeddingSpec)
+    noted: NotedRecords = field(default_factory=NotedRecords)
+    """`noted.add(reason, record)` counts what the format cut, split or left out, and has the plan list it."""
 
 
 class ExampleFormat(Protocol):
@@ -88,6 +91,7 @@ class ExampleFormat(Protocol):
     def counts(self) -> Mapping[str, int]:
         """What was split, shortened or skipped so far, by reason: whole numbers, shown in the plan.
 
-        Called once before the first record, and at the end.
+        Called once before the first record, and at the end. What went through `FormatContext.noted` is in its
+        `counts`.
         """
         return {}

@@ -18,6 +18,9 @@ from forge.data.rows import IGNORED
 from forge.data.sources.base import Record
 from forge.errors import DataError
 
+_CUT, _LOST = "conversations cut at seq_len", "turns lost by the cut"
+_SHOWN_PER_TURN = "conversations shown once per turn"
+
 
 class ChatFormat:
     """One example for a conversation; several if the template shows earlier turns differently later.
@@ -29,9 +32,6 @@ class ChatFormat:
         self._context = context
         template = chat_template_of(context.tokenizer, own=context.chat.template)
         self._encoder = ChatEncoder(context.tokenizer, seq_len=context.seq_len, template=template)
-        self._counts = dict.fromkeys(
-            ("conversations cut at seq_len", "turns lost by the cut", "conversations shown once per turn"), 0
-        )
 
     def examples(self, record: Record) -> Iterator[Example]:
         conversation = conversation_of(record)
@@ -39,22 +39,22 @@ class ChatFormat:
             encoded = self._encoder.chat(conversation, turns=self._context.chat.turns)
         except ValueError as error:
             raise DataError(f"{record.location}: {error}") from None
-        self._counts["conversations shown once per turn"] += len(encoded) > 1
+        self._context.noted.add(_SHOWN_PER_TURN, record, count=len(encoded) > 1)
         for one in encoded:
-            yield self._example(one)
+            yield self._example(one, record=record)
 
     def counts(self) -> Mapping[str, int]:
-        return self._counts
+        return self._context.noted.counts
 
-    def _example(self, encoded: EncodedText) -> Example:
+    def _example(self, encoded: EncodedText, *, record: Record) -> Example:
         ids = encoded.ids
         has_loss = np.zeros(len(ids), dtype=bool)
         for start, stop in encoded.turns:
             has_loss[start:stop] = True
         end = max((stop for _, stop in encoded.turns), default=0)  # nothing after it is learnt
         limit = self._context.seq_len + 1
-        self._counts["conversations cut at seq_len"] += end > limit
-        self._counts["turns lost by the cut"] += sum(stop > limit for _, stop in encoded.turns)
+        self._context.noted.add(_CUT, record, count=end > limit)
+        self._context.noted.add(_LOST, record, count=sum(stop > limit for _, stop in encoded.turns))
         end = min(end, limit)
         targets = np.where(has_loss[1:end], ids[1:end], IGNORED)
         arrays = {"tokens": ids[: max(0, end - 1)], "targets": targets}

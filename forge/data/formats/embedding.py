@@ -23,6 +23,7 @@ from forge.errors import DataError
 QUERY, POSITIVE = 1, 2
 """Values of `part`; larger ones are negatives."""
 
+_CUT, _BEYOND = "texts cut at seq_len", "negatives beyond max_negatives"
 _UNREAD = "records whose negatives have another field than data.embedding.negative, and are not used"
 _MAX_CHARS_PER_TOKEN = 256
 """Of a text longer than this for each token of an example, only its beginning is tokenised."""
@@ -32,13 +33,12 @@ class EmbeddingFormat:
     """One example for a record. Texts that do not fit into `seq_len` together are cut, the longest first."""
 
     def __init__(self, context: FormatContext) -> None:
-        self._seq_len, self._spec = context.seq_len, context.embedding
+        self._seq_len, self._spec, self._noted = context.seq_len, context.embedding, context.noted
         self._tokenizer = Tokenizer.from_str(context.tokenizer.content)
         self._tokenizer.encode_special_tokens = context.tokenizer.special_tokens == "text"
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._num_around = len(self._tokenizer.encode("").ids)
-        self._counts = dict.fromkeys(("texts cut at seq_len", "negatives beyond max_negatives", _UNREAD), 0)
 
     def examples(self, record: Record) -> Iterator[Example]:
         spec = self._spec
@@ -48,14 +48,14 @@ class EmbeddingFormat:
         texts = [query, *(spec.passage_prefix + passage for passage in passages)]
         parts = self._encoded(texts, record=record)
         unread = spec.negative not in record.fields and any(key.lower().startswith("neg") for key in record.fields)
-        self._counts[_UNREAD] += unread
-        self._counts["negatives beyond max_negatives"] += len(negatives[spec.max_negatives :])
+        self._noted.add(_UNREAD, record, count=unread)
+        self._noted.add(_BEYOND, record, count=len(negatives[spec.max_negatives :]))
         tokens = np.concatenate(parts)
         numbers = np.repeat(np.arange(1, len(parts) + 1), [len(part) for part in parts])
         yield Example(arrays={"tokens": tokens, "targets": tokens.copy(), "part": numbers}, weight=1.0)
 
     def counts(self) -> Mapping[str, int]:
-        return self._counts
+        return self._noted.counts
 
     def _encoded(self, texts: Sequence[str], *, record: Record) -> list[NDArray[np.int64]]:
         """Token ids of each text, cut to fit together. Raises: DataError if one has no token, or no room."""
@@ -70,7 +70,7 @@ class EmbeddingFormat:
                 f"{record.location}: its {len(texts)} texts do not fit into data.seq_len: {self._seq_len}, even if "
                 "each is cut to one token"
             )
-        self._counts["texts cut at seq_len"] += sum(map(gt, map(len, whole), limits))
+        self._noted.add(_CUT, record, count=sum(map(gt, map(len, whole), limits)))
         return [
             np.array(ids if len(ids) <= limit else self._cut(text, limit=limit), dtype=np.int64)
             for text, ids, limit in zip(texts, whole, limits, strict=True)

@@ -25,6 +25,8 @@ from forge.data.sources.files import json_name
 from forge.data.tokenizer import parse_tokenizer
 from forge.errors import DataError
 
+_CUT = "texts cut at data.seq_len"
+_LOST, _NO_TOKEN = "labels of words lost by the cut", "labels of words without a token"
 _MAX_CHARS_PER_TOKEN = 256
 """What a text has beyond so many characters for each token of a row is not tokenized."""
 
@@ -42,9 +44,6 @@ class LabelledFormat:
             raise DataError(f"the template of the tokenizer adds {num_added} tokens; raise data.seq_len")
         self._tokenizer.enable_truncation(context.seq_len, strategy="longest_first")
         self._max_chars = context.seq_len * _MAX_CHARS_PER_TOKEN
-        self._counts = dict.fromkeys(
-            ("texts cut at data.seq_len", "labels of words lost by the cut", "labels of words without a token"), 0
-        )
 
     def examples(self, record: Record) -> Iterator[Example]:
         if self._settings.kind == "token":
@@ -69,7 +68,7 @@ class LabelledFormat:
         yield self._example(encoded, targets=targets, further=further, weight=1.0)
 
     def counts(self) -> Mapping[str, int]:
-        return self._counts
+        return self._context.noted.counts
 
     @property
     def _num_words(self) -> int:
@@ -93,8 +92,8 @@ class LabelledFormat:
         last = int(found.max(initial=-1)) if self._is_cut(encoded) else len(words)
         labelled = np.flatnonzero(np.array(numbers) != IGNORED)
         missing = np.setdiff1d(labelled, found)
-        self._counts["labels of words lost by the cut"] += int((missing > last).sum())
-        self._counts["labels of words without a token"] += int((missing <= last).sum())
+        self._context.noted.add(_LOST, record, count=int((missing > last).sum()))
+        self._context.noted.add(_NO_TOKEN, record, count=int((missing <= last).sum()))
         weight = float((targets != IGNORED).sum())
         return self._example(encoded, targets=targets, further={}, weight=weight)
 
@@ -137,7 +136,7 @@ class LabelledFormat:
         if not any(mask == 0 for mask in encoded.special_tokens_mask):
             raise DataError(f"{record.location}: the tokenizer finds no token in the text")
         is_long = max(len(text), len(pair or "")) > self._max_chars
-        self._counts["texts cut at data.seq_len"] += is_long or self._is_cut(encoded)
+        self._context.noted.add(_CUT, record, count=is_long or self._is_cut(encoded))
         return encoded
 
     def _is_cut(self, encoded: Encoding) -> bool:

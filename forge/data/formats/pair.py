@@ -21,6 +21,7 @@ from forge.errors import DataError
 SOURCE, TARGET = 1, 2
 """Values of `part`."""
 
+_CUT = "sources cut at seq_len"
 _MAX_CHARS_PER_TOKEN = 256
 """A text with more characters for each token of a row is not a long one but another kind of record."""
 
@@ -32,7 +33,6 @@ class PairFormat:
         self._context, self._spec = context, context.pair
         self._frame = text_frame(context.tokenizer)
         self._most_chars = context.seq_len * _MAX_CHARS_PER_TOKEN
-        self._num_cut = 0
 
     def examples(self, record: Record) -> Iterator[Example]:
         pair = pair_of(record, spec=self._spec)
@@ -48,7 +48,7 @@ class PairFormat:
         yield Example(arrays=arrays, weight=float(len(target)))
 
     def counts(self) -> Mapping[str, int]:
-        return {"sources cut at seq_len": self._num_cut}
+        return self._context.noted.counts
 
     def _encoded(self, text: str, *, of: str, record: Record) -> NDArray[np.int64]:
         """Token ids of a text. Raises: DataError if it is too long to be cut with reason."""
@@ -75,5 +75,5 @@ class PairFormat:
                 f"{record.location}: the pair has {source + target:,} tokens (source {source:,}, target "
                 f"{target:,}), more than data.seq_len: {limit}; {remedy}"
             )
-        self._num_cut += len(ids) > most
+        self._context.noted.add(_CUT, record, count=len(ids) > most)
         return self._frame.around(ids[:most])

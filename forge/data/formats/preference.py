@@ -38,30 +38,29 @@ class PreferenceFormat:
     """
 
     def __init__(self, context: FormatContext) -> None:
-        self._seq_len = context.seq_len
+        self._seq_len, self._noted = context.seq_len, context.noted
         texts, own = context.preference.texts, context.chat.template
         find = chat_template_of if texts == "chat" else find_chat_template
         template = find(context.tokenizer, own=own)
         self._has_template = template is not None
         self._are_texts_chat = template is not None and texts != "plain"
         self._encoder = ChatEncoder(context.tokenizer, seq_len=context.seq_len, template=template)
-        self._counts = dict.fromkeys((_CUT, _NO_ROOM, _SAME, _SAME_CUT), 0)
 
     def examples(self, record: Record) -> Iterator[Example]:
         pair = pair_of(record)
         if pair.chosen == pair.rejected:
-            self._counts[_SAME] += 1
+            self._noted.add(_SAME, record)
             return
         try:
             chosen, rejected = self._encoded(pair)
         except ValueError as error:
             raise DataError(f"{record.location}: {error}") from None
-        example = self._example(_Side.of(chosen), _Side.of(rejected))
+        example = self._example(_Side.of(chosen), _Side.of(rejected), record=record)
         if example is not None:
             yield example
 
     def counts(self) -> Mapping[str, int]:
-        return self._counts
+        return self._noted.counts
 
     def _encoded(self, pair: TextPair | ChatPair) -> tuple[EncodedText, EncodedText]:
         if isinstance(pair, TextPair) and self._are_texts_chat:
@@ -82,26 +81,25 @@ class PreferenceFormat:
         """Encode one side; only the assistant's turns of the answer carry loss."""
         num_turns = sum(message["role"] == ASSISTANT for message in answer)
         conversation = Conversation(messages=(*pair.prompt, *answer), tools=pair.tools)
-        encoded = self._encoder.chat(conversation, turns="last" if num_turns == 1 else "all")
+        encoded = self._encoder.chat(conversation, turns=num_turns)
         if len(encoded) > 1:
             raise ValueError(
                 f"an answer has {num_turns} turns of the assistant, and the chat template shows earlier turns "
                 "differently once another follows, so that it cannot be learnt as one; give answers of one turn"
             )
-        turns = encoded[0].turns
-        return EncodedText(ids=encoded[0].ids, turns=turns if num_turns == 1 else turns[-num_turns:])
+        return encoded[0]
 
-    def _example(self, chosen: _Side, rejected: _Side) -> Example | None:
+    def _example(self, chosen: _Side, rejected: _Side, *, record: Record) -> Example | None:
         """Join two sides; None if they do not fit, or the cut leaves no difference."""
         lengths = _lengths(chosen.length, rejected.length, most=self._seq_len)
         cut = [side.cut(length) for side, length in zip((chosen, rejected), lengths, strict=True)]
         if not all((side.targets != IGNORED).any() for side in cut):
-            self._counts[_NO_ROOM] += 1
+            self._noted.add(_NO_ROOM, record)
             return None
         if all(np.array_equal(getattr(cut[0], name), getattr(cut[1], name)) for name in ("tokens", "targets")):
-            self._counts[_SAME_CUT] += 1
+            self._noted.add(_SAME_CUT, record)
             return None
-        self._counts[_CUT] += lengths != (chosen.length, rejected.length)
+        self._noted.add(_CUT, record, count=lengths != (chosen.length, rejected.length))
         parts = [np.full(side.length, part) for side, part in zip(cut, (CHOSEN, REJECTED), strict=True)]
         arrays = {
             "tokens": np.concatenate([side.tokens for side in cut]),
