@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.errors import CheckpointError
+from forge.errors import CheckpointError, printable
 from forge.foreign import parse_object, read_file, safetensors_header
 from forge.fs import leads_to_file
 
 CONFIG_FILE, WEIGHTS_FILE, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 _MAX_CONFIG_BYTES = 2**20
+_MAX_SHOWN = 200
 _MAGNITUDE = ".lora_magnitude_vector"
 _PARTS = (".lora_A.weight", ".lora_B.weight", f"{_MAGNITUDE}.weight")
 _WITHOUT_EFFECT = {
@@ -54,6 +55,25 @@ def is_peft_folder(source: str) -> bool:
     folder = Path(source).expanduser()
     is_run = (folder / "plan.json").exists()
     return "://" not in source and not is_run and leads_to_file(folder / CONFIG_FILE)
+
+
+def adapters_problem(source: str) -> str | None:
+    """What is wrong with a folder where the weights of a whole model are wanted; None if it holds no adapters."""
+    if not is_peft_folder(source):
+        return None
+    base = named_base(source)
+    of = f"adapters of {base}" if base else "adapters, and names no base"
+    return f"{printable(source, limit=_MAX_SHOWN)} holds {of} ({CONFIG_FILE}), and no whole model"
+
+
+def named_base(source: str) -> str | None:
+    """Folder or Hub id of the weights that the adapters of a folder name, for messages; None if there is none."""
+    try:
+        body = parse_object(read_file(Path(source).expanduser() / CONFIG_FILE, max_bytes=_MAX_CONFIG_BYTES))
+    except (OSError, ValueError):
+        return None
+    base = body.get("base_model_name_or_path")
+    return printable(base, limit=_MAX_SHOWN) if isinstance(base, str) and base else None
 
 
 def read_peft_folder(source: str) -> PeftFolder:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from forge.checkpoint.peft_folder import adapters_problem
 from forge.checkpoint.source import open_source
 from forge.config.checkpoint_path import is_checkpoint, tokenizer_of
 from forge.config.model import ModelSpec, size_problems
@@ -112,6 +113,10 @@ def load_config(source: str) -> PretrainedConfig:
     """
     if is_checkpoint(source):
         return _config_of_checkpoint(source)
+    problem = adapters_problem(source)
+    if problem is not None:
+        remedy = "give the base, and merge the adapters into it with peft (merge_and_unload) where they are wanted"
+        raise ModelError(f"{problem}; {remedy}", key="from_pretrained")
     folder = Path(source).expanduser()
     try:
         if leads_to_folder(folder):

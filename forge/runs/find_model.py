@@ -6,6 +6,7 @@ import contextlib
 import difflib
 from pathlib import Path
 
+from forge.checkpoint.peft_folder import adapters_problem
 from forge.errors import ArgumentError, printable
 from forge.runs.reader import find_run
 
@@ -32,6 +33,12 @@ def find_model(name: str | Path, *, root: Path, marker: str = "config.json") -> 
 def _why_not(path: Path, *, marker: str, no_run: str) -> str:
     shown = printable(str(path), limit=200)
     with contextlib.suppress(OSError, ValueError):
+        adapters = adapters_problem(str(path)) if marker == "config.json" else None
+        if adapters is not None:
+            return (
+                f"{adapters}; serve them over their base (forge serve BASE --adapter NAME={shown}), or merge them "
+                "with peft (merge_and_unload, save_pretrained)"
+            )
         if path.is_dir():
             return f"{shown} has no {marker}, so it holds no model; {no_run}"
         if len(path.parts) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from forge.checkpoint.peft_folder import adapters_problem
 from forge.checkpoint.source import choose_source
 from forge.config.checkpoint_path import is_checkpoint, tokenizer_of
 from forge.errors import CheckpointError
@@ -18,6 +19,9 @@ def find_weights(name: str, *, root: Path) -> tuple[str, str]:
     """Return the absolute path or URL of a checkpoint or exported folder, and the folder of its tokenizer."""
     if is_checkpoint(name):
         return _absolute(name), tokenizer_of(_absolute(name))
+    problem = adapters_problem(name)
+    if problem is not None:
+        raise CheckpointError(f"{problem}; merge them into it with peft (merge_and_unload, save_pretrained)")
     folder = Path(name)
     is_export = any(leads_to_file(folder / file) for file in _EXPORTED)
     if "://" not in name and is_export and not (folder / "plan.json").exists():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from forge.checkpoint.best import best_scores
 from forge.checkpoint.manifest import step_name
-from forge.checkpoint.peft_folder import is_peft_folder
+from forge.checkpoint.peft_folder import adapters_problem, is_peft_folder
 from forge.checkpoint.source import open_source, source_digest, weights_digest
 from forge.checkpoint.storage import open_storage
 from forge.config.checkpoint_path import is_checkpoint
@@ -41,6 +41,12 @@ def with_init(loaded: LoadedJob, *, resume: Path | None = None) -> LoadedJob:
 
     Raises: JobFileError if there is no such run, or it has no complete checkpoint.
     """
+    for key in ("from_pretrained", "init_from"):
+        given = getattr(loaded.job.model, key)
+        problem = adapters_problem(given) if given is not None else None
+        if problem is not None:
+            remedy = "name it in model.lora.init_from; model.from_pretrained is its base unless the job gives it"
+            raise loaded.source.error(f"model.{key}", f"{problem}; {remedy}")
     loaded = with_adapters(with_teacher(loaded, resume=resume), resume=resume)
     name = loaded.job.model.init_from
     if name is None:

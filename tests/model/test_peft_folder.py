@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from forge.checkpoint.peft_folder import read_peft_folder
 from forge.config.load import load_job
 from forge.config.model import ModelSpec
-from forge.errors import CheckpointError, JobFileError, ModelError
+from forge.errors import ArgumentError, CheckpointError, JobFileError, ModelError
+from forge.inference.loaded import load
 from forge.model.adapter_names import unwrapped_name
 from forge.model.adapter_weights import AdaptedWeights
 from forge.model.adapters import adapter_layers
 from forge.model.checkpoint_files import open_trained
 from forge.model.families.base import BuildOptions, DataShape
 from forge.model.families.transformers_family import TransformersFamily
+from forge.runs.find_model import find_model
 from forge.runtime.resolve_init import init_info, with_init
 from tests.support.jobs import SEQ_LEN, VOCAB
 
@@ -138,6 +141,37 @@ def test_init_from__folder_of_peft__has_its_logits(
         torch.testing.assert_close(model.eval()(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-5)
     trained = sum(parameter.requires_grad for parameter in model.parameters())
     assert trained == sum(parameter.requires_grad for parameter in theirs.parameters())
+
+
+@pytest.mark.parametrize("key", ["from_pretrained", "init_from", "teacher"])
+def test_with_init__adapters_in_place_of_a_model__names_their_base_and_the_key(
+    base: Path, adapters: Path, key: str
+) -> None:
+    job: dict[str, Any] = {"name": "wrong", "data": {"source": "python-stdlib"}, "training": {"total_steps": 3}}
+    job["model"] = {"from_pretrained": str(base)} if key == "teacher" else {key: str(adapters)}
+    if key == "teacher":
+        job["training"] |= {"objective": "distillation", "distillation": {"teacher": str(adapters)}}
+    path = adapters / "job.yaml"
+    path.write_text(json.dumps(job))
+    named = re.escape(f"{adapters} holds adapters of {base} ({CONFIG}), and no whole model")
+    remedy = "merge_and_unload" if key == "teacher" else r"model\.lora\.init_from"
+    with pytest.raises(JobFileError, match=rf"{key}: {named}; .*{remedy}"):
+        with_init(load_job(path))
+
+
+def test_load__adapters_in_place_of_a_model__names_their_base(base: Path, adapters: Path, tmp_path: Path) -> None:
+    named = re.escape(f"{adapters} holds adapters of {base}")
+    with pytest.raises(ArgumentError, match=rf"{named}.*--adapter NAME={re.escape(str(adapters))}"):
+        find_model(adapters, root=tmp_path)
+    # Of such a folder transformers loads the base, and adds the adapters.
+    shutil.copy(base / "config.json", adapters)
+    shutil.copy(base / "model.safetensors", adapters)
+    with pytest.raises(ModelError, match=rf"{named}.*merge_and_unload"):
+        load(str(adapters))
+    for content in ("{", "[1]", '{"base_model_name_or_path": 3}'):
+        (adapters / CONFIG).write_text(content)
+        with pytest.raises(ModelError, match="holds adapters, and names no base"):
+            load(str(adapters))
 
 
 def test_with_init__folder_of_peft__gives_the_keys_and_the_base(base: Path, adapters: Path) -> None:
