@@ -13,7 +13,7 @@ The simulation is exact for its model: between two changes the run makes progres
 from change to change, without random numbers and without time steps. Equal inputs give equal results. A trace made
 at random depends on its seed alone (`forge.chaos.trace.poisson`).
 
-The constants are measured ones, from benchmarks/RESULTS.md; all can be replaced.
+The constants are those of `forge.plan.recovery`, from benchmarks/RESULTS.md; all can be replaced.
 """
 
 from __future__ import annotations

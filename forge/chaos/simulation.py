@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from forge.errors import ArgumentError, printable
+from forge.plan.recovery import LOSS_PAUSE_S, NODE_START_S, PLANNED_PAUSE_S, RESTART_S
 
 Policy = Literal["elastic", "restart", "rigid"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -23,7 +24,7 @@ def read_policy(name: str) -> Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationSettings:
-    """What a change costs, and what is trained. Times in seconds."""
+    """What a change costs, and what is trained. Times in seconds; `forge.plan.recovery` has the sources."""
 
     step_s: float = 10.0
     """A step on the largest number of nodes of the trace; on fewer it takes proportionally longer."""
@@ -35,18 +36,18 @@ class SimulationSettings:
     min_nodes: int = 1
     num_nodes: int | None = None
     """Of `rigid`: how many train. None: half of the trace's largest number, at least `min_nodes`."""
-    node_start_s: float = 14.0
-    """From the arrival of a machine until its workers can train; RESULTS.md, "cold start", 2026-11-23."""
-    loss_pause_s: float = 0.48
-    """`elastic`: from the loss of a machine to the next step; RESULTS.md, "Losing a machine", 2026-11-25."""
-    planned_pause_s: float = 0.30
-    """`elastic`: when machines join, or leave with notice; RESULTS.md, "Growth, notices", 2026-11-25."""
+    node_start_s: float = NODE_START_S
+    """From the arrival of a machine until its workers can train."""
+    loss_pause_s: float = LOSS_PAUSE_S
+    """`elastic`: from the loss of a machine to the next step."""
+    planned_pause_s: float = PLANNED_PAUSE_S
+    """`elastic`: when machines join, or leave with notice."""
     notice_s: float | None = 30.0
     """`elastic`: how long before it leaves a machine is announced; it is not used from then on. The clouds give
     30 s (Azure, GCP) to 120 s (AWS). None: no notice. The other policies ignore notices."""
     snapshot_every: int = 1
     """`elastic`: steps between two copies of the state in the memory of other machines."""
-    restart_s: float = 120.0
+    restart_s: float = RESTART_S
     """From a change to the next step where processes are started and a checkpoint is read, as for `restart` and
     `rigid`, and for `elastic` if the copies in memory are lost too."""
     checkpoint_every_s: float = 600.0

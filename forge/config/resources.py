@@ -29,6 +29,10 @@ class ResourcesSpec(Section):
     """Total cost limit of the run in USD, over all resumes; when it is reached, the run writes a checkpoint and
     stops. The price of every machine must be known: from the cloud, or `usd_per_hour` in the cluster file."""
 
+    max_hours: float | None = Field(None, gt=0)
+    """Longest time that the run should take, in hours: `forge plan` names the cheapest machines that keep to it.
+    It stops nothing."""
+
     max_usd_per_hour: float | None = Field(None, gt=0)
     """Limit in USD per hour for all machines of the run together; above it the run stops, with a checkpoint."""
 

@@ -21,7 +21,7 @@ from forge.plan.gpus import Gpu, find_gpu
 from forge.plan.inputs import CorpusInfo, HardwareInfo
 from forge.plan.mixture import as_read
 from forge.plan.parameter_groups import OptimizerState, groups_of, optimizer_state
-from forge.plan.plan import DraftPlan, Plan, plan_world_size
+from forge.plan.plan import DraftPlan, Plan, WorldSizePlan, plan_world_size
 from forge.plan.step_work import step_work_of_job
 from forge.plan.throughput import Estimate, Interconnect, estimate_step, with_uncertainty
 from forge.units import Every
@@ -103,16 +103,33 @@ def forecast_hours(
     interconnect: Interconnect,
     former: Sequence[FormerRun] = (),
 ) -> Estimate:
-    """Return the hours of a job on GPUs that may differ from those of its plan, at any world size.
+    """Return the hours of a job on GPUs that may differ from those of its plan; see `forecast_world`."""
+    return forecast_world(plan, world_size=world_size, gpu=gpu, interconnect=interconnect, former=former).hours
+
+
+def forecast_world(
+    plan: DraftPlan,
+    *,
+    world_size: int,
+    gpu: Gpu,
+    interconnect: Interconnect,
+    former: Sequence[FormerRun] = (),
+) -> WorldHours:
+    """Return the forecast of a job on GPUs that may differ from those of its plan, at any world size.
 
     Args:
         former: runs, the newest first; those on other devices are left out.
     """
-    hardware = HardwareInfo(device="cuda", name=gpu.name, memory_bytes=gpu.memory_gib * 2**30, peak_flops=None)
+    hardware = gpu_hardware(gpu)
     former = [run for run in former if is_same_device(run.plan.hardware, hardware)]
     found = _world_hours(plan, world_size, gpu=gpu, links=interconnect, former=former)
     assert found is not None, "the speed of a known GPU can be estimated"
-    return found.hours
+    return found
+
+
+def gpu_hardware(gpu: Gpu) -> HardwareInfo:
+    """Return what one worker gets on a machine with this GPU."""
+    return HardwareInfo(device="cuda", name=gpu.name, memory_bytes=gpu.memory_gib * 2**30, peak_flops=None)
 
 
 def _world_hours(
@@ -151,10 +168,7 @@ def _baseline_s(plan: DraftPlan, world_size: int, *, gpu: Gpu | None, links: Int
     if gpu is None:
         return step_flops(plan) / world_size
     state = _state(plan)
-    hardware = HardwareInfo(device="cuda", name=gpu.name, memory_bytes=gpu.memory_gib * 2**30, peak_flops=None)
-    world = plan_world_size(
-        plan.job, model=plan.model, hardware=hardware, world_size=world_size, state=state, teacher=plan.teacher
-    )
+    world = world_on_gpu(plan, world_size, gpu=gpu)
     work = step_work_of_job(
         plan.job,
         model=plan.model,
@@ -165,6 +179,18 @@ def _baseline_s(plan: DraftPlan, world_size: int, *, gpu: Gpu | None, links: Int
         teacher=plan.teacher,
     )
     return estimate_step(work, gpu=gpu, interconnect=links).total_s
+
+
+def world_on_gpu(plan: DraftPlan, world_size: int, *, gpu: Gpu) -> WorldSizePlan:
+    """Return batch and memory of a job at one world size on a GPU that may differ from the plan's."""
+    return plan_world_size(
+        plan.job,
+        model=plan.model,
+        hardware=gpu_hardware(gpu),
+        world_size=world_size,
+        state=_state(plan),
+        teacher=plan.teacher,
+    )
 
 
 def step_flops(plan: DraftPlan) -> int:
@@ -248,11 +274,16 @@ def _held_out_share(plan: DraftPlan) -> float:
 def _checkpoint_s(plan: DraftPlan, *, steps_s: float, world_size: int, run: FormerRun | None) -> float:
     """Training stalls, and the wait for the last one if no run's end was measured."""
     num = _count(plan.job.checkpoint.every, steps=plan.total_steps, seconds=steps_s)
-    copies = 8 if plan.job.training.ema else 4
-    size = copies * plan.model.num_trainable_parameters + _state(plan).total_bytes
+    size = checkpoint_bytes(plan)
     if run is not None and run.stall_s is not None and is_same_step(run.plan, plan):
         return num * run.stall_s
     return num * size * _STALL_S_PER_BYTE / world_size + size / _WRITTEN_BYTES_PER_S / world_size
+
+
+def checkpoint_bytes(plan: DraftPlan) -> int:
+    """Return the size of one checkpoint: master weights, their average, and the optimizer's state."""
+    copies = 8 if plan.job.training.ema else 4
+    return copies * plan.model.num_trainable_parameters + _state(plan).total_bytes
 
 
 def _count(every: Every, *, steps: int, seconds: float) -> int:

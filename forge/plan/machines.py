@@ -12,8 +12,8 @@ from forge.pricing.offer import Offer
 
 ASSUMED_INTER_NODE_GBPS = 100.0
 """Of machines whose network is unknown."""
-_MAX_MACHINES = 2048
-_WITHOUT_BF16 = frozenset({"V100-16GB", "V100-32GB", "T4"})
+MAX_MACHINES = 2048
+WITHOUT_BF16 = frozenset({"V100-16GB", "V100-32GB", "T4"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ def offered_machines(
     cheapest: dict[tuple[str, int, float | None], Offer] = {}
     for offer in offers:
         gpu = find_gpu(offer.gpu)
-        if gpu is not None and gpu.name not in _WITHOUT_BF16 and offer.price(spot=spot) is not None:
+        if gpu is not None and gpu.name not in WITHOUT_BF16 and offer.price(spot=spot) is not None:
             cheapest.setdefault((gpu.name, offer.num_gpus, offer.inter_node_gbps), offer)
     if not cheapest:
         raise PlanError("none of these machines has a known price and a GPU that computes in bf16")
@@ -59,7 +59,7 @@ def offered_machines(
             return (num_gpus // offer.num_gpus,)
         if num_machines is not None:
             return (num_machines,)
-        return [2**power for power in range(_MAX_MACHINES.bit_length())]
+        return [2**power for power in range(MAX_MACHINES.bit_length())]
 
     return [[several(offer, count, spot=spot) for count in counts(offer)] for offer in chosen]
 

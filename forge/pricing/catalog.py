@@ -95,6 +95,14 @@ def head_of(spec: CloudSpec) -> str:
     return spec.head or _HEADS[spec.provider]
 
 
+def head_price(cloud: str) -> float | None:
+    """Return the price of the default head in the cloud's home region, in USD per hour; None if unknown.
+
+    On other clouds than forge rents from, the first machine is the head, so that it costs nothing more.
+    """
+    return machine_types(cloud)[_HEADS[cloud]].usd_per_hour if cloud in _HEADS else 0.0
+
+
 def size_of(name: str, *, cloud: str) -> MachineType:
     """Return a machine type, for the clouds whose Ray provider cannot look up its size.
 

@@ -1,0 +1,173 @@
+"""The bill of a job before it starts: hours and USD on each candidate, and which to choose.
+
+The frontier are the candidates that no other beats in both hours and USD; what saves less than 1 % of the hours
+counts as equally fast. Limits are compared with likely values, whose ranges are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from forge.plan.candidates import Candidate, LeftOut, find_candidates
+from forge.plan.forecast import FormerRun
+from forge.plan.interruptions import ASSUMED_BASIS, Interruptions
+from forge.plan.machines import ASSUMED_INTER_NODE_GBPS
+from forge.plan.plan import DraftPlan
+from forge.plan.recovery import BOOT_S
+from forge.pricing.offers import OfferTable
+
+_AS_FAST = 1.01
+"""Candidates are equally fast if their hours differ by less than this factor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A candidate that answers a question."""
+
+    question: str
+    """`cheapest within 24 h`, `fastest for at most 100 USD`."""
+    candidate: Candidate | None
+    problem: str | None = None
+    """Why there is none, and what would be possible."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bill:
+    """What a job costs on rented machines."""
+
+    candidates: tuple[Candidate, ...]
+    """The cheapest first."""
+    left_out: tuple[LeftOut, ...]
+    max_hours: float | None
+    max_usd: float | None
+    notes: tuple[str, ...]
+    """Age of the prices, and what is assumed."""
+
+    @property
+    def frontier(self) -> tuple[Candidate, ...]:
+        """The candidates that no other beats in both hours and USD, the cheapest first."""
+        return frontier(self.candidates)
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """The cheapest within the limit of hours, and the fastest within that of USD."""
+        return choices(self)
+
+
+def make_bill(
+    plan: DraftPlan,
+    table: OfferTable,
+    *,
+    former: Sequence[FormerRun] = (),
+    trace: Interruptions | None = None,
+) -> Bill:
+    """Return the bill of a job.
+
+    Args:
+        former: measured runs, the newest first.
+        trace: interruptions of spot machines, instead of those that the offers name.
+    """
+    candidates, left_out = find_candidates(plan, table.offers, former=former, trace=trace)
+    resources = plan.job.resources
+    return Bill(
+        candidates=candidates,
+        left_out=left_out,
+        max_hours=resources.max_hours,
+        max_usd=resources.max_usd,
+        notes=(*table.notes, *_assumptions(candidates, trace=trace)),
+    )
+
+
+def is_priced(plan: DraftPlan) -> bool:
+    """Whether a job can use rented GPUs; `resources.gpu: none` asks for CPUs."""
+    return plan.job.resources.gpu != "none"
+
+
+def frontier(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Return the candidates that no other beats in both hours and USD.
+
+    Args:
+        candidates: the cheapest first.
+    """
+    found: list[Candidate] = []
+    for one in candidates:
+        if not found or one.hours.likely * _AS_FAST < found[-1].hours.likely:
+            found.append(one)
+    return tuple(found)
+
+
+def choices(bill: Bill) -> tuple[Choice, ...]:
+    """Answer what is cheapest within the limit of hours, and fastest within that of USD."""
+    if not bill.candidates:
+        return ()
+    in_time = [one for one in bill.candidates if bill.max_hours is None or one.hours.likely <= bill.max_hours]
+    in_budget = [one for one in bill.candidates if bill.max_usd is None or one.usd.likely <= bill.max_usd]
+    cheapest = Choice(
+        question="cheapest" if bill.max_hours is None else f"cheapest within {bill.max_hours:g} h",
+        candidate=in_time[0] if in_time else None,
+        problem=None if in_time else _too_slow(bill),
+    )
+    fastest = Choice(
+        question="fastest" if bill.max_usd is None else f"fastest for at most {bill.max_usd:,.2f} USD",
+        candidate=_fastest(in_budget) if in_budget else None,
+        problem=None if in_budget else _too_expensive(bill),
+    )
+    return cheapest, fastest
+
+
+def _fastest(candidates: Sequence[Candidate]) -> Candidate:
+    """The cheapest of the fastest."""
+    least = min(one.hours.likely for one in candidates)
+    return next(one for one in candidates if one.hours.likely <= _AS_FAST * least)
+
+
+def _too_slow(bill: Bill) -> str:
+    best = _fastest(bill.candidates)
+    return (
+        f"no candidate is likely to take at most {bill.max_hours:g} h; the fastest takes {_amounts(best)}: "
+        f"{describe(best)}"
+    )
+
+
+def _too_expensive(bill: Bill) -> str:
+    best = bill.candidates[0]
+    return (
+        f"no candidate is likely to cost at most {bill.max_usd:,.2f} USD; the cheapest takes {_amounts(best)}: "
+        f"{describe(best)}"
+    )
+
+
+def _amounts(one: Candidate) -> str:
+    return f"{one.hours.likely:,.2f} h and {one.usd.likely:,.2f} USD"
+
+
+def describe(one: Candidate) -> str:
+    """Name the machines of a candidate: `4 x g5.xlarge, spot, aws us-east-1`."""
+    kind = "spot" if one.is_spot else "on demand"
+    return (
+        f"{one.num_machines} x {one.offer.instance} ({one.offer.gpu}), {kind}, {one.offer.cloud} {one.offer.place}"
+    )
+
+
+def _assumptions(candidates: Sequence[Candidate], *, trace: Interruptions | None) -> list[str]:
+    boot = BOOT_S
+    notes = [
+        f"assumed: machines start in {boot.likely / 60:.0f} minutes ({boot.low / 60:.0f} to {boot.high / 60:.0f}), "
+        "and a lost spot machine is replaced in that time"
+    ]
+    spot = [one for one in candidates if one.is_spot]
+    if trace is not None:
+        rate = trace.per_machine_hour.likely
+        notes.append(
+            f"interruptions by {trace.basis}: {rate:.3g} in an hour of a machine, {trace.available:.0%} of the "
+            "machines available"
+        )
+    elif any(one.offer.interruption is None for one in spot):
+        clouds = sorted({one.offer.cloud for one in spot if one.offer.interruption is None})
+        notes.append(f"interruptions of {', '.join(clouds)} are not published for all machines; {ASSUMED_BASIS}")
+    if any(one.offer.inter_node_gbps is None and one.num_machines > 1 for one in candidates):
+        notes.append(f"assumed: {ASSUMED_INTER_NODE_GBPS:.0f} Gbit/s between machines whose network is unknown")
+    if candidates:
+        notes.append("not counted: tax, discounts, disks, and machines that stay up after the run")
+    return notes

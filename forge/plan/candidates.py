@@ -1,0 +1,326 @@
+"""Machines that a job could be trained on: every offer, in the numbers that the job allows, on demand and as spot.
+
+Each gets the hours of the job, with the start of the machines and the interruptions of spot machines, and its cost.
+What cannot be a candidate is left out with the reason. Pure: nothing is asked of a cloud.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from forge.config.resources import ResourcesSpec
+from forge.plan.durations import WorldHours
+from forge.plan.forecast import FormerRun, forecast_world, world_on_gpu
+from forge.plan.gpus import Gpu, find_gpu
+from forge.plan.interruptions import NONE, Interruptions, interruptions_of
+from forge.plan.machines import MAX_MACHINES, WITHOUT_BF16, interconnect
+from forge.plan.memory import USABLE_SHARE
+from forge.plan.plan import DraftPlan
+from forge.plan.recovery import (
+    AUTO_REPEATED_STEPS,
+    BOOT_S,
+    LOSS_PAUSE_S,
+    NODE_START_S,
+    PLANNED_PAUSE_S,
+    RESTART_S,
+    ChangeCosts,
+    InterruptedRun,
+    interrupted_run,
+)
+from forge.plan.throughput import Estimate
+from forge.pricing.catalog import head_price
+from forge.pricing.offer import Offer
+from forge.units import Every, format_bytes
+
+Level = Literal["low", "likely", "high"]
+LEVELS: tuple[Level, ...] = ("low", "likely", "high")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a run costs in USD, by part; None: the price is unknown."""
+
+    machines_usd: float
+    head_usd: float | None
+    storage_usd: float | None = None
+    """Of the checkpoints during the run."""
+    egress_usd: float | None = None
+    """Of the corpus and the checkpoints."""
+
+    @property
+    def usd(self) -> float:
+        """The sum of all parts that are known."""
+        parts = (self.machines_usd, self.head_usd, self.storage_usd, self.egress_usd)
+        return sum(part for part in parts if part is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """Some machines of one offer, and what the job takes on them."""
+
+    offer: Offer
+    num_machines: int
+    is_spot: bool
+    uninterrupted_hours: Estimate
+    """On machines that are up and are not lost."""
+    hours: Estimate
+    """From the request of the machines to the end."""
+    num_interruptions: Estimate
+    pausing_hours: float
+    """Likely, as are the following."""
+    repeated_hours: float
+    waiting_hours: float
+    """For machines in place of lost ones."""
+    usd: Estimate
+    """Of the parts that are known."""
+    cost: Cost
+    """The parts of the likely value."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of GPUs."""
+        return self.num_machines * self.offer.num_gpus
+
+    @property
+    def usd_per_hour(self) -> float:
+        """Of all machines, without the head."""
+        return self.num_machines * (self.offer.price(spot=self.is_spot) or math.nan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """Offers that are no candidates, for one reason."""
+
+    reason: str
+    """As in `12 offers: REASON`."""
+    num_offers: int
+    examples: tuple[str, ...]
+    """GPUs or machine types."""
+
+
+@dataclass(slots=True)
+class _Reasons:
+    """Counts the offers that are left out, by reason."""
+
+    offers: dict[str, dict[tuple[str, ...], str]] = field(default_factory=dict)
+
+    def add(self, offer: Offer, reason: str, *, example: str | None = None) -> None:
+        key = offer.cloud, offer.instance, offer.region, offer.zone or ""
+        self.offers.setdefault(reason, {})[key] = example or offer.instance
+
+    def build(self) -> tuple[LeftOut, ...]:
+        found = (
+            LeftOut(reason=reason, num_offers=len(own), examples=tuple(dict.fromkeys(own.values())))
+            for reason, own in self.offers.items()
+        )
+        return tuple(sorted(found, key=lambda one: -one.num_offers))
+
+
+@dataclass(slots=True)
+class _Shapes:
+    """Hours of the job by kind and number of machines, which many regions share."""
+
+    plan: DraftPlan
+    former: Sequence[FormerRun]
+    known: dict[tuple[object, ...], WorldHours | str] = field(default_factory=dict)
+    runs: dict[tuple[object, ...], tuple[InterruptedRun, ...]] = field(default_factory=dict)
+
+    def hours(self, offer: Offer, count: int, *, gpu: Gpu) -> WorldHours | str:
+        """The forecast, or why the job does not run on these machines."""
+        key = gpu.name, offer.num_gpus, offer.inter_node_gbps, offer.memory_gib, count
+        if key not in self.known:
+            self.known[key] = self._hours(offer, count, gpu=gpu)
+        return self.known[key]
+
+    def _hours(self, offer: Offer, count: int, *, gpu: Gpu) -> WorldHours | str:
+        world_size = count * offer.num_gpus
+        world = world_on_gpu(self.plan, world_size, gpu=gpu)
+        if not world.fits:
+            return "the job does not fit in the GPU's memory"
+        if offer.num_gpus * world.memory.host_bytes > USABLE_SHARE * offer.memory_gib * 2**30:
+            return "the copies of the state do not fit in the machine's memory"
+        links = interconnect(gpus_per_node=offer.num_gpus, gbps=offer.inter_node_gbps)
+        return forecast_world(self.plan, world_size=world_size, gpu=gpu, interconnect=links, former=self.former)
+
+    def interrupted(
+        self, world: WorldHours, offer: Offer, count: int, *, risk: Interruptions
+    ) -> tuple[InterruptedRun, ...]:
+        """The course of the run: low, likely, high."""
+        key = offer.gpu, offer.num_gpus, offer.inter_node_gbps, count, risk
+        if key not in self.runs:
+            least = max(1, math.ceil(self.plan.job.resources.workers.low / offer.num_gpus))
+            self.runs[key] = tuple(
+                interrupted_run(
+                    getattr(world.hours, level),
+                    num_machines=count,
+                    min_machines=min(count, least),
+                    losses_per_hour=getattr(risk.per_machine_hour, level),
+                    start_s=getattr(BOOT_S, level) + NODE_START_S,
+                    costs=change_costs(self.plan, num_machines=count, step_s=world.step_s, level=level),
+                    available=risk.available,
+                )
+                for level in LEVELS
+            )
+        return self.runs[key]
+
+
+def find_candidates(
+    plan: DraftPlan,
+    offers: Iterable[Offer],
+    *,
+    former: Sequence[FormerRun] = (),
+    trace: Interruptions | None = None,
+) -> tuple[tuple[Candidate, ...], tuple[LeftOut, ...]]:
+    """Return all candidates, the cheapest first, and the offers that are none.
+
+    Args:
+        former: measured runs, the newest first, which take precedence over estimates.
+        trace: interruptions of spot machines, instead of those that the offers name.
+    """
+    reasons, shapes = _Reasons(), _Shapes(plan, former)
+    found: list[Candidate] = []
+    for offer in offers:
+        if not offer.num_gpus:
+            continue
+        gpu = find_gpu(offer.gpu)
+        problem = _problem(plan, offer, gpu)
+        if problem is not None or gpu is None:
+            reasons.add(offer, problem or "", example=offer.gpu)
+            continue
+        counts = machine_counts(plan.job.resources, gpus_per_machine=offer.num_gpus)
+        if not counts:
+            workers = plan.job.resources.workers
+            reasons.add(offer, f"their GPUs cannot be the workers of resources.workers: {workers}")
+        elif offer.usd_per_hour is None and offer.spot_usd_per_hour is None:
+            reasons.add(offer, "no price is known", example=f"{offer.instance} in {offer.place}")
+        else:
+            found += _of_offer(offer, counts, gpu=gpu, shapes=shapes, reasons=reasons, trace=trace)
+    return tuple(sorted(_cheapest_zones(found), key=_order)), reasons.build()
+
+
+def machine_counts(resources: ResourcesSpec, *, gpus_per_machine: int) -> tuple[int, ...]:
+    """Return the numbers of machines to look at: the fewest and the most that the job allows, and powers of two."""
+    low = math.ceil(resources.workers.low / gpus_per_machine)
+    high = min(MAX_MACHINES, resources.workers.high // gpus_per_machine)
+    if low > high:
+        return ()
+    powers = [2**power for power in range(MAX_MACHINES.bit_length()) if low <= 2**power <= high]
+    return tuple(sorted({low, high, *powers}))
+
+
+def change_costs(plan: DraftPlan, *, num_machines: int, step_s: float, level: Level) -> ChangeCosts:
+    """Return what the loss of one of `num_machines` costs. The high value is that of losses without notice."""
+    checkpoint_s = _seconds(plan.job.checkpoint.every, step_s=step_s)
+    if plan.job.resources.engine == "ray-train":
+        return ChangeCosts(pause_s=2 * RESTART_S, saved_every_s=checkpoint_s, changes_per_loss=2)
+    if num_machines == 1:  # no other machine has the state; with notice it is saved first
+        return ChangeCosts(pause_s=RESTART_S, saved_every_s=checkpoint_s if level == "high" else 0.0)
+    if level != "high":
+        return ChangeCosts(pause_s=2 * PLANNED_PAUSE_S)
+    every = plan.job.checkpoint.snapshot_every
+    steps = every if isinstance(every, int) else AUTO_REPEATED_STEPS
+    return ChangeCosts(pause_s=LOSS_PAUSE_S + PLANNED_PAUSE_S, saved_every_s=steps * step_s)
+
+
+def _seconds(every: Every, *, step_s: float) -> float:
+    return every.steps * step_s if every.steps is not None else every.seconds or 0.0
+
+
+def _problem(plan: DraftPlan, offer: Offer, gpu: Gpu | None) -> str | None:
+    """Why an offer is no candidate whatever its number of machines."""
+    wanted = plan.job.resources.gpu
+    if wanted != "auto" and gpu != find_gpu(wanted):
+        return f"another GPU than resources.gpu: {wanted}"
+    if gpu is None:
+        return "forge does not know the GPU's speed"
+    if plan.job.training.precision == "bf16" and gpu.name in WITHOUT_BF16:
+        return "the GPU does not compute in bf16, the job's precision"
+    return None
+
+
+def _of_offer(
+    offer: Offer,
+    counts: Sequence[int],
+    *,
+    gpu: Gpu,
+    shapes: _Shapes,
+    reasons: _Reasons,
+    trace: Interruptions | None,
+) -> Iterator[Candidate]:
+    """The candidates of an offer with a known GPU and a price."""
+    limit = shapes.plan.job.resources.max_usd_per_hour
+    for is_spot in (False, True):
+        price = offer.price(spot=is_spot)
+        if price is None:
+            reasons.add(offer, "no spot machines, or none with a known price" if is_spot else "sold as spot only")
+            continue
+        for count in counts:
+            world = shapes.hours(offer, count, gpu=gpu)
+            if isinstance(world, str):
+                reasons.add(offer, world, example=f"{gpu.name} ({format_bytes(gpu.memory_gib * 2**30)})")
+            elif limit is not None and count * price + (head_price(offer.cloud) or 0.0) > limit:
+                reasons.add(offer, f"above resources.max_usd_per_hour: {limit:g}")
+            else:
+                risk = NONE if not is_spot else trace or interruptions_of(offer)
+                runs = shapes.interrupted(world, offer, count, risk=risk)
+                if all(math.isfinite(run.hours) for run in runs):
+                    yield _candidate(offer, count, world=world, runs=runs, is_spot=is_spot, risk=risk)
+                else:
+                    reasons.add(offer, "interrupted too often to make progress")
+
+
+def _candidate(
+    offer: Offer,
+    count: int,
+    *,
+    world: WorldHours,
+    runs: Sequence[InterruptedRun],
+    is_spot: bool,
+    risk: Interruptions,
+) -> Candidate:
+    price = count * (offer.price(spot=is_spot) or 0.0)
+    head = head_price(offer.cloud)
+    boots = [getattr(BOOT_S, level) / 3600 for level in LEVELS]
+    costs = [
+        Cost(
+            machines_usd=price * (risk.available * run.hours + boot),
+            head_usd=None if head is None else head * (run.hours + boot),
+        )
+        for run, boot in zip(runs, boots, strict=True)
+    ]
+    likely = runs[1]
+    return Candidate(
+        offer=offer,
+        num_machines=count,
+        is_spot=is_spot,
+        uninterrupted_hours=world.hours,
+        hours=_estimate([run.hours + boot for run, boot in zip(runs, boots, strict=True)]),
+        num_interruptions=_estimate([run.num_interruptions for run in runs]),
+        pausing_hours=likely.pausing_hours,
+        repeated_hours=likely.repeated_hours,
+        waiting_hours=likely.waiting_hours,
+        usd=_estimate([cost.usd for cost in costs]),
+        cost=costs[1],
+    )
+
+
+def _estimate(values: Sequence[float]) -> Estimate:
+    low, likely, high = values
+    return Estimate(low=low, likely=likely, high=high)
+
+
+def _cheapest_zones(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Of each region, machine type, number and kind the cheapest zone."""
+    cheapest: dict[tuple[object, ...], Candidate] = {}
+    for one in sorted(candidates, key=_order):
+        cheapest.setdefault(
+            (one.offer.cloud, one.offer.region, one.offer.instance, one.num_machines, one.is_spot), one
+        )
+    return list(cheapest.values())
+
+
+def _order(one: Candidate) -> tuple[float, float, str, str, str]:
+    return one.usd.likely, one.hours.likely, one.offer.cloud, one.offer.instance, one.offer.place
