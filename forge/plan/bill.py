@@ -22,7 +22,7 @@ _AS_FAST = 1.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class BillChoice:
     """A candidate that answers a question."""
 
     question: str
@@ -50,7 +50,7 @@ class Bill:
         return frontier(self.candidates)
 
     @property
-    def choices(self) -> tuple[Choice, ...]:
+    def choices(self) -> tuple[BillChoice, ...]:
         """The cheapest within the limit of hours, and the fastest within that of USD."""
         return choices(self)
 
@@ -97,18 +97,18 @@ def frontier(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
-def choices(bill: Bill) -> tuple[Choice, ...]:
+def choices(bill: Bill) -> tuple[BillChoice, ...]:
     """Answer what is cheapest within the limit of hours, and fastest within that of USD."""
     if not bill.candidates:
         return ()
     in_time = [one for one in bill.candidates if bill.max_hours is None or one.hours.likely <= bill.max_hours]
     in_budget = [one for one in bill.candidates if bill.max_usd is None or one.usd.likely <= bill.max_usd]
-    cheapest = Choice(
+    cheapest = BillChoice(
         question="cheapest" if bill.max_hours is None else f"cheapest within {bill.max_hours:g} h",
         candidate=in_time[0] if in_time else None,
         problem=None if in_time else _too_slow(bill),
     )
-    fastest = Choice(
+    fastest = BillChoice(
         question="fastest" if bill.max_usd is None else f"fastest for at most {bill.max_usd:,.2f} USD",
         candidate=_fastest(in_budget) if in_budget else None,
         problem=None if in_budget else _too_expensive(bill),
