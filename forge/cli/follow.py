@@ -212,7 +212,7 @@ def _suggest_use(run: RunSummary) -> None:
     sample, name = run.newest("SampleGenerated"), handle(run.folder)
     job = run.plan.job
     has_failed = sample is None and run.newest("SampleFailed") is not None
-    if has_failed or job.training.objective in ("masked-lm", "span-corruption", "reward"):
+    if has_failed or job.training.objective in ("span-corruption", "reward"):
         display.next_command(f"forge checkpoints export {name} --to {name}-weights", purpose="export its weights")
         return
     shown = sample["prompt"] if sample is not None else ""

@@ -1,4 +1,4 @@
-"""`forge generate`: what a model answers to one prompt or a file of them: text, chat turns, labels, embeddings."""
+"""`forge generate`: what a model answers to a prompt or a file of them: text, labels, tokens for masks, vectors."""
 
 from __future__ import annotations
 
@@ -30,24 +30,37 @@ InputOption = Annotated[
 AnswersOption = Annotated[
     str, typer.Option("--output", "-o", help="table or json; with --input, the file to write.")
 ]
-MaxTokensOption = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
+MaxTokensOption = Annotated[
+    int | None, typer.Option(min=1, help="Largest number of tokens to generate; by default 128.")
+]
 TemperatureOption = Annotated[
     float | None,
     typer.Option(min=0.0, help="0: the likeliest token; the default for targets and beams, else 0.8."),
 ]
-TopPOption = Annotated[float, typer.Option(help="Sample among the likeliest tokens up to this share.")]
-TopKOption = Annotated[
-    int | None, typer.Option(min=0, help="Sample among so many likeliest tokens, 0: all. By default 50.")
+TopPOption = Annotated[
+    float | None, typer.Option(help="Sample among the likeliest tokens up to this share; by default 1.")
 ]
-MinPOption = Annotated[float, typer.Option(help="Sample among tokens with this share of the largest probability.")]
-PenaltyOption = Annotated[float, typer.Option(help="Above 1: tokens that occurred are less likely.")]
+TopKOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Sample among so many likeliest tokens, 0: all; by default 50. Of a masked language model, how many "
+        "tokens are given for each mask; by default 5.",
+    ),
+]
+MinPOption = Annotated[
+    float | None, typer.Option(help="Sample among tokens with this share of the largest probability; by default 0.")
+]
+PenaltyOption = Annotated[
+    float | None, typer.Option(help="Above 1: tokens that occurred are less likely; by default 1.")
+]
 StopOption = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
-BeamsOption = Annotated[int, typer.Option(min=1, help="Beam search with so many beams.")]
-NumOption = Annotated[int, typer.Option("-n", min=1, help="Texts for each prompt.")]
+BeamsOption = Annotated[int | None, typer.Option(min=1, help="Beam search with so many beams.")]
+NumOption = Annotated[int | None, typer.Option("-n", min=1, help="Texts for each prompt; by default 1.")]
 LogprobsOption = Annotated[
     int | None, typer.Option(min=0, help="Give each token's log-probability and so many likeliest tokens.")
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Random seed.")]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="Random seed; by default 1.")]
 DtypeOption = Annotated[str, typer.Option(help="fp32 or bf16: in which the model computes.")]
 WorkersOption = Annotated[
     int | None,
@@ -63,17 +76,17 @@ def generate(
     system: SystemOption = None,
     input_file: InputOption = None,
     output: AnswersOption = "table",
-    max_tokens: MaxTokensOption = 128,
+    max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
-    top_p: TopPOption = 1.0,
+    top_p: TopPOption = None,
     top_k: TopKOption = None,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: PenaltyOption = 1.0,
+    min_p: MinPOption = None,
+    repetition_penalty: PenaltyOption = None,
     stop: StopOption = None,
-    beams: BeamsOption = 1,
-    n: NumOption = 1,
+    beams: BeamsOption = None,
+    n: NumOption = None,
     logprobs: LogprobsOption = None,
-    seed: SeedOption = 1,
+    seed: SeedOption = None,
     dtype: DtypeOption = "fp32",
     workers: WorkersOption = None,
     cluster: ClusterOption = None,
@@ -81,7 +94,7 @@ def generate(
     step: StepOption = None,
     runs: RunsOption = Path("runs"),
 ) -> None:
-    """Continue a prompt, answer a chat turn, translate, classify or embed, as the model was trained.
+    """Continue a prompt, answer a chat turn, translate, classify, fill masks or embed, as the model was trained.
 
     Example:  forge generate latest --prompt 'def main('
 
@@ -92,14 +105,15 @@ def generate(
     from forge.runtime.torch_subprocess import answer_prompts
 
     is_chat = chat or system is not None
-    _check(output, input_file=input_file, prompt=prompt, is_chat=is_chat, dtype=dtype, cluster=cluster)
+    _check(output, input_file=input_file, prompt=prompt, is_chat=is_chat, dtype=dtype)
+    _check_used(output, input_file=input_file, workers=workers, cluster=cluster, logprobs=logprobs)
     folder = find_model(source, root=runs)
-    sampling = {
-        **{"max_tokens": max_tokens, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty},
-        **{"stop": stop or [], "num_beams": beams, "n": n, "logprobs": logprobs, "seed": seed},
-        **({} if temperature is None else {"temperature": temperature, "top_k": 50 if temperature else 0}),
-        **({} if top_k is None else {"top_k": top_k}),
+    given = {
+        **{"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p},
+        **{"repetition_penalty": repetition_penalty, "stop": stop or None, "num_beams": beams, "n": n},
+        **{"logprobs": logprobs, "seed": seed},
     }
+    sampling = {name: value for name, value in given.items() if value is not None}
     config = {
         **{"source": str(folder), "step": parse_step(step), "ema": ema, "dtype": dtype},
         **{"chat": is_chat, "system": system, "sampling": sampling},
@@ -122,9 +136,22 @@ def _named(folder: Path, *, step: int | str | None) -> str:
     return f"the {which} of {folder.name}"
 
 
-def _check(
-    output: str, *, input_file: Path | None, prompt: str, is_chat: bool, dtype: str, cluster: str | None
+def _check_used(
+    output: str, *, input_file: Path | None, workers: int | None, cluster: str | None, logprobs: int | None
 ) -> None:
+    """Raises: ArgumentError for an option that would have no effect."""
+    from forge.errors import ArgumentError
+
+    if input_file is not None:
+        return
+    for option, value in (("--cluster", cluster), ("--workers", workers)):
+        if value is not None:
+            raise ArgumentError(f"{option} is for files of prompts: give --input and --output, or leave it out")
+    if logprobs is not None and output == "table":
+        raise ArgumentError("--logprobs are printed by --output json, and written with --input; add one of them")
+
+
+def _check(output: str, *, input_file: Path | None, prompt: str, is_chat: bool, dtype: str) -> None:
     """Raises: ArgumentError for options that do not go together, or a file of prompts that does not exist."""
     from forge.environment import looked_in
     from forge.errors import ArgumentError
@@ -140,8 +167,6 @@ def _check(
     if input_file is not None and not input_file.is_file():
         lacks = "is a folder" if input_file.is_dir() else f"does not exist{looked_in(input_file)}"
         raise ArgumentError(f"--input {input_file} {lacks}; give a file of prompts, one JSON line each")
-    if input_file is None and cluster is not None:
-        raise ArgumentError("--cluster answers files of prompts: give --input and --output, or leave it out")
     if is_chat and input_file is None and not prompt:
         raise ArgumentError("--chat and --system need the user's turn: give --prompt TEXT, or --input FILE")
     if input_file is not None and prompt:
@@ -197,6 +222,10 @@ def _shown(made: dict[str, Any], *, prompt: str, kind: str, is_chat: bool) -> st
         if is_chat or kind == "seq2seq":
             return str(made["text"])
         return prompt + str(made["text"])
+    if "masks" in made:
+        return "\n\n".join(
+            "\n".join(f"{one['probability']:6.1%}  {one['token']}" for one in mask) for mask in made["masks"]
+        )
     if "embedding" in made:
         return " ".join(f"{value:.6f}" for value in made["embedding"])
     if "value" in made:

@@ -104,6 +104,7 @@ def evaluate_models(
     own = [task for task in tasks if not str(task).startswith(LM_EVAL)]
     loaded = [(path, load_task(path)) for path in map(find_task, own)]
     _require_different(loaded)
+    _require_effect(options, has_run=any((folder / "plan.json").is_file() for folder in folders), own=bool(own))
     for _, task in loaded:
         build_task(task)
     if harness:
@@ -142,6 +143,26 @@ def evaluate_models(
     if harness:
         comparison = with_lm_eval(comparison, list(_of_harness(folders, harness, options, on_message)))
     return Evaluation(models=tuple(found), comparison=comparison)
+
+
+def _require_effect(options: EvaluateOptions, *, has_run: bool, own: bool) -> None:
+    """Raises: ArgumentError for an option that would change nothing.
+
+    Args:
+        has_run: whether one of the models is that of a run.
+        own: whether there are tasks other than those of lm-eval.
+    """
+    if not has_run and options.step is not None:
+        raise ArgumentError("--step is for runs, and none is given; leave it out")
+    if options.contamination and not (has_run and own):
+        why = (
+            "the training data of a folder of weights is not known"
+            if own
+            else "lm-eval's tasks are not searched for"
+        )
+        raise ArgumentError(f"--contamination would change nothing: {why}; leave it out")
+    if options.num_workers is not None and not own:
+        raise ArgumentError("lm-eval scores in one process; leave out --workers")
 
 
 def _require_harness(tasks: Sequence[str], *, options: EvaluateOptions) -> None:

@@ -33,6 +33,8 @@ KINDS: Mapping[AutoClass, Kind] = {
     "AutoModelForMaskedLM": "masked-lm",
     "AutoModel": "embedding",
 }
+WRITES: tuple[Kind, ...] = ("causal-lm", "seq2seq")
+"""The kinds that write text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from forge.errors import ArgumentError, CheckpointError, ForgeError
 from forge.foreign import parse_object, read_file
 from forge.inference.adapters import load_adapters, merge_adapters
 from forge.inference.checkpoint_model import load_model
-from forge.inference.identity import KINDS, Kind, digest_of, digest_of_folder
+from forge.inference.identity import KINDS, WRITES, Kind, digest_of, digest_of_folder
 from forge.model.auto_classes import AUTO_CLASSES, auto_class_of_config
 from forge.model.transformers_config import load_config, read_generation
 from forge.objective.registry import AutoClass
@@ -132,7 +132,7 @@ class LoadedModel:
 
     def require_text(self) -> None:
         """Raises: ArgumentError if the model writes no text."""
-        if self.kind not in ("causal-lm", "seq2seq"):
+        if self.kind not in WRITES:
             raise ArgumentError(
                 f"{self.name} is a {self.kind} model and writes no text: only a causal language model continues "
                 "one, and only an encoder-decoder (seq2seq) writes the target of a source; forge generate gives "

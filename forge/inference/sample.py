@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from forge.config.job import JobSpec
 from forge.data.prepare import open_rows
 from forge.data.prompt import first_words, held_out_turn, sample_prompt
-from forge.data.tokenizer_files import role_token
 from forge.errors import ArgumentError
 from forge.inference.answer import AnswerConfig, Answerer
 from forge.inference.encode import embed
+from forge.inference.identity import KINDS, WRITES
 from forge.inference.loaded import LoadedModel
+from forge.inference.masked import fill_masks, mask_id_of
 from forge.objective.pairs import PairRows
 from forge.objective.spans import SentinelTokens
 from forge.objective.text_parts import TextParts
@@ -51,8 +51,9 @@ def sample(plan: Plan, *, run_folder: Path) -> Sample:
 
     Raises: ArgumentError if the held-out data have nothing to ask; CheckpointError, DataError.
     """
-    config = AnswerConfig(source=str(run_folder), sampling={"max_tokens": _MAX_TOKENS, "seed": 1})
-    answerer = Answerer(config)
+    kind = "reward" if plan.job.training.objective == "reward" else KINDS[plan.job.training.auto_class]
+    sampling = {"max_tokens": _MAX_TOKENS} if kind in WRITES else {}
+    answerer = Answerer(AnswerConfig(source=str(run_folder), sampling=sampling))
     prompt, text = shown_answer(answerer, corpus=plan.corpus, job=plan.job, tokenizer=run_folder / "tokenizer")
     return Sample(step=answerer.loaded.step or 0, prompt=prompt, text=text)
 
@@ -76,7 +77,7 @@ def shown_answer(answerer: Answerer, *, corpus: CorpusInfo, job: JobSpec, tokeni
         return f"{turn.shown}{ARROW}", answer["text"]
     prompt = sample_prompt(corpus, job.data, tokenizer=tokenizer)
     if loaded.kind == "masked-lm":
-        return _filled_gap(loaded, prompt, tokenizer=tokenizer)
+        return _filled_gap(loaded, prompt)
     if objective == "span-corruption":
         special = SentinelTokens.of(tokenizer)
         ids = loaded.tokenizer.encode(prompt, add_special_tokens=False).ids
@@ -111,22 +112,19 @@ def _rewards(answerer: Answerer, corpus: CorpusInfo) -> tuple[str, str]:
     return f"{shown}{ARROW}", f"{chosen:.4g} for the preferred answer, {rejected:.4g} for the other"
 
 
-def _filled_gap(loaded: LoadedModel, text: str, *, tokenizer: Path) -> tuple[str, str]:
+def _filled_gap(loaded: LoadedModel, text: str) -> tuple[str, str]:
     """A text with its middle token masked, and the likeliest token there."""
-    mask = role_token(tokenizer, "mask_token") or ""
+    mask_id = mask_id_of(loaded)
     encoded = loaded.tokenizer.encode(text)
     plain = [at for at, is_special in enumerate(encoded.special_tokens_mask) if not is_special]
-    mask_id = loaded.tokenizer.token_to_id(mask)
-    if not plain or mask_id is None:
-        raise ArgumentError("the held-out text has no token to mask" if not plain else "there is no mask token")
+    if not plain:
+        raise ArgumentError("the held-out text has no token to mask")
     middle = plain[len(plain) // 2]
     start, stop = encoded.offsets[middle]
     start += len(text[start:stop]) - len(text[start:stop].lstrip())
-    ids = torch.tensor([encoded.ids], device=loaded.device)
-    ids[0, middle] = mask_id
-    with torch.inference_mode():
-        likeliest = int(loaded.model(input_ids=ids).logits[0, middle].argmax())
-    return f"{text[:start]}{mask}{text[stop:]}{ARROW}", loaded.decode([likeliest]).strip()
+    ids = [*encoded.ids[:middle], mask_id, *encoded.ids[middle + 1 :]]
+    [[[likeliest]]] = fill_masks(loaded, [ids], num_candidates=1)
+    return f"{text[:start]}{loaded.tokenizer.id_to_token(mask_id)}{text[stop:]}{ARROW}", likeliest.token
 
 
 def _held_out(corpus: CorpusInfo, *, count: int) -> Mapping[str, Any]:

@@ -38,6 +38,7 @@ from forge.runtime.vllm_replicas import vllm_place
 from forge.serve.calls import (
     GenerateCall,
     LabelAnswer,
+    MaskAnswer,
     ReplicaLostError,
     ServedModel,
     TextAnswer,
@@ -140,6 +141,9 @@ class ModelReplica:
     async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer | ApiError:
         return await _answered(self._service.classify(texts))
 
+    async def fill_masks(self, texts: Sequence[str], top_k: int) -> MaskAnswer | ApiError:
+        return await _answered(self._service.fill_masks(texts, top_k=top_k))
+
     async def translate(self, texts: Sequence[str], options: TextOptions) -> TextAnswer | ApiError:
         return await _answered(self._service.translate(texts, options=options))
 
@@ -199,6 +203,10 @@ class RayBackend:
 
     async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer:
         answer: LabelAnswer = await self._call(lambda: self._handle.classify.remote(texts))
+        return answer
+
+    async def fill_masks(self, texts: Sequence[str], *, top_k: int) -> MaskAnswer:
+        answer: MaskAnswer = await self._call(lambda: self._handle.fill_masks.remote(texts, top_k))
         return answer
 
     async def translate(self, texts: Sequence[str], *, options: TextOptions) -> TextAnswer:

@@ -124,6 +124,8 @@ class ModelBackend(Protocol):
 
     async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer: ...
 
+    async def fill_masks(self, texts: Sequence[str], *, top_k: int) -> MaskAnswer: ...
+
     async def translate(self, texts: Sequence[str], *, options: TextOptions) -> TextAnswer: ...
 
     async def stats(self) -> Mapping[str, Mapping[str, Any]]:
@@ -143,6 +145,14 @@ class LabelAnswer:
     """What a classifier says about each text: `label`, `labels`, `scores` and `value`, as in `/v1/classify`."""
 
     results: tuple[Mapping[str, Any], ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskAnswer:
+    """The likeliest tokens for each mask of each text: `token`, `token_id` and `probability`."""
+
+    masks: tuple[tuple[tuple[Mapping[str, Any], ...], ...], ...]
     prompt_tokens: int
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from forge.errors import ArgumentError
@@ -13,12 +13,14 @@ from forge.inference.adapters import load_adapters
 from forge.inference.encode import classify, embed
 from forge.inference.generate import generate
 from forge.inference.loaded import LoadedModel, load
+from forge.inference.masked import fill_masks, masked_ids
 from forge.inference.sampling import SamplingParams
 from forge.process import one_line
 from forge.serve.batcher import Batcher
 from forge.serve.calls import (
     GenerateCall,
     LabelAnswer,
+    MaskAnswer,
     ServedModel,
     TextAnswer,
     TextDelta,
@@ -190,6 +192,16 @@ class ModelService:
         )
         return LabelAnswer(results=results, prompt_tokens=self._count(texts))
 
+    async def fill_masks(self, texts: Sequence[str], *, top_k: int) -> MaskAnswer:
+        """The likeliest tokens for each mask of each text. Raises: ApiError."""
+        try:
+            encoded = [masked_ids(self._loaded, text) for text in texts]
+        except (ArgumentError, ValueError) as error:
+            raise ApiError(one_line(error), code="invalid_value", param="input") from error
+        found = await self._single("fill", encoded, options=top_k)
+        masks = tuple(tuple(tuple(map(asdict, mask)) for mask in text) for text in found)
+        return MaskAnswer(masks=masks, prompt_tokens=sum(map(len, encoded)))
+
     async def translate(self, texts: Sequence[str], *, options: TextOptions) -> TextAnswer:
         """The text that an encoder-decoder writes for each source. Raises: ApiError."""
         made = await self._single("translate", texts, options=options)
@@ -201,7 +213,7 @@ class ModelService:
         )
 
     async def _single(
-        self, verb: str, texts: Sequence[Any], *, options: TextOptions | None = None
+        self, verb: str, texts: Sequence[Any], *, options: TextOptions | int | None = None
     ) -> Sequence[Any]:
         try:
             return await self._batcher.do(texts, key=(verb, options))
@@ -215,6 +227,8 @@ class ModelService:
             return embed(self._loaded, texts)
         if verb == "classify":
             return classify(self._loaded, texts)
+        if verb == "fill":
+            return fill_masks(self._loaded, texts, num_candidates=options)
         room = self._loaded.max_positions or options.max_tokens
         made = generate(self._loaded, texts, _sampling(options, room=max(1, room - 1)))
         return sorted(made, key=lambda each: each.index)

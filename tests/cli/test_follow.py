@@ -95,6 +95,8 @@ def test_generate__wrong_file_of_prompts_or_no_turn__refused_before_torch_is_imp
     for options, message in (
         (["--input", str(tmp_path / "none.jsonl"), "-o", "a.jsonl"], r"none\.jsonl does not exist; give a file"),
         (["--input", str(tmp_path), "-o", "a.jsonl"], r"is a folder; give a file of prompts"),
+        (["-p", "a", "--workers", "2"], r"^--workers is for files of prompts"),
+        (["-p", "a", "--logprobs", "2"], r"^--logprobs are printed by --output json"),
         (["--chat"], r"^--chat and --system need the user's turn"),
     ):
         done = CliRunner().invoke(app, ["generate", str(tmp_path), *options])

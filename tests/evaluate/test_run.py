@@ -132,6 +132,23 @@ def score(**changes: Any) -> TaskScore:
     return TaskScore(**values | changes)
 
 
+@pytest.mark.parametrize(
+    ("task", "options", "problem"),
+    [
+        (None, {"step": 5}, "--step is for runs"),
+        (None, {"contamination": True}, "--contamination would change nothing: the training data of a folder"),
+        ("lm-eval:arc_easy", {"num_workers": 2}, "lm-eval scores in one process"),
+    ],
+)
+def test_evaluate_models__option_without_effect__is_refused_before_anything_starts(
+    tmp_path: Path, task: str | None, options: dict[str, Any], problem: str
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tasks = [task or Path(__file__).parents[2] / "jobs" / "eval" / "translation.yaml"]
+    with pytest.raises(ArgumentError, match=problem):
+        evaluate_models([tmp_path], tasks, options=EvaluateOptions(**options))
+
+
 def test_append_score__again_and_changed__is_written_once_each(tmp_path: Path) -> None:
     first = append_score(tmp_path, score())
     assert append_score(tmp_path, score()) == first

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from forge.data.tokenizer import TextTokenizer, train_tokenizer
 from forge.errors import ArgumentError, DataError
@@ -107,8 +114,57 @@ def test_answer__classifier__gives_labels_with_probabilities(bert_tokenizer: Tex
         expected = model(torch.tensor([encoded.ids])).logits[0].softmax(dim=-1)
     assert list(found[0]["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
     assert found[0]["label"] == max(found[0]["probabilities"], key=found[0]["probabilities"].get)
+    with pytest.raises(
+        ArgumentError, match=r"classification model, which writes no text: leave out num_beams \(--be"
+    ):
+        Answerer(AnswerConfig(source=str(tmp_path / "bert"), sampling={"num_beams": 1}))
     with pytest.raises(ArgumentError, match="is a classification model, which has no conversations"):
         Answerer(AnswerConfig(source=str(tmp_path / "bert"), chat=True))
+
+
+def test_answer__masked_language_model__gives_tokens_for_each_mask(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, vocab_size=300, special_tokens=("[PAD]", "[CLS]", "[SEP]", "[MASK]"))
+    folder = write_model(tmp_path / "bert", BertForMaskedLM(bert_config(tokenizer)).eval(), tokenizer)
+    answerer = Answerer(AnswerConfig(source=str(folder), sampling={"top_k": 2}))
+    answers = answerer(["the [MASK] town", {"text": "[MASK] [MASK]", "id": 3}])
+    assert [[len(mask) for mask in one["masks"]] for one in answers] == [[2], [2, 2]]
+    assert answers[1]["id"] == 3 and set(answers[0]["masks"][0][0]) == {"token", "token_id", "probability"}
+    ids = answerer.loaded.tokenizer.token_to_id("[MASK]")
+    assert answerer([{"ids": [ids]}])[0]["masks"]
+    assert [len(mask) for mask in Answerer(AnswerConfig(source=str(folder)))(["[MASK]"])[0]["masks"]] == [5]
+    for wrong in ("the town", {"ids": [ids + 1]}, {"messages": [{"role": "user", "content": "[MASK]"}]}):
+        with pytest.raises(
+            DataError, match=r"prompt 2: (the text has no \[MASK\]|a masked language model has no conv)"
+        ):
+            answerer(["[MASK]", wrong])
+    with pytest.raises(ArgumentError, match=r"which fills masks: leave out seed \(--seed\), temperature \(--temp"):
+        Answerer(AnswerConfig(source=str(folder), sampling={"top_k": 2, "temperature": 1.0, "seed": 1}))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "named"),
+    [
+        ({"top_p": 0.5, "temperature": 0.0}, r"top_p \(--top-p\)"),
+        ({"min_p": 0.1, "top_k": 5, "num_beams": 2}, r"top_k \(--top-k\), min_p \(--min-p\)"),
+        ({"length_penalty": 2.0}, "length_penalty is of beam search"),
+    ],
+)
+def test_answer__sampling_without_effect__is_refused_by_name(
+    llama_folder: Path, sampling: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ArgumentError, match=named):
+        Answerer(AnswerConfig(source=str(llama_folder), sampling=sampling))
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "temperature": 0.0}
+    assert Answerer(AnswerConfig(source=str(llama_folder), sampling=neutral)).sampling.temperature == 0
+
+
+def test_answer__prompt_with_fields_that_are_not_read__is_named(answerer: Answerer) -> None:
+    for wrong, problem in (
+        ({"prompt": "a", "pair": "b"}, "no 'pair'"),
+        ({"prompt": "a", "tools": [{}]}, "'tools'"),
+    ):
+        with pytest.raises(DataError, match=f"prompt 1: .*{problem}"):
+            answerer([wrong])
 
 
 def test_answer__encoder__gives_embeddings_of_length_1(bert_tokenizer: TextTokenizer, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForMaskedLM
 from forge.data.tokenizer import train_tokenizer
 from forge.errors import ArgumentError
 from forge.inference.loaded import LoadedModel, load
+from forge.inference.masked import fill_masks, masked_ids
 from forge.inference.pseudo import pseudo_log_likelihoods
 from tests.inference.conftest import TEXTS, write_model
 
@@ -63,3 +64,34 @@ def test_pseudo_log_likelihoods__empty_text_and_other_models(bert: LoadedModel, 
     assert pseudo_log_likelihoods(bert, [""])[0].num_tokens == 0
     with pytest.raises(ArgumentError, match="is a causal-lm model"):
         pseudo_log_likelihoods(llama, ["a"])
+
+
+@pytest.mark.parametrize("text", ["def [MASK]", "the [MASK] town [MASK] runs"])
+def test_fill_masks__text_with_masks__has_the_likeliest_tokens_of_transformers(
+    bert: LoadedModel, text: str
+) -> None:
+    ids = masked_ids(bert, text)
+    mask_id = bert.tokenizer.token_to_id("[MASK]")
+    assert ids.count(mask_id) == text.count("[MASK]")
+    (found,) = fill_masks(bert, [ids], num_candidates=3)
+    positions = [at for at, token in enumerate(ids) if token == mask_id]
+    with torch.inference_mode():
+        shares = bert.model(input_ids=torch.tensor([ids])).logits[0, positions].softmax(dim=-1)
+    for mask, expected in zip(found, shares, strict=True):
+        best = expected.topk(3)
+        assert [one.token_id for one in mask] == best.indices.tolist()
+        assert [one.probability for one in mask] == pytest.approx(best.values.tolist(), rel=1e-4)
+        assert all(one.token for one in mask)
+    others = [masked_ids(bert, other) for other in ("[MASK]", "a [MASK] b", "a [MASK] " * 2)]
+    assert fill_masks(bert, [*others, ids], num_candidates=3)[-1] == found, "bit for bit in another batch"
+
+
+def test_fill_masks__what_cannot_be_filled__says_why(bert: LoadedModel, llama: LoadedModel) -> None:
+    with pytest.raises(ValueError, match=r"has no \[MASK\]; write it where"):
+        masked_ids(bert, "the old town")
+    with pytest.raises(ValueError, match=r"has \d+ tokens, and the model reads 24"):
+        masked_ids(bert, "town " * 30 + "[MASK]")
+    with pytest.raises(ArgumentError, match="top_k is 0; for a mask"):
+        fill_masks(bert, [masked_ids(bert, "[MASK]")], num_candidates=0)
+    with pytest.raises(ArgumentError, match="is a causal-lm model"):
+        masked_ids(llama, "[MASK]")

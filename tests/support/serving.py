@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from forge.serve.calls import (
     GenerateCall,
     LabelAnswer,
+    MaskAnswer,
     ServedModel,
     TextAnswer,
     TextDelta,
@@ -78,6 +79,9 @@ class LocalBackend:
 
     async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer:
         return await self.service.classify(texts)
+
+    async def fill_masks(self, texts: Sequence[str], *, top_k: int) -> MaskAnswer:
+        return await self.service.fill_masks(texts, top_k=top_k)
 
     async def translate(self, texts: Sequence[str], *, options: TextOptions) -> TextAnswer:
         return await self.service.translate(texts, options=options)

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's routes, `/v1/classify` and `/v1/translate`, health, metrics and the page at `/`.
+"""The HTTP API: OpenAI's routes, those of other kinds of models, health, metrics and the page at `/`.
 
 It knows the model through a `ModelBackend` only, so the same application runs over replicas of Ray Serve and over a
 model in its own process.
@@ -19,7 +19,14 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from forge.serve.calls import TextOptions
-from forge.serve.http.bodies import ChatBody, ClassifyBody, CompletionBody, EmbeddingBody, TranslateBody
+from forge.serve.http.bodies import (
+    ChatBody,
+    ClassifyBody,
+    CompletionBody,
+    EmbeddingBody,
+    FillMaskBody,
+    TranslateBody,
+)
 from forge.serve.http.errors import ApiError, invalid_body
 from forge.serve.http.generation import repeated
 from forge.serve.http.guard import Guard
@@ -32,6 +39,7 @@ _PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _DEFAULT_TRANSLATION_TOKENS = 256
+_DEFAULT_CANDIDATES = 5
 
 
 def build_app(serving: Serving) -> Guard:
@@ -118,6 +126,15 @@ def _add_tasks(app: FastAPI, serving: Serving) -> None:
         return JSONResponse(
             {"object": "list", "data": data, "model": body.model, "usage": _usage(answer.prompt_tokens)}
         )
+
+    @app.post("/v1/fill-mask")
+    async def fill_mask(body: FillMaskBody, request: Request) -> JSONResponse:
+        serving.require_model(body.model, kinds=("masked-lm",), what="fills no masks")
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        top_k = body.top_k or _DEFAULT_CANDIDATES
+        answer = await _admitted(serving, request, lambda: serving.backend.fill_masks(texts, top_k=top_k))
+        data = [{"index": index, "masks": masks} for index, masks in enumerate(answer.masks)]
+        return _list_of(data, model=body.model, usage=_usage(answer.prompt_tokens))
 
     @app.post("/v1/translate")
     async def translate(body: TranslateBody, request: Request) -> JSONResponse:

@@ -21,6 +21,7 @@ MAX_CHOICES = 64
 _MAX_TOKENS = 1 << 24
 _MAX_STOPS = 16
 _MAX_LOGPROBS = 20
+_MAX_CANDIDATES = 1000
 _MAX_SEED = 2**63 - 1
 
 _Item = TypeVar("_Item")
@@ -249,6 +250,13 @@ class ClassifyBody(_Body):
             Field(min_length=1, max_length=2048),
         ]
     )
+
+
+class FillMaskBody(_Body):
+    """`/v1/fill-mask`: texts with the mask token of the model, of which each mask gets its likeliest tokens."""
+
+    input: Text | Annotated[Items[Text], Field(min_length=1, max_length=2048)]
+    top_k: Annotated[int, Field(ge=1, le=_MAX_CANDIDATES)] | None = None
 
 
 class TranslateBody(_Body):

@@ -52,6 +52,6 @@ class Serving:
 _ROUTES = {
     **{"causal-lm": "/v1/chat/completions or /v1/completions", "embedding": "/v1/embeddings"},
     **dict.fromkeys(("classification", "token-classification", "reward"), "/v1/classify"),
-    "seq2seq": "/v1/translate",
+    **{"seq2seq": "/v1/translate", "masked-lm": "/v1/fill-mask"},
 }
 """By the kind of a model."""

@@ -4,6 +4,7 @@ const KINDS = {
   chat: { label: "Your message", help: "Ctrl+Enter sends, Escape stops.", path: "/v1/chat/completions" },
   completion: { label: "Text to continue", help: "Ctrl+Enter sends, Escape stops.", path: "/v1/completions" },
   classify: { label: "Text to classify", help: "Ctrl+Enter sends.", path: "/v1/classify" },
+  fill: { label: "Text with masks", help: "Give the mask token where a word is to be filled in. Ctrl+Enter sends.", path: "/v1/fill-mask" },
   translate: { label: "Source", help: "The model writes its target. Ctrl+Enter sends.", path: "/v1/translate" },
   embed: { label: "Texts to compare, one per line", help: "Shows their cosine similarity.", path: "/v1/embeddings" },
 };
@@ -12,7 +13,7 @@ const at = (id) => document.getElementById(id);
 
 function kindOf(model) {
   if (model.kind === "causal-lm") return model.chat ? "chat" : "completion";
-  return { seq2seq: "translate", embedding: "embed" }[model.kind] || "classify";
+  return { seq2seq: "translate", embedding: "embed", "masked-lm": "fill" }[model.kind] || "classify";
 }
 
 async function request(path, body, signal) {
@@ -135,6 +136,9 @@ async function askOnce(text, signal) {
   if (state.kind === "translate") {
     addTurn("Source", text);
     addTurn("Target", data[0].text);
+  } else if (state.kind === "fill") {
+    addTurn("Text", text);
+    for (const mask of data[0].masks) addTable(["Token", "Probability"], mask.map((one) => [one.token, one.probability.toFixed(4)]));
   } else if (state.kind === "classify") {
     addTurn("Text", text);
     const scores = Object.entries(data[0].scores).sort((a, b) => b[1] - a[1]);

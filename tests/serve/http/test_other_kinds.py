@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     PreTrainedModel,
@@ -28,6 +30,7 @@ from forge.data.chat_template import find_chat_template
 from forge.data.tokenizer import load_tokenizer
 from forge.inference.encode import classify, embed
 from forge.inference.loaded import load
+from forge.inference.masked import fill_masks, masked_ids
 from forge.serve.calls import VectorAnswer
 from forge.serve.chat_prompts import ChatPrompts
 from forge.serve.http import connection
@@ -93,6 +96,28 @@ def test_classify__texts_of_many_clients__are_the_models_labels(tmp_path: Path) 
             assert [each["scores"] for each in answer] == [pytest.approx(scores) for scores in expected]
         assert ask([["the", "dog"]])[0]["scores"] == pytest.approx(pair)
         assert ask("dog")[0]["label"] == max(expected[1], key=expected[1].__getitem__)
+
+
+def test_fill_mask__texts__have_the_likeliest_tokens_for_each_mask(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, lambda: BertForMaskedLM(_BERT))
+    loaded = load(folder)
+    texts = ["the [MASK] fox", "[MASK] my [MASK]"]
+    expected = fill_masks(loaded, [masked_ids(loaded, text) for text in texts], num_candidates=2)
+    with running(backend_of(folder)) as server:
+
+        def ask(route: str = "fill-mask", **body: Any) -> httpx.Response:
+            asked = {"model": "tiny", **body}
+            return httpx.post(f"{server.url}/v1/{route}", json=asked, trust_env=False, timeout=60)
+
+        found = ask(input=texts, top_k=2).json()
+        assert [each["masks"] for each in found["data"]] == [
+            [list(map(asdict, m)) for m in one] for one in expected
+        ]
+        assert found["usage"]["prompt_tokens"] == sum(len(masked_ids(loaded, text)) for text in texts)
+        assert len(ask(input="[MASK]").json()["data"][0]["masks"][0]) == 5
+        for wrong in ({"input": "no mask"}, {"input": "[MASK]", "top_k": 0}, {"input": "[MASK]", "temperature": 1}):
+            assert ask(**wrong).status_code == 400, wrong
+        assert "its route is /v1/fill-mask" in ask("classify", input="a").json()["error"]["message"]
 
 
 def test_translate__sources__have_targets(tmp_path: Path) -> None:
