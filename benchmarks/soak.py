@@ -70,7 +70,7 @@ GROUPS = (
         name="end to end",
         tests=("tests/runtime", "tests/examples", "--ignore=tests/runtime/test_budget_run.py"),
     ),
-    Group(name="trackers, reports and replays", tests=("tests/runs", "tests/report", "tests/chaos")),
+    Group(name="trackers, reports and replays", tests=("tests/runs", "tests/report", "tests/ui", "tests/chaos")),
     Group(name="benchmarks", tests=("tests/benchmarks/test_benchmarks_run.py",)),
     # For FORGE_FUZZ_SECONDS per kind of input.
     Group(name="fuzzing", tests=("tests/fuzz", "-mslow or not slow"), limit_s=8 * _FUZZ_S + 1800.0),

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     {"cli"},
+    {"ui"},
     {"forge", "api"},  # forge/__init__.py and forge/api.py, the public API
     {"runtime", "remote", "search", "cluster", "report", "chaos", "serve", "evaluate"},
     {"inference"},
@@ -71,7 +72,7 @@ SAME_LAYER = {
 CLIENT_SIDE = {
     *("cli", "forge", "api", "cluster", "remote", "report", "runs", "checkpoint", "plan", "pricing", "config"),
     *("registries", "user_code", "code_archive", "units", "events", "errors", "foreign", "fs", "process", "redact"),
-    *("environment", "limits", "aws_client"),
+    *("environment", "limits", "aws_client", "ui"),
 }
 TRAINING_SIDE = {"train", "model", "objective", "data", "checkpoint"}
 NOT_ON_THE_CLIENT_SIDE = {"torch", "deepspeed", "transformers"}
@@ -82,8 +83,8 @@ ONLY_IN = {
     "rich": ("forge/cli/",),
     "pydantic": ("forge/config/", "forge/serve/http/bodies.py"),
     "fastapi": ("forge/serve/http/",),
-    "starlette": ("forge/serve/http/",),
-    "uvicorn": ("forge/serve/http/connection.py", "forge/runtime/serve_process.py"),
+    "starlette": ("forge/serve/http/", "forge/ui/"),
+    "uvicorn": ("forge/serve/http/connection.py", "forge/runtime/serve_process.py", "forge/ui/server.py"),
     "yaml": ("forge/config/",),
     "deepspeed": ("forge/train/engine.py", "forge/train/process_group.py", "forge/train/state.py"),
     "bitsandbytes": ("forge/model/quantise.py", "forge/train/optimizer_8bit.py"),

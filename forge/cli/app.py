@@ -31,6 +31,7 @@ from forge.cli import (
     serve,
     train,
     tune,
+    ui,
 )
 from forge.cli.follow import INTERRUPTED
 from forge.environment import adopt_environment, run_in_utf8
@@ -82,6 +83,7 @@ app.add_typer(serve.app, name="serve")
 app.command("scaling")(scaling.scaling)
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(chaos.app, name="chaos")
+app.command("ui")(ui.ui)
 app.command("doctor")(doctor.doctor)
 app.add_typer(schema.app, name="schema")
 

@@ -45,7 +45,9 @@ def list_(
     from forge.cli import display
     from forge.cli.follow import handle
     from forge.errors import ForgeError
+    from forge.report.run_rows import list_cells
     from forge.runs.annotations import read_annotations
+    from forge.runs.glance import glance_of
     from forge.runs.reader import list_runs, summary_record
     from forge.units import format_duration
 
@@ -73,7 +75,7 @@ def list_(
         age = format_duration(max(1.0, time.time() - run.updated))
         extra = [its_tags] if any(tags) else []
         extra += [str(run.folder.parent.absolute())] if every else []
-        rows.append([run.run_id, run.status, *_progress(run), f"{age} ago", *extra])
+        rows.append([run.run_id, run.status, *list_cells(glance_of(run))[:3], f"{age} ago", *extra])
     columns = ["run", "status", "#step", "#loss", "#held-out ppl", "#updated"]
     columns += (["tags"] if any(tags) else []) + (["folder"] if every else [])
     display.table(columns, rows)
@@ -149,27 +151,17 @@ def stop(run: RunArgument = "latest", runs: RunsOption = _RUNS) -> None:
     """
     from forge.cli import display
     from forge.cli.follow import handle
-    from forge.errors import ArgumentError
-    from forge.remote.mirror import find_run_handle
-    from forge.runs.reader import find_run, read_plan, search_folder
+    from forge.remote.mirror import find_stoppable, stop_text
+    from forge.runs.reader import find_run, read_plan
 
     folder = find_run(run, root=runs)
-    search = search_folder(folder)
-    if search is not None:
-        raise ArgumentError(
-            f"{folder.name} is a trial, not a search; stop the whole search: forge runs stop {handle(search)}"
-        )
     is_search = read_plan(folder).search is not None
-    running = find_run_handle(folder)
+    running = find_stoppable(folder)
     if running is None:
         display.message(f"{folder.name} is not running")
         return
     running.request_stop()
-    display.message(
-        f"the trials of {folder.name} stop after their current steps, with checkpoints"
-        if is_search
-        else f"{folder.name} stops after its current step, with a checkpoint"
-    )
+    display.message(stop_text(folder))
     running.wait()
     display.next_command(f"forge {'tune' if is_search else 'train'} --resume {handle(folder)}", purpose="resume")
 
@@ -325,26 +317,3 @@ def _kept_elsewhere(folder: Path) -> list[str]:
     except ForgeError:
         return kept
     return [*kept, f"its checkpoints in {url}"] if "://" in url else kept
-
-
-def _progress(run: RunSummary) -> list[str]:
-    """Return progress, loss and held-out perplexity; for a search, ended trials and the numbers of the best one."""
-    if run.plan.search is not None:
-        from forge.report.search_summary import search_summary
-
-        summary = search_summary(run)
-        best = summary.best.last_metrics if summary.best is not None else {}
-        progress, loss, perplexity = (
-            f"{summary.num_over}/{summary.num_trials} trials",
-            best.get("train/loss"),
-            best.get("eval/perplexity"),
-        )
-    else:
-        evaluated = run.newest("Evaluated", weights="current")
-        progress, loss = f"{run.step}/{run.plan.total_steps}", run.last.get("train/loss")
-        perplexity = evaluated["metrics"].get("perplexity") if evaluated else None
-    return [
-        progress,
-        f"{loss:.4f}" if loss is not None else "-",
-        f"{perplexity:.2f}" if perplexity is not None else "-",
-    ]

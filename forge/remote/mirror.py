@@ -31,7 +31,7 @@ from forge.process import first_line
 from forge.remote.head_cli import MARK
 from forge.runs.create import require_plain_folder
 from forge.runs.patient_file import open_whole_lines
-from forge.runs.reader import ENDINGS, count_records, error_named, read_run
+from forge.runs.reader import ENDINGS, count_records, error_named, read_plan, read_run, search_folder
 from forge.runs.records import EVENTS, METRICS, event_record, step_record
 from forge.runs.remote_ref import RemoteRef, read_remote_ref, write_remote_ref
 from forge.runtime.driver_process import RunHandle, find_local_run
@@ -59,6 +59,27 @@ def find_run_handle(folder: Path) -> RunHandle | None:
         raise ArgumentError(f"{folder.name} was on the cluster '{ref.cluster}': {error}") from error
     require_plain_folder(folder)
     return RemoteRun(folder, ref, cluster=cluster)
+
+
+def find_stoppable(folder: Path) -> RunHandle | None:
+    """Return a handle to a running run or search that can be asked to stop; None if it is not running.
+
+    Raises: ArgumentError for a trial, which its search decides about; and as `find_run_handle`.
+    """
+    search = search_folder(folder)
+    if search is not None:
+        name = shlex.quote(search.name if search.parent == Path("runs") else str(search))
+        raise ArgumentError(
+            f"{folder.name} is a trial, not a search; stop the whole search: forge runs stop {name}"
+        )
+    return find_run_handle(folder)
+
+
+def stop_text(folder: Path) -> str:
+    """Say what a run or search does once it was asked to stop."""
+    if read_plan(folder).search is not None:
+        return f"the trials of {folder.name} stop after their current steps, with checkpoints"
+    return f"{folder.name} stops after its current step, with a checkpoint"
 
 
 def remote_log(folder: Path, *, name: str, lines: int) -> str:

@@ -45,9 +45,9 @@ def _render(summary: SearchSummary) -> str:
         filters={"notes": _notes},
         run=run,
         is_running=run.status == "running",
-        headline=_headline(summary),
+        headline=search_headline(summary),
         failure=failure_of(run),
-        tiles=list(_tiles(summary)),
+        tiles=list(search_tiles(summary)),
         metric=search.metric,
         best=summary.best,
         best_note=_best_note(summary),
@@ -57,7 +57,8 @@ def _render(summary: SearchSummary) -> str:
     )
 
 
-def _headline(summary: SearchSummary) -> str:
+def search_headline(summary: SearchSummary) -> str:
+    """Describe the metric, the searcher and the scheduler in a few words."""
     search = summary.search
     words = [f"{search.metric}, {'less' if search.direction == 'min' else 'more'} is better"]
     words.append(f"searcher {search.searcher.kind}")
@@ -66,7 +67,8 @@ def _headline(summary: SearchSummary) -> str:
     return " · ".join(words)
 
 
-def _tiles(summary: SearchSummary) -> Iterator[PageTile]:
+def search_tiles(summary: SearchSummary) -> Iterator[PageTile]:
+    """The numbers at the top of the page of a search."""
     trials, counts, best = list(summary.table.trials.values()), summary.table.counts(), summary.best
     progress = f"{len(trials)} of {summary.num_trials}" if len(trials) < summary.num_trials else f"{len(trials)}"
     by_status = ", ".join(f"{counts[status]} {status}" for status in STATUS_COLORS if status in counts)

@@ -65,17 +65,8 @@ def render_page(
     **values: Any,
 ) -> str:
     """Render a template of this folder; all text in `values` is escaped."""
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        loader=FileSystemLoader(Path(__file__).parent),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: (
-            value if isinstance(value, Markup) else harmless(str(value))
-        ),  # Markup: plotly's code
-    )
-    environment.filters |= {"shown": shown, "number": number, "duration": duration, **(filters or {})}
+    environment = page_environment()
+    environment.filters |= filters or {}
     drawn = {figure.key: figure.spec for figure in figures if figure.spec}
     return environment.get_template(template).render(
         colors=STATUS_COLORS,
@@ -86,6 +77,22 @@ def render_page(
         written_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         **values,
     )
+
+
+def page_environment(*folders: Path) -> Environment:
+    """Return the environment of templates in this folder and others, which escapes every text."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=FileSystemLoader([Path(__file__).parent, *folders]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: (
+            value if isinstance(value, Markup) else harmless(str(value))
+        ),  # Markup: plotly's code
+    )
+    environment.filters |= {"shown": shown, "number": number, "duration": duration}
+    return environment
 
 
 def plotly_code() -> str:

@@ -37,11 +37,12 @@ class ProgressLines:
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Print the line of a record, if it has one."""
-        line = self._line(record)
+        line = self.line(record)
         if line is not None:
             (self._out or sys.stderr).write(harmless(line).replace("\n", " ") + "\n")
 
-    def _line(self, record: Mapping[str, Any]) -> str | None:
+    def line(self, record: Mapping[str, Any]) -> str | None:
+        """Return the line of a record; None if it has none."""
         if "event" not in record:
             is_first_or_last = record["step"] in (1, self._plan.total_steps)
             if not is_first_or_last and self._clock() - self._printed_at < _INTERVAL_S:

@@ -85,6 +85,23 @@ def speed_figure(series: RunSeries, changes: Sequence[MembershipChange], *, sinc
     )
 
 
+def new_points(series: RunSeries, *, since: float) -> dict[str, dict[str, list[list[float | None]]]]:
+    """Return what steps add to the figures of a run: by figure and by name of a line, x and y of its new points."""
+    hours = _hours(series.times, since=since)
+    lines: list[tuple[str, str, Sequence[float], str]] = [
+        ("loss", "training", series.steps, "train/loss"),
+        ("loss", "held out", series.steps, "eval/loss"),
+        ("speed", "tokens/s", hours, "speed/tokens_per_s"),
+        ("speed", "MFU", hours, "speed/mfu"),
+    ]
+    found: dict[str, dict[str, list[list[float | None]]]] = {}
+    for figure, name, x, key in lines:
+        pairs = [pair for pair in zip(x, series.values[key], strict=True) if pair[1] is not None]
+        if pairs:
+            found.setdefault(figure, {})[name] = [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
+    return found
+
+
 def workers_figure(events: Iterable[Mapping[str, Any]], *, since: float, until: float) -> PageFigure:
     """The world size over the hours since the start: 0 from the end of a generation to the start of the next."""
     at, sizes = [since], [0]

@@ -20,7 +20,7 @@ from forge.report.run_environment import environment_facts, repeat_lines
 from forge.report.run_figures import cost_figure, loss_figure, speed_figure, workers_figure
 from forge.report.run_forecast import forecast_rows
 from forge.report.run_scores import score_rows
-from forge.report.run_series import read_series
+from forge.report.run_series import RunSeries, read_series
 from forge.report.text import change_rows, goodput_facts, headline, number, plan_facts, summary_facts
 from forge.runs.annotations import read_annotations
 from forge.runs.goodput_report import BUCKETS, Bucket, GoodputReport
@@ -34,7 +34,7 @@ REPORT = "report.html"
 _MAX_CHANGES = 100
 _MAX_BYTES_AT_END = 2**26
 """Of `metrics.jsonl`, about 200,000 steps: reading more would keep the process of a run alive for seconds."""
-_BUCKET_COLORS: dict[Bucket, str] = {
+BUCKET_COLORS: dict[Bucket, str] = {
     "training": "#1d9a6c",
     "repeated": "#cf3e3e",
     "evaluating": "#2f6bd8",
@@ -94,7 +94,7 @@ def write_end_report(folder: Path) -> str | None:
 def render_run(run: RunSummary) -> str:
     """Return the page of a run."""
     goodput, annotations = run.goodput(), read_annotations(run.folder)
-    figures = list(run_figures(run, goodput))
+    figures = list(run_figures(run, goodput, series=read_series(iter_metrics(run.folder))))
     sample = run.newest("SampleGenerated")
     forecast, forecast_note = forecast_rows(run, goodput)
     return render_page(
@@ -125,9 +125,8 @@ def render_run(run: RunSummary) -> str:
     )
 
 
-def run_figures(run: RunSummary, goodput: GoodputReport) -> Iterator[PageFigure]:
+def run_figures(run: RunSummary, goodput: GoodputReport, *, series: RunSeries) -> Iterator[PageFigure]:
     """Draw loss, throughput, world size and cost."""
-    series = read_series(iter_metrics(run.folder))
     yield loss_figure(series, goodput.changes)
     yield speed_figure(series, goodput.changes, since=run.started)
     ends = [record["time"] for record in (*run.events[-1:], run.last) if record]
@@ -169,7 +168,7 @@ def bucket_shares(goodput: GoodputReport) -> list[BucketShare]:
     return [
         BucketShare(
             name=bucket,
-            color=_BUCKET_COLORS[bucket],
+            color=BUCKET_COLORS[bucket],
             seconds=goodput.seconds[bucket],
             share=goodput.share(bucket),
         )

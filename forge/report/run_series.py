@@ -55,25 +55,42 @@ def read_series(
     records: Iterable[Mapping[str, Any]], *, keys: tuple[str, ...] = KEYS, max_points: int = MAX_POINTS
 ) -> RunSeries:
     """Reduce the records of `metrics.jsonl` to at most `max_points` points."""
-    points: list[_Point] = []
-    width, num_not_finite = 1, 0
+    builder = SeriesBuilder(keys=keys, max_points=max_points)
     for record in records:
-        found = {key: value for key in keys if (value := record.get(key)) is not None}
-        num_not_finite += record["train/loss"] is None
+        builder.add(record)
+    return builder.series()
+
+
+class SeriesBuilder:
+    """Reduces the steps of a run to at most `max_points` points while they are recorded."""
+
+    def __init__(self, *, keys: tuple[str, ...] = KEYS, max_points: int = MAX_POINTS) -> None:
+        self._keys, self._max_points = keys, max_points
+        self._points: list[_Point] = []
+        self._width, self._num_not_finite = 1, 0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take in one record of `metrics.jsonl`."""
+        found = {key: value for key in self._keys if (value := record.get(key)) is not None}
+        self._num_not_finite += record["train/loss"] is None
         one = _Point(step=record["step"], time=record["time"], sums=found, counts=dict.fromkeys(found, 1))
-        _append(points, one, width=width)
-        if len(points) > max_points:
-            width *= 2
-            halves, points = points, []
+        _append(self._points, one, width=self._width)
+        if len(self._points) > self._max_points:
+            self._width *= 2
+            halves, self._points = self._points, []
             for point in halves:
-                _append(points, point, width=width)
-    return RunSeries(
-        steps=tuple(point.step for point in points),
-        times=tuple(point.time for point in points),
-        values={key: tuple(point.mean(key) for point in points) for key in keys},
-        steps_per_point=width,
-        num_not_finite=num_not_finite,
-    )
+                _append(self._points, point, width=self._width)
+
+    def series(self) -> RunSeries:
+        """Return the points until now."""
+        points = self._points
+        return RunSeries(
+            steps=tuple(point.step for point in points),
+            times=tuple(point.time for point in points),
+            values={key: tuple(point.mean(key) for point in points) for key in self._keys},
+            steps_per_point=self._width,
+            num_not_finite=self._num_not_finite,
+        )
 
 
 def _append(points: list[_Point], point: _Point, *, width: int) -> None:

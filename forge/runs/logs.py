@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import time
@@ -20,6 +21,7 @@ _WARNING = re.compile(r"\S*/(?:site|dist)-packages/\S+:\d+: (\w*Warning): ")
 _SOURCE_LINE = re.compile(r"  (?! |File )")
 _MAX_WARNING_LINES = 3
 _MAX_LISTED = 100
+_MAX_FILES = 10_000
 _POLL_S = 0.2
 _CHUNK_BYTES = 2**16
 
@@ -85,19 +87,14 @@ def last_lines(folder: Path, *, name: str, lines: int, warnings: LibraryWarnings
 
     Raises: ArgumentError listing the logs of the run.
     """
-    logs = folder / "logs"
-    path = logs / f"{name}.log"
     try:
-        file_name(f"{name}.log")
-        if logs.is_symlink():
-            raise OSError(errno.ELOOP, "its folder is a link, which may lead outside the run folder")
-        text = read_file_end(path, max_bytes=_MAX_BYTES).decode(errors="replace")
+        text = read_file_end(_log_path(folder, name), max_bytes=_MAX_BYTES).decode(errors="replace")
     except (OSError, ValueError) as error:
         is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         reason = getattr(error, "strerror", None) or str(error)
         problem = "does not exist" if is_missing else f"cannot be read: {reason}"
-        names = ", ".join(sorted(log.stem for log in logs.glob("*.log"))[:_MAX_LISTED]) or "none yet"
-        raise ArgumentError(f"{path} {problem}; its logs are: {names}") from None
+        names = ", ".join(log_names(folder)[:_MAX_LISTED]) or "none yet"
+        raise ArgumentError(f"{folder / 'logs' / name}.log {problem}; its logs are: {names}") from None
     text = text if warnings is None else warnings.fold(text)
     return "".join(text.splitlines(keepends=True)[-lines:])
 
@@ -128,7 +125,7 @@ def follow_log(folder: Path, *, name: str, offset: int, goes_on: Callable[[], bo
 def read_new(folder: Path, *, name: str, offset: int) -> tuple[str, int]:
     """Return what was appended to a log since `offset`, and the new offset; nothing if it does not exist."""
     try:
-        with os.fdopen(open_file(folder / "logs" / file_name(f"{name}.log")), "rb") as file:
+        with os.fdopen(open_file(_log_path(folder, name)), "rb") as file:
             file.seek(offset)
             text = file.read(_MAX_BYTES)
             return text.decode(errors="replace"), file.tell()
@@ -139,6 +136,53 @@ def read_new(folder: Path, *, name: str, offset: int) -> tuple[str, int]:
 def log_size(folder: Path, *, name: str) -> int:
     """Return the size of a log in bytes; 0 if it does not exist."""
     try:
-        return (folder / "logs" / f"{file_name(name)}.log").lstat().st_size
+        return _log_path(folder, name).lstat().st_size
     except (OSError, ValueError):
         return 0
+
+
+def log_names(folder: Path) -> list[str]:
+    """Return the names of a run's logs, `rank-2` before `rank-10`; none if their folder is a link."""
+    logs = folder / "logs"
+    names = [] if logs.is_symlink() else [path.stem for path in itertools.islice(logs.glob("*.log"), _MAX_FILES)]
+    parts = {name: re.split(r"([0-9]{1,9})", name) for name in names}  # every second one is a number
+    return sorted(names, key=lambda name: [int(part) if i % 2 else part for i, part in enumerate(parts[name])])
+
+
+class LogTail:
+    """Reads the end of one of a run's logs, then what is appended to it, a bounded part at a time."""
+
+    def __init__(self, folder: Path, *, name: str, max_bytes: int = 2**16) -> None:
+        self._folder, self._name, self._max_bytes = folder, name, max_bytes
+        self._offset = -1
+
+    def read(self) -> str:
+        """Return the whole lines since the last call; what is more than `max_bytes` is left out, with a line.
+
+        A log that became shorter is read as a new one. Nothing if the log does not exist or is a link.
+        """
+        try:
+            with os.fdopen(open_file(_log_path(self._folder, self._name)), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                is_new = not 0 <= self._offset <= size
+                wanted = 0 if is_new else self._offset
+                start = max(wanted, size - self._max_bytes)
+                file.seek(start)
+                data = file.read(self._max_bytes)
+        except (OSError, ValueError):
+            return ""
+        end = data.rfind(b"\n") + 1 or (len(data) if len(data) == self._max_bytes else 0)
+        self._offset = start + end
+        text = data[:end].decode(errors="replace")
+        if start > wanted and end:
+            head, _, rest = text.partition("\n")
+            text = f"[{start - wanted + len(head):,} bytes are left out]\n{rest or head}"
+        return text
+
+
+def _log_path(folder: Path, name: str) -> Path:
+    """Raises: ValueError if that is not the name of a file; OSError if the folder of the logs is a link."""
+    path = folder / "logs" / file_name(f"{name}.log")
+    if path.parent.is_symlink():
+        raise OSError(errno.ELOOP, "its folder is a link, which may lead outside the run folder")
+    return path

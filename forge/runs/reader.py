@@ -13,7 +13,7 @@ import heapq
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -171,7 +171,7 @@ def read_run(folder: Path) -> RunSummary:
     return RunSummary(
         run_id=folder.name,
         folder=folder,
-        status=_status(folder, events),
+        status=status_of(folder, ending=ending_of(events)),
         plan=plan,
         started=events[0]["time"] if events else started,
         updated=max([started, *(record["time"] for record in (*events[-1:], last) if record)]),
@@ -348,14 +348,22 @@ def _read_new(events: RecordReader, steps: RecordReader, *, folder: Path) -> lis
     return sorted(records, key=lambda record: record.get("event") in ENDINGS)
 
 
-def _status(folder: Path, events: tuple[dict[str, Any], ...]) -> Status:
-    if driver_pid(folder) is not None:
-        return "running"
+def ending_of(events: Sequence[Mapping[str, Any]]) -> Status | None:
+    """Return how the last session of a run ended, as it recorded; None if it did not."""
     for event in reversed(events):
         if event["event"] in ENDINGS:
             return ENDINGS[event["event"]]
         if event["event"] == "RunStarted":
             break
+    return None
+
+
+def status_of(folder: Path, *, ending: Status | None) -> Status:
+    """Return the status of a run whose last session has recorded this ending."""
+    if driver_pid(folder) is not None:
+        return "running"
+    if ending is not None:
+        return ending
     search = search_folder(folder)
     is_in_search = search is not None and driver_pid(search) is not None
     return "running" if is_in_search or _is_elsewhere(folder) else "died"

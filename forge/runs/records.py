@@ -142,8 +142,11 @@ def step_record(line: bytes) -> Record | None:
     return found
 
 
-def last_step_of(folder: Path) -> Record:
+def last_step_of(folder: Path, *, only_end: bool = False) -> Record:
     """Return the last step of a run, from the end of `metrics.jsonl`; empty before the first.
+
+    Args:
+        only_end: do not read the whole file if its last MiB has no step.
 
     Raises: ValueError as `RecordReader.read`.
     """
@@ -157,6 +160,8 @@ def last_step_of(folder: Path) -> Record:
         record = step_record(line)
         if record is not None:
             return record
+    if only_end:
+        return {}
     return next(iter(deque(RecordReader(folder, kind="step").read(), maxlen=1)), {})
 
 

@@ -51,6 +51,7 @@ from forge.serve.http.settings import (
     STATUS,
     UPDATE,
     ServerSettings,
+    listen_on,
     require_authentication,
     settings_from_json,
     settings_to_json,
@@ -88,7 +89,7 @@ class ModelServer:
         try:
             self._settings = settings_from_json((self._folder / SETTINGS).read_text())
             keys = self._keys()
-            listener = _bind(self._settings)
+            listener = listen_on(self._settings.host, self._settings.port)
             self._say("starting", "starting Ray")
             self._connect()
             from forge.runtime.serve_replica import deploy
@@ -314,22 +315,6 @@ class _UvicornServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _bind(settings: ServerSettings) -> socket.socket:
-    """Take the port before the model is loaded. Raises: ClusterError if that fails."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host.strip("[]"), settings.port))
-    except OSError as error:
-        listener.close()
-        raise ClusterError(
-            f"port {settings.port} of {settings.host} cannot be listened on: {error.strerror}; choose another with "
-            "--port"
-        ) from error
-    return listener
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from forge.errors import ArgumentError, printable
 from forge.serve.http.api_keys import ApiKey, KeyRing
 from forge.serve.http.errors import ApiError
-from forge.serve.http.settings import ServerSettings, is_loopback
+from forge.serve.http.settings import ServerSettings, is_loopback, named_host
 from forge.serve.http.telemetry import Telemetry
 
 Message = MutableMapping[str, Any]
@@ -34,7 +34,7 @@ _OPEN_PREFIX = "/page/"
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MAX_DISCARDED_BYTES = 64 * 2**20
 """Of a body that is too large: a client that is still sending would not see the answer."""
-_SAFETY = [
+SAFETY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
@@ -73,7 +73,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                extra = [(b"x-request-id", entry["id"].encode()), *_SAFETY]
+                extra = [(b"x-request-id", entry["id"].encode()), *SAFETY_HEADERS]
                 message = {**message, "headers": [*message.get("headers", []), *extra]}
             try:
                 async with asyncio.timeout(self._settings.write_timeout_s):
@@ -119,9 +119,7 @@ class Guard:
             value = headers.get(name)
             if value is None:
                 continue
-            host = value.partition("://")[2] or value
-            host = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
-            if not is_loopback(host):
+            if not is_loopback(named_host(value)):
                 raise ApiError(
                     f"this server answers requests to this machine only, and the {name.title()} header names "
                     f"{printable(value, limit=80)}",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
+import socket
 from dataclasses import asdict, dataclass, field
 
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, ClusterError
 from forge.process import one_line
 from forge.serve.http.api_keys import KeyLimits
 
@@ -89,6 +91,27 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def named_host(header: str) -> str:
+    """Return the host of a `Host` or `Origin` header, without scheme and port."""
+    host = header.partition("://")[2] or header
+    return host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """Take a port. Raises: ClusterError if that fails."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host.strip("[]"), port))
+    except OSError as error:
+        listener.close()
+        raise ClusterError(
+            f"port {port} of {host} cannot be listened on: {error.strerror}; choose another with --port"
+        ) from error
+    return listener
 
 
 def require_authentication(settings: ServerSettings, *, has_keys: bool) -> None:

@@ -1,0 +1,95 @@
+"""Run the server of `forge ui` until it is interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from forge.errors import ArgumentError
+
+_PACKAGES = ("starlette", "uvicorn", "httptools")
+_MAX_CONNECTIONS = 512
+_GRACE_S = 1
+
+
+def require_packages() -> None:
+    """Raises: ArgumentError if the packages of the extra `serve` are missing."""
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ArgumentError(f"forge ui needs {', '.join(missing)}: pip install 'forge-train[serve]'")
+
+
+def serve(
+    listener: socket.socket,
+    root: Path,
+    *,
+    host: str,
+    token: str | None,
+    more_hosts: tuple[str, ...] = (),
+    cluster: str | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve the pages until SIGINT or SIGTERM.
+
+    Args:
+        listener: a bound socket.
+        root: the folder of the runs.
+        token: None: none is needed.
+        on_ready: called once browsers can connect.
+
+    Raises: ArgumentError if the token is missing or short, or the cluster is not known.
+    """
+    import uvicorn
+
+    from forge.serve.http.connection import LimitedConnection
+    from forge.ui.access import token_access
+    from forge.ui.app import build_app
+    from forge.ui.run_list import RunList
+
+    access = token_access(host, listener.getsockname()[1], token=token, more_hosts=more_hosts)
+    runs = RunList(root, cluster=cluster)
+    threading.Thread(target=runs.refresh, kwargs={"whole": True}, daemon=True).start()
+    config = uvicorn.Config(
+        build_app(runs, access=access),
+        http=LimitedConnection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=_MAX_CONNECTIONS,
+        timeout_graceful_shutdown=_GRACE_S,
+        ssl_certfile=tls_cert,
+        ssl_keyfile=None if tls_key is None else str(tls_key),
+    )
+
+    class Server(uvicorn.Server):
+        """Leaves signals to this function."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    server = Server(config)
+
+    async def run() -> None:
+        def stop() -> None:
+            server.should_exit = True
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
+        listener.listen(config.backlog)
+        on_ready()
+        await server.serve(sockets=[listener])
+
+    asyncio.run(run())
