@@ -108,7 +108,12 @@ class PieceReceiver:
         return path
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
+        ends = (
+            asyncio.IncompleteReadError,
+            ConnectionError,
+            asyncio.CancelledError,
+        )  # the last with the event loop
+        with contextlib.suppress(*ends), contextlib.closing(writer):
             while True:
                 size = int.from_bytes(await reader.readexactly(_SIZE_BYTES), "big")
                 for call, item in pickle.loads(await reader.readexactly(size)):

@@ -98,6 +98,11 @@ class ModelReplica:
         self._service = ModelService.start(here, vllm=vllm_place(here, folder=Path(folder), replica=self._id))
         self._senders = PieceSenders()
 
+    def __del__(self) -> None:
+        """End vLLM and the process that renders chats; called by Ray Serve when the replica is removed."""
+        if (service := getattr(self, "_service", None)) is not None:
+            service.close()
+
     def describe(self) -> ServedModel:
         return self._service.info
 

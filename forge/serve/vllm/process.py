@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -35,14 +34,54 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _POLL_S = 0.2
 _ANSWER_S = 5.0
 _END_S = 20.0
+_GRACE_S = 15.0
+"""How long vLLM's processes may take to end by themselves."""
 _REASON = re.compile(r"\b[A-Za-z]*(?:Error|Exception): ")
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+_SUPERVISE = """
+import ctypes, os, signal, subprocess, sys, time
+parent, grace_s, me = int(sys.argv[1]), float(sys.argv[2]), os.getpid()
+
+def end_with(parent):
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
+
+def end_group(group):
+    deadline = time.monotonic() + grace_s
+    try:
+        os.killpg(group, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.1)
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+end_with(parent)
+server = subprocess.Popen(
+    [sys.executable, *sys.argv[3:]], start_new_session=True, preexec_fn=lambda: end_with(me)
+)
+reading, writing = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    os.close(writing)
+    os.read(reading, 1)
+    end_group(server.pid)
+    os._exit(0)
+os.close(reading)
+signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+code = server.wait()
+if code < 0:
+    if code != -signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(me, -code)
+sys.exit(code)
 """
-"""vLLM's environment has no forge, whose `die_with_parent` this is. Source: prctl(2), PR_SET_PDEATHSIG."""
+"""Runs vLLM's server in a process group of its own, and ends the whole group with the replica or with the server:
+vLLM's other processes outlive a server that is killed. Ray kills the children of a replica without warning, so a
+second process waits for the end of this one, which closes a pipe, and ends the group.
+
+It is a script because vLLM's environment has no forge. Source: prctl(2), PR_SET_PDEATHSIG."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,20 +152,18 @@ class VllmProcess:
         return None if code is None else f"vLLM ended with {ending(code)}: {self._reason()}"
 
     def close(self) -> None:
-        """End it and its workers."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_S)
-        with contextlib.suppress(ProcessLookupError):  # what is left of its session
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """End it; `_SUPERVISE` ends its workers."""
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
+        self._process.kill()
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> subprocess.Popen[bytes]:
         options = self._options
         python = str(options.install.python)
-        command = [python, "-I", "-c", _DIE_WITH_PARENT, str(os.getpid())]
+        command = [python, "-I", "-c", _SUPERVISE, str(os.getpid()), str(_GRACE_S)]
         command += ["-m", VLLM_MODULE, *options.arguments(self.address)]
         with os.fdopen(open_log(options.log), "ab") as output:
             return subprocess.Popen(
