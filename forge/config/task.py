@@ -137,6 +137,10 @@ class FewShotSpec(Section):
     """Of the draw."""
 
 
+_MIN_TEMPERATURE = 1e-5
+"""As `forge.inference.sampling.MIN_TEMPERATURE`."""
+
+
 class SamplingSpec(Section):
     """How answers are written; only with `kind: generate`."""
 
@@ -168,6 +172,8 @@ class SamplingSpec(Section):
     def _fit(self) -> SamplingSpec:
         if self.num_beams > 1 and self.temperature > 0:
             raise FieldError("temperature", "must be 0 with beam search", depends_on=("num_beams",))
+        if 0 < self.temperature < _MIN_TEMPERATURE:
+            raise FieldError("temperature", f"must be 0, or {_MIN_TEMPERATURE} or more")
         if not all(self.stop):
             raise FieldError("stop", "must not have an empty text")
         return self

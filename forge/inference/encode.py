@@ -89,7 +89,7 @@ def _encoded_one(loaded: LoadedModel, text: Text, *, limit: int | None) -> _Enco
     if isinstance(text, list):
         ids = text[:limit]
         return _Encoded(ids=ids, type_ids=[0] * len(ids), spans=[(0, 0)] * len(ids))
-    found = loaded.tokenizer.encode(text) if isinstance(text, str) else loaded.tokenizer.encode(*text)
+    [found] = loaded.tokenizer.encode_batch([text])  # `encode` would stop all other threads
     spans = [
         (0, 0) if special else span for span, special in zip(found.offsets, found.special_tokens_mask, strict=True)
     ]

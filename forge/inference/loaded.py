@@ -114,8 +114,9 @@ class LoadedModel:
         if self.kind == "seq2seq":
             return self._source(text)
         if self.kind == "causal-lm":
-            return [*self.before, *self.tokenizer.encode(text, add_special_tokens=False).ids]
-        return list(self.tokenizer.encode(text).ids)
+            # `encode` would stop all other threads, for seconds if the text has megabytes.
+            return [*self.before, *self.tokenizer.encode_batch([text], add_special_tokens=False)[0].ids]
+        return list(self.tokenizer.encode_batch([text])[0].ids)
 
     def encode_chat(self, conversation: Conversation) -> list[int]:
         """Token ids of a conversation and of what asks for the next turn of the assistant.

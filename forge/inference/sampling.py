@@ -21,6 +21,8 @@ from torch import Tensor
 
 from forge.errors import ArgumentError
 
+MIN_TEMPERATURE = 1e-5
+"""Logits divided by less overflow fp32. Lower ones are refused: their text is that of temperature 0."""
 _MAX_STOPS = 64
 
 
@@ -65,6 +67,8 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ArgumentError(f"{name} is {value}; it must be from {low} to {high}")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ArgumentError(f"temperature is {self.temperature}; it must be 0, or {MIN_TEMPERATURE} or more")
         if self.top_p == 0:
             raise ArgumentError("top_p is 0; it must be larger, or temperature 0 for the likeliest token")
         if len(self.stop) > _MAX_STOPS or "" in self.stop:

@@ -21,6 +21,7 @@ class Choice:
     """A token, and log-probabilities of the model at temperature 1 if they are asked for."""
 
     token_id: int
+    """-1 if the logits are not numbers, so that none can be chosen."""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
@@ -36,7 +37,8 @@ def choose(logits: Tensor, sequences: Sequence[RunningSequence]) -> list[Choice]
     if len(drawn) == len(sequences):
         tokens = _draw(scores, sequences)
     else:
-        tokens = scores.argmax(dim=-1)
+        tokens = scores.argmax(dim=-1)  # of one that is not a number, if there is one
+        tokens = tokens.where(scores.gather(1, tokens[:, None])[:, 0].isfinite(), -1)
         if drawn:
             tokens[drawn] = _draw(scores[drawn], [sequences[index] for index in drawn])
     ids = tokens.tolist()
@@ -45,7 +47,7 @@ def choose(logits: Tensor, sequences: Sequence[RunningSequence]) -> list[Choice]
         return [Choice(token_id=token) for token in ids]
     most = max(sequences[index].sampling.logprobs or 0 for index in asked)
     known = logits[asked].log_softmax(dim=-1)
-    chosen = known.gather(1, tokens[asked][:, None])[:, 0].tolist()
+    chosen = known.gather(1, tokens[asked].clamp(min=0)[:, None])[:, 0].tolist()
     top = known.topk(min(most, known.shape[1]), dim=-1)
     values, indices = top.values.tolist(), top.indices.tolist()
     choices = [Choice(token_id=token) for token in ids]
@@ -121,4 +123,4 @@ def _at_quantile(probabilities: Tensor, uniform: Tensor) -> Tensor:
     inner = blocks[torch.arange(rows, device=blocks.device), block[:, 0]].double().cumsum(dim=-1)
     last = torch.nextafter(inner[:, -1:], torch.zeros_like(inner[:, -1:]))
     place = torch.searchsorted(inner, torch.minimum(target - before, last), right=True)
-    return (block * _BLOCK + place)[:, 0]
+    return (block * _BLOCK + place).where(ends[:, -1:].isfinite(), -1)[:, 0]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, ForgeError
 from forge.inference.adapters import AdapterWeights, ServedAdapters
 from forge.inference.loaded import LoadedModel
 from forge.inference.model_step import PackedModel, SeparateModel, StepModel
@@ -38,6 +38,7 @@ from forge.serve.request import (
     EngineRequest,
     EngineStats,
     FinishReason,
+    NoNumbersError,
     QueueFullError,
     TokenEvent,
     require_answerable,
@@ -234,12 +235,28 @@ class ServingEngine:
         if len(due) < len(logits):
             logits = logits[[row for row, _ in due]]
         sequences = [one for _, one in due]
+        chosen = list(zip(sequences, choose(logits, sequences), strict=True))
         events = [
             (self._streams.get(one.request_id), self._append(one, choice))
-            for one, choice in zip(sequences, choose(logits, sequences), strict=True)
+            for one, choice in chosen
+            if choice.token_id >= 0
         ]
         self._count(events)
         _deliver(events)
+        for one, choice in chosen:
+            if choice.token_id < 0:
+                self._refuse(one)
+
+    def _refuse(self, sequence: RunningSequence) -> None:
+        """End the request of a text for which no token can be chosen."""
+        for one in [one for one in self._schedule if one.request_id == sequence.request_id]:
+            self._schedule.remove(one)
+        with self._lock:
+            stream = self._streams.pop(sequence.request_id, None)
+        where = f"after {len(sequence.tokens)} tokens"
+        _deliver(
+            [(stream, NoNumbersError(f"the model's logits are not numbers {where}; its weights may be broken"))]
+        )
 
     def _append(self, sequence: RunningSequence, choice: Choice) -> TokenEvent:
         """Add a token to a text, and take the text out if it ends."""
@@ -299,9 +316,9 @@ def _step_model(model: Any, adapters: ServedAdapters) -> tuple[StepModel, str | 
     return packed, None
 
 
-def _deliver(events: Iterable[tuple[EventStream | None, TokenEvent | EngineError]]) -> None:
+def _deliver(events: Iterable[tuple[EventStream | None, TokenEvent | ForgeError]]) -> None:
     """Hand events to the event loops of their streams, with one call per loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent | EngineError]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent | ForgeError]]] = {}
     for stream, event in events:
         if stream is not None:
             by_loop.setdefault(stream.loop, []).append((stream, event))
@@ -310,6 +327,6 @@ def _deliver(events: Iterable[tuple[EventStream | None, TokenEvent | EngineError
             loop.call_soon_threadsafe(_put, found)
 
 
-def _put(events: Sequence[tuple[EventStream, TokenEvent | EngineError]]) -> None:
+def _put(events: Sequence[tuple[EventStream, TokenEvent | ForgeError]]) -> None:
     for stream, event in events:
         stream.put(event)

@@ -14,7 +14,7 @@ from forge.inference.encode import classify, embed
 from forge.inference.generate import generate
 from forge.inference.loaded import LoadedModel, load
 from forge.inference.masked import fill_masks, masked_ids
-from forge.inference.sampling import SamplingParams
+from forge.inference.sampling import MIN_TEMPERATURE, SamplingParams
 from forge.process import one_line
 from forge.serve.batcher import Batcher
 from forge.serve.calls import (
@@ -32,13 +32,22 @@ from forge.serve.chat_prompts import ChatPrompts
 from forge.serve.engine import ServingEngine
 from forge.serve.http.errors import ApiError
 from forge.serve.http.settings import ServerSettings
-from forge.serve.request import EngineError, EngineOptions, EngineRequest, QueueFullError, TokenEvent
+from forge.serve.request import (
+    EngineError,
+    EngineOptions,
+    EngineRequest,
+    NoNumbersError,
+    QueueFullError,
+    TokenEvent,
+)
 from forge.serve.start_check import StartCheck
 from forge.serve.stream import EventStream, TextEngine
 from forge.serve.vllm.start import VllmPlace, VllmStart, require_servable
 
 _LOWEST_LOGPROB = -9999.0
 """Instead of minus infinity, which JSON does not have; OpenAI's API does the same."""
+_SHORT_CHARS = 4096
+"""Longer prompts are encoded in a thread: a megabyte takes a second."""
 _MAX_WAITING = 1 << 20
 """The server bounds what waits."""
 
@@ -149,6 +158,8 @@ class ModelService:
                 yield pieces.of(events)
         except ArgumentError as error:  # vLLM refuses it
             raise ApiError(str(error), code="invalid_value") from error
+        except NoNumbersError as error:
+            raise ApiError(str(error), status=500, code="no_numbers") from error
         finally:
             await stream.aclose()
 
@@ -179,9 +190,8 @@ class ModelService:
     async def embed(self, texts: Sequence[str]) -> VectorAnswer:
         """The vector of each text. Raises: ApiError."""
         vectors = await self._single("embed", texts)
-        return VectorAnswer(
-            vectors=tuple(tuple(map(float, vector)) for vector in vectors), prompt_tokens=self._count(texts)
-        )
+        count = await asyncio.to_thread(self._count, texts)
+        return VectorAnswer(vectors=tuple(tuple(map(float, vector)) for vector in vectors), prompt_tokens=count)
 
     async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer:
         """The labels of each text or pair of texts. Raises: ApiError."""
@@ -190,7 +200,7 @@ class ModelService:
             {"label": each.label, "labels": each.labels, "scores": each.probabilities, "value": each.value}
             for each in found
         )
-        return LabelAnswer(results=results, prompt_tokens=self._count(texts))
+        return LabelAnswer(results=results, prompt_tokens=await asyncio.to_thread(self._count, texts))
 
     async def fill_masks(self, texts: Sequence[str], *, top_k: int) -> MaskAnswer:
         """The likeliest tokens for each mask of each text. Raises: ApiError."""
@@ -235,8 +245,7 @@ class ModelService:
 
     def _count(self, texts: Sequence[Any]) -> int:
         """Tokens of texts, or of pairs of them."""
-        encode = self._loaded.tokenizer.encode
-        return sum(len(encode(text).ids if isinstance(text, str) else encode(*text).ids) for text in texts)
+        return sum(sum(each.attention_mask) for each in self._loaded.tokenizer.encode_batch(list(texts)))
 
     async def _prompt(self, call: GenerateCall) -> Sequence[int]:
         if call.messages:
@@ -246,7 +255,10 @@ class ModelService:
             except ValueError as error:
                 raise ApiError(str(error), code="invalid_messages", param="messages") from error
         if isinstance(call.prompt, str):
-            return self._loaded.encode(call.prompt) or list(self._loaded.end_ids[:1])
+            encode = self._loaded.encode
+            is_short = len(call.prompt) <= _SHORT_CHARS
+            ids = encode(call.prompt) if is_short else await asyncio.to_thread(encode, call.prompt)
+            return ids or list(self._loaded.end_ids[:1])
         return call.prompt or ()
 
 
@@ -297,7 +309,7 @@ def _sampling(options: TextOptions, *, room: int) -> SamplingParams:
     seed = secrets.randbits(62) if options.seed is None else options.seed % 2**62
     return SamplingParams(
         max_tokens=room if options.max_tokens is None else min(options.max_tokens, room),
-        temperature=options.temperature,
+        temperature=options.temperature if options.temperature >= MIN_TEMPERATURE else 0.0,
         top_p=options.top_p,
         top_k=max(0, options.top_k),
         min_p=options.min_p,

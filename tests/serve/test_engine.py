@@ -30,7 +30,14 @@ from forge.errors import ArgumentError
 from forge.inference.adapters import load_adapters
 from forge.inference.sampling import SamplingParams
 from forge.serve.engine import ServingEngine
-from forge.serve.request import EngineError, EngineOptions, EngineRequest, QueueFullError, TokenEvent
+from forge.serve.request import (
+    EngineError,
+    EngineOptions,
+    EngineRequest,
+    NoNumbersError,
+    QueueFullError,
+    TokenEvent,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 257,
@@ -395,6 +402,33 @@ def test_a_full_queue_refuses_requests_and_a_cancelled_text_makes_room() -> None
     stats = engine.stats()
     engine.close()
     assert (stats.running, stats.waiting, stats.num_cancelled, stats.num_finished) == (0, 0, 3, 0)
+
+
+@pytest.mark.parametrize("is_greedy", [True, False])
+def test_logits_that_are_no_numbers_fail_their_own_request_alone(is_greedy: bool) -> None:
+    loaded = tiny(LLAMA)
+    with torch.no_grad():
+        loaded.model.get_input_embeddings().weight[7] = float("nan")
+    sampling: dict[str, Any] = {"max_tokens": 20, **({} if is_greedy else {"temperature": 1.0, "n": 2})}
+    others: dict[str, Any] = {"max_tokens": 20, "temperature": 0.7, "seed": 3}
+
+    async def run(engine: ServingEngine) -> None:
+        alone = await ask(engine, "alone", [1, 2, 3], **others)
+        found = await asyncio.gather(
+            *(ask(engine, f"good-{number}", [1, 2, 3], **others) for number in range(3)),
+            ask(engine, "bad", [1, 7, 3], **sampling),
+            return_exceptions=True,
+        )
+        assert isinstance(found[-1], NoNumbersError) and "after 3 tokens" in str(found[-1])
+        assert [one.ids for one in found[:-1] if isinstance(one, Answer)] == [alone.ids] * 3
+        assert (await ask(engine, "after", [1, 2, 3], **others)).ids == alone.ids
+        assert engine.stats().running == engine.stats().waiting == 0
+
+    engine = ServingEngine(loaded)
+    try:
+        asyncio.run(run(engine))
+    finally:
+        engine.close()
 
 
 def test_a_failure_of_the_model_fails_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
