@@ -16,6 +16,7 @@ import hashlib
 import hmac
 import re
 import secrets
+import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -32,6 +33,7 @@ _PREFIX = "forge-"
 _MIN_CHARS = 20
 """A shorter key could be guessed."""
 _MAX_FILE_BYTES = 2**20
+_RETRY_S = 1.0
 _MAX_LIMIT = 1e15
 """An integer of TOML may be too large for a float."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -168,6 +170,8 @@ class KeyRing:
         """Raises: ArgumentError if the file is wrong."""
         self._fixed, self._file, self._limits = keys, file, limits
         self._stamp: object = None
+        self._wrong: object = ()
+        self._retry_at = 0.0
         self._read: tuple[ApiKey, ...] = ()
         self.refresh()
 
@@ -184,13 +188,22 @@ class KeyRing:
         return find_key(self._fixed + self._read, presented=presented.strip())
 
     def refresh(self) -> None:
-        """Read the file again if it has changed. Raises: ArgumentError, with the former keys still in force."""
+        """Read the file again if it has changed. Raises: ArgumentError, with the former keys still in force.
+
+        A file that cannot be read, or is wrong, is reported once a second and not for each request.
+        """
         if self._file is None:
             return
         try:
             status = self._file.stat()
-            stamp: object = (status.st_mtime_ns, status.st_size, status.st_ino)
+            stamp: object = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
         except OSError:
             stamp = None
-        if stamp is None or stamp != self._stamp:
+        is_same = stamp is not None and stamp == self._stamp
+        if is_same or (stamp == self._wrong and time.monotonic() < self._retry_at):
+            return
+        try:
             self._read, self._stamp = read_keys(self._file, limits=self._limits), stamp
+        except ArgumentError:
+            self._wrong, self._retry_at = stamp, time.monotonic() + _RETRY_S
+            raise

@@ -30,9 +30,12 @@ from forge.serve.http.bodies import (
 from forge.serve.http.errors import ApiError, invalid_body
 from forge.serve.http.generation import repeated
 from forge.serve.http.guard import Guard
+from forge.serve.http.json_body import JsonRoute
 from forge.serve.http.serving import Serving
 from forge.serve.http.text_routes import answer_chat, answer_completion, unless_gone
 
+_PAGE = files("forge.serve").joinpath("page")
+_PAGE_FILES = frozenset(file.name for file in _PAGE.iterdir())
 _PAGE_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -45,6 +48,7 @@ _DEFAULT_CANDIDATES = 5
 def build_app(serving: Serving) -> Guard:
     """Build the ASGI application of a server."""
     app = FastAPI(title="forge", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.router.route_class = JsonRoute
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
@@ -57,6 +61,7 @@ def build_app(serving: Serving) -> Guard:
 
 def _add_operations(app: FastAPI, serving: Serving) -> None:
     @app.get("/health")
+    @app.head("/health", include_in_schema=False)
     async def health() -> JSONResponse:
         is_draining = serving.admission.is_draining
         return JSONResponse(
@@ -81,6 +86,7 @@ def _add_operations(app: FastAPI, serving: Serving) -> None:
         return JSONResponse(_model(name, serving))
 
     @app.get("/")
+    @app.head("/", include_in_schema=False)
     async def page() -> Response:
         return _page_file("index.html")
 
@@ -221,11 +227,12 @@ def _model(name: str, serving: Serving) -> dict[str, Any]:
 
 def _page_file(name: str) -> Response:
     kind = _PAGE_TYPES.get(name.rpartition(".")[2])
-    path = files("forge.serve").joinpath("page", name)
-    if kind is None or "/" in name or not path.is_file():
+    if kind is None or name not in _PAGE_FILES:
         raise ApiError("there is no such page", status=404, code="not_found")
     return Response(
-        path.read_bytes(), media_type=f"{kind}; charset=utf-8", headers={"Content-Security-Policy": _PAGE_POLICY}
+        _PAGE.joinpath(name).read_bytes(),
+        media_type=f"{kind}; charset=utf-8",
+        headers={"Content-Security-Policy": _PAGE_POLICY},
     )
 
 

@@ -179,9 +179,9 @@ class FunctionTool(_Strict):
     @field_validator("parameters")
     @classmethod
     def _require_plain(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Refuse what cannot be sent to a replica, or written into a prompt: deep nesting, half characters."""
+        """Refuse what cannot be sent to a replica, or written into a prompt: deep nesting, surrogates, 1e999."""
         try:
-            parse_json(json.dumps(given))
+            parse_json(json.dumps(given, allow_nan=False))
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
         return given

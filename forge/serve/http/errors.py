@@ -62,14 +62,33 @@ def invalid_body(problems: list[Mapping[str, Any]]) -> ApiError:
     if first.get("type") == "json_invalid":
         reason = first.get("ctx", {}).get("error", "it cannot be parsed")
         return ApiError(f"the body is not valid JSON: {reason}", code="invalid_json")
-    param = _path([part for part in first["loc"] if part != "body"])
-    if first["type"] == "extra_forbidden":
+    problem = _likeliest(problems)
+    param = _path(problem)
+    if problem["type"] == "extra_forbidden":
         return ApiError(f"unknown parameter: {param}", code="unknown_parameter", param=param)
-    reason = str(first["msg"])
-    more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-    return ApiError(f"{param or 'the body'}: {reason}{more}", code="invalid_value", param=param)
+    num_others = len({_field(each) for each in problems}) - 1
+    more = f" (and {num_others} more wrong)" if num_others else ""
+    return ApiError(f"{param or 'the body'}: {problem['msg']}{more}", code="invalid_value", param=param)
 
 
-def _path(parts: list[Any]) -> str | None:
+def _likeliest(problems: list[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The deepest problem of the first wrong field: each type that a field may have has problems of its own."""
+    of_field = [each for each in problems if _field(each) == _field(problems[0])]
+    return max(of_field, key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
+
+
+def _field(problem: Mapping[str, Any]) -> Any:
+    return next(iter(problem["loc"][1:]), None)
+
+
+def _path(problem: Mapping[str, Any]) -> str | None:
+    """Where a problem is, without the types that pydantic puts into it."""
+    *parts, last = problem["loc"][1:] or (None,)
+    parts = [part for part in parts if not _is_type(part)]
+    parts += [last] if problem["type"] == "extra_forbidden" or not _is_type(last) else []
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return text.lstrip(".")[:120] or None
+
+
+def _is_type(part: Any) -> bool:
+    return part is None or (isinstance(part, str) and ("[" in part or part.startswith("constrained-")))

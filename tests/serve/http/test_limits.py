@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from forge.errors import ArgumentError
 from forge.serve.calls import GenerateCall, ReplicaLostError, TextDelta, TextOptions
+from forge.serve.http import api_keys
 from forge.serve.http.admission import Admission
 from forge.serve.http.api_keys import (
     KEYS_VARIABLE,
@@ -101,6 +103,28 @@ def test_key_file__others_may_write_it__is_refused(tmp_path: Path) -> None:
     (tmp_path / "keys.toml").chmod(0o666)
     with pytest.raises(ArgumentError, match="writable by other users"):
         read_keys(tmp_path / "keys.toml", limits=NO_LIMITS)
+
+
+def test_key_file__wrong_for_a_while__is_not_read_for_each_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, key, clock = tmp_path / "keys.toml", new_key(), Clock()
+    monkeypatch.setattr(api_keys, "time", SimpleNamespace(monotonic=clock))
+    add_key(file, name="a", key=key)
+    ring = KeyRing((), file=file, limits=NO_LIMITS)
+    for break_it in (lambda: file.write_text("[wrong"), file.unlink):
+        break_it()
+        with pytest.raises(ArgumentError):
+            ring.refresh()
+        ring.refresh()
+        assert ring.find(f"Bearer {key}") is not None, "the former keys stay in force"
+        clock.now += 2
+        with pytest.raises(ArgumentError):
+            ring.refresh()
+    other = new_key()
+    add_key(file, name="b", key=other)  # at once
+    ring.refresh()
+    assert ring.find(f"Bearer {other}") is not None and ring.find(f"Bearer {key}") is None
 
 
 def test_key_file__becomes_a_pipe__former_keys_stay_in_force(tmp_path: Path) -> None:

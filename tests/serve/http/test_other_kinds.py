@@ -199,7 +199,8 @@ def test_trailers_and_chunk_extensions__too_large__close_the_connection(start: b
 def test_body__in_chunks_larger_than_headers_may_be__arrives() -> None:
     chunk = b"%x\r\n%s\r\n" % (50_000, b"[" * 50_000)
     with running(NoModel()) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-        client.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
         for _ in range(8):
             client.sendall(chunk)
         client.sendall(b"0\r\n\r\n")
