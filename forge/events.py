@@ -261,6 +261,19 @@ class SnapshotIntervalChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointIntervalChanged:
+    """With `checkpoint.every: auto`, a new interval between checkpoints was chosen from what was measured."""
+
+    seconds: float
+    before_s: float
+    """The interval until now."""
+    cost_s: float
+    """Training time that one checkpoint costs."""
+    mtbf_s: float
+    """Estimated mean time until the state in memory is lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSaved:
     """A durable checkpoint was committed; recorded once for each step."""
 
@@ -525,6 +538,7 @@ Event = (
     | GenerationStarting
     | GenerationStarted
     | SnapshotIntervalChanged
+    | CheckpointIntervalChanged
     | CheckpointSaved
     | CheckpointFailed
     | CheckpointSkipped

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from forge.config.section import FieldError, Interval, Section, WholeOrAuto, WholeRange
+from forge.config.section import FieldError, IntervalOrAuto, Section, WholeOrAuto, WholeRange
 from forge.units import Every, Range
 
 
@@ -47,8 +47,10 @@ class ResourcesSpec(Section):
 class CheckpointSpec(Section):
     """Durable checkpoints of the training state, and snapshots of it in memory."""
 
-    every: Interval = Every(seconds=600.0)
-    """Interval between checkpoints; one is always written at the end and on Ctrl-C."""
+    every: IntervalOrAuto = Every(seconds=600.0)
+    """Interval between checkpoints, `10m` or `50 steps`; one is always written at the end and on Ctrl-C. `auto`:
+    Young's and Daly's optimum between 1 minute and 2 hours, from the measured waiting for a checkpoint and the time
+    between losses of the state in memory (docs/cost.md)."""
 
     keep: int = Field(3, ge=1)
     """How many of the newest checkpoints are kept; older ones are deleted."""

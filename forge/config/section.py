@@ -62,6 +62,15 @@ def _read_interval(value: Any) -> units.Every:
     return value if isinstance(value, units.Every) else units.parse_every(value)
 
 
+def _read_interval_or_auto(value: Any) -> units.Every | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    try:
+        return _read_interval(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("'50 steps' or '10m'", "'50 steps', '10m' or auto")) from None
+
+
 def _read_length(value: Any) -> units.Length:
     return value if isinstance(value, units.Length) else units.parse_length(value)
 
@@ -127,6 +136,13 @@ Interval = Annotated[
     BeforeValidator(_read_interval),
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "examples": ["50 steps", "10m"]}),
+]
+
+IntervalOrAuto = Annotated[
+    Literal["auto"] | units.Every,
+    BeforeValidator(_read_interval_or_auto),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "examples": ["auto", "50 steps", "10m"]}),
 ]
 
 TrainLength = Annotated[

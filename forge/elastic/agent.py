@@ -31,7 +31,7 @@ from forge.elastic.workers.fork_client import ForkServerPool
 from forge.elastic.workers.status_page import StatusField
 from forge.elastic.workers.worker_group import WorkerGroup
 from forge.errors import RunError
-from forge.pricing.budget import read_price, read_saving
+from forge.pricing.budget import read_mtbf_s, read_price, read_saving
 
 # How long an agent lives without a supervisor: longer than Ray needs to restart one.
 _MAX_ALONE_S = 60.0
@@ -163,6 +163,7 @@ class Agent:
             "pid": os.getpid(),
             "usd_per_hour": read_price(os.environ),
             "saving_usd_per_hour": read_saving(os.environ),
+            "mtbf_s": read_mtbf_s(os.environ),
             "generation": workers.generation,
             "running_ranks": {str(rank): world_size for rank, world_size in workers.world_sizes.items()},
             "pids": {str(rank): pid for rank, pid in workers.pids.items()},

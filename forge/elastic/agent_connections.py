@@ -31,6 +31,8 @@ class AgentConnection:
     send: Callable[[Message], None]
     close: Callable[[], None]
     heard_at: float
+    mtbf_s: float | None = None
+    """Mean time until its machine is lost, as far as it is known."""
 
 
 class AgentConnections(Mapping[str, AgentConnection]):
@@ -104,6 +106,7 @@ def accept_agent(registration: Message, channel: Channel, *, tasks: BackgroundTa
         send=lambda message: tasks.start(_send(channel, message)),
         close=channel.close,
         heard_at=now,
+        mtbf_s=registration.get("mtbf_s"),
     )
 
 

@@ -6,12 +6,13 @@ Pure functions of a decision, the membership state and the connected agents; the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from forge.elastic.agent_connections import AgentConnection
 from forge.elastic.rpc import Message, pack, unpack
 from forge.elastic.states import FlushToStorage, MembershipState, StartGeneration
+from forge.plan.checkpoint_interval import CheckpointRisk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,8 @@ class WorkerSpec:
     step: int
     shards: list[dict[str, Any]]
     """Snapshots to continue from: generation, rank, and `fd` or `endpoint`; empty: continue from storage."""
+    checkpoint_risk: dict[str, Any] | None
+    """With `checkpoint.every: auto`, the fields of a `CheckpointRisk`."""
     laps: dict[str, float]
     asked_at: float
     """When the worker was requested, by the node's monotonic clock."""
@@ -49,10 +52,12 @@ def start_commands(
     state: MembershipState,
     connections: Mapping[str, AgentConnection],
     laps: Mapping[str, float],
+    checkpoint_risk: CheckpointRisk | None = None,
 ) -> dict[str, Message]:
     """Return for each node the command that starts its ranks of a generation.
 
     Args:
+        checkpoint_risk: with `checkpoint.every: auto`.
         laps: seconds of each part of the membership change so far.
     """
     nodes = list(dict.fromkeys(start.assignment))
@@ -71,6 +76,7 @@ def start_commands(
         "step": start.step,
         "source": _source(start, state=state, connections=connections),
         "laps": dict(laps),
+        "checkpoint_risk": None if checkpoint_risk is None else asdict(checkpoint_risk),
         "is_stopping": state.is_stopping,
     }
     commands = {}

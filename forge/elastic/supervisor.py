@@ -3,6 +3,8 @@
 One supervisor per run. It relies only on its own observations (closed connections, missing heartbeats, ranks
 without progress), never on Ray's table of nodes, which is up to a minute old. The agents know everything that it
 stores, so it can be killed and restarted while the ranks continue.
+
+The module is long (over 400 lines) because every report, timer and action works on the same state.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from forge.elastic.background import BackgroundTasks
 from forge.elastic.commands import find_spare, start_commands
 from forge.elastic.flush_coordinator import FlushCoordinator
 from forge.elastic.hang_detector import HangDetector, StepTimes
+from forge.elastic.loss_history import LossHistory
 from forge.elastic.membership import RECOVERY_S, decide
 from forge.elastic.placement import Placement
 from forge.elastic.reports import attached_from, event_from
@@ -64,6 +67,7 @@ class Supervisor:
         former_generation: int = 0,
         stored_step: int = 0,
         is_restarted: bool = False,
+        losses: LossHistory | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
@@ -74,6 +78,7 @@ class Supervisor:
         former_generation: the run's last generation so far; its number is not used again.
         stored_step: the newest step in durable storage.
         is_restarted: a supervisor ran before this one, and its agents may have running ranks.
+        losses: with `checkpoint.every: auto`, what the run has lost so far.
         """
         self.state = replace(
             state,
@@ -82,6 +87,7 @@ class Supervisor:
             recovery_deadline=clock() + RECOVERY_S if is_restarted else None,
         )
         self._placement, self._record_event, self._meter, self._clock = placement, record_event, meter, clock
+        self._losses = losses
         self._stop_reason = ""
         self._connections = AgentConnections()
         self._has_started = is_restarted
@@ -375,7 +381,11 @@ class Supervisor:
         self._changed_at = None
         self._pids, self._hang_detector = {}, HangDetector()
         self._placement.set_used(Counter(start.assignment))
-        commands = start_commands(start, state=self.state, connections=self._connections, laps=laps)
+        nodes_mtbf_s = [self._connections[node].mtbf_s for node in set(start.assignment)]
+        risk = self._losses.risk(nodes_mtbf_s=nodes_mtbf_s) if self._losses else None
+        commands = start_commands(
+            start, state=self.state, connections=self._connections, laps=laps, checkpoint_risk=risk
+        )
         for node, command in commands.items():
             self._connections.send(node, command)
 

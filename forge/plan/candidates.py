@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from forge.config.resources import ResourcesSpec
+from forge.plan.checkpoint_interval import planned_every
 from forge.plan.durations import WorldHours
 from forge.plan.forecast import FormerRun, forecast_world, world_on_gpu
 from forge.plan.gpus import Gpu, find_gpu
@@ -213,7 +214,7 @@ def machine_counts(resources: ResourcesSpec, *, gpus_per_machine: int) -> tuple[
 
 def change_costs(plan: DraftPlan, *, num_machines: int, step_s: float, level: Level) -> ChangeCosts:
     """Return what the loss of one of `num_machines` costs. The high value is that of losses without notice."""
-    checkpoint_s = _seconds(plan.job.checkpoint.every, step_s=step_s)
+    checkpoint_s = _seconds(planned_every(plan, world_size=plan.worlds[-1].batch.world_size), step_s=step_s)
     if plan.job.resources.engine == "ray-train":
         return ChangeCosts(pause_s=2 * RESTART_S, saved_every_s=checkpoint_s, changes_per_loss=2)
     if num_machines == 1:  # no other machine has the state; with notice it is saved first

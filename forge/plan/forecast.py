@@ -16,12 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from forge.config.training import TrainingSpec
+from forge.plan.checkpoint_interval import checkpoint_stall_s, planned_every
 from forge.plan.durations import Forecast, WorldHours
 from forge.plan.gpus import Gpu, find_gpu
 from forge.plan.inputs import CorpusInfo, HardwareInfo
 from forge.plan.mixture import as_read
 from forge.plan.parameter_groups import OptimizerState, groups_of, optimizer_state
 from forge.plan.plan import DraftPlan, Plan, WorldSizePlan, plan_world_size
+from forge.plan.space import checkpoint_bytes
 from forge.plan.step_work import step_work_of_job
 from forge.plan.throughput import Estimate, Interconnect, estimate_step, with_uncertainty
 from forge.units import Every
@@ -39,9 +41,8 @@ STARTUP_S = 14.0
 Source: benchmarks/RESULTS.md, `train_first_step_s`, 2026-11-23."""
 _ENDING_S = 5.0
 """Generating the sample of text, which imports torch and transformers."""
-_STALL_S_PER_BYTE = 0.008 / 1.06e9
 _WRITTEN_BYTES_PER_S = 1.06e9 / 1.5
-"""Source of both: benchmarks/RESULTS.md, "Checkpoints", 2026-11-25: 1.06 GB; only the last one is waited for."""
+"""Source: benchmarks/RESULTS.md, "Checkpoints", 2026-11-25: 1.06 GB; only the last one is waited for."""
 _BEYOND_STEPS = Estimate(low=0.7, likely=1.0, high=1.5)
 """Range of what is not a training step, as a multiple of its likely value."""
 
@@ -273,17 +274,11 @@ def _held_out_share(plan: DraftPlan) -> float:
 
 def _checkpoint_s(plan: DraftPlan, *, steps_s: float, world_size: int, run: FormerRun | None) -> float:
     """Training stalls, and the wait for the last one if no run's end was measured."""
-    num = _count(plan.job.checkpoint.every, steps=plan.total_steps, seconds=steps_s)
-    size = checkpoint_bytes(plan)
+    num = _count(planned_every(plan, world_size=world_size), steps=plan.total_steps, seconds=steps_s)
     if run is not None and run.stall_s is not None and is_same_step(run.plan, plan):
         return num * run.stall_s
-    return num * size * _STALL_S_PER_BYTE / world_size + size / _WRITTEN_BYTES_PER_S / world_size
-
-
-def checkpoint_bytes(plan: DraftPlan) -> int:
-    """Return the size of one checkpoint: master weights, their average, and the optimizer's state."""
-    copies = 8 if plan.job.training.ema else 4
-    return copies * plan.model.num_trainable_parameters + _state(plan).total_bytes
+    last_s = checkpoint_bytes(plan.model, plan.job.training) / _WRITTEN_BYTES_PER_S / world_size
+    return num * checkpoint_stall_s(plan, world_size=world_size) + last_s
 
 
 def _count(every: Every, *, steps: int, seconds: float) -> int:

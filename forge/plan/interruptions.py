@@ -31,9 +31,23 @@ class Interruptions:
     """Where the rate comes from."""
 
 
+def _rate(share: float, *, hours: float) -> float:
+    """Return the rate p = 1 - e^(-rate · hours) of a share p."""
+    return min(_HIGHEST_PER_HOUR, -math.log1p(-share) / hours) if share < 1 else _HIGHEST_PER_HOUR
+
+
 NONE = Interruptions(per_machine_hour=Estimate(low=0.0, likely=0.0, high=0.0), basis="on demand")
 ASSUMED_BASIS = (
     "no interruptions are published: 5 to 15% of the machines a day are assumed, as Google once observed"
+)
+
+ASSUMED = Interruptions(
+    per_machine_hour=Estimate(
+        low=_rate(_ASSUMED.low, hours=24.0),
+        likely=_rate(_ASSUMED.likely, hours=24.0),
+        high=_rate(_ASSUMED.high, hours=24.0),
+    ),
+    basis=ASSUMED_BASIS,
 )
 
 
@@ -41,10 +55,7 @@ def interruptions_of(offer: Offer) -> Interruptions:
     """Return how often spot machines of an offer are interrupted."""
     if offer.interruption is not None:
         return Interruptions(per_machine_hour=rate_of_band(offer.interruption), basis="AWS Spot Advisor")
-    day = _ASSUMED
-    rates = (_rate(share, hours=24.0) for share in (day.low, day.likely, day.high))
-    low, likely, high = rates
-    return Interruptions(per_machine_hour=Estimate(low=low, likely=likely, high=high), basis=ASSUMED_BASIS)
+    return ASSUMED
 
 
 def rate_of_band(band: InterruptionBand) -> Estimate:
@@ -56,7 +67,3 @@ def rate_of_band(band: InterruptionBand) -> Estimate:
     middle = (band.low + band.high) / 2
     low, likely, high = (_rate(share, hours=_HOURS_PER_MONTH) for share in (band.low, middle, band.high))
     return Estimate(low=low, likely=likely, high=high)
-
-
-def _rate(share: float, *, hours: float) -> float:
-    return min(_HIGHEST_PER_HOUR, -math.log1p(-share) / hours) if share < 1 else _HIGHEST_PER_HOUR

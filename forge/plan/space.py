@@ -38,7 +38,8 @@ def space_warning(plan: DraftPlan, *, folder: str, free_bytes: int, must_fit: bo
     """
     checkpoint = plan.job.checkpoint
     size = checkpoint_bytes(plan.model, plan.job.training)
-    num_written = math.inf if checkpoint.every.steps is None else plan.total_steps / checkpoint.every.steps
+    steps = None if checkpoint.every == "auto" else checkpoint.every.steps
+    num_written = math.inf if steps is None else plan.total_steps / steps
     num_best = checkpoint.keep_best or 0
     count = num_best + int(min(checkpoint.keep + 1, max(1.0, num_written)))
     if plan.search is not None:  # each trial keeps its own

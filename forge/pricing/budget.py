@@ -6,6 +6,7 @@ The machine of the supervisor is counted too, whether workers run on it or not, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ PRICE_VARIABLE = "FORGE_USD_PER_HOUR"
 """Environment variable with the price of one machine, USD per hour."""
 ON_DEMAND_VARIABLE = "FORGE_ON_DEMAND_USD_PER_HOUR"
 """Environment variable of a spot machine with the price of the same machine on demand, if that is known."""
+MTBF_VARIABLE = "FORGE_MTBF_HOURS"
+"""Environment variable of a spot machine with the mean hours until one of its type is interrupted, if known."""
 LIMIT_VARIABLE = "FORGE_MAX_USD_PER_HOUR"
 """Environment variable on the head with the cluster file's `max_usd_per_hour`, for all machines together."""
 
@@ -37,6 +40,14 @@ def read_saving(environment: Mapping[str, str]) -> float:
     """
     price, on_demand = read_price(environment), _read_usd(environment, ON_DEMAND_VARIABLE)
     return max(0.0, on_demand - price) if price is not None and on_demand is not None else 0.0
+
+
+def read_mtbf_s(environment: Mapping[str, str]) -> float | None:
+    """Return the mean time until the machine with this environment is interrupted, in seconds; None if unknown."""
+    with contextlib.suppress(ValueError):
+        hours = float(environment.get(MTBF_VARIABLE, ""))
+        return 3600 * hours if 0 < hours < float("inf") else None
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

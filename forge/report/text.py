@@ -10,6 +10,7 @@ from forge.config.job import JobSpec
 from forge.config.overrides import trial_job, usual_values
 from forge.config.search import SchedulerSpec, SearcherSpec
 from forge.config.training import TrainingSpec
+from forge.plan.checkpoint_interval import interval_text
 from forge.plan.inputs import CodeInfo, CorpusFiles, InitInfo, ModelInfo, SkippedFiles, TeacherInfo
 from forge.plan.mixture import epoch_sequences
 from forge.plan.plan import DraftPlan, Plan
@@ -75,6 +76,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
          f"{format_count(total_flops)}FLOP in all"),
         ("hardware", _hardware(plan)),
         *forecast_facts(plan),
+        *checkpoint_facts(plan),
     ]  # fmt: skip
     libraries = plan.worlds[0].memory.libraries_bytes if plan.worlds else 0
     if libraries:
@@ -101,6 +103,12 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     if plan.former_lengths:
         facts.append(("length", _length_change(plan)))
     return facts + [("note", note) for note in plan.model.notes]
+
+
+def checkpoint_facts(plan: DraftPlan) -> list[tuple[str, str]]:
+    """Describe the interval between checkpoints that `auto` begins with; empty if the job states it."""
+    text = interval_text(plan)
+    return [("checkpoints", text)] if text is not None else []
 
 
 def _teacher(teacher: TeacherInfo, job: JobSpec) -> str:

@@ -68,6 +68,10 @@ class EventDescriber:
                 every = "every step" if event["every"] == 1 else f"every {event['every']} steps"
                 cost = f"{format_duration(event['seconds'])} each, {event['share']:.1%} of the time"
                 return f"snapshots to memory {every} from now on ({cost})"
+            case "CheckpointIntervalChanged":
+                every, before = (format_duration(event[key]) for key in ("seconds", "before_s"))
+                cost, mtbf = (format_duration(event[key]) for key in ("cost_s", "mtbf_s"))
+                return f"checkpoints every {every} instead of {before} ({cost} each; state lost every {mtbf})"
             case "LengthChanged":
                 rates = f"{event['learning_rate']:.3g} at step {event['from_step']}"
                 if event["learning_rate_before"] is not None:

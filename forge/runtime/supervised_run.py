@@ -16,6 +16,7 @@ from pathlib import Path
 import ray
 
 from forge.elastic.agent_config import AgentConfig
+from forge.elastic.loss_history import LossHistory
 from forge.elastic.states import MembershipState
 from forge.elastic.supervisor import Supervisor
 from forge.events import Event
@@ -62,6 +63,7 @@ class SupervisedRun:
             former_generation=int(largest_recorded(history, "GenerationStarting", "generation")),
             stored_step=int(largest_recorded(history, "CheckpointSaved", "step")),
             is_restarted=is_restarted,
+            losses=LossHistory(history) if self.plan.job.checkpoint.every == "auto" else None,
         )
         self.endpoint = self.supervisor.listen(
             host=ray.util.get_node_ip_address(), secret=bytes.fromhex(config.secret)

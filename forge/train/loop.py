@@ -30,6 +30,7 @@ from forge.events import (
 from forge.plan.schedule import FormerLength, ScheduleSteps
 from forge.train.async_checkpoint import AsyncCheckpointer, CheckpointWritten, Outcome, SaveFailed
 from forge.train.best_checkpoint import BestCheckpoints
+from forge.train.checkpoint_interval import CheckpointInterval
 from forge.train.early_stopping import EarlyStopping
 from forge.train.engine import Engine, StepControl, StepResult
 from forge.train.evaluation import evaluate
@@ -50,6 +51,7 @@ class TrainInputs:
 
     training: TrainingSpec
     checkpoint: CheckpointSpec
+    checkpoint_interval: CheckpointInterval
     total_steps: int
     schedule_steps: ScheduleSteps
     former_lengths: tuple[FormerLength, ...] = ()
@@ -170,8 +172,8 @@ class _TrainLoop:
             self._report_step(step, found, scores=scores)
             if (result := self._save_as_requested(step)) is not None:
                 return result
-            if self._snapshots is not None:
-                self._adjust_interval(self._snapshots.interval, step)
+            if not self._is_over:
+                self._adjust_intervals(step)
         self._end()
         return LoopResult(progress=self._progress)
 
@@ -180,7 +182,7 @@ class _TrainLoop:
         number, began = self._progress.step + 1, time.monotonic()
         is_last = number == inputs.last_step
         # A checkpoint that is due while another is being written begins when that one is committed.
-        self._is_save_due |= inputs.checkpoint.every.is_due(step=number, seconds_since_last=began - self._saved_at)
+        self._is_save_due |= inputs.checkpoint_interval.is_due(step=number, since_s=began - self._saved_at)
         is_evaluation_due = training.evaluate_every.is_due(
             step=number, seconds_since_last=began - self._evaluated_at
         )
@@ -358,18 +360,24 @@ class _TrainLoop:
             self._reporter.event(_outcome_event(outcome))
             if isinstance(outcome, CheckpointWritten):
                 self._saved_step = max(self._saved_step, outcome.step)
+                self._inputs.checkpoint_interval.record_checkpoint(outcome)
             else:
                 self._best.forget()
 
-    def _adjust_interval(self, interval: SnapshotInterval, step: _Step) -> None:
-        """Update the snapshot interval from the measured cost; step times differ between ranks, rank 0 decides."""
-        result = step.result
-        if result.flags.save or result.flags.snapshot:
-            interval.record_snapshot(step.number)
-        if interval.update(step_s=step.seconds, cost_s=result.snapshot_cost_s):
-            self._reporter.event(
-                SnapshotIntervalChanged(every=interval.every, seconds=interval.cost_s, share=interval.share)
-            )
+    def _adjust_intervals(self, step: _Step) -> None:
+        """Update both intervals from the measured costs; step times differ between ranks, rank 0 decides."""
+        result, checkpoints = step.result, self._inputs.checkpoint_interval
+        if self._snapshots is not None:
+            interval = self._snapshots.interval
+            if result.flags.save or result.flags.snapshot:
+                interval.record_snapshot(step.number)
+            if interval.update(step_s=step.seconds, cost_s=result.snapshot_cost_s):
+                self._reporter.event(
+                    SnapshotIntervalChanged(every=interval.every, seconds=interval.cost_s, share=interval.share)
+                )
+            checkpoints.record_snapshot_cost(interval.cost_s)
+        if (changed := checkpoints.update()) is not None:
+            self._reporter.event(changed)
 
     def _end(self) -> None:
         """Report an early stop."""

@@ -48,9 +48,11 @@ class SnapshotInterval:
         self._steps_s.append(step_s)
         if cost_s > 0:
             self._costs.append(cost_s)
-        if self._fixed is not None or len(self._costs) < _NUM_RECENT:
+        if len(self._costs) < _NUM_RECENT:
             return False
         self.cost_s = median(self._costs)
+        if self._fixed is not None:
+            return False
         best = min(_MOST_STEPS, max(1, math.ceil(self.cost_s / (_SHARE * median(self._steps_s)))))
         if best <= self.every < 2 * best:  # keep an interval that is cheap enough and at most twice too long
             return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -33,10 +33,12 @@ from forge.limits import usable_cpus
 from forge.model.families.base import DataShape
 from forge.objective.base import ObjectiveContext
 from forge.objective.build import build_objective
+from forge.plan.checkpoint_interval import CheckpointRisk, planned_every, planned_risk
 from forge.plan.curve import run_digest
 from forge.plan.inputs import InitInfo
 from forge.plan.plan import Plan
 from forge.train.async_checkpoint import AsyncCheckpointer
+from forge.train.checkpoint_interval import CheckpointInterval
 from forge.train.engine import DTYPES, Engine, build_engine
 from forge.train.frozen_model import build_frozen, build_teacher
 from forge.train.loop import LoopResult, SnapshotPolicy, TrainInputs, train
@@ -87,6 +89,8 @@ class ElasticContext:
 
     replica_client: ReplicaClient
     state_source: StateSource | None = None
+    checkpoint_risk: CheckpointRisk | None = None
+    """With `checkpoint.every: auto`, what the run has measured."""
     on_progress: Callable[[], None] = lambda: None
 
 
@@ -145,7 +149,7 @@ def run_worker(
     try:
         result = train(
             engine,
-            _train_inputs(plan, context, engine, peak_flops=peak.flops),
+            _train_inputs(plan, context, engine, peak_flops=peak.flops, elastic=elastic),
             start=start,
             checkpointer=checkpointer,
             snapshots=snapshots,
@@ -279,13 +283,16 @@ def _load_from_memory(engine: Engine, source: StateSource) -> Progress:
     return source.progress
 
 
-def _train_inputs(plan: Plan, context: WorkerContext, engine: Engine, *, peak_flops: float) -> TrainInputs:
+def _train_inputs(
+    plan: Plan, context: WorkerContext, engine: Engine, *, peak_flops: float, elastic: ElasticContext | None
+) -> TrainInputs:
     """Collect the loop's batches and settings. Raises: DataError if the prepared corpus cannot be opened."""
     job, world = plan.job, plan.for_world_size(context.world_size)
     train_rows, held_out_rows = open_rows(plan.corpus)
     return TrainInputs(
         training=job.training,
         checkpoint=job.checkpoint,
+        checkpoint_interval=_checkpoint_interval(plan, context, risk=elastic.checkpoint_risk if elastic else None),
         total_steps=plan.total_steps,
         schedule_steps=plan.schedule_steps,
         former_lengths=plan.former_lengths,
@@ -307,6 +314,14 @@ def _train_inputs(plan: Plan, context: WorkerContext, engine: Engine, *, peak_fl
         flops_per_token=plan.flops_per_token,
         peak_flops=peak_flops,
     )
+
+
+def _checkpoint_interval(plan: Plan, context: WorkerContext, *, risk: CheckpointRisk | None) -> CheckpointInterval:
+    every = planned_every(plan, world_size=context.world_size)
+    if plan.job.checkpoint.every != "auto":
+        return CheckpointInterval(every)
+    planned = planned_risk(plan, world_size=context.world_size)
+    return CheckpointInterval(every, risk=risk or replace(planned, cost_s=None))
 
 
 def _load_newest(engine: Engine, url: str, plan: Plan, reporter: Reporter) -> Progress:

@@ -168,6 +168,7 @@ def test_start_commands__environment_has_cloud_price_and_storage(node_type: str,
     assert found["RAY_AUTH_TOKEN_PATH"] == f"{tmp_path}/.forge/token"
     on_demand = {"spot-g5-xlarge": f"{machine_types('aws')['g5.xlarge'].usd_per_hour:.6g}"}
     assert found.get("FORGE_ON_DEMAND_USD_PER_HOUR") == on_demand.get(node_type)
+    assert ("FORGE_MTBF_HOURS" in found) is (node_type == "spot-g5-xlarge")
     assert found.get("FORGE_USD_PER_HOUR") == {"head": "0.192", "spot-g5-xlarge": "0.25"}.get(node_type)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forge.events import (
+    CheckpointIntervalChanged,
     Event,
     ForkServerFailed,
     GenerationStarted,
@@ -105,6 +106,10 @@ def test_describe__idle_node_left__has_its_own_line() -> None:
         (
             SnapshotIntervalChanged(every=4, seconds=0.012, share=0.009),
             "snapshots to memory every 4 steps from now on (12ms each, 0.9% of the time)",
+        ),
+        (
+            CheckpointIntervalChanged(seconds=447.0, before_s=60.0, cost_s=0.1, mtbf_s=1e6),
+            "checkpoints every 7m 27s instead of 1m 00s (100ms each; state lost every 11d 13h)",
         ),
         (SupervisorRestarted(pid=1), "the supervisor died and was restarted; training continued"),
         (NodeLeft(node=NODE, reason="\x1b[2J"), "node 3f2a left: \\x1b[2J"),

@@ -20,7 +20,10 @@ from typing import Any
 from forge.cluster.cloud.instance_selection import InstanceOption, InstancePlan
 from forge.cluster.cloud.state import OWNER, ClusterIdentity
 from forge.config.cluster import CloudSpec
+from forge.plan.interruptions import rate_of_band
+from forge.pricing.budget import MTBF_VARIABLE
 from forge.pricing.catalog import machine_types, size_of
+from forge.pricing.offers import offline_offers
 
 HEAD = "head"
 """Ray's name for the head's node type."""
@@ -117,6 +120,7 @@ def build_ray_config(
     auth = {"ssh_user": user_of(spec), "ssh_private_key": context.key_file}
     if spec.provider == "azure":
         auth["ssh_public_key"] = context.public_key_file
+    environment = _environment(spec, plan=plan, region=context.region)
     return {
         "cluster_name": cluster.ray_name,
         "max_workers": plan.max_workers,
@@ -139,8 +143,8 @@ def build_ray_config(
         "setup_commands": ["chmod 700 ~/.forge && chmod 600 ~/.forge/token", *install.setup_commands],
         "head_setup_commands": [],
         "worker_setup_commands": [],
-        "head_start_ray_commands": _head_commands(spec, plan=plan, python=install.python),
-        "worker_start_ray_commands": _worker_commands(spec, plan=plan, python=install.python),
+        "head_start_ray_commands": _head_commands(environment, python=install.python),
+        "worker_start_ray_commands": _worker_commands(environment, python=install.python),
     }
 
 
@@ -317,13 +321,12 @@ def _gib(size_bytes: int) -> int:
     return math.ceil(size_bytes / 2**30)
 
 
-def _head_commands(spec: CloudSpec, *, plan: InstancePlan, python: str) -> list[str]:
+def _head_commands(environment: str, *, python: str) -> list[str]:
     start = (
         f"{_define_ray(python)}; ray start --head --port={_RAY_PORT} --object-manager-port=8076 "
         "--autoscaling-config=~/ray_bootstrap_config.yaml "
         f"--dashboard-host=127.0.0.1 --dashboard-port={DASHBOARD_PORT} --disable-usage-stats"
     )
-    environment = _environment(spec, plan=plan)
     backoff = (
         f"setsid nohup {shell_path(python)} -P -m forge.cluster.cloud.capacity_backoff "
         "> ~/.forge/capacity-backoff.log 2>&1 < /dev/null &"
@@ -332,15 +335,18 @@ def _head_commands(spec: CloudSpec, *, plan: InstancePlan, python: str) -> list[
     return [stop, f"{environment}; ulimit -n 65536; {start}", f"{environment}; {backoff}"]
 
 
-def _worker_commands(spec: CloudSpec, *, plan: InstancePlan, python: str) -> list[str]:
+def _worker_commands(environment: str, *, python: str) -> list[str]:
     start = (
         f"{_define_ray(python)}; ray start --address=$RAY_HEAD_IP:{_RAY_PORT} --object-manager-port=8076 "
         "--disable-usage-stats"
     )
-    return [f"{_define_ray(python)}; ray stop", f"{_environment(spec, plan=plan)}; ulimit -n 65536; {start}"]
+    return [
+        f"{_define_ray(python)}; ray stop",
+        f"{environment}; ulimit -n 65536; {start}",
+    ]
 
 
-def _environment(spec: CloudSpec, *, plan: InstancePlan) -> str:
+def _environment(spec: CloudSpec, *, plan: InstancePlan, region: str) -> str:
     """Shell commands that set the environment of Ray's processes, with the machine's own price.
 
     Ray has one start command for all workers, and passes it the node type.
@@ -358,7 +364,8 @@ def _environment(spec: CloudSpec, *, plan: InstancePlan) -> str:
     exports = " ".join(f"{name}={shell_path(value)}" for name, value in values.items())
     options = {HEAD: plan.head, **{option.node_type: option for option in plan.workers}}
     prices = "".join(
-        f" {node_type}) export FORGE_USD_PER_HOUR={option.usd_per_hour:.6g}{_on_demand(option, spec)};;"
+        f" {node_type}) export FORGE_USD_PER_HOUR={option.usd_per_hour:.6g}"
+        f"{_on_demand(option, spec)}{_interruption(option, spec, region=region)};;"
         for node_type, option in options.items()
         if option.usd_per_hour is not None
     )
@@ -371,6 +378,15 @@ def _on_demand(option: InstanceOption, spec: CloudSpec) -> str:
     if known is None or known.usd_per_hour is None:
         return ""
     return f" FORGE_ON_DEMAND_USD_PER_HOUR={known.usd_per_hour:.6g}"
+
+
+def _interruption(option: InstanceOption, spec: CloudSpec, *, region: str) -> str:
+    """How long a spot machine lasts on average; only AWS publishes it."""
+    offers = offline_offers() if option.is_spot and spec.provider == "aws" else ()
+    place = (option.machine_type, region)
+    bands = (one.interruption for one in offers if (one.instance, one.region) == place)
+    band = next((band for band in bands if band is not None), None)
+    return "" if band is None else f" {MTBF_VARIABLE}={1 / rate_of_band(band).likely:.0f}"
 
 
 def _define_ray(python: str) -> str:

@@ -256,6 +256,7 @@ class WorkerGroup:
             interface=_interface_of(self._config.host) if command["is_spread"] else "lo",
             step=command["step"],
             shards=shards,
+            checkpoint_risk=command["checkpoint_risk"],
             laps=command["laps"],
             asked_at=asked_at,
             secret=self._config.secret,

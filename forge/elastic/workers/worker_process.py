@@ -30,6 +30,7 @@ from forge.errors import ForgeError
 from forge.events import Event, NullReporter, StepMetrics
 from forge.model.families.base import DataShape
 from forge.model.families.registry import family_of
+from forge.plan.checkpoint_interval import CheckpointRisk
 from forge.plan.plan import plan_from_json
 from forge.process import first_line, redirect_output
 from forge.train.engine import DTYPES
@@ -126,6 +127,7 @@ def _run(spec: WorkerSpec, *, link: AgentLink, fds: list[int], plan_json: str, l
         elastic=ElasticContext(
             replica_client=AgentReplicaClient(link, reporter, local_world_size=spec.local_world_size),
             state_source=state_source,
+            checkpoint_risk=CheckpointRisk(**spec.checkpoint_risk) if spec.checkpoint_risk else None,
             on_progress=link.tick,
         ),
         clock=clock,
