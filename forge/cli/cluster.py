@@ -52,7 +52,9 @@ def up(
 
     cluster = _cluster_of(file, nodes=nodes, port=port)
     if dry_run:
-        display.print_text(cluster.to_yaml())
+        text = cluster.to_yaml()
+        _show_regions(cluster, is_live=False)
+        display.print_text(text)
         return
     _confirm_price(cluster, yes=yes)
     try:
@@ -204,10 +206,26 @@ def _confirm_price(cluster: Cluster, *, yes: bool) -> None:
     """Show what a cluster costs, and ask. Raises: ArgumentError without a terminal to ask on."""
     from forge.cli import display
 
+    low = _show_regions(cluster, is_live=True)
     price = cluster.price()
     if price is not None:
-        display.message(f"'{cluster.name}' costs up to {price:.2f} USD an hour")
+        span = f"up to {price:.2f}" if low is None else f"{low:.2f} to {price:.2f}"
+        display.message(f"'{cluster.name}' costs {span} USD an hour")
         confirm("Start it?", yes=yes)
+
+
+def _show_regions(cluster: Cluster, *, is_live: bool) -> float | None:
+    """Show where a rented cluster is tried, and why. Returns: the least that it costs in the first place."""
+    from forge.cli import display
+    from forge.cli.cluster_table import region_lines
+    from forge.cluster.cloud.provider import CloudCluster
+
+    if not isinstance(cluster, CloudCluster):
+        return None
+    choice = cluster.choose(is_live=is_live)
+    for line in region_lines(choice):
+        display.message(line)
+    return choice.options[0].plan.lowest_usd_per_hour
 
 
 def _after_interrupt(cluster: Cluster) -> None:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 from forge.cli import display
 from forge.units import format_duration
 
+_RUNNERS_UP = 4
+
 if TYPE_CHECKING:
     from forge.cluster.base import ClusterNode, ClusterStatus
+    from forge.cluster.cloud.region_choice import RegionChoice, RegionOption
     from forge.runs.nodes import RunNode
 
 _GONE_S = 600.0
@@ -89,6 +92,33 @@ def status_record(found: ClusterStatus, *, runs: RunNodes) -> dict[str, object]:
     }
     record["token_file"] = str(token_path()) if found.dashboard is not None else None
     return record
+
+
+def region_lines(choice: RegionChoice) -> list[str]:
+    """Say in which region a rented cluster is tried first, what its workers cost there, and which ones are next."""
+    first, *others = choice.options
+    why = f"the cheapest of {len(choice.options)}" if choice.is_chosen and others else "tried first"
+    lines = [f"region {first.place}, {why}: {_worker_price(first)}"]
+    if others:
+        unit = "USD an hour" if first.usd_per_exaflop is None else "USD per EFLOP"
+        shown = ", ".join(f"{one.place} {_in_unit(one)}" for one in others[:_RUNNERS_UP])
+        more = len(others) - _RUNNERS_UP
+        lines.append(f"if it has no capacity ({unit}): {shown}" + (f" and {more} more" if more > 0 else ""))
+    return [*lines, *choice.notes]
+
+
+def _worker_price(one: RegionOption) -> str:
+    if one.usd_per_hour is None:
+        return f"{one.machine} at an unknown price"
+    text = f"{one.machine} at {one.usd_per_hour:.2f} USD an hour {'as spot' if one.is_spot else 'on demand'}"
+    if one.usd_per_exaflop is not None:
+        text += f", {one.usd_per_exaflop:.3f} USD per EFLOP"
+    return text + (f", and {one.traffic_usd_per_hour:.2f} USD of traffic" if one.traffic_usd_per_hour else "")
+
+
+def _in_unit(one: RegionOption) -> str:
+    price = one.usd_per_hour if one.usd_per_exaflop is None else one.usd_per_exaflop
+    return "unknown" if price is None else f"{price:.2f}"
 
 
 def _state(node: ClusterNode, runs: RunNodes) -> str:

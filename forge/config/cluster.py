@@ -178,8 +178,13 @@ class CloudSpec(ClusterSection):
     """The cloud. Credentials are read as by its command-line tools, from the environment or their files."""
 
     regions: Strings = ("auto",)
-    """Regions to try (zones on gcp), cheapest first on aws, in the given order elsewhere. `auto`: all regions of
-    the account on aws, those of forge's catalogue elsewhere."""
+    """Regions to try (zones on gcp), cheapest first on aws, in the given order elsewhere. `auto`: where training is
+    cheapest, of the account's regions on aws and of those with a known price elsewhere; the choice is kept for
+    later starts of the cluster."""
+
+    storage_region: str | None = Field(None, max_length=60, pattern=r"^[a-z][a-z0-9-]*$")
+    """Region of the bucket in `storage`, so that `regions: auto` counts the traffic to it; asked on aws by
+    default."""
 
     gpu: _Gpu = "none"
     """Name of the workers' GPU such as `A100-80GB`, or `none`."""
@@ -273,6 +278,8 @@ class CloudSpec(ClusterSection):
             raise FieldError("project", "is only for gcp and azure")
         if self.provider != "azure" and self.resource_group is not None:
             raise FieldError("resource_group", "is only for azure")
+        if self.storage_region is not None and "://" not in (self.storage or ""):
+            raise FieldError("storage_region", "is the region of a bucket: give its URL as storage")
         self._require_names()
         return self
 

@@ -80,8 +80,10 @@ def workers_of(spec: CloudSpec) -> tuple[str, ...]:
     if not found:
         gpus = sorted({machine.gpu for machine in known.values() if machine.gpu})
         near = difflib.get_close_matches(spec.gpu.upper(), gpus, n=1)
+        others = [cloud for cloud in _HEADS if any(one.gpu == wanted for one in machine_types(cloud).values())]
+        sold = f" ({', '.join(others)} sell{'s' * (len(others) == 1)} it)" if others else ""
         raise JobFileError(
-            f"is not in forge's catalogue for {spec.provider}, which has {', '.join(gpus)}; "
+            f"is not in forge's catalogue for {spec.provider}, which has {', '.join(gpus)}{sold}; "
             "for other machines list instance_types",
             key="gpu",
             value=spec.gpu,
@@ -114,11 +116,6 @@ def size_of(name: str, *, cloud: str) -> MachineType:
         similar = f"; similar names are {', '.join(near)}" if near else ""
         raise ClusterError(f"forge's catalogue does not have {cloud}'s machine type '{name}'{similar}")
     return known[name]
-
-
-def regions_of(spec: CloudSpec) -> tuple[str, ...]:
-    """Return the regions (zones on gcp) to try, in order: those of the file, or the catalogue's for `auto`."""
-    return tuple(catalog_table()["regions"][spec.provider]) if spec.regions == ("auto",) else spec.regions
 
 
 def area_of(region: str) -> str | None:

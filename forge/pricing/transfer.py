@@ -30,7 +30,7 @@ def storage_usd_per_gib_month(
         kind: `object`: S3 Standard, Cloud Storage Standard, Blob Storage Hot LRS; `disk`: the machines' own, EBS
             gp3 or Persistent Disk balanced.
     """
-    price: float | None = _table(cloud, kind).get(_region(cloud, region))
+    price: float | None = _table(cloud, kind).get(region_of(region))
     return price
 
 
@@ -43,7 +43,7 @@ def egress_usd_per_gib(cloud: str, region: str, *, to: str) -> float | None:
         region: which sends; on GCP also a zone.
         to: a region of the same cloud, `INTERNET`, or `OTHER_ZONE`: a machine in another zone of the region.
     """
-    region, to = _region(cloud, region), _region(cloud, to)
+    region, to = region_of(region), region_of(to)
     if to == OTHER_ZONE:
         price = _table(cloud, "zones").get("all")
     elif to == INTERNET:
@@ -63,14 +63,14 @@ def transfer_source(cloud: str, what: str) -> tuple[date, str] | None:
     return None if found is None else (date.fromisoformat(found[0]), found[1])
 
 
-def _by_place(table: dict[str, Any], region: str) -> Any:
-    return table.get(region, table.get(_area(region) or ""))
-
-
-def _region(cloud: str, place: str) -> str:
+def region_of(place: str) -> str:
     """Return the region of a zone of GCP, such as us-central1-a; other places as they are."""
     head, _, tail = place.rpartition("-")
-    return head if cloud == "gcp" and len(tail) == 1 and head.count("-") == 1 else place
+    return head if len(tail) == 1 and tail.isalpha() and head.count("-") == 1 else place
+
+
+def _by_place(table: dict[str, Any], region: str) -> Any:
+    return table.get(region, table.get(_area(region) or ""))
 
 
 def _area(region: str) -> str | None:

@@ -336,11 +336,37 @@ def test_up__name_of_another_providers_cluster__is_refused(api: Api) -> None:
     assert not api.calls
 
 
-def test_up__limit_too_low__asks_aws_nothing(api: Api) -> None:
+def test_up__limit_too_low_by_prices_of_now__rents_nothing(api: Api) -> None:
     with pytest.raises(JobFileError, match="does not pay for the head"):
         CloudCluster(spec_of(max_usd_per_hour=0.3)).up(on_progress=ignore)
     assert list_records() == []
-    assert not api.calls
+    assert {name for name, _ in api.calls} == {"DescribeSpotPriceHistory"}
+
+
+@pytest.mark.slow
+def test_up__auto__keeps_its_choice_for_the_next_start_of_the_same_file(api: Api) -> None:
+    api.spot_prices = {"us-west-2": {"g5.xlarge": 0.3}, "eu-west-1": {"g5.xlarge": 0.1}}
+    api.refusals = [Refusal("CreateSecurityGroup", "eu-west-1", "UnauthorizedOperation")]
+    spec = spec_of(regions=["auto"], storage="s3://bucket/runs")
+    cluster = CloudCluster(spec)
+    shown = [one.place for one in cluster.choose(is_live=True).options]
+    assert shown[:2] == ["eu-west-1", "us-west-2"] and len(shown) > 2
+    with pytest.raises(ClusterError, match="do not allow CreateSecurityGroup in eu-west-1"):
+        cluster.up(on_progress=ignore)
+    record = read_record("big")
+    assert record is not None and record.state["choice"]["regions"] == shown
+    api.spot_prices = {"us-west-2": {"g5.xlarge": 0.1}, "eu-west-1": {"g5.xlarge": 0.3}}
+    kept = CloudCluster(spec).choose(is_live=True)
+    assert [one.place for one in kept.options] == shown and kept.options[0].usd_per_hour == 0.3
+
+
+def test_bucket_region__of_a_bucket__as_aws_names_it_or_unknown(api: Api) -> None:
+    api.client("s3").create_bucket(Bucket="far", CreateBucketConfiguration={"LocationConstraint": "ap-northeast-1"})
+    api.client("s3").create_bucket(Bucket="first")
+    assert aws.bucket_region("s3://far/runs") == "ap-northeast-1"
+    assert aws.bucket_region("s3://first") == "us-east-1"
+    assert aws.bucket_region("s3://nobodys-bucket/runs") is None
+    assert aws.bucket_region("gs://far/runs") is aws.bucket_region(None) is None
 
 
 def _groups(api: Api, region: str) -> list[str]:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge.cluster.cloud.aws_network import head_rights, ingress, storage_rights
-from forge.cluster.cloud.instance_selection import InstancePlan, listed_price, order_by_price, plan_instances
+from forge.cluster.cloud.instance_selection import InstancePlan, listed_price, plan_instances
 from forge.cluster.cloud.provider import CloudCluster
 from forge.cluster.cloud.ray_config import HEAD, ForgeInstall, RegionContext, build_ray_config
 from forge.cluster.cloud.ray_launcher import current_step, find_capacity_error, parse_result
@@ -338,16 +338,6 @@ def test_head_rights__tag_or_end_only_what_has_the_id() -> None:
         *("ec2:RunInstances", "ec2:CreateTags", "ec2:TerminateInstances"),
         *("iam:PassRole", "iam:CreateServiceLinkedRole"),
     }
-
-
-def test_order_by_price__cheapest_first__no_price_last() -> None:
-    spot = {"dear": {"g5.xlarge": 0.9}, "cheap": {"g5.xlarge": 0.2, "g5.2xlarge": 0.8}, "silent": {}}
-    listed = listed_price(spec_of())
-    found = order_by_price(["silent", "dear", "cheap"], spot=spot, names=["g5.xlarge", "g5.2xlarge"], listed=listed)
-    assert list(found) == ["cheap", "dear", "silent"]
-    assert found["cheap"]("g5.xlarge", True) == 0.2
-    assert found["cheap"]("g5.xlarge", False) == 1.006
-    assert found["silent"]("g5.xlarge", True) == pytest.approx(0.4125)
 
 
 @pytest.mark.parametrize(

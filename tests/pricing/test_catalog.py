@@ -10,7 +10,7 @@ from forge.config import cluster_names
 from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError
 from forge.plan.gpus import find_gpu
-from forge.pricing.catalog import head_of, machine_types, regions_of, size_of, workers_of
+from forge.pricing.catalog import catalog_table, head_of, machine_types, size_of, workers_of
 
 CLOUDS = ("aws", "gcp", "azure")
 
@@ -58,15 +58,10 @@ def test_workers_of__listed_type_outside_the_catalogue__is_used() -> None:
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_catalogue__names__are_valid_in_a_cluster_file(cloud: str) -> None:
     names = cluster_names.CLOUDS[cloud]
-    regions = regions_of(spec_of(cloud))
     assert cluster_names.require_names(tuple(machine_types(cloud)), names.machine_type, what="a type") is None
-    assert cluster_names.require_names(regions, names.region, what="a region") is None
+    places = (catalog_table()["home"][cloud],) if cloud != "gcp" else tuple(catalog_table()["gcp_zones"])
+    assert cluster_names.require_names(places, names.region, what="a region") is None
     assert all(cluster_names.GPU.fullmatch(machine.gpu or "none") for machine in machine_types(cloud).values())
-
-
-def test_regions_of__auto_and_given() -> None:
-    assert regions_of(spec_of("gcp", regions=["us-east1-b", "us-east1-c"])) == ("us-east1-b", "us-east1-c")
-    assert all(regions_of(spec_of(cloud)) for cloud in CLOUDS)
 
 
 def test_size_of__unknown_type__suggests_similar_names() -> None:

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from forge.aws_client import ANY_REGION, aws_errors, client
 from forge.cluster.base import ClusterNode
+from forge.cluster.cloud.region_choice import MarketToday
 from forge.cluster.cloud.state import CLUSTER_TAG, ID_TAG, ClusterIdentity
 from forge.config.cluster import CloudSpec
 from forge.errors import ClusterError
-from forge.pricing.catalog import machine_types
+from forge.pricing.catalog import machine_types, workers_of
 from forge.pricing.fetch.aws import zone_spot_prices
 
 _GONE_TIMEOUT_S = 300.0
@@ -42,6 +44,35 @@ class Instance:
     def address(self) -> str | None:
         """The address at which this machine reaches it."""
         return self.public_address or self.private_address
+
+
+def market_today(spec: CloudSpec, *, region: str | None) -> MarketToday:
+    """Ask for the account's regions with the file's types, their spot prices, and the region of its bucket.
+
+    Args:
+        region: the cluster's, if it has one: then only that is asked.
+
+    Raises: ClusterError if AWS cannot be asked, or no region has the types.
+    """
+    names = workers_of(spec)
+    regions = (region,) if region else find_regions(spec, names=names)
+    spot = spot_prices(regions, names=names) if spec.spot else {one: dict[str, float]() for one in regions}
+    return MarketToday(spot=spot, storage_region=bucket_region(spec.storage))
+
+
+def bucket_region(url: str | None) -> str | None:
+    """Return the region of a bucket on S3; None if the URL names none, or AWS does not say it."""
+    place = urlsplit(url or "")
+    if place.scheme != "s3":
+        return None
+    try:
+        with aws_errors(ANY_REGION):
+            found = client("s3", ANY_REGION).get_bucket_location(Bucket=place.netloc)["LocationConstraint"]
+    except ClusterError:  # such as a bucket that does not exist yet
+        return None
+    # AWS's names of the two regions that were there before regions had names.
+    old: dict[str | None, str] = {None: "us-east-1", "EU": "eu-west-1"}
+    return old.get(found) or str(found)
 
 
 def find_regions(spec: CloudSpec, *, names: Sequence[str]) -> tuple[str, ...]:

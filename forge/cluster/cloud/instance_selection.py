@@ -6,9 +6,8 @@ Pure: a cluster file and prices give an `InstancePlan`, which is shown before mo
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from forge.config.cluster import CloudSpec
@@ -54,6 +53,14 @@ class InstancePlan:
             return None
         return self.head.usd_per_hour + self.max_workers * highest
 
+    @property
+    def lowest_usd_per_hour(self) -> float | None:
+        """The price of the head and the fewest workers at the lowest price; None if a price is unknown."""
+        prices = [option.usd_per_hour for option in self.workers]
+        if self.head.usd_per_hour is None or (self.min_workers and None in prices):
+            return None
+        return self.head.usd_per_hour + self.min_workers * min((price or 0.0 for price in prices), default=0.0)
+
 
 def listed_price(spec: CloudSpec) -> PriceOf:
     """Prices of the cluster file, then of the catalog; an unlisted spot price counts as the on-demand price."""
@@ -94,26 +101,6 @@ def plan_instances(spec: CloudSpec, *, price_of: PriceOf) -> InstancePlan:
             affordable = (spec.max_usd_per_hour - (head.usd_per_hour or 0.0)) / highest
             max_workers = int(min(max_workers, affordable + 1e-9))  # a tiny price makes it infinite
     return InstancePlan(head=head, workers=tuple(workers), min_workers=spec.workers.low, max_workers=max_workers)
-
-
-def order_by_price(
-    regions: Sequence[str], *, spot: Mapping[str, Mapping[str, float]], names: Sequence[str], listed: PriceOf
-) -> dict[str, PriceOf]:
-    """The regions with their prices, sorted by the spot price of their cheapest worker; without a price, last.
-
-    Args:
-        spot: current USD per hour by region and instance type.
-        listed: the prices where the cloud reports none.
-    """
-
-    def cheapest(region: str) -> float:
-        return min((spot.get(region, {}).get(name, math.inf) for name in names), default=math.inf)
-
-    def price_in(region: str) -> PriceOf:
-        current = spot.get(region, {})
-        return lambda name, is_spot: current[name] if is_spot and name in current else listed(name, is_spot)
-
-    return {region: price_in(region) for region in sorted(regions, key=cheapest)}
 
 
 def _affordable(

@@ -27,8 +27,8 @@ from forge.cluster.base import (
 )
 from forge.cluster.cloud import aws
 from forge.cluster.cloud.head import CloudHead, with_price, with_ray_state
-from forge.cluster.cloud.instance_selection import listed_price, plan_instances
 from forge.cluster.cloud.ray_config import DASHBOARD_PORT, RegionContext, build_ray_config
+from forge.cluster.cloud.region_choice import RegionChoice, choice_record, choose_regions, earlier_regions
 from forge.cluster.cloud.regions import RegionStarter
 from forge.cluster.cloud.setup_commands import preview_install
 from forge.cluster.cloud.state import ClusterIdentity, plain_spec, save_state
@@ -38,7 +38,8 @@ from forge.cluster.tools import require_tools
 from forge.config.cluster import CloudSpec
 from forge.config.dump import dump_plain
 from forge.errors import ClusterError
-from forge.pricing.catalog import regions_of
+from forge.pricing.catalog import workers_of
+from forge.pricing.offers import load_offers
 
 _CREATED_BY_UP = "created-by-forge-cluster-up"
 """In a dry run, a value that only the cloud can give."""
@@ -53,6 +54,7 @@ class CloudCluster:
 
     def __init__(self, spec: CloudSpec) -> None:
         self._spec = spec
+        self._choice: RegionChoice | None = None
 
     @property
     def name(self) -> str:
@@ -77,8 +79,22 @@ class CloudCluster:
         return read_token(self.name)
 
     def price(self) -> float | None:
-        """The most the cluster can cost by the catalog's prices. Raises: JobFileError as `plan_instances`."""
-        return plan_instances(self._spec, price_of=listed_price(self._spec)).usd_per_hour
+        """The most the cluster can cost in the region that is tried first, by known prices.
+
+        Raises: JobFileError as `choose_regions`.
+        """
+        return (self._choice or self._find_regions(is_live=False)).options[0].plan.usd_per_hour
+
+    def choose(self, *, is_live: bool) -> RegionChoice:
+        """Choose the regions to try, and the machine types in each; `up` uses the last choice.
+
+        Args:
+            is_live: ask AWS for the spot prices of now and the account's regions; other clouds are not asked.
+
+        Raises: JobFileError as `choose_regions`; ClusterError if AWS cannot be asked.
+        """
+        self._choice = self._find_regions(is_live=is_live)
+        return self._choice
 
     def to_yaml(self) -> str:
         """The file that `up` would give to Ray's launcher for the first region. Asks and creates nothing.
@@ -86,8 +102,9 @@ class CloudCluster:
         Raises: JobFileError, ClusterError if the file asks for machines that do not exist.
         """
         spec = self._spec
+        first = self._find_regions(is_live=False).options[0]
         context = RegionContext(
-            region=regions_of(spec)[0],
+            region=first.place,
             key_file=spec.identity_file or _CREATED_BY_UP,
             public_key_file=_CREATED_BY_UP,
             public_key=_CREATED_BY_UP,
@@ -100,21 +117,22 @@ class CloudCluster:
             head_profile=f"forge-{self.name}-head",
             worker_profile=f"forge-{self.name}-worker",
         )
-        plan = plan_instances(spec, price_of=listed_price(spec))
         record = read_record(self.name)
         # A cluster that was not started has no id yet.
         cluster = ClusterIdentity.of(self.name, {"id": _NO_ID} | dict(record.state if record is not None else {}))
         install = preview_install(spec)
-        return dump_plain(build_ray_config(spec, cluster=cluster, plan=plan, context=context, install=install))
+        return dump_plain(
+            build_ray_config(spec, cluster=cluster, plan=first.plan, context=context, install=install)
+        )
 
     def up(self, *, on_progress: OnProgress) -> ClusterStatus:
-        """Rent the head in the cheapest region with capacity; the head rents the workers.
+        """Rent the head in the first region with capacity; the head rents the workers.
 
         Raises: ClusterError with what failed. What was rented by then stays, and `down` finds it; so
             it is after Ctrl-C.
         """
         with cluster_lock(self.name):
-            plan_instances(self._spec, price_of=listed_price(self._spec))  # fail before anything costs
+            workers_of(self._spec)  # fail before anything costs
             record = read_record(self.name)
             if record is not None and record.provider != self._spec.provider:
                 raise ClusterError(
@@ -129,10 +147,14 @@ class CloudCluster:
                 on_progress(NodeProgress(name="head", message=message))
                 return self.status()
             require_tools(self._spec.provider)
+            if self._choice is None:
+                on_progress(NodeProgress(name=self._spec.provider, message="comparing prices"))
+            choice = self._choice or self.choose(is_live=True)
             ClusterIdentity.create(self.name, state)
+            state["choice"] = choice_record(self._spec, choice)
             save_state(self._spec, state)
             try:
-                RegionStarter(self._spec, state=state, on_progress=on_progress).start()
+                RegionStarter(self._spec, options=choice.options, state=state, on_progress=on_progress).start()
             finally:
                 if not state.get("tried"):
                     forget(self._spec, state=state)
@@ -207,6 +229,17 @@ class CloudCluster:
         if machine is None:
             return head.ssh()
         return replace(head, host=machine).ssh_through(head)
+
+    def _find_regions(self, *, is_live: bool) -> RegionChoice:
+        spec, record = self._spec, read_record(self.name)
+        state: Mapping[str, Any] = record.state if record is not None else {}
+        is_live = is_live and spec.provider == "aws"
+        return choose_regions(
+            spec,
+            offers=load_offers().offers,
+            market=aws.market_today(spec, region=state.get("region")) if is_live else None,
+            earlier=earlier_regions(spec, state),
+        )
 
     def _require_same_account(self, record: ClusterRecord | None) -> None:
         """Raises: ClusterError if the file names another project than the one with the cluster's machines."""

@@ -1,4 +1,4 @@
-"""Start a cluster in the cheapest region that has capacity.
+"""Start a cluster in the first of its regions that has capacity.
 
 A region is saved as tried before anything is rented there, so that `down` searches it even if `up` is killed. A
 region without capacity is cleaned up before the next one is tried.
@@ -15,15 +15,10 @@ from typing import Any
 from forge.cluster.base import NodeProgress, OnProgress, make_token, token_path
 from forge.cluster.cloud import aws, aws_network, firewall
 from forge.cluster.cloud.head import CloudHead
-from forge.cluster.cloud.instance_selection import (
-    InstancePlan,
-    PriceOf,
-    listed_price,
-    order_by_price,
-    plan_instances,
-)
+from forge.cluster.cloud.instance_selection import InstancePlan
 from forge.cluster.cloud.ray_config import HEAD, RegionContext, build_ray_config
 from forge.cluster.cloud.ray_launcher import LaunchResult
+from forge.cluster.cloud.region_choice import RegionOption
 from forge.cluster.cloud.setup_commands import plan_install
 from forge.cluster.cloud.ssh_access import make_key, own_address
 from forge.cluster.cloud.state import ClusterIdentity, cluster_folder, save_state
@@ -31,7 +26,6 @@ from forge.cluster.cloud.teardown import end_region, forget, launcher_for
 from forge.config.cluster import CloudSpec
 from forge.config.dump import dump_plain
 from forge.errors import ClusterError
-from forge.pricing.catalog import regions_of, workers_of
 
 _CAPACITY_TIMEOUT_S = 20.0
 _CAPACITY_TIMEOUT_PER_TYPE_S = 10.0
@@ -43,11 +37,14 @@ _POLL_S = 1.0
 class RegionStarter:
     """One attempt to start a cluster in some region."""
 
-    def __init__(self, spec: CloudSpec, *, state: dict[str, Any], on_progress: OnProgress) -> None:
+    def __init__(
+        self, spec: CloudSpec, *, options: Sequence[RegionOption], state: dict[str, Any], on_progress: OnProgress
+    ) -> None:
         """Args:
+        options: the places to try, in order.
         state: the saved state of the cluster, with its id; changed and saved as the attempt proceeds.
         """
-        self._spec, self._state, self._on_progress = spec, state, on_progress
+        self._spec, self._options, self._state, self._on_progress = spec, options, state, on_progress
         self._cluster = ClusterIdentity.of(spec.name, state)
 
     def start(self) -> None:
@@ -55,11 +52,11 @@ class RegionStarter:
 
         Raises: ClusterError with the reason of each region, or the first error that is not about capacity.
         """
-        prices = self._regions()
         refusals: list[str] = []
         left: list[str] = []
-        for region, price_of in prices.items():
-            capacity_error = self._try(region, price_of=price_of, is_last=region == [*prices][-1])
+        for option in self._options:
+            region = option.place
+            capacity_error = self._try(region, plan=option.plan, is_last=option is self._options[-1])
             if capacity_error is None:
                 self._show(region, "ready")
                 return
@@ -73,18 +70,7 @@ class RegionStarter:
             "request a higher quota"
         )
 
-    def _regions(self) -> dict[str, PriceOf]:
-        """Return the regions to try with their prices, cheapest first; only AWS reports current spot prices."""
-        spec, listed, chosen = self._spec, listed_price(self._spec), self._state.get("region")
-        if spec.provider != "aws":
-            return dict.fromkeys([chosen] if chosen else regions_of(spec), listed)
-        self._show("aws", "comparing prices")
-        names: Sequence[str] = workers_of(spec)
-        regions = [chosen] if chosen else aws.find_regions(spec, names=names)
-        spot = aws.spot_prices(regions, names=names) if spec.spot else {}
-        return order_by_price(regions, spot=spot, names=names, listed=listed)
-
-    def _try(self, region: str, *, price_of: PriceOf, is_last: bool) -> str | None:
+    def _try(self, region: str, *, plan: InstancePlan, is_last: bool) -> str | None:
         """Start the cluster in a region. Returns: the cloud's error code if it has no capacity; None if it is up.
 
         Raises: ClusterError if the launch fails for another reason.
@@ -93,7 +79,6 @@ class RegionStarter:
         self._require_own(region)
         self._state["tried"] = [*dict.fromkeys([*self._state.get("tried", []), region])]
         save_state(self._spec, self._state)
-        plan = plan_instances(self._spec, price_of=price_of)
         result = self._launch(region, plan)
         if result.is_done:
             self._record_region(region, plan)
