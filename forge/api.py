@@ -13,23 +13,31 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from forge.cluster.registry import find_cluster, find_known
+from forge.chaos.trace_file import read_trace
+from forge.chaos.trace_rates import trace_interruptions
+from forge.cluster.base import read_record
+from forge.cluster.registry import find_cluster, find_known, recorded_spec
 from forge.config import load
+from forge.config.cluster import CloudSpec
 from forge.config.load import LoadedJob
 from forge.config.overrides import check_kind
 from forge.data.prepare import PrepareProgress
 from forge.data.view import Selection
 from forge.errors import ArgumentError, JobFileError
+from forge.plan.bill import Bill, is_priced, make_bill
+from forge.plan.cluster_bill import cluster_cost
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CorpusInfo
 from forge.plan.lengths import is_same_length
 from forge.plan.plan import DraftPlan, Plan
+from forge.pricing.offers import load_offers
 from forge.remote.mirror import find_run_handle
 from forge.remote.submit import RemoteTarget, preflight, resolve_remote, submit
 from forge.report.progress_lines import ProgressLines
 from forge.report.search_summary import SearchSummary, no_result_error, search_summary
 from forge.runs.checkpoints import CheckpointEntry, best_checkpoint, embedding_of
 from forge.runs.create import create_run, reopen_run, require_regular, require_same_curve, resumed_plan
+from forge.runs.former_runs import former_runs
 from forge.runs.index import remember_run
 from forge.runs.reader import (
     RunSummary,
@@ -192,6 +200,24 @@ def plan_job(
     return replace(plan, warnings=plan.warnings + package_warnings(plan.job.tracking))
 
 
+def price_job(plan: DraftPlan, *, refresh: bool = False, trace: str | Path | None = None) -> Bill | None:
+    """Return what a planned job costs on rented GPUs; None if it asks for CPUs (`resources.gpu: none`).
+
+    Runs on GPUs in the job's folder take precedence over estimates.
+
+    Args:
+        refresh: ask the clouds for their prices of today.
+        trace: a spot trace, whose losses take the place of the interruptions that clouds publish.
+
+    Raises: ArgumentError if the trace cannot be used.
+    """
+    if not is_priced(plan):
+        return None
+    lost = None if trace is None else trace_interruptions(read_trace(Path(trace)), name=str(trace))
+    former = former_runs(Path(plan.job.checkpoint.runs), hardware=None)
+    return make_bill(plan, load_offers(refresh=refresh), former=former, trace=lost)
+
+
 def prepare_data(
     job: str | Path | LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None
 ) -> CorpusInfo:
@@ -257,7 +283,7 @@ def start(
         require_packages(loaded)
         plan = with_space(resolve(loaded, on_progress=on_progress), run_folder=resume, must_fit=True)
     else:
-        plan = resolve_remote(target, loaded, on_progress=on_progress)
+        plan = _with_cost(resolve_remote(target, loaded, on_progress=on_progress), target)
     if resume is not None:
         plan = resumed_plan(resume, plan)
     if on_plan is not None:
@@ -269,6 +295,24 @@ def start(
         reopen_run(folder, plan)
     remember_run(folder)
     return start_driver(folder) if target is None else submit(target, plan, folder=folder)
+
+
+def _with_cost(plan: Plan, target: RemoteTarget) -> Plan:
+    """Add what a run costs on a cluster, if that is known; of a search only its trials would be."""
+    record = read_record(target.cluster.name)
+    if record is None or plan.forecast is None or plan.search is not None:
+        return plan
+    spec, region = recorded_spec(record), record.state.get("region")
+    if isinstance(spec, CloudSpec) and region:
+        spec = spec.model_copy(update={"regions": (str(region),)})
+    cost = cluster_cost(
+        plan,
+        spec,
+        load_offers().offers,
+        usd_per_hour=target.cluster.price(),
+        former=former_runs(Path(plan.job.checkpoint.runs), hardware=plan.hardware),
+    )
+    return replace(plan, forecast=replace(plan.forecast, cost=cost))
 
 
 def train_job(

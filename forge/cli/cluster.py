@@ -210,7 +210,7 @@ def _confirm_price(cluster: Cluster, *, yes: bool) -> None:
     price = cluster.price()
     if price is not None:
         span = f"up to {price:.2f}" if low is None else f"{low:.2f} to {price:.2f}"
-        display.message(f"'{cluster.name}' costs {span} USD an hour")
+        display.message(f"'{cluster.name}' costs {span} USD an hour, up to {24 * price:,.2f} USD a day")
         confirm("Start it?", yes=yes)
 
 

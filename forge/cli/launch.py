@@ -16,7 +16,8 @@ from forge.cli.options import Output
 
 if TYPE_CHECKING:
     from forge.config.load import LoadedJob
-    from forge.plan.plan import Plan
+    from forge.plan.bill import Bill
+    from forge.plan.plan import DraftPlan, Plan
     from forge.remote.submit import RemoteTarget
 
 
@@ -33,6 +34,15 @@ class Request:
     detach: bool
     yes: bool
     output: Output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BillRequest:
+    """The options of `forge plan` on the cost of a job."""
+
+    num_candidates: int | None = None
+    trace: Path | None = None
+    refresh: bool = False
 
 
 def launch(request: Request) -> None:
@@ -106,33 +116,58 @@ def run_arguments(
     return shlex.join(words)
 
 
-def show_dry(loaded: LoadedJob, *, arguments: str, output: Output, resumed: Path | None = None) -> None:
-    """Show the plan of a job; nothing is started.
+def show_dry(
+    loaded: LoadedJob,
+    *,
+    arguments: str,
+    output: Output,
+    resumed: Path | None = None,
+    bill: BillRequest | None = None,
+) -> None:
+    """Show the plan of a job, and what it costs on rented GPUs; nothing is started.
 
     Args:
         arguments: of the command that runs it.
         resumed: the folder of the run that it would resume.
     """
+    import json
+
     from forge import api
     from forge.cli import display
+    from forge.cli.bill_table import bill_record
     from forge.cli.plan_table import show_plan, show_warnings
     from forge.cli.progress import PrepareScreen
     from forge.plan.plan import plan_to_json
     from forge.runs.create import resumed_plan
 
+    bill = bill or BillRequest()
     with PrepareScreen() as screen:
         plan = api.plan_job(loaded, on_progress=screen.show)
     if resumed is not None:
         plan = resumed_plan(resumed, plan)
+    priced = api.price_job(plan, refresh=bill.refresh, trace=bill.trace)
     if output is Output.JSON:
-        display.print_text(plan_to_json(plan, is_file=True))
+        record = json.loads(plan_to_json(plan, is_file=True))
+        display.print_json(record | {"bill": None if priced is None else bill_record(priced)})
         return
     show_plan(plan)
     show_warnings(plan)
+    _show_cost(plan, priced, num_rows=bill.num_candidates)
     if plan.search is None:
         display.next_command(f"forge train {arguments}", purpose="train it")
     else:
         display.next_command(f"forge tune {arguments}", purpose="search")
+
+
+def _show_cost(plan: DraftPlan, priced: Bill | None, *, num_rows: int | None) -> None:
+    from forge.cli import display
+    from forge.cli.bill_table import show_bill
+
+    if priced is None:
+        display.message("cost: nothing on this machine; resources.gpu: none is not priced on rented machines")
+        return
+    what = "each trial on rented GPUs" if plan.search is not None else "on rented GPUs"
+    show_bill(priced, title=what, num_rows=num_rows)
 
 
 def confirm(question: str, *, yes: bool) -> None:
@@ -151,19 +186,39 @@ def confirm(question: str, *, yes: bool) -> None:
 
 
 def confirm_plan(plan: Plan, target: RemoteTarget | None, request: Request) -> None:
-    """Show the plan and, on a cluster that costs money, its price."""
+    """Show the plan and what it costs; on a cluster that costs money, ask."""
     from forge.cli import display
     from forge.cli.plan_table import show_plan, show_warnings
 
     show_plan(plan, to_stderr=request.output is Output.JSON)
     show_warnings(plan)
     if target is None:
+        display.message("cost: nothing is rented, it runs on this machine")
         return
     price = target.cluster.price()
     if price is not None:
+        _show_cluster_cost(plan)
         display.message(f"the cluster '{target.cluster.name}' costs up to {price:.2f} USD an hour")
         confirm("Start the run?", yes=request.yes)
     display.message(f"sending the run to the cluster '{target.cluster.name}'")
+
+
+def _show_cluster_cost(plan: Plan) -> None:
+    from forge.cli import display
+    from forge.cli.bill_table import range_text
+
+    cost = plan.forecast.cost if plan.forecast is not None else None
+    if cost is None:
+        display.message("cost: unknown, because the price or the duration of the run is")
+        return
+    usd, hours = range_text(cost.usd, unit="USD"), range_text(cost.hours, unit="h")
+    display.message(f"cost: {usd} in {hours}, on {cost.machines}")
+    resources = plan.job.resources
+    if resources.max_usd is not None and cost.usd.likely > resources.max_usd:
+        share = resources.max_usd / cost.usd.likely
+        display.warning(f"resources.max_usd: {resources.max_usd:g} will stop it at about {share:.0%} of its steps")
+    if resources.max_hours is not None and cost.hours.likely > resources.max_hours:
+        display.warning(f"it is likely to take longer than resources.max_hours: {resources.max_hours:g}")
 
 
 def _find_resumable(request: Request) -> Path:

@@ -51,6 +51,15 @@ SpotOption = Annotated[bool, _option("--spot", help="At spot prices instead of o
 SizingClusterOption = Annotated[
     str | None, _option("--cluster", metavar="NAME", help="Cluster, or cluster file, with the GPUs to train on.")
 ]
+CandidatesOption = Annotated[
+    int | None,
+    typer.Option("--candidates", metavar="COUNT", min=1, help="List so many candidates, the cheapest first."),
+]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option("--trace", metavar="FILE", help="Interruptions of spot machines as in this spot trace."),
+]
+RefreshOption = Annotated[bool, typer.Option("--refresh", help="Ask the clouds for their prices of today.")]
 WriteOption = Annotated[
     Path | None, _option("--write", metavar="FILE", help="The job file to write; by default NAME-SIZE.yaml.")
 ]
@@ -73,6 +82,7 @@ class SizingRequest:
     region: str | None
     cluster: str | None
     write: Path | None
+    refresh: bool
     output: Output
 
     @property
@@ -259,7 +269,7 @@ def _machines(request: SizingRequest) -> tuple[list[list[Machines]], list[str]]:
 
     if request.num_gpus is not None and request.num_gpus < 1:
         raise typer.BadParameter("must be at least 1", param_hint="--gpus")
-    table = load_offers()
+    table = load_offers(refresh=request.refresh)
     notes = list(table.notes)
     if request.cluster is not None:
         if any((request.gpu, request.num_gpus, request.region)):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from forge.cli.launch import Request, launch, run_arguments, show_dry
+from forge.cli.launch import BillRequest, Request, launch, run_arguments, show_dry
 from forge.cli.options import (
     ClusterOption,
     DetachOption,
@@ -19,6 +19,7 @@ from forge.cli.options import (
 )
 from forge.cli.scaling import (
     BudgetOption,
+    CandidatesOption,
     FlopsOption,
     GpuOption,
     HoursOption,
@@ -26,10 +27,12 @@ from forge.cli.scaling import (
     LawOption,
     NumGpusOption,
     OptionalJobArgument,
+    RefreshOption,
     RegionOption,
     SizingClusterOption,
     SizingRequest,
     SpotOption,
+    TraceOption,
     WriteOption,
     plan_size,
 )
@@ -80,14 +83,21 @@ def plan(
     region: RegionOption = None,
     cluster: SizingClusterOption = None,
     write: WriteOption = None,
+    candidates: CandidatesOption = None,
+    trace: TraceOption = None,
+    refresh: RefreshOption = False,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Show what a job will do: batch, memory, FLOPs and steps at every number of workers. Starts nothing.
+    """Show what a job will do and cost: batch, memory, FLOPs, time, and USD on rented GPUs. Starts nothing.
+
+    The cost is that of each offer of the clouds, on demand and as spot, in the numbers of machines that
+    resources.workers allows; resources.max_hours and resources.max_usd choose among them.
 
     With --budget, --flops or --hours: choose the size of the model and its number of tokens by scaling laws, show
     what that gives, and write the job file. FILE, if given, has the data and everything else.
 
     Example:  forge plan jobs/pretrain.yaml -o json
+    Example:  forge plan jobs/pretrain.yaml --candidates 20 --trace spot.csv
     Example:  forge plan --budget 5000usd
     """
     request = SizingRequest(
@@ -104,6 +114,7 @@ def plan(
         region=region,
         cluster=cluster,
         write=write,
+        refresh=refresh,
         output=output,
     )
     if request.is_given:
@@ -114,5 +125,8 @@ def plan(
     from forge.config.load import load_job
 
     show_dry(
-        load_job(file, overrides=overrides or []), arguments=run_arguments(file, overrides or []), output=output
+        load_job(file, overrides=overrides or []),
+        arguments=run_arguments(file, overrides or []),
+        output=output,
+        bill=BillRequest(num_candidates=candidates, trace=trace, refresh=refresh),
     )

@@ -165,9 +165,9 @@ def _assumptions(candidates: Sequence[Candidate], *, trace: Interruptions | None
         )
     elif any(one.offer.interruption is None for one in spot):
         clouds = sorted({one.offer.cloud for one in spot if one.offer.interruption is None})
-        notes.append(f"interruptions of {', '.join(clouds)} are not published for all machines; {ASSUMED_BASIS}")
+        notes.append(f"{', '.join(clouds)}: interruptions are not published for all machines; {ASSUMED_BASIS}")
     if any(one.offer.inter_node_gbps is None and one.num_machines > 1 for one in candidates):
         notes.append(f"assumed: {ASSUMED_INTER_NODE_GBPS:.0f} Gbit/s between machines whose network is unknown")
     if candidates:
-        notes.append("not counted: tax, discounts, disks, and machines that stay up after the run")
+        notes.append("not counted: tax, discounts, and machines that stay up after the run")
     return notes

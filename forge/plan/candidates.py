@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 from forge.config.resources import ResourcesSpec
 from forge.plan.checkpoint_interval import planned_every
+from forge.plan.data_costs import DataCosts, data_costs
 from forge.plan.durations import WorldHours
-from forge.plan.forecast import FormerRun, forecast_world, world_on_gpu
+from forge.plan.forecast import FormerRun, forecast_world, num_checkpoints, world_on_gpu
 from forge.plan.gpus import Gpu, find_gpu
 from forge.plan.interruptions import NONE, Interruptions, interruptions_of
 from forge.plan.machines import MAX_MACHINES, WITHOUT_BF16, interconnect
@@ -34,10 +36,15 @@ from forge.plan.recovery import (
 from forge.plan.throughput import Estimate
 from forge.pricing.catalog import head_price
 from forge.pricing.offer import Offer
-from forge.units import Every, format_bytes
+from forge.pricing.offers import CLOUDS
+from forge.units import Every
 
 Level = Literal["low", "likely", "high"]
 LEVELS: tuple[Level, ...] = ("low", "likely", "high")
+
+
+NO_SPOT = "no spot machines, or none with a known price"
+"""Why an offer is left out as spot; on demand it may be a candidate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +53,33 @@ class Cost:
 
     machines_usd: float
     head_usd: float | None
-    storage_usd: float | None = None
-    """Of the checkpoints during the run."""
-    egress_usd: float | None = None
-    """Of the corpus and the checkpoints."""
+    disks_usd: float | None
+    """Of the machines and the head."""
+    storage_usd: float | None
+    """Of the checkpoints that are kept, during the run."""
+    egress_usd: float | None
+    """Of checkpoints and corpus to another cloud, and of the trained weights to their user."""
+
+    @property
+    def parts(self) -> dict[str, float | None]:
+        """All parts by name."""
+        return {
+            "machines": self.machines_usd,
+            "head": self.head_usd,
+            "disks": self.disks_usd,
+            "storage": self.storage_usd,
+            "egress": self.egress_usd,
+        }
 
     @property
     def usd(self) -> float:
         """The sum of all parts that are known."""
-        parts = (self.machines_usd, self.head_usd, self.storage_usd, self.egress_usd)
-        return sum(part for part in parts if part is not None)
+        return sum(part for part in self.parts.values() if part is not None)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names of the parts whose price is unknown."""
+        return tuple(name for name, part in self.parts.items() if part is None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +152,7 @@ class _Shapes:
     former: Sequence[FormerRun]
     known: dict[tuple[object, ...], WorldHours | str] = field(default_factory=dict)
     runs: dict[tuple[object, ...], tuple[InterruptedRun, ...]] = field(default_factory=dict)
+    data_costs: dict[tuple[object, ...], DataCosts] = field(default_factory=dict)
 
     def hours(self, offer: Offer, count: int, *, gpu: Gpu) -> WorldHours | str:
         """The forecast, or why the job does not run on these machines."""
@@ -167,6 +192,17 @@ class _Shapes:
             )
         return self.runs[key]
 
+    def data(self, world: WorldHours, offer: Offer) -> DataCosts:
+        """What the job's data cost in the region."""
+        steps_s = self.plan.total_steps * world.step_s
+        num_saved = num_checkpoints(self.plan, world_size=world.world_size, steps_s=steps_s)
+        key = offer.cloud, offer.region, num_saved
+        if key not in self.data_costs:
+            self.data_costs[key] = data_costs(
+                self.plan, cloud=offer.cloud, region=offer.region, num_checkpoints=num_saved
+            )
+        return self.data_costs[key]
+
 
 def find_candidates(
     plan: DraftPlan,
@@ -174,12 +210,14 @@ def find_candidates(
     *,
     former: Sequence[FormerRun] = (),
     trace: Interruptions | None = None,
+    max_machines: int = MAX_MACHINES,
 ) -> tuple[tuple[Candidate, ...], tuple[LeftOut, ...]]:
     """Return all candidates, the cheapest first, and the offers that are none.
 
     Args:
         former: measured runs, the newest first, which take precedence over estimates.
         trace: interruptions of spot machines, instead of those that the offers name.
+        max_machines: at most so many.
     """
     reasons, shapes = _Reasons(), _Shapes(plan, former)
     found: list[Candidate] = []
@@ -191,7 +229,7 @@ def find_candidates(
         if problem is not None or gpu is None:
             reasons.add(offer, problem or "", example=offer.gpu)
             continue
-        counts = machine_counts(plan.job.resources, gpus_per_machine=offer.num_gpus)
+        counts = machine_counts(plan.job.resources, gpus_per_machine=offer.num_gpus, most=max_machines)
         if not counts:
             workers = plan.job.resources.workers
             reasons.add(offer, f"their GPUs cannot be the workers of resources.workers: {workers}")
@@ -202,10 +240,10 @@ def find_candidates(
     return tuple(sorted(_cheapest_zones(found), key=_order)), reasons.build()
 
 
-def machine_counts(resources: ResourcesSpec, *, gpus_per_machine: int) -> tuple[int, ...]:
+def machine_counts(resources: ResourcesSpec, *, gpus_per_machine: int, most: int = MAX_MACHINES) -> tuple[int, ...]:
     """Return the numbers of machines to look at: the fewest and the most that the job allows, and powers of two."""
     low = math.ceil(resources.workers.low / gpus_per_machine)
-    high = min(MAX_MACHINES, resources.workers.high // gpus_per_machine)
+    high = min(most, resources.workers.high // gpus_per_machine)
     if low > high:
         return ()
     powers = [2**power for power in range(MAX_MACHINES.bit_length()) if low <= 2**power <= high]
@@ -252,25 +290,32 @@ def _of_offer(
     trace: Interruptions | None,
 ) -> Iterator[Candidate]:
     """The candidates of an offer with a known GPU and a price."""
-    limit = shapes.plan.job.resources.max_usd_per_hour
-    for is_spot in (False, True):
+    limit, head = shapes.plan.job.resources.max_usd_per_hour, head_price(offer.cloud) or 0.0
+    for is_spot, count in product((False, True), counts):
         price = offer.price(spot=is_spot)
         if price is None:
-            reasons.add(offer, "no spot machines, or none with a known price" if is_spot else "sold as spot only")
+            reasons.add(offer, NO_SPOT if is_spot else "sold as spot only")
             continue
-        for count in counts:
-            world = shapes.hours(offer, count, gpu=gpu)
-            if isinstance(world, str):
-                reasons.add(offer, world, example=f"{gpu.name} ({format_bytes(gpu.memory_gib * 2**30)})")
-            elif limit is not None and count * price + (head_price(offer.cloud) or 0.0) > limit:
-                reasons.add(offer, f"above resources.max_usd_per_hour: {limit:g}")
+        world = shapes.hours(offer, count, gpu=gpu)
+        if isinstance(world, str):
+            reasons.add(offer, world, example=f"{gpu.name} ({gpu.memory_gib} GiB)")
+        elif limit is not None and count * price + head > limit:
+            reasons.add(offer, f"above resources.max_usd_per_hour: {limit:g}")
+        else:
+            risk = NONE if not is_spot else trace or interruptions_of(offer)
+            runs = shapes.interrupted(world, offer, count, risk=risk)
+            if all(math.isfinite(run.hours) for run in runs):
+                yield _candidate(
+                    offer,
+                    count,
+                    world=world,
+                    runs=runs,
+                    is_spot=is_spot,
+                    available=risk.available,
+                    data=shapes.data(world, offer),
+                )
             else:
-                risk = NONE if not is_spot else trace or interruptions_of(offer)
-                runs = shapes.interrupted(world, offer, count, risk=risk)
-                if all(math.isfinite(run.hours) for run in runs):
-                    yield _candidate(offer, count, world=world, runs=runs, is_spot=is_spot, risk=risk)
-                else:
-                    reasons.add(offer, "interrupted too often to make progress")
+                reasons.add(offer, "interrupted too often to make progress")
 
 
 def _candidate(
@@ -280,15 +325,18 @@ def _candidate(
     world: WorldHours,
     runs: Sequence[InterruptedRun],
     is_spot: bool,
-    risk: Interruptions,
+    available: float,
+    data: DataCosts,
 ) -> Candidate:
-    price = count * (offer.price(spot=is_spot) or 0.0)
-    head = head_price(offer.cloud)
     boots = [getattr(BOOT_S, level) / 3600 for level in LEVELS]
     costs = [
-        Cost(
-            machines_usd=price * (risk.available * run.hours + boot),
-            head_usd=None if head is None else head * (run.hours + boot),
+        _cost(
+            offer,
+            count,
+            is_spot=is_spot,
+            paid_hours=available * run.hours + boot,
+            hours=run.hours + boot,
+            data=data,
         )
         for run, boot in zip(runs, boots, strict=True)
     ]
@@ -305,6 +353,22 @@ def _candidate(
         waiting_hours=likely.waiting_hours,
         usd=_estimate([cost.usd for cost in costs]),
         cost=costs[1],
+    )
+
+
+def _cost(offer: Offer, count: int, *, is_spot: bool, paid_hours: float, hours: float, data: DataCosts) -> Cost:
+    """Args:
+    paid_hours: of each machine.
+    hours: of the head.
+    """
+    head, disk = head_price(offer.cloud), data.disk_usd_per_machine_hour
+    has_head = offer.cloud in CLOUDS
+    return Cost(
+        machines_usd=count * (offer.price(spot=is_spot) or 0.0) * paid_hours,
+        head_usd=None if head is None else head * hours,
+        disks_usd=None if disk is None else disk * (count * paid_hours + has_head * hours),
+        storage_usd=None if data.storage_usd_per_hour is None else data.storage_usd_per_hour * hours,
+        egress_usd=data.egress_usd,
     )
 
 

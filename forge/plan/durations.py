@@ -27,6 +27,18 @@ class WorldHours:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterCost:
+    """What a job costs on one cluster."""
+
+    machines: str
+    hours: Estimate
+    """Starts of machines and interruptions included."""
+    usd: Estimate
+    usd_per_hour: float
+    """The most that the cluster costs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """The hours of a job at each world size."""
 
@@ -34,3 +46,5 @@ class Forecast:
     """Ascending; empty if nothing is known of the device's speed."""
     notes: tuple[str, ...]
     """What it is based on, and what it assumes or leaves out."""
+    cost: ClusterCost | None = None
+    """On the cluster that the run was sent to; None on this machine, or if a price is unknown."""

@@ -274,11 +274,16 @@ def _held_out_share(plan: DraftPlan) -> float:
 
 def _checkpoint_s(plan: DraftPlan, *, steps_s: float, world_size: int, run: FormerRun | None) -> float:
     """Training stalls, and the wait for the last one if no run's end was measured."""
-    num = _count(planned_every(plan, world_size=world_size), steps=plan.total_steps, seconds=steps_s)
+    num = num_checkpoints(plan, world_size=world_size, steps_s=steps_s)
     if run is not None and run.stall_s is not None and is_same_step(run.plan, plan):
         return num * run.stall_s
     last_s = checkpoint_bytes(plan.model, plan.job.training) / _WRITTEN_BYTES_PER_S / world_size
     return num * checkpoint_stall_s(plan, world_size=world_size) + last_s
+
+
+def num_checkpoints(plan: DraftPlan, *, world_size: int, steps_s: float) -> int:
+    """Return how many checkpoints a run writes whose steps take `steps_s`."""
+    return _count(planned_every(plan, world_size=world_size), steps=plan.total_steps, seconds=steps_s)
 
 
 def _count(every: Every, *, steps: int, seconds: float) -> int:

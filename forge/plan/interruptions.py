@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from forge.plan.throughput import Estimate
 from forge.pricing.offer import InterruptionBand, Offer
 
-_HOURS_PER_MONTH = 730.5
+HOURS_PER_MONTH = 730.5
 _HIGHEST_PER_HOUR = 0.61
 """Of one machine: the worst that is known of a day and a cloud.
 
@@ -65,5 +65,5 @@ def rate_of_band(band: InterruptionBand) -> Estimate:
     infinite rate; the highest that was observed takes its place.
     """
     middle = (band.low + band.high) / 2
-    low, likely, high = (_rate(share, hours=_HOURS_PER_MONTH) for share in (band.low, middle, band.high))
+    low, likely, high = (_rate(share, hours=HOURS_PER_MONTH) for share in (band.low, middle, band.high))
     return Estimate(low=low, likely=likely, high=high)

@@ -12,7 +12,7 @@ of the time that remains for new work is
 
 Source: J. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", FGCS 22 (2006),
 section 3, whose run on one machine is the case N = 1. `forge.chaos.simulate` simulates the same model event by
-event; tests/chaos/test_simulate_bill.py compares both.
+event; tests/chaos/test_trace_rates.py compares both.
 """
 
 from __future__ import annotations

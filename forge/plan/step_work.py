@@ -95,4 +95,5 @@ def step_work(
         stage=training.zero.stage,
         world_size=batch.world_size,
         peak_flops=gpu.bf16_flops if training.precision == "bf16" else gpu.fp32_flops,
+        num_layers=model.num_layers,
     )

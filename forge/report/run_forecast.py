@@ -31,7 +31,7 @@ def forecast_rows(run: RunSummary, goodput: GoodputReport) -> tuple[list[Forecas
     """
     sizes = [event["world_size"] for event in run.events if event["event"] == "GenerationStarted"]
     size = max(sizes, default=0)
-    rows = [*_time_rows(run, goodput, size), *_memory_row(run, size)]
+    rows = [*_time_rows(run, goodput, size), *_cost_row(run), *_memory_row(run, size)]
     lost_s = sum(goodput.seconds[bucket] for bucket in ("repeated", "stalled", "waiting"))
     words = [f"at {size:,} workers, the most that the run had"]
     if run.status == "running" or run.step < run.plan.total_steps:
@@ -53,6 +53,22 @@ def _time_rows(run: RunSummary, goodput: GoodputReport, size: int) -> list[Forec
         _row("starts", world.startup_s, seconds["starting"]),
         _row("evaluations", world.evaluation_s, seconds["evaluating"]),
         _row("checkpoints", world.checkpoint_s, seconds["saving"]),
+    ]
+
+
+def _cost_row(run: RunSummary) -> list[ForecastRow]:
+    cost = run.plan.forecast.cost if run.plan.forecast is not None else None
+    happened = run.newest("CostUpdated")
+    if cost is None or not happened:
+        return []
+    low, likely, high = (f"{usd:,.2f}" for usd in (cost.usd.low, cost.usd.likely, cost.usd.high))
+    return [
+        ForecastRow(
+            name="USD",
+            forecast=f"{likely} ({low} to {high}) on {cost.machines}",
+            happened=f"{happened['usd']:,.2f}",
+            ratio=number(happened["usd"] / cost.usd.likely if cost.usd.likely else math.nan, ".2f"),
+        )
     ]
 
 

@@ -24,15 +24,23 @@ _WARM_UP_STEPS = 2
 """After each start of workers; their first steps are slower."""
 
 
-def former_runs(root: Path, *, hardware: HardwareInfo) -> list[FormerRun]:
-    """Return what the newest runs on a device measured, the newest first. Unreadable folders are left out."""
+def former_runs(root: Path, *, hardware: HardwareInfo | None) -> list[FormerRun]:
+    """Return what the newest runs on a device measured, the newest first. Unreadable folders are left out.
+
+    Args:
+        hardware: None for any GPU.
+    """
+
+    def is_wanted(found: HardwareInfo) -> bool:
+        return found.device == "cuda" if hardware is None else is_same_device(found, hardware)
+
     found: list[FormerRun] = []
     for folder in run_folders(root)[:_MAX_FOLDERS]:
         if len(found) == _MAX_RUNS:
             break
         try:
             plan = read_plan(folder)
-            if plan.search is None and is_same_device(plan.hardware, hardware):
+            if plan.search is None and is_wanted(plan.hardware):
                 run = read_run(folder)
                 steps = list(islice(iter_metrics(folder), _MAX_STEPS))
                 found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from forge.cli.options import Output
 from forge.cli.plan_table import show_plan
 from forge.cluster.local.provider import LocalCluster
 from forge.errors import ArgumentError
+from forge.plan.durations import ClusterCost, Forecast
+from forge.plan.throughput import Estimate
 from forge.remote.submit import RemoteTarget
 from tests.support.jobs import tiny_plan
 
@@ -74,3 +77,26 @@ def test_show_plan__many_numbers_of_workers__lists_a_choice(capsys: pytest.Captu
     ]
     assert listed == [3, 4, 8, 16, 32, 64, 100]
     assert "91 further numbers of workers: see -o json" in text.out + text.err
+
+
+def test_confirm_plan__cost_of_the_cluster__is_shown_with_the_limits_that_it_exceeds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cost = ClusterCost(
+        machines="2 x g5.xlarge",
+        hours=Estimate(low=1.0, likely=2.0, high=3.0),
+        usd=Estimate(low=5.0, likely=10.0, high=20.0),
+        usd_per_hour=3.5,
+    )
+    made = tiny_plan(resources__max_usd=4, resources__max_hours=1.5)
+    made = replace(made, forecast=Forecast(worlds=(), notes=(), cost=cost))
+    confirm_plan(made, target(PricedCluster()), request(yes=True))
+    text = " ".join(capsys.readouterr().err.split())
+    assert "cost: 10.00 USD (5.00 to 20.00) in 2h 00m (1h 00m to 3h 00m), on 2 x g5.xlarge" in text
+    assert "resources.max_usd: 4 will stop it at about 40% of its steps" in text
+    assert "likely to take longer than resources.max_hours: 1.5" in text
+
+
+def test_confirm_plan__this_machine__costs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    confirm_plan(tiny_plan(), None, request(yes=False))
+    assert "cost: nothing is rented, it runs on this machine" in capsys.readouterr().err

@@ -11,12 +11,15 @@ import pytest
 from forge.config.resources import ResourcesSpec
 from forge.plan.bill import Bill, frontier, is_priced, make_bill
 from forge.plan.candidates import change_costs, find_candidates, machine_counts
+from forge.plan.data_costs import cloud_of, data_costs
 from forge.plan.forecast import forecast_hours
 from forge.plan.gpus import find_gpu
+from forge.plan.inputs import CorpusFiles, PatternFiles
 from forge.plan.interruptions import Interruptions
 from forge.plan.machines import interconnect
 from forge.plan.plan import Plan
 from forge.plan.recovery import LOSS_PAUSE_S, PLANNED_PAUSE_S, RESTART_S
+from forge.plan.space import checkpoint_bytes
 from forge.plan.throughput import Estimate
 from forge.pricing.catalog import head_price
 from forge.pricing.offer import Offer
@@ -27,7 +30,7 @@ from tests.support.offers import offer
 
 def job(**changes: Any) -> Plan:
     return plan(
-        **{"resources__gpu": "auto", "resources__workers": "1..4", "training__total_steps": 10**9} | changes
+        **{"resources__gpu": "auto", "resources__workers": "1..4", "training__total_steps": 10**7} | changes
     )
 
 
@@ -52,8 +55,36 @@ def test_candidates__on_demand__hours_and_usd_by_hand() -> None:
     assert head is not None
     assert found.cost.machines_usd == pytest.approx(2 * 1.0 * found.hours.likely)
     assert found.cost.head_usd == pytest.approx(head * found.hours.likely)
-    assert found.usd.likely == pytest.approx((2 + head) * found.hours.likely)
+    # 200 GB of disk in us-east-1 cost 0.08 USD a GiB and month, for two machines and the head.
+    assert found.cost.disks_usd == pytest.approx(3 * 200e9 / 2**30 * 0.08 / 730.5 * found.hours.likely)
+    assert found.usd.likely == pytest.approx(sum(part for part in found.cost.parts.values() if part is not None))
+    assert found.cost.unknown == ()
     assert found.num_interruptions.high == 0.0
+
+
+def test_data_costs__checkpoints_and_weights__by_hand() -> None:
+    made = job(checkpoint__keep=2, checkpoint__keep_best=1)
+    size = checkpoint_bytes(made.model, made.job.training) / 2**30
+    found = data_costs(made, cloud="aws", region="us-east-1", num_checkpoints=50)
+    assert found.storage_usd_per_hour == pytest.approx(3 * size * 0.023 / 730.5)
+    weights = made.model.num_trainable_parameters * 2 / 2**30
+    assert found.egress_usd == pytest.approx(weights * 0.09)
+    to_gcp = job(checkpoint__to="gs://bucket/runs")
+    away = data_costs(to_gcp, cloud="aws", region="us-east-1", num_checkpoints=50)
+    assert away.storage_usd_per_hour is None
+    assert away.egress_usd == pytest.approx((weights + 50 * size) * 0.09)
+
+
+def test_data_costs__unknown_prices__are_unknown_and_not_zero() -> None:
+    nowhere = data_costs(job(), cloud="lambda", region="us", num_checkpoints=1)
+    assert (nowhere.disk_usd_per_machine_hour, nowhere.storage_usd_per_hour, nowhere.egress_usd) == (None,) * 3
+    [found, *_] = bill(offer(cloud="azure", instance="Standard_NC24ads_A100_v4", region="uaenorth")).candidates
+    assert found.cost.unknown == ("disks", "storage")
+    pattern = PatternFiles(pattern="gs://b/*.txt", num_files=1, size_bytes=2**30, kinds={}, examples=())
+    read = replace(job(), files=CorpusFiles(patterns=(pattern,), num_sampled=0))
+    assert data_costs(read, cloud="aws", region="us-east-1", num_checkpoints=1).egress_usd is None
+    assert data_costs(read, cloud="gcp", region="us-central1", num_checkpoints=1).egress_usd is not None
+    assert [cloud_of(url) for url in ("s3://a/b", "abfs://a", "runs", "https://a")] == ["aws", "azure", None, None]
 
 
 def test_candidates__spot__is_interrupted_as_often_as_its_band_says() -> None:
@@ -146,7 +177,7 @@ def test_candidates__model_too_large_for_a_gpu__does_not_fit() -> None:
     found, left_out = find_candidates(large, [offer()])
     assert found == ()
     assert [(one.reason, one.examples) for one in left_out] == [
-        ("the job does not fit in the GPU's memory", ("A10G (24.0 GiB)",))
+        ("the job does not fit in the GPU's memory", ("A10G (24 GiB)",))
     ]
 
 
@@ -186,7 +217,7 @@ def test_choices__limits_that_cannot_be_met__say_what_is_possible() -> None:
     assert slow.candidate is None and dear.candidate is None
     assert slow.problem is not None and dear.problem is not None
     assert slow.problem.startswith("no candidate is likely to take at most 0.01 h; the fastest takes ")
-    assert slow.problem.endswith(": 1 x g5.2xlarge (A10G), spot, aws us-east-1")
+    assert slow.problem.endswith(" x g5.2xlarge (A10G), spot, aws us-east-1")
     assert dear.problem.startswith("no candidate is likely to cost at most 0.01 USD; the cheapest takes ")
 
 

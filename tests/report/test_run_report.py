@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from forge.errors import ArgumentError
 from forge.events import CostUpdated, NodeJoined, RunFailed, RunFinished, SampleGenerated
-from forge.plan.durations import Forecast, WorldHours
+from forge.plan.durations import ClusterCost, Forecast, WorldHours
 from forge.plan.plan import plan_to_json
 from forge.plan.throughput import Estimate
 from forge.report.run_forecast import forecast_rows
@@ -144,7 +144,10 @@ def test_report__plan_with_a_forecast__is_beside_what_happened(tmp_path: Path) -
     folder = history.write(tmp_path, "run")
     estimate = Estimate(low=0.02, likely=0.025, high=0.03)
     world = WorldHours(world_size=2, hours=estimate, step_s=2.0, evaluation_s=8.0, checkpoint_s=0.0, startup_s=40.0)
-    plan = replace(tiny_plan(), forecast=Forecast(worlds=(world,), notes=()))
+    cost = ClusterCost(
+        machines="2 x g5.xlarge", hours=estimate, usd=Estimate(low=1.0, likely=2.5, high=4.0), usd_per_hour=9.0
+    )
+    plan = replace(tiny_plan(), forecast=Forecast(worlds=(world,), notes=(), cost=cost))
     (folder / "plan.json").write_text(plan_to_json(plan))
     run = read_run(folder)
     rows, note = forecast_rows(run, run.goodput())
@@ -154,6 +157,7 @@ def test_report__plan_with_a_forecast__is_beside_what_happened(tmp_path: Path) -
     assert found["starts"] == ("40s", "20s", "0.50")
     assert found["evaluations"] == ("8s", "4s", "0.50")
     assert found["checkpoints"][2] == "-"
+    assert found["USD"] == ("2.50 (1.00 to 4.00) on 2 x g5.xlarge", "1.25", "0.50")
     assert found["memory of a worker"][1] == "512 MiB"
     assert note.startswith("at 2 workers")
     assert "Forecast and what happened" in own_text(write_run_report(folder))
