@@ -157,7 +157,9 @@ def test_cluster_up__rented__shows_the_price_of_a_day_and_asks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "gcp.yaml"
-    file.write_text("name: spot\nprovider: gcp\nproject: p-123456\ngpu: L4\nworkers: 0..4\nregions: us-central1-a\n")
+    file.write_text(
+        "name: spot\nprovider: gcp\nproject: p-123456\ngpu: L4\nworkers: 0..4\nregions: us-central1-a\n"
+    )
     cluster = cluster_of_file(file)
     with pytest.raises(ArgumentError, match="without confirmation"):
         _confirm_price(cluster, yes=False)
