@@ -86,7 +86,7 @@ class CloudCluster:
         return (self._choice or self._find_regions(is_live=False)).options[0].plan.usd_per_hour
 
     def choose(self, *, is_live: bool) -> RegionChoice:
-        """Choose the regions to try, and the machine types in each; `up` uses the last choice.
+        """Choose the regions to try, and the machine types in each, for `up`.
 
         Args:
             is_live: ask AWS for the spot prices of now and the account's regions; other clouds are not asked.
@@ -147,9 +147,10 @@ class CloudCluster:
                 on_progress(NodeProgress(name="head", message=message))
                 return self.status()
             require_tools(self._spec.provider)
-            if self._choice is None:
+            choice, self._choice = self._choice, None
+            if choice is None:
                 on_progress(NodeProgress(name=self._spec.provider, message="comparing prices"))
-            choice = self._choice or self.choose(is_live=True)
+                choice = self._find_regions(is_live=True)
             ClusterIdentity.create(self.name, state)
             state["choice"] = choice_record(self._spec, choice)
             save_state(self._spec, state)
