@@ -26,6 +26,7 @@ from forge.data.view import Selection
 from forge.errors import ArgumentError, JobFileError
 from forge.plan.bill import Bill, is_priced, make_bill
 from forge.plan.cluster_bill import cluster_cost
+from forge.plan.cluster_links import cluster_links
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CorpusInfo
 from forge.plan.lengths import is_same_length
@@ -283,7 +284,9 @@ def start(
         require_packages(loaded)
         plan = with_space(resolve(loaded, on_progress=on_progress), run_folder=resume, must_fit=True)
     else:
-        plan = _with_cost(resolve_remote(target, loaded, on_progress=on_progress), target)
+        record = read_record(target.cluster.name)
+        links = cluster_links(recorded_spec(record) if record is not None else None)
+        plan = _with_cost(resolve_remote(target, loaded, links=links, on_progress=on_progress), target)
     if resume is not None:
         plan = resumed_plan(resume, plan)
     if on_plan is not None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from forge.config.training import TrainingSpec
 from forge.plan.checkpoint_interval import checkpoint_stall_s, planned_every
+from forge.plan.cluster_links import ClusterLinks, cluster_links
 from forge.plan.durations import Forecast, WorldHours
 from forge.plan.gpus import Gpu, find_gpu
 from forge.plan.inputs import CorpusInfo, HardwareInfo
@@ -28,8 +29,6 @@ from forge.plan.step_work import step_work_of_job
 from forge.plan.throughput import Estimate, Interconnect, estimate_step, with_uncertainty
 from forge.units import Every
 
-ASSUMED_INTERCONNECT = Interconnect(gpus_per_node=8, inter_node_bytes_per_s=100e9 / 8)
-"""8 GPUs in a machine and 100 Gbit/s between machines, as with `forge.plan.machines.ASSUMED_INTER_NODE_GBPS`."""
 CPU_EFFICIENCY = Estimate(low=0.1, likely=0.35, high=0.6)
 """MFU of a job on CPU whose speed was not measured.
 
@@ -76,23 +75,21 @@ def is_same_device(one: HardwareInfo, other: HardwareInfo) -> bool:
     return (one.device, one.name) == (other.device, other.name)
 
 
-def forecast(
-    plan: DraftPlan, *, former: Sequence[FormerRun] = (), interconnect: Interconnect | None = None
-) -> Forecast:
+def forecast(plan: DraftPlan, *, former: Sequence[FormerRun] = (), links: ClusterLinks | None = None) -> Forecast:
     """Return the hours of a job at each world size, on the hardware of its plan.
 
     Args:
         former: runs, the newest first; those on other devices are left out.
-        interconnect: None to assume `ASSUMED_INTERCONNECT`.
+        links: of the cluster; by default assumed.
     """
     former = [run for run in former if is_same_device(run.plan.hardware, plan.hardware)]
     gpu = find_gpu(plan.hardware.name) if plan.hardware.device == "cuda" else None
-    links = interconnect or ASSUMED_INTERCONNECT
+    links = links or cluster_links(None)
     worlds = []
     for world in plan.worlds:
-        found = _world_hours(plan, world.batch.world_size, gpu=gpu, links=links, former=former)
+        found = _world_hours(plan, world.batch.world_size, gpu=gpu, links=links.interconnect, former=former)
         worlds += [found] if found is not None else []
-    notes = tuple(_notes(plan, worlds, gpu=gpu, former=former, is_assumed=interconnect is None))
+    notes = tuple(_notes(plan, worlds, gpu=gpu, former=former, links=links))
     return Forecast(worlds=tuple(worlds), notes=notes)
 
 
@@ -299,7 +296,7 @@ def _notes(
     *,
     gpu: Gpu | None,
     former: Sequence[FormerRun],
-    is_assumed: bool,
+    links: ClusterLinks,
 ) -> Iterator[str]:
     """Say what a forecast is based on, and what it assumes or leaves out."""
     device = plan.hardware.name
@@ -319,9 +316,8 @@ def _notes(
             f"estimated: {CPU_EFFICIENCY.low:.0%} to {CPU_EFFICIENCY.high:.0%} of the {peak / 1e9:,.1f} "
             f"GFLOP/s that a former run measured on {device}"
         )
-    if gpu is not None and is_assumed and plan.worlds[-1].batch.world_size > 1:
-        gbps = ASSUMED_INTERCONNECT.inter_node_bytes_per_s * 8 / 1e9
-        yield f"assumed: {ASSUMED_INTERCONNECT.gpus_per_node} GPUs in a machine, {gbps:g} Gbit/s between machines"
+    if gpu is not None and plan.worlds[-1].batch.world_size > 1:
+        yield links.note
     left_out = "preemptions and waiting for machines"
     if not isinstance(plan, Plan) and plan.job.data.held_out:
         left_out += ", evaluations (the corpus is not prepared)"

@@ -27,6 +27,7 @@ from forge.config.load import LoadedJob
 from forge.data.prepare import PrepareProgress
 from forge.data.transfer import send_corpus
 from forge.errors import ArgumentError, ClusterError, ForgeError
+from forge.plan.cluster_links import ClusterLinks
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import HardwareInfo
 from forge.plan.plan import Plan
@@ -161,14 +162,25 @@ def remote_hardware(target: RemoteTarget) -> Callable[[JobSpec], HardwareInfo]:
 
 
 def resolve_remote(
-    target: RemoteTarget, loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None
+    target: RemoteTarget,
+    loaded: LoadedJob,
+    *,
+    links: ClusterLinks | None = None,
+    on_progress: Callable[[PrepareProgress], None] | None = None,
 ) -> Plan:
-    """Plan a job that will run on a cluster. Raises: ArgumentError, and what `resolve` raises."""
+    """Plan a job that will run on a cluster.
+
+    Args:
+        links: between the cluster's GPUs; by default assumed.
+
+    Raises: ArgumentError, and what `resolve` raises.
+    """
     plan = resolve(
         adapt_job(target, loaded),
         on_progress=on_progress,
         find_hardware=remote_hardware(target),
         count_slots=lambda found, _: count_slots(target.cluster.status(), found),
+        links=links,
     )
     note = local_credentials_note(target.cluster, url=plan.job.checkpoint.to, environment=os.environ)
     return plan if note is None else replace(plan, warnings=(*plan.warnings, note))

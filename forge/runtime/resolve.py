@@ -31,6 +31,7 @@ from forge.data.view import Selection
 from forge.data.vocabulary import Vocabulary, announced_vocabulary, vocabulary_of
 from forge.errors import ArgumentError, CheckpointError, DataError, PlanError
 from forge.fs import default_cache_dir, leads_to_folder
+from forge.plan.cluster_links import ClusterLinks
 from forge.plan.data_view import DataView
 from forge.plan.forecast import forecast
 from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, ModelInfo
@@ -62,6 +63,7 @@ def resolve(
     on_progress: Callable[[PrepareProgress], None] | None = None,
     find_hardware: Callable[[JobSpec], HardwareInfo] = hardware,
     count_slots: Callable[[HardwareInfo, JobSpec], int] = count_local_slots,
+    links: ClusterLinks | None = None,
 ) -> Plan:
     """Make the plan of a job.
 
@@ -72,10 +74,12 @@ def resolve(
         on_progress: called while the corpus is prepared.
         find_hardware: returns what one worker gets on the machines where the job will run.
         count_slots: returns how many workers fit on those machines.
+        links: between the GPUs of those machines; by default assumed.
 
     Raises: JobFileError, DataError, PlanError.
     """
-    return _resolve(_inputs(loaded, on_progress=on_progress), find_hardware=find_hardware, count_slots=count_slots)
+    inputs = _inputs(loaded, on_progress=on_progress)
+    return _resolve(inputs, find_hardware=find_hardware, count_slots=count_slots, links=links)
 
 
 def resolve_draft(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None] | None = None) -> DraftPlan:
@@ -226,6 +230,7 @@ def _resolve(
     *,
     find_hardware: Callable[[JobSpec], HardwareInfo],
     count_slots: Callable[[HardwareInfo, JobSpec], int],
+    links: ClusterLinks | None = None,
     is_draft: bool = False,
 ) -> Plan:
     trained, code = inputs.trained, inputs.code
@@ -243,13 +248,14 @@ def _resolve(
     ask = partial(with_outputs, only_if_computed=is_draft, on_progress=inputs.on_progress)
     plan = replace(plan, corpus=ask(corpus, job=trained.job, find_model=lambda: model))
     plan = _with_inits(replace(with_view(plan), code=code, templates=inputs.loaded.templates), trained)
-    return _with_forecast(_with_search(with_tasks(plan, inputs.loaded), inputs.loaded, count_slots=count_slots))
+    plan = _with_search(with_tasks(plan, inputs.loaded), inputs.loaded, count_slots=count_slots)
+    return _with_forecast(plan, links=links)
 
 
-def _with_forecast(plan: _PlanT) -> _PlanT:
+def _with_forecast(plan: _PlanT, *, links: ClusterLinks | None = None) -> _PlanT:
     """Add how long the job takes, by what former runs in its folder measured on the same device."""
     former = former_runs(Path(plan.job.checkpoint.runs), hardware=plan.hardware)
-    return replace(plan, forecast=forecast(plan, former=former))
+    return replace(plan, forecast=forecast(plan, former=former, links=links))
 
 
 def _prepared(inputs: _Inputs) -> CorpusInfo:
