@@ -28,11 +28,14 @@ from forge.inference.packed_rows import (
 )
 from forge.inference.running import RunningSequence
 from forge.inference.schedule import PlannedStep
+from forge.inference.traced_step import HeldWeight, TracedStep
+from forge.process import one_line
 
 _PAD = 4
 """Matrix products of this many tokens, and of multiples, have the same bits for the same token."""
 _PROBE_TOKENS = 40
 _PROBE_STOPS = (1, 20, 38, 39, 40)
+_PROBE_ROWS = (1, 3, 5)
 _PROBE_TOLERANCE = 0.05
 """Of the largest logit. Wrong attention differs by more, and bf16's rounding by less."""
 _REPEATABLE: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -67,6 +70,8 @@ class PackedModel:
         self._adapters = adapters
         self._like = next(model.parameters())
         self._no_mask = self._like.new_zeros(1, 1, 1, 1)  # models pass a mask of four dimensions on as it is
+        self._traced: TracedStep | None = None
+        self._is_single_exact = False
         layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
         if not layers <= _KNOWN_LAYERS:
             raise UnsupportedAttention(f"it has layers of {', '.join(sorted(layers - _KNOWN_LAYERS))}")
@@ -96,29 +101,84 @@ class PackedModel:
                 keep.append(len(tokens) - 1)
         num_kept = len(keep)
         if any(one.is_repeatable for one in (*step.decoding, *(one for one, _ in step.prompts))):
-            padding = -len(tokens) % _PAD
+            padding = self._padding(len(tokens))
             tokens += [0] * padding
             at += [0] * padding
-            keep += keep[-1:] * (-num_kept % _PAD)
+            keep += keep[-1:] * self._padding(num_kept)
         pieces = [piece for _, piece in step.prompts]
         layout = StepLayout(self.rows, positions=positions, pieces=pieces, like=self._like)
-        with nullcontext() if self._adapters is None else self._adapters.using(named):
+        if self._adapters is None or not any(named):
             return self._forward(tokens, at, layout, keep=keep, num_kept=num_kept)
+        with self._adapters.using(named):
+            return self._forward(tokens, at, layout, keep=keep, num_kept=num_kept, may_trace=False)
+
+    def trace(self, held: Sequence[HeldWeight]) -> str | None:
+        """Compute steps without prompts and adapters as a trace, and a single token without padding, if bits stay.
+
+        Args:
+            held: weights that a trace cannot hold itself.
+
+        Returns: why steps are not traced; None if they are.
+        """
+        if self._like.device.type != "cpu":
+            return "the model is not on the CPU"
+        expected = [self._alone_and_among(count) for count in _PROBE_ROWS]
+        self._is_single_exact = True
+        self._is_single_exact = torch.equal(self._alone_and_among(1), expected[0])
+        try:
+            self._traced = self._new_trace(held)
+            found = [self._alone_and_among(count) for count in _PROBE_ROWS]
+        except Exception as error:  # of any kind, as tracing runs the model's code in an unusual way
+            self._traced = None
+            return one_line(error)
+        finally:
+            self.rows = Rows()
+        if not all(map(torch.equal, found, expected)):
+            self._traced = None
+            return "a trace gives other logits"
+        return None
+
+    @torch.inference_mode()
+    def _new_trace(self, held: Sequence[HeldWeight]) -> TracedStep:
+        self.rows.resize(num_rows=2, length=aligned(1))
+        layout = StepLayout(self.rows, positions=[1, 2], pieces=[], like=self._like)
+        self._forward([1, 2, 0, 0], [1, 2, 0, 0], layout, keep=[0, 1, 1, 1])
+        self._model.requires_grad_(False)  # weights become constants of the trace
+        inputs = (torch.tensor([[1, 2, 0, 0]]), torch.tensor([[1, 2, 0, 0]]), torch.tensor([0, 1, 1, 1]))
+        return TracedStep(self._compute, rows=self.rows, layout=layout, inputs=inputs, held=held)
+
+    def _padding(self, num_tokens: int) -> int:
+        return 0 if num_tokens == 1 and self._is_single_exact else -num_tokens % _PAD
 
     @torch.inference_mode()
     def _forward(
-        self, tokens: list[int], at: list[int], layout: StepLayout, *, keep: list[int], num_kept: int = 1
+        self,
+        tokens: list[int],
+        at: list[int],
+        layout: StepLayout,
+        *,
+        keep: list[int],
+        num_kept: int = 1,
+        may_trace: bool = True,
     ) -> Tensor:
         device = self._like.device
-        with using(layout):
-            output = self._model(
-                torch.tensor([tokens], device=device),
-                attention_mask=self._no_mask,
-                position_ids=torch.tensor([at], device=device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(keep, device=device, dtype=torch.int64),
-            )
-        logits: Tensor = output.logits[0, :num_kept].float()
+        inputs = (
+            torch.tensor([tokens], device=device),
+            torch.tensor([at], device=device),
+            torch.tensor(keep, device=device, dtype=torch.int64),
+        )
+        if self._traced is not None and self.rows.layers and may_trace and not layout.pieces:
+            found = self._traced(inputs, rows=self.rows, layout=layout)
+        else:
+            with using(layout):
+                found = self._compute(*inputs)
+        return found[0, :num_kept].float()
+
+    def _compute(self, ids: Tensor, at: Tensor, keep: Tensor) -> Tensor:
+        output = self._model(
+            ids, attention_mask=self._no_mask, position_ids=at, use_cache=False, logits_to_keep=keep
+        )
+        logits: Tensor = output.logits
         return logits
 
     def is_repeatable(self) -> bool:
@@ -146,7 +206,8 @@ class PackedModel:
         found = []
         positions: list[int] = []
         for _ in range(3):
-            padding, keep = -len(tokens) % _PAD, [len(tokens) - 1] * _PAD
+            padding, num_kept = self._padding(len(tokens)), 1 + self._padding(1)
+            keep = [len(tokens) - 1] * num_kept
             layout = StepLayout(self.rows, positions=positions, pieces=pieces, like=self._like)
             logits = self._forward([*tokens, *[0] * padding], [*at, *[0] * padding], layout, keep=keep)
             found.append(logits[0])

@@ -11,7 +11,7 @@ up to a multiple of `ALIGN` positions, and prompts are attended in pieces whose 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -57,6 +57,11 @@ class Rows:
         self._layers: dict[int, list[Tensor]] = {}
         self.num_rows = 0
         self.length = 0
+
+    @property
+    def layers(self) -> Mapping[int, Sequence[Tensor]]:
+        """Keys and values of the layers that were used."""
+        return self._layers
 
     @property
     def size_bytes(self) -> int:
@@ -121,6 +126,11 @@ class StepLayout:
         self._dtype = like.dtype
         self._masks: dict[Any, Tensor] = {}
 
+    @property
+    def decoding_masks(self) -> list[tuple[int | None, int]]:
+        """Windows and groups that `decoding_mask` was asked for."""
+        return [key for key in self._masks if len(key) == 2]
+
     def decoding_mask(self, *, window: int | None, group: int) -> Tensor:
         """0 at the positions that a row's newest token reads and -inf elsewhere: [A, 1, group, length]."""
         key = (window, group)
@@ -146,11 +156,11 @@ class StepLayout:
         return mask.masked_fill_(~seen, float("-inf"))
 
 
-_LAYOUT: ContextVar[StepLayout | None] = ContextVar("forge_layout", default=None)
+_LAYOUT: ContextVar[StepLayout | TracedLayout | None] = ContextVar("forge_layout", default=None)
 
 
 @contextmanager
-def using(layout: StepLayout) -> Iterator[None]:
+def using(layout: StepLayout | TracedLayout) -> Iterator[None]:
     """Let attention use a layout during a forward pass of this thread."""
     token = _LAYOUT.set(layout)
     try:
@@ -181,6 +191,9 @@ def rows_attention(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **options
         )
         return plain
+    if isinstance(layout, TracedLayout):
+        mask, state = layout.masks[sliding_window], layout.layers[module.layer_idx]
+        return layout.attend(query, key, value, *state, layout.indices, layout.positions, mask, scaling)[None], None
     beyond = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     if beyond or query.shape[0] != 1 or query.shape[1] % key.shape[1]:
         raise UnsupportedAttention(f"its attention uses {beyond[0]}" if beyond else "its heads cannot be grouped")
@@ -188,16 +201,9 @@ def rows_attention(
     num_decoding, heads = layout.num_decoding, query.shape[1]
     parts = []
     if num_decoding:
-        new = slice(0, num_decoding)
-        keys[layout.indices, :, layout.positions] = key[0, :, new].transpose(0, 1)
-        values[layout.indices, :, layout.positions] = value[0, :, new].transpose(0, 1)
-        groups = query[0, :, new].transpose(0, 1).reshape(num_decoding, key.shape[1], -1, query.shape[3])
-        mask = layout.decoding_mask(window=sliding_window, group=groups.shape[2])
-        read = slice(0, layout.length)
-        found = scaled_dot_product_attention(
-            groups, keys[new, :, read], values[new, :, read], attn_mask=mask, scale=scaling
-        )
-        parts.append(found.reshape(num_decoding, heads, -1))
+        mask = layout.decoding_mask(window=sliding_window, group=heads // key.shape[1])
+        new = query[:, :, :num_decoding]
+        parts.append(attend_newest(new, key, value, keys, values, layout.indices, layout.positions, mask, scaling))
     for piece in layout.pieces:
         here = slice(piece.offset, piece.offset + piece.stop - piece.start)
         keys[piece.row, :, piece.start : piece.stop] = key[0, :, here]
@@ -219,6 +225,52 @@ def rows_attention(
     if padding:
         parts.append(value.new_zeros(padding, heads, value.shape[3]))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def attend_newest(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """Add the first A tokens of a batch to the rows 0 to A - 1, and attend each to its row; other tokens get zeros.
+
+    TorchScript can run it.
+
+    Shapes: query: [1, H, T, D]; keys, values: of a layer; indices, positions: int64[A];
+    mask: [A, 1, group, length]; result: [T, H, E].
+    """
+    num = positions.size(0)
+    keys.transpose(1, 2).index_put_([indices, positions], key[0, :, :num].transpose(0, 1))
+    values.transpose(1, 2).index_put_([indices, positions], value[0, :, :num].transpose(0, 1))
+    groups = query[0, :, :num].transpose(0, 1).reshape(num, key.size(1), -1, query.size(3))
+    read = mask.size(3)
+    found = scaled_dot_product_attention(
+        groups, keys[:num, :, :read], values[:num, :, :read], attn_mask=mask, scale=scale
+    )
+    found = found.reshape(num, query.size(1), -1)
+    padding = query.size(2) - num
+    if padding:
+        found = torch.cat([found, found.new_zeros([padding, found.size(1), found.size(2)])])
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedLayout:
+    """What attention reads in a step without prompts: inputs of a trace, which may differ in each step."""
+
+    indices: Tensor
+    positions: Tensor
+    masks: Mapping[int | None, Tensor]
+    """By window, as `StepLayout.decoding_mask` returns them."""
+    layers: Mapping[int, Sequence[Tensor]]
+    attend: Any
+    """`attend_newest` as a script, whose control flow is part of the trace."""
 
 
 AttentionInterface.register(ATTENTION, rows_attention)

@@ -8,6 +8,7 @@ error and the engine stays unhealthy, so that its replica is replaced.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 import weakref
@@ -45,6 +46,7 @@ from forge.serve.request import (
 )
 from forge.serve.stream import EventStream
 
+_log = logging.getLogger("forge.serve")
 _RATE_S = 10.0
 _RECENT = 1000
 
@@ -312,7 +314,9 @@ def _step_model(model: Any, adapters: ServedAdapters) -> tuple[StepModel, str | 
         packed = PackedModel(model, adapters=adapters)
     except UnsupportedAttention as error:
         return SeparateModel(model, adapters=adapters), str(error)
-    pack_linears(model)
+    problem = packed.trace(pack_linears(model))
+    if problem is not None:
+        _log.info("steps run as modules of transformers: %s", problem)
     return packed, None
 
 

@@ -28,8 +28,11 @@ from transformers import (
 
 from forge.errors import ArgumentError
 from forge.inference.adapters import load_adapters
+from forge.inference.model_step import PackedModel
 from forge.inference.sampling import SamplingParams
+from forge.inference.traced_step import TracedStep
 from forge.serve.engine import ServingEngine
+from forge.serve.packed_linear import pack_linears
 from forge.serve.request import (
     EngineError,
     EngineOptions,
@@ -340,6 +343,31 @@ def test_n_texts_of_one_prompt_differ_and_are_counted(engine: ServingEngine) -> 
     assert found[2][-1].cached_tokens == 64
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_traced_step_has_the_bits_of_the_modules(name: str, dtype: torch.dtype) -> None:
+    packed = PackedModel(tiny(FAMILIES[name][0]).model.to(dtype))
+    modules = PackedModel(packed._model)
+    assert packed.trace(pack_linears(packed._model)) is None
+    for count in (1, 2, 6, 9):
+        assert torch.equal(packed._alone_and_among(count), modules._alone_and_among(count)), count
+
+
+def test_a_model_whose_code_depends_on_values_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(LLAMA).model
+    forward = model.model.norm.forward
+    monkeypatch.setattr(model.model.norm, "forward", lambda x: forward(x) if x.sum() < 1e9 else x)
+    assert "depends on values" in (PackedModel(model).trace([]) or "")
+
+
+def test_a_trace_of_other_logits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TracedStep, "__call__", lambda self, inputs, rows, layout: torch.zeros(1, 4, 257))
+    packed = PackedModel(tiny(LLAMA).model)
+    assert packed.trace([]) == "a trace gives other logits"
+    assert packed._traced is None
+
+
 def test_a_text_ends_at_a_stop_string_that_spans_tokens(engine: ServingEngine) -> None:
     whole = asyncio.run(ask(engine, "a", [8, 9], max_tokens=60, temperature=1.0, ignore_end=True)).text
     stop = whole[20:24]
@@ -432,8 +460,7 @@ def test_logits_that_are_no_numbers_fail_their_own_request_alone(is_greedy: bool
 
 
 def test_a_failure_of_the_model_fails_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = tiny(LLAMA)
-    engine = ServingEngine(loaded)
+    engine = ServingEngine(tiny(LLAMA))
 
     async def run() -> None:
         long = SamplingParams(max_tokens=500, ignore_end=True)
@@ -441,7 +468,7 @@ def test_a_failure_of_the_model_fails_every_request(monkeypatch: pytest.MonkeyPa
             engine.submit(EngineRequest(request_id=str(number), prompt=[1], sampling=long)) for number in range(3)
         ]
         await anext(streams[0])
-        monkeypatch.setattr(loaded.model.lm_head, "forward", lambda hidden: hidden / 0 + [])
+        monkeypatch.setattr(engine._model, "logits", lambda step: len(step))
         for stream in streams:
             with pytest.raises(EngineError, match="the engine failed: TypeError"):
                 async for _ in stream:
