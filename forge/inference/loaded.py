@@ -35,6 +35,7 @@ from forge.inference.adapters import load_adapters, merge_adapters
 from forge.inference.checkpoint_model import load_model
 from forge.inference.identity import KINDS, WRITES, Kind, digest_of, digest_of_folder
 from forge.model.auto_classes import AUTO_CLASSES, auto_class_of_config
+from forge.model.positions import num_positions
 from forge.model.transformers_config import load_config, read_generation
 from forge.objective.registry import AutoClass
 from forge.plan.plan import Plan
@@ -288,7 +289,7 @@ def _load_folder(folder: Path) -> LoadedModel:
     tokenizer = load_tokenizer(str(folder))
     template = find_chat_template(tokenizer, own=None)
     generation = read_generation(str(folder))
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = num_positions(model)
     pooling = _pooling(folder)
     return LoadedModel(
         model=model,

@@ -25,6 +25,7 @@ from forge.fs import leads_to_folder
 from forge.model.auto_classes import AUTO_CLASSES
 from forge.model.composite import ARCHITECTURE, PARTS, check_parts, part_keys
 from forge.model.families.base import DataShape
+from forge.model.positions import COUNTED_FROM_PADDING
 from forge.model.router_loss import COEFFICIENTS
 from forge.objective.registry import AutoClass
 from forge.process import one_line
@@ -211,8 +212,8 @@ def _new_model_config(architecture: str | None, given: Mapping[str, Any], *, dat
     parts = {
         name: _new_config(
             given[name]["architecture"],
-            {"pad_token_id": data.pad_id, "max_position_embeddings": data.seq_len + 1} | part_keys(given, name),
-            data=replace(data, auto_class="AutoModel"),
+            {"pad_token_id": data.pad_id} | part_keys(given, name),
+            data=replace(data, seq_len=data.seq_len + 1, auto_class="AutoModel"),
         ).to_dict()
         for name in PARTS
     }
@@ -223,8 +224,10 @@ def _new_config(architecture: str | None, given: Mapping[str, Any], *, data: Dat
     try:
         base = AutoConfig.for_model(architecture)
         names = {base.attribute_map.get(key, key) for key in given}
+        padding = _padding_before(architecture, given, data=data)
         derived: dict[str, Any] = {"vocab_size": data.vocab_size, "max_position_embeddings": data.seq_len}
-        derived |= {"bos_token_id": data.eot_id, "eos_token_id": data.eot_id, "pad_token_id": None}
+        derived |= {"bos_token_id": data.eot_id, "eos_token_id": data.eot_id, "pad_token_id": padding}
+        derived["max_position_embeddings"] += 0 if padding is None else padding + 1
         if data.auto_class == "AutoModelForSeq2SeqLM":
             derived |= _seq2seq_tokens(base, data)
         derived = {
@@ -234,8 +237,27 @@ def _new_config(architecture: str | None, given: Mapping[str, Any], *, data: Dat
             and base.attribute_map.get(key, key) not in names
         }
         return AutoConfig.for_model(architecture, **(derived | dict(given)))
+    except ModelError:
+        raise
     except Exception as error:  # transformers validates with exceptions of several unrelated classes
         raise PlanError(f"{architecture}: {one_line(error)}", job_key="model.architecture") from error
+
+
+def _padding_before(architecture: str | None, given: Mapping[str, Any], *, data: DataShape) -> int | None:
+    """The padding token from which an architecture counts its positions; None if it counts them from 0.
+
+    Raises: ModelError if there is none.
+    """
+    if architecture not in COUNTED_FROM_PADDING:
+        return None
+    padding = given.get("pad_token_id", data.pad_id)
+    if isinstance(padding, int) and 0 <= padding < data.vocab_size:
+        return padding
+    raise ModelError(
+        f"{architecture} counts positions from its padding token on, and the tokenizer names none: set "
+        "model.pad_token_id to the id of a token that no text has, or take an architecture without, such as bert",
+        key="architecture",
+    )
 
 
 def _set_labels(config: PretrainedConfig, data: DataShape, *, given: Mapping[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from forge.data.tokenizer import train_tokenizer
 from forge.errors import ArgumentError
@@ -58,6 +60,19 @@ def test_pseudo_log_likelihoods__long_text__is_scored_in_parts(bert: LoadedModel
     (score,) = pseudo_log_likelihoods(bert, [text])
     assert score.num_tokens == len(bert.tokenizer.encode(text, add_special_tokens=False).ids) > POSITIONS
     assert score.num_bytes == len(text)
+
+
+def test_load__positions_counted_from_the_padding_token__are_fewer(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, vocab_size=300, special_tokens=("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
+    pad = 4
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(
+        vocab_size=tokenizer.vocab_size, max_position_embeddings=POSITIONS, pad_token_id=pad, **sizes
+    )
+    roberta = load(write_model(tmp_path, RobertaForMaskedLM(config), tokenizer), device="cpu")
+    assert roberta.tokenizer.token_to_id("[PAD]") == pad and roberta.max_positions == POSITIONS - pad - 1
+    (score,) = pseudo_log_likelihoods(roberta, [" ".join(TEXTS)])
+    assert score.num_tokens > POSITIONS, "in parts for which there are positions"
 
 
 def test_pseudo_log_likelihoods__empty_text_and_other_models(bert: LoadedModel, llama: LoadedModel) -> None:

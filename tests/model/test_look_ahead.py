@@ -79,9 +79,9 @@ def test_make_draft__encoder__is_refused_for_next_token_prediction_alone(objecti
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({}, "a forward pass fails: .*None"),  # it has no padding token, and computes positions from it
+        ({}, "counts positions from its padding token on, and the tokenizer names none: set model.pad_token_id"),
         (
-            {"pad_token_id": 1},
+            {"pad_token_id": 1, "max_position_embeddings": 16},
             r"a forward pass over 16 tokens fails, though one over fewer works: .*out of bounds",
         ),
     ],
@@ -93,6 +93,6 @@ def test_inspect__model_whose_forward_pass_fails__is_refused(keys: dict[str, Any
 
 
 def test_inspect__roberta_with_a_padding_token_and_room_for_it__is_accepted() -> None:
-    info = ask(architecture="roberta", is_decoder=True, pad_token_id=1, max_position_embeddings=18, **SIZES)
+    info = ask(architecture="roberta", is_decoder=True, pad_token_id=1, **SIZES)
     assert info.look_ahead_problem is None
-    assert info.notes == ()
+    assert info.notes == () and info.max_seq_len == 16

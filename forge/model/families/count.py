@@ -14,6 +14,7 @@ from forge.model.adapter_names import unwrapped_name
 from forge.model.composite import encoder_of
 from forge.model.families.base import DataShape, parameter_counts
 from forge.model.isolation import isolation_problem
+from forge.model.positions import num_positions
 from forge.objective.registry import AutoClass
 from forge.plan.inputs import ModelInfo
 
@@ -75,7 +76,7 @@ def count_model(model: Any, config: PretrainedConfig, *, data: DataShape, of_sou
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
         vocab_size=text.vocab_size,
         num_outputs=text.hidden_size if data.auto_class == "AutoModel" else data.num_labels,
-        max_seq_len=getattr(text, "max_position_embeddings", None),
+        max_seq_len=num_positions(model),
         isolation_problem=isolation_problem(model),
         has_linear_head=not is_seq2seq and has_linear_head(model),  # last, since it changes the model
     )
