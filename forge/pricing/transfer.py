@@ -28,7 +28,7 @@ def storage_usd_per_gib_month(
     Args:
         region: on GCP also a zone.
         kind: `object`: S3 Standard, Cloud Storage Standard, Blob Storage Hot LRS; `disk`: the machines' own, EBS
-            gp3 or Persistent Disk balanced.
+            gp3, Persistent Disk balanced or Premium SSD.
     """
     price: float | None = _table(cloud, kind).get(region_of(region))
     return price

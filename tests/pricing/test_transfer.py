@@ -54,6 +54,8 @@ def test_storage__known_regions__is_the_published_price() -> None:
     assert storage_usd_per_gib_month("aws", "eu-central-1", kind="disk") == 0.0952
     assert storage_usd_per_gib_month("gcp", "us-central1-a", kind="disk") == 0.1
     assert storage_usd_per_gib_month("azure", "eastus2") == 0.0184
+    disk = storage_usd_per_gib_month("azure", "eastus", kind="disk")
+    assert disk is not None and disk * 200e9 / 2**30 == pytest.approx(38.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp", "azure", "lambdalabs", ""])

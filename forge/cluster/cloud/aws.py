@@ -211,7 +211,7 @@ def _is_offered(region: str, names: Sequence[str]) -> bool:
 def _spot_prices(region: str, names: Sequence[str]) -> dict[str, float]:
     prices: dict[str, float] = {}
     for (name, _), price in zone_spot_prices(region, names=names).items():
-        prices[name] = min(price, prices.get(name, price))
+        prices[name] = min(price.usd_per_hour, prices.get(name, price.usd_per_hour))
     return prices
 
 

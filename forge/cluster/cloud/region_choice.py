@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 from forge.cluster.cloud.instance_selection import InstancePlan, PriceOf, listed_price, plan_instances
 from forge.config.cluster import CloudSpec
 from forge.errors import JobFileError
+from forge.plan.data_costs import cloud_of
 from forge.plan.gpus import Gpu, find_gpu
 from forge.pricing.catalog import MachineType, catalog_table, machine_types, workers_of
 from forge.pricing.choose import TYPICAL_MFU
@@ -31,7 +31,6 @@ training state that fills a sixth of it. It decides only between regions of almo
 _CPU_TRAFFIC_GIB_PER_HOUR = 1.0
 _MOST_TRIED = 12
 _STALE_DAYS = 30
-_CLOUD_OF_SCHEME = {"s3": "aws", "gs": "gcp", "gcs": "gcp", "az": "azure", "abfs": "azure", "abfss": "azure"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +222,7 @@ class _Prices:
 
     def storage_place(self) -> tuple[str | None, str | None]:
         """Return region and cloud of the storage; no region if it is unknown."""
-        cloud = _CLOUD_OF_SCHEME.get(urlsplit(self.spec.storage or "").scheme)
+        cloud = cloud_of(self.spec.storage or "")
         region = self.spec.storage_region or (self.market.storage_region if self.market else None)
         return (region, cloud) if cloud else (None, None)
 

@@ -1,6 +1,7 @@
 """AWS's on-demand prices and current spot prices by zone, which need credentials of any account.
 
-Rights: pricing:GetProducts, ec2:DescribeSpotPriceHistory, ec2:DescribeAvailabilityZones.
+Rights: pricing:GetProducts, ec2:DescribeSpotPriceHistory; ec2:DescribeAvailabilityZones where AWS's answers have no
+zone ids.
 Sources: the actions GetProducts of AWS Price List Query and DescribeSpotPriceHistory of EC2.
 """
 
@@ -10,6 +11,7 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -59,12 +61,21 @@ def fetch_aws(today: date) -> PriceSnapshot:
     return PriceSnapshot(source="aws", observed=today, offers=tuple(offers), notes=tuple(refused))
 
 
-def zone_spot_prices(region: str, *, names: Sequence[str]) -> dict[tuple[str, str], float]:
-    """Return the current spot prices of Linux in USD per hour, by instance type and name of the zone.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZonePrice:
+    """What AWS says about the spot price of an instance type in a zone."""
+
+    zone_id: str | None
+    """None in answers of earlier forms."""
+    usd_per_hour: float
+
+
+def zone_spot_prices(region: str, *, names: Sequence[str]) -> dict[tuple[str, str], ZonePrice]:
+    """Return the current spot prices of Linux, by instance type and name of the zone.
 
     Raises: ClusterError if AWS cannot be asked.
     """
-    prices: dict[tuple[str, str], float] = {}
+    prices: dict[tuple[str, str], ZonePrice] = {}
     with aws_errors(region):
         pages = (
             client("ec2", region)
@@ -78,7 +89,9 @@ def zone_spot_prices(region: str, *, names: Sequence[str]) -> dict[tuple[str, st
         for page in pages:
             for entry in page["SpotPriceHistory"]:
                 with contextlib.suppress(*MALFORMED):  # without a price or zone
-                    prices[entry["InstanceType"], entry["AvailabilityZone"]] = float(entry["SpotPrice"])
+                    prices[entry["InstanceType"], entry["AvailabilityZone"]] = ZonePrice(
+                        zone_id=entry.get("AvailabilityZoneId"), usd_per_hour=float(entry["SpotPrice"])
+                    )
     return prices
 
 
@@ -113,15 +126,19 @@ def _spot_by_zone_id(region: str, names: Sequence[str]) -> dict[tuple[str, str],
     """Return the spot prices by machine type and zone id, or why the region does not answer."""
     try:
         prices = zone_spot_prices(region, names=names)
-        with aws_errors(region):
-            zones = client("ec2", region).describe_availability_zones(AllAvailabilityZones=True)[
-                "AvailabilityZones"
-            ]
+        ids = {} if all(one.zone_id for one in prices.values()) else _zone_ids(region)
     except ClusterError as error:
         return str(error)
     # The zone named us-east-1a is another one in another account; its id is the same for all.
-    ids = {zone.get("ZoneName"): zone.get("ZoneId") for zone in zones}
-    return {(name, ids[zone]): price for (name, zone), price in prices.items() if ids.get(zone)}
+    by_id = {(name, one.zone_id or ids.get(zone)): one.usd_per_hour for (name, zone), one in prices.items()}
+    return {(name, zone_id): price for (name, zone_id), price in by_id.items() if zone_id}
+
+
+def _zone_ids(region: str) -> dict[str, str]:
+    """Return the ids of a region's zones by their names in this account."""
+    with aws_errors(region):
+        found = client("ec2", region).describe_availability_zones(AllAvailabilityZones=True)["AvailabilityZones"]
+    return {zone["ZoneName"]: zone["ZoneId"] for zone in found if "ZoneName" in zone and "ZoneId" in zone}
 
 
 def _offers(

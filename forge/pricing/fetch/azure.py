@@ -18,6 +18,8 @@ from forge.pricing.snapshot import PriceSnapshot
 
 _URL = "https://prices.azure.com/api/retail/prices"
 _MAX_PAGES = 500
+_FULL_PAGES = (100, 1000)
+"""Entries of a page that may not be the last: in 2023 Azure left out the links to next pages for a time."""
 _NOT_LINUX_VMS = ("Windows", "Low Priority", "Dedicated", "Cloud Services", "CloudServices")
 """Words in the name of a product or meter that is no virtual machine with Linux, on demand or spot."""
 
@@ -64,13 +66,18 @@ def _items(url: str, client: JsonClient) -> Iterator[Any]:
     """Yield the entries of all pages. Raises: ClusterError if a page is not of the documented form."""
     names = " or ".join(f"armSkuName eq '{name}'" for name in machine_types("azure"))
     wanted = f"serviceName eq 'Virtual Machines' and priceType eq 'Consumption' and ({names})"
-    page: Any = f"{url}?currencyCode=USD&$filter={quote(wanted)}"
+    first = f"{url}?currencyCode=USD&$filter={quote(wanted)}"
+    page: Any = first
+    num_items = 0
     for _ in range(_MAX_PAGES):
         answer = client.get(page)
         if not isinstance(answer, dict) or not isinstance(answer.get("Items"), list):
             raise ClusterError("Azure's price list has changed its form: no Items")
         yield from answer["Items"]
+        num_items += len(answer["Items"])
         page = answer.get("NextPageLink")
+        if not page and len(answer["Items"]) in _FULL_PAGES:
+            page = f"{first}&$skip={num_items}"
         if not page:
             return
         if not isinstance(page, str) or urlsplit(page)[:2] != urlsplit(url)[:2]:

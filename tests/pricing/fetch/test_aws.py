@@ -32,6 +32,8 @@ class FakeAws:
     """By region: type, name of the zone, price."""
     zones: dict[str, dict[str, str]] = field(default_factory=dict)
     """By region: id of a zone by its name."""
+    has_ids: bool = False
+    """Whether the spot prices have the zones' ids, as AWS's have by now."""
     refused: set[str] = field(default_factory=set)
     throttled: int = 0
     """Requests for on-demand prices that are refused first."""
@@ -73,7 +75,9 @@ class FakeAws:
         items = "".join(
             f"<item><instanceType>{name}</instanceType><productDescription>Linux/UNIX</productDescription>"
             f"<spotPrice>{price}</spotPrice><timestamp>2026-11-28T10:00:00.000Z</timestamp>"
-            f"<availabilityZone>{zone}</availabilityZone></item>"
+            f"<availabilityZone>{zone}</availabilityZone>"
+            + (f"<availabilityZoneId>{self.zones[region][zone]}</availabilityZoneId>" if self.has_ids else "")
+            + "</item>"
             for name, zone, price in entries[first : first + 2]
         )
         token = str(first + 2) if first + 2 < len(entries) else ""
@@ -154,6 +158,19 @@ def test_fetch__pages_of_both_services__zones_by_id_and_spot_like_on_demand_drop
     assert {(one.gpu, one.inter_node_gbps, one.observed) for one in found.offers} == {("H100-80GB", 3200, TODAY)}
     assert not found.notes
     assert fake.asked["DescribeSpotPriceHistory"] == 3, "two pages of one region and one of the other"
+
+
+def test_fetch__zone_ids_in_the_prices__need_no_list_of_zones() -> None:
+    fake = FakeAws(
+        on_demand={P5: [product("us-east-1", "55.04")]},
+        spot={"us-east-1": [(P5, "us-east-1a", "21.15")]},
+        zones={"us-east-1": {"us-east-1a": "use1-az6"}},
+        has_ids=True,
+    )
+    with serving(fake):
+        found = fetch_aws(TODAY)
+    assert [(one.zone, one.spot_usd_per_hour) for one in found.offers] == [(None, None), ("use1-az6", 21.15)]
+    assert not fake.asked["DescribeAvailabilityZones"]
 
 
 def test_fetch__absent_fields_zero_and_a_region_not_enabled__stay_unknown_and_the_region_is_named() -> None:

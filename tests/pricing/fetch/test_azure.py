@@ -104,6 +104,15 @@ def test_fetch__absent_fields_and_zero__are_unknown_and_counted() -> None:
     assert found.notes == ("4 entries without a name, region or price were skipped",)
 
 
+def test_fetch__full_page_without_a_link__asks_for_the_next_one() -> None:
+    def reply(path: str, *_: Any) -> Answer:
+        return page([item(armRegionName="uksouth")] if "$skip=100" in unquote(path) else [item()] * 100)
+
+    with serve_prices(reply) as server:
+        assert {offer.region for offer in fetch(server).offers} == {"eastus", "uksouth"}
+        assert len(server.asked) == 2
+
+
 def test_fetch__two_prices_of_a_place__takes_the_one_that_took_effect_last() -> None:
     newer = item(retailPrice=90.0, effectiveStartDate="2026-03-01T00:00:00Z")
     with serve_prices(lambda *_: page([newer, item()])) as server:

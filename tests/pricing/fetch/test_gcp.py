@@ -45,6 +45,7 @@ def sku(description: str, price: float | None, *, spot: bool = False, **changes:
                     "tieredRates": [{"startUsageAmount": 0, "unitPrice": rate}],
                     "usageUnitDescription": "hour",
                     "baseUnit": "s",
+                    "baseUnitDescription": "second",
                     "baseUnitConversionFactor": 3600,
                 },
                 "currencyConversionRate": 1,

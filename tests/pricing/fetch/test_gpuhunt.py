@@ -82,7 +82,7 @@ def test_fetch__small_clouds__prices_and_names_of_gpus(fetched: Any) -> None:
 def test_fetch__gcp__location_is_a_zone_and_equal_spot_is_none(fetched: Any) -> None:
     h100 = only(fetched, cloud="gcp", gpu="H100-80GB")
     assert (h100.region, h100.zone, h100.spot_usd_per_hour) == ("us-central1", "us-central1-a", None)
-    assert (h100.inter_node_gbps, only(fetched, cloud="gcp", num_gpus=1).gpu) == (1000, "A100-40GB")
+    assert (h100.inter_node_gbps, only(fetched, cloud="gcp", num_gpus=1).gpu) == (800, "A100-40GB")
 
 
 def test_fetch__what_is_left_out__is_said(fetched: Any) -> None:
