@@ -160,6 +160,34 @@ class WaitingForMachines:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeadlineForecast:
+    """Whether the run is done by `resources.deadline`: when that is first known, and when it changes."""
+
+    deadline: float
+    """Seconds since the epoch, as is `ends_at`."""
+    ends_at: float | None
+    """With the present workers; None while there are none."""
+    step: int
+    num_workers: int
+    needed_workers: int | None
+    """With which the deadline would be met; None if it has passed."""
+    max_workers: int
+    """Of the job."""
+    can_rent: bool
+    """Whether the cluster rents spot and on-demand machines as the deadline needs them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachinesChosen:
+    """The machines that a run is to have so that it is done by its deadline at the least cost."""
+
+    num_spot: int
+    num_on_demand: int
+    slack_s: float
+    """Time until the deadline less the time that all machines still need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CostUpdated:
     """What the run has cost so far, if its machines state their price."""
 
@@ -531,6 +559,8 @@ Event = (
     | PreemptionNoticeReceived
     | WaitingForMachines
     | CostUpdated
+    | DeadlineForecast
+    | MachinesChosen
     | MembershipChangeStarted
     | KilledForMemory
     | ForkServerFailed

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from fractions import Fraction
 
 _BYTES = {
@@ -24,6 +25,8 @@ _STEPS = re.compile(r"\s*([0-9][0-9_]{,17})\s*steps?\s*")
 _RANGE = re.compile(r"\s*([0-9]{1,18})\s*(?:\.\.\s*([0-9]{1,18})\s*)?")
 _FRACTION = re.compile(r"\s*([0-9]{0,99}\.?[0-9]{1,99}(?:[eE][+-]?[0-9]{1,3})?)\s*(%?)\s*")
 _LENGTH = re.compile(r"\s*([0-9][0-9_.]{,99}\s?[A-Za-z]?)\s*?(?:\s(step|token)s?)?\s*")
+_LONGEST_S = 10 * 365 * 86400.0
+_ISO_DATE = re.compile(r"\s*[0-9]{4}-")
 _LARGEST = 2**63 - 1
 
 
@@ -91,6 +94,30 @@ class Length:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Deadline:
+    """A point in time: seconds after the start of a run, or of the clock (since the epoch)."""
+
+    seconds: float | None = None
+    at: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.seconds is None) == (self.at is None):
+            raise ValueError("a deadline is a duration or a date")
+        if self.seconds is not None and self.seconds > _LONGEST_S:
+            raise ValueError("must be at most ten years")
+
+    def __str__(self) -> str:
+        """Return the text that `parse_deadline` reads back exactly: `2d`, `2026-12-01T18:00:00+00:00`."""
+        if self.at is not None:
+            return datetime.fromtimestamp(self.at, UTC).isoformat()
+        return str(Every(seconds=self.seconds))
+
+    def at_s(self, *, start: float) -> float:
+        """Seconds since the epoch, for a run that started at `start`."""
+        return self.at if self.at is not None else start + (self.seconds or 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
     """A range of whole numbers from 0 on, both bounds included, written `2..16` or `4`."""
 
@@ -128,6 +155,22 @@ def parse_every(text: str) -> Every:
     if isinstance(text, str) and (match := _STEPS.fullmatch(text)):
         return Every(steps=int(match[1].replace("_", "")))
     return Every(seconds=_seconds(text, otherwise="is not an interval; write it like '50 steps' or '10m'"))
+
+
+def parse_deadline(text: str) -> Deadline:
+    """`48h`, or an ISO 8601 date with its time zone, such as `2026-12-01T18:00Z`."""
+    otherwise = "is not a deadline; write it like 48h, 2d or 2026-12-01T18:00Z"
+    if isinstance(text, str) and _ISO_DATE.match(text):
+        try:
+            at = datetime.fromisoformat(text.strip())
+        except ValueError:
+            raise ValueError(otherwise) from None
+        if not 2000 <= at.year < 9999:
+            raise ValueError("must be a date after the year 2000")
+        if at.tzinfo is None:
+            raise ValueError("has no time zone; write it like 2026-12-01T18:00Z or 2026-12-01T18:00+01:00")
+        return Deadline(at=at.timestamp())
+    return Deadline(seconds=_seconds(text, otherwise=otherwise))
 
 
 def parse_length(text: str | int) -> Length:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge import units
-from forge.units import Every, Length, Range
+from forge.units import Deadline, Every, Length, Range
 
 PARSERS: list[Callable[[Any], object]] = [
     units.parse_bytes,
@@ -21,6 +21,7 @@ PARSERS: list[Callable[[Any], object]] = [
     units.parse_range,
     units.parse_fraction,
     units.parse_length,
+    units.parse_deadline,
 ]
 
 
@@ -40,6 +41,9 @@ PARSERS: list[Callable[[Any], object]] = [
         (units.parse_duration_s, "10m", 600.0),
         (units.parse_duration_s, "1.5h", 5400.0),
         (units.parse_duration_s, "2 d", 172_800.0),
+        (units.parse_deadline, "48h", Deadline(seconds=172_800.0)),
+        (units.parse_deadline, " 2026-12-01T18:00Z", Deadline(at=1_796_148_000.0)),
+        (units.parse_deadline, "2026-12-01 19:00+01:00", Deadline(at=1_796_148_000.0)),
         (units.parse_every, "50 steps", Every(steps=50)),
         (units.parse_every, "1 step", Every(steps=1)),
         (units.parse_every, "10m", Every(seconds=600.0)),
@@ -72,6 +76,11 @@ def test_parse__valid_text__gives_the_value(parse: Callable[[Any], object], text
         (units.parse_count, 10**400, "must not be larger"),
         (units.parse_duration_s, 600, "with a unit"),
         (units.parse_duration_s, "0s", "greater than zero"),
+        (units.parse_deadline, "2026-12-01T18:00", "has no time zone"),
+        (units.parse_deadline, "2026-13-01", "write it like 48h, 2d or 2026-12-01T18:00Z"),
+        (units.parse_deadline, "0001-01-01T00:00+14:00", "after the year 2000"),
+        (units.parse_deadline, 48, "write it like 48h"),
+        (units.parse_deadline, "11e3d", "at most ten years"),
         (units.parse_every, "50", "50 steps"),
         (units.parse_every, "0 steps", "at least 1 step"),
         (units.parse_range, "16..2", "below its start"),
@@ -110,7 +119,7 @@ def test_parse__anything__returns_or_raises_value_error(parse: Callable[[Any], o
     except ValueError as error:
         assert len(str(error)) < 120
     else:
-        assert isinstance(parsed, (Every, Length, Range)) or math.isfinite(parsed)  # type: ignore[arg-type]
+        assert isinstance(parsed, (Deadline, Every, Length, Range)) or math.isfinite(parsed)  # type: ignore[arg-type]
 
 
 @given(
@@ -129,6 +138,13 @@ def test_length__formatted__is_parsed_back(length: Length) -> None:
 )
 def test_every__formatted__is_parsed_back(every: Every) -> None:
     assert units.parse_every(str(every)) == every
+
+
+@given(
+    st.one_of(st.builds(Deadline, seconds=st.floats(1e-3, 1e8)), st.builds(Deadline, at=st.integers(10**9, 2**37)))
+)
+def test_deadline__formatted__is_parsed_back(deadline: Deadline) -> None:
+    assert units.parse_deadline(str(deadline)) == deadline
 
 
 @given(st.integers(1, 10**6), st.integers(0, 10**6))

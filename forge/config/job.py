@@ -96,6 +96,9 @@ class JobSpec(Section):
         if self.search is not None and self.evaluate is not None:
             problem = "is for single runs; score the best trial of a search with forge eval"
             yield FieldError("evaluate", problem, depends_on=("search",))
+        if self.search is not None and self.resources.deadline is not None:
+            problem = "is for single runs; a search ends by search.max_hours"
+            yield FieldError("resources.deadline", problem, depends_on=("search",))
         if self.code is None:
             problem = "names a class of your own; add the folder it is in, such as 'code: ./src'"
             for key, reference in self.user_classes.items():

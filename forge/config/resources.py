@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from forge.config.section import FieldError, IntervalOrAuto, Section, WholeOrAuto, WholeRange
+from forge.config.section import DeadlineTime, FieldError, IntervalOrAuto, Section, WholeOrAuto, WholeRange
 from forge.units import Every, Range
 
 
@@ -33,12 +33,17 @@ class ResourcesSpec(Section):
     """Longest time that the run should take, in hours: `forge plan` names the cheapest machines that keep to it.
     It stops nothing."""
 
+    deadline: DeadlineTime | None = None
+    """When the run must be done: `48h` after its start, over all resumes, or a date `2026-12-01T18:00Z`. On a
+    cluster that rents spot and on-demand machines the run asks for as few on-demand ones as meet it; elsewhere it
+    warns. A run that misses it goes on (docs/cost.md)."""
+
     max_usd_per_hour: float | None = Field(None, gt=0)
     """Limit in USD per hour for all machines of the run together; above it the run stops, with a checkpoint."""
 
     @model_validator(mode="after")
     def _limits_are_watched(self) -> ResourcesSpec:
-        for key in ("max_usd", "max_usd_per_hour"):
+        for key in ("max_usd", "max_usd_per_hour", "deadline"):
             if getattr(self, key) is not None and self.engine != "elastic":
                 raise FieldError(key, "requires engine: elastic, whose supervisor enforces it")
         return self

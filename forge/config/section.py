@@ -79,6 +79,10 @@ def _write_length(value: units.Length) -> int | str:
     return value.steps if value.steps is not None else str(value)
 
 
+def _read_deadline(value: Any) -> units.Deadline:
+    return value if isinstance(value, units.Deadline) else units.parse_deadline(value)
+
+
 def _read_range(value: Any) -> units.Range:
     return value if isinstance(value, units.Range) else units.parse_range(value)
 
@@ -152,6 +156,13 @@ TrainLength = Annotated[
     WithJsonSchema({"type": ["integer", "string"], "examples": ["3%", "2M tokens"]}),
 ]
 """A part of a training."""
+
+DeadlineTime = Annotated[
+    units.Deadline,
+    BeforeValidator(_read_deadline),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "examples": ["48h", "2026-12-01T18:00Z"]}),
+]
 
 WholeRange = Annotated[
     units.Range,

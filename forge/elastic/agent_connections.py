@@ -31,6 +31,9 @@ class AgentConnection:
     send: Callable[[Message], None]
     close: Callable[[], None]
     heard_at: float
+    usd_per_hour: float | None = None
+    saving_usd_per_hour: float = 0.0
+    """How much less than on demand its machine costs; 0 for an on-demand machine."""
     mtbf_s: float | None = None
     """Mean time until its machine is lost, as far as it is known."""
 
@@ -106,6 +109,8 @@ def accept_agent(registration: Message, channel: Channel, *, tasks: BackgroundTa
         send=lambda message: tasks.start(_send(channel, message)),
         close=channel.close,
         heard_at=now,
+        usd_per_hour=registration["usd_per_hour"],
+        saving_usd_per_hour=registration.get("saving_usd_per_hour", 0.0),
         mtbf_s=registration.get("mtbf_s"),
     )
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from statistics import median
 
 from forge.elastic.states import Phase
 
 _NUM_RECENT_STEPS = 200
+_NUM_TYPICAL_STEPS = 32
 # Assumed before a step was measured.
 _UNKNOWN_STEP_S = 1.0
 # A rank hangs after the larger of this time and this multiple of a long step.
@@ -70,17 +72,28 @@ class StepTimes:
     """Durations of the most recent steps."""
 
     def __init__(self) -> None:
-        self._recent: deque[tuple[int, float]] = deque(maxlen=_NUM_RECENT_STEPS)
+        self._recent: deque[tuple[int, float, int]] = deque(maxlen=_NUM_RECENT_STEPS)
 
-    def add(self, step: int, *, seconds: float) -> None:
+    def add(self, step: int, *, seconds: float, num_workers: int) -> None:
         """Note the duration of the last step; heartbeats report the same step repeatedly."""
         if step and (not self._recent or self._recent[-1][0] != step):
-            self._recent.append((step, seconds))
+            self._recent.append((step, seconds, num_workers))
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step that was noted."""
+        return self._recent[-1][0] if self._recent else None
+
+    @property
+    def worker_s(self) -> float | None:
+        """Workers times seconds of a step: the median of the last ones, at whatever numbers of workers."""
+        recent = list(self._recent)[-_NUM_TYPICAL_STEPS:]
+        return median(seconds * num_workers for _, seconds, num_workers in recent) if recent else None
 
     @property
     def p99_s(self) -> float:
         """The 99th percentile."""
-        recent = sorted(seconds for _, seconds in self._recent)
+        recent = sorted(seconds for _, seconds, _ in self._recent)
         return recent[int(0.99 * (len(recent) - 1))] if recent else _UNKNOWN_STEP_S
 
     def stall_limit_s(self, phase: Phase, *, is_first: bool) -> float:

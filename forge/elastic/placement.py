@@ -15,6 +15,9 @@ class Placement(Protocol):
     def claim_slots(self) -> None:
         """Ask for as many slots as the job allows."""
 
+    def request_extra(self, num_slots: int) -> None:
+        """Ask for so many slots beyond what the job allows, so that other machines are found."""
+
     def set_used(self, used: Mapping[str, int]) -> None:
         """Tell how many slots of each node are used by running ranks."""
 

@@ -20,6 +20,7 @@ from forge.elastic import states
 from forge.elastic.agent_connections import AgentConnection, AgentConnections, accept_agent
 from forge.elastic.background import BackgroundTasks
 from forge.elastic.commands import find_spare, start_commands
+from forge.elastic.deadline_watch import DeadlineWatch
 from forge.elastic.flush_coordinator import FlushCoordinator
 from forge.elastic.hang_detector import HangDetector, StepTimes
 from forge.elastic.loss_history import LossHistory
@@ -68,6 +69,7 @@ class Supervisor:
         stored_step: int = 0,
         is_restarted: bool = False,
         losses: LossHistory | None = None,
+        deadline: DeadlineWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
@@ -79,6 +81,7 @@ class Supervisor:
         stored_step: the newest step in durable storage.
         is_restarted: a supervisor ran before this one, and its agents may have running ranks.
         losses: with `checkpoint.every: auto`, what the run has lost so far.
+        deadline: with `resources.deadline`.
         """
         self.state = replace(
             state,
@@ -87,7 +90,7 @@ class Supervisor:
             recovery_deadline=clock() + RECOVERY_S if is_restarted else None,
         )
         self._placement, self._record_event, self._meter, self._clock = placement, record_event, meter, clock
-        self._losses = losses
+        self._losses, self._deadline = losses, deadline
         self._stop_reason = ""
         self._connections = AgentConnections()
         self._has_started = is_restarted
@@ -132,12 +135,15 @@ class Supervisor:
             known.preempted_at is not None and preempted_at > known.preempted_at - _SAME_DEADLINE_S
         ):
             return
-        self._record_event(events.PreemptionNoticeReceived(node=node, source=source, seconds_left=seconds_left))
+        if self._deadline is None or not self._deadline.has_returned(node):  # a machine that forge itself gives up
+            self._record_event(events.PreemptionNoticeReceived(node=node, source=source, seconds_left=seconds_left))
         self.apply(states.PreemptionNotice(node=node, preempted_at=preempted_at))
 
     def close(self) -> None:
         """Shut down all agents."""
         self._connections.broadcast({"command": "shut_down"})
+        if self._deadline is not None:
+            self._deadline.close()
         self._tasks.cancel()
 
     # --- connections
@@ -240,7 +246,7 @@ class Supervisor:
                 self._hang_detector.update(
                     rank, silent_s=silent_ms / 1000, is_suspended=bool(is_suspended), now=now
                 )
-                self._steps.add(step, seconds=step_ns / 1e9)
+                self._steps.add(step, seconds=step_ns / 1e9, num_workers=len(self.state.assignment))
 
     def _preemption_reported(self, node: str, report: Message) -> None:
         source, left_s = report["source"], report["seconds_left"]
@@ -298,6 +304,13 @@ class Supervisor:
             self.detach(connection, reason=f"no heartbeat for {now - connection.heard_at:.1f} s")
         self._check_progress(now)
         self._check_cost(now)
+        if self._deadline is not None:
+            self._deadline.check(
+                state=self.state,
+                connections=self._connections,
+                step=self._steps.last_step or self.state.stored_step,
+                step_worker_s=self._steps.worker_s,
+            )
         self.apply(states.Tick(margin_s=2 * self._steps.p99_s + _DRAIN_S))
 
     def _check_progress(self, now: float) -> None:

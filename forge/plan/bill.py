@@ -6,9 +6,11 @@ counts as equally fast. Limits are compared with likely values, whose ranges are
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from forge.config.resources import ResourcesSpec
 from forge.plan.candidates import Candidate, LeftOut, find_candidates
 from forge.plan.forecast import FormerRun
 from forge.plan.interruptions import ASSUMED_BASIS, Interruptions
@@ -73,10 +75,17 @@ def make_bill(
     return Bill(
         candidates=candidates,
         left_out=left_out,
-        max_hours=resources.max_hours,
+        max_hours=_max_hours(resources),
         max_usd=resources.max_usd,
         notes=(*table.notes, *_assumptions(candidates, trace=trace)),
     )
+
+
+def _max_hours(resources: ResourcesSpec) -> float | None:
+    """The limit of hours: `max_hours`, and the deadline of a run that starts now."""
+    now, deadline = time.time(), resources.deadline
+    left = None if deadline is None else max(0.0, deadline.at_s(start=now) - now) / 3600
+    return min((limit for limit in (resources.max_hours, left) if limit is not None), default=None)
 
 
 def is_priced(plan: DraftPlan) -> bool:

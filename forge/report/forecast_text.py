@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+from forge.plan.deadline_outlook import deadline_outlook
 from forge.plan.durations import Forecast, WorldHours
 from forge.plan.plan import DraftPlan
 from forge.runs.event_text import workers
@@ -16,7 +19,22 @@ def forecast_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     sizes = list(dict.fromkeys((*found.worlds[:1], *found.worlds[-1:])))
     texts = [f"{hours_text(world)} with {workers(world.world_size)}" for world in sizes]
     lines = ["; ".join(texts)] if texts else []
-    return [("time" if number == 0 else "", line) for number, line in enumerate([*lines, *found.notes])]
+    facts = [("time" if number == 0 else "", line) for number, line in enumerate([*lines, *found.notes])]
+    return [*facts, *_deadline_facts(plan)]
+
+
+def _deadline_facts(plan: DraftPlan) -> list[tuple[str, str]]:
+    """Say how many workers likely meet the deadline; a warning of the plan says if none do."""
+    deadline, found = plan.job.resources.deadline, deadline_outlook(plan, now=time.time())
+    if deadline is None:
+        return []
+    start = "" if deadline.at is not None else " after the start"
+    if found is None:
+        return [("deadline", f"{deadline}{start}; how long the run takes is unknown")]
+    if found.fewest is None:
+        return [("deadline", f"{deadline}{start}; likely missed with any number of workers of the job")]
+    met = f"likely met with {workers(found.fewest.world_size)} or more"
+    return [("deadline", f"{deadline}{start}; {met}: {hours_text(found.fewest)}")]
 
 
 def hours_text(world: WorldHours) -> str:

@@ -19,7 +19,7 @@ from forge.report.forecast_text import forecast_facts
 from forge.report.optimizer_text import optimizer_facts
 from forge.report.score_text import score_text, tasks_text
 from forge.report.trial_rows import shown
-from forge.runs.event_text import short, workers
+from forge.runs.event_text import deadline_text, short, workers
 from forge.runs.goodput_report import BUCKETS, GoodputReport
 from forge.runs.reader import RunSummary
 from forge.runs.scores import newest_scores, read_scores
@@ -233,6 +233,7 @@ def summary_facts(run: RunSummary, goodput: GoodputReport) -> list[tuple[str, st
     cost = run.newest("CostUpdated")
     if cost:
         facts.append(("cost", f"{cost['usd']:.2f} USD"))
+    facts += [("deadline", deadline_text(event))] if (event := run.newest("DeadlineForecast")) else []
     saved = run.newest("CheckpointSaved")
     if saved:
         facts.append(("checkpoint", f"{saved['folder']}"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from forge.errors import printable
@@ -69,9 +70,11 @@ class EventDescriber:
                 cost = f"{format_duration(event['seconds'])} each, {event['share']:.1%} of the time"
                 return f"snapshots to memory {every} from now on ({cost})"
             case "CheckpointIntervalChanged":
-                every, before = (format_duration(event[key]) for key in ("seconds", "before_s"))
-                cost, mtbf = (format_duration(event[key]) for key in ("cost_s", "mtbf_s"))
-                return f"checkpoints every {every} instead of {before} ({cost} each; state lost every {mtbf})"
+                return _checkpoints_text(event)
+            case "DeadlineForecast":
+                return deadline_text(event)
+            case "MachinesChosen":
+                return _machines_text(event)
             case "LengthChanged":
                 rates = f"{event['learning_rate']:.3g} at step {event['from_step']}"
                 if event["learning_rate_before"] is not None:
@@ -106,6 +109,41 @@ def _gib(size: float | None) -> str:
 def workers(count: int) -> str:
     """`1 worker`, `2 workers`."""
     return f"{count} worker{'' if count == 1 else 's'}"
+
+
+def deadline_text(event: Mapping[str, Any]) -> str:
+    """Say whether a run meets its deadline, and what would be needed."""
+    deadline, ends_at = event["deadline"], event["ends_at"]
+    needed, now = event["needed_workers"], workers(event["num_workers"])
+    if needed is None:
+        likely = "" if ends_at is None else f", likely until {_date(ends_at)}"
+        return f"the deadline {_date(deadline)} has passed at step {event['step']}; the run goes on{likely}"
+    if ends_at is not None and ends_at <= deadline:
+        return (
+            f"with {now} the run ends {format_duration(deadline - ends_at)} before its deadline {_date(deadline)}"
+        )
+    late = "" if ends_at is None else f"{format_duration(ends_at - deadline)} "
+    text = f"with {now} the run ends {late}after its deadline {_date(deadline)}; {workers(needed)} are needed"
+    if needed > event["max_workers"]:
+        return f"{text}, more than the {event['max_workers']} of resources.workers"
+    return text if event["can_rent"] else f"{text}: add machines to the cluster"
+
+
+def _machines_text(event: Mapping[str, Any]) -> str:
+    slack = format_duration(abs(event["slack_s"]))
+    spare = f"{slack} to spare" if event["slack_s"] >= 0 else f"{slack} late"
+    chosen = f"{event['num_spot']} spot, {event['num_on_demand']} on demand"
+    return f"machines until the deadline: {chosen} ({spare} with all of them)"
+
+
+def _checkpoints_text(event: Mapping[str, Any]) -> str:
+    every, before = (format_duration(event[key]) for key in ("seconds", "before_s"))
+    cost, mtbf = (format_duration(event[key]) for key in ("cost_s", "mtbf_s"))
+    return f"checkpoints every {every} instead of {before} ({cost} each; state lost every {mtbf})"
+
+
+def _date(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def short(text: str) -> str:

@@ -4,6 +4,8 @@ The minimum number of workers is one placement group, which Ray grants as a whol
 hold half of what each needs. Every further worker is a group of its own: taken where there is room, released when
 another run is waiting for its minimum. Pending groups are what Ray's autoscaler starts nodes for. Groups are named
 and detached, so that a restarted supervisor finds them again.
+
+The module is long (over 400 lines) because groups and agents are reconciled together.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class PlacementManager:
         self._used: Mapping[str, int] = {}
         self._orphans: dict[str, float] = {}
         """Groups of runs without a supervisor, and since when."""
-        self._wanted = high
+        self._wanted, self._num_extra = high, 0
         self._asked_at = 0.0
         self._pending_since: float | None = None
         self._is_stopped = False
@@ -114,6 +116,11 @@ class PlacementManager:
     def claim_slots(self) -> None:
         """Request as many slots as the job allows."""
         self._wanted = self._high
+        self._wakes.set()
+
+    def request_extra(self, num_slots: int) -> None:
+        """Request so many slots beyond those that the job allows, on whatever machines they are found."""
+        self._num_extra = num_slots
         self._wakes.set()
 
     def set_used(self, used: Mapping[str, int]) -> None:
@@ -228,7 +235,7 @@ class PlacementManager:
         self._ensure(self._base, self._low)
         nodes = {name: _nodes_of(_table(), group) for name, group in self._groups.items()}
         num_leaving = sum(node_id in self._leaving for node_ids in nodes.values() for node_id in node_ids)
-        target = self._wanted - self._low + num_leaving
+        target = self._wanted - self._low + num_leaving + self._num_extra
         singles = [name for name in self._groups if name != self._base]
         guaranteed = Counter(nodes.get(self._base, []))
         # Slots that ranks use are kept beyond the guaranteed ones, whatever the target is.

@@ -7,6 +7,7 @@ started and no run folder is created.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from forge.errors import ArgumentError, CheckpointError, DataError, PlanError
 from forge.fs import default_cache_dir, leads_to_folder
 from forge.plan.cluster_links import ClusterLinks
 from forge.plan.data_view import DataView
+from forge.plan.deadline_outlook import deadline_warning
 from forge.plan.forecast import forecast
 from forge.plan.inputs import CodeInfo, CorpusFiles, CorpusInfo, HardwareInfo, ModelInfo
 from forge.plan.outputs import must_find_labels
@@ -255,7 +257,9 @@ def _resolve(
 def _with_forecast(plan: _PlanT, *, links: ClusterLinks | None = None) -> _PlanT:
     """Add how long the job takes, by what former runs in its folder measured on the same device."""
     former = former_runs(Path(plan.job.checkpoint.runs), hardware=plan.hardware)
-    return replace(plan, forecast=forecast(plan, former=former, links=links))
+    plan = replace(plan, forecast=forecast(plan, former=former, links=links))
+    warning = deadline_warning(plan, now=time.time())
+    return plan if warning is None else replace(plan, warnings=(*plan.warnings, warning))
 
 
 def _prepared(inputs: _Inputs) -> CorpusInfo:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from forge.cluster.cloud.capacity_backoff import CapacityBackoff, refused_types
+from forge.cluster.cloud.machine_limits import AutoscalerLimits, find_limits, limits_folder, wanted_machines
 
 REFUSED = (
     "2026-01-01 00:00:00,000 INFO node_provider.py:491 -- Failed to launch 2 nodes of type {}: Node Launch "
@@ -20,14 +21,24 @@ class Box:
 
     def __init__(self, folder: Path) -> None:
         self.file, self.log = folder / "config.yaml", folder / "monitor.log"
-        types = {name: {"max_workers": 4, "node_config": {}} for name in ("spot-a", "spot-b")}
+        types = {name: {"max_workers": 4, "node_config": {}} for name in ("spot-a", "spot-b", "on-demand-a")}
         self.file.write_text(json.dumps({"cluster_name": "big", "available_node_types": types}))
-        self.there = {"spot-a": 1, "spot-b": 0}
-        self.backoff = CapacityBackoff(file=self.file, log=self.log, count=lambda config, name: self.there[name])
+        self.there = {"spot-a": 1, "spot-b": 0, "on-demand-a": 0}
+        self.backoff = CapacityBackoff(
+            file=self.file,
+            log=self.log,
+            count=lambda config, name: self.there[name],
+            wishes=limits_folder(folder),
+        )
 
     def say(self, text: str) -> None:
         with self.log.open("a") as log:
             log.write(text)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        types = json.loads(self.file.read_text())["available_node_types"]
+        return {name: kind["max_workers"] for name, kind in types.items()}
 
     @property
     def allowed(self) -> list[int]:
@@ -93,3 +104,47 @@ def test_refused_types__only_capacity_errors__count() -> None:
     denied = "Failed to launch 1 nodes of type spot-a: An error occurred (UnauthorizedOperation) when calling\n"
     assert refused_types(denied) == set()
     assert refused_types(REFUSED.format("spot-a") + denied + REFUSED.format("spot-b")) == {"spot-a", "spot-b"}
+
+
+def test_poll__run_with_a_deadline__limits_both_kinds_and_never_below_what_exists(box: Box, tmp_path: Path) -> None:
+    now = [1000.0]
+    limits = AutoscalerLimits("run", home=tmp_path, clock=lambda: now[0])
+    limits.write(num_spot=3, num_on_demand=0)
+    box.backoff.poll(1000.0)
+    assert box.limits == {"spot-a": 3, "spot-b": 2, "on-demand-a": 0}  # one of the three is a spot-a
+    limits.write(num_spot=3, num_on_demand=2)
+    box.say(REFUSED.format("spot-b"))
+    box.backoff.poll(1001.0)
+    assert box.limits == {"spot-a": 3, "spot-b": 0, "on-demand-a": 2}
+    box.there |= {"spot-a": 4, "on-demand-a": 2}
+    limits.write(num_spot=1, num_on_demand=1)
+    box.backoff.poll(1002.0)
+    assert box.limits == {"spot-a": 4, "spot-b": 0, "on-demand-a": 2}  # the run itself returns machines
+    box.there |= {"on-demand-a": 1}
+    box.backoff.poll(1003.0)
+    assert box.limits["on-demand-a"] == 2
+    box.backoff.poll(1033.0)
+    assert box.limits["on-demand-a"] == 1
+    limits.clear()
+    box.backoff.poll(1200.0)
+    assert box.limits == {"spot-a": 4, "spot-b": 4, "on-demand-a": 4}
+
+
+def test_poll__several_runs_and_one_that_has_ended__adds_those_that_renew(box: Box, tmp_path: Path) -> None:
+    for name, at in (("a", 1000.0), ("b", 1500.0), ("c", 1600.0)):
+        AutoscalerLimits(name, home=tmp_path, clock=lambda at=at: at).write(num_spot=4, num_on_demand=1)
+    (limits_folder(tmp_path) / "odd.json").write_text('{"spot": "many"}')
+    assert wanted_machines(limits_folder(tmp_path), now=1650.0) == {"spot": 8, "on_demand": 2}
+    assert wanted_machines(limits_folder(tmp_path), now=9999.0) is None
+    assert wanted_machines(tmp_path / "nowhere", now=0.0) is None
+
+
+def test_find_limits__only_where_both_kinds_are_rented(box: Box, tmp_path: Path) -> None:
+    assert find_limits("run", home=tmp_path) is None
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    file.write_text(box.file.read_text())
+    assert find_limits("run", home=tmp_path) is not None
+    file.write_text(json.dumps({"available_node_types": {"spot-a": {}, "head": {}}}))
+    assert find_limits("run", home=tmp_path) is None
+    file.write_text("provider: [")
+    assert find_limits("run", home=tmp_path) is None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from forge.events import (
     CheckpointIntervalChanged,
+    DeadlineForecast,
     Event,
     ForkServerFailed,
     GenerationStarted,
     GenerationStarting,
     KilledForMemory,
+    MachinesChosen,
     MembershipChangeStarted,
     NodeJoined,
     NodeLeft,
@@ -39,6 +43,43 @@ LOSS = MembershipChangeStarted(
     generation=2, cause="loss", reason=f"node {NODE} lost: connection closed", seconds_since_cause=0.0
 )
 FORMING = GenerationStarting(generation=3, world_size=2, from_step=41, source="memory")
+
+DUE = 1_796_148_000.0
+OUTLOOK = DeadlineForecast(
+    deadline=DUE,
+    ends_at=DUE - 600,
+    step=9,
+    num_workers=2,
+    needed_workers=2,
+    max_workers=3,
+    can_rent=False,
+)
+DEADLINES = [
+    (OUTLOOK, "with 2 workers the run ends 10m 00s before its deadline 2026-12-01 18:00 UTC"),
+    (
+        replace(OUTLOOK, ends_at=DUE + 600, needed_workers=3),
+        "with 2 workers the run ends 10m 00s after its deadline 2026-12-01 18:00 UTC; 3 workers are needed: add "
+        "machines to the cluster",
+    ),
+    (
+        replace(OUTLOOK, ends_at=DUE + 600, needed_workers=4, can_rent=True),
+        "with 2 workers the run ends 10m 00s after its deadline 2026-12-01 18:00 UTC; 4 workers are needed, more "
+        "than the 3 of resources.workers",
+    ),
+    (
+        replace(OUTLOOK, ends_at=DUE + 600, needed_workers=None),
+        "the deadline 2026-12-01 18:00 UTC has passed at step 9; the run goes on, likely until 2026-12-01 18:10 "
+        "UTC",
+    ),
+    (
+        replace(OUTLOOK, ends_at=None, num_workers=0, needed_workers=None),
+        "the deadline 2026-12-01 18:00 UTC has passed at step 9; the run goes on",
+    ),
+    (
+        MachinesChosen(num_spot=4, num_on_demand=2, slack_s=-60.0),
+        "machines until the deadline: 4 spot, 2 on demand (1m 00s late with all of them)",
+    ),
+]
 
 
 def lines_of(*events: Event) -> list[str]:
@@ -111,6 +152,7 @@ def test_describe__idle_node_left__has_its_own_line() -> None:
             CheckpointIntervalChanged(seconds=447.0, before_s=60.0, cost_s=0.1, mtbf_s=1e6),
             "checkpoints every 7m 27s instead of 1m 00s (100ms each; state lost every 11d 13h)",
         ),
+        *DEADLINES,
         (SupervisorRestarted(pid=1), "the supervisor died and was restarted; training continued"),
         (NodeLeft(node=NODE, reason="\x1b[2J"), "node 3f2a left: \\x1b[2J"),
     ],

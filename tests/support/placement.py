@@ -17,6 +17,9 @@ class FixedPlacement:
     def claim_slots(self) -> None:
         pass
 
+    def request_extra(self, num_slots: int) -> None:
+        pass
+
     def set_used(self, used: Mapping[str, int]) -> None:
         pass
 
