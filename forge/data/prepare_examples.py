@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def write_examples(
         raise DataError(f"{of} has no training example ({totals.documents + bad.count:,} records: {found})")
     is_held_out = _choose_held_out(writer.keys, writer.lengths, share=spec.held_out)
     layout, row_tables = _write_layout(spec, folder=folder, writer=writer, is_held_out=is_held_out, notes=notes)
-    layout = replace(layout, noted_records={**totals.noted.listed, **context.noted.listed})
+    layout = replace(layout, noted_records=_places(own=totals.noted, of_format=context.noted))
     perplexity = _unigram(
         spec, folder=folder, writer=writer, is_held_out=is_held_out, vocab_size=tokenizer.vocab_size
     )
@@ -216,6 +217,15 @@ def _write_records(
 def _notes(totals: _Totals, *, counts: Mapping[str, int]) -> dict[str, int]:
     """What was split or dropped, by reason."""
     return {reason: count for reason, count in (dict(totals.noted.counts) | dict(counts)).items() if count}
+
+
+def _places(*, own: NotedRecords, of_format: NotedRecords) -> dict[str, tuple[str, ...]]:
+    """Where records were cut, dropped or split; those of forge's own reasons only if the format names none."""
+    named = set(chain.from_iterable(of_format.listed.values()))
+    others = {
+        reason: tuple(place for place in places if place not in named) for reason, places in own.listed.items()
+    }
+    return {**{reason: places for reason, places in others.items() if places}, **of_format.listed}
 
 
 def _write_layout(

@@ -23,6 +23,7 @@ MAX_PASSES = 4.0
 """Passes over a part of a mixture that are worth nearly as much as new text.
 
 Source: Muennighoff et al., "Scaling Data-Constrained Language Models", 2023, figure 5."""
+_MIN_PAIRS = 4
 _TOLERANCE = 1.05
 """Passes over the corpus, as a multiple of `training.epochs`, that rounding up to whole steps may give unsaid."""
 
@@ -36,7 +37,7 @@ def corpus_warnings(
         files: the files that were looked at; None if there was no look.
         corpus: None if it is not prepared.
     """
-    warnings = [_special_tokens(job, files), _held_out(job, corpus), _passes(job, corpus)]
+    warnings = [_special_tokens(job, files), _held_out(job, corpus), _passes(job, corpus), _in_batch(job, corpus)]
     if corpus is not None:
         num_positions = total_steps * job.training.global_batch_size
         warnings += [*_unevaluated_parts(job, corpus), *_repeated_parts(job, corpus, num_positions=num_positions)]
@@ -166,6 +167,20 @@ def _passes(job: JobSpec, corpus: CorpusInfo | None) -> str | None:
     return (
         f"training.epochs: {job.training.epochs:g} becomes {passes:.2f} passes over the corpus, since "
         f"{num_sequences:,} sequences do not fill whole batches of {size:,}"
+    )
+
+
+def _in_batch(job: JobSpec, corpus: CorpusInfo | None) -> str | None:
+    """Say if a step has hardly any texts besides its own to compare a query with."""
+    if corpus is None or job.training.objective != "contrastive":
+        return None
+    num_rows = corpus.num_train_sequences + corpus.num_held_out_sequences
+    pairs = job.training.global_batch_size * corpus.num_examples / max(1, num_rows)
+    if pairs >= _MIN_PAIRS:
+        return None
+    return (
+        f"a step has {pairs:.1f} pairs on average, and a query is compared with the texts of its step alone: there "
+        "is little or nothing to learn; raise training.global_batch_size"
     )
 
 

@@ -275,6 +275,8 @@ def test_prepare__pairs_without_room_or_cut__are_listed_by_file_and_line(folder:
     assert facts.notes[reason] == 31 and len(facts.noted_records[reason]) == MAX_NOTED
     assert facts.noted_records[reason][:2] == (f"{path}:2", f"{path}:5")
     assert facts.noted_records["pairs cut: longer than seq_len with both answers"] == (f"{path}:4",)
+    own = "records without an example"
+    assert facts.notes[own] == 31 and own not in facts.noted_records, "the format says why"
     assert prepare(spec, cache_dir=tmp_path / "cache") == facts, "the cache remembers where they are"
     seen = view_corpus(facts, objective=ObjectiveView(predicts_tokens=True), seed=1)
     rows = [text for name, text in view_facts(seen) if name == "records"]

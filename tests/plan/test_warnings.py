@@ -52,6 +52,14 @@ def test_corpus_warnings__special_tokens_in_the_text__names_them_unless_they_are
     assert warnings(num_train=1200, files=SPELLED, data__special_tokens="parse") == ""
 
 
+@pytest.mark.parametrize(("num_examples", "pairs"), [(105, "1.0"), (210, "2.0"), (420, "")])
+def test_corpus_warnings__contrastive_with_few_pairs_in_a_step__says_so(num_examples: int, pairs: str) -> None:
+    job = tiny_job(training__objective="contrastive", training__global_batch_size=1, data__format="embedding")
+    corpus = replace(UNPREPARED, num_train_sequences=100, num_held_out_sequences=5, num_examples=num_examples)
+    found = "\n".join(corpus_warnings(job, files=None, corpus=corpus, total_steps=10))
+    assert (f"a step has {pairs} pairs on average" in found) == bool(pairs)
+
+
 def test_corpus_warnings__labels_without_examples_and_of_one_name__are_named() -> None:
     names = ("Good", "bad", "good ", "never")
     labels = LabelsInfo(names=names, train_counts=(3, 2, 1, 0), held_out_counts=(0, 0, 0, 1), num_train=6)
