@@ -43,11 +43,10 @@ class Program:
     def cpu_s(self) -> float:
         """CPU time that it and what it started, and is running, have used."""
         total = 0.0
-        for process in psutil.process_iter():
-            if _is_marked(process, self.environment[_MARK]):
-                with contextlib.suppress(psutil.Error):
-                    times = process.cpu_times()
-                    total += times.user + times.system
+        for process in _processes_of(self.environment[_MARK]):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
         return total
 
     def last_words(self) -> str:
@@ -169,15 +168,28 @@ def records_of(path: Path) -> list[dict[str, Any]]:
 
 def _kill_marked(mark: str) -> None:
     """SIGKILL all processes that inherited the mark, until no new ones appear."""
-    while processes := [process for process in psutil.process_iter() if _is_marked(process, mark)]:
+    while processes := _processes_of(mark):
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(processes, timeout=5)
 
 
+def _processes_of(mark: str) -> list[psutil.Process]:
+    """The processes with a mark and their descendants: some write a title over their environment, as vLLM's do."""
+    parents: dict[psutil.Process, int] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            parents[process] = process.ppid()
+    found = {process.pid for process in parents if _is_marked(process, mark)}
+    size = 0
+    while size < len(found):
+        size = len(found)
+        found |= {process.pid for process, parent in parents.items() if parent in found}
+    return [process for process in parents if process.pid in found]
+
+
 def _is_marked(process: psutil.Process, mark: str) -> bool:
-    """Whether a process is a descendant of the program with this mark."""
     try:
         return bool(process.environ().get(_MARK) == mark)
     except psutil.Error:

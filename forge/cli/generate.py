@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,13 +108,14 @@ def generate(
     is_chat = chat or system is not None
     _check(output, input_file=input_file, prompt=prompt, is_chat=is_chat, dtype=dtype)
     _check_used(output, input_file=input_file, workers=workers, cluster=cluster, logprobs=logprobs)
-    folder = find_model(source, root=runs)
     given = {
         **{"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p},
         **{"repetition_penalty": repetition_penalty, "stop": stop or None, "num_beams": beams, "n": n},
         **{"logprobs": logprobs, "seed": seed},
     }
     sampling = {name: value for name, value in given.items() if value is not None}
+    _check_sampling(sampling)
+    folder = find_model(source, root=runs)
     config = {
         **{"source": str(folder), "step": parse_step(step), "ema": ema, "dtype": dtype},
         **{"chat": is_chat, "system": system, "sampling": sampling},
@@ -134,6 +136,14 @@ def _named(folder: Path, *, step: int | str | None) -> str:
         return folder.name
     which = "newest checkpoint" if step is None else "best checkpoint" if step == "best" else f"step {step}"
     return f"the {which} of {folder.name}"
+
+
+def _check_sampling(given: Mapping[str, Any]) -> None:
+    """Raises: ArgumentError for a value out of range, before the model is loaded."""
+    from forge.inference.sampling import SamplingParams
+
+    is_drawn = given.get("num_beams", 1) == 1
+    SamplingParams(**{"temperature": float(is_drawn), **given, "stop": tuple(given.get("stop", ()))})
 
 
 def _check_used(
@@ -164,6 +174,8 @@ def _check(output: str, *, input_file: Path | None, prompt: str, is_chat: bool, 
         )
     if input_file is not None and output in _FORMATS:
         raise ArgumentError("--input needs --output FILE, for the answers")
+    if input_file is not None and Path(output).exists():
+        raise ArgumentError(f"{output} exists; name another file, or remove it")
     if input_file is not None and not input_file.is_file():
         lacks = "is a folder" if input_file.is_dir() else f"does not exist{looked_in(input_file)}"
         raise ArgumentError(f"--input {input_file} {lacks}; give a file of prompts, one JSON line each")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from forge.errors import ArgumentError
+from forge.inference.exact import require_numbers
 from forge.inference.loaded import LoadedModel
 from forge.inference.rows import bucket_length, fixed_batches
 from forge.objective.classification import classifier_logits
@@ -119,6 +120,7 @@ def _outputs(loaded: LoadedModel, encoded: Sequence[_Encoded]) -> list[Tensor]:
         batch = {name: array.to(loaded.device) for name, array in arrays.items()}
         for number, output in zip(numbers, _computed(loaded, batch), strict=True):
             found[number] = output.float().cpu()
+            require_numbers(loaded, output)
     return [one for one in found if one is not None]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forge.errors import DivergedError
 from forge.inference.loaded import LoadedModel
 
 TIE = 1e-6
@@ -27,6 +28,15 @@ With SmolLM2-135M, 8 texts of 32 tokens alone and in one batch: at most 8.1e-7 i
 def noise_bound(logits: Tensor, *, dtype: torch.dtype) -> Tensor:
     """The largest difference between logits of a row that batching may make. Shapes: [n, V] → [n]."""
     return logits.abs().amax(dim=-1).clamp(min=1.0) * _NOISE[dtype]
+
+
+def require_numbers(loaded: LoadedModel, outputs: Tensor) -> None:
+    """Raises: DivergedError if an output is nan, as those of weights are that training has broken."""
+    if bool(outputs.isnan().any()):
+        raise DivergedError(
+            f"the outputs of {loaded.name} are not numbers (nan): its training has diverged, or its weights are "
+            "damaged; an earlier checkpoint may be whole (--step)"
+        )
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from forge.data.tokenizer_files import role_id
 from forge.errors import ArgumentError
+from forge.inference.exact import require_numbers
 from forge.inference.loaded import LoadedModel
 from forge.inference.rows import bucket_length, fixed_batches
 
@@ -126,7 +127,9 @@ def masked_log_probs(loaded: LoadedModel, rows: Sequence[MaskedRow]) -> Iterator
         batch = {"input_ids": tokens.to(loaded.device), "attention_mask": attention.to(loaded.device)}
         logits = loaded.model(**batch).logits
         for at, number in enumerate(numbers):
-            yield number, logits[at, list(rows[number].positions)].float().log_softmax(dim=-1).cpu()
+            log_probs = logits[at, list(rows[number].positions)].float().log_softmax(dim=-1).cpu()
+            require_numbers(loaded, log_probs)
+            yield number, log_probs
 
 
 def _name(loaded: LoadedModel, token: int) -> str:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from forge.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # the client checks parameters and never imports torch
 
 MIN_TEMPERATURE = 1e-5
 """Logits divided by less overflow fp32. Lower ones are refused: their text is that of temperature 0."""
@@ -119,6 +120,8 @@ def prompt_seed(prompt: Sequence[int], *, seed: int, number: int) -> int:
 
 def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], *, num_tokens: int) -> Tensor:
     """Noise for the next token of several texts. Shapes: float32[len(seeds), num_tokens]."""
+    import torch
+
     rows = []
     for seed, position in zip(seeds, positions, strict=True):
         uniform = np.random.Generator(np.random.Philox(key=[seed, position])).random(num_tokens)
@@ -128,6 +131,8 @@ def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], *, num_tokens: 
 
 def penalised(logits: Tensor, seen: Tensor, *, penalty: float) -> Tensor:
     """Apply the repetition penalty. Shapes: logits: [n, V]; seen: bool[n, V]."""
+    import torch
+
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -138,13 +143,13 @@ def scores(logits: Tensor, sampling: SamplingParams, *, noise: Tensor | None) ->
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         lowest = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
+        logits = logits.masked_fill(logits < lowest, -np.inf)
     if sampling.min_p > 0:
         lowest = logits.amax(dim=-1, keepdim=True) + float(np.log(sampling.min_p))
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
+        logits = logits.masked_fill(logits < lowest, -np.inf)
     if sampling.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         shares = ordered.softmax(dim=-1)
         is_beyond = shares.cumsum(dim=-1) - shares >= sampling.top_p  # of those before it
-        logits = logits.masked_fill(is_beyond.scatter(-1, order, is_beyond), -torch.inf)
+        logits = logits.masked_fill(is_beyond.scatter(-1, order, is_beyond), -np.inf)
     return logits + noise.to(logits)

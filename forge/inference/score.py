@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from forge.errors import ArgumentError
+from forge.inference.exact import require_numbers
 from forge.inference.loaded import LoadedModel
 from forge.inference.rows import bucket_length, fixed_batches
 from forge.inference.transformers_loop import can_pack
@@ -248,14 +249,18 @@ def _score_rows(
         else:
             found = _logits(loaded, batch, width=size[0], predicted=size[1], is_packed=bool(size[2]), cache=cache)
         for row, logits in zip(batch, found, strict=True):
-            _read(row, logits, results)
+            require_numbers(loaded, _read(row, logits, results))
 
 
-def _read(row: _Row, logits: Tensor, results: list[LogLikelihood | None]) -> None:
-    """Shapes: logits: float32[at least num_predicted, V], in the order of the continuations' tokens."""
+def _read(row: _Row, logits: Tensor, results: list[LogLikelihood | None]) -> Tensor:
+    """Return the log-probability of each token, and put the sums of continuations into `results`.
+
+    Shapes: logits: float32[at least num_predicted, V], in the order of the continuations' tokens.
+    """
     targets = torch.tensor([token for ids in row.continuations for token in ids], device=logits.device)
     shares = logits[: len(targets)].log_softmax(dim=-1)
-    picked = shares.gather(1, targets[:, None])[:, 0].tolist()
+    found = shares.gather(1, targets[:, None])[:, 0]
+    picked = found.tolist()
     is_likeliest = (shares.argmax(dim=-1) == targets).tolist()
     at = 0
     for member, ids in zip(row.members, row.continuations, strict=True):
@@ -264,6 +269,7 @@ def _read(row: _Row, logits: Tensor, results: list[LogLikelihood | None]) -> Non
             total=sum(picked[part]), is_greedy=all(is_likeliest[part]), num_tokens=len(ids)
         )
         at += len(ids)
+    return found
 
 
 def _logits(

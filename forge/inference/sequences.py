@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from forge.inference.exact import TIE, exact_logits, noise_bound
+from forge.inference.exact import TIE, exact_logits, noise_bound, require_numbers
 from forge.inference.loaded import LoadedModel
 from forge.inference.sampling import (
     Generation,
@@ -86,6 +86,7 @@ class Chooser:
         logits = logits.float()
         found = self._scores(logits, texts, offsets=[len(text.ids) for text in texts])
         top = found.topk(min(2, found.shape[-1]), dim=-1)
+        require_numbers(self._loaded, top.values[:, 0])
         bound = noise_bound(logits, dtype=self._dtype) / (self.sampling.temperature or 1.0)
         is_close = top.values[:, 0] - top.values[:, -1] < bound
         for text, close in zip(texts, is_close.tolist(), strict=True):

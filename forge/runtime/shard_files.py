@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import RunError
-from forge.foreign import parse_object, read_file
+from forge.foreign import parse_json, parse_object, read_file
 from forge.fs import write_atomic
 
 _MAX_BYTES = 256 * 2**20
@@ -50,7 +50,7 @@ class ShardFiles:
         with contextlib.suppress(OSError, ValueError, KeyError):
             head, result = read_file(self._path(key), max_bytes=_MAX_BYTES).splitlines()
             if parse_object(head) == _head(result):
-                return json.loads(result)
+                return parse_json(result)
         return None
 
     def write(self, key: str, result: Any) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from forge.errors import ArgumentError, ForgeError
+from forge.errors import ArgumentError, DivergedError, ForgeError
 from forge.inference.adapters import AdapterWeights, ServedAdapters
 from forge.inference.loaded import LoadedModel
 from forge.inference.model_step import PackedModel, SeparateModel, StepModel
@@ -39,7 +39,6 @@ from forge.serve.request import (
     EngineRequest,
     EngineStats,
     FinishReason,
-    NoNumbersError,
     QueueFullError,
     TokenEvent,
     require_answerable,
@@ -255,10 +254,8 @@ class ServingEngine:
             self._schedule.remove(one)
         with self._lock:
             stream = self._streams.pop(sequence.request_id, None)
-        where = f"after {len(sequence.tokens)} tokens"
-        _deliver(
-            [(stream, NoNumbersError(f"the model's logits are not numbers {where}; its weights may be broken"))]
-        )
+        text = f"the model's logits after {len(sequence.tokens)} tokens are not numbers: its training has diverged"
+        _deliver([(stream, DivergedError(text))])
 
     def _append(self, sequence: RunningSequence, choice: Choice) -> TokenEvent:
         """Add a token to a text, and take the text out if it ends."""

@@ -16,10 +16,6 @@ class EngineError(ForgeError):
     """The engine failed or is closed; requests that were running are lost."""
 
 
-class NoNumbersError(ForgeError):
-    """The model's logits for one text are not numbers; other texts are not affected."""
-
-
 class QueueFullError(ForgeError):
     """More requests wait than the engine accepts; `retry_after_s` says when one will probably be accepted."""
 

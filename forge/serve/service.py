@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, DivergedError
 from forge.inference.adapters import load_adapters
 from forge.inference.encode import classify, embed
 from forge.inference.generate import generate
@@ -36,7 +36,6 @@ from forge.serve.request import (
     EngineError,
     EngineOptions,
     EngineRequest,
-    NoNumbersError,
     QueueFullError,
     TokenEvent,
 )
@@ -158,8 +157,8 @@ class ModelService:
                 yield pieces.of(events)
         except ArgumentError as error:  # vLLM refuses it
             raise ApiError(str(error), code="invalid_value") from error
-        except NoNumbersError as error:
-            raise ApiError(str(error), status=500, code="no_numbers") from error
+        except DivergedError as error:
+            raise _diverged(error) from error
         finally:
             await stream.aclose()
 
@@ -229,6 +228,8 @@ class ModelService:
             return await self._batcher.do(texts, key=(verb, options))
         except (ArgumentError, ValueError) as error:
             raise ApiError(one_line(error), code="invalid_value", param="input") from error
+        except DivergedError as error:
+            raise _diverged(error) from error
 
     def _work(self, key: Any, texts: Sequence[Any]) -> Sequence[Any]:
         """Called in a thread, one batch at a time."""
@@ -320,6 +321,10 @@ def _sampling(options: TextOptions, *, room: int) -> SamplingParams:
         n=options.n,
         logprobs=options.logprobs,
     )
+
+
+def _diverged(error: DivergedError) -> ApiError:
+    return ApiError(str(error), status=500, code="not_numbers")
 
 
 def _finite(logprob: float) -> float:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import random
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, DivergedError
+from forge.inference.encode import embed
+from forge.inference.generate import generate
 from forge.inference.loaded import Dtype, LoadedModel, load
+from forge.inference.sampling import SamplingParams
 from forge.inference.score import log_likelihoods, text_log_likelihoods
 from tests.inference.conftest import TEXTS
 
@@ -88,3 +93,17 @@ def test_text_log_likelihoods__each_token_once(llama: LoadedModel, window: int |
     if window is None:
         assert found[2].total == pytest.approx(log_likelihoods(llama, [("", TEXTS[0])])[0].total, abs=1e-4)
     assert all(math.isfinite(one.total) for one in found)
+
+
+def test_outputs__not_numbers__are_an_error(llama: LoadedModel) -> None:
+    broken = replace(llama, model=deepcopy(llama.model))
+    with torch.no_grad():
+        broken.model.model.norm.weight.fill_(math.nan)
+    for sampling in (SamplingParams(), SamplingParams(temperature=1.0, logprobs=1)):
+        with pytest.raises(DivergedError, match="are not numbers"):
+            list(generate(broken, ["a"], sampling))
+    with pytest.raises(DivergedError):
+        log_likelihoods(broken, [("a", " b")])
+    labelled = replace(broken, kind="embedding", model=broken.model.model, is_normalised=False)
+    with pytest.raises(DivergedError):
+        embed(labelled, ["a"])

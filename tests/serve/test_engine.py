@@ -26,7 +26,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from forge.errors import ArgumentError
+from forge.errors import ArgumentError, DivergedError
 from forge.inference.adapters import load_adapters
 from forge.inference.model_step import PackedModel
 from forge.inference.sampling import SamplingParams
@@ -37,7 +37,6 @@ from forge.serve.request import (
     EngineError,
     EngineOptions,
     EngineRequest,
-    NoNumbersError,
     QueueFullError,
     TokenEvent,
 )
@@ -447,7 +446,7 @@ def test_logits_that_are_no_numbers_fail_their_own_request_alone(is_greedy: bool
             ask(engine, "bad", [1, 7, 3], **sampling),
             return_exceptions=True,
         )
-        assert isinstance(found[-1], NoNumbersError) and "after 3 tokens" in str(found[-1])
+        assert isinstance(found[-1], DivergedError) and "after 3 tokens" in str(found[-1])
         assert [one.ids for one in found[:-1] if isinstance(one, Answer)] == [alone.ids] * 3
         assert (await ask(engine, "after", [1, 2, 3], **others)).ids == alone.ids
         assert engine.stats().running == engine.stats().waiting == 0
