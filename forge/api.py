@@ -24,7 +24,7 @@ from forge.config.overrides import check_kind
 from forge.data.prepare import PrepareProgress
 from forge.data.view import Selection
 from forge.errors import ArgumentError, JobFileError
-from forge.plan.bill import Bill, is_priced, make_bill
+from forge.plan.bill import Bill, BillScope, is_priced, make_bill
 from forge.plan.cluster_bill import cluster_cost
 from forge.plan.cluster_links import cluster_links
 from forge.plan.data_view import DataView
@@ -201,22 +201,29 @@ def plan_job(
     return replace(plan, warnings=plan.warnings + package_warnings(plan.job.tracking))
 
 
-def price_job(plan: DraftPlan, *, refresh: bool = False, trace: str | Path | None = None) -> Bill | None:
+def price_job(
+    plan: DraftPlan,
+    *,
+    scope: BillScope | None = None,
+    refresh: bool = False,
+    trace: str | Path | None = None,
+) -> Bill | None:
     """Return what a planned job costs on rented GPUs; None if it asks for CPUs (`resources.gpu: none`).
 
     Runs on GPUs in the job's folder take precedence over estimates.
 
     Args:
+        scope: only some machines.
         refresh: ask the clouds for their prices of today.
         trace: a spot trace, whose losses take the place of the interruptions that clouds publish.
 
-    Raises: ArgumentError if the trace cannot be used.
+    Raises: ArgumentError if the trace cannot be used, or no offer has the GPU or the region asked for.
     """
     if not is_priced(plan):
         return None
     lost = None if trace is None else trace_interruptions(read_trace(Path(trace)), name=str(trace))
     former = former_runs(Path(plan.job.checkpoint.runs), hardware=None)
-    return make_bill(plan, load_offers(refresh=refresh), former=former, trace=lost)
+    return make_bill(plan, load_offers(refresh=refresh), former=former, trace=lost, scope=scope)
 
 
 def prepare_data(
@@ -301,9 +308,9 @@ def start(
 
 
 def _with_cost(plan: Plan, target: RemoteTarget) -> Plan:
-    """Add what a run costs on a cluster, if that is known; of a search only its trials would be."""
+    """Add what a run or a search costs on a cluster, if that is known."""
     record = read_record(target.cluster.name)
-    if record is None or plan.forecast is None or plan.search is not None:
+    if record is None or plan.forecast is None:
         return plan
     spec, region = recorded_spec(record), record.state.get("region")
     if isinstance(spec, CloudSpec) and region:

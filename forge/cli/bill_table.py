@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from forge.cli import display
-from forge.plan.bill import Bill, BillChoice, describe
-from forge.plan.candidates import Candidate
+from forge.plan.bill import Bill, BillChoice
+from forge.plan.candidates import Candidate, describe
 from forge.plan.throughput import Estimate
 from forge.pricing.offer import Offer
 from forge.units import format_duration
@@ -16,6 +16,9 @@ from forge.units import format_duration
 _ROWS = 8
 _EXAMPLES = 6
 _PLOT_WIDTH, _PLOT_HEIGHT = 76, 10
+_DRAWN = 3.0
+_WIDE_TABLE = 80
+"""Characters from which a table has all columns."""
 
 
 def show_bill(bill: Bill, *, title: str, num_rows: int | None = None) -> None:
@@ -73,17 +76,20 @@ def bill_record(bill: Bill) -> dict[str, Any]:
 def plot_lines(candidates: Sequence[Candidate], *, frontier: Sequence[Candidate], width: int) -> list[str]:
     """Draw hours against USD, both on logarithmic scales: `o` on the frontier, `.` elsewhere.
 
+    Candidates that take more than `_DRAWN` times the hours or the USD of all on the frontier are not drawn.
+
     Args:
         candidates: at least two that differ.
         width: of a line in characters.
     """
-    hours = [one.hours.likely for one in candidates]
-    usd = [one.usd.likely for one in candidates]
-    most, least = f"{max(usd):,.2f}", f"{min(usd):,.2f}"
+    drawn = _near(candidates, frontier=frontier)
+    hours = [one.hours.likely for one in drawn]
+    usd = [one.usd.likely for one in drawn]
+    most, least = _usd(max(usd)), _usd(min(usd))
     margin = max(len(most), len(least), 3) + 1
     columns, rows = width - margin - 1, _PLOT_HEIGHT
     grid = [[" "] * columns for _ in range(rows)]
-    for mark, points in ((".", candidates), ("o", frontier)):
+    for mark, points in ((".", drawn), ("o", frontier)):
         for one in points:
             x = _position(one.hours.likely, low=min(hours), high=max(hours), cells=columns)
             y = _position(one.usd.likely, low=min(usd), high=max(usd), cells=rows)
@@ -118,25 +124,31 @@ def _thinned(frontier: Sequence[Candidate]) -> Sequence[Candidate]:
     return [frontier[round(index * (len(frontier) - 1) / (_ROWS - 1))] for index in range(_ROWS)]
 
 
+def _near(candidates: Sequence[Candidate], *, frontier: Sequence[Candidate]) -> Sequence[Candidate]:
+    most_h = _DRAWN * max(one.hours.likely for one in frontier)
+    most_usd = _DRAWN * max(one.usd.likely for one in frontier)
+    return [one for one in candidates if one.hours.likely <= most_h and one.usd.likely <= most_usd]
+
+
 def _show_table(rows: Sequence[Candidate]) -> None:
-    display.table(
-        ["machines", "GPUs", "where", "#time", "#USD", "#lost"],
-        [
-            [
-                f"{one.num_machines} x {one.offer.instance}",
-                f"{one.world_size} {one.offer.gpu}",
-                f"{one.offer.cloud} {one.offer.region}{' spot' if one.is_spot else ''}",
-                format_duration(3600 * one.hours.likely),
-                _usd(one.usd.likely) + ("+" if one.cost.unknown else ""),
-                f"{one.num_interruptions.likely:.2g}" if one.is_spot else "",
-            ]
-            for one in rows
-        ],
-    )
+    """Print candidates; a narrow terminal has no room for the GPUs and the interruptions."""
+    columns = {
+        "machines": [f"{one.num_machines} x {one.offer.instance}" for one in rows],
+        "GPUs": [f"{one.world_size} {one.offer.gpu}" for one in rows],
+        "where": [f"{one.offer.cloud} {one.offer.region}{' spot' if one.is_spot else ''}" for one in rows],
+        "#time": [format_duration(3600 * one.hours.likely) for one in rows],
+        "#USD": [_usd(one.usd.likely) + ("+" if one.cost.unknown else "") for one in rows],
+        "#lost": [f"{one.num_interruptions.likely:.2g}" if one.is_spot else "" for one in rows],
+    }
+    if (display.terminal_width() or _WIDE_TABLE) < _WIDE_TABLE:
+        del columns["GPUs"], columns["#lost"]
+    display.table([*columns], [list(row) for row in zip(*columns.values(), strict=True)])
 
 
 def _usd(value: float) -> str:
-    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _left_out(num_offers: int, reason: str, examples: Sequence[str]) -> str:
@@ -147,7 +159,7 @@ def _left_out(num_offers: int, reason: str, examples: Sequence[str]) -> str:
 
 def _unknown_parts(rows: Sequence[Candidate]) -> list[str]:
     parts = list(dict.fromkeys(part for one in rows for part in one.cost.unknown))
-    return [f"+: without {' and '.join(parts)}, whose price there is unknown"] if parts else []
+    return [f"+: without {', '.join(parts)}, whose price there is unknown"] if parts else []
 
 
 def _position(value: float, *, low: float, high: float, cells: int) -> int:
@@ -177,7 +189,6 @@ def _record(one: Candidate) -> dict[str, Any]:
         "repeated_hours": one.repeated_hours,
         "waiting_hours": one.waiting_hours,
         "observed": str(offer.observed),
-        "source": offer.source,
     }
 
 

@@ -16,7 +16,7 @@ from forge.cli.options import Output
 
 if TYPE_CHECKING:
     from forge.config.load import LoadedJob
-    from forge.plan.bill import Bill
+    from forge.plan.bill import Bill, BillScope
     from forge.plan.plan import DraftPlan, Plan
     from forge.remote.submit import RemoteTarget
 
@@ -43,6 +43,27 @@ class BillRequest:
     num_candidates: int | None = None
     trace: Path | None = None
     refresh: bool = False
+    gpu: str | None = None
+    region: str | None = None
+    spot: bool = False
+    cluster: str | None = None
+
+    def scope(self) -> BillScope:
+        """Which machines are priced. Raises: ArgumentError for a cluster that is not rented."""
+        from forge.cluster.registry import cluster_spec
+        from forge.config.cluster import CloudSpec
+        from forge.errors import ArgumentError
+        from forge.plan.bill import BillScope
+        from forge.pricing.choose import OfferFilter
+
+        wanted = OfferFilter(gpu=self.gpu, region=self.region)
+        if self.cluster is None:
+            return BillScope(wanted=wanted, is_spot=True if self.spot else None)
+        spec = cluster_spec(self.cluster)
+        if not isinstance(spec, CloudSpec):
+            instead = f"forge train --cluster {self.cluster} shows what a run costs on it"
+            raise ArgumentError(f"'{spec.name}' rents no machines; {instead}")
+        return BillScope(wanted=wanted, is_spot=spec.spot, cluster=spec)
 
 
 def launch(request: Request) -> None:
@@ -145,7 +166,7 @@ def show_dry(
         plan = api.plan_job(loaded, on_progress=screen.show)
     if resumed is not None:
         plan = resumed_plan(resumed, plan)
-    priced = api.price_job(plan, refresh=bill.refresh, trace=bill.trace)
+    priced = api.price_job(plan, scope=bill.scope(), refresh=bill.refresh, trace=bill.trace)
     if output is Output.JSON:
         record = json.loads(plan_to_json(plan, is_file=True))
         display.print_json(record | {"bill": None if priced is None else bill_record(priced)})

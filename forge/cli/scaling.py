@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from forge.pricing.offer import Offer
 
 _MOST_HOURS = 1_000_000
-_PANEL = "Size from a limit"
+_PANEL, _MACHINES = "Size from a limit", "Machines"
 
 
-def _option(*names: str, metavar: str | None = None, help: str) -> Any:
-    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=_PANEL)
+def _option(*names: str, metavar: str | None = None, help: str, panel: str = _PANEL) -> Any:
+    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=panel)
 
 
 OptionalJobArgument = Annotated[
@@ -42,24 +42,36 @@ InferenceTokensOption = Annotated[
 LawOption = Annotated[
     Path | None, _option("--law", metavar="FILE", help="Law of your own runs, written by forge scaling.")
 ]
-GpuOption = Annotated[str | None, _option("--gpu", metavar="NAME", help="GPU to train on, as in H100.")]
+GpuOption = Annotated[
+    str | None, _option("--gpu", metavar="NAME", help="GPU to train on, as in H100.", panel=_MACHINES)
+]
 NumGpusOption = Annotated[int | None, _option("--gpus", metavar="COUNT", help="How many GPUs.")]
 RegionOption = Annotated[
-    str | None, _option("--region", metavar="NAME", help="A part of the world (eu, us, asia), or a region.")
+    str | None,
+    _option("--region", metavar="NAME", help="Part of the world (eu, us, asia), or a region.", panel=_MACHINES),
 ]
-SpotOption = Annotated[bool, _option("--spot", help="At spot prices instead of on-demand prices.")]
+SpotOption = Annotated[bool, _option("--spot", help="At spot prices only.", panel=_MACHINES)]
 SizingClusterOption = Annotated[
-    str | None, _option("--cluster", metavar="NAME", help="Cluster, or cluster file, with the GPUs to train on.")
+    str | None,
+    _option("--cluster", metavar="NAME", help="Cluster, or its file, with the GPUs to train on.", panel=_MACHINES),
 ]
 CandidatesOption = Annotated[
     int | None,
-    typer.Option("--candidates", metavar="COUNT", min=1, help="List so many candidates, the cheapest first."),
+    typer.Option(
+        "--candidates",
+        metavar="COUNT",
+        min=1,
+        help="List so many machines, the cheapest first.",
+        rich_help_panel=_MACHINES,
+    ),
 ]
 TraceOption = Annotated[
     Path | None,
-    typer.Option("--trace", metavar="FILE", help="Interruptions of spot machines as in this spot trace."),
+    _option("--trace", metavar="FILE", help="Interruptions of spot machines as in this trace.", panel=_MACHINES),
 ]
-RefreshOption = Annotated[bool, typer.Option("--refresh", help="Ask the clouds for their prices of today.")]
+RefreshOption = Annotated[
+    bool, _option("--refresh", help="Ask the clouds for their prices of today.", panel=_MACHINES)
+]
 WriteOption = Annotated[
     Path | None, _option("--write", metavar="FILE", help="The job file to write; by default NAME-SIZE.yaml.")
 ]
@@ -87,9 +99,9 @@ class SizingRequest:
 
     @property
     def is_given(self) -> bool:
-        """Whether any of them is given."""
-        others = (self.inference_tokens, self.law, self.gpu, self.num_gpus, self.region, self.cluster, self.write)
-        return any(value is not None for value in (self.budget, self.flops, self.hours, *others)) or self.spot
+        """Whether a size is to be chosen; the other options also choose the machines of a bill."""
+        others = (self.inference_tokens, self.law, self.num_gpus, self.write)
+        return any(value is not None for value in (self.budget, self.flops, self.hours, *others))
 
 
 def plan_size(request: SizingRequest) -> None:
@@ -285,18 +297,14 @@ def _cluster_machines(name: str, *, offers: Sequence[Offer], spot: bool) -> list
 
     Raises: ArgumentError if it does not name their GPUs.
     """
-    from forge.cluster.base import read_record
-    from forge.cluster.registry import recorded_spec
+    from forge.cluster.registry import cluster_spec
     from forge.config.cluster import CloudSpec, KubernetesSpec
-    from forge.config.load import load_cluster
     from forge.errors import ArgumentError
     from forge.plan.gpus import find_gpu
     from forge.plan.machines import Machines, interconnect, offered_machines
-    from forge.pricing.catalog import workers_of
-    from forge.pricing.choose import OfferFilter, find_offers
+    from forge.pricing.choose import OfferFilter, cluster_offers, find_offers
 
-    record = read_record(name)
-    spec = recorded_spec(record) if record is not None else load_cluster(name)
+    spec = cluster_spec(name)
     gpu = find_gpu(spec.gpu) if isinstance(spec, (CloudSpec, KubernetesSpec)) else None
     if gpu is None or not isinstance(spec, (CloudSpec, KubernetesSpec)):
         raise ArgumentError(f"{name} names no GPU that forge knows; give --gpu and --gpus instead")
@@ -310,14 +318,8 @@ def _cluster_machines(name: str, *, offers: Sequence[Offer], spot: bool) -> list
             usd_per_hour=None,
         )
         return [[machines]]
-    types, anywhere, spot = workers_of(spec), spec.regions == ("auto",), spot or spec.spot
-    allowed = [
-        offer
-        for offer in offers
-        if offer.cloud == spec.provider
-        and offer.instance in types
-        and (anywhere or any(region.startswith(offer.region) for region in spec.regions))
-    ]
+    spot = spot or spec.spot
+    allowed = cluster_offers(spec, offers)
     found = find_offers(allowed, wanted=OfferFilter(gpu=spec.gpu, spot=spot))
     return offered_machines(found, spot=spot, num_machines=count)
 

@@ -128,5 +128,13 @@ def plan(
         load_job(file, overrides=overrides or []),
         arguments=run_arguments(file, overrides or []),
         output=output,
-        bill=BillRequest(num_candidates=candidates, trace=trace, refresh=refresh),
+        bill=BillRequest(
+            num_candidates=candidates,
+            trace=trace,
+            refresh=refresh,
+            gpu=gpu,
+            region=region,
+            spot=spot,
+            cluster=cluster,
+        ),
     )

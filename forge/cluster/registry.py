@@ -109,6 +109,15 @@ def _with_absolute_paths(spec: _NotLocal) -> _NotLocal:
     return spec.model_copy(update=changes)
 
 
+def cluster_spec(name: str) -> ClusterSpec:
+    """Return the file of a cluster that was started from here, or of a path.
+
+    Raises: JobFileError if the file is wrong; ClusterError if the record is.
+    """
+    record = read_record(name)
+    return recorded_spec(record) if record is not None else load_cluster(name)
+
+
 def recorded_spec(record: ClusterRecord) -> ClusterSpec:
     """Return the cluster file that a record has. Raises: ClusterError if it is not valid any more."""
     try:

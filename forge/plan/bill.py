@@ -10,13 +10,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from forge.config.cluster import CloudSpec
 from forge.config.resources import ResourcesSpec
-from forge.plan.candidates import Candidate, LeftOut, find_candidates
+from forge.plan.candidates import Candidate, LeftOut, describe, find_candidates
 from forge.plan.forecast import FormerRun
 from forge.plan.interruptions import ASSUMED_BASIS, Interruptions
-from forge.plan.machines import ASSUMED_INTER_NODE_GBPS
+from forge.plan.machines import ASSUMED_INTER_NODE_GBPS, MAX_MACHINES
 from forge.plan.plan import DraftPlan
 from forge.plan.recovery import BOOT_S
+from forge.pricing.choose import OfferFilter, cluster_offers, matching_offers
+from forge.pricing.offer import Offer
 from forge.pricing.offers import OfferTable
 
 _AS_FAST = 1.01
@@ -32,6 +35,29 @@ class BillChoice:
     candidate: Candidate | None
     problem: str | None = None
     """Why there is none, and what would be possible."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BillScope:
+    """Which machines are asked for, beside what the job says."""
+
+    wanted: OfferFilter | None = None
+    """GPU and region."""
+    is_spot: bool | None = None
+    """None: spot and on demand."""
+    cluster: CloudSpec | None = None
+    """Only machines that this file allows, at the prices that it states."""
+
+    @property
+    def max_machines(self) -> int:
+        """The most machines in one candidate."""
+        return MAX_MACHINES if self.cluster is None else max(1, self.cluster.workers.high)
+
+    def offers(self, offers: Sequence[Offer]) -> Sequence[Offer]:
+        """The offers asked for. Raises: ArgumentError if there are none of the GPU or in the region."""
+        if self.cluster is not None:
+            offers = cluster_offers(self.cluster, offers)
+        return offers if self.wanted is None else matching_offers(offers, wanted=self.wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +89,26 @@ def make_bill(
     *,
     former: Sequence[FormerRun] = (),
     trace: Interruptions | None = None,
+    scope: BillScope | None = None,
 ) -> Bill:
     """Return the bill of a job.
 
     Args:
         former: measured runs, the newest first.
         trace: interruptions of spot machines, instead of those that the offers name.
+        scope: leave out other machines, without counting them.
+
+    Raises: ArgumentError for a GPU or a region that no offer has.
     """
-    candidates, left_out = find_candidates(plan, table.offers, former=former, trace=trace)
+    scope = scope or BillScope()
+    candidates, left_out = find_candidates(
+        plan,
+        scope.offers(table.offers),
+        former=former,
+        trace=trace,
+        max_machines=scope.max_machines,
+        kinds=(False, True) if scope.is_spot is None else (scope.is_spot,),
+    )
     resources = plan.job.resources
     return Bill(
         candidates=candidates,
@@ -151,19 +189,11 @@ def _amounts(one: Candidate) -> str:
     return f"{one.hours.likely:,.2f} h and {one.usd.likely:,.2f} USD"
 
 
-def describe(one: Candidate) -> str:
-    """Name the machines of a candidate: `4 x g5.xlarge, spot, aws us-east-1`."""
-    kind = "spot" if one.is_spot else "on demand"
-    return (
-        f"{one.num_machines} x {one.offer.instance} ({one.offer.gpu}), {kind}, {one.offer.cloud} {one.offer.place}"
-    )
-
-
 def _assumptions(candidates: Sequence[Candidate], *, trace: Interruptions | None) -> list[str]:
     boot = BOOT_S
     notes = [
-        f"assumed: machines start in {boot.likely / 60:.0f} minutes ({boot.low / 60:.0f} to {boot.high / 60:.0f}), "
-        "and a lost spot machine is replaced in that time"
+        f"assumed: machines start in {boot.likely / 60:.0f} minutes ({boot.low / 60:.0f} to {boot.high / 60:.0f}); "
+        "spot machines are to be had, and a lost one is replaced in that time"
     ]
     spot = [one for one in candidates if one.is_spot]
     if trace is not None:

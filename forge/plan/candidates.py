@@ -10,10 +10,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Literal
 
 from forge.config.resources import ResourcesSpec
-from forge.plan.checkpoint_interval import planned_every
 from forge.plan.data_costs import DataCosts, data_costs
 from forge.plan.durations import WorldHours
 from forge.plan.forecast import FormerRun, forecast_world, num_checkpoints, world_on_gpu
@@ -23,25 +21,18 @@ from forge.plan.machines import MAX_MACHINES, WITHOUT_BF16, interconnect
 from forge.plan.memory import USABLE_SHARE
 from forge.plan.plan import DraftPlan
 from forge.plan.recovery import (
-    AUTO_REPEATED_STEPS,
     BOOT_S,
-    LOSS_PAUSE_S,
+    LEVELS,
     NODE_START_S,
-    PLANNED_PAUSE_S,
-    RESTART_S,
-    ChangeCosts,
     InterruptedRun,
+    change_costs,
     interrupted_run,
 )
 from forge.plan.throughput import Estimate
 from forge.pricing.catalog import head_price
 from forge.pricing.offer import Offer
 from forge.pricing.offers import CLOUDS
-from forge.units import Every
-
-Level = Literal["low", "likely", "high"]
-LEVELS: tuple[Level, ...] = ("low", "likely", "high")
-
+from forge.pricing.transfer import cloud_of
 
 NO_SPOT = "no spot machines, or none with a known price"
 """Why an offer is left out as spot; on demand it may be a candidate."""
@@ -196,7 +187,8 @@ class _Shapes:
         """What the job's data cost in the region."""
         steps_s = self.plan.total_steps * world.step_s
         num_saved = num_checkpoints(self.plan, world_size=world.world_size, steps_s=steps_s)
-        key = offer.cloud, offer.region, num_saved
+        is_sent = cloud_of(self.plan.job.checkpoint.to) not in (None, offer.cloud)
+        key = offer.cloud, offer.region, num_saved if is_sent else 0
         if key not in self.data_costs:
             self.data_costs[key] = data_costs(
                 self.plan, cloud=offer.cloud, region=offer.region, num_checkpoints=num_saved
@@ -211,6 +203,7 @@ def find_candidates(
     former: Sequence[FormerRun] = (),
     trace: Interruptions | None = None,
     max_machines: int = MAX_MACHINES,
+    kinds: Sequence[bool] = (False, True),
 ) -> tuple[tuple[Candidate, ...], tuple[LeftOut, ...]]:
     """Return all candidates, the cheapest first, and the offers that are none.
 
@@ -218,6 +211,7 @@ def find_candidates(
         former: measured runs, the newest first, which take precedence over estimates.
         trace: interruptions of spot machines, instead of those that the offers name.
         max_machines: at most so many.
+        kinds: on demand is False, spot is True.
     """
     reasons, shapes = _Reasons(), _Shapes(plan, former)
     found: list[Candidate] = []
@@ -236,8 +230,17 @@ def find_candidates(
         elif offer.usd_per_hour is None and offer.spot_usd_per_hour is None:
             reasons.add(offer, "no price is known", example=f"{offer.instance} in {offer.place}")
         else:
-            found += _of_offer(offer, counts, gpu=gpu, shapes=shapes, reasons=reasons, trace=trace)
+            options = product(kinds, counts)
+            found += _of_offer(offer, options, gpu=gpu, shapes=shapes, reasons=reasons, trace=trace)
     return tuple(sorted(_cheapest_zones(found), key=_order)), reasons.build()
+
+
+def describe(one: Candidate) -> str:
+    """Name the machines of a candidate: `4 x g5.xlarge, spot, aws us-east-1`."""
+    kind = "spot" if one.is_spot else "on demand"
+    return (
+        f"{one.num_machines} x {one.offer.instance} ({one.offer.gpu}), {kind}, {one.offer.cloud} {one.offer.place}"
+    )
 
 
 def machine_counts(resources: ResourcesSpec, *, gpus_per_machine: int, most: int = MAX_MACHINES) -> tuple[int, ...]:
@@ -248,24 +251,6 @@ def machine_counts(resources: ResourcesSpec, *, gpus_per_machine: int, most: int
         return ()
     powers = [2**power for power in range(MAX_MACHINES.bit_length()) if low <= 2**power <= high]
     return tuple(sorted({low, high, *powers}))
-
-
-def change_costs(plan: DraftPlan, *, num_machines: int, step_s: float, level: Level) -> ChangeCosts:
-    """Return what the loss of one of `num_machines` costs. The high value is that of losses without notice."""
-    checkpoint_s = _seconds(planned_every(plan, world_size=plan.worlds[-1].batch.world_size), step_s=step_s)
-    if plan.job.resources.engine == "ray-train":
-        return ChangeCosts(pause_s=2 * RESTART_S, saved_every_s=checkpoint_s, changes_per_loss=2)
-    if num_machines == 1:  # no other machine has the state; with notice it is saved first
-        return ChangeCosts(pause_s=RESTART_S, saved_every_s=checkpoint_s if level == "high" else 0.0)
-    if level != "high":
-        return ChangeCosts(pause_s=2 * PLANNED_PAUSE_S)
-    every = plan.job.checkpoint.snapshot_every
-    steps = every if isinstance(every, int) else AUTO_REPEATED_STEPS
-    return ChangeCosts(pause_s=LOSS_PAUSE_S + PLANNED_PAUSE_S, saved_every_s=steps * step_s)
-
-
-def _seconds(every: Every, *, step_s: float) -> float:
-    return every.steps * step_s if every.steps is not None else every.seconds or 0.0
 
 
 def _problem(plan: DraftPlan, offer: Offer, gpu: Gpu | None) -> str | None:
@@ -282,16 +267,16 @@ def _problem(plan: DraftPlan, offer: Offer, gpu: Gpu | None) -> str | None:
 
 def _of_offer(
     offer: Offer,
-    counts: Sequence[int],
+    options: Iterable[tuple[bool, int]],
     *,
     gpu: Gpu,
     shapes: _Shapes,
     reasons: _Reasons,
     trace: Interruptions | None,
 ) -> Iterator[Candidate]:
-    """The candidates of an offer with a known GPU and a price."""
+    """The candidates of an offer with a known GPU and a price: spot or not, and the number of machines."""
     limit, head = shapes.plan.job.resources.max_usd_per_hour, head_price(offer.cloud) or 0.0
-    for is_spot, count in product((False, True), counts):
+    for is_spot, count in options:
         price = offer.price(spot=is_spot)
         if price is None:
             reasons.add(offer, NO_SPOT if is_spot else "sold as spot only")

@@ -13,9 +13,8 @@ from forge.plan.interruptions import HOURS_PER_MONTH
 from forge.plan.memory import WEIGHT_BYTES
 from forge.plan.plan import DraftPlan
 from forge.plan.space import checkpoint_bytes
-from forge.pricing.transfer import INTERNET, egress_usd_per_gib, storage_usd_per_gib_month
+from forge.pricing.transfer import INTERNET, cloud_of, egress_usd_per_gib, storage_usd_per_gib_month
 
-_CLOUD_OF_SCHEME = {"s3": "aws", "gs": "gcp", "gcs": "gcp", "abfs": "azure", "abfss": "azure", "az": "azure"}
 _DISK_GIB = CloudSpec.model_fields["disk"].default / 2**30
 """Of each machine, as in a cluster file that names none."""
 
@@ -53,12 +52,6 @@ def data_costs(plan: DraftPlan, *, cloud: str, region: str, num_checkpoints: int
         storage_usd_per_hour=None if stored is None else stored * kept * size_gib / HOURS_PER_MONTH,
         egress_usd=None if price is None or elsewhere else price * sent_gib,
     )
-
-
-def cloud_of(place: str) -> str | None:
-    """Return the cloud whose object storage a URL names; None for a folder or another server."""
-    scheme, separator, _ = place.partition("://")
-    return _CLOUD_OF_SCHEME.get(scheme) if separator else None
 
 
 def _corpus_clouds(plan: DraftPlan) -> set[str]:

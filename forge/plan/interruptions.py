@@ -37,9 +37,7 @@ def _rate(share: float, *, hours: float) -> float:
 
 
 NONE = Interruptions(per_machine_hour=Estimate(low=0.0, likely=0.0, high=0.0), basis="on demand")
-ASSUMED_BASIS = (
-    "no interruptions are published: 5 to 15% of the machines a day are assumed, as Google once observed"
-)
+ASSUMED_BASIS = "5 to 15% of the machines a day are assumed, as Google once observed"
 
 ASSUMED = Interruptions(
     per_machine_hour=Estimate(

@@ -19,8 +19,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+from forge.plan.checkpoint_interval import planned_every
+from forge.plan.plan import DraftPlan
 from forge.plan.throughput import Estimate
+from forge.units import Every
+
+Level = Literal["low", "likely", "high"]
+LEVELS: tuple[Level, ...] = ("low", "likely", "high")
 
 NODE_START_S = 14.0
 """From the arrival of a machine until its workers can train. Source: RESULTS.md, "cold start", 2026-11-23."""
@@ -124,3 +131,21 @@ def training_capacity(share: float, *, num_machines: int, min_machines: int) -> 
         ways = math.lgamma(num_machines + 1) - math.lgamma(count + 1) - math.lgamma(missing + 1)
         total += count * math.exp(ways + count * log_share + missing * log_missing)
     return min(share, total / num_machines)
+
+
+def change_costs(plan: DraftPlan, *, num_machines: int, step_s: float, level: Level) -> ChangeCosts:
+    """Return what the loss of one of `num_machines` costs. The high value is that of losses without notice."""
+    checkpoint_s = _seconds(planned_every(plan, world_size=plan.worlds[-1].batch.world_size), step_s=step_s)
+    if plan.job.resources.engine == "ray-train":
+        return ChangeCosts(pause_s=2 * RESTART_S, saved_every_s=checkpoint_s, changes_per_loss=2)
+    if num_machines == 1:  # no other machine has the state; with notice it is saved first
+        return ChangeCosts(pause_s=RESTART_S, saved_every_s=checkpoint_s if level == "high" else 0.0)
+    if level != "high":
+        return ChangeCosts(pause_s=2 * PLANNED_PAUSE_S)
+    every = plan.job.checkpoint.snapshot_every
+    steps = every if isinstance(every, int) else AUTO_REPEATED_STEPS
+    return ChangeCosts(pause_s=LOSS_PAUSE_S + PLANNED_PAUSE_S, saved_every_s=steps * step_s)
+
+
+def _seconds(every: Every, *, step_s: float) -> float:
+    return every.steps * step_s if every.steps is not None else every.seconds or 0.0

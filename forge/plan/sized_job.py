@@ -84,6 +84,8 @@ def sized_job(run: SizedRun, *, base: Mapping[str, Any]) -> dict[str, Any]:
     resources |= {"workers": most if most == 1 else f"{-(-most // 2)}..{most}", "gpu": run.machines.gpu.name}
     if run.goal.limit.kind == "usd":
         resources["max_usd"] = run.goal.limit.amount
+    if run.goal.limit.kind == "hours":
+        resources["max_hours"] = run.goal.limit.amount
     size = format_count(run.shape.num_parameters).lower().replace(".", "-")
     return {
         **base,

@@ -118,6 +118,7 @@ def size_of(name: str, *, cloud: str) -> MachineType:
     return known[name]
 
 
+@functools.cache
 def area_of(region: str) -> str | None:
     """Return the part of the world in which a region is, a key of the catalogue's `areas`; None if unknown."""
     areas: dict[str, list[str]] = catalog_table()["areas"]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from forge.config.cluster import CloudSpec
 from forge.errors import ArgumentError
 from forge.plan.gpus import find_gpu
-from forge.pricing.catalog import catalog_table
+from forge.pricing.catalog import catalog_table, workers_of
 from forge.pricing.offer import Offer
 
 TYPICAL_MFU = 0.45
@@ -40,11 +41,7 @@ def find_offers(offers: Sequence[Offer], *, wanted: OfferFilter) -> list[Offer]:
 
     Raises: ArgumentError if no cloud offers it; the message lists the GPUs on offer.
     """
-    found = [offer for offer in offers if offer.num_gpus]
-    if wanted.gpu is not None:
-        found = _of_gpu(found, gpu=wanted.gpu)
-    if wanted.region is not None:
-        found = _in_region(found, region=wanted.region, gpu=wanted.gpu)
+    found = matching_offers(offers, wanted=wanted)
     if wanted.max_interruption is not None and not wanted.spot:
         raise ArgumentError("--max-interruption applies to spot prices only: add --spot")
     priced = [offer for offer in found if offer.price(spot=wanted.spot) is not None]
@@ -54,6 +51,43 @@ def find_offers(offers: Sequence[Offer], *, wanted: OfferFilter) -> list[Offer]:
     if wanted.max_interruption is not None:
         priced = _safe_enough(priced, wanted=wanted)
     return _cheapest_zones(priced, spot=wanted.spot)
+
+
+def matching_offers(offers: Sequence[Offer], *, wanted: OfferFilter) -> list[Offer]:
+    """Return the offers of the GPU in the region, with a known price or not.
+
+    Raises: ArgumentError if no cloud offers it; the message lists the GPUs on offer.
+    """
+    found = [offer for offer in offers if offer.num_gpus]
+    if wanted.gpu is not None:
+        found = _of_gpu(found, gpu=wanted.gpu)
+    if wanted.region is not None:
+        found = _in_region(found, region=wanted.region, gpu=wanted.gpu)
+    return found
+
+
+def cluster_offers(spec: CloudSpec, offers: Iterable[Offer]) -> list[Offer]:
+    """Return the offers that a cluster file allows, at the prices that it states."""
+    types, anywhere = workers_of(spec), spec.regions == ("auto",)
+    found = [
+        offer
+        for offer in offers
+        if offer.cloud == spec.provider
+        and offer.instance in types
+        and (anywhere or any(region.startswith(offer.region) for region in spec.regions))
+    ]
+    return [_at_stated_price(offer, spec) for offer in found]
+
+
+def _at_stated_price(offer: Offer, spec: CloudSpec) -> Offer:
+    stated = spec.usd_per_hour.get(offer.instance)
+    if stated is None:
+        return offer
+    return replace(
+        offer,
+        usd_per_hour=None if spec.spot else stated,
+        spot_usd_per_hour=stated if spec.spot else None,
+    )
 
 
 def usd_per_exaflop(offer: Offer, *, spot: bool) -> float | None:

@@ -16,6 +16,7 @@ from forge.pricing.catalog import area_of
 
 INTERNET, OTHER_ZONE = "internet", "zone"
 """Destinations of traffic besides regions; another cloud is reached through the internet."""
+_CLOUD_OF_SCHEME = {"s3": "aws", "gs": "gcp", "gcs": "gcp", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _NORTH_AMERICA = {"ca": "us"}
 """Clouds have one price for both."""
 
@@ -55,6 +56,12 @@ def egress_usd_per_gib(cloud: str, region: str, *, to: str) -> float | None:
     if isinstance(price, dict):
         price = price.get(_area(to))
     return price
+
+
+def cloud_of(url: str) -> str | None:
+    """Return the cloud whose object storage a URL names; None for a folder or another server."""
+    scheme, separator, _ = url.partition("://")
+    return _CLOUD_OF_SCHEME.get(scheme) if separator else None
 
 
 def transfer_source(cloud: str, what: str) -> tuple[date, str] | None:

@@ -80,7 +80,7 @@ def test_show_bill__sixty_columns__no_line_of_table_and_plot_is_longer(monkeypat
     assert "cheapest" in text and "fastest" in text
     assert any(line.lstrip().startswith("USD |") for line in lines) and " hours " in text
     assert "left out: 1 offer: no price is known (free in us-east-1)" in " ".join(text.split())
-    assert "+: without disks and storage, whose price there is unknown" in " ".join(text.split())
+    assert "+: without disks, storage, whose price there is unknown" in " ".join(text.split())
 
 
 def test_show_bill__limits_that_cannot_be_met__says_what_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +147,24 @@ class TestPlan:
         assert "interruptions by spot.csv" in done.stderr
         with pytest.raises(ArgumentError, match=r"missing\.csv"):
             forge(*arguments, "missing.csv")
+
+    def test_plan__machines_asked_for__are_the_only_ones_priced(self, home: Path) -> None:
+        base = ("plan", "job.yaml", "-o", "json", "--set", "resources.gpu=auto")
+        found = json.loads(forge(*base, "--region", "eu", "--spot", "--gpu", "L4").stdout)["bill"]["candidates"]
+        assert {(one["gpu"], one["is_spot"]) for one in found} == {("L4", True)}
+        assert all("eu" in one["region"] for one in found)
+        (home / "aws.yaml").write_text(
+            "name: spot\nprovider: aws\ngpu: L4\nworkers: 0..1\nregions: us-east-1\n"
+            "usd_per_hour: {g6.xlarge: 9.0}\n"
+        )
+        found = json.loads(forge(*base, "--cluster", "aws.yaml").stdout)["bill"]["candidates"]
+        assert {(one["region"], one["num_machines"], one["is_spot"]) for one in found} == {("us-east-1", 1, True)}
+        assert {one["usd_per_hour"] for one in found if one["instance"] == "g6.xlarge"} == {9.0}
+        with pytest.raises(ArgumentError, match="Sold are"):
+            forge(*base, "--gpu", "H101")
+        (home / "lab.yaml").write_text("name: lab\nprovider: ssh\nmachines: [a]\n")
+        with pytest.raises(ArgumentError, match="rents no machines"):
+            forge(*base, "--cluster", "lab.yaml")
 
     def test_plan__max_hours_of_zero__is_refused_with_its_line(self) -> None:
         done = CliRunner().invoke(app, ["plan", "job.yaml", "--set", "resources.max_hours=0"])

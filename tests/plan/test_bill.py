@@ -10,20 +10,21 @@ import pytest
 
 from forge.config.resources import ResourcesSpec
 from forge.plan.bill import Bill, frontier, is_priced, make_bill
-from forge.plan.candidates import change_costs, find_candidates, machine_counts
-from forge.plan.data_costs import cloud_of, data_costs
+from forge.plan.candidates import find_candidates, machine_counts
+from forge.plan.data_costs import data_costs
 from forge.plan.forecast import forecast_hours
 from forge.plan.gpus import find_gpu
 from forge.plan.inputs import CorpusFiles, PatternFiles
 from forge.plan.interruptions import Interruptions
 from forge.plan.machines import interconnect
 from forge.plan.plan import Plan
-from forge.plan.recovery import LOSS_PAUSE_S, PLANNED_PAUSE_S, RESTART_S
+from forge.plan.recovery import LOSS_PAUSE_S, PLANNED_PAUSE_S, RESTART_S, change_costs
 from forge.plan.space import checkpoint_bytes
 from forge.plan.throughput import Estimate
 from forge.pricing.catalog import head_price
 from forge.pricing.offer import Offer
 from forge.pricing.offers import OfferTable
+from forge.pricing.transfer import cloud_of
 from tests.plan.test_plan import plan
 from tests.support.offers import offer
 

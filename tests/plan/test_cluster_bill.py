@@ -12,6 +12,7 @@ from forge.plan.cluster_bill import cluster_cost
 from forge.plan.durations import Forecast
 from forge.plan.forecast import forecast
 from forge.plan.plan import plan_from_json, plan_to_json
+from forge.plan.search import SearchPlan
 from tests.plan.test_bill import bill, job
 from tests.plan.test_forecast import A100
 from tests.plan.test_plan import plan
@@ -53,3 +54,21 @@ def test_cluster_cost__machines_of_the_user__hours_at_their_price() -> None:
     assert cluster_cost(unknown, machines, [], usd_per_hour=6.0) is None
     written = replace(made, forecast=replace(made.forecast, cost=found))
     assert plan_from_json(plan_to_json(written)) == written
+
+
+def test_cluster_cost__search__counts_every_trial() -> None:
+    machines = SshSpec.model_validate({"name": "lab", "provider": "ssh", "machines": ["a", "b"], "usd_per_hour": 3})
+    made = plan(hardware=A100)
+    made = replace(made, forecast=forecast(made))
+    search = SearchPlan(num_trials=10, num_combinations=None, trials_at_once=4, num_slots=4)
+    found = cluster_cost(replace(made, search=search), machines, [], usd_per_hour=6.0)
+    once = cluster_cost(made, machines, [], usd_per_hour=6.0)
+    assert found is not None and once is not None
+    assert found.usd.likely == pytest.approx(3 * once.usd.likely)
+    assert found.machines.endswith("for 10 trials, if none is stopped early")
+
+
+def test_cluster_cost__limit_of_the_file__is_kept() -> None:
+    found = cluster_cost(job(), spec(max_usd_per_hour=1.1), [offer()], usd_per_hour=None)
+    assert found is not None
+    assert found.machines.startswith("2 x g5.2xlarge")

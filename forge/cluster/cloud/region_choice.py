@@ -23,7 +23,7 @@ from forge.plan.gpus import Gpu, find_gpu
 from forge.pricing.catalog import MachineType, catalog_table, machine_types, workers_of
 from forge.pricing.choose import TYPICAL_MFU
 from forge.pricing.offer import Offer
-from forge.pricing.transfer import INTERNET, egress_usd_per_gib, region_of
+from forge.pricing.transfer import INTERNET, cloud_of, egress_usd_per_gib, region_of
 
 TRAFFIC_SHARE_PER_HOUR = 1 / 6
 """Assumed traffic to the storage, in GiB an hour, as a share of the memory of the GPUs: one checkpoint an hour of a
