@@ -18,7 +18,6 @@ from typing import Any
 from forge.cluster.cloud.instance_selection import InstancePlan, PriceOf, listed_price, plan_instances
 from forge.config.cluster import CloudSpec
 from forge.errors import JobFileError
-from forge.plan.data_costs import cloud_of
 from forge.plan.gpus import Gpu, find_gpu
 from forge.pricing.catalog import MachineType, catalog_table, machine_types, workers_of
 from forge.pricing.choose import TYPICAL_MFU
