@@ -172,6 +172,12 @@ class SamplingSpec(Section):
     def _fit(self) -> SamplingSpec:
         if self.num_beams > 1 and self.temperature > 0:
             raise FieldError("temperature", "must be 0 with beam search", depends_on=("num_beams",))
+        for name, neutral in (("top_p", 1.0), ("top_k", 0)):
+            if self.temperature == 0 and getattr(self, name) != neutral:
+                problem = (
+                    "changes nothing at temperature 0, where nothing is drawn; set temperature, or leave it out"
+                )
+                raise FieldError(name, problem, depends_on=("temperature",))
         if 0 < self.temperature < _MIN_TEMPERATURE:
             raise FieldError("temperature", f"must be 0, or {_MIN_TEMPERATURE} or more")
         if not all(self.stop):

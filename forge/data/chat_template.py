@@ -266,13 +266,13 @@ class ChatTemplate:
             raise ValueError(f"the chat template fails: {type(error).__name__}: {one_line(error)}") from None
 
 
-def chat_template_of(tokenizer: TextTokenizer, *, own: str | None) -> ChatTemplate:
-    """As `find_chat_template`. Raises: DataError if the tokenizer has none."""
+def chat_template_of(tokenizer: TextTokenizer, *, own: str | None, key: str) -> ChatTemplate:
+    """As `find_chat_template`. Raises: DataError naming the key of the job that needs one, if there is none."""
     found = find_chat_template(tokenizer, own=own)
     if found is None:
         raise DataError(
-            "conversations need a chat template, and the tokenizer has none. Set data.tokenizer.from_pretrained to "
-            "the folder of a chat model, or data.chat.template to a Jinja file"
+            f"{key}: conversations need a chat template, and the tokenizer has none. Set "
+            "data.tokenizer.from_pretrained to the folder of a chat model, or data.chat.template to a Jinja file"
         )
     return found
 

@@ -83,6 +83,8 @@ def test_load_task__forms_of_metrics__are_the_same(metrics: str, chosen: dict[st
         ("limit: 1k", "choices: options", "choices: is not for kind: generate without answer: label"),
         ("limit: 1k", "text_pair: b", "text_pair: is only for kind: classify, not generate"),
         ("max_tokens: 1k", "num_beams: 2, temperature: 1", "sampling.temperature: must be 0 with beam search"),
+        ("max_tokens: 1k", "top_p: 0.5", "sampling.top_p: changes nothing at temperature 0"),
+        ("max_tokens: 1k", "top_k: 5, temperature: 0", "sampling.top_k: changes nothing at temperature 0"),
         ("name: questions", "name: Questions 1", "name: must have lower-case letters"),
     ],
 )

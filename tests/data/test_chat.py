@@ -438,5 +438,5 @@ def test_chat__tokenizer_without_a_template__is_refused_with_what_to_do(folder: 
         encode=lambda text: np.zeros(0, dtype=np.int64),
         tokenizer=tokenizer,
     )
-    with pytest.raises(DataError, match=r"need a chat template.*data\.chat\.template"):
+    with pytest.raises(DataError, match=r"^data\.format: .*need a chat template.*data\.chat\.template"):
         ChatFormat(context)

@@ -221,7 +221,7 @@ def test_examples__a_record_that_is_no_pair__is_named(
 def test_examples__messages_without_a_template__are_named(tokenizer: TextTokenizer) -> None:
     with pytest.raises(DataError, match=r"pairs\.jsonl:7: the pair has lists of messages.*data\.chat\.template"):
         examples_of(format_of(tokenizer, template=None), prompt=[ASK], chosen=[GOOD], rejected=[BAD])
-    with pytest.raises(DataError, match="need a chat template"):
+    with pytest.raises(DataError, match=r"^data\.preference\.texts: conversations need a chat template"):
         format_of(tokenizer, template=None, texts="chat")
 
 

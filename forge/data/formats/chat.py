@@ -30,7 +30,7 @@ class ChatFormat:
 
     def __init__(self, context: FormatContext) -> None:
         self._context = context
-        template = chat_template_of(context.tokenizer, own=context.chat.template)
+        template = chat_template_of(context.tokenizer, own=context.chat.template, key="data.format")
         self._encoder = ChatEncoder(context.tokenizer, seq_len=context.seq_len, template=template)
 
     def examples(self, record: Record) -> Iterator[Example]:

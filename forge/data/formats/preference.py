@@ -40,8 +40,11 @@ class PreferenceFormat:
     def __init__(self, context: FormatContext) -> None:
         self._seq_len, self._noted = context.seq_len, context.noted
         texts, own = context.preference.texts, context.chat.template
-        find = chat_template_of if texts == "chat" else find_chat_template
-        template = find(context.tokenizer, own=own)
+        template = (
+            chat_template_of(context.tokenizer, own=own, key="data.preference.texts")
+            if texts == "chat"
+            else find_chat_template(context.tokenizer, own=own)
+        )
         self._has_template = template is not None
         self._are_texts_chat = template is not None and texts != "plain"
         self._encoder = ChatEncoder(context.tokenizer, seq_len=context.seq_len, template=template)
