@@ -114,7 +114,7 @@ def test_auto__storage_region_known__near_region_wins_unless_it_costs_more_than_
     assert near.options[0].place == "eu-west-1" and near.options[0].traffic_usd_per_hour == 0.0
     assert near.options[1].traffic_usd_per_hour == pytest.approx(gib * 0.02)
     assert places(spec, [offer("us-east-1", 55.0, 24.0), offer("eu-west-1", 55.0, dear + 0.01)])[0] == "us-east-1"
-    assert any("assumed traffic to the storage in eu-west-1" in line for line in near.notes)
+    assert any("assumed traffic of a worker to the storage in eu-west-1: 17%" in line for line in near.notes)
 
 
 def test_auto__storage_in_another_cloud__counts_internet_traffic_and_unknown_as_the_dearest() -> None:
@@ -123,6 +123,29 @@ def test_auto__storage_in_another_cloud__counts_internet_traffic_and_unknown_as_
     choice = choose_regions(spec, offers=offers)  # the price of traffic from eu-north-1 is not known
     assert [one.traffic_usd_per_hour is None for one in choice.options] == [False, True]
     assert choice.options[0].place == "us-east-1"
+
+
+def test_auto__machines_without_gpu__are_compared_per_cpu_and_count_a_gib_of_traffic() -> None:
+    spec = spec_of(gpu="none", storage="s3://bucket/runs", storage_region="us-east-1")
+    offers = [
+        offer("us-east-1", 0.4, 0.16, instance="m6i.2xlarge"),
+        offer("us-west-2", 0.4, 0.15, instance="m6i.2xlarge"),
+    ]
+    choice = choose_regions(spec, offers=offers)
+    assert [(one.place, one.traffic_usd_per_hour) for one in choice.options] == [
+        ("us-east-1", 0.0),
+        ("us-west-2", 0.02),
+    ]
+    assert choice.options[0].usd_per_exaflop is None
+    assert "if it has no capacity (USD an hour): us-west-2 0.15" in region_lines(choice)
+    assert any("1 GiB an hour" in line for line in choice.notes)
+
+
+def test_auto__aws_not_asked__says_so() -> None:
+    offers = [offer("us-east-1", 1, 0.5)]
+    assert any("AWS was not asked" in line for line in choose_regions(spec_of(), offers=offers).notes)
+    asked = MarketToday(spot={"us-east-1": {}}, storage_region=None)
+    assert not any("not asked" in line for line in choose_regions(spec_of(), offers=offers, market=asked).notes)
 
 
 def test_auto__storage_region_unknown__says_so() -> None:
@@ -280,7 +303,7 @@ def test_cluster_up__dry_run__shows_choice_and_runners_up_beside_the_launch_file
     first = yaml.safe_load(result.stdout)["provider"]["availability_zone"]
     assert f"region {first}, the cheapest of 12: g2-standard" in shown and "USD per EFLOP" in shown
     assert "if it has no capacity (USD per EFLOP):" in shown and "prices as of" in shown
-    assert "assumed traffic to the storage in europe-west4" in shown
+    assert "assumed traffic of a worker to the storage in europe-west4" in shown
 
 
 def test_cluster_up__without_yes_or_terminal__shows_lowest_and_highest_price_and_stops(auto_file: Path) -> None:

@@ -237,14 +237,15 @@ class _Prices:
             yield "no spot price of these types is known: they count with their on-demand price"
         if first.usd_per_hour is None:
             yield f"no price of {', '.join(workers_of(spec)[:3])} is known: give usd_per_hour in the file"
+        if spec.provider == "aws" and self.market is None:
+            yield "AWS was not asked: a start asks it for the account's regions and the spot prices of now"
         region, _ = self.storage_place()
-        if spec.storage and "://" in spec.storage and len(tried) > 1:
-            yield (
-                f"assumed traffic to the storage in {region}: {TRAFFIC_SHARE_PER_HOUR:.0%} of the GPUs' memory an "
-                "hour"
-                if region is not None
-                else "the storage's region is unknown and its traffic is not counted: give storage_region"
-            )
+        if region is not None and len(tried) > 1:
+            share = f"{TRAFFIC_SHARE_PER_HOUR:.0%} of the GPUs' memory"
+            amount = f"{_CPU_TRAFFIC_GIB_PER_HOUR:g} GiB" if spec.gpu == "none" else share
+            yield f"assumed traffic of a worker to the storage in {region}: {amount} an hour"
+        elif "://" in (spec.storage or "") and len(tried) > 1:
+            yield "the storage's region is unknown and its traffic is not counted: give storage_region"
 
 
 def _units(machine: MachineType | None, gpu: Gpu | None) -> float:
