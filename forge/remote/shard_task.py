@@ -175,13 +175,12 @@ class RemoteMap:
         """Remove what is not needed any more. Raises: the error that ended the driver; StoppedError."""
         ending = _ending(folder)
         log = f"its log on the head is {ref.folder}/logs/driver.log"
-        if ending.get("event") in ("RunFinished", "RunStopped") and (
-            not num_left or ending["event"] == "RunStopped"
-        ):
+        is_stopped = ending.get("event") == "RunStopped"
+        if is_stopped or (ending.get("event") == "RunFinished" and not num_left):
             with contextlib.suppress(ForgeError):  # a few files stay there
                 ask(self._cluster, "discard", ref.folder)
         shutil.rmtree(folder, ignore_errors=True)
-        if ending.get("event") == "RunStopped":
+        if is_stopped and num_left:
             raise StoppedError(f"{num_left} shards are left")
         if ending.get("event") == "RunFailed":
             raise error_named(str(ending["error"]), message=f"{ending['message']}; {log}")

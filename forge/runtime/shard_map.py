@@ -140,11 +140,11 @@ class ShardMap:
         unread = self._unfinished(shards)
         try:
             while True:
-                if self._stop.is_set():
-                    raise StoppedError
                 self._read_ahead(unread)
                 if not self._waiting and not any(worker.shard for worker in self._workers):
-                    return self._totals
+                    return self._totals  # also if it was asked to stop meanwhile: nothing is left
+                if self._stop.is_set():
+                    raise StoppedError
                 self._grow()
                 self._hand_out()
                 self._collect()

@@ -116,6 +116,8 @@ def test_run__stopped_and_started_again__computes_only_what_is_missing(
     totals = case.run(shards("dies once", "plain"))
     assert case.contents() == expected
     assert totals.num_reused == 4
+    case.stop.set()  # a stop that comes when nothing is left
+    assert case.run(shards("dies once", "plain")).num_reused == NUM_SHARDS
 
 
 @pytest.mark.slow
