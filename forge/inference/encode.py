@@ -6,7 +6,7 @@ embed(loaded, ["a text"])               a vector for each text
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from forge.errors import ArgumentError
 from forge.inference.exact import require_numbers
 from forge.inference.loaded import LoadedModel
 from forge.inference.rows import bucket_length, fixed_batches
+from forge.inference.sequences import Watch
 from forge.objective.classification import classifier_logits
 from forge.objective.contrastive import pool
 
@@ -56,23 +57,44 @@ def classify(loaded: LoadedModel, texts: Sequence[Text]) -> list[Classified]:
 
     Raises: ArgumentError if the model is of another kind.
     """
-    if loaded.kind not in ("classification", "token-classification", "reward"):
-        raise ArgumentError(f"{loaded.name} is a {loaded.kind} model, and only a classifier gives labels")
-    encoded = _encoded(loaded, texts)
-    return [
-        _words(loaded, text, one, logits) if loaded.kind == "token-classification" else _classified(loaded, logits)
-        for text, one, logits in zip(texts, encoded, _outputs(loaded, encoded), strict=True)
-    ]
+    return [found for _, found in sorted(classify_each(loaded, texts), key=lambda one: one[0])]
 
 
 def embed(loaded: LoadedModel, texts: Sequence[str]) -> list[NDArray[np.float32]]:
     """Return the embedding of each text. Raises: ArgumentError if the model gives none."""
+    return [found for _, found in sorted(embed_each(loaded, texts), key=lambda one: one[0])]
+
+
+def classify_each(
+    loaded: LoadedModel, texts: Sequence[Text], *, watch: Watch | None = None
+) -> Iterator[tuple[int, Classified]]:
+    """Yield the number of each text and what `classify` says about it, as they are computed.
+
+    Args:
+        watch: called before a text is computed; one that it does not want is left out.
+
+    Raises: ArgumentError if the model is of another kind.
+    """
+    if loaded.kind not in ("classification", "token-classification", "reward"):
+        raise ArgumentError(f"{loaded.name} is a {loaded.kind} model, and only a classifier gives labels")
+    encoded = _encoded(loaded, texts)
+    is_words = loaded.kind == "token-classification"
+    for number, logits in _outputs(loaded, encoded, watch=watch):
+        one = encoded[number]
+        yield number, _words(loaded, texts[number], one, logits) if is_words else _classified(loaded, logits)
+
+
+def embed_each(
+    loaded: LoadedModel, texts: Sequence[str], *, watch: Watch | None = None
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield the number of each text and its embedding; see `classify_each`."""
     if loaded.kind != "embedding":
         raise ArgumentError(
             f"{loaded.name} is a {loaded.kind} model, and only one that was trained with training.objective: "
             "contrastive, or a folder of sentence-transformers, gives embeddings"
         )
-    return [vector.numpy() for vector in _outputs(loaded, _encoded(loaded, texts))]
+    for number, vector in _outputs(loaded, _encoded(loaded, texts), watch=watch):
+        yield number, vector.numpy()
 
 
 def _encoded(loaded: LoadedModel, texts: Sequence[Text]) -> list[_Encoded]:
@@ -98,14 +120,18 @@ def _encoded_one(loaded: LoadedModel, text: Text, *, limit: int | None) -> _Enco
 
 
 @torch.inference_mode()
-def _outputs(loaded: LoadedModel, encoded: Sequence[_Encoded]) -> list[Tensor]:
-    """Logits or embedding of each text, float32 on the CPU."""
-    found: list[Tensor | None] = [None] * len(encoded)
+def _outputs(
+    loaded: LoadedModel, encoded: Sequence[_Encoded], *, watch: Watch | None
+) -> Iterator[tuple[int, Tensor]]:
+    """The number of each text and its logits or embedding, float32 on the CPU."""
 
     def shape(one: _Encoded) -> tuple[int, ...]:
         return bucket_length(len(one.ids), limit=loaded.max_positions), int(any(one.type_ids))
 
     for (width, has_types), numbers in fixed_batches(encoded, key=shape, device=loaded.device):
+        wanted = [n for n in dict.fromkeys(numbers) if watch is None or watch(n, len(encoded[n].ids))]
+        if not wanted:
+            continue
         arrays: dict[str, Tensor] = {
             name: torch.full((len(numbers), width), fill)
             for name, fill in (("tokens", loaded.pad_id), ("attention_mask", 0), ("token_types", 0))
@@ -118,10 +144,10 @@ def _outputs(loaded: LoadedModel, encoded: Sequence[_Encoded]) -> list[Tensor]:
         if not has_types:
             del arrays["token_types"]
         batch = {name: array.to(loaded.device) for name, array in arrays.items()}
-        for number, output in zip(numbers, _computed(loaded, batch), strict=True):
-            found[number] = output.float().cpu()
-            require_numbers(loaded, output)
-    return [one for one in found if one is not None]
+        outputs = dict(zip(numbers, _computed(loaded, batch), strict=True))
+        for number in wanted:
+            require_numbers(loaded, outputs[number])
+            yield number, outputs[number].float().cpu()
 
 
 def _computed(loaded: LoadedModel, batch: dict[str, Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ from forge.inference.prefixes import Prefixes
 from forge.inference.running import RunningSequence
 from forge.inference.sampling import Generation, SamplingParams
 from forge.inference.schedule import BatchLimits, Schedule
-from forge.inference.sequences import Chooser, GrowingText
+from forge.inference.sequences import Chooser, GrowingText, Watch
 from forge.inference.transformers_loop import can_pack, generate_in_loop
 
 _MAX_ROWS = {"cpu": 32, "cuda": 256}
@@ -46,6 +46,7 @@ def generate(
     sampling: SamplingParams,
     *,
     batch_tokens: int | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Generation]:
     """Yield `sampling.n` texts for each prompt, as they are finished: `index` is the number of the prompt.
 
@@ -53,11 +54,13 @@ def generate(
         loaded: a causal language model or an encoder-decoder.
         prompts: texts, or their token ids as of `loaded.encode` and `loaded.encode_chat`.
         batch_tokens: tokens whose keys and values are in memory at once, about; None: as many as the device takes.
+        watch: called after every token; a text that it does not want any more ends with what it has, or
+            is left out.
 
     Raises: ArgumentError if the model writes no text.
     """
     loaded.require_text()
-    chooser = Chooser(loaded, sampling)
+    chooser = Chooser(loaded, sampling, watch=watch)
     texts = [
         chooser.text(
             index=index, number=number, prompt=loaded.encode(prompt) if isinstance(prompt, str) else prompt

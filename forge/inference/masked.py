@@ -16,6 +16,7 @@ from forge.errors import ArgumentError
 from forge.inference.exact import require_numbers
 from forge.inference.loaded import LoadedModel
 from forge.inference.rows import bucket_length, fixed_batches
+from forge.inference.sequences import Watch
 
 MAX_CANDIDATES = 1000
 DEFAULT_CANDIDATES = 5
@@ -86,6 +87,18 @@ def fill_masks(
 
     Raises: ArgumentError as `mask_id_of`, or for a number out of range; ValueError as `masked_ids`.
     """
+    found = dict(fill_each(loaded, texts, num_candidates=num_candidates))
+    return [found[number] for number in range(len(texts))]
+
+
+def fill_each(
+    loaded: LoadedModel, texts: Sequence[Sequence[int]], *, num_candidates: int, watch: Watch | None = None
+) -> Iterator[tuple[int, list[list[MaskFill]]]]:
+    """Yield the number of each text and what `fill_masks` says about it, as they are computed.
+
+    Args:
+        watch: called before a text is computed; one that it does not want is left out.
+    """
     if not 1 <= num_candidates <= MAX_CANDIDATES:
         raise ArgumentError(f"top_k is {num_candidates}; for a mask it must be from 1 to {MAX_CANDIDATES}")
     mask_id = mask_id_of(loaded)
@@ -94,30 +107,36 @@ def fill_masks(
         require_masks(loaded, ids)
         masks = tuple(at for at, token in enumerate(ids) if token == mask_id)
         rows.append(MaskedRow(ids=tuple(ids), positions=masks))
-    found: list[list[list[MaskFill]]] = [[] for _ in rows]
-    for number, log_probs in masked_log_probs(loaded, rows):
+    for number, log_probs in masked_log_probs(loaded, rows, watch=watch):
         best = log_probs.double().exp().topk(min(num_candidates, log_probs.shape[1]))
-        found[number] = [
+        yield (
+            number,
             [
-                MaskFill(token=_name(loaded, token), token_id=token, probability=share)
-                for token, share in zip(tokens, shares, strict=True)
-            ]
-            for tokens, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
-    return found
+                [
+                    MaskFill(token=_name(loaded, token), token_id=token, probability=share)
+                    for token, share in zip(tokens, shares, strict=True)
+                ]
+                for tokens, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ],
+        )
 
 
 @torch.inference_mode()
-def masked_log_probs(loaded: LoadedModel, rows: Sequence[MaskedRow]) -> Iterator[tuple[int, Tensor]]:
+def masked_log_probs(
+    loaded: LoadedModel, rows: Sequence[MaskedRow], *, watch: Watch | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """Yield the number of each row with the log-probabilities at its positions, float32[k, V] on the CPU.
 
-    Rows are computed in batches of fixed shapes; the last row of a batch may be given several times.
+    Rows are computed in batches of fixed shapes.
     """
 
     def shape(row: MaskedRow) -> tuple[int, ...]:
         return (bucket_length(len(row.ids), limit=loaded.max_positions),)
 
     for (width,), numbers in fixed_batches(rows, key=shape, device=loaded.device):
+        wanted = [n for n in dict.fromkeys(numbers) if watch is None or watch(n, len(rows[n].ids))]
+        if not wanted:
+            continue
         tokens = torch.full((len(numbers), width), loaded.pad_id)
         attention = torch.zeros_like(tokens)
         for at, number in enumerate(numbers):
@@ -126,8 +145,10 @@ def masked_log_probs(loaded: LoadedModel, rows: Sequence[MaskedRow]) -> Iterator
             attention[at, : len(ids)] = 1
         batch = {"input_ids": tokens.to(loaded.device), "attention_mask": attention.to(loaded.device)}
         logits = loaded.model(**batch).logits
-        for at, number in enumerate(numbers):
-            log_probs = logits[at, list(rows[number].positions)].float().log_softmax(dim=-1).cpu()
+        for number in wanted:
+            log_probs = (
+                logits[numbers.index(number), list(rows[number].positions)].float().log_softmax(dim=-1).cpu()
+            )
             require_numbers(loaded, log_probs)
             yield number, log_probs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -50,11 +50,20 @@ class Ending:
     reason: Literal["stop", "length"]
 
 
-class Chooser:
-    """Chooses next tokens, and finds out whether a text has ended."""
+Watch = Callable[[int, int], bool]
+"""Called with the number of a text and how many tokens of it are computed; returns whether its result is wanted."""
 
-    def __init__(self, loaded: LoadedModel, sampling: SamplingParams) -> None:
-        self._loaded, self.sampling = loaded, sampling
+
+class Chooser:
+    """Chooses next tokens, and finds out whether a text has ended.
+
+    Args:
+        watch: called after every token; a text that is not wanted any more ends with what it has.
+    """
+
+    def __init__(self, loaded: LoadedModel, sampling: SamplingParams, *, watch: Watch | None = None) -> None:
+        self._loaded, self.sampling, self._watch = loaded, sampling, watch
+        self._unwanted: set[int] = set()
         self._dtype = next(loaded.model.parameters()).dtype
         ends = () if sampling.ignore_end else loaded.end_ids
         self.ends = frozenset({*ends, *sampling.stop_ids})
@@ -91,7 +100,15 @@ class Chooser:
         is_close = top.values[:, 0] - top.values[:, -1] < bound
         for text, close in zip(texts, is_close.tolist(), strict=True):
             text.is_close |= close
+        for text in texts:
+            self.is_wanted(text.index, len(text.ids) + 1)
         return [int(token) for token in top.indices[:, 0].tolist()]
+
+    def is_wanted(self, index: int, num_tokens: int) -> bool:
+        """Note tokens of a text. Returns: whether it is to be continued."""
+        if self._watch is not None and not self._watch(index, num_tokens):
+            self._unwanted.add(index)
+        return index not in self._unwanted
 
     def needs_check(self, text: GrowingText, *, verifies: bool = True) -> bool:
         """Whether a finished text is compared with exact arithmetic.
@@ -99,7 +116,8 @@ class Chooser:
         Args:
             verifies: whether the text could be another one in another batch.
         """
-        return (verifies and text.is_close) or self.sampling.logprobs is not None
+        is_open = (verifies and text.is_close) or self.sampling.logprobs is not None
+        return is_open and text.index not in self._unwanted
 
     def correct(self, text: GrowingText) -> bool:
         """Compare a text with exact arithmetic, and cut it after the first token that differs, which is replaced.
@@ -131,7 +149,7 @@ class Chooser:
             found = [at for at in (written.find(one) for one in stop) if at >= 0]
             if found:
                 return Ending(text=written[: min(found)], reason="stop")
-        if is_end or len(text.ids) >= text.max_tokens:
+        if is_end or len(text.ids) >= text.max_tokens or text.index in self._unwanted:
             kept = text.ids[:-1] if is_end else text.ids
             return Ending(text=self._loaded.decode(kept), reason="stop" if is_end else "length")
         return None

@@ -39,7 +39,8 @@ def generate_in_loop(
     """Yield each text as it is finished; of beam search the `n` best of each prompt."""
     if sampling.num_beams > 1:
         for text in texts:
-            yield from _beams(loaded, text, sampling, chooser=chooser)
+            if chooser.is_wanted(text.index, 0):
+                yield from _beams(loaded, text, sampling, chooser=chooser)
         return
     size = _GROUP if loaded.kind == "seq2seq" else 1
     waiting = sorted(texts, key=lambda text: (len(text.source), text.source, text.index, text.number))
@@ -47,7 +48,9 @@ def generate_in_loop(
         group = [waiting.pop()]
         while not group[0].ids and waiting and not waiting[-1].ids and len(group) < size:
             group.append(waiting.pop())
-        _extend(loaded, group, chooser=chooser)
+        group = [text for text in group if chooser.is_wanted(text.index, len(text.ids))]
+        if group:
+            _extend(loaded, group, chooser=chooser)
         for text in group:
             if chooser.needs_check(text):
                 chooser.correct(text)
@@ -132,6 +135,18 @@ class _Criteria(StoppingCriteria):  # type: ignore[misc]
         return self._loop.is_done(input_ids)
 
 
+class _UnlessCancelled(StoppingCriteria):  # type: ignore[misc]
+    """Ends a beam search whose text is not wanted any more."""
+
+    def __init__(self, text: GrowingText, *, chooser: Chooser) -> None:
+        self._text, self._chooser = text, chooser
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        num_tokens = input_ids.shape[1] - len(self._text.prompt)
+        is_over = not self._chooser.is_wanted(self._text.index, num_tokens)
+        return torch.full((len(input_ids),), is_over, dtype=torch.bool, device=input_ids.device)
+
+
 def _beams(
     loaded: LoadedModel, text: GrowingText, sampling: SamplingParams, *, chooser: Chooser
 ) -> Iterator[Generation]:
@@ -148,10 +163,12 @@ def _beams(
         eos_token_id=sorted(chooser.ends) or None,
         **_special(loaded),
     )
-    for number, row in enumerate(loaded.model.generate(**_inputs(loaded, [text]), generation_config=config)):
+    criteria = [_UnlessCancelled(text, chooser=chooser)]
+    found = loaded.model.generate(**_inputs(loaded, [text]), generation_config=config, stopping_criteria=criteria)
+    for number, row in enumerate(found):
         ids = row[len(text.prompt) :].tolist()
         end = next((at + 1 for at, token in enumerate(ids) if token in chooser.ends), len(ids))
-        found = GrowingText(
+        written = GrowingText(
             index=text.index,
             number=number,
             prompt=text.prompt,
@@ -161,5 +178,5 @@ def _beams(
             seed=text.seed,
             ids=ids[:end],
         )
-        ending = chooser.ending(found) or Ending(text=loaded.decode(found.ids), reason="length")
-        yield chooser.generation(found, ending)
+        ending = chooser.ending(written) or Ending(text=loaded.decode(written.ids), reason="length")
+        yield chooser.generation(written, ending)

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,14 +37,10 @@ from forge.runtime.piece_channel import Inbox, Item, PieceReceiver, PieceSenders
 from forge.runtime.vllm_replicas import vllm_place
 from forge.serve.calls import (
     GenerateCall,
-    LabelAnswer,
-    MaskAnswer,
     ReplicaLostError,
     ServedModel,
-    TextAnswer,
     TextDelta,
-    TextOptions,
-    VectorAnswer,
+    TextsCall,
 )
 from forge.serve.http.errors import ApiError
 from forge.serve.http.settings import ServerSettings
@@ -114,7 +110,7 @@ class ModelReplica:
     def stats(self) -> tuple[str, dict[str, Any]]:
         return self._id, self._service.stats() | {"pid": os.getpid(), "node": ray.util.get_node_ip_address()}
 
-    async def generate(self, call: GenerateCall, address: ReturnAddress) -> AsyncGenerator[Item, None]:
+    async def generate(self, call: GenerateCall | TextsCall, address: ReturnAddress) -> AsyncGenerator[Item, None]:
         """Generate; the items are sent to the address, and yielded where it cannot be reached."""
         sender = await self._senders.to(address.path)
         async with contextlib.aclosing(self._items(call)) as items:
@@ -126,7 +122,7 @@ class ModelReplica:
                 else:
                     return  # the server's process has ended
 
-    async def _items(self, call: GenerateCall) -> AsyncGenerator[Item, None]:
+    async def _items(self, call: GenerateCall | TextsCall) -> AsyncGenerator[Item, None]:
         """The pieces of a call and its end; an error that is expected is an item, because Ray would wrap it."""
         from forge.serve.request import EngineError
 
@@ -140,18 +136,6 @@ class ModelReplica:
         except EngineError as error:
             yield ReplicaLostError(str(error))
 
-    async def embed(self, texts: Sequence[str]) -> VectorAnswer | ApiError:
-        return await _answered(self._service.embed(texts))
-
-    async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer | ApiError:
-        return await _answered(self._service.classify(texts))
-
-    async def fill_masks(self, texts: Sequence[str], top_k: int) -> MaskAnswer | ApiError:
-        return await _answered(self._service.fill_masks(texts, top_k=top_k))
-
-    async def translate(self, texts: Sequence[str], options: TextOptions) -> TextAnswer | ApiError:
-        return await _answered(self._service.translate(texts, options=options))
-
 
 def _readable(settings: ServerSettings, *, packed: Mapping[str, str]) -> ServerSettings:
     """The settings with folders of this node."""
@@ -161,13 +145,6 @@ def _readable(settings: ServerSettings, *, packed: Mapping[str, str]) -> ServerS
 
     adapters = tuple(f"{name}={here(folder)}" for name, folder in settings.named_adapters().items())
     return replace(settings, source=here(settings.source), adapters=adapters)
-
-
-async def _answered(work: Awaitable[_T]) -> _T | ApiError:
-    try:
-        return await work
-    except ApiError as error:
-        return error
 
 
 class RayBackend:
@@ -182,7 +159,7 @@ class RayBackend:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Sequence[TextDelta], None]:
+    async def generate(self, call: GenerateCall | TextsCall) -> AsyncGenerator[Sequence[TextDelta], None]:
         path = await self._receiver.listen()
         with self._counted(), self._receiver.inbox() as (number, inbox):
             address = ReturnAddress(path=path, call=number)
@@ -201,22 +178,6 @@ class RayBackend:
             finally:
                 if not is_over:
                     response.cancel()
-
-    async def embed(self, texts: Sequence[str]) -> VectorAnswer:
-        answer: VectorAnswer = await self._call(lambda: self._handle.embed.remote(texts))
-        return answer
-
-    async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer:
-        answer: LabelAnswer = await self._call(lambda: self._handle.classify.remote(texts))
-        return answer
-
-    async def fill_masks(self, texts: Sequence[str], *, top_k: int) -> MaskAnswer:
-        answer: MaskAnswer = await self._call(lambda: self._handle.fill_masks.remote(texts, top_k))
-        return answer
-
-    async def translate(self, texts: Sequence[str], *, options: TextOptions) -> TextAnswer:
-        answer: TextAnswer = await self._call(lambda: self._handle.translate.remote(texts, options))
-        return answer
 
     async def stats(self) -> Mapping[str, Mapping[str, Any]]:
         """The state of the replicas that answer."""
@@ -238,22 +199,6 @@ class RayBackend:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         return self._idle.is_set()
-
-    async def _call(self, send: Callable[[], Any]) -> Any:
-        with self._counted():
-            response = send()
-            try:
-                answer = await response
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
-            except RayTaskError:
-                raise
-            except _LOST as error:
-                raise ReplicaLostError(first_line(error)) from error
-            if isinstance(answer, ApiError):
-                raise answer
-            return answer
 
     @contextlib.contextmanager
     def _counted(self) -> Any:

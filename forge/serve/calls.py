@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,30 @@ class GenerateCall:
     flush_s: float = 0.0
     """Shortest time between two pieces, except at the end."""
 
+    @property
+    def verb(self) -> str:
+        return "generate"
+
+    @property
+    def num_texts(self) -> int:
+        return self.options.n
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextsCall:
+    """Texts, or pairs of texts, for each of which the model gives one result."""
+
+    verb: Literal["embed", "classify", "fill", "translate"]
+    texts: tuple[str | tuple[str, str], ...]
+    options: TextOptions | None = None
+    """Of a translation."""
+    num_candidates: int = 0
+    """Of each mask."""
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.texts)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScore:
@@ -81,8 +105,10 @@ class TextDelta:
     scores: tuple[TokenScore, ...] = ()
     finish_reason: str | None = None
     """`stop` or `length`, in the last piece of a text."""
+    value: Any = None
+    """In the last piece of an embedded text: its vector; of a classified one or of masks: its entry."""
     prompt_tokens: int = 0
-    """In the first piece of a call."""
+    """Read since the last piece; of a `GenerateCall` in its first piece."""
     restarts: bool = False
     """All texts of the call begin again with the next piece, because their replica was lost."""
 
@@ -117,50 +143,8 @@ class ModelBackend(Protocol):
     @property
     def info(self) -> ServedModel: ...
 
-    def generate(self, call: GenerateCall) -> AsyncGenerator[Sequence[TextDelta], None]:
-        """Generate; closing the generator cancels the generation."""
-
-    async def embed(self, texts: Sequence[str]) -> VectorAnswer: ...
-
-    async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer: ...
-
-    async def fill_masks(self, texts: Sequence[str], *, top_k: int) -> MaskAnswer: ...
-
-    async def translate(self, texts: Sequence[str], *, options: TextOptions) -> TextAnswer: ...
+    def generate(self, call: GenerateCall | TextsCall) -> AsyncGenerator[Sequence[TextDelta], None]:
+        """Generate, embed, classify or translate; closing the generator cancels the work."""
 
     async def stats(self) -> Mapping[str, Mapping[str, Any]]:
         """The state of every replica, by its id."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VectorAnswer:
-    """A vector for each text."""
-
-    vectors: tuple[tuple[float, ...], ...]
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelAnswer:
-    """What a classifier says about each text: `label`, `labels`, `scores` and `value`, as in `/v1/classify`."""
-
-    results: tuple[Mapping[str, Any], ...]
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MaskAnswer:
-    """The likeliest tokens for each mask of each text: `token`, `token_id` and `probability`."""
-
-    masks: tuple[tuple[tuple[Mapping[str, Any], ...], ...], ...]
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextAnswer:
-    """The text written for each source, and why it ended."""
-
-    texts: tuple[str, ...]
-    finish_reasons: tuple[str, ...]
-    prompt_tokens: int
-    completion_tokens: int = field(default=0)

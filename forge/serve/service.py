@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, replace
@@ -10,23 +11,20 @@ from typing import Any
 
 from forge.errors import ArgumentError, DivergedError
 from forge.inference.adapters import load_adapters
-from forge.inference.encode import classify, embed
+from forge.inference.encode import classify_each, embed_each
 from forge.inference.generate import generate
 from forge.inference.loaded import LoadedModel, load
-from forge.inference.masked import fill_masks, masked_ids
+from forge.inference.masked import fill_each, masked_ids
 from forge.inference.sampling import MIN_TEMPERATURE, SamplingParams
 from forge.process import one_line
-from forge.serve.batcher import Batcher
+from forge.serve.batcher import Batcher, TextBatch
 from forge.serve.calls import (
     GenerateCall,
-    LabelAnswer,
-    MaskAnswer,
     ServedModel,
-    TextAnswer,
     TextDelta,
     TextOptions,
+    TextsCall,
     TokenScore,
-    VectorAnswer,
 )
 from forge.serve.chat_prompts import ChatPrompts
 from forge.serve.engine import ServingEngine
@@ -146,8 +144,14 @@ class ModelService:
         if self._engine is not None:
             self._engine.close()
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Sequence[TextDelta], None]:
-        """Generate the texts of a call. Raises: ApiError if the call cannot be done; EngineError."""
+    async def generate(self, call: GenerateCall | TextsCall) -> AsyncGenerator[Sequence[TextDelta], None]:
+        """Do what a call asks for. Raises: ApiError if it cannot be done; EngineError."""
+        work = self._single(call) if isinstance(call, TextsCall) else self._generate(call)
+        async with contextlib.aclosing(work) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def _generate(self, call: GenerateCall) -> AsyncGenerator[Sequence[TextDelta], None]:
         assert self._engine is not None, "the routes generate with causal language models only"
         prompt = await self._prompt(call)
         stream = self._submit(call, prompt=prompt)
@@ -186,67 +190,63 @@ class ModelService:
         except ArgumentError as error:
             raise ApiError(str(error), code="invalid_value") from error
 
-    async def embed(self, texts: Sequence[str]) -> VectorAnswer:
-        """The vector of each text. Raises: ApiError."""
-        vectors = await self._single("embed", texts)
-        count = await asyncio.to_thread(self._count, texts)
-        return VectorAnswer(vectors=tuple(tuple(map(float, vector)) for vector in vectors), prompt_tokens=count)
-
-    async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer:
-        """The labels of each text or pair of texts. Raises: ApiError."""
-        found = await self._single("classify", texts)
-        results = tuple(
-            {"label": each.label, "labels": each.labels, "scores": each.probabilities, "value": each.value}
-            for each in found
-        )
-        return LabelAnswer(results=results, prompt_tokens=await asyncio.to_thread(self._count, texts))
-
-    async def fill_masks(self, texts: Sequence[str], *, top_k: int) -> MaskAnswer:
-        """The likeliest tokens for each mask of each text. Raises: ApiError."""
+    async def _single(self, call: TextsCall) -> AsyncGenerator[Sequence[TextDelta], None]:
+        key = (call.verb, call.options, call.num_candidates)
         try:
-            encoded = [masked_ids(self._loaded, text) for text in texts]
-        except (ArgumentError, ValueError) as error:
-            raise ApiError(one_line(error), code="invalid_value", param="input") from error
-        found = await self._single("fill", encoded, options=top_k)
-        masks = tuple(tuple(tuple(map(asdict, mask)) for mask in text) for text in found)
-        return MaskAnswer(masks=masks, prompt_tokens=sum(map(len, encoded)))
-
-    async def translate(self, texts: Sequence[str], *, options: TextOptions) -> TextAnswer:
-        """The text that an encoder-decoder writes for each source. Raises: ApiError."""
-        made = await self._single("translate", texts, options=options)
-        return TextAnswer(
-            texts=tuple(each.text for each in made),
-            finish_reasons=tuple(each.finish_reason for each in made),
-            prompt_tokens=sum(each.prompt_tokens for each in made),
-            completion_tokens=sum(each.completion_tokens for each in made),
-        )
-
-    async def _single(
-        self, verb: str, texts: Sequence[Any], *, options: TextOptions | int | None = None
-    ) -> Sequence[Any]:
-        try:
-            return await self._batcher.do(texts, key=(verb, options))
+            is_fill = call.verb == "fill"
+            texts = [masked_ids(self._loaded, str(text)) for text in call.texts] if is_fill else call.texts
+            async with contextlib.aclosing(self._batcher.do(texts, key=key)) as batches:
+                async for batch in batches:
+                    yield batch
         except (ArgumentError, ValueError) as error:
             raise ApiError(one_line(error), code="invalid_value", param="input") from error
         except DivergedError as error:
             raise _diverged(error) from error
 
-    def _work(self, key: Any, texts: Sequence[Any]) -> Sequence[Any]:
+    def _work(self, key: tuple[str, TextOptions | None, int], batch: TextBatch) -> None:
         """Called in a thread, one batch at a time."""
-        verb, options = key
-        if verb == "embed":
-            return embed(self._loaded, texts)
-        if verb == "classify":
-            return classify(self._loaded, texts)
-        if verb == "fill":
-            return fill_masks(self._loaded, texts, num_candidates=options)
-        room = self._loaded.max_positions or options.max_tokens
-        made = generate(self._loaded, texts, _sampling(options, room=max(1, room - 1)))
-        return sorted(made, key=lambda each: each.index)
+        verb, options, num_candidates = key
+        if options is not None:
+            return self._translate(batch, options)
 
-    def _count(self, texts: Sequence[Any]) -> int:
-        """Tokens of texts, or of pairs of them."""
-        return sum(sum(each.attention_mask) for each in self._loaded.tokenizer.encode_batch(list(texts)))
+        def watch(number: int, num_tokens: int) -> bool:
+            if is_wanted := batch.is_wanted(number):
+                batch.put(TextDelta(index=number, prompt_tokens=num_tokens))
+            return is_wanted
+
+        if verb == "embed":
+            for number, vector in embed_each(self._loaded, batch.texts, watch=watch):
+                batch.put(TextDelta(index=number, value=tuple(map(float, vector)), finish_reason="stop"))
+            return None
+        if verb == "fill":
+            for number, masks in fill_each(self._loaded, batch.texts, num_candidates=num_candidates, watch=watch):
+                filled = {"masks": [list(map(asdict, mask)) for mask in masks]}
+                batch.put(TextDelta(index=number, value=filled, finish_reason="stop"))
+            return None
+        for number, found in classify_each(self._loaded, batch.texts, watch=watch):
+            value = {"label": found.label, "labels": found.labels, "scores": found.probabilities}
+            batch.put(TextDelta(index=number, value=value | {"value": found.value}, finish_reason="stop"))
+        return None
+
+    def _translate(self, batch: TextBatch, options: TextOptions) -> None:
+        sources = [self._loaded.encode(text) for text in batch.texts]
+        counts: dict[int, int] = {}
+
+        def watch(number: int, num_tokens: int) -> bool:
+            if not batch.is_wanted(number):
+                return False
+            num_read = 0 if number in counts else len(sources[number])
+            num_new = max(0, num_tokens - counts.get(number, 0))
+            counts[number] = counts.get(number, 0) + num_new
+            if num_read or num_new:
+                batch.put(TextDelta(index=number, prompt_tokens=num_read, num_tokens=num_new))
+            return True
+
+        room = self._loaded.max_positions or options.max_tokens or 1
+        sampling = _sampling(options, room=max(1, room - 1))
+        for made in generate(self._loaded, sources, sampling, watch=watch):
+            if batch.is_wanted(made.index):
+                batch.put(TextDelta(index=made.index, text=made.text, finish_reason=made.finish_reason))
 
     async def _prompt(self, call: GenerateCall) -> Sequence[int]:
         if call.messages:

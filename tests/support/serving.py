@@ -19,13 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from forge.serve.calls import (
     GenerateCall,
-    LabelAnswer,
-    MaskAnswer,
     ServedModel,
-    TextAnswer,
     TextDelta,
-    TextOptions,
-    VectorAnswer,
+    TextsCall,
 )
 from forge.serve.http.api_keys import KeyRing
 from forge.serve.http.app import build_app
@@ -69,22 +65,10 @@ class LocalBackend:
     def __init__(self, service: ModelService) -> None:
         self.service, self.info = service, service.info
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Sequence[TextDelta], None]:
+    async def generate(self, call: GenerateCall | TextsCall) -> AsyncGenerator[Sequence[TextDelta], None]:
         async with contextlib.aclosing(self.service.generate(call)) as batches:
             async for batch in batches:
                 yield batch
-
-    async def embed(self, texts: Sequence[str]) -> VectorAnswer:
-        return await self.service.embed(texts)
-
-    async def classify(self, texts: Sequence[str | tuple[str, str]]) -> LabelAnswer:
-        return await self.service.classify(texts)
-
-    async def fill_masks(self, texts: Sequence[str], *, top_k: int) -> MaskAnswer:
-        return await self.service.fill_masks(texts, top_k=top_k)
-
-    async def translate(self, texts: Sequence[str], *, options: TextOptions) -> TextAnswer:
-        return await self.service.translate(texts, options=options)
 
     async def stats(self) -> Mapping[str, Mapping[str, Any]]:
         return {"local": self.service.stats()}

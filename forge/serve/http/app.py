@@ -6,9 +6,9 @@ model in its own process.
 
 from __future__ import annotations
 
-import asyncio
 import base64
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from forge.serve.calls import TextOptions
+from forge.serve.calls import TextDelta, TextOptions, TextsCall
 from forge.serve.http.bodies import (
     ChatBody,
     ClassifyBody,
@@ -28,7 +28,7 @@ from forge.serve.http.bodies import (
     TranslateBody,
 )
 from forge.serve.http.errors import ApiError, invalid_body
-from forge.serve.http.generation import repeated
+from forge.serve.http.generation import Usage
 from forge.serve.http.guard import Guard
 from forge.serve.http.json_body import JsonRoute
 from forge.serve.http.serving import Serving
@@ -111,14 +111,12 @@ def _add_tasks(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> JSONResponse:
         serving.require_model(body.model, kinds=("embedding",), what="makes no embeddings")
-        answer = await _admitted(serving, request, lambda: serving.backend.embed(body.texts))
-        data = [
-            {"object": "embedding", "index": index, "embedding": _vector(vector, body=body)}
-            for index, vector in enumerate(answer.vectors)
-        ]
-        return JSONResponse(
-            {"object": "list", "data": data, "model": body.model, "usage": _usage(answer.prompt_tokens)}
-        )
+        call = TextsCall(verb="embed", texts=tuple(body.texts))
+
+        def entry(index: int, delta: TextDelta) -> dict[str, Any]:
+            return {"object": "embedding", "index": index, "embedding": _vector(delta.value, body=body)}
+
+        return await _answer_texts(serving, request, call, model=body.model, entry=entry)
 
     @app.post("/v1/classify")
     async def classify(body: ClassifyBody, request: Request) -> JSONResponse:
@@ -127,20 +125,16 @@ def _add_tasks(app: FastAPI, serving: Serving) -> None:
         )
         given = [body.input] if isinstance(body.input, str) else body.input
         texts = [each if isinstance(each, str) else (each[0], each[1]) for each in given]
-        answer = await _admitted(serving, request, lambda: serving.backend.classify(texts))
-        data = [{"index": index, **each} for index, each in enumerate(answer.results)]
-        return JSONResponse(
-            {"object": "list", "data": data, "model": body.model, "usage": _usage(answer.prompt_tokens)}
-        )
+        call = TextsCall(verb="classify", texts=tuple(texts))
+        return await _answer_texts(serving, request, call, model=body.model, entry=_entry)
 
     @app.post("/v1/fill-mask")
     async def fill_mask(body: FillMaskBody, request: Request) -> JSONResponse:
         serving.require_model(body.model, kinds=("masked-lm",), what="fills no masks")
         texts = [body.input] if isinstance(body.input, str) else body.input
         top_k = body.top_k or _DEFAULT_CANDIDATES
-        answer = await _admitted(serving, request, lambda: serving.backend.fill_masks(texts, top_k=top_k))
-        data = [{"index": index, "masks": masks} for index, masks in enumerate(answer.masks)]
-        return _list_of(data, model=body.model, usage=_usage(answer.prompt_tokens))
+        call = TextsCall(verb="fill", texts=tuple(texts), num_candidates=top_k)
+        return await _answer_texts(serving, request, call, model=body.model, entry=_entry)
 
     @app.post("/v1/translate")
     async def translate(body: TranslateBody, request: Request) -> JSONResponse:
@@ -151,40 +145,43 @@ def _add_tasks(app: FastAPI, serving: Serving) -> None:
             temperature=0.0,
             num_beams=body.num_beams or 1,
         )
-        answer = await _admitted(serving, request, lambda: serving.backend.translate(texts, options=options))
-        data = [
-            {"index": index, "text": text, "finish_reason": reason}
-            for index, (text, reason) in enumerate(zip(answer.texts, answer.finish_reasons, strict=True))
-        ]
-        usage = _usage(answer.prompt_tokens, completion_tokens=answer.completion_tokens)
-        return _list_of(data, model=body.model, usage=usage)
+        call = TextsCall(verb="translate", texts=tuple(texts), options=options)
+
+        def entry(index: int, delta: TextDelta) -> dict[str, Any]:
+            return {"index": index, "text": delta.text, "finish_reason": delta.finish_reason}
+
+        return await _answer_texts(serving, request, call, model=body.model, entry=entry)
 
 
-async def _admitted(serving: Serving, request: Request, work: Callable[[], Awaitable[Any]]) -> Any:
-    """Do work that answers at once, within the limits of the server and the key."""
-    key = serving.key_of(request)
-    serving.limiter.admit(key)
-    ticket = serving.admission.enter()
-    limit_s = key.limits.seconds_per_request
-    try:
-        async with asyncio.timeout(limit_s):
-            answer = await unless_gone(request, repeated(work))
-        num_generated = getattr(answer, "completion_tokens", 0)
-        serving.limiter.charge(key, num_tokens=answer.prompt_tokens + num_generated)
-        serving.telemetry.prompted(answer.prompt_tokens, key=key.name)
-        if num_generated:
-            serving.telemetry.generated(num_generated, key=key.name)
-        request.state.entry["prompt_tokens"] = answer.prompt_tokens
-        return answer
-    except TimeoutError:
-        serving.telemetry.cut("time")
-        raise ApiError(
-            f"the answer takes more than the {limit_s:g} s that its key allows; send less at once",
-            status=503,
-            code="time_limit",
-        ) from None
-    finally:
-        ticket.close()
+async def _answer_texts(
+    serving: Serving, request: Request, call: TextsCall, *, model: str, entry: Callable[[int, TextDelta], Any]
+) -> JSONResponse:
+    """Answer with the result of each text, within the limits of the server and the key.
+
+    Args:
+        entry: makes a text's entry in the answer from its last piece.
+    """
+    key, usage = serving.key_of(request), Usage()
+    pieces = serving.generator.stream(
+        serving.backend, [call], key=key, usage=usage, entry=request.state.entry, may_restart=True
+    )
+
+    async def last_pieces() -> dict[int, TextDelta]:
+        async with contextlib.aclosing(pieces):
+            return {delta.index: delta async for delta in pieces if delta.finish_reason is not None}
+
+    found = await unless_gone(request, last_pieces())
+    data = [entry(index, found[index]) for index in range(call.num_texts)]
+    shown = usage.as_json()
+    if call.verb != "translate":
+        del shown["completion_tokens"]
+    return JSONResponse(
+        {"object": "list", "data": data, "model": model, "usage": shown}, headers=serving.limiter.headers(key)
+    )
+
+
+def _entry(index: int, delta: TextDelta) -> dict[str, Any]:
+    return {"index": index, **delta.value}
 
 
 def _vector(vector: tuple[float, ...], *, body: EmbeddingBody) -> list[float] | str:
@@ -198,15 +195,6 @@ def _vector(vector: tuple[float, ...], *, body: EmbeddingBody) -> list[float] | 
     if body.encoding_format == "base64":
         return base64.b64encode(values.astype("<f4").tobytes()).decode()
     return [float(value) for value in values]
-
-
-def _list_of(data: list[dict[str, Any]], *, model: str, usage: dict[str, int]) -> JSONResponse:
-    return JSONResponse({"object": "list", "data": data, "model": model, "usage": usage})
-
-
-def _usage(prompt_tokens: int, *, completion_tokens: int = 0) -> dict[str, int]:
-    found = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + completion_tokens}
-    return found | ({"completion_tokens": completion_tokens} if completion_tokens else {})
 
 
 def _model(name: str, serving: Serving) -> dict[str, Any]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from forge.serve.calls import GenerateCall, ModelBackend, ReplicaLostError, TextDelta
+from forge.serve.calls import GenerateCall, ModelBackend, ReplicaLostError, TextDelta, TextsCall
 from forge.serve.http.admission import Admission, Ticket
 from forge.serve.http.api_keys import ApiKey
 from forge.serve.http.errors import ApiError
 from forge.serve.http.rate_limit import RateLimiter
 from forge.serve.http.telemetry import Telemetry
 
-_T = TypeVar("_T")
 _MAX_ATTEMPTS = 3
 _LOST_RETRY_S = 2.0
 _MAX_QUEUED_PIECES = 64
@@ -47,7 +46,7 @@ class Generator:
     async def stream(
         self,
         backend: ModelBackend,
-        calls: Sequence[GenerateCall],
+        calls: Sequence[GenerateCall | TextsCall],
         *,
         key: ApiKey,
         usage: Usage,
@@ -68,7 +67,7 @@ class Generator:
         ticket = self._admission.enter()
         limit_s = key.limits.seconds_per_request
         deadline = None if limit_s is None else asyncio.get_running_loop().time() + limit_s
-        unfinished = set(range(sum(call.options.n for call in calls)))
+        unfinished = set(range(sum(call.num_texts for call in calls)))
         pieces = _all(backend, calls, may_restart=may_restart)
         try:
             while unfinished:
@@ -78,16 +77,20 @@ class Generator:
                 if delta.finish_reason is not None:
                     unfinished.discard(delta.index)
                 if delta.restarts:
-                    unfinished |= set(range(delta.index, delta.index + calls[0].options.n))
+                    unfinished |= set(range(delta.index, delta.index + calls[0].num_texts))
                 yield delta
         except TimeoutError:
             self._telemetry.cut("time")
-            if not ticket.is_started:
+            is_text = calls[0].verb == "generate"
+            if not (ticket.is_started and is_text):
+                problem = f"the request waited for the {limit_s:g} s that its key allows"
+                if not is_text:
+                    problem = f"the answer takes more than the {limit_s:g} s that its key allows; send less at once"
                 raise ApiError(
-                    f"the request waited for the {limit_s:g} s that its key allows",
+                    problem,
                     status=503,
                     code="time_limit",
-                    retry_after_s=_LOST_RETRY_S,
+                    retry_after_s=_LOST_RETRY_S if is_text else None,
                 ) from None
             for index in sorted(unfinished):
                 yield TextDelta(index=index, finish_reason="length")
@@ -99,7 +102,7 @@ class Generator:
             raise
         finally:
             self._limiter.charge(key, num_tokens=usage.prompt_tokens + usage.completion_tokens)
-            self._telemetry.finished(route="generate", seconds=self._admission.clock() - ticket.began)
+            self._telemetry.finished(route=calls[0].verb, seconds=self._admission.clock() - ticket.began)
             entry |= usage.as_json()
             ticket.close()
             await pieces.aclose()
@@ -107,6 +110,7 @@ class Generator:
     def _count(self, delta: TextDelta, *, ticket: Ticket, key: ApiKey, usage: Usage, entry: dict[str, Any]) -> None:
         if not ticket.is_started:
             ticket.start()
+        if delta.num_tokens and "first_token_s" not in entry:
             seconds = self._admission.clock() - ticket.began
             self._telemetry.first_token(seconds)
             entry["first_token_s"] = round(seconds, 4)
@@ -119,7 +123,7 @@ class Generator:
 
 
 async def _all(
-    backend: ModelBackend, calls: Sequence[GenerateCall], *, may_restart: bool
+    backend: ModelBackend, calls: Sequence[GenerateCall | TextsCall], *, may_restart: bool
 ) -> AsyncGenerator[TextDelta, None]:
     """The pieces of all calls, as they come."""
     if len(calls) == 1:
@@ -129,7 +133,7 @@ async def _all(
         return
     queue: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue(maxsize=_MAX_QUEUED_PIECES)
 
-    async def run(call: GenerateCall, base: int) -> None:
+    async def run(call: GenerateCall | TextsCall, base: int) -> None:
         try:
             async with contextlib.aclosing(_pieces(backend, call, may_restart=may_restart)) as pieces:
                 async for delta in pieces:
@@ -138,7 +142,7 @@ async def _all(
         except Exception as error:
             await queue.put(error)
 
-    n = calls[0].options.n
+    n = calls[0].num_texts
     tasks = [asyncio.ensure_future(run(call, number * n)) for number, call in enumerate(calls)]
     try:
         num_ended = 0
@@ -157,7 +161,7 @@ async def _all(
 
 
 async def _pieces(
-    backend: ModelBackend, call: GenerateCall, *, may_restart: bool
+    backend: ModelBackend, call: GenerateCall | TextsCall, *, may_restart: bool
 ) -> AsyncGenerator[TextDelta, None]:
     """The pieces of a call; it is sent to another replica if its own is lost before its first piece."""
     for attempt in range(1, _MAX_ATTEMPTS + 1):
@@ -174,17 +178,6 @@ async def _pieces(
                 raise
             if has_begun:
                 yield TextDelta(index=0, restarts=True)
-
-
-async def repeated(work: Callable[[], Awaitable[_T]]) -> _T:
-    """Do work that may be done again where a replica is lost. Raises: ApiError."""
-    for attempt in range(1, _MAX_ATTEMPTS + 1):
-        try:
-            return await work()
-        except ReplicaLostError as error:
-            if attempt == _MAX_ATTEMPTS:
-                raise _lost(error) from error
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _lost(error: ReplicaLostError) -> ApiError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -31,12 +32,13 @@ from forge.data.tokenizer import load_tokenizer
 from forge.inference.encode import classify, embed
 from forge.inference.loaded import load
 from forge.inference.masked import fill_masks, masked_ids
-from forge.serve.calls import VectorAnswer
+from forge.serve.calls import GenerateCall, TextDelta, TextsCall
 from forge.serve.chat_prompts import ChatPrompts
 from forge.serve.http import connection
 from forge.serve.http.api_keys import KEYS_VARIABLE, KeyLimits, KeyRing, keys_of_environment, new_key
 from forge.serve.http.settings import ServerSettings
 from forge.serve.service import ModelService
+from tests.support.command import wait_for
 from tests.support.objectives import write_tokenizer
 from tests.support.serving import LocalBackend, RunningServer, info_of, running
 
@@ -231,20 +233,90 @@ def test_request__hostile_host_or_body_without_a_key__is_answered(
 
 
 class SlowModel:
-    """A backend of embeddings that never come."""
+    """A backend that reads and writes some tokens, and then has no end."""
 
-    info = info_of(kind="embedding")
+    info = info_of(kind="seq2seq")
 
-    async def embed(self, texts: Sequence[str]) -> VectorAnswer:
-        await asyncio.sleep(60)
-        raise AssertionError
+    def __init__(self) -> None:
+        self.num_cancelled = 0
+
+    async def generate(self, call: GenerateCall | TextsCall) -> AsyncGenerator[Sequence[TextDelta], None]:
+        try:
+            yield [TextDelta(index=0, prompt_tokens=40, num_tokens=3)]
+            await asyncio.sleep(60)
+        finally:
+            self.num_cancelled += 1
+
+    async def stats(self) -> dict[str, dict[str, Any]]:
+        return {}
 
 
-def test_embeddings__longer_than_the_keys_time__are_cut() -> None:
-    with running(SlowModel(), limits=KeyLimits(seconds_per_request=0.2)) as server:
-        answer = httpx.post(f"{server.url}/v1/embeddings", json={"model": "tiny", "input": "x"}, trust_env=False)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "time_limit")
-        assert server.serving.admission.num_requests == 0
+def figures_of(server: RunningServer) -> tuple[int, int]:
+    figures = server.serving.telemetry.figures()
+    return figures["prompt_tokens"], figures["completion_tokens"]
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_translate__beyond_the_keys_time_or_for_nobody__is_cancelled_and_charged(is_gone: bool) -> None:
+    model, body = SlowModel(), {"model": "tiny", "input": ["x", "y"]}
+    limits = KeyLimits(seconds_per_request=None if is_gone else 0.2, tokens_per_minute=43)
+    with running(model, limits=limits) as server:
+        url = f"{server.url}/v1/translate"
+        if is_gone:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json=body, trust_env=False, timeout=0.3)
+            wait_for(lambda: model.num_cancelled)
+        else:
+            answer = httpx.post(url, json=body, trust_env=False)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "time_limit")
+        wait_for(lambda: server.serving.admission.num_requests == 0)
+        assert model.num_cancelled == 1 and figures_of(server) == (40, 3)
+        refused = httpx.post(url, json=body, trust_env=False)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        metrics = httpx.get(f"{server.url}/metrics", trust_env=False).text
+        assert f'forge_requests_cut_total{{reason="{"client" if is_gone else "time"}"}} 1.0' in metrics
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_translate__real_model_and_no_client__stops_within_a_step(tmp_path: Path, num_beams: int) -> None:
+    folder = folder_of(tmp_path, lambda: T5ForConditionalGeneration(_T5))
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    backend, steps = backend_of(folder), list[int]()
+    backend.service._loaded.model.decoder.register_forward_hook(lambda *_: steps.append(1))
+    with running(backend) as server:
+        body = {"model": "tiny", "input": TEXTS * 20, "max_tokens": 100_000, "num_beams": num_beams}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/translate", json=body, trust_env=False, timeout=1.0)
+        wait_for(lambda: server.serving.admission.num_requests == 0)
+        short = body | {"input": "dog", "max_tokens": 3}
+        answer = httpx.post(f"{server.url}/v1/translate", json=short, trust_env=False, timeout=60)
+        assert answer.json()["usage"]["completion_tokens"] <= 3
+        num_read, num_written = figures_of(server)
+        assert num_read > 0 and 0 < len(steps) < 50_000
+        assert num_written > 3 or num_beams > 1
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "classify"])
+def test_single_texts__real_model_and_no_client__the_rest_is_left_out(tmp_path: Path, kind: str) -> None:
+    build = BertModel if kind == "embeddings" else BertForSequenceClassification
+    backend, passes = backend_of(folder_of(tmp_path, lambda: build(_BERT))), list[int]()
+
+    def slow(*_: object) -> None:
+        passes.append(1)
+        time.sleep(0.05)
+
+    backend.service._loaded.model.register_forward_hook(slow)
+    with running(backend) as server:
+        url, texts = f"{server.url}/v1/{kind}", [f"dog {number}" for number in range(2000)]
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json={"model": "tiny", "input": texts}, trust_env=False, timeout=0.5)
+        wait_for(lambda: server.serving.admission.num_requests == 0)
+        num_read, _ = figures_of(server)
+        answer = httpx.post(url, json={"model": "tiny", "input": "dog"}, trust_env=False, timeout=60)
+        used = answer.json()["usage"]["prompt_tokens"]
+        assert len(passes) < 60, "2000 texts are 125 passes or more"
+        assert 0 < num_read < 1000 * used and figures_of(server) == (num_read + used, 0)
 
 
 def test_openapi__of_the_server__names_its_routes() -> None:
