@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
@@ -39,6 +40,7 @@ from forge.runtime.driver_process import RunHandle, find_local_run
 HEAD_CLI = "forge.remote.head_cli"
 _RETRY_S = (0.5, 1.0, 2.0, 5.0)
 _POLL_S = 0.05
+_OTHER_POLL_S = 0.5
 
 
 def find_run_handle(folder: Path) -> RunHandle | None:
@@ -141,6 +143,8 @@ class RemoteRun:
             began = time.monotonic()
             try:
                 self._follow_once()
+            except BlockingIOError:  # another process copies these records
+                time.sleep(_OTHER_POLL_S)
             except Exception as error:  # aiohttp, requests and Ray raise many unrelated classes here
                 if time.monotonic() - began > _RETRY_S[-1]:
                     num_failures = 0
@@ -152,11 +156,17 @@ class RemoteRun:
                 num_failures += 1
 
     def _follow_once(self) -> None:
-        with job_client(self._cluster) as client, _Mirror(self._folder, self._ref) as mirror:
-            self._is_over = asyncio.run(_tail(client, self._ref.job, mirror, self._take_output))
-            if self._is_over or not client.get_job_status(self._ref.job).is_terminal():
+        """Raises: BlockingIOError while another process or thread mirrors the run."""
+        with _only_mirror(self._folder):
+            self._ref = read_remote_ref(self._folder) or self._ref  # another mirror may have submitted another job
+            self._is_over = not self._ref.job
+            if self._is_over:
                 return
-        self._follow_again()
+            with job_client(self._cluster) as client, _Mirror(self._folder, self._ref) as mirror:
+                self._is_over = asyncio.run(_tail(client, self._ref.job, mirror, self._take_output))
+                if self._is_over or not client.get_job_status(self._ref.job).is_terminal():
+                    return
+            self._follow_again()
 
     def _take_output(self, line: str) -> None:
         """Show a line of the job's output that is not a record."""
@@ -181,6 +191,20 @@ class RemoteRun:
         python: str = ask(self._cluster, "check")["python"]
         with job_client(self._cluster) as client:
             submit_job(client, ref, verb="follow", python=python)
+
+
+@contextlib.contextmanager
+def _only_mirror(folder: Path) -> Iterator[None]:
+    """Be the only one that copies records into a folder, so that none is written twice.
+
+    Raises: BlockingIOError if another one is.
+    """
+    handle = os.open(folder / EVENTS, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 class _Mirror:

@@ -32,6 +32,11 @@ TOKEN_VARIABLE = "FORGE_UI_TOKEN"
 CSRF_HEADER = "x-forge-csrf"
 LOGIN = "/login"
 _OPEN_PREFIX = "/static/"
+_HEADERS = [
+    *(header for header in SAFETY_HEADERS if header[0] != b"referrer-policy"),
+    (b"referrer-policy", b"same-origin"),  # with no-referrer a browser sends a form with `Origin: null`
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
 _MIN_CHARS = 20
 """A shorter token could be guessed."""
 
@@ -116,8 +121,7 @@ class AccessGuard:
 
         async def send_safely(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                extra = [*SAFETY_HEADERS, (b"cross-origin-resource-policy", b"same-origin")]
-                message = {**message, "headers": [*message.get("headers", []), *extra]}
+                message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
             await send(message)
 
         refusal = self._refusal(scope, Headers(scope=scope))

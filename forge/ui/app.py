@@ -45,6 +45,8 @@ _HERE = Path(__file__).parent / "page"
 _TYPES = {"css": "text/css", "js": "text/javascript"}
 _EVERY_S = 1.0
 _BEAT_S = 15.0
+_FIRST_ROWS = 100
+"""That a list shows at once; more are laid out as the page is scrolled."""
 _MAX_STREAMS = 256
 _MAX_VIEWS = 16
 _MAX_BODY_BYTES = 4096
@@ -150,6 +152,7 @@ async def _list_page(pages: Pages, request: Request) -> Response:
         problem=runs.problem,
         num_unread=runs.num_unread,
         version=version,
+        first=_FIRST_ROWS,
         statuses=[*(name for name in STATUS_COLORS if name not in ("waiting", "diverged")), "broken"],
     )
 

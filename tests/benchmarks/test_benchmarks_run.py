@@ -28,6 +28,7 @@ SLOW = (
     "snapshot_overhead",
     "throughput",
     "tune",
+    "ui",
 )
 """Several programs with Ray or DeepSpeed each; half a minute and more even at their smallest size."""
 

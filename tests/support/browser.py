@@ -46,11 +46,11 @@ class Browser:
     async def type(self, text: str) -> None:
         await self.call("Input.insertText", text=text)
 
-    async def press(self, key: str, *, modifiers: int = 0, code: int = 0) -> None:
+    async def press(self, key: str, *, modifiers: int = 0, code: int = 0, text: str = "") -> None:
         for kind in ("keyDown", "keyUp"):
             await self.call(
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=modifiers,
-                windowsVirtualKeyCode=code,
+                windowsVirtualKeyCode=code, text=text,
             )  # fmt: skip
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +49,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     eventful(text=EVIL).write(root, EVIL.replace("/", "_"))
     lifelike().write(root, search_plan())
     return root
-
-
-@pytest.fixture
-def waiting_run(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
-    """A run whose driver waits to be stopped."""
-    folder = make_run(tmp_path, "waits")
-    script = tmp_path / "script.json"
-    script.write_text(json.dumps({"events": [], "until_stopped": True}))
-    command = [sys.executable, "-P", "-m", "tests.support.scripted_driver", str(folder)]
-    environment = {**os.environ, "FORGE_TEST_SCRIPT": str(script), "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(command, env=environment)
-    while not (folder / ".lock").exists() or not (folder / ".lock").read_text():
-        assert process.poll() is None
-    yield folder, process
-    process.kill()
-    process.wait()
 
 
 def test_pages__every_route__has_the_policy_and_loads_nothing_else(root: Path) -> None:

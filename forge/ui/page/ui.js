@@ -56,38 +56,45 @@ function follow(address, take) {
 /* The list of runs. */
 
 function startList() {
-  const body = at("runs").tBodies[0], rows = new Map();
+  const body = at("runs").tBodies[0], rows = new Map(), first = Number(page.first);
   const num = at("runs").tHead.rows[0].cells.length - 3;
-  let version = page.version;
+  let version = page.version, order = [], limit = first, isDue = false;
 
   const index = (row) => {
     const [name, status] = row.cells;
     row.words = `${name.querySelector("a").textContent} ${name.querySelector(".about").textContent}`.toLowerCase();
     row.status = status.firstChild.dataset.status;
   };
-  const showAge = (cell) => {
-    const ago = Math.max(0, Date.now() / 1000 - Number(cell.dataset.time));
-    setText(cell, `${duration(ago)} ago`);
-  };
-  const matches = (row) => {
-    const words = at("text").value.toLowerCase().split(/\s+/);
-    const status = at("status").value;
-    return (!status || row.status === status) && words.every((word) => row.words.includes(word));
-  };
-  const count = () => {
-    let shown = 0;
-    for (const row of rows.values()) shown += !row.hidden;
-    const all = rows.size.toLocaleString("en");
-    setText(at("count"), shown === rows.size ? `${all} runs` : `${shown.toLocaleString("en")} of ${all} runs`);
-    at("none").hidden = shown > 0;
+  const showAge = (cell) => setText(cell, `${duration(Math.max(0, Date.now() / 1000 - Number(cell.dataset.time)))} ago`);
+  const showAges = () => body.querySelectorAll(".when").forEach(showAge);
+  const arrange = () => {  // only some rows are in the page: laying out thousands takes seconds
+    isDue = false;
+    const words = at("text").value.toLowerCase().split(/\s+/), status = at("status").value;
+    const found = order.filter((row) => (!status || row.status === status) && words.every((word) => row.words.includes(word)));
+    const shown = found.slice(0, limit);
+    if (shown.length !== body.rows.length || shown.some((row, i) => row !== body.rows[i])) {
+      const focused = document.activeElement;
+      body.replaceChildren(...shown);
+      if (body.contains(focused)) focused.focus();
+    }
+    const all = `${order.length.toLocaleString("en")} run${order.length === 1 ? "" : "s"}`;
+    setText(at("count"), found.length === order.length ? all : `${found.length.toLocaleString("en")} of ${all}`);
+    at("none").hidden = found.length > 0;
+    at("more").hidden = found.length <= limit;
+    setText(at("more"), `Show ${Math.min(first, found.length - limit)} more of ${(found.length - limit).toLocaleString("en")}`);
+    showAges();
   };
   const filter = () => {
-    for (const row of rows.values()) row.hidden = !matches(row);
     const query = new URLSearchParams();
     if (at("text").value) query.set("q", at("text").value);
     if (at("status").value) query.set("state", at("status").value);
     history.replaceState(null, "", query.size ? `?${query}` : location.pathname);
-    count();
+    limit = first;
+    arrange();
+  };
+  const more = () => {
+    limit += first;
+    arrange();
   };
   const add = (key) => {
     const cells = Array.from({ length: num }, (_, i) => make("td", { class: `number c${i}` }));
@@ -96,18 +103,21 @@ function startList() {
     const row = make("tr", { "data-key": key }, name, make("td", {}, make("span", { class: "pill" })), ...cells,
       make("td", { class: "number when" }));
     rows.set(key, row);
-    body.prepend(row);
+    order.unshift(row);
     return row;
   };
   const take = (key, texts) => {
     if (texts === null) {
-      rows.get(key)?.remove();
+      order = order.filter((row) => row !== rows.get(key));
       rows.delete(key);
+      isDue = true;
       return;
     }
-    const row = rows.get(key) || add(key);
+    const isNew = !rows.has(key);
+    const row = isNew ? add(key) : rows.get(key);
     const [name, status, updated, about, problem, ...cells] = texts;
     const [link, tags, why] = row.cells[0].children;
+    const before = isNew ? "" : `${row.words} ${row.status}`;
     setText(link, name);
     setText(tags, about);
     setText(why, problem);
@@ -117,29 +127,31 @@ function startList() {
     when.dataset.time = updated;
     showAge(when);
     index(row);
-    row.hidden = !matches(row);
+    isDue ||= before !== `${row.words} ${row.status}`;
   };
 
-  for (const row of body.rows) {
+  order = [...body.rows, ...at("rest").content.children];
+  for (const row of order) {
     rows.set(row.dataset.key, row);
     index(row);
-    showAge(row.cells[row.cells.length - 1]);
   }
   const query = new URLSearchParams(location.search);
   at("text").value = query.get("q") || "";
   at("status").value = query.get("state") || "";
-  filter();
+  arrange();
   at("text").addEventListener("input", filter);
   at("status").addEventListener("change", filter);
   at("filter").addEventListener("submit", (event) => event.preventDefault());
-  setInterval(() => body.querySelectorAll(".when").forEach(showAge), 10000);
+  at("more").addEventListener("click", more);
+  new IntersectionObserver((seen) => seen.some((one) => one.isIntersecting) && more()).observe(at("more"));
+  setInterval(showAges, 10000);
   follow(() => `/events?since=${version}`, (body, id) => {
     if (body.reload) location.reload();
     version = id || version;
     const runs = body.state?.runs || {};
     for (const key in runs) take(key, runs[key]);
     at("unread")?.remove();
-    count();
+    if (isDue) arrange();
   });
 }
 
@@ -253,7 +265,21 @@ function takePoints(points) {
   }
 }
 
-let drawing = null, isDue = false;
+let drawing = null, isDue = false, plotly = null;
+
+/* plotly.js is large: the rest of the page does not wait for it. */
+function loadPlotly() {
+  plotly ||= new Promise((resolve, reject) => {
+    const script = make("script", { src: page.plotly });
+    script.onload = resolve;
+    script.onerror = () => {
+      plotly = null;
+      reject(new Error("plotly.js cannot be loaded"));
+    };
+    document.head.append(script);
+  });
+  return plotly;
+}
 
 function draw() {
   isDue = true;
@@ -265,19 +291,21 @@ function draw() {
 
 async function drawAll() {
   isDue = false;
-  const response = await fetch(`${page.path}/figures`).catch(() => null);
+  const [response] = await Promise.all([fetch(`${page.path}/figures`), loadPlotly()]).catch(() => [null]);
   if (!response?.ok) return;
   for (const figure of await response.json()) {
     const card = keyed("figures", figure.key, () => addTo("figures", make("section", { class: "card" },
-      make("h2", {}, figure.title), make("p", { class: "soft" }), make("div", { class: "chart", id: figure.key, role: "img", "aria-label": figure.title }))));
+      make("h2", {}, figure.title), make("p", { class: "soft" }), make("div", { role: "img", "aria-label": figure.title },
+      make("div", { class: "chart", id: figure.key, "aria-hidden": "true" })))));
     setText(card.children[1], figure.note);
-    const chart = card.children[2];
+    const chart = card.children[2].firstChild;
     chart.hidden = !figure.spec;
     if (!figure.spec) continue;
     chart.style.height = `${figure.spec.layout.height}px`;
     chart.numAdded = 0;
     await Plotly.react(chart, figure.spec.data, figure.spec.layout, { responsive: true, displayModeBar: false });
   }
+  at("js-plotly-tester")?.setAttribute("aria-hidden", "true");  // it measures texts
 }
 
 async function stopRun() {
@@ -336,11 +364,14 @@ function startRun() {
 /* The page that asks for the token; a link that forge ui prints has it after #, which no server is sent. */
 
 function startLogin() {
-  if (location.hash.length > 1) {
-    at("token").value = decodeURIComponent(location.hash.slice(1));
+  const use = () => {
+    if (location.hash.length < 2) return;
+    at("token").value = location.hash.slice(1);
     history.replaceState(null, "", location.pathname);
     at("login").requestSubmit();
-  }
+  };
+  addEventListener("hashchange", use);
+  use();
 }
 
 ({ list: startList, run: startRun, login: startLogin })[page.page]();
