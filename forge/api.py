@@ -15,17 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from forge.chaos.trace_file import read_trace
 from forge.chaos.trace_rates import trace_interruptions
-from forge.cluster.base import read_record
-from forge.cluster.registry import find_cluster, find_known, recorded_spec
+from forge.cluster.registry import find_cluster, find_known, running_spec
 from forge.config import load
-from forge.config.cluster import CloudSpec
 from forge.config.load import LoadedJob
 from forge.config.overrides import check_kind
 from forge.data.prepare import PrepareProgress
 from forge.data.view import Selection
 from forge.errors import ArgumentError, JobFileError
 from forge.plan.bill import Bill, BillScope, is_priced, make_bill
-from forge.plan.cluster_bill import cluster_cost
 from forge.plan.cluster_links import cluster_links
 from forge.plan.data_view import DataView
 from forge.plan.inputs import CorpusInfo
@@ -58,6 +55,7 @@ from forge.runtime.resolve import inspect_data as resolve_view
 from forge.runtime.resolve import prepare_data as resolve_prepared
 from forge.runtime.resolve import resolve, resolve_draft, with_data_folder
 from forge.runtime.resolve_code import with_run_code
+from forge.runtime.resolve_cost import with_cost, with_own_cost
 from forge.runtime.resolve_init import with_init
 from forge.runtime.resolve_space import with_space
 from forge.runtime.torch_subprocess import answer_prompts, export_weights
@@ -198,6 +196,7 @@ def plan_job(
     Raises: JobFileError, PlanError, DataError.
     """
     plan = with_space(resolve_draft(_loaded(job), on_progress=on_progress), must_fit=False)
+    plan = with_own_cost(plan)
     return replace(plan, warnings=plan.warnings + package_warnings(plan.job.tracking))
 
 
@@ -290,10 +289,11 @@ def start(
     if target is None:
         require_packages(loaded)
         plan = with_space(resolve(loaded, on_progress=on_progress), run_folder=resume, must_fit=True)
+        plan = with_own_cost(plan)
     else:
-        record = read_record(target.cluster.name)
-        links = cluster_links(recorded_spec(record) if record is not None else None)
-        plan = _with_cost(resolve_remote(target, loaded, links=links, on_progress=on_progress), target)
+        spec = running_spec(target.cluster.name)
+        plan = resolve_remote(target, loaded, links=cluster_links(spec), on_progress=on_progress)
+        plan = with_cost(plan, spec, usd_per_hour=target.cluster.price())
     if resume is not None:
         plan = resumed_plan(resume, plan)
     if on_plan is not None:
@@ -305,24 +305,6 @@ def start(
         reopen_run(folder, plan)
     remember_run(folder)
     return start_driver(folder) if target is None else submit(target, plan, folder=folder)
-
-
-def _with_cost(plan: Plan, target: RemoteTarget) -> Plan:
-    """Add what a run or a search costs on a cluster, if that is known."""
-    record = read_record(target.cluster.name)
-    if record is None or plan.forecast is None:
-        return plan
-    spec, region = recorded_spec(record), record.state.get("region")
-    if isinstance(spec, CloudSpec) and region:
-        spec = spec.model_copy(update={"regions": (str(region),)})
-    cost = cluster_cost(
-        plan,
-        spec,
-        load_offers().offers,
-        usd_per_hour=target.cluster.price(),
-        former=former_runs(Path(plan.job.checkpoint.runs), hardware=plan.hardware),
-    )
-    return replace(plan, forecast=replace(plan.forecast, cost=cost))
 
 
 def train_job(

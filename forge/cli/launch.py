@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -184,8 +185,9 @@ def _show_cost(plan: DraftPlan, priced: Bill | None, *, num_rows: int | None) ->
     from forge.cli import display
     from forge.cli.bill_table import show_bill
 
+    _show_own_cost(plan)
     if priced is None:
-        display.message("cost: nothing on this machine; resources.gpu: none is not priced on rented machines")
+        display.message("resources.gpu: none is not priced on rented machines")
         return
     what = "each trial on rented GPUs" if plan.search is not None else "on rented GPUs"
     show_bill(priced, title=what, num_rows=num_rows)
@@ -214,7 +216,7 @@ def confirm_plan(plan: Plan, target: RemoteTarget | None, request: Request) -> N
     show_plan(plan, to_stderr=request.output is Output.JSON)
     show_warnings(plan)
     if target is None:
-        display.message("cost: nothing is rented, it runs on this machine")
+        _show_own_cost(plan)
         return
     price = target.cluster.price()
     if price is not None:
@@ -224,7 +226,20 @@ def confirm_plan(plan: Plan, target: RemoteTarget | None, request: Request) -> N
     display.message(f"sending the run to the cluster '{target.cluster.name}'")
 
 
-def _show_cluster_cost(plan: Plan) -> None:
+def _show_own_cost(plan: DraftPlan) -> None:
+    """Show what a run on this machine costs: nothing, unless the environment has its price."""
+    from forge.cli import display
+    from forge.pricing.budget import PRICE_VARIABLE, read_price
+
+    price = read_price(os.environ)
+    if price is None:
+        display.message("cost: nothing is rented, it runs on this machine")
+    else:
+        _show_cluster_cost(plan)
+        display.message(f"this machine costs {price:.2f} USD an hour, by {PRICE_VARIABLE}")
+
+
+def _show_cluster_cost(plan: DraftPlan) -> None:
     from forge.cli import display
     from forge.cli.bill_table import range_text
 

@@ -118,6 +118,18 @@ def cluster_spec(name: str) -> ClusterSpec:
     return recorded_spec(record) if record is not None else load_cluster(name)
 
 
+def running_spec(name: str) -> ClusterSpec | None:
+    """Return the file of a cluster that was started from here, with the region that it is in; None without one.
+
+    Raises: ClusterError if its record is not valid any more.
+    """
+    record = read_record(name)
+    if record is None:
+        return None
+    spec, region = recorded_spec(record), record.state.get("region")
+    return spec.model_copy(update={"regions": (str(region),)}) if isinstance(spec, CloudSpec) and region else spec
+
+
 def recorded_spec(record: ClusterRecord) -> ClusterSpec:
     """Return the cluster file that a record has. Raises: ClusterError if it is not valid any more."""
     try:

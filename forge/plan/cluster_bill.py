@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from forge.config.cluster import CloudSpec, ClusterSpec
+from forge.config.cluster import CloudSpec, ClusterSpec, LocalSpec
 from forge.plan.candidates import Candidate, describe, find_candidates
 from forge.plan.durations import ClusterCost
 from forge.plan.forecast import FormerRun
@@ -41,7 +41,8 @@ def cluster_cost(
     worlds = plan.forecast.worlds if plan.forecast is not None else ()
     if not worlds or usd_per_hour is None:
         return None
-    hours, machines = worlds[-1].hours, f"all machines of '{spec.name}'"
+    hours = worlds[-1].hours
+    machines = "this machine" if isinstance(spec, LocalSpec) else f"all machines of '{spec.name}'"
     if plan.search is not None:
         hours = hours.scaled(math.ceil(plan.search.num_trials / plan.search.trials_at_once))
         machines += f" for {plan.search.num_trials} trials, if none is stopped early"

@@ -23,6 +23,7 @@ from forge.pricing.price_list import listed_prices
 from forge.pricing.snapshot import Fetch, PriceSnapshot, SpotRisk, read_snapshot, save_snapshot
 
 CLOUDS = ("aws", "azure", "gcp")
+_STALE_DAYS = 30
 SOURCES = ("aws", "spot-advisor", "azure", "gcp", "gpuhunt")
 
 
@@ -166,4 +167,5 @@ def _span(days: set[date], *, today: date) -> str:
     oldest, newest = min(days), max(days)
     age = (today - oldest).days
     since = f"{oldest}" if oldest == newest else f"{oldest} to {newest}"
-    return f"{since}, up to {age} days old" if age > 0 else since
+    old = "; --refresh asks for those of today" if age > _STALE_DAYS else ""
+    return f"{since}, up to {age} days old{old}" if age > 0 else since

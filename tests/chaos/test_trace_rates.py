@@ -92,3 +92,17 @@ def test_closed_form__restarts_from_checkpoints__agrees_with_the_simulation() ->
     assert simulated.finished_at_s is not None and math.isfinite(expected.hours)
     assert expected.hours == pytest.approx(simulated.finished_at_s / 3600, rel=0.02)
     assert expected.repeated_hours == pytest.approx(simulated.seconds["repeated"] / 3600, rel=0.15)
+
+
+def test_closed_form__restarts_at_losses_and_replacements__agrees_with_the_simulation() -> None:
+    hours, mtbf_h = 200.0, 8.0
+    trace = poisson(num_nodes=4, mtbf_s=3600 * mtbf_h, down_s=0, duration_s=1e7, seed=5)
+    settings = SimulationSettings(step_s=1.0, total_steps=hours * 3600, node_start_s=300.0, restart_s=60.0)
+    simulated = simulate(trace, "restart", settings=settings)
+    costs = ChangeCosts(pause_s=2 * 60.0, saved_every_s=settings.checkpoint_every_s, changes_per_loss=2)
+    expected = interrupted_run(
+        hours, num_machines=4, min_machines=1, losses_per_hour=1 / mtbf_h, start_s=300.0, costs=costs
+    )
+    assert simulated.finished_at_s is not None
+    # Replacements follow their losses after 300 s, not at random: they lose less.
+    assert simulated.finished_at_s / 3600 == pytest.approx(expected.hours, rel=0.03)

@@ -140,7 +140,7 @@ def test_load_offers__never_asked__shipped_list_with_its_age() -> None:
     found = load_offers()
     assert found.offers == offline_offers()
     assert found.notes[0].startswith("aws: prices as of 2025-06-28 to 2026-04-01, up to ")
-    assert found.notes[0].endswith(" days old")
+    assert found.notes[0].endswith(" days old; --refresh asks for those of today")
 
 
 def test_load_offers__refresh__is_kept_and_replaces_the_cloud(cache: Path) -> None:
