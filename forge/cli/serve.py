@@ -60,6 +60,8 @@ def start(
     replicas: opt.ReplicasOption = "1",
     max_running: opt.MaxRunningOption = 64,
     max_queue: opt.MaxQueueOption = 256,
+    max_connections: opt.MaxConnectionsOption = 4096,
+    max_connections_per_client: opt.ClientConnectionsOption = 1024,
     requests_per_minute: opt.RequestsOption = None,
     tokens_per_minute: opt.TokensOption = None,
     seconds_per_request: opt.SecondsOption = None,
@@ -83,14 +85,14 @@ def start(
     if cluster is None:
         _require_checkpoint(folder, step=parse_step(step))
     limits = KeyLimits(
-        requests_per_minute=requests_per_minute,
-        tokens_per_minute=tokens_per_minute,
+        requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute,
         seconds_per_request=seconds_per_request,
-    )
+    )  # fmt: skip
     settings = ServerSettings(
         name=name, source=str(folder), model_name=model_name or folder.name, step=parse_step(step), ema=ema,
         adapters=_adapters(adapter, runs=runs), host=host, port=port, keys_file=_absolute(keys), limits=limits,
         tls_cert=_absolute(tls_cert), tls_key=_absolute(tls_key), drain_s=drain, verify_start=check,
+        max_connections=max_connections, max_connections_per_client=max_connections_per_client,
         max_queue=max_queue, max_running=max_running, min_replicas=max(1, wanted.low),
         engine=engine.value, max_replicas=max(1, wanted.high),
     )  # fmt: skip

@@ -62,6 +62,13 @@ MaxRunningOption = Annotated[
 MaxQueueOption = Annotated[
     int, typer.Option("--max-queue", min=1, help="Requests that may wait; more are refused with 429.")
 ]
+MaxConnectionsOption = Annotated[
+    int, typer.Option("--max-connections", min=1, max=60_000, help="Open at once; more are refused with 503.")
+]
+ClientConnectionsOption = Annotated[
+    int,
+    typer.Option("--max-connections-per-client", min=1, max=60_000, help="Of one address; raise it for a proxy's."),
+]
 RequestsOption = Annotated[float | None, typer.Option("--requests-per-minute", help="Of each key.")]
 TokensOption = Annotated[
     float | None, typer.Option("--tokens-per-minute", help="Of each key, of prompts and answers.")

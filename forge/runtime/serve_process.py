@@ -62,7 +62,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("forge.serve")
 _STATUS_EVERY_S = 1.0
-_MAX_CONNECTIONS = 4096
 _KEEP_ALIVE_S = 30
 _NOTICE_MARGIN_S = 5.0
 
@@ -181,14 +180,13 @@ class ModelServer:
         server = _UvicornServer(
             uvicorn.Config(
                 build_app(self._serving),
-                http=LimitedConnection,
+                http=LimitedConnection.within(self._serving.connections),
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=_MAX_CONNECTIONS,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 ssl_certfile=self._settings.tls_cert,
                 ssl_keyfile=self._settings.tls_key,

@@ -14,7 +14,7 @@ import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray import serve
@@ -46,7 +46,6 @@ from forge.serve.http.errors import ApiError
 from forge.serve.http.settings import ServerSettings
 
 _log = logging.getLogger("forge.serve")
-_T = TypeVar("_T")
 _HEALTH_PERIOD_S = 5.0
 _OWN_ERRORS = "forge.errors."
 """How Ray names one of forge's errors in a traceback."""

@@ -92,8 +92,9 @@ def running(backend: Any, *, keys: KeyRing | None = None, **settings: Any) -> It
     options = ServerSettings(name="test", source="", model_name=backend.info.name, **settings)
     serving = Serving(settings=options, backend=backend, keys=keys or KeyRing((), limits=options.limits))
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        protocol = LimitedConnection.within(serving.connections)
         config = uvicorn.Config(
-            build_app(serving), http=LimitedConnection, lifespan="off", log_config=None, server_header=False
+            build_app(serving), http=protocol, lifespan="off", log_config=None, server_header=False
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[listener]),), daemon=True)

@@ -7,6 +7,7 @@ from fastapi import Request
 from forge.serve.calls import ModelBackend
 from forge.serve.http.admission import Admission
 from forge.serve.http.api_keys import ApiKey, KeyRing
+from forge.serve.http.connection import ConnectionLimit
 from forge.serve.http.errors import ApiError
 from forge.serve.http.generation import Generator
 from forge.serve.http.rate_limit import RateLimiter
@@ -23,6 +24,11 @@ class Serving:
         self.settings, self.backend, self.keys = settings, backend, keys
         self.telemetry = Telemetry(usd_per_hour=usd_per_hour)
         self.admission = Admission(max_queue=settings.max_queue, telemetry=self.telemetry)
+        self.connections = ConnectionLimit(
+            most=settings.max_connections,
+            most_per_client=settings.max_connections_per_client,
+            telemetry=self.telemetry,
+        )
         self.limiter = RateLimiter()
         self.generator = Generator(admission=self.admission, limiter=self.limiter, telemetry=self.telemetry)
         self._everyone = ApiKey(name="everyone", sha256="", limits=settings.limits)

@@ -45,6 +45,10 @@ class ServerSettings:
     """Requests that wait for their first token; more are refused with status 429."""
     max_running: int = 64
     """Requests that one replica generates for at the same time."""
+    max_connections: int = 4096
+    """Open at the same time, also those without a request; more are refused with status 503."""
+    max_connections_per_client: int = 1024
+    """The same of one address, or of one IPv6 network of 64 bits. All clients behind a proxy have one address."""
     max_body_bytes: int = 4 * 2**20
     """Of a request. A prompt of a million tokens has about four bytes per token."""
     body_timeout_s: float = 30.0

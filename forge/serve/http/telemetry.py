@@ -42,6 +42,8 @@ class Telemetry:
         self._cut = Counter("requests_cut", "Requests cancelled, by reason.", ("reason",), **shared)
         self._waiting = Gauge("queue_waiting", "Requests without a first token.", **shared)
         self._running = Gauge("queue_running", "Requests being generated.", **shared)
+        self._connections = Gauge("connections", "Open connections.", **shared)
+        self._refused = Counter("connections_refused", "Connections refused, by limit.", ("limit",), **shared)
         self._replicas = Gauge("replicas", "Replicas that answer.", **shared)
         self._cache = Gauge("cache_use_ratio", "Share of the key-value cache in use.", ("replica",), **shared)
         Gauge("tokens_per_second", "Over the last minute.", **shared).set_function(self.tokens_per_s)
@@ -88,6 +90,14 @@ class Telemetry:
     def cut(self, reason: str) -> None:
         """Count a request that ended early: `client`, `time`, `replica` or `stop`."""
         self._cut.labels(reason).inc()
+
+    def connections(self, count: int) -> None:
+        """Note how many connections are open."""
+        self._connections.set(count)
+
+    def refused(self, limit: str) -> None:
+        """Count a connection that is one too many: in `all`, or of its `client`."""
+        self._refused.labels(limit).inc()
 
     def replicas(self, stats: Mapping[str, Mapping[str, Any]]) -> None:
         """Note the state of the replicas, by id."""
