@@ -101,6 +101,9 @@ class PairSpec(Section):
         return self
 
 
+_WITHOUT_TEXT_KEY = ("chat", "preference", "pair", "embedding")
+
+
 class DataSpec(Section):
     """The training text: raw text → documents → token shards → the batch of step t."""
 
@@ -223,6 +226,9 @@ class DataSpec(Section):
         if self.format != "embedding" and self.embedding != EmbeddingSpec():
             problem = f"is only for format: embedding, not {self.format}"
             errors.append(FieldError("embedding", problem, depends_on=("format",)))
+        if self.format in _WITHOUT_TEXT_KEY and self.text_key != "text":
+            problem = f"is not read with format: {self.format}, whose fields have names of their own"
+            errors.append(FieldError("text_key", problem, depends_on=("format",)))
         if self.packing == "concatenate" and self.format != "text":
             problem = f"must be examples or none with format {self.format}"
             errors.append(FieldError("packing", problem, nearest="examples"))

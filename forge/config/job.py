@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pydantic import Field, field_validator, model_validator
 
 from forge.config.checkpoint_path import tokenizer_of
+from forge.config.classification import LabelsSpec
 from forge.config.data import DataSpec, TokenizerSpec
 from forge.config.evaluate import EvaluateSpec
 from forge.config.metrics import check_metrics
@@ -151,6 +152,10 @@ class JobSpec(Section):
         if name == "classification" and given not in (None, kind):
             problem = f"must be that of training.classification.kind: {kind}; leave it out"
             yield FieldError("data.labels.kind", problem, depends_on=("training.classification.kind",))
+        unread = "pair_key" if kind == "token" else "words_key"
+        if name == "classification" and getattr(self.data.labels, unread) != getattr(LabelsSpec(), unread):
+            problem = f"is not read with training.classification.kind: {kind}"
+            yield FieldError(f"data.labels.{unread}", problem, depends_on=("training.classification.kind",))
         if kind == "regression" and self.data.labels.names is not None:
             yield FieldError("data.labels.names", "is not for kind: regression, whose labels are numbers")
         weights, names = self.training.classification.class_weights, self.data.labels.names

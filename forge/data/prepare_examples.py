@@ -105,7 +105,11 @@ def write_examples(
     notes = _notes(totals, counts=_counts_of(example_format))
     if not writer.num_examples:
         left_out = {f"records that cannot be used, such as {bad.listed[0]}": bad.count} if bad.count else {}
-        found = ", ".join(f"{count:,} {reason}" for reason, count in (notes | left_out).items())
+        places = _places(own=totals.noted, of_format=context.noted)
+        first = {reason: f" (the first: {listed[0]})" for reason, listed in places.items()}
+        found = ", ".join(
+            f"{count:,} {reason}{first.get(reason, '')}" for reason, count in (notes | left_out).items()
+        )
         of = "the corpus" if sample is None else "the sample of the corpus"
         raise DataError(f"{of} has no training example ({totals.documents + bad.count:,} records: {found})")
     is_held_out = _choose_held_out(writer.keys, writer.lengths, share=spec.held_out)

@@ -104,6 +104,12 @@ def test_digest__other_objectives__do_not_depend_on_the_sections() -> None:
             "training.classification.class_weights",
             "has 2 weights for 3 labels",
         ),
+        ({"data": {"labels": {"words_key": "words"}}}, "data.labels.words_key", "kind: single"),
+        (
+            {"training": {"classification": {"kind": "token"}}, "data": {"labels": {"pair_key": "b"}}},
+            "data.labels.pair_key",
+            "is not read with training.classification.kind: token",
+        ),
         (
             {"training": {"classification": {"kind": "regression", "class_weights": "balanced"}}},
             "training.classification.class_weights",

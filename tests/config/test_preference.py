@@ -44,6 +44,7 @@ def load(folder: Path, **changes: Any) -> Any:
             "beside model.lora.modules_to_save",
         ),
         ({"model__lora": {"quantize": "nf4"}}, r"must be live with model\.lora\.quantize"),
+        ({"data__text_key": "body"}, r"data\.text_key: is not read with format: preference"),
         ({"data__chat": {"turns": "last"}}, r"chat\.turns: is only for format: chat"),
         ({"data__format": "chat", "data__preference": {"texts": "plain"}}, "preference: is only for format: pref"),
     ],

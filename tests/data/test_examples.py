@@ -264,7 +264,9 @@ def test_prepare__a_format_with_more_arrays_and_weights__keeps_them(
 def test_prepare__no_example_with_a_weight__is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "scored", f"{__name__}:Scored")
     (tmp_path / "a.jsonl").write_text('{"text": "some text", "label": 0}\n' * 3)
-    with pytest.raises(DataError, match=r"no training example .*: 3 examples of weight 0 dropped, 7 texts short"):
+    with pytest.raises(
+        DataError, match=r"no training example .*: 3 examples of .* 0 dropped \(the first: .*:1\), 7 texts"
+    ):
         prepared(tmp_path / "a.jsonl", tmp_path, format="scored")
 
 
