@@ -76,9 +76,11 @@ def write_runs(root: Path, *, num_runs: int) -> None:
     first = history.write(root, "running")
     history.record(RunFinished(step=_STEPS))
     history.write(root, "run-0001")
+    day_before = time.time() - 86_400
+    for folder in (first, root / "run-0001"):
+        os.utime(folder / "plan.json", (day_before, day_before))
     for number in range(2, num_runs):
         shutil.copytree(root / "run-0001", root / f"run-{number:04d}")
-    assert first.is_dir()
 
 
 @contextlib.contextmanager

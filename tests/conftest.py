@@ -33,6 +33,7 @@ ALONE = (
     *("runtime/test_budget_run.py", "runtime/test_corpus_server.py", "runtime/test_driver_watch.py"),
     *("runtime/test_object_store_run.py", "runtime/test_odd_environment.py", "runtime/test_start_agent.py"),
     *("runtime/test_regimes_end_to_end.py", "runtime/test_shard_map.py", "evaluate/test_run.py"),
+    *("ui/test_pages_in_browser.py", "ui/test_real_run.py"),
     *("runtime/test_train_end_to_end.py", "runtime/test_user_code_end_to_end.py"),
 )
 """Folders and modules under tests/ that start Ray or hosts, or measure; `make test` runs them one at a time, and

@@ -7,6 +7,7 @@ keeps a few numbers of each run, neither its events nor its plan.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from forge.errors import ArgumentError
 from forge.plan.plan import Plan
 from forge.runs.annotations import ANNOTATIONS
-from forge.runs.reader import ENDINGS, RunSummary, Status, read_plan, status_of
+from forge.runs.reader import ENDINGS, LOCK, RunSummary, Status, read_plan, status_of
 from forge.runs.records import EVENTS, METRICS, RecordReader, last_step_of
 from forge.runs.remote_ref import REMOTE
 from forge.runs.trials import TrialTable
@@ -96,6 +97,8 @@ class GlanceReader:
         before, now = self._stamps, stamps_of(self._folder)
         if now[_PLAN] is None:
             raise ArgumentError(f"{self._folder} holds no run any more")
+        if now == before and self.glance.status != "running" and not self.has_more:
+            return False  # a driver writes its pid into the lock
         if is_rewritten(before, now):
             self._open(now)
             before = self._stamps
@@ -138,13 +141,13 @@ def is_rewritten(before: Mapping[str, _Stamp], now: Mapping[str, _Stamp]) -> boo
 
 
 def stamps_of(folder: Path) -> dict[str, _Stamp]:
-    """Return inode, size and time of modification of the files of a run that change."""
-    return {name: _stamp(folder / name) for name in (_PLAN, EVENTS, METRICS, REMOTE, ANNOTATIONS)}
+    """Return inode, size and time of modification of the files of a run that change; of the lock, for its pid."""
+    return {name: _stamp(f"{folder}/{name}") for name in (_PLAN, EVENTS, METRICS, REMOTE, ANNOTATIONS, LOCK)}
 
 
-def _stamp(path: Path) -> _Stamp:
+def _stamp(path: str) -> _Stamp:
     try:
-        found = path.lstat()
+        found = os.lstat(path)
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns

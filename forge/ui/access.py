@@ -21,8 +21,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from forge.errors import ArgumentError, printable
 from forge.serve.http.api_keys import digest_of
-from forge.serve.http.guard import SAFETY_HEADERS
-from forge.serve.http.settings import is_loopback, named_host
+from forge.serve.http.settings import SAFETY_HEADERS, is_loopback, named_host
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import hashlib
 import secrets
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
@@ -61,6 +62,7 @@ class Pages:
         self.num_streams = 0
         self._environment = page_environment(_HERE)
         self._views: OrderedDict[Path, RunView] = OrderedDict()
+        self._lock = threading.Lock()
         self._refreshed_at = 0.0
 
     def render(self, template: str, **values: Any) -> Response:
@@ -97,16 +99,20 @@ class Pages:
 
         Raises: HTTPException if the run cannot be read.
         """
+        with self._lock:
+            view = self._views.get(folder)
         try:
-            view = self._views.get(folder) or RunView(folder)
+            view = view or RunView(folder)
             view.refresh()
         except ForgeError as error:
-            self._views.pop(folder, None)
+            with self._lock:
+                self._views.pop(folder, None)
             raise HTTPException(404, str(error)) from None
-        self._views[folder] = view
-        self._views.move_to_end(folder)
-        while len(self._views) > _MAX_VIEWS:
-            self._views.popitem(last=False)
+        with self._lock:
+            view = self._views.setdefault(folder, view)
+            self._views.move_to_end(folder)
+            while len(self._views) > _MAX_VIEWS:
+                self._views.popitem(last=False)
         return view
 
 

@@ -184,7 +184,8 @@ class RunList:
             if not os.path.lexists(folder / "plan.json") and not folder.is_symlink():
                 self._forget(key)
                 return
-            new = _broken(key, folder, problem=printable(str(error), limit=_MAX_PROBLEM_CHARS))
+            reason = str(error).replace(str(folder), folder.name)
+            new = _broken(key, folder, problem=printable(reason, limit=_MAX_PROBLEM_CHARS))
         if new != row:
             with self._lock:
                 self.version += 1

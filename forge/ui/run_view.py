@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import ArgumentError, harmless
-from forge.report.html_report import search_headline, search_tiles
 from forge.report.page import PageFigure, PageTile
 from forge.report.progress_lines import ProgressLines
 from forge.report.run_figures import new_points
 from forge.report.run_report import bucket_shares, cost_facts, run_figures, run_tiles
 from forge.report.run_series import SeriesBuilder
 from forge.report.search_summary import search_summary
+from forge.report.search_tiles import search_headline, search_tiles
 from forge.report.text import change_rows, goodput_facts, headline
 from forge.report.trial_rows import select_trials, trial_rows
 from forge.runs.glance import is_rewritten, stamps_of
@@ -71,11 +71,12 @@ class RunView:
                 raise ArgumentError(f"{self.folder.name} is no longer there: its folder was moved or deleted")
             if is_rewritten(self._stamps, now):
                 self.run = self._open()
-            if now != self._stamps:
+            status = status_of(self.folder, ending=ending_of(self._events))
+            if now != self._stamps or status != self.run.status:
                 self._read()
                 self._stamps = now
-            status = status_of(self.folder, ending=ending_of(self._events))
-            self.run = replace(self.run, status=status, last=self._last, events=tuple(self._events))
+                status = status_of(self.folder, ending=ending_of(self._events))
+                self.run = replace(self.run, status=status, last=self._last, events=tuple(self._events))
             self._refreshed_at = time.monotonic()
 
     def state(self) -> State:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from forge.cli.app import app
 from forge.events import RunFailed
 from forge.runs import logs
-from forge.runs.logs import LibraryWarnings, follow_log, log_size
+from forge.runs.logs import LibraryWarnings, LogTail, follow_log, log_names, log_size, read_new
 from tests.support.runs import make_run
 
 
@@ -101,3 +101,56 @@ def test_logs__run_without_a_log_that_failed__shows_its_steps_and_why(tmp_path: 
     assert done.exit_code == 0
     assert done.stdout.splitlines()[-1] == "failed: the loss is not finite"
     assert len(done.stdout.splitlines()) == 2
+
+
+def test_log_tail__growing_log__gives_whole_lines_once(log: Path) -> None:
+    tail = LogTail(log.parents[1], name="rank-0")
+    assert tail.read() == "before\n"
+    with log.open("a") as file:
+        file.write("half")
+    assert tail.read() == ""
+    with log.open("a") as file:
+        file.write(" a line\nnext\n")
+    assert tail.read() == "half a line\nnext\n"
+    log.write_text("anew\n")
+    assert tail.read() == "anew\n"
+    log.unlink()
+    assert tail.read() == ""
+
+
+def test_log_tail__huge_log__reads_a_bounded_part_and_says_what_is_left_out(log: Path) -> None:
+    with log.open("wb") as file:
+        file.truncate(2**32)
+        file.seek(0, 2)
+        file.write(b"\nlast lines\n\xff\xfe\n")
+    tail = LogTail(log.parents[1], name="rank-0", max_bytes=100)
+    assert tail.read().splitlines()[1:] == ["last lines", "\ufffd\ufffd"]
+    with log.open("a") as file:
+        file.writelines(f"line {number}\n" for number in range(100))
+    head, *lines = tail.read().splitlines()
+    assert "bytes are left out" in head and lines[-1] == "line 99" and lines[0].startswith("line ")
+    with log.open("a") as file:
+        file.write("x" * 1000)
+    assert len(tail.read()) < 200, "a line longer than a part is not waited for"
+
+
+def test_logs__links__are_not_followed(log: Path, tmp_path: Path) -> None:
+    folder, outside = log.parents[1], tmp_path / "outside"
+    outside.mkdir()
+    (outside / "rank-0.log").write_text("private\n")
+    log.unlink()
+    log.symlink_to(outside / "rank-0.log")
+    assert LogTail(folder, name="rank-0").read() == "" and read_new(folder, name="rank-0", offset=0) == ("", 0)
+    log.unlink()
+    log.parent.rmdir()
+    (folder / "logs").symlink_to(outside)
+    for name in ("rank-0", "../outside/rank-0"):
+        assert LogTail(folder, name=name).read() == ""
+        assert read_new(folder, name=name, offset=0) == ("", 0) and log_size(folder, name=name) == 0
+    assert log_names(folder) == []
+
+
+def test_log_names__numbers__are_in_their_order(log: Path) -> None:
+    for name in ("rank-10", "rank-2", "driver"):
+        (log.parent / f"{name}.log").touch()
+    assert log_names(log.parents[1]) == ["driver", "rank-0", "rank-2", "rank-10"]

@@ -185,6 +185,7 @@ def test_changes__version_of_another_process__is_unknown(tmp_path: Path) -> None
 
 
 def test_list_of_cluster__only_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGE_STATE", str(tmp_path / "state"))
     here, there = make_run(tmp_path, "here"), make_run(tmp_path, "there")
     write_remote_ref(there, RemoteRef(cluster="away", folder=f"/x/{there.name}", job="", events=0, steps=0))
     runs = RunList(tmp_path, cluster="local")

@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from forge.errors import ArgumentError, printable
 from forge.serve.http.api_keys import ApiKey, KeyRing
 from forge.serve.http.errors import ApiError
-from forge.serve.http.settings import ServerSettings, is_loopback, named_host
+from forge.serve.http.settings import SAFETY_HEADERS, ServerSettings, is_loopback, named_host
 from forge.serve.http.telemetry import Telemetry
 
 Message = MutableMapping[str, Any]
@@ -34,11 +34,6 @@ _OPEN_PREFIX = "/page/"
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MAX_DISCARDED_BYTES = 64 * 2**20
 """Of a body that is too large: a client that is still sending would not see the answer."""
-SAFETY_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-frame-options", b"DENY"),
-]
 
 
 class ClientGoneError(Exception):

@@ -14,6 +14,12 @@ from forge.serve.http.api_keys import KeyLimits
 
 SETTINGS, STATUS, UPDATE = "server.json", "status.json", "update.json"
 """Files in the folder of a server: its options, its state once a second, the last request for other weights."""
+SAFETY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+]
+"""Of every answer."""
 EXPORTS = "exports"
 """In that folder: weights of runs, while vLLM loads them."""
 
