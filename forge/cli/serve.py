@@ -90,8 +90,8 @@ def start(
     )  # fmt: skip
     settings = ServerSettings(
         name=name, source=str(folder), model_name=model_name or folder.name, step=parse_step(step), ema=ema,
-        adapters=_adapters(adapter, runs=runs), host=host, port=port, keys_file=_absolute(keys), limits=limits,
-        tls_cert=_absolute(tls_cert), tls_key=_absolute(tls_key), drain_s=drain, verify_start=check,
+        adapters=_adapters(adapter, runs=runs), host=host, port=port, keys_file=opt.absolute(keys), limits=limits,
+        tls_cert=opt.absolute(tls_cert), tls_key=opt.absolute(tls_key), drain_s=drain, verify_start=check,
         max_connections=max_connections, max_connections_per_client=max_connections_per_client,
         max_queue=max_queue, max_running=max_running, min_replicas=max(1, wanted.low),
         engine=engine.value, max_replicas=max(1, wanted.high),
@@ -206,6 +206,7 @@ def update(
     ] = None,
     step: StepOption = None,
     ema: opt.EmaOption = False,
+    adapter: opt.OtherAdapterOption = None,
     runs: RunsOption = Path("runs"),
 ) -> None:
     """Give a server other weights: they are loaded beside those in use, which then finish what they began.
@@ -216,7 +217,8 @@ def update(
     from forge.remote.servers import find_any_server, update_any_server
 
     server = find_any_server(name)
-    changes = {"source": str(_source(source, runs=runs)), "step": parse_step(step), "ema": ema}
+    changes: dict[str, Any] = {"source": str(_source(source, runs=runs)), "step": parse_step(step), "ema": ema}
+    changes |= {"adapters": _adapters(adapter, runs=runs)} if adapter else {}
     display.message(update_any_server(server, changes, on_message=display.message))
 
 
@@ -367,10 +369,6 @@ def _adapters(given: list[str] | None, *, runs: Path) -> tuple[str, ...]:
             raise ArgumentError(f"--adapter {text} must be NAME=RUN or NAME=FOLDER")
         found.append(f"{name}={_source(source, runs=runs, marker='adapter_config.json')}")
     return tuple(found)
-
-
-def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.expanduser().absolute())
 
 
 def _require_valid(settings: ServerSettings) -> None:

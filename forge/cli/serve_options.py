@@ -33,6 +33,12 @@ AdapterOption = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="NAME=RUN|FOLDER", help="LoRA adapters over the model, served as NAME."),
 ]
+OtherAdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="NAME=RUN|FOLDER", help="Other adapters; by default those of the server stay."
+    ),
+]
 EngineOption = Annotated[
     EngineName,
     typer.Option(
@@ -78,3 +84,8 @@ DrainOption = Annotated[float, typer.Option("--drain", min=0, help="Seconds for 
 CheckOption = Annotated[
     bool, typer.Option("--check/--no-check", help="First compare served log-probabilities with the model's own.")
 ]
+
+
+def absolute(path: Path | None) -> str | None:
+    """A file as the server, which runs in another folder, is given it."""
+    return None if path is None else str(path.expanduser().absolute())

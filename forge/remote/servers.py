@@ -139,12 +139,17 @@ def update_any_server(
     remote = remote_server(status.name)
     if remote is None:
         return update_server(status.name, changes, on_message=on_message)
-    placed = place_model(
-        preflight(remote.cluster), Path(changes["source"]), step=changes.get("step"), on_message=on_message
-    )
+    target = preflight(remote.cluster)
+    placed = place_model(target, Path(changes["source"]), step=changes.get("step"), on_message=on_message)
+    there: dict[str, Any] = {"source": placed.folder}
+    if "adapters" in changes:
+        given = (text.partition("=")[::2] for text in changes["adapters"])
+        there["adapters"] = [
+            f"{name}={place_model(target, Path(source), on_message=on_message).folder}" for name, source in given
+        ]
     return update_server(
         status.name,
-        {**changes, "source": placed.folder},
+        {**changes, **there},
         on_message=on_message,
         look=find_any_server,
         send=lambda request: ask(remote.cluster, "update", remote.ref.folder, stdin=json.dumps(request).encode()),

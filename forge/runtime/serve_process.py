@@ -33,7 +33,7 @@ from forge.cluster.ray_cli import NO_METRICS
 from forge.elastic.preemption.notice import Notice
 from forge.elastic.preemption.watch import watch
 from forge.environment import adopt_environment, require_loopback, require_ray_folder
-from forge.errors import ClusterError, ForgeError
+from forge.errors import ArgumentError, ClusterError, ForgeError
 from forge.fs import write_atomic
 from forge.limits import usable_cpus
 from forge.pricing.budget import read_price
@@ -171,7 +171,7 @@ class ModelServer:
             if self._address is not None:  # the cluster stays
                 from forge.runtime.serve_replica import remove
 
-                remove(self._app)
+                remove(self._backend.app if hasattr(self, "_backend") else self._app)
             ray.shutdown()
 
     async def _serve(self, listener: socket.socket) -> None:
@@ -250,10 +250,18 @@ class ModelServer:
 
         began = time.monotonic()
         try:
-            changes = {name: request[name] for name in ("source", "step", "ema", "adapters") if name in request}
-            wanted = replace(self._settings, **changes | {"adapters": tuple(changes.get("adapters", ()))})
+            changes = {name: request[name] for name in ("source", "step", "ema") if name in request}
+            adapters = tuple(request.get("adapters", self._settings.adapters))
+            wanted = replace(self._settings, **changes, adapters=adapters)
             self._generation += 1
             new = await asyncio.to_thread(deploy, wanted, app=self._app, folder=self._folder)
+            if new.info.kind != self._backend.info.kind:
+                await asyncio.to_thread(remove, new.app)
+                new.close()
+                raise ArgumentError(
+                    f"{Path(wanted.source).name} is a {new.info.kind} model, and clients of this server use the "
+                    f"routes of a {self._backend.info.kind} model; serve it beside this one, with another --name"
+                )
         except Exception as error:
             text = str(error) if isinstance(error, ForgeError) else f"{type(error).__name__}: {first_line(error)}"
             _log.error("the update failed, and the former weights stay in use: %s", text)
@@ -262,7 +270,8 @@ class ModelServer:
         former, self._backend = self._backend, new
         self._settings, self._serving.backend = wanted, new
         write_atomic(self._folder / SETTINGS, settings_to_json(wanted), mode=0o600)
-        message = f"{new.info.digest[:16]} serves since {time.monotonic() - began:.1f} s after the request"
+        what = f"{Path(wanted.source).name} ({new.info.digest[:16]})"
+        message = f"{what} serves as '{wanted.model_name}', {time.monotonic() - began:.1f} s after the request"
         if not await former.wait_idle(timeout_s=wanted.drain_s):
             message += f"; requests to the former weights were cut after {wanted.drain_s:.0f} s"
         await asyncio.to_thread(remove, former.app)

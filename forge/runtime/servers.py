@@ -199,7 +199,7 @@ def update_server(
         raise ArgumentError(
             f"the server '{name}' is {status.state}, and only one that is ready takes other weights"
         )
-    number = secrets.token_hex(8)
+    number, former = secrets.token_hex(8), (status.record.get("update") or {}).get("id")
     request = {**changes, "id": number}
     if send is None:
         write_update(status.folder, request)
@@ -210,6 +210,8 @@ def update_server(
         update = status.record.get("update") or {}
         if status.state != "ready":
             raise ClusterError(f"the server '{name}' is {status.state}: {status.message}")
+        if update.get("id") not in (number, former):
+            raise RunError("another update took the place of this one; see forge serve status")
         if update.get("id") == number and update.get("state") == "failed":
             raise RunError(f"the former weights stay in use: {update.get('message')}")
         if update.get("id") == number and update.get("state") == "done":
