@@ -245,7 +245,7 @@ def _show_cluster_cost(plan: DraftPlan) -> None:
 
     cost = plan.forecast.cost if plan.forecast is not None else None
     if cost is None:
-        display.message("cost: unknown, because the price or the duration of the run is")
+        display.message("cost: unknown, because it is not known how long the run takes")
         return
     usd, hours = range_text(cost.usd, unit="USD"), range_text(cost.hours, unit="h")
     display.message(f"cost: {usd} in {hours}, on {cost.machines}")

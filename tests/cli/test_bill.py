@@ -18,6 +18,7 @@ from forge.cli.cluster import _confirm_price
 from forge.cluster.registry import cluster_of_file
 from forge.errors import ArgumentError
 from forge.plan.bill import Bill
+from forge.pricing import offers
 from tests.cli.test_narrow import console, printed
 from tests.plan.test_bill import bill
 from tests.support.offers import offer
@@ -122,7 +123,10 @@ def test_bill_record__follows_its_schema_and_has_every_candidate() -> None:
 
 @pytest.mark.usefixtures("home")
 class TestPlan:
-    def test_plan__gpu_auto__shows_cost_with_the_age_of_the_prices(self) -> None:
+    def test_plan__gpu_auto__shows_cost_with_the_age_of_the_prices_and_asks_no_cloud(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(offers, "_refresh", lambda *_, **__: pytest.fail("a cloud was asked"))
         done = forge("plan", "job.yaml", "--set", "resources.gpu=auto", "--set", "resources.max_usd=50")
         assert done.exit_code == 0
         assert "on rented GPUs" in done.stdout and "fastest for at most 50.00 USD" in done.stdout
