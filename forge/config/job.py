@@ -94,9 +94,9 @@ class JobSpec(Section):
     def _problems(self) -> Iterator[FieldError]:
         if self.search is not None and self.resources.engine != "elastic":
             yield FieldError("resources.engine", "`search` requires engine: elastic", nearest="elastic")
-        if self.search is not None and self.evaluate is not None:
-            problem = "is for single runs; score the best trial of a search with forge eval"
-            yield FieldError("evaluate", problem, depends_on=("search",))
+        if self.search is not None and self.evaluate is not None and not self.evaluate.is_in_training:
+            problem = "'end' is for single runs; trials are scored at each evaluation, the best one by forge eval"
+            yield FieldError("evaluate.every", problem, depends_on=("search",))
         if self.search is not None and self.resources.deadline is not None:
             problem = "is for single runs; a search ends by search.max_hours"
             yield FieldError("resources.deadline", problem, depends_on=("search",))

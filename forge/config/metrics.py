@@ -72,7 +72,7 @@ def check_metrics(
         if training.ema is not None and training.ema.evaluate == "always":
             evaluated += [f"eval/ema_{name.removeprefix('eval/')}" for name in evaluated]
         errors += _unknown(stopping.metric, evaluated, key="training.early_stopping.metric", what="evaluations")
-    if search is not None and is_complete:
+    if search is not None and is_complete and not search.metric.startswith(METRIC_PREFIX):
         errors += _unknown(search.metric, list(known), key="search.metric", what="trials")
     raise_errors(errors)
     if search is None:

@@ -183,12 +183,13 @@ class SearchSpec(Section):
     metric: str = "eval/loss"
     """The metric that trials are compared by, a key of `metrics.jsonl`; it is reported at every evaluation.
     `eval/NAME` and `train/NAME` for every metric that the objective reports, or one of forge's own: `eval/loss`,
-    `train/loss`, `speed/tokens_per_s`, `speed/mfu`, `speed/step_s`, `memory/peak_gib`."""
+    `train/loss`, `speed/tokens_per_s`, `speed/mfu`, `speed/step_s`, `memory/peak_gib`. `evaluate/TASK/METRIC` for a
+    task of `evaluate` with `every: evaluation`, such as `evaluate/support/accuracy`."""
 
     mode: Direction | None = None
     """`min`: smaller values of the metric are better; `max`: larger ones. By default the metric's own direction:
-    that of the objective's `metric_directions`; `min` for losses, times and memory, `max` for `speed/tokens_per_s`
-    and `speed/mfu`."""
+    that of the objective's `metric_directions` or of the task's metric; `min` for losses, times and memory, `max`
+    for `speed/tokens_per_s` and `speed/mfu`."""
 
     max_trials: Count | None = Field(None, ge=1, le=10**6)
     """Number of trials; the size of the population with `pbt` and `pb2`. By default 16, or the whole grid."""

@@ -177,6 +177,10 @@ class RankingOptions(MetricOptions):
     """One or several k."""
 
 
+LOWER_IS_BETTER = frozenset({"wer", "cer", "perplexity", "bits_per_byte", "mse"})
+"""The metrics of which less is better; of the others more is."""
+
+
 class MetricsSpec(Section):
     """The metrics of a task: a list of names, or a mapping from names to options."""
 

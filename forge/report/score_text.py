@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from forge.config.evaluate import EvaluateSpec
+from forge.plan.plan import DraftPlan
 from forge.runs.scores import TaskScore
 from forge.units import format_bytes
 
 
-def tasks_text(spec: EvaluateSpec, *, copy_bytes: int) -> str:
-    """Describe `evaluate` of a job.
-
-    Args:
-        copy_bytes: of the weights that each worker holds once more while it scores them during training.
-    """
+def tasks_text(plan: DraftPlan, *, spec: EvaluateSpec) -> str:
+    """Describe `evaluate` of a job; trials of a search are not scored after their last step."""
     which = {"last": "last checkpoint", "best": "best checkpoint", "kept": "kept checkpoints"}
     most = "" if spec.limit is None else f", at most {spec.limit:,} examples each"
     tasks = ", ".join(spec.tasks)
     when = ""
     if spec.is_in_training:
-        size = format_bytes(copy_bytes)
+        size = format_bytes(plan.model.num_parameters * (2 if plan.job.training.precision == "bf16" else 4))
         when = "at each evaluation" if spec.every == "evaluation" else f"every {spec.every}"
-        when = f"{when} the current weights, of which each worker then holds a copy ({size}), and at the end "
+        when = f"{when} the current weights, of which each worker then holds a copy ({size}), "
+        if plan.search is not None:
+            return f"{when}in {tasks}{most}"
+        when += "and at the end "
     return f"{when}the {which[spec.checkpoints]} in {tasks}{most}; the machines are kept for it after the last step"
 
 

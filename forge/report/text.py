@@ -98,8 +98,7 @@ def plan_facts(plan: DraftPlan) -> list[tuple[str, str]]:
     if plan.teacher is not None:
         facts.append(("teacher", _teacher(plan.teacher, job)))
     if plan.job.evaluate is not None:
-        copy_bytes = plan.model.num_parameters * (2 if training.precision == "bf16" else 4)
-        facts.append(("evaluate", tasks_text(plan.job.evaluate, copy_bytes=copy_bytes)))
+        facts.append(("evaluate", tasks_text(plan, spec=plan.job.evaluate)))
     if plan.former_lengths:
         facts.append(("length", _length_change(plan)))
     return facts + [("note", note) for note in plan.model.notes]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from forge.config.evaluate import METRIC_PREFIX
 from forge.plan.plan import Plan
 
 TRIALS = "trials"
@@ -160,7 +161,7 @@ def trial_id(search_id: str, number: int) -> str:
 
 def is_judged(record: Mapping[str, Any], plan: Plan) -> bool:
     """Whether a record of `metrics.jsonl` reports the trial's value: at an evaluation, and at the last step."""
-    if "eval/loss" in record:
+    if "eval/loss" in record or any(key.startswith(METRIC_PREFIX) for key in record):
         return True
     has_held_out = plan.corpus.num_held_out_sequences > 0
     every = plan.job.training.evaluate_every.steps

@@ -47,7 +47,7 @@ from forge.runtime.probe import count_local_slots, hardware, inspect_model, insp
 from forge.runtime.resolve_code import resolve_code
 from forge.runtime.resolve_init import init_info, with_init
 from forge.runtime.resolve_outputs import reference_notes, with_outputs, with_stored_size
-from forge.runtime.resolve_tasks import with_tasks
+from forge.runtime.resolve_tasks import with_task_direction, with_tasks
 from forge.runtime.resolve_teacher import check_teacher_tokenizer
 from forge.runtime.resolve_tokenizer import check_tokenizer, require_special_tokens
 from forge.runtime.resolve_view import objective_view, view_sample, with_view
@@ -179,7 +179,7 @@ def _inputs(loaded: LoadedJob, *, on_progress: Callable[[PrepareProgress], None]
     loaded = with_init(loaded)
     _trained(loaded)  # complains of the search space before code is packed
     code = resolve_code(loaded)
-    loaded = with_directions(loaded, code)
+    loaded = with_task_direction(with_directions(loaded, code))
     trained = with_directions(_trained(loaded), code)
     require_packages(trained)
     if on_progress is not None:

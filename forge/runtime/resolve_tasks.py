@@ -10,6 +10,7 @@ from typing import TypeVar
 from forge.config.evaluate import METRIC_PREFIX, kind_of_model, task_problem
 from forge.config.load import LoadedJob, LoadedTask, load_task_text
 from forge.config.task import TaskSpec
+from forge.config.task_metrics import LOWER_IS_BETTER
 from forge.config.yaml_reader import read_text
 from forge.environment import expand_home
 from forge.errors import DataError, JobFileError
@@ -67,22 +68,53 @@ def _checked(loaded: LoadedTask) -> TaskSpec:
     return loaded.task
 
 
+def with_task_direction(loaded: LoadedJob) -> LoadedJob:
+    """Return a job with the direction of its search's metric, if that is one of a task.
+
+    Raises: JobFileError if no evaluation reports it, or for a file that is no task.
+    """
+    search, spec = loaded.job.search, loaded.job.evaluate
+    if search is None or not search.metric.startswith(METRIC_PREFIX):
+        return loaded
+    tasks = []
+    for path in spec.tasks if spec is not None else ():
+        try:
+            tasks.append(load_task_text(read_text(Path(expand_home(path))), path=path).task)
+        except JobFileError as error:
+            raise loaded.source.error("evaluate.tasks", f"{path}: {error.problem}", show_value=False) from None
+    metric = _reported(loaded, tasks, name=search.metric, key="search.metric")
+    if spec is not None and spec.every != "evaluation":
+        problem = "compares trials at every evaluation, so it needs evaluate.every: evaluation"
+        raise loaded.source.error("search.metric", problem)
+    if search.mode is not None:
+        return loaded
+    found = search.model_copy()
+    found.__dict__["mode"] = "min" if metric in LOWER_IS_BETTER else "max"  # not a key that the user has set
+    return replace(loaded, job=loaded.job.model_copy(update={"search": found}))
+
+
 def _check_stopping(loaded: LoadedJob, tasks: list[TaskSpec]) -> None:
     """Raises: JobFileError if early stopping names a metric of a task that no evaluation reports."""
-    stopping, spec = loaded.job.training.early_stopping, loaded.job.evaluate
-    if stopping is None or not stopping.metric.startswith(METRIC_PREFIX):
-        return
-    name, _, value = stopping.metric.removeprefix(METRIC_PREFIX).partition("/")
-    task = next((task for task in tasks if task.name == name), None)
+    stopping = loaded.job.training.early_stopping
+    if stopping is not None and stopping.metric.startswith(METRIC_PREFIX):
+        _reported(loaded, tasks, name=stopping.metric, key="training.early_stopping.metric")
+
+
+def _reported(loaded: LoadedJob, tasks: list[TaskSpec], *, name: str, key: str) -> str:
+    """Return the metric of a task that a name is a value of. Raises: JobFileError if no evaluation reports it."""
+    spec = loaded.job.evaluate
+    own, _, value = name.removeprefix(METRIC_PREFIX).partition("/")
+    task = next((task for task in tasks if task.name == own), None)
     chosen = list(task.metrics.chosen) if task is not None else []
     known = [f"{METRIC_PREFIX}{task.name}/{metric}" for task in tasks for metric in task.metrics.chosen]
+    fitting = [each for each in chosen if value.startswith(each.removesuffix("_at_k")) or value.endswith(each)]
     if spec is None or not spec.is_in_training:
         problem = "is a metric of a task, which is scored during training only with evaluate.every: evaluation"
-    elif not any(value.startswith(metric.removesuffix("_at_k")) or value.endswith(metric) for metric in chosen):
+    elif not fitting:
         problem = f"is not a metric of the tasks: {', '.join(known)}"
     else:
-        return
-    nearest = next(iter(difflib.get_close_matches(stopping.metric, known, n=1)), None)
-    if nearest is not None and nearest != stopping.metric:
+        return max(fitting, key=len)
+    nearest = next(iter(difflib.get_close_matches(name, known, n=1)), None)
+    if nearest is not None and nearest != name:
         problem += f"; did you mean {nearest}?"
-    raise loaded.source.error("training.early_stopping.metric", problem)
+    raise loaded.source.error(key, problem)

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from forge.checkpoint.fork import fork_checkpoint
 from forge.checkpoint.storage import open_storage
 from forge.code_archive import restore_code
+from forge.config.evaluate import METRIC_PREFIX
 from forge.config.job import JobSpec
 from forge.config.load import LoadedJob
 from forge.config.locations import SourceMap
@@ -226,6 +227,7 @@ class TrialTrainable(tune.Trainable):  # type: ignore[misc]
         if metric not in record:
             unmeasured = "no text is held out to measure it on"
             reason = unmeasured if metric.startswith("eval/") else "it is only evaluated"
+            reason = "the task's examples do not define it" if metric.startswith(METRIC_PREFIX) else reason
             raise RunError(f"step {record['step']} has no {metric}: {reason}")
         if record[metric] is None and not metric.startswith("speed/"):
             raise DivergedError(f"step {record['step']}: {metric} is not a finite number")
@@ -285,7 +287,7 @@ def plan_trial(search: Plan, values: Mapping[str, Any]) -> Plan:
     corpus = _corpus(search, job, usual)
     model = _model(search, job, usual, corpus)
     plan = make_plan(job, model=model, corpus=corpus, hardware=search.hardware, teacher=search.teacher)
-    return replace(plan, code=search.code, templates=search.templates)
+    return replace(plan, code=search.code, templates=search.templates, tasks=search.tasks)
 
 
 def _corpus(search: Plan, job: JobSpec, usual: JobSpec) -> CorpusInfo:

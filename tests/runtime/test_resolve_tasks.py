@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from forge.config.load import LoadedJob, load_job
+from forge.config.task_metrics import LOWER_IS_BETTER, MetricsSpec
 from forge.errors import JobFileError
+from forge.evaluate.metrics.base import ScoredExample
+from forge.evaluate.metrics.build import build_metrics
 from forge.plan.plan import Plan, plan_from_json, plan_to_json
 from forge.report.text import plan_facts
-from forge.runtime.resolve_tasks import with_tasks
+from forge.runtime.resolve_tasks import with_task_direction, with_tasks
 from tests.support.jobs import synthetic_corpus, tiny_plan
 
 JOB = """
@@ -102,7 +105,35 @@ def test_with_tasks__template_or_data_of_a_task__are_checked_with_its_line(tmp_p
     assert plan_of(tmp_path, job_of(tmp_path, path)).tasks == {path: files}
 
 
-def test_load_job__search_with_tasks__is_refused(tmp_path: Path) -> None:
-    search = "search: {metric: eval/loss, max_trials: 2, space: {training.seed: {choice: [1, 2]}}}\n"
-    with pytest.raises(JobFileError, match="evaluate: is for single runs"):
-        job_of(tmp_path, "a.yaml", JOB + search)
+SEARCH = "search: {metric: METRIC, max_trials: 2, space: {training.seed: {choice: [1, 2]}}}\n"
+
+
+def test_with_task_direction__metric_of_a_search__has_its_direction(tmp_path: Path) -> None:
+    every = JOB.replace("limit: 20", "every: evaluation") + SEARCH
+
+    def direction(metric: str, *, job: str = every) -> str:
+        loaded = job_of(tmp_path, write_task(tmp_path, file="a.yaml"), job.replace("METRIC", metric))
+        found = with_task_direction(loaded).job.search
+        assert found is not None
+        return found.direction
+
+    assert direction("evaluate/text/perplexity") == "min"
+    assert direction("evaluate/text/perplexity, mode: max") == "max"
+    for metric, message in (
+        ("evaluate/text/perplexty", r"did you mean evaluate/text/perplexity\?"),
+        ("evaluate/other/bleu", "is not a metric of the tasks: evaluate/text/perplexity"),
+    ):
+        with pytest.raises(JobFileError, match=rf"job\.yaml:9: .*{message}"):
+            direction(metric)
+    with pytest.raises(JobFileError, match=r"it needs evaluate\.every: evaluation"):
+        direction("evaluate/text/perplexity", job=every.replace("every: evaluation", "every: 5 steps"))
+    with pytest.raises(JobFileError, match=r"evaluate\.every: 'end' is for single runs"):
+        direction("eval/loss", job=JOB + SEARCH)
+
+
+@pytest.mark.parametrize("name", MetricsSpec.model_fields)
+def test_lower_is_better__every_metric__as_it_says_itself(name: str) -> None:
+    spec = MetricsSpec.model_validate({name: {}})
+    answer = 1.0 if name in ("mse", "r2", "pearson") else "a"
+    [metric] = build_metrics(spec, examples=[ScoredExample(prediction=answer, target=answer)]).values()
+    assert set(metric.directions.values()) == {"min" if name in LOWER_IS_BETTER else "max"}
